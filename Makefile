@@ -1,0 +1,52 @@
+# Each target makes .venv and installs what it needs; an unchanged pyproject.toml installs nothing the second time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-long test-peers check format bench record wheel clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "aggregator needs Python 3.11 or newer; call make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+demo: $(VENV)/.runtime ## Train the demo agent from its recorded cassette, offline
+	$(BIN)/aggregator demo
+
+test: $(VENV)/.dev ## Run the test suite: no network, no key
+	$(BIN)/python -m pytest -q -m "not long and not peers"
+
+test-long: $(VENV)/.dev ## Run the sweeps that take minutes
+	$(BIN)/python -m pytest -q -m "long"
+
+check: $(VENV)/.dev ## Lint, format and type checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## Run every benchmark that needs no peer outside the dev tools
+	$(BIN)/python -m benchmarks
+
+record: $(VENV)/.dev ## Record the demo's cassette anew, from the simulated model
+	$(BIN)/aggregator demo --serve --record
+
+wheel: $(VENV)/.dev ## Build the wheel into dist/
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

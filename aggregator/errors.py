@@ -1,0 +1,218 @@
+"""Every exception and warning of the library.
+
+An error says what was expected, what came, where, and what to do.
+A failed sample is data; a failed run is one of these.
+
+    AggregatorError
+    ├── ConfigError(ValueError)          a wrong argument, name, data set, key
+    ├── ParameterError                   a value that cannot become the parameter's type
+    ├── SuggestionError                  a reply that cannot be read
+    ├── CassetteError
+    │   ├── CassetteMissError            no recorded exchange answers; `except Exception` cannot hide it
+    │   ├── CassetteDamagedError         cut, edited or otherwise not what was written
+    │   ├── CassetteRefusedError         hostile or of an unknown format
+    │   ├── CassetteLockedError          another process records this file
+    │   └── SecretLeakError              a secret that could not be redacted
+    ├── BudgetExceededError              carries the partial result
+    ├── TrainingError                    too many failures, a run_dir of another run; carries the partial result
+    └── LLMError
+        ├── APIConnectionError
+        │   └── APITimeoutError
+        ├── APIStatusError
+        │   ├── BadRequestError          400, 413, 422
+        │   │   └── ContextLengthError
+        │   ├── AuthenticationError      401
+        │   ├── PermissionDeniedError    403
+        │   ├── NotFoundError            404
+        │   ├── RateLimitError           429
+        │   │   └── QuotaError           no more of it by waiting
+        │   └── ServerError              408, 409, 5xx
+        └── ResponseError                the status was fine, the answer was not
+            ├── DecodeError
+            ├── EmptyResponseError
+            ├── ContentFilterError
+            └── TruncatedError           carries the partial text
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aggregator.records import TrainingResult
+
+
+class AggregatorError(Exception):
+    """The root: catch this to catch whatever the library raises on purpose."""
+
+
+class ConfigError(AggregatorError, ValueError):
+    """A wrong argument, name, data set or key; says what was expected, what came and what to do."""
+
+
+class ParameterError(AggregatorError, ValueError):
+    """A value that cannot become the parameter's type."""
+
+
+class SuggestionError(AggregatorError, ValueError):
+    """A reply that cannot be read without guessing."""
+
+
+class CassetteError(AggregatorError):
+    """Whatever goes wrong with a cassette."""
+
+
+class CassetteMissError(CassetteError):
+    """No recorded exchange answers this request.
+
+    The tape also remembers the miss and raises it again when the cassette closes, so that an
+    `except Exception` in agent code cannot hide it.
+    """
+
+
+class CassetteDamagedError(CassetteError):
+    """The file was cut or edited, or does not hold what it states."""
+
+
+class CassetteRefusedError(CassetteError):
+    """The file is hostile, too large to expand, or of an unknown format."""
+
+
+class CassetteLockedError(CassetteError):
+    """Another process is recording this file."""
+
+
+class SecretLeakError(CassetteError):
+    """A secret stands where it cannot be redacted; nothing was written, the answer stays usable in memory."""
+
+
+class _EndedRunError(AggregatorError):
+    """An error that ends a run and keeps what the run had reached (`.result`, None before the first step)."""
+
+    def __init__(self, message: str, result: TrainingResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class BudgetExceededError(_EndedRunError):
+    """The next call could exceed the budget; nothing was sent for it."""
+
+
+class TrainingError(_EndedRunError):
+    """Too many failures, or a run that does not match its run_dir."""
+
+
+class LLMError(AggregatorError):
+    """A call to a model failed.
+
+    `status` is the HTTP status (None without an answer), `code` the provider's own word, `request_id` what
+    the provider's support asks for, `retry_after` seconds, `attempts` how many requests were sent for this call.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+        attempts: int = 1,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.request_id = request_id
+        self.retry_after = retry_after
+        self.attempts = attempts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.__dict__))
+
+
+def _rebuild(kind: type[LLMError], state: dict[str, Any]) -> LLMError:
+    """Make an error again after it crossed a process border."""
+    error = kind(state["message"])
+    error.__dict__.update(state)
+    return error
+
+
+class APIConnectionError(LLMError):
+    """No answer: refused, reset, or cut before the reply was whole."""
+
+
+class APITimeoutError(APIConnectionError):
+    """No whole answer within the deadline."""
+
+
+class APIStatusError(LLMError):
+    """The server answered with an error status."""
+
+
+class BadRequestError(APIStatusError):
+    """The request is wrong and will stay wrong (400, 413, 422)."""
+
+
+class ContextLengthError(BadRequestError):
+    """The prompt does not fit the model's context."""
+
+
+class AuthenticationError(APIStatusError):
+    """The key is missing, wrong or expired (401)."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """The key may not do this (403)."""
+
+
+class NotFoundError(APIStatusError):
+    """No such model or path (404)."""
+
+
+class RateLimitError(APIStatusError):
+    """Too many requests or tokens for now (429)."""
+
+
+class QuotaError(RateLimitError):
+    """The account's quota is used up; waiting does not help."""
+
+
+class ServerError(APIStatusError):
+    """The server failed or is overloaded (408, 409, 5xx)."""
+
+
+class ResponseError(LLMError):
+    """The status was fine, the answer was not."""
+
+
+class DecodeError(ResponseError):
+    """The body is not the JSON of this API."""
+
+
+class EmptyResponseError(ResponseError):
+    """The answer holds no message."""
+
+
+class ContentFilterError(ResponseError):
+    """The provider withheld the answer."""
+
+
+class TruncatedError(ResponseError):
+    """The answer was cut at the token limit; `text` is what came."""
+
+    def __init__(self, message: str, *, text: str = "", **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.text = text
+
+
+class AggregatorWarning(UserWarning):
+    """The root of the library's warnings."""
+
+
+class CassetteWarning(AggregatorWarning):
+    """A repair, a fallback or exchanges left unplayed; also stands in `tape.report`."""
+
+
+class TrainingWarning(AggregatorWarning):
+    """Worth a look, no error; also stands in `result.warnings`."""

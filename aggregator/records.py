@@ -1,0 +1,271 @@
+"""The data that flows through the library: frozen structs, no behaviour beyond reading them.
+
+Imports nothing of the library; imported by every room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+
+Values = dict[str, Any]
+"""Parameter name -> value."""
+
+Role = Literal["agent", "optimizer", "aggregator", "guide"]
+"""Who asks the model."""
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+"""OpenAI's words; every provider's own word is normalised to one of them."""
+
+
+class HTTPRequest(Struct, frozen=True, kw_only=True):
+    """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it."""
+
+    url: str
+    body: bytes
+    headers: Mapping[str, str]
+    method: str = "POST"
+    secrets: tuple[str, ...] = ()
+
+
+class HTTPReply(Struct, frozen=True, kw_only=True):
+    """One answer, body decompressed. Header names are lower case.
+
+    `chunks` are (length in bytes, milliseconds since the request was sent) of a streamed body's pieces.
+    """
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+    reason: str = ""
+    milliseconds: float = 0.0
+    chunks: tuple[tuple[int, float], ...] = ()
+    replayed: bool = False
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """Tokens and cost of one or more calls; None means the provider did not say, which is not 0.
+
+    `input_tokens` includes cached ones, `output_tokens` includes reasoning. `cost` is in USD.
+    """
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost: float | None = None
+    calls: int = 1
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            input_tokens=_sum(self.input_tokens, other.input_tokens),
+            output_tokens=_sum(self.output_tokens, other.output_tokens),
+            cached_tokens=_sum(self.cached_tokens, other.cached_tokens),
+            reasoning_tokens=_sum(self.reasoning_tokens, other.reasoning_tokens),
+            cost=_sum(self.cost, other.cost),
+            calls=self.calls + other.calls,
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output tokens that are known."""
+        return (self.input_tokens or 0) + (self.output_tokens or 0)
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """`input_tokens` under OpenAI's name."""
+        return self.input_tokens
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """`output_tokens` under OpenAI's name."""
+        return self.output_tokens
+
+
+NO_USAGE = Usage(calls=0)
+
+
+def _sum(a: Any, b: Any) -> Any:
+    if a is None:
+        return b
+    return a if b is None else a + b
+
+
+class ToolCall(Struct, frozen=True, kw_only=True):
+    """A tool the model wants called; `arguments` is the model's own text, JSON if the model kept to it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(Struct, frozen=True, kw_only=True):
+    """What one choice of the model says. `reasoning` (thinking) is never part of `content`."""
+
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    refusal: str | None = None
+    role: str = "assistant"
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """One of the model's answers; `raw_finish_reason` is the provider's own word."""
+
+    message: Message
+    finish_reason: FinishReason = "stop"
+    raw_finish_reason: str | None = None
+    index: int = 0
+
+
+class Completion(Struct, frozen=True, kw_only=True):
+    """A model's answer. Reads as OpenAI's shape too: `completion.choices[0].message.content`."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage = Usage()
+    model: str = ""
+    id: str = ""
+    request_id: str | None = None
+    attempts: int = 1
+    milliseconds: float = 0.0
+    replayed: bool = False
+    raw: bytes = b""
+
+    @property
+    def text(self) -> str:
+        """The first choice's text, "" where it has none (a pure tool call)."""
+        return self.choices[0].message.content or ""
+
+    @property
+    def reasoning(self) -> str | None:
+        """The first choice's thinking, apart from its text."""
+        return self.choices[0].message.reasoning
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first choice ended."""
+        return self.choices[0].finish_reason
+
+    @property
+    def raw_finish_reason(self) -> str | None:
+        """The same in the provider's own word."""
+        return self.choices[0].raw_finish_reason
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The first choice's tool calls."""
+        return self.choices[0].message.tool_calls
+
+
+class Sample(Struct, frozen=True):
+    """One instance of a data set: `id` is its position there, `x` the agent's input, `info` what the guide needs."""
+
+    id: int
+    x: Any
+    info: Any = None
+
+
+Stage = Literal["agent", "guide", "proposal", "aggregation", "evaluation"]
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """What went wrong, where. `infrastructure` tells a lost call (no fault of the agent) from an agent's own error."""
+
+    stage: Stage
+    error: str
+    message: str
+    sample_id: int | None = None
+    epoch: int | None = None
+    step: int | None = None
+    infrastructure: bool = False
+
+
+class Rollout(Struct, frozen=True, kw_only=True):
+    """One instance run through the agent and judged by the guide. `score` is None where nothing can be said."""
+
+    sample_id: int
+    output: Any = None
+    score: float | None = None
+    feedback: str = ""
+    transcript: str = ""
+    failure: Failure | None = None
+
+
+class Proposal(Struct, frozen=True, kw_only=True):
+    """New parameter values that one instance asks for, or several merged into one.
+
+    `values` holds only what should change. `support` counts the instances behind it, `sample_ids` names them.
+    """
+
+    values: Values = {}
+    score: float | None = None
+    feedback: str = ""
+    reasoning: str = ""
+    error: str | None = None
+    failures: tuple[Failure, ...] = ()
+    support: int = 1
+    sample_ids: tuple[int, ...] = ()
+
+    @property
+    def sample_id(self) -> int | None:
+        """The instance behind this proposal; None once several are merged."""
+        return self.sample_ids[0] if len(self.sample_ids) == 1 else None
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """A gate's verdict on an update and why."""
+
+    accepted: bool
+    reason: str = ""
+    before: float | None = None
+    after: float | None = None
+
+
+class StepReport(Struct, frozen=True, kw_only=True):
+    """All that one step did: the one event that loggers, progress bar, checkpoint and report read."""
+
+    epoch: int
+    step: int
+    sample_ids: tuple[int, ...]
+    scores: tuple[float | None, ...]
+    score: float | None
+    decision: Decision
+    update: Values = {}
+    reasoning: str = ""
+    proposals: int = 0
+    failures: tuple[Failure, ...] = ()
+    test_score: float | None = None
+    usage: Mapping[str, Usage] = {}
+
+
+class Evaluation(Struct, frozen=True, kw_only=True):
+    """Scores of a data set under the parameters of one moment; `step` counts the updates tried before it."""
+
+    step: int
+    score: float | None
+    scores: tuple[float | None, ...]
+
+
+class TrainingResult(Struct, frozen=True, kw_only=True):
+    """What a run reached. Holds no times and no paths: the same seed and cassette give the same bytes."""
+
+    parameters: Values
+    best_parameters: Values
+    initial_parameters: Values
+    history: Sequence[StepReport] = ()
+    evaluations: Sequence[Evaluation] = ()
+    failures: Sequence[Failure] = ()
+    warnings: Sequence[str] = ()
+    usage: Mapping[str, Usage] = {}
+
+    @property
+    def train_scores(self) -> list[float | None]:
+        """The mean score of each minibatch, in order."""
+        return [report.score for report in self.history]
+
+    @property
+    def test_scores(self) -> list[float | None]:
+        """The mean score of each evaluation on the test set, in order, the one before training first."""
+        return [evaluation.score for evaluation in self.evaluations]
