@@ -1,0 +1,165 @@
+"""The words of the two prompts, and how values are laid out in them.
+
+A user message is a sequence of sections: a heading line that starts with `#`, then text. Whoever plays a model in a test
+reads these sections: `#Parameters`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#Refused` for a proposal;
+`#CurrentValue` and `#SuggestedValue_1`, `#SuggestedValue_2`, ... for an aggregation. Both replies have one form: JSON with
+`reasoning_<component>` and `suggestion`, or TERMINATE as the whole reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from aggregator.records import Proposal, StepReport, Values
+
+REPLY_FORMAT = """\
+Reply with one JSON object and nothing else:
+
+{
+  "reasoning_<component>": "<why this component gets its new value, or keeps its old one>",
+  "suggestion": {
+    "<component>": <new value>
+  }
+}
+
+Give one "reasoning_..." entry for each component that you write about. Every value in "suggestion" has the same JSON type \
+as the component has now; a component that holds source code gets the whole new source as a string. Components that you \
+leave out keep their current value. If nothing should change, reply with the single word TERMINATE, or, where only JSON \
+can be sent, with an empty "suggestion"."""
+
+PROPOSER_SYSTEM_PROMPT = f"""\
+You improve an LLM agent by changing its parameters. You are shown the parameters, what the agent did with one input, \
+and the feedback on the result. Propose the change of parameters that would have made this result right and that would \
+also help on other inputs of the same kind: state general rules, do not memorise this one input. Change as little as the \
+feedback calls for, and keep what already works.
+
+{REPLY_FORMAT}"""
+
+AGGREGATOR_SYSTEM_PROMPT = f"""\
+You consolidate proposals for the parameters of an LLM agent. #CurrentValue holds the present value of each component. \
+Each #SuggestedValue_i holds the components that one reviewer, who saw a different example, wants changed. Every block \
+states a confidence between 0 and 1, and may state how many examples support it, the score the agent reached there and \
+the feedback it got.
+
+Decide on one new value per component:
+- Weigh the blocks by confidence and support. A single proposal may be wrong, the more so the lower its confidence.
+- Keep what several proposals have in common, and what does not contradict the others. Where proposals contradict each \
+other, follow the better supported side; with equal support keep the current value.
+- Do not lose what the current value already holds unless the proposals give a reason to.
+- Keep the form of each component: its type, its layout, and for source code a text that runs as it stands.
+
+{REPLY_FORMAT}"""
+
+DEFAULT_OBJECTIVE = "Change the parameters so that the agent's output satisfies the feedback."
+
+REPAIR_PROMPT = """\
+Your reply could not be used: {error}
+
+Answer the same question again, with one complete JSON object in the form asked for and no other text."""
+
+FEEDBACK_DIGEST = 200
+"""How many characters of a proposal's feedback the aggregation prompt shows."""
+
+
+def proposal_messages(
+    components: Mapping[str, Mapping[str, Any]],
+    *,
+    transcript: str,
+    output: str,
+    score: float | None,
+    feedback: str,
+    objective: str = DEFAULT_OBJECTIVE,
+    refused: Sequence[StepReport] = (),
+    system_prompt: str = PROPOSER_SYSTEM_PROMPT,
+) -> list[dict[str, str]]:
+    """Return the messages that ask for one instance's proposal.
+
+    `components` maps each parameter's name to its value, type, description and constraint.
+    """
+    sections = [
+        ("Objective", objective),
+        ("Parameters", pretty(components)),
+        ("Transcript", transcript),
+        ("Output", output),
+        ("Score", "unknown" if score is None else number(score)),
+        ("Feedback", feedback),
+    ]
+    if refused:
+        sections.append(("Refused", "\n".join(_refusal(report) for report in refused)))
+    return _messages(system_prompt, sections)
+
+
+def aggregation_messages(
+    current: Values,
+    proposals: Sequence[Proposal],
+    confidences: Sequence[float],
+    *,
+    stepsize: float,
+    system_prompt: str = AGGREGATOR_SYSTEM_PROMPT,
+) -> list[dict[str, str]]:
+    """Return the messages that ask for the merged values.
+
+    The current value stands with confidence 1 - stepsize, proposal i with `confidences[i]`.
+    """
+    sections = [("CurrentValue", f"confidence: {number(1 - stepsize)}\n{pretty(current)}")]
+    for i, (proposal, confidence) in enumerate(zip(proposals, confidences, strict=True), start=1):
+        sections.append((f"SuggestedValue_{i}", _suggestion(proposal, confidence)))
+    return _messages(system_prompt, sections)
+
+
+def repair_messages(messages: Sequence[dict[str, str]], reply: str, error: str) -> list[dict[str, str]]:
+    """Return the conversation that asks once more and quotes what was wrong."""
+    return [
+        *messages,
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": REPAIR_PROMPT.format(error=error)},
+    ]
+
+
+def pretty(value: Any) -> str:
+    """Lay out a value as indented JSON, in the order it came.
+
+    >>> print(pretty({"k": 3}))
+    {
+      "k": 3
+    }
+    """
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode()
+
+
+def number(value: float) -> str:
+    """Write a number as people do: 1 - 0.9 is 0.1.
+
+    >>> number(1 - 0.9)
+    '0.1'
+    """
+    return f"{round(value, 6):g}"
+
+
+def _suggestion(proposal: Proposal, confidence: float) -> str:
+    lines = [f"confidence: {number(confidence)}"]
+    if proposal.support > 1:
+        lines.append(f"support: {proposal.support}")
+    if proposal.score is not None:
+        lines.append(f"score: {number(proposal.score)}")
+    if proposal.feedback:
+        lines.append(f"feedback: {_digest(proposal.feedback)}")
+    return "\n".join([*lines, pretty(proposal.values)])
+
+
+def _digest(feedback: str) -> str:
+    line = " ".join(feedback.split())
+    return line if len(line) <= FEEDBACK_DIGEST else line[: FEEDBACK_DIGEST - 3] + "..."
+
+
+def _refusal(report: StepReport) -> str:
+    update = msgspec.json.encode(report.update, enc_hook=str).decode()
+    return f"step {report.step}: {update} was refused: {report.decision.reason}"
+
+
+def _messages(system_prompt: str, sections: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    user = "\n\n".join(f"#{heading}\n{text}" for heading, text in sections)
+    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]
