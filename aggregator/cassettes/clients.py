@@ -1,0 +1,181 @@
+"""Other HTTP clients: which there are, and their requests and answers as our records. Pure; imports no client."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from aggregator.errors import CassetteError, ConfigError
+from aggregator.records import HTTPReply, HTTPRequest
+
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "aiohttp": ("aiohttp",),
+    "boto3": ("boto3",),
+    "http.client": ("httplib",),
+    "httplib2": ("httplib2",),
+    "httpx": ("httpx", "httpx2"),
+    "tornado": ("tornado",),
+    "urllib3": ("requests", "urllib3"),
+}
+"""Client -> vcrpy's names of the patches that serve it. No two clients share a patched attribute, so that each can
+be switched on and off by itself."""
+
+RIDES_ON: Mapping[str, tuple[str, ...]] = {
+    "anthropic": ("httpx",),
+    "google-genai": ("httpx",),
+    "litellm": ("httpx", "aiohttp"),
+    "openai": ("httpx",),
+    "requests": ("urllib3",),
+}
+"""Library -> the clients below it."""
+
+_SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "api-key", "x-api-key", "x-goog-api-key"})
+_SECRET_PARAMETERS = frozenset({"key", "api_key", "api-key", "access_token", "token"})
+_REFRAMED = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+
+
+def families(clients: str | Iterable[str]) -> frozenset[str]:
+    """Return the clients that "all" or a list of names stands for.
+
+    >>> sorted(families(["openai", "requests"]))
+    ['httpx', 'urllib3']
+    """
+    names = tuple(FAMILIES) if clients == "all" else (clients,) if isinstance(clients, str) else tuple(clients)
+    unknown = [name for name in names if name not in FAMILIES and name not in RIDES_ON]
+    if unknown:
+        known = ", ".join(sorted({*FAMILIES, *RIDES_ON}))
+        raise ConfigError(f'expected clients="all" or names of {known}; got {unknown[0]!r}')
+    return frozenset(client for name in names for client in RIDES_ON.get(name, (name,)))
+
+
+_PASSING: ContextVar[bool] = ContextVar("aggregator_passing", default=False)
+
+is_passing = _PASSING.get
+"""Return whether this context's requests are to go through the patches untouched."""
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Let requests made inside go through untouched: whoever makes them has asked the tape already."""
+    token = _PASSING.set(True)
+    try:
+        yield
+    finally:
+        _PASSING.reset(token)
+
+
+def to_request(method: str, url: str, body: Any, headers: Mapping[str, Any]) -> HTTPRequest:
+    """Return another client's request as ours, with the values that authenticate it as its secrets."""
+    named = {str(name): _header(value) for name, value in headers.items()}
+    return HTTPRequest(
+        method=method, url=url, body=to_bytes(body, url), headers=named, secrets=tuple(_secrets(named, url))
+    )
+
+
+def _header(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    return value if isinstance(value, str) else str(value)
+
+
+def _secrets(headers: Mapping[str, str], url: str) -> Iterator[str]:
+    for name, value in headers.items():
+        if name.lower() in _SECRET_HEADERS:
+            yield value.rpartition(" ")[2]  # "Bearer <key>", or the bare key
+    if "?" in url:
+        yield from (value for name, value in parse_qsl(urlsplit(url).query) if name.lower() in _SECRET_PARAMETERS)
+
+
+def to_bytes(body: Any, url: str) -> bytes:
+    """Return a body as clients hand it over (aiohttp's `json=` is still an object then) as bytes.
+
+    >>> to_bytes({"a": [1]}, "http://x/"), to_bytes(None, "http://x/"), to_bytes(iter([b"a", b"b"]), "http://x/")
+    (b'{"a": [1]}', b'', b'ab')
+    """
+    if body is None or isinstance(body, bytes | bytearray | memoryview):
+        return bytes(body or b"")
+    if isinstance(body, str):
+        return body.encode()
+    if hasattr(body, "read"):
+        return to_bytes(body.read(), url)
+    try:
+        if isinstance(body, Iterator):
+            return b"".join(to_bytes(part, url) for part in body)
+        return json.dumps(body).encode()
+    except TypeError as error:
+        raise CassetteError(
+            f"expected a body of bytes, text, JSON or an iterator of them, got {type(body).__name__} - at {url}; "
+            "a cassette cannot tell such a body from another: send bytes"
+        ) from error
+
+
+def to_reply(response: Mapping[str, Any], milliseconds: float = 0.0) -> HTTPReply:
+    """Return vcrpy's response as ours: header names in lower case, the body decompressed."""
+    headers = {name.lower(): ", ".join(map(_header, values)) for name, values in response["headers"].items()}
+    body, coding = decompressed(response["body"].get("string") or b"", headers.get("content-encoding", ""))
+    kept = {name: value for name, value in headers.items() if name not in _REFRAMED}
+    return HTTPReply(
+        status=response["status"]["code"],
+        reason=response["status"]["message"] or "",
+        headers=kept | ({"content-encoding": coding} if coding else {}),
+        body=body,
+        milliseconds=milliseconds,
+    )
+
+
+def from_reply(reply: HTTPReply) -> dict[str, Any]:
+    """Return our reply as vcrpy's response, made anew each time because stubs change what they are given."""
+    headers = {name: [value] for name, value in reply.headers.items() if name != "content-length"}
+    headers["content-length"] = [str(len(reply.body))]
+    return {
+        "status": {"code": reply.status, "message": reply.reason},
+        "headers": headers,
+        "body": {"string": reply.body},
+    }
+
+
+def decompressed(body: bytes, encoding: str) -> tuple[bytes, str]:
+    """Return the body without its content codings, and the coding that could not be undone ("" for none).
+
+    Some clients hand over what came from the wire, others what they decoded: text has been decoded already.
+
+    >>> import gzip
+    >>> decompressed(gzip.compress(b"hello"), "gzip"), decompressed(b"hello", "gzip")
+    ((b'hello', ''), (b'hello', ''))
+    """
+    for coding in reversed([part.strip().lower() for part in encoding.split(",") if part.strip()]):
+        plain = _undo(coding, body)
+        if plain is None:
+            return (body, "") if _is_text(body) else (body, coding)
+        body = plain
+    return body, ""
+
+
+def _undo(coding: str, body: bytes) -> bytes | None:
+    """One coding undone; None where the body is not of it or its library is absent."""
+    try:
+        if coding in ("gzip", "x-gzip"):
+            return zlib.decompress(body, 31)
+        if coding == "deflate":
+            return zlib.decompress(body, 15)
+        if coding == "br":
+            return bytes(import_module("brotli").decompress(body))
+        if coding == "zstd":
+            return bytes(import_module("zstandard").ZstdDecompressor().decompressobj().decompress(body))
+    except Exception:  # noqa: BLE001 - each library has its own error, and none for "not compressed at all"
+        return None
+    return body if coding == "identity" else None
+
+
+def _is_text(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

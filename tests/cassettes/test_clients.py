@@ -1,0 +1,116 @@
+"""Other clients' requests and answers as our records."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator.cassettes.clients import (
+    FAMILIES,
+    decompressed,
+    families,
+    from_reply,
+    is_passing,
+    passing,
+    to_bytes,
+    to_reply,
+    to_request,
+)
+from aggregator.errors import CassetteError, ConfigError
+
+URL = "http://127.0.0.1/v1"
+
+
+def response(body: bytes, **headers: str) -> dict[str, Any]:
+    named = {name.replace("_", "-"): [value] for name, value in headers.items()}
+    return {"status": {"code": 200, "message": "OK"}, "headers": named, "body": {"string": body}}
+
+
+@pytest.mark.parametrize(
+    ("clients", "expected"),
+    [
+        ("all", set(FAMILIES)),
+        (["httpx"], {"httpx"}),
+        ("openai", {"httpx"}),
+        (["anthropic", "requests"], {"httpx", "urllib3"}),
+        ((), set()),
+    ],
+)
+def test_names_of_libraries_stand_for_the_clients_below_them(clients: Any, expected: set[str]) -> None:
+    """`clients` takes "all", a name or a list; a library's name means the client it rides on."""
+    assert families(clients) == expected
+
+
+def test_an_unknown_client_is_named_with_the_known_ones() -> None:
+    """A wrong name is an error that lists the right ones."""
+    with pytest.raises(ConfigError, match=r"names of aiohttp, .* got 'curl'"):
+        families(["httpx", "curl"])
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (None, b""),
+        (b"raw", b"raw"),
+        (bytearray(b"raw"), b"raw"),
+        ("text ä", "text ä".encode()),
+        ({"model": "m"}, b'{"model": "m"}'),
+        ([1, 2], b"[1, 2]"),
+        (io.BytesIO(b"file"), b"file"),
+        (iter([b"a", "b"]), b"ab"),
+    ],
+)
+def test_bodies_come_as_bytes(body: Any, expected: bytes) -> None:
+    """Whatever form a client hands a body over in, the tape sees the bytes that would be sent."""
+    assert to_bytes(body, URL) == expected
+
+
+def test_a_body_that_cannot_be_told_apart_is_refused() -> None:
+    """An opaque body is an error with the address and the remedy, not a key that matches anything."""
+    with pytest.raises(CassetteError, match=r"got object - at http://127.0.0.1/v1; .* send bytes"):
+        to_bytes(object(), URL)
+
+
+def test_authenticating_values_are_known_as_secrets() -> None:
+    """Keys in headers and in the query are handed on, so that they are looked for wherever they occur."""
+    headers = {"Authorization": "Bearer canary-1", "x-api-key": b"canary-2", "Accept": "*/*"}
+    request = to_request("POST", URL + "?key=canary-3&page=2", b"", headers)
+    assert request.secrets == ("canary-1", "canary-2", "canary-3")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "identity", "", "gzip, identity"])
+def test_content_codings_are_undone(encoding: str) -> None:
+    """A reply is stored decompressed, whether the client had decoded it already or not."""
+    plain = b'{"text": "hello"}'
+    packed = {"gzip": gzip.compress(plain), "deflate": zlib.compress(plain), "gzip, identity": gzip.compress(plain)}
+    assert decompressed(packed.get(encoding, plain), encoding) == (plain, "")
+    assert decompressed(plain, encoding) == (plain, "")
+
+
+def test_a_coding_that_cannot_be_undone_stays_named() -> None:
+    """Bytes of an unknown coding are kept as they came, with their header, so that the same client can read them."""
+    assert decompressed(b"\xff\xfe\x00", "unknown") == (b"\xff\xfe\x00", "unknown")
+    reply = to_reply(response(b"\xff\xfe\x00", Content_Encoding="unknown"))
+    assert reply.headers == {"content-encoding": "unknown"}
+
+
+@given(st.binary())
+def test_bodies_survive_the_round_trip(body: bytes) -> None:
+    """What was recorded is what is played, byte for byte, with a length that is true."""
+    played = from_reply(to_reply(response(body, Content_Length="999", Transfer_Encoding="chunked", X_Id="7")))
+    assert played["body"]["string"] == body
+    assert played["headers"] == {"x-id": ["7"], "content-length": [str(len(body))]}
+
+
+def test_passing_is_for_its_block_only() -> None:
+    """Requests inside the block go through the patches; the one after does not."""
+    assert not is_passing()
+    with passing():
+        assert is_passing()
+    assert not is_passing()
