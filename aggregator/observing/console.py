@@ -1,0 +1,47 @@
+"""A logger that writes named values of each step as lines, in Trace's shape."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, TextIO
+
+_COLORS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "white": 37}
+
+
+class ConsoleLogger:
+    """Writes `[step 3] name: value` to a stream, standard output by default.
+
+    `color` paints a line in a terminal (not where it is piped, nor where NO_COLOR is set).
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
+        """Write one named value of one step; `color` is red, green, yellow, blue, magenta, cyan or white."""
+        stream = self._stream or sys.stdout
+        line = f"[step {step}] {name}: {readable(data)}"
+        stream.write(painted(line, kwargs.get("color"), stream) + "\n")
+
+
+def readable(data: Any) -> str:
+    """Write a number briefly and everything else as it is.
+
+    >>> readable(0.333333333), readable(None), readable("x")
+    ('0.3333', '-', 'x')
+    """
+    if data is None:
+        return "-"
+    return f"{data:.4g}" if isinstance(data, float) else str(data)
+
+
+def painted(text: str, color: str | None, stream: TextIO) -> str:
+    """Return the text in a color, where the stream shows colors."""
+    code = _COLORS.get(color or "")
+    return f"\x1b[{code}m{text}\x1b[0m" if code and shows_colors(stream) else text
+
+
+def shows_colors(stream: TextIO) -> bool:
+    """Whether a stream is a terminal and NO_COLOR (no-color.org) is not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,137 @@
+"""What the simulated model understands of English: words, rules and defaults written in plain text.
+
+Three forms of rule are read, nothing else:
+
+    refund, invoice -> billing
+    Tickets that mention 'refund' or 'invoice' go to billing.
+    If no rule applies, answer sales.
+
+All functions are pure; none knows an agent, a data set or an expected answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+EDGES = ".,;:!?()[]{}<>'\"`*_/\\…-"
+"""Punctuation that may cling to either end of a word."""
+
+COURTESY = ("please", "kindly", "hello", "dear", "thanks", "thank", "regards", "hi")
+"""Words that say nothing about a matter; a careless reader makes rules of them."""
+
+COMMON = frozenset(Path(__file__).with_name("common_words.txt").read_text(encoding="utf-8").split()) | set(COURTESY)
+"""Words too common to tell one matter from another."""
+
+_ARROW = re.compile(r"^\s*(?:[-*]\s+)?(?P<words>.+?)\s*(?:->|=>|→)\s*(?P<answer>.+?)\s*\.?\s*$")
+_QUOTED = r"(?:'[^']+'|\"[^\"]+\")"
+_SENTENCE = re.compile(
+    rf"(?:mention|contain|include|say)(?:s|ing)?\s+(?:the words?\s+)?"
+    rf"(?P<words>{_QUOTED}(?:\s*(?:,|or|and)\s*{_QUOTED})*)"
+    r"\s*,?\s*(?:should\s+)?(?:goe?s?|belongs?|is sent|are sent)\s+to\s+(?:the\s+)?(?P<answer>[\w-]+)",
+    re.IGNORECASE,
+)
+_DEFAULT = re.compile(
+COMMON = frozenset(Path(__file__).with_name("common_words.txt").read_text(encoding="utf-8").split()) | {*COURTESY}
+    r"\s*,?\s*(?:answer|say|reply|send it to|choose)\s*:?\s*['\"]?(?P<answer>[\w-]+)",
+    re.IGNORECASE,
+)
+
+
+class Rule(Struct, frozen=True):
+    """Any of `words` in the text asks for `answer`."""
+
+    words: tuple[str, ...]
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.words)} -> {self.answer}"
+
+
+def read_line(line: str) -> Rule | None:
+    """Read one line of the arrow form.
+
+    >>> read_line("- refund, invoice -> billing")
+    Rule(words=('refund', 'invoice'), answer='billing')
+    """
+    found = _ARROW.match(line)
+    if found is None:
+        return None
+    words = tuple(word for part in found["words"].split(",") if (word := part.strip().strip("'\"")))
+    return Rule(words, found["answer"].strip("'\"")) if words else None
+
+
+def layout(text: str) -> list[str | Rule]:
+    """Split a text into its lines, those of the arrow form as rules."""
+    return [read_line(line) or line for line in text.split("\n")]
+
+
+def read_rules(text: str) -> list[Rule]:
+    """Return the rules a text states, in either form, in the order they are stated.
+
+    >>> read_rules("Tickets that mention 'x' or 'y' go to z.")
+    [Rule(words=('x', 'y'), answer='z')]
+    """
+    rules: list[Rule] = []
+    for line in layout(text):
+        if isinstance(line, Rule):
+            rules.append(line)
+        else:
+            rules += [
+                Rule(tuple(quoted[1:-1] for quoted in re.findall(_QUOTED, found["words"])), found["answer"])
+                for found in _SENTENCE.finditer(line)
+            ]
+    return rules
+
+
+def read_default(text: str) -> str | None:
+    """Return the answer a text names for whatever no rule covers.
+
+    >>> read_default("If no rule applies, answer sales.")
+    'sales'
+    """
+    found = _DEFAULT.search(text)
+    return found["answer"] if found else None
+
+
+def mentions(text: str, phrase: str) -> bool:
+    """Whether a word or phrase stands in the text as it is written: whole words, case and punctuation included.
+
+    >>> mentions("a refund now", "refund"), mentions("a Refund, now", "refund")
+    (True, False)
+    """
+    return f" {phrase} " in f" {' '.join(text.split())} "
+
+
+def bare(word: str) -> str:
+    """Take case and clinging punctuation off a word.
+
+    >>> bare("REFUND!")
+    'refund'
+    """
+    return word.strip(EDGES).lower()
+
+
+def bare_text(text: str) -> str:
+    """Return the text's bare words, one space between them."""
+    return " ".join(filter(None, map(bare, text.split())))
+
+
+def telling_words(text: str, known: Iterable[str] = ()) -> list[str]:
+    """Return the bare words that may tell what a text is about, the most telling first: long ones, then late ones.
+
+    >>> telling_words("Hello, please refund my invoice 20!")
+    ['invoice', 'refund']
+    """
+    skip = COMMON | set(known)
+    words = [word for word in bare_text(text).split() if len(word) > 2 and not any(c.isdigit() for c in word)]
+    positions = {word: i for i, word in enumerate(words) if word not in skip}
+    return sorted(positions, key=lambda word: (-len(word), -positions[word]))
+
+
+def answers(rules: Sequence[Rule]) -> list[str]:
+    """Return the answers that rules lead to, each once, in order."""
+    return list(dict.fromkeys(rule.answer for rule in rules))

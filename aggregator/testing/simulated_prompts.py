@@ -1,0 +1,133 @@
+"""How the simulated model reads the prompts of `aggregator.training.prompts`, and lays out its replies."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from aggregator.testing.simulated_aggregator import Block
+from aggregator.testing.simulated_optimizer import Case, Parameter, Proposed, bounds
+
+Role = Literal["agent", "optimizer", "aggregator"]
+
+TERMINATE = "TERMINATE"
+
+_HEADING = re.compile(r"^#([A-Z]\w*)[ \t]*$", re.MULTILINE)
+_FACT = re.compile(r"(confidence|support|score|feedback): (.*)")
+_CUT = re.compile(r"\s*(?:…|\.\.\.|\[cut\])\s*$")
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Return a message's text; content parts are joined without a separator."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+
+
+def role_of(messages: Sequence[Mapping[str, Any]]) -> Role:
+    """Tell the role from the headings of the first user message."""
+    headings = set(sections_of(_question(messages)))
+    if "CurrentValue" in headings:
+        return "aggregator"
+    return "optimizer" if {"Parameters", "Feedback"} <= headings else "agent"
+
+
+def sections_of(text: str) -> dict[str, str]:
+    r"""Split a user message at its heading lines.
+
+    >>> sections_of("#Score\n0.5\n\n#Feedback\nToo short.")
+    {'Score': '0.5', 'Feedback': 'Too short.'}
+    """
+    _, *rest = _HEADING.split(text)
+    return {heading: body.strip() for heading, body in zip(rest[::2], rest[1::2], strict=True)}
+
+
+def case_of(messages: Sequence[Mapping[str, Any]]) -> Case:
+    """Read the example that an optimizer is asked about."""
+    sections = sections_of(_question(messages))
+    seen = shown_text(sections.get("Transcript", ""))
+    return Case(
+        parameters={name: _parameter(name, facts) for name, facts in _object(sections["Parameters"]).items()},
+        seen=_CUT.sub("", seen),
+        cut=bool(_CUT.search(seen)),
+        output=sections.get("Output", ""),
+        score=_float(sections.get("Score", "")),
+        feedback=sections["Feedback"],
+    )
+
+
+def blocks_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Block, list[Block]]:
+    """Read the current value and the suggestions that an aggregator is asked about."""
+    sections = sections_of(_question(messages))
+    suggested = [_block(body) for heading, body in sections.items() if heading.startswith("SuggestedValue")]
+    return _block(sections["CurrentValue"]), suggested
+
+
+def shown_text(transcript: str) -> str:
+    r"""Return the last user message of a transcript: what the agent's model was shown.
+
+    >>> shown_text("LLM call\n  system: Be kind.\n  user: My parcel is lost.\n  reply: sales")
+    'My parcel is lost.'
+    """
+    lines = transcript.split("\n")
+    at = max((i for i, line in enumerate(lines) if line.lstrip().startswith("user: ")), default=None)
+    if at is None:
+        return ""
+    first = lines[at].lstrip()
+    indent = len(lines[at]) - len(first)
+    if first != "user: |":
+        return first.removeprefix("user: ")
+    block = []
+    for line in lines[at + 1 :]:
+        if line.strip() and len(line) - len(line.lstrip()) <= indent:
+            break
+        block.append(line.strip())
+    return "\n".join(block)
+
+
+def reply_text(proposed: Proposed) -> str:
+    """Lay out new values with their reasons as both roles reply, TERMINATE where nothing should change."""
+    if not proposed:
+        return TERMINATE
+    reasons = {f"reasoning_{name}": why for name, (_, why) in proposed.items()}
+    return json.dumps(reasons | {"suggestion": {name: value for name, (value, _) in proposed.items()}}, indent=2)
+
+
+def _question(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first user message: what follows it repeats the question."""
+    return next((text_of(message) for message in messages if message["role"] == "user"), "")
+
+
+def _parameter(name: str, facts: Any) -> Parameter:
+    if not isinstance(facts, Mapping) or "value" not in facts:
+        return Parameter(name, facts)
+    kind = facts.get("type", "")
+    minimum, maximum = bounds(kind if isinstance(kind, str) else json.dumps(kind))
+    about = f"{facts.get('description', '')} {facts.get('constraint', '')}"
+    return Parameter(name, facts["value"], about, minimum, maximum)
+
+
+def _block(body: str) -> Block:
+    facts: dict[str, str] = {}
+    while found := _FACT.match(body):
+        facts[found[1]] = found[2]
+        body = body[found.end() :].lstrip("\n")
+    weight = _float(facts.get("confidence", "")) or 0.0
+    return Block(weight * (_float(facts.get("support", "")) or 1.0), _object(body))
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise TypeError(f"expected a JSON object in a section, got {text[:80]!r}")
+    return found
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
