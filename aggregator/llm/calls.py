@@ -1,0 +1,110 @@
+"""What one call to a model is, and what a provider has to bring: the types between the client and the codecs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from aggregator.errors import APIStatusError
+from aggregator.records import Completion, HTTPReply, HTTPRequest
+
+
+class ChatCall(Struct, frozen=True, kw_only=True):
+    """One question to a model, in OpenAI's words whatever the provider; None means "not said".
+
+    `messages` are OpenAI-shaped dicts (see `messages.normalise`). `extra` is merged into the body last, so it can
+    add or replace whatever the provider's own API knows.
+    """
+
+    model: str
+    messages: tuple[dict[str, Any], ...]
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | tuple[str, ...] | None = None
+    n: int | None = None
+    response_format: Mapping[str, Any] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    stream: bool = False
+    extra: Mapping[str, Any] = {}
+
+
+ApiKey = str | Callable[[], str]
+"""A key, or a function that returns the token of the moment (Azure and Vertex tokens expire)."""
+
+
+class Target(Struct, frozen=True, kw_only=True):
+    """Where a codec sends its calls and how they authenticate.
+
+    `auth` is the header that carries the key; under `authorization` it goes as a bearer token.
+    `options` are the small differences within one wire format (see `providers.py`).
+    """
+
+    provider: str
+    model: str
+    base_url: str
+    api_key: ApiKey | None = None
+    auth: str = "authorization"
+    headers: Mapping[str, str] = {}
+    options: Mapping[str, Any] = {}
+
+
+class StreamReader(Protocol):
+    """Reads one streamed answer, bytes in as they come; keeps state, does no I/O."""
+
+    def feed(self, data: bytes) -> list[str]:
+        """Take the next bytes, cut anywhere; return the text deltas they complete. Raises LLMError for an error inside the stream."""
+        ...
+
+    def finish(self, reply: HTTPReply) -> Completion:
+        """Return the whole answer once the body ended; raises LLMError where it was cut short.
+
+        A server that ignores `stream` answers in one piece: then no delta came, and the text stands here only.
+        """
+        ...
+
+
+class Codec(Protocol):
+    """One provider's wire format, bound to one target: pure functions between our records and bytes."""
+
+    def encode(self, call: ChatCall) -> HTTPRequest:
+        """Return the request; the same call gives the same bytes. Raises ConfigError for what this API cannot say."""
+        ...
+
+    def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
+        """Read a reply of status < 400; raises LLMError.
+
+        ResponseError and its kinds for an answer that is none; an error inside a 200 gets the class that its own
+        code names (RateLimitError for `{"error": {"code": 429, ...}}`), ResponseError where it names none.
+        """
+        ...
+
+    def error(self, reply: HTTPReply) -> APIStatusError:
+        """Return the error that a reply of status >= 300 stands for."""
+        ...
+
+    def stream(self, call: ChatCall) -> StreamReader:
+        """Return a reader for the answer to a call with `stream=True`."""
+        ...
+
+
+class Provider(Struct, frozen=True, kw_only=True):
+    """One provider as a value. An entry point of the group `aggregator.providers` names one of these.
+
+    `keys` maps each environment variable that may hold a key, first set wins, to the header that carries it.
+    `base_urls` are the variables that may hold another address. `settle` finishes the target from the environment.
+    """
+
+    name: str
+    codec: Callable[[Target], Codec]
+    base_url: str | None = None
+    keys: Mapping[str, str] = {}
+    base_urls: tuple[str, ...] = ()
+    needs_key: bool = True
+    aliases: tuple[str, ...] = ()
+    options: Mapping[str, Any] = {}
+    settle: Callable[[Target, Mapping[str, str]], Target] | None = None

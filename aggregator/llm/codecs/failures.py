@@ -1,0 +1,292 @@
+"""Error answers of every provider: which class, which words, how long to wait.
+
+Twenty-two shapes were seen in recordings; they are read by looking for the few names under which a message can stand,
+at any depth, rather than by one case per provider.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any
+
+from msgspec import Struct
+
+from aggregator.errors import (
+    APIStatusError,
+    AuthenticationError,
+    BadRequestError,
+    ContextLengthError,
+    DecodeError,
+    LLMError,
+    NotFoundError,
+    PermissionDeniedError,
+    QuotaError,
+    RateLimitError,
+    ResponseError,
+    ServerError,
+)
+from aggregator.llm.codecs.lenient import parse
+from aggregator.records import HTTPReply
+
+_MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors", "error_message", "error_description", "title", "reason")
+_REQUEST_ID_HEADERS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-amzn-requestid")
+_MAX_MESSAGE = 2000
+
+_BY_STATUS: dict[int, type[APIStatusError]] = {
+    401: AuthenticationError,
+    402: QuotaError,  # "insufficient balance": DeepSeek, OpenRouter
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    408: ServerError,
+    409: ServerError,
+    425: ServerError,
+    429: RateLimitError,
+}
+_QUOTA_WORDS = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "billing_error"}
+_CONTEXT_WORDS = {"context_length_exceeded", "exceed_context_size_error", "context_window_exceeded"}
+_CONTEXT_TEXT = re.compile(
+    r"maximum context length|context (?:length|window|size|limit)\b.*\bexceed|exceed\w*\b.*\bcontext (?:length|window|size|limit)"
+    r"|prompt is too long|input (?:is )?too long|reduce the length of the (?:messages|prompt)"
+    r"|(?:input|prompt) token count.*exceed|too large for model with \d+ maximum",
+    re.IGNORECASE | re.DOTALL,
+)
+_STATUS_OF_WORD = {  # for an error inside a 200, where no status line tells
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "unauthenticated": 401,
+    "permission_error": 403,
+    "permission_denied": 403,
+    "not_found_error": 404,
+    "not_found": 404,
+    "model_not_found": 404,
+    "invalid_request_error": 400,
+    "invalid_argument": 400,
+    "context_length_exceeded": 400,
+    "exceed_context_size_error": 400,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "resource_exhausted": 429,
+    "insufficient_quota": 429,
+    "request_too_large": 413,
+    "api_error": 500,
+    "server_error": 500,
+    "internal_server_error": 500,
+    "internal": 500,
+    "unavailable": 503,
+    "service_unavailable": 503,
+    "deadline_exceeded": 504,
+    "overloaded_error": 529,
+}
+
+
+class Fault(Struct, frozen=True, kw_only=True):
+    """What an error body says: `words` are its codes and types, the most telling first; `status` its own number."""
+
+    message: str = ""
+    words: tuple[str, ...] = ()
+    status: int | None = None
+    request_id: str | None = None
+    retry_delay: float | None = None
+
+
+def status_error(reply: HTTPReply, provider: str, secrets: tuple[str, ...] = ()) -> APIStatusError:
+    """The error that a reply of status >= 300 stands for; `secrets` never stand in its message."""
+    fault = read_fault(reply.body)
+    message = fault.message or reply.reason or _phrase(reply.status)
+    if 300 <= reply.status < 400:
+        message = f"redirected to {reply.headers.get('location', 'nowhere')!r}; give that address as base_url"
+    kind = classify(reply.status, fault)
+    return _build(kind, reply, fault, provider, secrets, reply.status, message)
+
+
+def fault_inside(data: Any, reply: HTTPReply, provider: str, secrets: tuple[str, ...] = ()) -> LLMError:
+    """The error that stands inside an answer whose status was fine; ResponseError where it names no known kind."""
+    fault = fault_of({"error": data})
+    status = fault.status or next((_STATUS_OF_WORD[w] for w in map(str.lower, fault.words) if w in _STATUS_OF_WORD), None)
+    kind = classify(status, fault) if status else ResponseError
+    return _build(kind, reply, fault, provider, secrets, status or reply.status, fault.message or "an error without words")
+
+
+def _build(
+    kind: type[Any], reply: HTTPReply, fault: Fault, provider: str, secrets: tuple[str, ...], status: int, message: str
+) -> Any:
+    code = fault.words[0] if fault.words else None
+    for secret in filter(None, secrets):
+        message = message.replace(secret, "***")
+    return kind(
+        f"{provider} answered {status}{f' ({code})' if code else ''}: {message[:_MAX_MESSAGE]}",
+        status=status,
+        code=code,
+        request_id=request_id(reply.headers) or fault.request_id,
+        retry_after=retry_after(reply.headers) or fault.retry_delay,
+    )
+
+
+def classify(status: int, fault: Fault) -> type[APIStatusError]:
+    """The class of an error, by its status first and by the provider's words where they say more.
+
+    >>> classify(429, Fault(words=("insufficient_quota",))).__name__
+    'QuotaError'
+    """
+    if status in (400, 413, 422) and _is_context_overflow(fault):
+        return ContextLengthError
+    if status == 429 and _QUOTA_WORDS.intersection(map(str.lower, fault.words)):
+        return QuotaError
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if status >= 500:
+        return ServerError
+    return BadRequestError if status >= 400 else APIStatusError
+
+
+def _is_context_overflow(fault: Fault) -> bool:
+    words = {word.lower() for word in fault.words}
+    if words & _CONTEXT_WORDS:
+        return True
+    return "rate_limit_exceeded" not in words and _CONTEXT_TEXT.search(fault.message) is not None
+
+
+def read_fault(body: bytes) -> Fault:
+    """Read an error body of any shape: JSON, server-sent events, HTML, text or nothing.
+
+    >>> read_fault(b'{"detail": "Unauthorized"}').message
+    'Unauthorized'
+    """
+    text = body.strip()
+    if text.startswith((b"data:", b"event:")):
+        lines = [line[5:] for line in text.splitlines() if line.startswith(b"data:")]
+        text = lines[0].strip() if lines else b""
+    if not text:
+        return Fault()
+    try:
+        return fault_of(parse(text))
+    except DecodeError:
+        return Fault(message=_plain(text.decode("utf-8", errors="replace")))
+
+
+def fault_of(data: Any) -> Fault:
+    """Read a parsed error body."""
+    if isinstance(data, list) and data:  # Gemini without alt=sse wraps its error in an array
+        data = data[0]
+    message = _message(data)
+    if not isinstance(data, dict):
+        return Fault(message=message)
+    inner = data.get("error")
+    nodes = [node for node in (inner, data) if isinstance(node, dict)]
+    numbers = [node.get(key) for node in nodes for key in ("code", "status", "raw_status_code")]
+    return Fault(
+        message=_with_upstream(message, nodes[0]),
+        words=_words(nodes),
+        status=next((n for n in map(_as_status, numbers) if n), None),
+        request_id=_text(data.get("request_id")),
+        retry_delay=_retry_delay(nodes[0].get("details")),
+    )
+
+
+def _message(node: Any) -> str:
+    """The words under whichever name they stand; a list (FastAPI's 422) gives each of its entries."""
+    if isinstance(node, str):
+        return node.strip()
+    if isinstance(node, list):
+        return "; ".join(filter(None, (_message(item) for item in node[:5])))
+    if not isinstance(node, dict):
+        return ""
+    found = next(filter(None, (_message(node.get(key)) for key in _MESSAGE_KEYS)), "")
+    where = node.get("loc")
+    return f"{found} at {'.'.join(map(str, where))}" if found and isinstance(where, list) else found
+
+
+def _with_upstream(message: str, node: dict[str, Any]) -> str:
+    """Add what OpenRouter's upstream said, where the message alone is "Provider returned error"."""
+    metadata = node.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    if isinstance(raw, str) and raw.strip():
+        upstream = read_fault(raw.encode()).message
+        return f"{message}: {upstream}" if upstream and upstream not in message else message
+    return message
+
+
+def _words(nodes: list[dict[str, Any]]) -> tuple[str, ...]:
+    found = [node.get(key) for node in nodes for key in ("code", "status", "type")]
+    words = [word for word in found if isinstance(word, str) and word and word != "error"]
+    numeric = [word for word in words if word.isdigit()]  # "3051", "429": a name says more where there is one
+    return tuple(dict.fromkeys([word for word in words if not word.isdigit()] + numeric))
+
+
+def _as_status(value: Any) -> int | None:
+    number = int(value) if isinstance(value, str) and value.isdigit() and len(value) == 3 else value
+    return number if isinstance(number, int) and 400 <= number < 600 else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _plain(text: str) -> str:
+    """A page's title, or the text without its tags."""
+    title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+    text = title.group(1) if title else re.sub(r"<[^>]*>", " ", text)
+    return " ".join(text.split())[:500]
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "no explanation"
+
+
+def request_id(headers: Mapping[str, str]) -> str | None:
+    """What the provider's support asks for."""
+    for name in _REQUEST_ID_HEADERS:
+        if name in headers:
+            return headers[name]
+    return None
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero counts as not said.
+
+    >>> retry_after({"retry-after-ms": "0", "retry-after": "1"})
+    1.0
+    """
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        try:
+            seconds = float(value) * unit
+        except ValueError:
+            seconds = _until(value, headers.get("date", "")) if value else 0.0
+        if 0.0 < seconds < float("inf"):
+            return seconds
+    return None
+
+
+def _until(date: str, now: str) -> float:
+    """Seconds until an HTTP date, by the server's own clock where it gives one."""
+    try:
+        then = parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return 0.0
+    try:
+        return then - parsedate_to_datetime(now).timestamp()
+    except ValueError:
+        return then - time.time()
+
+
+def _retry_delay(details: Any) -> float | None:
+    """Gemini's RetryInfo: `details: [{"retryDelay": "48s"}]`."""
+    for detail in details if isinstance(details, list) else ():
+        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)s", delay) if isinstance(delay, str) else None
+        if found and float(found.group(1)) > 0:
+            return float(found.group(1))
+    return None
+
+
+def should_retry(headers: Mapping[str, str]) -> bool | None:
+    """What `x-should-retry` says, None where it says nothing."""
+    return {"true": True, "false": False}.get(headers.get("x-should-retry", "").strip().lower())

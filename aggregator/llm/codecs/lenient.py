@@ -1,0 +1,92 @@
+"""Typed decoding that bends: what fits is read, what does not fit is dropped, only what is no JSON object fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from aggregator.errors import DecodeError
+
+T = TypeVar("T")
+
+_MAX_REPAIRS = 32
+_PATH = re.compile(r"at `\$(.*)`$")
+_STEP = re.compile(r"\.([^.\[]+)|(\[[^\]]*\])")
+
+
+def read(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode a JSON object into the decoder's struct; raises DecodeError for anything else.
+
+    The fast path is msgspec's. Only a body that it refuses (a field of another type, NaN, a lone surrogate, a byte
+    order mark) takes the slow one.
+    """
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return fit(parse(body), decoder.type)
+
+
+def parse(body: bytes) -> Any:
+    """Parse JSON as forgivingly as the standard library can; raises DecodeError.
+
+    >>> parse(b'\\xef\\xbb\\xbf {"a": NaN}')
+    {'a': nan}
+    """
+    text = body.decode("utf-8-sig", errors="replace")
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        raise DecodeError(f"Expected a JSON body, got {excerpt(text)}") from None
+
+
+def fit(data: Any, kind: type[T]) -> T:
+    """Convert parsed JSON to a struct, dropping the fields that do not fit; raises DecodeError.
+
+    >>> class Answer(msgspec.Struct):
+    ...     id: str | None = None
+    ...     total: int | None = None
+    >>> fit({"id": 7, "total": "12"}, Answer)
+    Answer(id=None, total=12)
+    """
+    for _ in range(_MAX_REPAIRS):
+        try:
+            return msgspec.convert(data, kind, strict=False)
+        except msgspec.ValidationError as error:
+            found = _PATH.search(str(error))
+            steps = [name or index for name, index in _STEP.findall(found.group(1))] if found else []
+            if not steps or not isinstance(data, dict):
+                break
+            _drop(data, steps)
+    raise DecodeError(f"Expected a JSON object, got {excerpt(json.dumps(data, default=str))}")
+
+
+def _drop(node: Any, steps: list[str]) -> None:
+    """Remove what stands at a path; `[...]` is every element, since msgspec does not say which."""
+    head, *rest = steps
+    if head.startswith("["):
+        if not isinstance(node, list):
+            return
+        if not rest:
+            node[:] = [item for item in node if isinstance(item, dict)]
+        for item in node if rest else ():
+            _drop(item, rest)
+    elif isinstance(node, dict):
+        if rest:
+            _drop(node.get(head), rest)
+        else:
+            node.pop(head, None)
+
+
+def excerpt(text: str, limit: int = 200) -> str:
+    """The start of a text as it can stand in an error message.
+
+    >>> excerpt("")
+    'nothing'
+    """
+    text = text.strip()
+    if not text:
+        return "nothing"
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}… ({len(text)} characters)"
