@@ -246,6 +246,8 @@ class Evaluation(Struct, frozen=True, kw_only=True):
     step: int
     score: float | None
     scores: tuple[float | None, ...]
+    failures: tuple[Failure, ...] = ()
+    usage: Mapping[str, Usage] = {}
 
 
 class TrainingResult(Struct, frozen=True, kw_only=True):

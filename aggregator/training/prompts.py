@@ -1,7 +1,7 @@
 """The words of the two prompts, and how values are laid out in them.
 
 A user message is a sequence of sections: a heading line that starts with `#`, then text. Whoever plays a model in a test
-reads these sections: `#Parameters`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#Refused` for a proposal;
+reads these sections: `#Parameters`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#History` for a proposal;
 `#CurrentValue` and `#SuggestedValue_1`, `#SuggestedValue_2`, ... for an aggregation. Both replies have one form: JSON with
 `reasoning_<component>` and `suggestion`, or TERMINATE as the whole reply.
 """
@@ -63,6 +63,9 @@ Answer the same question again, with one complete JSON object in the form asked 
 FEEDBACK_DIGEST = 200
 """How many characters of a proposal's feedback the aggregation prompt shows."""
 
+UPDATE_DIGEST = 300
+"""How many characters of an earlier update the proposal prompt shows."""
+
 
 def proposal_messages(
     components: Mapping[str, Mapping[str, Any]],
@@ -72,12 +75,13 @@ def proposal_messages(
     score: float | None,
     feedback: str,
     objective: str = DEFAULT_OBJECTIVE,
-    refused: Sequence[StepReport] = (),
+    history: Sequence[StepReport] = (),
     system_prompt: str = PROPOSER_SYSTEM_PROMPT,
 ) -> list[dict[str, str]]:
     """Return the messages that ask for one instance's proposal.
 
-    `components` maps each parameter's name to its value, type, description and constraint.
+    `components` maps each parameter's name to its value, type, description and constraint; `history` holds the updates
+    that were tried before, accepted or refused.
     """
     sections = [
         ("Objective", objective),
@@ -87,8 +91,8 @@ def proposal_messages(
         ("Score", "unknown" if score is None else number(score)),
         ("Feedback", feedback),
     ]
-    if refused:
-        sections.append(("Refused", "\n".join(_refusal(report) for report in refused)))
+    if history:
+        sections.append(("History", "\n".join(_verdict(report) for report in history)))
     return _messages(system_prompt, sections)
 
 
@@ -150,14 +154,15 @@ def _suggestion(proposal: Proposal, confidence: float) -> str:
     return "\n".join([*lines, pretty(proposal.values)])
 
 
-def _digest(feedback: str) -> str:
-    line = " ".join(feedback.split())
-    return line if len(line) <= FEEDBACK_DIGEST else line[: FEEDBACK_DIGEST - 3] + "..."
+def _digest(text: str, limit: int = FEEDBACK_DIGEST) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _refusal(report: StepReport) -> str:
-    update = msgspec.json.encode(report.update, enc_hook=str).decode()
-    return f"step {report.step}: {update} was refused: {report.decision.reason}"
+def _verdict(report: StepReport) -> str:
+    update = _digest(msgspec.json.encode(report.update, enc_hook=str).decode(), UPDATE_DIGEST)
+    verdict = "accepted" if report.decision.accepted else f"refused ({report.decision.reason})"
+    return f"step {report.step}, {verdict}: {update}"
 
 
 def _messages(system_prompt: str, sections: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

@@ -1,0 +1,117 @@
+"""Data sets become samples, samples become minibatches; the order is a pure function of (seed, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from random import Random
+from typing import Any
+
+from aggregator.errors import ConfigError
+from aggregator.records import Sample
+
+Dataset = Mapping[str, Sequence[Any]] | Sequence[tuple[Any, Any]]
+"""`{"inputs": [...], "infos": [...]}`, or a sequence of (x, info)."""
+
+_FORMS = "expected dict(inputs=[...], infos=[...]) or a sequence of (x, info)"
+
+
+def samples(dataset: Dataset, *, name: str = "train_dataset") -> tuple[Sample, ...]:
+    """Read a data set; a sample's id is its position.
+
+    Raises ConfigError where it is empty, of unequal lengths or of another form.
+
+    >>> samples({"inputs": ["a"], "infos": [1]})
+    (Sample(id=0, x='a', info=1),)
+    """
+    pairs = _from_columns(dataset, name) if isinstance(dataset, Mapping) else _from_pairs(dataset, name)
+    if not pairs:
+        raise ConfigError(f"{name} is empty; expected at least one (x, info)")
+    return tuple(Sample(i, x, info) for i, (x, info) in enumerate(pairs))
+
+
+def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple[Any, Any]]:
+    if "inputs" not in dataset:
+        raise ConfigError(f"{_FORMS}, got a mapping with the keys {sorted(map(str, dataset))} for {name}")
+    inputs = list(dataset["inputs"])
+    infos = list(dataset.get("infos", [None] * len(inputs)))
+    if len(inputs) != len(infos):
+        raise ConfigError(
+            f"{name} has {len(inputs)} inputs and {len(infos)} infos; expected as many of one as of the other"
+        )
+    return list(zip(inputs, infos, strict=True))
+
+
+def _from_pairs(dataset: Sequence[tuple[Any, Any]], name: str) -> list[tuple[Any, Any]]:
+    if isinstance(dataset, str | bytes) or not hasattr(dataset, "__iter__"):
+        raise ConfigError(f"{_FORMS}, got {type(dataset).__name__} for {name}")
+    pairs = list(dataset)
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ConfigError(f"{_FORMS}, got {type(pair).__name__} at {name}[{i}]")
+    return [(x, info) for x, info in pairs]
+
+
+def minibatches(
+    size: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool = True, replacement: bool = False
+) -> list[tuple[int, ...]]:
+    """Return the positions of each minibatch of one epoch; the last may be smaller.
+
+    The same arguments give the same batches everywhere: no global random generator, no state.
+
+    >>> minibatches(5, 2, seed=0, epoch=0, shuffle=False)
+    [(0, 1), (2, 3), (4,)]
+    """
+    check_positive("batch_size", batch_size)
+    random = Random(f"{seed}/{epoch}")  # noqa: S311 - an order, not a secret
+    order = list(range(size))
+    if replacement:
+        order = random.choices(order, k=size)
+    elif shuffle:
+        random.shuffle(order)
+    return [tuple(order[i : i + batch_size]) for i in range(0, size, batch_size)]
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ConfigError unless value is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"expected {name} to be an int of at least 1, got {value!r}")
+
+
+class DataLoader:
+    """Iterates over a data set in minibatches of (inputs, infos), one epoch per iteration.
+
+    Each pass draws the next epoch's order from (seed, epoch); `shuffle=False` keeps the order of the data.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int = 1,
+        replacement: bool = False,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        check_positive("batch_size", batch_size)
+        self.samples = samples(dataset, name="dataset")
+        self.batch_size = batch_size
+        self.replacement = replacement
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[list[Any], list[Any]]]:
+        batches = minibatches(
+            len(self.samples),
+            self.batch_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            shuffle=self.shuffle,
+            replacement=self.replacement,
+        )
+        self.epoch += 1
+        for batch in batches:
+            chosen = [self.samples[i] for i in batch]
+            yield [sample.x for sample in chosen], [sample.info for sample in chosen]

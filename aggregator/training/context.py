@@ -1,0 +1,60 @@
+"""What the present step knows, for the rules, gates and overridden methods that run inside it.
+
+The seed's signatures (`forward(agent, x, guide, info)`, `update(outputs)`) carry neither stepsize nor sample; this
+context does, per task, so that nothing is parked on the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from msgspec import Struct
+
+from aggregator.protocols import Gate
+from aggregator.records import Sample, StepReport, Values
+from aggregator.training.executors import AsyncExecutor
+
+Evaluate = Callable[[Values, Sequence[Sample], str], Awaitable[list[float | None]]]
+"""Score samples under given values, without touching the agent; the word names the place in the lineage."""
+
+
+async def _no_evaluation(values: Values, samples: Sequence[Sample], place: str) -> list[float | None]:
+    return [None for _ in samples]
+
+
+class StepContext(Struct, frozen=True, kw_only=True):
+    """One step as its parts see it."""
+
+    stepsize: float = 0.5
+    epoch: int = 0
+    step: int = 0
+    samples: Sequence[Sample] = ()
+    parameters: Sequence[Any] = ()
+    history: Sequence[StepReport] = ()
+    scores: Sequence[float | None] = ()
+    min_score: float | None = None
+    evaluate: Evaluate = _no_evaluation
+    sample: Sample | None = None
+    executor: AsyncExecutor | None = None
+    gate: Gate | None = None
+
+
+_step: ContextVar[StepContext] = ContextVar("aggregator_step", default=StepContext())  # noqa: B039 - frozen
+
+
+def current_step() -> StepContext:
+    """Return the step that this task works for; the seed's defaults outside of any."""
+    return _step.get()
+
+
+@contextmanager
+def step_context(context: StepContext) -> Iterator[StepContext]:
+    """Make a step the current one."""
+    token = _step.set(context)
+    try:
+        yield context
+    finally:
+        _step.reset(token)

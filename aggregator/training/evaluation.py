@@ -1,0 +1,92 @@
+"""Scores of a data set under given parameter values, without touching the agent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from aggregator import portal
+from aggregator.agents.parameters import overriding
+from aggregator.cassettes.lineage import lineage
+from aggregator.records import Failure, Rollout, Sample, Values
+from aggregator.training.batches import Dataset, check_positive, samples
+from aggregator.training.executors import AsyncExecutor
+from aggregator.training.rollouts import rollout
+
+
+async def rollouts(
+    agent: Any, guide: Any, batch: Sequence[Sample], *, executor: AsyncExecutor, min_score: float | None = None
+) -> list[Rollout]:
+    """Run every sample and return the rollouts in sample order."""
+
+    async def one(sample: Sample) -> Rollout:
+        with lineage(f"sample={sample.id}"):
+            return await rollout(agent, guide, sample, executor=executor, min_score=min_score)
+
+    return await executor.map(one, batch)
+
+
+async def score_values(
+    agent: Any,
+    guide: Any,
+    parameters: Sequence[Any],
+    values: Values,
+    batch: Sequence[Sample],
+    *,
+    executor: AsyncExecutor,
+    min_score: float | None = None,
+) -> list[Rollout]:
+    """Run every sample under `values`, laid over the parameters for this context only."""
+    with overriding(parameters, values):
+        return await rollouts(agent, guide, batch, executor=executor, min_score=min_score)
+
+
+def mean(scores: Sequence[float | None]) -> float | None:
+    """Return the mean of the scores that are known, None where none is.
+
+    >>> mean([1.0, None, 0.0])
+    0.5
+    """
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
+
+
+def failures_of(runs: Sequence[Rollout]) -> tuple[Failure, ...]:
+    """Return what went wrong in a series of rollouts, in their order."""
+    return tuple(run.failure for run in runs if run.failure is not None)
+
+
+async def aevaluate(
+    agent: Any,
+    guide: Any,
+    inputs: Sequence[Any] | Dataset,
+    infos: Sequence[Any] | None = None,
+    *,
+    min_score: float | None = None,
+    max_concurrency: int = 64,
+) -> list[float | None]:
+    """Return one score per instance; None where a call was lost or the guide failed, which is not 0.
+
+    `inputs` and `infos` are two sequences as in Trace, or `inputs` is a whole data set. An instance on which the agent
+    itself fails scores `min_score`.
+    """
+    dataset = inputs if infos is None else {"inputs": inputs, "infos": infos}
+    check_positive("max_concurrency", max_concurrency)
+    async with AsyncExecutor(max_concurrency) as executor:
+        with lineage("evaluate"):
+            batch = samples(dataset, name="dataset")
+            runs = await rollouts(agent, guide, batch, executor=executor, min_score=min_score)
+    return [run.score for run in runs]
+
+
+def evaluate(
+    agent: Any,
+    guide: Any,
+    inputs: Sequence[Any] | Dataset,
+    infos: Sequence[Any] | None = None,
+    *,
+    min_score: float | None = None,
+    max_concurrency: int = 64,
+) -> list[float | None]:
+    """Return one score per instance: the synchronous face of `aevaluate`."""
+    return portal.call(aevaluate, agent, guide, inputs, infos, min_score=min_score, max_concurrency=max_concurrency)

@@ -1,0 +1,303 @@
+"""One run from its first evaluation to its last step: order, lineage, checkpoints, and what ends it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+from msgspec.structs import replace
+
+from aggregator.agents.parameters import read, write
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.recorder import cassette
+from aggregator.cassettes.tape import current_tape
+from aggregator.errors import AggregatorError, BudgetExceededError, LLMError, TrainingError
+from aggregator.llm.ledger import collecting
+from aggregator.observing.console import ConsoleLogger
+from aggregator.observing.events import emit_step
+from aggregator.observing.progress import ProgressBar
+from aggregator.protocols import Gate, Logger
+from aggregator.records import Decision, Evaluation, Failure, Proposal, Sample, StepReport, TrainingResult, Values
+from aggregator.training import checkpoints
+from aggregator.training.context import StepContext, step_context
+from aggregator.training.evaluation import failures_of, mean, score_values
+from aggregator.training.executors import AsyncExecutor
+from aggregator.training.failures import ends_run, failure
+from aggregator.training.plan import Plan, Turn, fingerprint
+
+Observer = Callable[[StepReport], None]
+"""Takes the report of each finished step."""
+
+
+class Trainer(Protocol):
+    """What the loop asks of a trainer."""
+
+    agent: Any
+    logger: Logger | None
+    observers: Sequence[Observer] | None
+
+    def parameters(self) -> list[Any]:
+        """Return the parameters that training may change."""
+        ...
+
+    async def call_forward(self, sample: Sample, plan: Plan) -> Any:
+        """Return what one instance proposes."""
+        ...
+
+    async def call_update(self, outputs: Sequence[Any], plan: Plan) -> Any:
+        """Apply what a minibatch proposes."""
+        ...
+
+
+async def run(trainer: Trainer, plan: Plan, gate: Gate) -> TrainingResult:
+    """Train by the plan; every way out leaves the partial result on disk or on the error."""
+    parameters = trainer.parameters()
+    initial = read(parameters)
+    marks = fingerprint(plan, trainer.agent, initial)
+    state = _resumed(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
+    write(parameters, state.values)
+    async with AsyncExecutor(plan.max_concurrency) as executor:
+        course = _Course(trainer, plan, gate, executor, parameters, marks, state)
+        try:
+            with _journal(plan), lineage("train"):
+                await course.follow()
+        except (BudgetExceededError, TrainingError) as error:
+            error.result = course.result()
+            raise
+        except LLMError as error:
+            steps = course.state.steps
+            raise TrainingError(
+                f"the run ended after {steps} steps: {type(error).__name__}: {error}", course.result()
+            ) from error
+        finally:
+            course.leave()
+    return course.result()
+
+
+def _resumed(plan: Plan, marks: Any) -> checkpoints.RunState | None:
+    if plan.run_dir is None or not plan.resume:
+        return None
+    return checkpoints.load(plan.run_dir, marks)
+
+
+def _journal(plan: Plan) -> AbstractContextManager[Any]:
+    """The run's own journal, unless the caller has a cassette open: what was paid for is on disk before it is used."""
+    if plan.run_dir is None or current_tape() is not None:
+        return nullcontext()
+    return cassette(plan.run_dir / checkpoints.JOURNAL, mode="new_episodes", layout="journal")
+
+
+class _Course:
+    """A run under way; `state` is all that changes."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        plan: Plan,
+        gate: Gate,
+        executor: AsyncExecutor,
+        parameters: Sequence[Any],
+        marks: Any,
+        state: checkpoints.RunState,
+    ) -> None:
+        self.trainer = trainer
+        self.plan = plan
+        self.gate = gate
+        self.executor = executor
+        self.parameters = parameters
+        self.marks = marks
+        self.state = state
+
+    async def follow(self) -> None:
+        """Take every turn that is still due."""
+        turns = self.plan.schedule()
+        if self.state.steps == 0 and not self.state.evaluations:
+            await self._evaluate(0, len(turns))
+        with _observers(self.trainer, self.plan, len(turns)) as observers:
+            for turn in turns[self.state.steps :]:
+                report = await self.step(turn)
+                test_score = await self._evaluate(turn.step + 1, len(turns))
+                report = replace(report, test_score=test_score)
+                self._finish(report)
+                for observe in observers:
+                    observe(report)
+
+    def _finish(self, report: StepReport) -> None:
+        """Make a step part of the state, in memory and on disk."""
+        self.state = replace(
+            self.state, values=read(self.parameters), steps=report.step + 1, history=(*self.state.history, report)
+        )
+        if self.plan.run_dir is not None:
+            checkpoints.save(self.plan.run_dir, self.state, self.marks)
+        frequency = self.plan.save_frequency
+        if frequency and self.state.steps % frequency == 0:
+            self.trainer.agent.save(self.plan.save_path)
+
+    async def step(self, turn: Turn) -> StepReport:
+        """Take one turn: proposals for every sample, then the update."""
+        context = self._context(turn)
+        with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger, step_context(context):
+            outputs = await self._propose(turn, context)
+            scores = tuple(getattr(output, "score", None) for output in outputs)
+            failures = [record for output in outputs for record in getattr(output, "failures", ())]
+            self._check_failures(turn, failures)
+            before = read(self.parameters)
+            with step_context(replace(context, scores=scores)):
+                update = await self.trainer.call_update(outputs, self.plan)
+            after = read(self.parameters)
+        return _report(turn, outputs, scores, failures, update, changed(before, after), ledger.totals())
+
+    def _context(self, turn: Turn) -> StepContext:
+        async def evaluate(values: Values, samples: Sequence[Sample], place: str) -> list[float | None]:
+            with lineage(place):
+                runs = await self._score(values, samples)
+            return [run.score for run in runs]
+
+        return StepContext(
+            stepsize=turn.stepsize,
+            epoch=turn.epoch,
+            step=turn.step,
+            samples=turn.samples,
+            parameters=self.parameters,
+            history=self.state.history,
+            min_score=self.plan.min_score,
+            evaluate=evaluate,
+            executor=self.executor,
+            gate=self.gate,
+        )
+
+    async def _score(self, values: Values, samples: Sequence[Sample]) -> Any:
+        return await score_values(
+            self.trainer.agent,
+            self.plan.guide,
+            self.parameters,
+            values,
+            samples,
+            executor=self.executor,
+            min_score=self.plan.min_score,
+        )
+
+    async def _propose(self, turn: Turn, context: StepContext) -> list[Any]:
+        """Return what `forward` gave for each sample; the first error that ends the run is raised when all are done."""
+        ended: dict[int, AggregatorError] = {}
+
+        async def one(place: tuple[int, Sample]) -> Any:
+            position, sample = place
+            if ended:
+                return None
+            try:
+                with lineage(f"sample={sample.id}"), step_context(replace(context, sample=sample)):
+                    output = await self.trainer.call_forward(sample, self.plan)
+            except AggregatorError as error:
+                if ends_run(error):
+                    ended[position] = error
+                    return None
+                return _lost(error, sample)
+            return replace(output, sample_ids=(sample.id,)) if isinstance(output, Proposal) else output
+
+        outputs = await self.executor.map(one, list(enumerate(turn.samples)))
+        if ended:
+            raise ended[min(ended)]
+        return outputs
+
+    def _check_failures(self, turn: Turn, failures: Sequence[Failure]) -> None:
+        lost = [record for record in failures if record.infrastructure]
+        samples = {record.sample_id for record in lost}
+        if lost and len(samples) / len(turn.samples) > self.plan.max_failure_ratio:
+            raise TrainingError(
+                f"{len(samples)} of {len(turn.samples)} instances of step {turn.step} were lost, more than "
+                f"max_failure_ratio={self.plan.max_failure_ratio:g} allows; the first: {lost[0].error}: {lost[0].message}"
+            )
+
+    async def _evaluate(self, steps: int, total: int) -> float | None:
+        """Score the test set where it is due, and keep the best values seen."""
+        if not self.plan.evaluates_at(steps, total):
+            return None
+        values = read(self.parameters)
+        with lineage("evaluate", f"step={steps}"), collecting() as ledger:
+            runs = await self._score(values, self.plan.test)
+        scores = tuple(run.score for run in runs)
+        evaluation = Evaluation(
+            step=steps, score=mean(scores), scores=scores, failures=failures_of(runs), usage=ledger.totals()
+        )
+        self.state = replace(self.state, evaluations=(*self.state.evaluations, evaluation))
+        score, best = evaluation.score, self.state.best_score
+        if score is not None and (best is None or score > best):
+            self.state = replace(self.state, best=values, best_score=score)
+        return score
+
+    def result(self) -> TrainingResult:
+        """Return what the run has reached by now."""
+        return checkpoints.result_of(self.state, read(self.parameters))
+
+    def leave(self) -> None:
+        """Write the result, whole or partial."""
+        if self.plan.run_dir is not None:
+            checkpoints.save_result(self.result(), self.plan.run_dir / checkpoints.RESULT)
+
+
+@contextmanager
+def _observers(trainer: Trainer, plan: Plan, steps: int) -> Iterator[list[Observer]]:
+    """Whoever watches the steps: the events, the logger, and a progress bar where a terminal shows it."""
+    observers: list[Observer] = [emit_step]
+    logger = trainer.logger or (ConsoleLogger() if plan.verbose else None)
+    if logger is not None and plan.log_frequency:
+        observers.append(partial(_log, logger, plan.log_frequency))
+    if trainer.observers is not None:
+        yield [*observers, *trainer.observers]
+    elif sys.stderr is not None and sys.stderr.isatty():
+        with ProgressBar(steps) as bar:
+            yield [*observers, bar]
+    else:
+        yield observers
+
+
+def _log(logger: Logger, frequency: int, report: StepReport) -> None:
+    if (report.step + 1) % frequency:
+        return
+    logger.log("Average train score", report.score, report.step, color="green")
+    if report.test_score is not None:
+        logger.log("Average test score", report.test_score, report.step, color="green")
+    for name, value in report.update.items() if report.decision.accepted else ():
+        logger.log(f"Parameter: {name}", value, report.step, color="red")
+
+
+def changed(before: Values, after: Values) -> Values:
+    """Return what differs, under its new value."""
+    return {name: value for name, value in after.items() if value != before[name]}
+
+
+def _lost(error: AggregatorError, sample: Sample) -> Proposal:
+    record = failure("proposal", error, sample_id=sample.id)
+    return Proposal(error=f"{record.error}: {record.message}", failures=(record,), sample_ids=(sample.id,))
+
+
+def _report(
+    turn: Turn,
+    outputs: Sequence[Any],
+    scores: tuple[float | None, ...],
+    failures: Sequence[Failure],
+    update: Any,
+    written: Values,
+    usage: Any,
+) -> StepReport:
+    """Make the one event of a step, also where an overridden `update` returned no record of its own."""
+    decision = getattr(update, "decision", None) or Decision(accepted=bool(written), reason="applied by update()")
+    score = update if isinstance(update, int | float) else getattr(update, "score", mean(scores))
+    failures = (*failures, *getattr(update, "failures", ()))
+    return StepReport(
+        epoch=turn.epoch,
+        step=turn.step,
+        sample_ids=tuple(sample.id for sample in turn.samples),
+        scores=scores,
+        score=score,
+        decision=decision,
+        update=getattr(update, "values", written),
+        reasoning=getattr(update, "reasoning", ""),
+        proposals=getattr(update, "proposals", len(outputs)),
+        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in failures),
+        usage=usage,
+    )

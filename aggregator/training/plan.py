@@ -1,0 +1,128 @@
+"""What `train` was asked to do, checked before the first call is paid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from aggregator.errors import ConfigError
+from aggregator.records import Sample, Values
+from aggregator.training.batches import check_positive, minibatches
+from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest
+from aggregator.training.schedules import Schedule
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """The arguments of one `train`, checked."""
+
+    guide: Any
+    train: tuple[Sample, ...]
+    test: tuple[Sample, ...] = ()
+    stepsize: Schedule
+    num_epochs: int = 1
+    batch_size: int = 1
+    eval_frequency: int = 1
+    log_frequency: int = 0
+    save_frequency: int = 0
+    save_path: str = ""
+    min_score: float | None = None
+    verbose: bool | str = False
+    max_concurrency: int = 64
+    max_failure_ratio: float = 0.5
+    seed: int = 0
+    run_dir: Path | None = None
+    resume: bool = False
+
+    def schedule(self) -> list[Turn]:
+        """Return every step of the run, in order."""
+        batches = [
+            (epoch, batch, ids)
+            for epoch in range(self.num_epochs)
+            for batch, ids in enumerate(minibatches(len(self.train), self.batch_size, seed=self.seed, epoch=epoch))
+        ]
+        return [
+            Turn(
+                step=step,
+                epoch=epoch,
+                batch=batch,
+                samples=tuple(self.train[i] for i in ids),
+                stepsize=self.stepsize(step, len(batches)),
+            )
+            for step, (epoch, batch, ids) in enumerate(batches)
+        ]
+
+    def evaluates_at(self, steps: int, total: int) -> bool:
+        """Tell whether the test set is due after this many steps: before the first, every so many, and at the end."""
+        return bool(self.test) and self.eval_frequency > 0 and (steps % self.eval_frequency == 0 or steps == total)
+
+
+class Turn(Struct, frozen=True, kw_only=True):
+    """One step's place in the run, and its samples."""
+
+    step: int
+    epoch: int
+    batch: int
+    samples: tuple[Sample, ...]
+    stepsize: float
+
+
+def check(plan: Plan) -> Plan:
+    """Return the plan, or raise ConfigError for what cannot be meant."""
+    check_positive("batch_size", plan.batch_size)
+    check_positive("max_concurrency", plan.max_concurrency)
+    for name in ("num_epochs", "eval_frequency", "log_frequency", "save_frequency"):
+        value = getattr(plan, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"expected {name} to be an int of at least 0 (0 is off), got {value!r}")
+    if not 0 <= plan.max_failure_ratio <= 1:
+        raise ConfigError(f"expected max_failure_ratio in [0, 1], got {plan.max_failure_ratio!r}")
+    if not callable(plan.guide) and not hasattr(plan.guide, "get_feedback"):
+        raise ConfigError(
+            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {plan.guide!r}"
+        )
+    _check_run_dir(plan)
+    return plan
+
+
+def _check_run_dir(plan: Plan) -> None:
+    if plan.run_dir is None:
+        if plan.resume:
+            raise ConfigError("expected run_dir beside resume=True, got None; name the folder of the run to go on with")
+        return
+    if not plan.resume and any((plan.run_dir / name).exists() for name in (CHECKPOINT, JOURNAL)):
+        raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
+
+
+def fingerprint(plan: Plan, agent: Any, initial: Values) -> Mapping[str, str]:
+    """Return what must be the same for a run to be resumed, each as a short hash."""
+    return {
+        "train_dataset": digest(plan.train),
+        "test_dataset": digest(plan.test),
+        "agent": digest([type(agent).__qualname__, sorted(initial)]),
+        "initial parameters": digest(initial),
+        "seed": str(plan.seed),
+        "batch_size": str(plan.batch_size),
+        "num_epochs": str(plan.num_epochs),
+        "stepsize": digest([turn.stepsize for turn in plan.schedule()]),
+        "min_score": str(plan.min_score),
+        "eval_frequency": str(plan.eval_frequency),
+    }
+
+
+def trainable(parameters: Sequence[Any]) -> list[Any]:
+    """Return the parameters that may change; raises ConfigError where there is none, or two of one name."""
+    chosen = [parameter for parameter in parameters if getattr(parameter, "trainable", True)]
+    if not chosen:
+        raise ConfigError(
+            "the agent has no trainable parameter; give it an attribute ParameterNode(value), or @bundle(trainable=True)"
+        )
+    names = [parameter.name for parameter in chosen]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"two trainable parameters are named {twice[0]!r}; name them apart with ParameterNode(name=...)"
+        )
+    return chosen

@@ -1,0 +1,98 @@
+"""Data sets and the order of minibatches."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator.errors import ConfigError
+from aggregator.records import Sample
+from aggregator.training.batches import DataLoader, minibatches, samples
+
+
+@pytest.mark.parametrize(
+    "dataset", [{"inputs": ["a", "b"], "infos": [1, 2]}, [("a", 1), ("b", 2)], (["a", 1], ["b", 2])]
+)
+def test_every_form_of_a_dataset_reads_the_same(dataset: Any) -> None:
+    """Columns and pairs give the same samples, numbered by position."""
+    assert samples(dataset) == (Sample(0, "a", 1), Sample(1, "b", 2))
+
+
+def test_infos_may_be_left_out() -> None:
+    """A guide that needs no info gets None."""
+    assert samples({"inputs": ["a"]}) == (Sample(0, "a", None),)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([], "train_dataset is empty; expected at least one"),
+        ({"inputs": [], "infos": []}, "train_dataset is empty"),
+        ({"inputs": [1, 2], "infos": [1]}, "got 2 inputs and 1 infos in train_dataset"),
+        ({"x": [1]}, r"expected dict\(inputs=.*got a mapping with the keys \['x'\]"),
+        ([1, 2], r"got int at train_dataset\[0\]"),
+        ([("a", 1, 2)], r"got tuple at train_dataset\[0\]"),
+        ("abc", "got str for train_dataset"),
+        (7, "got int for train_dataset"),
+    ],
+)
+def test_a_wrong_dataset_says_what_was_expected(dataset: Any, message: str) -> None:
+    """An empty, uneven or misshapen data set is a ConfigError that says what was expected and what came."""
+    with pytest.raises(ConfigError, match=message):
+        samples(dataset)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True, "8"])
+def test_batch_size_is_a_positive_int(batch_size: Any) -> None:
+    """batch_size 0 is refused before anything runs."""
+    with pytest.raises(ConfigError, match="expected batch_size to be an int of at least 1"):
+        minibatches(4, batch_size, seed=0, epoch=0)
+
+
+@given(size=st.integers(0, 50), batch_size=st.integers(1, 60), seed=st.integers(), epoch=st.integers(0, 9))
+def test_an_epoch_visits_every_sample_once(size: int, batch_size: int, seed: int, epoch: int) -> None:
+    """Batches partition the data set; the same arguments give the same batches."""
+    batches = minibatches(size, batch_size, seed=seed, epoch=epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(size))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert batches == minibatches(size, batch_size, seed=seed, epoch=epoch)
+
+
+def test_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
+    """The global random generator is neither read nor moved."""
+    random.seed(1)
+    before = random.getstate()
+    first = minibatches(20, 20, seed=0, epoch=0)
+    assert random.getstate() == before
+    assert first == minibatches(20, 20, seed=0, epoch=0)
+    assert first != minibatches(20, 20, seed=0, epoch=1)
+    assert first != minibatches(20, 20, seed=1, epoch=0)
+
+
+def test_shuffle_false_keeps_the_order() -> None:
+    """Trace's DataLoader(shuffle=False) shuffled all the same; ours does not."""
+    loader = DataLoader([(i, None) for i in range(5)], batch_size=2, shuffle=False)
+    assert [inputs for inputs, _ in loader] == [[0, 1], [2, 3], [4]]
+    assert len(loader) == 3
+
+
+def test_loader_draws_a_new_order_each_pass() -> None:
+    """Each pass is the next epoch; a new loader of the same seed repeats them."""
+    data = [(i, -i) for i in range(10)]
+    loader = DataLoader(data, batch_size=10, seed=3)
+    first, second = next(iter(loader)), next(iter(loader))
+    assert first[0] != second[0]
+    assert first[1] == [-x for x in first[0]]
+    again = DataLoader(data, batch_size=10, seed=3)
+    assert [next(iter(again)), next(iter(again))] == [first, second]
+
+
+def test_replacement_draws_with_repeats() -> None:
+    """With replacement an epoch has as many draws as samples, repeats among them."""
+    drawn = [i for batch in minibatches(50, 7, seed=0, epoch=0, replacement=True) for i in batch]
+    assert len(drawn) == 50
+    assert len(set(drawn)) < 50

@@ -1,0 +1,80 @@
+"""Concurrency, order and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+
+from aggregator.training.executors import AsyncExecutor
+
+
+async def test_results_stand_in_sample_order_whatever_finishes_first() -> None:
+    """The last item finishes first, the results keep the order of the batch."""
+    async with AsyncExecutor() as executor:
+        finished: list[int] = []
+
+        async def work(i: int) -> int:
+            for _ in range(10 - i):
+                await asyncio.sleep(0)
+            finished.append(i)
+            return i * i
+
+        assert await executor.map(work, list(range(10))) == [i * i for i in range(10)]
+    assert finished != sorted(finished)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 64])
+async def test_at_most_max_concurrency_run_at_once(limit: int) -> None:
+    """max_concurrency bounds how many items are under way; 1 is one after the other."""
+    running, most = 0, 0
+
+    async def work(i: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    async with AsyncExecutor(limit) as executor:
+        await executor.map(work, list(range(10)))
+    assert most == min(limit, 10)
+
+
+async def test_sync_functions_run_together_with_the_callers_context() -> None:
+    """Sixteen synchronous calls wait for one another: they need sixteen threads, and see the caller's variables."""
+    variable = contextvars.ContextVar[int]("variable", default=-1)
+    barrier = threading.Barrier(16, timeout=20)
+
+    def work() -> int:
+        barrier.wait()
+        return variable.get()
+
+    async with AsyncExecutor(16) as executor:
+
+        async def one(i: int) -> int:
+            variable.set(i)
+            return await executor.call(work)
+
+        assert await executor.map(one, list(range(16))) == list(range(16))
+
+
+async def test_an_error_leaves_alone_not_in_a_group() -> None:
+    """The first error is raised as itself; the others are cancelled."""
+    cancelled: list[int] = []
+
+    async def work(i: int) -> None:
+        if i == 1:
+            raise ValueError("one")
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.append(i)
+            raise
+
+    async with AsyncExecutor() as executor:
+        with pytest.raises(ValueError, match="one"):
+            await executor.map(work, [0, 1, 2])
+    assert sorted(cancelled) == [0, 2]

@@ -1,0 +1,102 @@
+"""Gates: accept or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from aggregator.errors import ConfigError
+from aggregator.records import Sample, Values
+from aggregator.training.context import StepContext, step_context
+from aggregator.training.gates import always, compare, improves_on_batch, improves_on_validation, sign_test
+
+BATCH = [Sample(i, i) for i in range(4)]
+
+
+def scoring(scores: dict[Any, list[float | None]], calls: list[str]) -> Any:
+    """Return an evaluation that knows the scores of each value of `k`."""
+
+    async def evaluate(values: Values, samples: Sequence[Sample], place: str) -> list[float | None]:
+        calls.append(place)
+        return scores[values["k"]]
+
+    return evaluate
+
+
+async def test_always_accepts() -> None:
+    """The neutral gate accepts without looking."""
+    assert (await always({}, {}, [])).accepted
+
+
+@pytest.mark.parametrize(
+    ("after", "threshold", "accepted"),
+    [
+        ([1.0, 1.0, 0.0, 0.0], 0.0, True),
+        ([0.0, 1.0, 0.0, 0.0], 0.0, False),
+        ([1.0, 1.0, 0.0, 0.0], 0.3, False),
+        ([1.0, 1.0, 1.0, 1.0], 0.3, True),
+        ([None, 1.0, 1.0, None], 0.0, True),
+        ([None, None, None, None], 0.0, False),
+    ],
+)
+async def test_improves_on_batch(after: list[float | None], threshold: float, accepted: bool) -> None:
+    """Accepted is what gains at least the threshold, and more than nothing, on the same instances."""
+    calls: list[str] = []
+    context = StepContext(scores=[0.0, 1.0, 0.0, 0.0], evaluate=scoring({2: after}, calls))
+    with step_context(context):
+        decision = await improves_on_batch(threshold)({"k": 1}, {"k": 2}, BATCH)
+    assert decision.accepted is accepted
+    assert decision.reason
+    assert calls == ["gate"]
+
+
+def test_threshold_has_the_right_sign() -> None:
+    """Trace accepted 0.45 over 0.50 with threshold 0.1: the sign of its threshold was reversed."""
+    assert not compare([0.5], [0.45], threshold=0.1).accepted
+    assert not compare([0.5], [0.55], threshold=0.1).accepted
+    assert compare([0.5], [0.65], threshold=0.1).accepted
+
+
+def test_missing_scores_are_paired_out() -> None:
+    """An instance without a score on one side counts on neither; a None never reaches arithmetic."""
+    decision = compare([None, 0.0, 0.5], [1.0, None, 1.0])
+    assert (decision.before, decision.after) == (0.5, 1.0)
+    assert "on 1 instances" in decision.reason
+
+
+@pytest.mark.parametrize(("gains", "losses", "p"), [(5, 0, 1 / 32), (0, 0, 1.0), (3, 3, 42 / 64), (0, 4, 1.0)])
+def test_sign_test_is_exact(gains: int, losses: int, p: float) -> None:
+    """The tail of the binomial distribution, against values worked out by hand."""
+    assert sign_test(gains, losses) == pytest.approx(p)
+
+
+async def test_validation_needs_significance_when_asked() -> None:
+    """Four gains of four are not significant at 0.05, five are."""
+    data = [(i, None) for i in range(5)]
+    scores: dict[Any, list[float | None]] = {1: [0.0] * 5, 2: [1.0] * 4 + [0.0], 3: [1.0] * 5}
+    calls: list[str] = []
+    with step_context(StepContext(evaluate=scoring(scores, calls))):
+        gate = improves_on_validation(data, significance=0.05)
+        assert not (await gate({"k": 1}, {"k": 2}, BATCH)).accepted
+        assert (await gate({"k": 1}, {"k": 3}, BATCH)).accepted
+    assert calls == ["gate/before", "gate", "gate"]
+
+
+async def test_values_in_force_are_not_evaluated_twice() -> None:
+    """After an accepted update its scores are the next comparison's before."""
+    scores: dict[Any, list[float | None]] = {1: [0.0], 2: [0.5], 3: [1.0]}
+    calls: list[str] = []
+    gate = improves_on_validation([(0, None)])
+    with step_context(StepContext(evaluate=scoring(scores, calls))):
+        assert (await gate({"k": 1}, {"k": 2}, BATCH)).accepted
+        assert (await gate({"k": 2}, {"k": 3}, BATCH)).accepted
+    assert calls == ["gate/before", "gate", "gate"]
+
+
+@pytest.mark.parametrize("significance", [0.0, 1.0, 5.0])
+def test_significance_is_a_probability(significance: float) -> None:
+    """A percentage is refused with what was expected."""
+    with pytest.raises(ConfigError, match="expected significance between 0 and 1"):
+        improves_on_validation([(0, None)], significance=significance)

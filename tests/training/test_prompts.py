@@ -1,0 +1,78 @@
+"""The two prompts, whole: a change of wording shows here as a diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aggregator.records import Decision, Proposal, StepReport
+from aggregator.training.prompts import aggregation_messages, number, proposal_messages, repair_messages
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+
+
+def shown(messages: list[dict[str, str]]) -> str:
+    return "\n\n".join(f"=== {message['role']}\n{message['content']}" for message in messages) + "\n"
+
+
+def check(name: str, text: str) -> None:
+    """Compare with the stored prompt; delete the file to write it anew."""
+    path = SNAPSHOTS / name
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        pytest.fail(f"wrote {path.name}; look at it and run again")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_proposal_prompt() -> None:
+    """Parameters with type and constraint, transcript, output, score, feedback and earlier updates."""
+    refused = StepReport(
+        epoch=0,
+        step=2,
+        sample_ids=(1,),
+        scores=(0.0,),
+        score=0.0,
+        decision=Decision(accepted=False, reason="mean score 0.5 -> 0.4 on 8 instances"),
+        update={"k": 9},
+    )
+    components = {
+        "instruction": {"value": "Answer.\nBe brief.", "type": "string", "description": "the system prompt"},
+        "k": {"value": 3, "type": "integer", "constraint": "at most 10"},
+    }
+    messages = proposal_messages(
+        components, transcript="search(k=3)", output="42", score=0.0, feedback="expected 43", history=[refused]
+    )
+    check("proposal.txt", shown(messages))
+
+
+def test_aggregation_prompt() -> None:
+    """The current values with 1 - stepsize, every suggestion with its confidence, support, score and feedback."""
+    proposals = [
+        Proposal(values={"k": 5}, score=0.0, feedback="too few\nresults", support=2),
+        Proposal(values={"k": 9, "instruction": "Answer in full."}, score=None),
+    ]
+    messages = aggregation_messages({"instruction": "Answer.", "k": 3}, proposals, [0.9, 0.45], stepsize=0.9)
+    check("aggregation.txt", shown(messages))
+
+
+def test_repair_prompt() -> None:
+    """The conversation goes on with the reply and what was wrong with it."""
+    messages = repair_messages([{"role": "user", "content": "Q"}], "reply", "Expected `int`, got 'many'")
+    check("repair.txt", shown(messages))
+
+
+@pytest.mark.parametrize(("value", "text"), [(1 - 0.9, "0.1"), (0.5, "0.5"), (1.0, "1"), (0, "0"), (1 / 3, "0.333333")])
+def test_confidences_are_written_as_people_write_them(value: float, text: str) -> None:
+    """Trace printed `confidence 0.09999999999999998`."""
+    assert number(value) == text
+
+
+def test_feedback_is_shown_as_one_bounded_line() -> None:
+    """A long feedback does not crowd out the suggestions, and cannot open a section of its own."""
+    proposal = Proposal(values={"k": 1}, feedback="word\n#SuggestedValue_9\n" * 100)
+    text = aggregation_messages({"k": 0}, [proposal], [0.5], stepsize=0.5)[1]["content"]
+    line = next(line for line in text.splitlines() if line.startswith("feedback: "))
+    assert len(line) <= len("feedback: ") + 200
+    assert text.count("\n#SuggestedValue") == 1
