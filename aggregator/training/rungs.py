@@ -1,0 +1,231 @@
+r"""From a reply's text to the JSON objects in it: strict rungs, tried in order, none of which guesses.
+
+The grammar is json's own throughout. Each rung only changes what is handed to it:
+
+    json       the text between the braces, as it stands
+    control    the same, raw newlines and tabs inside strings allowed
+    lenient    the same, its tokens rewritten one by one into JSON's: single and triple quotes, comments, trailing
+               commas, `True` / `None`, unquoted keys, `+1` and `.5`; only spellings on which JSON5 and Python agree
+
+Why no lenient library: pyjson5 and json5 keep the last of two duplicate keys and read `'\d'` as `'d'`, silently;
+json5 needs 2 s for 200 KB, demjson3 30 s; json-repair completes what was cut off. Each of these is a wrong value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aggregator.errors import SuggestionError
+
+MAX_DEPTH = 100
+"""Objects and lists nested deeper than this are refused; Python's own limit depends on who calls."""
+
+_SPACE = r"[\s\ufeff\u200b]++"
+_COMMENT = r"//[^\n]*+|\#[^\n]*+|/\*(?:[^*]++|\*(?!/))*+\*/"
+_STRING = r""" "{3}(?:[^"\\]++|\\.|"(?!""))*+"{3} | '{3}(?:[^'\\]++|\\.|'(?!''))*+'{3}
+             | "(?!"")(?:[^"\\]++|\\.)*+" | (?<!\w)'(?!'')(?:[^'\\]++|\\.)*+' """
+_WORD = r"[\w$+\-.]++"
+
+# Possessive quantifiers throughout: no token is ever scanned twice. An opener whose end is missing is `open`.
+_TOKEN = re.compile(
+    rf"(?P<space>{_SPACE})|(?P<comment>{_COMMENT})|(?P<string>{_STRING})|(?P<open>\"|(?<!\w)'|/\*)"
+    rf"|(?P<mark>[{{}}\[\]:,])|(?P<word>{_WORD})|(?P<other>.)",
+    re.DOTALL | re.VERBOSE,
+)
+_OBJECT_START = re.compile(rf"\{{(?:{_SPACE}|{_COMMENT})*+(?:{_STRING}|{_WORD})(?:{_SPACE})?+:", re.DOTALL | re.VERBOSE)
+_KEY_WITHIN = 400  # characters after a brace in prose that are looked at; bounded, so that many braces stay cheap
+_ESCAPE = re.compile(
+    r'\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|["\\/bfnrt\']|\r?\n|(?P<unknown>.|\Z))|(?P<quote>")', re.DOTALL
+)
+_NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
+_CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false", "null": "null", "None": "null"}
+
+
+class Region(Struct, frozen=True):
+    """One object found in a text: where it stands, its outermost keys, its tokens as JSON, or why they are none."""
+
+    start: int
+    end: int
+    keys: tuple[str, ...]
+    tokens: str
+    problem: str = ""
+    truncated: bool = False
+
+
+def regions(text: str) -> Iterator[Region]:
+    """Find the objects of a text from left to right, in one pass; quotes outside of them mean nothing."""
+    position, first = 0, len(text) - len(text.lstrip())
+    while (start := text.find("{", position)) >= 0:
+        if start != first and not _OBJECT_START.match(text, start, start + _KEY_WITHIN):
+            position = start + 1  # a placeholder such as {question}, or code
+            continue
+        region = _scan(text, start)
+        yield region
+        position = region.end
+
+
+def _scan(text: str, start: int) -> Region:
+    """Read tokens from an opening brace to its end, rewriting each."""
+    depth, keys, tokens, problem, previous = 0, [], [], "", ""
+    for match in _TOKEN.finditer(text, start):
+        kind, lexeme = match.lastgroup, match.group()
+        if kind in ("space", "comment"):
+            continue
+        if kind == "open":
+            return Region(start, len(text), tuple(keys), "", f"{lexeme} is never closed", truncated=True)
+        if lexeme == ":" and depth == 1:
+            keys.append(_bare(previous))
+        if kind == "mark":
+            depth += (lexeme in "{[") - (lexeme in "}]")
+            _mark(lexeme, tokens)
+        else:
+            piece, trouble = _rewrite(str(kind), lexeme)
+            tokens.append(piece)
+            problem = problem or trouble
+        if depth > MAX_DEPTH:
+            problem = problem or f"nested deeper than {MAX_DEPTH} levels"
+        if depth == 0:
+            return Region(start, match.end(), tuple(keys), "" if problem else "".join(tokens), problem)
+        previous = lexeme
+    return Region(start, len(text), tuple(keys), "", f"{depth} brackets are never closed", truncated=True)
+
+
+def _mark(lexeme: str, tokens: list[str]) -> None:
+    """Append a mark; drop a trailing comma before a closing one, quote a bare key before a colon."""
+    if lexeme in "}]" and len(tokens) > 1 and tokens[-1] == "," and tokens[-2] not in ("{", "[", ",", ":"):
+        tokens.pop()
+    elif lexeme == ":" and tokens and tokens[-1].isidentifier() and tokens[-1] not in _CONSTANTS:
+        tokens[-1] = f'"{tokens[-1]}"'
+    tokens.append(lexeme)
+
+
+def _rewrite(kind: str, lexeme: str) -> tuple[str, str]:
+    """Write one string or word as JSON; the second value says why that is impossible."""
+    if kind == "string":
+        return _string(lexeme)
+    if kind == "other":
+        return lexeme, f"{lexeme!r} stands outside of a string"
+    if lexeme in _CONSTANTS:
+        return _CONSTANTS[lexeme], ""
+    if _NUMBER.fullmatch(lexeme) and any(map(str.isdecimal, lexeme)):
+        return _number(lexeme), ""
+    return lexeme, ""  # a bare key, or nothing that the grammar takes
+
+
+def _number(lexeme: str) -> str:
+    """Write `+1`, `.5` and `5.` as JSON numbers."""
+    sign, digits = ("-", lexeme[1:]) if lexeme.startswith("-") else ("", lexeme.removeprefix("+"))
+    digits = re.sub(r"\.(?![0-9])", ".0", digits)
+    return f"{sign}0{digits}" if digits.startswith(".") else f"{sign}{digits}"
+
+
+def _bare(lexeme: str) -> str:
+    return lexeme.strip("\"'")
+
+
+def _string(token: str) -> tuple[str, str]:
+    """Write a string of any quotes with JSON's quotes and escapes."""
+    width = 3 if len(token) >= 6 and token[:3] in ('"""', "'''") else 1
+    unknown: list[str] = []
+
+    def escape(match: re.Match[str]) -> str:
+        found = match.group()
+        if match["quote"]:
+            return r"\""
+        if match["unknown"] is not None:
+            unknown.append(found)
+        if found[1:2] == "x":
+            return rf"\u00{found[2:]}"
+        return {r"\'": "'", "\\\n": "", "\\\r\n": ""}.get(found, found)
+
+    body = _ESCAPE.sub(escape, token[width:-width])
+    trouble = f"the escape {unknown[0]!r} means different things in JSON5 and in Python" if unknown else ""
+    return f'"{body}"', trouble
+
+
+def read(text: str, region: Region) -> tuple[dict[str, Any], str]:
+    """Read a region by the first rung that can, and name that rung; SuggestionError where none can."""
+    whole = text[region.start : region.end]
+    if not region.problem.startswith("nested"):
+        for rung, source, decoder in (
+            ("json", whole, _STRICT),
+            ("control", whole, _LOOSE),
+            ("lenient", region.tokens, _LOOSE),
+        ):
+            try:
+                return _decode(decoder, source), rung
+            except json.JSONDecodeError as error:
+                trouble = f"{error.msg} at character {error.pos}"
+    raise SuggestionError(region.problem or trouble)
+
+
+def read_whole(text: str) -> dict[str, Any] | None:
+    """Read a text that is strict JSON from its first to its last character; None where it is not."""
+    if text[:1] != "{" or text.count("{") + text.count("[") > MAX_DEPTH:
+        return None
+    try:
+        return _decode(_STRICT, text)
+    except json.JSONDecodeError:
+        return None
+
+
+def _decode(decoder: json.JSONDecoder, text: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = decoder.decode(text)
+    except (json.JSONDecodeError, SuggestionError):
+        raise
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise SuggestionError(str(error)) from None
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same JSON: 1, 1.0 and true are three values.
+
+    >>> same({"a": 1, "b": 2}, {"b": 2, "a": 1}), same(1, True)
+    (True, False)
+    """
+    return canonical(one) == canonical(other)
+
+
+def canonical(value: Any) -> bytes:
+    """Encode with sorted keys; SuggestionError for text that is no Unicode (a lone surrogate)."""
+    try:
+        return msgspec.json.encode(value, order="deterministic")
+    except UnicodeEncodeError as error:
+        raise SuggestionError(
+            f"half a character: {error.object[error.start : error.end]!r} is no Unicode text"
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of an object's members; a key may come twice only with the same value."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if not same(seen.setdefault(key, value), value):
+                raise SuggestionError(f"ambiguous: the key {key!r} stands twice, with different values")
+    return made
+
+
+def _constant(word: str) -> Any:
+    raise SuggestionError(f"{word} is never a value")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise SuggestionError(f"{digits[:40]} is beyond what a float holds")
+    return value
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+_LOOSE = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, strict=False)
