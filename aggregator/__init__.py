@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.agents.bundles": ("bundle",),
+    "aggregator.agents.modules": ("Module",),
+    "aggregator.agents.parameters": ("ParameterNode", "node"),
+    "aggregator.agents.transcripts": ("transcript",),
     "aggregator.errors": (
         "APIConnectionError",
         "APIStatusError",
@@ -64,6 +68,11 @@ _ORIGIN = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_ORIGIN)]  # noqa: PLE0604 - built from the one table above
 
 if TYPE_CHECKING:
+    from aggregator.agents.bundles import bundle as bundle
+    from aggregator.agents.modules import Module as Module
+    from aggregator.agents.parameters import ParameterNode as ParameterNode
+    from aggregator.agents.parameters import node as node
+    from aggregator.agents.transcripts import transcript as transcript
     from aggregator.errors import *  # noqa: F403
 
 

@@ -1,0 +1,156 @@
+"""@bundle: a traced operation. With `trainable=True` its source is a parameter.
+
+Values pass through unchanged, nothing is caught, and no state of a call is kept on the operation: it may run in any
+number of tasks and threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import FunctionType
+from typing import Any, TypeVar, overload
+
+from aggregator.agents.code import CodeParameter
+from aggregator.agents.transcripts import current_transcript, recording
+from aggregator.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CODE = "__code"
+"""What follows an operation's name in the name of the parameter that holds its source."""
+
+_IS_COROUTINE, _HAS_VARARGS = 0x80, 0x04  # inspect.CO_COROUTINE, inspect.CO_VARARGS: not worth the import
+
+
+class Operation:
+    """What @bundle knows of a function: its name, its description, and the parameter that holds its source."""
+
+    def __init__(self, function: FunctionType, description: str | None, *, trainable: bool) -> None:
+        doc = (function.__doc__ or "").strip()
+        self.function = function
+        self.name = function.__name__
+        self.title = function.__qualname__.rpartition("<locals>.")[2]
+        self.description = " ".join(doc.split("\n\n")[0].split()) if description is None else description
+        self.is_async = bool(function.__code__.co_flags & _IS_COROUTINE)
+        self.code = CodeParameter(function, name=self.name + CODE, description=self.description) if trainable else None
+
+    def code_of(self, owner: Any) -> CodeParameter | None:
+        """Return the parameter that holds the source: the instance's own for a method, else the operation's."""
+        if self.code is None or not hasattr(owner, "__dict__"):
+            return self.code
+        key = self.name + CODE
+        own = vars(owner).get(key)
+        if own is None:  # setdefault: two threads that come first at the same time agree on one
+            own = vars(owner).setdefault(key, self.code.fresh())
+        return own if isinstance(own, CodeParameter) else self.code
+
+    def owner_among(self, args: tuple[Any, ...]) -> Any:
+        """Return the instance whose method this is in a call with these arguments, None for a plain function.
+
+        A method that a subclass overrides is no longer its class's operation: `super()` runs it as it was written.
+        """
+        if args and operation_of(getattr(type(args[0]), self.name, None)) is self:
+            return args[0]
+        return None
+
+    def current(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return the function to call: as written, or compiled from the source that the parameter holds."""
+        if self.code is None:
+            return self.function
+        code = self.code_of(self.owner_among(args))
+        return code.function() if code else self.function
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Return the arguments of a call under their names, without `self`."""
+        facts = self.function.__code__
+        names = facts.co_varnames[: facts.co_argcount]
+        named = [(name, value) for name, value in zip(names, args, strict=False) if name not in ("self", "cls")]
+        rest = args[len(names) :]
+        if rest and facts.co_flags & _HAS_VARARGS:
+            named.append((f"*{facts.co_varnames[facts.co_argcount + facts.co_kwonlyargcount]}", rest))
+        return [*named, *kwargs.items()]
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operation, recorded where a transcript is open."""
+        function = self.current(args)
+        if current_transcript() is None:
+            return function(*args, **kwargs)
+        with recording(self.title, self.description, self.inputs(args, kwargs)) as span:
+            try:
+                output = function(*args, **kwargs)
+            except BaseException as error:
+                span.fail(error, self._place(error, function, args))
+                raise
+            span.finish(output)
+            return output
+
+    async def acall(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the asynchronous operation, recorded where a transcript is open."""
+        function = self.current(args)
+        if current_transcript() is None:
+            return await function(*args, **kwargs)
+        with recording(self.title, self.description, self.inputs(args, kwargs)) as span:
+            try:
+                output = await function(*args, **kwargs)
+            except BaseException as error:
+                span.fail(error, self._place(error, function, args))
+                raise
+            span.finish(output)
+            return output
+
+    def _place(self, error: BaseException, function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+        """Return where in a trainable operation's source it failed, "" for any other."""
+        code = self.code and self.code_of(self.owner_among(args))
+        return code.place_of(error, function) if code else ""
+
+
+@overload
+def bundle(description: F) -> F: ...
+@overload
+def bundle(description: str | None = None, *, trainable: bool = False) -> Callable[[F], F]: ...
+def bundle(description: Any = None, *, trainable: bool = False) -> Any:
+    """Trace a function or method, sync or async: transcripts show its name, description, inputs and output.
+
+    `description` defaults to the docstring's first paragraph. `trainable=True` makes the source a parameter named
+    `<operation>__code`: of the instance for a method of a Module, else of the operation itself.
+
+    >>> @bundle()
+    ... def add(a: int, b: int) -> int:
+    ...     "Add two numbers."
+    ...     return a + b
+    >>> add(1, b=2)
+    3
+    """
+    if callable(description):
+        return _wrap(description, None, trainable=False)
+    return lambda function: _wrap(function, description, trainable=trainable)
+
+
+def operation_of(function: Any) -> Operation | None:
+    """Return the operation behind a bundled function, also under further decorators; None for anything else."""
+    function = getattr(function, "__func__", function)
+    operation = getattr(function, "operation", None) if isinstance(function, FunctionType) else None
+    return operation if isinstance(operation, Operation) else None
+
+
+def _wrap(function: Any, description: str | None, *, trainable: bool) -> Any:
+    if not isinstance(function, FunctionType):
+        raise ConfigError(
+            f"Expected a function written with `def`, got {type(function).__name__}; put @bundle closest to the "
+            "function, below @staticmethod, @classmethod or other decorators"
+        )
+    operation = Operation(function, description, trainable=trainable)
+    if operation.is_async:
+
+        @wraps(function)
+        async def traced(*args: Any, **kwargs: Any) -> Any:
+            return await operation.acall(args, kwargs)
+    else:
+
+        @wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            return operation.call(args, kwargs)
+
+    traced.operation = operation  # type: ignore[attr-defined]
+    return traced

@@ -1,0 +1,234 @@
+"""Source code as a parameter: checked before it is applied, compiled once, run where the original stands.
+
+`check_source` runs nothing of what it checks. `compile_function` gives new source the globals and the closure of the
+function as it was written; what decorators did stays in place, the source is shown and taken without them.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from textwrap import dedent
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+from aggregator.agents.parameters import ParameterNode
+from aggregator.errors import ConfigError, ParameterError
+
+SOURCE_LIMIT = 100_000
+"""How many characters a source may have."""
+
+CACHED_FUNCTIONS = 512
+"""How many compiled functions are kept: enough for the candidates of a large batch."""
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_ENCLOSING = "__enclosing__"
+
+
+class CodeParameter(ParameterNode[str]):
+    """The source of one function; a new value must parse, compile, and keep name and signature."""
+
+    def __init__(self, function: FunctionType, *, name: str, description: str = "") -> None:
+        self.original = function
+        self.written, self.written_at = source_of(function)
+        super().__init__(self.written, type=str, description=description)
+        self.name = name
+
+    def fresh(self) -> CodeParameter:
+        """Return a parameter of its own for the same function, holding the source as written."""
+        return CodeParameter(self.original, name=self.name, description=self.description)
+
+    def check(self, raw: Any, where: str) -> str:
+        """Return new source laid out from the left edge; raises ParameterError."""
+        source = plain_source(super().check(raw, where))
+        if source != self.written:
+            check_source(source, like=self.written, where=where)
+        return source
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a prompt says of this parameter."""
+        return {**super().describe(), "type": "source code of a Python function, name and arguments fixed"}
+
+    def function(self) -> Callable[..., Any]:
+        """Return the function to run: as written, or compiled from the current source."""
+        source = self.data
+        return self.original if source == self.written else compile_function(source, self.original)
+
+    def place_of(self, error: BaseException, function: Callable[..., Any]) -> str:
+        """Return in which line of the source an error left `function`, counted from the `def` line, else ""."""
+        code = getattr(function, "__code__", None)
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code is not code:
+            trace = trace.tb_next
+        if trace is None:
+            return ""
+        lines = self.data.splitlines()
+        number = trace.tb_lineno - (self.written_at if function is self.original else 1) + 1
+        return f" (line {number}: {lines[number - 1].strip()})" if 0 < number <= len(lines) else ""
+
+
+def source_of(function: FunctionType) -> tuple[str, int]:
+    """Return a function's source from the left edge, without decorators, and the line of its file where `def` stands.
+
+    Raises ConfigError where there is no source.
+    """
+    try:
+        lines, first = inspect.getsourcelines(function)
+    except (OSError, TypeError):
+        raise ConfigError(
+            f"Expected {function.__qualname__} to be defined in a file or a notebook cell, got a function without "
+            "source; @bundle(trainable=True) shows its source to the optimizer"
+        ) from None
+    text = dedent("".join(lines))
+    if text[:1].isspace():  # a text literal reaches left of the code: lay it out anew, lines unknown
+        definition = ast.parse("if True:\n" + text).body[0].body[0]  # type: ignore[attr-defined]
+        definition.decorator_list = []
+        return plain_source(ast.unparse(definition)), -1
+    definition = ast.parse(text).body[0]
+    if not isinstance(definition, _Function):
+        raise ConfigError(f"Expected a function written with `def`, got {text.strip()[:60]!r}")
+    kept = text.splitlines(keepends=True)[definition.lineno - 1 :]
+    return plain_source("".join(kept)), first + definition.lineno - 1
+
+
+def plain_source(source: str) -> str:
+    r"""Return source from the left edge, out of the Markdown fence that wraps all of it, with one newline at the end.
+
+    >>> plain_source("```python\n  def f():\n    return 1\n```")
+    'def f():\n  return 1\n'
+    """
+    lines = source.strip().split("\n")
+    if len(lines) > 1 and lines[0].startswith("```") and lines[-1].strip() == "```":
+        source = "\n".join(lines[1:-1])
+    return dedent(source).strip("\r\n").rstrip() + "\n"
+
+
+def check_source(source: str, *, like: str, where: str = "") -> None:
+    r"""Raise ParameterError unless `source` compiles and is one function of the name and signature of `like`.
+
+    >>> check_source("def f(x):\n    return x + 1\n", like="def f(x): ...")
+    """
+    at = f" - at {where}" if where else ""
+    wanted = _definition(like, "")
+    found = _definition(source, at, wanted.name)
+    if signature(wanted) != signature(found):
+        raise ParameterError(f"Expected `{signature(wanted)}`, got `{signature(found)}` in line {found.lineno}{at}")
+    wanted_kind, kind = _kind(_compiled(wanted, at)), _kind(_compiled(found, at))
+    if wanted_kind != kind:
+        raise ParameterError(f"Expected `{found.name}` to be {wanted_kind}, got {kind}{at}")
+
+
+def signature(definition: _Function) -> str:
+    """Return name, arguments and which of them may be left out, as a `def` line."""
+    given = definition.args
+    plain = [*given.posonlyargs, *given.args]
+    optional = len(plain) - len(given.defaults)
+    texts = [arg.arg if i < optional else f"{arg.arg}=..." for i, arg in enumerate(plain)]
+    if given.posonlyargs:
+        texts.insert(len(given.posonlyargs), "/")
+    if given.vararg or given.kwonlyargs:
+        texts.append(f"*{given.vararg.arg if given.vararg else ''}")
+    for arg, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        texts.append(f"{arg.arg}=..." if default else arg.arg)
+    if given.kwarg:
+        texts.append(f"**{given.kwarg.arg}")
+    prefix = "async def" if isinstance(definition, ast.AsyncFunctionDef) else "def"
+    return f"{prefix} {definition.name}({', '.join(texts)})"
+
+
+@lru_cache(maxsize=CACHED_FUNCTIONS)
+def compile_function(source: str, like: FunctionType) -> FunctionType:
+    """Return the function that `source` defines, with the globals, closure and module of `like`.
+
+    Nothing is added to those globals. Default values are evaluated: compile only what may run here.
+    """
+    cells = dict(zip(like.__code__.co_freevars, like.__closure__ or (), strict=True))
+    made: dict[str, Any] = {}
+    file = f"<{like.__qualname__}, trained>"
+    exec(_enclosed(_definition(source, ""), cells, file), like.__globals__, made)  # noqa: S102 - the purpose
+    function: FunctionType = made[_ENCLOSING](*(_content(cell) for cell in cells.values()))
+    closure = tuple(cells[name] for name in function.__code__.co_freevars)
+    defaults = function.__defaults__
+    compiled = FunctionType(function.__code__, like.__globals__, like.__name__, defaults, closure)
+    compiled.__kwdefaults__ = function.__kwdefaults__
+    compiled.__qualname__, compiled.__module__, compiled.__doc__ = like.__qualname__, like.__module__, function.__doc__
+    return compiled
+
+
+def _definition(source: str, at: str, name: str = "") -> _Function:
+    """Return the one function that a source consists of; raises ParameterError."""
+    if len(source) > SOURCE_LIMIT:
+        raise ParameterError(f"Expected at most {SOURCE_LIMIT} characters of source, got {len(source)}{at}")
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise ParameterError(
+            f"Expected Python source that parses, got {error.msg} in line {error.lineno}: {line}{at}"
+        ) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ParameterError(f"Expected Python source that parses, got {type(error).__name__}: {error}{at}") from None
+    wanted = f"one function `{name}` and nothing else" if name else "one function and nothing else"
+    if not body:
+        raise ParameterError(f"Expected {wanted}, got no code{at}")
+    for statement in body:
+        if not isinstance(statement, _Function):
+            kind = type(statement).__name__
+            raise ParameterError(
+                f"Expected {wanted}, got {kind} in line {statement.lineno}; imports and constants go inside{at}"
+            )
+    if len(body) > 1:
+        raise ParameterError(f"Expected {wanted}, got a second one in line {body[1].lineno}; helpers go inside{at}")
+    definition = body[0]
+    assert isinstance(definition, _Function)  # the loop above says so
+    if definition.decorator_list:
+        raise ParameterError(f"Expected {wanted}, got a decorator in line {definition.decorator_list[0].lineno}{at}")
+    return definition
+
+
+def _compiled(definition: _Function, at: str) -> CodeType:
+    """Return the function's own code, without running what surrounds it; raises ParameterError."""
+    try:
+        code = _compile(ast.Module([definition], []), "<source>")
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+        line = getattr(error, "lineno", None)
+        reason = getattr(error, "msg", None) or str(error)
+        raise ParameterError(
+            f"Expected Python source that compiles, got {reason}{f' in line {line}' if line else ''}{at}"
+        ) from None
+    return next(part for part in code.co_consts if isinstance(part, CodeType) and part.co_name == definition.name)
+
+
+def _enclosed(definition: _Function, cells: Mapping[str, CellType], file: str) -> CodeType:
+    """Compile a function inside one whose arguments are the names that the original takes from around it."""
+    arguments = ast.arguments([], [ast.arg(name) for name in cells], None, [], [], None, [])
+    result = ast.Return(ast.Name(definition.name, ast.Load()))
+    enclosing = ast.FunctionDef(_ENCLOSING, arguments, [definition, result], [])
+    return _compile(ast.fix_missing_locations(ast.Module([enclosing], [])), file)
+
+
+def _compile(module: ast.Module, file: str) -> CodeType:
+    """Compile with annotations left as text: they name what the model imagined, and nothing here reads them."""
+    flags = __future__.annotations.compiler_flag
+    code: CodeType = compile(module, file, "exec", flags=flags, dont_inherit=True)
+    return code
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet, such as a function that names itself
+        return None
+
+
+def _kind(code: CodeType) -> str:
+    """Return what calling gives, in words."""
+    flags = code.co_flags
+    if flags & inspect.CO_ASYNC_GENERATOR:
+        return "an async generator"
+    if flags & inspect.CO_GENERATOR:
+        return "a generator"
+    return "async" if flags & inspect.CO_COROUTINE else "a plain function"

@@ -1,0 +1,133 @@
+"""Module: an agent, or a part of one, that knows its parameters and saves and loads them.
+
+Parameters are found by walking attributes, lists, tuples and dicts; their names are the paths of that walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from typing import Any
+
+from aggregator.agents.artefacts import read_artefact, write_artefact
+from aggregator.agents.bundles import CODE, operation_of
+from aggregator.agents.parameters import ParameterNode, index, read, write
+from aggregator.agents.values import describe_type
+from aggregator.errors import ConfigError, ParameterError
+
+Path = str | PathLike[str]
+_Found = tuple[str, ParameterNode[Any]]
+
+
+class Module:
+    """The base of agents and their parts: attributes that are parameters, modules, or lists and dicts of them.
+
+    A subclass defines `forward`, sync or async; calling the module calls it. `super().__init__()` is not needed.
+
+    >>> class Greeter(Module):
+    ...     def __init__(self):
+    ...         self.greeting = ParameterNode("Hello")
+    ...     def forward(self, name):
+    ...         return f"{self.greeting.data} {name}"
+    >>> agent = Greeter()
+    >>> agent("Ada"), [p.name for p in agent.parameters()]
+    ('Hello Ada', ['greeting'])
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 - whatever a subclass takes
+        """Do what the agent does; subclasses define it, sync or async."""
+        raise ConfigError(f"Expected {type(self).__name__} to define forward(self, x), got none; write one")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what `forward` returns: a coroutine where that is async."""
+        return self.forward(*args, **kwargs)
+
+    def parameters(self) -> list[ParameterNode[Any]]:
+        """Return every parameter once, in the order of the attributes, named as seen from this module.
+
+        A trainable operation (`@bundle(trainable=True)`) stands in it as its source. Raises ConfigError where two
+        parameters share a name.
+        """
+        return list(self.parameters_dict().values())
+
+    def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
+        """Return name -> parameter, as `parameters()`."""
+        walked = list(_walk(self, "", set()))
+        found = [(parameter.name if parameter.named else path, parameter) for path, parameter in walked]
+        paths = {name: path for (name, _), (path, _) in zip(found, walked, strict=True)}
+        parameters = index(found, paths)
+        for name, parameter in parameters.items():
+            parameter.name = name
+        return parameters
+
+    def save(self, path: Path, *, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write the values of all parameters to a JSON file, whole or not at all.
+
+        `provenance` is kept beside them: whatever JSON can carry that says where the values come from.
+        """
+        parameters = self.parameters_dict()
+        types = {name: describe_type(parameter.type) for name, parameter in parameters.items()}
+        write_artefact(path, read(parameters.values()), types=types, provenance=provenance)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take over the values of a file that `save` wrote, all of them or none; returns its provenance.
+
+        Raises ParameterError where the file cannot be read, names other parameters than this module has, or holds a
+        value that does not fit.
+        """
+        parameters, artefact = self.parameters_dict(), read_artefact(path)
+        missing = [name for name in parameters if name not in artefact.parameters]
+        unknown = [name for name in artefact.parameters if name not in parameters]
+        if missing or unknown:
+            raise ParameterError(
+                f"Expected the parameters of {type(self).__name__} in {path}, got a file "
+                + " and ".join(
+                    [f"without {', '.join(missing)}"] * bool(missing) + [f"with {', '.join(unknown)}"] * bool(unknown)
+                )
+                + "; load it into the agent that was saved, or edit the file's `parameters`"
+            )
+        try:
+            write(parameters.values(), artefact.parameters)
+        except ParameterError as error:
+            raise ParameterError(f"{error} in {path}") from None
+        return artefact.provenance
+
+
+def _walk(value: Any, path: str, seen: set[int]) -> Iterator[_Found]:
+    """Yield (path, parameter) for all that can be reached, each once, depth first."""
+    if isinstance(value, ParameterNode):
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield path, value
+    elif operation := operation_of(value):
+        code = operation.code_of(getattr(value, "__self__", None))
+        if code is not None:
+            yield from _walk(code, path + CODE, seen)
+    elif isinstance(value, Module | dict | list | tuple) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in _items(value):
+            yield from _walk(item, f"{path}.{key}" if path else str(key), seen)
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what a container holds, by key, position or attribute: the class's attributes before the instance's."""
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, Module):
+        own = getattr(value, "__dict__", {})
+        for name, attribute in _class_attributes(type(value)).items():
+            if name not in own:
+                operation = operation_of(attribute)
+                yield name, getattr(value, name) if operation else attribute
+        yield from own.items()
+    else:
+        yield from enumerate(value)
+
+
+def _class_attributes(kind: type) -> dict[str, Any]:
+    """Return the attributes of a class that may hold parameters, those of its bases first."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if base not in (object, Module):
+            found |= {name: value for name, value in vars(base).items() if not name.startswith("__")}
+    return found

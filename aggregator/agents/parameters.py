@@ -1,0 +1,237 @@
+"""ParameterNode: a named, typed, described value that training may change.
+
+Reading a value asks the overrides of the current context first, so candidates are tried concurrently and side by side
+(`overriding`) while the stored values stay as they are; `write` is the one lasting mutation, and it is all or nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar, overload
+
+from aggregator.agents import values as typed_values
+from aggregator.agents.values import Unfit, shorten, snapshot
+from aggregator.errors import ConfigError, ParameterError
+from aggregator.records import Values
+
+T = TypeVar("T")
+Constraint = str | Callable[[Any], bool] | None
+"""What a value must satisfy beyond its type: words for the optimizer, or a predicate."""
+
+UNNAMED = "parameter"
+
+_overrides: ContextVar[Mapping[ParameterNode[Any], Any]] = ContextVar("aggregator_overrides")
+_NOTHING: Mapping[Any, Any] = {}
+
+
+class ParameterNode(Generic[T]):
+    """A value that training may change, with the type, description and constraint that a new value must meet.
+
+    `type` defaults to the value's own (`["a"]` is a list[str]); `Annotated[float, Meta(ge=0, le=1)]` adds bounds.
+    `name` defaults to the attribute path from the module that was asked for its parameters, such as "retriever.k".
+    `constraint` is text for the optimizer, or a predicate: a new value for which it returns False or raises ValueError
+    is refused. `trainable=False` keeps the value out of training; it is still saved and loaded.
+
+    Raises ParameterError for a value that does not meet them, ConfigError for a type that JSON cannot carry.
+    """
+
+    def __init__(
+        self,
+        data: T,
+        *,
+        name: str | None = None,
+        type: Any = None,  # noqa: A002 - the word users know
+        description: str | None = "",
+        constraint: Constraint = None,
+        trainable: bool = True,
+    ) -> None:
+        if name is not None and (type(name) is not str or not name):
+            raise ConfigError(f"Expected a name, a non-empty str, got {name!r}; leave it out for the attribute path")
+        self.name = name or UNNAMED
+        self.named = name is not None
+        self.type = typed_values.infer_type(data) if type is None else type
+        self.description = description or ""
+        self.constraint = constraint
+        self.trainable = trainable
+        if trainable and not typed_values.carried_by_json(self.type):
+            raise ConfigError(
+                f"Expected a value that JSON can carry, got {shorten(data)} of type "
+                f"{typed_values.describe_type(self.type)} for the parameter {self.name}; use str, int, float, bool, "
+                "list, dict or a msgspec.Struct, or trainable=False"
+            )
+        self._stored: T = self.check(data, self.name)
+
+    @property
+    def data(self) -> T:
+        """The value: of the current context's override where there is one, else as stored.
+
+        Assigning converts and checks, and raises ParameterError. Inside `overriding` an assignment lasts as long
+        as the override does.
+        """
+        value: T = _overrides.get(_NOTHING).get(self, self._stored)
+        return value
+
+    @data.setter
+    def data(self, raw: Any) -> None:
+        value = self.check(raw, f"{self.name}.data")
+        overrides = _overrides.get(_NOTHING)
+        if self in overrides:
+            _overrides.set({**overrides, self: value})
+        else:
+            self._stored = value
+
+    @property
+    def py_name(self) -> str:
+        """The name as an identifier, as it stands in prompts and suggestions: "retriever_k"."""
+        return py_name(self.name)
+
+    def convert(self, raw: Any) -> T:
+        """Return a suggested value as one of this parameter's type; raises ParameterError, and never guesses."""
+        return self.check(raw, f"$.suggestion.{self.py_name}")
+
+    def check(self, raw: Any, where: str) -> T:
+        """Convert and check a value; `where` is what the error points at."""
+        try:
+            value: T = typed_values.convert(raw, self.type)
+            self._constrain(value)
+        except Unfit as unfit:
+            raise ParameterError(f"{unfit.reason} - at {where}{unfit.path}") from None
+        return value
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the value, with the description where there is one."""
+        schema = typed_values.schema(self.type)
+        return schema | {"description": self.description} if self.description else schema
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a prompt says of this parameter: value, type, and description and constraint where given."""
+        facts = {"value": self.data, "type": typed_values.describe_type(self.type)}
+        if self.description:
+            facts["description"] = self.description
+        if words := constraint_words(self.constraint):
+            facts["constraint"] = words
+        return facts
+
+    def _constrain(self, value: T) -> None:
+        if not callable(self.constraint):
+            return
+        try:
+            fits = self.constraint(value)
+        except ValueError as error:
+            raise Unfit(f"Expected {constraint_words(self.constraint)}, got {shorten(value)}: {error}") from None
+        if not fits:
+            raise Unfit(f"Expected {constraint_words(self.constraint)}, got {shorten(value)}")
+
+    def __str__(self) -> str:
+        return str(self.data)
+
+    def __repr__(self) -> str:
+        return f"ParameterNode({shorten(self.data)}, name={self.name!r})"
+
+
+@overload
+def node(data: ParameterNode[T]) -> ParameterNode[T]: ...
+@overload
+def node(
+    data: T,
+    name: str | None = None,
+    trainable: bool = False,
+    description: str | None = None,
+    constraint: Constraint = None,
+) -> ParameterNode[T]: ...
+def node(
+    data: Any,
+    name: str | None = None,
+    trainable: bool = False,
+    description: str | None = None,
+    constraint: Constraint = None,
+) -> ParameterNode[Any]:
+    """Return a parameter, under Trace's name and with Trace's defaults: not trainable unless asked for.
+
+    >>> node("Answer briefly.", trainable=True).data
+    'Answer briefly.'
+    """
+    if isinstance(data, ParameterNode):
+        return data
+    return ParameterNode(data, name=name, description=description, constraint=constraint, trainable=trainable)
+
+
+def read(parameters: Iterable[ParameterNode[Any]]) -> Values:
+    """Return name -> value, copied, so that nothing done to the agent later changes what was read."""
+    return {name: snapshot(parameter.data) for name, parameter in by_name(parameters).items()}
+
+
+def write(parameters: Iterable[ParameterNode[Any]], values: Values) -> None:
+    """Store new values, all of them or, where one is refused, none; names left out keep their value.
+
+    Raises ParameterError for a value that is refused and for a name that is unknown.
+    """
+    for parameter, value in _checked(parameters, values).items():
+        parameter._stored = value  # noqa: SLF001 - the one place that stores
+
+
+@contextmanager
+def overriding(parameters: Iterable[ParameterNode[Any]], values: Values) -> Iterator[None]:
+    """Let these parameters read as `values` in the current context (task, thread) and what is started from it.
+
+    Nothing shared is touched, so contexts with different values run at the same time, and there is nothing to restore.
+    Raises ParameterError as `write` does.
+    """
+    token = _overrides.set({**_overrides.get(_NOTHING), **_checked(parameters, values)})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def by_name(parameters: Iterable[ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
+    """Return name -> parameter in the order they came; raises ConfigError where two share a name or py_name."""
+    return index([(parameter.name, parameter) for parameter in parameters])
+
+
+def index(
+    found: Iterable[tuple[str, ParameterNode[Any]]], paths: Mapping[str, str] = _NOTHING
+) -> dict[str, ParameterNode[Any]]:
+    """Return name -> parameter; raises ConfigError where two parameters share a name or py_name."""
+    named: dict[str, ParameterNode[Any]] = {}
+    owners: dict[str, tuple[str, ParameterNode[Any]]] = {}
+    for name, parameter in found:
+        other, owner = owners.setdefault(py_name(name), (name, parameter))
+        if owner is not parameter:
+            raise ConfigError(
+                f"Expected parameters of different names, got {paths.get(other, other)!r} and "
+                f"{paths.get(name, name)!r}, which are both {py_name(name)!r} in prompts; "
+                "rename an attribute or give name="
+            )
+        named[name] = parameter
+    return named
+
+
+def py_name(name: str) -> str:
+    """Return a name as an identifier.
+
+    >>> py_name("steps.0.prompt"), py_name("a:10"), py_name("a1:0")
+    ('steps_0_prompt', 'a_10', 'a1_0')
+    """
+    safe = re.sub(r"\W", "_", name)
+    return f"_{safe}" if safe[:1].isdigit() else safe
+
+
+def constraint_words(constraint: Constraint) -> str:
+    """Return a constraint in words: the text itself, or a predicate's docstring or name."""
+    if constraint is None or isinstance(constraint, str):
+        return constraint or ""
+    words = (getattr(constraint, "__doc__", None) or "").strip().split("\n")[0]
+    return words or f"a value that satisfies {getattr(constraint, '__name__', type(constraint).__name__)}"
+
+
+def _checked(parameters: Iterable[ParameterNode[Any]], values: Values) -> dict[ParameterNode[Any], Any]:
+    """Return parameter -> converted value for every name in `values`."""
+    known = by_name(parameters)
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ParameterError(f"Expected names of parameters ({', '.join(known) or 'none'}), got {', '.join(unknown)}")
+    return {known[name]: known[name].check(snapshot(raw), name) for name, raw in values.items()}

@@ -1,0 +1,236 @@
+"""What one forward pass did: operations, their inputs and outputs, and LLM calls, as a tree.
+
+A transcript belongs to the context that opened it (`with transcript() as t`) and what is started from there; there is
+no global graph. Values are turned into text when they are recorded: a later change in place does not rewrite history.
+
+The tree is the same whatever finishes first: an operation takes its slot when it starts, and what a concurrent task or
+thread records stays together, at the place of the first thing it recorded.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from aggregator.agents.showing import cut, show, show_error
+from aggregator.records import Completion
+
+MESSAGE_LIMIT = 4_000
+"""How many characters of one message to a model are shown."""
+
+TRANSCRIPT_LIMIT = 40_000
+"""How many characters `render` returns at most; the middle is left out, and that is said."""
+
+_INDENT = "  "
+_span: ContextVar[Span | None] = ContextVar("aggregator_span", default=None)
+
+
+class _Group:
+    """What was recorded one after the other by one task or thread."""
+
+    def __init__(self) -> None:
+        self.items: list[_Group | Span | LLMCall] = []
+
+    def lines(self) -> Iterator[str]:
+        for item in self.items:
+            yield from item.lines()
+
+
+class Span(_Group):
+    """One operation: name, description, inputs, what happened inside, and its output or error, all as text."""
+
+    def __init__(self, name: str, description: str = "", inputs: Sequence[tuple[str, Any]] = ()) -> None:
+        super().__init__()
+        self.name = name
+        self.description = description
+        self.inputs = [(key, show(value)) for key, value in inputs]
+        self.outcome: tuple[str, str] | None = None
+        self._owner = _runner()
+        self._groups: WeakKeyDictionary[Any, _Group] = WeakKeyDictionary()
+
+    def add(self, item: Span | LLMCall) -> None:
+        """Take a slot for `item`, beside what the same task or thread recorded before."""
+        runner = _runner()
+        if runner is self._owner:
+            self.items.append(item)
+            return
+        group = self._groups.get(runner)
+        if group is None:
+            group = self._groups[runner] = _Group()
+            self.items.append(group)
+        group.items.append(item)
+
+    def finish(self, output: Any) -> None:
+        """Record what the operation returned."""
+        self.outcome = ("returned", show(output))
+
+    def fail(self, error: BaseException, place: str = "") -> None:
+        """Record what the operation raised, and where in its source if that is known."""
+        self.outcome = ("raised", show_error(error) + place)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the operation as indented lines."""
+        yield f"{self.name}: {self.description}" if self.description else self.name
+        facts = [_INDENT + line for key, text in self.inputs for line in _field(key, text)]
+        yield from facts
+        for line in super().lines():
+            yield _INDENT + line
+        for line in _field(*(self.outcome or ("returned", "[... not finished]"))):
+            yield _INDENT + line
+
+
+class LLMCall:
+    """One call of the agent to a model: the messages and, once it came, the reply."""
+
+    def __init__(self, messages: Any) -> None:
+        self.messages = [_message(message) for message in messages]
+        self.reply: tuple[str, str] | None = None
+
+    def finish(self, completion: Completion) -> None:
+        """Record the answer."""
+        self.reply = ("reply", _reply(completion))
+
+    def fail(self, error: BaseException) -> None:
+        """Record that there was no answer."""
+        self.reply = ("failed", show_error(error))
+
+    def lines(self) -> Iterator[str]:
+        """Yield the call as indented lines."""
+        yield "LLM call"
+        for key, text in [*self.messages, self.reply or ("reply", "[... not finished]")]:
+            for line in _field(key, text):
+                yield _INDENT + line
+
+
+class Transcript:
+    """What one forward pass did; `render()` is its text for a prompt."""
+
+    def __init__(self) -> None:
+        self.root = Span("")
+
+    def llm_call(self, messages: Any) -> LLMCall:
+        """Take the slot of an LLM call that is about to be made; `finish` or `fail` it later.
+
+        The slot keeps concurrent calls in the order they were issued, whichever is answered first.
+        """
+        call = LLMCall(messages)
+        self._here().add(call)
+        return call
+
+    def add_llm_call(self, messages: Any, completion: Completion) -> None:
+        """Record an LLM call that has been answered."""
+        self.llm_call(messages).finish(completion)
+
+    def render(self, limit: int = TRANSCRIPT_LIMIT) -> str:
+        """Return the transcript as indented text of at most about `limit` characters.
+
+        Where it is longer, its middle is replaced by one line `[... 1234 characters left out]`; single values and
+        messages that were cut say so in place.
+        """
+        text = "\n".join(_Group.lines(self.root))
+        if len(text) <= limit:
+            return text
+        head, tail = text[: limit // 2], text[-(limit // 2) :]
+        return f"{head}\n[... {len(text) - len(head) - len(tail)} characters left out]\n{tail}"
+
+    def _here(self) -> Span:
+        span = _span.get()
+        return self.root if span is None or _transcript.get() is not self else span
+
+
+_transcript: ContextVar[Transcript | None] = ContextVar("aggregator_transcript", default=None)
+
+
+def current_transcript() -> Transcript | None:
+    """Return the transcript that the current context records, None where there is none."""
+    return _transcript.get()
+
+
+@contextmanager
+def transcript() -> Iterator[Transcript]:
+    """Record what is done in the block, and in tasks and threads started from it.
+
+    >>> with transcript() as t:
+    ...     with recording("add", inputs=[("a", 1)]) as span:
+    ...         span.finish(2)
+    >>> print(t.render())
+    add
+      a: 1
+      returned: 2
+    """
+    opened = Transcript()
+    transcript_token, span_token = _transcript.set(opened), _span.set(opened.root)
+    try:
+        yield opened
+    finally:
+        _span.reset(span_token)
+        _transcript.reset(transcript_token)
+
+
+@contextmanager
+def recording(name: str, description: str = "", inputs: Sequence[tuple[str, Any]] = ()) -> Iterator[Span]:
+    """Record one operation around the block, inside the current one; errors are recorded and go on.
+
+    The block calls `span.finish(output)`. Outside a transcript nothing is kept.
+    """
+    parent = _span.get()
+    span = Span(name, description, inputs if parent else ())
+    if parent:
+        parent.add(span)
+    token = _span.set(span if parent else None)
+    try:
+        yield span
+    except BaseException as error:
+        if span.outcome is None:
+            span.fail(error)
+        raise
+    finally:
+        _span.reset(token)
+
+
+def _runner() -> Any:
+    """Return the task that is running, or the thread where there is none."""
+    tasks = sys.modules.get("asyncio.tasks")  # without it there are no tasks, and no reason to import it
+    try:
+        task = tasks.current_task() if tasks else None
+    except RuntimeError:  # no running loop
+        task = None
+    return task or threading.current_thread()
+
+
+def _field(key: str, text: str) -> list[str]:
+    """Lay out a named value: on one line, or as an indented block where it has several."""
+    if "\n" not in text:
+        return [f"{key}: {text}"]
+    return [f"{key}: |", *(_INDENT + line for line in text.splitlines())]
+
+
+def _message(message: Any) -> tuple[str, str]:
+    """Return role and text of a message in OpenAI's shape, or of whatever was passed instead of one."""
+    if not isinstance(message, Mapping):
+        return "message", cut(message if isinstance(message, str) else show(message), MESSAGE_LIMIT)
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_part(part) for part in content)
+    texts = [content] if isinstance(content, str) else []
+    if calls := message.get("tool_calls"):
+        texts.append(f"tool calls: {show(calls)}")
+    return str(message.get("role", "message")), cut("\n".join(texts), MESSAGE_LIMIT)
+
+
+def _part(part: Any) -> str:
+    """Return a content part's text; parts of other kinds (images, audio) are named, not shown."""
+    if isinstance(part, Mapping):
+        return str(part["text"]) if "text" in part else f"[{part.get('type', 'part')}]"
+    return show(part)
+
+
+def _reply(completion: Completion) -> str:
+    called = [f"{call.name}({call.arguments})" for call in completion.tool_calls]
+    texts = [completion.text] if completion.text or not called else []
+    return cut("\n".join([*texts, *(f"tool call: {text}" for text in called)]), MESSAGE_LIMIT)
