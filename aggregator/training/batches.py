@@ -36,7 +36,7 @@ def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple
     infos = list(dataset.get("infos", [None] * len(inputs)))
     if len(inputs) != len(infos):
         raise ConfigError(
-            f"{name} has {len(inputs)} inputs and {len(infos)} infos; expected as many of one as of the other"
+            f"expected as many infos as inputs, got {len(inputs)} inputs and {len(infos)} infos in {name}"
         )
     return list(zip(inputs, infos, strict=True))
 
@@ -100,7 +100,7 @@ class DataLoader:
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        return (len(self.samples) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[list[Any], list[Any]]]:
         batches = minibatches(

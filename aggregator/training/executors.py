@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,7 +47,7 @@ class AsyncExecutor:
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: context.run(function, *args))
 
-    async def __aenter__(self) -> AsyncExecutor:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -59,7 +59,5 @@ class AsyncExecutor:
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return one error of a group, an interrupt before others."""
-    flat: list[BaseException] = []
-    for error in errors.exceptions:
-        flat.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    flat = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in errors.exceptions]
     return next((error for error in flat if not isinstance(error, Exception)), flat[0])

@@ -209,7 +209,8 @@ class _Course:
         if lost and len(samples) / len(turn.samples) > self.plan.max_failure_ratio:
             raise TrainingError(
                 f"{len(samples)} of {len(turn.samples)} instances of step {turn.step} were lost, more than "
-                f"max_failure_ratio={self.plan.max_failure_ratio:g} allows; the first: {lost[0].error}: {lost[0].message}"
+                f"max_failure_ratio={self.plan.max_failure_ratio:g} allows; "
+                f"the first: {lost[0].error}: {lost[0].message}"
             )
 
     async def _evaluate(self, steps: int, total: int) -> float | None:

@@ -19,7 +19,7 @@ from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, aggregation_me
 from aggregator.training.rules import dedupe
 
 Confidence = Literal["constant", "evidence"] | Callable[[Sequence[Proposal], float], Sequence[float]]
-"""How sure each proposal is: the stepsize for all, by score and support, or your own function of (proposals, stepsize)."""
+"""How sure each proposal is: the stepsize for all, by score and support, or a function of (proposals, stepsize)."""
 
 
 class LLMMerge:

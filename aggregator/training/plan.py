@@ -117,7 +117,8 @@ def trainable(parameters: Sequence[Any]) -> list[Any]:
     chosen = [parameter for parameter in parameters if getattr(parameter, "trainable", True)]
     if not chosen:
         raise ConfigError(
-            "the agent has no trainable parameter; give it an attribute ParameterNode(value), or @bundle(trainable=True)"
+            "the agent has no trainable parameter; give it an attribute ParameterNode(value), "
+            "or an operation with @bundle(trainable=True)"
         )
     names = [parameter.name for parameter in chosen]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -177,7 +177,7 @@ def test_an_error_no_call_can_escape_stops_the_run_with_the_partial_result(adder
     """Authentication and budget end the run at once; what was reached stands on the error."""
     replies = [from_feedback] * 4 + [error]
     with pytest.raises((TrainingError, BudgetExceededError)) as caught:
-        trainer(adder, *replies).train(exact, additions(5) + [(9, 0)], num_epochs=3)
+        trainer(adder, *replies).train(exact, [*additions(5), (9, 0)], num_epochs=3)
     assert caught.value.result is not None
     assert 0 < len(caught.value.result.history) < 15
 
