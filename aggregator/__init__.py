@@ -18,6 +18,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.agents.modules": ("Module",),
     "aggregator.agents.parameters": ("ParameterNode", "node"),
     "aggregator.agents.transcripts": ("transcript",),
+    "aggregator.cassettes.lineage": ("lineage",),
+    "aggregator.cassettes.recorder": ("cassette",),
     "aggregator.errors": (
         "APIConnectionError",
         "APIStatusError",
@@ -37,6 +39,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "ContextLengthError",
         "DecodeError",
         "EmptyResponseError",
+        "GuideError",
         "LLMError",
         "NotFoundError",
         "ParameterError",

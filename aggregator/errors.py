@@ -7,6 +7,7 @@ A failed sample is data; a failed run is one of these.
     ├── ConfigError(ValueError)          a wrong argument, name, data set, key
     ├── ParameterError                   a value that cannot become the parameter's type
     ├── SuggestionError                  a reply that cannot be read
+    ├── GuideError                       a guide that gave no verdict; never a score of 0
     ├── CassetteError
     │   ├── CassetteMissError            no recorded exchange answers; `except Exception` cannot hide it
     │   ├── CassetteDamagedError         cut, edited or otherwise not what was written
@@ -56,6 +57,10 @@ class ParameterError(AggregatorError, ValueError):
 
 class SuggestionError(AggregatorError, ValueError):
     """A reply that cannot be read without guessing."""
+
+
+class GuideError(AggregatorError):
+    """A guide gave no usable verdict: no number, NaN, or a judge whose reply cannot be read. Never a score of 0."""
 
 
 class CassetteError(AggregatorError):

@@ -1,0 +1,77 @@
+"""The one way in which a guide is called: any guide in, a checked score and feedback out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aggregator.errors import GuideError
+
+Call = Callable[..., Awaitable[Any]]
+"""Runs a synchronous function elsewhere, as in `await call(function, *args)`."""
+
+
+async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> tuple[float | None, str]:
+    """Return a guide's score and feedback.
+
+    A guide is any sync or async callable `guide(x, output, info)`, or an object with Trace's
+    `get_feedback(query, response, reference)`. It returns a score, (score, feedback), or an object that has both as
+    attributes; None as the score of a pair says that nothing can be said. A synchronous guide runs through `call`.
+
+    Raises GuideError for any other answer and for NaN: that is a guide's failure, not a score of 0. What the guide
+    itself raises is passed on.
+    """
+    function = getattr(guide, "get_feedback", guide)
+    if call is None or _is_async(function):
+        answer = function(x, output, info)
+    else:
+        answer = await call(function, x, output, info)
+    if inspect.isawaitable(answer):
+        answer = await answer
+    return verdict_of(answer, guide)
+
+
+def verdict_of(answer: Any, guide: Any) -> tuple[float | None, str]:
+    """Check what a guide returned.
+
+    >>> verdict_of(True, "my guide"), verdict_of((0.5, "Half of it."), "my guide")
+    ((1.0, ''), (0.5, 'Half of it.'))
+    """
+    if isinstance(answer, tuple | list):
+        if len(answer) != 2:
+            raise _unusable(guide, f"a {type(answer).__name__} of {len(answer)}")
+        score, feedback = answer
+    elif hasattr(answer, "score") and hasattr(answer, "feedback"):
+        score, feedback = answer.score, answer.feedback
+    elif answer is None:
+        raise _unusable(guide, "None; does it end without `return`?")
+    else:
+        score, feedback = answer, None
+    if not isinstance(feedback, str | None):
+        raise _unusable(guide, f"feedback of type {type(feedback).__name__}")
+    return (None if score is None else _number(score, guide)), feedback or ""
+
+
+def _number(score: Any, guide: Any) -> float:
+    if isinstance(score, str | bytes) or not hasattr(score, "__float__"):
+        raise _unusable(guide, f"a score of type {type(score).__name__}")
+    try:
+        number = float(score)
+    except (TypeError, ValueError, OverflowError) as error:  # an array of several numbers, say
+        raise _unusable(guide, f"a score that is no number ({error})") from None
+    if not math.isfinite(number):
+        raise _unusable(guide, f"the score {number}")
+    return number
+
+
+def _unusable(guide: Any, got: str) -> GuideError:
+    name = getattr(guide, "__qualname__", type(guide).__qualname__)
+    return GuideError(
+        f"Expected a score or (score, feedback), the score a finite number, from the guide {name}, got {got}"
+    )
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

@@ -1,0 +1,232 @@
+"""Rules that merge proposals without a model: pure, deterministic, closed under `chain`.
+
+Where two proposals weigh the same, the one of the earlier sample wins, so that the order of completion never matters.
+`identity` is the neutral rule. A proposal that leaves a parameter out casts no vote on it, neither for nor against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import wraps
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from aggregator.errors import ConfigError
+from aggregator.protocols import UpdateRule
+from aggregator.records import Proposal, Values
+
+_Merge = Callable[[Values, Sequence[Proposal], float], Sequence[Proposal]]
+
+
+def _rule(merge: _Merge) -> UpdateRule:
+    """Make an UpdateRule of a pure function."""
+
+    @wraps(merge)
+    async def rule(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+        return merge(current, proposals, stepsize)
+
+    return rule
+
+
+def chain(*rules: UpdateRule) -> UpdateRule:
+    """Apply rules from left to right, as in `chain(without_failed, dedupe, top_k(8), LLMMerge(llm))`.
+
+    Associative; `chain()` is the identity.
+    """
+
+    async def chained(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+        for rule in rules:
+            proposals = await rule(current, proposals, stepsize=stepsize)
+        return proposals
+
+    return chained
+
+
+@_rule
+def identity(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+    """Return the proposals as they came: the neutral rule."""
+    return proposals
+
+
+@_rule
+def without_failed(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+    """Drop the proposals that carry an error.
+
+    >>> from aggregator.portal import call
+    >>> call(without_failed, {}, [Proposal(error="cut off"), Proposal(values={"k": 1})], stepsize=0.5)[0].values
+    {'k': 1}
+    """
+    return [proposal for proposal in proposals if proposal.error is None]
+
+
+@_rule
+def dedupe(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+    """Make proposals of the same values one, with their support added up, at the place of the first.
+
+    Its score is the mean by support; sample ids, different feedbacks and reasonings follow one another in order.
+    Proposals without values stay as they are: nothing says that they mean the same.
+
+    >>> from aggregator.portal import call
+    >>> found = call(dedupe, {}, [Proposal(values={"k": 1}, sample_ids=(i,)) for i in (4, 7)], stepsize=0.5)
+    >>> [(proposal.support, proposal.sample_ids) for proposal in found]
+    [(2, (4, 7))]
+    """
+    groups: dict[bytes | int, list[Proposal]] = {}
+    for i, proposal in enumerate(proposals):
+        own = key_of(proposal.values) if proposal.values and proposal.error is None else i
+        groups.setdefault(own, []).append(proposal)
+    return [group[0] if len(group) == 1 else _merged(group[0].values, group) for group in groups.values()]
+
+
+def top_k(k: int) -> UpdateRule:
+    """Keep the k proposals of the highest score, in the order they came; an unknown score is the lowest.
+
+    >>> from aggregator.portal import call
+    >>> scored = [Proposal(values={"k": i}, score=score) for i, score in enumerate([0.2, None, 0.9, 0.2])]
+    >>> [proposal.values["k"] for proposal in call(top_k(2), {}, scored, stepsize=0.5)]
+    [0, 2]
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ConfigError(f"Expected top_k of an int of at least 1, got {k!r}")
+
+    def best(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+        ranked = sorted(range(len(proposals)), key=lambda i: (-_score(proposals[i]), _first_sample(proposals[i]), i))
+        return [proposals[i] for i in sorted(ranked[:k])]
+
+    return _rule(best)
+
+
+best_of = top_k(1)
+"""Keep the one proposal of the highest score; of equal ones that of the earliest sample."""
+
+
+@_rule
+def majority(current: Values, proposals: Sequence[Proposal], stepsize: float) -> Sequence[Proposal]:
+    """Give each parameter the value that most instances propose.
+
+    A value weighs stepsize times the instances behind it, the current value 1 - stepsize on top; at equal weight the
+    current value gives way. Values are compared as JSON: 1, 1.0 and True are three values.
+
+    >>> from aggregator.portal import call
+    >>> votes = [Proposal(values={"k": k}, sample_ids=(i,)) for i, k in enumerate([3, 5, 5, 5])]
+    >>> call(majority, {"k": 3}, votes, stepsize=0.5)[0].values
+    {'k': 5}
+    """
+    elected = {name: _elected(name, current, proposals, stepsize) for name in _names(proposals)}
+    values = {name: value for name, value in elected.items() if not _is_current(current, name, value)}
+    return [_merged(values, proposals)] if values and stepsize > 0 else []
+
+
+@_rule
+def mean(current: Values, proposals: Sequence[Proposal], stepsize: float) -> Sequence[Proposal]:
+    """Move each numeric parameter by stepsize towards the mean of what is proposed, weighed by support.
+
+    An int is rounded, halves to even. Other parameters stay in the proposals, for a rule that comes after, as in
+    `chain(mean, majority)`. Sums are exact, so the order of the proposals does not matter.
+
+    >>> from aggregator.portal import call
+    >>> votes = [Proposal(values={"t": t}) for t in (0.2, 0.4)]
+    >>> round(call(mean, {"t": 0.7}, votes, stepsize=0.5)[0].values["t"], 6)
+    0.5
+    """
+    numeric = [name for name in _names(proposals) if _is_numeric(name, current, proposals)]
+    if not numeric:
+        return proposals
+    moved = {name: _moved(name, current, proposals, stepsize) for name in numeric}
+    movers = [proposal for proposal in proposals if any(name in proposal.values for name in numeric)]
+    rest = [_left(proposal, numeric) for proposal in proposals]
+    return [_merged(moved, movers), *(proposal for proposal in rest if proposal.values or proposal.error is not None)]
+
+
+def key_of(value: Any) -> bytes:
+    """Encode a value so that equal ones give equal bytes: 1, 1.0 and True are three values, the order of keys is none."""
+    return msgspec.json.encode(value, order="deterministic", enc_hook=repr)
+
+
+def _score(proposal: Proposal) -> float:
+    return -math.inf if proposal.score is None else proposal.score
+
+
+def _first_sample(proposal: Proposal) -> float:
+    return min(proposal.sample_ids, default=math.inf)
+
+
+def _in_sample_order(proposals: Sequence[Proposal]) -> list[Proposal]:
+    return sorted(proposals, key=_first_sample)
+
+
+def _names(proposals: Sequence[Proposal]) -> list[str]:
+    return list(dict.fromkeys(name for proposal in _in_sample_order(proposals) for name in proposal.values))
+
+
+def _elected(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> Any:
+    """Count the votes on one parameter; ties go to the earlier sample, the current value comes last."""
+    share = Fraction(stepsize)
+    weights: dict[bytes, Fraction] = {}
+    values: dict[bytes, Any] = {}
+    for proposal in _in_sample_order(proposals):
+        if name in proposal.values:
+            key = key_of(proposal.values[name])
+            values.setdefault(key, proposal.values[name])
+            weights[key] = weights.get(key, Fraction(0)) + share * proposal.support
+    if name in current:
+        key = key_of(current[name])
+        values.setdefault(key, current[name])
+        weights[key] = weights.get(key, Fraction(0)) + 1 - share
+    return values[max(weights, key=weights.__getitem__)]
+
+
+def _is_current(current: Values, name: str, value: Any) -> bool:
+    return name in current and key_of(current[name]) == key_of(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_numeric(name: str, current: Values, proposals: Sequence[Proposal]) -> bool:
+    proposed = [proposal.values[name] for proposal in proposals if name in proposal.values]
+    return all(_is_number(value) for value in (*proposed, current.get(name, 0)))
+
+
+def _moved(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> int | float:
+    voters = [proposal for proposal in proposals if name in proposal.values]
+    support = sum(proposal.support for proposal in voters)
+    target = sum(Fraction(proposal.values[name]) * proposal.support for proposal in voters) / Fraction(support)
+    start = Fraction(current[name]) if name in current else target
+    moved = start + Fraction(stepsize) * (target - start)
+    whole = isinstance(current.get(name, voters[0].values[name]), int)
+    return round(moved) if whole else float(moved)
+
+
+def _left(proposal: Proposal, taken: Sequence[str]) -> Proposal:
+    values = {name: value for name, value in proposal.values.items() if name not in taken}
+    return proposal if len(values) == len(proposal.values) else replace(proposal, values=values)
+
+
+def _merged(values: Values, proposals: Sequence[Proposal]) -> Proposal:
+    """One proposal of these values, with all that stands behind it."""
+    ordered = _in_sample_order(proposals)
+    return Proposal(
+        values=values,
+        score=_mean_score(ordered),
+        feedback=_joined([proposal.feedback for proposal in ordered]),
+        reasoning=_joined([proposal.reasoning for proposal in ordered]),
+        failures=tuple(failure for proposal in ordered for failure in proposal.failures),
+        support=sum(proposal.support for proposal in ordered),
+        sample_ids=tuple(dict.fromkeys(i for proposal in ordered for i in proposal.sample_ids)),
+    )
+
+
+def _mean_score(proposals: Sequence[Proposal]) -> float | None:
+    scored = [(Fraction(p.score), p.support) for p in proposals if p.score is not None and math.isfinite(p.score)]
+    support = sum(count for _, count in scored)
+    return float(sum(score * count for score, count in scored) / support) if support else None
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return "\n".join(dict.fromkeys(text for text in texts if text))
