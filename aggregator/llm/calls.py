@@ -52,12 +52,18 @@ class Target(Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str] = {}
     options: Mapping[str, Any] = {}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.provider}/{self.model} at {self.base_url})"  # never the key
+
 
 class StreamReader(Protocol):
     """Reads one streamed answer, bytes in as they come; keeps state, does no I/O."""
 
     def feed(self, data: bytes) -> list[str]:
-        """Take the next bytes, cut anywhere; return the text deltas they complete. Raises LLMError for an error inside the stream."""
+        """Take the next bytes, cut anywhere; return the text deltas they complete.
+
+        Raises LLMError for an error inside the stream.
+        """
         ...
 
     def finish(self, reply: HTTPReply) -> Completion:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
@@ -32,6 +32,8 @@ from aggregator.errors import (
 from aggregator.llm.codecs.lenient import parse
 from aggregator.records import HTTPReply
 
+E = TypeVar("E", bound=LLMError)
+
 _MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors", "error_message", "error_description", "title", "reason")
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-amzn-requestid")
 _MAX_MESSAGE = 2000
@@ -49,7 +51,8 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
 _QUOTA_WORDS = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "billing_error"}
 _CONTEXT_WORDS = {"context_length_exceeded", "exceed_context_size_error", "context_window_exceeded"}
 _CONTEXT_TEXT = re.compile(
-    r"maximum context length|context (?:length|window|size|limit)\b.*\bexceed|exceed\w*\b.*\bcontext (?:length|window|size|limit)"
+    r"maximum context length|context (?:length|window|size|limit)\b.*\bexceed"
+    r"|exceed\w*\b.*\bcontext (?:length|window|size|limit)"
     r"|prompt is too long|input (?:is )?too long|reduce the length of the (?:messages|prompt)"
     r"|(?:input|prompt) token count.*exceed|too large for model with \d+ maximum",
     re.IGNORECASE | re.DOTALL,
@@ -99,21 +102,24 @@ def status_error(reply: HTTPReply, provider: str, secrets: tuple[str, ...] = ())
     message = fault.message or reply.reason or _phrase(reply.status)
     if 300 <= reply.status < 400:
         message = f"redirected to {reply.headers.get('location', 'nowhere')!r}; give that address as base_url"
-    kind = classify(reply.status, fault)
-    return _build(kind, reply, fault, provider, secrets, reply.status, message)
+    return _build(classify(reply.status, fault), reply, fault, provider, secrets, reply.status, message)
 
 
 def fault_inside(data: Any, reply: HTTPReply, provider: str, secrets: tuple[str, ...] = ()) -> LLMError:
     """The error that stands inside an answer whose status was fine; ResponseError where it names no known kind."""
     fault = fault_of({"error": data})
-    status = fault.status or next((_STATUS_OF_WORD[w] for w in map(str.lower, fault.words) if w in _STATUS_OF_WORD), None)
-    kind = classify(status, fault) if status else ResponseError
-    return _build(kind, reply, fault, provider, secrets, status or reply.status, fault.message or "an error without words")
+    status = fault.status or next(
+        (_STATUS_OF_WORD[w] for w in map(str.lower, fault.words) if w in _STATUS_OF_WORD), None
+    )
+    kind: type[LLMError] = classify(status, fault) if status else ResponseError
+    return _build(
+        kind, reply, fault, provider, secrets, status or reply.status, fault.message or "an error without words"
+    )
 
 
 def _build(
-    kind: type[Any], reply: HTTPReply, fault: Fault, provider: str, secrets: tuple[str, ...], status: int, message: str
-) -> Any:
+    kind: type[E], reply: HTTPReply, fault: Fault, provider: str, secrets: tuple[str, ...], status: int, message: str
+) -> E:
     code = fault.words[0] if fault.words else None
     for secret in filter(None, secrets):
         message = message.replace(secret, "***")

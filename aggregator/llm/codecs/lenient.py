@@ -30,9 +30,9 @@ def read(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def parse(body: bytes) -> Any:
-    """Parse JSON as forgivingly as the standard library can; raises DecodeError.
+    r"""Parse JSON as forgivingly as the standard library can; raises DecodeError.
 
-    >>> parse(b'\\xef\\xbb\\xbf {"a": NaN}')
+    >>> parse(b'\xef\xbb\xbf {"a": NaN}')
     {'a': nan}
     """
     text = body.decode("utf-8-sig", errors="replace")
@@ -80,13 +80,13 @@ def _drop(node: Any, steps: list[str]) -> None:
             node.pop(head, None)
 
 
-def excerpt(text: str, limit: int = 200) -> str:
-    """The start of a text as it can stand in an error message.
+def excerpt(body: str | bytes, limit: int = 200) -> str:
+    """The start of a body as it can stand in an error message.
 
-    >>> excerpt("")
+    >>> excerpt(b" ")
     'nothing'
     """
-    text = text.strip()
+    text = (body if isinstance(body, str) else body.decode("utf-8", errors="replace")).strip()
     if not text:
         return "nothing"
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}… ({len(text)} characters)"

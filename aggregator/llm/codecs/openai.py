@@ -135,7 +135,7 @@ class OpenAIChat:
             raise fault_inside(answer.error, reply, self.target.provider, self._secrets())
         if not answer.choices:
             raise EmptyResponseError(
-                f"Expected choices from {self.target.provider}, got none in {excerpt(reply.body.decode(errors='replace'))}",
+                f"Expected choices from {self.target.provider}, got none in {excerpt(reply.body)}",
                 status=reply.status,
                 request_id=request_id(reply.headers),
             )
@@ -241,7 +241,9 @@ def _calls(message: _Message) -> tuple[ToolCall, ...]:
         if function is not None:
             found.append(ToolCall(id=call.id or "", name=function.name or "", arguments=_arguments(function.arguments)))
         elif call.custom is not None:
-            found.append(ToolCall(id=call.id or "", name=call.custom.name or "", arguments=_arguments(call.custom.input)))
+            found.append(
+                ToolCall(id=call.id or "", name=call.custom.name or "", arguments=_arguments(call.custom.input))
+            )
     legacy = message.function_call
     if not found and legacy is not None and legacy.name:
         found.append(ToolCall(id="", name=legacy.name, arguments=_arguments(legacy.arguments)))
@@ -258,7 +260,10 @@ def _usage(usage: _Usage) -> Usage:
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     cached = prompt.cached_tokens if prompt is not None else None
     if cached is None:
-        cached = next((n for n in (usage.prompt_cache_hit_tokens, usage.cached_tokens, usage.num_cached_tokens) if n is not None), None)
+        cached = next(
+            (n for n in (usage.prompt_cache_hit_tokens, usage.cached_tokens, usage.num_cached_tokens) if n is not None),
+            None,
+        )
     reasoning = completion.reasoning_tokens if completion is not None else None
     return Usage(
         input_tokens=usage.prompt_tokens,

@@ -6,9 +6,9 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def split_thinking(content: str) -> tuple[str, str]:
-    """Split an answer into (text, reasoning); an answer cut while thinking has no text.
+    r"""Split an answer into (text, reasoning); an answer cut while thinking has no text.
 
-    >>> split_thinking("<think>two and two</think>\\n\\n4")
+    >>> split_thinking("<think>two and two</think>\n\n4")
     ('4', 'two and two')
     """
     if OPEN not in content or not (start := content.lstrip()).startswith(OPEN):

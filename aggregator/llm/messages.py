@@ -1,0 +1,158 @@
+"""Messages as callers write them, brought to OpenAI's shape: text, images, tool results, our own answers."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from aggregator.errors import ConfigError
+from aggregator.records import Completion, Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_SIGNATURES = (
+    (b"\x89PNG", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+    (b"BM", "image/bmp"),
+)
+
+
+class Image(Struct, frozen=True):
+    """An image in a message: its URL, or its bytes (PNG, JPEG, GIF or WebP; `media_type` names another kind).
+
+    >>> Image("https://example.com/cat.png").url
+    'https://example.com/cat.png'
+    """
+
+    source: str | bytes
+    media_type: str | None = None
+    detail: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The address, or the bytes as a data: URL."""
+        if isinstance(self.source, str):
+            return self.source
+        kind = self.media_type or _media_type(self.source)
+        return f"data:{kind};base64,{b64encode(self.source).decode()}"
+
+
+def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
+    """Bring messages to OpenAI's shape; raises ConfigError with the path of what cannot be one.
+
+    A text alone is a user message. A message is a dict, one of our `Message` or `Completion` records, or any object
+    with `model_dump` (an SDK's). Content is a text, None, or parts: texts, `Image`s, bytes of an image, or dicts.
+
+    >>> normalise("Hi")
+    ({'role': 'user', 'content': 'Hi'},)
+    """
+    if isinstance(messages, str):
+        return ({"role": "user", "content": messages},)
+    if isinstance(messages, Mapping | Message | Completion):
+        messages = [messages]
+    if not isinstance(messages, Iterable) or isinstance(messages, bytes):
+        raise ConfigError(f"Expected messages as a text or a list of dicts, got {messages!r}")
+    found = tuple([_message(message, i) for i, message in enumerate(messages)])
+    if not found:
+        raise ConfigError("Expected at least one message, got none")
+    return found
+
+
+def _message(message: Any, position: int) -> dict[str, Any]:
+    if type(message) is dict and type(message.get("content")) is str and message.get("role") in ROLES:
+        return message  # nearly every message; not copied, since encoding reads it at once
+    if isinstance(message, str):
+        return {"role": "user", "content": message}
+    if isinstance(message, Completion):
+        message = message.choices[0].message
+    if isinstance(message, Message):
+        return assistant(message)
+    if hasattr(message, "model_dump"):
+        message = message.model_dump(exclude_none=True)
+    if not isinstance(message, Mapping):
+        raise ConfigError(
+            f"Expected a message as a dict with role and content, got {message!r} - at $.messages[{position}]"
+        )
+    if message.get("role") not in ROLES:
+        raise ConfigError(
+            f"Expected a role of {', '.join(ROLES)}, got {message.get('role')!r} - at $.messages[{position}].role"
+        )
+    content = message.get("content")
+    if content is None:
+        return dict(message)
+    return {**message, "content": _content(content, f"$.messages[{position}].content")}
+
+
+def assistant(message: Message) -> dict[str, Any]:
+    """Turn an answer into the message that continues the conversation; thinking is not sent back."""
+    turn: dict[str, Any] = {"role": "assistant", "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _content(content: Any, where: str) -> str | list[Any]:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Image | bytes | Mapping):
+        content = [content]
+    if not isinstance(content, Iterable):
+        raise ConfigError(f"Expected content as a text or a list of parts, got {content!r} - at {where}")
+    return [_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, bytes):
+        part = Image(part)
+    if isinstance(part, Image):
+        image = {"url": part.url} | ({"detail": part.detail} if part.detail else {})
+        return {"type": "image_url", "image_url": image}
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise ConfigError(f"Expected a part as a text, an Image or a dict with a type, got {part!r} - at {where}")
+    if part["type"] == "image_url" and isinstance(part.get("image_url"), str):
+        return {**part, "image_url": {"url": part["image_url"]}}
+    return dict(part)
+
+
+def _media_type(data: bytes) -> str:
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    for signature, kind in _SIGNATURES:
+        if data.startswith(signature):
+            return kind
+    raise ConfigError(
+        f"Expected the bytes of a PNG, JPEG, GIF or WebP image, got {data[:8]!r}…. "
+        "Name another kind: Image(data, media_type=…)"
+    )
+
+
+def as_data(url: str) -> tuple[str, str] | None:
+    """Split a data: URL into media type and base64 text; None for any other URL.
+
+    >>> as_data("data:image/png;base64,AAAA")
+    ('image/png', 'AAAA')
+    """
+    head, comma, data = url.partition(",")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        return None
+    return head[len("data:") : -len(";base64")], data
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, parts that are none left out.
+
+    >>> text_of(["a", {"type": "text", "text": "b"}])
+    'ab'
+    """
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list | tuple) else ()
+    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in parts)

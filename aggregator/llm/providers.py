@@ -1,0 +1,178 @@
+"""The providers we know, as a table: address, environment variables, wire format, the few ways they differ.
+
+The variables are those that the providers' own SDKs read. Another package adds a provider with an entry point of the
+group `aggregator.providers` that names a `Provider`.
+
+Options of the OpenAI wire format: `max_tokens` is the cap sent when none is given (servers that would else generate to
+the end of their context); `seed` the name under which the seed goes; `stream_options` False where usage comes unasked
+and the field is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+
+from msgspec.structs import replace
+
+from aggregator.errors import ConfigError
+from aggregator.llm.calls import Provider, Target
+from aggregator.llm.codecs.azure import AzureChat, settle_azure
+from aggregator.llm.codecs.openai import OpenAIChat
+
+ENTRY_POINTS = "aggregator.providers"
+_LOCAL_CAP = {"max_tokens": 4096}
+_BEARER = "authorization"
+
+
+def custom_headers(text: str) -> dict[str, str]:
+    r"""Headers from OPENAI_CUSTOM_HEADERS or ANTHROPIC_CUSTOM_HEADERS: one `Name: value` a line.
+
+    >>> custom_headers("X-Team: blue\nX-Run: 7")
+    {'x-team': 'blue', 'x-run': '7'}
+    """
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {name.strip().lower(): value.strip() for name, value in pairs}
+
+
+def _settle_openai(target: Target, env: Mapping[str, str]) -> Target:
+    named = {"openai-organization": env.get("OPENAI_ORG_ID"), "openai-project": env.get("OPENAI_PROJECT_ID")}
+    headers = {name: value for name, value in named.items() if value}
+    return replace(
+        target, headers={**headers, **custom_headers(env.get("OPENAI_CUSTOM_HEADERS", "")), **target.headers}
+    )
+
+
+def _settle_ollama(target: Target, env: Mapping[str, str]) -> Target:
+    """OLLAMA_BASE_URL is seen with and without /v1, OLLAMA_HOST without a scheme."""
+    url = target.base_url.rstrip("/")
+    url = url if "://" in url else f"http://{url}"
+    return replace(target, base_url=url if url.count("/") > 2 else f"{url}/v1")
+
+
+def _hosted(name: str, base_url: str, *keys: str, aliases: tuple[str, ...] = (), **options: object) -> Provider:
+    """A provider that speaks OpenAI's format under a bearer key."""
+    return Provider(
+        name=name,
+        codec=OpenAIChat,
+        base_url=base_url,
+        keys=dict.fromkeys(keys, _BEARER),
+        aliases=aliases,
+        options=options,
+    )
+
+
+def _local(
+    name: str, base_url: str, *variables: str, keys: tuple[str, ...] = (), aliases: tuple[str, ...] = ()
+) -> Provider:
+    """A server of the user's own, which needs no key."""
+    return Provider(
+        name=name,
+        codec=OpenAIChat,
+        base_url=base_url,
+        base_urls=variables,
+        keys=dict.fromkeys(keys, _BEARER),
+        needs_key=False,
+        aliases=aliases,
+        options=_LOCAL_CAP,
+    )
+
+
+_BUILT_IN = (
+    Provider(
+        name="openai",
+        codec=OpenAIChat,
+        base_url="https://api.openai.com/v1",
+        base_urls=("OPENAI_BASE_URL", "OPENAI_API_BASE"),
+        keys={"OPENAI_API_KEY": _BEARER},
+        settle=_settle_openai,
+    ),
+    Provider(
+        name="azure",
+        codec=AzureChat,
+        base_urls=("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"),
+        keys={"AZURE_OPENAI_API_KEY": "api-key", "AZURE_API_KEY": "api-key", "AZURE_OPENAI_AD_TOKEN": _BEARER},
+        aliases=("azure-openai",),
+        settle=settle_azure,
+    ),
+    _hosted("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    _hosted("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),
+    _hosted("mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", seed="random_seed", stream_options=False),
+    _hosted("deepseek", "https://api.deepseek.com", "DEEPSEEK_API_KEY"),
+    _hosted("xai", "https://api.x.ai/v1", "XAI_API_KEY", aliases=("grok",)),
+    _hosted(
+        "together", "https://api.together.xyz/v1", "TOGETHER_API_KEY", "TOGETHERAI_API_KEY", aliases=("together-ai",)
+    ),
+    _hosted("fireworks", "https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY", aliases=("fireworks-ai",)),
+    _hosted("cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
+    _hosted("huggingface", "https://router.huggingface.co/v1", "HF_TOKEN", aliases=("hf",)),
+    _hosted("perplexity", "https://api.perplexity.ai", "PERPLEXITY_API_KEY", "PPLX_API_KEY", stream_options=False),
+    _hosted("moonshot", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", aliases=("moonshotai",)),
+    _hosted("deepinfra", "https://api.deepinfra.com/v1/openai", "DEEPINFRA_API_KEY"),
+    _hosted("sambanova", "https://api.sambanova.ai/v1", "SAMBANOVA_API_KEY"),
+    _hosted("nvidia", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", aliases=("nvidia-nim",)),
+    _hosted("venice", "https://api.venice.ai/api/v1", "VENICE_API_KEY"),
+    _hosted("zai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY"),
+    Provider(
+        name="ollama",
+        codec=OpenAIChat,
+        base_url="http://localhost:11434/v1",
+        base_urls=("OLLAMA_BASE_URL", "OLLAMA_API_BASE", "OLLAMA_HOST"),
+        keys={"OLLAMA_API_KEY": _BEARER},
+        needs_key=False,
+        aliases=("ollama-chat",),
+        options=_LOCAL_CAP,
+        settle=_settle_ollama,
+    ),
+    _local("llamacpp", "http://localhost:8080/v1", "LLAMACPP_BASE_URL", aliases=("llama-cpp", "llama-server")),
+    _local(
+        "lmstudio",
+        "http://localhost:1234/v1",
+        "LM_STUDIO_API_BASE",
+        keys=("LM_STUDIO_API_KEY",),
+        aliases=("lm-studio",),
+    ),
+    Provider(
+        name="vllm",  # no cap of ours: it refuses one that does not fit the model's context, and stops by itself
+        codec=OpenAIChat,
+        base_url="http://localhost:8000/v1",
+        base_urls=("VLLM_BASE_URL", "HOSTED_VLLM_API_BASE"),
+        keys={"VLLM_API_KEY": _BEARER, "HOSTED_VLLM_API_KEY": _BEARER},
+        needs_key=False,
+        aliases=("hosted-vllm",),
+    ),
+    Provider(
+        name="litellm-proxy",
+        codec=OpenAIChat,
+        base_url="http://localhost:4000",
+        base_urls=("LITELLM_PROXY_API_BASE",),
+        keys={"LITELLM_PROXY_API_KEY": _BEARER},
+        needs_key=False,
+    ),
+    Provider(name="openai-compatible", codec=OpenAIChat, needs_key=False, aliases=("custom",), options=_LOCAL_CAP),
+)
+
+
+@cache
+def installed() -> dict[str, Provider]:
+    """The providers that other packages bring, by name; read once."""
+    found: dict[str, Provider] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        provider = point.load()
+        if not isinstance(provider, Provider):
+            raise ConfigError(
+                f"Expected the entry point {point.name!r} of {ENTRY_POINTS!r} to name a Provider, got {provider!r} "
+                f"- at {point.value}"
+            )
+        found[point.name] = provider
+    return found
+
+
+@cache
+def providers() -> Mapping[str, Provider]:
+    """Every provider by each of its names; what another package brings comes before ours."""
+    table: dict[str, Provider] = {}
+    for provider in (*_BUILT_IN, *installed().values()):
+        table |= dict.fromkeys((provider.name, *provider.aliases), provider)
+    return table | installed()
