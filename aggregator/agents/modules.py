@@ -34,7 +34,7 @@ class Module:
     ('Hello Ada', ['greeting'])
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 - whatever a subclass takes
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the agent does; subclasses define it, sync or async."""
         raise ConfigError(f"Expected {type(self).__name__} to define forward(self, x), got none; write one")
 

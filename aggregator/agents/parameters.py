@@ -48,8 +48,8 @@ class ParameterNode(Generic[T]):
         constraint: Constraint = None,
         trainable: bool = True,
     ) -> None:
-        if name is not None and (type(name) is not str or not name):
-            raise ConfigError(f"Expected a name, a non-empty str, got {name!r}; leave it out for the attribute path")
+        if name == "":
+            raise ConfigError("Expected a name, got ''; leave it out for the attribute path")
         self.name = name or UNNAMED
         self.named = name is not None
         self.type = typed_values.infer_type(data) if type is None else type

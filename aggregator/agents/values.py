@@ -17,6 +17,9 @@ from msgspec import Meta
 SHOWN = 80
 """How many characters of a refused value an error shows."""
 
+DEPTH_LIMIT = 64
+"""How many containers deep a value may be."""
+
 _SCALARS = (str, bool, int, float, type(None))
 
 
@@ -63,8 +66,10 @@ def convert(raw: Any, kind: Any) -> Any:
     return value
 
 
-def refuse_oddities(value: Any, path: str = "") -> None:
-    """Raise Unfit where a value holds NaN, infinity or text that UTF-8 cannot carry, at any depth."""
+def refuse_oddities(value: Any, path: str = "", levels: int = DEPTH_LIMIT) -> None:
+    """Raise Unfit where a value holds NaN, infinity or text that UTF-8 cannot carry, or is nested too deep."""
+    if levels == 0:
+        raise Unfit(f"Expected a value of at most {DEPTH_LIMIT} levels, got one that is nested deeper")
     if isinstance(value, float):
         if value - value != 0.0:
             raise Unfit(f"Expected a finite number, got {value!r}", path)
@@ -73,7 +78,7 @@ def refuse_oddities(value: Any, path: str = "") -> None:
             _refuse_surrogates(value, path)
     else:
         for step, item in _parts(value):
-            refuse_oddities(item, path + step)
+            refuse_oddities(item, path + step, levels - 1)
 
 
 def snapshot(value: Any) -> Any:
@@ -131,7 +136,7 @@ def shorten(value: Any, limit: int = SHOWN) -> str:
 def _unfit(raw: Any, error: Exception) -> Unfit:
     """Put msgspec's message into the house's form: expected, got, and the path apart."""
     if isinstance(error, RecursionError):
-        return Unfit("Expected a value of moderate depth, got one that is nested too deep")
+        return Unfit(f"Expected a value of at most {DEPTH_LIMIT} levels, got one that is nested deeper")
     reason, _, path = str(error).partition(" - at ")
     path = path.strip("`")
     if path.startswith("$"):
