@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from aggregator.agents.parameters import ParameterNode as ParameterNode
     from aggregator.agents.parameters import node as node
     from aggregator.agents.transcripts import transcript as transcript
+    from aggregator.cassettes.lineage import lineage as lineage
+    from aggregator.cassettes.recorder import cassette as cassette
     from aggregator.errors import *  # noqa: F403
 
 

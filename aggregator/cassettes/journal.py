@@ -1,0 +1,92 @@
+"""The append-only file: a vcrpy cassette that grows by one line an exchange and survives a kill at any moment.
+
+    # aggregator-cassette format=1 layout=journal state=open
+    version: 1
+    interactions:
+    - {"request":{...},"response":{...},"x":{...,"sha256":"..."}}
+
+An exchange is on disk before its answer is used: written at once, flushed to the device (fdatasync) every
+`SYNC_LINES` exchanges or `SYNC_SECONDS`, whichever comes first, and at close. A process that dies loses
+nothing; a machine that dies loses at most what came since the last flush.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE
+from aggregator.errors import CassetteError
+
+SYNC_LINES = 64
+SYNC_SECONDS = 1.0
+_flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS has only the stronger one
+
+
+class Journal:
+    """Appends lines to one file; raises CassetteError when the disk refuses, with nothing half-written left behind."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        write: Callable[[int, bytes], int] = os.write,
+    ) -> None:
+        """Append after the first `keep` bytes of what is there; 0 starts a new file."""
+        self.path = path
+        self._clock, self._write = clock, write
+        self._file, self._size = -1, keep
+        self._unsynced, self._synced_at = 0, clock()
+
+    def _open(self) -> None:
+        """Open the file at the first line, so that a cassette that records nothing leaves nothing."""
+        try:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._file, self._size)
+        except OSError as error:
+            raise CassetteError(
+                f"expected to record into {self.path}, got {error}; make it writable, choose another path, "
+                'or replay with mode="none"'
+            ) from error
+        if not self._size:
+            self._append(OPEN_COMMENT + PREAMBLE)
+
+    def append(self, line: bytes) -> None:
+        """Write one exchange, whole or not at all."""
+        if self._file < 0:
+            self._open()
+        self._append(b"- %b\n" % line)
+        self._unsynced += 1
+        if self._unsynced >= SYNC_LINES or self._clock() - self._synced_at >= SYNC_SECONDS:
+            self.sync()
+
+    def _append(self, data: bytes) -> None:
+        done = 0
+        try:
+            while done < len(data):
+                done += self._write(self._file, data[done:] if done else data)
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise CassetteError(
+                f"expected to append {len(data)} bytes to {self.path}, got {error}; free some space: "
+                "the answer is kept in memory and written when the cassette closes, if there is room by then"
+            ) from error
+        self._size += len(data)
+
+    def sync(self) -> None:
+        """Flush to the device."""
+        _flush(self._file)
+        self._unsynced, self._synced_at = 0, self._clock()
+
+    def close(self) -> None:
+        """Flush and close; a second call does nothing."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            try:
+                _flush(file)
+            finally:
+                os.close(file)

@@ -1,0 +1,75 @@
+"""What a request asks: the sha256 of method, absolute URL and canonical body.
+
+Two JSON bodies that differ only in the order of keys or in white space ask the same; 1 and 1.0 do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+
+decode_json = msgspec.json.Decoder().decode
+encode_canonical = msgspec.json.Encoder(order="deterministic").encode
+
+Ignore = tuple[tuple[str, ...], ...]
+"""JSON paths that do not count, each as its parts; `*` stands for every item of a list."""
+
+
+def parse_ignore(paths: Sequence[str]) -> Ignore:
+    """Split dotted JSON paths.
+
+    >>> parse_ignore(["user", "messages.*.id"])
+    (('user',), ('messages', '*', 'id'))
+    """
+    return tuple(tuple(path.split(".")) for path in paths)
+
+
+def canonical(body: bytes, ignore: Ignore = ()) -> bytes:
+    """Return the body with JSON keys in order and no white space; a body that is not JSON as it is.
+
+    >>> canonical(b'{"b": 1, "a": [1.0]}')
+    b'{"a":[1.0],"b":1}'
+    >>> canonical(b"q=1&p=2")
+    b'q=1&p=2'
+    """
+    try:
+        value = decode_json(body)
+        for path in ignore:
+            _remove(value, path)
+        return encode_canonical(value)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body
+
+
+def _remove(value: Any, path: tuple[str, ...]) -> None:
+    """Delete what the path names, in place; a path that is absent is no error."""
+    head, rest = path[0], path[1:]
+    if isinstance(value, list):
+        for item in value if head == "*" else ():
+            if rest:
+                _remove(item, rest)
+    elif isinstance(value, dict) and head in value:
+        if rest:
+            _remove(value[head], rest)
+        else:
+            del value[head]
+
+
+def raw_key(method: str, url: str, body: bytes) -> bytes:
+    """Return the digest of exactly these bytes: a shortcut to the canonical key of a body seen before."""
+    return sha256(b"%b %b\n%b" % (method.encode(), url.encode(), body)).digest()
+
+
+def request_key(method: str, url: str, body: bytes, ignore: Ignore = ()) -> bytes:
+    """Return the digest by which a recorded request is found again.
+
+    >>> request_key("POST", "https://x/", b'{"a":1,"b":2}') == request_key("POST", "https://x/", b'{"b":2, "a":1}')
+    True
+    """
+    return raw_key(method, url, canonical(body, ignore))
+
+
+KeyFunction = Callable[[str, str, bytes], bytes]

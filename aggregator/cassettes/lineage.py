@@ -1,0 +1,69 @@
+"""Where in the run a call stands: a path that travels along in a context variable.
+
+Identical requests are told apart by their lineage, so a replay is exact whatever finishes first.
+Every concurrent branch sets its own part; asyncio copies the path into each task.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
+from types import TracebackType
+
+from aggregator.errors import ConfigError
+from aggregator.records import Role
+
+_PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
+_ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
+
+current_lineage = _PATH.get
+"""Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside of any."""
+
+current_role = _ROLE.get
+"""Return who asks the model in this context; "agent" outside of any."""
+
+
+class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at its use: `with lineage("retrieve"):`
+    """Extend the path of every call made inside, and say who calls when `role` is given.
+
+    >>> with lineage("train", "epoch=0"), lineage("propose", role="optimizer"):
+    ...     print(current_lineage(), current_role())
+    train/epoch=0/propose optimizer
+    """
+
+    def __init__(self, *parts: str, role: Role | None = None) -> None:
+        for part in parts:
+            if not part or not part.isprintable():
+                raise ConfigError(f"expected non-empty printable text as a part of a lineage, got {part!r}")
+        self._parts = "/".join(parts)
+        self._role = role
+        self._tokens: list[tuple[Token[str], Token[Role] | None]] = []
+
+    def __enter__(self) -> str:
+        """Return the extended path."""
+        here = "/".join(filter(None, (_PATH.get(), self._parts)))
+        self._tokens.append((_PATH.set(here), _ROLE.set(self._role) if self._role else None))
+        return here
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore the path from before."""
+        path, role = self._tokens.pop()
+        _PATH.reset(path)
+        if role is not None:
+            _ROLE.reset(role)
+
+
+def natural(path: str) -> tuple[tuple[str, int, str], ...]:
+    """Return a sort key in which numbers count as numbers.
+
+    >>> sorted(["sample=10/a", "sample=9/a", "sample=9"], key=natural)
+    ['sample=9', 'sample=9/a', 'sample=10/a']
+    """
+    return tuple(_natural_part(part) for part in path.split("/")) if path else ()
+
+
+def _natural_part(part: str) -> tuple[str, int, str]:
+    name, _, value = part.rpartition("=")
+    return (name, int(value), value) if value.isascii() and value.isdigit() and len(value) < 20 else (part, -1, "")

@@ -1,0 +1,165 @@
+"""Which file is read and which is written, in each record mode, and how a recording is finished.
+
+The files of one cassette `name.yaml`: beside it, while something is recorded, `name.yaml.lock`, and
+`name.yaml.part` (new episodes) or `name.yaml.new` (mode "all") where a finished cassette already stands,
+so that it is never touched before its successor is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+from msgspec import Struct
+
+from aggregator.cassettes.journal import Journal
+from aggregator.cassettes.keys import Ignore, parse_ignore
+from aggregator.cassettes.locking import FileLock
+from aggregator.cassettes.reading import Recording, Row, read
+from aggregator.cassettes.saving import LayoutChoice, save
+from aggregator.cassettes.tape import LineageRule, Tape
+from aggregator.cassettes.timing import Faults, Latency
+from aggregator.errors import ConfigError
+
+Mode = Literal["none", "once", "new_episodes", "all"]
+NOTHING = Recording(rows=(), state="open", layout="journal")
+
+
+def default_mode(environment: Mapping[str, str] = os.environ) -> Mode:
+    """Return "none" where CI is set and not empty, else "once".
+
+    >>> default_mode({"CI": "true"}), default_mode({})
+    ('none', 'once')
+    """
+    return "none" if environment.get("CI") else "once"
+
+
+class _Plan(Struct, frozen=True, kw_only=True):
+    """What an open cassette plays, which finished exchanges stay in the file, and where new ones are written."""
+
+    played: tuple[Row, ...]
+    findings: tuple[str, ...]
+    stays: tuple[Row, ...] = ()
+    journal: Path | None = None
+    kept: int = 0
+
+
+def open_tape(
+    path: str | os.PathLike[str],
+    mode: Mode | None = None,
+    *,
+    lineage: LineageRule = "strict",
+    latency: Latency = "off",
+    faults: Faults | None = None,
+    ignore: Sequence[str] = (),
+    layout: LayoutChoice = "auto",
+    now: Callable[[], float] = time.time,
+) -> Tape:
+    """Open a cassette without making it the current one; `close` the tape to finish the file."""
+    path, mode = Path(path), mode or default_mode()
+    _check(mode, get_args(Mode), "mode")
+    _check(lineage, get_args(LineageRule), "lineage")
+    _check(layout, get_args(LayoutChoice), "layout")
+    paths = parse_ignore(ignore)
+    plan = _replay(path, mode, paths)
+    lock = FileLock(path) if plan is None else None
+    try:
+        plan = plan or _recording(path, mode, paths)
+        journal = Journal(plan.journal, keep=plan.kept) if plan.journal is not None else None
+        tape = Tape(
+            plan.played,
+            name=str(path),
+            sink=journal,
+            lineage=lineage,
+            ignore=paths,
+            latency=latency,
+            faults=faults,
+            now=now,
+            on_close=partial(_finish, path=path, stays=plan.stays, journal=journal, lock=lock, layout=layout),
+        )
+        for finding in plan.findings:
+            tape.tell(finding)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return tape
+
+
+def _check(value: str, known: Sequence[str], name: str) -> None:
+    if value not in known:
+        raise ConfigError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
+
+
+def _replay(path: Path, mode: Mode, ignore: Ignore) -> _Plan | None:
+    """Return the plan of a cassette that only plays; None for one that records."""
+    if mode in ("new_episodes", "all"):
+        return None
+    there = read(path, ignore)
+    if mode == "once" and (there is None or there.state == "open"):
+        return None
+    if there is None:
+        return _Plan(played=(), findings=())
+    left = tuple(
+        f"{beside}: an unfinished recording; record with mode={other!r} to take it up, or delete it"
+        for beside, other in ((part_of(path), "new_episodes"), (successor_of(path), "all"))
+        if beside.exists()
+    )
+    return _Plan(played=there.rows, findings=there.findings + left)
+
+
+def _recording(path: Path, mode: Mode, ignore: Ignore) -> _Plan:
+    """Return the plan of a cassette that records; its lock is held."""
+    if mode == "all":
+        return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path)
+    there = read(path, ignore) or NOTHING
+    if there.state == "open":  # new, or its recording was killed: go on where it ended
+        return _Plan(played=there.rows, findings=there.findings, journal=path, kept=there.kept)
+    begun = read(part_of(path), ignore) or NOTHING
+    return _Plan(
+        played=there.rows + begun.rows,
+        findings=there.findings + begun.findings,
+        stays=there.rows,
+        journal=part_of(path),
+        kept=begun.kept,
+    )
+
+
+def part_of(path: Path) -> Path:
+    """Return where new episodes of a finished cassette are written until they join it."""
+    return path.with_name(f"{path.name}.part")
+
+
+def successor_of(path: Path) -> Path:
+    """Return where mode "all" writes until it replaces the cassette."""
+    return path.with_name(f"{path.name}.new")
+
+
+def _finish(
+    tape: Tape,
+    *,
+    path: Path,
+    stays: tuple[Row, ...],
+    journal: Journal | None,
+    lock: FileLock | None,
+    layout: LayoutChoice,
+) -> None:
+    """Bring the recorded journal into its final form, in place of what stood there."""
+    try:
+        if journal is None:
+            return
+        journal.close()
+        written = read(journal.path) if tape.keeps else None
+        if not tape.keeps and tape.recorded:
+            journal.path.unlink(missing_ok=True)
+        if written is not None:
+            save(path, stays + written.rows, layout)
+            if journal.path != path:
+                journal.path.unlink()
+    finally:
+        if lock is not None:
+            lock.release()

@@ -1,0 +1,120 @@
+"""`with cassette(path):` - every LLM exchange inside is recorded to the file or played from it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
+from contextvars import Token
+from functools import partial
+from types import TracebackType
+
+from aggregator.cassettes.opening import Mode, open_tape
+from aggregator.cassettes.saving import LayoutChoice
+from aggregator.cassettes.tape import _TAPE, LineageRule, Tape
+from aggregator.cassettes.timing import Faults, Latency
+from aggregator.errors import CassetteError
+
+
+class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):  # noqa: N801 - a word at its use
+    """Record every LLM exchange inside to `path`, or play it from there; for `with` and `async with` alike.
+
+    `mode` is vcrpy's: "none" plays only, "once" records a cassette that is not there and plays one that is
+    (a recording that was killed goes on), "new_episodes" plays what is there and records the rest, "all"
+    records everything anew. It defaults to "none" where the environment has CI, else to "once".
+    `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
+    `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.vcr`); `latency` is
+    "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not
+    count; `layout` is how the file is written at close.
+
+    Raises when left: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        mode: Mode | None = None,
+        *,
+        lineage: LineageRule = "strict",
+        clients: str | Sequence[str] = (),
+        latency: Latency = "off",
+        faults: Faults | None = None,
+        ignore: Sequence[str] = (),
+        layout: LayoutChoice = "auto",
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._open: Callable[[], Tape] = partial(
+            open_tape,
+            path,
+            mode,
+            lineage=lineage,
+            latency=latency,
+            faults=faults,
+            ignore=ignore,
+            layout=layout,
+            now=now,
+        )
+        self._clients = clients
+        self._stack = ExitStack()
+        self._tape: Tape | None = None
+        self._token: Token[Tape | None] | None = None
+
+    def __enter__(self) -> Tape:
+        """Open the tape and make it the current one of this context."""
+        if self._tape is not None:
+            raise CassetteError(f"expected a cassette that is not open, got one in use ({self._tape.name})")
+        tape = self._open()
+        try:
+            if self._clients:
+                from aggregator.cassettes.vcr import serving
+
+                self._stack.enter_context(serving(tape, self._clients))
+        except BaseException:
+            tape.close()
+            raise
+        self._tape, self._token = tape, _TAPE.set(tape)
+        return tape
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the file; raise what was hidden, unless it is already on its way out."""
+        tape, token, self._tape, self._token = self._tape, self._token, None, None
+        if tape is None or token is None:
+            return
+        try:
+            _TAPE.reset(token)
+        except ValueError:  # left in another context than entered, as by a pytest fixture of asyncio
+            _TAPE.set(None)
+        self._stack.close()
+        try:
+            tape.close()
+        except CassetteError as remembered:
+            if error is None or (isinstance(error, Exception) and not _tells(error, type(remembered))):
+                raise
+
+    async def __aenter__(self) -> Tape:
+        """Open the tape and make it the current one of this task."""
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the file."""
+        self.__exit__(kind, error, trace)
+
+
+def _tells(error: BaseException | None, kind: type[CassetteError]) -> bool:
+    """Say whether an error, one it came from, or one of its group is of this kind."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, kind):
+            return True
+        seen.add(id(one))
+        waiting += [one.__cause__, one.__context__, *(one.exceptions if isinstance(one, BaseExceptionGroup) else ())]
+    return False

@@ -1,0 +1,289 @@
+"""The tape: (key, lineage, ticket) -> recorded answers, in one dictionary lookup.
+
+A *slot* is one logical call: it takes its ticket when it is issued, in record and replay alike, so that the
+order in which answers arrive never matters. A slot's *attempts* are the answers it got in turn (a 429, then
+a 200), error statuses and failed connections included. No function here awaits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Literal, Protocol
+
+from aggregator.cassettes.exchanges import Exchange, Facts, decode_answer, encode_line
+from aggregator.cassettes.keys import Ignore, raw_key, request_key
+from aggregator.cassettes.lineage import current_lineage, current_role
+from aggregator.cassettes.mismatch import explain_miss
+from aggregator.cassettes.reading import Row
+from aggregator.cassettes.redaction import redact_exchange, redact_request, redact_url
+from aggregator.cassettes.timing import Faults, Latency, latency_scale
+from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
+from aggregator.records import HTTPReply, HTTPRequest, Role, Usage
+
+LineageRule = Literal["strict", "prefer"]
+
+_TAPE: ContextVar[Tape | None] = ContextVar("aggregator_tape", default=None)
+
+current_tape = _TAPE.get
+"""Return the tape of this context, None where no cassette is open."""
+
+
+class Sink(Protocol):
+    """Where recorded lines go: a journal."""
+
+    def append(self, line: bytes) -> None:
+        """Write one line, whole or not at all; raises CassetteError."""
+        ...
+
+
+class _Pool:
+    """Recorded answers to identical requests of one lineage (ticket -> rows), and how many calls were issued."""
+
+    __slots__ = ("issued", "tickets")
+
+    def __init__(self) -> None:
+        self.tickets: dict[int, list[int]] = {}
+        self.issued = 0
+
+
+class Slot:
+    """One logical call: what is asked, where in the run, the how-many-eth of its kind."""
+
+    __slots__ = (
+        "attempt",
+        "faults",
+        "key",
+        "lineage",
+        "order",
+        "played",
+        "redacted",
+        "request",
+        "role",
+        "rows",
+        "ticket",
+    )
+
+    def __init__(self, request: HTTPRequest, key: bytes, lineage: str, ticket: int, rows: Sequence[int]) -> None:
+        self.request, self.key, self.lineage, self.ticket, self.rows = request, key, lineage, ticket, rows
+        self.role: Role = current_role()
+        self.order = 0
+        self.attempt = 0  # answers met so far, played or live
+        self.played = 0  # recorded answers used
+        self.faults = 0  # injected ones met
+        self.redacted: HTTPRequest | None = None
+
+
+class Tape:
+    """What a cassette holds while it is open; plays recorded answers and, with a sink, records new ones."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row] = (),
+        *,
+        name: str = "tape",
+        sink: Sink | None = None,
+        lineage: LineageRule = "strict",
+        ignore: Ignore = (),
+        latency: Latency = "off",
+        faults: Faults | None = None,
+        now: Callable[[], float] = time.time,
+        on_close: Callable[[Tape], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.report: list[str] = []
+        self.misses: list[CassetteMissError] = []
+        self.unsaved: list[Exchange] = []
+        self.recorded = 0
+        self.keeps = True
+        self._rows, self._played = rows, bytearray(len(rows))
+        self._sink, self._prefer, self._ignore = sink, lineage == "prefer", ignore
+        self._scale, self._faults, self._now, self._on_close = latency_scale(latency), faults, now, on_close
+        self._pools: dict[tuple[bytes, str], _Pool] = {}
+        self._aliases: dict[bytes, bytes] = {}
+        self._orders: dict[str, int] = {}
+        self._failures: list[CassetteError] = []
+        self._fallbacks: list[str] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        for index, row in enumerate(rows):
+            pool = self._pools.setdefault((row.key, row.place.lineage), _Pool())
+            pool.tickets.setdefault(row.place.ticket, []).append(index)
+            self._aliases[row.raw] = row.key
+
+    @property
+    def records(self) -> bool:
+        """Whether a request without a recorded answer goes to the network and is recorded."""
+        return self._sink is not None
+
+    def issue(self, request: HTTPRequest) -> Slot:
+        """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
+        url = redact_url(request.url)
+        key = self._aliases.get(raw_key(request.method, url, request.body))
+        redacted = None
+        if key is None:
+            redacted = redact_request(request)
+            key = request_key(redacted.method, redacted.url, redacted.body, self._ignore)
+        here = current_lineage()
+        with self._lock:
+            pool = self._pools.get((key, here))
+            if pool is None:
+                here, pool = self._other_pool(key, here)
+            ticket = pool.issued
+            pool.issued = ticket + 1
+            slot = Slot(request, key, here, ticket, pool.tickets.get(ticket, ()))
+            if self._sink is not None:
+                slot.redacted = redacted
+                slot.order = self._orders.get(here, 0)
+                self._orders[here] = slot.order + 1
+        return slot
+
+    def _other_pool(self, key: bytes, here: str) -> tuple[str, _Pool]:
+        """Return the pool of a request that was not recorded in this lineage, under the lineage it counts in."""
+        if (plain := self._pools.get((key, ""))) is not None:  # recorded without lineage: played in issue order
+            return "", plain
+        pool = _Pool()
+        if self._prefer and (spare := self._spare(key)) is not None:
+            lineage, rows = spare
+            self._fallbacks.append(f"{here!r} plays {lineage!r}")
+            pool.tickets[0] = rows
+        else:
+            self._pools[key, here] = pool
+        return here, pool
+
+    def _spare(self, key: bytes) -> tuple[str, list[int]] | None:
+        """Take the first recorded call of this key, in canonical order, that nothing has claimed."""
+        for (other, lineage), pool in self._pools.items():
+            if other == key:
+                for ticket in sorted(pool.tickets):
+                    if ticket >= pool.issued:
+                        return lineage, pool.tickets.pop(ticket)
+        return None
+
+    def play(self, slot: Slot) -> HTTPReply | None:
+        """Return the slot's next recorded answer; None to go live.
+
+        Raises CassetteMissError where nothing answers and nothing is recorded, and again what a recorded
+        attempt without an answer had raised.
+        """
+        if self._faults is not None and (fault := self._next_fault(slot)) is not None:
+            return fault
+        played = slot.played
+        if played < len(slot.rows):
+            index = slot.rows[played]
+            slot.played = slot.attempt = played + 1
+            self._played[index] = 1
+            reply, facts = decode_answer(self._rows[index].line)
+            if facts.error is not None:
+                raise _failure(*facts.error)
+            return reply
+        if self._sink is None:
+            raise self._miss(slot)
+        return None
+
+    def _next_fault(self, slot: Slot) -> HTTPReply | None:
+        faults = self._faults
+        if (
+            faults is None
+            or slot.played
+            or (kind := faults.choose(slot.key, slot.lineage, slot.ticket, slot.faults)) is None
+        ):
+            return None
+        slot.faults += 1
+        return faults.answer(kind)
+
+    def _miss(self, slot: Slot) -> CassetteMissError:
+        request = slot.redacted or redact_request(slot.request)
+        miss = CassetteMissError(explain_miss(request, slot.lineage, slot.ticket, self._rows, self.name))
+        self.misses.append(miss)
+        return miss
+
+    def record(self, slot: Slot, reply: HTTPReply, *, usage: Usage | None = None, model: str = "") -> None:
+        """Write a live answer to the journal, before it is used; every attempt that got one, error statuses too.
+
+        Raises SecretLeakError where a secret could not be redacted (nothing was written) and CassetteError
+        where the disk refuses; the exchange then stands in `unsaved`, and closing the tape raises again.
+        """
+        self._record(slot, reply, {"usage": _known(usage), "model": model, "ms": round(reply.milliseconds, 3)})
+
+    def record_failure(self, slot: Slot, error: APIConnectionError) -> None:
+        """Write an attempt that got no answer, so that a replay meets the same failure."""
+        kind = "APITimeoutError" if isinstance(error, APITimeoutError) else "APIConnectionError"
+        nothing = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
+        self._record(slot, nothing, {"error": (kind, error.message)})
+
+    def _record(self, slot: Slot, reply: HTTPReply, facts: dict[str, object]) -> None:
+        if self._sink is None:
+            raise CassetteError(f"expected a tape that records, got one that only plays ({self.name})")
+        request = slot.redacted or redact_request(slot.request)
+        place = Facts(
+            lineage=slot.lineage,
+            ticket=slot.ticket,
+            attempt=slot.attempt,
+            order=slot.order,
+            role=slot.role,
+            at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now())),
+            chunks=reply.chunks,
+            **facts,  # type: ignore[arg-type]
+        )
+        slot.attempt += 1
+        exchange = Exchange(request=request, reply=reply, facts=place)
+        try:
+            line = encode_line(redact_exchange(exchange, slot.request.secrets))
+            with self._lock:
+                self._sink.append(line)
+                self.recorded += 1
+        except CassetteError as error:
+            self.unsaved.append(exchange)
+            self._failures.append(error)
+            raise
+
+    def delay(self, reply: HTTPReply) -> float:
+        """Return how many seconds this replayed answer should take; 0.0 with latency="off"."""
+        return reply.milliseconds * self._scale / 1000 if self._scale else 0.0
+
+    def unplayed(self) -> list[Row]:
+        """Return the recorded exchanges that nothing has asked for yet."""
+        return [row for row, played in zip(self._rows, self._played, strict=True) if not played]
+
+    def tell(self, finding: str) -> None:
+        """Put a finding into the report and warn of it."""
+        self.report.append(finding)
+        warnings.warn(finding, CassetteWarning, stacklevel=3)
+
+    def discard(self) -> None:
+        """Let go of what was recorded: closing leaves the cassette as it was found."""
+        self.keeps = False
+
+    def close(self) -> None:
+        """Finish the file and raise what agent code may have hidden: a leak, a full disk, a miss. Once only."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._on_close is not None:
+            self._on_close(self)
+        for error in (*self._failures, *self.misses):
+            raise type(error)(f"{error}") from error
+        self._tell_the_rest()
+
+    def _tell_the_rest(self) -> None:
+        if self._fallbacks:
+            first = "; ".join(self._fallbacks[:3])
+            self.tell(f"{self.name}: {len(self._fallbacks)} calls played what another lineage recorded: {first}")
+        if self._rows and (unplayed := len(self._rows) - sum(self._played)):
+            self.tell(f"{self.name}: {unplayed} of {len(self._rows)} recorded exchanges were not played")
+
+
+def _failure(kind: str, message: str) -> APIConnectionError:
+    return APITimeoutError(message) if kind == "APITimeoutError" else APIConnectionError(message)
+
+
+def _known(usage: Usage | None) -> dict[str, float]:
+    """Return the tokens and cost that the provider told."""
+    if usage is None:
+        return {}
+    names = ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens", "cost")
+    return {name: value for name in names if (value := getattr(usage, name)) is not None}

@@ -1,0 +1,136 @@
+"""`cassette(path)`: modes, files, what leaving it raises."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import aggregator
+from aggregator.cassettes.opening import Mode, default_mode
+from aggregator.cassettes.tape import current_tape
+from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
+from aggregator.records import HTTPReply, HTTPRequest
+
+
+def say(text: str, reply: str) -> str:
+    """Do what a client does: issue, play, or go live and record."""
+    tape = current_tape()
+    assert tape is not None
+    slot = tape.issue(HTTPRequest(url="https://api.example.com/v1", body=f'{{"q":"{text}"}}'.encode(), headers={}))
+    answer = tape.play(slot)
+    if answer is None:
+        answer = HTTPReply(status=200, body=reply.encode(), headers={})
+        tape.record(slot, answer)
+    return answer.body.decode()
+
+
+def test_once_records_then_plays(tmp_path: Path) -> None:
+    """ "once" records a cassette that is not there and plays it from then on."""
+    path = tmp_path / "deep" / "a.yaml"
+    for live in ("first", "second"):
+        with aggregator.cassette(path, "once"):
+            assert say("hi", live) == "first"
+    assert current_tape() is None
+    assert [file.name for file in path.parent.iterdir()] == ["a.yaml"]
+
+
+def test_none_never_records(tmp_path: Path) -> None:
+    """ "none" misses where there is no cassette, and creates none."""
+    path = tmp_path / "a.yaml"
+    with pytest.raises(CassetteMissError, match="a.yaml"), aggregator.cassette(path, "none"):
+        say("hi", "live")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_episodes_adds(tmp_path: Path) -> None:
+    """ "new_episodes" plays what is there and adds the rest."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "once"):
+        say("a", "1")
+    with aggregator.cassette(path, "new_episodes"):
+        assert (say("a", "x"), say("b", "2")) == ("1", "2")
+    with aggregator.cassette(path, "none"):
+        assert (say("a", "x"), say("b", "x")) == ("1", "2")
+
+
+def test_all_records_anew(tmp_path: Path) -> None:
+    """ "all" plays nothing and replaces the cassette."""
+    path = tmp_path / "a.yaml"
+    for live in ("old", "new"):
+        with aggregator.cassette(path, "all"):
+            assert say("a", live) == live
+    with aggregator.cassette(path, "none"):
+        assert say("a", "x") == "new"
+
+
+def careless(path: Path, then: Exception | None = None) -> None:
+    """Replay a miss in agent code that catches everything, and perhaps fails afterwards."""
+    with aggregator.cassette(path, "none"):
+        with suppress(Exception):
+            say("a", "x")
+        if then is not None:
+            raise then
+
+
+def test_a_swallowed_miss_fails_the_block(tmp_path: Path) -> None:
+    """Agent code that catches everything cannot make a miss pass."""
+    with pytest.raises(CassetteMissError):
+        careless(tmp_path / "a.yaml")
+
+
+def test_a_miss_outranks_what_it_caused(tmp_path: Path) -> None:
+    """An error that follows from a hidden miss is replaced by the miss."""
+    with pytest.raises(CassetteMissError):
+        careless(tmp_path / "a.yaml", AssertionError("nothing came"))
+
+
+def test_default_mode() -> None:
+    """CI, when set and not empty, replays only."""
+    assert (default_mode({"CI": "1"}), default_mode({"CI": ""}), default_mode({})) == ("none", "once", "once")
+
+
+def test_unknown_mode(tmp_path: Path) -> None:
+    """A mode that is none is a ConfigError that lists them."""
+    with pytest.raises(ConfigError, match="none, once, new_episodes, all, got 'always'"):
+        aggregator.cassette(tmp_path / "a.yaml", "always").__enter__()
+
+
+@pytest.mark.parametrize("mode", ["once", "new_episodes", "all"])
+def test_two_recordings_of_one_file(tmp_path: Path, mode: Mode) -> None:
+    """A second recorder of the same file is told who holds it."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, mode), pytest.raises(CassetteLockedError, match=r"held by process \d+"):
+        aggregator.cassette(path, mode).__enter__()
+
+
+async def test_two_tasks_never_mix(tmp_path: Path) -> None:
+    """Two cassettes open in two tasks each see their own calls only."""
+    ready = asyncio.Barrier(2)
+
+    async def record(name: str) -> int:
+        async with aggregator.cassette(tmp_path / f"{name}.yaml", "all") as tape:
+            await ready.wait()
+            for index in range(3):
+                say(f"{name}{index}", name)
+                await asyncio.sleep(0)
+        return tape.recorded
+
+    async with asyncio.TaskGroup() as group:
+        tapes = [group.create_task(record(name)) for name in ("left", "right")]
+    assert [tape.result() for tape in tapes] == [3, 3]
+    for name, other in (("left", "right"), ("right", "left")):
+        text = (tmp_path / f"{name}.yaml").read_text()
+        assert f"{name}0" in text
+        assert f"{other}0" not in text
+
+
+def test_unplayed_is_a_warning(tmp_path: Path) -> None:
+    """Leaving with unplayed exchanges warns."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "once"):
+        say("a", "1")
+    with pytest.warns(CassetteWarning, match="1 of 1"), aggregator.cassette(path, "none"):
+        pass

@@ -1,0 +1,198 @@
+"""The tape: slots, attempts, lineage, misses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aggregator.cassettes.exchanges import encode_line
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.reading import index_lines
+from aggregator.cassettes.tape import Tape
+from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
+from aggregator.records import HTTPReply, HTTPRequest, Usage
+
+URL = "https://api.example.com/v1/chat/completions"
+
+
+class Memory:
+    """A sink that keeps lines in memory."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+
+    def append(self, line: bytes) -> None:
+        self.lines.append(line)
+
+
+def ask(text: str = "hi") -> HTTPRequest:
+    return HTTPRequest(url=URL, body=b'{"messages":[{"content":"%b"}]}' % text.encode(), headers={})
+
+
+def answer(text: str, status: int = 200) -> HTTPReply:
+    return HTTPReply(status=status, body=text.encode(), headers={"content-type": "application/json"})
+
+
+def played(tape: Tape, request: HTTPRequest) -> str:
+    reply = tape.play(tape.issue(request))
+    assert reply is not None
+    assert reply.replayed
+    return reply.body.decode()
+
+
+def again(sink: Memory, **options: object) -> Tape:
+    return Tape(tuple(index_lines(sink.lines)), **options)  # type: ignore[arg-type]
+
+
+def test_tickets_follow_issue_not_arrival() -> None:
+    """Identical requests get their own answers back, though the answers came in another order."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    slots = [tape.issue(ask()) for _ in range(3)]
+    for index in (2, 0, 1):
+        assert tape.play(slots[index]) is None
+        tape.record(slots[index], answer(f"answer {index}"))
+    replay = again(sink)
+    assert [played(replay, ask()) for _ in range(3)] == ["answer 0", "answer 1", "answer 2"]
+    replay.close()
+
+
+def test_what_was_just_recorded_is_not_played() -> None:
+    """A second identical request goes live, so n samples are n samples."""
+    tape = Tape(sink=Memory())
+    tape.record(tape.issue(ask()), answer("first"))
+    assert tape.play(tape.issue(ask())) is None
+
+
+def test_attempts_play_in_turn() -> None:
+    """A 429, a failed connection, a timeout and then an answer are met again, in this order."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    slot = tape.issue(ask())
+    tape.record(slot, answer("slow down", 429))
+    tape.record_failure(slot, APIConnectionError("reset"))
+    tape.record_failure(slot, APITimeoutError("late"))
+    tape.record(slot, answer("fine"), usage=Usage(input_tokens=3), model="m")
+    replay = again(sink)
+    slot = replay.issue(ask())
+    first = replay.play(slot)
+    assert first is not None
+    assert (first.status, first.body) == (429, b"slow down")
+    with pytest.raises(APIConnectionError, match="^reset$") as caught:
+        replay.play(slot)
+    assert not isinstance(caught.value, APITimeoutError)
+    with pytest.raises(APITimeoutError, match="^late$"):
+        replay.play(slot)
+    last = replay.play(slot)
+    assert last is not None
+    assert last.body == b"fine"
+
+
+def test_lineage_tells_identical_requests_apart() -> None:
+    """The same request in two lineages plays what each of them recorded, whoever asks first."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for name in ("sample=0", "sample=1"):
+        with lineage(name):
+            tape.record(tape.issue(ask()), answer(name))
+    replay = again(sink)
+    for name in ("sample=1", "sample=0"):
+        with lineage(name):
+            assert played(replay, ask()) == name
+
+
+def test_strict_lineage_never_guesses() -> None:
+    """A recorded lineage must match; another one is a miss."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    with lineage("here"):
+        tape.record(tape.issue(ask()), answer("a"))
+    replay = again(sink)
+    with lineage("there"), pytest.raises(CassetteMissError, match="there"):
+        replay.play(replay.issue(ask()))
+
+
+def test_preferred_lineage_falls_back_and_tells() -> None:
+    """lineage="prefer" plays another lineage's answers in canonical order, each once, and reports it."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for name in ("one", "two"):
+        with lineage(name):
+            tape.record(tape.issue(ask()), answer(name))
+    replay = again(sink, lineage="prefer")
+    with lineage("other"):
+        assert played(replay, ask()) == "one"
+    with lineage("more"):
+        assert played(replay, ask()) == "two"
+    with pytest.warns(CassetteWarning, match="2 calls played what another lineage recorded"):
+        replay.close()
+    assert len(replay.report) == 1
+
+
+def test_recordings_without_lineage_play_in_issue_order() -> None:
+    """What was recorded outside of any lineage serves every lineage, in the order of issue."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for text in ("a", "b"):
+        tape.record(tape.issue(ask()), answer(text))
+    replay = again(sink)
+    with lineage("x"):
+        assert played(replay, ask()) == "a"
+    with lineage("y"):
+        assert played(replay, ask()) == "b"
+
+
+def test_a_caught_miss_is_raised_again_at_close() -> None:
+    """`except Exception` in agent code cannot hide a miss."""
+    tape = Tape()
+    with pytest.raises(CassetteMissError):
+        tape.play(tape.issue(ask()))
+    with pytest.raises(CassetteMissError) as caught:
+        tape.close()
+    assert caught.value.__cause__ is tape.misses[0]
+    tape.close()
+
+
+def test_unplayed_exchanges_are_told() -> None:
+    """Closing tells how many recorded exchanges nothing asked for."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for text in ("a", "b"):
+        tape.record(tape.issue(ask(text)), answer(text))
+    replay = again(sink)
+    assert played(replay, ask("b")) == "b"
+    assert [row.exchange().reply.body for row in replay.unplayed()] == [b"a"]
+    with pytest.warns(CassetteWarning, match="1 of 2 recorded exchanges were not played"):
+        replay.close()
+
+
+def test_a_playing_tape_does_not_record() -> None:
+    """Recording on a tape that only plays is an error, not a loss."""
+    tape = Tape()
+    with pytest.raises(CassetteError, match="only plays"):
+        tape.record(tape.issue(ask()), answer("a"))
+
+
+def test_key_order_and_white_space_do_not_count(tmp_path: Path) -> None:
+    """A body with other key order and spacing finds the recorded answer."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    request = HTTPRequest(url=URL, body=b'{"a":1,"b":[2]}', headers={})
+    tape.record(tape.issue(request), answer("x"))
+    replay = again(sink)
+    assert played(replay, HTTPRequest(url=URL, body=b'{"b": [2], "a": 1}', headers={})) == "x"
+
+
+def test_lines_hold_what_was_recorded() -> None:
+    """A line decodes to the very exchange that was encoded, whatever bytes the bodies hold."""
+    for body in (b"", b"\xff\x00", "é\x7f\x85\u2028\ufeff \U0001f600".encode(), b'"!!binary "'):
+        sink = Memory()
+        tape = Tape(sink=sink)
+        tape.record(
+            tape.issue(HTTPRequest(url=URL, body=body, headers={})), HTTPReply(status=200, body=body, headers={})
+        )
+        (row,) = index_lines(sink.lines)
+        exchange = row.exchange()
+        assert (exchange.request.body, exchange.reply.body) == (body, body)
+        assert encode_line(exchange) == row.line
