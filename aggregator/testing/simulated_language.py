@@ -35,7 +35,7 @@ _SENTENCE = re.compile(
     re.IGNORECASE,
 )
 _DEFAULT = re.compile(
-COMMON = frozenset(Path(__file__).with_name("common_words.txt").read_text(encoding="utf-8").split()) | {*COURTESY}
+    r"(?:otherwise|in doubt|if unsure|if nothing fits|if no rules? (?:applies|apply|fits?|match|matches))"
     r"\s*,?\s*(?:answer|say|reply|send it to|choose)\s*:?\s*['\"]?(?P<answer>[\w-]+)",
     re.IGNORECASE,
 )

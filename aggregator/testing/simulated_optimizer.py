@@ -4,7 +4,8 @@ In this order, as far as the parameters allow:
 
 - the text that the agent's model saw was cut short: a larger number for the parameter that speaks of length;
 - a rule would have matched but for case or punctuation: code that takes them off;
-- no rule covers the text: its most telling words become words of a rule for the expected answer;
+- no rule covers the text: its most telling words become words of a rule for the expected answer, and words that misled
+  are taken out of other rules;
 - the expected answer is missing from a list of answers: it is added;
 - feedback that asks for more or less of something: a larger or smaller number.
 
@@ -39,6 +40,10 @@ NEW_WORDS = 3
 
 GROWTH = 1.7
 """By what factor a length grows that cut the text."""
+
+LOWER = "{0} = {0}.lower()"
+TRIM = '{0} = " ".join(word.strip(".,;:!?()\'") for word in {0}.split())'
+"""Statements that take off case, and punctuation at the ends of words."""
 
 LONGER = re.compile(r"words|length|long|excerpt|limit|character|token|window|context|size", re.IGNORECASE)
 RULES = re.compile(r"instruct|rule|guid|prompt|polic", re.IGNORECASE)
@@ -189,16 +194,11 @@ def _rules_for(case: Case, expected: str) -> list[str]:
 def _cleaned(case: Case, expected: str) -> Proposed:
     """Take off case and punctuation where they alone keep a rule from matching."""
     words = [word for word in _rules_for(case, expected) if not mentions(case.seen, word)]
-    lowered, trimmed = case.seen.lower(), " ".join(word.strip(".,;:!?()'\"") for word in case.seen.split())
     hidden = [word for word in words if mentions(bare_text(case.seen), word)]
     code = _code(case)
     if not hidden or code is None:
         return {}
-    source = code.value
-    if any(not mentions(trimmed, word) for word in hidden):
-        source = _inserted(source, "{0} = {0}.lower()")
-    if any(not mentions(lowered, word) for word in hidden):
-        source = _inserted(source, '{0} = " ".join(word.strip(".,;:!?()\'\\"") for word in {0}.split())')
+    source = _inserted(_inserted(code.value, LOWER), TRIM)
     why = f"{hidden[0]!r} stands in the text, but for case or punctuation; the rule does not match it."
     return {} if source == code.value else {code.name: (source, why)}
 
@@ -227,12 +227,28 @@ def _ruled(case: Case, expected: str) -> Proposed:
     text = _text(case)
     if text is None:
         return {}
-    known = [bare(word) for rule in read_rules(text.value) for word in rule.words]
-    words = telling_words(case.seen, known)[:NEW_WORDS]
+    rules = read_rules(text.value)
+    known = [bare(word) for rule in rules for word in rule.words]
+    misled = [word for rule in rules if rule.answer != expected for word in rule.words if mentions(case.seen, word)]
+    words = telling_words(case.seen, known)[:NEW_WORDS] or misled
     if not words:
         return {}
     listing = ", ".join(words)
-    return {text.name: (with_rule(text.value, words, expected), f"A text with {listing} is one for {expected}.")}
+    new = with_rule(without(text.value, misled), words, expected)
+    return {text.name: (new, f"A text with {listing} is one for {expected}.")}
+
+
+def without(text: str, words: list[str]) -> str:
+    """Take words out of the rules of a text, and rules that are left without any.
+
+    >>> without("refund, please -> billing", ["please"])
+    'refund -> billing'
+    """
+    lines = [
+        Rule(tuple(word for word in line.words if word not in words), line.answer) if isinstance(line, Rule) else line
+        for line in layout(text)
+    ]
+    return "\n".join(str(line) for line in lines if not isinstance(line, Rule) or line.words)
 
 
 def with_rule(text: str, words: list[str], answer: str) -> str:

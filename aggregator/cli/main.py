@@ -1,0 +1,61 @@
+"""`aggregator <command>`: each command is a file of its own beside this one.
+
+Such a file offers `add_parser(subparsers)`, which adds its parser and names what to call with
+`parser.set_defaults(run=...)`: a function from the parsed arguments to the exit code. It imports what it needs inside
+that function, so that `aggregator --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+
+from aggregator import __version__, cli
+from aggregator.errors import AggregatorError
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+
+    An error of the library ends the command with one message on standard error; `--debug` shows where it was raised.
+    """
+    options = parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except AggregatorError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"aggregator {options.command}: {error}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
+    top = argparse.ArgumentParser(prog="aggregator", description="Train LLM agents with aggregated updates.")
+    top.add_argument("--version", action="version", version=f"aggregator {__version__}")
+    top.add_argument("--debug", action="store_true", help="show where an error was raised")
+    subparsers = top.add_subparsers(dest="command", metavar="<command>", required=True)
+    for name in commands():
+        import_module(f"aggregator.cli.{name}").add_parser(subparsers)
+    return top
+
+
+def commands() -> list[str]:
+    """Return the names of the commands: the files beside this one."""
+    names = (module.name for module in iter_modules(cli.__path__))
+    return sorted(name for name in names if name != "main" and not name.startswith("_"))

@@ -1,0 +1,160 @@
+"""Train the ticket router: from its cassette, from the simulated model, or from a real provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aggregator.demo.agent import TicketRouter, right_team
+from aggregator.demo.routing import SIMULATED_URL, Rerouted
+from aggregator.errors import ConfigError
+from aggregator.protocols import ChatModel
+from aggregator.records import StepReport, TrainingResult
+
+HERE = Path(__file__).parent
+MODEL = "openai-compatible/simulated-1"
+EPOCHS = 2
+BATCH_SIZE = 10
+STEPSIZE = 0.6
+
+
+class Ticket(Struct, frozen=True):
+    """A support ticket and the team that handled it."""
+
+    text: str
+    team: str
+
+
+class Tickets(Struct, frozen=True):
+    """The bundled data set."""
+
+    train: list[Ticket]
+    test: list[Ticket]
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What `aggregator demo` was asked to do. `model` None is the simulated model, replayed unless `serve`."""
+
+    seed: int = 0
+    concurrency: int = 16
+    serve: bool = False
+    record: bool = False
+    model: str | None = None
+    out: Path = Path("runs/demo")
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """What the demo reached, and how long it took."""
+
+    result: TrainingResult
+    source: str
+    seconds: float
+
+
+def tickets() -> Tickets:
+    """Read the bundled data set."""
+    return msgspec.json.decode((HERE / "tickets.json").read_bytes(), type=Tickets)
+
+
+def cassette_path() -> Path:
+    """Return the demo's cassette: the checkout's, else the one that travels with the wheel."""
+    checkout = HERE.parent.parent / "cassettes" / "demo.yaml"
+    return checkout if (HERE.parent.parent / "pyproject.toml").exists() else HERE / "demo.yaml"
+
+
+def steps() -> int:
+    """Return how many steps the demo takes."""
+    return EPOCHS * -(-len(tickets().train) // BATCH_SIZE)
+
+
+def check(settings: Settings) -> Settings:
+    """Return the settings, or raise ConfigError for what cannot be meant."""
+    if settings.serve and settings.model is not None:
+        raise ConfigError(
+            f"Expected --serve or --model, got both; --serve runs the simulated model, not {settings.model}"
+        )
+    if settings.concurrency < 1:
+        raise ConfigError(f"Expected --concurrency of at least 1, got {settings.concurrency}")
+    return settings
+
+
+def train_demo(settings: Settings, *, observers: Sequence[Callable[[StepReport], None]] = ()) -> Outcome:
+    """Train for two epochs and write `events.jsonl` and `result.json` to the folder `settings.out`.
+
+    The same seed gives the same bytes in `result.json`, at any concurrency. Raises CassetteMissError where the
+    cassette was recorded with another code, seed or data set.
+    """
+    from aggregator.observing.configuring import events_file
+    from aggregator.training.checkpoints import save_result
+
+    settings = check(settings)
+    started = perf_counter()
+    with events_file(settings.out / "events.jsonl"), _source(settings) as (llm, source):
+        result = _train(settings, llm, observers)
+    save_result(result, settings.out / "result.json")
+    return Outcome(result=result, source=source, seconds=perf_counter() - started)
+
+
+def _train(settings: Settings, llm: ChatModel, observers: Sequence[Callable[[StepReport], None]]) -> TrainingResult:
+    from aggregator.training.proposers import LLMOptimizer
+    from aggregator.training.trainer import AggregatedUpdate
+
+    data = tickets()
+    trainer = AggregatedUpdate(
+        TicketRouter(llm),
+        LLMOptimizer(llm=llm),
+        llm=llm,
+        observers=observers,
+        max_concurrency=settings.concurrency,
+        seed=settings.seed,
+    )
+    return trainer.train(
+        right_team,
+        [(ticket.text, ticket.team) for ticket in data.train],
+        test_dataset=[(ticket.text, ticket.team) for ticket in data.test],
+        num_epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        stepsize=STEPSIZE,
+        eval_frequency=3,
+    )
+
+
+@contextmanager
+def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
+    """Open what answers the calls: a cassette, the simulated model, or a provider; and say which."""
+    from aggregator.cassettes.recorder import cassette
+
+    with ExitStack() as stack:
+        if settings.model is not None:
+            llm, source = _client(settings.model), settings.model
+        elif settings.serve or settings.record:
+            llm, source = stack.enter_context(_simulated(settings.seed)), "the simulated model, over HTTP"
+        else:
+            stack.enter_context(cassette(cassette_path(), mode="none"))
+            llm = _client(MODEL, base_url=SIMULATED_URL)
+            source = "a recording of the simulated model, offline"
+        if settings.record:
+            stack.enter_context(cassette(cassette_path(), mode="all", layout="journal"))
+        yield llm, source
+
+
+@contextmanager
+def _simulated(seed: int) -> Iterator[ChatModel]:
+    from aggregator.llm.transport import AiohttpTransport
+    from aggregator.testing.simulated_model import SimulatedModel
+
+    with SimulatedModel(seed) as server:
+        route = Rerouted(AiohttpTransport(), source=SIMULATED_URL, target=server.base_url)
+        yield _client(MODEL, base_url=SIMULATED_URL, transport=route)
+
+
+def _client(model: str, **options: Any) -> ChatModel:
+    from aggregator.llm.client import LLM
+
+    return LLM(model, **options)

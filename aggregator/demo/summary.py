@@ -1,0 +1,97 @@
+"""What a person reads when the demo has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import unified_diff
+from pathlib import Path
+from typing import Any, TextIO
+
+from aggregator.demo.run import Outcome
+from aggregator.observing.console import painted, readable
+from aggregator.records import StepReport, TrainingResult
+
+_BAR = 30
+_COLORS = {"+": "green", "-": "red"}
+
+
+def summary(outcome: Outcome, out: Path, stream: TextIO) -> str:
+    """Return the readable summary of a run; in color where the stream shows colors."""
+    result = outcome.result
+    parts = [
+        f"Answers came from {outcome.source}.",
+        _scores(result),
+        *(_change(name, result, stream) for name in result.parameters),
+        _usage(outcome),
+        f"Written: {out / 'result.json'}, {out / 'events.jsonl'}",
+        _improvement(result),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _improvement(result: TrainingResult) -> str:
+    first, last = result.evaluations[0], result.evaluations[-1]
+    return (
+        f"Test score: {readable(first.score)} before training, {readable(last.score)} after, "
+        f"on {len(last.scores)} tickets that were not trained on."
+    )
+
+
+def _scores(result: TrainingResult) -> str:
+    """Lay out the score of each minibatch and, where it was evaluated, of the test set."""
+    tests = {evaluation.step: evaluation.score for evaluation in result.evaluations}
+    lines = ["step  epoch  minibatch" + " " * (_BAR - 2) + "test", _row("start", "", None, tests.get(0))]
+    lines += [
+        _row(f"{report.step + 1:>5}", f"{report.epoch + 1:>5}", report.score, tests.get(report.step + 1))
+        + _remarks(report)
+        for report in result.history
+    ]
+    return "\n".join(lines)
+
+
+def _row(step: str, epoch: str, score: float | None, test: float | None) -> str:
+    bar = "" if score is None else f"{score:.2f} " + "█" * round(score * (_BAR - 5))
+    return f"{step:<5} {epoch:<5}  {bar:<{_BAR + 7}}{'' if test is None else f'{test:.3f}'}".rstrip()
+
+
+def _remarks(report: StepReport) -> str:
+    """Say what went wrong in a step."""
+    if not report.update or report.decision.accepted:
+        return ""
+    return f"  (not applied: {report.decision.reason})"
+
+
+def _change(name: str, result: TrainingResult, stream: TextIO) -> str:
+    before, after = result.initial_parameters[name], result.parameters[name]
+    if before == after:
+        return f"{name}: unchanged, {before!r}"
+    if isinstance(before, str) and "\n" in f"{before}{after}":
+        lines = (painted(line, _COLORS.get(line[:1]), stream) for line in _diff(before, after))
+        return "\n".join([f"{name}:", *(f"  {line}" for line in lines)])
+    old, new = painted(f"- {before}", "red", stream), painted(f"+ {after}", "green", stream)
+    return f"{name}:\n  {old}\n  {new}"
+
+
+def _diff(before: str, after: str) -> Iterator[str]:
+    lines = unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=99)
+    for line in lines:
+        if not line.startswith(("---", "+++", "@@")):
+            yield f"{line[:1]} {line[1:]}"
+
+
+def _usage(outcome: Outcome) -> str:
+    usage: dict[str, Any] = dict(outcome.result.usage)
+    width = max(len(role) for role in [*usage, "total"])
+    rows = [f"{'role':<{width}}  calls  tokens in  tokens out"]
+    calls = read = written = 0
+    for role, spent in usage.items():
+        rows.append(
+            f"{role:<{width}}  {spent.calls:>5}  {spent.input_tokens or 0:>9,}  {spent.output_tokens or 0:>10,}"
+        )
+        calls, read, written = (
+            calls + spent.calls,
+            read + (spent.input_tokens or 0),
+            written + (spent.output_tokens or 0),
+        )
+    rows.append(f"{'total':<{width}}  {calls:>5}  {read:>9,}  {written:>10,}   in {outcome.seconds:.1f} seconds")
+    return "\n".join(rows)
