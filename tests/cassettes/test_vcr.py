@@ -1,0 +1,300 @@
+"""The vcrpy adapter: other clients record to and play from our tape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.request import Request, urlopen
+
+import aiohttp
+import httpx
+import pytest
+
+from aggregator.cassettes.clients import passing
+from aggregator.cassettes.exchanges import decode_line
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.reading import index_lines
+from aggregator.cassettes.redaction import KEPT_HEADERS
+from aggregator.cassettes.tape import _TAPE, Tape
+from aggregator.cassettes.vcr import _installed, _served, serving
+from aggregator.errors import CassetteMissError
+
+requests: Any = pytest.importorskip("requests")
+
+BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+Client = Callable[[str, Any], bytes]
+
+
+class Lines(list[bytes]):
+    """A sink in memory; `rows` is what a replay reads."""
+
+    def rows(self) -> tuple[Any, ...]:
+        return tuple(index_lines(self))
+
+
+@contextmanager
+def taped(tape: Tape, clients: Any = "all") -> Iterator[Tape]:
+    token = _TAPE.set(tape)
+    try:
+        with serving(tape, clients):
+            yield tape
+    finally:
+        _TAPE.reset(token)
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A loopback server that numbers its answers, so that each answer tells when it was made."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/there")
+                body = b"elsewhere"
+            else:
+                self.server.hits += 1  # type: ignore[attr-defined]
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                body = json.dumps({"n": self.server.hits, "asked": asked.decode()}).encode()  # type: ignore[attr-defined]
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = answer  # noqa: N815 - the base class's names
+        do_GET = answer  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        running.hits = 0  # type: ignore[attr-defined]
+        running.url = f"http://127.0.0.1:{running.server_port}/v1/chat"  # type: ignore[attr-defined]
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def by_httpx(url: str, body: Any) -> bytes:
+    return httpx.post(url, json=body, headers={"authorization": "Bearer canary"}, trust_env=False).content
+
+
+def by_async_httpx(url: str, body: Any) -> bytes:
+    async def ask() -> bytes:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return (await client.post(url, json=body)).content
+
+    with asyncio.Runner() as runner:
+        return runner.run(ask())
+
+
+def by_aiohttp(url: str, body: Any) -> bytes:
+    async def ask() -> bytes:
+        async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
+            return await response.read()
+
+    with asyncio.Runner() as runner:
+        return runner.run(ask())
+
+
+def by_requests(url: str, body: Any) -> bytes:
+    with requests.Session() as session:
+        session.trust_env = False
+        content: bytes = session.post(url, json=body).content
+        return content
+
+
+def by_urllib(url: str, body: Any) -> bytes:
+    with urlopen(Request(url, json.dumps(body).encode())) as response:
+        content: bytes = response.read()
+        return content
+
+
+CLIENTS = [by_httpx, by_async_httpx, by_aiohttp, by_requests, by_urllib]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_client_records_and_plays(client: Client, server: Any) -> None:
+    """What a client heard while recording it hears again, byte for byte, and the server is not asked again."""
+    lines = Lines()
+    with taped(Tape(sink=lines)) as tape:
+        heard = [client(server.url, BODY), client(server.url, BODY)]
+    assert (server.hits, tape.recorded, len(lines)) == (2, 2, 2)
+    with taped(Tape(lines.rows())) as tape:
+        assert [client(server.url, BODY), client(server.url, BODY)] == heard
+        assert tape.unplayed() == []
+    assert server.hits == 2
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_every_client_plays_what_another_recorded(client: Client, server: Any) -> None:
+    """A tape does not know which client asks: the request counts."""
+    lines = Lines()
+    with taped(Tape(sink=lines)):
+        heard = by_httpx(server.url, BODY)
+    with taped(Tape(lines.rows())):
+        assert json.loads(client(server.url, BODY)) == json.loads(heard)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_miss_reaches_the_caller_and_the_tape(client: Client, server: Any) -> None:
+    """A request that was not recorded is an error of ours, not of the network, and the tape remembers it."""
+    with taped(Tape()) as tape:
+        with pytest.raises(CassetteMissError):
+            client(server.url, BODY)
+        assert len(tape.misses) == 1
+    assert server.hits == 0
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_clients_outside_of_the_list_go_through(client: Client, server: Any) -> None:
+    """A client that is not served reaches the network and leaves no trace on the tape."""
+    served = "aiohttp" if client in (by_httpx, by_async_httpx) else "httpx"
+    with taped(Tape(), [served]) as tape:
+        assert json.loads(client(server.url, BODY))["n"] == 1
+        assert (tape.misses, tape.recorded) == ([], 0)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_call_that_asked_the_tape_itself_passes(client: Client, server: Any) -> None:
+    """Our own client asks the tape before it sends; the patches do not record what it sends a second time."""
+    lines = Lines()
+    with taped(Tape(sink=lines)) as tape, passing():
+        client(server.url, BODY)
+    assert (server.hits, tape.recorded, lines) == (1, 0, [])
+
+
+def test_lineage_tells_identical_requests_apart(server: Any) -> None:
+    """Concurrent identical requests get the answers of their own branch, whatever finishes first."""
+
+    async def ask(client: httpx.AsyncClient, branch: int, pause: float) -> int:
+        with lineage(f"sample={branch}"):
+            await asyncio.sleep(pause)
+            n: int = (await client.post(server.url, json=BODY)).json()["n"]
+            return n
+
+    async def run(order: list[int]) -> list[int]:
+        async with httpx.AsyncClient(trust_env=False) as client, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask(client, i, 0.005 * order.index(i))) for i in range(8)]
+        return [task.result() for task in tasks]
+
+    lines = Lines()
+    with asyncio.Runner() as runner:
+        with taped(Tape(sink=lines)):
+            recorded = runner.run(run([3, 1, 7, 0, 2, 6, 4, 5]), context=contextvars.copy_context())
+        with taped(Tape(lines.rows())):
+            assert runner.run(run([6, 2, 5, 1, 0, 7, 3, 4]), context=contextvars.copy_context()) == recorded
+
+
+def test_two_tapes_in_two_tasks_never_mix(server: Any) -> None:
+    """Each task's requests go to its own tape, and the last one to leave takes the patches away."""
+    before = httpx.AsyncHTTPTransport.handle_async_request
+
+    async def work(name: str, first: asyncio.Event, second: asyncio.Event) -> Lines:
+        lines = Lines()
+        with taped(Tape(sink=lines, name=name), ["httpx"]):
+            async with httpx.AsyncClient(trust_env=False) as client:
+                first.set()
+                await second.wait()
+                await client.post(server.url, json={"from": name})
+        return lines
+
+    async def both() -> list[Lines]:
+        a, b = asyncio.Event(), asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work("a", a, b)), group.create_task(work("b", b, a))]
+        return [task.result() for task in tasks]
+
+    with asyncio.Runner() as runner:
+        bodies = [[decode_line(line).request.body for line in lines] for lines in runner.run(both())]
+    assert bodies == [[b'{"from":"a"}'], [b'{"from":"b"}']]
+    assert httpx.AsyncHTTPTransport.handle_async_request is before
+    assert (_installed, _served) == ({}, {})
+
+
+def test_tasks_outside_of_a_cassette_are_let_through(server: Any) -> None:
+    """While one task replays, another without a tape reaches the network as ever, its stream unread."""
+
+    async def outside(ready: asyncio.Event, done: asyncio.Event) -> str:
+        await ready.wait()
+        async with httpx.AsyncClient(trust_env=False) as client, client.stream("POST", server.url, json=BODY) as reply:
+            kind = type(reply.stream).__name__
+            await reply.aread()
+        done.set()
+        return kind
+
+    async def inside(ready: asyncio.Event, done: asyncio.Event) -> None:
+        with taped(Tape()):
+            ready.set()
+            await done.wait()
+
+    async def both() -> str:
+        ready, done = asyncio.Event(), asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(outside(ready, done))
+            group.create_task(inside(ready, done))
+        return task.result()
+
+    with asyncio.Runner() as runner:
+        assert runner.run(both()) == "BoundAsyncStream"
+    assert server.hits == 1
+
+
+@pytest.mark.parametrize("client", [by_httpx, by_requests, by_urllib])
+def test_a_plain_thread_belongs_to_the_only_open_tape(client: Client, server: Any) -> None:
+    """A thread that was started without a context still replays, rather than reach the network unseen."""
+    lines = Lines()
+    with taped(Tape(sink=lines)):
+        heard = client(server.url, BODY)
+    found: list[bytes] = []
+    with taped(Tape(lines.rows())):
+        thread = threading.Thread(target=lambda: found.append(client(server.url, BODY)))
+        thread.start()
+        thread.join()
+    assert (found, server.hits) == ([heard], 1)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_redirects_play_hop_by_hop(client: Client, server: Any) -> None:
+    """Each hop is an exchange of its own, and a replay follows them as the client did."""
+    if client in (by_httpx, by_async_httpx):
+        pytest.skip("httpx does not follow redirects unless told to; the hops are then calls of their own")
+    if "location" not in KEPT_HEADERS:
+        pytest.skip("the redaction drops where a redirect leads")
+    url = server.url.replace("/v1/chat", "/moved")
+    lines = Lines()
+    with taped(Tape(sink=lines)):
+        heard = [client(url, BODY), client(url, BODY)]
+    with taped(Tape(lines.rows())) as tape:
+        assert [client(url, BODY), client(url, BODY)] == heard
+        assert tape.unplayed() == []
+    assert (server.hits, len(lines)) == (2, 4)
+
+
+def test_keys_do_not_reach_the_file(server: Any) -> None:
+    """The header that authenticates another client's request is known as a secret and not recorded."""
+    lines = Lines()
+    with taped(Tape(sink=lines)):
+        by_httpx(server.url, BODY)
+    assert b"canary" not in lines[0]
+
+
+def test_vcr_is_imported_only_when_asked_for() -> None:
+    """Neither the tape nor the table of clients loads vcrpy."""
+    script = "import sys, aggregator.cassettes.tape, aggregator.cassettes.clients; print('vcr' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
