@@ -192,6 +192,11 @@ class Rollout(Struct, frozen=True, kw_only=True):
     transcript: str = ""
     failure: Failure | None = None
 
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """`failure` as the tuple that a Proposal has."""
+        return () if self.failure is None else (self.failure,)
+
 
 class Proposal(Struct, frozen=True, kw_only=True):
     """New parameter values that one instance asks for, or several merged into one.

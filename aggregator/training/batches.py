@@ -41,7 +41,7 @@ def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple
     return list(zip(inputs, infos, strict=True))
 
 
-def _from_pairs(dataset: Sequence[tuple[Any, Any]], name: str) -> list[tuple[Any, Any]]:
+def _from_pairs(dataset: Any, name: str) -> list[tuple[Any, Any]]:
     if isinstance(dataset, str | bytes) or not hasattr(dataset, "__iter__"):
         raise ConfigError(f"{_FORMS}, got {type(dataset).__name__} for {name}")
     pairs = list(dataset)

@@ -6,10 +6,10 @@ context does, per task, so that nothing is parked on the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -17,11 +17,20 @@ from aggregator.protocols import Gate
 from aggregator.records import Sample, StepReport, Values
 from aggregator.training.executors import AsyncExecutor
 
-Evaluate = Callable[[Values, Sequence[Sample], str], Awaitable[list[float | None]]]
-"""Score samples under given values, without touching the agent; the word names the place in the lineage."""
+
+class Evaluate(Protocol):
+    """Scores samples under given values, without touching the agent."""
+
+    async def __call__(
+        self, values: Values, samples: Sequence[Sample], place: str, guide: Any = None
+    ) -> list[float | None]:
+        """Return one score per sample; `place` names the calls in the lineage, `guide` stands in for the run's."""
+        ...
 
 
-async def _no_evaluation(values: Values, samples: Sequence[Sample], place: str) -> list[float | None]:
+async def _no_evaluation(
+    values: Values, samples: Sequence[Sample], place: str, guide: Any = None
+) -> list[float | None]:
     return [None for _ in samples]
 
 

@@ -70,7 +70,7 @@ async def aevaluate(
     `inputs` and `infos` are two sequences as in Trace, or `inputs` is a whole data set. An instance on which the agent
     itself fails scores `min_score`.
     """
-    dataset = inputs if infos is None else {"inputs": inputs, "infos": infos}
+    dataset: Any = inputs if infos is None else {"inputs": inputs, "infos": infos}
     check_positive("max_concurrency", max_concurrency)
     async with AsyncExecutor(max_concurrency) as executor:
         with lineage("evaluate"):

@@ -20,7 +20,17 @@ from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.events import emit_step
 from aggregator.observing.progress import ProgressBar
 from aggregator.protocols import Gate, Logger
-from aggregator.records import Decision, Evaluation, Failure, Proposal, Sample, StepReport, TrainingResult, Values
+from aggregator.records import (
+    Decision,
+    Evaluation,
+    Failure,
+    Proposal,
+    Rollout,
+    Sample,
+    StepReport,
+    TrainingResult,
+    Values,
+)
 from aggregator.training import checkpoints
 from aggregator.training.context import StepContext, step_context
 from aggregator.training.evaluation import failures_of, mean, score_values
@@ -151,9 +161,11 @@ class _Course:
         return _report(turn, outputs, scores, failures, update, changed(before, after), ledger.totals())
 
     def _context(self, turn: Turn) -> StepContext:
-        async def evaluate(values: Values, samples: Sequence[Sample], place: str) -> list[float | None]:
+        async def evaluate(
+            values: Values, samples: Sequence[Sample], place: str, guide: Any = None
+        ) -> list[float | None]:
             with lineage(place):
-                runs = await self._score(values, samples)
+                runs = await self._score(values, samples, guide)
             return [run.score for run in runs]
 
         return StepContext(
@@ -169,10 +181,10 @@ class _Course:
             gate=self.gate,
         )
 
-    async def _score(self, values: Values, samples: Sequence[Sample]) -> Any:
+    async def _score(self, values: Values, samples: Sequence[Sample], guide: Any = None) -> list[Rollout]:
         return await score_values(
             self.trainer.agent,
-            self.plan.guide,
+            guide or self.plan.guide,
             self.parameters,
             values,
             samples,

@@ -46,7 +46,7 @@ class LLMOptimizer:
     ) -> Proposal:
         """Return what this instance asks for; raises LLMError where the call failed."""
         messages = proposal_messages(
-            {parameter.name: describe(parameter) for parameter in parameters},
+            {parameter.name: parameter.describe() for parameter in parameters},
             transcript=rollout.transcript,
             output=render(rollout.output),
             score=rollout.score,
@@ -69,28 +69,6 @@ class LLMOptimizer:
     def _recalled(self, history: Sequence[StepReport]) -> list[StepReport]:
         tried = [report for report in history if report.update]
         return tried[len(tried) - self.memory_size :] if self.memory_size < len(tried) else tried
-
-
-def describe(parameter: Any) -> dict[str, Any]:
-    """Return what the prompt says about one parameter: its value and type, description and constraint where given."""
-    facts: dict[str, Any] = {"value": parameter.data, "type": type_name(parameter)}
-    if getattr(parameter, "description", None):
-        facts["description"] = parameter.description
-    constraint = getattr(parameter, "constraint", None)
-    if isinstance(constraint, str):
-        facts["constraint"] = constraint
-    return facts
-
-
-def type_name(parameter: Any) -> str:
-    """Name a parameter's type in the words of JSON schema, limits included.
-
-    A parameter that has no schema of its own is named by its value's type.
-    """
-    if not hasattr(parameter, "json_schema"):
-        return type(parameter.data).__name__
-    schema = {key: value for key, value in parameter.json_schema().items() if key not in {"description", "title"}}
-    return schema["type"] if set(schema) == {"type"} else msgspec.json.encode(schema).decode()
 
 
 def render(value: Any) -> str:

@@ -18,7 +18,7 @@ BATCH = [Sample(i, i) for i in range(4)]
 def scoring(scores: dict[Any, list[float | None]], calls: list[str]) -> Any:
     """Return an evaluation that knows the scores of each value of `k`."""
 
-    async def evaluate(values: Values, samples: Sequence[Sample], place: str) -> list[float | None]:
+    async def evaluate(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[float | None]:
         calls.append(place)
         return scores[values["k"]]
 
