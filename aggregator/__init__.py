@@ -65,6 +65,45 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TrainingResult",
         "Usage",
     ),
+    "aggregator.training.batches": ("DataLoader",),
+    "aggregator.training.checkpoints": (
+        "load_result",
+        "save_result",
+    ),
+    "aggregator.training.evaluation": (
+        "aevaluate",
+        "evaluate",
+    ),
+    "aggregator.training.gates": (
+        "always",
+        "improves_on_batch",
+        "improves_on_validation",
+    ),
+    "aggregator.training.merge": (
+        "LLMMerge",
+        "tree_merge",
+    ),
+    "aggregator.training.minibatch": ("Minibatch",),
+    "aggregator.training.proposers": ("LLMOptimizer",),
+    "aggregator.training.rules": (
+        "best_of",
+        "chain",
+        "dedupe",
+        "identity",
+        "majority",
+        "mean",
+        "top_k",
+        "without_failed",
+    ),
+    "aggregator.training.suggestions": (
+        "construct_update_dict",
+        "extract_llm_suggestion",
+    ),
+    "aggregator.training.trainer": (
+        "AggregatedUpdate",
+        "BasicSearchAlgorithm",
+        "MinibatchAlgorithm",
+    ),
 }
 _ORIGIN = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -79,6 +118,40 @@ if TYPE_CHECKING:
     from aggregator.cassettes.lineage import lineage as lineage
     from aggregator.cassettes.recorder import cassette as cassette
     from aggregator.errors import *  # noqa: F403
+    from aggregator.records import Completion as Completion
+    from aggregator.records import Decision as Decision
+    from aggregator.records import Failure as Failure
+    from aggregator.records import Proposal as Proposal
+    from aggregator.records import Rollout as Rollout
+    from aggregator.records import Sample as Sample
+    from aggregator.records import StepReport as StepReport
+    from aggregator.records import TrainingResult as TrainingResult
+    from aggregator.records import Usage as Usage
+    from aggregator.training.batches import DataLoader as DataLoader
+    from aggregator.training.checkpoints import load_result as load_result
+    from aggregator.training.checkpoints import save_result as save_result
+    from aggregator.training.evaluation import aevaluate as aevaluate
+    from aggregator.training.evaluation import evaluate as evaluate
+    from aggregator.training.gates import always as always
+    from aggregator.training.gates import improves_on_batch as improves_on_batch
+    from aggregator.training.gates import improves_on_validation as improves_on_validation
+    from aggregator.training.merge import LLMMerge as LLMMerge
+    from aggregator.training.merge import tree_merge as tree_merge
+    from aggregator.training.minibatch import Minibatch as Minibatch
+    from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
+    from aggregator.training.rules import best_of as best_of
+    from aggregator.training.rules import chain as chain
+    from aggregator.training.rules import dedupe as dedupe
+    from aggregator.training.rules import identity as identity
+    from aggregator.training.rules import majority as majority
+    from aggregator.training.rules import mean as mean
+    from aggregator.training.rules import top_k as top_k
+    from aggregator.training.rules import without_failed as without_failed
+    from aggregator.training.suggestions import construct_update_dict as construct_update_dict
+    from aggregator.training.suggestions import extract_llm_suggestion as extract_llm_suggestion
+    from aggregator.training.trainer import AggregatedUpdate as AggregatedUpdate
+    from aggregator.training.trainer import BasicSearchAlgorithm as BasicSearchAlgorithm
+    from aggregator.training.trainer import MinibatchAlgorithm as MinibatchAlgorithm
 
 
 def __getattr__(name: str) -> Any:

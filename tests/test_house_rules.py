@@ -145,6 +145,23 @@ def test_public_names() -> None:
         aggregator.nothing  # noqa: B018
 
 
+def test_type_checkers_see_the_public_names() -> None:
+    """Every name of the table stands in the TYPE_CHECKING block too, from the same home."""
+    block = next(
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    shown = {
+        (node.module, alias.asname)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module != "aggregator.errors"
+        for alias in node.names
+    }
+    table = {(home, name) for home, names in aggregator._HOMES.items() for name in names}
+    assert shown == {(home, name) for home, name in table if home != "aggregator.errors"}
+
+
 def test_import_is_light() -> None:
     """`import aggregator` loads no third-party module and none of our rooms."""
     script = "import sys; before = set(sys.modules); import aggregator; print(*sorted(set(sys.modules) - before))"

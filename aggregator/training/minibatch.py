@@ -48,6 +48,16 @@ class Minibatch:
     shows a progress bar where standard error is a terminal.
 
     Overridable, sync or async: `forward` and `update`.
+
+    The arguments of `train`: `guide(x, output, info)` returns a score or (score, feedback). Data sets are
+    dict(inputs=..., infos=...) or sequences of (x, info). `stepsize` in [0, 1] is how much proposals weigh against the
+    current value, constant or a schedule. The test set is evaluated before training, every `eval_frequency` steps and
+    at the end; 0 is never. `log_frequency` None logs whenever the test set is evaluated. `min_score` is the score of
+    an instance on which the agent itself fails. `verbose` logs scores, "output" also the agent's outputs.
+    `ensure_improvement` refuses updates that do not raise the batch's own score by `improvement_threshold`.
+    `save_frequency` saves the agent every so many steps to `save_path`. `num_threads` is Trace's name for
+    `max_concurrency`. A run in which more than `max_failure_ratio` of a batch is lost stops. `run_dir` keeps journal,
+    checkpoints and result.json there; `resume=True` goes on where such a run was cut off.
     """
 
     def __init__(
@@ -105,7 +115,7 @@ class Minibatch:
         run_dir: str | Path | None = None,
         resume: bool = False,
     ) -> TrainingResult:
-        """Train and return what was reached: the synchronous face of `atrain`, which says more."""
+        """Train and return what was reached: the synchronous face of `atrain`."""
         return portal.call(
             self.atrain,
             guide,
@@ -154,16 +164,7 @@ class Minibatch:
         run_dir: str | Path | None = None,
         resume: bool = False,
     ) -> TrainingResult:
-        """Train on a data set and return what was reached.
-
-        `guide(x, output, info)` returns a score or (score, feedback). Data sets are dict(inputs=..., infos=...) or
-        sequences of (x, info). `stepsize` in [0, 1] is how much proposals weigh against the current value, constant or
-        a schedule. The test set is evaluated before training, every `eval_frequency` steps and at the end; 0 is never.
-        `log_frequency` None logs whenever the test set is evaluated. `min_score` is the score of an instance on which
-        the agent itself fails. `verbose` logs scores, "output" also the agent's outputs. `num_threads` is Trace's name
-        for `max_concurrency`. `ensure_improvement` refuses updates that do not raise the batch's own score by
-        `improvement_threshold`. `save_frequency` saves the agent every so many steps to `save_path`. `run_dir` keeps
-        journal, checkpoints and result.json there; `resume=True` goes on where such a run was cut off.
+        """Train on a data set and return what was reached; the class says what the arguments mean.
 
         Raises ConfigError for arguments that cannot be meant, BudgetExceededError and TrainingError (both with the
         partial `.result`) where the run cannot go on, CassetteMissError where a replay lacks an exchange.
