@@ -45,6 +45,13 @@ class Operation:
             own = vars(owner).setdefault(key, self.code.fresh())
         return own if isinstance(own, CodeParameter) else self.code
 
+    def parameters(self) -> list[CodeParameter]:
+        """Return the operation's own parameter, named after it."""
+        if self.code is None:
+            return []
+        self.code.name = self.name + CODE
+        return [self.code]
+
     def owner_among(self, args: tuple[Any, ...]) -> Any:
         """Return the instance whose method this is in a call with these arguments, None for a plain function.
 
@@ -153,4 +160,6 @@ def _wrap(function: Any, description: str | None, *, trainable: bool) -> Any:
             return operation.call(args, kwargs)
 
     traced.operation = operation  # type: ignore[attr-defined]
+    if trainable and "." not in operation.title:  # a function by itself can be an agent, as a Module can
+        traced.parameters = operation.parameters  # type: ignore[attr-defined]
     return traced

@@ -52,10 +52,8 @@ class Module:
 
     def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
         """Return name -> parameter, as `parameters()`."""
-        walked = list(_walk(self, "", set()))
-        found = [(parameter.name if parameter.named else path, parameter) for path, parameter in walked]
-        paths = {name: path for (name, _), (path, _) in zip(found, walked, strict=True)}
-        parameters = index(found, paths)
+        walked = _walk(self, "", set())
+        parameters = index((parameter.name if parameter.named else path, path, parameter) for path, parameter in walked)
         for name, parameter in parameters.items():
             parameter.name = name
         return parameters

@@ -189,22 +189,19 @@ def overriding(parameters: Iterable[ParameterNode[Any]], values: Values) -> Iter
 
 def by_name(parameters: Iterable[ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
     """Return name -> parameter in the order they came; raises ConfigError where two share a name or py_name."""
-    return index([(parameter.name, parameter) for parameter in parameters])
+    return index((parameter.name, parameter.name, parameter) for parameter in parameters)
 
 
-def index(
-    found: Iterable[tuple[str, ParameterNode[Any]]], paths: Mapping[str, str] = _NOTHING
-) -> dict[str, ParameterNode[Any]]:
-    """Return name -> parameter; raises ConfigError where two parameters share a name or py_name."""
+def index(found: Iterable[tuple[str, str, ParameterNode[Any]]]) -> dict[str, ParameterNode[Any]]:
+    """Return name -> parameter for (name, path, parameter); raises ConfigError where two share a name or py_name."""
     named: dict[str, ParameterNode[Any]] = {}
     owners: dict[str, tuple[str, ParameterNode[Any]]] = {}
-    for name, parameter in found:
-        other, owner = owners.setdefault(py_name(name), (name, parameter))
+    for name, path, parameter in found:
+        other, owner = owners.setdefault(py_name(name), (path, parameter))
         if owner is not parameter:
             raise ConfigError(
-                f"Expected parameters of different names, got {paths.get(other, other)!r} and "
-                f"{paths.get(name, name)!r}, which are both {py_name(name)!r} in prompts; "
-                "rename an attribute or give name="
+                f"Expected parameters of different names, got {other!r} and {path!r}, which are both "
+                f"{py_name(name)!r} in prompts; rename an attribute or give name="
             )
         named[name] = parameter
     return named

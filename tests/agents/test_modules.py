@@ -1,0 +1,276 @@
+"""Module: which parameters it finds, what it calls them, and that they survive a file."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator import ConfigError, Module, ParameterError, ParameterNode, bundle, node
+from aggregator.agents.parameters import overriding, read
+
+
+class Retriever(Module):
+    def __init__(self, k: int = 3) -> None:
+        self.k = ParameterNode(k)
+
+    @bundle(trainable=True)
+    def rank(self, passages: list[str]) -> list[str]:
+        """Order passages."""
+        return sorted(passages)[: self.k.data]
+
+    @bundle()
+    def fetch(self, question: str) -> list[str]:
+        return [question]
+
+
+class Agent(Module):
+    floor = ParameterNode(0.5)
+
+    def __init__(self) -> None:
+        self.prompt = node("Answer.", trainable=True)
+        self.retriever = Retriever()
+        self.steps = [node("one", trainable=True), {"deep": (Retriever(5),)}]
+        self.words = ["plain", "data", {"of": ["any", "depth"]}]
+        self.labels = ParameterNode(["a", "b"], name="labels_of_the_desk")
+        self.frozen = node(1)
+
+    def forward(self, x: str) -> str:
+        return f"{self.prompt.data} {x}"
+
+
+NAMES = [
+    "floor",
+    "prompt",
+    "retriever.rank__code",
+    "retriever.k",
+    "steps.0",
+    "steps.1.deep.0.rank__code",
+    "steps.1.deep.0.k",
+    "labels_of_the_desk",
+    "frozen",
+]
+
+
+def test_names_are_attribute_paths() -> None:
+    """Names come from paths through attributes, lists and dicts, in order; plain data is no container."""
+    agent = Agent()
+    assert [p.name for p in agent.parameters()] == NAMES
+    assert agent.retriever.k.py_name == "retriever_k"
+    assert list(agent.parameters_dict()) == NAMES
+
+
+def test_names_are_the_same_in_every_instance_and_process() -> None:
+    """No counter and no address goes into a name or its order, also after operations ran."""
+    first, second = Agent(), Agent()
+    second.retriever.rank(["b", "a"])
+    assert [p.name for p in second.parameters()] == [p.name for p in first.parameters()] == NAMES
+
+
+def test_names_are_seen_from_the_module_asked() -> None:
+    """A part asked by itself names its parameters by its own paths; the whole names them again."""
+    agent = Agent()
+    assert [p.name for p in agent.retriever.parameters()] == ["rank__code", "k"]
+    assert [p.name for p in agent.parameters()] == NAMES
+
+
+def test_a_parameter_reached_twice_appears_once() -> None:
+    """Shared parameters and modules, and a part that knows its parent, are walked once."""
+
+    class Whole(Module):
+        def __init__(self) -> None:
+            self.part = Retriever()
+            self.again = self.part
+            self.k = self.part.k
+            self.part.parent = self  # type: ignore[attr-defined]
+
+    assert [p.name for p in Whole().parameters()] == ["part.rank__code", "part.k"]
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    """The error names both paths and says what to do."""
+
+    class Twice(Module):
+        def __init__(self) -> None:
+            self.a = {"b": node(1)}
+            self.a_b = node(2)
+
+    with pytest.raises(ConfigError, match=r"'a\.b' and 'a_b', which are both 'a_b'.*rename an attribute or give name="):
+        Twice().parameters()
+
+    class Named(Module):
+        def __init__(self) -> None:
+            self.x = node(1, name="k")
+            self.y = node(2, name="k")
+
+    with pytest.raises(ConfigError, match="'x' and 'y', which are both 'k'"):
+        Named().parameters()
+
+
+@given(st.dictionaries(st.text("ab.0_ ", min_size=1, max_size=4), st.integers(), max_size=5))
+def test_names_are_unique_or_refused(entries: dict[str, int]) -> None:
+    """Whatever the keys, no value can take another's place: names and py_names are unique, or the agent is refused."""
+
+    class Holder(Module):
+        def __init__(self) -> None:
+            self.parts = {key: node(value) for key, value in entries.items()}
+
+    holder = Holder()
+    try:
+        parameters = holder.parameters()
+    except ConfigError:
+        return
+    assert len(parameters) == len({p.py_name for p in parameters}) == len(entries)
+    assert list(read(parameters).values()) == list(entries.values())
+
+
+def test_calling_is_forward() -> None:
+    """A module is called as its forward is, sync or async, with or without `super().__init__()`."""
+
+    class Asynchronous(Module):
+        async def forward(self, x: int, *, plus: int = 1) -> int:
+            await asyncio.sleep(0)
+            return x + plus
+
+    assert Agent()("now") == "Answer. now"
+    with asyncio.Runner() as runner:
+        assert runner.run(Asynchronous()(1, plus=2)) == 3
+    with pytest.raises(ConfigError, match="Expected Module to define forward"):
+        Module()(1)
+
+
+def test_each_instance_has_its_own_code() -> None:
+    """Training one agent's operation does not change another's; a copy takes the source along and is its own."""
+    first, second = Agent(), Agent()
+    code = first.parameters_dict()["retriever.rank__code"]
+    code.data = "def rank(self, passages):\n    return passages[::-1]\n"
+    third = copy.deepcopy(first)
+    third.parameters_dict()["retriever.rank__code"].data = "def rank(self, passages):\n    return []\n"
+    assert first.retriever.rank(["a", "b"]) == ["b", "a"]
+    assert second.retriever.rank(["b", "a"]) == ["a", "b"]
+    assert third.retriever.rank(["a", "b"]) == []
+
+
+def test_an_overridden_operation_is_the_subclasss() -> None:
+    """A subclass that overrides an operation replaces it among the parameters; `super()` runs what was written."""
+
+    class Reverse(Retriever):
+        @bundle(trainable=True)
+        def rank(self, passages: list[str]) -> list[str]:
+            return super().rank(passages)[::-1]
+
+    class Plain(Retriever):
+        def rank(self, passages: list[str]) -> list[str]:
+            return passages
+
+    reverse = Reverse()
+    assert [p.name for p in reverse.parameters()] == ["rank__code", "k"]
+    assert reverse.rank(["a", "b"]) == ["b", "a"]
+    reverse.parameters()[0].data = "def rank(self, passages):\n    return [*super().rank(passages), 'end']\n"
+    assert reverse.rank(["b", "a"]) == ["a", "b", "end"]
+    assert [p.name for p in Plain().parameters()] == ["k"]
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    """Values, code included, and provenance come back; traced operations do not hinder saving (in Trace they did)."""
+    agent, other = Agent(), Agent()
+    agent.prompt.data = "Réponds."
+    agent.parameters_dict()["retriever.rank__code"].data = "def rank(self, passages):\n    return passages\n"
+    agent.save(tmp_path / "agent.json", provenance={"run": "x", "instances": [1, 2]})
+    assert other.load(tmp_path / "agent.json") == {"run": "x", "instances": [1, 2]}
+    assert read(other.parameters()) == read(agent.parameters())
+    assert other.retriever.rank(["b", "a"]) == ["b", "a"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "agent.json"]
+
+
+def test_saving_saves_what_is_seen(tmp_path: Path) -> None:
+    """A candidate under trial can be saved as it reads there."""
+    agent = Agent()
+    with overriding(agent.parameters(), {"prompt": "Try."}):
+        agent.save(tmp_path / "agent.json")
+    agent.load(tmp_path / "agent.json")
+    assert agent.prompt.data == "Try."
+
+
+def change(path: Path, **parameters: Any) -> None:
+    content = json.loads(path.read_text())
+    content["parameters"] |= parameters
+    path.write_text(json.dumps({**content, "parameters": {k: v for k, v in content["parameters"].items() if v != ...}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "got No such file or directory - at .*; save the agent again"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "got Input data was truncated"),
+        (lambda path: path.write_text("[]"), "Expected `object`, got `array`"),
+        (lambda path: path.write_text('{"format": "other", "version": 1, "parameters": {}}'), "got 'other'"),
+        (
+            lambda path: path.write_text('{"format": "aggregator-parameters", "version": 9, "parameters": {}}'),
+            "Expected a file of version 1 at most, got 9.*upgrade aggregated-update",
+        ),
+        (lambda path: change(path, extra=1), "got a file with extra; load it into the agent that was saved"),
+        (lambda path: change(path, prompt="changed", floor="low"), "Expected `float`, got 'low' - at floor in "),
+        (
+            lambda path: change(path, **{"prompt": "changed", "retriever.rank__code": "def rank(self):\n  retrn x"}),
+            "Expected Python source that parses, got invalid syntax in line 2: retrn x - at retriever.rank__code",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, spoil: Any, message: str) -> None:
+    """A missing, cut, foreign, newer or edited file is refused as a whole and says what to do."""
+    agent, path = Agent(), tmp_path / "agent.json"
+    before = read(agent.parameters())
+    agent.save(path)
+    spoil(path)
+    with pytest.raises(ParameterError, match=message):
+        agent.load(path)
+    assert read(agent.parameters()) == before
+
+
+def test_missing_parameters_are_named(tmp_path: Path) -> None:
+    """An artefact of another agent is refused by the names that differ."""
+    Retriever().save(tmp_path / "retriever.json")
+    with pytest.raises(ParameterError, match=r"parameters of Agent in .*, got a file without floor, .* and with .*k"):
+        Agent().load(tmp_path / "retriever.json")
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
+    """What cannot be written leaves the file as it was, and nothing beside it."""
+    agent = Agent()
+    agent.save(tmp_path / "agent.json")
+    before = (tmp_path / "agent.json").read_bytes()
+    with pytest.raises(ConfigError, match="provenance that JSON can carry"):
+        agent.save(tmp_path / "agent.json", provenance={"bad": object()})
+    assert (tmp_path / "agent.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_production_loads_msgspec_and_nothing_else(tmp_path: Path) -> None:
+    """Importing Module and ParameterNode and loading an agent imports one third-party package, and no event loop."""
+    Agent().save(tmp_path / "agent.json")
+    script = f"""
+import sys
+from aggregator import Module, ParameterNode
+class Agent(Module):
+    def __init__(self):
+        self.k = ParameterNode(1)
+Agent().save({str(tmp_path / "small.json")!r})
+Agent().load({str(tmp_path / "small.json")!r})
+print(*sorted({{name.split(".")[0] for name in sys.modules}} - set(sys.stdlib_module_names) - {{"__main__"}}))
+print("asyncio" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split("\n")
+    third_party = {
+        name for name in out[0].split() if name not in ("sitecustomize", "site") and not name.startswith("_")
+    }
+    assert third_party == {"aggregator", "msgspec", "typing_extensions"} & third_party | {"aggregator", "msgspec"}
+    assert out[1] == "False"
