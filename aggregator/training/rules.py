@@ -90,7 +90,7 @@ def top_k(k: int) -> UpdateRule:
     >>> [proposal.values["k"] for proposal in call(top_k(2), {}, scored, stepsize=0.5)]
     [0, 2]
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if type(k) is not int or k < 1:
         raise ConfigError(f"Expected top_k of an int of at least 1, got {k!r}")
 
     def best(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
@@ -143,7 +143,7 @@ def mean(current: Values, proposals: Sequence[Proposal], stepsize: float) -> Seq
 
 
 def key_of(value: Any) -> bytes:
-    """Encode a value so that equal ones give equal bytes: 1, 1.0 and True are three values, the order of keys is none."""
+    """Encode a value so that equal ones give equal bytes: 1, 1.0 and True are three values, key order is none."""
     return msgspec.json.encode(value, order="deterministic", enc_hook=repr)
 
 

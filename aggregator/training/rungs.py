@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -40,6 +40,7 @@ _TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 _OBJECT_START = re.compile(rf"\{{(?:{_SPACE}|{_COMMENT})*+(?:{_STRING}|{_WORD})(?:{_SPACE})?+:", re.DOTALL | re.VERBOSE)
+_NEAR = 20
 _KEY_WITHIN = 400  # characters after a brace in prose that are looked at; bounded, so that many braces stay cheap
 _ESCAPE = re.compile(
     r'\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|["\\/bfnrt\']|\r?\n|(?P<unknown>.|\Z))|(?P<quote>")', re.DOTALL
@@ -56,6 +57,7 @@ class Region(Struct, frozen=True):
     keys: tuple[str, ...]
     tokens: str
     problem: str = ""
+    depth: int = 0
     truncated: bool = False
 
 
@@ -72,29 +74,33 @@ def regions(text: str) -> Iterator[Region]:
 
 
 def _scan(text: str, start: int) -> Region:
-    """Read tokens from an opening brace to its end, rewriting each."""
-    depth, keys, tokens, problem, previous = 0, [], [], "", ""
+    """Read lexemes from an opening brace to its end, rewriting each."""
+    depth, deepest, keys, tokens, problem, previous = 0, 0, [], [], "", ""
     for match in _TOKEN.finditer(text, start):
         kind, lexeme = match.lastgroup, match.group()
         if kind in ("space", "comment"):
             continue
         if kind == "open":
-            return Region(start, len(text), tuple(keys), "", f"{lexeme} is never closed", truncated=True)
-        if lexeme == ":" and depth == 1:
-            keys.append(_bare(previous))
+            problem = f"the {lexeme} at character {match.start()} is never closed"
+            return Region(start, len(text), tuple(keys), "", problem, deepest, truncated=True)
         if kind == "mark":
+            if lexeme == ":" and depth == 1:
+                keys.append(previous.strip("\"'"))
             depth += (lexeme in "{[") - (lexeme in "}]")
+            deepest = max(depth, deepest)
             _mark(lexeme, tokens)
         else:
-            piece, trouble = _rewrite(str(kind), lexeme)
-            tokens.append(piece)
+            token, trouble = _rewrite(str(kind), lexeme)
+            tokens.append(token)
             problem = problem or trouble
-        if depth > MAX_DEPTH:
-            problem = problem or f"nested deeper than {MAX_DEPTH} levels"
         if depth == 0:
-            return Region(start, match.end(), tuple(keys), "" if problem else "".join(tokens), problem)
+            break
         previous = lexeme
-    return Region(start, len(text), tuple(keys), "", f"{depth} brackets are never closed", truncated=True)
+    else:
+        return Region(start, len(text), tuple(keys), "", f"{depth} brackets are never closed", deepest, truncated=True)
+    if deepest > MAX_DEPTH:
+        problem = f"nested deeper than {MAX_DEPTH} levels"
+    return Region(start, match.end(), tuple(keys), "" if problem else "".join(tokens), problem, deepest)
 
 
 def _mark(lexeme: str, tokens: list[str]) -> None:
@@ -153,33 +159,56 @@ def _string(token: str) -> tuple[str, str]:
 def read(text: str, region: Region) -> tuple[dict[str, Any], str]:
     """Read a region by the first rung that can, and name that rung; SuggestionError where none can."""
     whole = text[region.start : region.end]
-    if not region.problem.startswith("nested"):
-        for rung, source, decoder in (
-            ("json", whole, _STRICT),
-            ("control", whole, _LOOSE),
-            ("lenient", region.tokens, _LOOSE),
-        ):
-            try:
-                return _decode(decoder, source), rung
-            except json.JSONDecodeError as error:
-                trouble = f"{error.msg} at character {error.pos}"
-    raise SuggestionError(region.problem or trouble)
+    if region.depth <= MAX_DEPTH:
+        for rung, read_rung in _RUNGS:
+            if (found := read_rung(whole, region)) is not None:
+                return found, rung
+    raise SuggestionError(f"an object that cannot be read: {region.problem or _where(whole, region.start)}")
+
+
+def _json(whole: str, _region: Region) -> dict[str, Any] | None:
+    return _decode(_STRICT, whole)
+
+
+def _control(whole: str, _region: Region) -> dict[str, Any] | None:
+    return _decode(_LOOSE, whole)
+
+
+def _lenient(_whole: str, region: Region) -> dict[str, Any] | None:
+    return _decode(_LOOSE, region.tokens)
+
+
+_RUNGS: tuple[tuple[str, Callable[[str, Region], dict[str, Any] | None]], ...] = (
+    ("json", _json),
+    ("control", _control),
+    ("lenient", _lenient),
+)
+
+
+def _where(whole: str, start: int) -> str:
+    """Say where the original text, not its rewritten tokens, leaves JSON's grammar."""
+    try:
+        _LOOSE.decode(whole)
+    except json.JSONDecodeError as error:
+        near = whole[max(error.pos - _NEAR, 0) : error.pos + _NEAR]
+        return f"{error.msg} at character {start + error.pos}, near {near!r}"
+    return "it is no JSON"
 
 
 def read_whole(text: str) -> dict[str, Any] | None:
     """Read a text that is strict JSON from its first to its last character; None where it is not."""
     if text[:1] != "{" or text.count("{") + text.count("[") > MAX_DEPTH:
         return None
-    try:
-        return _decode(_STRICT, text)
-    except json.JSONDecodeError:
-        return None
+    return _decode(_STRICT, text)
 
 
-def _decode(decoder: json.JSONDecoder, text: str) -> dict[str, Any]:
+def _decode(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:
+    """Decode an object; None where the text is not JSON, SuggestionError where it is, but of no use."""
     try:
         found: dict[str, Any] = decoder.decode(text)
-    except (json.JSONDecodeError, SuggestionError):
+    except json.JSONDecodeError:
+        return None
+    except SuggestionError:
         raise
     except ValueError as error:  # an integer of more digits than Python converts
         raise SuggestionError(str(error)) from None

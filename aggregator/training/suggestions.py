@@ -128,7 +128,7 @@ def _only_answer(body: str) -> tuple[dict[str, Any], list[str]]:
     others: list[str] = []
     for region in rungs.regions(body):
         if region.truncated:
-            raise SuggestionError(f"an object that was cut off, from character {region.start}: {region.problem}")
+            raise SuggestionError(f"an object that is cut off: {region.problem}; it begins at character {region.start}")
         if not _suggestion_keys(region.keys):
             others += region.keys
             continue
