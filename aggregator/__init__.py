@@ -54,6 +54,9 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TrainingWarning",
         "TruncatedError",
     ),
+    "aggregator.observing.configuring": ("configure_logging",),
+    "aggregator.observing.console": ("ConsoleLogger",),
+    "aggregator.observing.progress": ("ProgressBar",),
     "aggregator.records": (
         "Completion",
         "Decision",
@@ -118,6 +121,9 @@ if TYPE_CHECKING:
     from aggregator.cassettes.lineage import lineage as lineage
     from aggregator.cassettes.recorder import cassette as cassette
     from aggregator.errors import *  # noqa: F403
+    from aggregator.observing.configuring import configure_logging as configure_logging
+    from aggregator.observing.console import ConsoleLogger as ConsoleLogger
+    from aggregator.observing.progress import ProgressBar as ProgressBar
     from aggregator.records import Completion as Completion
     from aggregator.records import Decision as Decision
     from aggregator.records import Failure as Failure

@@ -1,4 +1,8 @@
-"""Where the library's events go: to a console for people, or to JSON lines for machines."""
+"""Where the library's events go: to a console for people, or to JSON lines for machines.
+
+structlog hands the events to the standard loggers "aggregator.llm" and "aggregator.training"; what is configured here
+are handlers of their parent, "aggregator".
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from aggregator.errors import ConfigError
-from aggregator.observing.events import LOGGER
 
 Format = Literal["console", "json"]
 
 _MARK = "aggregator-configured"
+_logger = logging.getLogger("aggregator")
 
 
 def configure_logging(
@@ -27,26 +31,67 @@ def configure_logging(
     """Show the library's events: as lines for people, or as one JSON object per line.
 
     They go to `stream` (default: standard error), or are appended to the file at `path`. Called again, it replaces
-    what it configured before; handlers of the application stay. Raises ConfigError for a wrong argument.
+    what it configured before. An application that configures structlog itself gets the events without this call.
+    Raises ConfigError for a wrong argument.
     """
     if stream is not None and path is not None:
         raise ConfigError(f"Expected a stream or a path, got both (path={str(path)!r}); give one of them")
+    rendering = _formatter(format, colors=path is None and (stream or sys.stderr).isatty())
+    threshold = _level(level)
     handler = _handler(stream, path)
-    handler.setFormatter(formatter(format, colors=path is None and _is_terminal(stream or sys.stderr)))
+    handler.setFormatter(rendering)
     handler.set_name(_MARK)
-    try:
-        LOGGER.setLevel(level)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"Expected a logging level such as 'INFO' or 20, got level={level!r}") from error
-    for old in [old for old in LOGGER.handlers if old.get_name() == _MARK]:
-        LOGGER.removeHandler(old)
+    for old in [old for old in _logger.handlers if old.get_name() == _MARK]:
+        _logger.removeHandler(old)
         old.close()
-    LOGGER.addHandler(handler)
-    LOGGER.propagate = False
+    _logger.addHandler(handler)
+    _logger.setLevel(threshold)
+    _logger.propagate = False
+    _route()
 
 
-def formatter(format: Format, *, colors: bool = False) -> logging.Formatter:  # noqa: A002 - the same word
-    """Return what turns an event into a line."""
+@contextmanager
+def events_file(path: str | Path) -> Iterator[None]:
+    """Write every event of the block to a new file of JSON lines, beside whatever is configured."""
+    import structlog
+
+    handler = _file(path, mode="w")
+    handler.setFormatter(_formatter("json"))
+    configured, level, propagate = structlog.is_configured(), _logger.level, _logger.propagate
+    _logger.addHandler(handler)
+    if not configured:
+        _logger.setLevel(logging.INFO)
+        _logger.propagate = False
+        _route()
+    try:
+        yield
+    finally:
+        if not configured:
+            structlog.reset_defaults()
+            _logger.setLevel(level)
+            _logger.propagate = propagate
+        _logger.removeHandler(handler)
+        handler.close()
+
+
+def _route() -> None:
+    """Let structlog hand its events to the standard loggers, whose handlers turn them into lines."""
+    import structlog
+
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+
+
+def _formatter(format: Format, *, colors: bool = False) -> logging.Formatter:  # noqa: A002 - the same word
     import structlog
 
     renderers: dict[str, Any] = {
@@ -55,49 +100,25 @@ def formatter(format: Format, *, colors: bool = False) -> logging.Formatter:  # 
     }
     if format not in renderers:
         raise ConfigError(f"Expected format 'console' or 'json', got {format!r}")
-    stamps: list[Any] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=stamps,
-        processors=[
-            *stamps,
-            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            renderers[format],
-        ],
-    )
+    clean = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    return structlog.stdlib.ProcessorFormatter(processors=[clean, renderers[format]])
 
 
-@contextmanager
-def events_file(path: str | Path) -> Iterator[None]:
-    """Write every event of the block to a new file of JSON lines, beside whatever is configured."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(target, mode="w", encoding="utf-8")
-    handler.setFormatter(formatter("json"))
-    level = LOGGER.level
-    LOGGER.addHandler(handler)
-    if not LOGGER.isEnabledFor(logging.INFO):
-        LOGGER.setLevel(logging.INFO)
+def _level(level: int | str) -> int:
     try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
-        LOGGER.removeHandler(handler)
-        handler.close()
+        return logging.Handler(level).level
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"Expected a logging level such as 'INFO' or 20, got level={level!r}") from error
 
 
 def _handler(stream: TextIO | None, path: str | Path | None) -> logging.Handler:
-    if path is None:
-        return logging.StreamHandler(stream)
+    return logging.StreamHandler(stream) if path is None else _file(path, mode="a")
+
+
+def _file(path: str | Path, *, mode: str) -> logging.FileHandler:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return logging.FileHandler(target, encoding="utf-8")
+        return logging.FileHandler(target, mode=mode, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Expected a path that can be written, got {str(path)!r}: {error.strerror}") from error
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    return bool(getattr(stream, "isatty", lambda: False)())

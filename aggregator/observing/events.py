@@ -1,30 +1,29 @@
-"""Structured events: one per LLM call, per attempt, and per training step.
+"""Structured events of training, beside those of the client (`aggregator/llm/tracing.py`: `llm.attempt`, `llm.call`).
 
-They go to the standard logger "aggregator" through structlog and are silent until the application configures logging,
-with `aggregator.configure_logging()` or its own handlers. An event nobody listens to costs one comparison.
+They go through structlog and are silent until the application configures it, itself or with
+`aggregator.configure_logging()`: whoever did not import structlog cannot be listening.
 """
 
 from __future__ import annotations
 
-import logging
+import sys
 from typing import Any
 
 from aggregator.records import StepReport
 
-LOGGER = logging.getLogger("aggregator")
-LOGGER.addHandler(logging.NullHandler())
+LOGGER = "aggregator.training"
 
 
-def emit(event: str, *, level: int = logging.INFO, **facts: Any) -> None:
-    """Send one event with its facts, if anybody listens at this level."""
-    if LOGGER.isEnabledFor(level):
-        _structured().log(level, event, **facts)
+def emit(event: str, **facts: Any) -> None:
+    """Send one event with its facts, if the application has configured structlog."""
+    structlog = sys.modules.get("structlog")
+    if structlog is not None and structlog.is_configured():
+        structlog.get_logger(LOGGER).info(event, **facts)
 
 
 def emit_step(report: StepReport) -> None:
     """Send `train.step`: what a step did, in one flat record."""
-    if LOGGER.isEnabledFor(logging.INFO):
-        emit("train.step", **step_facts(report))
+    emit("train.step", **step_facts(report))
 
 
 def step_facts(report: StepReport) -> dict[str, Any]:
@@ -43,13 +42,3 @@ def step_facts(report: StepReport) -> dict[str, Any]:
         "calls": sum(usage.calls for usage in report.usage.values()),
         "tokens": sum(usage.total_tokens for usage in report.usage.values()),
     }
-
-
-def _structured() -> Any:
-    import structlog
-
-    return structlog.wrap_logger(
-        LOGGER,
-        processors=[structlog.contextvars.merge_contextvars, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )

@@ -28,15 +28,11 @@ from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.testing.simulated_aggregator import aggregate
 from aggregator.testing.simulated_optimizer import propose
-from aggregator.testing.simulated_prompts import Role, blocks_of, case_of, reply_text, role_of, text_of
+from aggregator.testing.simulated_prompts import MalformedError, Role, blocks_of, case_of, reply_text, role_of, text_of
 from aggregator.testing.simulated_student import answer_as_student
 
 MODEL = "simulated-1"
 WRONG_RATE = 0.15
-
-
-class MalformedError(ValueError):
-    """The request body is not what this API takes."""
 
 
 class SimulatedModel:

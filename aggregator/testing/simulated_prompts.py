@@ -19,6 +19,10 @@ _FACT = re.compile(r"(confidence|support|score|feedback): (.*)")
 _CUT = re.compile(r"\s*(?:…|\.\.\.|\[cut\])\s*$")
 
 
+class MalformedError(ValueError):
+    """A request that this API would refuse."""
+
+
 def text_of(message: Mapping[str, Any]) -> str:
     """Return a message's text; content parts are joined without a separator."""
     content = message.get("content") or ""
@@ -120,9 +124,12 @@ def _block(body: str) -> Block:
 
 
 def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise MalformedError(f"expected a JSON object in a section, got {text[:80]!r}: {error}") from error
     if not isinstance(found, dict):
-        raise TypeError(f"expected a JSON object in a section, got {text[:80]!r}")
+        raise MalformedError(f"expected a JSON object in a section, got {text[:80]!r}")
     return found
 
 

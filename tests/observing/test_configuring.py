@@ -1,0 +1,169 @@
+"""Events: silent until configured, then lines for people or JSON for machines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+import aggregator
+from aggregator.errors import ConfigError
+from aggregator.observing.configuring import configure_logging, events_file
+from aggregator.observing.events import emit, emit_step
+from aggregator.records import Decision, StepReport, Usage
+
+REPORT = StepReport(
+    epoch=1,
+    step=7,
+    sample_ids=(3, 5),
+    scores=(1.0, 0.0),
+    score=0.5,
+    decision=Decision(accepted=True, reason="always"),
+    update={"k": 3},
+    proposals=1,
+    usage={"agent": Usage(input_tokens=10, output_tokens=2, calls=2), "optimizer": Usage(calls=1)},
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    logger = logging.getLogger("aggregator")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    for handler in set(logger.handlers) - set(handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(level)
+    logger.propagate = propagate
+    structlog.reset_defaults()
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_silent_until_configured() -> None:
+    """In a fresh process events print nothing, neither on standard output nor on standard error."""
+    script = (
+        "import structlog; from aggregator.observing.events import emit; from aggregator.llm.tracing import listening;"
+        "emit('train.step', epoch=0); assert not listening()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_json_lines() -> None:
+    """A step is one JSON object with its facts, its level and an ISO time."""
+    stream = io.StringIO()
+    configure_logging("json", stream=stream)
+    emit_step(REPORT)
+    (event,) = lines(stream.getvalue())
+    assert event.pop("timestamp").endswith("Z")
+    assert event == {
+        "event": "train.step",
+        "level": "info",
+        "epoch": 1,
+        "step": 7,
+        "score": 0.5,
+        "test_score": None,
+        "samples": 2,
+        "proposals": 1,
+        "failures": 0,
+        "accepted": True,
+        "reason": "always",
+        "changed": ["k"],
+        "calls": 3,
+        "tokens": 12,
+    }
+
+
+def test_the_clients_events_take_the_same_way() -> None:
+    """What the client logs arrives under its name, context variables of the application beside it."""
+    from aggregator.llm import tracing
+
+    stream = io.StringIO()
+    configure_logging("json", stream=stream)
+    assert tracing.listening()
+    with structlog.contextvars.bound_contextvars(run="r1"):
+        tracing.event("llm.call", model="m", error=None)
+    (event,) = lines(stream.getvalue())
+    assert (event["event"], event["model"], event["run"]) == ("llm.call", "m", "r1")
+
+
+def test_console_lines_have_no_escape_codes_where_piped() -> None:
+    """For a stream that is no terminal a console line is plain text."""
+    stream = io.StringIO()
+    configure_logging(stream=stream)
+    emit("train.step", epoch=2)
+    assert "train.step" in stream.getvalue()
+    assert "epoch=2" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_configuring_again_replaces() -> None:
+    """The second call moves the events, it does not double them."""
+    first, second = io.StringIO(), io.StringIO()
+    configure_logging("json", stream=first)
+    configure_logging("json", stream=second)
+    emit("train.step")
+    assert (first.getvalue(), len(lines(second.getvalue()))) == ("", 1)
+
+
+def test_level_filters() -> None:
+    """Events below the level are left out."""
+    stream = io.StringIO()
+    configure_logging("json", level="ERROR", stream=stream)
+    emit("train.step")
+    assert stream.getvalue() == ""
+
+
+def test_path_appends(tmp_path: Path) -> None:
+    """A path is made with its folders and appended to."""
+    for _ in range(2):
+        configure_logging("json", path=tmp_path / "deep" / "log.jsonl")
+        emit("train.step")
+    assert len(lines((tmp_path / "deep" / "log.jsonl").read_text())) == 2
+
+
+def test_events_file_holds_the_block(tmp_path: Path) -> None:
+    """Only events of the block are in the file, and nothing stays configured after it."""
+    with events_file(tmp_path / "events.jsonl"):
+        emit("inside")
+    emit("outside")
+    assert [event["event"] for event in lines((tmp_path / "events.jsonl").read_text())] == ["inside"]
+    assert not structlog.is_configured()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "xml"}, "'console' or 'json', got 'xml'"),
+        ({"level": "LOUD"}, "got level='LOUD'"),
+        ({"stream": io.StringIO(), "path": "x"}, "got both"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    """A wrong argument says what was expected, and configures nothing."""
+    with pytest.raises(ConfigError, match=message):
+        configure_logging(**arguments)
+    assert not structlog.is_configured()
+
+
+def test_unwritable_path(tmp_path: Path) -> None:
+    """A path that cannot be written is an error of ours."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can be written"):
+        configure_logging(path=tmp_path / "file" / "log")
+
+
+def test_public() -> None:
+    """The name stands in the package."""
+    assert aggregator.configure_logging is configure_logging
