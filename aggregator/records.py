@@ -94,11 +94,15 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 class ToolCall(Struct, frozen=True, kw_only=True):
-    """A tool the model wants called; `arguments` is the model's own text, JSON if the model kept to it."""
+    """A tool the model wants called; `arguments` is the model's own text, JSON if the model kept to it.
+
+    `signature` is what Gemini wants back with the call in the next turn.
+    """
 
     id: str
     name: str
     arguments: str
+    signature: str | None = None
 
 
 class Message(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
-from aggregator.records import Completion, Message
+from aggregator.records import Completion, Message, ToolCall
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SIGNATURES = (
@@ -90,11 +90,15 @@ def assistant(message: Message) -> dict[str, Any]:
     """Turn an answer into the message that continues the conversation; thinking is not sent back."""
     turn: dict[str, Any] = {"role": "assistant", "content": message.content}
     if message.tool_calls:
-        turn["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
+        turn["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return turn
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    made = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    if call.signature is None:
+        return made
+    return {**made, "extra_content": {"google": {"thought_signature": call.signature}}}
 
 
 def _content(content: Any, where: str) -> str | list[Any]:

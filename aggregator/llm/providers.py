@@ -18,7 +18,9 @@ from msgspec.structs import replace
 
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import Provider, Target
+from aggregator.llm.codecs.anthropic import AnthropicMessages
 from aggregator.llm.codecs.azure import AzureChat, settle_azure
+from aggregator.llm.codecs.gemini import GeminiGenerate, settle_vertex
 from aggregator.llm.codecs.openai import OpenAIChat
 
 ENTRY_POINTS = "aggregator.providers"
@@ -42,6 +44,10 @@ def _settle_openai(target: Target, env: Mapping[str, str]) -> Target:
     return replace(
         target, headers={**headers, **custom_headers(env.get("OPENAI_CUSTOM_HEADERS", "")), **target.headers}
     )
+
+
+def _settle_anthropic(target: Target, env: Mapping[str, str]) -> Target:
+    return replace(target, headers={**custom_headers(env.get("ANTHROPIC_CUSTOM_HEADERS", "")), **target.headers})
 
 
 def _settle_ollama(target: Target, env: Mapping[str, str]) -> Target:
@@ -95,6 +101,32 @@ _BUILT_IN = (
         keys={"AZURE_OPENAI_API_KEY": "api-key", "AZURE_API_KEY": "api-key", "AZURE_OPENAI_AD_TOKEN": _BEARER},
         aliases=("azure-openai",),
         settle=settle_azure,
+    ),
+    Provider(
+        name="anthropic",
+        codec=AnthropicMessages,
+        base_url="https://api.anthropic.com",
+        base_urls=("ANTHROPIC_BASE_URL",),
+        keys={"ANTHROPIC_API_KEY": "x-api-key", "ANTHROPIC_AUTH_TOKEN": _BEARER},
+        aliases=("claude",),
+        settle=_settle_anthropic,
+    ),
+    Provider(
+        name="gemini",
+        codec=GeminiGenerate,
+        base_url="https://generativelanguage.googleapis.com/v1beta",
+        base_urls=("GOOGLE_GEMINI_BASE_URL",),
+        keys=dict.fromkeys(("GOOGLE_API_KEY", "GEMINI_API_KEY", "LLM_GEMINI_KEY"), "x-goog-api-key"),
+        aliases=("google", "google-gla", "google-genai"),
+    ),
+    Provider(
+        name="vertex",
+        codec=GeminiGenerate,
+        base_url="https://aiplatform.googleapis.com/v1",
+        base_urls=("GOOGLE_VERTEX_BASE_URL",),
+        keys={"GOOGLE_OAUTH_ACCESS_TOKEN": _BEARER, "GOOGLE_API_KEY": "x-goog-api-key"},
+        aliases=("vertex-ai", "google-vertex"),
+        settle=settle_vertex,
     ),
     _hosted("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
     _hosted("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
-from aggregator.errors import DecodeError
+from aggregator.errors import ConfigError, DecodeError
 
 T = TypeVar("T")
 
@@ -78,6 +79,23 @@ def _drop(node: Any, steps: list[str]) -> None:
             _drop(node.get(head), rest)
         else:
             node.pop(head, None)
+
+
+def json_object(text: Any, where: str) -> dict[str, Any]:
+    """The arguments of a tool call that goes back to a model, as an object; raises ConfigError.
+
+    >>> json_object('{"city": "Bern"}', "$")
+    {'city': 'Bern'}
+    """
+    if isinstance(text, Mapping):
+        return dict(text)
+    try:
+        value = msgspec.json.decode(text) if text else {}
+    except (msgspec.DecodeError, TypeError):
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"Expected the arguments of a tool call as a JSON object, got {text!r} - at {where}")
+    return value
 
 
 def excerpt(body: str | bytes, limit: int = 200) -> str:

@@ -22,6 +22,12 @@ def api_key(target: Target) -> str | None:
     return target.api_key() if callable(target.api_key) else target.api_key
 
 
+def secrets(target: Target) -> tuple[str, ...]:
+    """The very values that authenticate, which no message and no file may hold."""
+    key = api_key(target)
+    return (key,) if key else ()
+
+
 def post(target: Target, url: str, body: Mapping[str, Any], *, stream: bool = False) -> HTTPRequest:
     """Build the request. The body keeps the order of its keys: the same call gives the same bytes."""
     headers = {

@@ -1,0 +1,254 @@
+"""Anthropic's Messages: our calls to its blocks, its blocks to our answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aggregator.errors import APIStatusError, ConfigError, DecodeError, EmptyResponseError
+from aggregator.llm.calls import ChatCall, StreamReader, Target
+from aggregator.llm.codecs.anthropic_messages import messages_of, system_of, tool_choice_of, tool_of
+from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
+from aggregator.llm.codecs.finish import finish_reason
+from aggregator.llm.codecs.lenient import excerpt, read
+from aggregator.llm.codecs.requests import post, secrets
+from aggregator.llm.codecs.sse import Event, EventReader, read_other
+from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
+
+VERSION = "2023-06-01"  # every recorded request names it
+MAX_TOKENS = 4096  # the API demands a number
+
+
+class Block(Struct):
+    """One block of content; kinds that are not known (search results, compaction, ...) are read over."""
+
+    type: str | None = None
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: Any = None
+
+
+class WireUsage(Struct):
+    """`input_tokens` counts what no cache held: the two others come on top."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    output_tokens_details: _Details | None = None
+
+
+class _Details(Struct):
+    thinking_tokens: int | None = None
+
+
+class Answer(Struct):
+    """A message, or a delta of one in a stream."""
+
+    content: list[Block] | str | None = None
+    stop_reason: str | None = None
+    usage: WireUsage | None = None
+    model: str | None = None
+    id: str | None = None
+    error: Any = None
+
+
+class _Delta(Struct):
+    type: str | None = None
+    text: str | None = None
+    thinking: str | None = None
+    partial_json: str | None = None
+    stop_reason: str | None = None
+
+
+class _Event(Struct):
+    type: str | None = None
+    message: Answer | None = None
+    index: int | None = None
+    content_block: Block | None = None
+    delta: _Delta | None = None
+    usage: WireUsage | None = None
+    error: Any = None
+
+
+_DECODER = msgspec.json.Decoder(Answer)
+_EVENT_DECODER = msgspec.json.Decoder(_Event)
+
+
+class AnthropicMessages:
+    """The codec of the Messages API, bound to one server."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = msgspec.structs.replace(target, headers={"anthropic-version": VERSION, **target.headers})
+        self._url = f"{target.base_url.rstrip('/').removesuffix('/v1')}/v1/messages"
+
+    def encode(self, call: ChatCall) -> HTTPRequest:
+        """Return the request; raises ConfigError for several answers or a seed, which this API has not."""
+        for name, value in (("n", call.n if call.n != 1 else None), ("seed", call.seed)):
+            if value is not None:
+                raise ConfigError(f"Expected no {name} for anthropic, whose API has none, got {name}={value!r}")
+        stop = [call.stop] if isinstance(call.stop, str) else call.stop
+        fields = {
+            "model": call.model,
+            "max_tokens": MAX_TOKENS if call.max_tokens is None else call.max_tokens,
+            "system": system_of(call.messages),
+            "messages": messages_of(call.messages),
+            "temperature": call.temperature,
+            "top_p": call.top_p,
+            "stop_sequences": stop,
+            "tools": None if call.tools is None else [tool_of(tool) for tool in call.tools],
+            "tool_choice": None if call.tool_choice is None else tool_choice_of(call.tool_choice),
+            "output_config": _output_config(call),
+            "stream": call.stream or None,
+        }
+        body = {name: value for name, value in fields.items() if value is not None}
+        return post(self.target, self._url, {**body, **call.extra}, stream=call.stream)
+
+    def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
+        """Read a message; raises LLMError where there is none."""
+        try:
+            return self.completion(read(reply.body, _DECODER), reply)
+        except DecodeError as error:
+            return read_other(error, reply, self.stream(call))
+
+    def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
+        """Turn a parsed message into a Completion; one without blocks is an empty answer, not an error."""
+        if answer.error:
+            raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
+        content = answer.content
+        if content is None:
+            raise EmptyResponseError(
+                f"Expected content from {self.target.provider}, got none in {excerpt(reply.body)}",
+                status=reply.status,
+                request_id=request_id(reply.headers),
+            )
+        blocks = [Block(type="text", text=content)] if isinstance(content, str) else content
+        choice = Choice(
+            message=_message(blocks),
+            finish_reason=finish_reason(answer.stop_reason),
+            raw_finish_reason=answer.stop_reason,
+        )
+        return Completion(
+            choices=(choice,),
+            usage=_usage(answer.usage) if answer.usage is not None else Usage(),
+            model=answer.model or "",
+            id=answer.id or "",
+            request_id=request_id(reply.headers),
+            milliseconds=reply.milliseconds,
+            replayed=reply.replayed,
+            raw=reply.body,
+        )
+
+    def error(self, reply: HTTPReply) -> APIStatusError:
+        """Return the error of an error status."""
+        return status_error(reply, self.target.provider, secrets(self.target))
+
+    def stream(self, call: ChatCall) -> StreamReader:
+        """Return a reader for a streamed answer."""
+        return MessageStream(self, call)
+
+
+def _output_config(call: ChatCall) -> dict[str, Any] | None:
+    """The schema that the answer must keep to; plain JSON without one is not offered here."""
+    wanted = call.response_format or {}
+    if wanted.get("type") != "json_schema":
+        return None
+    stated = wanted.get("json_schema") or {}
+    return {"format": {"type": "json_schema", "schema": stated.get("schema", {})}}
+
+
+def _message(blocks: list[Block]) -> Message:
+    texts = [block.text for block in blocks if block.type == "text" and block.text]
+    thoughts = [block.thinking for block in blocks if block.thinking]
+    calls = [block for block in blocks if block.type == "tool_use"]
+    return Message(
+        content="".join(texts) if texts else None,
+        reasoning="".join(thoughts) if thoughts else None,
+        tool_calls=tuple([_tool_call(block) for block in calls]) if calls else (),
+    )
+
+
+def _tool_call(block: Block) -> ToolCall:
+    given = block.input
+    text = given if isinstance(given, str) else msgspec.json.encode({} if given is None else given).decode()
+    return ToolCall(id=block.id or "", name=block.name or "", arguments=text)
+
+
+def _usage(usage: WireUsage) -> Usage:
+    total = usage.input_tokens
+    cached = usage.cache_read_input_tokens
+    if total is not None:
+        total += (cached or 0) + (usage.cache_creation_input_tokens or 0)
+    details = usage.output_tokens_details
+    return Usage(
+        input_tokens=total,
+        output_tokens=usage.output_tokens,
+        cached_tokens=cached,
+        reasoning_tokens=details.thinking_tokens if details is not None else None,
+    )
+
+
+class MessageStream(EventReader):
+    """Reads a stream of message events; the deltas are those of the text blocks."""
+
+    def __init__(self, codec: AnthropicMessages, call: ChatCall) -> None:
+        super().__init__(codec, call)
+        self._complete = codec.completion
+        self._answer = Answer()
+        self._blocks: dict[int, Block] = {}
+        self._ended = False
+
+    def event(self, event: Event) -> str:
+        """Take one event and return the text it brings."""
+        told = read(event.data, _EVENT_DECODER)
+        if told.error or event.name == "error":
+            fault = told.error or event.data.decode("utf-8", errors="replace")
+            self._complete(Answer(error=fault), HTTPReply(status=200, body=event.data, headers={}))
+        if told.message is not None:
+            self._answer = told.message
+        if told.usage is not None:
+            self._add_usage(told.usage)
+        if told.type == "content_block_start" and told.content_block is not None:
+            self._blocks[told.index or 0] = block = told.content_block
+            if block.type == "tool_use":
+                block.input = None  # {} here; the pieces follow
+            return block.text or ""
+        if told.type == "message_stop":
+            self._ended = True
+        return self._grow(told.index or 0, told.delta) if told.delta is not None else ""
+
+    def whole(self) -> bool:
+        """The message said why it ended, or that it did."""
+        return self._ended or self._answer.stop_reason is not None
+
+    def build(self, reply: HTTPReply) -> Completion:
+        """Put the blocks together."""
+        self._answer.content = [block for _, block in sorted(self._blocks.items())]
+        return self._complete(self._answer, reply)
+
+    def _grow(self, index: int, delta: _Delta) -> str:
+        if delta.stop_reason is not None:
+            self._answer.stop_reason = delta.stop_reason
+        if delta.text is None and delta.thinking is None and delta.partial_json is None:
+            return ""
+        block = self._blocks.setdefault(index, Block(type="text"))
+        if delta.thinking:
+            block.thinking = (block.thinking or "") + delta.thinking
+        if delta.partial_json:
+            block.input = (block.input or "") + delta.partial_json
+        if not delta.text:
+            return ""
+        block.text = (block.text or "") + delta.text
+        return delta.text
+
+    def _add_usage(self, newer: WireUsage) -> None:
+        """Usage comes at the start and at the end, each a sum so far: the last number said counts."""
+        usage = self._answer.usage = self._answer.usage or WireUsage()
+        for name in WireUsage.__struct_fields__:
+            value = getattr(newer, name)
+            if value is not None:
+                setattr(usage, name, value)

@@ -1,0 +1,206 @@
+"""What chat completions answer, typed leniently, and its parts in our words.
+
+Recorded from OpenAI, Azure, OpenRouter, Mistral, DeepSeek, Groq, Together, vLLM, llama.cpp, Ollama and others: content
+null, absent, a list of parts or an object; three names for reasoning; usage with floats, nulls and objects inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aggregator.llm.codecs.thinking import OPEN, split_thinking
+from aggregator.records import Message, ToolCall, Usage
+
+
+class WireFunction(Struct):
+    """A function the model wants called; `arguments` is text, or an object where a gateway parsed it."""
+
+    name: str | None = None
+    arguments: Any = None
+
+
+class WireCustom(Struct):
+    """A custom tool's call, with free text as its input."""
+
+    name: str | None = None
+    input: Any = None
+
+
+class WireToolCall(Struct):
+    """One tool call, or a piece of one in a stream."""
+
+    id: str | None = None
+    function: WireFunction | None = None
+    custom: WireCustom | None = None
+    index: int | None = None
+
+
+class WireMessage(Struct):
+    """A message, or a delta of one; `content` may be text, parts or an object."""
+
+    content: Any = None
+    tool_calls: list[WireToolCall] | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    reasoning_details: list[Any] | None = None
+    refusal: str | None = None
+    function_call: WireFunction | None = None
+
+
+class WireChoice(Struct):
+    """One choice; Azure's content filter sends one without any message."""
+
+    message: WireMessage | None = None
+    delta: WireMessage | None = None
+    finish_reason: str | None = None
+    index: int | None = None
+    text: str | None = None
+    error: Any = None
+
+
+class WireDetails(Struct):
+    """The parts of a token count."""
+
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class WireUsage(Struct):
+    """Token counts under the names of OpenAI, DeepSeek, Moonshot, GPUStack and Perplexity."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: WireDetails | None = None
+    completion_tokens_details: WireDetails | None = None
+    prompt_cache_hit_tokens: int | None = None
+    cached_tokens: int | None = None
+    num_cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost: Any = None
+
+
+class Answer(Struct):
+    """A whole answer, or one chunk of a stream."""
+
+    choices: list[WireChoice] | None = None
+    usage: WireUsage | None = None
+    model: str | None = None
+    id: str | None = None
+    error: Any = None
+    cost: Any = None
+
+
+DECODER = msgspec.json.Decoder(Answer)
+
+
+def message_of(message: WireMessage) -> Message:
+    """Turn a message into ours: text apart from thinking, tool calls with the model's own argument text."""
+    content = message.content
+    thoughts: list[str] = []
+    if content is not None and type(content) is not str:
+        content, thoughts = text_and_thoughts(content)
+    if content and OPEN in content:
+        content, thought = split_thinking(content)
+        thoughts.append(thought)
+    return Message(
+        content=content,
+        reasoning=_reasoning(message, thoughts),
+        tool_calls=_calls(message) if message.tool_calls or message.function_call else (),
+        refusal=message.refusal or None,
+    )
+
+
+def text_and_thoughts(content: Any) -> tuple[str, list[str]]:
+    """Read content that is no text: parts (Mistral's thinking) or an object (Cloudflare's json_schema).
+
+    >>> text_and_thoughts([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, "4"])
+    ('4', ['hm'])
+    """
+    if not isinstance(content, list):
+        return msgspec.json.encode(content).decode(), []
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif not isinstance(part, dict):
+            continue
+        elif part.get("type") in ("thinking", "reasoning"):
+            inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
+            thoughts.append(inner if isinstance(inner, str) else text_and_thoughts(inner)[0])
+        elif isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    return "".join(texts), thoughts
+
+
+def reasoning_text(message: WireMessage) -> str:
+    """The thinking that stands under one of its three names."""
+    stated = message.reasoning_content or message.reasoning
+    if isinstance(stated, str):
+        return stated
+    details = [detail for detail in message.reasoning_details or () if isinstance(detail, dict)]
+    return "".join([text for d in details if isinstance(text := d.get("text") or d.get("summary"), str)])
+
+
+def _reasoning(message: WireMessage, thoughts: list[str]) -> str | None:
+    if message.reasoning_content or message.reasoning or message.reasoning_details:
+        thoughts = [reasoning_text(message), *thoughts]
+    return "".join(thoughts) or None if thoughts else None
+
+
+def _calls(message: WireMessage) -> tuple[ToolCall, ...]:
+    found = [tool_call(call) for call in message.tool_calls or () if call.function or call.custom]
+    legacy = message.function_call
+    if not found and legacy is not None and legacy.name:  # Snowflake always sends an empty one
+        found.append(ToolCall(id="", name=legacy.name, arguments=arguments_text(legacy.arguments)))
+    return tuple(found)
+
+
+def tool_call(call: WireToolCall) -> ToolCall:
+    """Turn a function's or a custom tool's call into ours."""
+    if call.function is not None:
+        name, arguments = call.function.name, call.function.arguments
+    else:
+        name, arguments = (call.custom.name, call.custom.input) if call.custom else (None, None)
+    return ToolCall(id=call.id or "", name=name or "", arguments=arguments_text(arguments))
+
+
+def arguments_text(value: Any) -> str:
+    """The arguments as text, whether they came as text, as an object or not at all."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else msgspec.json.encode(value).decode()
+
+
+def usage_of(answer: Answer) -> Usage:
+    """Tokens and cost; None where the provider did not say."""
+    usage = answer.usage
+    if usage is None:
+        return Usage(cost=_usd(answer.cost))
+    prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
+    cached = prompt.cached_tokens if prompt is not None else None
+    reasoning = completion.reasoning_tokens if completion is not None else None
+    cost = answer.cost if usage.cost is None else usage.cost
+    return Usage(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        cached_tokens=_cached(usage) if cached is None else cached,
+        reasoning_tokens=usage.reasoning_tokens if reasoning is None else reasoning,
+        cost=None if cost is None else _usd(cost),
+    )
+
+
+def _cached(usage: WireUsage) -> int | None:
+    if usage.prompt_cache_hit_tokens is not None:
+        return usage.prompt_cache_hit_tokens
+    return usage.num_cached_tokens if usage.cached_tokens is None else usage.cached_tokens
+
+
+def _usd(cost: Any) -> float | None:
+    """USD: a number (OpenRouter) or an object with a total (Perplexity, Venice)."""
+    if isinstance(cost, dict):
+        cost = cost.get("total_cost", cost.get("usd"))
+    return float(cost) if isinstance(cost, int | float) else None

@@ -1,0 +1,148 @@
+"""Chat completions as a stream: deltas of several choices, tool calls in pieces, usage once, often or never."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Struct, field
+
+from aggregator.llm.calls import ChatCall, Codec
+from aggregator.llm.codecs.lenient import read
+from aggregator.llm.codecs.openai_answers import (
+    DECODER,
+    Answer,
+    WireChoice,
+    WireFunction,
+    WireMessage,
+    WireToolCall,
+    WireUsage,
+    arguments_text,
+    reasoning_text,
+    text_and_thoughts,
+    tool_call,
+)
+from aggregator.llm.codecs.sse import DONE, Event, EventReader
+from aggregator.llm.codecs.thinking import ThinkingFilter
+from aggregator.records import Completion, HTTPReply
+
+
+class _Growing(Struct):
+    """A choice as far as it has come."""
+
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    refusal: list[str] = field(default_factory=list)
+    calls: list[WireToolCall] = field(default_factory=list)
+    function: WireFunction | None = None
+    finish_reason: str | None = None
+
+
+class ChatStream(EventReader):
+    """Reads a stream of chat completion chunks; the deltas are those of the first choice, thinking left out.
+
+    `complete` turns the answer put together into a Completion, and raises what stands in it as an error.
+    """
+
+    def __init__(self, codec: Codec, call: ChatCall, complete: Callable[[Answer, HTTPReply], Completion]) -> None:
+        super().__init__(codec, call)
+        self._complete = complete
+        self._choices: dict[int, _Growing] = {}
+        self._thinking = ThinkingFilter()
+        self._answer = Answer()
+        self._done = False
+
+    def event(self, event: Event) -> str:
+        """Take one chunk and return the text it brings."""
+        if event.data.strip() == DONE:
+            self._done = True
+            return ""
+        chunk = read(event.data, DECODER)
+        if event.name == "error" and not chunk.error:
+            chunk.error = event.data.decode("utf-8", errors="replace")
+        failed = chunk.error or next((choice.error for choice in chunk.choices or () if choice.error), None)
+        if failed:
+            self._complete(Answer(error=failed), HTTPReply(status=200, body=event.data, headers={}))
+        self._answer.id = self._answer.id or chunk.id
+        self._answer.model = self._answer.model or chunk.model
+        self._answer.usage = _latest(self._answer.usage, chunk.usage)
+        self._answer.cost = self._answer.cost if chunk.cost is None else chunk.cost
+        return "".join([self._grow(choice) for choice in chunk.choices or ()])
+
+    def whole(self) -> bool:
+        """Every choice has its finish reason, or the server said [DONE]; not all of them do."""
+        ended = [choice.finish_reason is not None for choice in self._choices.values()]
+        return self._done or (bool(ended) and all(ended))
+
+    def build(self, reply: HTTPReply) -> Completion:
+        """Put the choices together."""
+        self._answer.choices = [_whole(index, choice) for index, choice in sorted(self._choices.items())]
+        return self._complete(self._answer, reply)
+
+    def _grow(self, choice: WireChoice) -> str:
+        index = choice.index or 0
+        growing = self._choices.setdefault(index, _Growing())
+        growing.finish_reason = choice.finish_reason or growing.finish_reason
+        delta = choice.delta or choice.message
+        if delta is None:
+            return self._text(index, growing, choice.text or "")
+        growing.reasoning.append(reasoning_text(delta))
+        if delta.refusal:
+            growing.refusal.append(delta.refusal)
+        for piece in delta.tool_calls or ():
+            _grow_call(growing.calls, piece)
+        if delta.function_call is not None:
+            growing.function = _grow_function(growing.function, delta.function_call)
+        content = delta.content
+        if content is not None and not isinstance(content, str):
+            content, thoughts = text_and_thoughts(content)
+            growing.reasoning += thoughts
+        return self._text(index, growing, content or "")
+
+    def _text(self, index: int, growing: _Growing, content: str) -> str:
+        growing.content.append(content)
+        return self._thinking.feed(content) if index == 0 and content else ""
+
+
+def _latest(usage: WireUsage | None, newer: WireUsage | None) -> WireUsage | None:
+    """Usage comes in several chunks, each a sum so far: the last number said counts."""
+    if usage is None or newer is None:
+        return newer or usage
+    for name in WireUsage.__struct_fields__:
+        value = getattr(newer, name)
+        if value is not None:
+            setattr(usage, name, value)
+    return usage
+
+
+def _grow_call(calls: list[WireToolCall], piece: WireToolCall) -> None:
+    """Add a piece to the call it belongs to: by index, unless another id says that a new call begins."""
+    same = [call for call in calls if piece.index is None or call.index == piece.index]
+    last = same[-1] if same else None
+    if last is None or (piece.id and last.id and piece.id != last.id):
+        whole = tool_call(piece)
+        function = WireFunction(name=whole.name, arguments=whole.arguments)
+        calls.append(WireToolCall(id=piece.id, function=function, index=piece.index))
+        return
+    grown = piece.function or WireFunction(
+        name=piece.custom.name if piece.custom else None, arguments=piece.custom.input if piece.custom else None
+    )
+    last.id = last.id or piece.id
+    last.function = _grow_function(last.function, grown)
+
+
+def _grow_function(function: WireFunction | None, piece: WireFunction) -> WireFunction:
+    function = function or WireFunction(arguments="")
+    function.name = function.name or piece.name
+    function.arguments = arguments_text(function.arguments) + arguments_text(piece.arguments)
+    return function
+
+
+def _whole(index: int, choice: _Growing) -> WireChoice:
+    message = WireMessage(
+        content="".join(choice.content) if any(choice.content) or not choice.calls else None,
+        tool_calls=choice.calls or None,
+        reasoning="".join(choice.reasoning) or None,
+        refusal="".join(choice.refusal) or None,
+        function_call=choice.function,
+    )
+    return WireChoice(message=message, finish_reason=choice.finish_reason, index=index)

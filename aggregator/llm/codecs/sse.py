@@ -1,0 +1,117 @@
+"""Server-sent events, sans I/O, and what the readers of streamed answers have in common."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from aggregator.errors import APIConnectionError, DecodeError
+from aggregator.llm.calls import ChatCall, Codec, StreamReader
+from aggregator.llm.codecs.failures import request_id
+from aggregator.records import Completion, HTTPReply
+
+DONE = b"[DONE]"
+
+
+class Event(NamedTuple):
+    """One event: its name ("" where none was given) and its data."""
+
+    name: str
+    data: bytes
+
+
+class EventParser:
+    r"""Cuts bytes into events: CRLF or LF, comments, several data lines, bytes cut anywhere.
+
+    >>> EventParser().feed(b': keep-alive\n\nevent: ping\ndata: {}\n\ndata: half')
+    [Event(name='ping', data=b'{}')]
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._name = ""
+        self._data: list[bytes] = []
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take the next bytes and return the events they complete."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [event for line in lines if (event := self._line(line.removesuffix(b"\r")))]
+
+    def flush(self) -> list[Event]:
+        """Return the last event where the stream ended without its empty line."""
+        return self.feed(b"\n\n")
+
+    def _line(self, line: bytes) -> Event | None:
+        if not line:
+            event = Event(self._name, b"\n".join(self._data)) if self._data else None
+            self._name, self._data = "", []
+            return event
+        field, _, value = line.removeprefix(b"\xef\xbb\xbf").partition(b":")
+        value = value.removeprefix(b" ")
+        if field == b"data":
+            self._data.append(value)
+        elif field == b"event":
+            self._name = value.decode("utf-8", errors="replace")
+        elif field == b"error":  # older llama.cpp
+            self._name, self._data = "error", [value]
+        return None
+
+
+class EventReader:
+    """The part of a StreamReader that no provider changes; a subclass reads its own events.
+
+    `event` takes one event and returns the text it brings, `whole` says whether the answer has ended properly, `build`
+    puts the answer together.
+    """
+
+    def __init__(self, codec: Codec, call: ChatCall) -> None:
+        self.codec = codec
+        self.call = call
+        self._parser = EventParser()
+        self._events = 0
+
+    def event(self, event: Event) -> str:
+        """Take one event and return the text it brings."""
+        raise NotImplementedError
+
+    def whole(self) -> bool:
+        """Tell whether the answer has come to its end."""
+        raise NotImplementedError
+
+    def build(self, reply: HTTPReply) -> Completion:
+        """Put the answer together."""
+        raise NotImplementedError
+
+    def feed(self, data: bytes) -> list[str]:
+        """Take the next bytes, cut anywhere, and return the text deltas they complete."""
+        return self._read(self._parser.feed(data))
+
+    def finish(self, reply: HTTPReply) -> Completion:
+        """Return the whole answer; raises APIConnectionError where the stream was cut."""
+        self._read(self._parser.flush())
+        if not self._events:  # the server ignored `stream` and answered in one piece
+            return self.codec.decode(reply, self.call)
+        if not self.whole():
+            raise APIConnectionError(
+                f"Expected the stream to end with a finish reason, got its end after {len(reply.body)} bytes",
+                status=reply.status,
+                request_id=request_id(reply.headers),
+            )
+        return self.build(reply)
+
+    def _read(self, events: list[Event]) -> list[str]:
+        self._events += len(events)
+        return [text for event in events if (text := self.event(event))]
+
+
+def is_event_stream(body: bytes) -> bool:
+    """Tell whether a body holds events, whatever its content type says."""
+    return body.lstrip().startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
+
+
+def read_other(error: DecodeError, reply: HTTPReply, reader: StreamReader) -> Completion:
+    """Read a body that is no JSON object: a stream in one piece (from a cassette, or unasked); else raise the error."""
+    if not is_event_stream(reply.body):
+        error.status, error.request_id = reply.status, request_id(reply.headers)
+        raise error
+    reader.feed(reply.body)
+    return reader.finish(reply)
