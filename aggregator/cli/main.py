@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error of the library ends the command with one message on standard error; `--debug` shows where it was raised.
     """
-    options = parser().parse_args(argv)
+    return guarded(parser().parse_args(argv))
+
+
+def guarded(options: argparse.Namespace) -> int:
+    """Run the command that was chosen (`options.run`) and turn what it raises into an exit code."""
     try:
         code: int = options.run(options)
         sys.stdout.flush()

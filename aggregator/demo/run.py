@@ -39,13 +39,17 @@ class Tickets(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What `aggregator demo` was asked to do. `model` None is the simulated model, replayed unless `serve`."""
+    """What `aggregator demo` was asked to do. `model` None is the simulated model, replayed unless `serve`.
+
+    `cassette` None is the bundled one.
+    """
 
     seed: int = 0
     concurrency: int = 16
     serve: bool = False
     record: bool = False
     model: str | None = None
+    cassette: Path | None = None
     out: Path = Path("runs/demo")
 
 
@@ -130,17 +134,18 @@ def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
     """Open what answers the calls: a cassette, the simulated model, or a provider; and say which."""
     from aggregator.cassettes.recorder import cassette
 
+    path = settings.cassette or cassette_path()
     with ExitStack() as stack:
         if settings.model is not None:
             llm, source = _client(settings.model), settings.model
         elif settings.serve or settings.record:
             llm, source = stack.enter_context(_simulated(settings.seed)), "the simulated model, over HTTP"
         else:
-            stack.enter_context(cassette(cassette_path(), mode="none"))
+            stack.enter_context(cassette(path, mode="none"))
             llm = _client(MODEL, base_url=SIMULATED_URL)
             source = "a recording of the simulated model, offline"
         if settings.record:
-            stack.enter_context(cassette(cassette_path(), mode="all", layout="journal"))
+            stack.enter_context(cassette(path, mode="all", layout="journal"))
         yield llm, source
 
 

@@ -1,0 +1,93 @@
+"""`aggregator demo` as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "aggregator", "demo"]
+
+
+def demo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def test_runs_in_an_empty_folder(tmp_path: Path) -> None:
+    """Without options it replays offline, shows progress and a summary, and writes result and events."""
+    done = demo(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training step") == 12
+    result = json.loads((tmp_path / "runs" / "demo" / "result.json").read_text())
+    scores = [evaluation["score"] for evaluation in result["evaluations"]]
+    assert f"Test score: {scores[0]:.4g} before training, {scores[-1]:.4g} after" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert (tmp_path / "runs" / "demo" / "events.jsonl").exists()
+
+
+def test_a_stale_cassette_says_how_to_record(tmp_path: Path) -> None:
+    """A request that was not recorded ends with one message: which one, and the remedy; no traceback."""
+    done = demo("--seed", "7", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "recorded with --seed 0, not 7" in done.stderr
+    assert "simulated-model.invalid" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--serve", "--model", "openai/gpt-4o-mini"], "--serve or --model, got both"),
+        (["--model", "nonsense"], "Expected a model"),
+        (["--out", "/dev/null/x"], "can be written"),
+    ],
+)
+def test_errors_are_one_message(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """Whatever cannot be done is said in one message, with exit code 1."""
+    done = demo(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("aggregator demo: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unset_key_is_named(tmp_path: Path) -> None:
+    """Without a key nothing is sent, and the message names the variable."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
+    done = subprocess.run(
+        [*COMMAND, "--model", "openai/gpt-4o-mini"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 1
+    assert "OPENAI_API_KEY" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_keeps_what_was_reached(tmp_path: Path) -> None:
+    """Ctrl-C after a step exits with 130, says where the steps until then stand, and shows no traceback."""
+    with subprocess.Popen(
+        [*COMMAND, "--serve", "--concurrency", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stderr is not None
+        assert "training step 1/12" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait() == 130
+    assert "Interrupted" in rest
+    assert "Traceback" not in rest
+    events = (tmp_path / "runs" / "demo" / "events.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["event"] == "train.step" for line in events)

@@ -1,0 +1,71 @@
+"""The command line: quick help, one message for an error, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+
+from aggregator import cli
+from aggregator.cli.main import commands, guarded, main
+from aggregator.errors import ConfigError
+
+
+def chosen(error: BaseException, *, debug: bool = False) -> Namespace:
+    """A command that fails."""
+
+    def run(options: Namespace) -> int:
+        raise error
+
+    return Namespace(command="demo", debug=debug, run=run)
+
+
+def test_commands_are_the_files() -> None:
+    """Each file beside main.py is a command."""
+    assert "demo" in commands()
+    assert "main" not in commands()
+    assert cli.__doc__
+
+
+def test_help_is_quick() -> None:
+    """`--help` names the commands and imports no third-party module."""
+    script = (
+        "import sys; from aggregator.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: print('exit', end.code)\n"
+        "heavy = {'aiohttp', 'msgspec', 'structlog', 'tqdm', 'vcr'}\n"
+        "print('loaded', *sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "demo" in done.stdout
+    assert done.stdout.splitlines()[-2:] == ["exit 0", "loaded"]
+
+
+def test_an_error_of_ours_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes to standard error without a traceback, and the exit code is 1."""
+    assert guarded(chosen(ConfigError("Expected x, got y"))) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "aggregator demo: Expected x, got y\n")
+
+
+def test_debug_shows_where() -> None:
+    """With --debug the error itself comes out."""
+    with pytest.raises(ConfigError):
+        guarded(chosen(ConfigError("x"), debug=True))
+
+
+def test_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C ends with 130 and says nothing more."""
+    assert guarded(chosen(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["demo", "--concurrency", "0"], ["demo", "--seed", "x"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong usage exits with 2 and shows how it is meant."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: aggregator" in capsys.readouterr().err
