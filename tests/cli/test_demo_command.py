@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "aggregator", "demo"]
+COMMAND = [sys.executable, "-m", "aggregator.cli", "demo"]
 
 
 def demo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
