@@ -96,14 +96,14 @@ def measure(cases: Sequence[Case], options: Options, *, repetitions: int = 5, wa
     figures: dict[str, list[Figures]] = {case.name: [] for case, _ in present}
     if warm_up:
         for case, home in present:
-            run(case, home)
+            run_case(case, home)
     for repetition in range(options.repeat(repetitions)):
         for case, home in present if repetition % 2 == 0 else reversed(present):
-            figures[case.name].append(run(case, home))
+            figures[case.name].append(run_case(case, home))
     return Measured(figures=figures, missing=missing, versions=_versions(present))
 
 
-def run(case: Case, python: str = sys.executable) -> Figures:
+def run_case(case: Case, python: str = sys.executable) -> Figures:
     """One process of one case; raises BenchmarkError with its output where it failed."""
     done = subprocess.run(
         [python, *case.command],

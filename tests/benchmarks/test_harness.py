@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks.__main__ import benchmarks, main
-from benchmarks.harness import BenchmarkError, Case, Measured, Options, call, measure, run
+from benchmarks.harness import BenchmarkError, Case, Measured, Options, call, measure, run_case
 from benchmarks.report import Missing, Report, Row, Target, as_json, as_text
 
 ONCE = Options(repetitions=1)
@@ -46,12 +46,12 @@ def test_medians_and_ratios_come_from_pairs_of_one_repetition() -> None:
 def test_a_failed_case_says_which_and_why() -> None:
     """A process that fails is an error with its output, never a figure."""
     with pytest.raises(BenchmarkError, match=r"'broken' ended with 1:[\s\S]*ValueError: no such thing"):
-        run(Case("broken", ["-c", "raise ValueError('no such thing')"]))
+        run_case(Case("broken", ["-c", "raise ValueError('no such thing')"]))
 
 
 def test_call_runs_a_function_of_a_benchmark_module() -> None:
     """`call` names a function and its arguments; what it returns are the figures."""
-    assert str(run(Case("show", call("report", "show", value=1234.5)))) == "1,234"
+    assert str(run_case(Case("show", call("report", "show", value=1234.5)))) == "1,234"
 
 
 @pytest.mark.parametrize(
