@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import unified_diff
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TextIO
 
 from aggregator.demo.run import Outcome
@@ -12,11 +13,13 @@ from aggregator.observing.console import painted, readable
 from aggregator.records import StepReport, TrainingResult
 
 _BAR = 30
+_WIDTH = 110
+_AS_IT_IS: Any = {"replace_whitespace": False, "break_on_hyphens": False}
 _COLORS = {"+": "green", "-": "red"}
 
 
 def summary(outcome: Outcome, out: Path, stream: TextIO) -> str:
-    """Return the readable summary of a run; in color where the stream shows colors."""
+    """Return the readable summary of a run, in color where the stream shows colors."""
     result = outcome.result
     parts = [
         f"Answers came from {outcome.source}.",
@@ -65,18 +68,15 @@ def _change(name: str, result: TrainingResult, stream: TextIO) -> str:
     before, after = result.initial_parameters[name], result.parameters[name]
     if before == after:
         return f"{name}: unchanged, {before!r}"
-    if isinstance(before, str) and "\n" in f"{before}{after}":
-        lines = (painted(line, _COLORS.get(line[:1]), stream) for line in _diff(before, after))
-        return "\n".join([f"{name}:", *(f"  {line}" for line in lines)])
-    old, new = painted(f"- {before}", "red", stream), painted(f"+ {after}", "green", stream)
-    return f"{name}:\n  {old}\n  {new}"
+    lines = [painted(line, _COLORS.get(line[2:3]), stream) for line in _diff(str(before), str(after))]
+    return "\n".join([f"{name}:", *lines])
 
 
 def _diff(before: str, after: str) -> Iterator[str]:
     lines = unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=99)
     for line in lines:
         if not line.startswith(("---", "+++", "@@")):
-            yield f"{line[:1]} {line[1:]}"
+            yield fill(line[1:], _WIDTH, initial_indent=f"  {line[0]} ", subsequent_indent="      ", **_AS_IT_IS)
 
 
 def _usage(outcome: Outcome) -> str:

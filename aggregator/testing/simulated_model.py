@@ -114,7 +114,8 @@ def complete(body: Any, *, seed: int = 0, wrong_rate: float = WRONG_RATE) -> dic
     messages = _checked(body)
     key = msgspec.json.encode({**body, "stream": False}, order="deterministic")
     digest = hashlib.sha256(b"%d:" % seed + key).hexdigest()
-    text = answer(messages, random.Random(digest), wrong_rate=wrong_rate)  # noqa: S311 - errs at a rate, guards no secret
+    draw = random.Random(digest)  # noqa: S311 - errs at a rate, guards no secret
+    text = answer(messages, draw, wrong_rate=wrong_rate, response_format=body.get("response_format"))
     text, finish = _within(text, body.get("max_completion_tokens", body.get("max_tokens")))
     prompt, output = sum(count_tokens(text_of(message)) for message in messages), count_tokens(text)
     return {
@@ -130,7 +131,9 @@ def complete(body: Any, *, seed: int = 0, wrong_rate: float = WRONG_RATE) -> dic
     }
 
 
-def answer(messages: list[dict[str, Any]], draw: random.Random, *, wrong_rate: float) -> str:
+def answer(
+    messages: list[dict[str, Any]], draw: random.Random, *, wrong_rate: float, response_format: Any = None
+) -> str:
     """Return what the simulated model says, in the role that the messages put it in."""
     role = role_of(messages)
     if role == "agent":
@@ -141,9 +144,10 @@ def answer(messages: list[dict[str, Any]], draw: random.Random, *, wrong_rate: f
         current, suggested = blocks_of(messages)
         merged = aggregate(current, suggested)
         reason = f"Weighed {len(suggested)} suggestions against the current value."
-        return reply_text({name: (value, reason) for name, value in merged.items()})
+        return reply_text({name: (value, reason) for name, value in merged.items()}, response_format)
     asked_again = sum(message["role"] == "user" for message in messages) > 1
-    return reply_text(propose(case_of(messages), draw, wrong_rate=0.0 if asked_again else wrong_rate))
+    proposed = propose(case_of(messages), draw, wrong_rate=0.0 if asked_again else wrong_rate)
+    return reply_text(proposed, response_format)
 
 
 def count_tokens(text: str) -> int:

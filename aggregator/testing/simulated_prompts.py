@@ -13,6 +13,7 @@ from aggregator.testing.simulated_optimizer import Case, Parameter, Proposed, bo
 Role = Literal["agent", "optimizer", "aggregator"]
 
 TERMINATE = "TERMINATE"
+UNCHANGED = "No change is needed."
 
 _HEADING = re.compile(r"^#([A-Z]\w*)[ \t]*$", re.MULTILINE)
 _FACT = re.compile(r"(confidence|support|score|feedback): (.*)")
@@ -92,12 +93,40 @@ def shown_text(transcript: str) -> str:
     return "\n".join(block)
 
 
-def reply_text(proposed: Proposed) -> str:
-    """Lay out new values with their reasons as both roles reply, TERMINATE where nothing should change."""
-    if not proposed:
+def reply_text(proposed: Proposed, response_format: Any = None) -> str:
+    """Lay out new values with their reasons as both roles reply, TERMINATE where nothing should change.
+
+    A `response_format` makes it JSON in every case. A schema is kept to as constrained decoding does: every required
+    key is there, null for no change, and numbers stay within the schema's limits.
+    """
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if not proposed and kind not in {"json_object", "json_schema"}:
         return TERMINATE
-    reasons = {f"reasoning_{name}": why for name, (_, why) in proposed.items()}
-    return json.dumps(reasons | {"suggestion": {name: value for name, (value, _) in proposed.items()}}, indent=2)
+    reply: dict[str, Any] = {f"reasoning_{name}": why for name, (_, why) in proposed.items()}
+    reply["suggestion"] = {name: value for name, (value, _) in proposed.items()}
+    if kind == "json_schema":
+        reply = _within(reply, response_format["json_schema"].get("schema", {}))
+    return json.dumps(reply, indent=2)
+
+
+def _within(reply: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    properties = schema.get("properties", {})
+    inner = properties.get("suggestion", {})
+    limits = inner.get("properties", {})
+    suggestion = {name: _limited(value, limits.get(name, {})) for name, value in reply["suggestion"].items()}
+    unchanged = {name: None for name in inner.get("required", ()) if name not in suggestion}
+    needed = [name for name in schema.get("required", ()) if name != "suggestion" and name not in reply]
+    reasons = {name: reply[name] for name in reply if name != "suggestion"} | dict.fromkeys(needed, UNCHANGED)
+    return {**reasons, "suggestion": suggestion | unchanged}
+
+
+def _limited(value: Any, schema: Mapping[str, Any]) -> Any:
+    """Keep a number within the limits that a schema states."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return value
+    for option in schema.get("anyOf", [schema]):
+        value = min(max(value, option.get("minimum", value)), option.get("maximum", value))
+    return value
 
 
 def _question(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -65,9 +65,19 @@ def test_a_changed_number_is_one_line_each() -> None:
     assert "k:\n  - 3\n  + 5" in summary(outcome(k=5), Path("out"), io.StringIO())
 
 
+def test_long_lines_are_wrapped_and_indented(tmp_path: Path) -> None:
+    """A rule longer than a screen goes on in the next line, indented below its beginning; code keeps its indent."""
+    text = summary(outcome(rules=f"a\n    return {'word ' * 40}".rstrip()), tmp_path, io.StringIO())
+    wrapped = [line for line in text.splitlines() if "word" in line]
+    assert wrapped[0].startswith("  +     return word")
+    assert wrapped[1].startswith("      word")
+    assert max(map(len, wrapped)) <= 110
+    assert not any(line.endswith(" ") for line in wrapped)
+
+
 @pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
 def test_diff_is_colored_in_terminals(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
     """Added lines are green and removed ones red, in a terminal, without NO_COLOR."""
     monkeypatch.setenv("NO_COLOR", no_color)
     text = summary(outcome(), Path("out"), Terminal())
-    assert ("\x1b[31m- c\x1b[0m" in text and "\x1b[32m+ b\x1b[0m" in text) is painted
+    assert ("\x1b[31m  - c\x1b[0m" in text and "\x1b[32m  + b\x1b[0m" in text) is painted

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pytest
+from msgspec import Meta
 
+from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
+from aggregator.llm.schema import mismatch
 from aggregator.llm.transport import AiohttpTransport
 from aggregator.records import HTTPReply, HTTPRequest, Proposal
 from aggregator.testing.simulated_model import SimulatedModel, complete, count_tokens, stream_events
 from aggregator.testing.simulated_prompts import role_of
 from aggregator.training.prompts import aggregation_messages, proposal_messages, repair_messages
+from aggregator.training.schemas import response_schema
 
 STUDENT = [
     {"role": "system", "content": "refund -> billing\nIf no rule applies, answer sales."},
@@ -79,6 +83,22 @@ def test_no_change_is_terminate() -> None:
     """Feedback that says right is answered with TERMINATE alone."""
     right = proposal_messages({"k": {"value": 1, "type": "int"}}, transcript="", output="x", score=1.0, feedback="ok")
     assert text(right) == "TERMINATE"
+
+
+def test_a_schema_is_kept_to() -> None:
+    """With a response_format the reply is JSON, every required key is there, and numbers stay within limits."""
+    parameters = [
+        ParameterNode("a -> b", name="rules"),
+        ParameterNode(60, name="length", type=Annotated[int, Meta(le=80)]),
+    ]
+    schema = response_schema(parameters)
+    components = {parameter.name: parameter.describe() for parameter in parameters}
+    for transcript, score in (("", 1.0), ("LLM call\n  user: an odd word …\n  reply: y", 0.0)):
+        messages = proposal_messages(components, transcript=transcript, output="y", score=score, feedback="Expected z")
+        for seed in range(10):
+            body = {"messages": messages, "response_format": schema}
+            reply = json.loads(complete(body, seed=seed, wrong_rate=1.0)["choices"][0]["message"]["content"])
+            assert mismatch(reply, schema["json_schema"]["schema"]) is None
 
 
 def test_asked_again_it_does_not_err() -> None:
