@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, get_args, get_origin
 
 import msgspec
@@ -93,9 +94,20 @@ def schema(kind: Any) -> dict[str, Any]:
     {'type': 'array', 'items': {'type': 'string'}}
     """
     try:
-        (found,), components = msgspec.json.schema_components([kind])
+        hash(kind)
+        return dict(_schema(kind))
+    except TypeError:  # it cannot be hashed, or has no schema
+        pass
+    try:
+        return _schema.__wrapped__(kind)
     except TypeError:
         return {}
+
+
+@lru_cache(maxsize=256)
+def _schema(kind: Any) -> dict[str, Any]:
+    """Return the schema of a type; asked again for every proposal, so it is kept."""
+    (found,), components = msgspec.json.schema_components([kind])
     inlined: dict[str, Any] = _inline(found, components, ())
     return inlined
 
