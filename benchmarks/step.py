@@ -1,0 +1,138 @@
+"""What a training step costs beside its calls: wall time against the critical path, CPU per instance, memory.
+
+The models answer from memory after a fixed latency, so all that is left is the trainer: executor, prompts, parsing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import time
+from typing import Any
+
+from benchmarks.harness import Case, Options, call, measure
+from benchmarks.report import Report, Row, Target
+
+LATENCY = 0.2
+BATCHES = (8, 64, 512)
+LIMITS = {8: 1.05, 64: 1.05, 512: 1.25}
+INSTANCES = 10_000
+
+
+def make_trainer(latency: float, batch_size: int) -> tuple[Any, Any, list[tuple[int, int]]]:
+    """A trainer of an agent with one model call, its guide, and its data."""
+    from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode
+    from aggregator.records import Choice, Completion, Message, Usage
+
+    class Model:
+        """Answers with the same text after a fixed latency."""
+
+        def __init__(self, text: str) -> None:
+            self.answer = Completion(
+                choices=(Choice(message=Message(content=text)),), usage=Usage(input_tokens=900, output_tokens=60)
+            )
+
+        async def complete(self, messages: Any, **options: Any) -> Completion:
+            await asyncio.sleep(latency)
+            return self.answer
+
+    student = Model("billing")
+
+    class Router(Module):
+        def __init__(self) -> None:
+            self.instruction = ParameterNode("Name the team that should answer.\n" * 10, description="what it is told")
+            self.examples = ParameterNode(3, description="how many examples it sees")
+
+        async def forward(self, x: int) -> str:
+            return (await student.complete([{"role": "user", "content": f"ticket {x}"}])).text
+
+    suggestion = '{{"reasoning_examples": "more", "suggestion": {{"examples": {}}}}}'
+
+    class Optimizer(Model):
+        """Two different suggestions in turn, so that there is something to aggregate."""
+
+        calls = 0
+
+        async def complete(self, messages: Any, **options: Any) -> Completion:
+            self.calls += 1
+            content = suggestion.format(4 + self.calls % 2)
+            await asyncio.sleep(latency)
+            return Completion(choices=(Choice(message=Message(content=content)),), usage=self.answer.usage)
+
+    def guide(x: int, output: str, info: int) -> tuple[float, str]:
+        return float(output == info), f"expected {info}, got {output}"
+
+    trainer = AggregatedUpdate(Router(), LLMOptimizer(llm=Optimizer("")), llm=Model(suggestion.format(4)))
+    return trainer, guide, [(i, i) for i in range(batch_size)]
+
+
+def wall(batch_size: int) -> dict[str, float]:
+    """One step at full concurrency: seconds, and the three calls that no schedule can shorten."""
+    trainer, guide, data = make_trainer(LATENCY, batch_size)
+    trainer.train(guide, data[:2], batch_size=2, max_concurrency=2)  # imports and the loop's thread
+    start = time.perf_counter()
+    trainer.train(guide, data, batch_size=batch_size, max_concurrency=batch_size)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "critical path": 3 * LATENCY, "ratio": seconds / (3 * LATENCY)}
+
+
+def cpu(instances: int) -> dict[str, float]:
+    """CPU of one epoch with models that answer at once, per instance."""
+    trainer, guide, data = make_trainer(0.0, instances)
+    trainer.train(guide, data[:64], batch_size=64)
+    start = time.process_time()
+    trainer.train(guide, data, batch_size=64)
+    return {"us": (time.process_time() - start) / instances * 1e6}
+
+
+def memory(instances: int, after: int = 1_000) -> dict[str, float]:
+    """Resident memory at the end of an epoch, over what it was after the first instances."""
+    trainer, guide, data = make_trainer(0.0, instances)
+    marks: list[tuple[int, float]] = []
+
+    def watch(report: Any) -> None:
+        marks.append(((report.step + 1) * 64, resident()))
+
+    trainer.observers = [watch]
+    trainer.train(guide, data, batch_size=64)
+    first = next(size for seen, size in marks if seen >= min(after, instances // 2))
+    return {"first MB": first, "last MB": marks[-1][1], "growth MB": marks[-1][1] - first}
+
+
+def resident() -> float:
+    """Resident memory of this process in MB."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - read at every step
+            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def run(options: Options) -> Report:
+    instances = 1_000 if options.quick else INSTANCES
+    batches = BATCHES[:2] if options.quick else BATCHES
+    cases = [Case(f"batch {size}", call("step", "wall", batch_size=size)) for size in batches]
+    cases += [
+        Case("cpu", call("step", "cpu", instances=min(instances, 2_000))),
+        Case("memory", call("step", "memory", instances=instances)),
+    ]
+    measured = measure(cases, options, repetitions=3)
+    ratios = {size: measured.median(f"batch {size}", "ratio") for size in batches}
+    rows = [
+        Row(f"step of {size} instances", {"seconds": measured.median(f"batch {size}", "seconds"), "ratio": ratio})
+        for size, ratio in ratios.items()
+    ]
+    rows.append(Row("CPU an instance", {"us": measured.median("cpu", "us")}))
+    rows.append(Row(f"memory, {instances} instances in batches of 64", measured.figures["memory"][0]))
+    targets = [
+        Target(f"step of {size} against the critical path of {3 * LATENCY:g} s", ratio, LIMITS[size], "x")
+        for size, ratio in ratios.items()
+    ]
+    targets.append(Target("CPU of trainer, prompts and parsing an instance", measured.median("cpu", "us"), 150, "us"))
+    growth = measured.median("memory", "growth MB")
+    targets.append(Target("memory growth after the first 1,000 instances", growth, 5.0, "MB"))
+    notes = [
+        "The models are in this process and answer after asyncio.sleep; no HTTP is part of these figures.",
+        "Memory grows by the result's own history: one score per instance and one report per step.",
+    ]
+    return Report(rows=rows, targets=targets, notes=notes)
