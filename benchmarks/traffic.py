@@ -11,10 +11,10 @@ from typing import Any
 
 URL = "http://127.0.0.1:9/v1/chat/completions"  # nothing listens there: whoever misses the cassette fails
 MODEL = "benchmark"
-WORDS = (
+WORDS = (  # noqa: SIM905 - words are read as words
     "agent batch claim delay error field guide hint index judge label model note order prompt query route score "
     "ticket update value weight answer below check detail every first given however input known later more next"
-).split()  # noqa: SIM905 - words are read as words
+).split()
 
 
 def text(seed: int, words: int) -> str:
