@@ -47,6 +47,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "QuotaError",
         "RateLimitError",
         "ResponseError",
+        "SandboxError",
         "SecretLeakError",
         "ServerError",
         "SuggestionError",
@@ -54,6 +55,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TrainingWarning",
         "TruncatedError",
     ),
+    "aggregator.guides.exact": ("ExactMatch", "exact_match"),
+    "aggregator.guides.judge": ("LLMJudge", "Verdict"),
+    "aggregator.guides.numeric": ("NumericMatch",),
+    "aggregator.guides.pattern": ("KeywordHints", "RegexMatch"),
     "aggregator.observing.configuring": ("configure_logging",),
     "aggregator.observing.console": ("ConsoleLogger",),
     "aggregator.observing.progress": ("ProgressBar",),
@@ -121,6 +126,13 @@ if TYPE_CHECKING:
     from aggregator.cassettes.lineage import lineage as lineage
     from aggregator.cassettes.recorder import cassette as cassette
     from aggregator.errors import *  # noqa: F403
+    from aggregator.guides.exact import ExactMatch as ExactMatch
+    from aggregator.guides.exact import exact_match as exact_match
+    from aggregator.guides.judge import LLMJudge as LLMJudge
+    from aggregator.guides.judge import Verdict as Verdict
+    from aggregator.guides.numeric import NumericMatch as NumericMatch
+    from aggregator.guides.pattern import KeywordHints as KeywordHints
+    from aggregator.guides.pattern import RegexMatch as RegexMatch
     from aggregator.observing.configuring import configure_logging as configure_logging
     from aggregator.observing.console import ConsoleLogger as ConsoleLogger
     from aggregator.observing.progress import ProgressBar as ProgressBar

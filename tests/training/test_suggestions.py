@@ -130,8 +130,8 @@ def test_error_can_be_quoted_to_the_model() -> None:
     assert message.startswith(
         'Expected one JSON object {"reasoning": "...", "suggestion": {<parameter>: <value>}} or only'
     )
-    assert "got an object that cannot be read: Expecting ',' delimiter at character 39" in message
-    assert """near 'on": {"prompt": "Say "yes" now."}}'""" in message
+    assert "got an object that cannot be read: Expecting ',' delimiter at character 38" in message
+    assert """near '": {"prompt": "Say "yes" now."}}'. The reply: 'Sure.""" in message
     assert message.endswith("(70050 characters)")
     assert len(message) < 700
 

@@ -1,0 +1,141 @@
+"""Any guide gives a checked score and feedback, or fails; a failure is never a score of 0."""
+
+from __future__ import annotations
+
+import threading
+from collections import namedtuple
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+
+from aggregator.errors import GuideError
+from aggregator.guides.calling import judge
+from aggregator.guides.judge import Verdict
+from aggregator.training.executors import AsyncExecutor
+
+Pair = namedtuple("Pair", "score feedback")  # noqa: PYI024 - what a user may return
+
+
+class NumpyScalar:
+    """Stands for numpy.float64: no int, no float, but it converts."""
+
+    def __float__(self) -> float:
+        return 0.25
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (1, (1.0, "")),
+        (0.5, (0.5, "")),
+        (True, (1.0, "")),
+        (False, (0.0, "")),
+        (NumpyScalar(), (0.25, "")),
+        (-3, (-3.0, "")),
+        ((0.5, "Half."), (0.5, "Half.")),
+        ((1, None), (1.0, "")),
+        ([0, "No."], (0.0, "No.")),
+        ((None, "Cannot say."), (None, "Cannot say.")),
+        (Pair(1, "Yes."), (1.0, "Yes.")),
+        (Verdict(0.5, "Half."), (0.5, "Half.")),
+    ],
+)
+async def test_answers_of_guides(answer: Any, expected: tuple[float | None, str]) -> None:
+    """A score, a pair, or an object with both as attributes; bool, int and numpy scalars become float."""
+    score, feedback = await judge(lambda x, output, info: answer, 1, 2, 3)
+    assert (score, feedback) == expected
+    assert score is None or type(score) is float
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (float("nan"), "the score nan"),
+        (float("inf"), "the score inf"),
+        ((float("nan"), "x"), "the score nan"),
+        ("0.5", "a score of type str"),
+        ({"score": 1}, "a score of type dict"),
+        (None, "None; does it end without `return`"),
+        ((1, "a", "b"), "a tuple of 3"),
+        ((1, 5), "feedback of type int"),
+        (10**400, "a score that is no number"),
+    ],
+)
+async def test_no_verdict_is_not_a_score_of_zero(answer: Any, got: str) -> None:
+    """NaN, text and nothing are a guide's failure, said with the guide's name; a broken guide is not a bad agent."""
+
+    def my_guide(x: Any, output: Any, info: Any) -> Any:
+        return answer
+
+    with pytest.raises(GuideError, match="from the guide .*my_guide, got ") as caught:
+        await judge(my_guide, 1, 2, 3)
+    assert got in str(caught.value)
+
+
+async def test_what_a_guide_raises_is_passed_on() -> None:
+    """The error of a guide reaches the trainer as it is, which records it as such."""
+
+    def broken(x: Any, output: Any, info: Any) -> float:
+        raise ZeroDivisionError("no division")
+
+    with pytest.raises(ZeroDivisionError, match="no division"):
+        await judge(broken, 1, 2, 3)
+
+
+async def test_kinds_of_callables() -> None:
+    """Functions, coroutine functions, objects of either kind, and functions that return an awaitable."""
+
+    async def later(x: Any, output: Any, info: Any) -> Any:
+        return x + output + info
+
+    class Object:
+        def __call__(self, x: Any, output: Any, info: Any) -> Any:
+            return x + output + info
+
+    class AsyncObject:
+        async def __call__(self, x: Any, output: Any, info: Any) -> Any:
+            return x + output + info
+
+    def returns_an_awaitable(x: Any, output: Any, info: Any) -> Any:
+        return later(x, output, info)
+
+    guides = [later, Object(), AsyncObject(), returns_an_awaitable]
+    async with AsyncExecutor(2) as executor:
+        for call in (None, executor.call):
+            assert [await judge(guide, 1, 2, 3, call=call) for guide in guides] == [(6.0, "")] * 4
+
+
+async def test_guides_of_trace_are_taken() -> None:
+    """An AutoGuide is asked through `get_feedback(query, response, reference)`, whatever else it can do."""
+
+    class AutoGuide:
+        def get_feedback(self, query: str, response: str, reference: str | None = None, **kwargs: Any) -> Any:
+            return float(response == reference), f"{query} -> {response}"
+
+        def __call__(self, *arguments: Any) -> Any:
+            raise AssertionError
+
+    assert await judge(AutoGuide(), "2+2", "4", "4") == (1.0, "2+2 -> 4")
+
+
+async def test_synchronous_guide_runs_where_it_is_told() -> None:
+    """A synchronous guide runs in the executor's threads with the caller's context; an async one on the loop."""
+    place: ContextVar[str] = ContextVar("place", default="lost")
+    seen: list[tuple[str, str]] = []
+
+    def slow(x: Any, output: Any, info: Any) -> float:
+        seen.append((threading.current_thread().name, place.get()))
+        return 1
+
+    async def quick(x: Any, output: Any, info: Any) -> float:
+        seen.append((threading.current_thread().name, place.get()))
+        return 1
+
+    place.set("here")
+    async with AsyncExecutor(1) as executor:
+        await judge(slow, 1, 2, 3, call=executor.call)
+        await judge(quick, 1, 2, 3, call=executor.call)
+    assert seen[0][0].startswith("aggregator-worker")
+    assert seen[1][0] == threading.current_thread().name
+    assert [name for _, name in seen] == ["here", "here"]

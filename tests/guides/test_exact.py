@@ -1,0 +1,38 @@
+"""Exact match."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aggregator import ExactMatch, exact_match
+
+
+@pytest.mark.parametrize(
+    ("output", "info", "score"),
+    [
+        ("4", "4", 1.0),
+        (" 4\n", "4", 1.0),
+        ("4", "5", 0.0),
+        ("four", "Four", 0.0),
+        (4, 4, 1.0),
+        ("4", 4, 0.0),
+        ([1], [1], 1.0),
+    ],
+)
+def test_scores(output: Any, info: Any, score: float) -> None:
+    """Equal is 1, anything else 0; whitespace around text does not count, type and case do."""
+    assert exact_match("x", output, info)[0] == score
+
+
+def test_feedback_names_what_was_expected() -> None:
+    """The optimizer reads what came and what was right, cut where it is long."""
+    assert exact_match("x", "5", "4") == (0.0, "Incorrect. Expected '4', got '5'.")
+    assert len(exact_match("x", "y" * 100_000, "4")[1]) < 600
+
+
+def test_normalise_and_key() -> None:
+    """Both sides are normalised; the expected value may be one part of `info`."""
+    guide = ExactMatch(str.casefold, key="answer")
+    assert guide("x", "FOUR", {"answer": "four", "source": "book"}) == (1.0, "Correct.")
