@@ -141,11 +141,14 @@ def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
         elif settings.serve or settings.record:
             llm, source = stack.enter_context(_simulated(settings.seed)), "the simulated model, over HTTP"
         else:
+            llm, source = _client(MODEL, base_url=SIMULATED_URL), "a recording of the simulated model, offline"
             stack.enter_context(cassette(path, mode="none"))
-            llm = _client(MODEL, base_url=SIMULATED_URL)
-            source = "a recording of the simulated model, offline"
         if settings.record:
             stack.enter_context(cassette(path, mode="all", layout="journal"))
+        elif settings.model is not None:
+            journal = settings.out / "journal.yaml"
+            stack.enter_context(cassette(journal, mode="new_episodes", layout="journal"))
+            source += f"; what was paid for is kept in {journal}, delete it to ask anew"
         yield llm, source
 
 
@@ -161,5 +164,6 @@ def _simulated(seed: int) -> Iterator[ChatModel]:
 
 def _client(model: str, **options: Any) -> ChatModel:
     from aggregator.llm.client import LLM
+    from aggregator.llm.models import as_model
 
-    return LLM(model, **options)
+    return as_model(LLM(model, **options))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -101,7 +101,13 @@ def _formatter(format: Format, *, colors: bool = False) -> logging.Formatter:  #
     if format not in renderers:
         raise ConfigError(f"Expected format 'console' or 'json', got {format!r}")
     clean = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    return structlog.stdlib.ProcessorFormatter(processors=[clean, renderers[format]])
+    return structlog.stdlib.ProcessorFormatter(processors=[clean, _leading, renderers[format]])
+
+
+def _leading(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Put first what a reader looks for first."""
+    first = {key: event[key] for key in ("timestamp", "level", "event") if key in event}
+    return {**first, **event}
 
 
 def _level(level: int | str) -> int:

@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+from aggregator.llm.ledger import count
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.progress import ProgressBar
 from aggregator.records import Decision, StepReport, Usage
@@ -14,6 +15,12 @@ from aggregator.records import Decision, StepReport, Usage
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def spend(calls: int) -> None:
+    """What the client does for each call."""
+    for _ in range(calls):
+        count("agent", Usage())
 
 
 def report(step: int, *, test_score: float | None = None) -> StepReport:
@@ -25,7 +32,6 @@ def report(step: int, *, test_score: float | None = None) -> StepReport:
         score=0.5,
         decision=Decision(accepted=True),
         test_score=test_score,
-        usage={"agent": Usage(calls=3), "optimizer": Usage(calls=1)},
     )
 
 
@@ -34,6 +40,7 @@ def test_piped_progress_is_one_plain_line_per_step() -> None:
     stream = io.StringIO()
     with ProgressBar(3, stream=stream) as bar:
         for step in range(3):
+            spend(4)
             bar(report(step, test_score=0.75 if step == 2 else None))
     assert stream.getvalue().splitlines() == [
         "train step 1/3  epoch 1  score 0.5  calls 4",
@@ -46,8 +53,9 @@ def test_terminal_progress_is_one_bar() -> None:
     """In a terminal the bar redraws itself and ends complete."""
     stream = Terminal()
     with ProgressBar(2, stream=stream, name="demo") as bar:
-        bar(report(0))
-        bar(report(1))
+        for step in range(2):
+            spend(4)
+            bar(report(step))
     last = stream.getvalue().rstrip("\n").split("\r")[-1]
     assert last.startswith("demo: 100%")
     assert "2/2" in last

@@ -87,7 +87,7 @@ def test_no_change_is_terminate() -> None:
 
 def test_a_schema_is_kept_to() -> None:
     """With a response_format the reply is JSON, every required key is there, and numbers stay within limits."""
-    parameters = [
+    parameters: list[ParameterNode[Any]] = [
         ParameterNode("a -> b", name="rules"),
         ParameterNode(60, name="length", type=Annotated[int, Meta(le=80)]),
     ]
