@@ -14,7 +14,6 @@ import hashlib
 import os
 import re
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +66,10 @@ def _aggregator_cassette(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     from aggregator.testing.taping import Taping
 
-    path = cassette_path(request.node, arguments.pop("name"))
-    _claim(request.node, path, named="name" in arguments)
-    taping = Taping(path, **settled(request.config, arguments))
-    request.node.stash[TAPING] = taping
-    with ExitStack() as stack:
-        stack.enter_context(taping)
+    path = cassette_path(request.node, arguments["name"])
+    _claim(request.node, path, named=arguments["name"] is not None)
+    with Taping(path, **settled(request.config, arguments)) as taping:
+        request.node.stash[TAPING] = taping
         yield
     request.config.stash[RUN][request.node.nodeid] = taping.account()
 
@@ -82,7 +79,8 @@ def cassette_tape(request: pytest.FixtureRequest) -> Tape:
     """The open tape of a test that bears the mark `cassette`."""
     if TAPING not in request.node.stash:
         raise pytest.UsageError(f"expected @pytest.mark.cassette on {request.node.nodeid}, which uses `cassette_tape`")
-    return request.node.stash[TAPING].tape
+    taping: Taping = request.node.stash[TAPING]
+    return taping.tape
 
 
 @pytest.hookimpl(wrapper=True)
@@ -98,3 +96,109 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         taping.failed = True
         raise
     return outcome
+
+
+def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
+    """Return what the marks of a test say, the closest last to win; None where it bears none."""
+    found: dict[str, Any] = {"name": None}
+    marks = list(item.iter_markers("cassette"))
+    for mark in reversed(marks):
+        unknown = set(mark.kwargs) - {*ARGUMENTS, "name"}
+        if unknown or len(mark.args) > 1:
+            raise pytest.UsageError(
+                f"expected @pytest.mark.cassette(name, {', '.join(ARGUMENTS)}), got {mark.args} {mark.kwargs} "
+                f"- at {item.nodeid}"
+            )
+        found.update(mark.kwargs, **({"name": mark.args[0]} if mark.args else {}))
+    return found if marks else None
+
+
+def settled(config: pytest.Config, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Settle what command line, mark and ini file say, in this order; in CI only the command line makes it record."""
+    in_ci = "none" if os.environ.get("CI") else None
+    mode = config.getoption("--cassette-mode") or in_ci or arguments.get("mode") or config.getini("cassette_mode")
+    unplayed = arguments.get("unplayed") or config.getini("cassette_unplayed")
+    if unplayed not in UNPLAYED:
+        raise pytest.UsageError(f"expected unplayed to be one of {', '.join(UNPLAYED)}, got {unplayed!r}")
+    clients = arguments.get("clients", config.getini("cassette_clients"))
+    return {
+        "mode": mode or None,
+        "clients": "all" if list(clients) == ["all"] else clients,
+        "lineage": arguments.get("lineage", "strict"),
+        "latency": arguments.get("latency", "off"),
+        "unplayed": unplayed,
+        "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *arguments.get("allowed_hosts", ())],
+    }
+
+
+def cassette_path(item: pytest.Item, name: str | None) -> Path:
+    """Return a test's file. A name with a slash is shared among modules, one without belongs to its module."""
+    root, folder = item.config.rootpath, str(item.config.getini("cassette_dir"))
+    module = item.path.with_suffix("")
+    if folder:
+        base = root / folder
+        inside = module.relative_to(root) if module.is_relative_to(root) else Path(module.name)
+    else:
+        base, inside = item.path.parent / "cassettes", Path(module.name)
+    if name is None:
+        owner = getattr(item, "cls", None)
+        name = _file_name(f"{owner.__name__}.{item.name}" if owner else item.name)
+    elif "/" in name:
+        inside = Path()
+    return base / inside / (name if name.endswith((".yaml", ".yml", ".json")) else f"{name}.yaml")
+
+
+def _file_name(test: str) -> str:
+    """A test's name as a file's, as pytest-recording makes it, so that a cassette can change hands.
+
+    >>> _file_name("test_route[a/b]")
+    'test_route[a-b]'
+    """
+    safe = re.sub(r"""[<>?%*:|"'/\\]""", "-", test)
+    return safe if len(safe) <= MAX_NAME else f"{safe[:MAX_NAME]}-{hashlib.sha256(test.encode()).hexdigest()[:12]}"
+
+
+def _claim(item: pytest.Item, path: Path, *, named: bool) -> None:
+    """Two tests may share a cassette by naming it, never because their names happen to make the same file."""
+    owner = item.config.stash[OWNERS].setdefault(path, item.nodeid)
+    if owner != item.nodeid and not named:
+        raise pytest.UsageError(
+            f"expected a cassette of its own for {item.nodeid}, got {path}, which {owner} uses; "
+            'name one: @pytest.mark.cassette("name")'
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep what was played for `aggregator cassette check --orphans`; an xdist worker hands it to the main process."""
+    run, config = session.config.stash[RUN], session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput[PLAYED] = run
+    elif run and config.cache is not None:
+        config.cache.set(PLAYED, run)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what an xdist worker played."""
+    node.config.stash[RUN].update(getattr(node, "workeroutput", {}).get(PLAYED, {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the exchanges that tests left unplayed."""
+    run = config.stash[RUN]
+    left = {test: played["unplayed"] for test, played in run.items() if played["report"] and played["unplayed"]}
+    if left:
+        terminalreporter.section("cassettes")
+        for test, exchanges in sorted(left.items()):
+            terminalreporter.line(
+                f"{test} left {len(exchanges)} recorded exchanges unplayed: {', '.join(exchanges[:3])}"
+            )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_recording_configure(config: pytest.Config, vcr: Any) -> None:
+    """Serve pytest-recording's `vcr` tests from an indexed tape, where `cassette_serve_vcr` asks for it."""
+    if config.getini("cassette_serve_vcr"):
+        from aggregator.testing.serving_vcr import serve_vcr
+
+        serve_vcr(vcr)

@@ -1,0 +1,254 @@
+"""The pytest plugin, shown in a user's project tree."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import aiohttp  # noqa: F401 - loaded before pytester's runs, which forget what they were first to load
+import httpx  # noqa: F401
+import hypothesis.internal.observability  # noqa: F401
+import pytest
+
+import aggregator.cassettes.vcr
+import aggregator.testing.serving_vcr
+import aggregator.testing.taping  # noqa: F401
+
+pytest_plugins = ["pytester"]
+PROJECT = Path(__file__).parent / "project"
+EVERY_TEST = 7
+
+
+class Model(ThreadingHTTPServer):
+    """Numbers its answers."""
+
+    daemon_threads = True
+    hits = 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        model: Any = self.server
+        model.hits += 1
+        body = f"answer {model.hits}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+    monkeypatch.delenv("CI", raising=False)
+    with Model(("127.0.0.1", 0), Handler) as server:
+        monkeypatch.setenv("MODEL_URL", f"http://127.0.0.1:{server.server_port}/v1")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    shutil.copytree(PROJECT, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    return pytester
+
+
+def only(pytester: pytest.Pytester, body: str) -> None:
+    """Replace the project's tests by one module."""
+    shutil.rmtree(pytester.path / "tests" / "unit")
+    path = pytester.path / "tests" / "test_one.py"
+    path.write_text("import os, pytest, socket\nfrom router import route, aroute\n" + body)
+
+
+def cassettes(pytester: pytest.Pytester) -> list[str]:
+    return sorted(str(path.relative_to(pytester.path)) for path in pytester.path.rglob("*.yaml"))
+
+
+def test_a_project_records_once_and_replays_offline(project: pytest.Pytester, model: Model) -> None:
+    """The first run asks the model, every later one the cassettes, and each test has its file."""
+    project.runpytest().assert_outcomes(passed=EVERY_TEST)
+    asked = model.hits
+    beside = "tests/unit/cassettes"
+    assert cassettes(project) == [
+        f"{beside}/shared/greeting.yaml",
+        f"{beside}/test_router/TestGrouped.test_method.yaml",
+        f"{beside}/test_router/test_async.yaml",
+        f"{beside}/test_router/test_parametrised[login-].yaml",
+        f"{beside}/test_router/test_parametrised[refund-late].yaml",
+        f"{beside}/test_router/test_plain.yaml",
+        f"{beside}/test_router/test_with_fixture.yaml",
+    ]
+    model.shutdown()
+    project.runpytest("--cassette-mode=none", "-p", "no:randomly").assert_outcomes(passed=EVERY_TEST)
+    assert model.hits == asked == 9
+
+
+def test_nothing_records_in_ci_unless_told_to(
+    project: pytest.Pytester, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where CI is set a missing cassette is an error, whatever mark or ini say; the option still wins."""
+    monkeypatch.setenv("CI", "true")
+    only(project, "@pytest.mark.cassette(mode='all', clients='all')\ndef test_it():\n    route('x')\n")
+    outcome = project.runpytest("-o", "cassette_mode=once")
+    outcome.assert_outcomes(failed=1)
+    outcome.stdout.fnmatch_lines(["*CassetteMissError*"])
+    assert (model.hits, cassettes(project)) == (0, [])
+    project.runpytest("--cassette-mode=once").assert_outcomes(passed=1)
+    assert cassettes(project) == ["tests/cassettes/test_one/test_it.yaml"]
+
+
+def test_settings_come_from_the_ini_file(project: pytest.Pytester, model: Model) -> None:
+    """One folder for all cassettes, clients and mode can stand in the ini file."""
+    only(project, "@pytest.mark.cassette\ndef test_it():\n    route('x')\n")
+    settings = ["-o", "cassette_dir=cassettes", "-o", "cassette_clients=httpx", "-o", "cassette_mode=new_episodes"]
+    project.runpytest(*settings).assert_outcomes(passed=1)
+    assert cassettes(project) == ["cassettes/tests/test_one/test_it.yaml"]
+
+
+def test_the_network_is_refused_while_a_test_replays(project: pytest.Pytester, model: Model) -> None:
+    """A connection that no cassette serves is an error that says where it led; other tests may connect."""
+    connect = (
+        "socket.create_connection(('127.0.0.1', int(os.environ['MODEL_URL'].split(':')[2].split('/')[0]))).close()"
+    )
+    only(
+        project,
+        f"@pytest.mark.cassette(clients='all')\ndef test_marked():\n    route('x')\n    {connect}\n"
+        "@pytest.mark.cassette(clients='all', allowed_hosts=['127.0.0.1'])\ndef test_allowed():\n"
+        f"    route('x')\n    {connect}\n"
+        f"def test_other():\n    {connect}\n",
+    )
+    project.runpytest().assert_outcomes(passed=3)
+    outcome = project.runpytest()
+    outcome.assert_outcomes(passed=2, failed=1)
+    outcome.stdout.fnmatch_lines(
+        ["*expected no connection, got one to '127.0.0.1'*test_marked.yaml is being replayed*"]
+    )
+
+
+def test_a_failed_tests_recording_is_not_kept(project: pytest.Pytester, model: Model) -> None:
+    """What a failing test recorded is dropped, and a cassette that was there stays as it was."""
+    only(
+        project,
+        "@pytest.mark.cassette(clients='all')\ndef test_it():\n    route('x')\n    assert os.environ.get('GOOD')\n",
+    )
+    project.runpytest().assert_outcomes(failed=1)
+    assert cassettes(project) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOOD", "yes")
+        project.runpytest().assert_outcomes(passed=1)
+    kept = (project.path / "tests/cassettes/test_one/test_it.yaml").read_bytes()
+    project.runpytest("--cassette-mode=all").assert_outcomes(failed=1)
+    assert (project.path / "tests/cassettes/test_one/test_it.yaml").read_bytes() == kept
+    assert cassettes(project) == ["tests/cassettes/test_one/test_it.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("unplayed", "outcome", "told"),
+    [("error", {"failed": 1}, True), ("report", {"passed": 1}, True), ("ignore", {"passed": 1}, False)],
+)
+def test_unplayed_exchanges_are_told_or_fail_the_test(
+    project: pytest.Pytester, model: Model, unplayed: str, outcome: dict[str, int], told: bool
+) -> None:
+    """What a test no longer asks fails it when asked to, and is named at the end otherwise."""
+    test = "@pytest.mark.cassette(clients='all')\ndef test_it():\n    route('x')\n    {}\n"
+    only(project, test.format("route('y')"))
+    project.runpytest().assert_outcomes(passed=1)
+    (project.path / "tests/test_one.py").unlink()
+    (project.path / "tests/unit").mkdir()
+    only(project, test.format("pass"))
+    result = project.runpytest("-o", f"cassette_unplayed={unplayed}")
+    result.assert_outcomes(**outcome)
+    assert ("#0.0" in result.stdout.str()) is told
+
+
+def test_a_swallowed_miss_fails_the_test(project: pytest.Pytester, model: Model) -> None:
+    """`except Exception` in the code under test cannot hide that nothing answered."""
+    only(
+        project,
+        "@pytest.mark.cassette(mode='none', clients='all')\ndef test_it():\n"
+        "    try:\n        route('x')\n    except Exception:\n        pass\n",
+    )
+    outcome = project.runpytest()
+    outcome.assert_outcomes(failed=1)
+    outcome.stdout.fnmatch_lines(["*CassetteMissError*"])
+
+
+@pytest.mark.parametrize("argument", ["unknown=1", "'a', 'b'"])
+def test_a_wrong_mark_names_what_is_expected(project: pytest.Pytester, argument: str) -> None:
+    """An unknown argument is an error with the known ones, not silently ignored."""
+    only(project, f"@pytest.mark.cassette({argument})\ndef test_it():\n    pass\n")
+    outcome = project.runpytest()
+    outcome.assert_outcomes(errors=1)
+    outcome.stdout.fnmatch_lines(["*expected @pytest.mark.cassette(name, mode, clients, *test_one.py::test_it*"])
+
+
+def test_two_tests_never_share_a_default_cassette(project: pytest.Pytester, model: Model) -> None:
+    """Names that make the same file are an error with the remedy; a cassette named by both is shared."""
+    only(
+        project,
+        "@pytest.mark.parametrize('x', ['a/b', 'a?b'])\n@pytest.mark.cassette(clients='all')\n"
+        "def test_it(x):\n    route('x')\n",
+    )
+    outcome = project.runpytest()
+    outcome.assert_outcomes(passed=1, errors=1)
+    outcome.stdout.fnmatch_lines(["*expected a cassette of its own for *name one: *"])
+
+
+def test_the_tape_is_at_hand(project: pytest.Pytester, model: Model) -> None:
+    """The fixture `cassette_tape` is the open tape of the test."""
+    only(
+        project,
+        "@pytest.mark.cassette(clients='all')\ndef test_it(cassette_tape):\n"
+        "    route('x')\n    assert cassette_tape.recorded == 1\n",
+    )
+    project.runpytest().assert_outcomes(passed=1)
+
+
+def test_vcr_tests_are_served_by_the_tape(project: pytest.Pytester, model: Model) -> None:
+    """pytest-recording keeps its marks and files; with `cassette_serve_vcr` its tests play from our index."""
+    pytest.importorskip("pytest_recording")
+    only(
+        project,
+        "@pytest.mark.vcr\ndef test_it(vcr):\n    assert route('x') == 'answer 1'\n"
+        "    print('class', type(vcr).__name__)\n",
+    )
+    stock = project.runpytest("--record-mode=once", "-rP")
+    stock.assert_outcomes(passed=1)
+    stock.stdout.fnmatch_lines(["class Cassette"])
+    served = project.runpytest("-o", "cassette_serve_vcr=true", "-rP")
+    served.assert_outcomes(passed=1)
+    served.stdout.fnmatch_lines(["class ServedCassette"])
+    assert model.hits == 1
+
+
+def test_what_we_record_pytest_recording_replays(project: pytest.Pytester, model: Model) -> None:
+    """A cassette of a marked test can change hands: the same default path and format."""
+    pytest.importorskip("pytest_recording")
+    only(project, "@pytest.mark.cassette(clients='all')\ndef test_it():\n    assert route('x') == 'answer 1'\n")
+    project.runpytest().assert_outcomes(passed=1)
+    only_path = project.path / "tests" / "test_one.py"
+    only_path.write_text(only_path.read_text().replace("cassette(clients='all')", "vcr"))
+    project.runpytest("--block-network").assert_outcomes(passed=1)
+    assert model.hits == 1
+
+
+def test_the_plugin_is_light() -> None:
+    """Loading it imports nothing beyond pytest."""
+    script = (
+        "import sys, pytest; before = set(sys.modules); import aggregator.testing.pytest_plugin; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert [name for name in out.split() if name not in sys.stdlib_module_names] == ["aggregator"]
