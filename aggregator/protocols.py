@@ -21,8 +21,8 @@ class Transport(Protocol):
 class ChatModel(Protocol):
     """What stands for a model: `await model.complete(messages, ...)`."""
 
-    async def complete(self, messages: Any, **options: Any) -> Completion:
-        """Ask once and return the answer; raises LLMError."""
+    async def complete(self, *messages: Any, **options: Any) -> Completion:  # so typed, any choice of options fits
+        """Ask once, with the messages and the options of `LLM.complete`, and return the answer; raises LLMError."""
         ...
 
 

@@ -1,0 +1,260 @@
+"""A budget that holds: reserved from an upper estimate before each request, settled when its cost is known.
+
+Spent and reserved together never pass the limit, from the first wave on. A request that does not fit beside those in
+flight waits for them, since they will cost less than they reserved; one that would not fit even alone is refused.
+Waiting is first come first served, so which requests are refused does not depend on which answers come first.
+
+Money is counted in whole picodollars: sums do not depend on their order, and a replay comes to the same total.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
+from math import ceil
+from typing import Any, NamedTuple
+
+from msgspec import Struct
+
+from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError
+from aggregator.llm.calls import ChatCall
+from aggregator.llm.retry import NOT_SENT
+
+_PICO = 1_000_000_000_000
+ASSUMED_OUTPUT = 4096
+"""Tokens that an answer without `max_tokens` is assumed to have at most."""
+IMAGE_TOKENS = 50_000
+"""More than any known model counts for one image."""
+
+
+class Spending(Struct, frozen=True, kw_only=True):
+    """What was spent: USD, tokens (input and output), requests."""
+
+    usd: float = 0.0
+    tokens: int = 0
+    calls: int = 0
+
+
+class Amount(NamedTuple):
+    """The same as whole numbers."""
+
+    pico: int = 0
+    tokens: int = 0
+    calls: int = 0
+
+
+_NAMES = ("usd", "tokens", "calls")
+_serials = count()
+
+
+class Budget:
+    """Limits shared by as many clients, loops and threads as wanted; None is no limit.
+
+    `usd` counts dollars, `tokens` input and output together, `calls` the requests sent, retries included.
+    """
+
+    def __init__(self, usd: float | None = None, tokens: int | None = None, calls: int | None = None) -> None:
+        for name, value in zip(_NAMES, (usd, tokens, calls), strict=True):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"expected a limit >= 0 or None, got {value!r} - at Budget.{name}")
+        self.usd, self.tokens, self.calls = usd, tokens, calls
+        self.serial = next(_serials)  # the order in which a request that counts in several reserves them
+        self._limit = (None if usd is None else round(usd * _PICO), tokens, calls)
+        self._spent = [0, 0, 0]
+        self._held = [0, 0, 0]
+        self._waiting: deque[_Waiter] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether requests have to be estimated, not only counted."""
+        return self.usd is not None or self.tokens is not None
+
+    @property
+    def spent(self) -> Spending:
+        """What was spent so far."""
+        pico, tokens, calls = self._spent
+        return Spending(usd=pico / _PICO, tokens=tokens, calls=calls)
+
+    @property
+    def reserved(self) -> Spending:
+        """What requests under way may still cost at most."""
+        pico, tokens, calls = self._held
+        return Spending(usd=pico / _PICO, tokens=tokens, calls=calls)
+
+    def take(self, amount: Amount) -> bool:
+        """Set an upper estimate aside if that needs no waiting; pair it with `settle`."""
+        with self._lock:
+            if self._waiting or not self._fits(amount):
+                return False
+            self._add(self._held, amount)
+            return True
+
+    async def reserve(self, amount: Amount, timeout: float | None = None) -> None:
+        """Set an upper estimate aside; pair it with `settle`.
+
+        Raises BudgetExceededError where it would not fit even if nothing else were under way, APITimeoutError where
+        those in flight did not make room in time.
+        """
+        if self.take(amount):
+            return
+        with self._lock:
+            if (refusal := self._refusal(amount)) is not None:
+                raise refusal
+            loop = asyncio.get_running_loop()
+            waiter = _Waiter(amount, loop, loop.create_future())
+            self._waiting.append(waiter)
+        try:
+            async with asyncio.timeout(timeout):
+                await waiter.turn
+        except BaseException as error:
+            self._leave(waiter)
+            if isinstance(error, TimeoutError):
+                raise APITimeoutError(
+                    f"{NOT_SENT}the call's deadline passed, {timeout:.3g} s waiting for requests in flight to leave "
+                    "room in the budget"
+                ) from None
+            raise
+
+    def settle(self, reserved: Amount, spent: Amount) -> None:
+        """Replace a reservation by what was really spent, and let those go on that fit now."""
+        with self._lock:
+            self._add(self._held, reserved, -1)
+            self._add(self._spent, spent)
+            served = self._serve() if self._waiting else ()
+        for waiter, refusal in served:
+            self._wake(waiter, refusal)
+
+    def _leave(self, waiter: _Waiter) -> None:
+        """Take back a request that waits no longer: cancelled, timed out or refused."""
+        with self._lock:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
+                self._add(self._held, waiter.amount, -1)  # served while it was being cancelled
+            served = self._serve()
+        for other, refusal in served:
+            self._wake(other, refusal)
+
+    def _serve(self) -> list[tuple[_Waiter, BudgetExceededError | None]]:
+        """Take from the queue, in order, who fits now and who never will."""
+        served: list[tuple[_Waiter, BudgetExceededError | None]] = []
+        while self._waiting:
+            waiter, refusal = self._waiting[0], None
+            if self._fits(waiter.amount):
+                self._add(self._held, waiter.amount)
+            elif (refusal := self._refusal(waiter.amount)) is None:
+                break
+            self._waiting.popleft()
+            served.append((waiter, refusal))
+        return served
+
+    def _wake(self, waiter: _Waiter, refusal: BudgetExceededError | None) -> None:
+        """Tell a waiting request its outcome on its own loop; give back what nobody takes any more."""
+
+        def finish() -> None:
+            if not waiter.turn.done():
+                if refusal is None:
+                    waiter.turn.set_result(None)
+                else:
+                    waiter.turn.set_exception(refusal)
+            elif refusal is None:
+                self.settle(waiter.amount, Amount())
+
+        try:
+            waiter.loop.call_soon_threadsafe(finish)
+        except RuntimeError:  # its loop has been closed meanwhile
+            if refusal is None:
+                self.settle(waiter.amount, Amount())
+
+    def _fits(self, amount: Amount) -> bool:
+        limits, spent, held = self._limit, self._spent, self._held
+        for i in range(3):
+            limit = limits[i]
+            if limit is not None and spent[i] + held[i] + amount[i] > limit:
+                return False
+        return True
+
+    @staticmethod
+    def _add(total: list[int], amount: Amount, sign: int = 1) -> None:
+        for i in range(3):
+            total[i] += sign * amount[i]
+
+    def _refusal(self, amount: Amount) -> BudgetExceededError | None:
+        """The error for what cannot fit any more, whatever those in flight will have cost."""
+        for name, limit, spent, wanted in zip(_NAMES, self._limit, self._spent, amount, strict=True):
+            if limit is not None and spent + wanted > limit:
+                unit = _PICO if name == "usd" else 1
+                return BudgetExceededError(
+                    f"the budget of {limit / unit:g} {name} is used up: {spent / unit:g} spent, the next request may "
+                    f"take {wanted / unit:g}; raise Budget({name}=…) or lower max_tokens"
+                )
+        return None
+
+
+class _Waiter(NamedTuple):
+    """A request that waits until those in flight leave room for it."""
+
+    amount: Amount
+    loop: asyncio.AbstractEventLoop
+    turn: asyncio.Future[None]
+
+
+_current: ContextVar[Budget | None] = ContextVar("aggregator_budget", default=None)
+
+current_budget = _current.get
+"""Return the budget in which every call of this context counts, None outside of any."""
+
+
+@contextmanager
+def spending(budget: Budget | None) -> Iterator[Budget | None]:
+    """Count every call made inside in `budget`, whichever client makes it."""
+    token = _current.set(budget)
+    try:
+        yield budget
+    finally:
+        _current.reset(token)
+
+
+def upper_tokens(body: bytes, call: ChatCall) -> tuple[int, int]:
+    """Return how many tokens a request may take at most: (input, output).
+
+    A token of text covers at least one byte, and the JSON around each message more bytes than a chat template adds
+    tokens; images count apart, since their tokens do not depend on their bytes.
+    """
+    images, image_bytes = _images(call.messages)
+    output = (call.max_tokens or ASSUMED_OUTPUT) * (call.n or 1)
+    return len(body) - image_bytes + images * IMAGE_TOKENS, output
+
+
+def _images(messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    images = image_bytes = 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            for part in content:
+                if isinstance(part, Mapping) and part.get("type") != "text":
+                    images += 1
+                    image_bytes += _data_bytes(part)
+    return images, image_bytes
+
+
+def _data_bytes(part: Mapping[str, Any]) -> int:
+    """The length of an image given as a data URL."""
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, Mapping) else image
+    return len(url) if isinstance(url, str) and url.startswith("data:") else 0
+
+
+def as_amount(usd: float | None, tokens: int, calls: int = 1) -> Amount:
+    """Return an amount; fractions of a picodollar are rounded up.
+
+    >>> as_amount(0.5, 100)
+    Amount(pico=500000000000, tokens=100, calls=1)
+    """
+    return Amount(ceil(usd * _PICO) if usd else 0, tokens, calls)

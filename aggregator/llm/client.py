@@ -1,0 +1,270 @@
+"""The client: `await llm.complete(messages)`, `llm(messages=...)`, `async for delta in llm.stream(messages)`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random as random_module
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Self
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary, ref
+
+from msgspec.structs import replace
+
+from aggregator import portal
+from aggregator.agents.transcripts import current_transcript
+from aggregator.cassettes.lineage import current_lineage, current_role
+from aggregator.errors import ConfigError
+from aggregator.llm import tracing
+from aggregator.llm.attempts import Attempts, Line
+from aggregator.llm.budget import Budget
+from aggregator.llm.calls import ApiKey, ChatCall
+from aggregator.llm.limiter import Limiter, check_limits, shared_limiter
+from aggregator.llm.messages import normalise
+from aggregator.llm.names import resolve
+from aggregator.llm.prices import Prices, find_price
+from aggregator.llm.retry import RetryPolicy
+from aggregator.llm.streams import Stream
+from aggregator.llm.structured import Validate, as_response_format, ask_structured
+from aggregator.protocols import Transport
+from aggregator.records import Completion
+
+
+class LLM:
+    """A model by name: `LLM("openai/gpt-4o-mini")`. Nothing has to be closed; one object serves every loop and thread.
+
+    `model` is `provider/model`; None reads Trace's variables (TRACE_LITELLM_MODEL and its kin). A `base_url` of one's
+    own gets `api_key`, no default key. `max_attempts` counts all requests of one call, `timeout` all its seconds,
+    waiting and other response formats included. `max_concurrency`, `rpm` and `tpm` (requests and tokens a minute) hold for
+    all clients of the same (base_url, key, model) in an event loop, the strictest of them. `budget` may be shared.
+    `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for tests.
+
+    Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: ApiKey | None = None,
+        max_attempts: int = 3,
+        timeout: float | None = 600.0,
+        max_concurrency: int = 64,
+        rpm: float | None = None,
+        tpm: float | None = None,
+        budget: Budget | None = None,
+        prices: Prices | None = None,
+        transport: Transport | None = None,
+        retry: RetryPolicy | None = None,
+        env: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        random: random_module.Random | None = None,
+    ) -> None:
+        _check(max_attempts=max_attempts, timeout=timeout)
+        check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+        endpoint = resolve(model, base_url=base_url, api_key=api_key, env=os.environ if env is None else env)
+        self.model = f"{endpoint.provider}/{endpoint.model}"
+        self.timeout = timeout
+        self.budget = budget
+        self._limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
+        self._limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, Limiter] = WeakKeyDictionary()
+        self._latest: tuple[ref[asyncio.AbstractEventLoop], Limiter] | None = None
+        self._is_virtual = clock is not time.monotonic or sleep is not asyncio.sleep
+        self._host = urlsplit(endpoint.base_url).hostname or ""
+        self._line = Line(
+            endpoint=endpoint,
+            transport=_default_transport() if transport is None else transport,
+            limiter=self._limiter,
+            policy=replace(retry or RetryPolicy(), max_attempts=max_attempts),
+            budget=budget,
+            prices=prices,
+            clock=clock,
+            sleep=sleep,
+            random=random or random_module.Random(),  # noqa: S311 - jitter, no secret
+            known_price=find_price(endpoint.provider, endpoint.model, prices),
+        )
+
+    def __repr__(self) -> str:
+        return f"LLM({self.model!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LLM:
+        return self  # agents are copied; the account behind a client is not
+
+    async def complete(
+        self,
+        messages: Any,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | list[str] | tuple[str, ...] | None = None,
+        n: int | None = None,
+        response_format: Any = None,
+        tools: Any = None,
+        tool_choice: Any = None,
+        extra: Mapping[str, Any] | None = None,
+        validate: Validate | None = None,
+    ) -> Completion:
+        """Ask the model once and return its answer.
+
+        `messages` is a text or messages in OpenAI's shape. `response_format` is OpenAI's dict, a JSON schema or a type;
+        the answer is then checked against it, or by `validate` (raises ValueError for a text that will not do).
+        `extra` is merged into the request's body. The call is shown in the current transcript if the agent makes it.
+        """
+        call = ChatCall(
+            model=self._line.endpoint.model,
+            messages=normalise(messages),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop) if isinstance(stop, list) else stop,
+            n=n,
+            response_format=as_response_format(response_format),
+            tools=None if tools is None else tuple(tools),
+            tool_choice=tool_choice,
+            extra=extra or {},
+        )
+        return await self._complete(call, validate)
+
+    async def _complete(self, call: ChatCall, validate: Validate | None) -> Completion:
+        attempts = Attempts(self._line, self.timeout)
+        transcript = current_transcript()
+        shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
+        with tracing.span(self._line.endpoint.provider, call.model, self._host, **_asked(call)) as span:
+            try:
+                if call.response_format is None or call.response_format["type"] == "text":
+                    completion = await attempts.ask(call, *attempts.issue(call))
+                else:
+                    completion = await ask_structured(attempts, call, validate)
+            except BaseException as error:
+                if shown is not None:
+                    shown.fail(error)
+                self._trace(attempts, None, error)
+                raise
+            finally:
+                attempts.leave()
+            span.answered(completion, attempts.count)
+        if shown is not None:
+            shown.finish(completion)
+        self._trace(attempts, completion, None)
+        return completion
+
+    def __call__(self, messages: Any = None, **options: Any) -> Completion:
+        """Ask from synchronous code, as Trace's models are called: `llm(messages=[...], max_tokens=...)`."""
+        if messages is None:
+            raise ConfigError("expected messages, got none: llm(messages=[{'role': 'user', 'content': '…'}])")
+        return portal.call(self.complete, messages, **options)
+
+    def stream(
+        self,
+        messages: Any,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | list[str] | tuple[str, ...] | None = None,
+        tools: Any = None,
+        tool_choice: Any = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Stream:
+        """Ask and read the answer as it comes: `async for delta in llm.stream(...)`; `.completion` once it ended.
+
+        Errors are those of `complete`. After the first delta nothing is tried again, since it has been used already.
+        """
+        call = ChatCall(
+            model=self._line.endpoint.model,
+            messages=normalise(messages),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop) if isinstance(stop, list) else stop,
+            tools=None if tools is None else tuple(tools),
+            tool_choice=tool_choice,
+            extra=extra or {},
+            stream=True,
+        )
+        return Stream(call, lambda: Attempts(self._line, self.timeout), self._trace)
+
+    def _limiter(self) -> Limiter:
+        """This loop's limiter, shared with the other clients of the same account and model."""
+        loop = asyncio.get_running_loop()
+        latest = self._latest
+        if latest is not None and latest[0]() is loop:
+            return latest[1]
+        limiter = self._limiters.get(loop)
+        if limiter is None:
+            limiter = self._limiters[loop] = self._new_limiter()
+        self._latest = (ref(loop), limiter)
+        return limiter
+
+    def _new_limiter(self) -> Limiter:
+        line = self._line
+        if self._is_virtual:
+            return Limiter(clock=line.clock, sleep=line.sleep, **self._limits)  # type: ignore[arg-type]
+        key = line.endpoint.api_key
+        account = str(key) if not callable(key) else f"key of {id(key)}"
+        return shared_limiter((line.endpoint.base_url, account, line.endpoint.model), **self._limits)  # type: ignore[arg-type]
+
+    def _trace(self, attempts: Attempts, completion: Completion | None, error: BaseException | None) -> None:
+        if not tracing.listening():
+            return
+        tracing.event(
+            "llm.call",
+            lineage=current_lineage() or None,
+            role=current_role(),
+            provider=self._line.endpoint.provider,
+            model=self._line.endpoint.model,
+            attempts=attempts.count,
+            finish_reason=completion.finish_reason if completion is not None else None,
+            replayed=completion.replayed if completion is not None else None,
+            ms=round(attempts.milliseconds(), 3),
+            error=type(error).__name__ if error is not None else None,
+            status=getattr(error, "status", None),
+            request_id=getattr(error if completion is None else completion, "request_id", None),
+            **tracing.usage_facts(completion.usage if completion is not None else None),
+        )
+
+    async def aclose(self) -> None:
+        """Close this loop's connections now; not needed, the loop's end closes them too."""
+        close = getattr(self._line.transport, "aclose", None)
+        if close is not None:
+            await close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+
+def _check(*, max_attempts: int, timeout: float | None) -> None:
+    if max_attempts < 1:
+        raise ConfigError(f"expected max_attempts >= 1 (the first try counts), got {max_attempts!r}")
+    if timeout is not None and not timeout > 0:
+        raise ConfigError(f"expected timeout > 0 seconds or None, got {timeout!r}")
+
+
+def _asked(call: ChatCall) -> dict[str, Any]:
+    """What a span tells of the request."""
+    return {
+        "gen_ai.request.max_tokens": call.max_tokens,
+        "gen_ai.request.temperature": call.temperature,
+        "gen_ai.request.top_p": call.top_p,
+        "gen_ai.request.seed": call.seed,
+        "gen_ai.request.choice.count": call.n,
+    }
+
+
+def _default_transport() -> Transport:
+    """The process's own; aiohttp is imported here, not with the package."""
+    from aggregator.llm.transport import shared_transport
+
+    return shared_transport()

@@ -1,0 +1,167 @@
+"""How fast calls may go to one model: concurrency, requests and tokens per minute, and what the server's 429s teach.
+
+One limiter stands for one (base_url, key, model) of one event loop, whichever clients share it. A 429 pauses all of
+them; afterwards requests are paced, and the pace is learned: see `pacing.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from aggregator.errors import APITimeoutError, ConfigError
+from aggregator.llm.pacing import Admission, LearnedPace, Pace
+from aggregator.llm.ratelimits import headroom
+from aggregator.llm.retry import NOT_SENT
+
+MAX_HEADER_PAUSE = 60.0
+
+
+class Limiter:
+    """Bounds the calls under way and spaces their attempts. Used from one event loop.
+
+    `rpm` and `tpm` are kept in every minute, whichever 60 seconds are looked at, by spreading them evenly with bursts
+    of one second's worth. `clock` (monotonic seconds) and `sleep` are injected for tests.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_concurrency: int = 64,
+        rpm: float | None = None,
+        tpm: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+        self.max_concurrency = max_concurrency
+        self.rpm, self.tpm = rpm, tpm
+        self._free = max_concurrency
+        self._waiting: dict[asyncio.Future[None], None] = {}
+        self._requests = Pace.per_minute(rpm)
+        self._tokens = Pace.per_minute(tpm)
+        self._learned = LearnedPace()
+        self._paused_until = 0.0
+        self._turn = asyncio.Lock()
+        self._clock, self._sleep = clock, sleep
+
+    def tighten(self, *, max_concurrency: int, rpm: float | None, tpm: float | None) -> None:
+        """Take over another client's limits where they are stricter: they share one account."""
+        if max_concurrency < self.max_concurrency:
+            self._free -= self.max_concurrency - max_concurrency
+            self.max_concurrency = max_concurrency
+        if rpm is not None and (self.rpm is None or rpm < self.rpm):
+            self.rpm, self._requests = rpm, Pace.per_minute(rpm)
+        if tpm is not None and (self.tpm is None or tpm < self.tpm):
+            self.tpm, self._tokens = tpm, Pace.per_minute(tpm)
+
+    @property
+    def in_flight(self) -> int:
+        """Calls under way, those that wait for another attempt included."""
+        return self.max_concurrency - self._free
+
+    async def enter(self, timeout: float | None = None) -> None:
+        """Wait for one of the places, first come first served; pair it with `leave`."""
+        if self._free > 0 and not self._waiting:
+            self._free -= 1
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[place] = None
+        try:
+            async with asyncio.timeout(timeout):
+                await place
+        except BaseException as error:
+            self._waiting.pop(place, None)
+            if place.done() and not place.cancelled():  # it was given a place while being cancelled
+                self.leave()
+            if isinstance(error, TimeoutError):
+                raise _no_turn(timeout, f"{self.max_concurrency} calls are under way") from None
+            raise
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self._free += 1
+        while self._free > 0 and self._waiting:
+            place = next(iter(self._waiting))
+            del self._waiting[place]
+            if not place.done():
+                self._free -= 1
+                place.set_result(None)
+
+    async def admit(self, tokens: float = 0.0, timeout: float | None = None) -> Admission:
+        """Wait until the next request may be sent, in order of asking; `tokens` is what it is expected to use."""
+        if not self._turn.locked():
+            now = self._clock()
+            if self._ready_at(tokens) <= now:
+                return self._take(tokens, now)
+        try:
+            async with asyncio.timeout(timeout), self._turn:
+                while (wait := self._ready_at(tokens) - (now := self._clock())) > 0:
+                    await self._sleep(wait)
+                return self._take(tokens, now)
+        except TimeoutError:
+            raise _no_turn(timeout, "rate limits leave no room") from None
+
+    def _ready_at(self, tokens: float) -> float:
+        return max(self._paused_until, self._learned.ready_at, self._requests.ready_at(), self._tokens.ready_at(tokens))
+
+    def _take(self, tokens: float, now: float) -> Admission:
+        self._requests.take(1.0, now)
+        self._tokens.take(tokens, now)
+        return self._learned.take(now, tokens)
+
+    def accepted(self, admission: Admission, headers: Mapping[str, str]) -> None:
+        """Learn from an answer: that the server took the request, and what its headers say."""
+        admission.stretch.accepted += 1
+        if "x-ratelimit-reset-requests" in headers or "anthropic-ratelimit-requests-reset" in headers:
+            self._heed(headers, admission.tokens)
+
+    def used(self, admission: Admission, tokens: float) -> None:
+        """Replace the tokens that a request was expected to use by those it did."""
+        if self.tpm is not None:
+            self._tokens.take(tokens - admission.tokens, self._clock())
+
+    def _heed(self, headers: Mapping[str, str], tokens: float) -> None:
+        """Hold the next request back where those under way will use up what the server has left."""
+        under_way = self.in_flight
+        for what, each in (("requests", 1.0), ("tokens", tokens)):
+            left = headroom(headers, what)
+            if left is not None and (lacking := under_way * each - left.remaining) > 0:
+                self._pause(min(lacking * left.seconds_each, MAX_HEADER_PAUSE))
+
+    def rejected(self, admission: Admission, wait: float) -> None:
+        """Take a 429: everybody pauses for `wait` seconds, and goes slower afterwards."""
+        self._pause(wait)
+        self._learned.rejected(admission, wait)
+
+    def _pause(self, wait: float) -> None:
+        self._paused_until = max(self._paused_until, self._clock() + wait)
+
+
+def check_limits(*, max_concurrency: int, rpm: float | None, tpm: float | None) -> None:
+    """Raise ConfigError for limits under which nothing could ever be sent."""
+    for name, value in (("max_concurrency", max_concurrency), ("rpm", rpm), ("tpm", tpm)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"expected {name} > 0 (None: no limit), got {value!r}")
+
+
+def _no_turn(timeout: float | None, why: str) -> APITimeoutError:
+    return APITimeoutError(f"{NOT_SENT}the call's deadline passed, {timeout:.3g} s waiting for its turn: {why}")
+
+
+_Key = tuple[str, str, str]
+_limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[_Key, Limiter]] = WeakKeyDictionary()
+# Global because the limit is the account's, not a client's; weak, so that it ends with the clients and the loop.
+
+
+def shared_limiter(key: _Key, *, max_concurrency: int, rpm: float | None, tpm: float | None) -> Limiter:
+    """Return this loop's limiter of (base_url, key, model), with the strictest limits of its clients."""
+    known = _limiters.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
+    limiter = known.get(key)
+    if limiter is None:
+        limiter = known[key] = Limiter(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+    else:
+        limiter.tighten(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+    return limiter

@@ -1,0 +1,209 @@
+"""Whatever can stand for a model, as one: our client, its name, a callable, litellm, OpenAI's clients."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from aggregator import portal
+from aggregator.agents.transcripts import current_transcript
+from aggregator.cassettes.lineage import current_role
+from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
+from aggregator.llm.budget import Amount, as_amount, current_budget, upper_tokens
+from aggregator.llm.calls import ChatCall, Target
+from aggregator.llm.codecs.failures import Fault, classify, retry_after
+from aggregator.llm.codecs.openai import OpenAIChat
+from aggregator.llm.ledger import count
+from aggregator.llm.messages import normalise
+from aggregator.llm.prices import need_price
+from aggregator.protocols import ChatModel
+from aggregator.records import Choice, Completion, HTTPReply, Message, Usage
+
+_THREADS = 64
+_OURS = frozenset({"validate", "extra"})  # options of our client that no other one knows
+_CODEC = OpenAIChat(Target(provider="callable", model="", base_url="http://localhost"))
+
+
+def as_model(model: Any = None, *, name: str | None = None) -> ChatModel:
+    """Return something with `await complete(messages, ...)`.
+
+    Takes a `ChatModel` such as `LLM` (returned as it is), a name or None (makes an `LLM`), any callable
+    `llm(messages=...)`, sync or async, that returns OpenAI's shape, a dict of it or a text, litellm (the module or a
+    Router) and OpenAI's clients, sync or async; the last two need the model's `name`.
+
+    >>> as_model(lambda messages: "hello")(messages="Hi").text
+    'hello'
+    """
+    if model is None or isinstance(model, str):
+        from aggregator.llm.client import LLM
+
+        return LLM(model)
+    create = _create_of(model)
+    if create is not None:
+        if name is None:
+            raise ConfigError(f"expected the model's name beside {model!r}: as_model(client, name='gpt-4o-mini')")
+        return CallableModel(partial(create, model=name), name=name)
+    if callable(getattr(model, "complete", None)):
+        return model  # type: ignore[no-any-return]
+    if callable(model):
+        return CallableModel(model, name=name or str(getattr(model, "__name__", type(model).__name__)))
+    raise ConfigError(
+        f"expected a model (LLM, its name, a callable llm(messages=...), litellm, an OpenAI client), got {model!r}"
+    )
+
+
+def _create_of(model: Any) -> Callable[..., Any] | None:
+    """The completion function of an SDK's client."""
+    create = getattr(getattr(getattr(model, "chat", None), "completions", None), "create", None)
+    return create if callable(create) else getattr(model, "acompletion", None)
+
+
+class CallableModel:
+    """A callable `llm(messages=..., **options)` in the place of a model. Sync ones run in threads of their own."""
+
+    def __init__(self, function: Callable[..., Any], *, name: str) -> None:
+        self.model = name
+        self._function = function
+        self._accepted = _accepted(function)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __repr__(self) -> str:
+        return f"as_model({self.model})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallableModel:
+        return self
+
+    def __call__(self, messages: Any = None, **options: Any) -> Completion:
+        """Ask from synchronous code."""
+        return portal.call(self.complete, messages, **options)
+
+    async def complete(self, messages: Any, **options: Any) -> Completion:
+        """Ask once. An SDK's own error becomes ours where it tells its status; any other error passes through."""
+        normal = normalise(messages)
+        transcript = current_transcript()
+        shown = transcript.llm_call(normal) if transcript is not None and current_role() == "agent" else None
+        budget = current_budget()
+        held = self._most(normal, options) if budget is not None and budget.needs_tokens else Amount(calls=1)
+        if budget is not None:
+            await budget.reserve(held)
+        spent = held
+        try:
+            completion = as_completion(await self._ask(list(normal), options))
+            spent = _spent(completion.usage, held)
+        except Exception as error:
+            if shown is not None:
+                shown.fail(error)
+            raise
+        finally:
+            if budget is not None:
+                budget.settle(held, spent)
+        count(current_role(), completion.usage)
+        if shown is not None:
+            shown.finish(completion)
+        return completion
+
+    async def _ask(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> Any:
+        given = {key: value for key, value in options.items() if value is not None and key not in _OURS}
+        if self._accepted is not None:
+            given = {key: value for key, value in given.items() if key in self._accepted}
+        ask = partial(self._function, messages=messages, **given)
+        try:
+            if _is_async(self._function):
+                return await ask()
+            result = await self._in_thread(ask)
+            return await result if inspect.isawaitable(result) else result
+        except Exception as error:
+            ours = as_error(error)
+            if ours is None:
+                raise
+            raise ours from error
+
+    async def _in_thread(self, ask: Callable[[], Any]) -> Any:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="aggregator-model")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, ask)
+
+    def _most(self, messages: tuple[dict[str, Any], ...], options: Mapping[str, Any]) -> Amount:
+        call = ChatCall(model=self.model, messages=messages, max_tokens=options.get("max_tokens"), n=options.get("n"))
+        given, answered = upper_tokens(msgspec.json.encode(messages), call)
+        budget = current_budget()
+        in_usd = budget is not None and budget.usd is not None
+        usd = need_price("callable", self.model, None).most(given, answered) if in_usd else None
+        return as_amount(usd, given + answered)
+
+
+def _accepted(function: Callable[..., Any]) -> frozenset[str] | None:
+    """The options that a callable takes; None: any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
+
+
+def _is_async(function: Any) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _spent(usage: Usage, held: Amount) -> Amount:
+    """What a call cost; what it does not tell counts as reserved."""
+    known = usage.input_tokens is not None and usage.output_tokens is not None
+    pico = held.pico if usage.cost is None else as_amount(usage.cost, 0).pico
+    return Amount(pico, usage.total_tokens if known else held.tokens, 1)
+
+
+def as_completion(answer: Any) -> Completion:
+    """Read an answer of OpenAI's shape, as object or dict, or a text.
+
+    >>> as_completion({"choices": [{"message": {"content": "hi"}}]}).text
+    'hi'
+    """
+    if isinstance(answer, Completion):
+        return answer
+    if isinstance(answer, str):
+        return Completion(choices=(Choice(message=Message(content=answer)),))
+    body = msgspec.json.encode(_plain(answer), enc_hook=str)
+    return _CODEC.decode(HTTPReply(status=200, body=body, headers={}), ChatCall(model="", messages=()))
+
+
+def _plain(value: Any) -> Any:
+    """An SDK's object as dicts and lists."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__dict__") and not callable(value):
+        return {key: _plain(item) for key, item in vars(value).items() if not key.startswith("_")}
+    return value
+
+
+def as_error(error: Exception) -> LLMError | None:
+    """Return our error for an SDK's: by its status, or as a lost connection; None where it is neither."""
+    if isinstance(error, LLMError):
+        return None
+    status = getattr(error, "status_code", None)
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(status, int) and status >= 300:
+        words = tuple(
+            word for word in (getattr(error, "code", None), getattr(error, "type", None)) if isinstance(word, str)
+        )
+        kind = classify(status, Fault(message=str(error), words=words))
+        headers = getattr(getattr(error, "response", None), "headers", None) or {}
+        return kind(message, status=status, code=words[0] if words else None, retry_after=retry_after(headers))
+    name = type(error).__name__
+    if "Timeout" in name:
+        return APITimeoutError(message)
+    return APIConnectionError(message) if "Connection" in name else None

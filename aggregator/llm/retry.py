@@ -1,0 +1,74 @@
+"""Whether and when a failed attempt is tried again: a pure decision over the error and what the server said.
+
+Sources of the numbers: the SDKs of OpenAI and Anthropic (0.5 s doubling to 8 s, the retried statuses); the cap on
+Retry-After is OpenAI's, since waiting for what a server names without limit was seen to take minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from aggregator.errors import (
+    APIConnectionError,
+    DecodeError,
+    EmptyResponseError,
+    LLMError,
+    QuotaError,
+    RateLimitError,
+    ServerError,
+)
+from aggregator.llm.codecs.failures import should_retry
+
+NOT_SENT = "Nothing was sent: "
+"""How the message of a failure begins before which no byte of the request had left."""
+
+_TRANSIENT = (APIConnectionError, RateLimitError, ServerError, DecodeError, EmptyResponseError)
+
+
+class RetryPolicy(Struct, frozen=True, kw_only=True):
+    """How often, how long. Seconds everywhere; `max_attempts` counts the first try."""
+
+    max_attempts: int = 3
+    first_delay: float = 0.5
+    max_delay: float = 8.0
+    max_retry_after: float = 120.0
+
+    def delay(
+        self, error: LLMError, attempt: int, *, remaining: float, random: float, headers: Mapping[str, str] = {}
+    ) -> float | None:
+        """Return the seconds to wait before the next attempt, None to give up.
+
+        `attempt` counts from 1, `remaining` is what is left until the call's deadline, `random` lies in [0, 1).
+
+        >>> RetryPolicy().delay(ServerError("", status=500), 2, remaining=600, random=0)
+        1.0
+        """
+        if attempt >= self.max_attempts or not is_transient(error, headers):
+            return None
+        if error.retry_after:
+            wait = error.retry_after
+            return wait if wait <= self.max_retry_after and wait < remaining else None
+        backoff = min(self.first_delay * 2 ** (attempt - 1), self.max_delay) * (1 - 0.25 * random)
+        return backoff if backoff < remaining else None
+
+
+def is_transient(error: LLMError, headers: Mapping[str, str] = {}) -> bool:
+    """Tell whether the same request may succeed later; `x-should-retry` has the last word.
+
+    >>> is_transient(RateLimitError("")), is_transient(QuotaError(""))
+    (True, False)
+    """
+    said = should_retry(headers) if error.status is not None else None
+    if said is not None and not isinstance(error, QuotaError):
+        return said
+    return isinstance(error, _TRANSIENT) and not isinstance(error, QuotaError)
+
+
+def was_sent(error: LLMError) -> bool:
+    """Tell whether the server may have worked on, and charged for, an attempt that brought no answer.
+
+    By the message, since a failure that a cassette replays has nothing else.
+    """
+    return not error.message.startswith(NOT_SENT)

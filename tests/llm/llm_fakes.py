@@ -1,0 +1,161 @@
+"""What stands behind the client in its tests: a scripted transport, a scripted server on loopback, virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from aggregator.errors import LLMError
+from aggregator.records import HTTPReply, HTTPRequest
+
+BASE_URL = "http://127.0.0.1:9/v1"
+QUESTION = [{"role": "user", "content": "Say hello."}]
+
+
+def answer(
+    text: str = "hello",
+    *,
+    finish_reason: str = "stop",
+    usage: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] = {},
+) -> HTTPReply:
+    """A chat completion; its usage is 10 tokens in, 5 out unless given."""
+    counts = {"prompt_tokens": 10, "completion_tokens": 5} if usage is None else usage
+    body = {
+        "id": "chatcmpl-1",
+        "model": "gpt-4o-mini",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}],
+        "usage": counts,
+    }
+    return HTTPReply(status=200, body=msgspec.json.encode(body), headers={"x-request-id": "req-1", **headers})
+
+
+def failure(status: int, message: str = "no", *, code: str | None = None, headers: Mapping[str, str] = {}) -> HTTPReply:
+    """An error answer in OpenAI's shape."""
+    return HTTPReply(
+        status=status, body=msgspec.json.encode({"error": {"message": message, "code": code}}), headers=dict(headers)
+    )
+
+
+Step = HTTPReply | LLMError | Callable[[HTTPRequest], HTTPReply]
+
+
+class ScriptedTransport:
+    """Answers in turn from a script, the last step for ever; keeps the requests."""
+
+    def __init__(self, *steps: Step, latency: Callable[[], Awaitable[None]] | None = None) -> None:
+        self.steps = list(steps)
+        self.requests: list[HTTPRequest] = []
+        self.timeouts: list[float | None] = []
+        self._latency = latency
+
+    async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
+        self.requests.append(request)
+        self.timeouts.append(timeout)
+        step = self.steps[min(len(self.requests), len(self.steps)) - 1]
+        if self._latency is not None:
+            await self._latency()
+        if isinstance(step, LLMError):
+            raise step
+        return step(request) if callable(step) else step
+
+    def bodies(self) -> list[Any]:
+        return [msgspec.json.decode(request.body) for request in self.requests]
+
+
+class VirtualTime:
+    """A clock that only sleeping moves; keeps what was slept."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+        await asyncio.sleep(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer: hours of waiting in milliseconds, in the right order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._virtual = 0.0
+
+    def time(self) -> float:
+        return self._virtual
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self._virtual = max(self._virtual, self._scheduled[0]._when)  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def serving(handler: Handler, *, port: int = 0) -> AsyncIterator[str]:
+    """A TCP server on loopback; yields its base URL. Connections that are still open at the end are cut."""
+    tasks: set[asyncio.Task[Any]] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await handler(reader, writer)
+        except (asyncio.CancelledError, ConnectionError):
+            pass
+        finally:
+            tasks.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", port)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+        await server.wait_closed()
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes] | None:
+    """One HTTP request: its first line, headers, body; None once the client has closed."""
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    first, *lines = head.rstrip().split("\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return first, headers, body
+
+
+def raw(reply: HTTPReply) -> bytes:
+    """A reply as bytes of HTTP."""
+    headers = {"content-type": "application/json", **reply.headers, "content-length": str(len(reply.body))}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {reply.status} OK\r\n{lines}\r\n".encode() + reply.body
+
+
+def answering(replies: Iterable[HTTPReply]) -> Handler:
+    """A handler that gives one reply a request, in turn, over all connections."""
+    left = iter(replies)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await read_request(reader) is not None:
+            writer.write(raw(next(left)))
+            await writer.drain()
+
+    return handle

@@ -1,0 +1,233 @@
+"""The client as its users meet it: one call, its answer, its errors."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, answering, failure, serving
+
+from aggregator import LLM, portal
+from aggregator.agents.transcripts import transcript
+from aggregator.cassettes.lineage import lineage
+from aggregator.errors import (
+    APIConnectionError,
+    AuthenticationError,
+    BadRequestError,
+    ConfigError,
+    ContextLengthError,
+    DecodeError,
+    LLMError,
+    NotFoundError,
+    PermissionDeniedError,
+    QuotaError,
+    RateLimitError,
+    ServerError,
+)
+from aggregator.llm.ledger import collecting
+from aggregator.records import HTTPReply
+
+
+def client(transport: ScriptedTransport, time: VirtualTime | None = None, **options: Any) -> LLM:
+    time = time or VirtualTime()
+    return LLM(
+        "gpt-4o-mini", base_url=BASE_URL, transport=transport, clock=time.clock, sleep=time.sleep,
+        random=random.Random(1), **options,
+    )  # fmt: skip
+
+
+async def test_an_answer_has_text_usage_and_openais_shape() -> None:
+    """`complete` returns text and usage, and reads as OpenAI's object too."""
+    completion = await client(ScriptedTransport(answer("hi"))).complete(QUESTION, max_tokens=5)
+    assert completion.text == completion.choices[0].message.content == "hi"
+    assert (completion.usage.input_tokens, completion.usage.output_tokens) == (10, 5)
+    assert (completion.attempts, completion.request_id, completion.replayed) == (1, "req-1", False)
+
+
+async def test_over_a_real_socket() -> None:
+    """The same over aiohttp: the request reaches a server, a 500 is tried again."""
+    async with serving(answering([failure(500), answer("hi")])) as url:
+        llm = LLM("gpt-4o-mini", base_url=url, sleep=VirtualTime().sleep)
+        completion = await llm.complete("Hello")
+    assert (completion.text, completion.attempts) == ("hi", 2)
+
+
+def test_synchronous_call() -> None:
+    """`llm(messages=...)` is the way Trace calls its models; it works without a loop."""
+    llm = client(ScriptedTransport(answer("hi")))
+    assert llm(messages=QUESTION, max_tokens=5).choices[0].message.content == "hi"
+    with pytest.raises(ConfigError, match="expected messages"):
+        llm()
+
+
+async def test_synchronous_call_under_a_running_loop() -> None:
+    """In a notebook the synchronous call works while another loop runs in the same thread."""
+    assert client(ScriptedTransport(answer("hi")))(messages="Hello").text == "hi"
+
+
+async def test_synchronous_call_on_the_portals_own_loop_is_refused() -> None:
+    """Waiting for oneself would never end, so it is an error that names the awaitable form."""
+    llm = client(ScriptedTransport(answer("hi")))
+
+    async def inside() -> None:
+        llm(messages="Hello")
+
+    with pytest.raises(ConfigError, match=r"await llm\.complete"):
+        portal.call(inside)
+
+
+PERMANENT = [
+    (failure(400, "bad"), BadRequestError),
+    (failure(401, "key"), AuthenticationError),
+    (failure(403, "no"), PermissionDeniedError),
+    (failure(404, "model"), NotFoundError),
+    (failure(413, "large"), BadRequestError),
+    (failure(422, "field"), BadRequestError),
+    (failure(429, "quota", code="insufficient_quota"), QuotaError),
+    (failure(400, "too long", code="context_length_exceeded"), ContextLengthError),
+]
+
+
+@pytest.mark.parametrize(("reply", "kind"), PERMANENT, ids=lambda value: getattr(value, "__name__", ""))
+async def test_permanent_errors_are_tried_once(reply: HTTPReply, kind: type[LLMError]) -> None:
+    """What will not get better by waiting costs one request."""
+    transport = ScriptedTransport(reply)
+    with pytest.raises(kind) as caught:
+        await client(transport).complete(QUESTION)
+    assert type(caught.value) is kind
+    assert (len(transport.requests), caught.value.attempts) == (1, 1)
+
+
+TRANSIENT: list[tuple[Any, type[LLMError]]] = [
+    *[(failure(status), ServerError) for status in (408, 409, 500, 502, 503, 504, 529)],
+    (failure(429), RateLimitError),
+    (APIConnectionError("cut"), APIConnectionError),
+    (HTTPReply(status=200, body=b"<html>", headers={}), DecodeError),
+    (HTTPReply(status=200, body=b"", headers={}), LLMError),
+]
+
+
+@pytest.mark.parametrize(("step", "kind"), TRANSIENT)
+@pytest.mark.parametrize("max_attempts", [1, 3])
+async def test_transient_errors_get_the_attempts_set(step: Any, kind: type[LLMError], max_attempts: int) -> None:
+    """`max_attempts` counts all requests of a call; the error tells how many were sent."""
+    transport = ScriptedTransport(step)
+    with pytest.raises(kind) as caught:
+        await client(transport, max_attempts=max_attempts).complete(QUESTION)
+    assert (len(transport.requests), caught.value.attempts) == (max_attempts, max_attempts)
+
+
+@pytest.mark.parametrize("step", [step for step, _ in TRANSIENT])
+async def test_a_transient_error_then_an_answer(step: Any) -> None:
+    """A transient failure is invisible but for the number of attempts."""
+    completion = await client(ScriptedTransport(step, answer("hi"))).complete(QUESTION)
+    assert (completion.text, completion.attempts) == ("hi", 2)
+
+
+async def test_retry_after_is_waited_for() -> None:
+    """A Retry-After is waited for to the millisecond, without jitter."""
+    time = VirtualTime()
+    transport = ScriptedTransport(failure(503, headers={"retry-after": "7"}), answer())
+    await client(transport, time).complete(QUESTION)
+    assert time.slept == [7.0]
+
+
+async def test_retry_after_beyond_the_cap_fails_fast() -> None:
+    """Nobody waits five minutes because a server says so: the error carries the number instead."""
+    time = VirtualTime()
+    transport = ScriptedTransport(failure(429, headers={"retry-after": "300"}))
+    with pytest.raises(RateLimitError) as caught:
+        await client(transport, time).complete(QUESTION)
+    assert (caught.value.retry_after, len(transport.requests), time.slept) == (300.0, 1, [])
+
+
+async def test_retry_after_on_an_answer_is_ignored() -> None:
+    """Anthropic and HuggingFace send Retry-After with 200s; it means nothing there."""
+    time = VirtualTime()
+    llm = client(ScriptedTransport(answer(headers={"retry-after": "20"})), time)
+    await llm.complete(QUESTION)
+    await llm.complete(QUESTION)
+    assert time.slept == []
+
+
+async def test_one_deadline_for_the_whole_call() -> None:
+    """Every attempt gets what the earlier ones and their waits have left of `timeout`."""
+    time = VirtualTime()
+    transport = ScriptedTransport(failure(503, headers={"retry-after": "4"}))
+    with pytest.raises(ServerError) as caught:
+        await client(transport, time, timeout=10.0).complete(QUESTION)
+    assert transport.timeouts == [10.0, 6.0, 2.0]
+    assert caught.value.attempts == 3
+
+
+async def test_no_wait_that_would_outlast_the_deadline() -> None:
+    """A wait that ends after the deadline is not begun."""
+    time = VirtualTime()
+    transport = ScriptedTransport(failure(503, headers={"retry-after": "4"}))
+    with pytest.raises(ServerError) as caught:
+        await client(transport, time, timeout=3.0).complete(QUESTION)
+    assert (caught.value.attempts, time.slept) == (1, [])
+
+
+async def test_the_agents_calls_stand_in_the_transcript() -> None:
+    """What the agent asks is shown to the optimizer; what optimizer, aggregator and guide ask is not."""
+    llm = client(ScriptedTransport(answer("seen")))
+    with transcript() as shown:
+        await llm.complete("by the agent")
+        with lineage("judge", role="guide"):
+            await llm.complete("by the guide")
+    assert "by the agent" in shown.render()
+    assert "seen" in shown.render()
+    assert "by the guide" not in shown.render()
+
+
+async def test_a_failed_call_stands_in_the_transcript() -> None:
+    """The optimizer sees that a call failed."""
+    with transcript() as shown, pytest.raises(AuthenticationError):
+        await client(ScriptedTransport(failure(401, "wrong key"))).complete("hello")
+    assert "AuthenticationError" in shown.render()
+
+
+async def test_usage_is_counted_by_role() -> None:
+    """The ledger knows what each role used."""
+    llm = client(ScriptedTransport(answer()))
+    with collecting() as ledger:
+        await llm.complete("a")
+        with lineage("propose", role="optimizer"):
+            await llm.complete("b")
+            await llm.complete("c")
+    assert {role: usage.calls for role, usage in ledger.totals().items()} == {"agent": 1, "optimizer": 2}
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_attempts": 0}, {"timeout": 0}, {"max_concurrency": 0}, {"rpm": 0}, {"tpm": -1}], ids=str
+)
+def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
+    """A limit under which nothing could ever be sent is an error at once."""
+    with pytest.raises(ConfigError, match=rf"expected {next(iter(options))} >"):
+        client(ScriptedTransport(answer()), **options)
+
+
+def test_without_a_model_the_error_says_what_to_set() -> None:
+    """No silent default model: the error names the variables."""
+    with pytest.raises(ConfigError, match="TRACE_LITELLM_MODEL"):
+        LLM(env={}, transport=ScriptedTransport(answer()))
+    llm = LLM(env={"TRACE_LITELLM_MODEL": "openai/gpt-4o-mini"}, transport=ScriptedTransport(answer()))
+    assert llm.model == "openai/gpt-4o-mini"
+
+
+async def test_a_missing_key_is_told_before_anything_is_sent() -> None:
+    """Making the client needs no key (a cassette needs none), sending does."""
+    transport = ScriptedTransport(answer())
+    llm = LLM("openai/gpt-4o-mini", env={}, transport=transport)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        await llm.complete("hello")
+    assert transport.requests == []
+
+
+def test_a_client_is_not_copied_with_its_agent() -> None:
+    """Trace deep-copies agents; limits and connections stay shared."""
+    llm = client(ScriptedTransport(answer()))
+    assert copy.deepcopy({"llm": llm})["llm"] is llm
