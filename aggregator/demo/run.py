@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from aggregator import portal
 from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.routing import SIMULATED_URL, Rerouted
 from aggregator.errors import ConfigError
@@ -157,8 +158,10 @@ def _simulated(seed: int) -> Iterator[ChatModel]:
     from aggregator.llm.transport import AiohttpTransport
     from aggregator.testing.simulated_model import SimulatedModel
 
-    with SimulatedModel(seed) as server:
-        route = Rerouted(AiohttpTransport(), source=SIMULATED_URL, target=server.base_url)
+    with SimulatedModel(seed) as server, ExitStack() as stack:
+        transport = AiohttpTransport()
+        stack.callback(portal.call, transport.aclose)
+        route = Rerouted(transport, source=SIMULATED_URL, target=server.base_url)
         yield _client(MODEL, base_url=SIMULATED_URL, transport=route)
 
 
