@@ -7,6 +7,7 @@ A failed sample is data; a failed run is one of these.
     ├── ConfigError(ValueError)          a wrong argument, name, data set, key
     ├── ParameterError                   a value that cannot become the parameter's type
     ├── SuggestionError                  a reply that cannot be read
+    ├── SandboxError                     trained code that went beyond its sandbox
     ├── GuideError                       a guide that gave no verdict; never a score of 0
     ├── CassetteError
     │   ├── CassetteMissError            no recorded exchange answers; `except Exception` cannot hide it
@@ -61,6 +62,10 @@ class SuggestionError(AggregatorError, ValueError):
 
 class GuideError(AggregatorError):
     """A guide gave no usable verdict: no number, NaN, or a judge whose reply cannot be read. Never a score of 0."""
+
+
+class SandboxError(AggregatorError):
+    """Trained code went beyond its sandbox, or failed there with an error of its own making; says so as feedback."""
 
 
 class CassetteError(AggregatorError):

@@ -12,6 +12,7 @@ from types import FunctionType
 from typing import Any, TypeVar, overload
 
 from aggregator.agents.code import CodeParameter
+from aggregator.agents.sandbox import Limits, Sandbox, current_limits, limits_of, sandboxed_function
 from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.errors import ConfigError
 
@@ -26,12 +27,15 @@ _IS_COROUTINE, _HAS_VARARGS = 0x80, 0x04  # inspect.CO_COROUTINE, inspect.CO_VAR
 class Operation:
     """What @bundle knows of a function: its name, its description, and the parameter that holds its source."""
 
-    def __init__(self, function: FunctionType, description: str | None, *, trainable: bool) -> None:
+    def __init__(
+        self, function: FunctionType, description: str | None, *, trainable: bool, limits: Limits | None = None
+    ) -> None:
         doc = (function.__doc__ or "").strip()
         self.function = function
         self.name = function.__name__
         self.title = function.__qualname__.rpartition("<locals>.")[2]
         self.description = " ".join(doc.split("\n\n")[0].split()) if description is None else description
+        self.limits = limits
         self.is_async = bool(function.__code__.co_flags & _IS_COROUTINE)
         self.code = CodeParameter(function, name=self.name + CODE, description=self.description) if trainable else None
 
@@ -62,11 +66,13 @@ class Operation:
         return None
 
     def current(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """Return the function to call: as written, or compiled from the source that the parameter holds."""
+        """Return the function to call: as written, compiled from the parameter's source, or run in a sandbox."""
         if self.code is None:
             return self.function
-        code = self.code_of(self.owner_among(args))
-        return code.function() if code else self.function
+        owner = self.owner_among(args)
+        code = self.code_of(owner) or self.code
+        limits = current_limits(self.limits)
+        return code.function() if limits is None else sandboxed_function(code, owner, limits)
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
         """Return the arguments of a call under their names, without `self`."""
@@ -115,12 +121,14 @@ class Operation:
 @overload
 def bundle(description: F) -> F: ...
 @overload
-def bundle(description: str | None = None, *, trainable: bool = False) -> Callable[[F], F]: ...
-def bundle(description: Any = None, *, trainable: bool = False) -> Any:
+def bundle(description: str | None = None, *, trainable: bool = False, sandbox: Sandbox = None) -> Callable[[F], F]: ...
+def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox = None) -> Any:
     """Trace a function or method, sync or async: transcripts show its name, description, inputs and output.
 
     `description` defaults to the docstring's first paragraph. `trainable=True` makes the source a parameter named
-    `<operation>__code`: of the instance for a method of a Module, else of the operation itself.
+    `<operation>__code`: of the instance for a method of a Module, else of the operation itself. Its code runs in this
+    process, or with `sandbox="process"` in a worker process with limits (`aggregator.agents.sandbox` says which, and
+    what the code can see there).
 
     >>> @bundle()
     ... def add(a: int, b: int) -> int:
@@ -130,8 +138,11 @@ def bundle(description: Any = None, *, trainable: bool = False) -> Any:
     3
     """
     if callable(description):
-        return _wrap(description, None, trainable=False)
-    return lambda function: _wrap(function, description, trainable=trainable)
+        return _wrap(description, None, trainable=False, limits=None)
+    limits = limits_of(sandbox)
+    if limits and not trainable:
+        raise ConfigError("Expected trainable=True beside sandbox=..., got False; only trained code is sandboxed")
+    return lambda function: _wrap(function, description, trainable=trainable, limits=limits)
 
 
 def operation_of(function: Any) -> Operation | None:
@@ -141,13 +152,13 @@ def operation_of(function: Any) -> Operation | None:
     return operation if isinstance(operation, Operation) else None
 
 
-def _wrap(function: Any, description: str | None, *, trainable: bool) -> Any:
+def _wrap(function: Any, description: str | None, *, trainable: bool, limits: Limits | None) -> Any:
     if not isinstance(function, FunctionType):
         raise ConfigError(
             f"Expected a function written with `def`, got {type(function).__name__}; put @bundle closest to the "
             "function, below @staticmethod, @classmethod or other decorators"
         )
-    operation = Operation(function, description, trainable=trainable)
+    operation = Operation(function, description, trainable=trainable, limits=limits)
     if operation.is_async:
 
         @wraps(function)

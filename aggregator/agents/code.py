@@ -59,15 +59,18 @@ class CodeParameter(ParameterNode[str]):
 
     def place_of(self, error: BaseException, function: Callable[..., Any]) -> str:
         """Return in which line of the source an error left `function`, counted from the `def` line, else ""."""
+        lines = self.data.splitlines()
+        number = getattr(error, "source_line", 0) or self._line(error, function)
+        return f" (line {number}: {lines[number - 1].strip()})" if 0 < number <= len(lines) else ""
+
+    def _line(self, error: BaseException, function: Callable[..., Any]) -> int:
         code = getattr(function, "__code__", None)
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code is not code:
             trace = trace.tb_next
         if trace is None:
-            return ""
-        lines = self.data.splitlines()
-        number = trace.tb_lineno - (self.written_at if function is self.original else 1) + 1
-        return f" (line {number}: {lines[number - 1].strip()})" if 0 < number <= len(lines) else ""
+            return 0
+        return trace.tb_lineno - (self.written_at if function is self.original else 1) + 1
 
 
 def source_of(function: FunctionType) -> tuple[str, int]:
