@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 
 from aggregator.agents.values import shorten
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import DecodeError, GuideError
+from aggregator.errors import GuideError
 from aggregator.protocols import ChatModel
 
 JUDGE_SYSTEM_PROMPT = """\
@@ -97,12 +97,12 @@ class LLMJudge:
             return read_verdict(text)
 
     async def _ask(self, messages: list[dict[str, str]]) -> str:
-        try:
-            completion = await self.llm.complete(messages, max_tokens=self.max_tokens, response_format=VERDICT_FORMAT)
-        except DecodeError as error:  # the client's own check of the format; this room reads a little more than that
-            if not isinstance(text := getattr(error, "text", None), str):
-                raise
-            return text
+        completion = await self.llm.complete(
+            messages,
+            max_tokens=self.max_tokens,
+            response_format=VERDICT_FORMAT,
+            validate=str,  # the client lets every text through: what it says is read, and repaired, here
+        )
         return completion.text
 
 

@@ -7,6 +7,7 @@ Where two proposals weigh the same, the one of the earlier sample wins, so that 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import wraps
@@ -185,7 +186,9 @@ def _is_current(current: Values, name: str, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN, and for an int beyond what a float holds
 
 
 def _is_numeric(name: str, current: Values, proposals: Sequence[Proposal]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aggregator.cassettes.lineage import current_lineage, current_role, lineage
-from aggregator.errors import DecodeError, GuideError, RateLimitError
+from aggregator.errors import GuideError, RateLimitError
 from aggregator.guides.calling import judge
 from aggregator.guides.judge import LLMJudge, Verdict, judge_messages, read_verdict
 from aggregator.records import Choice, Completion, Message
@@ -153,15 +153,7 @@ async def test_second_unreadable_verdict_is_a_failure() -> None:
     with pytest.raises(GuideError, match="Well, well"):
         await LLMJudge(model)("x", "y")
     assert len(model.asked) == 2
-
-
-async def test_text_that_the_client_refused_is_read_here() -> None:
-    """A client that checks the format itself hands its text over with the error."""
-    error = DecodeError("not the format")
-    error.text = '{"feedback": "One.\nTwo.", "score": 1}'  # type: ignore[attr-defined]
-    assert (await LLMJudge(Model(error))("x", "y")).score == 1.0
-    with pytest.raises(DecodeError):
-        await LLMJudge(Model(DecodeError("no JSON at all")))("x", "y")
+    assert model.options[0]["validate"]("Well.") == "Well."  # a client's own check does not ask a third time
 
 
 async def test_lost_call_is_passed_on() -> None:
