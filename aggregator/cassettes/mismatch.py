@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aggregator.cassettes.reading import Row
+from aggregator.cassettes.rows import Row
 from aggregator.records import HTTPRequest
 
 

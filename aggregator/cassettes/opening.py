@@ -19,14 +19,14 @@ from msgspec import Struct
 from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.keys import Ignore, parse_ignore
 from aggregator.cassettes.locking import FileLock
-from aggregator.cassettes.reading import Recording, Row, read
+from aggregator.cassettes.reading import read
+from aggregator.cassettes.rows import NOTHING, Row
 from aggregator.cassettes.saving import LayoutChoice, save
 from aggregator.cassettes.tape import LineageRule, Tape
 from aggregator.cassettes.timing import Faults, Latency
 from aggregator.errors import ConfigError
 
 Mode = Literal["none", "once", "new_episodes", "all"]
-NOTHING = Recording(rows=(), state="open", layout="journal")
 
 
 def default_mode(environment: Mapping[str, str] = os.environ) -> Mode:

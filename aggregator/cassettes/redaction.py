@@ -1,31 +1,211 @@
-"""Secrets never reach the disk."""
+"""Secrets never reach the disk: what is written is the exchange without them.
+
+Headers are kept by an allow-list. In URLs, bodies and error texts secrets are replaced by `REDACTED`, found
+by name, by shape and by the very values that authenticated. What still holds one of those values afterwards
+is refused. Everything else stays as it was, byte for byte.
+"""
 
 from __future__ import annotations
 
+import re
+import zlib
+from collections.abc import Mapping
 from functools import lru_cache
 
-import msgspec
+from msgspec.structs import replace
 
-from aggregator.cassettes.exchanges import Exchange
+from aggregator.cassettes.exchanges import Exchange, encode_line
+from aggregator.cassettes.secrets import (
+    PLACEHOLDER,
+    Edit,
+    Needles,
+    apply_edits,
+    authenticating_values,
+    is_secret_field,
+    moved,
+    needles_of,
+    query_edits,
+    secret_edits,
+    suspicious,
+)
+from aggregator.cassettes.streams import Chunks, hidden_edits, is_stream
+from aggregator.errors import SecretLeakError
 from aggregator.records import HTTPRequest
 
-KEPT_HEADERS = frozenset({"content-type", "retry-after", "x-request-id", "request-id", "anthropic-version", "accept"})
+KEPT_HEADERS = frozenset(
+    {"accept", "content-type", "date", "retry-after", "retry-after-ms", "request-id", "x-request-id", "x-should-retry"}
+    | {"anthropic-version", "anthropic-beta", "openai-beta", "openai-version", "openai-processing-ms"}
+)
+_KEPT_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+_LARGEST_INFLATED = 1 << 24
+
+
+@lru_cache(maxsize=1024)
+def is_kept(name: str) -> bool:
+    """Say whether a header of this lower-case name is written."""
+    return name in KEPT_HEADERS or name.startswith(_KEPT_PREFIXES)
+
+
+@lru_cache(maxsize=1024)
+def redact_url(url: str) -> str:
+    """Return the URL without secret query values and without a password.
+
+    >>> redact_url("https://me:pass@x.example/v1?key=abc&alt=sse")
+    'https://REDACTED@x.example/v1?key=REDACTED&alt=sse'
+    """
+    head, mark, query = url.partition("?")
+    if "@" in head:
+        head = re.sub(r"//[^/@]*@", f"//{PLACEHOLDER}@", head)
+    if not mark:
+        return head
+    return f"{head}?{'&'.join(_redact_pair(pair) for pair in query.split('&'))}"
+
+
+def _redact_pair(pair: str) -> str:
+    name, mark, value = pair.partition("=")
+    return f"{name}={PLACEHOLDER}" if mark and value and is_secret_field(name) else pair
+
+
+def needles_for(request: HTTPRequest) -> Needles:
+    """Return what must not be found in anything that is written about this request."""
+    return _needles(request.url, tuple(request.headers.items()), request.secrets)
 
 
 @lru_cache(maxsize=256)
-def redact_url(url: str) -> str:
-    """Return the URL without secret query values."""
-    return url
+def _needles(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, ...]) -> Needles:
+    return needles_of(authenticating_values(url, dict(headers), secrets))
 
 
-def redact_request(request: HTTPRequest) -> HTTPRequest:
-    """Return the request as it may be written."""
-    headers = {name.lower(): value for name, value in request.headers.items() if name.lower() in KEPT_HEADERS}
-    return msgspec.structs.replace(request, headers=headers, secrets=())
+def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTPRequest:
+    """Return the request as it may be written; its key is computed from this, so that the file gives the same key."""
+    needles = needles_for(request) if needles is None else needles
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    body = request.body
+    if "x-www-form-urlencoded" in headers.get("content-type", ""):
+        body = redact_url(f"?{body.decode(errors='surrogateescape')}")[1:].encode(errors="surrogateescape")
+    if suspicious(body, needles) or rb"\u00" in body:
+        body = redact_body(body, needles)[0]
+    return HTTPRequest(
+        method=request.method,
+        url=_clean_url(request.url, needles),
+        body=body,
+        headers=_kept(headers, needles),
+    )
 
 
-def redact_exchange(exchange: Exchange, secrets: tuple[str, ...]) -> Exchange:
-    """Return the exchange as it may be written; raises SecretLeakError."""
+@lru_cache(maxsize=1024)
+def _clean_url(url: str, needles: Needles) -> str:
+    return redact_text(redact_url(url), needles)
+
+
+def redact_line(exchange: Exchange, needles: Needles = ()) -> bytes:
+    """Return the line of an exchange whose request is redacted; raises SecretLeakError."""
     reply = exchange.reply
-    headers = {name.lower(): value for name, value in reply.headers.items() if name.lower() in KEPT_HEADERS}
-    return msgspec.structs.replace(exchange, reply=msgspec.structs.replace(reply, headers=headers))
+    exchange = replace(exchange, reply=replace(reply, headers=_kept(reply.headers, needles)))
+    line = encode_line(exchange)
+    if _is_due(exchange, needles) or b"!!binary" in line:
+        clean = _redact_reply(exchange, needles)
+        line = encode_line(clean)
+        _refuse_leaks(clean, line, needles)
+    return line
+
+
+def _is_due(exchange: Exchange, needles: Needles) -> bool:
+    """Say whether the exchange needs the thorough look."""
+    reply, facts = exchange.reply, exchange.facts
+    streamed = bool(reply.chunks) or is_stream(reply.headers)
+    texts = f"{facts.lineage} {facts.model} {reply.reason}".encode()
+    return (
+        streamed
+        or facts.error is not None
+        or suspicious(reply.body, needles)
+        or rb"\u00" in reply.body  # the quick look cannot see into it
+        or suspicious(texts, needles)
+    )
+
+
+def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
+    reply, facts = exchange.reply, exchange.facts
+    body, steps = redact_body(reply.body, needles)
+    return replace(
+        exchange,
+        reply=replace(reply, body=body, reason=redact_text(reply.reason, needles)),
+        facts=replace(
+            facts,
+            model=redact_text(facts.model, needles),
+            chunks=_moved_chunks(facts.chunks, steps),
+            error=facts.error and (facts.error[0], redact_text(facts.error[1], needles)),
+        ),
+    )
+
+
+def _kept(headers: Mapping[str, str], needles: Needles) -> dict[str, str]:
+    """Return the headers that are written, without secrets in them."""
+    kept = {name: value for name, value in headers.items() if is_kept(name)}
+    return {name: _clean_value(value, needles) for name, value in kept.items()}
+
+
+@lru_cache(maxsize=1024)
+def _clean_value(value: str, needles: Needles) -> str:
+    """Return a header's value without secrets; most values repeat."""
+    return redact_text(value, needles) if "=" in value or suspicious(value.encode(), needles) else value
+
+
+def redact_text(text: str, needles: Needles) -> str:
+    """Return a short text, such as an error's message, without secrets.
+
+    >>> redact_text("cannot reach https://x.example/?key=abc", ())
+    'cannot reach https://x.example/?key=REDACTED'
+    """
+    data = text.encode()
+    data = apply_edits(data, query_edits(data))
+    return apply_edits(data, secret_edits(data, needles)).decode()
+
+
+def redact_body(body: bytes, needles: Needles) -> tuple[bytes, list[list[Edit]]]:
+    """Return the body without secrets, and the edits of each step, for whoever must find its chunks again."""
+    first = secret_edits(body, needles)
+    body = apply_edits(body, first)
+    second = hidden_edits(body, needles)
+    return apply_edits(body, second), [first, second]
+
+
+def _moved_chunks(chunks: Chunks, steps: list[list[Edit]]) -> Chunks:
+    """Return the chunks of a redacted body: their borders move with what was replaced before them."""
+    borders, end = [], 0
+    for length, _ in chunks:
+        end += length
+        borders.append(end)
+    for edits in steps:
+        borders = [moved(border, edits) for border in borders]
+    return tuple((b - a, ms) for a, b, (_, ms) in zip((0, *borders), borders, chunks, strict=False))
+
+
+def _refuse_leaks(exchange: Exchange, line: bytes, needles: Needles) -> None:
+    """Raise where a value that authenticates is still there; the message names the place, never the value."""
+    request, reply, facts = exchange.request, exchange.reply, exchange.facts
+    places = {
+        "request body": request.body,
+        "compressed request body": inflated(request.body),
+        "reply body": reply.body,
+        "compressed reply body": inflated(reply.body),
+        "lineage": facts.lineage.encode(),
+        "exchange": line,
+    }
+    for place, data in places.items():
+        if any(needle in data for needle in needles):
+            raise SecretLeakError(
+                f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
+                f"({request.method} {redact_url(request.url)}, lineage {facts.lineage[:40]!r}); it was not written. "
+                "Keep the secret out of it, or call the model outside of the cassette"
+            )
+
+
+def inflated(body: bytes) -> bytes:
+    """Return what a gzip or zlib body holds, as far as it is sane to look; b"" for any other body."""
+    if body[:2] not in (b"\x1f\x8b", b"\x78\x9c", b"\x78\x01", b"\x78\xda"):
+        return b""
+    try:
+        return zlib.decompressobj(wbits=47).decompress(body, _LARGEST_INFLATED)
+    except zlib.error:
+        return b""

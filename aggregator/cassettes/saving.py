@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 from aggregator.cassettes.comments import PREAMBLE, Comment, Layout, content_hash
 from aggregator.cassettes.lineage import natural
-from aggregator.cassettes.reading import Row
+from aggregator.cassettes.readable import render_exchange
+from aggregator.cassettes.reading import shard_path
+from aggregator.cassettes.rows import Row
+from aggregator.errors import CassetteError
+
+SHARD_BYTES = 10_000_000
+"""Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
+READABLE_BYTES = 1_000_000
+"""Up to this a cassette closes as readable; more is no longer reviewed, and loads faster as a journal."""
+EMPTY = b"version: 1\ninteractions: []\n"
 
 LayoutChoice = Literal["auto", "journal", "readable"]
 
@@ -21,16 +32,55 @@ def canonical_order(rows: Sequence[Row]) -> list[Row]:
     )
 
 
-def render(rows: Sequence[Row], layout: Layout) -> bytes:
-    """Return the content of a file, without its leading comment."""
-    return PREAMBLE + b"".join(b"- %b\n" % bytes(row.line) for row in rows)
-
-
 def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None:
-    """Write a cassette; what stood there is replaced at once or not at all."""
-    content = render(rows, "journal")
-    comment = Comment(layout="journal", exchanges=len(rows), sha256=content_hash(content))
-    replace_file(path, comment.render() + content)
+    """Write a finished cassette; what stood there is replaced at once, when its successor is whole, or not at all."""
+    ordered = canonical_order(rows)
+    if layout == "auto":
+        layout = "readable" if sum(len(row.line) for row in rows) <= READABLE_BYTES else "journal"
+    contents = list(_shards(ordered, layout))
+    digests = [content_hash(content) for content, _ in contents]
+    group = sha256("".join(digests).encode()).hexdigest()[:12] if len(contents) > 1 else ""
+    comments = [
+        Comment(layout=layout, exchanges=count, sha256=digest, shard=number, shards=len(contents), set=group)
+        for number, ((_, count), digest) in enumerate(zip(contents, digests, strict=True), 1)
+    ]
+    others = [shard_path(path, group, number) for number in range(2, len(contents) + 1)]
+    try:
+        for file, comment, (content, _) in reversed(list(zip((path, *others), comments, contents, strict=True))):
+            replace_file(file, comment.render() + content)
+    except OSError as error:
+        raise CassetteError(
+            f"expected to write the cassette {path}, got {error}; free some space or make the folder writable. "
+            "What was recorded is still in its journal, and is taken up by the next recording"
+        ) from error
+    for old in shards_beside(path):
+        if old not in others:
+            old.unlink()
+
+
+def shards_beside(path: Path) -> list[Path]:
+    """Return every further shard of this name, of whichever recording."""
+    name = re.compile(rf"{re.escape(path.stem)}\.[0-9a-f]{{12}}\.\d{{4}}{re.escape(path.suffix)}")
+    return sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))
+
+
+def _shards(rows: Sequence[Row], layout: Layout) -> Iterator[tuple[bytes, int]]:
+    """Yield contents of about `SHARD_BYTES`, each with its number of exchanges; at least one."""
+    parts, size = [PREAMBLE if rows else EMPTY], 0
+    for row in rows:
+        item = _render(row, layout)
+        if size and size + len(item) > SHARD_BYTES:
+            yield b"".join(parts), len(parts) - 1
+            parts, size = [PREAMBLE], 0
+        parts.append(item)
+        size += len(item)
+    yield b"".join(parts), len(parts) - 1
+
+
+def _render(row: Row, layout: Layout) -> bytes:
+    if layout == "journal":
+        return b"- %b\n" % bytes(row.line)
+    return render_exchange(row.exchange(), row.line).encode()
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Literal, Protocol
 
-from aggregator.cassettes.exchanges import Exchange, Facts, decode_answer, encode_line
+from aggregator.cassettes.exchanges import Exchange, Facts, decode_answer
 from aggregator.cassettes.keys import Ignore, raw_key, request_key
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.mismatch import explain_miss
-from aggregator.cassettes.reading import Row
-from aggregator.cassettes.redaction import redact_exchange, redact_request, redact_url
+from aggregator.cassettes.redaction import needles_for, redact_line, redact_request, redact_url
+from aggregator.cassettes.rows import Row
 from aggregator.cassettes.timing import Faults, Latency, latency_scale
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Role, Usage
@@ -232,7 +232,7 @@ class Tape:
         slot.attempt += 1
         exchange = Exchange(request=request, reply=reply, facts=place)
         try:
-            line = encode_line(redact_exchange(exchange, slot.request.secrets))
+            line = redact_line(exchange, needles_for(slot.request))
             with self._lock:
                 self._sink.append(line)
                 self.recorded += 1

@@ -8,7 +8,7 @@ import pytest
 
 from aggregator.cassettes.exchanges import encode_line
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.reading import index_lines
+from aggregator.cassettes.rows import index_lines
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage

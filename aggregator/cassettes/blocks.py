@@ -1,0 +1,55 @@
+"""Reading everything but journals: our readable layout, and whatever vcrpy wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from aggregator.cassettes.documents import parse_document
+from aggregator.cassettes.exchanges import Exchange, encode_line
+from aggregator.cassettes.foreign import interactions_of, to_exchange
+from aggregator.cassettes.keys import Ignore, request_key
+from aggregator.cassettes.redaction import redact_line, redact_request
+from aggregator.cassettes.rows import REMEDY, Recording, index_lines
+from aggregator.errors import CassetteDamagedError
+
+
+def read_blocks(content: bytes, where: str, ignore: Ignore, *, intact: bool, skipped: int) -> Recording:
+    """Read a YAML or JSON cassette; `intact` says that it states its hash, `skipped` how many lines came before."""
+    document, starts = parse_document(content, where)
+    items = interactions_of(document, where)
+    ours = [isinstance(item.get("x"), dict) and "sha256" in item["x"] for item in items]
+    calls: dict[bytes, int] = {}
+    lines: list[bytes] = []
+    for index, item in enumerate(items):
+        place = f"{where}:{starts.get(id(item), 0) + skipped}" if starts else f"{where}, interaction {index + 1}"
+        exchange = to_exchange(item, place)
+        lines.append(_checked(item, exchange, place) if ours[index] else _adopted(exchange, index, calls))
+    findings = []
+    if any(ours) and not intact and not skipped:
+        findings.append(f"{where}: its leading comment is gone, so an exchange cut off at the end would not be seen")
+    return Recording(
+        rows=tuple(index_lines(lines, ignore)),
+        state="closed" if intact else "foreign",
+        layout="readable" if any(ours) or intact else "foreign",
+        findings=tuple(findings),
+    )
+
+
+def _checked(item: dict[str, Any], exchange: Exchange, place: str) -> bytes:
+    """Return the journal line of one of our own, whose hash must be right."""
+    line = encode_line(exchange)
+    if not line.endswith(b',"sha256":"%b"}}' % str(item["x"]["sha256"]).encode()):
+        raise CassetteDamagedError(
+            f"expected the exchange whose hash stands beside it, got another - at {place}; {REMEDY}"
+        )
+    return line
+
+
+def _adopted(exchange: Exchange, index: int, calls: dict[bytes, int]) -> bytes:
+    """Return the line of another tool's exchange: no lineage, played in the order of the file, secrets redacted."""
+    request = redact_request(exchange.request)
+    key = request_key(request.method, request.url, request.body)
+    ticket = calls[key] = calls.get(key, -1) + 1
+    return redact_line(replace(exchange, request=request, facts=replace(exchange.facts, ticket=ticket, order=index)))

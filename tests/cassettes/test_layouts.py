@@ -1,0 +1,184 @@
+"""Both layouts of a file: exact, canonical, sharded, and read by stock vcrpy."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vcr.serialize
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vcr.serializers import yamlserializer
+
+from aggregator.cassettes import saving
+from aggregator.cassettes.comments import Layout
+from aggregator.cassettes.exchanges import Exchange, Facts, decode_line, encode_line
+from aggregator.cassettes.readable import scalar
+from aggregator.cassettes.reading import read
+from aggregator.cassettes.rows import Row, index_lines
+from aggregator.cassettes.saving import canonical_order, save
+from aggregator.errors import CassetteDamagedError
+from aggregator.records import HTTPReply, HTTPRequest
+
+LAYOUTS: tuple[Layout, ...] = ("journal", "readable")
+BODIES = st.one_of(st.text().map(lambda text: text.encode(errors="replace")), st.binary())
+AWKWARD = (
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    " a",
+    "\ta",
+    "a\n",
+    "a\n\n",
+    "a\n \n",
+    "\n a\n",
+    "a \n b",
+    "- a\n: b\n# c",
+    "data: {}\n\n",
+)
+
+
+def exchange(
+    request: bytes = b'{"q":1}', reply: bytes = b'{"a":2}', headers: dict[str, str] | None = None, **facts: Any
+) -> Exchange:
+    return Exchange(
+        request=HTTPRequest(
+            url="https://api.example.com/v1?alt=sse", body=request, headers=headers or {"accept": "no"}
+        ),
+        reply=HTTPReply(status=200, reason="OK", body=reply, headers={"content-type": "application/json"}),
+        facts=Facts(**{"lineage": "", **facts}),
+    )
+
+
+def rows_of(*exchanges: Exchange) -> tuple[Row, ...]:
+    return tuple(index_lines(encode_line(one) for one in exchanges))
+
+
+def as_written(path: Path) -> list[Exchange]:
+    recording = read(path)
+    assert recording is not None
+    assert recording.findings == ()
+    return [row.exchange() for row in recording.rows]
+
+
+def by_vcrpy(path: Path) -> list[tuple[Any, Any]]:
+    """Read a cassette as stock vcrpy does."""
+    requests, responses = vcr.serialize.deserialize(path.read_text(encoding="utf-8"), yamlserializer)
+    return list(zip(requests, responses, strict=True))
+
+
+@given(BODIES)
+def test_scalars_are_byte_exact(body: bytes) -> None:
+    """YAML gives a body back as it was, whatever it holds."""
+    value = yaml.safe_load(f"a:\n  b: {scalar(body, 4)}  c: 1\n")["a"]["b"]
+    assert (value if isinstance(value, bytes) else value.encode()) == body
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_scalars(text: str) -> None:
+    """Blank lines, leading blanks and trailing line breaks survive."""
+    loaded = yaml.safe_load(f"a:\n  b: {scalar(text.encode(), 4)}  c: 1\n")
+    assert loaded == {"a": {"b": text, "c": 1}}
+
+
+def test_bodies_stand_unescaped(tmp_path: Path) -> None:
+    """A readable cassette shows a body as it is, in a block literal."""
+    path = tmp_path / "a.yaml"
+    body = '{"content": "a \\"word\\": é"}'
+    save(path, rows_of(exchange(reply=body.encode())), "readable")
+    assert f"      string: |-\n        {body}\n" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=40)
+@given(bodies=st.lists(st.tuples(BODIES, BODIES), min_size=1, max_size=3))
+def test_vcrpy_reads_what_we_write(
+    tmp_path_factory: pytest.TempPathFactory, layout: Layout, bodies: Sequence[Any]
+) -> None:
+    """Stock vcrpy reads both layouts, and sees the very bytes that we see."""
+    path = tmp_path_factory.mktemp("vcrpy") / "a.yaml"
+    written = [exchange(request, reply, order=index) for index, (request, reply) in enumerate(bodies)]
+    save(path, rows_of(*written), layout)
+    assert [(one.request.body, one.reply.body) for one in as_written(path)] == list(bodies)
+    for (request, response), (asked, answered) in zip(by_vcrpy(path), bodies, strict=True):
+        assert (request.body or b"", response["body"]["string"]) == (asked, answered)
+        assert request.uri == "https://api.example.com/v1?alt=sse"
+        assert dict(request.headers) == {"accept": "no"}
+        assert response["status"] == {"code": 200, "message": "OK"}
+        assert response["headers"] == {"content-type": ["application/json"]}
+
+
+def test_layouts_hold_the_same(tmp_path: Path) -> None:
+    """A cassette turned from one layout into the other and back is the same file."""
+    paths = [tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml")]
+    rows = rows_of(exchange(b"\xff", b"a\r\n", usage={"cost": 0.5}, chunks=((3, 1.5),)), exchange(lineage="x/y=1"))
+    for path, layout in zip(paths, ("journal", "readable", "journal"), strict=True):
+        save(path, rows, layout)  # type: ignore[arg-type]
+        recording = read(path)
+        assert recording is not None
+        assert (recording.layout, recording.state) == (layout, "closed")
+        rows = recording.rows
+    assert paths[0].read_bytes() == paths[2].read_bytes()
+
+
+def test_order_is_canonical() -> None:
+    """The file's order follows lineage (numbers as numbers), issue and attempt, never arrival."""
+    places = [("b", 0, 0), ("s=2/x", 0, 0), ("s=2/x", 1, 0), ("s=10/x", 0, 0), ("s=10/x", 0, 1)]
+    rows = rows_of(*(exchange(lineage=name, order=order, attempt=attempt) for name, order, attempt in places))
+    shuffled = random.Random(1).sample(rows, len(rows))
+    assert canonical_order(shuffled) == list(rows)
+
+
+def test_size_decides_the_layout(tmp_path: Path) -> None:
+    """Small cassettes close as readable, large ones stay journals."""
+    for size, layout in ((10, "readable"), (saving.READABLE_BYTES, "journal")):
+        save(tmp_path / "a.yaml", rows_of(exchange(reply=b"x" * size)))
+        recording = read(tmp_path / "a.yaml")
+        assert recording is not None
+        assert recording.layout == layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_cassettes_go_into_shards(tmp_path: Path, layout: Layout) -> None:
+    """Above about 10 MB a cassette is several files, each a whole cassette of stock vcrpy; old shards go."""
+    path = tmp_path / "a.yaml"
+    for count in (5, 3):
+        written = [exchange(reply=bytes([65 + index]) * 4_500_000, order=index) for index in range(count)]
+        save(path, rows_of(*written), layout)
+        assert as_written(path) == [decode_line(encode_line(one)) for one in written]
+        files = sorted(tmp_path.iterdir())
+        assert len(files) == (count + 1) // 2
+        assert all(file.stat().st_size < 11_000_000 for file in files)
+        if layout == "journal":
+            assert sum(len(by_vcrpy(file)) for file in files) == count
+
+
+def test_a_missing_or_mixed_shard_is_damage(tmp_path: Path) -> None:
+    """A shard that is gone, or of another recording, is an error that names it."""
+    path = tmp_path / "a.yaml"
+    save(path, rows_of(*(exchange(reply=b"x" * 6_000_000, order=index) for index in range(2))), "journal")
+    (shard,) = (file for file in tmp_path.iterdir() if file != path)
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(CassetteDamagedError, match="expected shard 2 of 2 in .*0002.yaml, got no file"):
+        read(path)
+    shard.write_bytes(content.replace(b" set=", b" set=000000000000 old=", 1))
+    with pytest.raises(CassetteDamagedError, match=r"0002.yaml:1"):
+        read(path)
+
+
+def test_a_failed_save_leaves_the_old_cassette(tmp_path: Path) -> None:
+    """Whatever fails while saving, what stood there stands."""
+    path = tmp_path / "a.yaml"
+    save(path, rows_of(exchange(reply=b"old")))
+    before = path.read_bytes()
+    rows = (*rows_of(exchange(reply=b"new")), "no row")
+    with pytest.raises(AttributeError):
+        save(path, rows)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
