@@ -6,9 +6,9 @@ import asyncio
 import gc
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks import traffic
 from benchmarks.harness import Case, Measured, Options, call, measure, run_case
@@ -36,6 +36,7 @@ def run(options: Options) -> Report:
         missing=[*measured.missing, *stock.missing],
         versions={**measured.versions, **stock.versions},
         notes=[
+            "targets are held against CPU time, which another process's load does not change; us is the wall time",
             "bare: sha256 of the body, a dictionary, the row and its completion decoded by msgspec; no client, no loop",
             f"stock vcrpy beyond {FEW} exchanges: integrated over {SAMPLES} requests along it, all before them played",
             f"turn_ms: the longest CPU time between two turns of the event loop while {TASKS} tasks replay",
@@ -66,17 +67,20 @@ def stock_case(n: int) -> Case:
 
 def ratio_rows(measured: Measured, sizes: Iterable[int]) -> list[Row]:
     """What the loop's own caches do to a longer tape, and what is left of ours."""
-    return [Row(f"own client / bare {n}", {"us": measured.ratio(f"own client {n}", f"bare {n}", "us")}) for n in sizes]
+    return [
+        Row(f"own client / bare {n}", {"cpu_us": measured.ratio(f"own client {n}", f"bare {n}", "cpu_us")})
+        for n in sizes
+    ]
 
 
 def targets(measured: Measured, stock: Measured, n: int) -> list[Target]:
-    aiohttp = measured.median(f"patched aiohttp {n}", "us")
-    slow = stock.median(f"stock vcrpy, aiohttp {n}", "us")
-    growth = measured.ratio(f"own client {n}", "own client 100", "us")
-    bare_growth = measured.ratio(f"bare {n}", "bare 100", "us")
+    aiohttp = measured.median(f"patched aiohttp {n}", "cpu_us")
+    slow = stock.median(f"stock vcrpy, aiohttp {n}", "cpu_us")
+    growth = measured.ratio(f"own client {n}", "own client 100", "cpu_us")
+    bare_growth = measured.ratio(f"bare {n}", "bare 100", "cpu_us")
     return [
-        Target(f"own client, an exchange of {n}", measured.median(f"own client {n}", "us"), 20.0, "us"),
-        Target(f"own client, of bare at {n}", measured.ratio(f"own client {n}", f"bare {n}", "us"), 2.5, "x"),
+        Target(f"own client, an exchange of {n}", measured.median(f"own client {n}", "cpu_us"), 20.0, "us"),
+        Target(f"own client, of bare at {n}", measured.ratio(f"own client {n}", f"bare {n}", "cpu_us"), 2.5, "x"),
         Target(f"growth 100 to {n}, of bare's", growth / bare_growth if growth and bare_growth else None, 1.3, "x"),
         Target(f"patched aiohttp, an exchange of {n}", aiohttp, 100.0, "us"),
         Target("longest turn", measured.median(f"own client, {TASKS} tasks {n}", "turn_ms"), 2.0, "ms"),
@@ -93,20 +97,20 @@ def targets(measured: Measured, stock: Measured, n: int) -> list[Target]:
 # What runs in the processes ------------------------------------------------------------------------------------------
 
 
-def timed(work: Callable[[], object], n: int) -> dict[str, float]:
-    gc.collect()
-    gc.freeze()  # what stands before the clock starts is not the replay's to look through
-    start = time.perf_counter()
-    work()
-    return {"us": (time.perf_counter() - start) / n * 1e6}
+class Clock:
+    """CPU and wall time of a block, an exchange; what stands before it starts is not the replay's to collect."""
 
+    def __enter__(self) -> Self:
+        gc.collect()
+        gc.freeze()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        return self
 
-async def timed_async(work: Callable[[], Awaitable[object]], n: int) -> dict[str, float]:
-    gc.collect()
-    gc.freeze()
-    start = time.perf_counter()
-    await work()
-    return {"us": (time.perf_counter() - start) / n * 1e6}
+    def __exit__(self, *error: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+
+    def each(self, n: int) -> dict[str, float]:
+        return {"cpu_us": self.cpu / n * 1e6, "us": self.wall / n * 1e6}
 
 
 class Canned:
@@ -130,12 +134,12 @@ def client(transport: Any = None) -> Any:
 
 
 async def record(path: str, n: int) -> dict[str, float]:
-    """Record n exchanges by our own client; they play for patched aiohttp too, since the request counts."""
+    """Record n exchanges by our own client, and one to warm up on; patched aiohttp plays them too."""
     from aggregator import cassette
 
     llm = client(Canned())
     async with cassette(path, "all", layout="journal"):
-        for i in range(n):
+        for i in range(n + 1):
             await llm.complete(traffic.messages(i))
     return {"exchanges": n}
 
@@ -145,43 +149,25 @@ def bare(path: str, n: int) -> dict[str, float]:
 
     import msgspec
 
-    class Body(msgspec.Struct):
-        string: str
+    body = msgspec.defstruct("Body", [("string", str)])
+    line = msgspec.defstruct("Line", [("response", msgspec.defstruct("Response", [("body", body)]))])
+    head = msgspec.defstruct("Head", [("request", msgspec.defstruct("Request", [("body", str)]))])
+    choice = msgspec.defstruct("Choice", [("message", msgspec.defstruct("Message", [("content", str)]))])
+    chat = msgspec.defstruct("Chat", [("choices", list[choice])])  # type: ignore[valid-type]
 
-    class Response(msgspec.Struct):
-        body: Body
-
-    class Line(msgspec.Struct):
-        response: Response
-
-    class Message(msgspec.Struct):
-        content: str
-
-    class Choice(msgspec.Struct):
-        message: Message
-
-    class Chat(msgspec.Struct):
-        choices: list[Choice]
-
-    class Asked(msgspec.Struct):
-        body: str
-
-    class Head(msgspec.Struct):
-        request: Asked
-
-    rows = [line[2:] for line in Path(path).read_bytes().splitlines() if line.startswith(b"- ")]
-    heads = msgspec.json.Decoder(Head)
+    rows = [item[2:] for item in Path(path).read_bytes().splitlines() if item.startswith(b"- ")]
+    heads: Any = msgspec.json.Decoder(head)
     bodies = [heads.decode(row).request.body.encode() for row in rows]
     index = {sha256(body).digest(): row for body, row in zip(bodies, rows, strict=True)}
-    decode, decode_chat = msgspec.json.Decoder(Line).decode, msgspec.json.Decoder(Chat).decode
+    lines: Any = msgspec.json.Decoder(line)
+    chats: Any = msgspec.json.Decoder(chat)
+    decode, decode_chat = lines.decode, chats.decode
 
-    def work() -> None:
-        for body in bodies:
+    with Clock() as clock:
+        for body in bodies[:n]:
             row = index[sha256(body).digest()]
             assert decode_chat(decode(row).response.body.string).choices[0].message.content
-
-    assert len(bodies) == n
-    return timed(work, n)
+    return clock.each(n)
 
 
 async def own_client(path: str, n: int) -> dict[str, float]:
@@ -189,12 +175,12 @@ async def own_client(path: str, n: int) -> dict[str, float]:
 
     llm, asked = client(), [traffic.messages(i) for i in range(n)]
 
-    async def work() -> None:
-        for messages in asked:
-            assert (await llm.complete(messages)).replayed
-
     async with cassette(path, "none"):
-        return await timed_async(work, n)
+        await llm.complete(traffic.messages(n))
+        with Clock() as clock:
+            for messages in asked:
+                assert (await llm.complete(messages)).replayed
+    return clock.each(n)
 
 
 async def own_client_tasks(path: str, n: int) -> dict[str, float]:
@@ -216,22 +202,20 @@ async def own_client_tasks(path: str, n: int) -> dict[str, float]:
         for messages in asked[first::TASKS]:
             await llm.complete(messages)
 
-    async def work() -> None:
-        nonlocal running
-        async with asyncio.TaskGroup() as group:
-            group.create_task(watch())
-            async with asyncio.TaskGroup() as replaying:
-                for first in range(TASKS):
-                    replaying.create_task(some(first))
-            running = False
-
     async with cassette(path, "none"):
-        figures = await timed_async(work, n)
-    return {**figures, "turn_ms": longest * 1e3}
+        await llm.complete(traffic.messages(n))
+        with Clock() as clock:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(watch())
+                async with asyncio.TaskGroup() as replaying:
+                    for first in range(TASKS):
+                        replaying.create_task(some(first))
+                running = False
+    return {**clock.each(n), "turn_ms": longest * 1e3}
 
 
-async def ask_aiohttp(session: Any, i: int) -> None:
-    async with session.post(traffic.URL, data=traffic.body(i), headers=traffic.REQUEST_HEADERS) as response:
+async def ask_aiohttp(session: Any, body: bytes) -> None:
+    async with session.post(traffic.URL, data=body, headers=traffic.REQUEST_HEADERS) as response:
         assert len(await response.read()) > 1000
 
 
@@ -241,15 +225,12 @@ async def patched_aiohttp(path: str, n: int) -> dict[str, float]:
     from aggregator import cassette
 
     bodies = [traffic.body(i) for i in range(n)]
-
-    async def work() -> None:
-        for body in bodies:
-            async with session.post(traffic.URL, data=body, headers=traffic.REQUEST_HEADERS) as response:
-                assert response.status == 200
-                await response.read()
-
     async with cassette(path, "none", clients=["aiohttp"]), aiohttp.ClientSession() as session:
-        return await timed_async(work, n)
+        await ask_aiohttp(session, traffic.body(n))
+        with Clock() as clock:
+            for body in bodies:
+                await ask_aiohttp(session, body)
+    return clock.each(n)
 
 
 async def cassetter(path: str, n: int) -> dict[str, float]:
@@ -258,7 +239,7 @@ async def cassetter(path: str, n: int) -> dict[str, float]:
 
     match_on = ["method", "uri", "body"]
     with use_cassette(path, record_mode="all", match_on=match_on, intercept=["aiohttp"]) as recording:
-        for i in range(n):
+        for i in range(n + 1):
             recording.record(
                 method="POST",
                 uri=traffic.URL,
@@ -269,13 +250,14 @@ async def cassetter(path: str, n: int) -> dict[str, float]:
                 response_body=traffic.answer(i),
             )
 
-    async def work() -> None:
-        for i in range(n):
-            await ask_aiohttp(session, i)
-
+    bodies = [traffic.body(i) for i in range(n)]
     with use_cassette(path, record_mode="none", match_on=match_on, intercept=["aiohttp"]):
         async with aiohttp.ClientSession() as session:
-            return await timed_async(work, n)
+            await ask_aiohttp(session, traffic.body(n))
+            with Clock() as clock:
+                for body in bodies:
+                    await ask_aiohttp(session, body)
+    return clock.each(n)
 
 
 async def stock_vcrpy(n: int) -> dict[str, float]:
@@ -292,16 +274,15 @@ async def stock_vcrpy(n: int) -> dict[str, float]:
         cassette.rewound, cassette.dirty = True, False
         async with aiohttp.ClientSession() as session:
             if n <= FEW:
-
-                async def work() -> None:
-                    for i in range(n):
-                        await ask_aiohttp(session, i)
-
-                return {**await timed_async(work, n), "last_ms": await last(session, cassette, n)}
+                bodies = [traffic.body(i) for i in range(n)]
+                with Clock() as clock:
+                    for asked in bodies:
+                        await ask_aiohttp(session, asked)
+                return {**clock.each(n), "last_ms": await one(session, cassette, n - 1) * 1e3}
             points = [round(i * (n - 1) / (SAMPLES - 1)) for i in range(SAMPLES)]
             costs = [await one(session, cassette, i) for i in points]
     area = sum((b - a) * (x + y) / 2 for a, b, x, y in zip(points, points[1:], costs, costs[1:], strict=False))
-    return {"us": area / (n - 1) * 1e6, "last_ms": costs[-1] * 1e3}
+    return {"cpu_us": area / (n - 1) * 1e6, "last_ms": costs[-1] * 1e3}
 
 
 def stock_exchange(i: int) -> tuple[Any, dict[str, Any]]:
@@ -313,13 +294,9 @@ def stock_exchange(i: int) -> tuple[Any, dict[str, Any]]:
 
 
 async def one(session: Any, cassette: Any, i: int) -> float:
-    """Seconds of the i-th request, all before it played."""
+    """CPU seconds of the i-th request, all before it played."""
     cassette.play_counts.clear()
     cassette.play_counts.update(dict.fromkeys(range(i), 1))
-    start = time.perf_counter()
-    await ask_aiohttp(session, i)
-    return time.perf_counter() - start
-
-
-async def last(session: Any, cassette: Any, n: int) -> float:
-    return await one(session, cassette, n - 1) * 1e3
+    start = time.process_time()
+    await ask_aiohttp(session, traffic.body(i))
+    return time.process_time() - start
