@@ -75,7 +75,7 @@ def _strict(schema: Schema) -> Schema | None:
         return None if items is None else {**kept, **limits, "items": items}
     if kind == "object":
         members = {name: _strict(part) for name, part in schema.get("properties", {}).items()}
-        if not members or None in members.values() or schema.get("additionalProperties"):
+        if not members or None in members.values():
             return None
         return {**kept, **_object({name: part for name, part in members.items() if part is not None}, list(members))}
     if kind is None and "enum" in schema:

@@ -347,6 +347,9 @@ def test_strict_schema_keeps_to_the_strict_subset() -> None:
     assert len(objects) == 3
     assert all(found["additionalProperties"] is False for found in objects)
     assert all(found["required"] == list(found["properties"]) for found in objects)
+    assert given_format["schema"]["properties"]["suggestion"]["properties"]["maybe"] == {
+        "anyOf": [{"type": "integer"}, {"type": "null"}]
+    }
     assert not any(word in text for word in ('"default"', '"maxLength"', '"pattern"', '"title"'))
     assert {"type": "string", "enum": ["a", "b"]} in given_format["schema"]["properties"]["suggestion"]["properties"][
         "choice"
@@ -478,6 +481,8 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "many escapes": lambda n: '{"suggestion": {"p": \'' + "\\" * n,
     "many triple quotes": lambda n: '{"suggestion": {"p": """' + ' \\"""' * (n // 5),
     "many quotes": lambda n: '{"suggestion": ' + "'\"" * (n // 2),
+    "many comment openers in prose": lambda n: "x" + "{/*" * (n // 3),
+    "many line comments in prose": lambda n: "x" + "{//" * (n // 3),
     "many stars": lambda n: '{"suggestion": /*' + "*" * n,
     "many tags": lambda n: "<think>" * (n // 7),
     "many thoughts": lambda n: "<think></think>" * (n // 15),
