@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aggregator.errors import CassetteMissError
-
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser of all commands."""
@@ -48,19 +46,8 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\nInterrupted. The steps until now stand in {options.out / 'events.jsonl'}\n")
         raise
-    except CassetteMissError as error:
-        raise CassetteMissError(f"{error}\n\n{_remedy(options.seed)}") from error
     sys.stdout.write(summary(outcome, options.out, sys.stdout))
     return 0
-
-
-def _remedy(seed: int) -> str:
-    if seed:
-        return f"The bundled cassette was recorded with --seed 0, not {seed}; add --serve to ask the simulated model."
-    return (
-        "The demo's cassette is stale: the code or the data has changed since it was recorded. "
-        "Record it again with `make record` (or `aggregator demo --serve --record`)."
-    )
 
 
 def _positive(text: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pkgutil import iter_modules
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(options: argparse.Namespace) -> int:
     """Run the command that was chosen (`options.run`) and turn what it raises into an exit code."""
     try:
-        code: int = options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show  # type: ignore[assignment]  # it looks at the message alone
+            code: int = options.run(options)
         sys.stdout.flush()
     except AggregatorError as error:
         if options.debug:
@@ -46,6 +49,11 @@ def guarded(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     return code
+
+
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    """Write a warning as one message, as errors are."""
+    sys.stderr.write(f"aggregator: warning: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from aggregator import portal
 from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.routing import SIMULATED_URL, Rerouted
-from aggregator.errors import ConfigError
+from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.protocols import ChatModel
 from aggregator.records import StepReport, TrainingResult
 
@@ -100,8 +100,11 @@ def train_demo(settings: Settings, *, observers: Sequence[Callable[[StepReport],
 
     settings = check(settings)
     started = perf_counter()
-    with events_file(settings.out / "events.jsonl"), _source(settings) as (llm, source):
-        result = _train(settings, llm, observers)
+    try:
+        with events_file(settings.out / "events.jsonl"), _source(settings) as (llm, source):
+            result = _train(settings, llm, observers)
+    except CassetteMissError as error:
+        raise CassetteMissError(f"{error}\n\n{_remedy(settings)}") from error
     save_result(result, settings.out / "result.json")
     return Outcome(result=result, source=source, seconds=perf_counter() - started)
 
@@ -127,6 +130,15 @@ def _train(settings: Settings, llm: ChatModel, observers: Sequence[Callable[[Ste
         batch_size=BATCH_SIZE,
         stepsize=STEPSIZE,
         eval_frequency=3,
+    )
+
+
+def _remedy(settings: Settings) -> str:
+    if settings.seed != Settings().seed:
+        return f"The cassette was recorded with seed 0, not {settings.seed}; add --serve to ask the simulated model."
+    return (
+        "The demo's cassette is stale: the code or the data has changed since it was recorded. "
+        "Record it again with `make record` (which runs `aggregator demo --serve --record`)."
     )
 
 

@@ -43,7 +43,7 @@ def _improvement(result: TrainingResult) -> str:
 def _scores(result: TrainingResult) -> str:
     """Lay out the score of each minibatch and, where it was evaluated, of the test set."""
     tests = {evaluation.step: evaluation.score for evaluation in result.evaluations}
-    lines = ["step  epoch  minibatch" + " " * (_BAR - 2) + "test", _row("start", "", None, tests.get(0))]
+    lines = [f"step  epoch  {'minibatch score':<{_BAR + 7}}test score", _row("start", "", None, tests.get(0))]
     lines += [
         _row(f"{report.step + 1:>5}", f"{report.epoch + 1:>5}", report.score, tests.get(report.step + 1))
         + _remarks(report)

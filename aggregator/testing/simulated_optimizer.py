@@ -161,10 +161,11 @@ def _longer(case: Case) -> Proposed:
 
 
 def _scaled(case: Case) -> Proposed:
-    """Follow feedback that only says more or less."""
-    number = _of(case, _number, re.compile("|".join(map(re.escape, case.feedback.split())) or "^$")) or _of(
-        case, _number
-    )
+    """Follow feedback that only says more or less: of the number it speaks of, else of the first."""
+    spoken = set(bare_text(case.feedback).split())
+    numbers = [parameter for parameter in case.parameters.values() if _number(parameter.value)]
+    named = [number for number in numbers if spoken & set(re.split(r"[\W_]+", number.name.lower()))]
+    number = next(iter(named or numbers), None)
     factor = 1.5 if _MORE.search(case.feedback) else 0.5 if _LESS.search(case.feedback) else 1
     if number is None or factor == 1:
         return {}

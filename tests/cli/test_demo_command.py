@@ -35,7 +35,7 @@ def test_a_stale_cassette_says_how_to_record(tmp_path: Path) -> None:
     done = demo("--seed", "7", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "recorded with --seed 0, not 7" in done.stderr
+    assert "recorded with seed 0, not 7" in done.stderr
     assert "simulated-model.invalid" in done.stderr
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 
 import pytest
 
 from aggregator import cli
 from aggregator.cli.main import commands, guarded, main
-from aggregator.errors import ConfigError
+from aggregator.errors import CassetteWarning, ConfigError
 
 
 def chosen(error: BaseException, *, debug: bool = False) -> Namespace:
@@ -48,6 +49,19 @@ def test_an_error_of_ours_is_one_message(capsys: pytest.CaptureFixture[str]) -> 
     assert guarded(chosen(ConfigError("Expected x, got y"))) == 1
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "aggregator demo: Expected x, got y\n")
+
+
+def test_a_warning_is_one_message(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
+    """It names no file and line of the library, and does not end the command."""
+
+    def run(options: Namespace) -> int:
+        warnings.simplefilter("always")
+        warnings.warn("something was repaired", CassetteWarning, stacklevel=1)
+        return 0
+
+    assert guarded(Namespace(command="demo", debug=False, run=run)) == 0
+    assert capsys.readouterr().err == "aggregator: warning: something was repaired\n"
+    assert not recwarn
 
 
 def test_debug_shows_where() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.demo.run import Settings, cassette_path, steps, train_demo
-from aggregator.errors import ConfigError
+from aggregator.errors import CassetteMissError, CassetteWarning, ConfigError
 from aggregator.records import StepReport
 
 
@@ -73,6 +73,19 @@ def test_recording_then_replaying(tmp_path: Path, replayed: Path) -> None:
         assert (tmp_path / name / "result.json").read_bytes() == (replayed / "result.json").read_bytes()
     assert "127.0.0.1" not in path.read_text()
     assert cassette_path().stat().st_size < 2_500_000
+
+
+def test_a_stale_cassette_says_what_is_missing_and_how_to_record(tmp_path: Path) -> None:
+    """Without the one recorded answer the error names the request and `make record`."""
+    lines = cassette_path().read_text().splitlines(keepends=True)
+    missing = "Please send me a quote for ten licences."
+    kept = [line for line in lines[1:] if not ("evaluate/step=0/" in line and missing in line)]
+    (tmp_path / "stale.yaml").write_text("".join(kept))
+    stale = pytest.raises(CassetteMissError, match="make record")
+    with pytest.warns(CassetteWarning, match="not closed"), stale as raised:
+        train_demo(Settings(out=tmp_path, cassette=tmp_path / "stale.yaml"))
+    assert missing in str(raised.value)
+    assert len(kept) == len(lines) - 2
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,12 @@ def test_missing_answer_joins_a_list_of_answers() -> None:
 
 @pytest.mark.parametrize(("feedback", "value"), [("The limit is too low.", 6), ("Use fewer.", 2)])
 def test_more_or_less_scales_a_number(feedback: str, value: int) -> None:
-    """Feedback that only asks for more or less moves a number."""
-    given = Case({"k": Parameter("k", 4, "limit")}, output="x", score=0.0, feedback=feedback)
-    assert sound(given) == {"k": value}
+    """Feedback that only asks for more or less moves the number it names, else the first."""
+    limits = {name: Parameter(name, 4) for name in ("search_limit", "depth")}
+    given = Case(limits, output="x", score=0.0, feedback=feedback)
+    assert sound(given) == {"search_limit": value}
+    deeper = Case(limits, output="x", score=0.0, feedback="The depth is too low.")
+    assert sound(deeper) == {"depth": 6}
 
 
 def test_errs_at_the_rate_it_is_given() -> None:
