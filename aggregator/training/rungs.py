@@ -75,7 +75,9 @@ def regions(text: str) -> Iterator[Region]:
 
 def _scan(text: str, start: int) -> Region:
     """Read lexemes from an opening brace to its end, rewriting each."""
-    depth, deepest, keys, tokens, problem, previous = 0, 0, [], [], "", ""
+    keys: list[str] = []
+    tokens: list[str] = []
+    depth, deepest, problem, previous = 0, 0, "", ""
     for match in _TOKEN.finditer(text, start):
         kind, lexeme = match.lastgroup, match.group()
         if kind in ("space", "comment"):

@@ -32,7 +32,7 @@ CURRENT: Values = {"p": "old", "k": 2, "t": 0.5, "on": True}
 def run(
     rule: UpdateRule, proposals: Sequence[Proposal], *, stepsize: float = 0.5, current: Values | None = None
 ) -> Any:
-    return portal.call(rule, CURRENT if current is None else current, proposals, stepsize=stepsize)  # type: ignore[arg-type]
+    return portal.call(rule, CURRENT if current is None else current, proposals, stepsize=stepsize)
 
 
 def proposal(i: int, /, *, score: float | None = None, **values: Any) -> Proposal:
