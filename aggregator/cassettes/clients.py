@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from aggregator.errors import CassetteError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
@@ -35,8 +34,6 @@ RIDES_ON: Mapping[str, tuple[str, ...]] = {
 }
 """Library -> the clients below it."""
 
-_SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "api-key", "x-api-key", "x-goog-api-key"})
-_SECRET_PARAMETERS = frozenset({"key", "api_key", "api-key", "access_token", "token"})
 _REFRAMED = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
 
@@ -70,11 +67,37 @@ def passing() -> Iterator[None]:
         _PASSING.reset(token)
 
 
+class _Headers(Mapping[str, str]):
+    """Another client's headers, converted when somebody looks: a replay seldom does."""
+
+    __slots__ = ("_given", "_made")
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = given
+        self._made: dict[str, str] | None = None
+
+    def _all(self) -> dict[str, str]:
+        if self._made is None:
+            self._made = {str(name): _header(value) for name, value in self._given.items()}
+        return self._made
+
+    def __getitem__(self, name: str) -> str:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
 def to_request(method: str, url: str, body: Any, headers: Mapping[str, Any]) -> HTTPRequest:
-    """Return another client's request as ours, with the values that authenticate it as its secrets."""
-    named = {str(name): _header(value) for name, value in headers.items()}
+    """Return another client's request as ours; what authenticates it, the redaction finds in its headers and URL."""
     return HTTPRequest(
-        method=method, url=url, body=to_bytes(body, url), headers=named, secrets=tuple(_secrets(named, url))
+        method=method,
+        url=url,
+        body=body if type(body) is bytes else to_bytes(body, url),
+        headers=_Headers(headers),
     )
 
 
@@ -82,14 +105,6 @@ def _header(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("latin-1")
     return value if isinstance(value, str) else str(value)
-
-
-def _secrets(headers: Mapping[str, str], url: str) -> Iterator[str]:
-    for name, value in headers.items():
-        if name.lower() in _SECRET_HEADERS:
-            yield value.rpartition(" ")[2]  # "Bearer <key>", or the bare key
-    if "?" in url:
-        yield from (value for name, value in parse_qsl(urlsplit(url).query) if name.lower() in _SECRET_PARAMETERS)
 
 
 def to_bytes(body: Any, url: str) -> bytes:

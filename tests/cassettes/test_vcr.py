@@ -90,7 +90,7 @@ def server() -> Iterator[Any]:
 
 
 def by_httpx(url: str, body: Any) -> bytes:
-    return httpx.post(url, json=body, headers={"authorization": "Bearer canary"}, trust_env=False).content
+    return httpx.post(url, json=body, headers={"authorization": "Bearer canary-number-1"}, trust_env=False).content
 
 
 def by_async_httpx(url: str, body: Any) -> bytes:
