@@ -11,7 +11,7 @@ from aggregator.errors import APIStatusError, ConfigError, DecodeError, EmptyRes
 from aggregator.llm.calls import ChatCall, StreamReader, Target
 from aggregator.llm.codecs.anthropic_messages import messages_of, system_of, tool_choice_of, tool_of
 from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
-from aggregator.llm.codecs.finish import finish_reason
+from aggregator.llm.codecs.finish import REASONS
 from aggregator.llm.codecs.lenient import excerpt, read
 from aggregator.llm.codecs.requests import post, secrets
 from aggregator.llm.codecs.sse import Event, EventReader, read_other
@@ -21,7 +21,7 @@ VERSION = "2023-06-01"  # every recorded request names it
 MAX_TOKENS = 4096  # the API demands a number
 
 
-class Block(Struct):
+class Block(Struct, gc=False):
     """One block of content; kinds that are not known (search results, compaction, ...) are read over."""
 
     type: str | None = None
@@ -29,10 +29,10 @@ class Block(Struct):
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
-    input: Any = None
+    input: msgspec.Raw = msgspec.Raw()
 
 
-class WireUsage(Struct):
+class WireUsage(Struct, gc=False):
     """`input_tokens` counts what no cache held: the two others come on top."""
 
     input_tokens: int | None = None
@@ -42,11 +42,11 @@ class WireUsage(Struct):
     output_tokens_details: _Details | None = None
 
 
-class _Details(Struct):
+class _Details(Struct, gc=False):
     thinking_tokens: int | None = None
 
 
-class Answer(Struct):
+class Answer(Struct, gc=False):
     """A message, or a delta of one in a stream."""
 
     content: list[Block] | str | None = None
@@ -57,7 +57,7 @@ class Answer(Struct):
     error: Any = None
 
 
-class _Delta(Struct):
+class _Delta(Struct, gc=False):
     type: str | None = None
     text: str | None = None
     thinking: str | None = None
@@ -65,7 +65,7 @@ class _Delta(Struct):
     stop_reason: str | None = None
 
 
-class _Event(Struct):
+class _Event(Struct, gc=False):
     type: str | None = None
     message: Answer | None = None
     index: int | None = None
@@ -129,7 +129,7 @@ class AnthropicMessages:
         blocks = [Block(type="text", text=content)] if isinstance(content, str) else content
         choice = Choice(
             message=_message(blocks),
-            finish_reason=finish_reason(answer.stop_reason),
+            finish_reason=REASONS.get(answer.stop_reason, "stop"),
             raw_finish_reason=answer.stop_reason,
         )
         return Completion(
@@ -162,20 +162,29 @@ def _output_config(call: ChatCall) -> dict[str, Any] | None:
 
 
 def _message(blocks: list[Block]) -> Message:
-    texts = [block.text for block in blocks if block.type == "text" and block.text]
-    thoughts = [block.thinking for block in blocks if block.thinking]
-    calls = [block for block in blocks if block.type == "tool_use"]
+    if len(blocks) == 1 and blocks[0].type == "text":
+        return Message(content=blocks[0].text or None)
+    texts, thoughts, calls = [], [], []
+    for block in blocks:
+        if block.type == "tool_use":
+            calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=_arguments(block)))
+        elif block.thinking:
+            thoughts.append(block.thinking)
+        elif block.type == "text" and block.text:
+            texts.append(block.text)
     return Message(
         content="".join(texts) if texts else None,
         reasoning="".join(thoughts) if thoughts else None,
-        tool_calls=tuple([_tool_call(block) for block in calls]) if calls else (),
+        tool_calls=tuple(calls),
     )
 
 
-def _tool_call(block: Block) -> ToolCall:
-    given = block.input
-    text = given if isinstance(given, str) else msgspec.json.encode({} if given is None else given).decode()
-    return ToolCall(id=block.id or "", name=block.name or "", arguments=text)
+def _arguments(block: Block) -> str:
+    """The tool's input as it stands in the body."""
+    text = bytes(block.input).decode()
+    if text.startswith('"'):  # a gateway that speaks OpenAI's format behind
+        return str(msgspec.json.decode(text))
+    return "{}" if text in ("", "null") else text
 
 
 def _usage(usage: WireUsage) -> Usage:
@@ -200,6 +209,7 @@ class MessageStream(EventReader):
         self._complete = codec.completion
         self._answer = Answer()
         self._blocks: dict[int, Block] = {}
+        self._inputs: dict[int, str] = {}
         self._ended = False
 
     def event(self, event: Event) -> str:
@@ -213,10 +223,8 @@ class MessageStream(EventReader):
         if told.usage is not None:
             self._add_usage(told.usage)
         if told.type == "content_block_start" and told.content_block is not None:
-            self._blocks[told.index or 0] = block = told.content_block
-            if block.type == "tool_use":
-                block.input = None  # {} here; the pieces follow
-            return block.text or ""
+            self._blocks[told.index or 0] = told.content_block
+            return told.content_block.text or ""
         if told.type == "message_stop":
             self._ended = True
         return self._grow(told.index or 0, told.delta) if told.delta is not None else ""
@@ -227,6 +235,8 @@ class MessageStream(EventReader):
 
     def build(self, reply: HTTPReply) -> Completion:
         """Put the blocks together."""
+        for index, text in self._inputs.items():  # the block began with {}; its pieces came after
+            self._blocks[index].input = msgspec.Raw(text.encode())
         self._answer.content = [block for _, block in sorted(self._blocks.items())]
         return self._complete(self._answer, reply)
 
@@ -239,7 +249,7 @@ class MessageStream(EventReader):
         if delta.thinking:
             block.thinking = (block.thinking or "") + delta.thinking
         if delta.partial_json:
-            block.input = (block.input or "") + delta.partial_json
+            self._inputs[index] = self._inputs.get(index, "") + delta.partial_json
         if not delta.text:
             return ""
         block.text = (block.text or "") + delta.text

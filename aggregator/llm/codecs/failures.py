@@ -35,7 +35,7 @@ from aggregator.records import HTTPReply
 E = TypeVar("E", bound=LLMError)
 
 _MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors", "error_message", "error_description", "title", "reason")
-_REQUEST_ID_HEADERS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-amzn-requestid")
+_OTHER_REQUEST_IDS = ("request-id", "apim-request-id", "x-ms-request-id", "x-amzn-requestid")
 _MAX_MESSAGE = 2000
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {
@@ -248,7 +248,9 @@ def _phrase(status: int) -> str:
 
 def request_id(headers: Mapping[str, str]) -> str | None:
     """What the provider's support asks for."""
-    for name in _REQUEST_ID_HEADERS:
+    if "x-request-id" in headers:  # nearly always; this stands on the path of every answer
+        return headers["x-request-id"]
+    for name in _OTHER_REQUEST_IDS:
         if name in headers:
             return headers[name]
     return None

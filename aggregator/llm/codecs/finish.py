@@ -29,8 +29,8 @@ _WORDS: dict[FinishReason, tuple[str, ...]] = {
         "model_armor",
     ),
 }
-_REASONS: dict[str | None, FinishReason] = {word: reason for reason, words in _WORDS.items() for word in words}
-_REASONS |= {word.upper(): reason for word, reason in _REASONS.items() if word}  # Gemini shouts
+REASONS: dict[str | None, FinishReason] = {word: reason for reason, words in _WORDS.items() for word in words}
+REASONS |= {word.upper(): reason for word, reason in REASONS.items() if word}  # Gemini shouts
 
 
 def finish_reason(word: str | None) -> FinishReason:
@@ -39,4 +39,4 @@ def finish_reason(word: str | None) -> FinishReason:
     >>> finish_reason("MAX_TOKENS"), finish_reason("end_turn"), finish_reason(None)
     ('length', 'stop', 'stop')
     """
-    return _REASONS.get(word, "stop")
+    return REASONS.get(word, "stop")

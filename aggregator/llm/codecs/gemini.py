@@ -51,43 +51,43 @@ def settle_vertex(target: Target, env: Mapping[str, str]) -> Target:
     return replace(target, base_url=f"{host}/projects/{project}/locations/{location}/publishers/google")
 
 
-class _Call(Struct):
+class _Call(Struct, gc=False):
     id: str | None = None
     name: str | None = None
     args: Any = None
 
 
-class _Part(Struct):
+class _Part(Struct, gc=False):
     text: str | None = None
     thought: bool | None = None
     functionCall: _Call | None = None  # noqa: N815 - the API's own names here and below
     thoughtSignature: str | None = None  # noqa: N815
 
 
-class _Content(Struct):
+class _Content(Struct, gc=False):
     parts: list[_Part] | None = None
 
 
-class _Candidate(Struct):
+class _Candidate(Struct, gc=False):
     content: _Content | None = None
     finishReason: str | int | None = None  # noqa: N815
     finishMessage: str | None = None  # noqa: N815
     index: int | None = None
 
 
-class _Feedback(Struct):
+class _Feedback(Struct, gc=False):
     blockReason: str | int | None = None  # noqa: N815
     blockReasonMessage: str | None = None  # noqa: N815
 
 
-class _Usage(Struct):
+class _Usage(Struct, gc=False):
     promptTokenCount: int | None = None  # noqa: N815
     candidatesTokenCount: int | None = None  # noqa: N815
     thoughtsTokenCount: int | None = None  # noqa: N815
     cachedContentTokenCount: int | None = None  # noqa: N815
 
 
-class Answer(Struct):
+class Answer(Struct, gc=False):
     """A whole answer, or one chunk of a stream."""
 
     candidates: list[_Candidate] | None = None
@@ -243,7 +243,7 @@ def _usage(usage: _Usage) -> Usage:
     )
 
 
-class _Growing(Struct):
+class _Growing(Struct, gc=False):
     parts: list[_Part] = field(default_factory=list)
     finish: str | int | None = None
 

@@ -38,9 +38,20 @@ def parse(body: bytes) -> Any:
     """
     text = body.decode("utf-8-sig", errors="replace")
     try:
-        return json.loads(text, strict=False)
+        return _paired(json.loads(text, strict=False))
     except (ValueError, RecursionError):
         raise DecodeError(f"Expected a JSON body, got {excerpt(text)}") from None
+
+
+def _paired(value: Any) -> Any:
+    """Replace lone surrogates, which some servers cut a character into, and which no UTF-8 text can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_paired(item) for item in value]
+    if isinstance(value, dict):
+        return {_paired(name): _paired(item) for name, item in value.items()}
+    return value
 
 
 def fit(data: Any, kind: type[T]) -> T:
@@ -54,7 +65,7 @@ def fit(data: Any, kind: type[T]) -> T:
     """
     for _ in range(_MAX_REPAIRS):
         try:
-            return msgspec.convert(data, kind, strict=False)
+            return msgspec.json.decode(msgspec.json.encode(data), type=kind, strict=False)
         except msgspec.ValidationError as error:
             found = _PATH.search(str(error))
             steps = [name or index for name, index in _STEP.findall(found.group(1))] if found else []

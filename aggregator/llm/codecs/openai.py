@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from aggregator.errors import APIStatusError, ContentFilterError, DecodeError, EmptyResponseError, ResponseError
 from aggregator.llm.calls import ChatCall, StreamReader, Target
 from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
-from aggregator.llm.codecs.finish import finish_reason
+from aggregator.llm.codecs.finish import REASONS, finish_reason
 from aggregator.llm.codecs.lenient import excerpt, read
 from aggregator.llm.codecs.openai_answers import DECODER, Answer, WireChoice, WireMessage, message_of, usage_of
 from aggregator.llm.codecs.openai_stream import ChatStream
@@ -66,14 +66,17 @@ class OpenAIChat:
         """Turn a parsed answer into a Completion; raises where it is an error or holds no message."""
         if answer.error:
             raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
-        if not answer.choices:
+        choices = answer.choices
+        if not choices:
             raise EmptyResponseError(
                 f"Expected choices from {self.target.provider}, got none in {excerpt(reply.body)}",
                 status=reply.status,
                 request_id=request_id(reply.headers),
             )
         return Completion(
-            choices=tuple([self._choice(choice, i, reply) for i, choice in enumerate(answer.choices)]),
+            choices=(self._choice(choices[0], 0, reply),)
+            if len(choices) == 1
+            else tuple([self._choice(choice, i, reply) for i, choice in enumerate(choices)]),
             usage=usage_of(answer),
             model=answer.model or "",
             id=answer.id or "",
@@ -101,7 +104,7 @@ class OpenAIChat:
             message = WireMessage(content=choice.text)
         return Choice(
             message=message_of(message),
-            finish_reason=finish_reason(choice.finish_reason),
+            finish_reason=REASONS.get(choice.finish_reason, "stop"),
             raw_finish_reason=choice.finish_reason,
             index=position if choice.index is None else choice.index,
         )

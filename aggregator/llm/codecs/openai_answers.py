@@ -11,25 +11,25 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aggregator.llm.codecs.thinking import OPEN, split_thinking
+from aggregator.llm.codecs.thinking import BEFORE_THINKING, split_thinking
 from aggregator.records import Message, ToolCall, Usage
 
 
-class WireFunction(Struct):
+class WireFunction(Struct, gc=False):
     """A function the model wants called; `arguments` is text, or an object where a gateway parsed it."""
 
     name: str | None = None
     arguments: Any = None
 
 
-class WireCustom(Struct):
+class WireCustom(Struct, gc=False):
     """A custom tool's call, with free text as its input."""
 
     name: str | None = None
     input: Any = None
 
 
-class WireToolCall(Struct):
+class WireToolCall(Struct, gc=False):
     """One tool call, or a piece of one in a stream."""
 
     id: str | None = None
@@ -38,7 +38,7 @@ class WireToolCall(Struct):
     index: int | None = None
 
 
-class WireMessage(Struct):
+class WireMessage(Struct, gc=False):
     """A message, or a delta of one; `content` may be text, parts or an object."""
 
     content: Any = None
@@ -50,7 +50,7 @@ class WireMessage(Struct):
     function_call: WireFunction | None = None
 
 
-class WireChoice(Struct):
+class WireChoice(Struct, gc=False):
     """One choice; Azure's content filter sends one without any message."""
 
     message: WireMessage | None = None
@@ -61,14 +61,14 @@ class WireChoice(Struct):
     error: Any = None
 
 
-class WireDetails(Struct):
+class WireDetails(Struct, gc=False):
     """The parts of a token count."""
 
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
 
 
-class WireUsage(Struct):
+class WireUsage(Struct, gc=False):
     """Token counts under the names of OpenAI, DeepSeek, Moonshot, GPUStack and Perplexity."""
 
     prompt_tokens: int | None = None
@@ -82,7 +82,7 @@ class WireUsage(Struct):
     cost: Any = None
 
 
-class Answer(Struct):
+class Answer(Struct, gc=False):
     """A whole answer, or one chunk of a stream."""
 
     choices: list[WireChoice] | None = None
@@ -93,16 +93,27 @@ class Answer(Struct):
     cost: Any = None
 
 
+# gc=False throughout: what is decoded holds no cycles, and is gone before a collection would find it.
 DECODER = msgspec.json.Decoder(Answer)
 
 
 def message_of(message: WireMessage) -> Message:
     """Turn a message into ours: text apart from thinking, tool calls with the model's own argument text."""
     content = message.content
+    more = (
+        message.tool_calls
+        or message.refusal
+        or message.reasoning_content
+        or message.reasoning
+        or message.function_call
+        or message.reasoning_details
+    )
+    if not more and type(content) is str and content and content[0] not in BEFORE_THINKING:
+        return Message(content=content)  # nearly every answer, and nothing else to look at
     thoughts: list[str] = []
     if content is not None and type(content) is not str:
         content, thoughts = text_and_thoughts(content)
-    if content and OPEN in content:
+    if content:
         content, thought = split_thinking(content)
         thoughts.append(thought)
     return Message(

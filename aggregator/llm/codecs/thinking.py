@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 OPEN, CLOSE = "<think>", "</think>"
+BEFORE_THINKING = "< \n\t\r"  # an answer that begins with none of these does not begin with a tag
 
 
 def split_thinking(content: str) -> tuple[str, str]:
@@ -11,7 +12,7 @@ def split_thinking(content: str) -> tuple[str, str]:
     >>> split_thinking("<think>two and two</think>\n\n4")
     ('4', 'two and two')
     """
-    if OPEN not in content or not (start := content.lstrip()).startswith(OPEN):
+    if content[:1] not in BEFORE_THINKING or not (start := content.lstrip()).startswith(OPEN):
         return content, ""
     reasoning, _, text = start[len(OPEN) :].partition(CLOSE)
     return text.lstrip(), reasoning.strip()
