@@ -1,23 +1,187 @@
-"""Nearest recorded request."""
+"""A miss explained: the nearest recorded request first, what differs by JSON path, and how to record again.
+
+Nearness is the share of words two requests have in common; the best few are then compared word by word, in
+order. Pure functions over rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
+from heapq import nlargest
+from typing import Any
 
+import msgspec
+from msgspec import Struct
+
+from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
 from aggregator.cassettes.rows import Row
-from aggregator.records import HTTPRequest
+from aggregator.records import HTTPReply, HTTPRequest
+
+MAX_LINES = 40
+_CANDIDATES = 200  # compared by their words
+_FINALISTS = 5  # compared word by word
+_SAMPLES, _SAMPLE = 4, 24  # how many pieces of the request are looked for, and how long they are
+_WINDOW = 60
+_MISSING = object()
 
 
-def nearest(request: HTTPRequest, rows: Sequence[Row]) -> Row | None:
-    """Return one."""
-    return rows[0] if rows else None
+class Asked(Struct, frozen=True, kw_only=True):
+    """A request that nothing answers, its secrets redacted, and where in the run it stands."""
+
+    request: HTTPRequest
+    key: bytes
+    lineage: str
+    ticket: int
 
 
-def explain_miss(request: HTTPRequest, lineage: str, ticket: int, rows: Sequence[Row], name: str) -> str:
-    """Say what is nearest."""
-    near = nearest(request, rows)
-    text = near.exchange().request.body[:2000].decode(errors="replace") if near else "nothing"
-    return (
-        f"expected a recorded answer in {name} (lineage {lineage!r}, ticket {ticket}), got none; nearest: {text}\n"
-        f"asked: {request.method} {request.url} {request.body[:2000].decode(errors='replace')}"
+def explain_miss(
+    asked: Asked, rows: Sequence[Row], played: bytes | bytearray, name: str, *, search: bool = True
+) -> str:
+    """Return the whole message of a miss, at most `MAX_LINES` lines; without `search` the nearest is left out."""
+    request = asked.request
+    head = [
+        f"expected a recorded answer to {request.method} {request.url} in {name}, got none",
+        f"  lineage {asked.lineage!r}, ticket {asked.ticket}; {len(rows) - sum(played)} of {len(rows)} not played",
+    ]
+    remedy = 'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (anew).'
+    if not rows:
+        return "\n".join((*head, "  the cassette does not exist or is empty", remedy))
+    same = [index for index, row in enumerate(rows) if row.key == asked.key]
+    if same:
+        return "\n".join((*head, *_elsewhere(same, asked, rows, played), remedy))
+    if not search:
+        return "\n".join((*head, "  (the nearest request is shown for the first misses only)", remedy))
+    index, likeness = nearest(asked, rows)
+    place = rows[index].place
+    head.append(
+        f"  nearest: interaction {index + 1}, lineage {place.lineage!r}, ticket {place.ticket}, "
+        f"{'played' if played[index] else 'not played yet'}, {likeness:.0%} alike"
     )
+    lines = list(differences(rows[index].exchange().request, request))
+    room = MAX_LINES - len(head) - 1
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"  ... and {len(lines) - room + 1} more lines of differences"]
+    return "\n".join((*head, *lines, remedy))
+
+
+def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes | bytearray) -> Iterator[str]:
+    """Yield where this very request was recorded, when only its place in the run differs."""
+    here = [index for index in same if rows[index].place.lineage == asked.lineage]
+    if here:
+        yield f"  this very request was recorded {len(here)} times in this lineage, and was asked once more"
+    else:
+        yield '  this very request was recorded, but in another lineage; lineage="prefer" would take it from there:'
+    for index in (here or same)[: MAX_LINES - 8]:
+        place, state = rows[index].place, "played" if played[index] else "not played yet"
+        yield f"    interaction {index + 1}, lineage {place.lineage!r}, ticket {place.ticket}, {state}"
+
+
+def nearest(asked: Asked, rows: Sequence[Row]) -> tuple[int, float]:
+    """Return the index of the most similar recorded request, and its likeness in [0, 1].
+
+    Three rounds, each dearer and with fewer candidates: what they share at both ends and in a few samples,
+    the share of words in common, the words in order.
+    """
+    text = _as_text(asked.request)
+    parts = [_asked_part(row) for row in rows]
+    rough = _rough(text, parts) if len(parts) > _CANDIDATES else range(len(parts))
+    words = text.split()
+    known = frozenset(words)
+    finalists = nlargest(_FINALISTS, rough, key=lambda index: (_overlap(known, len(words), parts[index]), -index))
+    scored = [(SequenceMatcher(None, words, parts[index].split(), False).ratio(), index) for index in finalists]  # noqa: FBT003
+    likeness, index = max(scored, key=lambda pair: (pair[0], rows[pair[1]].place.lineage == asked.lineage, -pair[1]))
+    return index, likeness
+
+
+def _rough(text: bytes, parts: list[bytes]) -> list[int]:
+    """Return the candidates that share most with the text: its beginning, its end, samples from between."""
+    step = max(_SAMPLE, len(text) // (_SAMPLES + 1))
+    reverse = text[::-1]
+    scores = [_common(text, part) + _common(reverse, part[::-1]) for part in parts]
+    for start in range(step // 2, len(text) - _SAMPLE, step):
+        sample = text[start : start + _SAMPLE]
+        scores = [score + _SAMPLE if sample in part else score for score, part in zip(scores, parts, strict=True)]
+    return nlargest(_CANDIDATES, range(len(parts)), key=lambda index: (scores[index], -index))
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Return about how long the common beginning is, found by halving."""
+    low, high = 0, min(len(a), len(b))
+    while high - low > _SAMPLE // 2:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _overlap(known: frozenset[bytes], count: int, part: bytes) -> float:
+    """Return the share of words in common, each distinct one counted once, over the words of both."""
+    words = part.split()
+    return len(known.intersection(words)) / (len(words) + count)
+
+
+def _asked_part(row: Row) -> bytes:
+    line = bytes(row.line)
+    return line[: line.find(b',"response":{"status":')]
+
+
+def _as_text(request: HTTPRequest) -> bytes:
+    """Return the request as it stands in a line, which is what the candidates are at hand as."""
+    blank = Exchange(request=request, reply=HTTPReply(status=0, body=b"", headers={}), facts=Facts(lineage=""))
+    line = encode_line(blank)
+    return line[: line.find(b',"response":{"status":')]
+
+
+def differences(recorded: HTTPRequest, asked: HTTPRequest) -> Iterator[str]:
+    """Yield lines that say what differs, by JSON path, recorded against asked."""
+    for name, before, after in (("method", recorded.method, asked.method), ("url", recorded.url, asked.url)):
+        if before != after:
+            yield from _show(name, before, after)
+    yield from _walk("", _decoded(recorded.body), _decoded(asked.body))
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body.decode(errors="replace")
+
+
+def _walk(path: str, before: Any, after: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in (*before, *(name for name in after if name not in before)):
+            inner = f"{path}.{name}" if path else name
+            yield from _walk(inner, before.get(name, _MISSING), after.get(name, _MISSING))
+    elif isinstance(before, list) and isinstance(after, list):
+        for index in range(max(len(before), len(after))):
+            pair = (side[index] if index < len(side) else _MISSING for side in (before, after))
+            yield from _walk(f"{path}[{index}]", *pair)
+    elif before != after or type(before) is not type(after):
+        yield from _show(path or "body", before, after)
+
+
+def _show(path: str, before: Any, after: Any) -> Iterator[str]:
+    if isinstance(before, str) and isinstance(after, str):
+        start = next(
+            (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+        )
+        yield f"  {path}, from character {start}:"
+        yield f"    recorded  {_window(before, start)}"
+        yield f"    asked     {_window(after, start)}"
+    else:
+        yield f"  {path}: recorded {_brief(before)}, asked {_brief(after)}"
+
+
+def _window(text: str, start: int) -> str:
+    first, last = max(0, start - _WINDOW // 2), start + _WINDOW
+    return f"{'...' if first else ''}{text[first:last]!r}{'...' if last < len(text) else ''}"
+
+
+def _brief(value: Any) -> str:
+    if value is _MISSING:
+        return "nothing"
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 2 * _WINDOW else f"{text[: 2 * _WINDOW]}..."

@@ -17,12 +17,14 @@ from typing import Literal, Protocol
 from aggregator.cassettes.exchanges import Exchange, Facts, decode_answer
 from aggregator.cassettes.keys import Ignore, raw_key, request_key
 from aggregator.cassettes.lineage import current_lineage, current_role
-from aggregator.cassettes.mismatch import explain_miss
+from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request, redact_url
 from aggregator.cassettes.rows import Row
 from aggregator.cassettes.timing import Faults, Latency, latency_scale
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Role, Usage
+
+_EXPLAINED = 5  # misses that get a search for the nearest request, which takes a moment in a large cassette
 
 LineageRule = Literal["strict", "prefer"]
 
@@ -99,6 +101,7 @@ class Tape:
         self.unsaved: list[Exchange] = []
         self.recorded = 0
         self.keeps = True
+        self.expects_all = True  # whether exchanges left unplayed are worth a warning
         self._rows, self._played = rows, bytearray(len(rows))
         self._sink, self._prefer, self._ignore = sink, lineage == "prefer", ignore
         self._scale, self._faults, self._now, self._on_close = latency_scale(latency), faults, now, on_close
@@ -197,7 +200,9 @@ class Tape:
 
     def _miss(self, slot: Slot) -> CassetteMissError:
         request = slot.redacted or redact_request(slot.request)
-        miss = CassetteMissError(explain_miss(request, slot.lineage, slot.ticket, self._rows, self.name))
+        asked = Asked(request=request, key=slot.key, lineage=slot.lineage, ticket=slot.ticket)
+        search = len(self.misses) < _EXPLAINED
+        miss = CassetteMissError(explain_miss(asked, self._rows, self._played, self.name, search=search))
         self.misses.append(miss)
         return miss
 
@@ -207,7 +212,7 @@ class Tape:
         Raises SecretLeakError where a secret could not be redacted (nothing was written) and CassetteError
         where the disk refuses; the exchange then stands in `unsaved`, and closing the tape raises again.
         """
-        self._record(slot, reply, {"usage": _known(usage), "model": model, "ms": round(reply.milliseconds, 3)})
+        self._record(slot, reply, {"usage": _known(usage), "model": model, "ms": round(float(reply.milliseconds), 3)})
 
     def record_failure(self, slot: Slot, error: APIConnectionError) -> None:
         """Write an attempt that got no answer, so that a replay meets the same failure."""
@@ -273,7 +278,7 @@ class Tape:
         if self._fallbacks:
             first = "; ".join(self._fallbacks[:3])
             self.tell(f"{self.name}: {len(self._fallbacks)} calls played what another lineage recorded: {first}")
-        if self._rows and (unplayed := len(self._rows) - sum(self._played)):
+        if self.expects_all and (unplayed := len(self._rows) - sum(self._played)):
             self.tell(f"{self.name}: {unplayed} of {len(self._rows)} recorded exchanges were not played")
 
 
@@ -281,7 +286,7 @@ def _failure(kind: str, message: str) -> APIConnectionError:
     return APITimeoutError(message) if kind == "APITimeoutError" else APIConnectionError(message)
 
 
-def _known(usage: Usage | None) -> dict[str, float]:
+def _known(usage: Usage | None) -> dict[str, int | float]:
     """Return the tokens and cost that the provider told."""
     if usage is None:
         return {}
