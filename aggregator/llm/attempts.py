@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator.cassettes.clients import passing
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.tape import Slot, Tape, current_tape
 from aggregator.errors import (
@@ -276,7 +277,8 @@ class Attempt:
         attempts = self.attempts
         try:
             limiter = await self.admit()
-            reply = await attempts.line.transport.send(self.request, timeout=attempts.timeout())
+            with passing():
+                reply = await attempts.line.transport.send(self.request, timeout=attempts.timeout())
         except APIConnectionError as error:
             if attempts.tape is not None and self.slot is not None:
                 attempts.tape.record_failure(self.slot, error)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 from aggregator.agents.transcripts import current_transcript
+from aggregator.cassettes.clients import passing
 from aggregator.cassettes.lineage import current_role
 from aggregator.cassettes.tape import Slot
 from aggregator.errors import APIConnectionError, ConfigError, LLMError
@@ -222,11 +223,13 @@ async def _paced(reply: HTTPReply, delay: float) -> AsyncGenerator[bytes, None]:
 async def _opened(transport: Transport, request: HTTPRequest, timeout: float | None) -> AsyncIterator[Any]:
     """An answer to read piece by piece; a transport that cannot stream gives it in one."""
     opener = getattr(transport, "open", None)
-    if opener is None:
-        yield _Whole(await transport.send(request, timeout=timeout))
-    else:
-        async with opener(request, timeout=timeout) as reply:
-            yield reply
+    async with AsyncExitStack() as stack:
+        with passing():
+            if opener is None:
+                reply = _Whole(await transport.send(request, timeout=timeout))
+            else:
+                reply = await stack.enter_async_context(opener(request, timeout=timeout))
+        yield reply
 
 
 class _Whole:

@@ -25,7 +25,8 @@ from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
 from aggregator.cassettes.tape import _TAPE, Tape
 from aggregator.cassettes.vcr import _installed, _served, serving
-from aggregator.errors import CassetteMissError
+from aggregator.errors import CassetteMissError, ResponseError
+from aggregator.llm.client import LLM
 
 requests: Any = pytest.importorskip("requests")
 
@@ -298,3 +299,28 @@ def test_vcr_is_imported_only_when_asked_for() -> None:
     script = "import sys, aggregator.cassettes.tape, aggregator.cassettes.clients; print('vcr' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> None:
+    """Inside a cassette that serves all clients our own call is one exchange, recorded and played by the tape alone."""
+
+    async def ask() -> str:
+        llm = LLM("openai/m", base_url=server.url.removesuffix("/chat"), api_key="canary-number-1", max_attempts=1)
+        try:
+            if stream:
+                return "".join([delta async for delta in llm.stream("hello")])
+            return (await llm.complete("hello")).text
+        except ResponseError as error:  # the server speaks no chat completions
+            return type(error).__name__
+
+    def run(tape: Tape) -> str:
+        with taped(tape), asyncio.Runner() as runner:
+            return runner.run(ask())
+
+    lines = Lines()
+    heard = run(Tape(sink=lines))
+    assert (server.hits, len(lines)) == (1, 1)
+    tape = Tape(lines.rows())
+    assert run(tape) == heard
+    assert (server.hits, tape.unplayed()) == (1, [])
