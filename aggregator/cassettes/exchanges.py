@@ -42,7 +42,7 @@ class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str = ""
     ms: float = 0.0
     at: str = ""
-    usage: dict[str, float] = {}
+    usage: dict[str, int | float] = {}
     chunks: tuple[tuple[int, float], ...] = ()
     error: tuple[str, str] | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -93,11 +93,15 @@ def _resumed(plan: Plan, marks: Any) -> checkpoints.RunState | None:
     return checkpoints.load(plan.run_dir, marks)
 
 
-def _journal(plan: Plan) -> AbstractContextManager[Any]:
+@contextmanager
+def _journal(plan: Plan) -> Iterator[None]:
     """The run's own journal, unless the caller has a cassette open: what was paid for is on disk before it is used."""
     if plan.run_dir is None or current_tape() is not None:
-        return nullcontext()
-    return cassette(plan.run_dir / checkpoints.JOURNAL, mode="new_episodes", layout="journal")
+        yield
+        return
+    with cassette(plan.run_dir / checkpoints.JOURNAL, mode="new_episodes", layout="journal") as tape:
+        tape.expects_all = False  # steps behind the last checkpoint are not played again
+        yield
 
 
 class _Course:
