@@ -33,7 +33,7 @@ def guarded(options: argparse.Namespace) -> int:
     """Run the command that was chosen (`options.run`) and turn what it raises into an exit code."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show  # type: ignore[assignment]  # it looks at the message alone
+            warnings.showwarning = _show
             code: int = options.run(options)
         sys.stdout.flush()
     except AggregatorError as error:

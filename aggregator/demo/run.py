@@ -23,6 +23,8 @@ MODEL = "openai-compatible/simulated-1"
 EPOCHS = 2
 BATCH_SIZE = 10
 STEPSIZE = 0.6
+JOURNAL = "journal.yaml"
+"""What a real provider was paid for, in the folder of the run."""
 
 
 class Ticket(Struct, frozen=True):
@@ -159,7 +161,7 @@ def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
         if settings.record:
             stack.enter_context(cassette(path, mode="all", layout="journal"))
         elif settings.model is not None:
-            journal = settings.out / "journal.yaml"
+            journal = settings.out / JOURNAL
             stack.enter_context(cassette(journal, mode="new_episodes", layout="journal"))
             source += f"; what was paid for is kept in {journal}, delete it to ask anew"
         yield llm, source

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,12 +42,20 @@ class SimulatedModel:
     answered requests by role; `base_url` is there once the server has started.
     """
 
-    def __init__(self, seed: int = 0, *, wrong_rate: float = WRONG_RATE, latency: float = 0.0) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        wrong_rate: float = WRONG_RATE,
+        latency: float = 0.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         if not 0 <= wrong_rate <= 1:
             raise ConfigError(f"Expected wrong_rate in [0, 1], got {wrong_rate!r}")
         self.seed = seed
         self.wrong_rate = wrong_rate
         self.latency = latency
+        self._sleep = sleep
         self.calls: dict[Role, int] = {"agent": 0, "optimizer": 0, "aggregator": 0}
         self._runner: web.AppRunner | None = None
         self._url = ""
@@ -103,7 +111,7 @@ class SimulatedModel:
             return _json({"error": {"message": str(error), "type": "invalid_request_error", "code": None}}, 400)
         self.calls[role_of(body["messages"])] += 1
         if self.latency:
-            await asyncio.sleep(self.latency)
+            await self._sleep(self.latency)
         if body.get("stream"):
             return await _streamed(request, completion)
         return _json(completion)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.testing.simulated_model import SimulatedModel
+
 COMMAND = [sys.executable, "-m", "aggregator.cli", "demo"]
 
 
@@ -70,6 +72,24 @@ def test_an_unset_key_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "OPENAI_API_KEY" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_provider_is_asked_once_for_each_answer(tmp_path: Path) -> None:
+    """What a provider was paid for is kept: the same command, run again, asks for nothing twice."""
+    command = [*COMMAND, "--model", "openai/simulated-1"]
+
+    def run(url: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OPENAI_API_KEY": "k-simulated-0123456789", "OPENAI_BASE_URL": url}
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+
+    with SimulatedModel() as server:
+        first = run(server.base_url)
+        assert first.returncode == 0, first.stderr
+        asked = sum(server.calls.values())
+        again = run(server.base_url)
+        assert sum(server.calls.values()) == asked > 400
+    assert again.stdout.rpartition("Written")[2] == first.stdout.rpartition("Written")[2]
+    assert "what was paid for is kept in" in first.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

@@ -199,6 +199,19 @@ async def test_streams_the_same_answer() -> None:
     assert chunks[-1]["usage"] == complete(body)["usage"]
 
 
+async def test_latency_is_waited_for_each_answer() -> None:
+    """Each answer takes the seconds it was told to take; a refusal takes none."""
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    async with SimulatedModel(latency=0.25, sleep=sleep) as server:
+        for body in (msgspec.json.encode({"messages": STUDENT}), b"{", msgspec.json.encode({"messages": PROPOSAL})):
+            await post(server, body)
+    assert waited == [0.25, 0.25]
+
+
 def test_serves_synchronous_code_too() -> None:
     """A plain `with` starts and stops the server, and the address is only there in between."""
     model = SimulatedModel()
