@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aggregator.errors import LLMError, TrainingError
-
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser of all commands."""
@@ -29,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print its summary; returns the exit code."""
-    from aggregator.demo.run import JOURNAL, Settings, steps, train_demo
+    from aggregator.demo.run import Settings, steps, train_demo
     from aggregator.demo.summary import summary
     from aggregator.observing.progress import ProgressBar
 
@@ -48,11 +46,6 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\nInterrupted. The steps until now stand in {options.out / 'events.jsonl'}\n")
         raise
-    except (LLMError, TrainingError) as error:
-        if settings.model is None or not (settings.out / JOURNAL).exists():
-            raise
-        kept = f"The answers until now are kept in {settings.out / JOURNAL}; run the same command again to go on."
-        raise type(error)(f"{error}\n\n{kept}") from error
     sys.stdout.write(summary(outcome, options.out, sys.stdout))
     return 0
 

@@ -162,8 +162,8 @@ def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
             stack.enter_context(cassette(path, mode="all", layout="journal"))
         elif settings.model is not None:
             journal = settings.out / JOURNAL
-            stack.enter_context(cassette(journal, mode="new_episodes", layout="journal"))
-            source += f"; what was paid for is kept in {journal}, delete it to ask anew"
+            stack.enter_context(cassette(journal, mode="all", layout="journal"))
+            source += f"; every exchange is kept in {journal}"
         yield llm, source
 
 

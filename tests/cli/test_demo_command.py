@@ -74,22 +74,24 @@ def test_an_unset_key_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_provider_is_asked_once_for_each_answer(tmp_path: Path) -> None:
-    """What a provider was paid for is kept: the same command, run again, asks for nothing twice."""
-    command = [*COMMAND, "--model", "openai/simulated-1"]
-
-    def run(url: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OPENAI_API_KEY": "k-simulated-0123456789", "OPENAI_BASE_URL": url}
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
-
+def test_what_a_provider_answered_is_kept(tmp_path: Path) -> None:
+    """Against a real provider each exchange is on disk, without the key."""
+    key = "k-simulated-0123456789"
     with SimulatedModel() as server:
-        first = run(server.base_url)
-        assert first.returncode == 0, first.stderr
+        done = subprocess.run(
+            [*COMMAND, "--model", "openai/simulated-1"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "OPENAI_API_KEY": key, "OPENAI_BASE_URL": server.base_url},
+        )
+        assert done.returncode == 0, done.stderr
         asked = sum(server.calls.values())
-        again = run(server.base_url)
-        assert sum(server.calls.values()) == asked > 400
-    assert again.stdout.rpartition("Written")[2] == first.stdout.rpartition("Written")[2]
-    assert "what was paid for is kept in" in first.stdout
+    journal = (tmp_path / "runs" / "demo" / "journal.yaml").read_text()
+    assert journal.count('"uri":') == asked > 400
+    assert key not in journal
+    assert "openai/simulated-1; every exchange is kept in" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
