@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ BATCH_SIZE = 10
 STEPSIZE = 0.6
 JOURNAL = "journal.yaml"
 """What a real provider was paid for, in the folder of the run."""
+RECORDING = "recording.yaml"
+"""A cassette until it is whole, in the folder of the run."""
 
 
 class Ticket(Struct, frozen=True):
@@ -107,6 +110,8 @@ def train_demo(settings: Settings, *, observers: Sequence[Callable[[StepReport],
             result = _train(settings, llm, observers)
     except CassetteMissError as error:
         raise CassetteMissError(f"{error}\n\n{_remedy(settings)}") from error
+    if settings.record:  # only now: a recording that was cut short must not replace a whole one
+        shutil.move(settings.out / RECORDING, settings.cassette or cassette_path())
     save_result(result, settings.out / "result.json")
     return Outcome(result=result, source=source, seconds=perf_counter() - started)
 
@@ -159,7 +164,7 @@ def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
             llm, source = _client(MODEL, base_url=SIMULATED_URL), "a recording of the simulated model, offline"
             stack.enter_context(cassette(path, mode="none"))
         if settings.record:
-            stack.enter_context(cassette(path, mode="all", layout="journal"))
+            stack.enter_context(cassette(settings.out / RECORDING, mode="all", layout="journal"))
         elif settings.model is not None:
             journal = settings.out / JOURNAL
             stack.enter_context(cassette(journal, mode="all", layout="journal"))

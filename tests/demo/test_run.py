@@ -75,6 +75,19 @@ def test_recording_then_replaying(tmp_path: Path, replayed: Path) -> None:
     assert cassette_path().stat().st_size < 2_500_000
 
 
+def test_a_recording_cut_short_leaves_the_cassette_as_it_was(tmp_path: Path) -> None:
+    """Only a whole recording takes the cassette's place."""
+    path = tmp_path / "demo.yaml"
+    path.write_text("as it was")
+
+    def stop(report: StepReport) -> None:
+        raise ConfigError("stopped")
+
+    with pytest.raises(ConfigError, match="stopped"):
+        train_demo(Settings(out=tmp_path / "out", record=True, cassette=path), observers=[stop])
+    assert path.read_text() == "as it was"
+
+
 def test_a_stale_cassette_says_what_is_missing_and_how_to_record(tmp_path: Path) -> None:
     """Without the one recorded answer the error names the request and `make record`."""
     lines = cassette_path().read_text().splitlines(keepends=True)
