@@ -17,7 +17,7 @@ from msgspec import Struct
 from aggregator.cassettes.exchanges import Exchange
 from aggregator.cassettes.keys import decode_json
 from aggregator.cassettes.redaction import redact_body, redact_request, redact_text
-from aggregator.cassettes.rows import Row
+from aggregator.cassettes.rows import Recording, Row
 from aggregator.cassettes.secrets import PLACEHOLDER, Needles, is_secret_field, needles_of
 from aggregator.errors import ConfigError
 
@@ -236,3 +236,51 @@ def too_old(exchange: Exchange, now: datetime, limit: timedelta) -> str | None:
         return "recorded at an unknown time"
     recorded = datetime.fromisoformat(exchange.facts.at)
     return f"recorded {(now - recorded).days} days ago" if now - recorded > limit else None
+
+
+def check(recording: Recording, *, needles: Needles, now: datetime, max_age: timedelta | None) -> list[str]:
+    """Return what is wrong with a cassette that could be read; the problems of an exchange name it."""
+    problems = [*recording.findings]
+    if recording.state == "open" and not problems:
+        problems.append("not closed: its recording was killed or still runs; record again to take it up")
+    for row in recording.rows:
+        exchange = row.exchange()
+        places = secrets_in(exchange, needles)
+        if places:
+            problems.append(f"{exchange_id(row)}: a secret in {', '.join(places)}; revoke it, then record again")
+        if max_age is not None and (age := too_old(exchange, now, max_age)):
+            problems.append(f"{exchange_id(row)}: {age}; record again")
+    return problems
+
+
+def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:
+    """Return what no test plays: `unplayed` of a cassette that tests opened, all of one that none did (None)."""
+    if unplayed is None:
+        return ["no test plays it; delete it, or run its tests"]
+    return [f"{name}: no test plays it" for row in recording.rows if (name := exchange_id(row)) in unplayed]
+
+
+def render(exchange: Exchange) -> str:
+    """Return one exchange in full: our facts, then request and answer, JSON indented."""
+    request, reply, facts = exchange.request, exchange.reply, exchange.facts
+    known = {
+        "lineage": f"{facts.lineage or '-'} #{facts.ticket}.{facts.attempt}",
+        "role": facts.role,
+        "model": model_of(exchange) or "-",
+        "recorded": f"{facts.at or 'unknown'}, {facts.ms:.0f} ms",
+        "usage": ", ".join(f"{name} {amount:g}" for name, amount in usage_of(exchange).items()) or "unknown",
+    }
+    lines = [f"{name:<9} {text}" for name, text in known.items()]
+    lines += ["", f"{request.method} {request.url}", *_header_lines(request.headers), "", _pretty(request.body), ""]
+    if facts.error is not None:
+        return "\n".join([*lines, f"{facts.error[0]}: {facts.error[1]}"])
+    return "\n".join([*lines, f"{reply.status} {reply.reason}", *_header_lines(reply.headers), "", _pretty(reply.body)])
+
+
+def _header_lines(headers: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {value}" for name, value in headers.items()]
+
+
+def _pretty(body: bytes) -> str:
+    value = _value(body)
+    return value if isinstance(value, str) else msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -1,0 +1,185 @@
+"""What a recorded cassette holds, as facts."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from aggregator.cassettes.exchanges import Exchange, Facts
+from aggregator.cassettes.inspection import (
+    Totals,
+    difference,
+    exchange_id,
+    find_cassettes,
+    json_changes,
+    model_of,
+    needles_from,
+    render,
+    secrets_in,
+    tally,
+    too_old,
+    usage_of,
+)
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.rows import Row, index_lines
+from aggregator.cassettes.tape import Tape
+from aggregator.errors import ConfigError
+from aggregator.records import HTTPReply, HTTPRequest
+
+URL = "http://127.0.0.1/v1/chat/completions"
+NOW = datetime(2026, 3, 31, tzinfo=UTC)
+CANARY = "canary-4711-canary-0815"
+
+
+def exchange(asked: Any = None, answered: Any = None, url: str = URL, **facts: Any) -> Exchange:
+    return Exchange(
+        request=HTTPRequest(url=url, body=json.dumps(asked or {"model": "m"}).encode(), headers={}),
+        reply=HTTPReply(status=200, reason="OK", body=json.dumps(answered or {}).encode(), headers={}),
+        facts=Facts(lineage="", **facts),
+    )
+
+
+def recorded(*answers: tuple[str, str]) -> tuple[Row, ...]:
+    """Record one exchange for each (lineage, answer)."""
+    lines: list[bytes] = []
+    tape = Tape(sink=lines)
+    for place, answer in answers:
+        with lineage(place):
+            slot = tape.issue(HTTPRequest(url=URL, body=b'{"model":"m"}', headers={}))
+            reply = HTTPReply(status=200, body=json.dumps({"text": answer}).encode(), headers={})
+            tape.record(slot, reply)
+    return tuple(index_lines(lines))
+
+
+@pytest.mark.parametrize(
+    ("given", "model"),
+    [
+        (exchange({"model": "asked"}), "asked"),
+        (exchange({"model": "asked"}, model="noted"), "noted"),
+        (exchange([1], url="http://127.0.0.1/v1beta/models/gemini-2:generateContent"), "gemini-2"),
+        (exchange([1]), ""),
+    ],
+)
+def test_the_model_is_what_was_noted_or_asked(given: Exchange, model: str) -> None:
+    """Our own note wins; another tool's cassette says it in the request's body or path."""
+    assert model_of(given) == model
+
+
+@pytest.mark.parametrize(
+    ("answered", "expected"),
+    [
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 2}}, {"input_tokens": 7, "output_tokens": 2}),
+        ({"usage": {"input_tokens": 7, "output_tokens": 2}}, {"input_tokens": 7, "output_tokens": 2}),
+        ({"usageMetadata": {"promptTokenCount": 7}}, {"input_tokens": 7}),
+        ({"usage": "none"}, {}),
+        ([], {}),
+    ],
+)
+def test_tokens_are_read_from_any_providers_answer(answered: Any, expected: dict[str, float]) -> None:
+    """A cassette that another tool recorded tells its tokens too, in its provider's words; unknown is not 0."""
+    assert usage_of(exchange(answered=answered)) == expected
+
+
+def test_totals_are_by_role_and_model() -> None:
+    """Sums hold what is known and count what is not."""
+    known = exchange(role="optimizer", model="m", ms=1500.0, usage={"input_tokens": 5, "output_tokens": 1, "cost": 0.5})
+    failed = exchange(role="optimizer", model="m")
+    failed = replace(failed, reply=replace(failed.reply, status=429))
+    assert tally([known, exchange(model="n"), failed]) == {
+        ("agent", "n"): Totals(exchanges=1, unknown=1),
+        ("optimizer", "m"): Totals(
+            exchanges=2, failed=1, input_tokens=5, output_tokens=1, cost=0.5, seconds=1.5, unknown=1
+        ),
+    }
+
+
+def test_a_difference_names_what_went_came_and_changed() -> None:
+    """Exchanges are compared by request and place in the run, answers by JSON path."""
+    before, after = recorded(("a", "1"), ("b", "2"), ("c", "3")), recorded(("a", "1"), ("c", "4"), ("d", "5"))
+    found = difference(before, after)
+    assert found.removed == (exchange_id(before[1]),)
+    assert found.added == (exchange_id(after[2]),)
+    assert found.changed == {exchange_id(before[2]): ("$.text: '3' -> '4'",)}
+    assert not difference(before, before)
+
+
+def test_json_changes_tell_types_apart() -> None:
+    """1, 1.0 and true are not the same, nor are lists of other lengths."""
+    assert list(json_changes([1, True, [1]], [1.0, 1, [1, 2]])) == [
+        "$[0]: 1 -> 1.0",
+        "$[1]: True -> 1",
+        "$[2]: [1] -> [1, 2]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        (exchange({"api_key": CANARY}), "the request's body"),
+        (exchange(answered={"api_key": CANARY}), "the answer's body"),
+        (exchange(answered={"echo": f"your key is {CANARY}"}), "the answer's body"),
+        (exchange(url=f"{URL}?api_key={CANARY}"), "the request's address"),
+    ],
+)
+def test_secrets_are_found_where_the_redaction_would_change_something(given: Exchange, place: str) -> None:
+    """A hand-edited or foreign cassette is held to the same rules as our own recordings."""
+    assert secrets_in(given, needles_from({"MY_API_KEY": CANARY})) == [place]
+
+
+@pytest.mark.parametrize("header", ["authorization", "Set-Cookie", "x-api-key"])
+def test_secrets_are_found_in_headers(header: str) -> None:
+    """A header that authenticates is a secret whatever its value; one that was redacted is none."""
+    given = exchange()
+    open_ = replace(given, request=replace(given.request, headers={header: "anything"}))
+    redacted = replace(given, request=replace(given.request, headers={header: "REDACTED"}))
+    harmless = replace(given, reply=replace(given.reply, headers={"server": "nginx", "date": "now"}))
+    assert secrets_in(open_) == [f"the request's header {header}"]
+    assert secrets_in(redacted) == secrets_in(harmless) == secrets_in(given) == []
+
+
+def test_what_we_record_holds_no_secret() -> None:
+    """Our own recordings pass our own check."""
+    lines: list[bytes] = []
+    tape = Tape(sink=lines)
+    request = HTTPRequest(
+        url=f"{URL}?key={CANARY}", body=b'{"api_key":"%b"}' % CANARY.encode(), headers={"authorization": CANARY}
+    )
+    tape.record(tape.issue(request), HTTPReply(status=200, body=CANARY.encode(), headers={"set-cookie": CANARY}))
+    assert CANARY.encode() not in lines[0]
+    assert secrets_in(next(index_lines(lines)).exchange(), needles_from({"MY_API_KEY": CANARY})) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        ("2026-03-01T00:00:00Z", "recorded 30 days ago"),
+        ("2026-03-30T00:00:00Z", None),
+        ("", "recorded at an unknown time"),
+    ],
+)
+def test_age(at: str, told: str | None) -> None:
+    """An exchange is too old beyond the limit, and one of unknown age is not fresh."""
+    assert too_old(exchange(at=at), NOW, timedelta(days=7)) == told
+
+
+def test_folders_stand_for_their_cassettes(tmp_path: Path) -> None:
+    """Further shards belong to their first file; a path that is not there is an error."""
+    names = ["b.yaml", "a/c.json", "b.4be0c1d2a7f3.0002.yaml", "notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_cassettes([tmp_path, tmp_path / "b.yaml"]) == [tmp_path / "a/c.json", tmp_path / "b.yaml"]
+    with pytest.raises(ConfigError, match="which is not there"):
+        find_cassettes([tmp_path / "none"])
+
+
+def test_an_exchange_in_full_shows_both_sides() -> None:
+    """Facts first, then request and answer with their JSON indented."""
+    text = render(exchange({"model": "m"}, {"text": "ä"}, ms=12.4, at="2026-03-30T00:00:00Z"))
+    assert "recorded  2026-03-30T00:00:00Z, 12 ms" in text
+    assert text.index(f"POST {URL}") < text.index('"model": "m"') < text.index("200 OK") < text.index('"text": "ä"')
