@@ -140,6 +140,10 @@ if TYPE_CHECKING:
     from aggregator.observing.configuring import configure_logging as configure_logging
     from aggregator.observing.console import ConsoleLogger as ConsoleLogger
     from aggregator.observing.progress import ProgressBar as ProgressBar
+    from aggregator.llm.budget import Budget as Budget
+    from aggregator.llm.client import LLM as LLM
+    from aggregator.llm.models import as_model as as_model
+    from aggregator.llm.prices import Price as Price
     from aggregator.records import Completion as Completion
     from aggregator.records import Decision as Decision
     from aggregator.records import Failure as Failure

@@ -39,7 +39,9 @@ async def _once(
     llm: ChatModel, messages: list[dict[str, str]], parameters: Sequence[Any], max_tokens: int
 ) -> tuple[str, Answer]:
     try:
-        completion = await llm.complete(messages, max_tokens=max_tokens, response_format=response_schema(parameters))
+        completion = await llm.complete(
+            messages, max_tokens=max_tokens, response_format=response_schema(parameters), validate=str
+        )  # validate=str: any text will do here, `read` is the judge
     except TruncatedError as error:
         return error.text, Answer(error=str(error))
     if completion.finish_reason == "length":

@@ -234,7 +234,9 @@ class Minibatch:
                 raise
             lost = failure("proposal", error, sample_id=seen.sample_id)
             return replace(silent, error=f"{lost.error}: {lost.message}", failures=(*seen.failures, lost))
-        return replace(proposal, failures=(*seen.failures, *unread("proposal", proposal.error, seen.sample_id)))
+        failures = (*seen.failures, *unread("proposal", proposal.error, seen.sample_id))
+        error = None if proposal.values else proposal.error  # what could be read stands as a proposal of its own
+        return replace(proposal, failures=failures, error=error)
 
     @face_of("aupdate")
     def update(self, outputs: Sequence[Any], verbose: bool | str = False) -> Any:
