@@ -39,7 +39,7 @@ class Journal:
         """Append after the first `keep` bytes of what is there; 0 starts a new file."""
         self.path = path
         self._clock, self._write = clock, write
-        self._file, self._size = -1, keep
+        self._file, self._size, self._found = -1, keep, keep
         self._unsynced, self._synced_at = 0, clock()
 
     def _open(self) -> None:
@@ -81,6 +81,15 @@ class Journal:
         """Flush to the device."""
         _flush(self._file)
         self._unsynced, self._synced_at = 0, self._clock()
+
+    def undo(self) -> None:
+        """Take back what was appended: the file is as it was found, or gone if there was none."""
+        if not self.path.exists():
+            return
+        if self._found:
+            os.truncate(self.path, self._found)
+        else:
+            self.path.unlink()
 
     def close(self) -> None:
         """Flush and close; a second call does nothing."""

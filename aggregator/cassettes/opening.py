@@ -153,10 +153,9 @@ def _finish(
         if journal is None:
             return
         journal.close()
-        written = read(journal.path) if tape.keeps else None
-        if not tape.keeps and tape.recorded:
-            journal.path.unlink(missing_ok=True)
-        if written is not None:
+        if not tape.keeps:
+            journal.undo()
+        elif (written := read(journal.path)) is not None:
             save(path, stays + written.rows, layout)
             if journal.path != path:
                 journal.path.unlink()

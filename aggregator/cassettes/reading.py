@@ -70,7 +70,7 @@ def _read_shard(path: Path, first: Comment, number: int, ignore: Ignore) -> Reco
 def _bytes_of(path: Path) -> bytes | None:
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CassetteError(f"expected to read the cassette {path}, got {error}; make it readable") from error

@@ -10,7 +10,9 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Literal, Protocol
 
@@ -21,7 +23,14 @@ from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request, redact_url
 from aggregator.cassettes.rows import Row
 from aggregator.cassettes.timing import Faults, Latency, latency_scale
-from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
+from aggregator.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    CassetteError,
+    CassetteMissError,
+    CassetteWarning,
+    SecretLeakError,
+)
 from aggregator.records import HTTPReply, HTTPRequest, Role, Usage
 
 _EXPLAINED = 5  # misses that get a search for the nearest request, which takes a moment in a large cassette
@@ -109,6 +118,7 @@ class Tape:
         self._aliases: dict[bytes, bytes] = {}
         self._orders: dict[str, int] = {}
         self._failures: list[CassetteError] = []
+        self._waiting: deque[bytes] = deque()  # lines that the disk refused
         self._fallbacks: list[str] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -238,13 +248,25 @@ class Tape:
         exchange = Exchange(request=request, reply=reply, facts=place)
         try:
             line = redact_line(exchange, needles_for(slot.request))
-            with self._lock:
-                self._sink.append(line)
-                self.recorded += 1
-        except CassetteError as error:
+        except SecretLeakError as error:
             self.unsaved.append(exchange)
             self._failures.append(error)
             raise
+        with self._lock:
+            self._waiting.append(line)
+            try:
+                self._write_waiting(self._sink)
+            except CassetteError as error:
+                self.unsaved.append(exchange)
+                self._failures.append(error)
+                raise
+
+    def _write_waiting(self, sink: Sink) -> None:
+        """Write what the disk refused before, then what is new, in their order."""
+        while self._waiting:
+            sink.append(self._waiting[0])
+            self._waiting.popleft()
+            self.recorded += 1
 
     def delay(self, reply: HTTPReply) -> float:
         """Return how many seconds this replayed answer should take; 0.0 with latency="off"."""
@@ -268,6 +290,9 @@ class Tape:
         if self._closed:
             return
         self._closed = True
+        if self._sink is not None and self.keeps:
+            with suppress(CassetteError):  # remembered since its first refusal, and raised below
+                self._write_waiting(self._sink)
         if self._on_close is not None:
             self._on_close(self)
         for error in (*self._failures, *self.misses):
