@@ -10,7 +10,7 @@ from msgspec import Struct
 from aggregator.errors import APIStatusError, ConfigError, DecodeError, EmptyResponseError
 from aggregator.llm.calls import ChatCall, StreamReader, Target
 from aggregator.llm.codecs.anthropic_messages import messages_of, system_of, tool_choice_of, tool_of
-from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
+from aggregator.llm.codecs.failures import fault_in_event, fault_inside, request_id, status_error
 from aggregator.llm.codecs.finish import REASONS
 from aggregator.llm.codecs.lenient import excerpt, read
 from aggregator.llm.codecs.requests import post, secrets
@@ -214,10 +214,9 @@ class MessageStream(EventReader):
 
     def event(self, event: Event) -> str:
         """Take one event and return the text it brings."""
-        told = read(event.data, _EVENT_DECODER)
-        if told.error or event.name == "error":
-            fault = told.error or event.data.decode("utf-8", errors="replace")
-            self._complete(Answer(error=fault), HTTPReply(status=200, body=event.data, headers={}))
+        told = _Event(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, _EVENT_DECODER)
+        if told.error:
+            self._complete(Answer(error=told.error), HTTPReply(status=200, body=event.data, headers={}))
         if told.message is not None:
             self._answer = told.message
         if told.usage is not None:

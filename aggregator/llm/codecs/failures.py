@@ -117,6 +117,15 @@ def fault_inside(data: Any, reply: HTTPReply, provider: str, secrets: tuple[str,
     )
 
 
+def fault_in_event(data: bytes) -> Any:
+    """What an event named `error` holds, for `fault_inside`: with or without the `error` key, JSON or text."""
+    try:
+        told = parse(data)
+    except DecodeError:
+        return data.decode("utf-8", errors="replace") or "an error without words"
+    return (told.get("error") or told) if isinstance(told, dict) else told
+
+
 def _build(
     kind: type[E], reply: HTTPReply, fault: Fault, provider: str, secrets: tuple[str, ...], status: int, message: str
 ) -> E:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from msgspec import Struct, field
 
 from aggregator.llm.calls import ChatCall, Codec
+from aggregator.llm.codecs.failures import fault_in_event
 from aggregator.llm.codecs.lenient import read
 from aggregator.llm.codecs.openai_answers import (
     DECODER,
@@ -56,9 +57,7 @@ class ChatStream(EventReader):
         if event.data.strip() == DONE:
             self._done = True
             return ""
-        chunk = read(event.data, DECODER)
-        if event.name == "error" and not chunk.error:
-            chunk.error = event.data.decode("utf-8", errors="replace")
+        chunk = Answer(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, DECODER)
         failed = chunk.error or next((choice.error for choice in chunk.choices or () if choice.error), None)
         if failed:
             self._complete(Answer(error=failed), HTTPReply(status=200, body=event.data, headers={}))

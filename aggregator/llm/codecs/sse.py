@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 from aggregator.errors import APIConnectionError, DecodeError
@@ -87,7 +88,8 @@ class EventReader:
 
     def finish(self, reply: HTTPReply) -> Completion:
         """Return the whole answer; raises APIConnectionError where the stream was cut."""
-        self._read(self._parser.flush())
+        with suppress(DecodeError):  # half an event: the stream was cut, which is found out below
+            self._read(self._parser.flush())
         if not self._events:  # the server ignored `stream` and answered in one piece
             return self.codec.decode(reply, self.call)
         if not self.whole():

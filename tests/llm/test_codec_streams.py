@@ -1,0 +1,268 @@
+"""Streams of every family: bytes cut anywhere, events as servers really send them, errors in the middle."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator.errors import APIConnectionError, ContentFilterError, DecodeError, RateLimitError, ServerError
+from aggregator.llm.calls import ChatCall
+from aggregator.llm.codecs.sse import Event, EventParser
+from aggregator.llm.codecs.thinking import ThinkingFilter, split_thinking
+from aggregator.llm.names import resolve
+from aggregator.records import Completion, HTTPReply
+
+CALL = ChatCall(model="m", messages=({"role": "user", "content": "Hi"},), stream=True)
+
+
+def read(model: str, body: bytes, *, step: int = 0) -> tuple[list[str], Completion]:
+    """Feed a body in pieces of `step` bytes (0: at once); return the deltas and the whole answer."""
+    reader = resolve(model, env={}).codec.stream(CALL)
+    pieces = [body[i : i + step] for i in range(0, len(body), step)] if step else [body]
+    deltas = [text for piece in pieces for text in reader.feed(piece)]
+    return deltas, reader.finish(HTTPReply(status=200, body=body, headers={"x-request-id": "req_1"}))
+
+
+def events(*chunks: Any, end: str = "\n\n", done: bool = True) -> bytes:
+    lines = [f"data: {json.dumps(chunk)}{end}" for chunk in chunks]
+    return "".join([*lines, *([f"data: [DONE]{end}"] if done else [])]).encode()
+
+
+def delta(content: Any = None, finish: str | None = None, index: int = 0, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"index": index, "delta": {"content": content, **more}, "finish_reason": finish}]}
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "cost": 0.5}}
+PLAIN = events({"id": "c", "model": "m", **delta("He")}, delta("llo", "stop"), USAGE)
+
+
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_deltas_and_the_whole_answer(step: int) -> None:
+    """Text comes as deltas; usage, id, model and request id stand on the whole answer, wherever the bytes are cut."""
+    deltas, whole = read("openai/m", PLAIN, step=step)
+    assert deltas == ["He", "llo"]
+    assert (whole.text, whole.finish_reason, whole.id, whole.model, whole.request_id) == (
+        "Hello",
+        "stop",
+        "c",
+        "m",
+        "req_1",
+    )
+    assert (whole.usage.input_tokens, whole.usage.output_tokens, whole.usage.cost) == (3, 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        events(delta("x", "stop"), end="\r\n\r\n"),
+        b": OPENROUTER PROCESSING\n\n" + events(delta("x", "stop")),
+        events(delta("x", "stop"), done=False),
+        events(delta("x"), delta(None, "stop"), done=False).rstrip(),
+        b"event: message\n" + events(delta("x", "stop")),
+        b"\xef\xbb\xbf" + events(delta("x", "stop")),
+        events({"choices": [], "prompt_filter_results": []}, delta("x", "stop")),
+        events(delta("x"), done=True),
+        events({"choices": [{"delta": {"content": "x"}, "message": {"content": "x"}, "finish_reason": "stop"}]}),
+        events({**delta("x"), "usage": None}, delta("", "stop")),
+    ],
+)  # fmt: skip
+def test_streams_as_servers_send_them(body: bytes) -> None:
+    """CRLF, comments, event names, no [DONE], no last empty line, no finish reason: the answer is the same."""
+    deltas, whole = read("openai/m", body)
+    assert ("".join(deltas), whole.text) == ("x", "x")
+
+
+def test_usage_in_several_chunks() -> None:
+    """Usage that comes again and again is a sum so far: the last number counts, nothing is added up."""
+    body = events(
+        {**delta("a"), "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+        {**delta("b", "stop"), "usage": {"prompt_tokens": 3, "completion_tokens": 2}},
+    )
+    usage = read("openai/m", body)[1].usage
+    assert (usage.input_tokens, usage.output_tokens) == (3, 2)
+
+
+def test_no_usage_is_unknown_usage() -> None:
+    """A stream without usage has None, not 0."""
+    assert read("openai/m", events(delta("a", "stop")))[1].usage.input_tokens is None
+
+
+def test_tool_calls_in_pieces() -> None:
+    """Arguments are put together by index; a call without one, or with another id, is a new call."""
+    body = events(
+        delta(tool_calls=[{"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x"'}}]),
+        delta(tool_calls=[{"index": 0, "function": {"arguments": ": 1}"}}]),
+        delta(tool_calls=[{"index": 0, "id": "b", "function": {"name": "g", "arguments": "{}"}}]),
+        delta(tool_calls=[{"id": "c", "function": {"name": "h", "arguments": "{}"}}]),
+        delta(None, "tool_calls"),
+    )
+    whole = read("openai/m", body)[1]
+    assert [(c.id, c.name, c.arguments) for c in whole.tool_calls] == [
+        ("a", "f", '{"x": 1}'),
+        ("b", "g", "{}"),
+        ("c", "h", "{}"),
+    ]
+    assert (whole.choices[0].message.content, whole.finish_reason) == (None, "tool_calls")
+
+
+def test_several_choices() -> None:
+    """The deltas are the first choice's; all stand on the answer."""
+    body = events(delta("a", index=0), delta("b", index=1), delta("", "stop"), delta("", "length", index=1))
+    deltas, whole = read("openai/m", body)
+    assert deltas == ["a"]
+    assert [(c.message.content, c.finish_reason) for c in whole.choices] == [("a", "stop"), ("b", "length")]
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_thinking_is_no_delta(name: str) -> None:
+    """Thinking under its own name is collected apart."""
+    deltas, whole = read(
+        "openai/m",
+        events({"choices": [{"delta": {name: "h"}}]}, {"choices": [{"delta": {name: "m"}}]}, delta("4", "stop")),
+    )
+    assert (deltas, whole.text, whole.reasoning) == (["4"], "4", "hm")
+
+
+def test_thinking_in_parts() -> None:
+    """Mistral streams thinking as parts of the content."""
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    deltas, whole = read("mistral/m", events(delta(parts), delta("4", "stop")))
+    assert (deltas, whole.text, whole.reasoning) == (["4"], "4", "hm")
+
+
+@given(st.sampled_from(["<think>hm</think>\n4 <think>", "  <thin", "<think>cut", "plain", "\n<b>x", "<"]), st.data())
+def test_a_tag_cut_anywhere(content: str, data: st.DataObject) -> None:
+    """However the text is cut into deltas, they join to what the whole answer says."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=4)))
+    pieces = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+    thinking = ThinkingFilter()
+    shown = "".join([thinking.feed(piece) for piece in pieces]) + thinking.flush()
+    assert shown == split_thinking(content)[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (events(delta("a"))[:-20], APIConnectionError),
+        (events(delta("a"), done=False), APIConnectionError),
+        (events({"error": {"code": 429, "message": "slow"}}, done=False), RateLimitError),
+        (b'event: error\ndata: {"message": "upstream", "code": 502}\n\n', ServerError),
+        (b'error: {"code": 500, "message": "slot"}\n\n', ServerError),
+        (b"data: {cut\n\n", DecodeError),
+        (b"", DecodeError),
+        (events({"choices": [{"delta": {}, "error": {"code": 502, "message": "x"}}]}), ServerError),
+    ],
+)  # fmt: skip
+def test_streams_that_fail(body: bytes, kind: type[Exception]) -> None:
+    """A stream cut short, an error inside it, and one that is none are typed errors."""
+    with pytest.raises(kind):
+        read("openai/m", body)
+
+
+def test_a_server_that_does_not_stream() -> None:
+    """A whole JSON answer to `stream=True` brings no delta, and its text on the completion."""
+    body = json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}).encode()
+    deltas, whole = read("openai/m", body, step=5)
+    assert (deltas, whole.text) == ([], "x")
+
+
+@pytest.mark.parametrize("model", ["openai/m"])
+def test_a_recorded_stream_decodes_in_one_piece(model: str) -> None:
+    """`decode` reads a body of events too, so a cassette may hold streams."""
+    assert resolve(model, env={}).codec.decode(HTTPReply(status=200, body=PLAIN, headers={}), CALL).text == "Hello"
+
+
+ANTHROPIC: list[dict[str, Any]] = [
+    {"type": "message_start", "message": {"id": "msg", "model": "claude", "content": [], "usage": {"input_tokens": 3,
+        "cache_read_input_tokens": 4, "cache_creation_input_tokens": 1, "output_tokens": 1}}},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "hm"}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "x"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "ping"},
+    {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "He"}},
+    {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "llo"}},
+    {"type": "content_block_start", "index": 2, "content_block": {"type": "tool_use", "id": "t", "name": "f"}},
+    {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": '{"x"'}},
+    {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": ": 1}"}},
+    {"type": "content_block_start", "index": 3, "content_block":
+        {"type": "tool_use", "id": "u", "name": "g", "input": {}}},
+    {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 9}},
+    {"type": "message_stop"},
+]  # fmt: skip
+
+
+def named(chunks: list[dict[str, Any]]) -> bytes:
+    return "".join([f"event: {chunk['type']}\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks]).encode()
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_anthropic_stream(step: int) -> None:
+    """Blocks are put together; input counts caches, output is the last sum said."""
+    deltas, whole = read("anthropic/m", named(ANTHROPIC), step=step)
+    assert deltas == ["He", "llo"]
+    assert (whole.text, whole.reasoning, whole.finish_reason, whole.id) == ("Hello", "hm", "tool_calls", "msg")
+    assert [(c.id, c.name, c.arguments) for c in whole.tool_calls] == [("t", "f", '{"x": 1}'), ("u", "g", "{}")]
+    assert (whole.usage.input_tokens, whole.usage.cached_tokens, whole.usage.output_tokens) == (8, 4, 9)
+
+
+def test_anthropic_stream_that_fails() -> None:
+    """An overloaded server says so in the middle, with status 200; a cut stream has no stop reason."""
+    fault = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    with pytest.raises(ServerError, match="Overloaded"):
+        read("anthropic/m", named([ANTHROPIC[0], fault]))
+    with pytest.raises(APIConnectionError):
+        read("anthropic/m", named(ANTHROPIC[:9]))
+
+
+def gemini(text: str | None = None, **more: Any) -> dict[str, Any]:
+    parts = [{"text": text}] if text is not None else []
+    return {"candidates": [{"content": {"role": "model", "parts": parts}, **more}], "modelVersion": "g"}
+
+
+GEMINI: list[dict[str, Any]] = [
+    {"candidates": [{"content": {"parts": [{"text": "hm", "thought": True}]}}]},
+    gemini("He"),
+    gemini("llo"),
+    {"candidates": [{"content": {"parts": [
+        {"functionCall": {"name": "f", "args": {"x": 1}}, "thoughtSignature": "s"}]}}]},
+    {**gemini(finishReason="STOP"),
+        "usageMetadata": {"promptTokenCount": 3, "candidatesTokenCount": 2, "thoughtsTokenCount": 4}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_gemini_stream(step: int) -> None:
+    """Parts are put together, thoughts apart."""
+    deltas, whole = read("gemini/m", events(*GEMINI, done=False), step=step)
+    assert deltas == ["He", "llo"]
+    assert (whole.text, whole.reasoning, whole.model) == ("Hello", "hm", "g")
+    assert [(c.name, c.arguments, c.signature) for c in whole.tool_calls] == [("f", '{"x":1}', "s")]
+    assert (whole.usage.input_tokens, whole.usage.output_tokens, whole.usage.reasoning_tokens) == (3, 6, 4)
+
+
+def test_gemini_stream_as_an_array() -> None:
+    """Without alt=sse the chunks come as one JSON array."""
+    assert read("gemini/m", json.dumps(GEMINI).encode())[1].text == "Hello"
+
+
+def test_gemini_stream_that_fails() -> None:
+    """A blocked prompt, an error in the middle and a cut stream are typed errors."""
+    with pytest.raises(ContentFilterError, match="SAFETY"):
+        read("gemini/m", events({"promptFeedback": {"blockReason": "SAFETY"}}, done=False))
+    with pytest.raises(ServerError):
+        read("gemini/m", events(gemini("a"), {"error": {"code": 503, "status": "UNAVAILABLE"}}, done=False))
+    with pytest.raises(APIConnectionError):
+        read("gemini/m", events(gemini("a"), done=False))
+
+
+def test_events_are_cut_by_the_rules() -> None:
+    """Several data lines join, unknown fields and comments are read over, the last event needs no empty line."""
+    parser = EventParser()
+    found = parser.feed(b"id: 1\nretry: 5\nevent: a\ndata: x\ndata:y\n\n:c\n\ndata: z")
+    assert [*found, *parser.flush()] == [Event("a", b"x\ny"), Event("", b"z")]
