@@ -24,9 +24,9 @@ MAX_TOKENS = 4096  # the API demands a number
 class Block(Struct, gc=False):
     """One block of content; kinds that are not known (search results, compaction, ...) are read over."""
 
-    type: str | None = None
-    text: str | None = None
-    thinking: str | None = None
+    type: Any = None  # Any: a block that is none of ours may hold anything, and must not cost us the others
+    text: Any = None
+    thinking: Any = None
     id: str | None = None
     name: str | None = None
     input: msgspec.Raw = msgspec.Raw()
@@ -162,15 +162,15 @@ def _output_config(call: ChatCall) -> dict[str, Any] | None:
 
 
 def _message(blocks: list[Block]) -> Message:
-    if len(blocks) == 1 and blocks[0].type == "text":
-        return Message(content=blocks[0].text or None)
+    if len(blocks) == 1 and blocks[0].type == "text" and isinstance(blocks[0].text, str):
+        return Message(content=blocks[0].text)
     texts, thoughts, calls = [], [], []
     for block in blocks:
         if block.type == "tool_use":
             calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=_arguments(block)))
-        elif block.thinking:
+        elif block.type == "thinking" and isinstance(block.thinking, str):
             thoughts.append(block.thinking)
-        elif block.type == "text" and block.text:
+        elif block.type == "text" and isinstance(block.text, str):
             texts.append(block.text)
     return Message(
         content="".join(texts) if texts else None,
@@ -223,7 +223,8 @@ class MessageStream(EventReader):
             self._add_usage(told.usage)
         if told.type == "content_block_start" and told.content_block is not None:
             self._blocks[told.index or 0] = told.content_block
-            return told.content_block.text or ""
+            text = told.content_block.text
+            return text if told.content_block.type == "text" and isinstance(text, str) else ""
         if told.type == "message_stop":
             self._ended = True
         return self._grow(told.index or 0, told.delta) if told.delta is not None else ""
@@ -244,7 +245,7 @@ class MessageStream(EventReader):
             self._answer.stop_reason = delta.stop_reason
         if delta.text is None and delta.thinking is None and delta.partial_json is None:
             return ""
-        block = self._blocks.setdefault(index, Block(type="text"))
+        block = self._blocks.setdefault(index, Block(type="thinking" if delta.thinking else "text"))
         if delta.thinking:
             block.thinking = (block.thinking or "") + delta.thinking
         if delta.partial_json:

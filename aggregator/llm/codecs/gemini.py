@@ -59,7 +59,7 @@ class _Call(Struct, gc=False):
 
 class _Part(Struct, gc=False):
     text: str | None = None
-    thought: bool | None = None
+    thought: Any = None
     functionCall: _Call | None = None  # noqa: N815 - the API's own names here and below
     thoughtSignature: str | None = None  # noqa: N815
 

@@ -1,0 +1,275 @@
+"""Anthropic's Messages: our calls in its words, its answers in ours."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from aggregator.errors import ConfigError, DecodeError, EmptyResponseError, ServerError
+from aggregator.llm.calls import ChatCall
+from aggregator.llm.codecs.anthropic import AnthropicMessages
+from aggregator.llm.messages import Image, normalise
+from aggregator.llm.names import resolve
+from aggregator.records import Completion, HTTPReply, HTTPRequest
+
+CALL = ChatCall(model="claude-sonnet-4-5", messages=({"role": "user", "content": "Hi"},))
+
+
+def request(call: ChatCall, **given: Any) -> HTTPRequest:
+    return resolve("anthropic/claude-sonnet-4-5", api_key="k", env={}, **given).codec.encode(call)
+
+
+def body(call: ChatCall) -> Any:
+    return json.loads(request(call).body)
+
+
+def sent(messages: Any) -> Any:
+    return body(replace(CALL, messages=normalise(messages)))
+
+
+def decode(answer: Any) -> Completion:
+    data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    codec = resolve("anthropic/claude", env={}).codec
+    return codec.decode(HTTPReply(status=200, body=data, headers={"request-id": "req_1", "retry-after": "9"}), CALL)
+
+
+def test_request() -> None:
+    """The version and the key go in headers; the cap that the API demands is there unasked."""
+    made = request(CALL)
+    assert made.url == "https://api.anthropic.com/v1/messages"
+    assert made.headers["anthropic-version"] == "2023-06-01"
+    assert made.headers["x-api-key"] == "k"
+    assert json.loads(made.body) == {
+        "model": "claude-sonnet-4-5",
+        "max_tokens": 4096,
+        "messages": [{"role": "user", "content": "Hi"}],
+    }
+
+
+@pytest.mark.parametrize("base_url", ["http://127.0.0.1:8/v1", "http://127.0.0.1:8", "http://127.0.0.1:8/"])
+def test_address_with_and_without_version(base_url: str) -> None:
+    """A base_url may hold /v1 or not."""
+    assert request(CALL, base_url=base_url).url == "http://127.0.0.1:8/v1/messages"
+
+
+def test_auth_token_is_a_bearer() -> None:
+    """ANTHROPIC_AUTH_TOKEN goes as a bearer token, as in Anthropic's SDK."""
+    made = resolve("anthropic/claude", env={"ANTHROPIC_AUTH_TOKEN": "t"}).codec.encode(CALL)
+    assert made.headers["authorization"] == "Bearer t"
+    assert "x-api-key" not in made.headers
+
+
+def test_options() -> None:
+    """Options go under this API's names."""
+    schema = {"type": "object", "properties": {}}
+    call = replace(
+        CALL,
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.9,
+        stop="END",
+        tools=(
+            {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}},
+            {"type": "web_search_20250305", "name": "web_search"},
+        ),
+        tool_choice="required",
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+        stream=True,
+        extra={"metadata": {"user_id": "u"}},
+    )
+    assert body(call) == {
+        "model": "claude-sonnet-4-5",
+        "max_tokens": 9,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop_sequences": ["END"],
+        "tools": [
+            {"name": "f", "description": "d", "input_schema": schema},
+            {"type": "web_search_20250305", "name": "web_search"},
+        ],
+        "tool_choice": {"type": "any"},
+        "output_config": {"format": {"type": "json_schema", "schema": schema}},
+        "stream": True,
+        "metadata": {"user_id": "u"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("auto", {"type": "auto"}),
+        ("none", {"type": "none"}),
+        ({"type": "function", "function": {"name": "f"}}, {"type": "tool", "name": "f"}),
+        ({"type": "any"}, {"type": "any"}),
+    ],
+)
+def test_tool_choice(choice: Any, expected: Any) -> None:
+    """OpenAI's words for the choice of a tool become this API's."""
+    assert body(replace(CALL, tool_choice=choice))["tool_choice"] == expected
+
+
+@pytest.mark.parametrize("given", [{"n": 2}, {"seed": 1}, {"tool_choice": "perhaps"}])
+def test_what_the_api_cannot_say_is_refused(given: Any) -> None:
+    """Several answers or a seed do not exist here: an error before anything is sent, not a silent loss."""
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        request(replace(CALL, **given))
+
+
+def test_system_prompt() -> None:
+    """One system text stands as it is, several as blocks; none is in the conversation."""
+    one = sent([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}])
+    assert (one["system"], one["messages"]) == ("Be brief", [{"role": "user", "content": "Hi"}])
+    two = sent(
+        [{"role": "system", "content": "a"}, {"role": "user", "content": "Hi"}, {"role": "developer", "content": "b"}]
+    )
+    assert two["system"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+def test_images() -> None:
+    """An image goes as base64 or as its URL; a block of this API's own stays as it is."""
+    own = {"type": "document", "source": {"type": "text", "data": "x"}}
+    (message,) = sent([{"role": "user", "content": ["Look", Image(b"\x89PNG1"), Image("https://x/y.png"), own]}])[
+        "messages"
+    ]
+    assert message["content"] == [
+        {"type": "text", "text": "Look"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORzE="}},
+        {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
+        own,
+    ]
+
+
+def test_a_turn_with_tools() -> None:
+    """Calls become tool_use blocks, and the results of one turn one user message."""
+    calls = [
+        {"id": i, "type": "function", "function": {"name": "f", "arguments": a}}
+        for i, a in (("a", '{"x": 1}'), ("b", ""))
+    ]
+    messages = sent(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "a", "content": "1"},
+            {"role": "tool", "tool_call_id": "b", "content": "2"},
+        ]
+    )["messages"]
+    assert messages[1]["content"] == [
+        {"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}},
+        {"type": "tool_use", "id": "b", "name": "f", "input": {}},
+    ]
+    assert [block["tool_use_id"] for block in messages[2]["content"]] == ["a", "b"]
+    assert len(messages) == 3
+
+
+def test_arguments_that_are_no_json_are_refused() -> None:
+    """A call whose arguments were cut cannot go back to the model: the error says where it stands."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x'}}
+    with pytest.raises(ConfigError, match=r"\$\.messages\[0\]\.tool_calls\[0\]"):
+        sent([{"role": "assistant", "content": None, "tool_calls": [call]}])
+
+
+def answer(*blocks: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "message", "id": "m", "model": "c", "content": list(blocks), "stop_reason": "end_turn", **more}
+
+
+def test_blocks() -> None:
+    """Text blocks join, thinking and tool calls stand apart, kinds that are not known are read over."""
+    found = decode(
+        answer(
+            {"type": "thinking", "thinking": "hm", "signature": "s"},
+            {"type": "redacted_thinking", "data": "…"},
+            {"type": "text", "text": "He", "citations": [{"type": "x"}]},
+            {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"q": 1}},
+            {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "r"}]},
+            {"type": "compaction", "content": "…"},
+            {"type": "never seen", "text": 5, "input": [1]},
+            {"type": "text", "text": "llo"},
+            {"type": "tool_use", "id": "t", "name": "f", "input": {"x": [1, {"y": None}]}},
+            stop_reason="tool_use",
+            stop_details=None,
+        )
+    )
+    assert (found.text, found.reasoning, found.finish_reason) == ("Hello", "hm", "tool_calls")
+    assert [(call.id, call.name) for call in found.tool_calls] == [("t", "f")]
+    assert json.loads(found.tool_calls[0].arguments) == {"x": [1, {"y": None}]}
+    assert (found.id, found.model, found.request_id, found.raw_finish_reason) == ("m", "c", "req_1", "tool_use")
+
+
+@pytest.mark.parametrize("content", [[], "", [{"type": "text", "text": ""}]])
+def test_an_empty_answer_is_an_answer(content: Any) -> None:
+    """`content: []` with end_turn is what the model said: nothing."""
+    assert decode({**answer(), "content": content}).text == ""
+
+
+def test_content_as_text() -> None:
+    """A gateway that answers with a text instead of blocks is understood."""
+    assert decode({**answer(), "content": "Hi"}).text == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("end_turn", "stop"),
+        ("stop_sequence", "stop"),
+        ("pause_turn", "stop"),
+        ("max_tokens", "length"),
+        ("model_context_window_exceeded", "length"),
+        ("tool_use", "tool_calls"),
+        ("refusal", "content_filter"),
+        (None, "stop"),
+    ],
+)
+def test_stop_reasons(word: str | None, reason: str) -> None:
+    """Every word becomes one of OpenAI's four."""
+    assert decode(answer(stop_reason=word)).finish_reason == reason
+
+
+def test_usage_counts_caches_as_input() -> None:
+    """The API counts what caches held beside `input_tokens`: ours is the whole prompt."""
+    usage = {
+        "input_tokens": 1,
+        "cache_creation_input_tokens": 2,
+        "cache_read_input_tokens": 4,
+        "output_tokens": 8,
+        "output_tokens_details": {"thinking_tokens": 3},
+        "cache_creation": {"ephemeral_5m_input_tokens": 2},
+        "server_tool_use": None,
+    }
+    found = decode(answer(usage=usage)).usage
+    assert (found.input_tokens, found.cached_tokens, found.output_tokens, found.reasoning_tokens) == (7, 4, 8, 3)
+    assert decode(answer()).usage.input_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "x"}}, ServerError),
+        ({"type": "message"}, EmptyResponseError),
+        (b"", DecodeError),
+        (b"<html>", DecodeError),
+    ],
+)
+def test_a_200_that_is_no_answer(raw: Any, kind: type[Exception]) -> None:
+    """Status 200 is not success."""
+    with pytest.raises(kind) as caught:
+        decode(raw)
+    assert type(caught.value) is kind
+
+
+def test_a_conversation_goes_on_with_our_own_answer() -> None:
+    """A Completion can be appended to the messages as it is."""
+    found = decode(answer({"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}))
+    messages = sent(["Hi", found, {"role": "tool", "tool_call_id": "t", "content": "1"}])["messages"]
+    assert messages[1] == {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}],
+    }
+
+
+def test_the_codec_is_bound() -> None:
+    """The endpoint of an Anthropic name holds its codec."""
+    assert isinstance(resolve("claude-sonnet-4-5", env={}).codec, AnthropicMessages)
