@@ -96,7 +96,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "tree_merge",
     ),
     "aggregator.training.minibatch": ("Minibatch",),
-    "aggregator.training.proposers": ("LLMOptimizer",),
+    "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer"),
     "aggregator.training.rules": (
         "best_of",
         "chain",
@@ -137,13 +137,13 @@ if TYPE_CHECKING:
     from aggregator.guides.numeric import NumericMatch as NumericMatch
     from aggregator.guides.pattern import KeywordHints as KeywordHints
     from aggregator.guides.pattern import RegexMatch as RegexMatch
-    from aggregator.observing.configuring import configure_logging as configure_logging
-    from aggregator.observing.console import ConsoleLogger as ConsoleLogger
-    from aggregator.observing.progress import ProgressBar as ProgressBar
     from aggregator.llm.budget import Budget as Budget
     from aggregator.llm.client import LLM as LLM
     from aggregator.llm.models import as_model as as_model
     from aggregator.llm.prices import Price as Price
+    from aggregator.observing.configuring import configure_logging as configure_logging
+    from aggregator.observing.console import ConsoleLogger as ConsoleLogger
+    from aggregator.observing.progress import ProgressBar as ProgressBar
     from aggregator.records import Completion as Completion
     from aggregator.records import Decision as Decision
     from aggregator.records import Failure as Failure
@@ -165,6 +165,7 @@ if TYPE_CHECKING:
     from aggregator.training.merge import tree_merge as tree_merge
     from aggregator.training.minibatch import Minibatch as Minibatch
     from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
+    from aggregator.training.proposers import OPROOptimizer as OPROOptimizer
     from aggregator.training.rules import best_of as best_of
     from aggregator.training.rules import chain as chain
     from aggregator.training.rules import dedupe as dedupe

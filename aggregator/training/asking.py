@@ -22,30 +22,40 @@ class Answer(Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-async def ask(llm: ChatModel, messages: list[dict[str, str]], parameters: Sequence[Any], *, max_tokens: int) -> Answer:
+async def ask(
+    llm: ChatModel,
+    messages: list[dict[str, str]],
+    parameters: Sequence[Any],
+    *,
+    max_tokens: int,
+    temperature: float | None = None,
+    seed: int | None = None,
+) -> Answer:
     """Return the model's suggestion for the parameters; raises LLMError where the call itself failed.
 
     A reply that cannot be read without guessing, or a value that cannot become its parameter's type, is asked for once
     more with the error quoted. What is still wrong then is left out and named in `error`.
     """
-    text, answer = await _once(llm, messages, parameters, max_tokens)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    text, answer = await _once(llm, messages, parameters, options)
     if answer.error is None:
         return answer
-    _, repaired = await _once(llm, repair_messages(messages, text, answer.error), parameters, max_tokens)
+    _, repaired = await _once(llm, repair_messages(messages, text, answer.error), parameters, options)
     return repaired
 
 
 async def _once(
-    llm: ChatModel, messages: list[dict[str, str]], parameters: Sequence[Any], max_tokens: int
+    llm: ChatModel, messages: list[dict[str, str]], parameters: Sequence[Any], options: dict[str, Any]
 ) -> tuple[str, Answer]:
+    given = {name: value for name, value in options.items() if value is not None}
     try:
         completion = await llm.complete(
-            messages, max_tokens=max_tokens, response_format=response_schema(parameters), validate=str
+            messages, response_format=response_schema(parameters), validate=str, **given
         )  # validate=str: any text will do here, `read` is the judge
     except TruncatedError as error:
         return error.text, Answer(error=str(error))
     if completion.finish_reason == "length":
-        return completion.text, Answer(error=f"the reply was cut at the limit of {max_tokens} tokens")
+        return completion.text, Answer(error=f"the reply was cut at the limit of {options['max_tokens']} tokens")
     return completion.text, read(completion.text, parameters)
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import ConfigError, LLMError
+from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal, Values
 from aggregator.training.asking import Answer, ask
@@ -38,8 +39,6 @@ class LLMMerge:
         system_prompt: str = AGGREGATOR_SYSTEM_PROMPT,
         confidence: Confidence = "constant",
     ) -> None:
-        from aggregator.llm.models import as_model
-
         if not callable(confidence) and confidence not in {"constant", "evidence"}:
             raise ConfigError(f"expected confidence 'constant', 'evidence' or a function, got {confidence!r}")
         self.llm: ChatModel = as_model(llm)

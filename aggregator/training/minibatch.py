@@ -235,8 +235,8 @@ class Minibatch:
             lost = failure("proposal", error, sample_id=seen.sample_id)
             return replace(silent, error=f"{lost.error}: {lost.message}", failures=(*seen.failures, lost))
         failures = (*seen.failures, *unread("proposal", proposal.error, seen.sample_id))
-        error = None if proposal.values else proposal.error  # what could be read stands as a proposal of its own
-        return replace(proposal, failures=failures, error=error)
+        usable = bool(proposal.values)  # what could be read stands as a proposal of its own
+        return replace(proposal, failures=failures, error=None if usable else proposal.error)
 
     @face_of("aupdate")
     def update(self, outputs: Sequence[Any], verbose: bool | str = False) -> Any:

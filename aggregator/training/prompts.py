@@ -75,13 +75,13 @@ def proposal_messages(
     score: float | None,
     feedback: str,
     objective: str = DEFAULT_OBJECTIVE,
-    history: Sequence[StepReport] = (),
+    history: Sequence[str] = (),
     system_prompt: str = PROPOSER_SYSTEM_PROMPT,
 ) -> list[dict[str, str]]:
     """Return the messages that ask for one instance's proposal.
 
-    `components` maps each parameter's name to its value, type, description and constraint; `history` holds the updates
-    that were tried before, accepted or refused.
+    `components` maps each parameter's name to its value, type, description and constraint; `history` holds a line
+    for each update that was tried before.
     """
     sections = [
         ("Objective", objective),
@@ -92,7 +92,7 @@ def proposal_messages(
         ("Feedback", feedback),
     ]
     if history:
-        sections.append(("History", "\n".join(_verdict(report) for report in history)))
+        sections.append(("History", "\n".join(history)))
     return _messages(system_prompt, sections)
 
 
@@ -159,10 +159,15 @@ def _digest(text: str, limit: int = FEEDBACK_DIGEST) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _verdict(report: StepReport) -> str:
-    update = _digest(msgspec.json.encode(report.update, enc_hook=str).decode(), UPDATE_DIGEST)
-    verdict = "accepted" if report.decision.accepted else f"refused ({report.decision.reason})"
-    return f"step {report.step}, {verdict}: {update}"
+def digest_of(update: Values) -> str:
+    """Write an earlier update as one bounded line."""
+    return _digest(msgspec.json.encode(update, enc_hook=str).decode(), UPDATE_DIGEST)
+
+
+def verdict(report: StepReport) -> str:
+    """Say in a line what became of an earlier update."""
+    said = "accepted" if report.decision.accepted else f"refused ({report.decision.reason})"
+    return f"step {report.step}, {said}: {digest_of(report.update)}"
 
 
 def _messages(system_prompt: str, sections: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

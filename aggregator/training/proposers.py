@@ -1,17 +1,34 @@
-"""The native optimizer: one call to a model proposes new values for one instance, independent of all others."""
+"""The native optimizers: a call to a model proposes new values for one instance, independent of all others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
+from aggregator.agents.parameters import read
 from aggregator.cassettes.lineage import lineage
-from aggregator.protocols import ChatModel
+from aggregator.llm.models import as_model
+from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.training.asking import ask
-from aggregator.training.prompts import DEFAULT_OBJECTIVE, PROPOSER_SYSTEM_PROMPT, proposal_messages
+from aggregator.training.batches import check_positive
+from aggregator.training.context import current_step
+from aggregator.training.executors import AsyncExecutor
+from aggregator.training.prompts import (
+    DEFAULT_OBJECTIVE,
+    PROPOSER_SYSTEM_PROMPT,
+    digest_of,
+    number,
+    proposal_messages,
+    verdict,
+)
+from aggregator.training.rules import majority
+
+Item = TypeVar("Item")
 
 
 class LLMOptimizer:
@@ -19,7 +36,9 @@ class LLMOptimizer:
 
     `parameters` are what it may change (default: every trainable parameter of the agent that the trainer was given).
     `llm` is a model, its name, or None for the default model. `memory_size` is how many earlier updates, accepted and
-    refused, the prompt recalls. It keeps no state: the same rollout and history give the same prompt.
+    refused, the prompt recalls. With `num_candidates` above 1 the model is asked that often, with a seed of its own
+    each, and `select`, a rule, makes one proposal of the answers. It keeps no state: the same rollout and history give
+    the same prompt.
     """
 
     def __init__(
@@ -29,15 +48,20 @@ class LLMOptimizer:
         *,
         objective: str = DEFAULT_OBJECTIVE,
         memory_size: int = 5,
+        num_candidates: int = 1,
+        select: UpdateRule = majority,
+        temperature: float | None = None,
         max_tokens: int = 4096,
         system_prompt: str = PROPOSER_SYSTEM_PROMPT,
     ) -> None:
-        from aggregator.llm.models import as_model
-
+        check_positive("num_candidates", num_candidates)
         self.parameters = parameters
         self.llm: ChatModel = as_model(llm)
         self.objective = objective
         self.memory_size = memory_size
+        self.num_candidates = num_candidates
+        self.select = select
+        self.temperature = temperature
         self.max_tokens = max_tokens
         self.system_prompt = system_prompt
 
@@ -45,18 +69,55 @@ class LLMOptimizer:
         self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport] = ()
     ) -> Proposal:
         """Return what this instance asks for; raises LLMError where the call failed."""
-        messages = proposal_messages(
+        messages = self.messages(rollout, parameters, history)
+        with lineage("propose", role="optimizer"):
+            if self.num_candidates == 1:
+                return await self._ask(messages, parameters, rollout)
+            found = await AsyncExecutor(self.num_candidates).map(
+                lambda i: self._candidate(i, messages, parameters, rollout), range(self.num_candidates)
+            )
+        return await self._selected(found, parameters, rollout)
+
+    def messages(
+        self, rollout: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]
+    ) -> list[dict[str, str]]:
+        """Return the prompt; a subclass may tell the model something else."""
+        return proposal_messages(
             {parameter.name: parameter.describe() for parameter in parameters},
             transcript=rollout.transcript,
             output=render(rollout.output),
             score=rollout.score,
             feedback=rollout.feedback,
             objective=self.objective,
-            history=self._recalled(history),
+            history=self.recalled(history),
             system_prompt=self.system_prompt,
         )
-        with lineage("propose", role="optimizer"):
-            answer = await ask(self.llm, messages, parameters, max_tokens=self.max_tokens)
+
+    def recalled(self, history: Sequence[StepReport]) -> list[str]:
+        """Return the latest updates that were tried, with their verdicts, as lines."""
+        tried = [report for report in history if report.update]
+        return [verdict(report) for report in latest(tried, self.memory_size)]
+
+    async def _candidate(
+        self, i: int, messages: list[dict[str, str]], parameters: Sequence[Any], rollout: Rollout
+    ) -> Proposal:
+        with lineage(f"candidate={i}"):
+            return await self._ask(messages, parameters, rollout, seed=i)
+
+    async def _selected(self, found: Sequence[Proposal], parameters: Sequence[Any], rollout: Rollout) -> Proposal:
+        current = read(parameters)
+        usable = [proposal for proposal in found if proposal.values]
+        chosen = await self.select(current, usable, stepsize=current_step().stepsize)
+        if not chosen:
+            return replace(found[0], values={})
+        return replace(chosen[0], support=1, score=rollout.score, feedback=rollout.feedback)
+
+    async def _ask(
+        self, messages: list[dict[str, str]], parameters: Sequence[Any], rollout: Rollout, *, seed: int | None = None
+    ) -> Proposal:
+        answer = await ask(
+            self.llm, messages, parameters, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed
+        )
         return Proposal(
             values=answer.values,
             score=rollout.score,
@@ -66,9 +127,40 @@ class LLMOptimizer:
             sample_ids=(rollout.sample_id,),
         )
 
-    def _recalled(self, history: Sequence[StepReport]) -> list[StepReport]:
-        tried = [report for report in history if report.update]
-        return tried[len(tried) - self.memory_size :] if self.memory_size < len(tried) else tried
+
+class OPROOptimizer(LLMOptimizer):
+    """Recalls the best earlier values with the scores they reached, worst first, and asks for better ones.
+
+    The method is OPRO's (Yang et al., 2023, "Large Language Models as Optimizers"): the model sees a trajectory of
+    solutions in ascending order of score. The score of an update is the gate's where it measured one, else that of the
+    test set after it, else that of the next minibatch.
+    """
+
+    def recalled(self, history: Sequence[StepReport]) -> list[str]:
+        """Return the `memory_size` best updates in ascending order of score, as lines."""
+        scored = [(score, report) for report, score in reached(history) if report.update and score is not None]
+        ranked = sorted(scored, key=lambda pair: pair[0])
+        return [
+            f"score {number(score)}: {digest_of(report.update)}" for score, report in latest(ranked, self.memory_size)
+        ]
+
+
+def reached(history: Sequence[StepReport]) -> Iterator[tuple[StepReport, float | None]]:
+    """Yield each step with the score that its update reached."""
+    following = [report.score for report in history[1:]]
+    for report, next_score in zip_longest(history, following):
+        accepted = report.decision.accepted
+        later = report.test_score if report.test_score is not None else next_score
+        yield report, report.decision.after if report.decision.after is not None else later if accepted else None
+
+
+def latest(items: Sequence[Item], count: int) -> Sequence[Item]:
+    """Return the last `count` items, none for 0.
+
+    >>> latest([1, 2, 3], 2)
+    [2, 3]
+    """
+    return items[max(len(items) - count, 0) :]
 
 
 def render(value: Any) -> str:

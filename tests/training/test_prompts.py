@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aggregator.records import Decision, Proposal, StepReport
-from aggregator.training.prompts import aggregation_messages, number, proposal_messages, repair_messages
+from aggregator.training.prompts import aggregation_messages, number, proposal_messages, repair_messages, verdict
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -37,12 +38,12 @@ def test_proposal_prompt() -> None:
         decision=Decision(accepted=False, reason="mean score 0.5 -> 0.4 on 8 instances"),
         update={"k": 9},
     )
-    components = {
+    components: dict[str, dict[str, Any]] = {
         "instruction": {"value": "Answer.\nBe brief.", "type": "string", "description": "the system prompt"},
         "k": {"value": 3, "type": "integer", "constraint": "at most 10"},
     }
     messages = proposal_messages(
-        components, transcript="search(k=3)", output="42", score=0.0, feedback="expected 43", history=[refused]
+        components, transcript="search(k=3)", output="42", score=0.0, feedback="expected 43", history=[verdict(refused)]
     )
     check("proposal.txt", shown(messages))
 

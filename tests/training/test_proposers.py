@@ -1,0 +1,130 @@
+"""The native optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
+
+from aggregator.agents.parameters import ParameterNode
+from aggregator.errors import ConfigError
+from aggregator.records import Decision, Rollout, StepReport
+from aggregator.training.merge import LLMMerge
+from aggregator.training.proposers import LLMOptimizer, OPROOptimizer, render
+from aggregator.training.trainer import AggregatedUpdate
+
+PARAMETERS = [ParameterNode(1, name="k", description="how many", constraint="a small number")]
+ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="more of it", transcript="search(k=1)")
+
+
+def report(step: int, update: dict[str, Any], *, accepted: bool = True, **facts: Any) -> StepReport:
+    decision = Decision(accepted=accepted, reason="mean score 1 -> 0", after=facts.pop("after", None))
+    score = facts.pop("score", 0.0)
+    return StepReport(
+        epoch=0, step=step, sample_ids=(0,), scores=(score,), score=score, decision=decision, update=update, **facts
+    )
+
+
+async def test_the_prompt_holds_this_instance_and_the_reply_is_typed() -> None:
+    """Parameters, transcript, output, score and feedback go in; typed values of this sample come out."""
+    model = ScriptedModel(suggest(k="7"))
+    proposal = await LLMOptimizer(llm=model, objective="Be right.").propose(ROLLOUT, PARAMETERS)
+    (messages,) = model.asked
+    found = [section(messages, name) for name in ("Objective", "Transcript", "Output", "Score", "Feedback")]
+    assert found == ["Be right.", "search(k=1)", "out", "0.25", "more of it"]
+    assert '"constraint": "a small number"' in section(messages, "Parameters")
+    assert (proposal.values, proposal.sample_id, proposal.score) == ({"k": 7}, 4, 0.25)
+
+
+async def test_the_same_rollout_gives_the_same_prompt() -> None:
+    """It keeps no state between proposals: they are independent of each other and of their order."""
+    model = ScriptedModel(suggest(k=7))
+    optimizer = LLMOptimizer(llm=model)
+    for _ in range(3):
+        await optimizer.propose(ROLLOUT, PARAMETERS)
+    assert model.asked[0] == model.asked[1] == model.asked[2]
+
+
+@pytest.mark.parametrize(("size", "steps"), [(0, []), (2, ["step 2", "step 3"]), (9, ["step 0", "step 2", "step 3"])])
+async def test_memory_recalls_the_latest_updates_with_their_verdicts(size: int, steps: list[str]) -> None:
+    """Accepted and refused ones, the latest `memory_size`; steps that changed nothing are not told."""
+    history = [report(0, {"k": 1}), report(1, {}), report(2, {"k": 2}, accepted=False), report(3, {"k": 3})]
+    model = ScriptedModel("TERMINATE")
+    await LLMOptimizer(llm=model, memory_size=size).propose(ROLLOUT, PARAMETERS, history=history)
+    lines = section(model.asked[0], "History").splitlines()
+    assert [line.partition(",")[0] for line in lines] == steps
+    assert all("refused (mean score 1 -> 0)" in line for line in lines if "step 2" in line)
+
+
+async def test_several_candidates_are_asked_apart_and_become_one_proposal() -> None:
+    """Each has a lineage and a seed of its own; the rule, majority by default, makes one of them."""
+    model = ScriptedModel(suggest(k=5), suggest(k=9), suggest(k=9))
+    proposal = await LLMOptimizer(llm=model, num_candidates=3).propose(ROLLOUT, PARAMETERS)
+    assert sorted(place for place, _ in model.places) == [f"propose/candidate={i}" for i in range(3)]
+    assert sorted(options["seed"] for options in model.options) == [0, 1, 2]
+    assert (proposal.values, proposal.support, proposal.sample_id) == ({"k": 9}, 1, 4)
+
+
+async def test_candidates_may_be_merged_by_a_model() -> None:
+    """Any rule selects, also one that asks a model."""
+    optimizer = LLMOptimizer(
+        llm=ScriptedModel(suggest(k=5), suggest(k=9)),
+        num_candidates=2,
+        select=LLMMerge(ScriptedModel(suggest(k=7)), confidence="evidence"),
+    )
+    trainer = AggregatedUpdate(agent := Adder(), optimizer, rule=LLMMerge(ScriptedModel("never asked")))
+    optimizer.llm = ScriptedModel(suggest(amount=5), suggest(amount=9))
+    optimizer.select = LLMMerge(ScriptedModel(suggest(amount=7)))
+    trainer.train(exact, [(0, 7)])
+    assert agent.amount.data == 7
+
+
+async def test_candidates_that_all_decline_propose_nothing() -> None:
+    """TERMINATE from each is no proposal."""
+    proposal = await LLMOptimizer(llm=ScriptedModel("TERMINATE"), num_candidates=2).propose(ROLLOUT, PARAMETERS)
+    assert proposal.values == {}
+
+
+async def test_opro_recalls_the_best_in_ascending_order() -> None:
+    """The trajectory is sorted by the score each update reached; refused ones without a score are left out."""
+    history = [
+        report(0, {"k": 1}, score=0.1),
+        report(1, {"k": 2}, score=0.4, after=0.9),
+        report(2, {"k": 3}, accepted=False, score=0.2),
+        report(3, {"k": 4}, score=0.3, test_score=0.7),
+        report(4, {"k": 5}, score=0.6),
+    ]
+    model = ScriptedModel("TERMINATE")
+    await OPROOptimizer(llm=model).propose(ROLLOUT, PARAMETERS, history=history)
+    assert section(model.asked[0], "History").splitlines() == [
+        'score 0.4: {"k":1}',
+        'score 0.7: {"k":4}',
+        'score 0.9: {"k":2}',
+    ]
+
+
+def test_parameters_of_the_optimizer_limit_what_changes(adder: Adder) -> None:
+    """An optimizer made for some parameters changes no others."""
+    adder.parameters()
+    model = ScriptedModel(from_feedback)
+    run = AggregatedUpdate(adder, LLMOptimizer([adder.amount], llm=model), llm=ScriptedModel("x"))
+    result = run.train(exact, additions(5, 1))
+    assert result.parameters == {"amount": 5}
+    assert "label" not in section(model.asked[0], "Parameters")
+
+
+@pytest.mark.parametrize("count", [0, -1, "3"])
+def test_num_candidates_is_a_positive_int(count: Any) -> None:
+    """Anything else is refused when the optimizer is made."""
+    with pytest.raises(ConfigError, match="expected num_candidates"):
+        LLMOptimizer(llm=ScriptedModel("x"), num_candidates=count)
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [("as it is", "as it is"), ({"a": [1, None]}, '{"a":[1,null]}'), (None, "null"), (object(), "<object>")],
+)
+def test_outputs_are_shown_without_addresses(output: Any, text: str) -> None:
+    """A prompt is the same bytes in every run."""
+    assert render(output) == text
