@@ -22,7 +22,7 @@ class Budget(Struct, frozen=True):
     """How much a document may hold: bytes in all and in one line, nesting, nodes, and nodes that aliases repeat."""
 
     size: int = 64 << 20
-    line: int = 16 << 20
+    line: int = 8 << 20
     depth: int = 64
     nodes: int = 4_000_000
     repeated: int = 200_000
@@ -54,7 +54,7 @@ def parse_document(data: bytes, where: str, budget: Budget = BUDGET) -> tuple[An
     Raises CassetteRefusedError over budget or for a tag that is not data, CassetteDamagedError for bad syntax.
     """
     refuse_large(data, where, budget)
-    if data.lstrip()[:1] in (b"{", b"["):
+    if data[:64].lstrip()[:1] in (b"{", b"["):
         try:
             return msgspec.json.decode(data), {}
         except RecursionError:
@@ -68,8 +68,9 @@ def refuse_large(data: bytes, where: str, budget: Budget = BUDGET) -> None:
     """Raise for more bytes than the budget, in all or in one line."""
     if len(data) > budget.size:
         raise _refused(where, 1, f"at most {budget.size >> 20} MB", f"{len(data) >> 20} MB")
-    for start in range(0, len(data) - budget.line, budget.line):
-        if data.find(b"\n", start, start + budget.line) < 0:
+    window = budget.line // 2  # a longer line covers one of these whole
+    for start in range(0, len(data) - window + 1, window):
+        if data.find(b"\n", start, start + window) < 0:
             raise _refused(where, 1, f"lines of at most {budget.line >> 20} MB", "a longer one")
 
 

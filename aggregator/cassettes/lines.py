@@ -24,8 +24,9 @@ def is_open_journal(data: bytes) -> bool:
     """Say whether a recording was going on: our comment says so, or it is gone but the first line is ours."""
     if data.startswith(OPEN_COMMENT) or _OPENING.startswith(data):
         return True
-    first = data[len(PREAMBLE) : data.find(b"\n", len(PREAMBLE)) + 1 or len(data)]
-    return data.startswith(PREAMBLE + b'- {"request":') and b',"sha256":"' in first
+    if not data.startswith(PREAMBLE + b'- {"request":'):
+        return False
+    return data.find(b',"sha256":"', 0, data.find(b"\n", len(PREAMBLE)) % (len(data) + 1)) > 0
 
 
 def read_open_journal(data: bytes, where: str, ignore: Ignore = ()) -> Recording:
@@ -96,5 +97,5 @@ def _rows(data: bytes, spans: list[_Span], where: str, ignore: Ignore) -> tuple[
     view = memoryview(data)
     try:
         return tuple(index_lines((view[start:end] for start, end in spans), ignore))
-    except (msgspec.DecodeError, ValueError, KeyError) as error:
+    except (msgspec.DecodeError, ValueError, KeyError, RecursionError) as error:
         raise CassetteDamagedError(f"expected an exchange, got {error} - in {where}; {REMEDY}") from error

@@ -74,7 +74,7 @@ def _bytes_of(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise CassetteError(f"expected to read the cassette {path}, got {error}; make it readable") from error
-    if not data.strip():
+    if not data or data.isspace():
         raise CassetteDamagedError(f"expected a cassette in {path}, got an empty file; delete it to record anew")
     return data
 
@@ -87,7 +87,7 @@ def _read_one(data: bytes, where: str, ignore: Ignore) -> tuple[Recording, Comme
         first_line, _, content = data.partition(b"\n")
         comment = parse_comment(first_line.rstrip(b"\r"), where)
     intact = comment is not None and content_hash(content) == comment.sha256
-    if not intact and b"\r\n" in content:  # a checkout may have changed the line ends
+    if not intact and data[: data.find(b"\n") + 1].endswith(b"\r\n"):  # a checkout may have changed the line ends
         content = content.replace(b"\r\n", b"\n")
         intact = comment is not None and content_hash(content) == comment.sha256
     skipped = 1 if comment is not None else 0

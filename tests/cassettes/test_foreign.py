@@ -1,0 +1,281 @@
+"""Reading whatever vcrpy wrote, and refusing what means harm."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vcr.serialize
+import yaml
+from vcr.request import Request
+from vcr.serializers import jsonserializer, yamlserializer
+
+from aggregator.cassettes.exchanges import Exchange
+from aggregator.cassettes.opening import open_tape
+from aggregator.cassettes.reading import read
+from aggregator.errors import CassetteDamagedError, CassetteRefusedError
+from aggregator.records import HTTPRequest
+
+URL = "https://api.example.com/v1/chat"
+HOSTILE = {
+    "code tag": "version: 1\ninteractions:\n- !!python/object/apply:os.mkdir [owned]\n",
+    "code tag in a header": (
+        "version: 1\ninteractions:\n- request: {method: GET, uri: 'http://x', body: null, headers: "
+        "{a: [!!python/object/apply:os.mkdir [owned]]}}\n  response: {}\n"
+    ),
+    "code as a new object": "version: 1\ninteractions:\n- !!python/object/new:os.mkdir {args: [owned]}\n",
+    "module": "version: 1\ninteractions: !!python/module:os ''\n",
+    "name": "version: 1\ninteractions: [!!python/name:os.mkdir '']\n",
+    "alias bomb": (
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+        + "version: 1\ninteractions: *i\n"
+    ),
+    "alias of itself": "version: 1\ninteractions: &a [*a]\n",
+    "depth": "version: 1\ninteractions: " + "[" * 100_000,
+    "depth in JSON": '{"version": 1, "interactions": ' + "[" * 100_000,
+    "deep blocks": "version: 1\ninteractions:\n" + "".join(" " * i + "-\n" for i in range(200)),
+    "huge scalar": "version: 1\ninteractions:\n- request: '" + "x" * 20_000_000 + "'\n",
+    "unknown tag": "version: 1\ninteractions: [!ruby/object:Gem::Installer {}]\n",
+}
+
+
+def one(path: Path) -> Exchange:
+    recording = read(path)
+    assert recording is not None
+    (row,) = recording.rows
+    return row.exchange()
+
+
+def saved(path: Path, request: Request, response: dict[str, Any], serializer: Any = yamlserializer) -> Path:
+    """Write a cassette with stock vcrpy."""
+    path.write_text(vcr.serialize.serialize({"requests": [request], "responses": [response]}, serializer))
+    return path
+
+
+def response(body: bytes | str, **headers: str) -> dict[str, Any]:
+    return {
+        "status": {"code": 201, "message": "Created"},
+        "headers": {"Content-Type": ["application/json"], **{name: [value] for name, value in headers.items()}},
+        "body": {"string": body},
+    }
+
+
+@pytest.mark.parametrize("serializer", [yamlserializer, jsonserializer], ids=["yaml", "json"])
+def test_what_stock_vcrpy_wrote_is_played(tmp_path: Path, serializer: Any) -> None:
+    """A cassette of stock vcrpy, YAML or JSON, plays: identical requests in the order of the file."""
+    requests = [Request("POST", URL, b'{"q": "\xc3\xa9"}', {"Content-Type": "application/json"}) for _ in range(2)]
+    answers = [response(b'{"n": 1}'), response('{"n": 2, "s": "\u00e9\\n"}'.encode())]
+    path = tmp_path / "a.yaml"
+    path.write_text(vcr.serialize.serialize({"requests": requests, "responses": answers}, serializer))
+    tape = open_tape(path, "none")
+    replies = [tape.play(tape.issue(HTTPRequest(url=URL, body='{"q":"é"}'.encode(), headers={}))) for _ in range(2)]
+    assert [reply.body for reply in replies if reply] == [b'{"n": 1}', '{"n": 2, "s": "é\\n"}'.encode()]
+    assert replies[0] is not None
+    assert (replies[0].status, replies[0].reason, replies[0].headers) == (
+        201,
+        "Created",
+        {"content-type": "application/json"},
+    )
+    tape.close()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "packed"),
+    [
+        ("gzip", gzip.compress(b'{"a": 1}')),
+        ("deflate", zlib.compress(b'{"a": 1}')),
+        ("deflate", zlib.compress(b'{"a": 1}')[2:-4]),
+        ("gzip", b'{"a": 1}'),
+    ],
+    ids=["gzip", "zlib", "raw deflate", "header kept, body decoded"],
+)
+def test_compressed_bodies_are_unpacked(tmp_path: Path, encoding: str, packed: bytes) -> None:
+    """Bodies are decoded, and the header that said otherwise goes."""
+    answer = response(packed, **{"Content-Encoding": encoding})
+    reply = one(saved(tmp_path / "a.yaml", Request("POST", URL, b"{}", {}), answer)).reply
+    assert (reply.body, "content-encoding" in reply.headers) == (b'{"a": 1}', False)
+
+
+def test_a_compression_bomb_is_refused(tmp_path: Path) -> None:
+    """A body that unpacks to more than is sane is refused."""
+    answer = response(gzip.compress(bytes(40 << 20)), **{"Content-Encoding": "gzip"})
+    with pytest.raises(CassetteRefusedError, match="unpacks to more"):
+        one(saved(tmp_path / "a.yaml", Request("POST", URL, b"{}", {}), answer))
+
+
+@pytest.mark.parametrize(
+    ("body", "bytes_on_the_wire"),
+    [
+        (io.BytesIO(b"file"), b"file"),
+        (iter([b"a", b"b"]), b"ab"),
+        ({"q": 1}, b'{"q": 1}'),
+        (None, b""),
+        (b"\xff\x00", b"\xff\x00"),
+    ],
+    ids=["file", "iterator", "mapping", "none", "binary"],
+)
+def test_request_bodies_of_every_kind(tmp_path: Path, body: Any, bytes_on_the_wire: bytes) -> None:
+    """Files, iterators, JSON that was recorded as a mapping, no body, and bytes."""
+    exchange = one(saved(tmp_path / "a.yaml", Request("POST", URL, body, {}), response(b"{}")))
+    assert exchange.request.body == bytes_on_the_wire
+
+
+BLOCK = """
+version: 1
+interactions:
+- request:
+    {request}
+    headers: {headers}
+    method: POST
+    uri: https://api.example.com/v1/chat
+  response:
+    {response}
+    headers: {{}}
+    status: {{code: 200, message: OK}}
+"""
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "{!!python/object/new:multidict._multidict.istr [Accept]: ['*/*']}",
+        "{!!python/object/new:multidict._istr.istr {args: [Accept]}: ['*/*']}",
+        "{!!python/unicode Accept: !!python/tuple ['*/*']}",
+        "{!!binary QWNjZXB0: [!binary Ki8q]}",
+        "{Accept: '*/*'}",
+        "[[Accept, '*/*']]",
+    ],
+)
+def test_header_names_of_every_kind(tmp_path: Path, headers: str) -> None:
+    """istr tags of aiohttp, tuples, Ruby's !binary, plain values and pairs."""
+    path = tmp_path / "a.yaml"
+    path.write_text(BLOCK.format(request="body: '{}'", response="body: {string: ''}", headers=headers))
+    assert one(path).request.headers == {"accept": "*/*"}
+
+
+def test_parsed_bodies_are_joined_again(tmp_path: Path) -> None:
+    """`parsed_body`, a body's JSON in the place of its text, is read as the body."""
+    path = tmp_path / "a.yaml"
+    parsed = "parsed_body: {model: m, messages: [{content: 'a: b'}]}"
+    path.write_text(BLOCK.format(request=parsed, response=parsed, headers="{}"))
+    exchange = one(path)
+    for body in (exchange.request.body, exchange.reply.body):
+        assert json.loads(body) == {"model": "m", "messages": [{"content": "a: b"}]}
+
+
+def test_ruby_cassettes_are_read(tmp_path: Path) -> None:
+    """Ruby VCR's shape: `http_interactions`, bodies with an encoding, `!binary`."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "---\nhttp_interactions:\n- request:\n    method: post\n    uri: https://api.example.com/v1/chat\n"
+        "    body:\n      encoding: UTF-8\n      string: '{}'\n    headers: {}\n"
+        "  response:\n    status:\n      code: 200\n      message: OK\n    headers: {}\n"
+        "    body:\n      encoding: ASCII-8BIT\n      string: !binary |-\n        aGVsbG8=\n"
+        "  recorded_at: Tue, 01 Nov 2011 04:58:44 GMT\nrecorded_with: VCR 2.0.0\n"
+    )
+    exchange = one(path)
+    assert (exchange.request.method, exchange.reply.body) == ("POST", b"hello")
+
+
+def test_aliases_that_vcrpy_emits_are_read(tmp_path: Path) -> None:
+    """The few aliases that PyYAML writes for shared objects are no bomb."""
+    shared = ["application/json"]
+    interaction = {
+        "request": {"method": "POST", "uri": URL, "body": "{}", "headers": {"accept": shared}},
+        "response": {
+            "status": {"code": 200, "message": ""},
+            "headers": {"content-type": shared},
+            "body": {"string": ""},
+        },
+    }
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.dump({"version": 1, "interactions": [interaction, interaction]}))
+    assert "*id" in path.read_text()
+    recording = read(path)
+    assert recording is not None
+    assert [row.place.ticket for row in recording.rows] == [0, 1]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code tags, bombs, depth and huge scalars are refused, and no code runs."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.yaml"
+    path.write_text(HOSTILE[name])
+    with pytest.raises((CassetteRefusedError, CassetteDamagedError)) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "owned").exists()
+
+
+MEASURE = """
+import sys, time, resource
+from pathlib import Path
+from aggregator.cassettes.reading import read
+from aggregator.errors import CassetteError
+import yaml
+read(Path(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in sys.argv[2:]:
+    start = time.process_time()
+    try:
+        read(Path(name))
+    except CassetteError:
+        print(time.process_time() - start)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.long
+def test_hostile_files_cost_little(tmp_path: Path) -> None:
+    """Each is refused within 50 ms of CPU, all of them within 64 MB."""
+    good = saved(tmp_path / "good.yaml", Request("POST", URL, b"{}", {}), response(b"{}"))
+    paths = [tmp_path / f"{index}.yaml" for index in range(len(HOSTILE))]
+    for path, text in zip(paths, HOSTILE.values(), strict=True):
+        path.write_text(text)
+    out = subprocess.run([sys.executable, "-c", MEASURE, good, *paths], capture_output=True, text=True, check=True)
+    *seconds, megabytes = map(float, out.stdout.split())
+    assert len(seconds) == len(HOSTILE)
+    assert max(seconds) <= 0.05
+    assert megabytes <= 64
+
+
+@pytest.mark.parametrize(
+    "text", ["hello", "version: 1\n", "interactions: 5\n", "interactions:\n- request: {}\n", "a: [", "\x00"]
+)
+def test_what_is_no_cassette_is_told(tmp_path: Path, text: str) -> None:
+    """A file that is no cassette is an error that names it and says what to do."""
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(CassetteDamagedError, match=r"a\.yaml") as caught:
+        read(path)
+    assert "expected" in str(caught.value)
+
+
+def test_a_foreign_cassette_takes_new_episodes(tmp_path: Path) -> None:
+    """What another tool recorded is kept when new episodes join it, without its secrets."""
+    path = saved(
+        tmp_path / "a.yaml",
+        Request("POST", URL, b'{"q": 1, "api_key": "abc"}', {"Authorization": "Bearer x"}),
+        response(b"old"),
+    )
+    tape = open_tape(path, "new_episodes")
+    assert tape.play(tape.issue(HTTPRequest(url=URL, body=b'{"q":1,"api_key":"other"}', headers={}))) is not None
+    slot = tape.issue(HTTPRequest(url=URL, body=b'{"q":2}', headers={}))
+    assert tape.play(slot) is None
+    tape.record(slot, one(path).reply)
+    tape.close()
+    recording = read(path)
+    assert recording is not None
+    assert [row.exchange().request.body for row in recording.rows] == [b'{"q":2}', b'{"q": 1, "api_key": "REDACTED"}'][
+        ::-1
+    ]
+    assert "Bearer" not in path.read_text()
