@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
-from math import ceil
+from math import ceil, inf
 from typing import Any, NamedTuple
 
 from msgspec import Struct
@@ -48,6 +48,7 @@ class Amount(NamedTuple):
     calls: int = 0
 
 
+NOTHING = Amount()
 _NAMES = ("usd", "tokens", "calls")
 _serials = count()
 
@@ -60,20 +61,18 @@ class Budget:
 
     def __init__(self, usd: float | None = None, tokens: int | None = None, calls: int | None = None) -> None:
         for name, value in zip(_NAMES, (usd, tokens, calls), strict=True):
-            if value is not None and not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < inf:
                 raise ConfigError(f"expected a limit >= 0 or None, got {value!r} - at Budget.{name}")
         self.usd, self.tokens, self.calls = usd, tokens, calls
         self.serial = next(_serials)  # the order in which a request that counts in several reserves them
-        self._limit = (None if usd is None else round(usd * _PICO), tokens, calls)
-        self._spent = [0, 0, 0]
-        self._held = [0, 0, 0]
+        self.needs_tokens = usd is not None or tokens is not None  # else requests are counted, not estimated
+        self._most_pico = inf if usd is None else round(usd * _PICO)
+        self._most_tokens = inf if tokens is None else tokens
+        self._most_calls = inf if calls is None else calls
+        self._spent = NOTHING
+        self._taken = NOTHING  # spent and reserved
         self._waiting: deque[_Waiter] = deque()
         self._lock = threading.Lock()
-
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether requests have to be estimated, not only counted."""
-        return self.usd is not None or self.tokens is not None
 
     @property
     def spent(self) -> Spending:
@@ -84,16 +83,14 @@ class Budget:
     @property
     def reserved(self) -> Spending:
         """What requests under way may still cost at most."""
-        pico, tokens, calls = self._held
-        return Spending(usd=pico / _PICO, tokens=tokens, calls=calls)
+        with self._lock:
+            held = _add(self._taken, self._spent, -1)
+        return Spending(usd=held.pico / _PICO, tokens=held.tokens, calls=held.calls)
 
     def take(self, amount: Amount) -> bool:
         """Set an upper estimate aside if that needs no waiting; pair it with `settle`."""
         with self._lock:
-            if self._waiting or not self._fits(amount):
-                return False
-            self._add(self._held, amount)
-            return True
+            return not self._waiting and self._hold(amount)
 
     async def reserve(self, amount: Amount, timeout: float | None = None) -> None:
         """Set an upper estimate aside; pair it with `settle`.
@@ -124,8 +121,14 @@ class Budget:
     def settle(self, reserved: Amount, spent: Amount) -> None:
         """Replace a reservation by what was really spent, and let those go on that fit now."""
         with self._lock:
-            self._add(self._held, reserved, -1)
-            self._add(self._spent, spent)
+            pico, tokens, calls = self._taken
+            self._taken = Amount(
+                pico - reserved.pico + spent.pico,
+                tokens - reserved.tokens + spent.tokens,
+                calls - reserved.calls + spent.calls,
+            )
+            pico, tokens, calls = self._spent
+            self._spent = Amount(pico + spent.pico, tokens + spent.tokens, calls + spent.calls)
             served = self._serve() if self._waiting else ()
         for waiter, refusal in served:
             self._wake(waiter, refusal)
@@ -136,7 +139,7 @@ class Budget:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
             elif waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
-                self._add(self._held, waiter.amount, -1)  # served while it was being cancelled
+                self._taken = _add(self._taken, waiter.amount, -1)  # served while it was being cancelled
             served = self._serve()
         for other, refusal in served:
             self._wake(other, refusal)
@@ -146,9 +149,7 @@ class Budget:
         served: list[tuple[_Waiter, BudgetExceededError | None]] = []
         while self._waiting:
             waiter, refusal = self._waiting[0], None
-            if self._fits(waiter.amount):
-                self._add(self._held, waiter.amount)
-            elif (refusal := self._refusal(waiter.amount)) is None:
+            if not self._hold(waiter.amount) and (refusal := self._refusal(waiter.amount)) is None:
                 break
             self._waiting.popleft()
             served.append((waiter, refusal))
@@ -164,37 +165,38 @@ class Budget:
                 else:
                     waiter.turn.set_exception(refusal)
             elif refusal is None:
-                self.settle(waiter.amount, Amount())
+                self.settle(waiter.amount, NOTHING)
 
         try:
             waiter.loop.call_soon_threadsafe(finish)
         except RuntimeError:  # its loop has been closed meanwhile
             if refusal is None:
-                self.settle(waiter.amount, Amount())
+                self.settle(waiter.amount, NOTHING)
 
-    def _fits(self, amount: Amount) -> bool:
-        limits, spent, held = self._limit, self._spent, self._held
-        for i in range(3):
-            limit = limits[i]
-            if limit is not None and spent[i] + held[i] + amount[i] > limit:
-                return False
+    def _hold(self, amount: Amount) -> bool:
+        """Reserve if it fits."""
+        taken = self._taken
+        pico, tokens, calls = taken.pico + amount.pico, taken.tokens + amount.tokens, taken.calls + amount.calls
+        if pico > self._most_pico or tokens > self._most_tokens or calls > self._most_calls:
+            return False
+        self._taken = Amount(pico, tokens, calls)
         return True
-
-    @staticmethod
-    def _add(total: list[int], amount: Amount, sign: int = 1) -> None:
-        for i in range(3):
-            total[i] += sign * amount[i]
 
     def _refusal(self, amount: Amount) -> BudgetExceededError | None:
         """The error for what cannot fit any more, whatever those in flight will have cost."""
-        for name, limit, spent, wanted in zip(_NAMES, self._limit, self._spent, amount, strict=True):
-            if limit is not None and spent + wanted > limit:
+        limits = (self._most_pico, self._most_tokens, self._most_calls)
+        for name, limit, spent, wanted in zip(_NAMES, limits, self._spent, amount, strict=True):
+            if spent + wanted > limit:
                 unit = _PICO if name == "usd" else 1
                 return BudgetExceededError(
                     f"the budget of {limit / unit:g} {name} is used up: {spent / unit:g} spent, the next request may "
                     f"take {wanted / unit:g}; raise Budget({name}=…) or lower max_tokens"
                 )
         return None
+
+
+def _add(a: Amount, b: Amount, sign: int) -> Amount:
+    return Amount(a.pico + sign * b.pico, a.tokens + sign * b.tokens, a.calls + sign * b.calls)
 
 
 class _Waiter(NamedTuple):
@@ -221,6 +223,16 @@ def spending(budget: Budget | None) -> Iterator[Budget | None]:
         _current.reset(token)
 
 
+def budgets_of(own: Budget | None) -> tuple[Budget, ...]:
+    """Return every budget that counts a call of this context, in the one order in which all calls reserve them."""
+    outer = _current.get()
+    if outer is None or outer is own:
+        return () if own is None else (own,)
+    if own is None:
+        return (outer,)
+    return (own, outer) if own.serial < outer.serial else (outer, own)
+
+
 def upper_tokens(body: bytes, call: ChatCall) -> tuple[int, int]:
     """Return how many tokens a request may take at most: (input, output).
 
@@ -236,7 +248,7 @@ def _images(messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     images = image_bytes = 0
     for message in messages:
         content = message.get("content")
-        if isinstance(content, list | tuple):
+        if type(content) is not str and isinstance(content, list | tuple):
             for part in content:
                 if isinstance(part, Mapping) and part.get("type") != "text":
                     images += 1
@@ -251,10 +263,10 @@ def _data_bytes(part: Mapping[str, Any]) -> int:
     return len(url) if isinstance(url, str) and url.startswith("data:") else 0
 
 
-def as_amount(usd: float | None, tokens: int, calls: int = 1) -> Amount:
-    """Return an amount; fractions of a picodollar are rounded up.
+def pico(usd: float) -> int:
+    """Return dollars as whole picodollars, rounded up.
 
-    >>> as_amount(0.5, 100)
-    Amount(pico=500000000000, tokens=100, calls=1)
+    >>> pico(0.5)
+    500000000000
     """
-    return Amount(ceil(usd * _PICO) if usd else 0, tokens, calls)
+    return ceil(usd * _PICO)

@@ -18,15 +18,16 @@ from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.errors import ConfigError
 from aggregator.llm import tracing
-from aggregator.llm.attempts import Attempts, Line
+from aggregator.llm.attempts import Attempts
 from aggregator.llm.budget import Budget
 from aggregator.llm.calls import ApiKey, ChatCall
 from aggregator.llm.limiter import Limiter, check_limits, shared_limiter
+from aggregator.llm.line import Line
 from aggregator.llm.messages import normalise
 from aggregator.llm.names import resolve
 from aggregator.llm.prices import Prices, find_price
 from aggregator.llm.retry import RetryPolicy
-from aggregator.llm.streams import Stream
+from aggregator.llm.streams import Stream, StreamedAttempts
 from aggregator.llm.structured import Validate, as_response_format, ask_structured
 from aggregator.protocols import Transport
 from aggregator.records import Completion
@@ -37,7 +38,7 @@ class LLM:
 
     `model` is `provider/model`; None reads Trace's variables (TRACE_LITELLM_MODEL and its kin). A `base_url` of one's
     own gets `api_key`, no default key. `max_attempts` counts all requests of one call, `timeout` all its seconds,
-    waiting and other response formats included. `max_concurrency`, `rpm` and `tpm` (requests and tokens a minute) hold for
+    waiting and other response formats included. `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for
     all clients of the same (base_url, key, model) in an event loop, the strictest of them. `budget` may be shared.
     `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for tests.
 
@@ -136,20 +137,20 @@ class LLM:
         attempts = Attempts(self._line, self.timeout)
         transcript = current_transcript()
         shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
-        with tracing.span(self._line.endpoint.provider, call.model, self._host, **_asked(call)) as span:
-            try:
-                if call.response_format is None or call.response_format["type"] == "text":
-                    completion = await attempts.ask(call, *attempts.issue(call))
-                else:
-                    completion = await ask_structured(attempts, call, validate)
-            except BaseException as error:
-                if shown is not None:
-                    shown.fail(error)
-                self._trace(attempts, None, error)
-                raise
-            finally:
-                attempts.leave()
-            span.answered(completion, attempts.count)
+        try:
+            if tracing.has_spans():
+                with tracing.span(self._line.endpoint.provider, call, self._host) as span:
+                    completion = await _ask(attempts, call, validate)
+                    span.answered(completion, attempts.count)
+            else:
+                completion = await _ask(attempts, call, validate)
+        except BaseException as error:
+            if shown is not None:
+                shown.fail(error)
+            self._trace(attempts, None, error)
+            raise
+        finally:
+            attempts.leave()
         if shown is not None:
             shown.finish(completion)
         self._trace(attempts, completion, None)
@@ -191,7 +192,7 @@ class LLM:
             extra=extra or {},
             stream=True,
         )
-        return Stream(call, lambda: Attempts(self._line, self.timeout), self._trace)
+        return Stream(call, lambda: StreamedAttempts(self._line, self.timeout), self._trace)
 
     def _limiter(self) -> Limiter:
         """This loop's limiter, shared with the other clients of the same account and model."""
@@ -252,15 +253,11 @@ def _check(*, max_attempts: int, timeout: float | None) -> None:
         raise ConfigError(f"expected timeout > 0 seconds or None, got {timeout!r}")
 
 
-def _asked(call: ChatCall) -> dict[str, Any]:
-    """What a span tells of the request."""
-    return {
-        "gen_ai.request.max_tokens": call.max_tokens,
-        "gen_ai.request.temperature": call.temperature,
-        "gen_ai.request.top_p": call.top_p,
-        "gen_ai.request.seed": call.seed,
-        "gen_ai.request.choice.count": call.n,
-    }
+def _ask(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Awaitable[Completion]:
+    if call.response_format is not None and call.response_format["type"] != "text":
+        return ask_structured(attempts, call, validate)
+    attempts.issue(call)
+    return attempts.ask()
 
 
 def _default_transport() -> Transport:

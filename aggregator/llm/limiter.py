@@ -42,6 +42,7 @@ class Limiter:
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._requests = Pace.per_minute(rpm)
         self._tokens = Pace.per_minute(tpm)
+        self._is_paced = rpm is not None or tpm is not None
         self._learned = LearnedPace()
         self._paused_until = 0.0
         self._turn = asyncio.Lock()
@@ -56,16 +57,23 @@ class Limiter:
             self.rpm, self._requests = rpm, Pace.per_minute(rpm)
         if tpm is not None and (self.tpm is None or tpm < self.tpm):
             self.tpm, self._tokens = tpm, Pace.per_minute(tpm)
+        self._is_paced = self.rpm is not None or self.tpm is not None
 
     @property
     def in_flight(self) -> int:
         """Calls under way, those that wait for another attempt included."""
         return self.max_concurrency - self._free
 
-    async def enter(self, timeout: float | None = None) -> None:
-        """Wait for one of the places, first come first served; pair it with `leave`."""
+    def try_enter(self) -> bool:
+        """Take one of the places if one is free and nobody waits; pair it with `leave`."""
         if self._free > 0 and not self._waiting:
             self._free -= 1
+            return True
+        return False
+
+    async def enter(self, timeout: float | None = None) -> None:
+        """Wait for one of the places, first come first served; pair it with `leave`."""
+        if self.try_enter():
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[place] = None
@@ -90,12 +98,17 @@ class Limiter:
                 self._free -= 1
                 place.set_result(None)
 
+    def try_admit(self, tokens: float = 0.0) -> Admission | None:
+        """Let the next request go if nothing holds it back; `tokens` is what it is expected to use."""
+        now = self._clock()
+        if self._turn.locked() or self._ready_at(tokens) > now:
+            return None
+        return self._take(tokens, now)
+
     async def admit(self, tokens: float = 0.0, timeout: float | None = None) -> Admission:
-        """Wait until the next request may be sent, in order of asking; `tokens` is what it is expected to use."""
-        if not self._turn.locked():
-            now = self._clock()
-            if self._ready_at(tokens) <= now:
-                return self._take(tokens, now)
+        """Wait until the next request may be sent, in order of asking."""
+        if (admission := self.try_admit(tokens)) is not None:
+            return admission
         try:
             async with asyncio.timeout(timeout), self._turn:
                 while (wait := self._ready_at(tokens) - (now := self._clock())) > 0:
@@ -105,11 +118,17 @@ class Limiter:
             raise _no_turn(timeout, "rate limits leave no room") from None
 
     def _ready_at(self, tokens: float) -> float:
-        return max(self._paused_until, self._learned.ready_at, self._requests.ready_at(), self._tokens.ready_at(tokens))
+        ready = self._learned.ready_at
+        if self._paused_until > ready:
+            ready = self._paused_until
+        if self._is_paced:
+            ready = max(ready, self._requests.ready_at(), self._tokens.ready_at(tokens))
+        return ready
 
     def _take(self, tokens: float, now: float) -> Admission:
-        self._requests.take(1.0, now)
-        self._tokens.take(tokens, now)
+        if self._is_paced:
+            self._requests.take(1.0, now)
+            self._tokens.take(tokens, now)
         return self._learned.take(now, tokens)
 
     def accepted(self, admission: Admission, headers: Mapping[str, str]) -> None:

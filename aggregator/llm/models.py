@@ -16,7 +16,7 @@ from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
-from aggregator.llm.budget import Amount, as_amount, current_budget, upper_tokens
+from aggregator.llm.budget import Amount, current_budget, pico, upper_tokens
 from aggregator.llm.calls import ChatCall, Target
 from aggregator.llm.codecs.failures import Fault, classify, retry_after
 from aggregator.llm.codecs.openai import OpenAIChat
@@ -135,8 +135,8 @@ class CallableModel:
         given, answered = upper_tokens(msgspec.json.encode(messages), call)
         budget = current_budget()
         in_usd = budget is not None and budget.usd is not None
-        usd = need_price("callable", self.model, None).most(given, answered) if in_usd else None
-        return as_amount(usd, given + answered)
+        usd = need_price("callable", self.model, None).most(given, answered) if in_usd else 0.0
+        return Amount(pico(usd), given + answered, 1)
 
 
 def _accepted(function: Callable[..., Any]) -> frozenset[str] | None:
@@ -159,8 +159,8 @@ def _is_async(function: Any) -> bool:
 def _spent(usage: Usage, held: Amount) -> Amount:
     """What a call cost; what it does not tell counts as reserved."""
     known = usage.input_tokens is not None and usage.output_tokens is not None
-    pico = held.pico if usage.cost is None else as_amount(usage.cost, 0).pico
-    return Amount(pico, usage.total_tokens if known else held.tokens, 1)
+    spent = held.pico if usage.cost is None else pico(usage.cost)
+    return Amount(spent, usage.total_tokens if known else held.tokens, 1)
 
 
 def as_completion(answer: Any) -> Completion:

@@ -12,9 +12,8 @@ from typing import Any, Self
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.clients import passing
 from aggregator.cassettes.lineage import current_role
-from aggregator.cassettes.tape import Slot
 from aggregator.errors import APIConnectionError, ConfigError, LLMError
-from aggregator.llm.attempts import Attempt, Attempts
+from aggregator.llm.attempts import Attempts
 from aggregator.llm.calls import ChatCall
 from aggregator.protocols import Transport
 from aggregator.records import Completion, HTTPReply, HTTPRequest
@@ -25,7 +24,7 @@ Trace = Callable[[Attempts, Completion | None, BaseException | None], None]
 class Stream:
     """One streamed answer: iterate it for the text deltas; `completion` is the whole answer once they ended."""
 
-    def __init__(self, call: ChatCall, begin: Callable[[], Attempts], trace: Trace) -> None:
+    def __init__(self, call: ChatCall, begin: Callable[[], StreamedAttempts], trace: Trace) -> None:
         self._deltas = self._run(call, begin, trace)
         self._completion: Completion | None = None
 
@@ -51,12 +50,15 @@ class Stream:
     ) -> None:
         await self.aclose()
 
-    async def _run(self, call: ChatCall, begin: Callable[[], Attempts], trace: Trace) -> AsyncGenerator[str, None]:
+    async def _run(
+        self, call: ChatCall, begin: Callable[[], StreamedAttempts], trace: Trace
+    ) -> AsyncGenerator[str, None]:
         attempts = begin()
         transcript = current_transcript()
         shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
         try:
-            async with aclosing(_deltas(attempts, call)) as pieces:
+            attempts.issue(call)
+            async with aclosing(attempts.deltas()) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, str):
                         yield piece
@@ -74,84 +76,64 @@ class Stream:
         trace(attempts, self.completion, None)
 
 
-async def _deltas(attempts: Attempts, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
-    """Yield the text as it comes, the whole answer last; try again as long as nothing was yielded."""
-    request, slot = attempts.issue(call)
-    while True:
-        attempts.count += 1
-        attempt = StreamedAttempt(attempts, call, request, slot)
-        begun = False
-        try:
-            async with aclosing(attempt.stream()) as pieces:
-                async for piece in pieces:
-                    begun = True
-                    yield piece
-        except LLMError as error:
-            wait = None if begun else attempts.wait_after(error, attempt)
-            if wait is None:
-                error.attempts = attempts.count
-                raise
-        else:
-            return
-        if wait:
-            await attempts.line.sleep(wait)
+class StreamedAttempts(Attempts):
+    """The attempts of a call whose answer is read as it comes."""
 
+    __slots__ = ("_body", "_chunks", "_head", "_sent_at")
 
-class StreamedAttempt(Attempt):
-    """One request whose answer is read as it comes."""
+    async def deltas(self) -> AsyncGenerator[str | Completion, None]:
+        """Yield the text as it comes, the whole answer last; try again as long as nothing was yielded."""
+        while True:
+            begun = False
+            try:
+                async with aclosing(self._stream()) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+            except LLMError as error:
+                wait = None if begun else self.wait_after(error)
+                if wait is None:
+                    error.attempts = self.count
+                    raise
+            else:
+                return
+            if wait:
+                await self.line.sleep(wait)
 
-    __slots__ = ("_body", "_chunks", "_head")
-
-    def __init__(self, attempts: Attempts, call: ChatCall, request: HTTPRequest, slot: Slot | None) -> None:
-        super().__init__(attempts, call, request, slot)
+    async def _stream(self) -> AsyncGenerator[str | Completion, None]:
+        """One attempt: play or send. Whatever happens, what came is recorded and the budget settled."""
+        self.begin()
         self._body: list[bytes] = []
         self._chunks: list[tuple[int, float]] = []
         self._head: dict[str, Any] | None = None
-
-    async def stream(self) -> AsyncGenerator[str | Completion, None]:
-        """Play or send, as `run` does."""
-        reservation = await self.reserve()
+        await self.reserve()
         completion: Completion | None = None
         error: BaseException | None = None
         try:
-            async with aclosing(self._read()) as pieces:
+            async with aclosing(self._read(self._source())) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, Completion):
                         completion = piece
-                    yield piece
+                    else:
+                        yield piece
         except BaseException as caught:
             error = caught
             raise
         finally:
-            self.settle(reservation, completion, error)
-
-    async def _read(self) -> AsyncGenerator[str | Completion, None]:
-        tape, slot = self.attempts.tape, self.slot
-        if tape is not None and slot is not None and (reply := tape.play(slot)) is not None:
-            self.reply, self.sent = reply, True
-            async with aclosing(self._decoded(_paced(reply, tape.delay(reply)))) as pieces:
-                async for piece in pieces:
-                    yield piece
-            return
-        completion: Completion | None = None
-        failure: APIConnectionError | None = None
-        try:
-            async with aclosing(self._decoded(self._live())) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, Completion):
-                        completion = piece  # written to the tape before it is used
-                    else:
-                        yield piece
-        except APIConnectionError as error:
-            failure = error
-            raise
-        finally:
-            self._keep(completion, failure)
+            self.settle(completion, error)
+            self._keep(completion, error)
         if completion is not None:
             yield completion
 
-    async def _decoded(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[str | Completion, None]:
-        codec = self.attempts.line.endpoint.codec
+    def _source(self) -> AsyncGenerator[bytes, None]:
+        tape, slot = self.tape, self.slot
+        if tape is not None and slot is not None and (reply := tape.play(slot)) is not None:
+            self.reply, self.sent = reply, True
+            return _paced(reply, tape.delay(reply))
+        return self._live()
+
+    async def _read(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[str | Completion, None]:
+        codec = self.line.endpoint.codec
         reader = codec.stream(self.call)
         async with aclosing(source) as pieces:
             async for piece in pieces:
@@ -163,47 +145,39 @@ class StreamedAttempt(Attempt):
         assert reply is not None
         if reply.status >= 300:
             raise codec.error(reply)
-        yield self.accounted(reader.finish(reply))
+        yield self.line.priced(reader.finish(reply), self.count)
 
     async def _live(self) -> AsyncGenerator[bytes, None]:
         """The pieces as they come over the network."""
-        limiter = await self.admit()
-        started = perf_counter()
-        async with _opened(self.attempts.line.transport, self.request, self.attempts.timeout()) as opened:
+        self.line.endpoint.require_key()
+        await self.admit()
+        self._sent_at = perf_counter()
+        async with _opened(self.line.transport, self.request, self.timeout()) as opened:
             self._head = {"status": opened.status, "headers": opened.headers, "reason": opened.reason}
-            self.reply = self._so_far(started)
+            self.reply = self._so_far()
             async for piece in opened.pieces():
                 self._body.append(piece)
-                self._chunks.append((len(piece), round((perf_counter() - started) * 1e3, 3)))
+                self._chunks.append((len(piece), round((perf_counter() - self._sent_at) * 1e3, 3)))
                 yield piece
-        self.reply = self._so_far(started)
-        if opened.status != 429 and self.admission is not None:
-            limiter.accepted(self.admission, opened.headers)
+        self.reply = self._so_far()
+        self.heard(opened.status, opened.headers)
 
-    def _so_far(self, started: float) -> HTTPReply:
+    def _so_far(self) -> HTTPReply:
         return HTTPReply(
             body=b"".join(self._body),
             chunks=tuple(self._chunks),
-            milliseconds=(perf_counter() - started) * 1e3,
+            milliseconds=(perf_counter() - self._sent_at) * 1e3,
             **(self._head or {}),
         )
 
-    def _keep(self, completion: Completion | None, failure: APIConnectionError | None) -> None:
+    def _keep(self, completion: Completion | None, error: BaseException | None) -> None:
         """Write what came to the tape, also where it was cut short or not read to its end."""
-        tape, slot = self.attempts.tape, self.slot
-        if tape is None or slot is None:
+        if self.tape is None or self.slot is None:
             return
-        if failure is not None and not self._body:
-            tape.record_failure(slot, failure)
-        elif self._head is not None:
-            reply = HTTPReply(
-                body=b"".join(self._body),
-                chunks=tuple(self._chunks),
-                milliseconds=self._chunks[-1][1] if self._chunks else 0.0,
-                **self._head,
-            )
-            usage = None if completion is None else completion.usage
-            tape.record(slot, reply, usage=usage, model=self.call.model)
+        if self._head is not None and (self._body or not isinstance(error, APIConnectionError)):
+            self._record(self._so_far(), completion)
+        elif isinstance(error, APIConnectionError) and self.admission is not None:
+            self.tape.record_failure(self.slot, error)
 
 
 async def _paced(reply: HTTPReply, delay: float) -> AsyncGenerator[bytes, None]:

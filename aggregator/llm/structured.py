@@ -85,10 +85,10 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
     known = _remembered.setdefault(attempts.tape or attempts.line.transport, {})
     key = (attempts.line.endpoint.base_url, call.model)
     level = min(known.get(key, 0), len(forms) - 1)
-    level, request, slot = _first_recorded(attempts, forms, level)
+    level = _first_recorded(attempts, forms, level)
     while True:
         try:
-            completion = await attempts.ask(forms[level], request, slot)
+            completion = await attempts.ask()
             _check(completion, check)
         except LLMError as error:
             next_level = _next_level(error, level, len(forms))
@@ -96,7 +96,7 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
                 error.attempts = attempts.count
                 raise
             level = next_level
-            request, slot = attempts.issue(forms[level])
+            attempts.issue(forms[level])
             continue
         if level:
             known[key] = max(level, known.get(key, 0))
@@ -126,17 +126,20 @@ def _stated(call: ChatCall, schema: Any) -> ChatCall:
     return replace(call, messages=({"role": "system", "content": words}, *call.messages))
 
 
-def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> tuple[int, Any, Any]:
+def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> int:
     """Issue the question in the form to begin with; a tape that only plays decides by what it holds.
 
     When it was recorded, another call may have learned the form already that this one asks for now.
     """
-    request, slot = attempts.issue(forms[level])
+    attempts.issue(forms[level])
+    first = attempts.call, attempts.request, attempts.slot
     for lower in range(level, len(forms)):
-        other = (request, slot) if lower == level else attempts.issue(forms[lower])
-        if attempts.is_answerable(other[1]):
-            return lower, *other
-    return level, request, slot  # nothing recorded: the miss is about the form that was asked for
+        if lower != level:
+            attempts.issue(forms[lower])
+        if attempts.is_answerable():
+            return lower
+    attempts.call, attempts.request, attempts.slot = first  # nothing recorded: the miss is about what was asked for
+    return level
 
 
 def _next_level(error: LLMError, level: int, levels: int) -> int | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from aggregator.errors import LLMError
+from aggregator.llm.calls import ChatCall
 from aggregator.records import Completion, Usage
 
 LOGGER = "aggregator.llm"
@@ -43,20 +44,7 @@ def usage_facts(usage: Usage | None) -> dict[str, Any]:
     }
 
 
-class _Silent:
-    """A span that nobody reads."""
-
-    def answered(self, completion: Completion, attempts: int) -> None:
-        """Take the answer."""
-
-    def failed(self, error: BaseException) -> None:
-        """Take the failure."""
-
-
-_SILENT = _Silent()
-
-
-class _Span:
+class Span:
     """An OpenTelemetry span of one call, in the words of the GenAI semantic conventions."""
 
     def __init__(self, span: Any) -> None:
@@ -87,47 +75,37 @@ class _Span:
         self._span.set_status(sys.modules["opentelemetry.trace"].StatusCode.ERROR, type(error).__name__)
 
 
+def has_spans() -> bool:
+    """Tell whether the application uses OpenTelemetry's SDK."""
+    return "opentelemetry.sdk.trace" in sys.modules
+
+
 @contextmanager
-def _recording(trace: Any, provider: str, model: str, address: str, facts: dict[str, Any]) -> Iterator[_Span]:
+def span(provider: str, call: ChatCall, address: str) -> Iterator[Span]:
+    """The span of one call; only where `has_spans`."""
+    trace = sys.modules["opentelemetry.trace"]
     attributes = {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": provider,
-        "gen_ai.request.model": model,
+        "gen_ai.request.model": call.model,
+        "gen_ai.request.max_tokens": call.max_tokens,
+        "gen_ai.request.temperature": call.temperature,
+        "gen_ai.request.top_p": call.top_p,
+        "gen_ai.request.seed": call.seed,
+        "gen_ai.request.choice.count": call.n,
         "server.address": address,
-        **{name: value for name, value in facts.items() if value is not None},
     }
     tracer = trace.get_tracer(LOGGER)
     with tracer.start_as_current_span(
-        f"chat {model}",
+        f"chat {call.model}",
         kind=trace.SpanKind.CLIENT,
-        attributes=attributes,
+        attributes={name: value for name, value in attributes.items() if value is not None},
         record_exception=False,  # its traceback could hold messages
         set_status_on_exception=False,
     ) as span:
-        reported = _Span(span)
+        reported = Span(span)
         try:
             yield reported
         except BaseException as error:
             reported.failed(error)
             raise
-
-
-class _NoSpan:
-    """The neutral span: entered and left for almost nothing."""
-
-    def __enter__(self) -> _Silent:
-        return _SILENT
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-
-_NO_SPAN = _NoSpan()
-
-
-def span(provider: str, model: str, address: str, **facts: Any) -> Any:
-    """Return the span of one call as a context manager; one that does nothing where OpenTelemetry is not in use."""
-    trace = sys.modules.get("opentelemetry.trace")
-    if trace is None or "opentelemetry.sdk.trace" not in sys.modules:
-        return _NO_SPAN
-    return _recording(trace, provider, model, address, facts)
