@@ -9,7 +9,7 @@ Importing this package imports no third-party module: each public name is loaded
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # type checkers take it for true; importing typing for it would cost more than all the rest
 
 __version__ = "0.1.0"
 
@@ -181,7 +181,7 @@ if TYPE_CHECKING:
     from aggregator.training.trainer import MinibatchAlgorithm as MinibatchAlgorithm
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load a public name on its first use."""
     if name not in _ORIGIN:
         raise AttributeError(f"module 'aggregator' has no attribute {name!r}")
