@@ -18,13 +18,14 @@ async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None
 
     A guide is any sync or async callable `guide(x, output, info)`, or an object with Trace's
     `get_feedback(query, response, reference)`. It returns a score, (score, feedback), or an object that has both as
-    attributes; None as the score of a pair says that nothing can be said. A synchronous guide runs through `call`.
+    attributes; None as the score of a pair says that nothing can be said. A synchronous guide runs through `call`,
+    unless it has `instant = True`: it only computes, and a thread would cost more than the guide.
 
     Raises GuideError for any other answer and for NaN: that is a guide's failure, not a score of 0. What the guide
     itself raises is passed on.
     """
     function = getattr(guide, "get_feedback", guide)
-    if call is None or _is_async(function):
+    if call is None or getattr(guide, "instant", False) or _is_async(function):
         answer = function(x, output, info)
     else:
         answer = await call(function, x, output, info)

@@ -21,6 +21,8 @@ class ExactMatch:
     (1.0, 'Correct.')
     """
 
+    instant = True
+
     def __init__(self, normalise: Callable[[Any], Any] | None = None, *, key: str | None = None) -> None:
         self.normalise = normalise
         self.key = key

@@ -26,6 +26,8 @@ class NumericMatch:
     1.0
     """
 
+    instant = True
+
     def __init__(
         self, *, rel_tol: float = 1e-9, abs_tol: float = 0.0, last: bool = False, key: str | None = None
     ) -> None:

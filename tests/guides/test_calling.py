@@ -11,6 +11,7 @@ import pytest
 
 from aggregator.errors import GuideError
 from aggregator.guides.calling import judge
+from aggregator.guides.exact import exact_match
 from aggregator.guides.judge import Verdict
 from aggregator.training.executors import AsyncExecutor
 
@@ -139,3 +140,12 @@ async def test_synchronous_guide_runs_where_it_is_told() -> None:
     assert seen[0][0].startswith("aggregator-worker")
     assert seen[1][0] == threading.current_thread().name
     assert [name for _, name in seen] == ["here", "here"]
+
+
+async def test_an_instant_guide_needs_no_thread() -> None:
+    """A guide that promises to compute only runs where it is called."""
+
+    async def refuse(function: Any, *args: Any) -> Any:
+        raise AssertionError("a thread was asked for")
+
+    assert await judge(exact_match, "2 + 2?", "4", "4", call=refuse) == (1.0, "Correct.")

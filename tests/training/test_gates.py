@@ -75,7 +75,7 @@ def test_sign_test_is_exact(gains: int, losses: int, p: float) -> None:
 async def test_validation_needs_significance_when_asked() -> None:
     """Four gains of four are not significant at 0.05, five are."""
     data = [(i, None) for i in range(5)]
-    scores: dict[Any, list[float | None]] = {1: [0.0] * 5, 2: [1.0] * 4 + [0.0], 3: [1.0] * 5}
+    scores: dict[Any, list[float | None]] = {1: [0.0] * 5, 2: [1.0, 1.0, 1.0, 1.0, 0.0], 3: [1.0] * 5}
     calls: list[str] = []
     with step_context(StepContext(evaluate=scoring(scores, calls))):
         gate = improves_on_validation(data, significance=0.05)
