@@ -84,7 +84,7 @@ def _split(model: str, base_url: str | None) -> tuple[Provider, str]:
 def _suggestion(model: str, found: re.Match[str] | None) -> str:
     """Name the nearest known providers, or the servers that have names like this one."""
     prefix = (found.group(1) if found else model).lower().replace("_", "-")
-    near = get_close_matches(prefix, providers(), n=3, cutoff=0.6)
+    near = get_close_matches(prefix, providers(), n=3, cutoff=0.7)
     if near:
         return f"The nearest known providers: {', '.join(near)}"
     if found and "/" in model:

@@ -113,7 +113,7 @@ def test_a_body_without_words(body: bytes) -> None:
         (400, {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens"}),
         (400, {"type": "invalid_request_error", "message": "prompt is too long: 210000 tokens > 200000 maximum"}),
         (400, {"message": "input length and `max_tokens` exceed context limit: 199000 + 4096 > 200000"}),
-        (400, {"status": "INVALID_ARGUMENT", "message": "The input token count (9) exceeds the maximum number of tokens"}),
+        (400, {"status": "INVALID_ARGUMENT", "message": "The input token count (9) exceeds the maximum"}),
         (400, {"message": "the request exceeds the available context size, try increasing it"}),
         (422, {"message": "Prompt contains 40000 tokens, too large for model with 32768 maximum context length"}),
         (413, {"message": "Please reduce the length of the messages"}),
