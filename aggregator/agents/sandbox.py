@@ -11,6 +11,8 @@ in a container or a virtual machine. Systems without `fork` have no sandbox.
 What crosses: None, bool, int (64 bits), float, str, bytes, and lists, tuples and dicts of them; a tuple arrives as a
 list. The code sees its arguments, the modules and plain values that the function as written uses from its module, and
 as `self` the parameters and plain values of the instance. Everything else it imports or defines inside itself.
+
+An async operation waits for its worker without holding up the event loop; a sync one blocks whoever calls it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from aggregator.agents.showing import cut, show, show_error
 from aggregator.records import Completion
@@ -50,13 +50,13 @@ class Span(_Group):
         self.description = description
         self.inputs = [(key, show(value)) for key, value in inputs]
         self.outcome: tuple[str, str] | None = None
-        self._owner = _runner()
+        self._owner = ref(_runner())  # weak: a task holds its context, and with it this span
         self._groups: WeakKeyDictionary[Any, _Group] = WeakKeyDictionary()
 
     def add(self, item: Span | LLMCall) -> None:
         """Take a slot for `item`, beside what the same task or thread recorded before."""
         runner = _runner()
-        if runner is self._owner:
+        if runner is self._owner():
             self.items.append(item)
             return
         group = self._groups.get(runner)

@@ -249,6 +249,42 @@ def test_an_operation_under_other_decorators_is_still_the_instances() -> None:
     assert (first.work(1), second.work(1)) == (-1, 1)
 
 
+def test_static_and_class_methods_have_one_source() -> None:
+    """Without an instance the source belongs to the operation; it is found, and what is found runs."""
+
+    class Tools(Module):
+        @staticmethod
+        @bundle(trainable=True)
+        def double(x: int) -> int:
+            return 2 * x
+
+        @classmethod
+        @bundle(trainable=True)
+        def name(cls) -> str:
+            return cls.__name__
+
+    tools = Tools()
+    parameters = tools.parameters_dict()
+    assert list(parameters) == ["double__code", "name__code"]
+    assert (tools.double(2), Tools.name()) == (4, "Tools")
+    parameters["double__code"].data = "def double(x):\n    return 3 * x"
+    parameters["name__code"].data = "def name(cls):\n    return cls.__name__.lower()"
+    assert (Tools.double(2), tools.name()) == (6, "tools")
+
+
+def test_an_instance_without_a_dict_uses_the_operations_source() -> None:
+    """A slotted object has no place for a source of its own."""
+
+    class Slotted:
+        __slots__ = ("k",)
+
+        @bundle(trainable=True)
+        def get(self) -> int:
+            return 1
+
+    assert Slotted().get() == 1
+
+
 def spans() -> int:
     gc.collect()
     return sum(isinstance(thing, Span) for thing in gc.get_objects())
