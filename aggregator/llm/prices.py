@@ -20,7 +20,6 @@ _GENAI_PROVIDERS = {  # our name -> that of genai-prices, where they differ
     "vertex": "google",
     "xai": "x-ai",
     "moonshot": "moonshotai",
-    "zai": "zai",
 }
 
 
@@ -85,20 +84,22 @@ def kept_price(provider: str, model: str) -> Price | None:
     except ImportError:
         return None
     tokens = Tokens(input_tokens=1, output_tokens=1)
-    for provider_id in (_GENAI_PROVIDERS.get(provider, provider), None):
-        try:
-            price = calc_price(tokens, model, provider_id=provider_id).model_price
-        except LookupError:
-            continue
-        if price.input_mtok is None or price.output_mtok is None:
-            return None
-        cached = price.cache_read_mtok
-        return Price(
-            input=_highest(price.input_mtok),
-            output=_highest(price.output_mtok),
-            cached=None if cached is None else _highest(cached),
-        )
-    return None
+    provider_id = _GENAI_PROVIDERS.get(provider, provider)
+    try:
+        found = calc_price(tokens, model, provider_id=provider_id)
+    except LookupError:
+        return None
+    price = found.model_price
+    if found.provider.id != provider_id:  # it guesses from parts of a name; another provider's price would be wrong
+        return None
+    if price.input_mtok is None or price.output_mtok is None:
+        return None
+    cached = price.cache_read_mtok
+    return Price(
+        input=_highest(price.input_mtok),
+        output=_highest(price.output_mtok),
+        cached=None if cached is None else _highest(cached),
+    )
 
 
 def _highest(price: Any) -> float:

@@ -1,0 +1,95 @@
+"""Whether and when a failed attempt is tried again."""
+
+from __future__ import annotations
+
+import pytest
+
+from aggregator.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ContentFilterError,
+    ContextLengthError,
+    DecodeError,
+    EmptyResponseError,
+    LLMError,
+    NotFoundError,
+    PermissionDeniedError,
+    QuotaError,
+    RateLimitError,
+    ServerError,
+    TruncatedError,
+)
+from aggregator.llm.retry import NOT_SENT, RetryPolicy, is_transient, was_sent
+
+POLICY = RetryPolicy(max_attempts=10)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [APIConnectionError, APITimeoutError, RateLimitError, ServerError, DecodeError, EmptyResponseError],
+)
+def test_what_may_pass_is_tried_again(kind: type[LLMError]) -> None:
+    """Lost connections, rate limits, the server's own failures and unreadable answers."""
+    assert is_transient(kind(""))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        BadRequestError, ContextLengthError, AuthenticationError, PermissionDeniedError, NotFoundError, QuotaError,
+        ContentFilterError, TruncatedError,
+    ],
+)  # fmt: skip
+def test_what_stays_wrong_is_not(kind: type[LLMError]) -> None:
+    """Wrong requests, keys, empty accounts and filtered or cut answers stay what they are."""
+    assert not is_transient(kind("", status=400))
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "expected"),
+    [
+        (ServerError("", status=500), "false", False),
+        (BadRequestError("", status=400), "true", True),
+        (QuotaError("", status=429), "true", False),
+        (ServerError("", status=500), "maybe", True),
+    ],
+)
+def test_x_should_retry_is_obeyed(error: LLMError, said: str, expected: bool) -> None:
+    """The server knows best, both ways; but no waiting refills an account."""
+    assert is_transient(error, {"x-should-retry": said}) is expected
+
+
+def test_backoff_doubles_to_its_ceiling_with_jitter_downwards() -> None:
+    """0.5 s doubling to 8 s, up to a quarter less."""
+    error = ServerError("", status=500)
+    full = [POLICY.delay(error, attempt, remaining=600, random=0.0) for attempt in range(1, 8)]
+    assert full == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+    assert POLICY.delay(error, 3, remaining=600, random=1.0) == 1.5
+
+
+def test_retry_after_replaces_the_backoff() -> None:
+    """What the server asks for counts, to the letter and without jitter."""
+    assert POLICY.delay(RateLimitError("", status=429, retry_after=7.5), 1, remaining=600, random=0.9) == 7.5
+
+
+@pytest.mark.parametrize(("retry_after", "remaining"), [(120.1, 600.0), (30.0, 29.0)])
+def test_a_wait_too_long_is_given_up(retry_after: float, remaining: float) -> None:
+    """Beyond the cap or the deadline nothing is waited for."""
+    error = RateLimitError("", status=429, retry_after=retry_after)
+    assert POLICY.delay(error, 1, remaining=remaining, random=0) is None
+
+
+def test_the_last_attempt_is_the_last() -> None:
+    """`max_attempts` counts the first one."""
+    error = ServerError("", status=500)
+    policy = RetryPolicy(max_attempts=2)
+    assert policy.delay(error, 1, remaining=9, random=0) is not None
+    assert policy.delay(error, 2, remaining=9, random=0) is None
+
+
+def test_what_was_not_sent_cannot_have_been_charged() -> None:
+    """The message tells, so a replayed failure tells the same."""
+    assert not was_sent(APIConnectionError(f"{NOT_SENT}refused"))
+    assert was_sent(APIConnectionError("cut"))

@@ -1,0 +1,200 @@
+"""Streamed answers: deltas as they come, then the same usage and errors as whole answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, failure, read_request, serving
+
+from aggregator import LLM, Budget, cassette
+from aggregator.agents.transcripts import transcript
+from aggregator.errors import APIConnectionError, AuthenticationError, ConfigError, LLMError, RateLimitError
+from aggregator.llm.ledger import collecting
+from aggregator.records import HTTPReply, HTTPRequest
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + (data if isinstance(data, bytes) else msgspec.json.encode(data)) + b"\n\n"
+
+
+def chunk(text: str | None = None, finish_reason: str | None = None) -> bytes:
+    delta = {} if text is None else {"content": text}
+    return event({"id": "c", "model": "m", "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
+
+
+USAGE = event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2}})
+WHOLE = [chunk("Hel"), chunk("lo"), chunk(finish_reason="stop"), USAGE, event(b"[DONE]")]
+
+
+class Streaming:
+    """A transport that streams its pieces; an exception among them is raised in its place."""
+
+    def __init__(self, *scripts: Any) -> None:
+        self.scripts = list(scripts)
+        self.opened = 0
+        self.left = 0
+
+    async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
+        raise AssertionError("a stream is opened, not sent")
+
+    @asynccontextmanager
+    async def open(self, request: HTTPRequest, *, timeout: float | None = None) -> AsyncIterator[Any]:
+        script = self.scripts[min(self.opened, len(self.scripts) - 1)]
+        self.opened += 1
+        if isinstance(script, LLMError):
+            raise script
+        try:
+            yield _Opened(script)
+        finally:
+            self.left += 1
+
+
+class _Opened:
+    def __init__(self, script: HTTPReply | list[Any]) -> None:
+        whole = isinstance(script, HTTPReply)
+        self.status = script.status if isinstance(script, HTTPReply) else 200
+        self.headers = {"content-type": "application/json" if whole else "text/event-stream"}
+        self.reason = ""
+        self._script = [script.body] if isinstance(script, HTTPReply) else script
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        for piece in self._script:
+            await asyncio.sleep(0)
+            if isinstance(piece, LLMError):
+                raise piece
+            yield piece
+
+
+def client(transport: Any, **options: Any) -> LLM:
+    time = VirtualTime()
+    return LLM("m", base_url=BASE_URL, transport=transport, clock=time.clock, sleep=time.sleep, **options)
+
+
+async def read(llm: LLM) -> list[str]:
+    return [delta async for delta in llm.stream(QUESTION)]
+
+
+async def test_deltas_then_the_whole_answer() -> None:
+    """Iterating gives the text in pieces; `completion` has all that `complete` returns."""
+    stream = client(Streaming(WHOLE)).stream(QUESTION)
+    with pytest.raises(ConfigError, match="read to its end"):
+        _ = stream.completion
+    assert [delta async for delta in stream] == ["Hel", "lo"]
+    completion = stream.completion
+    assert (completion.text, completion.finish_reason, completion.usage.output_tokens) == ("Hello", "stop", 2)
+
+
+async def test_a_failure_before_the_first_delta_is_tried_again() -> None:
+    """Until something was given out, a stream fails and recovers like any call."""
+    transport = Streaming(APIConnectionError("cut"), failure(500), WHOLE)
+    stream = client(transport).stream(QUESTION)
+    assert "".join([delta async for delta in stream]) == "Hello"
+    assert (stream.completion.attempts, transport.opened) == (3, 3)
+
+
+async def test_a_failure_after_the_first_delta_is_raised() -> None:
+    """What has been given out cannot be taken back."""
+    transport = Streaming([chunk("Hel"), APIConnectionError("cut")])
+    stream = aiter(client(transport).stream(QUESTION))
+    found = await anext(stream)
+    with pytest.raises(APIConnectionError):
+        await anext(stream)
+    assert (found, transport.opened) == ("Hel", 1)
+
+
+async def test_errors_inside_the_stream_are_errors() -> None:
+    """An error event is raised as the error it names, not given out as text."""
+    inside = event({"error": {"message": "slow down", "code": 429}})
+    with pytest.raises(RateLimitError, match="slow down"):
+        await read(client(Streaming([chunk("Hel"), inside])))
+
+
+async def test_permanent_errors_are_tried_once() -> None:
+    """As with `complete`."""
+    transport = Streaming(failure(401, "key"))
+    with pytest.raises(AuthenticationError):
+        await read(client(transport))
+    assert transport.opened == 1
+
+
+async def test_a_stream_cut_before_its_end_is_no_answer() -> None:
+    """The connection closed neatly, but the answer was not finished."""
+    with pytest.raises(LLMError):
+        await read(client(Streaming([chunk("Hel")])))
+
+
+async def test_leaving_early_frees_everything() -> None:
+    """A consumer that breaks off ends the request, gives its place back and settles the budget."""
+    transport, budget = Streaming(WHOLE), Budget(calls=5)
+    llm = client(transport, max_concurrency=1, budget=budget)
+    for _ in range(2):
+        async with llm.stream(QUESTION) as stream:
+            async for _delta in stream:
+                break
+    assert (transport.left, budget.spent.calls, budget.reserved.calls) == (2, 2, 0)
+
+
+async def test_a_transport_that_cannot_stream() -> None:
+    """A plain transport's whole answer is read as one piece."""
+    body = b"".join(WHOLE)
+    whole = HTTPReply(status=200, body=body, headers={"content-type": "text/event-stream"})
+    assert await read(client(ScriptedTransport(whole))) == ["Hel", "lo"]
+
+
+async def test_transcript_and_ledger() -> None:
+    """A streamed call is shown and counted like any other."""
+    with transcript() as shown, collecting() as ledger:
+        await read(client(Streaming(WHOLE)))
+    assert "Hello" in shown.render()
+    assert ledger.totals()["agent"].output_tokens == 2
+
+
+async def test_replay_gives_the_same_deltas(tmp_path: Path) -> None:
+    """Recorded and replayed without network: the same pieces, usage and errors."""
+    recorded, played = [], []
+    with cassette(tmp_path / "stream.yaml", "once"):
+        recorded.append(await read(client(Streaming(WHOLE))))
+        recorded.append(await read(client(Streaming([*WHOLE[:1], chunk("p!"), *WHOLE[2:]]))))
+    offline = Streaming(APIConnectionError("no network in a replay"))
+    with cassette(tmp_path / "stream.yaml", "none"):
+        played.append(await read(client(offline)))
+        played.append(await read(client(offline)))
+    assert played == recorded == [["Hel", "lo"], ["Hel", "p!"]]
+    assert offline.opened == 0
+
+
+async def test_replay_of_a_stream_that_was_left_early(tmp_path: Path) -> None:
+    """What came until then is on the tape, so the same reader leaves at the same place."""
+
+    async def first(llm: LLM) -> str:
+        async with llm.stream(QUESTION) as stream:
+            return await anext(aiter(stream))
+
+    with cassette(tmp_path / "left.yaml", "once"):
+        recorded = await first(client(Streaming(WHOLE)))
+    with cassette(tmp_path / "left.yaml", "none"):
+        assert await first(client(Streaming(APIConnectionError("no network")))) == recorded == "Hel"
+
+
+async def test_over_a_real_socket() -> None:
+    """Server-sent events over aiohttp."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        for piece in WHOLE:
+            writer.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+
+    async with serving(handle) as url:
+        stream = LLM("m", base_url=url).stream(QUESTION)
+        assert "".join([delta async for delta in stream]) == "Hello"
+    assert stream.completion.usage.input_tokens == 9

@@ -1,0 +1,275 @@
+"""HTTP over aiohttp, against servers that misbehave on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+from llm_fakes import answer, answering, raw, read_request, serving
+
+from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError
+from aggregator.llm.retry import was_sent
+from aggregator.llm.transport import AiohttpTransport
+from aggregator.records import HTTPReply, HTTPRequest
+
+
+def request(url: str, body: bytes = b"{}") -> HTTPRequest:
+    return HTTPRequest(url=f"{url}/chat/completions", body=body, headers={"content-type": "application/json"})
+
+
+async def test_header_names_are_plain_lower_case_text() -> None:
+    """Cassettes are written from them: a str subclass would be written as a Python object."""
+    async with serving(answering([answer(headers={"X-RateLimit-Limit": "9"})])) as url, AiohttpTransport() as transport:
+        reply = await transport.send(request(url))
+    assert reply.headers["x-ratelimit-limit"] == "9"
+    assert {type(name) for name in reply.headers} == {str}
+    assert reply.milliseconds > 0
+
+
+async def test_compressed_bodies_are_decompressed() -> None:
+    """The reply's body is what the server meant."""
+    body = gzip.compress(b'{"a": 1}')
+    zipped = HTTPReply(status=200, body=body, headers={"content-encoding": "gzip"})
+    async with serving(answering([zipped])) as url, AiohttpTransport() as transport:
+        assert (await transport.send(request(url))).body == b'{"a": 1}'
+
+
+async def test_redirects_are_not_followed() -> None:
+    """A redirected POST would become a GET."""
+    away = HTTPReply(status=307, body=b"", headers={"location": "http://127.0.0.1:1/"})
+    async with serving(answering([away])) as url, AiohttpTransport() as transport:
+        assert (await transport.send(request(url))).status == 307
+
+
+async def test_no_cookies() -> None:
+    """Nothing that one call was given is sent with the next."""
+    seen = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (got := await read_request(reader)) is not None:
+            seen.append(got[1].get("cookie"))
+            writer.write(raw(answer(headers={"set-cookie": "a=1; Path=/"})))
+
+    async with serving(handle) as url, AiohttpTransport() as transport:
+        await transport.send(request(url))
+        await transport.send(request(url))
+    assert seen == [None, None]
+
+
+async def test_refused_connections_were_not_sent() -> None:
+    """Nobody listens: nothing was sent, nothing can cost."""
+    async with serving(answering([])) as url:
+        pass
+    async with AiohttpTransport() as transport:
+        with pytest.raises(APIConnectionError, match="no connection to 127.0.0.1") as caught:
+            await transport.send(request(url))
+    assert not was_sent(caught.value)
+
+
+async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    await asyncio.Event().wait()
+
+
+async def test_the_deadline_ends_a_request() -> None:
+    """A server that never answers ends in APITimeoutError; it may have worked on the request."""
+    async with serving(hang) as url, AiohttpTransport() as transport:
+        with pytest.raises(APITimeoutError, match="no whole answer within 0.05 s") as caught:
+            await transport.send(request(url), timeout=0.05)
+    assert was_sent(caught.value)
+
+
+async def test_an_answer_cut_short() -> None:
+    """Half a body is no answer."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(raw(answer())[:-20])
+
+    async with serving(handle) as url, AiohttpTransport() as transport:
+        with pytest.raises(APIConnectionError, match="before its answer was whole"):
+            await transport.send(request(url))
+
+
+class DyingConnections:
+    """Answers the first request of a connection, closes at the second without a byte."""
+
+    def __init__(self, *, always: bool = False) -> None:
+        self.requests = 0
+        self.connections = 0
+        self.always = always
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if not self.always and await read_request(reader) is not None:
+            self.requests += 1
+            writer.write(raw(answer()))
+        if await read_request(reader) is not None:
+            self.requests += 1
+
+
+async def test_a_used_connection_that_died_is_replaced_at_once() -> None:
+    """The race with a server that closes idle connections costs nothing but a new connection."""
+    server = DyingConnections()
+    async with serving(server) as url, AiohttpTransport() as transport:
+        for _ in range(3):
+            assert (await transport.send(request(url))).status == 200
+    assert (server.requests, server.connections) == (4, 3)
+
+
+async def test_many_used_connections_that_died() -> None:
+    """The replacement is not taken from the pool, whose other connections died too."""
+    server = DyingConnections()
+    async with serving(server) as url, AiohttpTransport() as transport:
+        for _ in range(2):
+            async with asyncio.TaskGroup() as tasks:
+                sent = [tasks.create_task(transport.send(request(url))) for _ in range(20)]
+            assert [task.result().status for task in sent] == [200] * 20
+
+
+async def test_a_new_connection_that_dies_is_not_replaced() -> None:
+    """Only an idle connection may have died innocently; here the server may have begun to work."""
+    server = DyingConnections(always=True)
+    async with serving(server) as url, AiohttpTransport() as transport:
+        with pytest.raises(APIConnectionError):
+            await transport.send(request(url))
+    assert server.requests == 1
+
+
+async def test_more_than_a_hundred_at_once() -> None:
+    """aiohttp's limit of 100 connections is lifted: the limiter bounds, not the pool."""
+    arrived = 0
+    everybody = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal arrived
+        await read_request(reader)
+        arrived += 1
+        if arrived == 150:
+            everybody.set()
+        await everybody.wait()
+        writer.write(raw(answer()))
+
+    async with (
+        serving(handle) as url,
+        AiohttpTransport() as transport,
+        asyncio.timeout(20),
+        asyncio.TaskGroup() as tasks,
+    ):
+        for _ in range(150):
+            tasks.create_task(transport.send(request(url)))
+    assert arrived == 150
+
+
+async def test_an_address_that_is_none() -> None:
+    """A slip in base_url is a ConfigError, not a lost connection to try again."""
+    async with AiohttpTransport() as transport:
+        with pytest.raises(ConfigError, match="base_url"):
+            await transport.send(request("no-scheme"))
+
+
+async def test_idle_connections_are_dropped_before_servers_drop_them() -> None:
+    """Servers close after 5 s idle; a connection idle for longer than `keepalive_timeout` is not used again."""
+    connections = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await read_request(reader) is not None:
+            writer.write(raw(answer()))
+
+    async with serving(handle) as url, AiohttpTransport(keepalive_timeout=0.02) as transport:
+        await transport.send(request(url))
+        await transport.send(request(url))
+        await asyncio.sleep(0.05)
+        await transport.send(request(url))
+    assert connections == 2
+
+
+FORGETFUL = """
+import asyncio, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from aggregator import LLM
+
+BODY = b'{"choices": [{"message": {"content": "hi"}}]}'
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-length", str(len(BODY)))
+        self.end_headers()
+        self.wfile.write(BODY)
+    def log_message(self, *args):
+        pass
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+server = Server(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+llm = LLM("m", base_url=f"http://127.0.0.1:{server.server_port}/v1")
+
+async def main():
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(5):
+            tasks.create_task(llm.complete("hello"))
+    async for delta in llm.stream("hello"):
+        break
+
+HOW
+server.server_close()
+print("done")
+"""
+
+
+THREADS = """
+threads = [threading.Thread(target=llm, args=("hello",)) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "asyncio.run(main())",
+        "llm(messages='hello')",
+        "asyncio.run(main()); llm(messages='hello'); asyncio.run(main())",
+        THREADS,
+    ],
+    ids=["own loop", "portal", "both", "threads"],
+)
+def test_a_script_that_closes_nothing_ends_without_a_word(how: str) -> None:
+    """No unclosed session, socket or task, no warning, whatever loops a script has used."""
+    script = textwrap.dedent(FORGETFUL).replace("HOW", how)
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", script], capture_output=True, text=True, check=False
+    )
+    slow = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]  # asyncio's debug mode
+    assert (done.stdout, slow, done.returncode) == ("done\n", [], 0)
+
+
+async def test_leaving_a_stream_ends_its_request() -> None:
+    """The server sees a stream closed that nobody reads on."""
+    closed = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        await reader.read()
+        closed.set()
+
+    async with serving(handle) as url, AiohttpTransport() as transport:
+        async with transport.open(request(url), timeout=5) as opened:
+            pieces: Any = opened.pieces()
+            assert await anext(pieces) == b"hello"
+            await pieces.aclose()
+        async with asyncio.timeout(5):
+            await closed.wait()
