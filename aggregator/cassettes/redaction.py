@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
+from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
@@ -21,14 +22,14 @@ from aggregator.cassettes.secrets import (
     Needles,
     apply_edits,
     authenticating_values,
-    is_secret_field,
+    is_secret_parameter,
     moved,
     needles_of,
     query_edits,
     secret_edits,
     suspicious,
 )
-from aggregator.cassettes.streams import Chunks, hidden_edits, is_stream
+from aggregator.cassettes.streams import Chunks, hidden_edits, is_json, is_stream, rebuilt
 from aggregator.errors import SecretLeakError
 from aggregator.records import HTTPRequest
 
@@ -63,7 +64,7 @@ def redact_url(url: str) -> str:
 
 def _redact_pair(pair: str) -> str:
     name, mark, value = pair.partition("=")
-    return f"{name}={PLACEHOLDER}" if mark and value and is_secret_field(name) else pair
+    return f"{name}={PLACEHOLDER}" if mark and value and is_secret_parameter(name) else pair
 
 
 def needles_for(request: HTTPRequest) -> Needles:
@@ -165,7 +166,11 @@ def redact_text(text: str, needles: Needles) -> str:
 def redact_body(body: bytes, needles: Needles) -> tuple[bytes, list[list[Edit]]]:
     """Return the body without secrets, and the edits of each step, for whoever must find its chunks again."""
     first = secret_edits(body, needles)
-    body = apply_edits(body, first)
+    clean = apply_edits(body, first)
+    if first and is_json(body) and not is_json(clean):  # a value began within an escape, such as backslash u0041
+        first = [(0, len(body), rebuilt(body, needles))]
+        clean = first[0][2]
+    body = clean
     second = hidden_edits(body, needles)
     return apply_edits(body, second), [first, second]
 
@@ -196,7 +201,7 @@ def _refuse_leaks(exchange: Exchange, line: bytes, needles: Needles) -> None:
         if any(needle in data for needle in needles):
             raise SecretLeakError(
                 f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
-                f"({request.method} {redact_url(request.url)}, lineage {facts.lineage[:40]!r}); it was not written. "
+                f"(a {request.method} to {urlsplit(request.url).hostname}, role {facts.role}); it was not written. "
                 "Keep the secret out of it, or call the model outside of the cassette"
             )
 

@@ -123,9 +123,18 @@ def _known_name(name: bytes) -> bool:
 
 
 def is_secret_field(name: str) -> bool:
-    """Say whether a JSON field or query parameter of this name holds a secret.
+    """Say whether a JSON field of this name holds a secret.
 
-    >>> is_secret_field("openai_api_key"), is_secret_field("max_tokens")
+    >>> is_secret_field("openai_api_key"), is_secret_field("max_tokens"), is_secret_field("key")
+    (True, False, False)
+    """
+    return bool(_FIELD.fullmatch(name))
+
+
+def is_secret_parameter(name: str) -> bool:
+    """Say whether a query parameter or form field of this name holds a secret.
+
+    >>> is_secret_parameter("key"), is_secret_parameter("alt")
     (True, False)
     """
     return bool(_QUERY_FIELD.fullmatch(name))

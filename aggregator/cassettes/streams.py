@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from aggregator.cassettes.secrets import Edit, Needles, apply_edits, secret_edits
+from aggregator.cassettes.secrets import PLACEHOLDER, Edit, Needles, apply_edits, is_secret_field, secret_edits
 
 Chunks = tuple[tuple[int, float], ...]
 """(length in bytes, milliseconds since the request was sent) of each piece as it came."""
@@ -21,6 +21,33 @@ _Path = tuple[str | int, ...]
 def is_stream(headers: Mapping[str, str]) -> bool:
     """Say whether a reply with these headers is a stream of events."""
     return "event-stream" in headers.get("content-type", "")
+
+
+def is_json(data: bytes) -> bool:
+    """Say whether this is one JSON document."""
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
+def rebuilt(data: bytes, needles: Needles) -> bytes:
+    """Return a JSON document written anew, every text in it redacted by itself."""
+    return _encode(_rebuilt(msgspec.json.decode(data), needles))
+
+
+def _rebuilt(value: Any, needles: Needles) -> Any:
+    if isinstance(value, str):
+        data = value.encode(errors="surrogatepass")
+        return apply_edits(data, secret_edits(data, needles)).decode(errors="replace")
+    if isinstance(value, dict):
+        pairs = ((_rebuilt(name, needles), item) for name, item in value.items())
+        return {
+            name: PLACEHOLDER if isinstance(item, str) and is_secret_field(name) else _rebuilt(item, needles)
+            for name, item in pairs
+        }
+    return [_rebuilt(item, needles) for item in value] if isinstance(value, list) else value
 
 
 def hidden_edits(body: bytes, needles: Needles) -> list[Edit]:

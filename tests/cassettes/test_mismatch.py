@@ -1,0 +1,169 @@
+"""A miss names the nearest recorded request and says what differs."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.mismatch import MAX_LINES, Asked, explain_miss, nearest
+from aggregator.cassettes.rows import Row, index_lines
+from aggregator.cassettes.tape import Tape
+from aggregator.errors import CassetteMissError
+from aggregator.records import HTTPReply, HTTPRequest
+
+URL = "https://api.example.com/v1/chat/completions"
+WORDS = ["agent", "prompt", "score", "feedback", "update", "value", "batch", "epoch", "sample", "reward", "policy"]
+
+
+def request(body: object, url: str = URL) -> HTTPRequest:
+    return HTTPRequest(url=url, body=json.dumps(body).encode(), headers={})
+
+
+def rows_of(*requests: HTTPRequest) -> tuple[Row, ...]:
+    reply = HTTPReply(status=200, body=b"{}", headers={})
+    exchanges = (
+        Exchange(request=one, reply=reply, facts=Facts(lineage=f"sample={index}")) for index, one in enumerate(requests)
+    )
+    return tuple(index_lines(encode_line(one) for one in exchanges))
+
+
+def chat(text: str, **more: object) -> HTTPRequest:
+    return request(
+        {
+            "model": "m",
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}],
+            **more,
+        }
+    )
+
+
+def message(asked: HTTPRequest, *recorded: HTTPRequest) -> str:
+    tape = Tape(rows_of(*recorded), name="demo.yaml")
+    with pytest.raises(CassetteMissError) as caught, lineage("test"):
+        tape.play(tape.issue(asked))
+    return str(caught.value)
+
+
+def test_the_difference_is_told_by_json_path() -> None:
+    """The message names the request, its lineage, the nearest one, the path that differs and how to record."""
+    assert message(chat("How old is the moon?", seed=1), chat("Who?"), chat("How old is the sun?", seed=2)) == (
+        f"expected a recorded answer to POST {URL} in demo.yaml, got none\n"
+        "  lineage 'test', ticket 0; 2 of 2 not played\n"
+        "  nearest: interaction 2, lineage 'sample=1', ticket 0, not played yet, 89% alike\n"
+        "  messages[1].content, from character 15:\n"
+        "    recorded  'How old is the sun?'\n"
+        "    asked     'How old is the moon?'\n"
+        "  seed: recorded 2, asked 1\n"
+        'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (anew).'
+    )
+
+
+def test_added_and_missing_fields_are_told() -> None:
+    """What only one side has is told as nothing on the other; so is another method or URL."""
+    text = message(request({"b": [1, 2]}, URL + "/x"), request({"a": {"c": None}, "b": [1]}))
+    assert "  url, from character 43:" in text
+    assert '  a: recorded {"c":null}, asked nothing' in text
+    assert "  b[1]: recorded nothing, asked 2" in text
+
+
+def test_the_same_request_in_another_lineage() -> None:
+    """A request that was recorded elsewhere in the run is told with its places."""
+    text = message(chat("hi"), chat("hi"), chat("hi"), chat("ho"))
+    assert 'in another lineage; lineage="prefer" would take it from there' in text
+    assert "interaction 1, lineage 'sample=0', ticket 0, not played yet" in text
+    assert "interaction 3" not in text
+
+
+def test_asked_once_more_than_recorded() -> None:
+    """The second of two identical calls, of which one was recorded, is told as such."""
+    tape = Tape(rows_of(chat("hi")))
+    with lineage("sample=0"):
+        assert tape.play(tape.issue(chat("hi"))) is not None
+        with pytest.raises(CassetteMissError, match="recorded 1 times in this lineage, and was asked once more"):
+            tape.play(tape.issue(chat("hi")))
+
+
+def test_no_cassette_at_all() -> None:
+    """Without any exchange the message says so."""
+    assert "the cassette does not exist or is empty" in message(chat("hi"))
+
+
+@pytest.mark.parametrize("body", [b"no JSON", b"\xff\xfe", b""])
+def test_bodies_that_are_no_json(body: bytes) -> None:
+    """Other bodies are compared as text."""
+    text = message(HTTPRequest(url=URL, body=body, headers={}), HTTPRequest(url=URL, body=b"other", headers={}))
+    assert "  body, from character 0:" in text
+
+
+def test_the_report_is_short() -> None:
+    """However much differs, the report has at most 40 lines."""
+    text = message(request({f"a{i}": "x" * 500 for i in range(100)}), request({f"a{i}": "y" * 500 for i in range(100)}))
+    assert len(text.splitlines()) == MAX_LINES
+    assert "more lines of differences" in text
+
+
+def test_secrets_are_not_told() -> None:
+    """The asked request is shown without its secrets."""
+    asked = HTTPRequest(
+        url=URL + "?key=abcdefghij",
+        body=b'{"q": "my abcdefghij", "api_key": "zyx"}',
+        headers={},
+        secrets=("abcdefghij",),
+    )
+    text = message(asked, chat("hi"))
+    assert "abcdefghij" not in text
+    assert "zyx" not in text
+
+
+def test_many_misses_stay_cheap() -> None:
+    """After the first few misses the search for the nearest request is left out."""
+    tape = Tape(rows_of(chat("hi")))
+    for index in range(8):
+        with pytest.raises(CassetteMissError):
+            tape.play(tape.issue(chat(f"miss {index}")))
+    assert ["nearest: interaction" in str(miss) for miss in tape.misses] == [True] * 5 + [False] * 3
+
+
+def prose(draw: random.Random, length: int) -> str:
+    return " ".join(f"{draw.choice(WORDS)}{draw.randrange(300)}" for _ in range(length))
+
+
+def found(count: int, tries: int, length: int) -> int:
+    """Return how often the true origin of a changed request is named first."""
+    draw = random.Random(count)
+    requests = [chat(prose(draw, length)) for _ in range(count)]
+    rows = rows_of(*requests)
+    right = 0
+    for _ in range(tries):
+        index = draw.randrange(count)
+        words = requests[index].body.decode().split(" ")
+        for _ in range(draw.choice([1, 3, length // 5])):
+            place = draw.randrange(15, len(words) - 2)
+            words[place : place + draw.choice([0, 1])] = draw.choice([[], ["changed"], ["quite", "new"]])
+        asked = HTTPRequest(url=URL, body=" ".join(words).encode(), headers={})
+        right += nearest(Asked(request=asked, key=b"", lineage="", ticket=0), rows)[0] == index
+    return right
+
+
+def test_the_true_nearest_is_first() -> None:
+    """Of requests with some words changed, added or removed, the origin is found."""
+    assert found(count=800, tries=20, length=60) >= 19
+
+
+@pytest.mark.long
+def test_the_true_nearest_is_first_among_ten_thousand() -> None:
+    """At 10,000 candidates at least 95 of 100 are right."""
+    assert found(count=10_000, tries=100, length=300) >= 95
+
+
+def test_a_small_difference_in_one_common_text() -> None:
+    """Requests that share all but a number are told apart by it."""
+    requests = [chat(f"Question {index} of the exam: what is it?") for index in range(600)]
+    asked = chat("Question 437 of the exam: what was it?")
+    assert "interaction 438," in explain_miss(
+        Asked(request=asked, key=b"", lineage="", ticket=0), rows_of(*requests), bytearray(600), "a.yaml"
+    )
