@@ -111,11 +111,16 @@ def _object(value: Any, limit: int) -> str:
 
 
 def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
-    """Return an exception as `ValueError: message`.
+    """Return an exception as `ValueError: message`; a group as the errors in it, in an order that runs share.
 
     >>> show_error(ValueError("no k"))
     'ValueError: no k'
+    >>> show_error(ExceptionGroup("tasks", [ValueError("b"), ValueError("a")]))
+    'ExceptionGroup of ValueError: a; ValueError: b'
     """
+    if isinstance(error, BaseExceptionGroup):
+        inside = sorted({show_error(part, limit) for part in error.exceptions})
+        return cut(f"{type(error).__name__} of {'; '.join(inside)}", limit)
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 - as above: an exception class of the agent's own

@@ -161,9 +161,7 @@ class TraceOptimizer:
         data, node = _last_output.get() or (None, None)
         silent = Proposal(score=rollout.score, feedback=rollout.feedback, sample_ids=(rollout.sample_id,))
         if node is None or data is not rollout.output:
-            return _with(
-                silent, error="the agent's output is no node of Trace, so no feedback can reach the parameters"
-            )
+            return _with(silent, error="the output is not one node of Trace, so no feedback can reach the parameters")
         self._take_over_memories()
         optimizer = self._copy()
         self._memories[rollout.sample_id] = getattr(optimizer, "memory", None)

@@ -287,7 +287,7 @@ async def test_an_output_that_is_no_node_is_said() -> None:
     plain = Agent()
     _, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
     proposal = await optimizer.propose(Rollout(sample_id=0, output="text"), optimizer.parameters)
-    assert proposal.error == "the agent's output is no node of Trace, so no feedback can reach the parameters"
+    assert proposal.error == "the output is not one node of Trace, so no feedback can reach the parameters"
 
 
 def test_native_agents_and_optimizers_stay_as_they_are() -> None:

@@ -1,0 +1,79 @@
+"""Training code parameters in the sandbox: what goes out of bounds becomes feedback, and the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from aggregator import Module, Proposal, Rollout, bundle
+from aggregator.agents.sandbox import Limits, sandboxed
+from aggregator.agents.workers import pool
+from aggregator.training.minibatch import Minibatch
+from aggregator.training.rules import majority
+
+HEAD = "def double(self, x):\n"
+
+
+class Agent(Module):
+    @bundle(trainable=True)
+    def double(self, x: int) -> int:
+        return x
+
+    async def forward(self, x: int) -> int:
+        return self.double(x)
+
+
+class Scripted:
+    """An optimizer that proposes one body after the other and keeps the feedback it was given."""
+
+    def __init__(self, bodies: Sequence[str]) -> None:
+        self.parameters = None
+        self.bodies = iter(bodies)
+        self.seen: list[tuple[float | None, str]] = []
+
+    async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Any = ()) -> Proposal:
+        self.seen.append((rollout.score, rollout.feedback))
+        return Proposal(values={"double__code": HEAD + next(self.bodies)}, sample_ids=(rollout.sample_id,))
+
+
+def guide(x: int, output: Any, info: Any) -> tuple[float, str]:
+    return float(output == 2 * x), "right" if output == 2 * x else "double it"
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left() -> Iterator[None]:
+    yield
+    pool().close()
+
+
+@pytest.mark.parametrize(
+    ("body", "feedback"),
+    [
+        ("    while True: pass", "it ran longer than 0.3 seconds"),
+        ("    return 'x' * (1 << 40)", "it used more than 128 MiB of memory"),
+        ("    import os\n    while True: os.fork()", "it tried to use other processes"),
+        ("    open('/tmp/out', 'w')", "it tried to use the file system"),
+        ("    import socket\n    socket.socket()", "it tried to use the network"),
+    ],
+)
+def test_bad_code_ends_as_feedback_and_the_run_goes_on(body: str, feedback: str) -> None:
+    """An endless loop, a memory bomb, a fork bomb, a file write, a socket: feedback for the instance, then a repair."""
+    agent = Agent()
+    optimizer = Scripted([body, "    return 2 * x", "    return 2 * x"])
+    trainer = Minibatch(agent, optimizer, rule=majority, observers=())
+    with sandboxed(Limits(seconds=0.3, memory=128 << 20)):
+        result = trainer.train(
+            guide,
+            [(1, None), (2, None), (3, None)],
+            min_score=0.0,
+            test_dataset=[(5, None)],
+            eval_frequency=3,
+            max_failure_ratio=1.0,
+        )
+    assert optimizer.seen[0] == (0.0, "double it")
+    assert optimizer.seen[1][0] == 0.0
+    assert feedback in optimizer.seen[1][1]
+    assert optimizer.seen[2] == (1.0, "right")
+    assert result.test_scores == [0.0, 1.0]
