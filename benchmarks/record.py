@@ -1,0 +1,148 @@
+"""Record: what recording adds to live calls, 16 in flight, by own client and patched aiohttp, beside the peers."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from benchmarks import traffic
+from benchmarks.harness import Case, Measured, Options, background, call, measure
+from benchmarks.report import Report, Target
+
+N = 1_000
+FEW = 300  # stock vcrpy is quadratic: 1,000 exchanges take a minute
+IN_FLIGHT = 16
+
+
+def run(options: Options) -> Report:
+    few = 100 if options.quick else FEW
+    with tempfile.TemporaryDirectory() as folder, background(["-m", "benchmarks.chat_server"]) as url:
+
+        def case(name: str, function: str, n: int, *needs: str, **options: Any) -> Case:
+            path = f"{folder}/{function}-{n}-{'-'.join(options.values())}.yaml"
+            return Case(f"{name} {n}", call("record", function, url=url, path=path, n=n, **options), needs)
+
+        measured = measure(
+            [
+                case("own client", "own_client", N, recorder="none"),
+                case("own client, recorded", "own_client", N, recorder="ours"),
+                case("aiohttp", "aiohttp_client", N, recorder="none"),
+                case("aiohttp, recorded", "aiohttp_client", N, recorder="ours"),
+                case("aiohttp, cassetter", "aiohttp_client", N, "cassetter", "aiohttp", recorder="cassetter"),
+                case("aiohttp", "aiohttp_client", few, recorder="none"),
+                case("aiohttp, stock vcrpy", "aiohttp_client", few, "vcr", "aiohttp", recorder="vcrpy"),
+            ],
+            options,
+            repetitions=7,
+        )
+    return Report(
+        rows=measured.rows(),
+        targets=targets(measured, few),
+        missing=measured.missing,
+        versions=measured.versions,
+        notes=[
+            f"{IN_FLIGHT} calls in flight against a loopback server in a process of its own; each exchange is on disk",
+            "s and cpu_us: from the first call to the last answer; close_s: finishing the file, in canonical order",
+        ],
+    )
+
+
+def targets(measured: Measured, few: int) -> list[Target]:
+    plain, recorded = f"own client {N}", f"own client, recorded {N}"
+    with_cpu, without = measured.median(recorded, "cpu_us"), measured.median(plain, "cpu_us")
+    added = with_cpu - without if with_cpu is not None and without is not None else None
+    stock = measured.ratio(f"aiohttp, stock vcrpy {few}", f"aiohttp {few}", "s")
+    aiohttp = measured.ratio(f"aiohttp, recorded {N}", f"aiohttp {N}", "s")
+    return [
+        Target("own client recorded, of not recorded", measured.ratio(recorded, plain, "s"), 1.3, "x"),
+        Target("CPU that recording adds, an exchange", added, 25.0, "us"),
+        Target(
+            "stock vcrpy / patched aiohttp, slowdown",
+            stock / aiohttp if stock and aiohttp else None,
+            1.0,
+            "x",
+            at_least=True,
+        ),
+    ]
+
+
+# What runs in the processes ------------------------------------------------------------------------------------------
+
+
+async def in_flight(ask: Callable[[int], Awaitable[object]], n: int) -> dict[str, float]:
+    """Ask n times, so many at once; one call before the clock starts opens the way."""
+    await ask(n)
+    numbers = iter(range(n))
+
+    async def some() -> None:
+        for i in numbers:
+            await ask(i)
+
+    start, cpu = time.perf_counter(), time.process_time()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(IN_FLIGHT):
+            group.create_task(some())
+    return {"s": time.perf_counter() - start, "cpu_us": (time.process_time() - cpu) / n * 1e6}
+
+
+async def own_client(url: str, path: str, n: int, recorder: str) -> dict[str, float]:
+    from aggregator import LLM, cassette
+
+    llm = LLM(f"openai/{traffic.MODEL}", base_url=url, api_key="benchmark-key")
+    asked = [traffic.messages(i) for i in range(n + 1)]
+
+    async def ask(i: int) -> None:
+        assert not (await llm.complete(asked[i])).replayed
+
+    opened: Any = cassette(path, "all") if recorder == "ours" else nullcontext()
+    return await recorded(opened, ask, n)
+
+
+async def aiohttp_client(url: str, path: str, n: int, recorder: str) -> dict[str, float]:
+    import aiohttp
+
+    bodies = [traffic.body(i) for i in range(n + 1)]
+    async with aiohttp.ClientSession() as session:
+
+        async def ask(i: int) -> None:
+            headers = traffic.REQUEST_HEADERS
+            async with session.post(f"{url}/chat/completions", data=bodies[i], headers=headers) as response:
+                assert response.status == 200
+                await response.read()
+
+        return await recorded(open_recorder(recorder, path), ask, n)
+
+
+def open_recorder(recorder: str, path: str) -> AbstractContextManager[Any]:
+    if recorder == "ours":
+        from aggregator import cassette
+
+        return cassette(path, "all", clients=["aiohttp"])
+    if recorder == "vcrpy":
+        from vcr import VCR
+
+        opened: AbstractContextManager[Any] = VCR(
+            record_mode="all", match_on=["method", "scheme", "host", "port", "path", "query", "body"]
+        ).use_cassette(path)
+        return opened
+    if recorder == "cassetter":
+        from cassetter import use_cassette  # type: ignore[import-not-found] # a peer
+
+        peer: AbstractContextManager[Any] = use_cassette(
+            path, record_mode="all", match_on=["method", "uri", "body"], intercept=["aiohttp"]
+        )
+        return peer
+    return nullcontext()
+
+
+async def recorded(
+    opened: AbstractContextManager[Any], ask: Callable[[int], Awaitable[object]], n: int
+) -> dict[str, float]:
+    with opened:
+        figures = await in_flight(ask, n)
+        start = time.perf_counter()
+    return {**figures, "close_s": time.perf_counter() - start}
