@@ -23,7 +23,6 @@ HERE = Path(__file__).parent
 MODEL = "openai-compatible/simulated-1"
 EPOCHS = 2
 BATCH_SIZE = 10
-STEPSIZE = 0.6
 JOURNAL = "journal.yaml"
 """What a real provider was paid for, in the folder of the run."""
 RECORDING = "recording.yaml"
@@ -117,6 +116,7 @@ def train_demo(settings: Settings, *, observers: Sequence[Callable[[StepReport],
 
 
 def _train(settings: Settings, llm: ChatModel, observers: Sequence[Callable[[StepReport], None]]) -> TrainingResult:
+    from aggregator.training.gates import improves_on_batch
     from aggregator.training.proposers import LLMOptimizer
     from aggregator.training.trainer import AggregatedUpdate
 
@@ -125,6 +125,7 @@ def _train(settings: Settings, llm: ChatModel, observers: Sequence[Callable[[Ste
         TicketRouter(llm),
         LLMOptimizer(llm=llm),
         llm=llm,
+        gate=improves_on_batch(),
         observers=observers,
         max_concurrency=settings.concurrency,
         seed=settings.seed,
@@ -135,7 +136,6 @@ def _train(settings: Settings, llm: ChatModel, observers: Sequence[Callable[[Ste
         test_dataset=[(ticket.text, ticket.team) for ticket in data.test],
         num_epochs=EPOCHS,
         batch_size=BATCH_SIZE,
-        stepsize=STEPSIZE,
         eval_frequency=3,
     )
 
