@@ -61,6 +61,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.guides.pattern": ("KeywordHints", "RegexMatch"),
     "aggregator.llm.budget": ("Budget",),
     "aggregator.llm.client": ("LLM",),
+    "aggregator.llm.messages": ("Image",),
     "aggregator.llm.models": ("as_model",),
     "aggregator.llm.prices": ("Price",),
     "aggregator.observing.configuring": ("configure_logging",),
@@ -139,6 +140,7 @@ if TYPE_CHECKING:
     from aggregator.guides.pattern import RegexMatch as RegexMatch
     from aggregator.llm.budget import Budget as Budget
     from aggregator.llm.client import LLM as LLM
+    from aggregator.llm.messages import Image as Image
     from aggregator.llm.models import as_model as as_model
     from aggregator.llm.prices import Price as Price
     from aggregator.observing.configuring import configure_logging as configure_logging

@@ -227,6 +227,15 @@ def test_no_name_at_all() -> None:
         where(None)
 
 
+def test_the_documents_table_is_the_real_one() -> None:
+    """docs/models.md names every provider, alias, key and address that the code knows."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    for name, provider in providers().items():
+        row = next(line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        told = {*provider.aliases, *provider.keys, *provider.base_urls, provider.base_url or provider.name}
+        assert {word for word in told if f"`{word}`" not in row} == set()
+
+
 def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
     """A pure module and an entry point of the group `aggregator.providers` make `acme/model` a name like any other."""
     (tmp_path / "acme.py").write_text(
