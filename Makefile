@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long test-peers check format bench record wheel clean
+.PHONY: help demo test test-long test-peers test-vcrpy check format bench record wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,13 @@ test: $(VENV)/.dev ## Run the test suite: no network, no key
 
 test-long: $(VENV)/.dev ## Run the sweeps that take minutes
 	$(BIN)/python -m pytest -q -m "long"
+
+test-peers: $(VENV)/.dev ## Run the client against real servers on loopback (installs and builds them once, outside this folder)
+	$(BIN)/python tests/peers/install_peers.py
+	$(BIN)/python -m pytest -q -m "peers and not long" tests/peers
+
+test-vcrpy: ## Run the vcrpy adapter's tests on the oldest supported vcrpy and on the newest
+	PYTHON=$(PYTHON) bash tests/cassettes/vcr_matrix.sh
 
 check: $(VENV)/.dev ## Lint, format and type checks
 	$(BIN)/ruff check .
