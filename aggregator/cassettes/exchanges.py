@@ -55,20 +55,20 @@ class Exchange(Struct, frozen=True, kw_only=True):
     facts: Facts
 
 
-class Head(Struct, frozen=True):
+class Head(Struct, frozen=True, gc=False):
     """What the index needs of a line; the answer is skipped and not built."""
 
     request: _Request
     x: Place
 
 
-class _Request(Struct, frozen=True):
+class _Request(Struct, frozen=True, gc=False):
     method: str
     uri: str
     body: Any = ""
 
 
-class Place(Struct, frozen=True):
+class Place(Struct, frozen=True, gc=False):
     """The part of the facts that says where in the run an exchange stands."""
 
     lineage: str
@@ -78,22 +78,22 @@ class Place(Struct, frozen=True):
     sha256: str = ""
 
 
-class _Status(Struct, frozen=True):
+class _Status(Struct, frozen=True, gc=False):
     code: int
     message: str = ""
 
 
-class _Body(Struct, frozen=True):
+class _Body(Struct, frozen=True, gc=False):
     string: str | dict[str, str]
 
 
-class _Response(Struct, frozen=True):
+class _Response(Struct, frozen=True, gc=False):
     status: _Status
     headers: dict[str, list[str]]
     body: _Body
 
 
-class _Answer(Struct, frozen=True):
+class _Answer(Struct, frozen=True, gc=False):
     response: _Response
     x: Facts
 

@@ -86,7 +86,8 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         try:
             _TAPE.reset(token)
         except ValueError:  # left in another context than entered, as by a pytest fixture of asyncio
-            _TAPE.set(None)
+            if _TAPE.get() is tape:
+                _TAPE.set(None)
         self._stack.close()
         try:
             tape.close()

@@ -22,6 +22,7 @@ from aggregator.cassettes.secrets import (
     Needles,
     apply_edits,
     authenticating_values,
+    has_hidden_text,
     is_secret_parameter,
     moved,
     needles_of,
@@ -84,7 +85,7 @@ def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTP
     body = request.body
     if "x-www-form-urlencoded" in headers.get("content-type", ""):
         body = redact_url(f"?{body.decode(errors='surrogateescape')}")[1:].encode(errors="surrogateescape")
-    if suspicious(body, needles) or rb"\u00" in body:
+    if suspicious(body, needles) or has_hidden_text(body):
         body = redact_body(body, needles)[0]
     return HTTPRequest(
         method=request.method,
@@ -120,7 +121,7 @@ def _is_due(exchange: Exchange, needles: Needles) -> bool:
         streamed
         or facts.error is not None
         or suspicious(reply.body, needles)
-        or rb"\u00" in reply.body  # the quick look cannot see into it
+        or has_hidden_text(reply.body)
         or suspicious(texts, needles)
     )
 

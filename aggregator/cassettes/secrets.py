@@ -54,6 +54,7 @@ _SHAPES = re.compile(
 _TOKENS = re.compile(
     rb'token\\*"\s*:\s*\\*"(?=[^"]*\d)([A-Za-z0-9_.+/=-]{20,})\\*"', re.IGNORECASE
 )  # not a logprob's token
+_LETTER_ESCAPES = re.compile(rb"\\u00[2-7]")
 _BEARER = re.compile(rb"(?i:\b(?:bearer|basic|token)) +([A-Za-z0-9._~+/=-]{20,})")
 _PEM = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(.*?)-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL)
 
@@ -63,13 +64,18 @@ _RUNS = bytes(ord("a") if byte in _TOKEN_BYTES else ord(" ") for byte in range(2
 _RUN = b"a" * _RUN_LENGTH
 _AUTHORIZING = re.compile(rb"(?:(?i:bearer|basic|token) +|KEY-----(?:\\+n|\s)*)$")
 # the last three bytes of every name above; with one backslash in a JSON text inside of another, with three deeper in
-_ENDINGS = ("key", "eys", "ken", "ret", "ets", "ord", "rds", "swd", "ase", "ial", "als")
+_ENDINGS = ("key", "eys", "ken", "ion", "ret", "ets", "ord", "rds", "swd", "ase", "ial", "als")
 _NAME_ENDINGS = frozenset(
     case(ending).encode()
     for end in _ENDINGS
     for ending in (end, end[1:] + "\\")
     for case in (str.lower, str.upper, str.title, lambda text: text[:-1] + text[-1].upper())
 ) | {b"\\" * 3}
+
+
+def has_hidden_text(data: bytes) -> bool:
+    r"""Say whether letters are written as JSON escapes (`\u0073` for an s), which the quick look cannot see into."""
+    return rb"\u00" in data and bool(_LETTER_ESCAPES.search(data))
 
 
 def suspicious(data: bytes, needles: Needles = ()) -> bool:
@@ -103,17 +109,17 @@ def _has_secret_name(data: bytes) -> bool:
     pieces = data.split(b'":')
     if len(pieces) > 1 and not _NAME_ENDINGS.isdisjoint([piece[-3:] for piece in pieces]):
         return any(_known_name(piece[-64:].rstrip(b"\\").rpartition(b'"')[2]) for piece in pieces)
-    return b'" :' in data or b"uthorization" in data or b"UTHORIZATION" in data
+    return b'" :' in data  # a rare way to write JSON; the thorough look knows it
 
 
 def _has_odd_needle(data: bytes, needles: Needles) -> bool:
     """Look for values that are short, or hold what no token holds."""
-    return any(needle in data for needle in needles if _is_odd(needle))
+    return any(needle in data for needle in _odd_ones(needles))
 
 
-@lru_cache(maxsize=4096)
-def _is_odd(needle: bytes) -> bool:
-    return len(needle) < _RUN_LENGTH or not _TOKEN_BYTES.issuperset(needle)
+@lru_cache(maxsize=256)
+def _odd_ones(needles: Needles) -> Needles:
+    return tuple(needle for needle in needles if len(needle) < _RUN_LENGTH or not _TOKEN_BYTES.issuperset(needle))
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,15 @@ from typing import Any
 
 import msgspec
 
-from aggregator.cassettes.secrets import PLACEHOLDER, Edit, Needles, apply_edits, is_secret_field, secret_edits
+from aggregator.cassettes.secrets import (
+    PLACEHOLDER,
+    Edit,
+    Needles,
+    apply_edits,
+    has_hidden_text,
+    is_secret_field,
+    secret_edits,
+)
 
 Chunks = tuple[tuple[int, float], ...]
 """(length in bytes, milliseconds since the request was sent) of each piece as it came."""
@@ -57,7 +65,7 @@ def hidden_edits(body: bytes, needles: Needles) -> list[Edit]:
     changes is written anew; the others keep their bytes.
     """
     streamed = body.startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
-    if not streamed and rb"\u00" not in body:
+    if not streamed and not has_hidden_text(body):
         return []
     spans = [match.span(1) for match in _DATA.finditer(body)] if streamed else []
     spans = spans or [(0, len(body))]

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Literal, Protocol
 
 from aggregator.cassettes.exchanges import Exchange, Facts, decode_answer
@@ -134,10 +135,9 @@ class Tape:
 
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
-        url = redact_url(request.url)
-        key = self._aliases.get(raw_key(request.method, url, request.body))
+        key = self._aliases and self._aliases.get(raw_key(request.method, redact_url(request.url), request.body))
         redacted = None
-        if key is None:
+        if not key:
             redacted = redact_request(request)
             key = request_key(redacted.method, redacted.url, redacted.body, self._ignore)
         here = current_lineage()
@@ -240,7 +240,7 @@ class Tape:
             attempt=slot.attempt,
             order=slot.order,
             role=slot.role,
-            at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now())),
+            at=_utc(int(self._now())),
             chunks=reply.chunks,
             **facts,  # type: ignore[arg-type]
         )
@@ -309,6 +309,11 @@ class Tape:
 
 def _failure(kind: str, message: str) -> APIConnectionError:
     return APITimeoutError(message) if kind == "APITimeoutError" else APIConnectionError(message)
+
+
+@lru_cache(maxsize=8)
+def _utc(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _known(usage: Usage | None) -> dict[str, int | float]:

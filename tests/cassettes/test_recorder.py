@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -95,7 +98,7 @@ def test_default_mode() -> None:
 def test_unknown_mode(tmp_path: Path) -> None:
     """A mode that is none is a ConfigError that lists them."""
     with pytest.raises(ConfigError, match="none, once, new_episodes, all, got 'always'"):
-        aggregator.cassette(tmp_path / "a.yaml", "always").__enter__()
+        aggregator.cassette(tmp_path / "a.yaml", "always").__enter__()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["once", "new_episodes", "all"])
@@ -125,6 +128,68 @@ async def test_two_tasks_never_mix(tmp_path: Path) -> None:
         text = (tmp_path / f"{name}.yaml").read_text()
         assert f"{name}0" in text
         assert f"{other}0" not in text
+
+
+def test_two_threads_never_mix(tmp_path: Path) -> None:
+    """Two cassettes open in two threads each see their own calls only."""
+    ready = threading.Barrier(2)
+
+    def record(name: str) -> None:
+        with aggregator.cassette(tmp_path / f"{name}.yaml", "all"):
+            ready.wait()
+            for index in range(3):
+                say(f"{name} {index}", name)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(record, ("left", "right"))) == [None, None]
+    for name, other in (("left", "right"), ("right", "left")):
+        text = (tmp_path / f"{name}.yaml").read_text()
+        assert text.count(f'{{"q":"{name}') == 3
+        assert other not in text
+
+
+async def test_left_in_another_context(tmp_path: Path) -> None:
+    """A cassette that a fixture opens in one context and closes in another closes all the same."""
+    opened = aggregator.cassette(tmp_path / "a.yaml", "once")
+    await asyncio.get_running_loop().create_task(opened.__aenter__(), context=copy_context())
+    await opened.__aexit__(None, None, None)
+    assert current_tape() is None
+
+
+def test_nested_cassettes(tmp_path: Path) -> None:
+    """The inner of two cassettes takes the calls; after it the outer one is current again."""
+    with aggregator.cassette(tmp_path / "a.yaml", "all") as outer:
+        with aggregator.cassette(tmp_path / "b.yaml", "all") as inner:
+            say("in", "1")
+        say("out", "2")
+    assert (outer.recorded, inner.recorded) == (1, 1)
+
+
+def test_an_interrupt_is_not_replaced(tmp_path: Path) -> None:
+    """Ctrl-C goes its way, whatever was missed before it; the file is finished."""
+
+    def interrupted() -> None:
+        with aggregator.cassette(tmp_path / "a.yaml", "none"):
+            with suppress(Exception):
+                say("a", "x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+
+def test_a_failed_block_keeps_what_was_paid_for(tmp_path: Path) -> None:
+    """An error inside leaves a finished cassette of what was recorded until then."""
+
+    def failing() -> None:
+        with aggregator.cassette(tmp_path / "a.yaml", "once"):
+            say("a", "paid")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    with aggregator.cassette(tmp_path / "a.yaml", "none"):
+        assert say("a", "x") == "paid"
 
 
 def test_unplayed_is_a_warning(tmp_path: Path) -> None:
