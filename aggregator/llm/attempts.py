@@ -7,7 +7,7 @@ path: nothing is awaited, and no object made, that an undisturbed call does not 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
 
 from aggregator.cassettes.clients import passing
@@ -25,6 +25,10 @@ from aggregator.llm.retry import was_sent
 from aggregator.records import Completion, HTTPReply, HTTPRequest, Usage
 
 _NO_HEADERS: Mapping[str, str] = {}
+
+
+def _never(error: LLMError) -> object:
+    return False
 
 
 class Attempts:
@@ -91,13 +95,16 @@ class Attempts:
         """Tell whether there is an attempt and time left."""
         return self.count < self.line.policy.max_attempts and self.remaining() > 0
 
-    async def ask(self) -> Completion:
-        """Send the issued call until it is answered; raises LLMError with `attempts` set."""
+    async def ask(self, unless: Callable[[LLMError], object] = _never) -> Completion:
+        """Send the issued call until it is answered; raises LLMError with `attempts` set.
+
+        `unless` names errors after which the same request is not worth another attempt.
+        """
         while True:
             try:
                 return await self._attempt()
             except LLMError as error:
-                wait = self.wait_after(error)
+                wait = None if unless(error) else self.wait_after(error)
                 if wait is None:
                     error.attempts = self.count
                     raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -88,10 +89,10 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
     level = _first_recorded(attempts, forms, level)
     while True:
         try:
-            completion = await attempts.ask()
+            completion = await attempts.ask(unless=partial(_next_level, level=level, levels=len(forms)))
             _check(completion, check)
         except LLMError as error:
-            next_level = _next_level(error, level, len(forms))
+            next_level = _next_level(error, level=level, levels=len(forms))
             if next_level is None or not attempts.may_go_on():
                 error.attempts = attempts.count
                 raise
@@ -142,8 +143,8 @@ def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> in
     return level
 
 
-def _next_level(error: LLMError, level: int, levels: int) -> int | None:
-    """Return the form to try after this error, None where another form would not help."""
+def _next_level(error: LLMError, *, level: int, levels: int) -> int | None:
+    """Return the form to try after this error (never the first, 0), None where another form would not help."""
     if level + 1 >= levels:
         return None
     if isinstance(error, IgnoredFormatError):

@@ -79,7 +79,7 @@ def sweep(seeds: range) -> None:
     loop = VirtualLoop()
     for seed in seeds:
         rng = random.Random(seed)
-        limits = rng.choice(
+        limits: dict[str, Any] = rng.choice(
             [{"usd": rng.uniform(0, 0.02)}, {"tokens": rng.randint(0, 3000)}, {"calls": rng.randint(0, 90)}]
         )
         server, budget, refused = loop.run_until_complete(run_dry(seed, limits))

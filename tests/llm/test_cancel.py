@@ -1,0 +1,87 @@
+"""Cancelling calls: sockets close, places and budgets come back, no task is left."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from llm_fakes import answer, answering, raw, read_request, serving
+
+from aggregator import LLM, Budget
+
+
+class Holding:
+    """Reads requests, answers none, counts those whose client went away."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.gone = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        self.waiting += 1
+        if await reader.read() == b"":
+            self.gone += 1
+
+
+async def until(reached: Any) -> None:
+    async with asyncio.timeout(10):
+        while not reached():  # noqa: ASYNC110 - what it waits for is a server's count
+            await asyncio.sleep(0.001)
+
+
+async def test_the_server_sees_all_of_64_cancelled_calls() -> None:
+    """Every socket is closed, every place and reservation given back, no task left behind."""
+    server, budget = Holding(), Budget(calls=1000)
+    before = asyncio.all_tasks()
+    async with serving(server) as url:
+        llm = LLM("cancelled", base_url=url, budget=budget)
+        async with asyncio.TaskGroup() as tasks:
+            calls = [tasks.create_task(llm.complete("hello")) for _ in range(64)]
+            await until(lambda: server.waiting == 64)
+            for call in calls:
+                call.cancel()
+        await until(lambda: server.gone == 64)
+        await llm.aclose()
+    assert all(call.cancelled() for call in calls)
+    assert llm._limiter().in_flight == 0
+    assert budget.reserved.calls == 0
+    assert asyncio.all_tasks() == before
+
+
+async def test_the_client_works_on_after_a_cancellation() -> None:
+    """Connections cut by cancelled calls are not used again."""
+    server = Holding()
+    async with serving(server) as url:
+        llm = LLM("m", base_url=url)
+        async with asyncio.TaskGroup() as tasks:
+            call = tasks.create_task(llm.complete("hello"))
+            await until(lambda: server.waiting == 1)
+            call.cancel()
+    port = int(url.rsplit(":", 1)[1].split("/")[0])
+    async with serving(answering([answer("hi")]), port=port):
+        assert (await llm.complete("hello")).text == "hi"
+
+
+async def test_cancelled_while_waiting_for_a_place() -> None:
+    """Whoever is cancelled in the queue neither keeps a place nor sends."""
+    served = 0
+    go_on = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        while await read_request(reader) is not None:
+            served += 1
+            await go_on.wait()
+            writer.write(raw(answer()))
+
+    async with serving(handle) as url:
+        llm = LLM("queue", base_url=url, max_concurrency=1)
+        async with asyncio.TaskGroup() as tasks:
+            first, *rest = [tasks.create_task(llm.complete("hello")) for _ in range(5)]
+            await until(lambda: served == 1)
+            for call in rest:
+                call.cancel()
+            go_on.set()
+        await llm.complete("hello")
+    assert (first.result().text, served) == ("hello", 2)

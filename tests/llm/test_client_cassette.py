@@ -1,0 +1,179 @@
+"""The client and the tape: recorded once, replayed without network, failures, waits and budgets included."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, failure
+
+from aggregator import LLM, Budget, Price, cassette, lineage
+from aggregator.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    BudgetExceededError,
+    CassetteMissError,
+    LLMError,
+    RateLimitError,
+)
+from aggregator.llm.retry import NOT_SENT
+
+OFFLINE = APIConnectionError("no network in a replay")
+
+
+def client(transport: ScriptedTransport, virtual: VirtualTime | None = None, **options: Any) -> LLM:
+    virtual = virtual or VirtualTime()
+    prices = {"m": Price(input=1, output=2)}
+    return LLM(
+        "m", base_url=BASE_URL, transport=transport, clock=virtual.clock, sleep=virtual.sleep, prices=prices, **options
+    )
+
+
+async def test_a_replay_gives_the_same_completion(tmp_path: Path) -> None:
+    """Text, usage, cost, attempts and finish reason; nothing is sent, nothing is waited for."""
+    path, virtual = tmp_path / "one.yaml", VirtualTime()
+    steps = [failure(429, headers={"retry-after": "3"}), APIConnectionError("cut"), answer("hi")]
+    with cassette(path, "once"):
+        recorded = await client(ScriptedTransport(*steps)).complete(QUESTION)
+    offline = ScriptedTransport(OFFLINE)
+    with cassette(path, "none"):
+        played = await client(offline, virtual).complete(QUESTION)
+    assert (played.text, played.usage, played.attempts) == (recorded.text, recorded.usage, 3)
+    assert (played.replayed, recorded.replayed) == (True, False)
+    assert (offline.requests, virtual.slept) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "error", [failure(429), failure(401), APITimeoutError("late"), answer(finish_reason="content_filter")]
+)
+async def test_a_replay_fails_as_its_record_did(tmp_path: Path, error: Any) -> None:
+    """The same class of error after the same number of attempts."""
+    path = tmp_path / "failed.yaml"
+
+    async def outcome(llm: LLM) -> tuple[str, int]:
+        try:
+            completion = await llm.complete(QUESTION)
+        except LLMError as caught:
+            return type(caught).__name__, caught.attempts
+        return completion.finish_reason, completion.attempts
+
+    with cassette(path, "once"):
+        recorded = await outcome(client(ScriptedTransport(error)))
+    with cassette(path, "none"):
+        assert await outcome(client(ScriptedTransport(OFFLINE))) == recorded
+
+
+async def test_a_replay_with_more_attempts_gives_up_where_its_record_did(tmp_path: Path) -> None:
+    """The recorded call failed; more attempts now would be a miss, not a success."""
+    path = tmp_path / "short.yaml"
+    with cassette(path, "once"), pytest.raises(RateLimitError):
+        await client(ScriptedTransport(failure(429)), max_attempts=2).complete(QUESTION)
+    with cassette(path, "none"), pytest.raises(RateLimitError):
+        await client(ScriptedTransport(OFFLINE), max_attempts=5).complete(QUESTION)
+
+
+async def test_a_miss_is_not_tried_again(tmp_path: Path) -> None:
+    """What is not on the tape is an error at once, not something to retry."""
+    path = tmp_path / "miss.yaml"
+    with cassette(path, "once"):
+        await client(ScriptedTransport(answer())).complete(QUESTION)
+    offline = ScriptedTransport(OFFLINE)
+    with pytest.raises(CassetteMissError), cassette(path, "none"):
+        await client(offline).complete("another question")
+    assert offline.requests == []
+
+
+async def test_identical_requests_are_told_apart_by_lineage(tmp_path: Path) -> None:
+    """Each sample gets its own answer back, whatever finishes first."""
+    path = tmp_path / "lineage.yaml"
+
+    async def ask(llm: LLM, sample: int) -> str:
+        with lineage(f"sample={sample}"):
+            return (await llm.complete(QUESTION)).text
+
+    async def ask_all(llm: LLM, samples: list[int]) -> dict[int, str]:
+        async with asyncio.TaskGroup() as tasks:
+            calls = {sample: tasks.create_task(ask(llm, sample)) for sample in samples}
+        return {sample: call.result() for sample, call in calls.items()}
+
+    with cassette(path, "once"):
+        recorded = await ask_all(client(ScriptedTransport(*[answer(str(i)) for i in range(8)])), list(range(8)))
+    with cassette(path, "none"):
+        played = await ask_all(client(ScriptedTransport(OFFLINE)), list(reversed(range(8))))
+    assert dict(sorted(played.items())) == recorded
+
+
+SPENT = [
+    [answer()],
+    [failure(500), answer()],
+    [APITimeoutError("late"), answer()],
+    [APIConnectionError(f"{NOT_SENT}refused"), answer()],
+    [answer(usage={})],
+]
+
+
+@pytest.mark.parametrize("steps", SPENT)
+async def test_a_replay_spends_what_its_record_did(tmp_path: Path, steps: list[Any]) -> None:
+    """So that a replayed run takes the same course through its budget."""
+    path, first, second = tmp_path / "spent.yaml", Budget(usd=1.0), Budget(usd=1.0)
+    with cassette(path, "once"):
+        await client(ScriptedTransport(*steps), budget=first).complete(QUESTION, max_tokens=50)
+    with cassette(path, "none"):
+        await client(ScriptedTransport(OFFLINE), budget=second).complete(QUESTION, max_tokens=50)
+    assert second.spent == first.spent
+    assert second.spent.calls >= 1
+
+
+async def test_a_budget_ends_a_replay_where_it_ended_the_record(tmp_path: Path) -> None:
+    """The same calls are answered and refused, though a replay's answers come in another order."""
+
+    async def course(llm: LLM) -> list[str]:
+        outcome = []
+        for number in range(5):
+            try:
+                outcome.append((await llm.complete(f"question {number}", max_tokens=10)).text)
+            except BudgetExceededError:
+                outcome.append("refused")
+        return outcome
+
+    path = tmp_path / "budget.yaml"
+    with cassette(path, "once"):
+        recorded = await course(client(ScriptedTransport(answer("yes")), budget=Budget(calls=3)))
+    with cassette(path, "none"):
+        played = await course(client(ScriptedTransport(OFFLINE), budget=Budget(calls=3)))
+    assert recorded == played == ["yes"] * 3 + ["refused"] * 2
+
+
+async def test_a_replay_needs_no_key(tmp_path: Path) -> None:
+    """Continuous integration has none."""
+    path = tmp_path / "key.yaml"
+    llm = LLM(
+        "openai/gpt-4o-mini", env={"OPENAI_API_KEY": "sk-0123456789abcdef"}, transport=ScriptedTransport(answer())
+    )
+    with cassette(path, "once"):
+        await llm.complete(QUESTION)
+    assert "sk-0123456789abcdef" not in path.read_text()
+    with cassette(path, "none"):
+        assert (await LLM("openai/gpt-4o-mini", env={}, transport=ScriptedTransport(OFFLINE)).complete(QUESTION)).text
+
+
+async def test_a_malformed_answer_is_on_the_tape_too(tmp_path: Path) -> None:
+    """Every attempt that got an answer, so that a replay meets it again."""
+    path = tmp_path / "odd.yaml"
+    odd = answer().__class__(status=200, body=b"<html>", headers={})
+    with cassette(path, "once"):
+        await client(ScriptedTransport(odd, answer("hi"))).complete(QUESTION)
+    with cassette(path, "none"):
+        played = await client(ScriptedTransport(OFFLINE)).complete(QUESTION)
+    assert (played.text, played.attempts) == ("hi", 2)
+
+
+def test_the_synchronous_call_sees_the_tape_of_its_thread(tmp_path: Path) -> None:
+    """Context travels to the library's loop."""
+    path = tmp_path / "sync.yaml"
+    with cassette(path, "once"):
+        client(ScriptedTransport(answer("hi")))(messages=QUESTION)
+    with cassette(path, "none"):
+        assert client(ScriptedTransport(OFFLINE))(messages=QUESTION).text == "hi"

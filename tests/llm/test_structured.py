@@ -1,0 +1,245 @@
+"""Structured output: the best form a server takes, and a check of what it gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, failure
+
+from aggregator import LLM, cassette
+from aggregator.errors import (
+    APIConnectionError,
+    AuthenticationError,
+    BadRequestError,
+    CassetteMissError,
+    ConfigError,
+    ContextLengthError,
+    DecodeError,
+    ServerError,
+    TruncatedError,
+)
+from aggregator.llm.schema import mismatch
+from aggregator.llm.structured import as_response_format, parse_json
+from aggregator.records import HTTPReply, HTTPRequest
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"k": {"type": "integer"}},
+    "required": ["k"],
+    "additionalProperties": False,
+}
+GOOD = '{"k": 3}'
+
+
+def client(transport: ScriptedTransport, **options: Any) -> LLM:
+    time = VirtualTime()
+    return LLM("m", base_url=BASE_URL, transport=transport, clock=time.clock, sleep=time.sleep, **options)
+
+
+def forms(transport: ScriptedTransport) -> list[str | None]:
+    """Which response_format each request asked for."""
+    return [body.get("response_format", {}).get("type") for body in transport.bodies()]
+
+
+class Server(ScriptedTransport):
+    """Knows some forms of response_format; refuses the others with a status, or ignores them."""
+
+    def __init__(
+        self, *known: str | None, status: int = 400, message: str = "bad request", prose: bool = False
+    ) -> None:
+        super().__init__(self._answer)
+        self._known, self._refusal, self._prose = known, failure(status, message), prose
+
+    def _answer(self, request: HTTPRequest) -> HTTPReply:
+        form = msgspec.json.decode(request.body).get("response_format", {}).get("type")
+        if form in self._known:
+            return answer(GOOD)
+        return answer("Sure! Here you are.") if self._prose else self._refusal
+
+
+async def test_the_best_form_is_asked_for_first() -> None:
+    """A server that knows json_schema gets it, in one request."""
+    server = Server("json_schema")
+    assert (await client(server).complete(QUESTION, response_format=SCHEMA)).text == GOOD
+    assert forms(server) == ["json_schema"]
+    assert server.bodies()[0]["response_format"]["json_schema"]["strict"] is True
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(400, "bad request"), (422, "extra field"), (500, "response_format is not supported"), (500, "json_schema: no")],
+)
+async def test_a_refused_form_is_stepped_down(status: int, message: str) -> None:
+    """400, 422, or a 500 that names it: the next form, then the prompt alone."""
+    server = Server(None, status=status, message=message)
+    completion = await client(server).complete(QUESTION, response_format=SCHEMA)
+    assert (completion.text, completion.attempts) == (GOOD, 3)
+    assert forms(server) == ["json_schema", "json_object", None]
+    assert '"required":["k"]' in server.bodies()[2]["messages"][0]["content"]
+
+
+async def test_the_form_is_remembered() -> None:
+    """Per server and model: the next call begins where this one ended, another client's too."""
+    server = Server("json_object")
+    llm = client(server)
+    for asker in (llm, llm, client(server)):
+        await asker.complete(QUESTION, response_format=SCHEMA)
+    assert forms(server) == ["json_schema", "json_object", "json_object", "json_object"]
+
+
+async def test_a_form_that_is_ignored_is_found_out() -> None:
+    """A server that answers in prose is asked by prompt."""
+    server = Server(None, prose=True)
+    assert (await client(server).complete(QUESTION, response_format=SCHEMA)).text == GOOD
+    assert forms(server) == ["json_schema", None]
+
+
+async def test_prose_to_the_end_is_an_error_with_the_text() -> None:
+    """The text is always checked; the error has it."""
+    with pytest.raises(DecodeError, match="JSON expected, got 'Sure") as caught:
+        await client(Server(prose=True)).complete(QUESTION, response_format=SCHEMA)
+    assert caught.value.text == "Sure! Here you are."  # type: ignore[attr-defined]
+
+
+async def test_the_schema_is_checked_not_only_json() -> None:
+    """JSON of another shape is not what was asked for."""
+    with pytest.raises(DecodeError, match=r"integer expected, got 'many' - at \$\.k"):
+        await client(ScriptedTransport(answer('{"k": "many"}'))).complete(QUESTION, response_format=SCHEMA)
+
+
+async def test_a_cut_answer_is_an_error_with_the_partial_text() -> None:
+    """Half a JSON is not repaired, and asking again would cut it again."""
+    transport = ScriptedTransport(answer('{"k": ', finish_reason="length"))
+    with pytest.raises(TruncatedError, match="raise max_tokens") as caught:
+        await client(transport).complete(QUESTION, response_format=SCHEMA)
+    assert (caught.value.text, len(transport.requests)) == ('{"k": ', 1)
+
+
+async def test_a_check_of_ones_own() -> None:
+    """`validate` decides in the place of the schema."""
+
+    def accept(text: str) -> None:
+        if text != "TERMINATE":
+            raise ValueError("TERMINATE expected")
+
+    transport = ScriptedTransport(answer("TERMINATE"))
+    completion = await client(transport).complete(QUESTION, response_format=SCHEMA, validate=accept)
+    assert (completion.text, len(transport.requests)) == ("TERMINATE", 1)
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (failure(401), AuthenticationError),
+        (failure(400, code="context_length_exceeded"), ContextLengthError),
+        (failure(413), BadRequestError),
+    ],
+)
+async def test_other_errors_are_not_about_the_form(reply: HTTPReply, kind: type[Exception]) -> None:
+    """What another form would not change is tried once."""
+    transport = ScriptedTransport(reply)
+    with pytest.raises(kind):
+        await client(transport).complete(QUESTION, response_format=SCHEMA)
+    assert len(transport.requests) == 1
+
+
+@pytest.mark.parametrize(("max_attempts", "expected"), [(1, 1), (2, 2), (5, 3)])
+async def test_the_forms_count_in_the_attempts(max_attempts: int, expected: int) -> None:
+    """One attempt budget for the call, whatever its attempts ask for."""
+    transport = ScriptedTransport(failure(400))
+    with pytest.raises(BadRequestError) as caught:
+        await client(transport, max_attempts=max_attempts).complete(QUESTION, response_format=SCHEMA)
+    assert len(transport.requests) == caught.value.attempts == expected
+
+
+async def test_a_500_about_something_else_is_tried_again_as_it_is() -> None:
+    """Not every failure is the format's fault."""
+    transport = ScriptedTransport(failure(500, "out of memory"))
+    with pytest.raises(ServerError):
+        await client(transport).complete(QUESTION, response_format=SCHEMA)
+    assert forms(transport) == ["json_schema"] * 3
+
+
+async def test_a_replay_steps_as_its_record_did(tmp_path: Path) -> None:
+    """What was learned before or beside the recording does not change what a replay asks for."""
+    known, path = client(Server("json_object")), tmp_path / "forms.yaml"
+    await known.complete(QUESTION, response_format=SCHEMA)
+    with cassette(path, "once"):
+        recorded = await known.complete(QUESTION, response_format=SCHEMA)
+    offline = ScriptedTransport(APIConnectionError("no network"))
+    with cassette(path, "none"):
+        played = await client(offline).complete(QUESTION, response_format=SCHEMA)
+    assert (played.text, offline.requests) == (recorded.text, [])
+
+
+async def test_a_miss_is_about_what_was_asked_for(tmp_path: Path) -> None:
+    """Nothing recorded for any form: the miss is raised, for the form asked for first."""
+    path = tmp_path / "other.yaml"
+    with cassette(path, "once"):
+        await client(Server("json_schema")).complete("another question", response_format=SCHEMA)
+    with pytest.raises(CassetteMissError), cassette(path, "none"):
+        await client(Server("json_schema")).complete(QUESTION, response_format=SCHEMA)
+
+
+class Verdict(msgspec.Struct):
+    score: float
+    reason: str = ""
+
+
+def test_what_response_format_takes() -> None:
+    """OpenAI's dicts as they are; a schema or a type becomes one; the rest is refused."""
+    assert as_response_format(None) is None
+    assert as_response_format({"type": "json_object"}) == {"type": "json_object"}
+    assert as_response_format(SCHEMA) == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA},
+    }
+    made = as_response_format(Verdict)
+    assert made is not None
+    assert made["json_schema"]["strict"] is False  # a key may be left out, which strict mode does not allow
+    with pytest.raises(ConfigError, match="response_format"):
+        as_response_format(3)
+
+
+async def test_a_type_checks_the_answer() -> None:
+    """The schema of a type, references and all."""
+    llm = client(ScriptedTransport(answer('{"score": "high"}')))
+    with pytest.raises(DecodeError, match=r"number expected, got 'high' - at \$\.score"):
+        await llm.complete(QUESTION, response_format=Verdict)
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "wrong"),
+    [
+        (1, {"type": "integer"}, None),
+        (1.0, {"type": "integer"}, None),
+        (True, {"type": "integer"}, "integer expected, got True - at $"),
+        (None, {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        (3, {"anyOf": [{"type": "string"}, {"type": "null"}]}, "string expected, got 3 - at $"),
+        ("c", {"enum": ["a", "b"]}, "one of ['a', 'b'] expected, got 'c' - at $"),
+        ([1, "x"], {"type": "array", "items": {"type": "number"}}, "number expected, got 'x' - at $[1]"),
+        ({}, {"type": "object", "required": ["k"]}, "key 'k' expected, got [] - at $"),
+        ({"a": {"b": 1}}, {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "string"}}},
+         "string expected, got {'b': 1} - at $.a"),
+        ("x", {"type": ["string", "null"], "format": "unknown"}, None),
+    ],
+)  # fmt: skip
+def test_schema_mismatches(value: Any, schema: dict[str, Any], wrong: str | None) -> None:
+    """What does not fit is named with its path; unknown keywords hold nothing back."""
+    assert mismatch(value, schema) == wrong
+
+
+@pytest.mark.parametrize("text", ['{"k": 3}', ' {"k": 3}\n', '```json\n{"k": 3}\n```', 'Here:\n```\n{"k": 3}\n```'])
+def test_json_bare_or_in_its_only_fence(text: str) -> None:
+    """The usual wrappings of servers that were only asked by prompt."""
+    assert parse_json(text) == {"k": 3}
+
+
+@pytest.mark.parametrize("text", ["", "no", '{"k": 3', "```\n1\n```\n```\n2\n```", "[" * 100_000])
+def test_no_guessing(text: str) -> None:
+    """Two fences, half an object or a bomb are no JSON."""
+    with pytest.raises(ValueError, match="JSON expected"):
+        parse_json(text)
