@@ -31,6 +31,8 @@ from aggregator.training.trace_lock import YieldingLock
 MOST_THREADS = 64
 
 _CODE = "__code"
+_MEMORIES = ("memory", "buffer")  # OptoPrime's and OPRO's
+_SHARED = ("parameters", "log", "summary_log")
 _last_output: ContextVar[tuple[Any, Any] | None] = ContextVar("aggregator_trace_output", default=None)
 
 
@@ -148,7 +150,7 @@ class TraceOptimizer:
             )
         self.parameters: list[Any] = [known[id(node)] for node in optimizer.parameters]
         self._step_of_memories: tuple[int, int] | None = None
-        self._memories: dict[int, Any] = {}
+        self._copies: dict[int, Any] = {}
 
     async def propose(
         self,
@@ -164,7 +166,7 @@ class TraceOptimizer:
             return _with(silent, error="the output is not one node of Trace, so no feedback can reach the parameters")
         self._take_over_memories()
         optimizer = self._copy()
-        self._memories[rollout.sample_id] = getattr(optimizer, "memory", None)
+        self._copies[rollout.sample_id] = optimizer
         try:
             with lineage("propose", role="optimizer"):
                 update = await self.agent.in_thread(self._step, optimizer, node, rollout.feedback)
@@ -188,8 +190,9 @@ class TraceOptimizer:
     def _copy(self) -> Any:
         """Return the optimizer with a memory of its own, a model that gives up the lock, no conversion of values."""
         optimizer = copy.copy(self.optimizer)
-        if hasattr(optimizer, "memory"):
-            optimizer.memory = copy.deepcopy(optimizer.memory)
+        for name, value in vars(self.optimizer).items():
+            if name in _MEMORIES or (isinstance(value, list) and name not in _SHARED):
+                setattr(optimizer, name, _own(value))
         if hasattr(optimizer, "llm"):
             optimizer.llm = _Yielding(optimizer.llm, self.agent.lock)
         if hasattr(optimizer, "construct_update_dict"):  # Trace's guesses at types: ours are asked instead
@@ -205,10 +208,14 @@ class TraceOptimizer:
         step = current_step()
         if self._step_of_memories == (step.epoch, step.step):
             return
-        for _, memory in sorted(self._memories.items()):
-            for entry in list(memory or ())[-1:]:
-                self.optimizer.memory.add(entry)
-        self._memories = {}
+        for name in (name for name in _MEMORIES if hasattr(self.optimizer, name)):
+            memory = getattr(self.optimizer, name)
+            before = list(memory)
+            for sample_id in sorted(self._copies):
+                after = list(getattr(self._copies[sample_id], name))
+                if after and list(map(id, after)) != list(map(id, before)):  # a step that failed early added nothing
+                    _remember(memory, after[-1])
+        self._copies = {}
         self._step_of_memories = (step.epoch, step.step)
 
     def _converted(self, update: dict[Any, Any], parameters: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
@@ -238,8 +245,29 @@ class _Yielding:
         with self._lock.released():
             return self._llm(*args, **kwargs)
 
+    def create(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask, under the other name that Trace has for it."""
+        with self._lock.released():
+            return getattr(self._llm, "create", self._llm)(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
+
+
+def _own(value: Any) -> Any:
+    """Return a copy that can be added to without the original; what is in it stays the same."""
+    copied = copy.copy(value)
+    if isinstance(value, list):
+        return copied
+    for name, content in vars(copied).items():
+        if isinstance(content, list):
+            setattr(copied, name, list(content))
+    return copied
+
+
+def _remember(memory: Any, entry: Any) -> None:
+    """Add to a list, or to one of Trace's buffers."""
+    (memory.add if hasattr(memory, "add") else memory.append)(entry)
 
 
 def _with(proposal: Proposal, **changes: Any) -> Proposal:

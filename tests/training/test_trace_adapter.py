@@ -18,6 +18,7 @@ import pytest
 from aggregator import ConfigError, Module, ParameterError, Rollout
 from aggregator.agents.parameters import overriding, read, write
 from aggregator.errors import RateLimitError
+from aggregator.training.context import StepContext, step_context
 from aggregator.training.gates import improves_on_batch
 from aggregator.training.minibatch import Minibatch
 from aggregator.training.rules import majority
@@ -198,34 +199,48 @@ async def test_a_candidate_is_tried_beside_the_current_values() -> None:
     assert plain.prompt.data == "start"
 
 
-async def test_proposals_of_one_batch_do_not_see_each_other() -> None:
-    """An optimizer's memory is the same for all instances of a step; what they add counts from the next step on."""
+class Buffer:
+    """Trace's FIFO buffer: kept in order, the oldest dropped."""
 
-    class Memory(list[str]):
-        def add(self, item: str) -> None:
-            self.append(item)
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.buffer: list[str] = []
+
+    def add(self, item: str) -> None:
+        self.buffer.append(item)
+        self.buffer = self.buffer[-self.size :]
+
+    def __iter__(self) -> Any:
+        return iter(self.buffer)
+
+
+@pytest.mark.parametrize(("name", "memory"), [("memory", Buffer(3)), ("buffer", [])])
+async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: Any) -> None:
+    """An optimizer's memory is the same for all instances of a step; what they add counts from the next step on.
+
+    OptoPrime keeps a buffer of fixed size in `memory`, OPRO a list in `buffer`.
+    """
 
     class Remembering(Optimizer):
-        memory: Memory
-
         def step(self, bypassing: bool = False) -> dict[Node, Any]:
-            seen = len(self.memory)
-            self.memory.add(self.parameters[0].feedback[0])
+            mine = getattr(self, name)
+            seen = " ".join(mine)
+            (mine.add if hasattr(mine, "add") else mine.append)(self.parameters[0].feedback[0].split()[1])
             self.llm(messages=[{"role": "user", "content": ""}])
             return {self.parameters[0]: f"saw {seen}"}
 
     plain = Agent()
     inner = Remembering(plain.parameters(), echo)
-    inner.memory = Memory()
+    setattr(inner, name, memory)
     agent, optimizer = adapt(plain, inner)
-    first = await all_of(agent, optimizer, 4)
-    assert [proposal.values for proposal in first] == [{"prompt": "saw 0"}] * 4
-    from aggregator.training.context import StepContext, step_context
-
+    first = await all_of(agent, optimizer, 3)
+    assert [proposal.values for proposal in first] == [{"prompt": "saw "}] * 3
     with step_context(StepContext(step=1)):
         second = await all_of(agent, optimizer, 2)
-    assert [proposal.values for proposal in second] == [{"prompt": "saw 4"}] * 2
-    assert inner.memory == [right(i) for i in range(4)]
+    assert [proposal.values for proposal in second] == [{"prompt": "saw 0 1 2"}] * 2
+    with step_context(StepContext(step=2)):
+        third = await all_of(agent, optimizer, 1)
+    assert third[0].values == {"prompt": "saw 2 0 1" if name == "memory" else "saw 0 1 2 0 1"}
 
 
 async def test_values_are_converted_by_our_types() -> None:
