@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator import ConfigError, Module, ParameterError, ParameterNode, bundle, node
@@ -115,6 +115,7 @@ def test_two_parameters_of_one_name_are_refused() -> None:
         Named().parameters()
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.text("ab.0_ ", min_size=1, max_size=4), st.integers(), max_size=5))
 def test_names_are_unique_or_refused(entries: dict[str, int]) -> None:
     """Whatever the keys, no value can take another's place: names and py_names are unique, or the agent is refused."""

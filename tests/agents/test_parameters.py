@@ -8,7 +8,7 @@ from contextvars import copy_context
 from typing import Annotated, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta
 
@@ -119,6 +119,7 @@ def test_colliding_names_are_refused() -> None:
         read([ParameterNode(1, name="k"), ParameterNode(2, name="k")])
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.text(min_size=1))
 def test_py_names_are_identifiers(name: str) -> None:
     """Whatever a path holds, its py_name is an identifier and stable."""

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Struct
 
@@ -95,6 +95,7 @@ def test_a_list_that_holds_itself_ends() -> None:
     assert "[... nested deeper]" in show(loop)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_the_bound_holds(value: Any) -> None:
     """No value takes more than a small multiple of the limit."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta, Struct
 
@@ -148,6 +148,7 @@ def carries(value: Any) -> bool:
     return bool(msgspec.json.decode(msgspec.json.encode(value)) == msgspec.to_builtins(value))
 
 
+@settings(deadline=None, max_examples=60)
 @given(json_values, kinds)
 def test_conversion_is_safe_and_stable(raw: Any, kind: Any) -> None:
     """Any JSON value is refused, or becomes one that converts to itself and that JSON carries unchanged."""
@@ -159,6 +160,7 @@ def test_conversion_is_safe_and_stable(raw: Any, kind: Any) -> None:
     assert carries(value)
 
 
+@settings(deadline=None, max_examples=60)
 @given(json_values, kinds)
 def test_no_number_becomes_text(raw: Any, kind: Any) -> None:
     """Text in a converted value was text before."""
@@ -172,6 +174,7 @@ def test_no_number_becomes_text(raw: Any, kind: Any) -> None:
         assert raw == value
 
 
+@settings(deadline=None, max_examples=60)
 @given(json_values)
 def test_a_value_is_of_its_own_type(value: Any) -> None:
     """The inferred type accepts the value it was inferred from, and keeps it as it is."""
