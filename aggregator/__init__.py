@@ -61,6 +61,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.guides.pattern": ("KeywordHints", "RegexMatch"),
     "aggregator.llm.budget": ("Budget",),
     "aggregator.llm.client": ("LLM",),
+    "aggregator.llm.estimates": ("Estimate", "estimate"),
     "aggregator.llm.messages": ("Image",),
     "aggregator.llm.models": ("as_model",),
     "aggregator.llm.prices": ("Price",),
@@ -140,6 +141,8 @@ if TYPE_CHECKING:
     from aggregator.guides.pattern import RegexMatch as RegexMatch
     from aggregator.llm.budget import Budget as Budget
     from aggregator.llm.client import LLM as LLM
+    from aggregator.llm.estimates import Estimate as Estimate
+    from aggregator.llm.estimates import estimate as estimate
     from aggregator.llm.messages import Image as Image
     from aggregator.llm.models import as_model as as_model
     from aggregator.llm.prices import Price as Price

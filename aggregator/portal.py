@@ -12,11 +12,15 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future, wait
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from aggregator.errors import ConfigError
 
 Result = TypeVar("Result")
+
+PATIENCE = 10.0
+"""Seconds that an interrupted caller waits for what it interrupted: code may swallow its cancellation."""
 
 
 class _Portal:
@@ -25,19 +29,25 @@ class _Portal:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.closers: list[Callable[[], Awaitable[None]]] = []
-        self.loop = asyncio.new_event_loop()
+        self.stopping = False
+        self.loop = _loop_factory()
         self.thread = threading.Thread(target=self._serve, name="aggregator-portal", daemon=True)
         self.thread.start()
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        while not self.stopping:
+            try:
+                self.loop.run_forever()
+            except (KeyboardInterrupt, SystemExit):
+                continue  # asyncio throws these here too, beside handing them to whoever waits for the task
         self.loop.run_until_complete(_finish(self.closers))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
 
     def close(self) -> None:
         if self.thread.is_alive() and self.pid == os.getpid():
+            self.stopping = True
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join(timeout=5)
 
@@ -53,6 +63,7 @@ async def _finish(closers: list[Callable[[], Awaitable[None]]]) -> None:
         await closer()
 
 
+_loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 _lock = threading.Lock()
 _portal: _Portal | None = None
 
@@ -64,6 +75,34 @@ def _current() -> _Portal:
             _portal = _Portal()
             atexit.register(_portal.close)
         return _portal
+
+
+class Scope:
+    """The calls that a thread makes for one piece of work: once it is cancelled, so are they, and later ones refused.
+
+    A thread cannot be stopped, but what it would go on to ask of models can.
+    """
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+        self.tasks: set[asyncio.Task[Any]] = set()  # touched on the library's loop only
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function whose calls belong to this scope."""
+        token = _scope.set(self)
+        try:
+            return function(*args)
+        finally:
+            _scope.reset(token)
+
+    def cancel(self) -> None:
+        """Cancel what is under way, from any thread."""
+        self.is_cancelled = True
+        if _portal is not None:
+            _portal.loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
+
+
+_scope: ContextVar[Scope | None] = ContextVar("aggregator_scope", default=None)
 
 
 def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **kwargs: Any) -> Result:
@@ -79,19 +118,24 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
             "as in `await llm.complete(...)` or `await trainer.atrain(...)`"
         )
     outcome: Future[Result] = Future()
-    tasks: list[asyncio.Task[Result]] = []
+    scope = _scope.get() or Scope()
 
     def start() -> None:
+        if scope.is_cancelled:
+            outcome.set_exception(CancelledError())
+            return
         task = portal.loop.create_task(function(*args, **kwargs))
-        tasks.append(task)
+        scope.tasks.add(task)
+        task.add_done_callback(scope.tasks.discard)
         task.add_done_callback(lambda finished: _transfer(finished, outcome))
 
     portal.loop.call_soon_threadsafe(start)
     try:
         return outcome.result()
     except (KeyboardInterrupt, SystemExit):
-        portal.loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
-        wait([outcome])
+        if not outcome.done():  # else it came from the work itself
+            scope.cancel()
+            wait([outcome], timeout=PATIENCE)
         raise
 
 
@@ -108,3 +152,14 @@ def _transfer(task: asyncio.Task[Result], outcome: Future[Result]) -> None:
 def on_close(closer: Callable[[], Awaitable[None]]) -> None:
     """Register what the library's loop awaits before the interpreter ends."""
     _current().closers.append(closer)
+
+
+def use_uvloop() -> None:
+    """Run the library's loop on uvloop (the extra `uvloop`); raises ConfigError once the loop has been made."""
+    global _loop_factory  # noqa: PLW0603 - of the one background loop
+    from uvloop import new_event_loop
+
+    with _lock:
+        if _portal is not None and _portal.pid == os.getpid():
+            raise ConfigError("expected use_uvloop() before the first synchronous call, got it after one")
+        _loop_factory = new_event_loop

@@ -69,7 +69,9 @@ class LLM:
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
         endpoint = resolve(model, base_url=base_url, api_key=api_key, env=os.environ if env is None else env)
         self.model = f"{endpoint.provider}/{endpoint.model}"
+        self.endpoint = endpoint
         self.timeout = timeout
+        self.prices = prices
         self.budget = budget
         self._limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
         self._limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, Limiter] = WeakKeyDictionary()

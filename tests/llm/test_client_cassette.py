@@ -34,7 +34,7 @@ def client(transport: ScriptedTransport, virtual: VirtualTime | None = None, **o
 async def test_a_replay_gives_the_same_completion(tmp_path: Path) -> None:
     """Text, usage, cost, attempts and finish reason; nothing is sent, nothing is waited for."""
     path, virtual = tmp_path / "one.yaml", VirtualTime()
-    steps = [failure(429, headers={"retry-after": "3"}), APIConnectionError("cut"), answer("hi")]
+    steps: list[Any] = [failure(429, headers={"retry-after": "3"}), APIConnectionError("cut"), answer("hi")]
     with cassette(path, "once"):
         recorded = await client(ScriptedTransport(*steps)).complete(QUESTION)
     offline = ScriptedTransport(OFFLINE)

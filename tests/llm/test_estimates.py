@@ -1,0 +1,56 @@
+"""What calls are likely to cost, and at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, answer
+
+from aggregator import LLM, Price, estimate
+from aggregator.errors import ConfigError
+from aggregator.llm.messages import Image
+
+PRICES = {"m": Price(input=1.0, output=2.0)}
+
+
+def client(**options: Any) -> LLM:
+    return LLM("m", base_url=BASE_URL, transport=ScriptedTransport(answer()), **options)
+
+
+async def test_likely_is_below_the_most_and_the_most_holds() -> None:
+    """The real usage lies under the most; the likely figure is the smaller one."""
+    llm = client(prices=PRICES)
+    found = estimate(llm, "word " * 400, calls=10, max_tokens=1000)
+    assert found.calls == 10
+    assert found.usd is not None
+    assert found.most_usd is not None
+    assert 0 < found.usd < found.most_usd
+    assert 10 * 450 < found.input_tokens < 10 * 700  # about 400 words, a token each, and the JSON around them
+    assert found.most_tokens >= 10 * (400 + 1000)
+
+
+def test_estimates_add_up() -> None:
+    """A run is the sum of its parts; an unknown price makes the sum unknown, not smaller."""
+    known = estimate(client(prices=PRICES), QUESTION, calls=2)
+    assert (known + known).usd == pytest.approx(2 * (known.usd or 0))
+    assert (known + estimate(client(), QUESTION)).usd is None
+
+
+def test_attempts_count_in_the_most() -> None:
+    """Retries can cost, too."""
+    once, thrice = (estimate(client(prices=PRICES), QUESTION, max_attempts=n) for n in (1, 3))
+    assert thrice.most_tokens == 3 * once.most_tokens
+    assert thrice.usd == once.usd
+
+
+def test_images_count_by_their_number() -> None:
+    """Not by the bytes of their base64."""
+    message = {"role": "user", "content": ["look", Image(b"\x89PNG" + b"0" * 100_000)]}
+    assert estimate(client(), [message]).input_tokens < 2_000
+
+
+def test_impossible_numbers_are_refused() -> None:
+    """Fewer than no calls cannot be meant."""
+    with pytest.raises(ConfigError, match="calls >= 0"):
+        estimate(client(), QUESTION, calls=-1)
