@@ -319,7 +319,7 @@ from aggregator.agents.workers import pool
 agent = test_sandbox.trained("import time\\nwhile True: time.sleep(1)")
 test_sandbox.Agent().work()
 print(pool()._idle[0].process.pid, flush=True)
-with sandboxed(Limits(seconds=1)):
+with sandboxed(Limits(seconds=0.2)):
     agent.work()
 """
     process = subprocess.Popen(

@@ -96,7 +96,12 @@ def test_a_list_that_holds_itself_ends() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.text() | st.integers(),
+        lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=9), inner),
+    )
+)
 def test_the_bound_holds(value: Any) -> None:
     """No value takes more than a small multiple of the limit."""
     assert len(show(value, 50)) < 500
