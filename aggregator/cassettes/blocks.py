@@ -15,7 +15,9 @@ from aggregator.cassettes.rows import REMEDY, Recording, index_lines
 from aggregator.errors import CassetteDamagedError
 
 
-def read_blocks(content: bytes, where: str, ignore: Ignore, *, intact: bool, skipped: int) -> Recording:
+def read_blocks(
+    content: bytes, where: str, ignore: Ignore, *, intact: bool, skipped: int, redact: bool = True
+) -> Recording:
     """Read a YAML or JSON cassette; `intact` says that it states its hash, `skipped` how many lines came before."""
     document, starts = parse_document(content, where)
     items = interactions_of(document, where)
@@ -25,7 +27,9 @@ def read_blocks(content: bytes, where: str, ignore: Ignore, *, intact: bool, ski
     for index, item in enumerate(items):
         place = f"{where}:{starts.get(id(item), 0) + skipped}" if starts else f"{where}, interaction {index + 1}"
         exchange = to_exchange(item, place)
-        lines.append(_checked(item, exchange, place) if ours[index] else _adopted(exchange, index, calls))
+        lines.append(
+            _checked(item, exchange, place) if ours[index] else _adopted(exchange, index, calls, redact=redact)
+        )
     findings = []
     if any(ours) and not intact and not skipped:
         findings.append(f"{where}: its leading comment is gone, so an exchange cut off at the end would not be seen")
@@ -47,9 +51,10 @@ def _checked(item: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     return line
 
 
-def _adopted(exchange: Exchange, index: int, calls: dict[bytes, int]) -> bytes:
+def _adopted(exchange: Exchange, index: int, calls: dict[bytes, int], *, redact: bool) -> bytes:
     """Return the line of another tool's exchange: no lineage, played in the order of the file, secrets redacted."""
-    request = redact_request(exchange.request)
+    request = redact_request(exchange.request) if redact else exchange.request
     key = request_key(request.method, request.url, request.body)
     ticket = calls[key] = calls.get(key, -1) + 1
-    return redact_line(replace(exchange, request=request, facts=replace(exchange.facts, ticket=ticket, order=index)))
+    placed = replace(exchange, request=request, facts=replace(exchange.facts, ticket=ticket, order=index))
+    return redact_line(placed) if redact else encode_line(placed)

@@ -19,15 +19,17 @@ from aggregator.errors import CassetteDamagedError, CassetteError
 __all__ = ["Recording", "Row", "index_lines", "read", "shard_path"]
 
 
-def read(path: Path, ignore: Ignore = ()) -> Recording | None:
+def read(path: Path, ignore: Ignore = (), *, redact: bool = True) -> Recording | None:
     """Return what a cassette holds, its shards included; None where there is none.
+
+    Another tool's cassette comes without its secrets; `redact=False` shows what is really in the file.
 
     Raises CassetteDamagedError (cut, edited, empty) and CassetteRefusedError (hostile, unknown format).
     """
     data = _bytes_of(path)
     if data is None:
         return None
-    first, comment = _read_one(data, str(path), ignore)
+    first, comment = _read_one(data, str(path), ignore, redact=redact)
     if comment is None or comment.shards == 1:
         return msgspec.structs.replace(first, files=(path,))
     if comment.shard != 1:
@@ -67,19 +69,22 @@ def _read_shard(path: Path, first: Comment, number: int, ignore: Ignore) -> Reco
     return part
 
 
-def _bytes_of(path: Path) -> bytes | None:
+def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
+    """Return a file's leading comment (b"" without one) and what follows it; cut later, 47 MB would be copied."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            first = file.readline()
+            data = (first, file.read()) if has_comment(first) else (b"", first + file.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CassetteError(f"expected to read the cassette {path}, got {error}; make it readable") from error
-    if not data or data.isspace():
+    if not data[0] and (not data[1] or data[1].isspace()):
         raise CassetteDamagedError(f"expected a cassette in {path}, got an empty file; delete it to record anew")
     return data
 
 
-def _read_one(data: bytes, where: str, ignore: Ignore) -> tuple[Recording, Comment | None]:
+def _read_one(data: bytes, where: str, ignore: Ignore, *, redact: bool = True) -> tuple[Recording, Comment | None]:
     if is_open_journal(data):
         return read_open_journal(data, where, ignore), None
     comment, content = None, data
@@ -87,17 +92,19 @@ def _read_one(data: bytes, where: str, ignore: Ignore) -> tuple[Recording, Comme
         first_line, _, content = data.partition(b"\n")
         comment = parse_comment(first_line.rstrip(b"\r"), where)
     intact = comment is not None and content_hash(content) == comment.sha256
-    if not intact and data[: data.find(b"\n") + 1].endswith(b"\r\n"):  # a checkout may have changed the line ends
+    if not intact and (first_line or content[: content.find(b"\n") + 1]).endswith(
+        b"\r\n"
+    ):  # a checkout may have changed the line ends
         content = content.replace(b"\r\n", b"\n")
         intact = comment is not None and content_hash(content) == comment.sha256
     skipped = 1 if comment is not None else 0
     if comment is not None and comment.layout == "journal":
         recording = read_closed_journal(content, where, ignore, intact=intact, skipped=skipped)
     else:
-        recording = read_blocks(content, where, ignore, intact=intact, skipped=skipped)
+        recording = read_blocks(content, where, ignore, intact=intact, skipped=skipped, redact=redact)
     if comment is not None and (not intact or len(recording.rows) != comment.exchanges):
         raise CassetteDamagedError(
             f"expected {comment.exchanges} exchanges and the content that {where}:1 states, "
             f"got {len(recording.rows)} exchanges and other content; {REMEDY}"
         )
-    return msgspec.structs.replace(recording, size=len(data)), comment
+    return msgspec.structs.replace(recording, size=size), comment

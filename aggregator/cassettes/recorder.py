@@ -90,7 +90,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
                 _TAPE.set(None)
         self._stack.close()
         try:
-            tape.close()
+            tape.close(warn=error is None)
         except CassetteError as remembered:
             if error is None or (isinstance(error, Exception) and not _tells(error, type(remembered))):
                 raise

@@ -36,6 +36,7 @@ from aggregator.records import HTTPRequest
 
 KEPT_HEADERS = frozenset(
     {"accept", "content-type", "date", "retry-after", "retry-after-ms", "request-id", "x-request-id", "x-should-retry"}
+    | {"location"}
     | {"anthropic-version", "anthropic-beta", "openai-beta", "openai-version", "openai-processing-ms"}
 )
 _KEPT_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
@@ -81,7 +82,7 @@ def _needles(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str,
 def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTPRequest:
     """Return the request as it may be written; its key is computed from this, so that the file gives the same key."""
     needles = needles_for(request) if needles is None else needles
-    headers = {name.lower(): value for name, value in request.headers.items()}
+    headers = _kept(request.headers, needles)
     body = request.body
     if "x-www-form-urlencoded" in headers.get("content-type", ""):
         body = redact_url(f"?{body.decode(errors='surrogateescape')}")[1:].encode(errors="surrogateescape")
@@ -91,7 +92,7 @@ def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTP
         method=request.method,
         url=_clean_url(request.url, needles),
         body=body,
-        headers=_kept(headers, needles),
+        headers=headers,
     )
 
 
@@ -143,8 +144,8 @@ def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
 
 def _kept(headers: Mapping[str, str], needles: Needles) -> dict[str, str]:
     """Return the headers that are written, without secrets in them."""
-    kept = {name: value for name, value in headers.items() if is_kept(name)}
-    return {name: _clean_value(value, needles) for name, value in kept.items()}
+    lowered = ((name.lower(), value) for name, value in headers.items())
+    return {name: _clean_value(value, needles) for name, value in lowered if is_kept(name)}
 
 
 @lru_cache(maxsize=1024)

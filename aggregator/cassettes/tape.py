@@ -111,6 +111,7 @@ class Tape:
         self.unsaved: list[Exchange] = []
         self.recorded = 0
         self.keeps = True
+        self.plays_failures = True  # or only what was answered: a call that failed is then made anew
         self.expects_all = True  # whether exchanges left unplayed are worth a warning
         self._rows, self._played = rows, bytearray(len(rows))
         self._sink, self._prefer, self._ignore = sink, lineage == "prefer", ignore
@@ -276,17 +277,21 @@ class Tape:
         """Return the recorded exchanges that nothing has asked for yet."""
         return [row for row, played in zip(self._rows, self._played, strict=True) if not played]
 
-    def tell(self, finding: str) -> None:
+    def tell(self, finding: str, *, warn: bool = True) -> None:
         """Put a finding into the report and warn of it."""
         self.report.append(finding)
-        warnings.warn(finding, CassetteWarning, stacklevel=3)
+        if warn:
+            warnings.warn(finding, CassetteWarning, stacklevel=3)
 
     def discard(self) -> None:
         """Let go of what was recorded: closing leaves the cassette as it was found."""
         self.keeps = False
 
-    def close(self) -> None:
-        """Finish the file and raise what agent code may have hidden: a leak, a full disk, a miss. Once only."""
+    def close(self, *, warn: bool = True) -> None:
+        """Finish the file and raise what agent code may have hidden: a leak, a full disk, a miss. Once only.
+
+        Without `warn`, as after an error, what stayed unplayed stands in the report alone.
+        """
         if self._closed:
             return
         self._closed = True
@@ -297,14 +302,16 @@ class Tape:
             self._on_close(self)
         for error in (*self._failures, *self.misses):
             raise type(error)(f"{error}") from error
-        self._tell_the_rest()
+        self._tell_the_rest(warn=warn)
 
-    def _tell_the_rest(self) -> None:
+    def _tell_the_rest(self, *, warn: bool) -> None:
         if self._fallbacks:
             first = "; ".join(self._fallbacks[:3])
-            self.tell(f"{self.name}: {len(self._fallbacks)} calls played what another lineage recorded: {first}")
+            told = f"{len(self._fallbacks)} calls played what another lineage recorded: {first}"
+            self.tell(f"{self.name}: {told}", warn=warn)
         if self.expects_all and (unplayed := len(self._rows) - sum(self._played)):
-            self.tell(f"{self.name}: {unplayed} of {len(self._rows)} recorded exchanges were not played")
+            told = f"{unplayed} of {len(self._rows)} recorded exchanges were not played"
+            self.tell(f"{self.name}: {told}", warn=warn)
 
 
 def _failure(kind: str, message: str) -> APIConnectionError:

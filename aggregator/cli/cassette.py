@@ -187,7 +187,7 @@ def check_cassettes(options: argparse.Namespace) -> int:
     paths, problems, exchanges = find_cassettes(options.paths), [], 0
     for path in paths:
         try:
-            recording = _read(path)
+            recording = _read(path, redact=False)  # what is really in the file
         except CassetteError as error:
             problems.append(str(error))
             continue
@@ -250,11 +250,11 @@ def convert_cassette(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> Recording:
+def _read(path: Path, *, redact: bool = True) -> Recording:
     from aggregator.cassettes.reading import read
     from aggregator.errors import ConfigError
 
-    recording = read(path)
+    recording = read(path, redact=redact)
     if recording is None:
         raise ConfigError(f"expected a cassette, got {str(path)!r}, which is not there")
     return recording

@@ -281,3 +281,14 @@ def test_a_foreign_cassette_takes_new_episodes(tmp_path: Path) -> None:
         ::-1
     ]
     assert "Bearer" not in path.read_text()
+
+
+def test_the_secrets_of_a_foreign_cassette_can_be_seen(tmp_path: Path) -> None:
+    """Whoever checks a file sees what is really in it; whoever plays it does not."""
+    asked = Request("POST", URL + "?key=abc", b'{"api_key": "abc"}', {"Authorization": "Bearer abc"})
+    path = saved(tmp_path / "a.yaml", asked, response(b"{}", **{"Set-Cookie": "id=abc"}))
+    for redact in (True, False):
+        recording = read(path, redact=redact)
+        assert recording is not None
+        line = bytes(recording.rows[0].line)
+        assert line.count(b"abc") == (0 if redact else 4)
