@@ -148,12 +148,18 @@ class Tape:
                 here, pool = self._other_pool(key, here)
             ticket = pool.issued
             pool.issued = ticket + 1
-            slot = Slot(request, key, here, ticket, pool.tickets.get(ticket, ()))
+            rows = pool.tickets.get(ticket, ())
+            slot = Slot(request, key, here, ticket, rows)
+            if rows and not self.plays_failures:
+                slot.rows, slot.attempt = [row for row in rows if self._is_answered(row)], len(rows)
             if self._sink is not None:
                 slot.redacted = redacted
                 slot.order = self._orders.get(here, 0)
                 self._orders[here] = slot.order + 1
         return slot
+
+    def _is_answered(self, index: int) -> bool:
+        return 200 <= decode_answer(self._rows[index].line)[0].status < 300
 
     def _other_pool(self, key: bytes, here: str) -> tuple[str, _Pool]:
         """Return the pool of a request that was not recorded in this lineage, under the lineage it counts in."""

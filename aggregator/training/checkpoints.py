@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from aggregator.agents.showing import show
 from aggregator.errors import TrainingError
-from aggregator.records import Evaluation, StepReport, TrainingResult, Values
+from aggregator.records import Evaluation, StepReport, TrainingResult, Usage, Values
 
 VERSION = 1
 JOURNAL = "journal.yaml"
 CHECKPOINT = "checkpoint.json"
 RESULT = "result.json"
+PARAMETERS = "parameters.json"
+
+_WHOLE = 2**62
 
 
 class RunState(Struct, frozen=True, kw_only=True):
-    """All that a run must remember between two steps. `steps` counts the finished ones."""
+    """All that a run must remember between two steps. `steps` counts the finished ones.
+
+    `notes` is what gates remember. `broken_off` says that calls failed until the run ended: whoever goes on asks anew.
+    """
 
     initial: Values
     values: Values
@@ -30,7 +38,8 @@ class RunState(Struct, frozen=True, kw_only=True):
     evaluations: tuple[Evaluation, ...] = ()
     best: Values | None = None
     best_score: float | None = None
-    warnings: tuple[str, ...] = ()
+    notes: dict[str, Any] = {}
+    broken_off: bool = False
 
 
 class Checkpoint(Struct, frozen=True, kw_only=True):
@@ -42,20 +51,39 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
 
 
 def digest(value: Any) -> str:
-    """Return a short hash of a value's canonical JSON; what JSON does not know counts by its repr."""
-    text = msgspec.json.encode(value, enc_hook=repr, order="deterministic")
+    """Return a short hash of a value's canonical JSON; what JSON cannot carry counts as it is shown, without addresses.
+
+    >>> digest({"a": object(), "b": 1}) == digest({"b": 1, "a": object()})
+    True
+    """
+    try:
+        text = msgspec.json.encode(value, enc_hook=_shown, order="deterministic")
+    except (TypeError, ValueError, RecursionError):  # keys of other kinds, lone surrogates, a list that holds itself
+        text = _shown(value).encode(errors="backslashreplace")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+def _shown(value: Any) -> str:
+    return show(value, _WHOLE)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: a crash leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a file as a whole: a crash leaves the old one or the new one; raises TrainingError where it cannot."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)  # noqa: PTH105 - Path.replace is the same call
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105 - Path.replace is the same call
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise TrainingError(
+            f"expected to write {path}, got {error}; free some space or make the folder writable. "
+            "A run goes on from its last checkpoint with resume=True"
+        ) from error
 
 
 def save(run_dir: Path, state: RunState, fingerprint: Mapping[str, str]) -> None:
@@ -93,6 +121,7 @@ def result_of(state: RunState, parameters: Values) -> TrainingResult:
     from aggregator.llm.ledger import total_by_role
 
     reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations]
+    usage = total_by_role(report.usage for report in reports)
     return TrainingResult(
         parameters=parameters,
         best_parameters=parameters if state.best is None else state.best,
@@ -100,14 +129,24 @@ def result_of(state: RunState, parameters: Values) -> TrainingResult:
         history=state.history,
         evaluations=state.evaluations,
         failures=tuple(failure for report in reports for failure in report.failures),
-        warnings=state.warnings,
-        usage=total_by_role(report.usage for report in reports),
+        warnings=tuple(_warnings(usage)),
+        usage=usage,
     )
+
+
+def _warnings(usage: Mapping[str, Usage]) -> Iterator[str]:
+    """Yield what is worth a look in a result."""
+    for role, spent in usage.items():
+        if spent.calls and spent.cost is None:
+            yield (
+                f"the cost of {spent.calls} calls of the {role} is unknown; give LLM(..., prices={{...}}), "
+                "or install aggregated-update[prices]"
+            )
 
 
 def save_result(result: TrainingResult, path: str | Path) -> None:
     """Write a result as JSON: the same run gives the same bytes."""
-    data = msgspec.json.format(msgspec.json.encode(result, enc_hook=repr), indent=2)
+    data = msgspec.json.format(msgspec.json.encode(result, enc_hook=repr, order="deterministic"), indent=2)
     write_atomically(Path(path), data + b"\n")
 
 

@@ -35,7 +35,7 @@ async def _no_evaluation(
 
 
 class StepContext(Struct, frozen=True, kw_only=True):
-    """One step as its parts see it."""
+    """One step as its parts see it; `notes` is what gates remember from step to step, JSON under names of their own."""
 
     stepsize: float = 0.5
     epoch: int = 0
@@ -49,6 +49,7 @@ class StepContext(Struct, frozen=True, kw_only=True):
     sample: Sample | None = None
     executor: AsyncExecutor | None = None
     gate: Gate | None = None
+    notes: dict[str, Any] = {}
 
 
 _step: ContextVar[StepContext] = ContextVar("aggregator_step", default=StepContext())  # noqa: B039 - frozen

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from aggregator.agents.showing import show_error
 from aggregator.errors import (
     APIConnectionError,
     BudgetExceededError,
@@ -14,9 +17,13 @@ from aggregator.errors import (
     RateLimitError,
     ResponseError,
     ServerError,
+    SuggestionError,
     TruncatedError,
 )
 from aggregator.records import Failure, Stage
+
+MESSAGE_LIMIT = 4_000
+"""How many characters of an error's message a record keeps."""
 
 _TRANSIENT = (APIConnectionError, RateLimitError, ServerError, ResponseError)
 _OWN = (ContextLengthError, ContentFilterError, TruncatedError)
@@ -39,17 +46,42 @@ def is_infrastructure(error: BaseException) -> bool:
     return isinstance(error, LLMError) and not isinstance(error, _OWN)
 
 
-def failure(
-    stage: Stage,
-    error: BaseException,
-    *,
-    sample_id: int | None = None,
-) -> Failure:
+def is_own(error: BaseException) -> bool:
+    """Tell whether an error is that of the code just run, and no order to this task to end.
+
+    Code that calls `sys.exit()`, or awaits a task that it cancelled itself, has failed like any other.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return isinstance(error, Exception | SystemExit)
+
+
+def is_lost(record: Failure) -> bool:
+    """Tell whether an instance was lost: a call failed, or guide or optimizer did, which says nothing of the agent."""
+    return record.infrastructure or (record.stage != "agent" and record.error != SuggestionError.__name__)
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Return what a group of errors comes down to: what ends the run, else a lost call, else the first by name.
+
+    An agent that fans out in a TaskGroup raises groups, whose order is that of completion.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [root_of(inner) for inner in error.exceptions]
+    return min(leaves, key=lambda leaf: (not ends_run(leaf), not is_infrastructure(leaf), show_error(leaf)))
+
+
+def failure(stage: Stage, error: BaseException, *, sample_id: int | None = None) -> Failure:
     """Record an error: class and message, never a traceback with addresses."""
+    cause = root_of(error)
+    name = type(cause).__name__
+    message = show_error(cause, MESSAGE_LIMIT).removeprefix(name).removeprefix(": ") or name
     return Failure(
         stage=stage,
-        error=type(error).__name__,
-        message=str(error) or type(error).__name__,
+        error=name,
+        message=message.encode(errors="backslashreplace").decode(),  # a lone surrogate fits neither file nor prompt
         sample_id=sample_id,
-        infrastructure=is_infrastructure(error),
+        infrastructure=is_infrastructure(cause),
     )

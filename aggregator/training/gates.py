@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import comb
 
-import msgspec
-
 from aggregator.errors import ConfigError
 from aggregator.protocols import Gate
 from aggregator.records import Decision, Sample, Values
 from aggregator.training.batches import Dataset, samples
+from aggregator.training.checkpoints import digest
 from aggregator.training.context import current_step
 
 
@@ -40,7 +39,7 @@ class improves_on_validation:  # noqa: N801 - used like the gates beside it, whi
     `threshold` is the least gain of the mean. With `significance` (say 0.05) the gain must also pass a one-sided exact
     sign test over the instances whose score changed: the chance of so many gains among them, were gains and losses
     equally likely, is at most this. Costs one run per instance for each new candidate; the values in force are not
-    evaluated twice.
+    evaluated twice: their scores stand in the notes of the run, so a resumed one knows them too.
     """
 
     def __init__(self, dataset: Dataset, threshold: float = 0.0, significance: float | None = None) -> None:
@@ -49,17 +48,17 @@ class improves_on_validation:  # noqa: N801 - used like the gates beside it, whi
         self.samples = samples(dataset, name="validation dataset")
         self.threshold = threshold
         self.significance = significance
-        self._known: tuple[bytes, list[float | None]] | None = None
+        self.name = f"validation/{digest(self.samples)}"
 
     async def __call__(self, before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
         """Compare the scores of both values on the validation set."""
-        evaluate = current_step().evaluate
-        if self._known is None or self._known[0] != _fingerprint(before):
-            self._known = (_fingerprint(before), await evaluate(before, self.samples, "gate/before"))
-        scores = await evaluate(after, self.samples, "gate")
-        decision = compare(self._known[1], scores, threshold=self.threshold, significance=self.significance)
-        if decision.accepted:
-            self._known = (_fingerprint(after), scores)
+        step = current_step()
+        known = step.notes.get(self.name, {})
+        if known.get("values") != digest(before):
+            known = {"values": digest(before), "scores": await step.evaluate(before, self.samples, "gate/before")}
+        scores = await step.evaluate(after, self.samples, "gate")
+        decision = compare(known["scores"], scores, threshold=self.threshold, significance=self.significance)
+        step.notes[self.name] = {"values": digest(after), "scores": scores} if decision.accepted else known
         return decision
 
 
@@ -101,7 +100,3 @@ def sign_test(gains: int, losses: int) -> float:
     """
     trials = gains + losses
     return float(sum(comb(trials, k) for k in range(gains, trials + 1)) / 2**trials)
-
-
-def _fingerprint(values: Values) -> bytes:
-    return msgspec.json.encode(values, enc_hook=repr, order="deterministic")

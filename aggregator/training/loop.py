@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from msgspec.structs import replace
 
+from aggregator.agents.modules import Module
 from aggregator.agents.parameters import read, write
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.recorder import cassette
-from aggregator.cassettes.tape import current_tape
-from aggregator.errors import AggregatorError, BudgetExceededError, LLMError, TrainingError
+from aggregator.errors import BudgetExceededError, LLMError, TrainingError
+from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.events import emit_step
@@ -35,8 +35,9 @@ from aggregator.training import checkpoints
 from aggregator.training.context import StepContext, step_context
 from aggregator.training.evaluation import failures_of, mean, score_values
 from aggregator.training.executors import AsyncExecutor
-from aggregator.training.failures import ends_run, failure
+from aggregator.training.failures import ends_run, failure, is_lost, root_of
 from aggregator.training.plan import Plan, Turn, fingerprint
+from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
 
 Observer = Callable[[StepReport], None]
 """Takes the report of each finished step."""
@@ -62,50 +63,29 @@ class Trainer(Protocol):
         ...
 
 
-async def run(trainer: Trainer, plan: Plan, gate: Gate) -> TrainingResult:
+async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = None) -> TrainingResult:
     """Train by the plan; every way out leaves the partial result on disk or on the error."""
     parameters = trainer.parameters()
     initial = read(parameters)
-    marks = fingerprint(plan, trainer.agent, initial)
-    state = _resumed(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
-    write(parameters, state.values)
-    async with AsyncExecutor(plan.max_concurrency) as executor:
-        course = _Course(trainer, plan, gate, executor, parameters, marks, state)
-        try:
-            with _journal(plan), lineage("train"):
-                await course.follow()
-        except (BudgetExceededError, TrainingError) as error:
-            error.result = course.result()
-            raise
-        except LLMError as error:
-            steps = course.state.steps
-            raise TrainingError(
-                f"the run ended after {steps} steps: {type(error).__name__}: {error}", course.result()
-            ) from error
-        finally:
-            course.leave()
-    return course.result()
-
-
-def _resumed(plan: Plan, marks: Any) -> checkpoints.RunState | None:
-    if plan.run_dir is None or not plan.resume:
-        return None
-    return checkpoints.load(plan.run_dir, marks)
-
-
-@contextmanager
-def _journal(plan: Plan) -> Iterator[None]:
-    """The run's own journal, unless the caller has a cassette open: what was paid for is on disk before it is used."""
-    if plan.run_dir is None or current_tape() is not None:
-        yield
-        return
-    with cassette(plan.run_dir / checkpoints.JOURNAL, mode="new_episodes", layout="journal") as tape:
-        tape.expects_all = False  # steps behind the last checkpoint are not played again
-        yield
+    with claimed(plan):
+        marks = {} if plan.run_dir is None else fingerprint(plan, trainer.agent, initial)
+        state = resumed(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
+        write(parameters, state.values)
+        async with AsyncExecutor(plan.max_concurrency) as executor:
+            course = _Course(trainer, plan, gate, executor, parameters, marks, state)
+            try:
+                with journal(plan, state), counted_in(budget), lineage("train"):
+                    await course.follow()
+            except BaseException as error:
+                ended = course.broken_off(error)
+                if ended is error:
+                    raise
+                raise ended from error
+        return course.finished()
 
 
 class _Course:
-    """A run under way; `state` is all that changes."""
+    """A run under way; `state` is where it stands between two steps, `pending` a step whose test set is still due."""
 
     def __init__(
         self,
@@ -124,26 +104,37 @@ class _Course:
         self.parameters = parameters
         self.marks = marks
         self.state = state
+        self.pending: tuple[StepReport, ...] = ()
+        self.notes: dict[str, Any] = {}
 
     async def follow(self) -> None:
         """Take every turn that is still due."""
         turns = self.plan.schedule()
-        if self.state.steps == 0 and not self.state.evaluations:
-            await self._evaluate(0, len(turns))
+        with miss_raised():
+            if self.state.steps == 0 and not self.state.evaluations:
+                self.state = self._with(await self._evaluate(0, len(turns)))
         with _observers(self.trainer, self.plan, len(turns)) as observers:
             for turn in turns[self.state.steps :]:
-                report = await self.step(turn)
-                test_score = await self._evaluate(turn.step + 1, len(turns))
-                report = replace(report, test_score=test_score)
-                self._finish(report)
+                with miss_raised():
+                    report = await self.step(turn)
+                    self.pending = (report,)
+                    evaluation = await self._evaluate(turn.step + 1, len(turns))
+                report = replace(report, test_score=evaluation and evaluation.score)
+                self._finish(report, evaluation)
                 for observe in observers:
                     observe(report)
 
-    def _finish(self, report: StepReport) -> None:
+    def _finish(self, report: StepReport, evaluation: Evaluation | None) -> None:
         """Make a step part of the state, in memory and on disk."""
         self.state = replace(
-            self.state, values=read(self.parameters), steps=report.step + 1, history=(*self.state.history, report)
+            self._with(evaluation),
+            values=read(self.parameters),
+            steps=report.step + 1,
+            history=(*self.state.history, report),
+            notes=self.notes,
+            broken_off=False,
         )
+        self.pending = ()
         if self.plan.run_dir is not None:
             checkpoints.save(self.plan.run_dir, self.state, self.marks)
         frequency = self.plan.save_frequency
@@ -152,9 +143,11 @@ class _Course:
 
     async def step(self, turn: Turn) -> StepReport:
         """Take one turn: proposals for every sample, then the update."""
+        self.notes = dict(self.state.notes)
         context = self._context(turn)
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger, step_context(context):
-            outputs = await self._propose(turn, context)
+            with miss_raised():
+                outputs = await self._propose(turn, context)
             scores = tuple(getattr(output, "score", None) for output in outputs)
             failures = [record for output in outputs for record in getattr(output, "failures", ())]
             self._check_failures(turn, failures)
@@ -183,6 +176,7 @@ class _Course:
             evaluate=evaluate,
             executor=self.executor,
             gate=self.gate,
+            notes=self.notes,
         )
 
     async def _score(self, values: Values, samples: Sequence[Sample], guide: Any = None) -> list[Rollout]:
@@ -198,7 +192,7 @@ class _Course:
 
     async def _propose(self, turn: Turn, context: StepContext) -> list[Any]:
         """Return what `forward` gave for each sample; the first error that ends the run is raised when all are done."""
-        ended: dict[int, AggregatorError] = {}
+        ended: dict[int, BaseException] = {}
 
         async def one(place: tuple[int, Sample]) -> Any:
             position, sample = place
@@ -207,11 +201,12 @@ class _Course:
             try:
                 with lineage(f"sample={sample.id}"), step_context(replace(context, sample=sample)):
                     output = await self.trainer.call_forward(sample, self.plan)
-            except AggregatorError as error:
-                if ends_run(error):
-                    ended[position] = error
+            except Exception as error:  # noqa: BLE001 - an overridden forward may raise anything: one instance is lost
+                cause = root_of(error)
+                if ends_run(cause):
+                    ended[position] = cause
                     return None
-                return _lost(error, sample)
+                return _lost(cause, sample)
             return replace(output, sample_ids=(sample.id,)) if isinstance(output, Proposal) else output
 
         outputs = await self.executor.map(one, list(enumerate(turn.samples)))
@@ -220,7 +215,7 @@ class _Course:
         return outputs
 
     def _check_failures(self, turn: Turn, failures: Sequence[Failure]) -> None:
-        lost = [record for record in failures if record.infrastructure]
+        lost = [record for record in failures if is_lost(record)]
         samples = {record.sample_id for record in lost}
         if lost and len(samples) / len(turn.samples) > self.plan.max_failure_ratio:
             raise TrainingError(
@@ -229,31 +224,55 @@ class _Course:
                 f"the first: {lost[0].error}: {lost[0].message}"
             )
 
-    async def _evaluate(self, steps: int, total: int) -> float | None:
-        """Score the test set where it is due, and keep the best values seen."""
+    async def _evaluate(self, steps: int, total: int) -> Evaluation | None:
+        """Score the test set where it is due."""
         if not self.plan.evaluates_at(steps, total):
             return None
-        values = read(self.parameters)
         with lineage("evaluate", f"step={steps}"), collecting() as ledger:
-            runs = await self._score(values, self.plan.test)
+            runs = await self._score(read(self.parameters), self.plan.test)
         scores = tuple(run.score for run in runs)
-        evaluation = Evaluation(
+        return Evaluation(
             step=steps, score=mean(scores), scores=scores, failures=failures_of(runs), usage=ledger.totals()
         )
-        self.state = replace(self.state, evaluations=(*self.state.evaluations, evaluation))
-        score, best = evaluation.score, self.state.best_score
-        if score is not None and (best is None or score > best):
-            self.state = replace(self.state, best=values, best_score=score)
-        return score
+
+    def _with(self, evaluation: Evaluation | None) -> checkpoints.RunState:
+        """Return the state with one more evaluation, and the best values seen."""
+        if evaluation is None:
+            return self.state
+        state = replace(self.state, evaluations=(*self.state.evaluations, evaluation))
+        score, best = evaluation.score, state.best_score
+        if score is None or (best is not None and score <= best):
+            return state
+        return replace(state, best=read(self.parameters), best_score=score)
 
     def result(self) -> TrainingResult:
         """Return what the run has reached by now."""
-        return checkpoints.result_of(self.state, read(self.parameters))
+        state = replace(self.state, history=(*self.state.history, *self.pending))
+        return checkpoints.result_of(state, read(self.parameters))
 
-    def leave(self) -> None:
-        """Write the result, whole or partial."""
+    def finished(self) -> TrainingResult:
+        """Return the whole result, and write it."""
+        result = self.result()
         if self.plan.run_dir is not None:
-            checkpoints.save_result(self.result(), self.plan.run_dir / checkpoints.RESULT)
+            checkpoints.save_result(result, self.plan.run_dir / checkpoints.RESULT)
+            if isinstance(self.trainer.agent, Module):
+                self.trainer.agent.save(self.plan.run_dir / checkpoints.PARAMETERS, provenance=result.provenance)
+        return result
+
+    def broken_off(self, error: BaseException) -> BaseException:
+        """Keep what was reached, on the error and on disk; return the error that tells of it."""
+        if isinstance(error, LLMError):
+            steps = self.state.steps + len(self.pending)
+            error = TrainingError(f"the run ended after {steps} steps: {type(error).__name__}: {error}")
+        if isinstance(error, BudgetExceededError | TrainingError):
+            error.result = self.result()
+        try:
+            self.finished()
+            if self.plan.run_dir is not None and isinstance(error, Exception):
+                checkpoints.save(self.plan.run_dir, replace(self.state, broken_off=True), self.marks)
+        except (TrainingError, OSError) as unsaved:
+            error.add_note(f"{type(unsaved).__name__}: {unsaved}")
+        return error
 
 
 @contextmanager
@@ -287,7 +306,7 @@ def changed(before: Values, after: Values) -> Values:
     return {name: value for name, value in after.items() if value != before[name]}
 
 
-def _lost(error: AggregatorError, sample: Sample) -> Proposal:
+def _lost(error: BaseException, sample: Sample) -> Proposal:
     record = failure("proposal", error, sample_id=sample.id)
     return Proposal(error=f"{record.error}: {record.message}", failures=(record,), sample_ids=(sample.id,))
 
@@ -315,6 +334,7 @@ def _report(
         update=getattr(update, "values", written),
         reasoning=getattr(update, "reasoning", ""),
         proposals=getattr(update, "proposals", len(outputs)),
+        contributors=getattr(update, "contributors", ()),
         failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in failures),
         usage=usage,
     )

@@ -10,20 +10,21 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from aggregator import portal
-from aggregator.errors import LLMError
+from aggregator.llm.budget import Budget
 from aggregator.observing.console import ConsoleLogger
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.context import current_step
 from aggregator.training.executors import AsyncExecutor
-from aggregator.training.failures import ends_run, failure
+from aggregator.training.failures import ends_run, failure, root_of
 from aggregator.training.gates import always, improves_on_batch
 from aggregator.training.loop import Observer, run
 from aggregator.training.plan import Plan, check, trainable
 from aggregator.training.rollouts import rollout
 from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
+from aggregator.training.trace_adapter import adapt
 from aggregator.training.updates import Update, apply, as_proposal, unread
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -42,10 +43,13 @@ def face_of(awaitable: str) -> Callable[[Method], Method]:
 class Minibatch:
     """Trains an agent minibatch by minibatch. Subclasses say what one instance proposes and how proposals are applied.
 
+    Agents and optimizers written for Trace are taken as they are (`trace_adapter.py`).
+
     `agent` is called on each input and offers `parameters()`; `optimizer` proposes for one instance. `rule` merges the
     proposals of a minibatch, `gate` accepts or refuses the result. `use_asyncio=False` runs one instance after the
     other; `max_concurrency` bounds how many run at once. `observers` are called with the report of each step; None
-    shows a progress bar where standard error is a terminal.
+    shows a progress bar where standard error is a terminal. `budget` counts every call of a run, whoever makes it, and
+    may be shared with other runs and with models.
 
     Overridable, sync or async: `forward` and `update`.
 
@@ -69,13 +73,12 @@ class Minibatch:
         *,
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
-        budget: Any = None,
+        budget: Budget | None = None,
         max_concurrency: int = 64,
         seed: int = 0,
         observers: Sequence[Observer] | None = None,
     ) -> None:
-        self.agent = agent
-        self.optimizer = optimizer
+        self.agent, self.optimizer = adapt(agent, optimizer)
         self.use_asyncio = use_asyncio
         self.logger = logger
         self.rule: UpdateRule = rule or identity
@@ -191,7 +194,7 @@ class Minibatch:
             )
         )
         gate = improves_on_batch(improvement_threshold) if ensure_improvement else self.gate
-        return await run(self, plan, gate)
+        return await run(self, plan, gate, self.budget)
 
     def _concurrency(self, *wanted: int | None) -> int:
         if not self.use_asyncio:
@@ -229,9 +232,9 @@ class Minibatch:
         parameters = step.parameters or self.parameters()
         try:
             proposal: Proposal = await self.optimizer.propose(seen, parameters, history=step.history)
-        except LLMError as error:
-            if ends_run(error):
-                raise
+        except Exception as error:  # noqa: BLE001 - an optimizer of the user's own may raise anything: one is lost
+            if ends_run(cause := root_of(error)):
+                raise cause from None
             lost = failure("proposal", error, sample_id=seen.sample_id)
             return replace(silent, error=f"{lost.error}: {lost.message}", failures=(*seen.failures, lost))
         failures = (*seen.failures, *unread("proposal", proposal.error, seen.sample_id))

@@ -7,11 +7,10 @@ from typing import Any
 
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import CassetteMissError
 from aggregator.guides.calling import judge
 from aggregator.records import Failure, Rollout, Sample
 from aggregator.training.executors import AsyncExecutor
-from aggregator.training.failures import ends_run, failure
+from aggregator.training.failures import ends_run, failure, is_own, root_of
 
 
 async def rollout(
@@ -25,15 +24,19 @@ async def rollout(
     with transcript() as seen:
         try:
             output = await run_agent(agent, sample.x, executor)
-        except Exception as error:  # noqa: BLE001 - the boundary: an agent may raise anything, and it becomes a record
+        except BaseException as error:  # the boundary: whatever an agent raises becomes a record
+            if not is_own(error):
+                raise
             return _failed_agent(error, sample, seen.render(), min_score)
     text = seen.render()
     try:
         with lineage("guide", role="guide"):
             score, feedback = await judge(guide, sample.x, output, sample.info, call=executor.call)
-    except Exception as error:
-        if ends_run(error):
+    except BaseException as error:
+        if not is_own(error):
             raise
+        if ends_run(cause := root_of(error)):
+            raise cause from None
         return Rollout(sample_id=sample.id, output=output, transcript=text, failure=_at("guide", error, sample))
     return Rollout(sample_id=sample.id, output=output, score=score, feedback=feedback, transcript=text)
 
@@ -47,9 +50,9 @@ async def run_agent(agent: Any, x: Any, executor: AsyncExecutor) -> Any:
     return await output if inspect.isawaitable(output) else output
 
 
-def _failed_agent(error: Exception, sample: Sample, text: str, min_score: float | None) -> Rollout:
-    if ends_run(error) or isinstance(error, CassetteMissError):
-        raise error
+def _failed_agent(error: BaseException, sample: Sample, text: str, min_score: float | None) -> Rollout:
+    if ends_run(cause := root_of(error)):
+        raise cause
     record = _at("agent", error, sample)
     if record.infrastructure:
         return Rollout(sample_id=sample.id, transcript=text, failure=record)
@@ -57,5 +60,5 @@ def _failed_agent(error: Exception, sample: Sample, text: str, min_score: float 
     return Rollout(sample_id=sample.id, score=min_score, feedback=feedback, transcript=text, failure=record)
 
 
-def _at(stage: Any, error: Exception, sample: Sample) -> Failure:
+def _at(stage: Any, error: BaseException, sample: Sample) -> Failure:
     return failure(stage, error, sample_id=sample.id)

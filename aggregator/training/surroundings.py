@@ -1,0 +1,66 @@
+"""What surrounds a run: its folder, its journal, its budget, and the misses of the cassette it plays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from aggregator.cassettes.locking import FileLock
+from aggregator.cassettes.recorder import cassette
+from aggregator.cassettes.tape import current_tape
+from aggregator.llm.budget import Budget, spending
+from aggregator.training import checkpoints
+from aggregator.training.plan import Plan
+
+
+@contextmanager
+def claimed(plan: Plan) -> Iterator[None]:
+    """Keep other processes out of the run_dir; raises CassetteLockedError where one is in it."""
+    if plan.run_dir is None:
+        yield
+        return
+    lock = FileLock(plan.run_dir / checkpoints.CHECKPOINT)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def resumed(plan: Plan, marks: Any) -> checkpoints.RunState | None:
+    """Return where an interrupted run stands; None for a new one."""
+    if plan.run_dir is None or not plan.resume:
+        return None
+    return checkpoints.load(plan.run_dir, marks)
+
+
+@contextmanager
+def journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
+    """The run's own journal, unless the caller has a cassette open: what was paid for is on disk before it is used."""
+    if plan.run_dir is None or current_tape() is not None:
+        yield
+        return
+    with cassette(plan.run_dir / checkpoints.JOURNAL, mode="new_episodes", layout="journal") as tape:
+        tape.expects_all = False  # steps behind the last checkpoint are not played again
+        tape.plays_failures = not state.broken_off  # what ended the run may have been mended
+        yield
+
+
+@contextmanager
+def counted_in(budget: Budget | None) -> Iterator[None]:
+    """Count every call of the run, whichever client makes it; without a budget an outer one goes on counting."""
+    if budget is None:
+        yield
+        return
+    with spending(budget):
+        yield
+
+
+@contextmanager
+def miss_raised() -> Iterator[None]:
+    """Raise the cassette's miss that code inside has hidden: nothing after it is what was recorded."""
+    tape = current_tape()
+    known = len(tape.misses) if tape is not None else 0
+    yield
+    if tape is not None and len(tape.misses) > known:
+        raise tape.misses[known]
