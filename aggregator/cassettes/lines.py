@@ -15,14 +15,14 @@ from aggregator.cassettes.keys import Ignore
 from aggregator.cassettes.rows import REMEDY, Recording, Row, index_lines
 from aggregator.errors import CassetteDamagedError
 
-_OPENING = OPEN_COMMENT + PREAMBLE
+OPENING = OPEN_COMMENT + PREAMBLE
 _ITEM = b"- "
 _Span = tuple[int, int]
 
 
 def is_open_journal(data: bytes) -> bool:
     """Say whether a recording was going on: our comment says so, or it is gone but the first line is ours."""
-    if data.startswith(OPEN_COMMENT) or _OPENING.startswith(data):
+    if data.startswith(OPEN_COMMENT) or OPENING.startswith(data):
         return True
     if not data.startswith(PREAMBLE + b'- {"request":'):
         return False
@@ -31,7 +31,7 @@ def is_open_journal(data: bytes) -> bool:
 
 def read_open_journal(data: bytes, where: str, ignore: Ignore = ()) -> Recording:
     """Read the journal of a recording that was not closed."""
-    if _OPENING.startswith(data):
+    if OPENING.startswith(data):
         finding = f"{where}: not closed; no exchange was written yet"
         return Recording(rows=(), state="open", layout="journal", findings=(finding,), kept=0)
     start = data.find(PREAMBLE)

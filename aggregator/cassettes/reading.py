@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 
 from aggregator.cassettes.blocks import read_blocks
-from aggregator.cassettes.comments import Comment, content_hash, has_comment, parse_comment
+from aggregator.cassettes.comments import OPEN_COMMENT, Comment, content_hash, has_comment, parse_comment
 from aggregator.cassettes.keys import Ignore
-from aggregator.cassettes.lines import is_open_journal, read_closed_journal, read_open_journal
+from aggregator.cassettes.lines import OPENING, is_open_journal, read_closed_journal, read_open_journal
 from aggregator.cassettes.rows import REMEDY, Recording, Row, index_lines
 from aggregator.errors import CassetteDamagedError, CassetteError
 
@@ -29,7 +29,7 @@ def read(path: Path, ignore: Ignore = (), *, redact: bool = True) -> Recording |
     data = _bytes_of(path)
     if data is None:
         return None
-    first, comment = _read_one(data, str(path), ignore, redact=redact)
+    first, comment = _read_one(*data, str(path), ignore, redact=redact)
     if comment is None or comment.shards == 1:
         return msgspec.structs.replace(first, files=(path,))
     if comment.shard != 1:
@@ -61,7 +61,7 @@ def _read_shard(path: Path, first: Comment, number: int, ignore: Ignore) -> Reco
     data = _bytes_of(path)
     if data is None:
         raise CassetteDamagedError(f"expected shard {number} of {first.shards} in {path}, got no file; {REMEDY}")
-    part, comment = _read_one(data, str(path), ignore)
+    part, comment = _read_one(*data, str(path), ignore)
     if comment is None or (comment.set, comment.shard, comment.shards) != (first.set, number, first.shards):
         raise CassetteDamagedError(
             f"expected shard {number} of {first.shards}, got another file - at {path}:1; {REMEDY}"
@@ -84,18 +84,17 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
     return data
 
 
-def _read_one(data: bytes, where: str, ignore: Ignore, *, redact: bool = True) -> tuple[Recording, Comment | None]:
-    if is_open_journal(data):
-        return read_open_journal(data, where, ignore), None
-    comment, content = None, data
-    if has_comment(data):
-        first_line, _, content = data.partition(b"\n")
-        comment = parse_comment(first_line.rstrip(b"\r"), where)
+def _read_one(
+    first_line: bytes, content: bytes, where: str, ignore: Ignore, *, redact: bool = True
+) -> tuple[Recording, Comment | None]:
+    size = len(first_line) + len(content)
+    beginning = size <= len(OPENING) and OPENING.startswith(first_line + content)  # killed before its first exchange
+    if beginning or first_line == OPEN_COMMENT or (not first_line and is_open_journal(content)):
+        return read_open_journal(first_line + content, where, ignore), None
+    comment = parse_comment(first_line.rstrip(b"\r\n"), where) if first_line else None
     intact = comment is not None and content_hash(content) == comment.sha256
-    if not intact and (first_line or content[: content.find(b"\n") + 1]).endswith(
-        b"\r\n"
-    ):  # a checkout may have changed the line ends
-        content = content.replace(b"\r\n", b"\n")
+    if not intact and (first_line or content[:200].partition(b"\n")[0] + b"\n").endswith(b"\r\n"):
+        content = content.replace(b"\r\n", b"\n")  # a checkout changed the line ends
         intact = comment is not None and content_hash(content) == comment.sha256
     skipped = 1 if comment is not None else 0
     if comment is not None and comment.layout == "journal":
