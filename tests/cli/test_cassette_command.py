@@ -134,6 +134,20 @@ def test_check_tells_secrets(command: Command, monkeypatch: pytest.MonkeyPatch) 
     assert "canary" not in out
 
 
+def test_check_sees_what_stands_in_a_foreign_file(command: Command) -> None:
+    """Another tool's cassette is read without its secrets, but checked as it is on disk; converting it cleans it."""
+    item = {
+        "request": {"method": "POST", "uri": URL, "body": "{}", "headers": {"Authorization": ["Bearer canary-4711"]}},
+        "response": {"status": {"code": 200, "message": "OK"}, "headers": {}, "body": {"string": "{}"}},
+    }
+    Path("old.yaml").write_text(yaml.safe_dump({"version": 1, "interactions": [item]}))
+    code, out = command("check", "old.yaml")
+    assert (code, "a secret in the request's header authorization" in out) == (1, True)
+    command("convert", "old.yaml")
+    assert command("check", "old.yaml") == (0, "1 cassette, 1 exchange: good\n")
+    assert b"canary" not in Path("old.yaml").read_bytes()
+
+
 def test_check_tells_age(command: Command) -> None:
     """Only where a limit is given."""
     path = record(Path("a.yaml"), {"x": "1"})
