@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
+from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
 
 from aggregator.errors import ConfigError
 from aggregator.training.proposers import LLMOptimizer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from conftest import ScriptedModel, first_suggestion, section, suggest
+from training_fakes import ScriptedModel, first_suggestion, section, suggest
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import APIConnectionError, AuthenticationError, ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
+from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Adder, ScriptedModel, exact, first_suggestion, from_feedback
+from training_fakes import Adder, ScriptedModel, exact, first_suggestion, from_feedback
 
 from aggregator.errors import ConfigError, TrainingError
 from aggregator.training.proposers import LLMOptimizer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, section, suggest
+from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, section, suggest
 
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
@@ -380,3 +380,13 @@ def test_minibatch_alone_needs_no_model(adder: Adder) -> None:
     """The base class with its neutral rule: one instance's proposal is the update."""
     result = Minibatch(adder, LLMOptimizer(llm=ScriptedModel(from_feedback))).train(exact, additions(5))
     assert result.parameters["amount"] == 5
+
+
+def test_parameters_tell_where_they_come_from(adder: Adder, tmp_path: Path) -> None:
+    """The result and the artefact name the samples whose proposals went in; the artefact loads without the trainer."""
+    data = [(0, 1), (1, 6), (2, 7)]
+    result = trainer(adder).train(exact, data, batch_size=3, run_dir=tmp_path / "run")
+    assert result.provenance == {"amount": [{"step": 0, "samples": [1, 2]}], "label": []}
+    production = Adder()
+    assert production.load(tmp_path / "run" / "parameters.json") == result.provenance
+    assert production.amount.data == 5

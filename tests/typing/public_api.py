@@ -1,0 +1,82 @@
+"""Type-checked, never run: what a user's type checker sees of the public API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, assert_type
+
+import aggregator
+from aggregator import (
+    LLM,
+    AggregatedUpdate,
+    Completion,
+    Decision,
+    LLMMerge,
+    LLMOptimizer,
+    Module,
+    ParameterNode,
+    Proposal,
+    Sample,
+    TrainingResult,
+    always,
+    bundle,
+    chain,
+    dedupe,
+    top_k,
+)
+from aggregator.protocols import ChatModel
+
+
+class Agent(Module):
+    def __init__(self) -> None:
+        self.text = ParameterNode("hello")
+        self.number = ParameterNode(3)
+
+    @bundle()
+    def shout(self, text: str) -> str:
+        return text.upper()
+
+    async def forward(self, x: str) -> str:
+        assert_type(self.text.data, str)
+        assert_type(self.number.data, int)
+        assert_type(self.shout(x), str)
+        return self.shout(x)
+
+
+def guide(x: str, output: str, info: str) -> tuple[float, str]:
+    return float(output == info), "no"
+
+
+async def shortest(current: dict[str, Any], proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+    return proposals[:1]
+
+
+async def never(before: dict[str, Any], after: dict[str, Any], batch: Sequence[Sample]) -> Decision:
+    return Decision(accepted=False, reason="never")
+
+
+def trains() -> None:
+    llm = LLM("openai/gpt-4o-mini")
+    trainer = AggregatedUpdate(Agent(), LLMOptimizer(llm=llm), llm=llm, gate=never)
+    assert_type(trainer.train(guide, [("a", "b")], batch_size=2), TrainingResult)
+    assert_type(trainer.train(guide, {"inputs": ["a"], "infos": ["b"]}), TrainingResult)
+    AggregatedUpdate(Agent(), LLMOptimizer(), rule=chain(dedupe, top_k(8), LLMMerge(llm)), gate=always)
+    AggregatedUpdate(Agent(), LLMOptimizer(), rule=shortest)
+
+
+async def calls() -> None:
+    llm = LLM("openai/gpt-4o-mini")
+    assert_type(await llm.complete("hello"), Completion)
+    assert_type(llm(messages=[{"role": "user", "content": "hello"}]), Completion)
+    assert_type((await llm.complete("hello")).choices[0].message.content, str | None)
+
+
+def stands_for_a_model(model: ChatModel) -> ChatModel:
+    return stands_for_a_model(LLM("openai/gpt-4o-mini"))
+
+
+def records() -> None:
+    with aggregator.cassette("cassettes/x.yaml", mode="none") as tape:
+        assert_type(tape.report, list[str])
+    with aggregator.lineage("retrieval"):
+        pass
