@@ -233,7 +233,10 @@ class Decision(Struct, frozen=True, kw_only=True):
 
 
 class StepReport(Struct, frozen=True, kw_only=True):
-    """All that one step did: the one event that loggers, progress bar, checkpoint and report read."""
+    """All that one step did: the one event that loggers, progress bar, checkpoint and report read.
+
+    `contributors` are the samples whose proposals went into the update.
+    """
 
     epoch: int
     step: int
@@ -244,6 +247,7 @@ class StepReport(Struct, frozen=True, kw_only=True):
     update: Values = {}
     reasoning: str = ""
     proposals: int = 0
+    contributors: tuple[int, ...] = ()
     failures: tuple[Failure, ...] = ()
     test_score: float | None = None
     usage: Mapping[str, Usage] = {}
@@ -270,6 +274,15 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
     failures: Sequence[Failure] = ()
     warnings: Sequence[str] = ()
     usage: Mapping[str, Usage] = {}
+
+    @property
+    def provenance(self) -> dict[str, list[dict[str, Any]]]:
+        """Which accepted updates made each parameter what it is: the step, and the samples whose proposals went in."""
+        made: dict[str, list[dict[str, Any]]] = {name: [] for name in self.parameters}
+        for report in self.history:
+            for name in report.update if report.decision.accepted else ():
+                made.setdefault(name, []).append({"step": report.step, "samples": list(report.contributors)})
+        return made
 
     @property
     def train_scores(self) -> list[float | None]:

@@ -25,6 +25,7 @@ class Update(Struct, frozen=True, kw_only=True):
     score: float | None = None
     reasoning: str = ""
     proposals: int = 0
+    contributors: tuple[int, ...] = ()
     failures: tuple[Failure, ...] = ()
 
 
@@ -46,6 +47,7 @@ async def apply(proposals: Sequence[Proposal], rule: UpdateRule, gate: Gate, par
         score=mean([proposal.score for proposal in proposals]),
         reasoning=merged.reasoning,
         proposals=sum(bool(proposal.values) for proposal in proposals),
+        contributors=merged.sample_ids if values else (),
         failures=merged.failures or unread("aggregation", merged.error, None, *refused.values()),
     )
 
@@ -88,4 +90,5 @@ def settle(merged: Sequence[Proposal]) -> Proposal:
         )
     values = {name: value for proposal in merged for name, value in proposal.values.items()}
     failures = tuple(record for proposal in merged for record in proposal.failures)
-    return replace(merged[0], values=values, failures=failures)
+    samples = tuple(sorted({i for proposal in merged for i in proposal.sample_ids if proposal.values}))
+    return replace(merged[0], values=values, failures=failures, sample_ids=samples)
