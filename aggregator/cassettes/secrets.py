@@ -43,7 +43,7 @@ _QUERY = re.compile(
 )
 _SHAPES = re.compile(
     rb"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"  # at the start of a word, or after an escaped line break
-    rb"(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}"  # OpenAI, Anthropic, OpenRouter, DeepSeek, LiteLLM
+    rb"(?:sk|pk|rk)-[A-Za-z0-9_-]{17,}"  # OpenAI, Anthropic, OpenRouter, DeepSeek, LiteLLM
     rb"|AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{20,}"  # Google
     rb"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"  # GitHub, GitLab
     rb"|(?:gsk|hf|r8|tgp_v1)_[A-Za-z0-9_-]{20,}|(?:xai|pplx|nvapi)-[A-Za-z0-9_-]{20,}"  # Groq, Hugging Face, ...
@@ -58,7 +58,7 @@ _LETTER_ESCAPES = re.compile(rb"\\u00[2-7]")
 _BEARER = re.compile(rb"(?i:\b(?:bearer|basic|token)) +([A-Za-z0-9._~+/=-]{20,})")
 _PEM = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(.*?)-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL)
 
-_RUN_LENGTH = 16
+_RUN_LENGTH = 20  # no shape above is shorter
 _TOKEN_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+/=%.")
 _RUNS = bytes(ord("a") if byte in _TOKEN_BYTES else ord(" ") for byte in range(256))
 _RUN = b"a" * _RUN_LENGTH
@@ -75,7 +75,7 @@ _NAME_ENDINGS = frozenset(
 
 def has_hidden_text(data: bytes) -> bool:
     r"""Say whether letters are written as JSON escapes (`\u0073` for an s), which the quick look cannot see into."""
-    return rb"\u00" in data and bool(_LETTER_ESCAPES.search(data))
+    return b"\\" in data and rb"\u00" in data and bool(_LETTER_ESCAPES.search(data))
 
 
 def suspicious(data: bytes, needles: Needles = ()) -> bool:
