@@ -85,6 +85,13 @@ def test_plain_json_without_a_schema() -> None:
     assert config == {"responseMimeType": "application/json"}
 
 
+def test_extra_adds_to_the_generation_config() -> None:
+    """A thinking budget beside max_tokens does not cost the cap."""
+    call = replace(CALL, max_tokens=9, extra={"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}})
+    config = json.loads(request(call).body)["generationConfig"]
+    assert config == {"maxOutputTokens": 9, "thinkingConfig": {"thinkingBudget": 0}}
+
+
 def test_messages() -> None:
     """System text stands apart; images go as bytes or by address."""
     png = Image(b"\x89PNG1")

@@ -6,7 +6,9 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import pytest
@@ -218,6 +220,52 @@ def test_every_recorded_error_has_its_class_and_words() -> None:
         ):
             wrong.append((exchange, error))
     assert wrong == []
+
+
+JUNK: list[Any] = [None, "", "x", "5", 0, 1.5, -1, True, [], {}, [None], {"a": 1}, 1e300, "\ud83d"]
+VITAL = {
+    "choices",
+    "message",
+    "candidates",
+    "content",
+    "parts",
+    "usage",
+    "usageMetadata",
+}  # what cannot be lost unnoticed
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_one_damaged_field_costs_that_field_at_most(name: str) -> None:
+    """Any field of a recorded answer may be null, missing its type or nonsense: the answer is still read."""
+    random = Random(7)
+    bound = codec(name)
+    for exchange in list(recorded(name))[:60]:
+        if len(exchange.body) > 20_000:
+            continue
+        whole = bound.decode(exchange.reply, CALL)
+        for path in list(places(json.loads(exchange.body))):
+            body = json.loads(exchange.body)
+            node = body
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = deepcopy(random.choice(JUNK))
+            last = next(key for key in reversed(path) if isinstance(key, str))
+            damaged = HTTPReply(status=200, body=json.dumps(body).encode(), headers={})
+            try:
+                found = bound.decode(damaged, CALL)
+            except LLMError:
+                assert last in VITAL, path
+                continue
+            if last not in VITAL | {"text", "thought", "type"}:
+                assert found.text == whole.text, path
+            if last not in VITAL and "oken" not in last:
+                assert found.usage.input_tokens == whole.usage.input_tokens, path
 
 
 def test_no_recorded_header_is_taken_for_a_wait() -> None:

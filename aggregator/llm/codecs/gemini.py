@@ -115,7 +115,7 @@ class GeminiGenerate:
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; what was not said is not sent."""
-        fields = {
+        fields: dict[str, Any] = {
             "systemInstruction": system_of(call.messages),
             "contents": contents_of(call.messages, call.model),
             "tools": tools_of(call.tools),
@@ -123,7 +123,10 @@ class GeminiGenerate:
             "generationConfig": _generation_config(call),
         }
         body = {name: value for name, value in fields.items() if value is not None}
-        return post(self.target, self.url(call), {**body, **call.extra}, stream=call.stream)
+        extra = dict(call.extra)
+        if isinstance(more := extra.get("generationConfig"), Mapping):  # adds to our options, replaces none unsaid
+            extra["generationConfig"] = {**body.get("generationConfig", {}), **more}
+        return post(self.target, self.url(call), {**body, **extra}, stream=call.stream)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer; raises LLMError where the prompt was blocked or no candidate came."""

@@ -100,26 +100,22 @@ DECODER = msgspec.json.Decoder(Answer)
 def message_of(message: WireMessage) -> Message:
     """Turn a message into ours: text apart from thinking, tool calls with the model's own argument text."""
     content = message.content
-    more = (
-        message.tool_calls
-        or message.refusal
-        or message.reasoning_content
-        or message.reasoning
-        or message.function_call
-        or message.reasoning_details
-    )
-    if not more and type(content) is str and content and content[0] not in BEFORE_THINKING:
-        return Message(content=content)  # nearly every answer, and nothing else to look at
-    thoughts: list[str] = []
-    if content is not None and type(content) is not str:
-        content, thoughts = text_and_thoughts(content)
+    calls = _calls(message) if message.tool_calls or message.function_call else ()
+    thinks = message.reasoning_content or message.reasoning or message.reasoning_details
+    plain = content is None or (type(content) is str and (not content or content[0] not in BEFORE_THINKING))
+    if plain and not thinks:  # nearly every answer
+        return Message(content=content, tool_calls=calls, refusal=message.refusal or None)
+    thoughts = [reasoning_text(message)] if thinks else []
+    if content is not None and not isinstance(content, str):
+        content, more = text_and_thoughts(content)
+        thoughts += more
     if content:
         content, thought = split_thinking(content)
         thoughts.append(thought)
     return Message(
         content=content,
-        reasoning=_reasoning(message, thoughts),
-        tool_calls=_calls(message) if message.tool_calls or message.function_call else (),
+        reasoning="".join(thoughts) or None,
+        tool_calls=calls,
         refusal=message.refusal or None,
     )
 
@@ -156,12 +152,6 @@ def reasoning_text(message: WireMessage) -> str:
     return "".join([text for d in details if isinstance(text := d.get("text") or d.get("summary"), str)])
 
 
-def _reasoning(message: WireMessage, thoughts: list[str]) -> str | None:
-    if message.reasoning_content or message.reasoning or message.reasoning_details:
-        thoughts = [reasoning_text(message), *thoughts]
-    return "".join(thoughts) or None if thoughts else None
-
-
 def _calls(message: WireMessage) -> tuple[ToolCall, ...]:
     found = [tool_call(call) for call in message.tool_calls or () if call.function or call.custom]
     legacy = message.function_call
@@ -172,11 +162,13 @@ def _calls(message: WireMessage) -> tuple[ToolCall, ...]:
 
 def tool_call(call: WireToolCall) -> ToolCall:
     """Turn a function's or a custom tool's call into ours."""
-    if call.function is not None:
-        name, arguments = call.function.name, call.function.arguments
+    function = call.function
+    if function is not None:
+        name, arguments = function.name, function.arguments
     else:
         name, arguments = (call.custom.name, call.custom.input) if call.custom else (None, None)
-    return ToolCall(id=call.id or "", name=name or "", arguments=arguments_text(arguments))
+    text = arguments if type(arguments) is str else arguments_text(arguments)
+    return ToolCall(id=call.id or "", name=name or "", arguments=text)
 
 
 def arguments_text(value: Any) -> str:
