@@ -136,7 +136,9 @@ def client(transport: Any = None) -> Any:
 async def record(path: str, n: int) -> dict[str, float]:
     """Record n exchanges by our own client, and one to warm up on; patched aiohttp plays them too."""
     from aggregator import cassette
+    from aggregator.cassettes import saving
 
+    saving.SHARD_BYTES = 1 << 40  # one file, as peers have one
     llm = client(Canned())
     async with cassette(path, "all", layout="journal"):
         for i in range(n + 1):
@@ -163,6 +165,7 @@ def bare(path: str, n: int) -> dict[str, float]:
     chats: Any = msgspec.json.Decoder(chat)
     decode, decode_chat = lines.decode, chats.decode
 
+    assert len(bodies) == n + 1
     with Clock() as clock:
         for body in bodies[:n]:
             row = index[sha256(body).digest()]
