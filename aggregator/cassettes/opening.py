@@ -155,7 +155,7 @@ def _finish(
         journal.close()
         if not tape.keeps:
             journal.undo()
-        elif (written := read(journal.path)) is not None:
+        elif not tape.interrupted and (written := read(journal.path)) is not None:
             save(path, stays + written.rows, layout)
             if journal.path != path:
                 journal.path.unlink()

@@ -89,6 +89,8 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
             if _TAPE.get() is tape:
                 _TAPE.set(None)
         self._stack.close()
+        if error is not None and not isinstance(error, Exception):  # Ctrl-C, cancelled: the next run goes on
+            tape.interrupt()
         try:
             tape.close(warn=error is None)
         except CassetteError as remembered:

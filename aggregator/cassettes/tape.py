@@ -111,6 +111,7 @@ class Tape:
         self.unsaved: list[Exchange] = []
         self.recorded = 0
         self.keeps = True
+        self.interrupted = False
         self.plays_failures = True  # or only what was answered: a call that failed is then made anew
         self.expects_all = True  # whether exchanges left unplayed are worth a warning
         self._rows, self._played = rows, bytearray(len(rows))
@@ -288,6 +289,10 @@ class Tape:
         self.report.append(finding)
         if warn:
             warnings.warn(finding, CassetteWarning, stacklevel=3)
+
+    def interrupt(self) -> None:
+        """Say that the recording is not done: closing leaves its journal open, for the next run to go on with."""
+        self.interrupted = True
 
     def discard(self) -> None:
         """Let go of what was recorded: closing leaves the cassette as it was found."""

@@ -178,6 +178,30 @@ def test_an_interrupt_is_not_replaced(tmp_path: Path) -> None:
         interrupted()
 
 
+@pytest.mark.filterwarnings("ignore::aggregator.CassetteWarning")
+@pytest.mark.parametrize("mode", ["once", "new_episodes"])
+def test_an_interrupted_recording_goes_on(tmp_path: Path, mode: Mode) -> None:
+    """After Ctrl-C the same command plays what was paid for and records the rest."""
+    path = tmp_path / "a.yaml"
+    if mode == "new_episodes":
+        with aggregator.cassette(path, "once"):
+            say("z", "old")
+
+    def interrupted() -> None:
+        with aggregator.cassette(path, mode):
+            say("a", "paid")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with aggregator.cassette(path, mode):
+        assert (say("a", "x"), say("b", "new")) == ("paid", "new")
+    with aggregator.cassette(path, "none") as tape:
+        assert (say("a", "x"), say("b", "x")) == ("paid", "new")
+    assert not any("not closed" in finding for finding in tape.report)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_failed_block_keeps_what_was_paid_for(tmp_path: Path) -> None:
     """An error inside leaves a finished cassette of what was recorded until then."""
 
