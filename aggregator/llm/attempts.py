@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from math import inf
 
 from aggregator.cassettes.clients import passing
@@ -25,6 +26,7 @@ from aggregator.llm.retry import was_sent
 from aggregator.records import Completion, HTTPReply, HTTPRequest, Usage
 
 _NO_HEADERS: Mapping[str, str] = {}
+_NO_TAPE = nullcontext()
 
 
 def _never(error: LLMError) -> object:
@@ -32,7 +34,7 @@ def _never(error: LLMError) -> object:
 
 
 class Attempts:
-    """The attempts of one logical call; `admission`, `reply` and `sent` are those of the attempt under way."""
+    """The attempts of one logical call; `admission`, `reply`, `sent`, `is_live` are of the attempt under way."""
 
     __slots__ = (
         "_budgets",
@@ -42,6 +44,7 @@ class Attempts:
         "admission",
         "call",
         "count",
+        "is_live",
         "limiter",
         "line",
         "reply",
@@ -58,6 +61,9 @@ class Attempts:
         self.limiter: Limiter | None = None  # set while this call holds one of its places
         self._budgets: tuple[Budget, ...] = budgets_of(line.budget)
         self._held: Amount | None = None
+        self.admission: Admission | None = None
+        self.reply: HTTPReply | None = None
+        self.sent = self.is_live = False
         self._started = line.clock()
         self._deadline = inf if timeout is None else self._started + timeout
 
@@ -112,7 +118,7 @@ class Attempts:
                 await self.line.sleep(wait)
 
     async def _attempt(self) -> Completion:
-        """Play or send; raises LLMError. Whatever happens, the budget is settled."""
+        """Play or send; raises LLMError. Whatever happens, the budget is settled and what came is recorded."""
         self.begin()
         if self._budgets and not self._take():
             await self.reserve()
@@ -120,23 +126,26 @@ class Attempts:
         try:
             reply = None if self.slot is None else await self._play()
             if reply is None:
-                reply = await self._send()
+                if not self.try_admit():
+                    await self.admit()
+                with _NO_TAPE if self.tape is None else passing():  # the patches of `clients=` must not ask it again
+                    reply = self.reply = await self.line.transport.send(self.request, timeout=self.timeout())
+                self.heard(reply.status, reply.headers)
             completion = self._decode(reply)
         except BaseException as caught:
             error = caught
             raise
         finally:
             self.settle(completion, error)
-            if self.admission is not None and self.slot is not None and self.reply is not None:
-                self._record(self.reply, completion)
+            if self.is_live and self.slot is not None:
+                self._record(completion, error)
         return completion
 
     def begin(self) -> None:
         """Begin the next attempt."""
         self.count += 1
-        self.sent = False
-        self.admission: Admission | None = None  # stays None where the answer is played from the tape
-        self.reply: HTTPReply | None = None
+        self.sent = self.is_live = False
+        self.admission = self.reply = None
 
     def _take(self) -> bool:
         """Set the most that this attempt can cost aside, if that needs no waiting."""
@@ -170,29 +179,28 @@ class Attempts:
             await asyncio.sleep(tape.delay(reply))  # at least one turn, as a live answer would take
         return reply
 
-    async def _send(self) -> HTTPReply:
+    def try_admit(self) -> bool:
+        """Go live, if that needs no waiting."""
         self.line.endpoint.require_key()
-        try:
-            await self.admit()
-            with passing():  # the tape has been asked: the patches of `clients=` must not ask it again
-                reply = self.reply = await self.line.transport.send(self.request, timeout=self.timeout())
-        except APIConnectionError as error:
-            if self.tape is not None and self.slot is not None:
-                self.tape.record_failure(self.slot, error)
-            raise
-        self.heard(reply.status, reply.headers)
-        return reply
-
-    async def admit(self) -> None:
-        """Wait until this attempt may be sent; the call keeps its place in the limiter until it is answered."""
+        self.is_live = True
         limiter = self.limiter
         if limiter is None:
             limiter = self.line.limiter()
             if not limiter.try_enter():
-                await limiter.enter(self.timeout())
+                return False
             self.limiter = limiter
-        tokens = self._expected_tokens() if limiter.tpm is not None else 0.0
-        self.admission = limiter.try_admit(tokens) or await limiter.admit(tokens, self.timeout())
+        self.admission = limiter.try_admit(self._expected_tokens() if limiter.tpm is not None else 0.0)
+        self.sent = self.admission is not None
+        return self.sent
+
+    async def admit(self) -> None:
+        """Wait until this attempt may be sent; the call keeps its place in the limiter until it is answered."""
+        if self.limiter is None:
+            limiter = self.line.limiter()
+            await limiter.enter(self.timeout())
+            self.limiter = limiter
+        tokens = self._expected_tokens() if self.limiter.tpm is not None else 0.0
+        self.admission = await self.limiter.admit(tokens, self.timeout())
         self.sent = True
 
     def heard(self, status: int, headers: Mapping[str, str]) -> None:
@@ -212,11 +220,16 @@ class Attempts:
             raise codec.error(reply)
         return self.line.priced(codec.decode(reply, self.call), self.count)
 
-    def _record(self, reply: HTTPReply, completion: Completion | None) -> None:
-        """Write a live answer to the tape, before it is used."""
-        if self.tape is not None and self.slot is not None:
+    def _record(self, completion: Completion | None, error: BaseException | None) -> None:
+        """Write a live answer to the tape before it is used, or that there was none."""
+        if self.tape is None or self.slot is None:
+            return
+        if self.reply is not None:
             usage = None if completion is None else completion.usage
-            self.tape.record(self.slot, reply, usage=usage, model=(completion and completion.model) or self.call.model)
+            model = (completion and completion.model) or self.call.model
+            self.tape.record(self.slot, self.reply, usage=usage, model=model)
+        elif isinstance(error, APIConnectionError):
+            self.tape.record_failure(self.slot, error)
 
     def settle(self, completion: Completion | None, error: BaseException | None) -> None:
         """Count what the attempt under way cost, and tell of it."""
@@ -255,11 +268,11 @@ class Attempts:
         wait = policy.delay(
             error, self.count, remaining=self.remaining(), random=self.line.random.random(), headers=headers
         )
-        if self.admission is None:
+        if not self.is_live:
             return None if wait is None else 0.0  # a replay meets the failure again, not the wait
-        if isinstance(error, RateLimitError) and not isinstance(error, QuotaError) and self.limiter is not None:
+        if isinstance(error, RateLimitError) and not isinstance(error, QuotaError) and self.admission is not None:
             pause = wait or error.retry_after or policy.first_delay
-            if pause <= policy.max_retry_after:
+            if pause <= policy.max_retry_after and self.limiter is not None:
                 self.limiter.rejected(self.admission, pause)
                 return None if wait is None else 0.0  # the limiter holds everybody back, this call included
         return wait
@@ -267,7 +280,7 @@ class Attempts:
     def _ended_in_record(self) -> bool:
         """Tell whether the recorded call gave up here (its deadline, fewer attempts): a replay does the same."""
         tape, slot = self.tape, self.slot
-        if self.admission is not None or tape is None or slot is None or tape.records:
+        if self.is_live or tape is None or slot is None or tape.records:
             return False
         return 0 < len(slot.rows) <= slot.played
 
@@ -283,7 +296,7 @@ class Attempts:
             status=reply.status if reply is not None else None,
             ms=round(reply.milliseconds, 3) if reply is not None else None,
             ttft=round(reply.chunks[0][1], 3) if reply is not None and reply.chunks else None,
-            replayed=self.admission is None,
+            replayed=not self.is_live,
             error=type(error).__name__ if error is not None else None,
             code=getattr(error, "code", None),
             **tracing.usage_facts(completion.usage if completion is not None else None),

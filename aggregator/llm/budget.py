@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -239,21 +239,20 @@ def upper_tokens(body: bytes, call: ChatCall) -> tuple[int, int]:
     A token of text covers at least one byte, and the JSON around each message more bytes than a chat template adds
     tokens; images count apart, since their tokens do not depend on their bytes.
     """
-    images, image_bytes = _images(call.messages)
-    output = (call.max_tokens or ASSUMED_OUTPUT) * (call.n or 1)
-    return len(body) - image_bytes + images * IMAGE_TOKENS, output
-
-
-def _images(messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    images = image_bytes = 0
-    for message in messages:
+    given = len(body)
+    for message in call.messages:
         content = message.get("content")
         if type(content) is not str and isinstance(content, list | tuple):
-            for part in content:
-                if isinstance(part, Mapping) and part.get("type") != "text":
-                    images += 1
-                    image_bytes += _data_bytes(part)
-    return images, image_bytes
+            given += sum([_image_tokens(part) for part in content])
+    answered = ASSUMED_OUTPUT if call.max_tokens is None else call.max_tokens
+    return given, answered if call.n is None else answered * call.n
+
+
+def _image_tokens(part: Any) -> int:
+    """What a part that is no text adds to the count of bytes."""
+    if not isinstance(part, Mapping) or part.get("type") == "text":
+        return 0
+    return IMAGE_TOKENS - _data_bytes(part)
 
 
 def _data_bytes(part: Mapping[str, Any]) -> int:

@@ -133,9 +133,6 @@ class LLM:
             tool_choice=tool_choice,
             extra=extra or {},
         )
-        return await self._complete(call, validate)
-
-    async def _complete(self, call: ChatCall, validate: Validate | None) -> Completion:
         attempts = Attempts(self._line, self.timeout)
         transcript = current_transcript()
         shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None

@@ -42,7 +42,6 @@ class Limiter:
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._requests = Pace.per_minute(rpm)
         self._tokens = Pace.per_minute(tpm)
-        self._is_paced = rpm is not None or tpm is not None
         self._learned = LearnedPace()
         self._paused_until = 0.0
         self._turn = asyncio.Lock()
@@ -57,7 +56,6 @@ class Limiter:
             self.rpm, self._requests = rpm, Pace.per_minute(rpm)
         if tpm is not None and (self.tpm is None or tpm < self.tpm):
             self.tpm, self._tokens = tpm, Pace.per_minute(tpm)
-        self._is_paced = self.rpm is not None or self.tpm is not None
 
     @property
     def in_flight(self) -> int:
@@ -121,13 +119,16 @@ class Limiter:
         ready = self._learned.ready_at
         if self._paused_until > ready:
             ready = self._paused_until
-        if self._is_paced:
-            ready = max(ready, self._requests.ready_at(), self._tokens.ready_at(tokens))
+        if self.rpm is not None:
+            ready = max(ready, self._requests.ready_at())
+        if self.tpm is not None:
+            ready = max(ready, self._tokens.ready_at(tokens))
         return ready
 
     def _take(self, tokens: float, now: float) -> Admission:
-        if self._is_paced:
+        if self.rpm is not None:
             self._requests.take(1.0, now)
+        if self.tpm is not None:
             self._tokens.take(tokens, now)
         return self._learned.take(now, tokens)
 

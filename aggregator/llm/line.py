@@ -51,9 +51,11 @@ class Line(Struct, kw_only=True):
 
     def most(self, call: ChatCall, request: HTTPRequest, budgets: Sequence[Budget]) -> Amount:
         """Return the most that one request can cost; raises ConfigError where a price is needed and unknown."""
-        needed = [budget for budget in budgets if budget.needs_tokens]
-        if not needed:
+        needs_tokens = needs_price = False
+        for budget in budgets:
+            needs_tokens = needs_tokens or budget.needs_tokens
+            needs_price = needs_price or budget.usd is not None
+        if not needs_tokens:
             return _ONE_CALL
         given, answered = upper_tokens(request.body, call)
-        in_usd = any(budget.usd is not None for budget in needed)
-        return Amount(pico(self.price().most(given, answered)) if in_usd else 0, given + answered, 1)
+        return Amount(pico(self.price().most(given, answered)) if needs_price else 0, given + answered, 1)

@@ -51,9 +51,9 @@ def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
     """
     if isinstance(messages, str):
         return ({"role": "user", "content": messages},)
-    if isinstance(messages, Mapping | Message | Completion):
+    if type(messages) is not list and isinstance(messages, Mapping | Message | Completion):
         messages = [messages]
-    if not isinstance(messages, Iterable) or isinstance(messages, bytes):
+    if type(messages) is not list and (not isinstance(messages, Iterable) or isinstance(messages, bytes)):
         raise ConfigError(f"Expected messages as a text or a list of dicts, got {messages!r}")
     found = tuple([_message(message, i) for i, message in enumerate(messages)])
     if not found:

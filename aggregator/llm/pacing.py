@@ -91,7 +91,7 @@ class LearnedPace:
     def take(self, now: float, tokens: float = 0.0) -> Admission:
         """Send one request now."""
         stretch = self._stretch
-        if stretch.accepted == 0 and stretch.start == inf:
+        if stretch.start == inf:
             stretch.start = now
             if self._ended is not None:  # only now have its last answers come in
                 self._learn(self._ended)

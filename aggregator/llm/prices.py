@@ -53,7 +53,8 @@ class Price(Struct, frozen=True, kw_only=True):
 
     def most(self, input_tokens: int, output_tokens: int) -> float:
         """Return the USD that so many tokens cost at most."""
-        return (input_tokens * max(self.input, self.cached or 0.0) + output_tokens * self.output) / 1e6
+        dearest = self.input if self.cached is None or self.cached < self.input else self.cached
+        return (input_tokens * dearest + output_tokens * self.output) / 1e6
 
 
 Prices = Mapping[str, Price]

@@ -121,7 +121,11 @@ class StreamedAttempts(Attempts):
             raise
         finally:
             self.settle(completion, error)
-            self._keep(completion, error)
+            if self.is_live and self.slot is not None:
+                if self._head is not None:
+                    lost = isinstance(error, APIConnectionError) and not self._body
+                    self.reply = None if lost else self._so_far()
+                self._record(completion, error)
         if completion is not None:
             yield completion
 
@@ -149,8 +153,8 @@ class StreamedAttempts(Attempts):
 
     async def _live(self) -> AsyncGenerator[bytes, None]:
         """The pieces as they come over the network."""
-        self.line.endpoint.require_key()
-        await self.admit()
+        if not self.try_admit():
+            await self.admit()
         self._sent_at = perf_counter()
         async with _opened(self.line.transport, self.request, self.timeout()) as opened:
             self._head = {"status": opened.status, "headers": opened.headers, "reason": opened.reason}
@@ -169,15 +173,6 @@ class StreamedAttempts(Attempts):
             milliseconds=(perf_counter() - self._sent_at) * 1e3,
             **(self._head or {}),
         )
-
-    def _keep(self, completion: Completion | None, error: BaseException | None) -> None:
-        """Write what came to the tape, also where it was cut short or not read to its end."""
-        if self.tape is None or self.slot is None:
-            return
-        if self._head is not None and (self._body or not isinstance(error, APIConnectionError)):
-            self._record(self._so_far(), completion)
-        elif isinstance(error, APIConnectionError) and self.admission is not None:
-            self.tape.record_failure(self.slot, error)
 
 
 async def _paced(reply: HTTPReply, delay: float) -> AsyncGenerator[bytes, None]:

@@ -11,7 +11,7 @@ import asyncio
 import atexit
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -68,12 +68,52 @@ class _Sessions(Struct):
     lifetime: AsyncGenerator[None, None]
     proxies: Mapping[str, str]
 
+    def request(self, session: aiohttp.ClientSession, request: HTTPRequest) -> Awaitable[aiohttp.ClientResponse]:
+        """Begin a request on one of the two."""
+        url = _parsed(request.url)
+        return session.request(
+            request.method,
+            url,
+            data=request.body,
+            headers=request.headers,
+            allow_redirects=False,
+            proxy=_proxy(self.proxies, url) if self.proxies else None,
+        )
+
     async def close(self) -> None:
         """Close every connection; one more turn of the loop lets the sockets go."""
         for session in (self.pooled, self.single):
             if session is not None:
                 await session.close()
         await asyncio.sleep(0)
+
+
+class _Deadline:
+    """`asyncio.timeout` for the hot path: the same rules without its two coroutines per use."""
+
+    __slots__ = ("_expired", "_handle", "_task", "_timeout")
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._expired = False
+        self._handle: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> None:
+        if self._timeout is not None:
+            self._task = asyncio.current_task()
+            self._handle = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._handle is None:
+            return
+        self._handle.cancel()
+        if self._expired and self._task is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise TimeoutError from error
 
 
 class AiohttpTransport:
@@ -99,7 +139,7 @@ class AiohttpTransport:
         """
         started = perf_counter()
         try:
-            async with asyncio.timeout(timeout):
+            with _Deadline(timeout):
                 response = await self._open(request)
                 body = await response.read()
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
@@ -130,28 +170,14 @@ class AiohttpTransport:
         sessions = self._loops.get(asyncio.get_running_loop()) or await self._start()
         _made_connection.set(False)
         try:
-            return await self._request(sessions.pooled, sessions, request)
+            return await sessions.request(sessions.pooled, request)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             if _made_connection.get():
                 raise
         # Not from the pool again: its other connections have died of the same cause.
         if sessions.single is None:
             sessions.single = self._session(force_close=True)
-        return await self._request(sessions.single, sessions, request)
-
-    @staticmethod
-    async def _request(
-        session: aiohttp.ClientSession, sessions: _Sessions, request: HTTPRequest
-    ) -> aiohttp.ClientResponse:
-        url = _parsed(request.url)
-        return await session.request(
-            request.method,
-            url,
-            data=request.body,
-            headers=request.headers,
-            allow_redirects=False,
-            proxy=_proxy(sessions.proxies, url) if sessions.proxies else None,
-        )
+        return await sessions.request(sessions.single, request)
 
     async def _start(self) -> _Sessions:
         """Make this loop's sessions, and tie their life to the loop's."""
