@@ -13,7 +13,7 @@ from aggregator.llm.codecs.anthropic_messages import messages_of, system_of, too
 from aggregator.llm.codecs.failures import fault_in_event, fault_inside, request_id, status_error
 from aggregator.llm.codecs.finish import REASONS
 from aggregator.llm.codecs.lenient import excerpt, read
-from aggregator.llm.codecs.requests import post, secrets
+from aggregator.llm.codecs.requests import Envelope, secrets
 from aggregator.llm.codecs.sse import Event, EventReader, read_other
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
@@ -84,6 +84,7 @@ class AnthropicMessages:
 
     def __init__(self, target: Target) -> None:
         self.target = msgspec.structs.replace(target, headers={"anthropic-version": VERSION, **target.headers})
+        self._envelope = Envelope(self.target)
         self._url = f"{target.base_url.rstrip('/').removesuffix('/v1')}/v1/messages"
 
     def encode(self, call: ChatCall) -> HTTPRequest:
@@ -106,7 +107,7 @@ class AnthropicMessages:
             "stream": call.stream or None,
         }
         body = {name: value for name, value in fields.items() if value is not None}
-        return post(self.target, self._url, {**body, **call.extra}, stream=call.stream)
+        return self._envelope.post(self._url, {**body, **call.extra}, stream=call.stream)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read a message; raises LLMError where there is none."""

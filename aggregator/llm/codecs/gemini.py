@@ -15,7 +15,7 @@ from aggregator.llm.codecs.failures import fault_inside, request_id, status_erro
 from aggregator.llm.codecs.finish import finish_reason
 from aggregator.llm.codecs.gemini_messages import contents_of, system_of, tool_config_of, tools_of
 from aggregator.llm.codecs.lenient import excerpt, fit, parse, read
-from aggregator.llm.codecs.requests import post, secrets
+from aggregator.llm.codecs.requests import Envelope, secrets
 from aggregator.llm.codecs.sse import Event, EventReader, read_other
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
@@ -106,6 +106,7 @@ class GeminiGenerate:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self._envelope = Envelope(target)
 
     def url(self, call: ChatCall) -> str:
         """Where this call is posted."""
@@ -126,7 +127,7 @@ class GeminiGenerate:
         extra = dict(call.extra)
         if isinstance(more := extra.get("generationConfig"), Mapping):  # adds to our options, replaces none unsaid
             extra["generationConfig"] = {**body.get("generationConfig", {}), **more}
-        return post(self.target, self.url(call), {**body, **extra}, stream=call.stream)
+        return self._envelope.post(self.url(call), {**body, **extra}, stream=call.stream)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer; raises LLMError where the prompt was blocked or no candidate came."""

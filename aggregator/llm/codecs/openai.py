@@ -12,7 +12,7 @@ from aggregator.llm.codecs.finish import REASONS, finish_reason
 from aggregator.llm.codecs.lenient import excerpt, read
 from aggregator.llm.codecs.openai_answers import DECODER, Answer, WireChoice, WireMessage, message_of, usage_of
 from aggregator.llm.codecs.openai_stream import ChatStream
-from aggregator.llm.codecs.requests import post, secrets
+from aggregator.llm.codecs.requests import Envelope, secrets
 from aggregator.llm.codecs.sse import read_other
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest
 
@@ -24,11 +24,13 @@ class OpenAIChat:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self._envelope = Envelope(target)
+        self._urls: dict[str, str] = {}
         host = urlsplit(target.base_url).hostname or ""
         self._official = host.endswith(("api.openai.com", ".azure.com"))
 
     def url(self, call: ChatCall) -> str:
-        """Where this call is posted."""
+        """Where calls of this model are posted."""
         address, question, query = self.target.base_url.partition("?")
         return f"{address.rstrip('/')}/chat/completions{question}{query}"
 
@@ -36,7 +38,7 @@ class OpenAIChat:
         """Return the request; what was not said is not sent."""
         options = self.target.options
         cap = call.max_tokens if call.max_tokens is not None else options.get("max_tokens")
-        newer = self._official and _REASONING_MODEL.match(call.model) is not None
+        newer = cap is not None and self._official and _REASONING_MODEL.match(call.model) is not None
         fields = {
             "model": call.model,
             "messages": call.messages,
@@ -53,7 +55,8 @@ class OpenAIChat:
             "stream_options": {"include_usage": True} if call.stream and options.get("stream_options", True) else None,
         }
         body = {name: value for name, value in fields.items() if value is not None}
-        return post(self.target, self.url(call), {**body, **call.extra}, stream=call.stream)
+        url = self._urls.get(call.model) or self._urls.setdefault(call.model, self.url(call))
+        return self._envelope.post(url, {**body, **call.extra} if call.extra else body, stream=call.stream)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer in whatever shape it came."""
