@@ -20,6 +20,7 @@ from math import ceil, inf
 from typing import Any, NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import astuple
 
 from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError
 from aggregator.llm.calls import ChatCall
@@ -40,7 +41,7 @@ class Spending(Struct, frozen=True, kw_only=True):
     calls: int = 0
 
 
-class Amount(NamedTuple):
+class Amount(Struct, frozen=True):
     """The same as whole numbers."""
 
     pico: int = 0
@@ -77,8 +78,8 @@ class Budget:
     @property
     def spent(self) -> Spending:
         """What was spent so far."""
-        pico, tokens, calls = self._spent
-        return Spending(usd=pico / _PICO, tokens=tokens, calls=calls)
+        spent = self._spent
+        return Spending(usd=spent.pico / _PICO, tokens=spent.tokens, calls=spent.calls)
 
     @property
     def reserved(self) -> Spending:
@@ -121,14 +122,13 @@ class Budget:
     def settle(self, reserved: Amount, spent: Amount) -> None:
         """Replace a reservation by what was really spent, and let those go on that fit now."""
         with self._lock:
-            pico, tokens, calls = self._taken
+            taken, total = self._taken, self._spent
             self._taken = Amount(
-                pico - reserved.pico + spent.pico,
-                tokens - reserved.tokens + spent.tokens,
-                calls - reserved.calls + spent.calls,
+                taken.pico - reserved.pico + spent.pico,
+                taken.tokens - reserved.tokens + spent.tokens,
+                taken.calls - reserved.calls + spent.calls,
             )
-            pico, tokens, calls = self._spent
-            self._spent = Amount(pico + spent.pico, tokens + spent.tokens, calls + spent.calls)
+            self._spent = Amount(total.pico + spent.pico, total.tokens + spent.tokens, total.calls + spent.calls)
             served = self._serve() if self._waiting else ()
         for waiter, refusal in served:
             self._wake(waiter, refusal)
@@ -185,7 +185,7 @@ class Budget:
     def _refusal(self, amount: Amount) -> BudgetExceededError | None:
         """The error for what cannot fit any more, whatever those in flight will have cost."""
         limits = (self._most_pico, self._most_tokens, self._most_calls)
-        for name, limit, spent, wanted in zip(_NAMES, limits, self._spent, amount, strict=True):
+        for name, limit, spent, wanted in zip(_NAMES, limits, astuple(self._spent), astuple(amount), strict=True):
             if spent + wanted > limit:
                 unit = _PICO if name == "usd" else 1
                 return BudgetExceededError(

@@ -81,6 +81,13 @@ class StreamedAttempts(Attempts):
 
     __slots__ = ("_body", "_chunks", "_head", "_sent_at")
 
+    def begin(self) -> None:
+        """Begin the next attempt, with nothing read yet."""
+        super().begin()
+        self._body: list[bytes] = []
+        self._chunks: list[tuple[int, float]] = []
+        self._head: dict[str, Any] | None = None
+
     async def deltas(self) -> AsyncGenerator[str | Completion, None]:
         """Yield the text as it comes, the whole answer last; try again as long as nothing was yielded."""
         while True:
@@ -103,9 +110,6 @@ class StreamedAttempts(Attempts):
     async def _stream(self) -> AsyncGenerator[str | Completion, None]:
         """One attempt: play or send. Whatever happens, what came is recorded and the budget settled."""
         self.begin()
-        self._body: list[bytes] = []
-        self._chunks: list[tuple[int, float]] = []
-        self._head: dict[str, Any] | None = None
         await self.reserve()
         completion: Completion | None = None
         error: BaseException | None = None
