@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from aggregator.cassettes.documents import parse_document
 from aggregator.cassettes.exchanges import Exchange, encode_line
-from aggregator.cassettes.foreign import interactions_of, to_exchange
+from aggregator.cassettes.foreign import facts_of, interactions_of, to_exchange
 from aggregator.cassettes.keys import Ignore, request_key
 from aggregator.cassettes.redaction import redact_line, redact_request
 from aggregator.cassettes.rows import REMEDY, Recording, index_lines
@@ -21,14 +21,15 @@ def read_blocks(
     """Read a YAML or JSON cassette; `intact` says that it states its hash, `skipped` how many lines came before."""
     document, starts = parse_document(content, where)
     items = interactions_of(document, where)
-    ours = [isinstance(item.get("x"), dict) and "sha256" in item["x"] for item in items]
+    facts = [facts_of(item) for item in items]
+    ours = ["sha256" in fact for fact in facts]
     calls: dict[bytes, int] = {}
     lines: list[bytes] = []
     for index, item in enumerate(items):
         place = f"{where}:{starts.get(id(item), 0) + skipped}" if starts else f"{where}, interaction {index + 1}"
-        exchange = to_exchange(item, place)
+        exchange = to_exchange(item, facts[index] if ours[index] else {}, place)
         lines.append(
-            _checked(item, exchange, place) if ours[index] else _adopted(exchange, index, calls, redact=redact)
+            _checked(facts[index], exchange, place) if ours[index] else _adopted(exchange, index, calls, redact=redact)
         )
     findings = []
     if any(ours) and not intact and not skipped:
@@ -41,10 +42,10 @@ def read_blocks(
     )
 
 
-def _checked(item: dict[str, Any], exchange: Exchange, place: str) -> bytes:
+def _checked(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     """Return the journal line of one of our own, whose hash must be right."""
     line = encode_line(exchange)
-    if not line.endswith(b',"sha256":"%b"}}' % str(item["x"]["sha256"]).encode()):
+    if not line.endswith(b',"sha256":"%b"}}' % str(facts["sha256"]).encode()):
         raise CassetteDamagedError(
             f"expected the exchange whose hash stands beside it, got another - at {place}; {REMEDY}"
         )

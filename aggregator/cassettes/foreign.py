@@ -37,11 +37,23 @@ def interactions_of(document: Any, where: str) -> list[dict[str, Any]]:
     return items
 
 
-def to_exchange(item: Mapping[str, Any], place: str) -> Exchange:
+def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our own facts of an interaction, {} where another tool recorded it."""
+    x = item.get("x")
+    try:
+        facts = msgspec.json.decode(x) if isinstance(x, str) else x
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -> Exchange:
     """Return one interaction as it was on the wire; `place` is its file and line, for errors."""
     try:
         return Exchange(
-            request=_request(item["request"]), reply=_reply(item["response"], place), facts=_facts(item.get("x"))
+            request=_request(item["request"]),
+            reply=_reply(item["response"], place),
+            facts=msgspec.convert(facts or {"lineage": ""}, Facts),
         )
     except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
         if isinstance(error, CassetteDamagedError | CassetteRefusedError):
@@ -51,10 +63,6 @@ def to_exchange(item: Mapping[str, Any], place: str) -> Exchange:
             f"got one that does not fit ({type(error).__name__}: {error}) - at {place}; "
             "restore the file, or delete it and record again"
         ) from error
-
-
-def _facts(x: Any) -> Facts:
-    return msgspec.convert(x, Facts) if isinstance(x, dict) else Facts(lineage="")
 
 
 def _request(request: Mapping[str, Any]) -> HTTPRequest:

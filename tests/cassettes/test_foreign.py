@@ -292,3 +292,12 @@ def test_the_secrets_of_a_foreign_cassette_can_be_seen(tmp_path: Path) -> None:
         assert recording is not None
         line = bytes(recording.rows[0].line)
         assert line.count(b"abc") == (0 if redact else 4)
+
+
+@pytest.mark.parametrize("x", ["x: {note: mine}", "x: hello", "x: [1]", "x: '{\"lineage\": 5}'"])
+def test_an_x_of_another_tool_is_not_ours(tmp_path: Path, x: str) -> None:
+    """A key of that name that another tool wrote is passed over."""
+    path = tmp_path / "a.yaml"
+    block = BLOCK.format(request="body: '{}'", response="body: {string: hi}", headers="{}")
+    path.write_text(f"{block}  {x}\n")
+    assert one(path).reply.body == b"hi"
