@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import time
+from typing import ClassVar
 
 TEXT = "The ticket names an invoice, so it belongs to billing. " * 24
 ANSWER = json.dumps(
@@ -70,7 +71,7 @@ class Bucket:
 class Chat(asyncio.Protocol):
     """One connection: requests in, the fixed answer out."""
 
-    counts = {"requests": 0, "refused": 0, "closed_waiting": 0}
+    counts: ClassVar = {"requests": 0, "refused": 0, "closed_waiting": 0}
     delay = 0.0
     bucket = Bucket(0, 0)
 

@@ -7,7 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.harness import Case, Options, background, call, measure
 from benchmarks.report import Report, Target
@@ -136,7 +136,7 @@ class _Clients:
         }
         return makers[client]()
 
-    async def __aenter__(self) -> _Clients:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -191,7 +191,7 @@ async def cancelled(url: str, in_flight: int) -> dict[str, float]:
     from aggregator import LLM
 
     llm = LLM("benchmark", base_url=url, api_key="none", max_concurrency=in_flight)
-    own = {asyncio.current_task()}
+    own, before = {asyncio.current_task()}, (await _counts(url))["closed_waiting"]
     tasks = []
     try:
         async with asyncio.TaskGroup() as group:
@@ -204,7 +204,7 @@ async def cancelled(url: str, in_flight: int) -> dict[str, float]:
         pass
     seen = 0
     while seen < in_flight and time.perf_counter() - started < 2:
-        seen = (await _counts(url))["closed_waiting"]
+        seen = (await _counts(url))["closed_waiting"] - before
     took = time.perf_counter() - started
     return {"cancelled": in_flight, "seen": seen, "ms": took * 1e3, "tasks left": len(asyncio.all_tasks() - own)}
 
