@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long test-peers test-vcrpy check format bench record wheel clean
+.PHONY: help demo test test-long test-peers test-vcrpy test-trace check format bench record wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ test-peers: $(VENV)/.dev ## Run the client against real servers on loopback (ins
 
 test-vcrpy: ## Run the vcrpy adapter's tests on the oldest supported vcrpy and on the newest
 	PYTHON=$(PYTHON) bash tests/cassettes/vcr_matrix.sh
+
+test-trace: ## Run Trace's own optimizers through the adapter, in an environment of its own
+	$(PYTHON) -m venv build/trace
+	build/trace/bin/python -m pip install --quiet --disable-pip-version-check '.[trace]' pytest pytest-asyncio
+	LITELLM_LOCAL_MODEL_COST_MAP=True build/trace/bin/python -m pytest -q -p no:cacheprovider tests/training/test_trace_adapter.py
 
 check: $(VENV)/.dev ## Lint, format and type checks
 	$(BIN)/ruff check .

@@ -122,8 +122,12 @@ def run_case(case: Case, python: str = sys.executable) -> Figures:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with the repository importable and no proxy between a client and the loopback."""
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    """This process's environment, with the repository importable and no proxy between a client and the loopback.
+
+    Bytecode is written, as for an installed package; a peer's was when it was installed.
+    """
+    left_out = {"PYTHONDONTWRITEBYTECODE"}
+    kept = {k: v for k, v in os.environ.items() if k not in left_out and not k.lower().endswith("_proxy")}
     return {**kept, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
