@@ -131,7 +131,22 @@ def pretty(value: Any) -> str:
       "k": 3
     }
     """
-    return msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode()
+    return msgspec.json.format(msgspec.json.encode(ordered(value), enc_hook=str), indent=2).decode()
+
+
+def ordered(value: Any) -> Any:
+    """Return a value in the order it came, with sets, whose order is another in every process, as sorted lists.
+
+    >>> ordered({"b": {3, 1}, "a": 0})
+    {'b': [1, 3], 'a': 0}
+    """
+    if isinstance(value, Mapping):
+        return {key: ordered(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [ordered(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(ordered, value), key=lambda item: msgspec.json.encode(item, enc_hook=str))
+    return value
 
 
 def number(value: float) -> str:
@@ -161,7 +176,7 @@ def _digest(text: str, limit: int = FEEDBACK_DIGEST) -> str:
 
 def digest_of(update: Values) -> str:
     """Write an earlier update as one bounded line."""
-    return _digest(msgspec.json.encode(update, enc_hook=str).decode(), UPDATE_DIGEST)
+    return _digest(msgspec.json.encode(ordered(update), enc_hook=str).decode(), UPDATE_DIGEST)
 
 
 def verdict(report: StepReport) -> str:

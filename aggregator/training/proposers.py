@@ -23,6 +23,7 @@ from aggregator.training.prompts import (
     PROPOSER_SYSTEM_PROMPT,
     digest_of,
     number,
+    ordered,
     proposal_messages,
     verdict,
 )
@@ -168,6 +169,6 @@ def render(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
-        return msgspec.json.encode(value).decode()
+        return msgspec.json.encode(ordered(value)).decode()
     except (TypeError, ValueError):
         return f"<{type(value).__name__}>" if " at 0x" in repr(value) else repr(value)
