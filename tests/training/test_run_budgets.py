@@ -1,0 +1,80 @@
+"""A budget counts every call of a run, and the run ends with what it reached when it is used up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from router_runs import train
+
+from aggregator import Budget
+from aggregator.errors import BudgetExceededError
+from aggregator.llm.budget import spending
+from aggregator.testing.simulated_model import SimulatedModel
+from aggregator.training.checkpoints import RESULT, load_result
+
+
+@pytest.fixture
+def server() -> Iterator[SimulatedModel]:
+    with SimulatedModel() as model:
+        yield model
+
+
+def paid(server: SimulatedModel) -> int:
+    return sum(server.calls.values())
+
+
+@pytest.mark.parametrize("concurrency", [1, 8, 64])
+@pytest.mark.parametrize("calls", [0, 3, 30, 75])
+def test_no_call_is_made_beyond_the_budget(
+    server: SimulatedModel, tmp_path: Path, calls: int, concurrency: int
+) -> None:
+    """Agent, optimizer, aggregator and gate count together; the error carries the partial result, also on disk."""
+    budget = Budget(calls=calls)
+    with pytest.raises(BudgetExceededError, match=f"the budget of {calls} calls is used up") as caught:
+        train(server.base_url, budget=budget, run_dir=tmp_path / "run", max_concurrency=concurrency)
+    assert paid(server) == budget.spent.calls == calls
+    assert caught.value.result is not None
+    assert len(caught.value.result.history) < 8
+    assert load_result(tmp_path / "run" / RESULT).parameters == caught.value.result.parameters
+    assert (len(caught.value.result.history) > 0) == (calls >= 30)
+
+
+def test_a_run_goes_on_with_a_larger_budget(server: SimulatedModel, tmp_path: Path) -> None:
+    """What was paid is not paid again, and the result is that of a run that was never short."""
+    train(server.base_url, run_dir=tmp_path / "whole")
+    unbroken = paid(server)
+    with pytest.raises(BudgetExceededError):
+        train(server.base_url, budget=Budget(calls=70), run_dir=tmp_path / "short")
+    train(server.base_url, budget=Budget(calls=1000), run_dir=tmp_path / "short", resume=True)
+    assert (tmp_path / "short" / RESULT).read_bytes() == (tmp_path / "whole" / RESULT).read_bytes()
+    assert paid(server) == 2 * unbroken
+
+
+def test_one_budget_serves_several_runs(server: SimulatedModel) -> None:
+    """Two runs with models of their own share what is left."""
+    train(server.base_url)
+    one_run = paid(server)
+    budget = Budget(calls=one_run + 10)
+    train(server.base_url, budget=budget)
+    with pytest.raises(BudgetExceededError):
+        train(server.base_url, budget=budget)
+    assert budget.spent.calls == one_run + 10 == paid(server) - one_run
+
+
+def test_a_budget_around_a_run_counts_it_too(server: SimulatedModel) -> None:
+    """A run without a budget still counts in the one that its caller opened."""
+    outer = Budget(calls=20)
+    with pytest.raises(BudgetExceededError), spending(outer):
+        train(server.base_url)
+    assert outer.spent.calls == paid(server) == 20
+
+
+def test_usage_without_a_price_stands_in_the_warnings(server: SimulatedModel) -> None:
+    """A cost that nobody knows is not 0: the result says so for each role."""
+    result = train(server.base_url)
+    assert {role: usage.cost for role, usage in result.usage.items()} == dict.fromkeys(result.usage)
+    assert [warning.split(";")[0] for warning in result.warnings] == [
+        f"the cost of {usage.calls} calls of the {role} is unknown" for role, usage in result.usage.items()
+    ]
