@@ -7,8 +7,7 @@ path: nothing is awaited, and no object made, that an undisturbed call does not 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Mapping
 from math import inf
 
 from aggregator.cassettes.clients import passing
@@ -26,7 +25,6 @@ from aggregator.llm.retry import was_sent
 from aggregator.records import Completion, HTTPReply, HTTPRequest, Usage
 
 _NO_HEADERS: Mapping[str, str] = {}
-_NO_TAPE = nullcontext()
 
 
 def _never(error: LLMError) -> object:
@@ -124,12 +122,13 @@ class Attempts:
             await self.reserve()
         completion = error = None
         try:
-            reply = None if self.slot is None else await self._play()
-            if reply is None:
+            reply = self._play()
+            if reply is not None and self.tape is not None:
+                await asyncio.sleep(self.tape.delay(reply))  # at least one turn, as a live answer would take
+            else:
                 if not self.try_admit():
                     await self.admit()
-                with _NO_TAPE if self.tape is None else passing():  # the patches of `clients=` must not ask it again
-                    reply = self.reply = await self.line.transport.send(self.request, timeout=self.timeout())
+                reply = self.reply = await (self._send() if self.tape is None else self._send_past_tape())
                 self.heard(reply.status, reply.headers)
             completion = self._decode(reply)
         except BaseException as caught:
@@ -169,15 +168,20 @@ class Attempts:
                 budget.settle(amount, NOTHING)
             raise
 
-    async def _play(self) -> HTTPReply | None:
-        tape, slot = self.tape, self.slot
-        assert tape is not None
-        assert slot is not None
-        reply = tape.play(slot)
-        if reply is not None:
-            self.reply, self.sent = reply, True
-            await asyncio.sleep(tape.delay(reply))  # at least one turn, as a live answer would take
+    def _play(self) -> HTTPReply | None:
+        """The next recorded answer of this call; None to go live."""
+        if self.tape is None or self.slot is None:
+            return None
+        self.reply = reply = self.tape.play(self.slot)
+        self.sent = reply is not None
         return reply
+
+    def _send(self) -> Awaitable[HTTPReply]:
+        return self.line.transport.send(self.request, timeout=self.timeout())
+
+    async def _send_past_tape(self) -> HTTPReply:
+        with passing():  # the tape has been asked: the patches of `clients=` must not ask it again
+            return await self._send()
 
     def try_admit(self) -> bool:
         """Go live, if that needs no waiting."""

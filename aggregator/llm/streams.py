@@ -134,11 +134,8 @@ class StreamedAttempts(Attempts):
             yield completion
 
     def _source(self) -> AsyncGenerator[bytes, None]:
-        tape, slot = self.tape, self.slot
-        if tape is not None and slot is not None and (reply := tape.play(slot)) is not None:
-            self.reply, self.sent = reply, True
-            return _paced(reply, tape.delay(reply))
-        return self._live()
+        reply = self._play()
+        return self._live() if reply is None or self.tape is None else _paced(reply, self.tape.delay(reply))
 
     async def _read(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[str | Completion, None]:
         codec = self.line.endpoint.codec
