@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         print(f"expected names of {', '.join(names)}; got {', '.join(unknown)}", file=sys.stderr)
         return 2
+    if asked.peers_python and not Path(asked.peers_python).is_file():
+        print(f"expected --peers-python to name an interpreter, got {asked.peers_python}", file=sys.stderr)
+        return 2
     options = Options(peers_python=asked.peers_python, repetitions=asked.repetitions, quick=asked.quick)
     where, reports, failed = machine(), [], False
     for name in asked.names or names:
