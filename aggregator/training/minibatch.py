@@ -15,7 +15,7 @@ from aggregator.observing.console import ConsoleLogger
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.context import current_step
+from aggregator.training.context import current_step, step_context
 from aggregator.training.executors import AsyncExecutor
 from aggregator.training.failures import ends_run, failure, root_of
 from aggregator.training.gates import always, improves_on_batch
@@ -208,7 +208,15 @@ class Minibatch:
 
     async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
         """Run the agent on one instance, judge the output, and return the new parameter values it asks for."""
-        return await self.propose(await self.observe(agent, x, guide, info, verbose))
+        step = current_step()
+        if agent is not self.agent:  # a copy, say: the prompt shows the values that this agent ran with
+            step = replace(step, parameters=self._parameters_of(agent))
+        with step_context(step):
+            return await self.propose(await self.observe(agent, x, guide, info, verbose))
+
+    def _parameters_of(self, agent: Any) -> list[Any]:
+        names = {parameter.name for parameter in self.parameters()}
+        return [parameter for parameter in agent.parameters() if parameter.name in names]
 
     async def observe(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Rollout:
         """Run the agent on one instance and judge the output."""
