@@ -58,4 +58,5 @@ class Line(Struct, kw_only=True):
         if not needs_tokens:
             return _ONE_CALL
         given, answered = upper_tokens(request.body, call)
-        return Amount(pico(self.price().most(given, answered)) if needs_price else 0, given + answered, 1)
+        price = (self.known_price or self.price()) if needs_price else None
+        return Amount(0 if price is None else pico(price.most(given, answered)), given + answered, 1)
