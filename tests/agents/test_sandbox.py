@@ -22,7 +22,7 @@ from aggregator.agents.workers import pool
 
 WORDS = ["alpha", "beta"]
 SMALL = Limits(seconds=0.3, memory=128 << 20, output=1 << 20)
-PATIENT = Limits(seconds=30.0, memory=128 << 20, output=1 << 20)  # a busy machine does not run into the time limit first
+PATIENT = Limits(seconds=30.0, memory=128 << 20, output=1 << 20)  # for a busy machine
 
 
 class Agent(Module):
