@@ -23,6 +23,7 @@ _END = b'"}}'
 _TAIL = len(_HASH) + 64 + len(_END)
 # what PyYAML refuses or folds although JSON allows it raw: DEL, C1 controls, U+2028, U+2029, U+FEFF, U+FFFE, U+FFFF
 NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+_ODD_STARTS = (b"\x7f", b"\xc2", b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xef")  # of those in UTF-8
 _BINARY = re.compile(rb'("(?:[^"\\]|\\.)*")|!!binary ("[A-Za-z0-9+/=]*")')
 
 
@@ -98,8 +99,11 @@ class _Answer(Struct, frozen=True, gc=False):
     x: Facts
 
 
-class _WholeRequest(_Request, frozen=True):
+class _WholeRequest(Struct, frozen=True):
+    method: str
+    uri: str
     headers: dict[str, list[str]] = {}
+    body: Any = ""
 
 
 class _Whole(Struct, frozen=True):
@@ -118,32 +122,31 @@ Buffer = bytes | memoryview
 
 def encode_line(exchange: Exchange) -> bytes:
     """Return the exchange as one line, without a line break, with its hash."""
-    line = _encode({**interaction(exchange), "x": exchange.facts})
-    if not line.isascii() or b"\x7f" in line:
-        line = NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", line.decode()).encode()
-    line = line[:-2]
-    return b"".join((line, _HASH, sha256(line).hexdigest().encode(), _END))
-
-
-def interaction(exchange: Exchange) -> dict[str, Any]:
-    """Return the exchange in vcrpy's shape."""
     request, reply = exchange.request, exchange.reply
-    return {
-        "request": {
-            "method": request.method,
-            "uri": request.url,
-            "headers": {name: [value] for name, value in request.headers.items()},
-            "body": _text(request.body),
-        },
-        "response": {
-            "status": {"code": reply.status, "message": reply.reason},
-            "headers": {name: [value] for name, value in reply.headers.items()},
-            "body": {"string": _text(reply.body)},
-        },
-    }
+    asked = {name: [value] for name, value in request.headers.items()}
+    answered = {name: [value] for name, value in reply.headers.items()}
+    body = _Body(_text(reply.body))
+    line = _encode(
+        _Whole(
+            _WholeRequest(request.method, request.url, asked, _text(request.body)),
+            _Response(_Status(reply.status, reply.reason), answered, body),
+            exchange.facts,
+        )
+    )
+    if not line.isascii() or b"\x7f" in line:
+        line = _as_yaml(line)
+    line = line[:-2]
+    return b"%b%b%b%b" % (line, _HASH, sha256(line).hexdigest().encode(), _END)
 
 
-def _text(body: bytes) -> str | msgspec.Raw:
+def _as_yaml(line: bytes) -> bytes:
+    """Escape what only JSON allows; most text beyond ASCII holds none of it."""
+    if any(start in line for start in _ODD_STARTS):
+        return NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", line.decode()).encode()
+    return line
+
+
+def _text(body: bytes) -> Any:  # str, or YAML's own as msgspec.Raw
     try:
         return body.decode()
     except UnicodeDecodeError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -82,18 +82,19 @@ def _needles(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str,
 def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTPRequest:
     """Return the request as it may be written; its key is computed from this, so that the file gives the same key."""
     needles = needles_for(request) if needles is None else needles
-    headers = _kept(request.headers, needles)
+    url, headers = _clean_frame(request.url, tuple(request.headers.items()), needles)
     body = request.body
     if "x-www-form-urlencoded" in headers.get("content-type", ""):
         body = redact_url(f"?{body.decode(errors='surrogateescape')}")[1:].encode(errors="surrogateescape")
     if suspicious(body, needles) or has_hidden_text(body):
         body = redact_body(body, needles)[0]
-    return HTTPRequest(
-        method=request.method,
-        url=_clean_url(request.url, needles),
-        body=body,
-        headers=headers,
-    )
+    return HTTPRequest(method=request.method, url=url, body=body, headers=headers)
+
+
+@lru_cache(maxsize=256)
+def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles) -> tuple[str, dict[str, str]]:
+    """Return the URL and headers of a request without secrets; they repeat, and nobody writes to them."""
+    return _clean_url(url, needles), _kept(headers, needles)
 
 
 @lru_cache(maxsize=1024)
@@ -104,26 +105,25 @@ def _clean_url(url: str, needles: Needles) -> str:
 def redact_line(exchange: Exchange, needles: Needles = ()) -> bytes:
     """Return the line of an exchange whose request is redacted; raises SecretLeakError."""
     reply = exchange.reply
-    exchange = replace(exchange, reply=replace(reply, headers=_kept(reply.headers, needles)))
-    line = encode_line(exchange)
-    if _is_due(exchange, needles) or b"!!binary" in line:
-        clean = _redact_reply(exchange, needles)
-        line = encode_line(clean)
-        _refuse_leaks(clean, line, needles)
+    exchange = replace(exchange, reply=replace(reply, headers=_kept(reply.headers.items(), needles)))
+    if not _is_due(exchange, needles) and _is_text(exchange.request.body) and _is_text(reply.body):
+        return encode_line(exchange)
+    clean = _redact_reply(exchange, needles)
+    line = encode_line(clean)
+    _refuse_leaks(clean, line, needles)
     return line
 
 
 def _is_due(exchange: Exchange, needles: Needles) -> bool:
     """Say whether the exchange needs the thorough look."""
     reply, facts = exchange.reply, exchange.facts
-    streamed = bool(reply.chunks) or is_stream(reply.headers)
-    texts = f"{facts.lineage} {facts.model} {reply.reason}".encode()
+    texts = f"\n{facts.lineage}\n{facts.model}\n{reply.reason}".encode()
     return (
-        streamed
+        bool(reply.chunks)
+        or is_stream(reply.headers)
         or facts.error is not None
-        or suspicious(reply.body, needles)
+        or suspicious(reply.body + texts, needles)
         or has_hidden_text(reply.body)
-        or suspicious(texts, needles)
     )
 
 
@@ -142,9 +142,9 @@ def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
     )
 
 
-def _kept(headers: Mapping[str, str], needles: Needles) -> dict[str, str]:
+def _kept(headers: Iterable[tuple[str, str]], needles: Needles) -> dict[str, str]:
     """Return the headers that are written, without secrets in them."""
-    lowered = ((name.lower(), value) for name, value in headers.items())
+    lowered = ((name.lower(), value) for name, value in headers)
     return {name: _clean_value(value, needles) for name, value in lowered if is_kept(name)}
 
 
@@ -152,6 +152,14 @@ def _kept(headers: Mapping[str, str], needles: Needles) -> dict[str, str]:
 def _clean_value(value: str, needles: Needles) -> str:
     """Return a header's value without secrets; most values repeat."""
     return redact_text(value, needles) if "=" in value or suspicious(value.encode(), needles) else value
+
+
+def _is_text(body: bytes) -> bool:
+    """Say whether the body stands in the line as text, which the quick look has seen as it is written."""
+    try:
+        return body.isascii() or bool(body.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def redact_text(text: str, needles: Needles) -> str:

@@ -63,14 +63,15 @@ _TOKEN_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0
 _RUNS = bytes(ord("a") if byte in _TOKEN_BYTES else ord(" ") for byte in range(256))
 _RUN = b"a" * _RUN_LENGTH
 _AUTHORIZING = re.compile(rb"(?:(?i:bearer|basic|token) +|KEY-----(?:\\+n|\s)*)$")
-# the last three bytes of every name above; with one backslash in a JSON text inside of another, with three deeper in
+# the last four bytes of every name above and its quote; with one backslash in a JSON text inside of another, with three
+# deeper in, with a space before the colon
 _ENDINGS = ("key", "eys", "ken", "ion", "ret", "ets", "ord", "rds", "swd", "ase", "ial", "als")
 _NAME_ENDINGS = frozenset(
-    case(ending).encode()
-    for end in _ENDINGS
-    for ending in (end, end[1:] + "\\")
+    f"{case(ending)}{quote}"[-4:].encode()
+    for ending in _ENDINGS
+    for quote in ('"', '\\"', *(f'"{space}' for space in " \t\r\n"), *(f'\\"{space}' for space in " \t\r\n"))
     for case in (str.lower, str.upper, str.title, lambda text: text[:-1] + text[-1].upper())
-) | {b"\\" * 3}
+) | {b'\\\\\\"', b'\\\\" '}
 
 
 def has_hidden_text(data: bytes) -> bool:
@@ -82,7 +83,7 @@ def suspicious(data: bytes, needles: Needles = ()) -> bool:
     """Say whether a thorough look is due; False is certain but for values written with JSON escapes.
 
     Every shape and nearly every value is a long run of token characters, of which prose has few; a field's name
-    ends before `":`. So a body of prose costs a few microseconds.
+    ends before a colon. So a body of prose costs a few microseconds.
     """
     return _has_suspicious_run(data, needles) or _has_secret_name(data) or _has_odd_needle(data, needles)
 
@@ -106,10 +107,10 @@ def _has_suspicious_run(data: bytes, needles: Needles) -> bool:
 
 
 def _has_secret_name(data: bytes) -> bool:
-    pieces = data.split(b'":')
-    if len(pieces) > 1 and not _NAME_ENDINGS.isdisjoint([piece[-3:] for piece in pieces]):
-        return any(_known_name(piece[-64:].rstrip(b"\\").rpartition(b'"')[2]) for piece in pieces)
-    return b'" :' in data  # a rare way to write JSON; the thorough look knows it
+    pieces = data.split(b":")
+    if _NAME_ENDINGS.isdisjoint([piece[-4:] for piece in pieces]):
+        return False
+    return any(_known_name(piece[-64:].rstrip(b'\\" \t\r\n').rpartition(b'"')[2]) for piece in pieces)
 
 
 def _has_odd_needle(data: bytes, needles: Needles) -> bool:
