@@ -58,8 +58,12 @@ def open_tape(
     ignore: Sequence[str] = (),
     layout: LayoutChoice = "auto",
     now: Callable[[], float] = time.time,
+    warn: bool = True,
 ) -> Tape:
-    """Open a cassette without making it the current one; `close` the tape to finish the file."""
+    """Open a cassette without making it the current one; `close` the tape to finish the file.
+
+    Without `warn` what is found stands in the tape's report alone.
+    """
     path, mode = Path(path), mode or default_mode()
     _check(mode, get_args(Mode), "mode")
     _check(lineage, get_args(LineageRule), "lineage")
@@ -82,7 +86,7 @@ def open_tape(
             on_close=partial(_finish, path=path, stays=plan.stays, journal=journal, lock=lock, layout=layout),
         )
         for finding in plan.findings:
-            tape.tell(finding)
+            tape.tell(finding, warn=warn)
     except BaseException:
         if lock is not None:
             lock.release()

@@ -26,7 +26,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
     `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.vcr`); `latency` is
     "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not
-    count; `layout` is how the file is written at close.
+    count; `layout` is how the file is written at close; without `warn` findings stand in `tape.report` alone.
 
     Raises when left: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
     """
@@ -43,6 +43,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         ignore: Sequence[str] = (),
         layout: LayoutChoice = "auto",
         now: Callable[[], float] = time.time,
+        warn: bool = True,
     ) -> None:
         self._open: Callable[[], Tape] = partial(
             open_tape,
@@ -54,7 +55,9 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
             ignore=ignore,
             layout=layout,
             now=now,
+            warn=warn,
         )
+        self._warn = warn
         self._clients = clients
         self._stack = ExitStack()
         self._tape: Tape | None = None
@@ -92,7 +95,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         if error is not None and not isinstance(error, Exception):  # Ctrl-C, cancelled: the next run goes on
             tape.interrupt()
         try:
-            tape.close(warn=error is None)
+            tape.close(warn=self._warn and error is None)
         except CassetteError as remembered:
             if error is None or (isinstance(error, Exception) and not _tells(error, type(remembered))):
                 raise

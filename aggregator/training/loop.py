@@ -39,6 +39,9 @@ from aggregator.training.failures import ends_run, failure, is_lost, root_of
 from aggregator.training.plan import Plan, Turn, fingerprint
 from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
 
+FEWEST_JUDGED = 4
+"""max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
+
 Observer = Callable[[StepReport], None]
 """Takes the report of each finished step."""
 
@@ -215,13 +218,19 @@ class _Course:
         return outputs
 
     def _check_failures(self, turn: Turn, failures: Sequence[Failure]) -> None:
+        """Stop where too many instances were lost: of this batch, and where it is small of the latest ones."""
         lost = [record for record in failures if is_lost(record)]
-        samples = {record.sample_id for record in lost}
-        if lost and len(samples) / len(turn.samples) > self.plan.max_failure_ratio:
+        seen, gone = len(turn.samples), len({record.sample_id for record in lost})
+        for report in reversed(self.state.history):
+            if seen >= FEWEST_JUDGED:
+                break
+            seen += len(report.sample_ids)
+            gone += len({record.sample_id for record in report.failures if is_lost(record)})
+        if lost and gone / max(seen, FEWEST_JUDGED) > self.plan.max_failure_ratio:
             raise TrainingError(
-                f"{len(samples)} of {len(turn.samples)} instances of step {turn.step} were lost, more than "
+                f"{gone} of {seen} instances up to step {turn.step} were lost, more than "
                 f"max_failure_ratio={self.plan.max_failure_ratio:g} allows; "
-                f"the first: {lost[0].error}: {lost[0].message}"
+                f"the latest: {lost[0].error}: {lost[0].message}"
             )
 
     async def _evaluate(self, steps: int, total: int) -> Evaluation | None:

@@ -186,5 +186,10 @@ def verdict(report: StepReport) -> str:
 
 
 def _messages(system_prompt: str, sections: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    user = "\n\n".join(f"#{heading}\n{text}" for heading, text in sections)
+    user = "\n\n".join(f"#{heading}\n{_contained(text)}" for heading, text in sections)
     return [{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]
+
+
+def _contained(text: str) -> str:
+    """Indent lines that begin as a heading does: what an agent or a guide says cannot open a section of its own."""
+    return text.replace("\n#", "\n #") if not text.startswith("#") else _contained(f" {text}")

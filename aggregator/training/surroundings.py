@@ -40,7 +40,8 @@ def journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
     if plan.run_dir is None or current_tape() is not None:
         yield
         return
-    with cassette(plan.run_dir / checkpoints.JOURNAL, mode="new_episodes", layout="journal") as tape:
+    path = plan.run_dir / checkpoints.JOURNAL
+    with cassette(path, mode="new_episodes", layout="journal", warn=False) as tape:  # being cut off is its purpose
         tape.expects_all = False  # steps behind the last checkpoint are not played again
         tape.plays_failures = not state.broken_off  # what ended the run may have been mended
         yield

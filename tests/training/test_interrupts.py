@@ -183,7 +183,7 @@ def test_a_guide_that_always_fails_ends_the_run() -> None:
     def broken(x: int, output: int, info: int) -> float:
         raise ZeroDivisionError("by zero")
 
-    with pytest.raises(TrainingError, match="4 of 4 instances of step 0 were lost.*ZeroDivisionError: by zero"):
+    with pytest.raises(TrainingError, match="4 of 4 instances up to step 0 were lost.*ZeroDivisionError: by zero"):
         trainer(Adder()).train(broken, additions(5), batch_size=4)
 
 

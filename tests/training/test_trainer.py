@@ -156,10 +156,28 @@ def test_too_many_lost_instances_stop_the_run(adder: Adder) -> None:
     """Above max_failure_ratio of a batch the run stops with TrainingError and keeps its result."""
     optimizer = ScriptedModel(APIConnectionError("connection reset"))
     run = AggregatedUpdate(adder, LLMOptimizer(llm=optimizer), llm=ScriptedModel("x"))
-    with pytest.raises(TrainingError, match="4 of 4 instances of step 0 were lost.*connection reset") as caught:
+    with pytest.raises(TrainingError, match="4 of 4 instances up to step 0 were lost.*connection reset") as caught:
         run.train(exact, additions(5), batch_size=4)
     assert caught.value.result is not None
     assert caught.value.result.parameters == {"amount": 1, "label": "sum"}
+
+
+@pytest.mark.parametrize(("lost", "ends"), [({1}, False), ({1, 2}, False), ({0, 1, 2}, True)])
+def test_batches_of_one_are_judged_together(lost: set[int], ends: bool) -> None:
+    """One lost call does not end a run of batches of 1; three of the latest four instances do."""
+
+    class Flaky(Adder):
+        async def forward(self, x: int) -> int:
+            if x in lost:
+                raise RateLimitError("slow down", status=429)
+            return await super().forward(x)
+
+    run = trainer(Flaky())
+    if ends:
+        with pytest.raises(TrainingError, match="3 of .* instances up to step"):
+            run.train(exact, additions(5, 4), num_epochs=2)
+    else:
+        assert len(run.train(exact, additions(5, 4)).history) == 4
 
 
 def test_a_failed_aggregation_applies_nothing_and_is_counted(adder: Adder) -> None:
