@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -296,3 +297,17 @@ async def test_the_messages_api_of_another_server(llama: str) -> None:
     assert first.finish_reason == "length"
     assert first.usage.input_tokens == second.usage.input_tokens
     assert "".join(deltas) == stream.completion.text
+
+
+@pytest.mark.long
+async def test_no_call_is_lost_on_a_connection_that_the_server_just_closed(llama: str) -> None:
+    """llama-server closes idle connections after 5 s: 450 calls sent right about then all succeed, each sent once."""
+    idle = [4.98 + 0.05 * round_ / 8 for round_ in range(9)]
+    sent = 0
+    async with tiny(llama, max_attempts=1, max_concurrency=50) as llm:
+        for seconds in idle:
+            async with asyncio.TaskGroup() as group:
+                calls = [group.create_task(llm.complete("Hi", max_tokens=1)) for _ in range(50)]
+            sent += len([call.result() for call in calls])
+            await asyncio.sleep(seconds)
+    assert sent == 450
