@@ -12,7 +12,7 @@ from typing import Any
 from aggregator.agents.artefacts import read_artefact, write_artefact
 from aggregator.agents.bundles import CODE, operation_of
 from aggregator.agents.parameters import ParameterNode, index, read, write
-from aggregator.agents.values import describe_type
+from aggregator.agents.values import carried_by_json, describe_type
 from aggregator.errors import ConfigError, ParameterError
 
 Path = str | PathLike[str]
@@ -59,11 +59,11 @@ class Module:
         return parameters
 
     def save(self, path: Path, *, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write the values of all parameters to a JSON file, whole or not at all.
+        """Write the values of all parameters that JSON can carry to a file, whole or not at all; make its folder.
 
         `provenance` is kept beside them: whatever JSON can carry that says where the values come from.
         """
-        parameters = self.parameters_dict()
+        parameters = _carried(self.parameters_dict())
         types = {name: describe_type(parameter.type) for name, parameter in parameters.items()}
         write_artefact(path, read(parameters.values()), types=types, provenance=provenance)
 
@@ -73,7 +73,7 @@ class Module:
         Raises ParameterError where the file cannot be read, names other parameters than this module has, or holds a
         value that does not fit.
         """
-        parameters, artefact = self.parameters_dict(), read_artefact(path)
+        parameters, artefact = _carried(self.parameters_dict()), read_artefact(path)
         missing = [name for name in parameters if name not in artefact.parameters]
         unknown = [name for name in artefact.parameters if name not in parameters]
         if missing or unknown:
@@ -89,6 +89,15 @@ class Module:
         except ParameterError as error:
             raise ParameterError(f"{error} in {path}") from None
         return artefact.provenance
+
+
+def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
+    """Return those that a file can hold: all that are trained, and of the others whatever JSON can carry."""
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.trainable or carried_by_json(parameter.type, parameter.data)
+    }
 
 
 def _walk(value: Any, path: str, seen: set[int]) -> Iterator[_Found]:

@@ -33,7 +33,7 @@ class ParameterNode(Generic[T]):
     `type` defaults to the value's own (`["a"]` is a list[str]); `Annotated[float, Meta(ge=0, le=1)]` adds bounds.
     `name` defaults to the attribute path from the module that was asked for its parameters, such as "retriever.k".
     `constraint` is text for the optimizer, or a predicate: a new value for which it returns False or raises ValueError
-    is refused. `trainable=False` keeps the value out of training; it is still saved and loaded.
+    is refused. `trainable=False` keeps the value out of training; it is still saved and loaded where JSON can carry it.
 
     Raises ParameterError for a value that does not meet them, ConfigError for a type that JSON cannot carry.
     """
@@ -56,11 +56,11 @@ class ParameterNode(Generic[T]):
         self.description = description or ""
         self.constraint = constraint
         self.trainable = trainable
-        if trainable and not typed_values.carried_by_json(self.type):
+        if trainable and not typed_values.carried_by_json(self.type, data):
             raise ConfigError(
                 f"Expected a value that JSON can carry, got {shorten(data)} of type "
                 f"{typed_values.describe_type(self.type)} for the parameter {self.name}; use str, int, float, bool, "
-                "list, dict or a msgspec.Struct, or trainable=False"
+                "list, dict (its keys all text or all numbers) or a msgspec.Struct, or trainable=False"
             )
         self._stored: T = self.check(data, self.name)
 

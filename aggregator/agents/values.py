@@ -45,7 +45,7 @@ def infer_type(value: Any) -> Any:
         return Any
     kind = type(value)
     if kind is dict:
-        return dict[str if _all_are(value, str) else Any, _common(value.values())]  # type: ignore[misc]
+        return dict[_common(value) if value else str, _common(value.values())]  # type: ignore[misc]
     if kind is tuple:
         return tuple[_common(value), ...]  # type: ignore[misc]
     if kind in (list, set, frozenset):
@@ -94,14 +94,18 @@ def schema(kind: Any) -> dict[str, Any]:
     {'type': 'array', 'items': {'type': 'string'}}
     """
     try:
-        hash(kind)
-        return dict(_schema(kind))
-    except TypeError:  # it cannot be hashed, or has no schema
-        pass
-    try:
-        return _schema.__wrapped__(kind)
+        return dict(_stated(kind))
     except TypeError:
         return {}
+
+
+def _stated(kind: Any) -> dict[str, Any]:
+    """Return the schema of a type; raises TypeError where it has none."""
+    try:
+        hash(kind)
+    except TypeError:
+        return _schema.__wrapped__(kind)
+    return _schema(kind)
 
 
 @lru_cache(maxsize=256)
@@ -127,9 +131,20 @@ def describe_type(kind: Any) -> str:
     return str(kind).replace("typing.", "").replace("NoneType", "None")
 
 
-def carried_by_json(kind: Any) -> bool:
-    """Say whether JSON can carry values of this type."""
-    return bool(kind is Any or schema(kind) or get_origin(kind) is not None)
+def carried_by_json(kind: Any, value: Any) -> bool:
+    """Say whether JSON can carry values of this type, and this one.
+
+    >>> carried_by_json(dict[int, str], {1: "a"}), carried_by_json(list[complex], [1j])
+    (True, False)
+    """
+    try:
+        _stated(kind)
+        msgspec.json.encode(value)
+    except TypeError:
+        return False
+    except (ValueError, RecursionError):  # of a type that JSON has; `convert` says what is wrong with the value
+        pass
+    return not _loses_keys(kind)
 
 
 def shorten(value: Any, limit: int = SHOWN) -> str:
@@ -179,8 +194,10 @@ def _refuse_surrogates(value: str, path: str) -> None:
         raise Unfit("Expected text that UTF-8 can carry, got a lone surrogate", path) from None
 
 
-def _all_are(values: Iterable[Any], kind: type) -> bool:
-    return all(type(value) is kind for value in values)
+def _loses_keys(kind: Any) -> bool:
+    """Say whether a type has keys of any type somewhere: JSON makes text of them, and nothing says what they were."""
+    arguments = get_args(kind)
+    return (get_origin(kind) is dict and arguments[0] is Any) or any(map(_loses_keys, arguments))
 
 
 def _common(values: Iterable[Any]) -> Any:

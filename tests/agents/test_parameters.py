@@ -92,6 +92,17 @@ def test_a_broken_predicate_is_not_a_refusal() -> None:
         ParameterNode("abc", constraint=lambda value: 1 / 0 > 0)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [[1j], [len], {"f": len, "k": 1}, {(1, 2): 3}, {None: 1}, {True: 1}, {1: "a", "b": "c"}, {"x": {1: 2, "b": 3}}],
+)
+def test_what_would_be_lost_in_a_file_is_refused_before_training(value: Any) -> None:
+    """What JSON cannot carry, or would give back with other keys, is no trainable value, however deep it stands."""
+    with pytest.raises(ConfigError, match="a value that JSON can carry, got .*its keys all text or all numbers"):
+        ParameterNode(value)
+    assert ParameterNode(value, trainable=False).data == value
+
+
 def test_the_first_value_is_checked_too() -> None:
     """A parameter never holds what it would refuse."""
     with pytest.raises(ParameterError, match="Expected `float` <= 1.0, got 7.0 - at share"):
