@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from threading import get_ident
 from typing import Any
 
 import msgspec
@@ -33,7 +34,7 @@ def write_artefact(
     types: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write values to a JSON file: a reader finds the old file or the new one, never a part."""
+    """Write values to a JSON file, in folders made for it: a reader finds the old file or the new one, never a part."""
     artefact = Artefact(
         format=FORMAT, version=VERSION, parameters=values, types=types or {}, provenance=dict(provenance or {})
     )
@@ -41,13 +42,15 @@ def write_artefact(
         text = msgspec.json.format(msgspec.json.encode(artefact), indent=2) + b"\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(f"Expected values and provenance that JSON can carry, got {error}") from None
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    target = os.fspath(path)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)  # noqa: PTH103, PTH120 - as below
+    temporary = f"{target}.{os.getpid()}.{get_ident()}.tmp"  # whoever else saves here at this moment has its own
     try:
-        with open(temporary, "xb") as file:  # noqa: PTH123 - pathlib would be one more import in production
+        with open(temporary, "wb") as file:  # noqa: PTH123 - pathlib would be one more import in production
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 - as above
+        os.replace(temporary, target)  # noqa: PTH105 - as above
     except BaseException:
         if os.path.exists(temporary):  # noqa: PTH110 - as above
             os.unlink(temporary)  # noqa: PTH108 - as above

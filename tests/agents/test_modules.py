@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,53 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert read(other.parameters()) == read(agent.parameters())
     assert other.retriever.rank(["b", "a"]) == ["b", "a"]
     assert list(tmp_path.iterdir()) == [tmp_path / "agent.json"]
+
+
+def test_keys_that_are_numbers_come_back_as_numbers(tmp_path: Path) -> None:
+    """JSON has text for keys; a file gives them back as what they were."""
+
+    class Shelves(Module):
+        def __init__(self) -> None:
+            self.shelves = ParameterNode({1: "books", 20: "maps"})
+
+    agent = Shelves()
+    agent.save(tmp_path / "agent.json")
+    agent.load(tmp_path / "agent.json")
+    assert agent.shelves.data == {1: "books", 20: "maps"}
+    assert agent.shelves.convert({"3": "prints"}) == {3: "prints"}
+
+
+def test_what_json_cannot_carry_does_not_hinder_saving(tmp_path: Path) -> None:
+    """A client held by a parameter that is not trained stays out of the file, and stays in the agent."""
+
+    class Desk(Module):
+        def __init__(self) -> None:
+            self.prompt = ParameterNode("Answer.")
+            self.floor = node(0.5)
+            self.client = node(object())
+
+    agent, other = Desk(), Desk()
+    client = other.client.data
+    agent.floor.data = 0.7
+    agent.save(tmp_path / "agent.json")
+    other.load(tmp_path / "agent.json")
+    assert (other.floor.data, other.client.data) == (0.7, client)
+
+
+def test_an_agent_is_saved_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    """The folder is made, as `checkpoints/` for the default `save_path` of `train`."""
+    Agent().save(tmp_path / "checkpoints" / "today" / "agent.json")
+    Agent().load(tmp_path / "checkpoints" / "today" / "agent.json")
+
+
+def test_threads_may_save_one_agent_at_once(tmp_path: Path) -> None:
+    """Each writes a file of its own before it takes the old one's place; what a killed process left is no hindrance."""
+    agent, path = Agent(), tmp_path / "agent.json"
+    Path(f"{path}.{os.getpid()}.tmp").write_text("{")
+    with ThreadPoolExecutor(8) as pool:
+        for saved in [pool.submit(agent.save, path) for _ in range(40)]:
+            saved.result()
+    agent.load(path)
 
 
 def test_saving_saves_what_is_seen(tmp_path: Path) -> None:
