@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from aggregator.cassettes.exchanges import Buffer, Exchange, Place, body_bytes, decode_head, decode_line
 from aggregator.cassettes.keys import Ignore, raw_key, request_key
@@ -16,12 +17,22 @@ REMEDY = "the file was cut or edited: restore it from version control, or delete
 
 
 class Row(Struct, frozen=True, gc=False):
-    """One exchange as bytes, decoded when it is played; the digests of its request; its place in the run."""
+    """One exchange as bytes, decoded when it is played; the digest of its request's bytes; its place in the run."""
 
     line: Buffer
-    key: bytes
     raw: bytes
     place: Place
+    ignore: Ignore = ()
+    known_key: bytes = b""
+
+    @property
+    def key(self) -> bytes:
+        """The canonical key of its request; computed when first needed, as most replays ask for the recorded bytes."""
+        if not self.known_key:
+            request = decode_head(self.line).request
+            key = request_key(request.method, request.uri, body_bytes(request.body), self.ignore)
+            force_setattr(self, "known_key", key)
+        return self.known_key
 
     def exchange(self) -> Exchange:
         """Decode the whole row."""
@@ -44,10 +55,8 @@ NOTHING = Recording(rows=(), state="open", layout="journal")
 
 
 def index_lines(lines: Iterable[Buffer], ignore: Ignore = ()) -> Iterator[Row]:
-    """Compute the keys of good lines; no stored key is trusted."""
+    """Compute the digests of good lines; no stored one is trusted."""
     for line in lines:
         head = decode_head(line)
         request = head.request
-        body = body_bytes(request.body)
-        raw = raw_key(request.method, request.uri, body)
-        yield Row(line, request_key(request.method, request.uri, body, ignore), raw, head.x)
+        yield Row(line, raw_key(request.method, request.uri, body_bytes(request.body)), head.x, ignore)

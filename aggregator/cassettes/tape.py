@@ -117,36 +117,64 @@ class Tape:
         self._rows, self._played = rows, bytearray(len(rows))
         self._sink, self._prefer, self._ignore = sink, lineage == "prefer", ignore
         self._scale, self._faults, self._now, self._on_close = latency_scale(latency), faults, now, on_close
-        self._pools: dict[tuple[bytes, str], _Pool] = {}
-        self._aliases: dict[bytes, bytes] = {}
+        self._exact: dict[tuple[bytes, str], _Pool] = {}  # by a recorded request's very bytes
+        self._by_key: dict[tuple[bytes, str], _Pool] | None = None  # by canonical key; built when first needed
         self._orders: dict[str, int] = {}
         self._failures: list[CassetteError] = []
         self._waiting: deque[bytes] = deque()  # lines that the disk refused
         self._fallbacks: list[str] = []
         self._lock = threading.Lock()
         self._closed = False
-        for index, row in enumerate(rows):
-            pool = self._pools.setdefault((row.key, row.place.lineage), _Pool())
-            pool.tickets.setdefault(row.place.ticket, []).append(index)
-            self._aliases[row.raw] = row.key
+        self._index(bool(ignore))
 
     @property
     def records(self) -> bool:
         """Whether a request without a recorded answer goes to the network and is recorded."""
         return self._sink is not None
 
+    def _index(self, loosely: bool) -> None:
+        """Sort the rows into pools by their requests' bytes, and by canonical keys where those would tell another tale.
+
+        Tickets count from 0 among requests of one canonical key. So where each pool counts from 0, no two share a key.
+        """
+        exact = self._exact
+        for index, row in enumerate(self._rows):
+            place = row.place
+            at = row.raw, place.lineage
+            pool = exact.get(at)
+            if pool is None:
+                pool = exact[at] = _Pool()
+            pool.tickets.setdefault(place.ticket, []).append(index)
+        if loosely or any(0 not in pool.tickets for pool in exact.values()):
+            self._pools()
+
+    def _pools(self) -> dict[tuple[bytes, str], _Pool]:
+        """Return the pools by canonical key; requests of one key, however they are written, share one."""
+        if self._by_key is None:
+            self._by_key = {}
+            for at, pool in self._exact.items():
+                first = next(iter(pool.tickets.values()))[0]
+                whole = self._by_key.setdefault((self._rows[first].key, at[1]), pool)
+                if whole is not pool:
+                    self._exact[at] = whole
+                    for ticket, rows in pool.tickets.items():
+                        whole.tickets[ticket] = sorted(whole.tickets.get(ticket, []) + rows)
+        return self._by_key
+
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
-        key = self._aliases and self._aliases.get(raw_key(request.method, redact_url(request.url), request.body))
-        redacted = None
-        if not key:
+        here = current_lineage()
+        key, redacted, pool = b"", None, None
+        if self._exact:
+            pool = self._exact.get((raw_key(request.method, redact_url(request.url), request.body), here))
+        if pool is None:
             redacted = redact_request(request)
             key = request_key(redacted.method, redacted.url, redacted.body, self._ignore)
-        here = current_lineage()
         with self._lock:
-            pool = self._pools.get((key, here))
             if pool is None:
-                here, pool = self._other_pool(key, here)
+                pool = self._pools().get((key, here))
+                if pool is None:
+                    here, pool = self._other_pool(key, here)
             ticket = pool.issued
             pool.issued = ticket + 1
             rows = pool.tickets.get(ticket, ())
@@ -164,7 +192,8 @@ class Tape:
 
     def _other_pool(self, key: bytes, here: str) -> tuple[str, _Pool]:
         """Return the pool of a request that was not recorded in this lineage, under the lineage it counts in."""
-        if (plain := self._pools.get((key, ""))) is not None:  # recorded without lineage: played in issue order
+        pools = self._pools()
+        if (plain := pools.get((key, ""))) is not None:  # recorded without lineage: played in issue order
             return "", plain
         pool = _Pool()
         if self._prefer and (spare := self._spare(key)) is not None:
@@ -172,12 +201,12 @@ class Tape:
             self._fallbacks.append(f"{here!r} plays {lineage!r}")
             pool.tickets[0] = rows
         else:
-            self._pools[key, here] = pool
+            pools[key, here] = pool
         return here, pool
 
     def _spare(self, key: bytes) -> tuple[str, list[int]] | None:
         """Take the first recorded call of this key, in canonical order, that nothing has claimed."""
-        for (other, lineage), pool in self._pools.items():
+        for (other, lineage), pool in self._pools().items():
             if other == key:
                 for ticket in sorted(pool.tickets):
                     if ticket >= pool.issued:
@@ -210,15 +239,22 @@ class Tape:
         if (
             faults is None
             or slot.played
-            or (kind := faults.choose(slot.key, slot.lineage, slot.ticket, slot.faults)) is None
+            or (kind := faults.choose(self._key_of(slot), slot.lineage, slot.ticket, slot.faults)) is None
         ):
             return None
         slot.faults += 1
         return faults.answer(kind)
 
+    def _key_of(self, slot: Slot) -> bytes:
+        """Return the canonical key of what is asked, which a request of recorded bytes was found without."""
+        if not slot.key:
+            clean = redact_request(slot.request)
+            slot.key = request_key(clean.method, clean.url, clean.body, self._ignore)
+        return slot.key
+
     def _miss(self, slot: Slot) -> CassetteMissError:
         request = slot.redacted or redact_request(slot.request)
-        asked = Asked(request=request, key=slot.key, lineage=slot.lineage, ticket=slot.ticket)
+        asked = Asked(request=request, key=self._key_of(slot), lineage=slot.lineage, ticket=slot.ticket)
         search = len(self.misses) < _EXPLAINED
         miss = CassetteMissError(explain_miss(asked, self._rows, self._played, self.name, search=search))
         self.misses.append(miss)
