@@ -94,9 +94,17 @@ class _Response(Struct, frozen=True, gc=False):
     body: _Body
 
 
+class Played(Struct, frozen=True, gc=False):
+    """The part of the facts that a replay needs."""
+
+    ms: float = 0.0
+    chunks: tuple[tuple[int, float], ...] = ()
+    error: tuple[str, str] | None = None
+
+
 class _Answer(Struct, frozen=True, gc=False):
     response: _Response
-    x: Facts
+    x: Played
 
 
 class _WholeRequest(Struct, frozen=True):
@@ -178,8 +186,8 @@ def body_bytes(body: str | Mapping[str, str] | None) -> bytes:
     return base64.b64decode(body["!!binary"]) if body else b""
 
 
-def decode_answer(line: Buffer) -> tuple[HTTPReply, Facts]:
-    """Return the recorded answer, marked as replayed, and the facts."""
+def decode_answer(line: Buffer) -> tuple[HTTPReply, Played]:
+    """Return the recorded answer, marked as replayed, and what else a replay needs."""
     try:
         answer = _decode_answer(line)
     except msgspec.DecodeError:
@@ -202,7 +210,7 @@ def decode_line(line: Buffer) -> Exchange:
     return Exchange(request=request, reply=_reply(whole.response, whole.x), facts=whole.x)
 
 
-def _reply(response: _Response, facts: Facts) -> HTTPReply:
+def _reply(response: _Response, facts: Facts | Played) -> HTTPReply:
     return HTTPReply(
         status=response.status.code,
         body=body_bytes(response.body.string),

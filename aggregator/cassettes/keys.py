@@ -6,6 +6,7 @@ Two JSON bodies that differ only in the order of keys or in white space ask the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -60,7 +61,12 @@ def _remove(value: Any, path: tuple[str, ...]) -> None:
 
 def raw_key(method: str, url: str, body: bytes) -> bytes:
     """Return the digest of exactly these bytes: a shortcut to the canonical key of a body seen before."""
-    return sha256(b"%b %b\n%b" % (method.encode(), url.encode(), body)).digest()
+    return sha256(_address(method, url) + body).digest()
+
+
+@lru_cache(maxsize=256)
+def _address(method: str, url: str) -> bytes:
+    return f"{method} {url}\n".encode()
 
 
 def request_key(method: str, url: str, body: bytes, ignore: Ignore = ()) -> bytes:
