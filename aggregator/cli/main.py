@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pkgutil import iter_modules
 
 from aggregator import __version__, cli
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error of the library ends the command with one message on standard error; `--debug` shows where it was raised.
     """
+    _open_streams()
     return guarded(parser().parse_args(argv))
 
 
@@ -46,9 +48,33 @@ def guarded(options: argparse.Namespace) -> int:
             raise
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+        return FAILED
+    except OSError as error:  # a full disk, a folder that is not ours
+        if options.debug:
+            raise
+        sys.stderr.write(f"aggregator {options.command}: {error}\n")
+        _drop_output()
         return FAILED
     return code
+
+
+def _open_streams() -> None:
+    """Let what is printed go nowhere where output is closed, and never fail where it has no UTF-8."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - for the whole process
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Let what is still in the buffer go nowhere, or the interpreter would try to write it once more and complain."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # standard output is no file, as in a test
+        return
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:

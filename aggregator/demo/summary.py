@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import unified_diff
 from pathlib import Path
+from shutil import get_terminal_size
 from textwrap import fill
 from typing import Any, TextIO
 
@@ -13,7 +14,7 @@ from aggregator.observing.console import painted, readable
 from aggregator.records import StepReport, TrainingResult
 
 _BAR = 30
-_WIDTH = 110
+_WIDTH, _NARROWEST = 110, 30
 _AS_IT_IS: Any = {"replace_whitespace": False, "break_on_hyphens": False}
 _COLORS = {"+": "green", "-": "red"}
 
@@ -23,7 +24,7 @@ def summary(outcome: Outcome, out: Path, stream: TextIO) -> str:
     result = outcome.result
     parts = [
         f"Answers came from {outcome.source}.",
-        _scores(result),
+        _scores(result, _block(stream)),
         *(_change(name, result, stream) for name in result.parameters),
         _usage(outcome),
         f"Written: {out / 'result.json'}, {out / 'events.jsonl'}",
@@ -40,20 +41,37 @@ def _improvement(result: TrainingResult) -> str:
     )
 
 
-def _scores(result: TrainingResult) -> str:
+def _block(stream: TextIO) -> str:
+    """Return what bars are made of: a block, or a sign where the stream cannot show one."""
+    try:
+        "█".encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return "#"
+    return "█"
+
+
+def _width(stream: TextIO) -> int:
+    """Return how long a line may be: as wide as the terminal, where it is one."""
+    return min(_WIDTH, max(get_terminal_size().columns, _NARROWEST)) if stream.isatty() else _WIDTH
+
+
+def _scores(result: TrainingResult, block: str) -> str:
     """Lay out the score of each minibatch and, where it was evaluated, of the test set."""
     tests = {evaluation.step: evaluation.score for evaluation in result.evaluations}
-    lines = [f"step  epoch  {'minibatch score':<{_BAR + 7}}test score", _row("start", "", None, tests.get(0))]
+    lines = [f"step  epoch  {'minibatch score':<{_BAR + 7}}test score", _row("start", "", "", tests.get(0))]
     lines += [
-        _row(f"{report.step + 1:>5}", f"{report.epoch + 1:>5}", report.score, tests.get(report.step + 1))
+        _row(f"{report.step + 1:>5}", f"{report.epoch + 1:>5}", _bar(report.score, block), tests.get(report.step + 1))
         + _remarks(report)
         for report in result.history
     ]
     return "\n".join(lines)
 
 
-def _row(step: str, epoch: str, score: float | None, test: float | None) -> str:
-    bar = "" if score is None else f"{score:.2f} " + "█" * round(score * (_BAR - 5))
+def _bar(score: float | None, block: str) -> str:
+    return "" if score is None else f"{score:.2f} " + block * round(score * (_BAR - 5))
+
+
+def _row(step: str, epoch: str, bar: str, test: float | None) -> str:
     return f"{step:<5} {epoch:<5}  {bar:<{_BAR + 7}}{'' if test is None else f'{test:.3f}'}".rstrip()
 
 
@@ -68,15 +86,16 @@ def _change(name: str, result: TrainingResult, stream: TextIO) -> str:
     before, after = result.initial_parameters[name], result.parameters[name]
     if before == after:
         return f"{name}: unchanged, {before!r}"
-    lines = [painted(line, _COLORS.get(line[2:3]), stream) for line in _diff(str(before), str(after))]
+    diff = _diff(str(before), str(after), _width(stream))
+    lines = [painted(line, _COLORS.get(line[2:3]), stream) for line in diff]
     return "\n".join([f"{name}:", *lines])
 
 
-def _diff(before: str, after: str) -> Iterator[str]:
+def _diff(before: str, after: str, width: int) -> Iterator[str]:
     lines = unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=99)
     for line in lines:
         if not line.startswith(("---", "+++", "@@")):
-            yield fill(line[1:], _WIDTH, initial_indent=f"  {line[0]} ", subsequent_indent="      ", **_AS_IT_IS)
+            yield fill(line[1:], width, initial_indent=f"  {line[0]} ", subsequent_indent="      ", **_AS_IT_IS)
 
 
 def _usage(outcome: Outcome) -> str:

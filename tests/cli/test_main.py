@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,40 @@ def test_a_warning_is_one_message(capsys: pytest.CaptureFixture[str], recwarn: p
     assert guarded(Namespace(command="demo", debug=False, run=run)) == 0
     assert capsys.readouterr().err == "aggregator: warning: something was repaired\n"
     assert not recwarn
+
+
+def test_an_error_of_the_system_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk is told as errors of ours are."""
+    assert guarded(chosen(OSError(28, "No space left on device"))) == 1
+    assert capsys.readouterr().err == "aggregator demo: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "environment", "code"),
+    [
+        (">&-", {}, 0),
+        (">&- 2>&-", {}, 0),
+        ("| head -c 1 >/dev/null", {}, 0),
+        ("2>&1", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}, 0),
+        pytest.param(">/dev/full", {}, 1, marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(
+    tmp_path: Path, redirection: str, environment: dict[str, str], code: int
+) -> None:
+    """A closed or full output, a reader that has gone and a terminal without UTF-8 end in order."""
+    command = f"'{sys.executable}' -m aggregator.cli demo {redirection}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_debug_shows_where() -> None:

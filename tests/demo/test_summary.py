@@ -75,6 +75,21 @@ def test_long_lines_are_wrapped_and_indented(tmp_path: Path) -> None:
     assert not any(line.endswith(" ") for line in wrapped)
 
 
+def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a narrow terminal a long rule is wrapped by us, not cut anywhere by the terminal."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = summary(outcome(rules="word " * 40), Path("out"), Terminal())
+    assert max(len(line) for line in text.splitlines() if "word" in line) <= 40
+
+
+def test_bars_need_no_unicode() -> None:
+    """Where the output has no blocks, bars are made of signs."""
+    text = summary(outcome(), Path("out"), io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert "0.50 ############ " in text
+    assert text.isascii()
+
+
 @pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
 def test_diff_is_colored_in_terminals(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
     """Added lines are green and removed ones red, in a terminal, without NO_COLOR."""
