@@ -343,3 +343,16 @@ def test_the_quick_look_misses_nothing(text: str) -> None:
     data = text.encode()
     if not suspicious(data):
         assert secret_edits(data) == []
+
+
+SECRET_NAMES = ["api_key", "APIKEY", "Private-Keys", "sessionToken", "client_secret", "SECRETS", "password", "passwd"]
+
+
+@pytest.mark.parametrize("name", [*SECRET_NAMES, "Passphrase", "authorization", "credentials", "x-oauth-token"])
+@pytest.mark.parametrize("space", ["", " ", "\n", "\t", "\r"])
+@pytest.mark.parametrize("quote", ['"', '\\"', '\\\\\\"'])
+def test_the_quick_look_sees_every_name(name: str, space: str, quote: str) -> None:
+    """A field with a secret's name is seen, with white space before its colon and in a JSON text within another too."""
+    data = f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc{quote}}}".encode()
+    assert suspicious(data)
+    assert secret_edits(data)

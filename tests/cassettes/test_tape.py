@@ -184,6 +184,35 @@ def test_key_order_and_white_space_do_not_count(tmp_path: Path) -> None:
     assert played(replay, HTTPRequest(url=URL, body=b'{"b": [2], "a": 1}', headers={})) == "x"
 
 
+SPELLINGS = (b'{"a":1,"b":2}', b'{"b":2,"a":1}', b'{"a": 1, "b": 2}')
+
+
+@pytest.mark.parametrize("asked", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (2, 0), (1, 2)])
+def test_two_spellings_of_one_request_share_their_tickets(asked: tuple[int, int]) -> None:
+    """Answers come in the order of issue, however the same request was written when recorded and when asked."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for index in (0, 1):
+        request = HTTPRequest(url=URL, body=SPELLINGS[index], headers={})
+        tape.record(tape.issue(request), answer(f"answer {index}"))
+    replay = again(sink)
+    requests = [HTTPRequest(url=URL, body=SPELLINGS[index], headers={}) for index in asked]
+    assert [played(replay, request) for request in requests] == ["answer 0", "answer 1"]
+    replay.close()
+
+
+def test_a_repeated_request_keeps_its_tickets_when_another_spelling_is_asked_between() -> None:
+    """What the recorded bytes have already played counts for a request that differs in white space only."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for index in range(3):
+        tape.record(tape.issue(HTTPRequest(url=URL, body=SPELLINGS[0], headers={})), answer(f"answer {index}"))
+    replay = again(sink)
+    asked = [HTTPRequest(url=URL, body=SPELLINGS[index], headers={}) for index in (0, 2, 0)]
+    assert [played(replay, request) for request in asked] == ["answer 0", "answer 1", "answer 2"]
+    replay.close()
+
+
 def test_lines_hold_what_was_recorded() -> None:
     """A line decodes to the very exchange that was encoded, whatever bytes the bodies hold."""
     for body in (b"", b"\xff\x00", "é\x7f\x85\u2028\ufeff \U0001f600".encode(), b'"!!binary "'):
