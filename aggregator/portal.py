@@ -124,7 +124,11 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
         if scope.is_cancelled:
             outcome.set_exception(CancelledError())
             return
-        task = portal.loop.create_task(function(*args, **kwargs))
+        try:
+            task = portal.loop.create_task(function(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it, as an argument that is not known
+            outcome.set_exception(error)
+            return
         scope.tasks.add(task)
         task.add_done_callback(scope.tasks.discard)
         task.add_done_callback(lambda finished: _transfer(finished, outcome))

@@ -56,6 +56,13 @@ def test_errors_and_cancellation_come_back() -> None:
         portal.call(fail)
 
 
+def test_an_unknown_argument_does_not_hang() -> None:
+    """What cannot even be called is an error for the caller, who would else wait without end."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'base'"):
+        portal.call(double, 21, base=10)
+    assert portal.call(double, 21) == 42
+
+
 def test_context_travels_along() -> None:
     """Cassette, lineage and role are those of the caller; what the work sets stays with it."""
 
