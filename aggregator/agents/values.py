@@ -21,6 +21,7 @@ SHOWN = 80
 DEPTH_LIMIT = 64
 """How many containers deep a value may be."""
 
+NO_SURROGATE = "Expected text that UTF-8 can carry, got a lone surrogate"
 _SCALARS = (str, bool, int, float, type(None))
 
 
@@ -61,7 +62,7 @@ def convert(raw: Any, kind: Any) -> Any:
     """
     try:
         value = msgspec.convert(raw, kind, strict=False)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
         raise _unfit(raw, error) from None
     refuse_oddities(value)
     return value
@@ -164,6 +165,8 @@ def _unfit(raw: Any, error: Exception) -> Unfit:
     """Put msgspec's message into the house's form: expected, got, and the path apart."""
     if isinstance(error, RecursionError):
         return Unfit(f"Expected a value of at most {DEPTH_LIMIT} levels, got one that is nested deeper")
+    if isinstance(error, UnicodeEncodeError):
+        return Unfit(NO_SURROGATE)
     reason, _, path = str(error).partition(" - at ")
     path = path.strip("`")
     if path.startswith("$"):
@@ -191,7 +194,7 @@ def _refuse_surrogates(value: str, path: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Unfit("Expected text that UTF-8 can carry, got a lone surrogate", path) from None
+        raise Unfit(NO_SURROGATE, path) from None
 
 
 def _loses_keys(kind: Any) -> bool:

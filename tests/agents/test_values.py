@@ -162,6 +162,13 @@ def test_conversion_is_safe_and_stable(raw: Any, kind: Any) -> None:
     assert carries(value)
 
 
+@pytest.mark.parametrize("kind", [bool, int, float, str, list[str], dict[str, int]])
+def test_a_lone_surrogate_is_refused_for_every_type(kind: Any) -> None:
+    """Text that UTF-8 cannot carry is unfit, never an error from inside the library."""
+    with pytest.raises(Unfit):
+        convert("\ud800", kind)
+
+
 @settings(deadline=None, max_examples=60)
 @given(json_values, kinds)
 def test_no_number_becomes_text(raw: Any, kind: Any) -> None:
