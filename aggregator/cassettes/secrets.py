@@ -62,6 +62,8 @@ _RUN_LENGTH = 20  # no shape above is shorter
 _TOKEN_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+/=%.")
 _RUNS = bytes(ord("a") if byte in _TOKEN_BYTES else ord(" ") for byte in range(256))
 _RUN = b"a" * _RUN_LENGTH
+_LONGEST_NAME = 64
+_QUOTE = ord('"')
 _AUTHORIZING = re.compile(rb"(?:(?i:bearer|basic|token) +|KEY-----(?:\\+n|\s)*)$")
 # the last four bytes of every name above and its quote; with one backslash in a JSON text inside of another, with three
 # deeper in, with a space before the colon
@@ -94,16 +96,20 @@ def _has_suspicious_run(data: bytes, needles: Needles) -> bool:
     while start >= 0:
         end = runs.find(b" ", start)
         end = len(data) if end < 0 else end
-        if _SHAPES.search(data, start, min(end, start + 400)):
+        run = data[max(0, start - 1) : end]  # with the byte before it: a backslash makes an n a line break
+        if _is_bad_name(run, needles) if len(run) <= _LONGEST_NAME else _is_bad_run(run, needles):
             return True
-        if needles:
-            run = data[start:end]
-            if any(needle in run for needle in needles):
-                return True
-        if _AUTHORIZING.search(data, max(0, start - 16), start):
+        if data[start - 1] != _QUOTE and _AUTHORIZING.search(data, max(0, start - 16), start):
             return True
         start = runs.find(_RUN, end)
     return False
+
+
+def _is_bad_run(run: bytes, needles: Needles) -> bool:
+    return bool(_SHAPES.search(run, 0, 401)) or any(needle in run for needle in needles)
+
+
+_is_bad_name = lru_cache(maxsize=4096)(_is_bad_run)  # most runs are names of fields, and repeat
 
 
 def _has_secret_name(data: bytes) -> bool:
