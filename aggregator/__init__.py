@@ -185,16 +185,17 @@ if TYPE_CHECKING:
     from aggregator.training.trainer import BasicSearchAlgorithm as BasicSearchAlgorithm
     from aggregator.training.trainer import MinibatchAlgorithm as MinibatchAlgorithm
 
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of ours
 
-def __getattr__(name: str) -> object:
-    """Load a public name on its first use."""
-    if name not in _ORIGIN:
-        raise AttributeError(f"module 'aggregator' has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        """Load a public name on its first use."""
+        if name not in _ORIGIN:
+            raise AttributeError(f"module 'aggregator' has no attribute {name!r}")
+        from importlib import import_module
 
-    value = getattr(import_module(_ORIGIN[name]), name)
-    globals()[name] = value
-    return value
+        value = getattr(import_module(_ORIGIN[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

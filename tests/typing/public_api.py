@@ -80,3 +80,8 @@ def records() -> None:
         assert_type(tape.report, list[str])
     with aggregator.lineage("retrieval"):
         pass
+
+
+def a_misspelt_name_is_told() -> None:
+    """Names come on first use, but a type checker knows which there are."""
+    aggregator.AggregatedUpdates  # type: ignore[attr-defined] # noqa: B018
