@@ -142,7 +142,7 @@ def test_public_names() -> None:
     for name in aggregator.__all__[1:]:
         assert getattr(aggregator, name).__module__.startswith("aggregator"), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        aggregator.nothing  # noqa: B018  # type: ignore[attr-defined]
+        aggregator.nothing  # type: ignore[attr-defined] # noqa: B018
 
 
 def test_type_checkers_see_the_public_names() -> None:
