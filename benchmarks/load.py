@@ -26,7 +26,7 @@ def run(options: Options) -> Report:
         missing=measured.missing,
         versions=measured.versions,
         notes=[
-            "open: the file read, checked against its hash, every key computed anew; replay decodes nothing twice",
+            "open: the file read, checked against its hash, every request's digest computed anew",
             "rss_mb: the process's largest resident size, interpreter and libraries included",
             "vcrpy reads YAML by libyaml's C loader",
         ],
