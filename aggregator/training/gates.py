@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
+from math import comb, isfinite
+from typing import Any
 
 from aggregator.errors import ConfigError
 from aggregator.protocols import Gate
@@ -24,6 +25,7 @@ def improves_on_batch(threshold: float = 0.0) -> Gate:
     Costs one more run of the agent per instance. Compared per instance: one that has no score before or after counts
     on neither side.
     """
+    check_threshold(threshold)
 
     async def gate(before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
         step = current_step()
@@ -43,6 +45,7 @@ class improves_on_validation:  # noqa: N801 - used like the gates beside it, whi
     """
 
     def __init__(self, dataset: Dataset, threshold: float = 0.0, significance: float | None = None) -> None:
+        check_threshold(threshold)
         if significance is not None and not 0 < significance < 1:
             raise ConfigError(f"expected significance between 0 and 1, or None, got {significance!r}")
         self.samples = samples(dataset, name="validation dataset")
@@ -60,6 +63,12 @@ class improves_on_validation:  # noqa: N801 - used like the gates beside it, whi
         decision = compare(known["scores"], scores, threshold=self.threshold, significance=self.significance)
         step.notes[self.name] = {"values": digest(after), "scores": scores} if decision.accepted else known
         return decision
+
+
+def check_threshold(threshold: Any) -> None:
+    """Raise ConfigError for what no gain can be held against."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not isfinite(threshold):
+        raise ConfigError(f"expected threshold to be a finite number, the least gain of the mean, got {threshold!r}")
 
 
 def compare(

@@ -16,6 +16,7 @@ from aggregator.training.asking import Answer, ask
 from aggregator.training.context import current_step
 from aggregator.training.executors import AsyncExecutor
 from aggregator.training.failures import ends_run, failure
+from aggregator.training.parts import check_rule
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, aggregation_messages
 from aggregator.training.rules import dedupe
 
@@ -135,6 +136,7 @@ class tree_merge:  # noqa: N801 - used like the rules beside it, which are funct
     def __init__(
         self, rule: UpdateRule, *, fan_in: int = 8, max_prompt_tokens: int = 16_000, max_concurrency: int = 64
     ) -> None:
+        check_rule(rule)
         if fan_in < 2:
             raise ConfigError(f"expected fan_in of at least 2, got {fan_in!r}")
         self.rule = rule

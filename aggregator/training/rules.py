@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from aggregator.errors import ConfigError
 from aggregator.protocols import UpdateRule
 from aggregator.records import Proposal, Values
+from aggregator.training.parts import check_rule
 
 _Merge = Callable[[Values, Sequence[Proposal], float], Sequence[Proposal]]
 
@@ -38,6 +39,8 @@ def chain(*rules: UpdateRule) -> UpdateRule:
 
     Associative; `chain()` is the identity.
     """
+    for rule in rules:
+        check_rule(rule)
 
     async def chained(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
         for rule in rules:

@@ -39,8 +39,12 @@ _last_output: ContextVar[tuple[Any, Any] | None] = ContextVar("aggregator_trace_
 def adapt(agent: Any, optimizer: Any) -> tuple[Any, Any]:
     """Return agent and optimizer as the trainer uses them: those of Trace wrapped, any others as they are.
 
-    Raises ConfigError for an optimizer of Trace with an agent that is none of Trace's.
+    Raises ConfigError for what is no agent, and for an optimizer of Trace with an agent that is none of Trace's.
     """
+    if isinstance(agent, type) or not callable(getattr(agent, "parameters", None)):
+        raise ConfigError(
+            f"Expected an agent that offers parameters(), such as an instance of your Module, got {agent!r}"
+        )
     nodes = _nodes_of(agent)
     if not nodes:
         if is_trace_optimizer(optimizer):

@@ -16,10 +16,14 @@ from aggregator.training.evaluation import mean
 from aggregator.training.loop import Observer
 from aggregator.training.merge import LLMMerge
 from aggregator.training.minibatch import Minibatch
+from aggregator.training.parts import check_gate, check_optimizer, check_rule
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
 from aggregator.training.rules import dedupe
 from aggregator.training.suggestions import construct_update_dict, extract_llm_suggestion
 from aggregator.training.updates import Update, apply
+
+_PROPOSING = ("forward", "aforward", "propose")
+"""Whoever overrides one of these may do without an optimizer."""
 
 
 class AggregatedUpdate(Minibatch):
@@ -58,10 +62,16 @@ class AggregatedUpdate(Minibatch):
             seed=seed,
             observers=observers,
         )
+        if gate is not None:
+            check_gate(gate)
+        if all(getattr(type(self), name) is getattr(Minibatch, name) for name in _PROPOSING):
+            check_optimizer(self.optimizer)
         self.max_tokens = max_tokens
         if rule is None:
             rule = LLMMerge(llm, max_tokens=max_tokens, system_prompt=self.aggregator_system_prompt)
             self.llm = rule.llm
+        else:
+            check_rule(rule)
         self.rule = rule
 
     def to_param_dict(self, update_dict: Mapping[Any, Any]) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""What cannot work is refused when it is plugged in, before the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from training_fakes import Adder, ScriptedModel
+
+from aggregator import (
+    AggregatedUpdate,
+    ConfigError,
+    LLMMerge,
+    LLMOptimizer,
+    chain,
+    improves_on_batch,
+    improves_on_validation,
+    majority,
+    top_k,
+    tree_merge,
+)
+
+DATA = [(1, 2)]
+SILENT = ScriptedModel("TERMINATE")
+
+
+def trainer(agent: Any = None, optimizer: Any = None, **options: Any) -> AggregatedUpdate:
+    return AggregatedUpdate(agent or Adder(), optimizer or LLMOptimizer(llm=SILENT), llm=SILENT, **options)
+
+
+@pytest.mark.parametrize("rule", [5, "majority", top_k, chain, LLMMerge, lambda current, proposals: proposals])
+@pytest.mark.parametrize("use", [lambda rule: trainer(rule=rule), lambda rule: chain(majority, rule), tree_merge])
+def test_a_rule_that_is_none(use: Callable[[Any], Any], rule: Any) -> None:
+    """It showed after the first minibatch was paid, as a TypeError."""
+    with pytest.raises(ConfigError, match=r"Expected a rule, async \(current, proposals, \*, stepsize\) -> proposals"):
+        use(rule)
+
+
+@pytest.mark.parametrize("gate", [5, "always", improves_on_batch, improves_on_validation, lambda values: True])
+def test_a_gate_that_is_none(gate: Any) -> None:
+    """It showed after the first minibatch was paid, as a TypeError."""
+    with pytest.raises(ConfigError, match=r"Expected a gate, async \(before, after, batch\) -> Decision"):
+        trainer(gate=gate)
+
+
+@pytest.mark.parametrize("optimizer", [None, "openai/gpt-4o-mini", LLMOptimizer, SILENT])
+def test_an_optimizer_that_is_none(optimizer: Any) -> None:
+    """It ended as a failed proposal of every instance, and a run that learnt nothing."""
+    with pytest.raises(ConfigError, match="Expected an optimizer such as LLMOptimizer"):
+        AggregatedUpdate(Adder(), optimizer, llm=SILENT)
+
+
+def test_whoever_proposes_on_their_own_needs_no_optimizer(adder: Adder) -> None:
+    """A subclass that overrides `forward` may do without."""
+
+    class Fixed(AggregatedUpdate):
+        def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+            return {"amount": 7}
+
+    Fixed(adder, None, llm=SILENT).train(lambda x, output, info: 0.0, DATA)
+    assert adder.amount.data == 7
+
+
+@pytest.mark.parametrize("agent", [Adder, "agent", len, {"prompt": "x"}])
+def test_an_agent_that_is_none(agent: Any) -> None:
+    """A class instead of its instance, or a bare function, was an AttributeError from inside."""
+    with pytest.raises(ConfigError, match=r"Expected an agent that offers parameters\(\), such as an instance of"):
+        trainer(agent)
+
+
+@pytest.mark.parametrize("threshold", ["0.1", None, float("nan"), True])
+@pytest.mark.parametrize("gate", [improves_on_batch, lambda threshold: improves_on_validation(DATA, threshold)])
+def test_a_threshold_that_is_no_number(gate: Callable[[Any], Any], threshold: Any) -> None:
+    """NaN refused every update, text failed after the first minibatch was paid."""
+    with pytest.raises(ConfigError, match="expected threshold to be a finite number"):
+        gate(threshold)
