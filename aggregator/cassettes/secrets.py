@@ -65,15 +65,10 @@ _RUN = b"a" * _RUN_LENGTH
 _LONGEST_NAME = 64
 _QUOTE = ord('"')
 _AUTHORIZING = re.compile(rb"(?:(?i:bearer|basic|token) +|KEY-----(?:\\+n|\s)*)$")
-# the last four bytes of every name above and its quote; with one backslash in a JSON text inside of another, with three
-# deeper in, with a space before the colon
+# the last four bytes of every name above and its quote, in lower case; with one backslash in a JSON text inside of
+# another, with three deeper in
 _ENDINGS = ("key", "eys", "ken", "ion", "ret", "ets", "ord", "rds", "swd", "ase", "ial", "als")
-_NAME_ENDINGS = frozenset(
-    f"{case(ending)}{quote}"[-4:].encode()
-    for ending in _ENDINGS
-    for quote in ('"', '\\"', *(f'"{space}' for space in " \t\r\n"), *(f'\\"{space}' for space in " \t\r\n"))
-    for case in (str.lower, str.upper, str.title, lambda text: text[:-1] + text[-1].upper())
-) | {b'\\\\\\"', b'\\\\" '}
+_NAME_ENDINGS = frozenset(f"{ending}{quote}"[-4:].encode() for ending in _ENDINGS for quote in ('"', '\\"', '\\\\\\"'))
 
 
 def has_hidden_text(data: bytes) -> bool:
@@ -114,9 +109,10 @@ _is_bad_name = lru_cache(maxsize=4096)(_is_bad_run)  # most runs are names of fi
 
 def _has_secret_name(data: bytes) -> bool:
     pieces = data.split(b":")
-    if _NAME_ENDINGS.isdisjoint([piece[-4:] for piece in pieces]):
+    endings = b":".join([piece.rstrip()[-4:] for piece in pieces]).lower().split(b":")
+    if _NAME_ENDINGS.isdisjoint(endings):
         return False
-    return any(_known_name(piece[-64:].rstrip(b'\\" \t\r\n').rpartition(b'"')[2]) for piece in pieces)
+    return any(_known_name(piece.rstrip()[-64:].rstrip(b'\\"').rpartition(b'"')[2]) for piece in pieces)
 
 
 def _has_odd_needle(data: bytes, needles: Needles) -> bool:

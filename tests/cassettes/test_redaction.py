@@ -345,11 +345,11 @@ def test_the_quick_look_misses_nothing(text: str) -> None:
         assert secret_edits(data) == []
 
 
-SECRET_NAMES = ["api_key", "APIKEY", "Private-Keys", "sessionToken", "client_secret", "SECRETS", "password", "passwd"]
+SECRET_NAMES = ["api_key", "APIKEY", "PrivateKeY", "sessionToken", "client_secret", "SECRETS", "password", "passwd"]
 
 
 @pytest.mark.parametrize("name", [*SECRET_NAMES, "Passphrase", "authorization", "credentials", "x-oauth-token"])
-@pytest.mark.parametrize("space", ["", " ", "\n", "\t", "\r"])
+@pytest.mark.parametrize("space", ["", " ", "\n", "\t", "\r\n  ", " " * 9])
 @pytest.mark.parametrize("quote", ['"', '\\"', '\\\\\\"'])
 def test_the_quick_look_sees_every_name(name: str, space: str, quote: str) -> None:
     """A field with a secret's name is seen, with white space before its colon and in a JSON text within another too."""
