@@ -25,7 +25,7 @@ CACHED_FUNCTIONS = 512
 """How many compiled functions are kept: enough for the candidates of a large batch."""
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-_ENCLOSING = "__enclosing__"
+_ENCLOSING, _ENCLOSED = "__enclosing__", "__enclosed__"
 
 
 class CodeParameter(ParameterNode[str]):
@@ -155,7 +155,8 @@ def compile_function(source: str, like: FunctionType) -> FunctionType:
     function: FunctionType = made[_ENCLOSING](*(_content(cell) for cell in cells.values()))
     closure = tuple(cells[name] for name in function.__code__.co_freevars)
     defaults = function.__defaults__
-    compiled = FunctionType(function.__code__, like.__globals__, like.__name__, defaults, closure)
+    code = function.__code__.replace(co_name=like.__name__, co_qualname=like.__qualname__)
+    compiled = FunctionType(code, like.__globals__, like.__name__, defaults, closure)
     compiled.__kwdefaults__ = function.__kwdefaults__
     compiled.__qualname__, compiled.__module__, compiled.__doc__ = like.__qualname__, like.__module__, function.__doc__
     return compiled
@@ -206,7 +207,11 @@ def _compiled(definition: _Function, at: str) -> CodeType:
 
 
 def _enclosed(definition: _Function, cells: Mapping[str, CellType], file: str) -> CodeType:
-    """Compile a function inside one whose arguments are the names that the original takes from around it."""
+    """Compile a function inside one whose arguments are the names that the original takes from around it.
+
+    There it goes by another name: its own is for its code what it is for the original, so that it can call itself.
+    """
+    definition.name = _ENCLOSED
     arguments = ast.arguments([], [ast.arg(name) for name in cells], None, [], [], None, [])
     result = ast.Return(ast.Name(definition.name, ast.Load()))
     enclosing = ast.FunctionDef(_ENCLOSING, arguments, [definition, result], [])

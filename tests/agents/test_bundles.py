@@ -41,6 +41,11 @@ def scale(x: int) -> int:
     return x * SCALE
 
 
+@bundle(trainable=True)
+def factorial(n: int) -> int:
+    return 1 if n < 2 else n * factorial(n - 1)
+
+
 class Desk(Module):
     def __init__(self) -> None:
         self.word = ParameterNode("yes")
@@ -162,6 +167,19 @@ def test_new_source_keeps_the_closure() -> None:
     factor = 5
     assert multiply(3) == 16
     assert "multiply" not in globals()
+
+
+def test_new_source_calls_itself() -> None:
+    """A function's own name is the operation, in new source as in the written one; a method's is no name there."""
+    code = operation_of(factorial).code  # type: ignore[union-attr]
+    assert code is not None
+    with overriding([code], {code.name: "def factorial(n):\n    return 2 if n < 2 else n * factorial(n - 1)\n"}):
+        assert factorial(5) == 240
+    assert factorial(5) == 120
+    desk = Desk()
+    desk.parameters_dict()["answer__code"].data = "def answer(self, x):\n    return answer(x)"
+    with pytest.raises(NameError, match="name 'answer' is not defined"):
+        desk.answer("x")
 
 
 def test_an_error_in_trained_code_is_the_agents_own() -> None:
