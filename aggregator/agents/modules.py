@@ -127,8 +127,20 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
                 operation = operation_of(attribute)
                 yield name, getattr(value, name) if operation else attribute
         yield from own.items()
+        for name in _slots(type(value)):
+            if hasattr(value, name):
+                yield name, getattr(value, name)
     else:
         yield from enumerate(value)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    """Yield the attributes that a class keeps in slots, as `@dataclass(slots=True)` does, those of its bases first."""
+    for base in reversed(kind.__mro__):
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if not name.startswith("__"):
+                yield name
 
 
 def _class_attributes(kind: type) -> dict[str, Any]:

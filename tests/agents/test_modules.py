@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,17 @@ def test_an_overridden_operation_is_the_subclasss() -> None:
     reverse.parameters()[0].data = "def rank(self, passages):\n    return [*super().rank(passages), 'end']\n"
     assert reverse.rank(["b", "a"]) == ["a", "b", "end"]
     assert [p.name for p in Plain().parameters()] == ["k"]
+
+
+def test_attributes_in_slots_are_found() -> None:
+    """A dataclass with slots is an agent like any other."""
+
+    @dataclass(slots=True)
+    class Slotted(Module):
+        retriever: Retriever = field(default_factory=Retriever)
+        prompt: ParameterNode[str] = field(default_factory=lambda: ParameterNode("Answer."))
+
+    assert [parameter.name for parameter in Slotted().parameters()] == ["retriever.rank__code", "retriever.k", "prompt"]
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
