@@ -45,7 +45,8 @@ class HTTPReply(Struct, frozen=True, kw_only=True):
     replayed: bool = False
 
 
-class Usage(Struct, frozen=True, kw_only=True):
+# gc=False down to Completion: they hold text, numbers and each other, never a cycle, and every answer makes several.
+class Usage(Struct, frozen=True, kw_only=True, gc=False):
     """Tokens and cost of one or more calls; None means the provider did not say, which is not 0.
 
     `input_tokens` includes cached ones, `output_tokens` includes reasoning. `cost` is in USD.
@@ -93,7 +94,7 @@ def _sum(a: Any, b: Any) -> Any:
     return a if b is None else a + b
 
 
-class ToolCall(Struct, frozen=True, kw_only=True):
+class ToolCall(Struct, frozen=True, kw_only=True, gc=False):
     """A tool the model wants called; `arguments` is the model's own text, JSON if the model kept to it.
 
     `signature` is what Gemini wants back with the call in the next turn.
@@ -105,7 +106,7 @@ class ToolCall(Struct, frozen=True, kw_only=True):
     signature: str | None = None
 
 
-class Message(Struct, frozen=True, kw_only=True):
+class Message(Struct, frozen=True, kw_only=True, gc=False):
     """What one choice of the model says. `reasoning` (thinking) is never part of `content`."""
 
     content: str | None = None
@@ -115,7 +116,7 @@ class Message(Struct, frozen=True, kw_only=True):
     role: str = "assistant"
 
 
-class Choice(Struct, frozen=True, kw_only=True):
+class Choice(Struct, frozen=True, kw_only=True, gc=False):
     """One of the model's answers; `raw_finish_reason` is the provider's own word."""
 
     message: Message
@@ -124,7 +125,7 @@ class Choice(Struct, frozen=True, kw_only=True):
     index: int = 0
 
 
-class Completion(Struct, frozen=True, kw_only=True):
+class Completion(Struct, frozen=True, kw_only=True, gc=False):
     """A model's answer. Reads as OpenAI's shape too: `completion.choices[0].message.content`."""
 
     choices: tuple[Choice, ...]

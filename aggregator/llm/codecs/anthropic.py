@@ -49,11 +49,11 @@ class _Details(Struct, gc=False):
 class Answer(Struct, gc=False):
     """A message, or a delta of one in a stream."""
 
+    model: str | None = None
+    id: str | None = None
     content: list[Block] | str | None = None
     stop_reason: str | None = None
     usage: WireUsage | None = None
-    model: str | None = None
-    id: str | None = None
     error: Any = None
 
 
@@ -120,25 +120,25 @@ class AnthropicMessages:
         """Turn a parsed message into a Completion; one without blocks is an empty answer, not an error."""
         if answer.error:
             raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
-        content = answer.content
+        content, usage, headers = answer.content, answer.usage, reply.headers
         if content is None:
             raise EmptyResponseError(
                 f"Expected content from {self.target.provider}, got none in {excerpt(reply.body)}",
                 status=reply.status,
-                request_id=request_id(reply.headers),
+                request_id=request_id(headers),
             )
-        blocks = [Block(type="text", text=content)] if isinstance(content, str) else content
-        choice = Choice(
-            message=_message(blocks),
-            finish_reason=REASONS.get(answer.stop_reason, "stop"),
-            raw_finish_reason=answer.stop_reason,
-        )
         return Completion(
-            choices=(choice,),
-            usage=_usage(answer.usage) if answer.usage is not None else Usage(),
+            choices=(
+                Choice(
+                    message=Message(content=content) if isinstance(content, str) else _message(content),
+                    finish_reason=REASONS.get(answer.stop_reason, "stop"),
+                    raw_finish_reason=answer.stop_reason,
+                ),
+            ),
+            usage=Usage() if usage is None else _usage(usage),
             model=answer.model or "",
             id=answer.id or "",
-            request_id=request_id(reply.headers),
+            request_id=headers["request-id"] if "request-id" in headers else request_id(headers),
             milliseconds=reply.milliseconds,
             replayed=reply.replayed,
             raw=reply.body,
@@ -163,26 +163,23 @@ def _output_config(call: ChatCall) -> dict[str, Any] | None:
 
 
 def _message(blocks: list[Block]) -> Message:
-    if len(blocks) == 1 and blocks[0].type == "text" and isinstance(blocks[0].text, str):
-        return Message(content=blocks[0].text)
-    texts, thoughts, calls = [], [], []
+    content = reasoning = None
+    calls = []
     for block in blocks:
-        if block.type == "tool_use":
+        kind = block.type
+        if kind == "text":
+            if isinstance(text := block.text, str):
+                content = text if content is None else content + text
+        elif kind == "tool_use":
             calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=_arguments(block)))
-        elif block.type == "thinking" and isinstance(block.thinking, str):
-            thoughts.append(block.thinking)
-        elif block.type == "text" and isinstance(block.text, str):
-            texts.append(block.text)
-    return Message(
-        content="".join(texts) if texts else None,
-        reasoning="".join(thoughts) if thoughts else None,
-        tool_calls=tuple(calls),
-    )
+        elif kind == "thinking" and isinstance(thought := block.thinking, str):
+            reasoning = thought if reasoning is None else reasoning + thought
+    return Message(content=content, reasoning=reasoning, tool_calls=tuple(calls) if calls else ())
 
 
 def _arguments(block: Block) -> str:
     """The tool's input as it stands in the body."""
-    text = bytes(block.input).decode()
+    text = str(block.input, "utf-8")
     if text.startswith('"'):  # a gateway that speaks OpenAI's format behind
         return str(msgspec.json.decode(text))
     return "{}" if text in ("", "null") else text

@@ -13,6 +13,9 @@ from aggregator.errors import ConfigError, DecodeError
 
 T = TypeVar("T")
 
+REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for a body that is not of the wanted shape, or no JSON."""
+
 _MAX_REPAIRS = 32
 _PATH = re.compile(r"at `\$(.*)`$")
 _STEP = re.compile(r"\.([^.\[]+)|(\[[^\]]*\])")
@@ -26,7 +29,7 @@ def read(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except REFUSED:
         return fit(parse(body), decoder.type)
 
 

@@ -9,12 +9,23 @@ from aggregator.errors import APIStatusError, ContentFilterError, DecodeError, E
 from aggregator.llm.calls import ChatCall, StreamReader, Target
 from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
 from aggregator.llm.codecs.finish import REASONS, finish_reason
-from aggregator.llm.codecs.lenient import excerpt, read
-from aggregator.llm.codecs.openai_answers import DECODER, Answer, WireChoice, WireMessage, message_of, usage_of
+from aggregator.llm.codecs.lenient import REFUSED, excerpt, read
+from aggregator.llm.codecs.openai_answers import (
+    DECODER,
+    Answer,
+    WireChoice,
+    WireMessage,
+    message_of,
+    other_cached_tokens,
+    usage_of,
+    usd,
+)
 from aggregator.llm.codecs.openai_stream import ChatStream
+from aggregator.llm.codecs.openai_usual import called, decode_usual, told
 from aggregator.llm.codecs.requests import Envelope, secrets
 from aggregator.llm.codecs.sse import read_other
-from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest
+from aggregator.llm.codecs.thinking import BEFORE_THINKING, split_thinking
+from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
 
 _REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-[5-9]|gpt-\d\d|codex)")
 
@@ -59,6 +70,56 @@ class OpenAIChat:
         return self._envelope.post(url, {**body, **call.extra} if call.extra else body, stream=call.stream)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
+        """Read an answer: the usual shape here and at once, any other by way of the lenient types.
+
+        One long function: every answer takes it, and each call of a further one would cost 2 % of the whole.
+        """
+        try:
+            answer = decode_usual(reply.body)
+        except REFUSED:
+            return self.decode_unusual(reply, call)
+        (choice,) = answer.choices
+        message, reason = choice.message, choice.finish_reason
+        content, calls, details = message.content, message.tool_calls, message.reasoning_details
+        reasoning = message.reasoning_content or message.reasoning or (told(details) if details else None)
+        if content and content[0] in BEFORE_THINKING:
+            content, thought = split_thinking(content)
+            reasoning = (reasoning or "") + thought or None
+        usage, headers = answer.usage, reply.headers
+        cost = answer.cost if usage.cost is None else usage.cost
+        prompt, output = usage.prompt_tokens_details, usage.completion_tokens_details
+        cached = prompt.cached_tokens if prompt is not None else None
+        thinking = output.reasoning_tokens if output is not None else None
+        return Completion(
+            choices=(
+                Choice(
+                    message=Message(
+                        content=content,
+                        reasoning=reasoning,
+                        tool_calls=tuple(map(called, calls)) if calls else (),
+                        refusal=message.refusal or None,
+                    ),
+                    finish_reason=reason,
+                    raw_finish_reason=reason,
+                    index=choice.index,
+                ),
+            ),
+            usage=Usage(
+                input_tokens=usage.prompt_tokens,
+                output_tokens=usage.completion_tokens,
+                cached_tokens=other_cached_tokens(usage) if cached is None else cached,
+                reasoning_tokens=usage.reasoning_tokens if thinking is None else thinking,
+                cost=None if cost is None else usd(cost),
+            ),
+            model=answer.model,
+            id=answer.id,
+            request_id=headers["x-request-id"] if "x-request-id" in headers else request_id(headers),
+            milliseconds=reply.milliseconds,
+            replayed=reply.replayed,
+            raw=reply.body,
+        )
+
+    def decode_unusual(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer in whatever shape it came."""
         try:
             return self.completion(read(reply.body, DECODER), reply)

@@ -61,10 +61,15 @@ class WireChoice(Struct, gc=False):
     error: Any = None
 
 
-class WireDetails(Struct, gc=False):
-    """The parts of a token count."""
+class WirePromptDetails(Struct, gc=False):
+    """What part of the input was cached."""
 
     cached_tokens: int | None = None
+
+
+class WireCompletionDetails(Struct, gc=False):
+    """What part of the output was thinking."""
+
     reasoning_tokens: int | None = None
 
 
@@ -73,8 +78,8 @@ class WireUsage(Struct, gc=False):
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    prompt_tokens_details: WireDetails | None = None
-    completion_tokens_details: WireDetails | None = None
+    prompt_tokens_details: WirePromptDetails | None = None
+    completion_tokens_details: WireCompletionDetails | None = None
     prompt_cache_hit_tokens: int | None = None
     cached_tokens: int | None = None
     num_cached_tokens: int | None = None
@@ -146,7 +151,7 @@ def text_and_thoughts(content: Any) -> tuple[str, list[str]]:
 def reasoning_text(message: WireMessage) -> str:
     """The thinking that stands under one of its three names."""
     stated = message.reasoning_content or message.reasoning
-    if isinstance(stated, str):
+    if stated and isinstance(stated, str):
         return stated
     details = [detail for detail in message.reasoning_details or () if isinstance(detail, dict)]
     return "".join([text for d in details if isinstance(text := d.get("text") or d.get("summary"), str)])
@@ -182,7 +187,7 @@ def usage_of(answer: Answer) -> Usage:
     """Tokens and cost; None where the provider did not say."""
     usage = answer.usage
     if usage is None:
-        return Usage(cost=_usd(answer.cost))
+        return Usage(cost=usd(answer.cost))
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     cached = prompt.cached_tokens if prompt is not None else None
     reasoning = completion.reasoning_tokens if completion is not None else None
@@ -190,19 +195,20 @@ def usage_of(answer: Answer) -> Usage:
     return Usage(
         input_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens,
-        cached_tokens=_cached(usage) if cached is None else cached,
+        cached_tokens=other_cached_tokens(usage) if cached is None else cached,
         reasoning_tokens=usage.reasoning_tokens if reasoning is None else reasoning,
-        cost=None if cost is None else _usd(cost),
+        cost=None if cost is None else usd(cost),
     )
 
 
-def _cached(usage: WireUsage) -> int | None:
+def other_cached_tokens(usage: WireUsage) -> int | None:
+    """The cached tokens where DeepSeek, Moonshot and GPUStack count them."""
     if usage.prompt_cache_hit_tokens is not None:
         return usage.prompt_cache_hit_tokens
     return usage.num_cached_tokens if usage.cached_tokens is None else usage.cached_tokens
 
 
-def _usd(cost: Any) -> float | None:
+def usd(cost: Any) -> float | None:
     """USD: a number (OpenRouter) or an object with a total (Perplexity, Venice)."""
     if isinstance(cost, dict):
         cost = cost.get("total_cost", cost.get("usd"))
