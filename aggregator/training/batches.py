@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from random import Random
 from typing import Any
 
@@ -32,8 +33,8 @@ def samples(dataset: Dataset, *, name: str = "train_dataset") -> tuple[Sample, .
 def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple[Any, Any]]:
     if "inputs" not in dataset:
         raise ConfigError(f"{_FORMS}, got a mapping with the keys {sorted(map(str, dataset))} for {name}")
-    inputs = list(dataset["inputs"])
-    infos = list(dataset.get("infos", [None] * len(inputs)))
+    inputs = _plain(dataset["inputs"])
+    infos = _plain(dataset.get("infos", [None] * len(inputs)))
     if len(inputs) != len(infos):
         raise ConfigError(
             f"expected as many infos as inputs, got {len(inputs)} inputs and {len(infos)} infos in {name}"
@@ -41,7 +42,14 @@ def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple
     return list(zip(inputs, infos, strict=True))
 
 
+def _plain(column: Any) -> list[Any]:
+    """Return a column as a list: of Python's own values where numpy or pandas holds it, which no model could be sent."""
+    return list(column.tolist() if getattr(column, "ndim", None) == 1 else column)
+
+
 def _from_pairs(dataset: Any, name: str) -> list[tuple[Any, Any]]:
+    if isinstance(dataset, AbstractSet):
+        raise ConfigError(f"{_FORMS}, got a {type(dataset).__name__} for {name}, whose order differs from run to run")
     if isinstance(dataset, str | bytes) or not hasattr(dataset, "__iter__"):
         raise ConfigError(f"{_FORMS}, got {type(dataset).__name__} for {name}")
     pairs = list(dataset)

@@ -27,6 +27,21 @@ def test_infos_may_be_left_out() -> None:
     assert samples({"inputs": ["a"]}) == (Sample(0, "a", None),)
 
 
+def test_columns_of_numpy_are_pythons_own_values() -> None:
+    """An array of texts yields numpy.str_, which no model can be sent; a matrix keeps its rows."""
+
+    class Column(list[Any]):
+        ndim = 1
+
+        def tolist(self) -> list[Any]:
+            return [item.lower() for item in self]
+
+    class Matrix(Column):
+        ndim = 2
+
+    assert samples({"inputs": Column(["A"]), "infos": Matrix(["B"])}) == (Sample(0, "a", "B"),)
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
@@ -38,6 +53,7 @@ def test_infos_may_be_left_out() -> None:
         ([("a", 1, 2)], r"got tuple at train_dataset\[0\]"),
         ("abc", "got str for train_dataset"),
         (7, "got int for train_dataset"),
+        ({("a", 1)}, "got a set for train_dataset, whose order differs from run to run"),
     ],
 )
 def test_a_wrong_dataset_says_what_was_expected(dataset: Any, message: str) -> None:
