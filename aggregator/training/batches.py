@@ -43,7 +43,7 @@ def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple
 
 
 def _plain(column: Any) -> list[Any]:
-    """Return a column as a list: of Python's own values where numpy or pandas holds it, which no model could be sent."""
+    """Return a column as a list, of Python's own values where numpy or pandas holds it."""
     return list(column.tolist() if getattr(column, "ndim", None) == 1 else column)
 
 
