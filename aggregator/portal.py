@@ -133,8 +133,8 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
         task.add_done_callback(scope.tasks.discard)
         task.add_done_callback(lambda finished: _transfer(finished, outcome))
 
-    portal.loop.call_soon_threadsafe(start)
-    try:
+    try:  # from here on: an interrupt may come before the wait has begun
+        portal.loop.call_soon_threadsafe(start)
         return outcome.result()
     except (KeyboardInterrupt, SystemExit):
         if not outcome.done():  # else it came from the work itself

@@ -128,6 +128,35 @@ def test_ctrl_c_cancels_and_waits() -> None:
     assert (done.stdout.split("\n")[:3], done.stderr) == (["working", "cleaned up", "interrupted"], "")
 
 
+def test_ctrl_c_before_the_wait_has_begun_cancels_and_waits() -> None:
+    """Work may start, and be interrupted, before its caller waits for it: that call is cancelled like any other."""
+    done = run_script(
+        """
+        import asyncio, os, signal
+        from aggregator import portal
+
+        cleaned = 0
+
+        async def work():
+            global cleaned
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.001)
+                cleaned += 1
+
+        for _ in range(30):
+            try:
+                portal.call(work)
+            except KeyboardInterrupt:
+                pass
+        print(cleaned)
+        """
+    )
+    assert (done.stdout, done.stderr) == ("30\n", "")
+
+
 def test_what_still_runs_at_the_end_is_cancelled_and_closed() -> None:
     """A script that ends with work under way ends cleanly: cancelled first, then what was registered is closed."""
     done = run_script(
