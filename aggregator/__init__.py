@@ -109,6 +109,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "top_k",
         "without_failed",
     ),
+    "aggregator.training.selections": ("LLMChoice", "best_tried", "last_of"),
     "aggregator.training.suggestions": (
         "construct_update_dict",
         "extract_llm_suggestion",
@@ -179,6 +180,9 @@ if TYPE_CHECKING:
     from aggregator.training.rules import mean as mean
     from aggregator.training.rules import top_k as top_k
     from aggregator.training.rules import without_failed as without_failed
+    from aggregator.training.selections import LLMChoice as LLMChoice
+    from aggregator.training.selections import best_tried as best_tried
+    from aggregator.training.selections import last_of as last_of
     from aggregator.training.suggestions import construct_update_dict as construct_update_dict
     from aggregator.training.suggestions import extract_llm_suggestion as extract_llm_suggestion
     from aggregator.training.trainer import AggregatedUpdate as AggregatedUpdate

@@ -62,7 +62,7 @@ class LLMMerge:
             system_prompt=self.system_prompt,
         )
         with lineage("aggregate", role="aggregator"):
-            return [_answered(await self._ask(messages, current), distinct)]
+            return [answered(await self._ask(messages, current), distinct)]
 
     async def _ask(self, messages: list[dict[str, str]], current: Values) -> Answer | Exception:
         parameters = [parameter for parameter in current_step().parameters if parameter.name in current]
@@ -106,7 +106,8 @@ def united(proposals: Sequence[Proposal]) -> Proposal:
     )
 
 
-def _answered(answer: Answer | Exception, proposals: Sequence[Proposal]) -> Proposal:
+def answered(answer: Answer | Exception, proposals: Sequence[Proposal]) -> Proposal:
+    """Make a proposal of a model's answer, or of the error instead of one, with what stood behind the question."""
     facts = _merged_facts(proposals)
     if isinstance(answer, Exception):
         record = failure("aggregation", answer)

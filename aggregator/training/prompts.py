@@ -1,4 +1,4 @@
-"""The words of the two prompts, and how values are laid out in them.
+"""The words of the prompts, and how values are laid out in them.
 
 A user message is a sequence of sections: a heading line that starts with `#`, then text. Whoever plays a model in a test
 reads these sections: `#Parameters`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#History` for a proposal;
@@ -59,6 +59,30 @@ REPAIR_PROMPT = """\
 Your reply could not be used: {error}
 
 Answer the same question again, with one complete JSON object in the form asked for and no other text."""
+
+REFINE_PROMPT = """\
+Look at your answer once more. Say to yourself what is weak, wrong or missing in it, then answer the same question again, \
+better, in the same form. If it cannot be improved, repeat it."""
+
+ALTERNATIVE_PROMPT = """\
+Answer the same question again, in the same form, with a solution that goes another way than every answer above."""
+
+CHOOSER_SYSTEM_PROMPT = """\
+You choose between proposals for the parameters of an LLM agent. #CurrentValue holds the present value of each component, \
+and counts as number 0. #SuggestedValue_i holds the components that proposal number i wants changed, and may state the \
+feedback that it answers.
+
+Choose the proposal that answers the feedback best, also helps on other inputs of the same kind, and keeps what already \
+works; choose 0 if none is better than the current value.
+
+Reply with one JSON object and nothing else:
+
+{
+  "reasoning_choice": "<what speaks for this one, and against the others>",
+  "suggestion": {
+    "choice": <number>
+  }
+}"""
 
 FEEDBACK_DIGEST = 200
 """How many characters of a proposal's feedback the aggregation prompt shows."""
@@ -121,6 +145,14 @@ def repair_messages(messages: Sequence[dict[str, str]], reply: str, error: str) 
         {"role": "assistant", "content": reply},
         {"role": "user", "content": REPAIR_PROMPT.format(error=error)},
     ]
+
+
+def reply_of(answer: Proposal) -> str:
+    """Write a proposal as the reply that it came from: one JSON object, or TERMINATE."""
+    if not answer.values:
+        return "TERMINATE"
+    reasons = {"reasoning": answer.reasoning} if answer.reasoning else {}
+    return pretty({**reasons, "suggestion": answer.values})
 
 
 def pretty(value: Any) -> str:

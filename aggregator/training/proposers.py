@@ -18,6 +18,7 @@ from aggregator.training.asking import ask
 from aggregator.training.batches import check_positive
 from aggregator.training.context import current_step
 from aggregator.training.executors import AsyncExecutor
+from aggregator.training.parts import check_rule
 from aggregator.training.prompts import (
     DEFAULT_OBJECTIVE,
     PROPOSER_SYSTEM_PROMPT,
@@ -27,7 +28,7 @@ from aggregator.training.prompts import (
     proposal_messages,
     verdict,
 )
-from aggregator.training.rules import majority
+from aggregator.training.variations import Question, Variation, check_variation, seeds
 
 Item = TypeVar("Item")
 
@@ -37,9 +38,9 @@ class LLMOptimizer:
 
     `parameters` are what it may change (default: every trainable parameter of the agent that the trainer was given).
     `llm` is a model, its name, or None for the default model. `memory_size` is how many earlier updates, accepted and
-    refused, the prompt recalls. With `num_candidates` above 1 the model is asked that often, with a seed of its own
-    each, and `select`, a rule, makes one proposal of the answers. It keeps no state: the same rollout and history give
-    the same prompt.
+    refused, the prompt recalls. With `num_candidates` above 1 the model is asked that often; `variation` says how the
+    questions differ, and `select`, a rule, makes one proposal of the answers (default: the variation's own). It keeps
+    no state: the same rollout and history give the same prompt.
     """
 
     def __init__(
@@ -49,19 +50,24 @@ class LLMOptimizer:
         *,
         objective: str = DEFAULT_OBJECTIVE,
         memory_size: int = 5,
-        num_candidates: int = 1,
-        select: UpdateRule = majority,
+        num_candidates: int | None = None,
+        variation: Variation = seeds,
+        select: UpdateRule | None = None,
         temperature: float | None = None,
         max_tokens: int = 4096,
         system_prompt: str = PROPOSER_SYSTEM_PROMPT,
     ) -> None:
-        check_positive("num_candidates", num_candidates)
+        if num_candidates is not None:
+            check_positive("num_candidates", num_candidates)
+        if select is not None:
+            check_rule(select)
         self.parameters = parameters
         self.llm: ChatModel = as_model(llm)
         self.objective = objective
         self.memory_size = memory_size
-        self.num_candidates = num_candidates
-        self.select = select
+        self.num_candidates = check_variation(variation, num_candidates)
+        self.variation = variation
+        self.select = variation.select(self.llm) if select is None else select
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.system_prompt = system_prompt
@@ -73,10 +79,8 @@ class LLMOptimizer:
         messages = self.messages(rollout, parameters, history)
         with lineage("propose", role="optimizer"):
             if self.num_candidates == 1:
-                return await self._ask(messages, parameters, rollout)
-            found = await AsyncExecutor(self.num_candidates).map(
-                lambda i: self._candidate(i, messages, parameters, rollout), range(self.num_candidates)
-            )
+                return await self._ask(self._question(messages, 0), parameters, rollout)
+            found = await self._candidates(messages, parameters, rollout)
         return await self._selected(found, parameters, rollout)
 
     def messages(
@@ -99,11 +103,24 @@ class LLMOptimizer:
         tried = [report for report in history if report.update]
         return [verdict(report) for report in latest(tried, self.memory_size)]
 
-    async def _candidate(
-        self, i: int, messages: list[dict[str, str]], parameters: Sequence[Any], rollout: Rollout
-    ) -> Proposal:
-        with lineage(f"candidate={i}"):
-            return await self._ask(messages, parameters, rollout, seed=i)
+    async def _candidates(
+        self, messages: list[dict[str, str]], parameters: Sequence[Any], rollout: Rollout
+    ) -> list[Proposal]:
+        found: list[Proposal] = []
+
+        async def candidate(i: int) -> Proposal:
+            question = self._question(messages, i, found)
+            with lineage(f"candidate={i}"):
+                return await self._ask(question, parameters, rollout)
+
+        if not self.variation.in_turn:
+            return await AsyncExecutor(self.num_candidates).map(candidate, range(self.num_candidates))
+        for i in range(self.num_candidates):
+            found.append(await candidate(i))  # noqa: PERF401 - the next candidate reads `found`
+        return found
+
+    def _question(self, messages: list[dict[str, str]], i: int, before: Sequence[Proposal] = ()) -> Question:
+        return self.variation.ask(messages, i, self.num_candidates, tuple(before))
 
     async def _selected(self, found: Sequence[Proposal], parameters: Sequence[Any], rollout: Rollout) -> Proposal:
         current = read(parameters)
@@ -113,11 +130,14 @@ class LLMOptimizer:
             return replace(found[0], values={})
         return replace(chosen[0], support=1, score=rollout.score, feedback=rollout.feedback)
 
-    async def _ask(
-        self, messages: list[dict[str, str]], parameters: Sequence[Any], rollout: Rollout, *, seed: int | None = None
-    ) -> Proposal:
+    async def _ask(self, question: Question, parameters: Sequence[Any], rollout: Rollout) -> Proposal:
         answer = await ask(
-            self.llm, messages, parameters, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed
+            self.llm,
+            question.messages,
+            parameters,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature if question.temperature is None else question.temperature,
+            seed=question.seed,
         )
         return Proposal(
             values=answer.values,

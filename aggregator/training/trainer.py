@@ -18,7 +18,7 @@ from aggregator.training.merge import LLMMerge
 from aggregator.training.minibatch import Minibatch
 from aggregator.training.parts import check_gate, check_optimizer, check_rule
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
-from aggregator.training.rules import dedupe
+from aggregator.training.selections import best_scored
 from aggregator.training.suggestions import construct_update_dict, extract_llm_suggestion
 from aggregator.training.updates import Update, apply
 
@@ -160,19 +160,7 @@ class BasicSearchAlgorithm(MinibatchAlgorithm):
 
     async def best(self, current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
         """Return the candidate that scores best on the validation set, none where the current values do."""
-        step = current_step()
-        candidates = await dedupe(current, [p for p in proposals if p.values], stepsize=stepsize)
-        validation = self.validation or step.samples
-        best, best_score = None, await self._score(current, validation, "current")
-        for i, candidate in enumerate(candidates):
-            score = await self._score({**current, **candidate.values}, validation, f"candidate={i}")
-            if score is not None and (best_score is None or score > best_score):
-                best, best_score = candidate, score
-        return [] if best is None else [best]
-
-    async def _score(self, values: Values, validation: Sequence[Sample], place: str) -> float | None:
-        with lineage("validate"):
-            return mean(await current_step().evaluate(values, validation, place, self.validate_guide))
+        return await best_scored(current, proposals, self.validation or current_step().samples, self.validate_guide)
 
 
 def batchify(rollouts: Sequence[Rollout]) -> Rollout:

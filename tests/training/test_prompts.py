@@ -1,4 +1,4 @@
-"""The two prompts, whole: a change of wording shows here as a diff."""
+"""The prompts, whole: a change of wording shows here as a diff."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from aggregator.records import Decision, Proposal, StepReport
-from aggregator.training.prompts import aggregation_messages, number, proposal_messages, repair_messages, verdict
+from aggregator.training.prompts import (
+    ALTERNATIVE_PROMPT,
+    CHOOSER_SYSTEM_PROMPT,
+    REFINE_PROMPT,
+    aggregation_messages,
+    number,
+    proposal_messages,
+    repair_messages,
+    verdict,
+)
+from aggregator.training.variations import followed
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -56,6 +66,21 @@ def test_aggregation_prompt() -> None:
     ]
     messages = aggregation_messages({"instruction": "Answer.", "k": 3}, proposals, [0.9, 0.45], stepsize=0.9)
     check("aggregation.txt", shown(messages))
+
+
+def test_choice_prompt() -> None:
+    """The same blocks, numbered, and a reply that names a number."""
+    proposals = [Proposal(values={"k": 5}, score=0.0, feedback="too few"), Proposal(values={"k": 9})]
+    messages = aggregation_messages({"k": 3}, proposals, [0.5, 0.5], stepsize=0.5, system_prompt=CHOOSER_SYSTEM_PROMPT)
+    check("choice.txt", shown(messages))
+
+
+def test_refinement_prompt() -> None:
+    """The conversation goes on with the former answer as the reply that it came from, and what is asked then."""
+    question = [{"role": "user", "content": "Q"}]
+    before = [Proposal(values={"k": 5}, reasoning="more results"), Proposal()]
+    check("refinement.txt", shown(followed(question, before[:1], REFINE_PROMPT)))
+    check("alternative.txt", shown(followed(question, before, ALTERNATIVE_PROMPT)))
 
 
 def test_repair_prompt() -> None:

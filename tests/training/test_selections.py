@@ -1,0 +1,109 @@
+"""Rules that choose one of several proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from training_fakes import Adder, ScriptedModel, additions, exact, section, suggest
+
+from aggregator.errors import APIConnectionError, AuthenticationError
+from aggregator.records import Proposal
+from aggregator.training.prompts import CHOOSER_SYSTEM_PROMPT
+from aggregator.training.proposers import LLMOptimizer
+from aggregator.training.rules import chain
+from aggregator.training.selections import LLMChoice, best_tried, last_of
+from aggregator.training.trainer import AggregatedUpdate, MinibatchAlgorithm
+
+CURRENT = {"k": 1}
+
+
+def proposals(*values: int) -> list[Proposal]:
+    return [Proposal(values={"k": k}, sample_ids=(i,), feedback=f"more than {k}") for i, k in enumerate(values)]
+
+
+async def choose(reply: Any, found: Sequence[Proposal], stepsize: float = 0.5) -> tuple[Sequence[Proposal], Any]:
+    model = ScriptedModel(reply)
+    return await LLMChoice(model)(CURRENT, found, stepsize=stepsize), model
+
+
+async def test_a_model_chooses_one_as_it_is() -> None:
+    """Best of n: the prompt numbers the proposals as the reply names them, and nothing of the choice is rewritten."""
+    chosen, model = await choose(suggest(choice=2), proposals(4, 5, 6))
+    assert chosen == proposals(4, 5, 6)[1:2]
+    (messages,) = model.asked
+    assert messages[0]["content"] == CHOOSER_SYSTEM_PROMPT
+    assert '"k": 5' in section(messages, "SuggestedValue_2")
+    assert model.places == [("choose", "aggregator")]
+
+
+@pytest.mark.parametrize("reply", [suggest(choice=0), "TERMINATE"])
+async def test_the_current_value_may_be_chosen(reply: str) -> None:
+    """Number 0 is the current value: nothing is proposed."""
+    assert (await choose(reply, proposals(4, 5)))[0] == []
+
+
+@pytest.mark.parametrize("reply", [suggest(choice=3), suggest(choice="the second"), suggest(choice=-1), "k = 5"])
+async def test_a_choice_that_is_none_is_asked_for_once_more_and_never_guessed(reply: str) -> None:
+    """A number beyond the proposals, words, or no reply at all choose nothing, and the error says so."""
+    ((left,), model) = await choose(reply, proposals(4, 5))
+    assert (left.values, left.error is None) == ({}, False)
+    assert len(model.asked) == 2
+
+
+@pytest.mark.parametrize(("values", "stepsize"), [((), 0.5), ((4,), 0.5), ((4, 4), 0.5), ((4, 5), 0.0)])
+async def test_no_call_where_there_is_nothing_to_choose(values: tuple[int, ...], stepsize: float) -> None:
+    """No proposal, one distinct one, or stepsize 0."""
+    left, model = await choose("never asked", proposals(*values), stepsize)
+    assert model.asked == []
+    assert [proposal.values for proposal in left] == ([{"k": 4}] if values and stepsize else [])
+
+
+async def test_a_lost_choice_is_a_failure_a_permanent_error_is_raised() -> None:
+    """As with a merge: what another attempt could cure is counted."""
+    ((left,), _) = await choose(APIConnectionError("reset"), proposals(4, 5))
+    assert [(record.stage, record.error) for record in left.failures] == [("aggregation", "APIConnectionError")]
+    with pytest.raises(AuthenticationError):
+        await choose(AuthenticationError("no", status=401), proposals(4, 5))
+
+
+async def test_the_last_that_asks_for_anything() -> None:
+    """Last of n; a candidate that declined does not undo the one before."""
+    assert await last_of(CURRENT, [*proposals(4, 5), Proposal()], stepsize=0.5) == proposals(4, 5)[1:]
+    assert await last_of(CURRENT, [Proposal()], stepsize=0.5) == []
+
+
+def test_candidates_are_tried_on_the_instance_they_are_for() -> None:
+    """Best of n by score: the agent runs under each, on this instance, and its own values are untouched meanwhile."""
+    agent, seen = Adder(), []
+
+    def guide(x: int, output: int, info: int) -> tuple[float, str]:
+        seen.append((x, output))
+        return exact(x, output, info)
+
+    optimizer = LLMOptimizer(
+        llm=ScriptedModel(suggest(amount=9), suggest(amount=5), suggest(amount=7)),
+        num_candidates=3,
+        select=best_tried,
+    )
+    AggregatedUpdate(agent, optimizer, llm=ScriptedModel("never asked")).train(guide, [(10, 15)])
+    assert agent.amount.data == 5
+    assert seen == [(10, 11), (10, 11), (10, 19), (10, 15), (10, 17)]
+
+
+def test_candidates_for_a_minibatch_are_tried_on_all_of_it() -> None:
+    """With MinibatchAlgorithm; the current values win where no candidate beats them."""
+    agent = Adder(5)
+    optimizer = LLMOptimizer(llm=ScriptedModel(suggest(amount=9)), num_candidates=2, select=best_tried)
+    result = MinibatchAlgorithm(agent, optimizer).train(exact, [*additions(5, 3), (3, 9)], batch_size=4)
+    assert agent.amount.data == 5
+    assert not result.history[0].decision.accepted
+
+
+async def test_selections_chain_as_rules_do() -> None:
+    """Closed: what one returns, another takes."""
+    assert (
+        await chain(last_of, LLMChoice(ScriptedModel("never asked")))(CURRENT, proposals(4, 5), stepsize=0.5)
+        == (proposals(4, 5)[1:])
+    )
