@@ -114,6 +114,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "construct_update_dict",
         "extract_llm_suggestion",
     ),
+    "aggregator.training.textgrad": ("TextGradOptimizer",),
     "aggregator.training.trainer": (
         "AggregatedUpdate",
         "BasicSearchAlgorithm",
@@ -185,6 +186,7 @@ if TYPE_CHECKING:
     from aggregator.training.selections import last_of as last_of
     from aggregator.training.suggestions import construct_update_dict as construct_update_dict
     from aggregator.training.suggestions import extract_llm_suggestion as extract_llm_suggestion
+    from aggregator.training.textgrad import TextGradOptimizer as TextGradOptimizer
     from aggregator.training.trainer import AggregatedUpdate as AggregatedUpdate
     from aggregator.training.trainer import BasicSearchAlgorithm as BasicSearchAlgorithm
     from aggregator.training.trainer import MinibatchAlgorithm as MinibatchAlgorithm

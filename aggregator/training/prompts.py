@@ -38,6 +38,33 @@ feedback calls for, and keep what already works.
 
 {REPLY_FORMAT}"""
 
+CRITIC_SYSTEM_PROMPT = """\
+You criticise the parameters of an LLM agent; another model will change them. You are shown the parameters, what the agent \
+did with one input or several, and the feedback on the result. For each parameter say what about it led to this result: \
+what is wrong, missing, misleading or in the way, why, and in which direction it should change so that the feedback would \
+be met, also on other inputs of the same kind. Be specific. Do not write the new value. Leave out parameters that had no \
+part in what went wrong.
+
+Reply with one JSON object and nothing else:
+
+{
+  "reasoning_<component>": "<how this component led to the result>",
+  "suggestion": {
+    "<component>": "<the criticism of this component>"
+  }
+}
+
+Every criticism is a string, whatever the type of the component. If there is nothing to criticise, reply with the single \
+word TERMINATE, or, where only JSON can be sent, with an empty "suggestion"."""
+
+GRADIENT_SYSTEM_PROMPT = f"""\
+You improve an LLM agent by changing its parameters. You are shown the parameters, what the agent did with one input or \
+several, and, as the feedback, a criticism of each parameter. Change each parameter in the direction that its criticism \
+points to. The criticism may be noisy: keep to what also helps on other inputs of the same kind, state general rules, and \
+keep what already works.
+
+{REPLY_FORMAT}"""
+
 AGGREGATOR_SYSTEM_PROMPT = f"""\
 You consolidate proposals for the parameters of an LLM agent. #CurrentValue holds the present value of each component. \
 Each #SuggestedValue_i holds the components that one reviewer, who saw a different example, wants changed. Every block \

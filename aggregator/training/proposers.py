@@ -84,7 +84,12 @@ class LLMOptimizer:
         return await self._selected(found, parameters, rollout)
 
     def messages(
-        self, rollout: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]
+        self,
+        rollout: Rollout,
+        parameters: Sequence[Any],
+        history: Sequence[StepReport],
+        *,
+        system_prompt: str | None = None,
     ) -> list[dict[str, str]]:
         """Return the prompt; a subclass may tell the model something else."""
         return proposal_messages(
@@ -95,7 +100,7 @@ class LLMOptimizer:
             feedback=rollout.feedback,
             objective=self.objective,
             history=self.recalled(history),
-            system_prompt=self.system_prompt,
+            system_prompt=self.system_prompt if system_prompt is None else system_prompt,
         )
 
     def recalled(self, history: Sequence[StepReport]) -> list[str]:

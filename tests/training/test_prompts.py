@@ -11,6 +11,8 @@ from aggregator.records import Decision, Proposal, StepReport
 from aggregator.training.prompts import (
     ALTERNATIVE_PROMPT,
     CHOOSER_SYSTEM_PROMPT,
+    CRITIC_SYSTEM_PROMPT,
+    GRADIENT_SYSTEM_PROMPT,
     REFINE_PROMPT,
     aggregation_messages,
     number,
@@ -66,6 +68,16 @@ def test_aggregation_prompt() -> None:
     ]
     messages = aggregation_messages({"instruction": "Answer.", "k": 3}, proposals, [0.9, 0.45], stepsize=0.9)
     check("aggregation.txt", shown(messages))
+
+
+def test_textual_gradient_prompts() -> None:
+    """What the critic is asked, and what is asked with its criticism as the feedback."""
+    components = {"k": {"value": 3, "type": "integer"}}
+    seen: dict[str, Any] = {"transcript": "search(k=3)", "output": "42", "score": 0.0}
+    critic = proposal_messages(components, **seen, feedback="expected 43", system_prompt=CRITIC_SYSTEM_PROMPT)
+    check("criticism.txt", shown(critic))
+    change = proposal_messages(components, **seen, feedback="k: too few", system_prompt=GRADIENT_SYSTEM_PROMPT)
+    check("gradient.txt", shown(change))
 
 
 def test_choice_prompt() -> None:
