@@ -7,15 +7,39 @@ context does, per task, so that nothing is parked on the trainer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 from msgspec import Struct
 
+from aggregator.agents.parameters import overriding
+from aggregator.cassettes.lineage import lineage
 from aggregator.protocols import Gate
-from aggregator.records import Sample, StepReport, Values
+from aggregator.records import Rollout, Sample, StepReport, Values
 from aggregator.training.executors import AsyncExecutor
+
+
+class Variant(Struct, frozen=True, kw_only=True):
+    """Values that samples are run under, and their place in the lineage; the neutral one is what is in force."""
+
+    place: str = ""
+    values: Values = {}
+
+    @contextmanager
+    def laid_over(self, parameters: Sequence[Any]) -> Iterator[None]:
+        """Let the parameters read as these values in the current context."""
+        place = lineage(self.place) if self.place else nullcontext()
+        with place, overriding(parameters, self.values) if self.values else nullcontext():
+            yield
+
+
+class Observe(Protocol):
+    """Runs samples under given values, without touching the agent."""
+
+    async def __call__(self, values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
+        """Return one rollout per sample; `place` names the calls in the lineage, `guide` stands in for the run's."""
+        ...
 
 
 class Evaluate(Protocol):
@@ -28,6 +52,10 @@ class Evaluate(Protocol):
         ...
 
 
+async def _no_observation(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
+    return [Rollout(sample_id=sample.id) for sample in samples]
+
+
 async def _no_evaluation(
     values: Values, samples: Sequence[Sample], place: str, guide: Any = None
 ) -> list[float | None]:
@@ -35,7 +63,7 @@ async def _no_evaluation(
 
 
 class StepContext(Struct, frozen=True, kw_only=True):
-    """One step as its parts see it; `notes` is what gates remember from step to step, JSON under names of their own."""
+    """One step as its parts see it; `notes` is what gates and searches remember, JSON under names of their own."""
 
     stepsize: float = 0.5
     epoch: int = 0
@@ -45,6 +73,8 @@ class StepContext(Struct, frozen=True, kw_only=True):
     history: Sequence[StepReport] = ()
     scores: Sequence[float | None] = ()
     min_score: float | None = None
+    seed: int = 0
+    observe: Observe = _no_observation
     evaluate: Evaluate = _no_evaluation
     sample: Sample | None = None
     executor: AsyncExecutor | None = None

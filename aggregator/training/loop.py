@@ -32,7 +32,7 @@ from aggregator.records import (
     Values,
 )
 from aggregator.training import checkpoints
-from aggregator.training.context import StepContext, step_context
+from aggregator.training.context import StepContext, Variant, step_context
 from aggregator.training.evaluation import failures_of, mean, score_values
 from aggregator.training.executors import AsyncExecutor
 from aggregator.training.failures import ends_run, failure, is_lost, root_of
@@ -55,6 +55,10 @@ class Trainer(Protocol):
 
     def parameters(self) -> list[Any]:
         """Return the parameters that training may change."""
+        ...
+
+    def variants(self) -> Sequence[Variant]:
+        """Return the values that each sample of a step is run under, those in force first."""
         ...
 
     async def call_forward(self, sample: Sample, plan: Plan) -> Any:
@@ -145,15 +149,15 @@ class _Course:
             self.trainer.agent.save(self.plan.save_path)
 
     async def step(self, turn: Turn) -> StepReport:
-        """Take one turn: proposals for every sample, then the update."""
+        """Take one turn: proposals for every sample under every variant, then the update."""
         self.notes = dict(self.state.notes)
         context = self._context(turn)
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger, step_context(context):
             with miss_raised():
                 outputs = await self._propose(turn, context)
-            scores = tuple(getattr(output, "score", None) for output in outputs)
+            scores = tuple(getattr(output, "score", None) for output in outputs[: len(turn.samples)])
             failures = [record for output in outputs for record in getattr(output, "failures", ())]
-            self._check_failures(turn, failures)
+            self._check_failures(turn, outputs)
             before = read(self.parameters)
             with step_context(replace(context, scores=scores)):
                 update = await self.trainer.call_update(outputs, self.plan)
@@ -161,12 +165,14 @@ class _Course:
         return _report(turn, outputs, scores, failures, update, changed(before, after), ledger.totals())
 
     def _context(self, turn: Turn) -> StepContext:
+        async def observe(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
+            with lineage(place):
+                return await self._score(values, samples, guide)
+
         async def evaluate(
             values: Values, samples: Sequence[Sample], place: str, guide: Any = None
         ) -> list[float | None]:
-            with lineage(place):
-                runs = await self._score(values, samples, guide)
-            return [run.score for run in runs]
+            return [run.score for run in await observe(values, samples, place, guide)]
 
         return StepContext(
             stepsize=turn.stepsize,
@@ -176,6 +182,8 @@ class _Course:
             parameters=self.parameters,
             history=self.state.history,
             min_score=self.plan.min_score,
+            seed=self.plan.seed,
+            observe=observe,
             evaluate=evaluate,
             executor=self.executor,
             gate=self.gate,
@@ -194,15 +202,19 @@ class _Course:
         )
 
     async def _propose(self, turn: Turn, context: StepContext) -> list[Any]:
-        """Return what `forward` gave for each sample; the first error that ends the run is raised when all are done."""
+        """Return what `forward` gave for each sample, variant by variant.
+
+        The first error that ends the run is raised when all are done.
+        """
         ended: dict[int, BaseException] = {}
 
-        async def one(place: tuple[int, Sample]) -> Any:
-            position, sample = place
+        async def one(place: tuple[int, Variant, Sample]) -> Any:
+            position, variant, sample = place
             if ended:
                 return None
+            mine = replace(context, sample=sample)
             try:
-                with lineage(f"sample={sample.id}"), step_context(replace(context, sample=sample)):
+                with variant.laid_over(self.parameters), lineage(f"sample={sample.id}"), step_context(mine):
                     output = await self.trainer.call_forward(sample, self.plan)
             except Exception as error:  # noqa: BLE001 - an overridden forward may raise anything: one instance is lost
                 cause = root_of(error)
@@ -212,15 +224,17 @@ class _Course:
                 return _lost(cause, sample)
             return replace(output, sample_ids=(sample.id,)) if isinstance(output, Proposal) else output
 
-        outputs = await self.executor.map(one, list(enumerate(turn.samples)))
+        runs = [(variant, sample) for variant in self.trainer.variants() for sample in turn.samples]
+        outputs = await self.executor.map(one, [(i, *run) for i, run in enumerate(runs)])
         if ended:
             raise ended[min(ended)]
         return outputs
 
-    def _check_failures(self, turn: Turn, failures: Sequence[Failure]) -> None:
+    def _check_failures(self, turn: Turn, outputs: Sequence[Any]) -> None:
         """Stop where too many instances were lost: of this batch, and where it is small of the latest ones."""
-        lost = [record for record in failures if is_lost(record)]
-        seen, gone = len(turn.samples), len({record.sample_id for record in lost})
+        found = [[record for record in getattr(output, "failures", ()) if is_lost(record)] for output in outputs]
+        lost = [record for records in found for record in records]
+        seen, gone = len(outputs), sum(map(bool, found))
         for report in reversed(self.state.history):
             if seen >= FEWEST_JUDGED:
                 break
@@ -332,7 +346,9 @@ def _report(
     """Make the one event of a step, also where an overridden `update` returned no record of its own."""
     decision = getattr(update, "decision", None) or Decision(accepted=bool(written), reason="applied by update()")
     score = update if isinstance(update, int | float) else getattr(update, "score", mean(scores))
-    failures = (*failures, *getattr(update, "failures", ()))
+    more = (
+        record for record in getattr(update, "failures", ()) if record not in failures
+    )  # a proposal carries them on
     return StepReport(
         epoch=turn.epoch,
         step=turn.step,
@@ -344,6 +360,6 @@ def _report(
         reasoning=getattr(update, "reasoning", ""),
         proposals=getattr(update, "proposals", len(outputs)),
         contributors=getattr(update, "contributors", ()),
-        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in failures),
+        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
         usage=usage,
     )

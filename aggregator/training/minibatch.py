@@ -15,7 +15,7 @@ from aggregator.observing.console import ConsoleLogger
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.context import current_step, step_context
+from aggregator.training.context import Variant, current_step, step_context
 from aggregator.training.executors import AsyncExecutor
 from aggregator.training.failures import ends_run, failure, root_of
 from aggregator.training.gates import always, improves_on_batch
@@ -259,6 +259,10 @@ class Minibatch:
         step = current_step()
         proposals = [as_proposal(output) for output in outputs]
         return await apply(proposals, self.rule, step.gate or self.gate, step.parameters or self.parameters())
+
+    def variants(self) -> Sequence[Variant]:
+        """Return the values that each sample of a step is run under: only those in force."""
+        return (Variant(),)
 
     async def call_forward(self, sample: Sample, plan: Plan) -> Any:
         """Call `forward`, an override of it included, sync or async."""

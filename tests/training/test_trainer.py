@@ -135,6 +135,19 @@ def test_an_agent_that_fails_is_feedback_and_scores_min_score() -> None:
     assert [(record.stage, record.infrastructure) for record in result.failures] == [("agent", False)]
 
 
+def test_a_failure_is_counted_once() -> None:
+    """The failing instance's own proposal goes through alone, and carries its failure along: it is still one."""
+
+    class Broken(Adder):
+        async def forward(self, x: int) -> int:
+            raise ZeroDivisionError("by zero")
+
+    agent = Broken()
+    result = trainer(agent, suggest(amount=5)).train(exact, [(0, 5)])
+    assert agent.amount.data == 5
+    assert [(record.stage, record.sample_id) for record in result.failures] == [("agent", 0)]
+
+
 def test_a_lost_call_is_excluded_not_scored_0(adder: Adder) -> None:
     """An infrastructure failure is no score; the others' proposals are kept and applied."""
 
