@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.agents.bundles": ("bundle",),
-    "aggregator.agents.modules": ("Module",),
+    "aggregator.agents.modules": ("Module", "model"),
     "aggregator.agents.parameters": ("ParameterNode", "node"),
     "aggregator.agents.transcripts": ("transcript",),
     "aggregator.cassettes.lineage": ("lineage",),
@@ -128,6 +128,7 @@ __all__ = ["__version__", *sorted(_ORIGIN)]  # noqa: PLE0604 - built from the on
 if TYPE_CHECKING:
     from aggregator.agents.bundles import bundle as bundle
     from aggregator.agents.modules import Module as Module
+    from aggregator.agents.modules import model as model
     from aggregator.agents.parameters import ParameterNode as ParameterNode
     from aggregator.agents.parameters import node as node
     from aggregator.agents.transcripts import transcript as transcript

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from os import PathLike
-from typing import Any
+from types import new_class
+from typing import Any, TypeVar
 
 from aggregator.agents.artefacts import read_artefact, write_artefact
 from aggregator.agents.bundles import CODE, operation_of
@@ -15,6 +16,7 @@ from aggregator.agents.parameters import ParameterNode, index, read, write
 from aggregator.agents.values import carried_by_json, describe_type
 from aggregator.errors import ConfigError, ParameterError
 
+T = TypeVar("T")
 Path = str | PathLike[str]
 _Found = tuple[str, ParameterNode[Any]]
 
@@ -89,6 +91,35 @@ class Module:
         except ParameterError as error:
             raise ParameterError(f"{error} in {path}") from None
         return artefact.provenance
+
+
+def model(cls: type[T]) -> type[T]:
+    """Make a Module of a class that derives from something else, or from nothing: Trace's `@trace.model`.
+
+    It keeps its name, place and constructor, so instances can be copied and pickled as before. Put it outermost, above
+    `@dataclass`. Type checkers do not see what it adds; where they should, derive from Module instead.
+
+    >>> @model
+    ... class Greeter:
+    ...     def __init__(self, word):
+    ...         self.greeting = ParameterNode(word)
+    ...     def forward(self, name):
+    ...         return f"{self.greeting.data} {name}"
+    >>> agent = Greeter("Hello")
+    >>> agent("Ada"), [p.name for p in agent.parameters()]
+    ('Hello Ada', ['greeting'])
+    """
+    if not isinstance(cls, type):
+        raise ConfigError(f"Expected a class under @model, got {cls!r}; write @model without brackets above a class")
+    if issubclass(cls, Module):
+        return cls
+    place = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }  # pickle looks there
+    made: type[T] = new_class(cls.__name__, (cls, Module), {}, lambda body: body.update(place))
+    return made
 
 
 def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
