@@ -6,6 +6,7 @@ Imports nothing of the library; imported by every room.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -223,6 +224,9 @@ class Proposal(Struct, frozen=True, kw_only=True):
         """The instance behind this proposal; None once several are merged."""
         return self.sample_ids[0] if len(self.sample_ids) == 1 else None
 
+    def _repr_html_(self) -> str:
+        return _shown("proposal_html", self)
+
 
 class Decision(Struct, frozen=True, kw_only=True):
     """A gate's verdict on an update and why."""
@@ -252,6 +256,9 @@ class StepReport(Struct, frozen=True, kw_only=True):
     failures: tuple[Failure, ...] = ()
     test_score: float | None = None
     usage: Mapping[str, Usage] = {}
+
+    def _repr_html_(self) -> str:
+        return _shown("step_html", self)
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
@@ -294,3 +301,12 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
     def test_scores(self) -> list[float | None]:
         """The mean score of each evaluation on the test set, in order, the one before training first."""
         return [evaluation.score for evaluation in self.evaluations]
+
+    def _repr_html_(self) -> str:
+        return _shown("result_html", self)
+
+
+def _shown(function: str, record: Any) -> str:
+    """Render a record for a notebook; by name, as no room below `observing` may import it."""
+    text: str = getattr(import_module("aggregator.observing.notebook"), function)(record)
+    return text

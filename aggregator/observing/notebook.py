@@ -1,0 +1,227 @@
+"""How proposals, step reports and results look in a notebook: `_repr_html_` of the records comes here.
+
+Only what they hold is shown, long runs and long texts shortened, and everything escaped (`markup.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from aggregator.agents.showing import cut
+from aggregator.observing.console import readable
+from aggregator.observing.markup import (
+    BAD,
+    GOOD,
+    QUIET,
+    Html,
+    coloured,
+    compared,
+    folded,
+    heading,
+    joined,
+    page,
+    table,
+    tag,
+    text,
+)
+from aggregator.records import Decision, Failure, Proposal, StepReport, TrainingResult, Usage, Values
+
+STEPS_SHOWN = 100
+"""The latest steps that a result's table holds."""
+
+FAILURES_SHOWN = 100
+"""How many failures are listed."""
+
+LETTERS_SHOWN = 20_000
+"""How much of one value is shown."""
+
+_POINTS = 300
+_WIDTH, _HEIGHT = 480, 90
+
+
+def proposal_html(proposal: Proposal) -> Html:
+    """Show what an instance asks for, and why."""
+    return page(
+        heading(
+            "Proposal",
+            _counted(len(proposal.values), "change"),
+            _said("score", proposal.score),
+            f"of sample {', '.join(map(str, proposal.sample_ids))}" if proposal.sample_ids else "",
+            f"support {proposal.support}" if proposal.support > 1 else "",
+        ),
+        coloured(proposal.error, BAD) if proposal.error else "",
+        _values(proposal.values),
+        _facts(("feedback", proposal.feedback), ("reasoning", proposal.reasoning)),
+        _failures(proposal.failures),
+    )
+
+
+def step_html(report: StepReport) -> Html:
+    """Show what one step did: scores, the update, the verdict on it."""
+    scores = [(str(i), readable(score)) for i, score in zip(report.sample_ids, report.scores, strict=False)]
+    return page(
+        heading(
+            f"Step {report.step}",
+            f"epoch {report.epoch + 1}",
+            _said("score", report.score),
+            _said("test", report.test_score),
+            _counted(report.proposals, "proposal"),
+            _spent(report.usage),
+        ),
+        _verdict(report.decision),
+        _values(report.update),
+        _facts(("reasoning", report.reasoning)),
+        _failures(report.failures),
+        folded("scores per instance", table(("sample", "score"), scores)) if scores else "",
+        _usage(report.usage),
+    )
+
+
+def result_html(result: TrainingResult) -> Html:
+    """Show what a run reached: scores over the steps, the parameters as they changed, what failed and what it cost."""
+    test, train = result.test_scores, result.train_scores
+    return page(
+        heading(
+            "TrainingResult",
+            _counted(len(result.history), "step"),
+            _course("test", test),
+            _course("train", train),
+            _counted(len(result.failures), "failure") if result.failures else "",
+            _spent(result.usage),
+        ),
+        _chart(result),
+        _changes(result.initial_parameters, result.parameters),
+        *(tag("div", warning, style=f"color:{BAD}") for warning in result.warnings),
+        folded(_counted(len(result.history), "step"), _steps(result.history)) if result.history else "",
+        _failures(result.failures),
+        _usage(result.usage),
+    )
+
+
+def _steps(history: Sequence[StepReport]) -> Html:
+    latest = history[-STEPS_SHOWN:]
+    rows = [
+        (
+            str(report.step),
+            str(report.epoch + 1),
+            readable(report.score),
+            readable(report.test_score),
+            _verdict(report.decision),
+            ", ".join(report.update),
+            str(len(report.failures) or ""),
+        )
+        for report in latest
+    ]
+    left_out = len(history) - len(latest)
+    before = tag("div", f"the latest {len(latest)}; {left_out} before", style=f"color:{QUIET}") if left_out else ""
+    return joined((before, table(("step", "epoch", "score", "test", "verdict", "parameters", "failures"), rows)))
+
+
+def _changes(before: Values, after: Values) -> Html:
+    """Show every parameter, as it was and as it is."""
+    rows = [(tag("code", name), compared(_written(before.get(name)), _written(value))) for name, value in after.items()]
+    return table(("parameter", "value"), rows) if rows else Html()
+
+
+def _values(values: Values) -> Html:
+    rows = [(tag("code", name), text(_written(value))) for name, value in values.items()]
+    return table(("parameter", "new value"), rows) if rows else Html()
+
+
+def _verdict(decision: Decision) -> Html:
+    said = coloured("accepted", GOOD) if decision.accepted else coloured("refused", BAD)
+    return tag("span", said, f": {decision.reason}" if decision.reason else "")
+
+
+def _facts(*facts: tuple[str, str]) -> Html:
+    """Show texts under their names, folded where they are long."""
+    return joined(
+        folded(name, text(cut(value, LETTERS_SHOWN)), opened=len(value) <= 300) for name, value in facts if value
+    )
+
+
+def _failures(failures: Sequence[Failure]) -> Html:
+    if not failures:
+        return Html()
+    rows = [
+        (readable(failure.step), readable(failure.sample_id), failure.stage, f"{failure.error}: {failure.message}")
+        for failure in failures[:FAILURES_SHOWN]
+    ]
+    count = _counted(len(failures), "failure")
+    title = count if len(rows) == len(failures) else f"{count}, the first {len(rows)} of them"
+    return folded(title, table(("step", "sample", "stage", "error"), rows))
+
+
+def _usage(usage: Mapping[str, Usage]) -> Html:
+    rows = [
+        (role, str(spent.calls), _number(spent.input_tokens), _number(spent.output_tokens), _cost(spent.cost))
+        for role, spent in usage.items()
+    ]
+    return folded("usage", table(("role", "calls", "input", "output", "cost"), rows)) if rows else Html()
+
+
+def _chart(result: TrainingResult) -> Html:
+    """Draw test scores as a line and train scores as a thin one, over the steps."""
+    last = max((report.step + 1 for report in result.history), default=0)
+    tested = [(evaluation.step, evaluation.score) for evaluation in result.evaluations]
+    trained = [(report.step, report.score) for report in result.history]
+    known = [score for _, score in (*tested, *trained) if score is not None]
+    if len(known) < 2 or not last:
+        return Html()
+    low, high = min(0.0, *known), max(1.0, *known)
+    lines = [_line(trained, last, low, high, QUIET, "1"), _line(tested, last, low, high, GOOD, "2")]
+    legend = tag("div", coloured("test", GOOD), " and ", coloured("train", QUIET), f" score, {low:g} to {high:g}")
+    axes = tag("path", d=f"M0.5 0V{_HEIGHT - 0.5}H{_WIDTH}", fill="none", stroke=QUIET, stroke_width="1")
+    box = f"-3 -3 {_WIDTH + 6} {_HEIGHT + 6}"
+    drawing = tag("svg", axes, *lines, width=str(_WIDTH + 6), height=str(_HEIGHT + 6), viewBox=box)
+    return tag("div", drawing, legend, style="margin:6px 0")
+
+
+def _line(
+    points: Sequence[tuple[int, float | None]], last: int, low: float, high: float, colour: str, width: str
+) -> Html:
+    known = [(step, score) for step, score in points if score is not None]
+    size = -(-len(known) // _POINTS) or 1
+    groups = [known[i : i + size] for i in range(0, len(known), size)]
+    means = [[sum(values) / len(values) for values in zip(*group, strict=True)] for group in groups]
+    places = [f"{_WIDTH * step / last:.1f},{_HEIGHT * (high - score) / (high - low):.1f}" for step, score in means]
+    return tag("polyline", points=" ".join(places), fill="none", stroke=colour, stroke_width=width)
+
+
+def _written(value: Any) -> str:
+    """Write a value as text: a string as it is, anything else as indented JSON."""
+    if not isinstance(value, str):
+        value = msgspec.json.format(msgspec.json.encode(value, enc_hook=repr, order="deterministic"), indent=2).decode()
+    return cut(value, LETTERS_SHOWN)
+
+
+def _course(name: str, scores: Sequence[float | None]) -> str:
+    known = [score for score in scores if score is not None]
+    return f"{name} {readable(known[0])} → {readable(known[-1])}" if known else ""
+
+
+def _said(name: str, score: float | None) -> str:
+    return "" if score is None else f"{name} {readable(score)}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def _spent(usage: Mapping[str, Usage]) -> str:
+    if not usage:
+        return ""
+    spent = sum(usage.values(), Usage(calls=0))
+    cost = "" if spent.cost is None else f", {_cost(spent.cost)}"
+    return f"{_counted(spent.calls, 'call')}, {spent.total_tokens:,} tokens{cost}"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _cost(value: float | None) -> str:
+    return "-" if value is None else f"${value:.4g}"
