@@ -26,7 +26,7 @@ def run(options: Options) -> Report:
         missing=measured.missing,
         versions=measured.versions,
         notes=[
-            "open: the file read, checked against its hash, every request's digest computed anew",
+            "open: the file read, checked against its hash, its exchanges indexed",
             "rss_mb: the process's largest resident size, interpreter and libraries included",
             "vcrpy reads YAML by libyaml's C loader",
         ],

@@ -45,7 +45,7 @@ def read_blocks(
 def _checked(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     """Return the journal line of one of our own, whose hash must be right."""
     line = encode_line(exchange)
-    if not line.endswith(b',"sha256":"%b"}}' % str(facts["sha256"]).encode()):
+    if not line.endswith(rb'\"sha256\":\"%b\"}"}' % str(facts["sha256"]).encode()):
         raise CassetteDamagedError(
             f"expected the exchange whose hash stands beside it, got another - at {place}; {REMEDY}"
         )

@@ -1,14 +1,19 @@
-"""One recorded exchange, and its one line in a journal.
+r"""One recorded exchange, and its one line in a journal.
 
-A line is JSON and a YAML flow item at once, so that msgspec and stock vcrpy both read it. Our own facts
-stand under `x`, beside `request` and `response`, where vcrpy does not look; the last of them is the sha256
-of the line before it. A body that is no UTF-8 is `!!binary "…"`: YAML, not JSON, and the only exception.
+    {"request":{...},"response":{...},"x":"{\"lineage\":...,\"key\":\"...\",\"sha256\":\"...\"}"}
+
+A line is JSON and a YAML flow item at once, so that msgspec and stock vcrpy both read it. Our own facts stand under
+`x`, beside `request` and `response`, where vcrpy does not look: as JSON in one text, since a mapping would cost vcrpy a
+third of its loading time. They end in the digest of the request's bytes, by which a replay finds the line without
+reading the rest, and in the sha256 of the line before it. A body that is no UTF-8 is `!!binary "…"`: YAML, not JSON,
+and the only exception.
 """
 
 from __future__ import annotations
 
 import base64
 import re
+from binascii import b2a_base64
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
@@ -16,10 +21,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from aggregator.cassettes.keys import raw_key
 from aggregator.records import HTTPReply, HTTPRequest
 
-_HASH = b',"sha256":"'
-_END = b'"}}'
+_RESPONSE = b'},"response":{"status":'  # neither this nor the next can stand within a text, whose quotes are escaped
+_FACTS = b',"x":"'
+_HASH = rb",\"sha256\":\""
+_END = rb'\"}"}'
 _TAIL = len(_HASH) + 64 + len(_END)
 # what PyYAML refuses or folds although JSON allows it raw: DEL, C1 controls, U+2028, U+2029, U+FEFF, U+FFFE, U+FFFF
 NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
@@ -56,27 +64,17 @@ class Exchange(Struct, frozen=True, kw_only=True):
     facts: Facts
 
 
-class Head(Struct, frozen=True, gc=False):
-    """What the index needs of a line; the answer is skipped and not built."""
-
-    request: _Request
-    x: Place
-
-
-class _Request(Struct, frozen=True, gc=False):
-    method: str
-    uri: str
-    body: Any = ""
-
-
 class Place(Struct, frozen=True, gc=False):
-    """The part of the facts that says where in the run an exchange stands."""
+    """The part of the facts that finds an exchange and plays it; `key` is the digest of its request's bytes."""
 
     lineage: str
     ticket: int = 0
     attempt: int = 0
     order: int = 0
-    sha256: str = ""
+    ms: float = 0.0
+    chunks: tuple[tuple[int, float], ...] = ()
+    error: tuple[str, str] | None = None
+    key: bytes = b""
 
 
 class _Status(Struct, frozen=True, gc=False):
@@ -94,19 +92,6 @@ class _Response(Struct, frozen=True, gc=False):
     body: _Body
 
 
-class Played(Struct, frozen=True, gc=False):
-    """The part of the facts that a replay needs."""
-
-    ms: float = 0.0
-    chunks: tuple[tuple[int, float], ...] = ()
-    error: tuple[str, str] | None = None
-
-
-class _Answer(Struct, frozen=True, gc=False):
-    response: _Response
-    x: Played
-
-
 class _WholeRequest(Struct, frozen=True):
     method: str
     uri: str
@@ -117,34 +102,35 @@ class _WholeRequest(Struct, frozen=True):
 class _Whole(Struct, frozen=True):
     request: _WholeRequest
     response: _Response
-    x: Facts
 
 
-_decode_head = msgspec.json.Decoder(Head).decode
-_decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_whole = msgspec.json.Decoder(_Whole).decode
+_decode_response = msgspec.json.Decoder(_Response).decode
+_decode_text = msgspec.json.Decoder(str).decode
+_decode_facts = msgspec.json.Decoder(Facts).decode
+_decode_place = msgspec.json.Decoder(Place).decode
 _encode = msgspec.json.Encoder().encode
 
 Buffer = bytes | memoryview
 
 
 def encode_line(exchange: Exchange) -> bytes:
-    """Return the exchange as one line, without a line break, with its hash."""
+    """Return the exchange as one line, without a line break, with its key and its hash."""
     request, reply = exchange.request, exchange.reply
     asked = {name: [value] for name, value in request.headers.items()}
     answered = {name: [value] for name, value in reply.headers.items()}
-    body = _Body(_text(reply.body))
-    line = _encode(
+    frame = _encode(
         _Whole(
             _WholeRequest(request.method, request.url, asked, _text(request.body)),
-            _Response(_Status(reply.status, reply.reason), answered, body),
-            exchange.facts,
+            _Response(_Status(reply.status, reply.reason), answered, _Body(_text(reply.body))),
         )
     )
+    facts = _encode(exchange.facts)[:-1].replace(b"\\", rb"\\").replace(b'"', rb"\"")
+    key = b2a_base64(raw_key(request.method, request.url, request.body), newline=False)
+    line = b"".join((frame[:-1], _FACTS, facts, rb",\"key\":\"", key, rb"\""))
     if not line.isascii() or b"\x7f" in line:
         line = _as_yaml(line)
-    line = line[:-2]
-    return b"%b%b%b%b" % (line, _HASH, sha256(line).hexdigest().encode(), _END)
+    return b"".join((line, _HASH, sha256(line).hexdigest().encode(), _END))
 
 
 def _as_yaml(line: bytes) -> bytes:
@@ -171,12 +157,18 @@ def line_hash(line: Buffer) -> str:
     return bytes(line[-_TAIL:][len(_HASH) : -len(_END)]).decode()
 
 
-def decode_head(line: Buffer) -> Head:
-    """Return what the index needs; raises msgspec.DecodeError or ValidationError."""
-    try:
-        return _decode_head(line)
-    except msgspec.DecodeError:
-        return _decode_head(_as_json(line))
+def find_parts(data: bytes, start: int, end: int) -> tuple[int, int]:
+    """Return where the answer and our facts of the line from `start` to `end` begin; raises ValueError."""
+    answer = data.find(_RESPONSE, start, end) + len(b'},"response":')
+    facts = data.rfind(_FACTS, answer, end)
+    if facts < 0 or answer < start + len(b'},"response":'):
+        raise ValueError("a line without request, response and the facts in x")
+    return answer, facts
+
+
+def decode_place(data: bytes, facts: int, end: int) -> Place:
+    """Return what finds and plays a line whose facts begin at `facts`; raises msgspec.DecodeError."""
+    return _decode_place(_decode_text(data[facts + len(_FACTS) - 1 : end - 1]))
 
 
 def body_bytes(body: str | Mapping[str, str] | None) -> bytes:
@@ -186,35 +178,36 @@ def body_bytes(body: str | Mapping[str, str] | None) -> bytes:
     return base64.b64decode(body["!!binary"]) if body else b""
 
 
-def decode_answer(line: Buffer) -> tuple[HTTPReply, Played]:
-    """Return the recorded answer, marked as replayed, and what else a replay needs."""
+def decode_answer(answer: bytes, place: Place) -> HTTPReply:
+    """Return a recorded answer, marked as replayed."""
     try:
-        answer = _decode_answer(line)
+        response = _decode_response(answer)
     except msgspec.DecodeError:
-        answer = _decode_answer(_as_json(line))
-    return _reply(answer.response, answer.x), answer.x
+        response = _decode_response(_as_json(answer))
+    return _reply(response, place)
 
 
-def decode_line(line: Buffer) -> Exchange:
+def decode_line(line: bytes) -> Exchange:
     """Return the whole exchange."""
     try:
         whole = _decode_whole(line)
     except msgspec.DecodeError:
         whole = _decode_whole(_as_json(line))
+    facts = _decode_facts(_decode_text(line[line.rindex(_FACTS) + len(_FACTS) - 1 : -1]))
     request = HTTPRequest(
         method=whole.request.method,
         url=whole.request.uri,
         body=body_bytes(whole.request.body),
         headers={name: values[0] for name, values in whole.request.headers.items()},
     )
-    return Exchange(request=request, reply=_reply(whole.response, whole.x), facts=whole.x)
+    return Exchange(request=request, reply=_reply(whole.response, facts), facts=facts)
 
 
-def _reply(response: _Response, facts: Facts | Played) -> HTTPReply:
+def _reply(response: _Response, facts: Facts | Place) -> HTTPReply:
     return HTTPReply(
         status=response.status.code,
         body=body_bytes(response.body.string),
-        headers={name: values[0] for name, values in response.headers.items()},
+        headers={name: value for name, (value,) in response.headers.items()},
         reason=response.status.message,
         milliseconds=facts.ms,
         chunks=facts.chunks,
@@ -222,6 +215,6 @@ def _reply(response: _Response, facts: Facts | Played) -> HTTPReply:
     )
 
 
-def _as_json(line: Buffer) -> bytes:
+def _as_json(line: bytes) -> bytes:
     """Turn `!!binary "…"` into `{"!!binary":"…"}`, outside of strings only."""
-    return _BINARY.sub(lambda match: match[1] or b'{"!!binary":%b}' % match[2], bytes(line))
+    return _BINARY.sub(lambda match: match[1] or b'{"!!binary":%b}' % match[2], line)

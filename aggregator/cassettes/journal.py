@@ -3,7 +3,7 @@
     # aggregator-cassette format=1 layout=journal state=open
     version: 1
     interactions:
-    - {"request":{...},"response":{...},"x":{...,"sha256":"..."}}
+    - {"request":{...},"response":{...},"x":"{...}"}
 
 An exchange is with the kernel before its answer is used, and is flushed to the device (fdatasync) with the first
 exchange after `SYNC_SECONDS`, every `SYNC_LINES` exchanges at the latest, and at close. A process that dies loses

@@ -12,7 +12,7 @@ import msgspec
 from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE
 from aggregator.cassettes.exchanges import line_is_whole
 from aggregator.cassettes.keys import Ignore
-from aggregator.cassettes.rows import REMEDY, Recording, Row, index_lines
+from aggregator.cassettes.rows import REMEDY, Recording, Row, index_spans
 from aggregator.errors import CassetteDamagedError
 
 OPENING = OPEN_COMMENT + PREAMBLE
@@ -26,7 +26,7 @@ def is_open_journal(data: bytes) -> bool:
         return True
     if not data.startswith(PREAMBLE + b'- {"request":'):
         return False
-    return data.find(b',"sha256":"', 0, data.find(b"\n", len(PREAMBLE)) % (len(data) + 1)) > 0
+    return data.find(rb",\"sha256\":\"", 0, data.find(b"\n", len(PREAMBLE)) % (len(data) + 1)) > 0
 
 
 def read_open_journal(data: bytes, where: str, ignore: Ignore = ()) -> Recording:
@@ -94,8 +94,7 @@ def _damaged(where: str, line: int) -> CassetteDamagedError:
 
 
 def _rows(data: bytes, spans: list[_Span], where: str, ignore: Ignore) -> tuple[Row, ...]:
-    view = memoryview(data)
     try:
-        return tuple(index_lines((view[start:end] for start, end in spans), ignore))
-    except (msgspec.DecodeError, ValueError, KeyError, RecursionError) as error:
+        return tuple(index_spans(data, spans, ignore))
+    except (msgspec.DecodeError, ValueError) as error:
         raise CassetteDamagedError(f"expected an exchange, got {error} - in {where}; {REMEDY}") from error

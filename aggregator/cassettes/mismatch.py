@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
+from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, find_parts
 from aggregator.cassettes.rows import Row
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -124,15 +124,14 @@ def _overlap(known: frozenset[bytes], count: int, part: bytes) -> float:
 
 
 def _asked_part(row: Row) -> bytes:
-    line = bytes(row.line)
-    return line[: line.find(b',"response":{"status":')]
+    return row.data[row.start : row.answer]
 
 
 def _as_text(request: HTTPRequest) -> bytes:
     """Return the request as it stands in a line, which is what the candidates are at hand as."""
     blank = Exchange(request=request, reply=HTTPReply(status=0, body=b"", headers={}), facts=Facts(lineage=""))
     line = encode_line(blank)
-    return line[: line.find(b',"response":{"status":')]
+    return line[: find_parts(line, 0, len(line))[0]]
 
 
 def differences(recorded: HTTPRequest, asked: HTTPRequest) -> Iterator[str]:

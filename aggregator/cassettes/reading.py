@@ -16,6 +16,7 @@ from aggregator.cassettes.lines import OPENING, is_open_journal, read_closed_jou
 from aggregator.cassettes.rows import REMEDY, Recording, Row, index_lines
 from aggregator.errors import CassetteDamagedError, CassetteError
 
+_LONGEST_COMMENT = 4_096
 __all__ = ["Recording", "Row", "index_lines", "read", "shard_path"]
 
 
@@ -72,9 +73,11 @@ def _read_shard(path: Path, first: Comment, number: int, ignore: Ignore) -> Reco
 def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
     """Return a file's leading comment (b"" without one) and what follows it; cut later, 47 MB would be copied."""
     try:
-        with path.open("rb") as file:
-            first = file.readline()
-            data = (first, file.read()) if has_comment(first) else (b"", first + file.read())
+        with path.open("rb", buffering=0) as file:  # a buffer would hold the whole a second time
+            start = file.read(_LONGEST_COMMENT)
+            first = start[: start.find(b"\n") + 1 or None] if has_comment(start) else b""
+            file.seek(len(first))
+            data = first, file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -9,30 +9,45 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
-from aggregator.cassettes.exchanges import Buffer, Exchange, Place, body_bytes, decode_head, decode_line
-from aggregator.cassettes.keys import Ignore, raw_key, request_key
+from aggregator.cassettes.exchanges import Exchange, Place, decode_answer, decode_line, decode_place, find_parts
+from aggregator.cassettes.keys import Ignore, request_key
+from aggregator.records import HTTPReply
 
 State = Literal["closed", "open", "foreign"]
 REMEDY = "the file was cut or edited: restore it from version control, or delete it and record again"
 
 
 class Row(Struct, frozen=True, gc=False):
-    """One exchange as bytes, decoded when it is played; the digest of its request's bytes; its place in the run."""
+    """One exchange: where in `data` its line stands, from `start` to `end`, and the parts of it; its place in the run.
 
-    line: Buffer
-    raw: bytes
+    The answer is decoded when it is played. `answer` and `facts` are where those parts begin.
+    """
+
+    data: bytes
+    start: int
+    answer: int
+    facts: int
+    end: int
     place: Place
     ignore: Ignore = ()
     known_key: bytes = b""
 
     @property
+    def line(self) -> bytes:
+        """The line, as a journal holds it."""
+        return self.data[self.start : self.end]
+
+    @property
     def key(self) -> bytes:
         """The canonical key of its request; computed when first needed, as most replays ask for the recorded bytes."""
         if not self.known_key:
-            request = decode_head(self.line).request
-            key = request_key(request.method, request.uri, body_bytes(request.body), self.ignore)
-            force_setattr(self, "known_key", key)
+            request = self.exchange().request
+            force_setattr(self, "known_key", request_key(request.method, request.url, request.body, self.ignore))
         return self.known_key
+
+    def reply(self) -> HTTPReply:
+        """Decode the answer alone."""
+        return decode_answer(self.data[self.answer : self.facts], self.place)
 
     def exchange(self) -> Exchange:
         """Decode the whole row."""
@@ -54,9 +69,14 @@ class Recording(Struct, frozen=True, kw_only=True):
 NOTHING = Recording(rows=(), state="open", layout="journal")
 
 
-def index_lines(lines: Iterable[Buffer], ignore: Ignore = ()) -> Iterator[Row]:
-    """Compute the digests of good lines; no stored one is trusted."""
+def index_spans(data: bytes, spans: Iterable[tuple[int, int]], ignore: Ignore = ()) -> Iterator[Row]:
+    """Find the lines that start and end there; they are good, so the key that each states is its request's."""
+    for start, end in spans:
+        answer, facts = find_parts(data, start, end)
+        yield Row(data, start, answer, facts, end, decode_place(data, facts, end), ignore)
+
+
+def index_lines(lines: Iterable[bytes], ignore: Ignore = ()) -> Iterator[Row]:
+    """The same for lines that stand alone."""
     for line in lines:
-        head = decode_head(line)
-        request = head.request
-        yield Row(line, raw_key(request.method, request.uri, body_bytes(request.body)), head.x, ignore)
+        yield from index_spans(line, [(0, len(line))], ignore)

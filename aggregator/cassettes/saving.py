@@ -36,7 +36,7 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None
     """Write a finished cassette; what stood there is replaced at once, when its successor is whole, or not at all."""
     ordered = canonical_order(rows)
     if layout == "auto":
-        layout = "readable" if sum(len(row.line) for row in rows) <= READABLE_BYTES else "journal"
+        layout = "readable" if sum(row.end - row.start for row in rows) <= READABLE_BYTES else "journal"
     contents = list(_shards(ordered, layout))
     digests = [content_hash(content) for content, _ in contents]
     group = sha256("".join(digests).encode()).hexdigest()[:12] if len(contents) > 1 else ""
@@ -79,7 +79,7 @@ def _shards(rows: Sequence[Row], layout: Layout) -> Iterator[tuple[bytes, int]]:
 
 def _render(row: Row, layout: Layout) -> bytes:
     if layout == "journal":
-        return b"- %b\n" % bytes(row.line)
+        return b"- %b\n" % row.line
     return render_exchange(row.exchange(), row.line).encode()
 
 

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Literal, Protocol
 
-from aggregator.cassettes.exchanges import Exchange, Facts, decode_answer
+from aggregator.cassettes.exchanges import Exchange, Facts
 from aggregator.cassettes.keys import Ignore, raw_key, request_key
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.mismatch import Asked, explain_miss
@@ -140,7 +140,7 @@ class Tape:
         exact = self._exact
         for index, row in enumerate(self._rows):
             place = row.place
-            at = row.raw, place.lineage
+            at = place.key, place.lineage
             pool = exact.get(at)
             if pool is None:
                 pool = exact[at] = _Pool()
@@ -188,7 +188,7 @@ class Tape:
         return slot
 
     def _is_answered(self, index: int) -> bool:
-        return 200 <= decode_answer(self._rows[index].line)[0].status < 300
+        return 200 <= self._rows[index].reply().status < 300
 
     def _other_pool(self, key: bytes, here: str) -> tuple[str, _Pool]:
         """Return the pool of a request that was not recorded in this lineage, under the lineage it counts in."""
@@ -226,10 +226,10 @@ class Tape:
             index = slot.rows[played]
             slot.played = slot.attempt = played + 1
             self._played[index] = 1
-            reply, facts = decode_answer(self._rows[index].line)
-            if facts.error is not None:
-                raise _failure(*facts.error)
-            return reply
+            row = self._rows[index]
+            if row.place.error is not None:
+                raise _failure(*row.place.error)
+            return row.reply()
         if self._sink is None:
             raise self._miss(slot)
         return None

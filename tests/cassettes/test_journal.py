@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE, Layout
+from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE, Comment, Layout, content_hash
 from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
 from aggregator.cassettes.journal import SYNC_LINES, Journal
 from aggregator.cassettes.opening import open_tape
@@ -332,6 +332,15 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path.write_text("version: 3\ninteractions: []\n")
     with pytest.raises(CassetteRefusedError, match="got version 3"):
         read(path)
+
+
+def test_a_line_that_is_no_exchange_of_ours_is_damage(tmp_path: Path) -> None:
+    """A journal with a good hash whose items are another tool's says what was expected."""
+    content = PREAMBLE + b'- {"request":{},"response":{},"x":{}}\n'
+    comment = Comment(layout="journal", exchanges=1, sha256=content_hash(content))
+    (tmp_path / "a.yaml").write_bytes(comment.render() + content)
+    with pytest.raises(CassetteDamagedError, match="got a line without request, response and the facts in x"):
+        read(tmp_path / "a.yaml")
 
 
 def test_discarding_leaves_what_was_found(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vcr.serializers import yamlserializer
 from aggregator.cassettes import saving
 from aggregator.cassettes.comments import Layout
 from aggregator.cassettes.exchanges import Exchange, Facts, decode_line, encode_line
+from aggregator.cassettes.keys import raw_key
 from aggregator.cassettes.readable import scalar
 from aggregator.cassettes.reading import read
 from aggregator.cassettes.rows import Row, index_lines
@@ -112,6 +113,32 @@ def test_vcrpy_reads_what_we_write(
         assert dict(request.headers) == {"accept": "no"}
         assert response["status"] == {"code": 200, "message": "OK"}
         assert response["headers"] == {"content-type": ["application/json"]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=40)
+@given(lineage=st.text(), model=st.text())
+def test_facts_are_exact(tmp_path_factory: pytest.TempPathFactory, layout: Layout, lineage: str, model: str) -> None:
+    """Quotes, backslashes and what YAML would fold come back from the text that the facts stand in."""
+    path = tmp_path_factory.mktemp("facts") / "a.yaml"
+    lineage, model = (text.encode(errors="replace").decode() for text in (lineage, model))
+    written = exchange(lineage=lineage, model=model, error=("APITimeoutError", f"{lineage}\\{model}"))
+    save(path, rows_of(written), layout)
+    assert [one.facts for one in as_written(path)] == [written.facts]
+    assert len(by_vcrpy(path)) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bodies_that_hold_a_lines_own_marks(tmp_path: Path, layout: Layout) -> None:
+    """The parts of a line are found by marks that no text can hold: its quotes are escaped there."""
+    line = encode_line(exchange(lineage='},"response":{"status":', model=',"x":"'))
+    written = exchange(request=line, reply=line, lineage='a,"x":"{}', headers={"accept": '},"response":{"status":'})
+    save(tmp_path / "a.yaml", rows_of(written), layout)
+    (found,) = as_written(tmp_path / "a.yaml")
+    assert (found.request, found.reply.body, found.facts) == (written.request, line, written.facts)
+    (row,) = rows_of(written)
+    assert row.reply().body == line
+    assert row.place.key == raw_key(written.request.method, written.request.url, line)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
