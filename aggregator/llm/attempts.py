@@ -102,11 +102,33 @@ class Attempts:
     async def ask(self, unless: Callable[[LLMError], object] = _never) -> Completion:
         """Send the issued call until it is answered; raises LLMError with `attempts` set.
 
-        `unless` names errors after which the same request is not worth another attempt.
+        `unless` names errors after which the same request is not worth another attempt. Whatever happens to an attempt,
+        the budget is settled and what came is recorded. One long function: each coroutine within costs every call.
         """
         while True:
+            self.begin()
             try:
-                return await self._attempt()
+                if self._budgets and not self._take():
+                    await self.reserve()
+                completion = failed = None
+                try:
+                    tape = self.tape
+                    if tape is not None and (reply := self._play(tape)) is not None:
+                        await asyncio.sleep(tape.delay(reply))  # at least one turn, as a live answer would take
+                    else:
+                        if not self.try_admit():
+                            await self.admit()
+                        reply = self.reply = await (self._send() if tape is None else self._send_past_tape())
+                        self.heard(reply.status, reply.headers)
+                    completion = self._decode(reply)
+                    return completion
+                except BaseException as error:
+                    failed = error
+                    raise
+                finally:
+                    self.settle(completion, failed)
+                    if self.is_live and self.slot is not None:
+                        self._record(completion, failed)
             except LLMError as error:
                 wait = None if unless(error) else self.wait_after(error)
                 if wait is None:
@@ -114,31 +136,6 @@ class Attempts:
                     raise
             if wait:
                 await self.line.sleep(wait)
-
-    async def _attempt(self) -> Completion:
-        """Play or send; raises LLMError. Whatever happens, the budget is settled and what came is recorded."""
-        self.begin()
-        if self._budgets and not self._take():
-            await self.reserve()
-        completion = error = None
-        try:
-            reply = self._play()
-            if reply is not None and self.tape is not None:
-                await asyncio.sleep(self.tape.delay(reply))  # at least one turn, as a live answer would take
-            else:
-                if not self.try_admit():
-                    await self.admit()
-                reply = self.reply = await (self._send() if self.tape is None else self._send_past_tape())
-                self.heard(reply.status, reply.headers)
-            completion = self._decode(reply)
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self.settle(completion, error)
-            if self.is_live and self.slot is not None:
-                self._record(completion, error)
-        return completion
 
     def begin(self) -> None:
         """Begin the next attempt."""
@@ -168,11 +165,11 @@ class Attempts:
                 budget.settle(amount, NOTHING)
             raise
 
-    def _play(self) -> HTTPReply | None:
+    def _play(self, tape: Tape) -> HTTPReply | None:
         """The next recorded answer of this call; None to go live."""
-        if self.tape is None or self.slot is None:
+        if self.slot is None:
             return None
-        self.reply = reply = self.tape.play(self.slot)
+        self.reply = reply = tape.play(self.slot)
         self.sent = reply is not None
         return reply
 

@@ -134,8 +134,10 @@ class StreamedAttempts(Attempts):
             yield completion
 
     def _source(self) -> AsyncGenerator[bytes, None]:
-        reply = self._play()
-        return self._live() if reply is None or self.tape is None else _paced(reply, self.tape.delay(reply))
+        tape = self.tape
+        if tape is not None and (reply := self._play(tape)) is not None:
+            return _paced(reply, tape.delay(reply))
+        return self._live()
 
     async def _read(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[str | Completion, None]:
         codec = self.line.endpoint.codec
