@@ -108,13 +108,18 @@ class ToolCall(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Message(Struct, frozen=True, kw_only=True, gc=False):
-    """What one choice of the model says. `reasoning` (thinking) is never part of `content`."""
+    """What one choice of the model says. `reasoning` (thinking) is never part of `content`.
+
+    `source` is the body that it came in, where Anthropic wants blocks of it back with the next turn: signed thinking,
+    searches, whatever is neither text nor a call of a tool.
+    """
 
     content: str | None = None
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     refusal: str | None = None
     role: str = "assistant"
+    source: bytes | None = None
 
 
 class Choice(Struct, frozen=True, kw_only=True, gc=False):
@@ -271,8 +276,39 @@ class Evaluation(Struct, frozen=True, kw_only=True):
     usage: Mapping[str, Usage] = {}
 
 
+class Candidate(Struct, frozen=True, kw_only=True):
+    """Parameter values that a search remembers, and how each instance scored under them.
+
+    `id` is the step that made it and its number there, `parent` the candidate that it was proposed for, `sample_ids` are
+    the samples whose proposals made it. `scores` maps an instance's id to the sum of its scores and their count.
+    """
+
+    id: str
+    values: Values
+    parent: str | None = None
+    step: int = 0
+    scores: dict[str, tuple[float, int]] = {}
+    reasoning: str = ""
+    sample_ids: tuple[int, ...] = ()
+
+    @property
+    def score(self) -> float | None:
+        """The mean over the instances that it was tried on; None where there is none."""
+        if not self.scores:
+            return None
+        return sum(total / count for total, count in self.scores.values()) / len(self.scores)
+
+    @property
+    def trials(self) -> int:
+        """How many scores there are."""
+        return sum(count for _, count in self.scores.values())
+
+
 class TrainingResult(Struct, frozen=True, kw_only=True):
-    """What a run reached. Holds no times and no paths: the same seed and cassette give the same bytes."""
+    """What a run reached. Holds no times and no paths: the same seed and cassette give the same bytes.
+
+    `candidates` are what a search remembers in the end, the one in force first.
+    """
 
     parameters: Values
     best_parameters: Values
@@ -282,6 +318,7 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
     failures: Sequence[Failure] = ()
     warnings: Sequence[str] = ()
     usage: Mapping[str, Usage] = {}
+    candidates: Sequence[Candidate] = ()
 
     @property
     def provenance(self) -> dict[str, list[dict[str, Any]]]:

@@ -40,6 +40,15 @@ class Image(Struct, frozen=True):
         return f"data:{kind};base64,{b64encode(self.source).decode()}"
 
 
+class Turn(dict[str, Any]):
+    """An answer as a message of OpenAI's shape; `source` is what no API may see but the one that gave it.
+
+    An attribute and no key, since every other server is sent the keys, and strict ones refuse those they do not know.
+    """
+
+    source: bytes | None = None
+
+
 def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
     """Bring messages to OpenAI's shape; raises ConfigError with the path of what cannot be one.
 
@@ -87,8 +96,9 @@ def _message(message: Any, position: int) -> dict[str, Any]:
 
 
 def assistant(message: Message) -> dict[str, Any]:
-    """Turn an answer into the message that continues the conversation; thinking is not sent back."""
-    turn: dict[str, Any] = {"role": "assistant", "content": message.content}
+    """Turn an answer into the message that continues the conversation; thinking goes back where it is signed only."""
+    turn = Turn(role="assistant", content=message.content)
+    turn.source = message.source
     if message.tool_calls:
         turn["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return turn

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from llm_fakes import ScriptedTransport
 from msgspec.structs import replace
 
+from aggregator import LLM
 from aggregator.errors import ConfigError, DecodeError, EmptyResponseError, ServerError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.anthropic import AnthropicMessages
@@ -268,6 +270,71 @@ def test_a_conversation_goes_on_with_our_own_answer() -> None:
         "role": "assistant",
         "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}],
     }
+
+
+THINKING = {"type": "thinking", "thinking": "hm", "signature": "sig="}
+REDACTED = {"type": "redacted_thinking", "data": "enc"}
+CALLED = {"type": "tool_use", "id": "t", "name": "f", "input": {"x": [1.0, None]}}
+RESULT = {"role": "tool", "tool_call_id": "t", "content": "1"}
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [THINKING, CALLED],
+        [REDACTED, {"type": "text", "text": "Look."}, CALLED],
+        [THINKING, {"type": "text", "text": "So "}, {**THINKING, "signature": "2"}, {"type": "text", "text": "f"}, CALLED],
+        [{"type": "thinking", "thinking": "", "signature": "hidden"}, CALLED],
+        [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+            {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"encrypted_content": "e"}]},
+            {"type": "text", "text": "4", "citations": [{"encrypted_index": "i"}]}],
+        [{"type": "compaction", "content": "so far"}, {"type": "text", "text": "4"}],
+    ],
+    ids=["thinking", "redacted", "interleaved", "hidden", "searched", "compacted"],
+)  # fmt: skip
+def test_blocks_go_back_as_they_came(blocks: list[Any]) -> None:
+    """Signed thinking must stand before its tool call, unchanged and in its place; so must all that is the API's own."""
+    found = decode(answer(*blocks))
+    messages = sent(["Hi", found, RESULT])["messages"]
+    assert messages[1] == {"role": "assistant", "content": blocks}
+    assert sent(["Hi", found.choices[0].message, RESULT])["messages"][1] == messages[1]
+
+
+def test_empty_texts_do_not_go_back() -> None:
+    """The API gives them and refuses them."""
+    messages = sent(["Hi", decode(answer(THINKING, {"type": "text", "text": ""}, CALLED)), RESULT])["messages"]
+    assert messages[1]["content"] == [THINKING, CALLED]
+
+
+def test_a_changed_answer_goes_back_without_what_was_signed() -> None:
+    """Who edits an answer means what it says now; the signature is that of another text."""
+    message = decode(answer(THINKING, {"type": "text", "text": "The key is 1234"})).choices[0].message
+    (_, turn) = sent(["Hi", replace(message, content="The key is ****")])["messages"]
+    assert turn["content"] == [{"type": "text", "text": "The key is ****"}]
+
+
+@pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "gemini/gemini-2.5-flash", "azure/d", "ollama/q"])
+def test_no_other_provider_sees_signed_thinking(model: str) -> None:
+    """A conversation may go on with another model, whose server would refuse fields that it does not know."""
+    found = decode(answer(THINKING, {"type": "text", "text": "4"}))
+    codec = resolve(model, api_key="k", base_url="http://127.0.0.1:9", env={}).codec
+    request = codec.encode(replace(CALL, messages=normalise(["Hi", found])))
+    assert b'"4"' in request.body
+    assert not [word for word in (b"sig=", b"hm", b"source", b"thinking") if word in request.body]
+
+
+async def test_a_conversation_with_tools_and_thinking() -> None:
+    """`messages + [completion]` is what an agent's loop writes: the second request holds the first answer's thinking."""
+
+    def reply(*blocks: Any) -> HTTPReply:
+        return HTTPReply(status=200, body=json.dumps(answer(*blocks)).encode(), headers={})
+
+    transport = ScriptedTransport(reply(THINKING, CALLED), reply({"type": "text", "text": "1"}))
+    llm = LLM("anthropic/claude-sonnet-4-5", api_key="k", env={}, transport=transport)
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    messages += [await llm.complete(messages), RESULT]
+    assert (await llm.complete(messages)).text == "1"
+    assert transport.bodies()[1]["messages"][1]["content"] == [THINKING, CALLED]
 
 
 def test_the_codec_is_bound() -> None:

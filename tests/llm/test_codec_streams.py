@@ -13,6 +13,7 @@ from aggregator.errors import APIConnectionError, ContentFilterError, DecodeErro
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.sse import Event, EventParser
 from aggregator.llm.codecs.thinking import ThinkingFilter, split_thinking
+from aggregator.llm.messages import normalise
 from aggregator.llm.names import resolve
 from aggregator.records import Completion, HTTPReply
 
@@ -209,6 +210,51 @@ def test_anthropic_stream(step: int) -> None:
     assert (whole.text, whole.reasoning, whole.finish_reason, whole.id) == ("Hello", "hm", "tool_calls", "msg")
     assert [(c.id, c.name, c.arguments) for c in whole.tool_calls] == [("t", "f", '{"x": 1}'), ("u", "g", "{}")]
     assert (whole.usage.input_tokens, whole.usage.cached_tokens, whole.usage.output_tokens) == (8, 4, 9)
+
+
+def block(index: int, start: dict[str, Any], *deltas: dict[str, Any]) -> list[dict[str, Any]]:
+    more = [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
+    return [{"type": "content_block_start", "index": index, "content_block": start}, *more]
+
+
+def test_a_streamed_answer_goes_back_as_it_came() -> None:
+    """Signatures, citations and the API's own blocks are put together too, in the order of the blocks."""
+    chunks = [
+        ANTHROPIC[0],
+        *block(0, {"type": "thinking", "thinking": "", "signature": ""}, {"thinking": "h"}, {"thinking": "m"},
+            {"signature": "si"}, {"signature": "g"}),
+        *block(1, {"type": "redacted_thinking", "data": "enc"}),
+        *block(2, {"type": "compaction", "content": None}, {"content": "so far"}),
+        *block(3, {"type": "server_tool_use", "id": "s", "name": "q", "input": {}}, {"partial_json": '{"q": 1.0}'}),
+        *block(4, {"type": "text", "text": ""}, {"citation": {"cited_text": "x"}}, {"text": "4"}),
+        *block(5, {"type": "tool_use", "id": "t", "name": "f", "input": {}}, {"partial_json": '{"x"'},
+            {"partial_json": ": 1}"}),
+        *ANTHROPIC[-2:],
+    ]  # fmt: skip
+    whole = read("anthropic/m", named(chunks))[1]
+    question = {"role": "user", "content": "Hi"}
+    result = {"role": "tool", "tool_call_id": "t", "content": "1"}
+    call = ChatCall(model="m", messages=normalise([question, whole, result]))
+    sent = json.loads(resolve("anthropic/m", env={}).codec.encode(call).body)["messages"][1]["content"]
+    assert sent == [
+        {"type": "thinking", "thinking": "hm", "signature": "sig"},
+        {"type": "redacted_thinking", "data": "enc"},
+        {"type": "compaction", "content": "so far"},
+        {"type": "server_tool_use", "id": "s", "name": "q", "input": {"q": 1.0}},
+        {"type": "text", "text": "4", "citations": [{"cited_text": "x"}]},
+        {"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}},
+    ]
+
+
+def test_a_tool_input_that_was_cut_stays_as_it_is() -> None:
+    """The model's own text, which is no JSON, stands in the call; nothing is made up for its end."""
+    chunks = [
+        ANTHROPIC[0],
+        *block(0, {"type": "tool_use", "id": "t", "name": "f", "input": {}}, {"partial_json": '{"x": "Be'}),
+        {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}},
+    ]
+    whole = read("anthropic/m", named(chunks))[1]
+    assert [(call.arguments, whole.finish_reason) for call in whole.tool_calls] == [('{"x": "Be', "length")]
 
 
 def test_anthropic_stream_that_fails() -> None:

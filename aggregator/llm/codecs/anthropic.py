@@ -4,86 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.errors import APIStatusError, ConfigError, DecodeError, EmptyResponseError
 from aggregator.llm.calls import ChatCall, StreamReader, Target
+from aggregator.llm.codecs.anthropic_answers import DECODER, SAID_NOTHING, Answer, Block, arguments
 from aggregator.llm.codecs.anthropic_messages import messages_of, system_of, tool_choice_of, tool_of
-from aggregator.llm.codecs.failures import fault_in_event, fault_inside, request_id, status_error
+from aggregator.llm.codecs.anthropic_stream import MessageStream
+from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
 from aggregator.llm.codecs.finish import REASONS
-from aggregator.llm.codecs.lenient import excerpt, read
+from aggregator.llm.codecs.lenient import REFUSED, excerpt, read
 from aggregator.llm.codecs.requests import Envelope, secrets
-from aggregator.llm.codecs.sse import Event, EventReader, read_other
+from aggregator.llm.codecs.sse import read_other
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
 VERSION = "2023-06-01"  # every recorded request names it
 MAX_TOKENS = 4096  # the API demands a number
-
-
-class Block(Struct, gc=False):
-    """One block of content; kinds that are not known (search results, compaction, ...) are read over."""
-
-    type: Any = None  # Any: a block that is none of ours may hold anything, and must not cost us the others
-    text: Any = None
-    thinking: Any = None
-    id: str | None = None
-    name: str | None = None
-    input: msgspec.Raw = msgspec.Raw()
-
-
-class WireUsage(Struct, gc=False):
-    """`input_tokens` counts what no cache held: the two others come on top."""
-
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-    output_tokens_details: _Details | None = None
-
-
-class _Details(Struct, gc=False):
-    thinking_tokens: int | None = None
-
-
-class Answer(Struct, gc=False):
-    """A message, or a delta of one in a stream."""
-
-    model: str | None = None
-    id: str | None = None
-    content: list[Block] | str | None = None
-    stop_reason: str | None = None
-    usage: WireUsage | None = None
-    error: Any = None
-
-
-class _Delta(Struct, gc=False):
-    type: str | None = None
-    text: str | None = None
-    thinking: str | None = None
-    partial_json: str | None = None
-    stop_reason: str | None = None
-
-
-class _Event(Struct, gc=False):
-    type: str | None = None
-    message: Answer | None = None
-    index: int | None = None
-    content_block: Block | None = None
-    delta: _Delta | None = None
-    usage: WireUsage | None = None
-    error: Any = None
-
-
-_DECODER = msgspec.json.Decoder(Answer)
-_EVENT_DECODER = msgspec.json.Decoder(_Event)
+_decode = DECODER.decode
 
 
 class AnthropicMessages:
     """The codec of the Messages API, bound to one server."""
 
     def __init__(self, target: Target) -> None:
-        self.target = msgspec.structs.replace(target, headers={"anthropic-version": VERSION, **target.headers})
+        self.target = replace(target, headers={"anthropic-version": VERSION, **target.headers})
         self._envelope = Envelope(self.target)
         self._url = f"{target.base_url.rstrip('/').removesuffix('/v1')}/v1/messages"
 
@@ -112,30 +56,52 @@ class AnthropicMessages:
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read a message; raises LLMError where there is none."""
         try:
-            return self.completion(read(reply.body, _DECODER), reply)
-        except DecodeError as error:
-            return read_other(error, reply, self.stream(call))
+            answer = _decode(reply.body)
+        except REFUSED:
+            try:
+                answer = read(reply.body, DECODER)
+            except DecodeError as error:
+                return read_other(error, reply, self.stream(call))
+        return self.completion(answer, reply, reply.body)
 
-    def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
-        """Turn a parsed message into a Completion; one without blocks is an empty answer, not an error."""
-        if answer.error:
-            raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
-        content, usage, headers = answer.content, answer.usage, reply.headers
-        if content is None:
-            raise EmptyResponseError(
-                f"Expected content from {self.target.provider}, got none in {excerpt(reply.body)}",
-                status=reply.status,
-                request_id=request_id(headers),
-            )
+    def completion(self, answer: Answer, reply: HTTPReply, body: bytes) -> Completion:
+        """Turn a parsed message into a Completion; `body` is the JSON that its content was read from.
+
+        One long function: every answer takes it, and each call of a further one would cost 2 % of the whole.
+        """
+        blocks = answer.content
+        if answer.error or type(blocks) is not list:
+            blocks = self._other_content(answer, reply)
+        content = reasoning = source = None
+        calls: tuple[ToolCall, ...] = ()
+        for block in blocks:
+            kind = block.type
+            if kind == "text":
+                if isinstance(text := block.text, str):
+                    content = text if content is None else content + text
+            elif kind == "tool_use":
+                calls += (ToolCall(id=block.id or "", name=block.name or "", arguments=arguments(block)),)
+            else:
+                source = body
+                if kind == "thinking" and isinstance(thought := block.thinking, str):
+                    reasoning = thought if reasoning is None else reasoning + thought
+        reason, usage, headers = answer.stop_reason, answer.usage or SAID_NOTHING, reply.headers
+        given, cached, written = usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+        details = usage.output_tokens_details
         return Completion(
             choices=(
                 Choice(
-                    message=Message(content=content) if isinstance(content, str) else _message(content),
-                    finish_reason=REASONS.get(answer.stop_reason, "stop"),
-                    raw_finish_reason=answer.stop_reason,
+                    message=Message(content=content, reasoning=reasoning, tool_calls=calls, source=source),
+                    finish_reason=REASONS.get(reason, "stop"),
+                    raw_finish_reason=reason,
                 ),
             ),
-            usage=Usage() if usage is None else _usage(usage),
+            usage=Usage(
+                input_tokens=None if given is None else given + (cached or 0) + (written or 0),
+                output_tokens=usage.output_tokens,
+                cached_tokens=cached,
+                reasoning_tokens=None if details is None else details.thinking_tokens,
+            ),
             model=answer.model or "",
             id=answer.id or "",
             request_id=headers["request-id"] if "request-id" in headers else request_id(headers),
@@ -144,13 +110,28 @@ class AnthropicMessages:
             raw=reply.body,
         )
 
+    def _other_content(self, answer: Answer, reply: HTTPReply) -> list[Block]:
+        """The content of a gateway that answers with a text; raises where there is an error, or no content at all.
+
+        A list without blocks is an empty answer, not an error.
+        """
+        if answer.error:
+            raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
+        if isinstance(answer.content, str):
+            return [Block(type="text", text=answer.content)]
+        raise EmptyResponseError(
+            f"Expected content from {self.target.provider}, got none in {excerpt(reply.body)}",
+            status=reply.status,
+            request_id=request_id(reply.headers),
+        )
+
     def error(self, reply: HTTPReply) -> APIStatusError:
         """Return the error of an error status."""
         return status_error(reply, self.target.provider, secrets(self.target))
 
     def stream(self, call: ChatCall) -> StreamReader:
         """Return a reader for a streamed answer."""
-        return MessageStream(self, call)
+        return MessageStream(self, call, self.completion)
 
 
 def _output_config(call: ChatCall) -> dict[str, Any] | None:
@@ -160,103 +141,3 @@ def _output_config(call: ChatCall) -> dict[str, Any] | None:
         return None
     stated = wanted.get("json_schema") or {}
     return {"format": {"type": "json_schema", "schema": stated.get("schema", {})}}
-
-
-def _message(blocks: list[Block]) -> Message:
-    content = reasoning = None
-    calls = []
-    for block in blocks:
-        kind = block.type
-        if kind == "text":
-            if isinstance(text := block.text, str):
-                content = text if content is None else content + text
-        elif kind == "tool_use":
-            calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=_arguments(block)))
-        elif kind == "thinking" and isinstance(thought := block.thinking, str):
-            reasoning = thought if reasoning is None else reasoning + thought
-    return Message(content=content, reasoning=reasoning, tool_calls=tuple(calls) if calls else ())
-
-
-def _arguments(block: Block) -> str:
-    """The tool's input as it stands in the body."""
-    text = str(block.input, "utf-8")
-    if text.startswith('"'):  # a gateway that speaks OpenAI's format behind
-        return str(msgspec.json.decode(text))
-    return "{}" if text in ("", "null") else text
-
-
-def _usage(usage: WireUsage) -> Usage:
-    total = usage.input_tokens
-    cached = usage.cache_read_input_tokens
-    if total is not None:
-        total += (cached or 0) + (usage.cache_creation_input_tokens or 0)
-    details = usage.output_tokens_details
-    return Usage(
-        input_tokens=total,
-        output_tokens=usage.output_tokens,
-        cached_tokens=cached,
-        reasoning_tokens=details.thinking_tokens if details is not None else None,
-    )
-
-
-class MessageStream(EventReader):
-    """Reads a stream of message events; the deltas are those of the text blocks."""
-
-    def __init__(self, codec: AnthropicMessages, call: ChatCall) -> None:
-        super().__init__(codec, call)
-        self._complete = codec.completion
-        self._answer = Answer()
-        self._blocks: dict[int, Block] = {}
-        self._inputs: dict[int, str] = {}
-        self._ended = False
-
-    def event(self, event: Event) -> str:
-        """Take one event and return the text it brings."""
-        told = _Event(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, _EVENT_DECODER)
-        if told.error:
-            self._complete(Answer(error=told.error), HTTPReply(status=200, body=event.data, headers={}))
-        if told.message is not None:
-            self._answer = told.message
-        if told.usage is not None:
-            self._add_usage(told.usage)
-        if told.type == "content_block_start" and told.content_block is not None:
-            self._blocks[told.index or 0] = told.content_block
-            text = told.content_block.text
-            return text if told.content_block.type == "text" and isinstance(text, str) else ""
-        if told.type == "message_stop":
-            self._ended = True
-        return self._grow(told.index or 0, told.delta) if told.delta is not None else ""
-
-    def whole(self) -> bool:
-        """The message said why it ended, or that it did."""
-        return self._ended or self._answer.stop_reason is not None
-
-    def build(self, reply: HTTPReply) -> Completion:
-        """Put the blocks together."""
-        for index, text in self._inputs.items():  # the block began with {}; its pieces came after
-            self._blocks[index].input = msgspec.Raw(text.encode())
-        self._answer.content = [block for _, block in sorted(self._blocks.items())]
-        return self._complete(self._answer, reply)
-
-    def _grow(self, index: int, delta: _Delta) -> str:
-        if delta.stop_reason is not None:
-            self._answer.stop_reason = delta.stop_reason
-        if delta.text is None and delta.thinking is None and delta.partial_json is None:
-            return ""
-        block = self._blocks.setdefault(index, Block(type="thinking" if delta.thinking else "text"))
-        if delta.thinking:
-            block.thinking = (block.thinking or "") + delta.thinking
-        if delta.partial_json:
-            self._inputs[index] = self._inputs.get(index, "") + delta.partial_json
-        if not delta.text:
-            return ""
-        block.text = (block.text or "") + delta.text
-        return delta.text
-
-    def _add_usage(self, newer: WireUsage) -> None:
-        """Usage comes at the start and at the end, each a sum so far: the last number said counts."""
-        usage = self._answer.usage = self._answer.usage or WireUsage()
-        for name in WireUsage.__struct_fields__:
-            value = getattr(newer, name)
-            if value is not None:
-                setattr(usage, name, value)

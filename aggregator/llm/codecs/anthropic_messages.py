@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+from msgspec import Struct
+
 from aggregator.errors import ConfigError
-from aggregator.llm.codecs.lenient import json_object
+from aggregator.llm.codecs.lenient import json_object, read
 from aggregator.llm.messages import as_data
 
 _CHOICES = {"auto": "auto", "required": "any", "any": "any", "none": "none"}
+
+
+class _Own(Struct, gc=False):
+    content: list[dict[str, Any]] = []
+
+
+_OWN = msgspec.json.Decoder(_Own)
 
 
 def system_of(messages: Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any]] | None:
@@ -49,15 +59,34 @@ def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _assistant(message: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:
-    content, calls = message.get("content"), message.get("tool_calls")
-    if isinstance(content, str) and not calls:
+    content, calls, source = message.get("content"), message.get("tool_calls"), getattr(message, "source", None)
+    if isinstance(content, str) and not calls and source is None:
         return content
     blocks = _blocks(content)
     for i, call in enumerate(calls or ()):
         function = call.get("function") or {}
         arguments = json_object(function.get("arguments"), f"{where}.tool_calls[{i}].function.arguments")
         blocks.append({"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": arguments})
-    return blocks
+    return blocks if source is None else _as_it_came(source, blocks)
+
+
+def _as_it_came(source: bytes, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The blocks that an answer of this API came in, each in its place: signed thinking may not be moved or left out.
+
+    `blocks` where they say something else, since what was signed is no part of a message that was changed.
+    """
+    own = read(source, _OWN).content
+    return [block for block in own if not _is_empty(block)] if _said(own) == _said(blocks) else blocks
+
+
+def _said(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:
+    texts = [text for block in blocks if block.get("type") == "text" and isinstance(text := block.get("text"), str)]
+    calls = [(block.get("id"), block.get("input")) for block in blocks if block.get("type") == "tool_use"]
+    return "".join(texts), calls
+
+
+def _is_empty(block: Mapping[str, Any]) -> bool:
+    return block.get("type") == "text" and not block.get("text")
 
 
 def _tool_result(message: Mapping[str, Any]) -> dict[str, Any]:
