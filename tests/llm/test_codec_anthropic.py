@@ -283,7 +283,7 @@ RESULT = {"role": "tool", "tool_call_id": "t", "content": "1"}
     [
         [THINKING, CALLED],
         [REDACTED, {"type": "text", "text": "Look."}, CALLED],
-        [THINKING, {"type": "text", "text": "So "}, {**THINKING, "signature": "2"}, {"type": "text", "text": "f"}, CALLED],
+        [THINKING, {"type": "text", "text": "So"}, {**THINKING, "signature": "2"}, CALLED, {**THINKING, "signature": "3"}],
         [{"type": "thinking", "thinking": "", "signature": "hidden"}, CALLED],
         [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
             {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"encrypted_content": "e"}]},
@@ -293,7 +293,7 @@ RESULT = {"role": "tool", "tool_call_id": "t", "content": "1"}
     ids=["thinking", "redacted", "interleaved", "hidden", "searched", "compacted"],
 )  # fmt: skip
 def test_blocks_go_back_as_they_came(blocks: list[Any]) -> None:
-    """Signed thinking must stand before its tool call, unchanged and in its place; so must all that is the API's own."""
+    """Signed thinking must stand before its tool call, unchanged and in its place; so must all of the API's own."""
     found = decode(answer(*blocks))
     messages = sent(["Hi", found, RESULT])["messages"]
     assert messages[1] == {"role": "assistant", "content": blocks}
@@ -324,7 +324,7 @@ def test_no_other_provider_sees_signed_thinking(model: str) -> None:
 
 
 async def test_a_conversation_with_tools_and_thinking() -> None:
-    """`messages + [completion]` is what an agent's loop writes: the second request holds the first answer's thinking."""
+    """`messages + [completion]` is what an agent's loop writes: the next request holds the thinking of the answer."""
 
     def reply(*blocks: Any) -> HTTPReply:
         return HTTPReply(status=200, body=json.dumps(answer(*blocks)).encode(), headers={})
