@@ -283,7 +283,7 @@ RESULT = {"role": "tool", "tool_call_id": "t", "content": "1"}
     [
         [THINKING, CALLED],
         [REDACTED, {"type": "text", "text": "Look."}, CALLED],
-        [THINKING, {"type": "text", "text": "So"}, {**THINKING, "signature": "2"}, CALLED, {**THINKING, "signature": "3"}],
+        [THINKING, {"type": "text", "text": "So"}, {**THINKING, "signature": "2"}, CALLED, {**THINKING, "data": 3}],
         [{"type": "thinking", "thinking": "", "signature": "hidden"}, CALLED],
         [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
             {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"encrypted_content": "e"}]},
