@@ -15,13 +15,14 @@ import contextvars
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
 from aggregator.agents.code import check_source, plain_source
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode, by_name
-from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.lineage import current_lineage, lineage, natural
 from aggregator.errors import ConfigError, LLMError, ParameterError
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.training.context import current_step
@@ -114,10 +115,9 @@ class TraceAgent(Module):
 
     async def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the agent in a thread, under the values that this context reads."""
-        values = {parameter.node: parameter.data for parameter in self._parameters.values()}  # type: ignore[attr-defined]
         _last_output.set(None)
         try:
-            output = await self.in_thread(self._run, values, args, kwargs)
+            output = await self.in_thread(self._run, args, kwargs)
         except Exception as error:
             _last_output.set((None, getattr(error, "exception_node", None)))  # Trace's own: backward starts there
             raise
@@ -125,9 +125,13 @@ class TraceAgent(Module):
         _last_output.set((data, output))
         return data
 
-    def _run(self, values: dict[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.lock.hold(values):
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.inside():
             return self.agent(*args, **kwargs)
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Hold the lock, with the values on the nodes that this context reads."""
+        return self.lock.hold({parameter.node: parameter.data for parameter in self._parameters.values()})  # type: ignore[attr-defined]
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in a thread of our own, with this context's variables."""
@@ -154,7 +158,7 @@ class TraceOptimizer:
             )
         self.parameters: list[Any] = [known[id(node)] for node in optimizer.parameters]
         self._step_of_memories: tuple[int, int] | None = None
-        self._copies: dict[int, Any] = {}
+        self._copies: dict[Any, Any] = {}  # place in the run, sample id -> copy
 
     async def propose(
         self,
@@ -170,7 +174,7 @@ class TraceOptimizer:
             return _with(silent, error="the output is not one node of Trace, so no feedback can reach the parameters")
         self._take_over_memories()
         optimizer = self._copy()
-        self._copies[rollout.sample_id] = optimizer
+        self._copies[natural(current_lineage()), rollout.sample_id] = optimizer
         try:
             with lineage("propose", role="optimizer"):
                 update = await self.agent.in_thread(self._step, optimizer, node, rollout.feedback)
@@ -183,7 +187,7 @@ class TraceOptimizer:
 
     def _step(self, optimizer: Any, node: Any, feedback: str) -> dict[Any, Any]:
         """Run zero_feedback, backward and step for one instance, alone but for the time its model takes."""
-        with self.agent.lock.hold({}):
+        with self.agent.inside():
             optimizer.zero_feedback()
             optimizer.backward(node, feedback)
             propose = getattr(optimizer, "propose", None)  # `step` of some versions applies what it proposes
@@ -215,8 +219,8 @@ class TraceOptimizer:
         for name in (name for name in _MEMORIES if hasattr(self.optimizer, name)):
             memory = getattr(self.optimizer, name)
             before = list(memory)
-            for sample_id in sorted(self._copies):
-                after = list(getattr(self._copies[sample_id], name))
+            for place in sorted(self._copies):
+                after = list(getattr(self._copies[place], name))
                 if after and list(map(id, after)) != list(map(id, before)):  # a step that failed early added nothing
                     _remember(memory, after[-1])
         self._copies = {}

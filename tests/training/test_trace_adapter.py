@@ -17,6 +17,7 @@ import pytest
 
 from aggregator import ConfigError, Module, ParameterError, Rollout
 from aggregator.agents.parameters import overriding, read, write
+from aggregator.cassettes.lineage import lineage
 from aggregator.errors import RateLimitError
 from aggregator.training.context import StepContext, step_context
 from aggregator.training.gates import improves_on_batch
@@ -241,6 +242,29 @@ async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: A
     with step_context(StepContext(step=2)):
         third = await all_of(agent, optimizer, 1)
     assert third[0].values == {"prompt": "saw 2 0 1" if name == "memory" else "saw 0 1 2 0 1"}
+
+
+async def test_an_optimizer_sees_the_candidate_that_ran() -> None:
+    """Under an override the optimizer finds the candidate's value on the node, and the value in force stays."""
+
+    class Reading(Optimizer):
+        def step(self, bypassing: bool = False) -> dict[Node, Any]:
+            before = self.parameters[0]._data
+            self.llm(messages=[{"role": "user", "content": ""}])
+            return {self.parameters[0]: f"{before} and {self.parameters[0]._data}"}
+
+    plain = Agent()
+    agent, optimizer = adapt(plain, Reading(plain.parameters(), echo))
+
+    async def under(value: str) -> Any:
+        with overriding(agent.parameters(), {"prompt": value}), lineage(f"candidate={value}"):
+            return await propose(agent, optimizer, 1)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(under(f"v{i}")) for i in range(8)]
+    assert [task.result().values["prompt"] for task in tasks] == [f"v{i} and v{i}" for i in range(8)]
+    assert plain.prompt.data == "start"
+    assert len(optimizer._copies) == 8  # one memory each, though all are of one sample
 
 
 async def test_values_are_converted_by_our_types() -> None:
