@@ -68,6 +68,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.observing.configuring": ("configure_logging",),
     "aggregator.observing.console": ("ConsoleLogger",),
     "aggregator.observing.progress": ("ProgressBar",),
+    "aggregator.observing.trackers": ("TensorBoardLogger", "WandbLogger"),
     "aggregator.records": (
         "Completion",
         "Decision",
@@ -152,6 +153,8 @@ if TYPE_CHECKING:
     from aggregator.observing.configuring import configure_logging as configure_logging
     from aggregator.observing.console import ConsoleLogger as ConsoleLogger
     from aggregator.observing.progress import ProgressBar as ProgressBar
+    from aggregator.observing.trackers import TensorBoardLogger as TensorBoardLogger
+    from aggregator.observing.trackers import WandbLogger as WandbLogger
     from aggregator.records import Completion as Completion
     from aggregator.records import Decision as Decision
     from aggregator.records import Failure as Failure

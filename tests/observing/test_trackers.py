@@ -1,0 +1,167 @@
+"""Loggers for experiment trackers, read back from what they wrote."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator.errors import ConfigError
+from aggregator.observing.trackers import TensorBoardLogger, WandbLogger, entry
+
+needs_board = pytest.mark.skipif(find_spec("tensorboardX") is None, reason="the extra `tensorboard` is not installed")
+
+
+def events(folder: Path) -> list[tuple[str, int, Any]]:
+    """(tag, step, value) of every summary in the event files of a folder, in order."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: list[tuple[str, int, Any]] = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                text = value.tensor.string_val
+                found.append((value.tag, event.step, text[0].decode() if text else value.simple_value))
+    return found
+
+
+@needs_board
+def test_tensorboard_reads_numbers_as_scalars_and_the_rest_as_text(tmp_path: Path) -> None:
+    """Scores are curves, parameters texts, lists JSON; an unknown score is no point."""
+    with TensorBoardLogger(tmp_path / "board") as logger:
+        logger.log("Average test score", 0.5, 0, color="green")
+        logger.log("Average test score", None, 1, color="green")
+        logger.log("Average test score", 0.75, 2, color="green")
+        logger.log("Parameter: rule", "# Answer\n<b>sales</b>", 2, color="red")
+        logger.log("Parameter: labels", ["a", "b"], 2)
+        logger.log("Output", 7, 2, sample=3)
+    assert events(tmp_path / "board") == [
+        ("Average_test_score", 0, 0.5),
+        ("Average_test_score", 2, 0.75),
+        ("Parameter/rule/text_summary", 2, "    # Answer\n    <b>sales</b>\n"),
+        ("Parameter/labels/text_summary", 2, '    ["a","b"]\n'),
+        ("Output/sample_3", 2, 7.0),
+    ]
+
+
+@needs_board
+def test_a_run_logs_to_tensorboard(tmp_path: Path) -> None:
+    """The trainer takes it as its logger: train score, test score and what each step changed."""
+    script = f"""
+import json
+from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode, TensorBoardLogger
+from aggregator.records import Choice, Completion, Message
+
+class Adder(Module):
+    def __init__(self):
+        self.amount = ParameterNode(1)
+    def forward(self, x):
+        return x + self.amount.data
+
+class Five:
+    async def complete(self, *messages, **options):
+        return Completion(choices=(Choice(message=Message(content=json.dumps({{"suggestion": {{"amount": 5}}}}))),))
+
+def guide(x, output, info):
+    return float(output == info), "expected " + str(info)
+
+with TensorBoardLogger({str(tmp_path)!r}) as logger:
+    trainer = AggregatedUpdate(Adder(), LLMOptimizer(llm=Five()), logger=logger, llm=Five())
+    trainer.train(guide, [(0, 5), (1, 6)], num_epochs=1, batch_size=2, test_dataset=[(2, 7)])
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+    assert events(tmp_path) == [
+        ("Average_train_score", 0, 0.0),
+        ("Average_test_score", 0, 1.0),
+        ("Parameter/amount", 0, 5.0),
+    ]
+
+
+class Writer:
+    """A SummaryWriter that remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def add_scalar(self, *facts: Any) -> None:
+        self.calls.append(facts)
+
+    def flush(self) -> None:
+        self.calls.append(("flushed",))
+
+
+def test_a_writer_of_ones_own_is_flushed_and_stays_open() -> None:
+    """torch's SummaryWriter, say, which others write to as well."""
+    with TensorBoardLogger(writer=(writer := Writer())) as logger:
+        logger.log("loss", 2, 4)
+    assert writer.calls == [("loss", 2.0, 4), ("flushed",)]
+
+
+class Run:
+    """A run of W&B that remembers."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, Any], int]] = []
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        self.logged.append((data, step))
+
+
+def test_wandb_gets_numbers_and_texts_under_their_step() -> None:
+    """A dict is text too: W&B would make a key of each of its own keys."""
+    logger = WandbLogger(run := Run())
+    for data in (0.5, None, True, "Answer.", {"k": 1}):
+        logger.log("Parameter: x", data, 3, color="red")
+    assert run.logged == [({"Parameter/x": value}, 3) for value in (0.5, 1.0, "Answer.", '{"k":1}')]
+
+
+def test_the_real_wandb_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, without an account; the summary holds the latest values."""
+    wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with wandb.init(project="router", dir=tmp_path) as run:
+        logger = WandbLogger()
+        assert logger.run is run
+        logger.log("Average test score", 0.5, 0)
+        logger.log("Average test score", 0.75, 1)
+        logger.log("Parameter: rule", "Answer.", 1)
+        logger.log("Average test score", 1.0, 2)  # W&B takes a step when the next one begins
+        summary = dict(run.summary)
+    assert (summary["Average_test_score"], summary["Parameter/rule"]) == (0.75, "Answer.")
+
+
+@pytest.mark.parametrize("number", [10**400, float("inf")])
+def test_numbers_beyond_a_float_do_not_end_a_run(number: float) -> None:
+    """They are text, or what a float makes of them."""
+    assert entry("x", number)[1] in (str(10**400), float("inf"))
+
+
+@pytest.mark.parametrize(("log_dir", "writer"), [(None, None), ("runs/x", Writer())])
+def test_a_board_has_one_place(log_dir: Any, writer: Any) -> None:
+    """Neither folder nor writer, or both, cannot be meant."""
+    with pytest.raises(ConfigError, match="Expected a log_dir or a writer"):
+        TensorBoardLogger(log_dir, writer=writer)
+
+
+def test_what_is_no_run_is_refused() -> None:
+    """The project's name in place of a run, say."""
+    with pytest.raises(ConfigError, match=r"as wandb.init\(project=...\) returns it, got 'router'"):
+        WandbLogger("router")
+
+
+@pytest.mark.parametrize(("module", "use"), [("tensorboardX", "TensorBoardLogger('x')"), ("wandb", "WandbLogger()")])
+def test_a_missing_tracker_is_named_with_its_extra(module: str, use: str) -> None:
+    """Only who uses a tracker installs it, and is told how."""
+    script = f"import sys; sys.modules[{module!r}] = None; import aggregator; aggregator.{use}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert f"pip install 'aggregated-update[{module.lower().rstrip('x')}]'" in ended.stderr
