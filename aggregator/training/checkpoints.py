@@ -14,13 +14,15 @@ from msgspec import Struct
 
 from aggregator.agents.showing import show
 from aggregator.errors import TrainingError
-from aggregator.records import Evaluation, StepReport, TrainingResult, Usage, Values
+from aggregator.records import Candidate, Evaluation, StepReport, TrainingResult, Usage, Values
 
 VERSION = 1
 JOURNAL = "journal.yaml"
 CHECKPOINT = "checkpoint.json"
 RESULT = "result.json"
 PARAMETERS = "parameters.json"
+CANDIDATES = "candidates"
+"""The note under which a search keeps its memory."""
 
 _WHOLE = 2**62
 
@@ -28,7 +30,8 @@ _WHOLE = 2**62
 class RunState(Struct, frozen=True, kw_only=True):
     """All that a run must remember between two steps. `steps` counts the finished ones.
 
-    `notes` is what gates remember. `broken_off` says that calls failed until the run ended: whoever goes on asks anew.
+    `notes` is what gates and searches remember. `broken_off` says that calls failed until the run ended: whoever goes
+    on asks anew.
     """
 
     initial: Values
@@ -131,7 +134,13 @@ def result_of(state: RunState, parameters: Values) -> TrainingResult:
         failures=tuple(failure for report in reports for failure in report.failures),
         warnings=tuple(_warnings(usage)),
         usage=usage,
+        candidates=candidates_in(state.notes),
     )
+
+
+def candidates_in(notes: Mapping[str, Any]) -> list[Candidate]:
+    """Return what a search remembers, the candidate in force first."""
+    return msgspec.convert(notes.get(CANDIDATES, []), list[Candidate])
 
 
 def _warnings(usage: Mapping[str, Usage]) -> Iterator[str]:

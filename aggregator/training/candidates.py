@@ -1,0 +1,115 @@
+"""What a search knows of its candidates, and what follows from it: who is better, who is worth another look. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import inf, log, sqrt
+from random import Random
+
+import msgspec
+from msgspec.structs import replace
+
+from aggregator.records import Candidate, Decision, Values
+from aggregator.training.gates import compare
+from aggregator.training.prompts import ordered
+
+
+def plain(values: Values) -> Values:
+    """Return values as JSON has them, so that a candidate is the same before and after a resumption."""
+    found: Values = msgspec.to_builtins(ordered(values), enc_hook=repr)
+    return found
+
+
+def with_scores(candidate: Candidate, scores: Iterable[tuple[int, float | None]]) -> Candidate:
+    """Return the candidate with more scores, each under its sample's id; a score of None says nothing.
+
+    >>> with_scores(Candidate(id="0.0", values={}), [(3, 1.0), (3, 0.0), (5, None)]).scores
+    {'3': (1.0, 2)}
+    """
+    known = dict(candidate.scores)
+    for sample_id, score in scores:
+        if score is not None:
+            total, count = known.get(str(sample_id), (0.0, 0))
+            known[str(sample_id)] = (total + score, count + 1)
+    return replace(candidate, scores=known)
+
+
+def mean_score(candidate: Candidate) -> float:
+    """Return the mean score, that of a candidate without scores below any other."""
+    return -inf if candidate.score is None else candidate.score
+
+
+def upper_bound(candidate: Candidate, trials: int, constant: float) -> float:
+    """Return mean + constant * sqrt(ln(trials) / own trials): UCB1 (Auer et al., 2002), for scores in [0, 1].
+
+    The less a candidate was tried of all `trials`, the more its score may still rise; one never tried comes first.
+
+    >>> upper_bound(Candidate(id="0.0", values={}, scores={"3": (0.5, 1)}), 1, constant=1.0)
+    0.5
+    """
+    if candidate.score is None:
+        return inf
+    return candidate.score + constant * sqrt(log(max(trials, 1)) / candidate.trials)
+
+
+def compared(before: Candidate, after: Candidate) -> Decision:
+    """Decide between two candidates on the instances that both have been tried on."""
+    shared = [key for key in before.scores if key in after.scores]
+    return compare(*([_mean_of(candidate.scores[key]) for key in shared] for candidate in (before, after)))
+
+
+def gain(before: Candidate, after: Candidate) -> float:
+    """Return by how much the mean score differs on the instances that both have been tried on."""
+    decision = compared(before, after)
+    return -inf if decision.before is None or decision.after is None else decision.after - decision.before
+
+
+def won(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
+    """Return the instances on which each candidate scores best, none for one that another betters.
+
+    An instance counts once two candidates were tried on it. Another candidate betters this one where it is best on the
+    same instances and on more.
+
+    >>> a = Candidate(id="a", values={}, scores={"0": (1.0, 1), "1": (0.0, 1)})
+    >>> b = Candidate(id="b", values={}, scores={"0": (0.0, 1), "1": (1.0, 1)})
+    >>> [sorted(instances) for instances in won([a, b]).values()]
+    [['0'], ['1']]
+    """
+    best: dict[str, float] = {}
+    tried: dict[str, int] = {}
+    for candidate in candidates:
+        for key, scores in candidate.scores.items():
+            best[key] = max(best.get(key, -inf), _mean_of(scores))
+            tried[key] = tried.get(key, 0) + 1
+    wins = {
+        candidate.id: frozenset(
+            key for key, scores in candidate.scores.items() if tried[key] > 1 and _mean_of(scores) == best[key]
+        )
+        for candidate in candidates
+    }
+    return {own: frozenset() if any(keys < more for more in wins.values()) else keys for own, keys in wins.items()}
+
+
+def drawn(candidates: Sequence[Candidate], weights: Sequence[int], count: int, random: Random) -> list[Candidate]:
+    """Draw up to `count` different candidates, each the likelier the more it weighs; weight 0 is never drawn."""
+    left = [pair for pair in zip(candidates, weights, strict=True) if pair[1] > 0]
+    found: list[Candidate] = []
+    while left and len(found) < count:
+        (i,) = random.choices(range(len(left)), weights=[weight for _, weight in left])
+        found.append(left.pop(i)[0])
+    return found
+
+
+def contributors(candidate: Candidate, base: Candidate, memory: Iterable[Candidate]) -> tuple[int, ...]:
+    """Return the samples whose proposals lead from one candidate to another, as far as the memory reaches back."""
+    known = {other.id: other for other in memory}
+    ids: set[int] = set()
+    step: Candidate | None = candidate
+    while step is not None and step.id != base.id:
+        ids.update(step.sample_ids)
+        step = known.get(step.parent or "")
+    return tuple(sorted(ids))
+
+
+def _mean_of(scores: tuple[float, int]) -> float:
+    return scores[0] / scores[1]
