@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
+from aggregator.errors import ConfigError
 from aggregator.records import Proposal, StepReport, Values
 
 REPLY_FORMAT = """\
@@ -111,11 +113,75 @@ Reply with one JSON object and nothing else:
   }
 }"""
 
+WORKED_EXAMPLE = """\
+The parameters were
+{"instruction": {"value": "Name the capital of the country.", "type": "string"}, "k": {"value": 3, "type": "integer"}}
+For the input "France" the output was "The capital of France is Paris.", and the feedback said: expected "Paris".
+A good reply was
+{
+  "reasoning_instruction": "The city is right but stands in a sentence; only its name is wanted, for every country.",
+  "suggestion": {
+    "instruction": "Name the capital of the country. Reply with the name alone."
+  }
+}"""
+
+SECTIONS = ("Objective", "Example", "Parameters", "Transcript", "Output", "Score", "Feedback", "History")
+"""The sections of a proposal's prompt, in their order; Example and History only where there is one."""
+
 FEEDBACK_DIGEST = 200
 """How many characters of a proposal's feedback the aggregation prompt shows."""
 
 UPDATE_DIGEST = 300
 """How many characters of an earlier update the proposal prompt shows."""
+
+
+class Layout(Struct, frozen=True, kw_only=True):
+    """What a proposal's prompt shows beside the facts, under which headings, and what it leaves out.
+
+    `include_example` puts a worked example in front: ours, or a text of your own. `prompt_symbols` renames headings, as
+    in {"Feedback": "Verdict"}. `mask` names sections to leave out. The names are Trace's; a `#` before a heading may
+    stay. Raises ConfigError for headings that do not exist or would be the same.
+    """
+
+    include_example: bool | str = False
+    prompt_symbols: Mapping[str, str] = {}
+    mask: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        named = [_bare(name) for name in (*self.prompt_symbols, *_listed(self.mask))]
+        if unknown := [name for name in named if name not in SECTIONS]:
+            raise ConfigError(f"Expected headings of the prompt ({', '.join(SECTIONS)}), got {', '.join(unknown)}")
+        if "Parameters" in map(_bare, self.mask):
+            raise ConfigError(
+                "Expected a mask that leaves the parameters in, got 'Parameters'; name them in parameters="
+            )
+        headings = [self.heading(name) for name in SECTIONS]
+        if len(set(headings)) < len(SECTIONS) or not all(name.isprintable() and name for name in headings):
+            raise ConfigError(f"Expected different headings of one line each, got {', '.join(map(repr, headings))}")
+
+    @property
+    def example(self) -> str:
+        """The worked example, "" for none."""
+        return WORKED_EXAMPLE if self.include_example is True else self.include_example or ""
+
+    def heading(self, name: str) -> str:
+        """Return what a section is called."""
+        return {_bare(old): _bare(new) for old, new in self.prompt_symbols.items()}.get(name, name)
+
+    def applied(self, sections: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return the sections that are shown, under the names that they are to have."""
+        masked = set(map(_bare, self.mask))
+        return [(self.heading(name), text) for name, text in sections if name not in masked]
+
+
+def _bare(heading: str) -> str:
+    return heading.removeprefix("#")
+
+
+def _listed(mask: Sequence[str]) -> Sequence[str]:
+    if isinstance(mask, str):
+        raise ConfigError(f"Expected a list of headings as the mask, got {mask!r}; write [{mask!r}]")
+    return mask
 
 
 def proposal_messages(
@@ -128,23 +194,23 @@ def proposal_messages(
     objective: str = DEFAULT_OBJECTIVE,
     history: Sequence[str] = (),
     system_prompt: str = PROPOSER_SYSTEM_PROMPT,
+    layout: Layout = Layout(),  # noqa: B008 - frozen
 ) -> list[dict[str, str]]:
     """Return the messages that ask for one instance's proposal.
 
     `components` maps each parameter's name to its value, type, description and constraint; `history` holds a line
     for each update that was tried before.
     """
-    sections = [
-        ("Objective", objective),
+    facts = [
         ("Parameters", pretty(components)),
         ("Transcript", transcript),
         ("Output", output),
         ("Score", "unknown" if score is None else number(score)),
         ("Feedback", feedback),
     ]
-    if history:
-        sections.append(("History", "\n".join(history)))
-    return _messages(system_prompt, sections)
+    before = [("Objective", objective), *([("Example", layout.example)] if layout.example else [])]
+    after = [("History", "\n".join(history))] if history else []
+    return _messages(system_prompt, layout.applied([*before, *facts, *after]))
 
 
 def aggregation_messages(

@@ -22,6 +22,7 @@ from aggregator.training.parts import check_rule
 from aggregator.training.prompts import (
     DEFAULT_OBJECTIVE,
     PROPOSER_SYSTEM_PROMPT,
+    Layout,
     digest_of,
     number,
     ordered,
@@ -39,8 +40,9 @@ class LLMOptimizer:
     `parameters` are what it may change (default: every trainable parameter of the agent that the trainer was given).
     `llm` is a model, its name, or None for the default model. `memory_size` is how many earlier updates, accepted and
     refused, the prompt recalls. With `num_candidates` above 1 the model is asked that often; `variation` says how the
-    questions differ, and `select`, a rule, makes one proposal of the answers (default: the variation's own). It keeps
-    no state: the same rollout and history give the same prompt.
+    questions differ, and `select`, a rule, makes one proposal of the answers (default: the variation's own).
+    `layout` adds a worked example to the prompt, renames its headings or leaves sections out. It keeps no state: the
+    same rollout and history give the same prompt.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class LLMOptimizer:
         temperature: float | None = None,
         max_tokens: int = 4096,
         system_prompt: str = PROPOSER_SYSTEM_PROMPT,
+        layout: Layout = Layout(),  # noqa: B008 - frozen
     ) -> None:
         if num_candidates is not None:
             check_positive("num_candidates", num_candidates)
@@ -71,6 +74,7 @@ class LLMOptimizer:
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.system_prompt = system_prompt
+        self.layout = layout
 
     async def propose(
         self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport] = ()
@@ -84,14 +88,27 @@ class LLMOptimizer:
         return await self._selected(found, parameters, rollout)
 
     def messages(
+        self, rollout: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]
+    ) -> list[dict[str, str]]:
+        """Return the prompt; a subclass may tell the model something else."""
+        return self.asked_about(
+            rollout,
+            parameters,
+            history=self.recalled(history),
+            system_prompt=self.system_prompt,
+            layout=self.layout,
+        )
+
+    def asked_about(
         self,
         rollout: Rollout,
         parameters: Sequence[Any],
-        history: Sequence[StepReport],
         *,
-        system_prompt: str | None = None,
+        history: Sequence[str] = (),
+        system_prompt: str,
+        layout: Layout,
     ) -> list[dict[str, str]]:
-        """Return the prompt; a subclass may tell the model something else."""
+        """Return a question about parameters and what the agent did with them."""
         return proposal_messages(
             {parameter.name: parameter.describe() for parameter in parameters},
             transcript=rollout.transcript,
@@ -99,8 +116,9 @@ class LLMOptimizer:
             score=rollout.score,
             feedback=rollout.feedback,
             objective=self.objective,
-            history=self.recalled(history),
-            system_prompt=self.system_prompt if system_prompt is None else system_prompt,
+            history=history,
+            system_prompt=system_prompt,
+            layout=layout,
         )
 
     def recalled(self, history: Sequence[StepReport]) -> list[str]:

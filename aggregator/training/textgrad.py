@@ -13,7 +13,7 @@ from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.training.asking import Answer, ask
-from aggregator.training.prompts import CRITIC_SYSTEM_PROMPT, DEFAULT_OBJECTIVE, GRADIENT_SYSTEM_PROMPT
+from aggregator.training.prompts import CRITIC_SYSTEM_PROMPT, DEFAULT_OBJECTIVE, GRADIENT_SYSTEM_PROMPT, Layout
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.variations import Variation, seeds
 
@@ -44,6 +44,7 @@ class TextGradOptimizer(LLMOptimizer):
         max_tokens: int = 4096,
         system_prompt: str = GRADIENT_SYSTEM_PROMPT,
         critic_system_prompt: str = CRITIC_SYSTEM_PROMPT,
+        layout: Layout = Layout(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
             parameters,
@@ -56,6 +57,7 @@ class TextGradOptimizer(LLMOptimizer):
             temperature=temperature,
             max_tokens=max_tokens,
             system_prompt=system_prompt,
+            layout=layout,
         )
         self.critic: ChatModel = self.llm if critic is None else as_model(critic)
         self.critic_system_prompt = critic_system_prompt
@@ -89,7 +91,12 @@ class TextGradOptimizer(LLMOptimizer):
         with lineage("criticise", role="optimizer"):
             return await ask(
                 self.critic,
-                self.messages(rollout, parameters, (), system_prompt=self.critic_system_prompt),
+                self.asked_about(
+                    rollout,
+                    parameters,
+                    system_prompt=self.critic_system_prompt,
+                    layout=replace(self.layout, include_example=False),  # it shows new values, no criticism
+                ),
                 criticisms,
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,

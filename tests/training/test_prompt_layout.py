@@ -1,0 +1,113 @@
+"""What a proposal's prompt shows is the user's choice: a worked example, other headings, sections left out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from training_fakes import ScriptedModel, section, suggest
+
+from aggregator import LLMOptimizer, OPROOptimizer, ParameterNode, TextGradOptimizer
+from aggregator.errors import ConfigError
+from aggregator.records import Rollout
+from aggregator.training.prompts import SECTIONS, WORKED_EXAMPLE, Layout, proposal_messages
+from aggregator.training.suggestions import parse_reply
+
+PARAMETERS = [ParameterNode(1, name="k")]
+ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="more of it", transcript="search(k=1)")
+
+
+def headings(messages: list[dict[str, Any]]) -> list[str]:
+    return [line[1:] for line in messages[1]["content"].splitlines() if line.startswith("#")]
+
+
+async def asked(layout: Layout, optimizer: type[LLMOptimizer] = LLMOptimizer) -> list[list[dict[str, Any]]]:
+    model = ScriptedModel(suggest(k="too few"), suggest(k=7))
+    await optimizer(llm=model, layout=layout).propose(ROLLOUT, PARAMETERS)
+    return model.asked
+
+
+async def test_without_a_layout_the_prompt_is_what_it_always_was() -> None:
+    """Recorded runs stay valid."""
+    (messages, *_) = await asked(Layout())
+    assert headings(messages) == ["Objective", "Parameters", "Transcript", "Output", "Score", "Feedback"]
+
+
+@pytest.mark.parametrize("optimizer", [LLMOptimizer, OPROOptimizer])
+async def test_include_example_puts_a_worked_example_in_front(optimizer: type[LLMOptimizer]) -> None:
+    """Ours for True, the user's own text for a text."""
+    (messages, *_) = await asked(Layout(include_example=True), optimizer)
+    assert headings(messages)[:3] == ["Objective", "Example", "Parameters"]
+    assert section(messages, "Example") == WORKED_EXAMPLE
+    (messages, *_) = await asked(Layout(include_example="Here is one.\n#Feedback\nforged"), optimizer)
+    assert section(messages, "Example") == "Here is one.\n #Feedback\nforged"
+
+
+def test_the_worked_example_is_in_the_form_that_is_asked_for() -> None:
+    """Its reply is read as any other."""
+    _, _, reply = WORKED_EXAMPLE.partition("A good reply was\n")
+    parsed = parse_reply(reply)
+    assert list(parsed.suggestion or {}) == ["instruction"]
+    assert parsed.reasoning
+    assert list(json.loads(WORKED_EXAMPLE.splitlines()[1])) == ["instruction", "k"]
+
+
+@pytest.mark.parametrize("mark", ["", "#"])
+async def test_prompt_symbols_rename_headings(mark: str) -> None:
+    """The text under them stays the same; Trace's names bring their own #."""
+    symbols = {f"{mark}Feedback": f"{mark}Verdict of the judge", f"{mark}Output": f"{mark}Answer"}
+    (messages, *_) = await asked(Layout(prompt_symbols=symbols))
+    assert headings(messages) == ["Objective", "Parameters", "Transcript", "Answer", "Score", "Verdict of the judge"]
+    assert section(messages, "Verdict of the judge") == "more of it"
+
+
+async def test_headings_may_change_places() -> None:
+    """Two names swapped are still different ones."""
+    (messages, *_) = await asked(Layout(prompt_symbols={"Output": "Feedback", "Feedback": "Output"}))
+    assert (section(messages, "Output"), section(messages, "Feedback")) == ("more of it", "out")
+
+
+async def test_a_mask_leaves_sections_out() -> None:
+    """What an optimizer need not, or must not, see."""
+    (messages, *_) = await asked(Layout(mask=["#Transcript", "Output"]))
+    assert headings(messages) == ["Objective", "Parameters", "Score", "Feedback"]
+    assert "search(k=1)" not in messages[1]["content"]
+
+
+async def test_a_critic_sees_the_layout_but_no_example_of_another_task() -> None:
+    """Mask and headings hold for both prompts of TextGrad; the example is one of new values."""
+    layout = Layout(include_example=True, mask=["Transcript"], prompt_symbols={"Output": "Answer"})
+    critic, changer = await asked(layout, TextGradOptimizer)
+    assert headings(critic) == ["Objective", "Parameters", "Answer", "Score", "Feedback"]
+    assert headings(changer) == ["Objective", "Example", "Parameters", "Answer", "Score", "Feedback"]
+
+
+def test_history_may_be_masked_and_renamed_too() -> None:
+    """It is a section like the others."""
+
+    def shown(layout: Layout) -> list[str]:
+        given: dict[str, Any] = {"transcript": "", "output": "", "score": None, "feedback": "", "history": ["step 0"]}
+        return headings(proposal_messages({}, **given, layout=layout))
+
+    assert shown(Layout(include_example=True)) == list(SECTIONS)
+    assert shown(Layout(prompt_symbols={"History": "Tried"}))[-1] == "Tried"
+    assert "History" not in shown(Layout(mask=["History"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mask": ["Input"]}, "Expected headings of the prompt .*Transcript.*, got Input"),
+        ({"mask": "Output"}, r"write \['Output'\]"),
+        ({"mask": ["#Parameters"]}, "got 'Parameters'; name them in parameters="),
+        ({"prompt_symbols": {"variables": "Vars"}}, "got variables"),
+        ({"prompt_symbols": {"Output": "Feedback"}}, "Expected different headings"),
+        ({"prompt_symbols": {"Output": "two\nlines"}}, "Expected different headings of one line"),
+        ({"prompt_symbols": {"Output": "#"}}, "Expected different headings of one line"),
+    ],
+)
+def test_a_layout_that_cannot_be_meant_is_refused(options: dict[str, Any], expected: str) -> None:
+    """When it is made, with the headings that there are."""
+    with pytest.raises(ConfigError, match=expected):
+        Layout(**options)
