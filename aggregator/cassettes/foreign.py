@@ -1,7 +1,8 @@
 """From vcrpy's interactions, however they were written, to exchanges.
 
 Understands YAML and JSON cassettes of every vcrpy since 1.0, request bodies that were recorded as mappings,
-`parsed_body` (the JSON of a body in the place of its text), bodies still compressed, and Ruby VCR's shape.
+`parsed_body` (the JSON of a body in the place of its text), `content` and `status_code` (vcrpy before 6, from httpx),
+bodies still compressed, and Ruby VCR's shape.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _request(request: Mapping[str, Any]) -> HTTPRequest:
 
 
 def _reply(response: Mapping[str, Any], place: str) -> HTTPReply:
-    status = response["status"]
+    status = response["status"] if "status" in response else response["status_code"]
     headers = _headers(response.get("headers"))
     body = _inflated(_body(response), headers.pop("content-encoding", ""), place)
     return HTTPReply(
@@ -104,7 +105,7 @@ def _body(side: Mapping[str, Any]) -> bytes:
     """Return the body of a request or response."""
     if "parsed_body" in side:
         return _dumped(side["parsed_body"])
-    body = side.get("body")
+    body = side["content"] if "content" in side else side.get("body")
     if (
         isinstance(body, dict)
         and body.keys() <= {"string", "base64_string", "encoding"}

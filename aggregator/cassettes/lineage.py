@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
+from functools import lru_cache
 from types import TracebackType
 
 from aggregator.errors import ConfigError
@@ -32,16 +33,14 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
     """
 
     def __init__(self, *parts: str, role: Role | None = None) -> None:
-        for part in parts:
-            if not part or not part.isprintable():
-                raise ConfigError(f"expected non-empty printable text as a part of a lineage, got {part!r}")
-        self._parts = "/".join(parts)
+        self._parts = _joined(parts)
         self._role = role
         self._tokens: list[tuple[Token[str], Token[Role] | None]] = []
 
     def __enter__(self) -> str:
         """Return the extended path."""
-        here = "/".join(filter(None, (_PATH.get(), self._parts)))
+        path, parts = _PATH.get(), self._parts
+        here = f"{path}/{parts}" if path and parts else path or parts
         self._tokens.append((_PATH.set(here), _ROLE.set(self._role) if self._role else None))
         return here
 
@@ -53,6 +52,14 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
         _PATH.reset(path)
         if role is not None:
             _ROLE.reset(role)
+
+
+@lru_cache(maxsize=1024)
+def _joined(parts: tuple[str, ...]) -> str:
+    for part in parts:
+        if not isinstance(part, str) or not part or not part.isprintable():
+            raise ConfigError(f"expected non-empty printable text as a part of a lineage, got {part!r}")
+    return "/".join(parts)
 
 
 def natural(path: str) -> tuple[tuple[str, int, str], ...]:

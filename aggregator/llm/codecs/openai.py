@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from aggregator.errors import APIStatusError, ContentFilterError, DecodeError, EmptyResponseError, ResponseError
 from aggregator.llm.calls import ChatCall, StreamReader, Target
@@ -21,13 +25,33 @@ from aggregator.llm.codecs.openai_answers import (
     usd,
 )
 from aggregator.llm.codecs.openai_stream import ChatStream
-from aggregator.llm.codecs.openai_usual import called, decode_usual, told
+from aggregator.llm.codecs.openai_usual import decode_usual, told, told_calls
 from aggregator.llm.codecs.requests import Envelope, secrets
 from aggregator.llm.codecs.sse import read_other
 from aggregator.llm.codecs.thinking import BEFORE_THINKING, split_thinking
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
 
 _REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-[5-9]|gpt-\d\d|codex)")
+_USAGE = {"include_usage": True}
+
+
+class _Body(Struct, omit_defaults=True, gc=False):
+    """A request's body; what was not said is not sent."""
+
+    model: str
+    messages: Sequence[Mapping[str, Any]]
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    response_format: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    stream: bool = False
+    stream_options: Mapping[str, Any] | None = None
 
 
 class OpenAIChat:
@@ -39,6 +63,9 @@ class OpenAIChat:
         self._urls: dict[str, str] = {}
         host = urlsplit(target.base_url).hostname or ""
         self._official = host.endswith(("api.openai.com", ".azure.com"))
+        self._cap: int | None = target.options.get("max_tokens")
+        self._seed: str = target.options.get("seed", "seed")
+        self._usage_is_asked: bool = target.options.get("stream_options", True)
 
     def url(self, call: ChatCall) -> str:
         """Where calls of this model are posted."""
@@ -47,27 +74,34 @@ class OpenAIChat:
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; what was not said is not sent."""
-        options = self.target.options
-        cap = call.max_tokens if call.max_tokens is not None else options.get("max_tokens")
+        cap = self._cap if call.max_tokens is None else call.max_tokens
         newer = cap is not None and self._official and _REASONING_MODEL.match(call.model) is not None
-        fields = {
-            "model": call.model,
-            "messages": call.messages,
-            "max_completion_tokens" if newer else "max_tokens": cap,
-            "temperature": call.temperature,
-            "top_p": call.top_p,
-            "n": call.n,
-            options.get("seed", "seed"): call.seed,
-            "stop": call.stop,
-            "response_format": call.response_format,
-            "tools": call.tools,
-            "tool_choice": call.tool_choice,
-            "stream": call.stream or None,
-            "stream_options": {"include_usage": True} if call.stream and options.get("stream_options", True) else None,
-        }
-        body = {name: value for name, value in fields.items() if value is not None}
+        body = _Body(
+            model=call.model,
+            messages=call.messages,
+            max_completion_tokens=cap if newer else None,
+            max_tokens=None if newer else cap,
+            temperature=call.temperature,
+            top_p=call.top_p,
+            n=call.n,
+            seed=call.seed,
+            stop=call.stop,
+            response_format=call.response_format,
+            tools=call.tools,
+            tool_choice=call.tool_choice,
+            stream=call.stream,
+            stream_options=_USAGE if call.stream and self._usage_is_asked else None,
+        )
         url = self._urls.get(call.model) or self._urls.setdefault(call.model, self.url(call))
-        return self._envelope.post(url, {**body, **call.extra} if call.extra else body, stream=call.stream)
+        if call.extra or (call.seed is not None and self._seed != "seed"):
+            return self._envelope.post(url, {**self._renamed(body), **call.extra}, stream=call.stream)
+        return self._envelope.post(url, body, stream=call.stream)
+
+    def _renamed(self, body: _Body) -> dict[str, Any]:
+        """The body's fields under this server's names."""
+        fields = ((name, getattr(body, name)) for name in body.__struct_fields__)
+        said = {name: value for name, value in fields if value is not None and value is not False}
+        return {self._seed if name == "seed" else name: value for name, value in said.items()}
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer: the usual shape here and at once, any other by way of the lenient types.
@@ -96,7 +130,7 @@ class OpenAIChat:
                     message=Message(
                         content=content,
                         reasoning=reasoning,
-                        tool_calls=tuple(map(called, calls)) if calls else (),
+                        tool_calls=told_calls(calls) if calls else (),
                         refusal=message.refusal or None,
                     ),
                     finish_reason=reason,

@@ -61,10 +61,9 @@ class _UsualAnswer(Struct, gc=False, kw_only=True):
 decode_usual = msgspec.json.Decoder(_UsualAnswer).decode
 
 
-def called(call: _ToolCall) -> ToolCall:
-    """Turn a function's call into ours."""
-    function = call.function
-    return ToolCall(id=call.id, name=function.name, arguments=function.arguments)
+def told_calls(calls: list[_ToolCall]) -> tuple[ToolCall, ...]:
+    """Turn calls of functions into ours."""
+    return tuple([ToolCall(id=c.id, name=c.function.name, arguments=c.function.arguments) for c in calls])
 
 
 def told(details: list[_Detail]) -> str | None:

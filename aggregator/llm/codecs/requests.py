@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from aggregator import __version__
 from aggregator.llm.calls import Target
@@ -24,7 +25,7 @@ class Envelope:
         self._target = target
         self._fixed = None if callable(target.api_key) else self._dressed(target.api_key)
 
-    def post(self, url: str, body: Mapping[str, Any], *, stream: bool = False) -> HTTPRequest:
+    def post(self, url: str, body: Mapping[str, Any] | Struct, *, stream: bool = False) -> HTTPRequest:
         """Build a request. The body keeps the order of its keys: the same call gives the same bytes."""
         plain, streamed, secrets = self._fixed or self._dressed(api_key(self._target))
         return HTTPRequest(url=url, body=_to_json(body), headers=streamed if stream else plain, secrets=secrets)
