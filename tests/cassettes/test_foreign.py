@@ -171,6 +171,19 @@ def test_parsed_bodies_are_joined_again(tmp_path: Path) -> None:
         assert json.loads(body) == {"model": "m", "messages": [{"content": "a: b"}]}
 
 
+@pytest.mark.parametrize(("content", "body"), [("'hi é'", "hi é".encode()), ("!!binary aGk=", b"hi"), ("''", b"")])
+def test_responses_of_older_vcrpys_for_httpx(tmp_path: Path, content: str, body: bytes) -> None:
+    """`content` and `status_code` in the place of `body` and `status`, and a header that tells of unpacked bytes."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "version: 1\ninteractions:\n- request: {body: '{}', headers: {}, method: POST, uri: 'https://x.example/v1'}\n"
+        f"  response: {{content: {content}, headers: {{content-encoding: [gzip]}}, http_version: HTTP/1.1, "
+        "status_code: 429}\n"
+    )
+    reply = one(path).reply
+    assert (reply.status, reply.body, reply.headers) == (429, body, {})
+
+
 def test_ruby_cassettes_are_read(tmp_path: Path) -> None:
     """Ruby VCR's shape: `http_interactions`, bodies with an encoding, `!binary`."""
     path = tmp_path / "a.yaml"
