@@ -30,18 +30,19 @@ _INDENT = "  "
 _span: ContextVar[Span | None] = ContextVar("aggregator_span", default=None)
 
 
-class _Group:
+class Group:
     """What was recorded one after the other by one task or thread."""
 
     def __init__(self) -> None:
-        self.items: list[_Group | Span | LLMCall] = []
+        self.items: list[Group | Span | LLMCall] = []
 
     def lines(self) -> Iterator[str]:
+        """Yield what it holds as lines."""
         for item in self.items:
             yield from item.lines()
 
 
-class Span(_Group):
+class Span(Group):
     """One operation: name, description, inputs, what happened inside, and its output or error, all as text."""
 
     def __init__(self, name: str, description: str = "", inputs: Sequence[tuple[str, Any]] = ()) -> None:
@@ -51,7 +52,7 @@ class Span(_Group):
         self.inputs = [(key, show(value)) for key, value in inputs]
         self.outcome: tuple[str, str] | None = None
         self._owner = ref(_runner())  # weak: a task holds its context, and with it this span
-        self._groups: WeakKeyDictionary[Any, _Group] = WeakKeyDictionary()
+        self._groups: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
 
     def add(self, item: Span | LLMCall) -> None:
         """Take a slot for `item`, beside what the same task or thread recorded before."""
@@ -61,7 +62,7 @@ class Span(_Group):
             return
         group = self._groups.get(runner)
         if group is None:
-            group = self._groups[runner] = _Group()
+            group = self._groups[runner] = Group()
             self.items.append(group)
         group.items.append(item)
 
@@ -132,11 +133,23 @@ class Transcript:
         Where it is longer, its middle is replaced by one line `[... 1234 characters left out]`; single values and
         messages that were cut say so in place.
         """
-        text = "\n".join(_Group.lines(self.root))
+        text = "\n".join(Group.lines(self.root))
         if len(text) <= limit:
             return text
         head, tail = text[: limit // 2], text[-(limit // 2) :]
         return f"{head}\n[... {len(text) - len(head) - len(tail)} characters left out]\n{tail}"
+
+    def to_mermaid(self, limit: int = 200) -> str:
+        """Return the transcript as a Mermaid flowchart of at most `limit` operations and LLM calls.
+
+        Values are cut to their beginnings and escaped; what failed has a red border. Put it into a Markdown fence named
+        `mermaid`: no program is needed.
+        """
+        from aggregator.agents.drawing import Picture
+
+        picture = Picture(limit)
+        picture.draw(self.root)
+        return picture.finished()
 
     def _here(self) -> Span:
         span = _span.get()
