@@ -15,7 +15,7 @@ from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.tape import Slot, Tape, current_tape
 from aggregator.errors import APIConnectionError, APIStatusError, LLMError, QuotaError, RateLimitError
 from aggregator.llm import tracing
-from aggregator.llm.budget import NOTHING, Amount, Budget, budgets_of, pico, upper_tokens
+from aggregator.llm.budget import NOTHING, Amount, Budget, budgets_of, capped, pico, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.ledger import count
 from aggregator.llm.limiter import Limiter
@@ -97,6 +97,8 @@ class Attempts:
 
     def issue(self, call: ChatCall) -> None:
         """Encode a call and take its ticket; once for each logical call."""
+        if call.max_tokens is None and any(budget.needs_tokens for budget in self._budgets):
+            call = capped(call)
         self.call = call
         self.request: HTTPRequest = self.line.endpoint.codec.encode(call)
         self.slot: Slot | None = None if self.tape is None else self.tape.issue(self.request)
@@ -142,12 +144,17 @@ class Attempts:
                     if self.is_live and self.slot is not None:
                         self._record(completion, failed)
             except LLMError as error:
-                wait = None if unless(error) else self.wait_after(error)
-                if wait is None:
-                    error.attempts = self.count
-                    raise
+                wait = self._wait_or_raise(error, unless)
             if wait:
                 await self.line.sleep(wait)
+
+    def _wait_or_raise(self, error: LLMError, unless: Callable[[LLMError], object]) -> float:
+        """Return the seconds to wait before the next attempt; raise where there is none."""
+        wait = None if unless(error) else self.wait_after(error)
+        if wait is None:
+            error.attempts = self.count
+            raise error
+        return wait
 
     def begin(self) -> None:
         """Begin the next attempt."""

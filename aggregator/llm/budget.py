@@ -20,7 +20,7 @@ from math import ceil, inf
 from typing import Any, NamedTuple
 
 from msgspec import Struct
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
 from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError
 from aggregator.llm.calls import ChatCall
@@ -28,7 +28,7 @@ from aggregator.llm.retry import NOT_SENT
 
 _PICO = 1_000_000_000_000
 ASSUMED_OUTPUT = 4096
-"""Tokens that an answer without `max_tokens` is assumed to have at most."""
+"""What answers may take under a budget of tokens or USD where the call sets no limit; it is sent with the request."""
 IMAGE_TOKENS = 50_000
 """More than any known model counts for one image."""
 
@@ -244,8 +244,22 @@ def upper_tokens(body: bytes, call: ChatCall) -> tuple[int, int]:
         content = message.get("content")
         if type(content) is not str and isinstance(content, list | tuple):
             given += sum([_image_tokens(part) for part in content])
-    answered = ASSUMED_OUTPUT if call.max_tokens is None else call.max_tokens
+    limit = _limit(call)
+    answered = ASSUMED_OUTPUT if limit is None else limit
     return given, answered if call.n is None else answered * call.n
+
+
+def capped(call: ChatCall) -> ChatCall:
+    """Return the call with a limit on its answer, so that no answer costs more than was reserved for it."""
+    return call if _limit(call) is not None else replace(call, max_tokens=ASSUMED_OUTPUT)
+
+
+def _limit(call: ChatCall) -> int | None:
+    """The limit that a call sets, in our words or in the provider's own."""
+    if call.max_tokens is None and call.extra:
+        named = (call.extra.get("max_tokens"), call.extra.get("max_completion_tokens"))
+        return next((limit for limit in named if isinstance(limit, int)), None)
+    return call.max_tokens
 
 
 def _image_tokens(part: Any) -> int:

@@ -11,7 +11,7 @@ from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualLoop, Virtua
 
 from aggregator import LLM, Budget, Price
 from aggregator.errors import APIConnectionError, APITimeoutError, BudgetExceededError, ConfigError, ServerError
-from aggregator.llm.budget import IMAGE_TOKENS, NOTHING, Amount, pico, spending, upper_tokens
+from aggregator.llm.budget import ASSUMED_OUTPUT, IMAGE_TOKENS, NOTHING, Amount, pico, spending, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.retry import NOT_SENT
 from aggregator.records import HTTPReply, HTTPRequest
@@ -151,6 +151,25 @@ async def test_calls_count_every_attempt() -> None:
     budget = Budget(calls=10)
     await client(ScriptedTransport(failure(500), failure(500), answer()), budget).complete(QUESTION)
     assert budget.spent.calls == 3
+
+
+@pytest.mark.parametrize("limits", [{"usd": 1.0}, {"tokens": 100_000}, {"calls": 5}])
+async def test_no_answer_may_cost_more_than_was_reserved(limits: dict[str, Any]) -> None:
+    """A call without a limit of its own gets the one that its reservation assumed; a budget of calls needs none."""
+    transport = ScriptedTransport(answer(), answer(), answer())
+    prices = {"gpt-4o-mini": PRICE}
+    llm = LLM("openai/gpt-4o-mini", api_key="k", env={}, transport=transport, budget=Budget(**limits), prices=prices)
+    await llm.complete(QUESTION)
+    await llm.complete(QUESTION, max_tokens=7)
+    await llm.complete(QUESTION, extra={"max_completion_tokens": 9})
+    sent = [(body.get("max_tokens"), body.get("max_completion_tokens")) for body in transport.bodies()]
+    assert sent == [(None if "calls" in limits else ASSUMED_OUTPUT, None), (7, None), (None, 9)]
+
+
+def test_a_limit_in_the_providers_own_words_counts() -> None:
+    """What is merged into the body limits the answer as `max_tokens` does."""
+    call = ChatCall(model="m", messages=(), extra={"max_completion_tokens": 9})
+    assert upper_tokens(b"", call) == (0, 9)
 
 
 async def test_exhaustion_says_what_to_do() -> None:

@@ -74,7 +74,9 @@ class OpenAIChat:
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; what was not said is not sent."""
-        cap = self._cap if call.max_tokens is None else call.max_tokens
+        cap = call.max_tokens
+        if cap is None and "max_completion_tokens" not in call.extra:
+            cap = self._cap
         newer = cap is not None and self._official and _REASONING_MODEL.match(call.model) is not None
         body = _Body(
             model=call.model,
