@@ -46,6 +46,26 @@ class AsyncExecutor:
             raise _first(errors) from None
         return results
 
+    async def finish(self, work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item]) -> list[Result]:
+        """Do as `map`, but where items raise finish what is under way: it is paid for. Then raise the earliest's error.
+
+        An error stops further items from being started. Interrupts are not waited for.
+        """
+        raised: dict[int, Exception] = {}
+
+        async def one(turn: tuple[int, Item]) -> Any:
+            if raised:
+                return None
+            try:
+                return await work(turn[1])
+            except Exception as error:  # noqa: BLE001 - raised below
+                raised[turn[0]] = error
+
+        results = await self.map(one, list(enumerate(batch)))
+        if raised:
+            raise raised[min(raised)]
+        return results
+
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run a synchronous function in a thread, with the caller's context variables.
 

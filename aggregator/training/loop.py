@@ -202,16 +202,10 @@ class _Course:
         )
 
     async def _propose(self, turn: Turn, context: StepContext) -> list[Any]:
-        """Return what `forward` gave for each sample, variant by variant.
+        """Return what `forward` gave for each sample, variant by variant; errors that end the run are raised."""
 
-        The first error that ends the run is raised when all are done.
-        """
-        ended: dict[int, BaseException] = {}
-
-        async def one(place: tuple[int, Variant, Sample]) -> Any:
-            position, variant, sample = place
-            if ended:
-                return None
+        async def one(place: tuple[Variant, Sample]) -> Any:
+            variant, sample = place
             mine = replace(context, sample=sample)
             try:
                 with variant.laid_over(self.parameters), lineage(f"sample={sample.id}"), step_context(mine):
@@ -219,16 +213,12 @@ class _Course:
             except Exception as error:  # noqa: BLE001 - an overridden forward may raise anything: one instance is lost
                 cause = root_of(error)
                 if ends_run(cause):
-                    ended[position] = cause
-                    return None
+                    raise cause  # noqa: B904 - what it was raised in adds nothing
                 return _lost(cause, sample)
             return replace(output, sample_ids=(sample.id,)) if isinstance(output, Proposal) else output
 
         runs = [(variant, sample) for variant in self.trainer.variants() for sample in turn.samples]
-        outputs = await self.executor.map(one, [(i, *run) for i, run in enumerate(runs)])
-        if ended:
-            raise ended[min(ended)]
-        return outputs
+        return await self.executor.finish(one, runs)
 
     def _check_failures(self, turn: Turn, outputs: Sequence[Any]) -> None:
         """Stop where too many instances were lost: of this batch, and where it is small of the latest ones."""

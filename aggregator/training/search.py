@@ -180,7 +180,7 @@ class PrioritySearch(Minibatch):
         current_step().notes[CANDIDATES] = to_builtins(kept)
         return replace(
             update,
-            score=mean([getattr(output, "score", None) for output in runs[0]]),
+            score=mean([as_proposal(output).score for output in runs[0]]),
             proposals=sum(bool(proposal.values) for proposal in proposals),
             contributors=() if best is None else contributors(best, in_force, known.values()),
             failures=(*unusable, *lost),
@@ -307,7 +307,7 @@ def _read_under(values: Values) -> Values:
 
 
 def _with_run(candidate: Candidate, batch: Sequence[Sample], run: Sequence[Any]) -> Candidate:
-    scores = [getattr(output, "score", None) for output in run]
+    scores = [as_proposal(output).score for output in run]
     return with_scores(candidate, zip([sample.id for sample in batch], scores, strict=True))
 
 
@@ -341,4 +341,4 @@ def _made(
 async def _map(work: Callable[..., Awaitable[Result]], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
     """Return `[await work(*job) for job in jobs]`, computed at the concurrency of the run."""
     executor = current_step().executor or AsyncExecutor(1)
-    return await executor.map(lambda job: work(*job), jobs)
+    return await executor.finish(lambda job: work(*job), jobs)

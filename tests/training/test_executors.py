@@ -43,6 +43,27 @@ async def test_at_most_max_concurrency_run_at_once(limit: int) -> None:
     assert most == min(limit, 10)
 
 
+async def test_what_is_under_way_is_finished_before_an_error_is_raised() -> None:
+    """No further item is begun, none is cut off, and the error is that of the earliest item, not of the first one."""
+    begun: list[int] = []
+    finished: list[int] = []
+
+    async def work(i: int) -> None:
+        begun.append(i)
+        for _ in range(9 - i):
+            await asyncio.sleep(0)
+        if i in {1, 3}:
+            raise ValueError(f"item {i}")
+        finished.append(i)
+
+    async with AsyncExecutor(5) as executor:
+        with pytest.raises(ValueError, match="item 1"):
+            await executor.finish(work, list(range(8)))
+        assert sorted(begun) == [0, 1, 2, 3, 4, 5]  # 5 took the turn of 4, which was done before 3 raised
+        assert sorted(finished) == [0, 2, 4, 5]
+        assert await executor.finish(asyncio.sleep, [0, 0]) == [None, None]
+
+
 async def test_sync_functions_run_together_with_the_callers_context() -> None:
     """Sixteen synchronous calls wait for one another: they need sixteen threads, and see the caller's variables."""
     variable = contextvars.ContextVar[int]("variable", default=-1)

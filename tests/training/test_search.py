@@ -1,0 +1,600 @@
+"""Searches over several candidates at a time: what they find, what they remember, and that nothing mixes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from router_runs import Shuffled
+from search_worlds import TRAP, Height, Place, leads, neighbours, optimizer
+from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, section, suggest
+
+from aggregator import LLM, Budget
+from aggregator.cassettes.lineage import current_lineage
+from aggregator.demo.agent import TicketRouter, right_team
+from aggregator.demo.run import tickets
+from aggregator.errors import AuthenticationError, BudgetExceededError, ConfigError, RateLimitError, TrainingError
+from aggregator.llm.transport import shared_transport
+from aggregator.records import Candidate, Decision, TrainingResult
+from aggregator.testing.simulated_model import SimulatedModel
+from aggregator.training.checkpoints import load_result, save_result
+from aggregator.training.gates import improves_on_validation
+from aggregator.training.merge import LLMMerge
+from aggregator.training.minibatch import Minibatch
+from aggregator.training.proposers import LLMOptimizer
+from aggregator.training.rules import majority
+from aggregator.training.search import PrioritySearch
+from aggregator.training.searches import BeamSearch, ParetoSearch, SequentialSearch, SequentialUpdate
+from aggregator.training.trace_adapter import TraceOptimizer
+from aggregator.training.trainer import AggregatedUpdate, BasicSearchAlgorithm
+
+FOUR = [(i, None) for i in range(4)]
+SEARCHES: list[Callable[..., PrioritySearch]] = [
+    PrioritySearch,
+    BeamSearch,
+    ParetoSearch,
+    SequentialSearch,
+    SequentialUpdate,
+]
+
+
+def climb(make: Callable[..., Minibatch], steps: int = 8, **options: Any) -> tuple[int, TrainingResult]:
+    """Where a trainer ends that starts at 0 in the world with the trap."""
+    agent = Place()
+    trainer = make(agent, optimizer(neighbours), num_proposals=2, **options)
+    result = trainer.train(Height(TRAP), FOUR, batch_size=4, num_epochs=steps)
+    return agent.at.data, result
+
+
+@pytest.mark.parametrize("make", [BasicSearchAlgorithm, SequentialSearch])
+def test_greedy_updates_stay_in_the_trap(make: Callable[..., Minibatch]) -> None:
+    """One candidate, kept if better, climbs the near hill and never goes through the valley."""
+    assert climb(make)[0] == -1
+
+
+@pytest.mark.parametrize("make", [PrioritySearch, BeamSearch])
+def test_a_search_leaves_the_trap(make: Callable[..., Minibatch]) -> None:
+    """Candidates that are worse for now are remembered and built upon, until what comes of them is best."""
+    at, result = climb(make)
+    assert at == 4
+    assert [report.update["at"] for report in result.history if report.decision.accepted] == [-1, 3, 4]
+    assert result.candidates[0].values == result.parameters == {"at": 4}
+
+
+def test_the_best_is_in_force_after_every_step() -> None:
+    """An interrupted search has lost nothing: what is in force was never bettered by what it had tried."""
+    _, result = climb(PrioritySearch)
+    heights = [TRAP[0]]
+    for report in result.history:
+        heights.append(TRAP[report.update["at"]] if report.decision.accepted else heights[-1])
+    assert heights == sorted(heights)
+
+
+def test_a_refused_candidate_is_told_with_its_reason() -> None:
+    """The optimizer of the next step can read of it in the history, as with every trainer."""
+    report = climb(SequentialSearch)[1].history[-1]
+    assert report.update == {"at": 0}
+    assert report.decision == Decision(
+        accepted=False, reason="mean score 0.5 -> 0.3 on 4 instances", before=0.5, after=0.3
+    )
+
+
+@pytest.mark.parametrize("make", SEARCHES)
+def test_memory_is_bounded(make: Callable[..., PrioritySearch]) -> None:
+    """However long it runs, no more is remembered than was asked for, the candidate in force among it."""
+    agent = Place()
+    sizes = {PrioritySearch: {"num_candidates": 2, "memory_size": 3}, BeamSearch: {"num_candidates": 3}}
+    options: dict[str, Any] = sizes.get(make, {})  # type: ignore[call-overload]
+    search = make(agent, optimizer(neighbours), num_proposals=2, **options)
+    result = search.train(Height({i: 1 / (1 + abs(i - 7)) for i in range(-9, 20)}), FOUR, batch_size=2, num_epochs=6)
+    assert len(result.candidates) <= search.memory_size
+    assert result.candidates[0].values == {"at": agent.at.data}
+    if make in {PrioritySearch, BeamSearch}:
+        assert len(result.candidates) == 3
+
+
+def trials(**options: Any) -> dict[int, int]:
+    """How often three candidates were tried, of which no better one comes: 0.6 in force, 0.5, 0.4."""
+    search = PrioritySearch(
+        Place(), optimizer(leads({0: [1, 2]})), num_candidates=2, num_proposals=2, memory_size=3, **options
+    )
+    result = search.train(Height({0: 0.6, 1: 0.5, 2: 0.4}), FOUR, batch_size=4, num_epochs=9)
+    return {candidate.values["at"]: candidate.trials for candidate in result.candidates}
+
+
+def test_the_mean_always_explores_the_same() -> None:
+    """The third of two to be explored was tried when it was made, and never again."""
+    assert trials() == {0: 36, 1: 36, 2: 4}
+
+
+def test_ucb_explores_the_little_tried() -> None:
+    """Its bound rises while others are tried, until it is its turn; with a constant of 0 the mean decides."""
+    tried = trials(score_function="ucb", ucb_exploration_constant=1.0)
+    assert tried[0] == 36
+    assert tried[2] >= 12
+    assert tried[1] + tried[2] == 40
+    assert trials(score_function="ucb", ucb_exploration_constant=0.0) == trials()
+
+
+SPECIALISTS = {"even": (1.0, 0.0), "odd": (0.0, 1.0), "fair": (0.6, 0.6), "tame": (0.58, 0.58), "all": (1.0, 1.0)}
+NAMES = list(SPECIALISTS)
+
+
+def skilled(x: int, output: int, info: Any) -> tuple[float, str]:
+    return SPECIALISTS[NAMES[output]][x % 2], "more"
+
+
+def specialists(make: Callable[..., PrioritySearch]) -> tuple[list[str], list[str]]:
+    """What is remembered after the first step, and in the end, where only the specialists lead to the summit."""
+    ahead = {i: [NAMES.index(name) for name in names] for i, names in {2: ["even", "odd", "tame"]}.items()}
+    ahead |= {NAMES.index(name): [NAMES.index("all")] for name in ("even", "odd")}
+    found = []
+    for steps in (1, 6):
+        search = make(
+            Place(2), optimizer(leads(ahead)), num_candidates=2, num_proposals=3, memory_size=2, validate_dataset=FOUR
+        )
+        result = search.train(skilled, FOUR, batch_size=4, num_epochs=steps)
+        found.append([NAMES[candidate.values["at"]] for candidate in result.candidates])
+    return found[0], found[1]
+
+
+def test_pareto_keeps_specialists() -> None:
+    """A candidate that is best on some instances survives though its mean is low, and leads further."""
+    first, last = specialists(ParetoSearch)
+    assert first[0] == "fair"
+    assert first[1] in {"even", "odd"}
+    assert last[0] == "all"
+
+
+def test_the_mean_drops_specialists() -> None:
+    """What tells the two searches apart: here the second best of the mean is kept, and the search ends."""
+    assert specialists(PrioritySearch) == (["fair", "tame"], ["fair", "tame"])
+
+
+def test_pareto_drops_who_is_best_nowhere() -> None:
+    """Once a candidate is best everywhere, no other is kept."""
+    search = ParetoSearch(Place(), optimizer(neighbours), num_proposals=2, validate_dataset=FOUR)
+    result = search.train(Height({1: 0.5, 2: 1.0}), FOUR, batch_size=4, num_epochs=3)
+    assert [candidate.values["at"] for candidate in result.candidates] == [2]
+
+
+def additive(x: int, output: int, info: int) -> tuple[float, str]:
+    """The nearer the better, with feedback that from_feedback reads."""
+    return 1 / (1 + abs(info - output)), f"expected {info}, got {output}" if output != info else "right"
+
+
+SCATTERED = [(i, i + 2 + (i * 7) % 5) for i in range(12)]
+MODES: dict[str, dict[str, Any]] = {
+    "whole minibatch": {},
+    "per instance": {"rule": LLMMerge(ScriptedModel(first_suggestion))},
+    "majority": {"rule": majority},
+    "validated": {"validate_dataset": SCATTERED[:3], "validate_guide": exact},
+}
+
+
+def first_gap(messages: list[dict[str, Any]]) -> str:
+    """An optimizer that closes the gap of one instance, another one for each proposal."""
+    gaps = re.findall(r"expected (\d+), got (\d+)", section(messages, "Feedback"))
+    if not gaps:
+        return "TERMINATE"
+    asked = re.search(r"proposal=(\d)/propose", current_lineage())
+    expected, got = (int(word) for word in gaps[(int(asked[1]) if asked else 0) % len(gaps)])
+    present = json.loads(section(messages, "Parameters"))["amount"]["value"]
+    return suggest(amount=present + expected - got)
+
+
+def bytes_of(make: Callable[..., PrioritySearch], path: Path, jitter: int | None = None, **options: Any) -> bytes:
+    """The result of a search as a file, with shuffled latencies where a seed for them is given."""
+    shuffle = random.Random(jitter)
+    waits = {"jitter": (lambda: shuffle.randrange(9))} if jitter is not None else {}
+    mode = options.pop("mode", {})
+    arguments = {"batch_size": 4, "num_epochs": 2, "test_dataset": SCATTERED[:4], **options}
+    search = make(Adder(), optimizer(first_gap, **waits), num_proposals=3, observers=[], **mode)
+    save_result(search.train(additive, SCATTERED, **arguments), path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("make", SEARCHES)
+def test_the_result_is_the_same_at_any_concurrency(
+    make: Callable[..., PrioritySearch], mode: dict[str, Any], tmp_path: Path
+) -> None:
+    """Byte for byte, whatever finishes first; another seed is another run."""
+    first = bytes_of(make, tmp_path / "first", mode=mode, max_concurrency=1)
+    for concurrency, jitter in ((8, 1), (64, 2), (64, 3)):
+        assert bytes_of(make, tmp_path / "next", jitter, mode=mode, max_concurrency=concurrency) == first
+    assert bytes_of(make, tmp_path / "other", mode=mode, seed=7) != first
+
+
+class Cut(BaseException):
+    """Stands for a kill: nothing in the library catches it."""
+
+
+def searched(make: Callable[..., PrioritySearch], run_dir: Path, cut_at: int | None = None, **options: Any) -> bytes:
+    """Search in a run_dir; raise Cut at the given call of the optimizer."""
+    calls = 0
+
+    def counted(messages: list[dict[str, Any]]) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == cut_at:
+            raise Cut
+        return first_gap(messages)
+
+    search = make(Adder(), optimizer(counted), num_proposals=2, **options)
+    search.train(
+        additive, SCATTERED, batch_size=3, num_epochs=2, run_dir=run_dir, resume=run_dir.exists(), max_concurrency=1
+    )
+    return (run_dir / "result.json").read_bytes()
+
+
+@pytest.mark.parametrize("cut_at", [1, 4, 9])
+@pytest.mark.parametrize("make", SEARCHES)
+def test_a_resumed_search_ends_with_the_same_bytes(
+    make: Callable[..., PrioritySearch], cut_at: int, tmp_path: Path
+) -> None:
+    """Its memory is part of the checkpoint: scores, ancestry and what was drawn."""
+    whole = searched(make, tmp_path / "whole")
+    with pytest.raises(Cut):
+        searched(make, tmp_path / "cut", cut_at)
+    assert searched(make, tmp_path / "cut") == whole
+    assert load_result(tmp_path / "whole" / "result.json").candidates
+
+
+def route(server: SimulatedModel, run_dir: Path, shuffle: int | None = None, **options: Any) -> TrainingResult:
+    """The demo's router, searched for over HTTP."""
+    transport = None if shuffle is None else Shuffled(shuffle, shared_transport())
+    llm = LLM("openai-compatible/simulated-1", base_url=server.base_url, transport=transport)
+    pairs = [(ticket.text, ticket.team) for ticket in tickets().train[:12]]
+    search = PrioritySearch(
+        TicketRouter(llm),
+        LLMOptimizer(llm=llm),
+        num_candidates=2,
+        num_proposals=2,
+        rule=LLMMerge(llm),
+        observers=[],
+        budget=options.pop("budget", None),
+    )
+    return search.train(right_team, pairs, batch_size=4, num_epochs=2, run_dir=run_dir, **options)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.6, 0.97])
+def test_a_search_over_http_resumes_where_it_was_cut_off(share: float, tmp_path: Path) -> None:
+    """Cut off by its budget and gone on with, at other latencies: the same bytes, and nothing is paid twice.
+
+    What was under way when the budget ended is finished, and so in the journal.
+    """
+    with SimulatedModel(seed=3) as server:
+        whole = route(server, tmp_path / "whole")
+        paid = sum(server.calls.values())
+        with pytest.raises(BudgetExceededError) as cut:
+            route(server, tmp_path / "cut", budget=Budget(calls=int(paid * share)))
+        assert cut.value.result is not None
+        assert 0 < len(cut.value.result.history) < len(whole.history)
+        again = route(server, tmp_path / "cut", shuffle=5, resume=True)
+        assert sum(server.calls.values()) == 2 * paid
+    assert again.candidates == whole.candidates
+    assert (tmp_path / "cut" / "result.json").read_bytes() == (tmp_path / "whole" / "result.json").read_bytes()
+
+
+@pytest.mark.parametrize("rule", [None, majority])
+def test_candidates_never_mix(rule: Any) -> None:
+    """Every prompt holds what one candidate did: its own parameter, and outputs and feedback that follow from it."""
+    shuffle = random.Random(1)
+    asked: list[list[dict[str, Any]]] = []
+
+    def proposing(messages: list[dict[str, Any]]) -> str:
+        asked.append(messages)
+        return first_gap(messages)
+
+    class Slow(Adder):
+        async def forward(self, x: int) -> int:
+            for _ in range(shuffle.randrange(5)):
+                await asyncio.sleep(0)
+            return await super().forward(x)
+
+    agent = Slow()
+    search = PrioritySearch(
+        agent, optimizer(proposing, jitter=lambda: shuffle.randrange(9)), num_proposals=3, rule=rule
+    )
+    search.train(additive, SCATTERED, batch_size=6, num_epochs=4)
+    present = [json.loads(section(messages, "Parameters"))["amount"]["value"] for messages in asked]
+    assert len(set(present)) > 4
+    for amount, messages in zip(present, asked, strict=True):
+        for expected, got in re.findall(r"expected (\d+), got (\d+)", section(messages, "Feedback")):
+            assert (int(got) - amount, int(expected)) in SCATTERED
+
+
+def test_candidates_run_side_by_side_within_the_limit() -> None:
+    """The runs of all candidates are one series of work: as many at once as the run allows, and no more."""
+
+    def most_at_once(limit: int) -> int:
+        running, most = 0, 0
+
+        class Counting(Place):
+            async def forward(self, x: int) -> int:
+                nonlocal running, most
+                running += 1
+                most = max(most, running)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                running -= 1
+                return await super().forward(x)
+
+        async def guide(x: int, output: int, info: Any) -> float:
+            return TRAP.get(output, 0.0)
+
+        search = PrioritySearch(Counting(), optimizer(neighbours), num_proposals=2)
+        search.train(guide, FOUR, batch_size=4, num_epochs=3, max_concurrency=limit)
+        return most
+
+    assert most_at_once(5) == 5
+    assert most_at_once(64) >= 12
+
+
+def test_a_rule_merges_the_proposals_of_one_candidate() -> None:
+    """With num_proposals groups of them; one group of one candidate, always taken, is AggregatedUpdate."""
+    merge = ScriptedModel(first_suggestion)
+    search = SequentialUpdate(Adder(), LLMOptimizer(llm=ScriptedModel(from_feedback)), rule=LLMMerge(merge))
+    other = ScriptedModel(first_suggestion)
+    aggregated = AggregatedUpdate(Adder(), LLMOptimizer(llm=ScriptedModel(from_feedback)), rule=LLMMerge(other))
+    results = [trainer.train(exact, SCATTERED, batch_size=4) for trainer in (search, aggregated)]
+    assert [[report.update for report in result.history] for result in results] == [
+        [report.update for report in results[1].history]
+    ] * 2
+    assert merge.asked == other.asked
+    groups = ScriptedModel(first_suggestion)
+    PrioritySearch(
+        Adder(), LLMOptimizer(llm=ScriptedModel(from_feedback)), num_proposals=2, rule=LLMMerge(groups)
+    ).train(exact, SCATTERED[:4], batch_size=4)
+    assert [place for place, _ in groups.places] == [
+        f"train/epoch=0/batch=0/candidate=0.0/proposal={i}/aggregate" for i in range(2)
+    ]
+
+
+def test_there_are_no_more_groups_than_instances() -> None:
+    """A rule is never asked to merge nothing."""
+    seen: list[int] = []
+
+    async def counting(current: Any, proposals: Any, *, stepsize: float) -> Any:
+        seen.append(len(proposals))
+        return proposals[:1]
+
+    search = SequentialSearch(Adder(), LLMOptimizer(llm=ScriptedModel(from_feedback)), num_proposals=5, rule=counting)
+    search.train(exact, SCATTERED, batch_size=3)
+    assert set(seen) == {1}
+
+
+def test_lineage_names_the_candidate_of_every_call() -> None:
+    """So a cassette tells the calls of two candidates apart, and a reader finds what became of one."""
+    model = ScriptedModel(neighbours)
+    PrioritySearch(Place(), LLMOptimizer(llm=model), num_candidates=2, num_proposals=2).train(
+        Height(TRAP), FOUR, batch_size=4, num_epochs=2
+    )
+    assert [place.removeprefix("train/epoch=") for place, _ in model.places] == [
+        "0/batch=0/candidate=0.0/proposal=0/propose",
+        "0/batch=0/candidate=0.0/proposal=1/propose",
+        "1/batch=0/candidate=0.2/proposal=0/propose",
+        "1/batch=0/candidate=0.2/proposal=1/propose",
+        "1/batch=0/candidate=0.0/proposal=0/propose",
+        "1/batch=0/candidate=0.0/proposal=1/propose",
+    ]
+
+
+def test_a_candidate_knows_where_it_comes_from() -> None:
+    """Its parent, its step, and the samples whose proposals made it; an update names all of them on its way."""
+    _, result = climb(PrioritySearch)
+    family = {candidate.id: candidate for candidate in result.candidates}
+    best = result.candidates[0]
+    assert best.parent is not None
+    assert family[best.parent].values == {"at": 3}
+    assert sorted(best.sample_ids) == [0, 1, 2, 3]
+    assert all(report.contributors == (0, 1, 2, 3) for report in result.history if report.decision.accepted)
+
+
+def runs_of(**options: Any) -> dict[int, int]:
+    """How many runs of the agent each place costs in two steps."""
+    runs: dict[int, int] = {}
+
+    class Counting(Place):
+        async def forward(self, x: int) -> int:
+            runs[self.at.data] = runs.get(self.at.data, 0) + 1
+            return await super().forward(x)
+
+    search = PrioritySearch(Counting(), optimizer(leads({0: [1]})), **options)
+    search.train(Height({1: 1.0}), FOUR, batch_size=2)
+    return runs
+
+
+def test_what_a_step_pays_for() -> None:
+    """The minibatch under each explored candidate, and once more under each new one."""
+    assert runs_of() == {0: 4, 1: 4}
+
+
+def test_validation_is_paid_once_for_a_candidate() -> None:
+    """Every candidate runs on the validation set once, also the one that training begins with."""
+    assert runs_of(validate_dataset=[(i, None) for i in range(5)]) == {0: 4 + 5, 1: 2 + 5}
+
+
+def test_a_guide_of_its_own_judges_the_trials() -> None:
+    """Scores of the two guides are never compared: with validate_guide the explored ones are run again for it."""
+    agent = Place()
+    search = PrioritySearch(
+        agent, optimizer(leads({0: [1, 2]})), num_proposals=2, validate_guide=lambda x, output, info: float(output)
+    )
+    search.train(Height({1: 1.0}), FOUR, batch_size=4)
+    assert agent.at.data == 2
+    assert runs_of(validate_guide=Height({1: 1.0})) == {0: 8, 1: 6}
+
+
+def test_sequential_update_always_goes_on() -> None:
+    """The successor is taken though it is worse, and no run of the agent is spent on finding that out."""
+    runs = 0
+
+    class Counting(Place):
+        async def forward(self, x: int) -> int:
+            nonlocal runs
+            runs += 1
+            return await super().forward(x)
+
+    agent = Counting()
+    result = SequentialUpdate(agent, optimizer(leads({0: [1], 1: [2]}))).train(Height({0: 1.0}), FOUR, batch_size=2)
+    assert (agent.at.data, runs) == (2, 4)
+    assert {report.decision.reason for report in result.history} == {"the successor is always accepted"}
+
+
+def test_a_gate_may_refuse_what_is_best() -> None:
+    """It is remembered and explored nonetheless, since it may lead further."""
+    agent = Place()
+    gate = improves_on_validation([(0, None)], threshold=0.6)
+    search = PrioritySearch(agent, optimizer(leads({0: [1], 1: [2]})), gate=gate)
+    result = search.train(Height({1: 0.5, 2: 1.0}), FOUR, batch_size=4, num_epochs=2)
+    assert [report.decision.reason for report in result.history] == [
+        "mean score 0 -> 0.5 on 1 instances, less than the threshold 0.6",
+        "mean score 0 -> 1 on 4 instances",
+    ]
+    assert agent.at.data == 2
+
+
+def test_a_value_of_the_wrong_type_is_no_candidate() -> None:
+    """It stands in the failures; what else the proposal says is tried."""
+    agent = Place()
+    search = PrioritySearch(agent, LLMOptimizer(llm=ScriptedModel(suggest(at="high"))))
+    result = search.train(Height({}), FOUR, batch_size=4)
+    assert {(record.stage, record.error) for record in result.failures} == {("proposal", "SuggestionError")}
+    assert [candidate.values for candidate in result.candidates] == [{"at": 0}]
+
+
+def test_the_same_values_are_one_candidate() -> None:
+    """Proposed twice, or known already, they are neither tried nor remembered again."""
+    search = PrioritySearch(Place(), LLMOptimizer(llm=ScriptedModel(suggest(at=1))), num_proposals=3)
+    result = search.train(Height({1: 1.0}), FOUR, batch_size=2)
+    assert [(candidate.id, candidate.values["at"]) for candidate in result.candidates] == [("0.1", 1), ("0.0", 0)]
+    assert [report.proposals for report in result.history] == [3, 6]  # of both candidates, where there are two
+
+
+class Unreliable(Place):
+    """Loses its calls at one place."""
+
+    lost_at = 1
+
+    async def forward(self, x: int) -> int:
+        if self.at.data == self.lost_at:
+            raise RateLimitError("slow down", status=429)
+        return await super().forward(x)
+
+
+def test_a_candidate_whose_trials_are_lost_is_not_taken() -> None:
+    """Lost calls are no score of 0, and no score of 1 either; they stand in the failures."""
+    agent = Unreliable()
+    search = SequentialSearch(agent, optimizer(leads({0: [1]})))
+    result = search.train(Height({1: 1.0}), FOUR, batch_size=4)
+    assert agent.at.data == 0
+    assert result.history[0].decision.reason == "no instance has a score both before and after"
+    assert {(record.stage, record.error, record.infrastructure) for record in result.failures} == {
+        ("evaluation", "RateLimitError", True)
+    }
+
+
+def test_a_search_stops_where_too_much_is_lost() -> None:
+    """max_failure_ratio is held against the runs of all candidates together."""
+
+    class Failing(Unreliable):
+        lost_at = 0
+
+    with pytest.raises(TrainingError, match="4 of 4 instances up to step 0 were lost") as error:
+        PrioritySearch(Failing(), optimizer(neighbours)).train(Height(TRAP), FOUR, batch_size=4)
+    assert error.value.result is not None
+    assert error.value.result.history == ()
+
+
+def test_an_error_that_ends_the_run_waits_for_what_is_under_way() -> None:
+    """The other proposals are paid for, so they are heard; then the run ends with what was reached."""
+    heard: list[str] = []
+
+    def refusing(messages: list[dict[str, Any]]) -> Any:
+        heard.append(current_lineage().split("/")[-2])
+        return AuthenticationError("no such key", status=401) if len(heard) == 1 else neighbours(messages)
+
+    waits = iter([3, 5, 9])
+    search = PrioritySearch(Place(), optimizer(refusing, jitter=lambda: next(waits)), num_proposals=3)
+    with pytest.raises(TrainingError, match="AuthenticationError: no such key"):
+        search.train(Height(TRAP), FOUR, batch_size=4)
+    assert heard == ["proposal=0", "proposal=1", "proposal=2"]
+
+
+def test_of_equal_candidates_the_newer_is_explored_first() -> None:
+    """So a search crosses a plateau instead of staying where it came in."""
+    found = [Candidate(id=f"{i}.1", values={}, step=i, scores={"0": (0.5, 1)}) for i in (1, 3, 2)]
+    search = PrioritySearch(Place(), optimizer(neighbours))
+    assert [candidate.id for candidate in search.ranked(found)] == ["3.1", "2.1", "1.1"]
+
+
+def test_an_overridden_forward_is_run_under_every_candidate() -> None:
+    """What users override is honoured: it sees each candidate's values where it reads its agent."""
+    seen: list[int] = []
+
+    class Own(PrioritySearch):
+        def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+            seen.append(agent.at.data)
+            return {"at": agent.at.data + 1}, TRAP.get(agent.at.data, 0.0)
+
+    agent = Place()
+    Own(agent, None, rule=majority, num_candidates=2).train(Height(TRAP), FOUR, batch_size=4, num_epochs=4)
+    assert set(seen) >= {0, 1, 2, 3}
+    assert agent.at.data == 4
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"num_candidates": 0}, "expected num_candidates to be an int of at least 1, got 0"),
+    ({"num_proposals": 2.5}, "expected num_proposals to be an int of at least 1, got 2.5"),
+    ({"memory_size": 0}, "expected memory_size to be an int of at least 1, got 0"),
+    ({"num_candidates": 8, "memory_size": 4}, "expected memory_size of at least num_candidates=8"),
+    ({"score_function": "median"}, "expected score_function 'mean' or 'ucb', got 'median'"),
+    ({"ucb_exploration_constant": -1.0}, "expected ucb_exploration_constant to be a finite number of at least 0"),
+    ({"ucb_exploration_constant": float("nan")}, "expected ucb_exploration_constant to be a finite number"),
+    ({"validate_dataset": []}, "validate_dataset is empty"),
+    ({"rule": 5}, "Expected a rule"),
+    ({"gate": 5}, "Expected a gate"),
+    ({"optimizer": None}, "Expected an optimizer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_bad_arguments_say_what_was_expected(arguments: dict[str, Any], message: str) -> None:
+    """They are refused when the search is made, before anything is paid."""
+    options = {"optimizer": optimizer(neighbours), **arguments}
+    with pytest.raises(ConfigError, match=message):
+        PrioritySearch(Place(), options.pop("optimizer"), **options)
+
+
+def test_update_alone_has_no_memory_to_search() -> None:
+    """Unlike that of other trainers it works within train only, and says so."""
+    with pytest.raises(ConfigError, match="expected PrioritySearch.update to be called by train"):
+        PrioritySearch(Place(), optimizer(neighbours)).update([])
+
+
+def test_an_optimizer_of_trace_needs_a_rule() -> None:
+    """It takes feedback on one node, so it cannot be shown a whole minibatch."""
+
+    class Adapted(TraceOptimizer):
+        def __init__(self) -> None:
+            self.parameters = []
+
+    with pytest.raises(ConfigError, match="expected rule= beside an optimizer of Trace"):
+        PrioritySearch(Place(), Adapted())
+    PrioritySearch(Place(), Adapted(), rule=majority)
+
+
+def test_additions_are_learnt_by_every_search() -> None:
+    """The plain case: each of them solves what AggregatedUpdate solves."""
+    for make in SEARCHES:
+        agent = Adder()
+        make(agent, optimizer(first_gap)).train(exact, additions(5), batch_size=4, num_epochs=2)
+        assert agent.amount.data == 5
