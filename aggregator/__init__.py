@@ -70,6 +70,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.observing.progress": ("ProgressBar",),
     "aggregator.observing.trackers": ("TensorBoardLogger", "WandbLogger"),
     "aggregator.records": (
+        "Candidate",
         "Completion",
         "Decision",
         "Failure",
@@ -109,6 +110,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "mean",
         "top_k",
         "without_failed",
+    ),
+    "aggregator.training.search": ("PrioritySearch",),
+    "aggregator.training.searches": (
+        "BeamSearch",
+        "ParetoSearch",
+        "SequentialSearch",
+        "SequentialUpdate",
     ),
     "aggregator.training.selections": ("LLMChoice", "best_tried", "last_of"),
     "aggregator.training.suggestions": (
@@ -155,6 +163,7 @@ if TYPE_CHECKING:
     from aggregator.observing.progress import ProgressBar as ProgressBar
     from aggregator.observing.trackers import TensorBoardLogger as TensorBoardLogger
     from aggregator.observing.trackers import WandbLogger as WandbLogger
+    from aggregator.records import Candidate as Candidate
     from aggregator.records import Completion as Completion
     from aggregator.records import Decision as Decision
     from aggregator.records import Failure as Failure
@@ -185,6 +194,11 @@ if TYPE_CHECKING:
     from aggregator.training.rules import mean as mean
     from aggregator.training.rules import top_k as top_k
     from aggregator.training.rules import without_failed as without_failed
+    from aggregator.training.search import PrioritySearch as PrioritySearch
+    from aggregator.training.searches import BeamSearch as BeamSearch
+    from aggregator.training.searches import ParetoSearch as ParetoSearch
+    from aggregator.training.searches import SequentialSearch as SequentialSearch
+    from aggregator.training.searches import SequentialUpdate as SequentialUpdate
     from aggregator.training.selections import LLMChoice as LLMChoice
     from aggregator.training.selections import best_tried as best_tried
     from aggregator.training.selections import last_of as last_of

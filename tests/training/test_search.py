@@ -598,3 +598,19 @@ def test_additions_are_learnt_by_every_search() -> None:
         agent = Adder()
         make(agent, optimizer(first_gap)).train(exact, additions(5), batch_size=4, num_epochs=2)
         assert agent.amount.data == 5
+
+
+def test_new_candidates_may_be_tried_on_the_next_minibatch() -> None:
+    """Trace's streaming search: `due` returns nothing, and the bound of the untried is above all others."""
+
+    class Streaming(PrioritySearch):
+        def due(self, explored: Any, made: Any) -> list[Candidate]:
+            return []
+
+    agent = Place()
+    search = Streaming(
+        agent, optimizer(neighbours), num_candidates=3, num_proposals=2, memory_size=32, score_function="ucb"
+    )
+    result = search.train(Height(TRAP), FOUR, batch_size=4, num_epochs=12)
+    assert agent.at.data == 4
+    assert {candidate.trials % 4 for candidate in result.candidates} == {0}
