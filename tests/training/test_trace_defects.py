@@ -1,7 +1,6 @@
 """What goes wrong in Trace's trainer does not go wrong here: its thirty-five known defects, each with its test.
 
-Most stand where the behaviour belongs; `DEFECTS` names them. Those that were nowhere else follow below. `FEATURES` says
-where what Trace's users know has its place here, or why it has none.
+Most stand where the behaviour belongs; `DEFECTS` names them. Those that were nowhere else follow below.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -151,60 +148,6 @@ def test_every_defect_has_its_tests() -> None:
     missing = [f"{file}::{name}" for file, name in named if name not in names_in(ROOT / "tests" / file)]
     assert missing == []
     assert [number for number, tests in DEFECTS.items() if not any("::" in test for test in tests)] == []
-
-
-FEATURES: dict[str, str] = {
-    "trace.node": "aggregator.agents.parameters:node",
-    "ParameterNode": "aggregator.agents.parameters:ParameterNode",
-    "bundle(description, trainable)": "aggregator.agents.bundles:bundle",
-    "bundle(catch_execution_error): an exception becomes feedback": "aggregator.training.rollouts:rollout",
-    "bundle(traceable_code, allow_external_dependencies, overwrite_python_recursion)": "",
-    "trace.model": "aggregator.agents.modules:Module",
-    "Module.parameters": "aggregator.agents.modules:Module.parameters",
-    "Module.parameters_dict": "aggregator.agents.modules:Module.parameters_dict",
-    "Module.save": "aggregator.agents.modules:Module.save",
-    "Module.load": "aggregator.agents.modules:Module.load",
-    "Seq, Map: containers of modules": "aggregator.agents.modules:Module.parameters",
-    "operators, iterators and broadcasting on nodes": "",
-    "ExceptionNode.create_feedback": "aggregator.training.rollouts:rollout",
-    "backward, zero_feedback, detach, clone, visualisation": "",
-    "GraphPropagator: the subgraph as feedback": "aggregator.agents.transcripts:transcript",
-    "Minibatch.train and its arguments": "aggregator.training.minibatch:Minibatch.train",
-    "MinibatchAlgorithm": "aggregator.training.trainer:MinibatchAlgorithm",
-    "batchify": "aggregator.training.trainer:batchify",
-    "BasicSearchAlgorithm": "aggregator.training.trainer:BasicSearchAlgorithm",
-    "AggregatedUpdate": "aggregator.training.trainer:AggregatedUpdate",
-    "its aggregator_system_prompt": "aggregator.training.trainer:AggregatedUpdate.aggregator_system_prompt",
-    "hook forward": "aggregator.training.minibatch:Minibatch.forward",
-    "hook update": "aggregator.training.minibatch:Minibatch.update",
-    "hook optimizer_step": "aggregator.training.minibatch:Minibatch.propose",
-    "hook has_improvement": "aggregator.training.gates:improves_on_batch",
-    "hook save_agent": "aggregator.agents.modules:Module.save",
-    "evaluate": "aggregator.training.evaluation:evaluate",
-    "guides: any callable, AutoGuide.get_feedback": "aggregator.guides.calling:judge",
-    "VerbalJudgeGuide, ReferenceSuggest": "aggregator.guides.judge:LLMJudge",
-    "exact_match_metric, SimpleReferenceSuggest": "aggregator.guides.exact:exact_match",
-    "KeywordSuggest": "aggregator.guides.pattern:KeywordHints",
-    "DataLoader": "aggregator.training.batches:DataLoader",
-    "DefaultLogger": "aggregator.observing.console:ConsoleLogger",
-    "tqdm bars": "aggregator.observing.progress:ProgressBar",
-    "checkpoints, resume": "aggregator.training.checkpoints:save",
-    "OptoPrime: objective, memory_size, max_tokens": "aggregator.training.proposers:LLMOptimizer",
-    "OPRO": "aggregator.training.proposers:OPROOptimizer",
-    "OptoPrimeMulti: several candidates, one chosen": "aggregator.training.proposers:LLMOptimizer",
-    "OptoprimeBatchOpt": "aggregator.training.trainer:MinibatchAlgorithm",
-    "TextGrad and every other optimizer of Trace, through the adapter": "aggregator.training.trace_adapter:adapt",
-    "LLM backends, TRACE_* variables, LiteLLM, custom endpoints": "aggregator.llm.models:as_model",
-    "auto_retry": "aggregator.llm.retry:RetryPolicy",
-}
-"""Feature of Trace -> where ours is; "" where plain Python, without a graph of nodes, has no need of it."""
-
-
-@pytest.mark.parametrize("place", sorted({place for place in FEATURES.values() if place}))
-def test_what_traces_users_know_has_its_place(place: str) -> None:
-    """Every place that the table names exists."""
-    module, _, path = place.partition(":")
-    assert attrgetter(path)(import_module(module)) is not None
 
 
 def scripted(agent: Any, *replies: Any, aggregator: Any = "never asked", **options: Any) -> AggregatedUpdate:

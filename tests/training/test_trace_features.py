@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from aggregator import (
     MinibatchAlgorithm,
     Module,
     ParameterNode,
+    PrioritySearch,
     bundle,
     node,
     transcript,
 )
-from aggregator.records import Decision, Proposal, Rollout, Values
+from aggregator.records import Candidate, Decision, Proposal, Rollout, Values
 
 ROOT = Path(__file__).parents[2]
 HERE = "training/test_trace_features.py::"
@@ -261,6 +264,14 @@ EXPERIMENTAL = {
     ),
     "BeamSearch": ("training/test_search.py::test_a_search_leaves_the_trap",),
     "ParetobasedPS": ("training/test_search.py::test_pareto_keeps_specialists",),
+    "StreamingPrioritySearch": (
+        "new candidates are tried on the next minibatch where a subclass's `due` returns none",
+        "training/test_search.py::test_new_candidates_may_be_tried_on_the_next_minibatch",
+    ),
+    "POLCA: an epsilon-net over embeddings, a summarizer": (
+        "no embedding model is at hand to depend on: a subclass's `keep` or `ranked` decides what is remembered",
+        HERE + "test_a_search_of_ones_own_keeps_candidates_apart",
+    ),
     "Console logger": ("observing/test_progress.py::test_console_logger_has_traces_shape",),
     "Tensorboard logger": (
         "observing/test_trackers.py::test_tensorboard_reads_numbers_as_scalars_and_the_rest_as_text",
@@ -563,6 +574,28 @@ async def test_a_judge_has_a_system_prompt_of_its_own() -> None:
     (messages,) = model.asked
     assert messages[0]["content"] == "You are strict."
     assert section(messages, "Criteria") == "Be brief."
+
+
+class Apart(PrioritySearch):
+    """Remembers no two candidates within 3 of each other: POLCA's net, with a distance of our own."""
+
+    def keep(self, in_force: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
+        kept = [in_force]
+        for other in self.ranked(others):
+            if all(abs(other.values["amount"] - near.values["amount"]) >= 3 for near in kept):
+                kept.append(other)
+        return kept[: self.memory_size]
+
+
+def test_a_search_of_ones_own_keeps_candidates_apart() -> None:
+    """Which candidates are too much alike is one function, with an embedding model or without."""
+    replies = iter(range(2, 99))
+    model = ScriptedModel(lambda _: suggest(amount=next(replies)))
+    search = Apart(Adder(), LLMOptimizer(llm=model), num_candidates=2, num_proposals=3, memory_size=8)
+    result = search.train(lambda x, output, info: output / 100, [(0, 0)], num_epochs=4)
+    amounts = sorted(candidate.values["amount"] for candidate in result.candidates)
+    assert len(amounts) > 2
+    assert min(b - a for a, b in pairwise(amounts)) >= 3
 
 
 def test_no_feature_hides_another() -> None:
