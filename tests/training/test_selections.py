@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -99,6 +99,23 @@ def test_candidates_for_a_minibatch_are_tried_on_all_of_it() -> None:
     result = MinibatchAlgorithm(agent, optimizer).train(exact, [*additions(5, 3), (3, 9)], batch_size=4)
     assert agent.amount.data == 5
     assert not result.history[0].decision.accepted
+
+
+def test_a_candidate_that_is_only_as_good_is_not_taken() -> None:
+    """At equal scores the current values stay, and of two candidates the first."""
+    optimizer = LLMOptimizer(
+        llm=ScriptedModel(suggest(amount=8), suggest(amount=9)), num_candidates=2, select=best_tried
+    )
+
+    def tried(score: Callable[[int], float]) -> int:
+        agent = Adder()
+        trainer = AggregatedUpdate(agent, optimizer, llm=ScriptedModel("never asked"))
+        trainer.train(lambda x, output, info: (score(output), "go on"), [(0, 0)])
+        optimizer.llm = ScriptedModel(suggest(amount=8), suggest(amount=9))
+        return agent.amount.data
+
+    assert tried(lambda output: 0.5) == 1
+    assert tried(lambda output: float(output > 1)) == 8
 
 
 async def test_selections_chain_as_rules_do() -> None:
