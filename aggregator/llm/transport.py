@@ -171,8 +171,8 @@ class AiohttpTransport:
         _made_connection.set(False)
         try:
             return await sessions.request(sessions.pooled, request)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            if _made_connection.get():
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if _made_connection.get() or _has_begun(error):
                 raise
         # Not from the pool again: its other connections have died of the same cause.
         if sessions.single is None:
@@ -250,6 +250,11 @@ class _Streamed:
             if not piece:
                 return
             yield piece
+
+
+def _has_begun(error: aiohttp.ClientError) -> bool:
+    """Tell whether a part of the answer's head had come: then the server has worked on the request."""
+    return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
 
 
 def _failure(error: Exception, url: str, timeout: float | None) -> Exception:
