@@ -6,7 +6,7 @@ memory and who comes into force are methods that other searches replace (`search
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from math import isfinite
 from typing import Any, Literal, TypeVar, get_args
@@ -112,7 +112,7 @@ class PrioritySearch(Minibatch):
         _check(self, rule, gate)
 
     def explore(self, in_force: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
-        """Return the candidates that this step explores: the one in force, then the best others."""
+        """Return the candidates that this step explores, the best ones; the one in force is always among them."""
         return [in_force, *self.ranked(others)[: self.num_candidates - 1]]
 
     def exploit(
@@ -129,7 +129,7 @@ class PrioritySearch(Minibatch):
         return best, compared(in_force, best)
 
     def keep(self, in_force: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
-        """Return what is remembered: the candidate in force, then the best others."""
+        """Return what is remembered, the best candidates; the one in force is always among them."""
         return [in_force, *self.ranked(others)[: self.memory_size - 1]]
 
     def due(self, explored: Sequence[Candidate], made: Sequence[Candidate]) -> list[Candidate]:
@@ -149,7 +149,7 @@ class PrioritySearch(Minibatch):
 
     def variants(self) -> Sequence[Variant]:
         """Return the values of each candidate that this step explores."""
-        in_force, *others = self._explored()
+        in_force, *others = self._explored(self._memory())
         return [Variant(place=_place(in_force)), *map(_overlay, others)]
 
     async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
@@ -160,7 +160,8 @@ class PrioritySearch(Minibatch):
 
     async def aupdate(self, outputs: Sequence[Any], verbose: bool | str = False) -> Update:
         """Ask for new candidates, try them out, put the best into force, and remember the good ones."""
-        memory, explored = self._memory(), self._explored()
+        memory = self._memory()
+        explored = self._explored(memory)
         size = len(outputs) // len(explored)
         runs = [outputs[i * size : (i + 1) * size] for i in range(len(explored))]
         # new candidates
@@ -176,8 +177,8 @@ class PrioritySearch(Minibatch):
         # what is remembered
         known = {candidate.id: candidate for candidate in (*memory, *tried)}
         now = best if best is not None and update.decision.accepted else in_force
-        kept = self.keep(now, [candidate for candidate in known.values() if candidate.id != now.id])
-        current_step().notes[CANDIDATES] = to_builtins(kept)
+        kept = self.keep(now, _without(now, known.values()))
+        current_step().notes[CANDIDATES] = to_builtins([now, *_without(now, kept)])
         return replace(
             update,
             score=mean([as_proposal(output).score for output in runs[0]]),
@@ -197,9 +198,9 @@ class PrioritySearch(Minibatch):
         in_force = Candidate(id=f"{step.step}.0", values=values, step=step.step) if at is None else found.pop(at)
         return [in_force, *found]
 
-    def _explored(self) -> list[Candidate]:
-        in_force, *others = self._memory()
-        return self.explore(in_force, others)
+    def _explored(self, memory: Sequence[Candidate]) -> list[Candidate]:
+        in_force, *others = memory
+        return [in_force, *_without(in_force, self.explore(in_force, others))]
 
     def _asks(self, run: Sequence[Any]) -> range:
         """Number the candidates to make from one candidate's run; there are no more groups than instances."""
@@ -293,6 +294,10 @@ def _check(search: PrioritySearch, rule: Any, gate: Any) -> None:
 
 def _place(candidate: Candidate) -> str:
     return f"candidate={candidate.id}"
+
+
+def _without(candidate: Candidate, others: Iterable[Candidate]) -> list[Candidate]:
+    return [other for other in others if other.id != candidate.id]
 
 
 def _overlay(candidate: Candidate) -> Variant:
