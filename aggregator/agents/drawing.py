@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from aggregator.agents.transcripts import Group, LLMCall, Span
+from aggregator.agents.spans import Group, LLMCall, Span
 
 WORDS_SHOWN = 60
 """How many characters of one value a box holds."""

@@ -18,17 +18,17 @@ An async operation waits for its worker without holding up the event loop; a syn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Literal
 
-import msgspec
 from msgspec import Struct
 
 from aggregator.agents.code import CodeParameter
+from aggregator.agents.crossing import Call
 from aggregator.agents.parameters import ParameterNode
-from aggregator.errors import ConfigError, SandboxError
+from aggregator.errors import ConfigError
 
 _IS_COROUTINE = 0x80  # inspect.CO_COROUTINE
 
@@ -74,45 +74,6 @@ def sandboxed(sandbox: Sandbox = "process") -> Iterator[None]:
 def current_limits(own: Limits | None) -> Limits | None:
     """Return the limits for an operation whose own are `own`: those of the context go first."""
     return _everywhere.get() or own
-
-
-class Answer(Struct, frozen=True):
-    """What a worker sends back: a value, an error of the code's own, or the limit that ended it."""
-
-    value: Any = None
-    error: dict[str, Any] | None = None
-    limit: str | None = None
-
-    def result(self, name: str) -> Any:
-        """Return the value, or raise what stands for the error; `name` is the operation's."""
-        if self.limit is not None:
-            raise SandboxError(f"Expected {name} to stay within its sandbox, but {self.limit}")
-        if self.error is not None:
-            raise _rebuilt(name, **self.error)
-        return self.value
-
-
-class Call(Struct, frozen=True, kw_only=True):
-    """One call to be made in a worker, as msgpack carries it."""
-
-    source: str
-    name: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-    owner: dict[str, tuple[bool, Any]] | None
-    values: dict[str, Any]
-    modules: dict[str, str]
-    asynchronous: bool
-    seconds: float
-    memory: int
-    output: int
-
-    def encoded(self) -> bytes:
-        """Return the request as bytes."""
-        try:
-            return msgspec.msgpack.encode(self)
-        except (OverflowError, RecursionError, ValueError) as error:
-            raise ConfigError(f"Expected arguments of {self.name} that can cross to its sandbox, got {error}") from None
 
 
 def prepare(
@@ -219,15 +180,3 @@ def _is_plain(value: Any, levels: int = 64) -> bool:
     if kind in (list, tuple):
         return all(_is_plain(item, levels - 1) for item in value)
     return kind is dict and all(_is_plain(key, 1) and _is_plain(item, levels - 1) for key, item in value.items())
-
-
-def _rebuilt(name: str, kind: str, args: list[Any], text: str, line: int, builtin: bool) -> Exception:
-    """Return the exception that trained code raised, of its own class where that is a builtin one."""
-    import builtins
-
-    error: Exception = SandboxError(f"{name} failed with {kind}: {text}")
-    if builtin:
-        with suppress(TypeError):  # a class that takes other arguments than it shows
-            error = getattr(builtins, kind)(*args)
-    error.__dict__["source_line"] = line
-    return error

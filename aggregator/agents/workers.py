@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from aggregator.agents.sandbox import Answer, Call
+from aggregator.agents.crossing import Answer, Call
 from aggregator.errors import ConfigError, SandboxError
 
 STARTING = 30.0

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from functools import lru_cache
 from types import TracebackType
+from typing import Any
 
 from aggregator.errors import ConfigError
 from aggregator.records import Role
@@ -55,7 +56,7 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
 
 
 @lru_cache(maxsize=1024)
-def _joined(parts: tuple[str, ...]) -> str:
+def _joined(parts: tuple[Any, ...]) -> str:
     for part in parts:
         if not isinstance(part, str) or not part or not part.isprintable():
             raise ConfigError(f"expected non-empty printable text as a part of a lineage, got {part!r}")
