@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib import import_module
 from typing import Any
 
+from aggregator.cassettes.compression import decompressed
 from aggregator.errors import CassetteError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -153,44 +152,3 @@ def from_reply(reply: HTTPReply) -> dict[str, Any]:
         "headers": headers,
         "body": {"string": reply.body},
     }
-
-
-def decompressed(body: bytes, encoding: str) -> tuple[bytes, str]:
-    """Return the body without its content codings, and the coding that could not be undone ("" for none).
-
-    Some clients hand over what came from the wire, others what they decoded: text has been decoded already.
-
-    >>> import gzip
-    >>> decompressed(gzip.compress(b"hello"), "gzip"), decompressed(b"hello", "gzip")
-    ((b'hello', ''), (b'hello', ''))
-    """
-    for coding in reversed([part.strip().lower() for part in encoding.split(",") if part.strip()]):
-        plain = _undo(coding, body)
-        if plain is None:
-            return (body, "") if _is_text(body) else (body, coding)
-        body = plain
-    return body, ""
-
-
-def _undo(coding: str, body: bytes) -> bytes | None:
-    """One coding undone; None where the body is not of it or its library is absent."""
-    try:
-        if coding in ("gzip", "x-gzip"):
-            return zlib.decompress(body, 31)
-        if coding == "deflate":
-            return zlib.decompress(body, 15)
-        if coding == "br":
-            return bytes(import_module("brotli").decompress(body))
-        if coding == "zstd":
-            return bytes(import_module("zstandard").ZstdDecompressor().decompressobj().decompress(body))
-    except Exception:  # noqa: BLE001 - each library has its own error, and none for "not compressed at all"
-        return None
-    return body if coding == "identity" else None
-
-
-def _is_text(body: bytes) -> bool:
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import base64
 import json
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from aggregator.cassettes.compression import NEEDED, TooLargeError, decompressed
 from aggregator.cassettes.exchanges import Exchange, Facts
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError
 from aggregator.records import HTTPReply, HTTPRequest
@@ -135,39 +135,16 @@ def _dumped(value: Any) -> bytes:
 
 def _inflated(body: bytes, encoding: str, place: str) -> bytes:
     """Return a body without its content encoding, where it still has one."""
-    if encoding in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b":
-        return _unzip(body, 47, place)
-    if encoding == "deflate" and body:
-        try:
-            return _unzip(body, 47, place)
-        except zlib.error:
-            pass
-        try:
-            return _unzip(body, -15, place)
-        except zlib.error:
-            return body  # recorded decoded, the header kept
-    if encoding in ("br", "zstd") and not _is_text(body):
-        raise CassetteRefusedError(
-            f"expected a body as text, gzip or deflate, got {encoding!r} - at {place}; "
-            "record it with vcrpy's decode_compressed_response=True"
-        )
-    return body
-
-
-def _is_text(body: bytes) -> bool:
     try:
-        body.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _unzip(body: bytes, wbits: int, place: str) -> bytes:
-    stream = zlib.decompressobj(wbits=wbits)
-    data = stream.decompress(body, LARGEST_BODY)
-    if stream.unconsumed_tail:
+        plain, left = decompressed(body, encoding, LARGEST_BODY)
+    except TooLargeError:
         raise CassetteRefusedError(
             f"expected a body of at most {LARGEST_BODY >> 20} MB, got one that unpacks to more - at {place}; "
             "do not trust this file"
+        ) from None
+    if left in NEEDED:
+        raise CassetteRefusedError(
+            f"expected a body that can be unpacked, got {left!r} - at {place}; "
+            f"pip install '{NEEDED[left]}', or record it with vcrpy's decode_compressed_response=True"
         )
-    return data
+    return plain

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import zlib
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 
 from aggregator.cassettes.clients import (
     FAMILIES,
-    decompressed,
     families,
     from_reply,
     is_passing,
@@ -87,18 +84,8 @@ def test_headers_come_as_text() -> None:
     assert values == {"canary-number-1", "canary-number-2", "canary-number-3"}
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "identity", "", "gzip, identity"])
-def test_content_codings_are_undone(encoding: str) -> None:
-    """A reply is stored decompressed, whether the client had decoded it already or not."""
-    plain = b'{"text": "hello"}'
-    packed = {"gzip": gzip.compress(plain), "deflate": zlib.compress(plain), "gzip, identity": gzip.compress(plain)}
-    assert decompressed(packed.get(encoding, plain), encoding) == (plain, "")
-    assert decompressed(plain, encoding) == (plain, "")
-
-
 def test_a_coding_that_cannot_be_undone_stays_named() -> None:
     """Bytes of an unknown coding are kept as they came, with their header, so that the same client can read them."""
-    assert decompressed(b"\xff\xfe\x00", "unknown") == (b"\xff\xfe\x00", "unknown")
     reply = to_reply(response(b"\xff\xfe\x00", Content_Encoding="unknown"))
     assert reply.headers == {"content-encoding": "unknown"}
 

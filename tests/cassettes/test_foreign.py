@@ -11,9 +11,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import brotli
 import pytest
 import vcr.serialize
 import yaml
+import zstandard
 from vcr.request import Request
 from vcr.serializers import jsonserializer, yamlserializer
 
@@ -93,9 +95,11 @@ def test_what_stock_vcrpy_wrote_is_played(tmp_path: Path, serializer: Any) -> No
         ("gzip", gzip.compress(b'{"a": 1}')),
         ("deflate", zlib.compress(b'{"a": 1}')),
         ("deflate", zlib.compress(b'{"a": 1}')[2:-4]),
+        ("br", brotli.compress(b'{"a": 1}')),
+        ("zstd", zstandard.ZstdCompressor().compress(b'{"a": 1}')),
         ("gzip", b'{"a": 1}'),
     ],
-    ids=["gzip", "zlib", "raw deflate", "header kept, body decoded"],
+    ids=["gzip", "zlib", "raw deflate", "brotli", "zstandard", "header kept, body decoded"],
 )
 def test_compressed_bodies_are_unpacked(tmp_path: Path, encoding: str, packed: bytes) -> None:
     """Bodies are decoded, and the header that said otherwise goes."""
