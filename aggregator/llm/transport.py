@@ -267,13 +267,22 @@ def _failure(error: Exception, url: str, timeout: float | None) -> Exception:
             return APITimeoutError(f"{NOT_SENT}{host} took no connection within {CONNECT_TIMEOUT:g} s")
         case aiohttp.ClientConnectorError():
             return APIConnectionError(f"{NOT_SENT}no connection to {host}:{error.port}: {error.strerror or error}")
+        case aiohttp.ClientHttpProxyError():
+            return APIConnectionError(f"{NOT_SENT}the proxy refused {host}: {error.status} {_words(error.message)}")
+        case aiohttp.ClientResponseError():  # its repr holds the request's headers, and the key in them
+            return APIConnectionError(f"{host} gave an answer that cannot be read: {_words(error.message)}")
         case aiohttp.ClientError():
-            return APIConnectionError(f"{host} closed the connection before its answer was whole ({error!r})")
+            return APIConnectionError(f"{host} closed the connection before its answer was whole ({_words(error)})")
         case TimeoutError():
             limit = "in time" if timeout is None else f"within {timeout:.3g} s"
             return APITimeoutError(f"{host} gave no whole answer {limit}")
         case _:
             return APIConnectionError(f"the connection to {host} broke: {error!r}")
+
+
+def _words(error: object) -> str:
+    """What an error of aiohttp says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @lru_cache(maxsize=512)

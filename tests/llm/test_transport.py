@@ -96,6 +96,26 @@ async def test_an_answer_cut_short() -> None:
             await transport.send(request(url))
 
 
+@pytest.mark.parametrize(
+    "answered",
+    [b"NOT HTTP AT ALL\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n{}"],
+    ids=["no status line", "negative length"],
+)
+async def test_the_key_stood_in_the_error_of_an_answer_that_is_not_http(answered: bytes) -> None:
+    """The message says what is wrong with the answer, and nothing that the request held."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(answered)
+
+    async with serving(handle) as url, AiohttpTransport() as transport:
+        asked = HTTPRequest(url=f"{url}/x", body=b"{}", headers={"authorization": "Bearer sk-the-key-itself"})
+        with pytest.raises(APIConnectionError, match="gave an answer that cannot be read: ") as caught:
+            await transport.send(asked)
+    assert "sk-the-key-itself" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 class DyingConnections:
     """Answers the first request of a connection, closes at the second without a byte."""
 
