@@ -77,7 +77,10 @@ def test_class_follows_from_the_status(status: int, kind: type[APIStatusError]) 
         (400, [{"error": {"code": 400, "message": "m", "status": "INVALID_ARGUMENT"}}], "m", "INVALID_ARGUMENT"),
         (502, {"error": {"message": "Provider failed", "metadata": {"raw": '{"error": {"message": "m"}}'}}}, "m", None),
         (502, {"error": {"message": "Provider failed", "metadata": {"raw": "upstream"}}}, "d: upstream", None),
-        (400, {"success": False, "errors": [{"code": 7009, "message": "m"}]}, "m", None),
+        (400, {"success": False, "errors": [{"code": 7009, "message": "m"}]}, "m", "7009"),
+        (429, {"error": {"code": 8, "message": "m"}}, "m", "8"),
+        (429, {"error": {"code": 429, "message": "m"}}, "m", None),
+        (400, {"error": {"code": True, "message": "m"}}, "m", None),
         (400, {"error": {"message": "m", "failed_generation": "<f>", "code": "tool_failed"}}, "m", "tool_failed"),
         (400, {"errors": ["m", "n"]}, "m; n", None),
         (500, {"error": {"error": {"message": "m"}}}, "m", None),
@@ -91,7 +94,7 @@ def test_class_follows_from_the_status(status: int, kind: type[APIStatusError]) 
     ],
 )  # fmt: skip
 def test_words_and_code_of_every_shape(status: int, body: Any, words: str, code: str | None) -> None:
-    """The message is found under whichever name it stands, at whichever depth; numbers are no codes where words are."""
+    """The message is found under whichever name it stands, however deep; a number is the code where no word is."""
     found = error(status, body)
     assert words in found.message
     assert found.code == code

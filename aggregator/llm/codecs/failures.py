@@ -191,7 +191,8 @@ def fault_of(data: Any) -> Fault:
     if not isinstance(data, dict):
         return Fault(message=message)
     inner = data.get("error")
-    nodes = [node for node in (inner, data) if isinstance(node, dict)]
+    several = data.get("errors")  # Cloudflare's list
+    nodes = [node for node in (inner, data, *(several if isinstance(several, list) else ())) if isinstance(node, dict)]
     numbers = [node.get(key) for node in nodes for key in ("code", "status", "raw_status_code")]
     return Fault(
         message=_with_upstream(message, nodes[0]),
@@ -227,9 +228,16 @@ def _with_upstream(message: str, node: dict[str, Any]) -> str:
 
 def _words(nodes: list[dict[str, Any]]) -> tuple[str, ...]:
     found = [node.get(key) for node in nodes for key in ("code", "status", "type")]
-    words = [word for word in found if isinstance(word, str) and word and word != "error"]
+    words = [str(word) for word in found if _is_word(word)]
     numeric = [word for word in words if word.isdigit()]  # "3051", "429": a name says more where there is one
     return tuple(dict.fromkeys([word for word in words if not word.isdigit()] + numeric))
+
+
+def _is_word(value: Any) -> bool:
+    """A name, or a number of the provider's own; one of HTTP's says nothing that the status does not."""
+    if isinstance(value, str):
+        return value not in ("", "error")
+    return type(value) is int and value > 0 and not 100 <= value < 600
 
 
 def _as_status(value: Any) -> int | None:
