@@ -129,6 +129,17 @@ async def test_a_dead_connection_is_no_attempt() -> None:
     assert len(requests) == 4
 
 
+async def test_the_replacement_is_not_taken_from_the_pool() -> None:
+    """Where one idle connection has died, the others have too: a call that met one must not meet a second."""
+    handle, _ = dying()
+    async with serving(handle) as url, AiohttpTransport() as transport:
+        request = HTTPRequest(url=url, body=b"{}", headers={})
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(5):
+                tasks.create_task(transport.send(request))
+        assert (await transport.send(request)).status == 200
+
+
 @pytest.mark.parametrize(
     "begun",
     [
@@ -146,6 +157,27 @@ async def test_an_answer_that_has_begun_is_not_asked_for_again(begun: bytes) -> 
         with pytest.raises(APIConnectionError):
             await transport.send(request)
     assert len(requests) == 2
+
+
+async def test_a_call_cancelled_while_its_answer_comes() -> None:
+    """Half of the body is there: the connection is closed, not kept for the next call to find the rest in."""
+    begun, closed = asyncio.Event(), asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(raw(answer())[:-20])
+        begun.set()
+        await reader.read()
+        closed.set()
+
+    async with serving(handle) as url, LLM("half", base_url=url) as llm, asyncio.TaskGroup() as tasks:
+        call = tasks.create_task(llm.complete("Hello"))
+        await begun.wait()
+        await asyncio.sleep(0.02)  # the call has read what came, and waits for the rest
+        call.cancel()
+        async with asyncio.timeout(5):
+            await closed.wait()
+    assert call.cancelled()
 
 
 @pytest.mark.parametrize(("status", "said", "sent"), [(500, "false", 1), (400, "true", 3), (500, "", 3)])
