@@ -105,7 +105,8 @@ def _clean_url(url: str, needles: Needles) -> str:
 def redact_line(exchange: Exchange, needles: Needles = ()) -> bytes:
     """Return the line of an exchange whose request is redacted; raises SecretLeakError."""
     reply = exchange.reply
-    exchange = replace(exchange, reply=replace(reply, headers=_kept(reply.headers.items(), needles)))
+    kept = _kept(reply.headers.items(), needles)
+    exchange = replace(exchange, reply=replace(reply, headers=kept, reason=_as_text(reply.reason)))
     if not _is_due(exchange, needles) and _is_text(exchange.request.body) and _is_text(reply.body):
         return encode_line(exchange)
     clean = _redact_reply(exchange, needles)
@@ -151,7 +152,13 @@ def _kept(headers: Iterable[tuple[str, str]], needles: Needles) -> dict[str, str
 @lru_cache(maxsize=1024)
 def _clean_value(value: str, needles: Needles) -> str:
     """Return a header's value without secrets; most values repeat."""
+    value = _as_text(value)
     return redact_text(value, needles) if "=" in value or suspicious(value.encode(), needles) else value
+
+
+def _as_text(head: str) -> str:
+    """Return a part of an answer's head as text that can be written; aiohttp escapes bytes that are no UTF-8."""
+    return head if head.isascii() else head.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _is_text(body: bytes) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from aggregator.cassettes.comments import Layout
-from aggregator.cassettes.exchanges import decode_line
+from aggregator.cassettes.exchanges import Exchange, Facts, decode_line
 from aggregator.cassettes.keys import request_key
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.opening import open_tape
@@ -356,3 +356,12 @@ def test_the_quick_look_sees_every_name(name: str, space: str, quote: str) -> No
     data = f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc{quote}}}".encode()
     assert suspicious(data)
     assert secret_edits(data)
+
+
+def test_a_head_with_bytes_that_are_no_utf8_was_not_recorded() -> None:
+    """Servers send Latin-1 in headers and reasons; aiohttp hands it on as surrogates, which no file can hold."""
+    there = replace(REPLY, reason="D\udce9j\xe0", headers={"x-request-id": "caf\udce9"})
+    written = decode_line(
+        redact_line(Exchange(request=REQUEST, reply=there, facts=Facts(lineage="")), needles_for(REQUEST))
+    )
+    assert (written.reply.reason, written.reply.headers) == ("D\ufffdj\xe0", {"x-request-id": "caf\ufffd"})
