@@ -96,7 +96,7 @@ class _WholeRequest(Struct, frozen=True):
     method: str
     uri: str
     headers: dict[str, list[str]] = {}
-    body: Any = ""
+    body: str | dict[str, str] = ""
 
 
 class _Whole(Struct, frozen=True):

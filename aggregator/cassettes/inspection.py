@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aggregator.cassettes.exchanges import Exchange
-from aggregator.cassettes.keys import decode_json
+from aggregator.cassettes.exchanges import Exchange, line_is_whole
+from aggregator.cassettes.keys import decode_json, raw_key
 from aggregator.cassettes.redaction import redact_body, redact_request, redact_text
 from aggregator.cassettes.rows import Recording, Row
 from aggregator.cassettes.secrets import PLACEHOLDER, Needles, is_secret_field, needles_of
@@ -245,12 +245,19 @@ def check(recording: Recording, *, needles: Needles, now: datetime, max_age: tim
         problems.append("not closed: its recording was killed or still runs; record again to take it up")
     for row in recording.rows:
         exchange = row.exchange()
-        places = secrets_in(exchange, needles)
-        if places:
+        if not _is_as_written(row, exchange):
+            problems.append(f"{exchange_id(row)}: its key or its hash is not its own; it was edited: record again")
+        if places := secrets_in(exchange, needles):
             problems.append(f"{exchange_id(row)}: a secret in {', '.join(places)}; revoke it, then record again")
         if max_age is not None and (age := too_old(exchange, now, max_age)):
             problems.append(f"{exchange_id(row)}: {age}; record again")
     return problems
+
+
+def _is_as_written(row: Row, exchange: Exchange) -> bool:
+    """Say whether key and hash are the exchange's own; where the file's hash is right, a replay takes them on trust."""
+    request = exchange.request
+    return row.place.key == raw_key(request.method, request.url, request.body) and line_is_whole(row.line)
 
 
 def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import msgspec
-
 from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE
 from aggregator.cassettes.exchanges import line_is_whole
 from aggregator.cassettes.keys import Ignore
-from aggregator.cassettes.rows import REMEDY, Recording, Row, index_spans
+from aggregator.cassettes.rows import REMEDY, UNREADABLE, Recording, Row, index_spans
 from aggregator.errors import CassetteDamagedError
 
 OPENING = OPEN_COMMENT + PREAMBLE
@@ -96,5 +94,5 @@ def _damaged(where: str, line: int) -> CassetteDamagedError:
 def _rows(data: bytes, spans: list[_Span], where: str, ignore: Ignore) -> tuple[Row, ...]:
     try:
         return tuple(index_spans(data, spans, ignore))
-    except (msgspec.DecodeError, ValueError) as error:
+    except UNREADABLE as error:
         raise CassetteDamagedError(f"expected an exchange, got {error} - in {where}; {REMEDY}") from error

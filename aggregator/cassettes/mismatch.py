@@ -68,7 +68,9 @@ def explain_miss(
 def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes | bytearray) -> Iterator[str]:
     """Yield where this very request was recorded, when only its place in the run differs."""
     here = [index for index in same if rows[index].place.lineage == asked.lineage]
-    if here:
+    if here and not all(played[index] for index in here):
+        yield f"  this very request was recorded in this lineage, but not with ticket {asked.ticket}:"
+    elif here:
         yield f"  this very request was recorded {len(here)} times in this lineage, and was asked once more"
     else:
         yield '  this very request was recorded, but in another lineage; lineage="prefer" would take it from there:'

@@ -6,15 +6,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import DecodeError, Struct
 from msgspec.structs import force_setattr
 
 from aggregator.cassettes.exchanges import Exchange, Place, decode_answer, decode_line, decode_place, find_parts
 from aggregator.cassettes.keys import Ignore, request_key
+from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply
 
 State = Literal["closed", "open", "foreign"]
 REMEDY = "the file was cut or edited: restore it from version control, or delete it and record again"
+UNREADABLE = (DecodeError, ValueError, KeyError, RecursionError)
+"""What decoding a line raises that is none of ours, although its hash is right."""
 
 
 class Row(Struct, frozen=True, gc=False):
@@ -46,12 +49,24 @@ class Row(Struct, frozen=True, gc=False):
         return self.known_key
 
     def reply(self) -> HTTPReply:
-        """Decode the answer alone."""
-        return decode_answer(self.data[self.answer : self.facts], self.place)
+        """Decode the answer alone; raises CassetteDamagedError."""
+        try:
+            return decode_answer(self.data[self.answer : self.facts], self.place)
+        except UNREADABLE as error:
+            raise self._damaged(error) from error
 
     def exchange(self) -> Exchange:
-        """Decode the whole row."""
-        return decode_line(self.line)
+        """Decode the whole row; raises CassetteDamagedError."""
+        try:
+            return decode_line(self.line)
+        except UNREADABLE as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> CassetteDamagedError:
+        place = self.place
+        return CassetteDamagedError(
+            f"expected an exchange, got {error} - in lineage {place.lineage!r}, ticket {place.ticket}; {REMEDY}"
+        )
 
 
 class Recording(Struct, frozen=True, kw_only=True):

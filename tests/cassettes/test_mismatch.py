@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
 from aggregator.cassettes.lineage import lineage
@@ -85,6 +86,16 @@ def test_asked_once_more_than_recorded() -> None:
         assert tape.play(tape.issue(chat("hi"))) is not None
         with pytest.raises(CassetteMissError, match="recorded 1 times in this lineage, and was asked once more"):
             tape.play(tape.issue(chat("hi")))
+
+
+def test_a_ticket_that_was_not_recorded_is_no_call_too_many() -> None:
+    """Where the first of two identical calls is gone, as after `prune`, the second one stands there unplayed."""
+    (row,) = rows_of(chat("hi"))
+    line = encode_line(replace(row.exchange(), facts=Facts(lineage="sample=0", ticket=1)))
+    tape = Tape(tuple(index_lines([line])))
+    with lineage("sample=0"), pytest.raises(CassetteMissError) as caught:
+        tape.play(tape.issue(chat("hi")))
+    assert "recorded in this lineage, but not with ticket 0:\n    interaction 1" in str(caught.value)
 
 
 def test_no_cassette_at_all() -> None:
