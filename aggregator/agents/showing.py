@@ -7,20 +7,18 @@ of a set are sorted. What was left out is said: `[... 120 more characters]`, `[.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from aggregator.agents.parameters import ParameterNode
+from aggregator.agents.values import ADDRESS
 
 VALUE_LIMIT = 2_000
 """How many characters of one value are shown."""
 
 DEPTH_LIMIT = 6
 """How many containers deep a value is shown."""
-
-_ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
 
 
 def show(value: Any, limit: int = VALUE_LIMIT) -> str:
@@ -107,7 +105,7 @@ def _object(value: Any, limit: int) -> str:
         text = repr(value)
     except Exception:  # noqa: BLE001 - a broken repr of the agent's own class must not break the agent
         return name
-    return cut(_ADDRESS.sub("", text), limit)
+    return cut(ADDRESS.sub("", text), limit)
 
 
 def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
@@ -125,5 +123,5 @@ def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
         message = str(error)
     except Exception:  # noqa: BLE001 - as above: an exception class of the agent's own
         message = ""
-    text = _ADDRESS.sub("", message)
+    text = ADDRESS.sub("", message)
     return cut(f"{type(error).__name__}: {text}" if text else type(error).__name__, limit)

@@ -6,6 +6,7 @@ Pure functions over values and types. Conversion is msgspec's lax one and never 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
@@ -17,6 +18,9 @@ from msgspec import Meta
 
 SHOWN = 80
 """How many characters of a refused value an error shows."""
+
+ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
+"""Where an object lies in memory, as its repr tells: different in every run."""
 
 DEPTH_LIMIT = 64
 """How many containers deep a value may be."""
@@ -63,7 +67,7 @@ def convert(raw: Any, kind: Any) -> Any:
     try:
         value = msgspec.convert(raw, kind, strict=False)
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
-        raise _unfit(raw, error) from None
+        raise _unfit(raw, kind, error) from None
     refuse_oddities(value)
     return value
 
@@ -149,19 +153,19 @@ def carried_by_json(kind: Any, value: Any) -> bool:
 
 
 def shorten(value: Any, limit: int = SHOWN) -> str:
-    """Return a value as an error shows it: its repr, cut.
+    """Return a value as an error shows it: its repr without addresses, cut.
 
     >>> shorten("x" * 200, 10)
     "'xxxxxxxxx..."
     """
     try:
-        text = repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value)
+        text = ADDRESS.sub("", repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value))
     except RecursionError:
         text = f"<{type(value).__name__}, nested too deep>"
     return text if len(text) <= limit + 2 else f"{text[:limit]}..."
 
 
-def _unfit(raw: Any, error: Exception) -> Unfit:
+def _unfit(raw: Any, kind: Any, error: Exception) -> Unfit:
     """Put msgspec's message into the house's form: expected, got, and the path apart."""
     if isinstance(error, RecursionError):
         return Unfit(f"Expected a value of at most {DEPTH_LIMIT} levels, got one that is nested deeper")
@@ -173,6 +177,8 @@ def _unfit(raw: Any, error: Exception) -> Unfit:
         return Unfit(reason, path[1:])
     if path:  # msgspec's way to point at a key: "`key` in `$.x`"
         return Unfit(f"{reason} for a key", path.rpartition("$")[2])
+    if reason.startswith("Invalid enum value"):
+        return Unfit(f"Expected {describe_type(kind)}, got {shorten(raw)}")
     return Unfit(f"{reason.partition(', got ')[0]}, got {shorten(raw)}")
 
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from aggregator.portal import Scope
+from aggregator.training.failures import is_own
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +37,12 @@ class AsyncExecutor:
 
         async def take_turns() -> None:
             for i, item in turns:
-                results[i] = await work(item)
+                try:
+                    results[i] = await work(item)
+                except asyncio.CancelledError as error:
+                    if not is_own(error):
+                        raise
+                    raise RuntimeError("code of a run cancelled itself") from error  # a TaskGroup would hide it
 
         try:
             async with asyncio.TaskGroup() as group:

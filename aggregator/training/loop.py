@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import isawaitable
 from typing import Any, Protocol
 
 from msgspec.structs import replace
@@ -35,15 +36,15 @@ from aggregator.training import checkpoints
 from aggregator.training.context import StepContext, Variant, step_context
 from aggregator.training.evaluation import failures_of, mean, score_values
 from aggregator.training.executors import AsyncExecutor
-from aggregator.training.failures import ends_run, failure, is_lost, root_of
+from aggregator.training.failures import ends_run, failure, is_lost, is_own, root_of
 from aggregator.training.plan import Plan, Turn, fingerprint
 from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
 
 FEWEST_JUDGED = 4
 """max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
 
-Observer = Callable[[StepReport], None]
-"""Takes the report of each finished step."""
+Observer = Callable[[StepReport], Any]
+"""Takes the report of each finished step, sync or async."""
 
 
 class Trainer(Protocol):
@@ -129,7 +130,8 @@ class _Course:
                 report = replace(report, test_score=evaluation and evaluation.score)
                 self._finish(report, evaluation)
                 for observe in observers:
-                    observe(report)
+                    if isawaitable(watched := observe(report)):
+                        await watched
 
     def _finish(self, report: StepReport, evaluation: Evaluation | None) -> None:
         """Make a step part of the state, in memory and on disk."""
@@ -210,7 +212,9 @@ class _Course:
             try:
                 with variant.laid_over(self.parameters), lineage(f"sample={sample.id}"), step_context(mine):
                     output = await self.trainer.call_forward(sample, self.plan)
-            except Exception as error:  # noqa: BLE001 - an overridden forward may raise anything: one instance is lost
+            except BaseException as error:  # an overridden forward may raise anything: one instance is lost
+                if not is_own(error):
+                    raise
                 cause = root_of(error)
                 if ends_run(cause):
                     raise cause  # noqa: B904 - what it was raised in adds nothing

@@ -17,10 +17,11 @@ from aggregator.records import Proposal, Rollout, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.context import Variant, current_step, step_context
 from aggregator.training.executors import AsyncExecutor
-from aggregator.training.failures import ends_run, failure, root_of
+from aggregator.training.failures import ends_run, failure, is_own, root_of
 from aggregator.training.gates import always, improves_on_batch
 from aggregator.training.loop import Observer, run
-from aggregator.training.plan import Plan, check, trainable
+from aggregator.training.parts import check_watchers, proposed
+from aggregator.training.plan import Plan, as_run_dir, check, trainable
 from aggregator.training.rollouts import rollout
 from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
@@ -78,6 +79,7 @@ class Minibatch:
         seed: int = 0,
         observers: Sequence[Observer] | None = None,
     ) -> None:
+        check_watchers(logger, observers)
         self.agent, self.optimizer = adapt(agent, optimizer)
         self.use_asyncio = use_asyncio
         self.logger = logger
@@ -189,7 +191,7 @@ class Minibatch:
                 max_concurrency=self._concurrency(max_concurrency, num_threads),
                 max_failure_ratio=max_failure_ratio,
                 seed=self.seed if seed is None else seed,
-                run_dir=None if run_dir is None else Path(run_dir),
+                run_dir=as_run_dir(run_dir),
                 resume=resume,
             )
         )
@@ -239,15 +241,17 @@ class Minibatch:
             return silent
         parameters = step.parameters or self.parameters()
         try:
-            proposal: Proposal = await self.optimizer.propose(seen, parameters, history=step.history)
-        except Exception as error:  # noqa: BLE001 - an optimizer of the user's own may raise anything: one is lost
+            proposal = await proposed(self.optimizer, seen, parameters, step.history)
+        except BaseException as error:  # an optimizer of the user's own may raise anything: one is lost
+            if not is_own(error):
+                raise
             if ends_run(cause := root_of(error)):
                 raise cause from None
             lost = failure("proposal", error, sample_id=seen.sample_id)
             return replace(silent, error=f"{lost.error}: {lost.message}", failures=(*seen.failures, lost))
-        failures = (*seen.failures, *unread("proposal", proposal.error, seen.sample_id))
+        own = proposal.failures or unread("proposal", proposal.error, seen.sample_id)
         usable = bool(proposal.values)  # what could be read stands as a proposal of its own
-        return replace(proposal, failures=failures, error=None if usable else proposal.error)
+        return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)
 
     @face_of("aupdate")
     def update(self, outputs: Sequence[Any], verbose: bool | str = False) -> Any:

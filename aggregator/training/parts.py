@@ -1,11 +1,19 @@
-"""What users plug into a trainer is looked at when they do, before the first call is paid."""
+"""What users plug into a trainer is looked at when they do, before the first call is paid; so is what it returns."""
 
 from __future__ import annotations
 
-from inspect import signature
+import math
+from collections.abc import Sequence
+from inspect import isawaitable, signature
 from typing import Any
 
+from msgspec.structs import replace
+
+from aggregator.agents.values import shorten
 from aggregator.errors import ConfigError
+from aggregator.protocols import Gate, UpdateRule
+from aggregator.records import Decision, Proposal, Rollout, Sample, StepReport, Values
+from aggregator.training.suggestions import typed
 
 _OPTIMIZER = "an optimizer such as LLMOptimizer(llm=llm), or one with async propose(rollout, parameters, *, history)"
 
@@ -28,8 +36,81 @@ def check_gate(gate: Any) -> None:
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise ConfigError for what cannot propose: the agent would run on every instance for nothing."""
-    if isinstance(optimizer, type) or not callable(getattr(optimizer, "propose", None)):
+    if isinstance(optimizer, type) or not _takes(getattr(optimizer, "propose", None), None, (), history=()):
         raise ConfigError(f"Expected {_OPTIMIZER}, got {optimizer!r}")
+
+
+def check_guide(guide: Any) -> None:
+    """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
+    if not _takes(getattr(guide, "get_feedback", guide), None, None, None):
+        raise ConfigError(
+            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}"
+        )
+
+
+def check_watchers(logger: Any, observers: Any) -> None:
+    """Raise ConfigError for what cannot be told of a step: it would show after the first one was paid."""
+    if logger is not None and not _takes(getattr(logger, "log", None), "score", 0.5, 0, color="green"):
+        raise ConfigError(f"Expected a logger that has log(name, data, step, **kwargs), got {logger!r}")
+    if observers is None:
+        return
+    if not isinstance(observers, Sequence) or not all(_takes(observer, None) for observer in observers):
+        raise ConfigError(f"Expected observers=[...], each a callable that takes a StepReport, got {observers!r}")
+
+
+async def proposed(optimizer: Any, seen: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]) -> Proposal:
+    """Return what an optimizer proposes, each value in its parameter's own type; `error` says what does not fit.
+
+    Score and feedback are those of the rollout where the optimizer gives none of its own.
+    """
+    answer = optimizer.propose(seen, parameters, history=history)
+    proposal = await _awaitable(answer, "propose", optimizer)
+    if not isinstance(proposal, Proposal) or not isinstance(proposal.values, dict):
+        raise TypeError(f"Expected a Proposal(values={{...}}) from {_name(optimizer)}.propose, got {shorten(proposal)}")
+    values, refused = typed(proposal.values, parameters)
+    score = proposal.score
+    return replace(
+        proposal,
+        values=values,
+        score=seen.score if score is None or not math.isfinite(score) else score,
+        feedback=proposal.feedback or seen.feedback,
+        error="; ".join(reason for reason in (proposal.error, *refused.values()) if reason) or None,
+        sample_ids=proposal.sample_ids or (seen.sample_id,),
+    )
+
+
+async def merged(
+    rule: UpdateRule, current: Values, proposals: Sequence[Proposal], *, stepsize: float
+) -> Sequence[Proposal]:
+    """Return what a rule makes of proposals; raises ConfigError for anything but proposals."""
+    answer: Any = await _awaitable(rule(current, proposals, stepsize=stepsize), "the rule", rule)
+    if not isinstance(answer, Sequence) or not all(isinstance(proposal, Proposal) for proposal in answer):
+        raise ConfigError(
+            f"Expected a list of Proposals from the rule {_name(rule)}, got {shorten(answer)}; [] is no update"
+        )
+    return answer
+
+
+async def decided(gate: Gate, before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
+    """Return a gate's verdict; raises ConfigError for anything but a Decision."""
+    answer: Any = await _awaitable(gate(before, after, batch), "the gate", gate)
+    if not isinstance(answer, Decision):
+        raise ConfigError(
+            f"Expected a Decision(accepted=..., reason=...) from the gate {_name(gate)}, got {shorten(answer)}"
+        )
+    return answer
+
+
+async def _awaitable(answer: Any, what: str, part: Any) -> Any:
+    if not isawaitable(answer):
+        raise ConfigError(
+            f"Expected {what} of {_name(part)} to be async, got {shorten(answer)} at once; write `async def`"
+        )
+    return await answer
+
+
+def _name(part: Any) -> str:
+    return getattr(part, "__qualname__", type(part).__qualname__)
 
 
 def _takes(part: Any, *arguments: Any, **options: Any) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from aggregator.errors import ConfigError
 from aggregator.records import Sample, Values
 from aggregator.training.batches import check_positive, minibatches
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest
+from aggregator.training.parts import check_guide
 from aggregator.training.schedules import Schedule
 
 
@@ -77,14 +80,29 @@ def check(plan: Plan) -> Plan:
         value = getattr(plan, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ConfigError(f"expected {name} to be an int of at least 0 (0 is off), got {value!r}")
-    if not 0 <= plan.max_failure_ratio <= 1:
+    if not _is_finite(plan.max_failure_ratio) or not 0 <= plan.max_failure_ratio <= 1:
         raise ConfigError(f"expected max_failure_ratio in [0, 1], got {plan.max_failure_ratio!r}")
-    if not callable(plan.guide) and not hasattr(plan.guide, "get_feedback"):
-        raise ConfigError(
-            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {plan.guide!r}"
-        )
+    if plan.min_score is not None and not _is_finite(plan.min_score):
+        raise ConfigError(f"expected min_score to be a finite number, or None for no score, got {plan.min_score!r}")
+    check_guide(plan.guide)
     _check_run_dir(plan)
     return plan
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
+def as_run_dir(given: Any) -> Path | None:
+    """Return the run's folder; raises ConfigError for what names none, "" included."""
+    if given is None:
+        return None
+    if not isinstance(given, str | PathLike) or not str(given):
+        raise ConfigError(f"expected run_dir to be the path of a folder, or None, got {given!r}")
+    folder = Path(given)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"expected run_dir to be a folder, got the file {folder}")
+    return folder
 
 
 def _check_run_dir(plan: Plan) -> None:

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from aggregator.errors import ConfigError
 from aggregator.protocols import UpdateRule
 from aggregator.records import Proposal, Values
-from aggregator.training.parts import check_rule
+from aggregator.training.parts import check_rule, merged
 
 _Merge = Callable[[Values, Sequence[Proposal], float], Sequence[Proposal]]
 
@@ -44,7 +44,7 @@ def chain(*rules: UpdateRule) -> UpdateRule:
 
     async def chained(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
         for rule in rules:
-            proposals = await rule(current, proposals, stepsize=stepsize)
+            proposals = await merged(rule, current, proposals, stepsize=stepsize)
         return proposals
 
     return chained

@@ -36,7 +36,7 @@ from aggregator.training.evaluation import failures_of, mean
 from aggregator.training.executors import AsyncExecutor
 from aggregator.training.loop import Observer
 from aggregator.training.minibatch import Minibatch
-from aggregator.training.parts import check_gate, check_optimizer, check_rule
+from aggregator.training.parts import check_gate, check_optimizer, check_rule, decided, merged
 from aggregator.training.rules import key_of
 from aggregator.training.suggestions import typed
 from aggregator.training.trace_adapter import TraceOptimizer
@@ -212,7 +212,7 @@ class PrioritySearch(Minibatch):
         with _overlay(candidate).laid_over(step.parameters), lineage(f"proposal={i}"):
             if self.per_instance:
                 group = [as_proposal(output) for output in run[i :: self.num_proposals]]
-                return settle(await self.rule(read(step.parameters), group, stepsize=step.stepsize))
+                return settle(await merged(self.rule, read(step.parameters), group, stepsize=step.stepsize))
             judged = [
                 output for output in run if isinstance(output, Rollout) and (output.feedback or not output.failure)
             ]
@@ -256,7 +256,7 @@ class PrioritySearch(Minibatch):
         step = current_step()
         before, after = read(step.parameters), _read_under(best.values)
         if decision.accepted:
-            verdict = await (step.gate or self.gate)(before, after, step.samples)
+            verdict = await decided(step.gate or self.gate, before, after, step.samples)
             decision = decision if verdict.accepted else verdict
         values = {name: value for name, value in after.items() if value != before[name]}
         if decision.accepted:

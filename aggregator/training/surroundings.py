@@ -9,6 +9,7 @@ from typing import Any
 from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.tape import current_tape
+from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.llm.budget import Budget, spending
 from aggregator.training import checkpoints
 from aggregator.training.plan import Plan
@@ -16,11 +17,22 @@ from aggregator.training.plan import Plan
 
 @contextmanager
 def claimed(plan: Plan) -> Iterator[None]:
-    """Keep other processes out of the run_dir; raises CassetteLockedError where one is in it."""
+    """Keep other processes out of the run_dir.
+
+    Raises CassetteLockedError where one is in it, TrainingError where nothing can be written there.
+    """
     if plan.run_dir is None:
         yield
         return
-    lock = FileLock(plan.run_dir / checkpoints.CHECKPOINT)
+    try:
+        lock = FileLock(plan.run_dir / checkpoints.CHECKPOINT)
+    except CassetteLockedError:
+        raise
+    except CassetteError as error:
+        raise TrainingError(
+            f"expected to keep the run in {plan.run_dir}, got {error.__cause__}; make the folder writable, "
+            "or choose another run_dir"
+        ) from error
     try:
         yield
     finally:

@@ -101,7 +101,9 @@ class MinibatchAlgorithm(Minibatch):
         step = current_step()
         proposals = await self.candidates(outputs)
         update = await apply(proposals, self.rule, step.gate or self.gate, step.parameters or self.parameters())
-        return replace(update, score=mean([output.score for output in outputs]))
+        lost = [record for proposal in proposals for record in proposal.failures]
+        more = [record for record in update.failures if record not in lost]  # a rule may pass them on, or drop them
+        return replace(update, score=mean([output.score for output in outputs]), failures=(*lost, *more))
 
     async def candidates(self, outputs: Sequence[Rollout]) -> list[Proposal]:
         """Return what the minibatch as a whole asks for."""

@@ -14,6 +14,7 @@ from aggregator.protocols import Gate, UpdateRule
 from aggregator.records import Decision, Failure, Proposal, Rollout, Stage, Values
 from aggregator.training.context import current_step
 from aggregator.training.evaluation import mean
+from aggregator.training.parts import decided, merged
 from aggregator.training.suggestions import typed
 
 
@@ -33,22 +34,22 @@ async def apply(proposals: Sequence[Proposal], rule: UpdateRule, gate: Gate, par
     """Merge the proposals, check the result against each parameter's own type, ask the gate, and write it."""
     step = current_step()
     before = read(parameters)
-    merged = settle(await rule(before, proposals, stepsize=step.stepsize))
-    checked, refused = typed(merged.values, parameters)
+    agreed = settle(await merged(rule, before, proposals, stepsize=step.stepsize))
+    checked, refused = typed(agreed.values, parameters)
     values = {name: value for name, value in checked.items() if value != before[name]}
     decision = Decision(accepted=False, reason="no change was proposed")
     if values:
-        decision = await gate(before, {**before, **values}, step.samples)
+        decision = await decided(gate, before, {**before, **values}, step.samples)
     if decision.accepted:
         write(parameters, values)
     return Update(
         values=values,
         decision=decision,
         score=mean([proposal.score for proposal in proposals]),
-        reasoning=merged.reasoning,
+        reasoning=agreed.reasoning,
         proposals=sum(bool(proposal.values) for proposal in proposals),
-        contributors=merged.sample_ids if values else (),
-        failures=merged.failures or unread("aggregation", merged.error, None, *refused.values()),
+        contributors=agreed.sample_ids if values else (),
+        failures=agreed.failures or unread("aggregation", agreed.error, None, *refused.values()),
     )
 
 

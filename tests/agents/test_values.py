@@ -96,7 +96,7 @@ def test_json_sensible_values_are_converted(raw: Any, kind: Any, expected: Any) 
         (10**400, float, "Number out of range, got 1"),
         ("1" * 5000, int, "Integer value out of range, got '1111"),
         ("\ud83d", str, "Expected text that UTF-8 can carry, got a lone surrogate"),
-        ("c", Literal["a", "b"], "Invalid enum value 'c'"),
+        ("c", Literal["a", "b"], "Expected Literal['a', 'b'], got 'c'"),
     ],
 )
 def test_guesses_are_refused(raw: Any, kind: Any, reason: str) -> None:

@@ -16,7 +16,7 @@ from router_runs import CONCURRENCY, Child, train
 from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, suggest
 
 from aggregator import LLM
-from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
+from aggregator.errors import CassetteLockedError, TrainingError
 from aggregator.records import HTTPReply, HTTPRequest, TrainingResult
 from aggregator.testing.simulated_model import SimulatedModel
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, RESULT, load_result
@@ -98,7 +98,7 @@ def test_a_run_dir_that_cannot_be_written_is_told_before_anything_is_paid(
     """The error names the folder; no request was sent."""
     before = paid(server)
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(CassetteError, match="expected to record into .*file.*make the folder writable"):
+    with pytest.raises(TrainingError, match="expected to keep the run in .*file.*make the folder writable"):
         train(server.base_url, run_dir=tmp_path / "file" / "run")
     assert paid(server) == before
 

@@ -75,3 +75,45 @@ def test_a_threshold_that_is_no_number(gate: Callable[[Any], Any], threshold: An
     """NaN refused every update, text failed after the first minibatch was paid."""
     with pytest.raises(ConfigError, match="expected threshold to be a finite number"):
         gate(threshold)
+
+
+@pytest.mark.parametrize("guide", [lambda x, output: 1.0, None, "exact", float])
+def test_a_guide_that_takes_other_arguments(guide: Any) -> None:
+    """It showed after the agent had run on every instance."""
+    with pytest.raises(ConfigError, match=r"expected a guide: a callable \(x, output, info\)"):
+        trainer().train(guide, DATA)
+
+
+class PrintsOnly:
+    def log(self, name: str, data: Any, step: int) -> None: ...
+
+
+@pytest.mark.parametrize("logger", [5, print, PrintsOnly()])
+def test_a_logger_that_is_none(logger: Any) -> None:
+    """It showed after the first step was paid."""
+    with pytest.raises(ConfigError, match=r"Expected a logger that has log\(name, data, step, \*\*kwargs\)"):
+        trainer(logger=logger)
+
+
+@pytest.mark.parametrize("observers", [print, [3], [lambda: None]])
+def test_observers_that_are_none(observers: Any) -> None:
+    """It showed after the first step was paid."""
+    with pytest.raises(ConfigError, match=r"Expected observers=\[\.\.\.\], each a callable that takes a StepReport"):
+        trainer(observers=observers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_score": "zero"}, "expected min_score to be a finite number"),
+        ({"min_score": float("nan")}, "expected min_score to be a finite number"),
+        ({"max_failure_ratio": "half"}, r"expected max_failure_ratio in \[0, 1\]"),
+        ({"run_dir": ""}, "expected run_dir to be the path of a folder"),
+        ({"run_dir": 3}, "expected run_dir to be the path of a folder"),
+        ({"run_dir": __file__}, "expected run_dir to be a folder, got the file"),
+    ],
+)
+def test_arguments_that_showed_late_or_as_a_type_error(arguments: dict[str, Any], message: str) -> None:
+    """An empty run_dir filled the present folder; a min_score of text became the score of an instance."""
+    with pytest.raises(ConfigError, match=message):
+        trainer().train(lambda x, output, info: 0.0, DATA, **arguments)

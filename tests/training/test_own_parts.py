@@ -1,0 +1,202 @@
+"""Parts of the user's own: what they return is looked at, what they leave out is filled in, what they raise is told."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from training_fakes import Adder, additions, exact
+
+from aggregator import (
+    AggregatedUpdate,
+    BasicSearchAlgorithm,
+    ConfigError,
+    Decision,
+    Minibatch,
+    MinibatchAlgorithm,
+    PrioritySearch,
+    Proposal,
+    Rollout,
+    StepReport,
+    TrainingError,
+    chain,
+    improves_on_batch,
+    majority,
+)
+
+DATA = additions(3, count=4)
+
+
+class Proposes:
+    """An optimizer of the user's own, in the fewest words."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self.answer = answer
+
+    async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Any:
+        return self.answer()
+
+
+class ProposesAtOnce:
+    """The same without `async`."""
+
+    def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Proposal:
+        return Proposal(values={"amount": 3})
+
+
+THREE = Proposes(lambda: Proposal(values={"amount": 3}))
+
+
+async def cancelled() -> Any:
+    raise asyncio.CancelledError
+
+
+def trained(optimizer: Any = THREE, rule: Any = majority, **options: Any) -> Any:
+    return AggregatedUpdate(Adder(), optimizer, rule=rule, **options).train(exact, DATA, batch_size=2)
+
+
+@pytest.mark.parametrize("score", [None, float("nan")])
+def test_the_guides_scores_got_lost_where_an_optimizer_gives_none(score: float | None) -> None:
+    """`Proposal(values=...)` is enough: its score and feedback are those of the rollout."""
+    result = trained(Proposes(lambda: Proposal(values={"amount": 3}, score=score)))
+    assert result.train_scores == [0.0, 1.0]
+
+
+def test_a_gate_refused_every_update_where_an_optimizer_gives_no_score() -> None:
+    """The gate compares with what the guide said before."""
+    result = trained(gate=improves_on_batch())
+    assert result.parameters["amount"] == 3
+    assert result.history[0].decision.reason == "mean score 0 -> 1 on 2 instances"
+
+
+@pytest.mark.parametrize("answer", [None, "3", {"amount": 3}, Proposal(values=None)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, PrioritySearch])
+def test_what_is_no_proposal(trainer: Any, answer: Any) -> None:
+    """It was an AttributeError from inside; now it is a failure that says what was expected of whom."""
+    options = {"rule": majority} if trainer is AggregatedUpdate else {}
+    messages: list[str] = []
+
+    def keep(report: StepReport) -> None:
+        messages.extend(failure.message for failure in report.failures)
+
+    optimizer = Proposes(lambda: answer)
+    trainer(Adder(), optimizer, observers=[keep], **options).train(exact, DATA, batch_size=2, max_failure_ratio=1)
+    assert messages
+    assert all(
+        message.startswith("Expected a Proposal(values={...}) from Proposes.propose, got ") for message in messages
+    )
+
+
+@pytest.mark.parametrize("values", [{"amount": "many"}, {"amount": object()}, {"label": "\ud800"}, {"price": 1}])
+@pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, BasicSearchAlgorithm, PrioritySearch])
+def test_a_value_that_does_not_fit_ended_the_run(trainer: Any, values: dict[str, Any]) -> None:
+    """It is refused with its reason whichever trainer asked, before any rule sees it."""
+    options = {"rule": majority} if trainer is AggregatedUpdate else {}
+    agent = Adder()
+    result = trainer(agent, Proposes(lambda: Proposal(values=values)), **options).train(exact, DATA, batch_size=2)
+    assert result.parameters == {"amount": 1, "label": "sum"}
+    assert {(failure.stage, failure.error) for failure in result.failures} == {("proposal", "SuggestionError")}
+    assert " at 0x" not in str(result.failures)
+
+
+@pytest.mark.parametrize("trainer", [BasicSearchAlgorithm, MinibatchAlgorithm])
+def test_an_optimizer_that_always_failed_left_no_trace(trainer: Any) -> None:
+    """What the optimizer raised stands in the failures, also where a rule drops the empty proposals."""
+
+    def fail() -> Any:
+        raise ZeroDivisionError
+
+    result = trainer(Adder(), Proposes(fail)).train(exact, DATA, batch_size=4)
+    assert {failure.error for failure in result.failures} == {"ZeroDivisionError"}
+
+
+@pytest.mark.parametrize("fail", [cancelled, lambda: sys.exit(3)])
+def test_an_optimizer_that_cancels_itself_was_taken_for_one_without_proposals(fail: Callable[[], Any]) -> None:
+    """A cancellation of the optimizer's own making loses the instance, as any other error."""
+
+    class Fails:
+        async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Any:
+            return await fail()
+
+    with pytest.raises(TrainingError, match=r"3 of|4 of|2 of"):
+        trained(Fails())
+
+
+def test_a_forward_that_cancels_itself_lost_the_instances_after_it() -> None:
+    """One instance is lost and told of; those after it still run."""
+    seen: list[Any] = []
+
+    class Cancels(Minibatch):
+        async def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+            seen.append(x)
+            if x == 2:
+                raise asyncio.CancelledError
+            return {"amount": 3}, 1.0
+
+    result = Cancels(Adder(), None, rule=majority, max_concurrency=1).train(exact, DATA, batch_size=4)
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert [(failure.sample_id, failure.error) for failure in result.failures] == [(2, "CancelledError")]
+
+
+def test_an_optimizer_that_is_not_async() -> None:
+    """It was "object Proposal can't be used in 'await' expression" on every instance."""
+    with pytest.raises(ConfigError, match=r"Expected propose of ProposesAtOnce to be async, got .* write `async def`"):
+        trained(ProposesAtOnce())
+
+
+@pytest.mark.parametrize("answer", [None, {"amount": 3}, Proposal(), [3]])
+@pytest.mark.parametrize("wrap", [lambda rule: rule, chain])
+def test_a_rule_that_returns_no_proposals(wrap: Any, answer: Any) -> None:
+    """A rule without `return` trained nothing and said nothing; other answers were AttributeErrors from inside."""
+
+    async def mine(current: Any, proposals: Any, *, stepsize: float) -> Any:
+        return answer
+
+    with pytest.raises(
+        ConfigError, match=r"Expected a list of Proposals from the rule .*mine, got .*\[\] is no update"
+    ):
+        trained(rule=wrap(mine))
+
+
+@pytest.mark.parametrize("answer", [True, None])
+@pytest.mark.parametrize("trainer", [AggregatedUpdate, PrioritySearch])
+def test_a_gate_that_returns_no_decision(trainer: Any, answer: Any) -> None:
+    """It was an AttributeError from inside."""
+
+    async def mine(before: Any, after: Any, batch: Any) -> Any:
+        return answer
+
+    with pytest.raises(
+        ConfigError, match=r"Expected a Decision\(accepted=\.\.\., reason=\.\.\.\) from the gate .*mine"
+    ):
+        trainer(Adder(), THREE, rule=majority, gate=mine).train(exact, DATA)
+
+
+def test_rules_and_gates_that_are_not_async() -> None:
+    """The message names the part and the word that it lacks."""
+
+    def rule(current: Any, proposals: Any, *, stepsize: float) -> Any:
+        return proposals[:1]
+
+    def gate(before: Any, after: Any, batch: Any) -> Any:
+        return Decision(accepted=True)
+
+    with pytest.raises(ConfigError, match=r"Expected the rule .*rule to be async"):
+        trained(rule=rule)
+    with pytest.raises(ConfigError, match=r"Expected the gate .*gate to be async"):
+        trained(gate=gate)
+
+
+def test_an_async_observer_was_never_awaited() -> None:
+    """Observers may be sync or async."""
+    seen: list[int] = []
+
+    async def watch(report: StepReport) -> None:
+        await asyncio.sleep(0)
+        seen.append(report.step)
+
+    trained(observers=[watch])
+    assert seen == [0, 1]
