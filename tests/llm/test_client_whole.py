@@ -389,3 +389,13 @@ async def test_no_key_of_any_provider_is_in_its_cassette(tmp_path: Path, model: 
     text = path.read_text()
     assert not [secret for secret in ("abcdefHEADER", "abcdefQUERY", "!!python") if secret in text]
     assert "wrong key" in text
+
+
+async def test_headers_of_ones_own_are_in_no_cassette(tmp_path: Path) -> None:
+    """Only headers of a list are written: what a gateway wants besides may be a secret that nobody declared."""
+    env, path = {"OPENAI_CUSTOM_HEADERS": "X-Tenant: blue-42"}, tmp_path / "headers.yaml"
+    transport = ScriptedTransport(answer(headers={"x-tenant-of-reply": "blue-42"}))
+    with cassette(path, "once"):
+        await LLM("openai/gpt-4o-mini", api_key="k", env=env, transport=transport).complete(QUESTION)
+    assert transport.requests[0].headers["x-tenant"] == "blue-42"
+    assert not [word for word in ("x-tenant", "blue-42") if word in path.read_text()]

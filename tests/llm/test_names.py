@@ -56,8 +56,8 @@ def test_names(name: str, provider: str, model: str) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("opnai/gpt-4o", "openai"),
-        ("antropic:claude", "anthropic"),
+        ("opnai/gpt-4o", "nearest known providers: openai"),
+        ("antropic:claude", "nearest known providers: anthropic"),
         ("qwen3:8b", "ollama/qwen3:8b"),
         ("meta-llama/llama-3.3:free", "openrouter/meta-llama/llama-3.3:free"),
         ("some-model", "openai-compatible"),
