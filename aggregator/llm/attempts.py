@@ -6,7 +6,6 @@ path: nothing is awaited, and no object made, that an undisturbed call does not 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from math import inf
 
@@ -34,7 +33,7 @@ class _Turn:
         yield
 
 
-_A_TURN = _Turn()
+A_TURN = _Turn()
 
 
 def _never(error: LLMError) -> object:
@@ -97,7 +96,7 @@ class Attempts:
 
     def issue(self, call: ChatCall) -> None:
         """Encode a call and take its ticket; once for each logical call."""
-        if call.max_tokens is None and any(budget.needs_tokens for budget in self._budgets):
+        if (call.max_tokens or -1) < 0 and any(budget.needs_tokens for budget in self._budgets):
             call = capped(call)
         self.call = call
         self.request: HTTPRequest = self.line.endpoint.codec.encode(call)
@@ -111,7 +110,7 @@ class Attempts:
         """Tell whether there is an attempt and time left."""
         return self.count < self.line.policy.max_attempts and self.remaining() > 0
 
-    async def ask(self, unless: Callable[[LLMError], object] = _never) -> Completion:
+    async def ask(self, unless: Callable[[LLMError], object] = _never) -> Completion:  # noqa: C901 - one coroutine
         """Send the issued call until it is answered; raises LLMError with `attempts` set.
 
         `unless` names errors after which the same request is not worth another attempt. Whatever happens to an attempt,
@@ -127,7 +126,7 @@ class Attempts:
                     tape = self.tape
                     if tape is not None and (reply := self._play(tape)) is not None:
                         delay = tape.delay(reply)
-                        await (asyncio.sleep(delay) if delay else _A_TURN)  # as a live answer would take
+                        await (self.line.sleep(delay) if delay else A_TURN)  # as a live answer would take
                     else:
                         if not self.try_admit():
                             await self.admit()
@@ -143,18 +142,14 @@ class Attempts:
                     self.settle(completion, failed)
                     if self.is_live and self.slot is not None:
                         self._record(completion, failed)
+                    failed = None  # its traceback holds this frame
             except LLMError as error:
-                wait = self._wait_or_raise(error, unless)
+                wait = None if unless(error) else self.wait_after(error)
+                if wait is None:
+                    error.attempts = self.count
+                    raise
             if wait:
                 await self.line.sleep(wait)
-
-    def _wait_or_raise(self, error: LLMError, unless: Callable[[LLMError], object]) -> float:
-        """Return the seconds to wait before the next attempt; raise where there is none."""
-        wait = None if unless(error) else self.wait_after(error)
-        if wait is None:
-            error.attempts = self.count
-            raise error
-        return wait
 
     def begin(self) -> None:
         """Begin the next attempt."""

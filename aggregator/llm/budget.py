@@ -29,6 +29,8 @@ from aggregator.llm.retry import NOT_SENT
 _PICO = 1_000_000_000_000
 ASSUMED_OUTPUT = 4096
 """What answers may take under a budget of tokens or USD where the call sets no limit; it is sent with the request."""
+_LIMITS = ("max_tokens", "max_completion_tokens", "maxOutputTokens")
+_ANSWERS = ("n", "candidateCount")
 IMAGE_TOKENS = 50_000
 """More than any known model counts for one image."""
 
@@ -246,7 +248,8 @@ def upper_tokens(body: bytes, call: ChatCall) -> tuple[int, int]:
             given += sum([_image_tokens(part) for part in content])
     limit = _limit(call)
     answered = ASSUMED_OUTPUT if limit is None else limit
-    return given, answered if call.n is None else answered * call.n
+    answers = _said(call.extra, _ANSWERS, call.n) if call.extra else call.n
+    return given, answered if answers is None else answered * answers
 
 
 def capped(call: ChatCall) -> ChatCall:
@@ -255,11 +258,17 @@ def capped(call: ChatCall) -> ChatCall:
 
 
 def _limit(call: ChatCall) -> int | None:
-    """The limit that a call sets, in our words or in the provider's own."""
-    if call.max_tokens is None and call.extra:
-        named = (call.extra.get("max_tokens"), call.extra.get("max_completion_tokens"))
-        return next((limit for limit in named if isinstance(limit, int)), None)
-    return call.max_tokens
+    """The limit that is sent; a negative one is none, as local servers take it."""
+    limit = _said(call.extra, _LIMITS, call.max_tokens) if call.extra else call.max_tokens
+    return None if limit is None or limit < 0 else limit
+
+
+def _said(extra: Mapping[str, Any], names: tuple[str, ...], ours: int | None) -> int | None:
+    """A number in the provider's own words, which are merged into the body last; else ours."""
+    inner = extra.get("generationConfig")  # Gemini's
+    places = (extra, inner) if isinstance(inner, Mapping) else (extra,)
+    found = [value for place in places for name in names if isinstance(value := place.get(name), int)]
+    return max(found, default=ours)
 
 
 def _image_tokens(part: Any) -> int:

@@ -166,10 +166,29 @@ async def test_no_answer_may_cost_more_than_was_reserved(limits: dict[str, Any])
     assert sent == [(None if "calls" in limits else ASSUMED_OUTPUT, None), (7, None), (None, 9)]
 
 
-def test_a_limit_in_the_providers_own_words_counts() -> None:
-    """What is merged into the body limits the answer as `max_tokens` does."""
-    call = ChatCall(model="m", messages=(), extra={"max_completion_tokens": 9})
-    assert upper_tokens(b"", call) == (0, 9)
+@pytest.mark.parametrize(
+    ("options", "answered"),
+    [
+        ({"extra": {"max_completion_tokens": 9}}, 9),
+        ({"extra": {"max_tokens": 9000}, "max_tokens": 10}, 9000),
+        ({"extra": {"n": 5}, "max_tokens": 10}, 50),
+        ({"extra": {"n": 5}, "max_tokens": 10, "n": 2}, 50),
+        ({"extra": {"generationConfig": {"maxOutputTokens": 9000, "candidateCount": 2}}}, 18000),
+        ({"extra": {"max_tokens": None}}, ASSUMED_OUTPUT),
+        ({"extra": {"user": "me"}, "max_tokens": 10}, 10),
+    ],
+)
+def test_a_limit_in_the_providers_own_words_counts(options: dict[str, Any], answered: int) -> None:
+    """What is merged into the body limits the answer as `max_tokens` and `n` do, and comes after them."""
+    assert upper_tokens(b"", ChatCall(model="m", messages=(), **options)) == (0, answered)
+
+
+@pytest.mark.parametrize("limit", [-1, None])
+async def test_a_negative_limit_was_reserved_as_if_it_gave_tokens_back(limit: int | None) -> None:
+    """Local servers take -1 as no limit, so under a budget it is sent the assumed one."""
+    transport, budget = ScriptedTransport(answer()), Budget(tokens=100_000)
+    await client(transport, budget).complete(QUESTION, max_tokens=limit)
+    assert [body["max_tokens"] for body in transport.bodies()] == [ASSUMED_OUTPUT]
 
 
 async def test_exhaustion_says_what_to_do() -> None:
