@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from time import perf_counter
 from types import TracebackType
@@ -13,7 +12,7 @@ from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.clients import passing
 from aggregator.cassettes.lineage import current_role
 from aggregator.errors import APIConnectionError, ConfigError, LLMError
-from aggregator.llm.attempts import Attempts
+from aggregator.llm.attempts import A_TURN, Attempts
 from aggregator.llm.calls import ChatCall
 from aggregator.protocols import Transport
 from aggregator.records import Completion, HTTPReply, HTTPRequest
@@ -130,13 +129,14 @@ class StreamedAttempts(Attempts):
                     lost = isinstance(error, APIConnectionError) and not self._body
                     self.reply = None if lost else self._so_far()
                 self._record(completion, error)
+            error = None  # its traceback holds this frame
         if completion is not None:
             yield completion
 
     def _source(self) -> AsyncGenerator[bytes, None]:
         tape = self.tape
         if tape is not None and (reply := self._play(tape)) is not None:
-            return _paced(reply, tape.delay(reply))
+            return _paced(reply, tape.delay(reply), self.line.sleep)
         return self._live()
 
     async def _read(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[str | Completion, None]:
@@ -178,12 +178,15 @@ class StreamedAttempts(Attempts):
         )
 
 
-async def _paced(reply: HTTPReply, delay: float) -> AsyncGenerator[bytes, None]:
+async def _paced(
+    reply: HTTPReply, delay: float, sleep: Callable[[float], Awaitable[None]]
+) -> AsyncGenerator[bytes, None]:
     """The recorded pieces at the recorded pace, stretched to `delay` seconds; at least one turn of the loop each."""
     scale = delay / reply.milliseconds if reply.milliseconds else 0.0
     position, before = 0, 0.0
     for length, milliseconds in reply.chunks or ((len(reply.body), reply.milliseconds),):
-        await asyncio.sleep(scale * max(0.0, milliseconds - before))
+        pause = scale * max(0.0, milliseconds - before)
+        await (sleep(pause) if pause else A_TURN)
         before = milliseconds
         yield reply.body[position : position + length]
         position += length

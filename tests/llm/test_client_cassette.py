@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, failure
+from msgspec.structs import replace
 
 from aggregator import LLM, Budget, Price, cassette, lineage
 from aggregator.errors import (
@@ -177,3 +180,48 @@ def test_the_synchronous_call_sees_the_tape_of_its_thread(tmp_path: Path) -> Non
         client(ScriptedTransport(answer("hi")))(messages=QUESTION)
     with cassette(path, "none"):
         assert client(ScriptedTransport(OFFLINE))(messages=QUESTION).text == "hi"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_recorded_latency_was_waited_for_on_the_wall_clock(tmp_path: Path, streamed: bool) -> None:
+    """The client waits on its own clock, which a test replaces."""
+    path, virtual = tmp_path / "slow.yaml", VirtualTime()
+
+    async def ask(llm: LLM) -> None:
+        if streamed:
+            async for _ in llm.stream(QUESTION):
+                pass
+        else:
+            await llm.complete(QUESTION)
+
+    with cassette(path, "once"):
+        await ask(client(ScriptedTransport(replace(answer("hi"), milliseconds=90_000.0))))
+    with cassette(path, "none", latency=2):
+        await ask(client(ScriptedTransport(OFFLINE), virtual))
+    assert bool(virtual.slept)
+    if not streamed:
+        assert virtual.slept == [180.0]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_failed_call_left_a_cycle_behind(streamed: bool) -> None:
+    """An error is freed with its last user, and what its traceback holds with it: no frame keeps it alive."""
+    llm = client(ScriptedTransport(failure(400)))
+    gone = []
+
+    async def ask() -> None:
+        try:
+            if streamed:
+                async for _ in llm.stream(QUESTION):
+                    pass
+            else:
+                await llm.complete(QUESTION)
+        except LLMError as error:
+            gone.append(weakref.ref(error))
+
+    gc.disable()
+    try:
+        await ask()
+        assert [error() for error in gone] == [None]
+    finally:
+        gc.enable()
