@@ -11,18 +11,20 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
-from aggregator.llm.budget import Amount, current_budget, pico, upper_tokens
+from aggregator.llm.budget import Amount, Budget, current_budget, pico, upper_tokens
 from aggregator.llm.calls import ChatCall, Target
 from aggregator.llm.codecs.failures import Fault, classify, retry_after
 from aggregator.llm.codecs.openai import OpenAIChat
 from aggregator.llm.ledger import count
 from aggregator.llm.messages import normalise
-from aggregator.llm.prices import need_price
+from aggregator.llm.names import split_name
+from aggregator.llm.prices import Prices, find_price, need_price
 from aggregator.protocols import ChatModel
 from aggregator.records import Choice, Completion, HTTPReply, Message, Usage
 
@@ -31,12 +33,13 @@ _OURS = frozenset({"validate", "extra"})  # options of our client that no other 
 _CODEC = OpenAIChat(Target(provider="callable", model="", base_url="http://localhost"))
 
 
-def as_model(model: Any = None, *, name: str | None = None) -> ChatModel:
+def as_model(model: Any = None, *, name: str | None = None, prices: Prices | None = None) -> ChatModel:
     """Return something with `await complete(messages, ...)`.
 
     Takes a `ChatModel` such as `LLM` (returned as it is), a name or None (makes an `LLM`), any callable
     `llm(messages=...)`, sync or async, that returns OpenAI's shape, a dict of it or a text, litellm (the module or a
-    Router) and OpenAI's clients, sync or async; the last two need the model's `name`.
+    Router) and OpenAI's clients, sync or async; the last two need the model's `name`. A budget in USD finds the price
+    of a `name` such as "openai/gpt-4o-mini" as `LLM` does, in `prices` first.
 
     >>> as_model(lambda messages: "hello")(messages="Hi").text
     'hello'
@@ -44,16 +47,17 @@ def as_model(model: Any = None, *, name: str | None = None) -> ChatModel:
     if model is None or isinstance(model, str):
         from aggregator.llm.client import LLM
 
-        return LLM(model)
+        return LLM(model, prices=prices)
     create = _create_of(model)
     if create is not None:
         if name is None:
             raise ConfigError(f"expected the model's name beside {model!r}: as_model(client, name='gpt-4o-mini')")
-        return CallableModel(partial(create, model=name), name=name)
+        return CallableModel(partial(create, model=name), name=name, prices=prices)
     if callable(getattr(model, "complete", None)):
         return model  # type: ignore[no-any-return]
     if callable(model):
-        return CallableModel(model, name=name or str(getattr(model, "__name__", type(model).__name__)))
+        shown = name or str(getattr(model, "__name__", type(model).__name__))
+        return CallableModel(model, name=shown, prices=prices)
     raise ConfigError(
         f"expected a model (LLM, its name, a callable llm(messages=...), litellm, an OpenAI client), got {model!r}"
     )
@@ -68,8 +72,11 @@ def _create_of(model: Any) -> Callable[..., Any] | None:
 class CallableModel:
     """A callable `llm(messages=..., **options)` in the place of a model. Sync ones run in threads of their own."""
 
-    def __init__(self, function: Callable[..., Any], *, name: str) -> None:
+    def __init__(self, function: Callable[..., Any], *, name: str, prices: Prices | None = None) -> None:
         self.model = name
+        self._priced_as = _provider_and_model(name)
+        self._prices = prices
+        self._price = find_price(*self._priced_as, prices)
         self._function = function
         self._accepted = _accepted(function)
         self._pool: ThreadPoolExecutor | None = None
@@ -90,12 +97,13 @@ class CallableModel:
         transcript = current_transcript()
         shown = transcript.llm_call(normal) if transcript is not None and current_role() == "agent" else None
         budget = current_budget()
-        held = self._most(normal, options) if budget is not None and budget.needs_tokens else Amount(calls=1)
+        held = Amount(calls=1)
         if budget is not None:
+            held = self._most(normal, options, budget) if budget.needs_tokens else held
             await budget.reserve(held)
         spent = held
         try:
-            completion = as_completion(await self._ask(list(normal), options))
+            completion = self._with_cost(as_completion(await self._ask(list(normal), options)))
             spent = _spent(completion.usage, held)
         except Exception as error:
             if shown is not None:
@@ -130,13 +138,27 @@ class CallableModel:
             self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="aggregator-model")
         return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, ask)
 
-    def _most(self, messages: tuple[dict[str, Any], ...], options: Mapping[str, Any]) -> Amount:
+    def _most(self, messages: tuple[dict[str, Any], ...], options: Mapping[str, Any], budget: Budget) -> Amount:
         call = ChatCall(model=self.model, messages=messages, max_tokens=options.get("max_tokens"), n=options.get("n"))
         given, answered = upper_tokens(msgspec.json.encode(messages), call)
-        budget = current_budget()
-        in_usd = budget is not None and budget.usd is not None
-        usd = need_price("callable", self.model, None).most(given, answered) if in_usd else 0.0
-        return Amount(pico(usd), given + answered, 1)
+        if budget.usd is None:
+            return Amount(0, given + answered, 1)
+        self._price = self._price or need_price(*self._priced_as, self._prices)
+        return Amount(pico(self._price.most(given, answered)), given + answered, 1)
+
+    def _with_cost(self, completion: Completion) -> Completion:
+        usage = completion.usage
+        cost = None if self._price is None or usage.cost is not None else self._price.cost(usage)
+        return completion if cost is None else replace(completion, usage=replace(usage, cost=cost))
+
+
+def _provider_and_model(name: str) -> tuple[str, str]:
+    """Under what a model's price is known; a function's own name is that of no provider."""
+    try:
+        provider, model = split_name(name)
+    except ConfigError:
+        return "callable", name
+    return provider.name, model
 
 
 def _accepted(function: Callable[..., Any]) -> frozenset[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -54,7 +55,7 @@ def resolve(
     its own variable gives, never to a `base_url` from elsewhere.
     """
     wanted = _Wanted(model, base_url, api_key) if model else _from_trace(base_url, api_key, env)
-    provider, name = _split(wanted.model, wanted.base_url)
+    provider, name = split_name(wanted.model, wanted.base_url)
     url, own = _address(provider, wanted.base_url, env)
     key, auth, hint = _key(provider, wanted.api_key, own, env)
     target = Target(provider=provider.name, model=name, base_url=url, api_key=key, auth=auth, options=provider.options)
@@ -65,8 +66,8 @@ def resolve(
     return Endpoint(**asdict(target), codec=provider.codec(target), key_hint=hint)
 
 
-def _split(model: str, base_url: str | None) -> tuple[Provider, str]:
-    """Split a name into provider and model."""
+def split_name(model: str, base_url: str | None = None) -> tuple[Provider, str]:
+    """Split a name into provider and model; raises ConfigError for one that names nothing."""
     known = providers()
     found = _PREFIX.fullmatch(model.strip())
     if found and (provider := known.get(found.group(1).lower().replace("_", "-"))):
@@ -114,6 +115,11 @@ def _key(
 ) -> tuple[ApiKey | None, str, str | None]:
     """Return the key, the header that carries it, and what to do where it is missing."""
     headers = provider.keys
+    if inspect.iscoroutinefunction(given) or inspect.iscoroutinefunction(getattr(given, "__call__", None)):  # noqa: B004
+        raise ConfigError(
+            f"Expected api_key as a text or a function that returns one, got {given!r}, which has to be awaited. Give "
+            "the synchronous one (azure.identity instead of azure.identity.aio)"
+        )
     if given is not None and given != "":
         return given, "authorization" if callable(given) else next(iter(headers.values()), "authorization"), None
     variable = next((name for name in headers if env.get(name)), None) if own else None

@@ -77,8 +77,12 @@ def find_price(provider: str, model: str, table: Prices | None) -> Price | None:
 def kept_price(provider: str, model: str) -> Price | None:
     """Return the price that the package genai-prices keeps; None without the package or where it knows none.
 
+    OpenRouter's `:free` models cost nothing, with or without it.
+
     Of a price that depends on the prompt's length the highest counts, so that a budget holds.
     """
+    if provider == "openrouter" and model.endswith(":free"):
+        return Price(input=0.0, output=0.0)
     try:
         from genai_prices import Usage as Tokens
         from genai_prices import calc_price
@@ -87,7 +91,7 @@ def kept_price(provider: str, model: str) -> Price | None:
     tokens = Tokens(input_tokens=1, output_tokens=1)
     provider_id = _GENAI_PROVIDERS.get(provider, provider)
     try:
-        found = calc_price(tokens, model, provider_id=provider_id)
+        found = calc_price(tokens, model.removeprefix("models/"), provider_id=provider_id)
     except LookupError:
         return None
     price = found.model_price
@@ -117,6 +121,6 @@ def need_price(provider: str, model: str, table: Prices | None) -> Price:
     near = get_close_matches(name, table or {}, n=1)
     raise ConfigError(
         f"expected a price for {name!r}, which a budget in USD needs before spending, got none"
-        f"{f' (the nearest in the table: {near[0]!r})' if near else ''}; give LLM(..., prices={{{name!r}: "
-        "Price(input=…, output=…)}) in USD per million tokens, or install aggregated-update[prices]"
+        f"{f' (the nearest in the table: {near[0]!r})' if near else ''}; give prices={{{name!r}: "
+        "Price(input=…, output=…)} (USD per million tokens) beside the model, or install aggregated-update[prices]"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, answer
 
-from aggregator import LLM, Budget, as_model
+from aggregator import LLM, Budget, Price, as_model
 from aggregator.agents.transcripts import transcript
 from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError, RateLimitError, ServerError
 from aggregator.llm.budget import spending
@@ -185,3 +185,46 @@ def test_as_completion_keeps_ours() -> None:
     """A Completion is not converted."""
     completion = as_completion("hi")
     assert as_completion(completion) is completion
+
+
+class Priced:
+    """An OpenAI-shaped client whose answers tell tokens, and a cost only where it is given."""
+
+    def __init__(self, **cost: float) -> None:
+        self._usage = {"prompt_tokens": 1_000, "completion_tokens": 100, **cost}
+
+    async def acompletion(self, **request: Any) -> Any:
+        return {**SHAPE, "usage": self._usage}
+
+
+@pytest.mark.parametrize(
+    ("client", "name", "prices", "cost"),
+    [
+        (Priced(), "openai/gpt-4o-mini", {"gpt-4o-mini": Price(input=1, output=10)}, 0.002),
+        (Priced(), "mine", {"mine": Price(input=1, output=10)}, 0.002),
+        (Priced(cost=0.5), "mine", {"mine": Price(input=1, output=10)}, 0.5),
+    ],
+    ids=["a provider's model", "a name of one's own", "told by the answer"],
+)
+async def test_a_budget_in_usd_over_a_callable(client: Any, name: str, prices: Any, cost: float) -> None:
+    """Priced by its name as our own client is; what the answer tells of its cost comes first."""
+    budget = Budget(usd=1.0)
+    with spending(budget):
+        completion = await as_model(client, name=name, prices=prices).complete("Hi", max_tokens=100)
+    assert completion.usage.cost == pytest.approx(cost)
+    assert budget.spent.usd == pytest.approx(cost)
+
+
+async def test_a_kept_price_serves_a_callable_too() -> None:
+    """genai-prices, where installed, knows the model that litellm is to call."""
+    pytest.importorskip("genai_prices")
+    budget = Budget(usd=1.0)
+    with spending(budget):
+        await as_model(Priced(), name="openai/gpt-4o-mini").complete("Hi", max_tokens=100)
+    assert budget.spent.usd == pytest.approx((1_000 * 0.15 + 100 * 0.60) / 1e6)
+
+
+async def test_a_callable_without_a_price_is_refused_before_it_is_called() -> None:
+    """Under a budget in USD; the error says where to give the price."""
+    with spending(Budget(usd=1.0)), pytest.raises(ConfigError, match=r"prices=\{'callable/mine': Price\(input="):
+        await as_model(lambda messages: pytest.fail("called"), name="mine").complete("Hi")

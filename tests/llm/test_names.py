@@ -139,6 +139,37 @@ def test_keys_as_the_sdks_read_them(name: str, env: dict[str, str], header: str,
 
 
 @pytest.mark.parametrize(
+    ("given", "header", "value"),
+    [
+        ("0123456789abcdef", "api-key", "0123456789abcdef"),
+        ("eyJ0eXAi.eyJhdWQi.c2ln", "authorization", "Bearer eyJ0eXAi.eyJhdWQi.c2ln"),
+        (lambda: "token", "authorization", "Bearer token"),
+    ],
+    ids=["key", "token", "function"],
+)
+def test_azures_keys_and_tokens_have_their_own_headers(given: Any, header: str, value: str) -> None:
+    """A token of Entra ID goes as a bearer, however it is given; only a key goes as a key."""
+    headers = where("azure/d", AZURE, api_key=given).codec.encode(CALL).headers
+    assert {name: headers.get(name) for name in ("api-key", "authorization") if name in headers} == {header: value}
+
+
+async def acquired() -> str:
+    return "token"
+
+
+class Acquiring:
+    async def __call__(self) -> str:
+        return "token"
+
+
+@pytest.mark.parametrize("given", [acquired, Acquiring()], ids=["function", "object"])
+def test_a_token_that_must_be_awaited_is_refused(given: Any) -> None:
+    """It would be sent as the text of a coroutine: azure.identity.aio's functions are such."""
+    with pytest.raises(ConfigError, match="azure.identity"):
+        where("azure/d", AZURE, api_key=given)
+
+
+@pytest.mark.parametrize(
     ("name", "variable"),
     [
         ("openai/gpt-4o", "OPENAI_API_KEY"),

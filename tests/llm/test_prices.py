@@ -49,3 +49,10 @@ def test_the_kept_table_knows_common_models() -> None:
     assert tiered is not None
     assert tiered.input == 2.5
     assert kept_price("openai", "no-such-model") is None
+    assert kept_price("gemini", "models/gemini-2.5-flash") == kept_price("vertex", "gemini-2.5-flash")
+
+
+def test_openrouters_free_models_are_free() -> None:
+    """What `:free` says is known without any table; other endings are other prices, and unknown."""
+    assert kept_price("openrouter", "vendor/model:free") == Price(input=0, output=0)
+    assert kept_price("ollama", "vendor/model:free") is None

@@ -12,7 +12,9 @@ from aggregator.llm.codecs.openai import OpenAIChat
 
 
 def settle_azure(target: Target, env: Mapping[str, str]) -> Target:
-    """Take the api-version from the environment; one in the address itself wins."""
+    """Take the api-version from the environment; one in the address itself wins. A token of Entra is no API key."""
+    if isinstance(target.api_key, str) and target.api_key.startswith("eyJ"):  # as every JSON web token begins
+        target = replace(target, auth="authorization")
     version = env.get("OPENAI_API_VERSION") or env.get("AZURE_API_VERSION")
     return replace(target, options={**target.options, "api_version": version}) if version else target
 
