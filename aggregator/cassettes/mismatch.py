@@ -6,6 +6,7 @@ order. Pure functions over rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from heapq import nlargest
@@ -23,6 +24,7 @@ _CANDIDATES = 200  # compared by their words
 _FINALISTS = 5  # compared word by word
 _SAMPLES, _SAMPLE = 4, 24  # how many pieces of the request are looked for, and how long they are
 _WINDOW = 60
+_WORD = re.compile(rb"[0-9A-Za-z_]+|[\x80-\xff]{1,3}")  # JSON without white space has its words, and Chinese its signs
 _MISSING = object()
 
 
@@ -88,10 +90,10 @@ def nearest(asked: Asked, rows: Sequence[Row]) -> tuple[int, float]:
     text = _as_text(asked.request)
     parts = [_asked_part(row) for row in rows]
     rough = _rough(text, parts) if len(parts) > _CANDIDATES else range(len(parts))
-    words = text.split()
+    words = _WORD.findall(text)
     known = frozenset(words)
     finalists = nlargest(_FINALISTS, rough, key=lambda index: (_overlap(known, len(words), parts[index]), -index))
-    scored = [(SequenceMatcher(None, words, parts[index].split(), False).ratio(), index) for index in finalists]  # noqa: FBT003
+    scored = [(SequenceMatcher(None, words, _WORD.findall(parts[index]), False).ratio(), index) for index in finalists]  # noqa: FBT003
     likeness, index = max(scored, key=lambda pair: (pair[0], rows[pair[1]].place.lineage == asked.lineage, -pair[1]))
     return index, likeness
 
@@ -121,7 +123,7 @@ def _common(a: bytes, b: bytes) -> int:
 
 def _overlap(known: frozenset[bytes], count: int, part: bytes) -> float:
     """Return the share of words in common, each distinct one counted once, over the words of both."""
-    words = part.split()
+    words = _WORD.findall(part)
     return len(known.intersection(words)) / (len(words) + count)
 
 

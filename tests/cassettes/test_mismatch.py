@@ -54,13 +54,22 @@ def test_the_difference_is_told_by_json_path() -> None:
     assert message(chat("How old is the moon?", seed=1), chat("Who?"), chat("How old is the sun?", seed=2)) == (
         f"expected a recorded answer to POST {URL} in demo.yaml, got none\n"
         "  lineage 'test', ticket 0; 2 of 2 not played\n"
-        "  nearest: interaction 2, lineage 'sample=1', ticket 0, not played yet, 89% alike\n"
+        "  nearest: interaction 2, lineage 'sample=1', ticket 0, not played yet, 94% alike\n"
         "  messages[1].content, from character 15:\n"
         "    recorded  'How old is the sun?'\n"
         "    asked     'How old is the moon?'\n"
         "  seed: recorded 2, asked 1\n"
         'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (anew).'
     )
+
+
+def test_bodies_without_white_space_were_no_more_alike_than_any_other() -> None:
+    """Our client's JSON has no blanks, so one word of a prompt made the whole body another word: 0% alike."""
+    bodies = (
+        b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % word for word in (b"ship", b"route", b"routed")
+    )
+    other, recorded, asked = (HTTPRequest(url=URL, body=body, headers={}) for body in bodies)
+    assert "nearest: interaction 1, lineage 'sample=0', ticket 0, not played yet, 9" in message(asked, recorded, other)
 
 
 def test_added_and_missing_fields_are_told() -> None:
@@ -178,3 +187,21 @@ def test_a_small_difference_in_one_common_text() -> None:
     assert "interaction 438," in explain_miss(
         Asked(request=asked, key=b"", lineage="", ticket=0), rows_of(*requests), bytearray(600), "a.yaml"
     )
+
+
+def test_the_nearest_of_texts_without_blanks() -> None:
+    """Chinese has no blanks between its words, so its signs are compared."""
+    asked, *recorded = (
+        chat(text)
+        for text in (
+            "\u6211\u7684\u5305\u88f9\u5728\u54ea\u91cc",
+            "\u53d1\u7968\u9519\u4e86",
+            "\u4f60\u7684\u5305\u88f9\u5728\u54ea\u91cc",
+        )
+    )
+    requests = [
+        HTTPRequest(url=URL, body=json.dumps(json.loads(one.body), ensure_ascii=False).encode(), headers={})
+        for one in recorded
+    ]
+    asked = HTTPRequest(url=URL, body=json.dumps(json.loads(asked.body), ensure_ascii=False).encode(), headers={})
+    assert nearest(Asked(request=asked, key=b"", lineage="", ticket=0), rows_of(*requests))[0] == 1
