@@ -173,8 +173,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     run, config = session.config.stash[RUN], session.config
     if hasattr(config, "workeroutput"):
         config.workeroutput[PLAYED] = run
-    elif run and config.cache is not None:
-        config.cache.set(PLAYED, run)
+    elif run and (cache := getattr(config, "cache", None)) is not None:  # gone with `-p no:cacheprovider`
+        cache.set(PLAYED, run)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -216,6 +216,14 @@ def test_the_tape_is_at_hand(project: pytest.Pytester, model: Model) -> None:
     project.runpytest().assert_outcomes(passed=1)
 
 
+def test_a_run_without_pytests_cache_ended_in_an_internal_error(project: pytest.Pytester, model: Model) -> None:
+    """`-p no:cacheprovider` leaves nothing for `check --orphans`, and the run as it is."""
+    only(project, "@pytest.mark.cassette\ndef test_it():\n    route('x')\n")
+    outcome = project.runpytest("-p", "no:cacheprovider")
+    outcome.assert_outcomes(passed=1)
+    assert outcome.ret is pytest.ExitCode.OK
+
+
 def test_vcr_tests_are_served_by_the_tape(project: pytest.Pytester, model: Model) -> None:
     """pytest-recording keeps its marks and files; with `cassette_serve_vcr` its tests play from our index."""
     pytest.importorskip("pytest_recording")
