@@ -225,4 +225,4 @@ class CassetteWarning(AggregatorWarning):
 
 
 class TrainingWarning(AggregatorWarning):
-    """Worth a look, no error; also stands in `result.warnings`."""
+    """Worth a look, no error, as instances that `evaluate` could not score; a run's own stand in `result.warnings`."""

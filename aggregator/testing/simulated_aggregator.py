@@ -50,6 +50,15 @@ def aggregate(current: Block, suggested: Sequence[Block]) -> dict[str, Any]:
     return update
 
 
+def choose(current: Block, suggested: Sequence[Block]) -> int:
+    """Return the number of the block that comes nearest to what they would be merged to, 0 for the current values."""
+    merged = aggregate(current, suggested)
+    if not merged:
+        return 0
+    agreeing = [sum(block.values.get(name) == value for name, value in merged.items()) for block in suggested]
+    return 1 + max(range(len(suggested)), key=lambda i: (agreeing[i], suggested[i].weight, -i))
+
+
 def merge(ballot: Ballot) -> Any:
     """Merge one component by what kind of value it holds."""
     current = ballot.current

@@ -26,9 +26,18 @@ from aiohttp import web
 
 from aggregator import portal
 from aggregator.errors import ConfigError
-from aggregator.testing.simulated_aggregator import aggregate
+from aggregator.testing.simulated_aggregator import aggregate, choose
 from aggregator.testing.simulated_optimizer import propose
-from aggregator.testing.simulated_prompts import MalformedError, Role, blocks_of, case_of, reply_text, role_of, text_of
+from aggregator.testing.simulated_prompts import (
+    MalformedError,
+    Role,
+    blocks_of,
+    case_of,
+    is_choice,
+    reply_text,
+    role_of,
+    text_of,
+)
 from aggregator.testing.simulated_student import answer_as_student
 
 MODEL = "simulated-1"
@@ -150,6 +159,9 @@ def answer(
         return answer_as_student(system, user)
     if role == "aggregator":
         current, suggested = blocks_of(messages)
+        if is_choice(response_format):
+            reason = f"Compared {len(suggested)} suggestions with the current value."
+            return reply_text({"choice": (choose(current, suggested), reason)}, response_format)
         merged = aggregate(current, suggested)
         reason = f"Weighed {len(suggested)} suggestions against the current value."
         return reply_text({name: (value, reason) for name, value in merged.items()}, response_format)

@@ -109,6 +109,15 @@ def reply_text(proposed: Proposed, response_format: Any = None) -> str:
     return json.dumps(reply, indent=2)
 
 
+def is_choice(response_format: Any) -> bool:
+    """Say whether a schema asks for the number of a suggestion instead of new values."""
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind != "json_schema":
+        return False
+    suggestion = response_format["json_schema"].get("schema", {}).get("properties", {}).get("suggestion", {})
+    return list(suggestion.get("properties", {})) == ["choice"]
+
+
 def _within(reply: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     properties = schema.get("properties", {})
     inner = properties.get("suggestion", {})

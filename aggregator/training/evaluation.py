@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from aggregator import portal
 from aggregator.agents.parameters import overriding
 from aggregator.cassettes.lineage import lineage
+from aggregator.errors import TrainingWarning
 from aggregator.records import Failure, Rollout, Sample, Values
 from aggregator.training.batches import Dataset, check_positive, samples
 from aggregator.training.executors import AsyncExecutor
+from aggregator.training.parts import check_guide
 from aggregator.training.rollouts import rollout
 
 
@@ -68,15 +71,28 @@ async def aevaluate(
     """Return one score per instance; None where a call was lost or the guide failed, which is not 0.
 
     `inputs` and `infos` are two sequences as in Trace, or `inputs` is a whole data set. An instance on which the agent
-    itself fails scores `min_score`.
+    itself fails scores `min_score`. Where instances have no score a TrainingWarning says how many, and why the first.
     """
+    check_guide(guide)
     dataset: Any = inputs if infos is None else {"inputs": inputs, "infos": infos}
     check_positive("max_concurrency", max_concurrency)
     async with AsyncExecutor(max_concurrency) as executor:
         with lineage("evaluate"):
             batch = samples(dataset, name="dataset")
             runs = await rollouts(agent, guide, batch, executor=executor, min_score=min_score)
+    _warn_of([run.failure for run in runs if run.score is None and run.failure is not None], len(runs))
     return [run.score for run in runs]
+
+
+def _warn_of(failures: Sequence[Failure], instances: int) -> None:
+    if failures:
+        first = failures[0]
+        warnings.warn(
+            f"{len(failures)} of {instances} instances have no score; the first, instance {first.sample_id}, failed in "
+            f"the {first.stage}: {first.error}: {first.message}",
+            TrainingWarning,
+            stacklevel=2,
+        )
 
 
 def evaluate(

@@ -37,8 +37,9 @@ from aggregator.training.context import StepContext, Variant, step_context
 from aggregator.training.evaluation import failures_of, mean, score_values
 from aggregator.training.executors import AsyncExecutor
 from aggregator.training.failures import ends_run, failure, is_lost, is_own, root_of
-from aggregator.training.plan import Plan, Turn, fingerprint
+from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
+from aggregator.training.updates import Update, is_score, score_of
 
 FEWEST_JUDGED = 4
 """max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
@@ -73,10 +74,11 @@ class Trainer(Protocol):
 
 async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = None) -> TrainingResult:
     """Train by the plan; every way out leaves the partial result on disk or on the error."""
+    check_saving(plan, trainer.agent)
     parameters = trainer.parameters()
     initial = read(parameters)
     with claimed(plan):
-        marks = {} if plan.run_dir is None else fingerprint(plan, trainer.agent, initial)
+        marks = {} if plan.run_dir is None else fingerprint(plan, trainer, initial)
         state = resumed(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
         write(parameters, state.values)
         async with AsyncExecutor(plan.max_concurrency) as executor:
@@ -157,7 +159,7 @@ class _Course:
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger, step_context(context):
             with miss_raised():
                 outputs = await self._propose(turn, context)
-            scores = tuple(getattr(output, "score", None) for output in outputs[: len(turn.samples)])
+            scores = tuple(score_of(output) for output in outputs[: len(turn.samples)])
             failures = [record for output in outputs for record in getattr(output, "failures", ())]
             self._check_failures(turn, outputs)
             before = read(self.parameters)
@@ -337,23 +339,23 @@ def _report(
     written: Values,
     usage: Any,
 ) -> StepReport:
-    """Make the one event of a step, also where an overridden `update` returned no record of its own."""
-    decision = getattr(update, "decision", None) or Decision(accepted=bool(written), reason="applied by update()")
-    score = update if isinstance(update, int | float) else getattr(update, "score", mean(scores))
-    more = (
-        record for record in getattr(update, "failures", ()) if record not in failures
-    )  # a proposal carries them on
+    """Make the one event of a step, also where an overridden `update` returned a score or nothing of use."""
+    if not isinstance(update, Update):
+        score = float(update) if is_score(update) else mean(scores)
+        decision = Decision(accepted=bool(written), reason="applied by update()")
+        update = Update(values=written, decision=decision, score=score, proposals=len(outputs))
+    more = (record for record in update.failures if record not in failures)  # a proposal carries them on
     return StepReport(
         epoch=turn.epoch,
         step=turn.step,
         sample_ids=tuple(sample.id for sample in turn.samples),
         scores=scores,
-        score=score,
-        decision=decision,
-        update=getattr(update, "values", written),
-        reasoning=getattr(update, "reasoning", ""),
-        proposals=getattr(update, "proposals", len(outputs)),
-        contributors=getattr(update, "contributors", ()),
+        score=update.score,
+        decision=update.decision,
+        update=update.values,
+        reasoning=update.reasoning,
+        proposals=update.proposals,
+        contributors=update.contributors,
         failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
         usage=usage,
     )

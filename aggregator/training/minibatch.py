@@ -94,7 +94,7 @@ class Minibatch:
         """Return the parameters that training may change: the optimizer's where it names some, else the agent's."""
         chosen = getattr(self.optimizer, "parameters", None)
         named = list(self.agent.parameters())  # also gives every parameter its name
-        return trainable(named if chosen is None else list(chosen() if callable(chosen) else chosen))
+        return trainable(named, None if chosen is None else list(chosen() if callable(chosen) else chosen))
 
     def train(
         self,

@@ -89,6 +89,15 @@ def check(plan: Plan) -> Plan:
     return plan
 
 
+def check_saving(plan: Plan, agent: Any) -> None:
+    """Raise ConfigError where the agent is to be saved and cannot be: it would show after the first steps."""
+    if plan.save_frequency and not callable(getattr(agent, "save", None)):
+        raise ConfigError(
+            f"expected an agent with save(path) beside save_frequency={plan.save_frequency}, got {agent!r}; "
+            "derive it from Module, or give run_dir instead"
+        )
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and isfinite(value)
 
@@ -114,12 +123,13 @@ def _check_run_dir(plan: Plan) -> None:
         raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
 
 
-def fingerprint(plan: Plan, agent: Any, initial: Values) -> Mapping[str, str]:
+def fingerprint(plan: Plan, trainer: Any, initial: Values) -> Mapping[str, str]:
     """Return what must be the same for a run to be resumed, each as a short hash."""
     return {
+        "trainer": type(trainer).__qualname__,
         "train_dataset": digest(plan.train),
         "test_dataset": digest(plan.test),
-        "agent": digest([type(agent).__qualname__, sorted(initial)]),
+        "agent": digest([type(trainer.agent).__qualname__, sorted(initial)]),
         "initial parameters": digest(initial),
         "seed": str(plan.seed),
         "batch_size": str(plan.batch_size),
@@ -130,9 +140,18 @@ def fingerprint(plan: Plan, agent: Any, initial: Values) -> Mapping[str, str]:
     }
 
 
-def trainable(parameters: Sequence[Any]) -> list[Any]:
-    """Return the parameters that may change; raises ConfigError where there is none, or two of one name."""
-    chosen = [parameter for parameter in parameters if getattr(parameter, "trainable", True)]
+def trainable(own: Sequence[Any], named: Sequence[Any] | None = None) -> list[Any]:
+    """Return the parameters that may change, of the agent's own those that the optimizer names.
+
+    Raises ConfigError where there is none, or two of one name, or one that is not the agent's.
+    """
+    strange = [parameter for parameter in named or () if not any(parameter is one for one in own)]
+    if strange:
+        raise ConfigError(
+            f"expected the optimizer's parameters to be the agent's own ({', '.join(one.name for one in own)}), "
+            f"got {strange[0]!r}; name them as in LLMOptimizer(parameters=[agent.instruction])"
+        )
+    chosen = [parameter for parameter in (own if named is None else named) if getattr(parameter, "trainable", True)]
     if not chosen:
         raise ConfigError(
             "the agent has no trainable parameter; give it an attribute ParameterNode(value), "

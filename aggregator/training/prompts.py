@@ -316,5 +316,9 @@ def _messages(system_prompt: str, sections: Sequence[tuple[str, str]]) -> list[d
 
 
 def _contained(text: str) -> str:
-    """Indent lines that begin as a heading does: what an agent or a guide says cannot open a section of its own."""
+    """Indent lines that begin as a heading does: what an agent or a guide says cannot open a section of its own.
+
+    A lone surrogate, which no request can carry, is written as its escape.
+    """
+    text = text.encode(errors="backslashreplace").decode()
     return text.replace("\n#", "\n #") if not text.startswith("#") else _contained(f" {text}")

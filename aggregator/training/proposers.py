@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from aggregator.agents.parameters import read
 from aggregator.cassettes.lineage import lineage
+from aggregator.errors import ConfigError
 from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal, Rollout, StepReport
@@ -62,6 +63,9 @@ class LLMOptimizer:
     ) -> None:
         if num_candidates is not None:
             check_positive("num_candidates", num_candidates)
+        size: Any = memory_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ConfigError(f"expected memory_size to be an int of at least 0 (0 is off), got {memory_size!r}")
         if select is not None:
             check_rule(select)
         self.parameters = parameters

@@ -40,7 +40,7 @@ from aggregator.training.parts import check_gate, check_optimizer, check_rule, d
 from aggregator.training.rules import key_of
 from aggregator.training.suggestions import typed
 from aggregator.training.trace_adapter import TraceOptimizer
-from aggregator.training.trainer import batchify
+from aggregator.training.trainer import batchify, judged
 from aggregator.training.updates import Update, as_proposal, settle, unread
 
 Result = TypeVar("Result")
@@ -213,11 +213,9 @@ class PrioritySearch(Minibatch):
             if self.per_instance:
                 group = [as_proposal(output) for output in run[i :: self.num_proposals]]
                 return settle(await merged(self.rule, read(step.parameters), group, stepsize=step.stepsize))
-            judged = [
-                output for output in run if isinstance(output, Rollout) and (output.feedback or not output.failure)
-            ]
-            proposal = await self.propose(batchify(judged)) if judged else Proposal()
-            return replace(proposal, sample_ids=tuple(output.sample_id for output in judged))
+            seen = judged(run)
+            proposal = await self.propose(batchify(seen)) if seen else Proposal()
+            return replace(proposal, sample_ids=tuple(output.sample_id for output in seen))
 
     @property
     def _minibatch_counts(self) -> bool:

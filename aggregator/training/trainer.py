@@ -7,7 +7,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from aggregator.agents.values import shorten
 from aggregator.cassettes.lineage import lineage
+from aggregator.errors import ConfigError
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, Values
 from aggregator.training.batches import Dataset, check_positive, samples
@@ -20,7 +22,7 @@ from aggregator.training.parts import check_gate, check_optimizer, check_rule
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
 from aggregator.training.selections import best_scored
 from aggregator.training.suggestions import construct_update_dict, extract_llm_suggestion
-from aggregator.training.updates import Update, apply
+from aggregator.training.updates import Update, apply, as_proposal, score_of
 
 _PROPOSING = ("forward", "aforward", "propose")
 """Whoever overrides one of these may do without an optimizer."""
@@ -103,12 +105,12 @@ class MinibatchAlgorithm(Minibatch):
         update = await apply(proposals, self.rule, step.gate or self.gate, step.parameters or self.parameters())
         lost = [record for proposal in proposals for record in proposal.failures]
         more = [record for record in update.failures if record not in lost]  # a rule may pass them on, or drop them
-        return replace(update, score=mean([output.score for output in outputs]), failures=(*lost, *more))
+        return replace(update, score=mean([score_of(output) for output in outputs]), failures=(*lost, *more))
 
     async def candidates(self, outputs: Sequence[Rollout]) -> list[Proposal]:
         """Return what the minibatch as a whole asks for."""
-        judged = [output for output in outputs if output.feedback or output.failure is None]
-        return [await self.propose(batchify(judged))] if judged else []
+        seen = judged(outputs)
+        return [await self.propose(batchify(seen))] if seen else []
 
 
 class BasicSearchAlgorithm(MinibatchAlgorithm):
@@ -163,6 +165,20 @@ class BasicSearchAlgorithm(MinibatchAlgorithm):
     async def best(self, current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
         """Return the candidate that scores best on the validation set, none where the current values do."""
         return await best_scored(current, proposals, self.validation or current_step().samples, self.validate_guide)
+
+
+def judged(outputs: Sequence[Any]) -> list[Rollout]:
+    """Return the rollouts that say something of the agent.
+
+    Raises ConfigError for proposals, as an overridden `forward` may return them: no rule would merge these.
+    """
+    asking = [output for output in outputs if not isinstance(output, Rollout) and as_proposal(output).values]
+    if asking:
+        raise ConfigError(
+            "expected forward to return a Rollout where the whole minibatch is put to the optimizer, "
+            f"got {shorten(asking[0])}; use AggregatedUpdate, or a search with rule=, to merge proposals"
+        )
+    return [output for output in outputs if isinstance(output, Rollout) and (output.feedback or not output.failure)]
 
 
 def batchify(rollouts: Sequence[Rollout]) -> Rollout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from msgspec import Struct
@@ -66,6 +67,8 @@ def as_proposal(output: Any) -> Proposal:
     score = None
     if isinstance(output, tuple) and len(output) == 2:
         output, score = output
+        if score is not None and not is_score(score):
+            raise ConfigError(f"expected (mapping, score) from forward, the score a finite number, got {score!r}")
     if isinstance(output, Proposal):
         return output
     if isinstance(output, Rollout):
@@ -77,6 +80,17 @@ def as_proposal(output: Any) -> Proposal:
     raise ConfigError(
         f"expected forward to return a Proposal, a mapping of parameter to value, or (mapping, score), got {output!r}"
     )
+
+
+def score_of(output: Any) -> float | None:
+    """Return the score in what `forward` returned; None where it is none, which `as_proposal` tells of."""
+    score = output[1] if isinstance(output, tuple) and len(output) == 2 else getattr(output, "score", None)
+    return score if is_score(score) else None
+
+
+def is_score(value: Any) -> bool:
+    """Say whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def settle(merged: Sequence[Proposal]) -> Proposal:

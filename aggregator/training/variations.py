@@ -7,6 +7,8 @@ Trace's OptoPrimeMulti.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -66,9 +68,10 @@ def temperatures(highest: float = 1.3, lowest: float = 0.0) -> Variation:
     >>> [spread.ask([], i, 3, ()).temperature for i in range(3)]
     [1.0, 0.5, 0.0]
     """
-    if not 0 <= lowest <= highest:
+    given: tuple[Any, Any] = (lowest, highest)
+    if not all(isinstance(value, int | float) for value in given) or not 0 <= lowest <= highest < inf:
         raise ConfigError(
-            f"Expected temperatures(highest, lowest) with 0 <= lowest <= highest, got {highest}, {lowest}"
+            f"Expected temperatures(highest, lowest) with 0 <= lowest <= highest, got {highest!r}, {lowest!r}"
         )
 
     def cooling(messages: Messages, i: int, count: int, before: Sequence[Proposal]) -> Question:

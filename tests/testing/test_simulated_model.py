@@ -79,6 +79,16 @@ def test_each_role_answers_the_librarys_own_prompts() -> None:
     assert json.loads(text(AGGREGATION))["suggestion"] == {"instruction": "Route.\nfee, bill -> billing", "k": 5}
 
 
+@pytest.mark.parametrize(("words", "chosen"), [(("fee", "bill", "fee"), 1), (("odd", "fee", "fee"), 2), ((), 0)])
+def test_a_choice_was_answered_with_new_values(words: tuple[str, ...], chosen: int) -> None:
+    """Where the schema asks for a number it gives that of the suggestion that most agree with, 0 for none."""
+    proposals = [Proposal(values={"k": {"fee": 5, "bill": 6, "odd": 7}[word]}) for word in words]
+    messages = aggregation_messages({"k": 3}, proposals, [0.5] * len(words), stepsize=0.5)
+    schema = response_schema([ParameterNode(0, name="choice", type=Annotated[int, Meta(ge=0, le=3)])])
+    reply = complete({"messages": messages, "response_format": schema})["choices"][0]["message"]["content"]
+    assert json.loads(reply)["suggestion"] == {"choice": chosen}
+
+
 def test_no_change_is_terminate() -> None:
     """Feedback that says right is answered with TERMINATE alone."""
     right = proposal_messages({"k": {"value": 1, "type": "int"}}, transcript="", output="x", score=1.0, feedback="ok")

@@ -22,7 +22,9 @@ from aggregator import (
     Rollout,
     StepReport,
     TrainingError,
+    TrainingWarning,
     chain,
+    evaluate,
     improves_on_batch,
     majority,
 )
@@ -200,3 +202,103 @@ def test_an_async_observer_was_never_awaited() -> None:
 
     trained(observers=[watch])
     assert seen == [0, 1]
+
+
+class Returns(Minibatch):
+    """An overridden `forward` that returns what it is told to."""
+
+    output: Any = None
+
+    def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+        return self.output
+
+
+def returning(output: Any, trainer: Any = Minibatch, **options: Any) -> Any:
+    kind = type("Returning", (Returns, trainer), {"output": output})
+    return kind(Adder(), None, **options).train(exact, DATA, batch_size=2)
+
+
+@pytest.mark.parametrize("score", ["high", float("nan"), True])
+def test_a_score_of_forward_that_is_no_number(score: Any) -> None:
+    """It was a TypeError, or NaN as the score of the step."""
+    with pytest.raises(ConfigError, match=r"expected \(mapping, score\) from forward, the score a finite number, got"):
+        returning(({"amount": 3}, score), rule=majority)
+
+
+def test_a_gate_did_not_see_the_scores_that_forward_returned() -> None:
+    """(mapping, score) says how well the instance did, to the report and to the gate."""
+    result = returning(({"amount": 3}, 0.25), rule=majority, gate=improves_on_batch())
+    assert result.history[0].scores == (0.25, 0.25)
+    assert result.history[0].decision.before == 0.25
+
+
+@pytest.mark.parametrize("trainer", [MinibatchAlgorithm, BasicSearchAlgorithm, PrioritySearch])
+def test_proposals_that_nothing_would_merge_were_dropped(trainer: Any) -> None:
+    """A trainer that asks for the whole minibatch says so where an overridden `forward` proposes on its own."""
+    with pytest.raises(ConfigError, match="expected forward to return a Rollout where the whole minibatch is put to"):
+        returning({"amount": 3}, trainer)
+
+
+@pytest.mark.parametrize("returned", [{"amount": 3}, "done", True, float("nan"), None])
+def test_an_update_that_returns_nothing_of_use(returned: Any) -> None:
+    """A mapping was a TypeError, True and NaN became the step's score."""
+
+    class Updates(AggregatedUpdate):
+        def update(self, outputs: Any, verbose: bool | str = False) -> Any:
+            return returned
+
+    result = Updates(Adder(), THREE, rule=majority).train(exact, DATA, batch_size=2)
+    assert result.train_scores == [0.0, 0.0]
+    assert result.history[0].update == {}
+
+
+def test_parameters_of_another_agent_were_trained_instead() -> None:
+    """The optimizer's parameters must be the agent's own; their names do not tell."""
+
+    class Named(Proposes):
+        parameters = Adder().parameters()
+
+    with pytest.raises(ConfigError, match=r"expected the optimizer's parameters to be the agent's own \(amount, "):
+        trained(Named(THREE.answer))
+
+
+def test_names_instead_of_parameters() -> None:
+    """They were an AttributeError from inside."""
+
+    class Named(Proposes):
+        parameters = ("amount",)
+
+    with pytest.raises(ConfigError, match=r"got 'amount'; name them as in LLMOptimizer\(parameters="):
+        trained(Named(THREE.answer))
+
+
+def test_evaluate_gave_nones_without_a_word() -> None:
+    """Instances without a score are warned of, with the reason of the first; a guide that cannot judge is refused."""
+
+    def guide(x: int, output: int, info: int) -> float:
+        if x == 2:
+            raise ZeroDivisionError("no marks")
+        return 1.0
+
+    message = "1 of 4 instances have no score; the first, instance 2, failed in the guide: ZeroDivisionError: no marks"
+    with pytest.warns(TrainingWarning, match=message):
+        assert evaluate(Adder(), guide, DATA) == [1.0, 1.0, None, 1.0]
+    with pytest.raises(ConfigError, match="expected a guide"):
+        evaluate(Adder(), lambda x, output: 1.0, DATA)
+
+
+def test_saving_an_agent_that_has_no_save() -> None:
+    """It was an AttributeError after the first steps."""
+
+    class Bare:
+        def __init__(self) -> None:
+            self.agent = Adder()
+
+        def parameters(self) -> list[Any]:
+            return self.agent.parameters()
+
+        async def __call__(self, x: int) -> int:
+            return await self.agent.forward(x)
+
+    with pytest.raises(ConfigError, match=r"expected an agent with save\(path\) beside save_frequency=1"):
+        AggregatedUpdate(Bare(), THREE, rule=majority).train(exact, DATA, save_frequency=1)

@@ -117,3 +117,10 @@ def test_arguments_that_showed_late_or_as_a_type_error(arguments: dict[str, Any]
     """An empty run_dir filled the present folder; a min_score of text became the score of an instance."""
     with pytest.raises(ConfigError, match=message):
         trainer().train(lambda x, output, info: 0.0, DATA, **arguments)
+
+
+@pytest.mark.parametrize("memory_size", [-1, "5", True, 1.0])
+def test_a_memory_size_that_is_none(memory_size: Any) -> None:
+    """-1 recalled nothing, text failed on every instance."""
+    with pytest.raises(ConfigError, match="expected memory_size to be an int of at least 0"):
+        LLMOptimizer(llm=SILENT, memory_size=memory_size)

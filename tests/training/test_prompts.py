@@ -122,3 +122,10 @@ def test_what_an_agent_says_cannot_open_a_section() -> None:
     text = proposal_messages({}, transcript=forged, output=forged, score=0.0, feedback=forged)[1]["content"]
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings == ["#Objective", "#Parameters", "#Transcript", "#Output", "#Score", "#Feedback"]
+
+
+def test_a_lone_surrogate_lost_the_proposal() -> None:
+    """Half of a pair, as in an emoji cut in two, is written as its escape: no request could carry it."""
+    messages = proposal_messages({}, transcript="x: \ud83d", output="\ud83d", score=0.0, feedback="no \udc80 é 👩")
+    assert "\\ud83d" in messages[-1]["content"]
+    assert messages[-1]["content"].encode().decode().endswith("#Feedback\nno \\udc80 é 👩")

@@ -17,6 +17,10 @@ from aggregator.training.trainer import AggregatedUpdate
 DATA = [(i, i + 2 + i % 3) for i in range(12)]
 
 
+class Searching(AggregatedUpdate):
+    """Another trainer, which would go on from another one's steps."""
+
+
 class Cut(BaseException):
     """Stands for a kill: nothing in the library catches it."""
 
@@ -33,7 +37,8 @@ def run(run_dir: Path, *, cut_at: int | None = None, resume: bool = False, **opt
         return from_feedback(messages)
 
     agent = options.pop("agent", None) or Adder()
-    trainer = AggregatedUpdate(agent, LLMOptimizer(llm=ScriptedModel(optimizer)), llm=ScriptedModel(first_suggestion))
+    kind = options.pop("trainer", AggregatedUpdate)
+    trainer = kind(agent, LLMOptimizer(llm=ScriptedModel(optimizer)), llm=ScriptedModel(first_suggestion))
     arguments = {"batch_size": 3, "num_epochs": 2, "test_dataset": DATA[:4], "eval_frequency": 2, **options}
     data = arguments.pop("data", DATA)
     trainer.train(exact, data, run_dir=run_dir, resume=resume, max_concurrency=1, **arguments)
@@ -81,10 +86,11 @@ def test_the_partial_result_is_on_disk(tmp_path: Path) -> None:
         ({"batch_size": 4}, "batch_size"),
         ({"stepsize": 0.25}, "stepsize"),
         ({"agent": Adder(9)}, "initial parameters"),
+        ({"trainer": Searching}, "trainer"),
     ],
 )
 def test_a_changed_run_is_refused_with_what_changed(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
-    """Resuming with another data set, agent or seed is an error that names it."""
+    """Resuming with another data set, agent, trainer or seed is an error that names it."""
     with pytest.raises(Cut):
         run(tmp_path / "cut", cut_at=7)
     with pytest.raises(TrainingError, match=f"cannot resume.*{what}.* changed since it was started"):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
 
-from aggregator import AggregatedUpdate, LLMOptimizer, Module, bundle, evaluate
+from aggregator import AggregatedUpdate, LLMOptimizer, Module, TrainingWarning, bundle, evaluate
 from aggregator.llm.client import LLM
 from aggregator.testing.simulated_model import SimulatedModel
 from aggregator.training.merge import LLMMerge
@@ -287,7 +287,8 @@ def test_a_broken_agent_does_not_look_like_a_bad_one() -> None:
     """A bad agent scores 0; one that raises has no score, unless min_score is given, and its error is told."""
     inputs, infos = zip(*additions(5), strict=True)
     assert evaluate(Adder(), exact, inputs, infos) == [0.0] * 4
-    assert evaluate(Broken(), exact, inputs, infos) == [None] * 4
+    with pytest.warns(TrainingWarning, match="4 of 4 instances have no score; .*no attribute 'nonsense'"):
+        assert evaluate(Broken(), exact, inputs, infos) == [None] * 4
     result = scripted(Broken(), "TERMINATE").train(exact, additions(5), min_score=0.0)
     assert {(record.stage, record.error) for record in result.failures} == {("agent", "AttributeError")}
     assert "nonsense" in result.failures[0].message

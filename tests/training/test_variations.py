@@ -178,8 +178,11 @@ def test_personas_are_texts(personas: Any) -> None:
         experts(*personas)
 
 
-@pytest.mark.parametrize(("highest", "lowest"), [(0.0, 1.0), (1.0, -0.1), (float("nan"), 0.0)])
-def test_temperatures_go_down_to_0_at_most(highest: float, lowest: float) -> None:
+@pytest.mark.parametrize(
+    ("highest", "lowest"),
+    [(0.0, 1.0), (1.0, -0.1), (float("nan"), 0.0), (float("inf"), 0.0), ("hot", 0.0)],
+)
+def test_temperatures_go_down_to_0_at_most(highest: Any, lowest: Any) -> None:
     """The other way round, below 0, or no number: refused."""
     with pytest.raises(ConfigError, match="0 <= lowest <= highest"):
         temperatures(highest, lowest)
