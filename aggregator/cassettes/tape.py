@@ -193,7 +193,7 @@ class Tape:
     def _other_pool(self, key: bytes, here: str) -> tuple[str, _Pool]:
         """Return the pool of a request that was not recorded in this lineage, under the lineage it counts in."""
         pools = self._pools()
-        if (plain := pools.get((key, ""))) is not None:  # recorded without lineage: played in issue order
+        if (plain := pools.get((key, ""))) is not None and plain.tickets:  # recorded without: played in issue order
             return "", plain
         pool = _Pool()
         if self._prefer and (spare := self._spare(key)) is not None:

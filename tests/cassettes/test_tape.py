@@ -45,6 +45,19 @@ def again(sink: Memory, **options: object) -> Tape:
     return Tape(tuple(index_lines(sink.lines)), **options)  # type: ignore[arg-type]
 
 
+def test_calls_of_a_lineage_lost_it_after_the_same_one_outside_of_any() -> None:
+    """What this run itself asked without a lineage leaves later calls theirs, so that their order does not matter."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for place in ("", "sample=1", "sample=2"):
+        with lineage(*filter(None, [place])):
+            tape.record(tape.issue(ask()), answer(place))
+    replay = again(sink)
+    for place in ("sample=2", "", "sample=1"):
+        with lineage(*filter(None, [place])):
+            assert played(replay, ask()) == place
+
+
 def test_tickets_follow_issue_not_arrival() -> None:
     """Identical requests get their own answers back, though the answers came in another order."""
     sink = Memory()
