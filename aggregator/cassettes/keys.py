@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from aggregator.errors import ConfigError
+
 decode_json = msgspec.json.Decoder().decode
 encode_canonical = msgspec.json.Encoder(order="deterministic").encode
 
@@ -25,6 +27,8 @@ def parse_ignore(paths: Sequence[str]) -> Ignore:
     >>> parse_ignore(["user", "messages.*.id"])
     (('user',), ('messages', '*', 'id'))
     """
+    if isinstance(paths, str):
+        raise ConfigError(f"expected ignore as a list of JSON paths, got {paths!r}; give [{paths!r}]")
     return tuple(tuple(path.split(".")) for path in paths)
 
 

@@ -69,6 +69,8 @@ def open_tape(
     _check(lineage, get_args(LineageRule), "lineage")
     _check(layout, get_args(LayoutChoice), "layout")
     paths = parse_ignore(ignore)
+    if path.is_dir():
+        raise ConfigError(f"expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
     plan = _replay(path, mode, paths)
     lock = FileLock(path) if plan is None else None
     try:

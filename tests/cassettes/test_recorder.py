@@ -101,6 +101,22 @@ def test_unknown_mode(tmp_path: Path) -> None:
         aggregator.cassette(tmp_path / "a.yaml", "always").__enter__()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("mode", ["none", "once", "new_episodes", "all"])
+def test_a_folder_was_recorded_into_until_it_had_to_be_replaced(tmp_path: Path, mode: Mode) -> None:
+    """A path that is a folder is refused before anything is asked, and nothing is written beside it."""
+    folder = tmp_path / "cassettes"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="expected the file of a cassette, got the folder"):
+        aggregator.cassette(folder, mode).__enter__()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_one_path_to_ignore_was_taken_letter_by_letter(tmp_path: Path) -> None:
+    """A text is a sequence of texts too, which no type checker refuses."""
+    with pytest.raises(ConfigError, match=r"list of JSON paths, got 'user'; give \['user'\]"):
+        aggregator.cassette(tmp_path / "a.yaml", ignore="user").__enter__()
+
+
 @pytest.mark.parametrize("mode", ["once", "new_episodes", "all"])
 def test_two_recordings_of_one_file(tmp_path: Path, mode: Mode) -> None:
     """A second recorder of the same file is told who holds it."""
