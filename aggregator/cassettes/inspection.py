@@ -110,7 +110,7 @@ def totals_of(exchange: Exchange) -> Totals:
     usage = usage_of(exchange)
     return Totals(
         exchanges=1,
-        failed=int(not 200 <= exchange.reply.status < 400),
+        failed=int(exchange.facts.error is not None or not 200 <= exchange.reply.status < 400),
         input_tokens=int(usage.get("input_tokens", 0)),
         output_tokens=int(usage.get("output_tokens", 0)),
         cost=usage.get("cost", 0.0),
@@ -279,9 +279,11 @@ def render(exchange: Exchange) -> str:
     }
     lines = [f"{name:<9} {text}" for name, text in known.items()]
     lines += ["", f"{request.method} {request.url}", *_header_lines(request.headers), "", _pretty(request.body), ""]
+    if reply.status:
+        lines += [f"{reply.status} {reply.reason}", *_header_lines(reply.headers), "", _pretty(reply.body)]
     if facts.error is not None:
-        return "\n".join([*lines, f"{facts.error[0]}: {facts.error[1]}"])
-    return "\n".join([*lines, f"{reply.status} {reply.reason}", *_header_lines(reply.headers), "", _pretty(reply.body)])
+        lines.append(f"{facts.error[0]}: {facts.error[1]}")
+    return "\n".join(lines)
 
 
 def _header_lines(headers: Mapping[str, str]) -> list[str]:

@@ -67,6 +67,7 @@ class Slot:
 
     __slots__ = (
         "attempt",
+        "failure",
         "faults",
         "key",
         "lineage",
@@ -86,6 +87,7 @@ class Slot:
         self.attempt = 0  # answers met so far, played or live
         self.played = 0  # recorded answers used
         self.faults = 0  # injected ones met
+        self.failure: APIConnectionError | None = None  # what ended the streamed answer just played
         self.redacted: HTTPRequest | None = None
 
 
@@ -188,7 +190,8 @@ class Tape:
         return slot
 
     def _is_answered(self, index: int) -> bool:
-        return 200 <= self._rows[index].reply().status < 300
+        row = self._rows[index]
+        return row.place.error is None and 200 <= row.reply().status < 300
 
     def _other_pool(self, key: bytes, here: str) -> tuple[str, _Pool]:
         """Return the pool of a request that was not recorded in this lineage, under the lineage it counts in."""
@@ -217,7 +220,7 @@ class Tape:
         """Return the slot's next recorded answer; None to go live.
 
         Raises CassetteMissError where nothing answers and nothing is recorded, and again what a recorded
-        attempt without an answer had raised.
+        attempt without an answer had raised; what ended a stream after its first bytes stands in `slot.failure`.
         """
         if self._faults is not None and (fault := self._next_fault(slot)) is not None:
             return fault
@@ -227,9 +230,12 @@ class Tape:
             slot.played = slot.attempt = played + 1
             self._played[index] = 1
             row = self._rows[index]
+            reply = row.reply()
             if row.place.error is not None:
-                raise _failure(*row.place.error)
-            return row.reply()
+                slot.failure = _failure(*row.place.error)
+                if not reply.body:
+                    raise slot.failure
+            return reply
         if self._sink is None:
             raise self._miss(slot)
         return None
@@ -260,19 +266,28 @@ class Tape:
         self.misses.append(miss)
         return miss
 
-    def record(self, slot: Slot, reply: HTTPReply, *, usage: Usage | None = None, model: str = "") -> None:
+    def record(
+        self,
+        slot: Slot,
+        reply: HTTPReply,
+        *,
+        usage: Usage | None = None,
+        model: str = "",
+        failure: APIConnectionError | None = None,
+    ) -> None:
         """Write a live answer to the journal, before it is used; every attempt that got one, error statuses too.
 
+        `failure` is what ended a streamed answer after its first bytes.
         Raises SecretLeakError where a secret could not be redacted (nothing was written) and CassetteError
         where the disk refuses; the exchange then stands in `unsaved`, and closing the tape raises again.
         """
-        self._record(slot, reply, {"usage": _known(usage), "model": model, "ms": round(float(reply.milliseconds), 3)})
+        facts = {"usage": _known(usage), "model": model, "ms": round(float(reply.milliseconds), 3)}
+        self._record(slot, reply, facts if failure is None else {**facts, "error": _told(failure)})
 
     def record_failure(self, slot: Slot, error: APIConnectionError) -> None:
         """Write an attempt that got no answer, so that a replay meets the same failure."""
-        kind = "APITimeoutError" if isinstance(error, APITimeoutError) else "APIConnectionError"
         nothing = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
-        self._record(slot, nothing, {"error": (kind, error.message)})
+        self._record(slot, nothing, {"error": _told(error)})
 
     def _record(self, slot: Slot, reply: HTTPReply, facts: dict[str, object]) -> None:
         if self._sink is None:
@@ -359,6 +374,10 @@ class Tape:
         if self.expects_all and (unplayed := len(self._rows) - sum(self._played)):
             told = f"{unplayed} of {len(self._rows)} recorded exchanges were not played"
             self.tell(f"{self.name}: {told}", warn=warn)
+
+
+def _told(error: APIConnectionError) -> tuple[str, str]:
+    return "APITimeoutError" if isinstance(error, APITimeoutError) else "APIConnectionError", error.message
 
 
 def _failure(kind: str, message: str) -> APIConnectionError:

@@ -239,12 +239,13 @@ class Attempts:
         """Write a live answer to the tape before it is used, or that there was none."""
         if self.tape is None or self.slot is None:
             return
+        failure = error if isinstance(error, APIConnectionError) else None
         if self.reply is not None:
             usage = None if completion is None else completion.usage
             model = (completion and completion.model) or self.call.model
-            self.tape.record(self.slot, self.reply, usage=usage, model=model)
-        elif isinstance(error, APIConnectionError):
-            self.tape.record_failure(self.slot, error)
+            self.tape.record(self.slot, self.reply, usage=usage, model=model, failure=failure)
+        elif failure is not None:
+            self.tape.record_failure(self.slot, failure)
 
     def settle(self, completion: Completion | None, error: BaseException | None) -> None:
         """Count what the attempt under way cost, and tell of it."""

@@ -135,8 +135,9 @@ class StreamedAttempts(Attempts):
 
     def _source(self) -> AsyncGenerator[bytes, None]:
         tape = self.tape
-        if tape is not None and (reply := self._play(tape)) is not None:
-            return _paced(reply, tape.delay(reply), self.line.sleep)
+        if tape is not None and self.slot is not None and (reply := self._play(tape)) is not None:
+            failure, self.slot.failure = self.slot.failure, None
+            return _paced(reply, tape.delay(reply), self.line.sleep, failure)
         return self._live()
 
     async def _read(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[str | Completion, None]:
@@ -179,9 +180,12 @@ class StreamedAttempts(Attempts):
 
 
 async def _paced(
-    reply: HTTPReply, delay: float, sleep: Callable[[float], Awaitable[None]]
+    reply: HTTPReply, delay: float, sleep: Callable[[float], Awaitable[None]], failure: APIConnectionError | None
 ) -> AsyncGenerator[bytes, None]:
-    """The recorded pieces at the recorded pace, stretched to `delay` seconds; at least one turn of the loop each."""
+    """The recorded pieces at the recorded pace, stretched to `delay` seconds; at least one turn of the loop each.
+
+    `failure` is what ended them.
+    """
     scale = delay / reply.milliseconds if reply.milliseconds else 0.0
     position, before = 0, 0.0
     for length, milliseconds in reply.chunks or ((len(reply.body), reply.milliseconds),):
@@ -192,6 +196,8 @@ async def _paced(
         position += length
     if position < len(reply.body):
         yield reply.body[position:]
+    if failure is not None:
+        raise failure
 
 
 @asynccontextmanager

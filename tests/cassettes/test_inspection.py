@@ -23,6 +23,7 @@ from aggregator.cassettes.inspection import (
     secrets_in,
     tally,
     too_old,
+    totals_of,
     usage_of,
 )
 from aggregator.cassettes.lineage import lineage
@@ -183,3 +184,10 @@ def test_an_exchange_in_full_shows_both_sides() -> None:
     text = render(exchange({"model": "m"}, {"text": "ä"}, ms=12.4, at="2026-03-30T00:00:00Z"))
     assert "recorded  2026-03-30T00:00:00Z, 12 ms" in text
     assert text.index(f"POST {URL}") < text.index('"model": "m"') < text.index("200 OK") < text.index('"text": "ä"')
+
+
+def test_a_stream_that_was_cut_shows_what_came_and_what_ended_it() -> None:
+    """It counts as failed, whatever its status said."""
+    cut = exchange({"model": "m"}, {"text": "half"}, error=("APITimeoutError", "late"))
+    assert render(cut).endswith('\n200 OK\n\n{\n  "text": "half"\n}\nAPITimeoutError: late')
+    assert totals_of(cut).failed == 1

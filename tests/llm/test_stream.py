@@ -14,7 +14,14 @@ from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, failur
 
 from aggregator import LLM, Budget, cassette
 from aggregator.agents.transcripts import transcript
-from aggregator.errors import APIConnectionError, AuthenticationError, ConfigError, LLMError, RateLimitError
+from aggregator.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    AuthenticationError,
+    ConfigError,
+    LLMError,
+    RateLimitError,
+)
 from aggregator.llm.ledger import collecting
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -167,6 +174,35 @@ async def test_replay_gives_the_same_deltas(tmp_path: Path) -> None:
         played.append(await read(client(offline)))
     assert played == recorded == [["Hel", "lo"], ["Hel", "p!"]]
     assert offline.opened == 0
+
+
+@pytest.mark.parametrize("error", [APITimeoutError("late"), APIConnectionError("cut in the middle")])
+async def test_a_stream_that_stalled_was_replayed_as_one_without_an_end(tmp_path: Path, error: LLMError) -> None:
+    """What had come comes again, then the failure that ended it: its class, its words, its attempts."""
+
+    async def outcome(transport: Streaming) -> tuple[list[str], object]:
+        deltas: list[str] = []
+        try:
+            async for delta in client(transport).stream(QUESTION):
+                deltas.append(delta)  # noqa: PERF401 - what came before the failure counts
+        except LLMError as caught:
+            return deltas, (type(caught), caught.message, caught.attempts)
+        return deltas, None
+
+    with cassette(tmp_path / "stalled.yaml", "all"):
+        recorded = await outcome(Streaming([WHOLE[0], error]))
+    with cassette(tmp_path / "stalled.yaml", "none"):
+        played = await outcome(Streaming())
+    assert recorded == played == (["Hel"], (type(error), error.message, 1))
+
+
+async def test_a_stream_cut_before_its_first_delta_is_replayed_with_its_retry(tmp_path: Path) -> None:
+    """The failure ends its own attempt and no later one."""
+    role = event({"id": "c", "model": "m", "choices": [{"index": 0, "delta": {"role": "assistant"}}]})
+    with cassette(tmp_path / "again.yaml", "all"):
+        recorded = await read(client(Streaming([role, APIConnectionError("cut")], WHOLE)))
+    with cassette(tmp_path / "again.yaml", "none"):
+        assert await read(client(Streaming())) == recorded == ["Hel", "lo"]
 
 
 async def test_replay_of_a_stream_that_was_left_early(tmp_path: Path) -> None:
