@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from threading import get_ident
 from typing import Any
 
@@ -34,7 +35,10 @@ def write_artefact(
     types: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write values to a JSON file, in folders made for it: a reader finds the old file or the new one, never a part."""
+    """Write values to a JSON file, in folders made for it: a reader finds the old file or the new one, never a part.
+
+    Raises ParameterError where nothing can be written there.
+    """
     artefact = Artefact(
         format=FORMAT, version=VERSION, parameters=values, types=types or {}, provenance=dict(provenance or {})
     )
@@ -43,18 +47,28 @@ def write_artefact(
     except (TypeError, ValueError) as error:
         raise ConfigError(f"Expected values and provenance that JSON can carry, got {error}") from None
     target = os.fspath(path)
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)  # noqa: PTH103, PTH120 - as below
     temporary = f"{target}.{os.getpid()}.{get_ident()}.tmp"  # whoever else saves here at this moment has its own
     try:
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)  # noqa: PTH103, PTH120 - as below
         with open(temporary, "wb") as file:  # noqa: PTH123 - pathlib would be one more import in production
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)  # noqa: PTH105 - as above
+    except OSError as error:
+        _remove(temporary)
+        raise ParameterError(
+            f"Expected a path to save the parameters to, got {error.strerror} - at {target}; "
+            "free some space, make the folder writable, or choose another file"
+        ) from error
     except BaseException:
-        if os.path.exists(temporary):  # noqa: PTH110 - as above
-            os.unlink(temporary)  # noqa: PTH108 - as above
+        _remove(temporary)
         raise
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)  # noqa: PTH108 - as above
 
 
 def read_artefact(path: str | os.PathLike[str]) -> Artefact:

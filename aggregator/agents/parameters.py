@@ -187,6 +187,20 @@ def overriding(parameters: Iterable[ParameterNode[Any]], values: Values) -> Iter
         _overrides.reset(token)
 
 
+@contextmanager
+def keeping(parameters: Iterable[ParameterNode[Any]]) -> Iterator[None]:
+    """Let whatever is assigned to these parameters, or done to their values in place, last until the end of this.
+
+    It is `overriding` by the values that they have.
+    """
+    values = {parameter: snapshot(parameter.data) for parameter in parameters}
+    token = _overrides.set({**_overrides.get(_NOTHING), **values})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
 def by_name(parameters: Iterable[ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
     """Return name -> parameter in the order they came; raises ConfigError where two share a name or py_name."""
     return index((parameter.name, parameter.name, parameter) for parameter in parameters)

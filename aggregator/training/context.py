@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
-from aggregator.agents.parameters import overriding
+from aggregator.agents.parameters import keeping, overriding
 from aggregator.cassettes.lineage import lineage
 from aggregator.protocols import Gate
 from aggregator.records import Rollout, Sample, StepReport, Values
@@ -21,7 +21,10 @@ from aggregator.training.executors import AsyncExecutor
 
 
 class Variant(Struct, frozen=True, kw_only=True):
-    """Values that samples are run under, and their place in the lineage; the neutral one is what is in force."""
+    """Values that samples are run under, and their place in the lineage; the neutral one is what is in force.
+
+    Either way what an agent or an optimizer assigns to parameters on its way stays with its instance.
+    """
 
     place: str = ""
     values: Values = {}
@@ -30,7 +33,7 @@ class Variant(Struct, frozen=True, kw_only=True):
     def laid_over(self, parameters: Sequence[Any]) -> Iterator[None]:
         """Let the parameters read as these values in the current context."""
         place = lineage(self.place) if self.place else nullcontext()
-        with place, overriding(parameters, self.values) if self.values else nullcontext():
+        with place, overriding(parameters, self.values) if self.values else keeping(parameters):
             yield
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aggregator import portal
-from aggregator.agents.parameters import overriding
+from aggregator.agents.parameters import keeping, overriding
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import TrainingWarning
 from aggregator.records import Failure, Rollout, Sample, Values
@@ -18,12 +18,18 @@ from aggregator.training.rollouts import rollout
 
 
 async def rollouts(
-    agent: Any, guide: Any, batch: Sequence[Sample], *, executor: AsyncExecutor, min_score: float | None = None
+    agent: Any,
+    guide: Any,
+    batch: Sequence[Sample],
+    *,
+    executor: AsyncExecutor,
+    min_score: float | None = None,
+    parameters: Sequence[Any] = (),
 ) -> list[Rollout]:
-    """Run every sample and return the rollouts in sample order."""
+    """Run every sample and return the rollouts in sample order; what one does to `parameters` no other sees."""
 
     async def one(sample: Sample) -> Rollout:
-        with lineage(f"sample={sample.id}"):
+        with lineage(f"sample={sample.id}"), keeping(parameters):
             return await rollout(agent, guide, sample, executor=executor, min_score=min_score)
 
     return await executor.map(one, batch)
@@ -41,7 +47,7 @@ async def score_values(
 ) -> list[Rollout]:
     """Run every sample under `values`, laid over the parameters for this context only."""
     with overriding(parameters, values):
-        return await rollouts(agent, guide, batch, executor=executor, min_score=min_score)
+        return await rollouts(agent, guide, batch, executor=executor, min_score=min_score, parameters=parameters)
 
 
 def mean(scores: Sequence[float | None]) -> float | None:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import read, write
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import BudgetExceededError, LLMError, TrainingError
+from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting
 from aggregator.observing.console import ConsoleLogger
@@ -289,7 +289,7 @@ class _Course:
             self.finished()
             if self.plan.run_dir is not None and isinstance(error, Exception):
                 checkpoints.save(self.plan.run_dir, replace(self.state, broken_off=True), self.marks)
-        except (TrainingError, OSError) as unsaved:
+        except (TrainingError, ParameterError, OSError) as unsaved:
             error.add_note(f"{type(unsaved).__name__}: {unsaved}")
         return error
 

@@ -243,6 +243,16 @@ def test_an_agent_is_saved_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> 
     Agent().load(tmp_path / "checkpoints" / "today" / "agent.json")
 
 
+def test_a_place_that_cannot_be_written_showed_the_name_of_a_temporary_file(tmp_path: Path) -> None:
+    """The error names the file that was asked for, and leaves nothing behind."""
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder").mkdir()
+    for target in (tmp_path / "file" / "agent.json", tmp_path / "folder"):
+        with pytest.raises(ParameterError, match=rf"Expected a path to save the parameters to, got .* - at {target};"):
+            Agent().save(target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_threads_may_save_one_agent_at_once(tmp_path: Path) -> None:
     """Each writes a file of its own before it takes the old one's place; what a killed process left is no hindrance."""
     agent, path = Agent(), tmp_path / "agent.json"

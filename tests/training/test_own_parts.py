@@ -17,6 +17,7 @@ from aggregator import (
     Decision,
     Minibatch,
     MinibatchAlgorithm,
+    ParameterNode,
     PrioritySearch,
     Proposal,
     Rollout,
@@ -302,3 +303,48 @@ def test_saving_an_agent_that_has_no_save() -> None:
 
     with pytest.raises(ConfigError, match=r"expected an agent with save\(path\) beside save_frequency=1"):
         AggregatedUpdate(Bare(), THREE, rule=majority).train(exact, DATA, save_frequency=1)
+
+
+class Assigns(Adder):
+    """Assigns to its own parameter on its way, and changes another in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = ParameterNode([0])
+
+    async def forward(self, x: int) -> int:
+        self.amount.data += 1
+        self.seen.data.append(x)
+        return x + len(self.seen.data)
+
+
+@pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, PrioritySearch])
+def test_what_an_agent_assigned_on_its_way_was_kept_for_good(trainer: Any) -> None:
+    """It stays with its instance: nothing lasts but accepted updates. A search ended in a ValueError."""
+    options = {"rule": majority} if trainer is AggregatedUpdate else {}
+    agent = Assigns()
+    silent = Proposes(Proposal)
+    result = trainer(agent, silent, **options).train(lambda x, output, info: float(output == x + 2), DATA, batch_size=2)
+    assert result.parameters == {"amount": 1, "label": "sum", "seen": [0]}
+    assert result.train_scores == [1.0, 1.0]
+    assert (agent.amount.data, agent.seen.data) == (1, [0])
+
+
+def test_what_an_agent_assigned_was_seen_by_the_next_instance_of_a_trial() -> None:
+    """A gate and a test set run each instance by itself, too."""
+    agent = Assigns()
+    trainer = AggregatedUpdate(agent, THREE, rule=majority, gate=improves_on_batch(), max_concurrency=1)
+    result = trainer.train(lambda x, output, info: float(output == x + 2), DATA, batch_size=4, test_dataset=DATA)
+    assert result.test_scores == [1.0, 1.0]
+    assert result.history[0].decision.after == 1.0
+
+
+def test_what_an_optimizer_assigned_was_in_force_without_a_gate() -> None:
+    """An optimizer proposes; it does not write."""
+
+    class Writes:
+        async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Any:
+            parameters[0].data = 7
+            return Proposal()
+
+    assert trained(Writes()).parameters["amount"] == 1
