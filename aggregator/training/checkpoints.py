@@ -110,6 +110,11 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
             f"expected a checkpoint of version {VERSION} in {path}, got one that cannot be read: {error}; "
             "start in a new run_dir, or delete this one"
         ) from error
+    if checkpoint.version != VERSION:
+        raise TrainingError(
+            f"expected a checkpoint of version {VERSION} in {path}, got version {checkpoint.version}; "
+            "resume with the release of aggregated-update that wrote it, or start in a new run_dir"
+        )
     changed = [name for name, value in fingerprint.items() if checkpoint.fingerprint.get(name) != value]
     if changed:
         raise TrainingError(

@@ -20,7 +20,7 @@ from aggregator.training.executors import AsyncExecutor
 from aggregator.training.failures import ends_run, failure, is_own, root_of
 from aggregator.training.gates import always, improves_on_batch
 from aggregator.training.loop import Observer, run
-from aggregator.training.parts import check_watchers, proposed
+from aggregator.training.parts import check_budget, check_watchers, proposed
 from aggregator.training.plan import Plan, as_run_dir, check, trainable
 from aggregator.training.rollouts import rollout
 from aggregator.training.rules import identity
@@ -80,6 +80,7 @@ class Minibatch:
         observers: Sequence[Observer] | None = None,
     ) -> None:
         check_watchers(logger, observers)
+        check_budget(budget)
         self.agent, self.optimizer = adapt(agent, optimizer)
         self.use_asyncio = use_asyncio
         self.logger = logger

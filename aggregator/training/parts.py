@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from aggregator.agents.values import shorten
 from aggregator.errors import ConfigError
+from aggregator.llm.budget import Budget
 from aggregator.protocols import Gate, UpdateRule
 from aggregator.records import Decision, Proposal, Rollout, Sample, StepReport, Values
 from aggregator.training.suggestions import typed
@@ -56,6 +57,12 @@ def check_watchers(logger: Any, observers: Any) -> None:
         return
     if not isinstance(observers, Sequence) or not all(_takes(observer, None) for observer in observers):
         raise ConfigError(f"Expected observers=[...], each a callable that takes a StepReport, got {observers!r}")
+
+
+def check_budget(budget: Any) -> None:
+    """Raise ConfigError for what counts nothing: it lost every call that was to be counted."""
+    if budget is not None and not isinstance(budget, Budget):
+        raise ConfigError(f"Expected budget=Budget(usd=..., tokens=..., calls=...), got {budget!r}")
 
 
 async def proposed(optimizer: Any, seen: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]) -> Proposal:

@@ -26,8 +26,8 @@ def claimed(plan: Plan) -> Iterator[None]:
         return
     try:
         lock = FileLock(plan.run_dir / checkpoints.CHECKPOINT)
-    except CassetteLockedError:
-        raise
+    except CassetteLockedError as error:
+        raise CassetteLockedError(f"another run is in {plan.run_dir}: {error}") from None
     except CassetteError as error:
         raise TrainingError(
             f"expected to keep the run in {plan.run_dir}, got {error.__cause__}; make the folder writable, "

@@ -124,3 +124,10 @@ def test_a_memory_size_that_is_none(memory_size: Any) -> None:
     """-1 recalled nothing, text failed on every instance."""
     with pytest.raises(ConfigError, match="expected memory_size to be an int of at least 0"):
         LLMOptimizer(llm=SILENT, memory_size=memory_size)
+
+
+@pytest.mark.parametrize("budget", [5, "5 USD", {"usd": 5}])
+def test_a_budget_that_counts_nothing(budget: Any) -> None:
+    """It lost every call, with an AttributeError from inside."""
+    with pytest.raises(ConfigError, match=r"Expected budget=Budget\(usd=\.\.\., tokens="):
+        trainer(budget=budget)

@@ -113,6 +113,17 @@ def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path: Path, damage: bytes)
         run(tmp_path / "run", resume=True)
 
 
+def test_a_checkpoint_of_another_version_was_read_as_one_of_this(tmp_path: Path) -> None:
+    """Its fields may mean something else: it is refused."""
+    run(tmp_path)
+    path = tmp_path / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 99}))
+    with pytest.raises(
+        TrainingError, match="expected a checkpoint of version 1 in .*, got version 99; resume with"
+    ):
+        run(tmp_path, resume=True)
+
+
 def test_the_global_random_generator_is_left_alone(tmp_path: Path) -> None:
     """A run neither reads nor moves it."""
     random.seed(3)
