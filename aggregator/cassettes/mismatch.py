@@ -57,7 +57,7 @@ def explain_miss(
     index, likeness = nearest(asked, rows)
     place = rows[index].place
     head.append(
-        f"  nearest: interaction {index + 1}, lineage {place.lineage!r}, ticket {place.ticket}, "
+        f"  nearest: exchange {index}, lineage {place.lineage!r}, ticket {place.ticket}, "
         f"{'played' if played[index] else 'not played yet'}, {likeness:.0%} alike"
     )
     lines = list(differences(rows[index].exchange().request, request))
@@ -78,7 +78,7 @@ def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes
         yield '  this very request was recorded, but in another lineage; lineage="prefer" would take it from there:'
     for index in (here or same)[: MAX_LINES - 8]:
         place, state = rows[index].place, "played" if played[index] else "not played yet"
-        yield f"    interaction {index + 1}, lineage {place.lineage!r}, ticket {place.ticket}, {state}"
+        yield f"    exchange {index}, lineage {place.lineage!r}, ticket {place.ticket}, {state}"
 
 
 def nearest(asked: Asked, rows: Sequence[Row]) -> tuple[int, float]:

@@ -74,10 +74,12 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
     """Return a file's leading comment (b"" without one) and what follows it; cut later, 47 MB would be copied."""
     try:
         with path.open("rb", buffering=0) as file:  # a buffer would hold the whole a second time
-            start = file.read(_LONGEST_COMMENT)
+            seekable = file.seekable()  # a pipe gives its bytes once
+            start = file.read(_LONGEST_COMMENT if seekable else -1)
             first = start[: start.find(b"\n") + 1 or None] if has_comment(start) else b""
-            file.seek(len(first))
-            data = first, file.read()
+            if seekable:
+                file.seek(len(first))
+            data = first, file.read() if seekable else start[len(first) :]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

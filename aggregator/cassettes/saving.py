@@ -46,6 +46,7 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None
     ]
     others = [shard_path(path, group, number) for number in range(2, len(contents) + 1)]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         for file, comment, (content, _) in reversed(list(zip((path, *others), comments, contents, strict=True))):
             replace_file(file, comment.render() + content)
     except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,21 @@ def test_a_failed_save_leaves_the_old_cassette(tmp_path: Path) -> None:
         save(path, rows)  # type: ignore[arg-type]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cassette_is_saved_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """Recording makes its folder, and so does `aggregator cassette convert`."""
+    path = tmp_path / "no" / "such" / "a.yaml"
+    save(path, rows_of(exchange()))
+    assert as_written(path)
+
+
+def test_a_pipe_was_sought_in(tmp_path: Path) -> None:
+    """What `aggregator cassette show <(...)` is given can be read once, from its beginning to its end."""
+    path, pipe = tmp_path / "a.yaml", tmp_path / "pipe"
+    save(path, rows_of(exchange(reply=b"a" * 40_000)), "journal")
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.write_bytes, path.read_bytes())
+        assert as_written(pipe) == as_written(path)
+    assert written.result() == path.stat().st_size

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
+from aggregator import cassette
 from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.mismatch import MAX_LINES, Asked, explain_miss, nearest
 from aggregator.cassettes.rows import Row, index_lines
+from aggregator.cassettes.saving import save
 from aggregator.cassettes.tape import Tape
+from aggregator.cli.main import main
 from aggregator.errors import CassetteMissError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -42,6 +47,18 @@ def chat(text: str, **more: object) -> HTTPRequest:
     )
 
 
+def test_the_nearest_had_another_number_than_show_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`aggregator cassette show FILE NUMBER` shows the exchange that a miss names."""
+    path = tmp_path / "two.yaml"
+    save(path, rows_of(chat("Who?"), chat("How old is the sun?")))
+    with pytest.raises(CassetteMissError) as caught, cassette(path, "none", warn=False) as tape:
+        tape.play(tape.issue(chat("How old is the moon?")))
+    number = re.search(r"nearest: exchange (\d+)", str(caught.value))
+    assert number is not None
+    main(["cassette", "show", str(path), number[1]])
+    assert "How old is the sun?" in capsys.readouterr().out
+
+
 def message(asked: HTTPRequest, *recorded: HTTPRequest) -> str:
     tape = Tape(rows_of(*recorded), name="demo.yaml")
     with pytest.raises(CassetteMissError) as caught, lineage("test"):
@@ -54,7 +71,7 @@ def test_the_difference_is_told_by_json_path() -> None:
     assert message(chat("How old is the moon?", seed=1), chat("Who?"), chat("How old is the sun?", seed=2)) == (
         f"expected a recorded answer to POST {URL} in demo.yaml, got none\n"
         "  lineage 'test', ticket 0; 2 of 2 not played\n"
-        "  nearest: interaction 2, lineage 'sample=1', ticket 0, not played yet, 94% alike\n"
+        "  nearest: exchange 1, lineage 'sample=1', ticket 0, not played yet, 94% alike\n"
         "  messages[1].content, from character 15:\n"
         "    recorded  'How old is the sun?'\n"
         "    asked     'How old is the moon?'\n"
@@ -69,7 +86,7 @@ def test_bodies_without_white_space_were_no_more_alike_than_any_other() -> None:
         b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % word for word in (b"ship", b"route", b"routed")
     )
     other, recorded, asked = (HTTPRequest(url=URL, body=body, headers={}) for body in bodies)
-    assert "nearest: interaction 1, lineage 'sample=0', ticket 0, not played yet, 9" in message(asked, recorded, other)
+    assert "nearest: exchange 0, lineage 'sample=0', ticket 0, not played yet, 9" in message(asked, recorded, other)
 
 
 def test_added_and_missing_fields_are_told() -> None:
@@ -84,8 +101,8 @@ def test_the_same_request_in_another_lineage() -> None:
     """A request that was recorded elsewhere in the run is told with its places."""
     text = message(chat("hi"), chat("hi"), chat("hi"), chat("ho"))
     assert 'in another lineage; lineage="prefer" would take it from there' in text
-    assert "interaction 1, lineage 'sample=0', ticket 0, not played yet" in text
-    assert "interaction 3" not in text
+    assert "exchange 0, lineage 'sample=0', ticket 0, not played yet" in text
+    assert "exchange 2" not in text
 
 
 def test_asked_once_more_than_recorded() -> None:
@@ -104,7 +121,7 @@ def test_a_ticket_that_was_not_recorded_is_no_call_too_many() -> None:
     tape = Tape(tuple(index_lines([line])))
     with lineage("sample=0"), pytest.raises(CassetteMissError) as caught:
         tape.play(tape.issue(chat("hi")))
-    assert "recorded in this lineage, but not with ticket 0:\n    interaction 1" in str(caught.value)
+    assert "recorded in this lineage, but not with ticket 0:\n    exchange 0" in str(caught.value)
 
 
 def test_no_cassette_at_all() -> None:
@@ -145,7 +162,7 @@ def test_many_misses_stay_cheap() -> None:
     for index in range(8):
         with pytest.raises(CassetteMissError):
             tape.play(tape.issue(chat(f"miss {index}")))
-    assert ["nearest: interaction" in str(miss) for miss in tape.misses] == [True] * 5 + [False] * 3
+    assert ["nearest: exchange" in str(miss) for miss in tape.misses] == [True] * 5 + [False] * 3
 
 
 def prose(draw: random.Random, length: int) -> str:
@@ -184,7 +201,7 @@ def test_a_small_difference_in_one_common_text() -> None:
     """Requests that share all but a number are told apart by it."""
     requests = [chat(f"Question {index} of the exam: what is it?") for index in range(600)]
     asked = chat("Question 437 of the exam: what was it?")
-    assert "interaction 438," in explain_miss(
+    assert "exchange 437," in explain_miss(
         Asked(request=asked, key=b"", lineage="", ticket=0), rows_of(*requests), bytearray(600), "a.yaml"
     )
 
