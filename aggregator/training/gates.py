@@ -12,11 +12,22 @@ from aggregator.records import Decision, Sample, Values
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checkpoints import digest
 from aggregator.training.context import current_step
+from aggregator.training.parts import decided
 
 
 async def always(before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
     """Accept every update: the neutral gate, and Trace's default."""
     return Decision(accepted=True, reason="always")
+
+
+def both(first: Gate, second: Gate) -> Gate:
+    """Accept what both accept; the second is asked only about what the first accepts, and has the last word."""
+
+    async def gate(before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
+        decision = await decided(first, before, after, batch)
+        return await decided(second, before, after, batch) if decision.accepted else decision
+
+    return gate
 
 
 def improves_on_batch(threshold: float = 0.0) -> Gate:

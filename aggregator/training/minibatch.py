@@ -18,7 +18,7 @@ from aggregator.training.batches import Dataset, samples
 from aggregator.training.context import Variant, current_step, step_context
 from aggregator.training.executors import AsyncExecutor
 from aggregator.training.failures import ends_run, failure, is_own, root_of
-from aggregator.training.gates import always, improves_on_batch
+from aggregator.training.gates import always, both, improves_on_batch
 from aggregator.training.loop import Observer, run
 from aggregator.training.parts import check_budget, check_watchers, proposed
 from aggregator.training.plan import Plan, as_run_dir, check, trainable
@@ -196,8 +196,13 @@ class Minibatch:
                 resume=resume,
             )
         )
-        gate = improves_on_batch(improvement_threshold) if ensure_improvement else self.gate
-        return await run(self, plan, gate, self.budget)
+        return await run(self, plan, self._gate(ensure_improvement, improvement_threshold), self.budget)
+
+    def _gate(self, ensure_improvement: bool, threshold: float) -> Gate:
+        if not ensure_improvement:
+            return self.gate
+        improves = improves_on_batch(threshold)
+        return improves if self.gate is always else both(improves, self.gate)
 
     def _concurrency(self, *wanted: int | None) -> int:
         if not self.use_asyncio:

@@ -348,3 +348,19 @@ def test_what_an_optimizer_assigned_was_in_force_without_a_gate() -> None:
             return Proposal()
 
     assert trained(Writes()).parameters["amount"] == 1
+
+
+def test_ensure_improvement_took_the_gates_place() -> None:
+    """Where both are given both must accept: the minibatch first, then the trainer's own gate."""
+    asked: list[Any] = []
+
+    async def never(before: Any, after: Any, batch: Any) -> Decision:
+        asked.append(after["amount"])
+        return Decision(accepted=False, reason="never")
+
+    for amount, reason, reached in ((0, "mean score 0 -> 0 on 4 instances", []), (3, "never", [3])):
+        optimizer = Proposes(lambda amount=amount: Proposal(values={"amount": amount}))  # type: ignore[misc]
+        trainer = AggregatedUpdate(Adder(), optimizer, rule=majority, gate=never)
+        result = trainer.train(exact, DATA, batch_size=4, ensure_improvement=True)
+        assert (result.history[0].decision.reason, asked) == (reason, reached)
+        assert result.parameters["amount"] == 1
