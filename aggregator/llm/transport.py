@@ -174,6 +174,10 @@ class AiohttpTransport:
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             if _made_connection.get() or _has_begun(error):
                 raise
+        except ValueError as error:
+            if (refusal := _refusal(request)) is not None:
+                raise refusal from error
+            raise
         # Not from the pool again: its other connections have died of the same cause.
         if sessions.single is None:
             sessions.single = self._session(force_close=True)
@@ -255,6 +259,21 @@ class _Streamed:
 def _has_begun(error: aiohttp.ClientError) -> bool:
     """Tell whether a part of the answer's head had come: then the server has worked on the request."""
     return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
+
+
+def _refusal(request: HTTPRequest) -> ConfigError | None:
+    """What is wrong with a request that HTTP cannot carry; never with the value, which may be the key."""
+    try:
+        _parsed(request.url)
+    except ValueError as error:
+        return ConfigError(f"expected an http(s) address as base_url, got {request.url!r}: {error}")
+    for name, value in request.headers.items():
+        if not value.isprintable():
+            return ConfigError(
+                f"expected the header {name!r} as printable text, got one with a line break or control character; "
+                "is there one around the key? strip() it"
+            )
+    return None
 
 
 def _failure(error: Exception, url: str, timeout: float | None) -> Exception:

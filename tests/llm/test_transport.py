@@ -193,6 +193,22 @@ async def test_an_address_that_is_none() -> None:
             await transport.send(request("no-scheme"))
 
 
+async def test_a_key_with_its_line_break_was_an_attack() -> None:
+    """A key read from a file ends in one: the error says so, is a ConfigError, and does not show the key."""
+    async with serving(answering([answer()])) as url, AiohttpTransport() as transport:
+        asked = HTTPRequest(url=f"{url}/x", body=b"{}", headers={"authorization": "Bearer sk-the-key-itself\n"})
+        with pytest.raises(ConfigError, match=r"header 'authorization' as printable text.*around the key") as caught:
+            await transport.send(asked)
+    assert "sk-the-key-itself" not in str(caught.value)
+
+
+async def test_a_port_that_is_none_was_a_value_error() -> None:
+    """An address that cannot be parsed is told as one that is none."""
+    async with AiohttpTransport() as transport:
+        with pytest.raises(ConfigError, match="as base_url, got 'http://127.0.0.1:99999/chat/completions'"):
+            await transport.send(request("http://127.0.0.1:99999"))
+
+
 async def test_idle_connections_are_dropped_before_servers_drop_them() -> None:
     """Servers close after 5 s idle; a connection idle for longer than `keepalive_timeout` is not used again."""
     connections = 0
