@@ -21,7 +21,7 @@ from aggregator.cassettes.keys import Ignore, parse_ignore
 from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.reading import read
 from aggregator.cassettes.rows import NOTHING, Row
-from aggregator.cassettes.saving import LayoutChoice, save
+from aggregator.cassettes.saving import LayoutChoice, followed, save
 from aggregator.cassettes.tape import LineageRule, Tape
 from aggregator.cassettes.timing import Faults, Latency
 from aggregator.errors import ConfigError
@@ -64,7 +64,7 @@ def open_tape(
 
     Without `warn` what is found stands in the tape's report alone.
     """
-    path, mode = Path(path), mode or default_mode()
+    path, mode = followed(Path(path)), mode or default_mode()
     _check(mode, get_args(Mode), "mode")
     _check(lineage, get_args(LineageRule), "lineage")
     _check(layout, get_args(LayoutChoice), "layout")

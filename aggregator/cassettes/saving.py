@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from shutil import copymode
 from typing import Literal
 
 from aggregator.cassettes.comments import PREAMBLE, Comment, Layout, content_hash
+from aggregator.cassettes.documents import BUDGET
 from aggregator.cassettes.lineage import natural
 from aggregator.cassettes.readable import render_exchange
 from aggregator.cassettes.reading import shard_path
@@ -33,10 +35,17 @@ def canonical_order(rows: Sequence[Row]) -> list[Row]:
 
 
 def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None:
-    """Write a finished cassette; what stood there is replaced at once, when its successor is whole, or not at all."""
+    """Write a finished cassette; what stood there is replaced at once, when its successor is whole, or not at all.
+
+    One exchange too long for a line of YAML that we would read makes it a journal, whatever was asked for.
+    """
+    path = followed(path)
     ordered = canonical_order(rows)
+    sizes = [row.end - row.start for row in rows]
     if layout == "auto":
-        layout = "readable" if sum(row.end - row.start for row in rows) <= READABLE_BYTES else "journal"
+        layout = "readable" if sum(sizes) <= READABLE_BYTES else "journal"
+    if max(sizes, default=0) >= BUDGET.line // 2:
+        layout = "journal"
     contents = list(_shards(ordered, layout))
     digests = [content_hash(content) for content, _ in contents]
     group = sha256("".join(digests).encode()).hexdigest()[:12] if len(contents) > 1 else ""
@@ -57,6 +66,11 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None
     for old in shards_beside(path):
         if old not in others:
             old.unlink()
+
+
+def followed(path: Path) -> Path:
+    """Return the file that a link stands for, so that it is written and not the link replaced."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def shards_beside(path: Path) -> list[Path]:
@@ -85,13 +99,15 @@ def _render(row: Row, layout: Layout) -> bytes:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file through a temporary one beside it, on the device before it takes the name."""
+    """Replace a file through a temporary one beside it, on the device before it takes the name and the permissions."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            copymode(path, temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -240,3 +241,21 @@ def test_a_pipe_was_sought_in(tmp_path: Path) -> None:
         written = pool.submit(pipe.write_bytes, path.read_bytes())
         assert as_written(pipe) == as_written(path)
     assert written.result() == path.stat().st_size
+
+
+def test_a_readable_cassette_that_could_not_be_read(tmp_path: Path) -> None:
+    """A line of more than 8 MB of YAML is refused, so an answer as long as that is written as a journal."""
+    path = tmp_path / "a.yaml"
+    there = exchange(reply=b'"%b"' % (b"a" * 9_000_000))
+    save(path, rows_of(there), "readable")
+    assert [one.reply.body for one in as_written(path)] == [there.reply.body]
+    assert b"layout=journal" in path.read_bytes()[:80]
+
+
+def test_the_permissions_of_a_cassette_were_widened(tmp_path: Path) -> None:
+    """Whoever may not read a cassette may not read its successor."""
+    path = tmp_path / "a.yaml"
+    save(path, rows_of(exchange()))
+    path.chmod(0o600)
+    save(path, rows_of(exchange(), exchange(reply=b"{}", ticket=1)))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -111,6 +111,21 @@ def test_a_folder_was_recorded_into_until_it_had_to_be_replaced(tmp_path: Path, 
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_link_was_replaced_and_its_cassette_left_behind(tmp_path: Path) -> None:
+    """A cassette is the file that its path stands for: one lock, one file, the link untouched."""
+    real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
+    with aggregator.cassette(real, "all"):
+        say("a", "1")
+    link.symlink_to(real)
+    with aggregator.cassette(link, "new_episodes"):
+        assert (say("a", "-"), say("b", "2")) == ("1", "2")
+        with pytest.raises(CassetteLockedError):
+            aggregator.cassette(real, "new_episodes").__enter__()
+    assert link.is_symlink()
+    with aggregator.cassette(real, "none"):
+        assert (say("a", "-"), say("b", "-")) == ("1", "2")
+
+
 def test_one_path_to_ignore_was_taken_letter_by_letter(tmp_path: Path) -> None:
     """A text is a sequence of texts too, which no type checker refuses."""
     with pytest.raises(ConfigError, match=r"list of JSON paths, got 'user'; give \['user'\]"):
