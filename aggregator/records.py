@@ -279,8 +279,8 @@ class Evaluation(Struct, frozen=True, kw_only=True):
 class Candidate(Struct, frozen=True, kw_only=True):
     """Parameter values that a search remembers, and how each instance scored under them.
 
-    `id` is the step that made it and its number there, `parent` the candidate that it was proposed for, `sample_ids` are
-    the samples whose proposals made it. `scores` maps an instance's id to the sum of its scores and their count.
+    `id` is the step that made it and its number there, `parent` the candidate that it was proposed for, `sample_ids`
+    are the samples whose proposals made it. `scores` maps an instance's id to the sum of its scores and their count.
     """
 
     id: str

@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from aggregator.agents.parameters import read
+from aggregator.agents.showing import cut
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import ConfigError
 from aggregator.llm.models import as_model
@@ -33,6 +34,9 @@ from aggregator.training.prompts import (
 from aggregator.training.variations import Question, Variation, check_variation, seeds
 
 Item = TypeVar("Item")
+
+OUTPUT_LIMIT = 40_000
+"""How many characters of an agent's output an optimizer is shown; as many as of its transcript."""
 
 
 class LLMOptimizer:
@@ -116,7 +120,7 @@ class LLMOptimizer:
         return proposal_messages(
             {parameter.name: parameter.describe() for parameter in parameters},
             transcript=rollout.transcript,
-            output=render(rollout.output),
+            output=cut(render(rollout.output), OUTPUT_LIMIT),
             score=rollout.score,
             feedback=rollout.feedback,
             objective=self.objective,

@@ -11,7 +11,7 @@ from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
 from aggregator.records import Decision, Rollout, StepReport
 from aggregator.training.merge import LLMMerge
-from aggregator.training.proposers import LLMOptimizer, OPROOptimizer, render
+from aggregator.training.proposers import OUTPUT_LIMIT, LLMOptimizer, OPROOptimizer, render
 from aggregator.training.trainer import AggregatedUpdate
 
 PARAMETERS = [ParameterNode(1, name="k", description="how many", constraint="a small number")]
@@ -128,3 +128,11 @@ def test_num_candidates_is_a_positive_int(count: Any) -> None:
 def test_outputs_are_shown_without_addresses(output: Any, text: str) -> None:
     """A prompt is the same bytes in every run."""
     assert render(output) == text
+
+
+def test_a_huge_output_is_shown_in_part() -> None:
+    """An agent that returns megabytes does not make prompts of megabytes; how much is missing is said."""
+    rollout = Rollout(sample_id=0, output="x" * 1_000_000, score=0.0, feedback="Too long.")
+    messages = LLMOptimizer(llm=ScriptedModel("unused")).messages(rollout, [ParameterNode(1, name="k")], [])
+    assert sum(len(message["content"]) for message in messages) < OUTPUT_LIMIT + 10_000
+    assert "[... 960000 more characters]" in messages[-1]["content"]

@@ -118,9 +118,7 @@ def test_a_checkpoint_of_another_version_was_read_as_one_of_this(tmp_path: Path)
     run(tmp_path)
     path = tmp_path / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 99}))
-    with pytest.raises(
-        TrainingError, match="expected a checkpoint of version 1 in .*, got version 99; resume with"
-    ):
+    with pytest.raises(TrainingError, match="expected a checkpoint of version 1 in .*, got version 99; resume with"):
         run(tmp_path, resume=True)
 
 
