@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Generic, TypeVar, overload
 
 from aggregator.agents import values as typed_values
@@ -221,6 +222,7 @@ def index(found: Iterable[tuple[str, str, ParameterNode[Any]]]) -> dict[str, Par
     return named
 
 
+@lru_cache(maxsize=4096)  # asked for several times an instance
 def py_name(name: str) -> str:
     """Return a name as an identifier.
 

@@ -7,7 +7,7 @@ context does, per task, so that nothing is parked on the trainer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -29,9 +29,14 @@ class Variant(Struct, frozen=True, kw_only=True):
     place: str = ""
     values: Values = {}
 
-    @contextmanager
-    def laid_over(self, parameters: Sequence[Any]) -> Iterator[None]:
+    def laid_over(self, parameters: Sequence[Any]) -> AbstractContextManager[None]:
         """Let the parameters read as these values in the current context."""
+        if not self.place and not self.values:  # nearly always
+            return keeping(parameters)
+        return self._placed(parameters)
+
+    @contextmanager
+    def _placed(self, parameters: Sequence[Any]) -> Iterator[None]:
         place = lineage(self.place) if self.place else nullcontext()
         with place, overriding(parameters, self.values) if self.values else keeping(parameters):
             yield

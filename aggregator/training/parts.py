@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import isawaitable, signature
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
@@ -15,6 +15,8 @@ from aggregator.llm.budget import Budget
 from aggregator.protocols import Gate, UpdateRule
 from aggregator.records import Decision, Proposal, Rollout, Sample, StepReport, Values
 from aggregator.training.suggestions import typed
+
+Propose = TypeVar("Propose", bound=Callable[..., Any])
 
 _OPTIMIZER = "an optimizer such as LLMOptimizer(llm=llm), or one with async propose(rollout, parameters, *, history)"
 
@@ -65,6 +67,15 @@ def check_budget(budget: Any) -> None:
         raise ConfigError(f"Expected budget=Budget(usd=..., tokens=..., calls=...), got {budget!r}")
 
 
+def gives_typed(propose: Propose) -> Propose:
+    """Mark a `propose` that gives every value in its parameter's own type, so that none is converted once more.
+
+    The mark is the function's, so whoever overrides it is looked at.
+    """
+    propose.__gives_typed__ = True  # type: ignore[attr-defined]
+    return propose
+
+
 async def proposed(optimizer: Any, seen: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]) -> Proposal:
     """Return what an optimizer proposes, each value in its parameter's own type; `error` says what does not fit.
 
@@ -74,16 +85,22 @@ async def proposed(optimizer: Any, seen: Rollout, parameters: Sequence[Any], his
     proposal = await _awaitable(answer, "propose", optimizer)
     if not isinstance(proposal, Proposal) or not isinstance(proposal.values, dict):
         raise TypeError(f"Expected a Proposal(values={{...}}) from {_name(optimizer)}.propose, got {shorten(proposal)}")
-    values, refused = typed(proposal.values, parameters)
+    if not getattr(optimizer.propose, "__gives_typed__", False):
+        proposal = fitted(proposal, parameters)
     score = proposal.score
     return replace(
         proposal,
-        values=values,
         score=seen.score if score is None or not math.isfinite(score) else score,
         feedback=proposal.feedback or seen.feedback,
-        error="; ".join(reason for reason in (proposal.error, *refused.values()) if reason) or None,
         sample_ids=proposal.sample_ids or (seen.sample_id,),
     )
+
+
+def fitted(proposal: Proposal, parameters: Sequence[Any]) -> Proposal:
+    """Return the proposal with each value in its parameter's own type; `error` says what does not fit."""
+    values, refused = typed(proposal.values, parameters)
+    error = "; ".join(reason for reason in (proposal.error, *refused.values()) if reason) or None
+    return replace(proposal, values=values, error=error)
 
 
 async def merged(

@@ -170,6 +170,8 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     def applied(self, sections: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the sections that are shown, under the names that they are to have."""
+        if not self.prompt_symbols and not self.mask:
+            return list(sections)
         masked = set(map(_bare, self.mask))
         return [(self.heading(name), text) for name, text in sections if name not in masked]
 

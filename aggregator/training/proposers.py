@@ -20,7 +20,7 @@ from aggregator.training.asking import ask
 from aggregator.training.batches import check_positive
 from aggregator.training.context import current_step
 from aggregator.training.executors import AsyncExecutor
-from aggregator.training.parts import check_rule
+from aggregator.training.parts import check_rule, fitted, gives_typed
 from aggregator.training.prompts import (
     DEFAULT_OBJECTIVE,
     PROPOSER_SYSTEM_PROMPT,
@@ -84,6 +84,7 @@ class LLMOptimizer:
         self.system_prompt = system_prompt
         self.layout = layout
 
+    @gives_typed
     async def propose(
         self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport] = ()
     ) -> Proposal:
@@ -159,7 +160,7 @@ class LLMOptimizer:
         chosen = await self.select(current, usable, stepsize=current_step().stepsize)
         if not chosen:
             return replace(found[0], values={})
-        return replace(chosen[0], support=1, score=rollout.score, feedback=rollout.feedback)
+        return replace(fitted(chosen[0], parameters), support=1, score=rollout.score, feedback=rollout.feedback)
 
     async def _ask(self, question: Question, parameters: Sequence[Any], rollout: Rollout) -> Proposal:
         answer = await ask(

@@ -13,6 +13,7 @@ from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.training.asking import Answer, ask
+from aggregator.training.parts import gives_typed
 from aggregator.training.prompts import CRITIC_SYSTEM_PROMPT, DEFAULT_OBJECTIVE, GRADIENT_SYSTEM_PROMPT, Layout
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.variations import Variation, seeds
@@ -62,6 +63,7 @@ class TextGradOptimizer(LLMOptimizer):
         self.critic: ChatModel = self.llm if critic is None else as_model(critic)
         self.critic_system_prompt = critic_system_prompt
 
+    @gives_typed
     async def propose(
         self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport] = ()
     ) -> Proposal:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from training_fakes import Adder, additions, exact
+from training_fakes import Adder, ScriptedModel, additions, exact, suggest
 
 from aggregator import (
     AggregatedUpdate,
     BasicSearchAlgorithm,
     ConfigError,
     Decision,
+    LLMOptimizer,
     Minibatch,
     MinibatchAlgorithm,
     ParameterNode,
@@ -364,3 +365,27 @@ def test_ensure_improvement_took_the_gates_place() -> None:
         result = trainer.train(exact, DATA, batch_size=4, ensure_improvement=True)
         assert (result.history[0].decision.reason, asked) == (reason, reached)
         assert result.parameters["amount"] == 1
+
+
+class Overriding(LLMOptimizer):
+    """A native optimizer whose proposals are changed."""
+
+    async def propose(self, rollout: Any, parameters: Any, *, history: Any = ()) -> Proposal:
+        return Proposal(values={"amount": "3"})
+
+
+async def texts(current: Any, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+    return [Proposal(values={"amount": "3"})]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        Overriding(llm=ScriptedModel("unused")),
+        LLMOptimizer(llm=ScriptedModel(suggest(amount=2)), num_candidates=2, select=texts),
+    ],
+    ids=["an overridden propose", "a rule of one's own"],
+)
+def test_what_is_put_in_the_place_of_a_native_proposal_is_typed_too(optimizer: Any) -> None:
+    """Native proposals come typed and are not converted again; what stands in for them is."""
+    assert trained(optimizer).parameters == {"amount": 3}
