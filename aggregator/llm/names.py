@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import asdict
@@ -61,9 +62,17 @@ def resolve(
     target = Target(provider=provider.name, model=name, base_url=url, api_key=key, auth=auth, options=provider.options)
     if provider.settle is not None:
         target = provider.settle(target, env)
-    if not target.base_url.startswith(("http://", "https://")):
+    if not _is_address(target.base_url):
         raise ConfigError(f"Expected base_url as http://… or https://…, got {target.base_url!r} - for {wanted.model!r}")
     return Endpoint(**asdict(target), codec=provider.codec(target), key_hint=hint)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        return False
 
 
 def split_name(model: str, base_url: str | None = None) -> tuple[Provider, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -302,3 +303,12 @@ def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
         [sys.executable, "-c", script], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True
     )
     assert out.stdout.split() == ["acme", "model", "https://acme.example/talk", "k"]
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://x/v1", "http://", "http://[::1/v1", "http://x:port/v1", "http://x:99999"]
+)
+def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
+    """Whatever is wrong with it: scheme, host, bracket or port."""
+    with pytest.raises(ConfigError, match=re.escape(f"got {url!r}")):
+        resolve("m", base_url=url, env={})
