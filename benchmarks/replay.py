@@ -38,6 +38,7 @@ def run(options: Options) -> Report:
         notes=[
             "targets are held against CPU time, which another process's load does not change; us is the wall time",
             "bare: sha256 of the body, a dictionary, the row and its completion decoded by msgspec; no client, no loop",
+            "floor: bare in an event loop, with the request encoded, reply and Completion made, one turn given up",
             f"stock vcrpy beyond {FEW} exchanges: integrated over {SAMPLES} requests along it, all before them played",
             f"turn_ms: the longest CPU time between two turns of the event loop while {TASKS} tasks replay",
             "cassetter's own YAML refuses to load 2,000 such exchanges or more, so it is measured up to 1,000",
@@ -48,6 +49,7 @@ def run(options: Options) -> Report:
 def ours(path: str, n: int) -> list[Case]:
     return [
         Case(f"bare {n}", call("replay", "bare", path=path, n=n)),
+        Case(f"floor {n}", call("replay", "floor", path=path, n=n)),
         Case(f"own client {n}", call("replay", "own_client", path=path, n=n)),
         Case(f"own client, {TASKS} tasks {n}", call("replay", "own_client_tasks", path=path, n=n)),
         Case(f"patched aiohttp {n}", call("replay", "patched_aiohttp", path=path, n=n)),
@@ -68,8 +70,9 @@ def stock_case(n: int) -> Case:
 def ratio_rows(measured: Measured, sizes: Iterable[int]) -> list[Row]:
     """What the loop's own caches do to a longer tape, and what is left of ours."""
     return [
-        Row(f"own client / bare {n}", {"cpu_us": measured.ratio(f"own client {n}", f"bare {n}", "cpu_us")})
+        Row(f"{name} / bare {n}", {"cpu_us": measured.ratio(f"{name} {n}", f"bare {n}", "cpu_us")})
         for n in sizes
+        for name in ("floor", "own client")
     ]
 
 
@@ -170,6 +173,30 @@ def bare(path: str, n: int) -> dict[str, float]:
         for body in bodies[:n]:
             row = index[sha256(body).digest()]
             assert decode_chat(decode(row).response.body.string).choices[0].message.content
+    return clock.each(n)
+
+
+async def floor(path: str, n: int) -> dict[str, float]:
+    """What a client cannot leave out: request encoded, key, row, reply, Completion, one turn of the loop."""
+    from hashlib import sha256
+
+    import msgspec
+
+    from aggregator.cassettes.reading import read
+    from aggregator.llm.calls import ChatCall
+
+    recording = read(Path(path))
+    assert recording is not None
+    index = {row.exchange().request.body: row for row in recording.rows}
+    rows = {sha256(body).digest(): row for body, row in index.items()}
+    codec, encode = client().endpoint.codec, msgspec.json.Encoder().encode
+    call, asked = ChatCall(model=traffic.MODEL, messages=()), [traffic.messages(i) for i in range(n)]
+    with Clock() as clock:
+        for messages in asked:
+            row = rows[sha256(encode({"model": traffic.MODEL, "messages": messages})).digest()]
+            reply = row.reply()
+            await asyncio.sleep(0)
+            assert codec.decode(reply, call).replayed
     return clock.each(n)
 
 
