@@ -5,13 +5,12 @@ Most stand where the behaviour belongs; `DEFECTS` names them. Those that were no
 
 from __future__ import annotations
 
-import ast
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from named_tests import missing
 from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
 
 from aggregator import AggregatedUpdate, LLMOptimizer, Module, TrainingWarning, bundle, evaluate
@@ -135,18 +134,10 @@ DEFECTS: dict[int, tuple[str, ...]] = {
 """Defect -> tests; an entry without `::` is a reason why there is nothing to go wrong."""
 
 
-@cache
-def names_in(path: Path) -> frozenset[str]:
-    functions = ast.FunctionDef | ast.AsyncFunctionDef
-    return frozenset(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, functions))
-
-
 def test_every_defect_has_its_tests() -> None:
     """All thirty-five are listed, and every test that is named exists."""
     assert list(DEFECTS) == list(range(1, 36))
-    named = [test.split("::") for tests in DEFECTS.values() for test in tests if "::" in test]
-    missing = [f"{file}::{name}" for file, name in named if name not in names_in(ROOT / "tests" / file)]
-    assert missing == []
+    assert missing(test for tests in DEFECTS.values() for test in tests) == []
     assert [number for number, tests in DEFECTS.items() if not any("::" in test for test in tests)] == []
 
 
