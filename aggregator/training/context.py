@@ -50,24 +50,8 @@ class Observe(Protocol):
         ...
 
 
-class Evaluate(Protocol):
-    """Scores samples under given values, without touching the agent."""
-
-    async def __call__(
-        self, values: Values, samples: Sequence[Sample], place: str, guide: Any = None
-    ) -> list[float | None]:
-        """Return one score per sample; `place` names the calls in the lineage, `guide` stands in for the run's."""
-        ...
-
-
 async def _no_observation(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
     return [Rollout(sample_id=sample.id) for sample in samples]
-
-
-async def _no_evaluation(
-    values: Values, samples: Sequence[Sample], place: str, guide: Any = None
-) -> list[float | None]:
-    return [None for _ in samples]
 
 
 class StepContext(Struct, frozen=True, kw_only=True):
@@ -83,11 +67,16 @@ class StepContext(Struct, frozen=True, kw_only=True):
     min_score: float | None = None
     seed: int = 0
     observe: Observe = _no_observation
-    evaluate: Evaluate = _no_evaluation
     sample: Sample | None = None
     executor: AsyncExecutor | None = None
     gate: Gate | None = None
     notes: dict[str, Any] = {}
+
+    async def evaluate(
+        self, values: Values, samples: Sequence[Sample], place: str, guide: Any = None
+    ) -> list[float | None]:
+        """Return one score per sample under given values, as `observe` finds them."""
+        return [run.score for run in await self.observe(values, samples, place, guide)]
 
 
 _step: ContextVar[StepContext] = ContextVar("aggregator_step", default=StepContext())  # noqa: B039 - frozen

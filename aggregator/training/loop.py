@@ -173,11 +173,6 @@ class _Course:
             with lineage(place):
                 return await self._score(values, samples, guide)
 
-        async def evaluate(
-            values: Values, samples: Sequence[Sample], place: str, guide: Any = None
-        ) -> list[float | None]:
-            return [run.score for run in await observe(values, samples, place, guide)]
-
         return StepContext(
             stepsize=turn.stepsize,
             epoch=turn.epoch,
@@ -188,7 +183,6 @@ class _Course:
             min_score=self.plan.min_score,
             seed=self.plan.seed,
             observe=observe,
-            evaluate=evaluate,
             executor=self.executor,
             gate=self.gate,
             notes=self.notes,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aggregator.errors import ConfigError
-from aggregator.records import Sample, Values
+from aggregator.records import Rollout, Sample, Values
 from aggregator.training.context import StepContext, step_context
 from aggregator.training.gates import always, compare, improves_on_batch, improves_on_validation, sign_test
 
@@ -16,13 +16,13 @@ BATCH = [Sample(i, i) for i in range(4)]
 
 
 def scoring(scores: dict[Any, list[float | None]], calls: list[str]) -> Any:
-    """Return an evaluation that knows the scores of each value of `k`."""
+    """Return an observation that knows the scores of each value of `k`."""
 
-    async def evaluate(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[float | None]:
+    async def observe(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
         calls.append(place)
-        return scores[values["k"]]
+        return [Rollout(sample_id=i, score=score) for i, score in enumerate(scores[values["k"]])]
 
-    return evaluate
+    return observe
 
 
 async def test_always_accepts() -> None:
@@ -44,7 +44,7 @@ async def test_always_accepts() -> None:
 async def test_improves_on_batch(after: list[float | None], threshold: float, accepted: bool) -> None:
     """Accepted is what gains at least the threshold, and more than nothing, on the same instances."""
     calls: list[str] = []
-    context = StepContext(scores=[0.0, 1.0, 0.0, 0.0], evaluate=scoring({2: after}, calls))
+    context = StepContext(scores=[0.0, 1.0, 0.0, 0.0], observe=scoring({2: after}, calls))
     with step_context(context):
         decision = await improves_on_batch(threshold)({"k": 1}, {"k": 2}, BATCH)
     assert decision.accepted is accepted
@@ -77,7 +77,7 @@ async def test_validation_needs_significance_when_asked() -> None:
     data = [(i, None) for i in range(5)]
     scores: dict[Any, list[float | None]] = {1: [0.0] * 5, 2: [1.0, 1.0, 1.0, 1.0, 0.0], 3: [1.0] * 5}
     calls: list[str] = []
-    with step_context(StepContext(evaluate=scoring(scores, calls))):
+    with step_context(StepContext(observe=scoring(scores, calls))):
         gate = improves_on_validation(data, significance=0.05)
         assert not (await gate({"k": 1}, {"k": 2}, BATCH)).accepted
         assert (await gate({"k": 1}, {"k": 3}, BATCH)).accepted
@@ -89,7 +89,7 @@ async def test_values_in_force_are_not_evaluated_twice() -> None:
     scores: dict[Any, list[float | None]] = {1: [0.0], 2: [0.5], 3: [1.0]}
     calls: list[str] = []
     gate = improves_on_validation([(0, None)])
-    with step_context(StepContext(evaluate=scoring(scores, calls))):
+    with step_context(StepContext(observe=scoring(scores, calls))):
         assert (await gate({"k": 1}, {"k": 2}, BATCH)).accepted
         assert (await gate({"k": 2}, {"k": 3}, BATCH)).accepted
     assert calls == ["gate/before", "gate", "gate"]
