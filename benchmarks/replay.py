@@ -187,8 +187,7 @@ async def floor(path: str, n: int) -> dict[str, float]:
 
     recording = read(Path(path))
     assert recording is not None
-    index = {row.exchange().request.body: row for row in recording.rows}
-    rows = {sha256(body).digest(): row for body, row in index.items()}
+    rows = {sha256(row.exchange().request.body).digest(): row for row in recording.rows}
     codec, encode = client().endpoint.codec, msgspec.json.Encoder().encode
     call, asked = ChatCall(model=traffic.MODEL, messages=()), [traffic.messages(i) for i in range(n)]
     with Clock() as clock:

@@ -80,7 +80,7 @@ def _unbrotlied(body: bytes, limit: int) -> bytes | None:
 
 def _unzstded(body: bytes, limit: int) -> bytes | None:
     with import_module("zstandard").ZstdDecompressor().stream_reader(body, read_across_frames=True) as stream:
-        plain = bytes(stream.read(min(limit, sys.maxsize - 1) + 1) if limit < sys.maxsize else stream.readall())
+        plain = bytes(stream.read(limit + 1) if limit < sys.maxsize else stream.readall())
     if len(plain) > limit:
         raise TooLargeError
     return plain or None
