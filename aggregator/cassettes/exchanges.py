@@ -204,11 +204,12 @@ def decode_line(line: bytes) -> Exchange:
 
 
 def _reply(response: _Response, facts: Facts | Place) -> HTTPReply:
+    status, body = response.status, response.body.string
     return HTTPReply(
-        status=response.status.code,
-        body=body_bytes(response.body.string),
+        status=status.code,
+        body=body.encode() if type(body) is str else body_bytes(body),
         headers={name: value for name, (value,) in response.headers.items()},
-        reason=response.status.message,
+        reason=status.message,
         milliseconds=facts.ms,
         chunks=facts.chunks,
         replayed=True,

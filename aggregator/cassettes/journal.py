@@ -55,12 +55,12 @@ class Journal:
         if not self._size:
             self._append(OPEN_COMMENT + PREAMBLE)
 
-    def append(self, line: bytes) -> None:
-        """Write one exchange, whole or not at all."""
+    def append(self, *lines: bytes) -> None:
+        """Write exchanges, all of them or none."""
         if self._file < 0:
             self._open()
-        self._append(b"- %b\n" % line)
-        self._unsynced += 1
+        self._append(b"".join([b"- %b\n" % line for line in lines]))
+        self._unsynced += len(lines)
         if self._unsynced >= SYNC_LINES or self._clock() - self._synced_at >= SYNC_SECONDS:
             self.sync()
 

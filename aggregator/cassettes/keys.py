@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aggregator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 decode_json = msgspec.json.Decoder().decode
 encode_canonical = msgspec.json.Encoder(order="deterministic").encode
@@ -65,12 +68,15 @@ def _remove(value: Any, path: tuple[str, ...]) -> None:
 
 def raw_key(method: str, url: str, body: bytes) -> bytes:
     """Return the digest of exactly these bytes: a shortcut to the canonical key of a body seen before."""
-    return sha256(_address(method, url) + body).digest()
+    digest = begun(method, url).copy()
+    digest.update(body)
+    return digest.digest()
 
 
 @lru_cache(maxsize=256)
-def _address(method: str, url: str) -> bytes:
-    return f"{method} {url}\n".encode()
+def begun(method: str, url: str) -> _Hash:
+    """Return the digest so far, before the body; to be copied, never updated."""
+    return sha256(f"{method} {url}\n".encode())
 
 
 def request_key(method: str, url: str, body: bytes, ignore: Ignore = ()) -> bytes:

@@ -36,7 +36,8 @@ from vcr.record_mode import RecordMode
 from vcr.request import Request
 
 from aggregator.cassettes.clients import FAMILIES, families, from_reply, is_passing, to_reply, to_request
-from aggregator.cassettes.tape import Slot, Tape, current_tape
+from aggregator.cassettes.slots import Slot
+from aggregator.cassettes.tape import Tape, current_tape
 from aggregator.records import HTTPReply
 
 _ASYNC_FUNCTIONS = frozenset({"_request", "handle_async_request"})
@@ -64,6 +65,7 @@ def serving(tape: Tape, clients: str | Iterable[str]) -> Iterator[None]:
             stack.enter_context(_patches(family))
         with _lock:
             _served[tape] = wanted
+        tape.serves_others = True
         stack.callback(_served.pop, tape)
         yield
 

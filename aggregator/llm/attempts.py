@@ -6,12 +6,15 @@ path: nothing is awaited, and no object made, that an undisturbed call does not 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from math import inf
 
 from aggregator.cassettes.clients import passing
 from aggregator.cassettes.lineage import current_lineage, current_role
-from aggregator.cassettes.tape import Slot, Tape, current_tape
+from aggregator.cassettes.slots import Slot
+from aggregator.cassettes.tape import NO_ANSWER, Tape, current_tape
+from aggregator.cassettes.writing import Entry
 from aggregator.errors import APIConnectionError, APIStatusError, LLMError, QuotaError, RateLimitError
 from aggregator.llm import tracing
 from aggregator.llm.budget import NOTHING, Amount, Budget, budgets_of, capped, pico, upper_tokens
@@ -122,15 +125,16 @@ class Attempts:
                 if self._budgets and not self._take():
                     await self.reserve()
                 completion = failed = None
+                tape = self.tape
                 try:
-                    tape = self.tape
                     if tape is not None and (reply := self._play(tape)) is not None:
                         delay = tape.delay(reply)
                         await (self.line.sleep(delay) if delay else A_TURN)  # as a live answer would take
                     else:
                         if not self.try_admit():
                             await self.admit()
-                        reply = self.reply = await (self._send() if tape is None else self._send_past_tape())
+                        passes = tape is not None and tape.serves_others
+                        reply = self.reply = await (self._send_past_tape() if passes else self._send())
                         self.heard(reply.status, reply.headers)
                     completion = self._decode(reply)
                 except BaseException as error:
@@ -140,8 +144,9 @@ class Attempts:
                     return completion
                 finally:
                     self.settle(completion, failed)
-                    if self.is_live and self.slot is not None:
-                        self._record(completion, failed)
+                    if self.is_live and tape is not None and (entry := self._hand_in(tape, completion, failed)):
+                        await A_TURN  # in which what came with it is written in one piece
+                        tape.finish(entry)
                     failed = None  # its traceback holds this frame
             except LLMError as error:
                 wait = None if unless(error) else self.wait_after(error)
@@ -235,17 +240,17 @@ class Attempts:
             raise codec.error(reply)
         return self.line.priced(codec.decode(reply, self.call), self.count)
 
-    def _record(self, completion: Completion | None, error: BaseException | None) -> None:
-        """Write a live answer to the tape before it is used, or that there was none."""
-        if self.tape is None or self.slot is None:
-            return
+    def _hand_in(self, tape: Tape, completion: Completion | None, error: BaseException | None) -> Entry | None:
+        """Hand a live answer to the tape, or that there was none; the loop writes it in its next turn."""
         failure = error if isinstance(error, APIConnectionError) else None
-        if self.reply is not None:
-            usage = None if completion is None else completion.usage
-            model = (completion and completion.model) or self.call.model
-            self.tape.record(self.slot, self.reply, usage=usage, model=model, failure=failure)
-        elif failure is not None:
-            self.tape.record_failure(self.slot, failure)
+        if self.slot is None or (self.reply is None and failure is None):
+            return None
+        usage = None if completion is None else completion.usage
+        model = (completion and completion.model) or self.call.model
+        entry, is_first = tape.hand_in(self.slot, self.reply or NO_ANSWER, usage=usage, model=model, failure=failure)
+        if is_first:
+            asyncio.get_running_loop().call_soon(tape.flush)
+        return entry
 
     def settle(self, completion: Completion | None, error: BaseException | None) -> None:
         """Count what the attempt under way cost, and tell of it."""

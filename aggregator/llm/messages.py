@@ -60,6 +60,12 @@ def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
     """
     if isinstance(messages, str):
         return ({"role": "user", "content": messages},)
+    if type(messages) is list and messages:  # nearly always
+        for message in messages:
+            if type(message) is not dict or type(message.get("content")) is not str or message.get("role") not in ROLES:
+                break
+        else:
+            return tuple(messages)  # not copied, since encoding reads them at once
     if type(messages) is not list and isinstance(messages, Mapping | Message | Completion):
         messages = [messages]
     if type(messages) is not list and (not isinstance(messages, Iterable) or isinstance(messages, bytes)):
@@ -71,8 +77,6 @@ def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _message(message: Any, position: int) -> dict[str, Any]:
-    if type(message) is dict and type(message.get("content")) is str and message.get("role") in ROLES:
-        return message  # nearly every message; not copied, since encoding reads it at once
     if isinstance(message, str):
         return {"role": "user", "content": message}
     if isinstance(message, Completion):

@@ -128,7 +128,8 @@ class StreamedAttempts(Attempts):
                 if self._head is not None:
                     lost = isinstance(error, APIConnectionError) and not self._body
                     self.reply = None if lost else self._so_far()
-                self._record(completion, error)
+                if self.tape is not None and (entry := self._hand_in(self.tape, completion, error)) is not None:
+                    self.tape.finish(entry)
             error = None  # its traceback holds this frame
         if completion is not None:
             yield completion

@@ -1,0 +1,143 @@
+"""Answers on their way to the disk: handed in one by one; redacted, encoded and written together.
+
+What comes in one turn of the event loop is written in one piece, before any of it is used: done for several exchanges
+in a row this costs half of what it does between two other calls (`benchmarks/README.md`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import islice
+from typing import Protocol
+
+from aggregator.cassettes.exchanges import Exchange, Facts
+from aggregator.cassettes.redaction import needles_for, redact_line
+from aggregator.cassettes.slots import Slot
+from aggregator.errors import CassetteError, SecretLeakError
+from aggregator.records import HTTPReply, Usage
+
+
+class Sink(Protocol):
+    """Where recorded lines go: a journal."""
+
+    def append(self, *lines: bytes) -> None:
+        """Write these lines, all of them or none; raises CassetteError."""
+        ...
+
+
+class Entry:
+    """An answer that is to be written; once it `is_done`, `error` says why it was not."""
+
+    __slots__ = ("attempt", "error", "exchange", "failure", "is_done", "line", "model", "reply", "slot", "usage")
+
+    def __init__(
+        self, slot: Slot, reply: HTTPReply, usage: Usage | None, model: str, failure: tuple[str, str] | None
+    ) -> None:
+        self.slot, self.reply, self.usage, self.model, self.failure = slot, reply, usage, model, failure
+        self.attempt = slot.attempt
+        self.exchange: Exchange | None = None
+        self.line = b""
+        self.error: CassetteError | None = None
+        self.is_done = False
+
+    def encode(self, at: str) -> None:
+        """Make the line; raises SecretLeakError."""
+        slot, reply = self.slot, self.reply
+        facts = Facts(
+            lineage=slot.lineage,
+            ticket=slot.ticket,
+            attempt=self.attempt,
+            order=slot.order,
+            role=slot.role,
+            model=self.model,
+            ms=round(float(reply.milliseconds), 3),
+            at=at,
+            usage=_known(self.usage),
+            chunks=reply.chunks,
+            error=self.failure,
+        )
+        self.exchange = Exchange(request=slot.clean(), reply=reply, facts=facts)
+        self.line = redact_line(self.exchange, needles_for(slot.request))
+
+
+class Writer:
+    """Writes entries in the order in which they were handed in; whoever calls holds the tape's lock."""
+
+    def __init__(self, sink: Sink, now: Callable[[], float]) -> None:
+        self.written = 0
+        self.unsaved: list[Exchange] = []
+        self.errors: list[CassetteError] = []
+        self._sink, self._now = sink, now
+        self._handed: deque[Entry] = deque()
+        self._waiting: deque[Entry] = deque()  # lines to be written, those first that the disk refused before
+
+    def add(self, entry: Entry) -> bool:
+        """Take an entry in; tell whether it is the first since the last `flush`."""
+        self._handed.append(entry)
+        return len(self._handed) == 1
+
+    def flush(self) -> None:
+        """Write all that was handed in, and what the disk refused before; each entry tells what became of it.
+
+        A SecretLeakError where a secret could not be redacted: nothing of that exchange was written. A CassetteError
+        where the disk refuses: the line is tried again with the next ones. Both exchanges stand in `unsaved`.
+        """
+        at = _utc(int(self._now()))
+        while self._handed:
+            entry = self._handed[0]
+            try:
+                entry.encode(at)
+                self._waiting.append(entry)
+            except SecretLeakError as error:
+                self._refuse(entry, error)
+            self._handed.popleft()
+        if self._waiting:
+            self._write_all()
+
+    def _write_all(self) -> None:
+        try:
+            try:
+                self._write(len(self._waiting))
+            except CassetteError:
+                if len(self._waiting) == 1:
+                    raise
+                while self._waiting:  # as many of them as there is room for
+                    self._write(1)
+        except CassetteError as error:
+            for entry in self._waiting:
+                if not entry.is_done:
+                    self._refuse(entry, error)
+
+    def _write(self, count: int) -> None:
+        self._sink.append(*[entry.line for entry in islice(self._waiting, count)])
+        for _ in range(count):
+            self._waiting.popleft().is_done = True
+        self.written += count
+
+    def _refuse(self, entry: Entry, error: CassetteError) -> None:
+        entry.error, entry.is_done = error, True
+        self.errors.append(error)
+        if entry.exchange is not None:
+            self.unsaved.append(entry.exchange)
+
+
+@lru_cache(maxsize=8)
+def _utc(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _known(usage: Usage | None) -> dict[str, int | float]:
+    """Return the tokens and cost that the provider told."""
+    if usage is None:
+        return {}
+    told = {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "cost": usage.cost,
+    }
+    return {name: value for name, value in told.items() if value is not None}
