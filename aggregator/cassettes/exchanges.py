@@ -15,6 +15,7 @@ import base64
 import re
 from binascii import b2a_base64
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -117,20 +118,32 @@ Buffer = bytes | memoryview
 def encode_line(exchange: Exchange) -> bytes:
     """Return the exchange as one line, without a line break, with its key and its hash."""
     request, reply = exchange.request, exchange.reply
-    asked = {name: [value] for name, value in request.headers.items()}
     answered = {name: [value] for name, value in reply.headers.items()}
-    frame = _encode(
-        _Whole(
-            _WholeRequest(request.method, request.url, asked, _text(request.body)),
-            _Response(_Status(reply.status, reply.reason), answered, _Body(_text(reply.body))),
+    response = _Response(_Status(reply.status, reply.reason), answered, _Body(_text(reply.body)))
+    key = b2a_base64(raw_key(request.method, request.url, request.body), newline=False)
+    line = b"".join(
+        (
+            _opening(request.method, request.url, tuple(request.headers.items())),
+            _encode(_text(request.body)),
+            b'},"response":',
+            _encode(response),
+            _FACTS,
+            _encode(exchange.facts)[:-1].replace(b"\\", rb"\\").replace(b'"', rb"\""),
+            rb",\"key\":\"",
+            key,
+            rb"\"",
         )
     )
-    facts = _encode(exchange.facts)[:-1].replace(b"\\", rb"\\").replace(b'"', rb"\"")
-    key = b2a_base64(raw_key(request.method, request.url, request.body), newline=False)
-    line = b"".join((frame[:-1], _FACTS, facts, rb",\"key\":\"", key, rb"\""))
     if not line.isascii() or b"\x7f" in line:
         line = _as_yaml(line)
     return b"".join((line, _HASH, sha256(line).hexdigest().encode(), _END))
+
+
+@lru_cache(maxsize=256)
+def _opening(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> bytes:
+    """Return the line up to the request's body; most repeat."""
+    request = {"method": method, "uri": url, "headers": {name: [value] for name, value in headers}}
+    return b'{"request":%b,"body":' % _encode(request)[:-1]
 
 
 def _as_yaml(line: bytes) -> bytes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE
@@ -40,6 +40,7 @@ class Journal:
         self.path = path
         self._clock, self._write = clock, write
         self._file, self._size, self._found = -1, keep, keep
+        self._is_closed = False
         self._unsynced, self._synced_at = 0, clock()
 
     def _open(self) -> None:
@@ -55,8 +56,10 @@ class Journal:
         if not self._size:
             self._append(OPEN_COMMENT + PREAMBLE)
 
-    def append(self, *lines: bytes) -> None:
+    def extend(self, lines: Sequence[bytes]) -> None:
         """Write exchanges, all of them or none."""
+        if self._is_closed:
+            raise CassetteError(f"expected to append to an open journal, got one that is finished ({self.path})")
         if self._file < 0:
             self._open()
         self._append(b"".join([b"- %b\n" % line for line in lines]))
@@ -92,7 +95,8 @@ class Journal:
             self.path.unlink()
 
     def close(self) -> None:
-        """Flush and close; a second call does nothing."""
+        """Flush and close; a second call does nothing, and nothing can be appended any more."""
+        self._is_closed = True
         if self._file >= 0:
             file, self._file = self._file, -1
             try:

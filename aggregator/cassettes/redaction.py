@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from urllib.parse import urlsplit
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator.cassettes.exchanges import Exchange, encode_line
@@ -32,7 +33,7 @@ from aggregator.cassettes.secrets import (
 )
 from aggregator.cassettes.streams import Chunks, hidden_edits, is_json, is_stream, rebuilt
 from aggregator.errors import SecretLeakError
-from aggregator.records import HTTPRequest
+from aggregator.records import HTTPReply, HTTPRequest
 
 KEPT_HEADERS = frozenset(
     {"accept", "content-type", "date", "retry-after", "retry-after-ms", "request-id", "x-request-id", "x-should-retry"}
@@ -69,62 +70,124 @@ def _redact_pair(pair: str) -> str:
     return f"{name}={PLACEHOLDER}" if mark and value and is_secret_parameter(name) else pair
 
 
-def needles_for(request: HTTPRequest) -> Needles:
-    """Return what must not be found in anything that is written about this request."""
-    return _needles(request.url, tuple(request.headers.items()), request.secrets)
+class Frame(Struct, frozen=True):
+    """What of a request repeats from call to call: what must not be found beside it, its URL and headers as written."""
+
+    needles: Needles
+    url: str
+    headers: dict[str, str]
+
+
+def frame_of(request: HTTPRequest) -> Frame:
+    """Return the request's frame; equal ones are one object, and nobody writes to it."""
+    return _frame(request.url, tuple(request.headers.items()), request.secrets)
 
 
 @lru_cache(maxsize=256)
-def _needles(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, ...]) -> Needles:
-    return needles_of(authenticating_values(url, dict(headers), secrets))
+def _frame(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, ...]) -> Frame:
+    return _clean_frame(url, headers, needles_of(authenticating_values(url, dict(headers), secrets)))
+
+
+@lru_cache(maxsize=256)
+def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles) -> Frame:
+    kept = {name: _clean_value(value, needles) for name, value in _kept(headers).items()}
+    return Frame(needles, redact_text(redact_url(url), needles), kept)
+
+
+def needles_for(request: HTTPRequest) -> Needles:
+    """Return what must not be found in anything that is written about this request."""
+    return frame_of(request).needles
+
+
+def looks_clean(texts: Iterable[bytes], needles: Iterable[Needles]) -> bool:
+    """Say whether one quick look at all these texts finds nothing, so that none of them needs the thorough one."""
+    data = b"\n".join(texts)
+    known = set(needles)
+    return not has_hidden_text(data) and not suspicious(data, known.pop() if len(known) == 1 else _united(known))
+
+
+def _united(needles: Iterable[Needles]) -> Needles:
+    return tuple(sorted({needle for some in needles for needle in some}))
+
+
+def redact_requests(requests: Sequence[HTTPRequest]) -> list[HTTPRequest]:
+    """Return requests as they may be written; keys are computed from these, so that the file gives the same keys."""
+    frames = [frame_of(request) for request in requests]
+    clean = looks_clean([request.body for request in requests], [frame.needles for frame in frames])
+    return [_redacted(request, frame, clean=clean) for request, frame in zip(requests, frames, strict=True)]
 
 
 def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTPRequest:
-    """Return the request as it may be written; its key is computed from this, so that the file gives the same key."""
-    needles = needles_for(request) if needles is None else needles
-    url, headers = _clean_frame(request.url, tuple(request.headers.items()), needles)
+    """Return one request as it may be written, by what authenticates it or by the needles given."""
+    if needles is None:
+        return redact_requests([request])[0]
+    return _redacted(request, _clean_frame(request.url, tuple(request.headers.items()), needles), clean=False)
+
+
+def _redacted(request: HTTPRequest, frame: Frame, *, clean: bool) -> HTTPRequest:
     body = request.body
-    if "x-www-form-urlencoded" in headers.get("content-type", ""):
+    if "x-www-form-urlencoded" in frame.headers.get("content-type", ""):
         body = redact_url(f"?{body.decode(errors='surrogateescape')}")[1:].encode(errors="surrogateescape")
-    if suspicious(body, needles) or has_hidden_text(body):
-        body = redact_body(body, needles)[0]
-    return HTTPRequest(method=request.method, url=url, body=body, headers=headers)
-
-
-@lru_cache(maxsize=256)
-def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles) -> tuple[str, dict[str, str]]:
-    """Return the URL and headers of a request without secrets; they repeat, and nobody writes to them."""
-    return _clean_url(url, needles), _kept(headers, needles)
-
-
-@lru_cache(maxsize=1024)
-def _clean_url(url: str, needles: Needles) -> str:
-    return redact_text(redact_url(url), needles)
+    if not clean and not looks_clean([body], [frame.needles]):
+        body = redact_body(body, frame.needles)[0]
+    return HTTPRequest(method=request.method, url=frame.url, body=body, headers=frame.headers)
 
 
 def redact_line(exchange: Exchange, needles: Needles = ()) -> bytes:
     """Return the line of an exchange whose request is redacted; raises SecretLeakError."""
-    reply = exchange.reply
-    kept = _kept(reply.headers.items(), needles)
-    exchange = replace(exchange, reply=replace(reply, headers=kept, reason=_as_text(reply.reason)))
-    if not _is_due(exchange, needles) and _is_text(exchange.request.body) and _is_text(reply.body):
-        return encode_line(exchange)
-    clean = _redact_reply(exchange, needles)
-    line = encode_line(clean)
-    _refuse_leaks(clean, line, needles)
+    (line,) = redact_lines([exchange], [needles])
+    if isinstance(line, SecretLeakError):
+        raise line
     return line
 
 
-def _is_due(exchange: Exchange, needles: Needles) -> bool:
-    """Say whether the exchange needs the thorough look."""
+def redact_lines(exchanges: Sequence[Exchange], needles: Sequence[Needles]) -> list[bytes | SecretLeakError]:
+    """Return the lines of exchanges whose requests are redacted, or why one cannot be written; each has its needles."""
+    kept = [_without_headers(exchange) for exchange in exchanges]
+    clean = looks_clean([text for exchange in kept for text in _texts(exchange)], needles)
+    return [_line(exchange, known, clean=clean) for exchange, known in zip(kept, needles, strict=True)]
+
+
+def _without_headers(exchange: Exchange) -> Exchange:
+    """Return the exchange with those of its answer's headers that are written, its head as text."""
+    reply = exchange.reply
+    kept = HTTPReply(
+        status=reply.status,
+        body=reply.body,
+        headers=_kept(reply.headers.items()),
+        reason=_as_text(reply.reason),
+        milliseconds=reply.milliseconds,
+        chunks=reply.chunks,
+    )
+    return Exchange(request=exchange.request, reply=kept, facts=exchange.facts)
+
+
+def _texts(exchange: Exchange) -> tuple[bytes, bytes]:
+    """Return where a secret could stand in what the exchange adds to its request."""
     reply, facts = exchange.reply, exchange.facts
-    texts = f"\n{facts.lineage}\n{facts.model}\n{reply.reason}".encode()
+    return reply.body, "\n".join((facts.lineage, facts.model, reply.reason, *reply.headers.values())).encode()
+
+
+def _line(exchange: Exchange, needles: Needles, *, clean: bool) -> bytes | SecretLeakError:
+    reply = exchange.reply
+    if not clean or any("=" in value for value in reply.headers.values()):
+        headers = {name: _clean_value(value, needles) for name, value in reply.headers.items()}
+        exchange = replace(exchange, reply=replace(reply, headers=headers))
+    if not _is_due(exchange, needles, clean=clean) and _is_text(exchange.request.body) and _is_text(reply.body):
+        return encode_line(exchange)
+    redacted = _redact_reply(exchange, needles)
+    line = encode_line(redacted)
+    return _leak(redacted, line, needles) or line
+
+
+def _is_due(exchange: Exchange, needles: Needles, *, clean: bool) -> bool:
+    """Say whether the exchange needs the thorough look."""
+    reply = exchange.reply
     return (
         bool(reply.chunks)
         or is_stream(reply.headers)
-        or facts.error is not None
-        or suspicious(reply.body + texts, needles)
-        or has_hidden_text(reply.body)
+        or exchange.facts.error is not None
+        or (not clean and not looks_clean(_texts(exchange), [needles]))
     )
 
 
@@ -143,16 +206,14 @@ def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
     )
 
 
-def _kept(headers: Iterable[tuple[str, str]], needles: Needles) -> dict[str, str]:
-    """Return the headers that are written, without secrets in them."""
-    lowered = ((name.lower(), value) for name, value in headers)
-    return {name: _clean_value(value, needles) for name, value in lowered if is_kept(name)}
+def _kept(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the headers that are written, as text, their names in lower case."""
+    return {lower: _as_text(value) for name, value in headers if is_kept(lower := name.lower())}
 
 
 @lru_cache(maxsize=1024)
 def _clean_value(value: str, needles: Needles) -> str:
     """Return a header's value without secrets; most values repeat."""
-    value = _as_text(value)
     return redact_text(value, needles) if "=" in value or suspicious(value.encode(), needles) else value
 
 
@@ -203,8 +264,8 @@ def _moved_chunks(chunks: Chunks, steps: list[list[Edit]]) -> Chunks:
     return tuple((b - a, ms) for a, b, (_, ms) in zip((0, *borders), borders, chunks, strict=False))
 
 
-def _refuse_leaks(exchange: Exchange, line: bytes, needles: Needles) -> None:
-    """Raise where a value that authenticates is still there; the message names the place, never the value."""
+def _leak(exchange: Exchange, line: bytes, needles: Needles) -> SecretLeakError | None:
+    """Return an error where a value that authenticates is still there; it names the place, never the value."""
     request, reply, facts = exchange.request, exchange.reply, exchange.facts
     places = {
         "request body": request.body,
@@ -216,11 +277,12 @@ def _refuse_leaks(exchange: Exchange, line: bytes, needles: Needles) -> None:
     }
     for place, data in places.items():
         if any(needle in data for needle in needles):
-            raise SecretLeakError(
+            return SecretLeakError(
                 f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
                 f"(a {request.method} to {urlsplit(request.url).hostname}, role {facts.role}); it was not written. "
                 "Keep the secret out of it, or call the model outside of the cassette"
             )
+    return None
 
 
 def inflated(body: bytes) -> bytes:

@@ -109,15 +109,24 @@ _is_bad_name = lru_cache(maxsize=4096)(_is_bad_run)  # most runs are names of fi
 
 def _has_secret_name(data: bytes) -> bool:
     pieces = data.split(b":")
-    endings = b":".join([piece.rstrip()[-4:] for piece in pieces]).lower().split(b":")
-    if _NAME_ENDINGS.isdisjoint(endings):
+    if not any(map(_may_end_name, {piece[-5:] for piece in pieces})):
         return False
     return any(_known_name(piece.rstrip()[-64:].rstrip(b'\\"').rpartition(b'"')[2]) for piece in pieces)
 
 
+@lru_cache(maxsize=4096)  # the fields of answers repeat
+def _may_end_name(tail: bytes) -> bool:
+    """Say whether the last five bytes before a colon may end a secret's name; behind white space they do not tell."""
+    shown = tail.rstrip()
+    if shown != tail:
+        return shown[-1:] in (b'"', b"")
+    return tail[-4:].lower() in _NAME_ENDINGS
+
+
 def _has_odd_needle(data: bytes, needles: Needles) -> bool:
     """Look for values that are short, or hold what no token holds."""
-    return any(needle in data for needle in _odd_ones(needles))
+    odd = _odd_ones(needles)
+    return bool(odd) and any(needle in data for needle in odd)
 
 
 @lru_cache(maxsize=256)

@@ -63,13 +63,42 @@ class Slot:
 
 
 class Pool:
-    """Recorded answers to identical requests of one lineage (ticket -> rows), and how many were issued."""
+    """Recorded answers to identical requests of one lineage, and how many of those were issued.
 
-    __slots__ = ("issued", "tickets")
+    `first` are the rows of ticket 0, which is the only one of nearly every pool; `later` maps the others to theirs.
+    """
+
+    __slots__ = ("first", "issued", "later")
 
     def __init__(self) -> None:
-        self.tickets: dict[int, list[int]] = {}
+        self.first: tuple[int, ...] = ()
+        self.later: dict[int, tuple[int, ...]] | None = None
         self.issued = 0
+
+    def take(self) -> tuple[int, tuple[int, ...]]:
+        """Return the next ticket and its rows."""
+        ticket = self.issued
+        self.issued = ticket + 1
+        return ticket, self.rows(ticket)
+
+    def rows(self, ticket: int) -> tuple[int, ...]:
+        """Return the rows of a ticket."""
+        if not ticket:
+            return self.first
+        return () if self.later is None else self.later.get(ticket, ())
+
+    def put(self, ticket: int, rows: tuple[int, ...]) -> None:
+        """Make these the rows of a ticket."""
+        if not ticket:
+            self.first = rows
+        elif self.later is None:
+            self.later = {ticket: rows}
+        else:
+            self.later[ticket] = rows
+
+    def tickets(self) -> list[int]:
+        """Return the tickets that have rows, in order."""
+        return ([0] if self.first else []) + sorted(ticket for ticket, rows in (self.later or {}).items() if rows)
 
 
 class Pools:
@@ -91,8 +120,8 @@ class Pools:
             pool = exact.get(at)
             if pool is None:
                 pool = exact[at] = Pool()
-            pool.tickets.setdefault(place.ticket, []).append(index)
-        if ignore or any(0 not in pool.tickets for pool in exact.values()):
+            pool.put(place.ticket, (*pool.rows(place.ticket), index))
+        if ignore or not all(pool.first for pool in exact.values()):
             self._canonical()
 
     def _canonical(self) -> dict[_At, Pool]:
@@ -100,12 +129,12 @@ class Pools:
         if self._by_key is None:
             self._by_key = {}
             for at, pool in self.exact.items():
-                first = next(iter(pool.tickets.values()))[0]
+                first = pool.rows(pool.tickets()[0])[0]
                 whole = self._by_key.setdefault((self._rows[first].key, at[1]), pool)
                 if whole is not pool:
                     self.exact[at] = whole
-                    for ticket, rows in pool.tickets.items():
-                        whole.tickets[ticket] = sorted(whole.tickets.get(ticket, []) + rows)
+                    for ticket in pool.tickets():
+                        whole.put(ticket, tuple(sorted(whole.rows(ticket) + pool.rows(ticket))))
         return self._by_key
 
     def take(self, slot: Slot) -> Pool:
@@ -115,23 +144,27 @@ class Pools:
         pool = pools.get((key, here))
         if pool is not None:
             return pool
-        if (plain := pools.get((key, ""))) is not None and plain.tickets:  # recorded without: played in issue order
+        if (plain := pools.get((key, ""))) is not None and (
+            plain.first or plain.later
+        ):  # recorded without: played in issue order
             slot.lineage = ""
             return plain
         pool = Pool()
         if self._prefer and (spare := self._spare(key)) is not None:
             lineage, rows = spare
             self.fallbacks.append(f"{here!r} plays {lineage!r}")
-            pool.tickets[0] = rows
+            pool.first = rows
         else:
             pools[key, here] = pool
         return pool
 
-    def _spare(self, key: bytes) -> tuple[str, list[int]] | None:
+    def _spare(self, key: bytes) -> tuple[str, tuple[int, ...]] | None:
         """Take the first recorded call of this key, in canonical order, that nothing has claimed."""
         for (other, lineage), pool in self._canonical().items():
             if other == key:
-                for ticket in sorted(pool.tickets):
+                for ticket in pool.tickets():
                     if ticket >= pool.issued:
-                        return lineage, pool.tickets.pop(ticket)
+                        rows = pool.rows(ticket)
+                        pool.put(ticket, ())
+                        return lineage, rows
         return None

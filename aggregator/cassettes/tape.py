@@ -19,7 +19,7 @@ from aggregator.cassettes.exchanges import Exchange
 from aggregator.cassettes.keys import Ignore, begun
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.cassettes.mismatch import Asked, explain_miss
-from aggregator.cassettes.redaction import redact_url
+from aggregator.cassettes.redaction import redact_requests, redact_url
 from aggregator.cassettes.rows import Row
 from aggregator.cassettes.slots import Pools, Slot
 from aggregator.cassettes.timing import Faults, Latency, latency_scale
@@ -109,13 +109,10 @@ class Tape:
         with self._lock:
             if pool is None:
                 pool = self._pools.take(slot)
-            slot.ticket = ticket = pool.issued
-            pool.issued = ticket + 1
-            rows = pool.tickets.get(ticket)
-            if rows is not None:
-                slot.rows = rows
-                if not self.plays_failures:
-                    slot.rows, slot.attempt = [row for row in rows if self._is_answered(row)], len(rows)
+            slot.ticket, slot.rows = pool.take()
+            if not self.plays_failures:
+                slot.attempt = len(slot.rows)
+                slot.rows = [row for row in slot.rows if self._is_answered(row)]
             if self._writer is not None:
                 self._count_order(slot)
         return slot
@@ -126,10 +123,11 @@ class Tape:
 
     def _count_tickets(self) -> None:
         """Give the calls issued so far the tickets that `issue` has put off, in their order."""
-        for slot in self._uncounted:
+        requests = redact_requests([slot.request for slot in self._uncounted])
+        for slot, request in zip(self._uncounted, requests, strict=True):
+            slot.redacted = request
             pool = self._pools.take(slot)
-            slot.ticket = pool.issued
-            pool.issued += 1
+            slot.ticket, _ = pool.take()
         self._uncounted.clear()
 
     def _is_answered(self, index: int) -> bool:
@@ -139,8 +137,9 @@ class Tape:
     def play(self, slot: Slot) -> HTTPReply | None:
         """Return the slot's next recorded answer; None to go live.
 
-        Raises CassetteMissError where nothing answers and nothing is recorded, and again what a recorded
-        attempt without an answer had raised; what ended a stream after its first bytes stands in `slot.failure`.
+        Raises CassetteMissError where nothing answers and nothing is recorded, CassetteError where the tape is closed
+        and could not record the answer, and again what a recorded attempt without an answer had raised; what ended a
+        stream after its first bytes stands in `slot.failure`.
         """
         if self._faults is not None and (fault := self._next_fault(slot)) is not None:
             return fault
@@ -158,6 +157,8 @@ class Tape:
             return reply
         if self._writer is None:
             raise self._miss(slot)
+        if self._closed:
+            raise CassetteError(self._too_late("a call"))
         return None
 
     def _next_fault(self, slot: Slot) -> HTTPReply | None:
@@ -223,11 +224,21 @@ class Tape:
             return entry, self._writer.add(entry)
 
     def flush(self) -> None:
-        """Write what was handed in."""
-        if self._writer is not None:
-            with self._lock:
-                self._count_tickets()
+        """Write what was handed in; what comes after the tape was closed is refused, as the file is finished."""
+        if self._writer is None:
+            return
+        with self._lock:
+            self._count_tickets()
+            if self._closed:
+                self._writer.refuse(CassetteError(self._too_late("an answer")))
+            else:
                 self._writer.flush()
+
+    def _too_late(self, what: str) -> str:
+        return (
+            f"expected every call inside of the cassette {self.name} to be awaited there, got {what} after it was "
+            "left; await the tasks that make calls before the block ends (asyncio.TaskGroup does)"
+        )
 
     def finish(self, entry: Entry) -> None:
         """Return once the entry is written; raises what `record` does."""
@@ -265,11 +276,13 @@ class Tape:
         """
         if self._closed:
             return
-        self._closed = True
-        if self.keeps:
-            self.flush()
-        if self._on_close is not None:
-            self._on_close(self)
+        try:
+            if self.keeps:
+                self.flush()
+        finally:
+            self._closed = True
+            if self._on_close is not None:
+                self._on_close(self)
         refused = [] if self._writer is None else self._writer.errors
         for error in (*refused, *self.misses):
             raise type(error)(f"{error}") from error

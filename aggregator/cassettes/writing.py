@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Protocol
 
 from aggregator.cassettes.exchanges import Exchange, Facts
-from aggregator.cassettes.redaction import needles_for, redact_line
+from aggregator.cassettes.redaction import needles_for, redact_lines
 from aggregator.cassettes.slots import Slot
 from aggregator.errors import CassetteError, SecretLeakError
 from aggregator.records import HTTPReply, Usage
@@ -23,7 +23,7 @@ from aggregator.records import HTTPReply, Usage
 class Sink(Protocol):
     """Where recorded lines go: a journal."""
 
-    def append(self, *lines: bytes) -> None:
+    def extend(self, lines: Sequence[bytes], /) -> None:
         """Write these lines, all of them or none; raises CassetteError."""
         ...
 
@@ -43,8 +43,8 @@ class Entry:
         self.error: CassetteError | None = None
         self.is_done = False
 
-    def encode(self, at: str) -> None:
-        """Make the line; raises SecretLeakError."""
+    def complete(self, at: str) -> Exchange:
+        """Make the exchange that is to be written, its answer as it came."""
         slot, reply = self.slot, self.reply
         facts = Facts(
             lineage=slot.lineage,
@@ -59,8 +59,8 @@ class Entry:
             chunks=reply.chunks,
             error=self.failure,
         )
-        self.exchange = Exchange(request=slot.clean(), reply=reply, facts=facts)
-        self.line = redact_line(self.exchange, needles_for(slot.request))
+        self.exchange = exchange = Exchange(request=slot.clean(), reply=reply, facts=facts)
+        return exchange
 
 
 class Writer:
@@ -85,17 +85,27 @@ class Writer:
         A SecretLeakError where a secret could not be redacted: nothing of that exchange was written. A CassetteError
         where the disk refuses: the line is tried again with the next ones. Both exchanges stand in `unsaved`.
         """
-        at = _utc(int(self._now()))
-        while self._handed:
-            entry = self._handed[0]
-            try:
-                entry.encode(at)
+        exchanges = self._completed()
+        lines = redact_lines(exchanges, [needles_for(entry.slot.request) for entry in self._handed])
+        for line in lines:
+            entry = self._handed.popleft()
+            if isinstance(line, SecretLeakError):
+                self._refuse(entry, line)
+            else:
+                entry.line = line
                 self._waiting.append(entry)
-            except SecretLeakError as error:
-                self._refuse(entry, error)
-            self._handed.popleft()
         if self._waiting:
             self._write_all()
+
+    def refuse(self, error: CassetteError) -> None:
+        """Write nothing of what was handed in."""
+        self._completed()
+        while self._handed:
+            self._refuse(self._handed.popleft(), error)
+
+    def _completed(self) -> list[Exchange]:
+        at = _utc(int(self._now()))
+        return [entry.complete(at) for entry in self._handed]
 
     def _write_all(self) -> None:
         try:
@@ -112,7 +122,7 @@ class Writer:
                     self._refuse(entry, error)
 
     def _write(self, count: int) -> None:
-        self._sink.append(*[entry.line for entry in islice(self._waiting, count)])
+        self._sink.extend([entry.line for entry in islice(self._waiting, count)])
         for _ in range(count):
             self._waiting.popleft().is_done = True
         self.written += count

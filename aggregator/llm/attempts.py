@@ -99,7 +99,7 @@ class Attempts:
 
     def issue(self, call: ChatCall) -> None:
         """Encode a call and take its ticket; once for each logical call."""
-        if (call.max_tokens or -1) < 0 and any(budget.needs_tokens for budget in self._budgets):
+        if self._budgets and (call.max_tokens or -1) < 0 and any(budget.needs_tokens for budget in self._budgets):
             call = capped(call)
         self.call = call
         self.request: HTTPRequest = self.line.endpoint.codec.encode(call)
@@ -127,7 +127,7 @@ class Attempts:
                 completion = failed = None
                 tape = self.tape
                 try:
-                    if tape is not None and (reply := self._play(tape)) is not None:
+                    if tape is not None and (reply := self.play(tape)) is not None:
                         delay = tape.delay(reply)
                         await (self.line.sleep(delay) if delay else A_TURN)  # as a live answer would take
                     else:
@@ -184,7 +184,7 @@ class Attempts:
                 budget.settle(amount, NOTHING)
             raise
 
-    def _play(self, tape: Tape) -> HTTPReply | None:
+    def play(self, tape: Tape) -> HTTPReply | None:
         """The next recorded answer of this call; None to go live."""
         if self.slot is None:
             return None
@@ -235,10 +235,12 @@ class Attempts:
 
     def _decode(self, reply: HTTPReply) -> Completion:
         """Read an answer; an error status becomes its error."""
-        codec = self.line.endpoint.codec
+        line = self.line
+        codec = line.endpoint.codec
         if reply.status >= 300:
             raise codec.error(reply)
-        return self.line.priced(codec.decode(reply, self.call), self.count)
+        completion = codec.decode(reply, self.call)
+        return completion if line.known_price is None and self.count == 1 else line.priced(completion, self.count)
 
     def _hand_in(self, tape: Tape, completion: Completion | None, error: BaseException | None) -> Entry | None:
         """Hand a live answer to the tape, or that there was none; the loop writes it in its next turn."""

@@ -149,10 +149,12 @@ class LLM:
             self._trace(attempts, None, error)
             raise
         finally:
-            attempts.leave()
+            if attempts.limiter is not None:
+                attempts.leave()
         if shown is not None:
             shown.finish(completion)
-        self._trace(attempts, completion, None)
+        if tracing.listening():
+            self._trace(attempts, completion, None)
         return completion
 
     def __call__(self, messages: Any = None, **options: Any) -> Completion:

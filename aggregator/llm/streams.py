@@ -136,7 +136,7 @@ class StreamedAttempts(Attempts):
 
     def _source(self) -> AsyncGenerator[bytes, None]:
         tape = self.tape
-        if tape is not None and self.slot is not None and (reply := self._play(tape)) is not None:
+        if tape is not None and self.slot is not None and (reply := self.play(tape)) is not None:
             failure, self.slot.failure = self.slot.failure, None
             return _paced(reply, tape.delay(reply), self.line.sleep, failure)
         return self._live()

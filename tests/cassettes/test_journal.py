@@ -39,7 +39,7 @@ def journal_of(path: Path, count: int) -> bytes:
     """Write an open journal."""
     journal = Journal(path)
     for index in range(count):
-        journal.append(encode_line(exchange(index)))
+        journal.extend([encode_line(exchange(index))])
     journal.close()
     return path.read_bytes()
 
@@ -256,7 +256,7 @@ def test_syncs_at_the_stated_interval(tmp_path: Path) -> None:
 
     journal = Journal(tmp_path / "a.yaml", clock=clock)
     for index in range(2 * SYNC_LINES):
-        journal.append(encode_line(exchange(index)))
+        journal.extend([encode_line(exchange(index))])
     assert len(times) == 1 + 2 + 2 * (SYNC_LINES - 1)
     journal.close()
 

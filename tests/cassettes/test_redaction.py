@@ -174,20 +174,13 @@ def test_no_secret_reaches_the_disk(tmp_path: Path, name: str, layout: Layout) -
 def test_failures_tell_no_secret() -> None:
     """The message of a failed connection is redacted, the URL in it included."""
     lines: list[bytes] = []
-    tape = Tape(sink=Lines(lines))
+    tape = Tape(sink=lines)
     slot = tape.issue(REQUEST)
     tape.record_failure(slot, APIConnectionError(f"cannot reach https://x.example/?key=abcdef with {PLAIN}"))
     assert decode_line(lines[0]).facts.error == (
         "APIConnectionError",
         "cannot reach https://x.example/?key=REDACTED with REDACTED",
     )
-
-
-class Lines:
-    """A sink that keeps lines in memory."""
-
-    def __init__(self, lines: list[bytes]) -> None:
-        self.append = lines.append
 
 
 def in_lineage(tape: Tape) -> None:
@@ -207,7 +200,7 @@ def packed_reply(tape: Tape) -> None:
 def test_what_cannot_be_redacted_is_refused(leak: Callable[[Tape], None]) -> None:
     """Nothing is written, the answer stays in memory, the message does not tell, and closing raises again."""
     lines: list[bytes] = []
-    tape = Tape(sink=Lines(lines))
+    tape = Tape(sink=lines)
     with pytest.raises(SecretLeakError) as caught:
         leak(tape)
     assert PLAIN not in str(caught.value)
@@ -242,7 +235,7 @@ def test_tokens_are_known_by_their_shape(token: str) -> None:
 
 def exchange_of(reply: HTTPReply) -> Any:
     lines: list[bytes] = []
-    tape = Tape(sink=Lines(lines))
+    tape = Tape(sink=lines)
     tape.record(tape.issue(HTTPRequest(url="https://x.example", body=b"{}", headers={})), replace(reply, body=b""))
     return replace(decode_line(lines[0]), reply=reply)
 

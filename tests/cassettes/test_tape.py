@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ class Memory:
     def __init__(self) -> None:
         self.lines: list[bytes] = []
 
-    def append(self, line: bytes) -> None:
-        self.lines.append(line)
+    def extend(self, lines: Iterable[bytes], /) -> None:
+        self.lines.extend(lines)
 
 
 def ask(text: str = "hi") -> HTTPRequest:

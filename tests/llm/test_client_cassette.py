@@ -13,15 +13,18 @@ from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer
 from msgspec.structs import replace
 
 from aggregator import LLM, Budget, Price, cassette, lineage
+from aggregator.cassettes.tape import Tape
 from aggregator.errors import (
     APIConnectionError,
     APITimeoutError,
     BudgetExceededError,
+    CassetteError,
     CassetteMissError,
     LLMError,
     RateLimitError,
 )
 from aggregator.llm.retry import NOT_SENT
+from aggregator.records import HTTPReply, HTTPRequest
 
 OFFLINE = APIConnectionError("no network in a replay")
 
@@ -225,3 +228,62 @@ async def test_a_failed_call_left_a_cycle_behind(streamed: bool) -> None:
         assert [error() for error in gone] == [None]
     finally:
         gc.enable()
+
+
+async def test_answers_of_one_turn_are_on_disk_before_any_is_used(tmp_path: Path) -> None:
+    """Calls in flight at once are written together, and each finds its own answer in the file when it returns."""
+    path = tmp_path / "together.yaml"
+    llm = client(ScriptedTransport(lambda request: answer(f"answer to {request.body[40:].partition(b'#')[2][:1]!r}")))
+    seen: list[bool] = []
+    written: list[int] = []
+
+    async def ask(index: int, tape: Tape) -> None:
+        completion = await llm.complete(f"question #{index}")
+        written.append(tape.recorded)
+        seen.append(completion.text.encode() in path.read_bytes())
+
+    with cassette(path, "once") as tape:
+        async with asyncio.TaskGroup() as group:
+            for index in range(8):
+                group.create_task(ask(index, tape))
+    assert seen == [True] * 8
+    assert written == [8] * 8
+
+
+async def test_a_call_cancelled_while_its_answer_is_written_is_on_the_tape(tmp_path: Path) -> None:
+    """The answer has come and may have to be paid: it is kept, though nobody waits for it any more."""
+    path = tmp_path / "cancelled.yaml"
+    arrived = asyncio.Event()
+
+    def reply(request: HTTPRequest) -> HTTPReply:
+        arrived.set()
+        return answer("paid")
+
+    with cassette(path, "once"):
+        task = asyncio.create_task(client(ScriptedTransport(reply)).complete(QUESTION))  # noqa: TID251 - to cancel it
+        await arrived.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    with cassette(path, "none"):
+        assert (await client(ScriptedTransport(OFFLINE)).complete(QUESTION)).text == "paid"
+
+
+async def test_a_call_that_outlives_its_cassette(tmp_path: Path) -> None:
+    """A task that goes on after the block is told so, and the finished file stays as it is."""
+    path, go = tmp_path / "outlived.yaml", asyncio.Event()
+
+    async def wait() -> None:
+        await go.wait()
+
+    with cassette(path, "once") as tape:
+        await client(ScriptedTransport(answer("in time"))).complete("first")
+        late = LLM("m", base_url=BASE_URL, transport=ScriptedTransport(answer("late"), latency=wait))
+        task = asyncio.create_task(late.complete("second"))  # noqa: TID251 - it is to outlive the block
+        await asyncio.sleep(0)
+    finished = path.read_bytes()
+    go.set()
+    with pytest.raises(CassetteError, match="await the tasks that make calls before the block ends"):
+        await task
+    assert path.read_bytes() == finished
+    assert len(tape.unsaved) == 1

@@ -1,0 +1,222 @@
+"""Answers on their way to the disk: together, in order, each with its own fate; and what comes too late."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from aggregator.cassettes.journal import Journal
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.opening import open_tape
+from aggregator.cassettes.reading import read
+from aggregator.cassettes.rows import Row, index_lines
+from aggregator.cassettes.tape import Tape
+from aggregator.cassettes.writing import Entry
+from aggregator.errors import CassetteError, SecretLeakError
+from aggregator.records import HTTPReply, HTTPRequest
+
+URL = "https://api.example.com/v1/chat/completions"
+KEY = "sk-0123456789abcdef0123456789abcdef"
+
+
+class Memory:
+    """A sink that keeps what it is given, in the pieces in which it came."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[bytes, ...]] = []
+
+    def extend(self, lines: Sequence[bytes], /) -> None:
+        self.pieces.append(tuple(lines))
+
+    @property
+    def rows(self) -> list[Row]:
+        return list(index_lines(line for piece in self.pieces for line in piece))
+
+
+def ask(text: str, **options: object) -> HTTPRequest:
+    return HTTPRequest(url=URL, body=f'{{"q":"{text}"}}'.encode(), headers={}, **options)  # type: ignore[arg-type]
+
+
+def answer(text: str) -> HTTPReply:
+    return HTTPReply(status=200, body=text.encode(), headers={"content-type": "application/json"})
+
+
+def hand_in(tape: Tape, *texts: str) -> list[Entry]:
+    """Issue calls in this order, hand their answers in the other way around."""
+    slots = [(tape.issue(ask(text)), answer(f"to {text}")) for text in texts]
+    return [tape.hand_in(slot, reply)[0] for slot, reply in reversed(slots)][::-1]
+
+
+def test_what_is_handed_in_is_written_in_one_piece() -> None:
+    """Nothing is written before the flush, then everything at once; only the first asks for one."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    slots = [tape.issue(ask(text)) for text in "abc"]
+    handed = [tape.hand_in(slot, answer("x")) for slot in slots]
+    assert [is_first for _, is_first in handed] == [True, False, False]
+    assert (sink.pieces, tape.recorded) == ([], 0)
+    tape.flush()
+    assert ([len(piece) for piece in sink.pieces], tape.recorded) == ([3], 3)
+    assert all(entry.is_done and entry.error is None for entry, _ in handed)
+
+
+def test_finishing_one_needs_no_flush_by_anybody_else() -> None:
+    """Whoever waits for an answer that nothing has written yet writes it, and what came with it."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    first, second = hand_in(tape, "a", "b")
+    tape.finish(second)
+    assert first.is_done
+    assert [len(piece) for piece in sink.pieces] == [2]
+
+
+def test_tickets_are_counted_by_issue_although_they_are_counted_late() -> None:
+    """Identical calls get their tickets in the order in which they were issued, those without an answer included."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    with lineage("sample=1"):
+        slots = [tape.issue(ask("same")) for _ in range(4)]
+    for index in (2, 0):
+        tape.hand_in(slots[index], answer(f"answer {index}"))
+    tape.flush()
+    tape.record(slots[3], answer("answer 3"))
+    found = {row.place.ticket: (row.place.order, row.reply().body) for row in sink.rows}
+    assert found == {0: (0, b"answer 0"), 2: (2, b"answer 2"), 3: (3, b"answer 3")}
+
+
+def test_requests_that_differ_in_a_secret_only_share_their_tickets() -> None:
+    """A ticket counts requests as they are written, so that another key finds the same answers in the same order."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    bodies = [b'{"q":1,"api_key":"%b"}' % key for key in (b"first-key-of-mine", b"second-key-of-mine")]
+    requests = [HTTPRequest(url=URL, body=body, headers={}) for body in bodies]
+    slots = [tape.issue(request) for request in requests]
+    for index in (1, 0):
+        tape.hand_in(slots[index], answer(f"answer {index}"))
+    tape.flush()
+    assert b"key-of-mine" not in b"".join(sink.pieces[0])
+    replay = Tape(sink.rows)
+    played = [replay.play(replay.issue(request)) for request in reversed(requests)]
+    assert [reply and reply.body for reply in played] == [b"answer 0", b"answer 1"]
+
+
+def test_a_secret_in_one_answer_refuses_that_one_only() -> None:
+    """What cannot be redacted is not written and stays in memory; what came with it is written."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    with lineage(f"sample-{KEY}"):
+        leaking = tape.issue(ask("a", secrets=(KEY,)))
+    entries = [tape.hand_in(leaking, answer("x"))[0], *hand_in(tape, "b", "c")]
+    tape.flush()
+    assert [type(entry.error) for entry in entries] == [SecretLeakError, type(None), type(None)]
+    assert [row.reply().body for row in sink.rows] == [b"to c", b"to b"]
+    assert [exchange.reply.body for exchange in tape.unsaved] == [b"x"]
+    with pytest.raises(SecretLeakError):
+        tape.finish(entries[0])
+    tape.finish(entries[1])
+
+
+@pytest.mark.parametrize("hidden", ["reply", "request"])
+def test_a_secret_is_found_beside_clean_ones(hidden: str) -> None:
+    """One quick look at all that is written together finds what the look at each would have found."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for index in range(8):
+        text = f"Bearer {KEY}" if index == 5 else "prose"
+        asked, answered = (text, "prose") if hidden == "request" else ("prose", text)
+        tape.hand_in(tape.issue(ask(asked)), answer(answered))
+    tape.flush()
+    written = b"".join(sink.pieces[0])
+    assert (KEY.encode() in written, written.count(b"REDACTED")) == (False, 1)
+
+
+class SmallDisk:
+    """A disk on which writes of more than so many bytes fail."""
+
+    def __init__(self, largest: int) -> None:
+        self.largest = largest
+
+    def __call__(self, file: int, data: bytes) -> int:
+        if len(data) > self.largest:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.largest -= len(data)
+        return os.write(file, data)
+
+
+def test_a_full_disk_takes_as_many_as_fit(tmp_path: Path) -> None:
+    """What there is room for is written, in order; the others are told, kept, and written once there is room."""
+    path, disk = tmp_path / "a.yaml", SmallDisk(10**6)
+    journal = Journal(path, write=disk)
+    tape = Tape(sink=journal)
+    tape.record(tape.issue(ask("0")), answer("to 0"))
+    line = path.stat().st_size - len(path.read_bytes().split(b"- {", 1)[0])
+    disk.largest = 2 * line + line // 2
+    entries = hand_in(tape, "1", "2", "3")[::-1]
+    tape.flush()
+    assert [entry.error is None for entry in entries] == [True, True, False]
+    with pytest.raises(CassetteError, match="No space left on device"):
+        tape.finish(entries[2])
+    assert [exchange.reply.body for exchange in tape.unsaved] == [b"to 1"]
+    disk.largest = 10**6
+    tape.record(tape.issue(ask("4")), answer("to 4"))
+    journal.close()
+    recording = read(path)
+    assert recording is not None
+    assert [row.reply().body for row in recording.rows] == [b"to 0", b"to 3", b"to 2", b"to 1", b"to 4"]
+    with pytest.raises(CassetteError, match="No space left on device"):
+        tape.close()
+
+
+def test_threads_hand_in_and_finish_at_once() -> None:
+    """Several event loops may share a tape: every answer is written once, none is lost, tickets have no gaps."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+
+    def work() -> None:
+        for _ in range(50):
+            tape.finish(tape.hand_in(tape.issue(ask("same")), answer("x"))[0])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row.place.ticket for row in sink.rows) == list(range(400))
+    assert tape.recorded == 400
+
+
+def test_an_answer_that_came_late_damaged_the_finished_file(tmp_path: Path) -> None:
+    """What is answered after the cassette was left is refused and kept; the file stays as it was finished."""
+    path = tmp_path / "a.yaml"
+    tape = open_tape(path, "all", layout="journal")
+    tape.record(tape.issue(ask("in time")), answer("x"))
+    late = tape.issue(ask("late"))
+    tape.close()
+    finished = path.read_bytes()
+    with pytest.raises(CassetteError, match=r"got an answer after it was left; await the tasks"):
+        tape.record(late, answer("y"))
+    assert (path.read_bytes(), [exchange.reply.body for exchange in tape.unsaved]) == (finished, [b"y"])
+
+
+def test_a_call_that_begins_late_is_refused_before_it_is_paid(tmp_path: Path) -> None:
+    """A tape that was left does not let a call go live that it could not record."""
+    tape = open_tape(tmp_path / "a.yaml", "all")
+    tape.close()
+    with pytest.raises(CassetteError, match="got a call after it was left"):
+        tape.play(tape.issue(ask("late")))
+
+
+def test_a_finished_journal_takes_no_line(tmp_path: Path) -> None:
+    """Appending to a journal that is closed is an error, and leaves the file alone."""
+    journal = Journal(tmp_path / "a.yaml")
+    journal.extend([b"{}"])
+    journal.close()
+    before = (tmp_path / "a.yaml").read_bytes()
+    with pytest.raises(CassetteError, match="one that is finished"):
+        journal.extend([b"{}"])
+    assert (tmp_path / "a.yaml").read_bytes() == before
