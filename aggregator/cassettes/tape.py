@@ -67,6 +67,8 @@ class Tape:
         self.plays_failures = True  # or only what was answered: a call that failed is then made anew
         self.expects_all = True  # whether exchanges left unplayed are worth a warning
         self.serves_others = False  # whether other clients' patches ask this tape too
+        self.takes_strays = True  # whether calls of plain threads, which start without a context, are its own
+        self.takes_all = False  # whether those of every context without a tape are, as in a pytest process
         self._rows, self._played = rows, bytearray(len(rows))
         self._pools = Pools(rows, ignore=ignore, prefer=lineage == "prefer")
         self._writer = None if sink is None else Writer(sink, now)
@@ -283,10 +285,14 @@ class Tape:
             self._closed = True
             if self._on_close is not None:
                 self._on_close(self)
+        self.raise_remembered()
+        self._tell_the_rest(warn=warn)
+
+    def raise_remembered(self) -> None:
+        """Raise what agent code may have hidden so far: a leak, a full disk, a miss."""
         refused = [] if self._writer is None else self._writer.errors
         for error in (*refused, *self.misses):
             raise type(error)(f"{error}") from error
-        self._tell_the_rest(warn=warn)
 
     def _tell_the_rest(self, *, warn: bool) -> None:
         if fallbacks := self._pools.fallbacks:
