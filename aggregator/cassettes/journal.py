@@ -22,7 +22,7 @@ from aggregator.errors import CassetteError
 
 SYNC_LINES = 1_024  # about 5 MB; an fdatasync holds the event loop for milliseconds
 SYNC_SECONDS = 1.0
-_flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS has only the stronger one
+FLUSH: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS has only the stronger one
 
 
 class Journal:
@@ -35,10 +35,12 @@ class Journal:
         keep: int = 0,
         clock: Callable[[], float] = time.monotonic,
         write: Callable[[int, bytes], int] = os.write,
+        flush: Callable[[int], None] = FLUSH,
     ) -> None:
         """Append after the first `keep` bytes of what is there; 0 starts a new file."""
         self.path = path
-        self._clock, self._write = clock, write
+        self._clock, self._write, self._flush = clock, write, flush
+        self._refused: OSError | None = None
         self._file, self._size, self._found = -1, keep, keep
         self._is_closed = False
         self._unsynced, self._synced_at = 0, clock()
@@ -53,8 +55,6 @@ class Journal:
                 f"expected to record into {self.path}, got {error}; make it writable, choose another path, "
                 'or replay with mode="none"'
             ) from error
-        if not self._size:
-            self._append(OPEN_COMMENT + PREAMBLE)
 
     def extend(self, lines: Sequence[bytes]) -> None:
         """Write exchanges, all of them or none."""
@@ -62,7 +62,8 @@ class Journal:
             raise CassetteError(f"expected to append to an open journal, got one that is finished ({self.path})")
         if self._file < 0:
             self._open()
-        self._append(b"".join([b"- %b\n" % line for line in lines]))
+        data = b"".join([b"- %b\n" % line for line in lines])
+        self._append(data if self._size else OPEN_COMMENT + PREAMBLE + data)
         self._unsynced += len(lines)
         if self._unsynced >= SYNC_LINES or self._clock() - self._synced_at >= SYNC_SECONDS:
             self.sync()
@@ -81,12 +82,15 @@ class Journal:
         self._size += len(data)
 
     def sync(self) -> None:
-        """Flush to the device."""
-        _flush(self._file)
+        """Flush to the device; what it refuses is told at close, as the lines are with the kernel all the same."""
+        try:
+            self._flush(self._file)
+        except OSError as error:
+            self._refused = self._refused or error
         self._unsynced, self._synced_at = 0, self._clock()
 
     def undo(self) -> None:
-        """Take back what was appended: the file is as it was found, or gone if there was none."""
+        """Take back what was appended, once closed: the file is as it was found, or gone if there was none."""
         if not self.path.exists():
             return
         if self._found:
@@ -95,11 +99,20 @@ class Journal:
             self.path.unlink()
 
     def close(self) -> None:
-        """Flush and close; a second call does nothing, and nothing can be appended any more."""
+        """Flush and close, and let nothing be appended any more; a second call does nothing.
+
+        Raises CassetteError where the device did not take what was written.
+        """
         self._is_closed = True
         if self._file >= 0:
-            file, self._file = self._file, -1
-            try:
-                _flush(file)
-            finally:
-                os.close(file)
+            self.sync()
+            os.close(self._file)
+            self._file = -1
+            if not self._size:  # the disk took not even the first line
+                self.path.unlink(missing_ok=True)
+        if self._refused is not None:
+            refused, self._refused = self._refused, None
+            raise CassetteError(
+                f"expected the device to keep what was recorded into {self.path}, got {refused}; "
+                "the disk may be failing: save a copy elsewhere, and record again"
+            ) from refused

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from aggregator.cassettes.keys import Ignore, request_key
 from aggregator.cassettes.lineage import current_role
-from aggregator.cassettes.redaction import redact_request
+from aggregator.cassettes.redaction import redact_request, redact_requests
 from aggregator.cassettes.rows import Row
 from aggregator.errors import APIConnectionError
 from aggregator.records import HTTPRequest, Role
@@ -62,6 +63,13 @@ class Slot:
         return self.key
 
 
+def clean_together(slots: Sequence[Slot]) -> None:
+    """Make the requests of several slots what may be written; one that cannot be keeps its own error for later."""
+    with suppress(Exception):
+        for slot, request in zip(slots, redact_requests([slot.request for slot in slots]), strict=True):
+            slot.redacted = request
+
+
 class Pool:
     """Recorded answers to identical requests of one lineage, and how many of those were issued.
 
@@ -112,7 +120,7 @@ class Pools:
         self.fallbacks: list[str] = []
         self.exact: dict[_At, Pool] = {}
         self._rows, self._ignore, self._prefer = rows, ignore, prefer
-        self._by_key: dict[_At, Pool] | None = None  # built when first needed
+        self._by_key: dict[bytes, dict[str, Pool]] | None = None  # built when first needed
         exact = self.exact
         for index, row in enumerate(rows):
             place = row.place
@@ -124,47 +132,63 @@ class Pools:
         if ignore or not all(pool.first for pool in exact.values()):
             self._canonical()
 
-    def _canonical(self) -> dict[_At, Pool]:
-        """Return the pools by canonical key; requests of one key, however they are written, share one."""
+    def _canonical(self) -> dict[bytes, dict[str, Pool]]:
+        """Return the pools by canonical key and lineage; requests of one key, however they are written, share one."""
         if self._by_key is None:
             self._by_key = {}
+            spellings: dict[_At, list[_At]] = {}
             for at, pool in self.exact.items():
                 first = pool.rows(pool.tickets()[0])[0]
-                whole = self._by_key.setdefault((self._rows[first].key, at[1]), pool)
-                if whole is not pool:
-                    self.exact[at] = whole
-                    for ticket in pool.tickets():
-                        whole.put(ticket, tuple(sorted(whole.rows(ticket) + pool.rows(ticket))))
+                spellings.setdefault((self._rows[first].key, at[1]), []).append(at)
+            for (key, lineage), written in spellings.items():
+                whole = self._joined([self.exact[at] for at in written])
+                self._by_key.setdefault(key, {})[lineage] = whole
+                self.exact.update(dict.fromkeys(written, whole))
         return self._by_key
 
-    def take(self, slot: Slot) -> Pool:
+    def _joined(self, pools: list[Pool]) -> Pool:
+        """Return one pool for several; what was counted apart (without `ignore`) is counted anew, in order of issue."""
+        if len(pools) == 1:
+            return pools[0]
+        slots = [(ticket, pool.rows(ticket)) for pool in pools for ticket in pool.tickets()]
+        if len({ticket for ticket, _ in slots}) < len(slots):
+            issued = sorted((self._rows[rows[0]].place.order, rows) for _, rows in slots)
+            slots = [(ticket, rows) for ticket, (_, rows) in enumerate(issued)]
+        whole = Pool()
+        whole.issued = sum(pool.issued for pool in pools)
+        for ticket, rows in slots:
+            whole.put(ticket, rows)
+        return whole
+
+    def claim(self, slot: Slot, pool: Pool | None = None) -> None:
+        """Count a call and give it the recorded answers of its ticket; `pool` is that of its very bytes, if known."""
+        if pool is None:
+            pool = self._pool(slot)
+        slot.ticket, slot.rows = pool.take()
+        if self._prefer and not slot.rows:
+            slot.rows = self._spare(slot, pool)
+
+    def _pool(self, slot: Slot) -> Pool:
         """Return the pool of a request whose bytes were not recorded where it stands; that may change its lineage."""
-        pools = self._canonical()
-        key, here = slot.canonical_key(self._ignore), slot.lineage
-        pool = pools.get((key, here))
+        pools = self._canonical().setdefault(slot.canonical_key(self._ignore), {})
+        pool = pools.get(slot.lineage)
         if pool is not None:
             return pool
-        if (plain := pools.get((key, ""))) is not None and (
-            plain.first or plain.later
-        ):  # recorded without: played in issue order
+        plain = pools.get("")
+        if plain is not None and (plain.first or plain.later):  # recorded without: played in issue order
             slot.lineage = ""
             return plain
-        pool = Pool()
-        if self._prefer and (spare := self._spare(key)) is not None:
-            lineage, rows = spare
-            self.fallbacks.append(f"{here!r} plays {lineage!r}")
-            pool.first = rows
-        else:
-            pools[key, here] = pool
+        pool = pools[slot.lineage] = Pool()
         return pool
 
-    def _spare(self, key: bytes) -> tuple[str, tuple[int, ...]] | None:
-        """Take the first recorded call of this key, in canonical order, that nothing has claimed."""
-        for (other, lineage), pool in self._canonical().items():
-            if other == key:
-                for ticket in pool.tickets():
-                    if ticket >= pool.issued:
-                        rows = pool.rows(ticket)
-                        pool.put(ticket, ())
-                        return lineage, rows
-        return None
+    def _spare(self, slot: Slot, own: Pool) -> tuple[int, ...]:
+        """Take the first recorded call of this request in another lineage, in canonical order, that nothing claimed."""
+        pools = self._canonical().get(slot.canonical_key(self._ignore), {})
+        for lineage, pool in pools.items():
+            unclaimed = () if pool is own else [ticket for ticket in pool.tickets() if ticket >= pool.issued]
+            for ticket in unclaimed[:1]:
+                rows = pool.rows(ticket)
+                pool.put(ticket, ())
+                self.fallbacks.append(f"{slot.lineage!r} plays {lineage!r}")
+                return rows
+        return ()

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -19,9 +20,9 @@ from aggregator.cassettes.exchanges import Exchange
 from aggregator.cassettes.keys import Ignore, begun
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.cassettes.mismatch import Asked, explain_miss
-from aggregator.cassettes.redaction import redact_requests, redact_url
+from aggregator.cassettes.redaction import redact_url
 from aggregator.cassettes.rows import Row
-from aggregator.cassettes.slots import Pools, Slot
+from aggregator.cassettes.slots import Pools, Slot, clean_together
 from aggregator.cassettes.timing import Faults, Latency, latency_scale
 from aggregator.cassettes.writing import Entry, Sink, Writer
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
@@ -109,9 +110,7 @@ class Tape:
         if pool is None:
             slot.canonical_key(self._ignore)  # outside of the lock
         with self._lock:
-            if pool is None:
-                pool = self._pools.take(slot)
-            slot.ticket, slot.rows = pool.take()
+            self._pools.claim(slot, pool)
             if not self.plays_failures:
                 slot.attempt = len(slot.rows)
                 slot.rows = [row for row in slot.rows if self._is_answered(row)]
@@ -125,12 +124,11 @@ class Tape:
 
     def _count_tickets(self) -> None:
         """Give the calls issued so far the tickets that `issue` has put off, in their order."""
-        requests = redact_requests([slot.request for slot in self._uncounted])
-        for slot, request in zip(self._uncounted, requests, strict=True):
-            slot.redacted = request
-            pool = self._pools.take(slot)
-            slot.ticket, _ = pool.take()
-        self._uncounted.clear()
+        slots, self._uncounted = self._uncounted, []
+        clean_together(slots)
+        for slot in slots:
+            with suppress(Exception):  # of a request that cannot be written: whoever writes its answer is told
+                self._pools.claim(slot)
 
     def _is_answered(self, index: int) -> bool:
         row = self._rows[index]
@@ -230,11 +228,14 @@ class Tape:
         if self._writer is None:
             return
         with self._lock:
-            self._count_tickets()
             if self._closed:
                 self._writer.refuse(CassetteError(self._too_late("an answer")))
             else:
-                self._writer.flush()
+                self._write(self._writer)
+
+    def _write(self, writer: Writer) -> None:
+        self._count_tickets()
+        writer.flush()
 
     def _too_late(self, what: str) -> str:
         return (
@@ -276,15 +277,16 @@ class Tape:
 
         Without `warn`, as after an error, what stayed unplayed stands in the report alone.
         """
-        if self._closed:
-            return
-        try:
-            if self.keeps:
-                self.flush()
-        finally:
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            if self._on_close is not None:
-                self._on_close(self)
+            try:
+                if self.keeps and self._writer is not None:
+                    self._write(self._writer)
+            finally:
+                if self._on_close is not None:
+                    self._on_close(self)
         self.raise_remembered()
         self._tell_the_rest(warn=warn)
 

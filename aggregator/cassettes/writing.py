@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from typing import Protocol
@@ -16,7 +17,7 @@ from typing import Protocol
 from aggregator.cassettes.exchanges import Exchange, Facts
 from aggregator.cassettes.redaction import needles_for, redact_lines
 from aggregator.cassettes.slots import Slot
-from aggregator.errors import CassetteError, SecretLeakError
+from aggregator.errors import CassetteError
 from aggregator.records import HTTPReply, Usage
 
 
@@ -85,11 +86,10 @@ class Writer:
         A SecretLeakError where a secret could not be redacted: nothing of that exchange was written. A CassetteError
         where the disk refuses: the line is tried again with the next ones. Both exchanges stand in `unsaved`.
         """
-        exchanges = self._completed()
-        lines = redact_lines(exchanges, [needles_for(entry.slot.request) for entry in self._handed])
-        for line in lines:
+        at = _utc(int(self._now()))
+        for line in self._lines(list(self._handed), at):
             entry = self._handed.popleft()
-            if isinstance(line, SecretLeakError):
+            if isinstance(line, CassetteError):
                 self._refuse(entry, line)
             else:
                 entry.line = line
@@ -99,13 +99,23 @@ class Writer:
 
     def refuse(self, error: CassetteError) -> None:
         """Write nothing of what was handed in."""
-        self._completed()
+        at = _utc(int(self._now()))
         while self._handed:
+            with suppress(Exception):  # what cannot be written either: the error says enough
+                self._handed[0].complete(at)
             self._refuse(self._handed.popleft(), error)
 
-    def _completed(self) -> list[Exchange]:
-        at = _utc(int(self._now()))
-        return [entry.complete(at) for entry in self._handed]
+    def _lines(self, entries: Sequence[Entry], at: str) -> Sequence[bytes | CassetteError]:
+        """Return the line of each entry, or why it has none; one that cannot be written does not keep the others."""
+        try:
+            exchanges = [entry.complete(at) for entry in entries]
+            return redact_lines(exchanges, [needles_for(entry.slot.request) for entry in entries])
+        except Exception as error:  # noqa: BLE001 - somebody's own transport may answer anything; it becomes a record
+            if len(entries) > 1:
+                return [line for entry in entries for line in self._lines([entry], at)]
+            told = CassetteError(f"expected an exchange that can be written, got {type(error).__name__}: {error}")
+            told.__cause__ = error
+            return [told]
 
     def _write_all(self) -> None:
         try:

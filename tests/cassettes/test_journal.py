@@ -279,7 +279,7 @@ class FullDisk:
 
 def test_a_full_disk_keeps_the_answer_and_fails_the_run(tmp_path: Path) -> None:
     """No space: nothing half-written stays, the answer is kept in memory, and the run fails with the reason."""
-    path, disk = tmp_path / "a.yaml", FullDisk(room=2)
+    path, disk = tmp_path / "a.yaml", FullDisk(room=1)
     journal = Journal(path, write=disk)
     tape = Tape(sink=journal)
     live(tape, 0)
@@ -294,7 +294,7 @@ def test_a_full_disk_keeps_the_answer_and_fails_the_run(tmp_path: Path) -> None:
 
 def test_room_that_comes_back_is_used(tmp_path: Path) -> None:
     """What the disk refused is written before what comes next, in its order."""
-    path, disk = tmp_path / "a.yaml", FullDisk(room=2)
+    path, disk = tmp_path / "a.yaml", FullDisk(room=1)
     journal = Journal(path, write=disk)
     tape = Tape(sink=journal)
     live(tape, 0)
@@ -359,3 +359,46 @@ def test_discarding_leaves_what_was_found(tmp_path: Path) -> None:
     with pytest.warns(CassetteWarning, match="not played"):
         tape.close()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.yaml": before}
+
+
+def test_a_disk_that_was_full_at_the_first_line_left_a_journal_without_its_head(tmp_path: Path) -> None:
+    """Comment and preamble are written with the first exchange, however often the disk refuses it."""
+    path, disk = tmp_path / "a.yaml", FullDisk(room=0)
+    journal = Journal(path, write=disk)
+    tape = Tape(sink=journal)
+    with pytest.raises(CassetteError, match="No space left on device"):
+        live(tape, 0)
+    disk.room = 10
+    live(tape, 1)
+    journal.close()
+    recording = read(path)
+    assert recording is not None
+    assert [row.exchange().request.body for row in recording.rows] == [b'{"q": 0}', b'{"q": 1}']
+
+
+def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path: Path) -> None:
+    """No empty file stays behind, which would be taken for damage."""
+    journal = Journal(tmp_path / "a.yaml", write=FullDisk(room=0))
+    with pytest.raises(CassetteError):
+        journal.extend([b"{}"])
+    journal.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_fails_to_flush_had_an_exchange_written_twice(tmp_path: Path) -> None:
+    """The lines are with the kernel all the same, once each; closing tells that the device did not keep them."""
+    path = tmp_path / "a.yaml"
+
+    def failing(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    times = iter(range(0, 10_000, 5))
+    journal = Journal(path, clock=lambda: next(times), flush=failing)
+    tape = Tape(sink=journal, on_close=lambda _: journal.close())
+    live(tape, 0)
+    live(tape, 1)
+    with pytest.raises(CassetteError, match="expected the device to keep .* Input/output error; the disk may be fail"):
+        tape.close()
+    recording = read(path)
+    assert recording is not None
+    assert [row.exchange().request.body for row in recording.rows] == [b'{"q": 0}', b'{"q": 1}']

@@ -144,6 +144,53 @@ def test_preferred_lineage_falls_back_and_tells() -> None:
     assert len(replay.report) == 1
 
 
+def test_a_renamed_lineage_took_the_answer_of_one_that_still_asked() -> None:
+    """With lineage="prefer" both get an answer, whoever asks first."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    for name in ("a", "c"):
+        with lineage(name):
+            tape.record(tape.issue(ask()), answer(name))
+    for order in (("renamed", "a"), ("a", "renamed")):
+        replay = again(sink, lineage="prefer")
+        found = []
+        for name in order:
+            with lineage(name):
+                found.append(played(replay, ask()))
+        assert found == ["a", "c"]
+
+
+def test_what_a_renamed_lineage_recorded_is_played_after_what_it_took() -> None:
+    """A second call that is recorded after the first one has played another lineage's answer is the second again."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    with lineage("before"):
+        tape.record(tape.issue(ask()), answer("one"))
+    adding = Tape(tuple(index_lines(sink.lines)), lineage="prefer", sink=sink)
+    with lineage("renamed"):
+        assert played(adding, ask()) == "one"
+        slot = adding.issue(ask())
+        assert adding.play(slot) is None
+        adding.record(slot, answer("two"))
+    replay = again(sink, lineage="prefer")
+    with lineage("renamed"):
+        assert [played(replay, ask()), played(replay, ask())] == ["one", "two"]
+
+
+def test_calls_told_apart_by_what_is_ignored_now_became_attempts_of_one() -> None:
+    """A cassette recorded without `ignore` plays with it: the calls are counted anew, in the order of issue."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    requests = [HTTPRequest(url=URL, body=b'{"q":1,"user":%d}' % index, headers={}) for index in range(3)]
+    slots = [tape.issue(request) for request in requests]
+    for index in (2, 0, 1):
+        tape.record(slots[index], answer(f"answer {index}", 500 if index == 0 else 200))
+    ignore = (("user",),)
+    replay = Tape(tuple(index_lines(sink.lines, ignore)), ignore=ignore)
+    replies = [replay.play(replay.issue(request)) for request in reversed(requests)]
+    assert [reply and reply.body for reply in replies] == [b"answer 0", b"answer 1", b"answer 2"]
+
+
 def test_recordings_without_lineage_play_in_issue_order() -> None:
     """What was recorded outside of any lineage serves every lineage, in the order of issue."""
     sink = Memory()

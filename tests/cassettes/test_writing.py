@@ -17,7 +17,7 @@ from aggregator.cassettes.reading import read
 from aggregator.cassettes.rows import Row, index_lines
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.writing import Entry
-from aggregator.errors import CassetteError, SecretLeakError
+from aggregator.errors import APIConnectionError, CassetteError, SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
 URL = "https://api.example.com/v1/chat/completions"
@@ -220,3 +220,57 @@ def test_a_finished_journal_takes_no_line(tmp_path: Path) -> None:
     with pytest.raises(CassetteError, match="one that is finished"):
         journal.extend([b"{}"])
     assert (tmp_path / "a.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["failure", "reason", "request"])
+def test_one_exchange_that_cannot_be_written_blocked_the_tape(place: str) -> None:
+    """A transport of somebody's own may answer anything: that call is told, and the others are written."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    asked = ask("odd") if place != "request" else HTTPRequest(url=URL, body=b"{}", headers={"accept": 1})  # type: ignore[dict-item]
+    odd = answer("x") if place != "reason" else HTTPReply(status=200, body=b"x", headers={}, reason=None)  # type: ignore[arg-type]
+    failure = APIConnectionError("lone \udcff") if place == "failure" else None
+    slots = [tape.issue(ask("a")), tape.issue(asked), tape.issue(ask("b"))]
+    entries = [
+        tape.hand_in(slot, reply, failure=error)[0]
+        for slot, reply, error in zip(slots, (answer("1"), odd, answer("2")), (None, failure, None), strict=True)
+    ]
+    tape.flush()
+    tape.finish(entries[0])
+    tape.finish(entries[2])
+    with pytest.raises(CassetteError, match="expected an exchange that can be written, got"):
+        tape.finish(entries[1])
+    assert [row.reply().body for row in sink.rows] == [b"1", b"2"]
+    tape.record(tape.issue(ask("later")), answer("3"))
+    assert tape.recorded == 3
+
+
+def test_closing_waits_for_what_another_thread_writes(tmp_path: Path) -> None:
+    """A tape that is discarded or closed while others record ends each of their calls in an error that says why."""
+    for discards in (False, True):
+        tape = open_tape(tmp_path / "a.yaml", "all")
+        errors: list[BaseException] = []
+
+        def work(tape: Tape, errors: list[BaseException]) -> None:
+            try:
+                while True:
+                    tape.record(tape.issue(ask("same")), answer("x"))
+            except BaseException as ended:  # noqa: BLE001 - whatever it is, the test looks at it
+                errors.append(ended)
+
+        threads = [threading.Thread(target=work, args=(tape, errors)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while tape.recorded < 20:
+            pass
+        if discards:
+            tape.discard()
+        tape.close()
+        for thread in threads:
+            thread.join()
+        assert [type(error) for error in errors] == [CassetteError] * 4
+        assert all("after it was left" in str(error) for error in errors)
+        assert (tmp_path / "a.yaml").exists()
+    recording = read(tmp_path / "a.yaml")
+    assert recording is not None
+    assert len(recording.rows) >= 20
