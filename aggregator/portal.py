@@ -153,6 +153,11 @@ def _transfer(task: asyncio.Task[Result], outcome: Future[Result]) -> None:
         outcome.set_result(task.result())
 
 
+def is_here() -> bool:
+    """Tell whether this is the background loop's own thread."""
+    return _portal is not None and threading.current_thread() is _portal.thread
+
+
 def on_close(closer: Callable[[], Awaitable[None]]) -> None:
     """Register what the library's loop awaits before the interpreter ends."""
     _current().closers.append(closer)

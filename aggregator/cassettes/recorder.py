@@ -10,9 +10,10 @@ from contextvars import Token
 from functools import partial
 from types import TracebackType
 
+from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.opening import Mode, open_tape
 from aggregator.cassettes.saving import LayoutChoice
-from aggregator.cassettes.tape import _TAPE, LineageRule, Tape
+from aggregator.cassettes.tape import LineageRule, Tape
 from aggregator.cassettes.timing import Faults, Latency
 from aggregator.errors import CassetteError
 
@@ -76,7 +77,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         except BaseException:
             tape.close()
             raise
-        self._tape, self._token = tape, _TAPE.set(tape)
+        self._tape, self._token = tape, enter(tape)
         return tape
 
     def __exit__(
@@ -86,11 +87,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         tape, token, self._tape, self._token = self._tape, self._token, None, None
         if tape is None or token is None:
             return
-        try:
-            _TAPE.reset(token)
-        except ValueError:  # left in another context than entered, as by a pytest fixture of asyncio
-            if _TAPE.get() is tape:
-                _TAPE.set(None)
+        leave(tape, token)
         self._stack.close()
         if error is not None and not isinstance(error, Exception):  # Ctrl-C, cancelled: the next run goes on
             tape.interrupt()

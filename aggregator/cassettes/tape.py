@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -37,11 +36,6 @@ NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
 """What stands for the answer of an attempt that got none."""
 
 LineageRule = Literal["strict", "prefer"]
-
-_TAPE: ContextVar[Tape | None] = ContextVar("aggregator_tape", default=None)
-
-current_tape = _TAPE.get
-"""Return the tape of this context, None where no cassette is open."""
 
 
 class Tape:

@@ -36,8 +36,9 @@ from vcr.record_mode import RecordMode
 from vcr.request import Request
 
 from aggregator.cassettes.clients import FAMILIES, families, from_reply, is_passing, to_reply, to_request
+from aggregator.cassettes.current import tape_here
 from aggregator.cassettes.slots import Slot
-from aggregator.cassettes.tape import Tape, current_tape
+from aggregator.cassettes.tape import Tape
 from aggregator.records import HTTPReply
 
 _ASYNC_FUNCTIONS = frozenset({"_request", "handle_async_request"})
@@ -91,24 +92,9 @@ def _patches(family: str) -> Iterator[None]:
 
 
 def serving_tape(family: str) -> Tape | None:
-    """Return the tape that a request of this client belongs to here and now; None: let it through.
-
-    A plain thread starts with an empty context, so that it has no tape of its own; it belongs to the only open one.
-    """
-    if is_passing():
-        return None
-    tape = current_tape()
-    if tape is None and len(_served) == 1 and _is_stray_thread():
-        tape = next(iter(_served), None)
+    """Return the tape that a request of this client belongs to here and now; None: let it through."""
+    tape = None if is_passing() else tape_here()
     return tape if tape is not None and family in _served.get(tape, ()) else None
-
-
-def _is_stray_thread() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return threading.current_thread() is not threading.main_thread()
-    return False
 
 
 class _Turn:

@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable, Generator, Mapping
 from math import inf
 
 from aggregator.cassettes.clients import passing
+from aggregator.cassettes.current import tape_here
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.slots import Slot
-from aggregator.cassettes.tape import NO_ANSWER, Tape, current_tape
+from aggregator.cassettes.tape import NO_ANSWER, Tape
 from aggregator.cassettes.writing import Entry
 from aggregator.errors import APIConnectionError, APIStatusError, LLMError, QuotaError, RateLimitError
 from aggregator.llm import tracing
@@ -66,7 +67,7 @@ class Attempts:
 
     def __init__(self, line: Line, timeout: float | None) -> None:
         self.line = line
-        self.tape: Tape | None = current_tape()
+        self.tape: Tape | None = tape_here()
         self.count = 0
         self.limiter: Limiter | None = None  # set while this call holds one of its places
         self._budgets: tuple[Budget, ...] = budgets_of(line.budget)

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
+from aggregator.cassettes.current import adopted
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.errors import ConfigError
 from aggregator.llm import tracing
@@ -161,7 +162,8 @@ class LLM:
         """Ask from synchronous code, as Trace's models are called: `llm(messages=[...], max_tokens=...)`."""
         if messages is None:
             raise ConfigError("expected messages, got none: llm(messages=[{'role': 'user', 'content': '…'}])")
-        return portal.call(self.complete, messages, **options)
+        with adopted():
+            return portal.call(self.complete, messages, **options)
 
     def stream(
         self,

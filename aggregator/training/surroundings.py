@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from aggregator.cassettes.current import current_tape
 from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.recorder import cassette
-from aggregator.cassettes.tape import current_tape
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.llm.budget import Budget, spending
 from aggregator.training import checkpoints
@@ -54,6 +54,7 @@ def journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
         return
     path = plan.run_dir / checkpoints.JOURNAL
     with cassette(path, mode="new_episodes", layout="journal", warn=False) as tape:  # being cut off is its purpose
+        tape.takes_strays = False  # other threads of the process have nothing to do with the run
         tape.expects_all = False  # steps behind the last checkpoint are not played again
         tape.plays_failures = not state.broken_off  # what ended the run may have been mended
         yield

@@ -12,17 +12,21 @@ from pathlib import Path
 import pytest
 
 import aggregator
+from aggregator.cassettes.current import adopted, current_tape, tape_here
 from aggregator.cassettes.opening import Mode, default_mode
-from aggregator.cassettes.tape import current_tape
 from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
+
+
+def asking(text: str) -> HTTPRequest:
+    return HTTPRequest(url="https://api.example.com/v1", body=f'{{"q":"{text}"}}'.encode(), headers={})
 
 
 def say(text: str, reply: str) -> str:
     """Do what a client does: issue, play, or go live and record."""
     tape = current_tape()
     assert tape is not None
-    slot = tape.issue(HTTPRequest(url="https://api.example.com/v1", body=f'{{"q":"{text}"}}'.encode(), headers={}))
+    slot = tape.issue(asking(text))
     answer = tape.play(slot)
     if answer is None:
         answer = HTTPReply(status=200, body=reply.encode(), headers={})
@@ -254,3 +258,44 @@ def test_unplayed_is_a_warning(tmp_path: Path) -> None:
         say("a", "1")
     with pytest.warns(CassetteWarning, match="1 of 1"), aggregator.cassette(path, "none"):
         pass
+
+
+def test_another_thread_paid_live_while_the_cassette_was_replayed(tmp_path: Path) -> None:
+    """A plain thread starts without a context: its calls belong to the only open cassette, synchronous or not."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "once"):
+        say("hi", "recorded")
+
+    def there() -> str:
+        tape = tape_here()
+        assert tape is not None
+        with adopted():
+            assert current_tape() is tape
+        answer = tape.play(tape.issue(asking("hi")))
+        assert answer is not None
+        return answer.body.decode()
+
+    with aggregator.cassette(path, "none"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(there).result() == "recorded"
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(tape_here).result() is None
+
+
+def test_threads_do_not_guess_between_two_cassettes(tmp_path: Path) -> None:
+    """With two open there is no telling which is meant; and a tape may leave other threads alone."""
+    with aggregator.cassette(tmp_path / "a.yaml", "all") as tape, ThreadPoolExecutor(1) as pool:
+        with aggregator.cassette(tmp_path / "b.yaml", "all"):
+            assert pool.submit(tape_here).result() is None
+        assert pool.submit(tape_here).result() is tape
+        tape.takes_strays = False
+        assert pool.submit(tape_here).result() is None
+
+
+async def test_a_tape_that_takes_all_serves_contexts_made_before_it(tmp_path: Path) -> None:
+    """In a pytest process a test's cassette serves what unittest and anyio run in contexts of their own."""
+    before = copy_context()
+    with aggregator.cassette(tmp_path / "a.yaml", "all") as tape:
+        assert before.run(tape_here) is None
+        tape.takes_all = True
+        assert before.run(tape_here) is tape
+    assert before.run(tape_here) is None

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 import aggregator
+from aggregator.cassettes.current import current_tape
 from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
 from aggregator.cassettes.rows import Row, index_lines
-from aggregator.cassettes.tape import Tape, current_tape
+from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.timing import KINDS, FaultKind, Faults, Latency
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest

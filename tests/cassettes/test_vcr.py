@@ -19,11 +19,12 @@ import httpx
 import pytest
 
 from aggregator.cassettes.clients import passing
+from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.exchanges import decode_line
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
-from aggregator.cassettes.tape import _TAPE, Tape
+from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.vcr import _installed, _served, serving
 from aggregator.errors import CassetteMissError, ResponseError
 from aggregator.llm.client import LLM
@@ -43,12 +44,12 @@ class Lines(list[bytes]):
 
 @contextmanager
 def taped(tape: Tape, clients: Any = "all") -> Iterator[Tape]:
-    token = _TAPE.set(tape)
+    token = enter(tape)
     try:
         with serving(tape, clients):
             yield tape
     finally:
-        _TAPE.reset(token)
+        leave(tape, token)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,26 @@ async def test_a_call_that_outlives_its_cassette(tmp_path: Path) -> None:
         await task
     assert path.read_bytes() == finished
     assert len(tape.unsaved) == 1
+
+
+def test_a_thread_called_the_model_live_while_the_cassette_was_replayed(tmp_path: Path) -> None:
+    """A plain thread's call is recorded and replayed, synchronous or in a loop of its own."""
+    path = tmp_path / "threads.yaml"
+
+    def in_a_loop_of_its_own(llm: LLM) -> str:
+        with asyncio.Runner() as runner:
+            return runner.run(llm.complete("two")).text
+
+    def texts(transport: ScriptedTransport) -> list[str]:
+        llm = client(transport)
+        with ThreadPoolExecutor(1) as pool:
+            return [
+                pool.submit(lambda: llm("one").text).result(),
+                pool.submit(in_a_loop_of_its_own, llm).result(),
+            ]
+
+    with cassette(path, "once") as tape:
+        recorded = texts(ScriptedTransport(answer("1"), answer("2")))
+    assert tape.recorded == 2
+    with cassette(path, "none"):
+        assert texts(ScriptedTransport(OFFLINE)) == recorded
