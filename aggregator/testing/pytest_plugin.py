@@ -10,28 +10,33 @@ lives beside pytest-recording.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aggregator.testing.accounts import Accounts, Ledger, summary, unfinished
+from aggregator.testing.marks import MODES, UNPLAYED, cassette_path, mark_arguments, settled
+
 if TYPE_CHECKING:
     from aggregator.cassettes.tape import Tape
+    from aggregator.errors import CassetteError
     from aggregator.testing.taping import Taping
 
-MODES = ("none", "once", "new_episodes", "all")
-ARGUMENTS = ("mode", "clients", "lineage", "latency", "unplayed", "allowed_hosts")
-UNPLAYED = ("ignore", "report", "error")
-PLAYED = "aggregator/cassettes"  # where the cache keeps what the last run played; `aggregator cassette check` reads it
-MAX_NAME = 120
+PLAYED = "aggregator/cassettes"  # where the cache keeps the accounts; `aggregator cassette check` reads it
 
+LEDGER: pytest.StashKey[Ledger] = pytest.StashKey()
+ACCOUNTS: pytest.StashKey[Accounts] = pytest.StashKey()
+COLLECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
+CURRENT: pytest.StashKey[pytest.Item] = pytest.StashKey()
+
+PASSED: pytest.StashKey[bool | None] = pytest.StashKey()
+"""True after a call that passed, False for good after a failure; None before, and where the test was skipped."""
+EARLY: pytest.StashKey[ExitStack] = pytest.StashKey()
+REFUSALS: pytest.StashKey[list[CassetteError]] = pytest.StashKey()
 TAPING: pytest.StashKey[Taping] = pytest.StashKey()
-RUN: pytest.StashKey[dict[str, dict[str, Any]]] = pytest.StashKey()
-OWNERS: pytest.StashKey[dict[Path, str]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,25 +58,69 @@ def pytest_configure(config: pytest.Config) -> None:
         "cassette(name=None, *, mode=None, clients=(), lineage='strict', latency='off', unplayed=None, "
         "allowed_hosts=()): record this test's LLM exchanges, and replay them",
     )
-    config.stash[RUN] = {}
-    config.stash[OWNERS] = {}
+    config.stash[LEDGER] = Ledger()
+    config.stash[COLLECTED] = []
+    config.stash[ACCOUNTS] = {}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """See every test, those too that `-k` leaves out later."""
+    item.config.stash[COLLECTED].append(item)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which tests there are, now that they bear all their marks."""
+    collected = session.config.stash[COLLECTED]
+    session.config.stash[LEDGER].collect(collected)
+    collected.clear()
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # within pytest's own, which an error of ours must not keep from beginning
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """Before a test that must not record, refuse the network to fixtures of a wider scope too: they come first."""
+    item.config.stash[CURRENT] = item
+    item.stash[PASSED] = None
+    item.stash[REFUSALS] = []
+    arguments = mark_arguments(item)
+    with ExitStack() as early:
+        item.stash[EARLY] = early
+        if arguments is not None and (settings := settled(item.config, arguments))["mode"] == "none":
+            from aggregator.testing.taping import refused_before
+
+            path = cassette_path(item, arguments["name"])
+            early.enter_context(refused_before(path, settings["allowed_hosts"], item.stash[REFUSALS]))
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
 def _aggregator_cassette(request: pytest.FixtureRequest) -> Iterator[None]:
     """Open the cassette of a marked test around its fixtures and itself."""
-    arguments = mark_arguments(request.node)
+    item = request.node
+    arguments = mark_arguments(item)
     if arguments is None:
         yield
         return
     from aggregator.testing.taping import Taping
 
-    path = cassette_path(request.node, arguments["name"])
-    _claim(request.node, path, named=arguments["name"] is not None)
-    with Taping(path, **settled(request.config, arguments)) as taping:
-        request.node.stash[TAPING] = taping
+    ledger = request.config.stash[LEDGER]
+    path, settings = cassette_path(item, arguments["name"]), settled(request.config, arguments)
+    if (other := ledger.shared.get(item.nodeid)) is not None:
+        raise pytest.UsageError(
+            f"expected a cassette of its own for {item.nodeid}, got {path}, which {other} uses; "
+            'name one: @pytest.mark.cassette("name")'
+        )
+    settings["mode"] = ledger.mode(item.nodeid, path, settings["mode"])
+    ledger.played[item.nodeid] = unfinished(path)
+    item.stash[EARLY].close()
+    with Taping(path, **settings, refusals=item.stash[REFUSALS]) as taping:
+        if taping.tape.records:
+            ledger.recorders.setdefault(path, set()).add(item.nodeid)
+        item.stash[TAPING] = taping
         yield
-    request.config.stash[RUN][request.node.nodeid] = taping.account()
+        taping.passed = item.stash[PASSED] is True
+        del item.stash[TAPING]  # items live as long as the session
+    if taping.passed:
+        ledger.played[item.nodeid] = taping.account()
 
 
 @pytest.fixture
@@ -86,119 +135,72 @@ def cassette_tape(request: pytest.FixtureRequest) -> Tape:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Settle within the test, so that a miss that was swallowed, or exchanges left over, make it fail."""
-    taping = item.stash.get(TAPING, None)
-    if taping is None:
-        return (yield)
     try:
         outcome = yield
-        taping.settle()
-    except BaseException:
-        taping.failed = True
+        if (taping := item.stash.get(TAPING, None)) is not None:
+            taping.settle()
+    except BaseException:  # Ctrl-C gets no report
+        item.stash[PASSED] = False
         raise
     return outcome
 
 
-def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
-    """Return what the marks of a test say, the closest last to win; None where it bears none."""
-    found: dict[str, Any] = {"name": None}
-    marks = list(item.iter_markers("cassette"))
-    for mark in reversed(marks):
-        unknown = set(mark.kwargs) - {*ARGUMENTS, "name"}
-        if unknown or len(mark.args) > 1:
-            raise pytest.UsageError(
-                f"expected @pytest.mark.cassette(name, {', '.join(ARGUMENTS)}), got {mark.args} {mark.kwargs} "
-                f"- at {item.nodeid}"
-            )
-        found.update(mark.kwargs, **({"name": mark.args[0]} if mark.args else {}))
-    return found if marks else None
-
-
-def settled(config: pytest.Config, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Settle what command line, mark and ini file say, in this order; in CI only the command line makes it record."""
-    in_ci = "none" if os.environ.get("CI") else None
-    mode = config.getoption("--cassette-mode") or in_ci or arguments.get("mode") or config.getini("cassette_mode")
-    unplayed = arguments.get("unplayed") or config.getini("cassette_unplayed")
-    if unplayed not in UNPLAYED:
-        raise pytest.UsageError(f"expected unplayed to be one of {', '.join(UNPLAYED)}, got {unplayed!r}")
-    clients = arguments.get("clients", config.getini("cassette_clients"))
-    return {
-        "mode": mode or None,
-        "clients": "all" if list(clients) == ["all"] else clients,
-        "lineage": arguments.get("lineage", "strict"),
-        "latency": arguments.get("latency", "off"),
-        "unplayed": unplayed,
-        "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *arguments.get("allowed_hosts", ())],
-    }
-
-
-def cassette_path(item: pytest.Item, name: str | None) -> Path:
-    """Return a test's file. A name with a slash is shared among modules, one without belongs to its module."""
-    root, folder = item.config.rootpath, str(item.config.getini("cassette_dir"))
-    module = item.path.with_suffix("")
-    if folder:
-        base = root / folder
-        inside = module.relative_to(root) if module.is_relative_to(root) else Path(module.name)
-    else:
-        base, inside = item.path.parent / "cassettes", Path(module.name)
-    if name is None:
-        owner = getattr(item, "cls", None)
-        name = _file_name(f"{owner.__name__}.{item.name}" if owner else item.name)
-    elif "/" in name:
-        inside = Path()
-    return base / inside / (name if name.endswith((".yaml", ".yml", ".json")) else f"{name}.yaml")
-
-
-def _file_name(test: str) -> str:
-    """A test's name as a file's, as pytest-recording makes it, so that a cassette can change hands.
-
-    >>> _file_name("test_route[a/b]")
-    'test_route[a-b]'
-    """
-    safe = re.sub(r"""[<>?%*:|"'/\\]""", "-", test)
-    return safe if len(safe) <= MAX_NAME else f"{safe[:MAX_NAME]}-{hashlib.sha256(test.encode()).hexdigest()[:12]}"
-
-
-def _claim(item: pytest.Item, path: Path, *, named: bool) -> None:
-    """Two tests may share a cassette by naming it, never because their names happen to make the same file."""
-    owner = item.config.stash[OWNERS].setdefault(path, item.nodeid)
-    if owner != item.nodeid and not named:
-        raise pytest.UsageError(
-            f"expected a cassette of its own for {item.nodeid}, got {path}, which {owner} uses; "
-            'name one: @pytest.mark.cassette("name")'
-        )
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """See how a test ends, as unittest's, subtests and xfail decide it here; say what its code hid if it failed."""
+    report = yield
+    if call.when != "teardown" and item.stash.get(PASSED, None) is not False:
+        called = report.passed and call.when == "call"
+        item.stash[PASSED] = False if report.failed else (called or None)
+    taping = item.stash.get(TAPING, None)
+    if report.failed and taping is not None and (hidden := taping.untold(report.longreprtext)):
+        report.sections.append(("what the cassette refused", hidden))
+    return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keep what was played for `aggregator cassette check --orphans`; an xdist worker hands it to the main process."""
-    run, config = session.config.stash[RUN], session.config
+    config = session.config
+    ledger, cache = config.stash[LEDGER], getattr(config, "cache", None)  # None with `-p no:cacheprovider`
     if hasattr(config, "workeroutput"):
-        config.workeroutput[PLAYED] = run
-    elif run and (cache := getattr(config, "cache", None)) is not None:  # gone with `-p no:cacheprovider`
-        cache.set(PLAYED, run)
+        config.workeroutput[PLAYED] = ledger.to_plain()
+        return
+    kept: Accounts = {} if cache is None else cache.get(PLAYED, {})
+    partial = bool(getattr(config.option, "lf", False)) or any("::" in argument for argument in config.args)
+    accounts = config.stash[ACCOUNTS] = ledger.merged(kept, config.rootpath, partial=partial)
+    if cache is not None and accounts != kept and not config.option.collectonly:
+        cache.set(PLAYED, accounts)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over what an xdist worker played."""
-    node.config.stash[RUN].update(getattr(node, "workeroutput", {}).get(PLAYED, {}))
+    if (handed := getattr(node, "workeroutput", {}).get(PLAYED)) is not None:
+        node.config.stash[LEDGER].add(handed)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Name the exchanges that tests left unplayed."""
-    run = config.stash[RUN]
-    left = {test: played["unplayed"] for test, played in run.items() if played["report"] and played["unplayed"]}
-    if left:
+    lines = list(summary(config.stash[ACCOUNTS], config.stash[LEDGER].played))
+    if lines:
         terminalreporter.section("cassettes")
-        for test, exchanges in sorted(left.items()):
-            terminalreporter.line(
-                f"{test} left {len(exchanges)} recorded exchanges unplayed: {', '.join(exchanges[:3])}"
-            )
+    for line in lines:
+        terminalreporter.line(line)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_recording_configure(config: pytest.Config, vcr: Any) -> None:
     """Serve pytest-recording's `vcr` tests from an indexed tape, where `cassette_serve_vcr` asks for it."""
-    if config.getini("cassette_serve_vcr"):
-        from aggregator.testing.serving_vcr import serve_vcr
+    if not config.getini("cassette_serve_vcr"):
+        return
+    from aggregator.testing.serving_vcr import serve_vcr
+    from aggregator.testing.taping import account_of
 
-        serve_vcr(vcr)
+    item, played = config.stash[CURRENT], config.stash[LEDGER].played
+
+    def note(path: Path, tape: Tape) -> None:
+        played[item.nodeid] = account_of(path, tape) if item.stash[PASSED] else unfinished(path)
+
+    serve_vcr(vcr, note)

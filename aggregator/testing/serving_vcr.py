@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from vcr import VCR
 from vcr.request import Request
 
 from aggregator.cassettes.clients import from_reply
@@ -19,7 +20,22 @@ from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.vcr import IndexedCassette
 from aggregator.errors import CassetteWarning
 
-SERVED_OPTIONS = frozenset({"allowed_hosts", "decode_compressed_response", "filter_headers", "path", "record_mode"})
+SERVED_OPTIONS = frozenset(
+    {
+        "allowed_hosts",  # of pytest-recording itself
+        "cassette_library_dir",
+        "decode_compressed_response",
+        "filter_headers",  # the tape keeps none that could hold a secret
+        "match_on",
+        "matchers",
+        "path_transformer",
+        "persister",
+        "record_mode",
+        "serializers",
+        "use_cassette",
+    }
+)
+"""What may be set: the tape does it, or it is looked at by itself."""
 _REQUEST_PARTS = frozenset({"body", "host", "method", "path", "port", "query", "raw_body", "scheme", "uri", "url"})
 
 
@@ -56,28 +72,47 @@ class ServedCassette(IndexedCassette):
         return len(self._rows) + self.tape.recorded
 
 
-def serve_vcr(vcr: Any) -> None:
-    """Let this VCR's `use_cassette` open our tape, for every test whose options we can honour."""
+def serve_vcr(vcr: Any, note: Callable[[Path, Tape], None]) -> None:
+    """Let this VCR's `use_cassette` open our tape, for every test whose options we can honour.
+
+    `note` is told of each tape when it was opened and again when it was closed.
+    """
     stock: Callable[..., AbstractContextManager[Any]] = vcr.use_cassette
 
     def use_cassette(path: str, **options: Any) -> AbstractContextManager[Any]:
-        return _served(vcr, path, options) if can_serve(vcr, options) else stock(path, **options)
+        return _served(vcr, path, options, note) if can_serve(vcr, options) else stock(path, **options)
 
     vcr.use_cassette = use_cassette
 
 
 def can_serve(vcr: Any, options: dict[str, Any]) -> bool:
-    """Say whether the tape does all that these options ask for; the canonical body always counts with us."""
-    matched = set(options.get("match_on", vcr.match_on))
-    asked = {name for name, value in options.items() if value} - SERVED_OPTIONS - {"match_on"}
-    return not asked and matched <= _REQUEST_PARTS and not getattr(vcr.persister, "extra_paths", ())
+    """Say whether the tape does all that these options, and what a hook has set in the VCR, ask for.
+
+    Whatever differs from a VCR as vcrpy makes it, and is not known to be served, is not. The canonical body always
+    counts with us.
+    """
+    plain = vars(VCR())
+    asked = {**vars(vcr), **options}
+    changed = {name for name, value in asked.items() if (value or None) != (plain.get(name) or None)}
+    matched = set(asked["match_on"])
+    return (
+        changed <= SERVED_OPTIONS
+        and matched <= _REQUEST_PARTS
+        and all(asked["matchers"][name] == plain["matchers"].get(name) for name in matched)
+        and getattr(asked["persister"], "extra_paths", None) == []  # pytest-recording's own, of one cassette
+    )
 
 
 @contextmanager
-def _served(vcr: Any, path: str, options: dict[str, Any]) -> Iterator[ServedCassette]:
+def _served(
+    vcr: Any, path: str, options: dict[str, Any], note: Callable[[Path, Tape], None]
+) -> Iterator[ServedCassette]:
     merged = vcr.get_merged_config(path=path, **options)
     path = merged["path_transformer"](path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # vcrpy says nothing of them
         with cassette(Path(path), merged["record_mode"].value, clients="all") as tape:
+            tape.takes_all = True
+            note(Path(path), tape)
             yield ServedCassette(path, tape)
+    note(Path(path), tape)

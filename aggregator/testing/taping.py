@@ -1,10 +1,10 @@
-"""The cassette of one test: opened around it, the network refused while it replays, dropped when it fails."""
+"""The cassette of one test: opened around it, the network refused while it replays, dropped unless it passes."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,10 +19,17 @@ from aggregator.testing.network import refused
 
 Unplayed = Literal["ignore", "report", "error"]
 SHOWN = 5
+WIDER = "it comes before the test's cassette is open, from a fixture of wider scope than a function"
+WIDER_REMEDY = "ask the model in a fixture of function scope, or allow the host (allowed_hosts=...)"
+
+
+def refused_before(path: Path, allowed_hosts: Iterable[str], met: list[CassetteError]) -> AbstractContextManager[None]:
+    """Refuse the network to fixtures that are set up before the cassette of the first test that asks for them."""
+    return refused(f"{path} is to be replayed, and {WIDER}", allowed_hosts, remedy=WIDER_REMEDY, met=met)
 
 
 class Taping:
-    """A context manager around one test; `tape` is open inside, `failed` is set by whoever sees the test fail."""
+    """A context manager around one test; `tape` is open inside, `passed` is set by whoever sees the test pass."""
 
     tape: Tape
 
@@ -30,15 +37,17 @@ class Taping:
         self,
         path: Path,
         *,
-        mode: Mode | None = None,
+        mode: Mode,
         clients: str | Iterable[str] = (),
         lineage: LineageRule = "strict",
         latency: Latency = "off",
         unplayed: Unplayed = "report",
         allowed_hosts: Iterable[str] = (),
+        refusals: list[CassetteError],
     ) -> None:
         self.path = path
-        self.failed = False
+        self.passed = False
+        self._refusals = refusals
         self._cassette = cassette(
             path,
             mode,
@@ -49,16 +58,22 @@ class Taping:
         self._unplayed = unplayed
         self._allowed_hosts = tuple(allowed_hosts)
         self._stack = ExitStack()
+        self._found = 0
 
     def __enter__(self) -> Self:
         """Open the cassette; a tape that only plays refuses the network."""
         self.tape = self._stack.enter_context(self._cassette)
+        self.tape.takes_all = True  # threads, and loops that were begun before, have no context of this test
+        self._found = len(self.tape.unplayed())
         if not self.tape.records:
-            self._stack.enter_context(refused(f"{self.path} is being replayed", self._allowed_hosts))
+            self._stack.enter_context(
+                refused(f"{self.path} is being replayed", self._allowed_hosts, met=self._refusals)
+            )
         return self
 
     def settle(self) -> None:
-        """Finish the recording while the test can still fail; raises what it hid, and for leftovers where asked to."""
+        """Raise while the test can still fail: what its code hid, and leftovers where asked to."""
+        self._raise_hidden()
         left = self.tape.unplayed()
         if left and self._unplayed == "error":
             listing = "\n".join(f"  {exchange_id(row)}" for row in left[:SHOWN])
@@ -67,28 +82,51 @@ class Taping:
                 f"expected every exchange of {self.path} to be played, got {len(left)} left over:\n{listing}{more}\n"
                 "record the test anew (--cassette-mode=all), or allow it: unplayed='report'"
             )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # the summary names them
-            self.tape.close()
+
+    def _raise_hidden(self) -> None:
+        self.tape.flush()
+        self.tape.raise_remembered()
+        for refusal in self._refusals:
+            raise CassetteError(f"{refusal}") from refusal
+
+    def untold(self, told: str) -> str:
+        """Return the misses and refusals that a failed test's report does not tell; "" where it tells them all."""
+        hidden = [error for error in (*self.tape.misses, *self._refusals) if f"{error}".partition("\n")[0] not in told]
+        missing = [f"{type(error).__name__}: {error}" for error in hidden]
+        more = [f"and {len(missing) - SHOWN} more"] if len(missing) > SHOWN else []
+        return "\n\n".join(missing[:SHOWN] + more)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close what the test has not settled; the recording of a failed one is dropped."""
-        if self.failed or error is not None:
-            self.tape.discard()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)
-            try:
-                self._stack.close()
-            except CassetteError:
-                if not self.failed:  # a failed test has told what happened
-                    raise
+        """Finish the file of a test that passed, with what its fixtures asked at their end; drop any other's."""
+        try:
+            if self.passed and error is None:
+                self._raise_hidden()
+        except CassetteError:
+            self.passed = False
+            raise
+        finally:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # the summary names them
+                self._close(whole=self.passed and error is None)
+
+    def _close(self, *, whole: bool) -> None:
+        if whole:
+            self._stack.close()
+            return
+        self.tape.discard()
+        with suppress(CassetteError):  # a failed test has told what happened
+            self._stack.close()
 
     def account(self) -> dict[str, Any]:
-        """Return what this test played, as plain data for the cache and the summary."""
-        return {
-            "path": str(self.path),
-            "unplayed": [exchange_id(row) for row in self.tape.unplayed()],
-            "report": self._unplayed == "report" and not self.failed,
+        """Return what this test played and how its leftovers are to be told, as plain data."""
+        return account_of(self.path, self.tape) | {
+            "rule": self._unplayed,
+            "idle": self._unplayed != "ignore" and not self.tape.recorded and len(self.tape.unplayed()) == self._found,
         }
+
+
+def account_of(path: Path, tape: Tape) -> dict[str, Any]:
+    """Return what a test that passed left unplayed of its cassette."""
+    return {"path": str(path), "unplayed": [exchange_id(row) for row in tape.unplayed()], "complete": True}

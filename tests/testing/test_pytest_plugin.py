@@ -2,78 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
-import aiohttp  # noqa: F401 - loaded before pytester's runs, which forget what they were first to load
-import httpx  # noqa: F401
-import hypothesis.internal.observability  # noqa: F401
 import pytest
-
-import aggregator.cassettes.vcr
-import aggregator.testing.serving_vcr
-import aggregator.testing.taping  # noqa: F401
+from user_project import Model, cassettes, only
 
 pytest_plugins = ["pytester"]
-PROJECT = Path(__file__).parent / "project"
 EVERY_TEST = 7
-
-
-class Model(ThreadingHTTPServer):
-    """Numbers its answers."""
-
-    daemon_threads = True
-    hits = 0
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        model: Any = self.server
-        model.hits += 1
-        body = f"answer {model.hits}".encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
-    monkeypatch.delenv("CI", raising=False)
-    with Model(("127.0.0.1", 0), Handler) as server:
-        monkeypatch.setenv("MODEL_URL", f"http://127.0.0.1:{server.server_port}/v1")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def project(pytester: pytest.Pytester) -> pytest.Pytester:
-    shutil.copytree(PROJECT, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    return pytester
-
-
-def only(pytester: pytest.Pytester, body: str) -> None:
-    """Replace the project's tests by one module."""
-    shutil.rmtree(pytester.path / "tests" / "unit")
-    path = pytester.path / "tests" / "test_one.py"
-    path.write_text("import os, pytest, socket\nfrom router import route, aroute\n" + body)
-
-
-def cassettes(pytester: pytest.Pytester) -> list[str]:
-    return sorted(str(path.relative_to(pytester.path)) for path in pytester.path.rglob("*.yaml"))
 
 
 def test_a_project_records_once_and_replays_offline(project: pytest.Pytester, model: Model) -> None:
@@ -165,12 +102,11 @@ def test_unplayed_exchanges_are_told_or_fail_the_test(
     test = "@pytest.mark.cassette(clients='all')\ndef test_it():\n    route('x')\n    {}\n"
     only(project, test.format("route('y')"))
     project.runpytest().assert_outcomes(passed=1)
-    (project.path / "tests/test_one.py").unlink()
-    (project.path / "tests/unit").mkdir()
     only(project, test.format("pass"))
     result = project.runpytest("-o", f"cassette_unplayed={unplayed}")
     result.assert_outcomes(**outcome)
     assert ("#0.0" in result.stdout.str()) is told
+    result.stdout.no_fnmatch_line("*asked nothing*")  # which the leftovers have said
 
 
 def test_a_swallowed_miss_fails_the_test(project: pytest.Pytester, model: Model) -> None:
@@ -202,7 +138,7 @@ def test_two_tests_never_share_a_default_cassette(project: pytest.Pytester, mode
         "def test_it(x):\n    route('x')\n",
     )
     outcome = project.runpytest()
-    outcome.assert_outcomes(passed=1, errors=1)
+    outcome.assert_outcomes(errors=2)  # both, so that neither depends on which comes first, or on another worker
     outcome.stdout.fnmatch_lines(["*expected a cassette of its own for *name one: *"])
 
 
@@ -239,6 +175,48 @@ def test_vcr_tests_are_served_by_the_tape(project: pytest.Pytester, model: Model
     served.assert_outcomes(passed=1)
     served.stdout.fnmatch_lines(["class ServedCassette"])
     assert model.hits == 1
+
+
+HOOKS = {
+    "before_record_response": "vcr.before_record_response = lambda response: response | {'body': {'string': b'X'}}",
+    "filter_query_parameters": "vcr.filter_query_parameters = ['customer']",
+    "matcher": "vcr.register_matcher('body', lambda a, b: True); vcr.match_on = ['body']",
+    "persister": "vcr.register_persister(type(vcr.persister).__mro__[1])",
+    "record_on_exception": "vcr.record_on_exception = False",
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_what_a_hook_scrubs_was_recorded_by_served_tests(project: pytest.Pytester, model: Model, hook: str) -> None:
+    """`pytest_recording_configure` sets hooks and filters in the VCR itself: those tests stay with stock vcrpy."""
+    pytest.importorskip("pytest_recording")
+    (project.path / "tests/conftest.py").write_text(f"def pytest_recording_configure(config, vcr):\n    {hook}\n")
+    only(
+        project,
+        "@pytest.mark.vcr\ndef test_it(vcr):\n"
+        "    httpx.post(os.environ['MODEL_URL'] + '?customer=Jane', trust_env=False)\n"
+        "    print('class', type(vcr).__name__)\n",
+    )
+    outcome = project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=once", "-rP")
+    outcome.assert_outcomes(passed=1)
+    outcome.stdout.fnmatch_lines(["class Cassette"])
+
+
+def test_served_cassettes_were_always_orphans(project: pytest.Pytester, model: Model) -> None:
+    """Their tests give an account too; of those left with stock vcrpy it is known that nobody knows."""
+    pytest.importorskip("pytest_recording")
+    only(
+        project,
+        "@pytest.mark.vcr\ndef test_it():\n    route('x')\n"
+        "@pytest.mark.vcr(drop_unused_requests=True)\ndef test_stock():\n    route('x')\n",
+    )
+    project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=once").assert_outcomes(passed=2)
+    kept = json.loads((project.path / ".pytest_cache/v/aggregator/cassettes").read_text())
+    beside = project.path / "tests/cassettes/test_one"
+    assert kept == {
+        "tests/test_one.py::test_it": {"path": f"{beside / 'test_it.yaml'}", "unplayed": [], "complete": True},
+        "tests/test_one.py::test_stock": {"path": f"{beside / 'test_stock.yaml'}", "unplayed": [], "complete": False},
+    }
 
 
 def test_what_we_record_pytest_recording_replays(project: pytest.Pytester, model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -235,3 +236,13 @@ def test_refuses_a_rate_that_is_none() -> None:
     """wrong_rate is a share."""
     with pytest.raises(ConfigError, match="wrong_rate"):
         SimulatedModel(wrong_rate=15)
+
+
+def test_the_readmes_cassette_failed_on_its_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each simulated model has a port of its own, so that what a reader runs twice must not replay the first one's."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = (part for part in readme.split("```") if part.startswith("python\nfrom aggregator import cassette\n"))
+    monkeypatch.chdir(tmp_path)
+    code = "from aggregator import LLM\n" + example.removeprefix("python\n")
+    for _ in range(2):
+        exec(code, {"SimulatedModel": SimulatedModel})

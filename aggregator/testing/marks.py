@@ -1,0 +1,101 @@
+"""What `@pytest.mark.cassette`, the command line and the ini file say about one test. Imports nothing beyond pytest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODES = ("none", "once", "new_episodes", "all")
+ARGUMENTS = ("mode", "clients", "lineage", "latency", "unplayed", "allowed_hosts")
+UNPLAYED = ("ignore", "report", "error")
+MAX_NAME = 120
+MAX_BYTES = 200  # file systems take 255, and `.new`, `.lock` or a shard's number comes behind
+
+
+def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
+    """Return what the marks of a test say, the closest last to win; None where it bears none."""
+    found: dict[str, Any] = {"name": None}
+    marks = _closest_first(item)
+    for mark in reversed(marks):
+        unknown = set(mark.kwargs) - {*ARGUMENTS, "name"}
+        if unknown or len(mark.args) > 1:
+            raise pytest.UsageError(
+                f"expected @pytest.mark.cassette(name, {', '.join(ARGUMENTS)}), got {mark.args} {mark.kwargs} "
+                f"- at {item.nodeid}"
+            )
+        found.update(mark.kwargs, **({"name": mark.args[0]} if mark.args else {}))
+    _check_kinds(found, item)
+    return found if marks else None
+
+
+def _closest_first(item: pytest.Item) -> list[pytest.Mark]:
+    """Return the marks in pytest's order, but those of a `pytest.param` before its function's."""
+    marks = list(item.iter_markers("cassette"))
+    call = getattr(item, "callspec", None)
+    given = [mark for mark in getattr(call, "marks", ()) if mark.name == "cassette"]
+    return [*given, *(mark for mark in marks if not any(mark is one for one in given))]
+
+
+def _check_kinds(arguments: dict[str, Any], item: pytest.Item) -> None:
+    name = arguments["name"]
+    if name is not None and not (isinstance(name, str) and name):
+        raise pytest.UsageError(f"expected a cassette's name as text, got {name!r} - at {item.nodeid}")
+    for argument in ("clients", "allowed_hosts"):
+        if not isinstance(arguments.get(argument, ()), Iterable):
+            raise pytest.UsageError(
+                f"expected {argument} as text or a list of texts, got {arguments[argument]!r} - at {item.nodeid}"
+            )
+
+
+def settled(config: pytest.Config, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Settle what command line, mark and ini file say, in this order; in CI only the command line makes it record."""
+    in_ci = "none" if os.environ.get("CI") else None
+    mode = config.getoption("--cassette-mode") or in_ci or arguments.get("mode") or config.getini("cassette_mode")
+    unplayed = arguments.get("unplayed") or config.getini("cassette_unplayed")
+    if unplayed not in UNPLAYED:
+        raise pytest.UsageError(f"expected unplayed to be one of {', '.join(UNPLAYED)}, got {unplayed!r}")
+    clients = arguments.get("clients", config.getini("cassette_clients"))
+    hosts = arguments.get("allowed_hosts", ())
+    return {
+        "mode": mode or "once",
+        "clients": "all" if list(clients) == ["all"] else clients,
+        "lineage": arguments.get("lineage", "strict"),
+        "latency": arguments.get("latency", "off"),
+        "unplayed": unplayed,
+        "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *([hosts] if isinstance(hosts, str) else hosts)],
+    }
+
+
+def cassette_path(item: pytest.Item, name: str | None) -> Path:
+    """Return a test's file. A name with a slash is shared among modules, one without belongs to its module."""
+    root, folder = item.config.rootpath, str(item.config.getini("cassette_dir"))
+    module = item.path.with_suffix("")
+    if folder:
+        base = root / folder
+        inside = module.relative_to(root) if module.is_relative_to(root) else Path(module.name)
+    else:
+        base, inside = item.path.parent / "cassettes", Path(module.name)
+    if name is None:
+        owner = getattr(item, "cls", None)
+        name = _file_name(f"{owner.__name__}.{item.name}" if owner else item.name)
+    elif "/" in name:
+        inside = Path()
+    return base / inside / (name if name.endswith((".yaml", ".yml", ".json")) else f"{name}.yaml")
+
+
+def _file_name(test: str) -> str:
+    """A test's name as a file's, as pytest-recording makes it, so that a cassette can change hands.
+
+    >>> _file_name("test_route[a/b]")
+    'test_route[a-b]'
+    """
+    safe = re.sub(r"""[<>?%*:|"'/\\]""", "-", test)
+    if len(safe) <= MAX_NAME and len(safe.encode()) <= MAX_BYTES:
+        return safe
+    return f"{safe.encode()[:MAX_NAME].decode(errors='ignore')}-{hashlib.sha256(test.encode()).hexdigest()[:12]}"
