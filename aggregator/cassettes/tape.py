@@ -114,6 +114,14 @@ class Tape:
                 self._count_order(slot)
         return slot
 
+    def withdraw(self, slot: Slot) -> None:
+        """Take back a call of which nothing is recorded, unless one like it was issued since."""
+        with self._lock:
+            if slot in self._uncounted:
+                self._uncounted.remove(slot)
+            elif slot.pool is not None and slot.pool.issued == slot.ticket + 1:
+                slot.pool.issued -= 1
+
     def _count_order(self, slot: Slot) -> None:
         slot.order = self._orders.get(slot.lineage, 0)
         self._orders[slot.lineage] = slot.order + 1
