@@ -7,7 +7,7 @@ Every concurrent branch sets its own part; asyncio copies the path into each tas
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,8 @@ from aggregator.records import Role
 
 _PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
 _ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
+# what was before each block of this context, the innermost first: one object may be entered by several tasks at once
+_OUTER: ContextVar[tuple[str, Role, Any] | None] = ContextVar("aggregator_outer", default=None)
 
 current_lineage = _PATH.get
 """Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside of any."""
@@ -36,23 +38,27 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
     def __init__(self, *parts: str, role: Role | None = None) -> None:
         self._parts = _joined(parts)
         self._role = role
-        self._tokens: list[tuple[Token[str], Token[Role] | None]] = []
 
     def __enter__(self) -> str:
         """Return the extended path."""
         path, parts = _PATH.get(), self._parts
         here = f"{path}/{parts}" if path and parts else path or parts
-        self._tokens.append((_PATH.set(here), _ROLE.set(self._role) if self._role else None))
+        _OUTER.set((path, _ROLE.get(), _OUTER.get()))
+        _PATH.set(here)
+        if self._role:
+            _ROLE.set(self._role)
         return here
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restore the path from before."""
-        path, role = self._tokens.pop()
-        _PATH.reset(path)
-        if role is not None:
-            _ROLE.reset(role)
+        outer = _OUTER.get()
+        if outer is not None:  # else left in another context than entered, which has its own
+            path, role, further = outer
+            _PATH.set(path)
+            _ROLE.set(role)
+            _OUTER.set(further)
 
 
 @lru_cache(maxsize=1024)

@@ -46,6 +46,7 @@ class _Plan(Struct, frozen=True, kw_only=True):
     stays: tuple[Row, ...] = ()
     journal: Path | None = None
     kept: int = 0
+    is_anew: bool = False  # nothing of before stays
 
 
 def open_tape(
@@ -74,6 +75,9 @@ def open_tape(
     plan = _replay(path, mode, paths)
     lock = FileLock(path) if plan is None else None
     try:
+        if lock is not None and (plan := _replay(path, mode, paths)) is not None:  # finished by whoever had the lock
+            lock.release()
+            lock = None
         plan = plan or _recording(path, mode, paths)
         journal = Journal(plan.journal, keep=plan.kept) if plan.journal is not None else None
         tape = Tape(
@@ -85,7 +89,7 @@ def open_tape(
             latency=latency,
             faults=faults,
             now=now,
-            on_close=partial(_finish, path=path, stays=plan.stays, journal=journal, lock=lock, layout=layout),
+            on_close=partial(_finish, path=path, plan=plan, journal=journal, lock=lock, layout=layout),
         )
         for finding in plan.findings:
             tape.tell(finding, warn=warn)
@@ -111,8 +115,11 @@ def _replay(path: Path, mode: Mode, ignore: Ignore) -> _Plan | None:
     if there is None:
         return _Plan(played=(), findings=())
     left = tuple(
-        f"{beside}: an unfinished recording; record with mode={other!r} to take it up, or delete it"
-        for beside, other in ((part_of(path), "new_episodes"), (successor_of(path), "all"))
+        f"{beside}: an unfinished recording; {remedy}, or delete it"
+        for beside, remedy in (
+            (part_of(path), 'record with mode="new_episodes" to take it up'),
+            (successor_of(path), 'record with mode="all" to begin it anew'),
+        )
         if beside.exists()
     )
     return _Plan(played=there.rows, findings=there.findings + left)
@@ -121,7 +128,7 @@ def _replay(path: Path, mode: Mode, ignore: Ignore) -> _Plan | None:
 def _recording(path: Path, mode: Mode, ignore: Ignore) -> _Plan:
     """Return the plan of a cassette that records; its lock is held."""
     if mode == "all":
-        return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path)
+        return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path, is_anew=True)
     there = read(path, ignore) or NOTHING
     if there.state == "open":  # new, or its recording was killed: go on where it ended
         return _Plan(played=there.rows, findings=there.findings, journal=path, kept=there.kept)
@@ -149,7 +156,7 @@ def _finish(
     tape: Tape,
     *,
     path: Path,
-    stays: tuple[Row, ...],
+    plan: _Plan,
     journal: Journal | None,
     lock: FileLock | None,
     layout: LayoutChoice,
@@ -162,9 +169,11 @@ def _finish(
         if not tape.keeps:
             journal.undo()
         elif not tape.interrupted and (written := read(journal.path)) is not None:
-            save(path, stays + written.rows, layout)
+            save(path, plan.stays + written.rows, layout)
             if journal.path != path:
                 journal.path.unlink()
+            if plan.is_anew:
+                part_of(path).unlink(missing_ok=True)
     finally:
         if lock is not None:
             lock.release()

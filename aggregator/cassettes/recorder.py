@@ -15,7 +15,7 @@ from aggregator.cassettes.opening import Mode, open_tape
 from aggregator.cassettes.saving import LayoutChoice
 from aggregator.cassettes.tape import LineageRule, Tape
 from aggregator.cassettes.timing import Faults, Latency
-from aggregator.errors import CassetteError
+from aggregator.errors import CassetteError, ConfigError
 
 
 class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):  # noqa: N801 - a word at its use
@@ -46,6 +46,11 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         now: Callable[[], float] = time.time,
         warn: bool = True,
     ) -> None:
+        if faults is not None and clients:
+            raise ConfigError(
+                f"expected faults without clients, got both (clients={clients!r}): an injected fault reaches our own "
+                "client alone, as others have exceptions of their own; leave one of them out"
+            )
         self._open: Callable[[], Tape] = partial(
             open_tape,
             path,

@@ -29,6 +29,7 @@ class Slot:
         "lineage",
         "order",
         "played",
+        "pool",
         "redacted",
         "request",
         "role",
@@ -40,6 +41,7 @@ class Slot:
         self.request, self.lineage = request, lineage
         self.role: Role = current_role()
         self.ticket = -1
+        self.pool: Pool | None = None  # where the ticket was counted
         self.rows: Sequence[int] = ()
         self.order = 0
         self.attempt = 0  # answers met so far, played or live
@@ -164,6 +166,7 @@ class Pools:
         """Count a call and give it the recorded answers of its ticket; `pool` is that of its very bytes, if known."""
         if pool is None:
             pool = self._pool(slot)
+        slot.pool = pool
         slot.ticket, slot.rows = pool.take()
         if self._prefer and not slot.rows:
             slot.rows = self._spare(slot, pool)

@@ -30,6 +30,7 @@ from aggregator.records import HTTPReply, HTTPRequest, Usage
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+LEFT = "StreamLeftError"
 _EXPLAINED = 5  # misses that get a search for the nearest request, which takes a moment in a large cassette
 
 NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
@@ -66,6 +67,7 @@ class Tape:
         self.takes_all = False  # whether those of every context without a tape are, as in a pytest process
         self._rows, self._played = rows, bytearray(len(rows))
         self._pools = Pools(rows, ignore=ignore, prefer=lineage == "prefer")
+        self._left = frozenset(i for i, row in enumerate(rows) if row.place.error and row.place.error[0] == LEFT)
         self._writer = None if sink is None else Writer(sink, now)
         self._ignore, self._on_close = ignore, on_close
         self._scale, self._faults = latency_scale(latency), faults
@@ -105,12 +107,20 @@ class Tape:
             slot.canonical_key(self._ignore)  # outside of the lock
         with self._lock:
             self._pools.claim(slot, pool)
-            if not self.plays_failures:
+            if not self.plays_failures or not self._left.isdisjoint(slot.rows):
                 slot.attempt = len(slot.rows)
-                slot.rows = [row for row in slot.rows if self._is_answered(row)]
+                slot.rows = self._playable(slot.rows)
             if self._writer is not None:
                 self._count_order(slot)
         return slot
+
+    def withdraw(self, slot: Slot) -> None:
+        """Take back a call of which nothing is recorded, unless one like it was issued since."""
+        with self._lock:
+            if slot in self._uncounted:
+                self._uncounted.remove(slot)
+            elif slot.pool is not None and slot.pool.issued == slot.ticket + 1:
+                slot.pool.issued -= 1
 
     def _count_order(self, slot: Slot) -> None:
         slot.order = self._orders.get(slot.lineage, 0)
@@ -123,6 +133,17 @@ class Tape:
         for slot in slots:
             with suppress(Exception):  # of a request that cannot be written: whoever writes its answer is told
                 self._pools.claim(slot)
+
+    def _playable(self, rows: Sequence[int]) -> list[int]:
+        """Leave out what is made anew: a stream that was left early, unless it is all there is to play."""
+        found = []
+        for row in rows:
+            is_last = row == rows[-1] and self._writer is None
+            if (row in self._left and not is_last) or not (self.plays_failures or self._is_answered(row)):
+                self._played[row] = 1
+            else:
+                found.append(row)
+        return found
 
     def _is_answered(self, index: int) -> bool:
         row = self._rows[index]
@@ -300,12 +321,19 @@ class Tape:
             self.tell(f"{self.name}: {told}", warn=warn)
 
 
+class StreamLeftError(APIConnectionError):
+    """A recorded stream that was left before its end, read beyond where it was left."""
+
+
+_FAILURES: tuple[type[APIConnectionError], ...] = (APITimeoutError, StreamLeftError, APIConnectionError)
+
+
 def _told(error: APIConnectionError) -> tuple[str, str]:
-    return "APITimeoutError" if isinstance(error, APITimeoutError) else "APIConnectionError", error.message
+    return next(kind.__name__ for kind in _FAILURES if isinstance(error, kind)), error.message
 
 
-def _failure(kind: str, message: str) -> APIConnectionError:
-    return APITimeoutError(message) if kind == "APITimeoutError" else APIConnectionError(message)
+def _failure(name: str, message: str) -> APIConnectionError:
+    return next((kind for kind in _FAILURES if kind.__name__ == name), APIConnectionError)(message)
 
 
 @lru_cache(maxsize=256)

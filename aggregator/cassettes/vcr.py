@@ -43,6 +43,7 @@ from aggregator.records import HTTPReply
 
 _ASYNC_FUNCTIONS = frozenset({"_request", "handle_async_request"})
 _GUARDED = frozenset({"aiohttp", "httpx"})  # clients whose patches are plain functions
+_ASYNC_FAMILIES = frozenset({"tornado"})  # of the others; their stubs cannot wait, so answers come at once
 
 # vcrpy's patches are process-wide, so what is patched is the process's state, and no tape's.
 _lock = threading.RLock()
@@ -150,7 +151,11 @@ class IndexedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
         turn = self._turn(request)
         if turn is None or turn.reply is None:
             raise KeyError(f"expected a request that the tape can play, got {request}")
-        _pause.set(turn.tape.delay(turn.reply))
+        delay = turn.tape.delay(turn.reply)
+        if self.family in _GUARDED:
+            _pause.set(delay)
+        elif delay and self.family not in _ASYNC_FAMILIES:
+            time.sleep(delay)
         return from_reply(turn.reply)
 
     def append(self, request: Request, response: dict[str, Any]) -> None:
@@ -159,7 +164,7 @@ class IndexedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
         if turn is None and (tape := serving_tape(self.family)) is not None:
             live = _live.get()
             turn = live if live is not None and live.asked == (request.method, request.uri) else _Turn(tape, request)
-            _live.set(None)
+        _live.set(None)
         if turn is not None:
             waited = (time.perf_counter() - turn.issued) * 1e3
             turn.tape.record(turn.slot, to_reply(response, waited))
@@ -175,8 +180,9 @@ class IndexedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
         """The request's turn, taken at its first question: stubs ask up to three times about one object."""
         turn: _Turn | None = getattr(request, "aggregator_turn", None)
         if turn is None and (tape := serving_tape(self.family)) is not None:
-            turn = request.aggregator_turn = _Turn(tape, request)
-            turn.play()
+            turn = _Turn(tape, request)
+            turn.play()  # raises a miss, and again when the stub asks again
+            request.aggregator_turn = turn
         return turn
 
 
@@ -194,6 +200,20 @@ class _Patches(CassetteContextDecorator):  # type: ignore[misc] # vcrpy is untyp
             yield cassette
 
 
+@contextmanager
+def _withdrawing() -> Iterator[None]:
+    """Take a live request back that fails: nothing of it is recorded, so whoever tries again has its place."""
+    _live.set(None)
+    _pause.set(None)
+    try:
+        yield
+    except Exception:
+        if (turn := _live.get()) is not None:
+            turn.tape.withdraw(turn.slot)
+            _live.set(None)
+        raise
+
+
 def _guard(served: Callable[..., Any], family: str, attribute: str) -> Callable[..., Any]:
     """Call vcrpy's stub where a tape serves this context, else the original: stubs read streams to their end."""
     original: Callable[..., Any] = served.__wrapped__  # type: ignore[attr-defined] # set by functools.wraps
@@ -202,7 +222,8 @@ def _guard(served: Callable[..., Any], family: str, attribute: str) -> Callable[
     async def guarded_async(self: Any, *args: Any, **kwargs: Any) -> Any:
         if serving_tape(family) is None:
             return await original(self, *args, **kwargs)
-        response = await served(self, *args, **kwargs)
+        with _withdrawing():
+            response = await served(self, *args, **kwargs)
         if (pause := _pause.get()) is not None:
             _pause.set(None)
             await asyncio.sleep(pause)  # a played reply gives up its turn, as a live one would
@@ -212,7 +233,8 @@ def _guard(served: Callable[..., Any], family: str, attribute: str) -> Callable[
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         if serving_tape(family) is None:
             return original(self, *args, **kwargs)
-        response = served(self, *args, **kwargs)
+        with _withdrawing():
+            response = served(self, *args, **kwargs)
         if pause := _pause.get():
             time.sleep(pause)
         _pause.set(None)

@@ -11,6 +11,7 @@ from typing import Any, Self
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.clients import passing
 from aggregator.cassettes.lineage import current_role
+from aggregator.cassettes.tape import StreamLeftError, Tape
 from aggregator.errors import APIConnectionError, ConfigError, LLMError
 from aggregator.llm.attempts import A_TURN, Attempts
 from aggregator.llm.calls import ChatCall
@@ -21,18 +22,21 @@ Trace = Callable[[Attempts, Completion | None, BaseException | None], None]
 
 
 class Stream:
-    """One streamed answer: iterate it for the text deltas; `completion` is the whole answer once they ended."""
+    """One streamed answer: iterate it for the text deltas; `completion` is the whole answer once they ended.
+
+    Whoever leaves it early (`break`) ends the request, at once with `async with`, else when nobody holds it any more.
+    """
 
     def __init__(self, call: ChatCall, begin: Callable[[], StreamedAttempts], trace: Trace) -> None:
-        self._deltas = self._run(call, begin, trace)
-        self._completion: Completion | None = None
+        self._whole: list[Completion] = []
+        self._deltas = _run(call, begin, trace, self._whole)
 
     @property
     def completion(self) -> Completion:
         """The whole answer with usage and finish reason; raises ConfigError before the last delta was read."""
-        if self._completion is None:
+        if not self._whole:
             raise ConfigError("expected a stream read to its end, got one that still has deltas to read")
-        return self._completion
+        return self._whole[0]
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self._deltas
@@ -49,30 +53,32 @@ class Stream:
     ) -> None:
         await self.aclose()
 
-    async def _run(
-        self, call: ChatCall, begin: Callable[[], StreamedAttempts], trace: Trace
-    ) -> AsyncGenerator[str, None]:
-        attempts = begin()
-        transcript = current_transcript()
-        shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
-        try:
-            attempts.issue(call)
-            async with aclosing(attempts.deltas()) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, str):
-                        yield piece
-                    else:
-                        self._completion = piece
-        except BaseException as error:
-            if shown is not None:
-                shown.fail(error)
-            trace(attempts, None, error)
-            raise
-        finally:
-            attempts.leave()
+
+async def _run(
+    call: ChatCall, begin: Callable[[], StreamedAttempts], trace: Trace, whole: list[Completion]
+) -> AsyncGenerator[str, None]:
+    """Yield the deltas; the answer goes into `whole`, and not to the stream, which would make a cycle."""
+    attempts = begin()
+    transcript = current_transcript()
+    shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
+    try:
+        attempts.issue(call)
+        async with aclosing(attempts.deltas()) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    yield piece
+                else:
+                    whole.append(piece)
+    except BaseException as error:
         if shown is not None:
-            shown.finish(self.completion)
-        trace(attempts, self.completion, None)
+            shown.fail(error)
+        trace(attempts, None, error)
+        raise
+    finally:
+        attempts.leave()
+    if shown is not None:
+        shown.finish(whole[0])
+    trace(attempts, whole[0], None)
 
 
 class StreamedAttempts(Attempts):
@@ -124,15 +130,23 @@ class StreamedAttempts(Attempts):
             raise
         finally:
             self.settle(completion, error)
-            if self.is_live and self.slot is not None:
-                if self._head is not None:
-                    lost = isinstance(error, APIConnectionError) and not self._body
-                    self.reply = None if lost else self._so_far()
-                if self.tape is not None and (entry := self._hand_in(self.tape, completion, error)) is not None:
-                    self.tape.finish(entry)
+            if self.is_live and self.tape is not None:
+                self._keep(self.tape, completion, error)
             error = None  # its traceback holds this frame
         if completion is not None:
             yield completion
+
+    def _keep(self, tape: Tape, completion: Completion | None, error: BaseException | None) -> None:
+        """Record what came. What was cancelled has no answer; what was left early ends there in a replay too."""
+        if isinstance(error, GeneratorExit) and self._body:
+            error = StreamLeftError("this answer was read so far and no further when it was recorded")
+        elif not isinstance(error, LLMError | None):
+            return
+        if self._head is not None:
+            lost = isinstance(error, APIConnectionError) and not self._body
+            self.reply = None if lost else self._so_far()
+        if (entry := self._hand_in(tape, completion, error)) is not None:
+            tape.finish(entry)
 
     def _source(self) -> AsyncGenerator[bytes, None]:
         tape = self.tape

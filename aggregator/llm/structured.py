@@ -98,6 +98,9 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
                 raise
             level = next_level
             attempts.issue(forms[level])
+            if not attempts.is_answerable():  # the recorded call ended here, with fewer attempts
+                error.attempts = attempts.count
+                raise
             continue
         if level:
             known[key] = max(level, known.get(key, 0))
@@ -130,8 +133,10 @@ def _stated(call: ChatCall, schema: Any) -> ChatCall:
 def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> int:
     """Issue the question in the form to begin with; a tape that only plays decides by what it holds.
 
-    When it was recorded, another call may have learned the form already that this one asks for now.
+    When it was recorded, another call may have learned the form already that this one asks for now, or not yet.
     """
+    if attempts.tape is not None and not attempts.tape.records:
+        level = 0
     attempts.issue(forms[level])
     first = attempts.call, attempts.request, attempts.slot
     for lower in range(level, len(forms)):

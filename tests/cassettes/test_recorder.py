@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 import aggregator
+from aggregator.cassettes import opening
 from aggregator.cassettes.current import adopted, current_tape, tape_here
+from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.opening import Mode, default_mode
+from aggregator.cassettes.timing import Faults
 from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -299,3 +302,51 @@ async def test_a_tape_that_takes_all_serves_contexts_made_before_it(tmp_path: Pa
         tape.takes_all = True
         assert before.run(tape_here) is tape
     assert before.run(tape_here) is None
+
+
+@pytest.mark.filterwarnings("ignore::aggregator.CassetteWarning")
+def test_an_unfinished_recording_came_back_after_all_was_recorded_anew(tmp_path: Path) -> None:
+    """Mode "all" replaces what there was, new episodes that were not finished included."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "once"):
+        say("a", "1")
+
+    def interrupted() -> None:
+        with aggregator.cassette(path, "new_episodes"):
+            say("b", "old")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with aggregator.cassette(path, "all"):
+        assert (say("a", "2"), say("b", "new")) == ("2", "new")
+    assert list(tmp_path.iterdir()) == [path]
+    with aggregator.cassette(path, "new_episodes") as tape:
+        assert (say("a", "-"), say("b", "-")) == ("2", "new")
+    assert (tape.recorded, tape.report) == (0, [])
+
+
+def test_a_second_recorder_that_waited_for_the_first_recorded_into_a_finished_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is looked at again once the lock is had: "once" then plays what another process has finished."""
+    path = tmp_path / "a.yaml"
+    first = aggregator.cassette(path, "once")
+    first.__enter__()
+    say("a", "1")
+
+    def lock_after_the_first(where: Path) -> FileLock:
+        monkeypatch.undo()
+        first.__exit__(None, None, None)
+        return FileLock(where)
+
+    monkeypatch.setattr(opening, "FileLock", lock_after_the_first)
+    with aggregator.cassette(path, "once") as tape:
+        assert (tape.records, say("a", "live")) == (False, "1")
+    assert not path.with_name("a.yaml.lock").exists()
+
+
+def test_faults_used_up_the_answers_of_other_clients(tmp_path: Path) -> None:
+    """Faults are for our own client; asked for with others they are refused."""
+    with pytest.raises(ConfigError, match=r"expected faults without clients, got both \(clients=\['httpx'\]\)"):
+        aggregator.cassette(tmp_path / "a.yaml", "none", clients=["httpx"], faults=Faults(cut=0.1))

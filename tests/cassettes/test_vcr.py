@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import http.client
 import json
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,11 +19,12 @@ from urllib.request import Request, urlopen
 
 import aiohttp
 import httpx
+import msgspec
 import pytest
 
-from aggregator.cassettes.clients import passing
+from aggregator.cassettes.clients import passing, to_request
 from aggregator.cassettes.current import enter, leave
-from aggregator.cassettes.exchanges import decode_line
+from aggregator.cassettes.exchanges import decode_line, encode_line
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
@@ -28,6 +32,7 @@ from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.vcr import _installed, _served, serving
 from aggregator.errors import CassetteMissError, ResponseError
 from aggregator.llm.client import LLM
+from aggregator.records import HTTPReply
 
 requests: Any = pytest.importorskip("requests")
 
@@ -325,3 +330,57 @@ def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> N
     tape = Tape(lines.rows())
     assert run(tape) == heard
     assert (server.hits, tape.unplayed()) == (1, [])
+
+
+@pytest.mark.parametrize("client", [by_httpx, by_async_httpx, by_aiohttp])
+def test_a_connection_that_failed_used_up_the_ticket_of_its_retry(client: Client, server: Any) -> None:
+    """Nothing of it is recorded, so the retry that was answered is the first of its kind, and plays as that."""
+    lines, url = Lines(), server.url
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}/v1/chat"
+        with taped(Tape(sink=lines)) as tape:
+            with pytest.raises((httpx.ConnectError, aiohttp.ClientConnectionError)):
+                client(nobody, BODY)
+            tape.flush()
+            heard = client(url, BODY)
+            with pytest.raises((httpx.ConnectError, aiohttp.ClientConnectionError)):
+                client(nobody, BODY)
+    with taped(Tape(sink=Lines())) as tape:
+        slots = [tape.issue(to_request("POST", url, b"{}", {})) for _ in range(2)]
+        tape.withdraw(slots[0])
+        tape.record(slots[1], HTTPReply(status=200, body=b"{}", headers={}))
+        assert slots[1].ticket == 0
+    with taped(Tape(lines.rows())) as tape:
+        assert client(url, BODY) == heard
+        assert tape.unplayed() == []
+
+
+@pytest.mark.parametrize("client", [by_httpx, by_requests, by_urllib])
+def test_a_recorded_time_was_waited_by_the_wrong_client(client: Client, server: Any) -> None:
+    """`latency` holds for each client, and a live call after a replayed one does not wait for it."""
+    lines = Lines()
+    with taped(Tape(sink=lines)):
+        client(server.url, BODY)
+    slow = [msgspec.structs.replace(row.exchange().facts, ms=200.0) for row in lines.rows()]
+    (row,) = lines.rows()
+    line = encode_line(msgspec.structs.replace(row.exchange(), facts=slow[0]))
+    with taped(Tape(tuple(index_lines([line])), sink=Lines(), latency="recorded")):
+        start = time.perf_counter()
+        client(server.url, BODY)
+        played = time.perf_counter()
+        by_httpx(server.url, {"q": "another"})
+        assert played - start >= 0.2
+        assert time.perf_counter() - played < 0.2
+
+
+def test_a_miss_that_was_caught_let_the_next_question_go_live(server: Any) -> None:
+    """http.client asks again about the same request; a tape that only plays refuses it again."""
+    with taped(Tape(), ["http.client"]) as tape:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        connection.request("POST", "/v1/chat", b"{}")
+        for _ in range(2):
+            with pytest.raises(CassetteMissError):
+                connection.getresponse()
+        connection.close()
+    assert (server.hits, len(tape.misses)) == (0, 2)

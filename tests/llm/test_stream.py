@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, failur
 
 from aggregator import LLM, Budget, cassette
 from aggregator.agents.transcripts import transcript
+from aggregator.cassettes.tape import StreamLeftError
 from aggregator.errors import (
     APIConnectionError,
     APITimeoutError,
@@ -216,6 +218,66 @@ async def test_replay_of_a_stream_that_was_left_early(tmp_path: Path) -> None:
         recorded = await first(client(Streaming(WHOLE)))
     with cassette(tmp_path / "left.yaml", "none"):
         assert await first(client(Streaming(APIConnectionError("no network")))) == recorded == "Hel"
+
+
+async def test_a_stream_left_early_ends_there_when_it_is_read_on(tmp_path: Path) -> None:
+    """A replay does not pass off a part as the whole; a recording that goes on asks anew."""
+
+    async def first(llm: LLM) -> str:
+        async with llm.stream(QUESTION) as stream:
+            return await anext(aiter(stream))
+
+    with cassette(tmp_path / "left.yaml", "once"):
+        await first(client(Streaming(WHOLE)))
+    with cassette(tmp_path / "left.yaml", "none"), pytest.raises(StreamLeftError, match="read so far and no further"):
+        await read(client(Streaming()))
+    with cassette(tmp_path / "left.yaml", "new_episodes"):
+        assert await read(client(Streaming(WHOLE))) == ["Hel", "lo"]
+    with cassette(tmp_path / "left.yaml", "none") as tape:
+        assert await read(client(Streaming())) == ["Hel", "lo"]
+    assert tape.report == []
+
+
+async def test_a_cancelled_stream_was_recorded_as_a_whole_answer(tmp_path: Path) -> None:
+    """Like any cancelled call it has no answer: a recording that goes on asks anew, a replay misses."""
+    path, stuck = tmp_path / "cancelled.yaml", asyncio.Event()
+
+    class Stuck(Streaming):
+        @asynccontextmanager
+        async def open(self, request: HTTPRequest, *, timeout: float | None = None) -> AsyncIterator[Any]:
+            async with super().open(request, timeout=timeout) as opened:
+                pieces = opened.pieces
+
+                async def then_nothing() -> AsyncIterator[bytes]:
+                    async for piece in pieces():
+                        yield piece
+                        await stuck.wait()
+
+                opened.pieces = then_nothing
+                yield opened
+
+    with cassette(path, "all") as tape, pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await read(client(Stuck(WHOLE)))
+    assert tape.recorded == 0
+    with cassette(path, "once"):
+        assert await read(client(Streaming(WHOLE))) == ["Hel", "lo"]
+
+
+async def test_a_stream_left_by_break_held_its_place_until_a_collection() -> None:
+    """Nothing but the reader holds a stream: left by `break`, it ends its request, and the next has its place."""
+    transport = Streaming(WHOLE)
+    llm = client(transport, max_concurrency=2)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            async for _delta in llm.stream(QUESTION):
+                break
+            await asyncio.sleep(0.001)
+    finally:
+        gc.enable()
+    assert transport.left == 5
 
 
 async def test_over_a_real_socket() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from aggregator.errors import (
 )
 from aggregator.llm.schema import mismatch
 from aggregator.llm.structured import as_response_format, parse_json
-from aggregator.records import HTTPReply, HTTPRequest
+from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 SCHEMA = {
     "type": "object",
@@ -243,3 +245,46 @@ def test_no_guessing(text: str) -> None:
     """Two fences, half an object or a bomb are no JSON."""
     with pytest.raises(ValueError, match="JSON expected"):
         parse_json(text)
+
+
+async def test_a_replay_learned_the_lower_form_sooner_than_the_record_did(tmp_path: Path) -> None:
+    """Each call steps down as it did when it was recorded, so that nothing stays unplayed."""
+    path, both = tmp_path / "forms.yaml", asyncio.Barrier(2)
+    waiting = 2
+
+    async def together() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if waiting >= 0:
+            await both.wait()  # neither has learned anything from the other when it asks
+
+    async def ask(transport: ScriptedTransport) -> list[str]:
+        llm = client(transport)
+        first, second = llm.complete("one", response_format=_OBJECT), llm.complete("two", response_format=_OBJECT)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_text(first)), group.create_task(_text(second))]
+        return [task.result() for task in tasks]
+
+    server = Server(None)
+    server._latency = together
+    with cassette(path, "once"):
+        recorded = await ask(server)
+    with cassette(path, "none") as tape:
+        first = await ask(ScriptedTransport(APIConnectionError("no network")))
+    assert (first, tape.report) == (recorded, [])
+
+
+async def _text(call: Awaitable[Completion]) -> str:
+    return (await call).text
+
+
+_OBJECT = {"type": "json_object"}
+
+
+async def test_a_recorded_refusal_with_one_attempt_was_a_miss_with_more(tmp_path: Path) -> None:
+    """A call that ended in its first form ends there in a replay too, whatever attempts that has."""
+    path = tmp_path / "refused.yaml"
+    for mode, attempts in (("once", 1), ("none", 1), ("none", 3)):
+        llm = client(ScriptedTransport(failure(400)), max_attempts=attempts)
+        with cassette(path, mode), pytest.raises(BadRequestError):  # type: ignore[arg-type]
+            await llm.complete(QUESTION, response_format=_OBJECT)
