@@ -172,9 +172,13 @@ class Tape:
             return reply
         if self._writer is None:
             raise self._miss(slot)
+        self.refuse_if_closed()
+        return None
+
+    def refuse_if_closed(self) -> None:
+        """Raise CassetteError where a call would go live that the tape was open for when its task began."""
         if self._closed:
             raise CassetteError(self._too_late("a call"))
-        return None
 
     def _next_fault(self, slot: Slot) -> HTTPReply | None:
         faults = self._faults
@@ -255,7 +259,7 @@ class Tape:
     def _too_late(self, what: str) -> str:
         return (
             f"expected every call inside of the cassette {self.name} to be awaited there, got {what} after it was "
-            "left; await the tasks that make calls before the block ends (asyncio.TaskGroup does)"
+            "left; await the tasks that make calls before the block or the test ends (asyncio.TaskGroup does)"
         )
 
     def finish(self, entry: Entry) -> None:

@@ -95,7 +95,11 @@ def _patches(family: str) -> Iterator[None]:
 def serving_tape(family: str) -> Tape | None:
     """Return the tape that a request of this client belongs to here and now; None: let it through."""
     tape = None if is_passing() else tape_here()
-    return tape if tape is not None and family in _served.get(tape, ()) else None
+    if tape is None:
+        return None
+    if tape.serves_others:
+        tape.refuse_if_closed()
+    return tape if family in _served.get(tape, ()) else None
 
 
 class _Turn:

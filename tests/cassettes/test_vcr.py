@@ -30,7 +30,7 @@ from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.vcr import _installed, _served, serving
-from aggregator.errors import CassetteMissError, ResponseError
+from aggregator.errors import CassetteError, CassetteMissError, ResponseError
 from aggregator.llm.client import LLM
 from aggregator.records import HTTPReply
 
@@ -384,3 +384,14 @@ def test_a_miss_that_was_caught_let_the_next_question_go_live(server: Any) -> No
                 connection.getresponse()
         connection.close()
     assert (server.hits, len(tape.misses)) == (0, 2)
+
+
+def test_a_request_of_a_task_that_outlived_its_cassette_went_live(server: Any) -> None:
+    """While the patches stand, for another cassette, what began inside of one that was left is refused."""
+    tape = Tape()
+    with taped(tape):
+        there = contextvars.copy_context()
+    tape.close()
+    with taped(Tape(sink=Lines())), pytest.raises(CassetteError, match="got a call after it was left"):
+        there.run(by_httpx, server.url, BODY)
+    assert server.hits == 0
