@@ -107,7 +107,7 @@ class Tape:
             slot.canonical_key(self._ignore)  # outside of the lock
         with self._lock:
             self._pools.claim(slot, pool)
-            if not self.plays_failures or not self._left.isdisjoint(slot.rows):
+            if self._left or not self.plays_failures:
                 slot.attempt = len(slot.rows)
                 slot.rows = self._playable(slot.rows)
             if self._writer is not None:
