@@ -20,6 +20,8 @@ from aggregator.errors import CassetteDamagedError, CassetteRefusedError
 FORMAT = 1
 Layout = Literal["journal", "readable"]
 PREAMBLE = b"version: 1\ninteractions:\n"
+EMPTY = b"version: 1\ninteractions: []\n"
+"""What a finished cassette without exchanges holds, in either layout; nothing under `interactions:` is no list."""
 OPEN_COMMENT = b"# aggregator-cassette format=1 layout=journal state=open\n"
 _MARK = b"# aggregator-cassette "
 _CLOSED = re.compile(

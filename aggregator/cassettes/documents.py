@@ -19,13 +19,17 @@ from aggregator.errors import CassetteDamagedError, CassetteRefusedError
 
 
 class Budget(Struct, frozen=True):
-    """How much a document may hold: bytes in all and in one line, nesting, nodes, and nodes that aliases repeat."""
+    """How much a document may hold: bytes in all and in one line, nesting, nodes, and nodes that aliases repeat.
+
+    `total` is how many bytes its exchanges may be, with every alias written out and every body unpacked.
+    """
 
     size: int = 64 << 20
     line: int = 8 << 20
     depth: int = 64
     nodes: int = 4_000_000
     repeated: int = 200_000
+    total: int = 256 << 20
 
 
 BUDGET = Budget()

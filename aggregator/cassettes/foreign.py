@@ -56,7 +56,7 @@ def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -
             reply=_reply(item["response"], place),
             facts=msgspec.convert(facts or {"lineage": ""}, Facts),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, msgspec.ValidationError) as error:
         if isinstance(error, CassetteDamagedError | CassetteRefusedError):
             raise
         raise CassetteDamagedError(

@@ -6,8 +6,8 @@ Pure functions over rows and exchanges, beside `find_cassettes`; `aggregator cas
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,25 @@ from aggregator.cassettes.exchanges import Exchange, line_is_whole
 from aggregator.cassettes.keys import decode_json, raw_key
 from aggregator.cassettes.redaction import redact_body, redact_request, redact_text
 from aggregator.cassettes.rows import Recording, Row
-from aggregator.cassettes.secrets import PLACEHOLDER, Needles, is_secret_field, needles_of
+from aggregator.cassettes.secrets import (
+    PLACEHOLDER,
+    SHORTEST,
+    Needles,
+    is_secret_field,
+    is_secret_parameter,
+    needles_of,
+)
 from aggregator.errors import ConfigError
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
-_SHARD = re.compile(r".*\.[0-9a-f]{12}\.\d{4}")
-_SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie"})
+_SHARD = re.compile(r"(.*)\.[0-9a-f]{12}\.\d{4}")
+_SECRET_HEADERS = frozenset({"cookie", "set-cookie"})
+_KEYS_OF_NOTHING = frozenset({"idempotency-key", "x-idempotency-key", "sec-websocket-key"})
+_LARGEST_FIGURE = 1e15
+_CASSETTE = re.compile(
+    rb"""(?:^|[{,])\s*["']?(?:http_)?interactions["']?\s*:|^# aggregator-cassette|^- \{?"?request"?:""", re.MULTILINE
+)
+_HEAD = 4_096
 _USAGE_NAMES = {  # the provider's words, ours
     "input": ("input_tokens", "prompt_tokens", "promptTokenCount"),
     "output": ("output_tokens", "completion_tokens", "candidatesTokenCount"),
@@ -39,21 +52,34 @@ def exchange_id(row: Row) -> str:
 def find_cassettes(paths: Iterable[Path]) -> list[Path]:
     """Return the cassettes that files and folders stand for; a cassette's further shards belong to its first.
 
-    Raises ConfigError for a path that is not there.
+    What is no cassette is passed over in a folder. Raises ConfigError for a path that is not there.
     """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix in SUFFIXES and file.is_file() and not _SHARD.fullmatch(file.stem)
-            )
+            files = (file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file())
+            found += (file for file in files if _is_first(file) and _looks_like_cassette(file))
         elif path.is_file():
             found.append(path)
         else:
             raise ConfigError(f"expected a cassette or a folder of them, got {str(path)!r}, which is not there")
     return list(dict.fromkeys(found))
+
+
+def _is_first(path: Path) -> bool:
+    """Say whether a file is a cassette's first shard, or one whose first is gone, which has to be told."""
+    shard = _SHARD.fullmatch(path.stem)
+    return shard is None or not path.with_name(f"{shard[1]}{path.suffix}").exists()
+
+
+def _looks_like_cassette(path: Path) -> bool:
+    """Say whether a file begins as a cassette does, or begins with nothing."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:  # whoever reads it tells why
+        return True
+    return not head.strip() or bool(_CASSETTE.search(head.removeprefix(b"\xef\xbb\xbf")))
 
 
 def model_of(exchange: Exchange) -> str:
@@ -70,16 +96,21 @@ def model_of(exchange: Exchange) -> str:
 def usage_of(exchange: Exchange) -> dict[str, int | float]:
     """Return the tokens and cost of an exchange: what we noted, else what a JSON reply says of itself."""
     if exchange.facts.usage:
-        return exchange.facts.usage
+        return {name: amount for name, amount in exchange.facts.usage.items() if _is_figure(amount)}
     reply = _json_object(exchange.reply.body)
     usage = reply.get("usage") or reply.get("usageMetadata")
     if not isinstance(usage, dict):
         return {}
     found = {
-        f"{side}_tokens": next((usage[name] for name in names if isinstance(usage.get(name), int)), None)
+        f"{side}_tokens": next((usage[name] for name in names if _is_figure(usage.get(name))), None)
         for side, names in _USAGE_NAMES.items()
     }
     return {name: tokens for name, tokens in found.items() if tokens is not None}
+
+
+def _is_figure(amount: Any) -> bool:
+    """Say whether this is a number that can be summed and printed; another tool's file may hold any other."""
+    return isinstance(amount, int | float) and not isinstance(amount, bool) and 0 <= amount < _LARGEST_FIGURE
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -128,81 +159,11 @@ def tally(exchanges: Iterable[Exchange]) -> dict[tuple[str, str], Totals]:
     return dict(sorted(sums.items()))
 
 
-class Difference(Struct, frozen=True, kw_only=True):
-    """How two cassettes differ: exchanges of one only, and answers that are not the same any more."""
-
-    removed: tuple[str, ...]
-    added: tuple[str, ...]
-    changed: Mapping[str, tuple[str, ...]]
-
-    def __bool__(self) -> bool:
-        return bool(self.removed or self.added or self.changed)
-
-
-def difference(before: Sequence[Row], after: Sequence[Row]) -> Difference:
-    """Compare two cassettes exchange by exchange: the same request at the same place of the run."""
-    old = {_identity(row): row for row in before}
-    new = {_identity(row): row for row in after}
-    changed = {
-        exchange_id(row): changes
-        for identity, row in old.items()
-        if identity in new and (changes := tuple(_answer_changes(row.exchange(), new[identity].exchange())))
-    }
-    return Difference(
-        removed=tuple(exchange_id(row) for identity, row in old.items() if identity not in new),
-        added=tuple(exchange_id(row) for identity, row in new.items() if identity not in old),
-        changed=changed,
-    )
-
-
-def _identity(row: Row) -> tuple[bytes, str, int, int]:
-    return row.key, row.place.lineage, row.place.ticket, row.place.attempt
-
-
-def _answer_changes(old: Exchange, new: Exchange) -> Iterator[str]:
-    if old.reply.status != new.reply.status:
-        yield f"status: {old.reply.status} -> {new.reply.status}"
-    if old.reply.body != new.reply.body:
-        a, b = _value(old.reply.body), _value(new.reply.body)
-        yield from json_changes(a, b) if a != b else ["body: the same JSON, written otherwise"]
-
-
-def _value(body: bytes) -> Any:
-    try:
-        return decode_json(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return body.decode(errors="replace")
-
-
-def json_changes(old: Any, new: Any, path: str = "$") -> Iterator[str]:
-    """Yield each difference of two JSON values with its path.
-
-    >>> list(json_changes({"a": [1, 2], "b": 1}, {"a": [1, 3]}))
-    ['$.a[1]: 2 -> 3', '$.b: 1 -> nothing']
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in {**old, **new}:
-            if name not in new:
-                yield f"{path}.{name}: {_short(old[name])} -> nothing"
-            elif name not in old:
-                yield f"{path}.{name}: nothing -> {_short(new[name])}"
-            else:
-                yield from json_changes(old[name], new[name], f"{path}.{name}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from json_changes(a, b, f"{path}[{index}]")
-    elif old != new or type(old) is not type(new):
-        yield f"{path}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
 def needles_from(environment: Mapping[str, str]) -> Needles:
-    """Return the values of variables with a secret's name: none of them may stand in a cassette."""
-    return needles_of(frozenset(value for name, value in environment.items() if is_secret_field(name) and value))
+    """Return the values of variables with a secret's name: none of them may stand in a cassette; `test` is a word."""
+    return needles_of(
+        frozenset(value for name, value in environment.items() if is_secret_field(name) and len(value) >= SHORTEST)
+    )
 
 
 def secrets_in(exchange: Exchange, needles: Needles = ()) -> list[str]:
@@ -224,17 +185,20 @@ def secrets_in(exchange: Exchange, needles: Needles = ()) -> list[str]:
 
 
 def _is_secret(name: str, value: str, needles: Needles) -> bool:
-    if value == PLACEHOLDER:
+    lower = name.lower()
+    if value == PLACEHOLDER or lower in _KEYS_OF_NOTHING:
         return False
-    is_named = name.lower() in _SECRET_HEADERS or is_secret_field(name)
+    is_named = lower in _SECRET_HEADERS or is_secret_parameter(lower)
     return (is_named and value != "") or redact_text(value, needles) != value
 
 
 def too_old(exchange: Exchange, now: datetime, limit: timedelta) -> str | None:
     """Say since when an exchange is too old; None for a fresh one. One of unknown age is not fresh."""
-    if not exchange.facts.at:
+    try:
+        recorded = datetime.fromisoformat(exchange.facts.at)
+    except ValueError:
         return "recorded at an unknown time"
-    recorded = datetime.fromisoformat(exchange.facts.at)
+    recorded = recorded if recorded.tzinfo else recorded.replace(tzinfo=UTC)
     return f"recorded {(now - recorded).days} days ago" if now - recorded > limit else None
 
 
@@ -290,6 +254,18 @@ def _header_lines(headers: Mapping[str, str]) -> list[str]:
     return [f"{name}: {value}" for name, value in headers.items()]
 
 
+def value_of(body: bytes) -> Any:
+    """Return a body as JSON, else as text, else as the bytes that it is."""
+    for decode in (decode_json, bytes.decode):
+        try:
+            return decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return body
+
+
 def _pretty(body: bytes) -> str:
-    value = _value(body)
+    value = value_of(body)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
     return value if isinstance(value, str) else msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE
+from aggregator.cassettes.comments import EMPTY, OPEN_COMMENT, PREAMBLE
 from aggregator.cassettes.exchanges import line_is_whole
 from aggregator.cassettes.keys import Ignore
 from aggregator.cassettes.rows import REMEDY, UNREADABLE, Recording, Row, index_spans
@@ -51,6 +51,8 @@ def read_open_journal(data: bytes, where: str, ignore: Ignore = ()) -> Recording
 
 def read_closed_journal(content: bytes, where: str, ignore: Ignore, *, intact: bool, skipped: int) -> Recording:
     """Read a finished journal after its comment of `skipped` lines; `intact` says that its hash was right."""
+    if content == EMPTY:
+        return Recording(rows=(), state="closed", layout="journal")
     if not content.startswith(PREAMBLE):
         raise CassetteDamagedError(
             f"expected {PREAMBLE.decode()!r}, got {content[:40]!r} - at {where}:{skipped + 1}; {REMEDY}"

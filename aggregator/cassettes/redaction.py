@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -23,15 +23,14 @@ from aggregator.cassettes.secrets import (
     Needles,
     apply_edits,
     authenticating_values,
-    has_hidden_text,
     is_secret_parameter,
     moved,
     needles_of,
     query_edits,
     secret_edits,
-    suspicious,
 )
-from aggregator.cassettes.streams import Chunks, hidden_edits, is_json, is_stream, rebuilt
+from aggregator.cassettes.streams import Chunks, hidden_edits, is_form, is_json, is_stream, rebuilt
+from aggregator.cassettes.suspicion import has_hidden_text, suspicious
 from aggregator.errors import SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -52,22 +51,31 @@ def is_kept(name: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def redact_url(url: str) -> str:
-    """Return the URL without secret query values and without a password.
+    """Return the URL without secret query values, also in its fragment, and without a password.
 
-    >>> redact_url("https://me:pass@x.example/v1?key=abc&alt=sse")
-    'https://REDACTED@x.example/v1?key=REDACTED&alt=sse'
+    >>> redact_url("https://me:pass@x.example/v1?key=abc&alt=sse#access_token=abc")
+    'https://REDACTED@x.example/v1?key=REDACTED&alt=sse#access_token=REDACTED'
     """
-    head, mark, query = url.partition("?")
+    address, hash_mark, fragment = url.partition("#")
+    head, mark, query = address.partition("?")
     if "@" in head:
-        head = re.sub(r"//[^/@]*@", f"//{PLACEHOLDER}@", head)
-    if not mark:
-        return head
-    return f"{head}?{'&'.join(_redact_pair(pair) for pair in query.split('&'))}"
+        head = re.sub(r"//[^/]*@", f"//{PLACEHOLDER}@", head)
+    return "".join((head, mark, redact_form(query), hash_mark, redact_form(fragment)))
+
+
+def redact_form(pairs: str) -> str:
+    """Return a form's fields, or a query's parameters, without the secret ones.
+
+    >>> redact_form("client%5Fsecret=abc&user[password]=abc&page=2")
+    'client%5Fsecret=REDACTED&user[password]=REDACTED&page=2'
+    """
+    return "&".join(map(_redact_pair, pairs.split("&"))) if "=" in pairs else pairs
 
 
 def _redact_pair(pair: str) -> str:
     name, mark, value = pair.partition("=")
-    return f"{name}={PLACEHOLDER}" if mark and value and is_secret_parameter(name) else pair
+    plain = unquote_plus(name).rstrip("]").replace("[", ".")  # PHP and Rails write user[password]
+    return f"{name}={PLACEHOLDER}" if mark and value and is_secret_parameter(plain) else pair
 
 
 class Frame(Struct, frozen=True):
@@ -90,7 +98,7 @@ def _frame(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, .
 
 @lru_cache(maxsize=256)
 def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles) -> Frame:
-    kept = {name: _clean_value(value, needles) for name, value in _kept(headers).items()}
+    kept = _clean_headers(_kept(headers), needles)
     return Frame(needles, redact_text(redact_url(url), needles), kept)
 
 
@@ -125,12 +133,15 @@ def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTP
 
 
 def _redacted(request: HTTPRequest, frame: Frame, *, clean: bool) -> HTTPRequest:
-    body = request.body
-    if "x-www-form-urlencoded" in frame.headers.get("content-type", ""):
-        body = redact_url(f"?{body.decode(errors='surrogateescape')}")[1:].encode(errors="surrogateescape")
+    body = _without_fields(request.body) if is_form(frame.headers) else request.body
     if not clean and not looks_clean([body], [frame.needles]):
         body = redact_body(body, frame.needles)[0]
     return HTTPRequest(method=request.method, url=frame.url, body=body, headers=frame.headers)
+
+
+def _without_fields(body: bytes) -> bytes:
+    """Return a form without its secret fields."""
+    return redact_form(body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def redact_line(exchange: Exchange, needles: Needles = ()) -> bytes:
@@ -170,9 +181,8 @@ def _texts(exchange: Exchange) -> tuple[bytes, bytes]:
 
 def _line(exchange: Exchange, needles: Needles, *, clean: bool) -> bytes | SecretLeakError:
     reply = exchange.reply
-    if not clean or any("=" in value for value in reply.headers.values()):
-        headers = {name: _clean_value(value, needles) for name, value in reply.headers.items()}
-        exchange = replace(exchange, reply=replace(reply, headers=headers))
+    if not clean or any("=" in value or "@" in value for value in reply.headers.values()):
+        exchange = replace(exchange, reply=replace(reply, headers=_clean_headers(reply.headers, needles)))
     if not _is_due(exchange, needles, clean=clean) and _is_text(exchange.request.body) and _is_text(reply.body):
         return encode_line(exchange)
     redacted = _redact_reply(exchange, needles)
@@ -186,6 +196,7 @@ def _is_due(exchange: Exchange, needles: Needles, *, clean: bool) -> bool:
     return (
         bool(reply.chunks)
         or is_stream(reply.headers)
+        or is_form(reply.headers)
         or exchange.facts.error is not None
         or (not clean and not looks_clean(_texts(exchange), [needles]))
     )
@@ -193,14 +204,15 @@ def _is_due(exchange: Exchange, needles: Needles, *, clean: bool) -> bool:
 
 def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
     reply, facts = exchange.reply, exchange.facts
-    body, steps = redact_body(reply.body, needles)
+    form = [(0, len(reply.body), _without_fields(reply.body))] if is_form(reply.headers) and reply.body else []
+    body, steps = redact_body(apply_edits(reply.body, form), needles)
     return replace(
         exchange,
         reply=replace(reply, body=body, reason=redact_text(reply.reason, needles)),
         facts=replace(
             facts,
             model=redact_text(facts.model, needles),
-            chunks=_moved_chunks(facts.chunks, steps),
+            chunks=_moved_chunks(facts.chunks, [form, *steps]),
             error=facts.error and (facts.error[0], redact_text(facts.error[1], needles)),
         ),
     )
@@ -211,10 +223,15 @@ def _kept(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {lower: _as_text(value) for name, value in headers if is_kept(lower := name.lower())}
 
 
+def _clean_headers(headers: Mapping[str, str], needles: Needles) -> dict[str, str]:
+    return {name: _clean_value(value, needles) for name, value in headers.items()}
+
+
 @lru_cache(maxsize=1024)
 def _clean_value(value: str, needles: Needles) -> str:
-    """Return a header's value without secrets; most values repeat."""
-    return redact_text(value, needles) if "=" in value or suspicious(value.encode(), needles) else value
+    """Return a header's value, which may be an address, without secrets; most values repeat."""
+    due = "=" in value or "@" in value or suspicious(value.encode(), needles)
+    return redact_text(value, needles) if due else value
 
 
 def _as_text(head: str) -> str:
@@ -279,17 +296,32 @@ def _leak(exchange: Exchange, line: bytes, needles: Needles) -> SecretLeakError 
         if any(needle in data for needle in needles):
             return SecretLeakError(
                 f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
-                f"(a {request.method} to {urlsplit(request.url).hostname}, role {facts.role}); it was not written. "
+                f"(a {request.method} to {_host(request.url)}, role {facts.role}); it was not written. "
                 "Keep the secret out of it, or call the model outside of the cassette"
             )
     return None
 
 
+def _host(url: str) -> str:
+    """Return the host of any URL, also of one that is none."""
+    return url.partition("//")[2].partition("/")[0].rpartition("@")[2].partition("?")[0]
+
+
 def inflated(body: bytes) -> bytes:
-    """Return what a gzip or zlib body holds, as far as it is sane to look; b"" for any other body."""
-    if body[:2] not in (b"\x1f\x8b", b"\x78\x9c", b"\x78\x01", b"\x78\xda"):
+    """Return what a body in gzip, zlib or bare deflate holds, as far as it is sane to look; b"" for any other body."""
+    if body.isascii():
         return b""
+    return next((plain for wbits in (47, -15) if (plain := _unpacked(body, wbits))), b"")
+
+
+def _unpacked(body: bytes, wbits: int) -> bytes:
+    """Return what can be unpacked, of all members of a gzip file."""
+    plain = b""
     try:
-        return zlib.decompressobj(wbits=47).decompress(body, _LARGEST_INFLATED)
+        while body and len(plain) < _LARGEST_INFLATED:
+            member = zlib.decompressobj(wbits=wbits)
+            plain += member.decompress(body, _LARGEST_INFLATED - len(plain))
+            body = member.unused_data
     except zlib.error:
-        return b""
+        pass  # what follows is something else
+    return plain

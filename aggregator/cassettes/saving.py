@@ -10,7 +10,7 @@ from pathlib import Path
 from shutil import copymode
 from typing import Literal
 
-from aggregator.cassettes.comments import PREAMBLE, Comment, Layout, content_hash
+from aggregator.cassettes.comments import EMPTY, PREAMBLE, Comment, Layout, content_hash
 from aggregator.cassettes.documents import BUDGET
 from aggregator.cassettes.lineage import natural
 from aggregator.cassettes.readable import render_exchange
@@ -22,7 +22,6 @@ SHARD_BYTES = 10_000_000
 """Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
 READABLE_BYTES = 1_000_000
 """Up to this a cassette closes as readable; more is no longer reviewed, and loads faster as a journal."""
-EMPTY = b"version: 1\ninteractions: []\n"
 
 LayoutChoice = Literal["auto", "journal", "readable"]
 

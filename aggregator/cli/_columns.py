@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""Return a text without what would steer a terminal: a recorded answer may hold anything.
+
+    >>> print(printable("\x1b[2Jhello"))
+    \x1b[2Jhello
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[str] = frozenset()) -> list[str]:
@@ -11,7 +23,7 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset
     >>> columns(["name", "n"], [["a", "1"], ["bb", "10"]], frozenset({"n"}))
     ['name   n', 'a      1', 'bb    10']
     """
-    cells = [list(head), *(list(row) for row in rows)]
+    cells = [list(head), *([printable(" ".join(cell.split("\n"))) for cell in row] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(head))]
     aligned = [
         [

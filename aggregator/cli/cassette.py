@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aggregator.cassettes.inspection import Totals
-    from aggregator.cassettes.rows import Recording, Row
+    from aggregator.cassettes.rows import Row
 
 CACHE = Path(".pytest_cache")
 FAILED = 1
 SHOWN = 20
+MOST_DAYS = 1_000_000
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,13 +29,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for one in (check, prune):
         one.add_argument("--pytest-cache", type=Path, default=CACHE, metavar="DIR", help=f"default: {CACHE}")
     stats.add_argument("--each", action="store_true", help="a table for each cassette")
-    check.add_argument("--max-age", type=float, metavar="DAYS", help="exchanges older than this are a problem")
+    check.add_argument("--max-age", type=_days, metavar="DAYS", help="exchanges older than this are a problem")
     check.add_argument("--orphans", action="store_true", help="so is what the last pytest run played nothing of")
     prune.add_argument("--unplayed", action="store_true", help="drop what no test of the last pytest run played")
     prune.add_argument(
         "--lineage", metavar="PATTERN", help="drop what was asked in these lineages, as 'train/epoch=1/*'"
     )
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="drop what was recorded before")
+    prune.add_argument("--older-than", type=_days, metavar="DAYS", help="drop what was recorded before")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be dropped")
     _show_parser(actions)
     diff = actions.add_parser("diff", help="how two cassettes differ; exit 1 where they do")
@@ -59,6 +61,16 @@ def _action(
     return parser
 
 
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not 0 <= days <= MOST_DAYS:
+        raise argparse.ArgumentTypeError(f"expected a number of days from 0 to {MOST_DAYS:,}, got {text!r}")
+    return days
+
+
 def _show_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     show = actions.add_parser("show", help="the exchanges of a cassette, or one of them in full")
     show.add_argument("path", type=Path)
@@ -71,10 +83,11 @@ def list_cassettes(options: argparse.Namespace) -> int:
     """Print one line a cassette."""
     from aggregator.cassettes.inspection import find_cassettes, model_of
     from aggregator.cli._columns import columns, count, size
+    from aggregator.cli._files import readable
 
+    problems: list[str] = []
     lines, exchanges = [], 0
-    for path in find_cassettes(options.paths):
-        recording = _read(path)
+    for path, recording in readable(find_cassettes(options.paths), problems):
         heard = [row.exchange() for row in recording.rows]
         dates = sorted({exchange.facts.at[:10] for exchange in heard if exchange.facts.at})
         models = sorted({model for exchange in heard if (model := model_of(exchange))})
@@ -92,20 +105,21 @@ def list_cassettes(options: argparse.Namespace) -> int:
     head = ["cassette", "exchanges", "size", "layout", "recorded", "models"]
     print("\n".join(columns(head, lines, frozenset({"exchanges", "size"}))))
     print(f"{count(len(lines), 'cassette')}, {count(exchanges, 'exchange')}")
-    return 0
+    return _told(problems)
 
 
 def show_cassette(options: argparse.Namespace) -> int:
     """Print one line an exchange, or one exchange in full."""
     from aggregator.cassettes.inspection import model_of, render, usage_of
-    from aggregator.cli._columns import columns
+    from aggregator.cli._columns import columns, printable
+    from aggregator.cli._files import read_cassette
     from aggregator.errors import ConfigError
 
-    rows = _read(options.path).rows
+    rows = read_cassette(options.path).rows
     if options.number is not None:
         if not 0 <= options.number < len(rows):
             raise ConfigError(f"expected an exchange from 0 to {len(rows) - 1} of {options.path}, got {options.number}")
-        print(render(rows[options.number].exchange()))
+        print(printable(render(rows[options.number].exchange())))
         return 0
     lines = []
     for number, row in enumerate(rows):
@@ -125,16 +139,18 @@ def show_cassette(options: argparse.Namespace) -> int:
 def print_stats(options: argparse.Namespace) -> int:
     """Print totals by role and model, of all cassettes or of each."""
     from aggregator.cassettes.inspection import find_cassettes, tally
+    from aggregator.cli._files import readable
 
-    paths = find_cassettes(options.paths)
+    problems: list[str] = []
+    recordings = readable(find_cassettes(options.paths), problems)
     if options.each:
-        for path in paths:
+        for path, recording in recordings:
             print(path)
-            _print_tally(tally(row.exchange() for row in _read(path).rows))
+            _print_tally(tally(row.exchange() for row in recording.rows))
             print()
     else:
-        _print_tally(tally(row.exchange() for path in paths for row in _read(path).rows))
-    return 0
+        _print_tally(tally(row.exchange() for _, recording in recordings for row in recording.rows))
+    return _told(problems)
 
 
 def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
@@ -156,15 +172,17 @@ def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
 
 def print_difference(options: argparse.Namespace) -> int:
     """Print how two cassettes differ, like diff: 0 for the same, 1 otherwise."""
-    from aggregator.cassettes.inspection import difference
+    from aggregator.cassettes.differences import difference
+    from aggregator.cli._columns import printable
+    from aggregator.cli._files import read_cassette
 
-    found = difference(_read(options.before).rows, _read(options.after).rows)
+    found = difference(read_cassette(options.before).rows, read_cassette(options.after).rows)
     for sign, exchanges in (("-", found.removed), ("+", found.added)):
         for exchange in exchanges:
-            print(f"{sign} {exchange}")
+            print(printable(f"{sign} {exchange}"))
     for exchange, changes in found.changed.items():
-        print(f"~ {exchange}")
-        print("\n".join(f"    {change}" for change in changes[:SHOWN]))
+        print(printable(f"~ {exchange}"))
+        print(printable("\n".join(f"    {change}" for change in changes[:SHOWN])))
         if len(changes) > SHOWN:
             print(f"    and {len(changes) - SHOWN} more")
     if found:
@@ -178,25 +196,25 @@ def check_cassettes(options: argparse.Namespace) -> int:
     from datetime import UTC, datetime, timedelta
 
     from aggregator.cassettes.inspection import check, find_cassettes, needles_from, orphans
-    from aggregator.cli._columns import count
-    from aggregator.errors import CassetteError
+    from aggregator.cli._account import passed_over, played
+    from aggregator.cli._columns import count, printable
+    from aggregator.cli._files import readable
 
     limit = None if options.max_age is None else timedelta(days=options.max_age)
     needles = needles_from(os.environ)
-    played = _played(options.pytest_cache) if options.orphans else None
-    paths, problems, exchanges = find_cassettes(options.paths), [], 0
-    for path in paths:
-        try:
-            recording = _read(path, redact=False)  # what is really in the file
-        except CassetteError as error:
-            problems.append(str(error))
-            continue
+    accounts = played(options.pytest_cache) if options.orphans else {}
+    problems: list[str] = []
+    paths, exchanges = find_cassettes(options.paths), 0
+    for path, recording in readable(paths, problems, redact=False):  # what is really in the file
         exchanges += len(recording.rows)
         found = check(recording, needles=needles, now=datetime.now(UTC), max_age=limit)
-        if played is not None:
-            found += orphans(recording, played.get(path.resolve()))
+        account = accounts.get(path.resolve())
+        if account is not None and not account.complete:
+            print(passed_over(path))
+        elif options.orphans:
+            found += orphans(recording, None if account is None else account.unplayed)
         problems += [f"{path}: {problem}" for problem in found]
-    print("\n".join([*problems, ""]), end="")
+    print(printable("\n".join([*problems, ""])), end="")
     verdict = count(len(problems), "problem") if problems else "good"
     print(f"{count(len(paths), 'cassette')}, {count(exchanges, 'exchange')}: {verdict}")
     return FAILED if problems else 0
@@ -207,13 +225,12 @@ def prune_cassettes(options: argparse.Namespace) -> int:
     from datetime import UTC, datetime, timedelta
 
     from aggregator.cassettes.inspection import exchange_id, find_cassettes, too_old
-    from aggregator.cassettes.saving import save
-    from aggregator.cli._columns import count
-    from aggregator.errors import ConfigError
+    from aggregator.cli._account import Played, passed_over, played
+    from aggregator.errors import CassetteError, ConfigError
 
     if not (options.unplayed or options.lineage or options.older_than is not None):
         raise ConfigError("expected what to drop, got nothing; pass --unplayed, --lineage or --older-than")
-    played = _played(options.pytest_cache) if options.unplayed else {}
+    accounts = played(options.pytest_cache) if options.unplayed else {}
     limit = None if options.older_than is None else timedelta(days=options.older_than)
 
     def unwanted(row: Row, unplayed: frozenset[str]) -> bool:
@@ -221,67 +238,83 @@ def prune_cassettes(options: argparse.Namespace) -> int:
         named = options.lineage is not None and _in_lineage(row, options.lineage)
         return old or named or exchange_id(row) in unplayed
 
+    problems: list[str] = []
     for path in find_cassettes(options.paths):
-        if options.unplayed and path.resolve() not in played:
+        account = accounts.get(path.resolve(), Played(frozenset()))
+        if options.unplayed and path.resolve() not in accounts:
             print(f"{path}: no test played it; delete the file, or run its tests")
-            continue
-        recording = _read(path)
-        unplayed = played.get(path.resolve(), frozenset())
-        kept = [row for row in recording.rows if not unwanted(row, unplayed)]
+        elif not account.complete:
+            print(passed_over(path))
+        else:
+            try:
+                _prune(path, partial(unwanted, unplayed=account.unplayed), dry_run=options.dry_run)
+            except CassetteError as error:  # the others are pruned all the same
+                problems.append(str(error))
+    return _told(problems)
+
+
+def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> None:
+    """Drop what is unwanted from one cassette, and say how much that was."""
+    from contextlib import nullcontext
+
+    from aggregator.cassettes.saving import save
+    from aggregator.cli._columns import count
+    from aggregator.cli._files import read_cassette, rewriting
+
+    with nullcontext() if dry_run else rewriting(path):
+        recording = read_cassette(path)
+        kept = [row for row in recording.rows if not unwanted(row)]
         dropped = len(recording.rows) - len(kept)
-        if dropped and not options.dry_run:
+        if dropped and not dry_run:
+            _refuse_json(path, recording.layout)
             save(path, kept, "auto" if recording.layout == "foreign" else recording.layout)
-        print(
-            f"{path}: {count(dropped, 'exchange')} {'would be ' if options.dry_run else ''}dropped, {len(kept):,} kept"
-        )
-    return 0
+    print(f"{path}: {count(dropped, 'exchange')} {'would be ' if dry_run else ''}dropped, {len(kept):,} kept")
 
 
 def convert_cassette(options: argparse.Namespace) -> int:
     """Read a cassette of any layout or of vcrpy's, and write it in ours."""
     from aggregator.cassettes.saving import save
     from aggregator.cli._columns import count
+    from aggregator.cli._files import read_cassette, rewriting
+    from aggregator.errors import ConfigError
 
     target = options.target or options.source
-    rows = _read(options.source).rows
-    save(target, rows, options.layout)
-    written = _read(target)
+    if target.is_dir():
+        raise ConfigError(f"expected a file to write, got the folder {str(target)!r}; name a file in it")
+    recording = read_cassette(options.source)
+    with rewriting(target):
+        if options.source.is_file():  # what it holds now that nobody writes to it; a pipe gives its bytes once
+            recording = read_cassette(options.source)
+        _refuse_json(target, recording.layout)
+        save(target, recording.rows, options.layout)
+        written = read_cassette(target)
     print(f"{target}: {count(len(written.rows), 'exchange')}, {written.layout}")
     return 0
 
 
-def _read(path: Path, *, redact: bool = True) -> Recording:
-    from aggregator.cassettes.reading import read
-    from aggregator.errors import ConfigError
+def _refuse_json(target: Path, layout: str) -> None:
+    """Raise where vcrpy's JSON would become YAML under the same name, which vcrpy then reads as JSON."""
+    from aggregator.errors import CassetteError
 
-    recording = read(path, redact=redact)
-    if recording is None:
-        raise ConfigError(f"expected a cassette, got {str(path)!r}, which is not there")
-    return recording
+    if layout == "foreign" and target.suffix == ".json":
+        raise CassetteError(
+            f"expected a target whose name ends in .yaml, as ours is YAML, got {str(target)!r}; "
+            f"convert it to another file: aggregator cassette convert {target} {target.with_suffix('.yaml')}"
+        )
+
+
+def _told(problems: list[str]) -> int:
+    """Print what could not be done, and return the exit code."""
+    import sys
+
+    from aggregator.cli._columns import printable
+
+    for problem in problems:
+        print(printable(f"aggregator cassette: {problem}"), file=sys.stderr)
+    return FAILED if problems else 0
 
 
 def _in_lineage(row: Row, pattern: str | None) -> bool:
     from fnmatch import fnmatchcase
 
     return pattern is None or fnmatchcase(row.place.lineage, pattern)
-
-
-def _played(cache: Path) -> dict[Path, frozenset[str]]:
-    """Return what the last pytest run left unplayed of each cassette that it opened."""
-    import json
-
-    from aggregator.errors import ConfigError
-
-    file = cache / "v" / "aggregator" / "cassettes"
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"expected the account of a pytest run in {file}, got none; run pytest with the plugin first, "
-            "or name its cache: --pytest-cache DIR"
-        ) from error
-    unplayed: dict[Path, frozenset[str]] = {}
-    for test in run.values():
-        path, left = Path(test["path"]).resolve(), frozenset(test["unplayed"])
-        unplayed[path] = unplayed.get(path, left) & left
-    return unplayed

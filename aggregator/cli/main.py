@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from pkgutil import iter_modules
 
 from aggregator import __version__, cli
+from aggregator.cli._columns import printable
 from aggregator.errors import AggregatorError
 
 FAILED, INTERRUPTED = 1, 130
@@ -41,7 +42,7 @@ def guarded(options: argparse.Namespace) -> int:
     except AggregatorError as error:
         if options.debug:
             raise
-        sys.stderr.write(f"aggregator {options.command}: {error}\n")
+        sys.stderr.write(f"aggregator {options.command}: {printable(str(error))}\n")
         return FAILED
     except KeyboardInterrupt:
         if options.debug:
@@ -97,3 +98,7 @@ def commands() -> list[str]:
     """Return the names of the commands: the files beside this one."""
     names = (module.name for module in iter_modules(cli.__path__))
     return sorted(name for name in names if name != "main" and not name.startswith("_"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

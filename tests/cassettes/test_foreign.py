@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -19,6 +20,8 @@ import zstandard
 from vcr.request import Request
 from vcr.serializers import jsonserializer, yamlserializer
 
+from aggregator.cassettes.blocks import read_blocks
+from aggregator.cassettes.documents import Budget
 from aggregator.cassettes.exchanges import Exchange
 from aggregator.cassettes.opening import open_tape
 from aggregator.cassettes.reading import read
@@ -318,3 +321,41 @@ def test_an_x_of_another_tool_is_not_ours(tmp_path: Path, x: str) -> None:
     block = BLOCK.format(request="body: '{}'", response="body: {string: hi}", headers="{}")
     path.write_text(f"{block}  {x}\n")
     assert one(path).reply.body == b"hi"
+
+
+def test_a_key_in_the_header_was_kept_where_the_answer_quotes_it(tmp_path: Path) -> None:
+    """What authenticated the request is known from its header, as while recording."""
+    asked = Request("POST", URL, b"{}", {"Authorization": "Bearer MyCorpKey-abcdef"})
+    exchange = one(saved(tmp_path / "a.yaml", asked, response(b'{"error": "bad key MyCorpKey-abcdef"}')))
+    assert exchange.reply.body == b'{"error": "bad key REDACTED"}'
+
+
+def test_one_body_under_many_aliases_took_all_memory() -> None:
+    """A few kB may stand for gigabytes; the sum of what is unpacked has a limit too."""
+    item = (
+        "- request: {method: GET, uri: 'http://x', body: null, headers: {}}\n"
+        "  response: {status: {code: 200}, headers: {content-encoding: [gzip]}, body: {string: *b}}\n"
+    )
+    packed = base64.b64encode(gzip.compress(b"a" * 10_000)).decode()
+    text = ("version: 1\ninteractions:\n" + item * 12).replace("*b", f"&b !!binary {packed}", 1)
+    with pytest.raises(CassetteRefusedError, match=r"at most 100,000 bytes, got one that unpacks to more - at a:21;"):
+        read_blocks(text.encode(), "a", (), intact=False, skipped=0, budget=Budget(total=100_000))
+    assert len(read_blocks(text.encode(), "a", (), intact=False, skipped=0).rows) == 12
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("uri: 'http://x'", "uri: 'http://[bad/'"), ("headers: {}}", "headers: {authorization: ['Basic é']}}")],
+)
+def test_an_odd_request_was_a_traceback(tmp_path: Path, before: str, after: str) -> None:
+    """Whatever stands for an address or a key is read."""
+    text = (
+        "version: 1\ninteractions:\n- request: {method: GET, uri: 'http://x', body: null, headers: {}}\n"
+        "  response: {status: {code: 200}, headers: {}, body: {string: hi}}\n"
+    )
+    path = tmp_path / "a.yaml"
+    path.write_text(text.replace(before, after))
+    assert one(path).reply.body == b"hi"
+    path.write_text(text.replace("code: 200", "code: .inf"))
+    with pytest.raises(CassetteDamagedError, match=r"a\.yaml:3"):
+        read(path)

@@ -13,10 +13,7 @@ from msgspec.structs import replace
 from aggregator.cassettes.exchanges import Exchange, Facts
 from aggregator.cassettes.inspection import (
     Totals,
-    difference,
-    exchange_id,
     find_cassettes,
-    json_changes,
     model_of,
     needles_from,
     render,
@@ -99,25 +96,6 @@ def test_totals_are_by_role_and_model() -> None:
     }
 
 
-def test_a_difference_names_what_went_came_and_changed() -> None:
-    """Exchanges are compared by request and place in the run, answers by JSON path."""
-    before, after = recorded(("a", "1"), ("b", "2"), ("c", "3")), recorded(("a", "1"), ("c", "4"), ("d", "5"))
-    found = difference(before, after)
-    assert found.removed == (exchange_id(before[1]),)
-    assert found.added == (exchange_id(after[2]),)
-    assert found.changed == {exchange_id(before[2]): ("$.text: '3' -> '4'",)}
-    assert not difference(before, before)
-
-
-def test_json_changes_tell_types_apart() -> None:
-    """1, 1.0 and true are not the same, nor are lists of other lengths."""
-    assert list(json_changes([1, True, [1]], [1.0, 1, [1, 2]])) == [
-        "$[0]: 1 -> 1.0",
-        "$[1]: True -> 1",
-        "$[2]: [1] -> [1, 2]",
-    ]
-
-
 @pytest.mark.parametrize(
     ("given", "place"),
     [
@@ -132,13 +110,17 @@ def test_secrets_are_found_where_the_redaction_would_change_something(given: Exc
     assert secrets_in(given, needles_from({"MY_API_KEY": CANARY})) == [place]
 
 
-@pytest.mark.parametrize("header", ["authorization", "Set-Cookie", "x-api-key"])
+@pytest.mark.parametrize(
+    "header",
+    ["authorization", "Set-Cookie", "x-api-key", "x-functions-key", "Helicone-Auth", "x-signature", "x-csrf-token"],
+)
 def test_secrets_are_found_in_headers(header: str) -> None:
     """A header that authenticates is a secret whatever its value; one that was redacted is none."""
     given = exchange()
     open_ = replace(given, request=replace(given.request, headers={header: "anything"}))
     redacted = replace(given, request=replace(given.request, headers={header: "REDACTED"}))
-    harmless = replace(given, reply=replace(given.reply, headers={"server": "nginx", "date": "now"}))
+    headers = {"server": "nginx", "date": "now", "idempotency-key": "retry-1", "x-ratelimit-limit-tokens": "5"}
+    harmless = replace(given, reply=replace(given.reply, headers=headers))
     assert secrets_in(open_) == [f"the request's header {header}"]
     assert secrets_in(redacted) == secrets_in(harmless) == secrets_in(given) == []
 
@@ -166,6 +148,48 @@ def test_what_we_record_holds_no_secret() -> None:
 def test_age(at: str, told: str | None) -> None:
     """An exchange is too old beyond the limit, and one of unknown age is not fresh."""
     assert too_old(exchange(at=at), NOW, timedelta(days=7)) == told
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [("yesterday", "recorded at an unknown time"), ("2026-03-01T00:00:00", "recorded 30 days ago")],
+)
+def test_a_date_that_is_none_was_a_traceback(at: str, told: str) -> None:
+    """A date without a zone is taken for UTC, any other text for no date."""
+    assert too_old(exchange(at=at), NOW, timedelta(days=7)) == told
+
+
+def test_a_short_variable_made_every_cassette_a_problem() -> None:
+    """`OPENAI_API_KEY=chat` is a placeholder, and a word that stands everywhere."""
+    given = exchange(answered={"text": "let us chat"})
+    assert secrets_in(given, needles_from({"OPENAI_API_KEY": "chat"})) == []
+
+
+def test_files_of_others_were_taken_for_cassettes(tmp_path: Path) -> None:
+    """In a folder only what begins as a cassette counts, damaged or not; a file that is named always does."""
+    cassettes = {
+        "closed.yaml": "# aggregator-cassette format=1 layout=journal",
+        "vcrpy.yaml": "interactions:\n- request:",
+        "vcrpy.json": '{"version": 1, "interactions": [{',
+        "ruby.yml": "---\nhttp_interactions:\n- request",
+        "headless.yaml": '- {"request":{"method":',
+        "cut.yaml": "",
+        "a.4be0c1d2a7f3.0002.yaml": "# aggregator-cassette format=1 layout=journal state=closed shard=2/2",
+    }
+    others = {"tickets.json": '[{"text": "interactions: none"}]', "ci.yaml": "jobs:\n  a: [", "b.yaml": "\x00"}
+    for name, text in {**cassettes, **others}.items():
+        (tmp_path / name).write_text(text)
+    assert find_cassettes([tmp_path]) == sorted(tmp_path / name for name in cassettes)
+    assert find_cassettes([tmp_path / "ci.yaml"]) == [tmp_path / "ci.yaml"]
+
+
+@pytest.mark.parametrize("tokens", [10**400, -5, True, 1e300, "7"])
+def test_a_figure_that_is_none_was_a_traceback(tokens: Any) -> None:
+    """Tokens that cannot be summed or printed are unknown."""
+    assert usage_of(exchange(answered={"usage": {"prompt_tokens": tokens, "completion_tokens": 2}})) in (
+        {"output_tokens": 2},
+        {},  # JSON with a number of 400 digits is not read at all
+    )
 
 
 def test_folders_stand_for_their_cassettes(tmp_path: Path) -> None:

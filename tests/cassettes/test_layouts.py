@@ -259,3 +259,14 @@ def test_the_permissions_of_a_cassette_were_widened(tmp_path: Path) -> None:
     path.chmod(0o600)
     save(path, rows_of(exchange(), exchange(reply=b"{}", ticket=1)))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_journal_of_nothing_could_not_be_read(tmp_path: Path, layout: Layout) -> None:
+    """A cassette that lost its last exchange is an empty one, for us and for stock vcrpy."""
+    path = tmp_path / "a.yaml"
+    save(path, [], layout)
+    recording = read(path)
+    assert recording is not None
+    assert (recording.rows, recording.state, recording.layout) == ((), "closed", layout)
+    assert load_cassette(str(path), yamlserializer) == ([], [])

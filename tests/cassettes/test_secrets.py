@@ -1,0 +1,220 @@
+"""What is taken for a secret and what is not, one case for each symptom."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from aggregator.cassettes.exchanges import Exchange, Facts, decode_line
+from aggregator.cassettes.redaction import (
+    inflated,
+    needles_for,
+    redact_body,
+    redact_form,
+    redact_line,
+    redact_request,
+    redact_text,
+    redact_url,
+)
+from aggregator.cassettes.secrets import authenticating_values, needles_of, secret_edits
+from aggregator.errors import SecretLeakError
+from aggregator.records import HTTPReply, HTTPRequest
+
+URL = "https://api.example.com/v1"
+SECRET = "hunter2-hunter2"
+REQUEST = HTTPRequest(url=URL, body=b"{}", headers={})
+FORM = {"content-type": "Application/X-WWW-Form-Urlencoded"}
+
+
+def clean(value: Any) -> Any:
+    """Return a JSON value as it is written in a body."""
+    return json.loads(redact_body(json.dumps(value).encode(), ())[0])
+
+
+def written(reply: HTTPReply, request: HTTPRequest = REQUEST) -> HTTPReply:
+    """Return a reply as a cassette holds it."""
+    exchange = Exchange(request=redact_request(request), reply=reply, facts=Facts(lineage="", chunks=reply.chunks))
+    return decode_line(redact_line(exchange, needles_for(request))).reply
+
+
+@pytest.mark.parametrize(
+    "name", ["access_tokens", "refresh_tokens", "session_tokens", "authorizations", "passwds", "passphrases"]
+)
+def test_plural_names_leaked(name: str) -> None:
+    """What one of them holds, all of them hold."""
+    for value, expected in ((SECRET, "REDACTED"), ([SECRET], ["REDACTED"])):
+        reply = written(HTTPReply(status=200, body=json.dumps({name: value}).encode(), headers={}))
+        assert json.loads(reply.body) == {name: expected}
+
+
+@pytest.mark.parametrize("text", ["a]b", "a[b", "a{b", 'a"b', "a\\", "a\\]"])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_bracket_in_a_list_of_secrets_hid_them(text: str, depth: int) -> None:
+    """The list is known by its texts, whatever they hold, also in JSON within JSON."""
+    value: Any = {"api_keys": [text, SECRET, 7], "password": 12345678, "n": [text]}
+    expected: Any = {"api_keys": ["REDACTED"], "password": 0, "n": [text]}
+    for _ in range(depth):
+        value, expected = {"arguments": json.dumps(value)}, {"arguments": json.dumps(expected)}
+    assert clean(value) == expected
+
+
+def test_a_document_written_anew_kept_lists_and_numbers() -> None:
+    r"""Where an edit would break an escape, the document is written anew; lists and numbers were forgotten there."""
+    body = rb'{"m": "\u0041BCDEFGHIJ", "api_keys": [["a"]], "password": 12, "secrets": [1, {"a": 2}], "ok": [1, true]}'
+    redacted = redact_body(body, needles_of(frozenset({"41BCDEFGHIJ"})))[0]
+    assert json.loads(redacted) == {
+        "m": "ABCDEFGHIJ",
+        "api_keys": [["REDACTED"]],
+        "password": 0,
+        "secrets": [0, {"a": 2}],
+        "ok": [1, True],
+    }
+
+
+def test_names_written_with_escapes_leaked() -> None:
+    r"""`\u0061pi_key` is `api_key` to whoever reads the JSON, and so it is in JSON within the JSON."""
+    assert json.loads(redact_body(rb'{"\u0061pi_key": "x", "n": 1}', ())[0]) == {"api_key": "REDACTED", "n": 1}
+    body = json.dumps({"a": r'{"m": "\u006dYKEY-ABCDEF-9999"}'}).encode()
+    assert b"ABCDEF" not in redact_body(body, needles_of(frozenset({"mYKEY-ABCDEF-9999"})))[0]
+    harmless = json.dumps({"a": r'{ "m": "\u006d" }'}).encode()
+    assert redact_body(harmless, ())[0] == harmless
+
+
+values = st.text(alphabet='ab\\"]}, :\n', min_size=1, max_size=8)
+
+
+@given(values, values, st.integers(0, 3))
+def test_a_password_that_ends_in_a_backslash_swallowed_the_next_field(secret: str, other: str, depth: int) -> None:
+    """The value alone goes, at any depth of JSON within JSON; all that stands beside it stays as it was."""
+    value: Any = {"password": secret, "city": other, "secret": "x"}
+    expected: Any = {"password": "REDACTED", "city": other, "secret": "REDACTED"}
+    for _ in range(depth):
+        value, expected = {"arguments": json.dumps(value)}, {"arguments": json.dumps(expected)}
+    assert clean(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"password": "hunter2', b'{"password": "REDACTED'),
+        (b'{"api_keys": ["hunter2", "hun', b'{"api_keys": ["REDACTED"'),
+        (rb'{"a": "{\"password\": \"hunter2"}', rb'{"a": "{\"password\": \"REDACTED"}'),
+        (rb'"-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\nAQ"', b'"-----BEGIN PRIVATE KEY-----REDACTED"'),
+    ],
+)
+def test_a_value_cut_before_its_quote_leaked(body: bytes, expected: bytes) -> None:
+    """An answer that ends early, as with too few tokens, has no closing quote."""
+    assert redact_body(body, ())[0] == expected
+
+
+@pytest.mark.parametrize("unit", [b"\\", b"-----BEGIN PRIVATE KEY-----", b"-eyJ", b"-sk-", rb"\"api_key\": \"x\\"])
+def test_a_model_that_loops_held_up_the_event_loop(unit: bytes) -> None:
+    """The thorough look took quadratic time; a test of 300 kB would not have ended."""
+    body = unit * (300_000 // len(unit))
+    assert b"api_key" in unit or secret_edits(body) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The app uses basic authentication/authorization for users.",
+        "token classification/segmentation",
+        '<div class="sk-text-repr-fallback">',
+        '<input class="sk-toggleable__control sk-hidden--visually">',
+        "def load_hf_tokenizer_and_model_pair(): hf_transformers_embedding_model = 1",
+        "xai-explainability-framework",
+    ],
+)
+def test_words_in_lower_case_were_taken_for_tokens(text: str) -> None:
+    """Names of CSS classes, packages and functions, and prose after the words basic and token."""
+    assert clean({"content": text}) == {"content": text}
+
+
+def test_words_with_digits_are_still_taken_for_tokens() -> None:
+    """A key without a digit or a capital is no key that anybody issues."""
+    text = "basic dXNlcjpwYXNzd29yZA==abc1 token abcdefghijklmnopqrst1 sk-abcdefghijklmnopQ hf_abcdefghijklmnopqrst1"
+    assert clean({"a": text}) == {"a": "basic REDACTED token REDACTED REDACTED REDACTED"}
+
+
+@pytest.mark.parametrize("value", ["Basic é", "Bearer clé-secret-1234", "é"])
+def test_a_key_beyond_ascii_was_a_bare_error(value: str) -> None:
+    """What is no base64 has no password in it."""
+    values = authenticating_values(URL, {"Authorization": value}, ())
+    assert values == ({"clé-secret-1234"} if "clé" in value else set())
+
+
+def test_an_address_that_is_none_was_a_bare_error() -> None:
+    """Another tool's cassette may hold any text there."""
+    assert authenticating_values("http://[bad/?key=abcdefgh", {}, ()) == {"abcdefgh"}
+
+
+def test_one_cookie_of_several_leaked() -> None:
+    """A session is quoted alone; a theme is no secret, and stands in prose."""
+    request = replace(REQUEST, headers={"Cookie": f"theme=dark-mode-on; sid={SECRET}"})
+    reply = HTTPReply(status=200, body=f"session {SECRET}, dark-mode-on".encode(), headers={})
+    assert written(reply, request).body == b"session REDACTED, dark-mode-on"
+
+
+def test_a_key_in_phps_json_leaked() -> None:
+    r"""PHP writes a slash as `\/`."""
+    request = replace(REQUEST, headers={"Authorization": "Bearer  abc/def+ghi/jklm/12345 "})
+    reply = HTTPReply(status=401, body=rb'{"m": "bad key abc\/def+ghi\/jklm\/12345"}', headers={})
+    assert written(reply, request).body == b'{"m": "bad key REDACTED"}'
+
+
+def test_locations_leaked() -> None:
+    """A redirection may hold a password, or a token in its fragment."""
+    reply = HTTPReply(status=302, body=b"", headers={"location": "https://me:pw@files.example/x#access_token=abc&n=1"})
+    assert written(reply).headers == {"location": "https://REDACTED@files.example/x#access_token=REDACTED&n=1"}
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://x.example/a?n=1#access_token=abc", "https://x.example/a?n=1#access_token=REDACTED"),
+        ("https://me:hunter@2secret@x.example/a", "https://REDACTED@x.example/a"),
+        ("https://x.example/a?api%5Fkey=abc#", "https://x.example/a?api%5Fkey=REDACTED#"),
+        ("https://x.example/@me?n=a@b", "https://x.example/@me?n=a@b"),
+    ],
+)
+def test_addresses_leaked(url: str, expected: str) -> None:
+    """In fragments, in user information with an at sign, under encoded names."""
+    assert redact_url(url) == expected
+    assert redact_text(f"cannot reach https://me:pw@{url[8:]}", ()).count("pw") == 0
+
+
+def test_forms_leaked() -> None:
+    """A content type in capitals, and the answer of a server that gives out tokens as a form."""
+    body = b"access_token=abc&scope=read&user%5Bpassword%5D=abc"
+    expected = b"access_token=REDACTED&scope=read&user%5Bpassword%5D=REDACTED"
+    assert redact_request(replace(REQUEST, body=body, headers=FORM)).body == expected
+    reply = written(HTTPReply(status=200, body=body, headers=FORM, chunks=((10, 1.0), (len(body) - 10, 2.0))))
+    assert reply.body == expected
+    assert sum(length for length, _ in reply.chunks) == len(expected)
+    assert redact_form("no form at all") == "no form at all"
+
+
+@pytest.mark.parametrize("level", range(1, 10))
+def test_compressed_bodies_of_some_levels_leaked(level: int) -> None:
+    """Each level of zlib has another header."""
+    request = HTTPRequest(
+        url=URL, body=zlib.compress(SECRET.encode(), level), headers={"authorization": f"Bearer {SECRET}"}
+    )
+    exchange = Exchange(request=request, reply=HTTPReply(status=200, body=b"", headers={}), facts=Facts(lineage=""))
+    with pytest.raises(SecretLeakError, match=r"compressed request body \(a POST to api\.example\.com"):
+        redact_line(exchange, needles_for(request))
+
+
+def test_bare_deflate_and_later_members_were_not_looked_into() -> None:
+    """A gzip file may have several members; deflate may come without a header."""
+    bare = zlib.compressobj(wbits=-15)
+    assert inflated(bare.compress(b"hello " * 9) + bare.flush()) == b"hello " * 9
+    assert inflated(gzip.compress(b"one ") + gzip.compress(b"two")) == b"one two"
+    assert inflated("plain text, é".encode()) == inflated(b"plain") == b""

@@ -1,0 +1,101 @@
+"""The quick look: where it sees nothing, the thorough one finds nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator.cassettes import secrets
+from aggregator.cassettes.redaction import redact_body
+from aggregator.cassettes.secrets import needles_of, secret_edits
+from aggregator.cassettes.suspicion import has_hidden_text, suspicious
+
+QUOTES = ['"', '\\"', '\\\\"', '\\\\\\"']
+NAMES = [
+    *("api_key", "APIKEY", "PrivateKeY", "sessionToken", "client_secret", "SECRETS", "password", "passwd"),
+    *("Passphrase", "authorization", "credentials", "x-oauth-token", "access_tokens", "refresh-tokens"),
+    *("authorizations", "passwds", "passphrases", "subscription_keys", "clé_api_key"),
+]
+TOKENS = [
+    *("sk-" + "a1" * 9, "AKIA" + "A" * 16, "eyJ" + "a" * 12 + "." + "b" * 12 + ".", "ghp_" + "a" * 20),
+    *("hf_" + "bC" * 11, "xoxb-" + "1" * 16, "AIza" + "x" * 32, "glpat-" + "a" * 16, "ya29." + "a" * 22),
+]
+NEEDLES = needles_of(frozenset({"MYKEY-abc/def 12345", "abcdefgh", "MYKEY-abcdef~ghi~jkl-12345"}))
+PEM = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----\n"
+
+fields = st.builds(
+    lambda quote, name, space, value: f"{quote}{name}{quote}{space}:{value.replace('Q', quote)}",
+    st.sampled_from(QUOTES),
+    st.sampled_from(NAMES),
+    st.sampled_from(["", " ", "\n", " " * 9]),
+    st.sampled_from(["Qhunter2Q", "Qcut", "12345", "[Qa]bQ, QcQ]", '["a{b"]', "[1, 2]", "QQ", "null"]),
+)
+keys = st.sampled_from(["x", "MIIE" * 16, "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,01\n\nMIIE"]).map(PEM.format)
+tokens = st.sampled_from([*TOKENS, *(needle.decode() for needle in NEEDLES)])
+PIECES = [
+    *("word+" * 90, "a" * 400, "a" * 30, "b/" * 300, "=" * 10, "~" * 5, "~", "+", "/", ".", "-", "_", "1", "é"),
+    *("Bearer ", "basic ", "TOKEN  ", 'next_token": "', "n", "\n", "\r\n", "\\n", "\\", '"', "{", "[", "]", ":", " "),
+]
+words = st.sampled_from(PIECES)
+bodies = st.lists(st.one_of(fields, keys, tokens, words), max_size=6).map("".join)
+
+
+@given(bodies, st.integers(0, 2))
+def test_the_quick_look_misses_nothing(body: str, depth: int) -> None:
+    """Fields of every name and quotation, keys, tokens and long runs, as they are and in JSON text within JSON text."""
+    for _ in range(depth):
+        body = json.dumps({"content": body}, ensure_ascii=False)
+    data = body.encode()
+    if not suspicious(data, NEEDLES) and not has_hidden_text(data):
+        assert secret_edits(data, NEEDLES) == []
+
+
+@given(st.text(alphabet="abcdefghijk sk-AIza_\"':{}[]\\,.~0123456789", max_size=200))
+def test_the_quick_look_misses_nothing_in_noise(text: str) -> None:
+    """The same for signs in any order."""
+    data = text.encode()
+    if not suspicious(data):
+        assert secret_edits(data) == []
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(name for name in secrets.NAMES if "-" not in name)])
+@pytest.mark.parametrize("space", ["", " ", "\n", "\t", "\r\n  ", " " * 9])
+@pytest.mark.parametrize("quote", QUOTES)
+def test_the_quick_look_sees_every_name(name: str, space: str, quote: str) -> None:
+    """A field with a secret's name is seen, with white space before its colon and in a JSON text within another too."""
+    data = f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc{quote}}}".encode()
+    assert suspicious(data)
+    assert secret_edits(data)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "prompt_tokens", "completion_tokens", "instructions", "phrases"])
+def test_names_that_end_alike_are_not_suspicious(name: str) -> None:
+    """Every answer tells its tokens; looking thoroughly for their sake would cost each of them."""
+    assert not suspicious(f'{{"{name}": 5, "inner": "{{\\"{name}\\": 5}}"}}'.encode())
+
+
+@pytest.mark.parametrize("headers", ["", "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,01\n\n"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_private_key_in_json_was_not_seen(headers: str, line_end: str, depth: int) -> None:
+    r"""Its line breaks are `\n` there, so that no run of letters stands right after the beginning."""
+    body = PEM.format(headers + "MIIE" * 16).replace("\n", line_end)
+    for _ in range(depth):
+        body = json.dumps({"content": body})
+    assert suspicious(body.encode())
+    clean = redact_body(body.encode(), ())[0]
+    assert b"MIIE" not in clean
+    assert b"-----BEGIN RSA PRIVATE KEY-----REDACTED-----END" in clean
+
+
+def test_a_token_at_the_end_of_a_long_run_was_not_seen() -> None:
+    """A long form, or a long path, is one run; the look into it ended after 400 bytes."""
+    assert suspicious(b"prompt=" + b"word+" * 100 + b"sk-proj-abcdef0123456789abcdef")
+
+
+def test_a_bearer_with_a_tilde_was_not_seen() -> None:
+    """RFC 6750 allows it in a token."""
+    assert suspicious(b'{"m": "Authorization was Bearer abcdefghij~klmnopqrst~uv"}')
