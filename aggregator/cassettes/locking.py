@@ -42,7 +42,7 @@ class FileLock:
                 holder = os.read(file, 100).decode(errors="replace") or "another process"
                 os.close(file)
                 raise CassetteLockedError(
-                    f"expected to record into {path}, got a lock held by {holder}; wait for it, or record elsewhere"
+                    f"expected to write {path}, got a lock held by {holder}; wait for it, or write elsewhere"
                 ) from None
             os.close(file)
 
