@@ -62,8 +62,8 @@ class Journal:
             raise CassetteError(f"expected to append to an open journal, got one that is finished ({self.path})")
         if self._file < 0:
             self._open()
-        data = b"".join([b"- %b\n" % line for line in lines])
-        self._append(data if self._size else OPEN_COMMENT + PREAMBLE + data)
+        head = b"- " if self._size else OPEN_COMMENT + PREAMBLE + b"- "
+        self._append(b"".join((head, b"\n- ".join(lines), b"\n")))
         self._unsynced += len(lines)
         if self._unsynced >= SYNC_LINES or self._clock() - self._synced_at >= SYNC_SECONDS:
             self.sync()

@@ -84,6 +84,7 @@ class Frame(Struct, frozen=True):
     needles: Needles
     url: str
     headers: dict[str, str]
+    is_form: bool
 
 
 def frame_of(request: HTTPRequest) -> Frame:
@@ -99,7 +100,7 @@ def _frame(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, .
 @lru_cache(maxsize=256)
 def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles) -> Frame:
     kept = _clean_headers(_kept(headers), needles)
-    return Frame(needles, redact_text(redact_url(url), needles), kept)
+    return Frame(needles, redact_text(redact_url(url), needles), kept, is_form(kept))
 
 
 def needles_for(request: HTTPRequest) -> Needles:
@@ -133,7 +134,7 @@ def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTP
 
 
 def _redacted(request: HTTPRequest, frame: Frame, *, clean: bool) -> HTTPRequest:
-    body = _without_fields(request.body) if is_form(frame.headers) else request.body
+    body = _without_fields(request.body) if frame.is_form else request.body
     if not clean and not looks_clean([body], [frame.needles]):
         body = redact_body(body, frame.needles)[0]
     return HTTPRequest(method=request.method, url=frame.url, body=body, headers=frame.headers)
@@ -181,7 +182,8 @@ def _texts(exchange: Exchange) -> tuple[bytes, bytes]:
 
 def _line(exchange: Exchange, needles: Needles, *, clean: bool) -> bytes | SecretLeakError:
     reply = exchange.reply
-    if not clean or any("=" in value or "@" in value for value in reply.headers.values()):
+    values = "".join(reply.headers.values())
+    if not clean or "=" in values or "@" in values:
         exchange = replace(exchange, reply=replace(reply, headers=_clean_headers(reply.headers, needles)))
     if not _is_due(exchange, needles, clean=clean) and _is_text(exchange.request.body) and _is_text(reply.body):
         return encode_line(exchange)
@@ -220,7 +222,11 @@ def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
 
 def _kept(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Return the headers that are written, as text, their names in lower case."""
-    return {lower: _as_text(value) for name, value in headers if is_kept(lower := name.lower())}
+    return {
+        lower: value if value.isascii() else _as_text(value)
+        for name, value in headers
+        if is_kept(lower := name.lower())
+    }
 
 
 def _clean_headers(headers: Mapping[str, str], needles: Needles) -> dict[str, str]:

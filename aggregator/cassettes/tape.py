@@ -11,7 +11,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -131,8 +130,10 @@ class Tape:
         slots, self._uncounted = self._uncounted, []
         clean_together(slots)
         for slot in slots:
-            with suppress(Exception):  # of a request that cannot be written: whoever writes its answer is told
+            try:
                 self._pools.claim(slot)
+            except Exception:  # noqa: BLE001, S112 - it cannot be written: whoever writes its answer is told
+                continue
 
     def _playable(self, rows: Sequence[int]) -> list[int]:
         """Leave out what is made anew: a stream that was left early, unless it is all there is to play."""
