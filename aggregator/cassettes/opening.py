@@ -20,7 +20,7 @@ from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.keys import Ignore, parse_ignore
 from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import NOTHING, Row
+from aggregator.cassettes.rows import NOTHING, Recording, Row
 from aggregator.cassettes.saving import LayoutChoice, followed, save
 from aggregator.cassettes.tape import LineageRule, Tape
 from aggregator.cassettes.timing import Faults, Latency
@@ -75,10 +75,10 @@ def open_tape(
     plan = _replay(path, mode, paths)
     lock = FileLock(path) if plan is None else None
     try:
-        if lock is not None and (plan := _replay(path, mode, paths)) is not None:  # finished by whoever had the lock
+        plan = plan or _recording(path, mode, paths)
+        if lock is not None and plan.journal is None:  # finished meanwhile, by whoever had the lock
             lock.release()
             lock = None
-        plan = plan or _recording(path, mode, paths)
         journal = Journal(plan.journal, keep=plan.kept) if plan.journal is not None else None
         tape = Tape(
             plan.played,
@@ -112,8 +112,11 @@ def _replay(path: Path, mode: Mode, ignore: Ignore) -> _Plan | None:
     there = read(path, ignore)
     if mode == "once" and (there is None or there.state == "open"):
         return None
-    if there is None:
-        return _Plan(played=(), findings=())
+    return _Plan(played=(), findings=()) if there is None else _playing(path, there)
+
+
+def _playing(path: Path, there: Recording) -> _Plan:
+    """Return the plan of a finished cassette that only plays; unfinished ones beside it are told."""
     left = tuple(
         f"{beside}: an unfinished recording; {remedy}, or delete it"
         for beside, remedy in (
@@ -126,12 +129,14 @@ def _replay(path: Path, mode: Mode, ignore: Ignore) -> _Plan | None:
 
 
 def _recording(path: Path, mode: Mode, ignore: Ignore) -> _Plan:
-    """Return the plan of a cassette that records; its lock is held."""
+    """Return the plan of a cassette that records, its lock held; without a journal where there is nothing to."""
     if mode == "all":
         return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path, is_anew=True)
     there = read(path, ignore) or NOTHING
     if there.state == "open":  # new, or its recording was killed: go on where it ended
         return _Plan(played=there.rows, findings=there.findings, journal=path, kept=there.kept)
+    if mode == "once":
+        return _playing(path, there)
     begun = read(part_of(path), ignore) or NOTHING
     return _Plan(
         played=there.rows + begun.rows,
