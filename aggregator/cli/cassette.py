@@ -281,10 +281,9 @@ def convert_cassette(options: argparse.Namespace) -> int:
     target = options.target or options.source
     if target.is_dir():
         raise ConfigError(f"expected a file to write, got the folder {str(target)!r}; name a file in it")
-    recording = read_cassette(options.source)
+    given = None if options.source.is_file() else read_cassette(options.source)  # a pipe, or nothing
     with rewriting(target):
-        if options.source.is_file():  # what it holds now that nobody writes to it; a pipe gives its bytes once
-            recording = read_cassette(options.source)
+        recording = given or read_cassette(options.source)
         _refuse_json(target, recording.layout)
         save(target, recording.rows, options.layout)
         written = read_cassette(target)
