@@ -217,10 +217,10 @@ def decode_line(line: bytes) -> Exchange:
 
 
 def _reply(response: _Response, facts: Facts | Place) -> HTTPReply:
-    status, body = response.status, response.body.string
+    status = response.status
     return HTTPReply(
         status=status.code,
-        body=body.encode() if type(body) is str else body_bytes(body),
+        body=body_bytes(response.body.string),
         headers={name: value for name, (value,) in response.headers.items()},
         reason=status.message,
         milliseconds=facts.ms,

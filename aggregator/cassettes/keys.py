@@ -68,13 +68,13 @@ def _remove(value: Any, path: tuple[str, ...]) -> None:
 
 def raw_key(method: str, url: str, body: bytes) -> bytes:
     """Return the digest of exactly these bytes: a shortcut to the canonical key of a body seen before."""
-    digest = begun(method, url).copy()
+    digest = _begun(method, url).copy()
     digest.update(body)
     return digest.digest()
 
 
 @lru_cache(maxsize=256)
-def begun(method: str, url: str) -> _Hash:
+def _begun(method: str, url: str) -> _Hash:
     """Return the digest so far, before the body; to be copied, never updated."""
     return sha256(f"{method} {url}\n".encode())
 

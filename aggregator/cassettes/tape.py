@@ -11,11 +11,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from aggregator.cassettes.exchanges import Exchange
-from aggregator.cassettes.keys import Ignore, begun
+from aggregator.cassettes.keys import Ignore, raw_key
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import redact_url
@@ -26,10 +25,6 @@ from aggregator.cassettes.writing import Entry, Sink, Writer
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
-if TYPE_CHECKING:
-    from hashlib import _Hash
-
-LEFT = "StreamLeftError"
 _EXPLAINED = 5  # misses that get a search for the nearest request, which takes a moment in a large cassette
 
 NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
@@ -66,7 +61,7 @@ class Tape:
         self.takes_all = False  # whether those of every context without a tape are, as in a pytest process
         self._rows, self._played = rows, bytearray(len(rows))
         self._pools = Pools(rows, ignore=ignore, prefer=lineage == "prefer")
-        self._left = frozenset(i for i, row in enumerate(rows) if row.place.error and row.place.error[0] == LEFT)
+        self._left = frozenset(i for i, row in enumerate(rows) if row.place.error and row.place.error[0] == _LEFT)
         self._writer = None if sink is None else Writer(sink, now)
         self._ignore, self._on_close = ignore, on_close
         self._scale, self._faults = latency_scale(latency), faults
@@ -99,9 +94,8 @@ class Tape:
                 self._count_order(slot)
                 self._uncounted.append(slot)
             return slot
-        digest = _begun(request.method, request.url).copy()
-        digest.update(request.body)
-        pool = self._pools.exact.get((digest.digest(), slot.lineage))
+        key = raw_key(request.method, redact_url(request.url), request.body)
+        pool = self._pools.exact.get((key, slot.lineage))
         if pool is None:
             slot.canonical_key(self._ignore)  # outside of the lock
         with self._lock:
@@ -211,16 +205,12 @@ class Tape:
     ) -> None:
         """Write a live answer to the journal, before it is used; every attempt that got one, error statuses too.
 
-        `failure` is what ended a streamed answer after its first bytes.
+        `failure` is what ended a streamed answer after its first bytes, or an attempt that got `NO_ANSWER`.
         Raises SecretLeakError where a secret could not be redacted (nothing was written) and CassetteError
         where the disk refuses; the exchange then stands in `unsaved`, and closing the tape raises again.
         """
         entry, _ = self.hand_in(slot, reply, usage=usage, model=model, failure=failure)
         self.finish(entry)
-
-    def record_failure(self, slot: Slot, error: APIConnectionError) -> None:
-        """Write an attempt that got no answer, so that a replay meets the same failure."""
-        self.record(slot, NO_ANSWER, failure=error)
 
     def hand_in(
         self,
@@ -330,6 +320,7 @@ class StreamLeftError(APIConnectionError):
     """A recorded stream that was left before its end, read beyond where it was left."""
 
 
+_LEFT = StreamLeftError.__name__
 _FAILURES: tuple[type[APIConnectionError], ...] = (APITimeoutError, StreamLeftError, APIConnectionError)
 
 
@@ -339,8 +330,3 @@ def _told(error: APIConnectionError) -> tuple[str, str]:
 
 def _failure(name: str, message: str) -> APIConnectionError:
     return next((kind for kind in _FAILURES if kind.__name__ == name), APIConnectionError)(message)
-
-
-@lru_cache(maxsize=256)
-def _begun(method: str, url: str) -> _Hash:
-    return begun(method, redact_url(url))

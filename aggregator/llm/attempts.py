@@ -236,12 +236,10 @@ class Attempts:
 
     def _decode(self, reply: HTTPReply) -> Completion:
         """Read an answer; an error status becomes its error."""
-        line = self.line
-        codec = line.endpoint.codec
+        codec = self.line.endpoint.codec
         if reply.status >= 300:
             raise codec.error(reply)
-        completion = codec.decode(reply, self.call)
-        return completion if line.known_price is None and self.count == 1 else line.priced(completion, self.count)
+        return self.line.priced(codec.decode(reply, self.call), self.count)
 
     def _hand_in(self, tape: Tape, completion: Completion | None, error: BaseException | None) -> Entry | None:
         """Hand a live answer to the tape, or that there was none; the loop writes it in its next turn."""

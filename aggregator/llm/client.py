@@ -150,12 +150,10 @@ class LLM:
             self._trace(attempts, None, error)
             raise
         finally:
-            if attempts.limiter is not None:
-                attempts.leave()
+            attempts.leave()
         if shown is not None:
             shown.finish(completion)
-        if tracing.listening():
-            self._trace(attempts, completion, None)
+        self._trace(attempts, completion, None)
         return completion
 
     def __call__(self, messages: Any = None, **options: Any) -> Completion:

@@ -22,7 +22,7 @@ from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.opening import open_tape
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
 from aggregator.cassettes.secrets import apply_edits, moved
-from aggregator.cassettes.tape import Tape
+from aggregator.cassettes.tape import NO_ANSWER, Tape
 from aggregator.errors import APIConnectionError, SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -176,7 +176,8 @@ def test_failures_tell_no_secret() -> None:
     lines: list[bytes] = []
     tape = Tape(sink=lines)
     slot = tape.issue(REQUEST)
-    tape.record_failure(slot, APIConnectionError(f"cannot reach https://x.example/?key=abcdef with {PLAIN}"))
+    lost = APIConnectionError(f"cannot reach https://x.example/?key=abcdef with {PLAIN}")
+    tape.record(slot, NO_ANSWER, failure=lost)
     assert decode_line(lines[0]).facts.error == (
         "APIConnectionError",
         "cannot reach https://x.example/?key=REDACTED with REDACTED",

@@ -10,7 +10,7 @@ import pytest
 from aggregator.cassettes.exchanges import encode_line
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.rows import index_lines
-from aggregator.cassettes.tape import Tape
+from aggregator.cassettes.tape import NO_ANSWER, Tape
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
@@ -85,8 +85,8 @@ def test_attempts_play_in_turn() -> None:
     tape = Tape(sink=sink)
     slot = tape.issue(ask())
     tape.record(slot, answer("slow down", 429))
-    tape.record_failure(slot, APIConnectionError("reset"))
-    tape.record_failure(slot, APITimeoutError("late"))
+    tape.record(slot, NO_ANSWER, failure=APIConnectionError("reset"))
+    tape.record(slot, NO_ANSWER, failure=APITimeoutError("late"))
     tape.record(slot, answer("fine"), usage=Usage(input_tokens=3), model="m")
     replay = again(sink)
     slot = replay.issue(ask())
