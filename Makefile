@@ -40,7 +40,7 @@ test-vcrpy: ## Run the vcrpy adapter's tests on the oldest supported vcrpy and o
 test-trace: ## Run Trace's own optimizers through the adapter, in an environment of its own
 	$(PYTHON) -m venv build/trace
 	build/trace/bin/python -m pip install --quiet --disable-pip-version-check '.[trace]' pytest pytest-asyncio hypothesis
-	LITELLM_LOCAL_MODEL_COST_MAP=True build/trace/bin/python -m pytest -q -p no:cacheprovider tests/training/test_trace_adapter.py
+	LITELLM_LOCAL_MODEL_COST_MAP=True build/trace/bin/python -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py
 
 check: $(VENV)/.dev ## Lint, format and type checks
 	$(BIN)/ruff check .

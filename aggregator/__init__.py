@@ -15,8 +15,14 @@ __version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.agents.bundles": ("bundle",),
-    "aggregator.agents.modules": ("Module", "model"),
-    "aggregator.agents.parameters": ("ParameterNode", "node"),
+    "aggregator.agents.modules": (
+        "Module",
+        "model",
+    ),
+    "aggregator.agents.parameters": (
+        "ParameterNode",
+        "node",
+    ),
     "aggregator.agents.transcripts": ("transcript",),
     "aggregator.cassettes.lineage": ("lineage",),
     "aggregator.cassettes.recorder": ("cassette",),
@@ -55,20 +61,35 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TrainingWarning",
         "TruncatedError",
     ),
-    "aggregator.guides.exact": ("ExactMatch", "exact_match"),
-    "aggregator.guides.judge": ("LLMJudge", "Verdict"),
+    "aggregator.guides.exact": (
+        "ExactMatch",
+        "exact_match",
+    ),
+    "aggregator.guides.judge": (
+        "LLMJudge",
+        "Verdict",
+    ),
     "aggregator.guides.numeric": ("NumericMatch",),
-    "aggregator.guides.pattern": ("KeywordHints", "RegexMatch"),
+    "aggregator.guides.pattern": (
+        "KeywordHints",
+        "RegexMatch",
+    ),
     "aggregator.llm.budget": ("Budget",),
     "aggregator.llm.client": ("LLM",),
-    "aggregator.llm.estimates": ("Estimate", "estimate"),
+    "aggregator.llm.estimates": (
+        "Estimate",
+        "estimate",
+    ),
+    "aggregator.llm.ledger": ("Price",),
     "aggregator.llm.messages": ("Image",),
     "aggregator.llm.models": ("as_model",),
-    "aggregator.llm.prices": ("Price",),
     "aggregator.observing.configuring": ("configure_logging",),
     "aggregator.observing.console": ("ConsoleLogger",),
     "aggregator.observing.progress": ("ProgressBar",),
-    "aggregator.observing.trackers": ("TensorBoardLogger", "WandbLogger"),
+    "aggregator.observing.trackers": (
+        "TensorBoardLogger",
+        "WandbLogger",
+    ),
     "aggregator.records": (
         "Candidate",
         "Completion",
@@ -96,11 +117,18 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "improves_on_validation",
     ),
     "aggregator.training.merge": (
+        "LLMChoice",
         "LLMMerge",
+        "best_tried",
+        "last_of",
         "tree_merge",
     ),
     "aggregator.training.minibatch": ("Minibatch",),
-    "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer"),
+    "aggregator.training.proposers": (
+        "LLMOptimizer",
+        "OPROOptimizer",
+        "TextGradOptimizer",
+    ),
     "aggregator.training.rules": (
         "best_of",
         "chain",
@@ -118,12 +146,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SequentialSearch",
         "SequentialUpdate",
     ),
-    "aggregator.training.selections": ("LLMChoice", "best_tried", "last_of"),
     "aggregator.training.suggestions": (
         "construct_update_dict",
         "extract_llm_suggestion",
     ),
-    "aggregator.training.textgrad": ("TextGradOptimizer",),
     "aggregator.training.trainer": (
         "AggregatedUpdate",
         "BasicSearchAlgorithm",
@@ -155,9 +181,9 @@ if TYPE_CHECKING:
     from aggregator.llm.client import LLM as LLM
     from aggregator.llm.estimates import Estimate as Estimate
     from aggregator.llm.estimates import estimate as estimate
+    from aggregator.llm.ledger import Price as Price
     from aggregator.llm.messages import Image as Image
     from aggregator.llm.models import as_model as as_model
-    from aggregator.llm.prices import Price as Price
     from aggregator.observing.configuring import configure_logging as configure_logging
     from aggregator.observing.console import ConsoleLogger as ConsoleLogger
     from aggregator.observing.progress import ProgressBar as ProgressBar
@@ -181,11 +207,15 @@ if TYPE_CHECKING:
     from aggregator.training.gates import always as always
     from aggregator.training.gates import improves_on_batch as improves_on_batch
     from aggregator.training.gates import improves_on_validation as improves_on_validation
+    from aggregator.training.merge import LLMChoice as LLMChoice
     from aggregator.training.merge import LLMMerge as LLMMerge
+    from aggregator.training.merge import best_tried as best_tried
+    from aggregator.training.merge import last_of as last_of
     from aggregator.training.merge import tree_merge as tree_merge
     from aggregator.training.minibatch import Minibatch as Minibatch
     from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
     from aggregator.training.proposers import OPROOptimizer as OPROOptimizer
+    from aggregator.training.proposers import TextGradOptimizer as TextGradOptimizer
     from aggregator.training.rules import best_of as best_of
     from aggregator.training.rules import chain as chain
     from aggregator.training.rules import dedupe as dedupe
@@ -199,12 +229,8 @@ if TYPE_CHECKING:
     from aggregator.training.searches import ParetoSearch as ParetoSearch
     from aggregator.training.searches import SequentialSearch as SequentialSearch
     from aggregator.training.searches import SequentialUpdate as SequentialUpdate
-    from aggregator.training.selections import LLMChoice as LLMChoice
-    from aggregator.training.selections import best_tried as best_tried
-    from aggregator.training.selections import last_of as last_of
     from aggregator.training.suggestions import construct_update_dict as construct_update_dict
     from aggregator.training.suggestions import extract_llm_suggestion as extract_llm_suggestion
-    from aggregator.training.textgrad import TextGradOptimizer as TextGradOptimizer
     from aggregator.training.trainer import AggregatedUpdate as AggregatedUpdate
     from aggregator.training.trainer import BasicSearchAlgorithm as BasicSearchAlgorithm
     from aggregator.training.trainer import MinibatchAlgorithm as MinibatchAlgorithm

@@ -226,3 +226,39 @@ class CassetteWarning(AggregatorWarning):
 
 class TrainingWarning(AggregatorWarning):
     """Worth a look, no error, as instances that `evaluate` could not score; a run's own stand in `result.warnings`."""
+
+
+_TRANSIENT = (APIConnectionError, RateLimitError, ServerError, ResponseError)
+
+
+_OWN = (ContextLengthError, ContentFilterError, TruncatedError)
+
+
+def ends_run(error: BaseException) -> bool:
+    """Tell whether no further call can succeed: a cassette's miss, the budget, authentication, a wrong request.
+
+    A prompt that is too long, filtered or cut is the doing of the parameters on this one instance, so it ends nothing.
+    """
+    if isinstance(error, _OWN):
+        return False
+    if isinstance(error, QuotaError | CassetteError | BudgetExceededError | ConfigError):
+        return True
+    return isinstance(error, LLMError) and not isinstance(error, _TRANSIENT)
+
+
+def is_infrastructure(error: BaseException) -> bool:
+    """Tell whether a call was lost through no fault of the agent."""
+    return isinstance(error, LLMError) and not isinstance(error, _OWN)
+
+
+def is_own(error: BaseException) -> bool:
+    """Tell whether an error is that of the code just run, and no order to this task to end.
+
+    Code that calls `sys.exit()`, or awaits a task that it cancelled itself, has failed like any other.
+    """
+    import asyncio  # here, as production code that only loads parameters needs no event loop
+
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return isinstance(error, Exception | SystemExit)

@@ -4,7 +4,7 @@ With a key of your own, replace the two lines that start the simulated model by 
 """
 
 from aggregator import LLM, AggregatedUpdate, LLMOptimizer, Module, ParameterNode
-from aggregator.testing.simulated_model import SimulatedModel
+from aggregator.simulation.model import SimulatedModel
 
 
 class Router(Module):

@@ -12,9 +12,10 @@ from types import FunctionType
 from typing import Any, TypeVar, overload
 
 from aggregator.agents.code import CodeParameter
-from aggregator.agents.sandbox import Limits, Sandbox, current_limits, limits_of, sandboxed_function
+from aggregator.agents.sandboxing import sandboxed_function
 from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.errors import ConfigError
+from aggregator.sandbox.limits import Limits, Sandbox, current_limits, limits_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -127,7 +128,7 @@ def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox
 
     `description` defaults to the docstring's first paragraph. `trainable=True` makes the source a parameter named
     `<operation>__code`: of the instance for a method of a Module, else of the operation itself. Its code runs in this
-    process, or with `sandbox="process"` in a worker process with limits (`aggregator.agents.sandbox` says which, and
+    process, or with `sandbox="process"` in a worker process with limits (`aggregator.sandbox.limits` says which, and
     what the code can see there).
 
     >>> @bundle()

@@ -14,9 +14,10 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar, overload
 
 from aggregator.agents import values as typed_values
-from aggregator.agents.values import Unfit, shorten, snapshot
+from aggregator.agents.values import Unfit, snapshot
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.records import Values
+from aggregator.text import shorten
 
 T = TypeVar("T")
 Constraint = str | Callable[[Any], bool] | None
@@ -83,6 +84,10 @@ class ParameterNode(Generic[T]):
             _overrides.set({**overrides, self: value})
         else:
             self._stored = value
+
+    def __shows_as__(self) -> T:
+        """Return the value, as `text.show` prints a parameter as what it holds."""
+        return self.data
 
     @property
     def py_name(self) -> str:

@@ -6,7 +6,6 @@ Pure functions over values and types. Conversion is msgspec's lax one and never 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
@@ -16,11 +15,7 @@ from typing import Any, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-SHOWN = 80
-"""How many characters of a refused value an error shows."""
-
-ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
-"""Where an object lies in memory, as its repr tells: different in every run."""
+from aggregator.text import shorten
 
 DEPTH_LIMIT = 64
 """How many containers deep a value may be."""
@@ -150,19 +145,6 @@ def carried_by_json(kind: Any, value: Any) -> bool:
     except (ValueError, RecursionError):  # of a type that JSON has; `convert` says what is wrong with the value
         pass
     return not _loses_keys(kind)
-
-
-def shorten(value: Any, limit: int = SHOWN) -> str:
-    """Return a value as an error shows it: its repr without addresses, cut.
-
-    >>> shorten("x" * 200, 10)
-    "'xxxxxxxxx..."
-    """
-    try:
-        text = ADDRESS.sub("", repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value))
-    except RecursionError:
-        text = f"<{type(value).__name__}, nested too deep>"
-    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
 
 
 def _unfit(raw: Any, kind: Any, error: Exception) -> Unfit:

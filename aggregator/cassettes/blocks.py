@@ -2,17 +2,161 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
+from aggregator.cassettes.compression import NEEDED, TooLargeError, decompressed
 from aggregator.cassettes.documents import BUDGET, Budget, parse_document
-from aggregator.cassettes.exchanges import Exchange, encode_line
-from aggregator.cassettes.foreign import facts_of, interactions_of, to_exchange
+from aggregator.cassettes.exchanges import (
+    NOT_YAML,
+    REMEDY,
+    Exchange,
+    Facts,
+    Recording,
+    encode_line,
+    index_lines,
+    line_hash,
+)
 from aggregator.cassettes.keys import Ignore, request_key
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
-from aggregator.cassettes.rows import REMEDY, Recording, index_lines
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError
+from aggregator.records import HTTPReply, HTTPRequest
+
+LARGEST_BODY = 32 << 20
+
+
+def interactions_of(document: Any, where: str) -> list[dict[str, Any]]:
+    """Return a cassette's interactions; raises for anything that is no cassette or of another version."""
+    if isinstance(document, dict) and document.get("version", 1) != 1:
+        raise CassetteRefusedError(
+            f"expected a cassette of version 1 in {where}, got version {document['version']!r}; "
+            "a newer tool wrote it: upgrade"
+        )
+    items = document.get("interactions", document.get("http_interactions")) if isinstance(document, dict) else None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise CassetteDamagedError(
+            f"expected a cassette (`interactions:`, a list of request and response) in {where}, "
+            f"got {str(document)[:80]!r}; restore it, or delete it and record again"
+        )
+    return items
+
+
+def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our own facts of an interaction, {} where another tool recorded it."""
+    x = item.get("x")
+    try:
+        facts = msgspec.json.decode(x) if isinstance(x, str) else x
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -> Exchange:
+    """Return one interaction as it was on the wire; `place` is its file and line, for errors."""
+    try:
+        return Exchange(
+            request=_request(item["request"]),
+            reply=_reply(item["response"], place),
+            facts=msgspec.convert(facts or {"lineage": ""}, Facts),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, msgspec.ValidationError) as error:
+        if isinstance(error, CassetteDamagedError | CassetteRefusedError):
+            raise
+        raise CassetteDamagedError(
+            f"expected an interaction of vcrpy, "
+            f"got one that does not fit ({type(error).__name__}: {error}) - at {place}; "
+            "restore the file, or delete it and record again"
+        ) from error
+
+
+def _request(request: Mapping[str, Any]) -> HTTPRequest:
+    return HTTPRequest(
+        method=str(request["method"]).upper(),
+        url=str(request["uri"]),
+        body=_body(request),
+        headers=_headers(request.get("headers")),
+    )
+
+
+def _reply(response: Mapping[str, Any], place: str) -> HTTPReply:
+    status = response["status"] if "status" in response else response["status_code"]
+    headers = _headers(response.get("headers"))
+    body = _inflated(_body(response), headers.pop("content-encoding", ""), place)
+    return HTTPReply(
+        status=int(status["code"] if isinstance(status, dict) else status),
+        reason=str((status.get("message") if isinstance(status, dict) else "") or ""),
+        headers=headers,
+        body=body,
+    )
+
+
+def _headers(headers: Any) -> dict[str, str]:
+    """Return headers by lower-case name; several values of one name are joined as HTTP joins them."""
+    pairs = headers.items() if isinstance(headers, dict) else headers or ()
+    found: dict[str, list[str]] = {}
+    for name, value in pairs:
+        values = value if isinstance(value, list) else [value]
+        found.setdefault(str(name).lower(), []).extend(_text(one) for one in values)
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _body(side: Mapping[str, Any]) -> bytes:
+    """Return the body of a request or response."""
+    if "parsed_body" in side:
+        return _dumped(side["parsed_body"])
+    body = side["content"] if "content" in side else side.get("body")
+    if (
+        isinstance(body, dict)
+        and body.keys() <= {"string", "base64_string", "encoding"}
+        and body.keys() & {"string", "base64_string"}
+    ):
+        if "base64_string" in body:
+            return base64.b64decode(body["base64_string"])
+        body = body["string"]
+    return _raw(body)
+
+
+def _raw(body: Any) -> bytes:
+    if body is None:
+        return b""
+    if isinstance(body, str):
+        return body.encode()
+    if isinstance(body, bytes):
+        return body
+    if isinstance(body, list) and all(isinstance(part, str | bytes) for part in body):  # an iterator's parts
+        return b"".join(_raw(part) for part in body)
+    return _dumped(body)
+
+
+def _dumped(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _inflated(body: bytes, encoding: str, place: str) -> bytes:
+    """Return a body without its content encoding, where it still has one."""
+    try:
+        plain, left = decompressed(body, encoding, LARGEST_BODY)
+    except TooLargeError:
+        raise CassetteRefusedError(
+            f"expected a body of at most {LARGEST_BODY >> 20} MB, got one that unpacks to more - at {place}; "
+            "do not trust this file"
+        ) from None
+    if left in NEEDED:
+        raise CassetteRefusedError(
+            f"expected a body that can be unpacked, got {left!r} - at {place}; "
+            f"pip install '{NEEDED[left]}', or record it with vcrpy's decode_compressed_response=True"
+        )
+    return plain
 
 
 def read_blocks(
@@ -73,3 +217,76 @@ def _adopted(exchange: Exchange, index: int, calls: dict[bytes, int], *, redact:
     ticket = calls[key] = calls.get(key, -1) + 1
     placed = replace(exchange, request=request, facts=replace(exchange.facts, ticket=ticket, order=index))
     return redact_line(placed, needles_for(exchange.request)) if redact else encode_line(placed)
+
+
+# characters a literal cannot hold, or would not give back exactly
+_NOT_LITERAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+_PLAIN_URL = re.compile(r"https?://[A-Za-z0-9][A-Za-z0-9._~/?&=%+-]*(?::\d+)?[A-Za-z0-9._~/?&=%+-]*")
+_PLAIN_NAME = re.compile(r"[a-z][a-z0-9]*-[a-z0-9-]*[a-z0-9]|accept|date")
+
+
+def render_exchange(exchange: Exchange, line: bytes | memoryview) -> str:
+    """Return the exchange as a block item; `line` is the same in a journal, whose hash it keeps."""
+    request, reply = exchange.request, exchange.reply
+    facts = escaped(msgspec.json.encode(exchange.facts).decode()[:-1]).replace("'", "''")
+    return "".join(
+        (
+            f"- request:\n    method: {quoted(request.method)}\n",
+            f"    uri: {request.url if _PLAIN_URL.fullmatch(request.url) else quoted(request.url)}\n",
+            _header_block(request.headers),
+            f"    body: {scalar(request.body, 6)}",
+            f"  response:\n    status:\n      code: {reply.status}\n      message: {quoted(reply.reason)}\n",
+            _header_block(reply.headers),
+            f"    body:\n      string: {scalar(reply.body, 8)}",
+            f'  x: \'{facts},"sha256":"{line_hash(line)}"}}\'\n',
+        )
+    )
+
+
+def _header_block(headers: Mapping[str, str]) -> str:
+    if not headers:
+        return "    headers: {}\n"
+    lines = [
+        f"      {name if _PLAIN_NAME.fullmatch(name) else quoted(name)}:\n      - {quoted(value)}\n"
+        for name, value in headers.items()
+    ]
+    return f"    headers:\n{''.join(lines)}"
+
+
+def quoted(text: str) -> str:
+    r"""Return a text in double quotes, as JSON and YAML both read it.
+
+    >>> print(quoted('a "b"'))
+    "a \"b\""
+    """
+    return escaped(msgspec.json.encode(text).decode())
+
+
+def escaped(json: str) -> str:
+    """Return JSON with escapes for what PyYAML does not take as it is."""
+    return NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", json)
+
+
+def scalar(body: bytes, indent: int) -> str:
+    """Return a body as the value of a key, line break included.
+
+    >>> print(scalar(b'{"a": 1}', 2), end="")
+    |-
+      {"a": 1}
+    """
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return f'!!binary "{base64.b64encode(body).decode()}"\n'
+    if not text.strip() or _NOT_LITERAL.search(text):
+        return f"{quoted(text)}\n"
+    content = text.rstrip("\n")
+    breaks = len(text) - len(content)
+    if content != content.rstrip(" \t\n") and content.rpartition("\n")[2].strip() == "":
+        return f"{quoted(text)}\n"  # ends in a line of blanks, which a literal's end would take for its own
+    keep = "-" if breaks == 0 else "" if breaks == 1 else "+"
+    # a literal that starts with a blank must say how deep it stands
+    depth = "2" if text[0] in " \n\t" else ""
+    pad = " " * indent
+    lines = "\n".join(pad + line if line else "" for line in content.split("\n"))
+    return "".join((f"|{depth}{keep}\n{lines}\n", "\n" * (breaks - 1)))

@@ -13,12 +13,88 @@ nothing; a machine that loses power loses at most what came since the last flush
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
-from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE
-from aggregator.errors import CassetteError
+from msgspec import Struct
+
+from aggregator.cassettes.exchanges import REMEDY, UNREADABLE, Recording, Row, index_spans, line_is_whole
+from aggregator.cassettes.keys import Ignore
+from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError
+
+FORMAT = 1
+Layout = Literal["journal", "readable"]
+PREAMBLE = b"version: 1\ninteractions:\n"
+EMPTY = b"version: 1\ninteractions: []\n"
+"""What a finished cassette without exchanges holds, in either layout; nothing under `interactions:` is no list."""
+OPEN_COMMENT = b"# aggregator-cassette format=1 layout=journal state=open\n"
+_MARK = b"# aggregator-cassette "
+_CLOSED = re.compile(
+    rb"format=1 layout=(journal|readable) state=closed (?:shard=(\d+)/(\d+) set=([0-9a-f]{12}) )?"
+    rb"exchanges=(\d+) sha256=([0-9a-f]{64})"
+)
+
+
+class Comment(Struct, frozen=True, kw_only=True):
+    """What a closed cassette states. `shard` counts from 1; `set` names the recording that its shards belong to."""
+
+    layout: Layout
+    exchanges: int
+    sha256: str
+    shard: int = 1
+    shards: int = 1
+    set: str = ""
+
+    def render(self) -> bytes:
+        """Return the comment as it stands in the file, line break included."""
+        part = f"shard={self.shard}/{self.shards} set={self.set} " if self.shards > 1 else ""
+        return (
+            f"# aggregator-cassette format={FORMAT} layout={self.layout} state=closed {part}"
+            f"exchanges={self.exchanges} sha256={self.sha256}\n"
+        ).encode()
+
+
+def parse_comment(first_line: bytes, where: str) -> Comment | None:
+    """Return what the first line states; None for an open journal; raises for anything else that bears our mark.
+
+    `has_comment` says beforehand whether the line is ours at all.
+    """
+    if first_line == OPEN_COMMENT.rstrip():
+        return None
+    if match := _CLOSED.fullmatch(first_line.removeprefix(_MARK)):
+        layout, shard, shards, group, exchanges, digest = match.groups()
+        return Comment(
+            layout="journal" if layout == b"journal" else "readable",
+            exchanges=int(exchanges),
+            sha256=digest.decode(),
+            shard=int(shard or 1),
+            shards=int(shards or 1),
+            set=(group or b"").decode(),
+        )
+    if (version := re.match(rb"format=(\d+) ", first_line.removeprefix(_MARK))) and int(version[1]) > FORMAT:
+        raise CassetteRefusedError(
+            f"expected format {FORMAT} in {where}, got {int(version[1])}; "
+            "a newer release of the library wrote it: upgrade"
+        )
+    raise CassetteDamagedError(
+        f"expected the leading comment of a cassette, got {first_line[:120]!r} - at {where}:1; "
+        "the file was cut or edited: restore it, or delete it and record again"
+    )
+
+
+def has_comment(data: bytes) -> bool:
+    """Say whether the file bears our mark."""
+    return data.startswith(_MARK)
+
+
+def content_hash(content: bytes | memoryview) -> str:
+    """Return the hash that a leading comment states for what follows it."""
+    return sha256(content).hexdigest()
+
 
 SYNC_LINES = 1_024  # about 5 MB; an fdatasync holds the event loop for milliseconds
 SYNC_SECONDS = 1.0
@@ -116,3 +192,90 @@ class Journal:
                 f"expected the device to keep what was recorded into {self.path}, got {refused}; "
                 "the disk may be failing: save a copy elsewhere, and record again"
             ) from refused
+
+
+OPENING = OPEN_COMMENT + PREAMBLE
+_ITEM = b"- "
+_Span = tuple[int, int]
+
+
+def is_open_journal(data: bytes) -> bool:
+    """Say whether a recording was going on: our comment says so, or it is gone but the first line is ours."""
+    if data.startswith(OPEN_COMMENT) or OPENING.startswith(data):
+        return True
+    if not data.startswith(PREAMBLE + b'- {"request":'):
+        return False
+    return data.find(rb",\"sha256\":\"", 0, data.find(b"\n", len(PREAMBLE)) % (len(data) + 1)) > 0
+
+
+def read_open_journal(data: bytes, where: str, ignore: Ignore = ()) -> Recording:
+    """Read the journal of a recording that was not closed."""
+    if OPENING.startswith(data):
+        finding = f"{where}: not closed; no exchange was written yet"
+        return Recording(rows=(), state="open", layout="journal", findings=(finding,), kept=0)
+    start = data.find(PREAMBLE)
+    if start not in (0, len(OPEN_COMMENT)):
+        raise CassetteDamagedError(f"expected {PREAMBLE.decode()!r} - at {where}:2; {REMEDY}")
+    start += len(PREAMBLE)
+    first = data.count(b"\n", 0, start) + 1
+    spans = list(_spans(data, start))
+    kept = len(data)
+    torn = _torn(data, spans, where, first)
+    if torn:
+        kept = spans.pop()[0] - len(_ITEM)
+    findings = [f"{where}: not closed, so it may end early; its {len(spans)} exchanges are good"]
+    if torn:
+        findings.append(f"{where}:{first + len(spans)}: the last exchange was torn and is dropped")
+    rows = _rows(data, spans, where, ignore)
+    return Recording(rows=rows, state="open", layout="journal", findings=tuple(findings), kept=kept)
+
+
+def read_closed_journal(content: bytes, where: str, ignore: Ignore, *, intact: bool, skipped: int) -> Recording:
+    """Read a finished journal after its comment of `skipped` lines; `intact` says that its hash was right."""
+    if content == EMPTY:
+        return Recording(rows=(), state="closed", layout="journal")
+    if not content.startswith(PREAMBLE):
+        raise CassetteDamagedError(
+            f"expected {PREAMBLE.decode()!r}, got {content[:40]!r} - at {where}:{skipped + 1}; {REMEDY}"
+        )
+    spans = list(_spans(content, len(PREAMBLE)))
+    if not intact:
+        first = skipped + PREAMBLE.count(b"\n") + 1
+        if _torn(content, spans, where, first):
+            raise _damaged(where, first + len(spans) - 1)
+    return Recording(rows=_rows(content, spans, where, ignore), state="closed", layout="journal")
+
+
+def _spans(data: bytes, start: int) -> Iterator[_Span]:
+    """Yield where each item's JSON starts and ends; the mark before it is not part of it."""
+    find, size = data.find, len(data)
+    while start < size:
+        end = find(b"\n", start)
+        end = size if end < 0 else end
+        yield start + len(_ITEM), end
+        start = end + 1
+
+
+def _torn(data: bytes, spans: list[_Span], where: str, first: int) -> bool:
+    """Say whether the last item is torn; raise for the first one that is damaged otherwise, with its line.
+
+    An item that is whole but for its line break counts as torn: what follows could not be told from it.
+    """
+    view = memoryview(data)
+    for index, (start, end) in enumerate(spans):
+        last = index == len(spans) - 1 and data[-1:] != b"\n"
+        whole = data[start - len(_ITEM) : start] == _ITEM and line_is_whole(view[start:end])
+        if not whole and not last:
+            raise _damaged(where, first + index)
+    return bool(spans) and data[-1:] != b"\n"
+
+
+def _damaged(where: str, line: int) -> CassetteDamagedError:
+    return CassetteDamagedError(f"expected an exchange and its hash, got something else - at {where}:{line}; {REMEDY}")
+
+
+def _rows(data: bytes, spans: list[_Span], where: str, ignore: Ignore) -> tuple[Row, ...]:
+    try:
+        return tuple(index_spans(data, spans, ignore))
+    except UNREADABLE as error:
+        raise CassetteDamagedError(f"expected an exchange, got {error} - in {where}; {REMEDY}") from error

@@ -15,8 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, find_parts
-from aggregator.cassettes.rows import Row
+from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, find_parts
 from aggregator.records import HTTPReply, HTTPRequest
 
 MAX_LINES = 40

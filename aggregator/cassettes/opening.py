@@ -16,12 +16,11 @@ from typing import Literal, get_args
 
 from msgspec import Struct
 
+from aggregator.cassettes.exchanges import NOTHING, Recording, Row
 from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.keys import Ignore, parse_ignore
-from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import NOTHING, Recording, Row
-from aggregator.cassettes.saving import LayoutChoice, followed, save
+from aggregator.cassettes.saving import FileLock, LayoutChoice, followed, save
 from aggregator.cassettes.tape import LineageRule, Tape
 from aggregator.cassettes.timing import Faults, Latency
 from aggregator.errors import ConfigError

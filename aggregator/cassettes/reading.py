@@ -10,10 +10,19 @@ from pathlib import Path
 import msgspec
 
 from aggregator.cassettes.blocks import read_blocks
-from aggregator.cassettes.comments import OPEN_COMMENT, Comment, content_hash, has_comment, parse_comment
+from aggregator.cassettes.exchanges import REMEDY, Recording, Row, index_lines
+from aggregator.cassettes.journal import (
+    OPEN_COMMENT,
+    OPENING,
+    Comment,
+    content_hash,
+    has_comment,
+    is_open_journal,
+    parse_comment,
+    read_closed_journal,
+    read_open_journal,
+)
 from aggregator.cassettes.keys import Ignore
-from aggregator.cassettes.lines import OPENING, is_open_journal, read_closed_journal, read_open_journal
-from aggregator.cassettes.rows import REMEDY, Recording, Row, index_lines
 from aggregator.errors import CassetteDamagedError, CassetteError
 
 _LONGEST_COMMENT = 4_096

@@ -23,14 +23,15 @@ from aggregator.cassettes.secrets import (
     Needles,
     apply_edits,
     authenticating_values,
+    has_hidden_text,
     is_secret_parameter,
     moved,
     needles_of,
     query_edits,
     secret_edits,
+    suspicious,
 )
 from aggregator.cassettes.streams import Chunks, hidden_edits, is_form, is_json, is_stream, rebuilt
-from aggregator.cassettes.suspicion import has_hidden_text, suspicious
 from aggregator.errors import SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
+from aggregator.cassettes.exchanges import Row
 from aggregator.cassettes.keys import Ignore, request_key
 from aggregator.cassettes.lineage import current_role
 from aggregator.cassettes.redaction import redact_request, redact_requests
-from aggregator.cassettes.rows import Row
 from aggregator.errors import APIConnectionError
 from aggregator.records import HTTPRequest, Role
 

@@ -15,10 +15,10 @@ from aggregator.cassettes.secrets import (
     Edit,
     Needles,
     apply_edits,
+    has_hidden_text,
     is_secret_field,
     secret_edits,
 )
-from aggregator.cassettes.suspicion import has_hidden_text
 
 Chunks = tuple[tuple[int, float], ...]
 """(length in bytes, milliseconds since the request was sent) of each piece as it came."""

@@ -13,12 +13,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from aggregator.cassettes.exchanges import Exchange
+from aggregator.cassettes.exchanges import Exchange, Row
 from aggregator.cassettes.keys import Ignore, raw_key
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import redact_url
-from aggregator.cassettes.rows import Row
 from aggregator.cassettes.slots import Pools, Slot, clean_together
 from aggregator.cassettes.timing import Faults, Latency, latency_scale
 from aggregator.cassettes.writing import Entry, Sink, Writer

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aggregator.cassettes.lines import is_open_journal
-from aggregator.cassettes.locking import FileLock
+from aggregator.cassettes.exchanges import Recording
+from aggregator.cassettes.journal import is_open_journal
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import Recording
-from aggregator.cassettes.saving import followed
+from aggregator.cassettes.saving import FileLock, followed
 from aggregator.errors import CassetteError, ConfigError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aggregator.cassettes.inspection import Totals
-    from aggregator.cassettes.rows import Row
+    from aggregator.cassettes.exchanges import Row
+    from aggregator.cli._inspection import Totals
 
 CACHE = Path(".pytest_cache")
 FAILED = 1
@@ -81,9 +81,9 @@ def _show_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def list_cassettes(options: argparse.Namespace) -> int:
     """Print one line a cassette."""
-    from aggregator.cassettes.inspection import find_cassettes, model_of
     from aggregator.cli._columns import columns, count, size
     from aggregator.cli._files import readable
+    from aggregator.cli._inspection import find_cassettes, model_of
 
     problems: list[str] = []
     lines, exchanges = [], 0
@@ -110,9 +110,9 @@ def list_cassettes(options: argparse.Namespace) -> int:
 
 def show_cassette(options: argparse.Namespace) -> int:
     """Print one line an exchange, or one exchange in full."""
-    from aggregator.cassettes.inspection import model_of, render, usage_of
     from aggregator.cli._columns import columns, printable
     from aggregator.cli._files import read_cassette
+    from aggregator.cli._inspection import model_of, render, usage_of
     from aggregator.errors import ConfigError
 
     rows = read_cassette(options.path).rows
@@ -138,8 +138,8 @@ def show_cassette(options: argparse.Namespace) -> int:
 
 def print_stats(options: argparse.Namespace) -> int:
     """Print totals by role and model, of all cassettes or of each."""
-    from aggregator.cassettes.inspection import find_cassettes, tally
     from aggregator.cli._files import readable
+    from aggregator.cli._inspection import find_cassettes, tally
 
     problems: list[str] = []
     recordings = readable(find_cassettes(options.paths), problems)
@@ -154,8 +154,8 @@ def print_stats(options: argparse.Namespace) -> int:
 
 
 def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
-    from aggregator.cassettes.inspection import Totals
     from aggregator.cli._columns import columns, count
+    from aggregator.cli._inspection import Totals
 
     def line(role: str, model: str, totals: Totals) -> list[str]:
         figures = [totals.exchanges, totals.failed, totals.input_tokens, totals.output_tokens]
@@ -172,8 +172,8 @@ def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
 
 def print_difference(options: argparse.Namespace) -> int:
     """Print how two cassettes differ, like diff: 0 for the same, 1 otherwise."""
-    from aggregator.cassettes.differences import difference
     from aggregator.cli._columns import printable
+    from aggregator.cli._differences import difference
     from aggregator.cli._files import read_cassette
 
     found = difference(read_cassette(options.before).rows, read_cassette(options.after).rows)
@@ -195,10 +195,10 @@ def check_cassettes(options: argparse.Namespace) -> int:
     import os
     from datetime import UTC, datetime, timedelta
 
-    from aggregator.cassettes.inspection import check, find_cassettes, needles_from, orphans
     from aggregator.cli._account import passed_over, played
     from aggregator.cli._columns import count, printable
     from aggregator.cli._files import readable
+    from aggregator.cli._inspection import check, find_cassettes, needles_from, orphans
 
     limit = None if options.max_age is None else timedelta(days=options.max_age)
     needles = needles_from(os.environ)
@@ -224,8 +224,9 @@ def prune_cassettes(options: argparse.Namespace) -> int:
     """Write cassettes anew without what the options name."""
     from datetime import UTC, datetime, timedelta
 
-    from aggregator.cassettes.inspection import exchange_id, find_cassettes, too_old
+    from aggregator.cassettes.exchanges import exchange_id
     from aggregator.cli._account import Played, passed_over, played
+    from aggregator.cli._inspection import find_cassettes, too_old
     from aggregator.errors import CassetteError, ConfigError
 
     if not (options.unplayed or options.lineage or options.older_than is not None):

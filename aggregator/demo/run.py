@@ -175,7 +175,7 @@ def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
 @contextmanager
 def _simulated(seed: int) -> Iterator[ChatModel]:
     from aggregator.llm.transport import AiohttpTransport
-    from aggregator.testing.simulated_model import SimulatedModel
+    from aggregator.simulation.model import SimulatedModel
 
     with SimulatedModel(seed) as server, ExitStack() as stack:
         transport = AiohttpTransport()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from aggregator.agents.values import shorten
+from aggregator.text import shorten
 
 SHOWN = 500
 """How many characters of an output the feedback quotes."""

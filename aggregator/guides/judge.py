@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from aggregator.agents.values import shorten
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import GuideError
 from aggregator.protocols import ChatModel
+from aggregator.text import shorten
 
 JUDGE_SYSTEM_PROMPT = """\
 You judge the output of an LLM agent. You are shown the input it was given, its output and, where there is one, the \

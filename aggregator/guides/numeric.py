@@ -6,9 +6,9 @@ import math
 import re
 from typing import Any
 
-from aggregator.agents.values import shorten
 from aggregator.errors import ConfigError, GuideError
 from aggregator.guides.exact import SHOWN
+from aggregator.text import shorten
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?")
 

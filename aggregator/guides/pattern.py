@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aggregator.agents.values import shorten
 from aggregator.errors import ConfigError, GuideError
 from aggregator.guides.exact import SHOWN
+from aggregator.text import shorten
 
 Analyzer = Callable[[Any, Any, Any], str | None]
 """(x, output, info) -> a hint, or None or "" where there is nothing to say."""

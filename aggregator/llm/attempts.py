@@ -7,8 +7,12 @@ path: nothing is awaited, and no object made, that an undisturbed call does not 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from math import inf
+from random import Random
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.cassettes.clients import passing
 from aggregator.cassettes.current import tape_here
@@ -20,12 +24,57 @@ from aggregator.errors import APIConnectionError, APIStatusError, LLMError, Quot
 from aggregator.llm import tracing
 from aggregator.llm.budget import NOTHING, Amount, Budget, budgets_of, capped, pico, upper_tokens
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.ledger import count
-from aggregator.llm.limiter import Limiter
-from aggregator.llm.line import Line
-from aggregator.llm.pacing import Admission
-from aggregator.llm.retry import was_sent
+from aggregator.llm.ledger import Price, Prices, count, need_price
+from aggregator.llm.limiter import Admission, Limiter
+from aggregator.llm.providers import Endpoint
+from aggregator.llm.retry import RetryPolicy, was_sent
+from aggregator.protocols import Transport
 from aggregator.records import Completion, HTTPReply, HTTPRequest, Usage
+
+_ONE_CALL = Amount(calls=1)
+
+
+class Line(Struct, kw_only=True):
+    """Endpoint, transport and limits of a model; `known_price` is looked up when a budget first needs it."""
+
+    endpoint: Endpoint
+    transport: Transport
+    limiter: Callable[[], Limiter]
+    policy: RetryPolicy
+    budget: Budget | None
+    prices: Prices | None
+    clock: Callable[[], float]
+    sleep: Callable[[float], Awaitable[None]]
+    random: Random
+    known_price: Price | None = None
+
+    def price(self) -> Price:
+        """Return the model's price; raises ConfigError where there is none."""
+        if self.known_price is None:
+            self.known_price = need_price(self.endpoint.provider, self.endpoint.model, self.prices)
+        return self.known_price
+
+    def priced(self, completion: Completion, attempts: int) -> Completion:
+        """Add the number of attempts, and the cost where the provider did not say it and the price is known."""
+        usage = completion.usage
+        if usage.cost is None and self.known_price is not None:
+            cost = self.known_price.cost(usage)
+            if cost is not None:
+                return replace(completion, usage=replace(usage, cost=cost), attempts=attempts)
+        return completion if attempts == 1 else replace(completion, attempts=attempts)
+
+    def most(self, call: ChatCall, request: HTTPRequest, budgets: Sequence[Budget]) -> Amount:
+        """Return the most that one request can cost; raises ConfigError where a price is needed and unknown."""
+        needs_tokens = needs_price = False
+        for budget in budgets:
+            needs_tokens = needs_tokens or budget.needs_tokens
+            needs_price = needs_price or budget.usd is not None
+        if not needs_tokens:
+            return _ONE_CALL
+        given, answered = upper_tokens(request.body, call)
+        price = (self.known_price or self.price()) if needs_price else None
+        return Amount(0 if price is None else pico(price.most(given, answered)), given + answered, 1)
+
 
 _NO_HEADERS: Mapping[str, str] = {}
 

@@ -19,14 +19,13 @@ from aggregator.cassettes.current import adopted
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.errors import ConfigError
 from aggregator.llm import tracing
-from aggregator.llm.attempts import Attempts
+from aggregator.llm.attempts import Attempts, Line
 from aggregator.llm.budget import Budget
 from aggregator.llm.calls import ApiKey, ChatCall
+from aggregator.llm.ledger import Prices, find_price
 from aggregator.llm.limiter import Limiter, check_limits, shared_limiter
-from aggregator.llm.line import Line
 from aggregator.llm.messages import normalise
-from aggregator.llm.names import resolve
-from aggregator.llm.prices import Prices, find_price
+from aggregator.llm.providers import resolve
 from aggregator.llm.retry import RetryPolicy
 from aggregator.llm.streams import Stream, StreamedAttempts
 from aggregator.llm.structured import Validate, as_response_format, ask_structured

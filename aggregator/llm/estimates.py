@@ -10,8 +10,8 @@ from aggregator.errors import ConfigError
 from aggregator.llm.budget import ASSUMED_OUTPUT, IMAGE_TOKENS, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.client import LLM
+from aggregator.llm.ledger import find_price, kept_price
 from aggregator.llm.messages import normalise
-from aggregator.llm.prices import find_price, kept_price
 
 _BYTES_A_TOKEN = 4  # of English text, by OpenAI's rule of thumb
 _LIKELY_IMAGE = 1_000

@@ -21,10 +21,9 @@ from aggregator.llm.budget import Amount, Budget, current_budget, pico, upper_to
 from aggregator.llm.calls import ChatCall, Target
 from aggregator.llm.codecs.failures import Fault, classify, retry_after
 from aggregator.llm.codecs.openai import OpenAIChat
-from aggregator.llm.ledger import count
+from aggregator.llm.ledger import Prices, count, find_price, need_price
 from aggregator.llm.messages import normalise
-from aggregator.llm.names import split_name
-from aggregator.llm.prices import Prices, find_price, need_price
+from aggregator.llm.providers import split_name
 from aggregator.protocols import ChatModel
 from aggregator.records import Choice, Completion, HTTPReply, Message, Usage
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from aggregator.cassettes.inspection import exchange_id
+from aggregator.cassettes.exchanges import exchange_id
 from aggregator.cassettes.opening import Mode
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.tape import LineageRule, Tape

@@ -11,7 +11,8 @@ from aggregator.errors import SuggestionError, TruncatedError
 from aggregator.protocols import ChatModel
 from aggregator.records import Values
 from aggregator.training.prompts import repair_messages
-from aggregator.training.suggestions import parse_reply, response_schema, typed
+from aggregator.training.replies import parse_reply
+from aggregator.training.suggestions import response_schema, typed
 
 
 class Answer(Struct, frozen=True, kw_only=True):

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aggregator.agents.showing import show
 from aggregator.errors import TrainingError
 from aggregator.records import Candidate, Evaluation, StepReport, TrainingResult, Usage, Values
+from aggregator.text import show
 
 VERSION = 1
 JOURNAL = "journal.yaml"

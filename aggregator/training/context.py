@@ -15,9 +15,9 @@ from msgspec import Struct
 
 from aggregator.agents.parameters import keeping, overriding
 from aggregator.cassettes.lineage import lineage
+from aggregator.executors.local import AsyncExecutor
 from aggregator.protocols import Gate
 from aggregator.records import Rollout, Sample, StepReport, Values
-from aggregator.training.executors import AsyncExecutor
 
 
 class Variant(Struct, frozen=True, kw_only=True):

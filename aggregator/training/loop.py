@@ -14,11 +14,12 @@ from msgspec.structs import replace
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import read, write
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError
+from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError, ends_run, is_own
+from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting
+from aggregator.observing.configuring import emit_step
 from aggregator.observing.console import ConsoleLogger
-from aggregator.observing.events import emit_step
 from aggregator.observing.progress import ProgressBar
 from aggregator.protocols import Gate, Logger
 from aggregator.records import (
@@ -35,8 +36,7 @@ from aggregator.records import (
 from aggregator.training import checkpoints
 from aggregator.training.context import StepContext, Variant, step_context
 from aggregator.training.evaluation import failures_of, mean, score_values
-from aggregator.training.executors import AsyncExecutor
-from aggregator.training.failures import ends_run, failure, is_lost, is_own, root_of
+from aggregator.training.failures import failure, is_lost, root_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
 from aggregator.training.updates import Update, is_score, score_of

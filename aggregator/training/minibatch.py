@@ -10,22 +10,23 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from aggregator import portal
+from aggregator.adapters.trace import adapt
+from aggregator.errors import ends_run, is_own
+from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
 from aggregator.observing.console import ConsoleLogger
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.context import Variant, current_step, step_context
-from aggregator.training.executors import AsyncExecutor
-from aggregator.training.failures import ends_run, failure, is_own, root_of
+from aggregator.training.evaluation import rollout
+from aggregator.training.failures import failure, root_of
 from aggregator.training.gates import always, both, improves_on_batch
 from aggregator.training.loop import Observer, run
 from aggregator.training.parts import check_budget, check_watchers, proposed
 from aggregator.training.plan import Plan, as_run_dir, check, trainable
-from aggregator.training.rollouts import rollout
 from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
-from aggregator.training.trace_adapter import adapt
 from aggregator.training.updates import Update, apply, as_proposal, unread
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-from aggregator.agents.values import shorten
 from aggregator.errors import ConfigError
 from aggregator.llm.budget import Budget
 from aggregator.protocols import Gate, UpdateRule
 from aggregator.records import Decision, Proposal, Rollout, Sample, StepReport, Values
+from aggregator.text import shorten
 from aggregator.training.suggestions import typed
 
 Propose = TypeVar("Propose", bound=Callable[..., Any])

@@ -14,9 +14,11 @@ from typing import Any, Literal, TypeVar, get_args
 from msgspec import to_builtins
 from msgspec.structs import replace
 
+from aggregator.adapters.trace import TraceOptimizer
 from aggregator.agents.parameters import overriding, read, write
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import ConfigError
+from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Values
@@ -33,13 +35,11 @@ from aggregator.training.candidates import (
 from aggregator.training.checkpoints import CANDIDATES, candidates_in
 from aggregator.training.context import Variant, current_step
 from aggregator.training.evaluation import failures_of, mean
-from aggregator.training.executors import AsyncExecutor
 from aggregator.training.loop import Observer
 from aggregator.training.minibatch import Minibatch
 from aggregator.training.parts import check_gate, check_optimizer, check_rule, decided, merged
 from aggregator.training.rules import key_of
 from aggregator.training.suggestions import typed
-from aggregator.training.trace_adapter import TraceOptimizer
 from aggregator.training.trainer import batchify, judged
 from aggregator.training.updates import Update, as_proposal, settle, unread
 

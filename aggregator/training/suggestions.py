@@ -6,171 +6,17 @@ SuggestionError whose text can be quoted to the model; a value that does not fit
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from msgspec import Struct
-
 from aggregator.agents import values as values_of_types
 from aggregator.errors import ParameterError, SuggestionError
 from aggregator.records import Values
-from aggregator.training import rungs
-from aggregator.training.schemas import response_schema
+from aggregator.text import list_names, quote_ends
+from aggregator.training.replies import parse_reply, same
 
-__all__ = ["Reply", "construct_update_dict", "extract_llm_suggestion", "parse_reply", "response_schema", "typed"]
-
-MAX_REPLY = 2_000_000
-"""Characters; a longer reply is refused unread."""
-
-_EXPECTED = 'Expected one JSON object {"reasoning": "...", "suggestion": {<parameter>: <value>}} or only TERMINATE'
-_QUOTED = 240
-_NAMES_SHOWN = 12
 _NEAR_WITHIN = 200
-_INVISIBLE = " \t\r\n\ufeff\u200b"
-_AROUND_WORD = _INVISIBLE + "`\"'*_.!"
-_TAG = re.compile(r"<(?P<end>/)?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
-
-
-class Reply(Struct, frozen=True, kw_only=True):
-    """What a reply says. `suggestion` is None for TERMINATE; `rung` names what reading it took, as `fence+lenient`."""
-
-    suggestion: dict[str, Any] | None = None
-    reasoning: str = ""
-    terminate: bool = False
-    rung: str = "json"
-
-
-def parse_reply(text: str) -> Reply:
-    """Read a reply in the aggregator's form; SuggestionError where that would take guessing.
-
-    TERMINATE counts only as the whole reply. The outermost key is `suggestion` in any case; its value is an object, or
-    null for no change. An object without that key is no answer, even if its keys are parameters: prompts quote those.
-    Time grows linearly with the reply's length.
-
-    >>> parse_reply('<think>hm</think>Here: {"suggestion": {"k": 3,}}')
-    Reply(suggestion={'k': 3}, reasoning='', terminate=False, rung='think+prose+lenient')
-    >>> parse_reply("`TERMINATE`.").terminate
-    True
-    """
-    try:
-        return _parse(_checked(text))
-    except SuggestionError as error:
-        raise SuggestionError(f"{_EXPECTED}, got {error}. The reply: {_shortened(text)}") from None
-
-
-def _checked(text: str) -> str:
-    if not isinstance(text, str):
-        raise SuggestionError(f"{type(text).__name__}, not text")
-    if len(text) > MAX_REPLY:
-        raise SuggestionError(f"{len(text)} characters; at most {MAX_REPLY} are read")
-    if not (body := text.strip(_INVISIBLE)):
-        raise SuggestionError("an empty reply")
-    return body
-
-
-def _parse(body: str) -> Reply:
-    body, steps = _after_thinking(body)
-    if body.strip(_AROUND_WORD).upper() == "TERMINATE":
-        return Reply(terminate=True, rung="+".join([*steps, "terminate"]))
-    if (unquoted := _unquoted(body)) is not None:
-        body, steps = unquoted, [*steps, "string"]
-    found = rungs.read_whole(body)
-    if found is None or not _suggestion_keys(found):
-        found, way = _only_answer(body)
-        return _reply(found, [*steps, *way])
-    return _reply(found, [*steps, "json"])
-
-
-def _after_thinking(body: str) -> tuple[str, list[str]]:
-    """Cut off the thinking before the answer; nothing is read inside of it, nor is a tag inside of an object one.
-
-    Thinking may begin unmarked (the prompt's template opened it) and may stand after some words.
-    """
-    steps: list[str] = []
-    while (tag := _TAG.match(body)) and not tag["end"]:
-        end = next((tag.end() for tag in _TAG.finditer(body) if tag["end"]), None)
-        if end is None:
-            raise SuggestionError(f"thinking that was cut off: {tag.group()} is never closed")
-        body, steps = body[end:].strip(_INVISIBLE), ["think"]
-    if not _TAG.search(body):
-        return body, steps
-    tags = _tags_outside_objects(body)
-    if tags and not tags[-1]["end"]:
-        raise SuggestionError(f"thinking that was cut off: {tags[-1].group()} is never closed")
-    return (body[tags[-1].end() :].strip(_INVISIBLE), ["think"]) if tags else (body, steps)
-
-
-def _tags_outside_objects(body: str) -> list[re.Match[str]]:
-    tags: list[re.Match[str]] = []
-    position = 0
-    for region in rungs.regions(body):
-        tags += _TAG.finditer(body, position, region.start)
-        position = region.end
-    return tags + list(_TAG.finditer(body, position))
-
-
-def _unquoted(body: str) -> str | None:
-    """Undo one JSON encoding: the whole reply is a JSON string that holds the reply."""
-    if not (body.startswith('"') and body.endswith('"')):
-        return None
-    try:
-        return str(json.loads(body, strict=False)).strip(_INVISIBLE)
-    except ValueError:
-        return None
-
-
-def _only_answer(body: str) -> tuple[dict[str, Any], list[str]]:
-    """Find the one object of a reply that holds a suggestion, and name the way to it."""
-    answers: list[tuple[dict[str, Any], list[str]]] = []
-    others: list[str] = []
-    for region in rungs.regions(body):
-        if region.truncated:
-            raise SuggestionError(f"an object that is cut off: {region.problem}; it begins at character {region.start}")
-        if not _suggestion_keys(region.keys):
-            others += region.keys
-            continue
-        found, rung = rungs.read(body, region)
-        answers.append((found, [*_place(body, region), rung]))
-    if not answers:
-        raise SuggestionError(f"objects without it, of the keys {_listed(others)}" if others else "no such object")
-    first = _suggested(answers[0][0])
-    if any(not rungs.same(first, _suggested(found)) for found, _ in answers[1:]):
-        raise SuggestionError(f"an ambiguous reply: {len(answers)} objects that suggest different things")
-    return answers[0]
-
-
-def _place(body: str, region: rungs.Region) -> list[str]:
-    if region.start == 0 and region.end == len(body):
-        return []
-    before = body[: region.start].rstrip()
-    return ["fence" if before.rpartition("\n")[2].lstrip().startswith("```") else "prose"]
-
-
-def _suggestion_keys(keys: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    return [key for key in keys if key.strip().casefold() == "suggestion"]
-
-
-def _suggested(found: dict[str, Any]) -> Any:
-    """The value of the one suggestion key; two of different case must agree, as equal keys must."""
-    values = [found[key] for key in _suggestion_keys(found)]
-    if not all(rungs.same(values[0], value) for value in values[1:]):
-        raise SuggestionError("an ambiguous reply: two suggestion keys with different values")
-    return values[0]
-
-
-def _reply(found: dict[str, Any], way: list[str]) -> Reply:
-    suggestion = _suggested(found)
-    if suggestion is None:
-        suggestion = {}
-    if not isinstance(suggestion, dict):
-        raise SuggestionError(f'"suggestion" as {_shortened(suggestion, 60)}, which is no object')
-    rungs.canonical(found)  # refuses text that could not be written again
-    reasons = [value for key, value in found.items() if key.strip().casefold().startswith("reason")]
-    reasoning = "\n".join(value if isinstance(value, str) else json.dumps(value) for value in reasons)
-    return Reply(suggestion=suggestion, reasoning=reasoning, rung="+".join(way))
 
 
 def extract_llm_suggestion(response: str, ignore_extraction_error: bool = True) -> dict[str, Any]:
@@ -228,8 +74,8 @@ def typed(
 def _known(key: str, known: Mapping[str, Any]) -> Any:
     if key not in known:
         near = get_close_matches(key[:_NEAR_WITHIN], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {_listed(list(known))}"
-        raise ParameterError(f"Expected the name of a parameter, got {_shortened(key, 60)}; {hint}")
+        hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {list_names(list(known))}"
+        raise ParameterError(f"Expected the name of a parameter, got {quote_ends(key, 60)}; {hint}")
     if not getattr(known[key], "trainable", True):
         raise ParameterError(f"Expected a trainable parameter, got {key!r}, which is fixed - at $.suggestion.{key}")
     return known[key]
@@ -238,7 +84,7 @@ def _known(key: str, known: Mapping[str, Any]) -> Any:
 def _agreed(suggestion: Mapping[str, Any], parameter: Any) -> Any:
     """The raw value of a parameter, which may stand under both of its names only where they agree."""
     first, *others = [suggestion[name] for name in {parameter.name: 0, parameter.py_name: 0} if name in suggestion]
-    if not all(rungs.same(first, other) for other in others):
+    if not all(same(first, other) for other in others):
         raise ParameterError(f"Expected one value, got two different ones - at $.suggestion.{parameter.py_name}")
     return first
 
@@ -256,13 +102,82 @@ def _converted(parameter: Any, raw: Any) -> Any:
         raise ParameterError(f"{unfit.reason} - at $.suggestion.{parameter.py_name}{unfit.path}") from None
 
 
-def _shortened(value: Any, limit: int = _QUOTED) -> str:
-    """Quote a value, the middle left out where it is long: the beginning and the end tell most."""
-    if isinstance(value, str) and len(value) > limit:
-        return f"{value[: limit // 2]!r} ... {value[-limit // 2 :]!r} ({len(value)} characters)"
-    return values_of_types.shorten(value, limit)
+Schema = dict[str, Any]
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name[:60]) for name in names[:_NAMES_SHOWN])
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+_KEPT = ("type", "enum", "const", "description", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+_KEPT_OF_LISTS = ("minItems", "maxItems")
+"""What strict mode takes beside the structure. Patterns and lengths are left out, as servers differ over them; every
+limit is checked again when the value is converted."""
+
+
+_JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
+
+
+def response_schema(parameters: Sequence[Any]) -> dict[str, Any]:
+    """Return what `response_format` carries: the schema of a reply that suggests values for these parameters.
+
+    Strict mode wants every key written, so each value may be null, which `typed` reads as unchanged. A type that strict
+    mode cannot state (a dict of any keys, Any) turns it off: then keys may be left out, and the schema only guides.
+    """
+    plain = {parameter.name: _plain(parameter) for parameter in parameters}
+    strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
+    if len(strict) == len(plain):
+        schema = _reply({name: _nullable(part) for name, part in strict.items()}, every_key=True)
+    else:
+        schema = _reply(plain, every_key=False)
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "suggestion", "strict": len(strict) == len(plain), "schema": schema},
+    }
+
+
+def _plain(parameter: Any) -> Schema:
+    """The schema of one value; Trace's parameters have none of their own, so it comes from their value."""
+    if hasattr(parameter, "json_schema"):
+        own: Schema = parameter.json_schema()
+        return own
+    return values_of_types.schema(values_of_types.infer_type(parameter.data))
+
+
+def _reply(suggestion: Mapping[str, Schema], *, every_key: bool) -> Schema:
+    reasons = {f"reasoning_{name}": {"type": "string"} for name in suggestion}
+    inner = _object(suggestion, list(suggestion) if every_key else [])
+    return _object({**reasons, "suggestion": inner}, [*reasons, "suggestion"] if every_key else ["suggestion"])
+
+
+def _object(properties: Mapping[str, Schema], required: list[str]) -> Schema:
+    return {"type": "object", "properties": dict(properties), "required": required, "additionalProperties": False}
+
+
+def _nullable(schema: Schema) -> Schema:
+    """Let a value be null, beside its description: a strict schema has no optional keys."""
+    if schema.get("type") == "null" or {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    words = {"description": schema["description"]} if "description" in schema else {}
+    inner = {key: value for key, value in schema.items() if key != "description"}
+    return {"anyOf": [*(inner["anyOf"] if set(inner) == {"anyOf"} else [inner]), {"type": "null"}], **words}
+
+
+def _strict(schema: Schema) -> Schema | None:
+    """Return a schema in strict mode's subset; None where the subset cannot state it."""
+    kept = {key: schema[key] for key in _KEPT if key in schema}
+    if "anyOf" in schema:
+        options = [_strict(option) for option in schema["anyOf"]]
+        return None if None in options else {**kept, "anyOf": options}
+    kind = schema.get("type")
+    if kind == "array":
+        items = _strict(schema["items"]) if schema.get("items") and "prefixItems" not in schema else None
+        limits = {key: schema[key] for key in _KEPT_OF_LISTS if key in schema}
+        return None if items is None else {**kept, **limits, "items": items}
+    if kind == "object":
+        members = {name: _strict(part) for name, part in schema.get("properties", {}).items()}
+        if not members or None in members.values():
+            return None
+        return {**kept, **_object({name: part for name, part in members.items() if part is not None}, list(members))}
+    if kind is None and "enum" in schema:
+        kinds = {_JSON_TYPES.get(type(value)) for value in schema["enum"]}
+        return None if len(kinds) > 1 or None in kinds else {"type": kinds.pop(), **kept}
+    return kept if isinstance(kind, str) else None

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from aggregator.cassettes.current import current_tape
-from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.recorder import cassette
+from aggregator.cassettes.saving import FileLock
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.llm.budget import Budget, spending
 from aggregator.training import checkpoints

@@ -7,20 +7,19 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from aggregator.agents.values import shorten
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import ConfigError
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, Values
+from aggregator.text import shorten
 from aggregator.training.batches import Dataset, check_positive, samples
 from aggregator.training.context import current_step
 from aggregator.training.evaluation import mean
 from aggregator.training.loop import Observer
-from aggregator.training.merge import LLMMerge
+from aggregator.training.merge import LLMMerge, best_scored
 from aggregator.training.minibatch import Minibatch
 from aggregator.training.parts import check_gate, check_optimizer, check_rule
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
-from aggregator.training.selections import best_scored
 from aggregator.training.suggestions import construct_update_dict, extract_llm_suggestion
 from aggregator.training.updates import Update, apply, as_proposal, score_of
 

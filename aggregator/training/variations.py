@@ -16,10 +16,9 @@ from msgspec.structs import replace
 from aggregator.errors import ConfigError
 from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal
-from aggregator.training.merge import LLMMerge
+from aggregator.training.merge import LLMChoice, LLMMerge, last_of
 from aggregator.training.prompts import ALTERNATIVE_PROMPT, REFINE_PROMPT, reply_of
 from aggregator.training.rules import majority
-from aggregator.training.selections import LLMChoice, last_of
 
 Messages = list[dict[str, str]]
 

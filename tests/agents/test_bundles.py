@@ -15,7 +15,7 @@ import pytest
 from aggregator import ConfigError, Module, ParameterNode, bundle, transcript
 from aggregator.agents.bundles import operation_of
 from aggregator.agents.parameters import overriding
-from aggregator.agents.spans import Span
+from aggregator.agents.transcripts import Span
 
 SCALE = 10
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import Completion, bundle, transcript
-from aggregator.agents.drawing import escaped
-from aggregator.agents.transcripts import recording
+from aggregator.agents.transcripts import escaped, recording
 from aggregator.records import Choice, Message
 
 

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.cassettes.differences import difference, json_changes
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
-from aggregator.cassettes.inspection import exchange_id
-from aggregator.cassettes.rows import Row, index_lines
+from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, exchange_id, index_lines
+from aggregator.cli._differences import difference, json_changes
 from aggregator.records import HTTPReply, HTTPRequest
 
 JSON = {"content-type": "application/json"}

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from aggregator.cassettes.exchanges import Exchange, Facts
-from aggregator.cassettes.inspection import (
+from aggregator.cassettes.exchanges import Exchange, Facts, Row, index_lines
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.tape import Tape
+from aggregator.cli._inspection import (
     Totals,
     find_cassettes,
     model_of,
@@ -23,9 +25,6 @@ from aggregator.cassettes.inspection import (
     totals_of,
     usage_of,
 )
-from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.rows import Row, index_lines
-from aggregator.cassettes.tape import Tape
 from aggregator.errors import ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.cassettes.comments import OPEN_COMMENT, PREAMBLE, Comment, Layout, content_hash
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
-from aggregator.cassettes.journal import SYNC_LINES, Journal
+from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, index_lines
+from aggregator.cassettes.journal import OPEN_COMMENT, PREAMBLE, SYNC_LINES, Comment, Journal, Layout, content_hash
 from aggregator.cassettes.opening import open_tape
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import index_lines
 from aggregator.cassettes.saving import save
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError, CassetteWarning

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import aggregator.cassettes.blocks
 import aggregator.cassettes.keys
 import aggregator.cassettes.lineage
 import aggregator.cassettes.opening
-import aggregator.cassettes.readable
 import aggregator.cassettes.reading
 import aggregator.cassettes.redaction
 import aggregator.cassettes.secrets
@@ -29,7 +29,7 @@ JSON = st.recursive(
 )
 MODULES = [
     getattr(aggregator.cassettes, name)
-    for name in ("keys", "lineage", "opening", "readable", "reading", "redaction", "secrets", "timing")
+    for name in ("keys", "lineage", "opening", "blocks", "reading", "redaction", "secrets", "timing")
 ]
 
 

@@ -19,12 +19,11 @@ from pytest_recording._vcr import load_cassette
 from vcr.serializers import yamlserializer
 
 from aggregator.cassettes import saving
-from aggregator.cassettes.comments import Layout
-from aggregator.cassettes.exchanges import Exchange, Facts, decode_line, encode_line
+from aggregator.cassettes.blocks import scalar
+from aggregator.cassettes.exchanges import Exchange, Facts, Row, decode_line, encode_line, index_lines
+from aggregator.cassettes.journal import Layout
 from aggregator.cassettes.keys import raw_key
-from aggregator.cassettes.readable import scalar
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import Row, index_lines
 from aggregator.cassettes.saving import canonical_order, save
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest

@@ -11,10 +11,9 @@ import pytest
 from msgspec.structs import replace
 
 from aggregator import cassette
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
+from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, index_lines
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.mismatch import MAX_LINES, Asked, explain_miss, nearest
-from aggregator.cassettes.rows import Row, index_lines
 from aggregator.cassettes.saving import save
 from aggregator.cassettes.tape import Tape
 from aggregator.cli.main import main

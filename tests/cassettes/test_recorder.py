@@ -14,8 +14,8 @@ import pytest
 import aggregator
 from aggregator.cassettes import opening
 from aggregator.cassettes.current import adopted, current_tape, tape_here
-from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.opening import Mode, default_mode
+from aggregator.cassettes.saving import FileLock
 from aggregator.cassettes.timing import Faults
 from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest

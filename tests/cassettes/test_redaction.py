@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aggregator.cassettes.comments import Layout
 from aggregator.cassettes.exchanges import Exchange, Facts, decode_line
+from aggregator.cassettes.journal import Layout
 from aggregator.cassettes.keys import request_key
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.opening import open_tape

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from aggregator.cassettes.comments import PREAMBLE, Comment, content_hash
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
-from aggregator.cassettes.inspection import check
+from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, index_lines
+from aggregator.cassettes.journal import PREAMBLE, Comment, content_hash
 from aggregator.cassettes.opening import open_tape
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import index_lines
+from aggregator.cli._inspection import check
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from aggregator.cassettes import secrets
 from aggregator.cassettes.redaction import redact_body
-from aggregator.cassettes.secrets import needles_of, secret_edits
-from aggregator.cassettes.suspicion import has_hidden_text, suspicious
+from aggregator.cassettes.secrets import has_hidden_text, needles_of, secret_edits, suspicious
 
 QUOTES = ['"', '\\"', '\\\\"', '\\\\\\"']
 NAMES = [

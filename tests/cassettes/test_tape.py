@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.cassettes.exchanges import encode_line
+from aggregator.cassettes.exchanges import encode_line, index_lines
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.rows import index_lines
 from aggregator.cassettes.tape import NO_ANSWER, Tape
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage

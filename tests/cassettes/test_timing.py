@@ -9,8 +9,7 @@ import pytest
 
 import aggregator
 from aggregator.cassettes.current import current_tape
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
-from aggregator.cassettes.rows import Row, index_lines
+from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, index_lines
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.timing import KINDS, FaultKind, Faults, Latency
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError

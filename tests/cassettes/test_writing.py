@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.cassettes.exchanges import Row, index_lines
 from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.opening import open_tape
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import Row, index_lines
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.writing import Entry
 from aggregator.errors import APIConnectionError, CassetteError, SecretLeakError

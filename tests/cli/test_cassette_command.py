@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aggregator.cassettes.inspection import exchange_id
+from aggregator.cassettes.exchanges import exchange_id
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.reading import read
 from aggregator.cassettes.recorder import cassette

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
-from aggregator.cassettes.inspection import exchange_id
+from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, exchange_id, index_lines
 from aggregator.cassettes.opening import open_tape
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rows import index_lines
 from aggregator.cassettes.saving import save
 from aggregator.cassettes.tape import Tape
 from aggregator.cli.main import main

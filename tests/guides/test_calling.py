@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from aggregator.errors import GuideError
+from aggregator.executors.local import AsyncExecutor
 from aggregator.guides.calling import judge
 from aggregator.guides.exact import exact_match
 from aggregator.guides.judge import Verdict
-from aggregator.training.executors import AsyncExecutor
 
 Pair = namedtuple("Pair", "score feedback")  # noqa: PYI024 - what a user may return
 

@@ -357,9 +357,9 @@ def test_nothing_is_fetched_at_import_or_for_a_price() -> None:
             raise SystemExit("a socket was opened")
     socket.socket = socket.SocketType = Refused
     socket.getaddrinfo = socket.create_connection = Refused
-    import aggregator, aggregator.llm.client, aggregator.llm.transport, aggregator.llm.prices, aggregator.llm.models
+    import aggregator, aggregator.llm.client, aggregator.llm.transport, aggregator.llm.ledger, aggregator.llm.models
     aggregator.LLM("openai/gpt-4o-mini", env={})
-    assert aggregator.llm.prices.kept_price("openai", "gpt-4o-mini").input > 0
+    assert aggregator.llm.ledger.kept_price("openai", "gpt-4o-mini").input > 0
     print("done")
     """
     lines = "\n".join(line.removeprefix("    ") for line in script.splitlines())

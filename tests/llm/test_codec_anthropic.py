@@ -14,7 +14,7 @@ from aggregator.errors import ConfigError, DecodeError, EmptyResponseError, Serv
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.anthropic import AnthropicMessages
 from aggregator.llm.messages import Image, normalise
-from aggregator.llm.names import resolve
+from aggregator.llm.providers import resolve
 from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 CALL = ChatCall(model="claude-sonnet-4-5", messages=({"role": "user", "content": "Hi"},))

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from aggregator.errors import ConfigError, ContentFilterError, DecodeError, EmptyResponseError, RateLimitError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.messages import Image, normalise
-from aggregator.llm.names import resolve
+from aggregator.llm.providers import resolve
 from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 CALL = ChatCall(model="gemini-2.5-flash", messages=({"role": "user", "content": "Hi"},))

@@ -18,7 +18,7 @@ from aggregator.errors import (
     ServerError,
 )
 from aggregator.llm.calls import ChatCall, Codec
-from aggregator.llm.names import resolve
+from aggregator.llm.providers import resolve
 from aggregator.records import Completion, HTTPReply
 
 CALL = ChatCall(model="gpt-4o-mini", messages=({"role": "user", "content": "Hi"},))

@@ -11,10 +11,10 @@ import pytest
 
 from aggregator.errors import LLMError
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.codecs.lenient import REFUSED
 from aggregator.llm.codecs.openai import OpenAIChat
-from aggregator.llm.codecs.openai_usual import decode_usual
-from aggregator.llm.names import resolve
+from aggregator.llm.codecs.openai_answers import decode_usual
+from aggregator.llm.codecs.wire import REFUSED
+from aggregator.llm.providers import resolve
 from aggregator.records import HTTPReply
 
 CALL = ChatCall(model="gpt-4o-mini", messages=({"role": "user", "content": "Hi"},))

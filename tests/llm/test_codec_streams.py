@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from aggregator.errors import APIConnectionError, ContentFilterError, DecodeError, RateLimitError, ServerError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.sse import Event, EventParser
-from aggregator.llm.codecs.thinking import ThinkingFilter, split_thinking
+from aggregator.llm.codecs.wire import ThinkingFilter, split_thinking
 from aggregator.llm.messages import normalise
-from aggregator.llm.names import resolve
+from aggregator.llm.providers import resolve
 from aggregator.records import Completion, HTTPReply
 
 CALL = ChatCall(model="m", messages=({"role": "user", "content": "Hi"},), stream=True)

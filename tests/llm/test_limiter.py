@@ -11,8 +11,7 @@ import pytest
 from llm_fakes import VirtualLoop, VirtualTime
 
 from aggregator.errors import APITimeoutError, ConfigError
-from aggregator.llm.limiter import Limiter, shared_limiter
-from aggregator.llm.pacing import Pace
+from aggregator.llm.limiter import Limiter, Pace, shared_limiter
 from aggregator.llm.ratelimits import headroom, seconds
 
 

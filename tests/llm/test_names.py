@@ -13,8 +13,7 @@ import pytest
 
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.names import Endpoint, resolve
-from aggregator.llm.providers import providers
+from aggregator.llm.providers import Endpoint, providers, resolve
 
 CALL = ChatCall(model="m", messages=({"role": "user", "content": "Hi"},))
 KEYS = {"OPENAI_API_KEY": "sk-mine"}
@@ -293,7 +292,7 @@ def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
         from aggregator.llm.calls import ChatCall
-        from aggregator.llm.names import resolve
+        from aggregator.llm.providers import resolve
         end = resolve("acme/model", env={"ACME_KEY": "k"})
         request = end.codec.encode(ChatCall(model=end.model, messages=({"role": "user", "content": "Hi"},)))
         print(end.provider, end.model, request.url, request.headers["x-acme-key"])

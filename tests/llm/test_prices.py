@@ -6,7 +6,7 @@ import pytest
 
 from aggregator import Price
 from aggregator.errors import ConfigError
-from aggregator.llm.prices import find_price, kept_price, need_price
+from aggregator.llm.ledger import find_price, kept_price, need_price
 from aggregator.records import Usage
 
 

@@ -23,8 +23,7 @@ from aggregator.errors import (
     ServerError,
     TruncatedError,
 )
-from aggregator.llm.schema import mismatch
-from aggregator.llm.structured import as_response_format, parse_json
+from aggregator.llm.structured import as_response_format, mismatch, parse_json
 from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 SCHEMA = {

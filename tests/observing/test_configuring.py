@@ -16,8 +16,7 @@ import structlog
 
 import aggregator
 from aggregator.errors import ConfigError
-from aggregator.observing.configuring import configure_logging, events_file
-from aggregator.observing.events import emit, emit_step
+from aggregator.observing.configuring import configure_logging, emit, emit_step, events_file
 from aggregator.records import Decision, StepReport, Usage
 
 REPORT = StepReport(
@@ -53,8 +52,8 @@ def lines(text: str) -> list[dict[str, Any]]:
 def test_silent_until_configured() -> None:
     """In a fresh process events print nothing, neither on standard output nor on standard error."""
     script = (
-        "import structlog; from aggregator.observing.events import emit; from aggregator.llm.tracing import listening;"
-        "emit('train.step', epoch=0); assert not listening()"
+        "import structlog; from aggregator.observing.configuring import emit;"
+        "from aggregator.llm.tracing import listening; emit('train.step', epoch=0); assert not listening()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

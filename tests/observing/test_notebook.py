@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.observing.markup import Html, compared, tag
-from aggregator.observing.notebook import FAILURES_SHOWN, LETTERS_SHOWN, STEPS_SHOWN
+from aggregator.observing.notebook import FAILURES_SHOWN, LETTERS_SHOWN, STEPS_SHOWN, Html, compared, tag
 from aggregator.records import Decision, Evaluation, Failure, Proposal, StepReport, TrainingResult, Usage
 
 HOSTILE = "<script>alert(\"1\")</script><img src=x onerror='alert(2)'>&amp;</td></table></details>"

@@ -22,11 +22,11 @@ from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.reading import read
+from aggregator.executors.local import AsyncExecutor
 from aggregator.records import Sample
-from aggregator.testing.simulated_model import SimulatedModel
+from aggregator.simulation.model import SimulatedModel
 from aggregator.training.checkpoints import RESULT
 from aggregator.training.evaluation import score_values
-from aggregator.training.executors import AsyncExecutor
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.trainer import AggregatedUpdate
 

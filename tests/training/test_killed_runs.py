@@ -18,7 +18,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, first_suggest
 from aggregator import LLM
 from aggregator.errors import CassetteLockedError, TrainingError
 from aggregator.records import HTTPReply, HTTPRequest, TrainingResult
-from aggregator.testing.simulated_model import SimulatedModel
+from aggregator.simulation.model import SimulatedModel
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, RESULT, load_result
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.trainer import AggregatedUpdate

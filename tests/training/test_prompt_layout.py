@@ -12,7 +12,7 @@ from aggregator import LLMOptimizer, OPROOptimizer, ParameterNode, TextGradOptim
 from aggregator.errors import ConfigError
 from aggregator.records import Rollout
 from aggregator.training.prompts import SECTIONS, WORKED_EXAMPLE, Layout, proposal_messages
-from aggregator.training.suggestions import parse_reply
+from aggregator.training.replies import parse_reply
 
 PARAMETERS = [ParameterNode(1, name="k")]
 ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="more of it", transcript="search(k=1)")

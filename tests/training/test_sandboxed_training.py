@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from aggregator import Module, Proposal, Rollout, bundle
-from aggregator.agents.sandbox import Limits, sandboxed
-from aggregator.agents.workers import pool
+from aggregator.sandbox.limits import Limits, sandboxed
+from aggregator.sandbox.pool import pool
 from aggregator.training.minibatch import Minibatch
 from aggregator.training.rules import majority
 

@@ -16,13 +16,14 @@ from search_worlds import TRAP, Height, Place, leads, neighbours, optimizer
 from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, section, suggest
 
 from aggregator import LLM, Budget
+from aggregator.adapters.trace import TraceOptimizer
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.run import tickets
 from aggregator.errors import AuthenticationError, BudgetExceededError, ConfigError, RateLimitError, TrainingError
 from aggregator.llm.transport import shared_transport
 from aggregator.records import Candidate, Decision, TrainingResult
-from aggregator.testing.simulated_model import SimulatedModel
+from aggregator.simulation.model import SimulatedModel
 from aggregator.training.checkpoints import load_result, save_result
 from aggregator.training.gates import improves_on_validation
 from aggregator.training.merge import LLMMerge
@@ -31,7 +32,6 @@ from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.rules import majority
 from aggregator.training.search import PrioritySearch
 from aggregator.training.searches import BeamSearch, ParetoSearch, SequentialSearch, SequentialUpdate
-from aggregator.training.trace_adapter import TraceOptimizer
 from aggregator.training.trainer import AggregatedUpdate, BasicSearchAlgorithm
 
 FOUR = [(i, None) for i in range(4)]

@@ -11,7 +11,7 @@ from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import APIConnectionError
 from aggregator.records import Decision, Rollout, StepReport
 from aggregator.training.prompts import CRITIC_SYSTEM_PROMPT, GRADIENT_SYSTEM_PROMPT
-from aggregator.training.textgrad import TextGradOptimizer
+from aggregator.training.proposers import TextGradOptimizer
 from aggregator.training.trainer import AggregatedUpdate, MinibatchAlgorithm
 from aggregator.training.variations import refine
 

@@ -15,7 +15,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback
 
 from aggregator import AggregatedUpdate, LLMOptimizer, Module, TrainingWarning, bundle, evaluate
 from aggregator.llm.client import LLM
-from aggregator.testing.simulated_model import SimulatedModel
+from aggregator.simulation.model import SimulatedModel
 from aggregator.training.merge import LLMMerge
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, PROPOSER_SYSTEM_PROMPT, REPLY_FORMAT
 
@@ -26,7 +26,7 @@ DEFECTS: dict[int, tuple[str, ...]] = {
     1: ("training/test_isolation.py::test_sixty_operations_of_thirty_two_instances_never_mix",),
     2: (
         "training/test_isolation.py::test_sixty_operations_of_thirty_two_instances_never_mix",
-        "training/test_trace_adapter.py::test_no_prompt_holds_another_instances_work",
+        "adapters/test_trace.py::test_no_prompt_holds_another_instances_work",
     ),
     3: (
         "no formatter is imported, in threads or elsewhere",
@@ -44,7 +44,7 @@ DEFECTS: dict[int, tuple[str, ...]] = {
     ),
     7: (
         "training/test_isolation.py::test_history_is_that_of_finished_steps_for_every_instance_of_a_batch",
-        "training/test_trace_adapter.py::test_proposals_of_one_batch_do_not_see_each_other",
+        "adapters/test_trace.py::test_proposals_of_one_batch_do_not_see_each_other",
     ),
     8: ("agents/test_bundles.py::test_nothing_is_kept_after_a_run",),
     9: ("training/test_trainer.py::test_a_lost_call_is_excluded_not_scored_0",),
@@ -125,7 +125,7 @@ DEFECTS: dict[int, tuple[str, ...]] = {
         "llm/test_client.py::test_usage_is_counted_by_role",
     ),
     33: (
-        "agents/test_sandbox.py::test_what_goes_beyond_the_limits_is_an_error_and_the_run_goes_on",
+        "sandbox/test_sandbox.py::test_what_goes_beyond_the_limits_is_an_error_and_the_run_goes_on",
         "training/test_sandboxed_training.py::test_bad_code_ends_as_feedback_and_the_run_goes_on",
     ),
     34: ("test_house_rules.py::test_import_is_light",),

@@ -228,8 +228,8 @@ OPTIMIZERS = {
     "OptoPrimeMulti: parallel calls": ("training/test_variations.py::test_what_need_not_wait_is_asked_at_once",),
     "OptoprimeBatchOpt": ("training/test_algorithms.py::test_minibatch_algorithm_asks_once_with_all_feedback",),
     "Trace's own optimizers and agents": (
-        "training/test_trace_adapter.py::test_the_training_loop_runs_on_a_trace_agent",
-        "training/test_trace_adapter.py::test_parameters_are_ours",
+        "adapters/test_trace.py::test_the_training_loop_runs_on_a_trace_agent",
+        "adapters/test_trace.py::test_parameters_are_ours",
     ),
 }
 
@@ -293,7 +293,7 @@ EXPERIMENTAL = {
     ),
     "resume()": ("training/test_killed_runs.py::test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one",),
     "asynchronous trainer": (
-        "training/test_executors.py::test_results_stand_in_sample_order_whatever_finishes_first",
+        "executors/test_local.py::test_results_stand_in_sample_order_whatever_finishes_first",
         "training/test_trainer.py::test_atrain_runs_on_the_callers_loop",
     ),
 }

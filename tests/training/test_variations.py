@@ -13,10 +13,10 @@ from training_fakes import Adder, ScriptedModel, additions, exact, suggest
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
 from aggregator.records import Proposal, Rollout
+from aggregator.training.merge import last_of
 from aggregator.training.prompts import ALTERNATIVE_PROMPT, PROPOSER_SYSTEM_PROMPT, REFINE_PROMPT
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.rules import majority
-from aggregator.training.selections import last_of
 from aggregator.training.trainer import AggregatedUpdate
 from aggregator.training.variations import (
     Question,

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
-from aggregator.llm.codecs.lenient import json_object, read
+from aggregator.llm.codecs.wire import json_object, read
 from aggregator.llm.messages import as_data
 
 _CHOICES = {"auto": "auto", "required": "any", "any": "any", "none": "none"}

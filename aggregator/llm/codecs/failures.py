@@ -29,7 +29,7 @@ from aggregator.errors import (
     ResponseError,
     ServerError,
 )
-from aggregator.llm.codecs.lenient import parse
+from aggregator.llm.codecs.wire import parse
 from aggregator.records import HTTPReply
 
 E = TypeVar("E", bound=LLMError)

@@ -12,11 +12,9 @@ from msgspec.structs import replace
 from aggregator.errors import APIStatusError, ConfigError, ContentFilterError, DecodeError, EmptyResponseError
 from aggregator.llm.calls import ChatCall, StreamReader, Target
 from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
-from aggregator.llm.codecs.finish import finish_reason
 from aggregator.llm.codecs.gemini_messages import contents_of, system_of, tool_config_of, tools_of
-from aggregator.llm.codecs.lenient import excerpt, fit, parse, read
-from aggregator.llm.codecs.requests import Envelope, secrets
 from aggregator.llm.codecs.sse import Event, EventReader, read_other
+from aggregator.llm.codecs.wire import Envelope, excerpt, finish_reason, fit, parse, read, secrets
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
 _VERTEX = "https://aiplatform.googleapis.com/v1"

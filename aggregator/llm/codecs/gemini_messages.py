@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from aggregator.errors import ConfigError
-from aggregator.llm.codecs.lenient import json_object
+from aggregator.llm.codecs.wire import json_object
 from aggregator.llm.messages import as_data, text_of
 
 _MODES = {"auto": "AUTO", "required": "ANY", "any": "ANY", "none": "NONE"}

@@ -5,30 +5,40 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.errors import APIStatusError, ContentFilterError, DecodeError, EmptyResponseError, ResponseError
 from aggregator.llm.calls import ChatCall, StreamReader, Target
 from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
-from aggregator.llm.codecs.finish import REASONS, finish_reason
-from aggregator.llm.codecs.lenient import REFUSED, excerpt, read
 from aggregator.llm.codecs.openai_answers import (
     DECODER,
     Answer,
     WireChoice,
     WireMessage,
+    decode_usual,
     message_of,
     other_cached_tokens,
+    told,
+    told_calls,
     usage_of,
     usd,
 )
 from aggregator.llm.codecs.openai_stream import ChatStream
-from aggregator.llm.codecs.openai_usual import decode_usual, told, told_calls
-from aggregator.llm.codecs.requests import Envelope, secrets
 from aggregator.llm.codecs.sse import read_other
-from aggregator.llm.codecs.thinking import BEFORE_THINKING, split_thinking
+from aggregator.llm.codecs.wire import (
+    BEFORE_THINKING,
+    REASONS,
+    REFUSED,
+    Envelope,
+    excerpt,
+    finish_reason,
+    read,
+    secrets,
+    split_thinking,
+)
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
 
 _REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-[5-9]|gpt-\d\d|codex)")
@@ -219,3 +229,35 @@ class OpenAIChat:
             code=choice.finish_reason,
             request_id=request_id(reply.headers),
         )
+
+
+def settle_azure(target: Target, env: Mapping[str, str]) -> Target:
+    """Take the api-version from the environment; one in the address itself wins. A token of Entra is no API key."""
+    if isinstance(target.api_key, str) and target.api_key.startswith("eyJ"):  # as every JSON web token begins
+        target = replace(target, auth="authorization")
+    version = env.get("OPENAI_API_VERSION") or env.get("AZURE_API_VERSION")
+    return replace(target, options={**target.options, "api_version": version}) if version else target
+
+
+class AzureChat(OpenAIChat):
+    """The codec of Azure OpenAI; the model's name is the deployment's.
+
+    The address may be the resource (`https://NAME.openai.azure.com`), a deployment's path, or a `/models` path of
+    Azure AI. Without any api-version the resource's `/openai/v1` API is called, which needs none.
+    """
+
+    def url(self, call: ChatCall) -> str:
+        """Where this call is posted."""
+        address, _, query = self.target.base_url.partition("?")
+        address = address.rstrip("/")
+        version = self.target.options.get("api_version")
+        if not query and version:
+            query = f"api-version={quote(str(version))}"
+        if address.endswith("/openai/v1"):
+            return f"{address}/chat/completions"
+        if "/deployments/" not in address and not address.endswith("/models"):
+            address = address.removesuffix("/openai")
+            if not query:
+                return f"{address}/openai/v1/chat/completions"
+            address = f"{address}/openai/deployments/{quote(call.model, safe='')}"
+        return f"{address}/chat/completions{'?' if query else ''}{query}"

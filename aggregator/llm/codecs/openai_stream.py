@@ -8,7 +8,6 @@ from msgspec import Struct, field
 
 from aggregator.llm.calls import ChatCall, Codec
 from aggregator.llm.codecs.failures import fault_in_event
-from aggregator.llm.codecs.lenient import read
 from aggregator.llm.codecs.openai_answers import (
     DECODER,
     Answer,
@@ -23,7 +22,7 @@ from aggregator.llm.codecs.openai_answers import (
     tool_call,
 )
 from aggregator.llm.codecs.sse import DONE, Event, EventReader
-from aggregator.llm.codecs.thinking import ThinkingFilter
+from aggregator.llm.codecs.wire import ThinkingFilter, read
 from aggregator.records import Completion, HTTPReply
 
 

@@ -1,0 +1,264 @@
+"""What a recorded cassette holds, as facts: totals, differences, what is wrong with it.
+
+Pure functions over rows and exchanges, beside `find_cassettes`; `aggregator cassette` prints what they return.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
+from aggregator.cassettes.keys import decode_json, raw_key
+from aggregator.cassettes.redaction import redact_body, redact_request, redact_text
+from aggregator.cassettes.secrets import (
+    PLACEHOLDER,
+    SHORTEST,
+    Needles,
+    is_secret_field,
+    is_secret_parameter,
+    needles_of,
+)
+from aggregator.errors import ConfigError
+
+SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+_SHARD = re.compile(r"(.*)\.[0-9a-f]{12}\.\d{4}")
+_SECRET_HEADERS = frozenset({"cookie", "set-cookie"})
+_KEYS_OF_NOTHING = frozenset({"idempotency-key", "x-idempotency-key", "sec-websocket-key"})
+_LARGEST_FIGURE = 1e15
+_CASSETTE = re.compile(
+    rb"""(?:^|[{,])\s*["']?(?:http_)?interactions["']?\s*:|^# aggregator-cassette|^- \{?"?request"?:""", re.MULTILINE
+)
+_HEAD = 4_096
+_USAGE_NAMES = {  # the provider's words, ours
+    "input": ("input_tokens", "prompt_tokens", "promptTokenCount"),
+    "output": ("output_tokens", "completion_tokens", "candidatesTokenCount"),
+}
+
+
+def find_cassettes(paths: Iterable[Path]) -> list[Path]:
+    """Return the cassettes that files and folders stand for; a cassette's further shards belong to its first.
+
+    What is no cassette is passed over in a folder. Raises ConfigError for a path that is not there.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files = (file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file())
+            found += (file for file in files if _is_first(file) and _looks_like_cassette(file))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ConfigError(f"expected a cassette or a folder of them, got {str(path)!r}, which is not there")
+    return list(dict.fromkeys(found))
+
+
+def _is_first(path: Path) -> bool:
+    """Say whether a file is a cassette's first shard, or one whose first is gone, which has to be told."""
+    shard = _SHARD.fullmatch(path.stem)
+    return shard is None or not path.with_name(f"{shard[1]}{path.suffix}").exists()
+
+
+def _looks_like_cassette(path: Path) -> bool:
+    """Say whether a file begins as a cassette does, or begins with nothing."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:  # whoever reads it tells why
+        return True
+    return not head.strip() or bool(_CASSETTE.search(head.removeprefix(b"\xef\xbb\xbf")))
+
+
+def model_of(exchange: Exchange) -> str:
+    """Return the model that was asked: what we noted, else what the request says, else ""."""
+    if exchange.facts.model:
+        return exchange.facts.model
+    model = _json_object(exchange.request.body).get("model")
+    if isinstance(model, str):
+        return model
+    named = re.search(r"/models/([^/:?]+)", exchange.request.url)  # Gemini's is in the path
+    return named[1] if named else ""
+
+
+def usage_of(exchange: Exchange) -> dict[str, int | float]:
+    """Return the tokens and cost of an exchange: what we noted, else what a JSON reply says of itself."""
+    if exchange.facts.usage:
+        return {name: amount for name, amount in exchange.facts.usage.items() if _is_figure(amount)}
+    reply = _json_object(exchange.reply.body)
+    usage = reply.get("usage") or reply.get("usageMetadata")
+    if not isinstance(usage, dict):
+        return {}
+    found = {
+        f"{side}_tokens": next((usage[name] for name in names if _is_figure(usage.get(name))), None)
+        for side, names in _USAGE_NAMES.items()
+    }
+    return {name: tokens for name, tokens in found.items() if tokens is not None}
+
+
+def _is_figure(amount: Any) -> bool:
+    """Say whether this is a number that can be summed and printed; another tool's file may hold any other."""
+    return isinstance(amount, int | float) and not isinstance(amount, bool) and 0 <= amount < _LARGEST_FIGURE
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = decode_json(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class Totals(Struct, frozen=True, kw_only=True):
+    """Sums over exchanges. Tokens and cost are sums of what is known; `unknown` counts answers that told none."""
+
+    exchanges: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    unknown: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+
+def totals_of(exchange: Exchange) -> Totals:
+    """Return one exchange as totals; an error status or no answer at all counts as failed."""
+    usage = usage_of(exchange)
+    return Totals(
+        exchanges=1,
+        failed=int(exchange.facts.error is not None or not 200 <= exchange.reply.status < 400),
+        input_tokens=int(usage.get("input_tokens", 0)),
+        output_tokens=int(usage.get("output_tokens", 0)),
+        cost=usage.get("cost", 0.0),
+        seconds=exchange.facts.ms / 1e3,
+        unknown=int(not usage),
+    )
+
+
+def tally(exchanges: Iterable[Exchange]) -> dict[tuple[str, str], Totals]:
+    """Return the totals of each (role, model), in their order."""
+    sums: dict[tuple[str, str], Totals] = {}
+    for exchange in exchanges:
+        group = (exchange.facts.role, model_of(exchange))
+        sums[group] = sums.get(group, Totals()) + totals_of(exchange)
+    return dict(sorted(sums.items()))
+
+
+def needles_from(environment: Mapping[str, str]) -> Needles:
+    """Return the values of variables with a secret's name: none of them may stand in a cassette; `test` is a word."""
+    return needles_of(
+        frozenset(value for name, value in environment.items() if is_secret_field(name) and len(value) >= SHORTEST)
+    )
+
+
+def secrets_in(exchange: Exchange, needles: Needles = ()) -> list[str]:
+    """Return the places that hold a secret: what the redaction would change, were the exchange written now."""
+    request, reply = exchange.request, exchange.reply
+    clean = redact_request(request, needles)
+    found = []
+    if clean.url != request.url:
+        found.append("the request's address")
+    if clean.body != request.body:
+        found.append("the request's body")
+    if redact_body(reply.body, needles)[0] != reply.body:
+        found.append("the answer's body")
+    for side, headers in (("request's", request.headers), ("answer's", reply.headers)):
+        found += [f"the {side} header {name}" for name, value in headers.items() if _is_secret(name, value, needles)]
+    if exchange.facts.error and redact_text(exchange.facts.error[1], needles) != exchange.facts.error[1]:
+        found.append("the recorded error")
+    return found
+
+
+def _is_secret(name: str, value: str, needles: Needles) -> bool:
+    lower = name.lower()
+    if value == PLACEHOLDER or lower in _KEYS_OF_NOTHING:
+        return False
+    is_named = lower in _SECRET_HEADERS or is_secret_parameter(lower)
+    return (is_named and value != "") or redact_text(value, needles) != value
+
+
+def too_old(exchange: Exchange, now: datetime, limit: timedelta) -> str | None:
+    """Say since when an exchange is too old; None for a fresh one. One of unknown age is not fresh."""
+    try:
+        recorded = datetime.fromisoformat(exchange.facts.at)
+    except ValueError:
+        return "recorded at an unknown time"
+    recorded = recorded if recorded.tzinfo else recorded.replace(tzinfo=UTC)
+    return f"recorded {(now - recorded).days} days ago" if now - recorded > limit else None
+
+
+def check(recording: Recording, *, needles: Needles, now: datetime, max_age: timedelta | None) -> list[str]:
+    """Return what is wrong with a cassette that could be read; the problems of an exchange name it."""
+    problems = [*recording.findings]
+    if recording.state == "open" and not problems:
+        problems.append("not closed: its recording was killed or still runs; record again to take it up")
+    for row in recording.rows:
+        exchange = row.exchange()
+        if not _is_as_written(row, exchange):
+            problems.append(f"{exchange_id(row)}: its key or its hash is not its own; it was edited: record again")
+        if places := secrets_in(exchange, needles):
+            problems.append(f"{exchange_id(row)}: a secret in {', '.join(places)}; revoke it, then record again")
+        if max_age is not None and (age := too_old(exchange, now, max_age)):
+            problems.append(f"{exchange_id(row)}: {age}; record again")
+    return problems
+
+
+def _is_as_written(row: Row, exchange: Exchange) -> bool:
+    """Say whether key and hash are the exchange's own; where the file's hash is right, a replay takes them on trust."""
+    request = exchange.request
+    return row.place.key == raw_key(request.method, request.url, request.body) and line_is_whole(row.line)
+
+
+def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:
+    """Return what no test plays: `unplayed` of a cassette that tests opened, all of one that none did (None)."""
+    if unplayed is None:
+        return ["no test plays it; delete it, or run its tests"]
+    return [f"{name}: no test plays it" for row in recording.rows if (name := exchange_id(row)) in unplayed]
+
+
+def render(exchange: Exchange) -> str:
+    """Return one exchange in full: our facts, then request and answer, JSON indented."""
+    request, reply, facts = exchange.request, exchange.reply, exchange.facts
+    known = {
+        "lineage": f"{facts.lineage or '-'} #{facts.ticket}.{facts.attempt}",
+        "role": facts.role,
+        "model": model_of(exchange) or "-",
+        "recorded": f"{facts.at or 'unknown'}, {facts.ms:.0f} ms",
+        "usage": ", ".join(f"{name} {amount:g}" for name, amount in usage_of(exchange).items()) or "unknown",
+    }
+    lines = [f"{name:<9} {text}" for name, text in known.items()]
+    lines += ["", f"{request.method} {request.url}", *_header_lines(request.headers), "", _pretty(request.body), ""]
+    if reply.status:
+        lines += [f"{reply.status} {reply.reason}", *_header_lines(reply.headers), "", _pretty(reply.body)]
+    if facts.error is not None:
+        lines.append(f"{facts.error[0]}: {facts.error[1]}")
+    return "\n".join(lines)
+
+
+def _header_lines(headers: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {value}" for name, value in headers.items()]
+
+
+def value_of(body: bytes) -> Any:
+    """Return a body as JSON, else as text, else as the bytes that it is."""
+    for decode in (decode_json, bytes.decode):
+        try:
+            return decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return body
+
+
+def _pretty(body: bytes) -> str:
+    value = value_of(body)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -1,0 +1,4 @@
+"""executors: where rollouts run.
+
+May import: adapters, guides, observing, llm and the rooms below them.
+"""

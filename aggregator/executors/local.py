@@ -1,0 +1,167 @@
+"""Run work over a batch: concurrently or one after the other, results always in sample order."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextvars import ContextVar, copy_context
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from aggregator.errors import is_own
+from aggregator.portal import Scope
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class AsyncExecutor:
+    """Runs at most `max_concurrency` items at once; synchronous functions run in threads, as many as that.
+
+    `max_concurrency=1` is one item after the other. Use it as an async context manager, which ends its threads.
+    """
+
+    def __init__(self, max_concurrency: int = 64) -> None:
+        self.max_concurrency = max_concurrency
+        self._threads: dict[int, _Threads] = {}
+        self._lock = threading.Lock()
+
+    async def map(self, work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item]) -> list[Result]:
+        """Return `[await work(item) for item in batch]`, computed concurrently."""
+        results: list[Any] = [None] * len(batch)
+        turns = iter(enumerate(batch))
+
+        async def take_turns() -> None:
+            for i, item in turns:
+                try:
+                    results[i] = await work(item)
+                except asyncio.CancelledError as error:
+                    if not is_own(error):
+                        raise
+                    raise RuntimeError("code of a run cancelled itself") from error  # a TaskGroup would hide it
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.max_concurrency, len(batch))):
+                    group.create_task(take_turns())
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        return results
+
+    async def finish(self, work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item]) -> list[Result]:
+        """Do as `map`, but where items raise finish what is under way: it is paid for. Then raise the earliest's error.
+
+        An error stops further items from being started. Interrupts are not waited for.
+        """
+        raised: dict[int, Exception] = {}
+
+        async def one(turn: tuple[int, Item]) -> Any:
+            if raised:
+                return None
+            try:
+                return await work(turn[1])
+            except Exception as error:  # noqa: BLE001 - raised below
+                raised[turn[0]] = error
+
+        results = await self.map(one, list(enumerate(batch)))
+        if raised:
+            raise raised[min(raised)]
+        return results
+
+    async def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run a synchronous function in a thread, with the caller's context variables.
+
+        Where the caller is cancelled the thread runs on, since nothing can stop it; the models that it asks are not
+        asked any more.
+        """
+        context, scope = copy_context(), Scope()
+        depth = context.run(_deeper)
+        future = self._threads_at(depth).submit(partial(context.run, scope.run, function, *args))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            scope.cancel()
+            raise
+
+    def _threads_at(self, depth: int) -> _Threads:
+        """Return the threads of one depth: a function that waits for another one never holds that one's thread."""
+        with self._lock:
+            if depth not in self._threads:
+                self._threads[depth] = _Threads(self.max_concurrency)
+            return self._threads[depth]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for threads in self._threads.values():
+            threads.end(wait=error is None)
+
+
+_depth: ContextVar[int] = ContextVar("aggregator_thread_depth", default=0)
+
+
+def _deeper() -> int:
+    """Count one more thread that waits for another."""
+    depth = _depth.get()
+    _depth.set(depth + 1)
+    return depth
+
+
+class _Threads:
+    """A pool of daemon threads: an agent that hangs in one does not keep the interpreter from ending."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def submit(self, work: Callable[[], Result]) -> Future[Result]:
+        """Run `work` in a thread, a new one where none is idle and the limit allows."""
+        future: Future[Result] = Future()
+        self._work.put((future, work))
+        with self._lock:
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._limit:
+                thread = threading.Thread(target=self._serve, name="aggregator-worker", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def _serve(self) -> None:
+        while (item := self._work.get()) is not None:
+            _fulfil(*item)
+            del item  # or the last result would live as long as the thread
+            self._idle.release()
+        self._work.put(None)  # for the next thread
+
+    def end(self, *, wait: bool) -> None:
+        """End the threads once they are idle, and wait for that if asked to."""
+        self._work.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+
+def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
+    """Do one piece of work that was not cancelled while it waited."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return one error of a group, an interrupt before others."""
+    flat = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in errors.exceptions]
+    return next((error for error in flat if not isinstance(error, Exception)), flat[0])

@@ -1,0 +1,4 @@
+"""simulation: the simulated model, served in process or over HTTP.
+
+May import: training and the rooms below it.
+"""

@@ -1,0 +1,288 @@
+"""The simulated model as an optimizer: it reads one example's feedback and proposes what would have made it right.
+
+In this order, as far as the parameters allow:
+
+- the text that the agent's model saw was cut short: a larger number for the parameter that speaks of length;
+- a rule would have matched but for case or punctuation: code that takes them off;
+- no rule covers the text: its most telling words become words of a rule for the expected answer, and words that misled
+  are taken out of other rules;
+- the expected answer is missing from a list of answers: it is added;
+- feedback that asks for more or less of something: a larger or smaller number.
+
+At a given rate it errs, as models do: a word that says nothing, another answer, far too large a number, code that does
+not parse.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import Struct
+
+from aggregator.simulation.aggregator import is_code
+from aggregator.simulation.language import (
+    COURTESY,
+    Rule,
+    answers,
+    bare,
+    bare_text,
+    layout,
+    mentions,
+    read_rules,
+    telling_words,
+)
+
+NEW_WORDS = 3
+"""How many words of one text a proposal makes rules of."""
+
+GROWTH = 1.7
+"""By what factor a length grows that cut the text."""
+
+LOWER = "{0} = {0}.lower()"
+TRIM = '{0} = " ".join(word.strip(".,;:!?()\'") for word in {0}.split())'
+"""Statements that take off case, and punctuation at the ends of words."""
+
+LONGER = re.compile(r"words|length|long|excerpt|limit|character|token|window|context|size", re.IGNORECASE)
+RULES = re.compile(r"instruct|rule|guid|prompt|polic", re.IGNORECASE)
+_WANTED = r"(?:expected|correct answer (?:is|was)|should (?:be|have been|say))\s*:?\s*"
+_EXPECTED = (
+    re.compile(_WANTED + r"['\"`](.+?)['\"`]", re.IGNORECASE),
+    re.compile(_WANTED + r"([\w-]+)", re.IGNORECASE),
+)
+_RIGHT = re.compile(r"^\s*(?:correct|right|exactly|well done|ok)\b", re.IGNORECASE)
+_MORE = re.compile(r"\b(?:too (?:low|small|few|short)|more|higher|increase|larger)\b", re.IGNORECASE)
+_LESS = re.compile(r"\b(?:too (?:high|large|many|big|long)|fewer|lower|decrease|smaller)\b", re.IGNORECASE)
+_BOUNDS = re.compile(r"(?P<end>\"minimum\":|\"maximum\":|>=|<=)\s*(?P<value>-?[\d.]+)")
+
+
+class Parameter(Struct, frozen=True):
+    """One parameter as the prompt describes it."""
+
+    name: str
+    value: Any
+    about: str = ""
+    minimum: float = float("-inf")
+    maximum: float = float("inf")
+
+
+class Case(Struct, frozen=True):
+    """What the prompt says about one example; `seen` is the text that the agent's model was shown."""
+
+    parameters: dict[str, Parameter]
+    seen: str = ""
+    cut: bool = False
+    output: str = ""
+    score: float | None = None
+    feedback: str = ""
+
+
+Proposed = dict[str, tuple[Any, str]]
+"""Component -> (new value, why)."""
+
+
+def propose(case: Case, draw: random.Random, *, wrong_rate: float) -> Proposed:
+    """Return what should change; nothing where the feedback says that the output is right."""
+    if (case.score is not None and case.score >= 1) or _RIGHT.match(case.feedback):
+        return {}
+    wrong = draw.random() < wrong_rate
+    proposed = _sound(case)
+    return _erring(case, proposed, draw) if wrong else proposed
+
+
+def expected_answer(feedback: str) -> str | None:
+    """Return the answer that feedback says it wanted.
+
+    >>> expected_answer('Expected "billing", got "sales".')
+    'billing'
+    """
+    return next((found[1].strip() for pattern in _EXPECTED if (found := pattern.search(feedback))), None)
+
+
+def bounds(kind: str) -> tuple[float, float]:
+    """Read the smallest and largest value from a parameter's type as the prompt words it.
+
+    >>> bounds('{"type":"integer","minimum":5,"maximum":80}')
+    (5.0, 80.0)
+    >>> bounds("int, >= 5, <= 80")
+    (5.0, 80.0)
+    """
+    found = {match["end"].strip('":'): float(match["value"]) for match in _BOUNDS.finditer(kind)}
+    smallest = found.get("minimum", found.get(">=", float("-inf")))
+    return smallest, found.get("maximum", found.get("<=", float("inf")))
+
+
+def _sound(case: Case) -> Proposed:
+    expected = expected_answer(case.feedback)
+    if expected is None:
+        return _scaled(case)
+    proposed = _listed(case, expected)
+    if case.cut and (longer := _longer(case)):
+        return proposed | longer
+    if (cleaned := _cleaned(case, expected)) and _code(case):
+        return proposed | cleaned
+    return proposed | _ruled(case, expected)
+
+
+def _of(case: Case, kind: Callable[[Any], bool], about: re.Pattern[str] | None = None) -> Parameter | None:
+    """Return the first parameter of a kind, one whose name or description fits before the others."""
+    fitting = [parameter for parameter in case.parameters.values() if kind(parameter.value)]
+    if about is None:
+        return fitting[0] if fitting else None
+    spoken = [p for p in fitting if about.search(f"{p.name} {p.about}")]
+    return spoken[0] if spoken else None
+
+
+def _code(case: Case) -> Parameter | None:
+    return _of(case, lambda value: isinstance(value, str) and is_code(value))
+
+
+def _text(case: Case) -> Parameter | None:
+    def plain(value: Any) -> bool:
+        return isinstance(value, str) and not is_code(value)
+
+    return _of(case, plain, RULES) or _of(case, plain)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _longer(case: Case) -> Proposed:
+    number = _of(case, _number, LONGER)
+    if number is None:
+        return {}
+    value = min(number.value * GROWTH + 1, number.maximum)
+    new = int(value) if isinstance(number.value, int) else value
+    why = f"The model was shown a text that breaks off after {len(case.seen.split())} words."
+    return {} if new == number.value else {number.name: (new, why)}
+
+
+def _scaled(case: Case) -> Proposed:
+    """Follow feedback that only says more or less: of the number it speaks of, else of the first."""
+    spoken = set(bare_text(case.feedback).split())
+    numbers = [parameter for parameter in case.parameters.values() if _number(parameter.value)]
+    named = [number for number in numbers if spoken & set(re.split(r"[\W_]+", number.name.lower()))]
+    number = next(iter(named or numbers), None)
+    factor = 1.5 if _MORE.search(case.feedback) else 0.5 if _LESS.search(case.feedback) else 1
+    if number is None or factor == 1:
+        return {}
+    value = max(number.minimum, min(number.maximum, number.value * factor))
+    new = round(value) if isinstance(number.value, int) else value
+    return {} if new == number.value else {number.name: (new, "The feedback asks for it.")}
+
+
+def _listed(case: Case, expected: str) -> Proposed:
+    """Add the expected answer to a list of answers that lacks it."""
+
+    def holds_answers(value: Any) -> bool:
+        return isinstance(value, list) and case.output in value and expected not in value
+
+    answers_list = _of(case, holds_answers)
+    if answers_list is None:
+        return {}
+    return {answers_list.name: ([*answers_list.value, expected], f"{expected!r} is an answer too.")}
+
+
+def _rules_for(case: Case, expected: str) -> list[str]:
+    text = _text(case)
+    rules = read_rules(text.value) if text else []
+    return [word for rule in rules if rule.answer == expected for word in rule.words]
+
+
+def _cleaned(case: Case, expected: str) -> Proposed:
+    """Take off case and punctuation where they alone keep a rule from matching."""
+    words = [word for word in _rules_for(case, expected) if not mentions(case.seen, word)]
+    hidden = [word for word in words if mentions(bare_text(case.seen), word)]
+    code = _code(case)
+    if not hidden or code is None:
+        return {}
+    source = _inserted(_inserted(code.value, LOWER), TRIM)
+    why = f"{hidden[0]!r} stands in the text, but for case or punctuation; the rule does not match it."
+    return {} if source == code.value else {code.name: (source, why)}
+
+
+def _inserted(source: str, statement: str) -> str:
+    r"""Put a statement about the function's last argument in front of its last return.
+
+    >>> print(_inserted("def f(x):\n    return x", "{0} = {0}.lower()"))
+    def f(x):
+        x = x.lower()
+        return x
+    """
+    signature = re.search(r"def \w+\((?P<arguments>[^)]*)\)", source)
+    names = re.findall(r"(\w+)\s*(?::[^,]+)?(?:,|$)", signature["arguments"]) if signature else []
+    lines = source.rstrip().split("\n")
+    at = max((i for i, line in enumerate(lines) if line.lstrip().startswith("return")), default=len(lines))
+    if not names or at == len(lines):
+        return source
+    indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
+    added = indent + statement.format(names[-1])
+    return source if added in lines else "\n".join([*lines[:at], added, *lines[at:]])
+
+
+def _ruled(case: Case, expected: str) -> Proposed:
+    """Make the text's most telling words, which no rule covers yet, words of a rule for the expected answer."""
+    text = _text(case)
+    if text is None:
+        return {}
+    rules = read_rules(text.value)
+    known = [bare(word) for rule in rules for word in rule.words]
+    misled = [word for rule in rules if rule.answer != expected for word in rule.words if mentions(case.seen, word)]
+    words = telling_words(case.seen, known)[:NEW_WORDS] or misled
+    if not words:
+        return {}
+    listing = ", ".join(words)
+    new = with_rule(without(text.value, misled), words, expected)
+    return {text.name: (new, f"A text with {listing} is one for {expected}.")}
+
+
+def without(text: str, words: list[str]) -> str:
+    """Take words out of the rules of a text, and rules that are left without any.
+
+    >>> without("refund, please -> billing", ["please"])
+    'refund -> billing'
+    """
+    lines = [
+        Rule(tuple(word for word in line.words if word not in words), line.answer) if isinstance(line, Rule) else line
+        for line in layout(text)
+    ]
+    return "\n".join(str(line) for line in lines if not isinstance(line, Rule) or line.words)
+
+
+def with_rule(text: str, words: list[str], answer: str) -> str:
+    r"""Add words to the rule of an answer, as a new line where there is none.
+
+    >>> with_rule("Be kind.\nrefund -> billing", ["invoice"], "billing")
+    'Be kind.\nrefund, invoice -> billing'
+    """
+    lines = layout(text)
+    for i, line in enumerate(lines):
+        if isinstance(line, Rule) and line.answer == answer:
+            new = tuple(word for word in words if word not in line.words)
+            lines[i] = Rule((*line.words, *new), answer)
+            return "\n".join(map(str, lines))
+    return "\n".join(map(str, [*lines, Rule(tuple(words), answer)]))
+
+
+def _erring(case: Case, proposed: Proposed, draw: random.Random) -> Proposed:
+    """Spoil a proposal in one of the ways that fit it."""
+    expected = expected_answer(case.feedback) or case.output
+    text = _text(case)
+    wrong: list[Proposed] = []
+    for name, (value, why) in proposed.items():
+        if _number(value):
+            wrong.append({name: (value * 20, why)})
+        elif isinstance(value, str) and is_code(value):
+            wrong.append({name: (value.replace("):", ")", 1).replace("->", "-", 1), why)})
+    if text is not None:
+        noise = draw.choice(COURTESY)
+        wrong.append({text.name: (with_rule(text.value, [noise], expected), f"{noise!r} looks telling.")})
+        others = [answer for answer in [*answers(read_rules(text.value)), case.output] if answer != expected]
+        words = telling_words(case.seen)[:NEW_WORDS]
+        if others and words:
+            other = draw.choice(others)
+            wrong.append({text.name: (with_rule(text.value, words, other), f"It sounds like {other}.")})
+    return draw.choice(wrong) if wrong else proposed

@@ -1,0 +1,173 @@
+"""Values as text for a prompt: bounded, and the same bytes in every run.
+
+No address, no order that depends on hashing: an object without a repr of its own is shown as `<ClassName>`, the items
+of a set are sorted. What was left out is said: `[... 120 more characters]`, `[... 3 more items]`,
+`[... nested deeper]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+VALUE_LIMIT = 2_000
+"""How many characters of one value are shown."""
+
+DEPTH_LIMIT = 6
+"""How many containers deep a value is shown."""
+
+
+def show(value: Any, limit: int = VALUE_LIMIT) -> str:
+    """Return a value as text of about `limit` characters at most.
+
+    >>> show({"k": [1, "a"], "none": None})
+    '{"k": [1, "a"], "none": null}'
+    >>> show(object())
+    '<object>'
+    """
+    if isinstance(value, str) and "\n" in value:
+        return cut(value, limit)
+    return _show(value, limit, DEPTH_LIMIT)
+
+
+def cut(text: str, limit: int) -> str:
+    """Return text cut at `limit` characters, saying how many are missing.
+
+    >>> cut("abcdef", 4)
+    'abcd [... 2 more characters]'
+    """
+    return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit} more characters]"
+
+
+def _show(value: Any, limit: int, depth: int) -> str:
+    kind = type(value)
+    if kind is str:
+        return _quoted(cut(value, limit))
+    if value is None or kind is bool:
+        return {None: "null", True: "true", False: "false"}[value]
+    if kind in (int, float):
+        return _number(value)
+    if hasattr(kind, "__shows_as__"):  # a parameter: its value
+        return _show(value.__shows_as__(), limit, depth)
+    if kind in (dict, list, tuple, set, frozenset):
+        return "[... nested deeper]" if depth == 0 else _container(value, limit, depth - 1)
+    return _object(value, limit)
+
+
+def _quoted(text: str) -> str:
+    """Quote as JSON does, and leave other letters than ASCII as they are."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = escaped.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return f'"{escaped}"'
+
+
+def _number(value: float) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an int of more digits than Python turns into text
+        return f"<int of {value.bit_length()} bits>"  # type: ignore[attr-defined]
+
+
+def _container(value: Any, limit: int, depth: int) -> str:
+    if isinstance(value, Mapping):
+        pairs = ((f"{_show(key, limit, depth)}: ", item) for key, item in value.items())
+        return f"{{{_items(pairs, len(value), limit, depth)}}}"
+    if isinstance(value, AbstractSet):
+        shown = sorted(_show(item, limit, depth) for item in value)
+        return f"{{{cut(', '.join(shown), limit)}}}"
+    opening, closing = ("(", ")") if isinstance(value, tuple) else ("[", "]")
+    return f"{opening}{_items((('', item) for item in value), len(value), limit, depth)}{closing}"
+
+
+def _items(items: Iterable[tuple[str, Any]], count: int, limit: int, depth: int) -> str:
+    shown: list[str] = []
+    left = limit
+    for prefix, item in items:
+        if left <= 0:
+            shown.append(f"[... {count - len(shown)} more items]")
+            break
+        text = prefix + _show(item, left, depth)
+        shown.append(text)
+        left -= len(text) + 2
+    return ", ".join(shown)
+
+
+def _object(value: Any, limit: int) -> str:
+    """Show an object by its own repr where its class has one that works, else by its class."""
+    name = f"<{type(value).__name__}>"
+    if getattr(type(value), "__repr__", None) is object.__repr__:
+        return name
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a broken repr of the agent's own class must not break the agent
+        return name
+    return cut(ADDRESS.sub("", text), limit)
+
+
+def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
+    """Return an exception as `ValueError: message`; a group as the errors in it, in an order that runs share.
+
+    >>> show_error(ValueError("no k"))
+    'ValueError: no k'
+    >>> show_error(ExceptionGroup("tasks", [ValueError("b"), ValueError("a")]))
+    'ExceptionGroup of ValueError: a; ValueError: b'
+    """
+    if isinstance(error, BaseExceptionGroup):
+        inside = sorted({show_error(part, limit) for part in error.exceptions})
+        return cut(f"{type(error).__name__} of {'; '.join(inside)}", limit)
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - as above: an exception class of the agent's own
+        message = ""
+    text = ADDRESS.sub("", message)
+    return cut(f"{type(error).__name__}: {text}" if text else type(error).__name__, limit)
+
+
+SHOWN = 80
+"""How many characters of a refused value an error shows."""
+
+
+ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
+"""Where an object lies in memory, as its repr tells: different in every run."""
+
+
+def shorten(value: Any, limit: int = SHOWN) -> str:
+    """Return a value as an error shows it: its repr without addresses, cut.
+
+    >>> shorten("x" * 200, 10)
+    "'xxxxxxxxx..."
+    """
+    try:
+        text = ADDRESS.sub("", repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value))
+    except RecursionError:
+        text = f"<{type(value).__name__}, nested too deep>"
+    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
+
+
+QUOTE_LIMIT = 240
+"""How many characters of a reply an error quotes."""
+
+_NAMES_SHOWN = 12
+
+
+def quote_ends(value: Any, limit: int = QUOTE_LIMIT) -> str:
+    """Quote a value for an error; a long text without its middle, since its beginning and end say most.
+
+    >>> quote_ends("abcdefgh", 4)
+    "'ab' ... 'gh' (8 characters)"
+    """
+    if isinstance(value, str) and len(value) > limit:
+        return f"{value[: limit // 2]!r} ... {value[-limit // 2 :]!r} ({len(value)} characters)"
+    return shorten(value, limit)
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Quote names for an error, twelve at most.
+
+    >>> list_names(["a", "b"])
+    "'a', 'b'"
+    """
+    shown = ", ".join(repr(name[:60]) for name in names[:_NAMES_SHOWN])
+    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")

@@ -1,0 +1,442 @@
+"""Trace's agents and optimizers through the yielding lock: nothing mixes, and the models are asked at once."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import random
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aggregator import ConfigError, Module, ParameterError, Rollout
+from aggregator.adapters.trace import TraceAgent, adapt
+from aggregator.agents.parameters import overriding, read, write
+from aggregator.cassettes.lineage import lineage
+from aggregator.errors import RateLimitError
+from aggregator.training.context import StepContext, step_context
+from aggregator.training.gates import improves_on_batch
+from aggregator.training.minibatch import Minibatch
+from aggregator.training.rules import majority
+
+DEPTH = 20
+
+
+class Node:
+    """Trace's node, as far as the adapter and an optimizer look at it: shared data, parents and feedback."""
+
+    def __init__(self, data: Any, name: str, parents: tuple[Node, ...] = ()) -> None:
+        self._data = data
+        self.name = name
+        self.parents = parents
+        self.feedback: list[str] = []
+        self.trainable = not parents
+        self.description = "[ParameterNode] How to answer."
+        self._constraint = "short"
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @property
+    def py_name(self) -> str:
+        return self.name.replace(":", "")
+
+
+class Agent:
+    """An agent of DEPTH traced operations over one shared parameter."""
+
+    def __init__(self, prompt: Any = "start") -> None:
+        self.prompt = Node(prompt, "prompt:0")
+
+    def parameters(self) -> list[Node]:
+        return [self.prompt]
+
+    def __call__(self, x: Any) -> Node:
+        if x == "fail":
+            error = ValueError("no answer")
+            error.exception_node = Node("no answer", "error:0", (self.prompt,))  # type: ignore[attr-defined]
+            raise error
+        node = self.prompt
+        for i in range(DEPTH):
+            node = Node(f"{self.prompt.data}/{x}", f"step:{i}", (node,))
+        return node
+
+
+class Optimizer:
+    """Trace's protocol: feedback goes onto shared nodes, and comes back into the prompt from there."""
+
+    def __init__(self, parameters: list[Node], llm: Any) -> None:
+        self.parameters = parameters
+        self.llm = llm
+        self.log: list[str] = []
+
+    def zero_feedback(self) -> None:
+        for node in self.parameters:
+            node.feedback = []
+
+    def backward(self, node: Node, feedback: str) -> None:
+        path = []
+        while node.parents:
+            path.append(node.data)
+            time.sleep(0)  # let others in, if nothing keeps them out
+            (node,) = node.parents
+        node.feedback.append(f"{feedback} after {len(set(path))} of {path[0] if path else ''}")
+
+    def step(self, bypassing: bool = False) -> dict[Node, Any]:
+        (node,) = self.parameters
+        time.sleep(0)
+        prompt = " & ".join(node.feedback)
+        suggestion = self.llm(messages=[{"role": "user", "content": prompt}])
+        update = self.construct_update_dict(suggestion)
+        self.log.append(prompt)
+        if not bypassing:
+            node._data = update[node]
+        return update
+
+    def construct_update_dict(self, suggestion: dict[str, Any]) -> dict[Node, Any]:
+        return {node: type(node.data)(suggestion[node.py_name]) for node in self.parameters}
+
+
+def echo(messages: list[dict[str, str]]) -> dict[str, str]:
+    """A model that proposes what it was shown."""
+    return {"prompt0": messages[0]["content"]}
+
+
+def right(i: int) -> str:
+    return f"feedback {i} after 1 of start/{i}"
+
+
+async def propose(agent: Any, optimizer: Any, i: Any) -> Any:
+    output = await agent(i)
+    rollout = Rollout(sample_id=int(i), output=output, feedback=f"feedback {i}", score=0.5)
+    return await optimizer.propose(rollout, optimizer.parameters)
+
+
+async def all_of(agent: Any, optimizer: Any, count: int) -> list[Any]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(propose(agent, optimizer, i)) for i in range(count)]
+    return [task.result() for task in tasks]
+
+
+async def test_no_prompt_holds_another_instances_work() -> None:
+    """Forced interleaving: 5 rounds of 32 instances, each prompt holds its own feedback and graph; 0 of 160 wrong."""
+    shuffle = random.Random(3)
+
+    def slow_echo(messages: list[dict[str, str]]) -> dict[str, str]:
+        time.sleep(shuffle.random() / 500)
+        return echo(messages)
+
+    plain = Agent()
+    agent, optimizer = adapt(plain, Optimizer(plain.parameters(), slow_echo))
+    wrong = 0
+    for _ in range(5):
+        proposals = await all_of(agent, optimizer, 32)
+        wrong += sum(proposal.values != {"prompt": right(i)} for i, proposal in enumerate(proposals))
+    assert wrong == 0
+    assert plain.prompt.data == "start"
+
+
+def test_without_the_lock_the_same_calls_do_mix() -> None:
+    """The fake is sensitive: the same interleaving on the bare optimizer mixes instances."""
+    plain = Agent()
+    together = threading.Barrier(8, timeout=30)
+
+    class Interleaved(Optimizer):
+        def backward(self, node: Node, feedback: str) -> None:
+            together.wait()
+            super().backward(node, feedback)
+            together.wait()
+
+    optimizer = Interleaved(plain.parameters(), echo)
+    prompts: dict[int, Any] = {}
+
+    def one(i: int) -> None:
+        mine = copy.copy(optimizer)
+        mine.zero_feedback()
+        mine.backward(plain(i), f"feedback {i}")
+        prompts[i] = mine.step(bypassing=True)[plain.prompt]
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(prompts[i] != right(i) for i in range(8))
+
+
+async def test_models_are_asked_at_once() -> None:
+    """8 samples wait for their model together: with 0.3 s each a step takes 0.3 s and the rest, not 2.4 s."""
+    together = threading.Barrier(8, timeout=30)
+
+    def waiting(messages: list[dict[str, str]]) -> dict[str, str]:
+        together.wait()  # passes only when all eight are here
+        return echo(messages)
+
+    plain = Agent()
+    agent, optimizer = adapt(plain, Optimizer(plain.parameters(), waiting))
+    proposals = await all_of(agent, optimizer, 8)
+    assert [proposal.values["prompt"] for proposal in proposals] == [right(i) for i in range(8)]
+
+
+async def test_a_candidate_is_tried_beside_the_current_values() -> None:
+    """Evaluations under different overrides at the same time each run on their own values; then all is as it was."""
+    plain = Agent()
+    agent, _ = adapt(plain, Optimizer(plain.parameters(), echo))
+
+    async def trial(value: str, x: int) -> Any:
+        with overriding(agent.parameters(), {"prompt": value}):
+            return await agent(x)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(trial(f"v{i % 3}", i)) for i in range(30)]
+    assert [task.result() for task in tasks] == [f"v{i % 3}/{i}" for i in range(30)]
+    assert plain.prompt.data == "start"
+
+
+class Buffer:
+    """Trace's FIFO buffer: kept in order, the oldest dropped."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.buffer: list[str] = []
+
+    def add(self, item: str) -> None:
+        self.buffer.append(item)
+        self.buffer = self.buffer[-self.size :]
+
+    def __iter__(self) -> Any:
+        return iter(self.buffer)
+
+
+@pytest.mark.parametrize(("name", "memory"), [("memory", Buffer(3)), ("buffer", [])])
+async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: Any) -> None:
+    """An optimizer's memory is the same for all instances of a step; what they add counts from the next step on.
+
+    OptoPrime keeps a buffer of fixed size in `memory`, OPRO a list in `buffer`.
+    """
+
+    class Remembering(Optimizer):
+        def step(self, bypassing: bool = False) -> dict[Node, Any]:
+            mine = getattr(self, name)
+            seen = " ".join(mine)
+            (mine.add if hasattr(mine, "add") else mine.append)(self.parameters[0].feedback[0].split()[1])
+            self.llm(messages=[{"role": "user", "content": ""}])
+            return {self.parameters[0]: f"saw {seen}"}
+
+    plain = Agent()
+    inner = Remembering(plain.parameters(), echo)
+    setattr(inner, name, memory)
+    agent, optimizer = adapt(plain, inner)
+    first = await all_of(agent, optimizer, 3)
+    assert [proposal.values for proposal in first] == [{"prompt": "saw "}] * 3
+    with step_context(StepContext(step=1)):
+        second = await all_of(agent, optimizer, 2)
+    assert [proposal.values for proposal in second] == [{"prompt": "saw 0 1 2"}] * 2
+    with step_context(StepContext(step=2)):
+        third = await all_of(agent, optimizer, 1)
+    assert third[0].values == {"prompt": "saw 2 0 1" if name == "memory" else "saw 0 1 2 0 1"}
+
+
+async def test_an_optimizer_sees_the_candidate_that_ran() -> None:
+    """Under an override the optimizer finds the candidate's value on the node, and the value in force stays."""
+
+    class Reading(Optimizer):
+        def step(self, bypassing: bool = False) -> dict[Node, Any]:
+            before = self.parameters[0]._data
+            self.llm(messages=[{"role": "user", "content": ""}])
+            return {self.parameters[0]: f"{before} and {self.parameters[0]._data}"}
+
+    plain = Agent()
+    agent, optimizer = adapt(plain, Reading(plain.parameters(), echo))
+
+    async def under(value: str) -> Any:
+        with overriding(agent.parameters(), {"prompt": value}), lineage(f"candidate={value}"):
+            return await propose(agent, optimizer, 1)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(under(f"v{i}")) for i in range(8)]
+    assert [task.result().values["prompt"] for task in tasks] == [f"v{i} and v{i}" for i in range(8)]
+    assert plain.prompt.data == "start"
+    assert len(optimizer._copies) == 8  # one memory each, though all are of one sample
+
+
+async def test_values_are_converted_by_our_types() -> None:
+    """Trace's `type(old)(new)` made True of "False"; a suggestion is taken as meant or refused with the reason."""
+    plain = Agent(prompt=True)
+    agent, optimizer = adapt(plain, Optimizer(plain.parameters(), lambda messages: {"prompt0": "False"}))
+    assert (await propose(agent, optimizer, 1)).values == {"prompt": False}
+    optimizer.optimizer.llm = lambda messages: {"prompt0": "perhaps"}
+    refused = await propose(agent, optimizer, 1)
+    assert (refused.values, refused.error) == ({}, "Expected `bool`, got 'perhaps' - at $.suggestion.prompt")
+
+
+async def test_code_that_does_not_compile_is_refused() -> None:
+    """A code parameter of Trace keeps its name and signature."""
+    plain = Agent("def route(self, x):\n    return x\n")
+    plain.prompt.name = "__code:7"
+    agent, _ = adapt(plain, Optimizer(plain.parameters(), echo))
+    (code,) = agent.parameters()
+    with pytest.raises(ParameterError, match="Expected Python source that parses"):
+        code.convert("def route(self, x):\n    retrn x")
+    assert code.convert("def route(self, x):\n    return 2 * x").endswith("2 * x\n")
+
+
+async def test_an_agents_failure_is_where_feedback_starts() -> None:
+    """An error that carries Trace's exception node is proposed for from there."""
+    plain = Agent()
+    agent, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
+    with pytest.raises(ValueError, match="no answer"):
+        await agent("fail")
+    proposal = await optimizer.propose(Rollout(sample_id=0, feedback="it failed"), optimizer.parameters)
+    assert proposal.values == {"prompt": "it failed after 1 of no answer"}
+
+
+async def test_what_goes_wrong_in_an_optimizer_is_one_instances_record() -> None:
+    """Any error of the optimizer's own is that proposal's; a lost call is raised as from every optimizer."""
+    plain = Agent()
+    agent, optimizer = adapt(plain, Optimizer(plain.parameters(), lambda messages: {}))
+    proposal = await propose(agent, optimizer, 1)
+    assert (proposal.values, proposal.error) == ({}, None)
+
+    def broken(messages: Any) -> Any:
+        raise RuntimeError("out of tune")
+
+    optimizer.optimizer.llm = broken
+    assert (await propose(agent, optimizer, 1)).error == "RuntimeError: out of tune"
+
+    def lost(messages: Any) -> Any:
+        raise RateLimitError("slow down", status=429)
+
+    optimizer.optimizer.llm = lost
+    with pytest.raises(RateLimitError):
+        await propose(agent, optimizer, 1)
+    optimizer.optimizer.llm = echo
+    assert (await propose(agent, optimizer, 1)).values == {"prompt": right(1)}
+
+
+async def test_an_output_that_is_no_node_is_said() -> None:
+    """Without a node there is no way back to the parameters."""
+    plain = Agent()
+    _, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
+    proposal = await optimizer.propose(Rollout(sample_id=0, output="text"), optimizer.parameters)
+    assert proposal.error == "the output is not one node of Trace, so no feedback can reach the parameters"
+
+
+def test_native_agents_and_optimizers_stay_as_they_are() -> None:
+    """`adapt` changes nothing that is not Trace's, and refuses a Trace optimizer for another agent."""
+    native = Module()
+    assert adapt(native, None) == (native, None)
+    with pytest.raises(ConfigError, match="Expected an agent with parameters of Trace for Optimizer, got Module"):
+        adapt(native, Optimizer([], echo))
+    with pytest.raises(ConfigError, match="an optimizer of the agent's own parameters, got other:0"):
+        adapt(Agent(), Optimizer([Node(1, "other:0")], echo))
+
+
+def test_parameters_are_ours(tmp_path: Path) -> None:
+    """Names do not count what else was made; values are read, written, saved and loaded as any agent's."""
+    plain = Agent()
+    plain.prompt.name = "prompt:17"
+    agent = TraceAgent(plain)
+    (prompt,) = agent.parameters()
+    assert prompt.describe() == {
+        "value": "start",
+        "type": "str",
+        "description": "How to answer.",
+        "constraint": "short",
+    }
+    assert prompt.name == "prompt"
+    write([prompt], {"prompt": "new"})
+    assert plain.prompt.data == "new"
+    agent.save(tmp_path / "agent.json")
+    plain.prompt._data = "lost"
+    agent.load(tmp_path / "agent.json")
+    assert read(agent.parameters()) == {"prompt": "new"}
+
+
+def opto(module: str) -> Any:
+    """Return a module of Trace, or skip; importing it warns of much that is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(module, reason="the extra `trace` (trace-opt) is not installed")
+
+
+def number_in(text: str) -> str:
+    return text.partition("feedback <")[2].partition(">")[0]
+
+
+def real_model(messages: Any, **_: Any) -> Any:
+    """A model in OpenAI's shape that proposes the number of the instance it was shown, and keeps the prompt."""
+    time.sleep(0.001)
+    suggestion = {"reasoning": "", "suggestion": {"prompt0": f"p{number_in(messages[-1]['content'])}"}}
+    text = json.dumps({**suggestion, "prompt": messages[-1]["content"]})
+    real_model.prompts.append(messages[-1]["content"])  # type: ignore[attr-defined]
+    return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=text))])
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_the_real_optoprime_does_not_mix_instances() -> None:
+    """Trace's own agent and OptoPrime from PyPI: 5 times 32 instances at once, each prompt is its instance's alone.
+
+    The prompts of all rounds are the same bytes: no counter of Trace's registry, which does not grow, stands in them.
+    """
+    trace, optimizers = opto("opto.trace"), opto("opto.optimizers")
+
+    @trace.model
+    class Real:
+        def __init__(self) -> None:
+            self.prompt = trace.node("start", name="prompt", trainable=True)
+
+        @trace.bundle()  # type: ignore[untyped-decorator]
+        def step(self, state: Any, prompt: Any) -> Any:
+            """Do one step."""
+            return f"{prompt}/{state}"
+
+        def forward(self, x: Any) -> Any:
+            for _ in range(10):
+                x = self.step(x, self.prompt)
+            return x
+
+    real: Any = Real()
+    agent, optimizer = adapt(real, optimizers.OptoPrime(real.parameters(), llm=real_model))
+
+    async def one(i: int) -> Any:
+        output = await agent(f"in{i}x")
+        seen = Rollout(sample_id=i, output=output, feedback=f"feedback <{i}>")
+        return await optimizer.propose(seen, optimizer.parameters)
+
+    rounds = []
+    registered = len(trace.nodes.GRAPH)
+    for _ in range(5):
+        real_model.prompts = []  # type: ignore[attr-defined]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(i)) for i in range(32)]
+        assert [task.result().values for task in tasks] == [{"prompt": f"p{i}"} for i in range(32)]
+        prompts: list[str] = sorted(real_model.prompts, key=number_in)  # type: ignore[attr-defined]
+        assert [[i for i in range(32) if f"in{i}x" in text] for text in prompts] == [
+            [int(number_in(text))] for text in prompts
+        ]
+        rounds.append(prompts)
+    assert rounds == [rounds[0]] * 5
+    assert len(trace.nodes.GRAPH) == registered
+    assert real.prompt.data == "start"
+
+
+def test_the_training_loop_runs_on_a_trace_agent() -> None:
+    """The trainer takes the adapted pair as any other: rollouts, proposals, rule and gate, to a changed parameter."""
+    plain = Agent("bad")
+    agent, optimizer = adapt(plain, Optimizer(plain.parameters(), lambda messages: {"prompt0": "good"}))
+
+    def guide(x: Any, output: str, info: Any) -> tuple[float, str]:
+        return float(output == f"good/{x}"), "say good"
+
+    trainer = Minibatch(agent, optimizer, rule=majority, gate=improves_on_batch(), observers=())
+    result = trainer.train(guide, {"inputs": [0, 1, 2, 3], "infos": [None] * 4}, batch_size=4, test_dataset=[(7, None)])
+    assert result.test_scores == [0.0, 1.0]
+    assert plain.prompt.data == "good"

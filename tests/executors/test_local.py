@@ -1,0 +1,101 @@
+"""Concurrency, order and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+
+from aggregator.executors.local import AsyncExecutor
+
+
+async def test_results_stand_in_sample_order_whatever_finishes_first() -> None:
+    """The last item finishes first, the results keep the order of the batch."""
+    async with AsyncExecutor() as executor:
+        finished: list[int] = []
+
+        async def work(i: int) -> int:
+            for _ in range(10 - i):
+                await asyncio.sleep(0)
+            finished.append(i)
+            return i * i
+
+        assert await executor.map(work, list(range(10))) == [i * i for i in range(10)]
+    assert finished != sorted(finished)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 64])
+async def test_at_most_max_concurrency_run_at_once(limit: int) -> None:
+    """max_concurrency bounds how many items are under way; 1 is one after the other."""
+    running, most = 0, 0
+
+    async def work(i: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    async with AsyncExecutor(limit) as executor:
+        await executor.map(work, list(range(10)))
+    assert most == min(limit, 10)
+
+
+async def test_what_is_under_way_is_finished_before_an_error_is_raised() -> None:
+    """No further item is begun, none is cut off, and the error is that of the earliest item, not of the first one."""
+    begun: list[int] = []
+    finished: list[int] = []
+
+    async def work(i: int) -> None:
+        begun.append(i)
+        for _ in range(9 - i):
+            await asyncio.sleep(0)
+        if i in {1, 3}:
+            raise ValueError(f"item {i}")
+        finished.append(i)
+
+    async with AsyncExecutor(5) as executor:
+        with pytest.raises(ValueError, match="item 1"):
+            await executor.finish(work, list(range(8)))
+        assert sorted(begun) == [0, 1, 2, 3, 4, 5]  # 5 took the turn of 4, which was done before 3 raised
+        assert sorted(finished) == [0, 2, 4, 5]
+        assert await executor.finish(asyncio.sleep, [0, 0]) == [None, None]
+
+
+async def test_sync_functions_run_together_with_the_callers_context() -> None:
+    """Sixteen synchronous calls wait for one another: they need sixteen threads, and see the caller's variables."""
+    variable = contextvars.ContextVar[int]("variable", default=-1)
+    barrier = threading.Barrier(16, timeout=20)
+
+    def work() -> int:
+        barrier.wait()
+        return variable.get()
+
+    async with AsyncExecutor(16) as executor:
+
+        async def one(i: int) -> int:
+            variable.set(i)
+            return await executor.call(work)
+
+        assert await executor.map(one, list(range(16))) == list(range(16))
+
+
+async def test_an_error_leaves_alone_not_in_a_group() -> None:
+    """The first error is raised as itself; the others are cancelled."""
+    cancelled: list[int] = []
+
+    async def work(i: int) -> None:
+        if i == 1:
+            raise ValueError("one")
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.append(i)
+            raise
+
+    async with AsyncExecutor() as executor:
+        with pytest.raises(ValueError, match="one"):
+            await executor.map(work, [0, 1, 2])
+    assert sorted(cancelled) == [0, 2]

@@ -1,0 +1,118 @@
+"""Values as text: no addresses, no hash order, bounded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import Struct
+
+from aggregator import Module, ParameterNode
+from aggregator.text import cut, show, show_error
+
+
+class Plain:
+    pass
+
+
+class Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+class Holder:
+    def __repr__(self) -> str:
+        return f"Holder({object()!r})"
+
+
+class Point(Struct):
+    x: Any
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a", '"a"'),
+        ('a "quoted" \\ tab\t', '"a \\"quoted\\" \\\\ tab\\t"'),
+        ("two\nlines", "two\nlines"),
+        ("é", '"é"'),
+        (None, "null"),
+        (True, "true"),
+        (1.5, "1.5"),
+        ([1, ["a\nb"]], '[1, ["a\\nb"]]'),
+        ((1,), "(1)"),
+        ({"b": {1: None}}, '{"b": {1: null}}'),
+        ({"b", "a"}, '{"a", "b"}'),
+        (Plain(), "<Plain>"),
+        ([Plain()], "[<Plain>]"),
+        (Broken(), "<Broken>"),
+        (Holder(), "Holder(<object>)"),
+        (Module(), "<Module>"),
+        (ParameterNode(3), "3"),
+        (Point(1), "Point(x=1)"),
+        (Point(Plain()), "Point(x=<test_text.Plain>)"),
+        (b"ab", "b'ab'"),
+    ],
+)
+def test_values_are_shown_without_addresses(value: Any, text: str) -> None:
+    """The same value is the same text in every run."""
+    assert show(value) == text
+
+
+def test_a_huge_int_is_shown_by_its_size() -> None:
+    """Python does not turn more than 4300 digits into text."""
+    assert show(10**5000) == "<int of 16610 bits>"
+
+
+def test_sets_do_not_follow_the_hash_seed() -> None:
+    """Two processes with different hash seeds show one text."""
+    script = "from aggregator.text import show; print(show({'x' * i for i in range(9)}))"
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1
+
+
+def test_what_is_left_out_is_said() -> None:
+    """Long texts, many items and deep nests are cut with a marker that says how much."""
+    assert show("x" * 30, 10) == f'"{"x" * 10} [... 20 more characters]"'
+    assert show(list(range(100)), 10) == "[0, 1, 2, 3, [... 96 more items]]"
+    assert show([[[[[[[1]]]]]]]) == "[[[[[[[... nested deeper]]]]]]]"
+    assert cut("ab", 2) == "ab"
+
+
+def test_a_list_that_holds_itself_ends() -> None:
+    """A cycle ends at the depth limit."""
+    loop: list[Any] = []
+    loop.append(loop)
+    assert "[... nested deeper]" in show(loop)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.recursive(
+        st.text() | st.integers(),
+        lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=9), inner),
+    )
+)
+def test_the_bound_holds(value: Any) -> None:
+    """No value takes more than a small multiple of the limit."""
+    assert len(show(value, 50)) < 500
+
+
+def test_errors_are_shown_by_class_and_message() -> None:
+    """An error's text has no address and survives an exception class whose str fails."""
+
+    class OddError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert show_error(OddError()) == "OddError"
+    assert show_error(ValueError(f"at {Plain()!r}")) == "ValueError: at <test_text.Plain>"
