@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from aggregator.records import Completion, Decision, HTTPReply, HTTPRequest, Proposal, Sample, Values
+from aggregator.records import (
+    Completion,
+    Decision,
+    HTTPReply,
+    HTTPRequest,
+    Proposal,
+    Rollout,
+    RolloutTask,
+    Sample,
+    Values,
+)
 
 
 @runtime_checkable
@@ -50,11 +60,82 @@ class Gate(Protocol):
         ...
 
 
-class Executor(Protocol):
-    """Runs work over a batch."""
+class Parameter(Protocol):
+    """One trainable part of an agent: a value with a type and a way to store a new one."""
 
-    async def map(self, work: Callable[[Sample], Awaitable[Any]], batch: Sequence[Sample]) -> list[Any]:
-        """Return the results in sample order, whatever finishes first."""
+    @property
+    def name(self) -> str:
+        """The name, unique within the agent."""
+        ...
+
+    @property
+    def value(self) -> Any:
+        """The current value."""
+        ...
+
+    @property
+    def type(self) -> Any:
+        """The type that a new value must have."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What the value is for, shown to the optimizer; "" if nothing is known."""
+        ...
+
+    @property
+    def constraint(self) -> Any:
+        """A text for the optimizer or a predicate on the value; None for no constraint."""
+        ...
+
+    def convert(self, raw: Any) -> Any:
+        """Return a suggested value as one of this parameter's type; raises ParameterError."""
+        ...
+
+    def store(self, value: Any) -> None:
+        """Write a value back to the program that the parameter belongs to."""
+        ...
+
+
+class Agent(Protocol):
+    """What is trained: it offers parameters and runs instances.
+
+    `isolation` says how concurrent candidates are kept apart: "overlay" (values are laid over the parameters per
+    context), "copy" (each candidate runs on its own copy) or "serial" (one candidate at a time). `max_concurrency` is
+    the agent's own limit; None leaves it to the executor.
+    """
+
+    isolation: Literal["overlay", "copy", "serial"]
+    max_concurrency: int | None
+
+    def parameters(self) -> Sequence[Parameter]:
+        """Return the parameters, those that may change."""
+        ...
+
+    def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
+        """Run the tasks and yield (index, rollout) as each ends; with guide None the agent scores itself."""
+        ...
+
+
+class RolloutWork(Protocol):
+    """What an executor runs: `await work(task)`. A remote one sends `agent` and `guide` once per worker."""
+
+    agent: Any
+    guide: Any
+
+    async def __call__(self, task: RolloutTask) -> Rollout:
+        """Run one task on `agent` and judge the output with `guide`."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs rollouts, in this process or elsewhere."""
+
+    async def map(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[Rollout]:
+        """Return the rollouts in the order of the tasks.
+
+        Raises only what ends a run, after the work in flight has ended: the error of the earliest task that has one.
+        """
         ...
 
 

@@ -193,8 +193,25 @@ class Failure(Struct, frozen=True, kw_only=True):
     infrastructure: bool = False
 
 
+class RolloutTask(Struct, frozen=True, kw_only=True):
+    """One rollout to run, as plain data: what an executor moves to where the agent is.
+
+    `values` are laid over the parameters for this rollout only, `lineage` and `role` name its calls on the tape.
+    `capture` asks for the transcript. `repeat` counts rollouts of one sample; 0 adds no part to the lineage.
+    `min_score` is the score of an instance on which the agent itself fails.
+    """
+
+    sample: Sample
+    values: Values = {}
+    lineage: tuple[str, ...] = ()
+    role: Role = "agent"
+    capture: bool = True
+    repeat: int = 0
+    min_score: float | None = None
+
+
 class Rollout(Struct, frozen=True, kw_only=True):
-    """One instance run through the agent and judged by the guide. `score` is None where nothing can be said."""
+    """One instance run through the agent and judged by the guide. `score` is None if the instance was not judged."""
 
     sample_id: int
     output: Any = None
