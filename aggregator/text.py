@@ -1,16 +1,21 @@
-"""Values as text for a prompt: bounded, and the same bytes in every run.
+"""Values as text: bounded, and the same bytes in every run.
 
-No address, no order that depends on hashing: an object without a repr of its own is shown as `<ClassName>`, the items
-of a set are sorted. What was left out is said: `[... 120 more characters]`, `[... 3 more items]`,
+For prompts: `show`, `cut`, `one_line`, `as_text`. For errors: `shorten`, `quote_ends`, `list_names`. For comparison:
+`canonical_json`, `json_changes`. For replies: `fenced_blocks`, `strip_fence`.
+
+No address and no order that depends on hashing is shown: an object without a repr of its own is `<ClassName>`, the
+items of a set are sorted. Omissions are marked: `[... 120 more characters]`, `[... 3 more items]`,
 `[... nested deeper]`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
+
+import msgspec
 
 VALUE_LIMIT = 2_000
 """How many characters of one value are shown."""
@@ -39,6 +44,50 @@ def cut(text: str, limit: int) -> str:
     'abcd [... 2 more characters]'
     """
     return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit} more characters]"
+
+
+def clip(text: str, limit: int) -> str:
+    """Return text cut at `limit` characters, three dots in place of the rest.
+
+    >>> clip("abcdef", 4)
+    'abcd...'
+    """
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def one_line(text: str, limit: int) -> str:
+    r"""Return text on one line of at most `limit` characters, the dots included.
+
+    >>> one_line("a  b\nc", 80), one_line("abcdefgh", 6)
+    ('a b c', 'abc...')
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= limit else clip(line, limit - 3)
+
+
+def readable(value: Any) -> str:
+    """Return a float with four digits, "-" for None, and everything else as it is.
+
+    >>> readable(0.333333333), readable(None), readable("x")
+    ('0.3333', '-', 'x')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_text(value: Any) -> str:
+    """Return a string as it is, and anything else as JSON or, where JSON cannot carry it, as its repr.
+
+    >>> as_text("a"), as_text({"a": 1})
+    ('a', '{"a":1}')
+    """
+    if isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError):
+        return f"<{type(value).__name__}>" if ADDRESS.search(repr(value)) else repr(value)
 
 
 def _show(value: Any, limit: int, depth: int) -> str:
@@ -143,7 +192,7 @@ def shorten(value: Any, limit: int = SHOWN) -> str:
         text = ADDRESS.sub("", repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value))
     except RecursionError:
         text = f"<{type(value).__name__}, nested too deep>"
-    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
+    return text if len(text) <= limit + 2 else clip(text, limit)
 
 
 QUOTE_LIMIT = 240
@@ -171,3 +220,66 @@ def list_names(names: Sequence[str]) -> str:
     """
     shown = ", ".join(repr(name[:60]) for name in names[:_NAMES_SHOWN])
     return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+
+
+def canonical_json(value: Any, hook: Callable[[Any], Any] | None = None) -> bytes:
+    """Encode a value with sorted keys and no white space; `hook` encodes what JSON cannot carry.
+
+    Equal values give equal bytes, and 1, 1.0 and True stay three values. Raises TypeError for what cannot be encoded,
+    UnicodeEncodeError for a lone surrogate.
+
+    >>> canonical_json({"b": 1, "a": [1.0, True]})
+    b'{"a":[1.0,true],"b":1}'
+    """
+    return _encode(value) if hook is None else msgspec.json.encode(value, enc_hook=hook, order="deterministic")
+
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
+"""Stands for a value that one side of `json_changes` does not have."""
+
+
+def json_changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, value before, value after) for each difference of two JSON values; MISSING where there is none.
+
+    >>> list(json_changes({"a": [1, 2], "b": 1}, {"a": [1, 3]}))
+    [('a[1]', 2, 3), ('b', 1, nothing)]
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in {**before, **after}:
+            inner = f"{path}.{name}" if path else name
+            yield from json_changes(before.get(name, MISSING), after.get(name, MISSING), inner)
+    elif isinstance(before, list) and isinstance(after, list):
+        for i in range(max(len(before), len(after))):
+            old, new = (side[i] if i < len(side) else MISSING for side in (before, after))
+            yield from json_changes(old, new, f"{path}[{i}]")
+    elif before != after or type(before) is not type(after):
+        yield path, before, after
+
+
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
+
+
+def fenced_blocks(text: str) -> list[str]:
+    r"""Return the content of each Markdown fence in a text.
+
+    >>> fenced_blocks('It is:\n```json\n{"a": 1}\n```')
+    ['{"a": 1}']
+    """
+    return _FENCE.findall(text)
+
+
+_OPENING = re.compile(r"```[ \t]*(?:[\w+#.-]*[ \t]*\n|json\b)?")
+
+
+def strip_fence(text: str) -> str:
+    r"""Return the content of the Markdown fence around a whole text, or a text without one as it is.
+
+    >>> strip_fence("```python\n  def f():\n    return 1\n```"), strip_fence('```json {"a": 1}```')
+    ('  def f():\n    return 1', ' {"a": 1}')
+    """
+    body = text.strip()
+    if len(body) < 6 or not (body.startswith("```") and body.endswith("```")):
+        return text
+    return _OPENING.sub("", body[:-3], count=1).removesuffix("\n")

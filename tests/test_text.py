@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from aggregator import Module, ParameterNode
-from aggregator.text import cut, show, show_error
+from aggregator.text import MISSING, canonical_json, cut, json_changes, show, show_error, strip_fence
 
 
 class Plain:
@@ -116,3 +116,40 @@ def test_errors_are_shown_by_class_and_message() -> None:
 
     assert show_error(OddError()) == "OddError"
     assert show_error(ValueError(f"at {Plain()!r}")) == "ValueError: at <test_text.Plain>"
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("plain", "plain"),
+        ("```json\n{}\n```", "{}"),
+        ("```\n  a\n  b\n```\n", "  a\n  b"),
+        ('```json\n{"a": 1}```', '{"a": 1}'),
+        ("``````", ""),
+        ("```", "```"),
+        ("```a", "```a"),
+        ("x ```json\n{}\n```", "x ```json\n{}\n```"),
+    ],
+)
+def test_the_fence_around_a_whole_text_is_removed(text: str, inside: str) -> None:
+    """Only a fence around all of it; text in front of it or an unclosed fence stays."""
+    assert strip_fence(text) == inside
+
+
+def test_canonical_json_keeps_values_apart_that_python_calls_equal() -> None:
+    """Key order does not count; 1, 1.0 and True are three values; a hook encodes other objects."""
+    assert canonical_json({"b": 1, "a": 2}) == canonical_json({"a": 2, "b": 1})
+    assert len({canonical_json(value) for value in (1, 1.0, True)}) == 3
+    assert canonical_json({"x": Plain}, hook=lambda _: "P") == b'{"x":"P"}'
+
+
+def test_json_changes_name_every_difference_with_its_path() -> None:
+    """Missing keys and items, other types, and values inside."""
+    changes = list(json_changes({"a": [1, {"b": 2}], "c": 1, "d": 0}, {"a": [1, {"b": 3}, 4], "c": True, "e": None}))
+    assert changes == [
+        ("a[1].b", 2, 3),
+        ("a[2]", MISSING, 4),
+        ("c", 1, True),
+        ("d", 0, MISSING),
+        ("e", MISSING, None),
+    ]

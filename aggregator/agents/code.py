@@ -17,6 +17,7 @@ from typing import Any
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError, ParameterError
+from aggregator.text import strip_fence
 
 SOURCE_LIMIT = 100_000
 """How many characters a source may have."""
@@ -103,10 +104,7 @@ def plain_source(source: str) -> str:
     >>> plain_source("```python\n  def f():\n    return 1\n```")
     'def f():\n  return 1\n'
     """
-    lines = source.strip().split("\n")
-    if len(lines) > 1 and lines[0].startswith("```") and lines[-1].strip() == "```":
-        source = "\n".join(lines[1:-1])
-    return dedent(source).strip("\r\n").rstrip() + "\n"
+    return dedent(strip_fence(source)).strip("\r\n").rstrip() + "\n"
 
 
 def check_source(source: str, *, like: str, where: str = "") -> None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from os import PathLike
-from threading import get_ident
 from types import new_class
 from typing import Any, TypeVar
 
@@ -20,6 +18,7 @@ from aggregator.agents.bundles import CODE, operation_of
 from aggregator.agents.parameters import ParameterNode, index, read, write
 from aggregator.agents.values import carried_by_json, describe_type
 from aggregator.errors import ConfigError, ParameterError
+from aggregator.files import write_atomically
 from aggregator.records import Values
 
 FORMAT = "aggregator-parameters"
@@ -54,36 +53,20 @@ def write_artefact(
         text = msgspec.json.format(msgspec.json.encode(artefact), indent=2) + b"\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(f"Expected values and provenance that JSON can carry, got {error}") from None
-    target = os.fspath(path)
-    temporary = f"{target}.{os.getpid()}.{get_ident()}.tmp"  # whoever else saves here at this moment has its own
     try:
-        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)  # noqa: PTH103, PTH120 - as below
-        with open(temporary, "wb") as file:  # noqa: PTH123 - pathlib would be one more import in production
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)  # noqa: PTH105 - as above
+        write_atomically(path, text)
     except OSError as error:
-        _remove(temporary)
         raise ParameterError(
-            f"Expected a path to save the parameters to, got {error.strerror} - at {target}; "
+            f"Expected a path to save the parameters to, got {error.strerror} - at {os.fspath(path)}; "
             "free some space, make the folder writable, or choose another file"
         ) from error
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: str) -> None:
-    with suppress(OSError):
-        os.unlink(path)  # noqa: PTH108 - as above
 
 
 def read_artefact(path: str | os.PathLike[str]) -> Artefact:
     """Return the content of a file that `write_artefact` wrote; raises ParameterError and says what to do."""
     remedy = "save the agent again with Module.save"
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - as above
+        with open(path, "rb") as file:  # noqa: PTH123 - pathlib would be one more import in production
             text = file.read()
     except OSError as error:
         raise ParameterError(f"Expected a file of parameters, got {error.strerror} - at {path}; {remedy}") from error

@@ -19,7 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from aggregator.records import Completion
-from aggregator.text import cut, show, show_error
+from aggregator.text import cut, one_line, show, show_error
 
 WORDS_SHOWN = 60
 """How many characters of one value a box holds."""
@@ -91,12 +91,7 @@ def _label(item: Span | LLMCall) -> Iterator[str]:
         yield item.name
         facts = [*item.inputs, *([item.outcome] if item.outcome else [])]
     for key, value in facts:
-        yield f"{key} = {_brief(value)}"
-
-
-def _brief(value: str) -> str:
-    line = " ".join(value.split())
-    return line if len(line) <= WORDS_SHOWN else line[: WORDS_SHOWN - 3] + "..."
+        yield f"{key} = {one_line(value, WORDS_SHOWN)}"
 
 
 def _failed(item: Span | LLMCall) -> bool:

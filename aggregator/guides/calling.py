@@ -7,6 +7,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from aggregator.checks import is_async
 from aggregator.errors import GuideError
 
 Call = Callable[..., Awaitable[Any]]
@@ -25,7 +26,7 @@ async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None
     itself raises is passed on.
     """
     function = getattr(guide, "get_feedback", guide)
-    if call is None or getattr(guide, "instant", False) or _is_async(function):
+    if call is None or getattr(guide, "instant", False) or is_async(function):
         answer = function(x, output, info)
     else:
         answer = await call(function, x, output, info)
@@ -72,7 +73,3 @@ def _unusable(guide: Any, got: str) -> GuideError:
     return GuideError(
         f"Expected a score or (score, feedback), the score a finite number, from the guide {name}, got {got}"
     )
-
-
-def _is_async(function: Any) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import GuideError
 from aggregator.protocols import ChatModel
-from aggregator.text import shorten
+from aggregator.text import as_text, shorten, strip_fence
 
 JUDGE_SYSTEM_PROMPT = """\
 You judge the output of an LLM agent. You are shown the input it was given, its output and, where there is one, the \
@@ -115,9 +115,9 @@ def judge_messages(
     system_prompt: str = JUDGE_SYSTEM_PROMPT,
 ) -> list[dict[str, str]]:
     """Return the messages that ask for a verdict; the same facts give the same bytes."""
-    sections = [("Criteria", criteria), ("Input", _shown(x)), ("Output", _shown(output))]
+    sections = [("Criteria", criteria), ("Input", as_text(x)), ("Output", as_text(output))]
     if info is not None:
-        sections.append(("Reference", _shown(info)))
+        sections.append(("Reference", as_text(info)))
     user = "\n\n".join(f"#{heading}\n{text}" for heading, text in sections)
     return [{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]
 
@@ -149,9 +149,7 @@ def _inside(text: str) -> str:
     body = text.strip()
     if body.startswith("<think>"):
         body = body.partition("</think>")[2].strip()
-    if body.startswith("```") and body.endswith("```"):
-        body = body.removeprefix("```").removeprefix("json").removesuffix("```").strip()
-    return body
+    return strip_fence(body).strip()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,13 +159,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, strict=False)
-
-
-def _shown(value: Any) -> str:
-    """Write a value as text: a string as it is, JSON where it can be."""
-    if isinstance(value, str):
-        return value
-    try:
-        return msgspec.json.encode(value).decode()
-    except (TypeError, ValueError):
-        return f"<{type(value).__name__}>" if " at 0x" in repr(value) else repr(value)

@@ -1,0 +1,77 @@
+"""Checks of arguments: what a number, a count or a function is, and the errors for anything else."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any, TypeGuard
+
+from aggregator.errors import ConfigError
+
+
+def is_int(value: Any) -> TypeGuard[int]:
+    """Return True for an int; a bool is not one.
+
+    >>> is_int(3), is_int(True), is_int(3.0)
+    (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> TypeGuard[int | float]:
+    """Return True for an int or float that a float can hold; NaN, infinity, bools and larger ints are not.
+
+    >>> is_finite(0.5), is_finite(True), is_finite(float("nan")), is_finite(10**400)
+    (True, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_async(function: Any) -> bool:
+    """Return True if calling gives a coroutine: an `async def`, or an object whose `__call__` is one.
+
+    >>> async def ask(): ...
+    >>> is_async(ask), is_async(print)
+    (True, False)
+    """
+    from inspect import iscoroutinefunction  # slow to load, and not needed to load parameters
+
+    while isinstance(function, partial):
+        function = function.func
+    method = getattr(type(function), "__call__", None)  # noqa: B004 - it is looked up on the class, as calling does
+    return iscoroutinefunction(function) or iscoroutinefunction(method)
+
+
+def check_count(name: str, value: Any, *, least: int = 0, meaning: str = "") -> None:
+    """Raise ConfigError unless `value` is an int of at least `least`; `meaning` explains the least value.
+
+    >>> check_count("memory_size", -1, meaning="0 is off")
+    Traceback (most recent call last):
+    aggregator.errors.ConfigError: Expected memory_size to be an int of at least 0 (0 is off), got -1
+    """
+    if not is_int(value) or value < least:
+        meaning = f" ({meaning})" if meaning else ""
+        raise ConfigError(f"Expected {name} to be an int of at least {least}{meaning}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is an int of at least 1."""
+    check_count(name, value, least=1)
+
+
+def check_finite(name: str, value: Any, *, least: float | None = None, meaning: str = "") -> None:
+    """Raise ConfigError unless `value` is a finite number, of at least `least` if that is given.
+
+    >>> check_finite("constant", float("inf"), least=0)
+    Traceback (most recent call last):
+    aggregator.errors.ConfigError: Expected constant to be a finite number of at least 0, got inf
+    """
+    if not is_finite(value) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least:g}"
+        raise ConfigError(f"Expected {name} to be a finite number{bound}{meaning}, got {value!r}")
+
+
+def check_callable(name: str, value: Any, remedy: str) -> None:
+    """Raise ConfigError unless `value` can be called; `remedy` says what to give instead."""
+    if not callable(value):
+        raise ConfigError(f"Expected {name} to be callable, got {value!r}; {remedy}")

@@ -1,0 +1,58 @@
+"""Files and folders: written whole or not at all, and readable by their owner only.
+
+Functions take text or `os.PathLike` and raise OSError; callers turn it into an error of their own with a remedy.
+`private=False` leaves the permissions of new files and folders to the umask, for files that are meant to be shared.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from threading import get_ident
+
+PRIVATE_FILE = 0o600
+PRIVATE_FOLDER = 0o700
+
+Path = str | os.PathLike[str]
+
+
+def make_folder(path: Path, *, private: bool = True) -> None:
+    """Create a folder and the missing ones above it; folders that exist keep their permissions."""
+    folder = os.fspath(path) or "."
+    if os.path.isdir(folder):  # noqa: PTH112 - pathlib would be one more import in production
+        return
+    parent = os.path.dirname(folder)  # noqa: PTH120 - as above
+    if parent and parent != folder:
+        make_folder(parent, private=private)
+    with suppress(FileExistsError):  # another process was faster; a file of that name shows when it is used
+        os.mkdir(folder, PRIVATE_FOLDER if private else 0o777)  # noqa: PTH102 - as above
+
+
+def open_file(path: Path, flags: int, *, private: bool = True) -> int:
+    """Open a file by the flags of `os.open`; one that is created gets the permissions 0600."""
+    return os.open(path, flags, PRIVATE_FILE if private else 0o666)
+
+
+def write_atomically(path: Path, data: bytes, *, private: bool = True) -> None:
+    """Replace the content of a file, creating missing folders: a crash leaves the old file or the new one.
+
+    A file that exists keeps its permissions, and a link is followed: the file that it names is replaced.
+    """
+    target = os.path.realpath(path)
+    make_folder(os.path.dirname(target), private=private)  # noqa: PTH120 - as above
+    temporary = f"{target}.{os.getpid()}.{get_ident()}.tmp"  # another process or thread that saves here has its own
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)  # noqa: PTH108 - left by a process of the same number that was killed
+    try:
+        file = open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), private=private)
+        with os.fdopen(file, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with suppress(FileNotFoundError):
+            os.chmod(temporary, os.stat(target).st_mode & 0o777)  # noqa: PTH101, PTH116 - as above
+        os.replace(temporary, target)  # noqa: PTH105 - as above
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)  # noqa: PTH108 - as above
+        raise

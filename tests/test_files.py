@@ -1,0 +1,88 @@
+"""Files are written whole or not at all, and only their owner can read them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from aggregator.files import make_folder, open_file, write_atomically
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+
+
+def permissions(path: Path) -> str:
+    return f"{path.stat().st_mode & 0o777:o}"
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> None:
+    os.umask(0o022)
+
+
+def test_a_new_file_and_its_new_folders_are_private(tmp_path: Path) -> None:
+    """The file gets 0600 and every folder made for it 0700."""
+    path = tmp_path / "run" / "inner" / "state.json"
+    write_atomically(path, b"{}")
+    assert [permissions(p) for p in (path, path.parent, path.parent.parent)] == ["600", "700", "700"]
+    assert path.read_bytes() == b"{}"
+
+
+def test_a_shared_file_follows_the_umask(tmp_path: Path) -> None:
+    """With private=False the umask decides, as for any other file."""
+    path = tmp_path / "fixtures" / "state.json"
+    write_atomically(path, b"", private=False)
+    assert [permissions(path), permissions(path.parent)] == ["644", "755"]
+
+
+def test_a_file_that_exists_keeps_its_permissions(tmp_path: Path) -> None:
+    """What the owner decided about a file is not changed by writing it again."""
+    path = tmp_path / "state.json"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    write_atomically(path, b"new")
+    assert (permissions(path), path.read_bytes()) == ("640", b"new")
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    """Writing through a link replaces the file that it names, and the link stays."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "state.json")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "state.json").read_bytes() == b"new"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    """An error on the way removes the temporary file."""
+    path = tmp_path / "state.json"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "text")  # type: ignore[arg-type]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"state.json": b"old"}
+
+
+def test_threads_that_write_the_same_file_leave_one_whole_content(tmp_path: Path) -> None:
+    """Each writer has a temporary file of its own."""
+    path, contents = tmp_path / "state.json", [bytes([65 + i]) * 50_000 for i in range(8)]
+    threads = [threading.Thread(target=write_atomically, args=(path, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_relative_path_and_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare file name lies in the working folder; a folder that exists keeps its permissions."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    write_atomically("state.json", b"1")
+    make_folder("")
+    make_folder(tmp_path)
+    assert permissions(tmp_path) == "755"
+    os.close(open_file("journal.jsonl", os.O_CREAT | os.O_WRONLY))
+    assert permissions(tmp_path / "journal.jsonl") == "600"
