@@ -45,6 +45,12 @@ class RunState(Struct, frozen=True, kw_only=True):
     broken_off: bool = False
 
 
+class _Versioned(Struct, frozen=True):
+    """The version of a checkpoint, read first: the other fields depend on it."""
+
+    version: int
+
+
 class Checkpoint(Struct, frozen=True, kw_only=True):
     """The file: the state, and the fingerprint of the run that it belongs to."""
 
@@ -104,15 +110,17 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
     if not path.exists():
         return None
     try:
-        checkpoint = msgspec.json.decode(path.read_bytes(), type=Checkpoint)
+        data = path.read_bytes()
+        version = msgspec.json.decode(data, type=_Versioned).version
+        checkpoint = msgspec.json.decode(data, type=Checkpoint) if version == VERSION else None
     except (msgspec.MsgspecError, OSError) as error:
         raise TrainingError(
             f"expected a checkpoint of version {VERSION} in {path}, got one that cannot be read: {error}; "
             "start in a new run_dir, or delete this one"
         ) from error
-    if checkpoint.version != VERSION:
+    if checkpoint is None:
         raise TrainingError(
-            f"expected a checkpoint of version {VERSION} in {path}, got version {checkpoint.version}; "
+            f"expected a checkpoint of version {VERSION} in {path}, got version {version}; "
             "resume with the release of aggregated-update that wrote it, or start in a new run_dir"
         )
     changed = [name for name, value in fingerprint.items() if checkpoint.fingerprint.get(name) != value]
