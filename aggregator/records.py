@@ -1,12 +1,11 @@
 """The data that flows through the library: frozen structs, no behaviour beyond reading them.
 
-Imports nothing of the library; imported by every room.
+Imported by every room; imports nothing of the library but the notebook views, when one is shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -247,7 +246,9 @@ class Proposal(Struct, frozen=True, kw_only=True):
         return self.sample_ids[0] if len(self.sample_ids) == 1 else None
 
     def _repr_html_(self) -> str:
-        return _shown("proposal_html", self)
+        from aggregator.views import proposal_html
+
+        return proposal_html(self)
 
 
 class Decision(Struct, frozen=True, kw_only=True):
@@ -280,7 +281,9 @@ class StepReport(Struct, frozen=True, kw_only=True):
     usage: Mapping[str, Usage] = {}
 
     def _repr_html_(self) -> str:
-        return _shown("step_html", self)
+        from aggregator.views import step_html
+
+        return step_html(self)
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
@@ -357,10 +360,6 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
         return [evaluation.score for evaluation in self.evaluations]
 
     def _repr_html_(self) -> str:
-        return _shown("result_html", self)
+        from aggregator.views import result_html
 
-
-def _shown(function: str, record: Any) -> str:
-    """Render a record for a notebook; by name, as no room below `observing` may import it."""
-    text: str = getattr(import_module("aggregator.observing.notebook"), function)(record)
-    return text
+        return result_html(self)

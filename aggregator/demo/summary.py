@@ -10,8 +10,9 @@ from textwrap import fill
 from typing import Any, TextIO
 
 from aggregator.demo.run import Outcome
-from aggregator.observing.console import painted, readable
+from aggregator.observing.console import painted
 from aggregator.records import StepReport, TrainingResult
+from aggregator.text import readable
 
 _BAR = 30
 _WIDTH, _NARROWEST = 110, 30

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from aggregator.text import readable
+
 _COLORS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "white": 37}
 
 
@@ -23,17 +25,6 @@ class ConsoleLogger:
         stream = self._stream or sys.stdout
         line = f"[step {step}] {name}: {readable(data)}"
         stream.write(painted(line, kwargs.get("color"), stream) + "\n")
-
-
-def readable(data: Any) -> str:
-    """Write a number briefly and everything else as it is.
-
-    >>> readable(0.333333333), readable(None), readable("x")
-    ('0.3333', '-', 'x')
-    """
-    if data is None:
-        return "-"
-    return f"{data:.4g}" if isinstance(data, float) else str(data)
 
 
 def painted(text: str, color: str | None, stream: TextIO) -> str:

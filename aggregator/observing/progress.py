@@ -10,8 +10,8 @@ from typing import Any, Self, TextIO
 from tqdm import tqdm
 
 from aggregator.llm.ledger import Ledger, collecting
-from aggregator.observing.console import readable
 from aggregator.records import StepReport
+from aggregator.text import readable
 
 
 class ProgressBar:

@@ -1,6 +1,7 @@
-"""How proposals, step reports and results look in a notebook: `_repr_html_` of the records comes here.
+"""Records as HTML, for notebooks: `_repr_html_` of proposals, step reports and results comes here.
 
-Only what they hold is shown, long runs and long texts shortened, and everything escaped (`markup.py`).
+Records are read by their structure, so this file lies below `records`. Long runs and long texts are shortened, and
+everything is escaped.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
 from re import split
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aggregator.observing.console import readable
-from aggregator.records import Decision, Failure, Proposal, StepReport, TrainingResult, Usage, Values
-from aggregator.text import cut
+from aggregator.text import canonical_json, cut, readable
+
+if TYPE_CHECKING:
+    from aggregator.records import Decision, Failure, Proposal, StepReport, TrainingResult, Usage, Values
 
 GOOD, BAD, QUIET = "#2a9d56", "#e0524a", "#8a8f98"
 """Readable on white and on black."""
@@ -275,7 +277,7 @@ def _line(
 def _written(value: Any) -> str:
     """Write a value as text: a string as it is, anything else as indented JSON."""
     if not isinstance(value, str):
-        value = msgspec.json.format(msgspec.json.encode(value, enc_hook=repr, order="deterministic"), indent=2).decode()
+        value = msgspec.json.format(canonical_json(value, repr), indent=2).decode()
     return cut(value, LETTERS_SHOWN)
 
 
@@ -295,7 +297,8 @@ def _counted(count: int, thing: str) -> str:
 def _spent(usage: Mapping[str, Usage]) -> str:
     if not usage:
         return ""
-    spent = sum(usage.values(), Usage(calls=0))
+    first, *others = usage.values()
+    spent = sum(others, first)
     cost = "" if spent.cost is None else f", {_cost(spent.cost)}"
     return f"{_counted(spent.calls, 'call')}, {spent.total_tokens:,} tokens{cost}"
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.observing.notebook import FAILURES_SHOWN, LETTERS_SHOWN, STEPS_SHOWN, Html, compared, tag
 from aggregator.records import Decision, Evaluation, Failure, Proposal, StepReport, TrainingResult, Usage
+from aggregator.views import FAILURES_SHOWN, LETTERS_SHOWN, STEPS_SHOWN, Html, compared, tag
 
 HOSTILE = "<script>alert(\"1\")</script><img src=x onerror='alert(2)'>&amp;</td></table></details>"
 FAILURE = Failure(stage="agent", error=HOSTILE, message=HOSTILE, sample_id=3, epoch=0, step=1)
