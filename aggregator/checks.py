@@ -75,3 +75,24 @@ def check_callable(name: str, value: Any, remedy: str) -> None:
     """Raise ConfigError unless `value` can be called; `remedy` says what to give instead."""
     if not callable(value):
         raise ConfigError(f"Expected {name} to be callable, got {value!r}; {remedy}")
+
+
+def accepts(function: Any, *arguments: Any, **options: Any) -> bool:
+    """Return True if `function` can be called with such arguments. A class does not count, a C function always does.
+
+    >>> accepts(len, []), accepts(lambda x: x), accepts(dict)
+    (True, False, False)
+    """
+    from inspect import signature  # slow to load, and not needed to load parameters
+
+    if isinstance(function, type) or not callable(function):
+        return False
+    try:
+        expected = signature(function, follow_wrapped=False)
+    except ValueError:  # written in C without a signature
+        return True
+    try:
+        expected.bind(*arguments, **options)
+    except TypeError:
+        return False
+    return True

@@ -261,9 +261,10 @@ class Decision(Struct, frozen=True, kw_only=True):
 
 
 class StepReport(Struct, frozen=True, kw_only=True):
-    """All that one step did: the one event that loggers, progress bar, checkpoint and report read.
+    """What one step did, in the form that history, checkpoint and result keep: its size does not grow with outputs.
 
-    `contributors` are the samples whose proposals went into the update.
+    `proposals` counts the instances that proposed something, `contributors` are the samples whose proposals went into
+    the update.
     """
 
     epoch: int
@@ -284,6 +285,48 @@ class StepReport(Struct, frozen=True, kw_only=True):
         from aggregator.views import step_html
 
         return step_html(self)
+
+
+class FullStepReport(StepReport, frozen=True, kw_only=True):
+    """A step's report with all that the step saw and made. Observers get it once; nothing keeps it.
+
+    `rollouts`, `all_proposals` and `lineages` each have one entry per instance, in the order of the samples; a search
+    runs the samples once per candidate, candidate by candidate. An instance that proposes nothing has a Proposal
+    without values. A lineage is the prefix of the instance's calls in the recording, as in
+    "train/epoch=0/batch=3/sample=17". `rollouts` is empty if an overridden `forward` makes none.
+    """
+
+    rollouts: tuple[Rollout, ...] = ()
+    all_proposals: tuple[Proposal, ...] = ()
+    lineages: tuple[str, ...] = ()
+
+    def slim(self) -> StepReport:
+        """Return the report in the form that is kept: without rollouts, proposals and lineages."""
+        return StepReport(**{name: getattr(self, name) for name in StepReport.__struct_fields__})
+
+
+class RunInfo(Struct, frozen=True, kw_only=True):
+    """What a run is about to do. Holds no paths, times or user names: the same call gives the same record.
+
+    The names are those of classes and functions. `parameters` are the values that the run starts from, `steps` counts
+    the steps of the whole run. `finished_steps` and `usage` are what a resumed run has done and spent before.
+    """
+
+    trainer: str
+    agent: str
+    optimizer: str
+    guide: str
+    rule: str = ""
+    gate: str = ""
+    parameters: Values
+    seed: int
+    steps: int
+    num_epochs: int
+    batch_size: int
+    train_samples: int
+    test_samples: int = 0
+    finished_steps: int = 0
+    usage: Mapping[str, Usage] = {}
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from inspect import isawaitable, signature
+from inspect import isawaitable
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
+from aggregator.checks import accepts
 from aggregator.errors import ConfigError
 from aggregator.llm.budget import Budget
+from aggregator.observing.observer import as_observers, from_logger
 from aggregator.protocols import Gate, UpdateRule
 from aggregator.records import Decision, Proposal, Rollout, Sample, StepReport, Values
 from aggregator.text import shorten
@@ -23,7 +25,7 @@ _OPTIMIZER = "an optimizer such as LLMOptimizer(llm=llm), or one with async prop
 
 def check_rule(rule: Any) -> None:
     """Raise ConfigError for what cannot be called as a rule is, as `top_k` without its number."""
-    if not _takes(rule, {}, (), stepsize=0.5):
+    if not accepts(rule, {}, (), stepsize=0.5):
         raise ConfigError(
             f"Expected a rule, async (current, proposals, *, stepsize) -> proposals, such as top_k(8), got {rule!r}"
         )
@@ -31,7 +33,7 @@ def check_rule(rule: Any) -> None:
 
 def check_gate(gate: Any) -> None:
     """Raise ConfigError for what cannot be called as a gate is, as `improves_on_batch` without its brackets."""
-    if not _takes(gate, {}, {}, ()):
+    if not accepts(gate, {}, {}, ()):
         raise ConfigError(
             f"Expected a gate, async (before, after, batch) -> Decision, such as improves_on_batch(), got {gate!r}"
         )
@@ -39,13 +41,13 @@ def check_gate(gate: Any) -> None:
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise ConfigError for what cannot propose: the agent would run on every instance for nothing."""
-    if isinstance(optimizer, type) or not _takes(getattr(optimizer, "propose", None), None, (), history=()):
+    if isinstance(optimizer, type) or not accepts(getattr(optimizer, "propose", None), None, (), history=()):
         raise ConfigError(f"Expected {_OPTIMIZER}, got {optimizer!r}")
 
 
 def check_guide(guide: Any) -> None:
     """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
-    if not _takes(getattr(guide, "get_feedback", guide), None, None, None):
+    if not accepts(getattr(guide, "get_feedback", guide), None, None, None):
         raise ConfigError(
             f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}"
         )
@@ -53,12 +55,10 @@ def check_guide(guide: Any) -> None:
 
 def check_watchers(logger: Any, observers: Any) -> None:
     """Raise ConfigError for what cannot be told of a step: it would show after the first one was paid."""
-    if logger is not None and not _takes(getattr(logger, "log", None), "score", 0.5, 0, color="green"):
-        raise ConfigError(f"Expected a logger that has log(name, data, step, **kwargs), got {logger!r}")
-    if observers is None:
-        return
-    if not isinstance(observers, Sequence) or not all(_takes(observer, None) for observer in observers):
-        raise ConfigError(f"Expected observers=[...], each a callable that takes a StepReport, got {observers!r}")
+    if logger is not None:
+        from_logger(logger)
+    if observers is not None:
+        as_observers(observers)
 
 
 def check_budget(budget: Any) -> None:
@@ -135,18 +135,3 @@ async def _awaitable(answer: Any, what: str, part: Any) -> Any:
 
 def _name(part: Any) -> str:
     return getattr(part, "__qualname__", type(part).__qualname__)
-
-
-def _takes(part: Any, *arguments: Any, **options: Any) -> bool:
-    """Say whether something can be called with such arguments."""
-    if isinstance(part, type) or not callable(part):
-        return False
-    try:
-        expected = signature(part, follow_wrapped=False)
-    except ValueError:  # written in C: nothing is known of it
-        return True
-    try:
-        expected.bind(*arguments, **options)
-    except TypeError:
-        return False
-    return True

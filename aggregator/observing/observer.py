@@ -1,0 +1,222 @@
+"""The Observer: one method per event of a run, and the doors that make one of less.
+
+    started       once, before the first call: what the run is about to do
+    rollout       after each rollout of the run, those of evaluations included, in the order in which they end
+    evaluation    after each evaluation of the test set; the first is the baseline before training
+    step          after each step, once it is saved: the full report
+    finished      once, with the result of a run that came to its end, or
+    failed        once, with the error that ends the run
+
+Everything but `rollout` arrives in the order of the run. Methods may be sync or async; they run on the event loop of
+the run, one observer after the other, so a slow one delays the run. An observer that raises ends the run: `train`
+raises its error with a note that names the observer, and every finished step is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from inspect import isawaitable
+from typing import Any, Literal
+
+from aggregator.checks import accepts, check_count
+from aggregator.errors import ConfigError
+from aggregator.llm.ledger import total, total_by_role
+from aggregator.protocols import Logger
+from aggregator.records import Evaluation, Failure, FullStepReport, Rollout, RunInfo, TrainingResult, Usage
+from aggregator.text import shorten
+
+Event = Literal["started", "rollout", "evaluation", "step", "finished", "failed"]
+EVENTS: tuple[Event, ...] = ("started", "rollout", "evaluation", "step", "finished", "failed")
+
+_ACCEPTED = (
+    f"a callable that takes a StepReport, an Observer, or an object with some of its methods ({', '.join(EVENTS)})"
+)
+
+
+class Observer:
+    """Sees what a run does. Every method does nothing: override those that you need, sync or async."""
+
+    def started(self, info: RunInfo, /) -> Awaitable[None] | None:
+        """See what the run is about to do, before its first call."""
+
+    def rollout(self, rollout: Rollout, /) -> Awaitable[None] | None:
+        """See one rollout as soon as it ends."""
+
+    def evaluation(self, evaluation: Evaluation, /) -> Awaitable[None] | None:
+        """See the scores of the test set; `evaluation.step` is 0 for the baseline before training."""
+
+    def step(self, report: FullStepReport, /) -> Awaitable[None] | None:
+        """See what a step did, with its rollouts and proposals."""
+
+    def finished(self, result: TrainingResult, /) -> Awaitable[None] | None:
+        """See what the run reached."""
+
+    def failed(self, error: BaseException, /) -> Awaitable[None] | None:
+        """See the error that ends the run; a TrainingError or BudgetExceededError has the partial `result`."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+Watching = Observer | Callable[[FullStepReport], Any] | Logger | Any
+"""What `as_observer` takes. `Any` is an object with some of an observer's methods."""
+
+
+def as_observer(thing: Watching) -> Observer:
+    """Return an observer for what may be less than one.
+
+    A callable gets the report of each step. An object with some of the methods of Observer gets these events. An
+    object with Trace's `log(name, data, step, **kwargs)` gets named values, as `from_logger` says. Sync or async.
+    Raises ConfigError for anything else, also for a class in place of an instance.
+
+    >>> as_observer(print)
+    as_observer(print)
+    """
+    if isinstance(thing, Observer):
+        return thing
+    name = getattr(thing, "__qualname__", None) or repr(thing)
+    if isinstance(thing, type):
+        raise ConfigError(f"Expected {_ACCEPTED}, got the class {name}; give an instance, as in {name}(...)")
+    methods: dict[str, Any] = {
+        event: getattr(thing, event) for event in EVENTS if callable(getattr(thing, event, None))
+    }
+    if not methods and callable(thing):
+        methods = {"step": thing}
+    if not methods and hasattr(thing, "log"):
+        return from_logger(thing)
+    if not methods:
+        raise ConfigError(f"Expected {_ACCEPTED}, got {shorten(thing)}")
+    for event, method in methods.items():
+        if not accepts(method, None):
+            place = "it" if method is thing else f"its {event}()"
+            raise ConfigError(f"Expected {_ACCEPTED}, got {name}; {place} must take one argument, the record")
+    return _Partial(name, methods)
+
+
+def as_observers(things: Any) -> list[Observer]:
+    """Return an observer for each thing; raises ConfigError for what `as_observer` refuses, or if it is not a list."""
+    if not isinstance(things, Sequence) or isinstance(things, str):
+        raise ConfigError(f"Expected observers=[...], each {_ACCEPTED}, got {shorten(things)}")
+    try:
+        return [as_observer(thing) for thing in things]
+    except ConfigError as error:
+        raise ConfigError(f"Expected observers=[...], each {str(error).removeprefix('Expected ')}") from None
+
+
+class _Partial(Observer):
+    """An observer with the methods of something else; it keeps the no-ops for the rest."""
+
+    def __init__(self, name: str, methods: Mapping[str, Callable[[Any], Any]]) -> None:
+        self._name = name
+        vars(self).update(methods)
+
+    def __repr__(self) -> str:
+        return f"as_observer({self._name})"
+
+
+class LoggingObserver(Observer):
+    """Logs what it sees as named values of a step, in Trace's shape: the base of the loggers in this package.
+
+    Step 0 is the first. The names: "Average test score before training", "Average train score", "Average test score",
+    "Parameter: <name>" for each accepted change, "Update refused" or "No update" with the reason, "Failures" with
+    their count and "First failure", and "Calls so far", "Tokens so far" and "USD so far". An unknown train score
+    is logged as None, other unknown values are left out. Only every `frequency`-th step is logged; 0 logs nothing.
+    """
+
+    frequency: int = 1
+    _spent: Mapping[str, Usage] = {}
+
+    def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
+        """Log one named value of one step; `color` in `kwargs` is a hint for terminals."""
+        raise NotImplementedError
+
+    def started(self, info: RunInfo, /) -> None:
+        """Begin the sums with what a resumed run has spent before."""
+        self._spent = info.usage
+
+    def evaluation(self, evaluation: Evaluation, /) -> None:
+        """Log the baseline; later scores of the test set come with their step."""
+        self._spent = total_by_role((self._spent, evaluation.usage))
+        if self.frequency and evaluation.step == 0:
+            if evaluation.score is not None:
+                self.log("Average test score before training", evaluation.score, 0, color="green")
+            self._log_failures(evaluation.failures, 0)
+
+    def step(self, report: FullStepReport, /) -> None:
+        """Log the values of a step, if it is its turn."""
+        self._spent = total_by_role((self._spent, report.usage))
+        if not self.frequency or (report.step + 1) % self.frequency:
+            return
+        self.log("Average train score", report.score, report.step, color="green")
+        if report.test_score is not None:
+            self.log("Average test score", report.test_score, report.step, color="green")
+        if report.decision.accepted:
+            for name, value in report.update.items():
+                self.log(f"Parameter: {name}", value, report.step, color="red")
+        else:
+            verdict = "Update refused" if report.update else "No update"
+            self.log(verdict, report.decision.reason, report.step, color="yellow")
+        self._log_failures(report.failures, report.step)
+        self._log_usage(report.step)
+
+    def _log_failures(self, failures: Sequence[Failure], step: int) -> None:
+        if failures:
+            first = failures[0]
+            place = first.stage if first.sample_id is None else f"{first.stage}, sample {first.sample_id}"
+            self.log("Failures", len(failures), step, color="red")
+            self.log("First failure", f"{place}: {first.error}: {first.message}", step, color="red")
+
+    def _log_usage(self, step: int) -> None:
+        spent = total(self._spent.values())
+        self.log("Calls so far", spent.calls, step)
+        if spent.total_tokens:
+            self.log("Tokens so far", spent.total_tokens, step)
+        if spent.cost is not None:
+            self.log("USD so far", spent.cost, step)
+
+
+class _FromLogger(LoggingObserver):
+    """Hands the values to a logger of the user's own."""
+
+    def __init__(self, logger: Logger, frequency: int) -> None:
+        self._logger = logger
+        self.frequency = frequency
+
+    def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
+        self._logger.log(name, data, step, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"from_logger({self._logger!r}, frequency={self.frequency})"
+
+
+def from_logger(logger: Logger, frequency: int = 1) -> Observer:
+    """Return an observer that hands named values to a logger with Trace's `log(name, data, step, **kwargs)`.
+
+    `frequency` logs every so many steps, 0 logs nothing. The names of the values are in `LoggingObserver`. Raises
+    ConfigError if the logger has no such method.
+    """
+    if isinstance(logger, type) or not accepts(getattr(logger, "log", None), "score", 0.5, 0, color="green"):
+        raise ConfigError(f"Expected a logger that has log(name, data, step, **kwargs), got {logger!r}")
+    check_count("log_frequency", frequency, meaning="0 logs nothing")
+    return _FromLogger(logger, frequency)
+
+
+async def notify(observers: Sequence[Observer], event: Event, record: Any) -> None:
+    """Tell each observer of one event, in order. An error gets a note that names the observer, and is raised."""
+    for observer in observers:
+        try:
+            answer = getattr(observer, event)(record)
+            if isawaitable(answer):
+                await answer
+        except Exception as error:
+            error.add_note(f"raised in {event}() of the observer {observer!r}")
+            raise
+
+
+async def notify_failed(observers: Sequence[Observer], error: BaseException) -> None:
+    """Tell each observer of the error that ends the run. What an observer raises is added to it as a note."""
+    for observer in observers:
+        try:
+            await notify([observer], "failed", error)
+        except Exception as another:  # noqa: BLE001 - the error that ends the run is the one to raise
+            error.add_note("\n".join((f"{type(another).__name__}: {another}", *another.__notes__)))
