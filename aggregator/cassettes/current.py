@@ -49,7 +49,8 @@ def _adopting() -> Tape | None:
     if len(_open) != 1:
         return None
     (tape,) = _open
-    return tape if tape.takes_all or (tape.takes_strays and _is_stray()) else None
+    adopts = tape.rules.adopts
+    return tape if adopts == "everything" or (adopts == "threads" and _is_stray()) else None
 
 
 def _is_stray() -> bool:

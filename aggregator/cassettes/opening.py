@@ -18,11 +18,11 @@ from msgspec import Struct
 
 from aggregator.cassettes.exchanges import NOTHING, Recording, Row
 from aggregator.cassettes.journal import Journal
-from aggregator.cassettes.keys import Ignore, parse_ignore
+from aggregator.cassettes.keys import Ignore
 from aggregator.cassettes.reading import read
+from aggregator.cassettes.rules import Adopts, LineageRule, TapeRules
 from aggregator.cassettes.saving import FileLock, LayoutChoice, followed, save
-from aggregator.cassettes.tape import LineageRule, Tape
-from aggregator.cassettes.timing import Faults, Latency
+from aggregator.cassettes.tape import DEFAULT_RULES, Tape
 from aggregator.errors import ConfigError
 
 Mode = Literal["none", "once", "new_episodes", "all"]
@@ -52,10 +52,7 @@ def open_tape(
     path: str | os.PathLike[str],
     mode: Mode | None = None,
     *,
-    lineage: LineageRule = "strict",
-    latency: Latency = "off",
-    faults: Faults | None = None,
-    ignore: Sequence[str] = (),
+    rules: TapeRules = DEFAULT_RULES,
     layout: LayoutChoice = "auto",
     now: Callable[[], float] = time.time,
     warn: bool = True,
@@ -66,15 +63,15 @@ def open_tape(
     """
     path, mode = followed(Path(path)), mode or default_mode()
     _check(mode, get_args(Mode), "mode")
-    _check(lineage, get_args(LineageRule), "lineage")
+    _check(rules.lineage, get_args(LineageRule), "lineage")
+    _check(rules.adopts, get_args(Adopts), "adopts")
     _check(layout, get_args(LayoutChoice), "layout")
-    paths = parse_ignore(ignore)
     if path.is_dir():
         raise ConfigError(f"expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
-    plan = _replay(path, mode, paths)
+    plan = _replay(path, mode, rules.ignore)
     lock = FileLock(path) if plan is None else None
     try:
-        plan = plan or _recording(path, mode, paths)
+        plan = plan or _recording(path, mode, rules.ignore)
         if lock is not None and plan.journal is None:  # finished meanwhile, by whoever had the lock
             lock.release()
             lock = None
@@ -83,10 +80,7 @@ def open_tape(
             plan.played,
             name=str(path),
             sink=journal,
-            lineage=lineage,
-            ignore=paths,
-            latency=latency,
-            faults=faults,
+            rules=rules,
             now=now,
             on_close=partial(_finish, path=path, plan=plan, journal=journal, lock=lock, layout=layout),
         )
@@ -170,9 +164,9 @@ def _finish(
         if journal is None:
             return
         journal.close()
-        if not tape.keeps:
+        if tape.ending == "discard":
             journal.undo()
-        elif not tape.interrupted and (written := read(journal.path)) is not None:
+        elif tape.ending == "finish" and (written := read(journal.path)) is not None:
             save(path, plan.stays + written.rows, layout)
             if journal.path != path:
                 journal.path.unlink()

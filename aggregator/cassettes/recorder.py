@@ -11,9 +11,11 @@ from functools import partial
 from types import TracebackType
 
 from aggregator.cassettes.current import enter, leave
+from aggregator.cassettes.keys import parse_ignore
 from aggregator.cassettes.opening import Mode, open_tape
+from aggregator.cassettes.rules import LineageRule, TapeRules
 from aggregator.cassettes.saving import LayoutChoice
-from aggregator.cassettes.tape import LineageRule, Tape
+from aggregator.cassettes.tape import DEFAULT_RULES, Tape
 from aggregator.cassettes.timing import Faults, Latency
 from aggregator.errors import CassetteError, ConfigError
 
@@ -27,7 +29,8 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
     `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.vcr`); `latency` is
     "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not
-    count; `layout` is how the file is written at close; without `warn` findings stand in `tape.report` alone.
+    count; `layout` is how the file is written at close; without `warn` findings are in `tape.report` alone. `rules`
+    are these options and those for code that opens tapes for others, in one value that replaces the options here.
 
     Raises when left: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
     """
@@ -45,26 +48,21 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         layout: LayoutChoice = "auto",
         now: Callable[[], float] = time.time,
         warn: bool = True,
+        rules: TapeRules | None = None,
     ) -> None:
         if faults is not None and clients:
             raise ConfigError(
                 f"expected faults without clients, got both (clients={clients!r}): an injected fault reaches our own "
                 "client alone, as others have exceptions of their own; leave one of them out"
             )
+        given = TapeRules(lineage=lineage, clients=clients, latency=latency, faults=faults, ignore=parse_ignore(ignore))
+        if rules is not None and given != DEFAULT_RULES:
+            raise ConfigError(f"Expected the options of a cassette or rules=, got both; put them into {rules!r}")
+        self._rules = given if rules is None else rules
         self._open: Callable[[], Tape] = partial(
-            open_tape,
-            path,
-            mode,
-            lineage=lineage,
-            latency=latency,
-            faults=faults,
-            ignore=ignore,
-            layout=layout,
-            now=now,
-            warn=warn,
+            open_tape, path, mode, rules=self._rules, layout=layout, now=now, warn=warn
         )
         self._warn = warn
-        self._clients = clients
         self._stack = ExitStack()
         self._tape: Tape | None = None
         self._token: Token[Tape | None] | None = None
@@ -75,10 +73,10 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
             raise CassetteError(f"expected a cassette that is not open, got one in use ({self._tape.name})")
         tape = self._open()
         try:
-            if self._clients:
+            if self._rules.clients:
                 from aggregator.cassettes.vcr import serving
 
-                self._stack.enter_context(serving(tape, self._clients))
+                self._stack.enter_context(serving(tape, self._rules.clients))
         except BaseException:
             tape.close()
             raise

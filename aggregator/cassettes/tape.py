@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from aggregator.cassettes.exchanges import Exchange, Row
-from aggregator.cassettes.keys import Ignore, raw_key
+from aggregator.cassettes.keys import raw_key
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import redact_url
+from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.slots import Pools, Slot, clean_together
-from aggregator.cassettes.timing import Faults, Latency, latency_scale
+from aggregator.cassettes.timing import latency_scale
 from aggregator.cassettes.writing import Entry, Sink, Writer
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage
@@ -27,9 +28,12 @@ from aggregator.records import HTTPReply, HTTPRequest, Usage
 _EXPLAINED = 5  # misses that get a search for the nearest request, which takes a moment in a large cassette
 
 NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
-"""What stands for the answer of an attempt that got none."""
+"""The answer of an attempt that got none."""
 
-LineageRule = Literal["strict", "prefer"]
+Ending = Literal["finish", "interrupt", "discard"]
+"""What `close` does with a recording: finish its file, leave its journal open for the next run, or drop it."""
+
+DEFAULT_RULES = TapeRules()
 
 
 class Tape:
@@ -41,30 +45,22 @@ class Tape:
         *,
         name: str = "tape",
         sink: Sink | None = None,
-        lineage: LineageRule = "strict",
-        ignore: Ignore = (),
-        latency: Latency = "off",
-        faults: Faults | None = None,
+        rules: TapeRules = DEFAULT_RULES,
         now: Callable[[], float] = time.time,
         on_close: Callable[[Tape], None] | None = None,
     ) -> None:
         self.name = name
         self.report: list[str] = []
         self.misses: list[CassetteMissError] = []
-        self.keeps = True
-        self.interrupted = False
-        self.plays_failures = True  # or only what was answered: a call that failed is then made anew
-        self.expects_all = True  # whether exchanges left unplayed are worth a warning
-        self.serves_others = False  # whether other clients' patches ask this tape too
-        self.takes_strays = True  # whether calls of plain threads, which start without a context, are its own
-        self.takes_all = False  # whether those of every context without a tape are, as in a pytest process
+        self.rules = rules
+        self.ending: Ending = "finish"
         self._rows, self._played = rows, bytearray(len(rows))
-        self._pools = Pools(rows, ignore=ignore, prefer=lineage == "prefer")
+        self._pools = Pools(rows, ignore=rules.ignore, prefer=rules.lineage == "prefer")
         self._left = frozenset(i for i, row in enumerate(rows) if row.place.error and row.place.error[0] == _LEFT)
         self._writer = None if sink is None else Writer(sink, now)
-        self._ignore, self._on_close = ignore, on_close
-        self._scale, self._faults = latency_scale(latency), faults
-        self._puts_off = sink is not None and not rows and faults is None  # tickets, until something is written
+        self._ignore, self._on_close = rules.ignore, on_close
+        self._scale, self._faults = latency_scale(rules.latency), rules.faults
+        self._puts_off = sink is not None and not rows and rules.faults is None  # tickets, until something is written
         self._uncounted: list[Slot] = []
         self._orders: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -99,7 +95,7 @@ class Tape:
             slot.canonical_key(self._ignore)  # outside of the lock
         with self._lock:
             self._pools.claim(slot, pool)
-            if self._left or not self.plays_failures:
+            if self._left or not self.rules.plays_failures:
                 slot.attempt = len(slot.rows)
                 slot.rows = self._playable(slot.rows)
             if self._writer is not None:
@@ -133,7 +129,7 @@ class Tape:
         found = []
         for row in rows:
             is_last = row == rows[-1] and self._writer is None
-            if (row in self._left and not is_last) or not (self.plays_failures or self._is_answered(row)):
+            if (row in self._left and not is_last) or not (self.rules.plays_failures or self._is_answered(row)):
                 self._played[row] = 1
             else:
                 found.append(row)
@@ -274,12 +270,12 @@ class Tape:
             warnings.warn(finding, CassetteWarning, stacklevel=3)
 
     def interrupt(self) -> None:
-        """Say that the recording is not done: closing leaves its journal open, for the next run to go on with."""
-        self.interrupted = True
+        """Make `close` leave the journal of this recording open, so that the next run continues it."""
+        self.ending = "interrupt"
 
     def discard(self) -> None:
-        """Let go of what was recorded: closing leaves the cassette as it was found."""
-        self.keeps = False
+        """Make `close` drop what was recorded and leave the cassette as it was found."""
+        self.ending = "discard"
 
     def close(self, *, warn: bool = True) -> None:
         """Finish the file and raise what agent code may have hidden: a leak, a full disk, a miss. Once only.
@@ -291,7 +287,7 @@ class Tape:
                 return
             self._closed = True
             try:
-                if self.keeps and self._writer is not None:
+                if self.ending != "discard" and self._writer is not None:
                     self._write(self._writer)
             finally:
                 if self._on_close is not None:
@@ -310,7 +306,7 @@ class Tape:
             first = "; ".join(fallbacks[:3])
             told = f"{len(fallbacks)} calls played what another lineage recorded: {first}"
             self.tell(f"{self.name}: {told}", warn=warn)
-        if self.expects_all and (unplayed := len(self._rows) - sum(self._played)):
+        if self.rules.expects_all and (unplayed := len(self._rows) - sum(self._played)):
             told = f"{unplayed} of {len(self._rows)} recorded exchanges were not played"
             self.tell(f"{self.name}: {told}", warn=warn)
 

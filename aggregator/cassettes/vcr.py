@@ -67,7 +67,6 @@ def serving(tape: Tape, clients: str | Iterable[str]) -> Iterator[None]:
             stack.enter_context(_patches(family))
         with _lock:
             _served[tape] = wanted
-        tape.serves_others = True
         stack.callback(_served.pop, tape)
         yield
 
@@ -97,7 +96,7 @@ def serving_tape(family: str) -> Tape | None:
     tape = None if is_passing() else tape_here()
     if tape is None:
         return None
-    if tape.serves_others:
+    if tape.rules.clients:
         tape.refuse_if_closed()
     return tape if family in _served.get(tape, ()) else None
 

@@ -183,7 +183,7 @@ class Attempts:
                     else:
                         if not self.try_admit():
                             await self.admit()
-                        passes = tape is not None and tape.serves_others
+                        passes = tape is not None and bool(tape.rules.clients)
                         reply = self.reply = await (self._send_past_tape() if passes else self._send())
                         self.heard(reply.status, reply.headers)
                     completion = self._decode(reply)

@@ -16,6 +16,7 @@ from vcr.request import Request
 
 from aggregator.cassettes.clients import from_reply
 from aggregator.cassettes.recorder import cassette
+from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.vcr import IndexedCassette
 from aggregator.errors import CassetteWarning
@@ -36,6 +37,7 @@ SERVED_OPTIONS = frozenset(
     }
 )
 """What may be set: the tape does it, or it is looked at by itself."""
+RULES = TapeRules(clients="all", adopts="everything")
 _REQUEST_PARTS = frozenset({"body", "host", "method", "path", "port", "query", "raw_body", "scheme", "uri", "url"})
 
 
@@ -111,8 +113,7 @@ def _served(
     path = merged["path_transformer"](path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # vcrpy says nothing of them
-        with cassette(Path(path), merged["record_mode"].value, clients="all") as tape:
-            tape.takes_all = True
+        with cassette(Path(path), merged["record_mode"].value, rules=RULES) as tape:
             note(Path(path), tape)
             yield ServedCassette(path, tape)
     note(Path(path), tape)

@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 from aggregator.cassettes.exchanges import exchange_id
 from aggregator.cassettes.opening import Mode
 from aggregator.cassettes.recorder import cassette
-from aggregator.cassettes.tape import LineageRule, Tape
+from aggregator.cassettes.rules import LineageRule, TapeRules
+from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.timing import Latency
 from aggregator.errors import CassetteError, CassetteWarning
 from aggregator.testing.network import refused
@@ -51,9 +52,12 @@ class Taping:
         self._cassette = cassette(
             path,
             mode,
-            clients=clients if isinstance(clients, str) else tuple(clients),
-            lineage=lineage,
-            latency=latency,
+            rules=TapeRules(
+                clients=clients if isinstance(clients, str) else tuple(clients),
+                lineage=lineage,
+                latency=latency,
+                adopts="everything",  # threads, and loops that were begun before, have no context of this test
+            ),
         )
         self._unplayed = unplayed
         self._allowed_hosts = tuple(allowed_hosts)
@@ -63,7 +67,6 @@ class Taping:
     def __enter__(self) -> Self:
         """Open the cassette; a tape that only plays refuses the network."""
         self.tape = self._stack.enter_context(self._cassette)
-        self.tape.takes_all = True  # threads, and loops that were begun before, have no context of this test
         self._found = len(self.tape.unplayed())
         if not self.tape.records:
             self._stack.enter_context(

@@ -8,6 +8,7 @@ from typing import Any
 
 from aggregator.cassettes.current import current_tape
 from aggregator.cassettes.recorder import cassette
+from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.saving import FileLock
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.llm.budget import Budget, spending
@@ -53,10 +54,12 @@ def journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
         yield
         return
     path = plan.run_dir / checkpoints.JOURNAL
-    with cassette(path, mode="new_episodes", layout="journal", warn=False) as tape:  # being cut off is its purpose
-        tape.takes_strays = False  # other threads of the process have nothing to do with the run
-        tape.expects_all = False  # steps behind the last checkpoint are not played again
-        tape.plays_failures = not state.broken_off  # what ended the run may have been mended
+    rules = TapeRules(
+        adopts="nothing",  # other threads of the process have nothing to do with the run
+        expects_all=False,  # steps behind the last checkpoint are not played again
+        plays_failures=not state.broken_off,  # what ended the run may have been mended
+    )
+    with cassette(path, mode="new_episodes", layout="journal", warn=False, rules=rules):  # a cut-off tape is expected
         yield
 
 

@@ -15,6 +15,7 @@ import aggregator
 from aggregator.cassettes import opening
 from aggregator.cassettes.current import adopted, current_tape, tape_here
 from aggregator.cassettes.opening import Mode, default_mode
+from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.saving import FileLock
 from aggregator.cassettes.timing import Faults
 from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
@@ -290,16 +291,17 @@ def test_threads_do_not_guess_between_two_cassettes(tmp_path: Path) -> None:
         with aggregator.cassette(tmp_path / "b.yaml", "all"):
             assert pool.submit(tape_here).result() is None
         assert pool.submit(tape_here).result() is tape
-        tape.takes_strays = False
+    alone = aggregator.cassette(tmp_path / "c.yaml", "all", rules=TapeRules(adopts="nothing"))
+    with alone, ThreadPoolExecutor(1) as pool:
         assert pool.submit(tape_here).result() is None
 
 
 async def test_a_tape_that_takes_all_serves_contexts_made_before_it(tmp_path: Path) -> None:
     """In a pytest process a test's cassette serves what unittest and anyio run in contexts of their own."""
     before = copy_context()
-    with aggregator.cassette(tmp_path / "a.yaml", "all") as tape:
+    with aggregator.cassette(tmp_path / "a.yaml", "all"):
         assert before.run(tape_here) is None
-        tape.takes_all = True
+    with aggregator.cassette(tmp_path / "a.yaml", "all", rules=TapeRules(adopts="everything")) as tape:
         assert before.run(tape_here) is tape
     assert before.run(tape_here) is None
 

@@ -9,6 +9,7 @@ import pytest
 
 from aggregator.cassettes.exchanges import encode_line, index_lines
 from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import NO_ANSWER, Tape
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage
@@ -133,7 +134,7 @@ def test_preferred_lineage_falls_back_and_tells() -> None:
     for name in ("one", "two"):
         with lineage(name):
             tape.record(tape.issue(ask()), answer(name))
-    replay = again(sink, lineage="prefer")
+    replay = again(sink, rules=TapeRules(lineage="prefer"))
     with lineage("other"):
         assert played(replay, ask()) == "one"
     with lineage("more"):
@@ -151,7 +152,7 @@ def test_a_renamed_lineage_took_the_answer_of_one_that_still_asked() -> None:
         with lineage(name):
             tape.record(tape.issue(ask()), answer(name))
     for order in (("renamed", "a"), ("a", "renamed")):
-        replay = again(sink, lineage="prefer")
+        replay = again(sink, rules=TapeRules(lineage="prefer"))
         found = []
         for name in order:
             with lineage(name):
@@ -165,13 +166,13 @@ def test_what_a_renamed_lineage_recorded_is_played_after_what_it_took() -> None:
     tape = Tape(sink=sink)
     with lineage("before"):
         tape.record(tape.issue(ask()), answer("one"))
-    adding = Tape(tuple(index_lines(sink.lines)), lineage="prefer", sink=sink)
+    adding = Tape(tuple(index_lines(sink.lines)), rules=TapeRules(lineage="prefer"), sink=sink)
     with lineage("renamed"):
         assert played(adding, ask()) == "one"
         slot = adding.issue(ask())
         assert adding.play(slot) is None
         adding.record(slot, answer("two"))
-    replay = again(sink, lineage="prefer")
+    replay = again(sink, rules=TapeRules(lineage="prefer"))
     with lineage("renamed"):
         assert [played(replay, ask()), played(replay, ask())] == ["one", "two"]
 
@@ -185,7 +186,7 @@ def test_calls_told_apart_by_what_is_ignored_now_became_attempts_of_one() -> Non
     for index in (2, 0, 1):
         tape.record(slots[index], answer(f"answer {index}", 500 if index == 0 else 200))
     ignore = (("user",),)
-    replay = Tape(tuple(index_lines(sink.lines, ignore)), ignore=ignore)
+    replay = Tape(tuple(index_lines(sink.lines, ignore)), rules=TapeRules(ignore=ignore))
     replies = [replay.play(replay.issue(request)) for request in reversed(requests)]
     assert [reply and reply.body for reply in replies] == [b"answer 0", b"answer 1", b"answer 2"]
 

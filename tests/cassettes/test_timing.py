@@ -10,6 +10,7 @@ import pytest
 import aggregator
 from aggregator.cassettes.current import current_tape
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, index_lines
+from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.timing import KINDS, FaultKind, Faults, Latency
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError
@@ -35,7 +36,7 @@ def rows(count: int = 1) -> tuple[Row, ...]:
 @pytest.mark.parametrize(("latency", "seconds"), [("off", 0.0), ("recorded", 1.5), (0.01, 0.015), (2, 3.0)])
 def test_latency(latency: Latency, seconds: float) -> None:
     """A replayed answer takes no time, its recorded time, or that scaled; the caller's clock does the waiting."""
-    tape = Tape(rows(), latency=latency)
+    tape = Tape(rows(), rules=TapeRules(latency=latency))
     reply = tape.play(tape.issue(request()))
     assert reply is not None
     assert tape.delay(reply) == pytest.approx(seconds)
@@ -45,7 +46,7 @@ def test_latency(latency: Latency, seconds: float) -> None:
 def test_a_wrong_latency(latency: Latency) -> None:
     """A word or number that is none is told."""
     with pytest.raises(ConfigError, match='expected latency "off", "recorded" or a number >= 0'):
-        Tape(latency=latency)
+        Tape(rules=TapeRules(latency=latency))
 
 
 def test_chunk_borders_are_kept(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def certain(kind: FaultKind) -> Faults:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_fault_comes_before_the_recorded_answer(kind: FaultKind) -> None:
     """A fault meets the first attempt and uses up nothing: the next one gets the recorded answer."""
-    tape = Tape(rows(), faults=certain(kind))
+    tape = Tape(rows(), rules=TapeRules(faults=certain(kind)))
     slot = tape.issue(request())
     if kind in ("timeout", "cut"):
         with pytest.raises(APITimeoutError if kind == "timeout" else APIConnectionError, match="injected fault"):

@@ -28,6 +28,7 @@ from aggregator.cassettes.exchanges import decode_line, encode_line
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
+from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.vcr import _installed, _served, serving
 from aggregator.errors import CassetteError, CassetteMissError, ResponseError
@@ -325,7 +326,7 @@ def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> N
             return runner.run(ask())
 
     lines = Lines()
-    heard = run(Tape(sink=lines))
+    heard = run(Tape(sink=lines, rules=TapeRules(clients="all")))
     assert (server.hits, len(lines)) == (1, 1)
     tape = Tape(lines.rows())
     assert run(tape) == heard
@@ -365,7 +366,7 @@ def test_a_recorded_time_was_waited_by_the_wrong_client(client: Client, server: 
     slow = [msgspec.structs.replace(row.exchange().facts, ms=200.0) for row in lines.rows()]
     (row,) = lines.rows()
     line = encode_line(msgspec.structs.replace(row.exchange(), facts=slow[0]))
-    with taped(Tape(tuple(index_lines([line])), sink=Lines(), latency="recorded")):
+    with taped(Tape(tuple(index_lines([line])), sink=Lines(), rules=TapeRules(latency="recorded"))):
         start = time.perf_counter()
         client(server.url, BODY)
         played = time.perf_counter()

@@ -1,0 +1,36 @@
+"""What one tape does, decided when it is opened and never changed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from aggregator.cassettes.keys import Ignore
+from aggregator.cassettes.timing import Faults, Latency
+
+LineageRule = Literal["strict", "prefer"]
+
+Adopts = Literal["nothing", "threads", "everything"]
+"""Which calls without a tape in their context belong to this one, if no other tape is open."""
+
+
+class TapeRules(Struct, frozen=True, kw_only=True):
+    """How a tape matches, plays and reports.
+
+    `adopts`: "threads" takes the calls of plain threads, which start without a context; "everything" also those of
+    every context without a tape, as in a pytest process; "nothing" leaves both to the network.
+    `plays_failures=False` repeats recorded calls that failed instead of playing them.
+    `expects_all=False` reports no exchanges that were left unplayed.
+    `clients` are the other HTTP clients that ask this tape, see `aggregator.cassettes.clients`.
+    """
+
+    lineage: LineageRule = "strict"
+    ignore: Ignore = ()
+    latency: Latency = "off"
+    faults: Faults | None = None
+    clients: str | Sequence[str] = ()
+    adopts: Adopts = "threads"
+    plays_failures: bool = True
+    expects_all: bool = True
