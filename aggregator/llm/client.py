@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random as random_module
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self
@@ -68,6 +69,24 @@ class LLM:
         _check(max_attempts=max_attempts, timeout=timeout)
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
         endpoint = resolve(model, base_url=base_url, api_key=api_key, env=os.environ if env is None else env)
+        self._given = {
+            "model": model,
+            "base_url": base_url,
+            "api_key": api_key,
+            "max_attempts": max_attempts,
+            "timeout": timeout,
+            "max_concurrency": max_concurrency,
+            "rpm": rpm,
+            "tpm": tpm,
+            "budget": budget,
+            "prices": prices,
+            "transport": transport,
+            "retry": retry,
+            "env": env,
+            "clock": clock,
+            "sleep": sleep,
+            "random": random,
+        }
         self.model = f"{endpoint.provider}/{endpoint.model}"
         self.endpoint = endpoint
         self.timeout = timeout
@@ -94,8 +113,23 @@ class LLM:
     def __repr__(self) -> str:
         return f"LLM({self.model!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LLM:
+    def __copy__(self) -> LLM:
         return self  # agents are copied; the account behind a client is not
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LLM:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings; raises ConfigError if an argument holds a secret or cannot leave this process."""
+        return (
+            _from_settings,
+            (type(self), _settings(self.model, {**self._given, "timeout": self.timeout})),
+            self._added(),
+        )
+
+    def _added(self) -> dict[str, Any]:
+        """Return the attributes that a subclass or a user added."""
+        return {name: value for name, value in vars(self).items() if name not in _ATTRIBUTES}
 
     async def complete(
         self,
@@ -244,6 +278,63 @@ class LLM:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
+
+
+_ATTRIBUTES = frozenset(
+    [
+        "model",
+        "endpoint",
+        "timeout",
+        "prices",
+        "budget",
+        "_given",
+        "_host",
+        "_is_virtual",
+        "_latest",
+        "_limiters",
+        "_limits",
+        "_line",
+    ]
+)
+
+
+def _settings(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a client that a pickle keeps; raises ConfigError that names one that it cannot keep."""
+    from aggregator.cassettes.redaction import redact_url
+
+    defaults = {"clock": time.monotonic, "sleep": asyncio.sleep}
+    objects = ("transport", "clock", "sleep", "random", "env", "budget")
+    problem = next((name for name in objects if given[name] is not defaults.get(name)), "")
+    remedy = "leave it out and give it to the client where the pickle is loaded"
+    key, url = given["api_key"], given["base_url"]
+    if isinstance(key, str) and key:
+        problem, remedy = "api_key", "set the provider's environment variable, or give an importable function"
+    elif callable(key) and not _is_importable(key):
+        problem, remedy = "api_key", "give a function that is defined at the top level of a module"
+    elif url and redact_url(url) != url:
+        problem, remedy = "base_url", "leave the secret out of the address and give api_key"
+    if problem:
+        kind = "a text" if isinstance(given[problem], str) else repr(type(given[problem]).__name__)
+        raise ConfigError(
+            f"Expected LLM({model!r}) to hold only settings when it is pickled, got {kind} for {problem}; {remedy} "
+            f"- at LLM.{problem}"
+        )
+    return {name: value for name, value in given.items() if name not in objects}
+
+
+def _is_importable(function: Any) -> bool:
+    """Return True if a function is found under its own name in its module."""
+    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
+    for name in getattr(function, "__qualname__", "<none>").split("."):
+        found = getattr(found, name, None)
+    return found is function
+
+
+def _from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
+    """Make a client again from its pickled settings."""
+    llm = kind.__new__(kind)
+    LLM.__init__(llm, **settings)
+    return llm
 
 
 def _check(*, max_attempts: int, timeout: float | None) -> None:
