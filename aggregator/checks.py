@@ -18,13 +18,18 @@ def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return True for an int or float, NaN and infinity included; a bool is not one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def is_finite(value: Any) -> TypeGuard[int | float]:
     """Return True for an int or float that a float can hold; NaN, infinity, bools and larger ints are not.
 
     >>> is_finite(0.5), is_finite(True), is_finite(float("nan")), is_finite(10**400)
     (True, False, False, False)
     """
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def is_async(function: Any) -> bool:

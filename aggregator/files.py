@@ -33,16 +33,18 @@ def open_file(path: Path, flags: int, *, private: bool = True) -> int:
     return os.open(path, flags, PRIVATE_FILE if private else 0o666)
 
 
-def write_atomically(path: Path, data: bytes, *, private: bool = True) -> None:
+def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writer: bool = False) -> None:
     """Replace the content of a file, creating missing folders: a crash leaves the old file or the new one.
 
     A file that exists keeps its permissions, and a link is followed: the file that it names is replaced.
+    With `sole_writer` (the caller holds a lock) the temporary file has one name, so that the next write replaces what a
+    killed process left; otherwise each process and thread has a temporary file of its own.
     """
     target = os.path.realpath(path)
     make_folder(os.path.dirname(target), private=private)  # noqa: PTH120 - as above
-    temporary = f"{target}.{os.getpid()}.{get_ident()}.tmp"  # another process or thread that saves here has its own
+    temporary = f"{target}.tmp" if sole_writer else f"{target}.{os.getpid()}.{get_ident()}.tmp"
     with suppress(FileNotFoundError):
-        os.unlink(temporary)  # noqa: PTH108 - left by a process of the same number that was killed
+        os.unlink(temporary)  # noqa: PTH108 - left by a process that was killed
     try:
         file = open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), private=private)
         with os.fdopen(file, "wb") as stream:

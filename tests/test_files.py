@@ -64,6 +64,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"state.json": b"old"}
 
 
+def test_a_sole_writer_replaces_what_a_killed_process_left(tmp_path: Path) -> None:
+    """A torn temporary file is no obstacle, and nothing of it remains."""
+    path = tmp_path / "state.json"
+    (tmp_path / "state.json.tmp").write_bytes(b"torn")
+    write_atomically(path, b"new", sole_writer=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"state.json": b"new"}
+
+
 def test_threads_that_write_the_same_file_leave_one_whole_content(tmp_path: Path) -> None:
     """Each writer has a temporary file of its own."""
     path, contents = tmp_path / "state.json", [bytes([65 + i]) * 50_000 for i in range(8)]

@@ -47,6 +47,7 @@ SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, e
     "files.py": "a family that every room uses",
     "cassettes/current.py": "the context variable of the tape, alone",
     "cli/_account.py": "shared by the commands",
+    "cli/_differences.py": "shared by the commands",
     "cli/_columns.py": "shared by the commands",
     "cli/_files.py": "shared by the commands",
     "cli/demo.py": "one command",

@@ -25,6 +25,7 @@ from msgspec import Struct
 from aggregator.cassettes.exchanges import REMEDY, UNREADABLE, Recording, Row, index_spans, line_is_whole
 from aggregator.cassettes.keys import Ignore
 from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError
+from aggregator.files import open_file
 
 FORMAT = 1
 Layout = Literal["journal", "readable"]
@@ -124,7 +125,7 @@ class Journal:
     def _open(self) -> None:
         """Open the file at the first line, so that a cassette that records nothing leaves nothing."""
         try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = open_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.ftruncate(self._file, self._size)
         except OSError as error:
             raise CassetteError(

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aggregator.errors import ConfigError
+from aggregator.text import canonical_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 decode_json = msgspec.json.Decoder().decode
-encode_canonical = msgspec.json.Encoder(order="deterministic").encode
 
 Ignore = tuple[tuple[str, ...], ...]
 """JSON paths that do not count, each as its parts; `*` stands for every item of a list."""
@@ -47,7 +47,7 @@ def canonical(body: bytes, ignore: Ignore = ()) -> bytes:
         value = decode_json(body)
         for path in ignore:
             _remove(value, path)
-        return encode_canonical(value)
+        return canonical_json(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return body
 

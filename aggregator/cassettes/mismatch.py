@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, find_parts
 from aggregator.records import HTTPReply, HTTPRequest
+from aggregator.text import MISSING, clip, json_changes
 
 MAX_LINES = 40
 _CANDIDATES = 200  # compared by their words
@@ -24,7 +25,6 @@ _FINALISTS = 5  # compared word by word
 _SAMPLES, _SAMPLE = 4, 24  # how many pieces of the request are looked for, and how long they are
 _WINDOW = 60
 _WORD = re.compile(rb"[0-9A-Za-z_]+|[\x80-\xff]{1,3}")  # JSON without white space has its words, and Chinese its signs
-_MISSING = object()
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -142,7 +142,8 @@ def differences(recorded: HTTPRequest, asked: HTTPRequest) -> Iterator[str]:
     for name, before, after in (("method", recorded.method, asked.method), ("url", recorded.url, asked.url)):
         if before != after:
             yield from _show(name, before, after)
-    yield from _walk("", _decoded(recorded.body), _decoded(asked.body))
+    for path, before, after in json_changes(_decoded(recorded.body), _decoded(asked.body)):
+        yield from _show(path or "body", before, after)
 
 
 def _decoded(body: bytes) -> Any:
@@ -150,19 +151,6 @@ def _decoded(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return body.decode(errors="replace")
-
-
-def _walk(path: str, before: Any, after: Any) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in (*before, *(name for name in after if name not in before)):
-            inner = f"{path}.{name}" if path else name
-            yield from _walk(inner, before.get(name, _MISSING), after.get(name, _MISSING))
-    elif isinstance(before, list) and isinstance(after, list):
-        for index in range(max(len(before), len(after))):
-            pair = (side[index] if index < len(side) else _MISSING for side in (before, after))
-            yield from _walk(f"{path}[{index}]", *pair)
-    elif before != after or type(before) is not type(after):
-        yield from _show(path or "body", before, after)
 
 
 def _show(path: str, before: Any, after: Any) -> Iterator[str]:
@@ -183,7 +171,6 @@ def _window(text: str, start: int) -> str:
 
 
 def _brief(value: Any) -> str:
-    if value is _MISSING:
+    if value is MISSING:
         return "nothing"
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 2 * _WINDOW else f"{text[: 2 * _WINDOW]}..."
+    return clip(msgspec.json.encode(value).decode(), 2 * _WINDOW)

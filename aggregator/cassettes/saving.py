@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from shutil import copymode
 from typing import Literal
 
 from aggregator.cassettes.blocks import render_exchange
@@ -17,6 +16,7 @@ from aggregator.cassettes.journal import EMPTY, PREAMBLE, Comment, Layout, conte
 from aggregator.cassettes.lineage import natural
 from aggregator.cassettes.reading import shard_path
 from aggregator.errors import CassetteError, CassetteLockedError
+from aggregator.files import make_folder, open_file, write_atomically
 
 SHARD_BYTES = 10_000_000
 """Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
@@ -54,9 +54,8 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None
     ]
     others = [shard_path(path, group, number) for number in range(2, len(contents) + 1)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         for file, comment, (content, _) in reversed(list(zip((path, *others), comments, contents, strict=True))):
-            replace_file(file, comment.render() + content)
+            write_atomically(file, comment.render() + content, sole_writer=True)
     except OSError as error:
         raise CassetteError(
             f"expected to write the cassette {path}, got {error}; free some space or make the folder writable. "
@@ -97,22 +96,6 @@ def _render(row: Row, layout: Layout) -> bytes:
     return render_exchange(row.exchange(), row.line).encode()
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file through a temporary one beside it, on the device before it takes the name and the permissions."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            copymode(path, temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 try:
     import fcntl
 except ImportError:  # Windows: no advisory locks; two recording processes are the user's to keep apart
@@ -126,7 +109,7 @@ class FileLock:
         """Take the lock; raises CassetteLockedError naming the process that holds it."""
         self._path = path.with_name(f"{path.name}.lock")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._file = self._take(path)
         except OSError as error:
             raise CassetteError(
@@ -136,7 +119,7 @@ class FileLock:
 
     def _take(self, path: Path) -> int:
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = open_file(self._path, os.O_RDWR | os.O_CREAT)
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ from aggregator.cassettes.secrets import (
     is_secret_field,
     secret_edits,
 )
+from aggregator.checks import is_number
 
 Chunks = tuple[tuple[int, float], ...]
 """(length in bytes, milliseconds since the request was sent) of each piece as it came."""
@@ -90,8 +91,7 @@ def _blank(value: Any, needles: Needles) -> Any:
         return [_blank(item, needles) for item in value]
     if isinstance(value, str):
         return value and PLACEHOLDER
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return 0 if is_number else _rebuilt(value, needles)
+    return 0 if is_number(value) else _rebuilt(value, needles)
 
 
 def hidden_edits(body: bytes, needles: Needles) -> list[Edit]:

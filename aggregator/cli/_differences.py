@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from aggregator.cassettes.exchanges import Exchange, Row, exchange_id
 from aggregator.cli._inspection import value_of
+from aggregator.text import clip, json_changes
 
 _TELLING_HEADERS = frozenset({"content-type", "location", "retry-after", "retry-after-ms", "x-should-retry"})
 """What a client goes by; dates, ids and rate limits differ in every recording."""
@@ -46,9 +47,9 @@ def _identity(row: Row) -> tuple[bytes, str, int, int]:
 
 
 def _answer_changes(old: Exchange, new: Exchange) -> Iterator[str]:
-    yield from (change.removeprefix("$.") for change in json_changes(_head(old), _head(new)))
+    yield from (change.removeprefix("$.") for change in describe_changes(_head(old), _head(new)))
     if old.reply.body != new.reply.body:
-        changes = list(json_changes(value_of(old.reply.body), value_of(new.reply.body)))
+        changes = list(describe_changes(value_of(old.reply.body), value_of(new.reply.body)))
         yield from changes or ["body: the same JSON, written otherwise"]
 
 
@@ -59,27 +60,11 @@ def _head(exchange: Exchange) -> dict[str, Any]:
     return {"status": reply.status, **headers, **({"error": ": ".join(error)} if error else {})}
 
 
-def json_changes(old: Any, new: Any, path: str = "$") -> Iterator[str]:
+def describe_changes(old: Any, new: Any) -> Iterator[str]:
     """Yield each difference of two JSON values with its path.
 
-    >>> list(json_changes({"a": [1, 2], "b": 1}, {"a": [1, 3]}))
+    >>> list(describe_changes({"a": [1, 2], "b": 1}, {"a": [1, 3]}))
     ['$.a[1]: 2 -> 3', '$.b: 1 -> nothing']
     """
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in {**old, **new}:
-            if name not in new:
-                yield f"{path}.{name}: {_short(old[name])} -> nothing"
-            elif name not in old:
-                yield f"{path}.{name}: nothing -> {_short(new[name])}"
-            else:
-                yield from json_changes(old[name], new[name], f"{path}.{name}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from json_changes(a, b, f"{path}[{index}]")
-    elif old != new or type(old) is not type(new):
-        yield f"{path}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    for path, before, after in json_changes(old, new, "$"):
+        yield f"{path}: {clip(repr(before), 60)} -> {clip(repr(after), 60)}"

@@ -25,6 +25,7 @@ from aggregator.cassettes.secrets import (
     is_secret_parameter,
     needles_of,
 )
+from aggregator.checks import is_number
 from aggregator.errors import ConfigError
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
@@ -103,7 +104,7 @@ def usage_of(exchange: Exchange) -> dict[str, int | float]:
 
 def _is_figure(amount: Any) -> bool:
     """Say whether this is a number that can be summed and printed; another tool's file may hold any other."""
-    return isinstance(amount, int | float) and not isinstance(amount, bool) and 0 <= amount < _LARGEST_FIGURE
+    return is_number(amount) and 0 <= amount < _LARGEST_FIGURE
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role
+from aggregator.checks import is_async
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
 from aggregator.llm.budget import Amount, Budget, current_budget, pico, upper_tokens
 from aggregator.llm.calls import ChatCall, Target
@@ -122,7 +123,7 @@ class CallableModel:
             given = {key: value for key, value in given.items() if key in self._accepted}
         ask = partial(self._function, messages=messages, **given)
         try:
-            if _is_async(self._function):
+            if is_async(self._function):
                 return await ask()
             result = await self._in_thread(ask)
             return await result if inspect.isawaitable(result) else result
@@ -169,12 +170,6 @@ def _accepted(function: Callable[..., Any]) -> frozenset[str] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return frozenset(parameter.name for parameter in parameters)
-
-
-def _is_async(function: Any) -> bool:
-    while isinstance(function, partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def _spent(usage: Usage, held: Amount) -> Amount:

@@ -10,7 +10,6 @@ and the field is refused.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec.structs import asdict, replace
 
+from aggregator.checks import is_async
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ApiKey, Codec, Provider, Target
 from aggregator.llm.codecs.anthropic import AnthropicMessages
@@ -323,7 +323,7 @@ def _key(
 ) -> tuple[ApiKey | None, str, str | None]:
     """Return the key, the header that carries it, and what to do where it is missing."""
     headers = provider.keys
-    if inspect.iscoroutinefunction(given) or inspect.iscoroutinefunction(getattr(given, "__call__", None)):  # noqa: B004
+    if is_async(given):
         raise ConfigError(
             f"Expected api_key as a text or a function that returns one, got {given!r}, which has to be awaited. Give "
             "the synchronous one (azure.identity instead of azure.identity.aio)"

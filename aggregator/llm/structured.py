@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 from msgspec.structs import replace
 
+from aggregator.checks import is_int, is_number
 from aggregator.errors import (
     BadRequestError,
     ConfigError,
@@ -27,6 +28,7 @@ from aggregator.errors import (
 from aggregator.llm.attempts import Attempts
 from aggregator.llm.calls import ChatCall
 from aggregator.records import Completion
+from aggregator.text import fenced_blocks
 
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
@@ -34,10 +36,8 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "boolean": lambda value: isinstance(value, bool),
     "null": lambda value: value is None,
-    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "integer": lambda value: (
-        (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
-    ),
+    "number": is_number,
+    "integer": lambda value: is_int(value) or (isinstance(value, float) and value.is_integer()),
 }
 
 
@@ -99,7 +99,6 @@ Validate = Callable[[str], Any]
 """Takes the text of a reply and raises ValueError where it is not acceptable."""
 
 _JSON_OBJECT = {"type": "json_object"}
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
 _NAMES_FORMAT = re.compile(
     r"response.?format|json.?schema|json.?object|guided|grammar|structured.?output", re.IGNORECASE
 )
@@ -271,7 +270,7 @@ def checker(wanted: Mapping[str, Any]) -> Validate:
 
 def parse_json(text: str) -> Any:
     """Parse a text that is JSON, bare or as its only fenced block; raises ValueError."""
-    fenced = _FENCE.findall(text)
+    fenced = fenced_blocks(text)
     for candidate in (text, *(fenced if len(fenced) == 1 else ())):
         try:
             return msgspec.json.decode(candidate.strip())

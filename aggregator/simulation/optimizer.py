@@ -22,6 +22,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from aggregator.checks import is_number
 from aggregator.simulation.aggregator import is_code
 from aggregator.simulation.language import (
     COURTESY,
@@ -146,12 +147,8 @@ def _text(case: Case) -> Parameter | None:
     return _of(case, plain, RULES) or _of(case, plain)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _longer(case: Case) -> Proposed:
-    number = _of(case, _number, LONGER)
+    number = _of(case, is_number, LONGER)
     if number is None:
         return {}
     value = min(number.value * GROWTH + 1, number.maximum)
@@ -163,7 +160,7 @@ def _longer(case: Case) -> Proposed:
 def _scaled(case: Case) -> Proposed:
     """Follow feedback that only says more or less: of the number it speaks of, else of the first."""
     spoken = set(bare_text(case.feedback).split())
-    numbers = [parameter for parameter in case.parameters.values() if _number(parameter.value)]
+    numbers = [parameter for parameter in case.parameters.values() if is_number(parameter.value)]
     named = [number for number in numbers if spoken & set(re.split(r"[\W_]+", number.name.lower()))]
     number = next(iter(named or numbers), None)
     factor = 1.5 if _MORE.search(case.feedback) else 0.5 if _LESS.search(case.feedback) else 1
@@ -273,7 +270,7 @@ def _erring(case: Case, proposed: Proposed, draw: random.Random) -> Proposed:
     text = _text(case)
     wrong: list[Proposed] = []
     for name, (value, why) in proposed.items():
-        if _number(value):
+        if is_number(value):
             wrong.append({name: (value * 20, why)})
         elif isinstance(value, str) and is_code(value):
             wrong.append({name: (value.replace("):", ")", 1).replace("->", "-", 1), why)})

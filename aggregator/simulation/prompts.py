@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from aggregator.checks import is_number
 from aggregator.simulation.aggregator import Block
 from aggregator.simulation.optimizer import Case, Parameter, Proposed, bounds
 
@@ -131,7 +132,7 @@ def _within(reply: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _limited(value: Any, schema: Mapping[str, Any]) -> Any:
     """Keep a number within the limits that a schema states."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not is_number(value):
         return value
     for option in schema.get("anyOf", [schema]):
         value = min(max(value, option.get("minimum", value)), option.get("maximum", value))

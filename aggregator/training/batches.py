@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from random import Random
 from typing import Any
 
+from aggregator.checks import check_positive
 from aggregator.errors import ConfigError
 from aggregator.records import Sample
 
@@ -77,12 +78,6 @@ def minibatches(
     elif shuffle:
         random.shuffle(order)
     return [tuple(order[i : i + batch_size]) for i in range(0, size, batch_size)]
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise ConfigError unless value is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"expected {name} to be an int of at least 1, got {value!r}")
 
 
 class DataLoader:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.errors import TrainingError
+from aggregator.files import write_atomically
 from aggregator.records import Candidate, Evaluation, StepReport, TrainingResult, Usage, Values
-from aggregator.text import show
+from aggregator.text import canonical_json, show
 
 VERSION = 1
 JOURNAL = "journal.yaml"
@@ -66,7 +65,7 @@ def digest(value: Any) -> str:
     True
     """
     try:
-        text = msgspec.json.encode(value, enc_hook=_shown, order="deterministic")
+        text = canonical_json(value, _shown)
     except (TypeError, ValueError, RecursionError):  # keys of other kinds, lone surrogates, a list that holds itself
         text = _shown(value).encode(errors="backslashreplace")
     return hashlib.sha256(text).hexdigest()[:16]
@@ -76,19 +75,11 @@ def _shown(value: Any) -> str:
     return show(value, _WHOLE)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Replace a file as a whole: a crash leaves the old one or the new one; raises TrainingError where it cannot."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 - Path.replace is the same call
+        write_atomically(path, data, sole_writer=True)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise TrainingError(
             f"expected to write {path}, got {error}; free some space or make the folder writable. "
             "A run goes on from its last checkpoint with resume=True"
@@ -98,7 +89,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def save(run_dir: Path, state: RunState, fingerprint: Mapping[str, str]) -> None:
     """Write the checkpoint."""
     checkpoint = Checkpoint(version=VERSION, fingerprint=dict(fingerprint), state=state)
-    write_atomically(run_dir / CHECKPOINT, msgspec.json.encode(checkpoint, enc_hook=repr))
+    write_whole(run_dir / CHECKPOINT, msgspec.json.encode(checkpoint, enc_hook=repr))
 
 
 def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
@@ -168,8 +159,8 @@ def _warnings(usage: Mapping[str, Usage]) -> Iterator[str]:
 
 def save_result(result: TrainingResult, path: str | Path) -> None:
     """Write a result as JSON: the same run gives the same bytes."""
-    data = msgspec.json.format(msgspec.json.encode(result, enc_hook=repr, order="deterministic"), indent=2)
-    write_atomically(Path(path), data + b"\n")
+    data = msgspec.json.format(canonical_json(result, repr), indent=2)
+    write_whole(Path(path), data + b"\n")
 
 
 def load_result(path: str | Path) -> TrainingResult:

@@ -11,11 +11,12 @@ from aggregator import portal
 from aggregator.agents.parameters import keeping, overriding
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import lineage
+from aggregator.checks import check_positive, is_async
 from aggregator.errors import TrainingWarning, ends_run, is_own
 from aggregator.executors.local import AsyncExecutor
 from aggregator.guides.calling import judge
 from aggregator.records import Failure, Rollout, Sample, Values
-from aggregator.training.batches import Dataset, check_positive, samples
+from aggregator.training.batches import Dataset, samples
 from aggregator.training.failures import failure, root_of
 from aggregator.training.parts import check_guide
 
@@ -51,7 +52,7 @@ async def rollout(
 async def run_agent(agent: Any, x: Any, executor: AsyncExecutor) -> Any:
     """Return `agent(x)`: awaited where the agent is async, in a thread where it is not."""
     forward = getattr(agent, "forward", agent)
-    if inspect.iscoroutinefunction(forward) or inspect.iscoroutinefunction(getattr(agent, "__call__", None)):  # noqa: B004
+    if is_async(forward) or is_async(agent):
         return await agent(x)
     output = await executor.call(agent, x)
     return await output if inspect.isawaitable(output) else output

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, isfinite
+from math import comb
 from typing import Any
 
+from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.protocols import Gate
 from aggregator.records import Decision, Sample, Values
@@ -78,7 +79,7 @@ class improves_on_validation:  # noqa: N801 - used like the gates beside it, whi
 
 def check_threshold(threshold: Any) -> None:
     """Raise ConfigError for what no gain can be held against."""
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not isfinite(threshold):
+    if not is_finite(threshold):
         raise ConfigError(f"expected threshold to be a finite number, the least gain of the mean, got {threshold!r}")
 
 

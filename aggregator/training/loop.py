@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import read, write
 from aggregator.cassettes.lineage import lineage
+from aggregator.checks import is_finite
 from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError, ends_run, is_own
 from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
@@ -39,7 +40,7 @@ from aggregator.training.evaluation import failures_of, mean, score_values
 from aggregator.training.failures import failure, is_lost, root_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
-from aggregator.training.updates import Update, is_score, score_of
+from aggregator.training.updates import Update, score_of
 
 FEWEST_JUDGED = 4
 """max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
@@ -335,7 +336,7 @@ def _report(
 ) -> StepReport:
     """Make the one event of a step, also where an overridden `update` returned a score or nothing of use."""
     if not isinstance(update, Update):
-        score = float(update) if is_score(update) else mean(scores)
+        score = float(update) if is_finite(update) else mean(scores)
         decision = Decision(accepted=bool(written), reason="applied by update()")
         update = Update(values=written, decision=decision, score=score, proposals=len(outputs))
     more = (record for record in update.failures if record not in failures)  # a proposal carries them on

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
+from aggregator.checks import check_count, check_positive, is_finite
 from aggregator.errors import ConfigError
 from aggregator.records import Sample, Values
-from aggregator.training.batches import check_positive, minibatches
+from aggregator.training.batches import minibatches
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest
 from aggregator.training.parts import check_guide
 from aggregator.training.schedules import Schedule
@@ -77,12 +77,10 @@ def check(plan: Plan) -> Plan:
     check_positive("batch_size", plan.batch_size)
     check_positive("max_concurrency", plan.max_concurrency)
     for name in ("num_epochs", "eval_frequency", "log_frequency", "save_frequency"):
-        value = getattr(plan, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"expected {name} to be an int of at least 0 (0 is off), got {value!r}")
-    if not _is_finite(plan.max_failure_ratio) or not 0 <= plan.max_failure_ratio <= 1:
+        check_count(name, getattr(plan, name), meaning="0 is off")
+    if not is_finite(plan.max_failure_ratio) or not 0 <= plan.max_failure_ratio <= 1:
         raise ConfigError(f"expected max_failure_ratio in [0, 1], got {plan.max_failure_ratio!r}")
-    if plan.min_score is not None and not _is_finite(plan.min_score):
+    if plan.min_score is not None and not is_finite(plan.min_score):
         raise ConfigError(f"expected min_score to be a finite number, or None for no score, got {plan.min_score!r}")
     check_guide(plan.guide)
     _check_run_dir(plan)
@@ -96,10 +94,6 @@ def check_saving(plan: Plan, agent: Any) -> None:
             f"expected an agent with save(path) beside save_frequency={plan.save_frequency}, got {agent!r}; "
             "derive it from Module, or give run_dir instead"
         )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
 
 
 def as_run_dir(given: Any) -> Path | None:

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from aggregator.errors import ConfigError
 from aggregator.records import Proposal, StepReport, Values
+from aggregator.text import one_line
 
 REPLY_FORMAT = """\
 Reply with one JSON object and nothing else:
@@ -292,18 +293,13 @@ def _suggestion(proposal: Proposal, confidence: float) -> str:
     if proposal.score is not None:
         lines.append(f"score: {number(proposal.score)}")
     if proposal.feedback:
-        lines.append(f"feedback: {_digest(proposal.feedback)}")
+        lines.append(f"feedback: {one_line(proposal.feedback, FEEDBACK_DIGEST)}")
     return "\n".join([*lines, pretty(proposal.values)])
-
-
-def _digest(text: str, limit: int = FEEDBACK_DIGEST) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def digest_of(update: Values) -> str:
     """Write an earlier update as one bounded line."""
-    return _digest(msgspec.json.encode(ordered(update), enc_hook=str).decode(), UPDATE_DIGEST)
+    return one_line(msgspec.json.encode(ordered(update), enc_hook=str).decode(), UPDATE_DIGEST)
 
 
 def verdict(report: StepReport) -> str:

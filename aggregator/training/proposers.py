@@ -6,19 +6,17 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-import msgspec
 from msgspec.structs import replace
 
 from aggregator.agents.parameters import ParameterNode, read
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import ConfigError
+from aggregator.checks import check_count, check_positive
 from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal, Rollout, StepReport
-from aggregator.text import cut
+from aggregator.text import as_text, cut
 from aggregator.training.asking import Answer, ask
-from aggregator.training.batches import check_positive
 from aggregator.training.context import current_step
 from aggregator.training.parts import check_rule, fitted, gives_typed
 from aggregator.training.prompts import (
@@ -69,9 +67,7 @@ class LLMOptimizer:
     ) -> None:
         if num_candidates is not None:
             check_positive("num_candidates", num_candidates)
-        size: Any = memory_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ConfigError(f"expected memory_size to be an int of at least 0 (0 is off), got {memory_size!r}")
+        check_count("memory_size", memory_size, meaning="0 is off")
         if select is not None:
             check_rule(select)
         self.parameters = parameters
@@ -220,12 +216,7 @@ def latest(items: Sequence[Item], count: int) -> Sequence[Item]:
 
 def render(value: Any) -> str:
     """Write an agent's output as text: a string as it is, JSON where it can be."""
-    if isinstance(value, str):
-        return value
-    try:
-        return msgspec.json.encode(ordered(value)).decode()
-    except (TypeError, ValueError):
-        return f"<{type(value).__name__}>" if " at 0x" in repr(value) else repr(value)
+    return as_text(ordered(value))
 
 
 class TextGradOptimizer(LLMOptimizer):

@@ -19,11 +19,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from aggregator.errors import SuggestionError
-from aggregator.text import list_names, quote_ends
+from aggregator.text import canonical_json, list_names, quote_ends
 
 MAX_DEPTH = 100
 """Objects and lists nested deeper than this are refused; Python's own limit depends on who calls."""
@@ -230,7 +229,7 @@ def same(one: Any, other: Any) -> bool:
 def canonical(value: Any) -> bytes:
     """Encode with sorted keys; SuggestionError for text that is no Unicode (a lone surrogate)."""
     try:
-        return msgspec.json.encode(value, order="deterministic")
+        return canonical_json(value)
     except UnicodeEncodeError as error:
         raise SuggestionError(
             f"half a character: {error.object[error.start : error.end]!r} is no Unicode text"

@@ -7,18 +7,18 @@ Where two proposals weigh the same, the one of the earlier sample wins, so that 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import wraps
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
+from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.protocols import UpdateRule
 from aggregator.records import Proposal, Values
+from aggregator.text import canonical_json
 from aggregator.training.parts import check_rule, merged
 
 _Merge = Callable[[Values, Sequence[Proposal], float], Sequence[Proposal]]
@@ -148,7 +148,7 @@ def mean(current: Values, proposals: Sequence[Proposal], stepsize: float) -> Seq
 
 def key_of(value: Any) -> bytes:
     """Encode a value so that equal ones give equal bytes: 1, 1.0 and True are three values, key order is none."""
-    return msgspec.json.encode(value, order="deterministic", enc_hook=repr)
+    return canonical_json(value, repr)
 
 
 def _score(proposal: Proposal) -> float:
@@ -188,15 +188,9 @@ def _is_current(current: Values, name: str, value: Any) -> bool:
     return name in current and key_of(current[name]) == key_of(value)
 
 
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max  # False for NaN, and for an int beyond what a float holds
-
-
 def _is_numeric(name: str, current: Values, proposals: Sequence[Proposal]) -> bool:
     proposed = [proposal.values[name] for proposal in proposals if name in proposal.values]
-    return all(_is_number(value) for value in (*proposed, current.get(name, 0)))
+    return all(map(is_finite, (*proposed, current.get(name, 0))))
 
 
 def _moved(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> int | float:

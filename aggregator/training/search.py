@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from math import isfinite
 from typing import Any, Literal, TypeVar, get_args
 
 from msgspec import to_builtins
@@ -17,12 +16,13 @@ from msgspec.structs import replace
 from aggregator.adapters.trace import TraceOptimizer
 from aggregator.agents.parameters import overriding, read, write
 from aggregator.cassettes.lineage import lineage
+from aggregator.checks import check_finite, check_positive
 from aggregator.errors import ConfigError
 from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Values
-from aggregator.training.batches import Dataset, check_positive, samples
+from aggregator.training.batches import Dataset, samples
 from aggregator.training.candidates import (
     compared,
     contributors,
@@ -273,13 +273,7 @@ def _check(search: PrioritySearch, rule: Any, gate: Any) -> None:
         )
     if search.score_function not in get_args(ScoreFunction):
         raise ConfigError(f"expected score_function 'mean' or 'ucb', got {search.score_function!r}")
-    constant: Any = search.ucb_exploration_constant
-    if (
-        isinstance(constant, bool)
-        or not isinstance(constant, int | float)
-        or not (isfinite(constant) and constant >= 0)
-    ):
-        raise ConfigError(f"expected ucb_exploration_constant to be a finite number of at least 0, got {constant!r}")
+    check_finite("ucb_exploration_constant", search.ucb_exploration_constant, least=0)
     if rule is not None:
         check_rule(rule)
     elif isinstance(search.optimizer, TraceOptimizer):

@@ -8,11 +8,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from aggregator.cassettes.lineage import lineage
+from aggregator.checks import check_positive
 from aggregator.errors import ConfigError
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, Values
 from aggregator.text import shorten
-from aggregator.training.batches import Dataset, check_positive, samples
+from aggregator.training.batches import Dataset, samples
 from aggregator.training.context import current_step
 from aggregator.training.evaluation import mean
 from aggregator.training.loop import Observer

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator.agents.parameters import read, write
+from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.protocols import Gate, UpdateRule
 from aggregator.records import Decision, Failure, Proposal, Rollout, Stage, Values
@@ -67,7 +67,7 @@ def as_proposal(output: Any) -> Proposal:
     score = None
     if isinstance(output, tuple) and len(output) == 2:
         output, score = output
-        if score is not None and not is_score(score):
+        if score is not None and not is_finite(score):
             raise ConfigError(f"expected (mapping, score) from forward, the score a finite number, got {score!r}")
     if isinstance(output, Proposal):
         return output
@@ -85,12 +85,7 @@ def as_proposal(output: Any) -> Proposal:
 def score_of(output: Any) -> float | None:
     """Return the score in what `forward` returned; None where it is none, which `as_proposal` tells of."""
     score = output[1] if isinstance(output, tuple) and len(output) == 2 else getattr(output, "score", None)
-    return score if is_score(score) else None
-
-
-def is_score(value: Any) -> bool:
-    """Say whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return score if is_finite(score) else None
 
 
 def settle(merged: Sequence[Proposal]) -> Proposal:

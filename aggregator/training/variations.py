@@ -7,12 +7,12 @@ Trace's OptoPrimeMulti.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.protocols import ChatModel, UpdateRule
 from aggregator.records import Proposal
@@ -68,7 +68,7 @@ def temperatures(highest: float = 1.3, lowest: float = 0.0) -> Variation:
     [1.0, 0.5, 0.0]
     """
     given: tuple[Any, Any] = (lowest, highest)
-    if not all(isinstance(value, int | float) for value in given) or not 0 <= lowest <= highest < inf:
+    if not all(map(is_finite, given)) or not 0 <= lowest <= highest:
         raise ConfigError(
             f"Expected temperatures(highest, lowest) with 0 <= lowest <= highest, got {highest!r}, {lowest!r}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, exchange_id, index_lines
-from aggregator.cli._differences import difference, json_changes
+from aggregator.cli._differences import describe_changes, difference
 from aggregator.records import HTTPReply, HTTPRequest
 
 JSON = {"content-type": "application/json"}
@@ -35,10 +35,10 @@ def test_a_difference_names_what_went_came_and_changed() -> None:
 
 def test_json_changes_tell_types_apart() -> None:
     """1, 1.0 and true are not the same, nor are lists of other lengths."""
-    assert list(json_changes([1, True, [1]], [1.0, 1, [1, 2]])) == [
+    assert list(describe_changes([1, True, [1]], [1.0, 1, [1, 2]])) == [
         "$[0]: 1 -> 1.0",
         "$[1]: True -> 1",
-        "$[2]: [1] -> [1, 2]",
+        "$[2][1]: nothing -> 2",
     ]
 
 

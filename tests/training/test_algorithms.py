@@ -68,5 +68,5 @@ def test_basic_search_may_validate_with_a_guide_of_its_own(adder: Adder) -> None
 @pytest.mark.parametrize("count", [0, -1, 2.5])
 def test_num_proposals_is_a_positive_int(adder: Adder, count: Any) -> None:
     """Anything else is refused when the trainer is made."""
-    with pytest.raises(ConfigError, match="expected num_proposals to be an int of at least 1"):
+    with pytest.raises(ConfigError, match="Expected num_proposals to be an int of at least 1"):
         BasicSearchAlgorithm(adder, LLMOptimizer(llm=ScriptedModel(from_feedback)), num_proposals=count)

@@ -65,7 +65,7 @@ def test_a_wrong_dataset_says_what_was_expected(dataset: Any, message: str) -> N
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, True, "8"])
 def test_batch_size_is_a_positive_int(batch_size: Any) -> None:
     """batch_size 0 is refused before anything runs."""
-    with pytest.raises(ConfigError, match="expected batch_size to be an int of at least 1"):
+    with pytest.raises(ConfigError, match="Expected batch_size to be an int of at least 1"):
         minibatches(4, batch_size, seed=0, epoch=0)
 
 

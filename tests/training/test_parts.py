@@ -122,7 +122,7 @@ def test_arguments_that_showed_late_or_as_a_type_error(arguments: dict[str, Any]
 @pytest.mark.parametrize("memory_size", [-1, "5", True, 1.0])
 def test_a_memory_size_that_is_none(memory_size: Any) -> None:
     """-1 recalled nothing, text failed on every instance."""
-    with pytest.raises(ConfigError, match="expected memory_size to be an int of at least 0"):
+    with pytest.raises(ConfigError, match="Expected memory_size to be an int of at least 0"):
         LLMOptimizer(llm=SILENT, memory_size=memory_size)
 
 

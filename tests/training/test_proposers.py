@@ -117,7 +117,7 @@ def test_parameters_of_the_optimizer_limit_what_changes(adder: Adder) -> None:
 @pytest.mark.parametrize("count", [0, -1, "3"])
 def test_num_candidates_is_a_positive_int(count: Any) -> None:
     """Anything else is refused when the optimizer is made."""
-    with pytest.raises(ConfigError, match="expected num_candidates"):
+    with pytest.raises(ConfigError, match="Expected num_candidates"):
         LLMOptimizer(llm=ScriptedModel("x"), num_candidates=count)
 
 

@@ -552,13 +552,13 @@ def test_an_overridden_forward_is_run_under_every_candidate() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"num_candidates": 0}, "expected num_candidates to be an int of at least 1, got 0"),
-    ({"num_proposals": 2.5}, "expected num_proposals to be an int of at least 1, got 2.5"),
-    ({"memory_size": 0}, "expected memory_size to be an int of at least 1, got 0"),
+    ({"num_candidates": 0}, "Expected num_candidates to be an int of at least 1, got 0"),
+    ({"num_proposals": 2.5}, "Expected num_proposals to be an int of at least 1, got 2.5"),
+    ({"memory_size": 0}, "Expected memory_size to be an int of at least 1, got 0"),
     ({"num_candidates": 8, "memory_size": 4}, "expected memory_size of at least num_candidates=8"),
     ({"score_function": "median"}, "expected score_function 'mean' or 'ucb', got 'median'"),
-    ({"ucb_exploration_constant": -1.0}, "expected ucb_exploration_constant to be a finite number of at least 0"),
-    ({"ucb_exploration_constant": float("nan")}, "expected ucb_exploration_constant to be a finite number"),
+    ({"ucb_exploration_constant": -1.0}, "Expected ucb_exploration_constant to be a finite number of at least 0"),
+    ({"ucb_exploration_constant": float("nan")}, "Expected ucb_exploration_constant to be a finite number"),
     ({"validate_dataset": []}, "validate_dataset is empty"),
     ({"rule": 5}, "Expected a rule"),
     ({"gate": 5}, "Expected a gate"),

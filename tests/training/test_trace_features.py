@@ -198,8 +198,8 @@ OPTIMIZERS = {
         "training/test_suggestions.py::test_update_dict_leaves_out_or_raises",
     ),
     "HTML of the step in notebooks": (
-        "observing/test_notebook.py::test_a_step_shows_the_verdict_and_its_reason",
-        "observing/test_notebook.py::test_everything_is_escaped",
+        "test_views.py::test_a_step_shows_the_verdict_and_its_reason",
+        "test_views.py::test_everything_is_escaped",
     ),
     "OPRO": ("training/test_proposers.py::test_opro_recalls_the_best_in_ascending_order",),
     "TextGrad": ("training/test_textgrad.py::test_the_criticism_takes_the_feedbacks_place",),
