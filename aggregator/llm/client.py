@@ -69,24 +69,8 @@ class LLM:
         _check(max_attempts=max_attempts, timeout=timeout)
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
         endpoint = resolve(model, base_url=base_url, api_key=api_key, env=os.environ if env is None else env)
-        self._given = {
-            "model": model,
-            "base_url": base_url,
-            "api_key": api_key,
-            "max_attempts": max_attempts,
-            "timeout": timeout,
-            "max_concurrency": max_concurrency,
-            "rpm": rpm,
-            "tpm": tpm,
-            "budget": budget,
-            "prices": prices,
-            "transport": transport,
-            "retry": retry,
-            "env": env,
-            "clock": clock,
-            "sleep": sleep,
-            "random": random,
-        }
+        self._given = {"model": model, "base_url": base_url, "api_key": api_key}
+        self._injected = {"transport": transport, "env": env, "random": random}
         self.model = f"{endpoint.provider}/{endpoint.model}"
         self.endpoint = endpoint
         self.timeout = timeout
@@ -121,11 +105,18 @@ class LLM:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings; raises ConfigError if an argument holds a secret or cannot leave this process."""
-        return (
-            _from_settings,
-            (type(self), _settings(self.model, {**self._given, "timeout": self.timeout})),
-            self._added(),
-        )
+        line = self._line
+        injected = {**self._injected, "clock": line.clock, "sleep": line.sleep, "budget": line.budget}
+        _check_settings(self.model, injected, **self._given)
+        settings = {
+            **self._given,
+            **self._limits,
+            "max_attempts": line.policy.max_attempts,
+            "timeout": self.timeout,
+            "prices": line.prices,
+            "retry": line.policy,
+        }
+        return _from_settings, (type(self), settings), self._added()
 
     def _added(self) -> dict[str, Any]:
         """Return the attributes that a subclass or a user added."""
@@ -280,46 +271,29 @@ class LLM:
         await self.aclose()
 
 
-_ATTRIBUTES = frozenset(
-    [
-        "model",
-        "endpoint",
-        "timeout",
-        "prices",
-        "budget",
-        "_given",
-        "_host",
-        "_is_virtual",
-        "_latest",
-        "_limiters",
-        "_limits",
-        "_line",
-    ]
-)
+_INJECTED = {"clock": time.monotonic, "sleep": asyncio.sleep}
+_ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget"} | {
+    f"_{name}" for name in ("given", "host", "injected", "is_virtual", "latest", "limiters", "limits", "line")
+}
 
 
-def _settings(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a client that a pickle keeps; raises ConfigError that names one that it cannot keep."""
+def _check_settings(name: str, injected: Mapping[str, Any], model: Any, base_url: Any, api_key: Any) -> None:
+    """Raise ConfigError that names an argument which a pickle cannot keep."""
     from aggregator.cassettes.redaction import redact_url
 
-    defaults = {"clock": time.monotonic, "sleep": asyncio.sleep}
-    objects = ("transport", "clock", "sleep", "random", "env", "budget")
-    problem = next((name for name in objects if given[name] is not defaults.get(name)), "")
+    problem = next((key for key, value in injected.items() if value is not _INJECTED.get(key)), "")
     remedy = "leave it out and give it to the client where the pickle is loaded"
-    key, url = given["api_key"], given["base_url"]
-    if isinstance(key, str) and key:
+    if isinstance(api_key, str) and api_key:
         problem, remedy = "api_key", "set the provider's environment variable, or give an importable function"
-    elif callable(key) and not _is_importable(key):
+    elif callable(api_key) and not _is_importable(api_key):
         problem, remedy = "api_key", "give a function that is defined at the top level of a module"
-    elif url and redact_url(url) != url:
+    elif base_url and redact_url(base_url) != base_url:
         problem, remedy = "base_url", "leave the secret out of the address and give api_key"
     if problem:
-        kind = "a text" if isinstance(given[problem], str) else repr(type(given[problem]).__name__)
         raise ConfigError(
-            f"Expected LLM({model!r}) to hold only settings when it is pickled, got {kind} for {problem}; {remedy} "
+            f"Expected LLM({name!r}) to hold only settings when it is pickled, got one with {problem}=...; {remedy} "
             f"- at LLM.{problem}"
         )
-    return {name: value for name, value in given.items() if name not in objects}
 
 
 def _is_importable(function: Any) -> bool:

@@ -65,8 +65,8 @@ def test_settings_survive_a_pickle() -> None:
     llm.timeout = 9.0
     loaded = pickle.loads(pickle.dumps(llm))
     assert type(loaded) is LLM
-    assert loaded._given == {**llm._given, "timeout": 9.0}
-    assert loaded._line.policy == llm._line.policy
+    assert (loaded._given, loaded._limits, loaded.prices) == (llm._given, llm._limits, llm.prices)
+    assert (loaded._line.policy, loaded.timeout) == (llm._line.policy, 9.0)
     assert loaded.endpoint.api_key is importable_key
 
 
@@ -80,7 +80,7 @@ async def test_a_pickled_client_answers() -> None:
 def test_a_subclass_keeps_its_own_attributes() -> None:
     """The constructor of a subclass is not called again; what it added is kept."""
     loaded = pickle.loads(pickle.dumps(Named("tiny")))
-    assert (type(loaded), loaded.nickname, loaded._given["max_attempts"]) == (Named, "tiny", 2)
+    assert (type(loaded), loaded.nickname, loaded._line.policy.max_attempts) == (Named, "tiny", 2)
 
 
 @pytest.mark.parametrize(
