@@ -85,6 +85,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.llm.models": ("as_model",),
     "aggregator.observing.configuring": ("configure_logging",),
     "aggregator.observing.console": ("ConsoleLogger",),
+    "aggregator.observing.observer": ("Observer", "as_observer", "from_logger"),
     "aggregator.observing.progress": ("ProgressBar",),
     "aggregator.observing.trackers": (
         "TensorBoardLogger",
@@ -186,6 +187,9 @@ if TYPE_CHECKING:
     from aggregator.llm.models import as_model as as_model
     from aggregator.observing.configuring import configure_logging as configure_logging
     from aggregator.observing.console import ConsoleLogger as ConsoleLogger
+    from aggregator.observing.observer import Observer as Observer
+    from aggregator.observing.observer import as_observer as as_observer
+    from aggregator.observing.observer import from_logger as from_logger
     from aggregator.observing.progress import ProgressBar as ProgressBar
     from aggregator.observing.trackers import TensorBoardLogger as TensorBoardLogger
     from aggregator.observing.trackers import WandbLogger as WandbLogger

@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print its summary; returns the exit code."""
-    from aggregator.demo.run import Settings, steps, train_demo
+    from aggregator.demo.run import Settings, train_demo
     from aggregator.demo.summary import summary
     from aggregator.observing.progress import ProgressBar
 
@@ -39,10 +39,8 @@ def run(options: argparse.Namespace) -> int:
         model=options.model,
         out=options.out,
     )
-    progress = ProgressBar(steps(), name="training")
     try:
-        with progress:
-            outcome = train_demo(settings, observers=[progress])
+        outcome = train_demo(settings, observers=[ProgressBar(name="training")])
     except KeyboardInterrupt:
         sys.stderr.write(f"\nInterrupted. The steps until now stand in {options.out / 'events.jsonl'}\n")
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -16,8 +16,9 @@ from aggregator import portal
 from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.routing import SIMULATED_URL, Rerouted
 from aggregator.errors import CassetteMissError, ConfigError
+from aggregator.observing.observer import Watching
 from aggregator.protocols import ChatModel
-from aggregator.records import StepReport, TrainingResult
+from aggregator.records import TrainingResult
 
 HERE = Path(__file__).parent
 MODEL = "openai-compatible/simulated-1"
@@ -93,7 +94,7 @@ def check(settings: Settings) -> Settings:
     return settings
 
 
-def train_demo(settings: Settings, *, observers: Sequence[Callable[[StepReport], None]] = ()) -> Outcome:
+def train_demo(settings: Settings, *, observers: Sequence[Watching] = ()) -> Outcome:
     """Train for two epochs and write `events.jsonl` and `result.json` to the folder `settings.out`.
 
     The same seed gives the same bytes in `result.json`, at any concurrency. Raises CassetteMissError where the
@@ -115,7 +116,7 @@ def train_demo(settings: Settings, *, observers: Sequence[Callable[[StepReport],
     return Outcome(result=result, source=source, seconds=perf_counter() - started)
 
 
-def _train(settings: Settings, llm: ChatModel, observers: Sequence[Callable[[StepReport], None]]) -> TrainingResult:
+def _train(settings: Settings, llm: ChatModel, observers: Sequence[Watching]) -> TrainingResult:
     from aggregator.training.gates import improves_on_batch
     from aggregator.training.proposers import LLMOptimizer
     from aggregator.training.trainer import AggregatedUpdate

@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from msgspec import to_builtins
+
 from aggregator.errors import ConfigError
-from aggregator.records import StepReport
+from aggregator.llm.ledger import total
+from aggregator.observing.observer import Observer
+from aggregator.records import Evaluation, RunInfo, StepReport, TrainingResult, Usage
 
 Format = Literal["console", "json"]
 
@@ -141,9 +145,31 @@ def emit(event: str, **facts: Any) -> None:
         structlog.get_logger(LOGGER).info(event, **facts)
 
 
-def emit_step(report: StepReport) -> None:
-    """Send `train.step`: what a step did, in one flat record."""
-    emit("train.step", **step_facts(report))
+class Events(Observer):
+    """Sends an event for each thing an observer sees, but for single rollouts: `train.step` and so on, flat records."""
+
+    def started(self, info: RunInfo, /) -> None:
+        """Send `train.started`."""
+        emit("train.started", **to_builtins(info, enc_hook=repr))
+
+    def evaluation(self, evaluation: Evaluation, /) -> None:
+        """Send `train.evaluation`: the score of the test set after so many steps."""
+        facts = {"step": evaluation.step, "score": evaluation.score, "samples": len(evaluation.scores)}
+        emit("train.evaluation", **facts, failures=len(evaluation.failures), **_spent(evaluation.usage))
+
+    def step(self, report: StepReport, /) -> None:
+        """Send `train.step`: what a step did, without its texts."""
+        emit("train.step", **step_facts(report))
+
+    def finished(self, result: TrainingResult, /) -> None:
+        """Send `train.finished`."""
+        scores = result.test_scores
+        facts = {"steps": len(result.history), "test_score": scores[-1] if scores else None}
+        emit("train.finished", **facts, failures=len(result.failures), **_spent(result.usage))
+
+    def failed(self, error: BaseException, /) -> None:
+        """Send `train.failed` with the error that ends the run."""
+        emit("train.failed", error=type(error).__name__, message=str(error))
 
 
 def step_facts(report: StepReport) -> dict[str, Any]:
@@ -159,6 +185,10 @@ def step_facts(report: StepReport) -> dict[str, Any]:
         "accepted": report.decision.accepted,
         "reason": report.decision.reason,
         "changed": sorted(report.update),
-        "calls": sum(usage.calls for usage in report.usage.values()),
-        "tokens": sum(usage.total_tokens for usage in report.usage.values()),
+        **_spent(report.usage),
     }
+
+
+def _spent(usage: Mapping[str, Usage]) -> dict[str, Any]:
+    spent = total(usage.values())
+    return {"calls": spent.calls, "tokens": spent.total_tokens, "cost": spent.cost}

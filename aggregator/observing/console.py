@@ -1,4 +1,4 @@
-"""A logger that writes named values of each step as lines, in Trace's shape."""
+"""An observer that writes the values of each step as lines."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import sys
 from typing import Any, TextIO
 
+from aggregator.observing.observer import LoggingObserver
 from aggregator.text import readable
 
 _COLORS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "white": 37}
 
 
-class ConsoleLogger:
+class ConsoleLogger(LoggingObserver):
     """Writes `[step 3] name: value` to a stream, standard output by default.
 
-    `color` paints a line in a terminal (not where it is piped, nor where NO_COLOR is set).
+    It is an observer and has Trace's `log`, so `observers=[ConsoleLogger()]` and `logger=ConsoleLogger()` both work.
+    `color` paints a line if the stream is a terminal and NO_COLOR is not set.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:

@@ -58,11 +58,11 @@ class Observer:
         return f"{type(self).__name__}()"
 
 
-Watching = Observer | Callable[[FullStepReport], Any] | Logger | Any
-"""What `as_observer` takes. `Any` is an object with some of an observer's methods."""
+Watching = Observer | Callable[[FullStepReport], Any] | Logger
+"""What a trainer takes as an observer; `as_observer` also takes an object with some of an observer's methods."""
 
 
-def as_observer(thing: Watching) -> Observer:
+def as_observer(thing: Any) -> Observer:
     """Return an observer for what may be less than one.
 
     A callable gets the report of each step. An object with some of the methods of Observer gets these events. An
@@ -130,9 +130,10 @@ class LoggingObserver(Observer):
         """Log one named value of one step; `color` in `kwargs` is a hint for terminals."""
         raise NotImplementedError
 
-    def started(self, info: RunInfo, /) -> None:
+    def started(self, info: RunInfo, /) -> Awaitable[None] | None:
         """Begin the sums with what a resumed run has spent before."""
         self._spent = info.usage
+        return None
 
     def evaluation(self, evaluation: Evaluation, /) -> None:
         """Log the baseline; later scores of the test set come with their step."""
@@ -176,7 +177,7 @@ class LoggingObserver(Observer):
 
 
 class _FromLogger(LoggingObserver):
-    """Hands the values to a logger of the user's own."""
+    """Hands the values to a logger. One that is an observer too sees the beginning and the end of the run itself."""
 
     def __init__(self, logger: Logger, frequency: int) -> None:
         self._logger = logger
@@ -184,6 +185,16 @@ class _FromLogger(LoggingObserver):
 
     def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
         self._logger.log(name, data, step, **kwargs)
+
+    def started(self, info: RunInfo, /) -> Awaitable[None] | None:
+        super().started(info)
+        return self._logger.started(info) if isinstance(self._logger, Observer) else None
+
+    def finished(self, result: TrainingResult, /) -> Awaitable[None] | None:
+        return self._logger.finished(result) if isinstance(self._logger, Observer) else None
+
+    def failed(self, error: BaseException, /) -> Awaitable[None] | None:
+        return self._logger.failed(error) if isinstance(self._logger, Observer) else None
 
     def __repr__(self) -> str:
         return f"from_logger({self._logger!r}, frequency={self.frequency})"

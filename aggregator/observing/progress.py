@@ -3,64 +3,82 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from aggregator.llm.ledger import Ledger, collecting
-from aggregator.records import StepReport
+from aggregator.llm.ledger import total
+from aggregator.observing.observer import Observer
+from aggregator.records import Evaluation, RunInfo, StepReport, TrainingResult
 from aggregator.text import readable
 
+_FORMAT = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
+"""The time comes last: what does not fit into a narrow terminal is cut off there."""
 
-class ProgressBar:
-    """Shows epoch, step, score and calls, one tick per step; a context manager around the run.
 
-    The calls are all that were made inside, those of evaluations too.
+class ProgressBar(Observer):
+    """Shows epoch, step, score and calls, one tick per step. The calls include those of evaluations.
 
-    In a terminal it is one line that redraws itself; elsewhere one plain line per step, so that a log stays readable.
+    In a terminal or a notebook it is one line that redraws itself, elsewhere one plain line per step. `stream` is
+    standard error by default, `name` the word in front.
     """
 
-    def __init__(self, steps: int | None = None, *, stream: TextIO | None = None, name: str = "train") -> None:
+    def __init__(self, *, stream: TextIO | None = None, name: str = "train") -> None:
         self._stream = stream or sys.stderr
-        self._steps = steps
         self._name = name
-        self._ledger = Ledger()
-        self._stack = ExitStack()
+        self._steps = 0
         self._done = 0
+        self._calls = 0
         self._bar: tqdm[Any] | None = None
 
-    def __enter__(self) -> Self:
-        self._ledger = self._stack.enter_context(collecting())
-        if self._stream.isatty():
+    def started(self, info: RunInfo, /) -> None:
+        """Draw the empty bar. That of a resumed run begins at the steps that were done before."""
+        self.close()
+        self._steps, self._done = info.steps, info.finished_steps
+        self._calls = total(info.usage.values()).calls
+        if redraws(self._stream):
             self._bar = tqdm(
-                total=self._steps, desc=self._name, file=self._stream, unit="step", dynamic_ncols=True, leave=True
+                total=self._steps,
+                initial=self._done,
+                desc=self._name,
+                file=self._stream,
+                bar_format=_FORMAT,
+                dynamic_ncols=True,
             )
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+    def evaluation(self, evaluation: Evaluation, /) -> None:
+        """Count its calls."""
+        self._calls += total(evaluation.usage.values()).calls
+
+    def step(self, report: StepReport, /) -> None:
+        """Tick."""
+        self._done += 1
+        self._calls += total(report.usage.values()).calls
+        test = "" if report.test_score is None else f"  test {readable(report.test_score)}"
+        facts = f"epoch {report.epoch + 1}  score {readable(report.score)}{test}  calls {self._calls}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(facts, refresh=False)
+            self._bar.update()
+            return
+        steps = f"/{self._steps}" if self._steps else ""
+        self._stream.write(f"{self._name} step {self._done}{steps}  {facts}\n")
+        self._stream.flush()
+
+    def finished(self, result: TrainingResult, /) -> None:
+        """End the bar's line."""
+        self.close()
+
+    def failed(self, error: BaseException, /) -> None:
+        """End the bar's line, so that what is printed next begins on one of its own."""
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, if there is one."""
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()
 
-    def __call__(self, report: StepReport) -> None:
-        """Take one step's report."""
-        self._done += 1
-        calls = sum(usage.calls for usage in self._ledger.totals().values())
-        if self._bar is None:
-            total = "" if self._steps is None else f"/{self._steps}"
-            self._stream.write(f"{self._name} step {self._done}{total}  {facts(report, calls)}\n")
-            self._stream.flush()
-            return
-        self._bar.set_postfix_str(facts(report, calls), refresh=False)
-        self._bar.update()
 
-
-def facts(report: StepReport, calls: int) -> str:
-    """Return what the bar says beside its ticks."""
-    test = "" if report.test_score is None else f"  test {readable(report.test_score)}"
-    return f"epoch {report.epoch + 1}  score {readable(report.score)}{test}  calls {calls}"
+def redraws(stream: TextIO | None) -> bool:
+    """Return True if a line on this stream can be redrawn: in a terminal, or as the output of a notebook's cell."""
+    return stream is not None and (stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel")

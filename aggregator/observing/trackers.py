@@ -1,7 +1,7 @@
-"""Loggers that hand the values of a run to an experiment tracker: TensorBoard, Weights & Biases.
+"""Observers that send the values of a run to an experiment tracker: TensorBoard, Weights & Biases.
 
-Numbers become curves, everything else text; a score that is not known is no point. The trackers are imported when a
-logger is made.
+Numbers become curves, everything else text; unknown values are left out. A tracker's package is imported when the
+observer is made. Each has Trace's `log` too, so it can be given as `logger=` or in `observers=[...]`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any, Self
 import msgspec
 
 from aggregator.errors import ConfigError
+from aggregator.observing.observer import LoggingObserver
+from aggregator.records import RunInfo
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(LoggingObserver):
     """Writes what is logged as TensorBoard events into `log_dir`, through tensorboardX, which needs no torch.
 
     `writer` is a SummaryWriter of your own instead, torch's for one. Close the logger, or use it in a `with` block, so
@@ -27,6 +29,11 @@ class TensorBoardLogger:
             raise ConfigError(f"Expected a log_dir or a writer, got log_dir={log_dir!r} and writer={writer!r}")
         self._own = writer is None
         self.writer = _summary_writer(log_dir) if writer is None else writer
+
+    def started(self, info: RunInfo, /) -> None:
+        """Write what the run is about to do as the text "Run"."""
+        super().started(info)
+        self.log("Run", msgspec.to_builtins(info, enc_hook=repr), info.finished_steps)
 
     def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
         """Write one named value of one step."""
@@ -52,16 +59,23 @@ class TensorBoardLogger:
         self.close()
 
 
-class WandbLogger:
-    """Logs to a run of Weights & Biases: one that `wandb.init(...)` began, by default the present or a new one.
+class WandbLogger(LoggingObserver):
+    """Logs to a run of Weights & Biases: one that `wandb.init(...)` returned, by default the current or a new one.
 
-    Whoever began the run finishes it, as `with wandb.init(project="router") as run:` does.
+    It does not finish that run: use `with wandb.init(project="router") as run:`.
     """
 
     def __init__(self, run: Any = None) -> None:
         self.run = _present_run() if run is None else run
         if not callable(getattr(self.run, "log", None)):
             raise ConfigError(f"Expected a run, as wandb.init(project=...) returns it, got {run!r}")
+
+    def started(self, info: RunInfo, /) -> None:
+        """Add what the run is about to do to the configuration of the W&B run."""
+        super().started(info)
+        config = getattr(self.run, "config", None)
+        if config is not None:
+            config.update(msgspec.to_builtins(info, enc_hook=repr), allow_val_change=True)
 
     def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
         """Log one named value of one step."""

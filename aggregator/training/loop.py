@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from inspect import isawaitable
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from msgspec.structs import replace
 
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import read, write
-from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import is_finite
-from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError, ends_run, is_own
+from aggregator.errors import (
+    BudgetExceededError,
+    ConfigError,
+    LLMError,
+    ParameterError,
+    TrainingError,
+    ends_run,
+    is_own,
+)
 from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
-from aggregator.llm.ledger import collecting
-from aggregator.observing.configuring import emit_step
+from aggregator.llm.ledger import collecting, total_by_role
+from aggregator.observing.configuring import Events
 from aggregator.observing.console import ConsoleLogger
-from aggregator.observing.progress import ProgressBar
+from aggregator.observing.observer import Observer, Watching, as_observers, from_logger, notify, notify_failed
+from aggregator.observing.progress import ProgressBar, redraws
 from aggregator.protocols import Gate, Logger
 from aggregator.records import (
     Decision,
     Evaluation,
     Failure,
+    FullStepReport,
     Proposal,
     Rollout,
+    RunInfo,
     Sample,
     StepReport,
     TrainingResult,
@@ -38,15 +46,13 @@ from aggregator.training import checkpoints
 from aggregator.training.context import StepContext, Variant, step_context
 from aggregator.training.evaluation import failures_of, mean, score_values
 from aggregator.training.failures import failure, is_lost, root_of
+from aggregator.training.parts import name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
-from aggregator.training.updates import Update, score_of
+from aggregator.training.updates import Update, as_proposal, score_of
 
 FEWEST_JUDGED = 4
 """max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
-
-Observer = Callable[[StepReport], Any]
-"""Takes the report of each finished step, sync or async."""
 
 
 class Trainer(Protocol):
@@ -54,7 +60,7 @@ class Trainer(Protocol):
 
     agent: Any
     logger: Logger | None
-    observers: Sequence[Observer] | None
+    observers: Sequence[Watching] | None
 
     def parameters(self) -> list[Any]:
         """Return the parameters that training may change."""
@@ -86,13 +92,17 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
             course = _Course(trainer, plan, gate, executor, parameters, marks, state)
             try:
                 with journal(plan, state), counted_in(budget), lineage("train"):
+                    await notify(course.observers, "started", run_info(trainer, plan, gate, state))
                     await course.follow()
             except BaseException as error:
                 ended = course.broken_off(error)
+                await notify_failed(course.observers, ended)
                 if ended is error:
                     raise
                 raise ended from error
-        return course.finished()
+        result = course.finished()
+        await notify(course.observers, "finished", result)
+        return result
 
 
 class _Course:
@@ -117,24 +127,27 @@ class _Course:
         self.state = state
         self.pending: tuple[StepReport, ...] = ()
         self.notes: dict[str, Any] = {}
+        self.observers = _watchers(trainer, plan)
 
     async def follow(self) -> None:
         """Take every turn that is still due."""
         turns = self.plan.schedule()
         with miss_raised():
             if self.state.steps == 0 and not self.state.evaluations:
-                self.state = self._with(await self._evaluate(0, len(turns)))
-        with _observers(self.trainer, self.plan, len(turns)) as observers:
-            for turn in turns[self.state.steps :]:
-                with miss_raised():
-                    report = await self.step(turn)
-                    self.pending = (report,)
-                    evaluation = await self._evaluate(turn.step + 1, len(turns))
-                report = replace(report, test_score=evaluation and evaluation.score)
-                self._finish(report, evaluation)
-                for observe in observers:
-                    if isawaitable(watched := observe(report)):
-                        await watched
+                baseline = await self._evaluate(0, len(turns))
+                self.state = self._with(baseline)
+                if baseline is not None:
+                    await notify(self.observers, "evaluation", baseline)
+        for turn in turns[self.state.steps :]:
+            with miss_raised():
+                full = await self.step(turn)
+                self.pending = (full.slim(),)
+                evaluation = await self._evaluate(turn.step + 1, len(turns))
+            full = replace(full, test_score=evaluation and evaluation.score)
+            self._finish(full.slim(), evaluation)
+            if evaluation is not None:
+                await notify(self.observers, "evaluation", evaluation)
+            await notify(self.observers, "step", full)
 
     def _finish(self, report: StepReport, evaluation: Evaluation | None) -> None:
         """Make a step part of the state, in memory and on disk."""
@@ -153,13 +166,14 @@ class _Course:
         if frequency and self.state.steps % frequency == 0:
             self.trainer.agent.save(self.plan.save_path)
 
-    async def step(self, turn: Turn) -> StepReport:
+    async def step(self, turn: Turn) -> FullStepReport:
         """Take one turn: proposals for every sample under every variant, then the update."""
         self.notes = dict(self.state.notes)
         context = self._context(turn)
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger, step_context(context):
             with miss_raised():
-                outputs = await self._propose(turn, context)
+                runs = [(variant, sample) for variant in self.trainer.variants() for sample in turn.samples]
+                outputs = await self._propose(runs, context)
             scores = tuple(score_of(output) for output in outputs[: len(turn.samples)])
             failures = [record for output in outputs for record in getattr(output, "failures", ())]
             self._check_failures(turn, outputs)
@@ -167,7 +181,9 @@ class _Course:
             with step_context(replace(context, scores=scores)):
                 update = await self.trainer.call_update(outputs, self.plan)
             after = read(self.parameters)
-        return _report(turn, outputs, scores, failures, update, changed(before, after), ledger.totals())
+            lineages = [_place(variant, sample) for variant, sample in runs]
+        report = _report(turn, outputs, scores, failures, update, changed(before, after), ledger.totals())
+        return replace(report, all_proposals=tuple(map(_proposal_in, outputs)), lineages=tuple(lineages))
 
     def _context(self, turn: Turn) -> StepContext:
         async def observe(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
@@ -200,7 +216,7 @@ class _Course:
             min_score=self.plan.min_score,
         )
 
-    async def _propose(self, turn: Turn, context: StepContext) -> list[Any]:
+    async def _propose(self, runs: Sequence[tuple[Variant, Sample]], context: StepContext) -> list[Any]:
         """Return what `forward` gave for each sample, variant by variant; errors that end the run are raised."""
 
         async def one(place: tuple[Variant, Sample]) -> Any:
@@ -218,7 +234,6 @@ class _Course:
                 return _lost(cause, sample)
             return replace(output, sample_ids=(sample.id,)) if isinstance(output, Proposal) else output
 
-        runs = [(variant, sample) for variant in self.trainer.variants() for sample in turn.samples]
         return await self.executor.finish(one, runs)
 
     def _check_failures(self, turn: Turn, outputs: Sequence[Any]) -> None:
@@ -289,35 +304,55 @@ class _Course:
         return error
 
 
-@contextmanager
-def _observers(trainer: Trainer, plan: Plan, steps: int) -> Iterator[list[Observer]]:
-    """Whoever watches the steps: the events, the logger, and a progress bar where a terminal shows it."""
-    observers: list[Observer] = [emit_step]
+def _watchers(trainer: Trainer, plan: Plan) -> list[Observer]:
+    """Return who watches the run: the events, the logger, and the user's observers or else a progress bar."""
+    watchers: list[Observer] = [Events()]
     logger = trainer.logger or (ConsoleLogger() if plan.verbose else None)
-    if logger is not None and plan.log_frequency:
-        observers.append(partial(_log, logger, plan.log_frequency))
+    if logger is not None:
+        watchers.append(from_logger(logger, plan.log_frequency))
     if trainer.observers is not None:
-        yield [*observers, *trainer.observers]
-    elif sys.stderr is not None and sys.stderr.isatty():
-        with ProgressBar(steps) as bar:
-            yield [*observers, bar]
-    else:
-        yield observers
+        watchers.extend(as_observers(trainer.observers))
+    elif redraws(sys.stderr):
+        watchers.append(ProgressBar())
+    return watchers
 
 
-def _log(logger: Logger, frequency: int, report: StepReport) -> None:
-    if (report.step + 1) % frequency:
-        return
-    logger.log("Average train score", report.score, report.step, color="green")
-    if report.test_score is not None:
-        logger.log("Average test score", report.test_score, report.step, color="green")
-    for name, value in report.update.items() if report.decision.accepted else ():
-        logger.log(f"Parameter: {name}", value, report.step, color="red")
+def run_info(trainer: Trainer, plan: Plan, gate: Gate, state: checkpoints.RunState) -> RunInfo:
+    """Return what a run is about to do."""
+    return RunInfo(
+        trainer=name_of(trainer),
+        agent=name_of(trainer.agent),
+        optimizer=name_of(getattr(trainer, "optimizer", None)),
+        guide=name_of(plan.guide),
+        rule=name_of(getattr(trainer, "rule", None)),
+        gate=name_of(gate),
+        parameters=state.values,
+        seed=plan.seed,
+        steps=len(plan.schedule()),
+        num_epochs=plan.num_epochs,
+        batch_size=plan.batch_size,
+        train_samples=len(plan.train),
+        test_samples=len(plan.test),
+        finished_steps=state.steps,
+        usage=total_by_role([*(report.usage for report in state.history), *(run.usage for run in state.evaluations)]),
+    )
 
 
 def changed(before: Values, after: Values) -> Values:
     """Return what differs, under its new value."""
     return {name: value for name, value in after.items() if value != before[name]}
+
+
+def _place(variant: Variant, sample: Sample) -> str:
+    return "/".join(part for part in (current_lineage(), variant.place, f"sample={sample.id}") if part)
+
+
+def _proposal_in(output: Any) -> Proposal:
+    """Return the proposal of one instance; an empty one if only an overridden `update` can read the output."""
+    try:
+        return as_proposal(output)
+    except ConfigError:
+        return Proposal()
 
 
 def _lost(error: BaseException, sample: Sample) -> Proposal:
@@ -333,14 +368,14 @@ def _report(
     update: Any,
     written: Values,
     usage: Any,
-) -> StepReport:
+) -> FullStepReport:
     """Make the one event of a step, also where an overridden `update` returned a score or nothing of use."""
     if not isinstance(update, Update):
         score = float(update) if is_finite(update) else mean(scores)
         decision = Decision(accepted=bool(written), reason="applied by update()")
         update = Update(values=written, decision=decision, score=score, proposals=len(outputs))
     more = (record for record in update.failures if record not in failures)  # a proposal carries them on
-    return StepReport(
+    return FullStepReport(
         epoch=turn.epoch,
         step=turn.step,
         sample_ids=tuple(sample.id for sample in turn.samples),

@@ -15,6 +15,7 @@ from aggregator.errors import ends_run, is_own
 from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
 from aggregator.observing.console import ConsoleLogger
+from aggregator.observing.observer import Watching
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
@@ -22,7 +23,7 @@ from aggregator.training.context import Variant, current_step, step_context
 from aggregator.training.evaluation import rollout
 from aggregator.training.failures import failure, root_of
 from aggregator.training.gates import always, both, improves_on_batch
-from aggregator.training.loop import Observer, run
+from aggregator.training.loop import run
 from aggregator.training.parts import check_budget, check_watchers, proposed
 from aggregator.training.plan import Plan, as_run_dir, check, trainable
 from aggregator.training.rules import identity
@@ -78,7 +79,7 @@ class Minibatch:
         budget: Budget | None = None,
         max_concurrency: int = 64,
         seed: int = 0,
-        observers: Sequence[Observer] | None = None,
+        observers: Sequence[Watching] | None = None,
     ) -> None:
         check_watchers(logger, observers)
         check_budget(budget)
@@ -185,7 +186,7 @@ class Minibatch:
                 num_epochs=num_epochs,
                 batch_size=batch_size,
                 eval_frequency=eval_frequency,
-                log_frequency=eval_frequency if log_frequency is None else log_frequency,
+                log_frequency=(eval_frequency or 1) if log_frequency is None else log_frequency,
                 save_frequency=save_frequency or 0,
                 save_path=save_path,
                 min_score=min_score,

@@ -84,7 +84,9 @@ async def proposed(optimizer: Any, seen: Rollout, parameters: Sequence[Any], his
     answer = optimizer.propose(seen, parameters, history=history)
     proposal = await _awaitable(answer, "propose", optimizer)
     if not isinstance(proposal, Proposal) or not isinstance(proposal.values, dict):
-        raise TypeError(f"Expected a Proposal(values={{...}}) from {_name(optimizer)}.propose, got {shorten(proposal)}")
+        raise TypeError(
+            f"Expected a Proposal(values={{...}}) from {name_of(optimizer)}.propose, got {shorten(proposal)}"
+        )
     if not getattr(optimizer.propose, "__gives_typed__", False):
         proposal = fitted(proposal, parameters)
     score = proposal.score
@@ -110,7 +112,7 @@ async def merged(
     answer: Any = await _awaitable(rule(current, proposals, stepsize=stepsize), "the rule", rule)
     if not isinstance(answer, Sequence) or not all(isinstance(proposal, Proposal) for proposal in answer):
         raise ConfigError(
-            f"Expected a list of Proposals from the rule {_name(rule)}, got {shorten(answer)}; [] is no update"
+            f"Expected a list of Proposals from the rule {name_of(rule)}, got {shorten(answer)}; [] is no update"
         )
     return answer
 
@@ -120,7 +122,7 @@ async def decided(gate: Gate, before: Values, after: Values, batch: Sequence[Sam
     answer: Any = await _awaitable(gate(before, after, batch), "the gate", gate)
     if not isinstance(answer, Decision):
         raise ConfigError(
-            f"Expected a Decision(accepted=..., reason=...) from the gate {_name(gate)}, got {shorten(answer)}"
+            f"Expected a Decision(accepted=..., reason=...) from the gate {name_of(gate)}, got {shorten(answer)}"
         )
     return answer
 
@@ -128,10 +130,11 @@ async def decided(gate: Gate, before: Values, after: Values, batch: Sequence[Sam
 async def _awaitable(answer: Any, what: str, part: Any) -> Any:
     if not isawaitable(answer):
         raise ConfigError(
-            f"Expected {what} of {_name(part)} to be async, got {shorten(answer)} at once; write `async def`"
+            f"Expected {what} of {name_of(part)} to be async, got {shorten(answer)} at once; write `async def`"
         )
     return await answer
 
 
-def _name(part: Any) -> str:
-    return getattr(part, "__qualname__", type(part).__qualname__)
+def name_of(part: Any) -> str:
+    """Return a part's name, its class's if it is an object; "" for None."""
+    return "" if part is None else getattr(part, "__qualname__", type(part).__qualname__)

@@ -20,6 +20,7 @@ from aggregator.checks import check_finite, check_positive
 from aggregator.errors import ConfigError
 from aggregator.executors.local import AsyncExecutor
 from aggregator.llm.budget import Budget
+from aggregator.observing.observer import Watching
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Values
 from aggregator.training.batches import Dataset, samples
@@ -35,7 +36,6 @@ from aggregator.training.candidates import (
 from aggregator.training.checkpoints import CANDIDATES, candidates_in
 from aggregator.training.context import Variant, current_step
 from aggregator.training.evaluation import failures_of, mean
-from aggregator.training.loop import Observer
 from aggregator.training.minibatch import Minibatch
 from aggregator.training.parts import check_gate, check_optimizer, check_rule, decided, merged
 from aggregator.training.rules import key_of
@@ -85,7 +85,7 @@ class PrioritySearch(Minibatch):
         budget: Budget | None = None,
         max_concurrency: int = 64,
         seed: int = 0,
-        observers: Sequence[Observer] | None = None,
+        observers: Sequence[Watching] | None = None,
     ) -> None:
         super().__init__(
             agent,

@@ -7,12 +7,12 @@ from random import Random
 from typing import Any
 
 from aggregator.llm.budget import Budget
+from aggregator.observing.observer import Watching
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Candidate, Decision
 from aggregator.training.batches import Dataset
 from aggregator.training.candidates import drawn, mean_score, won
 from aggregator.training.context import current_step
-from aggregator.training.loop import Observer
 from aggregator.training.search import PrioritySearch
 
 
@@ -35,7 +35,7 @@ class BeamSearch(PrioritySearch):
         budget: Budget | None = None,
         max_concurrency: int = 64,
         seed: int = 0,
-        observers: Sequence[Observer] | None = None,
+        observers: Sequence[Watching] | None = None,
     ) -> None:
         super().__init__(
             agent,
@@ -74,7 +74,7 @@ class SequentialSearch(PrioritySearch):
         budget: Budget | None = None,
         max_concurrency: int = 64,
         seed: int = 0,
-        observers: Sequence[Observer] | None = None,
+        observers: Sequence[Watching] | None = None,
     ) -> None:
         super().__init__(
             agent,

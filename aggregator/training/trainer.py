@@ -10,13 +10,13 @@ from msgspec.structs import replace
 from aggregator.cassettes.lineage import lineage
 from aggregator.checks import check_positive
 from aggregator.errors import ConfigError
+from aggregator.observing.observer import Watching
 from aggregator.protocols import Gate, Logger, UpdateRule
 from aggregator.records import Proposal, Rollout, Sample, Values
 from aggregator.text import shorten
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.context import current_step
 from aggregator.training.evaluation import mean
-from aggregator.training.loop import Observer
 from aggregator.training.merge import LLMMerge, best_scored
 from aggregator.training.minibatch import Minibatch
 from aggregator.training.parts import check_gate, check_optimizer, check_rule
@@ -51,7 +51,7 @@ class AggregatedUpdate(Minibatch):
         budget: Any = None,
         max_concurrency: int = 64,
         seed: int = 0,
-        observers: Sequence[Observer] | None = None,
+        observers: Sequence[Watching] | None = None,
     ) -> None:
         super().__init__(
             agent,
@@ -133,7 +133,7 @@ class BasicSearchAlgorithm(MinibatchAlgorithm):
         budget: Any = None,
         max_concurrency: int = 64,
         seed: int = 0,
-        observers: Sequence[Observer] | None = None,
+        observers: Sequence[Watching] | None = None,
     ) -> None:
         check_positive("num_proposals", num_proposals)
         super().__init__(

@@ -16,8 +16,8 @@ import structlog
 
 import aggregator
 from aggregator.errors import ConfigError
-from aggregator.observing.configuring import configure_logging, emit, emit_step, events_file
-from aggregator.records import Decision, StepReport, Usage
+from aggregator.observing.configuring import Events, configure_logging, emit, events_file
+from aggregator.records import Decision, Evaluation, RunInfo, StepReport, TrainingResult, Usage
 
 REPORT = StepReport(
     epoch=1,
@@ -63,7 +63,7 @@ def test_json_lines() -> None:
     """A step is one JSON object with its facts, its level and an ISO time."""
     stream = io.StringIO()
     configure_logging("json", stream=stream)
-    emit_step(REPORT)
+    Events().step(REPORT)
     (event,) = lines(stream.getvalue())
     assert event.pop("timestamp").endswith("Z")
     assert event == {
@@ -81,7 +81,42 @@ def test_json_lines() -> None:
         "changed": ["k"],
         "calls": 3,
         "tokens": 12,
+        "cost": None,
     }
+
+
+def test_a_run_begins_and_ends_with_an_event() -> None:
+    """The baseline, the end and the error that ends a run are events, as the steps are."""
+    stream = io.StringIO()
+    configure_logging("json", stream=stream)
+    events = Events()
+    events.started(
+        RunInfo(
+            trainer="Minibatch",
+            agent="Adder",
+            optimizer="LLMOptimizer",
+            guide="exact",
+            parameters={"k": 1},
+            seed=3,
+            steps=1,
+            num_epochs=1,
+            batch_size=1,
+            train_samples=1,
+        )
+    )
+    events.evaluation(Evaluation(step=0, score=0.25, scores=(0.25,), usage={"agent": Usage(calls=4, cost=0.5)}))
+    events.finished(TrainingResult(parameters={}, best_parameters={}, initial_parameters={}, history=[REPORT]))
+    events.failed(ConfigError("Expected a guide"))
+    started, baseline, finished, failed = lines(stream.getvalue())
+    assert (started["event"], started["agent"], started["parameters"]) == ("train.started", "Adder", {"k": 1})
+    assert (baseline["event"], baseline["score"], baseline["calls"], baseline["cost"]) == (
+        "train.evaluation",
+        0.25,
+        4,
+        0.5,
+    )
+    assert (finished["event"], finished["steps"], finished["test_score"]) == ("train.finished", 1, None)
+    assert (failed["event"], failed["error"], failed["message"]) == ("train.failed", "ConfigError", "Expected a guide")
 
 
 def test_the_clients_events_take_the_same_way() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from aggregator.llm.ledger import count
 from aggregator.observing.console import ConsoleLogger
-from aggregator.observing.progress import ProgressBar
-from aggregator.records import Decision, StepReport, Usage
+from aggregator.observing.progress import ProgressBar, redraws
+from aggregator.records import Decision, Evaluation, FullStepReport, RunInfo, TrainingResult, Usage
 
 
 class Terminal(io.StringIO):
@@ -17,14 +20,24 @@ class Terminal(io.StringIO):
         return True
 
 
-def spend(calls: int) -> None:
-    """What the client does for each call."""
-    for _ in range(calls):
-        count("agent", Usage())
+def info(steps: int, **facts: Any) -> RunInfo:
+    return RunInfo(
+        trainer="AggregatedUpdate",
+        agent="Router",
+        optimizer="LLMOptimizer",
+        guide="exact_match",
+        parameters={},
+        seed=0,
+        steps=steps,
+        num_epochs=1,
+        batch_size=1,
+        train_samples=steps,
+        **facts,
+    )
 
 
-def report(step: int, *, test_score: float | None = None) -> StepReport:
-    return StepReport(
+def report(step: int, *, test_score: float | None = None) -> FullStepReport:
+    return FullStepReport(
         epoch=step // 2,
         step=step,
         sample_ids=(0,),
@@ -32,16 +45,21 @@ def report(step: int, *, test_score: float | None = None) -> StepReport:
         score=0.5,
         decision=Decision(accepted=True),
         test_score=test_score,
+        usage={"agent": Usage(calls=3), "optimizer": Usage()},
     )
+
+
+RESULT = TrainingResult(parameters={}, best_parameters={}, initial_parameters={})
 
 
 def test_piped_progress_is_one_plain_line_per_step() -> None:
     """Where nobody can see a bar redraw itself there is one line a step: epoch, step, score and calls so far."""
     stream = io.StringIO()
-    with ProgressBar(3, stream=stream) as bar:
-        for step in range(3):
-            spend(4)
-            bar(report(step, test_score=0.75 if step == 2 else None))
+    bar = ProgressBar(stream=stream)
+    bar.started(info(3))
+    for step in range(3):
+        bar.step(report(step, test_score=0.75 if step == 2 else None))
+    bar.finished(RESULT)
     assert stream.getvalue().splitlines() == [
         "train step 1/3  epoch 1  score 0.5  calls 4",
         "train step 2/3  epoch 1  score 0.5  calls 8",
@@ -49,17 +67,63 @@ def test_piped_progress_is_one_plain_line_per_step() -> None:
     ]
 
 
-def test_terminal_progress_is_one_bar() -> None:
-    """In a terminal the bar redraws itself and ends complete."""
+def test_calls_of_evaluations_and_of_the_run_before_are_counted() -> None:
+    """A resumed run goes on with its number of steps and calls; the baseline counts too."""
+    stream = io.StringIO()
+    bar = ProgressBar(stream=stream)
+    bar.started(info(3, finished_steps=1, usage={"agent": Usage(calls=10)}))
+    bar.evaluation(Evaluation(step=1, score=0.5, scores=(0.5,), usage={"agent": Usage(calls=5)}))
+    bar.step(report(1))
+    assert stream.getvalue() == "train step 2/3  epoch 1  score 0.5  calls 19\n"
+
+
+def ended(bar: ProgressBar) -> None:
+    bar.finished(RESULT)
+
+
+def broken(bar: ProgressBar) -> None:
+    bar.failed(KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("end", [ended, broken])
+def test_terminal_progress_is_one_bar(end: Callable[[ProgressBar], None]) -> None:
+    """In a terminal the bar redraws itself, and its line ends with the run, also with one that breaks."""
     stream = Terminal()
-    with ProgressBar(2, stream=stream, name="demo") as bar:
-        for step in range(2):
-            spend(4)
-            bar(report(step))
+    bar = ProgressBar(stream=stream, name="demo")
+    bar.started(info(2))
+    for step in range(2):
+        bar.step(report(step))
+    end(bar)
+    assert stream.getvalue().endswith("\n")
     last = stream.getvalue().rstrip("\n").split("\r")[-1]
     assert last.startswith("demo: 100%")
     assert "2/2" in last
     assert "epoch 1  score 0.5  calls 8" in last
+
+
+def test_the_bar_of_80_columns_was_cut() -> None:
+    """In a terminal of 80 columns the bar had three cells, and "calls 367" was cut off. Now both fit."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(ours, "rb", buffering=0) as screen, os.fdopen(theirs, "w", encoding="utf-8") as stream:
+        bar = ProgressBar(stream=stream)
+        bar.started(info(16))
+        bar.evaluation(Evaluation(step=0, score=0.5, scores=(0.5,), usage={"agent": Usage(calls=303)}))
+        for step in range(16):
+            bar.step(report(step, test_score=0.875))
+        bar.close()
+        last = screen.read(65536).decode().rstrip().split("\r")[-1]
+    assert "|██████████| 16/16, epoch 8  score 0.5  test 0.875  calls 367" in last
+    assert len(last) < 80
+
+
+def test_a_notebooks_cell_shows_the_bar() -> None:
+    """Its output is no terminal, and it showed nothing until the end of the run."""
+    cell = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    assert redraws(cell)
+    assert redraws(Terminal())
+    assert [redraws(stream) for stream in (None, io.StringIO())] == [False, False]
 
 
 def test_console_logger_has_traces_shape() -> None:

@@ -55,7 +55,7 @@ def test_tensorboard_reads_numbers_as_scalars_and_the_rest_as_text(tmp_path: Pat
 
 @needs_board
 def test_a_run_logs_to_tensorboard(tmp_path: Path) -> None:
-    """The trainer takes it as its logger: train score, test score and what each step changed."""
+    """The trainer takes it as its logger: the run, the baseline, train score, test score and what each step changed."""
     script = f"""
 import json
 from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode, TensorBoardLogger
@@ -79,10 +79,15 @@ with TensorBoardLogger({str(tmp_path)!r}) as logger:
     trainer.train(guide, [(0, 5), (1, 6)], num_epochs=1, batch_size=2, test_dataset=[(2, 7)])
 """
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
-    assert events(tmp_path) == [
+    (run, *seen) = events(tmp_path)
+    assert run[:2] == ("Run/text_summary", 0)
+    assert '"agent":"Adder"' in run[2]
+    assert seen == [
+        ("Average_test_score_before_training", 0, 0.0),
         ("Average_train_score", 0, 0.0),
         ("Average_test_score", 0, 1.0),
         ("Parameter/amount", 0, 5.0),
+        ("Calls_so_far", 0, 0.0),
     ]
 
 

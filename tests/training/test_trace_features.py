@@ -471,9 +471,13 @@ def test_verbose_prints_scores_and_parameters(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""
     scripted(Adder()).train(exact, additions(5), batch_size=4, test_dataset=additions(5), verbose=True)
     assert capsys.readouterr().out.splitlines() == [
+        "[step 0] Average test score before training: 0",
         "[step 0] Average train score: 0",
         "[step 0] Average test score: 1",
         "[step 0] Parameter: amount: 5",
+        "[step 0] Calls so far: 4",
+        "[step 0] Tokens so far: 60",
+        "[step 0] USD so far: 0.4",
     ]
 
 

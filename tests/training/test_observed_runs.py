@@ -1,0 +1,239 @@
+"""What observers see of a run: every event in its order, and what happens if one of them raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, suggest
+
+from aggregator import AggregatedUpdate, ConfigError, LLMOptimizer, PrioritySearch, StepReport, TrainingError
+from aggregator.errors import AuthenticationError
+from aggregator.observing.observer import EVENTS, Observer
+from aggregator.records import Evaluation, FullStepReport, RunInfo, TrainingResult, Usage
+from aggregator.training.checkpoints import load_result
+
+DATA = additions(5)
+
+
+class Diary(Observer):
+    """Remembers every event."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, Any]] = []
+        for event in EVENTS:
+            setattr(self, event, lambda record, event=event: self.seen.append((event, record)))
+
+    def of(self, event: str) -> list[Any]:
+        return [record for name, record in self.seen if name == event]
+
+
+def scripted(*replies: Any, **options: Any) -> Any:
+    optimizer = LLMOptimizer(llm=ScriptedModel(*(replies or (from_feedback,))))
+    return AggregatedUpdate(Adder(), optimizer, llm=ScriptedModel(first_suggestion), **options)
+
+
+def test_events_of_a_run_in_their_order() -> None:
+    """The baseline comes before the first step, the test set's score before the step that it belongs to."""
+    diary = Diary()
+    result = scripted(observers=[diary]).train(exact, DATA, batch_size=2, test_dataset=DATA)
+    assert [event for event, _ in diary.seen if event != "rollout"] == [
+        "started",
+        "evaluation",
+        "evaluation",
+        "step",
+        "evaluation",
+        "step",
+        "finished",
+    ]
+    assert diary.of("finished") == [result]
+    assert diary.of("evaluation") == list(result.evaluations)
+    assert [report.slim() for report in diary.of("step")] == list(result.history)
+
+
+def test_what_a_run_is_about_to_do() -> None:
+    """Names, counts, seed and the parameters at the start; of a resumed run also what is behind it."""
+    diary = Diary()
+    trainer = scripted(observers=[diary], seed=7)
+    trainer.train(exact, DATA, batch_size=3, num_epochs=2, test_dataset=additions(5, 3))
+    assert diary.of("started") == [
+        RunInfo(
+            trainer="AggregatedUpdate",
+            agent="Adder",
+            optimizer="LLMOptimizer",
+            guide="exact",
+            rule="LLMMerge",
+            gate="always",
+            parameters={"amount": 1, "label": "sum"},
+            seed=7,
+            steps=4,
+            num_epochs=2,
+            batch_size=3,
+            train_samples=4,
+            test_samples=3,
+        )
+    ]
+
+
+def test_a_resumed_run_says_what_is_behind_it(tmp_path: Path) -> None:
+    """Its steps, and the calls that they made; the baseline is not evaluated again."""
+
+    def stop(report: StepReport) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        scripted(observers=[stop]).train(exact, DATA, batch_size=2, test_dataset=DATA, run_dir=tmp_path)
+    diary = Diary()
+    scripted(observers=[diary]).train(exact, DATA, batch_size=2, test_dataset=DATA, run_dir=tmp_path, resume=True)
+    (info,) = diary.of("started")
+    assert (info.finished_steps, info.steps, info.parameters["amount"]) == (1, 2, 5)
+    assert info.usage["optimizer"].calls == 2
+    assert [evaluation.step for evaluation in diary.of("evaluation")] == [2]
+
+
+def test_a_step_shows_the_proposal_of_every_instance() -> None:
+    """With the prefix of its calls in the recording; an instance that is right proposes nothing."""
+    diary = Diary()
+    scripted(observers=[diary]).train(exact, [*additions(5, 1), *additions(1, 1)], batch_size=2)
+    (report,) = diary.of("step")
+    assert isinstance(report, FullStepReport)
+    seen = {proposal.sample_id: proposal.values for proposal in report.all_proposals}
+    assert seen == {0: {"amount": 5}, 1: {}}
+    assert report.lineages == tuple(f"train/epoch=0/batch=0/sample={i}" for i in report.sample_ids)
+    assert [proposal.sample_id for proposal in report.all_proposals] == list(report.sample_ids)
+    assert report.proposals == 1
+
+
+def test_a_search_shows_its_candidates_apart() -> None:
+    """The lineage names the candidate under which an instance was run."""
+    diary = Diary()
+    optimizer = LLMOptimizer(llm=ScriptedModel(*[suggest(amount=amount) for amount in range(2, 50)]))
+    search = PrioritySearch(Adder(), optimizer, observers=[diary], num_candidates=2, num_proposals=2)
+    search.train(exact, DATA, batch_size=2, num_epochs=2)
+    last = diary.of("step")[-1]
+    assert len(last.all_proposals) == len(last.lineages) == len(set(last.lineages)) > len(last.sample_ids)
+
+
+def test_result_history_and_checkpoint_hold_slim_reports(tmp_path: Path) -> None:
+    """They do not grow with what the agent and the models wrote."""
+
+    class Talkative(Adder):
+        async def forward(self, x: int) -> Any:
+            return (await super().forward(x), "word " * 20_000)
+
+    def guide(x: int, output: Any, info: int) -> tuple[float, str]:
+        return exact(x, output[0], info)
+
+    diary = Diary()
+    optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
+    trainer = AggregatedUpdate(Talkative(), optimizer, llm=ScriptedModel(first_suggestion), observers=[diary])
+    result = trainer.train(guide, additions(5, 20), batch_size=2, run_dir=tmp_path)
+    assert {type(report) for report in result.history} == {StepReport}
+    assert list(load_result(tmp_path / "result.json").history) == list(result.history)
+    assert (tmp_path / "checkpoint.json").stat().st_size / len(result.history) < 2_000
+
+
+def test_eval_frequency_0_silenced_the_logger(capsys: pytest.CaptureFixture[str]) -> None:
+    """No test set is evaluated, and every step is still logged; `log_frequency=0` logs nothing."""
+    for options, lines in (({}, 2), ({"log_frequency": 2}, 1), ({"log_frequency": 0}, 0)):
+        scripted().train(exact, DATA, batch_size=2, eval_frequency=0, verbose=True, **options)
+        assert capsys.readouterr().out.count("Average train score") == lines
+
+
+def test_refusals_and_the_baseline_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    """`verbose=True` says why an update was refused, and what the agent scored before training."""
+
+    async def never(before: Any, after: Any, batch: Any) -> Any:
+        from aggregator import Decision
+
+        return Decision(accepted=False, reason="never")
+
+    scripted(gate=never).train(exact, DATA, batch_size=4, test_dataset=DATA, verbose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[step 0] Average test score before training: 0"
+    assert "[step 0] Update refused: never" in lines
+
+
+def test_failures_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    """Their number and the first of them are part of what is logged."""
+
+    class Fails(Adder):
+        async def forward(self, x: int) -> int:
+            raise KeyError("amount")
+
+    trainer = AggregatedUpdate(Fails(), LLMOptimizer(llm=ScriptedModel("TERMINATE")), llm=ScriptedModel(""))
+    trainer.train(exact, DATA, batch_size=4, verbose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "[step 0] Failures: 4" in lines
+    assert any(line.startswith("[step 0] First failure: agent, sample ") for line in lines)
+
+
+@pytest.mark.parametrize("event", ["started", "evaluation", "step", "finished"])
+def test_an_observer_that_raises_ends_the_run(event: str, tmp_path: Path) -> None:
+    """`train` raises its error with its name; every finished step is on disk, and the other observers see the end."""
+
+    class Breaks(Observer):
+        pass
+
+    def fail(record: Any) -> None:
+        raise ZeroDivisionError(event)
+
+    breaks, diary = Breaks(), Diary()
+    setattr(breaks, event, fail)
+    with pytest.raises(ZeroDivisionError) as error:
+        scripted(observers=[diary, breaks]).train(exact, DATA, test_dataset=DATA, run_dir=tmp_path)
+    assert error.value.__notes__ == [f"raised in {event}() of the observer Breaks()"]
+    assert len(load_result(tmp_path / "result.json").history) == len(diary.of("step"))
+    assert diary.of("failed") == ([] if event == "finished" else [error.value])
+
+
+def test_the_error_that_ends_a_run_reaches_every_observer() -> None:
+    """A lost key, say: observers get the error with the result of the steps before, in place of `finished`."""
+
+    def rejected(messages: Any) -> str:
+        raise AuthenticationError("401: no such key")
+
+    diary = Diary()
+    with pytest.raises(TrainingError):
+        scripted(rejected, observers=[diary]).train(exact, DATA)
+    (error,) = diary.of("failed")
+    assert isinstance(error, TrainingError)
+    assert isinstance(error.result, TrainingResult)
+    assert diary.of("finished") == []
+
+
+def test_an_interrupted_run_ends_for_its_observers() -> None:
+    """Ctrl-C too: the progress bar must end its line."""
+    diary = Diary()
+
+    def interrupt(report: StepReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scripted(observers=[diary, interrupt]).train(exact, DATA)
+    assert [type(error) for error in diary.of("failed")] == [KeyboardInterrupt]
+
+
+def test_observers_may_be_set_after_construction() -> None:
+    """They are read when a run starts."""
+    trainer, diary = scripted(observers=[]), Diary()
+    trainer.observers = [diary]
+    trainer.train(exact, DATA, batch_size=4)
+    assert len(diary.of("step")) == 1
+
+
+@pytest.mark.parametrize("observers", [[Diary], [Evaluation], "print"])
+def test_what_is_not_an_observer_is_refused_before_the_first_call(observers: Any) -> None:
+    """Before the run, at construction."""
+    with pytest.raises(ConfigError, match=r"Expected observers=\[\.\.\.\]"):
+        scripted(observers=observers)
+
+
+@pytest.mark.parametrize("make", [lambda seen: seen.append, lambda seen: type("S", (), {"step": seen.append})()])
+def test_usage_and_cost_reach_observers(make: Callable[[Any], Any]) -> None:
+    """Of each step by role, in whatever form the observer is given."""
+    seen: list[StepReport] = []
+    scripted(observers=[make(seen)]).train(exact, DATA, batch_size=4)
+    assert seen[0].usage == {"optimizer": Usage(input_tokens=40, output_tokens=20, cost=0.4, calls=4)}
