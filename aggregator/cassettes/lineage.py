@@ -6,7 +6,8 @@ Every concurrent branch sets its own part; asyncio copies the path into each tas
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import TracebackType
@@ -59,6 +60,22 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
             _PATH.set(path)
             _ROLE.set(role)
             _OUTER.set(further)
+
+
+@contextmanager
+def lineage_at(path: str, role: Role) -> Iterator[None]:
+    """Replace the path and the role for calls made inside: those of a call that another process makes.
+
+    >>> with lineage("train"), lineage_at("train/sample=3", "guide"):
+    ...     print(current_lineage(), current_role())
+    train/sample=3 guide
+    """
+    tokens = _PATH.set(path), _ROLE.set(role)
+    try:
+        yield
+    finally:
+        _PATH.reset(tokens[0])
+        _ROLE.reset(tokens[1])
 
 
 @lru_cache(maxsize=1024)

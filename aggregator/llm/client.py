@@ -7,7 +7,7 @@ import os
 import random as random_module
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Self
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary, ref
@@ -26,9 +26,10 @@ from aggregator.llm.calls import ApiKey, ChatCall
 from aggregator.llm.ledger import Prices, find_price
 from aggregator.llm.limiter import Limiter, check_limits, shared_limiter
 from aggregator.llm.messages import normalise
+from aggregator.llm.owner import current_owner
 from aggregator.llm.providers import resolve
 from aggregator.llm.retry import RetryPolicy
-from aggregator.llm.streams import Stream, StreamedAttempts
+from aggregator.llm.streams import Stream, StreamedAttempts, read_stream
 from aggregator.llm.structured import Validate, as_response_format, ask_structured
 from aggregator.protocols import Transport
 from aggregator.records import Completion
@@ -71,6 +72,7 @@ class LLM:
         endpoint = resolve(model, base_url=base_url, api_key=api_key, env=os.environ if env is None else env)
         self._given = {"model": model, "base_url": base_url, "api_key": api_key}
         self._injected = {"transport": transport, "env": env, "random": random}
+        self._name = endpoint.model
         self.model = f"{endpoint.provider}/{endpoint.model}"
         self.endpoint = endpoint
         self.timeout = timeout
@@ -145,7 +147,7 @@ class LLM:
         `extra` is merged into the request's body. The call is shown in the current transcript if the agent makes it.
         """
         call = ChatCall(
-            model=self._line.endpoint.model,
+            model=self._name,
             messages=normalise(messages),
             max_tokens=max_tokens,
             temperature=temperature,
@@ -158,9 +160,23 @@ class LLM:
             tool_choice=tool_choice,
             extra=extra or {},
         )
-        attempts = Attempts(self._line, self.timeout)
         transcript = current_transcript()
         shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
+        try:
+            completion = await self.answer(call, validate)
+        except BaseException as error:
+            if shown is not None:
+                shown.fail(error)
+            raise
+        if shown is not None:
+            shown.finish(completion)
+        return completion
+
+    async def answer(self, call: ChatCall, validate: Validate | None = None) -> Completion:
+        """Answer one call, which `complete` makes and shows in the transcript. A worker process asks its owner."""
+        if (owner := current_owner()) is not None:
+            return await owner.answer(self, call, validate)
+        attempts = Attempts(self._line, self.timeout)
         try:
             if tracing.has_spans():
                 with tracing.span(self._line.endpoint.provider, call, self._host) as span:
@@ -169,14 +185,10 @@ class LLM:
             else:
                 completion = await _ask(attempts, call, validate)
         except BaseException as error:
-            if shown is not None:
-                shown.fail(error)
             self._trace(attempts, None, error)
             raise
         finally:
             attempts.leave()
-        if shown is not None:
-            shown.finish(completion)
         self._trace(attempts, completion, None)
         return completion
 
@@ -205,7 +217,7 @@ class LLM:
         Errors are those of `complete`. After the first delta nothing is tried again, since it has been used already.
         """
         call = ChatCall(
-            model=self._line.endpoint.model,
+            model=self._name,
             messages=normalise(messages),
             max_tokens=max_tokens,
             temperature=temperature,
@@ -217,7 +229,13 @@ class LLM:
             extra=extra or {},
             stream=True,
         )
-        return Stream(call, lambda: StreamedAttempts(self._line, self.timeout), self._trace)
+        return Stream(call, self.deltas)
+
+    def deltas(self, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
+        """Yield the deltas of a streamed call, the whole answer last; `stream` shows them in the transcript."""
+        if (owner := current_owner()) is not None:
+            return owner.deltas(self, call)
+        return read_stream(StreamedAttempts(self._line, self.timeout), call, self._trace)
 
     def _limiter(self) -> Limiter:
         """This loop's limiter, shared with the other clients of the same account and model."""
@@ -260,6 +278,8 @@ class LLM:
 
     async def aclose(self) -> None:
         """Close this loop's connections now; not needed, the loop's end closes them too."""
+        if current_owner() is not None:
+            return
         close = getattr(self._line.transport, "aclose", None)
         if close is not None:
             await close()
@@ -273,7 +293,7 @@ class LLM:
 
 _INJECTED = {"clock": time.monotonic, "sleep": asyncio.sleep}
 _ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget"} | {
-    f"_{name}" for name in ("given", "host", "injected", "is_virtual", "latest", "limiters", "limits", "line")
+    f"_{name}" for name in ("given", "host", "injected", "is_virtual", "latest", "limiters", "limits", "line", "name")
 }
 
 

@@ -27,9 +27,9 @@ class Stream:
     Whoever leaves it early (`break`) ends the request, at once with `async with`, else when nobody holds it any more.
     """
 
-    def __init__(self, call: ChatCall, begin: Callable[[], StreamedAttempts], trace: Trace) -> None:
+    def __init__(self, call: ChatCall, deltas: Callable[[ChatCall], AsyncGenerator[str | Completion, None]]) -> None:
         self._whole: list[Completion] = []
-        self._deltas = _run(call, begin, trace, self._whole)
+        self._deltas = _run(call, deltas, self._whole)
 
     @property
     def completion(self) -> Completion:
@@ -55,15 +55,13 @@ class Stream:
 
 
 async def _run(
-    call: ChatCall, begin: Callable[[], StreamedAttempts], trace: Trace, whole: list[Completion]
+    call: ChatCall, deltas: Callable[[ChatCall], AsyncGenerator[str | Completion, None]], whole: list[Completion]
 ) -> AsyncGenerator[str, None]:
     """Yield the deltas; the answer goes into `whole`, and not to the stream, which would make a cycle."""
-    attempts = begin()
     transcript = current_transcript()
     shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
     try:
-        attempts.issue(call)
-        async with aclosing(attempts.deltas()) as pieces:
+        async with aclosing(deltas(call)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, str):
                     yield piece
@@ -72,13 +70,28 @@ async def _run(
     except BaseException as error:
         if shown is not None:
             shown.fail(error)
+        raise
+    if shown is not None:
+        shown.finish(whole[0])
+
+
+async def read_stream(
+    attempts: StreamedAttempts, call: ChatCall, trace: Trace
+) -> AsyncGenerator[str | Completion, None]:
+    """Issue a call and yield its deltas, the whole answer last."""
+    whole: Completion | None = None
+    try:
+        attempts.issue(call)
+        async with aclosing(attempts.deltas()) as pieces:
+            async for piece in pieces:
+                whole = piece if isinstance(piece, Completion) else None
+                yield piece
+    except BaseException as error:
         trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    if shown is not None:
-        shown.finish(whole[0])
-    trace(attempts, whole[0], None)
+    trace(attempts, whole, None)
 
 
 class StreamedAttempts(Attempts):

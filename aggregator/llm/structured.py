@@ -155,7 +155,7 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
     while True:
         try:
             completion = await attempts.ask(unless=partial(_next_level, level=level, levels=len(forms)))
-            _check(completion, check)
+            await _check(completion, check)
         except LLMError as error:
             next_level = _next_level(error, level=level, levels=len(forms))
             if next_level is None or not attempts.may_go_on():
@@ -233,7 +233,7 @@ class IgnoredFormatError(DecodeError):
         self.text = text
 
 
-def _check(completion: Completion, check: Validate) -> None:
+async def _check(completion: Completion, check: Validate) -> None:
     for choice in completion.choices:
         if choice.message.tool_calls:
             continue
@@ -246,7 +246,8 @@ def _check(completion: Completion, check: Validate) -> None:
                 **facts,
             )
         try:
-            check(text)
+            if hasattr(checking := check(text), "__await__"):  # a worker process checks what its owner received
+                await checking
         except ValueError as error:
             raise IgnoredFormatError(f"expected the answer in the format asked for: {error}", **facts) from error
 

@@ -1,0 +1,107 @@
+"""The owner of a worker's calls: the process that has the keys, the cassette, the budget and the limits.
+
+In the process that runs the training, an `Owner` holds the models that workers refer to by number. In a worker, every
+`LLM` passes its calls to the one `RemoteOwner` of the process. Calls go as `Call`s: the question and its place in the
+run, without address and without authentication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import Struct
+
+from aggregator.agents.transcripts import transcript
+from aggregator.cassettes.lineage import lineage_at
+from aggregator.errors import ConfigError
+from aggregator.llm.calls import ChatCall
+from aggregator.records import Completion, Role
+
+if TYPE_CHECKING:
+    from aggregator.llm.client import LLM
+
+Validate = Callable[[str], Any]
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """One call of a worker. `chat` is that of an `LLM`, `messages` and `options` are those of any other model.
+
+    `model` is the number under which the owner knows the model.
+    """
+
+    model: int
+    lineage: str
+    role: Role
+    chat: ChatCall | None = None
+    messages: Any = None
+    options: Mapping[str, Any] = {}
+
+
+class Owner:
+    """The models of this process, asked on behalf of workers: keys, cassette, budget, limits and ledger stay here.
+
+    `answer` and `deltas` run in the context of their caller: its tape, its budget and its ledger are used. The lineage
+    and the role are those of the call.
+    """
+
+    def __init__(self) -> None:
+        self._models: list[Any] = []
+
+    def number_of(self, model: Any) -> int:
+        """Return the number of a model, a new one for a model that is not known yet."""
+        for number, known in enumerate(self._models):
+            if known is model:
+                return number
+        self._models.append(model)
+        return len(self._models) - 1
+
+    def model(self, number: int) -> Any:
+        """Return a model by its number."""
+        return self._models[number]
+
+    async def answer(self, call: Call, validate: Validate | None = None) -> Completion:
+        """Answer a call; raises what the model raises. `validate` may be async."""
+        model = self._models[call.model]
+        with lineage_at(call.lineage, call.role):
+            if call.chat is not None:
+                return await model.answer(call.chat, validate)  # type: ignore[no-any-return]
+            with transcript():  # the worker has shown the call in its own
+                return await model.complete(call.messages, **call.options)  # type: ignore[no-any-return]
+
+    async def deltas(self, call: Call) -> AsyncGenerator[str | Completion, None]:
+        """Yield the deltas of a streamed call, the whole answer last."""
+        if call.chat is None:
+            raise ConfigError(f"Expected a streamed call of an LLM, got one of {self._models[call.model]!r}")
+        with lineage_at(call.lineage, call.role):
+            pieces = self._models[call.model].deltas(call.chat)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
+
+
+class RemoteOwner(Protocol):
+    """What a worker process sees of its owner."""
+
+    async def answer(self, llm: LLM, call: ChatCall, validate: Validate | None) -> Completion:
+        """Have a call answered by the owner."""
+        ...
+
+    def deltas(self, llm: LLM, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
+        """Have a streamed call answered by the owner: its deltas, the whole answer last."""
+        ...
+
+
+_owner: RemoteOwner | None = None
+
+
+def current_owner() -> RemoteOwner | None:
+    """Return the owner of this process's calls; None in every process that is not a worker."""
+    return _owner
+
+
+def pass_calls_to(owner: RemoteOwner) -> None:
+    """Pass every call that an `LLM` of this process makes to `owner`. A worker process does so once, when it starts."""
+    global _owner  # noqa: PLW0603 - a fact about the process, like its number
+    _owner = owner
