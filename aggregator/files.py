@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from threading import get_ident
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
@@ -40,6 +39,8 @@ def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writ
     With `sole_writer` (the caller holds a lock) the temporary file has one name, so that the next write replaces what a
     killed process left; otherwise each process and thread has a temporary file of its own.
     """
+    from threading import get_ident  # needed to write only, not to load what was written
+
     target = os.path.realpath(path)
     make_folder(os.path.dirname(target), private=private)  # noqa: PTH120 - as above
     temporary = f"{target}.tmp" if sole_writer else f"{target}.{os.getpid()}.{get_ident()}.tmp"

@@ -87,7 +87,8 @@ def as_text(value: Any) -> str:
     try:
         return msgspec.json.encode(value).decode()
     except (TypeError, ValueError):
-        return f"<{type(value).__name__}>" if ADDRESS.search(repr(value)) else repr(value)
+        shown = repr(value)
+        return shown if shown == _without_address(shown) else f"<{type(value).__name__}>"
 
 
 def _show(value: Any, limit: int, depth: int) -> str:
@@ -152,7 +153,7 @@ def _object(value: Any, limit: int) -> str:
         text = repr(value)
     except Exception:  # noqa: BLE001 - a broken repr of the agent's own class must not break the agent
         return name
-    return cut(ADDRESS.sub("", text), limit)
+    return cut(_without_address(text), limit)
 
 
 def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
@@ -170,7 +171,7 @@ def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
         message = str(error)
     except Exception:  # noqa: BLE001 - as above: an exception class of the agent's own
         message = ""
-    text = ADDRESS.sub("", message)
+    text = _without_address(message)
     return cut(f"{type(error).__name__}: {text}" if text else type(error).__name__, limit)
 
 
@@ -178,8 +179,9 @@ SHOWN = 80
 """How many characters of a refused value an error shows."""
 
 
-ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
-"""Where an object lies in memory, as its repr tells: different in every run."""
+def _without_address(text: str) -> str:
+    """Remove where an object lies in memory, which its repr shows and which differs in every run."""
+    return re.sub(r" (?:object )?at 0x[0-9a-fA-F]+", "", text)  # compiled when needed: loading parameters needs none
 
 
 def shorten(value: Any, limit: int = SHOWN) -> str:
@@ -189,7 +191,7 @@ def shorten(value: Any, limit: int = SHOWN) -> str:
     "'xxxxxxxxx..."
     """
     try:
-        text = ADDRESS.sub("", repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value))
+        text = _without_address(repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value))
     except RecursionError:
         text = f"<{type(value).__name__}, nested too deep>"
     return text if len(text) <= limit + 2 else clip(text, limit)
@@ -258,19 +260,13 @@ def json_changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str,
         yield path, before, after
 
 
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
-
-
 def fenced_blocks(text: str) -> list[str]:
     r"""Return the content of each Markdown fence in a text.
 
     >>> fenced_blocks('It is:\n```json\n{"a": 1}\n```')
     ['{"a": 1}']
     """
-    return _FENCE.findall(text)
-
-
-_OPENING = re.compile(r"```[ \t]*(?:[\w+#.-]*[ \t]*\n|json\b)?")
+    return re.findall(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL)
 
 
 def strip_fence(text: str) -> str:
@@ -282,4 +278,4 @@ def strip_fence(text: str) -> str:
     body = text.strip()
     if len(body) < 6 or not (body.startswith("```") and body.endswith("```")):
         return text
-    return _OPENING.sub("", body[:-3], count=1).removesuffix("\n")
+    return re.sub(r"```[ \t]*(?:[\w+#.-]*[ \t]*\n|json\b)?", "", body[:-3], count=1).removesuffix("\n")

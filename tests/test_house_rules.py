@@ -39,12 +39,19 @@ ONLY_IN = {
     "vcr": {"cassettes/vcr.py", "testing/"},
     "opto": set(),
 }
+NOT_IN_PRODUCTION = {
+    *("asyncio", "concurrent.futures", "threading", "multiprocessing", "subprocess", "selectors"),
+    *("ssl", "socket", "http", "http.client", "urllib.request", "email", "hashlib", "secrets"),
+    *("importlib.metadata", "importlib.resources", "logging", "pathlib", "tempfile", "shutil", "json", "html"),
+}
+"""What an agent that only loads its parameters must not import. (`inspect` comes with msgspec's typing_extensions.)"""
 MAX_LINES = 600
 MAX_FUNCTION_LINES = 60
 MIN_LINES = 80
 SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, each with its reason; no new ones
     "checks.py": "a family that every room uses",
     "files.py": "a family that every room uses",
+    "cassettes/rules.py": "frozen data",
     "cassettes/current.py": "the context variable of the tape, alone",
     "cli/_account.py": "shared by the commands",
     "cli/_differences.py": "shared by the commands",
@@ -285,9 +292,33 @@ def test_type_checkers_see_the_public_names() -> None:
     assert shown == {(home, name) for home, name in table if home != "aggregator.errors"}
 
 
+def loaded_by(statement: str) -> set[str]:
+    """Every module that a statement loads in a fresh interpreter."""
+    script = f"import sys; before = set(sys.modules)\n{statement}\nprint(*sorted(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(out.stdout.split())
+
+
+def test_what_production_needs_is_light() -> None:
+    """An agent with parameters loads no event loop, no network and no room that it does not use."""
+    loaded = loaded_by(
+        "from aggregator import Module, ParameterNode\n"
+        "class Agent(Module):\n"
+        "    def __init__(self):\n"
+        "        self.k = ParameterNode(3)\n"
+        "assert Agent().parameters()[0].data == 3"
+    )
+    assert {name for name in loaded if name.startswith("aggregator")} == {
+        "aggregator",
+        *(f"aggregator.{name}" for name in ("agents", "errors", "files", "text")),
+        *(f"aggregator.agents.{name}" for name in ("modules", "parameters", "values")),
+    }
+    third_party = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"aggregator"}
+    assert third_party <= {"msgspec", "typing_extensions"}
+    assert not loaded & NOT_IN_PRODUCTION
+
+
 def test_import_is_light() -> None:
     """`import aggregator` loads no third-party module and none of our rooms."""
-    script = "import sys; before = set(sys.modules); import aggregator; print(*sorted(set(sys.modules) - before))"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    loaded = set(out.stdout.split())
+    loaded = loaded_by("import aggregator")
     assert {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names} == {"aggregator"}

@@ -12,15 +12,13 @@ from types import FunctionType
 from typing import Any, TypeVar, overload
 
 from aggregator.agents.code import CodeParameter
+from aggregator.agents.parameters import CODE, operation_of
 from aggregator.agents.sandboxing import sandboxed_function
 from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.errors import ConfigError
 from aggregator.sandbox.limits import Limits, Sandbox, current_limits, limits_of
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-CODE = "__code"
-"""What follows an operation's name in the name of the parameter that holds its source."""
 
 _IS_COROUTINE, _HAS_VARARGS = 0x80, 0x04  # inspect.CO_COROUTINE, inspect.CO_VARARGS: not worth the import
 
@@ -146,13 +144,6 @@ def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox
     return lambda function: _wrap(function, description, trainable=trainable, limits=limits)
 
 
-def operation_of(function: Any) -> Operation | None:
-    """Return the operation behind a bundled function, also under further decorators; None for anything else."""
-    function = getattr(function, "__func__", function)
-    operation = getattr(function, "operation", None) if isinstance(function, FunctionType) else None
-    return operation if isinstance(operation, Operation) else None
-
-
 def _wrap(function: Any, description: str | None, *, trainable: bool, limits: Limits | None) -> Any:
     if not isinstance(function, FunctionType):
         raise ConfigError(
@@ -171,7 +162,7 @@ def _wrap(function: Any, description: str | None, *, trainable: bool, limits: Li
         def traced(*args: Any, **kwargs: Any) -> Any:
             return operation.call(args, kwargs)
 
-    traced.operation = operation  # type: ignore[attr-defined]
+    traced.__operation__ = operation  # type: ignore[attr-defined]
     if trainable and "." not in operation.title:  # a function by itself can be an agent, as a Module can
         traced.parameters = operation.parameters  # type: ignore[attr-defined]
     return traced

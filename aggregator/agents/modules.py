@@ -14,12 +14,10 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from aggregator.agents.bundles import CODE, operation_of
-from aggregator.agents.parameters import ParameterNode, index, read, write
+from aggregator.agents.parameters import CODE, ParameterNode, index, operation_of, read, write
 from aggregator.agents.values import carried_by_json, describe_type
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.files import write_atomically
-from aggregator.records import Values
 
 FORMAT = "aggregator-parameters"
 VERSION = 1
@@ -30,14 +28,14 @@ class Artefact(Struct, frozen=True, kw_only=True):
 
     format: str
     version: int
-    parameters: Values
+    parameters: dict[str, Any]
     types: Mapping[str, str] = {}
     provenance: dict[str, Any] = {}
 
 
 def write_artefact(
     path: str | os.PathLike[str],
-    values: Values,
+    values: dict[str, Any],
     *,
     types: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,

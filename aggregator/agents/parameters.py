@@ -11,19 +11,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Generic, TypeVar, overload
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from aggregator.agents import values as typed_values
 from aggregator.agents.values import Unfit, snapshot
 from aggregator.errors import ConfigError, ParameterError
-from aggregator.records import Values
 from aggregator.text import shorten
+
+if TYPE_CHECKING:
+    from aggregator.agents.bundles import Operation
+    from aggregator.records import Values
 
 T = TypeVar("T")
 Constraint = str | Callable[[Any], bool] | None
 """What a value must satisfy beyond its type: words for the optimizer, or a predicate."""
 
 UNNAMED = "parameter"
+
+CODE = "__code"
+"""What follows an operation's name in the name of the parameter that holds its source."""
 
 _overrides: ContextVar[Mapping[ParameterNode[Any], Any]] = ContextVar("aggregator_overrides")
 _NOTHING: Mapping[Any, Any] = {}
@@ -163,6 +170,15 @@ def node(
     if isinstance(data, ParameterNode):
         return data
     return ParameterNode(data, name=name, description=description, constraint=constraint, trainable=trainable)
+
+
+def operation_of(function: Any) -> Operation | None:
+    """Return the operation behind a bundled function, also under further decorators; None for anything else.
+
+    It is here, and read by its mark, so that an agent without bundled functions does not load what they need.
+    """
+    function = getattr(function, "__func__", function)
+    return vars(function).get("__operation__") if isinstance(function, FunctionType) else None
 
 
 def read(parameters: Iterable[ParameterNode[Any]]) -> Values:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from copy import deepcopy
 from functools import lru_cache
 from typing import Any, get_args, get_origin
 
@@ -84,7 +83,11 @@ def refuse_oddities(value: Any, path: str = "", levels: int = DEPTH_LIMIT) -> No
 
 def snapshot(value: Any) -> Any:
     """Return a copy that later changes in place do not reach."""
-    return value if isinstance(value, _SCALARS) else deepcopy(value)
+    if isinstance(value, _SCALARS):
+        return value
+    from copy import deepcopy  # not needed where all values are texts and numbers
+
+    return deepcopy(value)
 
 
 def schema(kind: Any) -> dict[str, Any]:

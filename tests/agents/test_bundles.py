@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from aggregator import ConfigError, Module, ParameterNode, bundle, transcript
-from aggregator.agents.bundles import operation_of
-from aggregator.agents.parameters import overriding
+from aggregator.agents.parameters import operation_of, overriding
 from aggregator.agents.transcripts import Span
 
 SCALE = 10
