@@ -2,6 +2,9 @@
 
 `call` runs a coroutine function on one background loop and waits for it: it works in scripts, under a running loop
 (notebooks, servers) and from worker threads. Context variables travel along; Ctrl-C cancels the work and waits for it.
+
+While a run or a cassette is open (`carrying`), the context also travels into the threads that are started inside, and
+into what is handed to pools. Where it cannot travel, `refuse_strays` raises.
 """
 
 from __future__ import annotations
@@ -10,17 +13,23 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
-from contextvars import ContextVar
+from contextlib import contextmanager, suppress
+from contextvars import Context, ContextVar, copy_context
+from functools import partial, wraps
+from hashlib import sha256
+from itertools import count
 from typing import Any, TypeVar
 
 from aggregator.errors import ConfigError
+from aggregator.patching import Patch, Patches
 
 Result = TypeVar("Result")
 
 PATIENCE = 10.0
 """Seconds that an interrupted caller waits for what it interrupted: code may swallow its cancellation."""
+_LONGEST_PATH = 200  # characters of a branch; more, as of tasks that start one another for ever, becomes a digest
 
 
 class _Portal:
@@ -172,3 +181,290 @@ def use_uvloop() -> None:
         if _portal is not None and _portal.pid == os.getpid():
             raise ConfigError("expected use_uvloop() before the first synchronous call, got it after one")
         _loop_factory = new_event_loop
+
+
+class Branch:
+    """Where concurrent work began: the numbers of the tasks, threads and pool items that lead to it, as `0.3.1`.
+
+    Numbers count what one context starts, in the order in which it starts it. So two runs of one program give the same
+    path to the same work, whatever finishes first. `inner` is the path since the innermost lineage block.
+    """
+
+    __slots__ = ("_numbers", "_quiet", "inner", "path", "pid")
+
+    def __init__(self, path: str = "", inner: str = "", *, quiet: bool = False) -> None:
+        self.path, self.inner, self.pid = path, inner, os.getpid()
+        self._numbers = count()
+        self._quiet = quiet
+
+    def child(self) -> Branch:
+        """Return the branch of the next work that is started here."""
+        if self._quiet:
+            return self
+        number = next(self._numbers)
+        return Branch(_joined(self.path, number), _joined(self.inner, number))
+
+    def within(self) -> Branch:
+        """Return the same place, from which `inner` counts anew."""
+        return Branch(self.path)
+
+    def uncounted(self) -> Branch:
+        """Return the same place, where what is started gets no number of its own."""
+        return Branch(self.path, self.inner, quiet=True)
+
+
+def _joined(path: str, number: int) -> str:
+    joined = f"{path}.{number}" if path else str(number)
+    return joined if len(joined) < _LONGEST_PATH else sha256(joined.encode()).hexdigest()[:16]
+
+
+_branch: ContextVar[Branch | None] = ContextVar("aggregator_branch", default=None)
+
+set_branch = _branch.set
+"""Make a branch the current one of this context."""
+
+
+class _Work(threading.local):
+    """The pool item that this thread works on: the branch that handed it in, and its own."""
+
+    handed_in: Branch | None = None
+    own: Branch | None = None
+
+
+_work = _Work()
+
+
+def current_branch() -> Branch | None:
+    """Return where in the concurrent work of a run or cassette this is; None outside of any.
+
+    Frameworks run a pool's items in copies of the context that handed them in, which are all alike; those are told
+    apart by the item that the thread works on.
+    """
+    branch = _branch.get()
+    return _work.own if branch is not None and branch is _work.handed_in else branch
+
+
+@contextmanager
+def carrying() -> Iterator[None]:
+    """Let threads, pools and tasks that are started inside keep this context, as tasks of asyncio do.
+
+    Held by each run and each open cassette. A thread that is started, and work that is handed to a pool, gets a copy of
+    the context; a pool's own threads keep none. What goes to another process is marked: `refuse_strays` raises there.
+    """
+    here = current_branch()
+    branch = Branch() if here is None or here.pid != os.getpid() else here
+    token = _branch.set(branch)
+    _hooks.hold()
+    try:
+        yield
+    finally:
+        _hooks.release()
+        try:
+            _branch.reset(token)
+        except ValueError:  # left in another context than entered, as by a pytest fixture of asyncio
+            if _branch.get() is branch:
+                _branch.set(None)
+
+
+@contextmanager
+def on_branch(branch: Branch | None) -> Iterator[None]:
+    """Let work that is started inside count from this branch; None: let it start without a context, as before."""
+    token = _branch.set(branch)
+    try:
+        yield
+    finally:
+        _branch.reset(token)
+
+
+def refuse_strays(what: str) -> None:
+    """Raise ConfigError for a call that belongs to a run or cassette and cannot reach it.
+
+    In another process the budget, the journal and the values on trial are copies; a thread that C code has started has
+    none of them.
+    """
+    branch = _branch.get()
+    if branch is None:
+        if not (_hooks.holders and isinstance(threading.current_thread(), _FOREIGN)):
+            return
+        where = "a thread that was not started by threading, and has no context while a run or cassette is open"
+        remedy = "start it with threading.Thread or a ThreadPoolExecutor"
+    elif branch.pid == os.getpid():
+        return
+    else:
+        where = f"process {os.getpid()}, which cannot reach the run or cassette that is open in process {branch.pid}"
+        remedy = "use threads, return what the call needs, or open a cassette of its own in that process"
+    raise ConfigError(f"Expected {what} in the process and context of its run, got one in {where}; {remedy}")
+
+
+class _Elsewhere:
+    """A function for another process: calls that it makes there are refused, as they belong to this one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.pid = function, os.getpid()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        branch = Branch()
+        branch.pid = self.pid
+        with on_branch(branch):
+            return self.function(*args, **kwargs)
+
+
+def _carried(branch: Branch) -> Callable[..., Any]:
+    """Return a function that calls another one in a copy of this context, as the next work that it starts."""
+    return _carried_from(copy_context(), branch)
+
+
+def _carried_from(context: Context, branch: Branch) -> Callable[..., Any]:
+    child = branch.child()
+    context.run(_branch.set, child)
+
+    def run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        before = _work.handed_in, _work.own
+        _work.handed_in, _work.own = branch, child
+        try:
+            return context.run(function, *args, **kwargs)
+        finally:
+            _work.handed_in, _work.own = before
+
+    return run
+
+
+_FOREIGN: Any = threading._DummyThread  # noqa: SLF001 - what current_thread() makes for a thread that C code has started
+_POOLS = frozenset({"concurrent.futures.thread", "concurrent.futures.process", "multiprocessing.pool"})
+
+
+def _is_of_a_pool(worker: Any) -> bool:
+    """Return whether a thread or process is a pool's own, which runs the work of many contexts."""
+    target = getattr(worker, "_target", None)
+    return getattr(target, "__module__", None) in _POOLS or type(worker).__module__ in _POOLS
+
+
+def _start_thread(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def start(self: threading.Thread) -> Any:
+        branch = current_branch()
+        if branch is None or getattr(self, "_context", None) is not None:  # given by the caller: Python 3.14
+            return original(self)
+        if _is_of_a_pool(self):
+            return Context().run(original, self)
+        run, carry = self.run, _carried(branch)
+
+        def run_carried() -> None:
+            vars(self).pop("run", None)  # or the thread would hold itself
+            carry(run)
+
+        self.run = run_carried  # type: ignore[method-assign]
+        try:
+            original(self)
+        except BaseException:  # not started: it may be tried again
+            vars(self).pop("run", None)
+            raise
+
+    return start
+
+
+def _start_process(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def start(self: Any) -> Any:
+        if current_branch() is None:
+            return original(self)
+        if _is_of_a_pool(self):  # its work is marked item by item
+            return Context().run(original, self)
+        if getattr(self, "_target", None) is not None:
+            self._target = _Elsewhere(self._target)
+        return original(self)
+
+    return start
+
+
+def _submit_to_threads(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def submit(self: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        branch = current_branch()
+        if branch is None:
+            return original(self, function, *args, **kwargs)
+        # in an empty context: the thread that this may start must not keep ours
+        return Context().run(original, self, _carried(branch), function, *args, **kwargs)
+
+    return submit
+
+
+def _submit_to_processes(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def submit(self: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if current_branch() is None:
+            return original(self, function, *args, **kwargs)
+        return Context().run(original, self, _Elsewhere(function), *args, **kwargs)
+
+    return submit
+
+
+def _has_threads(pool: Any) -> bool:
+    return any(kind.__name__ == "ThreadPool" for kind in type(pool).__mro__)
+
+
+def _apply_in_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Guard `multiprocessing.Pool.apply_async`."""
+
+    @wraps(original)
+    def apply_async(self: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if (branch := current_branch()) is not None:
+            func = partial(_carried(branch), func) if _has_threads(self) else _Elsewhere(func)
+        return original(self, func, *args, **kwargs)
+
+    return apply_async
+
+
+def _map_in_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Guard `multiprocessing.Pool`'s methods that call one function on many items."""
+
+    @wraps(original)
+    def map_items(self: Any, func: Callable[..., Any], iterable: Any, *args: Any, **kwargs: Any) -> Any:
+        branch = current_branch()
+        if branch is None:
+            return original(self, func, iterable, *args, **kwargs)
+        if not _has_threads(self):
+            return original(self, _Elsewhere(func), iterable, *args, **kwargs)
+        here = copy_context()
+        is_star = bool(args) and getattr(args[0], "__name__", "") == "starmapstar"
+
+        def call(*given: Any) -> Any:
+            carry, *rest = given if is_star else given[0]
+            return carry(func, *rest)
+
+        items = ((_carried_from(here.copy(), branch), *(item if is_star else (item,))) for item in iterable)
+        return original(self, call, list(items) if hasattr(iterable, "__len__") else items, *args, **kwargs)
+
+    return map_items
+
+
+def _create_task(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def create_task(self: Any, coro: Any, **kwargs: Any) -> Any:
+        branch = current_branch()
+        if branch is not None:
+            context = copy_context() if kwargs.get("context") is None else kwargs["context"]
+            with suppress(RuntimeError):  # somebody's own context that is in use: its tasks get no numbers
+                context.run(_branch.set, branch.child())
+                kwargs["context"] = context
+        return original(self, coro, **kwargs)
+
+    return create_task
+
+
+_hooks = Patches(
+    (
+        Patch("threading", "Thread.start", _start_thread),
+        Patch("concurrent.futures.thread", "ThreadPoolExecutor.submit", _submit_to_threads),
+        Patch("concurrent.futures.process", "ProcessPoolExecutor.submit", _submit_to_processes),
+        Patch("joblib.externals.loky.process_executor", "ProcessPoolExecutor.submit", _submit_to_processes),
+        Patch("loky.process_executor", "ProcessPoolExecutor.submit", _submit_to_processes),
+        Patch("multiprocessing.pool", "Pool.apply_async", _apply_in_pool),
+        Patch("multiprocessing.pool", "Pool._map_async", _map_in_pool),
+        Patch("multiprocessing.pool", "Pool.imap", _map_in_pool),
+        Patch("multiprocessing.pool", "Pool.imap_unordered", _map_in_pool),
+        Patch("multiprocessing.process", "BaseProcess.start", _start_process),
+        Patch("asyncio.base_events", "BaseEventLoop.create_task", _create_task),
+        Patch("uvloop", "Loop.create_task", _create_task),
+    )
+)

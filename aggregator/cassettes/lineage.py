@@ -13,13 +13,14 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
+from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.records import Role
 
 _PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
 _ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
 # what was before each block of this context, the innermost first: one object may be entered by several tasks at once
-_OUTER: ContextVar[tuple[str, Role, Any] | None] = ContextVar("aggregator_outer", default=None)
+_OUTER: ContextVar[tuple[str, Role, portal.Branch | None, Any] | None] = ContextVar("aggregator_outer", default=None)
 
 current_lineage = _PATH.get
 """Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside of any."""
@@ -44,8 +45,11 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
         """Return the extended path."""
         path, parts = _PATH.get(), self._parts
         here = f"{path}/{parts}" if path and parts else path or parts
-        _OUTER.set((path, _ROLE.get(), _OUTER.get()))
+        branch = portal.current_branch()
+        _OUTER.set((path, _ROLE.get(), branch, _OUTER.get()))
         _PATH.set(here)
+        if branch is not None:
+            portal.set_branch(branch.within())
         if self._role:
             _ROLE.set(self._role)
         return here
@@ -56,8 +60,10 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
         """Restore the path from before."""
         outer = _OUTER.get()
         if outer is not None:  # else left in another context than entered, which has its own
-            path, role, further = outer
+            path, role, branch, further = outer
             _PATH.set(path)
+            if branch is not None:
+                portal.set_branch(branch)
             _ROLE.set(role)
             _OUTER.set(further)
 

@@ -10,6 +10,7 @@ from contextvars import Token
 from functools import partial
 from types import TracebackType
 
+from aggregator import portal
 from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.keys import parse_ignore
 from aggregator.cassettes.opening import Mode, open_tape
@@ -73,11 +74,13 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
             raise CassetteError(f"expected a cassette that is not open, got one in use ({self._tape.name})")
         tape = self._open()
         try:
+            self._stack.enter_context(portal.carrying())
             if self._rules.clients:
                 from aggregator.cassettes.vcr import serving
 
                 self._stack.enter_context(serving(tape, self._rules.clients))
         except BaseException:
+            self._stack.close()
             tape.close()
             raise
         self._tape, self._token = tape, enter(tape)

@@ -14,6 +14,7 @@ from random import Random
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator import portal
 from aggregator.cassettes.clients import passing
 from aggregator.cassettes.current import tape_here
 from aggregator.cassettes.lineage import current_lineage, current_role
@@ -115,6 +116,7 @@ class Attempts:
     )
 
     def __init__(self, line: Line, timeout: float | None) -> None:
+        portal.refuse_strays("a call of a model")
         self.line = line
         self.tape: Tape | None = tape_here()
         self.count = 0

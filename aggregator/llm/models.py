@@ -93,6 +93,7 @@ class CallableModel:
 
     async def complete(self, messages: Any, **options: Any) -> Completion:
         """Ask once. An SDK's own error becomes ours where it tells its status; any other error passes through."""
+        portal.refuse_strays("a call of a model")
         normal = normalise(messages)
         transcript = current_transcript()
         shown = transcript.llm_call(normal) if transcript is not None and current_role() == "agent" else None

@@ -138,7 +138,7 @@ async def aevaluate(
     dataset: Any = inputs if infos is None else {"inputs": inputs, "infos": infos}
     check_positive("max_concurrency", max_concurrency)
     async with AsyncExecutor(max_concurrency) as executor:
-        with lineage("evaluate"):
+        with portal.carrying(), lineage("evaluate"):
             batch = samples(dataset, name="dataset")
             runs = await rollouts(agent, guide, batch, executor=executor, min_score=min_score)
     _warn_of([run.failure for run in runs if run.score is None and run.failure is not None], len(runs))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from aggregator import portal
 from aggregator.cassettes.current import current_tape
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
@@ -65,12 +66,16 @@ def journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
 
 @contextmanager
 def counted_in(budget: Budget | None) -> Iterator[None]:
-    """Count every call of the run, whichever client makes it; without a budget an outer one goes on counting."""
-    if budget is None:
-        yield
-        return
-    with spending(budget):
-        yield
+    """Count every call of the run, whichever client and thread makes it.
+
+    Without a budget an outer one goes on counting.
+    """
+    with portal.carrying():
+        if budget is None:
+            yield
+            return
+        with spending(budget):
+            yield
 
 
 @contextmanager

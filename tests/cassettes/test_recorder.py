@@ -6,7 +6,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from pathlib import Path
 
 import pytest
@@ -286,13 +286,24 @@ def test_another_thread_paid_live_while_the_cassette_was_replayed(tmp_path: Path
 
 
 def test_threads_do_not_guess_between_two_cassettes(tmp_path: Path) -> None:
-    """With two open there is no telling which is meant; and a tape may leave other threads alone."""
+    """With two open, a thread without a context belongs to neither; and a tape may leave other threads alone."""
     with aggregator.cassette(tmp_path / "a.yaml", "all") as tape, ThreadPoolExecutor(1) as pool:
         with aggregator.cassette(tmp_path / "b.yaml", "all"):
-            assert pool.submit(tape_here).result() is None
-        assert pool.submit(tape_here).result() is tape
+            assert pool.submit(Context().run, tape_here).result() is None
+        assert pool.submit(Context().run, tape_here).result() is tape
     alone = aggregator.cassette(tmp_path / "c.yaml", "all", rules=TapeRules(adopts="nothing"))
     with alone, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(Context().run, tape_here).result() is None
+
+
+def test_threads_that_are_started_inside_belong_to_the_innermost_cassette(tmp_path: Path) -> None:
+    """A pool's items carry the context that handed them in, also where two cassettes are open."""
+    rules = TapeRules(adopts="nothing")
+    with aggregator.cassette(tmp_path / "a.yaml", "all", rules=rules) as outer, ThreadPoolExecutor(1) as pool:
+        with aggregator.cassette(tmp_path / "b.yaml", "all") as inner:
+            assert pool.submit(tape_here).result() is inner
+        assert pool.submit(tape_here).result() is outer
+    with ThreadPoolExecutor(1) as pool:
         assert pool.submit(tape_here).result() is None
 
 

@@ -1,0 +1,169 @@
+"""Replace functions of other modules while somebody needs it, and put them back exactly.
+
+Each replacement decides per call whether it does anything, so holding a patch changes nothing for those who have no
+run and no cassette open. What is replaced is the process's state, and so is the count of its holders.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+_MISSING = object()
+
+
+class Patch(NamedTuple):
+    """One function to replace: `wrap(original)` stands in for `module`'s attribute `path`, as `"Thread.start"`."""
+
+    module: str
+    path: str
+    wrap: Callable[[Any], Any]
+
+
+class _Installed(NamedTuple):
+    owner: Any
+    name: str
+    before: Any  # what the owner itself had: `_MISSING` where it inherited the function
+    replacement: Any
+
+
+class Patches:
+    """Patches that are installed together: by their first holder, until the last one has released them.
+
+    A module that is imported later is patched then. A module or attribute that does not exist is left out.
+    """
+
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self.holders = 0
+        self._patches = tuple(patches)
+        self._installed: list[_Installed] = []
+        self._lock = threading.RLock()
+
+    def hold(self) -> None:
+        """Install the patches, unless they are."""
+        with self._lock:
+            self.holders += 1
+            if self.holders > 1:
+                return
+            for patch in self._patches:
+                if (module := sys.modules.get(patch.module)) is not None and not _is_loading(module):
+                    self._install(module, patch)
+                else:
+                    _imports.watch(patch.module, self._imported)
+
+    def release(self) -> None:
+        """Put back what was there, once nobody holds the patches any more.
+
+        What somebody else has patched on top since stays as it is: their function calls ours, which passes calls on.
+        """
+        with self._lock:
+            self.holders -= 1
+            if self.holders:
+                return
+            _imports.unwatch(self._imported)
+            while self._installed:
+                owner, name, before, replacement = self._installed.pop()
+                if vars(owner).get(name) is not replacement:
+                    continue
+                if before is _MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+
+    def _imported(self, module: ModuleType) -> None:
+        with self._lock:
+            for patch in self._patches if self.holders else ():
+                if patch.module == module.__name__:
+                    self._install(module, patch)
+
+    def _install(self, module: ModuleType, patch: Patch) -> None:
+        *owners, name = patch.path.split(".")
+        owner: Any = module
+        for part in owners:
+            owner = getattr(owner, part, None)
+        original = getattr(owner, name, None)
+        if original is None:
+            return
+        replacement = patch.wrap(original)
+        self._installed.append(_Installed(owner, name, vars(owner).get(name, _MISSING), replacement))
+        setattr(owner, name, replacement)
+
+
+def _is_loading(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+class _Imports(MetaPathFinder):
+    """Calls back when a module was imported; stands in `sys.meta_path` only while somebody waits for one."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
+        self._lock = threading.RLock()
+
+    def watch(self, name: str, callback: Callable[[ModuleType], None]) -> None:
+        """Call back once the module `name` has been imported."""
+        with self._lock:
+            if callback not in (callbacks := self._waiting.setdefault(name, [])):
+                callbacks.append(callback)
+            if self not in sys.meta_path:
+                sys.meta_path.insert(0, self)
+
+    def unwatch(self, callback: Callable[[ModuleType], None]) -> None:
+        """Forget a callback."""
+        with self._lock:
+            for name in list(self._waiting):
+                self._waiting[name] = [one for one in self._waiting[name] if one != callback]
+                if not self._waiting[name]:
+                    del self._waiting[name]
+            if not self._waiting and self in sys.meta_path:
+                sys.meta_path.remove(self)
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec that the other finders have, with a loader that calls back."""
+        if name not in self._waiting:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (find := getattr(finder, "find_spec", None)) is not None:
+                spec: ModuleSpec | None = find(name, path, target)
+                if spec is not None:
+                    if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                        spec.loader = _Calling(spec.loader, self)
+                    return spec
+        return None
+
+    def imported(self, module: ModuleType) -> None:
+        """Call back whoever waits for this module."""
+        for callback in tuple(self._waiting.get(module.__name__, ())):
+            callback(module)
+
+
+class _Calling(Loader):
+    """Another loader, whose module is announced once it was executed."""
+
+    def __init__(self, loader: Any, imports: _Imports) -> None:
+        self._loader, self._imports = loader, imports
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Let the other loader make the module."""
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let the other loader execute the module, be its loader again, and announce it."""
+        spec = module.__spec__
+        if spec is not None:
+            spec.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._imports.imported(module)
+
+
+_imports = _Imports()
