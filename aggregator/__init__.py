@@ -14,6 +14,7 @@ TYPE_CHECKING = False  # type checkers take it for true; importing typing for it
 __version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.adapters.agents": ("as_agent",),
     "aggregator.agents.bundles": ("bundle",),
     "aggregator.agents.modules": (
         "Module",
@@ -162,6 +163,7 @@ _ORIGIN = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_ORIGIN)]  # noqa: PLE0604 - built from the one table above
 
 if TYPE_CHECKING:
+    from aggregator.adapters.agents import as_agent as as_agent
     from aggregator.agents.bundles import bundle as bundle
     from aggregator.agents.modules import Module as Module
     from aggregator.agents.modules import model as model

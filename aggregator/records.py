@@ -195,9 +195,9 @@ class Failure(Struct, frozen=True, kw_only=True):
 class RolloutTask(Struct, frozen=True, kw_only=True):
     """One rollout to run, as plain data: what an executor moves to where the agent is.
 
-    `values` are laid over the parameters for this rollout only, `lineage` and `role` name its calls on the tape.
-    `capture` asks for the transcript. `repeat` counts rollouts of one sample; 0 adds no part to the lineage.
-    `min_score` is the score of an instance on which the agent itself fails.
+    `values` are laid over the parameters for this rollout only; they have the types of the parameters. `lineage` (from
+    the root) and `role` name its calls on the tape. `capture` asks for the transcript. `repeat` counts rollouts of one
+    sample; 0 adds no part to the lineage. `min_score` is the score of an instance on which the agent itself fails.
     """
 
     sample: Sample
@@ -210,14 +210,25 @@ class RolloutTask(Struct, frozen=True, kw_only=True):
 
 
 class Rollout(Struct, frozen=True, kw_only=True):
-    """One instance run through the agent and judged by the guide. `score` is None if the instance was not judged."""
+    """One instance run through the agent and judged by the guide. `score` is None if the instance was not judged.
+
+    `x` is the agent's input, `scores` are further scores by name, `ms` is how long the rollout took. `lineage` is the
+    prefix of its calls in the recording, `repeat` its number among the rollouts of one sample. `handle` is private to
+    the agent's adapter, stays in this process and is never written.
+    """
 
     sample_id: int
+    x: Any = None
     output: Any = None
     score: float | None = None
+    scores: Mapping[str, float] = {}
     feedback: str = ""
     transcript: str = ""
     failure: Failure | None = None
+    lineage: str = ""
+    repeat: int = 0
+    ms: float = 0.0
+    handle: Any = None
 
     @property
     def failures(self) -> tuple[Failure, ...]:

@@ -25,7 +25,9 @@ from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode, by_name
 from aggregator.cassettes.lineage import current_lineage, lineage, natural
 from aggregator.errors import ConfigError, LLMError, ParameterError, ends_run
-from aggregator.records import Proposal, Rollout, StepReport
+from aggregator.executors.work import InstanceAgent, Ran
+from aggregator.guides.calling import Call
+from aggregator.records import Proposal, Rollout, RolloutTask, StepReport
 from aggregator.training.context import current_step
 
 MOST_THREADS = 64
@@ -45,8 +47,7 @@ def adapt(agent: Any, optimizer: Any) -> tuple[Any, Any]:
         raise ConfigError(
             f"Expected an agent that offers parameters(), such as an instance of your Module, got {agent!r}"
         )
-    nodes = _nodes_of(agent)
-    if not nodes:
+    if not is_trace_agent(agent):
         if is_trace_optimizer(optimizer):
             raise ConfigError(
                 f"Expected an agent with parameters of Trace for {type(optimizer).__name__}, "
@@ -55,6 +56,11 @@ def adapt(agent: Any, optimizer: Any) -> tuple[Any, Any]:
         return agent, optimizer
     wrapped = TraceAgent(agent)
     return wrapped, TraceOptimizer(optimizer, wrapped) if is_trace_optimizer(optimizer) else optimizer
+
+
+def is_trace_agent(agent: Any) -> bool:
+    """Return True if an agent offers parameters of Trace."""
+    return bool(_nodes_of(agent))
 
 
 def is_trace_optimizer(optimizer: Any) -> bool:
@@ -95,8 +101,8 @@ class TraceParameter(ParameterNode[Any]):
         return value
 
 
-class TraceAgent(Module):
-    """A Trace agent as the trainer calls it: one at a time inside Trace, and the guide sees plain data."""
+class TraceAgent(Module, InstanceAgent):
+    """A Trace agent as the library runs it: one instance at a time inside Trace, and the guide sees plain data."""
 
     def __init__(self, agent: Any) -> None:
         self.agent = agent
@@ -107,6 +113,14 @@ class TraceAgent(Module):
     def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
         """Return name -> parameter; names are Trace's, without its counters."""
         return dict(self._parameters)
+
+    async def run(self, task: RolloutTask, call: Call) -> Ran:
+        """Run the agent in a thread, under the values that this context reads; its node is kept for the optimizer."""
+        try:
+            output = await self.in_thread(self._run, (task.sample.x,), {})
+        except Exception as error:  # noqa: BLE001 - an agent may raise anything, and Trace says where feedback starts
+            return Ran(error=error, handle=getattr(error, "exception_node", None))
+        return Ran(output=getattr(output, "data", output), handle=output)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the data of the agent's output; the node itself is kept for the optimizer."""

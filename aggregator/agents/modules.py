@@ -120,7 +120,7 @@ class Module:
 
     def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
         """Return name -> parameter, as `parameters()`."""
-        walked = _walk(self, "", set())
+        walked = walk(self, "", set())
         parameters = index((parameter.name if parameter.named else path, path, parameter) for path, parameter in walked)
         for name, parameter in parameters.items():
             parameter.name = name
@@ -197,7 +197,7 @@ def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, Paramete
     }
 
 
-def _walk(value: Any, path: str, seen: set[int]) -> Iterator[_Found]:
+def walk(value: Any, path: str, seen: set[int]) -> Iterator[_Found]:
     """Yield (path, parameter) for all that can be reached, each once, depth first."""
     if isinstance(value, ParameterNode):
         if id(value) not in seen:
@@ -206,11 +206,11 @@ def _walk(value: Any, path: str, seen: set[int]) -> Iterator[_Found]:
     elif operation := operation_of(value):
         code = operation.code_of(getattr(value, "__self__", None))
         if code is not None:
-            yield from _walk(code, path + CODE, seen)
+            yield from walk(code, path + CODE, seen)
     elif isinstance(value, Module | dict | list | tuple) and id(value) not in seen:
         seen.add(id(value))
         for key, item in _items(value):
-            yield from _walk(item, f"{path}.{key}" if path else str(key), seen)
+            yield from walk(item, f"{path}.{key}" if path else str(key), seen)
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

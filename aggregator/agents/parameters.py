@@ -92,6 +92,15 @@ class ParameterNode(Generic[T]):
         else:
             self._stored = value
 
+    @property
+    def value(self) -> T:
+        """The value, under the name that `aggregator.protocols.Parameter` has for it."""
+        return self.data
+
+    def store(self, value: T) -> None:
+        """Store a value of this parameter's type for good, as `write` does; it is not converted or checked again."""
+        self._stored = value
+
     def __shows_as__(self) -> T:
         """Return the value, as `text.show` prints a parameter as what it holds."""
         return self.data
@@ -192,7 +201,7 @@ def write(parameters: Iterable[ParameterNode[Any]], values: Values) -> None:
     Raises ParameterError for a value that is refused and for a name that is unknown.
     """
     for parameter, value in _checked(parameters, values).items():
-        parameter._stored = value  # noqa: SLF001 - the one place that stores
+        parameter.store(value)
 
 
 @contextmanager
@@ -215,8 +224,15 @@ def keeping(parameters: Iterable[ParameterNode[Any]]) -> Iterator[None]:
 
     It is `overriding` by the values that they have.
     """
-    values = {parameter: snapshot(parameter.data) for parameter in parameters}
-    token = _overrides.set({**_overrides.get(_NOTHING), **values})
+    with lay_over({parameter: parameter.data for parameter in parameters}):
+        yield
+
+
+@contextmanager
+def lay_over(values: Mapping[ParameterNode[Any], Any]) -> Iterator[None]:
+    """Do as `overriding` with values that are known to have the types of their parameters."""
+    copies = {parameter: snapshot(value) for parameter, value in values.items()}
+    token = _overrides.set({**_overrides.get(_NOTHING), **copies})
     try:
         yield
     finally:

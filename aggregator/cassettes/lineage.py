@@ -6,8 +6,7 @@ Every concurrent branch sets its own part; asyncio copies the path into each tas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import TracebackType
@@ -32,19 +31,22 @@ current_role = _ROLE.get
 class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at its use: `with lineage("retrieve"):`
     """Extend the path of every call made inside, and say who calls when `role` is given.
 
+    With `root=True` the parts are the whole path, and what surrounds the block adds nothing.
+
     >>> with lineage("train", "epoch=0"), lineage("propose", role="optimizer"):
     ...     print(current_lineage(), current_role())
     train/epoch=0/propose optimizer
     """
 
-    def __init__(self, *parts: str, role: Role | None = None) -> None:
+    def __init__(self, *parts: str, role: Role | None = None, root: bool = False) -> None:
         self._parts = _joined(parts)
         self._role = role
+        self._root = root
 
     def __enter__(self) -> str:
         """Return the extended path."""
         path, parts = _PATH.get(), self._parts
-        here = f"{path}/{parts}" if path and parts else path or parts
+        here = parts if self._root else f"{path}/{parts}" if path and parts else path or parts
         branch = portal.current_branch()
         _OUTER.set((path, _ROLE.get(), branch, _OUTER.get()))
         _PATH.set(here)
@@ -68,20 +70,14 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
             _OUTER.set(further)
 
 
-@contextmanager
-def lineage_at(path: str, role: Role) -> Iterator[None]:
+def lineage_at(path: str, role: Role) -> lineage:
     """Replace the path and the role for calls made inside: those of a call that another process makes.
 
     >>> with lineage("train"), lineage_at("train/sample=3", "guide"):
     ...     print(current_lineage(), current_role())
     train/sample=3 guide
     """
-    tokens = _PATH.set(path), _ROLE.set(role)
-    try:
-        yield
-    finally:
-        _PATH.reset(tokens[0])
-        _ROLE.reset(tokens[1])
+    return lineage(*([path] if path else []), role=role, root=True)
 
 
 @lru_cache(maxsize=1024)

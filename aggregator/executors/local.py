@@ -1,4 +1,7 @@
-"""Run work over a batch: concurrently or one after the other, results always in sample order."""
+"""Run work in this process: concurrently on the event loop, synchronous functions in threads, results in input order.
+
+`fan_out` and `finish` bound any work; `LocalExecutor` runs rollouts and lends its threads to synchronous code.
+"""
 
 from __future__ import annotations
 
@@ -11,72 +14,98 @@ from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from weakref import WeakKeyDictionary
 
+from aggregator.checks import check_positive
 from aggregator.errors import is_own
 from aggregator.portal import Scope
+from aggregator.protocols import RolloutWork
+from aggregator.records import Rollout, RolloutTask
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+MAX_CONCURRENCY = 64
+"""How many items run at once by default."""
 
-class AsyncExecutor:
-    """Runs at most `max_concurrency` items at once; synchronous functions run in threads, as many as that.
 
-    `max_concurrency=1` is one item after the other. Use it as an async context manager, which ends its threads.
+async def fan_out(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int) -> list[Result]:
+    """Return `[await work(item) for item in batch]`, at most `limit` at once.
+
+    The first error cancels the others and is raised by itself, not in a group.
+    """
+    results: list[Any] = [None] * len(batch)
+    turns = iter(enumerate(batch))
+
+    async def take_turns() -> None:
+        for i, item in turns:
+            try:
+                results[i] = await work(item)
+            except asyncio.CancelledError as error:
+                if not is_own(error):
+                    raise
+                raise RuntimeError("code of a run cancelled itself") from error  # a TaskGroup would hide it
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(limit, len(batch))):
+                group.create_task(take_turns())
+    except BaseExceptionGroup as errors:
+        raise _first(errors) from None
+    return results
+
+
+async def finish(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int) -> list[Result]:
+    """Do as `fan_out`, but an error lets work in flight end, since it is paid for. Then the earliest item's is raised.
+
+    An error stops further items from being started. Interrupts are not waited for.
+    """
+    raised: dict[int, Exception] = {}
+
+    async def one(turn: tuple[int, Item]) -> Any:
+        if raised:
+            return None
+        try:
+            return await work(turn[1])
+        except Exception as error:  # noqa: BLE001 - raised below
+            raised[turn[0]] = error
+
+    results = await fan_out(one, list(enumerate(batch)), limit)
+    if raised:
+        raise raised[min(raised)]
+    return results
+
+
+class LocalExecutor:
+    """Runs at most `max_concurrency` rollouts at once, over all calls of `map`; synchronous code runs in threads.
+
+    `max_concurrency=1` is one rollout after the other. Use it as an async context manager, which ends its threads.
     """
 
-    def __init__(self, max_concurrency: int = 64) -> None:
+    is_remote = False
+
+    def __init__(self, max_concurrency: int = MAX_CONCURRENCY) -> None:
+        check_positive("max_concurrency", max_concurrency)
         self.max_concurrency = max_concurrency
+        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._threads: dict[int, _Threads] = {}
         self._lock = threading.Lock()
 
-    async def map(self, work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item]) -> list[Result]:
-        """Return `[await work(item) for item in batch]`, computed concurrently."""
-        results: list[Any] = [None] * len(batch)
-        turns = iter(enumerate(batch))
+    async def map(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[Rollout]:
+        """Return the rollouts in the order of the tasks; raises as `finish` does."""
+        loop = asyncio.get_running_loop()
+        slots = self._slots.get(loop) or self._slots.setdefault(loop, asyncio.Semaphore(self.max_concurrency))
 
-        async def take_turns() -> None:
-            for i, item in turns:
-                try:
-                    results[i] = await work(item)
-                except asyncio.CancelledError as error:
-                    if not is_own(error):
-                        raise
-                    raise RuntimeError("code of a run cancelled itself") from error  # a TaskGroup would hide it
+        async def run(task: RolloutTask) -> Rollout:
+            async with slots:
+                return await work(task)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.max_concurrency, len(batch))):
-                    group.create_task(take_turns())
-        except BaseExceptionGroup as errors:
-            raise _first(errors) from None
-        return results
-
-    async def finish(self, work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item]) -> list[Result]:
-        """Do as `map`, but where items raise finish what is under way: it is paid for. Then raise the earliest's error.
-
-        An error stops further items from being started. Interrupts are not waited for.
-        """
-        raised: dict[int, Exception] = {}
-
-        async def one(turn: tuple[int, Item]) -> Any:
-            if raised:
-                return None
-            try:
-                return await work(turn[1])
-            except Exception as error:  # noqa: BLE001 - raised below
-                raised[turn[0]] = error
-
-        results = await self.map(one, list(enumerate(batch)))
-        if raised:
-            raise raised[min(raised)]
-        return results
+        return [await run(tasks[0])] if len(tasks) == 1 else await finish(run, tasks, self.max_concurrency)
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run a synchronous function in a thread, with the caller's context variables.
 
-        Where the caller is cancelled the thread runs on, since nothing can stop it; the models that it asks are not
-        asked any more.
+        If the caller is cancelled the thread runs on, since nothing can stop it; its calls to models are refused.
         """
         context, scope = copy_context(), Scope()
         depth = context.run(_deeper)
@@ -102,6 +131,7 @@ class AsyncExecutor:
     ) -> None:
         for threads in self._threads.values():
             threads.end(wait=error is None)
+        self._threads = {}
 
 
 _depth: ContextVar[int] = ContextVar("aggregator_thread_depth", default=0)
@@ -125,7 +155,7 @@ class _Threads:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run `work` in a thread, a new one where none is idle and the limit allows."""
+        """Run `work` in a thread, a new one if none is idle and the limit allows."""
         future: Future[Result] = Future()
         self._work.put((future, work))
         with self._lock:
@@ -155,7 +185,7 @@ def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
         return
     try:
         result = work()
-    except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
+    except BaseException as error:  # noqa: BLE001 - the caller gets it
         future.set_exception(error)
     else:
         future.set_result(result)
@@ -165,3 +195,15 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return one error of a group, an interrupt before others."""
     flat = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in errors.exceptions]
     return next((error for error in flat if not isinstance(error, Exception)), flat[0])
+
+
+class AsyncExecutor(LocalExecutor):
+    """The executor of the loop as it was: `map` and `finish` of any work. Goes with the loop that needs it."""
+
+    async def map(self, work: Callable[[Any], Awaitable[Any]], tasks: Sequence[Any]) -> list[Any]:
+        """Do as `fan_out`."""
+        return await fan_out(work, tasks, self.max_concurrency)
+
+    async def finish(self, work: Callable[[Any], Awaitable[Any]], tasks: Sequence[Any]) -> list[Any]:
+        """Do as `finish`."""
+        return await finish(work, tasks, self.max_concurrency)

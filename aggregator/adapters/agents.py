@@ -1,0 +1,156 @@
+"""The one door for agents: `as_agent` returns an agent as the library runs it, or says what it takes.
+
+from aggregator import as_agent
+as_agent(my_module)        # an instance of Module, or any callable that offers parameters()
+as_agent(my_function)      # keyword-only arguments, or the ParameterNodes that it reads, are its parameters
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from inspect import isawaitable
+from typing import Any
+
+from aggregator.adapters.function import FunctionAgent, is_plain_function
+from aggregator.adapters.trace import TraceAgent, is_trace_agent
+from aggregator.agents.parameters import ParameterNode
+from aggregator.checks import is_async
+from aggregator.errors import ConfigError
+from aggregator.executors.work import InstanceAgent, Ran
+from aggregator.guides.calling import Call
+from aggregator.protocols import Agent, Parameter
+from aggregator.records import Rollout, RolloutTask
+from aggregator.text import shorten
+
+ACCEPTED = (
+    "an agent that offers parameters(), such as an instance of your Module; a function whose keyword-only arguments, "
+    "or the ParameterNodes that it reads, are its parameters; an agent of Trace; or an object with parameters(), "
+    "rollouts(tasks, guide), isolation and max_concurrency"
+)
+_ISOLATIONS = ("overlay", "copy", "serial")
+_PARAMETER = ("name", "value", "type", "description", "constraint", "convert", "store")
+
+
+def as_agent(thing: Any) -> Agent:
+    """Return an agent as the library runs it.
+
+    `thing` is an instance of Module, or of any class that is called with an input and offers `parameters()`; a plain
+    function; an agent of Trace; or an object of the Protocol `aggregator.protocols.Agent`. Its parameters are
+    ParameterNodes, or objects of the Protocol `aggregator.protocols.Parameter`.
+
+    Raises ConfigError for anything else, and says what is missing.
+    """
+    if isinstance(thing, InstanceAgent | BatchAgent):
+        return thing
+    if is_plain_function(thing):
+        return FunctionAgent(thing)
+    offered = getattr(thing, "parameters", None)
+    if isinstance(thing, type) or not callable(offered):
+        raise ConfigError(f"Expected {ACCEPTED}, got {thing!r}")
+    if is_trace_agent(thing):
+        return TraceAgent(thing)
+    agent: Agent
+    if hasattr(thing, "rollouts"):
+        agent = BatchAgent(thing)
+    elif callable(thing):
+        agent = CalledAgent(thing)
+    else:
+        raise ConfigError(f"Expected {ACCEPTED}, got {shorten(thing)}, which has parameters() but cannot be called")
+    agent.parameters()
+    return agent
+
+
+class CalledAgent(InstanceAgent):
+    """An object that is called with each input and offers `parameters()`: a Module, or of a class of the user's own."""
+
+    def __init__(self, program: Callable[..., Any]) -> None:
+        self.program = program
+        self._adapted: dict[int, ParameterNode[Any]] = {}
+
+    def parameters(self) -> list[ParameterNode[Any]]:
+        """Return the parameters that the program offers."""
+        return as_parameters(self.program, self._adapted)
+
+    async def run(self, task: RolloutTask, call: Call) -> Ran:
+        """Return `program(x)`: awaited if the program is async, in a thread if it is not."""
+        program: Any = self.program
+        if is_async(getattr(program, "forward", program)) or is_async(program):
+            return Ran(output=await program(task.sample.x))
+        output = await call(program, task.sample.x)
+        return Ran(output=await output if isawaitable(output) else output)
+
+
+class BatchAgent:
+    """An object of the Protocol Agent, with parameters that prompts and overlays can use."""
+
+    def __init__(self, agent: Agent) -> None:
+        isolation = getattr(agent, "isolation", None)
+        limit = getattr(agent, "max_concurrency", 0)
+        if isolation not in _ISOLATIONS or not (limit is None or (type(limit) is int and limit > 0)):
+            raise ConfigError(
+                f"Expected {ACCEPTED}, got {shorten(agent)}, whose isolation is {isolation!r} and max_concurrency is "
+                f"{limit!r}; set isolation to one of {', '.join(_ISOLATIONS)}, max_concurrency to an int or None"
+            )
+        self.agent = agent
+        self.isolation = agent.isolation
+        self.max_concurrency = agent.max_concurrency
+        self._adapted: dict[int, ParameterNode[Any]] = {}
+
+    def parameters(self) -> list[ParameterNode[Any]]:
+        """Return the parameters that the agent offers."""
+        return as_parameters(self.agent, self._adapted)
+
+    def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
+        """Run the tasks on the agent."""
+        return self.agent.rollouts(tasks, guide)
+
+
+class AdaptedParameter(ParameterNode[Any]):
+    """A parameter of someone else: the value lives there, and both sides check a new one."""
+
+    def __init__(self, parameter: Parameter) -> None:
+        self.parameter = parameter
+        self._made = False
+        super().__init__(
+            parameter.value,
+            name=parameter.name,
+            type=parameter.type,
+            description=parameter.description,
+            constraint=parameter.constraint,
+            trainable=getattr(parameter, "trainable", True),
+        )
+        self._made = True
+
+    @property
+    def _stored(self) -> Any:
+        return self.parameter.value
+
+    @_stored.setter
+    def _stored(self, value: Any) -> None:
+        if self._made:
+            self.parameter.store(value)
+
+    def check(self, raw: Any, where: str) -> Any:
+        """Convert by the type that the parameter states, then by its own `convert`."""
+        return self.parameter.convert(super().check(raw, where))
+
+
+def as_parameters(owner: Any, adapted: dict[int, ParameterNode[Any]]) -> list[ParameterNode[Any]]:
+    """Return what `owner.parameters()` offers as ParameterNodes; `adapted` keeps those made of other parameters.
+
+    Raises ConfigError for what is neither a ParameterNode nor of the Protocol Parameter.
+    """
+    found: list[ParameterNode[Any]] = []
+    for parameter in owner.parameters():
+        if isinstance(parameter, ParameterNode):
+            found.append(parameter)
+            continue
+        if missing := [name for name in _PARAMETER if not hasattr(parameter, name)]:
+            raise ConfigError(
+                f"Expected {ACCEPTED}, got {type(owner).__name__}, whose parameters() holds "
+                f"{type(parameter).__name__} objects without {', '.join(missing)}; "
+                "let parameters() return ParameterNodes, or objects of the Protocol aggregator.protocols.Parameter"
+            )
+        known = adapted.get(id(parameter))
+        found.append(known or adapted.setdefault(id(parameter), AdaptedParameter(parameter)))
+    return found

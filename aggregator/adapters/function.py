@@ -1,0 +1,166 @@
+"""Plain functions as agents: `def answer(x, *, instruction="Answer briefly.")`.
+
+The first argument is the input, keyword-only arguments are parameters, named and typed as in the signature. So are the
+ParameterNodes that a function reads: variables around it, in it, and in the functions of its module that it calls.
+An accepted value becomes the argument's default, so that the function itself uses it from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from inspect import Parameter as Argument
+from inspect import isawaitable, isfunction, ismethod, signature, unwrap
+from types import CodeType
+from typing import Any, get_type_hints
+
+from aggregator.agents.modules import walk
+from aggregator.agents.parameters import ParameterNode, index, operation_of
+from aggregator.agents.values import carried_by_json, infer_type
+from aggregator.checks import accepts, is_async
+from aggregator.errors import ConfigError
+from aggregator.executors.work import InstanceAgent, Ran
+from aggregator.guides.calling import Call
+from aggregator.records import RolloutTask
+
+_FEW = 100
+"""Containers of more items are data, and not looked through for parameters."""
+
+
+def is_plain_function(thing: Any) -> bool:
+    """Return True for a function, a method or a partial of them that does not offer `parameters` itself."""
+    inner = thing
+    while isinstance(inner, partial):
+        inner = inner.func
+    return (isfunction(inner) or ismethod(inner)) and not hasattr(thing, "parameters")
+
+
+class KeywordParameter(ParameterNode[Any]):
+    """A keyword-only argument: the value is the function's default for it."""
+
+    def __init__(self, defaults: dict[str, Any], name: str, kind: Any) -> None:
+        self._defaults = defaults
+        self._argument = name
+        super().__init__(defaults[name], name=name, type=kind)
+
+    @property
+    def _stored(self) -> Any:
+        return self._defaults[self._argument]
+
+    @_stored.setter
+    def _stored(self, value: Any) -> None:
+        self._defaults[self._argument] = value
+
+
+class FunctionAgent(InstanceAgent):
+    """A plain function, sync or async, of one input.
+
+    Raises ConfigError for a function that takes no input, and for a keyword-only argument without a default.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._keywords = {parameter.name: parameter for parameter in _keywords_of(function)}
+        if not accepts(function, None, **self._keywords):
+            raise ConfigError(
+                f"Expected a function of one input whose keyword-only arguments have defaults, got {_name(function)}"
+                f"{signature(function)}; write it as in def answer(x, *, instruction='Answer briefly.')"
+            )
+        read = (
+            (parameter.name if parameter.named else name, name, parameter) for name, parameter in _read_by(function)
+        )
+        known = index((*((name, name, parameter) for name, parameter in self._keywords.items()), *read))
+        for name, parameter in known.items():
+            parameter.name = name
+        self._parameters = list(known.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.function,)
+
+    def parameters(self) -> list[ParameterNode[Any]]:
+        """Return the keyword-only arguments, then the ParameterNodes that the function reads."""
+        return list(self._parameters)
+
+    async def run(self, task: RolloutTask, call: Call) -> Ran:
+        """Return what the function returns under the values that this context reads."""
+        keywords = {name: parameter.data for name, parameter in self._keywords.items()}
+        function = partial(self.function, **keywords)
+        if is_async(self.function):
+            return Ran(output=await function(task.sample.x))
+        output = await call(function, task.sample.x)
+        return Ran(output=await output if isawaitable(output) else output)
+
+
+def _keywords_of(function: Callable[..., Any]) -> Iterator[KeywordParameter]:
+    """Yield the keyword-only arguments whose default is a value that JSON can carry."""
+    try:
+        hints = get_type_hints(_inner(function), include_extras=True)
+    except Exception:  # noqa: BLE001 - annotations may name what exists for type checkers only
+        hints = {}
+    for name, argument in signature(function).parameters.items():
+        value = argument.default
+        if argument.kind is not Argument.KEYWORD_ONLY or value is Argument.empty or isinstance(value, ParameterNode):
+            continue
+        kind = next(
+            (kind for kind in (hints.get(name), infer_type(value)) if kind and carried_by_json(kind, value)), None
+        )
+        if kind is not None:
+            yield KeywordParameter(_defaults_of(function, name), name, kind)
+
+
+def _defaults_of(function: Any, name: str) -> dict[str, Any]:
+    """Return the dict that holds the default of an argument."""
+    while isinstance(function, partial):
+        if name in function.keywords:
+            return function.keywords
+        function = function.func
+    defaults: dict[str, Any] = _inner(function).__kwdefaults__
+    return defaults
+
+
+def _read_by(function: Any, seen: set[int] | None = None) -> Iterator[tuple[str, ParameterNode[Any]]]:
+    """Yield (name, parameter) for each ParameterNode that a function can name, once."""
+    seen = set() if seen is None else seen
+    inner = _inner(function)
+    if id(inner) in seen:
+        return
+    seen.add(id(inner))
+    for name, value in _variables_of(inner):
+        if isfunction(value) and value.__module__ == inner.__module__ and operation_of(value) is None:
+            yield from _read_by(value, seen)
+        elif not isinstance(value, dict | list | tuple) or len(value) <= _FEW:
+            yield from walk(value, name, seen)
+
+
+def _variables_of(function: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of the variables that a function's code names: defaults, closures, globals."""
+    for name, argument in signature(function).parameters.items():
+        yield name, argument.default
+    closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in closed:
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for name in dict.fromkeys(_names_in(function.__code__)):
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _inner(function: Any) -> Any:
+    """Return the function behind partials, methods and decorators."""
+    while isinstance(function, partial):
+        function = function.func
+    function = unwrap(function)
+    return function.__func__ if ismethod(function) else function
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))

@@ -1,0 +1,219 @@
+"""One rollout: an agent on one input under given values, judged by a guide, and what user code raises as a record.
+
+`AgentWork` is what an executor runs. It needs nothing from its surroundings, so it does the same in this process, in
+a worker and alone in a test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aggregator.agents.parameters import ParameterNode, by_name, lay_over
+from aggregator.agents.transcripts import transcript
+from aggregator.cassettes.lineage import lineage, lineage_at
+from aggregator.errors import ConfigError, ends_run, is_infrastructure, is_own
+from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
+from aggregator.guides.calling import Call, judge
+from aggregator.protocols import Agent
+from aggregator.records import Failure, Rollout, RolloutTask, Stage
+from aggregator.text import shorten, show_error
+
+MESSAGE_LIMIT = 4_000
+"""How many characters of an error's message a record keeps."""
+
+
+class Ran(Struct, frozen=True, kw_only=True):
+    """What one run of an agent came to: an output, or the error that its code raised.
+
+    `handle` is whatever the agent's own optimizer needs to go on from there, as the node of a graph.
+    """
+
+    output: Any = None
+    handle: Any = None
+    error: BaseException | None = None
+
+
+class InstanceAgent:
+    """The base of agents that run one instance at a time: a subclass has `parameters` and `run`."""
+
+    isolation: Literal["overlay", "copy", "serial"] = "overlay"
+    max_concurrency: int | None = None
+
+    def parameters(self) -> list[ParameterNode[Any]]:
+        """Return the parameters."""
+        raise NotImplementedError
+
+    async def run(self, task: RolloutTask, call: Call) -> Ran:
+        """Run the agent on the task's input; `call` runs a synchronous function in a thread. May raise anything."""
+        raise NotImplementedError
+
+    async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
+        """Run the tasks and yield (index, rollout) as each ends."""
+        ended: asyncio.Queue[tuple[int, Rollout] | None] = asyncio.Queue()
+        raised: list[Exception] = []
+        limit = self.max_concurrency or MAX_CONCURRENCY
+        async with LocalExecutor(limit) as executor, asyncio.TaskGroup() as group:
+            work = AgentWork(self, guide, call=executor.call)
+
+            async def one(turn: tuple[int, RolloutTask]) -> None:
+                ended.put_nowait((turn[0], await work(turn[1])))
+
+            async def run_all() -> None:
+                try:
+                    await finish(one, list(enumerate(tasks)), limit)
+                except Exception as error:  # noqa: BLE001 - raised below, by itself and not in a group
+                    raised.append(error)
+                finally:
+                    ended.put_nowait(None)
+
+            group.create_task(run_all())
+            while (found := await ended.get()) is not None:
+                yield found
+        if raised:
+            raise raised[0]
+
+
+class AgentWork:
+    """Runs a rollout task on an agent and judges the output: what an executor maps over tasks.
+
+    What the agent assigns to its trainable parameters lasts until the end of its rollout.
+
+    `agent` is what `as_agent` returns. `call` runs synchronous code; None has threads of its own. Pickling keeps agent
+    and guide only. Raises what ends a run; every other error is the rollout's `failure`.
+    """
+
+    def __init__(self, agent: Agent, guide: Any, *, call: Call | None = None) -> None:
+        self.agent = agent
+        self.guide = guide
+        self.call: Call = call or LocalExecutor().call
+        parameters: dict[str, ParameterNode[Any]] = by_name(agent.parameters())  # type: ignore[arg-type]
+        self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.trainable}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.agent, self.guide)
+
+    async def __call__(self, task: RolloutTask) -> Rollout:
+        """Run one task."""
+        agent = self.agent
+        if not isinstance(agent, InstanceAgent):
+            found: list[Rollout] = []
+            await run_batch(agent, [task], self.guide, lambda _, rollout: found.append(rollout))
+            return found[0]
+        started = time.perf_counter()
+        values = {parameter: task.values.get(name, parameter.data) for name, parameter in self._parameters.items()}
+        with lineage_at("/".join(task.lineage), task.role), lay_over(values):
+            with transcript() if task.capture else nullcontext() as seen:
+                try:
+                    ran = await agent.run(task, self.call)
+                except BaseException as error:  # the boundary: whatever an agent raises becomes a record
+                    if not is_own(error):
+                        raise
+                    ran = Ran(error=error)
+            text = "" if seen is None else seen.render()
+            rollout = await judge_run(task, ran, self.guide, self.call, transcript=text)
+        return replace(rollout, ms=(time.perf_counter() - started) * 1000)
+
+
+async def judge_run(task: RolloutTask, ran: Ran, guide: Any, call: Call | None = None, *, transcript: str) -> Rollout:
+    """Return the rollout that a run of an agent makes, with the guide's score; with guide None it has no score.
+
+    The calls of the guide are placed below the current lineage. Raises what ends a run.
+    """
+    sample = task.sample
+    facts = {"sample_id": sample.id, "x": sample.x, "lineage": "/".join(task.lineage), "repeat": task.repeat}
+    facts |= {"output": ran.output, "transcript": transcript, "handle": ran.handle}
+    if ran.error is not None:
+        record = record_failure("agent", ran.error, sample.id)
+        if record.infrastructure:
+            return Rollout(failure=record, **facts)
+        feedback = f"The agent failed on this input with {record.error}: {record.message}"
+        return Rollout(failure=record, score=task.min_score, feedback=feedback, **facts)
+    if guide is None:
+        return Rollout(**facts)
+    try:
+        with lineage("guide", role="guide"):
+            score, feedback = await judge(guide, sample.x, ran.output, sample.info, call=call)
+    except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again
+        return Rollout(failure=record_failure("guide", error, sample.id), **facts)
+    return Rollout(score=score, feedback=feedback, **facts)
+
+
+async def run_batch(
+    agent: Agent, tasks: Sequence[RolloutTask], guide: Any, arrived: Callable[[int, Rollout], object]
+) -> None:
+    """Call `arrived(index, rollout)` as an agent that takes batches runs the tasks, which all have the same values.
+
+    If the agent raises, the tasks that are left have failed with that error; what ends the run is raised. ConfigError
+    for anything that is not a rollout of one of the tasks, and for a task that is left out.
+    """
+    left = set(range(len(tasks)))
+    overlaid: dict[ParameterNode[Any], Any] = {}
+    if agent.isolation == "overlay" and tasks:
+        parameters: dict[str, ParameterNode[Any]] = by_name(agent.parameters())  # type: ignore[arg-type]
+        overlaid = {parameters[name]: value for name, value in tasks[0].values.items()}
+    error: BaseException = ConfigError(
+        f"Expected a rollout of every task from {type(agent).__name__}.rollouts, got fewer; yield (index, rollout) for "
+        "each, with a failure if the agent failed"
+    )
+    try:
+        with lay_over(overlaid):
+            async for found in agent.rollouts(tasks, guide):
+                i, rollout = _check_arrival(agent, found, left)
+                left.discard(i)
+                arrived(i, rollout)
+    except BaseException as raised:  # the boundary: whatever an agent raises becomes a record
+        if not is_own(raised):
+            raise
+        error = raised
+    for i in sorted(left):
+        arrived(i, await judge_run(tasks[i], Ran(error=error), guide, transcript=""))
+
+
+def _check_arrival(agent: Agent, found: Any, left: set[int]) -> tuple[int, Rollout]:
+    match found:
+        case (int(i), Rollout() as rollout) if i in left:
+            return i, rollout
+    raise ConfigError(
+        f"Expected (index, rollout) for each task once from {type(agent).__name__}.rollouts, got {shorten(found)}"
+    )
+
+
+def record_failure(stage: Stage, error: BaseException, sample_id: int | None = None) -> Failure:
+    """Return the record of an error that user code raised; raises it if it ends the run or ends this task."""
+    if not is_own(error):
+        raise error
+    if ends_run(cause := root_of(error)):
+        raise cause from None
+    return failure(stage, cause, sample_id=sample_id)
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Return what a group of errors comes down to: what ends the run, else a lost call, else the first by name.
+
+    An agent that fans out in a TaskGroup raises groups, whose order is that of completion.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [root_of(inner) for inner in error.exceptions]
+    return min(leaves, key=lambda leaf: (not ends_run(leaf), not is_infrastructure(leaf), show_error(leaf)))
+
+
+def failure(stage: Stage, error: BaseException, *, sample_id: int | None = None) -> Failure:
+    """Record an error: class and message, never a traceback with addresses."""
+    cause = root_of(error)
+    name = type(cause).__name__
+    message = show_error(cause, MESSAGE_LIMIT).removeprefix(name).removeprefix(": ") or name
+    return Failure(
+        stage=stage,
+        error=name,
+        message=message.encode(errors="backslashreplace").decode(),  # a lone surrogate fits neither file nor prompt
+        sample_id=sample_id,
+        infrastructure=is_infrastructure(cause),
+    )
