@@ -31,6 +31,10 @@ class Question(Struct, frozen=True, kw_only=True):
     seed: int | None = None
 
 
+def _by_majority(_: ChatModel) -> UpdateRule:
+    return majority
+
+
 Asked = Callable[[Messages, int, int, Sequence[Proposal]], Question]
 """(the optimizer's prompt, i, number of candidates, the candidates before) -> what candidate i is asked."""
 
@@ -47,7 +51,7 @@ class Variation(Struct, frozen=True, kw_only=True):
     ask: Asked
     in_turn: bool = False
     least: int = 1
-    select: Callable[[ChatModel], UpdateRule] = lambda _: majority
+    select: Callable[[ChatModel], UpdateRule] = _by_majority
 
 
 def _seeded(messages: Messages, i: int, count: int, _before: Sequence[Proposal]) -> Question:
