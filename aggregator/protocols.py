@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from aggregator.records import (
@@ -18,13 +19,50 @@ from aggregator.records import (
 )
 
 
+class StreamedReply(Protocol):
+    """An answer whose head has arrived and whose body is still coming. Header names are lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    reason: str
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes; raises APIConnectionError or APITimeoutError."""
+        ...
+
+
 @runtime_checkable
 class Transport(Protocol):
-    """The I/O seam of the client: aiohttp in production, a fake in tests."""
+    """The I/O seam of the client: aiohttp in production, a fake in tests. Subclass it to implement `send` alone."""
 
     async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
         """Send one request and return the whole answer; raises APIConnectionError or APITimeoutError."""
         ...
+
+    def open(self, request: HTTPRequest, *, timeout: float | None = None) -> AbstractAsyncContextManager[StreamedReply]:
+        """Send one request and hand out the answer as soon as its head is there; leaving the block ends the request.
+
+        A subclass that has only `send` gives the answer in one piece.
+        """
+        return _in_one_piece(self, request, timeout)
+
+
+class _Whole:
+    """A whole reply in the shape of a streamed one."""
+
+    def __init__(self, reply: HTTPReply) -> None:
+        self.status, self.headers, self.reason, self._body = reply.status, reply.headers, reply.reason, reply.body
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        if self._body:
+            yield self._body
+
+
+@asynccontextmanager
+async def _in_one_piece(
+    transport: Transport, request: HTTPRequest, timeout: float | None
+) -> AsyncIterator[StreamedReply]:
+    yield _Whole(await transport.send(request, timeout=timeout))
 
 
 @runtime_checkable

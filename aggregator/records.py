@@ -16,18 +16,29 @@ Values = dict[str, Any]
 Role = Literal["agent", "optimizer", "aggregator", "guide"]
 """Who asks the model."""
 
-FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
-"""OpenAI's words; every provider's own word is normalised to one of them."""
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"]
+"""OpenAI's words, and "error"; every provider's own word is normalised to one of them.
+
+"error" is any word that is not known to be good: the provider calls the answer broken. The client raises for it.
+"""
 
 
 class HTTPRequest(Struct, frozen=True, kw_only=True):
-    """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it."""
+    """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it.
+
+    `kept` are the provider's own headers that a recording may hold, of request and reply; a final `*` stands for any
+    ending.
+    """
 
     url: str
     body: bytes
     headers: Mapping[str, str]
     method: str = "POST"
     secrets: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"HTTPRequest({self.method}, {len(self.body)} bytes)"  # headers and address may hold the key
 
 
 class HTTPReply(Struct, frozen=True, kw_only=True):

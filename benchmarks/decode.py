@@ -42,7 +42,7 @@ def decoder(family: str, way: str) -> Callable[[Any], Any]:
 
         return ChatCompletion.model_validate_json
     from aggregator.llm.calls import ChatCall
-    from aggregator.llm.providers import resolve
+    from aggregator.llm.names import resolve
 
     codec = resolve(NAMES[family], api_key="none", env={}).codec
     question = ChatCall(model="m", messages=())
@@ -117,7 +117,7 @@ def expected(family: str, plain: dict[str, Any]) -> tuple[Any, ...] | None:
 def errors() -> dict[str, float]:
     """How many recorded error answers become an error of the right class with a message."""
     from aggregator import errors as tree
-    from aggregator.llm.providers import resolve
+    from aggregator.llm.names import resolve
     from aggregator.records import HTTPReply
 
     classes = {

@@ -13,7 +13,7 @@ import pytest
 from aggregator import LLM, AggregatedUpdate, BeamSearch, LLMOptimizer, Module, ParameterNode, TrainingResult, cassette
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import CassetteRefusedError, ParameterError, TrainingError
-from aggregator.protocols import ChatModel
+from aggregator.protocols import ChatModel, Transport
 from aggregator.records import HTTPReply, HTTPRequest
 from aggregator.simulation.model import complete
 from aggregator.training.checkpoints import load_result
@@ -47,7 +47,7 @@ def right_team(x: str, output: str, info: str) -> tuple[float, str]:
     return float(output == info), "Correct." if output == info else f'Expected "{info}", got "{output}".'
 
 
-class Simulated:
+class Simulated(Transport):
     """The simulated model without a server; counts the requests that reach it."""
 
     def __init__(self) -> None:

@@ -38,16 +38,21 @@ from aggregator.records import HTTPReply, HTTPRequest
 KEPT_HEADERS = frozenset(
     {"accept", "content-type", "date", "retry-after", "retry-after-ms", "request-id", "x-request-id", "x-should-retry"}
     | {"location"}
-    | {"anthropic-version", "anthropic-beta", "openai-beta", "openai-version", "openai-processing-ms"}
 )
-_KEPT_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+_KEPT_PARTS = re.compile(r"(^|-)ratelimit-|-(version|beta|processing-ms)$")  # of any provider, whichever client called
 _LARGEST_INFLATED = 1 << 24
 
 
 @lru_cache(maxsize=1024)
-def is_kept(name: str) -> bool:
-    """Say whether a header of this lower-case name is written."""
-    return name in KEPT_HEADERS or name.startswith(_KEPT_PREFIXES)
+def is_kept(name: str, kept: tuple[str, ...] = ()) -> bool:
+    """Return True if a header of this lower-case name is written; `kept` are the provider's own (`HTTPRequest.kept`).
+
+    >>> is_kept("x-acme-region", ("x-acme-*",)), is_kept("authorization")
+    (True, False)
+    """
+    if name in KEPT_HEADERS or _KEPT_PARTS.search(name):
+        return True
+    return any(name == more or (more.endswith("*") and name.startswith(more[:-1])) for more in kept)
 
 
 @lru_cache(maxsize=1024)
@@ -90,18 +95,18 @@ class Frame(Struct, frozen=True):
 
 def frame_of(request: HTTPRequest) -> Frame:
     """Return the request's frame; equal ones are one object, and nobody writes to it."""
-    return _frame(request.url, tuple(request.headers.items()), request.secrets)
+    return _frame(request.url, tuple(request.headers.items()), request.secrets, request.kept)
 
 
 @lru_cache(maxsize=256)
-def _frame(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, ...]) -> Frame:
-    return _clean_frame(url, headers, needles_of(authenticating_values(url, dict(headers), secrets)))
+def _frame(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, ...], kept: tuple[str, ...]) -> Frame:
+    return _clean_frame(url, headers, needles_of(authenticating_values(url, dict(headers), secrets)), kept)
 
 
 @lru_cache(maxsize=256)
-def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles) -> Frame:
-    kept = _clean_headers(_kept(headers), needles)
-    return Frame(needles, redact_text(redact_url(url), needles), kept, is_form(kept))
+def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles, kept: tuple[str, ...]) -> Frame:
+    written = _clean_headers(_kept(headers, kept), needles)
+    return Frame(needles, redact_text(redact_url(url), needles), written, is_form(written))
 
 
 def needles_for(request: HTTPRequest) -> Needles:
@@ -131,14 +136,16 @@ def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTP
     """Return one request as it may be written, by what authenticates it or by the needles given."""
     if needles is None:
         return redact_requests([request])[0]
-    return _redacted(request, _clean_frame(request.url, tuple(request.headers.items()), needles), clean=False)
+    return _redacted(
+        request, _clean_frame(request.url, tuple(request.headers.items()), needles, request.kept), clean=False
+    )
 
 
 def _redacted(request: HTTPRequest, frame: Frame, *, clean: bool) -> HTTPRequest:
     body = _without_fields(request.body) if frame.is_form else request.body
     if not clean and not looks_clean([body], [frame.needles]):
         body = redact_body(body, frame.needles)[0]
-    return HTTPRequest(method=request.method, url=frame.url, body=body, headers=frame.headers)
+    return HTTPRequest(method=request.method, url=frame.url, body=body, headers=frame.headers, kept=request.kept)
 
 
 def _without_fields(body: bytes) -> bytes:
@@ -167,7 +174,7 @@ def _without_headers(exchange: Exchange) -> Exchange:
     kept = HTTPReply(
         status=reply.status,
         body=reply.body,
-        headers=_kept(reply.headers.items()),
+        headers=_kept(reply.headers.items(), exchange.request.kept),
         reason=_as_text(reply.reason),
         milliseconds=reply.milliseconds,
         chunks=reply.chunks,
@@ -221,12 +228,12 @@ def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
     )
 
 
-def _kept(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _kept(headers: Iterable[tuple[str, str]], more: tuple[str, ...]) -> dict[str, str]:
     """Return the headers that are written, as text, their names in lower case."""
     return {
         lower: value if value.isascii() else _as_text(value)
         for name, value in headers
-        if is_kept(lower := name.lower())
+        if is_kept(lower := name.lower(), more)
     }
 
 

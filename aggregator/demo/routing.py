@@ -14,7 +14,7 @@ SIMULATED_URL = "http://simulated-model.invalid/v1"
 """No such host can exist (RFC 2606); requests to it only leave through `Rerouted`."""
 
 
-class Rerouted:
+class Rerouted(Transport):
     """A transport that sends requests for one address to another."""
 
     def __init__(self, inner: Transport, *, source: str, target: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -20,17 +20,16 @@ from math import ceil, inf
 from typing import Any, NamedTuple
 
 from msgspec import Struct
-from msgspec.structs import astuple, replace
+from msgspec.structs import astuple
 
 from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError
-from aggregator.llm.calls import ChatCall
+from aggregator.llm.calls import Limits
 from aggregator.llm.retry import NOT_SENT
+from aggregator.records import Usage
 
 _PICO = 1_000_000_000_000
 ASSUMED_OUTPUT = 4096
 """What answers may take under a budget of tokens or USD where the call sets no limit; it is sent with the request."""
-_LIMITS = ("max_tokens", "max_completion_tokens", "maxOutputTokens")
-_ANSWERS = ("n", "candidateCount")
 IMAGE_TOKENS = 50_000
 """More than any known model counts for one image."""
 
@@ -65,7 +64,7 @@ class Budget:
     def __init__(self, usd: float | None = None, tokens: int | None = None, calls: int | None = None) -> None:
         for name, value in zip(_NAMES, (usd, tokens, calls), strict=True):
             if value is not None and not 0 <= value < inf:
-                raise ConfigError(f"expected a limit >= 0 or None, got {value!r} - at Budget.{name}")
+                raise ConfigError(f"Expected a limit >= 0 or None, got {value!r} - at Budget.{name}")
         self.usd, self.tokens, self.calls = usd, tokens, calls
         self.serial = next(_serials)  # the order in which a request that counts in several reserves them
         self.needs_tokens = usd is not None or tokens is not None  # else requests are counted, not estimated
@@ -235,40 +234,18 @@ def budgets_of(own: Budget | None) -> tuple[Budget, ...]:
     return (own, outer) if own.serial < outer.serial else (outer, own)
 
 
-def upper_tokens(body: bytes, call: ChatCall) -> tuple[int, int]:
+def upper_tokens(body: bytes, messages: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[int, int]:
     """Return how many tokens a request may take at most: (input, output).
 
     A token of text covers at least one byte, and the JSON around each message more bytes than a chat template adds
     tokens; images count apart, since their tokens do not depend on their bytes.
     """
     given = len(body)
-    for message in call.messages:
+    for message in messages:
         content = message.get("content")
         if type(content) is not str and isinstance(content, list | tuple):
             given += sum([_image_tokens(part) for part in content])
-    limit = _limit(call)
-    answered = ASSUMED_OUTPUT if limit is None else limit
-    answers = _said(call.extra, _ANSWERS, call.n) if call.extra else call.n
-    return given, answered if answers is None else answered * answers
-
-
-def capped(call: ChatCall) -> ChatCall:
-    """Return the call with a limit on its answer, so that no answer costs more than was reserved for it."""
-    return call if _limit(call) is not None else replace(call, max_tokens=ASSUMED_OUTPUT)
-
-
-def _limit(call: ChatCall) -> int | None:
-    """The limit that is sent; a negative one is none, as local servers take it."""
-    limit = _said(call.extra, _LIMITS, call.max_tokens) if call.extra else call.max_tokens
-    return None if limit is None or limit < 0 else limit
-
-
-def _said(extra: Mapping[str, Any], names: tuple[str, ...], ours: int | None) -> int | None:
-    """A number in the provider's own words, which are merged into the body last; else ours."""
-    inner = extra.get("generationConfig")  # Gemini's
-    places = (extra, inner) if isinstance(inner, Mapping) else (extra,)
-    found = [value for place in places for name in names if isinstance(value := place.get(name), int)]
-    return max(found, default=ours)
+    return given, (ASSUMED_OUTPUT if limits.tokens is None else limits.tokens) * limits.answers
 
 
 def _image_tokens(part: Any) -> int:
@@ -292,3 +269,10 @@ def pico(usd: float) -> int:
     500000000000
     """
     return ceil(usd * _PICO)
+
+
+def spent_by(usage: Usage, held: Amount) -> Amount:
+    """Return what one request cost; what its usage does not tell counts as reserved."""
+    known = usage.input_tokens is not None and usage.output_tokens is not None
+    spent = held.pico if usage.cost is None else pico(usage.cost)
+    return Amount(spent, usage.total_tokens if known else held.tokens, 1)

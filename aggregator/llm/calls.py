@@ -74,18 +74,60 @@ class StreamReader(Protocol):
         ...
 
 
+class RateHeaders(Struct, frozen=True):
+    """The headers in which a server describes one rate limit: what is left, the limit, when it is full again.
+
+    `reset` is "" where the server names no time; its limit then counts per minute.
+    """
+
+    remaining: str
+    limit: str
+    reset: str = ""
+
+
+class Limits(Struct, frozen=True):
+    """What a request asks for: tokens per answer (None: no limit) and the number of answers."""
+
+    tokens: int | None = None
+    answers: int = 1
+
+
 class Codec(Protocol):
-    """One provider's wire format, bound to one target: pure functions between our records and bytes."""
+    """One provider's wire format, bound to one target: pure functions between our records and bytes.
+
+    `codecs.base.JSONCodec` implements all of it but `encode`, on top of a `completion` of yours. Of several rate limit
+    headers the first that an answer has counts.
+    """
+
+    @property
+    def requests(self) -> tuple[RateHeaders, ...]:
+        """The headers of the limits on requests."""
+        ...
+
+    @property
+    def tokens(self) -> tuple[RateHeaders, ...]:
+        """The headers of the limits on tokens."""
+        ...
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The fields of `ChatCall` that the API does not have."""
+        ...
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; the same call gives the same bytes. Raises ConfigError for what this API cannot say."""
+        ...
+
+    def limits(self, call: ChatCall) -> Limits:
+        """Return the limits that the request for this call states, those in `extra` included."""
         ...
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read a reply of status < 400; raises LLMError.
 
         ResponseError and its kinds for an answer that is none; an error inside a 200 gets the class that its own
-        code names (RateLimitError for `{"error": {"code": 429, ...}}`), ResponseError where it names none.
+        code names (RateLimitError for `{"error": {"code": 429, ...}}`), ResponseError where it names none. A choice
+        that the provider ended for a reason that is not known to be good has the finish reason "error".
         """
         ...
 
@@ -101,8 +143,11 @@ class Codec(Protocol):
 class Provider(Struct, frozen=True, kw_only=True):
     """One provider as a value. An entry point of the group `aggregator.providers` names one of these.
 
-    `keys` maps each environment variable that may hold a key, first set wins, to the header that carries it.
-    `base_urls` are the variables that may hold another address. `settle` finishes the target from the environment.
+    `codec` makes the codec for a target. `keys` maps each environment variable that may hold a key, first set wins, to
+    the header that carries it. `base_urls` are the variables that may hold another address. `settle` finishes the
+    target from the environment. `bare_names` is a pattern of model names that need no prefix. `priced_as` is the name
+    under which genai-prices lists the provider's prices, where that is not `name`; models whose name has the
+    `free_ending` cost nothing.
     """
 
     name: str
@@ -114,3 +159,6 @@ class Provider(Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
     options: Mapping[str, Any] = {}
     settle: Callable[[Target, Mapping[str, str]], Target] | None = None
+    bare_names: str | None = None
+    priced_as: str | None = None
+    free_ending: str | None = None

@@ -1,38 +1,29 @@
-"""The client: `await llm.complete(messages)`, `llm(messages=...)`, `async for delta in llm.stream(messages)`."""
+"""The client: `await llm.complete(messages)`, `llm(messages=...)`, `async for delta in llm.stream(messages)`.
+
+This is the face; what a call does is in `asking.py` and below, which load with the first client that is made.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import random as random_module
-import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, Self
-from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary, ref
+from typing import TYPE_CHECKING, Any, Self
 
-from msgspec.structs import replace
-
-from aggregator import portal
-from aggregator.agents.transcripts import current_transcript
-from aggregator.cassettes.current import adopted
-from aggregator.cassettes.lineage import current_lineage, current_role
+from aggregator.checks import check_positive
 from aggregator.errors import ConfigError
-from aggregator.llm import tracing
-from aggregator.llm.attempts import Attempts, Line
-from aggregator.llm.budget import Budget
 from aggregator.llm.calls import ApiKey, ChatCall
-from aggregator.llm.ledger import Prices, find_price
-from aggregator.llm.limiter import Limiter, check_limits, shared_limiter
 from aggregator.llm.messages import normalise
-from aggregator.llm.owner import current_owner
-from aggregator.llm.providers import resolve
-from aggregator.llm.retry import RetryPolicy
-from aggregator.llm.streams import Stream, StreamedAttempts, read_stream
-from aggregator.llm.structured import Validate, as_response_format, ask_structured
-from aggregator.protocols import Transport
 from aggregator.records import Completion
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from aggregator.llm.budget import Budget
+    from aggregator.llm.ledger import Prices
+    from aggregator.llm.retry import RetryPolicy
+    from aggregator.llm.streams import Stream
+    from aggregator.llm.structured import Validate
+    from aggregator.protocols import Transport
 
 
 class LLM:
@@ -64,37 +55,46 @@ class LLM:
         retry: RetryPolicy | None = None,
         env: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        random: random_module.Random | None = None,
+        sleep: Callable[[float], Awaitable[None]] | None = None,
+        random: Random | None = None,
     ) -> None:
-        _check(max_attempts=max_attempts, timeout=timeout)
+        import asyncio
+        import os
+        from random import Random
+
+        from aggregator.llm import asking
+        from aggregator.llm.attempts import Line
+        from aggregator.llm.limiter import check_limits
+        from aggregator.llm.names import resolve
+        from aggregator.llm.retry import RetryPolicy
+
+        check_positive("max_attempts", max_attempts)
+        if timeout is not None and not timeout > 0:
+            raise ConfigError(f"Expected timeout > 0 seconds or None, got {timeout!r}")
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
         endpoint = resolve(model, base_url=base_url, api_key=api_key, env=os.environ if env is None else env)
         self._given = {"model": model, "base_url": base_url, "api_key": api_key}
         self._injected = {"transport": transport, "env": env, "random": random}
-        self._name = endpoint.model
+        self._limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
         self.model = f"{endpoint.provider}/{endpoint.model}"
         self.endpoint = endpoint
         self.timeout = timeout
         self.prices = prices
         self.budget = budget
-        self._limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
-        self._limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, Limiter] = WeakKeyDictionary()
-        self._latest: tuple[ref[asyncio.AbstractEventLoop], Limiter] | None = None
-        self._is_virtual = clock is not time.monotonic or sleep is not asyncio.sleep
-        self._host = urlsplit(endpoint.base_url).hostname or ""
+        self._asking = asking
         self._line = Line(
             endpoint=endpoint,
             transport=_default_transport() if transport is None else transport,
-            limiter=self._limiter,
-            policy=replace(retry or RetryPolicy(), max_attempts=max_attempts),
+            limits=self._limits,
+            policy=RetryPolicy(max_attempts=max_attempts) if retry is None else retry.limited(max_attempts),
+            timeout=timeout,
             budget=budget,
             prices=prices,
             clock=clock,
-            sleep=sleep,
-            random=random or random_module.Random(),  # noqa: S311 - jitter, no secret
-            known_price=find_price(endpoint.provider, endpoint.model, prices),
+            sleep=sleep or asyncio.sleep,
+            random=random or Random(),  # noqa: S311 - jitter, no secret
         )
+        self._limiters = self._line.limiter.by_loop
 
     def __repr__(self) -> str:
         return f"LLM({self.model!r})"
@@ -107,22 +107,9 @@ class LLM:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings; raises ConfigError if an argument holds a secret or cannot leave this process."""
-        line = self._line
-        injected = {**self._injected, "clock": line.clock, "sleep": line.sleep, "budget": line.budget}
-        _check_settings(self.model, injected, **self._given)
-        settings = {
-            **self._given,
-            **self._limits,
-            "max_attempts": line.policy.max_attempts,
-            "timeout": self.timeout,
-            "prices": line.prices,
-            "retry": line.policy,
-        }
-        return _from_settings, (type(self), settings), self._added()
+        from aggregator.llm.owner import reduce_client
 
-    def _added(self) -> dict[str, Any]:
-        """Return the attributes that a subclass or a user added."""
-        return {name: value for name, value in vars(self).items() if name not in _ATTRIBUTES}
+        return reduce_client(self, self._line, self._given, self._injected, self._limits)
 
     async def complete(
         self,
@@ -147,7 +134,7 @@ class LLM:
         `extra` is merged into the request's body. The call is shown in the current transcript if the agent makes it.
         """
         call = ChatCall(
-            model=self._name,
+            model=self.endpoint.model,
             messages=normalise(messages),
             max_tokens=max_tokens,
             temperature=temperature,
@@ -155,47 +142,24 @@ class LLM:
             seed=seed,
             stop=tuple(stop) if isinstance(stop, list) else stop,
             n=n,
-            response_format=as_response_format(response_format),
+            response_format=response_format,
             tools=None if tools is None else tuple(tools),
             tool_choice=tool_choice,
             extra=extra or {},
         )
-        transcript = current_transcript()
-        shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
-        try:
-            completion = await self.answer(call, validate)
-        except BaseException as error:
-            if shown is not None:
-                shown.fail(error)
-            raise
-        if shown is not None:
-            shown.finish(completion)
-        return completion
+        return await self._asking.complete(self, call, validate)
 
     async def answer(self, call: ChatCall, validate: Validate | None = None) -> Completion:
         """Answer one call, which `complete` makes and shows in the transcript. A worker process asks its owner."""
-        if (owner := current_owner()) is not None:
-            return await owner.answer(self, call, validate)
-        attempts = Attempts(self._line, self.timeout)
-        try:
-            if tracing.has_spans():
-                with tracing.span(self._line.endpoint.provider, call, self._host) as span:
-                    completion = await _ask(attempts, call, validate)
-                    span.answered(completion, attempts.count)
-            else:
-                completion = await _ask(attempts, call, validate)
-        except BaseException as error:
-            self._trace(attempts, None, error)
-            raise
-        finally:
-            attempts.leave()
-        self._trace(attempts, completion, None)
-        return completion
+        return await self._asking.answer(self, self._line, call, validate)
 
     def __call__(self, messages: Any = None, **options: Any) -> Completion:
         """Ask from synchronous code, as Trace's models are called: `llm(messages=[...], max_tokens=...)`."""
         if messages is None:
-            raise ConfigError("expected messages, got none: llm(messages=[{'role': 'user', 'content': '…'}])")
+            raise ConfigError("Expected messages, got none: llm(messages=[{'role': 'user', 'content': '…'}])")
+        from aggregator import portal
+        from aggregator.cassettes.current import adopted
+
         with adopted():
             return portal.call(self.complete, messages, **options)
 
@@ -217,7 +181,7 @@ class LLM:
         Errors are those of `complete`. After the first delta nothing is tried again, since it has been used already.
         """
         call = ChatCall(
-            model=self._name,
+            model=self.endpoint.model,
             messages=normalise(messages),
             max_tokens=max_tokens,
             temperature=temperature,
@@ -229,55 +193,18 @@ class LLM:
             extra=extra or {},
             stream=True,
         )
+        from aggregator.llm.streams import Stream
+
         return Stream(call, self.deltas)
 
     def deltas(self, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
         """Yield the deltas of a streamed call, the whole answer last; `stream` shows them in the transcript."""
-        if (owner := current_owner()) is not None:
-            return owner.deltas(self, call)
-        return read_stream(StreamedAttempts(self._line, self.timeout), call, self._trace)
-
-    def _limiter(self) -> Limiter:
-        """This loop's limiter, shared with the other clients of the same account and model."""
-        loop = asyncio.get_running_loop()
-        latest = self._latest
-        if latest is not None and latest[0]() is loop:
-            return latest[1]
-        limiter = self._limiters.get(loop)
-        if limiter is None:
-            limiter = self._limiters[loop] = self._new_limiter()
-        self._latest = (ref(loop), limiter)
-        return limiter
-
-    def _new_limiter(self) -> Limiter:
-        line = self._line
-        if self._is_virtual:
-            return Limiter(clock=line.clock, sleep=line.sleep, **self._limits)  # type: ignore[arg-type]
-        key = line.endpoint.api_key
-        account = str(key) if not callable(key) else f"key of {id(key)}"
-        return shared_limiter((line.endpoint.base_url, account, line.endpoint.model), **self._limits)  # type: ignore[arg-type]
-
-    def _trace(self, attempts: Attempts, completion: Completion | None, error: BaseException | None) -> None:
-        if not tracing.listening():
-            return
-        tracing.event(
-            "llm.call",
-            lineage=current_lineage() or None,
-            role=current_role(),
-            provider=self._line.endpoint.provider,
-            model=self._line.endpoint.model,
-            attempts=attempts.count,
-            finish_reason=completion.finish_reason if completion is not None else None,
-            replayed=completion.replayed if completion is not None else None,
-            ms=round(attempts.milliseconds(), 3),
-            error=type(error).__name__ if error is not None else None,
-            status=getattr(error, "status", None),
-            request_id=getattr(error if completion is None else completion, "request_id", None),
-            **tracing.usage_facts(completion.usage if completion is not None else None),
-        )
+        return self._asking.deltas(self, self._line, call)
 
     async def aclose(self) -> None:
         """Close this loop's connections now; not needed, the loop's end closes them too."""
+        from aggregator.llm.owner import current_owner
+
         if current_owner() is not None:
             return
         close = getattr(self._line.transport, "aclose", None)
@@ -289,60 +216,6 @@ class LLM:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
-
-
-_INJECTED = {"clock": time.monotonic, "sleep": asyncio.sleep}
-_ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget"} | {
-    f"_{name}" for name in ("given", "host", "injected", "is_virtual", "latest", "limiters", "limits", "line", "name")
-}
-
-
-def _check_settings(name: str, injected: Mapping[str, Any], model: Any, base_url: Any, api_key: Any) -> None:
-    """Raise ConfigError that names an argument which a pickle cannot keep."""
-    from aggregator.cassettes.redaction import redact_url
-
-    problem = next((key for key, value in injected.items() if value is not _INJECTED.get(key)), "")
-    remedy = "leave it out and give it to the client where the pickle is loaded"
-    if isinstance(api_key, str) and api_key:
-        problem, remedy = "api_key", "set the provider's environment variable, or give an importable function"
-    elif callable(api_key) and not _is_importable(api_key):
-        problem, remedy = "api_key", "give a function that is defined at the top level of a module"
-    elif base_url and redact_url(base_url) != base_url:
-        problem, remedy = "base_url", "leave the secret out of the address and give api_key"
-    if problem:
-        raise ConfigError(
-            f"Expected LLM({name!r}) to hold only settings when it is pickled, got one with {problem}=...; {remedy} "
-            f"- at LLM.{problem}"
-        )
-
-
-def _is_importable(function: Any) -> bool:
-    """Return True if a function is found under its own name in its module."""
-    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
-    for name in getattr(function, "__qualname__", "<none>").split("."):
-        found = getattr(found, name, None)
-    return found is function
-
-
-def _from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
-    """Make a client again from its pickled settings."""
-    llm = kind.__new__(kind)
-    LLM.__init__(llm, **settings)
-    return llm
-
-
-def _check(*, max_attempts: int, timeout: float | None) -> None:
-    if max_attempts < 1:
-        raise ConfigError(f"expected max_attempts >= 1 (the first try counts), got {max_attempts!r}")
-    if timeout is not None and not timeout > 0:
-        raise ConfigError(f"expected timeout > 0 seconds or None, got {timeout!r}")
-
-
-def _ask(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Awaitable[Completion]:
-    if call.response_format is not None and call.response_format["type"] != "text":
-        return ask_structured(attempts, call, validate)
-    attempts.issue(call)
-    return attempts.ask()
 
 
 def _default_transport() -> Transport:

@@ -57,10 +57,12 @@ def estimate(
     `max_tokens` (4,096 if not given) for every answer and `max_attempts` requests a call.
     """
     if calls < 0 or max_attempts < 1:
-        raise ConfigError(f"expected calls >= 0 and max_attempts >= 1, got {calls!r} and {max_attempts!r}")
+        raise ConfigError(f"Expected calls >= 0 and max_attempts >= 1, got {calls!r} and {max_attempts!r}")
     endpoint = llm.endpoint
     call = ChatCall(model=endpoint.model, messages=normalise(messages), max_tokens=max_tokens)
-    most_given, most_answered = upper_tokens(endpoint.codec.encode(call).body, call)
+    most_given, most_answered = upper_tokens(
+        endpoint.codec.encode(call).body, call.messages, endpoint.codec.limits(call)
+    )
     images = most_given // IMAGE_TOKENS
     given = (most_given - images * IMAGE_TOKENS) // _BYTES_A_TOKEN + images * _LIKELY_IMAGE
     answered = min(answer_tokens or _LIKELY_ANSWER, max_tokens or ASSUMED_OUTPUT)

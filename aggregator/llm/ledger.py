@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from difflib import get_close_matches
 from functools import lru_cache
 from math import fsum
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
+from aggregator.llm.providers import providers
 from aggregator.records import Usage
 
 _current: ContextVar[Ledger | None] = ContextVar("aggregator_ledger", default=None)
@@ -90,14 +90,6 @@ def count(role: str, usage: Usage) -> None:
         ledger.add(role, usage)
 
 
-_GENAI_PROVIDERS = {  # our name -> that of genai-prices, where they differ
-    "gemini": "google",
-    "vertex": "google",
-    "xai": "x-ai",
-    "moonshot": "moonshotai",
-}
-
-
 class Price(Struct, frozen=True, kw_only=True):
     """USD per million tokens; `cached` is that of cached input, None: like any other input.
 
@@ -113,7 +105,7 @@ class Price(Struct, frozen=True, kw_only=True):
         for name in ("input", "output", "cached"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"expected a price in USD per million tokens >= 0, got {value!r} - at Price.{name}")
+                raise ConfigError(f"Expected a price in USD per million tokens >= 0, got {value!r} - at Price.{name}")
 
     def cost(self, usage: Usage) -> float | None:
         """Return the USD of this usage; None where its tokens are not known."""
@@ -156,7 +148,8 @@ def kept_price(provider: str, model: str) -> Price | None:
 
     Of a price that depends on the prompt's length the highest counts, so that a budget holds.
     """
-    if provider == "openrouter" and model.endswith(":free"):
+    known = providers().get(provider)
+    if known is not None and known.free_ending is not None and model.endswith(known.free_ending):
         return Price(input=0.0, output=0.0)
     try:
         from genai_prices import Usage as Tokens
@@ -164,7 +157,7 @@ def kept_price(provider: str, model: str) -> Price | None:
     except ImportError:
         return None
     tokens = Tokens(input_tokens=1, output_tokens=1)
-    provider_id = _GENAI_PROVIDERS.get(provider, provider)
+    provider_id = (known and known.priced_as) or provider
     try:
         found = calc_price(tokens, model.removeprefix("models/"), provider_id=provider_id)
     except LookupError:
@@ -192,10 +185,12 @@ def need_price(provider: str, model: str, table: Prices | None) -> Price:
     price = find_price(provider, model, table) or kept_price(provider, model)
     if price is not None:
         return price
+    from difflib import get_close_matches  # slow to load, and only for this error
+
     name = f"{provider}/{model}"
     near = get_close_matches(name, table or {}, n=1)
     raise ConfigError(
-        f"expected a price for {name!r}, which a budget in USD needs before spending, got none"
+        f"Expected a price for {name!r}, which a budget in USD needs before spending, got none"
         f"{f' (the nearest in the table: {near[0]!r})' if near else ''}; give prices={{{name!r}: "
         "Price(input=…, output=…)} (USD per million tokens) beside the model, or install aggregated-update[prices]"
     )

@@ -10,11 +10,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from math import inf
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from msgspec import Struct
 
 from aggregator.errors import APITimeoutError, ConfigError
+from aggregator.llm.calls import Codec, Target
 from aggregator.llm.ratelimits import headroom
 from aggregator.llm.retry import NOT_SENT
 
@@ -256,24 +258,21 @@ class Limiter:
             self._tokens.take(tokens, now)
         return self._learned.take(now, tokens)
 
-    def accepted(self, admission: Admission, headers: Mapping[str, str]) -> None:
-        """Learn from an answer: that the server took the request, and what its headers say."""
+    def accepted(self, admission: Admission, headers: Mapping[str, str], codec: Codec) -> None:
+        """Learn from an answer: that the server took the request, and what its headers say.
+
+        Requests are held back if those under way will use up what the server has left.
+        """
         admission.stretch.accepted += 1
-        if "x-ratelimit-reset-requests" in headers or "anthropic-ratelimit-requests-reset" in headers:
-            self._heed(headers, admission.tokens)
+        for names, each in ((codec.requests, 1.0), (codec.tokens, admission.tokens)):
+            left = headroom(headers, names)
+            if left is not None and (lacking := self.in_flight * each - left.remaining) > 0:
+                self._pause(min(lacking * left.seconds_each, MAX_HEADER_PAUSE))
 
     def used(self, admission: Admission, tokens: float) -> None:
         """Replace the tokens that a request was expected to use by those it did."""
         if self.tpm is not None:
             self._tokens.take(tokens - admission.tokens, self._clock())
-
-    def _heed(self, headers: Mapping[str, str], tokens: float) -> None:
-        """Hold the next request back where those under way will use up what the server has left."""
-        under_way = self.in_flight
-        for what, each in (("requests", 1.0), ("tokens", tokens)):
-            left = headroom(headers, what)
-            if left is not None and (lacking := under_way * each - left.remaining) > 0:
-                self._pause(min(lacking * left.seconds_each, MAX_HEADER_PAUSE))
 
     def rejected(self, admission: Admission, wait: float) -> None:
         """Take a 429: everybody pauses for `wait` seconds, and goes slower afterwards."""
@@ -288,7 +287,7 @@ def check_limits(*, max_concurrency: int, rpm: float | None, tpm: float | None) 
     """Raise ConfigError for limits under which nothing could ever be sent."""
     for name, value in (("max_concurrency", max_concurrency), ("rpm", rpm), ("tpm", tpm)):
         if value is not None and not value > 0:
-            raise ConfigError(f"expected {name} > 0 (None: no limit), got {value!r}")
+            raise ConfigError(f"Expected {name} > 0 (None: no limit), got {value!r}")
 
 
 def _no_turn(timeout: float | None, why: str) -> APITimeoutError:
@@ -296,6 +295,7 @@ def _no_turn(timeout: float | None, why: str) -> APITimeoutError:
 
 
 _Key = tuple[str, str, str]
+_Time = tuple[Callable[[], float], Callable[[float], Awaitable[None]]]
 _limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[_Key, Limiter]] = WeakKeyDictionary()
 # Global because the limit is the account's, not a client's; weak, so that it ends with the clients and the loop.
 
@@ -309,3 +309,34 @@ def shared_limiter(key: _Key, *, max_concurrency: int, rpm: float | None, tpm: f
     else:
         limiter.tighten(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
     return limiter
+
+
+class LoopLimiters:
+    """Returns the limiter of the running loop for one endpoint, shared with the other clients of the same account.
+
+    `time` is a clock and a sleep for tests; such a client shares nothing.
+    """
+
+    def __init__(self, target: Target, limits: Mapping[str, Any], *, time: _Time | None = None) -> None:
+        key = target.api_key
+        account = f"key of {id(key)}" if callable(key) else str(key)
+        self._key = (target.base_url, account, target.model)
+        self._limits = limits
+        self._time = time
+        self._latest: tuple[ref[asyncio.AbstractEventLoop], Limiter] | None = None
+        self.by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Limiter] = WeakKeyDictionary()
+
+    def __call__(self) -> Limiter:
+        """Return the running loop's limiter."""
+        loop, latest = asyncio.get_running_loop(), self._latest
+        if latest is not None and latest[0]() is loop:
+            return latest[1]
+        limiter = self.by_loop.get(loop)
+        if limiter is None:
+            if self._time is None:
+                limiter = shared_limiter(self._key, **self._limits)
+            else:
+                limiter = Limiter(clock=self._time[0], sleep=self._time[1], **self._limits)
+            self.by_loop[loop] = limiter
+        self._latest = (ref(loop), limiter)
+        return limiter

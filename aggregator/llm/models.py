@@ -18,15 +18,15 @@ from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role
 from aggregator.checks import is_async
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
-from aggregator.llm.budget import Amount, Budget, current_budget, pico, upper_tokens
-from aggregator.llm.calls import ChatCall, Target
+from aggregator.llm.budget import Amount, Budget, current_budget, pico, spent_by, upper_tokens
+from aggregator.llm.calls import ChatCall, Limits, Target
 from aggregator.llm.codecs.failures import Fault, classify, retry_after
 from aggregator.llm.codecs.openai import OpenAIChat
 from aggregator.llm.ledger import Prices, count, find_price, need_price
 from aggregator.llm.messages import normalise
-from aggregator.llm.providers import split_name
+from aggregator.llm.names import split_name
 from aggregator.protocols import ChatModel
-from aggregator.records import Choice, Completion, HTTPReply, Message, Usage
+from aggregator.records import Choice, Completion, HTTPReply, Message
 
 _THREADS = 64
 _OURS = frozenset({"validate", "extra"})  # options of our client that no other one knows
@@ -51,7 +51,7 @@ def as_model(model: Any = None, *, name: str | None = None, prices: Prices | Non
     create = _create_of(model)
     if create is not None:
         if name is None:
-            raise ConfigError(f"expected the model's name beside {model!r}: as_model(client, name='gpt-4o-mini')")
+            raise ConfigError(f"Expected the model's name beside {model!r}: as_model(client, name='gpt-4o-mini')")
         return CallableModel(partial(create, model=name), name=name, prices=prices)
     if callable(getattr(model, "complete", None)):
         return model  # type: ignore[no-any-return]
@@ -59,7 +59,7 @@ def as_model(model: Any = None, *, name: str | None = None, prices: Prices | Non
         shown = name or str(getattr(model, "__name__", type(model).__name__))
         return CallableModel(model, name=shown, prices=prices)
     raise ConfigError(
-        f"expected a model (LLM, its name, a callable llm(messages=...), litellm, an OpenAI client), got {model!r}"
+        f"Expected a model (LLM, its name, a callable llm(messages=...), litellm, an OpenAI client), got {model!r}"
     )
 
 
@@ -105,7 +105,7 @@ class CallableModel:
         spent = held
         try:
             completion = self._with_cost(as_completion(await self._ask(list(normal), options)))
-            spent = _spent(completion.usage, held)
+            spent = spent_by(completion.usage, held)
         except Exception as error:
             if shown is not None:
                 shown.fail(error)
@@ -140,8 +140,8 @@ class CallableModel:
         return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, ask)
 
     def _most(self, messages: tuple[dict[str, Any], ...], options: Mapping[str, Any], budget: Budget) -> Amount:
-        call = ChatCall(model=self.model, messages=messages, max_tokens=options.get("max_tokens"), n=options.get("n"))
-        given, answered = upper_tokens(msgspec.json.encode(messages), call)
+        limits = Limits(options.get("max_tokens"), options.get("n") or 1)
+        given, answered = upper_tokens(msgspec.json.encode(messages), messages, limits)
         if budget.usd is None:
             return Amount(0, given + answered, 1)
         self._price = self._price or need_price(*self._priced_as, self._prices)
@@ -171,13 +171,6 @@ def _accepted(function: Callable[..., Any]) -> frozenset[str] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return frozenset(parameter.name for parameter in parameters)
-
-
-def _spent(usage: Usage, held: Amount) -> Amount:
-    """What a call cost; what it does not tell counts as reserved."""
-    known = usage.input_tokens is not None and usage.output_tokens is not None
-    spent = held.pico if usage.cost is None else pico(usage.cost)
-    return Amount(spent, usage.total_tokens if known else held.tokens, 1)
 
 
 def as_completion(answer: Any) -> Completion:

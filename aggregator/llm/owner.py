@@ -7,6 +7,9 @@ run, without address and without authentication.
 
 from __future__ import annotations
 
+import asyncio
+import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,11 +18,13 @@ from msgspec import Struct
 
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import lineage_at
+from aggregator.cassettes.redaction import redact_url
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
 from aggregator.records import Completion, Role
 
 if TYPE_CHECKING:
+    from aggregator.llm.attempts import Line
     from aggregator.llm.client import LLM
 
 Validate = Callable[[str], Any]
@@ -105,3 +110,60 @@ def pass_calls_to(owner: RemoteOwner) -> None:
     """Pass every call that an `LLM` of this process makes to `owner`. A worker process does so once, when it starts."""
     global _owner  # noqa: PLW0603 - a fact about the process, like its number
     _owner = owner
+
+
+# How a client travels to a worker: as its settings.
+
+_DEFAULTS = {"clock": time.monotonic, "sleep": asyncio.sleep}
+ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget"} | {
+    f"_{name}" for name in ("given", "injected", "limits", "limiters", "line", "asking")
+}
+
+
+def reduce_client(
+    llm: LLM, line: Line, given: Mapping[str, Any], injected: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Return what `__reduce__` does: the settings, and the attributes that a subclass or a user added.
+
+    `given` are model, base_url and api_key, `injected` the arguments for tests, `options` all others. Raises
+    ConfigError if an argument holds a secret or cannot leave this process.
+    """
+    injected = {**injected, "clock": line.clock, "sleep": line.sleep, "budget": line.budget}
+    _check_settings(llm.model, injected, **given)
+    policy = {"max_attempts": line.policy.max_attempts, "retry": line.policy, "prices": line.prices}
+    added = {name: value for name, value in vars(llm).items() if name not in ATTRIBUTES}
+    return from_settings, (type(llm), {**given, **options, **policy, "timeout": llm.timeout}), added
+
+
+def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
+    """Make a client again from its settings."""
+    from aggregator.llm.client import LLM
+
+    llm = kind.__new__(kind)
+    LLM.__init__(llm, **settings)
+    return llm
+
+
+def _check_settings(name: str, injected: Mapping[str, Any], model: Any, base_url: Any, api_key: Any) -> None:
+    """Raise ConfigError that names an argument which a pickle cannot keep."""
+    problem = next((key for key, value in injected.items() if value is not _DEFAULTS.get(key)), "")
+    remedy = "leave it out and give it to the client where the pickle is loaded"
+    if isinstance(api_key, str) and api_key:
+        problem, remedy = "api_key", "set the provider's environment variable, or give an importable function"
+    elif callable(api_key) and not _is_importable(api_key):
+        problem, remedy = "api_key", "give a function that is defined at the top level of a module"
+    elif base_url and redact_url(base_url) != base_url:
+        problem, remedy = "base_url", "leave the secret out of the address and give api_key"
+    if problem:
+        raise ConfigError(
+            f"Expected LLM({name!r}) to hold only settings when it is pickled, got one with {problem}=...; {remedy} "
+            f"- at LLM.{problem}"
+        )
+
+
+def _is_importable(function: Any) -> bool:
+    """Return True if a function is found under its own name in its module."""
+    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
+    for name in getattr(function, "__qualname__", "<none>").split("."):
+        found = getattr(found, name, None)
+    return found is function

@@ -1,36 +1,23 @@
-"""What a provider's headers say about its rate limits, as pure functions.
+"""What a provider's headers say about its rate limits, as pure functions; the names are the codec's.
 
-Two families: OpenAI's `x-ratelimit-remaining-requests` (Groq, Azure, Together; Mistral and others append a period) and
-Anthropic's `anthropic-ratelimit-requests-remaining`. Both describe a bucket that refills continuously, so what is
-missing now comes back at (limit - remaining) / reset per second.
+They describe a bucket that refills continuously, so what is missing now comes back at (limit - remaining) / reset per
+second. A server that names no reset (Azure, Mistral) states its limits per minute.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from math import isfinite
 
 from msgspec import Struct
 
+from aggregator.llm.calls import RateHeaders
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_OPENAI = "x-ratelimit-{}-{}"
-_ANTHROPIC = "anthropic-ratelimit-{1}-{0}"
-_FAMILIES = {
-    "requests": (
-        (_OPENAI, "requests"),
-        (_ANTHROPIC, "requests"),
-        (_OPENAI, "req-minute"),
-        (_OPENAI, "requests-minute"),
-    ),
-    "tokens": ((_OPENAI, "tokens"), (_ANTHROPIC, "tokens"), (_OPENAI, "tokens-minute")),
-}
-_NAMES = {
-    what: tuple(tuple(shape.format(part, unit) for part in ("remaining", "limit", "reset")) for shape, unit in families)
-    for what, families in _FAMILIES.items()
-}
 
 
 class Headroom(Struct, frozen=True):
@@ -40,26 +27,25 @@ class Headroom(Struct, frozen=True):
     seconds_each: float
 
 
-def headroom(headers: Mapping[str, str], what: str, *, now: float | None = None) -> Headroom | None:
-    """Return what the headers say about "requests" or "tokens", None where they say nothing that can be read.
+def headroom(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: float | None = None) -> Headroom | None:
+    """Return what the headers say under the first of these names, None if they say nothing that can be read.
 
     `now` is Unix time, for resets given as a date.
 
-    >>> headroom({"x-ratelimit-remaining-requests": "10", "x-ratelimit-limit-requests": "60",
-    ...           "x-ratelimit-reset-requests": "25s"}, "requests")
+    >>> names = [RateHeaders("x-ratelimit-remaining", "x-ratelimit-limit", "x-ratelimit-reset")]
+    >>> headroom({"x-ratelimit-remaining": "10", "x-ratelimit-limit": "60", "x-ratelimit-reset": "25s"}, names)
     Headroom(remaining=10.0, seconds_each=0.5)
     """
-    for remaining_name, limit_name, reset_name in _NAMES[what]:
-        said = headers.get(remaining_name)
-        if said is None:
+    for name in names:
+        if name.remaining not in headers:
             continue
-        try:
-            remaining = float(said)
-        except ValueError:
+        remaining, limit = _number(headers[name.remaining]), _number(headers.get(name.limit, ""))
+        if remaining is None:
             return None
-        reset = seconds(headers.get(reset_name, ""), now=now)
-        missing = _number(headers.get(limit_name, "")) - remaining
-        return Headroom(remaining, (60.0 if reset is None else reset) / max(missing, 1.0))
+        reset = seconds(headers.get(name.reset, ""), now=now)
+        if reset is not None:
+            return Headroom(remaining, reset / max((limit or 0.0) - remaining, 1.0))
+        return Headroom(remaining, 60.0 / limit) if limit else None
     return None
 
 
@@ -91,8 +77,9 @@ def _until(text: str, now: float) -> float | None:
     return max(0.0, then.timestamp() - now) if then.tzinfo else None
 
 
-def _number(text: str) -> float:
+def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        return 0.0
+        return None
+    return number if isfinite(number) else None

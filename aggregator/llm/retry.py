@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.errors import (
     APIConnectionError,
@@ -34,6 +35,10 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
     first_delay: float = 0.5
     max_delay: float = 8.0
     max_retry_after: float = 120.0
+
+    def limited(self, max_attempts: int) -> RetryPolicy:
+        """Return the same policy with another number of attempts."""
+        return replace(self, max_attempts=max_attempts)
 
     def delay(
         self, error: LLMError, attempt: int, *, remaining: float, random: float, headers: Mapping[str, str] = {}

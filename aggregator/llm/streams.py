@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 from aggregator.agents.transcripts import current_transcript
-from aggregator.cassettes.clients import passing
 from aggregator.cassettes.lineage import current_role
-from aggregator.cassettes.tape import StreamLeftError, Tape
 from aggregator.errors import APIConnectionError, ConfigError, LLMError
-from aggregator.llm.attempts import A_TURN, Attempts
+from aggregator.llm.attempts import Attempt, Attempts
 from aggregator.llm.calls import ChatCall
-from aggregator.protocols import Transport
-from aggregator.records import Completion, HTTPReply, HTTPRequest
-
-Trace = Callable[[Attempts, Completion | None, BaseException | None], None]
+from aggregator.records import Completion, HTTPReply
 
 
 class Stream:
@@ -29,13 +25,13 @@ class Stream:
 
     def __init__(self, call: ChatCall, deltas: Callable[[ChatCall], AsyncGenerator[str | Completion, None]]) -> None:
         self._whole: list[Completion] = []
-        self._deltas = _run(call, deltas, self._whole)
+        self._deltas = _show(call, deltas, self._whole)
 
     @property
     def completion(self) -> Completion:
         """The whole answer with usage and finish reason; raises ConfigError before the last delta was read."""
         if not self._whole:
-            raise ConfigError("expected a stream read to its end, got one that still has deltas to read")
+            raise ConfigError("Expected a stream read to its end, got one that still has deltas to read")
         return self._whole[0]
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -54,10 +50,10 @@ class Stream:
         await self.aclose()
 
 
-async def _run(
+async def _show(
     call: ChatCall, deltas: Callable[[ChatCall], AsyncGenerator[str | Completion, None]], whole: list[Completion]
 ) -> AsyncGenerator[str, None]:
-    """Yield the deltas; the answer goes into `whole`, and not to the stream, which would make a cycle."""
+    """Yield the text and show the call; the answer goes into `whole`, not to the stream, which would make a cycle."""
     transcript = current_transcript()
     shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
     try:
@@ -75,103 +71,46 @@ async def _run(
         shown.finish(whole[0])
 
 
-async def read_stream(
-    attempts: StreamedAttempts, call: ChatCall, trace: Trace
-) -> AsyncGenerator[str | Completion, None]:
-    """Issue a call and yield its deltas, the whole answer last."""
-    whole: Completion | None = None
-    try:
-        attempts.issue(call)
-        async with aclosing(attempts.deltas()) as pieces:
-            async for piece in pieces:
-                whole = piece if isinstance(piece, Completion) else None
-                yield piece
-    except BaseException as error:
-        trace(attempts, None, error)
-        raise
-    finally:
-        attempts.leave()
-    trace(attempts, whole, None)
-
-
 class StreamedAttempts(Attempts):
     """The attempts of a call whose answer is read as it comes."""
-
-    __slots__ = ("_body", "_chunks", "_head", "_sent_at")
-
-    def begin(self) -> None:
-        """Begin the next attempt, with nothing read yet."""
-        super().begin()
-        self._body: list[bytes] = []
-        self._chunks: list[tuple[int, float]] = []
-        self._head: dict[str, Any] | None = None
 
     async def deltas(self) -> AsyncGenerator[str | Completion, None]:
         """Yield the text as it comes, the whole answer last; try again as long as nothing was yielded."""
         while True:
-            begun = False
+            attempt, begun = StreamedAttempt(self), False
             try:
-                async with aclosing(self._stream()) as pieces:
-                    async for piece in pieces:
+                async with attempt, aclosing(attempt.deltas()) as deltas:
+                    async for delta in deltas:
                         begun = True
-                        yield piece
+                        yield delta
             except LLMError as error:
-                wait = None if begun else self.wait_after(error)
+                wait = None if begun else attempt.wait_after(error)
                 if wait is None:
                     error.attempts = self.count
                     raise
             else:
+                assert attempt.completion is not None
+                yield attempt.completion
                 return
             if wait:
                 await self.line.sleep(wait)
 
-    async def _stream(self) -> AsyncGenerator[str | Completion, None]:
-        """One attempt: play or send. Whatever happens, what came is recorded and the budget settled."""
-        self.begin()
-        await self.reserve()
-        completion: Completion | None = None
-        error: BaseException | None = None
-        try:
-            async with aclosing(self._read(self._source())) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, Completion):
-                        completion = piece
-                    else:
-                        yield piece
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self.settle(completion, error)
-            if self.is_live and self.tape is not None:
-                self._keep(self.tape, completion, error)
-            error = None  # its traceback holds this frame
-        if completion is not None:
-            yield completion
 
-    def _keep(self, tape: Tape, completion: Completion | None, error: BaseException | None) -> None:
-        """Record what came. What was cancelled has no answer; what was left early ends there in a replay too."""
-        if isinstance(error, GeneratorExit) and self._body:
-            error = StreamLeftError("this answer was read so far and no further when it was recorded")
-        elif not isinstance(error, LLMError | None):
-            return
-        if self._head is not None:
-            lost = isinstance(error, APIConnectionError) and not self._body
-            self.reply = None if lost else self._so_far()
-        if (entry := self._hand_in(tape, completion, error)) is not None:
-            tape.finish(entry)
+class StreamedAttempt(Attempt):
+    """One request whose answer is read piece by piece."""
 
-    def _source(self) -> AsyncGenerator[bytes, None]:
-        tape = self.tape
-        if tape is not None and self.slot is not None and (reply := self.play(tape)) is not None:
-            failure, self.slot.failure = self.slot.failure, None
-            return _paced(reply, tape.delay(reply), self.line.sleep, failure)
-        return self._live()
+    def __init__(self, attempts: Attempts) -> None:
+        super().__init__(attempts)
+        self._body: list[bytes] = []
+        self._chunks: list[tuple[int, float]] = []
+        self._head: dict[str, Any] | None = None
+        self._sent_at = 0.0
 
-    async def _read(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[str | Completion, None]:
+    async def deltas(self) -> AsyncGenerator[str, None]:
+        """Yield the text as it comes; raises LLMError for an answer that is cut, broken or an error."""
         codec = self.line.endpoint.codec
-        reader = codec.stream(self.call)
-        async with aclosing(source) as pieces:
+        reader = codec.stream(self.attempts.call)
+        async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 if self.reply is not None and self.reply.status < 300:
                     for delta in reader.feed(piece):
@@ -181,14 +120,26 @@ class StreamedAttempts(Attempts):
         assert reply is not None
         if reply.status >= 300:
             raise codec.error(reply)
-        yield self.line.priced(reader.finish(reply), self.count)
+        self.complete(reader.finish(reply))
+
+    def _pieces(self) -> AsyncGenerator[bytes, None]:
+        tape, slot = self.tape, self.attempts.slot
+        if (reply := self.play()) is not None:
+            assert tape is not None
+            assert slot is not None
+            failure, slot.failure = slot.failure, None
+            return _paced(reply, tape.delay(reply), self.line.sleep, failure)
+        return self._live()
 
     async def _live(self) -> AsyncGenerator[bytes, None]:
         """The pieces as they come over the network."""
-        if not self.try_admit():
-            await self.admit()
+        await self.admit()
         self._sent_at = perf_counter()
-        async with _opened(self.line.transport, self.request, self.timeout()) as opened:
+        async with AsyncExitStack() as stack:
+            with self.past_tape():
+                opened = await stack.enter_async_context(
+                    self.line.transport.open(self.attempts.request, timeout=self.attempts.timeout())
+                )
             self._head = {"status": opened.status, "headers": opened.headers, "reason": opened.reason}
             self.reply = self._so_far()
             async for piece in opened.pieces():
@@ -196,7 +147,7 @@ class StreamedAttempts(Attempts):
                 self._chunks.append((len(piece), round((perf_counter() - self._sent_at) * 1e3, 3)))
                 yield piece
         self.reply = self._so_far()
-        self.heard(opened.status, opened.headers)
+        self.accept(opened.status, opened.headers)
 
     def _so_far(self) -> HTTPReply:
         return HTTPReply(
@@ -205,6 +156,19 @@ class StreamedAttempts(Attempts):
             milliseconds=(perf_counter() - self._sent_at) * 1e3,
             **(self._head or {}),
         )
+
+    def recorded(self, error: BaseException | None) -> tuple[HTTPReply | None, APIConnectionError | None]:
+        """Keep what came. A cancelled answer leaves nothing; one that was left early ends there in a replay too."""
+        from aggregator.cassettes.tape import StreamLeftError  # loaded with the tape
+
+        if isinstance(error, GeneratorExit) and self._body:
+            error = StreamLeftError("this answer was read so far and no further when it was recorded")
+        elif not isinstance(error, LLMError | None):
+            return None, None
+        if self._head is not None:
+            lost = isinstance(error, APIConnectionError) and not self._body
+            self.reply = None if lost else self._so_far()
+        return super().recorded(error)
 
 
 async def _paced(
@@ -218,7 +182,7 @@ async def _paced(
     position, before = 0, 0.0
     for length, milliseconds in reply.chunks or ((len(reply.body), reply.milliseconds),):
         pause = scale * max(0.0, milliseconds - before)
-        await (sleep(pause) if pause else A_TURN)
+        await (sleep(pause) if pause else asyncio.sleep(0))
         before = milliseconds
         yield reply.body[position : position + length]
         position += length
@@ -226,27 +190,3 @@ async def _paced(
         yield reply.body[position:]
     if failure is not None:
         raise failure
-
-
-@asynccontextmanager
-async def _opened(transport: Transport, request: HTTPRequest, timeout: float | None) -> AsyncIterator[Any]:
-    """An answer to read piece by piece; a transport that cannot stream gives it in one."""
-    opener = getattr(transport, "open", None)
-    async with AsyncExitStack() as stack:
-        with passing():
-            if opener is None:
-                reply = _Whole(await transport.send(request, timeout=timeout))
-            else:
-                reply = await stack.enter_async_context(opener(request, timeout=timeout))
-        yield reply
-
-
-class _Whole:
-    """A whole reply in the shape of a streamed one."""
-
-    def __init__(self, reply: HTTPReply) -> None:
-        self.status, self.headers, self.reason, self._body = reply.status, reply.headers, reply.reason, reply.body
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        if self._body:
-            yield self._body

@@ -122,7 +122,7 @@ def as_response_format(wanted: Any) -> Mapping[str, Any] | None:
     elif isinstance(wanted, type):
         schema = msgspec.json.schema(wanted)
     else:
-        raise ConfigError(f"expected response_format as OpenAI's dict, a JSON schema or a type, got {wanted!r}")
+        raise ConfigError(f"Expected response_format as OpenAI's dict, a JSON schema or a type, got {wanted!r}")
     name = re.sub(r"\W", "_", str(schema.get("title") or "answer"))[:64]
     return {"type": "json_schema", "json_schema": {"name": name, "strict": _is_strict(schema), "schema": dict(schema)}}
 
@@ -241,7 +241,7 @@ async def _check(completion: Completion, check: Validate) -> None:
         facts: dict[str, Any] = {"text": text, "status": 200, "request_id": completion.request_id}
         if choice.finish_reason == "length":
             raise TruncatedError(
-                f"expected a whole JSON answer, got one cut at the token limit after {len(text)} characters; "
+                f"Expected a whole JSON answer, got one cut at the token limit after {len(text)} characters; "
                 "raise max_tokens",
                 **facts,
             )
@@ -249,7 +249,7 @@ async def _check(completion: Completion, check: Validate) -> None:
             if hasattr(checking := check(text), "__await__"):  # a worker process checks what its owner received
                 await checking
         except ValueError as error:
-            raise IgnoredFormatError(f"expected the answer in the format asked for: {error}", **facts) from error
+            raise IgnoredFormatError(f"Expected the answer in the format asked for: {error}", **facts) from error
 
 
 def checker(wanted: Mapping[str, Any]) -> Validate:

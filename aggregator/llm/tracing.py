@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from aggregator.errors import LLMError
-from aggregator.llm.calls import ChatCall
+from aggregator.llm.calls import ChatCall, Target
 from aggregator.records import Completion, Usage
 
 LOGGER = "aggregator.llm"
@@ -81,19 +82,19 @@ def has_spans() -> bool:
 
 
 @contextmanager
-def span(provider: str, call: ChatCall, address: str) -> Iterator[Span]:
+def span(target: Target, call: ChatCall) -> Iterator[Span]:
     """The span of one call; only where `has_spans`."""
     trace = sys.modules["opentelemetry.trace"]
     attributes = {
         "gen_ai.operation.name": "chat",
-        "gen_ai.provider.name": provider,
+        "gen_ai.provider.name": target.provider,
         "gen_ai.request.model": call.model,
         "gen_ai.request.max_tokens": call.max_tokens,
         "gen_ai.request.temperature": call.temperature,
         "gen_ai.request.top_p": call.top_p,
         "gen_ai.request.seed": call.seed,
         "gen_ai.request.choice.count": call.n,
-        "server.address": address,
+        "server.address": urlsplit(target.base_url).hostname or "",
     }
     tracer = trace.get_tracer(LOGGER)
     with tracer.start_as_current_span(

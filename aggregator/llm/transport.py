@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -29,6 +29,7 @@ from yarl import URL
 
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError
 from aggregator.llm.retry import NOT_SENT
+from aggregator.protocols import StreamedReply, Transport
 from aggregator.records import HTTPReply, HTTPRequest
 
 CONNECT_TIMEOUT = 5.0
@@ -46,18 +47,6 @@ class _Connector(aiohttp.TCPConnector):
     ) -> ResponseHandler:
         _made_connection.set(True)
         return await super()._create_connection(req, traces, timeout)
-
-
-class StreamedReply(Protocol):
-    """An answer whose head has arrived and whose body is still coming."""
-
-    status: int
-    headers: Mapping[str, str]
-    reason: str
-
-    def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes; raises APIConnectionError or APITimeoutError."""
-        ...
 
 
 class _Sessions(Struct):
@@ -88,35 +77,7 @@ class _Sessions(Struct):
         await asyncio.sleep(0)
 
 
-class _Deadline:
-    """`asyncio.timeout` for the hot path: the same rules without its two coroutines per use."""
-
-    __slots__ = ("_expired", "_handle", "_task", "_timeout")
-
-    def __init__(self, timeout: float | None) -> None:
-        self._timeout = timeout
-        self._expired = False
-        self._handle: asyncio.TimerHandle | None = None
-
-    def __enter__(self) -> None:
-        if self._timeout is not None:
-            self._task = asyncio.current_task()
-            self._handle = asyncio.get_running_loop().call_later(self._timeout, self._expire)
-
-    def _expire(self) -> None:
-        self._expired = True
-        if self._task is not None:
-            self._task.cancel()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._handle is None:
-            return
-        self._handle.cancel()
-        if self._expired and self._task is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise TimeoutError from error
-
-
-class AiohttpTransport:
+class AiohttpTransport(Transport):
     """The transport of production; one object serves any number of clients, threads and event loops.
 
     Nothing has to be closed by hand: the sessions of a loop close when the loop shuts its async generators down,
@@ -139,7 +100,7 @@ class AiohttpTransport:
         """
         started = perf_counter()
         try:
-            with _Deadline(timeout):
+            async with asyncio.timeout(timeout):
                 response = await self._open(request)
                 body = await response.read()
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
@@ -266,11 +227,11 @@ def _refusal(request: HTTPRequest) -> ConfigError | None:
     try:
         _parsed(request.url)
     except ValueError as error:
-        return ConfigError(f"expected an http(s) address as base_url, got {request.url!r}: {error}")
+        return ConfigError(f"Expected an http(s) address as base_url, got {request.url!r}: {error}")
     for name, value in request.headers.items():
         if not value.isprintable():
             return ConfigError(
-                f"expected the header {name!r} as printable text, got one with a line break or control character; "
+                f"Expected the header {name!r} as printable text, got one with a line break or control character; "
                 "is there one around the key? strip() it"
             )
     return None
@@ -281,7 +242,7 @@ def _failure(error: Exception, url: str, timeout: float | None) -> Exception:
     host = URL(url).host or url
     match error:
         case aiohttp.InvalidURL():
-            return ConfigError(f"expected an http(s) address as base_url, got {url!r}")
+            return ConfigError(f"Expected an http(s) address as base_url, got {url!r}")
         case aiohttp.ConnectionTimeoutError():
             return APITimeoutError(f"{NOT_SENT}{host} took no connection within {CONNECT_TIMEOUT:g} s")
         case aiohttp.ClientConnectorError():

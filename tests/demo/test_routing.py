@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from aggregator.demo.routing import SIMULATED_URL, Rerouted
+from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
 
 
-class Seen:
+class Seen(Transport):
     def __init__(self) -> None:
         self.urls: list[str] = []
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from aggregator.errors import LLMError
+from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
 
 BASE_URL = "http://127.0.0.1:9/v1"
@@ -44,7 +45,7 @@ def failure(status: int, message: str = "no", *, code: str | None = None, header
 Step = HTTPReply | LLMError | Callable[[HTTPRequest], HTTPReply]
 
 
-class ScriptedTransport:
+class ScriptedTransport(Transport):
     """Answers in turn from a script, the last step for ever; keeps the requests."""
 
     def __init__(self, *steps: Step, latency: Callable[[], Awaitable[None]] | None = None) -> None:

@@ -12,8 +12,10 @@ from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualLoop, Virtua
 from aggregator import LLM, Budget, Price
 from aggregator.errors import APIConnectionError, APITimeoutError, BudgetExceededError, ConfigError, ServerError
 from aggregator.llm.budget import ASSUMED_OUTPUT, IMAGE_TOKENS, NOTHING, Amount, pico, spending, upper_tokens
-from aggregator.llm.calls import ChatCall
+from aggregator.llm.calls import ChatCall, Limits
+from aggregator.llm.names import resolve
 from aggregator.llm.retry import NOT_SENT
+from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
 
 PRICE = Price(input=1.0, output=10.0)
@@ -32,7 +34,7 @@ def client(transport: Any, budget: Budget | None, **options: Any) -> LLM:
     )
 
 
-class RandomCosts:
+class RandomCosts(Transport):
     """Answers after a random time with a random usage within what was allowed; adds up what it charged."""
 
     def __init__(self, seed: int) -> None:
@@ -180,7 +182,9 @@ async def test_no_answer_may_cost_more_than_was_reserved(limits: dict[str, Any])
 )
 def test_a_limit_in_the_providers_own_words_counts(options: dict[str, Any], answered: int) -> None:
     """What is merged into the body limits the answer as `max_tokens` and `n` do, and comes after them."""
-    assert upper_tokens(b"", ChatCall(model="m", messages=(), **options)) == (0, answered)
+    name = "gemini/m" if "generationConfig" in options["extra"] else "openai/m"
+    codec = resolve(name, env={}).codec
+    assert upper_tokens(b"", (), codec.limits(ChatCall(model="m", messages=(), **options))) == (0, answered)
 
 
 @pytest.mark.parametrize("limit", [-1, None])
@@ -315,11 +319,9 @@ async def test_a_wait_for_the_budget_ends_with_the_deadline() -> None:
 
 def test_the_estimate_is_an_upper_bound() -> None:
     """Bytes bound the tokens of text; images count apart; every choice has the limit."""
-    text = ChatCall(model="m", messages=({"role": "user", "content": "hi"},), max_tokens=7, n=3)
-    assert upper_tokens(b"x" * 100, text) == (100, 21)
+    assert upper_tokens(b"x" * 100, [{"role": "user", "content": "hi"}], Limits(7, 3)) == (100, 21)
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1000}}
-    shown = ChatCall(model="m", messages=({"role": "user", "content": [image]},), max_tokens=7)
-    assert upper_tokens(b"x" * 1100, shown)[0] == 1100 - 1022 + IMAGE_TOKENS
+    assert upper_tokens(b"x" * 1100, [{"role": "user", "content": [image]}], Limits(7))[0] == 1100 - 1022 + IMAGE_TOKENS
 
 
 @pytest.mark.parametrize("limits", [{"usd": -1}, {"tokens": float("nan")}, {"calls": float("inf")}])

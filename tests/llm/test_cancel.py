@@ -44,7 +44,7 @@ async def test_the_server_sees_all_of_64_cancelled_calls() -> None:
         await until(lambda: server.gone == 64)
         await llm.aclose()
     assert all(call.cancelled() for call in calls)
-    assert llm._limiter().in_flight == 0
+    assert llm._line.limiter().in_flight == 0
     assert budget.reserved.calls == 0
     assert asyncio.all_tasks() == before
 

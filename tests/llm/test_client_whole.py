@@ -31,6 +31,7 @@ from aggregator.errors import APIConnectionError, APITimeoutError, BadRequestErr
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.retry import was_sent
 from aggregator.llm.transport import AiohttpTransport, shared_transport
+from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
 
 
@@ -242,7 +243,7 @@ async def test_clients_of_one_account_share_its_limits(others: dict[str, str], a
     assert most == at_once
 
 
-class Bucket:
+class Bucket(Transport):
     """A server that lets 100 requests a second through, 20 at once; the others are told to come in a second."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from aggregator.errors import ConfigError, DecodeError, EmptyResponseError, Serv
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.anthropic import AnthropicMessages
 from aggregator.llm.messages import Image, normalise
-from aggregator.llm.providers import resolve
+from aggregator.llm.names import resolve
 from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 CALL = ChatCall(model="claude-sonnet-4-5", messages=({"role": "user", "content": "Hi"},))
@@ -217,7 +217,7 @@ def test_content_as_text() -> None:
     [
         ("end_turn", "stop"),
         ("stop_sequence", "stop"),
-        ("pause_turn", "stop"),
+        ("pause_turn", "length"),
         ("max_tokens", "length"),
         ("model_context_window_exceeded", "length"),
         ("tool_use", "tool_calls"),

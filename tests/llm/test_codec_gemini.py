@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from aggregator.errors import ConfigError, ContentFilterError, DecodeError, EmptyResponseError, RateLimitError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.messages import Image, normalise
-from aggregator.llm.providers import resolve
+from aggregator.llm.names import resolve
 from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 CALL = ChatCall(model="gemini-2.5-flash", messages=({"role": "user", "content": "Hi"},))
@@ -180,11 +180,11 @@ def test_parts() -> None:
         ("SAFETY", "content_filter"),
         ("MODEL_ARMOR", "content_filter"),
         ("PROHIBITED_CONTENT", "content_filter"),
-        ("UNEXPECTED_TOOL_CALL", "stop"),
+        ("UNEXPECTED_TOOL_CALL", "error"),
         (1, "stop"),
         (2, "length"),
         (3, "content_filter"),
-        (99, "stop"),
+        (99, "error"),
         (None, "stop"),
     ],
 )

@@ -18,7 +18,7 @@ from aggregator.errors import (
     ServerError,
 )
 from aggregator.llm.calls import ChatCall, Codec
-from aggregator.llm.providers import resolve
+from aggregator.llm.names import resolve
 from aggregator.records import Completion, HTTPReply
 
 CALL = ChatCall(model="gpt-4o-mini", messages=({"role": "user", "content": "Hi"},))
@@ -182,7 +182,7 @@ def test_reasoning_stands_apart(message: Any) -> None:
         ("", "stop"),
         (None, "stop"),
         ("eos", "stop"),
-        ("something new", "stop"),
+        ("something new", "error"),
     ],
 )
 def test_finish_reasons(word: str | None, reason: str) -> None:

@@ -14,7 +14,7 @@ from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.sse import Event, EventParser
 from aggregator.llm.codecs.wire import ThinkingFilter, split_thinking
 from aggregator.llm.messages import normalise
-from aggregator.llm.providers import resolve
+from aggregator.llm.names import resolve
 from aggregator.records import Completion, HTTPReply
 
 CALL = ChatCall(model="m", messages=({"role": "user", "content": "Hi"},), stream=True)

@@ -28,7 +28,7 @@ from aggregator.errors import (
     ServerError,
 )
 from aggregator.llm.calls import ChatCall, Codec
-from aggregator.llm.providers import resolve
+from aggregator.llm.names import resolve
 from aggregator.records import HTTPReply
 
 RECORDINGS = Path(__file__).parents[2].parent / "shared" / "data" / "real_exchanges"

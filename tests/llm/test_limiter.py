@@ -12,7 +12,10 @@ from llm_fakes import VirtualLoop, VirtualTime
 
 from aggregator.errors import APITimeoutError, ConfigError
 from aggregator.llm.limiter import Limiter, Pace, shared_limiter
+from aggregator.llm.names import resolve
 from aggregator.llm.ratelimits import headroom, seconds
+
+CODEC = resolve("openai/gpt-4o-mini", env={}).codec
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ async def send_all(limiter: Limiter, bucket: Bucket, calls: int, latency: float,
                 accepted = bucket.lets_in()
                 await asyncio.sleep(latency / 2)
                 if accepted:
-                    limiter.accepted(admission, {})
+                    limiter.accepted(admission, {}, CODEC)
                     return
                 limiter.rejected(admission, bucket.wait)
             failed += 1
@@ -215,7 +218,7 @@ async def test_the_strictest_limits_of_an_account_count() -> None:
 @pytest.mark.parametrize(("name", "value"), [("max_concurrency", 0), ("rpm", 0), ("tpm", -5)])
 def test_limits_that_let_nothing_through_are_refused(name: str, value: Any) -> None:
     """Zero is no way to say "no limit"."""
-    with pytest.raises(ConfigError, match=f"expected {name} > 0"):
+    with pytest.raises(ConfigError, match=f"Expected {name} > 0"):
         Limiter(**{name: value})
 
 
@@ -232,7 +235,7 @@ async def test_headers_hold_back_what_they_would_refuse() -> None:
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
-    limiter.accepted(await limiter.admit(), NOTHING_LEFT)
+    limiter.accepted(await limiter.admit(), NOTHING_LEFT, CODEC)
     await limiter.admit()
     assert sum(time.slept) == pytest.approx(1.0)
 
@@ -242,7 +245,7 @@ async def test_headers_with_room_hold_nothing_back() -> None:
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
-    limiter.accepted(await limiter.admit(), PLENTY)
+    limiter.accepted(await limiter.admit(), PLENTY, CODEC)
     await limiter.admit()
     assert time.slept == []
 
@@ -270,12 +273,12 @@ def test_families_of_header_names(family: str, names: str) -> None:
     """OpenAI's, Anthropic's and Mistral's names say the same."""
     values = {"remaining": "4", "limit": "10", "reset": "12s"}
     headers = {names.format(what=family, part=part): value for part, value in values.items()}
-    found = headroom(headers, family)
-    assert found is not None
+    codecs = (CODEC, resolve("anthropic/m", env={}).codec)
+    (found,) = [left for codec in codecs if (left := headroom(headers, getattr(codec, family)))]
     assert (found.remaining, found.seconds_each) == (4.0, 2.0)
 
 
 def test_headers_that_make_no_sense_are_ignored() -> None:
     """A redacted number in a recording stops nothing."""
-    assert headroom({"x-ratelimit-remaining-tokens": "X-RATELIMIT-REMAINING-TOKENS-XXX"}, "tokens") is None
-    assert headroom({}, "requests") is None
+    assert headroom({"x-ratelimit-remaining-tokens": "X-RATELIMIT-REMAINING-TOKENS-XXX"}, CODEC.tokens) is None
+    assert headroom({}, CODEC.requests) is None

@@ -13,7 +13,8 @@ import pytest
 
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.providers import Endpoint, providers, resolve
+from aggregator.llm.names import Endpoint, resolve
+from aggregator.llm.providers import providers
 
 CALL = ChatCall(model="m", messages=({"role": "user", "content": "Hi"},))
 KEYS = {"OPENAI_API_KEY": "sk-mine"}
@@ -292,7 +293,7 @@ def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
         from aggregator.llm.calls import ChatCall
-        from aggregator.llm.providers import resolve
+        from aggregator.llm.names import resolve
         end = resolve("acme/model", env={"ACME_KEY": "k"})
         request = end.codec.encode(ChatCall(model=end.model, messages=({"role": "user", "content": "Hi"},)))
         print(end.provider, end.model, request.url, request.headers["x-acme-key"])

@@ -16,7 +16,7 @@ from llm_fakes import BASE_URL, ScriptedTransport, answer
 
 from aggregator import LLM, Budget, Price
 from aggregator.errors import ConfigError
-from aggregator.llm import client
+from aggregator.llm import owner
 from aggregator.llm.retry import RetryPolicy
 
 KEY = "sk-test-4f9c2b7a1e8d"
@@ -128,4 +128,4 @@ def test_a_copied_agent_shares_its_client() -> None:
 
 def test_every_attribute_is_known() -> None:
     """An attribute that the constructor sets is not mistaken for one that a subclass added."""
-    assert set(vars(LLM("openai-compatible/tiny", base_url=BASE_URL))) == client._ATTRIBUTES
+    assert set(vars(LLM("openai-compatible/tiny", base_url=BASE_URL))) == owner.ATTRIBUTES

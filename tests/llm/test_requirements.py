@@ -127,7 +127,7 @@ REQUIREMENTS: dict[int, dict[str, tuple[str, ...]]] = {
         "raw bytes are kept": (OPENAI + "test_refusal_and_identity",),
         "thinking is no part of the text": (
             OPENAI + "test_reasoning_stands_apart",
-            "llm/test_codec_openai_usual.py::test_both_ways_read_the_same",
+            "llm/test_codec_openai_shapes.py::test_every_shape_is_read",
             ANTHROPIC + "test_blocks",
             GEMINI + "test_parts",
             STREAMS + "test_thinking_is_no_delta",
@@ -191,7 +191,7 @@ REQUIREMENTS: dict[int, dict[str, tuple[str, ...]]] = {
     11: {
         "input, output, reasoning, cached; None is not 0": (
             OPENAI + "test_usage_in_every_shape",
-            "llm/test_codec_openai_usual.py::test_both_ways_read_the_same",
+            "llm/test_codec_openai_shapes.py::test_every_shape_is_read",
             GEMINI + "test_usage",
         ),
         "Anthropic's caches count as input": (ANTHROPIC + "test_usage_counts_caches_as_input",),

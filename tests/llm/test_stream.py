@@ -25,6 +25,7 @@ from aggregator.errors import (
     RateLimitError,
 )
 from aggregator.llm.ledger import collecting
+from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
 
 
@@ -41,7 +42,7 @@ USAGE = event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens":
 WHOLE = [chunk("Hel"), chunk("lo"), chunk(finish_reason="stop"), USAGE, event(b"[DONE]")]
 
 
-class Streaming:
+class Streaming(Transport):
     """A transport that streams its pieces; an exception among them is raised in its place."""
 
     def __init__(self, *scripts: Any) -> None:

@@ -73,9 +73,10 @@ def test_silent_and_unimported_by_default() -> None:
     script = """
 import sys
 from aggregator import LLM
+from aggregator.protocols import Transport
 from aggregator.records import HTTPReply
 
-class Transport:
+class Transport(Transport):
     async def send(self, request, *, timeout=None):
         return HTTPReply(status=200, body=b'{"choices": [{"message": {"content": "hi"}}]}', headers={})
 

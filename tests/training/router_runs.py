@@ -20,7 +20,7 @@ from aggregator.records import HTTPReply, HTTPRequest
 CONCURRENCY = 8
 
 
-class Shuffled:
+class Shuffled(Transport):
     """A transport that holds each answer back for a while of its own, so that answers come in another order."""
 
     def __init__(self, seed: int, inner: Transport) -> None:

@@ -19,7 +19,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, first_suggest
 
 from aggregator import LLM, cassette
 from aggregator.errors import BudgetExceededError, CassetteMissError, RateLimitError, TrainingError
-from aggregator.protocols import Gate
+from aggregator.protocols import Gate, Transport
 from aggregator.records import Decision, HTTPReply, HTTPRequest, TrainingResult, Values
 from aggregator.training.checkpoints import RESULT
 from aggregator.training.gates import improves_on_batch, improves_on_validation
@@ -255,7 +255,7 @@ def test_errors_in_a_group_count_as_what_they_are(error: Exception, ended: type[
     assert sorted(result.history[0].scores, key=str) == [0.0, 0.0, 0.0, None]
 
 
-class Model:
+class Model(Transport):
     """Answers 7 to everything."""
 
     def __init__(self, on_asked: Callable[[], Any] = lambda: None) -> None:

@@ -17,6 +17,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, first_suggest
 
 from aggregator import LLM
 from aggregator.errors import CassetteLockedError, TrainingError
+from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest, TrainingResult
 from aggregator.simulation.model import SimulatedModel
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, RESULT, load_result
@@ -148,7 +149,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     assert load_result(run_dir / RESULT).parameters == caught.value.result.parameters == {"amount": 5, "label": "sum"}
 
 
-class Outage:
+class Outage(Transport):
     """A model that is down until somebody repairs it."""
 
     def __init__(self, status: int) -> None:

@@ -1,4 +1,4 @@
 """One pure file per wire format: our records to bytes, and bytes to our records. No I/O.
 
-May import: records, errors, and the messages of `llm/`.
+`base.JSONCodec` is the class that they share. May import: records, errors, and the calls and messages of `llm/`.
 """

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aggregator.errors import APIStatusError, ConfigError, DecodeError, EmptyResponseError
-from aggregator.llm.calls import ChatCall, Codec, StreamReader, Target
+from aggregator.errors import ConfigError
+from aggregator.llm.calls import ChatCall, RateHeaders, Target
 from aggregator.llm.codecs.anthropic_messages import messages_of, system_of, tool_choice_of, tool_of
-from aggregator.llm.codecs.failures import fault_in_event, fault_inside, request_id, status_error
-from aggregator.llm.codecs.sse import Event, EventReader, read_other
-from aggregator.llm.codecs.wire import REASONS, REFUSED, Envelope, excerpt, read, secrets
+from aggregator.llm.codecs.base import JSONCodec, words
+from aggregator.llm.codecs.failures import fault_in_event
+from aggregator.llm.codecs.sse import CompletingCodec, Event, EventReader
+from aggregator.llm.codecs.wire import read
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
 
@@ -54,6 +54,12 @@ class Answer(Struct, gc=False):
     error: Any = None
 
 
+class _Built(Answer, gc=False):
+    """An answer that a stream added up to, with the JSON that its content was read from."""
+
+    body: bytes = b""
+
+
 # Fields stand in the order in which the API sends them: msgspec looks for the next one first.
 DECODER = msgspec.json.Decoder(Answer)
 SAID_NOTHING = WireUsage()
@@ -65,131 +71,6 @@ def arguments(block: Block) -> str:
     if text.startswith('"'):  # a gateway that speaks OpenAI's format behind; a stream that was cut
         return str(msgspec.json.decode(text))
     return "{}" if text in ("", "null") else text
-
-
-VERSION = "2023-06-01"  # every recorded request names it
-MAX_TOKENS = 4096  # the API demands a number
-_decode = DECODER.decode
-
-
-class AnthropicMessages:
-    """The codec of the Messages API, bound to one server."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = replace(target, headers={"anthropic-version": VERSION, **target.headers})
-        self._envelope = Envelope(self.target)
-        self._url = f"{target.base_url.rstrip('/').removesuffix('/v1')}/v1/messages"
-
-    def encode(self, call: ChatCall) -> HTTPRequest:
-        """Return the request; raises ConfigError for several answers or a seed, which this API has not."""
-        for name, value in (("n", call.n if call.n != 1 else None), ("seed", call.seed)):
-            if value is not None:
-                raise ConfigError(f"Expected no {name} for anthropic, whose API has none, got {name}={value!r}")
-        stop = [call.stop] if isinstance(call.stop, str) else call.stop
-        fields = {
-            "model": call.model,
-            "max_tokens": MAX_TOKENS if call.max_tokens is None else call.max_tokens,
-            "system": system_of(call.messages),
-            "messages": messages_of(call.messages),
-            "temperature": call.temperature,
-            "top_p": call.top_p,
-            "stop_sequences": stop,
-            "tools": None if call.tools is None else [tool_of(tool) for tool in call.tools],
-            "tool_choice": None if call.tool_choice is None else tool_choice_of(call.tool_choice),
-            "output_config": _output_config(call),
-            "stream": call.stream or None,
-        }
-        body = {name: value for name, value in fields.items() if value is not None}
-        return self._envelope.post(self._url, {**body, **call.extra}, stream=call.stream)
-
-    def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
-        """Read a message; raises LLMError where there is none."""
-        try:
-            answer = _decode(reply.body)
-        except REFUSED:
-            try:
-                answer = read(reply.body, DECODER)
-            except DecodeError as error:
-                return read_other(error, reply, self.stream(call))
-        return self.completion(answer, reply, reply.body)
-
-    def completion(self, answer: Answer, reply: HTTPReply, body: bytes) -> Completion:
-        """Turn a parsed message into a Completion; `body` is the JSON that its content was read from.
-
-        One long function: every answer takes it, and each call of a further one would cost 2 % of the whole.
-        """
-        blocks = answer.content
-        if answer.error or type(blocks) is not list:
-            blocks = self._other_content(answer, reply)
-        content = reasoning = source = None
-        calls: tuple[ToolCall, ...] = ()
-        for block in blocks:
-            kind = block.type
-            if kind == "text":
-                if isinstance(text := block.text, str):
-                    content = text if content is None else content + text
-            elif kind == "tool_use":
-                calls += (ToolCall(id=block.id or "", name=block.name or "", arguments=arguments(block)),)
-            else:
-                source = body
-                if kind == "thinking" and isinstance(thought := block.thinking, str):
-                    reasoning = thought if reasoning is None else reasoning + thought
-        reason, usage, headers = answer.stop_reason, answer.usage or SAID_NOTHING, reply.headers
-        given, cached, written = usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens
-        details = usage.output_tokens_details
-        return Completion(
-            choices=(
-                Choice(
-                    message=Message(content=content, reasoning=reasoning, tool_calls=calls, source=source),
-                    finish_reason=REASONS.get(reason, "stop"),
-                    raw_finish_reason=reason,
-                ),
-            ),
-            usage=Usage(
-                input_tokens=None if given is None else given + (cached or 0) + (written or 0),
-                output_tokens=usage.output_tokens,
-                cached_tokens=cached,
-                reasoning_tokens=None if details is None else details.thinking_tokens,
-            ),
-            model=answer.model or "",
-            id=answer.id or "",
-            request_id=headers["request-id"] if "request-id" in headers else request_id(headers),
-            milliseconds=reply.milliseconds,
-            replayed=reply.replayed,
-            raw=reply.body,
-        )
-
-    def _other_content(self, answer: Answer, reply: HTTPReply) -> list[Block]:
-        """The content of a gateway that answers with a text; raises where there is an error, or no content at all.
-
-        A list without blocks is an empty answer, not an error.
-        """
-        if answer.error:
-            raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
-        if isinstance(answer.content, str):
-            return [Block(type="text", text=answer.content)]
-        raise EmptyResponseError(
-            f"Expected content from {self.target.provider}, got none in {excerpt(reply.body)}",
-            status=reply.status,
-            request_id=request_id(reply.headers),
-        )
-
-    def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error of an error status."""
-        return status_error(reply, self.target.provider, secrets(self.target))
-
-    def stream(self, call: ChatCall) -> StreamReader:
-        """Return a reader for a streamed answer."""
-        return MessageStream(self, call, self.completion)
-
-
-def _output_config(call: ChatCall) -> dict[str, Any] | None:
-    """The schema that the answer must keep to; plain JSON without one is not offered here."""
-    wanted = call.response_format or {}
-    if wanted.get("type") != "json_schema":
-        return None
-    stated = wanted.get("json_schema") or {}
-    return {"format": {"type": "json_schema", "schema": stated.get("schema", {})}}
 
 
 class _Delta(Struct, gc=False):
@@ -217,16 +98,10 @@ _GROWING = ("text", "thinking", "signature", "content")
 
 
 class MessageStream(EventReader):
-    """Reads a stream of message events; the deltas are those of the text blocks.
+    """Reads a stream of message events; the deltas are those of the text blocks."""
 
-    `complete` turns the answer put together and its content as JSON into a Completion, and raises an error inside it.
-    """
-
-    def __init__(
-        self, codec: Codec, call: ChatCall, complete: Callable[[Answer, HTTPReply, bytes], Completion]
-    ) -> None:
+    def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
         super().__init__(codec, call)
-        self._complete = complete
         self._answer = Answer()
         self._blocks: dict[int, dict[str, Any]] = {}
         self._inputs: dict[int, str] = {}
@@ -236,7 +111,7 @@ class MessageStream(EventReader):
         """Take one event and return the text it brings."""
         told = _Event(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, _EVENT_DECODER)
         if told.error:
-            self._complete(Answer(error=told.error), HTTPReply(status=200, body=event.data, headers={}), b"")
+            raise self.codec.fault(told.error, HTTPReply(status=200, body=event.data, headers={}))
         if told.message is not None:
             self._answer = told.message
         if told.usage is not None:
@@ -257,8 +132,10 @@ class MessageStream(EventReader):
         for index, text in self._inputs.items():  # the block began with {}; its pieces came after
             self._blocks[index]["input"] = _input(text)
         body = msgspec.json.encode({"content": [block for _, block in sorted(self._blocks.items())]})
-        self._answer.content = read(body, DECODER).content
-        return self._complete(self._answer, reply, body)
+        content = read(body, DECODER).content
+        begun = self._answer
+        whole = _Built(begun.model, begun.id, content, begun.stop_reason, begun.usage, body=body)
+        return self.codec.completion(whole, reply)
 
     def _grow(self, index: int, delta: _Delta) -> str:
         if delta.stop_reason is not None:
@@ -296,3 +173,105 @@ def _input(text: str) -> msgspec.Raw | str:
     except msgspec.DecodeError:
         return text
     return msgspec.Raw(text.encode())
+
+
+VERSION = "2023-06-01"  # every recorded request names it
+MAX_TOKENS = 4096  # the API demands a number
+
+
+_LEFT = "anthropic-ratelimit-{}-remaining", "anthropic-ratelimit-{}-limit", "anthropic-ratelimit-{}-reset"
+
+
+class AnthropicMessages(JSONCodec[Answer]):
+    """The codec of the Messages API, bound to one server."""
+
+    decoder = DECODER
+    reader = MessageStream
+    finish_words = words(
+        stop="end_turn stop_sequence stop",
+        length="max_tokens model_context_window_exceeded pause_turn length",  # a paused turn is to be continued
+        tool_calls="tool_use tool_calls",
+        content_filter="refusal content_filter",
+    )
+    requests = (RateHeaders(*[name.format("requests") for name in _LEFT]),)
+    tokens = (RateHeaders(*[name.format("tokens") for name in _LEFT]),)
+    lacks = frozenset({"n", "seed"})
+    count_fields = ()
+    kept_headers = ("anthropic-version", "anthropic-beta", "anthropic-ratelimit-*")
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(replace(target, headers={"anthropic-version": VERSION, **target.headers}))
+        self._url = f"{target.base_url.rstrip('/').removesuffix('/v1')}/v1/messages"
+
+    def encode(self, call: ChatCall) -> HTTPRequest:
+        """Return the request; raises ConfigError for several answers or a seed, which this API has not."""
+        for name, value in (("n", call.n if call.n != 1 else None), ("seed", call.seed)):
+            if value is not None:
+                raise ConfigError(f"Expected no {name} for anthropic, whose API has none, got {name}={value!r}")
+        stop = [call.stop] if isinstance(call.stop, str) else call.stop
+        fields = {
+            "model": call.model,
+            "max_tokens": MAX_TOKENS if call.max_tokens is None else call.max_tokens,
+            "system": system_of(call.messages),
+            "messages": messages_of(call.messages),
+            "temperature": call.temperature,
+            "top_p": call.top_p,
+            "stop_sequences": stop,
+            "tools": None if call.tools is None else [tool_of(tool) for tool in call.tools],
+            "tool_choice": None if call.tool_choice is None else tool_choice_of(call.tool_choice),
+            "output_config": _output_config(call),
+            "stream": call.stream or None,
+        }
+        body = {name: value for name, value in fields.items() if value is not None}
+        return self.post(self._url, {**body, **call.extra}, call)
+
+    def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
+        """Turn a parsed message into a Completion."""
+        content = reasoning = source = None
+        calls: list[ToolCall] = []
+        for block in self._content(answer, reply):
+            if block.type == "text" and isinstance(block.text, str):
+                content = (content or "") + block.text
+            elif block.type == "tool_use":
+                calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=arguments(block)))
+            elif block.type != "text":
+                source = answer.body if isinstance(answer, _Built) else reply.body
+                if block.type == "thinking" and isinstance(block.thinking, str):
+                    reasoning = (reasoning or "") + block.thinking
+        choice = Choice(
+            message=Message(content=content, reasoning=reasoning, tool_calls=tuple(calls), source=source),
+            finish_reason=self.finish_reason(answer.stop_reason),
+            raw_finish_reason=answer.stop_reason,
+        )
+        usage = _usage(answer.usage or SAID_NOTHING)
+        return self.completed(reply, [choice], usage=usage, model=answer.model, answer_id=answer.id)
+
+    def _content(self, answer: Answer, reply: HTTPReply) -> list[Block]:
+        """The blocks; raises where there is an error, or no content at all. An empty list is an empty answer."""
+        if answer.error:
+            raise self.fault(answer.error, reply)
+        if isinstance(answer.content, str):  # of a gateway
+            return [Block(type="text", text=answer.content)]
+        if answer.content is None:
+            raise self.empty("content", reply)
+        return answer.content
+
+
+def _usage(usage: WireUsage) -> Usage:
+    given, cached, written = usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+    details = usage.output_tokens_details
+    return Usage(
+        input_tokens=None if given is None else given + (cached or 0) + (written or 0),
+        output_tokens=usage.output_tokens,
+        cached_tokens=cached,
+        reasoning_tokens=None if details is None else details.thinking_tokens,
+    )
+
+
+def _output_config(call: ChatCall) -> dict[str, Any] | None:
+    """The schema that the answer must keep to; plain JSON without one is not offered here."""
+    wanted = call.response_format or {}
+    if wanted.get("type") != "json_schema":
+        return None
+    stated = wanted.get("json_schema") or {}
+    return {"format": {"type": "json_schema", "schema": stated.get("schema", {})}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -130,15 +130,28 @@ def _build(
     kind: type[E], reply: HTTPReply, fault: Fault, provider: str, secrets: tuple[str, ...], status: int, message: str
 ) -> E:
     code = fault.words[0] if fault.words else None
-    for secret in filter(None, secrets):
-        message = message.replace(secret, "***")
-    return kind(
-        f"{provider} answered {status}{f' ({code})' if code else ''}: {message[:_MAX_MESSAGE]}",
+    error = kind(
+        f"{provider} answered {status}{f' ({code})' if code else ''}: {_without(message, secrets)[:_MAX_MESSAGE]}",
         status=status,
         code=code,
         request_id=request_id(reply.headers) or fault.request_id,
         retry_after=retry_after(reply.headers) or fault.retry_delay,
     )
+    return scrub(error, secrets)
+
+
+def scrub(error: E, secrets: Iterable[str]) -> E:
+    """Return the same error, its message and code without the values that authenticate."""
+    error.message = _without(error.message, secrets)
+    error.code = error.code and _without(error.code, secrets)
+    error.args = (error.message,)
+    return error
+
+
+def _without(text: str, secrets: Iterable[str]) -> str:
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
 
 
 def classify(status: int, fault: Fault) -> type[APIStatusError]:

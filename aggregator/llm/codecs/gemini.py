@@ -7,17 +7,16 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct, field
-from msgspec.structs import replace
 
-from aggregator.errors import APIStatusError, ConfigError, ContentFilterError, DecodeError, EmptyResponseError
-from aggregator.llm.calls import ChatCall, StreamReader, Target
-from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
+from aggregator.errors import ContentFilterError, EmptyResponseError
+from aggregator.llm.calls import ChatCall
+from aggregator.llm.codecs.base import JSONCodec, words
+from aggregator.llm.codecs.failures import request_id
 from aggregator.llm.codecs.gemini_messages import contents_of, system_of, tool_config_of, tools_of
-from aggregator.llm.codecs.sse import Event, EventReader, read_other
-from aggregator.llm.codecs.wire import Envelope, excerpt, finish_reason, fit, parse, read, secrets
+from aggregator.llm.codecs.sse import CompletingCodec, Event, EventReader
+from aggregator.llm.codecs.wire import fit, parse, read
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
-_VERTEX = "https://aiplatform.googleapis.com/v1"
 _NUMBERS = {  # Vertex with enum-encoding
     0: "FINISH_REASON_UNSPECIFIED",
     1: "STOP",
@@ -31,22 +30,6 @@ _NUMBERS = {  # Vertex with enum-encoding
     9: "MALFORMED_FUNCTION_CALL",
     10: "MODEL_ARMOR",
 }
-
-
-def settle_vertex(target: Target, env: Mapping[str, str]) -> Target:
-    """Give Vertex its address: project and location under an access token, none of them under an API key."""
-    if isinstance(target.api_key, str) and target.api_key.startswith(("AIza", "AQ.")):
-        target = replace(target, auth="x-goog-api-key")
-    if target.base_url.rstrip("/") != _VERTEX:
-        return target
-    if target.auth == "x-goog-api-key":
-        return replace(target, base_url=f"{_VERTEX}/publishers/google")
-    project = env.get("GOOGLE_CLOUD_PROJECT") or env.get("VERTEXAI_PROJECT")
-    if not project:
-        raise ConfigError("Expected a project for vertex, got none. Set GOOGLE_CLOUD_PROJECT, or give base_url=…")
-    location = env.get("GOOGLE_CLOUD_LOCATION") or env.get("VERTEXAI_LOCATION") or "global"
-    host = _VERTEX if location == "global" else _VERTEX.replace("://", f"://{location}-")
-    return replace(target, base_url=f"{host}/projects/{project}/locations/{location}/publishers/google")
 
 
 class _Call(Struct, gc=False):
@@ -99,12 +82,70 @@ class Answer(Struct, gc=False):
 _DECODER = msgspec.json.Decoder(Answer)
 
 
-class GeminiGenerate:
+class _Growing(Struct, gc=False):
+    parts: list[_Part] = field(default_factory=list)
+    finish: str | int | None = None
+
+
+class GenerateStream(EventReader):
+    """Reads a stream of partial answers; the deltas are the first candidate's text, thought parts left out."""
+
+    def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
+        super().__init__(codec, call)
+        self._answer = Answer()
+        self._candidates: dict[int, _Growing] = {}
+
+    def event(self, event: Event) -> str:
+        """Take one event and return the text it brings."""
+        return self.chunk(read(event.data, _DECODER))
+
+    def chunk(self, chunk: Answer) -> str:
+        """Take one partial answer and return the text it brings."""
+        if chunk.error:
+            raise self.codec.fault(chunk.error, HTTPReply(status=200, body=b"", headers={}))
+        self._answer.responseId = chunk.responseId or self._answer.responseId
+        self._answer.modelVersion = chunk.modelVersion or self._answer.modelVersion
+        self._answer.usageMetadata = chunk.usageMetadata or self._answer.usageMetadata
+        self._answer.promptFeedback = chunk.promptFeedback or self._answer.promptFeedback
+        text = ""
+        for candidate in chunk.candidates or ():
+            growing = self._candidates.setdefault(candidate.index or 0, _Growing())
+            growing.finish = growing.finish if candidate.finishReason is None else candidate.finishReason
+            parts = (candidate.content.parts if candidate.content is not None else None) or []
+            growing.parts += parts
+            if not candidate.index:
+                text += "".join([part.text for part in parts if part.text and not part.thought])
+        return text
+
+    def whole(self) -> bool:
+        """Every candidate said why it ended, or the prompt was blocked."""
+        if not self._candidates:
+            return self._answer.promptFeedback is not None
+        return all(candidate.finish is not None for candidate in self._candidates.values())
+
+    def build(self, reply: HTTPReply) -> Completion:
+        """Put the candidates together."""
+        self._answer.candidates = [
+            _Candidate(content=_Content(parts=growing.parts), finishReason=growing.finish, index=index)
+            for index, growing in sorted(self._candidates.items())
+        ]
+        return self.codec.completion(self._answer, reply)
+
+
+class GeminiGenerate(JSONCodec[Answer]):
     """The codec of generateContent, bound to one server; the key goes in a header, never in the address."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self._envelope = Envelope(target)
+    decoder = _DECODER
+    reader = GenerateStream
+    finish_words = words(
+        stop="stop finish_reason_unspecified",
+        length="max_tokens",
+        content_filter="""
+            safety recitation language blocklist prohibited_content spii model_armor
+            image_safety image_prohibited_content image_recitation""",
+    )
+    limit_fields = ("generationConfig.maxOutputTokens",)
+    count_fields = ("generationConfig.candidateCount",)
 
     def url(self, call: ChatCall) -> str:
         """Where this call is posted."""
@@ -125,42 +166,24 @@ class GeminiGenerate:
         extra = dict(call.extra)
         if isinstance(more := extra.get("generationConfig"), Mapping):  # adds to our options, replaces none unsaid
             extra["generationConfig"] = {**body.get("generationConfig", {}), **more}
-        return self._envelope.post(self.url(call), {**body, **extra}, stream=call.stream)
+        return self.post(self.url(call), {**body, **extra}, call)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer; raises LLMError where the prompt was blocked or no candidate came."""
-        try:
-            return self.completion(read(reply.body, _DECODER), reply)
-        except DecodeError as error:
-            if reply.body.lstrip().startswith(b"["):  # a stream asked for without alt=sse
-                return self._from_array(reply, call)
-            return read_other(error, reply, self.stream(call))
+        if reply.body.lstrip().startswith(b"["):  # a stream asked for without alt=sse
+            return self._from_array(reply, call)
+        return super().decode(reply, call)
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
         """Turn a parsed answer into a Completion."""
         if answer.error:
-            raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
+            raise self.fault(answer.error, reply)
         candidates = [c for c in answer.candidates or () if c.content is not None or c.finishReason is not None]
         if not candidates:
             raise self._nothing(answer, reply)
-        return Completion(
-            choices=tuple([_choice(candidate, i) for i, candidate in enumerate(candidates)]),
-            usage=_usage(answer.usageMetadata) if answer.usageMetadata is not None else Usage(),
-            model=answer.modelVersion or "",
-            id=answer.responseId or "",
-            request_id=request_id(reply.headers),
-            milliseconds=reply.milliseconds,
-            replayed=reply.replayed,
-            raw=reply.body,
-        )
-
-    def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error of an error status."""
-        return status_error(reply, self.target.provider, secrets(self.target))
-
-    def stream(self, call: ChatCall) -> StreamReader:
-        """Return a reader for a streamed answer."""
-        return GenerateStream(self, call)
+        choices = [self._choice(candidate, i) for i, candidate in enumerate(candidates)]
+        usage = _usage(answer.usageMetadata) if answer.usageMetadata is not None else Usage()
+        return self.completed(reply, choices, usage=usage, model=answer.modelVersion, answer_id=answer.responseId)
 
     def _from_array(self, reply: HTTPReply, call: ChatCall) -> Completion:
         reader = GenerateStream(self, call)
@@ -169,17 +192,33 @@ class GeminiGenerate:
         return reader.build(reply)
 
     def _nothing(self, answer: Answer, reply: HTTPReply) -> ContentFilterError | EmptyResponseError:
-        found = request_id(reply.headers)
         feedback = answer.promptFeedback
-        if feedback is not None and feedback.blockReason is not None:
-            reason = str(feedback.blockReason)
-            told = f": {feedback.blockReasonMessage}" if feedback.blockReasonMessage else ""
-            message = f"{self.target.provider} blocked the prompt ({reason}){told}; change the prompt or the filter"
-            return ContentFilterError(message, code=reason, status=reply.status, request_id=found)
-        return EmptyResponseError(
-            f"Expected candidates from {self.target.provider}, got none in {excerpt(reply.body)}",
+        if feedback is None or feedback.blockReason is None:
+            return self.empty("candidates", reply)
+        reason = str(feedback.blockReason)
+        told = f": {feedback.blockReasonMessage}" if feedback.blockReasonMessage else ""
+        return ContentFilterError(
+            f"{self.target.provider} blocked the prompt ({reason}){told}; change the prompt or the filter",
+            code=reason,
             status=reply.status,
-            request_id=found,
+            request_id=request_id(reply.headers),
+        )
+
+    def _choice(self, candidate: _Candidate, position: int) -> Choice:
+        word = candidate.finishReason
+        parts = (candidate.content.parts if candidate.content is not None else None) or ()
+        texts = [part.text for part in parts if part.text and not part.thought]
+        thoughts = [part.text for part in parts if part.text and part.thought]
+        calls = _tool_calls(parts)
+        return Choice(
+            message=Message(
+                content="".join(texts) if texts else None,
+                reasoning="".join(thoughts) if thoughts else None,
+                tool_calls=calls,
+            ),
+            finish_reason=self.finish_reason(_NUMBERS.get(word, "OTHER") if isinstance(word, int) else word),
+            raw_finish_reason=None if word is None else str(word),
+            index=position if candidate.index is None else candidate.index,
         )
 
 
@@ -198,24 +237,6 @@ def _generation_config(call: ChatCall) -> dict[str, Any] | None:
     if wanted.get("type") == "json_schema":
         config["responseJsonSchema"] = (wanted.get("json_schema") or {}).get("schema")
     return {name: value for name, value in config.items() if value is not None} or None
-
-
-def _choice(candidate: _Candidate, position: int) -> Choice:
-    word = candidate.finishReason
-    raw = None if word is None else str(word)
-    parts = (candidate.content.parts if candidate.content is not None else None) or ()
-    texts = [part.text for part in parts if part.text and not part.thought]
-    thoughts = [part.text for part in parts if part.text and part.thought]
-    return Choice(
-        message=Message(
-            content="".join(texts) if texts else None,
-            reasoning="".join(thoughts) if thoughts else None,
-            tool_calls=_tool_calls(parts),
-        ),
-        finish_reason=finish_reason(_NUMBERS.get(word) if isinstance(word, int) else word),
-        raw_finish_reason=raw,
-        index=position if candidate.index is None else candidate.index,
-    )
 
 
 def _tool_calls(parts: Sequence[_Part]) -> tuple[ToolCall, ...]:
@@ -243,54 +264,3 @@ def _usage(usage: _Usage) -> Usage:
         cached_tokens=usage.cachedContentTokenCount,
         reasoning_tokens=thought,
     )
-
-
-class _Growing(Struct, gc=False):
-    parts: list[_Part] = field(default_factory=list)
-    finish: str | int | None = None
-
-
-class GenerateStream(EventReader):
-    """Reads a stream of partial answers; the deltas are the first candidate's text, thought parts left out."""
-
-    def __init__(self, codec: GeminiGenerate, call: ChatCall) -> None:
-        super().__init__(codec, call)
-        self._complete = codec.completion
-        self._answer = Answer()
-        self._candidates: dict[int, _Growing] = {}
-
-    def event(self, event: Event) -> str:
-        """Take one event and return the text it brings."""
-        return self.chunk(read(event.data, _DECODER))
-
-    def chunk(self, chunk: Answer) -> str:
-        """Take one partial answer and return the text it brings."""
-        if chunk.error:
-            self._complete(chunk, HTTPReply(status=200, body=b"", headers={}))
-        self._answer.responseId = chunk.responseId or self._answer.responseId
-        self._answer.modelVersion = chunk.modelVersion or self._answer.modelVersion
-        self._answer.usageMetadata = chunk.usageMetadata or self._answer.usageMetadata
-        self._answer.promptFeedback = chunk.promptFeedback or self._answer.promptFeedback
-        text = ""
-        for candidate in chunk.candidates or ():
-            growing = self._candidates.setdefault(candidate.index or 0, _Growing())
-            growing.finish = growing.finish if candidate.finishReason is None else candidate.finishReason
-            parts = (candidate.content.parts if candidate.content is not None else None) or []
-            growing.parts += parts
-            if not candidate.index:
-                text += "".join([part.text for part in parts if part.text and not part.thought])
-        return text
-
-    def whole(self) -> bool:
-        """Every candidate said why it ended, or the prompt was blocked."""
-        if not self._candidates:
-            return self._answer.promptFeedback is not None
-        return all(candidate.finish is not None for candidate in self._candidates.values())
-
-    def build(self, reply: HTTPReply) -> Completion:
-        """Put the candidates together."""
-        self._answer.candidates = [
-            _Candidate(content=_Content(parts=growing.parts), finishReason=growing.finish, index=index)
-            for index, growing in sorted(self._candidates.items())
-        ]
-        return self._complete(self._answer, reply)

@@ -8,41 +8,18 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from msgspec import Struct
-from msgspec.structs import replace
 
-from aggregator.errors import APIStatusError, ContentFilterError, DecodeError, EmptyResponseError, ResponseError
-from aggregator.llm.calls import ChatCall, StreamReader, Target
-from aggregator.llm.codecs.failures import fault_inside, request_id, status_error
-from aggregator.llm.codecs.openai_answers import (
-    DECODER,
-    Answer,
-    WireChoice,
-    WireMessage,
-    decode_usual,
-    message_of,
-    other_cached_tokens,
-    told,
-    told_calls,
-    usage_of,
-    usd,
-)
+from aggregator.errors import ContentFilterError, EmptyResponseError, ResponseError
+from aggregator.llm.calls import ChatCall, RateHeaders, Target
+from aggregator.llm.codecs.base import JSONCodec, words
+from aggregator.llm.codecs.failures import request_id
+from aggregator.llm.codecs.openai_answers import DECODER, Answer, WireChoice, WireMessage, message_of, usage_of
 from aggregator.llm.codecs.openai_stream import ChatStream
-from aggregator.llm.codecs.sse import read_other
-from aggregator.llm.codecs.wire import (
-    BEFORE_THINKING,
-    REASONS,
-    REFUSED,
-    Envelope,
-    excerpt,
-    finish_reason,
-    read,
-    secrets,
-    split_thinking,
-)
-from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
+from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest
 
 _REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-[5-9]|gpt-\d\d|codex)")
 _USAGE = {"include_usage": True}
+_LEFT = "x-ratelimit-remaining-{}", "x-ratelimit-limit-{}", "x-ratelimit-reset-{}"
 
 
 class _Body(Struct, omit_defaults=True, gc=False):
@@ -64,12 +41,31 @@ class _Body(Struct, omit_defaults=True, gc=False):
     stream_options: Mapping[str, Any] | None = None
 
 
-class OpenAIChat:
+class OpenAIChat(JSONCodec[Answer]):
     """The codec of chat completions, bound to one server."""
 
+    decoder = DECODER
+    reader = ChatStream
+    finish_words = words(
+        stop="stop eos eos_token end_turn stop_sequence complete finish_reason_unspecified",
+        length="length max_tokens max_output_tokens model_length model_context_window_exceeded",  # Mistral; Anthropic
+        tool_calls="tool_calls tool_use tool_call function_call",
+        content_filter="content_filter refusal safety recitation blocklist prohibited_content spii sensitive",  # z.ai
+    )
+    limit_fields = ("max_tokens", "max_completion_tokens")
+    requests = (
+        RateHeaders(*[name.format("requests") for name in _LEFT]),
+        RateHeaders(*[name.format("req-minute") for name in _LEFT]),  # Mistral
+        RateHeaders(*[name.format("requests-minute") for name in _LEFT]),  # Hugging Face
+    )
+    tokens = (
+        RateHeaders(*[name.format("tokens") for name in _LEFT]),
+        RateHeaders(*[name.format("tokens-minute") for name in _LEFT]),
+    )
+    kept_headers = ("openai-beta", "openai-version", "openai-processing-ms", "x-ratelimit-*")
+
     def __init__(self, target: Target) -> None:
-        self.target = target
-        self._envelope = Envelope(target)
+        super().__init__(target)
         self._urls: dict[str, str] = {}
         host = urlsplit(target.base_url).hostname or ""
         self._official = host.endswith(("api.openai.com", ".azure.com"))
@@ -106,8 +102,8 @@ class OpenAIChat:
         )
         url = self._urls.get(call.model) or self._urls.setdefault(call.model, self.url(call))
         if call.extra or (call.seed is not None and self._seed != "seed"):
-            return self._envelope.post(url, {**self._renamed(body), **call.extra}, stream=call.stream)
-        return self._envelope.post(url, body, stream=call.stream)
+            return self.post(url, {**self._renamed(body), **call.extra}, call)
+        return self.post(url, body, call)
 
     def _renamed(self, body: _Body) -> dict[str, Any]:
         """The body's fields under this server's names."""
@@ -115,98 +111,18 @@ class OpenAIChat:
         said = {name: value for name, value in fields if value is not None and value is not False}
         return {self._seed if name == "seed" else name: value for name, value in said.items()}
 
-    def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
-        """Read an answer: the usual shape here and at once, any other by way of the lenient types.
-
-        One long function: every answer takes it, and each call of a further one would cost 2 % of the whole.
-        """
-        try:
-            answer = decode_usual(reply.body)
-        except REFUSED:
-            return self.decode_unusual(reply, call)
-        (choice,) = answer.choices
-        message, reason = choice.message, choice.finish_reason
-        content, calls, details = message.content, message.tool_calls, message.reasoning_details
-        reasoning = message.reasoning_content or message.reasoning or (told(details) if details else None)
-        if content and content[0] in BEFORE_THINKING:
-            content, thought = split_thinking(content)
-            reasoning = (reasoning or "") + thought or None
-        usage, headers = answer.usage, reply.headers
-        cost = answer.cost if usage.cost is None else usage.cost
-        prompt, output = usage.prompt_tokens_details, usage.completion_tokens_details
-        cached = prompt.cached_tokens if prompt is not None else None
-        thinking = output.reasoning_tokens if output is not None else None
-        return Completion(
-            choices=(
-                Choice(
-                    message=Message(
-                        content=content,
-                        reasoning=reasoning,
-                        tool_calls=told_calls(calls) if calls else (),
-                        refusal=message.refusal or None,
-                    ),
-                    finish_reason=reason,
-                    raw_finish_reason=reason,
-                    index=choice.index,
-                ),
-            ),
-            usage=Usage(
-                input_tokens=usage.prompt_tokens,
-                output_tokens=usage.completion_tokens,
-                cached_tokens=other_cached_tokens(usage) if cached is None else cached,
-                reasoning_tokens=usage.reasoning_tokens if thinking is None else thinking,
-                cost=None if cost is None else usd(cost),
-            ),
-            model=answer.model,
-            id=answer.id,
-            request_id=headers["x-request-id"] if "x-request-id" in headers else request_id(headers),
-            milliseconds=reply.milliseconds,
-            replayed=reply.replayed,
-            raw=reply.body,
-        )
-
-    def decode_unusual(self, reply: HTTPReply, call: ChatCall) -> Completion:
-        """Read an answer in whatever shape it came."""
-        try:
-            return self.completion(read(reply.body, DECODER), reply)
-        except DecodeError as error:
-            return read_other(error, reply, self.stream(call))
-
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
         """Turn a parsed answer into a Completion; raises where it is an error or holds no message."""
         if answer.error:
-            raise fault_inside(answer.error, reply, self.target.provider, secrets(self.target))
-        choices = answer.choices
-        if not choices:
-            raise EmptyResponseError(
-                f"Expected choices from {self.target.provider}, got none in {excerpt(reply.body)}",
-                status=reply.status,
-                request_id=request_id(reply.headers),
-            )
-        return Completion(
-            choices=(self._choice(choices[0], 0, reply),)
-            if len(choices) == 1
-            else tuple([self._choice(choice, i, reply) for i, choice in enumerate(choices)]),
-            usage=usage_of(answer),
-            model=answer.model or "",
-            id=answer.id or "",
-            request_id=request_id(reply.headers),
-            milliseconds=reply.milliseconds,
-            replayed=reply.replayed,
-            raw=reply.body,
-        )
-
-    def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error of an error status."""
-        return status_error(reply, self.target.provider, secrets(self.target))
-
-    def stream(self, call: ChatCall) -> StreamReader:
-        """Return a reader for a streamed answer."""
-        return ChatStream(self, call, self.completion)
+            raise self.fault(answer.error, reply)
+        if not answer.choices:
+            raise self.empty("choices", reply)
+        choices = [self._choice(choice, i, reply) for i, choice in enumerate(answer.choices)]
+        return self.completed(reply, choices, usage=usage_of(answer), model=answer.model, answer_id=answer.id)
 
     def _choice(self, choice: WireChoice, position: int, reply: HTTPReply) -> Choice:
         if choice.error:  # OpenRouter, where its upstream failed half way
-            raise fault_inside(choice.error, reply, self.target.provider, secrets(self.target))
+            raise self.fault(choice.error, reply)
         message = choice.message or choice.delta
         if message is None:
             if choice.text is None:
@@ -214,13 +130,13 @@ class OpenAIChat:
             message = WireMessage(content=choice.text)
         return Choice(
             message=message_of(message),
-            finish_reason=REASONS.get(choice.finish_reason, "stop"),
+            finish_reason=self.finish_reason(choice.finish_reason),
             raw_finish_reason=choice.finish_reason,
             index=position if choice.index is None else choice.index,
         )
 
     def _no_message(self, choice: WireChoice, reply: HTTPReply) -> ResponseError:
-        filtered = finish_reason(choice.finish_reason) == "content_filter"
+        filtered = self.finish_reason(choice.finish_reason) == "content_filter"
         kind = ContentFilterError if filtered else EmptyResponseError
         return kind(
             f"Expected a message from {self.target.provider}, got a choice without one "
@@ -229,14 +145,6 @@ class OpenAIChat:
             code=choice.finish_reason,
             request_id=request_id(reply.headers),
         )
-
-
-def settle_azure(target: Target, env: Mapping[str, str]) -> Target:
-    """Take the api-version from the environment; one in the address itself wins. A token of Entra is no API key."""
-    if isinstance(target.api_key, str) and target.api_key.startswith("eyJ"):  # as every JSON web token begins
-        target = replace(target, auth="authorization")
-    version = env.get("OPENAI_API_VERSION") or env.get("AZURE_API_VERSION")
-    return replace(target, options={**target.options, "api_version": version}) if version else target
 
 
 class AzureChat(OpenAIChat):

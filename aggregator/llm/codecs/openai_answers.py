@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.llm.codecs.wire import BEFORE_THINKING, split_thinking
-from aggregator.records import FinishReason, Message, ToolCall, Usage
+from aggregator.records import Message, ToolCall, Usage
 
 
 class WireFunction(Struct, gc=False):
@@ -213,58 +213,3 @@ def usd(cost: Any) -> float | None:
     if isinstance(cost, dict):
         cost = cost.get("total_cost", cost.get("usd"))
     return float(cost) if isinstance(cost, int | float) else None
-
-
-class _Function(Struct, gc=False):
-    name: str
-    arguments: str
-
-
-class _ToolCall(Struct, gc=False):
-    function: _Function
-    id: str = ""
-
-
-class _Detail(Struct, gc=False):
-    text: str | None = None
-    summary: str | None = None
-
-
-class _Message(Struct, gc=False):
-    content: str | None = None
-    refusal: str | None = None
-    tool_calls: list[_ToolCall] | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    reasoning_details: list[_Detail] | None = None
-    function_call: None = None
-
-
-class _Choice(Struct, gc=False, kw_only=True):
-    index: int = 0
-    message: _Message
-    finish_reason: FinishReason
-    error: None = None
-
-
-class _UsualAnswer(Struct, gc=False, kw_only=True):
-    id: str = ""
-    model: str = ""
-    choices: tuple[_Choice]
-    usage: WireUsage
-    error: None = None
-    cost: Any = None
-
-
-# Fields stand in the order in which servers send them: msgspec looks for the next one first.
-decode_usual = msgspec.json.Decoder(_UsualAnswer).decode
-
-
-def told_calls(calls: list[_ToolCall]) -> tuple[ToolCall, ...]:
-    """Turn calls of functions into ours."""
-    return tuple([ToolCall(id=c.id, name=c.function.name, arguments=c.function.arguments) for c in calls])
-
-
-def told(details: list[_Detail]) -> str | None:
-    """The thinking where its details alone tell it; OpenRouter's are often encrypted."""
-    return "".join([detail.text or detail.summary or "" for detail in details]) or None

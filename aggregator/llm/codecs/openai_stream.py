@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from msgspec import Struct, field
 
-from aggregator.llm.calls import ChatCall, Codec
+from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.failures import fault_in_event
 from aggregator.llm.codecs.openai_answers import (
     DECODER,
@@ -21,7 +19,7 @@ from aggregator.llm.codecs.openai_answers import (
     text_and_thoughts,
     tool_call,
 )
-from aggregator.llm.codecs.sse import DONE, Event, EventReader
+from aggregator.llm.codecs.sse import DONE, CompletingCodec, Event, EventReader
 from aggregator.llm.codecs.wire import ThinkingFilter, read
 from aggregator.records import Completion, HTTPReply
 
@@ -38,14 +36,10 @@ class _Growing(Struct):
 
 
 class ChatStream(EventReader):
-    """Reads a stream of chat completion chunks; the deltas are those of the first choice, thinking left out.
+    """Reads a stream of chat completion chunks; the deltas are those of the first choice, thinking left out."""
 
-    `complete` turns the answer put together into a Completion, and raises what stands in it as an error.
-    """
-
-    def __init__(self, codec: Codec, call: ChatCall, complete: Callable[[Answer, HTTPReply], Completion]) -> None:
+    def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
         super().__init__(codec, call)
-        self._complete = complete
         self._choices: dict[int, _Growing] = {}
         self._thinking = ThinkingFilter()
         self._answer = Answer()
@@ -59,7 +53,7 @@ class ChatStream(EventReader):
         chunk = Answer(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, DECODER)
         failed = chunk.error or next((choice.error for choice in chunk.choices or () if choice.error), None)
         if failed:
-            self._complete(Answer(error=failed), HTTPReply(status=200, body=event.data, headers={}))
+            raise self.codec.fault(failed, HTTPReply(status=200, body=event.data, headers={}))
         self._answer.id = self._answer.id or chunk.id
         self._answer.model = self._answer.model or chunk.model
         self._answer.usage = _latest(self._answer.usage, chunk.usage)
@@ -74,7 +68,7 @@ class ChatStream(EventReader):
     def build(self, reply: HTTPReply) -> Completion:
         """Put the choices together."""
         self._answer.choices = [_whole(index, choice) for index, choice in sorted(self._choices.items())]
-        return self._complete(self._answer, reply)
+        return self.codec.completion(self._answer, reply)
 
     def _grow(self, choice: WireChoice) -> str:
         index = choice.index or 0

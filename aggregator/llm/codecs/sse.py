@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from aggregator.errors import APIConnectionError, DecodeError
+from aggregator.errors import APIConnectionError, DecodeError, LLMError
 from aggregator.llm.calls import ChatCall, Codec, StreamReader
 from aggregator.llm.codecs.failures import request_id
 from aggregator.records import Completion, HTTPReply
@@ -57,6 +57,18 @@ class EventParser:
         return None
 
 
+class CompletingCodec(Codec, Protocol):
+    """A codec that turns its own typed answer into a Completion, which is what a stream adds up to."""
+
+    def completion(self, answer: Any, reply: HTTPReply) -> Completion:
+        """Turn the typed answer into a Completion; raises LLMError."""
+        ...
+
+    def fault(self, data: Any, reply: HTTPReply) -> LLMError:
+        """Return the error that an answer of status 200 holds."""
+        ...
+
+
 class EventReader:
     """The part of a StreamReader that no provider changes; a subclass reads its own events.
 
@@ -64,7 +76,7 @@ class EventReader:
     puts the answer together.
     """
 
-    def __init__(self, codec: Codec, call: ChatCall) -> None:
+    def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
         self.codec = codec
         self.call = call
         self._parser = EventParser()
@@ -110,9 +122,9 @@ def is_event_stream(body: bytes) -> bool:
     return body.lstrip().startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
 
 
-def read_other(error: DecodeError, reply: HTTPReply, reader: StreamReader) -> Completion:
+def read_other(error: DecodeError, reply: HTTPReply, reader: StreamReader | None) -> Completion:
     """Read a body that is no JSON object: a stream in one piece (from a cassette, or unasked); else raise the error."""
-    if not is_event_stream(reply.body):
+    if reader is None or not is_event_stream(reply.body):
         error.status, error.request_id = reply.status, request_id(reply.headers)
         raise error
     reader.feed(reply.body)

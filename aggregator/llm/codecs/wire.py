@@ -8,12 +8,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Struct
 
-from aggregator import __version__
 from aggregator.errors import ConfigError, DecodeError
-from aggregator.llm.calls import Target
-from aggregator.records import FinishReason, HTTPRequest
 
 T = TypeVar("T")
 
@@ -177,84 +173,3 @@ class ThinkingFilter:
             return ""
         held, self._held, self._state = self._held, "", "text"
         return held
-
-
-# Only what can be decoded everywhere: eight recorded exchanges came as brotli to clients that could not read it.
-ACCEPT_ENCODING = "gzip, deflate"
-_USER_AGENT = f"aggregator/{__version__}"
-_to_json = msgspec.json.Encoder().encode
-
-
-class Envelope:
-    """Makes the requests of one target; headers are built once, unless the key is a function."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._fixed = None if callable(target.api_key) else self._dressed(target.api_key)
-
-    def post(self, url: str, body: Mapping[str, Any] | Struct, *, stream: bool = False) -> HTTPRequest:
-        """Build a request. The body keeps the order of its keys: the same call gives the same bytes."""
-        plain, streamed, secrets = self._fixed or self._dressed(api_key(self._target))
-        return HTTPRequest(url=url, body=_to_json(body), headers=streamed if stream else plain, secrets=secrets)
-
-    def _dressed(self, key: str | None) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-        """The headers of a plain and of a streamed request, and the secrets in them."""
-        headers = {
-            "content-type": "application/json",
-            "accept": "application/json",
-            "accept-encoding": ACCEPT_ENCODING,
-            "user-agent": _USER_AGENT,
-            **self._target.headers,
-        }
-        if key:
-            headers[self._target.auth] = f"Bearer {key}" if self._target.auth == "authorization" else key
-        return headers, {**headers, "accept": "text/event-stream"}, (key,) if key else ()
-
-
-def api_key(target: Target) -> str | None:
-    """The key of the moment."""
-    return target.api_key() if callable(target.api_key) else target.api_key
-
-
-def secrets(target: Target) -> tuple[str, ...]:
-    """The very values that authenticate, which no message and no file may hold."""
-    key = api_key(target)
-    return (key,) if key else ()
-
-
-_WORDS: dict[FinishReason, tuple[str, ...]] = {
-    "stop": ("stop", "eos", "end_turn", "stop_sequence", "pause_turn", "complete", "finish_reason_unspecified"),
-    "length": (
-        "length",
-        "max_tokens",
-        "max_output_tokens",
-        "model_length",  # Mistral
-        "model_context_window_exceeded",  # Anthropic
-    ),
-    "tool_calls": ("tool_calls", "tool_use", "tool_call", "function_call"),
-    "content_filter": (
-        "content_filter",
-        "refusal",  # Anthropic
-        "safety",
-        "recitation",
-        "language",
-        "blocklist",
-        "prohibited_content",
-        "spii",
-        "image_safety",
-        "image_prohibited_content",
-        "image_recitation",
-        "model_armor",
-    ),
-}
-REASONS: dict[str | None, FinishReason] = {word: reason for reason, words in _WORDS.items() for word in words}
-REASONS |= {word.upper(): reason for word, reason in REASONS.items() if word}  # Gemini shouts
-
-
-def finish_reason(word: str | None) -> FinishReason:
-    """Normalise a provider's word; an unknown one, or none, reads as `stop` (the word stays in `raw_finish_reason`).
-
-    >>> finish_reason("MAX_TOKENS"), finish_reason("end_turn"), finish_reason(None)
-    ('length', 'stop', 'stop')
-    """
-    return REASONS.get(word, "stop")

@@ -1,0 +1,200 @@
+"""What the codecs of JSON APIs have in common: one class to subclass for a provider of your own.
+
+A codec states its typed answer, its finish words and its headers, and implements `encode` and `completion`; reading
+bodies of any shape, errors, streams in one piece and the request's envelope are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from aggregator import __version__
+from aggregator.errors import APIStatusError, ConfigError, DecodeError, EmptyResponseError, LLMError
+from aggregator.llm.calls import ChatCall, Limits, RateHeaders, StreamReader, Target
+from aggregator.llm.codecs.failures import fault_inside, request_id, scrub, status_error
+from aggregator.llm.codecs.sse import EventReader, read_other
+from aggregator.llm.codecs.wire import excerpt, read
+from aggregator.records import Choice, Completion, FinishReason, HTTPReply, HTTPRequest, Usage
+
+A = TypeVar("A")
+
+# Only what can be decoded everywhere: eight recorded exchanges came as brotli to clients that could not read it.
+ACCEPT_ENCODING = "gzip, deflate"
+_USER_AGENT = f"aggregator/{__version__}"
+_to_json = msgspec.json.Encoder().encode
+
+
+def words(**meanings: str) -> Mapping[str, FinishReason]:
+    """Return a table of finish words: our word = the provider's words, separated by blanks.
+
+    >>> words(stop="COMPLETE STOP_SEQUENCE", length="MAX_TOKENS")["max_tokens"]
+    'length'
+    """
+    return {word.lower(): reason for reason, said in meanings.items() for word in said.split()}  # type: ignore[misc]
+
+
+class JSONCodec(Generic[A]):
+    """A codec whose answers are JSON objects; a subclass fills in what is particular to its API.
+
+    * `decoder` reads a body into the typed answer, leniently: every field optional.
+    * `finish_words` maps the provider's finish words (lower case) to ours; any other word reads as "error". No word at
+      all reads as "stop".
+    * `limit_fields` and `count_fields` are the fields of the body that limit an answer's tokens and count the answers,
+      with dots for nesting: what `extra` says there counts for the budget.
+    * `kept_headers` are headers that a recording may hold; a final `*` stands for any ending.
+    * `reader` reads this API's streams; None for an API without.
+    """
+
+    decoder: ClassVar[msgspec.json.Decoder[Any]]
+    reader: ClassVar[type[EventReader] | None] = None
+    finish_words: ClassVar[Mapping[str, FinishReason]] = {}
+    requests: tuple[RateHeaders, ...] = ()
+    tokens: tuple[RateHeaders, ...] = ()
+    lacks: frozenset[str] = frozenset()
+    limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
+    count_fields: ClassVar[tuple[str, ...]] = ("n",)
+    kept_headers: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._envelope = Envelope(target, self.kept_headers)
+
+    # What a subclass brings.
+
+    def encode(self, call: ChatCall) -> HTTPRequest:
+        """Return the request, usually by `self.post(url, body, call)`."""
+        raise NotImplementedError
+
+    def completion(self, answer: A, reply: HTTPReply) -> Completion:
+        """Turn the typed answer into a Completion, usually by `self.completed(...)`; raises LLMError."""
+        raise NotImplementedError
+
+    # What it gets.
+
+    def post(self, url: str, body: Mapping[str, Any] | Struct, call: ChatCall) -> HTTPRequest:
+        """Build a request. The body keeps the order of its keys: the same call gives the same bytes."""
+        return self._envelope.post(url, body, stream=call.stream)
+
+    def limits(self, call: ChatCall) -> Limits:
+        """Return the limits that the request for this call states. A negative number of tokens is no limit."""
+        tokens, answers = call.max_tokens, call.n
+        if call.extra:  # merged into the body last
+            tokens = _largest(call.extra, self.limit_fields, tokens)
+            answers = _largest(call.extra, self.count_fields, answers)
+        return Limits(None if tokens is None or tokens < 0 else tokens, 1 if answers is None else answers)
+
+    def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
+        """Read an answer, also a stream that came in one piece; raises LLMError where there is none."""
+        try:
+            answer = read(reply.body, self.decoder)
+        except DecodeError as error:
+            scrub(error, self._envelope.secrets())
+            return read_other(error, reply, None if self.reader is None else self.stream(call))
+        return self.completion(answer, reply)
+
+    def error(self, reply: HTTPReply) -> APIStatusError:
+        """Return the error of an error status."""
+        return status_error(reply, self.target.provider, self._envelope.secrets())
+
+    def stream(self, call: ChatCall) -> StreamReader:
+        """Return a reader for a streamed answer; raises ConfigError for an API without streams."""
+        if self.reader is None:
+            raise ConfigError(
+                f"Expected no stream from {self.target.provider}, whose codec has no reader; use complete"
+            )
+        return self.reader(self, call)
+
+    def fault(self, data: Any, reply: HTTPReply) -> LLMError:
+        """Return the error that an answer of status 200 holds."""
+        return fault_inside(data, reply, self.target.provider, self._envelope.secrets())
+
+    def empty(self, wanted: str, reply: HTTPReply) -> EmptyResponseError:
+        """Return the error of an answer that lacks what makes it one."""
+        error = EmptyResponseError(
+            f"Expected {wanted} from {self.target.provider}, got none in {excerpt(reply.body)}",
+            status=reply.status,
+            request_id=request_id(reply.headers),
+        )
+        return scrub(error, self._envelope.secrets())
+
+    def finish_reason(self, word: str | None) -> FinishReason:
+        """Return our word for the provider's; "error" for one that is not known to be good."""
+        if not word:
+            return "stop"
+        return self.finish_words.get(word) or self.finish_words.get(word.lower(), "error")
+
+    def completed(
+        self,
+        reply: HTTPReply,
+        choices: Iterable[Choice],
+        *,
+        usage: Usage,
+        model: str | None = None,
+        answer_id: str | None = None,
+    ) -> Completion:
+        """Put a Completion together from its parts and what the reply itself tells."""
+        return Completion(
+            choices=tuple(choices),
+            usage=usage,
+            model=model or "",
+            id=answer_id or "",
+            request_id=request_id(reply.headers),
+            milliseconds=reply.milliseconds,
+            replayed=reply.replayed,
+            raw=reply.body,
+        )
+
+
+def _largest(extra: Mapping[str, Any], fields: tuple[str, ...], ours: int | None) -> int | None:
+    """Return the largest whole number that `extra` states under one of the fields, else ours."""
+    found: list[int] = []
+    for path in fields:
+        node: Any = extra
+        for name in path.split("."):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        if type(node) is int:
+            found.append(node)
+    return max(found, default=ours)
+
+
+class Envelope:
+    """Makes the requests of one target; headers are built once, unless the key is a function."""
+
+    def __init__(self, target: Target, kept: tuple[str, ...] = ()) -> None:
+        self._target = target
+        self._kept = kept
+        self._fixed = None if callable(target.api_key) else self._dress(target.api_key)
+        self._sent: tuple[str, ...] = () if self._fixed is None else self._fixed[2]
+
+    def post(self, url: str, body: Mapping[str, Any] | Struct, *, stream: bool = False) -> HTTPRequest:
+        """Build a request."""
+        if self._fixed is not None:
+            plain, streamed, secrets = self._fixed
+        else:
+            key = self._target.api_key
+            plain, streamed, secrets = self._dress(key() if callable(key) else key)
+            self._sent = secrets
+        return HTTPRequest(
+            url=url, body=_to_json(body), headers=streamed if stream else plain, secrets=secrets, kept=self._kept
+        )
+
+    def secrets(self) -> tuple[str, ...]:
+        """The values that authenticated the latest request, which no message may hold."""
+        return self._sent
+
+    def _dress(self, key: str | None) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+        """The headers of a plain and of a streamed request, and the secrets in them."""
+        headers = {
+            "content-type": "application/json",
+            "accept": "application/json",
+            "accept-encoding": ACCEPT_ENCODING,
+            "user-agent": _USER_AGENT,
+            **self._target.headers,
+        }
+        if key:
+            headers[self._target.auth] = f"Bearer {key}" if self._target.auth == "authorization" else key
+        return headers, {**headers, "accept": "text/event-stream"}, (key,) if key else ()

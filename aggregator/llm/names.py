@@ -1,0 +1,177 @@
+"""From a model's name, its address and its key in the environment to an endpoint that can be called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec.structs import asdict
+
+from aggregator.checks import is_async
+from aggregator.errors import ConfigError
+from aggregator.llm.calls import ApiKey, Codec, Provider, Target
+from aggregator.llm.providers import providers
+
+_PREFIX = re.compile(r"([^/:]+)[/:](.+)", re.DOTALL)
+
+
+class Endpoint(Target, frozen=True, kw_only=True):
+    """A target with its codec bound. `key_hint` says how to give the key that is missing."""
+
+    codec: Codec
+    key_hint: str | None = None
+
+    def require_key(self) -> None:
+        """Raise ConfigError where a key is needed and none was found.
+
+        Called before a request leaves, not before: a cassette replays without any key.
+        """
+        if self.key_hint is not None:
+            raise ConfigError(self.key_hint)
+
+
+class _Wanted(NamedTuple):
+    model: str
+    base_url: str | None
+    api_key: ApiKey | None
+
+
+def resolve(
+    model: str | None, *, base_url: str | None = None, api_key: ApiKey | None = None, env: Mapping[str, str]
+) -> Endpoint:
+    """Find provider, address, key and codec; raises ConfigError for a name that names nothing.
+
+    Names are `provider/model` or `provider:model` (`openai/gpt-4o-mini`, `ollama/qwen3:8b`,
+    `openrouter/meta-llama/llama-3.3-70b:free`). With a `base_url` any other name is a model of that server.
+    Without a name Trace's variables are read. A default key goes to the provider's own address, or to the one that
+    its own variable gives, never to a `base_url` from elsewhere.
+    """
+    wanted = _Wanted(model, base_url, api_key) if model else _from_trace(base_url, api_key, env)
+    provider, name = split_name(wanted.model, wanted.base_url)
+    url, own = _address(provider, wanted.base_url, env)
+    key, auth, hint = _key(provider, wanted.api_key, own, env)
+    target = Target(provider=provider.name, model=name, base_url=url, api_key=key, auth=auth, options=provider.options)
+    if provider.settle is not None:
+        target = provider.settle(target, env)
+    if not _is_address(target.base_url):
+        raise ConfigError(f"Expected base_url as http://… or https://…, got {target.base_url!r} - for {wanted.model!r}")
+    return Endpoint(**asdict(target), codec=provider.codec(target), key_hint=hint)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        return False
+
+
+def split_name(model: str, base_url: str | None = None) -> tuple[Provider, str]:
+    """Split a name into provider and model; raises ConfigError for one that names nothing."""
+    known = providers()
+    found = _PREFIX.fullmatch(model.strip())
+    if found and (provider := known.get(found.group(1).lower().replace("_", "-"))):
+        return provider, found.group(2)
+    if base_url:
+        return known["openai-compatible"], model
+    for provider in known.values():
+        if provider.bare_names is not None and re.match(provider.bare_names, model):
+            return provider, model
+    raise ConfigError(
+        f"Expected a model as 'provider/model' (say 'openai/gpt-4o-mini'), got {model!r}. {_suggestion(model, found)}"
+    )
+
+
+def _suggestion(model: str, found: re.Match[str] | None) -> str:
+    """Name the nearest known providers, or the servers that have names like this one."""
+    prefix = (found.group(1) if found else model).lower().replace("_", "-")
+    from difflib import get_close_matches  # slow to load, and only for this error
+
+    near = get_close_matches(prefix, providers(), n=3, cutoff=0.7)
+    if near:
+        return f"The nearest known providers: {', '.join(near)}"
+    if found and "/" in model:
+        return f"Is it 'openrouter/{model}'? Known providers: {', '.join(sorted(_names()))}; or give its base_url"
+    if found:
+        return f"Is it 'ollama/{model}'? Known providers: {', '.join(sorted(_names()))}; or give its base_url"
+    return f"Known providers: {', '.join(sorted(_names()))}; or give its base_url"
+
+
+def _names() -> set[str]:
+    return {provider.name for provider in providers().values()}
+
+
+def _address(provider: Provider, base_url: str | None, env: Mapping[str, str]) -> tuple[str, bool]:
+    """Return the address and whether the provider's default key may go there."""
+    named = next((env[name] for name in provider.base_urls if env.get(name)), None)
+    url = base_url or named or provider.base_url
+    if url is None:
+        variable = f" or set {provider.base_urls[0]}" if provider.base_urls else ""
+        raise ConfigError(f"Expected the address of {provider.name}, got none. Give base_url='https://…'{variable}")
+    own = {address.rstrip("/") for address in (named, provider.base_url) if address}
+    return url, url.rstrip("/") in own
+
+
+def _key(
+    provider: Provider, given: ApiKey | None, own: bool, env: Mapping[str, str]
+) -> tuple[ApiKey | None, str, str | None]:
+    """Return the key, the header that carries it, and what to do where it is missing."""
+    headers = provider.keys
+    if is_async(given):
+        raise ConfigError(
+            f"Expected api_key as a text or a function that returns one, got {given!r}, which has to be awaited. Give "
+            "the synchronous one (azure.identity instead of azure.identity.aio)"
+        )
+    if given is not None and given != "":
+        return given, "authorization" if callable(given) else next(iter(headers.values()), "authorization"), None
+    variable = next((name for name in headers if env.get(name)), None) if own else None
+    if variable is not None:
+        return env[variable], headers[variable], None
+    auth = next(iter(headers.values()), "authorization")
+    if not provider.needs_key or not own:
+        return None, auth, None
+    names = " or ".join(headers)
+    return None, auth, f"Expected an API key for {provider.name}, got none. Set {names}, or give api_key=…"
+
+
+def _from_trace(base_url: str | None, api_key: ApiKey | None, env: Mapping[str, str]) -> _Wanted:
+    """Read the model from the variables that Trace's users have set; its own silent default is not taken over."""
+    backend = env.get("TRACE_DEFAULT_LLM_BACKEND", "").lower()
+    if backend == "customllm" and env.get("TRACE_CUSTOMLLM_MODEL") and env.get("TRACE_CUSTOMLLM_URL"):
+        return _Wanted(
+            f"openai-compatible/{env['TRACE_CUSTOMLLM_MODEL']}",
+            base_url or env["TRACE_CUSTOMLLM_URL"],
+            api_key or (None if base_url else env.get("TRACE_CUSTOMLLM_API_KEY")),
+        )
+    if backend == "autogen" and env.get("OAI_CONFIG_LIST"):
+        return _from_autogen(env["OAI_CONFIG_LIST"], base_url, api_key)
+    model = env.get("TRACE_LITELLM_MODEL") or env.get("DEFAULT_LITELLM_MODEL")
+    if model:
+        return _Wanted(model, base_url, api_key)
+    raise ConfigError(
+        "Expected a model's name, got none. Give one (LLM('openai/gpt-4o-mini')) or set TRACE_LITELLM_MODEL "
+        "(with TRACE_DEFAULT_LLM_BACKEND=CustomLLM: TRACE_CUSTOMLLM_MODEL and TRACE_CUSTOMLLM_URL)"
+    )
+
+
+class _AutogenEntry(msgspec.Struct):
+    model: str
+    api_key: str | None = None
+    base_url: str | None = None
+
+
+def _from_autogen(text: str, base_url: str | None, api_key: ApiKey | None) -> _Wanted:
+    """The first entry of AutoGen's OAI_CONFIG_LIST, given as JSON."""
+    try:
+        entries = msgspec.json.decode(text.encode(), type=list[_AutogenEntry])
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"Expected OAI_CONFIG_LIST as a JSON list of {{model, api_key}}, got one that is not: {error}"
+        ) from error
+    if not entries:
+        raise ConfigError("Expected OAI_CONFIG_LIST with one entry at least, got an empty list")
+    first = entries[0]
+    return _Wanted(first.model, base_url or first.base_url, api_key or (None if base_url else first.api_key))
