@@ -53,7 +53,6 @@ SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, e
     "files.py": "a family that every room uses",
     "cassettes/rules.py": "frozen data",
     "cassettes/current.py": "the context variable of the tape, alone",
-    "cassettes/rules.py": "the options of a tape, alone",
     "cli/_account.py": "shared by the commands",
     "cli/_differences.py": "shared by the commands",
     "cli/_columns.py": "shared by the commands",
