@@ -18,7 +18,6 @@ from msgspec import Struct
 
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import lineage_at
-from aggregator.cassettes.redaction import redact_url
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
 from aggregator.records import Completion, Role
@@ -146,6 +145,8 @@ def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
 
 def _check_settings(name: str, injected: Mapping[str, Any], model: Any, base_url: Any, api_key: Any) -> None:
     """Raise ConfigError that names an argument which a pickle cannot keep."""
+    from aggregator.cassettes.redaction import redact_url
+
     problem = next((key for key, value in injected.items() if value is not _DEFAULTS.get(key)), "")
     remedy = "leave it out and give it to the client where the pickle is loaded"
     if isinstance(api_key, str) and api_key:
