@@ -120,8 +120,8 @@ class ToolCall(Struct, frozen=True, kw_only=True, gc=False):
 class Message(Struct, frozen=True, kw_only=True, gc=False):
     """What one choice of the model says. `reasoning` (thinking) is never part of `content`.
 
-    `source` is the body that it came in, where Anthropic wants blocks of it back with the next turn: signed thinking,
-    searches, whatever is neither text nor a call of a tool.
+    `source` is the body that it came in, where an API wants parts of it back with the next turn: signed or encrypted
+    thinking, searches, whatever is neither text nor a call of a tool.
     """
 
     content: str | None = None

@@ -143,15 +143,18 @@ class Codec(Protocol):
 class Provider(Struct, frozen=True, kw_only=True):
     """One provider as a value. An entry point of the group `aggregator.providers` names one of these.
 
-    `codec` makes the codec for a target. `keys` maps each environment variable that may hold a key, first set wins, to
-    the header that carries it. `base_urls` are the variables that may hold another address. `settle` finishes the
-    target from the environment. `bare_names` is a pattern of model names that need no prefix. `priced_as` is the name
-    under which genai-prices lists the provider's prices, where that is not `name`; models whose name has the
-    `free_ending` cost nothing.
+    `codec` makes the codec for a target. `apis` are its wire formats by name (`api=` of `LLM`) if it has several, and
+    `only` maps such a name to a pattern of the models that no other of them serves. `keys` maps each environment
+    variable that may hold a key, first set wins, to the header that carries it. `base_urls` are the variables that may
+    hold another address. `settle` finishes the target from the environment. `bare_names` is a pattern of model names
+    that need no prefix. `priced_as` is the name under which genai-prices lists the provider's prices, where that is not
+    `name`; models whose name has the `free_ending` cost nothing.
     """
 
     name: str
     codec: Callable[[Target], Codec]
+    apis: Mapping[str, Callable[[Target], Codec]] = {}
+    only: Mapping[str, str] = {}
     base_url: str | None = None
     keys: Mapping[str, str] = {}
     base_urls: tuple[str, ...] = ()

@@ -30,7 +30,8 @@ class LLM:
     """A model by name: `LLM("openai/gpt-4o-mini")`. Nothing has to be closed; one object serves every loop and thread.
 
     `model` is `provider/model`; None reads Trace's variables (TRACE_LITELLM_MODEL and its kin). A `base_url` of one's
-    own gets `api_key`, no default key. `max_attempts` counts all requests of one call, `timeout` all its seconds,
+    own gets `api_key`, no default key. `api="responses"` calls OpenAI's Responses API; models that have no other get it
+    by default. `max_attempts` counts all requests of one call, `timeout` all its seconds,
     waiting and other response formats included. `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for
     all clients of the same (base_url, key, model) in an event loop, the strictest of them. `budget` may be shared.
     `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for tests.
@@ -44,6 +45,7 @@ class LLM:
         *,
         base_url: str | None = None,
         api_key: ApiKey | None = None,
+        api: str | None = None,
         max_attempts: int = 3,
         timeout: float | None = 600.0,
         max_concurrency: int = 64,
@@ -72,8 +74,8 @@ class LLM:
         if timeout is not None and not timeout > 0:
             raise ConfigError(f"Expected timeout > 0 seconds or None, got {timeout!r}")
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
-        endpoint = resolve(model, base_url=base_url, api_key=api_key, env=os.environ if env is None else env)
-        self._given = {"model": model, "base_url": base_url, "api_key": api_key}
+        self._given: dict[str, Any] = {"model": model, "base_url": base_url, "api_key": api_key, "api": api}
+        endpoint = resolve(**self._given, env=os.environ if env is None else env)
         self._injected = {"transport": transport, "env": env, "random": random}
         self._limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
         self.model = f"{endpoint.provider}/{endpoint.model}"

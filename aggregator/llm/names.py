@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -40,17 +40,24 @@ class _Wanted(NamedTuple):
 
 
 def resolve(
-    model: str | None, *, base_url: str | None = None, api_key: ApiKey | None = None, env: Mapping[str, str]
+    model: str | None,
+    *,
+    base_url: str | None = None,
+    api_key: ApiKey | None = None,
+    api: str | None = None,
+    env: Mapping[str, str],
 ) -> Endpoint:
     """Find provider, address, key and codec; raises ConfigError for a name that names nothing.
 
     Names are `provider/model` or `provider:model` (`openai/gpt-4o-mini`, `ollama/qwen3:8b`,
     `openrouter/meta-llama/llama-3.3-70b:free`). With a `base_url` any other name is a model of that server.
     Without a name Trace's variables are read. A default key goes to the provider's own address, or to the one that
-    its own variable gives, never to a `base_url` from elsewhere.
+    its own variable gives, never to a `base_url` from elsewhere. `api` is one of the provider's wire formats;
+    None takes its usual one, or the only one that serves the model.
     """
     wanted = _Wanted(model, base_url, api_key) if model else _from_trace(base_url, api_key, env)
     provider, name = split_name(wanted.model, wanted.base_url)
+    make, name = _codec_of(provider, name, api)
     url, own = _address(provider, wanted.base_url, env)
     key, auth, hint = _key(provider, wanted.api_key, own, env)
     target = Target(provider=provider.name, model=name, base_url=url, api_key=key, auth=auth, options=provider.options)
@@ -58,7 +65,22 @@ def resolve(
         target = provider.settle(target, env)
     if not _is_address(target.base_url):
         raise ConfigError(f"Expected base_url as http://… or https://…, got {target.base_url!r} - for {wanted.model!r}")
-    return Endpoint(**asdict(target), codec=provider.codec(target), key_hint=hint)
+    return Endpoint(**asdict(target), codec=make(target), key_hint=hint)
+
+
+def _codec_of(provider: Provider, name: str, api: str | None) -> tuple[Callable[[Target], Codec], str]:
+    """Return the wire format for a model, and the model's name without LiteLLM's prefix of the Responses API."""
+    head, _, rest = name.partition("/")
+    if rest and head == "responses" and head in provider.apis:
+        name, api = rest, api or head
+    if api is None:
+        api = next((other for other, models in provider.only.items() if re.match(models, name)), None)
+    if api is None:
+        return provider.codec, name
+    if api not in provider.apis:
+        known = f"one of {', '.join(map(repr, provider.apis))}" if provider.apis else "none: there is a single one"
+        raise ConfigError(f"Expected api for {provider.name} to be {known}, got {api!r}")
+    return provider.apis[api], name
 
 
 def _is_address(url: str) -> bool:

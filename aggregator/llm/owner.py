@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import lineage_at
+from aggregator.cassettes.redaction import redact_url
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
 from aggregator.records import Completion, Role
@@ -124,11 +125,11 @@ def reduce_client(
 ) -> tuple[Any, ...]:
     """Return what `__reduce__` does: the settings, and the attributes that a subclass or a user added.
 
-    `given` are model, base_url and api_key, `injected` the arguments for tests, `options` all others. Raises
+    `given` are model, base_url, api_key and api, `injected` the arguments for tests, `options` all others. Raises
     ConfigError if an argument holds a secret or cannot leave this process.
     """
     injected = {**injected, "clock": line.clock, "sleep": line.sleep, "budget": line.budget}
-    _check_settings(llm.model, injected, **given)
+    _check_settings(llm.model, injected, given)
     policy = {"max_attempts": line.policy.max_attempts, "retry": line.policy, "prices": line.prices}
     added = {name: value for name, value in vars(llm).items() if name not in ATTRIBUTES}
     return from_settings, (type(llm), {**given, **options, **policy, "timeout": llm.timeout}), added
@@ -143,15 +144,16 @@ def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
     return llm
 
 
-def _check_settings(name: str, injected: Mapping[str, Any], model: Any, base_url: Any, api_key: Any) -> None:
+def _check_settings(name: str, injected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ConfigError that names an argument which a pickle cannot keep."""
-    from aggregator.cassettes.redaction import redact_url
+    from aggregator.llm.tokens import CloudToken
 
+    base_url, api_key = given["base_url"], given["api_key"]
     problem = next((key for key, value in injected.items() if value is not _DEFAULTS.get(key)), "")
     remedy = "leave it out and give it to the client where the pickle is loaded"
     if isinstance(api_key, str) and api_key:
         problem, remedy = "api_key", "set the provider's environment variable, or give an importable function"
-    elif callable(api_key) and not _is_importable(api_key):
+    elif callable(api_key) and not isinstance(api_key, CloudToken) and not _is_importable(api_key):
         problem, remedy = "api_key", "give a function that is defined at the top level of a module"
     elif base_url and redact_url(base_url) != base_url:
         problem, remedy = "base_url", "leave the secret out of the address and give api_key"

@@ -90,6 +90,18 @@ def _azure(target: Target) -> Codec:
     return AzureChat(target)
 
 
+def _responses(target: Target) -> Codec:
+    from aggregator.llm.codecs.responses import OpenAIResponses
+
+    return OpenAIResponses(target)
+
+
+def _azure_responses(target: Target) -> Codec:
+    from aggregator.llm.codecs.responses import AzureResponses
+
+    return AzureResponses(target)
+
+
 def _anthropic(target: Target) -> Codec:
     from aggregator.llm.codecs.anthropic import AnthropicMessages
 
@@ -100,6 +112,12 @@ def _gemini(target: Target) -> Codec:
     from aggregator.llm.codecs.gemini import GeminiGenerate
 
     return GeminiGenerate(target)
+
+
+_APIS = {"chat": _openai, "responses": _responses}
+_RESPONSES_ALONE = {
+    "responses": r"(ft:)?((o\d|gpt-\d[\d.]*)-pro\b|(gpt-\d[\d.]*-)?codex|o\d\S*-deep-research|computer-use)"
+}
 
 
 def _hosted(
@@ -115,6 +133,7 @@ def _hosted(
     return Provider(
         name=name,
         codec=_openai,
+        apis=_APIS,
         base_url=base_url,
         keys=dict.fromkeys(keys, _BEARER),
         aliases=aliases,
@@ -131,6 +150,7 @@ def _local(
     return Provider(
         name=name,
         codec=_openai,
+        apis=_APIS,
         base_url=base_url,
         base_urls=variables,
         keys=dict.fromkeys(keys, _BEARER),
@@ -144,15 +164,19 @@ _BUILT_IN = (
     Provider(
         name="openai",
         codec=_openai,
+        apis=_APIS,
+        only=_RESPONSES_ALONE,
         base_url="https://api.openai.com/v1",
         base_urls=("OPENAI_BASE_URL", "OPENAI_API_BASE"),
         keys={"OPENAI_API_KEY": _BEARER},
         settle=_settle_openai,
-        bare_names=r"gpt-|chatgpt-|o\d(-|$)|codex|ft:",
+        bare_names=r"gpt-|chatgpt-|o\d(-|$)|codex|computer-use|ft:",
     ),
     Provider(
         name="azure",
         codec=_azure,
+        apis={"chat": _azure, "responses": _azure_responses},
+        only=_RESPONSES_ALONE,
         base_urls=("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"),
         keys={"AZURE_OPENAI_API_KEY": "api-key", "AZURE_API_KEY": "api-key", "AZURE_OPENAI_AD_TOKEN": _BEARER},
         aliases=("azure-openai",),
@@ -211,6 +235,7 @@ _BUILT_IN = (
     Provider(
         name="ollama",
         codec=_openai,
+        apis=_APIS,
         base_url="http://localhost:11434/v1",
         base_urls=("OLLAMA_BASE_URL", "OLLAMA_API_BASE", "OLLAMA_HOST"),
         keys={"OLLAMA_API_KEY": _BEARER},
@@ -230,6 +255,7 @@ _BUILT_IN = (
     Provider(
         name="vllm",  # no cap of ours: it refuses one that does not fit the model's context, and stops by itself
         codec=_openai,
+        apis=_APIS,
         base_url="http://localhost:8000/v1",
         base_urls=("VLLM_BASE_URL", "HOSTED_VLLM_API_BASE"),
         keys={"VLLM_API_KEY": _BEARER, "HOSTED_VLLM_API_KEY": _BEARER},
@@ -239,12 +265,20 @@ _BUILT_IN = (
     Provider(
         name="litellm-proxy",
         codec=_openai,
+        apis=_APIS,
         base_url="http://localhost:4000",
         base_urls=("LITELLM_PROXY_API_BASE",),
         keys={"LITELLM_PROXY_API_KEY": _BEARER},
         needs_key=False,
     ),
-    Provider(name="openai-compatible", codec=_openai, needs_key=False, aliases=("custom",), options=_LOCAL_CAP),
+    Provider(
+        name="openai-compatible",
+        codec=_openai,
+        apis=_APIS,
+        needs_key=False,
+        aliases=("custom",),
+        options=_LOCAL_CAP,
+    ),
 )
 
 

@@ -1,0 +1,332 @@
+"""OpenAI's Responses API, whole answers and streams: our calls to its items, its items to our answers.
+
+Built against recorded exchanges of OpenAI, Azure, xAI, DeepSeek, Bedrock, ChatGPT's Codex backend and mistral.rs. The
+server keeps nothing for us: `store` is false where the model is OpenAI's or xAI's, and reasoning comes encrypted and
+goes back with the next turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from msgspec import Struct
+
+from aggregator.errors import ConfigError, ContentFilterError, LLMError, ResponseError
+from aggregator.llm.calls import ChatCall, Target
+from aggregator.llm.codecs.base import JSONCodec, words
+from aggregator.llm.codecs.failures import fault_in_event, request_id
+from aggregator.llm.codecs.openai import OpenAIChat
+from aggregator.llm.codecs.responses_messages import CALLS, format_of, items_of, output_text, tool_choice_of, tool_of
+from aggregator.llm.codecs.sse import DONE, CompletingCodec, Event, EventReader
+from aggregator.llm.codecs.wire import read
+from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
+
+_REASONS = re.compile(r"(?:ft:)?(?:o\d|gpt-(?:[5-9]|[12]\d)(?!\d)(?!\S*-chat)|(?:gpt-\S*)?codex|grok-(?:[4-9]|\d\d))")
+_KEEPS_NOTHING = re.compile(r"(?:ft:)?(?:gpt-|chatgpt-|grok-)")
+_ENCRYPTED = ("reasoning.encrypted_content",)
+_USD_A_TICK = 1e-10  # xAI counts cost in ticks
+
+
+class Item(Struct, gc=False):
+    """One item of the output: a message, reasoning, a call, or a kind that is not read."""
+
+    type: Any = None  # Any: an item of a kind that is not ours may hold anything, and must not cost us the others
+    content: Any = None
+    summary: Any = None
+    call_id: Any = None
+    name: Any = None
+    phase: Any = None
+    arguments: Any = None
+    input: Any = None
+
+
+class _InputDetails(Struct, gc=False):
+    cached_tokens: int | None = None
+
+
+class _OutputDetails(Struct, gc=False):
+    reasoning_tokens: int | None = None
+
+
+class WireUsage(Struct, gc=False):
+    """Token counts; `input_tokens` includes cached ones, `output_tokens` reasoning."""
+
+    input_tokens: int | None = None
+    input_tokens_details: _InputDetails | None = None
+    output_tokens: int | None = None
+    output_tokens_details: _OutputDetails | None = None
+    cost: Any = None
+    cost_in_usd_ticks: int | None = None
+
+
+class _Incomplete(Struct, gc=False):
+    reason: str | None = None
+
+
+class Answer(Struct, gc=False):
+    """A response object; `body` is the JSON of its output if that is not the reply's own."""
+
+    id: str | None = None
+    error: Any = None
+    incomplete_details: _Incomplete | None = None
+    model: str | None = None
+    output: list[Item] | None = None
+    status: str | None = None
+    usage: WireUsage | None = None
+    body: msgspec.UnsetType | bytes | None = None
+
+
+DECODER = msgspec.json.Decoder(Answer)
+
+
+class ResponseStream(EventReader):
+    """Reads a stream of response events; the deltas are those of the output text.
+
+    The last event holds the whole response. Servers that leave its output empty have sent each item when it was done.
+    """
+
+    def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
+        super().__init__(codec, call)
+        self._items: dict[int, msgspec.Raw] = {}
+        self._begun: set[tuple[int, int]] = set()
+        self._end: bytes | None = None
+
+    def event(self, event: Event) -> str:
+        """Take one event and return the text it brings."""
+        if event.data.strip() == DONE:
+            return ""
+        found = read(event.data, _EVENT_DECODER)
+        kind = found.type if isinstance(found.type, str) else event.name
+        if kind == "error" or found.error:
+            reply = HTTPReply(status=200, body=event.data, headers={})
+            raise self.codec.fault(found.error or fault_in_event(event.data), reply)
+        place = (found.output_index or 0, found.content_index or 0)
+        if kind == "response.output_text.delta":
+            self._begun.add(place)
+            return _text(found.delta)
+        if kind == "response.output_text.done" and place not in self._begun:
+            return _text(found.text)  # a server that sends no deltas
+        if kind == "response.output_item.done" and bytes(found.item):
+            self._items[place[0]] = found.item
+        elif kind in _ENDS:
+            self._end = bytes(found.response) or None
+        return ""
+
+    def whole(self) -> bool:
+        """Return True once the event came that holds the whole response."""
+        return self._end is not None
+
+    def build(self, reply: HTTPReply) -> Completion:
+        """Read the response of the last event, with the items that came before if it has none."""
+        body = self._end or b"{}"
+        answer = read(body, DECODER)
+        if not answer.output and self._items:
+            body = msgspec.json.encode({"output": [item for _, item in sorted(self._items.items())]})
+            answer.output = read(body, DECODER).output
+        answer.body = body
+        return self.codec.completion(answer, reply)
+
+
+class _Event(Struct, gc=False):
+    type: Any = None
+    delta: Any = None
+    text: Any = None
+    output_index: int | None = None
+    content_index: int | None = None
+    item: msgspec.Raw = msgspec.Raw()
+    response: msgspec.Raw = msgspec.Raw()
+    error: Any = None
+
+
+_EVENT_DECODER = msgspec.json.Decoder(_Event)
+_ENDS = ("response.completed", "response.incomplete", "response.failed")
+
+
+class OpenAIResponses(JSONCodec[Answer]):
+    """The codec of the Responses API, bound to one server."""
+
+    decoder = DECODER
+    reader = ResponseStream
+    finish_words = words(
+        stop="completed", length="max_output_tokens max_tokens length incomplete", content_filter="content_filter"
+    )
+    requests = OpenAIChat.requests
+    tokens = OpenAIChat.tokens
+    lacks = frozenset({"n", "seed", "stop"})
+    limit_fields = ("max_output_tokens", "max_completion_tokens", "max_tokens")
+    count_fields = ()
+    kept_headers = OpenAIChat.kept_headers
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self._url = self.address()
+
+    def address(self) -> str:
+        """Return where calls are posted."""
+        address, question, query = self.target.base_url.partition("?")
+        return f"{address.rstrip('/')}/responses{question}{query}"
+
+    def encode(self, call: ChatCall) -> HTTPRequest:
+        """Return the request; raises ConfigError for several answers, a seed or stop texts, which this API has not."""
+        for name, value in (("n", call.n if call.n != 1 else None), ("seed", call.seed), ("stop", call.stop)):
+            if value is not None:
+                raise ConfigError(
+                    f"Expected no {name} for the Responses API, which has none, got {name}={value!r}; "
+                    'leave it out, or take a model of chat completions (api="chat")'
+                )
+        wanted = call.response_format
+        fields: dict[str, Any] = {
+            "model": call.model,
+            "input": items_of(call.messages),
+            "max_output_tokens": call.max_tokens,
+            "temperature": call.temperature,
+            "top_p": call.top_p,
+            "text": None if wanted is None else {"format": format_of(wanted)},
+            "tools": None if call.tools is None else [tool_of(tool) for tool in call.tools],
+            "tool_choice": None if call.tool_choice is None else tool_choice_of(call.tool_choice),
+            "stream": call.stream or None,
+            **_memory(call.model),
+        }
+        body = {name: value for name, value in fields.items() if value is not None}
+        if call.extra:
+            body = _with_extra(body, call.extra)
+        if body.get("background") and not call.stream:
+            raise ConfigError(
+                "Expected no background=True in extra, got it: such an answer has to be fetched later. Ask without it, "
+                "with a longer timeout, or stream"
+            )
+        return self.post(self._url, body, call)
+
+    def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
+        """Turn a parsed response into a Completion; raises LLMError if it failed or holds no answer."""
+        status, output = answer.status, answer.output
+        if answer.error or output is None or status not in (None, "completed", "incomplete"):
+            raise self._failure(answer, reply)
+        message = _message(output, answer.body or reply.body)
+        word = (answer.incomplete_details and answer.incomplete_details.reason) or status
+        reason = self.finish_reason(word)
+        if message.content is None and not message.tool_calls:
+            if message.refusal or reason == "content_filter":
+                told = message.refusal or "nothing: the provider's filter withheld it"
+                raise self._error(ContentFilterError, "an answer", told, reply)
+            if reason == "stop" and all(item.type == "reasoning" for item in output):
+                raise self.empty("a message or a call", reply)
+        elif message.tool_calls and reason == "stop":
+            reason = "tool_calls"
+        choice = Choice(message=message, finish_reason=reason, raw_finish_reason=word)
+        usage = _usage(answer.usage or WireUsage())
+        return self.completed(reply, [choice], usage=usage, model=answer.model, answer_id=answer.id)
+
+    def _failure(self, answer: Answer, reply: HTTPReply) -> LLMError:
+        """Return the error of a response that failed, was cancelled or is not finished."""
+        if answer.error:
+            return self.fault(answer.error, reply)
+        if answer.status in ("queued", "in_progress", "cancelled"):
+            return self._error(ResponseError, "a completed response", f"one that is {answer.status}", reply)
+        return self.empty("a response with output", reply)
+
+    def _error(self, kind: type[ResponseError], expected: str, got: str, reply: HTTPReply) -> ResponseError:
+        return kind(
+            f"Expected {expected} from {self.target.provider}, got {got}",
+            status=reply.status,
+            request_id=request_id(reply.headers),
+        )
+
+
+class AzureResponses(OpenAIResponses):
+    """The codec of the Responses API on Azure; the model's name is the deployment's, and stands in the body alone."""
+
+    def address(self) -> str:
+        """Return where calls are posted: the `/openai/v1` API, or the older one under an api-version."""
+        address, _, query = self.target.base_url.partition("?")
+        resource = re.sub(r"/(?:openai(?:/.*)?|models)$", "", address.rstrip("/"))
+        version = self.target.options.get("api_version")
+        if not query and version:
+            query = f"api-version={quote(str(version))}"
+        if address.rstrip("/").endswith("/openai/v1") or not query:
+            return f"{resource}/openai/v1/responses"
+        return f"{resource}/openai/responses?{query}"
+
+
+def _memory(model: str) -> dict[str, Any]:
+    """Return the fields by which reasoning comes to us instead of staying with the server.
+
+    A model of a name that is not known keeps the server's defaults: an encrypted form is refused where a model does not
+    reason, and without one a server that stores nothing would not find the reasoning again.
+    """
+    if _REASONS.match(model):
+        return {"store": False, "include": _ENCRYPTED}
+    return {"store": False} if _KEEPS_NOTHING.match(model) else {}
+
+
+def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the user's own fields into the body, those of chat completions under their names here.
+
+    >>> _with_extra({"text": {"format": {}}}, {"verbosity": "low", "reasoning_effort": "high"})
+    {'text': {'format': {}, 'verbosity': 'low'}, 'reasoning': {'effort': 'high'}}
+    """
+    given = dict(extra)
+    for old, (field, name) in {"reasoning_effort": ("reasoning", "effort"), "verbosity": ("text", "verbosity")}.items():
+        if old in given:
+            given[field] = {name: given.pop(old), **(given.get(field) or {})}
+    for old in ("max_completion_tokens", "max_tokens"):
+        if old in given:
+            given.setdefault("max_output_tokens", given.pop(old))
+    if isinstance(given.get("text"), Mapping):
+        given["text"] = {**body.get("text", {}), **given["text"]}
+    return {**body, **given}
+
+
+def _message(output: list[Item], body: bytes) -> Message:
+    """Return what the items say as one message. Several messages (a commentary, then the answer) are one text."""
+    texts: list[str] = []
+    refusals: list[str] = []
+    thoughts: list[str] = []
+    calls: list[ToolCall] = []
+    for item in output:
+        kind = _text(item.type or "message")
+        if kind == "message":
+            texts.append(output_text(item.content))
+            refusals.append(_texts(item.content, "refusal"))
+        elif kind in CALLS:
+            given = getattr(item, CALLS[kind])
+            arguments = given if isinstance(given, str) else msgspec.json.encode(given or {}).decode()
+            calls.append(ToolCall(id=_text(item.call_id), name=_text(item.name), arguments=arguments))
+        elif kind == "reasoning":
+            thoughts.append(_texts(item.content, "text") or _texts(item.summary, "text"))
+    is_plain = len(output) == 1 and bool(texts) and output[0].phase is None
+    return Message(
+        content="".join(texts) if any(texts) or (texts and not calls and not any(refusals)) else None,
+        reasoning="\n\n".join(filter(None, thoughts)) or None,
+        tool_calls=tuple(calls),
+        refusal="".join(refusals) or None,
+        source=None if is_plain else body,
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _texts(parts: Any, name: str) -> str:
+    """Join one field of all parts that have it."""
+    found = [part.get(name) for part in (parts if isinstance(parts, list) else ()) if isinstance(part, dict)]
+    return "".join(map(_text, found))
+
+
+def _usage(usage: WireUsage) -> Usage:
+    given, answered = usage.input_tokens_details, usage.output_tokens_details
+    cost = usage.cost if isinstance(usage.cost, int | float) else None
+    if cost is None and usage.cost_in_usd_ticks is not None:
+        cost = usage.cost_in_usd_ticks * _USD_A_TICK
+    return Usage(
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cached_tokens=None if given is None else given.cached_tokens,
+        reasoning_tokens=None if answered is None else answered.reasoning_tokens,
+        cost=cost,
+    )
