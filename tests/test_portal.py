@@ -30,6 +30,7 @@ def test_a_script_calls() -> None:
     assert portal.call(double, 21) == 42
 
 
+@pytest.mark.requirement("Trace's defect 5: asyncio.run failed under a running loop")
 async def test_a_notebook_calls() -> None:
     """A running loop in the same thread is no obstacle."""
     assert portal.call(double, 21) == 42
@@ -208,6 +209,7 @@ def test_after_a_fork_there_is_a_new_loop() -> None:
     assert (done.stdout, done.returncode) == ("7\n", 0), done.stderr
 
 
+@pytest.mark.requirement("built 8: uvloop")
 def test_uvloop_when_asked_for() -> None:
     """Before the first call the library's loop can be uvloop's; afterwards it is too late, and said so."""
     pytest.importorskip("uvloop")

@@ -88,6 +88,7 @@ HOSTILE_RECORDS = [
 ]
 
 
+@pytest.mark.requirement("Trace: HTML of the step in notebooks")
 @pytest.mark.parametrize("record", HOSTILE_RECORDS, ids=lambda record: type(record).__name__)
 def test_everything_is_escaped(record: Any) -> None:
     """What a model, an agent or a guide wrote is text: it opens no tag, closes none, and runs nothing."""
@@ -115,6 +116,7 @@ def test_a_proposal_shows_what_is_asked_for_and_why() -> None:
         assert word in text
 
 
+@pytest.mark.requirement("Trace: HTML of the step in notebooks")
 @pytest.mark.parametrize(("accepted", "word"), [(True, "accepted"), (False, "refused")])
 def test_a_step_shows_the_verdict_and_its_reason(accepted: bool, word: str) -> None:
     """Beside scores per instance, the update, failures and what it cost."""

@@ -125,6 +125,7 @@ async def all_of(agent: Any, optimizer: Any, count: int) -> list[Any]:
     return [task.result() for task in tasks]
 
 
+@pytest.mark.requirement("Trace's defect 2: prompts held another instance's graph")
 async def test_no_prompt_holds_another_instances_work() -> None:
     """Forced interleaving: 5 rounds of 32 instances, each prompt holds its own feedback and graph; 0 of 160 wrong."""
     shuffle = random.Random(3)
@@ -215,6 +216,7 @@ class Buffer:
         return iter(self.buffer)
 
 
+@pytest.mark.requirement("Trace's defect 7: proposals of one batch saw each other through the memory")
 @pytest.mark.parametrize(("name", "memory"), [("memory", Buffer(3)), ("buffer", [])])
 async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: Any) -> None:
     """An optimizer's memory is the same for all instances of a step; what they add counts from the next step on.
@@ -339,6 +341,7 @@ def test_native_agents_and_optimizers_stay_as_they_are() -> None:
         adapt(Agent(), Optimizer([Node(1, "other:0")], echo))
 
 
+@pytest.mark.requirement("Trace: Trace's own optimizers and agents")
 def test_parameters_are_ours(tmp_path: Path) -> None:
     """Names do not count what else was made; values are read, written, saved and loaded as any agent's."""
     plain = Agent()
@@ -428,6 +431,7 @@ async def test_the_real_optoprime_does_not_mix_instances() -> None:
     assert real.prompt.data == "start"
 
 
+@pytest.mark.requirement("Trace: Trace's own optimizers and agents")
 def test_the_training_loop_runs_on_a_trace_agent() -> None:
     """The trainer takes the adapted pair as any other: rollouts, proposals, rule and gate, to a changed parameter."""
     plain = Agent("bad")

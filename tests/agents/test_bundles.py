@@ -83,6 +83,7 @@ def test_a_traced_function_still_looks_like_itself() -> None:
     assert not inspect.iscoroutinefunction(add)
 
 
+@pytest.mark.requirement("Trace: bundle(description)")
 def test_operations_are_recorded() -> None:
     """Name, description, inputs by name and output stand in the transcript; `self` does not."""
     with transcript() as seen:
@@ -94,6 +95,7 @@ def test_operations_are_recorded() -> None:
     )
 
 
+@pytest.mark.requirement("Trace: bundle(catch_execution_error)")
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1), asyncio.CancelledError()])
 def test_errors_are_recorded_and_go_on(error: BaseException) -> None:
     """Nothing is caught: not an error, not Ctrl-C, not a cancellation; the transcript shows what was raised."""
@@ -122,6 +124,7 @@ def test_decorators_that_hide_the_function_are_refused() -> None:
         bundle(trainable=True)(eval("lambda x: x"))
 
 
+@pytest.mark.requirement("Trace: bundle(trainable): a function body as parameter")
 def test_the_source_is_the_parameter() -> None:
     """The source stands there without decorators, with its comments, from the left edge."""
     code = {p.name: p for p in Desk().parameters()}
@@ -139,6 +142,7 @@ def test_a_free_operation_can_be_an_agent() -> None:
     assert code.name == "scale__code"
 
 
+@pytest.mark.requirement("Trace: bundle(trainable): a function body as parameter")
 async def test_the_current_source_runs() -> None:
     """New source runs with the module's globals and the instance's parameters, sync and async."""
     desk = Desk()
@@ -168,6 +172,7 @@ def test_new_source_keeps_the_closure() -> None:
     assert "multiply" not in globals()
 
 
+@pytest.mark.requirement("Trace: bundle(overwrite_python_recursion)")
 def test_new_source_calls_itself() -> None:
     """A function's own name is the operation, in new source as in the written one; a method's is no name there."""
     code = operation_of(factorial).code  # type: ignore[union-attr]
@@ -181,6 +186,7 @@ def test_new_source_calls_itself() -> None:
         desk.answer("x")
 
 
+@pytest.mark.requirement("Trace: ExceptionNode.create_feedback('full')")
 def test_an_error_in_trained_code_is_the_agents_own() -> None:
     """It propagates unchanged; the transcript quotes the line of the source as the optimizer sees it."""
     desk = Desk()
@@ -206,6 +212,7 @@ def test_an_error_in_the_written_code_is_placed_too() -> None:
     assert "division by zero (line 3: return x / 0)" in seen.render()
 
 
+@pytest.mark.requirement("Trace's defect 6: operations shared state between threads, and forward ignored its agent")
 async def test_concurrent_calls_share_nothing() -> None:
     """Trace kept a call's state on the operation: 32 tasks of one operation, each with its own code and inputs."""
     desk = Desk()
@@ -226,6 +233,7 @@ async def test_concurrent_calls_share_nothing() -> None:
     assert desk.answer("x") == "yes x"
 
 
+@pytest.mark.requirement("Trace's defect 6: operations shared state between threads, and forward ignored its agent")
 def test_threads_share_nothing() -> None:
     """The same in threads, with distinct feedback at 60 operations deep: no prompt holds another instance's work."""
 
@@ -307,6 +315,10 @@ def spans() -> int:
     return sum(isinstance(thing, Span) for thing in gc.get_objects())
 
 
+@pytest.mark.requirement(
+    "Trace: backward(retain_graph), zero_feedback, detach",
+    "Trace's defect 8: a global graph grew without end",
+)
 def test_nothing_is_kept_after_a_run() -> None:
     """Trace's global graph grew with every run; spans end with their transcript."""
     before = spans()

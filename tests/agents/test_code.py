@@ -17,6 +17,7 @@ def written(x: int, /, y: int = 1, *more: int, z: int = 2, **rest: int) -> int:
     return x + y + z + sum(more) + sum(rest.values())
 
 
+@pytest.mark.requirement("Trace's defect 19: code that does not compile was installed")
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -102,6 +103,10 @@ def test_signatures_hold_names_kinds_and_what_may_be_left_out(line: str) -> None
     assert signature(definition) == line  # type: ignore[arg-type]
 
 
+@pytest.mark.requirement(
+    "Trace: projections: normalised suggestions",
+    "Trace's defect 3: a formatter was imported in threads",
+)
 def test_layout_is_not_held_against_code() -> None:
     """A Markdown fence around all of it and a common indent are taken off; nothing else is."""
     assert plain_source("```python\n    def f():\n        pass\n```") == "def f():\n    pass\n"

@@ -29,6 +29,7 @@ def broken(x: int) -> int:
     raise ValueError("no <b>rule</b>")
 
 
+@pytest.mark.requirement("Trace: backward(visualize, print_limit)")
 def test_operations_stand_under_their_caller_and_after_one_another() -> None:
     """A line leads to what an operation called, a dotted one to what came next."""
     with transcript() as seen:
@@ -92,6 +93,7 @@ def test_no_text_ends_a_label_or_means_anything(text: str) -> None:
     assert re.sub(r"#(\d+);", lambda found: chr(int(found[1])), label) == text
 
 
+@pytest.mark.requirement("Trace: backward(visualize, print_limit)")
 def test_long_values_and_long_runs_are_cut() -> None:
     """A box holds the beginning of a value; a picture its first operations, and how many are left out."""
     with transcript() as seen:
@@ -104,6 +106,7 @@ def test_long_values_and_long_runs_are_cut() -> None:
     assert max(map(len, drawn.splitlines())) < 200
 
 
+@pytest.mark.requirement("Trace: backward(reverse_plot)")
 def test_nothing_that_was_done_is_an_empty_picture() -> None:
     """Still one that can be drawn."""
     with transcript() as seen:

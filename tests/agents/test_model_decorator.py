@@ -51,6 +51,7 @@ def names(agent: Any) -> list[str]:
     return [parameter.name for parameter in agent.parameters()]
 
 
+@pytest.mark.requirement("Trace: trace.model")
 def test_a_class_becomes_a_module_with_a_constructor_of_its_own() -> None:
     """`super().__init__` works, calling it calls `forward`, and its operations are parameters."""
     agent: Any = Adder(2)
@@ -152,6 +153,7 @@ class Answers:
         return Completion(choices=(Choice(message=Message(content=text)),))
 
 
+@pytest.mark.requirement("Trace: trace.model")
 def test_it_is_trained() -> None:
     """The trainer takes it as it takes a Module."""
     agent = Plain(1)

@@ -63,6 +63,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.requirement("Trace: Module.parameters, parameters_dict", "Trace: containers Seq and Map")
 def test_names_are_attribute_paths() -> None:
     """Names come from paths through attributes, lists and dicts, in order; plain data is no container."""
     agent = Agent()
@@ -118,6 +119,7 @@ def test_two_parameters_of_one_name_are_refused() -> None:
         Named().parameters()
 
 
+@pytest.mark.requirement("Trace's defect 24: names collided")
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.text("ab.0_ ", min_size=1, max_size=4), st.integers(), max_size=5))
 def test_names_are_unique_or_refused(entries: dict[str, int]) -> None:
@@ -151,6 +153,7 @@ def test_calling_is_forward() -> None:
         Module()(1)
 
 
+@pytest.mark.requirement("Trace: clone")
 def test_each_instance_has_its_own_code() -> None:
     """Training one agent's operation does not change another's; a copy takes the source along and is its own."""
     first, second = Agent(), Agent()
@@ -194,6 +197,7 @@ def test_attributes_in_slots_are_found() -> None:
     assert [parameter.name for parameter in Slotted().parameters()] == ["retriever.rank__code", "retriever.k", "prompt"]
 
 
+@pytest.mark.requirement("Trace: Module.save, load")
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     """Values, code included, and provenance come back; traced operations do not hinder saving (in Trace they did)."""
     agent, other = Agent(), Agent()

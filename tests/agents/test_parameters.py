@@ -16,6 +16,7 @@ from aggregator import ConfigError, ParameterError, ParameterNode, node
 from aggregator.agents.parameters import by_name, overriding, py_name, read, write
 
 
+@pytest.mark.requirement("Trace: ParameterNode")
 def test_a_parameter_says_what_it_is() -> None:
     """Value, type, description and constraint stand in what a prompt shows."""
     k = ParameterNode(
@@ -63,6 +64,7 @@ def test_no_type_error_and_no_corruption_by_type_of_old(start: Any, suggestion: 
     assert value == suggestion
 
 
+@pytest.mark.requirement("Trace's defect 16: prompts with the word def were dropped")
 @pytest.mark.parametrize("text", ["**Def**ine the terms, answer by **def**ault", "def", "TERMINATE", "return 1"])
 def test_prompts_that_mention_code_words_are_kept(text: str) -> None:
     """An English prompt with "def" in it was dropped as broken code; text is text."""
@@ -114,6 +116,7 @@ def test_the_first_value_is_checked_too() -> None:
     assert isinstance(ParameterNode(lambda: 1, trainable=False).data(), int)
 
 
+@pytest.mark.requirement("Trace: trace.node(data, name, trainable, description, constraint)")
 def test_node_is_traces_constructor() -> None:
     """`node` keeps Trace's defaults: not trainable unless asked for, a node stays the node it is."""
     plain, trained = node("a"), node("b", name="greeting", trainable=True, description="said first")
@@ -121,6 +124,7 @@ def test_node_is_traces_constructor() -> None:
     assert node(trained) is trained
 
 
+@pytest.mark.requirement("Trace's defect 24: names collided")
 def test_colliding_names_are_refused() -> None:
     """`a:10` and `a1:0` both became `a10` and one value overwrote the other; real collisions name both."""
     assert list(by_name([ParameterNode(1, name="a:10"), ParameterNode(2, name="a1:0")])) == ["a:10", "a1:0"]
@@ -150,6 +154,7 @@ def test_write_is_all_or_nothing() -> None:
     assert read([a, b]) == {"a": 1, "b": "y"}
 
 
+@pytest.mark.requirement("Trace: clone")
 def test_what_was_read_is_out_of_the_agents_reach() -> None:
     """Neither changing a list in place nor the caller's own copy reaches what was read or written."""
     items = ParameterNode(["a"], name="items")

@@ -155,6 +155,7 @@ def test_there_is_none_by_default() -> None:
     assert "inside" not in outer.render()
 
 
+@pytest.mark.requirement("Trace: backward(retain_graph), zero_feedback, detach")
 async def test_a_transcript_belongs_to_its_context() -> None:
     """Two forward passes at once each see their own operations."""
 

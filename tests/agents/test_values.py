@@ -79,6 +79,7 @@ def test_json_sensible_values_are_converted(raw: Any, kind: Any, expected: Any) 
     assert (value, type(value)) == (expected, type(expected))
 
 
+@pytest.mark.requirement("Trace's defect 13: values were converted by type(old)(new)")
 @pytest.mark.parametrize(
     ("raw", "kind", "reason"),
     [

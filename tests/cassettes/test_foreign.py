@@ -92,6 +92,7 @@ def test_what_stock_vcrpy_wrote_is_played(tmp_path: Path, serializer: Any) -> No
     tape.close()
 
 
+@pytest.mark.requirement("client 15: gzip bytes are read")
 @pytest.mark.parametrize(
     ("encoding", "packed"),
     [
@@ -150,6 +151,7 @@ interactions:
 """
 
 
+@pytest.mark.requirement("client 15: istr tags are read")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -168,6 +170,7 @@ def test_header_names_of_every_kind(tmp_path: Path, headers: str) -> None:
     assert one(path).request.headers == {"accept": "*/*"}
 
 
+@pytest.mark.requirement("client 15: parsed_body is read")
 def test_parsed_bodies_are_joined_again(tmp_path: Path) -> None:
     """`parsed_body`, a body's JSON in the place of its text, is read as the body."""
     path = tmp_path / "a.yaml"
@@ -178,6 +181,7 @@ def test_parsed_bodies_are_joined_again(tmp_path: Path) -> None:
         assert json.loads(body) == {"model": "m", "messages": [{"content": "a: b"}]}
 
 
+@pytest.mark.requirement("client 15: content and status_code are read")
 @pytest.mark.parametrize(("content", "body"), [("'hi é'", "hi é".encode()), ("!!binary aGk=", b"hi"), ("''", b"")])
 def test_responses_of_older_vcrpys_for_httpx(tmp_path: Path, content: str, body: bytes) -> None:
     """`content` and `status_code` in the place of `body` and `status`, and a header that tells of unpacked bytes."""
@@ -191,6 +195,7 @@ def test_responses_of_older_vcrpys_for_httpx(tmp_path: Path, content: str, body:
     assert (reply.status, reply.body, reply.headers) == (429, body, {})
 
 
+@pytest.mark.requirement("client 15: Ruby's !binary is read")
 def test_ruby_cassettes_are_read(tmp_path: Path) -> None:
     """Ruby VCR's shape: `http_interactions`, bodies with an encoding, `!binary`."""
     path = tmp_path / "a.yaml"

@@ -152,6 +152,7 @@ def test_there_are_enough_places() -> None:
     assert len(places(PLAIN)) >= 50
 
 
+@pytest.mark.requirement("client 15: secrets are redacted")
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 @pytest.mark.parametrize("name", PLACES)
 def test_no_secret_reaches_the_disk(tmp_path: Path, name: str, layout: Layout) -> None:

@@ -60,14 +60,17 @@ def test_the_quick_look_misses_nothing_in_noise(text: str) -> None:
         assert secret_edits(data) == []
 
 
-@pytest.mark.parametrize("name", [*NAMES, *(name for name in secrets.NAMES if "-" not in name)])
-@pytest.mark.parametrize("space", ["", " ", "\n", "\t", "\r\n  ", " " * 9])
-@pytest.mark.parametrize("quote", QUOTES)
-def test_the_quick_look_sees_every_name(name: str, space: str, quote: str) -> None:
+def test_the_quick_look_sees_every_name() -> None:
     """A field with a secret's name is seen, with white space before its colon and in a JSON text within another too."""
-    data = f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc{quote}}}".encode()
-    assert suspicious(data)
-    assert secret_edits(data)
+    names = [*NAMES, *(name for name in secrets.NAMES if "-" not in name)]
+    bodies = [
+        f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc{quote}}}".encode()
+        for name in names
+        for space in ("", " ", "\n", "\t", "\r\n  ", " " * 9)
+        for quote in QUOTES
+    ]
+    assert [body for body in bodies if not (suspicious(body) and secret_edits(body))] == []
+    assert len(bodies) > 2_000
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "prompt_tokens", "completion_tokens", "instructions", "phrases"])

@@ -11,6 +11,7 @@ import pytest
 from aggregator.executors.local import AsyncExecutor
 
 
+@pytest.mark.requirement("Trace: asynchronous trainer")
 async def test_results_stand_in_sample_order_whatever_finishes_first() -> None:
     """The last item finishes first, the results keep the order of the batch."""
     async with AsyncExecutor() as executor:

@@ -25,6 +25,7 @@ class NumpyScalar:
         return 0.25
 
 
+@pytest.mark.requirement("Trace: any callable (x, output, info) -> (score, feedback)")
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -84,6 +85,7 @@ async def test_what_a_guide_raises_is_passed_on() -> None:
         await judge(broken, 1, 2, 3)
 
 
+@pytest.mark.requirement("Trace: any callable (x, output, info) -> (score, feedback)")
 async def test_kinds_of_callables() -> None:
     """Functions, coroutine functions, objects of either kind, and functions that return an awaitable."""
 
@@ -107,6 +109,7 @@ async def test_kinds_of_callables() -> None:
             assert [await judge(guide, 1, 2, 3, call=call) for guide in guides] == [(6.0, "")] * 4
 
 
+@pytest.mark.requirement("Trace: AutoGuide")
 async def test_guides_of_trace_are_taken() -> None:
     """An AutoGuide is asked through `get_feedback(query, response, reference)`, whatever else it can do."""
 

@@ -9,6 +9,7 @@ import pytest
 from aggregator import ExactMatch, exact_match
 
 
+@pytest.mark.requirement("Trace: exact_match_metric")
 @pytest.mark.parametrize(
     ("output", "info", "score"),
     [
@@ -26,6 +27,7 @@ def test_scores(output: Any, info: Any, score: float) -> None:
     assert exact_match("x", output, info)[0] == score
 
 
+@pytest.mark.requirement("Trace: SimpleReferenceSuggest")
 def test_feedback_names_what_was_expected() -> None:
     """The optimizer reads what came and what was right, cut where it is long."""
     assert exact_match("x", "5", "4") == (0.0, "Incorrect. Expected '4', got '5'.")

@@ -61,6 +61,10 @@ class Model:
         return Completion(choices=(Choice(message=Message(content=reply)),))
 
 
+@pytest.mark.requirement(
+    "Trace: VerbalJudgeGuide(model, prompt_template, system_prompt)",
+    "Trace: ReferenceSuggest: a model compares with the reference",
+)
 def test_prompt() -> None:
     """The whole prompt, as the model sees it."""
     system, user = judge_messages({"question": "2 + 2?"}, "5", 4)
@@ -73,6 +77,7 @@ def test_prompt_holds_no_address() -> None:
     assert judge_messages("x", object())[1]["content"].endswith("#Output\n<object>")
 
 
+@pytest.mark.requirement("Trace: VerbalJudgeGuide(model, prompt_template, system_prompt)")
 async def test_verdict_is_typed() -> None:
     """A verdict is a score in [0, 1] and feedback; criteria, format and token limit go to the model."""
     model = Model('{"feedback": "Half of it.", "score": 0.5}')
@@ -130,6 +135,10 @@ UNREADABLE = [
 ]
 
 
+@pytest.mark.requirement(
+    "Trace: VerbalJudgeGuide(correctness_template)",
+    "Trace's defect 18: the judge looked for its template's words",
+)
 @pytest.mark.parametrize("reply", UNREADABLE, ids=lambda reply: reply[:30])
 def test_template_words_do_not_make_a_score(reply: str) -> None:
     """Only a typed verdict scores: no word such as "Correct" in the text, no number in prose, nothing out of range."""

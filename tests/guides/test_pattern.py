@@ -52,6 +52,7 @@ def test_required_keywords() -> None:
     assert guide("x", "Yes, because.", None) == (1.0, "Correct.")
 
 
+@pytest.mark.requirement("Trace: KeywordSuggest: JSON of keyword to hint, custom analyzers")
 def test_analyzers_add_hints() -> None:
     """A function says what no keyword can; None and "" are nothing to say."""
 
@@ -63,6 +64,7 @@ def test_analyzers_add_hints() -> None:
     assert guide("x", "no", 5) == (1.0, "Correct.")
 
 
+@pytest.mark.requirement("Trace: KeywordSuggest: JSON of keyword to hint, custom analyzers")
 def test_hints_from_a_file(tmp_path: Path) -> None:
     """A JSON file of keyword -> hint is read once, when the guide is made."""
     path = tmp_path / "hints.json"

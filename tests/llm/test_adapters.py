@@ -35,6 +35,7 @@ class Dumping:
         return SHAPE
 
 
+@pytest.mark.requirement("built 10: callables, litellm, OpenAI's clients")
 @pytest.mark.parametrize(
     "shape", ["hi", SHAPE, namespace(SHAPE), Dumping()], ids=["text", "dict", "object", "pydantic"]
 )
@@ -100,6 +101,7 @@ class Client:
         self.chat = SimpleNamespace(completions=SimpleNamespace(create=create))
 
 
+@pytest.mark.requirement("built 10: callables, litellm, OpenAI's clients")
 async def test_openais_clients() -> None:
     """Sync and async clients, with the model's name."""
     seen = []
@@ -118,6 +120,7 @@ async def test_openais_clients() -> None:
         as_model(Client(create))
 
 
+@pytest.mark.requirement("built 10: callables, litellm, OpenAI's clients", "Trace: backend LiteLLM")
 async def test_litellm() -> None:
     """The module or a Router: what has `acompletion`."""
 

@@ -95,11 +95,16 @@ def sweep(seeds: range) -> None:
     loop.close()
 
 
+@pytest.mark.requirement(
+    "built 6: reserved from the first wave on",
+    "figure: budget overshoot in 1,000 runs at 64 in flight: 0",
+)
 def test_no_overshoot_with_64_in_flight() -> None:
     """Real spending never passes the limit, and the budget's own count agrees with the server's."""
     sweep(range(40))
 
 
+@pytest.mark.requirement("figure: budget overshoot in 1,000 runs at 64 in flight: 0")
 @pytest.mark.long
 def test_no_overshoot_in_a_thousand_runs() -> None:
     """The same a thousand times."""
@@ -148,6 +153,7 @@ async def test_what_was_refused_does_not_depend_on_which_answers_come_first() ->
     assert await course([0.003, 0.002, 0.001, 0, 0]) == await course([0.0, 0.001, 0.002, 0, 0]) == expected
 
 
+@pytest.mark.requirement("built 6: calls are attempts")
 async def test_calls_count_every_attempt() -> None:
     """Retries are requests too."""
     budget = Budget(calls=10)
@@ -203,6 +209,7 @@ async def test_exhaustion_says_what_to_do() -> None:
     assert transport.requests == []
 
 
+@pytest.mark.requirement("built 6: an unknown price is an error before spending")
 async def test_an_unknown_price_is_an_error_before_spending() -> None:
     """A budget in USD over a model without a price is refused, not taken for free."""
     transport = ScriptedTransport(answer())
@@ -211,6 +218,7 @@ async def test_an_unknown_price_is_an_error_before_spending() -> None:
     assert transport.requests == []
 
 
+@pytest.mark.requirement("client 11: the provider's cost")
 async def test_the_providers_own_cost_counts() -> None:
     """What the reply says it cost is what is spent and reported."""
     budget = Budget(usd=1.0)
@@ -219,6 +227,7 @@ async def test_the_providers_own_cost_counts() -> None:
     assert (completion.usage.cost, budget.spent.usd) == (0.0125, 0.0125)
 
 
+@pytest.mark.requirement("client 11: the user's prices")
 async def test_cost_from_the_table() -> None:
     """Without the provider's word the table's price makes the cost, with or without a budget."""
     completion = await client(ScriptedTransport(answer()), None).complete(QUESTION)
@@ -242,6 +251,7 @@ async def test_an_attempt_without_answer_counts_as_reserved(error: Any, charged:
     assert budget.reserved.tokens == 0
 
 
+@pytest.mark.requirement("client 11: unknown usage costs what was reserved")
 async def test_an_unknown_usage_counts_as_reserved() -> None:
     """None is not 0."""
     budget = Budget(tokens=100_000)
@@ -268,6 +278,7 @@ async def test_cancelled_calls_leave_nothing_reserved() -> None:
     assert budget.spent.calls == 1
 
 
+@pytest.mark.requirement("built 6: shared")
 async def test_a_budget_of_the_context_counts_every_client() -> None:
     """`spending(budget)` is how a run counts what all its roles ask, beside a client's own budget."""
     own, run = Budget(calls=10), Budget(calls=2)
@@ -288,6 +299,7 @@ async def test_one_budget_given_twice_counts_once() -> None:
     assert budget.spent.calls == 1
 
 
+@pytest.mark.requirement("built 6: shared")
 async def test_threads_and_loops_share_a_budget() -> None:
     """A call of another loop waits and is woken there."""
     budget = Budget(calls=100)

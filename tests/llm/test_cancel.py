@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from llm_fakes import answer, answering, raw, read_request, serving
 
 from aggregator import LLM, Budget
@@ -30,6 +31,11 @@ async def until(reached: Any) -> None:
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.requirement(
+    "client 15: cancelling closes the socket",
+    "client 15: no task is left",
+    "figure: 64 of 64 in flight cancelled: the server sees all, no task is left",
+)
 async def test_the_server_sees_all_of_64_cancelled_calls() -> None:
     """Every socket is closed, every place and reservation given back, no task left behind."""
     server, budget = Holding(), Budget(calls=1000)

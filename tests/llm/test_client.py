@@ -38,6 +38,7 @@ def client(transport: ScriptedTransport, time: VirtualTime | None = None, **opti
     )  # fmt: skip
 
 
+@pytest.mark.requirement("Trace: llm(messages=...) with OpenAI's shape")
 async def test_an_answer_has_text_usage_and_openais_shape() -> None:
     """`complete` returns text and usage, and reads as OpenAI's object too."""
     completion = await client(ScriptedTransport(answer("hi"))).complete(QUESTION, max_tokens=5)
@@ -54,6 +55,7 @@ async def test_over_a_real_socket() -> None:
     assert (completion.text, completion.attempts) == ("hi", 2)
 
 
+@pytest.mark.requirement("built 10: called as Trace calls its models", "Trace: llm(messages=...) with OpenAI's shape")
 def test_synchronous_call() -> None:
     """`llm(messages=...)` is the way Trace calls its models; it works without a loop."""
     llm = client(ScriptedTransport(answer("hi")))
@@ -90,6 +92,11 @@ PERMANENT = [
 ]
 
 
+@pytest.mark.requirement(
+    "client 3: never quota, context overflow, auth, 400, 404, 413, 422",
+    "built 4: permanent errors once",
+    "figure: requests for one doomed call: permanent 1, transient the attempts set",
+)
 @pytest.mark.parametrize(("reply", "kind"), PERMANENT, ids=lambda value: getattr(value, "__name__", ""))
 async def test_permanent_errors_are_tried_once(reply: HTTPReply, kind: type[LLMError]) -> None:
     """What will not get better by waiting costs one request."""
@@ -109,6 +116,14 @@ TRANSIENT: list[tuple[Any, type[LLMError]]] = [
 ]
 
 
+@pytest.mark.requirement(
+    "client 3: 408, 409, 429, 5xx, lost connections are tried again",
+    "client 7: what is malformed is tried again",
+    "client 8: attempts",
+    "built 4: transient ones within the attempts set",
+    "figure: requests for one doomed call: permanent 1, transient the attempts set",
+    "Trace: auto_retry",
+)
 @pytest.mark.parametrize(("step", "kind"), TRANSIENT)
 @pytest.mark.parametrize("max_attempts", [1, 3])
 async def test_transient_errors_get_the_attempts_set(step: Any, kind: type[LLMError], max_attempts: int) -> None:
@@ -126,6 +141,7 @@ async def test_a_transient_error_then_an_answer(step: Any) -> None:
     assert (completion.text, completion.attempts) == ("hi", 2)
 
 
+@pytest.mark.requirement("client 3: Retry-After is waited for")
 async def test_retry_after_is_waited_for() -> None:
     """A Retry-After is waited for to the millisecond, without jitter."""
     time = VirtualTime()
@@ -134,6 +150,7 @@ async def test_retry_after_is_waited_for() -> None:
     assert time.slept == [7.0]
 
 
+@pytest.mark.requirement("client 3: capped, then failing fast with retry_after", "client 8: retry_after")
 async def test_retry_after_beyond_the_cap_fails_fast() -> None:
     """Nobody waits five minutes because a server says so: the error carries the number instead."""
     time = VirtualTime()
@@ -143,6 +160,7 @@ async def test_retry_after_beyond_the_cap_fails_fast() -> None:
     assert (caught.value.retry_after, len(transport.requests), time.slept) == (300.0, 1, [])
 
 
+@pytest.mark.requirement("client 3: ignored on 2xx")
 async def test_retry_after_on_an_answer_is_ignored() -> None:
     """Anthropic and HuggingFace send Retry-After with 200s; it means nothing there."""
     time = VirtualTime()
@@ -152,6 +170,10 @@ async def test_retry_after_on_an_answer_is_ignored() -> None:
     assert time.slept == []
 
 
+@pytest.mark.requirement(
+    "client 4: one deadline, waits and fallbacks included",
+    "Trace's defect 32: a custom model raised a NameError; verbose, timeouts and usage were lost",
+)
 async def test_one_deadline_for_the_whole_call() -> None:
     """Every attempt gets what the earlier ones and their waits have left of `timeout`."""
     time = VirtualTime()
@@ -162,6 +184,7 @@ async def test_one_deadline_for_the_whole_call() -> None:
     assert caught.value.attempts == 3
 
 
+@pytest.mark.requirement("client 4: one deadline, waits and fallbacks included")
 async def test_no_wait_that_would_outlast_the_deadline() -> None:
     """A wait that ends after the deadline is not begun."""
     time = VirtualTime()
@@ -190,6 +213,7 @@ async def test_a_failed_call_stands_in_the_transcript() -> None:
     assert "AuthenticationError" in shown.render()
 
 
+@pytest.mark.requirement("Trace's defect 32: a custom model raised a NameError; verbose, timeouts and usage were lost")
 async def test_usage_is_counted_by_role() -> None:
     """The ledger knows what each role used."""
     llm = client(ScriptedTransport(answer()))

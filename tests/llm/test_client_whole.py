@@ -58,6 +58,7 @@ def on_this_loop(transport: Any, **options: Any) -> LLM:
     return LLM("m", base_url=BASE_URL, transport=transport, clock=asyncio.get_running_loop().time, **options)
 
 
+@pytest.mark.requirement("client 1: idle connections are kept 4 s at most", "client 1: 5 s to connect")
 def test_the_defaults_of_connections() -> None:
     """Idle ones are kept for 4 s at most, new ones get 5 s; every client that is given no transport has these."""
     given, shared = AiohttpTransport(keepalive_timeout=4.0, connect_timeout=5.0), shared_transport()
@@ -65,6 +66,7 @@ def test_the_defaults_of_connections() -> None:
     assert shared._timeout == given._timeout
 
 
+@pytest.mark.requirement("client 1: 600 s in all")
 async def test_a_call_may_take_ten_minutes() -> None:
     """600 s for the whole call, as the SDKs have it, unless `timeout` says otherwise."""
     transport = ScriptedTransport(answer())
@@ -72,6 +74,7 @@ async def test_a_call_may_take_ten_minutes() -> None:
     assert transport.timeouts == [600.0]
 
 
+@pytest.mark.requirement("client 1: no cookie jar")
 async def test_no_cookies_by_name_either() -> None:
     """A host with a name gets none back: aiohttp's own jar would keep those of names, and drop those of numbers."""
     seen = []
@@ -88,6 +91,7 @@ async def test_no_cookies_by_name_either() -> None:
     assert seen == [None, None]
 
 
+@pytest.mark.requirement("client 1: 5 s to connect")
 async def test_a_server_that_takes_no_connection() -> None:
     """The time to connect is bounded by itself; nothing was sent, so nothing can cost."""
     with socket.socket() as listener:
@@ -121,6 +125,7 @@ def dying(second: bytes = b"") -> tuple[Callable[..., Awaitable[None]], list[Non
     return handle, requests
 
 
+@pytest.mark.requirement("client 2: outside of the attempts")
 async def test_a_dead_connection_is_no_attempt() -> None:
     """The one attempt of a call is not used up by a connection that the server had closed before."""
     handle, requests = dying()
@@ -130,6 +135,7 @@ async def test_a_dead_connection_is_no_attempt() -> None:
     assert len(requests) == 4
 
 
+@pytest.mark.requirement("client 2: a used connection that is dead is replaced at once")
 async def test_the_replacement_is_not_taken_from_the_pool() -> None:
     """Where one idle connection has died, the others have too: a call that met one must not meet a second."""
     handle, _ = dying()
@@ -141,6 +147,7 @@ async def test_the_replacement_is_not_taken_from_the_pool() -> None:
         assert (await transport.send(request)).status == 200
 
 
+@pytest.mark.requirement("client 2: nor one whose answer has begun")
 @pytest.mark.parametrize(
     "begun",
     [
@@ -160,6 +167,7 @@ async def test_an_answer_that_has_begun_is_not_asked_for_again(begun: bytes) -> 
     assert len(requests) == 2
 
 
+@pytest.mark.requirement("client 15: cancelling closes the socket")
 async def test_a_call_cancelled_while_its_answer_comes() -> None:
     """Half of the body is there: the connection is closed, not kept for the next call to find the rest in."""
     begun, closed = asyncio.Event(), asyncio.Event()
@@ -181,6 +189,7 @@ async def test_a_call_cancelled_while_its_answer_comes() -> None:
     assert call.cancelled()
 
 
+@pytest.mark.requirement("client 3: x-should-retry")
 @pytest.mark.parametrize(("status", "said", "sent"), [(500, "false", 1), (400, "true", 3), (500, "", 3)])
 async def test_the_client_obeys_x_should_retry(status: int, said: str, sent: int) -> None:
     """Both ways; where the server says nothing, its status decides."""
@@ -190,6 +199,7 @@ async def test_the_client_obeys_x_should_retry(status: int, said: str, sent: int
     assert len(transport.requests) == sent
 
 
+@pytest.mark.requirement("client 4: no call again after any exception")
 async def test_what_is_no_failure_of_a_call_is_not_tried_again() -> None:
     """A bug is raised as it is and at once, with or without a `response_format` to fall back from."""
 
@@ -203,6 +213,7 @@ async def test_what_is_no_failure_of_a_call_is_not_tried_again() -> None:
     assert len(transport.requests) == 2
 
 
+@pytest.mark.requirement("client 4: one deadline, waits and fallbacks included")
 async def test_other_forms_share_the_deadline() -> None:
     """A call that falls back to another response_format gets no new time for it."""
     time = VirtualTime()
@@ -217,6 +228,7 @@ async def test_other_forms_share_the_deadline() -> None:
     assert transport.timeouts == [10.0, 6.0, 2.0]
 
 
+@pytest.mark.requirement("client 5: shared per (base_url, key, model)", "built 5: concurrency")
 @pytest.mark.parametrize(
     ("others", "at_once"),
     [({}, 1), ({"api_key": "another"}, 2), ({"base_url": "http://127.0.0.1:8/v1"}, 2), ({"model": "n"}, 2)],
@@ -261,6 +273,7 @@ class Bucket(Transport):
         return answer()
 
 
+@pytest.mark.requirement("figure: bucket 100/s, burst 20, 400 calls at 64: 0 failed, <= 480 requests, <= 6 s")
 def test_a_bucket_of_unknown_size(run: Any) -> None:
     """100/s, burst 20, 400 calls at 64, 429 + Retry-After 1, no other header: all answered, few requests in vain."""
 
@@ -297,6 +310,12 @@ NOTHING_LEFT = {
 }
 
 
+@pytest.mark.requirement(
+    "client 5: a 429 pauses all callers",
+    "client 5: requests per minute",
+    "client 5: tokens per minute",
+    "client 5: rate-limit headers hold back",
+)
 @pytest.mark.parametrize(
     ("first", "options", "earliest"),
     [
@@ -325,6 +344,7 @@ def test_limits_hold_for_every_call_of_a_client(run: Any, first: Any, options: A
     assert (min(later) < 0.1) is (earliest == 0.0)
 
 
+@pytest.mark.requirement("client 10: remembered per (base_url, model)")
 async def test_a_form_is_remembered_for_its_model_only() -> None:
     """Another model of the same server, and the same one elsewhere, is asked in the best form first."""
 
@@ -339,6 +359,7 @@ async def test_a_form_is_remembered_for_its_model_only() -> None:
     assert asked == ["json_object", None, None, "json_object", None, "json_object", None]
 
 
+@pytest.mark.requirement("client 10: content may be an object already")
 async def test_structured_content_that_is_an_object_already() -> None:
     """Cloudflare answers json_schema with an object in the place of its text: the text is that object's JSON."""
     body = {"choices": [{"message": {"role": "assistant", "content": {"k": 3}}, "finish_reason": "stop"}]}
@@ -348,6 +369,7 @@ async def test_structured_content_that_is_an_object_already() -> None:
     assert (json.loads(found.text), found.attempts) == ({"k": 3}, 1)
 
 
+@pytest.mark.requirement("client 11: no network at import")
 def test_nothing_is_fetched_at_import_or_for_a_price() -> None:
     """Importing the client, making one and pricing a model opens no socket: prices are those that came installed."""
     pytest.importorskip("genai_prices")
@@ -368,6 +390,7 @@ def test_nothing_is_fetched_at_import_or_for_a_price() -> None:
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
+@pytest.mark.requirement("client 15: secrets are redacted")
 @pytest.mark.parametrize(
     ("model", "header"),
     [
@@ -392,6 +415,7 @@ async def test_no_key_of_any_provider_is_in_its_cassette(tmp_path: Path, model: 
     assert "wrong key" in text
 
 
+@pytest.mark.requirement("client 15: secrets are redacted")
 async def test_headers_of_ones_own_are_in_no_cassette(tmp_path: Path) -> None:
     """Only headers of a list are written: what a gateway wants besides may be a secret that nobody declared."""
     env, path = {"OPENAI_CUSTOM_HEADERS": "X-Tenant: blue-42"}, tmp_path / "headers.yaml"

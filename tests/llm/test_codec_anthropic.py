@@ -38,6 +38,7 @@ def decode(answer: Any) -> Completion:
     return codec.decode(HTTPReply(status=200, body=data, headers={"request-id": "req_1", "retry-after": "9"}), CALL)
 
 
+@pytest.mark.requirement("client 12: Anthropic: version, x-api-key, max_tokens")
 def test_request() -> None:
     """The version and the key go in headers; the cap that the API demands is there unasked."""
     made = request(CALL)
@@ -64,6 +65,7 @@ def test_auth_token_is_a_bearer() -> None:
     assert "x-api-key" not in made.headers
 
 
+@pytest.mark.requirement("built 3: options and tools")
 def test_options() -> None:
     """Options go under this API's names."""
     schema = {"type": "object", "properties": {}}
@@ -131,6 +133,7 @@ def test_system_prompt() -> None:
     assert two["system"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
+@pytest.mark.requirement("built 3: text and images")
 def test_images() -> None:
     """An image goes as base64 or as its URL; a block of this API's own stays as it is."""
     own = {"type": "document", "source": {"type": "text", "data": "x"}}
@@ -167,6 +170,7 @@ def test_a_turn_with_tools() -> None:
     assert len(messages) == 3
 
 
+@pytest.mark.requirement("client 9: arguments that do not parse stay text")
 def test_arguments_that_are_no_json_are_refused() -> None:
     """A call whose arguments were cut cannot go back to the model: the error says where it stands."""
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x'}}
@@ -178,6 +182,7 @@ def answer(*blocks: Any, **more: Any) -> dict[str, Any]:
     return {"type": "message", "id": "m", "model": "c", "content": list(blocks), "stop_reason": "end_turn", **more}
 
 
+@pytest.mark.requirement("client 6: unknown keys and blocks", "client 6: thinking is no part of the text")
 def test_blocks() -> None:
     """Text blocks join, thinking and tool calls stand apart, kinds that are not known are read over."""
     found = decode(
@@ -212,6 +217,7 @@ def test_content_as_text() -> None:
     assert decode({**answer(), "content": "Hi"}).text == "Hi"
 
 
+@pytest.mark.requirement("client 6: unknown finish reasons", "client 9: always visible")
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
@@ -230,6 +236,7 @@ def test_stop_reasons(word: str | None, reason: str) -> None:
     assert decode(answer(stop_reason=word)).finish_reason == reason
 
 
+@pytest.mark.requirement("client 11: Anthropic's caches count as input")
 def test_usage_counts_caches_as_input() -> None:
     """The API counts what caches held beside `input_tokens`: ours is the whole prompt."""
     usage = {
@@ -246,6 +253,7 @@ def test_usage_counts_caches_as_input() -> None:
     assert decode(answer()).usage.input_tokens is None
 
 
+@pytest.mark.requirement("client 7: no content")
 @pytest.mark.parametrize(
     ("raw", "kind"),
     [
@@ -278,6 +286,7 @@ CALLED = {"type": "tool_use", "id": "t", "name": "f", "input": {"x": [1.0, None]
 RESULT = {"role": "tool", "tool_call_id": "t", "content": "1"}
 
 
+@pytest.mark.requirement("built 3: an answer continues its conversation")
 @pytest.mark.parametrize(
     "blocks",
     [

@@ -30,6 +30,7 @@ def error(status: int, body: Any = b"", reason: str = "", **headers: str) -> API
     return status_error(HTTPReply(status=status, body=data, headers=names, reason=reason), "openai")
 
 
+@pytest.mark.requirement("client 8: a class for each kind")
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
@@ -59,6 +60,7 @@ def test_class_follows_from_the_status(status: int, kind: type[APIStatusError]) 
     assert not found.message.endswith(": ")
 
 
+@pytest.mark.requirement("client 8: message and code of every shape, numbers too")
 @pytest.mark.parametrize(
     ("status", "body", "words", "code"),
     [
@@ -100,6 +102,7 @@ def test_words_and_code_of_every_shape(status: int, body: Any, words: str, code:
     assert found.code == code
 
 
+@pytest.mark.requirement("client 8: words even without a body")
 @pytest.mark.parametrize("body", [b"", b"{}", b"null", b"[]", b'{"error": {}}', b'{"error": null}', b"{cut", b"12"])
 def test_a_body_without_words(body: bytes) -> None:
     """The status line stands in where the body says nothing."""
@@ -108,6 +111,7 @@ def test_a_body_without_words(body: bytes) -> None:
     assert len(found.message) > len("openai answered 500: ")
 
 
+@pytest.mark.requirement("client 8: a class for each kind")
 @pytest.mark.parametrize(
     ("status", "error_body"),
     [
@@ -141,6 +145,7 @@ def test_other_bad_requests_are_no_context_overflow(message: str) -> None:
     assert type(error(400, {"error": {"message": message}})) is BadRequestError
 
 
+@pytest.mark.requirement("client 8: a class for each kind")
 def test_quota_is_told_from_rate() -> None:
     """`insufficient_quota` does not pass by waiting; Gemini's RESOURCE_EXHAUSTED, in nearly the same words, does."""
     quota = {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "insufficient_quota"}
@@ -149,6 +154,7 @@ def test_quota_is_told_from_rate() -> None:
     assert type(error(429, {"error": gemini})) is RateLimitError
 
 
+@pytest.mark.requirement("client 3: Retry-After in ms, seconds, fractions, as a date; 0 is absent")
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
@@ -173,6 +179,7 @@ def test_how_long_to_wait(headers: dict[str, str], seconds: float | None) -> Non
     assert retry_after(headers) == seconds
 
 
+@pytest.mark.requirement("client 3: Gemini's retryDelay")
 def test_gemini_says_its_wait_in_the_body() -> None:
     """RetryInfo's retryDelay is the wait where no header names one."""
     details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure"}, {"retryDelay": "48.5s"}]
@@ -181,6 +188,7 @@ def test_gemini_says_its_wait_in_the_body() -> None:
     assert error(429, body, retry_after="3").retry_after == 3.0
 
 
+@pytest.mark.requirement("client 8: request id")
 @pytest.mark.parametrize(
     ("headers", "body", "expected"),
     [
@@ -196,6 +204,7 @@ def test_request_id(headers: dict[str, str], body: Any, expected: str | None) ->
     assert error(400, body, **headers).request_id == expected
 
 
+@pytest.mark.requirement("client 3: x-should-retry")
 @pytest.mark.parametrize(("value", "expected"), [("true", True), ("false", False), ("", None), ("maybe", None)])
 def test_should_retry(value: str, expected: bool | None) -> None:
     """`x-should-retry` says yes, no, or nothing."""

@@ -36,6 +36,7 @@ def answer(*parts: Any, finish: Any = "STOP", **more: Any) -> dict[str, Any]:
     return {"candidates": [{"content": {"role": "model", "parts": list(parts)}, "finishReason": finish}], **more}
 
 
+@pytest.mark.requirement("client 12: Gemini: the key in its header, not in the address")
 def test_request() -> None:
     """The key goes in its header, never in the address, where a cassette would show it."""
     made = request(CALL)
@@ -45,6 +46,7 @@ def test_request() -> None:
     assert request(replace(CALL, stream=True)).url == f"{STUDIO}/gemini-2.5-flash:streamGenerateContent?alt=sse"
 
 
+@pytest.mark.requirement("built 3: options and tools")
 def test_options() -> None:
     """Options go under this API's names."""
     schema = {"type": "object", "properties": {}}
@@ -92,6 +94,7 @@ def test_extra_adds_to_the_generation_config() -> None:
     assert config == {"maxOutputTokens": 9, "thinkingConfig": {"thinkingBudget": 0}}
 
 
+@pytest.mark.requirement("built 3: text and images")
 def test_messages() -> None:
     """System text stands apart; images go as bytes or by address."""
     png = Image(b"\x89PNG1")
@@ -140,6 +143,7 @@ def test_a_turn_with_tools() -> None:
     ]
 
 
+@pytest.mark.requirement("built 3: an answer continues its conversation")
 def test_a_call_goes_back_with_its_signature() -> None:
     """From Gemini 3 on a call without its signature is refused: ours comes back, a lost one has its stand-in."""
     found = decode(answer({"functionCall": {"name": "f", "args": {"x": 1}}, "thoughtSignature": "sig"}))
@@ -153,6 +157,7 @@ def test_a_call_goes_back_with_its_signature() -> None:
     assert sent([other], "gemini-3-flash")["contents"][0]["parts"][0]["thoughtSignature"]
 
 
+@pytest.mark.requirement("client 6: unknown keys and blocks", "client 6: thinking is no part of the text")
 def test_parts() -> None:
     """Text parts join, thoughts stand apart, parts of other kinds are read over."""
     found = decode(
@@ -172,6 +177,7 @@ def test_parts() -> None:
     assert [(c.id, c.name, c.arguments) for c in found.tool_calls] == [("call_0", "f", '{"x":1}'), ("own", "g", "{}")]
 
 
+@pytest.mark.requirement("client 6: unknown finish reasons", "client 9: always visible")
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
@@ -208,6 +214,7 @@ def test_a_candidate_without_parts(candidate: Any) -> None:
     assert (found.text, found.raw_finish_reason) == ("", candidate["finishReason"])
 
 
+@pytest.mark.requirement("client 11: input, output, reasoning, cached; None is not 0")
 @pytest.mark.parametrize(
     ("usage", "expected"),
     [
@@ -226,6 +233,7 @@ def test_usage(usage: Any, expected: tuple[int | None, ...]) -> None:
     assert (found.input_tokens, found.output_tokens, found.cached_tokens, found.reasoning_tokens) == expected
 
 
+@pytest.mark.requirement("client 7: no candidates, a blocked prompt")
 @pytest.mark.parametrize(
     ("raw", "kind"),
     [

@@ -45,6 +45,7 @@ def decode(body: Any, **headers: str) -> Completion:
     return codec().decode(reply(body, **headers), CALL)
 
 
+@pytest.mark.requirement("client 1: only encodings that can be decoded", "client 12: OpenAI-compatible")
 def test_request_says_what_was_said_and_nothing_else() -> None:
     """An option that is None is not sent; the address is absolute, the type explicit, the encodings decodable."""
     request = codec().encode(CALL)
@@ -56,6 +57,7 @@ def test_request_says_what_was_said_and_nothing_else() -> None:
     assert request.secrets == ("sk-test",)
 
 
+@pytest.mark.requirement("built 3: options and tools")
 def test_every_option_has_its_field() -> None:
     """All options of a call reach the body, `extra` last."""
     call = replace(
@@ -95,6 +97,7 @@ def test_same_call_same_bytes() -> None:
     assert codec().encode(CALL) == codec().encode(msgspec.structs.replace(CALL))
 
 
+@pytest.mark.requirement("client 14: max_completion_tokens for reasoning models of OpenAI and Azure alone")
 @pytest.mark.parametrize(
     ("model", "base_url", "field"),
     [
@@ -113,6 +116,7 @@ def test_cap_goes_under_the_name_the_server_knows(model: str, base_url: str | No
     assert {name: body.get(name) for name in ("max_tokens", "max_completion_tokens") if name in body} == {field: 7}
 
 
+@pytest.mark.requirement("client 14: a cap where a server would go on to the end of its context")
 def test_own_servers_get_a_cap_when_none_is_given() -> None:
     """A llama.cpp server would else generate to the end of its context."""
     assert sent(CALL, "llamacpp/tiny")["max_tokens"] == 4096
@@ -127,6 +131,7 @@ def test_mistral_has_its_own_names() -> None:
     assert "stream_options" not in body
 
 
+@pytest.mark.requirement("client 6: content is text, parts, object, null or absent")
 @pytest.mark.parametrize(
     ("message", "text"),
     [
@@ -148,6 +153,7 @@ def test_text_of_every_content(message: Any, text: str) -> None:
     assert decode(answer(message)).text == text
 
 
+@pytest.mark.requirement("client 6: thinking is no part of the text")
 @pytest.mark.parametrize(
     "message",
     [
@@ -170,6 +176,7 @@ def test_reasoning_stands_apart(message: Any) -> None:
     assert (found.text, found.reasoning) == ("4", "hm")
 
 
+@pytest.mark.requirement("client 6: unknown finish reasons", "client 9: always visible")
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
@@ -191,6 +198,7 @@ def test_finish_reasons(word: str | None, reason: str) -> None:
     assert (found.finish_reason, found.raw_finish_reason) == (reason, word)
 
 
+@pytest.mark.requirement("client 9: arguments that do not parse stay text")
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -216,6 +224,7 @@ def test_empty_tool_calls_are_none(message: Any) -> None:
     assert decode(answer({"content": "x", **message})).tool_calls == ()
 
 
+@pytest.mark.requirement("client 11: input, output, reasoning, cached; None is not 0", "client 11: the provider's cost")
 @pytest.mark.parametrize(
     ("usage", "expected"),
     [
@@ -251,17 +260,20 @@ def test_usage_in_every_shape(usage: Any, expected: tuple[Any, ...]) -> None:
     assert ours == expected
 
 
+@pytest.mark.requirement("client 11: the provider's cost")
 def test_venice_states_its_cost_beside_usage() -> None:
     """`cost: {"usd": …}` at the top of the answer is the cost."""
     assert decode(answer({"content": "x"}, cost={"usd": 0.001, "diem": 0})).usage.cost == 0.001
 
 
+@pytest.mark.requirement("built 1: several choices")
 def test_several_choices_keep_their_order_and_index() -> None:
     """`n` answers are `n` choices."""
     body = {"choices": [{"index": i, "message": {"content": str(i)}, "finish_reason": "stop"} for i in range(3)]}
     assert [(choice.index, choice.message.content) for choice in decode(body).choices] == [(0, "0"), (1, "1"), (2, "2")]
 
 
+@pytest.mark.requirement("client 6: raw bytes are kept")
 def test_refusal_and_identity() -> None:
     """A refusal is kept apart; id, model, request id and the raw bytes come along."""
     body = answer({"content": None, "refusal": "no"}, id="c1", model="m")
@@ -270,6 +282,7 @@ def test_refusal_and_identity() -> None:
     assert json.loads(found.raw) == body
 
 
+@pytest.mark.requirement("client 6: every field may be absent or odd", "client 6: white space before the body")
 @pytest.mark.parametrize(
     "body",
     [
@@ -292,6 +305,7 @@ def test_a_lone_surrogate_does_not_lose_the_answer() -> None:
     assert decode(b'{"choices": [{"message": {"content": "a\\ud83d"}}]}').text == "a\ufffd"
 
 
+@pytest.mark.requirement("client 7: an error, no choices, no message, no body, no JSON")
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
@@ -342,6 +356,7 @@ def test_a_token_function_is_asked_each_time() -> None:
     assert [bound.encode(CALL).headers["authorization"] for _ in range(2)] == ["Bearer one", "Bearer two"]
 
 
+@pytest.mark.requirement("client 12: Azure: deployment, api-version, api-key")
 @pytest.mark.parametrize(
     ("base_url", "version", "url"),
     [

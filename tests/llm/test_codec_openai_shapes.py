@@ -129,6 +129,10 @@ READ = {
 FAILED = {"no choices": EmptyResponseError, "an error": ServerError, "an error in the choice": ServerError}
 
 
+@pytest.mark.requirement(
+    "client 6: thinking is no part of the text",
+    "client 11: input, output, reasoning, cached; None is not 0",
+)
 @pytest.mark.parametrize("name", [*USUAL, *UNUSUAL])
 def test_every_shape_is_read(name: str) -> None:
     """Text, thinking, finish reason and tool calls are found wherever a server puts them."""

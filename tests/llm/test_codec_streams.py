@@ -118,6 +118,7 @@ def test_several_choices() -> None:
     assert [(c.message.content, c.finish_reason) for c in whole.choices] == [("a", "stop"), ("b", "length")]
 
 
+@pytest.mark.requirement("client 6: thinking is no part of the text")
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_thinking_is_no_delta(name: str) -> None:
     """Thinking under its own name is collected apart."""
@@ -145,6 +146,7 @@ def test_a_tag_cut_anywhere(content: str, data: st.DataObject) -> None:
     assert shown == split_thinking(content)[0]
 
 
+@pytest.mark.requirement("client 7: an error within a stream")
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
@@ -202,6 +204,7 @@ def named(chunks: list[dict[str, Any]]) -> bytes:
     return "".join([f"event: {chunk['type']}\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks]).encode()
 
 
+@pytest.mark.requirement("built 3: streams")
 @pytest.mark.parametrize("step", [0, 3])
 def test_anthropic_stream(step: int) -> None:
     """Blocks are put together; input counts caches, output is the last sum said."""
@@ -217,6 +220,7 @@ def block(index: int, start: dict[str, Any], *deltas: dict[str, Any]) -> list[di
     return [{"type": "content_block_start", "index": index, "content_block": start}, *more]
 
 
+@pytest.mark.requirement("built 3: an answer continues its conversation")
 def test_a_streamed_answer_goes_back_as_it_came() -> None:
     """Signatures, citations and the API's own blocks are put together too, in the order of the blocks."""
     chunks = [
@@ -246,6 +250,7 @@ def test_a_streamed_answer_goes_back_as_it_came() -> None:
     ]
 
 
+@pytest.mark.requirement("client 9: arguments that do not parse stay text")
 def test_a_tool_input_that_was_cut_stays_as_it_is() -> None:
     """The model's own text, which is no JSON, stands in the call; nothing is made up for its end."""
     chunks = [
@@ -282,6 +287,7 @@ GEMINI: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.requirement("built 3: streams")
 @pytest.mark.parametrize("step", [0, 5])
 def test_gemini_stream(step: int) -> None:
     """Parts are put together, thoughts apart."""

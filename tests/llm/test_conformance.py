@@ -159,6 +159,7 @@ def same_text(ours: str, plain: str) -> bool:
     return ours == plain or (plain.startswith("{") and ours.startswith("{") and json.loads(ours) == json.loads(plain))
 
 
+@pytest.mark.requirement("client 6: recorded answers, all", "built 1: codecs of every family")
 @pytest.mark.parametrize("name", sorted(READERS))
 def test_every_recorded_answer_is_read_right(name: str) -> None:
     """Text, finish reason, usage and tools are those of a plain reading; what holds no message is a typed error."""
@@ -203,6 +204,7 @@ STATUS_CLASSES = {
 }
 
 
+@pytest.mark.requirement("client 8: recorded errors, all")
 def test_every_recorded_error_has_its_class_and_words() -> None:
     """The class follows from the status, the message is the provider's own wherever it gave one, and never empty."""
     wrong = []
@@ -240,6 +242,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*path, key))
 
 
+@pytest.mark.requirement("client 6: every field may be absent or odd")
 @pytest.mark.parametrize("name", sorted(READERS))
 def test_one_damaged_field_costs_that_field_at_most(name: str) -> None:
     """Any field of a recorded answer may be null, missing its type or nonsense: the answer is still read."""

@@ -18,6 +18,7 @@ def client(**options: Any) -> LLM:
     return LLM("m", base_url=BASE_URL, transport=ScriptedTransport(answer()), **options)
 
 
+@pytest.mark.requirement("built 6: estimate")
 async def test_likely_is_below_the_most_and_the_most_holds() -> None:
     """The real usage lies under the most; the likely figure is the smaller one."""
     llm = client(prices=PRICES)

@@ -75,6 +75,10 @@ async def send_all(limiter: Limiter, bucket: Bucket, calls: int, latency: float,
     return failed
 
 
+@pytest.mark.requirement(
+    "client 5: adaptive",
+    "figure: bucket 100/s, burst 20, 400 calls at 64: 0 failed, <= 480 requests, <= 6 s",
+)
 @pytest.mark.parametrize("latency", [0.001, 0.005, 0.02, 0.05])
 def test_an_unknown_limit_is_found_from_its_429s(run: Any, latency: float) -> None:
     """Bucket 100/s, burst 20, 400 calls at 64, 429 with Retry-After 1 and no headers: none fails, few are in vain."""
@@ -108,6 +112,7 @@ def test_other_limits_are_found_too(run: Any, rate: float, burst: float, calls: 
     assert took <= 2 * calls / rate + 5
 
 
+@pytest.mark.requirement("client 5: a 429 pauses all callers")
 def test_a_429_pauses_all_callers(run: Any) -> None:
     """Nobody sends while the server's wait lasts; the pause ends on time."""
 
@@ -129,6 +134,7 @@ def test_a_429_pauses_all_callers(run: Any) -> None:
     assert min(run(main)) == pytest.approx(5.0, abs=0.001)
 
 
+@pytest.mark.requirement("built 5: concurrency")
 def test_places_are_given_in_order_of_asking(run: Any) -> None:
     """At most `max_concurrency` are under way; the others come first come, first served."""
 
@@ -180,6 +186,7 @@ async def test_waiting_ends_with_the_deadline() -> None:
     assert limiter.in_flight == 1
 
 
+@pytest.mark.requirement("client 5: requests per minute")
 @pytest.mark.parametrize("limit", [1, 7, 60, 600, 10_000])
 def test_requests_per_minute_hold_in_every_minute(limit: int) -> None:
     """In no window of 60 s are there more, and a busy sender gets nearly all of them."""
@@ -193,6 +200,7 @@ def test_requests_per_minute_hold_in_every_minute(limit: int) -> None:
     assert len(sent) >= 0.95 * limit * 300 / 60
 
 
+@pytest.mark.requirement("client 5: tokens per minute")
 async def test_tokens_per_minute() -> None:
     """Expected tokens are spent in advance and set right when the answer tells the real number."""
     time = VirtualTime()
@@ -206,6 +214,7 @@ async def test_tokens_per_minute() -> None:
     assert sum(time.slept) == 0.0
 
 
+@pytest.mark.requirement("client 5: shared per (base_url, key, model)")
 async def test_the_strictest_limits_of_an_account_count() -> None:
     """Clients of one (base_url, key, model) share a limiter, others do not."""
     first = shared_limiter(("http://a", "key", "m"), max_concurrency=64, rpm=None, tpm=None)
@@ -230,6 +239,7 @@ NOTHING_LEFT = {
 PLENTY = {**NOTHING_LEFT, "x-ratelimit-remaining-requests": "59", "x-ratelimit-reset-requests": "1s"}
 
 
+@pytest.mark.requirement("client 5: rate-limit headers hold back")
 async def test_headers_hold_back_what_they_would_refuse() -> None:
     """With nothing left, the next request waits until the server's bucket has refilled one."""
     time = VirtualTime()
@@ -250,6 +260,7 @@ async def test_headers_with_room_hold_nothing_back() -> None:
     assert time.slept == []
 
 
+@pytest.mark.requirement("client 5: in every family and every form")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -264,6 +275,7 @@ def test_every_recorded_form_of_a_reset_is_read(text: str, expected: float | Non
     assert found == (None if expected is None else pytest.approx(expected))
 
 
+@pytest.mark.requirement("client 5: in every family and every form")
 @pytest.mark.parametrize("family", ["requests", "tokens"])
 @pytest.mark.parametrize(
     "names",

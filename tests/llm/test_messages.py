@@ -26,6 +26,7 @@ def test_a_text_or_a_message_is_a_conversation(given: Any) -> None:
     assert normalise(given) == (USER,)
 
 
+@pytest.mark.requirement("built 3: text and images")
 def test_content_in_parts() -> None:
     """Texts, images by address or bytes, and an image's bare bytes become OpenAI's parts."""
     content = ["Look", Image("https://x/y.png", detail="low"), b"\xff\xd8\xff", {"type": "image_url", "image_url": "u"}]

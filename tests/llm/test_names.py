@@ -26,6 +26,7 @@ def where(model: str | None, env: dict[str, str] | None = None, **given: Any) ->
     return resolve(model, env=env or {}, **given)
 
 
+@pytest.mark.requirement("client 13: provider/model, provider:model, tags and vendors")
 @pytest.mark.parametrize(
     ("name", "provider", "model"),
     [
@@ -54,6 +55,7 @@ def test_names(name: str, provider: str, model: str) -> None:
     assert (found.provider, found.model) == (provider, model)
 
 
+@pytest.mark.requirement("built 2: unknown names list the nearest")
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
@@ -90,6 +92,7 @@ def test_a_compatible_server_needs_an_address() -> None:
         where("openai/x", base_url="localhost:8000/v1")
 
 
+@pytest.mark.requirement("client 13: a custom base_url gets no default key")
 @pytest.mark.parametrize(
     ("env", "given", "key"),
     [
@@ -112,6 +115,7 @@ def test_a_default_key_goes_to_its_own_address_only(env: dict[str, str], given: 
     assert request.secrets == ((key,) if key else ())
 
 
+@pytest.mark.requirement("client 13: a custom base_url gets no default key")
 @pytest.mark.parametrize("name", ["anthropic/claude", "gemini/gemini", "azure/d", "groq/x", "mistral/x"])
 def test_no_provider_leaks_its_key(name: str) -> None:
     """The rule holds for every provider and every variable of its key."""
@@ -120,6 +124,7 @@ def test_no_provider_leaks_its_key(name: str) -> None:
     assert "k-mine" not in str(request)
 
 
+@pytest.mark.requirement("client 13: the SDKs' variables")
 @pytest.mark.parametrize(
     ("name", "env", "header", "value"),
     [
@@ -187,6 +192,7 @@ def test_a_missing_key_names_its_variable(name: str, variable: str) -> None:
         found.require_key()
 
 
+@pytest.mark.requirement("client 13: local servers need no key")
 @pytest.mark.parametrize("name", ["ollama/q", "llamacpp/q", "lmstudio/q", "vllm/q"])
 def test_local_servers_need_no_key(name: str) -> None:
     """Servers on the user's own machine are called without one."""
@@ -215,6 +221,11 @@ def test_organisation_project_and_custom_headers() -> None:
     assert [headers[name] for name in names] == ["o", "p", "1", "2"]
 
 
+@pytest.mark.requirement(
+    "client 13: Trace's variables",
+    "Trace: backend LiteLLM",
+    "Trace: TRACE_DEFAULT_LLM_BACKEND, TRACE_LITELLM_MODEL",
+)
 @pytest.mark.parametrize(
     ("env", "provider", "model"),
     [
@@ -230,6 +241,11 @@ def test_traces_variables(env: dict[str, str], provider: str, model: str) -> Non
     assert (found.provider, found.model) == (provider, model)
 
 
+@pytest.mark.requirement(
+    "client 13: Trace's variables",
+    "Trace: backend CustomLLM",
+    "Trace's defect 32: a custom model raised a NameError; verbose, timeouts and usage were lost",
+)
 def test_traces_custom_backend() -> None:
     """CustomLLM brings name, address and key together."""
     env = {
@@ -244,6 +260,7 @@ def test_traces_custom_backend() -> None:
     assert where(None, env, base_url="http://elsewhere").api_key is None
 
 
+@pytest.mark.requirement("client 13: Trace's variables", "Trace: backend AutoGen")
 def test_traces_autogen_backend() -> None:
     """OAI_CONFIG_LIST's first entry counts; one that is no JSON list is refused."""
     config = '[{"model": "gpt-4o", "api_key": "k"}, {"model": "b"}]'
@@ -268,6 +285,7 @@ def test_the_documents_table_is_the_real_one() -> None:
         assert {word for word in told if f"`{word}`" not in row} == set()
 
 
+@pytest.mark.requirement("built 1: one file and an entry point add a provider")
 def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
     """A pure module and an entry point of the group `aggregator.providers` make `acme/model` a name like any other."""
     (tmp_path / "acme.py").write_text(

@@ -22,6 +22,7 @@ def test_unknown_tokens_have_no_cost() -> None:
     assert Price(input=1, output=1).cost(Usage(input_tokens=5)) is None
 
 
+@pytest.mark.requirement("client 11: the user's prices")
 @pytest.mark.parametrize("name", ["openai/gpt-4o-mini", "openai:gpt-4o-mini", "gpt-4o-mini"])
 def test_every_spelling_of_a_name_is_found(name: str) -> None:
     """A table written with either convention works."""
@@ -41,6 +42,7 @@ def test_a_missing_price_names_the_nearest() -> None:
         need_price("openai", "gpt-zero", {"openai/gtp-zero": Price(input=1, output=1)})
 
 
+@pytest.mark.requirement("client 11: genai-prices")
 def test_the_kept_table_knows_common_models() -> None:
     """genai-prices, where installed, prices what the user's table does not; the dearest tier counts."""
     pytest.importorskip("genai_prices")

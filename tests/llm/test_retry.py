@@ -26,6 +26,7 @@ from aggregator.llm.retry import NOT_SENT, RetryPolicy, is_transient, was_sent
 POLICY = RetryPolicy(max_attempts=10)
 
 
+@pytest.mark.requirement("client 3: 408, 409, 429, 5xx, lost connections are tried again", "Trace: auto_retry")
 @pytest.mark.parametrize(
     "kind",
     [APIConnectionError, APITimeoutError, RateLimitError, ServerError, DecodeError, EmptyResponseError],
@@ -35,6 +36,7 @@ def test_what_may_pass_is_tried_again(kind: type[LLMError]) -> None:
     assert is_transient(kind(""))
 
 
+@pytest.mark.requirement("client 3: never quota, context overflow, auth, 400, 404, 413, 422")
 @pytest.mark.parametrize(
     "kind",
     [
@@ -47,6 +49,7 @@ def test_what_stays_wrong_is_not(kind: type[LLMError]) -> None:
     assert not is_transient(kind("", status=400))
 
 
+@pytest.mark.requirement("client 3: x-should-retry")
 @pytest.mark.parametrize(
     ("error", "said", "expected"),
     [
@@ -61,6 +64,7 @@ def test_x_should_retry_is_obeyed(error: LLMError, said: str, expected: bool) ->
     assert is_transient(error, {"x-should-retry": said}) is expected
 
 
+@pytest.mark.requirement("client 3: 0.5 s doubling to 8, with jitter")
 def test_backoff_doubles_to_its_ceiling_with_jitter_downwards() -> None:
     """0.5 s doubling to 8 s, up to a quarter less."""
     error = ServerError("", status=500)
@@ -69,11 +73,13 @@ def test_backoff_doubles_to_its_ceiling_with_jitter_downwards() -> None:
     assert POLICY.delay(error, 3, remaining=600, random=1.0) == 1.5
 
 
+@pytest.mark.requirement("client 3: Retry-After is waited for")
 def test_retry_after_replaces_the_backoff() -> None:
     """What the server asks for counts, to the letter and without jitter."""
     assert POLICY.delay(RateLimitError("", status=429, retry_after=7.5), 1, remaining=600, random=0.9) == 7.5
 
 
+@pytest.mark.requirement("client 3: capped, then failing fast with retry_after")
 @pytest.mark.parametrize(("retry_after", "remaining"), [(120.1, 600.0), (30.0, 29.0)])
 def test_a_wait_too_long_is_given_up(retry_after: float, remaining: float) -> None:
     """Beyond the cap or the deadline nothing is waited for."""

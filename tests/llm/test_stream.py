@@ -90,6 +90,7 @@ async def read(llm: LLM) -> list[str]:
     return [delta async for delta in llm.stream(QUESTION)]
 
 
+@pytest.mark.requirement("built 3: streams")
 async def test_deltas_then_the_whole_answer() -> None:
     """Iterating gives the text in pieces; `completion` has all that `complete` returns."""
     stream = client(Streaming(WHOLE)).stream(QUESTION)
@@ -118,6 +119,7 @@ async def test_a_failure_after_the_first_delta_is_raised() -> None:
     assert (found, transport.opened) == ("Hel", 1)
 
 
+@pytest.mark.requirement("built 3: streams")
 async def test_errors_inside_the_stream_are_errors() -> None:
     """An error event is raised as the error it names, not given out as text."""
     inside = event({"error": {"message": "slow down", "code": 429}})

@@ -61,6 +61,7 @@ class Server(ScriptedTransport):
         return answer("Sure! Here you are.") if self._prose else self._refusal
 
 
+@pytest.mark.requirement("client 10: json_schema, json_object, prompt alone, on 400, 422 and a 500 that names it")
 async def test_the_best_form_is_asked_for_first() -> None:
     """A server that knows json_schema gets it, in one request."""
     server = Server("json_schema")
@@ -69,6 +70,10 @@ async def test_the_best_form_is_asked_for_first() -> None:
     assert server.bodies()[0]["response_format"]["json_schema"]["strict"] is True
 
 
+@pytest.mark.requirement(
+    "client 10: json_schema, json_object, prompt alone, on 400, 422 and a 500 that names it",
+    "Trace's defect 10: the aggregator's call had no retry and no fallback",
+)
 @pytest.mark.parametrize(
     ("status", "message"),
     [(400, "bad request"), (422, "extra field"), (500, "response_format is not supported"), (500, "json_schema: no")],
@@ -82,6 +87,7 @@ async def test_a_refused_form_is_stepped_down(status: int, message: str) -> None
     assert '"required":["k"]' in server.bodies()[2]["messages"][0]["content"]
 
 
+@pytest.mark.requirement("client 10: remembered per (base_url, model)")
 async def test_the_form_is_remembered() -> None:
     """Per server and model: the next call begins where this one ended, another client's too."""
     server = Server("json_object")
@@ -91,6 +97,7 @@ async def test_the_form_is_remembered() -> None:
     assert forms(server) == ["json_schema", "json_object", "json_object", "json_object"]
 
 
+@pytest.mark.requirement("client 10: the text is always checked")
 async def test_a_form_that_is_ignored_is_found_out() -> None:
     """A server that answers in prose is asked by prompt."""
     server = Server(None, prose=True)
@@ -98,6 +105,7 @@ async def test_a_form_that_is_ignored_is_found_out() -> None:
     assert forms(server) == ["json_schema", None]
 
 
+@pytest.mark.requirement("client 10: the text is always checked")
 async def test_prose_to_the_end_is_an_error_with_the_text() -> None:
     """The text is always checked; the error has it."""
     with pytest.raises(DecodeError, match="JSON expected, got 'Sure") as caught:
@@ -105,12 +113,14 @@ async def test_prose_to_the_end_is_an_error_with_the_text() -> None:
     assert caught.value.text == "Sure! Here you are."  # type: ignore[attr-defined]
 
 
+@pytest.mark.requirement("client 10: the text is always checked")
 async def test_the_schema_is_checked_not_only_json() -> None:
     """JSON of another shape is not what was asked for."""
     with pytest.raises(DecodeError, match=r"integer expected, got 'many' - at \$\.k"):
         await client(ScriptedTransport(answer('{"k": "many"}'))).complete(QUESTION, response_format=SCHEMA)
 
 
+@pytest.mark.requirement("client 9: an error with the partial text, where a structure is required")
 async def test_a_cut_answer_is_an_error_with_the_partial_text() -> None:
     """Half a JSON is not repaired, and asking again would cut it again."""
     transport = ScriptedTransport(answer('{"k": ', finish_reason="length"))
@@ -131,6 +141,7 @@ async def test_a_check_of_ones_own() -> None:
     assert (completion.text, len(transport.requests)) == ("TERMINATE", 1)
 
 
+@pytest.mark.requirement("figure: requests for one doomed call: permanent 1, transient the attempts set")
 @pytest.mark.parametrize(
     ("reply", "kind"),
     [
@@ -147,6 +158,7 @@ async def test_other_errors_are_not_about_the_form(reply: HTTPReply, kind: type[
     assert len(transport.requests) == 1
 
 
+@pytest.mark.requirement("client 4: one attempt budget, fallbacks included")
 @pytest.mark.parametrize(("max_attempts", "expected"), [(1, 1), (2, 2), (5, 3)])
 async def test_the_forms_count_in_the_attempts(max_attempts: int, expected: int) -> None:
     """One attempt budget for the call, whatever its attempts ask for."""
@@ -156,6 +168,7 @@ async def test_the_forms_count_in_the_attempts(max_attempts: int, expected: int)
     assert len(transport.requests) == caught.value.attempts == expected
 
 
+@pytest.mark.requirement("client 10: no other 500")
 async def test_a_500_about_something_else_is_tried_again_as_it_is() -> None:
     """Not every failure is the format's fault."""
     transport = ScriptedTransport(failure(500, "out of memory"))

@@ -38,6 +38,7 @@ def client(*steps: Any) -> LLM:
     )
 
 
+@pytest.mark.requirement("built 9: an event per attempt and per call")
 async def test_an_event_per_attempt_and_per_call(events: list[Any]) -> None:
     """Two attempts and the call they belong to, each with where, who, what came and what it used."""
     with lineage("train", "sample=3", role="optimizer"):
@@ -59,6 +60,7 @@ async def test_a_failed_call_is_told(events: list[Any]) -> None:
     assert (events[-1]["event"], events[-1]["error"], events[-1]["status"]) == ("llm.call", "AuthenticationError", 401)
 
 
+@pytest.mark.requirement("built 9: no key in it")
 async def test_keys_and_messages_are_never_told(events: list[Any]) -> None:
     """Not even where a server repeats the key."""
     with pytest.raises(AuthenticationError):
@@ -88,6 +90,7 @@ assert "structlog" not in sys.modules and "aiohttp" not in sys.modules
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
+@pytest.mark.requirement("built 9: spans")
 async def test_spans_in_the_words_of_the_genai_conventions() -> None:
     """With OpenTelemetry's SDK in use, each call is a span; a failed one says of what kind."""
     trace = pytest.importorskip("opentelemetry.trace")

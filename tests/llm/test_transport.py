@@ -22,6 +22,7 @@ def request(url: str, body: bytes = b"{}") -> HTTPRequest:
     return HTTPRequest(url=f"{url}/chat/completions", body=body, headers={"content-type": "application/json"})
 
 
+@pytest.mark.requirement("client 15: header names are plain text")
 async def test_header_names_are_plain_lower_case_text() -> None:
     """Cassettes are written from them: a str subclass would be written as a Python object."""
     async with serving(answering([answer(headers={"X-RateLimit-Limit": "9"})])) as url, AiohttpTransport() as transport:
@@ -31,6 +32,7 @@ async def test_header_names_are_plain_lower_case_text() -> None:
     assert reply.milliseconds > 0
 
 
+@pytest.mark.requirement("client 1: only encodings that can be decoded")
 async def test_compressed_bodies_are_decompressed() -> None:
     """The reply's body is what the server meant."""
     body = gzip.compress(b'{"a": 1}')
@@ -39,6 +41,7 @@ async def test_compressed_bodies_are_decompressed() -> None:
         assert (await transport.send(request(url))).body == b'{"a": 1}'
 
 
+@pytest.mark.requirement("client 1: no redirects")
 async def test_redirects_are_not_followed() -> None:
     """A redirected POST would become a GET."""
     away = HTTPReply(status=307, body=b"", headers={"location": "http://127.0.0.1:1/"})
@@ -61,6 +64,7 @@ async def test_no_cookies() -> None:
     assert seen == [None, None]
 
 
+@pytest.mark.requirement("client 8: a class for each kind")
 async def test_refused_connections_were_not_sent() -> None:
     """Nobody listens: nothing was sent, nothing can cost."""
     async with serving(answering([])) as url:
@@ -76,6 +80,7 @@ async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     await asyncio.Event().wait()
 
 
+@pytest.mark.requirement("client 1: a deadline for each call", "client 8: a class for each kind")
 async def test_the_deadline_ends_a_request() -> None:
     """A server that never answers ends in APITimeoutError; it may have worked on the request."""
     async with serving(hang) as url, AiohttpTransport() as transport:
@@ -133,6 +138,7 @@ class DyingConnections:
             self.requests += 1
 
 
+@pytest.mark.requirement("client 2: a used connection that is dead is replaced at once", "Trace: reset_freq")
 async def test_a_used_connection_that_died_is_replaced_at_once() -> None:
     """The race with a server that closes idle connections costs nothing but a new connection."""
     server = DyingConnections()
@@ -152,6 +158,7 @@ async def test_many_used_connections_that_died() -> None:
             assert [task.result().status for task in sent] == [200] * 20
 
 
+@pytest.mark.requirement("client 2: a new one is not")
 async def test_a_new_connection_that_dies_is_not_replaced() -> None:
     """Only an idle connection may have died innocently; here the server may have begun to work."""
     server = DyingConnections(always=True)
@@ -161,6 +168,7 @@ async def test_a_new_connection_that_dies_is_not_replaced() -> None:
     assert server.requests == 1
 
 
+@pytest.mark.requirement("client 1: no limit of connections")
 async def test_more_than_a_hundred_at_once() -> None:
     """aiohttp's limit of 100 connections is lifted: the limiter bounds, not the pool."""
     arrived = 0
@@ -209,6 +217,11 @@ async def test_a_port_that_is_none_was_a_value_error() -> None:
             await transport.send(request("http://127.0.0.1:99999"))
 
 
+@pytest.mark.requirement(
+    "client 1: one session per event loop",
+    "client 1: idle connections are kept 4 s at most",
+    "Trace: reset_freq",
+)
 async def test_idle_connections_are_dropped_before_servers_drop_them() -> None:
     """Servers close after 5 s idle; a connection idle for longer than `keepalive_timeout` is not used again."""
     connections = 0
@@ -272,6 +285,7 @@ for thread in threads: thread.join()
 """
 
 
+@pytest.mark.requirement("client 1: one session per event loop", "built 8: closed cleanly")
 @pytest.mark.parametrize(
     "how",
     [
@@ -292,6 +306,7 @@ def test_a_script_that_closes_nothing_ends_without_a_word(how: str) -> None:
     assert (done.stdout, slow, done.returncode) == ("done\n", [], 0)
 
 
+@pytest.mark.requirement("client 15: cancelling closes the socket")
 async def test_leaving_a_stream_ends_its_request() -> None:
     """The server sees a stream closed that nobody reads on."""
     closed = asyncio.Event()

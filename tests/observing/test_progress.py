@@ -86,6 +86,7 @@ def broken(bar: ProgressBar) -> None:
     bar.failed(KeyboardInterrupt())
 
 
+@pytest.mark.requirement("Trace: tqdm bars with description")
 @pytest.mark.parametrize("end", [ended, broken])
 def test_terminal_progress_is_one_bar(end: Callable[[ProgressBar], None]) -> None:
     """In a terminal the bar redraws itself, and its line ends with the run, also with one that breaks."""
@@ -131,6 +132,7 @@ def test_a_notebooks_cell_shows_the_bar() -> None:
     assert [redraws(stream) for stream in (None, io.StringIO())] == [False, False]
 
 
+@pytest.mark.requirement("Trace: DefaultLogger.log(name, data, step, color)", "Trace: Console logger")
 def test_console_logger_has_traces_shape() -> None:
     """`log(name, data, step, color=...)` writes a line; floats are brief and None is a dash."""
     stream = io.StringIO()
@@ -140,6 +142,7 @@ def test_console_logger_has_traces_shape() -> None:
     assert stream.getvalue() == "[step 4] Average train score: 0.3333\n[step 4] Average test score: -\n"
 
 
+@pytest.mark.requirement("Trace: DefaultLogger.log(name, data, step, color)")
 @pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
 def test_colors_only_where_they_show(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
     """A terminal gets colors, unless NO_COLOR is set; an unknown color paints nothing."""

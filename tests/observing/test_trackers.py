@@ -34,6 +34,7 @@ def events(folder: Path) -> list[tuple[str, int, Any]]:
     return found
 
 
+@pytest.mark.requirement("Trace: Tensorboard logger")
 @needs_board
 def test_tensorboard_reads_numbers_as_scalars_and_the_rest_as_text(tmp_path: Path) -> None:
     """Scores are curves, parameters texts, lists JSON; an unknown score is no point."""
@@ -53,6 +54,7 @@ def test_tensorboard_reads_numbers_as_scalars_and_the_rest_as_text(tmp_path: Pat
     ]
 
 
+@pytest.mark.requirement("Trace: Tensorboard logger")
 @needs_board
 def test_a_run_logs_to_tensorboard(tmp_path: Path) -> None:
     """The trainer takes it as its logger: the run, the baseline, train score, test score and what each step changed."""
@@ -121,6 +123,7 @@ class Run:
         self.logged.append((data, step))
 
 
+@pytest.mark.requirement("Trace: Wandb logger")
 def test_wandb_gets_numbers_and_texts_under_their_step() -> None:
     """A dict is text too: W&B would make a key of each of its own keys."""
     logger = WandbLogger(run := Run())
@@ -129,6 +132,7 @@ def test_wandb_gets_numbers_and_texts_under_their_step() -> None:
     assert run.logged == [({"Parameter/x": value}, 3) for value in (0.5, 1.0, "Answer.", '{"k":1}')]
 
 
+@pytest.mark.requirement("Trace: Wandb logger")
 def test_the_real_wandb_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline, without an account; the summary holds the latest values."""
     wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")

@@ -243,6 +243,7 @@ async def test_inference_with_options(llama: str) -> None:
     assert first.usage.input_tokens
 
 
+@pytest.mark.requirement("built 7: structured output")
 async def test_a_schema_is_enforced(llama: str) -> None:
     """json_schema constrains even a model that talks nonsense."""
     async with tiny(llama) as llm:
@@ -299,6 +300,7 @@ async def test_the_messages_api_of_another_server(llama: str) -> None:
     assert "".join(deltas) == stream.completion.text
 
 
+@pytest.mark.requirement("client 2: llama-server after 5 s idle", "figure: 450 POSTs after 5 s idle: 0 failures")
 @pytest.mark.long
 async def test_no_call_is_lost_on_a_connection_that_the_server_just_closed(llama: str) -> None:
     """llama-server closes idle connections after 5 s: 450 calls sent right about then all succeed, each sent once."""

@@ -106,6 +106,7 @@ async def test_asynchronous_code_runs_in_the_sandbox() -> None:
     assert ticks > 1
 
 
+@pytest.mark.requirement("Trace's defect 33: a model's code ran without limits")
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

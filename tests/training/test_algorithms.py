@@ -23,6 +23,11 @@ def largest_gap(messages: list[dict[str, Any]]) -> str:
     return suggest(amount=present + expected - got)
 
 
+@pytest.mark.requirement(
+    "Trace: MinibatchAlgorithm, batchify",
+    "Trace: OptoprimeBatchOpt",
+    "Trace's defect 31: every step drew a picture with a program that was not there",
+)
 def test_minibatch_algorithm_asks_once_with_all_feedback(adder: Adder) -> None:
     """One prompt holds every instance's output and feedback; no file is written, no `dot` binary is needed."""
     optimizer = ScriptedModel(largest_gap)
@@ -34,6 +39,7 @@ def test_minibatch_algorithm_asks_once_with_all_feedback(adder: Adder) -> None:
     assert result.train_scores == [0.0]
 
 
+@pytest.mark.requirement("Trace: BasicSearchAlgorithm(num_proposals, validate_dataset)")
 def test_basic_search_keeps_the_best_candidate(adder: Adder) -> None:
     """Of several proposals the one that scores best on the validation set is applied."""
     optimizer = ScriptedModel(suggest(amount=9), suggest(amount=5), suggest(amount=7))
@@ -45,6 +51,7 @@ def test_basic_search_keeps_the_best_candidate(adder: Adder) -> None:
     ]
 
 
+@pytest.mark.requirement("Trace: BasicSearchAlgorithm: the current value is a candidate")
 def test_basic_search_keeps_the_current_value_where_it_is_best() -> None:
     """The current value is a candidate too."""
     agent = Adder(5)
@@ -55,6 +62,7 @@ def test_basic_search_keeps_the_current_value_where_it_is_best() -> None:
     assert not result.history[0].decision.accepted
 
 
+@pytest.mark.requirement("Trace: BasicSearchAlgorithm(validate_guide)")
 def test_basic_search_may_validate_with_a_guide_of_its_own(adder: Adder) -> None:
     """validate_guide judges the candidates instead of the guide of `train`."""
     optimizer = ScriptedModel(suggest(amount=5), suggest(amount=100))

@@ -14,6 +14,7 @@ from aggregator.records import Sample
 from aggregator.training.batches import DataLoader, minibatches, samples
 
 
+@pytest.mark.requirement("Trace: DataLoader(dataset, batch_size, replacement, shuffle)")
 @pytest.mark.parametrize(
     "dataset", [{"inputs": ["a", "b"], "infos": [1, 2]}, [("a", 1), ("b", 2)], (["a", 1], ["b", 2])]
 )
@@ -78,6 +79,7 @@ def test_an_epoch_visits_every_sample_once(size: int, batch_size: int, seed: int
     assert batches == minibatches(size, batch_size, seed=seed, epoch=epoch)
 
 
+@pytest.mark.requirement("Trace's defect 27: shuffle=False shuffled, by the global generator")
 def test_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
     """The global random generator is neither read nor moved."""
     random.seed(1)
@@ -89,6 +91,10 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
     assert first != minibatches(20, 20, seed=1, epoch=0)
 
 
+@pytest.mark.requirement(
+    "Trace: DataLoader(dataset, batch_size, replacement, shuffle)",
+    "Trace's defect 27: shuffle=False shuffled, by the global generator",
+)
 def test_shuffle_false_keeps_the_order() -> None:
     """Trace's DataLoader(shuffle=False) shuffled all the same; ours does not."""
     loader = DataLoader([(i, None) for i in range(5)], batch_size=2, shuffle=False)
@@ -107,6 +113,7 @@ def test_loader_draws_a_new_order_each_pass() -> None:
     assert [next(iter(again)), next(iter(again))] == [first, second]
 
 
+@pytest.mark.requirement("Trace: DataLoader(dataset, batch_size, replacement, shuffle)")
 def test_replacement_draws_with_repeats() -> None:
     """With replacement an epoch has as many draws as samples, repeats among them."""
     drawn = [i for batch in minibatches(50, 7, seed=0, epoch=0, replacement=True) for i in batch]

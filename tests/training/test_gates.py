@@ -52,6 +52,10 @@ async def test_improves_on_batch(after: list[float | None], threshold: float, ac
     assert calls == ["gate"]
 
 
+@pytest.mark.requirement(
+    "Trace: train(improvement_threshold)",
+    "Trace's defect 22: the threshold of an improvement had the wrong sign",
+)
 def test_threshold_has_the_right_sign() -> None:
     """Trace accepted 0.45 over 0.50 with threshold 0.1: the sign of its threshold was reversed."""
     assert not compare([0.5], [0.45], threshold=0.1).accepted
@@ -59,6 +63,7 @@ def test_threshold_has_the_right_sign() -> None:
     assert compare([0.5], [0.65], threshold=0.1).accepted
 
 
+@pytest.mark.requirement("Trace's defect 23: a failing instance spoilt the score of its batch")
 def test_missing_scores_are_paired_out() -> None:
     """An instance without a score on one side counts on neither; a None never reaches arithmetic."""
     decision = compare([None, 0.0, 0.5], [1.0, None, 1.0])

@@ -209,6 +209,7 @@ class Stop(BaseException):
     """Of no class that the library knows."""
 
 
+@pytest.mark.requirement("Trace's defect 26: evaluate swallowed interrupts, and a broken agent looked like a bad one")
 @pytest.mark.parametrize("kind", [Quits, QuitsInAThread])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stop(), GeneratorExit()])
 def test_interrupts_raised_by_an_agent_leave_train(kind: type[Quits], error: BaseException, tmp_path: Path) -> None:

@@ -81,6 +81,11 @@ def marked(x: int, output: str, info: Any) -> tuple[float, str]:
     return 0.0, f"wrong: mark-{x}- came out as {output}"
 
 
+@pytest.mark.requirement(
+    "Trace: GraphPropagator: the subgraph as feedback",
+    "Trace's defect 1: threads shared the optimizer and its feedback",
+    "Trace's defect 2: prompts held another instance's graph",
+)
 @pytest.mark.parametrize("kind", [Deep, DeepInAThread])
 @pytest.mark.parametrize("seed", range(3))
 def test_sixty_operations_of_thirty_two_instances_never_mix(kind: type[Deep | DeepInAThread], seed: int) -> None:
@@ -192,6 +197,7 @@ def read_off(x: int, output: int, info: Any) -> float:
     return float(output)
 
 
+@pytest.mark.requirement("Trace's defect 7: proposals of one batch saw each other through the memory")
 def test_history_is_that_of_finished_steps_for_every_instance_of_a_batch() -> None:
     """No prompt recalls what a neighbour of the same batch has just proposed."""
     optimizer = ScriptedModel('{"suggestion": {"prompt": "Pass it on, please."}}', "TERMINATE")

@@ -59,6 +59,7 @@ def kill_and_resume(server: SimulatedModel, whole: Whole, run_dir: Path, kills: 
     assert paid(server) - before <= whole.paid + kills * CONCURRENCY
 
 
+@pytest.mark.requirement("Trace: resume()", "Trace's defect 11: agents with operations could not be saved")
 def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(
     server: SimulatedModel, whole: Whole, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ async def test_without_a_layout_the_prompt_is_what_it_always_was() -> None:
     assert headings(messages) == ["Objective", "Parameters", "Transcript", "Output", "Score", "Feedback"]
 
 
+@pytest.mark.requirement("Trace: OptoPrime(include_example)")
 @pytest.mark.parametrize("optimizer", [LLMOptimizer, OPROOptimizer])
 async def test_include_example_puts_a_worked_example_in_front(optimizer: type[LLMOptimizer]) -> None:
     """Ours for True, the user's own text for a text."""
@@ -53,6 +54,7 @@ def test_the_worked_example_is_in_the_form_that_is_asked_for() -> None:
     assert list(json.loads(WORKED_EXAMPLE.splitlines()[1])) == ["instruction", "k"]
 
 
+@pytest.mark.requirement("Trace: OptoPrime(prompt_symbols)", "Trace: OptoPrimeV2, OPROv2: symbol sets for replies")
 @pytest.mark.parametrize("mark", ["", "#"])
 async def test_prompt_symbols_rename_headings(mark: str) -> None:
     """The text under them stays the same; Trace's names bring their own #."""
@@ -68,6 +70,7 @@ async def test_headings_may_change_places() -> None:
     assert (section(messages, "Output"), section(messages, "Feedback")) == ("more of it", "out")
 
 
+@pytest.mark.requirement("Trace: OptoPrime.step(mask)")
 async def test_a_mask_leaves_sections_out() -> None:
     """What an optimizer need not, or must not, see."""
     (messages, *_) = await asked(Layout(mask=["#Transcript", "Output"]))

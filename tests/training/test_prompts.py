@@ -101,6 +101,7 @@ def test_repair_prompt() -> None:
     check("repair.txt", shown(messages))
 
 
+@pytest.mark.requirement("Trace's defect 20: stepsize 0 replaced the parameter")
 @pytest.mark.parametrize(("value", "text"), [(1 - 0.9, "0.1"), (0.5, "0.5"), (1.0, "1"), (0, "0"), (1 / 3, "0.333333")])
 def test_confidences_are_written_as_people_write_them(value: float, text: str) -> None:
     """Trace printed `confidence 0.09999999999999998`."""

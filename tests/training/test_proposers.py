@@ -26,6 +26,7 @@ def report(step: int, update: dict[str, Any], *, accepted: bool = True, **facts:
     )
 
 
+@pytest.mark.requirement("Trace: GraphPropagator: the subgraph as feedback", "Trace: OptoPrime(objective)")
 async def test_the_prompt_holds_this_instance_and_the_reply_is_typed() -> None:
     """Parameters, transcript, output, score and feedback go in; typed values of this sample come out."""
     model = ScriptedModel(suggest(k="7"))
@@ -37,6 +38,7 @@ async def test_the_prompt_holds_this_instance_and_the_reply_is_typed() -> None:
     assert (proposal.values, proposal.sample_id, proposal.score) == ({"k": 7}, 4, 0.25)
 
 
+@pytest.mark.requirement("Trace: backward(retain_graph), zero_feedback, detach")
 async def test_the_same_rollout_gives_the_same_prompt() -> None:
     """It keeps no state between proposals: they are independent of each other and of their order."""
     model = ScriptedModel(suggest(k=7))
@@ -46,6 +48,7 @@ async def test_the_same_rollout_gives_the_same_prompt() -> None:
     assert model.asked[0] == model.asked[1] == model.asked[2]
 
 
+@pytest.mark.requirement("Trace: OptoPrime(memory_size)")
 @pytest.mark.parametrize(("size", "steps"), [(0, []), (2, ["step 2", "step 3"]), (9, ["step 0", "step 2", "step 3"])])
 async def test_memory_recalls_the_latest_updates_with_their_verdicts(size: int, steps: list[str]) -> None:
     """Accepted and refused ones, the latest `memory_size`; steps that changed nothing are not told."""
@@ -57,6 +60,7 @@ async def test_memory_recalls_the_latest_updates_with_their_verdicts(size: int, 
     assert all("refused (mean score 1 -> 0)" in line for line in lines if "step 2" in line)
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti(num_responses)")
 async def test_several_candidates_are_asked_apart_and_become_one_proposal() -> None:
     """Each has a lineage and a seed of its own; the rule, majority by default, makes one of them."""
     model = ScriptedModel(suggest(k=5), suggest(k=9), suggest(k=9))
@@ -86,6 +90,7 @@ async def test_candidates_that_all_decline_propose_nothing() -> None:
     assert proposal.values == {}
 
 
+@pytest.mark.requirement("Trace: OPRO")
 async def test_opro_recalls_the_best_in_ascending_order() -> None:
     """The trajectory is sorted by the score each update reached; refused ones without a score are left out."""
     history = [
@@ -104,6 +109,7 @@ async def test_opro_recalls_the_best_in_ascending_order() -> None:
     ]
 
 
+@pytest.mark.requirement("Trace: OptoPrime.step(mask)")
 def test_parameters_of_the_optimizer_limit_what_changes(adder: Adder) -> None:
     """An optimizer made for some parameters changes no others."""
     adder.parameters()

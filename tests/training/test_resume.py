@@ -45,6 +45,7 @@ def run(run_dir: Path, *, cut_at: int | None = None, resume: bool = False, **opt
     return (run_dir / "result.json").read_bytes(), calls
 
 
+@pytest.mark.requirement("Trace: checkpoints", "Trace's defect 11: agents with operations could not be saved")
 @pytest.mark.parametrize("cut_at", [1, 2, 4, 11, 12, 24])
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, cut_at: int) -> None:
     """Wherever it was cut off, the resumed run's result.json is byte for byte that of an unbroken one."""
@@ -122,6 +123,7 @@ def test_a_checkpoint_of_another_version_was_read_as_one_of_this(tmp_path: Path)
         run(tmp_path, resume=True)
 
 
+@pytest.mark.requirement("Trace's defect 27: shuffle=False shuffled, by the global generator")
 def test_the_global_random_generator_is_left_alone(tmp_path: Path) -> None:
     """A run neither reads nor moves it."""
     random.seed(3)

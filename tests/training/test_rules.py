@@ -237,6 +237,7 @@ def test_top_k_of_nothing(k: Any) -> None:
         top_k(k)
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: majority")
 def test_majority_counts_instances() -> None:
     """A value that stands for more instances wins; a proposal that leaves a parameter out does not vote on it."""
     batch = [
@@ -250,6 +251,7 @@ def test_majority_counts_instances() -> None:
     assert (merged.support, merged.sample_ids) == (6, (0, 1, 2, 3, 4, 5))
 
 
+@pytest.mark.requirement("Trace's defect 21: failed proposals voted for the current value")
 def test_failed_proposals_do_not_vote_for_the_current_value() -> None:
     """Empty proposals are no votes: four that ended with TERMINATE do not outweigh the one that asks for a change."""
     batch = [proposal(i) for i in range(4)] + [proposal(4, p="new")]

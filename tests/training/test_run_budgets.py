@@ -25,6 +25,7 @@ def paid(server: SimulatedModel) -> int:
     return sum(server.calls.values())
 
 
+@pytest.mark.requirement("built 6: the partial result is kept")
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
 @pytest.mark.parametrize("calls", [0, 3, 30, 75])
 def test_no_call_is_made_beyond_the_budget(

@@ -48,6 +48,7 @@ def _no_worker_is_left() -> Iterator[None]:
     pool().close()
 
 
+@pytest.mark.requirement("Trace's defect 33: a model's code ran without limits")
 @pytest.mark.parametrize(
     ("body", "feedback"),
     [

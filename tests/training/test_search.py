@@ -58,6 +58,7 @@ def test_greedy_updates_stay_in_the_trap(make: Callable[..., Minibatch]) -> None
     assert climb(make)[0] == -1
 
 
+@pytest.mark.requirement("Trace: PrioritySearch", "Trace: BeamSearch")
 @pytest.mark.parametrize("make", [PrioritySearch, BeamSearch])
 def test_a_search_leaves_the_trap(make: Callable[..., Minibatch]) -> None:
     """Candidates that are worse for now are remembered and built upon, until what comes of them is best."""
@@ -76,6 +77,7 @@ def test_the_best_is_in_force_after_every_step() -> None:
     assert heights == sorted(heights)
 
 
+@pytest.mark.requirement("Trace: SequentialUpdate, SequentialSearch")
 def test_a_refused_candidate_is_told_with_its_reason() -> None:
     """The optimizer of the next step can read of it in the history, as with every trainer."""
     report = climb(SequentialSearch)[1].history[-1]
@@ -85,6 +87,7 @@ def test_a_refused_candidate_is_told_with_its_reason() -> None:
     )
 
 
+@pytest.mark.requirement("Trace: PrioritySearch")
 @pytest.mark.parametrize("make", SEARCHES)
 def test_memory_is_bounded(make: Callable[..., PrioritySearch]) -> None:
     """However long it runs, no more is remembered than was asked for, the candidate in force among it."""
@@ -113,6 +116,7 @@ def test_the_mean_always_explores_the_same() -> None:
     assert trials() == {0: 36, 1: 36, 2: 4}
 
 
+@pytest.mark.requirement("Trace: PrioritySearch")
 def test_ucb_explores_the_little_tried() -> None:
     """Its bound rises while others are tried, until it is its turn; with a constant of 0 the mean decides."""
     tried = trials(score_function="ucb", ucb_exploration_constant=1.0)
@@ -144,6 +148,7 @@ def specialists(make: Callable[..., PrioritySearch]) -> tuple[list[str], list[st
     return found[0], found[1]
 
 
+@pytest.mark.requirement("Trace: ParetobasedPS")
 def test_pareto_keeps_specialists() -> None:
     """A candidate that is best on some instances survives though its mean is low, and leads further."""
     first, last = specialists(ParetoSearch)
@@ -433,6 +438,7 @@ def test_a_guide_of_its_own_judges_the_trials() -> None:
     assert runs_of(validate_guide=Height({1: 1.0})) == {0: 8, 1: 6}
 
 
+@pytest.mark.requirement("Trace: SequentialUpdate, SequentialSearch")
 def test_sequential_update_always_goes_on() -> None:
     """The successor is taken though it is worse, and no run of the agent is spent on finding that out."""
     runs = 0
@@ -600,6 +606,7 @@ def test_additions_are_learnt_by_every_search() -> None:
         assert agent.amount.data == 5
 
 
+@pytest.mark.requirement("Trace: StreamingPrioritySearch")
 def test_new_candidates_may_be_tried_on_the_next_minibatch() -> None:
     """Trace's streaming search: `due` returns nothing, and the bound of the untried is above all others."""
 

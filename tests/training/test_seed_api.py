@@ -55,6 +55,7 @@ def test_arguments_and_defaults_of_the_seed(function: Any) -> None:
     assert found == list(expected.values())
 
 
+@pytest.mark.requirement("Trace's defect 4: use_asyncio did nothing")
 def test_no_argument_disappears_in_a_tunnel() -> None:
     """No public trainer takes **kwargs: a mistyped argument is a TypeError, where Trace swallowed it."""
     for kind in (AggregatedUpdate, Minibatch, BasicSearchAlgorithm):

@@ -28,6 +28,7 @@ async def choose(reply: Any, found: Sequence[Proposal], stepsize: float = 0.5) -
     return await LLMChoice(model)(CURRENT, found, stepsize=stepsize), model
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: best_of_n")
 async def test_a_model_chooses_one_as_it_is() -> None:
     """Best of n: the prompt numbers the proposals as the reply names them, and nothing of the choice is rewritten."""
     chosen, model = await choose(suggest(choice=2), proposals(4, 5, 6))
@@ -68,12 +69,14 @@ async def test_a_lost_choice_is_a_failure_a_permanent_error_is_raised() -> None:
         await choose(AuthenticationError("no", status=401), proposals(4, 5))
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: last_of_n")
 async def test_the_last_that_asks_for_anything() -> None:
     """Last of n; a candidate that declined does not undo the one before."""
     assert await last_of(CURRENT, [*proposals(4, 5), Proposal()], stepsize=0.5) == proposals(4, 5)[1:]
     assert await last_of(CURRENT, [Proposal()], stepsize=0.5) == []
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: best_of_n")
 def test_candidates_are_tried_on_the_instance_they_are_for() -> None:
     """Best of n by score: the agent runs under each, on this instance, and its own values are untouched meanwhile."""
     agent, seen = Adder(), []

@@ -57,6 +57,7 @@ def exactly(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+@pytest.mark.requirement("Trace's defect 15: a damaged reply was silently no update")
 @pytest.mark.parametrize("case", CORPUS, ids=lambda case: case["name"])
 def test_corpus(case: dict[str, Any]) -> None:
     """Each malformed reply comes to exactly what the corpus states: values, refusals, TERMINATE or an error."""
@@ -138,11 +139,16 @@ def test_reply_that_is_no_text(reply: Any) -> None:
 # --- symptoms of other trainers' parsing
 
 
+@pytest.mark.requirement("Trace's defect 14: a greedy pattern installed a corrupted prompt")
 def test_trailing_comma_does_not_corrupt_the_prompt() -> None:
     """A trailing comma once let a greedy pattern install the prompt `a", "q0": "b`."""
     assert extract_llm_suggestion('{"suggestion": {"p0": "a", "q0": "b"}, }') == {"p0": "a", "q0": "b"}
 
 
+@pytest.mark.requirement(
+    "Trace: OptoPrime(ignore_extraction_error)",
+    "Trace's defect 15: a damaged reply was silently no update",
+)
 @pytest.mark.parametrize(
     "reply",
     ['{"suggestion": {"p0": "a"', '["a"]', '{"suggestion": {"p0": "a"}} {"suggestion": {"p0": "b"}}', ""],
@@ -155,6 +161,7 @@ def test_unreadable_reply_is_not_silently_no_update(reply: str) -> None:
     assert extract_llm_suggestion(reply) == {}
 
 
+@pytest.mark.requirement("Trace's defect 16: prompts with the word def were dropped")
 def test_prompt_with_the_word_def_is_kept() -> None:
     """An English prompt with `def` in it is text, not code to be formatted."""
     text = "Define the terms first, then answer by default in English."
@@ -162,12 +169,17 @@ def test_prompt_with_the_word_def_is_kept() -> None:
     assert construct_update_dict([prompt], {"prompt": text}) == {prompt: text}
 
 
+@pytest.mark.requirement("Trace's defect 17: TERMINATE anywhere discarded the proposal")
 def test_terminate_in_the_reasoning_does_not_discard_the_proposal() -> None:
     """TERMINATE counts only as the whole reply; a judge's `Correct [TERMINATE]` may be quoted."""
     reply = parse_reply('{"reasoning": "The judge said Correct [TERMINATE]", "suggestion": {"k": 3}}')
     assert (reply.suggestion, reply.terminate) == ({"k": 3}, False)
 
 
+@pytest.mark.requirement(
+    "Trace: projections: normalised suggestions",
+    "Trace's defect 13: values were converted by type(old)(new)",
+)
 @pytest.mark.parametrize(
     ("old", "raw", "new"),
     [(True, "False", False), (False, "false", False), (1, "7", 7), (0.5, 1, 1.0), (["a"], ["x", "y"], ["x", "y"])],
@@ -179,6 +191,7 @@ def test_value_becomes_the_parameters_type(old: Any, raw: Any, new: Any) -> None
     assert (exactly(values), refused) == (exactly({"p": new}), {})
 
 
+@pytest.mark.requirement("Trace's defect 13: values were converted by type(old)(new)")
 @pytest.mark.parametrize(
     ("old", "raw"),
     [
@@ -201,6 +214,7 @@ def test_value_of_another_type_is_refused(old: Any, raw: Any) -> None:
     assert "$.suggestion.p" in refused["p"]
 
 
+@pytest.mark.requirement("Trace's defect 13: values were converted by type(old)(new)")
 @pytest.mark.parametrize("old", ["s", 0, [1]])
 def test_null_never_becomes_a_value(old: Any) -> None:
     """null leaves a parameter as it is; it becomes neither 'None' nor a crash."""
@@ -251,6 +265,7 @@ def test_fixed_parameter_is_refused() -> None:
     assert "which is fixed" in refused["p"]
 
 
+@pytest.mark.requirement("Trace: OptoPrime(ignore_extraction_error)")
 def test_update_dict_leaves_out_or_raises() -> None:
     """By default what does not fit is left out; otherwise the reasons are raised."""
     k, p = node(1, name="k", trainable=True), node("a", name="p", trainable=True)
@@ -396,6 +411,7 @@ WRAPPINGS: dict[str, Callable[[Any], str]] = {
 }
 
 
+@pytest.mark.requirement("Trace: OptoPrimeV2, OPROv2: symbol sets for replies")
 @pytest.mark.parametrize("name", [name for name in WRAPPINGS if name != "python"])
 @given(suggestion=SUGGESTIONS)
 @settings(max_examples=25, deadline=None)

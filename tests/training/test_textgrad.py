@@ -19,6 +19,7 @@ PARAMETERS: list[ParameterNode[Any]] = [ParameterNode(3, name="search.k"), Param
 ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="the source is missing", transcript="search(k=3)")
 
 
+@pytest.mark.requirement("Trace: TextGrad")
 async def test_the_criticism_takes_the_feedbacks_place() -> None:
     """The critic sees the feedback, the second prompt the criticism; the typed values are the proposal."""
     model = ScriptedModel(suggest(search_k="Too few results."), suggest(search_k="7"))
@@ -102,6 +103,7 @@ def gradient(messages: list[dict[str, Any]]) -> str:
     return suggest(amount=1 + expected - got)
 
 
+@pytest.mark.requirement("Trace: TextGrad's gradient reduction")
 def test_a_minibatch_has_one_gradient() -> None:
     """Under MinibatchAlgorithm one criticism is drawn from the feedback of all instances (gradient reduction)."""
     model = ScriptedModel(gradient)

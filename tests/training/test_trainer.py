@@ -33,6 +33,7 @@ def trainer(agent: Any, *replies: Any, aggregate: Any = first_suggestion, **opti
     )
 
 
+@pytest.mark.requirement("Trace: train(guide, train_dataset)", "Trace's defect 28: train returned None")
 def test_a_run_learns_and_returns_what_it_reached(adder: Adder) -> None:
     """One step from feedback to a written parameter, scored before and after on the test set."""
     result = trainer(adder).train(exact, additions(5), test_dataset=additions(5), batch_size=4)
@@ -45,6 +46,7 @@ def test_a_run_learns_and_returns_what_it_reached(adder: Adder) -> None:
     assert result.failures == ()
 
 
+@pytest.mark.requirement("Trace's defect 29: the default test_dataset raised a TypeError")
 def test_every_default_works(adder: Adder) -> None:
     """No test set, batches of one: Trace's own defaults raised a TypeError."""
     result = trainer(adder).train(exact, additions(5))
@@ -52,18 +54,24 @@ def test_every_default_works(adder: Adder) -> None:
     assert result.test_scores == []
 
 
+@pytest.mark.requirement(
+    "Trace: train(test_dataset, eval_frequency)",
+    "Trace's defect 30: eval_frequency=0 divided by zero",
+)
 def test_eval_frequency_0_is_off(adder: Adder) -> None:
     """Trace divided by zero; here 0 never evaluates."""
     result = trainer(adder).train(exact, additions(5), test_dataset=additions(5), eval_frequency=0)
     assert result.test_scores == []
 
 
+@pytest.mark.requirement("Trace: train(test_dataset, eval_frequency)")
 def test_eval_frequency_counts_steps_and_the_end_is_always_evaluated(adder: Adder) -> None:
     """Before training, every third step, and at the end."""
     result = trainer(adder).train(exact, additions(5, 7), test_dataset=additions(5), eval_frequency=3)
     assert [evaluation.step for evaluation in result.evaluations] == [0, 3, 6, 7]
 
 
+@pytest.mark.requirement("Trace: AggregatedUpdate(stepsize)")
 def test_proposals_are_independent_and_the_aggregator_sees_all_of_them(adder: Adder) -> None:
     """Each instance is asked with its own feedback only; distinct proposals are weighed by confidence."""
     optimizer = ScriptedModel(from_feedback)
@@ -90,6 +98,7 @@ def test_lineage_names_the_place_of_every_call(adder: Adder) -> None:
     assert aggregator.places == [("train/epoch=0/batch=0/aggregate", "aggregator")]
 
 
+@pytest.mark.requirement("Trace's defect 21: failed proposals voted for the current value")
 @pytest.mark.parametrize(
     ("stepsize", "replies"),
     [(0, [from_feedback]), (0.5, ["TERMINATE"]), (0.5, [suggest(amount=5)]), (0.5, [suggest()])],
@@ -103,6 +112,7 @@ def test_no_aggregation_is_paid_where_there_is_nothing_to_weigh(adder: Adder, st
     assert aggregator.asked == []
 
 
+@pytest.mark.requirement("Trace: AggregatedUpdate(stepsize)", "Trace's defect 20: stepsize 0 replaced the parameter")
 def test_stepsize_0_changes_nothing(adder: Adder) -> None:
     """Trace replaced the parameter all the same."""
     result = trainer(adder).train(exact, additions(5), stepsize=0)
@@ -110,6 +120,7 @@ def test_stepsize_0_changes_nothing(adder: Adder) -> None:
     assert result.parameters == result.initial_parameters
 
 
+@pytest.mark.requirement("Trace's defect 15: a damaged reply was silently no update")
 def test_a_value_of_the_wrong_type_is_asked_for_once_more_and_never_applied(adder: Adder) -> None:
     """'many' is no int: one repair call quotes the error, then it counts as no suggestion."""
     optimizer = ScriptedModel(suggest(amount="many"))
@@ -120,6 +131,11 @@ def test_a_value_of_the_wrong_type_is_asked_for_once_more_and_never_applied(adde
     assert [(record.stage, record.error) for record in result.failures] == [("proposal", "SuggestionError")]
 
 
+@pytest.mark.requirement(
+    "Trace: bundle(catch_execution_error)",
+    "Trace: ExceptionNode.create_feedback('full')",
+    "Trace: train(min_score)",
+)
 def test_an_agent_that_fails_is_feedback_and_scores_min_score() -> None:
     """The agent's own error reaches the optimizer in words, the score is min_score, the run goes on."""
 
@@ -148,6 +164,7 @@ def test_a_failure_is_counted_once() -> None:
     assert [(record.stage, record.sample_id) for record in result.failures] == [("agent", 0)]
 
 
+@pytest.mark.requirement("Trace's defect 9: a lost call ended the run")
 def test_a_lost_call_is_excluded_not_scored_0(adder: Adder) -> None:
     """An infrastructure failure is no score; the others' proposals are kept and applied."""
 
@@ -193,6 +210,7 @@ def test_batches_of_one_are_judged_together(lost: set[int], ends: bool) -> None:
         assert len(run.train(exact, additions(5, 4)).history) == 4
 
 
+@pytest.mark.requirement("Trace's defect 10: the aggregator's call had no retry and no fallback")
 def test_a_failed_aggregation_applies_nothing_and_is_counted(adder: Adder) -> None:
     """The step stands in the history as refused, the failure in the result, and the next step runs."""
     aggregate = ScriptedModel(APIConnectionError("reset"), suggest(amount=7))
@@ -214,6 +232,7 @@ def test_an_error_no_call_can_escape_stops_the_run_with_the_partial_result(adder
     assert 0 < len(caught.value.result.history) < 15
 
 
+@pytest.mark.requirement("Trace: train(ensure_improvement)")
 def test_refused_updates_leave_the_agent_untouched(adder: Adder) -> None:
     """ensure_improvement refuses what does not help; the optimizer is told."""
     optimizer = ScriptedModel(suggest(amount=77), "TERMINATE")
@@ -278,6 +297,7 @@ def test_sync_agents_run_concurrently_in_threads() -> None:
     assert agent.amount.data == 5
 
 
+@pytest.mark.requirement("Trace: hook forward")
 def test_an_overridden_forward_is_honoured(adder: Adder) -> None:
     """A subclass's synchronous forward decides what an instance proposes."""
 
@@ -290,6 +310,7 @@ def test_an_overridden_forward_is_honoured(adder: Adder) -> None:
     assert result.train_scores == [0.5]
 
 
+@pytest.mark.requirement("Trace: hook forward")
 def test_an_overridden_forward_may_call_super(adder: Adder) -> None:
     """`super().forward(...)` inside a synchronous override returns the proposal."""
     seen: list[Proposal] = []
@@ -304,6 +325,7 @@ def test_an_overridden_forward_may_call_super(adder: Adder) -> None:
     assert sorted(proposal.sample_id or 0 for proposal in seen) == [0, 1, 2, 3]
 
 
+@pytest.mark.requirement("Trace: hook update")
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_an_overridden_update_is_honoured(adder: Adder, asynchronous: bool) -> None:
     """A subclass's update applies what it likes; its return value is the step's score."""
@@ -334,12 +356,14 @@ def test_forward_and_update_work_alone(adder: Adder) -> None:
     assert adder.amount.data == 5
 
 
+@pytest.mark.requirement("Trace's defect 5: asyncio.run failed under a running loop")
 async def test_train_works_under_a_running_loop(adder: Adder) -> None:
     """In a notebook or server `train` blocks its caller, where asyncio.run would raise."""
     await asyncio.sleep(0)
     assert trainer(adder).train(exact, additions(5)).train_scores[-1] == 1.0
 
 
+@pytest.mark.requirement("Trace: asynchronous trainer")
 async def test_atrain_runs_on_the_callers_loop(adder: Adder) -> None:
     """`await trainer.atrain(...)` is the same run."""
     result = await trainer(adder).atrain(exact, additions(5))
@@ -353,6 +377,7 @@ def test_seed_api_helpers(adder: Adder) -> None:
     assert run.to_param_dict(update) == {"amount": 7}
 
 
+@pytest.mark.requirement("Trace: AggregatedUpdate.aggregator_system_prompt")
 def test_aggregator_system_prompt_can_be_set_on_a_subclass(adder: Adder) -> None:
     """The class attribute is what the aggregator is told."""
     aggregator = ScriptedModel(first_suggestion)
@@ -372,6 +397,7 @@ class Nothing(Module):
         return x
 
 
+@pytest.mark.requirement("Trace's defect 30: eval_frequency=0 divided by zero")
 @pytest.mark.parametrize(
     ("agent", "arguments", "message"),
     [

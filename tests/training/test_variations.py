@@ -44,6 +44,7 @@ async def test_one_candidate_is_asked_as_it_always_was() -> None:
     assert (model.options[0]["temperature"], "seed" in model.options[0]) == (0.4, False)
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: temperature_variation")
 async def test_temperatures_are_spread_from_the_highest_to_the_lowest() -> None:
     """Evenly, in candidates of their own lineage; the majority is taken."""
     proposal, model = await proposed(
@@ -54,6 +55,7 @@ async def test_temperatures_are_spread_from_the_highest_to_the_lowest() -> None:
     assert proposal.values == {"k": 9}
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: self_refinement")
 async def test_a_refinement_sees_the_candidate_before_and_the_last_is_taken() -> None:
     """The conversation goes on with the former answer, that one only, and the request to improve it."""
     proposal, model = await proposed(suggest(k=2), suggest(k=3), suggest(k=4), num_candidates=3, variation=refine)
@@ -72,6 +74,7 @@ async def test_a_refinement_of_no_change_is_shown_as_terminate() -> None:
     assert proposal.values == {"k": 2}
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: iterative_alternatives")
 async def test_an_alternative_sees_all_before_and_a_model_chooses() -> None:
     """Each must go another way than all of them; what is chosen is taken as it is."""
     proposal, model = await proposed(
@@ -85,6 +88,7 @@ async def test_an_alternative_sees_all_before_and_a_model_chooses() -> None:
     assert (proposal.values, proposal.support, proposal.sample_ids) == ({"k": 3}, 1, (4,))
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: multi_experts, experts list, moa")
 def test_experts_speak_in_front_of_the_system_prompt_and_a_model_merges() -> None:
     """Mixture of agents: one candidate for each persona, one answer made of all."""
     model = ScriptedModel(suggest(amount=2), suggest(amount=3), suggest(amount=5))
@@ -103,6 +107,7 @@ async def test_experts_come_round_again_where_more_candidates_are_wanted() -> No
     assert [asked[0]["content"][:3] for asked in model.asked] == ["Ada", "Bob", "Ada"]
 
 
+@pytest.mark.requirement("Trace: OptoPrimeMulti: parallel calls")
 @pytest.mark.parametrize(("variation", "together"), [(seeds, 3), (temperatures(), 3), (refine, 1), (alternatives, 1)])
 async def test_what_need_not_wait_is_asked_at_once(variation: Variation, together: int) -> None:
     """Only variations whose questions show former answers are asked one after the other."""
