@@ -154,7 +154,7 @@ def run(options: Options) -> Report:
         rows=measured.rows(),
         targets=[
             *[
-                Target(f"{family}: mean of a body", measured.median(f"{family}, ours", "us"), 3, "us")
+                Target(f"{family}: mean of a body", measured.median(f"{family}, ours", "us"), 6, "us")
                 for family in ("openai", "anthropic")
             ],
             *[

@@ -47,6 +47,10 @@ assert reply.choices[0].message.content == "ready"
 """
 
 
+AGENTS = "from aggregator import Module, ParameterNode"
+WITH_CLIENT = "from aggregator import Module, ParameterNode, LLM"
+
+
 def case(name: str, statements: str, *needs: str) -> Case:
     return Case(name, ["-c", SCRIPT.format(statements=statements)], needs)
 
@@ -69,10 +73,8 @@ def run(options: Options) -> Report:
             [
                 case("bare Python", "pass"),
                 case("import aggregator", "import aggregator"),
-                case(
-                    "from aggregator import Module, ParameterNode, LLM",
-                    "from aggregator import Module, ParameterNode, LLM",
-                ),
+                case(AGENTS, AGENTS),
+                case(WITH_CLIENT, WITH_CLIENT),
                 case("load a trained agent's parameters", LOAD.format(path=str(artefact))),
                 case("first LLM call", CALL.format(url=url)),
                 *(case(f"import {peer}", f"import {peer}", peer) for peer in ("gepa", "dspy", "litellm", "openai")),
@@ -99,5 +101,7 @@ def targets(measured: Measured) -> list[Target]:
     return [
         Target("import aggregator", measured.median(light, "ms"), 5.0, "ms"),
         Target("third-party modules at import aggregator", measured.median(light, "third_party"), 0),
+        Target("Module and ParameterNode, of import gepa", measured.ratio(AGENTS, "import gepa", "ms"), 0.5, "x"),
+        Target("the same with LLM, of import gepa", measured.ratio(WITH_CLIENT, "import gepa", "ms"), 1.0, "x"),
         Target("loading parameters, of import gepa", measured.ratio(load, "import gepa", "ms"), 0.5, "x"),
     ]

@@ -23,7 +23,7 @@ from aggregator.cassettes.exchanges import (
     index_lines,
     line_hash,
 )
-from aggregator.cassettes.keys import Ignore, request_key
+from aggregator.cassettes.keys import request_key
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError
 from aggregator.records import HTTPReply, HTTPRequest
@@ -162,7 +162,6 @@ def _inflated(body: bytes, encoding: str, place: str) -> bytes:
 def read_blocks(
     content: bytes,
     where: str,
-    ignore: Ignore,
     *,
     intact: bool,
     skipped: int,
@@ -193,7 +192,7 @@ def read_blocks(
     if any(ours) and not intact and not skipped:
         findings.append(f"{where}: its leading comment is gone, so an exchange cut off at the end would not be seen")
     return Recording(
-        rows=tuple(index_lines(lines, ignore)),
+        rows=tuple(index_lines(lines)),
         state="closed" if intact else "foreign",
         layout="readable" if any(ours) or intact else "foreign",
         findings=tuple(findings),

@@ -10,9 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING
 
 from aggregator import portal
-from aggregator.cassettes.tape import Tape
+
+if TYPE_CHECKING:  # a program that opens no cassette loads nothing of one
+    from aggregator.cassettes.tape import Tape
 
 _TAPE: ContextVar[Tape | None] = ContextVar("aggregator_tape", default=None)
 _open: list[Tape] = []

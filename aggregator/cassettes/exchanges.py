@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import re
-from binascii import b2a_base64
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
@@ -22,9 +21,9 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import DecodeError, Struct
-from msgspec.structs import force_setattr
+from msgspec.structs import force_setattr, replace
 
-from aggregator.cassettes.keys import Ignore, raw_key, request_key
+from aggregator.cassettes.keys import key_of_request, raw_key
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -39,12 +38,13 @@ _ODD_STARTS = (b"\x7f", b"\xc2", b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xef")  # o
 _BINARY = re.compile(rb'("(?:[^"\\]|\\.)*")|!!binary ("[A-Za-z0-9+/=]*")')
 
 
-class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What we know beside request and response; the key `x` of an interaction.
+class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """What we know of an exchange beside request and response; the key `x` of an interaction.
 
     `ticket` counts the identical requests of one lineage in the order they were issued, `attempt` the answers
     to one of them, `order` all requests issued in this lineage. `chunks` are (bytes, milliseconds) of a stream.
     `error` is (class, message) of an attempt without an answer. `usage` holds tokens and cost as far as known.
+    `key` is the digest of the request's bytes as a journal states it; b"" until the exchange is in a line.
     """
 
     lineage: str
@@ -58,6 +58,7 @@ class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: dict[str, int | float] = {}
     chunks: tuple[tuple[int, float], ...] = ()
     error: tuple[str, str] | None = None
+    key: bytes = b""
 
 
 class Exchange(Struct, frozen=True, kw_only=True):
@@ -66,19 +67,6 @@ class Exchange(Struct, frozen=True, kw_only=True):
     request: HTTPRequest
     reply: HTTPReply
     facts: Facts
-
-
-class Place(Struct, frozen=True, gc=False):
-    """The part of the facts that finds an exchange and plays it; `key` is the digest of its request's bytes."""
-
-    lineage: str
-    ticket: int = 0
-    attempt: int = 0
-    order: int = 0
-    ms: float = 0.0
-    chunks: tuple[tuple[int, float], ...] = ()
-    error: tuple[str, str] | None = None
-    key: bytes = b""
 
 
 class _Status(Struct, frozen=True, gc=False):
@@ -112,7 +100,6 @@ _decode_whole = msgspec.json.Decoder(_Whole).decode
 _decode_response = msgspec.json.Decoder(_Response).decode
 _decode_text = msgspec.json.Decoder(str).decode
 _decode_facts = msgspec.json.Decoder(Facts).decode
-_decode_place = msgspec.json.Decoder(Place).decode
 _encode = msgspec.json.Encoder().encode
 
 Buffer = bytes | memoryview
@@ -123,7 +110,7 @@ def encode_line(exchange: Exchange) -> bytes:
     request, reply = exchange.request, exchange.reply
     answered = {name: [value] for name, value in reply.headers.items()}
     response = _Response(_Status(reply.status, reply.reason), answered, _Body(_text(reply.body)))
-    key = b2a_base64(raw_key(request.method, request.url, request.body), newline=False)
+    facts = replace(exchange.facts, key=raw_key(request.method, request.url, request.body))
     line = b"".join(
         (
             _opening(request.method, request.url, tuple(request.headers.items())),
@@ -131,10 +118,7 @@ def encode_line(exchange: Exchange) -> bytes:
             b'},"response":',
             _encode(response),
             _FACTS,
-            _encode(exchange.facts)[:-1].replace(b"\\", rb"\\").replace(b'"', rb"\""),
-            rb",\"key\":\"",
-            key,
-            rb"\"",
+            _encode(facts)[:-1].replace(b"\\", rb"\\").replace(b'"', rb"\""),
         )
     )
     if not line.isascii() or b"\x7f" in line:
@@ -182,9 +166,9 @@ def find_parts(data: bytes, start: int, end: int) -> tuple[int, int]:
     return answer, facts
 
 
-def decode_place(data: bytes, facts: int, end: int) -> Place:
-    """Return what finds and plays a line whose facts begin at `facts`; raises msgspec.DecodeError."""
-    return _decode_place(_decode_text(data[facts + len(_FACTS) - 1 : end - 1]))
+def decode_facts(data: bytes, facts: int, end: int) -> Facts:
+    """Return the facts of a line, which begin at `facts`; raises msgspec.DecodeError."""
+    return _decode_facts(_decode_text(data[facts + len(_FACTS) - 1 : end - 1]))
 
 
 def body_bytes(body: str | Mapping[str, str] | None) -> bytes:
@@ -194,13 +178,13 @@ def body_bytes(body: str | Mapping[str, str] | None) -> bytes:
     return base64.b64decode(body["!!binary"]) if body else b""
 
 
-def decode_answer(answer: bytes, place: Place) -> HTTPReply:
+def decode_answer(answer: bytes, facts: Facts) -> HTTPReply:
     """Return a recorded answer, marked as replayed."""
     try:
         response = _decode_response(answer)
     except msgspec.DecodeError:
         response = _decode_response(_as_json(answer))
-    return _reply(response, place)
+    return _reply(response, facts)
 
 
 def decode_line(line: bytes) -> Exchange:
@@ -209,17 +193,17 @@ def decode_line(line: bytes) -> Exchange:
         whole = _decode_whole(line)
     except msgspec.DecodeError:
         whole = _decode_whole(_as_json(line))
-    facts = _decode_facts(_decode_text(line[line.rindex(_FACTS) + len(_FACTS) - 1 : -1]))
+    facts = decode_facts(line, line.rindex(_FACTS), len(line))
     request = HTTPRequest(
         method=whole.request.method,
         url=whole.request.uri,
         body=body_bytes(whole.request.body),
         headers={name: values[0] for name, values in whole.request.headers.items()},
     )
-    return Exchange(request=request, reply=_reply(whole.response, facts), facts=facts)
+    return Exchange(request=request, reply=_reply(whole.response, facts), facts=replace(facts, key=b""))
 
 
-def _reply(response: _Response, facts: Facts | Place) -> HTTPReply:
+def _reply(response: _Response, facts: Facts) -> HTTPReply:
     status = response.status
     return HTTPReply(
         status=status.code,
@@ -244,18 +228,17 @@ UNREADABLE = (DecodeError, ValueError, KeyError, RecursionError)
 
 
 class Row(Struct, frozen=True, gc=False):
-    """One exchange: where in `data` its line stands, from `start` to `end`, and the parts of it; its place in the run.
+    """One recorded exchange: its line is `data[start:end]`, in which answer and facts begin at `answer_at`, `facts_at`.
 
-    The answer is decoded when it is played. `answer` and `facts` are where those parts begin.
+    The answer is decoded when it is played.
     """
 
     data: bytes
     start: int
-    answer: int
-    facts: int
+    answer_at: int
+    facts_at: int
     end: int
-    place: Place
-    ignore: Ignore = ()
+    facts: Facts
     known_key: bytes = b""
 
     @property
@@ -267,14 +250,13 @@ class Row(Struct, frozen=True, gc=False):
     def key(self) -> bytes:
         """The canonical key of its request; computed when first needed, as most replays ask for the recorded bytes."""
         if not self.known_key:
-            request = self.exchange().request
-            force_setattr(self, "known_key", request_key(request.method, request.url, request.body, self.ignore))
+            force_setattr(self, "known_key", key_of_request(self.exchange().request))
         return self.known_key
 
     def reply(self) -> HTTPReply:
         """Decode the answer alone; raises CassetteDamagedError."""
         try:
-            return decode_answer(self.data[self.answer : self.facts], self.place)
+            return decode_answer(self.data[self.answer_at : self.facts_at], self.facts)
         except UNREADABLE as error:
             raise self._damaged(error) from error
 
@@ -286,9 +268,9 @@ class Row(Struct, frozen=True, gc=False):
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> CassetteDamagedError:
-        place = self.place
+        facts = self.facts
         return CassetteDamagedError(
-            f"expected an exchange, got {error} - in lineage {place.lineage!r}, ticket {place.ticket}; {REMEDY}"
+            f"expected an exchange, got {error} - in lineage {facts.lineage!r}, ticket {facts.ticket}; {REMEDY}"
         )
 
 
@@ -307,20 +289,20 @@ class Recording(Struct, frozen=True, kw_only=True):
 NOTHING = Recording(rows=(), state="open", layout="journal")
 
 
-def index_spans(data: bytes, spans: Iterable[tuple[int, int]], ignore: Ignore = ()) -> Iterator[Row]:
-    """Find the lines that start and end there; they are good, so the key that each states is its request's."""
+def index_spans(data: bytes, spans: Iterable[tuple[int, int]]) -> Iterator[Row]:
+    """Index the lines that start and end there; they are whole, so the key that each states is its request's."""
     for start, end in spans:
         answer, facts = find_parts(data, start, end)
-        yield Row(data, start, answer, facts, end, decode_place(data, facts, end), ignore)
+        yield Row(data, start, answer, facts, end, decode_facts(data, facts, end))
 
 
-def index_lines(lines: Iterable[bytes], ignore: Ignore = ()) -> Iterator[Row]:
-    """The same for lines that stand alone."""
+def index_lines(lines: Iterable[bytes]) -> Iterator[Row]:
+    """Index separate lines."""
     for line in lines:
-        yield from index_spans(line, [(0, len(line))], ignore)
+        yield from index_spans(line, [(0, len(line))])
 
 
 def exchange_id(row: Row) -> str:
     """Return the name of an exchange within its cassette: lineage, ticket, attempt and the start of its key."""
-    place = row.place
-    return f"{place.lineage or '-'} #{place.ticket}.{place.attempt} {row.key.hex()[:12]}"
+    facts = row.facts
+    return f"{facts.lineage or '-'} #{facts.ticket}.{facts.attempt} {row.key.hex()[:12]}"

@@ -23,7 +23,6 @@ from typing import Literal
 from msgspec import Struct
 
 from aggregator.cassettes.exchanges import REMEDY, UNREADABLE, Recording, Row, index_spans, line_is_whole
-from aggregator.cassettes.keys import Ignore
 from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError
 from aggregator.files import open_file
 
@@ -209,7 +208,7 @@ def is_open_journal(data: bytes) -> bool:
     return data.find(rb",\"sha256\":\"", 0, data.find(b"\n", len(PREAMBLE)) % (len(data) + 1)) > 0
 
 
-def read_open_journal(data: bytes, where: str, ignore: Ignore = ()) -> Recording:
+def read_open_journal(data: bytes, where: str) -> Recording:
     """Read the journal of a recording that was not closed."""
     if OPENING.startswith(data):
         finding = f"{where}: not closed; no exchange was written yet"
@@ -227,11 +226,11 @@ def read_open_journal(data: bytes, where: str, ignore: Ignore = ()) -> Recording
     findings = [f"{where}: not closed, so it may end early; its {len(spans)} exchanges are good"]
     if torn:
         findings.append(f"{where}:{first + len(spans)}: the last exchange was torn and is dropped")
-    rows = _rows(data, spans, where, ignore)
+    rows = _rows(data, spans, where)
     return Recording(rows=rows, state="open", layout="journal", findings=tuple(findings), kept=kept)
 
 
-def read_closed_journal(content: bytes, where: str, ignore: Ignore, *, intact: bool, skipped: int) -> Recording:
+def read_closed_journal(content: bytes, where: str, *, intact: bool, skipped: int) -> Recording:
     """Read a finished journal after its comment of `skipped` lines; `intact` says that its hash was right."""
     if content == EMPTY:
         return Recording(rows=(), state="closed", layout="journal")
@@ -244,7 +243,7 @@ def read_closed_journal(content: bytes, where: str, ignore: Ignore, *, intact: b
         first = skipped + PREAMBLE.count(b"\n") + 1
         if _torn(content, spans, where, first):
             raise _damaged(where, first + len(spans) - 1)
-    return Recording(rows=_rows(content, spans, where, ignore), state="closed", layout="journal")
+    return Recording(rows=_rows(content, spans, where), state="closed", layout="journal")
 
 
 def _spans(data: bytes, start: int) -> Iterator[_Span]:
@@ -275,8 +274,8 @@ def _damaged(where: str, line: int) -> CassetteDamagedError:
     return CassetteDamagedError(f"expected an exchange and its hash, got something else - at {where}:{line}; {REMEDY}")
 
 
-def _rows(data: bytes, spans: list[_Span], where: str, ignore: Ignore) -> tuple[Row, ...]:
+def _rows(data: bytes, spans: list[_Span], where: str) -> tuple[Row, ...]:
     try:
-        return tuple(index_spans(data, spans, ignore))
+        return tuple(index_spans(data, spans))
     except UNREADABLE as error:
         raise CassetteDamagedError(f"expected an exchange, got {error} - in {where}; {REMEDY}") from error

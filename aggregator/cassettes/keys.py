@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aggregator.errors import ConfigError
+from aggregator.records import HTTPRequest
 from aggregator.text import canonical_json
 
 if TYPE_CHECKING:
@@ -88,4 +89,15 @@ def request_key(method: str, url: str, body: bytes, ignore: Ignore = ()) -> byte
     return raw_key(method, url, canonical(body, ignore))
 
 
-KeyFunction = Callable[[str, str, bytes], bytes]
+KeyOf = Callable[[HTTPRequest], bytes]
+"""A function from a redacted request to its key: requests of one key are equal."""
+
+
+def key_of_request(request: HTTPRequest) -> bytes:
+    """Return the key of a request by its method, URL and canonical body."""
+    return request_key(request.method, request.url, request.body)
+
+
+def ignoring(paths: Ignore) -> KeyOf | None:
+    """Return the key function that leaves JSON paths of the body out; None for no paths, which is `key_of_request`."""
+    return (lambda request: request_key(request.method, request.url, request.body, paths)) if paths else None

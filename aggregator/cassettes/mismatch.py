@@ -7,7 +7,7 @@ order. Pure functions over rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from heapq import nlargest
 from typing import Any
@@ -37,9 +37,18 @@ class Asked(Struct, frozen=True, kw_only=True):
 
 
 def explain_miss(
-    asked: Asked, rows: Sequence[Row], played: bytes | bytearray, name: str, *, search: bool = True
+    asked: Asked,
+    rows: Sequence[Row],
+    played: bytes | bytearray,
+    name: str,
+    *,
+    key_of_row: Callable[[int], bytes] | None = None,
+    search: bool = True,
 ) -> str:
-    """Return the whole message of a miss, at most `MAX_LINES` lines; without `search` the nearest is left out."""
+    """Return the whole message of a miss, at most `MAX_LINES` lines; without `search` the nearest is left out.
+
+    `key_of_row` gives the keys of the rows, if the tape matches by others than `Row.key`.
+    """
     request = asked.request
     head = [
         f"expected a recorded answer to {request.method} {request.url} in {name}, got none",
@@ -48,13 +57,15 @@ def explain_miss(
     remedy = 'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (anew).'
     if not rows:
         return "\n".join((*head, "  the cassette does not exist or is empty", remedy))
-    same = [index for index, row in enumerate(rows) if row.key == asked.key]
+    same = [
+        index for index, row in enumerate(rows) if (row.key if key_of_row is None else key_of_row(index)) == asked.key
+    ]
     if same:
         return "\n".join((*head, *_elsewhere(same, asked, rows, played), remedy))
     if not search:
         return "\n".join((*head, "  (the nearest request is shown for the first misses only)", remedy))
     index, likeness = nearest(asked, rows)
-    place = rows[index].place
+    place = rows[index].facts
     head.append(
         f"  nearest: exchange {index}, lineage {place.lineage!r}, ticket {place.ticket}, "
         f"{'played' if played[index] else 'not played yet'}, {likeness:.0%} alike"
@@ -68,7 +79,7 @@ def explain_miss(
 
 def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes | bytearray) -> Iterator[str]:
     """Yield where this very request was recorded, when only its place in the run differs."""
-    here = [index for index in same if rows[index].place.lineage == asked.lineage]
+    here = [index for index in same if rows[index].facts.lineage == asked.lineage]
     if here and not all(played[index] for index in here):
         yield f"  this very request was recorded in this lineage, but not with ticket {asked.ticket}:"
     elif here:
@@ -76,7 +87,7 @@ def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes
     else:
         yield '  this very request was recorded, but in another lineage; lineage="prefer" would take it from there:'
     for index in (here or same)[: MAX_LINES - 8]:
-        place, state = rows[index].place, "played" if played[index] else "not played yet"
+        place, state = rows[index].facts, "played" if played[index] else "not played yet"
         yield f"    exchange {index}, lineage {place.lineage!r}, ticket {place.ticket}, {state}"
 
 
@@ -93,7 +104,7 @@ def nearest(asked: Asked, rows: Sequence[Row]) -> tuple[int, float]:
     known = frozenset(words)
     finalists = nlargest(_FINALISTS, rough, key=lambda index: (_overlap(known, len(words), parts[index]), -index))
     scored = [(SequenceMatcher(None, words, _WORD.findall(parts[index]), False).ratio(), index) for index in finalists]  # noqa: FBT003
-    likeness, index = max(scored, key=lambda pair: (pair[0], rows[pair[1]].place.lineage == asked.lineage, -pair[1]))
+    likeness, index = max(scored, key=lambda pair: (pair[0], rows[pair[1]].facts.lineage == asked.lineage, -pair[1]))
     return index, likeness
 
 
@@ -127,7 +138,7 @@ def _overlap(known: frozenset[bytes], count: int, part: bytes) -> float:
 
 
 def _asked_part(row: Row) -> bytes:
-    return row.data[row.start : row.answer]
+    return row.data[row.start : row.answer_at]
 
 
 def _as_text(request: HTTPRequest) -> bytes:

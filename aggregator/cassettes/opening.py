@@ -18,7 +18,6 @@ from msgspec import Struct
 
 from aggregator.cassettes.exchanges import NOTHING, Recording, Row
 from aggregator.cassettes.journal import Journal
-from aggregator.cassettes.keys import Ignore
 from aggregator.cassettes.reading import read
 from aggregator.cassettes.rules import Adopts, LineageRule, TapeRules
 from aggregator.cassettes.saving import FileLock, LayoutChoice, followed, save
@@ -68,10 +67,10 @@ def open_tape(
     _check(layout, get_args(LayoutChoice), "layout")
     if path.is_dir():
         raise ConfigError(f"expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
-    plan = _replay(path, mode, rules.ignore)
+    plan = _replay(path, mode)
     lock = FileLock(path) if plan is None else None
     try:
-        plan = plan or _recording(path, mode, rules.ignore)
+        plan = plan or _recording(path, mode)
         if lock is not None and plan.journal is None:  # finished meanwhile, by whoever had the lock
             lock.release()
             lock = None
@@ -98,11 +97,11 @@ def _check(value: str, known: Sequence[str], name: str) -> None:
         raise ConfigError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
 
 
-def _replay(path: Path, mode: Mode, ignore: Ignore) -> _Plan | None:
+def _replay(path: Path, mode: Mode) -> _Plan | None:
     """Return the plan of a cassette that only plays; None for one that records."""
     if mode in ("new_episodes", "all"):
         return None
-    there = read(path, ignore)
+    there = read(path)
     if mode == "once" and (there is None or there.state == "open"):
         return None
     return _Plan(played=(), findings=()) if there is None else _playing(path, there)
@@ -121,16 +120,16 @@ def _playing(path: Path, there: Recording) -> _Plan:
     return _Plan(played=there.rows, findings=there.findings + left)
 
 
-def _recording(path: Path, mode: Mode, ignore: Ignore) -> _Plan:
+def _recording(path: Path, mode: Mode) -> _Plan:
     """Return the plan of a cassette that records, its lock held; without a journal where there is nothing to."""
     if mode == "all":
         return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path, is_anew=True)
-    there = read(path, ignore) or NOTHING
+    there = read(path) or NOTHING
     if there.state == "open":  # new, or its recording was killed: go on where it ended
         return _Plan(played=there.rows, findings=there.findings, journal=path, kept=there.kept)
     if mode == "once":
         return _playing(path, there)
-    begun = read(part_of(path), ignore) or NOTHING
+    begun = read(part_of(path)) or NOTHING
     return _Plan(
         played=there.rows + begun.rows,
         findings=there.findings + begun.findings,

@@ -22,14 +22,13 @@ from aggregator.cassettes.journal import (
     read_closed_journal,
     read_open_journal,
 )
-from aggregator.cassettes.keys import Ignore
 from aggregator.errors import CassetteDamagedError, CassetteError
 
 _LONGEST_COMMENT = 4_096
 __all__ = ["Recording", "Row", "index_lines", "read", "shard_path"]
 
 
-def read(path: Path, ignore: Ignore = (), *, redact: bool = True) -> Recording | None:
+def read(path: Path, *, redact: bool = True) -> Recording | None:
     """Return what a cassette holds, its shards included; None where there is none.
 
     Another tool's cassette comes without its secrets; `redact=False` shows what is really in the file.
@@ -39,7 +38,7 @@ def read(path: Path, ignore: Ignore = (), *, redact: bool = True) -> Recording |
     data = _bytes_of(path)
     if data is None:
         return None
-    first, comment = _read_one(*data, str(path), ignore, redact=redact)
+    first, comment = _read_one(*data, str(path), redact=redact)
     if comment is None or comment.shards == 1:
         return msgspec.structs.replace(first, files=(path,))
     if comment.shard != 1:
@@ -47,7 +46,7 @@ def read(path: Path, ignore: Ignore = (), *, redact: bool = True) -> Recording |
     files, parts = [path], [first]
     for number in range(2, comment.shards + 1):
         files.append(shard_path(path, comment.set, number))
-        parts.append(_read_shard(files[-1], comment, number, ignore))
+        parts.append(_read_shard(files[-1], comment, number))
     return Recording(
         rows=tuple(row for part in parts for row in part.rows),
         state="closed",
@@ -67,11 +66,11 @@ def shard_path(path: Path, group: str, number: int) -> Path:
     return path.with_name(f"{path.stem}.{group}.{number:04d}{path.suffix}")
 
 
-def _read_shard(path: Path, first: Comment, number: int, ignore: Ignore) -> Recording:
+def _read_shard(path: Path, first: Comment, number: int) -> Recording:
     data = _bytes_of(path)
     if data is None:
         raise CassetteDamagedError(f"expected shard {number} of {first.shards} in {path}, got no file; {REMEDY}")
-    part, comment = _read_one(*data, str(path), ignore)
+    part, comment = _read_one(*data, str(path))
     if comment is None or (comment.set, comment.shard, comment.shards) != (first.set, number, first.shards):
         raise CassetteDamagedError(
             f"expected shard {number} of {first.shards}, got another file - at {path}:1; {REMEDY}"
@@ -99,12 +98,12 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
 
 
 def _read_one(
-    first_line: bytes, content: bytes, where: str, ignore: Ignore, *, redact: bool = True
+    first_line: bytes, content: bytes, where: str, *, redact: bool = True
 ) -> tuple[Recording, Comment | None]:
     size = len(first_line) + len(content)
     beginning = size <= len(OPENING) and OPENING.startswith(first_line + content)  # killed before its first exchange
     if beginning or first_line == OPEN_COMMENT or (not first_line and is_open_journal(content)):
-        return read_open_journal(first_line + content, where, ignore), None
+        return read_open_journal(first_line + content, where), None
     comment = parse_comment(first_line.rstrip(b"\r\n"), where) if first_line else None
     intact = comment is not None and content_hash(content) == comment.sha256
     if not intact and (first_line or content[:200].partition(b"\n")[0] + b"\n").endswith(b"\r\n"):
@@ -112,9 +111,9 @@ def _read_one(
         intact = comment is not None and content_hash(content) == comment.sha256
     skipped = 1 if comment is not None else 0
     if comment is not None and comment.layout == "journal":
-        recording = read_closed_journal(content, where, ignore, intact=intact, skipped=skipped)
+        recording = read_closed_journal(content, where, intact=intact, skipped=skipped)
     else:
-        recording = read_blocks(content, where, ignore, intact=intact, skipped=skipped, redact=redact)
+        recording = read_blocks(content, where, intact=intact, skipped=skipped, redact=redact)
     if comment is not None and (not intact or len(recording.rows) != comment.exchanges):
         raise CassetteDamagedError(
             f"expected {comment.exchanges} exchanges and the content that {where}:1 states, "

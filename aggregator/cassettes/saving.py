@@ -29,7 +29,7 @@ LayoutChoice = Literal["auto", "journal", "readable"]
 def canonical_order(rows: Sequence[Row]) -> list[Row]:
     """Sort by lineage (numbers as numbers), then order of issue within it, then attempt: never by arrival."""
     return sorted(
-        rows, key=lambda row: (natural(row.place.lineage), row.place.order, row.place.ticket, row.place.attempt)
+        rows, key=lambda row: (natural(row.facts.lineage), row.facts.order, row.facts.ticket, row.facts.attempt)
     )
 
 

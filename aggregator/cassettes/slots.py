@@ -1,14 +1,13 @@
-"""Which recorded answers are a call's: by its request, its lineage, and the order in which such calls are issued."""
+"""Which recorded answers belong to a call: by its request, its lineage and the order of issue."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 from aggregator.cassettes.exchanges import Row
-from aggregator.cassettes.keys import Ignore, request_key
+from aggregator.cassettes.keys import KeyOf, key_of_request
 from aggregator.cassettes.lineage import current_role
-from aggregator.cassettes.redaction import redact_request, redact_requests
+from aggregator.cassettes.redaction import redact_request
 from aggregator.errors import APIConnectionError
 from aggregator.records import HTTPRequest, Role
 
@@ -16,9 +15,9 @@ _At = tuple[bytes, str]
 
 
 class Slot:
-    """One logical call: what is asked, where in the run, the how-many-eth of its kind.
+    """One logical call: its request, its lineage, and its ticket, which counts such calls in the order of issue.
 
-    `rows` are its recorded answers, `ticket` is -1 until it is counted, which a tape without any puts off.
+    `rows` are its recorded answers.
     """
 
     __slots__ = (
@@ -48,7 +47,7 @@ class Slot:
         self.played = 0  # recorded answers used
         self.faults = 0  # injected ones met
         self.failure: APIConnectionError | None = None  # what ended the streamed answer just played
-        self.key = b""  # the canonical one, where it was needed
+        self.key = b""  # of the matching, once it was needed
         self.redacted: HTTPRequest | None = None
 
     def clean(self) -> HTTPRequest:
@@ -57,141 +56,121 @@ class Slot:
             self.redacted = redact_request(self.request)
         return self.redacted
 
-    def canonical_key(self, ignore: Ignore) -> bytes:
-        """Return the canonical key of what is asked, which a request of recorded bytes is found without."""
+    def key_by(self, key_of: KeyOf) -> bytes:
+        """Return the key of the request; one whose very bytes were recorded is found without."""
         if not self.key:
-            request = self.clean()
-            self.key = request_key(request.method, request.url, request.body, ignore)
+            self.key = key_of(self.clean())
         return self.key
 
 
-def clean_together(slots: Sequence[Slot]) -> None:
-    """Make the requests of several slots what may be written; one that cannot be keeps its own error for later."""
-    with suppress(Exception):
-        for slot, request in zip(slots, redact_requests([slot.request for slot in slots]), strict=True):
-            slot.redacted = request
-
-
 class Pool:
-    """Recorded answers to identical requests of one lineage, and how many of those were issued.
+    """Recorded answers to equal requests of one lineage: unclaimed rows by ticket, in order, and the next ticket.
 
-    `first` are the rows of ticket 0, which is the only one of nearly every pool; `later` maps the others to theirs.
+    `row` is one of its rows, -1 for a pool without recorded answers.
     """
 
-    __slots__ = ("first", "issued", "later")
+    __slots__ = ("issued", "row", "rows")
 
-    def __init__(self) -> None:
-        self.first: tuple[int, ...] = ()
-        self.later: dict[int, tuple[int, ...]] | None = None
+    def __init__(self, row: int = -1) -> None:
+        self.row = row
+        self.rows: dict[int, tuple[int, ...]] = {}
         self.issued = 0
-
-    def take(self) -> tuple[int, tuple[int, ...]]:
-        """Return the next ticket and its rows."""
-        ticket = self.issued
-        self.issued = ticket + 1
-        return ticket, self.rows(ticket)
-
-    def rows(self, ticket: int) -> tuple[int, ...]:
-        """Return the rows of a ticket."""
-        if not ticket:
-            return self.first
-        return () if self.later is None else self.later.get(ticket, ())
-
-    def put(self, ticket: int, rows: tuple[int, ...]) -> None:
-        """Make these the rows of a ticket."""
-        if not ticket:
-            self.first = rows
-        elif self.later is None:
-            self.later = {ticket: rows}
-        else:
-            self.later[ticket] = rows
-
-    def tickets(self) -> list[int]:
-        """Return the tickets that have rows, in order."""
-        return ([0] if self.first else []) + sorted(ticket for ticket, rows in (self.later or {}).items() if rows)
 
 
 class Pools:
-    """The rows of a tape in their pools: by a recorded request's very bytes, by canonical key where those differ."""
+    """The rows of a tape in their pools: by the exact bytes of the recorded request, by key where those differ."""
 
-    def __init__(self, rows: Sequence[Row], *, ignore: Ignore, prefer: bool) -> None:
-        """Sort the rows into pools by their requests' bytes, and by canonical keys where those would tell another tale.
+    def __init__(self, rows: Sequence[Row], *, key_of: KeyOf | None = None, prefer: bool = False) -> None:
+        """Group rows by exact request bytes; fall back to keys where the two groupings differ.
 
         Tickets count from 0 among requests of one canonical key. So where each pool counts from 0, no two share a key.
         """
         self.fallbacks: list[str] = []
         self.exact: dict[_At, Pool] = {}
-        self._rows, self._ignore, self._prefer = rows, ignore, prefer
+        self._rows, self._key_of, self._prefer = rows, key_of, prefer
         self._by_key: dict[bytes, dict[str, Pool]] | None = None  # built when first needed
         exact = self.exact
         for index, row in enumerate(rows):
-            place = row.place
-            at = place.key, place.lineage
+            facts = row.facts
+            at = facts.key, facts.lineage
             pool = exact.get(at)
             if pool is None:
-                pool = exact[at] = Pool()
-            pool.put(place.ticket, (*pool.rows(place.ticket), index))
-        if ignore or not all(pool.first for pool in exact.values()):
-            self._canonical()
+                pool = exact[at] = Pool(index)
+            pool.rows[facts.ticket] = (*pool.rows.get(facts.ticket, ()), index)
+        if key_of is not None or not all(0 in pool.rows for pool in exact.values()):
+            self._pools_by_key()
 
-    def _canonical(self) -> dict[bytes, dict[str, Pool]]:
-        """Return the pools by canonical key and lineage; requests of one key, however they are written, share one."""
+    def key_of_row(self, index: int) -> bytes:
+        """Return the key of a recorded request."""
+        row = self._rows[index]
+        return row.key if self._key_of is None else self._key_of(row.exchange().request)
+
+    def key_of_slot(self, slot: Slot) -> bytes:
+        """Return the key of what a call asks."""
+        return slot.key_by(self._key_of or key_of_request)
+
+    def _pools_by_key(self) -> dict[bytes, dict[str, Pool]]:
+        """Return the pools by key and lineage; requests of one key, however they are written, share one."""
         if self._by_key is None:
             self._by_key = {}
             spellings: dict[_At, list[_At]] = {}
             for at, pool in self.exact.items():
-                first = pool.rows(pool.tickets()[0])[0]
-                spellings.setdefault((self._rows[first].key, at[1]), []).append(at)
+                spellings.setdefault((self.key_of_row(pool.row), at[1]), []).append(at)
             for (key, lineage), written in spellings.items():
-                whole = self._joined([self.exact[at] for at in written])
+                whole = self._join([self.exact[at] for at in written])
                 self._by_key.setdefault(key, {})[lineage] = whole
                 self.exact.update(dict.fromkeys(written, whole))
         return self._by_key
 
-    def _joined(self, pools: list[Pool]) -> Pool:
-        """Return one pool for several; what was counted apart (without `ignore`) is counted anew, in order of issue."""
+    def _join(self, pools: list[Pool]) -> Pool:
+        """Return one pool for several; tickets that were counted apart are counted again, in the order of issue."""
         if len(pools) == 1:
             return pools[0]
-        slots = [(ticket, pool.rows(ticket)) for pool in pools for ticket in pool.tickets()]
-        if len({ticket for ticket, _ in slots}) < len(slots):
-            issued = sorted((self._rows[rows[0]].place.order, rows) for _, rows in slots)
-            slots = [(ticket, rows) for ticket, (_, rows) in enumerate(issued)]
-        whole = Pool()
+        whole = Pool(pools[0].row)
         whole.issued = sum(pool.issued for pool in pools)
-        for ticket, rows in slots:
-            whole.put(ticket, rows)
+        tickets = [item for pool in pools for item in pool.rows.items()]
+        if len({ticket for ticket, _ in tickets}) < len(tickets):
+            issued = sorted((self._rows[rows[0]].facts.order, rows) for _, rows in tickets)
+            tickets = [(ticket, rows) for ticket, (_, rows) in enumerate(issued, whole.issued)]
+        whole.rows = dict(sorted(tickets))
         return whole
 
     def claim(self, slot: Slot, pool: Pool | None = None) -> None:
-        """Count a call and give it the recorded answers of its ticket; `pool` is that of its very bytes, if known."""
+        """Count a call and give it the recorded answers of its ticket; `pool` is that of its exact bytes, if known."""
         if pool is None:
             pool = self._pool(slot)
-        slot.pool = pool
-        slot.ticket, slot.rows = pool.take()
+        slot.pool, slot.ticket = pool, pool.issued
+        slot.rows = pool.rows.pop(pool.issued, ())
+        pool.issued += 1
         if self._prefer and not slot.rows:
-            slot.rows = self._spare(slot, pool)
+            slot.rows = self._take_from_another_lineage(slot)
+
+    def withdraw(self, slot: Slot) -> None:
+        """Take back the ticket of a call, unless one like it was issued since."""
+        pool = slot.pool
+        if pool is not None and pool.issued == slot.ticket + 1:
+            pool.issued -= 1
+            if slot.rows and not slot.played:
+                pool.rows = dict(sorted({**pool.rows, slot.ticket: tuple(slot.rows)}.items()))
 
     def _pool(self, slot: Slot) -> Pool:
-        """Return the pool of a request whose bytes were not recorded where it stands; that may change its lineage."""
-        pools = self._canonical().setdefault(slot.canonical_key(self._ignore), {})
+        """Return the pool of a request without an exact match. May reset the slot's lineage to ""."""
+        pools = self._pools_by_key().setdefault(self.key_of_slot(slot), {})
         pool = pools.get(slot.lineage)
         if pool is not None:
             return pool
         plain = pools.get("")
-        if plain is not None and (plain.first or plain.later):  # recorded without: played in issue order
+        if plain is not None and plain.row >= 0:  # recorded without lineage: played in the order of issue
             slot.lineage = ""
             return plain
         pool = pools[slot.lineage] = Pool()
         return pool
 
-    def _spare(self, slot: Slot, own: Pool) -> tuple[int, ...]:
-        """Take the first recorded call of this request in another lineage, in canonical order, that nothing claimed."""
-        pools = self._canonical().get(slot.canonical_key(self._ignore), {})
+    def _take_from_another_lineage(self, slot: Slot) -> tuple[int, ...]:
+        """Take the first unclaimed call of this request in another lineage, in canonical order."""
+        pools = self._pools_by_key().get(self.key_of_slot(slot), {})
         for lineage, pool in pools.items():
-            unclaimed = () if pool is own else [ticket for ticket in pool.tickets() if ticket >= pool.issued]
-            for ticket in unclaimed[:1]:
-                rows = pool.rows(ticket)
-                pool.put(ticket, ())
+            if pool is not slot.pool and pool.rows:
                 self.fallbacks.append(f"{slot.lineage!r} plays {lineage!r}")
-                return rows
+                return pool.rows.pop(next(iter(pool.rows)))
         return ()

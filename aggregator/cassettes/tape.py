@@ -11,15 +11,16 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from aggregator.cassettes.exchanges import Exchange, Row
-from aggregator.cassettes.keys import raw_key
+from aggregator.cassettes.keys import ignoring, raw_key
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.cassettes.mismatch import Asked, explain_miss
-from aggregator.cassettes.redaction import redact_url
+from aggregator.cassettes.redaction import redact_requests, redact_url
 from aggregator.cassettes.rules import TapeRules
-from aggregator.cassettes.slots import Pools, Slot, clean_together
+from aggregator.cassettes.slots import Pools, Slot
 from aggregator.cassettes.timing import latency_scale
 from aggregator.cassettes.writing import Entry, Sink, Writer
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
@@ -55,12 +56,14 @@ class Tape:
         self.rules = rules
         self.ending: Ending = "finish"
         self._rows, self._played = rows, bytearray(len(rows))
-        self._pools = Pools(rows, ignore=rules.ignore, prefer=rules.lineage == "prefer")
-        self._left = frozenset(i for i, row in enumerate(rows) if row.place.error and row.place.error[0] == _LEFT)
+        self._pools = Pools(rows, key_of=ignoring(rules.ignore), prefer=rules.lineage == "prefer")
+        self._left = frozenset(i for i, row in enumerate(rows) if row.facts.error and row.facts.error[0] == _LEFT)
         self._writer = None if sink is None else Writer(sink, now)
-        self._ignore, self._on_close = rules.ignore, on_close
+        self._on_close = on_close
         self._scale, self._faults = latency_scale(rules.latency), rules.faults
-        self._puts_off = sink is not None and not rows and rules.faults is None  # tickets, until something is written
+        # A recording from nothing counts tickets when answers are written: requests are redacted together, which costs
+        # half, and a call that failed before leaves no gap.
+        self._counts_later = sink is not None and not rows and rules.faults is None
         self._uncounted: list[Slot] = []
         self._orders: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -84,7 +87,7 @@ class Tape:
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
         slot = Slot(request, current_lineage())
-        if self._puts_off:
+        if self._counts_later:
             with self._lock:
                 self._count_order(slot)
                 self._uncounted.append(slot)
@@ -92,7 +95,7 @@ class Tape:
         key = raw_key(request.method, redact_url(request.url), request.body)
         pool = self._pools.exact.get((key, slot.lineage))
         if pool is None:
-            slot.canonical_key(self._ignore)  # outside of the lock
+            self._pools.key_of_slot(slot)  # outside of the lock
         with self._lock:
             self._pools.claim(slot, pool)
             if self._left or not self.rules.plays_failures:
@@ -107,22 +110,23 @@ class Tape:
         with self._lock:
             if slot in self._uncounted:
                 self._uncounted.remove(slot)
-            elif slot.pool is not None and slot.pool.issued == slot.ticket + 1:
-                slot.pool.issued -= 1
+            else:
+                self._pools.withdraw(slot)
 
     def _count_order(self, slot: Slot) -> None:
         slot.order = self._orders.get(slot.lineage, 0)
         self._orders[slot.lineage] = slot.order + 1
 
-    def _count_tickets(self) -> None:
-        """Give the calls issued so far the tickets that `issue` has put off, in their order."""
+    def _write(self, writer: Writer) -> None:
+        """Count the tickets of the calls issued so far, in their order, and write what was answered."""
         slots, self._uncounted = self._uncounted, []
-        clean_together(slots)
+        with suppress(Exception):  # a request that cannot be redacted raises below, by itself
+            for slot, request in zip(slots, redact_requests([slot.request for slot in slots]), strict=True):
+                slot.redacted = request
         for slot in slots:
-            try:
+            with suppress(Exception):  # and again when its answer is written: that call is told
                 self._pools.claim(slot)
-            except Exception:  # noqa: BLE001, S112 - it cannot be written: whoever writes its answer is told
-                continue
+        writer.flush()
 
     def _playable(self, rows: Sequence[int]) -> list[int]:
         """Leave out what is made anew: a stream that was left early, unless it is all there is to play."""
@@ -137,7 +141,7 @@ class Tape:
 
     def _is_answered(self, index: int) -> bool:
         row = self._rows[index]
-        return row.place.error is None and 200 <= row.reply().status < 300
+        return row.facts.error is None and 200 <= row.reply().status < 300
 
     def play(self, slot: Slot) -> HTTPReply | None:
         """Return the slot's next recorded answer; None to go live.
@@ -155,8 +159,8 @@ class Tape:
             self._played[index] = 1
             row = self._rows[index]
             reply = row.reply()
-            if row.place.error is not None:
-                slot.failure = _failure(*row.place.error)
+            if row.facts.error is not None:
+                slot.failure = _failure(*row.facts.error)
                 if not reply.body:
                     raise slot.failure
             return reply
@@ -175,17 +179,19 @@ class Tape:
         if (
             faults is None
             or slot.played
-            or (kind := faults.choose(slot.canonical_key(self._ignore), slot.lineage, slot.ticket, slot.faults)) is None
+            or (kind := faults.choose(self._pools.key_of_slot(slot), slot.lineage, slot.ticket, slot.faults)) is None
         ):
             return None
         slot.faults += 1
         return faults.answer(kind)
 
     def _miss(self, slot: Slot) -> CassetteMissError:
-        key = slot.canonical_key(self._ignore)
+        key = self._pools.key_of_slot(slot)
         asked = Asked(request=slot.clean(), key=key, lineage=slot.lineage, ticket=slot.ticket)
         search = len(self.misses) < _EXPLAINED
-        miss = CassetteMissError(explain_miss(asked, self._rows, self._played, self.name, search=search))
+        miss = CassetteMissError(
+            explain_miss(asked, self._rows, self._played, self.name, key_of_row=self._pools.key_of_row, search=search)
+        )
         self.misses.append(miss)
         return miss
 
@@ -237,10 +243,6 @@ class Tape:
                 self._writer.refuse(CassetteError(self._too_late("an answer")))
             else:
                 self._write(self._writer)
-
-    def _write(self, writer: Writer) -> None:
-        self._count_tickets()
-        writer.flush()
 
     def _too_late(self, what: str) -> str:
         return (

@@ -43,7 +43,7 @@ def difference(before: Sequence[Row], after: Sequence[Row]) -> Difference:
 
 
 def _identity(row: Row) -> tuple[bytes, str, int, int]:
-    return row.key, row.place.lineage, row.place.ticket, row.place.attempt
+    return row.key, row.facts.lineage, row.facts.ticket, row.facts.attempt
 
 
 def _answer_changes(old: Exchange, new: Exchange) -> Iterator[str]:

@@ -215,7 +215,7 @@ def check(recording: Recording, *, needles: Needles, now: datetime, max_age: tim
 def _is_as_written(row: Row, exchange: Exchange) -> bool:
     """Say whether key and hash are the exchange's own; where the file's hash is right, a replay takes them on trust."""
     request = exchange.request
-    return row.place.key == raw_key(request.method, request.url, request.body) and line_is_whole(row.line)
+    return row.facts.key == raw_key(request.method, request.url, request.body) and line_is_whole(row.line)
 
 
 def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:

@@ -128,7 +128,7 @@ def show_cassette(options: argparse.Namespace) -> int:
         exchange, usage = row.exchange(), usage_of(row.exchange())
         tokens = [f"{usage[name]:.0f}" if name in usage else "-" for name in ("input_tokens", "output_tokens")]
         answer = str(exchange.reply.status) if exchange.facts.error is None else exchange.facts.error[0]
-        place = f"{row.place.lineage or '-'} #{row.place.ticket}.{row.place.attempt}"
+        place = f"{row.facts.lineage or '-'} #{row.facts.ticket}.{row.facts.attempt}"
         facts = exchange.facts
         lines.append([str(number), place, facts.role, model_of(exchange) or "-", answer, f"{facts.ms:.0f}", *tokens])
     head = ["#", "lineage #ticket.attempt", "role", "model", "status", "ms", "in", "out"]
@@ -317,4 +317,4 @@ def _told(problems: list[str]) -> int:
 def _in_lineage(row: Row, pattern: str | None) -> bool:
     from fnmatch import fnmatchcase
 
-    return pattern is None or fnmatchcase(row.place.lineage, pattern)
+    return pattern is None or fnmatchcase(row.facts.lineage, pattern)

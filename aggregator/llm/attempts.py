@@ -121,6 +121,7 @@ class Attempts:
         if self._counts_tokens and codec.limits(call).tokens is None:
             call = replace(call, max_tokens=ASSUMED_OUTPUT)  # so that no answer costs more than is reserved for it
         self.call = call
+        self._most: Amount | None = None
         self.request: HTTPRequest = codec.encode(call)
         self.slot: Slot | None = None if self.tape is None else self.tape.issue(self.request)
 
@@ -152,8 +153,11 @@ class Attempts:
 
     def most(self) -> Amount:
         """Return the most that one request of this call can cost; raises ConfigError if an unknown price is needed."""
-        if not self._counts_tokens:
-            return _ONE_CALL
+        if self._most is None:
+            self._most = self._estimate() if self._counts_tokens else _ONE_CALL
+        return self._most
+
+    def _estimate(self) -> Amount:
         given, answered = self.upper_tokens()
         needs_price = any(budget.usd is not None for budget in self.budgets)
         return Amount(pico(self.line.price().most(given, answered)) if needs_price else 0, given + answered, 1)
@@ -230,8 +234,12 @@ class Attempt:
             await (self.line.sleep(delay) if delay else asyncio.sleep(0))
             return reply
         await self.admit()
-        with self.past_tape():
-            reply = self.reply = await self.line.transport.send(self.attempts.request, timeout=self.attempts.timeout())
+        sending = self.line.transport.send(self.attempts.request, timeout=self.attempts.timeout())
+        if self.tape is None:
+            reply = self.reply = await sending
+        else:
+            with self.past_tape():
+                reply = self.reply = await sending
         self.accept(reply.status, reply.headers)
         return reply
 

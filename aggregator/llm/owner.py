@@ -18,7 +18,6 @@ from msgspec import Struct
 
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import lineage_at
-from aggregator.cassettes.redaction import redact_url
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
 from aggregator.records import Completion, Role
@@ -146,6 +145,7 @@ def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
 
 def _check_settings(name: str, injected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ConfigError that names an argument which a pickle cannot keep."""
+    from aggregator.cassettes.redaction import redact_url
     from aggregator.llm.tokens import CloudToken
 
     base_url, api_key = given["base_url"], given["api_key"]

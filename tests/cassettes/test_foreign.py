@@ -226,7 +226,7 @@ def test_aliases_that_vcrpy_emits_are_read(tmp_path: Path) -> None:
     assert "*id" in path.read_text()
     recording = read(path)
     assert recording is not None
-    assert [row.place.ticket for row in recording.rows] == [0, 1]
+    assert [row.facts.ticket for row in recording.rows] == [0, 1]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -344,8 +344,8 @@ def test_one_body_under_many_aliases_took_all_memory() -> None:
     packed = base64.b64encode(gzip.compress(b"a" * 10_000)).decode()
     text = ("version: 1\ninteractions:\n" + item * 12).replace("*b", f"&b !!binary {packed}", 1)
     with pytest.raises(CassetteRefusedError, match=r"at most 100,000 bytes, got one that unpacks to more - at a:21;"):
-        read_blocks(text.encode(), "a", (), intact=False, skipped=0, budget=Budget(total=100_000))
-    assert len(read_blocks(text.encode(), "a", (), intact=False, skipped=0).rows) == 12
+        read_blocks(text.encode(), "a", intact=False, skipped=0, budget=Budget(total=100_000))
+    assert len(read_blocks(text.encode(), "a", intact=False, skipped=0).rows) == 12
 
 
 @pytest.mark.parametrize(

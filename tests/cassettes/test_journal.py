@@ -59,7 +59,7 @@ def test_a_torn_last_item_is_dropped_and_told(tmp_path: Path) -> None:
     path.write_bytes(data[:-20])
     recording = read(path)
     assert recording is not None
-    assert [row.place.order for row in recording.rows] == [0, 1]
+    assert [row.facts.order for row in recording.rows] == [0, 1]
     assert recording.findings == (
         f"{path}: not closed, so it may end early; its 2 exchanges are good",
         f"{path}:6: the last exchange was torn and is dropped",

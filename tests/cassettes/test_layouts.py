@@ -140,7 +140,7 @@ def test_bodies_that_hold_a_lines_own_marks(tmp_path: Path, layout: Layout) -> N
     assert (found.request, found.reply.body, found.facts) == (written.request, line, written.facts)
     (row,) = rows_of(written)
     assert row.reply().body == line
-    assert row.place.key == raw_key(written.request.method, written.request.url, line)
+    assert row.facts.key == raw_key(written.request.method, written.request.url, line)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -186,7 +186,7 @@ def test_calls_told_apart_by_what_is_ignored_now_became_attempts_of_one() -> Non
     for index in (2, 0, 1):
         tape.record(slots[index], answer(f"answer {index}", 500 if index == 0 else 200))
     ignore = (("user",),)
-    replay = Tape(tuple(index_lines(sink.lines, ignore)), rules=TapeRules(ignore=ignore))
+    replay = Tape(tuple(index_lines(sink.lines)), rules=TapeRules(ignore=ignore))
     replies = [replay.play(replay.issue(request)) for request in reversed(requests)]
     assert [reply and reply.body for reply in replies] == [b"answer 0", b"answer 1", b"answer 2"]
 

@@ -85,7 +85,7 @@ def test_tickets_are_counted_by_issue_although_they_are_counted_late() -> None:
         tape.hand_in(slots[index], answer(f"answer {index}"))
     tape.flush()
     tape.record(slots[3], answer("answer 3"))
-    found = {row.place.ticket: (row.place.order, row.reply().body) for row in sink.rows}
+    found = {row.facts.ticket: (row.facts.order, row.reply().body) for row in sink.rows}
     assert found == {0: (0, b"answer 0"), 2: (2, b"answer 2"), 3: (3, b"answer 3")}
 
 
@@ -186,7 +186,7 @@ def test_threads_hand_in_and_finish_at_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(row.place.ticket for row in sink.rows) == list(range(400))
+    assert sorted(row.facts.ticket for row in sink.rows) == list(range(400))
     assert tape.recorded == 400
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -255,3 +257,25 @@ def test_a_client_is_not_copied_with_its_agent() -> None:
     """Trace deep-copies agents; limits and connections stay shared."""
     llm = client(ScriptedTransport(answer()))
     assert copy.deepcopy({"llm": llm})["llm"] is llm
+
+
+def loaded_by(statements: str) -> set[str]:
+    script = f"import sys; before = set(sys.modules); {statements}; print(*(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(out.stdout.split())
+
+
+def test_importing_the_client_loaded_everything_that_a_call_needs() -> None:
+    """`from aggregator import LLM` loads no codec, no cassette, no HTTP and no event loop."""
+    loaded = loaded_by("from aggregator import LLM")
+    heavy = ("ssl", "asyncio", "importlib.metadata", "aiohttp", "http", "json", "logging", "random", "structlog")
+    rooms = ("aggregator.llm.codecs", "aggregator.llm.transport", "aggregator.cassettes", "aggregator.portal")
+    assert {name for name in loaded if name.startswith((*heavy, *rooms))} == set()
+
+
+def test_a_client_loads_its_own_codec_and_no_cassette() -> None:
+    """Other providers' codecs, and what records, load where they are used."""
+    loaded = loaded_by("from aggregator import LLM; LLM('anthropic/claude-sonnet-4-5', env={})")
+    assert "aggregator.llm.codecs.anthropic" in loaded
+    unused = {"llm.codecs.openai", "llm.codecs.gemini", "cassettes.tape", "cassettes.redaction", "cassettes.recorder"}
+    assert {name for name in unused if f"aggregator.{name}" in loaded} == set()

@@ -1,49 +1,27 @@
-"""Fakes through the seams: a scripted model, a tiny agent, a guide."""
+"""What the tests of training share: a tiny agent, a guide, and scripts for `ScriptedModel`."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
-from aggregator.cassettes.lineage import current_lineage, current_role
-from aggregator.llm.ledger import count
-from aggregator.records import Choice, Completion, Message, Usage
+from aggregator.testing import ScriptedModel
+from aggregator.testing import suggestion as suggest
 
-Reply = str | Exception | Callable[[list[dict[str, Any]]], Any]
-
-
-class ScriptedModel:
-    """Answers from a list (the last answer repeats) or a function of the messages; remembers what it was asked."""
-
-    def __init__(self, *replies: Reply, jitter: Callable[[], int] = lambda: 0) -> None:
-        self.replies = list(replies)
-        self.jitter = jitter
-        self.asked: list[list[dict[str, Any]]] = []
-        self.options: list[dict[str, Any]] = []
-        self.places: list[tuple[str, str]] = []
-
-    async def complete(self, messages: Any, **options: Any) -> Completion:
-        self.asked.append(messages)
-        self.options.append(options)
-        self.places.append((current_lineage(), current_role()))
-        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        for _ in range(self.jitter()):
-            await asyncio.sleep(0)
-        answer = reply(messages) if callable(reply) else reply
-        if isinstance(answer, Exception):
-            raise answer
-        usage = Usage(input_tokens=10, output_tokens=5, cost=0.1)
-        count(current_role(), usage)
-        return Completion(choices=(Choice(message=Message(content=answer)),), usage=usage)
-
-
-def suggest(**values: Any) -> str:
-    """A reply that suggests these values."""
-    return json.dumps({"reasoning_all": "because", "suggestion": values})
+__all__ = [
+    "Adder",
+    "ScriptedModel",
+    "additions",
+    "exact",
+    "first_suggestion",
+    "flatten",
+    "from_feedback",
+    "section",
+    "suggest",
+]
 
 
 def section(messages: list[dict[str, Any]], heading: str) -> str:
