@@ -253,13 +253,10 @@ def test_the_switch_sandboxes_every_trainable_operation() -> None:
 async def test_cancelling_ends_the_worker() -> None:
     """A cancelled call ends at once, its process too, and the next call works."""
     agent = trained_async("import time\nwhile True: time.sleep(1)")
-    with sandboxed(Limits(seconds=60)):
-        started = time.monotonic()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await agent.later(1)
+    with sandboxed(Limits(seconds=3600)), pytest.raises(TimeoutError):  # uncancelled, it would not end
+        async with asyncio.timeout(0.2):
+            await agent.later(1)
     pool().close()
-    assert time.monotonic() - started < 60  # the call's own limit
     assert await Agent().later(2) == 2
 
 
