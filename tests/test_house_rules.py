@@ -35,8 +35,8 @@ ANYWHERE = {"portal", "errors", "text", "files", "checks", "patching"}
 BY_TEXT = {"import_module", "__import__", "find_spec", "resolve_name", "spec_from_file_location", "run_module"}
 COMPUTED = {"sandbox/worker.py": "the modules that an operation's author imported, in another process"}
 ONLY_IN = {
-    "aiohttp": {"llm/transport.py", "simulation/", "testing/"},
-    "vcr": {"cassettes/vcr.py", "testing/"},
+    "aiohttp": {"llm/transport.py", "cassettes/patches/aiohttp.py", "simulation/", "testing/"},
+    "vcr": {"testing/"},
     "opto": set(),
 }
 NOT_IN_PRODUCTION = {

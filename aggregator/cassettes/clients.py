@@ -1,37 +1,51 @@
-"""Other HTTP clients: which there are, and their requests and answers as our records. Pure; imports no client."""
+"""Other HTTP clients: which there are, and their requests, answers and failures as our records. Imports no client."""
 
 from __future__ import annotations
 
+import builtins
+import http.client
 import json
+import re
+import socket
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from aggregator.cassettes.compression import decompressed
 from aggregator.errors import CassetteError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 
-FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "aiohttp": ("aiohttp",),
-    "boto3": ("boto3",),
-    "http.client": ("httplib",),
-    "httplib2": ("httplib2",),
-    "httpx": ("httpx", "httpx2"),
-    "tornado": ("tornado",),
-    "urllib3": ("requests", "urllib3"),
+FAMILIES: Mapping[str, str] = {
+    "aiohttp": "aiohttp",
+    "boto3": "boto3 and botocore",
+    "http.client": "the standard library's http.client, urllib.request and xmlrpc",
+    "httplib2": "httplib2",
+    "httpx": "httpx and httpx2",
+    "tornado": "tornado's AsyncHTTPClient",
+    "urllib3": "urllib3 and requests",
 }
-"""Client -> vcrpy's names of the patches that serve it. No two clients share a patched attribute, so that each can
-be switched on and off by itself."""
+"""Client -> what its patches serve."""
 
+_ANY_TRANSPORT = ("aiohttp", "httpx", "urllib3")
 RIDES_ON: Mapping[str, tuple[str, ...]] = {
-    "anthropic": ("httpx",),
-    "google-genai": ("httpx",),
-    "litellm": ("httpx", "aiohttp"),
-    "openai": ("httpx",),
+    "aiobotocore": ("aiohttp", "httpx"),
+    "anthropic": _ANY_TRANSPORT,
+    "bedrock": ("boto3",),
+    "botocore": ("boto3",),
+    "cohere": _ANY_TRANSPORT,
+    "google-genai": _ANY_TRANSPORT,
+    "groq": _ANY_TRANSPORT,
+    "httpx2": ("httpx",),
+    "huggingface_hub": _ANY_TRANSPORT,
+    "langchain": _ANY_TRANSPORT,
+    "litellm": (*_ANY_TRANSPORT, "boto3"),
+    "mistralai": _ANY_TRANSPORT,
+    "ollama": _ANY_TRANSPORT,
+    "openai": _ANY_TRANSPORT,
     "requests": ("urllib3",),
+    "urllib": ("http.client",),
 }
-"""Library -> the clients below it."""
+"""Library -> the clients that may carry its requests: SDKs take another transport where one is given or installed."""
 
 _REFRAMED = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
@@ -39,31 +53,15 @@ _REFRAMED = frozenset({"content-encoding", "content-length", "transfer-encoding"
 def families(clients: str | Iterable[str]) -> frozenset[str]:
     """Return the clients that "all" or a list of names stands for.
 
-    >>> sorted(families(["openai", "requests"]))
-    ['httpx', 'urllib3']
+    >>> sorted(families(["openai", "http.client"]))
+    ['aiohttp', 'http.client', 'httpx', 'urllib3']
     """
     names = tuple(FAMILIES) if clients == "all" else (clients,) if isinstance(clients, str) else tuple(clients)
     unknown = [name for name in names if name not in FAMILIES and name not in RIDES_ON]
     if unknown:
         known = ", ".join(sorted({*FAMILIES, *RIDES_ON}))
-        raise ConfigError(f'expected clients="all" or names of {known}; got {unknown[0]!r}')
+        raise ConfigError(f'Expected clients="all" or names of {known}; got {unknown[0]!r}')
     return frozenset(client for name in names for client in RIDES_ON.get(name, (name,)))
-
-
-_PASSING: ContextVar[bool] = ContextVar("aggregator_passing", default=False)
-
-is_passing = _PASSING.get
-"""Return whether this context's requests are to go through the patches untouched."""
-
-
-@contextmanager
-def passing() -> Iterator[None]:
-    """Let requests made inside go through untouched: whoever makes them has asked the tape already."""
-    token = _PASSING.set(True)
-    try:
-        yield
-    finally:
-        _PASSING.reset(token)
 
 
 class _Headers(Mapping[str, str]):
@@ -71,13 +69,13 @@ class _Headers(Mapping[str, str]):
 
     __slots__ = ("_given", "_made")
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, given: Mapping[Any, Any]) -> None:
         self._given = given
         self._made: dict[str, str] | None = None
 
     def _all(self) -> dict[str, str]:
         if self._made is None:
-            self._made = {str(name): _header(value) for name, value in self._given.items()}
+            self._made = {_header(name): _header(value) for name, value in self._given.items()}
         return self._made
 
     def __getitem__(self, name: str) -> str:
@@ -90,10 +88,13 @@ class _Headers(Mapping[str, str]):
         return len(self._all())
 
 
-def to_request(method: str, url: str, body: Any, headers: Mapping[str, Any]) -> HTTPRequest:
-    """Return another client's request as ours; what authenticates it, the redaction finds in its headers and URL."""
+def to_request(method: str, url: str, body: Any, headers: Mapping[Any, Any]) -> HTTPRequest:
+    """Return another client's request as ours, its method in upper case as HTTP defines the known ones.
+
+    What authenticates it, the redaction finds in its headers and URL.
+    """
     return HTTPRequest(
-        method=method,
+        method=method.upper(),
         url=url,
         body=body if type(body) is bytes else to_bytes(body, url),
         headers=_Headers(headers),
@@ -107,7 +108,7 @@ def _header(value: Any) -> str:
 
 
 def to_bytes(body: Any, url: str) -> bytes:
-    """Return a body as clients hand it over (aiohttp's `json=` is still an object then) as bytes.
+    """Return a body as clients take it, as bytes; a file or an iterator is read to its end.
 
     >>> to_bytes({"a": [1]}, "http://x/"), to_bytes(None, "http://x/"), to_bytes(iter([b"a", b"b"]), "http://x/")
     (b'{"a": [1]}', b'', b'ab')
@@ -117,38 +118,109 @@ def to_bytes(body: Any, url: str) -> bytes:
     if isinstance(body, str):
         return body.encode()
     if hasattr(body, "read"):
-        return to_bytes(body.read(), url)
+        return _read(body, url)
     try:
-        if isinstance(body, Iterator):
-            return b"".join(to_bytes(part, url) for part in body)
-        return json.dumps(body).encode()
+        if isinstance(body, dict | list | tuple) and not any(isinstance(part, bytes) for part in body):
+            return json.dumps(body).encode()
+        return b"".join(to_bytes(part, url) for part in body)
     except TypeError as error:
         raise CassetteError(
-            f"expected a body of bytes, text, JSON or an iterator of them, got {type(body).__name__} - at {url}; "
+            f"Expected a body of bytes, text, JSON or an iterator of them, got {type(body).__name__} - at {url}; "
             "a cassette cannot tell such a body from another: send bytes"
         ) from error
 
 
-def to_reply(response: Mapping[str, Any], milliseconds: float = 0.0) -> HTTPReply:
-    """Return vcrpy's response as ours: header names in lower case, the body decompressed."""
-    headers = {name.lower(): ", ".join(map(_header, values)) for name, values in response["headers"].items()}
-    body, coding = decompressed(response["body"].get("string") or b"", headers.get("content-encoding", ""))
-    kept = {name: value for name, value in headers.items() if name not in _REFRAMED}
+def _read(file: Any, url: str) -> bytes:
+    """Read a file to its end; one read may return less."""
+    parts = []
+    while part := file.read(1 << 20):
+        parts.append(to_bytes(part, url))
+    return b"".join(parts)
+
+
+def to_reply(status: int, reason: str | None, headers: Iterable[tuple[Any, Any]], body: bytes) -> HTTPReply:
+    """Return another client's answer as ours: header names in lower case, the body decompressed.
+
+    Several headers of one name are joined.
+    """
+    found: dict[str, str] = {}
+    for given_name, given_value in headers:
+        name, value = _header(given_name).lower(), _header(given_value)
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    plain, coding = decompressed(body, found.get("content-encoding", ""))
+    kept = {name: value for name, value in found.items() if name not in _REFRAMED}
+    if not body and "content-length" in found:  # to HEAD
+        kept["content-length"] = found["content-length"]
     return HTTPReply(
-        status=response["status"]["code"],
-        reason=response["status"]["message"] or "",
+        status=status,
+        reason=reason or "",
         headers=kept | ({"content-encoding": coding} if coding else {}),
-        body=body,
-        milliseconds=milliseconds,
+        body=plain,
     )
 
 
+def headers_of(reply: HTTPReply, method: str = "") -> dict[str, str]:
+    """Return the headers of an answer as it is handed to another client: with the length of what it gets.
+
+    An answer to HEAD, or one without a body, keeps the length that it stated.
+    """
+    headers = dict(reply.headers)
+    if reply.body or "content-length" not in headers or not (method == "HEAD" or reply.status == 304):
+        headers["content-length"] = str(len(reply.body))
+    return headers
+
+
+def raw_reply(reply: HTTPReply, method: str = "") -> bytes:
+    """Return an answer as its bytes on the wire."""
+    lines = [f"HTTP/1.1 {reply.status} {_one_line(reply.reason)}"]
+    lines += [f"{name}: {_one_line(value)}" for name, value in headers_of(reply, method).items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (b"" if method == "HEAD" else reply.body)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\r", " ").replace("\n", " ")
+
+
 def from_reply(reply: HTTPReply) -> dict[str, Any]:
-    """Return our reply as vcrpy's response, made anew each time because stubs change what they are given."""
-    headers = {name: [value] for name, value in reply.headers.items() if name != "content-length"}
-    headers["content-length"] = [str(len(reply.body))]
+    """Return our reply as vcrpy's response."""
     return {
         "status": {"code": reply.status, "message": reply.reason},
-        "headers": headers,
+        "headers": {name: [value] for name, value in headers_of(reply).items()},
         "body": {"string": reply.body},
     }
+
+
+_MODULES: Mapping[str, Any] = {"builtins": builtins, "socket": socket, "ssl": ssl, "http.client": http.client}
+_ERRNO = re.compile(r"\[Errno (-?\d+)\] (.*)", re.DOTALL)
+
+
+def kind_of(error: BaseException, module: str = "") -> str:
+    """Return the name by which a failure is recorded: that of the nearest class that its `module` shows.
+
+    >>> kind_of(ConnectionRefusedError(111, "refused")), kind_of(socket.gaierror(-2, "unknown"))
+    ('builtins.ConnectionRefusedError', 'socket.gaierror')
+    """
+    for kind in type(error).__mro__:
+        home = kind.__module__
+        if module and (home == module or home.startswith(f"{module}.")):
+            return f"{module}.{kind.__name__}"
+        if home in _MODULES and getattr(_MODULES[home], kind.__name__, None) is kind:
+            return f"{home}.{kind.__name__}"
+    return "builtins.OSError"
+
+
+def standard_error(kind: str, message: str) -> Exception:
+    """Return a recorded failure as the standard library's exception; of another client's kind, the nearest one.
+
+    >>> standard_error("builtins.ConnectionRefusedError", "[Errno 111] Connection refused").errno
+    111
+    >>> standard_error("httpx.ReadTimeout", "timed out")
+    TimeoutError('timed out')
+    """
+    home, _, name = kind.rpartition(".")
+    cls = getattr(_MODULES.get(home), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Exception)):
+        cls = TimeoutError if "timeout" in kind.lower() else ConnectionError
+    if issubclass(cls, OSError) and (match := _ERRNO.fullmatch(message)):
+        return cls(int(match[1]), match[2])
+    return http.client.IncompleteRead(b"") if cls is http.client.IncompleteRead else cls(message)

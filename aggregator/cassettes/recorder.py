@@ -11,6 +11,7 @@ from functools import partial
 from types import TracebackType
 
 from aggregator import portal
+from aggregator.cassettes.clients import families
 from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.keys import parse_ignore
 from aggregator.cassettes.opening import Mode, open_tape
@@ -28,7 +29,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     (a recording that was killed goes on), "new_episodes" plays what is there and records the rest, "all"
     records everything anew. It defaults to "none" where the environment has CI, else to "once".
     `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
-    `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.vcr`); `latency` is
+    `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.clients`); `latency` is
     "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not
     count; `layout` is how the file is written at close; without `warn` findings are in `tape.report` alone. `rules`
     are these options and those for code that opens tapes for others, in one value that replaces the options here.
@@ -60,6 +61,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         if rules is not None and given != DEFAULT_RULES:
             raise ConfigError(f"Expected the options of a cassette or rules=, got both; put them into {rules!r}")
         self._rules = given if rules is None else rules
+        families(self._rules.clients)  # an unknown name is an error before anything is opened
         self._open: Callable[[], Tape] = partial(
             open_tape, path, mode, rules=self._rules, layout=layout, now=now, warn=warn
         )
@@ -76,9 +78,9 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         try:
             self._stack.enter_context(portal.carrying())
             if self._rules.clients:
-                from aggregator.cassettes.vcr import serving
+                from aggregator.cassettes.serving import patched
 
-                self._stack.enter_context(serving(tape, self._rules.clients))
+                self._stack.enter_context(patched())
         except BaseException:
             self._stack.close()
             tape.close()

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Literal
+from typing import Any, Literal
 
 from aggregator.cassettes.exchanges import Exchange, Row
 from aggregator.cassettes.keys import ignoring, raw_key
@@ -317,13 +317,38 @@ class StreamLeftError(APIConnectionError):
     """A recorded stream that was left before its end, read beyond where it was left."""
 
 
+class RecordedError(APIConnectionError):
+    """What another client raised instead of an answer; `kind` is its own exception, such as "httpx.ConnectError"."""
+
+    def __init__(self, message: str, *, kind: str, **known: Any) -> None:
+        super().__init__(message, **known)
+        self.kind = kind
+
+
+class RecordedTimeoutError(RecordedError, APITimeoutError):
+    """One that was a timeout."""
+
+
 _LEFT = StreamLeftError.__name__
 _FAILURES: tuple[type[APIConnectionError], ...] = (APITimeoutError, StreamLeftError, APIConnectionError)
 
 
 def _told(error: APIConnectionError) -> tuple[str, str]:
+    if isinstance(error, RecordedError):
+        return error.kind, error.message
     return next(kind.__name__ for kind in _FAILURES if isinstance(error, kind)), error.message
 
 
 def _failure(name: str, message: str) -> APIConnectionError:
-    return next((kind for kind in _FAILURES if kind.__name__ == name), APIConnectionError)(message)
+    for kind in _FAILURES:
+        if kind.__name__ == name:
+            return kind(message)
+    return (RecordedTimeoutError if "timeout" in name.lower() else RecordedError)(message, kind=name)
+
+
+def recorded_failure(failure: APIConnectionError) -> RecordedError:
+    """Return a recorded failure as one of another client; one of our own client is of no client in particular."""
+    if isinstance(failure, RecordedError):
+        return failure
+    kind = "builtins.TimeoutError" if isinstance(failure, APITimeoutError) else "builtins.ConnectionError"
+    return RecordedError(failure.message, kind=kind)

@@ -255,7 +255,7 @@ class Attempt:
         """Return a context in which the patches of `clients=` do not ask the tape again."""
         if self.tape is None or not self.tape.rules.clients:
             return nullcontext()
-        from aggregator.cassettes.clients import passing
+        from aggregator.cassettes.traffic import passing
 
         return passing()
 

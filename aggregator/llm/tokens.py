@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC
 from typing import Any
 
-from aggregator.cassettes.clients import passing
+from aggregator.cassettes.traffic import passing
 from aggregator.errors import APIConnectionError, ConfigError
 from aggregator.llm.retry import NOT_SENT
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from vcr import VCR
+from vcr.cassette import Cassette
 from vcr.request import Request
 
 from aggregator.cassettes.clients import from_reply
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape
-from aggregator.cassettes.vcr import IndexedCassette
 from aggregator.errors import CassetteWarning
 
 SERVED_OPTIONS = frozenset(
@@ -41,11 +41,11 @@ RULES = TapeRules(clients="all", adopts="everything")
 _REQUEST_PARTS = frozenset({"body", "host", "method", "path", "port", "query", "raw_body", "scheme", "uri", "url"})
 
 
-class ServedCassette(IndexedCassette):
+class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
     """What the fixture `vcr` is then: counts what the tape plays; `requests` and `responses` are those of the file."""
 
     def __init__(self, path: str, tape: Tape) -> None:
-        super().__init__(path=path, family="")
+        super().__init__(path=path)
         self.tape = tape
         self._rows = tape.unplayed()
 

@@ -13,21 +13,20 @@ from aggregator.cassettes.clients import (
     FAMILIES,
     families,
     from_reply,
-    is_passing,
-    passing,
     to_bytes,
     to_reply,
     to_request,
 )
 from aggregator.cassettes.secrets import authenticating_values
+from aggregator.cassettes.traffic import is_passing, passing
 from aggregator.errors import CassetteError, ConfigError
+from aggregator.records import HTTPReply
 
 URL = "http://127.0.0.1/v1"
 
 
-def response(body: bytes, **headers: str) -> dict[str, Any]:
-    named = {name.replace("_", "-"): [value] for name, value in headers.items()}
-    return {"status": {"code": 200, "message": "OK"}, "headers": named, "body": {"string": body}}
+def reply(body: bytes, **headers: str) -> HTTPReply:
+    return to_reply(200, "OK", [(name.replace("_", "-"), value) for name, value in headers.items()], body)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +34,19 @@ def response(body: bytes, **headers: str) -> dict[str, Any]:
     [
         ("all", set(FAMILIES)),
         (["httpx"], {"httpx"}),
-        ("openai", {"httpx"}),
-        (["anthropic", "requests"], {"httpx", "urllib3"}),
+        ("openai", {"aiohttp", "httpx", "urllib3"}),
+        (["bedrock", "requests"], {"boto3", "urllib3"}),
         ((), set()),
     ],
 )
 def test_names_of_libraries_stand_for_the_clients_below_them(clients: Any, expected: set[str]) -> None:
-    """`clients` takes "all", a name or a list; a library's name means the client it rides on."""
+    """`clients` takes "all", a name or a list; a library's name means every client that may carry its requests."""
     assert families(clients) == expected
 
 
 def test_an_unknown_client_is_named_with_the_known_ones() -> None:
     """A wrong name is an error that lists the right ones."""
-    with pytest.raises(ConfigError, match=r"names of aiohttp, .* got 'curl'"):
+    with pytest.raises(ConfigError, match=r"names of aiobotocore, aiohttp, .* got 'curl'"):
         families(["httpx", "curl"])
 
 
@@ -86,14 +85,13 @@ def test_headers_come_as_text() -> None:
 
 def test_a_coding_that_cannot_be_undone_stays_named() -> None:
     """Bytes of an unknown coding are kept as they came, with their header, so that the same client can read them."""
-    reply = to_reply(response(b"\xff\xfe\x00", Content_Encoding="unknown"))
-    assert reply.headers == {"content-encoding": "unknown"}
+    assert reply(b"\xff\xfe\x00", Content_Encoding="unknown").headers == {"content-encoding": "unknown"}
 
 
 @given(st.binary())
 def test_bodies_survive_the_round_trip(body: bytes) -> None:
     """What was recorded is what is played, byte for byte, with a length that is true."""
-    played = from_reply(to_reply(response(body, Content_Length="999", Transfer_Encoding="chunked", X_Id="7")))
+    played = from_reply(reply(body, Content_Length="999", Transfer_Encoding="chunked", X_Id="7"))
     assert played["body"]["string"] == body
     assert played["headers"] == {"x-id": ["7"], "content-length": [str(len(body))]}
 

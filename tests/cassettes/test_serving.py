@@ -1,4 +1,4 @@
-"""The vcrpy adapter: other clients record to and play from our tape."""
+"""Other clients record to our tape and play from it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import json
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from urllib.request import Request, urlopen
@@ -23,15 +25,16 @@ import httpx
 import msgspec
 import pytest
 
-from aggregator.cassettes.clients import passing, to_request
+from aggregator import portal
+from aggregator.cassettes.clients import to_request
 from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.exchanges import decode_line, encode_line
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
 from aggregator.cassettes.rules import TapeRules
+from aggregator.cassettes.serving import passing, patched
 from aggregator.cassettes.tape import Tape
-from aggregator.cassettes.vcr import _installed, _served, serving
 from aggregator.errors import CassetteError, CassetteMissError, ResponseError
 from aggregator.llm.client import LLM
 from aggregator.records import HTTPReply
@@ -51,9 +54,10 @@ class Lines(list[bytes]):
 
 @contextmanager
 def taped(tape: Tape, clients: Any = "all") -> Iterator[Tape]:
+    tape.rules = msgspec.structs.replace(tape.rules, clients=clients)
     token = enter(tape)
     try:
-        with serving(tape, clients):
+        with portal.carrying(), patched():
             yield tape
     finally:
         leave(tape, token)
@@ -171,11 +175,22 @@ def test_a_miss_reaches_the_caller_and_the_tape(client: Client, server: Any) -> 
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_clients_outside_of_the_list_go_through(client: Client, server: Any) -> None:
-    """A client that is not served reaches the network and leaves no trace on the tape."""
+    """While a tape records, a client that is not served reaches the network and leaves no trace on it."""
     served = "aiohttp" if client in (by_httpx, by_async_httpx) else "httpx"
-    with taped(Tape(), [served]) as tape:
+    with taped(Tape(sink=Lines()), [served]) as tape:
         assert json.loads(client(server.url, BODY))["n"] == 1
         assert (tape.misses, tape.recorded) == ([], 0)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_client_outside_of_the_list_went_live_in_mode_none(client: Client, server: Any) -> None:
+    """While a tape only plays, a client that it does not serve is refused, with the name to add."""
+    served = "aiohttp" if client in (by_httpx, by_async_httpx) else "httpx"
+    with taped(Tape(), [served]) as tape:
+        with pytest.raises(CassetteMissError, match=r'add "(httpx|aiohttp|urllib3|http\.client)" to clients='):
+            client(server.url, BODY)
+        assert len(tape.misses) == 1
+    assert server.hits == 0
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -232,7 +247,6 @@ def test_two_tapes_in_two_tasks_never_mix(server: Any) -> None:
         bodies = [[decode_line(line).request.body for line in lines] for lines in runner.run(both())]
     assert bodies == [[b'{"from":"a"}'], [b'{"from":"b"}']]
     assert httpx.AsyncHTTPTransport.handle_async_request is before
-    assert (_installed, _served) == ({}, {})
 
 
 def test_tasks_outside_of_a_cassette_are_let_through(server: Any) -> None:
@@ -302,11 +316,17 @@ def test_keys_do_not_reach_the_file(server: Any) -> None:
     assert b"canary" not in lines[0]
 
 
-def test_vcr_is_imported_only_when_asked_for() -> None:
-    """Neither the tape nor the table of clients loads vcrpy."""
-    script = "import sys, aggregator.cassettes.tape, aggregator.cassettes.clients; print('vcr' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_vcr_is_imported_only_when_asked_for(tmp_path: Path) -> None:
+    """Neither vcrpy nor any client is loaded by a cassette that serves all of them."""
+    script = """
+        import sys, aggregator
+        with aggregator.cassette("a.yaml", "all", clients="all"):
+            print(*sorted({"vcr", "aiohttp", "httpx", "urllib3", "requests", "tornado", "botocore"} & set(sys.modules)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -334,28 +354,42 @@ def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> N
     assert (server.hits, tape.unplayed()) == (1, [])
 
 
-@pytest.mark.parametrize("client", [by_httpx, by_async_httpx, by_aiohttp])
-def test_a_connection_that_failed_used_up_the_ticket_of_its_retry(client: Client, server: Any) -> None:
-    """Nothing of it is recorded, so the retry that was answered is the first of its kind, and plays as that."""
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_failed_connection_replayed_as_a_miss(client: Client, server: Any) -> None:
+    """A connection that failed is on the tape, and replays as the same exception, before its retry is answered."""
     lines, url = Lines(), server.url
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}/v1/chat"
+
+        def probe() -> str:
+            with pytest.raises(Exception) as failed:  # noqa: PT011 - each client has its own
+                client(nobody, BODY)
+            return f"{type(failed.value).__name__}: {errno_of(failed.value)}"
+
         with taped(Tape(sink=lines)) as tape:
-            with pytest.raises((httpx.ConnectError, aiohttp.ClientConnectionError)):
-                client(nobody, BODY)
-            tape.flush()
-            heard = client(url, BODY)
-            with pytest.raises((httpx.ConnectError, aiohttp.ClientConnectionError)):
-                client(nobody, BODY)
+            recorded = [probe(), client(url, BODY), probe()]
+            assert tape.recorded == 3
+        with taped(Tape(lines.rows())) as tape:
+            assert [probe(), client(url, BODY), probe()] == recorded
+            assert (tape.unplayed(), tape.misses) == ([], [])
+
+
+def errno_of(error: BaseException | None) -> int | None:
+    """Return the operating system's number, from wherever a client has put it."""
+    found = getattr(error, "errno", None) or getattr(getattr(error, "os_error", None), "errno", None)
+    if isinstance(found, int):
+        return found
+    return None if error is None or "111" not in str(error) else 111
+
+
+def test_a_call_that_was_withdrawn_leaves_its_ticket_to_the_next(server: Any) -> None:
+    """Nothing of it is recorded, so the next one like it is the first of its kind."""
     with taped(Tape(sink=Lines())) as tape:
-        slots = [tape.issue(to_request("POST", url, b"{}", {})) for _ in range(2)]
+        slots = [tape.issue(to_request("POST", server.url, b"{}", {})) for _ in range(2)]
         tape.withdraw(slots[0])
         tape.record(slots[1], HTTPReply(status=200, body=b"{}", headers={}))
         assert slots[1].ticket == 0
-    with taped(Tape(lines.rows())) as tape:
-        assert client(url, BODY) == heard
-        assert tape.unplayed() == []
 
 
 @pytest.fixture

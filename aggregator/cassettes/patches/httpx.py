@@ -1,0 +1,145 @@
+"""httpx and httpx2, and the SDKs that ride on them: one request of a transport that reaches the network.
+
+In-process transports (`ASGITransport`, `WSGITransport`, `MockTransport`, one's own) run the code under test, and are
+neither recorded nor served.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Any
+
+from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_reply, to_request
+from aggregator.cassettes.tape import RecordedError
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, passing, refuse
+from aggregator.patching import Patch
+from aggregator.records import HTTPReply
+
+CLIENT = "httpx"
+
+
+def _begin(module: Any, request: Any, body: bytes) -> Turn | None:
+    """Begin the request's turn; None for a handshake of a websocket, which no cassette can hold."""
+    url = str(request.url)
+    if request.headers.get("upgrade", "").lower() == "websocket":
+        if (refusal := refuse("websockets", request.method, url)) is not None:
+            raise refusal
+        return None
+    request.stream = module.ByteStream(body)  # what was read, to be read again
+    return begin(CLIENT, to_request(request.method, url, body, request.headers))
+
+
+def _played(module: Any, reply: HTTPReply, method: str) -> Any:
+    return module.Response(
+        reply.status,
+        headers=headers_of(reply, method),
+        stream=module.ByteStream(reply.body),
+        extensions={"http_version": b"HTTP/1.1"}
+        | ({"reason_phrase": reply.reason.encode("ascii", "replace")} if reply.reason else {}),
+    )
+
+
+def _raised(module: Any, failure: RecordedError, request: Any) -> Exception:
+    home, _, name = failure.kind.rpartition(".")
+    kind = getattr(module, name, None) if home in ("httpx", "httpx2") else None
+    if not (isinstance(kind, type) and issubclass(kind, module.TransportError)):
+        plain = standard_error(failure.kind, failure.message)
+        kind = module.ReadTimeout if isinstance(plain, TimeoutError) else module.ConnectError
+    error: Exception = kind(failure.message, request=request)
+    return error
+
+
+def _received(response: Any, content: bytes) -> HTTPReply:
+    return to_reply(response.status_code, response.reason_phrase, response.headers.multi_items(), content)
+
+
+def _module_of(request: Any) -> Any:
+    return sys.modules[type(request).__module__.partition(".")[0]]
+
+
+def _handle_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def handle_request(self: Any, request: Any) -> Any:
+        if not is_wanted(CLIENT):
+            return original(self, request)
+        module = _module_of(request)
+        turn = _begin(module, request, b"".join(request.stream))
+        if turn is None:
+            with passing():
+                return original(self, request)
+        if turn.failure is not None:
+            raise _raised(module, turn.failure, request)
+        if turn.reply is not None:
+            turn.wait()
+            return _played(module, turn.reply, request.method)
+        with passing():
+            try:
+                response = original(self, request)
+                try:
+                    content = b"".join(response.stream)
+                finally:
+                    with suppress(Exception):
+                        response.stream.close()
+            except module.TransportError as error:
+                turn.fail(kind_of(error, module.__name__), str(error))
+                raise
+            except BaseException:
+                turn.withdraw()
+                raise
+        turn.finish(_received(response, content))
+        response.stream = module.ByteStream(content)
+        return response
+
+    return handle_request
+
+
+def _handle_async_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    async def handle_async_request(self: Any, request: Any) -> Any:
+        if not is_wanted(CLIENT):
+            return await original(self, request)
+        module = _module_of(request)
+        turn = _begin(module, request, b"".join([part async for part in request.stream]))
+        if turn is None:
+            with passing():
+                return await original(self, request)
+        if turn.failure is not None:
+            await turn.await_turn()
+            raise _raised(module, turn.failure, request)
+        if turn.reply is not None:
+            await turn.await_turn()
+            return _played(module, turn.reply, request.method)
+        with passing():
+            try:
+                response = await original(self, request)
+                try:
+                    content = b"".join([part async for part in response.stream])
+                finally:
+                    with suppress(Exception):
+                        await response.stream.aclose()
+            except module.TransportError as error:
+                turn.fail(kind_of(error, module.__name__), str(error))
+                raise
+            except BaseException:
+                turn.withdraw()
+                raise
+        await turn.afinish(_received(response, content))
+        response.stream = module.ByteStream(content)
+        return response
+
+    return handle_async_request
+
+
+PATCHES = (
+    Patch("httpx", "HTTPTransport.handle_request", _handle_request),
+    Patch("httpx", "AsyncHTTPTransport.handle_async_request", _handle_async_request),
+    Patch("httpx2", "HTTPTransport.handle_request", _handle_request),
+    Patch("httpx2", "AsyncHTTPTransport.handle_async_request", _handle_async_request),
+    Patch("httpx_curl_cffi", "CurlTransport.handle_request", _handle_request),
+    Patch("httpx_curl_cffi", "AsyncCurlTransport.handle_async_request", _handle_async_request),
+    Patch("pyreqwest.compatibility.httpx", "SyncHttpxTransport.handle_request", _handle_request),
+    Patch("pyreqwest.compatibility.httpx", "HttpxTransport.handle_async_request", _handle_async_request),
+)

@@ -1,0 +1,194 @@
+"""http.client, and what rides on it: urllib.request, xmlrpc, httplib2.
+
+A connection collects what it would send. When the answer is asked for, the collected request is played from the tape,
+or sent as it stands. So a connection that was made before the cassette is served like any other.
+"""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Callable
+from functools import wraps
+from io import BytesIO
+from typing import Any
+
+from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_bytes, to_reply, to_request
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, passing
+from aggregator.errors import CassetteError
+from aggregator.patching import Patch
+from aggregator.records import HTTPReply, HTTPRequest
+
+_SENT = "_aggregator_sent"
+_POOLED = {"urllib3": "urllib3", "botocore": "boto3"}  # these ask their pools, which are patched
+
+
+def client_of(connection: Any) -> str:
+    """Return which library's connection it is."""
+    for kind in type(connection).__mro__:
+        root = kind.__module__.partition(".")[0]
+        if root in _POOLED:
+            return _POOLED[root]
+        if root == "httplib2":
+            return "httplib2"
+    return "http.client"
+
+
+class _Bytes:
+    """A socket that holds an answer."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, *_: Any, **__: Any) -> BytesIO:
+        return BytesIO(self._data)
+
+
+def http_response(reply: HTTPReply, method: str) -> http.client.HTTPResponse:
+    """Return an answer as the standard library's response."""
+    response = http.client.HTTPResponse(_Bytes(raw_reply(reply, method)), method=method)  # type: ignore[arg-type]
+    response.begin()
+    return response
+
+
+def parse_request(sent: bytes, base: str) -> HTTPRequest:
+    r"""Return the request that was about to be sent to `base`, a chunked body joined.
+
+    >>> asked = parse_request(b"POST /v1 HTTP/1.1\r\nHost: x\r\nA: b\r\n\r\nbody", "http://x")
+    >>> asked.method, asked.url, asked.body, dict(asked.headers)
+    ('POST', 'http://x/v1', b'body', {'Host': 'x', 'A': 'b'})
+    """
+    head, _, body = sent.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    method, _, rest = first.partition(" ")
+    target = rest.rpartition(" ")[0]
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
+    if any(name.lower() == "transfer-encoding" and "chunked" in value for name, value in headers.items()):
+        body = _dechunked(body)
+    url = f"{base}{target}" if target.startswith(("/", "*")) else target
+    return to_request(method, url, body, headers)
+
+
+def _dechunked(body: bytes) -> bytes:
+    parts, at = [], 0
+    while (end := body.find(b"\r\n", at)) > 0:
+        size = int(body[at:end].partition(b";")[0] or b"0", 16)
+        if not size:
+            break
+        parts.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+    return b"".join(parts)
+
+
+def _base(connection: Any) -> str:
+    scheme = "https" if isinstance(connection, http.client.HTTPSConnection) else "http"
+    tunnel = vars(connection).get("_tunnel_host")
+    host, port = (tunnel, vars(connection)["_tunnel_port"]) if tunnel else (connection.host, connection.port)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{scheme}://{host}" if port in (None, {"http": 80, "https": 443}[scheme]) else f"{scheme}://{host}:{port}"
+
+
+def _is_served(connection: Any) -> bool:
+    client = client_of(connection)
+    return client not in _POOLED.values() and is_wanted(client)
+
+
+def _putrequest(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def putrequest(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vars(self).pop(_SENT, None)
+        client = client_of(self)
+        if client in _POOLED.values() and is_wanted(client):
+            raise CassetteError(
+                f"Expected a request of {client} through its pool or client, got one by a bare connection, which a "
+                "cassette cannot serve; use urllib3.PoolManager"
+            )
+        if _is_served(self):
+            vars(self)[_SENT] = []
+        return original(self, *args, **kwargs)
+
+    return putrequest
+
+
+def _send(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def send(self: Any, data: Any) -> Any:
+        sent = vars(self).get(_SENT)
+        if sent is None:
+            return original(self, data)
+        sent.append(to_bytes(data, _base(self)))
+        return None
+
+    return send
+
+
+def _connect(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def connect(self: Any) -> Any:
+        """Connect, unless a tape may answer what will be asked: then the request connects where it must be sent."""
+        return None if _is_served(self) else original(self)
+
+    return connect
+
+
+def _getresponse(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def getresponse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sent = vars(self).get(_SENT)
+        if sent is None:
+            return original(self, *args, **kwargs)
+        data = b"".join(sent)
+        request = parse_request(data, _base(self))
+        turn = begin(client_of(self), request)  # after a miss the same question is refused again
+        del vars(self)[_SENT]
+        if turn.failure is not None:
+            self.close()
+            raise standard_error(turn.failure.kind, turn.failure.message)
+        if turn.reply is None:
+            return _live(self, turn, data, original, *args, **kwargs)
+        turn.wait()
+        self._HTTPConnection__state = "Idle"
+        self._HTTPConnection__response = None
+        return http_response(turn.reply, request.method)
+
+    return getresponse
+
+
+def _live(connection: Any, turn: Turn, data: bytes, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Send a request as it stands, and record its answer."""
+    with passing():
+        try:
+            connection.send(data)
+            response = original(connection, *args, **kwargs)
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            turn.fail(kind_of(error), str(error))
+            raise
+        except BaseException:
+            turn.withdraw()
+            raise
+    headers = response.getheaders()
+    turn.finish(to_reply(response.status, response.reason, headers, content))
+    lines = [
+        f"{name}: {value}" for name, value in headers if name.lower() not in ("transfer-encoding", "content-length")
+    ]
+    length = response.headers.get("content-length") if turn.request.method == "HEAD" else str(len(content))
+    head = "\r\n".join(
+        [f"HTTP/1.1 {response.status} {response.reason}", *lines, f"content-length: {length or 0}", "", ""]
+    )
+    again = http.client.HTTPResponse(_Bytes(head.encode("latin-1") + content), method=turn.request.method)  # type: ignore[arg-type]
+    again.begin()
+    return again
+
+
+PATCHES = (
+    Patch("http.client", "HTTPConnection.putrequest", _putrequest),
+    Patch("http.client", "HTTPConnection.send", _send),
+    Patch("http.client", "HTTPConnection.connect", _connect),
+    Patch("http.client", "HTTPConnection.getresponse", _getresponse),
+    Patch("http.client", "HTTPSConnection.connect", _connect),
+    Patch("httplib2", "HTTPConnectionWithTimeout.connect", _connect),
+    Patch("httplib2", "HTTPSConnectionWithTimeout.connect", _connect),
+)

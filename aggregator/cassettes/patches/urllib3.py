@@ -1,0 +1,194 @@
+"""urllib3, requests and boto3: one attempt of a connection pool, whichever connection it would have taken."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from email.message import Message
+from functools import wraps
+from http.client import HTTPException
+from io import BytesIO
+from typing import Any
+
+from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_bytes, to_reply, to_request
+from aggregator.cassettes.patches.stdlib import http_response
+from aggregator.cassettes.tape import RecordedError
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, passing
+from aggregator.patching import Patch
+from aggregator.records import HTTPReply
+
+_TUNNEL = "_aggregator_tunnel"
+_PORTS = {"http": 80, "https": 443}
+
+
+def client_of(pool: Any) -> str:
+    """Return whose pool it is: botocore has classes of its own."""
+    return "boto3" if any(kind.__module__ == "botocore.awsrequest" for kind in type(pool).__mro__) else "urllib3"
+
+
+def _url(pool: Any, url: str) -> str:
+    if not url.startswith("/"):
+        return url  # absolute, for a proxy
+    host = f"[{pool.host}]" if ":" in pool.host and not pool.host.startswith("[") else pool.host
+    port = "" if pool.port is None or pool.port == _PORTS.get(pool.scheme) else f":{pool.port}"
+    return f"{pool.scheme}://{host}{port}{url}"
+
+
+class _Message:
+    """What `requests` looks at for cookies."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.msg = Message()
+        for name, value in headers.items():
+            self.msg[name] = value
+
+    def isclosed(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def _response(
+    pool: Any, headers: Any, status: int, reason: str, body: bytes, request: tuple[str, str], options: Mapping[str, Any]
+) -> Any:
+    """Return urllib3's response (version 2) with this body; no connection belongs to it."""
+    from urllib3 import HTTPHeaderDict, HTTPResponse
+
+    method, url = request
+    return HTTPResponse(
+        BytesIO(body),
+        headers=HTTPHeaderDict(headers),
+        status=status,
+        version=11,
+        version_string="HTTP/1.1",
+        reason=reason,
+        preload_content=options.get("preload_content", True),
+        decode_content=options.get("decode_content", True),
+        original_response=_Message(dict(headers)),  # type: ignore[arg-type]
+        pool=pool,
+        retries=options.get("retries"),
+        request_method=method,
+        request_url=url,
+        enforce_content_length=False,
+    )
+
+
+def _raised(pool: Any, conn: Any, url: str, failure: RecordedError) -> Exception:
+    """Return a recorded failure as the exception that a pool knows to try again, or to explain."""
+    from urllib3 import exceptions
+
+    home, _, name = failure.kind.rpartition(".")
+    kind = getattr(exceptions, name, None) if home == "urllib3" else None
+    message = failure.message
+    if isinstance(kind, type) and issubclass(kind, exceptions.HTTPError):
+        if issubclass(kind, exceptions.NewConnectionError):
+            return exceptions.NewConnectionError(conn, message)
+        if issubclass(kind, exceptions.ConnectTimeoutError):
+            return exceptions.ConnectTimeoutError(conn, message)
+        if issubclass(kind, exceptions.ReadTimeoutError):
+            return exceptions.ReadTimeoutError(pool, url, message)
+        if issubclass(kind, exceptions.ProxyError):
+            return exceptions.ProxyError(message, OSError(message))
+        return exceptions.SSLError(message) if kind is exceptions.SSLError else exceptions.ProtocolError(message)
+    if home in ("builtins", "socket", "ssl", "http.client"):
+        return standard_error(failure.kind, message)
+    plain = standard_error(failure.kind, message)
+    if isinstance(plain, TimeoutError):
+        return exceptions.ReadTimeoutError(pool, url, message)
+    return exceptions.NewConnectionError(conn, message)
+
+
+def _fail(turn: Turn, error: BaseException) -> None:
+    turn.fail(kind_of(error, "urllib3"), getattr(error, "_message", None) or str(error))
+
+
+def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    names = tuple(inspect.signature(original).parameters)
+    returns_own = "preload_content" in names  # version 2; before, the standard library's response
+
+    @wraps(original)
+    def make_request(self: Any, conn: Any, method: str, url: str, *args: Any, **options: Any) -> Any:
+        client = client_of(self)
+        if not is_wanted(client):
+            return original(self, conn, method, url, *args, **options)
+        from urllib3.exceptions import HTTPError
+
+        options.update(zip(names[4:], args, strict=False))
+        whole, body = _url(self, url), options.get("body")
+        if not isinstance(body, bytes | str | None):
+            options["body"] = to_bytes(body, whole)
+        headers = self.headers if options.get("headers") is None else options["headers"]
+        turn = begin(client, to_request(method, whole, options.get("body"), headers))
+        held = options.get("response_conn")  # the response would give it back to the pool
+        if turn.failure is not None:
+            raise _raised(self, conn, url, turn.failure)
+        if turn.reply is not None:
+            turn.wait()
+            if held is not None:
+                self._put_conn(held)
+            return _played(self, turn.reply, (method, url), options, returns_own=returns_own)
+        with passing():
+            try:
+                if vars(conn).pop(_TUNNEL, False) and conn.sock is None:
+                    self._prepare_proxy(conn)
+                asked = options | ({"preload_content": False, "decode_content": False} if returns_own else {})
+                response = original(self, conn, method, url, **asked)
+                content = response.read()
+            except (HTTPError, OSError, HTTPException) as error:
+                _fail(turn, error)
+                raise
+            except BaseException:
+                turn.withdraw()
+                raise
+        return _recorded(self, turn, response, content, (method, url), options, returns_own=returns_own)
+
+    return make_request
+
+
+def _played(
+    pool: Any, reply: HTTPReply, request: tuple[str, str], options: Mapping[str, Any], *, returns_own: bool
+) -> Any:
+    if not returns_own:
+        return http_response(reply, request[0])
+    return _response(pool, headers_of(reply, request[0]), reply.status, reply.reason, reply.body, request, options)
+
+
+def _recorded(
+    pool: Any,
+    turn: Turn,
+    response: Any,
+    content: bytes,
+    request: tuple[str, str],
+    options: Mapping[str, Any],
+    *,
+    returns_own: bool,
+) -> Any:
+    """Record a live answer and return it once more, as it was read to its end."""
+    if not returns_own:
+        reply = to_reply(response.status, response.reason, response.getheaders(), content)
+        turn.finish(reply)
+        return http_response(reply, request[0])
+    headers = response.headers
+    turn.finish(to_reply(response.status, response.reason, headers.items(), content))
+    response.release_conn()
+    return _response(pool, headers, response.status, response.reason or "", content, request, options)
+
+
+def _prepare_proxy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Put off the tunnel through a proxy until the request must be sent."""
+
+    @wraps(original)
+    def prepare_proxy(self: Any, conn: Any) -> Any:
+        if not is_wanted(client_of(self)):
+            return original(self, conn)
+        vars(conn)[_TUNNEL] = True
+        return None
+
+    return prepare_proxy
+
+
+PATCHES = (
+    Patch("urllib3.connectionpool", "HTTPConnectionPool._make_request", _make_request),
+    Patch("urllib3.connectionpool", "HTTPSConnectionPool._prepare_proxy", _prepare_proxy),
+)

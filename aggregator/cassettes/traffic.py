@@ -1,0 +1,313 @@
+"""What happens to one request of another HTTP client: seen by who watches, answered by the tape, or sent and recorded.
+
+The patches of each client (`patches/`) know how that client asks and answers; what they have in common is here. A patch
+asks `is_wanted` first, which costs little; only then does it read the request's body and `begin` a turn.
+
+    turn = begin("httpx", request)      # raises a miss; the turn holds the reply to play or the failure to raise
+    ...                                 # else: send the request, within `passing()`
+    turn.finish(reply)                  # or turn.fail(kind, message), or turn.withdraw()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import Struct
+
+from aggregator import portal
+from aggregator.cassettes.clients import families
+from aggregator.cassettes.current import tape_here
+from aggregator.cassettes.slots import Slot
+from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, recorded_failure
+from aggregator.cassettes.writing import Entry
+from aggregator.errors import APIConnectionError, CassetteMissError
+from aggregator.records import HTTPReply, HTTPRequest, Usage
+
+
+class Answered(Struct, frozen=True, kw_only=True):
+    """One request of another client and what became of it; exactly one of `reply` and `failure` is set.
+
+    `client` is its name in `clients.FAMILIES`. `failure` is (kind, message), such as ("httpx.ConnectError", "refused").
+    `milliseconds` is what it took, or what it had taken where it `was_played`.
+    """
+
+    client: str
+    request: HTTPRequest
+    reply: HTTPReply | None = None
+    failure: tuple[str, str] | None = None
+    milliseconds: float = 0.0
+    was_played: bool = False
+
+
+class Noted(Struct, frozen=True, kw_only=True):
+    """What a watcher could read from an answer, to be recorded with it."""
+
+    model: str = ""
+    usage: Usage | None = None
+
+
+class Exchanges(Protocol):
+    """Sees the requests of other clients, with or without a cassette; called in the context of each call.
+
+    What is raised reaches the code that made the request. A miss is seen by nobody: it is no answer.
+    """
+
+    def before(self, request: HTTPRequest, /) -> None:
+        """Called before a request is answered; raise to refuse it, as a budget does."""
+        ...
+
+    def after(self, exchange: Answered, /) -> Noted | None:
+        """Called with the answer, before it is recorded and used."""
+        ...
+
+
+class _Watch(Struct, frozen=True):
+    """What this context wants of its requests beyond the tape."""
+
+    clients: frozenset[str] = frozenset()
+    exchanges: Exchanges | None = None
+    passing: bool = False
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("aggregator_watch", default=None)
+
+
+def is_passing() -> bool:
+    """Return whether this context's requests go through the patches untouched."""
+    watch = _watch.get()
+    return watch is not None and watch.passing
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Let requests made inside go through untouched, because the tape was already asked; tasks of it get no number."""
+    token = _watch.set(_PASSING)
+    branch = portal.current_branch()
+    if branch is not None:
+        portal.set_branch(branch.uncounted())
+    try:
+        yield
+    finally:
+        if branch is not None:
+            portal.set_branch(branch)
+        _watch.reset(token)
+
+
+_PASSING = _Watch(passing=True)
+
+
+@contextmanager
+def observing(exchanges: Exchanges, clients: str | Iterable[str]) -> Iterator[None]:
+    """Show what these clients ask inside, once their patches are held (`cassettes.serving.patched`)."""
+    token = _watch.set(_Watch(families(clients), exchanges))
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+@lru_cache(maxsize=64)
+def _families(clients: str | tuple[str, ...]) -> frozenset[str]:
+    return families(clients)
+
+
+def served_by(tape: Tape) -> frozenset[str]:
+    """Return the clients that a tape serves."""
+    clients = tape.rules.clients
+    return _families(clients if isinstance(clients, str) else tuple(clients))
+
+
+def is_wanted(client: str) -> bool:
+    """Return whether a request of this client, made here and now, needs a turn; False: let it through untouched.
+
+    Raises CassetteError where it outlived its cassette.
+    """
+    watch = _watch.get()
+    if watch is not None and (watch.passing or client in watch.clients):
+        return not watch.passing
+    tape = tape_here()
+    if tape is None or not tape.rules.clients:
+        return False
+    tape.refuse_if_closed()
+    return not tape.records or client in served_by(tape)
+
+
+def refuse(client: str, method: str, url: str) -> CassetteMissError | None:
+    """Return the error for a client that no tape can serve, and remember it; None where it may go through.
+
+    It may where a tape records, or serves no other clients.
+    """
+    tape = None if is_passing() else tape_here()
+    if tape is None or not tape.rules.clients:
+        return None
+    tape.refuse_if_closed()
+    return None if tape.records else _refused(tape, client, method, url)
+
+
+def _refused(tape: Tape, client: str, method: str, url: str) -> CassetteMissError:
+    known = f'add "{client}" to clients=, or use clients="all"'
+    miss = CassetteMissError(
+        f"Expected only calls that {tape.name} can answer while it plays, got {method} {url} by {client}, which "
+        f"clients={tape.rules.clients!r} does not serve; "
+        + (known if client in families("all") else "make it outside of the cassette, or replace it by a fake")
+    )
+    tape.misses.append(miss)
+    return miss
+
+
+class Turn:
+    """One request of another client: its slot on the tape, and the reply to play or the failure to raise, if any."""
+
+    __slots__ = ("_began", "_watch", "client", "failure", "reply", "request", "slot", "tape")
+
+    def __init__(self, client: str, request: HTTPRequest, tape: Tape | None, watch: Exchanges | None) -> None:
+        self.client, self.request, self.tape, self._watch = client, request, tape, watch
+        self.slot: Slot | None = None
+        self.reply: HTTPReply | None = None
+        self.failure: RecordedError | None = None
+        self._began = time.perf_counter()
+
+    def ask(self) -> None:
+        """Take a ticket and look for a recorded answer; raises CassetteMissError."""
+        tape = self.tape
+        if tape is None:
+            return
+        try:
+            if not (tape.records or self.client in served_by(tape)):
+                raise _refused(tape, self.client, self.request.method, self.request.url)
+            self.slot = tape.issue(self.request)
+            self.reply = tape.play(self.slot)
+        except CassetteMissError as miss:
+            if not _retries_all_errors(self.request):
+                raise
+            self.reply = _told(miss)
+            return
+        except APIConnectionError as failure:
+            self.failure = recorded_failure(failure)
+            self._note(failure=(self.failure.kind, self.failure.message), was_played=True)
+            return
+        if self.reply is not None:
+            self._note(reply=self.reply, milliseconds=self.reply.milliseconds, was_played=True)
+
+    def _note(self, **found: Any) -> Noted:
+        if self._watch is None:
+            return Noted()
+        return self._watch.after(Answered(client=self.client, request=self.request, **found)) or Noted()
+
+    @property
+    def delay(self) -> float:
+        """Seconds that a replay waits for the answer that it plays."""
+        return 0.0 if self.tape is None or self.reply is None else self.tape.delay(self.reply)
+
+    def wait(self) -> None:
+        """Wait as long as the recorded answer took, where the cassette was opened so."""
+        if delay := self.delay:
+            time.sleep(delay)
+
+    async def await_turn(self) -> None:
+        """Wait likewise; give up the turn in any case, as a live answer would."""
+        await sleep(self.delay)
+
+    def _hand_in(self, reply: HTTPReply | None, failure: tuple[str, str] | None = None) -> tuple[Entry, bool] | None:
+        waited = round((time.perf_counter() - self._began) * 1e3, 3)
+        if reply is not None:
+            reply = msgspec.structs.replace(reply, milliseconds=waited)
+        noted = self._note(reply=reply, failure=failure, milliseconds=waited)
+        if self.tape is None or self.slot is None:
+            return None
+        return self.tape.hand_in(
+            self.slot,
+            reply or msgspec.structs.replace(NO_ANSWER, milliseconds=waited),
+            usage=noted.usage,
+            model=noted.model,
+            failure=failure and RecordedError(failure[1], kind=failure[0]),
+        )
+
+    def finish(self, reply: HTTPReply) -> None:
+        """Record a live answer, before it is used; what other threads handed in meanwhile is written with it."""
+        if (handed := self._hand_in(reply)) is not None and self.tape is not None:
+            self.tape.finish(handed[0])
+
+    async def afinish(self, reply: HTTPReply) -> None:
+        """Record a live answer; what came in the same turn of the event loop is written in one piece."""
+        if (handed := self._hand_in(reply)) is None or self.tape is None:
+            return
+        entry, is_first = handed
+        loop = _running_loop()
+        if loop is not None:
+            if is_first:
+                loop.call_soon(self.tape.flush)
+            await asyncio.sleep(0)
+        self.tape.finish(entry)
+
+    def fail(self, kind: str, message: str) -> None:
+        """Record that the request got no answer, and why: it replays as this failure."""
+        if (handed := self._hand_in(None, (kind, message))) is not None and self.tape is not None:
+            self.tape.finish(handed[0])
+
+    def withdraw(self) -> None:
+        """Take back a request of which nothing is recorded, as where it was cancelled."""
+        if self.tape is not None and self.slot is not None:
+            self.tape.withdraw(self.slot)
+
+
+def begin(client: str, request: HTTPRequest) -> Turn:
+    """Begin the turn of a request that is wanted: show it, take its ticket, look for its answer.
+
+    Raises CassetteMissError where nothing may answer it, and whatever who watches raises.
+    """
+    portal.refuse_strays(f"a call of {client}")
+    watch, tape = _watch.get(), tape_here()
+    if tape is not None and not tape.rules.clients:
+        tape = None
+    shown = watch.exchanges if watch is not None and client in watch.clients else None
+    if shown is not None:
+        shown.before(request)
+    if tape is not None and tape.records and client not in served_by(tape):
+        tape = None
+    turn = Turn(client, request, tape, shown)
+    turn.ask()
+    return turn
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def sleep(seconds: float) -> None:
+    """Wait in asyncio and in trio."""
+    if _running_loop() is not None:
+        await asyncio.sleep(seconds)
+    elif (trio := sys.modules.get("trio")) is not None:
+        await trio.sleep(seconds)
+
+
+def _retries_all_errors(request: HTTPRequest) -> bool:
+    """Return whether an SDK made this request that takes every exception for a lost connection, and tries again."""
+    return any(name.lower().startswith("x-stainless-") for name in request.headers)
+
+
+MISS_STATUS = 424
+"""Failed Dependency: a status that no SDK tries again or takes for an answer of its provider."""
+
+
+def _told(miss: CassetteMissError) -> HTTPReply:
+    """Return a miss as an answer that its SDK raises at once; the tape raises the miss itself when it is closed."""
+    error = {"message": f"{miss}", "type": "cassette_miss", "code": "cassette_miss", "param": None}
+    return HTTPReply(
+        status=MISS_STATUS,
+        reason="Failed Dependency",
+        headers={"content-type": "application/json", "x-should-retry": "false"},
+        body=msgspec.json.encode({"type": "error", "error": error}),
+    )
