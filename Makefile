@@ -34,7 +34,7 @@ test-peers: $(VENV)/.dev ## Run the client against real servers on loopback (ins
 	$(BIN)/python tests/peers/install_peers.py
 	$(BIN)/python -m pytest -q -m "peers and not long" tests/peers
 
-test-vcrpy: ## Run the vcrpy adapter's tests on the oldest supported vcrpy and on the newest
+test-vcrpy: ## Run what stands beside vcrpy on the oldest supported vcrpy and on the newest
 	PYTHON=$(PYTHON) bash tests/cassettes/vcr_matrix.sh
 
 test-trace: ## Run Trace's own optimizers through the adapter, in an environment of its own

@@ -78,7 +78,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         try:
             self._stack.enter_context(portal.carrying())
             if self._rules.clients:
-                from aggregator.cassettes.serving import patched
+                from aggregator.cassettes.patches import patched
 
                 self._stack.enter_context(patched())
         except BaseException:

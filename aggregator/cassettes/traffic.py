@@ -106,7 +106,7 @@ _PASSING = _Watch(passing=True)
 
 @contextmanager
 def observing(exchanges: Exchanges, clients: str | Iterable[str]) -> Iterator[None]:
-    """Show what these clients ask inside, once their patches are held (`cassettes.serving.patched`)."""
+    """Show what these clients ask inside, once their patches are held (`cassettes.patches.patched`)."""
     token = _watch.set(_Watch(families(clients), exchanges))
     try:
         yield

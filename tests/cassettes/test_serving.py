@@ -30,11 +30,12 @@ from aggregator.cassettes.clients import to_request
 from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.exchanges import decode_line, encode_line
 from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.patches import patched
 from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
 from aggregator.cassettes.rules import TapeRules
-from aggregator.cassettes.serving import passing, patched
 from aggregator.cassettes.tape import Tape
+from aggregator.cassettes.traffic import passing
 from aggregator.errors import CassetteError, CassetteMissError, ResponseError
 from aggregator.llm.client import LLM
 from aggregator.records import HTTPReply

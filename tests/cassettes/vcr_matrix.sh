@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The vcrpy adapter's tests on the oldest vcrpy that is supported and on the newest, each in an environment of its own.
+# What stands beside vcrpy (its files, its tests served by us) on the oldest vcrpy that is supported and on the newest, each in an environment of its own.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
@@ -10,8 +10,8 @@ grep -v '^vcrpy==' constraints.txt > "$work/constraints.txt"
 for vcrpy in 'vcrpy==9.0.*' 'vcrpy'; do
   "$PYTHON" -m venv --clear "$work/venv"
   "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$work/constraints.txt" \
-    . "$vcrpy" pytest pytest-asyncio hypothesis httpx requests
+    . "$vcrpy" pytest pytest-asyncio pytest-recording hypothesis httpx requests
   echo "vcrpy $("$work/venv/bin/python" -c 'import importlib.metadata as m; print(m.version("vcrpy"))')"
   "$work/venv/bin/python" -m pytest -q -p no:cacheprovider \
-    tests/cassettes/test_clients.py tests/cassettes/test_vcr.py tests/cassettes/test_vcr_contract.py
+    tests/cassettes/test_layouts.py tests/cassettes/test_foreign.py tests/testing/test_pytest_plugin.py
 done

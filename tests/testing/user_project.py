@@ -12,7 +12,7 @@ import httpx  # noqa: F401
 import hypothesis.internal.observability  # noqa: F401
 import pytest
 
-import aggregator.cassettes.serving
+import aggregator.cassettes.patches
 import aggregator.testing.serving_vcr
 import aggregator.testing.taping  # noqa: F401
 

@@ -1,4 +1,93 @@
-"""How each HTTP client asks and answers: one file per client, functions that stand in for its own and decide per call.
+"""Other HTTP clients on our tape: one file per client, whose patches are installed once however many tapes are open.
 
-May import what `cassettes` may. A client is imported here only by functions that run once it is imported already.
+vcrpy replaces classes for the whole process and gives each patch one cassette, so two cassettes in two tasks mix, and a
+connection that is being made takes the patches away from every thread. Here functions are replaced, and each call
+decides by its context: whether a tape serves it, and which. Connections that were made before are served as well.
+
+May import what `cassettes` may. A client is imported only by functions that run once it is imported already.
 """
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import Any
+
+from aggregator.cassettes.patches.aiohttp import PATCHES as AIOHTTP
+from aggregator.cassettes.patches.httpx import PATCHES as HTTPX
+from aggregator.cassettes.patches.stdlib import PATCHES as STDLIB
+from aggregator.cassettes.patches.tornado import PATCHES as TORNADO
+from aggregator.cassettes.patches.urllib3 import PATCHES as URLLIB3
+from aggregator.cassettes.traffic import refuse
+from aggregator.patching import Patch, Patches
+
+
+def _refusing(original: Callable[..., Any], *, client: str) -> Callable[..., Any]:
+    """Raise where the function would reach the network while a tape plays."""
+    if inspect.iscoroutinefunction(original):
+
+        @wraps(original)
+        async def guarded_async(*args: Any, **kwargs: Any) -> Any:
+            if (refusal := refuse(client, "a connection", "")) is not None:
+                raise refusal
+            return await original(*args, **kwargs)
+
+        return guarded_async
+
+    @wraps(original)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if (refusal := refuse(client, "a connection", "")) is not None:
+            raise refusal
+        return original(*args, **kwargs)
+
+    return guarded
+
+
+_CALLS = tuple(
+    f"_{asked}{answered}MultiCallable.{name}"
+    for asked in ("Unary", "Stream", "SingleThreadedUnary")
+    for answered in ("Unary", "Stream")
+    for name in ("__call__", "with_call", "future")
+)
+_FUNCTIONS = {
+    "websockets": (
+        ("websockets.asyncio.client", "connect.create_connection"),
+        ("websockets.asyncio.client", "ClientConnection.handshake"),
+        ("websockets.sync.client", "connect"),
+        ("websockets.sync.client", "ClientConnection.handshake"),
+        ("websockets.legacy.client", "Connect.__init__"),
+        ("websocket._core", "WebSocket.connect"),
+        ("tornado.websocket", "websocket_connect"),
+        ("tornado.websocket", "WebSocketClientConnection.__init__"),
+    ),
+    "grpc": (
+        *(("grpc._channel", call) for call in _CALLS),
+        *(("grpc.aio._channel", call.removeprefix("_")) for call in _CALLS),
+    ),
+    "curl_cffi": (("curl_cffi.curl", "Curl.perform"), ("curl_cffi.aio", "AsyncCurl.add_handle")),
+    "niquests": (("niquests.sessions", "Session.send"), ("niquests.async_session", "AsyncSession.send")),
+}
+
+UNSERVED = tuple(
+    Patch(module, path, partial(_refusing, client=client))
+    for client, functions in _FUNCTIONS.items()
+    for module, path in functions
+)
+
+
+_patches = Patches((*AIOHTTP, *HTTPX, *STDLIB, *TORNADO, *URLLIB3, *UNSERVED))
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Hold the patches of every client for the time of a block; a client that is imported later is patched then.
+
+    Nothing changes for calls outside of a tape with `clients=` and of `observing`.
+    """
+    _patches.hold()
+    try:
+        yield
+    finally:
+        _patches.release()
