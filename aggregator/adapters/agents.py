@@ -67,6 +67,9 @@ class CalledAgent(InstanceAgent):
         self.program = program
         self._adapted: dict[int, ParameterNode[Any]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.program,)
+
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters that the program offers."""
         return as_parameters(self.program, self._adapted)
@@ -95,6 +98,9 @@ class BatchAgent:
         self.isolation = agent.isolation
         self.max_concurrency = agent.max_concurrency
         self._adapted: dict[int, ParameterNode[Any]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.agent,)
 
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters that the agent offers."""

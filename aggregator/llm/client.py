@@ -39,6 +39,9 @@ class LLM:
     Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
     """
 
+    owner_number: int | None = None
+    """The number under which a worker's owner knows this model; None outside of worker processes."""
+
     def __init__(
         self,
         model: str | None = None,

@@ -35,6 +35,10 @@ class Ledger:
         if self._outer is not None:
             self._outer.add(role, usage)
 
+    def entries(self) -> list[tuple[str, Usage]]:
+        """Return every usage that was counted, with its role."""
+        return [(role, usage) for role, usages in self._entries.items() for usage in usages]
+
     def totals(self) -> dict[str, Usage]:
         """Return the sum per role, roles in alphabetical order."""
         return {role: total(self._entries[role]) for role in sorted(self._entries)}

@@ -19,7 +19,7 @@ from msgspec import Struct
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import lineage_at
 from aggregator.errors import ConfigError
-from aggregator.llm.calls import ChatCall
+from aggregator.llm.calls import ChatCall, Target
 from aggregator.records import Completion, Role
 
 if TYPE_CHECKING:
@@ -130,8 +130,11 @@ def reduce_client(
     injected = {**injected, "clock": line.clock, "sleep": line.sleep, "budget": line.budget}
     _check_settings(llm.model, injected, given)
     policy = {"max_attempts": line.policy.max_attempts, "retry": line.policy, "prices": line.prices}
-    added = {name: value for name, value in vars(llm).items() if name not in ATTRIBUTES}
-    return from_settings, (type(llm), {**given, **options, **policy, "timeout": llm.timeout}), added
+    return from_settings, (type(llm), {**given, **options, **policy, "timeout": llm.timeout}), _added(llm)
+
+
+def _added(llm: LLM) -> dict[str, Any]:
+    return {name: value for name, value in vars(llm).items() if name not in ATTRIBUTES}
 
 
 def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
@@ -140,6 +143,22 @@ def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
 
     llm = kind.__new__(kind)
     LLM.__init__(llm, **settings)
+    return llm
+
+
+def stand_in_for(llm: LLM) -> tuple[type[LLM], dict[str, Any]]:
+    """Return class and attributes of what stands in for a client in a worker process: no key, no address."""
+    target = Target(provider=llm.endpoint.provider, model=llm.endpoint.model, base_url="")
+    state = {"model": llm.model, "endpoint": target, "timeout": llm.timeout, "prices": llm.prices, "budget": None}
+    return type(llm), {**_added(llm), **state}
+
+
+def make_stand_in(kind: type[LLM], state: Mapping[str, Any], number: int) -> LLM:
+    """Make what `stand_in_for` describes: a client that passes its calls to the owner, which knows it by `number`."""
+    from aggregator.llm import asking
+
+    llm = kind.__new__(kind)
+    vars(llm).update(state, owner_number=number, _asking=asking, _line=None)
     return llm
 
 

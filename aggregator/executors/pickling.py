@@ -1,0 +1,146 @@
+"""How agents, guides, tasks and results cross between a process and its workers.
+
+Models stay where their keys are: a pickle holds their number, and a worker gets an object that asks the owner. The
+agent and its parameters are sent once; other pickles refer to them. Functions that a decorator replaced in their module
+are found through `__wrapped__`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+from aggregator.errors import ConfigError
+
+Reference = tuple[Any, ...]
+
+
+class Pickler(pickle.Pickler):
+    """Pickles an object; `refer` returns the reference that replaces a part of it, or None."""
+
+    def __init__(self, file: io.BytesIO, refer: Callable[[Any], Reference | None]) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._refer = refer
+
+    def persistent_id(self, obj: Any) -> Reference | None:
+        """Replace what the other side knows by a reference."""
+        return self._refer(obj)
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Pickle a function below decorators by its place; everything else as usual."""
+        if type(obj) is FunctionType and (depth := _depth_of(obj)):
+            return _undecorated, (obj.__module__, obj.__qualname__, depth)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, resolve: Callable[[Reference], Any]) -> None:
+        super().__init__(file)
+        self._resolve = resolve
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._resolve(pid)
+
+
+def dumps(value: Any, refer: Callable[[Any], Reference | None], what: str, remedy: str) -> bytes:
+    """Return a value as bytes; raises ConfigError, which names it as `what`, for one that does not pickle."""
+    file = io.BytesIO()
+    try:
+        Pickler(file, refer).dump(value)
+    except ConfigError as error:
+        raise ConfigError(f"Expected {what} that pickles, got one that holds what does not: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"Expected {what} that pickles, got {type(value).__name__}: {type(error).__name__}: {error}; {remedy}"
+        ) from error
+    return file.getvalue()
+
+
+def loads(data: bytes, resolve: Callable[[Reference], Any]) -> Any:
+    """Return the value in a pickle; raises what unpickling raises."""
+    return _Unpickler(io.BytesIO(data), resolve).load()
+
+
+def dump_error(error: BaseException, *, note: str = "") -> bytes:
+    """Return an error as bytes. One that does not survive pickling is replaced by one of its nearest base class.
+
+    With `note` the traceback is added to it as a note that begins so.
+    """
+    if note:
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        error.add_note(f"{note}:\n{trace}")
+    for made in _substitutes(error):
+        try:
+            data = pickle.dumps(made)
+            if type(pickle.loads(data)) is type(made):  # noqa: S301 - our own bytes
+                return data
+        except Exception:  # noqa: BLE001, S112 - the next one is simpler
+            continue
+    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def load_error(data: bytes) -> BaseException:
+    """Return the error in a pickle of `dump_error`; one whose class is missing here becomes a RuntimeError."""
+    try:
+        error = pickle.loads(data)  # noqa: S301 - a worker runs trusted code
+    except Exception as failed:  # noqa: BLE001 - a class of the user's may do anything
+        return RuntimeError(f"Expected an error of a worker that unpickles, got {type(failed).__name__}: {failed}")
+    return error if isinstance(error, BaseException) else RuntimeError(f"Expected an error, got {error!r}")
+
+
+def _substitutes(error: BaseException) -> Iterable[BaseException]:
+    yield error
+    message = f"{type(error).__qualname__}: {error}"
+    notes = getattr(error, "__notes__", [])
+    facts = {
+        key: value for key, value in vars(error).items() if value is None or type(value) in (str, int, float, bool)
+    }
+    for kind in type(error).__mro__[1:]:
+        if not issubclass(kind, BaseException) or kind is BaseException:
+            continue
+        try:
+            made = kind(message)
+        except Exception:  # noqa: BLE001, S112 - a class that wants other arguments
+            continue
+        made.__dict__.update({key: value for key, value in facts.items() if key in vars(made) and key != "message"})
+        for note in notes:
+            made.add_note(note)
+        yield made
+
+
+def _named(function: FunctionType) -> Any:
+    """Return what stands under a function's name in its module."""
+    found: Any = sys.modules.get(function.__module__ or "")
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _depth_of(function: FunctionType) -> int:
+    """Return how many decorators lie above a function in its module; 0 if it is not found there."""
+    found, depth = _named(function), 0
+    while found is not None and found is not function:
+        found, depth = getattr(found, "__wrapped__", None), depth + 1
+    return depth if found is function else 0
+
+
+def _undecorated(module: str, qualname: str, depth: int) -> Any:
+    """Return the function below so many decorators."""
+    __import__(module)
+    found: Any = sys.modules[module]
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    for _ in range(depth):
+        found = found.__wrapped__
+    return found
+
+
+def parameters_of(agent: Any) -> dict[str, Any]:
+    """Return name -> parameter of an agent; nothing for one that offers none."""
+    offer = getattr(agent, "parameters", None)
+    return {parameter.name: parameter for parameter in offer()} if callable(offer) else {}
