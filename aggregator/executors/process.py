@@ -37,7 +37,7 @@ from aggregator.executors.pickling import Reference, dump_error, dumps, load_err
 from aggregator.llm.client import LLM
 from aggregator.llm.ledger import count
 from aggregator.llm.models import CallableModel
-from aggregator.llm.owner import Owner
+from aggregator.llm.owner import Owner, stand_in_for
 from aggregator.protocols import RolloutWork
 from aggregator.records import Failure, Rollout, RolloutTask
 

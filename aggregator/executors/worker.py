@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import select
 import signal
 import socket
 import threading
@@ -12,6 +13,8 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from multiprocessing import process, spawn
 from typing import Any
+
+from msgspec.structs import replace
 
 from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
@@ -43,8 +46,8 @@ def main(descriptor: int) -> None:
     worker = Worker()
     pass_calls_to(worker)
     _prepare(pickle.loads(_first_frame(end)))  # noqa: S301 - our parent wrote it
+    threading.Thread(target=_end_with_parent, args=[end, os.getppid()], daemon=True).start()
     portal.call(worker.serve, end)
-    threading.Thread(target=_end_soon, daemon=True).start()  # threads of the agent's may keep a process alive
 
 
 def _first_frame(end: socket.socket) -> bytes:
@@ -62,18 +65,19 @@ def _prepare(data: dict[str, Any]) -> None:
         del vars(here)["_inheriting"]
 
 
-async def _watch_parent(end: socket.socket) -> None:
-    """Close the socket once the parent has ended, if a process that it forked still holds the other end."""
-    parent = os.getppid()
-    while os.getppid() == parent:  # noqa: ASYNC110 - the end of a process is no event of ours
-        await asyncio.sleep(1)
+def _end_with_parent(end: socket.socket, parent: int) -> None:
+    """End this process and all that it started soon after the other end was closed, whatever the agent does.
+
+    A process that the parent forked may still hold the other end, so the parent itself is looked at too.
+    """
+    closed = select.poll()
+    closed.register(end, 0)
+    while not closed.poll(1000) and os.getppid() == parent:
+        continue
     with suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
-
-
-def _end_soon() -> None:
     threading.Event().wait(LAST_SECONDS)
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # the worker leads its group: what the agent started ends too
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the worker leads its group
 
 
 class Worker:
@@ -93,7 +97,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._link = Link(end, link.ToWorker)
         async with asyncio.TaskGroup() as group:
-            own = [group.create_task(self._link.write()), group.create_task(_watch_parent(end))]
+            writing = group.create_task(self._link.write())
             while (message := await self._link.receive()) is not None:
                 match message:
                     case link.Load():
@@ -106,8 +110,9 @@ class Worker:
                         self._pending[message.number][0].put_nowait(message)
                     case link.Check():
                         self._link.send(link.Checked(message.number, self._check(message)))
-            for task in [*own, *([] if self._task is None else [self._task])]:
-                task.cancel()
+            writing.cancel()
+            if self._task is not None:
+                self._task.cancel()
 
     async def _run(self, message: link.Run) -> None:
         """Run one task and send what became of it."""
@@ -125,9 +130,10 @@ class Worker:
         self._link.send(link.Started())
         await self._link.flush()  # the agent may end this process
         try:
-            with lineage_at(message.lineage, message.role), collecting() as ledger:
+            with portal.carrying(), lineage_at(message.lineage, message.role), collecting() as ledger:
                 rollout = await work(task)
             remedy = "return plain data from the agent, or use the local executor"
+            rollout = replace(rollout, handle=None)  # the adapter's own, of use where the agent ran only
             data = dumps(rollout, self._refer, f"a rollout of instance {rollout.sample_id}", remedy)
         except BaseException as error:
             self._fail(error)
