@@ -34,7 +34,7 @@ class Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         """Pickle a function below decorators by its place; everything else as usual."""
         if type(obj) is FunctionType and (depth := _depth_of(obj)):
-            return _undecorated, (obj.__module__, obj.__qualname__, depth)
+            return _undecorated, (_named(obj), depth)
         return NotImplemented
 
 
@@ -129,12 +129,8 @@ def _depth_of(function: FunctionType) -> int:
     return depth if found is function else 0
 
 
-def _undecorated(module: str, qualname: str, depth: int) -> Any:
+def _undecorated(found: Any, depth: int) -> Any:
     """Return the function below so many decorators."""
-    __import__(module)
-    found: Any = sys.modules[module]
-    for name in qualname.split("."):
-        found = getattr(found, name)
     for _ in range(depth):
         found = found.__wrapped__
     return found
