@@ -303,6 +303,11 @@ class StepReport(Struct, frozen=True, kw_only=True):
     test_score: float | None = None
     usage: Mapping[str, Usage] = {}
 
+    def __repr__(self) -> str:
+        from aggregator.views import step_line
+
+        return f"<{type(self).__name__}: {step_line(self)}>"
+
     def _repr_html_(self) -> str:
         from aggregator.views import step_html
 
@@ -423,6 +428,16 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
     def test_scores(self) -> list[float | None]:
         """The mean score of each evaluation on the test set, in order, the one before training first."""
         return [evaluation.score for evaluation in self.evaluations]
+
+    def __repr__(self) -> str:
+        from aggregator.views import result_line
+
+        return f"<TrainingResult: {result_line(self)}>"
+
+    def __str__(self) -> str:
+        from aggregator.views import result_text
+
+        return result_text(self)
 
     def _repr_html_(self) -> str:
         from aggregator.views import result_html

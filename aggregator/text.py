@@ -197,6 +197,22 @@ def shorten(value: Any, limit: int = SHOWN) -> str:
     return text if len(text) <= limit + 2 else clip(text, limit)
 
 
+def show_call(name: str, *arguments: Any, **options: Any) -> str:
+    """Return the call that makes an object, for its repr. Options that are None or False are left out.
+
+    >>> show_call("Budget", usd=0.5, tokens=None), show_call("top_k", 3, key=len)
+    ('Budget(usd=0.5)', 'top_k(3, key=len)')
+    """
+    shown = [_argument(value) for value in arguments]
+    shown += [f"{key}={_argument(value)}" for key, value in options.items() if value is not None and value is not False]
+    return f"{name}({', '.join(shown)})"
+
+
+def _argument(value: Any) -> str:
+    name = getattr(value, "__qualname__", None)
+    return name.replace(".<locals>", "") if isinstance(name, str) else shorten(value)
+
+
 QUOTE_LIMIT = 240
 """How many characters of a reply an error quotes."""
 

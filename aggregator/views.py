@@ -1,4 +1,4 @@
-"""Records as HTML, for notebooks: `_repr_html_` of proposals, step reports and results comes here.
+"""Records as HTML for notebooks and as text: what `_repr_html_`, `print(result)` and `repr(report)` show.
 
 Records are read by their structure, so this file lies below `records`. Long runs and long texts are shortened, and
 everything is escaped.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aggregator.text import canonical_json, cut, readable
+from aggregator.text import SHOWN, canonical_json, clip, cut, readable
 
 if TYPE_CHECKING:
     from aggregator.records import Decision, Failure, Proposal, StepReport, TrainingResult, Usage, Values
@@ -184,6 +184,53 @@ def result_html(result: TrainingResult) -> Html:
     )
 
 
+def result_line(result: TrainingResult) -> str:
+    """Return what a run reached in one line."""
+    applied = sum(report.decision.accepted for report in result.history)
+    course = (_course("test score", result.test_scores) or _course("train score", result.train_scores)).replace(
+        "→", "->"
+    )
+    facts = (f"{_counted(len(result.history), 'step')}, {applied} applied", course, _spent(result.usage))
+    return ", ".join(fact for fact in facts if fact)
+
+
+def result_text(result: TrainingResult) -> str:
+    """Return what a run reached in a few lines: scores, changed parameters, usage, and what went wrong."""
+    changed = [name for name, value in result.parameters.items() if value != result.initial_parameters.get(name)]
+    kept = [name for name in result.parameters if name not in changed]
+    refused = [report for report in result.history if report.update and not report.decision.accepted]
+    scores = {"test score": result.test_scores, "train score": result.train_scores}
+    steps = _counted(len(result.history), "step")
+    lines = [
+        f"TrainingResult: {steps}, {sum(report.decision.accepted for report in result.history)} updates applied",
+        *(_course(name, values, "->") for name, values in scores.items()),
+        f"changed: {', '.join(changed)}" if changed else "no parameter changed",
+        f"unchanged: {', '.join(kept)}" if kept else "",
+        f"refused: {_counted(len(refused), 'update')}, the last: {refused[-1].decision.reason}" if refused else "",
+        _spent(result.usage),
+    ]
+    if result.failures:
+        first = result.failures[0]
+        where = first.stage if first.sample_id is None else f"{first.stage}, sample {first.sample_id}"
+        count = _counted(len(result.failures), "failure")
+        lines.append(f"{count}, the first: {where}: {first.error}: {clip(first.message, SHOWN)}")
+    lines += [f"warning: {warning}" for warning in result.warnings]
+    return "\n".join(line for line in lines if line)
+
+
+def step_line(report: StepReport) -> str:
+    """Return what a step did in one line."""
+    verdict = "updated" if report.decision.accepted else f"not updated: {report.decision.reason}"
+    facts = (
+        f"step {report.step}",
+        _said("score", report.score),
+        _said("test score", report.test_score),
+        f"{verdict} {', '.join(report.update)}".strip() if report.decision.accepted else verdict,
+        _counted(len(report.failures), "failure") if report.failures else "",
+    )
+    return ", ".join(fact for fact in facts if fact)
+
+
 def _steps(history: Sequence[StepReport]) -> Html:
     latest = history[-STEPS_SHOWN:]
     rows = [
@@ -281,9 +328,9 @@ def _written(value: Any) -> str:
     return cut(value, LETTERS_SHOWN)
 
 
-def _course(name: str, scores: Sequence[float | None]) -> str:
+def _course(name: str, scores: Sequence[float | None], arrow: str = "→") -> str:
     known = [score for score in scores if score is not None]
-    return f"{name} {readable(known[0])} → {readable(known[-1])}" if known else ""
+    return f"{name} {readable(known[0])} {arrow} {readable(known[-1])}" if known else ""
 
 
 def _said(name: str, score: float | None) -> str:

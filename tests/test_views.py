@@ -186,3 +186,38 @@ def test_a_comparison_of_long_texts_takes_no_time() -> None:
 def test_only_markup_is_not_escaped() -> None:
     """A str is text whatever it holds, and attributes are escaped as well."""
     assert tag("i", "<b>", Html("<b></b>"), title='"<') == '<i title="&quot;&lt;">&lt;b&gt;<b></b></i>'
+
+
+def test_printing_a_result_gave_one_line_of_20000_characters() -> None:
+    """It is a summary: steps, scores, what changed, what was refused, what it cost, what failed."""
+    refused = report(2, decision=Decision(accepted=False, reason="mean score 0.5 -> 0.25"), update={"k": 9})
+    reached = result(history=[report(0, update={"rule": "x"}), report(1, score=0.75), refused])
+    shown = result(
+        history=reached.history,
+        usage={"agent": Usage(input_tokens=1200, output_tokens=34, cost=0.5, calls=7)},
+        failures=[Failure(stage="agent", error="KeyError", message="'x'", sample_id=3)],
+        warnings=["the cost of 2 calls is unknown"],
+    )
+    assert str(shown).splitlines() == [
+        "TrainingResult: 3 steps, 2 updates applied",
+        "test score 0.25 -> 0.75",
+        "train score 0.25 -> 0.25",
+        "changed: rule",
+        "unchanged: k",
+        "refused: 1 update, the last: mean score 0.5 -> 0.25",
+        "7 calls, 1,234 tokens, $0.5",
+        "1 failure, the first: agent, sample 3: KeyError: 'x'",
+        "warning: the cost of 2 calls is unknown",
+    ]
+    assert repr(shown) == "<TrainingResult: 3 steps, 2 applied, test score 0.25 -> 0.75, 7 calls, 1,234 tokens, $0.5>"
+    assert repr(refused) == "<StepReport: step 2, score 0.25, not updated: mean score 0.5 -> 0.25>"
+    assert repr(reached.history[0]) == "<StepReport: step 0, score 0.25, updated rule>"
+
+
+def test_printing_a_result_needs_ascii_only() -> None:
+    """A terminal with LC_ALL=C shows it too."""
+    assert str(result()).isascii()
+    assert str(TrainingResult(parameters={}, best_parameters={}, initial_parameters={})).splitlines() == [
+        "TrainingResult: 0 steps, 0 updates applied",
+        "no parameter changed",
+    ]

@@ -110,6 +110,10 @@ class Module:
         """Return what `forward` returns: a coroutine where that is async."""
         return self.forward(*args, **kwargs)
 
+    def __repr__(self) -> str:
+        names = [parameter.name if parameter.named else path for path, parameter in walk(self, "", set())]
+        return f"<{type(self).__name__} with parameters {', '.join(names)}>" if names else f"<{type(self).__name__}>"
+
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return every parameter once, in the order of the attributes, named as seen from this module.
 

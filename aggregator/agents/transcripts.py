@@ -238,6 +238,9 @@ class Transcript:
     def __init__(self) -> None:
         self.root = Span("")
 
+    def __repr__(self) -> str:
+        return f"<Transcript of {len(self.root.items)} operations and calls>"
+
     def llm_call(self, messages: Any) -> LLMCall:
         """Take the slot of an LLM call that is about to be made; `finish` or `fail` it later.
 

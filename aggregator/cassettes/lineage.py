@@ -15,6 +15,7 @@ from typing import Any
 from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.records import Role
+from aggregator.text import show_call
 
 _PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
 _ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
@@ -42,6 +43,9 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
         self._parts = _joined(parts)
         self._role = role
         self._root = root
+
+    def __repr__(self) -> str:
+        return show_call("lineage", self._parts, role=self._role, root=self._root)
 
     def __enter__(self) -> str:
         """Return the extended path."""

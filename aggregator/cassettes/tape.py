@@ -250,6 +250,9 @@ class Tape:
             "left; await the tasks that make calls before the block or the test ends (asyncio.TaskGroup does)"
         )
 
+    def __repr__(self) -> str:
+        return f"<Tape {self.name!r}: {len(self._rows)} recorded, {sum(self._played)} of them played>"
+
     def finish(self, entry: Entry) -> None:
         """Return once the entry is written; raises what `record` does."""
         if not entry.is_done:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from aggregator.text import shorten
+from aggregator.text import shorten, show_call
 
 SHOWN = 500
 """How many characters of an output the feedback quotes."""
@@ -26,6 +26,9 @@ class ExactMatch:
     def __init__(self, normalise: Callable[[Any], Any] | None = None, *, key: str | None = None) -> None:
         self.normalise = normalise
         self.key = key
+
+    def __repr__(self) -> str:
+        return show_call("ExactMatch", *filter(None, [self.normalise]), key=self.key)
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
         """Compare one output."""

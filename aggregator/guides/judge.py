@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import GuideError
 from aggregator.protocols import ChatModel
-from aggregator.text import as_text, shorten, strip_fence
+from aggregator.text import as_text, shorten, show_call, strip_fence
 
 JUDGE_SYSTEM_PROMPT = """\
 You judge the output of an LLM agent. You are shown the input it was given, its output and, where there is one, the \
@@ -84,6 +84,10 @@ class LLMJudge:
         self.criteria = criteria
         self.system_prompt = system_prompt
         self.max_tokens = max_tokens
+
+    def __repr__(self) -> str:
+        criteria = None if self.criteria == DEFAULT_CRITERIA else self.criteria
+        return show_call("LLMJudge", self.llm, criteria=criteria)
 
     async def __call__(self, x: Any, output: Any, info: Any = None) -> Verdict:
         """Judge one output."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from aggregator.errors import ConfigError, GuideError
 from aggregator.guides.exact import SHOWN
-from aggregator.text import shorten
+from aggregator.text import shorten, show_call
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?")
 
@@ -37,6 +37,9 @@ class NumericMatch:
         self.abs_tol = abs_tol
         self.last = last
         self.key = key
+
+    def __repr__(self) -> str:
+        return show_call("NumericMatch", rel_tol=self.rel_tol, abs_tol=self.abs_tol, last=self.last, key=self.key)
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
         """Compare one output; raises GuideError where `info` is no number, as that is no fault of the agent."""

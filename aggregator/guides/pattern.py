@@ -10,7 +10,7 @@ from typing import Any
 
 from aggregator.errors import ConfigError, GuideError
 from aggregator.guides.exact import SHOWN
-from aggregator.text import shorten
+from aggregator.text import shorten, show_call
 
 Analyzer = Callable[[Any, Any, Any], str | None]
 """(x, output, info) -> a hint, or None or "" where there is nothing to say."""
@@ -28,6 +28,9 @@ class RegexMatch:
     def __init__(self, pattern: str | re.Pattern[str] | None = None, *, whole: bool = False) -> None:
         self.pattern = None if pattern is None else _compiled(pattern, ConfigError)
         self.whole = whole
+
+    def __repr__(self) -> str:
+        return show_call("RegexMatch", *([self.pattern.pattern] if self.pattern else []), whole=self.whole)
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
         """Search one output."""
@@ -71,6 +74,9 @@ class KeywordHints:
         self.analyzers = tuple(analyzers)
         if not self.hints and not self.analyzers:
             raise ConfigError("Expected at least one keyword or analyzer, got none; every output would score the same")
+
+    def __repr__(self) -> str:
+        return show_call("KeywordHints", self.hints, required=self.required, ignore_case=self.ignore_case)
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
         """Look through one output."""

@@ -26,6 +26,7 @@ from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError
 from aggregator.llm.calls import Limits
 from aggregator.llm.retry import NOT_SENT
 from aggregator.records import Usage
+from aggregator.text import show_call
 
 _PICO = 1_000_000_000_000
 ASSUMED_OUTPUT = 4096
@@ -75,6 +76,9 @@ class Budget:
         self._taken = NOTHING  # spent and reserved
         self._waiting: deque[_Waiter] = deque()
         self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return show_call("Budget", usd=self.usd, tokens=self.tokens, calls=self.calls)
 
     @property
     def spent(self) -> Spending:

@@ -39,6 +39,7 @@ from aggregator.simulation.prompts import (
     text_of,
 )
 from aggregator.simulation.student import answer_as_student
+from aggregator.text import show_call
 
 MODEL = "simulated-1"
 WRONG_RATE = 0.15
@@ -68,6 +69,9 @@ class SimulatedModel:
         self.calls: dict[Role, int] = {"agent": 0, "optimizer": 0, "aggregator": 0}
         self._runner: web.AppRunner | None = None
         self._url = ""
+
+    def __repr__(self) -> str:
+        return show_call("SimulatedModel", seed=self.seed) if not self._url else f"<SimulatedModel at {self._url}>"
 
     @property
     def base_url(self) -> str:

@@ -102,6 +102,9 @@ class DataLoader:
         self.seed = seed
         self.epoch = 0
 
+    def __repr__(self) -> str:
+        return f"<DataLoader of {len(self.samples)} samples, batch_size={self.batch_size}>"
+
     def __len__(self) -> int:
         return (len(self.samples) + self.batch_size - 1) // self.batch_size
 
