@@ -183,11 +183,8 @@ def model(cls: type[T]) -> type[T]:
         raise ConfigError(f"Expected a class under @model, got {cls!r}; write @model without brackets above a class")
     if issubclass(cls, Module):
         return cls
-    place = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }  # pickle looks there
+    kept = ("__module__", "__qualname__", "__doc__", "__firstlineno__")  # for pickle; the last for inspect since 3.13
+    place = {name: getattr(cls, name) for name in kept if hasattr(cls, name)}
     made: type[T] = new_class(cls.__name__, (cls, Module), {}, lambda body: body.update(place))
     return made
 
