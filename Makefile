@@ -35,12 +35,16 @@ test-peers: $(VENV)/.dev ## Run the client against real servers on loopback (ins
 	$(BIN)/python -m pytest -q -m "peers and not long" tests/peers
 
 test-vcrpy: ## Run what stands beside vcrpy on the oldest supported vcrpy and on the newest
-	PYTHON=$(PYTHON) bash tests/cassettes/vcr_matrix.sh
+	$(PYTHON) tests/environments.py vcrpy-oldest vcrpy-newest
+	for name in vcrpy-oldest vcrpy-newest; do \
+	  $(PYTHON) tests/environments.py --run $$name -- -c 'import importlib.metadata as m; print("vcrpy", m.version("vcrpy"))' && \
+	  $(PYTHON) tests/environments.py --run $$name -- -m pytest -q -p no:cacheprovider \
+	    tests/cassettes/test_layouts.py tests/cassettes/test_foreign.py tests/testing/test_pytest_plugin.py || exit 1; \
+	done
 
 test-trace: ## Run Trace's own optimizers through the adapter, in an environment of its own
-	$(PYTHON) -m venv build/trace
-	build/trace/bin/python -m pip install --quiet --disable-pip-version-check '.[trace]' pytest pytest-asyncio hypothesis
-	LITELLM_LOCAL_MODEL_COST_MAP=True build/trace/bin/python -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py
+	LITELLM_LOCAL_MODEL_COST_MAP=True $(PYTHON) tests/environments.py --run trace -- \
+	  -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py
 
 check: $(VENV)/.dev ## Lint, format and type checks
 	$(BIN)/ruff check .
