@@ -21,6 +21,7 @@ from aggregator.llm.calls import Codec, Provider, Target
 ENTRY_POINTS = "aggregator.providers"
 _LOCAL_CAP = {"max_tokens": 4096}
 _BEARER = "authorization"
+_BEDROCK = "https://bedrock-runtime.{region}.amazonaws.com"
 _VERTEX = "https://aiplatform.googleapis.com/v1"
 
 
@@ -77,6 +78,16 @@ def _settle_vertex(target: Target, env: Mapping[str, str]) -> Target:
     return replace(target, base_url=f"{host}/projects/{project}/locations/{location}/publishers/google")
 
 
+def _settle_bedrock(target: Target, env: Mapping[str, str]) -> Target:
+    """Put the region into the address; there is no default, since prompts would go to a region that nobody chose."""
+    if target.base_url != _BEDROCK:
+        return target
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+    if not region:
+        raise ConfigError("Expected a region for bedrock, got none. Set AWS_REGION, or give base_url=…")
+    return replace(target, base_url=_BEDROCK.format(region=region))
+
+
 # The codecs are imported when a model of theirs is first made.
 def _openai(target: Target) -> Codec:
     from aggregator.llm.codecs.openai import OpenAIChat
@@ -118,6 +129,12 @@ _APIS = {"chat": _openai, "responses": _responses}
 _RESPONSES_ALONE = {
     "responses": r"(ft:)?((o\d|gpt-\d[\d.]*)-pro\b|(gpt-\d[\d.]*-)?codex|o\d\S*-deep-research|computer-use)"
 }
+
+
+def _bedrock(target: Target) -> Codec:
+    from aggregator.llm.codecs.bedrock import BedrockConverse
+
+    return BedrockConverse(target)
 
 
 def _hosted(
@@ -211,6 +228,16 @@ _BUILT_IN = (
         aliases=("vertex-ai", "google-vertex"),
         priced_as="google",
         settle=_settle_vertex,
+    ),
+    Provider(
+        name="bedrock",
+        codec=_bedrock,
+        base_url=_BEDROCK,
+        base_urls=("AWS_ENDPOINT_URL_BEDROCK_RUNTIME",),
+        keys={"AWS_BEARER_TOKEN_BEDROCK": _BEARER},
+        aliases=("amazon-bedrock", "aws-bedrock"),
+        priced_as="aws",
+        settle=_settle_bedrock,
     ),
     _hosted("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", free_ending=":free"),
     _hosted("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),

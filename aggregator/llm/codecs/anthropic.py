@@ -14,7 +14,7 @@ from aggregator.llm.codecs.anthropic_messages import messages_of, system_of, too
 from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import fault_in_event
 from aggregator.llm.codecs.sse import CompletingCodec, Event, EventReader
-from aggregator.llm.codecs.wire import read
+from aggregator.llm.codecs.wire import as_raw, raw_text, read
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
 
@@ -63,14 +63,6 @@ class _Built(Answer, gc=False):
 # Fields stand in the order in which the API sends them: msgspec looks for the next one first.
 DECODER = msgspec.json.Decoder(Answer)
 SAID_NOTHING = WireUsage()
-
-
-def arguments(block: Block) -> str:
-    """The tool's input as it stands in the body."""
-    text = str(block.input, "utf-8")
-    if text.startswith('"'):  # a gateway that speaks OpenAI's format behind; a stream that was cut
-        return str(msgspec.json.decode(text))
-    return "{}" if text in ("", "null") else text
 
 
 class _Delta(Struct, gc=False):
@@ -130,7 +122,7 @@ class MessageStream(EventReader):
     def build(self, reply: HTTPReply) -> Completion:
         """Put the blocks together, as they would have come in one piece."""
         for index, text in self._inputs.items():  # the block began with {}; its pieces came after
-            self._blocks[index]["input"] = _input(text)
+            self._blocks[index]["input"] = as_raw(text)
         body = msgspec.json.encode({"content": [block for _, block in sorted(self._blocks.items())]})
         content = read(body, DECODER).content
         begun = self._answer
@@ -164,15 +156,6 @@ class MessageStream(EventReader):
 def _text(block: dict[str, Any], name: str) -> str:
     text = block.get(name)
     return text if isinstance(text, str) else ""
-
-
-def _input(text: str) -> msgspec.Raw | str:
-    """A tool's input as the model wrote it; one that was cut is kept as a text, since it is no JSON."""
-    try:
-        msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return text
-    return msgspec.Raw(text.encode())
 
 
 VERSION = "2023-06-01"  # every recorded request names it
@@ -233,7 +216,7 @@ class AnthropicMessages(JSONCodec[Answer]):
             if block.type == "text" and isinstance(block.text, str):
                 content = (content or "") + block.text
             elif block.type == "tool_use":
-                calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=arguments(block)))
+                calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=raw_text(block.input)))
             elif block.type != "text":
                 source = answer.body if isinstance(answer, _Built) else reply.body
                 if block.type == "thinking" and isinstance(block.thinking, str):

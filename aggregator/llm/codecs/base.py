@@ -75,6 +75,16 @@ class JSONCodec(Generic[A]):
 
     # What it gets.
 
+    def refuse_lacking(self, call: ChatCall) -> None:
+        """Raise ConfigError for an option that this API does not have. One answer is no option."""
+        for name in sorted(self.lacks):
+            value = getattr(call, name)
+            if value is not None and (name, value) != ("n", 1):
+                raise ConfigError(
+                    f"Expected no {name} for {self.target.provider}/{call.model}, whose API has none, got "
+                    f"{name}={value!r}; leave it out"
+                )
+
     def post(self, url: str, body: Mapping[str, Any] | Struct, call: ChatCall) -> HTTPRequest:
         """Build a request. The body keeps the order of its keys: the same call gives the same bytes."""
         return self._envelope.post(url, body, stream=call.stream)

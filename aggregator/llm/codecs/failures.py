@@ -37,6 +37,7 @@ E = TypeVar("E", bound=LLMError)
 _MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors", "error_message", "error_description", "title", "reason")
 _OTHER_REQUEST_IDS = ("request-id", "apim-request-id", "x-ms-request-id", "x-amzn-requestid")
 _MAX_MESSAGE = 2000
+_DEEPEST = 20
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {
     401: AuthenticationError,
@@ -45,6 +46,7 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
     404: NotFoundError,
     408: ServerError,
     409: ServerError,
+    424: ServerError,  # what the server depends on failed: Bedrock's models
     425: ServerError,
     429: RateLimitError,
 }
@@ -216,15 +218,17 @@ def fault_of(data: Any) -> Fault:
     )
 
 
-def _message(node: Any) -> str:
+def _message(node: Any, depth: int = 0) -> str:
     """The words under whichever name they stand; a list (FastAPI's 422) gives each of its entries."""
     if isinstance(node, str):
         return node.strip()
+    if depth > _DEEPEST:
+        return ""
     if isinstance(node, list):
-        return "; ".join(filter(None, (_message(item) for item in node[:5])))
+        return "; ".join(filter(None, (_message(item, depth + 1) for item in node[:5])))
     if not isinstance(node, dict):
         return ""
-    found = next(filter(None, (_message(node.get(key)) for key in _MESSAGE_KEYS)), "")
+    found = next(filter(None, (_message(node.get(key), depth + 1) for key in _MESSAGE_KEYS)), "")
     where = node.get("loc")
     return f"{found} at {'.'.join(map(str, where))}" if found and isinstance(where, list) else found
 

@@ -172,12 +172,7 @@ class OpenAIResponses(JSONCodec[Answer]):
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; raises ConfigError for several answers, a seed or stop texts, which this API has not."""
-        for name, value in (("n", call.n if call.n != 1 else None), ("seed", call.seed), ("stop", call.stop)):
-            if value is not None:
-                raise ConfigError(
-                    f"Expected no {name} for the Responses API, which has none, got {name}={value!r}; "
-                    'leave it out, or take a model of chat completions (api="chat")'
-                )
+        self.refuse_lacking(call)
         wanted = call.response_format
         fields: dict[str, Any] = {
             "model": call.model,

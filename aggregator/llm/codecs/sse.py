@@ -28,13 +28,17 @@ class EventParser:
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []  # of a line that is not complete
         self._name = ""
         self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> list[Event]:
         """Take the next bytes and return the events they complete."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        if b"\n" not in data:
+            self._rest.append(data)
+            return []
+        *lines, rest = b"".join([*self._rest, data]).split(b"\n")
+        self._rest = [rest]
         return [event for line in lines if (event := self._line(line.removesuffix(b"\r")))]
 
     def flush(self) -> list[Event]:
@@ -102,9 +106,9 @@ class EventReader:
         """Return the whole answer; raises APIConnectionError where the stream was cut."""
         with suppress(DecodeError):  # half an event: the stream was cut, which is found out below
             self._read(self._parser.flush())
-        if not self._events:  # the server ignored `stream` and answered in one piece
+        if not self._events and not is_event_stream(reply.body):  # the server ignored `stream`
             return self.codec.decode(reply, self.call)
-        if not self.whole():
+        if not self._events or not self.whole():
             raise APIConnectionError(
                 f"Expected the stream to end with a finish reason, got its end after {len(reply.body)} bytes",
                 status=reply.status,

@@ -105,11 +105,35 @@ def json_object(text: Any, where: str) -> dict[str, Any]:
         return dict(text)
     try:
         value = msgspec.json.decode(text) if text else {}
-    except (msgspec.DecodeError, TypeError):
+    except (*REFUSED, TypeError):
         value = None
     if not isinstance(value, dict):
         raise ConfigError(f"Expected the arguments of a tool call as a JSON object, got {text!r} - at {where}")
     return value
+
+
+def raw_text(value: bytes | msgspec.Raw) -> str:
+    r"""Return a value of the wire as its own JSON text, or a string (of a gateway, or cut in a stream) as its contents.
+
+    >>> raw_text(b'{"x": 1}'), raw_text(b'"{\\"x\\""'), raw_text(b"null")
+    ('{"x": 1}', '{"x"', '{}')
+    """
+    text = bytes(value).decode("utf-8", errors="replace")
+    if not text.startswith('"'):
+        return "{}" if text in ("", "null") else text
+    try:
+        return str(msgspec.json.decode(text))
+    except REFUSED:
+        return text
+
+
+def as_raw(text: str) -> msgspec.Raw | str:
+    """Return a text that is JSON as the JSON it is; one that is none, since it was cut, stays a text."""
+    try:
+        msgspec.json.decode(text)
+    except REFUSED:
+        return text
+    return msgspec.Raw(text.encode())
 
 
 def excerpt(body: str | bytes, limit: int = 200) -> str:
