@@ -52,6 +52,7 @@ class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     attempt: int = 0
     order: int = 0
     role: str = "agent"
+    branch: str = ""
     model: str = ""
     ms: float = 0.0
     at: str = ""

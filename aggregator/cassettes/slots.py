@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
+from aggregator import portal
 from aggregator.cassettes.exchanges import Row
 from aggregator.cassettes.keys import KeyOf, key_of_request
 from aggregator.cassettes.lineage import current_role
@@ -13,18 +15,27 @@ from aggregator.records import HTTPRequest, Role
 
 _At = tuple[bytes, str]
 
+UNORDERED = "?"
+"""The label of a call that overlapped with an identical one, where nothing tells which was which."""
+
 
 class Slot:
     """One logical call: its request, its lineage, and its ticket, which counts such calls in the order of issue.
 
-    `rows` are its recorded answers.
+    `rows` are its recorded answers. `label` tells it from identical calls that overlapped with it, by where in the
+    concurrent work they were made; "" for a call that overlapped with none. `issued` and `answered` count what happens
+    to the calls of a tape.
     """
 
     __slots__ = (
+        "answered",
         "attempt",
+        "branch",
         "failure",
         "faults",
+        "issued",
         "key",
+        "label",
         "lineage",
         "order",
         "played",
@@ -39,6 +50,9 @@ class Slot:
     def __init__(self, request: HTTPRequest, lineage: str) -> None:
         self.request, self.lineage = request, lineage
         self.role: Role = current_role()
+        self.branch = portal.current_branch()
+        self.label = ""
+        self.issued, self.answered = 0, -1
         self.ticket = -1
         self.pool: Pool | None = None  # where the ticket was counted
         self.rows: Sequence[int] = ()
@@ -66,15 +80,59 @@ class Slot:
 class Pool:
     """Recorded answers to equal requests of one lineage: unclaimed rows by ticket, in order, and the next ticket.
 
-    `row` is one of its rows, -1 for a pool without recorded answers.
+    `row` is one of its rows, -1 for a pool without recorded answers. `labels` has the tickets of calls that overlapped
+    by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls of which
+    the last one may not be answered. `unordered` counts calls that nothing tells apart.
     """
 
-    __slots__ = ("issued", "row", "rows")
+    __slots__ = ("flying", "issued", "labels", "row", "rows", "unordered")
 
     def __init__(self, row: int = -1) -> None:
         self.row = row
         self.rows: dict[int, tuple[int, ...]] = {}
         self.issued = 0
+        self.labels: dict[str, deque[int]] | None = None
+        self.flying: list[Slot] = []
+        self.unordered = 0
+
+    def take(self, branch: portal.Branch | None) -> int:
+        """Return the ticket of the next call that is made on this branch of the concurrent work.
+
+        A call that overlapped with none plays in its turn. Of those that did, each plays the one of its own branch; on
+        a branch that was not recorded, the first that is left.
+        """
+        if not self.labels or branch is None:
+            return next(iter(self.rows), self.issued) if self.labels else self.issued
+        names = {branch.inner or ".", branch.path or "."} & self.labels.keys()
+        found = [ticket for name in ("", *names) if (ticket := self._first(self.labels.get(name, deque()))) >= 0]
+        return min(found) if found and names else next(iter(self.rows), self.issued)
+
+    def _first(self, tickets: deque[int]) -> int:
+        while tickets and tickets[0] not in self.rows:
+            tickets.popleft()
+        return tickets[0] if tickets else -1
+
+    def label(self, slot: Slot) -> None:
+        """Tell a live call from the identical ones that it overlaps with, by the shortest part of its place that does.
+
+        That is its branch since the innermost lineage block, or else its whole branch.
+        """
+        if slot.branch is None:
+            return
+        self.flying = [other for other in self.flying if other.answered < 0 or other.answered > slot.issued]
+        for other in self.flying:
+            for one, two in ((slot, other), (other, slot)):
+                here, there = one.branch, two.branch
+                if here is None or there is None or one.label == UNORDERED:
+                    continue
+                if here.path == there.path:
+                    one.label = UNORDERED
+                    self.unordered += 1
+                elif here.inner == there.inner:
+                    one.label = here.path or "."
+                else:
+                    one.label = one.label or here.inner or "."
+        self.flying.append(slot)
 
 
 class Pools:
@@ -89,7 +147,7 @@ class Pools:
         self.exact: dict[_At, Pool] = {}
         self._rows, self._key_of, self._prefer = rows, key_of, prefer
         self._by_key: dict[bytes, dict[str, Pool]] | None = None  # built when first needed
-        exact = self.exact
+        exact, labelled = self.exact, False
         for index, row in enumerate(rows):
             facts = row.facts
             at = facts.key, facts.lineage
@@ -97,8 +155,26 @@ class Pools:
             if pool is None:
                 pool = exact[at] = Pool(index)
             pool.rows[facts.ticket] = (*pool.rows.get(facts.ticket, ()), index)
+            labelled = labelled or bool(facts.branch)
         if key_of is not None or not all(0 in pool.rows for pool in exact.values()):
             self._pools_by_key()
+        for pool in set(exact.values()) if labelled else ():
+            self._read_labels(pool)
+
+    def _read_labels(self, pool: Pool) -> None:
+        labels: dict[str, deque[int]] = {}
+        for ticket, rows in pool.rows.items():
+            label = self._rows[rows[0]].facts.branch
+            pool.unordered += label == UNORDERED
+            labels.setdefault("" if label == UNORDERED else label, deque()).append(ticket)
+        pool.labels = labels if labels.keys() != {""} else None
+
+    def unordered(self) -> list[int]:
+        """Return for each request and lineage how many identical calls overlapped that nothing tells apart."""
+        pools = {id(pool): pool for pool in self.exact.values()}
+        for by_lineage in (self._by_key or {}).values():
+            pools.update((id(pool), pool) for pool in by_lineage.values())
+        return [pool.unordered for pool in pools.values() if pool.unordered]
 
     def key_of_row(self, index: int) -> bytes:
         """Return the key of a recorded request."""
@@ -139,14 +215,22 @@ class Pools:
         """Count a call and give it the recorded answers of its ticket; `pool` is that of its exact bytes, if known."""
         if pool is None:
             pool = self._pool(slot)
-        slot.pool, slot.ticket = pool, pool.issued
-        slot.rows = pool.rows.pop(pool.issued, ())
+        slot.pool, slot.ticket = pool, pool.take(slot.branch)
+        slot.rows = pool.rows.pop(slot.ticket, ())
         pool.issued += 1
+        if not slot.rows:
+            pool.label(slot)
         if self._prefer and not slot.rows:
             slot.rows = self._take_from_another_lineage(slot)
 
+    def land(self, slot: Slot) -> None:
+        """Forget a live call whose answer is written, or that is withdrawn: none can overlap with it any more."""
+        if slot.pool is not None and slot in slot.pool.flying:
+            slot.pool.flying.remove(slot)
+
     def withdraw(self, slot: Slot) -> None:
         """Take back the ticket of a call, unless one like it was issued since."""
+        self.land(slot)
         pool = slot.pool
         if pool is not None and pool.issued == slot.ticket + 1:
             pool.issued -= 1

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any, Literal
 
 from aggregator.cassettes.exchanges import Exchange, Row
@@ -66,6 +67,8 @@ class Tape:
         self._counts_later = sink is not None and not rows and rules.faults is None
         self._uncounted: list[Slot] = []
         self._orders: dict[str, int] = {}
+        self._events = count()
+        self._answered: list[Slot] = []
         self._lock = threading.Lock()
         self._closed = False
 
@@ -87,6 +90,7 @@ class Tape:
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
         slot = Slot(request, current_lineage())
+        slot.issued = next(self._events)
         if self._counts_later:
             with self._lock:
                 self._count_order(slot)
@@ -127,6 +131,9 @@ class Tape:
             with suppress(Exception):  # and again when its answer is written: that call is told
                 self._pools.claim(slot)
         writer.flush()
+        answered, self._answered = self._answered, []
+        for slot in answered:
+            self._pools.land(slot)
 
     def _playable(self, rows: Sequence[int]) -> list[int]:
         """Leave out what is made anew: a stream that was left early, unless it is all there is to play."""
@@ -229,9 +236,11 @@ class Tape:
         """
         if self._writer is None:
             raise CassetteError(f"expected a tape that records, got one that only plays ({self.name})")
+        slot.answered = next(self._events)
         entry = Entry(slot, reply, usage, model, None if failure is None else _told(failure))
         slot.attempt += 1
         with self._lock:
+            self._answered.append(slot)
             return entry, self._writer.add(entry)
 
     def flush(self) -> None:
@@ -310,6 +319,12 @@ class Tape:
         if fallbacks := self._pools.fallbacks:
             first = "; ".join(fallbacks[:3])
             told = f"{len(fallbacks)} calls played what another lineage recorded: {first}"
+            self.tell(f"{self.name}: {told}", warn=warn)
+        for overlapped in self._pools.unordered():
+            told = (
+                f"{overlapped} identical requests overlapped in one lineage, and nothing tells which was which; give "
+                'each a lineage of its own: `with lineage("branch=1"):`'
+            )
             self.tell(f"{self.name}: {told}", warn=warn)
         if self.rules.expects_all and (unplayed := len(self._rows) - sum(self._played)):
             told = f"{unplayed} of {len(self._rows)} recorded exchanges were not played"

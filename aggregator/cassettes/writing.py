@@ -53,6 +53,7 @@ class Entry:
             attempt=self.attempt,
             order=slot.order,
             role=slot.role,
+            branch=slot.label,
             model=self.model,
             ms=round(float(reply.milliseconds), 3),
             at=at,

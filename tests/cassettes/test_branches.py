@@ -1,0 +1,205 @@
+"""Identical calls that overlap in one lineage: each replays its own answer, whatever reaches the client first."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+import aggregator
+from aggregator.cassettes.current import tape_here
+from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.reading import read
+from aggregator.records import HTTPReply, HTTPRequest
+
+REQUEST = HTTPRequest(url="http://x/v1", body=b'{"q":"hello"}', headers={})
+
+
+def call(answer: str, pause: float = 0.0) -> str:
+    """Ask the tape as a client does: the place in the order is taken first, the answer comes later."""
+    tape = tape_here()
+    assert tape is not None
+    slot = tape.issue(REQUEST)
+    played = tape.play(slot)
+    if played is not None:
+        return played.body.decode()
+    time.sleep(pause)
+    tape.record(slot, HTTPReply(status=200, body=answer.encode(), headers={}))
+    return answer
+
+
+async def acall(answer: str, pause: float = 0.0) -> str:
+    tape = tape_here()
+    assert tape is not None
+    slot = tape.issue(REQUEST)
+    played = tape.play(slot)
+    if played is not None:
+        return played.body.decode()
+    await asyncio.sleep(pause)
+    tape.record(slot, HTTPReply(status=200, body=answer.encode(), headers={}))
+    return answer
+
+
+def hop() -> None:
+    """Take as long as a thread takes now and then."""
+    time.sleep(random.uniform(0, 0.01))
+
+
+async def hopping(i: int, again: int = 1) -> list[str]:
+    """As a fresh OpenAI client: through a thread first, so that which task comes first is up to threads."""
+    found = []
+    for n in range(again):
+        await asyncio.to_thread(hop)  # noqa: TID251 - what the SDK does
+        found.append(await acall(f"{i}.{n}", random.uniform(0.01, 0.03)))
+    return found
+
+
+def by_tasks() -> list[Any]:
+    async def ask() -> list[Any]:
+        return list(await asyncio.gather(*[hopping(i) for i in range(8)]))  # noqa: TID251 - what agents do
+
+    return asyncio.run(ask())  # noqa: TID251
+
+
+def by_tasks_that_ask_twice() -> list[Any]:
+    async def ask() -> list[Any]:
+        return list(await asyncio.gather(*[hopping(i, again=2) for i in range(8)]))  # noqa: TID251 - what agents do
+
+    return asyncio.run(ask())  # noqa: TID251
+
+
+def by_tasks_of_uvloop() -> list[Any]:
+    async def ask() -> list[Any]:
+        return list(await asyncio.gather(*[hopping(i) for i in range(8)]))  # noqa: TID251 - what agents do
+
+    return uvloop.run(ask())
+
+
+def by_executor() -> list[Any]:
+    """As LangChain's `.batch` and litellm: copies of one context."""
+
+    def one(i: int) -> str:
+        hop()
+        return call(str(i), random.uniform(0.01, 0.03))
+
+    with ThreadPoolExecutor(8) as pool:
+        return [future.result() for future in [pool.submit(copy_context().run, one, i) for i in range(8)]]
+
+
+def by_threads_in_a_lineage_block() -> list[Any]:
+    """The block is entered in each thread, so only the whole place tells them apart."""
+    found: dict[int, str] = {}
+
+    def one(i: int) -> None:
+        hop()
+        with lineage("branch"):
+            found[i] = call(str(i), random.uniform(0.01, 0.03))
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[i] for i in range(8)]
+
+
+WAYS: list[Callable[[], list[Any]]] = [
+    by_tasks,
+    by_tasks_that_ask_twice,
+    by_tasks_of_uvloop,
+    by_executor,
+    by_threads_in_a_lineage_block,
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_identical_concurrent_prompts_landed_in_wrong_slots(way: Callable[[], list[Any]], tmp_path: Path) -> None:
+    """Each branch of the concurrent work hears what it heard while recording."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "all") as tape:
+        heard = way()
+    assert tape.report == []
+    for _ in range(4):
+        with aggregator.cassette(path, "none") as tape:
+            assert way() == heard
+        assert tape.report == []
+
+
+def test_a_branch_is_found_again_below_other_work(tmp_path: Path) -> None:
+    """Within a lineage block places count from the block, so it does not matter where in the run it is entered."""
+    path = tmp_path / "a.yaml"
+
+    def run(before: int) -> list[Any]:
+        async def sample() -> list[Any]:
+            for _ in range(before):
+                await asyncio.create_task(asyncio.sleep(0))  # noqa: TID251 - work that is not done again
+            return await asyncio.create_task(block())  # noqa: TID251
+
+        async def block() -> list[Any]:
+            with lineage("sample=1"):
+                return list(await asyncio.gather(*[hopping(i) for i in range(8)]))  # noqa: TID251
+
+        return asyncio.run(sample())  # noqa: TID251
+
+    with aggregator.cassette(path, "all"):
+        heard = run(0)
+    with aggregator.cassette(path, "none"):
+        assert run(3) == heard
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing tells which was which")
+def test_an_order_that_nothing_tells_was_not_reported(tmp_path: Path) -> None:
+    """Recording and replay say how many identical requests overlapped; what they play is the order of issue."""
+    path = tmp_path / "a.yaml"
+
+    async def ask() -> list[str]:
+        """Eight calls of one task that are under way at once, as of a client's own scheduler."""
+        tape = tape_here()
+        assert tape is not None
+        slots = [tape.issue(REQUEST) for _ in range(8)]
+        found = []
+        for i, slot in enumerate(slots):
+            if (played := tape.play(slot)) is None:
+                tape.record(slot, HTTPReply(status=200, body=f"{i}".encode(), headers={}))
+            found.append(f"{i}" if played is None else played.body.decode())
+        return found
+
+    with aggregator.cassette(path, "all") as tape:
+        heard = asyncio.run(ask())  # noqa: TID251
+    assert any("8 identical requests overlapped in one lineage" in finding for finding in tape.report)
+    with aggregator.cassette(path, "none") as tape:
+        assert asyncio.run(ask()) == heard  # noqa: TID251
+    assert any("8 identical requests overlapped in one lineage" in finding for finding in tape.report)
+
+
+def test_a_call_that_overlaps_with_none_has_no_branch(tmp_path: Path) -> None:
+    """Calls one after the other are told apart by their order, and their lines hold nothing of where they were made."""
+    path = tmp_path / "a.yaml"
+
+    async def ask() -> None:
+        for i in range(3):
+            await asyncio.create_task(acall(str(i)))  # noqa: TID251
+
+    with aggregator.cassette(path, "all"):
+        asyncio.run(ask())  # noqa: TID251
+    recording = read(path)
+    assert recording is not None
+    assert [row.facts.branch for row in recording.rows] == ["", "", ""]
+
+
+def test_a_program_that_starts_other_work_plays_in_the_order_of_issue(tmp_path: Path) -> None:
+    """A branch that was not recorded takes the first answer that is left."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "all"):
+        heard = by_tasks()
+    with aggregator.cassette(path, "none"):
+        assert sorted([call("-") for _ in range(8)]) == sorted(answer for (answer,) in heard)
