@@ -84,7 +84,7 @@ class ParameterNode(Generic[T]):
         return value
 
     @data.setter
-    def data(self, raw: Any) -> None:
+    def data(self, raw: T) -> None:
         value = self.check(raw, f"{self.name}.data")
         overrides = _overrides.get(_NOTHING)
         if self in overrides:
