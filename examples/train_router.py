@@ -1,10 +1,12 @@
-"""Train an instruction on eight tickets, offline: the answers come from the simulated model.
+"""Train an instruction on eight tickets and watch each step, offline: the simulated model answers.
 
-With a key of your own, replace the two lines that start the simulated model by `llm = LLM("openai/gpt-4o-mini")`.
+To use a provider, set its key and replace the two lines that start the simulated model with
+`llm = LLM("openai/gpt-4o-mini")`.
 """
 
-from aggregator import LLM, AggregatedUpdate, LLMOptimizer, Module, ParameterNode
-from aggregator.simulation.model import SimulatedModel
+from aggregator import LLM, AggregatedUpdate, LLMOptimizer, Module, Observer, ParameterNode
+from aggregator.records import Evaluation, FullStepReport
+from aggregator.simulation import SimulatedModel
 
 
 class Router(Module):
@@ -41,14 +43,30 @@ TICKETS = [
 ]
 
 
+class Steps(Observer):
+    """Prints the score of the test set, what each ticket proposed, and what became of it."""
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Print one evaluation; the first is the baseline before training."""
+        print(f"test score after {evaluation.step} steps: {evaluation.score}")
+
+    def step(self, report: FullStepReport) -> None:
+        """Print one step."""
+        for proposal in report.all_proposals:
+            if proposal.values:
+                print(f"  ticket {proposal.sample_id} proposes {proposal.values['instruction']!r}")
+        verdict = "updated" if report.decision.accepted else report.decision.reason
+        print(f"step {report.step}: score {report.score}, {verdict}")
+
+
 def main() -> None:
-    """Train, and say what came of it."""
+    """Train and print the result."""
     with SimulatedModel(seed=1) as server:
         llm = LLM("openai-compatible/simulated-1", base_url=server.base_url)
-        trainer = AggregatedUpdate(Router(llm), LLMOptimizer(llm=llm), llm=llm)
+        trainer = AggregatedUpdate(Router(llm), LLMOptimizer(llm=llm), llm=llm, observers=[Steps()])
         result = trainer.train(guide, TICKETS, batch_size=4, num_epochs=2, test_dataset=TICKETS)
-    print(f"score {result.test_scores[0]} -> {result.test_scores[-1]}")
-    print(result.parameters["instruction"])
+    print(result)
+    print(result.best_parameters["instruction"])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,6 @@ SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, e
     "cli/_files.py": "shared by the commands",
     "cli/demo.py": "one command",
     "demo/agent.py": "the agent that the README shows",
-    "demo/routing.py": "the demo's data",
     "guides/calling.py": "the one way in which a guide is called",
     "guides/exact.py": "one guide",
     "guides/numeric.py": "one guide",

@@ -29,7 +29,7 @@ from aggregator import (
     model,
     transcript,
 )
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 
 KEY = "sk-abcdefghijklmnopqrstuvwx"
 

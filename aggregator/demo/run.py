@@ -11,17 +11,19 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator import portal
 from aggregator.demo.agent import TicketRouter, right_team
-from aggregator.demo.routing import SIMULATED_URL, Rerouted
 from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.observing.observer import Watching
-from aggregator.protocols import ChatModel
-from aggregator.records import TrainingResult
+from aggregator.protocols import ChatModel, Transport
+from aggregator.records import HTTPReply, HTTPRequest, TrainingResult
 
 HERE = Path(__file__).parent
 MODEL = "openai-compatible/simulated-1"
+SIMULATED_URL = "http://simulated-model.invalid/v1"
+"""The simulated model's address in the cassette, whatever port it has. No such host can exist (RFC 2606)."""
 EPOCHS = 2
 BATCH_SIZE = 10
 JOURNAL = "journal.yaml"
@@ -176,7 +178,7 @@ def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
 @contextmanager
 def _simulated(seed: int) -> Iterator[ChatModel]:
     from aggregator.llm.transport import AiohttpTransport
-    from aggregator.simulation.model import SimulatedModel
+    from aggregator.simulation import SimulatedModel
 
     with SimulatedModel(seed) as server, ExitStack() as stack:
         transport = AiohttpTransport()
@@ -190,3 +192,18 @@ def _client(model: str, **options: Any) -> ChatModel:
     from aggregator.llm.models import as_model
 
     return as_model(LLM(model, **options))
+
+
+class Rerouted(Transport):
+    """A transport that sends requests for one address to another."""
+
+    def __init__(self, inner: Transport, *, source: str, target: str) -> None:
+        self._inner = inner
+        self._source = source
+        self._target = target
+
+    async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
+        """Send one request to where its address leads."""
+        if request.url.startswith(self._source):
+            request = replace(request, url=self._target + request.url.removeprefix(self._source))
+        return await self._inner.send(request, timeout=timeout)

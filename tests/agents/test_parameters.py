@@ -43,10 +43,10 @@ def test_a_refusal_points_at_the_suggestion() -> None:
 def test_assignment_converts_and_checks() -> None:
     """Assigning is as strict as suggesting, and a refusal leaves the value."""
     flag = ParameterNode(data=True, name="flag")
-    flag.data = "False"
+    flag.data = "False"  # type: ignore[assignment]
     assert flag.data is False
     with pytest.raises(ParameterError, match=r"Expected `bool`, got 'maybe' - at flag.data"):
-        flag.data = "maybe"
+        flag.data = "maybe"  # type: ignore[assignment]
     assert flag.data is False
 
 

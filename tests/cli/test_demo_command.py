@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 
 COMMAND = [sys.executable, "-m", "aggregator.cli", "demo"]
 

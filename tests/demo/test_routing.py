@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aggregator.demo.routing import SIMULATED_URL, Rerouted
+from aggregator.demo.run import SIMULATED_URL, Rerouted
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from aggregator import LLM, AggregatedUpdate, LLMOptimizer, Module, ParameterNode
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 
 
 class Shop(Module):

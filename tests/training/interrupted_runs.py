@@ -11,7 +11,7 @@ from typing import Any
 from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback
 
 from aggregator import LLM, AggregatedUpdate, LLMOptimizer
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 
 BUSY_AT = 6
 """The input at which an agent takes its time: by then a step is finished."""

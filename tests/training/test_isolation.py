@@ -24,7 +24,7 @@ from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.reading import read
 from aggregator.executors.local import AsyncExecutor
 from aggregator.records import Sample
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 from aggregator.training.checkpoints import RESULT
 from aggregator.training.evaluation import score_values
 from aggregator.training.proposers import LLMOptimizer

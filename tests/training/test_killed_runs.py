@@ -19,7 +19,7 @@ from aggregator import LLM
 from aggregator.errors import CassetteLockedError, TrainingError
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest, TrainingResult
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, RESULT, load_result
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.trainer import AggregatedUpdate

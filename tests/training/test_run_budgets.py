@@ -11,7 +11,7 @@ from router_runs import train
 from aggregator import Budget
 from aggregator.errors import BudgetExceededError
 from aggregator.llm.budget import spending
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 from aggregator.training.checkpoints import RESULT, load_result
 
 

@@ -23,7 +23,7 @@ from aggregator.demo.run import tickets
 from aggregator.errors import AuthenticationError, BudgetExceededError, ConfigError, RateLimitError, TrainingError
 from aggregator.llm.transport import shared_transport
 from aggregator.records import Candidate, Decision, TrainingResult
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 from aggregator.training.checkpoints import load_result, save_result
 from aggregator.training.gates import improves_on_validation
 from aggregator.training.merge import LLMMerge

@@ -11,7 +11,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback
 
 from aggregator import AggregatedUpdate, LLMOptimizer, Module, TrainingWarning, bundle, evaluate
 from aggregator.llm.client import LLM
-from aggregator.simulation.model import SimulatedModel
+from aggregator.simulation import SimulatedModel
 from aggregator.training.merge import LLMMerge
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, PROPOSER_SYSTEM_PROMPT, REPLY_FORMAT
 

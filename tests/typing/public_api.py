@@ -85,3 +85,9 @@ def records() -> None:
 def a_misspelt_name_is_told() -> None:
     """Names come on first use, but a type checker knows which there are."""
     aggregator.AggregatedUpdates  # type: ignore[attr-defined] # noqa: B018
+
+
+def a_parameter_has_its_values_type() -> None:
+    agent = Agent()
+    agent.text.data = "good day"
+    agent.number.data = "seven"  # type: ignore[assignment]
