@@ -10,6 +10,10 @@ and type checkers read `__init__.pyi`.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False  # `typing` would be one more import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
@@ -61,6 +65,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TrainingWarning",
         "TruncatedError",
     ),
+    "aggregator.executors.local": ("LocalExecutor",),
+    "aggregator.executors.process": ("ProcessExecutor",),
     "aggregator.guides.exact": (
         "ExactMatch",
         "exact_match",
@@ -157,21 +163,29 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "MinibatchAlgorithm",
     ),
 }
-_ORIGIN = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = ["__version__", *sorted(_ORIGIN)]  # noqa: PLE0604 - built from the one table above
 
 
-def __getattr__(name: str) -> object:
-    """Load a public name on its first use."""
-    if name not in _ORIGIN:
-        raise AttributeError(f"module 'aggregator' has no attribute {name!r}")
-    from importlib import import_module
+def _face(module: str, homes: dict[str, tuple[str, ...]]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a module that loads each name from its home, on its first use."""
+    origin = {name: home for home, names in homes.items() for name in names}
 
-    value = getattr(import_module(_ORIGIN[name]), name)
-    globals()[name] = value
-    return value
+    def load(name: str) -> object:
+        if name not in origin:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        import sys
+        from importlib import import_module
+
+        value = getattr(import_module(origin[name]), name)
+        setattr(sys.modules[module], name, value)
+        return value
+
+    def names() -> list[str]:
+        import sys
+
+        return sorted({*vars(sys.modules[module]), *origin})
+
+    return load, names
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _face(__name__, _HOMES)
+__all__ = ["__version__", *sorted(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - the table's

@@ -42,6 +42,8 @@ from aggregator.errors import SuggestionError as SuggestionError
 from aggregator.errors import TrainingError as TrainingError
 from aggregator.errors import TrainingWarning as TrainingWarning
 from aggregator.errors import TruncatedError as TruncatedError
+from aggregator.executors.local import LocalExecutor as LocalExecutor
+from aggregator.executors.process import ProcessExecutor as ProcessExecutor
 from aggregator.guides.exact import ExactMatch as ExactMatch
 from aggregator.guides.exact import exact_match as exact_match
 from aggregator.guides.judge import LLMJudge as LLMJudge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -31,6 +32,7 @@ LAYERS = [  # from the top; a room may import the rows below its own, and its ow
     {"errors", "text", "files", "checks", "patching"},
 ]
 ROOMS = {name for names in LAYERS for name in names}
+FACES = {"providers"}  # root files that only re-export, each name on its first use
 ANYWHERE = {"portal", "errors", "text", "files", "checks", "patching"}
 BY_TEXT = {"import_module", "__import__", "find_spec", "resolve_name", "spec_from_file_location", "run_module"}
 COMPUTED = {"sandbox/worker.py": "the modules that an operation's author imported, in another process"}
@@ -133,13 +135,15 @@ def may_import(own: str) -> set[str]:
 
 def test_imports_point_down() -> None:
     """A room imports the rooms below it, never above; each file of the package belongs to a room."""
-    rooms = {room(module_name(path)) for path in FILES} - {""}
+    rooms = {room(module_name(path)) for path in FILES} - {"", *FACES}
     strangers = sorted(own for own in rooms - ANYWHERE if layer(own) < 0)
     assert strangers == [], "no rooms of the house; add them to LAYERS and to docs/design.md"
     known = {"aggregator.training.context", "aggregator.training.context.current_step"}  # until a step is an argument
     upward = []
     for path in FILES:
         own = room(module_name(path))
+        if own in FACES:
+            continue
         found = {m for m in imports_of(path) if own and m.startswith("aggregator.") and room(m) not in may_import(own)}
         found -= {"aggregator.__version__", *(known if own == "adapters" else ())}
         upward += [f"{path.relative_to(PACKAGE)} imports {module}" for module in sorted(found)]
@@ -267,26 +271,31 @@ def test_guarded_packages_stay_in_their_room(package: str) -> None:
     } == set()
 
 
-def test_public_names() -> None:
-    """`__all__` is the PEP 562 table, every name loads from its home, and type checkers see the same names."""
-    first, *names = vars(aggregator)["__all__"]
-    assert first == "__version__"
-    for name in names:
-        assert getattr(aggregator, name).__module__.startswith("aggregator"), name
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        aggregator.nothing  # type: ignore[attr-defined] # noqa: B018
+@pytest.mark.parametrize("name", ["aggregator", *(f"aggregator.{face}" for face in sorted(FACES))])
+def test_public_names(name: str) -> None:
+    """`__all__` is the table of the face, every name loads from its home, and no other one does."""
+    face = importlib.import_module(name)
+    homes = {name: home for home, names in vars(face)["_HOMES"].items() for name in names}
+    assert set(vars(face)["__all__"]) - {"__version__"} == set(homes)
+    for public, home in homes.items():
+        assert getattr(face, public) is getattr(importlib.import_module(home), public), public
+    assert set(homes) <= set(dir(face))
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
+        face.nothing  # noqa: B018
 
 
-def test_type_checkers_see_the_public_names() -> None:
+@pytest.mark.parametrize("path", ["__init__", *sorted(FACES)])
+def test_type_checkers_see_the_public_names(path: str) -> None:
     """The stub imports every name of the table from the same home, and no other."""
     shown = {
         (node.module, alias.name)
-        for node in ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8")).body
+        for node in ast.parse((PACKAGE / f"{path}.pyi").read_text(encoding="utf-8")).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if alias.asname == alias.name  # a stub exports only what is imported under a name of its own
     }
-    assert shown == {(home, name) for home, names in vars(aggregator)["_HOMES"].items() for name in names}
+    face = aggregator if path == "__init__" else importlib.import_module(f"aggregator.{path}")
+    assert shown == {(home, name) for home, names in vars(face)["_HOMES"].items() for name in names}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -317,6 +326,7 @@ def test_what_production_needs_is_light() -> None:
 
 @pytest.mark.requirement("Trace's defect 34: importing it took seconds and needed test tools")
 def test_import_is_light() -> None:
-    """`import aggregator` loads no third-party module and none of our rooms."""
-    loaded = loaded_by("import aggregator")
-    assert {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names} == {"aggregator"}
+    """`import aggregator` loads no third-party module and none of our rooms, a face no more than itself."""
+    for modules in [{"aggregator"}, *({"aggregator", f"aggregator.{face}"} for face in FACES)]:
+        loaded = loaded_by(f"import {max(modules)}")
+        assert {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names} == modules

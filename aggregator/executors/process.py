@@ -145,10 +145,10 @@ class ProcessExecutor:
 
 
 def _lost(task: RolloutTask, ending: str) -> Rollout:
-    sample_id = task.sample.id
+    sample, path = task.sample, "/".join(task.lineage)
     message = f"the worker process {ending} while it ran this instance"
-    failure = Failure(stage="agent", error="WorkerLostError", message=message, sample_id=sample_id, infrastructure=True)
-    return Rollout(sample_id=sample_id, failure=failure)
+    failure = Failure(stage="agent", error="WorkerLostError", message=message, sample_id=sample.id, infrastructure=True)
+    return Rollout(sample_id=sample.id, x=sample.x, failure=failure, lineage=path, repeat=task.repeat)
 
 
 class _Cargo:

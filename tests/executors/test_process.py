@@ -275,6 +275,7 @@ async def test_an_instance_whose_worker_ends_is_lost_and_has_no_score(
     assert lost.failure is not None
     assert (lost.score, lost.failure.infrastructure, lost.failure.stage) == (None, True, "agent")
     assert ending in lost.failure.message
+    assert (lost.sample_id, lost.x, lost.lineage) == (1, how, "train/sample=1")
     assert outputs(rollouts) == ["a", "b", "c"]
     assert len(set(outputs(await executor.map(work(Located()), tasks(*range(6)))))) == 2
 

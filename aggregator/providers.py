@@ -1,0 +1,15 @@
+"""What a provider of your own is made of; `examples/extending/provider.py` is one."""
+
+from __future__ import annotations
+
+from aggregator import _face
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.llm.calls": ("ChatCall", "Codec", "Limits", "Provider", "RateHeaders", "StreamReader", "Target"),
+    "aggregator.llm.codecs.base": ("JSONCodec", "words"),
+    "aggregator.llm.codecs.openai": ("OpenAIChat",),
+    "aggregator.llm.codecs.sse": ("Event", "EventReader"),
+}
+
+__getattr__, __dir__ = _face(__name__, _HOMES)
+__all__ = sorted(name for names in _HOMES.values() for name in names)  # noqa: PLE0605 - the table's

@@ -1,0 +1,132 @@
+"""The files of `examples/extending` are what a user would copy: short, on public names only, and they run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import aggregator
+from aggregator.errors import RateLimitError
+from aggregator.providers import ChatCall, Target
+from aggregator.records import HTTPReply
+
+FOLDER = Path(__file__).parents[2] / "examples" / "extending"
+FILES = sorted(FOLDER.glob("*.py"))
+MAX_LINES = 79
+
+
+def loaded(name: str) -> ModuleType:
+    """An example as a module, without running what it shows."""
+    spec = importlib.util.spec_from_file_location(f"extending_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def private_names(path: Path) -> list[str]:
+    """What a file uses of the library beyond its root files: deeper modules, and names with an underscore."""
+    root = Path(aggregator.__file__).parent
+    faces = {"aggregator", *(f"aggregator.{file.stem}" for file in root.glob("*.py")), "aggregator.testing"}
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "aggregator":
+            module = node.module or ""
+            found += [] if module in faces else [module]
+            found += [f"{module}.{alias.name}" for alias in node.names if alias.name.startswith("_")]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("aggregator.")]
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            found.append(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_an_example_is_short_and_uses_public_names_only(path: Path) -> None:
+    """Fewer than 80 lines; nothing below the root files of the package, nothing with an underscore."""
+    assert path.read_text(encoding="utf-8").count("\n") <= MAX_LINES
+    assert private_names(path) == []
+
+
+def test_a_private_name_is_found(tmp_path: Path) -> None:
+    """The rule above sees deep imports, private imports and private attributes."""
+    path = tmp_path / "example.py"
+    path.write_text("from aggregator.llm.client import LLM\nfrom aggregator import _face\nLLM._line\n")
+    assert private_names(path) == ["aggregator.llm.client", "aggregator._face", "_line"]
+
+
+ANSWER = b"""{"id": "c-1", "finish_reason": "%s", "message": {"role": "assistant", "content": [{"type": "text",
+"text": "Bern"}]}, "usage": {"billed_units": {"input_tokens": 5}, "tokens": {"input_tokens": 8, "output_tokens": 2}}}"""
+STREAM = b"""event: message-start
+data: {"type": "message-start", "id": "c-1", "delta": {"message": {"role": "assistant"}}}
+
+event: content-delta
+data: {"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": "Be"}}}}
+
+event: content-delta
+data: {"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": "rn"}}}}
+
+event: message-end
+data: {"type": "message-end", "delta": {"finish_reason": "COMPLETE", "usage": {"tokens": {"input_tokens": 8}}}}
+
+"""
+
+
+def test_the_provider_encodes_and_decodes() -> None:
+    """What was said is sent under the API's names; words, tokens, errors and streams are read."""
+    codec = loaded("provider").provider.codec(
+        Target(provider="cohere", model="command-a", base_url="https://api.cohere.com", api_key="k")
+    )
+    messages = ({"role": "user", "content": "The capital of Switzerland?"},)
+    call = ChatCall(model="command-a", messages=messages, top_p=0.5, stop=("!",), extra={"k": 3})
+    request = codec.encode(call)
+    assert request.url == "https://api.cohere.com/v2/chat"
+    assert request.headers["authorization"] == "Bearer k"
+    assert request.body == (
+        b'{"model":"command-a","messages":[{"role":"user","content":"The capital of Switzerland?"}],'
+        b'"p":0.5,"stop_sequences":["!"],"stream":false,"k":3}'
+    )
+    for word, reason in [("COMPLETE", "stop"), ("MAX_TOKENS", "length"), ("ERROR_TOXIC", "error")]:
+        completion = codec.decode(HTTPReply(status=200, body=ANSWER % word.encode(), headers={}), call)
+        assert (completion.text, completion.finish_reason, completion.usage.input_tokens) == ("Bern", reason, 8)
+    error = codec.error(HTTPReply(status=429, body=b'{"message": "slow down"}', headers={"retry-after": "2"}))
+    assert (type(error), error.retry_after) == (RateLimitError, 2.0)
+    reader = codec.stream(call)
+    assert [text for i in range(0, len(STREAM), 7) for text in reader.feed(STREAM[i : i + 7])] == ["Be", "rn"]
+    whole = reader.finish(HTTPReply(status=200, body=STREAM, headers={}))
+    assert (whole.text, whole.finish_reason, whole.usage.input_tokens) == ("Bern", "stop", 8)
+
+
+def test_the_provider_is_found_through_its_entry_point(tmp_path: Path) -> None:
+    """In an installed package `cohere/...` is a name like any other, with retries, budget and price."""
+    info = tmp_path / "cohere-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cohere\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[aggregator.providers]\ncohere = provider:provider\n")
+    script = f"""
+        from aggregator import LLM, Budget, Price
+        from aggregator.testing import FakeTransport, error_reply
+        from aggregator.records import HTTPReply
+        answer = HTTPReply(status=200, body={ANSWER % b"COMPLETE"!r}, headers={{}})
+        transport = FakeTransport(error_reply(429, headers={{"retry-after": "0"}}), answer)
+        price = {{"cohere/command-a": Price(input=1.0, output=1.0)}}
+        llm = LLM("cohere/command-a", transport=transport, budget=Budget(usd=1), prices=price)
+        print(llm(messages="Hi").text, len(transport.requests), llm.budget.spent.tokens)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={"PYTHONPATH": f"{tmp_path}:{FOLDER}", "CO_API_KEY": "k"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("Bern 2 10\n", "")
