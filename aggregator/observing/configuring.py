@@ -17,6 +17,7 @@ from msgspec import to_builtins
 
 from aggregator.errors import ConfigError
 from aggregator.llm.ledger import total
+from aggregator.observing.console import shows_colors
 from aggregator.observing.observer import Observer
 from aggregator.records import Evaluation, RunInfo, StepReport, TrainingResult, Usage
 
@@ -35,13 +36,13 @@ def configure_logging(
 ) -> None:
     """Show the library's events: as lines for people, or as one JSON object per line.
 
-    They go to `stream` (default: standard error), or are appended to the file at `path`. Called again, it replaces
-    what it configured before. An application that configures structlog itself gets the events without this call.
+    They go to `stream` (default: standard error), or are appended to the file at `path`. A second call replaces
+    what the first configured. An application that configures structlog itself gets the events without this call.
     Raises ConfigError for a wrong argument.
     """
     if stream is not None and path is not None:
         raise ConfigError(f"Expected a stream or a path, got both (path={str(path)!r}); give one of them")
-    rendering = _formatter(format, colors=path is None and (stream or sys.stderr).isatty())
+    rendering = _formatter(format, colors=path is None and shows_colors(stream or sys.stderr))
     threshold = _level(level)
     handler = _handler(stream, path)
     handler.setFormatter(rendering)
@@ -57,7 +58,7 @@ def configure_logging(
 
 @contextmanager
 def events_file(path: str | Path) -> Iterator[None]:
-    """Write every event of the block to a new file of JSON lines, beside whatever is configured."""
+    """Write every event of the block to a new file of JSON lines, in addition to what is configured."""
     import structlog
 
     handler = _file(path, mode="w")

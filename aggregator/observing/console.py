@@ -16,7 +16,7 @@ class ConsoleLogger(LoggingObserver):
     """Writes `[step 3] name: value` to a stream, standard output by default.
 
     It is an observer and has Trace's `log`, so `observers=[ConsoleLogger()]` and `logger=ConsoleLogger()` both work.
-    `color` paints a line if the stream is a terminal and NO_COLOR is not set.
+    `color` paints a line if the stream shows colors.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -30,11 +30,15 @@ class ConsoleLogger(LoggingObserver):
 
 
 def painted(text: str, color: str | None, stream: TextIO) -> str:
-    """Return the text in a color, where the stream shows colors."""
+    """Return the text in a color if the stream shows colors, else as it is."""
     code = _COLORS.get(color or "")
     return f"\x1b[{code}m{text}\x1b[0m" if code and shows_colors(stream) else text
 
 
 def shows_colors(stream: TextIO) -> bool:
-    """Whether a stream is a terminal and NO_COLOR (no-color.org) is not set."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
+    """Return True for a terminal that is not dumb. FORCE_COLOR and NO_COLOR (no-color.org) decide first."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"

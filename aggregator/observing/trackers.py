@@ -20,8 +20,8 @@ from aggregator.records import RunInfo
 class TensorBoardLogger(LoggingObserver):
     """Writes what is logged as TensorBoard events into `log_dir`, through tensorboardX, which needs no torch.
 
-    `writer` is a SummaryWriter of your own instead, torch's for one. Close the logger, or use it in a `with` block, so
-    that all of it is on disk; a writer of your own stays open.
+    `writer` is an existing SummaryWriter instead, such as torch's. Close the logger, or use it in a `with` block, so
+    that everything is on disk; an existing writer stays open.
     """
 
     def __init__(self, log_dir: str | Path | None = None, *, writer: Any = None) -> None:
@@ -85,7 +85,7 @@ class WandbLogger(LoggingObserver):
 
 
 def entry(name: str, data: Any, sample: int | None = None) -> tuple[str, float | str | None]:
-    """Return a tracker's key for a name, and the value as a number or text; None where there is nothing to show.
+    """Return a tracker's key for a name, and the value as a number or text; None for an unknown value.
 
     >>> entry("Average test score", 1), entry("Parameter: rule", ["a"]), entry("Output", None, sample=3)
     (('Average_test_score', 1.0), ('Parameter/rule', '["a"]'), ('Output/sample_3', None))

@@ -21,10 +21,10 @@ EDGES = ".,;:!?()[]{}<>'\"`*_/\\…-"
 """Punctuation that may cling to either end of a word."""
 
 COURTESY = ("please", "kindly", "hello", "dear", "thanks", "thank", "regards", "hi")
-"""Words that say nothing about a matter; a careless reader makes rules of them."""
+"""Words that say nothing about a subject; a wrong proposal makes rules of them."""
 
 COMMON = frozenset(Path(__file__).with_name("common_words.txt").read_text(encoding="utf-8").split()) | set(COURTESY)
-"""Words too common to tell one matter from another."""
+"""Words too common to distinguish one subject from another."""
 
 _ARROW = re.compile(r"^\s*(?:[-*]\s+)?(?P<words>.+?)\s*(?:->|=>|→)\s*(?P<answer>.+?)\s*\.?\s*$")
 _QUOTED = r"(?:'[^']+'|\"[^\"]+\")"
@@ -98,7 +98,7 @@ def read_default(text: str) -> str | None:
 
 
 def mentions(text: str, phrase: str) -> bool:
-    """Whether a word or phrase stands in the text as it is written: whole words, case and punctuation included.
+    """Return True if the text contains a word or phrase exactly: whole words, case and punctuation included.
 
     >>> mentions("a refund now", "refund"), mentions("a Refund, now", "refund")
     (True, False)
@@ -107,7 +107,7 @@ def mentions(text: str, phrase: str) -> bool:
 
 
 def bare(word: str) -> str:
-    """Take case and clinging punctuation off a word.
+    """Return a word in lower case without punctuation at its ends.
 
     >>> bare("REFUND!")
     'refund'
@@ -121,7 +121,7 @@ def bare_text(text: str) -> str:
 
 
 def telling_words(text: str, known: Iterable[str] = ()) -> list[str]:
-    """Return the bare words that may tell what a text is about, the most telling first: long ones, then late ones.
+    """Return the bare words that may show what a text is about, the most specific first: long ones, then late ones.
 
     >>> telling_words("Hello, please refund my invoice 20!")
     ['invoice', 'refund']

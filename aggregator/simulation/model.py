@@ -1,7 +1,8 @@
 """A simulated model: an OpenAI-compatible server on 127.0.0.1 that plays the model behind all three roles.
 
-It is no language model. It works from the prompts alone, knows no agent, no data set and no expected answer, and every
-answer is a pure function of its seed and the request body, so that order and concurrency do not matter.
+It is a small rule-based program, not a language model. It works from the prompts alone, without the agent, the data set
+or the expected answers, and every answer is a pure function of its seed and the request body, so that order and
+concurrency do not matter. Some of its proposals are wrong on purpose, at `wrong_rate`.
 
 The role is recognised by the headings of the user message (aggregator/training/prompts.py documents them):
 `#CurrentValue` makes it an aggregator, `#Parameters` with `#Feedback` an optimizer, anything else a student.
@@ -49,7 +50,7 @@ class SimulatedModel:
     """The server; a context manager, sync and async.
 
     `wrong_rate` is the share of proposals that err, `latency` the seconds each answer takes. `calls` counts the
-    answered requests by role; `base_url` is there once the server has started.
+    answered requests by role; `base_url` is known once the server has started.
     """
 
     def __init__(

@@ -190,7 +190,7 @@ def _rules_for(case: Case, expected: str) -> list[str]:
 
 
 def _cleaned(case: Case, expected: str) -> Proposed:
-    """Take off case and punctuation where they alone keep a rule from matching."""
+    """Add code that removes case and punctuation, if only they keep a rule from matching."""
     words = [word for word in _rules_for(case, expected) if not mentions(case.seen, word)]
     hidden = [word for word in words if mentions(bare_text(case.seen), word)]
     code = _code(case)
@@ -221,7 +221,7 @@ def _inserted(source: str, statement: str) -> str:
 
 
 def _ruled(case: Case, expected: str) -> Proposed:
-    """Make the text's most telling words, which no rule covers yet, words of a rule for the expected answer."""
+    """Add the text's most specific words that no rule covers yet to the rule for the expected answer."""
     text = _text(case)
     if text is None:
         return {}
@@ -237,7 +237,7 @@ def _ruled(case: Case, expected: str) -> Proposed:
 
 
 def without(text: str, words: list[str]) -> str:
-    """Take words out of the rules of a text, and rules that are left without any.
+    """Remove words from the rules of a text, and the rules that then have none.
 
     >>> without("refund, please -> billing", ["please"])
     'refund -> billing'
@@ -250,7 +250,7 @@ def without(text: str, words: list[str]) -> str:
 
 
 def with_rule(text: str, words: list[str], answer: str) -> str:
-    r"""Add words to the rule of an answer, as a new line where there is none.
+    r"""Add words to the rule of an answer, or a new line if it has no rule.
 
     >>> with_rule("Be kind.\nrefund -> billing", ["invoice"], "billing")
     'Be kind.\nrefund, invoice -> billing'

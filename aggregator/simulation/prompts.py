@@ -34,7 +34,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def role_of(messages: Sequence[Mapping[str, Any]]) -> Role:
-    """Tell the role from the headings of the first user message."""
+    """Return the role, by the headings of the first user message."""
     headings = set(sections_of(_question(messages)))
     if "CurrentValue" in headings:
         return "aggregator"
@@ -111,7 +111,7 @@ def reply_text(proposed: Proposed, response_format: Any = None) -> str:
 
 
 def is_choice(response_format: Any) -> bool:
-    """Say whether a schema asks for the number of a suggestion instead of new values."""
+    """Return True if a schema asks for the number of a suggestion instead of new values."""
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind != "json_schema":
         return False

@@ -1,8 +1,8 @@
 """The simulated model as a student: it follows the instructions it is given, literally, and nothing else.
 
-It reads rules and a default from the system text, counts for each answer how many of its words stand in the user
-text (whole words, case and punctuation as written), and says the answer with the most; of equals the one stated first.
-Without a match it says the default that the instructions name, or that it does not know.
+It reads rules and a default from the system text, counts for each answer how many of its words the user text contains
+(whole words, case and punctuation as written), and gives the answer with the most; of equals the one stated first.
+Without a match it gives the default that the instructions name, or says that it does not know.
 """
 
 from __future__ import annotations

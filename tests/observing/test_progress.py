@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.observing.console import ConsoleLogger
+from aggregator.observing.console import ConsoleLogger, shows_colors
 from aggregator.observing.progress import ProgressBar, redraws
 from aggregator.records import Decision, Evaluation, FullStepReport, RunInfo, TrainingResult, Usage
 
@@ -147,9 +147,31 @@ def test_console_logger_has_traces_shape() -> None:
 def test_colors_only_where_they_show(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
     """A terminal gets colors, unless NO_COLOR is set; an unknown color paints nothing."""
     monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     logger = ConsoleLogger(stream)
     logger.log("score", 1, 0, color="green")
     assert ("\x1b[32m" in stream.getvalue()) is painted
     logger.log("score", 1, 0, color="mauve")
     assert stream.getvalue().splitlines()[-1] == "[step 0] score: 1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "stream", "shown"),
+    [
+        ({"TERM": "xterm"}, Terminal(), True),
+        ({"TERM": "dumb"}, Terminal(), False),
+        ({"TERM": "xterm"}, io.StringIO(), False),
+        ({"TERM": "dumb", "FORCE_COLOR": "1"}, io.StringIO(), True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, Terminal(), False),
+    ],
+)
+def test_a_dumb_terminal_got_colors(
+    variables: dict[str, str], stream: io.StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FORCE_COLOR paints where nothing is known to show colors, NO_COLOR nowhere."""
+    for name in ("TERM", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert shows_colors(stream) is shown
