@@ -31,7 +31,9 @@ A failed sample is data; a failed run is one of these.
         │   └── ServerError              408, 409, 5xx
         └── ResponseError                the status was fine, the answer was not
             ├── DecodeError
+            │   └── TooLargeError        longer than any answer
             ├── EmptyResponseError
+            ├── BrokenResponseError      the provider itself calls it broken; carries the partial text
             ├── ContentFilterError
             └── TruncatedError           carries the partial text
 """
@@ -200,12 +202,24 @@ class DecodeError(ResponseError):
     """The body is not the JSON of this API."""
 
 
+class TooLargeError(DecodeError):
+    """The body is longer, as sent or decompressed, than any answer of a model."""
+
+
 class EmptyResponseError(ResponseError):
     """The answer holds no message."""
 
 
+class BrokenResponseError(ResponseError):
+    """The provider ended the answer for a reason that is not known to be good; `text` is what came."""
+
+    def __init__(self, message: str, *, text: str = "", **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.text = text
+
+
 class ContentFilterError(ResponseError):
-    """The provider withheld the answer."""
+    """The provider withheld the answer, or the model refused to give one."""
 
 
 class TruncatedError(ResponseError):

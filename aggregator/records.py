@@ -27,7 +27,7 @@ class HTTPRequest(Struct, frozen=True, kw_only=True):
     """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it.
 
     `kept` are the provider's own headers that a recording may hold, of request and reply; a final `*` stands for any
-    ending.
+    ending. `fresh` asks for a new connection.
     """
 
     url: str
@@ -36,6 +36,7 @@ class HTTPRequest(Struct, frozen=True, kw_only=True):
     method: str = "POST"
     secrets: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    fresh: bool = False
 
     def __repr__(self) -> str:
         return f"HTTPRequest({self.method}, {len(self.body)} bytes)"  # headers and address may hold the key
@@ -121,7 +122,8 @@ class Message(Struct, frozen=True, kw_only=True, gc=False):
     """What one choice of the model says. `reasoning` (thinking) is never part of `content`.
 
     `source` is the body that it came in, where an API wants parts of it back with the next turn: signed or encrypted
-    thinking, searches, whatever is neither text nor a call of a tool.
+    thinking, searches, whatever is neither text nor a call of a tool. `other` are the kinds of content that only `raw`
+    holds: audio, images, searches.
     """
 
     content: str | None = None
@@ -130,6 +132,7 @@ class Message(Struct, frozen=True, kw_only=True, gc=False):
     refusal: str | None = None
     role: str = "assistant"
     source: bytes | None = None
+    other: tuple[str, ...] = ()
 
 
 class Choice(Struct, frozen=True, kw_only=True, gc=False):

@@ -43,7 +43,7 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
     """Answer one call; raises LLMError, BudgetExceededError, CassetteError or ConfigError."""
     if (owner := current_owner()) is not None:
         return await owner.answer(llm, call, validate)
-    attempts = Attempts(line)
+    attempts = Attempts(line, llm.timeout)
     try:
         if tracing.has_spans():
             with tracing.span(line.endpoint, call) as span:
@@ -70,11 +70,11 @@ def _ask(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Await
 def deltas(llm: LLM, line: Line, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
     """Yield the deltas of a streamed call, the whole answer last; raises the same."""
     owner = current_owner()
-    return _deltas(line, call) if owner is None else owner.deltas(llm, call)
+    return _deltas(line, llm.timeout, call) if owner is None else owner.deltas(llm, call)
 
 
-async def _deltas(line: Line, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
-    attempts = StreamedAttempts(line)
+async def _deltas(line: Line, timeout: float | None, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
+    attempts = StreamedAttempts(line, timeout)
     whole: Completion | None = None
     try:
         attempts.issue(call)

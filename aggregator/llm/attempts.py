@@ -19,14 +19,15 @@ from msgspec.structs import replace
 from aggregator import portal
 from aggregator.cassettes.current import tape_here
 from aggregator.cassettes.lineage import current_lineage, current_role
-from aggregator.errors import APIConnectionError, APIStatusError, LLMError, QuotaError, RateLimitError
+from aggregator.checks import check_positive
+from aggregator.errors import APIConnectionError, APIStatusError, ConfigError, LLMError, QuotaError, RateLimitError
 from aggregator.llm import tracing
 from aggregator.llm.budget import ASSUMED_OUTPUT, NOTHING, Amount, Budget, budgets_of, pico, spent_by, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.ledger import Price, Prices, count, find_price, need_price
-from aggregator.llm.limiter import Admission, Limiter, LoopLimiters
+from aggregator.llm.limiter import Admission, Limiter, LoopLimiters, check_limits
 from aggregator.llm.names import Endpoint
-from aggregator.llm.retry import RetryPolicy, was_sent
+from aggregator.llm.retry import RetryPolicy, check_answer, was_sent
 from aggregator.protocols import Transport
 from aggregator.records import Completion, HTTPReply, HTTPRequest, Usage
 
@@ -40,23 +41,36 @@ class Line:
 
     def __init__(
         self,
-        *,
         endpoint: Endpoint,
-        transport: Transport,
-        limits: Mapping[str, Any],
-        policy: RetryPolicy,
+        *,
+        max_attempts: int,
         timeout: float | None,
-        budget: Budget | None,
+        attempt_timeout: float | None,
+        max_concurrency: int,
+        rpm: float | None,
+        tpm: float | None,
         prices: Prices | None,
+        budget: Budget | None,
+        retry: RetryPolicy | None,
+        transport: Transport | None,
         clock: Callable[[], float],
-        sleep: Callable[[float], Awaitable[None]],
-        random: Random,
+        sleep: Callable[[float], Awaitable[None]] | None,
+        random: Random | None,
     ) -> None:
-        self.endpoint, self.transport, self.policy, self.timeout = endpoint, transport, policy, timeout
+        check_positive("max_attempts", max_attempts)
+        for name, seconds in (("timeout", timeout), ("attempt_timeout", attempt_timeout)):
+            if seconds is not None and not seconds > 0:
+                raise ConfigError(f"Expected {name} > 0 seconds or None, got {seconds!r}")
+        check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+        self.endpoint, self.attempt_timeout = endpoint, attempt_timeout
+        self.policy = replace(retry or RetryPolicy(), max_attempts=max_attempts)
         self.budget, self.prices = budget, prices
-        self.clock, self.sleep, self.random = clock, sleep, random
-        is_real = clock is time.monotonic and sleep is asyncio.sleep
-        self.limiter = LoopLimiters(endpoint, limits, time=None if is_real else (clock, sleep))
+        self.transport = transport or _shared_transport()
+        self.clock, self.sleep = clock, sleep or asyncio.sleep
+        self.random = random or Random()  # noqa: S311 - jitter, no secret
+        limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
+        is_real = clock is time.monotonic and sleep is None
+        self.limiter = LoopLimiters(endpoint, limits, time=None if is_real else (clock, self.sleep))
         self.known_price = find_price(endpoint.provider, endpoint.model, prices)  # else when a budget first needs it
 
     def price(self) -> Price:
@@ -75,6 +89,13 @@ class Line:
         return replace(completion, usage=usage, attempts=attempts)
 
 
+def _shared_transport() -> Transport:
+    """Return the process's own; aiohttp is imported here, for clients without a transport of their own."""
+    from aggregator.llm.transport import shared_transport
+
+    return shared_transport()
+
+
 _ONE_CALL = Amount(calls=1)
 _NO_HEADERS: Mapping[str, str] = {}
 
@@ -86,7 +107,7 @@ def _never(error: LLMError) -> object:
 class Attempts:
     """The attempts of one logical call. `issue` it, then `ask`; `leave` whatever happened."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, timeout: float | None) -> None:
         portal.refuse_strays("a call of a model")
         self.line = line
         self.tape: Tape | None = tape_here()
@@ -95,7 +116,8 @@ class Attempts:
         self.budgets = budgets_of(line.budget)
         self._counts_tokens = any(budget.needs_tokens for budget in self.budgets)
         self._started = line.clock()
-        self._deadline = inf if line.timeout is None else self._started + line.timeout
+        self._deadline = inf if timeout is None else self._started + timeout
+        self.share = timeout and timeout / 2  # of one attempt, by default
 
     def remaining(self) -> float:
         """Return the seconds until the deadline, 0 if it has passed."""
@@ -234,7 +256,7 @@ class Attempt:
             await (self.line.sleep(delay) if delay else asyncio.sleep(0))
             return reply
         await self.admit()
-        sending = self.line.transport.send(self.attempts.request, timeout=self.attempts.timeout())
+        sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
         if self.tape is None:
             reply = self.reply = await sending
         else:
@@ -242,6 +264,15 @@ class Attempt:
                 reply = self.reply = await sending
         self.accept(reply.status, reply.headers)
         return reply
+
+    def timeout(self) -> float | None:
+        """Return the seconds that this attempt may take; the last one may take all that is left by default."""
+        left, line = self.attempts.timeout(), self.line
+        if line.attempt_timeout is not None:
+            return line.attempt_timeout if left is None else min(left, line.attempt_timeout)
+        if left is None or self.attempts.share is None or self.number >= line.policy.max_attempts:
+            return left
+        return min(left, self.attempts.share)
 
     def play(self) -> HTTPReply | None:
         """Return the next recorded answer of this call; None to go live."""
@@ -289,8 +320,10 @@ class Attempt:
         return self.complete(codec.decode(reply, self.attempts.call))
 
     def complete(self, completion: Completion) -> Completion:
-        """Keep the answer of this attempt, with its cost."""
+        """Keep the answer of this attempt, with its cost, which counts even if the answer is broken."""
         self.completion = self.line.with_cost(completion, self.number)
+        may_be_empty = self.attempts.call.stop is not None
+        check_answer(self.completion, self.line.endpoint.provider, may_be_empty=may_be_empty)
         return self.completion
 
     def recorded(self, error: BaseException | None) -> tuple[HTTPReply | None, APIConnectionError | None]:
@@ -326,6 +359,8 @@ class Attempt:
         """Return the seconds to wait before the next attempt, None if there is none; teach the limiter."""
         if self._ended_in_record():
             return None
+        if isinstance(error, APIConnectionError):  # the pool's other connections may have died of the same cause
+            self.attempts.request = replace(self.attempts.request, fresh=True)
         line, limiter = self.line, self.attempts.limiter
         wait = line.policy.delay(
             error,

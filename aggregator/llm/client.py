@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from aggregator.checks import check_positive
 from aggregator.errors import ConfigError
 from aggregator.llm.calls import ApiKey, ChatCall
 from aggregator.llm.messages import normalise
@@ -31,10 +30,12 @@ class LLM:
 
     `model` is `provider/model`; None reads Trace's variables (TRACE_LITELLM_MODEL and its kin). A `base_url` of one's
     own gets `api_key`, no default key. `api="responses"` calls OpenAI's Responses API; models that have no other get it
-    by default. `max_attempts` counts all requests of one call, `timeout` all its seconds,
-    waiting and other response formats included. `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for
-    all clients of the same (base_url, key, model) in an event loop, the strictest of them. `budget` may be shared.
-    `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for tests.
+    by default. `max_attempts` counts all requests of one call, `timeout` all its seconds, waiting and other response
+    formats included. `attempt_timeout` are the seconds of one attempt, of a stream those until its next piece; by
+    default half of `timeout`, for the last attempt all that is left. `max_concurrency`, `rpm` and `tpm` (requests,
+    tokens a minute) hold for all clients of the same (base_url, key, model) in an event loop, the strictest of them.
+    `budget` may be shared. `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and
+    `random` are for tests.
 
     Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
     """
@@ -51,6 +52,7 @@ class LLM:
         api: str | None = None,
         max_attempts: int = 3,
         timeout: float | None = 600.0,
+        attempt_timeout: float | None = None,
         max_concurrency: int = 64,
         rpm: float | None = None,
         tpm: float | None = None,
@@ -63,42 +65,36 @@ class LLM:
         sleep: Callable[[float], Awaitable[None]] | None = None,
         random: Random | None = None,
     ) -> None:
-        import asyncio
         import os
-        from random import Random
 
         from aggregator.llm import asking
         from aggregator.llm.attempts import Line
-        from aggregator.llm.limiter import check_limits
         from aggregator.llm.names import resolve
-        from aggregator.llm.retry import RetryPolicy
 
-        check_positive("max_attempts", max_attempts)
-        if timeout is not None and not timeout > 0:
-            raise ConfigError(f"Expected timeout > 0 seconds or None, got {timeout!r}")
-        check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
         self._given: dict[str, Any] = {"model": model, "base_url": base_url, "api_key": api_key, "api": api}
-        endpoint = resolve(**self._given, env=os.environ if env is None else env)
-        self._injected = {"transport": transport, "env": env, "random": random}
-        self._limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
-        self.model = f"{endpoint.provider}/{endpoint.model}"
-        self.endpoint = endpoint
-        self.timeout = timeout
-        self.prices = prices
-        self.budget = budget
+        self._options: dict[str, Any] = {
+            "max_attempts": max_attempts,
+            "timeout": timeout,
+            "attempt_timeout": attempt_timeout,
+            "max_concurrency": max_concurrency,
+            "rpm": rpm,
+            "tpm": tpm,
+            "prices": prices,
+            "retry": retry,
+        }
+        injected: dict[str, Any] = {
+            "budget": budget,
+            "transport": transport,
+            "clock": clock,
+            "sleep": sleep,
+            "random": random,
+        }
+        self._injected = {**injected, "env": env}
+        self.endpoint = resolve(**self._given, env=os.environ if env is None else env)
+        self.model = f"{self.endpoint.provider}/{self.endpoint.model}"
+        self.timeout, self.prices, self.budget = timeout, prices, budget
         self._asking = asking
-        self._line = Line(
-            endpoint=endpoint,
-            transport=_default_transport() if transport is None else transport,
-            limits=self._limits,
-            policy=RetryPolicy(max_attempts=max_attempts) if retry is None else retry.limited(max_attempts),
-            timeout=timeout,
-            budget=budget,
-            prices=prices,
-            clock=clock,
-            sleep=sleep or asyncio.sleep,
-            random=random or Random(),  # noqa: S311 - jitter, no secret
-        )
+        self._line = Line(self.endpoint, **self._options, **injected)
         self._limiters = self._line.limiter.by_loop
 
     def __repr__(self) -> str:
@@ -114,7 +110,7 @@ class LLM:
         """Pickle the settings; raises ConfigError if an argument holds a secret or cannot leave this process."""
         from aggregator.llm.owner import reduce_client
 
-        return reduce_client(self, self._line, self._given, self._injected, self._limits)
+        return reduce_client(self, self._given, self._injected, self._options)
 
     async def complete(
         self,
@@ -221,10 +217,3 @@ class LLM:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
-
-
-def _default_transport() -> Transport:
-    """The process's own; aiohttp is imported here, not with the package."""
-    from aggregator.llm.transport import shared_transport
-
-    return shared_transport()

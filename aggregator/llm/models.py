@@ -25,6 +25,7 @@ from aggregator.llm.codecs.openai import OpenAIChat
 from aggregator.llm.ledger import Prices, count, find_price, need_price
 from aggregator.llm.messages import normalise
 from aggregator.llm.names import split_name
+from aggregator.llm.retry import check_answer
 from aggregator.protocols import ChatModel
 from aggregator.records import Choice, Completion, HTTPReply, Message
 
@@ -104,8 +105,11 @@ class CallableModel:
             await budget.reserve(held)
         spent = held
         try:
-            completion = self._with_cost(as_completion(await self._ask(list(normal), options)))
+            answer = await self._ask(list(normal), options)
+            completion = self._with_cost(as_completion(answer))
             spent = spent_by(completion.usage, held)
+            if not isinstance(answer, str | Completion):
+                check_answer(completion, self.model, may_be_empty=options.get("stop") is not None)
         except Exception as error:
             if shown is not None:
                 shown.fail(error)

@@ -7,7 +7,6 @@ run, without address and without authentication.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -23,7 +22,6 @@ from aggregator.llm.calls import ChatCall, Target
 from aggregator.records import Completion, Role
 
 if TYPE_CHECKING:
-    from aggregator.llm.attempts import Line
     from aggregator.llm.client import LLM
 
 Validate = Callable[[str], Any]
@@ -113,24 +111,22 @@ def pass_calls_to(owner: RemoteOwner) -> None:
 
 # How a client travels to a worker: as its settings.
 
-_DEFAULTS = {"clock": time.monotonic, "sleep": asyncio.sleep}
+_DEFAULTS = {"clock": time.monotonic}
 ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget"} | {
-    f"_{name}" for name in ("given", "injected", "limits", "limiters", "line", "asking")
+    f"_{name}" for name in ("given", "injected", "options", "limiters", "line", "asking")
 }
 
 
 def reduce_client(
-    llm: LLM, line: Line, given: Mapping[str, Any], injected: Mapping[str, Any], options: Mapping[str, Any]
+    llm: LLM, given: Mapping[str, Any], injected: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """Return what `__reduce__` does: the settings, and the attributes that a subclass or a user added.
 
-    `given` are model, base_url, api_key and api, `injected` the arguments for tests, `options` all others. Raises
+    `given` says which model, `injected` are the budget and the arguments for tests, `options` all others. Raises
     ConfigError if an argument holds a secret or cannot leave this process.
     """
-    injected = {**injected, "clock": line.clock, "sleep": line.sleep, "budget": line.budget}
     _check_settings(llm.model, injected, given)
-    policy = {"max_attempts": line.policy.max_attempts, "retry": line.policy, "prices": line.prices}
-    return from_settings, (type(llm), {**given, **options, **policy, "timeout": llm.timeout}), _added(llm)
+    return from_settings, (type(llm), {**given, **options, "timeout": llm.timeout}), _added(llm)
 
 
 def _added(llm: LLM) -> dict[str, Any]:

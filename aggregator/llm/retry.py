@@ -1,4 +1,4 @@
-"""Whether and when a failed attempt is tried again: a pure decision over the error and what the server said.
+"""What is an answer, and whether and when a failed attempt is tried again: pure decisions over what the server said.
 
 Sources of the numbers: the SDKs of OpenAI and Anthropic (0.5 s doubling to 8 s, the retried statuses); the cap on
 Retry-After is OpenAI's, since waiting for what a server names without limit was seen to take minutes.
@@ -7,25 +7,31 @@ Retry-After is OpenAI's, since waiting for what a server names without limit was
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from aggregator.errors import (
     APIConnectionError,
-    DecodeError,
+    BrokenResponseError,
+    ContentFilterError,
     EmptyResponseError,
     LLMError,
     QuotaError,
     RateLimitError,
+    ResponseError,
     ServerError,
+    TooLargeError,
+    TruncatedError,
 )
 from aggregator.llm.codecs.failures import should_retry
+from aggregator.records import Completion
 
 NOT_SENT = "Nothing was sent: "
 """How the message of a failure begins before which no byte of the request had left."""
 
-_TRANSIENT = (APIConnectionError, RateLimitError, ServerError, DecodeError, EmptyResponseError)
+_TRANSIENT = (APIConnectionError, RateLimitError, ServerError, ResponseError)
+_LASTING = (QuotaError, ContentFilterError, TruncatedError, TooLargeError)
 
 
 class RetryPolicy(Struct, frozen=True, kw_only=True):
@@ -35,10 +41,6 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
     first_delay: float = 0.5
     max_delay: float = 8.0
     max_retry_after: float = 120.0
-
-    def limited(self, max_attempts: int) -> RetryPolicy:
-        """Return the same policy with another number of attempts."""
-        return replace(self, max_attempts=max_attempts)
 
     def delay(
         self, error: LLMError, attempt: int, *, remaining: float, random: float, headers: Mapping[str, str] = {}
@@ -68,7 +70,40 @@ def is_transient(error: LLMError, headers: Mapping[str, str] = {}) -> bool:
     said = should_retry(headers) if error.status is not None else None
     if said is not None and not isinstance(error, QuotaError):
         return said
-    return isinstance(error, _TRANSIENT) and not isinstance(error, QuotaError)
+    return isinstance(error, _TRANSIENT) and not isinstance(error, _LASTING)
+
+
+def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = False) -> None:
+    """Raise unless every choice is an answer: a status of 200 and JSON of the right shape are not enough.
+
+    ContentFilterError for a refusal and for content that was withheld, BrokenResponseError for a finish reason that is
+    not known to be good, EmptyResponseError for a stop without any content. `may_be_empty` allows the last, as a call
+    with stop sequences can end at its first token.
+    """
+    for choice in completion.choices:
+        message, word, reason = choice.message, choice.raw_finish_reason, choice.finish_reason
+        is_empty = not (message.content or message.tool_calls or message.other)
+        facts: dict[str, Any] = {"status": 200, "code": word, "request_id": completion.request_id}
+        if message.refusal:
+            raise ContentFilterError(f"{provider} refused: {message.refusal}; change the prompt", **facts)
+        if reason == "error":
+            raise BrokenResponseError(
+                f"Expected a whole answer from {provider}, got one that ended with {word!r} after "
+                f"{len(message.content or '')} characters",
+                text=message.content or "",
+                **facts,
+            )
+        if reason == "content_filter" and is_empty:
+            raise ContentFilterError(
+                f"{provider} withheld the answer ({word}); change the prompt or the filter", **facts
+            )
+        if reason != "length" and is_empty and not may_be_empty:
+            thought = f" beside {len(message.reasoning)} characters of thinking" if message.reasoning else ""
+            raise EmptyResponseError(
+                f"Expected an answer from {provider}, got neither text nor a tool call{thought} "
+                f"(finish reason {word!r})",
+                **facts,
+            )
 
 
 def was_sent(error: LLMError) -> bool:

@@ -7,14 +7,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role
-from aggregator.errors import APIConnectionError, ConfigError, LLMError
+from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
 from aggregator.llm.attempts import Attempt, Attempts
 from aggregator.llm.calls import ChatCall
 from aggregator.records import Completion, HTTPReply
+
+T = TypeVar("T")
 
 
 class Stream:
@@ -137,17 +140,27 @@ class StreamedAttempt(Attempt):
         self._sent_at = perf_counter()
         async with AsyncExitStack() as stack:
             with self.past_tape():
-                opened = await stack.enter_async_context(
-                    self.line.transport.open(self.attempts.request, timeout=self.attempts.timeout())
-                )
+                opening = self.line.transport.open(self.attempts.request, timeout=self.attempts.timeout())
+                opened = await self._in_time(stack.enter_async_context(opening), "the head of its answer")
             self._head = {"status": opened.status, "headers": opened.headers, "reason": opened.reason}
             self.reply = self._so_far()
-            async for piece in opened.pieces():
+            pieces = aiter(opened.pieces())
+            while (piece := await self._in_time(anext(pieces, None), "the next piece of its answer")) is not None:
                 self._body.append(piece)
                 self._chunks.append((len(piece), round((perf_counter() - self._sent_at) * 1e3, 3)))
                 yield piece
         self.reply = self._so_far()
         self.accept(opened.status, opened.headers)
+
+    async def _in_time(self, waiting: Awaitable[T], what: str) -> T:
+        """Return what is waited for; raises APITimeoutError if nothing comes for as long as an attempt may take."""
+        limit = self.timeout()
+        try:
+            async with asyncio.timeout(limit):
+                return await waiting
+        except TimeoutError:
+            host = urlsplit(self.attempts.request.url).hostname
+            raise APITimeoutError(f"{host} did not send {what} within {limit or 0:.3g} s") from None
 
     def _so_far(self) -> HTTPReply:
         return HTTPReply(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import re
+import socket
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from functools import lru_cache
+from inspect import signature
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -25,28 +27,43 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
 from aiohttp.tracing import Trace
 from msgspec import Struct
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError
+from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, TooLargeError
 from aggregator.llm.retry import NOT_SENT
 from aggregator.protocols import StreamedReply, Transport
 from aggregator.records import HTTPReply, HTTPRequest
 
+MAX_BODY = 64 << 20
+"""The most bytes that an answer may have, decompressed; the largest recorded has 4 MB."""
+MAX_HEADER = 1 << 20
+"""The most bytes of one response header; gateways were seen to send policies and cookies of 9 KB."""
+_PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, number
 CONNECT_TIMEOUT = 5.0
 KEEPALIVE_TIMEOUT = 4.0
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-
-_made_connection: ContextVar[bool] = ContextVar("aggregator_made_connection", default=True)
+_TCP = socket.IPPROTO_TCP
+_KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *[(_TCP, getattr(socket, name), value) for name, value in _PROBES.items() if hasattr(socket, name)],
+]
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Tells whether the request at hand had to open a connection or was given a used one."""
+    """Has the system probe connections that are silent, so that one that a NAT or firewall dropped is noticed."""
 
     async def _create_connection(
         self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> ResponseHandler:
-        _made_connection.set(True)
-        return await super()._create_connection(req, traces, timeout)
+        connection = await super()._create_connection(req, traces, timeout)
+        transport = connection.transport
+        own = None if transport is None else transport.get_extra_info("socket")
+        if own is not None:
+            with contextlib.suppress(OSError):  # no TCP, or closed meanwhile
+                for level, option, value in _KEEPALIVE:
+                    own.setsockopt(level, option, value)
+        return connection
 
 
 class _Sessions(Struct):
@@ -57,24 +74,15 @@ class _Sessions(Struct):
     lifetime: AsyncGenerator[None, None]
     proxies: Mapping[str, str]
 
-    def request(self, session: aiohttp.ClientSession, request: HTTPRequest) -> Awaitable[aiohttp.ClientResponse]:
-        """Begin a request on one of the two."""
-        url = _parsed(request.url)
-        return session.request(
-            request.method,
-            url,
-            data=request.body,
-            headers=request.headers,
-            allow_redirects=False,
-            proxy=_proxy(self.proxies, url) if self.proxies else None,
-        )
-
     async def close(self) -> None:
         """Close every connection; one more turn of the loop lets the sockets go."""
         for session in (self.pooled, self.single):
             if session is not None:
                 await session.close()
         await asyncio.sleep(0)
+
+
+_MAX_HEADERS: Any = {"max_headers": 4096} if "max_headers" in signature(aiohttp.ClientSession).parameters else {}
 
 
 class AiohttpTransport(Transport):
@@ -95,16 +103,15 @@ class AiohttpTransport(Transport):
     async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
         """Send one request and return the whole answer.
 
-        A used connection that dies before the first byte of the answer is replaced by a new one, once and at once:
-        the server had closed it while idle and never read the request.
+        It is sent once: a connection that dies before any answer may have delivered it.
         """
         started = perf_counter()
         try:
             async with asyncio.timeout(timeout):
                 response = await self._open(request)
-                body = await response.read()
+                body = await _body(response, request.url)
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
-            raise _failure(error, request.url, timeout) from error
+            raise _failure(error, request.url, timeout) from _stripped(error)
         return HTTPReply(
             status=response.status,
             body=body,
@@ -121,7 +128,7 @@ class AiohttpTransport(Transport):
             async with asyncio.timeout_at(deadline):
                 response = await self._open(request)
         except (aiohttp.ClientError, OSError) as error:
-            raise _failure(error, request.url, timeout) from error
+            raise _failure(error, request.url, timeout) from _stripped(error)
         try:
             yield _Streamed(response, request.url, timeout, deadline)
         finally:
@@ -129,20 +136,25 @@ class AiohttpTransport(Transport):
 
     async def _open(self, request: HTTPRequest) -> aiohttp.ClientResponse:
         sessions = self._loops.get(asyncio.get_running_loop()) or await self._start()
-        _made_connection.set(False)
+        session = sessions.pooled
+        if request.fresh:
+            if sessions.single is None:
+                sessions.single = self._session(force_close=True)
+            session = sessions.single
         try:
-            return await sessions.request(sessions.pooled, request)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            if _made_connection.get() or _has_begun(error):
-                raise
-        except ValueError as error:
+            url = _parsed(request.url)
+            return await session.request(
+                request.method,
+                url,
+                data=request.body,
+                headers=request.headers,
+                allow_redirects=False,
+                proxy=_proxy(sessions.proxies, url) if sessions.proxies else None,
+            )
+        except ValueError:
             if (refusal := _refusal(request)) is not None:
-                raise refusal from error
+                raise refusal from None  # the cause may quote the key
             raise
-        # Not from the pool again: its other connections have died of the same cause.
-        if sessions.single is None:
-            sessions.single = self._session(force_close=True)
-        return await sessions.request(sessions.single, request)
 
     async def _start(self) -> _Sessions:
         """Make this loop's sessions, and tie their life to the loop's."""
@@ -171,6 +183,9 @@ class AiohttpTransport(Transport):
             connector=_Connector(limit=0, force_close=force_close, **keepalive),  # type: ignore[arg-type]
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=self._timeout,
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
+            **_MAX_HEADERS,
         )
 
     async def aclose(self) -> None:
@@ -194,6 +209,29 @@ class AiohttpTransport(Transport):
         await self.aclose()
 
 
+async def _body(response: aiohttp.ClientResponse, url: str) -> bytes:
+    """Return the whole body; raises TooLargeError for one that is too large."""
+    length = response.content_length
+    if length is not None and length <= MAX_BODY and "content-encoding" not in response.headers:
+        return await response.read()
+    pieces, size = [], 0
+    while piece := await response.content.readany():
+        pieces.append(piece)
+        size = _added(size, piece, response, url)
+    return b"".join(pieces)
+
+
+def _added(size: int, piece: bytes, response: aiohttp.ClientResponse, url: str) -> int:
+    """Return the size with one more piece; raises TooLargeError, and ends the answer, beyond the limit."""
+    size += len(piece)
+    if size > MAX_BODY:
+        response.close()
+        raise TooLargeError(
+            f"Expected an answer of at most {MAX_BODY >> 20} MB from {URL(url).host}, got more", status=response.status
+        )
+    return size
+
+
 class _Streamed:
     """A StreamedReply of aiohttp."""
 
@@ -206,20 +244,17 @@ class _Streamed:
         self._response, self._url, self._timeout, self._deadline = response, url, timeout, deadline
 
     async def pieces(self) -> AsyncIterator[bytes]:
+        size = 0
         while True:
             try:
                 async with asyncio.timeout_at(self._deadline):
                     piece = await self._response.content.readany()
             except (aiohttp.ClientError, OSError) as error:
-                raise _failure(error, self._url, self._timeout) from error
+                raise _failure(error, self._url, self._timeout) from _stripped(error)
             if not piece:
                 return
+            size = _added(size, piece, self._response, self._url)
             yield piece
-
-
-def _has_begun(error: aiohttp.ClientError) -> bool:
-    """Tell whether a part of the answer's head had come: then the server has worked on the request."""
-    return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
 
 
 def _refusal(request: HTTPRequest) -> ConfigError | None:
@@ -245,11 +280,14 @@ def _failure(error: Exception, url: str, timeout: float | None) -> Exception:
             return ConfigError(f"Expected an http(s) address as base_url, got {url!r}")
         case aiohttp.ConnectionTimeoutError():
             return APITimeoutError(f"{NOT_SENT}{host} took no connection within {CONNECT_TIMEOUT:g} s")
+        case aiohttp.ClientProxyConnectionError():
+            proxy = f"{error.host}:{error.port}"
+            return APIConnectionError(f"{NOT_SENT}no connection to the proxy {proxy}: {error.strerror or error}")
         case aiohttp.ClientConnectorError():
             return APIConnectionError(f"{NOT_SENT}no connection to {host}:{error.port}: {error.strerror or error}")
         case aiohttp.ClientHttpProxyError():
             return APIConnectionError(f"{NOT_SENT}the proxy refused {host}: {error.status} {_words(error.message)}")
-        case aiohttp.ClientResponseError():  # its repr holds the request's headers, and the key in them
+        case aiohttp.ClientResponseError():
             return APIConnectionError(f"{host} gave an answer that cannot be read: {_words(error.message)}")
         case aiohttp.ClientError():
             return APIConnectionError(f"{host} closed the connection before its answer was whole ({_words(error)})")
@@ -258,6 +296,17 @@ def _failure(error: Exception, url: str, timeout: float | None) -> Exception:
             return APITimeoutError(f"{host} gave no whole answer {limit}")
         case _:
             return APIConnectionError(f"the connection to {host} broke: {error!r}")
+
+
+def _stripped(error: Exception) -> Exception:
+    """Return the error without the request's headers and the proxy's password, which the repr of a cause would show."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        asked, none = error.request_info, CIMultiDictProxy(CIMultiDict[str]())
+        error.request_info = aiohttp.RequestInfo(asked.url, asked.method, none, asked.real_url)
+        error.history = ()
+    if isinstance(error, aiohttp.ClientError):
+        error.args = (str(error),)
+    return error
 
 
 def _words(error: object) -> str:
@@ -270,14 +319,30 @@ def _parsed(url: str) -> URL:
     return URL(url)
 
 
-@lru_cache(maxsize=512)
-def _proxy_of_host(scheme_proxy: str | None, host: str) -> str | None:
-    return None if host in _LOOPBACK or proxy_bypass(host) else scheme_proxy
-
-
 def _proxy(proxies: Mapping[str, str], url: URL) -> str | None:
-    """The proxy of HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY; aiohttp's own way takes a thread per request."""
-    return _proxy_of_host(proxies.get(url.scheme) or proxies.get("all"), url.host or "")
+    """Return the proxy of HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY; aiohttp's own way takes a thread a call."""
+    scheme = url.scheme if proxies.get(url.scheme) else "all"
+    return _proxy_of_host(scheme, proxies.get(scheme), url.host or "")
+
+
+@lru_cache(maxsize=512)
+def _proxy_of_host(scheme: str, proxy: str | None, host: str) -> str | None:
+    """Return the proxy for a host as a URL; raises ConfigError for one that is not an HTTP proxy."""
+    if not proxy or host in _LOOPBACK or proxy_bypass(host):
+        return None
+    address = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        found = URL(address)
+        usable = found.scheme in ("http", "https") and bool(found.host) and found.port != 0
+    except ValueError:
+        usable = False
+    if usable:
+        return address
+    shown = re.sub(r"//.*@", "//***@", proxy)
+    raise ConfigError(
+        f"Expected an HTTP proxy in {scheme.upper()}_PROXY, got {shown!r}. SOCKS is not supported: give the address of "
+        f"an http:// proxy, or add {host} to NO_PROXY"
+    )
 
 
 def _discard(sessions: _Sessions) -> None:

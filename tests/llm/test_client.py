@@ -181,7 +181,7 @@ async def test_one_deadline_for_the_whole_call() -> None:
     time = VirtualTime()
     transport = ScriptedTransport(failure(503, headers={"retry-after": "4"}))
     with pytest.raises(ServerError) as caught:
-        await client(transport, time, timeout=10.0).complete(QUESTION)
+        await client(transport, time, timeout=10.0, attempt_timeout=10.0).complete(QUESTION)
     assert transport.timeouts == [10.0, 6.0, 2.0]
     assert caught.value.attempts == 3
 

@@ -25,11 +25,12 @@ from llm_fakes import (
     read_request,
     serving,
 )
+from msgspec.structs import replace
 
-from aggregator import LLM, cassette
+from aggregator import LLM, Budget, cassette
 from aggregator.errors import APIConnectionError, APITimeoutError, BadRequestError, ServerError
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.retry import was_sent
+from aggregator.llm.retry import RetryPolicy, was_sent
 from aggregator.llm.transport import AiohttpTransport, shared_transport
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
@@ -70,7 +71,7 @@ def test_the_defaults_of_connections() -> None:
 async def test_a_call_may_take_ten_minutes() -> None:
     """600 s for the whole call, as the SDKs have it, unless `timeout` says otherwise."""
     transport = ScriptedTransport(answer())
-    await client(transport).complete(QUESTION)
+    await client(transport, max_attempts=1).complete(QUESTION)
     assert transport.timeouts == [600.0]
 
 
@@ -125,17 +126,31 @@ def dying(second: bytes = b"") -> tuple[Callable[..., Awaitable[None]], list[Non
     return handle, requests
 
 
-@pytest.mark.requirement("client 2: outside of the attempts")
-async def test_a_dead_connection_is_no_attempt() -> None:
-    """The one attempt of a call is not used up by a connection that the server had closed before."""
+@pytest.mark.requirement("client 2: counted as an attempt")
+async def test_a_request_on_a_dead_connection_was_sent_twice_uncounted() -> None:
+    """The server may have worked on it: what is sent again is another attempt, in attempts and budget alike."""
     handle, requests = dying()
-    async with serving(handle) as url, LLM("dead", base_url=url, max_attempts=1) as llm:
+    budget = Budget(calls=100)
+    async with serving(handle) as url, LLM("dead", base_url=url, max_attempts=1, budget=budget) as llm:
+        await llm.complete("Hello")
+        with pytest.raises(APIConnectionError) as caught:
+            await llm.complete("Hello")
+        assert caught.value.attempts == 1
+        assert (budget.spent.calls, len(requests)) == (2, 2)
+
+
+async def test_a_call_on_a_dead_connection_succeeds_in_its_next_attempt() -> None:
+    """With attempts left the call is answered, over a new connection."""
+    handle, requests = dying()
+    budget = Budget(calls=100)
+    policy = RetryPolicy(first_delay=0.001)
+    async with serving(handle) as url, LLM("dead", base_url=url, max_attempts=2, budget=budget, retry=policy) as llm:
         found = [await llm.complete("Hello") for _ in range(3)]
-    assert [completion.attempts for completion in found] == [1, 1, 1]
-    assert len(requests) == 4
+    assert [completion.attempts for completion in found] == [1, 2, 1]
+    assert budget.spent.calls == len(requests) == 4
 
 
-@pytest.mark.requirement("client 2: a used connection that is dead is replaced at once")
+@pytest.mark.requirement("client 2: sent once, the next attempt over a new connection")
 async def test_the_replacement_is_not_taken_from_the_pool() -> None:
     """Where one idle connection has died, the others have too: a call that met one must not meet a second."""
     handle, _ = dying()
@@ -144,7 +159,7 @@ async def test_the_replacement_is_not_taken_from_the_pool() -> None:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(5):
                 tasks.create_task(transport.send(request))
-        assert (await transport.send(request)).status == 200
+        assert (await transport.send(replace(request, fresh=True))).status == 200
 
 
 @pytest.mark.requirement("client 2: nor one whose answer has begun")
@@ -222,7 +237,15 @@ async def test_other_forms_share_the_deadline() -> None:
         time.now += 4.0
 
     transport = ScriptedTransport(failure(400), latency=latency)
-    llm = LLM("m", base_url=BASE_URL, transport=transport, clock=time.clock, sleep=time.sleep, timeout=10.0)
+    llm = LLM(
+        "m",
+        base_url=BASE_URL,
+        transport=transport,
+        clock=time.clock,
+        sleep=time.sleep,
+        timeout=10.0,
+        attempt_timeout=10.0,
+    )
     with pytest.raises(BadRequestError):
         await llm.complete(QUESTION, response_format={"type": "object", "properties": {}})
     assert transport.timeouts == [10.0, 6.0, 2.0]

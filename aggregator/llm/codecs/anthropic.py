@@ -212,6 +212,7 @@ class AnthropicMessages(JSONCodec[Answer]):
         """Turn a parsed message into a Completion."""
         content = reasoning = source = None
         calls: list[ToolCall] = []
+        other: dict[str, None] = {}
         for block in self._content(answer, reply):
             if block.type == "text" and isinstance(block.text, str):
                 content = (content or "") + block.text
@@ -221,8 +222,17 @@ class AnthropicMessages(JSONCodec[Answer]):
                 source = answer.body if isinstance(answer, _Built) else reply.body
                 if block.type == "thinking" and isinstance(block.thinking, str):
                     reasoning = (reasoning or "") + block.thinking
+                elif block.type not in ("thinking", "redacted_thinking"):
+                    other[str(block.type)] = None
         choice = Choice(
-            message=Message(content=content, reasoning=reasoning, tool_calls=tuple(calls), source=source),
+            message=Message(
+                content=content,
+                reasoning=reasoning,
+                tool_calls=tuple(calls),
+                refusal="the answer was stopped" if answer.stop_reason == "refusal" else None,
+                source=source,
+                other=tuple(other),
+            ),
             finish_reason=self.finish_reason(answer.stop_reason),
             raw_finish_reason=answer.stop_reason,
         )

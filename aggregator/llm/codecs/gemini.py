@@ -43,6 +43,13 @@ class _Part(Struct, gc=False):
     thought: Any = None
     functionCall: _Call | None = None  # noqa: N815 - the API's own names here and below
     thoughtSignature: str | None = None  # noqa: N815
+    inlineData: msgspec.Raw = msgspec.Raw()  # noqa: N815
+    fileData: msgspec.Raw = msgspec.Raw()  # noqa: N815
+    executableCode: msgspec.Raw = msgspec.Raw()  # noqa: N815
+    codeExecutionResult: msgspec.Raw = msgspec.Raw()  # noqa: N815
+
+
+_OTHER = ("inlineData", "fileData", "executableCode", "codeExecutionResult")
 
 
 class _Content(Struct, gc=False):
@@ -215,6 +222,7 @@ class GeminiGenerate(JSONCodec[Answer]):
                 content="".join(texts) if texts else None,
                 reasoning="".join(thoughts) if thoughts else None,
                 tool_calls=calls,
+                other=tuple([kind for kind in _OTHER if any(getattr(part, kind) for part in parts)]),
             ),
             finish_reason=self.finish_reason(_NUMBERS.get(word, "OTHER") if isinstance(word, int) else word),
             raw_finish_reason=None if word is None else str(word),

@@ -48,6 +48,8 @@ class WireMessage(Struct, gc=False):
     reasoning_details: list[Any] | None = None
     refusal: str | None = None
     function_call: WireFunction | None = None
+    audio: Any = None
+    images: Any = None
 
 
 class WireChoice(Struct, gc=False):
@@ -108,8 +110,9 @@ def message_of(message: WireMessage) -> Message:
     calls = _calls(message) if message.tool_calls or message.function_call else ()
     thinks = message.reasoning_content or message.reasoning or message.reasoning_details
     plain = content is None or (type(content) is str and (not content or content[0] not in BEFORE_THINKING))
+    other = other_kinds(message)
     if plain and not thinks:  # nearly every answer
-        return Message(content=content, tool_calls=calls, refusal=message.refusal or None)
+        return Message(content=content, tool_calls=calls, refusal=message.refusal or None, other=other)
     thoughts = [reasoning_text(message)] if thinks else []
     if content is not None and not isinstance(content, str):
         content, more = text_and_thoughts(content)
@@ -122,7 +125,18 @@ def message_of(message: WireMessage) -> Message:
         reasoning="".join(thoughts) or None,
         tool_calls=calls,
         refusal=message.refusal or None,
+        other=other,
     )
+
+
+def other_kinds(message: WireMessage) -> tuple[str, ...]:
+    """Return the kinds of content that are neither text nor thinking: audio, images, parts of other types."""
+    kinds = ["audio"] if message.audio else []
+    kinds += ["image"] if message.images else []
+    if isinstance(message.content, list):
+        types = [str(part.get("type")) for part in message.content if isinstance(part, dict)]
+        kinds += [kind for kind in types if kind not in ("text", "thinking", "reasoning", "output_text", "None")]
+    return tuple(dict.fromkeys(kinds))
 
 
 def text_and_thoughts(content: Any) -> tuple[str, list[str]]:

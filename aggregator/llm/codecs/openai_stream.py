@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct, field
 
 from aggregator.llm.calls import ChatCall
@@ -32,6 +34,8 @@ class _Growing(Struct):
     refusal: list[str] = field(default_factory=list)
     calls: list[WireToolCall] = field(default_factory=list)
     function: WireFunction | None = None
+    audio: Any = None
+    images: Any = None
     finish_reason: str | None = None
 
 
@@ -78,6 +82,7 @@ class ChatStream(EventReader):
         if delta is None:
             return self._text(index, growing, choice.text or "")
         growing.reasoning.append(reasoning_text(delta))
+        growing.audio, growing.images = growing.audio or delta.audio, growing.images or delta.images
         if delta.refusal:
             growing.refusal.append(delta.refusal)
         for piece in delta.tool_calls or ():
@@ -136,5 +141,7 @@ def _whole(index: int, choice: _Growing) -> WireChoice:
         reasoning="".join(choice.reasoning) or None,
         refusal="".join(choice.refusal) or None,
         function_call=choice.function,
+        audio=choice.audio,
+        images=choice.images,
     )
     return WireChoice(message=message, finish_reason=choice.finish_reason, index=index)

@@ -1,0 +1,204 @@
+"""A world that misbehaves: stalls, dead connections, bombs, proxies, headers without end."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import socket
+from typing import Any
+
+import pytest
+from llm_fakes import QUESTION, answer, raw, read_request, serving
+
+from aggregator import LLM, Budget
+from aggregator.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    ConfigError,
+    LLMError,
+    TooLargeError,
+)
+from aggregator.llm.retry import RetryPolicy
+from aggregator.llm.transport import MAX_BODY, AiohttpTransport
+from aggregator.records import HTTPReply
+
+AT_ONCE = RetryPolicy(first_delay=0.001)
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+DELTA = b'data: {"choices": [{"index": 0, "delta": {"content": "hel"}}]}\n\n'
+REST = b'data: {"choices": [{"index": 0, "delta": {"content": "lo"}, "finish_reason": "stop"}]}\n\n'
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+class Server:
+    """Answers each request by the next of its steps, the last for ever: bytes, or None to send nothing more."""
+
+    def __init__(self, *steps: list[bytes | None]) -> None:
+        self.steps = steps
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (request := await read_request(reader)) is not None:
+            self.requests.append(request)
+            for piece in self.steps[min(len(self.requests), len(self.steps)) - 1]:
+                if piece is None:
+                    await asyncio.sleep(60)
+                else:
+                    writer.write(piece)
+                    await writer.drain()
+
+
+def client(url: str, **options: Any) -> LLM:
+    return LLM("m", base_url=url, api_key="a-key-of-the-user", retry=AT_ONCE, transport=AiohttpTransport(), **options)
+
+
+async def test_a_stalled_attempt_ate_the_whole_deadline() -> None:
+    """With the defaults an attempt takes at most half of the deadline, so that another one fits."""
+    server, budget = Server([None], [raw(answer())]), Budget(calls=10)
+    async with serving(server) as url, client(url, timeout=1.0, budget=budget) as llm:
+        assert (await llm.complete(QUESTION)).attempts == 2
+    assert budget.spent.calls == len(server.requests) == 2
+
+
+async def test_a_limit_for_each_attempt() -> None:
+    """`attempt_timeout` ends each stalled attempt; what was sent is counted as it was reserved."""
+    server, budget = Server([None]), Budget(tokens=1_000_000)
+    async with serving(server) as url, client(url, attempt_timeout=0.1, budget=budget) as llm:
+        with pytest.raises(APITimeoutError, match="within 0.1 s") as caught:
+            await llm.complete(QUESTION, max_tokens=10)
+    assert (caught.value.attempts, len(server.requests), budget.spent.calls) == (3, 3, 3)
+    assert budget.spent.tokens >= 3 * 10
+
+
+async def test_the_last_attempt_may_take_all_that_is_left() -> None:
+    """With one attempt there is nothing to keep time for."""
+    server = Server([None])
+    async with serving(server) as url, client(url, timeout=0.2, max_attempts=1) as llm:
+        with pytest.raises(APITimeoutError, match="within 0.2 s"):
+            await llm.complete(QUESTION)
+
+
+@pytest.mark.parametrize("stalled", [[None], [STREAM, None]], ids=["no head", "no piece"])
+async def test_a_stream_that_stalls_before_its_first_piece(stalled: list[bytes | None]) -> None:
+    """Nothing of it was used, so it is asked for again."""
+    server = Server(stalled, [STREAM, chunk(DELTA), chunk(REST), b"0\r\n\r\n"])
+    async with serving(server) as url, client(url, attempt_timeout=0.2) as llm:
+        assert [delta async for delta in llm.stream(QUESTION)] == ["hel", "lo"]
+    assert len(server.requests) == 2
+
+
+async def test_a_stream_that_stalled_waited_for_the_deadline() -> None:
+    """A stream may take long as long as it goes on; one that stands still ends after `attempt_timeout`."""
+    server = Server([STREAM, chunk(DELTA), None])
+    read: list[str] = []
+    async with serving(server) as url, client(url, attempt_timeout=0.2) as llm:
+
+        async def read_on() -> None:
+            async for delta in llm.stream(QUESTION):
+                read.append(delta)  # noqa: PERF401 - what came before the error counts
+
+        with pytest.raises(APITimeoutError, match="did not send the next piece of its answer within 0.2 s"):
+            await read_on()
+    assert (read, len(server.requests)) == (["hel"], 1)
+
+
+async def test_a_stream_that_goes_on_is_longer_than_an_attempt() -> None:
+    """The limit is for each piece, not for all of them."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(STREAM)
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            writer.write(chunk(DELTA))
+        writer.write(chunk(REST) + b"0\r\n\r\n")
+        await writer.drain()
+
+    async with serving(handle) as url, client(url, attempt_timeout=0.4) as llm:
+        assert len([delta async for delta in llm.stream(QUESTION)]) == 7
+
+
+async def test_silent_connections_were_never_probed() -> None:
+    """The system's keepalive finds a connection that a NAT dropped, long before the deadline."""
+    async with serving(Server([raw(answer())])) as url, client(url) as llm:
+        await llm.complete(QUESTION)
+        transport = llm._line.transport
+        assert isinstance(transport, AiohttpTransport)
+        connector: Any = transport._loops[asyncio.get_running_loop()].pooled.connector
+        (kept,) = [entry[0] for entries in connector._conns.values() for entry in entries]
+        own = kept.transport.get_extra_info("socket")
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-security-policy": "x" * 9_000}, {"set-cookie": "x" * 200_000}, {f"x-{i}": "y" for i in range(500)}],
+    ids=["9 kB", "200 kB", "500 headers"],
+)
+async def test_long_headers_were_refused_after_three_paid_requests(headers: dict[str, str]) -> None:
+    """Policies and cookies of a gateway do not make an answer unreadable."""
+    server = Server([raw(answer("hello", headers=headers))])
+    async with serving(server) as url, client(url) as llm:
+        assert (await llm.complete(QUESTION)).text == "hello"
+        assert len(server.requests) == 1
+
+
+def bomb(size: int) -> bytes:
+    body = gzip.compress(b" " * size)
+    return raw(HTTPReply(status=200, body=body, headers={"content-encoding": "gzip"}))
+
+
+async def test_an_answer_without_end_was_read_to_its_end() -> None:
+    """An answer has a largest size, as sent and decompressed; one beyond it is not asked for again."""
+    server = Server([bomb(MAX_BODY + 1)])
+    async with serving(server) as url, client(url) as llm:
+        with pytest.raises(TooLargeError, match="at most 64 MB"):
+            await llm.complete(QUESTION)
+        with pytest.raises(TooLargeError, match="at most 64 MB"):
+            _ = [delta async for delta in llm.stream(QUESTION)]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "socks5h://u:secret@proxy:1080", "socks://x", "ftp://x"])
+async def test_a_socks_proxy_was_sent_plain_http(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no HTTP proxy is refused by its name, and nothing is sent to it."""
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.delenv("HTTP_PROXY", raising=False)
+    async with client("http://api.acme.test/v1") as llm:
+        with pytest.raises(ConfigError, match=r"Expected an HTTP proxy in ALL_PROXY, got '.*SOCKS") as caught:
+            await llm.complete(QUESTION)
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_proxy_without_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`HTTP_PROXY=host:port` is an HTTP proxy, as every other client takes it."""
+    server = Server([raw(answer("by way of the proxy"))])
+    async with serving(server) as url:
+        monkeypatch.setenv("HTTP_PROXY", url.removeprefix("http://").removesuffix("/v1"))
+        async with client("http://api.acme.test/v1") as llm:
+            assert (await llm.complete(QUESTION)).text == "by way of the proxy"
+    assert server.requests[0][0].startswith("POST http://api.acme.test/v1/chat/completions")
+
+
+async def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API's host is not blamed for a proxy that takes no connection."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    async with client("http://api.acme.test/v1", max_attempts=1) as llm:
+        with pytest.raises(APIConnectionError, match="no connection to the proxy 127.0.0.1:9"):
+            await llm.complete(QUESTION)
+
+
+@pytest.mark.parametrize("page", [b"NOT HTTP AT ALL\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n"])
+async def test_the_key_stood_in_the_cause_of_an_error(page: bytes) -> None:
+    """Neither message nor repr of an error, nor of what caused it, holds the key."""
+    async with serving(Server([page])) as url, client(url) as llm:
+        with pytest.raises(LLMError) as caught:
+            await llm.complete(QUESTION)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "a-key-of-the-user" not in f"{error!s} {error!r} {vars(error)!r}"
+        error = error.__cause__ or error.__context__
