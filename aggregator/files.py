@@ -28,8 +28,8 @@ def make_folder(path: Path, *, private: bool = True) -> None:
 
 
 def open_file(path: Path, flags: int, *, private: bool = True) -> int:
-    """Open a file by the flags of `os.open`; one that is created gets the permissions 0600."""
-    return os.open(path, flags, PRIVATE_FILE if private else 0o666)
+    """Open a file by the flags of `os.open`, and as bytes; one that is created gets the permissions 0600."""
+    return os.open(path, flags | getattr(os, "O_BINARY", 0), PRIVATE_FILE if private else 0o666)
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writer: bool = False) -> None:
@@ -47,7 +47,7 @@ def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writ
     with suppress(FileNotFoundError):
         os.unlink(temporary)  # noqa: PTH108 - left by a process that was killed
     try:
-        file = open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), private=private)
+        file = open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, private=private)
         with os.fdopen(file, "wb") as stream:
             stream.write(data)
             stream.flush()

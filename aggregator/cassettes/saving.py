@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -108,6 +109,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         """Take the lock; raises CassetteLockedError naming the process that holds it."""
         self._path = path.with_name(f"{path.name}.lock")
+        self._process = os.getpid()
         try:
             make_folder(path.parent)
             self._file = self._take(path)
@@ -143,8 +145,18 @@ class FileLock:
             return False
 
     def release(self) -> None:
-        """Remove the lock; a second call does nothing."""
-        if self._file >= 0:
-            self._path.unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = -1
+        """Remove the lock; a second call does nothing, and one in a forked process neither.
+
+        It is closed before it is unlinked: Windows unlinks no open file. So that nobody takes it in between and loses
+        it, it gives up its name first.
+        """
+        if self._file < 0 or os.getpid() != self._process:
+            return
+        gone = self._path
+        if fcntl is not None:
+            gone = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+            with suppress(FileNotFoundError):
+                self._path.replace(gone)
+        os.close(self._file)
+        self._file = -1
+        gone.unlink(missing_ok=True)

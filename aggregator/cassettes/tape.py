@@ -7,6 +7,7 @@ a 200), error statuses and failed connections included. No function here awaits.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
@@ -67,6 +68,7 @@ class Tape:
         self._counts_later = sink is not None and not rows and rules.faults is None
         self._uncounted: list[Slot] = []
         self._orders: dict[str, int] = {}
+        self._process = os.getpid()
         self._events = count()
         self._answered: list[Slot] = []
         self._lock = threading.Lock()
@@ -177,9 +179,18 @@ class Tape:
         return None
 
     def refuse_if_closed(self) -> None:
-        """Raise CassetteError where a call would go live that the tape was open for when its task began."""
+        """Raise CassetteError where a call would go live and could not be recorded: later, or in a forked process."""
         if self._closed:
             raise CassetteError(self._too_late("a call"))
+        self._refuse_elsewhere()
+
+    def _refuse_elsewhere(self) -> None:
+        """Raise CassetteError in a forked process: the file and its lock belong to the one that opened them."""
+        if os.getpid() != self._process:
+            raise CassetteError(
+                f"Expected calls of the process that opened {self.name} ({self._process}), got one of process "
+                f"{os.getpid()}, which was forked from it; open a cassette of its own there"
+            )
 
     def _next_fault(self, slot: Slot) -> HTTPReply | None:
         faults = self._faults
@@ -236,6 +247,7 @@ class Tape:
         """
         if self._writer is None:
             raise CassetteError(f"expected a tape that records, got one that only plays ({self.name})")
+        self._refuse_elsewhere()
         slot.answered = next(self._events)
         entry = Entry(slot, reply, usage, model, None if failure is None else _told(failure))
         slot.attempt += 1
@@ -245,7 +257,7 @@ class Tape:
 
     def flush(self) -> None:
         """Write what was handed in; what comes after the tape was closed is refused, as the file is finished."""
-        if self._writer is None:
+        if self._writer is None or os.getpid() != self._process:
             return
         with self._lock:
             if self._closed:
@@ -294,8 +306,11 @@ class Tape:
     def close(self, *, warn: bool = True) -> None:
         """Finish the file and raise what agent code may have hidden: a leak, a full disk, a miss. Once only.
 
-        Without `warn`, as after an error, what stayed unplayed stands in the report alone.
+        Without `warn`, as after an error, what stayed unplayed stands in the report alone. In a forked process nothing
+        is done.
         """
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if self._closed:
                 return
