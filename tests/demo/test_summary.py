@@ -94,5 +94,6 @@ def test_bars_need_no_unicode() -> None:
 def test_diff_is_colored_in_terminals(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
     """Added lines are green and removed ones red, in a terminal, without NO_COLOR."""
     monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
     text = summary(outcome(), Path("out"), Terminal())
     assert ("\x1b[31m  - c\x1b[0m" in text and "\x1b[32m  + b\x1b[0m" in text) is painted
