@@ -1,4 +1,4 @@
-# What editors and type checkers see of the package: the table of __init__.py as imports. A test compares the two.
+# What editors and type checkers see of the package: its table as imports. A test compares the two.
 
 from aggregator.adapters.agents import as_agent as as_agent
 from aggregator.agents.bundles import bundle as bundle

@@ -1,4 +1,4 @@
-# What editors and type checkers see: the table of providers.py as imports. A test compares the two.
+# What editors and type checkers see of `aggregator.providers`: its table as imports. A test compares the two.
 
 from aggregator.llm.calls import ChatCall as ChatCall
 from aggregator.llm.calls import Codec as Codec

@@ -6,17 +6,18 @@ every project.
 
 from __future__ import annotations
 
-__all__ = ["FakeTransport", "ScriptedModel", "error_reply", "stream_reply", "suggestion", "text_reply"]
+from aggregator import _face
 
+_HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.testing.fakes": (
+        "FakeTransport",
+        "ScriptedModel",
+        "error_reply",
+        "stream_reply",
+        "suggestion",
+        "text_reply",
+    ),
+}
 
-def __getattr__(name: str) -> object:
-    """Load a fake on its first use."""
-    if name not in __all__:
-        raise AttributeError(f"module 'aggregator.testing' has no attribute {name!r}")
-    from aggregator.testing import fakes
-
-    return getattr(fakes, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _face(__name__, _HOMES)
+__all__ = sorted(name for names in _HOMES.values() for name in names)  # noqa: PLE0605 - the table's

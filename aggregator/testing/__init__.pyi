@@ -1,4 +1,4 @@
-# What editors and type checkers see: the names of `__init__.py`. A test compares the two.
+# What editors and type checkers see of `aggregator.testing`: its table as imports. A test compares the two.
 
 from aggregator.testing.fakes import FakeTransport as FakeTransport
 from aggregator.testing.fakes import ScriptedModel as ScriptedModel
