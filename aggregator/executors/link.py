@@ -81,16 +81,17 @@ class Checked(Struct, frozen=True, tag=True):
 
 
 class Done(Struct, frozen=True, tag=True):
-    """The rollout, pickled, and the usage of calls that the owner did not answer, by role."""
+    """The rollout, pickled, and the usage of calls that the owner did not answer, with the role of each."""
 
     rollout: bytes
     usage: list[tuple[str, Usage]]
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """The task ended with an error that ends the run, pickled."""
+    """The task ended with an error that ends the run, pickled, and with such usage."""
 
     error: bytes
+    usage: list[tuple[str, Usage]]
 
 
 ToWorker = Load | Run | Cancel | Answer | Check

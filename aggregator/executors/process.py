@@ -7,6 +7,7 @@ cassette, budget, limits, keys and ledger are those of this process. See `link.p
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import signal
@@ -109,10 +110,10 @@ class ProcessExecutor:
                 if outcome is None:  # it has ended, or has not stopped what was cancelled
                     worker.kill()
                 self._pool.put_back(worker)
+            for role, usage in outcome.usage if outcome is not None else ():
+                count(role, usage)
             match outcome:
                 case link.Done():
-                    for role, usage in outcome.usage:
-                        count(role, usage)
                     return self._cargo.rollout(outcome.rollout, task)
                 case link.Failed():
                     raise load_error(outcome.error)
@@ -157,6 +158,7 @@ class _Cargo:
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
         self.loads: list[link.Load] = []
+        self._lock = threading.Lock()
         self._objects: list[Any] = []
         self._parameters: dict[int, Reference] = {}  # by id; the agents above keep them alive
         self._made: dict[bytes, LLM] = {}
@@ -164,8 +166,9 @@ class _Cargo:
     def pack(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[tuple[RolloutTask, link.Run]]:
         """Return a message for each task; raises ConfigError for what does not pickle."""
         remedy = f"give it plain attributes and importable functions, {_LOCAL}"
-        self._add(work.agent, "an agent", remedy)
-        self._add(work.guide, "a guide", remedy)
+        with self._lock:  # several loops may share an executor
+            self._add(work.agent, "an agent", remedy)
+            self._add(work.guide, "a guide", remedy)
         packed = dumps(work, self._refer, "the work of an executor", remedy)
         values = {name: one.data for name, one in parameters_of(work.agent).items() if one.trainable}
         path, role, jobs = current_lineage(), current_role(), []
@@ -320,16 +323,10 @@ class _Worker:
     """One worker process, and this end of the socket to it."""
 
     def __init__(self) -> None:
-        try:
-            setting = spawn.get_preparation_data("aggregator-worker")
-        except RuntimeError as error:  # a worker imports a main module without a guard
-            raise ConfigError(
-                'Expected the start of the training under `if __name__ == "__main__":`, got it at the top level of the '
-                "main module, which worker processes import"
-            ) from error
-        setting.pop("authkey", None)
+        self.setting: bytes | None = _setting()
+        self.loaded = 0
         self.end, theirs = socket.socketpair()
-        path = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109 - as text
+        path = [os.fspath(entry) or os.getcwd() for entry in sys.path]  # noqa: PTH109 - as text
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # noqa: SLF001 - as multiprocessing
         with theirs:
             try:
@@ -342,19 +339,23 @@ class _Worker:
             except OSError as error:
                 self.end.close()
                 raise ConfigError(f"Expected a worker process to start, got {error}") from error
-        self.setting: bytes | None = pickle.dumps(setting)
-        self.loaded = 0
 
     def is_alive(self) -> bool:
-        """Return False once the process has ended."""
-        return self.process.poll() is None
+        """Return False once the process has ended; it is not waited for, so that its number stays its own."""
+        if self.process.returncode is not None or not hasattr(os, "waitid"):
+            return self.process.poll() is None
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:  # the application ignores SIGCHLD: the system has collected it
+            return False
 
     def kill(self) -> None:
         """End the process and all that it started, now."""
         self.hang_up()
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def hang_up(self) -> None:
         """Close the socket, for a forked process that holds a copy of it too: the worker ends."""
@@ -368,6 +369,23 @@ class _Worker:
         if code is None or code >= 0:
             return f"ended with exit code {code}"
         return f"was ended by {signal.Signals(-code).name}"
+
+
+def _setting() -> bytes:
+    """Return what `multiprocessing` passes to a spawned process, as bytes; raises ConfigError within such a process."""
+    method: str | None = multiprocessing.get_start_method(allow_none=True)
+    try:
+        data = spawn.get_preparation_data("aggregator-worker")
+    except RuntimeError as error:  # a worker imports a main module without a guard
+        raise ConfigError(
+            'Expected the start of the training under `if __name__ == "__main__":`, got it at the top level of the '
+            "main module, which worker processes import"
+        ) from error
+    data.pop("authkey", None)
+    if method is None:  # asking for it has chosen one: the application may still choose another
+        multiprocessing.set_start_method(None, force=True)
+        data.pop("start_method", None)
+    return pickle.dumps(data)
 
 
 class _Pool:

@@ -28,7 +28,7 @@ from aggregator.llm.client import LLM
 from aggregator.llm.ledger import collecting
 from aggregator.llm.messages import normalise
 from aggregator.llm.owner import Call, Validate, make_stand_in, pass_calls_to
-from aggregator.records import Completion
+from aggregator.records import Completion, Usage
 
 LAST_SECONDS = 5.0
 """How long the exit hooks of a worker may take once the other end has closed the socket."""
@@ -124,26 +124,24 @@ class Worker:
                 ConfigError(
                     f"Expected an agent, a guide and samples that a worker process can load, got {kind}: {error}; "
                     "define their classes in a module that can be imported, or use the local executor"
-                )
+                ),
+                [],
             )
             return
         self._link.send(link.Started())
         await self._link.flush()  # the agent may end this process
-        try:
-            with portal.carrying(), lineage_at(message.lineage, message.role), collecting() as ledger:
-                rollout = await work(task)
-            remedy = "return plain data from the agent, or use the local executor"
-            rollout = replace(rollout, handle=None)  # the adapter's own, of use where the agent ran only
-            data = dumps(rollout, self._refer, f"a rollout of instance {rollout.sample_id}", remedy)
-        except BaseException as error:
-            self._fail(error)
-            if not isinstance(error, Exception | asyncio.CancelledError):
-                raise
-        else:
-            self._link.send(link.Done(data, ledger.entries()))
+        with portal.carrying(), lineage_at(message.lineage, message.role), collecting() as ledger:
+            try:
+                rollout = replace(await work(task), handle=None)  # the adapter's own, of use where the agent ran only
+                what = f"a rollout of instance {rollout.sample_id}"
+                data = dumps(rollout, self._refer, what, "return plain data from the agent, or use the local executor")
+            except BaseException as error:  # noqa: BLE001 - it is raised where the run is
+                self._fail(error, ledger.entries())
+            else:
+                self._link.send(link.Done(data, ledger.entries()))
 
-    def _fail(self, error: BaseException) -> None:
-        self._link.send(link.Failed(dump_error(error, note="raised in a worker process")))
+    def _fail(self, error: BaseException, usage: list[tuple[str, Usage]]) -> None:
+        self._link.send(link.Failed(dump_error(error, note="raised in a worker process"), usage))
 
     def _check(self, message: link.Check) -> bytes | None:
         validate = self._pending[message.number][1] if message.number in self._pending else None

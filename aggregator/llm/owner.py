@@ -8,6 +8,7 @@ run, without address and without authentication.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -50,14 +51,16 @@ class Owner:
 
     def __init__(self) -> None:
         self._models: list[Any] = []
+        self._lock = threading.Lock()
 
     def number_of(self, model: Any) -> int:
         """Return the number of a model, a new one for a model that is not known yet."""
-        for number, known in enumerate(self._models):
-            if known is model:
-                return number
-        self._models.append(model)
-        return len(self._models) - 1
+        with self._lock:
+            for number, known in enumerate(self._models):
+                if known is model:
+                    return number
+            self._models.append(model)
+            return len(self._models) - 1
 
     def model(self, number: int) -> Any:
         """Return a model by its number."""

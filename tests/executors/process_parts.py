@@ -16,8 +16,9 @@ import msgspec
 
 from aggregator import LLM, Module, ParameterNode, bundle
 from aggregator.errors import AggregatorError, ConfigError
+from aggregator.llm.ledger import count
 from aggregator.protocols import Transport
-from aggregator.records import HTTPReply, HTTPRequest, Rollout, RolloutTask, Sample
+from aggregator.records import HTTPReply, HTTPRequest, Rollout, RolloutTask, Sample, Usage
 
 BASE_URL = "http://127.0.0.1:9/v1"
 
@@ -156,7 +157,7 @@ class Odd(Module):
         self.notes = notes
         self.amount = ParameterNode(1)
 
-    async def forward(self, x: str) -> Any:
+    async def forward(self, x: str) -> Any:  # noqa: C901 - one thing after the other
         match x:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -171,6 +172,8 @@ class Odd(Module):
                 await asyncio.sleep(3600)
             case "lock":
                 return threading.Lock()
+            case "interrupt":
+                raise KeyboardInterrupt
             case "raise":
                 raise TwoArgumentsError("one", 2)
             case "sleep":
@@ -237,6 +240,9 @@ class Raising:
             raise StrangeError(threading.Lock())
         if kind == "two":
             raise TwoArgumentsError("one", 2)
+        if kind == "counts":
+            count("guide", Usage(input_tokens=3, cost=0.1))
+            raise AggregatorError("counted")
         if kind == "own":
             raise AggregatorError(f"number {task.sample.id}")
         return Rollout(sample_id=task.sample.id, output=kind)

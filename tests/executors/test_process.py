@@ -22,7 +22,7 @@ from aggregator.executors.local import LocalExecutor
 from aggregator.executors.process import ProcessExecutor
 from aggregator.executors.work import AgentWork
 from aggregator.llm.ledger import collecting
-from aggregator.records import Rollout
+from aggregator.records import Rollout, Usage
 
 KEY = "sk-process-1f8a7b6c5d4e"
 HERE = Path(__file__).parent
@@ -241,6 +241,20 @@ async def test_an_error_of_the_agent_is_a_record(executor: ProcessExecutor) -> N
     assert (rollout.failure.error, rollout.failure.message, rollout.score) == ("TwoArgumentsError", "one and 2", 0.25)
 
 
+def test_an_interrupt_in_a_worker_is_raised_here(executor: ProcessExecutor) -> None:
+    """As it is from the local executor; the worker goes on."""
+    with pytest.raises(KeyboardInterrupt):
+        portal.call(executor.map, work(Odd()), tasks("interrupt"))
+    assert outputs(portal.call(executor.map, work(Odd()), tasks("a", "b"))) == ["a", "b"]
+
+
+async def test_usage_that_a_worker_counts_is_counted_here(executor: ProcessExecutor) -> None:
+    """Models of the user's own run in the worker; what they count is in this process's ledger, also after an error."""
+    with collecting() as ledger, pytest.raises(AggregatorError, match="counted"):
+        await executor.map(Raising(None, None), tasks(("counts", 0.0)))
+    assert ledger.entries() == [("guide", Usage(input_tokens=3, cost=0.1))]
+
+
 class Local(Adder):
     """An agent with an attribute that does not pickle."""
 
@@ -398,6 +412,19 @@ if __name__ == "__main__":
 """
     done = run_script(tmp_path, body)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Here True 5\n", "")
+
+
+def test_the_start_method_of_multiprocessing_stays_open(tmp_path: Path) -> None:
+    """Starting a worker asks `multiprocessing` how to; the application may still choose its start method."""
+    body = """
+if __name__ == "__main__":
+    import multiprocessing
+    run(ProcessExecutor(1), Odd(), "a")
+    multiprocessing.set_start_method("spawn")
+    print(multiprocessing.get_start_method())
+"""
+    done = run_script(tmp_path, body)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "spawn\n", "")
 
 
 def test_a_script_without_the_guard_is_told_so(tmp_path: Path) -> None:
