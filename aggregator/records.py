@@ -123,7 +123,7 @@ class Message(Struct, frozen=True, kw_only=True, gc=False):
 
     `source` is the body that it came in, where an API wants parts of it back with the next turn: signed or encrypted
     thinking, searches, whatever is neither text nor a call of a tool. `other` are the kinds of content that only `raw`
-    holds: audio, images, searches.
+    holds: audio, images, searches. `origin` is the address of the server that gave it, if no other can read `source`.
     """
 
     content: str | None = None
@@ -133,6 +133,7 @@ class Message(Struct, frozen=True, kw_only=True, gc=False):
     role: str = "assistant"
     source: bytes | None = None
     other: tuple[str, ...] = ()
+    origin: str | None = None
 
 
 class Choice(Struct, frozen=True, kw_only=True, gc=False):

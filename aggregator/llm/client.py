@@ -6,7 +6,7 @@ This is the face; what a call does is in `asking.py` and below, which load with 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from aggregator.errors import ConfigError
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 class LLM:
     """A model by name: `LLM("openai/gpt-4o-mini")`. Nothing has to be closed; one object serves every loop and thread.
 
-    `model` is `provider/model`; None reads Trace's variables (TRACE_LITELLM_MODEL and its kin). A `base_url` of one's
-    own gets `api_key`, no default key. `api="responses"` calls OpenAI's Responses API; models that have no other get it
-    by default. `max_attempts` counts all requests of one call, `timeout` all its seconds, waiting and other response
-    formats included. `attempt_timeout` are the seconds of one attempt, of a stream those until its next piece; by
-    default half of `timeout`, for the last attempt all that is left. `max_concurrency`, `rpm` and `tpm` (requests,
-    tokens a minute) hold for all clients of the same (base_url, key, model) in an event loop, the strictest of them.
-    `budget` may be shared. `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and
-    `random` are for tests.
+    `model` is `provider/model`, or a list of models to fall back on, one after the other; None reads Trace's variables
+    (TRACE_LITELLM_MODEL and its kin). A `base_url` of one's own gets `api_key`, no default key. `api="responses"` calls
+    OpenAI's Responses API; models that have no other get it by default. `max_attempts` counts all requests of one call,
+    `timeout` all its seconds, waiting and other response formats included. `attempt_timeout` are the seconds of one
+    attempt, of a stream those until its next piece; by default half of `timeout`, for the last attempt all that is
+    left. `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for all clients of the same (base_url,
+    key, model) in an event loop, the strictest of them. `budget` may be shared. `prices` maps model names to `Price`s.
+    `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for tests.
 
     Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
     """
@@ -43,9 +43,17 @@ class LLM:
     owner_number: int | None = None
     """The number under which a worker's owner knows this model; None outside of worker processes."""
 
+    def __new__(cls, model: Any = None, **_: Any) -> Self:
+        """Return an instance of the class for several models if a list is given."""
+        if cls is not LLM or not isinstance(model, list | tuple):
+            return super().__new__(cls)
+        from aggregator.llm.fallback import FallbackLLM
+
+        return super().__new__(FallbackLLM)  # type: ignore[return-value]
+
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Sequence[str | LLM] | None = None,
         *,
         base_url: str | None = None,
         api_key: ApiKey | None = None,
@@ -217,3 +225,7 @@ class LLM:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
+
+
+# What `inspect.signature(LLM)` shows is the constructor's own.
+LLM.__new__.__wrapped__ = LLM.__init__  # type: ignore[attr-defined]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.errors import ConfigError
 from aggregator.llm.budget import ASSUMED_OUTPUT, IMAGE_TOKENS, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.client import LLM
+from aggregator.llm.fallback import FallbackLLM
 from aggregator.llm.ledger import find_price, kept_price
 from aggregator.llm.messages import normalise
 
@@ -54,10 +56,29 @@ def estimate(
     """Estimate `calls` calls like this one; nothing is sent.
 
     `answer_tokens` is the usual length of an answer (default: 400, or `max_tokens` if that is less). The most counts
-    `max_tokens` (4,096 if not given) for every answer and `max_attempts` requests a call.
+    `max_tokens` (4,096 if not given) for every answer and `max_attempts` requests a call. Of several models the first
+    is the likely one, and all may be asked.
     """
     if calls < 0 or max_attempts < 1:
         raise ConfigError(f"Expected calls >= 0 and max_attempts >= 1, got {calls!r} and {max_attempts!r}")
+    if isinstance(llm, FallbackLLM):
+        each = [
+            estimate(
+                model,
+                messages,
+                calls=calls,
+                max_tokens=max_tokens,
+                answer_tokens=answer_tokens,
+                max_attempts=max_attempts,
+            )
+            for model in llm.models
+        ]
+        most = [one.most_usd for one in each]
+        return replace(
+            each[0],
+            most_tokens=sum(one.most_tokens for one in each),
+            most_usd=None if None in most else sum(usd for usd in most if usd is not None),
+        )
     endpoint = llm.endpoint
     call = ChatCall(model=endpoint.model, messages=normalise(messages), max_tokens=max_tokens)
     most_given, most_answered = upper_tokens(

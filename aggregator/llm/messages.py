@@ -41,12 +41,13 @@ class Image(Struct, frozen=True):
 
 
 class Turn(dict[str, Any]):
-    """An answer as a message of OpenAI's shape; `source` is what no API may see but the one that gave it.
+    """An answer as a message of OpenAI's shape; `source` is what no API may see but the one that gave it, at `origin`.
 
-    An attribute and no key, since every other server is sent the keys, and strict ones refuse those they do not know.
+    Attributes and no keys, since every other server is sent the keys, and strict ones refuse those they do not know.
     """
 
     source: bytes | None = None
+    origin: str | None = None
 
 
 def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
@@ -102,7 +103,7 @@ def _message(message: Any, position: int) -> dict[str, Any]:
 def assistant(message: Message) -> dict[str, Any]:
     """Turn an answer into the message that continues the conversation; thinking goes back where it is signed only."""
     turn = Turn(role="assistant", content=message.content)
-    turn.source = message.source
+    turn.source, turn.origin = message.source, message.origin
     if message.tool_calls:
         turn["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return turn

@@ -37,7 +37,7 @@ _CODEC = OpenAIChat(Target(provider="callable", model="", base_url="http://local
 def as_model(model: Any = None, *, name: str | None = None, prices: Prices | None = None) -> ChatModel:
     """Return something with `await complete(messages, ...)`.
 
-    Takes a `ChatModel` such as `LLM` (returned as it is), a name or None (makes an `LLM`), any callable
+    Takes a `ChatModel` such as `LLM` (returned as it is), a name, several names or None (makes an `LLM`), any callable
     `llm(messages=...)`, sync or async, that returns OpenAI's shape, a dict of it or a text, litellm (the module or a
     Router) and OpenAI's clients, sync or async; the last two need the model's `name`. A budget in USD finds the price
     of a `name` such as "openai/gpt-4o-mini" as `LLM` does, in `prices` first.
@@ -45,7 +45,7 @@ def as_model(model: Any = None, *, name: str | None = None, prices: Prices | Non
     >>> as_model(lambda messages: "hello")(messages="Hi").text
     'hello'
     """
-    if model is None or isinstance(model, str):
+    if model is None or isinstance(model, str | list | tuple):
         from aggregator.llm.client import LLM
 
         return LLM(model, prices=prices)

@@ -55,6 +55,8 @@ def resolve(
     its own variable gives, never to a `base_url` from elsewhere. `api` is one of the provider's wire formats;
     None takes its usual one, or the only one that serves the model.
     """
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(f"Expected a model as 'provider/model', got {model!r}")
     wanted = _Wanted(model, base_url, api_key) if model else _from_trace(base_url, api_key, env)
     provider, name = split_name(wanted.model, wanted.base_url)
     make, name = _codec_of(provider, name, api)

@@ -116,7 +116,7 @@ def pass_calls_to(owner: RemoteOwner) -> None:
 
 _DEFAULTS = {"clock": time.monotonic}
 ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget"} | {
-    f"_{name}" for name in ("given", "injected", "options", "limiters", "line", "asking")
+    f"_{name}" for name in ("given", "injected", "options", "limiters", "line", "asking", "models")
 }
 
 

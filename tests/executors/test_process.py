@@ -22,7 +22,8 @@ from aggregator.executors.local import LocalExecutor
 from aggregator.executors.process import ProcessExecutor
 from aggregator.executors.work import AgentWork
 from aggregator.llm.ledger import collecting
-from aggregator.records import Rollout, Usage
+from aggregator.protocols import Transport
+from aggregator.records import HTTPReply, HTTPRequest, Rollout, Usage
 
 KEY = "sk-process-1f8a7b6c5d4e"
 HERE = Path(__file__).parent
@@ -128,6 +129,25 @@ async def test_calls_of_models_are_those_of_this_process(executor: ProcessExecut
     assert budget.spent.calls == ledger.totals()["agent"].calls == len(transport.requests) == 6
     assert "LLM call" in rollouts[0].transcript
     assert 'lineage":"train/sample=1"' in (tmp_path / "calls.yaml").read_text()
+
+
+class Gone(Transport):
+    """A server that no longer has the model."""
+
+    async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
+        return HTTPReply(status=404, body=b"{}", headers={})
+
+
+async def test_several_models_fall_over_at_the_owner(executor: ProcessExecutor) -> None:
+    """A worker passes the call on as one; which model answers is decided here, for streams too."""
+    gone = LLM("openai-compatible/gone", base_url=BASE_URL, api_key=KEY, transport=Gone())
+    second, transport = client()
+    one, stream, secret = outputs(
+        await executor.map(work(Asking(LLM([gone, second]))), tasks("one", "stream", "secret"))
+    )
+    assert (type(one), type(stream)) == (str, list)
+    assert len(transport.requests) == 2
+    assert KEY not in secret[0]
 
 
 async def test_no_key_reaches_a_worker(executor: ProcessExecutor) -> None:

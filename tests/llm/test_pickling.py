@@ -129,4 +129,5 @@ def test_a_copied_agent_shares_its_client() -> None:
 
 def test_every_attribute_is_known() -> None:
     """An attribute that the constructor sets is not mistaken for one that a subclass added."""
-    assert set(vars(LLM("openai-compatible/tiny", base_url=BASE_URL))) == owner.ATTRIBUTES
+    one, several = LLM("openai-compatible/tiny", base_url=BASE_URL), LLM(["openai/gpt-4o-mini", "openai/gpt-4o"])
+    assert set(vars(one)) | set(vars(several)) == owner.ATTRIBUTES

@@ -176,7 +176,7 @@ class OpenAIResponses(JSONCodec[Answer]):
         wanted = call.response_format
         fields: dict[str, Any] = {
             "model": call.model,
-            "input": items_of(call.messages),
+            "input": items_of(call.messages, self.target.base_url),
             "max_output_tokens": call.max_tokens,
             "temperature": call.temperature,
             "top_p": call.top_p,
@@ -201,7 +201,7 @@ class OpenAIResponses(JSONCodec[Answer]):
         status, output = answer.status, answer.output
         if answer.error or output is None or status not in (None, "completed", "incomplete"):
             raise self._failure(answer, reply)
-        message = _message(output, answer.body or reply.body)
+        message = _message(output, answer.body or reply.body, self.target.base_url)
         word = (answer.incomplete_details and answer.incomplete_details.reason) or status
         reason = self.finish_reason(word)
         if message.content is None and not message.tool_calls:
@@ -276,7 +276,7 @@ def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any
     return {**body, **given}
 
 
-def _message(output: list[Item], body: bytes) -> Message:
+def _message(output: list[Item], body: bytes, address: str) -> Message:
     """Return what the items say as one message. Several messages (a commentary, then the answer) are one text."""
     texts: list[str] = []
     refusals: list[str] = []
@@ -300,6 +300,7 @@ def _message(output: list[Item], body: bytes) -> Message:
         tool_calls=tuple(calls),
         refusal="".join(refusals) or None,
         source=None if is_plain else body,
+        origin=None if is_plain else address,
     )
 
 

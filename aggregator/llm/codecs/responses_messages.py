@@ -25,8 +25,10 @@ class _Own(Struct, gc=False):
 _OWN = msgspec.json.Decoder(_Own)
 
 
-def items_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the conversation as input items. Answers of this API go back as the items that they came in.
+def items_of(messages: Sequence[Mapping[str, Any]], address: str = "") -> list[dict[str, Any]]:
+    """Return the conversation as input items. Answers from `address` go back as the items that they came in.
+
+    Those of another server do not: it alone can decrypt their reasoning.
 
     >>> items_of([{"role": "user", "content": "Hi"}, {"role": "tool", "tool_call_id": "c", "content": "1"}])[1]
     {'type': 'function_call_output', 'call_id': 'c', 'output': '1'}
@@ -36,7 +38,7 @@ def items_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         role = message["role"]
         if role == "assistant":
-            own = _assistant(message)
+            own = _assistant(message, address)
             custom |= {item.get("call_id") for item in own if item.get("type") == "custom_tool_call"}
             items += own
         elif role in ("tool", "function"):
@@ -48,12 +50,14 @@ def items_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return items
 
 
-def _assistant(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _assistant(message: Mapping[str, Any], address: str) -> list[dict[str, Any]]:
     content = _content(message, "output_text")
     items: list[dict[str, Any]] = [{"role": "assistant", "content": content}] if content else []
     items += [_call(call) for call in message.get("tool_calls") or ()]
     source = getattr(message, "source", None)
-    return items if source is None else _as_it_came(source, items)
+    if source is None or getattr(message, "origin", None) not in (None, address):
+        return items
+    return _as_it_came(source, items)
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
