@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long test-peers test-vcrpy test-trace check format bench record wheel clean
+.PHONY: help demo test test-long test-peers test-vcrpy test-trace test-editors check format bench record wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,11 @@ test-vcrpy: ## Run what stands beside vcrpy on the oldest supported vcrpy and on
 test-trace: ## Run Trace's own optimizers through the adapter, in an environment of its own
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(PYTHON) tests/environments.py --run trace -- \
 	  -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py
+
+test-editors: ## Check completion under Jedi and a user's program under Pyright, in an environment of their own
+	$(PYTHON) -m venv build/editors
+	build/editors/bin/python -m pip install --quiet --disable-pip-version-check -e . jedi pyright pytest pytest-asyncio hypothesis
+	build/editors/bin/python -m pytest -q -p no:cacheprovider tests/typing
 
 check: $(VENV)/.dev ## Lint, format and type checks
 	$(BIN)/ruff check .

@@ -331,3 +331,17 @@ def test_import_is_light() -> None:
     for modules in [{"aggregator"}, *({"aggregator", f"aggregator.{face}"} for face in FACES)]:
         loaded = loaded_by(f"import {max(modules)}")
         assert {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names} == modules
+
+
+def test_no_test_measures_time() -> None:
+    """A test asserts events: seconds depend on the load of the machine. Benchmarks measure."""
+    clocks = {"perf_counter", "process_time", "thread_time", "perf_counter_ns", "process_time_ns"}
+    tests = Path(__file__).parent
+    found = [
+        f"{path.relative_to(tests)}:{node.lineno} {name_called(node)}"
+        for path in sorted(tests.rglob("*.py"))
+        if "peers" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and name_called(node) in clocks
+    ]
+    assert found == []

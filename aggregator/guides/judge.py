@@ -65,7 +65,8 @@ class Verdict(Struct, frozen=True):
 class LLMJudge:
     """Asks a model for a verdict on each output.
 
-    `criteria` say what counts; `llm` is a model, its name, or None for the default model. A verdict that cannot be read
+    `criteria` say what counts; `llm` is a model, its name, or None for the default model. None takes
+    `DEFAULT_CRITERIA` and `JUDGE_SYSTEM_PROMPT`. A verdict that cannot be read
     is asked for once more with the error quoted; then it is a GuideError, never a score. Raises LLMError where the
     call itself failed.
     """
@@ -74,15 +75,15 @@ class LLMJudge:
         self,
         llm: Any = None,
         *,
-        criteria: str = DEFAULT_CRITERIA,
-        system_prompt: str = JUDGE_SYSTEM_PROMPT,
+        criteria: str | None = None,
+        system_prompt: str | None = None,
         max_tokens: int = 1024,
     ) -> None:
         from aggregator.llm.models import as_model
 
         self.llm: ChatModel = as_model(llm)
-        self.criteria = criteria
-        self.system_prompt = system_prompt
+        self.criteria = DEFAULT_CRITERIA if criteria is None else criteria
+        self.system_prompt = JUDGE_SYSTEM_PROMPT if system_prompt is None else system_prompt
         self.max_tokens = max_tokens
 
     def __repr__(self) -> str:
