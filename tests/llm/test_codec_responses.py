@@ -10,6 +10,7 @@ import pytest
 from aggregator.errors import (
     APIConnectionError,
     BadRequestError,
+    BrokenResponseError,
     ConfigError,
     ContentFilterError,
     DecodeError,
@@ -22,6 +23,7 @@ from aggregator.errors import (
 from aggregator.llm.calls import ChatCall, Target
 from aggregator.llm.codecs.responses import OpenAIResponses
 from aggregator.llm.messages import Image, normalise
+from aggregator.llm.retry import check_answer
 from aggregator.records import Completion, HTTPReply
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -323,8 +325,10 @@ def test_an_answer_cut_while_thinking() -> None:
         (response(status="queued"), ResponseError, "queued"),
         (response(message("Half"), status="in_progress"), ResponseError, "in_progress"),
         ({"error": {"message": "m", "type": "invalid_request_error"}}, BadRequestError, "m"),
-        (response(), EmptyResponseError, "message"),
-        (response(ENCRYPTED), EmptyResponseError, "message"),
+        (response(), EmptyResponseError, "text"),
+        (response(ENCRYPTED), EmptyResponseError, "text"),
+        (response(message("")), EmptyResponseError, "text"),
+        (response(message("x"), status="incomplete", incomplete_details={"reason": "odd"}), BrokenResponseError, "odd"),
         ({"id": "resp_1"}, EmptyResponseError, "output"),
         (response(message({"type": "refusal", "refusal": "I will not."})), ContentFilterError, "I will not."),
         (
@@ -339,7 +343,7 @@ def test_an_answer_cut_while_thinking() -> None:
 def test_a_status_of_200_is_not_success(body: Any, kind: type[LLMError], words: str) -> None:
     """What failed, was cancelled, is under way, is empty, refused or filtered is an error of its own class."""
     with pytest.raises(kind, match=words) as caught:
-        decode(body)
+        check_answer(decode(body), "openai")
     assert type(caught.value) is kind
 
 
@@ -347,7 +351,8 @@ def test_items_of_other_kinds_are_an_answer() -> None:
     """A picture or a search that waits for approval is no empty answer; its item goes back."""
     picture = {"type": "image_generation_call", "id": "ig_1", "result": "AAAA", "status": "completed"}
     answer = decode(response(picture))
-    assert answer.text == ""
+    check_answer(answer, "openai")
+    assert (answer.text, answer.choices[0].message.other) == ("", ("image_generation_call",))
     assert encode([*HI, answer])["input"][1:] == [picture]
 
 

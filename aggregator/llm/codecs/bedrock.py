@@ -41,6 +41,9 @@ class Block(Struct, gc=False, rename="camel"):
     tool_use: _ToolUse | None = None
     reasoning_content: Any = None
     citations_content: Any = None
+    image: msgspec.Raw = msgspec.Raw()
+    video: msgspec.Raw = msgspec.Raw()
+    audio: msgspec.Raw = msgspec.Raw()
 
 
 class _Message(Struct, gc=False):
@@ -154,6 +157,7 @@ class ConverseStream(EventReader):
         return delta.text or ""
 
 
+_OTHER = ("image", "video", "audio")
 _STATUSES = {
     "validationexception": 400,
     "accessdeniedexception": 403,
@@ -231,7 +235,13 @@ class BedrockConverse(JSONCodec[Answer]):
                 source = answer.body or reply.body
                 reasoning = (reasoning or "") + _thought(block.reasoning_content) or reasoning
         choice = Choice(
-            message=Message(content=content, reasoning=reasoning, tool_calls=tuple(calls), source=source),
+            message=Message(
+                content=content,
+                reasoning=reasoning,
+                tool_calls=tuple(calls),
+                source=source,
+                other=tuple([kind for kind in _OTHER if any(bytes(getattr(block, kind)) for block in message.content)]),
+            ),
             finish_reason=self.finish_reason(answer.stop_reason),
             raw_finish_reason=answer.stop_reason,
         )

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct
 
-from aggregator.errors import ConfigError, ContentFilterError, LLMError, ResponseError
+from aggregator.errors import ConfigError, LLMError, ResponseError
 from aggregator.llm.calls import ChatCall, Target
 from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import fault_in_event, request_id
@@ -197,20 +197,14 @@ class OpenAIResponses(JSONCodec[Answer]):
         return self.post(self._url, body, call)
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
-        """Turn a parsed response into a Completion; raises LLMError if it failed or holds no answer."""
+        """Turn a parsed response into a Completion; raises LLMError if it failed or is not finished."""
         status, output = answer.status, answer.output
         if answer.error or output is None or status not in (None, "completed", "incomplete"):
             raise self._failure(answer, reply)
         message = _message(output, answer.body or reply.body, self.target.base_url)
         word = (answer.incomplete_details and answer.incomplete_details.reason) or status
         reason = self.finish_reason(word)
-        if message.content is None and not message.tool_calls:
-            if message.refusal or reason == "content_filter":
-                told = message.refusal or "nothing: the provider's filter withheld it"
-                raise self._error(ContentFilterError, "an answer", told, reply)
-            if reason == "stop" and all(item.type == "reasoning" for item in output):
-                raise self.empty("a message or a call", reply)
-        elif message.tool_calls and reason == "stop":
+        if message.tool_calls and reason == "stop":
             reason = "tool_calls"
         choice = Choice(message=message, finish_reason=reason, raw_finish_reason=word)
         usage = _usage(answer.usage or WireUsage())
@@ -220,14 +214,12 @@ class OpenAIResponses(JSONCodec[Answer]):
         """Return the error of a response that failed, was cancelled or is not finished."""
         if answer.error:
             return self.fault(answer.error, reply)
-        if answer.status in ("queued", "in_progress", "cancelled"):
-            return self._error(ResponseError, "a completed response", f"one that is {answer.status}", reply)
-        return self.empty("a response with output", reply)
-
-    def _error(self, kind: type[ResponseError], expected: str, got: str, reply: HTTPReply) -> ResponseError:
-        return kind(
-            f"Expected {expected} from {self.target.provider}, got {got}",
+        if answer.status in (None, "completed", "incomplete", "failed"):
+            return self.empty("a response with output", reply)
+        return ResponseError(
+            f"Expected a completed response from {self.target.provider}, got one that is {answer.status}",
             status=reply.status,
+            code=answer.status,
             request_id=request_id(reply.headers),
         )
 
@@ -282,6 +274,7 @@ def _message(output: list[Item], body: bytes, address: str) -> Message:
     refusals: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []
+    other: dict[str, None] = {}
     for item in output:
         kind = _text(item.type or "message")
         if kind == "message":
@@ -291,15 +284,18 @@ def _message(output: list[Item], body: bytes, address: str) -> Message:
             given = getattr(item, CALLS[kind])
             arguments = given if isinstance(given, str) else msgspec.json.encode(given or {}).decode()
             calls.append(ToolCall(id=_text(item.call_id), name=_text(item.name), arguments=arguments))
-        elif kind == "reasoning":
+        elif kind != "reasoning":
+            other[kind] = None
+        else:
             thoughts.append(_texts(item.content, "text") or _texts(item.summary, "text"))
-    is_plain = len(output) == 1 and bool(texts) and output[0].phase is None
+    is_plain = len(output) == 1 and bool(texts) and output[0].phase is None and not any(refusals)
     return Message(
-        content="".join(texts) if any(texts) or (texts and not calls and not any(refusals)) else None,
+        content="".join(texts) if any(texts) or (texts and not calls) else None,
         reasoning="\n\n".join(filter(None, thoughts)) or None,
         tool_calls=tuple(calls),
         refusal="".join(refusals) or None,
         source=None if is_plain else body,
+        other=tuple(other),
         origin=None if is_plain else address,
     )
 
