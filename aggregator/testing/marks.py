@@ -1,4 +1,4 @@
-"""What `@pytest.mark.cassette`, the command line and the ini file say about one test. Imports nothing beyond pytest."""
+"""What `@pytest.mark.cassette`, the command line and the ini file say about one test. Imports nothing but pytest."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MODES = ("none", "once", "new_episodes", "all")
 ARGUMENTS = ("mode", "clients", "lineage", "latency", "unplayed", "allowed_hosts")
 UNPLAYED = ("ignore", "report", "error")
 MAX_NAME = 120
-MAX_BYTES = 200  # file systems take 255, and `.new`, `.lock` or a shard's number comes behind
+MAX_BYTES = 200  # file systems take 255, and `.new`, `.lock` or a shard's number is appended
 
 
 def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
-    """Return what the marks of a test say, the closest last to win; None where it bears none."""
+    """Return the arguments of a test's marks, those of the closest mark first; None without a mark."""
     found: dict[str, Any] = {"name": None}
     marks = _closest_first(item)
     for mark in reversed(marks):
         unknown = set(mark.kwargs) - {*ARGUMENTS, "name"}
         if unknown or len(mark.args) > 1:
             raise pytest.UsageError(
-                f"expected @pytest.mark.cassette(name, {', '.join(ARGUMENTS)}), got {mark.args} {mark.kwargs} "
+                f"Expected @pytest.mark.cassette(name, {', '.join(ARGUMENTS)}), got {mark.args} {mark.kwargs} "
                 f"- at {item.nodeid}"
             )
         found.update(mark.kwargs, **({"name": mark.args[0]} if mark.args else {}))
@@ -45,21 +45,21 @@ def _closest_first(item: pytest.Item) -> list[pytest.Mark]:
 def _check_kinds(arguments: dict[str, Any], item: pytest.Item) -> None:
     name = arguments["name"]
     if name is not None and not (isinstance(name, str) and name):
-        raise pytest.UsageError(f"expected a cassette's name as text, got {name!r} - at {item.nodeid}")
+        raise pytest.UsageError(f"Expected a cassette's name as text, got {name!r} - at {item.nodeid}")
     for argument in ("clients", "allowed_hosts"):
         if not isinstance(arguments.get(argument, ()), Iterable):
             raise pytest.UsageError(
-                f"expected {argument} as text or a list of texts, got {arguments[argument]!r} - at {item.nodeid}"
+                f"Expected {argument} as text or a list of texts, got {arguments[argument]!r} - at {item.nodeid}"
             )
 
 
-def settled(config: pytest.Config, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Settle what command line, mark and ini file say, in this order; in CI only the command line makes it record."""
+def resolve_settings(config: pytest.Config, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a test: command line, then mark, then ini file. In CI only the command line can record."""
     in_ci = "none" if os.environ.get("CI") else None
     mode = config.getoption("--cassette-mode") or in_ci or arguments.get("mode") or config.getini("cassette_mode")
     unplayed = arguments.get("unplayed") or config.getini("cassette_unplayed")
     if unplayed not in UNPLAYED:
-        raise pytest.UsageError(f"expected unplayed to be one of {', '.join(UNPLAYED)}, got {unplayed!r}")
+        raise pytest.UsageError(f"Expected unplayed to be one of {', '.join(UNPLAYED)}, got {unplayed!r}")
     clients = arguments.get("clients", config.getini("cassette_clients"))
     hosts = arguments.get("allowed_hosts", ())
     return {
@@ -73,7 +73,7 @@ def settled(config: pytest.Config, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def cassette_path(item: pytest.Item, name: str | None) -> Path:
-    """Return a test's file. A name with a slash is shared among modules, one without belongs to its module."""
+    """Return a test's file. A name with a slash is shared by all modules, one without belongs to the test's module."""
     root, folder = item.config.rootpath, str(item.config.getini("cassette_dir"))
     module = item.path.with_suffix("")
     if folder:
@@ -90,7 +90,7 @@ def cassette_path(item: pytest.Item, name: str | None) -> Path:
 
 
 def _file_name(test: str) -> str:
-    """A test's name as a file's, as pytest-recording makes it, so that a cassette can change hands.
+    """Return a test's name as a file name, as pytest-recording does, so that either can use the other's cassettes.
 
     >>> _file_name("test_route[a/b]")
     'test_route[a-b]'

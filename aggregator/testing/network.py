@@ -1,4 +1,4 @@
-"""Refuse connections while a test replays: a test that must not need the network cannot come to need it unseen."""
+"""Refuse connections while a test replays, so that a test which must not use the network fails if it does."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Call = Callable[..., Any]
 
 REMEDY = "record the exchange, serve its client (clients=...), or allow the host (allowed_hosts=...)"
 ADDRESS_AT = {"connect": 0, "connect_ex": 0, "sendto": -1, "sendmsg": 3}
-"""Methods of a socket that may lead somewhere new, and which argument says where."""
+"""Methods of a socket that may reach another host, and which argument is the address."""
 
 _LOOPBACK = ("127.0.0.1", "::1")
 _pairing = threading.local()  # Windows emulates socketpair(), which every event loop needs, by connecting to itself
 
 
 @contextmanager
-def refused(
+def refuse_connections(
     why: str, allowed_hosts: Iterable[str] = (), *, remedy: str = REMEDY, met: list[CassetteError] | None = None
 ) -> Iterator[None]:
-    """Refuse connections, datagrams and look-ups of names for the time of a block; the loopback too, unless allowed.
+    """Refuse connections, datagrams and name look-ups within a block, to the loopback too unless it is allowed.
 
-    A host allowed by name is so at every address that its look-up tells. What was refused is noted in `met`, since
-    code may hide the error. Unix sockets stay open, and so do connections that were made before. uvloop connects
-    below Python's sockets and is only met at its look-up of names.
+    A host that is allowed by name is allowed at every address that it resolves to. Refusals are added to `met`, since
+    code may hide the error. Unix sockets and connections that were made before still work. uvloop connects below
+    Python's sockets, so only its name look-ups are refused.
     """
     guard = _Guard(allowed_hosts, f"{why}; {remedy}", [] if met is None else met)
     kind: Any = socket.socket
@@ -43,7 +43,7 @@ def refused(
 
 
 class _Guard:
-    """Which hosts may be reached, and what stands in for the functions that reach them."""
+    """Which hosts may be reached, and the replacements of the functions that reach them."""
 
     def __init__(self, allowed_hosts: Iterable[str], why: str, met: list[CassetteError]) -> None:
         self.allowed = {host.lower() for host in allowed_hosts}
@@ -52,16 +52,16 @@ class _Guard:
         self.why, self.met = why, met
 
     def check(self, host: object) -> None:
-        """Raise unless this host is allowed; None stands for no host, as where a server listens."""
+        """Raise CassetteError unless this host is allowed. None is no host, as for a server that listens everywhere."""
         name = host.decode("latin-1") if isinstance(host, bytes) else host
         if name is None or str(name).lower() in self.allowed or getattr(_pairing, "active", False):
             return
-        refusal = CassetteError(f"expected no connection, got one to {name!r}: {self.why}")
+        refusal = CassetteError(f"Expected no connection, got one to {name!r}: {self.why}")
         self.met.append(refusal)
         raise refusal
 
     def leading(self, at: int) -> Callable[[Call], Call]:
-        """Return what guards a method of a socket whose argument at this place is an address."""
+        """Return the wrapper of a socket's method whose argument at this position is an address."""
 
         def wrap(original: Call) -> Call:
             def guarded(self_: socket.socket, *args: Any) -> Any:
@@ -74,7 +74,7 @@ class _Guard:
         return wrap
 
     def functions(self) -> dict[str, Callable[[Call], Call]]:
-        """Return what guards the functions of the module `socket`."""
+        """Return the wrappers of the functions of the module `socket`."""
         return {
             "socketpair": _pair,
             "getaddrinfo": self.resolving,
@@ -84,7 +84,7 @@ class _Guard:
         }
 
     def resolving(self, original: Call) -> Call:
-        """Guard `getaddrinfo`; `localhost` needs no network, and leads to those of its addresses that are allowed."""
+        """Wrap `getaddrinfo`; `localhost` needs no network, and resolves to its allowed addresses."""
 
         def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
             if host in ("localhost", b"localhost") and "localhost" not in self.allowed:
@@ -100,7 +100,7 @@ class _Guard:
         return look_up
 
     def naming(self, addresses: Callable[[Any], list[str]] = lambda _: []) -> Callable[[Call], Call]:
-        """Return what guards an older look-up; of the machine itself it is free, as `http.server` asks its own name."""
+        """Return the wrapper of an older look-up; the machine's own name is allowed, as `http.server` looks it up."""
 
         def wrap(original: Call) -> Call:
             def look_up(host: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The pytest plugin: `@pytest.mark.cassette` records what a test asks a model, and replays it ever after.
+"""The pytest plugin: `@pytest.mark.cassette` records the LLM calls of a test once, and replays them in later runs.
 
-    @pytest.mark.cassette                                   # cassettes/<module>/<test>.yaml beside the test's module
+    @pytest.mark.cassette                                   # cassettes/<module>/<test>.yaml next to the module
     @pytest.mark.cassette("name", clients="all")            # cassettes/<module>/name.yaml; other clients served too
     @pytest.mark.cassette("shared/name", unplayed="error")  # cassettes/shared/name.yaml; the test fails on leftovers
 
-Inactive unless a test bears the mark: nothing beyond pytest is imported before. Keeps to names of its own, so that it
-lives beside pytest-recording.
+Inactive unless a test has the mark: until then nothing but pytest is imported. Its options and fixtures have names of
+their own, so that it can be used together with pytest-recording.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aggregator.testing.accounts import Accounts, Ledger, summary, unfinished
-from aggregator.testing.marks import MODES, UNPLAYED, cassette_path, mark_arguments, settled
+from aggregator.testing.marks import MODES, UNPLAYED, cassette_path, mark_arguments, resolve_settings
 
 if TYPE_CHECKING:
     from aggregator.cassettes.tape import Tape
@@ -33,7 +33,7 @@ COLLECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
 CURRENT: pytest.StashKey[pytest.Item] = pytest.StashKey()
 
 PASSED: pytest.StashKey[bool | None] = pytest.StashKey()
-"""True after a call that passed, False for good after a failure; None before, and where the test was skipped."""
+"""True after a call that passed, False after any failure; None before, and for a skipped test."""
 EARLY: pytest.StashKey[ExitStack] = pytest.StashKey()
 REFUSALS: pytest.StashKey[list[CassetteError]] = pytest.StashKey()
 TAPING: pytest.StashKey[Taping] = pytest.StashKey()
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add our option and settings."""
     group = parser.getgroup("cassettes", "LLM exchanges recorded and replayed")
     group.addoption("--cassette-mode", choices=MODES, help="record mode of every marked test, whatever its mark says")
-    parser.addini("cassette_dir", "folder of all cassettes, from the root (default: `cassettes` beside each module)")
+    parser.addini("cassette_dir", "folder of all cassettes, from the root (default: `cassettes` next to each module)")
     parser.addini("cassette_mode", f"record mode of marked tests: {', '.join(MODES)} (default: none in CI, else once)")
     parser.addini("cassette_clients", "other clients to serve: `all`, or names as `httpx requests`", type="args")
     parser.addini("cassette_unplayed", f"exchanges that a test left unplayed: {', '.join(UNPLAYED)}", default="report")
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Describe the mark and start the account of what was played."""
+    """Register the mark and create the ledger."""
     config.addinivalue_line(
         "markers",
         "cassette(name=None, *, mode=None, clients=(), lineage='strict', latency='off', unplayed=None, "
@@ -64,31 +64,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """See every test, those too that `-k` leaves out later."""
+    """Record every test, including those that `-k` deselects later."""
     item.config.stash[COLLECTED].append(item)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Note which tests there are, now that they bear all their marks."""
+    """Add the collected tests to the ledger, now that they have all their marks."""
     collected = session.config.stash[COLLECTED]
     session.config.stash[LEDGER].collect(collected)
     collected.clear()
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)  # within pytest's own, which an error of ours must not keep from beginning
+@pytest.hookimpl(wrapper=True, trylast=True)  # within pytest's own, which must start even if this raises
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
-    """Before a test that must not record, refuse the network to fixtures of a wider scope too: they come first."""
+    """Before a test that must not record, refuse the network to fixtures of wider scope too: they are set up first."""
     item.config.stash[CURRENT] = item
     item.stash[PASSED] = None
     item.stash[REFUSALS] = []
     arguments = mark_arguments(item)
     with ExitStack() as early:
         item.stash[EARLY] = early
-        if arguments is not None and (settings := settled(item.config, arguments))["mode"] == "none":
-            from aggregator.testing.taping import refused_before
+        if arguments is not None and (settings := resolve_settings(item.config, arguments))["mode"] == "none":
+            from aggregator.testing.taping import refuse_early
 
             path = cassette_path(item, arguments["name"])
-            early.enter_context(refused_before(path, settings["allowed_hosts"], item.stash[REFUSALS]))
+            early.enter_context(refuse_early(path, settings["allowed_hosts"], item.stash[REFUSALS]))
         return (yield)
 
 
@@ -103,10 +103,10 @@ def _aggregator_cassette(request: pytest.FixtureRequest) -> Iterator[None]:
     from aggregator.testing.taping import Taping
 
     ledger = request.config.stash[LEDGER]
-    path, settings = cassette_path(item, arguments["name"]), settled(request.config, arguments)
+    path, settings = cassette_path(item, arguments["name"]), resolve_settings(request.config, arguments)
     if (other := ledger.shared.get(item.nodeid)) is not None:
         raise pytest.UsageError(
-            f"expected a cassette of its own for {item.nodeid}, got {path}, which {other} uses; "
+            f"Expected a cassette of its own for {item.nodeid}, got {path}, which {other} uses; "
             'name one: @pytest.mark.cassette("name")'
         )
     settings["mode"] = ledger.mode(item.nodeid, path, settings["mode"])
@@ -125,16 +125,16 @@ def _aggregator_cassette(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def cassette_tape(request: pytest.FixtureRequest) -> Tape:
-    """The open tape of a test that bears the mark `cassette`."""
+    """The open tape of a test with the mark `cassette`."""
     if TAPING not in request.node.stash:
-        raise pytest.UsageError(f"expected @pytest.mark.cassette on {request.node.nodeid}, which uses `cassette_tape`")
+        raise pytest.UsageError(f"Expected @pytest.mark.cassette on {request.node.nodeid}, which uses `cassette_tape`")
     taping: Taping = request.node.stash[TAPING]
     return taping.tape
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Settle within the test, so that a miss that was swallowed, or exchanges left over, make it fail."""
+    """Check the tape within the test, so that a swallowed miss or unplayed exchanges make it fail."""
     try:
         outcome = yield
         if (taping := item.stash.get(TAPING, None)) is not None:
@@ -149,19 +149,19 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """See how a test ends, as unittest's, subtests and xfail decide it here; say what its code hid if it failed."""
+    """Record how a test ends (unittest, subtests and xfail decide it here); report what a failed test's code hid."""
     report = yield
     if call.when != "teardown" and item.stash.get(PASSED, None) is not False:
         called = report.passed and call.when == "call"
         item.stash[PASSED] = False if report.failed else (called or None)
     taping = item.stash.get(TAPING, None)
-    if report.failed and taping is not None and (hidden := taping.untold(report.longreprtext)):
+    if report.failed and taping is not None and (hidden := taping.unreported(report.longreprtext)):
         report.sections.append(("what the cassette refused", hidden))
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Keep what was played for `aggregator cassette check --orphans`; an xdist worker hands it to the main process."""
+    """Save what was played for `aggregator cassette check --orphans`; an xdist worker sends it to the main process."""
     config = session.config
     ledger, cache = config.stash[LEDGER], getattr(config, "cache", None)  # None with `-p no:cacheprovider`
     if hasattr(config, "workeroutput"):
@@ -169,20 +169,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     kept: Accounts = {} if cache is None else cache.get(PLAYED, {})
     partial = bool(getattr(config.option, "lf", False)) or any("::" in argument for argument in config.args)
-    accounts = config.stash[ACCOUNTS] = ledger.merged(kept, config.rootpath, partial=partial)
+    accounts = config.stash[ACCOUNTS] = ledger.merge_with(kept, config.rootpath, partial=partial)
     if cache is not None and accounts != kept and not config.option.collectonly:
         cache.set(PLAYED, accounts)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over what an xdist worker played."""
+    """Add what an xdist worker played."""
     if (handed := getattr(node, "workeroutput", {}).get(PLAYED)) is not None:
         node.config.stash[LEDGER].add(handed)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name the exchanges that tests left unplayed."""
+    """List the exchanges that tests left unplayed."""
     lines = list(summary(config.stash[ACCOUNTS], config.stash[LEDGER].played))
     if lines:
         terminalreporter.section("cassettes")
@@ -192,7 +192,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_recording_configure(config: pytest.Config, vcr: Any) -> None:
-    """Serve pytest-recording's `vcr` tests from an indexed tape, where `cassette_serve_vcr` asks for it."""
+    """Serve pytest-recording's `vcr` tests from an indexed tape, if `cassette_serve_vcr` is set."""
     if not config.getini("cassette_serve_vcr"):
         return
     from aggregator.testing.serving_vcr import serve_vcr

@@ -75,9 +75,9 @@ class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
 
 
 def serve_vcr(vcr: Any, note: Callable[[Path, Tape], None]) -> None:
-    """Let this VCR's `use_cassette` open our tape, for every test whose options we can honour.
+    """Make this VCR's `use_cassette` open our tape, for every test whose options we support.
 
-    `note` is told of each tape when it was opened and again when it was closed.
+    `note` is called with each tape when it has been opened and again when it has been closed.
     """
     stock: Callable[..., AbstractContextManager[Any]] = vcr.use_cassette
 
@@ -88,10 +88,10 @@ def serve_vcr(vcr: Any, note: Callable[[Path, Tape], None]) -> None:
 
 
 def can_serve(vcr: Any, options: dict[str, Any]) -> bool:
-    """Say whether the tape does all that these options, and what a hook has set in the VCR, ask for.
+    """Return True if the tape supports these options and those that a hook has set in the VCR.
 
-    Whatever differs from a VCR as vcrpy makes it, and is not known to be served, is not. The canonical body always
-    counts with us.
+    Any option that differs from vcrpy's default and is not known to be supported gives False. Our tape always matches
+    the canonical body too.
     """
     plain = vars(VCR())
     asked = {**vars(vcr), **options}
@@ -112,7 +112,7 @@ def _served(
     merged = vcr.get_merged_config(path=path, **options)
     path = merged["path_transformer"](path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # vcrpy says nothing of them
+        warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # vcrpy does not report them
         with cassette(Path(path), merged["record_mode"].value, rules=RULES) as tape:
             note(Path(path), tape)
             yield ServedCassette(path, tape)

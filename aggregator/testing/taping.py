@@ -16,7 +16,7 @@ from aggregator.cassettes.rules import LineageRule, TapeRules
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.timing import Latency
 from aggregator.errors import CassetteError, CassetteWarning
-from aggregator.testing.network import refused
+from aggregator.testing.network import refuse_connections
 
 Unplayed = Literal["ignore", "report", "error"]
 SHOWN = 5
@@ -24,13 +24,13 @@ WIDER = "it comes before the test's cassette is open, from a fixture of wider sc
 WIDER_REMEDY = "ask the model in a fixture of function scope, or allow the host (allowed_hosts=...)"
 
 
-def refused_before(path: Path, allowed_hosts: Iterable[str], met: list[CassetteError]) -> AbstractContextManager[None]:
-    """Refuse the network to fixtures that are set up before the cassette of the first test that asks for them."""
-    return refused(f"{path} is to be replayed, and {WIDER}", allowed_hosts, remedy=WIDER_REMEDY, met=met)
+def refuse_early(path: Path, allowed_hosts: Iterable[str], met: list[CassetteError]) -> AbstractContextManager[None]:
+    """Refuse the network to fixtures that are set up before the cassette of the first test that uses them."""
+    return refuse_connections(f"{path} is to be replayed, and {WIDER}", allowed_hosts, remedy=WIDER_REMEDY, met=met)
 
 
 class Taping:
-    """A context manager around one test; `tape` is open inside, `passed` is set by whoever sees the test pass."""
+    """A context manager around one test. `tape` is open inside; the plugin sets `passed` when the test passes."""
 
     tape: Tape
 
@@ -56,7 +56,7 @@ class Taping:
                 clients=clients if isinstance(clients, str) else tuple(clients),
                 lineage=lineage,
                 latency=latency,
-                adopts="everything",  # threads, and loops that were begun before, have no context of this test
+                adopts="everything",  # threads and loops that were started before have no context of this test
             ),
         )
         self._unplayed = unplayed
@@ -70,20 +70,20 @@ class Taping:
         self._found = len(self.tape.unplayed())
         if not self.tape.records:
             self._stack.enter_context(
-                refused(f"{self.path} is being replayed", self._allowed_hosts, met=self._refusals)
+                refuse_connections(f"{self.path} is being replayed", self._allowed_hosts, met=self._refusals)
             )
         return self
 
     def settle(self) -> None:
-        """Raise while the test can still fail: what its code hid, and leftovers where asked to."""
+        """Raise what the test's code hid, and with unplayed='error' what it did not play, while the test can fail."""
         self._raise_hidden()
         left = self.tape.unplayed()
         if left and self._unplayed == "error":
             listing = "\n".join(f"  {exchange_id(row)}" for row in left[:SHOWN])
             more = f"\n  and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
             raise CassetteError(
-                f"expected every exchange of {self.path} to be played, got {len(left)} left over:\n{listing}{more}\n"
-                "record the test anew (--cassette-mode=all), or allow it: unplayed='report'"
+                f"Expected every exchange of {self.path} to be played, got {len(left)} left over:\n{listing}{more}\n"
+                "record the test again (--cassette-mode=all), or allow it: unplayed='report'"
             )
 
     def _raise_hidden(self) -> None:
@@ -92,9 +92,11 @@ class Taping:
         for refusal in self._refusals:
             raise CassetteError(f"{refusal}") from refusal
 
-    def untold(self, told: str) -> str:
-        """Return the misses and refusals that a failed test's report does not tell; "" where it tells them all."""
-        hidden = [error for error in (*self.tape.misses, *self._refusals) if f"{error}".partition("\n")[0] not in told]
+    def unreported(self, report: str) -> str:
+        """Return misses and blocked connections that the failure report does not already mention."""
+        hidden = [
+            error for error in (*self.tape.misses, *self._refusals) if f"{error}".partition("\n")[0] not in report
+        ]
         missing = [f"{type(error).__name__}: {error}" for error in hidden]
         more = [f"and {len(missing) - SHOWN} more"] if len(missing) > SHOWN else []
         return "\n\n".join(missing[:SHOWN] + more)
@@ -102,7 +104,7 @@ class Taping:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file of a test that passed, with what its fixtures asked at their end; drop any other's."""
+        """Finish the file of a test that passed, including its fixtures' calls at teardown; discard any other's."""
         try:
             if self.passed and error is None:
                 self._raise_hidden()
@@ -119,11 +121,11 @@ class Taping:
             self._stack.close()
             return
         self.tape.discard()
-        with suppress(CassetteError):  # a failed test has told what happened
+        with suppress(CassetteError):  # the failed test has reported what happened
             self._stack.close()
 
     def account(self) -> dict[str, Any]:
-        """Return what this test played and how its leftovers are to be told, as plain data."""
+        """Return as plain data what this test played, and whether unplayed exchanges are reported."""
         return account_of(self.path, self.tape) | {
             "rule": self._unplayed,
             "idle": self._unplayed != "ignore" and not self.tape.recorded and len(self.tape.unplayed()) == self._found,

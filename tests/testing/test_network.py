@@ -13,7 +13,7 @@ import pytest
 from user_project import Handler, Model, only
 
 from aggregator.errors import CassetteError
-from aggregator.testing.network import refused
+from aggregator.testing.network import refuse_connections
 
 pytest_plugins = ["pytester"]
 
@@ -33,14 +33,14 @@ def test_a_host_allowed_by_name_was_refused_at_its_address(
     model: Model, allowed: str, reach: Callable[[int], None]
 ) -> None:
     """What an allowed name resolves to is allowed; and `localhost` leads to its addresses that are."""
-    with refused("replaying", [allowed]):
+    with refuse_connections("replaying", [allowed]):
         reach(model.server_port)
 
 
 async def test_an_allowed_name_is_so_on_an_event_loop(model: Model) -> None:
     """aiohttp, and httpx by way of anyio, look up and connect elsewhere."""
     url = f"http://localhost:{model.server_port}/"
-    with refused("replaying", ["localhost"]):
+    with refuse_connections("replaying", ["localhost"]):
         async with aiohttp.ClientSession() as client, client.post(url, data=b"x") as reply:
             assert reply.status == 200
         async with httpx.AsyncClient(trust_env=False) as other:
@@ -68,7 +68,10 @@ def send(*arguments: Any) -> None:
 def test_look_ups_and_datagrams_passed_the_guard(reach: Callable[[], None], host: str) -> None:
     """Whatever leads out is refused and noted, as code may hide the error."""
     met: list[CassetteError] = []
-    with refused("replaying", ["other.invalid"], met=met), pytest.raises(CassetteError, match=f"got one to '{host}'"):
+    with (
+        refuse_connections("replaying", ["other.invalid"], met=met),
+        pytest.raises(CassetteError, match=f"got one to '{host}'"),
+    ):
         reach()
     assert len(met) == 1
 
@@ -76,7 +79,7 @@ def test_look_ups_and_datagrams_passed_the_guard(reach: Callable[[], None], host
 def test_the_guard_leaves_nothing_behind() -> None:
     """Functions are themselves again, after a block that fails too."""
     before = [socket.getaddrinfo, socket.gethostbyname, socket.socketpair, socket.socket.connect, socket.socket.sendto]
-    with pytest.raises(CassetteError), refused("replaying"):
+    with pytest.raises(CassetteError), refuse_connections("replaying"):
         ask(9)
     after = [socket.getaddrinfo, socket.gethostbyname, socket.socketpair, socket.socket.connect, socket.socket.sendto]
     assert before == after
@@ -84,7 +87,7 @@ def test_the_guard_leaves_nothing_behind() -> None:
 
 def test_a_server_may_listen() -> None:
     """`http.server` looks up its own name as it begins."""
-    with refused("replaying"), HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with refuse_connections("replaying"), HTTPServer(("127.0.0.1", 0), Handler) as server:
         assert server.server_port
 
 
@@ -107,7 +110,7 @@ def test_allowed(): assert agent() == "answer 1"
     monkeypatch.setenv("CI", "true")
     outcome = project.runpytest()
     outcome.assert_outcomes(passed=1, failed=1)
-    outcome.stdout.fnmatch_lines(["*CassetteError: expected no connection, got one to '127.0.0.1': *"])
+    outcome.stdout.fnmatch_lines(["*CassetteError: Expected no connection, got one to '127.0.0.1': *"])
 
 
 def test_fixtures_of_a_wider_scope_reached_the_network_in_ci(

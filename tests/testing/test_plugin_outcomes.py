@@ -135,7 +135,7 @@ def test_what_a_failing_test_hid_is_told_beside_its_assertion(project: pytest.Py
             "*what the cassette refused*",
             "CassetteMissError: expected a recorded answer to POST http://model.invalid/miss *",
             "*what the cassette refused*",
-            "CassetteError: expected no connection, got one to 'model.invalid': *",
+            "CassetteError: Expected no connection, got one to 'model.invalid': *",
         ]
     )
 
@@ -277,7 +277,7 @@ def test_none(): pass
     outcome = project.runpytest("-o", f"{escaping}=true")
     outcome.assert_outcomes(passed=2, errors=2)
     outcome.stdout.fnmatch_lines(
-        ["*expected a cassette's name as text, got <module*", "*expected clients as text or a list of texts, got None*"]
+        ["*Expected a cassette's name as text, got <module*", "*Expected clients as text or a list of texts, got None*"]
     )
     inner, long = cassettes(project)
     assert inner == "tests/cassettes/test_one/inner.yaml"

@@ -70,7 +70,7 @@ def test_the_network_is_refused_while_a_test_replays(project: pytest.Pytester, m
     outcome = project.runpytest()
     outcome.assert_outcomes(passed=2, failed=1)
     outcome.stdout.fnmatch_lines(
-        ["*expected no connection, got one to '127.0.0.1'*test_marked.yaml is being replayed*"]
+        ["*Expected no connection, got one to '127.0.0.1'*test_marked.yaml is being replayed*"]
     )
 
 
@@ -127,7 +127,7 @@ def test_a_wrong_mark_names_what_is_expected(project: pytest.Pytester, argument:
     only(project, f"@pytest.mark.cassette({argument})\ndef test_it():\n    pass\n")
     outcome = project.runpytest()
     outcome.assert_outcomes(errors=1)
-    outcome.stdout.fnmatch_lines(["*expected @pytest.mark.cassette(name, mode, clients, *test_one.py::test_it*"])
+    outcome.stdout.fnmatch_lines(["*Expected @pytest.mark.cassette(name, mode, clients, *test_one.py::test_it*"])
 
 
 def test_two_tests_never_share_a_default_cassette(project: pytest.Pytester, model: Model) -> None:
@@ -139,7 +139,7 @@ def test_two_tests_never_share_a_default_cassette(project: pytest.Pytester, mode
     )
     outcome = project.runpytest()
     outcome.assert_outcomes(errors=2)  # both, so that neither depends on which comes first, or on another worker
-    outcome.stdout.fnmatch_lines(["*expected a cassette of its own for *name one: *"])
+    outcome.stdout.fnmatch_lines(["*Expected a cassette of its own for *name one: *"])
 
 
 def test_the_tape_is_at_hand(project: pytest.Pytester, model: Model) -> None:
