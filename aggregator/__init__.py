@@ -109,6 +109,17 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TrainingResult",
         "Usage",
     ),
+    "aggregator.training.algorithms": (
+        "AggregatedUpdate",
+        "BasicSearchAlgorithm",
+        "BeamSearch",
+        "Minibatch",
+        "MinibatchAlgorithm",
+        "ParetoSearch",
+        "PrioritySearch",
+        "SequentialSearch",
+        "SequentialUpdate",
+    ),
     "aggregator.training.batches": ("DataLoader",),
     "aggregator.training.checkpoints": (
         "load_result",
@@ -130,7 +141,6 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "last_of",
         "tree_merge",
     ),
-    "aggregator.training.minibatch": ("Minibatch",),
     "aggregator.training.proposers": (
         "LLMOptimizer",
         "OPROOptimizer",
@@ -146,22 +156,19 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "top_k",
         "without_failed",
     ),
-    "aggregator.training.search": ("PrioritySearch",),
     "aggregator.training.searches": (
-        "BeamSearch",
-        "ParetoSearch",
-        "SequentialSearch",
-        "SequentialUpdate",
+        "beam",
+        "greedy",
+        "pareto",
+        "priority",
+        "sequential",
     ),
+    "aggregator.training.step": ("Step",),
     "aggregator.training.suggestions": (
         "construct_update_dict",
         "extract_llm_suggestion",
     ),
-    "aggregator.training.trainer": (
-        "AggregatedUpdate",
-        "BasicSearchAlgorithm",
-        "MinibatchAlgorithm",
-    ),
+    "aggregator.training.trainer": ("Trainer",),
 }
 
 

@@ -76,6 +76,15 @@ from aggregator.records import Sample as Sample
 from aggregator.records import StepReport as StepReport
 from aggregator.records import TrainingResult as TrainingResult
 from aggregator.records import Usage as Usage
+from aggregator.training.algorithms import AggregatedUpdate as AggregatedUpdate
+from aggregator.training.algorithms import BasicSearchAlgorithm as BasicSearchAlgorithm
+from aggregator.training.algorithms import BeamSearch as BeamSearch
+from aggregator.training.algorithms import Minibatch as Minibatch
+from aggregator.training.algorithms import MinibatchAlgorithm as MinibatchAlgorithm
+from aggregator.training.algorithms import ParetoSearch as ParetoSearch
+from aggregator.training.algorithms import PrioritySearch as PrioritySearch
+from aggregator.training.algorithms import SequentialSearch as SequentialSearch
+from aggregator.training.algorithms import SequentialUpdate as SequentialUpdate
 from aggregator.training.batches import DataLoader as DataLoader
 from aggregator.training.checkpoints import load_result as load_result
 from aggregator.training.checkpoints import save_result as save_result
@@ -89,7 +98,6 @@ from aggregator.training.merge import LLMMerge as LLMMerge
 from aggregator.training.merge import best_tried as best_tried
 from aggregator.training.merge import last_of as last_of
 from aggregator.training.merge import tree_merge as tree_merge
-from aggregator.training.minibatch import Minibatch as Minibatch
 from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
 from aggregator.training.proposers import OPROOptimizer as OPROOptimizer
 from aggregator.training.proposers import TextGradOptimizer as TextGradOptimizer
@@ -101,15 +109,14 @@ from aggregator.training.rules import majority as majority
 from aggregator.training.rules import mean as mean
 from aggregator.training.rules import top_k as top_k
 from aggregator.training.rules import without_failed as without_failed
-from aggregator.training.search import PrioritySearch as PrioritySearch
-from aggregator.training.searches import BeamSearch as BeamSearch
-from aggregator.training.searches import ParetoSearch as ParetoSearch
-from aggregator.training.searches import SequentialSearch as SequentialSearch
-from aggregator.training.searches import SequentialUpdate as SequentialUpdate
+from aggregator.training.searches import beam as beam
+from aggregator.training.searches import greedy as greedy
+from aggregator.training.searches import pareto as pareto
+from aggregator.training.searches import priority as priority
+from aggregator.training.searches import sequential as sequential
+from aggregator.training.step import Step as Step
 from aggregator.training.suggestions import construct_update_dict as construct_update_dict
 from aggregator.training.suggestions import extract_llm_suggestion as extract_llm_suggestion
-from aggregator.training.trainer import AggregatedUpdate as AggregatedUpdate
-from aggregator.training.trainer import BasicSearchAlgorithm as BasicSearchAlgorithm
-from aggregator.training.trainer import MinibatchAlgorithm as MinibatchAlgorithm
+from aggregator.training.trainer import Trainer as Trainer
 
 __version__: str

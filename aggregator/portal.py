@@ -20,12 +20,14 @@ from contextvars import Context, ContextVar, copy_context
 from functools import partial, wraps
 from hashlib import sha256
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from aggregator.errors import ConfigError
 from aggregator.patching import Patch, Patches
 
 Result = TypeVar("Result")
+Owner = TypeVar("Owner")
+Args = ParamSpec("Args")
 
 PATIENCE = 10.0
 """Seconds that an interrupted caller waits for what it interrupted: code may swallow its cancellation."""
@@ -160,6 +162,43 @@ def _transfer(task: asyncio.Task[Result], outcome: Future[Result]) -> None:
         outcome.set_exception(error)
     else:
         outcome.set_result(task.result())
+
+
+def sync(
+    method: Callable[Concatenate[Owner, Args], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[Owner, Args], Result]:
+    """Return the synchronous face of an async method, with the same signature; `train` is that of `atrain`.
+
+    A call of the face calls the async method of that name, so an override of it is found. `__face_of__` holds the name:
+    a method without this mark is an override of the face.
+    """
+    name = method.__name__
+
+    @wraps(method)
+    def face(self: Owner, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        bound: Callable[Args, Coroutine[Any, Any, Result]] = getattr(self, name)
+        return call(bound, *args, **kwargs)
+
+    _name_face(face, name)
+    return face
+
+
+def sync_function(function: Callable[Args, Coroutine[Any, Any, Result]]) -> Callable[Args, Result]:
+    """Return the synchronous face of an async function, with the same signature."""
+
+    @wraps(function)
+    def face(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        return call(function, *args, **kwargs)
+
+    _name_face(face, function.__name__)
+    return face
+
+
+def _name_face(face: Any, awaitable: str) -> None:
+    """Name a face after the awaitable form, whose name has an `a` in front."""
+    face.__face_of__ = awaitable
+    face.__name__ = awaitable.removeprefix("a")
+    face.__qualname__ = face.__qualname__.removesuffix(awaitable) + face.__name__
 
 
 def is_here() -> bool:

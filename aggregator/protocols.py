@@ -1,4 +1,8 @@
-"""Every extension point, each a Protocol with one method (two where bytes go in and come out)."""
+"""The extension points, each a Protocol with one method (two if bytes go in and come out).
+
+The decisions of training (UpdateRule, Gate, Check, Optimizer, Search) take the step, and are in
+`aggregator.training.decisions`.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from aggregator.records import (
     Completion,
-    Decision,
     HTTPReply,
     HTTPRequest,
-    Proposal,
     Rollout,
     RolloutTask,
-    Sample,
-    Values,
 )
 
 
@@ -79,22 +79,6 @@ class Guide(Protocol):
 
     def __call__(self, x: Any, output: Any, info: Any) -> Any:
         """Return a score or (score, feedback), now or awaitable."""
-        ...
-
-
-class UpdateRule(Protocol):
-    """Merges proposals. Closed: what one rule returns, another can take."""
-
-    async def __call__(self, current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
-        """Return fewer proposals than came, or better ones."""
-        ...
-
-
-class Gate(Protocol):
-    """Accepts or refuses an update."""
-
-    async def __call__(self, before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
-        """Compare the values before and after on whatever the gate looks at."""
         ...
 
 

@@ -115,7 +115,7 @@ class AdaptedParameter(ParameterNode[Any]):
     """A parameter of someone else: the value lives there, and both sides check a new one."""
 
     def __init__(self, parameter: Parameter) -> None:
-        self.parameter = parameter
+        self.origin = parameter
         self._made = False
         super().__init__(
             parameter.value,
@@ -129,16 +129,16 @@ class AdaptedParameter(ParameterNode[Any]):
 
     @property
     def _stored(self) -> Any:
-        return self.parameter.value
+        return self.origin.value
 
     @_stored.setter
     def _stored(self, value: Any) -> None:
         if self._made:
-            self.parameter.store(value)
+            self.origin.store(value)
 
     def check(self, raw: Any, where: str) -> Any:
         """Convert by the type that the parameter states, then by its own `convert`."""
-        return self.parameter.convert(super().check(raw, where))
+        return self.origin.convert(super().check(raw, where))
 
 
 def as_parameters(owner: Any, adapted: dict[int, ParameterNode[Any]]) -> list[ParameterNode[Any]]:

@@ -16,8 +16,9 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from aggregator.adapters.trace_lock import YieldingLock
 from aggregator.agents.code import check_source, plain_source
@@ -27,35 +28,30 @@ from aggregator.cassettes.lineage import current_lineage, lineage, natural
 from aggregator.errors import ConfigError, LLMError, ParameterError, ends_run
 from aggregator.executors.work import InstanceAgent, Ran
 from aggregator.guides.calling import Call
-from aggregator.records import Proposal, Rollout, RolloutTask, StepReport
-from aggregator.training.context import current_step
+from aggregator.protocols import Agent
+from aggregator.records import Proposal, Rollout, RolloutTask
 
 MOST_THREADS = 64
 
 _CODE = "__code"
 _MEMORIES = ("memory", "buffer")  # OptoPrime's and OPRO's
 _SHARED = ("parameters", "log", "summary_log")
-_last_output: ContextVar[tuple[Any, Any] | None] = ContextVar("aggregator_trace_output", default=None)
 
 
-def adapt(agent: Any, optimizer: Any) -> tuple[Any, Any]:
-    """Return agent and optimizer as the trainer uses them: those of Trace wrapped, any others as they are.
+def as_optimizer(optimizer: Any, agent: Agent) -> Any:
+    """Return an optimizer as the trainer asks it: one of Trace is wrapped, any other stays as it is.
 
-    Raises ConfigError for what is no agent, and for an optimizer of Trace with an agent that is none of Trace's.
+    Raises ConfigError for an optimizer of Trace with an agent that is none of Trace's.
     """
-    if isinstance(agent, type) or not callable(getattr(agent, "parameters", None)):
-        raise ConfigError(
-            f"Expected an agent that offers parameters(), such as an instance of your Module, got {agent!r}"
-        )
-    if not is_trace_agent(agent):
-        if is_trace_optimizer(optimizer):
-            raise ConfigError(
-                f"Expected an agent with parameters of Trace for {type(optimizer).__name__}, "
-                f"got {type(agent).__name__}; use LLMOptimizer for it"
-            )
-        return agent, optimizer
-    wrapped = TraceAgent(agent)
-    return wrapped, TraceOptimizer(optimizer, wrapped) if is_trace_optimizer(optimizer) else optimizer
+    if not is_trace_optimizer(optimizer):
+        return optimizer
+    if isinstance(agent, TraceAgent):
+        return TraceOptimizer(optimizer, agent)
+    kind = type(getattr(agent, "program", agent)).__name__
+    raise ConfigError(
+        f"Expected an agent with parameters of Trace for {type(optimizer).__name__}, got {kind}; "
+        "use LLMOptimizer for it"
+    )
 
 
 def is_trace_agent(agent: Any) -> bool:
@@ -72,7 +68,7 @@ class TraceParameter(ParameterNode[Any]):
     """A parameter of Trace: the value lives on Trace's node, type and checks are ours."""
 
     def __init__(self, node: Any, name: str) -> None:
-        self.node = node
+        self.node = self.origin = node
         self.written: Any = node._data  # noqa: SLF001 - Trace's `data` also notes who read it
         self.is_code = _CODE in node.name
         constraint = getattr(node, "_constraint", None)
@@ -117,30 +113,14 @@ class TraceAgent(Module, InstanceAgent):
     async def run(self, task: RolloutTask, call: Call) -> Ran:
         """Run the agent in a thread, under the values that this context reads; its node is kept for the optimizer."""
         try:
-            output = await self.in_thread(self._run, (task.sample.x,), {})
+            output = await self.in_thread(self._run, task.sample.x)
         except Exception as error:  # noqa: BLE001 - an agent may raise anything, and Trace says where feedback starts
             return Ran(error=error, handle=getattr(error, "exception_node", None))
         return Ran(output=getattr(output, "data", output), handle=output)
 
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the data of the agent's output; the node itself is kept for the optimizer."""
-        return await self.forward(*args, **kwargs)
-
-    async def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the agent in a thread, under the values that this context reads."""
-        _last_output.set(None)
-        try:
-            output = await self.in_thread(self._run, args, kwargs)
-        except Exception as error:
-            _last_output.set((None, getattr(error, "exception_node", None)))  # Trace's own: backward starts there
-            raise
-        data = getattr(output, "data", output)
-        _last_output.set((data, output))
-        return data
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, x: Any) -> Any:
         with self.inside():
-            return self.agent(*args, **kwargs)
+            return self.agent(x)
 
     def inside(self) -> AbstractContextManager[None]:
         """Hold the lock, with the values on the nodes that this context reads."""
@@ -152,6 +132,15 @@ class TraceAgent(Module, InstanceAgent):
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: context.run(function, *args))
 
 
+class _Step(Protocol):
+    """What a proposal needs to know of `aggregator.training.step.Step`."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def parameters(self) -> Sequence[Any]: ...
+
+
 class TraceOptimizer:
     """A Trace optimizer as the trainer asks it: for one instance's proposal, applying nothing.
 
@@ -159,6 +148,8 @@ class TraceOptimizer:
     not see each other (in Trace, `memory_size` lets them). What they add to the memory is taken over when the next step
     begins, in the order of the samples.
     """
+
+    takes_batches = False
 
     def __init__(self, optimizer: Any, agent: TraceAgent) -> None:
         self.optimizer = optimizer
@@ -170,33 +161,28 @@ class TraceOptimizer:
                 f"Expected an optimizer of the agent's own parameters, got {', '.join(missing)} beside them"
             )
         self.parameters: list[Any] = [known[id(node)] for node in optimizer.parameters]
-        self._step_of_memories: tuple[int, int] | None = None
+        self._step_of_memories: int | None = None
         self._copies: dict[Any, Any] = {}  # place in the run, sample id -> copy
 
-    async def propose(
-        self,
-        rollout: Rollout,
-        parameters: Sequence[Any],
-        *,
-        history: Sequence[StepReport] = (),
-    ) -> Proposal:
-        """Return what this instance asks for; raises LLMError where the call failed."""
-        data, node = _last_output.get() or (None, None)
+    async def propose(self, rollouts: Sequence[Rollout], step: _Step) -> Proposal:
+        """Return what this instance asks for; raises LLMError if the call failed."""
+        (rollout,) = rollouts
         silent = Proposal(score=rollout.score, feedback=rollout.feedback, sample_ids=(rollout.sample_id,))
-        if node is None or data is not rollout.output:
-            return _with(silent, error="the output is not one node of Trace, so no feedback can reach the parameters")
-        self._take_over_memories()
+        if not hasattr(rollout.handle, "parents"):
+            reason = "the output is not one node of Trace, so no feedback can reach the parameters"
+            return replace(silent, error=reason)
+        self._take_over_memories(step)
         optimizer = self._copy()
         self._copies[natural(current_lineage()), rollout.sample_id] = optimizer
         try:
             with lineage("propose", role="optimizer"):
-                update = await self.agent.in_thread(self._step, optimizer, node, rollout.feedback)
+                update = await self.agent.in_thread(self._step, optimizer, rollout.handle, rollout.feedback)
         except Exception as error:  # an optimizer of others may raise anything; for this instance that is a record
             if isinstance(error, LLMError) or ends_run(error):
                 raise
-            return _with(silent, error=f"{type(error).__name__}: {error}")
-        values, refused = self._converted(update, parameters)
-        return _with(silent, values=values, error="; ".join(refused) or None)
+            return replace(silent, error=f"{type(error).__name__}: {error}")
+        values, refused = self._converted(update, step.parameters)
+        return replace(silent, values=values, error="; ".join(refused) or None)
 
     def _step(self, optimizer: Any, node: Any, feedback: str) -> dict[Any, Any]:
         """Run zero_feedback, backward and step for one instance, alone but for the time its model takes."""
@@ -224,10 +210,9 @@ class TraceOptimizer:
             }
         return optimizer
 
-    def _take_over_memories(self) -> None:
+    def _take_over_memories(self, step: _Step) -> None:
         """Once per step, add what each proposal of the step before remembered, in the order of the samples."""
-        step = current_step()
-        if self._step_of_memories == (step.epoch, step.step):
+        if self._step_of_memories == step.number:
             return
         for name in (name for name in _MEMORIES if hasattr(self.optimizer, name)):
             memory = getattr(self.optimizer, name)
@@ -237,7 +222,7 @@ class TraceOptimizer:
                 if after and list(map(id, after)) != list(map(id, before)):  # a step that failed early added nothing
                     _remember(memory, after[-1])
         self._copies = {}
-        self._step_of_memories = (step.epoch, step.step)
+        self._step_of_memories = step.number
 
     def _converted(self, update: dict[Any, Any], parameters: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
         """Return the values that fit their parameters, and why the others do not."""
@@ -289,12 +274,6 @@ def _own(value: Any) -> Any:
 def _remember(memory: Any, entry: Any) -> None:
     """Add to a list, or to one of Trace's buffers."""
     (memory.add if hasattr(memory, "add") else memory.append)(entry)
-
-
-def _with(proposal: Proposal, **changes: Any) -> Proposal:
-    from msgspec.structs import replace
-
-    return replace(proposal, **changes)
 
 
 def _nodes_of(agent: Any) -> list[Any]:

@@ -119,9 +119,9 @@ def train_demo(settings: Settings, *, observers: Sequence[Watching] = ()) -> Out
 
 
 def _train(settings: Settings, llm: ChatModel, observers: Sequence[Watching]) -> TrainingResult:
+    from aggregator.training.algorithms import AggregatedUpdate
     from aggregator.training.gates import improves_on_batch
     from aggregator.training.proposers import LLMOptimizer
-    from aggregator.training.trainer import AggregatedUpdate
 
     data = tickets()
     trainer = AggregatedUpdate(

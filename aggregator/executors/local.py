@@ -195,15 +195,3 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return one error of a group, an interrupt before others."""
     flat = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in errors.exceptions]
     return next((error for error in flat if not isinstance(error, Exception)), flat[0])
-
-
-class AsyncExecutor(LocalExecutor):
-    """The executor of the loop as it was: `map` and `finish` of any work. Goes with the loop that needs it."""
-
-    async def map(self, work: Callable[[Any], Awaitable[Any]], tasks: Sequence[Any]) -> list[Any]:
-        """Do as `fan_out`."""
-        return await fan_out(work, tasks, self.max_concurrency)
-
-    async def finish(self, work: Callable[[Any], Awaitable[Any]], tasks: Sequence[Any]) -> list[Any]:
-        """Do as `finish`."""
-        return await finish(work, tasks, self.max_concurrency)

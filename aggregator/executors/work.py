@@ -167,7 +167,7 @@ async def run_batch(
             async for found in agent.rollouts(tasks, guide):
                 i, rollout = _check_arrival(agent, found, left)
                 left.discard(i)
-                arrived(i, rollout)
+                arrived(i, _name_task(rollout, tasks[i]))
     except BaseException as raised:  # the boundary: whatever an agent raises becomes a record
         if not is_own(raised):
             raise
@@ -183,6 +183,12 @@ def _check_arrival(agent: Agent, found: Any, left: set[int]) -> tuple[int, Rollo
     raise ConfigError(
         f"Expected (index, rollout) for each task once from {type(agent).__name__}.rollouts, got {shorten(found)}"
     )
+
+
+def _name_task(rollout: Rollout, task: RolloutTask) -> Rollout:
+    """Fill in what a rollout says of its task."""
+    sample = task.sample
+    return replace(rollout, sample_id=sample.id, x=sample.x, lineage="/".join(task.lineage), repeat=task.repeat)
 
 
 def record_failure(stage: Stage, error: BaseException, sample_id: int | None = None) -> Failure:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aggregator.checks import is_async
-from aggregator.errors import GuideError
+from aggregator.checks import accepts, is_async
+from aggregator.errors import ConfigError, GuideError
 
 Call = Callable[..., Awaitable[Any]]
 """Runs a synchronous function elsewhere, as in `await call(function, *args)`."""
@@ -33,6 +33,14 @@ async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None
     if inspect.isawaitable(answer):
         answer = await answer
     return verdict_of(answer, guide)
+
+
+def check_guide(guide: Any) -> None:
+    """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
+    if not accepts(getattr(guide, "get_feedback", guide), None, None, None):
+        raise ConfigError(
+            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}"
+        )
 
 
 def verdict_of(answer: Any, guide: Any) -> tuple[float | None, str]:

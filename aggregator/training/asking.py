@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from msgspec import Struct
 
-from aggregator.errors import SuggestionError, TruncatedError
+from aggregator.agents.parameters import ParameterNode
+from aggregator.errors import LLMError, SuggestionError, TruncatedError, ends_run
 from aggregator.protocols import ChatModel
 from aggregator.records import Values
 from aggregator.training.prompts import repair_messages
 from aggregator.training.replies import parse_reply
 from aggregator.training.suggestions import response_schema, typed
+
+Parameters = Sequence[ParameterNode[Any]]
 
 
 class Answer(Struct, frozen=True, kw_only=True):
@@ -23,44 +26,11 @@ class Answer(Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-async def ask(
-    llm: ChatModel,
-    messages: list[dict[str, str]],
-    parameters: Sequence[Any],
-    *,
-    max_tokens: int,
-    temperature: float | None = None,
-    seed: int | None = None,
-) -> Answer:
-    """Return the model's suggestion for the parameters; raises LLMError where the call itself failed.
-
-    A reply that cannot be read without guessing, or a value that cannot become its parameter's type, is asked for once
-    more with the error quoted. What is still wrong then is left out and named in `error`.
-    """
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    text, answer = await _once(llm, messages, parameters, options)
-    if answer.error is None:
-        return answer
-    _, repaired = await _once(llm, repair_messages(messages, text, answer.error), parameters, options)
-    return repaired
+Read = Callable[[str, Parameters], Answer]
+"""Reads a reply into values for these parameters."""
 
 
-async def _once(
-    llm: ChatModel, messages: list[dict[str, str]], parameters: Sequence[Any], options: dict[str, Any]
-) -> tuple[str, Answer]:
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        completion = await llm.complete(
-            messages, response_format=response_schema(parameters), validate=str, **given
-        )  # validate=str: any text will do here, `read` is the judge
-    except TruncatedError as error:
-        return error.text, Answer(error=str(error))
-    if completion.finish_reason == "length":
-        return completion.text, Answer(error=f"the reply was cut at the limit of {options['max_tokens']} tokens")
-    return completion.text, read(completion.text, parameters)
-
-
-def read(text: str, parameters: Sequence[Any]) -> Answer:
+def read_reply(text: str, parameters: Parameters) -> Answer:
     """Read one reply into values of the parameters' own types."""
     try:
         reply = parse_reply(text)
@@ -70,3 +40,51 @@ def read(text: str, parameters: Sequence[Any]) -> Answer:
         return Answer(reasoning=reply.reasoning)
     values, refused = typed(reply.suggestion, parameters)
     return Answer(values=values, reasoning=reply.reasoning, error="; ".join(refused.values()) or None)
+
+
+async def ask(
+    llm: ChatModel,
+    messages: list[dict[str, str]],
+    parameters: Parameters,
+    *,
+    max_tokens: int,
+    temperature: float | None = None,
+    seed: int | None = None,
+    read: Read = read_reply,
+    structured: bool = True,
+) -> Answer:
+    """Return the model's suggestion for the parameters; raises LLMError if the call itself failed.
+
+    A reply that cannot be read without guessing, or a value that cannot become its parameter's type, is asked for once
+    more with the error quoted. What is still wrong then is left out and named in `error`. With `structured=False` the
+    reply has whatever form `read` knows: no schema is sent, and nothing is asked for again.
+    """
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    options = {name: value for name, value in options.items() if value is not None}
+    if structured:  # validate=str: any text will do for the client, `read` is the judge
+        options |= {"response_format": response_schema(parameters), "validate": str}
+
+    async def once(messages: list[dict[str, str]]) -> tuple[str, Answer]:
+        try:
+            completion = await llm.complete(messages, **options)
+        except TruncatedError as error:
+            return error.text, Answer(error=str(error))
+        if completion.finish_reason == "length":
+            return completion.text, Answer(error=f"the reply was cut at the limit of {max_tokens} tokens")
+        return completion.text, read(completion.text, parameters)
+
+    text, answer = await once(messages)
+    if answer.error is None or not structured:
+        return answer
+    _, repaired = await once(repair_messages(messages, text, answer.error))
+    return repaired
+
+
+async def ask_or_fail(*arguments: Any, **options: Any) -> Answer | LLMError:
+    """Do as `ask`, and return the error of a call that another one may escape; raises what ends a run."""
+    try:
+        return await ask(*arguments, **options)
+    except LLMError as error:
+        if ends_run(error):
+            raise
+        return error

@@ -52,7 +52,7 @@ def upper_bound(candidate: Candidate, trials: int, constant: float) -> float:
     return candidate.score + constant * sqrt(log(max(trials, 1)) / candidate.trials)
 
 
-def compared(before: Candidate, after: Candidate) -> Decision:
+def compare_on_shared(before: Candidate, after: Candidate) -> Decision:
     """Decide between two candidates on the instances that both have been tried on."""
     shared = [key for key in before.scores if key in after.scores]
     return compare(*([_mean_of(candidate.scores[key]) for key in shared] for candidate in (before, after)))
@@ -60,11 +60,11 @@ def compared(before: Candidate, after: Candidate) -> Decision:
 
 def gain(before: Candidate, after: Candidate) -> float:
     """Return by how much the mean score differs on the instances that both have been tried on."""
-    decision = compared(before, after)
+    decision = compare_on_shared(before, after)
     return -inf if decision.before is None or decision.after is None else decision.after - decision.before
 
 
-def won(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
+def wins_of(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
     """Return the instances on which each candidate scores best, none for one that another betters.
 
     An instance counts once two candidates were tried on it. Another candidate betters this one where it is best on the
@@ -72,7 +72,7 @@ def won(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
 
     >>> a = Candidate(id="a", values={}, scores={"0": (1.0, 1), "1": (0.0, 1)})
     >>> b = Candidate(id="b", values={}, scores={"0": (0.0, 1), "1": (1.0, 1)})
-    >>> [sorted(instances) for instances in won([a, b]).values()]
+    >>> [sorted(instances) for instances in wins_of([a, b]).values()]
     [['0'], ['1']]
     """
     best: dict[str, float] = {}
@@ -90,7 +90,7 @@ def won(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
     return {own: frozenset() if any(keys < more for more in wins.values()) else keys for own, keys in wins.items()}
 
 
-def drawn(candidates: Sequence[Candidate], weights: Sequence[int], count: int, random: Random) -> list[Candidate]:
+def draw(candidates: Sequence[Candidate], weights: Sequence[int], count: int, random: Random) -> list[Candidate]:
     """Draw up to `count` different candidates, each the likelier the more it weighs; weight 0 is never drawn."""
     left = [pair for pair in zip(candidates, weights, strict=True) if pair[1] > 0]
     found: list[Candidate] = []
@@ -100,9 +100,9 @@ def drawn(candidates: Sequence[Candidate], weights: Sequence[int], count: int, r
     return found
 
 
-def contributors(candidate: Candidate, base: Candidate, memory: Iterable[Candidate]) -> tuple[int, ...]:
-    """Return the samples whose proposals lead from one candidate to another, as far as the memory reaches back."""
-    known = {other.id: other for other in memory}
+def contributors(candidate: Candidate, base: Candidate, pool: Iterable[Candidate]) -> tuple[int, ...]:
+    """Return the samples whose proposals lead from one candidate to another, as far as the pool reaches back."""
+    known = {other.id: other for other in pool}
     ids: set[int] = set()
     step: Candidate | None = candidate
     while step is not None and step.id != base.id:

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from aggregator.errors import TrainingError
 from aggregator.files import write_atomically
-from aggregator.records import Candidate, Evaluation, StepReport, TrainingResult, Usage, Values
+from aggregator.records import Candidate, Evaluation, Failure, StepReport, TrainingResult, Usage, Values
 from aggregator.text import canonical_json, show
 
 VERSION = 1
@@ -21,16 +21,35 @@ CHECKPOINT = "checkpoint.json"
 RESULT = "result.json"
 PARAMETERS = "parameters.json"
 CANDIDATES = "candidates"
-"""The note under which a search keeps its memory."""
+"""The name under which the memory of a run holds the pool of its search."""
 
 _WHOLE = 2**62
 
 
-class RunState(Struct, frozen=True, kw_only=True):
+class Score(Struct, frozen=True, array_like=True):
+    """What is remembered of a rollout."""
+
+    score: float | None
+    scores: dict[str, float] = {}
+    failure: Failure | None = None
+
+
+class Known(Struct, frozen=True):
+    """The scores of one set of values, by instance; `step` is the last step that asked for one."""
+
+    step: int
+    scores: dict[str, Score]
+
+
+Memory = dict[str, Known]
+"""The scores that a run remembers, by the digest of the values."""
+
+
+class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
     """All that a run must remember between two steps. `steps` counts the finished ones.
 
-    `notes` is what gates and searches remember. `broken_off` says that calls failed until the run ended: whoever goes
-    on asks anew.
+    `memory` is what gates remember, and the pool of a search under CANDIDATES; `scores` is what evaluations found out.
+    `broken_off` says that calls failed until the run ended: a resumed run makes them again.
     """
 
     initial: Values
@@ -40,7 +59,8 @@ class RunState(Struct, frozen=True, kw_only=True):
     evaluations: tuple[Evaluation, ...] = ()
     best: Values | None = None
     best_score: float | None = None
-    notes: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    scores: Memory = {}
     broken_off: bool = False
 
 
@@ -138,13 +158,13 @@ def result_of(state: RunState, parameters: Values) -> TrainingResult:
         failures=tuple(failure for report in reports for failure in report.failures),
         warnings=tuple(_warnings(usage)),
         usage=usage,
-        candidates=candidates_in(state.notes),
+        candidates=candidates_in(state.memory),
     )
 
 
-def candidates_in(notes: Mapping[str, Any]) -> list[Candidate]:
-    """Return what a search remembers, the candidate in force first."""
-    return msgspec.convert(notes.get(CANDIDATES, []), list[Candidate])
+def candidates_in(memory: Mapping[str, Any]) -> list[Candidate]:
+    """Return the pool of a search, the current candidate first."""
+    return msgspec.convert(memory.get(CANDIDATES, []), list[Candidate])
 
 
 def _warnings(usage: Mapping[str, Usage]) -> Iterator[str]:

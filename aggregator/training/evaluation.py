@@ -1,112 +1,176 @@
-"""Scores of a data set under given parameter values, without touching the agent."""
+"""Scores of given values: what `step.evaluate` does in a run and alone, and `evaluate` outside of one."""
 
 from __future__ import annotations
 
-import inspect
+import asyncio
 import warnings
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from aggregator import portal
-from aggregator.agents.parameters import keeping, overriding
-from aggregator.agents.transcripts import transcript
-from aggregator.cassettes.lineage import lineage
-from aggregator.checks import check_positive, is_async
-from aggregator.errors import TrainingWarning, ends_run, is_own
-from aggregator.executors.local import AsyncExecutor
-from aggregator.guides.calling import judge
-from aggregator.records import Failure, Rollout, Sample, Values
+from aggregator.adapters.agents import CalledAgent, as_agent
+from aggregator.agents.parameters import overriding, read
+from aggregator.cassettes.lineage import current_lineage
+from aggregator.checks import check_positive
+from aggregator.errors import TrainingWarning
+from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
+from aggregator.executors.work import AgentWork
+from aggregator.guides.calling import check_guide
+from aggregator.portal import sync_function
+from aggregator.protocols import Agent
+from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.failures import failure, root_of
-from aggregator.training.parts import check_guide
+from aggregator.training.checkpoints import Known, Memory, Score, digest
+
+Evaluate = Callable[..., Awaitable[list[Rollout]]]
+"""`Step.evaluate` of one step: (values, samples, *, guide, repeats, fresh) -> rollouts."""
+
+RunTasks = Callable[[Sequence[RolloutTask], Any], Awaitable[Sequence[Rollout]]]
+"""Runs (tasks, guide) and returns the rollouts in the order of the tasks."""
+
+KEPT_STEPS = 16
+"""How many steps a score is remembered that no step asks for."""
 
 
-async def rollout(
-    agent: Any, guide: Any, sample: Sample, *, executor: AsyncExecutor, min_score: float | None = None
-) -> Rollout:
-    """Return what the agent did with one sample, its score and feedback.
+class Evaluations:
+    """Evaluates values and remembers their scores, so that gates, searches and rules pay for each once.
 
-    An error of the agent itself is feedback and scores `min_score`; a lost call or a guide's failure leaves the score
-    None, which is not 0. Errors that end the run are raised.
+    A score belongs to (values, sample, guide, repeat). Concurrent evaluations of the same values wait for one another.
+    The calls of an evaluation stand in the recording under `values=<digest>/sample=<id>`, below the place of the step,
+    whoever asks; with a guide other than the run's, `guide=<digest>` comes in between.
     """
-    with transcript() as seen:
-        try:
-            output = await run_agent(agent, sample.x, executor)
-        except BaseException as error:  # the boundary: whatever an agent raises becomes a record
-            if not is_own(error):
-                raise
-            return _failed_agent(error, sample, seen.render(), min_score)
-    text = seen.render()
-    try:
-        with lineage("guide", role="guide"):
-            score, feedback = await judge(guide, sample.x, output, sample.info, call=executor.call)
-    except BaseException as error:
-        if not is_own(error):
-            raise
-        if ends_run(cause := root_of(error)):
-            raise cause from None
-        return Rollout(sample_id=sample.id, output=output, transcript=text, failure=_at("guide", error, sample))
-    return Rollout(sample_id=sample.id, output=output, score=score, feedback=feedback, transcript=text)
+
+    def __init__(
+        self,
+        run: RunTasks,
+        guide: Any,
+        parameters: Sequence[Any],
+        *,
+        min_score: float | None = None,
+        known: Memory | None = None,
+    ) -> None:
+        self.known: Memory = dict(known or {})
+        self._run = run
+        self._guide = guide
+        self._parameters = parameters
+        self._min_score = min_score
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._guides: dict[int, tuple[Any, str]] = {}  # kept alive, as its id is the key
+
+    def at(self, step: int, place: Sequence[str] = ()) -> Evaluate:
+        """Return the `evaluate` of one step, whose calls stand below `place`."""
+        return partial(self._evaluate, step, tuple(place))
+
+    async def _evaluate(
+        self,
+        step: int,
+        place: tuple[str, ...],
+        values: Values,
+        samples: Sequence[Sample],
+        *,
+        guide: Any = None,
+        repeats: int = 1,
+        fresh: bool = False,
+    ) -> list[Rollout]:
+        check_positive("repeats", repeats)
+        guide = self._guide if guide is None else guide
+        judge = self._name(guide)
+        with overriding(self._parameters, values):  # each in its own type, and under one digest
+            typed = read(self._parameters)
+        name = digest(typed)
+        place = (*place, f"values={name}", *((f"guide={judge}",) if judge else ()))
+        keys = [(_key(judge, sample, i), sample, i) for sample in samples for i in range(repeats)]
+        async with self._locks.setdefault((name, judge), asyncio.Lock()):
+            known = {} if fresh or name not in self.known else self.known[name].scores
+            missing = {key: self._task(typed, place, sample, i) for key, sample, i in keys if key not in known}
+            made = await self._run(list(missing.values()), guide) if missing else ()
+            new = dict(zip(missing, made, strict=True))
+            self._remember(step, name, new)
+        return [new[key] if key in new else _recall(known[key], sample, i) for key, sample, i in keys]
+
+    def _name(self, guide: Any) -> str:
+        """Return "" for the run's own guide, and a digest for another one, the same as long as the run lasts."""
+        if guide is self._guide:
+            return ""
+        if id(guide) not in self._guides:
+            check_guide(guide)
+            self._guides[id(guide)] = (guide, guide_digest(guide))
+        return self._guides[id(guide)][1]
+
+    def _task(self, values: Values, place: tuple[str, ...], sample: Sample, repeat: int) -> RolloutTask:
+        return RolloutTask(
+            sample=sample,
+            values=values,
+            lineage=(*place, f"sample={sample.id}", *((f"repeat={repeat}",) if repeat else ())),
+            capture=False,
+            repeat=repeat,
+            min_score=self._min_score,
+        )
+
+    def _remember(self, step: int, name: str, rollouts: dict[str, Rollout]) -> None:
+        """Add scores, except of instances that were lost: they say nothing of the values."""
+        kept = {
+            key: Score(run.score, dict(run.scores), run.failure)
+            for key, run in rollouts.items()
+            if run.failure is None or not is_lost(run.failure)
+        }
+        before = self.known[name].scores if name in self.known else {}
+        self.known[name] = Known(step, {**before, **kept})
+
+    def forget(self, step: int, in_use: Sequence[Values] = ()) -> Memory:
+        """Drop the scores that no step asked for lately, except of values in use, and return the others."""
+        used = set(map(digest, in_use))
+        kept = sorted(name for name in self.known if name in used or self.known[name].step > step - KEPT_STEPS)
+        self.known = {name: self.known[name] for name in kept}
+        self._locks = {}
+        return dict(self.known)
 
 
-async def run_agent(agent: Any, x: Any, executor: AsyncExecutor) -> Any:
-    """Return `agent(x)`: awaited where the agent is async, in a thread where it is not."""
-    forward = getattr(agent, "forward", agent)
-    if is_async(forward) or is_async(agent):
-        return await agent(x)
-    output = await executor.call(agent, x)
-    return await output if inspect.isawaitable(output) else output
+def _key(judge: str, sample: Sample, repeat: int) -> str:
+    return f"{judge}/{sample.id}/{digest([sample.x, sample.info])}/{repeat}"
 
 
-def _failed_agent(error: BaseException, sample: Sample, text: str, min_score: float | None) -> Rollout:
-    if ends_run(cause := root_of(error)):
-        raise cause
-    record = _at("agent", error, sample)
-    if record.infrastructure:
-        return Rollout(sample_id=sample.id, transcript=text, failure=record)
-    feedback = f"The agent failed on this input with {record.error}: {record.message}"
-    return Rollout(sample_id=sample.id, score=min_score, feedback=feedback, transcript=text, failure=record)
+def _recall(score: Score, sample: Sample, repeat: int) -> Rollout:
+    return Rollout(
+        sample_id=sample.id, x=sample.x, score=score.score, scores=score.scores, failure=score.failure, repeat=repeat
+    )
 
 
-def _at(stage: Any, error: BaseException, sample: Sample) -> Failure:
-    return failure(stage, error, sample_id=sample.id)
+def guide_digest(guide: Any) -> str:
+    """Return a short hash of what a guide is: its name, its code and the settings that it holds.
+
+    >>> guide_digest(lambda x: 1) == guide_digest(lambda x: 1), guide_digest(lambda x: 1) == guide_digest(lambda x: 2)
+    (True, False)
+    """
+    code = getattr(guide, "__code__", None)
+    constants = () if code is None else code.co_consts
+    facts = [] if code is None else [code.co_code.hex(), code.co_names]
+    facts += [constant.co_code.hex() if hasattr(constant, "co_code") else repr(constant) for constant in constants]
+    settings = dict(getattr(guide, "__dict__", {}))
+    for name, cell in zip(code.co_freevars if code else (), getattr(guide, "__closure__", None) or (), strict=False):
+        with suppress(ValueError):  # a variable that has no value yet
+            settings[name] = cell.cell_contents
+    return digest([getattr(guide, "__qualname__", type(guide).__qualname__), facts, settings])
 
 
-async def rollouts(
-    agent: Any,
-    guide: Any,
-    batch: Sequence[Sample],
-    *,
-    executor: AsyncExecutor,
-    min_score: float | None = None,
-    parameters: Sequence[Any] = (),
-) -> list[Rollout]:
-    """Run every sample and return the rollouts in sample order; what one does to `parameters` no other sees."""
-
-    async def one(sample: Sample) -> Rollout:
-        with lineage(f"sample={sample.id}"), keeping(parameters):
-            return await rollout(agent, guide, sample, executor=executor, min_score=min_score)
-
-    return await executor.map(one, batch)
+def is_lost(record: Failure) -> bool:
+    """Return True if an instance was lost: a call, the guide or the optimizer failed, and the agent did not."""
+    return record.infrastructure or (record.stage != "agent" and record.error != "SuggestionError")
 
 
-async def score_values(
-    agent: Any,
-    guide: Any,
-    parameters: Sequence[Any],
-    values: Values,
-    batch: Sequence[Sample],
-    *,
-    executor: AsyncExecutor,
-    min_score: float | None = None,
-) -> list[Rollout]:
-    """Run every sample under `values`, laid over the parameters for this context only."""
-    with overriding(parameters, values):
-        return await rollouts(agent, guide, batch, executor=executor, min_score=min_score, parameters=parameters)
+def alone(agent: Agent) -> RunTasks:
+    """Return how tasks are run outside of a run: with threads of their own, ended with the last task."""
+
+    async def run(tasks: Sequence[RolloutTask], guide: Any) -> Sequence[Rollout]:
+        async with LocalExecutor() as executor:
+            return await executor.map(AgentWork(agent, guide, call=executor.call), tasks)
+
+    return run
 
 
 def mean(scores: Sequence[float | None]) -> float | None:
-    """Return the mean of the scores that are known, None where none is.
+    """Return the mean of the scores that are known, None if none is.
 
     >>> mean([1.0, None, 0.0])
     0.5
@@ -127,20 +191,26 @@ async def aevaluate(
     infos: Sequence[Any] | None = None,
     *,
     min_score: float | None = None,
-    max_concurrency: int = 64,
+    max_concurrency: int = MAX_CONCURRENCY,
 ) -> list[float | None]:
-    """Return one score per instance; None where a call was lost or the guide failed, which is not 0.
+    """Return one score per instance; None if a call was lost or the guide failed, which is not 0.
 
-    `inputs` and `infos` are two sequences as in Trace, or `inputs` is a whole data set. An instance on which the agent
-    itself fails scores `min_score`. Where instances have no score a TrainingWarning says how many, and why the first.
+    `agent` is what `as_agent` takes, or anything that is called with an input. `inputs` and `infos` are two sequences
+    as in Trace, or `inputs` is a whole data set. An instance on which the agent itself fails scores `min_score`. If
+    instances have no score a TrainingWarning gives their number, and why the first has none.
     """
     check_guide(guide)
-    dataset: Any = inputs if infos is None else {"inputs": inputs, "infos": infos}
     check_positive("max_concurrency", max_concurrency)
-    async with AsyncExecutor(max_concurrency) as executor:
-        with portal.carrying(), lineage("evaluate"):
-            batch = samples(dataset, name="dataset")
-            runs = await rollouts(agent, guide, batch, executor=executor, min_score=min_score)
+    is_bare = callable(agent) and not isinstance(agent, type) and not hasattr(agent, "parameters")
+    work_of: Agent = CalledAgent(agent) if is_bare else as_agent(agent)
+    dataset: Any = inputs if infos is None else {"inputs": inputs, "infos": infos}
+    place = tuple(filter(None, (current_lineage(), "evaluate")))
+    tasks = [
+        RolloutTask(sample=sample, lineage=(*place, f"sample={sample.id}"), capture=False, min_score=min_score)
+        for sample in samples(dataset, name="dataset")
+    ]
+    async with LocalExecutor(max_concurrency) as executor:
+        runs = await executor.map(AgentWork(work_of, guide, call=executor.call), tasks)
     _warn_of([run.failure for run in runs if run.score is None and run.failure is not None], len(runs))
     return [run.score for run in runs]
 
@@ -156,14 +226,4 @@ def _warn_of(failures: Sequence[Failure], instances: int) -> None:
         )
 
 
-def evaluate(
-    agent: Any,
-    guide: Any,
-    inputs: Sequence[Any] | Dataset,
-    infos: Sequence[Any] | None = None,
-    *,
-    min_score: float | None = None,
-    max_concurrency: int = 64,
-) -> list[float | None]:
-    """Return one score per instance: the synchronous face of `aevaluate`."""
-    return portal.call(aevaluate, agent, guide, inputs, infos, min_score=min_score, max_concurrency=max_concurrency)
+evaluate = sync_function(aevaluate)

@@ -8,15 +8,14 @@ from typing import Any
 
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
-from aggregator.protocols import Gate
-from aggregator.records import Decision, Sample, Values
+from aggregator.records import Decision, Rollout, Values
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.checkpoints import digest
-from aggregator.training.context import current_step
-from aggregator.training.parts import decided
+from aggregator.training.decisions import Gate
+from aggregator.training.parts import ask_gate
+from aggregator.training.step import Step
 
 
-async def always(before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
+async def always(before: Values, after: Values, step: Step) -> Decision:
     """Accept every update: the neutral gate, and Trace's default."""
     return Decision(accepted=True, reason="always")
 
@@ -24,9 +23,9 @@ async def always(before: Values, after: Values, batch: Sequence[Sample]) -> Deci
 def both(first: Gate, second: Gate) -> Gate:
     """Accept what both accept; the second is asked only about what the first accepts, and has the last word."""
 
-    async def gate(before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
-        decision = await decided(first, before, after, batch)
-        return await decided(second, before, after, batch) if decision.accepted else decision
+    async def gate(before: Values, after: Values, step: Step) -> Decision:
+        decision = await ask_gate(first, before, after, step)
+        return await ask_gate(second, before, after, step) if decision.accepted else decision
 
     return gate
 
@@ -34,47 +33,43 @@ def both(first: Gate, second: Gate) -> Gate:
 def improves_on_batch(threshold: float = 0.0) -> Gate:
     """Accept what raises the mean score on the same minibatch by at least `threshold`, and by more than nothing.
 
-    Costs one more run of the agent per instance. Compared per instance: one that has no score before or after counts
-    on neither side.
+    Costs one more run of the agent per instance; called without a run, another one for the values before. Compared per
+    instance: one that has no score before or after counts on neither side.
     """
     check_threshold(threshold)
 
-    async def gate(before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
-        step = current_step()
-        scores = await step.evaluate(after, batch, "gate")
-        return compare(step.scores, scores, threshold=threshold)
+    async def gate(before: Values, after: Values, step: Step) -> Decision:
+        known = step.rollouts or await step.evaluate(before, step.samples)
+        tried = await step.evaluate(after, step.samples)
+        return compare(scores_of(known), scores_of(tried), threshold=threshold)
 
     return gate
 
 
-class improves_on_validation:  # noqa: N801 - used like the gates beside it, which are functions
+def improves_on_validation(dataset: Dataset, threshold: float = 0.0, *, significance: float | None = None) -> Gate:
     """Accept what raises the mean score on a validation set, paired per instance.
 
     `threshold` is the least gain of the mean. With `significance` (say 0.05) the gain must also pass a one-sided exact
     sign test over the instances whose score changed: the chance of so many gains among them, were gains and losses
-    equally likely, is at most this. Costs one run per instance for each new candidate; the values in force are not
-    evaluated twice: their scores stand in the notes of the run, so a resumed one knows them too.
+    equally likely, is at most this. Costs one run per instance for each new candidate; the scores of the current values
+    are remembered, by a resumed run too.
     """
+    check_threshold(threshold)
+    if significance is not None and not 0 < significance < 1:
+        raise ConfigError(f"expected significance between 0 and 1, or None, got {significance!r}")
+    validation = samples(dataset, name="validation dataset")
 
-    def __init__(self, dataset: Dataset, threshold: float = 0.0, significance: float | None = None) -> None:
-        check_threshold(threshold)
-        if significance is not None and not 0 < significance < 1:
-            raise ConfigError(f"expected significance between 0 and 1, or None, got {significance!r}")
-        self.samples = samples(dataset, name="validation dataset")
-        self.threshold = threshold
-        self.significance = significance
-        self.name = f"validation/{digest(self.samples)}"
+    async def gate(before: Values, after: Values, step: Step) -> Decision:
+        known = await step.evaluate(before, validation)
+        tried = await step.evaluate(after, validation)
+        return compare(scores_of(known), scores_of(tried), threshold=threshold, significance=significance)
 
-    async def __call__(self, before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
-        """Compare the scores of both values on the validation set."""
-        step = current_step()
-        known = step.notes.get(self.name, {})
-        if known.get("values") != digest(before):
-            known = {"values": digest(before), "scores": await step.evaluate(before, self.samples, "gate/before")}
-        scores = await step.evaluate(after, self.samples, "gate")
-        decision = compare(known["scores"], scores, threshold=self.threshold, significance=self.significance)
-        step.notes[self.name] = {"values": digest(after), "scores": scores} if decision.accepted else known
-        return decision
+    return gate
+
+
+def scores_of(rollouts: Sequence[Rollout]) -> list[float | None]:
+    """Return the score of each rollout."""
+    return [rollout.score for rollout in rollouts]
 
 
 def check_threshold(threshold: Any) -> None:

@@ -1,55 +1,60 @@
-"""One run from its first evaluation to its last step: order, lineage, checkpoints, and what ends it."""
+"""One run from its first evaluation to its last step: order, lineage, checkpoints, and what ends it.
+
+evaluate the test set -> for each turn: rollouts and proposals -> update -> evaluate -> checkpoint -> observers
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec import to_builtins
 from msgspec.structs import replace
 
-from aggregator.agents.modules import Module
-from aggregator.agents.parameters import read, write
+from aggregator.agents.modules import Module, write_artefact
+from aggregator.agents.parameters import ParameterNode, overriding, read, write
+from aggregator.agents.values import describe_type
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import is_finite
-from aggregator.errors import (
-    BudgetExceededError,
-    ConfigError,
-    LLMError,
-    ParameterError,
-    TrainingError,
-    ends_run,
-    is_own,
-)
-from aggregator.executors.local import AsyncExecutor
+from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError
+from aggregator.executors.local import LocalExecutor
+from aggregator.executors.work import record_failure
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting, total_by_role
 from aggregator.observing.configuring import Events
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Observer, Watching, as_observers, from_logger, notify, notify_failed
 from aggregator.observing.progress import ProgressBar, redraws
-from aggregator.protocols import Gate, Logger
+from aggregator.protocols import Agent, Executor, Logger
 from aggregator.records import (
+    Candidate,
     Decision,
     Evaluation,
-    Failure,
     FullStepReport,
-    Proposal,
     Rollout,
+    RolloutTask,
     RunInfo,
-    Sample,
     StepReport,
     TrainingResult,
+    Usage,
     Values,
 )
 from aggregator.training import checkpoints
-from aggregator.training.context import StepContext, Variant, step_context
-from aggregator.training.evaluation import failures_of, mean, score_values
-from aggregator.training.failures import failure, is_lost, root_of
-from aggregator.training.parts import name_of
+from aggregator.training.candidates import plain
+from aggregator.training.checkpoints import CANDIDATES, candidates_in
+from aggregator.training.decisions import Gate
+from aggregator.training.evaluation import Evaluations, failures_of, is_lost, mean
+from aggregator.training.parts import as_json, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
-from aggregator.training.surroundings import claimed, counted_in, journal, miss_raised, resumed
-from aggregator.training.updates import Update, as_proposal, score_of
+from aggregator.training.rollouts import Arrive, Rollouts
+from aggregator.training.rules import key_of
+from aggregator.training.run_dir import claim_run_dir, count_in, load_state, open_journal, raise_misses
+from aggregator.training.seed import Hooks, Instance, Place, call_hook, lost, observed, placed, read_output
+from aggregator.training.step import Step, laid_over, read_only
+from aggregator.training.updates import Explored, Parts, Update, changed, make_update, place_of, without
 
 FEWEST_JUDGED = 4
 """max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
@@ -59,23 +64,29 @@ class Trainer(Protocol):
     """What the loop asks of a trainer."""
 
     agent: Any
+    optimizer: Any
+    executor: Executor | None
     logger: Logger | None
     observers: Sequence[Watching] | None
 
-    def parameters(self) -> list[Any]:
+    def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters that training may change."""
         ...
 
-    def variants(self) -> Sequence[Variant]:
-        """Return the values that each sample of a step is run under, those in force first."""
+    def adapted_agent(self) -> Agent:
+        """Return the agent as executors run it."""
         ...
 
-    async def call_forward(self, sample: Sample, plan: Plan) -> Any:
-        """Return what one instance proposes."""
+    def parts(self, gate: Gate, limit: int) -> Parts:
+        """Return what decides in the next step."""
         ...
 
-    async def call_update(self, outputs: Sequence[Any], plan: Plan) -> Any:
-        """Apply what a minibatch proposes."""
+    def hooks(self) -> Hooks:
+        """Return the hooks of the seed that are overridden."""
+        ...
+
+    def log_output(self, rollout: Rollout, step: Step, verbose: bool | str) -> None:
+        """Log the output of one instance if `verbose` asks for it."""
         ...
 
 
@@ -84,23 +95,23 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     check_saving(plan, trainer.agent)
     parameters = trainer.parameters()
     initial = read(parameters)
-    with claimed(plan):
+    with claim_run_dir(plan):
         marks = {} if plan.run_dir is None else fingerprint(plan, trainer, initial)
-        state = resumed(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
+        state = load_state(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
         write(parameters, state.values)
-        async with AsyncExecutor(plan.max_concurrency) as executor:
-            course = _Course(trainer, plan, gate, executor, parameters, marks, state)
+        async with LocalExecutor(plan.max_concurrency) as local:
+            course = _Course(trainer, plan, gate, local, parameters, marks, state)
             try:
-                with journal(plan, state), counted_in(budget), lineage("train"):
-                    await notify(course.observers, "started", run_info(trainer, plan, gate, state))
+                with open_journal(plan, state), count_in(budget), lineage("train"):
+                    await notify(course.observers, "started", course.info())
                     await course.follow()
             except BaseException as error:
-                ended = course.broken_off(error)
+                ended = course.break_off(error)
                 await notify_failed(course.observers, ended)
                 if ended is error:
                     raise
                 raise ended from error
-        result = course.finished()
+        result = course.finish()
         await notify(course.observers, "finished", result)
         return result
 
@@ -113,50 +124,200 @@ class _Course:
         trainer: Trainer,
         plan: Plan,
         gate: Gate,
-        executor: AsyncExecutor,
-        parameters: Sequence[Any],
+        local: LocalExecutor,
+        parameters: Sequence[ParameterNode[Any]],
         marks: Any,
         state: checkpoints.RunState,
     ) -> None:
         self.trainer = trainer
         self.plan = plan
         self.gate = gate
-        self.executor = executor
+        self.local = local
         self.parameters = parameters
         self.marks = marks
         self.state = state
         self.pending: tuple[StepReport, ...] = ()
-        self.notes: dict[str, Any] = {}
         self.observers = _watchers(trainer, plan)
+        self.agent = trainer.adapted_agent()
+        self.rollouts = Rollouts(self.agent, trainer.executor or local, local, self.observers)
+        self.evaluations = Evaluations(
+            self.rollouts.map, plan.guide, parameters, min_score=plan.min_score, known=state.scores
+        )
 
     async def follow(self) -> None:
         """Take every turn that is still due."""
         turns = self.plan.schedule()
-        with miss_raised():
+        with raise_misses():
             if self.state.steps == 0 and not self.state.evaluations:
                 baseline = await self._evaluate(0, len(turns))
                 self.state = self._with(baseline)
                 if baseline is not None:
                     await notify(self.observers, "evaluation", baseline)
         for turn in turns[self.state.steps :]:
-            with miss_raised():
-                full = await self.step(turn)
+            with raise_misses():
+                full, memory = await self._step(turn)
                 self.pending = (full.slim(),)
                 evaluation = await self._evaluate(turn.step + 1, len(turns))
             full = replace(full, test_score=evaluation and evaluation.score)
-            self._finish(full.slim(), evaluation)
+            self._commit(full.slim(), evaluation, memory)
             if evaluation is not None:
                 await notify(self.observers, "evaluation", evaluation)
             await notify(self.observers, "step", full)
 
-    def _finish(self, report: StepReport, evaluation: Evaluation | None) -> None:
+    async def _step(self, turn: Turn) -> tuple[FullStepReport, dict[str, Any]]:
+        """Take one turn; returns its report, and what the run remembers after it."""
+        parts = self.trainer.parts(self.gate, self.plan.max_concurrency)
+        hooks = self.trainer.hooks()
+        with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger:
+            step = self._open(turn)
+            pool = _pool_of(self.state.memory, step)
+            with raise_misses():
+                explored = await self._explore(parts, step, pool, hooks)
+            self._check_failures(turn, [instance for one in explored for instance in one.instances])
+            step = replace(step, rollouts=explored[0].step.rollouts)
+            outputs = [instance.output for one in explored for instance in one.instances]
+
+            async def apply(given: Sequence[Any]) -> Update:
+                return await make_update(parts, _with_outputs(explored, given), step, pool)
+
+            if hooks.update is None:
+                update: Any = await apply(outputs)
+            else:
+                with placed(Place(step=step, call=self.local.call, update=apply)):
+                    update = await call_hook(hooks.update, self.local.call, outputs, self.plan.verbose)
+            written = changed(step.values, read(self.parameters))
+        report = _report(turn, explored, _as_update(update, explored, written), ledger.totals())
+        memory = as_json(step.memory, self.gate)
+        kept = update.pool if isinstance(update, Update) else candidates_in(self.state.memory)
+        if kept:
+            memory[CANDIDATES] = to_builtins([replace(one, values=plain(one.values)) for one in kept])
+        return report, memory
+
+    def _open(self, turn: Turn) -> Step:
+        return Step(
+            number=turn.step,
+            epoch=turn.epoch,
+            stepsize=turn.stepsize,
+            seed=self.plan.seed,
+            min_score=self.plan.min_score,
+            values=read(self.parameters),
+            parameters=self.parameters,
+            samples=turn.samples,
+            history=self.state.history,
+            memory={name: deepcopy(kept) for name, kept in self.state.memory.items() if name != CANDIDATES},
+            evaluator=self.evaluations.at(turn.step, current_lineage().split("/")),
+        )
+
+    async def _explore(self, parts: Parts, step: Step, pool: Sequence[Candidate], hooks: Hooks) -> list[Explored]:
+        """Run the minibatch under each explored candidate, and ask for each instance's proposal as it arrives.
+
+        Errors that end the run are raised, the earliest instance's first, once what is under way has ended.
+        """
+        base = tuple(current_lineage().split("/"))
+        seen = read_only(step)
+        candidates = [pool[0], *without(pool[0], parts.search.explore(pool, seen))]
+        steps = [seen, *(replace(seen, values=self._typed(candidate.values)) for candidate in candidates[1:])]
+        places = [(i, sample) for i in range(len(candidates)) for sample in step.samples]
+        tasks = [
+            RolloutTask(
+                sample=sample,
+                values=steps[i].values,
+                lineage=(*base, *place_of(parts.search, candidates[i]), f"sample={sample.id}"),
+                min_score=step.min_score,
+            )
+            for i, sample in places
+        ]
+
+        async def instance(number: int, arrive: Arrive) -> Instance:
+            task = tasks[number]
+            own = replace(steps[places[number][0]], samples=(task.sample,))
+            try:
+                with lineage(*task.lineage[len(base) :]):
+                    if hooks.forward is not None:
+                        return await self._call_forward(hooks.forward, own, task, strict=hooks.update is None)
+                    rollout = await arrive()
+                    self.trainer.log_output(rollout, own, self.plan.verbose)
+                    if parts.propose_per == "batch":
+                        return observed(task.sample, rollout)
+                    own = replace(own, rollouts=(rollout,))
+                    with laid_over(own):
+                        return observed(task.sample, rollout, await parts.propose((rollout,), own))
+            except BaseException as error:  # noqa: BLE001 - the boundary: an override may raise anything
+                record = record_failure("proposal", error, task.sample.id)
+                return lost(task.sample, record, lineage="/".join(task.lineage))
+
+        found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit)
+        size = len(step.samples)
+        runs = [found[i * size : (i + 1) * size] for i in range(len(candidates))]
+        return [
+            Explored(candidate=candidate, step=replace(own, rollouts=[one.rollout for one in run]), instances=run)
+            for candidate, own, run in zip(candidates, steps, runs, strict=True)
+        ]
+
+    async def _call_forward(
+        self, forward: Callable[..., Any], step: Step, task: RolloutTask, *, strict: bool
+    ) -> Instance:
+        """Return what an overridden `forward` makes of one instance, called with the agent that the user gave."""
+        place, sample = Place(step=step, call=self.local.call, seen=[]), task.sample
+        with laid_over(step), placed(place):
+            arguments = (self.trainer.agent, sample.x, self.plan.guide, sample.info, self.plan.verbose)
+            output = await call_hook(forward, self.local.call, *arguments)
+        return read_output(output, sample, seen=place.seen, lineage="/".join(task.lineage), strict=strict)
+
+    def _typed(self, values: Values) -> Values:
+        with overriding(self.parameters, values):
+            return read(self.parameters)
+
+    def _check_failures(self, turn: Turn, instances: Sequence[Instance]) -> None:
+        """Stop if too many instances were lost: of this batch, and if it is small of the latest ones."""
+        found = [[record for record in instance.proposal.failures if is_lost(record)] for instance in instances]
+        latest = [record for records in found for record in records]
+        seen, gone = len(instances), sum(map(bool, found))
+        for report in reversed(self.state.history):
+            if seen >= FEWEST_JUDGED:
+                break
+            seen += len(report.sample_ids)
+            gone += len({record.sample_id for record in report.failures if is_lost(record)})
+        if latest and gone / max(seen, FEWEST_JUDGED) > self.plan.max_failure_ratio:
+            raise TrainingError(
+                f"{gone} of {seen} instances up to step {turn.step} were lost, more than "
+                f"max_failure_ratio={self.plan.max_failure_ratio:g} allows; "
+                f"the latest: {latest[0].error}: {latest[0].message}"
+            )
+
+    async def _evaluate(self, steps: int, total: int) -> Evaluation | None:
+        """Score the test set if it is due."""
+        if not self.plan.evaluates_at(steps, total):
+            return None
+        with lineage("evaluate", f"step={steps}"), collecting() as ledger:
+            values, place = read(self.parameters), tuple(current_lineage().split("/"))
+            tasks = [
+                RolloutTask(
+                    sample=sample,
+                    values=values,
+                    lineage=(*place, f"sample={sample.id}"),
+                    capture=False,
+                    min_score=self.plan.min_score,
+                )
+                for sample in self.plan.test
+            ]
+            runs = await self.rollouts.map(tasks, self.plan.guide)
+        scores = tuple(run.score for run in runs)
+        return Evaluation(
+            step=steps, score=mean(scores), scores=scores, failures=failures_of(runs), usage=ledger.totals()
+        )
+
+    def _commit(self, report: StepReport, evaluation: Evaluation | None, memory: dict[str, Any]) -> None:
         """Make a step part of the state, in memory and on disk."""
+        values = read(self.parameters)
+        in_use = [values, *(self._typed(candidate.values) for candidate in candidates_in(memory))]
         self.state = replace(
             self._with(evaluation),
-            values=read(self.parameters),
+            values=values,
             steps=report.step + 1,
             history=(*self.state.history, report),
-            notes=self.notes,
+            memory=memory,
+            scores=self.evaluations.forget(report.step, in_use),
             broken_off=False,
         )
         self.pending = ()
@@ -165,104 +326,6 @@ class _Course:
         frequency = self.plan.save_frequency
         if frequency and self.state.steps % frequency == 0:
             self.trainer.agent.save(self.plan.save_path)
-
-    async def step(self, turn: Turn) -> FullStepReport:
-        """Take one turn: proposals for every sample under every variant, then the update."""
-        self.notes = dict(self.state.notes)
-        context = self._context(turn)
-        with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger, step_context(context):
-            with miss_raised():
-                runs = [(variant, sample) for variant in self.trainer.variants() for sample in turn.samples]
-                outputs = await self._propose(runs, context)
-            scores = tuple(score_of(output) for output in outputs[: len(turn.samples)])
-            failures = [record for output in outputs for record in getattr(output, "failures", ())]
-            self._check_failures(turn, outputs)
-            before = read(self.parameters)
-            with step_context(replace(context, scores=scores)):
-                update = await self.trainer.call_update(outputs, self.plan)
-            after = read(self.parameters)
-            lineages = [_place(variant, sample) for variant, sample in runs]
-        report = _report(turn, outputs, scores, failures, update, changed(before, after), ledger.totals())
-        return replace(report, all_proposals=tuple(map(_proposal_in, outputs)), lineages=tuple(lineages))
-
-    def _context(self, turn: Turn) -> StepContext:
-        async def observe(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
-            with lineage(place):
-                return await self._score(values, samples, guide)
-
-        return StepContext(
-            stepsize=turn.stepsize,
-            epoch=turn.epoch,
-            step=turn.step,
-            samples=turn.samples,
-            parameters=self.parameters,
-            history=self.state.history,
-            min_score=self.plan.min_score,
-            seed=self.plan.seed,
-            observe=observe,
-            executor=self.executor,
-            gate=self.gate,
-            notes=self.notes,
-        )
-
-    async def _score(self, values: Values, samples: Sequence[Sample], guide: Any = None) -> list[Rollout]:
-        return await score_values(
-            self.trainer.agent,
-            guide or self.plan.guide,
-            self.parameters,
-            values,
-            samples,
-            executor=self.executor,
-            min_score=self.plan.min_score,
-        )
-
-    async def _propose(self, runs: Sequence[tuple[Variant, Sample]], context: StepContext) -> list[Any]:
-        """Return what `forward` gave for each sample, variant by variant; errors that end the run are raised."""
-
-        async def one(place: tuple[Variant, Sample]) -> Any:
-            variant, sample = place
-            mine = replace(context, sample=sample)
-            try:
-                with variant.laid_over(self.parameters), lineage(f"sample={sample.id}"), step_context(mine):
-                    output = await self.trainer.call_forward(sample, self.plan)
-            except BaseException as error:  # an overridden forward may raise anything: one instance is lost
-                if not is_own(error):
-                    raise
-                cause = root_of(error)
-                if ends_run(cause):
-                    raise cause  # noqa: B904 - what it was raised in adds nothing
-                return _lost(cause, sample)
-            return replace(output, sample_ids=(sample.id,)) if isinstance(output, Proposal) else output
-
-        return await self.executor.finish(one, runs)
-
-    def _check_failures(self, turn: Turn, outputs: Sequence[Any]) -> None:
-        """Stop where too many instances were lost: of this batch, and where it is small of the latest ones."""
-        found = [[record for record in getattr(output, "failures", ()) if is_lost(record)] for output in outputs]
-        lost = [record for records in found for record in records]
-        seen, gone = len(outputs), sum(map(bool, found))
-        for report in reversed(self.state.history):
-            if seen >= FEWEST_JUDGED:
-                break
-            seen += len(report.sample_ids)
-            gone += len({record.sample_id for record in report.failures if is_lost(record)})
-        if lost and gone / max(seen, FEWEST_JUDGED) > self.plan.max_failure_ratio:
-            raise TrainingError(
-                f"{gone} of {seen} instances up to step {turn.step} were lost, more than "
-                f"max_failure_ratio={self.plan.max_failure_ratio:g} allows; "
-                f"the latest: {lost[0].error}: {lost[0].message}"
-            )
-
-    async def _evaluate(self, steps: int, total: int) -> Evaluation | None:
-        """Score the test set where it is due."""
-        if not self.plan.evaluates_at(steps, total):
-            return None
-        with lineage("evaluate", f"step={steps}"), collecting() as ledger:
-            runs = await self._score(read(self.parameters), self.plan.test)
-        scores = tuple(run.score for run in runs)
-        return Evaluation(
-            step=steps, score=mean(scores), scores=scores, failures=failures_of(runs), usage=ledger.totals()
-        )
 
     def _with(self, evaluation: Evaluation | None) -> checkpoints.RunState:
         """Return the state with one more evaluation, and the best values seen."""
@@ -274,34 +337,121 @@ class _Course:
             return state
         return replace(state, best=read(self.parameters), best_score=score)
 
+    def info(self) -> RunInfo:
+        """Return what the run is about to do."""
+        plan, state, trainer = self.plan, self.state, self.trainer
+        spent = [*(report.usage for report in state.history), *(run.usage for run in state.evaluations)]
+        return RunInfo(
+            trainer=name_of(trainer),
+            agent=name_of(trainer.agent),
+            optimizer=name_of(trainer.optimizer),
+            guide=name_of(plan.guide),
+            rule=name_of(trainer.parts(self.gate, plan.max_concurrency).rule),
+            gate=name_of(self.gate),
+            parameters=state.values,
+            seed=plan.seed,
+            steps=len(plan.schedule()),
+            num_epochs=plan.num_epochs,
+            batch_size=plan.batch_size,
+            train_samples=len(plan.train),
+            test_samples=len(plan.test),
+            finished_steps=state.steps,
+            usage=total_by_role(spent),
+        )
+
     def result(self) -> TrainingResult:
         """Return what the run has reached by now."""
         state = replace(self.state, history=(*self.state.history, *self.pending))
         return checkpoints.result_of(state, read(self.parameters))
 
-    def finished(self) -> TrainingResult:
-        """Return the whole result, and write it."""
+    def finish(self) -> TrainingResult:
+        """Return the whole result, and write it with the parameters."""
         result = self.result()
         if self.plan.run_dir is not None:
             checkpoints.save_result(result, self.plan.run_dir / checkpoints.RESULT)
-            if isinstance(self.trainer.agent, Module):
-                self.trainer.agent.save(self.plan.run_dir / checkpoints.PARAMETERS, provenance=result.provenance)
+            self._save_parameters(self.plan.run_dir / checkpoints.PARAMETERS, result)
         return result
 
-    def broken_off(self, error: BaseException) -> BaseException:
-        """Keep what was reached, on the error and on disk; return the error that tells of it."""
+    def _save_parameters(self, path: Path, result: TrainingResult) -> None:
+        """Write the parameters: a Module writes its own, those of any other agent are written as a Module would."""
+        if isinstance(self.trainer.agent, Module):
+            self.trainer.agent.save(path, provenance=result.provenance)
+            return
+        parameters: Sequence[Any] = self.agent.parameters()
+        types = {parameter.name: describe_type(parameter.type) for parameter in parameters}
+        write_artefact(path, read(parameters), types=types, provenance=result.provenance)
+
+    def break_off(self, error: BaseException) -> BaseException:
+        """Save the partial result and attach it to the error that is raised, which is returned."""
         if isinstance(error, LLMError):
             steps = self.state.steps + len(self.pending)
             error = TrainingError(f"the run ended after {steps} steps: {type(error).__name__}: {error}")
         if isinstance(error, BudgetExceededError | TrainingError):
             error.result = self.result()
         try:
-            self.finished()
+            self.finish()
             if self.plan.run_dir is not None and isinstance(error, Exception):
                 checkpoints.save(self.plan.run_dir, replace(self.state, broken_off=True), self.marks)
         except (TrainingError, ParameterError, OSError) as unsaved:
             error.add_note(f"{type(unsaved).__name__}: {unsaved}")
         return error
+
+
+def _pool_of(memory: dict[str, Any], step: Step) -> list[Candidate]:
+    """Return the pool, the current candidate first: that of the current values, or a new one."""
+    found = candidates_in(memory)
+    key = key_of(plain(step.values)) if found else b""
+    at = next((i for i, candidate in enumerate(found) if key_of(candidate.values) == key), None)
+    new = Candidate(id=f"{step.number}.0", values=step.values, step=step.number)
+    return [new if at is None else found.pop(at), *found]
+
+
+def _with_outputs(explored: Sequence[Explored], given: Sequence[Any]) -> list[Explored]:
+    """Return what was explored with the outputs that `update` is given, candidate by candidate.
+
+    An overridden `update` may pass on other outputs than those of the step, or fewer.
+    """
+    known = {id(instance.output): instance for one in explored for instance in one.instances}
+    instances = [known.get(id(output)) or read_output(output) for output in given]
+    size = len(instances) // len(explored)
+    return [replace(one, instances=instances[i * size : (i + 1) * size]) for i, one in enumerate(explored)]
+
+
+def _as_update(update: Any, explored: Sequence[Explored], written: Values) -> Update:
+    """Return what an `update` did, also if an overridden one returned a score or nothing of use."""
+    if isinstance(update, Update):
+        return update
+    scores = [instance.rollout.score for instance in explored[0].instances]
+    return Update(
+        values=written,
+        decision=Decision(accepted=bool(written), reason="applied by update()"),
+        score=float(update) if is_finite(update) else mean(scores),
+        proposals=sum(len(one.instances) for one in explored),
+    )
+
+
+def _report(turn: Turn, explored: Sequence[Explored], update: Update, usage: dict[str, Usage]) -> FullStepReport:
+    instances = [instance for one in explored for instance in one.instances]
+    failures = [record for instance in instances for record in instance.proposal.failures]
+    more = (record for record in update.failures if record not in failures)  # a proposal carries them on
+    observed_all = all(instance.is_observed for instance in instances)
+    return FullStepReport(
+        epoch=turn.epoch,
+        step=turn.step,
+        sample_ids=tuple(sample.id for sample in turn.samples),
+        scores=tuple(instance.rollout.score for instance in explored[0].instances),
+        score=update.score,
+        decision=update.decision,
+        update=update.values,
+        reasoning=update.reasoning,
+        proposals=update.proposals,
+        contributors=update.contributors,
+        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
+        usage=usage,
+        rollouts=tuple(replace(one.rollout, handle=None) for one in instances) if observed_all else (),
+        all_proposals=tuple(instance.proposal for instance in instances),
+        lineages=tuple(instance.rollout.lineage for instance in instances),
+    )
 
 
 def _watchers(trainer: Trainer, plan: Plan) -> list[Observer]:
@@ -315,77 +465,3 @@ def _watchers(trainer: Trainer, plan: Plan) -> list[Observer]:
     elif redraws(sys.stderr):
         watchers.append(ProgressBar())
     return watchers
-
-
-def run_info(trainer: Trainer, plan: Plan, gate: Gate, state: checkpoints.RunState) -> RunInfo:
-    """Return what a run is about to do."""
-    return RunInfo(
-        trainer=name_of(trainer),
-        agent=name_of(trainer.agent),
-        optimizer=name_of(getattr(trainer, "optimizer", None)),
-        guide=name_of(plan.guide),
-        rule=name_of(getattr(trainer, "rule", None)),
-        gate=name_of(gate),
-        parameters=state.values,
-        seed=plan.seed,
-        steps=len(plan.schedule()),
-        num_epochs=plan.num_epochs,
-        batch_size=plan.batch_size,
-        train_samples=len(plan.train),
-        test_samples=len(plan.test),
-        finished_steps=state.steps,
-        usage=total_by_role([*(report.usage for report in state.history), *(run.usage for run in state.evaluations)]),
-    )
-
-
-def changed(before: Values, after: Values) -> Values:
-    """Return what differs, under its new value."""
-    return {name: value for name, value in after.items() if value != before[name]}
-
-
-def _place(variant: Variant, sample: Sample) -> str:
-    return "/".join(part for part in (current_lineage(), variant.place, f"sample={sample.id}") if part)
-
-
-def _proposal_in(output: Any) -> Proposal:
-    """Return the proposal of one instance; an empty one if only an overridden `update` can read the output."""
-    try:
-        return as_proposal(output)
-    except ConfigError:
-        return Proposal()
-
-
-def _lost(error: BaseException, sample: Sample) -> Proposal:
-    record = failure("proposal", error, sample_id=sample.id)
-    return Proposal(error=f"{record.error}: {record.message}", failures=(record,), sample_ids=(sample.id,))
-
-
-def _report(
-    turn: Turn,
-    outputs: Sequence[Any],
-    scores: tuple[float | None, ...],
-    failures: Sequence[Failure],
-    update: Any,
-    written: Values,
-    usage: Any,
-) -> FullStepReport:
-    """Make the one event of a step, also where an overridden `update` returned a score or nothing of use."""
-    if not isinstance(update, Update):
-        score = float(update) if is_finite(update) else mean(scores)
-        decision = Decision(accepted=bool(written), reason="applied by update()")
-        update = Update(values=written, decision=decision, score=score, proposals=len(outputs))
-    more = (record for record in update.failures if record not in failures)  # a proposal carries them on
-    return FullStepReport(
-        epoch=turn.epoch,
-        step=turn.step,
-        sample_ids=tuple(sample.id for sample in turn.samples),
-        scores=scores,
-        score=update.score,
-        decision=update.decision,
-        update=update.values,
-        reasoning=update.reasoning,
-        proposals=update.proposals,
-        contributors=update.contributors,
-        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
-        usage=usage,
-    )

@@ -10,18 +10,21 @@ from msgspec import Meta
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import ConfigError, LLMError, ends_run
-from aggregator.executors.local import AsyncExecutor
+from aggregator.checks import check_positive
+from aggregator.errors import ConfigError
+from aggregator.executors.local import MAX_CONCURRENCY, finish
+from aggregator.executors.work import failure
 from aggregator.llm.models import as_model
-from aggregator.protocols import ChatModel, UpdateRule
-from aggregator.records import Proposal, Sample, Values
-from aggregator.training.asking import Answer, ask
-from aggregator.training.context import current_step
+from aggregator.protocols import ChatModel
+from aggregator.records import Proposal, Values
+from aggregator.training.asking import Answer, ask_or_fail
+from aggregator.training.decisions import UpdateRule
 from aggregator.training.evaluation import mean
-from aggregator.training.failures import failure
-from aggregator.training.parts import check_rule
+from aggregator.training.gates import scores_of
+from aggregator.training.parts import check_rule, merge_with
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, CHOOSER_SYSTEM_PROMPT, aggregation_messages
 from aggregator.training.rules import dedupe
+from aggregator.training.step import Step
 
 Confidence = Literal["constant", "evidence"] | Callable[[Sequence[Proposal], float], Sequence[float]]
 """How sure each proposal is: the stepsize for all, by score and support, or a function of (proposals, stepsize)."""
@@ -30,7 +33,7 @@ Confidence = Literal["constant", "evidence"] | Callable[[Sequence[Proposal], flo
 class LLMMerge:
     """Asks a model for one new value per component, weighing the current value by 1 - stepsize.
 
-    No call is made where there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
+    No call is made if there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
     touch different parameters. A failed call applies nothing and stands in the proposal's failures; an error that no
     further call can escape (authentication, a wrong request, the budget) is raised.
     """
@@ -50,31 +53,30 @@ class LLMMerge:
         self.system_prompt = system_prompt
         self.confidence = confidence
 
-    async def __call__(self, current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+    async def __call__(self, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         """Return no proposal, or one."""
-        if stepsize == 0:
+        if step.stepsize == 0:
             return []
-        distinct = await dedupe(current, [proposal for proposal in proposals if proposal.values], stepsize=stepsize)
-        if not _contested(distinct):
-            return [united(distinct)] if distinct else []
-        messages = aggregation_messages(
-            current,
-            distinct,
-            confidences(distinct, stepsize, self.confidence),
-            stepsize=stepsize,
+        distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
+        names = [name for proposal in distinct for name in proposal.values]
+        if len(names) == len(set(names)):  # no two of them want the same component
+            return [unite(distinct)] if distinct else []
+        with lineage("aggregate", role="aggregator"):
+            return [answer_of(await self.ask(self.messages(distinct, step), step), distinct)]
+
+    def messages(self, proposals: Sequence[Proposal], step: Step) -> list[dict[str, str]]:
+        """Return the prompt."""
+        return aggregation_messages(
+            step.values,
+            proposals,
+            confidences(proposals, step.stepsize, self.confidence),
+            stepsize=step.stepsize,
             system_prompt=self.system_prompt,
         )
-        with lineage("aggregate", role="aggregator"):
-            return [answered(await self._ask(messages, current), distinct)]
 
-    async def _ask(self, messages: list[dict[str, str]], current: Values) -> Answer | Exception:
-        parameters = [parameter for parameter in current_step().parameters if parameter.name in current]
-        try:
-            return await ask(self.llm, messages, parameters, max_tokens=self.max_tokens)
-        except LLMError as error:
-            if ends_run(error):
-                raise
-            return error
+    async def ask(self, messages: list[dict[str, str]], step: Step) -> Answer | Exception:
+        """Return the model's answer, or the error of a call that was lost."""
+        return await ask_or_fail(self.llm, messages, step.parameters, max_tokens=self.max_tokens)
 
 
 def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Confidence) -> Sequence[float]:
@@ -92,33 +94,27 @@ def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Conf
     return [stepsize * weight / max(weights) for weight in weights]
 
 
-def _contested(proposals: Sequence[Proposal]) -> bool:
-    """Tell whether two proposals want the same component."""
-    names = [name for proposal in proposals for name in proposal.values]
-    return len(names) != len(set(names))
-
-
-def united(proposals: Sequence[Proposal]) -> Proposal:
+def unite(proposals: Sequence[Proposal]) -> Proposal:
     """Join proposals that touch different components."""
     if len(proposals) == 1:
         return proposals[0]
     return Proposal(
         values={name: value for proposal in proposals for name, value in proposal.values.items()},
         reasoning="\n".join(proposal.reasoning for proposal in proposals if proposal.reasoning),
-        **_merged_facts(proposals),
+        **_facts_of(proposals),
     )
 
 
-def answered(answer: Answer | Exception, proposals: Sequence[Proposal]) -> Proposal:
+def answer_of(answer: Answer | Exception, proposals: Sequence[Proposal]) -> Proposal:
     """Make a proposal of a model's answer, or of the error instead of one, with what stood behind the question."""
-    facts = _merged_facts(proposals)
+    facts = _facts_of(proposals)
     if isinstance(answer, Exception):
         record = failure("aggregation", answer)
         return Proposal(error=f"{record.error}: {record.message}", failures=(record,), **facts)
     return Proposal(values=answer.values, reasoning=answer.reasoning, error=answer.error, **facts)
 
 
-def _merged_facts(proposals: Sequence[Proposal]) -> dict[str, Any]:
+def _facts_of(proposals: Sequence[Proposal]) -> dict[str, Any]:
     scores = [proposal.score for proposal in proposals if proposal.score is not None]
     return {
         "score": sum(scores) / len(scores) if scores else None,
@@ -131,45 +127,38 @@ CHARACTERS_PER_TOKEN = 4
 """The usual rule of thumb for English text, used to bound a prompt before it is sent."""
 
 
-class tree_merge:  # noqa: N801 - used like the rules beside it, which are functions
-    """Merges many proposals in rounds: at most `fan_in` and about `max_prompt_tokens` at once, nothing dropped.
+def tree_merge(
+    rule: UpdateRule, *, fan_in: int = 8, max_prompt_tokens: int = 16_000, max_concurrency: int = MAX_CONCURRENCY
+) -> UpdateRule:
+    """Merge many proposals in rounds: at most `fan_in` and about `max_prompt_tokens` at once, nothing dropped.
 
     The instances that failed worst come first. `rule` is what merges one group, usually LLMMerge.
     """
+    check_rule(rule)
+    check_positive("max_concurrency", max_concurrency)
+    if fan_in < 2:
+        raise ConfigError(f"expected fan_in of at least 2, got {fan_in!r}")
 
-    def __init__(
-        self, rule: UpdateRule, *, fan_in: int = 8, max_prompt_tokens: int = 16_000, max_concurrency: int = 64
-    ) -> None:
-        check_rule(rule)
-        if fan_in < 2:
-            raise ConfigError(f"expected fan_in of at least 2, got {fan_in!r}")
-        self.rule = rule
-        self.fan_in = fan_in
-        self.max_prompt_tokens = max_prompt_tokens
-        self.executor = AsyncExecutor(max_concurrency)
-
-    async def __call__(self, current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
-        """Return no proposal, or one."""
+    async def tree(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         level = worst_first([proposal for proposal in proposals if proposal.values])
         failed: list[Proposal] = []
         depth = 0
+
+        async def merge(group: tuple[int, Sequence[Proposal]]) -> Sequence[Proposal]:
+            with lineage(f"round={depth}", f"group={group[0]}"):
+                return await merge_with(rule, group[1], step)
+
         while len(level) > 1:
-            merged = await self._round(current, level, stepsize, depth)
+            groups = list(enumerate(grouped(level, fan_in, max_prompt_tokens)))
+            merged = [proposal for found in await finish(merge, groups, max_concurrency) for proposal in found]
             failed += [proposal for proposal in merged if proposal.failures]
             remaining = [proposal for proposal in merged if proposal.values]
             if len(remaining) >= len(level):
-                raise ConfigError(f"{self.rule!r} did not merge: expected fewer proposals than {len(level)}")
+                raise ConfigError(f"{rule!r} did not merge: expected fewer proposals than {len(level)}")
             level, depth = remaining, depth + 1
         return level or failed[:1]
 
-    async def _round(self, current: Values, level: Sequence[Proposal], stepsize: float, depth: int) -> list[Proposal]:
-        async def merge(group: tuple[int, Sequence[Proposal]]) -> Sequence[Proposal]:
-            with lineage(f"round={depth}", f"group={group[0]}"):
-                return await self.rule(current, group[1], stepsize=stepsize)
-
-        groups = grouped(level, self.fan_in, self.max_prompt_tokens)
-        results = await self.executor.map(merge, list(enumerate(groups)))
-        return [proposal for result in results for proposal in result]
+    return tree
 
 
 def worst_first(proposals: Sequence[Proposal]) -> list[Proposal]:
@@ -192,18 +181,18 @@ def grouped(proposals: Sequence[Proposal], fan_in: int, max_tokens: int) -> list
     return groups
 
 
-async def last_of(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+async def last_of(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Keep the last proposal that asks for anything: the end of a refinement.
 
     >>> from aggregator.portal import call
-    >>> call(last_of, {}, [Proposal(values={"k": k}) for k in (1, 2)], stepsize=0.5)[0].values
+    >>> call(last_of, [Proposal(values={"k": k}) for k in (1, 2)], Step())[0].values
     {'k': 2}
     """
     return [proposal for proposal in proposals if proposal.values][-1:]
 
 
 class LLMChoice:
-    """Asks a model which proposal is best, and keeps that one as it is, or none where the current value is better.
+    """Asks a model which proposal is best, and keeps that one as it is, or none if the current value is better.
 
     No call is made for stepsize 0, for no or one distinct proposal. A failed call keeps nothing and stands in the
     proposal's failures; an error that no further call can escape is raised.
@@ -214,61 +203,47 @@ class LLMChoice:
         self.max_tokens = max_tokens
         self.system_prompt = system_prompt
 
-    async def __call__(self, current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+    async def __call__(self, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         """Return no proposal, or one."""
-        if stepsize == 0:
+        if step.stepsize == 0:
             return []
-        distinct = await dedupe(current, [proposal for proposal in proposals if proposal.values], stepsize=stepsize)
+        distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
         if len(distinct) < 2:
             return distinct
-        with lineage("choose", role="aggregator"):
-            answer = await self._ask(current, distinct, stepsize)
-        if isinstance(answer, Exception) or answer.error is not None:
-            return [answered(answer, distinct)]
-        choice = answer.values.get("choice", 0)
-        return distinct[choice - 1 : choice] if choice else []
-
-    async def _ask(self, current: Values, proposals: Sequence[Proposal], stepsize: float) -> Answer | Exception:
-        number = Annotated[int, Meta(ge=0, le=len(proposals))]
+        number = Annotated[int, Meta(ge=0, le=len(distinct))]
         choice = ParameterNode(0, name="choice", type=number, description="the number of the best suggestion")
         messages = aggregation_messages(
-            current,
-            proposals,
-            [stepsize] * len(proposals),
-            stepsize=stepsize,
+            step.values,
+            distinct,
+            [step.stepsize] * len(distinct),
+            stepsize=step.stepsize,
             system_prompt=self.system_prompt,
         )
-        try:
-            return await ask(self.llm, messages, [choice], max_tokens=self.max_tokens)
-        except LLMError as error:
-            if ends_run(error):
-                raise
-            return error
+        with lineage("choose", role="aggregator"):
+            answer = await ask_or_fail(self.llm, messages, [choice], max_tokens=self.max_tokens)
+        if isinstance(answer, Exception) or answer.error is not None:
+            return [answer_of(answer, distinct)]
+        chosen: int = answer.values.get("choice", 0)
+        return distinct[chosen - 1 : chosen] if chosen else []
 
 
-async def best_tried(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
-    """Run the agent under each proposal and keep the best, none where the current values do as well (best of n).
+async def best_tried(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
+    """Run the agent under each proposal and keep the best, none if the current values do as well (best of n).
 
-    It runs on the instance at hand, or on the minibatch where there is none: a run for each distinct proposal.
+    It runs on `step.samples`: as `select` of an optimizer on the instance at hand, as the rule of a trainer on the
+    minibatch. A run for each distinct proposal, and one for the current values.
     """
-    step = current_step()
-    return await best_scored(current, proposals, step.samples if step.sample is None else [step.sample])
 
+    async def score(values: Values) -> float | None:
+        return mean(scores_of(await step.evaluate(values, step.samples)))
 
-async def best_scored(
-    current: Values, proposals: Sequence[Proposal], samples: Sequence[Sample], guide: Any = None
-) -> Sequence[Proposal]:
-    """Return the proposal under which the agent scores best on these samples, none where the current values do."""
-
-    async def score(values: Values, place: str) -> float | None:
-        with lineage("validate"):
-            return mean(await current_step().evaluate(values, samples, place, guide))
-
-    candidates = await dedupe(current, [proposal for proposal in proposals if proposal.values], stepsize=1.0)
+    candidates = await dedupe([proposal for proposal in proposals if proposal.values], step)
+    if not candidates:
+        return []
     best: list[Proposal] = []
-    best_score = await score(current, "current") if candidates else None
-    for i, candidate in enumerate(candidates):
-        reached = await score({**current, **candidate.values}, f"candidate={i}")
+    best_score = await score(step.values)
+    for candidate in candidates:
+        reached = await score({**step.values, **candidate.values})
         if reached is not None and (best_score is None or reached > best_score):
             best, best_score = [candidate], reached
     return best

@@ -1,60 +1,103 @@
-"""What users plug into a trainer is looked at when they do, before the first call is paid; so is what it returns."""
+"""What users plug into a trainer is checked when they do, before the first call is paid; so is what it returns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from inspect import isawaitable
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, isawaitable, signature
+from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
-from aggregator.checks import accepts
+from aggregator.checks import accepts, is_async
 from aggregator.errors import ConfigError
 from aggregator.llm.budget import Budget
 from aggregator.observing.observer import as_observers, from_logger
-from aggregator.protocols import Gate, UpdateRule
-from aggregator.records import Decision, Proposal, Rollout, Sample, StepReport, Values
+from aggregator.records import Decision, Proposal, Rollout, Values
 from aggregator.text import shorten
+from aggregator.training.decisions import Check, Gate, Optimizer, UpdateRule
+from aggregator.training.prompts import join_rollouts
+from aggregator.training.step import Step
 from aggregator.training.suggestions import typed
 
-Propose = TypeVar("Propose", bound=Callable[..., Any])
-
-_OPTIMIZER = "an optimizer such as LLMOptimizer(llm=llm), or one with async propose(rollout, parameters, *, history)"
+_METHODS_OF_SEARCH = ("explore", "trials", "choose", "keep")
+_OF_OLD = ("batch", "samples", "minibatch")
+"""How the third argument of a gate was named when it was the minibatch; it is the step now."""
 
 
 def check_rule(rule: Any) -> None:
     """Raise ConfigError for what cannot be called as a rule is, as `top_k` without its number."""
-    if not accepts(rule, {}, (), stepsize=0.5):
+    if not accepts(rule, (), None) or (not is_async(rule) and _takes_any_number(rule)):
         raise ConfigError(
-            f"Expected a rule, async (current, proposals, *, stepsize) -> proposals, such as top_k(8), got {rule!r}"
+            f"Expected a rule, async (proposals, step) -> proposals, such as top_k(8), got {shorten(rule)}; "
+            "step.values are the current values, step.stepsize is the stepsize"
         )
 
 
 def check_gate(gate: Any) -> None:
     """Raise ConfigError for what cannot be called as a gate is, as `improves_on_batch` without its brackets."""
-    if not accepts(gate, {}, {}, ()):
+    if not accepts(gate, {}, {}, None) or _third_argument(gate) in _OF_OLD:
         raise ConfigError(
-            f"Expected a gate, async (before, after, batch) -> Decision, such as improves_on_batch(), got {gate!r}"
+            f"Expected a gate, async (before, after, step) -> Decision, such as improves_on_batch(), got "
+            f"{shorten(gate)}; step.samples is the minibatch"
         )
+
+
+def _takes_any_number(function: Any) -> bool:
+    """Return True for a function of `*arguments`, as `chain` is without its rules."""
+    return any(one.kind is Parameter.VAR_POSITIONAL for one in signature(function).parameters.values())
+
+
+def _third_argument(gate: Any) -> str:
+    try:
+        return (list(signature(gate).parameters) + [""] * 3)[2]
+    except (TypeError, ValueError):  # written in C without a signature
+        return ""
 
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise ConfigError for what cannot propose: the agent would run on every instance for nothing."""
-    if isinstance(optimizer, type) or not accepts(getattr(optimizer, "propose", None), None, (), history=()):
-        raise ConfigError(f"Expected {_OPTIMIZER}, got {optimizer!r}")
-
-
-def check_guide(guide: Any) -> None:
-    """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
-    if not accepts(getattr(guide, "get_feedback", guide), None, None, None):
+    if isinstance(optimizer, type) or not accepts(getattr(optimizer, "propose", None), (), None):
         raise ConfigError(
-            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}"
+            "Expected an optimizer such as LLMOptimizer(llm=llm), or one with async propose(rollouts, step), "
+            f"got {shorten(optimizer)}"
+        )
+
+
+def check_search(search: Any) -> None:
+    """Raise ConfigError for what lacks a method of a search, or a number of proposals."""
+    count = getattr(search, "proposals", None)
+    missing = [name for name in _METHODS_OF_SEARCH if not callable(getattr(search, name, None))]
+    if isinstance(search, type) or missing or type(count) is not int or count < 1:
+        raise ConfigError(
+            "Expected a search such as greedy, beam(4) or priority(16), or an object with proposals (an int of at "
+            f"least 1), explore, trials, choose and keep, got {shorten(search)}"
+        )
+
+
+def check_checks(checks: Any) -> None:
+    """Raise ConfigError for what is not a list of checks."""
+    if isinstance(checks, str) or not isinstance(checks, Sequence):
+        raise ConfigError(f"Expected checks=[...], got {shorten(checks)}")
+    for check in checks:
+        if not accepts(check, None, None, None, None):
+            raise ConfigError(
+                f"Expected a check, (before, after, parameter, step) -> reason or None, got {shorten(check)}"
+            )
+
+
+def check_executor(executor: Any) -> None:
+    """Raise ConfigError for what cannot run rollouts."""
+    if isinstance(executor, type) or not accepts(getattr(executor, "map", None), None, ()):
+        raise ConfigError(
+            "Expected an executor such as LocalExecutor(8), or one with async map(work, tasks), "
+            f"got {shorten(executor)}"
         )
 
 
 def check_watchers(logger: Any, observers: Any) -> None:
-    """Raise ConfigError for what cannot be told of a step: it would show after the first one was paid."""
+    """Raise ConfigError for what cannot watch a run: it would show after the first step was paid."""
     if logger is not None:
         from_logger(logger)
     if observers is not None:
@@ -62,54 +105,40 @@ def check_watchers(logger: Any, observers: Any) -> None:
 
 
 def check_budget(budget: Any) -> None:
-    """Raise ConfigError for what counts nothing: it lost every call that was to be counted."""
+    """Reject anything that is not a Budget."""
     if budget is not None and not isinstance(budget, Budget):
         raise ConfigError(f"Expected budget=Budget(usd=..., tokens=..., calls=...), got {budget!r}")
 
 
-def gives_typed(propose: Propose) -> Propose:
-    """Mark a `propose` that gives every value in its parameter's own type, so that none is converted once more.
-
-    The mark is the function's, so whoever overrides it is looked at.
-    """
-    propose.__gives_typed__ = True  # type: ignore[attr-defined]
-    return propose
-
-
-async def proposed(optimizer: Any, seen: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]) -> Proposal:
+async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step: Step) -> Proposal:
     """Return what an optimizer proposes, each value in its parameter's own type; `error` says what does not fit.
 
-    Score and feedback are those of the rollout where the optimizer gives none of its own.
+    Score and feedback are those of the rollouts if the optimizer gives none of its own.
     """
-    answer = optimizer.propose(seen, parameters, history=history)
-    proposal = await _awaitable(answer, "propose", optimizer)
+    proposal = await _awaited(optimizer.propose(rollouts, step), "propose", optimizer)
     if not isinstance(proposal, Proposal) or not isinstance(proposal.values, dict):
         raise TypeError(
             f"Expected a Proposal(values={{...}}) from {name_of(optimizer)}.propose, got {shorten(proposal)}"
         )
-    if not getattr(optimizer.propose, "__gives_typed__", False):
-        proposal = fitted(proposal, parameters)
-    score = proposal.score
+    seen, score = join_rollouts(rollouts), proposal.score
     return replace(
-        proposal,
+        fit_to_types(proposal, step),
         score=seen.score if score is None or not math.isfinite(score) else score,
         feedback=proposal.feedback or seen.feedback,
-        sample_ids=proposal.sample_ids or (seen.sample_id,),
+        sample_ids=proposal.sample_ids or tuple(rollout.sample_id for rollout in rollouts),
     )
 
 
-def fitted(proposal: Proposal, parameters: Sequence[Any]) -> Proposal:
+def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
     """Return the proposal with each value in its parameter's own type; `error` says what does not fit."""
-    values, refused = typed(proposal.values, parameters)
+    values, refused = typed(proposal.values, step.parameters)
     error = "; ".join(reason for reason in (proposal.error, *refused.values()) if reason) or None
     return replace(proposal, values=values, error=error)
 
 
-async def merged(
-    rule: UpdateRule, current: Values, proposals: Sequence[Proposal], *, stepsize: float
-) -> Sequence[Proposal]:
+async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Return what a rule makes of proposals; raises ConfigError for anything but proposals."""
-    answer: Any = await _awaitable(rule(current, proposals, stepsize=stepsize), "the rule", rule)
+    answer: Any = await _awaited(rule(proposals, step), "the rule", rule)
     if not isinstance(answer, Sequence) or not all(isinstance(proposal, Proposal) for proposal in answer):
         raise ConfigError(
             f"Expected a list of Proposals from the rule {name_of(rule)}, got {shorten(answer)}; [] is no update"
@@ -117,9 +146,9 @@ async def merged(
     return answer
 
 
-async def decided(gate: Gate, before: Values, after: Values, batch: Sequence[Sample]) -> Decision:
-    """Return a gate's verdict; raises ConfigError for anything but a Decision."""
-    answer: Any = await _awaitable(gate(before, after, batch), "the gate", gate)
+async def ask_gate(gate: Gate, before: Values, after: Values, step: Step) -> Decision:
+    """Return a gate's decision; raises ConfigError for anything but a Decision, and for a memory that is not JSON."""
+    answer: Any = await _awaited(gate(before, after, step), "the gate", gate)
     if not isinstance(answer, Decision):
         raise ConfigError(
             f"Expected a Decision(accepted=..., reason=...) from the gate {name_of(gate)}, got {shorten(answer)}"
@@ -127,7 +156,33 @@ async def decided(gate: Gate, before: Values, after: Values, batch: Sequence[Sam
     return answer
 
 
-async def _awaitable(answer: Any, what: str, part: Any) -> Any:
+def as_json(memory: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
+    """Return what a gate remembers as JSON carries it; raises ConfigError if it cannot."""
+    try:
+        kept: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dict(memory)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"Expected the gate {name_of(gate)} to keep JSON in step.memory, got {shorten(dict(memory))}: {error}"
+        ) from None
+    return kept
+
+
+def refuse_values(values: Values, checks: Sequence[Check], step: Step) -> dict[str, str]:
+    """Return the reason for each new value that a check refuses, by parameter name."""
+    parameters = {parameter.name: parameter for parameter in step.parameters}
+    refused: dict[str, str] = {}
+    for name, value in values.items():
+        for check in checks:
+            reason: Any = check(step.values.get(name), value, parameters[name], step)
+            if reason is not None and not isinstance(reason, str):
+                raise ConfigError(f"Expected a reason or None from the check {name_of(check)}, got {shorten(reason)}")
+            if reason:
+                refused[name] = f"{reason} - at $.suggestion.{parameters[name].py_name}"
+                break
+    return refused
+
+
+async def _awaited(answer: Any, what: str, part: Any) -> Any:
     if not isawaitable(answer):
         raise ConfigError(
             f"Expected {what} of {name_of(part)} to be async, got {shorten(answer)} at once; write `async def`"
@@ -136,5 +191,5 @@ async def _awaitable(answer: Any, what: str, part: Any) -> Any:
 
 
 def name_of(part: Any) -> str:
-    """Return a part's name, its class's if it is an object; "" for None."""
-    return "" if part is None else getattr(part, "__qualname__", type(part).__qualname__)
+    """Return what a part is called: a function by its name, an object by its class; "" for None."""
+    return str(getattr(part, "__qualname__", type(part).__qualname__))

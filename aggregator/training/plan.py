@@ -9,12 +9,13 @@ from typing import Any
 
 from msgspec import Struct
 
+from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import check_count, check_positive, is_finite
 from aggregator.errors import ConfigError
+from aggregator.guides.calling import check_guide
 from aggregator.records import Sample, Values
 from aggregator.training.batches import minibatches
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest
-from aggregator.training.parts import check_guide
 from aggregator.training.schedules import Schedule
 
 
@@ -134,18 +135,22 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values) -> Mapping[str, str]:
     }
 
 
-def trainable(own: Sequence[Any], named: Sequence[Any] | None = None) -> list[Any]:
+def trainable(own: Sequence[ParameterNode[Any]], named: Sequence[Any] | None = None) -> list[ParameterNode[Any]]:
     """Return the parameters that may change, of the agent's own those that the optimizer names.
 
-    Raises ConfigError where there is none, or two of one name, or one that is not the agent's.
+    Raises ConfigError if there is none, or two of one name, or one that is not the agent's.
     """
-    strange = [parameter for parameter in named or () if not any(parameter is one for one in own)]
-    if strange:
-        raise ConfigError(
-            f"expected the optimizer's parameters to be the agent's own ({', '.join(one.name for one in own)}), "
-            f"got {strange[0]!r}; name them as in LLMOptimizer(parameters=[agent.instruction])"
-        )
-    chosen = [parameter for parameter in (own if named is None else named) if getattr(parameter, "trainable", True)]
+    chosen = list(own)
+    if named is not None:
+        origins = {id(getattr(one, "origin", one)): one for one in own} | {id(one): one for one in own}
+        strange = [parameter for parameter in named if id(parameter) not in origins]
+        if strange:
+            raise ConfigError(
+                f"Expected the optimizer's parameters to be the agent's own ({', '.join(one.name for one in own)}), "
+                f"got {strange[0]!r}; name them as in LLMOptimizer(parameters=[agent.instruction])"
+            )
+        chosen = [origins[id(parameter)] for parameter in named]
+    chosen = [parameter for parameter in chosen if parameter.trainable]
     if not chosen:
         raise ConfigError(
             "the agent has no trainable parameter; give it an attribute ParameterNode(value), "

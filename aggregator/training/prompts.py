@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
-from aggregator.records import Proposal, StepReport, Values
+from aggregator.records import Proposal, Rollout, StepReport, Values
 from aggregator.text import one_line
 
 REPLY_FORMAT = """\
@@ -232,6 +232,30 @@ def aggregation_messages(
     for i, (proposal, confidence) in enumerate(zip(proposals, confidences, strict=True), start=1):
         sections.append((f"SuggestedValue_{i}", _suggestion(proposal, confidence)))
     return _messages(system_prompt, sections)
+
+
+def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
+    r"""Return several rollouts as one, each output, feedback and transcript under its number; one as it is.
+
+    >>> both = join_rollouts([Rollout(sample_id=3, output="a", feedback="right"), Rollout(sample_id=5, output="b")])
+    >>> both.output, both.feedback
+    ('ID [3]: a\nID [5]: b', 'ID [3]: right')
+    """
+    if len(rollouts) == 1:
+        return rollouts[0]
+    scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+
+    def listed(field: str) -> str:
+        texts = [(rollout.sample_id, getattr(rollout, field)) for rollout in rollouts]
+        return "\n".join(f"ID [{sample_id}]: {text}" for sample_id, text in texts if text != "")
+
+    return Rollout(
+        sample_id=rollouts[0].sample_id if rollouts else 0,
+        output=listed("output"),
+        score=sum(scores) / len(scores) if scores else None,
+        feedback=listed("feedback"),
+        transcript=listed("transcript"),
+    )
 
 
 def repair_messages(messages: Sequence[dict[str, str]], reply: str, error: str) -> list[dict[str, str]]:

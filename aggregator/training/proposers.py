@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-from aggregator.agents.parameters import ParameterNode, read
+from aggregator.agents.parameters import ParameterNode
 from aggregator.cassettes.lineage import lineage
 from aggregator.checks import check_count, check_positive
-from aggregator.executors.local import AsyncExecutor
+from aggregator.executors.local import fan_out
 from aggregator.llm.models import as_model
-from aggregator.protocols import ChatModel, UpdateRule
+from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.text import as_text, cut
 from aggregator.training.asking import Answer, ask
-from aggregator.training.context import current_step
-from aggregator.training.parts import check_rule, fitted, gives_typed
+from aggregator.training.decisions import UpdateRule
+from aggregator.training.parts import check_rule, fit_to_types, merge_with
 from aggregator.training.prompts import (
     CRITIC_SYSTEM_PROMPT,
     DEFAULT_OBJECTIVE,
@@ -26,11 +26,13 @@ from aggregator.training.prompts import (
     PROPOSER_SYSTEM_PROMPT,
     Layout,
     digest_of,
+    join_rollouts,
     number,
     ordered,
     proposal_messages,
     verdict,
 )
+from aggregator.training.step import Step
 from aggregator.training.variations import Question, Variation, check_variation, seeds
 
 Item = TypeVar("Item")
@@ -82,42 +84,43 @@ class LLMOptimizer:
         self.system_prompt = system_prompt
         self.layout = layout
 
-    @gives_typed
-    async def propose(
-        self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport] = ()
-    ) -> Proposal:
-        """Return what this instance asks for; raises LLMError where the call failed."""
-        messages = self.messages(rollout, parameters, history)
+    async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
+        """Return what one instance asks for, or a whole minibatch; raises LLMError if a call failed."""
+        step, seen = self._limit(step), join_rollouts(rollouts)
+        messages = self.messages(seen, step)
+        facts: dict[str, Any] = {"score": seen.score, "feedback": seen.feedback}
+        facts["sample_ids"] = tuple(rollout.sample_id for rollout in rollouts)
         with lineage("propose", role="optimizer"):
             if self.num_candidates == 1:
-                return await self._ask(self._question(messages, 0), parameters, rollout)
-            found = await self._candidates(messages, parameters, rollout)
-        return await self._selected(found, parameters, rollout)
+                return await self._ask(self._question(messages, 0), step, facts)
+            found = await self._candidates(messages, step, facts)
+        chosen = await merge_with(self.select, [proposal for proposal in found if proposal.values], step)
+        if not chosen:
+            return replace(found[0], values={})
+        return replace(fit_to_types(chosen[0], step), support=1, **facts)
 
-    def messages(
-        self, rollout: Rollout, parameters: Sequence[Any], history: Sequence[StepReport]
-    ) -> list[dict[str, str]]:
+    def _limit(self, step: Step) -> Step:
+        """Return the step with the parameters that this optimizer may change."""
+        if self.parameters is None:
+            return step
+        names = {parameter.name for parameter in self.parameters}
+        return replace(step, parameters=[parameter for parameter in step.parameters if parameter.name in names])
+
+    def messages(self, rollout: Rollout, step: Step) -> list[dict[str, str]]:
         """Return the prompt; a subclass may tell the model something else."""
-        return self.asked_about(
-            rollout,
-            parameters,
-            history=self.recalled(history),
-            system_prompt=self.system_prompt,
-            layout=self.layout,
+        return self.describe(
+            rollout, step, history=self.recalled(step.history), system_prompt=self.system_prompt, layout=self.layout
         )
 
-    def asked_about(
-        self,
-        rollout: Rollout,
-        parameters: Sequence[Any],
-        *,
-        history: Sequence[str] = (),
-        system_prompt: str,
-        layout: Layout,
+    def describe(
+        self, rollout: Rollout, step: Step, *, history: Sequence[str] = (), system_prompt: str, layout: Layout
     ) -> list[dict[str, str]]:
-        """Return a question about parameters and what the agent did with them."""
+        """Return a question about the step's parameters and what the agent did with them."""
         return proposal_messages(
-            {parameter.name: parameter.describe() for parameter in parameters},
+            {
+                parameter.name: parameter.describe() | {"value": step.values.get(parameter.name, parameter.data)}
+                for parameter in step.parameters
+            },
             transcript=rollout.transcript,
             output=cut(render(rollout.output), OUTPUT_LIMIT),
             score=rollout.score,
@@ -133,18 +136,16 @@ class LLMOptimizer:
         tried = [report for report in history if report.update]
         return [verdict(report) for report in latest(tried, self.memory_size)]
 
-    async def _candidates(
-        self, messages: list[dict[str, str]], parameters: Sequence[Any], rollout: Rollout
-    ) -> list[Proposal]:
+    async def _candidates(self, messages: list[dict[str, str]], step: Step, facts: Mapping[str, Any]) -> list[Proposal]:
         found: list[Proposal] = []
 
         async def candidate(i: int) -> Proposal:
             question = self._question(messages, i, found)
             with lineage(f"candidate={i}"):
-                return await self._ask(question, parameters, rollout)
+                return await self._ask(question, step, facts)
 
         if not self.variation.in_turn:
-            return await AsyncExecutor(self.num_candidates).map(candidate, range(self.num_candidates))
+            return await fan_out(candidate, range(self.num_candidates), self.num_candidates)
         for i in range(self.num_candidates):
             found.append(await candidate(i))  # noqa: PERF401 - the next candidate reads `found`
         return found
@@ -152,31 +153,16 @@ class LLMOptimizer:
     def _question(self, messages: list[dict[str, str]], i: int, before: Sequence[Proposal] = ()) -> Question:
         return self.variation.ask(messages, i, self.num_candidates, tuple(before))
 
-    async def _selected(self, found: Sequence[Proposal], parameters: Sequence[Any], rollout: Rollout) -> Proposal:
-        current = read(parameters)
-        usable = [proposal for proposal in found if proposal.values]
-        chosen = await self.select(current, usable, stepsize=current_step().stepsize)
-        if not chosen:
-            return replace(found[0], values={})
-        return replace(fitted(chosen[0], parameters), support=1, score=rollout.score, feedback=rollout.feedback)
-
-    async def _ask(self, question: Question, parameters: Sequence[Any], rollout: Rollout) -> Proposal:
+    async def _ask(self, question: Question, step: Step, facts: Mapping[str, Any]) -> Proposal:
         answer = await ask(
             self.llm,
             question.messages,
-            parameters,
+            step.parameters,
             max_tokens=self.max_tokens,
             temperature=self.temperature if question.temperature is None else question.temperature,
             seed=question.seed,
         )
-        return Proposal(
-            values=answer.values,
-            score=rollout.score,
-            feedback=rollout.feedback,
-            reasoning=answer.reasoning,
-            error=answer.error,
-            sample_ids=(rollout.sample_id,),
-        )
+        return Proposal(values=answer.values, reasoning=answer.reasoning, error=answer.error, **facts)
 
 
 class OPROOptimizer(LLMOptimizer):
@@ -263,39 +249,35 @@ class TextGradOptimizer(LLMOptimizer):
         self.critic: ChatModel = self.llm if critic is None else as_model(critic)
         self.critic_system_prompt = critic_system_prompt
 
-    @gives_typed
-    async def propose(
-        self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport] = ()
-    ) -> Proposal:
-        """Return what the criticism of this instance asks for; raises LLMError where a call failed."""
-        criticism = await self.criticise(rollout, parameters)
-        criticised = [parameter for parameter in parameters if criticism.values.get(parameter.name, "").strip()]
+    async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
+        """Return what the criticism of this instance asks for; raises LLMError if a call failed."""
+        step, seen = self._limit(step), join_rollouts(rollouts)
+        ids = tuple(rollout.sample_id for rollout in rollouts)
+        criticism = await self.criticise(seen, step)
+        criticised = [one for one in step.parameters if criticism.values.get(one.name, "").strip()]
         if not criticised:
-            return Proposal(
-                score=rollout.score,
-                feedback=rollout.feedback,
-                reasoning=criticism.reasoning,
-                error=criticism.error,
-                sample_ids=(rollout.sample_id,),
-            )
+            facts: dict[str, Any] = {"score": seen.score, "feedback": seen.feedback, "sample_ids": ids}
+            return Proposal(reasoning=criticism.reasoning, error=criticism.error, **facts)
         gradient = "\n".join(f"{parameter.name}: {criticism.values[parameter.name]}" for parameter in criticised)
-        proposal = await super().propose(replace(rollout, feedback=gradient), criticised, history=history)
+        question = replace(step, parameters=criticised)
+        proposal = await super().propose([replace(seen, feedback=gradient)], question)
         return replace(
             proposal,
-            feedback=rollout.feedback,
+            feedback=seen.feedback,
             reasoning="\n".join(text for text in (gradient, proposal.reasoning) if text),
             error="; ".join(error for error in (criticism.error, proposal.error) if error) or None,
+            sample_ids=ids,
         )
 
-    async def criticise(self, rollout: Rollout, parameters: Sequence[Any]) -> Answer:
+    async def criticise(self, rollout: Rollout, step: Step) -> Answer:
         """Return a criticism for each parameter that had its part in the result, as text under its name."""
-        criticisms = [ParameterNode("", name=parameter.name, type=str) for parameter in parameters]
+        criticisms = [ParameterNode("", name=parameter.name, type=str) for parameter in step.parameters]
         with lineage("criticise", role="optimizer"):
             return await ask(
                 self.critic,
-                self.asked_about(
+                self.describe(
                     rollout,
-                    parameters,
+                    step,
                     system_prompt=self.critic_system_prompt,
                     layout=replace(self.layout, include_example=False),  # it shows new values, no criticism
                 ),

@@ -16,20 +16,21 @@ from msgspec.structs import replace
 
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
-from aggregator.protocols import UpdateRule
 from aggregator.records import Proposal, Values
 from aggregator.text import canonical_json
-from aggregator.training.parts import check_rule, merged
+from aggregator.training.decisions import UpdateRule
+from aggregator.training.parts import check_rule, merge_with
+from aggregator.training.step import Step
 
-_Merge = Callable[[Values, Sequence[Proposal], float], Sequence[Proposal]]
+_Merge = Callable[[Sequence[Proposal], Step], Sequence[Proposal]]
 
 
 def _rule(merge: _Merge) -> UpdateRule:
     """Make an UpdateRule of a pure function."""
 
     @wraps(merge)
-    async def rule(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
-        return merge(current, proposals, stepsize)
+    async def rule(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
+        return merge(proposals, step)
 
     return rule
 
@@ -42,40 +43,40 @@ def chain(*rules: UpdateRule) -> UpdateRule:
     for rule in rules:
         check_rule(rule)
 
-    async def chained(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+    async def chained(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         for rule in rules:
-            proposals = await merged(rule, current, proposals, stepsize=stepsize)
+            proposals = await merge_with(rule, proposals, step)
         return proposals
 
     return chained
 
 
 @_rule
-def identity(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+def identity(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
     """Return the proposals as they came: the neutral rule."""
     return proposals
 
 
 @_rule
-def without_failed(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+def without_failed(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
     """Drop the proposals that carry an error.
 
     >>> from aggregator.portal import call
-    >>> call(without_failed, {}, [Proposal(error="cut off"), Proposal(values={"k": 1})], stepsize=0.5)[0].values
+    >>> call(without_failed, [Proposal(error="cut off"), Proposal(values={"k": 1})], Step())[0].values
     {'k': 1}
     """
     return [proposal for proposal in proposals if proposal.error is None]
 
 
 @_rule
-def dedupe(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+def dedupe(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
     """Make proposals of the same values one, with their support added up, at the place of the first.
 
     Its score is the mean by support; sample ids, different feedbacks and reasonings follow one another in order.
     Proposals without values stay as they are: nothing says that they mean the same.
 
     >>> from aggregator.portal import call
-    >>> found = call(dedupe, {}, [Proposal(values={"k": 1}, sample_ids=(i,)) for i in (4, 7)], stepsize=0.5)
+    >>> found = call(dedupe, [Proposal(values={"k": 1}, sample_ids=(i,)) for i in (4, 7)], Step())
     >>> [(proposal.support, proposal.sample_ids) for proposal in found]
     [(2, (4, 7))]
     """
@@ -83,7 +84,7 @@ def dedupe(_current: Values, proposals: Sequence[Proposal], _stepsize: float) ->
     for i, proposal in enumerate(proposals):
         own = key_of(proposal.values) if proposal.values and proposal.error is None else i
         groups.setdefault(own, []).append(proposal)
-    return [group[0] if len(group) == 1 else _merged(group[0].values, group) for group in groups.values()]
+    return [group[0] if len(group) == 1 else _join(group[0].values, group) for group in groups.values()]
 
 
 def top_k(k: int) -> UpdateRule:
@@ -91,13 +92,13 @@ def top_k(k: int) -> UpdateRule:
 
     >>> from aggregator.portal import call
     >>> scored = [Proposal(values={"k": i}, score=score) for i, score in enumerate([0.2, None, 0.9, 0.2])]
-    >>> [proposal.values["k"] for proposal in call(top_k(2), {}, scored, stepsize=0.5)]
+    >>> [proposal.values["k"] for proposal in call(top_k(2), scored, Step())]
     [0, 2]
     """
     if type(k) is not int or k < 1:
         raise ConfigError(f"Expected top_k of an int of at least 1, got {k!r}")
 
-    def best(_current: Values, proposals: Sequence[Proposal], _stepsize: float) -> Sequence[Proposal]:
+    def best(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
         ranked = sorted(range(len(proposals)), key=lambda i: (-_score(proposals[i]), _first_sample(proposals[i]), i))
         return [proposals[i] for i in sorted(ranked[:k])]
 
@@ -109,7 +110,7 @@ best_of = top_k(1)
 
 
 @_rule
-def majority(current: Values, proposals: Sequence[Proposal], stepsize: float) -> Sequence[Proposal]:
+def majority(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Give each parameter the value that most instances propose.
 
     A value weighs stepsize times the instances behind it, the current value 1 - stepsize on top; at equal weight the
@@ -117,16 +118,19 @@ def majority(current: Values, proposals: Sequence[Proposal], stepsize: float) ->
 
     >>> from aggregator.portal import call
     >>> votes = [Proposal(values={"k": k}, sample_ids=(i,)) for i, k in enumerate([3, 5, 5, 5])]
-    >>> call(majority, {"k": 3}, votes, stepsize=0.5)[0].values
+    >>> call(majority, votes, Step(values={"k": 3}))[0].values
     {'k': 5}
     """
-    elected = {name: _elected(name, current, proposals, stepsize) for name in _names(proposals)}
-    values = {name: value for name, value in elected.items() if not _is_current(current, name, value)}
-    return [_merged(values, proposals)] if values and stepsize > 0 else []
+    current = step.values
+    elected = {name: _elected(name, current, proposals, step.stepsize) for name in _names(proposals)}
+    values = {
+        name: value for name, value in elected.items() if name not in current or key_of(value) != key_of(current[name])
+    }
+    return [_join(values, proposals)] if values and step.stepsize > 0 else []
 
 
 @_rule
-def mean(current: Values, proposals: Sequence[Proposal], stepsize: float) -> Sequence[Proposal]:
+def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Move each numeric parameter by stepsize towards the mean of what is proposed, weighed by support.
 
     An int is rounded, halves to even. Other parameters stay in the proposals, for a rule that comes after, as in
@@ -134,16 +138,17 @@ def mean(current: Values, proposals: Sequence[Proposal], stepsize: float) -> Seq
 
     >>> from aggregator.portal import call
     >>> votes = [Proposal(values={"t": t}) for t in (0.2, 0.4)]
-    >>> round(call(mean, {"t": 0.7}, votes, stepsize=0.5)[0].values["t"], 6)
+    >>> round(call(mean, votes, Step(values={"t": 0.7}))[0].values["t"], 6)
     0.5
     """
+    current = step.values
     numeric = [name for name in _names(proposals) if _is_numeric(name, current, proposals)]
     if not numeric:
         return proposals
-    moved = {name: _moved(name, current, proposals, stepsize) for name in numeric}
+    moved = {name: _moved(name, current, proposals, step.stepsize) for name in numeric}
     movers = [proposal for proposal in proposals if any(name in proposal.values for name in numeric)]
     rest = [_left(proposal, numeric) for proposal in proposals]
-    return [_merged(moved, movers), *(proposal for proposal in rest if proposal.values or proposal.error is not None)]
+    return [_join(moved, movers), *(proposal for proposal in rest if proposal.values or proposal.error is not None)]
 
 
 def key_of(value: Any) -> bytes:
@@ -184,10 +189,6 @@ def _elected(name: str, current: Values, proposals: Sequence[Proposal], stepsize
     return values[max(weights, key=weights.__getitem__)]
 
 
-def _is_current(current: Values, name: str, value: Any) -> bool:
-    return name in current and key_of(current[name]) == key_of(value)
-
-
 def _is_numeric(name: str, current: Values, proposals: Sequence[Proposal]) -> bool:
     proposed = [proposal.values[name] for proposal in proposals if name in proposal.values]
     return all(map(is_finite, (*proposed, current.get(name, 0))))
@@ -208,7 +209,7 @@ def _left(proposal: Proposal, taken: Sequence[str]) -> Proposal:
     return proposal if len(values) == len(proposal.values) else replace(proposal, values=values)
 
 
-def _merged(values: Values, proposals: Sequence[Proposal]) -> Proposal:
+def _join(values: Values, proposals: Sequence[Proposal]) -> Proposal:
     """One proposal of these values, with all that stands behind it."""
     ordered = _in_sample_order(proposals)
     return Proposal(

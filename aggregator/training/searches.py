@@ -1,136 +1,265 @@
-"""Trace's other searches, as compositions of the priority search: who is explored, who stays, who comes into force."""
+"""Searches: which candidates are explored, tried, made current and remembered. Pure decisions over candidates.
+
+`greedy` is the neutral search: one set of values, changed by each accepted update. The others keep a pool of
+candidates, whose methods a search of your own overrides one by one, or brings all of (`decisions.Search`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, Literal, get_args
 
-from aggregator.llm.budget import Budget
-from aggregator.observing.observer import Watching
-from aggregator.protocols import Gate, Logger, UpdateRule
-from aggregator.records import Candidate, Decision
-from aggregator.training.batches import Dataset
-from aggregator.training.candidates import drawn, mean_score, won
-from aggregator.training.context import current_step
-from aggregator.training.search import PrioritySearch
+from aggregator.checks import check_finite, check_positive, is_int
+from aggregator.errors import ConfigError
+from aggregator.records import Candidate, Decision, Sample
+from aggregator.training.batches import Dataset, samples
+from aggregator.training.candidates import compare_on_shared, draw, gain, mean_score, upper_bound, wins_of
+from aggregator.training.step import Step
+
+ScoreFunction = Literal["mean", "ucb"]
+"""How candidates are ranked: by mean score, or by what the mean may still rise to."""
+
+Trials = Sequence[tuple[Candidate, Sequence[Sample]]]
+Choice = tuple[Candidate | None, Decision]
+"""The candidate that should become current, or the best refused one, or none; and the decision."""
 
 
-class BeamSearch(PrioritySearch):
+class Greedy:
+    """Has the current values alone, which every update changes that the gate accepts.
+
+    `is_single` says that there is nothing to tell candidates apart by: no pool is kept, no lineage names them.
+    """
+
+    is_single = True
+    proposals = 1
+    guide: Any = None
+
+    def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
+        """Return the current candidate."""
+        return pool[:1]
+
+    def trials(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Trials:
+        """Return nothing: only the gate compares."""
+        return []
+
+    def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Choice:
+        """Return the new candidate; the gate decides."""
+        if not made:
+            return None, Decision(accepted=False, reason="no change was proposed")
+        return made[0], Decision(accepted=True)
+
+    def keep(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
+        """Return the current candidate."""
+        return pool[:1]
+
+
+greedy = Greedy()
+"""The neutral search: one set of values, changed by each accepted update."""
+
+
+class BestOf(Greedy):
+    """Makes several proposals of the current values and takes the best, or none if the current values do as well.
+
+    They are tried on the minibatch, or on `validate_dataset`; `validate_guide` judges the trials instead of the run's
+    guide.
+    """
+
+    def __init__(self, proposals: int = 4, validate_dataset: Dataset | None = None, validate_guide: Any = None) -> None:
+        check_positive("num_proposals", proposals)
+        self.proposals = proposals
+        self.validation = _validation(validate_dataset)
+        self.guide = validate_guide
+
+    def trials(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Trials:
+        """Return all candidates, if there is one to compare with the current one."""
+        return [(candidate, self.validation or step.samples) for candidate in (*explored, *made) if made]
+
+    def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Choice:
+        """Return the candidate with the highest mean; of equal ones the earlier, the current one first."""
+        best = max((*explored, *made), key=mean_score)
+        return super().choose(explored, [] if best is explored[0] else [best], step)
+
+
+class Priority:
+    """Keeps the best candidates, explores the most promising ones on each minibatch, and makes the best one current.
+
+    A step explores the current candidate and the best others of the pool, `num_candidates` in all (up to 4), makes
+    `num_proposals` new ones of each, tries these, and remembers the best `memory_size`. A candidate becomes current
+    if it scores higher than the current one on the instances that both were tried on, unless the gate refuses it.
+
+    New candidates are tried on the minibatch; with `validate_dataset` every candidate is tried once on that, and only
+    those scores count. `validate_guide` judges these trials instead of the run's guide.
+
+    `score_function="ucb"` ranks by mean + ucb_exploration_constant * sqrt(ln(trials of all) / own trials), so that the
+    little tried are explored too. Scores are expected in [0, 1]; for others scale the constant.
+    """
+
+    def __init__(
+        self,
+        memory_size: int = 16,
+        *,
+        num_candidates: int | None = None,
+        num_proposals: int = 1,
+        score_function: ScoreFunction = "mean",
+        ucb_exploration_constant: float = 1.0,
+        validate_dataset: Dataset | None = None,
+        validate_guide: Any = None,
+    ) -> None:
+        if num_candidates is None:
+            num_candidates = min(4, memory_size) if is_int(memory_size) else 4
+        check_positive("num_candidates", num_candidates)
+        check_positive("num_proposals", num_proposals)
+        check_positive("memory_size", memory_size)
+        if memory_size < num_candidates:
+            raise ConfigError(
+                f"Expected memory_size of at least num_candidates={num_candidates}, which are explored from it, "
+                f"got {memory_size}"
+            )
+        if score_function not in get_args(ScoreFunction):
+            raise ConfigError(f"Expected score_function 'mean' or 'ucb', got {score_function!r}")
+        check_finite("ucb_exploration_constant", ucb_exploration_constant, least=0)
+        self.memory_size = memory_size
+        self.num_candidates = num_candidates
+        self.proposals = num_proposals
+        self.score_function = score_function
+        self.ucb_exploration_constant = ucb_exploration_constant
+        self.validation = _validation(validate_dataset)
+        self.guide = validate_guide
+
+    def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
+        """Return the current candidate and the best others."""
+        current, *others = pool
+        return [current, *self.ranked(others)[: self.num_candidates - 1]]
+
+    def trials(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Trials:
+        """Return the new candidates, and what the minibatch has shown of the explored ones.
+
+        If a validation set or a guide of its own judges, each candidate is tried on the instances that it lacks.
+        """
+        if not self.validation and self.guide is None:
+            return [(candidate, step.samples) for candidate in (*explored, *self.due(explored, made))]
+        return [
+            (candidate, [one for one in self.validation or step.samples if str(one.id) not in candidate.scores])
+            for candidate in self.due(explored, made)
+        ]
+
+    def due(self, explored: Sequence[Candidate], made: Sequence[Candidate]) -> list[Candidate]:
+        """Return the candidates to run on further instances."""
+        if not self.validation and self.guide is None:
+            return list(made)
+        return [*explored, *made]
+
+    def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Choice:
+        """Return the best candidate by what this step found out.
+
+        If none is better than the current one the best new one is returned with its refusal, which the optimizer of
+        the next step can read of.
+        """
+        current = explored[0]
+        better = [candidate for candidate in (*explored, *made) if gain(current, candidate) > 0]
+        best = max(better or made, key=partial(gain, current), default=None)
+        if best is None:
+            return None, Decision(accepted=False, reason="no new candidate was proposed")
+        return best, compare_on_shared(current, best)
+
+    def keep(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
+        """Return the current candidate and the best others."""
+        current, *others = pool
+        return [current, *self.ranked(others)[: self.memory_size - 1]]
+
+    def ranked(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Return candidates from the best to the worst by the score function; of equal ones the newer comes first."""
+        candidates = list(candidates)
+        trials = sum(candidate.trials for candidate in candidates)
+
+        def priority(candidate: Candidate) -> float:
+            if self.score_function == "mean":
+                return mean_score(candidate)
+            return upper_bound(candidate, trials, self.ucb_exploration_constant)
+
+        return sorted(candidates, key=lambda candidate: (-priority(candidate), -candidate.step))
+
+
+class Sequential(Priority):
+    """Has one candidate, which gives way to the best of its `num_proposals` successors if that one is better."""
+
+    def __init__(
+        self, num_proposals: int = 1, *, validate_dataset: Dataset | None = None, validate_guide: Any = None
+    ) -> None:
+        super().__init__(
+            1,
+            num_candidates=1,
+            num_proposals=num_proposals,
+            validate_dataset=validate_dataset,
+            validate_guide=validate_guide,
+        )
+
+
+class Succeeding(Sequential):
+    """Has one candidate, which always gives way to its successor, the best of them if there are several."""
+
+    def due(self, explored: Sequence[Candidate], made: Sequence[Candidate]) -> list[Candidate]:
+        """Return the new candidates, if there is a choice between several."""
+        return list(made) if len(made) > 1 else []
+
+    def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Choice:
+        """Return the best new candidate, which is accepted."""
+        if not made:
+            return super().choose(explored, made, step)
+        return max(made, key=mean_score), Decision(accepted=True, reason="the successor is always accepted")
+
+
+class Beam(Priority):
     """Explores all that it remembers: the `num_candidates` best, the beam, of the last beam and what was made of it."""
 
     def __init__(
         self,
-        agent: Any,
-        optimizer: Any,
-        use_asyncio: bool = True,
-        logger: Logger | None = None,
-        *,
         num_candidates: int = 4,
+        *,
         num_proposals: int = 2,
         validate_dataset: Dataset | None = None,
         validate_guide: Any = None,
-        rule: UpdateRule | None = None,
-        gate: Gate | None = None,
-        budget: Budget | None = None,
-        max_concurrency: int = 64,
-        seed: int = 0,
-        observers: Sequence[Watching] | None = None,
     ) -> None:
         super().__init__(
-            agent,
-            optimizer,
-            use_asyncio,
-            logger,
+            num_candidates,
             num_candidates=num_candidates,
             num_proposals=num_proposals,
-            memory_size=num_candidates,
             validate_dataset=validate_dataset,
             validate_guide=validate_guide,
-            rule=rule,
-            gate=gate,
-            budget=budget,
-            max_concurrency=max_concurrency,
-            seed=seed,
-            observers=observers,
         )
 
 
-class SequentialSearch(PrioritySearch):
-    """Has one candidate, which gives way to the best of its `num_proposals` successors where that one is better."""
-
-    def __init__(
-        self,
-        agent: Any,
-        optimizer: Any,
-        use_asyncio: bool = True,
-        logger: Logger | None = None,
-        *,
-        num_proposals: int = 1,
-        validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
-        rule: UpdateRule | None = None,
-        gate: Gate | None = None,
-        budget: Budget | None = None,
-        max_concurrency: int = 64,
-        seed: int = 0,
-        observers: Sequence[Watching] | None = None,
-    ) -> None:
-        super().__init__(
-            agent,
-            optimizer,
-            use_asyncio,
-            logger,
-            num_candidates=1,
-            num_proposals=num_proposals,
-            memory_size=1,
-            validate_dataset=validate_dataset,
-            validate_guide=validate_guide,
-            rule=rule,
-            gate=gate,
-            budget=budget,
-            max_concurrency=max_concurrency,
-            seed=seed,
-            observers=observers,
-        )
-
-
-class SequentialUpdate(SequentialSearch):
-    """Has one candidate, which always gives way to its successor, the best of them where there are several."""
-
-    def due(self, explored: Sequence[Candidate], made: Sequence[Candidate]) -> list[Candidate]:
-        """Return the new candidates, where there is a choice between several."""
-        return list(made) if len(made) > 1 else []
-
-    def exploit(
-        self, in_force: Candidate, explored: Sequence[Candidate], made: Sequence[Candidate]
-    ) -> tuple[Candidate | None, Decision]:
-        """Return the best new candidate, which is accepted."""
-        if not made:
-            return super().exploit(in_force, explored, made)
-        return max(made, key=mean_score), Decision(accepted=True, reason="the successor is always accepted")
-
-
-class ParetoSearch(PrioritySearch):
+class Pareto(Priority):
     """Keeps the candidates that are best on at least one instance, and explores those that are best on many.
 
-    So a specialist survives that a mean would drop, and what it found can be built upon. Candidates are drawn, beside
-    the one in force, with the number of instances that they are best on as their weight. The idea is GEPA's (Agrawal
+    So a specialist survives that a mean would drop, and what it found can be built upon. Candidates are drawn, next to
+    the current one, with the number of instances that they are best on as their weight. The idea is GEPA's (Agrawal
     et al., 2025, "GEPA: Reflective Prompt Evolution Can Outperform Reinforcement Learning"). It needs scores of many
     candidates on the same instances: give a `validate_dataset`.
     """
 
-    def explore(self, in_force: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
-        """Return the candidate in force, and others drawn by how often they are best."""
-        step = current_step()
-        wins = won([in_force, *others])
-        random = Random(f"{step.seed}/{step.step}/explore")  # noqa: S311 - a choice, not a secret
+    def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
+        """Return the current candidate, and others drawn by how often they are best."""
+        current, *others = pool
+        wins = wins_of(pool)
+        random = Random(f"{step.seed}/{step.number}/explore")  # noqa: S311 - a choice, not a secret
         weights = [len(wins[candidate.id]) for candidate in others]
-        return [in_force, *drawn(others, weights, self.num_candidates - 1, random)]
+        return [current, *draw(others, weights, self.num_candidates - 1, random)]
 
-    def keep(self, in_force: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
-        """Return the candidate in force and those that are best somewhere, at most `memory_size`."""
-        wins = won([in_force, *others])
+    def keep(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
+        """Return the current candidate and those that are best somewhere, at most `memory_size`."""
+        current, *others = pool
+        wins = wins_of(pool)
         best = [candidate for candidate in self.ranked(others) if wins[candidate.id]]
         best.sort(key=lambda candidate: -len(wins[candidate.id]))
-        return [in_force, *best[: self.memory_size - 1]]
+        return [current, *best[: self.memory_size - 1]]
+
+
+beam, pareto, priority, sequential = Beam, Pareto, Priority, Sequential
+"""As in `Trainer(..., search=beam(4))`."""
+
+
+def _validation(dataset: Dataset | None) -> tuple[Sample, ...]:
+    return () if dataset is None else samples(dataset, name="validate_dataset")

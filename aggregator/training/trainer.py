@@ -1,201 +1,335 @@
-"""The trainers: aggregated updates as in the seed API, and Trace's two simpler ones, composed of the same parts."""
+"""Trainer: an agent, an optimizer, and what decides in between.
+
+`Trainer(agent, optimizer, rule=LLMMerge(llm), search=beam(4), gate=improves_on_batch())`; the names of the seed and of
+Trace, `AggregatedUpdate` for one, are faces of it (`algorithms.py`). The run itself is in `loop.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 from msgspec.structs import replace
 
-from aggregator.cassettes.lineage import lineage
-from aggregator.checks import check_positive
+from aggregator.adapters.agents import as_agent
+from aggregator.adapters.trace import as_optimizer
+from aggregator.agents.parameters import ParameterNode, read
+from aggregator.cassettes.lineage import current_lineage
 from aggregator.errors import ConfigError
+from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
+from aggregator.executors.work import AgentWork, InstanceAgent, record_failure
+from aggregator.llm.budget import Budget
+from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
-from aggregator.protocols import Gate, Logger, UpdateRule
-from aggregator.records import Proposal, Rollout, Sample, Values
-from aggregator.text import shorten
+from aggregator.portal import sync
+from aggregator.protocols import Agent, Executor, Logger
+from aggregator.records import Candidate, Proposal, Rollout, RolloutTask, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.context import current_step
-from aggregator.training.evaluation import mean
-from aggregator.training.merge import LLMMerge, best_scored
-from aggregator.training.minibatch import Minibatch
-from aggregator.training.parts import check_gate, check_optimizer, check_rule
-from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
-from aggregator.training.suggestions import construct_update_dict, extract_llm_suggestion
-from aggregator.training.updates import Update, apply, as_proposal, score_of
+from aggregator.training.decisions import Check, Gate, Optimizer, Search, UpdateRule
+from aggregator.training.gates import always, both, improves_on_batch
+from aggregator.training.loop import run
+from aggregator.training.merge import LLMMerge
+from aggregator.training.parts import (
+    ask_optimizer,
+    check_budget,
+    check_checks,
+    check_executor,
+    check_gate,
+    check_optimizer,
+    check_rule,
+    check_search,
+    check_watchers,
+)
+from aggregator.training.plan import Plan, as_run_dir, check, trainable
+from aggregator.training.prompts import join_rollouts
+from aggregator.training.rules import identity
+from aggregator.training.schedules import Schedule, as_schedule
+from aggregator.training.searches import greedy
+from aggregator.training.seed import Hooks, current_place, read_output
+from aggregator.training.step import Step, laid_over
+from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, unread
 
-_PROPOSING = ("forward", "aforward", "propose")
-"""Whoever overrides one of these may do without an optimizer."""
 
+class Trainer:
+    """Trains an agent minibatch by minibatch.
 
-class AggregatedUpdate(Minibatch):
-    """Asks the optimizer for a proposal per instance, independently, and a model to aggregate them.
+    `agent` is what `as_agent` takes; `optimizer` proposes new values, for each instance by itself or, with
+    `propose_per="batch"`, for the whole minibatch. `rule` merges the proposals of a minibatch: by default a model does
+    (`LLMMerge()`), or for whole minibatches nothing. `search` decides which candidates are explored and become current
+    (default: `greedy`), `gate` accepts or refuses an update (default: `always`), `checks` refuse single values.
 
-    `llm` is the aggregating model, its name, or None for the default model. Set `aggregator_system_prompt` on a
-    subclass or an instance to change its instructions. `rule` replaces the aggregation by another rule.
+    `executor` runs the rollouts (default: this process). `max_concurrency` bounds how many instances are under way at
+    once, `use_asyncio=False` runs one after the other. `observers` see the run; None shows a progress bar if standard
+    error is a terminal. `budget` counts every call of a run, and may be shared with other runs and with models.
+
+    Overridable: the seed's `forward(agent, x, guide, info, verbose)` and `update(outputs, verbose)`, sync or async, and
+    `propose(rollouts, step)`. An overridden `forward` runs in this process, with the agent that the trainer was given.
+
+    The arguments of `train`: `guide(x, output, info)` returns a score or (score, feedback). Data sets are
+    dict(inputs=..., infos=...) or sequences of (x, info). `stepsize` in [0, 1] is how much proposals weigh against the
+    current value, constant or a schedule. The test set is evaluated before training, every `eval_frequency` steps and
+    at the end; 0 is never. `log_frequency` None logs whenever the test set is evaluated, every step if that is never.
+    `min_score` is the score of an instance on which the agent itself fails. `verbose` logs scores, "output" also the
+    agent's outputs. `ensure_improvement` refuses updates that do not raise the batch's own score by
+    `improvement_threshold`. `save_frequency` saves the agent every so many steps to `save_path`. `num_threads` is
+    Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a batch is lost stops. `run_dir`
+    keeps journal, checkpoints and result.json there; `resume=True` goes on where such a run was cut off.
     """
-
-    aggregator_system_prompt = AGGREGATOR_SYSTEM_PROMPT
 
     def __init__(
         self,
         agent: Any,
         optimizer: Any,
-        use_asyncio: bool = True,
-        logger: Logger | None = None,
-        llm: Any = None,
-        max_tokens: int = 4096,
         *,
+        propose_per: ProposePer = "instance",
         rule: UpdateRule | None = None,
+        search: Search | None = None,
         gate: Gate | None = None,
-        budget: Any = None,
-        max_concurrency: int = 64,
-        seed: int = 0,
+        checks: Sequence[Check] = (),
+        executor: Executor | None = None,
         observers: Sequence[Watching] | None = None,
+        logger: Logger | None = None,
+        budget: Budget | None = None,
+        use_asyncio: bool = True,
+        max_concurrency: int = MAX_CONCURRENCY,
+        seed: int = 0,
     ) -> None:
-        super().__init__(
-            agent,
-            optimizer,
-            use_asyncio,
-            logger,
-            gate=gate,
-            budget=budget,
-            max_concurrency=max_concurrency,
-            seed=seed,
-            observers=observers,
-        )
+        check_watchers(logger, observers)
+        check_budget(budget)
+        if propose_per not in get_args(ProposePer):
+            raise ConfigError(f"Expected propose_per 'instance' or 'batch', got {propose_per!r}")
+        if rule is not None:
+            check_rule(rule)
         if gate is not None:
             check_gate(gate)
-        if all(getattr(type(self), name) is getattr(Minibatch, name) for name in _PROPOSING):
-            check_optimizer(self.optimizer)
-        self.max_tokens = max_tokens
-        if rule is None:
-            rule = LLMMerge(llm, max_tokens=max_tokens, system_prompt=self.aggregator_system_prompt)
-            self.llm = rule.llm
-        else:
-            check_rule(rule)
+        if search is not None:
+            check_search(search)
+        check_checks(checks)
+        self.agent = agent
+        self.optimizer = optimizer
+        self.propose_per: ProposePer = propose_per
         self.rule = rule
+        self.search: Search = greedy if search is None else search
+        self.gate: Gate = gate or always
+        self.checks = checks
+        self.executor = executor
+        self.observers = observers
+        self.logger = logger
+        self.budget = budget
+        self.use_asyncio = use_asyncio
+        self.max_concurrency = max_concurrency
+        self.seed = seed
+        self._adapted: tuple[Any, Any] = (None, None)
+        self._proposing: tuple[Any, Any, Any] = (None, None, None)
+        self._check_parts()
 
-    def to_param_dict(self, update_dict: Mapping[Any, Any]) -> dict[str, Any]:
-        """Convert {ParameterNode: value} to {name: value}."""
-        return {parameter.py_name: value for parameter, value in update_dict.items()}
+    def _check_parts(self) -> None:
+        """Check agent, optimizer and executor against one another."""
+        self.merging_rule()
+        agent, hooks = self.adapted_agent(), self.hooks()
+        if hooks.forward is None and type(self).propose is Trainer.propose:
+            check_optimizer(optimizer := self._optimizer())
+            if self.propose_per == "batch" and not getattr(optimizer, "takes_batches", True):
+                raise ConfigError(
+                    "Expected rule= beside an optimizer of Trace, which takes feedback on one instance at a time"
+                )
+        if self.executor is not None:
+            check_executor(self.executor)
+        if hooks.forward is None:
+            return
+        if not isinstance(agent, InstanceAgent):
+            raise ConfigError(
+                f"Expected an agent that can be called with one input beside an overridden forward, got "
+                f"{type(self.agent).__name__}, which takes batches; leave forward as it is"
+            )
+        if self.executor is not None and getattr(self.executor, "is_remote", True):
+            raise ConfigError(
+                f"Expected an executor of this process beside an overridden forward, got "
+                f"{type(self.executor).__name__}; leave forward as it is, or use LocalExecutor"
+            )
 
-    def construct_update_dict(
-        self, parameters: list[Any], suggestion: dict[str, Any], ignore_extraction_error: bool = True
-    ) -> dict[Any, Any]:
-        """Convert a suggestion into each parameter's own type."""
-        return construct_update_dict(parameters, suggestion, ignore_extraction_error)
+    def adapted_agent(self) -> Agent:
+        """Return the agent as executors run it."""
+        if self._adapted[0] is not self.agent or self._adapted[1] is None:
+            self._adapted = (self.agent, as_agent(self.agent))
+        agent: Agent = self._adapted[1]
+        return agent
 
-    def extract_llm_suggestion(self, response: str, ignore_extraction_error: bool = True) -> dict[str, Any]:
-        """Extract the suggestion from a reply."""
-        return extract_llm_suggestion(response, ignore_extraction_error)
+    def _optimizer(self) -> Optimizer:
+        """Return the optimizer as it is asked; one of Trace is adapted."""
+        agent = self.adapted_agent()
+        if self._proposing[0] is not self.optimizer or self._proposing[1] is not agent:
+            self._proposing = (self.optimizer, agent, as_optimizer(self.optimizer, agent))
+        optimizer: Optimizer = self._proposing[2]
+        return optimizer
 
+    def parameters(self) -> list[ParameterNode[Any]]:
+        """Return the parameters that training may change: the optimizer's if it names some, else the agent's."""
+        own: Sequence[Any] = self.adapted_agent().parameters()  # also gives every parameter its name
+        chosen = getattr(self._optimizer(), "parameters", None)
+        return trainable(own, None if chosen is None else list(chosen() if callable(chosen) else chosen))
 
-class MinibatchAlgorithm(Minibatch):
-    """Puts a whole minibatch to the optimizer at once: outputs and feedback concatenated, one proposal."""
-
-    async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Rollout:
-        """Run the agent on one instance and judge the output; the proposal comes from `update`, for all together."""
-        return await self.observe(agent, x, guide, info, verbose)
-
-    async def aupdate(self, outputs: Sequence[Any], verbose: bool | str = False) -> Update:
-        """Ask for one proposal from all that the minibatch saw, and apply it."""
-        step = current_step()
-        proposals = await self.candidates(outputs)
-        update = await apply(proposals, self.rule, step.gate or self.gate, step.parameters or self.parameters())
-        lost = [record for proposal in proposals for record in proposal.failures]
-        more = [record for record in update.failures if record not in lost]  # a rule may pass them on, or drop them
-        return replace(update, score=mean([score_of(output) for output in outputs]), failures=(*lost, *more))
-
-    async def candidates(self, outputs: Sequence[Rollout]) -> list[Proposal]:
-        """Return what the minibatch as a whole asks for."""
-        seen = judged(outputs)
-        return [await self.propose(batchify(seen))] if seen else []
-
-
-class BasicSearchAlgorithm(MinibatchAlgorithm):
-    """Asks for several proposals from the whole minibatch and keeps the best, the current values included.
-
-    `validate_dataset` and `validate_guide` judge the candidates; by default the minibatch and the guide of `train`.
-    """
-
-    def __init__(
-        self,
-        agent: Any,
-        optimizer: Any,
-        use_asyncio: bool = True,
-        logger: Logger | None = None,
-        *,
-        num_proposals: int = 4,
-        validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
-        gate: Gate | None = None,
-        budget: Any = None,
-        max_concurrency: int = 64,
-        seed: int = 0,
-        observers: Sequence[Watching] | None = None,
-    ) -> None:
-        check_positive("num_proposals", num_proposals)
-        super().__init__(
-            agent,
-            optimizer,
-            use_asyncio,
-            logger,
-            rule=self.best,
+    def parts(self, gate: Gate, limit: int) -> Parts:
+        """Return what decides in the next step; what is set on the trainer meanwhile is honoured."""
+        return Parts(
+            propose_per=self.propose_per,
+            propose=self.propose,
+            rule=self.merging_rule(),
+            search=self.search,
             gate=gate,
-            budget=budget,
-            max_concurrency=max_concurrency,
-            seed=seed,
-            observers=observers,
+            checks=self.checks,
+            limit=limit,
         )
-        self.num_proposals = num_proposals
-        self.validation: tuple[Sample, ...] = ()
-        if validate_dataset is not None:
-            self.validation = samples(validate_dataset, name="validate_dataset")
-        self.validate_guide = validate_guide
 
-    async def candidates(self, outputs: Sequence[Rollout]) -> list[Proposal]:
-        """Return `num_proposals` answers to the same question."""
-        found: list[Proposal] = []
-        for i in range(self.num_proposals):
-            with lineage(f"candidate={i}"):
-                found += await super().candidates(outputs)
-        return found
+    def merging_rule(self) -> UpdateRule:
+        """Return the rule that merges the proposals of a minibatch."""
+        if self.rule is None:
+            self.rule = LLMMerge() if self.propose_per == "instance" else identity
+        return self.rule
 
-    async def best(self, current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
-        """Return the candidate that scores best on the validation set, none where the current values do."""
-        return await best_scored(current, proposals, self.validation or current_step().samples, self.validate_guide)
+    def hooks(self) -> Hooks:
+        """Return the hooks of the seed that a subclass or an instance overrides."""
+        return Hooks(forward=self._override("forward"), update=self._override("update"))
 
+    def _override(self, name: str) -> Callable[..., Any] | None:
+        method, awaitable = getattr(self, name), f"a{name}"
+        if not hasattr(method, "__face_of__"):
+            return method  # type: ignore[no-any-return] # whatever stands there is the user's
+        if awaitable in vars(self) or getattr(type(self), awaitable) is not getattr(Trainer, awaitable):
+            return getattr(self, awaitable)  # type: ignore[no-any-return] # as above
+        return None
 
-def judged(outputs: Sequence[Any]) -> list[Rollout]:
-    """Return the rollouts that say something of the agent.
+    async def atrain(
+        self,
+        guide: Any,
+        train_dataset: Dataset,
+        *,
+        stepsize: float | Schedule = 0.5,
+        num_epochs: int = 1,
+        batch_size: int = 1,
+        test_dataset: Dataset | None = None,
+        eval_frequency: int = 1,
+        log_frequency: int | None = None,
+        min_score: float | None = None,
+        verbose: bool | str = False,
+        ensure_improvement: bool = False,
+        improvement_threshold: float = 0.0,
+        save_frequency: int | None = None,
+        save_path: str = "checkpoints/agent.json",
+        num_threads: int | None = None,
+        max_concurrency: int | None = None,
+        max_failure_ratio: float = 0.5,
+        seed: int | None = None,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+    ) -> TrainingResult:
+        """Train on a data set and return what was reached; the class explains the arguments.
 
-    Raises ConfigError for proposals, as an overridden `forward` may return them: no rule would merge these.
-    """
-    asking = [output for output in outputs if not isinstance(output, Rollout) and as_proposal(output).values]
-    if asking:
-        raise ConfigError(
-            "expected forward to return a Rollout where the whole minibatch is put to the optimizer, "
-            f"got {shorten(asking[0])}; use AggregatedUpdate, or a search with rule=, to merge proposals"
+        Raises ConfigError for invalid arguments, BudgetExceededError and TrainingError (both with the partial
+        `.result`) if the run cannot go on, CassetteMissError if a replay lacks an exchange.
+        """
+        plan = check(
+            Plan(
+                guide=guide,
+                train=samples(train_dataset),
+                test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
+                stepsize=as_schedule(stepsize),
+                num_epochs=num_epochs,
+                batch_size=batch_size,
+                eval_frequency=eval_frequency,
+                log_frequency=(eval_frequency or 1) if log_frequency is None else log_frequency,
+                save_frequency=save_frequency or 0,
+                save_path=save_path,
+                min_score=min_score,
+                verbose=verbose,
+                max_concurrency=self._concurrency(max_concurrency, num_threads),
+                max_failure_ratio=max_failure_ratio,
+                seed=self.seed if seed is None else seed,
+                run_dir=as_run_dir(run_dir),
+                resume=resume,
+            )
         )
-    return [output for output in outputs if isinstance(output, Rollout) and (output.feedback or not output.failure)]
+        self._check_parts()
+        gate = self.gate
+        if ensure_improvement:
+            improves = improves_on_batch(improvement_threshold)
+            gate = improves if gate is always else both(improves, gate)
+        return await run(self, plan, gate, self.budget)
 
+    train = sync(atrain)
 
-def batchify(rollouts: Sequence[Rollout]) -> Rollout:
-    r"""Concatenate what several instances did into one rollout, each under its number.
+    def _concurrency(self, *wanted: int | None) -> int:
+        if not self.use_asyncio:
+            return 1
+        return next((value for value in wanted if value is not None), self.max_concurrency)
 
-    >>> batchify([Rollout(sample_id=3, output="a", feedback="right"), Rollout(sample_id=5, output="b")]).output
-    'ID [3]: a\nID [5]: b'
-    """
+    async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+        """Run the agent on one instance, judge the output, and return the new values that it asks for.
 
-    def listed(texts: Sequence[Any]) -> str:
-        pairs = zip(rollouts, texts, strict=True)
-        return "\n".join(f"ID [{rollout.sample_id}]: {text}" for rollout, text in pairs if text != "")
+        With `propose_per="batch"` return the rollout: the proposal comes from `update`, for all together.
+        """
+        place = current_place()
+        mine = as_agent(agent) if agent is not self.agent else self.adapted_agent()
+        names = {parameter.name for parameter in self.parameters()}
+        own: Sequence[Any] = [parameter for parameter in mine.parameters() if parameter.name in names]
+        step = Step(samples=(Sample(0, x, info),)) if place is None else place.step
+        step = replace(step, parameters=own, values=read(own))  # what a hook has assigned, or a copy of the agent has
+        task = RolloutTask(
+            sample=Sample(step.samples[0].id, x, info),
+            values=step.values,
+            lineage=tuple(filter(None, current_lineage().split("/"))),
+            min_score=step.min_score,
+        )
+        async with LocalExecutor(1) as alone:
+            rollout = await AgentWork(mine, guide, call=alone.call if place is None else place.call)(task)
+        self.log_output(rollout, step, verbose)
+        if place is not None:
+            place.seen.append(rollout)
+        if self.propose_per == "batch":
+            return rollout
+        with laid_over(step):
+            return await self.propose((rollout,), replace(step, samples=(task.sample,), rollouts=(rollout,)))
 
-    return Rollout(
-        sample_id=rollouts[0].sample_id if rollouts else 0,
-        output=listed([rollout.output for rollout in rollouts]),
-        score=mean([rollout.score for rollout in rollouts]),
-        feedback=listed([rollout.feedback for rollout in rollouts]),
-        transcript=listed([rollout.transcript for rollout in rollouts]),
-    )
+    forward = sync(aforward)
+
+    def log_output(self, rollout: Rollout, step: Step, verbose: bool | str) -> None:
+        """Log the output of one instance if `verbose` asks for it."""
+        if verbose == "output":
+            (self.logger or ConsoleLogger()).log("Output", rollout.output, step.number, sample=rollout.sample_id)
+
+    async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
+        """Ask the optimizer what rollouts call for: one instance's, or those of a whole minibatch.
+
+        A lost call or an unreadable reply is part of the proposal; what ends a run is raised.
+        """
+        seen, ids = join_rollouts(rollouts), tuple(rollout.sample_id for rollout in rollouts)
+        silent = Proposal(score=seen.score, feedback=seen.feedback, failures=seen.failures, sample_ids=ids)
+        if step.stepsize == 0 or (seen.failure is not None and not seen.feedback):
+            return silent
+        try:
+            proposal = await ask_optimizer(self._optimizer(), rollouts, step)
+        except BaseException as error:  # noqa: BLE001 - the boundary: an optimizer may raise anything, one is lost
+            record = record_failure("proposal", error, silent.sample_id)
+            return replace(silent, error=f"{record.error}: {record.message}", failures=(*seen.failures, record))
+        own = proposal.failures or unread("proposal", proposal.error, silent.sample_id)
+        usable = bool(proposal.values)  # what could be read is a proposal of its own
+        return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)
+
+    async def aupdate(self, outputs: Sequence[Any], verbose: bool | str = False) -> Any:
+        """Merge what the instances proposed, check it against each parameter's type, ask the gate, and apply it.
+
+        Returns the Update; an override may return a score, or nothing.
+        """
+        place = current_place()
+        if place is not None and place.update is not None:
+            return await place.update(outputs)
+        if not is_single(self.search):
+            raise ConfigError(f"Expected {type(self).__name__}.update to be called by train, where its memory is kept")
+        parameters = self.parameters()
+        step = Step(values=read(parameters), parameters=parameters)
+        current = Candidate(id="0.0", values=step.values)
+        explored = Explored(candidate=current, step=step, instances=[read_output(output) for output in outputs])
+        return await make_update(self.parts(self.gate, self.max_concurrency), [explored], step, [current])
+
+    update = sync(aupdate)

@@ -1,26 +1,62 @@
-"""From proposals to the one lasting mutation: merge, check types, ask the gate, write."""
+"""One update: from what the instances of a step propose to the one lasting mutation.
+
+    proposals -> merge -> new candidates -> trials -> choice -> gate -> write
+
+`greedy` has one candidate and no trials, so that an update is merge, gate, write. All of it is I/O of this process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aggregator.agents.parameters import read, write
-from aggregator.checks import is_finite
+from aggregator.cassettes.lineage import lineage
 from aggregator.errors import ConfigError
-from aggregator.protocols import Gate, UpdateRule
-from aggregator.records import Decision, Failure, Proposal, Rollout, Stage, Values
-from aggregator.training.context import current_step
-from aggregator.training.evaluation import mean
-from aggregator.training.parts import decided, merged
+from aggregator.executors.local import MAX_CONCURRENCY, finish
+from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Stage, Values
+from aggregator.text import shorten
+from aggregator.training.candidates import contributors, plain, with_scores
+from aggregator.training.decisions import Check, Gate, Search, UpdateRule
+from aggregator.training.evaluation import failures_of, mean
+from aggregator.training.gates import always
+from aggregator.training.parts import ask_gate, merge_with, refuse_values
+from aggregator.training.rules import key_of
+from aggregator.training.searches import greedy
+from aggregator.training.seed import Instance
+from aggregator.training.step import Step, laid_over, read_only
 from aggregator.training.suggestions import typed
+
+ProposePer = Literal["instance", "batch"]
+
+
+class Parts(Struct, frozen=True, kw_only=True):
+    """What a trainer decides with, read anew for each step."""
+
+    propose_per: ProposePer
+    propose: Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]
+    rule: UpdateRule
+    search: Search = greedy
+    gate: Gate = always
+    checks: Sequence[Check] = ()
+    limit: int = MAX_CONCURRENCY
+
+
+class Explored(Struct, frozen=True, kw_only=True):
+    """A candidate that this step explores: its values in the parameters' types, and what the minibatch showed.
+
+    `step` is the step as the parts that propose for this candidate see it.
+    """
+
+    candidate: Candidate
+    step: Step
+    instances: Sequence[Instance] = ()
 
 
 class Update(Struct, frozen=True, kw_only=True):
-    """What one update came to: the values that were proposed, the gate's verdict, the batch's mean score."""
+    """What one update came to: the values that were proposed, the gate's decision, the minibatch's mean score."""
 
     values: Values = {}
     decision: Decision
@@ -29,29 +65,170 @@ class Update(Struct, frozen=True, kw_only=True):
     proposals: int = 0
     contributors: tuple[int, ...] = ()
     failures: tuple[Failure, ...] = ()
+    pool: Sequence[Candidate] = ()
 
 
-async def apply(proposals: Sequence[Proposal], rule: UpdateRule, gate: Gate, parameters: Sequence[Any]) -> Update:
-    """Merge the proposals, check the result against each parameter's own type, ask the gate, and write it."""
-    step = current_step()
-    before = read(parameters)
-    agreed = settle(await merged(rule, before, proposals, stepsize=step.stepsize))
-    checked, refused = typed(agreed.values, parameters)
-    values = {name: value for name, value in checked.items() if value != before[name]}
-    decision = Decision(accepted=False, reason="no change was proposed")
-    if values:
-        decision = await decided(gate, before, {**before, **values}, step.samples)
+class Made(Struct, frozen=True, kw_only=True):
+    """What the proposals of a step came to: the new candidates, and what could not be used."""
+
+    candidates: Sequence[Candidate]
+    failures: Sequence[Failure]
+    proposals: int
+    reasoning: str
+
+
+async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, pool: Sequence[Candidate]) -> Update:
+    """Propose, try, choose, ask the gate, and write; `explored` and `pool` begin with the current candidate.
+
+    `step.memory` is the gate's to write; the other parts see it read-only.
+    """
+    search, seen = parts.search, read_only(step)
+    made = await make_candidates(parts, explored, seen, pool)
+    tried, failures = await try_candidates(search, explored, made.candidates, seen)
+    current, old, new = tried[0], tried[: len(explored)], tried[len(explored) :]
+    # the best of them, in the parameters' types
+    best, decision = search.choose(old, new, seen)
+    own = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made.candidates}
+    after = step.values if best is None else own[best.id]
+    values = changed(step.values, after)
+    if best is not None and decision.accepted:
+        verdict = await ask_gate(parts.gate, step.values, after, step)
+        decision = decision if verdict.accepted and decision.reason else verdict
     if decision.accepted:
-        write(parameters, values)
+        for parameter in step.parameters:
+            if parameter.name in values:
+                parameter.store(values[parameter.name])
+    # what is remembered
+    known = {candidate.id: candidate for candidate in (*pool, *tried)}
+    now = best if best is not None and decision.accepted else current
+    kept = search.keep([now, *without(now, list(known.values()))], seen)
     return Update(
         values=values,
         decision=decision,
-        score=mean([proposal.score for proposal in proposals]),
-        reasoning=agreed.reasoning,
-        proposals=sum(bool(proposal.values) for proposal in proposals),
-        contributors=agreed.sample_ids if values else (),
-        failures=agreed.failures or unread("aggregation", agreed.error, None, *refused.values()),
+        score=mean([instance.proposal.score for instance in explored[0].instances]),
+        reasoning=made.reasoning if best is None else best.reasoning,
+        proposals=made.proposals,
+        contributors=() if best is None else contributors(best, current, known.values()),
+        failures=(*made.failures, *failures),
+        pool=() if is_single(search) else [now, *without(now, kept)],
     )
+
+
+async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step, pool: Sequence[Candidate]) -> Made:
+    """Merge what the instances of each explored candidate propose into new candidates, in the order of proposals."""
+    count, single = parts.search.proposals, is_single(parts.search)
+    per_instance = parts.propose_per == "instance"
+    jobs = [(one, i) for one in explored for i in range(min(count, len(one.instances)) if per_instance else count)]
+
+    async def merge(job: tuple[Explored, int]) -> tuple[Proposal, Sequence[Proposal]]:
+        one, i = job
+        places = [f"candidate={i}"] if single else [*place_of(parts.search, one.candidate), f"proposal={i}"]
+        with lineage(*(() if single and count == 1 else places)), laid_over(one.step):
+            if per_instance:
+                group = [instance.proposal for instance in one.instances[i::count]]
+            else:
+                rollouts = informative(one.instances)
+                group = [await parts.propose(rollouts, replace(one.step, rollouts=rollouts))] if rollouts else []
+            return settle(await merge_with(parts.rule, group, one.step)) if group else Proposal(), group
+
+    merged = await finish(merge, jobs, parts.limit)
+    known = {key_of(plain(candidate.values)) for candidate in (*pool, *(one.candidate for one in explored))}
+    made: list[Candidate] = []
+    failures: list[Failure] = []
+    for (one, _), (proposal, group) in zip(jobs, merged, strict=True):
+        accepted, refused = typed(proposal.values, step.parameters)
+        reasons = refuse_values(changed(one.step.values, accepted), parts.checks, one.step)
+        accepted = {name: value for name, value in accepted.items() if name not in reasons}
+        told = [] if per_instance else [record for own in group for record in own.failures]
+        stage: Stage = "aggregation" if per_instance else "proposal"
+        more = proposal.failures or unread(stage, proposal.error, proposal.sample_id, *refused.values())
+        more += unread(stage, None, proposal.sample_id, *reasons.values())
+        failures += [*told, *(record for record in more if record not in told)]  # a rule may pass them on, or drop them
+        values = {**one.step.values, **accepted}
+        key = key_of(plain(values))
+        if changed(one.step.values, values) and key not in known:
+            known.add(key)
+            made.append(
+                Candidate(
+                    id=f"{step.number}.{len(made) + 1}",
+                    values=values,
+                    parent=one.candidate.id,
+                    step=step.number,
+                    reasoning=proposal.reasoning,
+                    sample_ids=proposal.sample_ids,
+                )
+            )
+    asked = [proposal for _, group in merged for proposal in group] if single else [proposal for proposal, _ in merged]
+    return Made(
+        candidates=made,
+        failures=failures,
+        proposals=sum(bool(proposal.values) for proposal in asked),
+        reasoning=merged[0][0].reasoning if single and len(merged) == 1 else "",
+    )
+
+
+async def try_candidates(
+    search: Search, explored: Sequence[Explored], made: Sequence[Candidate], step: Step
+) -> tuple[list[Candidate], list[Failure]]:
+    """Return all candidates with the scores that this step adds, and what failed on the way.
+
+    What the minibatch has shown of an explored candidate is not run again, unless the search has a guide of its own.
+    """
+    guide = getattr(search, "guide", None)
+    shown = {
+        (one.candidate.id, id(instance.sample)): instance.rollout.score
+        for one in (explored if guide is None else ())
+        for instance in one.instances
+    }
+    values = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made}
+
+    async def score(trial: tuple[Candidate, Sequence[Sample]]) -> tuple[list[tuple[int, float | None]], list[Failure]]:
+        candidate, samples = trial
+        due = [sample for sample in samples if (candidate.id, id(sample)) not in shown]
+        runs = await step.evaluate(values[candidate.id], due, guide=guide) if due else ()
+        found = {id(sample): run.score for sample, run in zip(due, runs, strict=True)}
+        scores = [(one.id, found.get(id(one), shown.get((candidate.id, id(one))))) for one in samples]
+        return scores, [replace(record, stage="evaluation") for record in failures_of(runs)]
+
+    candidates = [*(one.candidate for one in explored), *made]
+    trials = search.trials(candidates[: len(explored)], made, step)
+    found = await finish(score, trials, max(len(trials), 1))
+    scores: dict[str, list[tuple[int, float | None]]] = {}
+    for (candidate, _), (more, _) in zip(trials, found, strict=True):
+        scores.setdefault(candidate.id, []).extend(more)
+    failures = [record for _, records in found for record in records]
+    return [with_scores(candidate, scores.get(candidate.id, ())) for candidate in candidates], failures
+
+
+def informative(instances: Sequence[Instance]) -> list[Rollout]:
+    """Return the rollouts that say something of the agent, for an optimizer that sees the whole minibatch.
+
+    Raises ConfigError for proposals, as an overridden `forward` may return them: no rule would merge these.
+    """
+    asking = [instance for instance in instances if not instance.is_observed and instance.proposal.values]
+    if asking:
+        raise ConfigError(
+            "Expected forward to return a Rollout where the whole minibatch is put to the optimizer, "
+            f"got {shorten(asking[0].output)}; use AggregatedUpdate, or a search with rule=, to merge proposals"
+        )
+    seen = [instance.rollout for instance in instances if instance.is_observed]
+    return [rollout for rollout in seen if rollout.feedback or not rollout.failure]
+
+
+def settle(merged: Sequence[Proposal]) -> Proposal:
+    """Return the one proposal that a rule left; raises ConfigError if several contradict each other."""
+    if not merged:
+        return Proposal()
+    names = [name for proposal in merged for name in proposal.values]
+    if len(names) != len(set(names)):
+        raise ConfigError(
+            f"Expected a rule that leaves one proposal for each parameter, got {len(merged)} for the same parameter; "
+            "end it with one that merges, as in chain(top_k(8), LLMMerge(llm))"
+        )
+    values = {name: value for proposal in merged for name, value in proposal.values.items()}
+    failures = tuple(record for proposal in merged for record in proposal.failures)
+    samples = tuple(sorted({i for proposal in merged for i in proposal.sample_ids if proposal.values}))
+    return replace(merged[0], values=values, failures=failures, sample_ids=samples)
 
 
 def unread(stage: Stage, error: str | None, sample_id: int | None, *more: str) -> tuple[Failure, ...]:
@@ -62,43 +239,21 @@ def unread(stage: Stage, error: str | None, sample_id: int | None, *more: str) -
     )
 
 
-def as_proposal(output: Any) -> Proposal:
-    """Read what `forward` returned: a Proposal, {parameter or name: value}, or (such a mapping, score)."""
-    score = None
-    if isinstance(output, tuple) and len(output) == 2:
-        output, score = output
-        if score is not None and not is_finite(score):
-            raise ConfigError(f"expected (mapping, score) from forward, the score a finite number, got {score!r}")
-    if isinstance(output, Proposal):
-        return output
-    if isinstance(output, Rollout):
-        return Proposal(score=output.score, feedback=output.feedback, sample_ids=(output.sample_id,))
-    if output is None:
-        return Proposal(score=score)
-    if isinstance(output, Mapping):
-        return Proposal(values={str(getattr(key, "name", key)): value for key, value in output.items()}, score=score)
-    raise ConfigError(
-        f"expected forward to return a Proposal, a mapping of parameter to value, or (mapping, score), got {output!r}"
-    )
+def is_single(search: Search) -> bool:
+    """Return True for a search without a pool, such as `greedy`."""
+    return bool(getattr(search, "is_single", False))
 
 
-def score_of(output: Any) -> float | None:
-    """Return the score in what `forward` returned; None where it is none, which `as_proposal` tells of."""
-    score = output[1] if isinstance(output, tuple) and len(output) == 2 else getattr(output, "score", None)
-    return score if is_finite(score) else None
+def place_of(search: Search, candidate: Candidate) -> tuple[str, ...]:
+    """Return the part of the lineage that names a candidate."""
+    return () if is_single(search) else (f"candidate={candidate.id}",)
 
 
-def settle(merged: Sequence[Proposal]) -> Proposal:
-    """Return the one proposal that a rule left; raises ConfigError where several contradict each other."""
-    if not merged:
-        return Proposal()
-    names = [name for proposal in merged for name in proposal.values]
-    if len(names) != len(set(names)):
-        raise ConfigError(
-            f"the rule left {len(merged)} proposals for the same parameter; end it with one that merges, "
-            "as in chain(top_k(8), LLMMerge(llm))"
-        )
-    values = {name: value for proposal in merged for name, value in proposal.values.items()}
-    failures = tuple(record for proposal in merged for record in proposal.failures)
-    samples = tuple(sorted({i for proposal in merged for i in proposal.sample_ids if proposal.values}))
-    return replace(merged[0], values=values, failures=failures, sample_ids=samples)
+def changed(before: Values, after: Values) -> Values:
+    """Return what differs, under its new value."""
+    return {name: value for name, value in after.items() if name not in before or value != before[name]}
+
+
+def without(candidate: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
+    """Return the others."""
+    return [other for other in others if other.id != candidate.id]

@@ -14,8 +14,9 @@ from msgspec.structs import replace
 
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
-from aggregator.protocols import ChatModel, UpdateRule
+from aggregator.protocols import ChatModel
 from aggregator.records import Proposal
+from aggregator.training.decisions import UpdateRule
 from aggregator.training.merge import LLMChoice, LLMMerge, last_of
 from aggregator.training.prompts import ALTERNATIVE_PROMPT, REFINE_PROMPT, reply_of
 from aggregator.training.rules import majority

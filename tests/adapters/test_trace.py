@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 
 from aggregator import ConfigError, Module, ParameterError, Rollout
-from aggregator.adapters.trace import TraceAgent, adapt
+from aggregator.adapters.agents import CalledAgent, as_agent
+from aggregator.adapters.trace import TraceAgent, as_optimizer
 from aggregator.agents.parameters import overriding, read, write
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import RateLimitError
-from aggregator.training.context import StepContext, step_context
+from aggregator.records import RolloutTask, Sample
+from aggregator.training.algorithms import Minibatch
 from aggregator.training.gates import improves_on_batch
-from aggregator.training.minibatch import Minibatch
 from aggregator.training.rules import majority
+from aggregator.training.step import Step
 
 DEPTH = 20
 
@@ -113,15 +115,26 @@ def right(i: int) -> str:
     return f"feedback {i} after 1 of start/{i}"
 
 
-async def propose(agent: Any, optimizer: Any, i: Any) -> Any:
-    output = await agent(i)
-    rollout = Rollout(sample_id=int(i), output=output, feedback=f"feedback {i}", score=0.5)
-    return await optimizer.propose(rollout, optimizer.parameters)
+def adapt(plain: Any, optimizer: Any) -> tuple[Any, Any]:
+    """Agent and optimizer as a trainer adapts them."""
+    agent = as_agent(plain)
+    return agent, as_optimizer(optimizer, agent)
 
 
-async def all_of(agent: Any, optimizer: Any, count: int) -> list[Any]:
+async def run(agent: Any, x: Any) -> Any:
+    """The agent's output by itself."""
+    return await agent.run(RolloutTask(sample=Sample(0, x)), None)
+
+
+async def propose(agent: Any, optimizer: Any, i: Any, number: int = 0) -> Any:
+    ran = await run(agent, i)
+    rollout = Rollout(sample_id=int(i), output=ran.output, feedback=f"feedback {i}", score=0.5, handle=ran.handle)
+    return await optimizer.propose([rollout], Step(number=number, parameters=optimizer.parameters))
+
+
+async def all_of(agent: Any, optimizer: Any, count: int, number: int = 0) -> list[Any]:
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(propose(agent, optimizer, i)) for i in range(count)]
+        tasks = [group.create_task(propose(agent, optimizer, i, number)) for i in range(count)]
     return [task.result() for task in tasks]
 
 
@@ -193,7 +206,7 @@ async def test_a_candidate_is_tried_beside_the_current_values() -> None:
 
     async def trial(value: str, x: int) -> Any:
         with overriding(agent.parameters(), {"prompt": value}):
-            return await agent(x)
+            return (await run(agent, x)).output
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(trial(f"v{i % 3}", i)) for i in range(30)]
@@ -238,11 +251,9 @@ async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: A
     agent, optimizer = adapt(plain, inner)
     first = await all_of(agent, optimizer, 3)
     assert [proposal.values for proposal in first] == [{"prompt": "saw "}] * 3
-    with step_context(StepContext(step=1)):
-        second = await all_of(agent, optimizer, 2)
+    second = await all_of(agent, optimizer, 2, number=1)
     assert [proposal.values for proposal in second] == [{"prompt": "saw 0 1 2"}] * 2
-    with step_context(StepContext(step=2)):
-        third = await all_of(agent, optimizer, 1)
+    third = await all_of(agent, optimizer, 1, number=2)
     assert third[0].values == {"prompt": "saw 2 0 1" if name == "memory" else "saw 0 1 2 0 1"}
 
 
@@ -294,9 +305,10 @@ async def test_an_agents_failure_is_where_feedback_starts() -> None:
     """An error that carries Trace's exception node is proposed for from there."""
     plain = Agent()
     agent, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
-    with pytest.raises(ValueError, match="no answer"):
-        await agent("fail")
-    proposal = await optimizer.propose(Rollout(sample_id=0, feedback="it failed"), optimizer.parameters)
+    ran = await run(agent, "fail")
+    assert isinstance(ran.error, ValueError)
+    failed = Rollout(sample_id=0, feedback="it failed", handle=ran.handle)
+    proposal = await optimizer.propose([failed], Step(parameters=optimizer.parameters))
     assert proposal.values == {"prompt": "it failed after 1 of no answer"}
 
 
@@ -327,14 +339,18 @@ async def test_an_output_that_is_no_node_is_said() -> None:
     """Without a node there is no way back to the parameters."""
     plain = Agent()
     _, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
-    proposal = await optimizer.propose(Rollout(sample_id=0, output="text"), optimizer.parameters)
+    text = Rollout(sample_id=0, output="text", handle="text")
+    proposal = await optimizer.propose([text], Step(parameters=optimizer.parameters))
     assert proposal.error == "the output is not one node of Trace, so no feedback can reach the parameters"
 
 
 def test_native_agents_and_optimizers_stay_as_they_are() -> None:
-    """`adapt` changes nothing that is not Trace's, and refuses a Trace optimizer for another agent."""
+    """What is not Trace's stays as it is, and a Trace optimizer is refused for another agent."""
     native = Module()
-    assert adapt(native, None) == (native, None)
+    agent = as_agent(native)
+    assert isinstance(agent, CalledAgent)
+    assert agent.program is native
+    assert as_optimizer(None, agent) is None
     with pytest.raises(ConfigError, match="Expected an agent with parameters of Trace for Optimizer, got Module"):
         adapt(native, Optimizer([], echo))
     with pytest.raises(ConfigError, match="an optimizer of the agent's own parameters, got other:0"):
@@ -410,9 +426,9 @@ async def test_the_real_optoprime_does_not_mix_instances() -> None:
     agent, optimizer = adapt(real, optimizers.OptoPrime(real.parameters(), llm=real_model))
 
     async def one(i: int) -> Any:
-        output = await agent(f"in{i}x")
-        seen = Rollout(sample_id=i, output=output, feedback=f"feedback <{i}>")
-        return await optimizer.propose(seen, optimizer.parameters)
+        ran = await run(agent, f"in{i}x")
+        seen = Rollout(sample_id=i, output=ran.output, feedback=f"feedback <{i}>", handle=ran.handle)
+        return await optimizer.propose([seen], Step(parameters=optimizer.parameters))
 
     rounds = []
     registered = len(trace.nodes.GRAPH)
@@ -435,12 +451,13 @@ async def test_the_real_optoprime_does_not_mix_instances() -> None:
 def test_the_training_loop_runs_on_a_trace_agent() -> None:
     """The trainer takes the adapted pair as any other: rollouts, proposals, rule and gate, to a changed parameter."""
     plain = Agent("bad")
-    agent, optimizer = adapt(plain, Optimizer(plain.parameters(), lambda messages: {"prompt0": "good"}))
+    optimizer = Optimizer(plain.parameters(), lambda messages: {"prompt0": "good"})
 
     def guide(x: Any, output: str, info: Any) -> tuple[float, str]:
         return float(output == f"good/{x}"), "say good"
 
-    trainer = Minibatch(agent, optimizer, rule=majority, gate=improves_on_batch(), observers=())
+    trainer = Minibatch(plain, optimizer, rule=majority, gate=improves_on_batch(), observers=())
     result = trainer.train(guide, {"inputs": [0, 1, 2, 3], "infos": [None] * 4}, batch_size=4, test_dataset=[(7, None)])
     assert result.test_scores == [0.0, 1.0]
     assert plain.prompt.data == "good"
+    assert trainer.agent is plain

@@ -8,22 +8,21 @@ import threading
 
 import pytest
 
-from aggregator.executors.local import AsyncExecutor
+from aggregator.executors.local import LocalExecutor, fan_out, finish
 
 
 @pytest.mark.requirement("Trace: asynchronous trainer")
 async def test_results_stand_in_sample_order_whatever_finishes_first() -> None:
     """The last item finishes first, the results keep the order of the batch."""
-    async with AsyncExecutor() as executor:
-        finished: list[int] = []
+    finished: list[int] = []
 
-        async def work(i: int) -> int:
-            for _ in range(10 - i):
-                await asyncio.sleep(0)
-            finished.append(i)
-            return i * i
+    async def work(i: int) -> int:
+        for _ in range(10 - i):
+            await asyncio.sleep(0)
+        finished.append(i)
+        return i * i
 
-        assert await executor.map(work, list(range(10))) == [i * i for i in range(10)]
+    assert await fan_out(work, list(range(10)), 64) == [i * i for i in range(10)]
     assert finished != sorted(finished)
 
 
@@ -39,8 +38,7 @@ async def test_at_most_max_concurrency_run_at_once(limit: int) -> None:
         await asyncio.sleep(0)
         running -= 1
 
-    async with AsyncExecutor(limit) as executor:
-        await executor.map(work, list(range(10)))
+    await fan_out(work, list(range(10)), limit)
     assert most == min(limit, 10)
 
 
@@ -57,12 +55,11 @@ async def test_what_is_under_way_is_finished_before_an_error_is_raised() -> None
             raise ValueError(f"item {i}")
         finished.append(i)
 
-    async with AsyncExecutor(5) as executor:
-        with pytest.raises(ValueError, match="item 1"):
-            await executor.finish(work, list(range(8)))
-        assert sorted(begun) == [0, 1, 2, 3, 4, 5]  # 5 took the turn of 4, which was done before 3 raised
-        assert sorted(finished) == [0, 2, 4, 5]
-        assert await executor.finish(asyncio.sleep, [0, 0]) == [None, None]
+    with pytest.raises(ValueError, match="item 1"):
+        await finish(work, list(range(8)), 5)
+    assert sorted(begun) == [0, 1, 2, 3, 4, 5]  # 5 took the turn of 4, which was done before 3 raised
+    assert sorted(finished) == [0, 2, 4, 5]
+    assert await finish(asyncio.sleep, [0, 0], 5) == [None, None]
 
 
 async def test_sync_functions_run_together_with_the_callers_context() -> None:
@@ -74,13 +71,13 @@ async def test_sync_functions_run_together_with_the_callers_context() -> None:
         barrier.wait()
         return variable.get()
 
-    async with AsyncExecutor(16) as executor:
+    async with LocalExecutor(16) as executor:
 
         async def one(i: int) -> int:
             variable.set(i)
             return await executor.call(work)
 
-        assert await executor.map(one, list(range(16))) == list(range(16))
+        assert await fan_out(one, list(range(16)), 16) == list(range(16))
 
 
 async def test_an_error_leaves_alone_not_in_a_group() -> None:
@@ -96,7 +93,6 @@ async def test_an_error_leaves_alone_not_in_a_group() -> None:
             cancelled.append(i)
             raise
 
-    async with AsyncExecutor() as executor:
-        with pytest.raises(ValueError, match="one"):
-            await executor.map(work, [0, 1, 2])
+    with pytest.raises(ValueError, match="one"):
+        await fan_out(work, [0, 1, 2], 64)
     assert sorted(cancelled) == [0, 2]

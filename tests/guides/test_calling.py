@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aggregator.errors import GuideError
-from aggregator.executors.local import AsyncExecutor
+from aggregator.executors.local import LocalExecutor
 from aggregator.guides.calling import judge
 from aggregator.guides.exact import exact_match
 from aggregator.guides.judge import Verdict
@@ -104,7 +104,7 @@ async def test_kinds_of_callables() -> None:
         return later(x, output, info)
 
     guides = [later, Object(), AsyncObject(), returns_an_awaitable]
-    async with AsyncExecutor(2) as executor:
+    async with LocalExecutor(2) as executor:
         for call in (None, executor.call):
             assert [await judge(guide, 1, 2, 3, call=call) for guide in guides] == [(6.0, "")] * 4
 
@@ -137,7 +137,7 @@ async def test_synchronous_guide_runs_where_it_is_told() -> None:
         return 1
 
     place.set("here")
-    async with AsyncExecutor(1) as executor:
+    async with LocalExecutor(1) as executor:
         await judge(slow, 1, 2, 3, call=executor.call)
         await judge(quick, 1, 2, 3, call=executor.call)
     assert seen[0][0].startswith("aggregator-worker")

@@ -9,8 +9,8 @@ import pytest
 from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
 
 from aggregator.errors import ConfigError
+from aggregator.training.algorithms import BasicSearchAlgorithm, MinibatchAlgorithm
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.trainer import BasicSearchAlgorithm, MinibatchAlgorithm
 
 
 def largest_gap(messages: list[dict[str, Any]]) -> str:

@@ -11,15 +11,15 @@ import pytest
 
 from aggregator.records import Candidate
 from aggregator.training.candidates import (
-    compared,
+    compare_on_shared,
     contributors,
-    drawn,
+    draw,
     gain,
     mean_score,
     plain,
     upper_bound,
+    wins_of,
     with_scores,
-    won,
 )
 
 
@@ -49,7 +49,7 @@ def test_upper_bounds_favour_the_little_tried() -> None:
 def test_two_candidates_are_compared_on_what_both_were_tried_on() -> None:
     """A candidate does not win by easier instances."""
     before, after = candidate("a", 0.4, 0.4, 1.0), candidate("b", None, 0.5, None, 1.0)
-    decision = compared(before, after)
+    decision = compare_on_shared(before, after)
     assert (decision.accepted, decision.reason) == (True, "mean score 0.4 -> 0.5 on 1 instances")
     assert gain(before, after) == pytest.approx(0.1)
     assert gain(before, candidate("c")) == -inf
@@ -63,7 +63,7 @@ def test_the_best_on_some_instance_is_on_the_front() -> None:
         candidate("middling", 0.6, 0.6, 0.6, 0.6),
         candidate("half", 1.0, 0.0, 0.0, 0.0),
     ]
-    assert {name: sorted(keys) for name, keys in won(front).items()} == {
+    assert {name: sorted(keys) for name, keys in wins_of(front).items()} == {
         "even": ["0", "2"],
         "odd": ["1", "3"],
         "middling": [],
@@ -73,17 +73,20 @@ def test_the_best_on_some_instance_is_on_the_front() -> None:
 
 def test_an_instance_that_only_one_was_tried_on_shows_nothing() -> None:
     """Else whoever came first would be best on everything that came before the others."""
-    assert [sorted(keys) for keys in won([candidate("a", 0.1, 0.1), candidate("b", None, 0.9)]).values()] == [[], ["1"]]
+    assert [sorted(keys) for keys in wins_of([candidate("a", 0.1, 0.1), candidate("b", None, 0.9)]).values()] == [
+        [],
+        ["1"],
+    ]
 
 
 def test_candidates_are_drawn_by_their_weight_and_only_once() -> None:
     """Weight 0 is never drawn; the same generator draws the same."""
     some = [candidate(name) for name in "abc"]
-    assert [c.id for c in drawn(some, [0, 5, 0], 3, Random(0))] == ["b"]
-    assert sorted(c.id for c in drawn(some, [1, 1, 1], 3, Random(0))) == ["a", "b", "c"]
-    first = [drawn(some, [1, 98, 1], 1, Random(i))[0].id for i in range(100)]
+    assert [c.id for c in draw(some, [0, 5, 0], 3, Random(0))] == ["b"]
+    assert sorted(c.id for c in draw(some, [1, 1, 1], 3, Random(0))) == ["a", "b", "c"]
+    first = [draw(some, [1, 98, 1], 1, Random(i))[0].id for i in range(100)]
     assert first.count("b") > 90
-    assert first == [drawn(some, [1, 98, 1], 1, Random(i))[0].id for i in range(100)]
+    assert first == [draw(some, [1, 98, 1], 1, Random(i))[0].id for i in range(100)]
 
 
 def test_contributors_are_those_of_the_whole_way() -> None:

@@ -7,27 +7,35 @@ from typing import Any
 
 import pytest
 
+from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
-from aggregator.records import Rollout, Sample, Values
-from aggregator.training.context import StepContext, step_context
+from aggregator.records import Failure, Rollout, RolloutTask, Sample
+from aggregator.training.evaluation import Evaluations
 from aggregator.training.gates import always, compare, improves_on_batch, improves_on_validation, sign_test
+from aggregator.training.step import Step
 
 BATCH = [Sample(i, i) for i in range(4)]
 
 
-def scoring(scores: dict[Any, list[float | None]], calls: list[str]) -> Any:
-    """Return an observation that knows the scores of each value of `k`."""
+PARAMETERS = [ParameterNode(1, name="k")]
 
-    async def observe(values: Values, samples: Sequence[Sample], place: str, guide: Any = None) -> list[Rollout]:
-        calls.append(place)
-        return [Rollout(sample_id=i, score=score) for i, score in enumerate(scores[values["k"]])]
 
-    return observe
+def scoring(scores: dict[Any, list[float | None]], calls: list[Any], **facts: Any) -> Step:
+    """Return a step that knows the scores of each value of `k`, and notes each of its evaluations in `calls`."""
+
+    async def run(tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:
+        calls.append(tasks[0].values["k"])
+        lost = Failure(stage="agent", error="RateLimitError", message="429", infrastructure=True)
+        found = [(task.sample.id, scores[task.values["k"]][task.sample.id]) for task in tasks]
+        return [Rollout(sample_id=i, score=score, failure=lost if score is None else None) for i, score in found]
+
+    evaluations = Evaluations(run, lambda x, output, info: 1.0, PARAMETERS)
+    return Step(parameters=PARAMETERS, values={"k": 1}, samples=BATCH, evaluator=evaluations.at(0), **facts)
 
 
 async def test_always_accepts() -> None:
     """The neutral gate accepts without looking."""
-    assert (await always({}, {}, [])).accepted
+    assert (await always({}, {}, Step())).accepted
 
 
 @pytest.mark.parametrize(
@@ -43,13 +51,20 @@ async def test_always_accepts() -> None:
 )
 async def test_improves_on_batch(after: list[float | None], threshold: float, accepted: bool) -> None:
     """Accepted is what gains at least the threshold, and more than nothing, on the same instances."""
-    calls: list[str] = []
-    context = StepContext(scores=[0.0, 1.0, 0.0, 0.0], observe=scoring({2: after}, calls))
-    with step_context(context):
-        decision = await improves_on_batch(threshold)({"k": 1}, {"k": 2}, BATCH)
+    calls: list[Any] = []
+    seen = [Rollout(sample_id=i, score=score) for i, score in enumerate([0.0, 1.0, 0.0, 0.0])]
+    decision = await improves_on_batch(threshold)({"k": 1}, {"k": 2}, scoring({2: after}, calls, rollouts=seen))
     assert decision.accepted is accepted
     assert decision.reason
-    assert calls == ["gate"]
+    assert calls == [2]
+
+
+async def test_called_alone_the_batch_gate_runs_the_values_before_too() -> None:
+    """Outside a run no rollouts are known; it raised ValueError from zip()."""
+    calls: list[Any] = []
+    step = scoring({1: [0.0, 0.0, 1.0, 1.0], 2: [1.0, 0.0, 1.0, 1.0]}, calls)
+    decision = await improves_on_batch()({"k": 1}, {"k": 2}, step)
+    assert (decision.before, decision.after, calls) == (0.5, 0.75, [1, 2])
 
 
 @pytest.mark.requirement(
@@ -81,23 +96,23 @@ async def test_validation_needs_significance_when_asked() -> None:
     """Four gains of four are not significant at 0.05, five are."""
     data = [(i, None) for i in range(5)]
     scores: dict[Any, list[float | None]] = {1: [0.0] * 5, 2: [1.0, 1.0, 1.0, 1.0, 0.0], 3: [1.0] * 5}
-    calls: list[str] = []
-    with step_context(StepContext(observe=scoring(scores, calls))):
-        gate = improves_on_validation(data, significance=0.05)
-        assert not (await gate({"k": 1}, {"k": 2}, BATCH)).accepted
-        assert (await gate({"k": 1}, {"k": 3}, BATCH)).accepted
-    assert calls == ["gate/before", "gate", "gate"]
+    calls: list[Any] = []
+    step = scoring(scores, calls)
+    gate = improves_on_validation(data, significance=0.05)
+    assert not (await gate({"k": 1}, {"k": 2}, step)).accepted
+    assert (await gate({"k": 1}, {"k": 3}, step)).accepted
+    assert calls == [1, 2, 3]
 
 
 async def test_values_in_force_are_not_evaluated_twice() -> None:
     """After an accepted update its scores are the next comparison's before."""
     scores: dict[Any, list[float | None]] = {1: [0.0], 2: [0.5], 3: [1.0]}
-    calls: list[str] = []
+    calls: list[Any] = []
+    step = scoring(scores, calls)
     gate = improves_on_validation([(0, None)])
-    with step_context(StepContext(observe=scoring(scores, calls))):
-        assert (await gate({"k": 1}, {"k": 2}, BATCH)).accepted
-        assert (await gate({"k": 2}, {"k": 3}, BATCH)).accepted
-    assert calls == ["gate/before", "gate", "gate"]
+    assert (await gate({"k": 1}, {"k": 2}, step)).accepted
+    assert (await gate({"k": 2}, {"k": 3}, step)).accepted
+    assert calls == [1, 2, 3]
 
 
 @pytest.mark.parametrize("significance", [0.0, 1.0, 5.0])

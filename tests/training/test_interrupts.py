@@ -19,12 +19,13 @@ from training_fakes import Adder, ScriptedModel, additions, exact, first_suggest
 
 from aggregator import LLM, cassette
 from aggregator.errors import BudgetExceededError, CassetteMissError, RateLimitError, TrainingError
-from aggregator.protocols import Gate, Transport
+from aggregator.protocols import Transport
 from aggregator.records import Decision, HTTPReply, HTTPRequest, TrainingResult, Values
+from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.checkpoints import RESULT
+from aggregator.training.decisions import Gate
 from aggregator.training.gates import improves_on_batch, improves_on_validation
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.trainer import AggregatedUpdate
 
 HERE = Path(__file__).parent
 
@@ -191,10 +192,10 @@ def test_an_optimizer_of_ones_own_that_raises_loses_one_instance() -> None:
     """What the other instances propose is kept and applied."""
 
     class Own(LLMOptimizer):
-        async def propose(self, rollout: Any, *args: Any, **kwargs: Any) -> Any:
-            if rollout.sample_id == 0:
+        async def propose(self, rollouts: Any, step: Any) -> Any:
+            if rollouts[0].sample_id == 0:
                 raise KeyError("k")
-            return await super().propose(rollout, *args, **kwargs)
+            return await super().propose(rollouts, step)
 
     agent = Adder()
     own = Own(llm=ScriptedModel(from_feedback))
@@ -355,7 +356,7 @@ async def test_a_cancelled_synchronous_update_writes_nothing() -> None:
     gated, loop = asyncio.Event(), asyncio.get_running_loop()
     left = threading.Event()
 
-    async def slow(before: Values, after: Values, batch: Any) -> Decision:
+    async def slow(before: Values, after: Values, step: Any) -> Decision:
         loop.call_soon_threadsafe(gated.set)
         await asyncio.sleep(3600)
         return Decision(accepted=True)

@@ -22,13 +22,13 @@ from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.reading import read
-from aggregator.executors.local import AsyncExecutor
+from aggregator.executors.local import fan_out
 from aggregator.records import Sample
 from aggregator.simulation import SimulatedModel
+from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.checkpoints import RESULT
-from aggregator.training.evaluation import score_values
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.trainer import AggregatedUpdate
+from aggregator.training.step import Step
 
 OPERATIONS = 60
 BATCH = 32
@@ -181,14 +181,14 @@ async def test_candidates_evaluated_at_once_read_their_own_values(kind: type[Val
     batch = [Sample(i, i) for i in range(8)]
     stored: list[int] = []
 
-    async with AsyncExecutor() as executor:
+    step = Step.of(agent, guide=read_off, samples=batch)
 
-        async def evaluate(value: int) -> list[Any]:
-            runs = await score_values(agent, read_off, agent.parameters(), {"amount": value}, batch, executor=executor)
-            stored.append(agent.amount.data)
-            return [run.output for run in runs]
+    async def evaluate(value: int) -> list[Any]:
+        runs = await step.evaluate({"amount": value}, batch)
+        stored.append(agent.amount.data)
+        return [run.output for run in runs]
 
-        outputs = await executor.map(evaluate, range(16))
+    outputs = await fan_out(evaluate, range(16), 16)
     assert outputs == [[value] * len(batch) for value in range(16)]
     assert stored == [-1] * 16
 

@@ -20,9 +20,9 @@ from aggregator.errors import CassetteLockedError, TrainingError
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest, TrainingResult
 from aggregator.simulation import SimulatedModel
+from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, RESULT, load_result
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.trainer import AggregatedUpdate
 
 
 class Whole(NamedTuple):

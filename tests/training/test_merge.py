@@ -12,11 +12,11 @@ from training_fakes import ScriptedModel, first_suggestion, section, suggest
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import APIConnectionError, AuthenticationError, ConfigError
 from aggregator.records import Proposal, Values
-from aggregator.training.context import StepContext, step_context
 from aggregator.training.merge import LLMMerge, confidences, grouped, tree_merge, worst_first
+from aggregator.training.step import Step
 
 CURRENT: Values = {"k": 1, "text": "a"}
-PARAMETERS = [ParameterNode(1, name="k"), ParameterNode("a", name="text")]
+PARAMETERS: list[ParameterNode[Any]] = [ParameterNode(1, name="k"), ParameterNode("a", name="text")]
 
 
 def proposal(i: int, score: float | None = 0.0, **values: Any) -> Proposal:
@@ -24,8 +24,7 @@ def proposal(i: int, score: float | None = 0.0, **values: Any) -> Proposal:
 
 
 async def merge(rule: Any, proposals: Sequence[Proposal], stepsize: float = 0.5) -> Sequence[Proposal]:
-    with step_context(StepContext(parameters=PARAMETERS, stepsize=stepsize)):
-        merged: Sequence[Proposal] = await rule(CURRENT, proposals, stepsize=stepsize)
+    merged: Sequence[Proposal] = await rule(proposals, Step(values=CURRENT, parameters=PARAMETERS, stepsize=stepsize))
     return merged
 
 

@@ -145,7 +145,7 @@ def test_eval_frequency_0_silenced_the_logger(capsys: pytest.CaptureFixture[str]
 def test_refusals_and_the_baseline_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
     """`verbose=True` says why an update was refused, and what the agent scored before training."""
 
-    async def never(before: Any, after: Any, batch: Any) -> Any:
+    async def never(before: Any, after: Any, step: Any) -> Any:
         from aggregator import Decision
 
         return Decision(accepted=False, reason="never")

@@ -22,6 +22,7 @@ from aggregator import (
     PrioritySearch,
     Proposal,
     Rollout,
+    Step,
     StepReport,
     TrainingError,
     TrainingWarning,
@@ -40,14 +41,14 @@ class Proposes:
     def __init__(self, answer: Callable[[], Any]) -> None:
         self.answer = answer
 
-    async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Any:
+    async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Any:
         return self.answer()
 
 
 class ProposesAtOnce:
     """The same without `async`."""
 
-    def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Proposal:
+    def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
         return Proposal(values={"amount": 3})
 
 
@@ -122,7 +123,7 @@ def test_an_optimizer_that_cancels_itself_was_taken_for_one_without_proposals(fa
     """A cancellation of the optimizer's own making loses the instance, as any other error."""
 
     class Fails:
-        async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Any:
+        async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Any:
             return await fail()
 
     with pytest.raises(TrainingError, match=r"3 of|4 of|2 of"):
@@ -156,7 +157,7 @@ def test_an_optimizer_that_is_not_async() -> None:
 def test_a_rule_that_returns_no_proposals(wrap: Any, answer: Any) -> None:
     """A rule without `return` trained nothing and said nothing; other answers were AttributeErrors from inside."""
 
-    async def mine(current: Any, proposals: Any, *, stepsize: float) -> Any:
+    async def mine(proposals: Any, step: Any) -> Any:
         return answer
 
     with pytest.raises(
@@ -170,7 +171,7 @@ def test_a_rule_that_returns_no_proposals(wrap: Any, answer: Any) -> None:
 def test_a_gate_that_returns_no_decision(trainer: Any, answer: Any) -> None:
     """It was an AttributeError from inside."""
 
-    async def mine(before: Any, after: Any, batch: Any) -> Any:
+    async def mine(before: Any, after: Any, step: Any) -> Any:
         return answer
 
     with pytest.raises(
@@ -182,10 +183,10 @@ def test_a_gate_that_returns_no_decision(trainer: Any, answer: Any) -> None:
 def test_rules_and_gates_that_are_not_async() -> None:
     """The message names the part and the word that it lacks."""
 
-    def rule(current: Any, proposals: Any, *, stepsize: float) -> Any:
+    def rule(proposals: Any, step: Any) -> Any:
         return proposals[:1]
 
-    def gate(before: Any, after: Any, batch: Any) -> Any:
+    def gate(before: Any, after: Any, step: Any) -> Any:
         return Decision(accepted=True)
 
     with pytest.raises(ConfigError, match=r"Expected the rule .*rule to be async"):
@@ -223,7 +224,7 @@ def returning(output: Any, trainer: Any = Minibatch, **options: Any) -> Any:
 @pytest.mark.parametrize("score", ["high", float("nan"), True])
 def test_a_score_of_forward_that_is_no_number(score: Any) -> None:
     """It was a TypeError, or NaN as the score of the step."""
-    with pytest.raises(ConfigError, match=r"expected \(mapping, score\) from forward, the score a finite number, got"):
+    with pytest.raises(ConfigError, match=r"Expected \(mapping, score\) from forward, the score a finite number, got"):
         returning(({"amount": 3}, score), rule=majority)
 
 
@@ -237,7 +238,7 @@ def test_a_gate_did_not_see_the_scores_that_forward_returned() -> None:
 @pytest.mark.parametrize("trainer", [MinibatchAlgorithm, BasicSearchAlgorithm, PrioritySearch])
 def test_proposals_that_nothing_would_merge_were_dropped(trainer: Any) -> None:
     """A trainer that asks for the whole minibatch says so where an overridden `forward` proposes on its own."""
-    with pytest.raises(ConfigError, match="expected forward to return a Rollout where the whole minibatch is put to"):
+    with pytest.raises(ConfigError, match="Expected forward to return a Rollout where the whole minibatch is put to"):
         returning({"amount": 3}, trainer)
 
 
@@ -260,7 +261,7 @@ def test_parameters_of_another_agent_were_trained_instead() -> None:
     class Named(Proposes):
         parameters = Adder().parameters()
 
-    with pytest.raises(ConfigError, match=r"expected the optimizer's parameters to be the agent's own \(amount, "):
+    with pytest.raises(ConfigError, match=r"Expected the optimizer's parameters to be the agent's own \(amount, "):
         trained(Named(THREE.answer))
 
 
@@ -344,8 +345,8 @@ def test_what_an_optimizer_assigned_was_in_force_without_a_gate() -> None:
     """An optimizer proposes; it does not write."""
 
     class Writes:
-        async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Sequence[StepReport]) -> Any:
-            parameters[0].data = 7
+        async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Any:
+            step.parameters[0].data = 7
             return Proposal()
 
     assert trained(Writes()).parameters["amount"] == 1
@@ -355,7 +356,7 @@ def test_ensure_improvement_took_the_gates_place() -> None:
     """Where both are given both must accept: the minibatch first, then the trainer's own gate."""
     asked: list[Any] = []
 
-    async def never(before: Any, after: Any, batch: Any) -> Decision:
+    async def never(before: Any, after: Any, step: Any) -> Decision:
         asked.append(after["amount"])
         return Decision(accepted=False, reason="never")
 
@@ -370,11 +371,11 @@ def test_ensure_improvement_took_the_gates_place() -> None:
 class Overriding(LLMOptimizer):
     """A native optimizer whose proposals are changed."""
 
-    async def propose(self, rollout: Any, parameters: Any, *, history: Any = ()) -> Proposal:
+    async def propose(self, rollouts: Any, step: Any) -> Proposal:
         return Proposal(values={"amount": "3"})
 
 
-async def texts(current: Any, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+async def texts(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     return [Proposal(values={"amount": "3"})]
 
 

@@ -29,18 +29,29 @@ def trainer(agent: Any = None, optimizer: Any = None, **options: Any) -> Aggrega
     return AggregatedUpdate(agent or Adder(), optimizer or LLMOptimizer(llm=SILENT), llm=SILENT, **options)
 
 
-@pytest.mark.parametrize("rule", [5, "majority", top_k, chain, LLMMerge, lambda current, proposals: proposals])
+async def of_old(current: Any, proposals: Any, *, stepsize: float) -> Any:
+    """A rule as it was before the step was an argument."""
+    return proposals
+
+
+async def gate_of_old(before: Any, after: Any, batch: Any) -> Any:
+    """A gate as it was before the step was an argument."""
+
+
+@pytest.mark.parametrize("rule", [5, "majority", top_k, chain, LLMMerge, lambda proposals: proposals, of_old])
 @pytest.mark.parametrize("use", [lambda rule: trainer(rule=rule), lambda rule: chain(majority, rule), tree_merge])
 def test_a_rule_that_is_none(use: Callable[[Any], Any], rule: Any) -> None:
     """It showed after the first minibatch was paid, as a TypeError."""
-    with pytest.raises(ConfigError, match=r"Expected a rule, async \(current, proposals, \*, stepsize\) -> proposals"):
+    with pytest.raises(ConfigError, match=r"Expected a rule, async \(proposals, step\) -> proposals"):
         use(rule)
 
 
-@pytest.mark.parametrize("gate", [5, "always", improves_on_batch, improves_on_validation, lambda values: True])
+@pytest.mark.parametrize(
+    "gate", [5, "always", improves_on_batch, improves_on_validation, lambda values: True, gate_of_old]
+)
 def test_a_gate_that_is_none(gate: Any) -> None:
     """It showed after the first minibatch was paid, as a TypeError."""
-    with pytest.raises(ConfigError, match=r"Expected a gate, async \(before, after, batch\) -> Decision"):
+    with pytest.raises(ConfigError, match=r"Expected a gate, async \(before, after, step\) -> Decision"):
         trainer(gate=gate)
 
 

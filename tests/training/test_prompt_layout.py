@@ -13,6 +13,7 @@ from aggregator.errors import ConfigError
 from aggregator.records import Rollout
 from aggregator.training.prompts import SECTIONS, WORKED_EXAMPLE, Layout, proposal_messages
 from aggregator.training.replies import parse_reply
+from aggregator.training.step import Step
 
 PARAMETERS = [ParameterNode(1, name="k")]
 ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="more of it", transcript="search(k=1)")
@@ -24,7 +25,7 @@ def headings(messages: list[dict[str, Any]]) -> list[str]:
 
 async def asked(layout: Layout, optimizer: type[LLMOptimizer] = LLMOptimizer) -> list[list[dict[str, Any]]]:
     model = ScriptedModel(suggest(k="too few"), suggest(k=7))
-    await optimizer(llm=model, layout=layout).propose(ROLLOUT, PARAMETERS)
+    await optimizer(llm=model, layout=layout).propose([ROLLOUT], Step(parameters=PARAMETERS, values={"k": 1}))
     return model.asked
 
 

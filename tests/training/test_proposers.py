@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
 from aggregator.records import Decision, Rollout, StepReport
+from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.merge import LLMMerge
 from aggregator.training.proposers import OUTPUT_LIMIT, LLMOptimizer, OPROOptimizer, render
-from aggregator.training.trainer import AggregatedUpdate
+from aggregator.training.step import Step
 
 PARAMETERS = [ParameterNode(1, name="k", description="how many", constraint="a small number")]
+STEP = Step(parameters=PARAMETERS, values={"k": 1})
 ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="more of it", transcript="search(k=1)")
 
 
@@ -30,7 +33,7 @@ def report(step: int, update: dict[str, Any], *, accepted: bool = True, **facts:
 async def test_the_prompt_holds_this_instance_and_the_reply_is_typed() -> None:
     """Parameters, transcript, output, score and feedback go in; typed values of this sample come out."""
     model = ScriptedModel(suggest(k="7"))
-    proposal = await LLMOptimizer(llm=model, objective="Be right.").propose(ROLLOUT, PARAMETERS)
+    proposal = await LLMOptimizer(llm=model, objective="Be right.").propose([ROLLOUT], STEP)
     (messages,) = model.asked
     found = [section(messages, name) for name in ("Objective", "Transcript", "Output", "Score", "Feedback")]
     assert found == ["Be right.", "search(k=1)", "out", "0.25", "more of it"]
@@ -44,7 +47,7 @@ async def test_the_same_rollout_gives_the_same_prompt() -> None:
     model = ScriptedModel(suggest(k=7))
     optimizer = LLMOptimizer(llm=model)
     for _ in range(3):
-        await optimizer.propose(ROLLOUT, PARAMETERS)
+        await optimizer.propose([ROLLOUT], STEP)
     assert model.asked[0] == model.asked[1] == model.asked[2]
 
 
@@ -54,7 +57,7 @@ async def test_memory_recalls_the_latest_updates_with_their_verdicts(size: int, 
     """Accepted and refused ones, the latest `memory_size`; steps that changed nothing are not told."""
     history = [report(0, {"k": 1}), report(1, {}), report(2, {"k": 2}, accepted=False), report(3, {"k": 3})]
     model = ScriptedModel("TERMINATE")
-    await LLMOptimizer(llm=model, memory_size=size).propose(ROLLOUT, PARAMETERS, history=history)
+    await LLMOptimizer(llm=model, memory_size=size).propose([ROLLOUT], replace(STEP, history=history))
     lines = section(model.asked[0], "History").splitlines()
     assert [line.partition(",")[0] for line in lines] == steps
     assert all("refused (mean score 1 -> 0)" in line for line in lines if "step 2" in line)
@@ -64,7 +67,7 @@ async def test_memory_recalls_the_latest_updates_with_their_verdicts(size: int, 
 async def test_several_candidates_are_asked_apart_and_become_one_proposal() -> None:
     """Each has a lineage and a seed of its own; the rule, majority by default, makes one of them."""
     model = ScriptedModel(suggest(k=5), suggest(k=9), suggest(k=9))
-    proposal = await LLMOptimizer(llm=model, num_candidates=3).propose(ROLLOUT, PARAMETERS)
+    proposal = await LLMOptimizer(llm=model, num_candidates=3).propose([ROLLOUT], STEP)
     assert sorted(place for place, _ in model.places) == [f"propose/candidate={i}" for i in range(3)]
     assert sorted(options["seed"] for options in model.options) == [0, 1, 2]
     assert (proposal.values, proposal.support, proposal.sample_id) == ({"k": 9}, 1, 4)
@@ -86,7 +89,7 @@ async def test_candidates_may_be_merged_by_a_model() -> None:
 
 async def test_candidates_that_all_decline_propose_nothing() -> None:
     """TERMINATE from each is no proposal."""
-    proposal = await LLMOptimizer(llm=ScriptedModel("TERMINATE"), num_candidates=2).propose(ROLLOUT, PARAMETERS)
+    proposal = await LLMOptimizer(llm=ScriptedModel("TERMINATE"), num_candidates=2).propose([ROLLOUT], STEP)
     assert proposal.values == {}
 
 
@@ -101,7 +104,7 @@ async def test_opro_recalls_the_best_in_ascending_order() -> None:
         report(4, {"k": 5}, score=0.6),
     ]
     model = ScriptedModel("TERMINATE")
-    await OPROOptimizer(llm=model).propose(ROLLOUT, PARAMETERS, history=history)
+    await OPROOptimizer(llm=model).propose([ROLLOUT], replace(STEP, history=history))
     assert section(model.asked[0], "History").splitlines() == [
         'score 0.4: {"k":1}',
         'score 0.7: {"k":4}',
@@ -139,6 +142,6 @@ def test_outputs_are_shown_without_addresses(output: Any, text: str) -> None:
 def test_a_huge_output_is_shown_in_part() -> None:
     """An agent that returns megabytes does not make prompts of megabytes; how much is missing is said."""
     rollout = Rollout(sample_id=0, output="x" * 1_000_000, score=0.0, feedback="Too long.")
-    messages = LLMOptimizer(llm=ScriptedModel("unused")).messages(rollout, [ParameterNode(1, name="k")], [])
+    messages = LLMOptimizer(llm=ScriptedModel("unused")).messages(rollout, STEP)
     assert sum(len(message["content"]) for message in messages) < OUTPUT_LIMIT + 10_000
     assert "[... 960000 more characters]" in messages[-1]["content"]

@@ -11,8 +11,8 @@ import pytest
 from training_fakes import Adder, ScriptedModel, exact, first_suggestion, from_feedback
 
 from aggregator.errors import ConfigError, TrainingError
+from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.trainer import AggregatedUpdate
 
 DATA = [(i, i + 2 + i % 3) for i in range(12)]
 

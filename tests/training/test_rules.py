@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from aggregator import portal
 from aggregator.errors import ConfigError
-from aggregator.protocols import UpdateRule
 from aggregator.records import Failure, Proposal, Values
+from aggregator.training.decisions import UpdateRule
 from aggregator.training.rules import (
     best_of,
     chain,
@@ -25,6 +25,7 @@ from aggregator.training.rules import (
     top_k,
     without_failed,
 )
+from aggregator.training.step import Step
 
 CURRENT: Values = {"p": "old", "k": 2, "t": 0.5, "on": True}
 
@@ -32,7 +33,7 @@ CURRENT: Values = {"p": "old", "k": 2, "t": 0.5, "on": True}
 def run(
     rule: UpdateRule, proposals: Sequence[Proposal], *, stepsize: float = 0.5, current: Values | None = None
 ) -> Any:
-    return portal.call(rule, CURRENT if current is None else current, proposals, stepsize=stepsize)
+    return portal.call(rule, proposals, Step(values=CURRENT if current is None else current, stepsize=stepsize))
 
 
 def proposal(i: int, /, *, score: float | None = None, **values: Any) -> Proposal:
@@ -179,9 +180,9 @@ def test_chain_runs_from_left_to_right() -> None:
     """The stepsize and the current values reach every rule, the proposals pass through them in order."""
     seen: list[tuple[int, float, Values]] = []
 
-    async def watch(current: Values, proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
+    async def watch(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         await asyncio.sleep(0)
-        seen.append((len(proposals), stepsize, current))
+        seen.append((len(proposals), step.stepsize, step.values))
         return proposals[:-1]
 
     run(chain(watch, without_failed, watch), [proposal(i, k=i) for i in range(3)], stepsize=0.25)

@@ -10,7 +10,7 @@ import pytest
 from aggregator import Module, Proposal, Rollout, bundle
 from aggregator.sandbox.limits import Limits, sandboxed
 from aggregator.sandbox.pool import pool
-from aggregator.training.minibatch import Minibatch
+from aggregator.training.algorithms import Minibatch
 from aggregator.training.rules import majority
 
 HEAD = "def double(self, x):\n"
@@ -33,7 +33,8 @@ class Scripted:
         self.bodies = iter(bodies)
         self.seen: list[tuple[float | None, str]] = []
 
-    async def propose(self, rollout: Rollout, parameters: Sequence[Any], *, history: Any = ()) -> Proposal:
+    async def propose(self, rollouts: Sequence[Rollout], step: Any) -> Proposal:
+        (rollout,) = rollouts
         self.seen.append((rollout.score, rollout.feedback))
         return Proposal(values={"double__code": HEAD + next(self.bodies)}, sample_ids=(rollout.sample_id,))
 

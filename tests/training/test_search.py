@@ -24,15 +24,23 @@ from aggregator.errors import AuthenticationError, BudgetExceededError, ConfigEr
 from aggregator.llm.transport import shared_transport
 from aggregator.records import Candidate, Decision, TrainingResult
 from aggregator.simulation import SimulatedModel
+from aggregator.training.algorithms import (
+    AggregatedUpdate,
+    BasicSearchAlgorithm,
+    BeamSearch,
+    Minibatch,
+    ParetoSearch,
+    PrioritySearch,
+    SequentialSearch,
+    SequentialUpdate,
+)
 from aggregator.training.checkpoints import load_result, save_result
 from aggregator.training.gates import improves_on_validation
 from aggregator.training.merge import LLMMerge
-from aggregator.training.minibatch import Minibatch
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.rules import majority
-from aggregator.training.search import PrioritySearch
-from aggregator.training.searches import BeamSearch, ParetoSearch, SequentialSearch, SequentialUpdate
-from aggregator.training.trainer import AggregatedUpdate, BasicSearchAlgorithm
+from aggregator.training.searches import Priority, priority
+from aggregator.training.trainer import Trainer
 
 FOUR = [(i, None) for i in range(4)]
 SEARCHES: list[Callable[..., PrioritySearch]] = [
@@ -96,7 +104,7 @@ def test_memory_is_bounded(make: Callable[..., PrioritySearch]) -> None:
     options: dict[str, Any] = sizes.get(make, {})  # type: ignore[call-overload]
     search = make(agent, optimizer(neighbours), num_proposals=2, **options)
     result = search.train(Height({i: 1 / (1 + abs(i - 7)) for i in range(-9, 20)}), FOUR, batch_size=2, num_epochs=6)
-    assert len(result.candidates) <= search.memory_size
+    assert len(result.candidates) <= search.search.memory_size  # type: ignore[attr-defined]
     assert result.candidates[0].values == {"at": agent.at.data}
     if make in {PrioritySearch, BeamSearch}:
         assert len(result.candidates) == 3
@@ -367,7 +375,7 @@ def test_there_are_no_more_groups_than_instances() -> None:
     """A rule is never asked to merge nothing."""
     seen: list[int] = []
 
-    async def counting(current: Any, proposals: Any, *, stepsize: float) -> Any:
+    async def counting(proposals: Any, step: Any) -> Any:
         seen.append(len(proposals))
         return proposals[:1]
 
@@ -538,8 +546,7 @@ def test_an_error_that_ends_the_run_waits_for_what_is_under_way() -> None:
 def test_of_equal_candidates_the_newer_is_explored_first() -> None:
     """So a search crosses a plateau instead of staying where it came in."""
     found = [Candidate(id=f"{i}.1", values={}, step=i, scores={"0": (0.5, 1)}) for i in (1, 3, 2)]
-    search = PrioritySearch(Place(), optimizer(neighbours))
-    assert [candidate.id for candidate in search.ranked(found)] == ["3.1", "2.1", "1.1"]
+    assert [candidate.id for candidate in priority().ranked(found)] == ["3.1", "2.1", "1.1"]
 
 
 def test_an_overridden_forward_is_run_under_every_candidate() -> None:
@@ -561,8 +568,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_candidates": 0}, "Expected num_candidates to be an int of at least 1, got 0"),
     ({"num_proposals": 2.5}, "Expected num_proposals to be an int of at least 1, got 2.5"),
     ({"memory_size": 0}, "Expected memory_size to be an int of at least 1, got 0"),
-    ({"num_candidates": 8, "memory_size": 4}, "expected memory_size of at least num_candidates=8"),
-    ({"score_function": "median"}, "expected score_function 'mean' or 'ucb', got 'median'"),
+    ({"num_candidates": 8, "memory_size": 4}, "Expected memory_size of at least num_candidates=8"),
+    ({"score_function": "median"}, "Expected score_function 'mean' or 'ucb', got 'median'"),
     ({"ucb_exploration_constant": -1.0}, "Expected ucb_exploration_constant to be a finite number of at least 0"),
     ({"ucb_exploration_constant": float("nan")}, "Expected ucb_exploration_constant to be a finite number"),
     ({"validate_dataset": []}, "validate_dataset is empty"),
@@ -582,7 +589,7 @@ def test_bad_arguments_say_what_was_expected(arguments: dict[str, Any], message:
 
 def test_update_alone_has_no_memory_to_search() -> None:
     """Unlike that of other trainers it works within train only, and says so."""
-    with pytest.raises(ConfigError, match="expected PrioritySearch.update to be called by train"):
+    with pytest.raises(ConfigError, match="Expected PrioritySearch.update to be called by train"):
         PrioritySearch(Place(), optimizer(neighbours)).update([])
 
 
@@ -593,7 +600,7 @@ def test_an_optimizer_of_trace_needs_a_rule() -> None:
         def __init__(self) -> None:
             self.parameters = []
 
-    with pytest.raises(ConfigError, match="expected rule= beside an optimizer of Trace"):
+    with pytest.raises(ConfigError, match="Expected rule= beside an optimizer of Trace"):
         PrioritySearch(Place(), Adapted())
     PrioritySearch(Place(), Adapted(), rule=majority)
 
@@ -610,14 +617,13 @@ def test_additions_are_learnt_by_every_search() -> None:
 def test_new_candidates_may_be_tried_on_the_next_minibatch() -> None:
     """Trace's streaming search: `due` returns nothing, and the bound of the untried is above all others."""
 
-    class Streaming(PrioritySearch):
+    class Streaming(Priority):
         def due(self, explored: Any, made: Any) -> list[Candidate]:
             return []
 
     agent = Place()
-    search = Streaming(
-        agent, optimizer(neighbours), num_candidates=3, num_proposals=2, memory_size=32, score_function="ucb"
-    )
+    streaming = Streaming(32, num_candidates=3, num_proposals=2, score_function="ucb")
+    search = Trainer(agent, optimizer(neighbours), propose_per="batch", search=streaming)
     result = search.train(Height(TRAP), FOUR, batch_size=4, num_epochs=12)
     assert agent.at.data == 4
     assert {candidate.trials % 4 for candidate in result.candidates} == {0}

@@ -10,11 +10,12 @@ from training_fakes import Adder, ScriptedModel, additions, exact, section, sugg
 
 from aggregator.errors import APIConnectionError, AuthenticationError
 from aggregator.records import Proposal
+from aggregator.training.algorithms import AggregatedUpdate, MinibatchAlgorithm
 from aggregator.training.merge import LLMChoice, best_tried, last_of
 from aggregator.training.prompts import CHOOSER_SYSTEM_PROMPT
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.rules import chain
-from aggregator.training.trainer import AggregatedUpdate, MinibatchAlgorithm
+from aggregator.training.step import Step
 
 CURRENT = {"k": 1}
 
@@ -25,7 +26,7 @@ def proposals(*values: int) -> list[Proposal]:
 
 async def choose(reply: Any, found: Sequence[Proposal], stepsize: float = 0.5) -> tuple[Sequence[Proposal], Any]:
     model = ScriptedModel(reply)
-    return await LLMChoice(model)(CURRENT, found, stepsize=stepsize), model
+    return await LLMChoice(model)(found, Step(values=CURRENT, stepsize=stepsize)), model
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: best_of_n")
@@ -72,8 +73,8 @@ async def test_a_lost_choice_is_a_failure_a_permanent_error_is_raised() -> None:
 @pytest.mark.requirement("Trace: OptoPrimeMulti: last_of_n")
 async def test_the_last_that_asks_for_anything() -> None:
     """Last of n; a candidate that declined does not undo the one before."""
-    assert await last_of(CURRENT, [*proposals(4, 5), Proposal()], stepsize=0.5) == proposals(4, 5)[1:]
-    assert await last_of(CURRENT, [Proposal()], stepsize=0.5) == []
+    assert await last_of([*proposals(4, 5), Proposal()], Step(values=CURRENT)) == proposals(4, 5)[1:]
+    assert await last_of([Proposal()], Step(values=CURRENT)) == []
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: best_of_n")
@@ -124,6 +125,6 @@ def test_a_candidate_that_is_only_as_good_is_not_taken() -> None:
 async def test_selections_chain_as_rules_do() -> None:
     """Closed: what one returns, another takes."""
     assert (
-        await chain(last_of, LLMChoice(ScriptedModel("never asked")))(CURRENT, proposals(4, 5), stepsize=0.5)
+        await chain(last_of, LLMChoice(ScriptedModel("never asked")))(proposals(4, 5), Step(values=CURRENT))
         == (proposals(4, 5)[1:])
     )

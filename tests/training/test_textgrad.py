@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from training_fakes import Adder, ScriptedModel, additions, exact, section, suggest
 
-from aggregator.agents.parameters import ParameterNode
+from aggregator.agents.parameters import ParameterNode, read
 from aggregator.errors import APIConnectionError
 from aggregator.records import Decision, Rollout, StepReport
+from aggregator.training.algorithms import AggregatedUpdate, MinibatchAlgorithm
 from aggregator.training.prompts import CRITIC_SYSTEM_PROMPT, GRADIENT_SYSTEM_PROMPT
 from aggregator.training.proposers import TextGradOptimizer
-from aggregator.training.trainer import AggregatedUpdate, MinibatchAlgorithm
+from aggregator.training.step import Step
 from aggregator.training.variations import refine
 
 PARAMETERS: list[ParameterNode[Any]] = [ParameterNode(3, name="search.k"), ParameterNode("Answer.", name="instruction")]
+STEP = Step(parameters=PARAMETERS, values=read(PARAMETERS))
 ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="the source is missing", transcript="search(k=3)")
 
 
@@ -23,7 +26,7 @@ ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="the source is
 async def test_the_criticism_takes_the_feedbacks_place() -> None:
     """The critic sees the feedback, the second prompt the criticism; the typed values are the proposal."""
     model = ScriptedModel(suggest(search_k="Too few results."), suggest(search_k="7"))
-    proposal = await TextGradOptimizer(llm=model).propose(ROLLOUT, PARAMETERS)
+    proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
     critic, changer = model.asked
     assert [critic[0]["content"], changer[0]["content"]] == [CRITIC_SYSTEM_PROMPT, GRADIENT_SYSTEM_PROMPT]
     assert section(critic, "Feedback") == "the source is missing"
@@ -38,7 +41,7 @@ async def test_the_criticism_takes_the_feedbacks_place() -> None:
 async def test_only_what_is_criticised_may_change() -> None:
     """A parameter without criticism is not shown to the second call, and a value for it is refused."""
     model = ScriptedModel(suggest(instruction="Too short.", search_k=" "), suggest(instruction="Cite.", search_k=9))
-    proposal = await TextGradOptimizer(llm=model).propose(ROLLOUT, PARAMETERS)
+    proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
     assert "search.k" not in section(model.asked[1], "Parameters")
     assert "search.k" in section(model.asked[0], "Parameters")
     assert proposal.values == {"instruction": "Cite."}
@@ -49,14 +52,14 @@ async def test_only_what_is_criticised_may_change() -> None:
 async def test_without_criticism_there_is_no_second_call(reply: str) -> None:
     """Nothing to change: one call, no proposal, no error."""
     model = ScriptedModel(reply)
-    proposal = await TextGradOptimizer(llm=model).propose(ROLLOUT, PARAMETERS)
+    proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
     assert (len(model.asked), proposal.values, proposal.error) == (1, {}, None)
 
 
 async def test_a_criticism_is_text_and_never_guessed() -> None:
     """A number for a criticism is asked for once more, then it counts as none and the error says so."""
     model = ScriptedModel(suggest(search_k=7))
-    proposal = await TextGradOptimizer(llm=model).propose(ROLLOUT, PARAMETERS)
+    proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
     assert len(model.asked) == 2
     assert proposal.values == {}
     assert proposal.error == "Expected `str`, got 7 - at $.suggestion.search_k"
@@ -65,7 +68,7 @@ async def test_a_criticism_is_text_and_never_guessed() -> None:
 async def test_the_critic_may_be_another_model() -> None:
     """As TextGrad's backward engine; the optimizer's own model then only writes the values."""
     critic, model = ScriptedModel(suggest(search_k="Too few.")), ScriptedModel(suggest(search_k=7))
-    proposal = await TextGradOptimizer(llm=model, critic=critic).propose(ROLLOUT, PARAMETERS)
+    proposal = await TextGradOptimizer(llm=model, critic=critic).propose([ROLLOUT], STEP)
     assert (len(critic.asked), len(model.asked), proposal.values) == (1, 1, {"search.k": 7})
 
 
@@ -81,7 +84,7 @@ async def test_earlier_updates_are_recalled_when_values_are_written() -> None:
         update={"search.k": 2},
     )
     model = ScriptedModel(suggest(search_k="Too few."), suggest(search_k=7))
-    await TextGradOptimizer(llm=model).propose(ROLLOUT, PARAMETERS, history=[tried])
+    await TextGradOptimizer(llm=model).propose([ROLLOUT], replace(STEP, history=[tried]))
     assert section(model.asked[0], "History") == ""
     assert section(model.asked[1], "History") == 'step 0, accepted: {"search.k":2}'
 
@@ -89,7 +92,7 @@ async def test_earlier_updates_are_recalled_when_values_are_written() -> None:
 async def test_candidates_answer_one_criticism() -> None:
     """Variations and selections work as with LLMOptimizer; the critic is asked once."""
     model = ScriptedModel(suggest(search_k="Too few."), suggest(search_k=5), suggest(search_k=8))
-    proposal = await TextGradOptimizer(llm=model, variation=refine).propose(ROLLOUT, PARAMETERS)
+    proposal = await TextGradOptimizer(llm=model, variation=refine).propose([ROLLOUT], STEP)
     assert [place for place, _ in model.places] == ["criticise", "propose/candidate=0", "propose/candidate=1"]
     assert proposal.values == {"search.k": 8}
 

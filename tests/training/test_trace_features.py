@@ -16,12 +16,14 @@ from aggregator import (
     MinibatchAlgorithm,
     Module,
     ParameterNode,
-    PrioritySearch,
+    Step,
+    Trainer,
     bundle,
     node,
     transcript,
 )
 from aggregator.records import Candidate, Decision, Proposal, Rollout, Values
+from aggregator.training.searches import Priority
 
 
 class Logger:
@@ -255,8 +257,8 @@ def test_a_gate_of_ones_own_says_what_is_an_improvement() -> None:
     """Trace's has_improvement: it sees the values before and after, and the minibatch."""
     seen: list[tuple[Values, Values, int]] = []
 
-    async def only_small(before: Values, after: Values, batch: Any) -> Decision:
-        seen.append((before, after, len(batch)))
+    async def only_small(before: Values, after: Values, step: Step) -> Decision:
+        seen.append((before, after, len(step.samples)))
         return Decision(accepted=after["amount"] < 5, reason="small enough")
 
     agent = Adder()
@@ -268,8 +270,8 @@ def test_a_gate_of_ones_own_says_what_is_an_improvement() -> None:
 class Doubting(AggregatedUpdate):
     """Takes half of what its optimizer proposes."""
 
-    async def propose(self, seen: Rollout) -> Proposal:
-        proposal = await super().propose(seen)
+    async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
+        proposal = await super().propose(rollouts, step)
         return Proposal(values={"amount": proposal.values["amount"] // 2}, sample_ids=proposal.sample_ids)
 
 
@@ -283,8 +285,8 @@ def test_an_overridden_propose_is_honoured() -> None:
     assert agent.amount.data == 4
 
     class Fixed(MinibatchAlgorithm):
-        async def propose(self, seen: Rollout) -> Proposal:
-            return Proposal(values={"amount": len(str(seen.feedback).splitlines())})
+        async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
+            return Proposal(values={"amount": len([rollout.feedback for rollout in rollouts])})
 
     Fixed(other := Adder(), None).train(exact, additions(5, 3), batch_size=3)
     assert other.amount.data == 3
@@ -300,11 +302,12 @@ async def test_a_judge_has_a_system_prompt_of_its_own() -> None:
     assert section(messages, "Criteria") == "Be brief."
 
 
-class Apart(PrioritySearch):
+class Apart(Priority):
     """Remembers no two candidates within 3 of each other: POLCA's net, with a distance of our own."""
 
-    def keep(self, in_force: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
-        kept = [in_force]
+    def keep(self, pool: Sequence[Candidate], step: Step) -> list[Candidate]:
+        current, *others = pool
+        kept = [current]
         for other in self.ranked(others):
             if all(abs(other.values["amount"] - near.values["amount"]) >= 3 for near in kept):
                 kept.append(other)
@@ -316,7 +319,8 @@ def test_a_search_of_ones_own_keeps_candidates_apart() -> None:
     """Which candidates are too much alike is one function, with an embedding model or without."""
     replies = iter(range(2, 99))
     model = ScriptedModel(lambda _: suggest(amount=next(replies)))
-    search = Apart(Adder(), LLMOptimizer(llm=model), num_candidates=2, num_proposals=3, memory_size=8)
+    apart = Apart(8, num_candidates=2, num_proposals=3)
+    search = Trainer(Adder(), LLMOptimizer(llm=model), propose_per="batch", search=apart)
     result = search.train(lambda x, output, info: output / 100, [(0, 0)], num_epochs=4)
     amounts = sorted(candidate.values["amount"] for candidate in result.candidates)
     assert len(amounts) > 2

@@ -21,10 +21,9 @@ from aggregator.errors import (
     TrainingError,
 )
 from aggregator.records import Proposal
+from aggregator.training.algorithms import AggregatedUpdate, Minibatch
 from aggregator.training.checkpoints import load_result, save_result
-from aggregator.training.minibatch import Minibatch
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.trainer import AggregatedUpdate
 
 
 def trainer(agent: Any, *replies: Any, aggregate: Any = first_suggestion, **options: Any) -> AggregatedUpdate:

@@ -13,11 +13,12 @@ from training_fakes import Adder, ScriptedModel, additions, exact, suggest
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
 from aggregator.records import Proposal, Rollout
+from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.merge import last_of
 from aggregator.training.prompts import ALTERNATIVE_PROMPT, PROPOSER_SYSTEM_PROMPT, REFINE_PROMPT
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.rules import majority
-from aggregator.training.trainer import AggregatedUpdate
+from aggregator.training.step import Step
 from aggregator.training.variations import (
     Question,
     Variation,
@@ -29,12 +30,13 @@ from aggregator.training.variations import (
 )
 
 PARAMETERS = [ParameterNode(1, name="k")]
+STEP = Step(parameters=PARAMETERS, values={"k": 1})
 ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="more of it", transcript="search(k=1)")
 
 
 async def proposed(*replies: Any, **options: Any) -> tuple[Proposal, ScriptedModel]:
     model = ScriptedModel(*replies)
-    return await LLMOptimizer(llm=model, **options).propose(ROLLOUT, PARAMETERS), model
+    return await LLMOptimizer(llm=model, **options).propose([ROLLOUT], STEP), model
 
 
 async def test_one_candidate_is_asked_as_it_always_was() -> None:
@@ -123,7 +125,7 @@ async def test_what_need_not_wait_is_asked_at_once(variation: Variation, togethe
             running -= 1
             return await ScriptedModel(suggest(k=7)).complete(messages, **options)
 
-    await LLMOptimizer(llm=Slow(), num_candidates=3, variation=variation).propose(ROLLOUT, PARAMETERS)
+    await LLMOptimizer(llm=Slow(), num_candidates=3, variation=variation).propose([ROLLOUT], STEP)
     assert most == together
 
 
@@ -136,7 +138,7 @@ async def test_the_order_of_completion_does_not_matter(variation: Variation) -> 
         replies = [suggest(k=2), suggest(k=3), suggest(k=4)]
         model = ScriptedModel(*replies, jitter=lambda waits=waits: next(waits, 0))  # type: ignore[misc]
         optimizer = LLMOptimizer(llm=model, num_candidates=3, variation=variation, select=last_of)
-        chosen.add((await optimizer.propose(ROLLOUT, PARAMETERS)).values["k"])
+        chosen.add((await optimizer.propose([ROLLOUT], STEP)).values["k"])
     assert chosen == {4}
 
 

@@ -16,9 +16,11 @@ from aggregator import (
     Module,
     ParameterNode,
     Proposal,
-    Sample,
+    Step,
+    Trainer,
     TrainingResult,
     always,
+    beam,
     bundle,
     chain,
     dedupe,
@@ -47,11 +49,11 @@ def guide(x: str, output: str, info: str) -> tuple[float, str]:
     return float(output == info), "no"
 
 
-async def shortest(current: dict[str, Any], proposals: Sequence[Proposal], *, stepsize: float) -> Sequence[Proposal]:
-    return proposals[:1]
+async def shortest(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
+    return proposals[:1] if step.stepsize > 0.1 else []
 
 
-async def never(before: dict[str, Any], after: dict[str, Any], batch: Sequence[Sample]) -> Decision:
+async def never(before: dict[str, Any], after: dict[str, Any], step: Step) -> Decision:
     return Decision(accepted=False, reason="never")
 
 
@@ -62,6 +64,7 @@ def trains() -> None:
     assert_type(trainer.train(guide, {"inputs": ["a"], "infos": ["b"]}), TrainingResult)
     AggregatedUpdate(Agent(), LLMOptimizer(), rule=chain(dedupe, top_k(8), LLMMerge(llm)), gate=always)
     AggregatedUpdate(Agent(), LLMOptimizer(), rule=shortest)
+    Trainer(Agent(), LLMOptimizer(), propose_per="batch", search=beam(4), gate=never)
 
 
 async def calls() -> None:

@@ -1,4 +1,4 @@
-"""What surrounds a run: its folder, its journal, its budget, and the misses of the cassette it plays."""
+"""What surrounds a run: the lock of its folder, its journal, its budget, and the misses of the cassette it plays."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from aggregator.training.plan import Plan
 
 
 @contextmanager
-def claimed(plan: Plan) -> Iterator[None]:
+def claim_run_dir(plan: Plan) -> Iterator[None]:
     """Keep other processes out of the run_dir.
 
-    Raises CassetteLockedError where one is in it, TrainingError where nothing can be written there.
+    Raises CassetteLockedError if one is in it, TrainingError if nothing can be written there.
     """
     if plan.run_dir is None:
         yield
@@ -41,7 +41,7 @@ def claimed(plan: Plan) -> Iterator[None]:
         lock.release()
 
 
-def resumed(plan: Plan, marks: Any) -> checkpoints.RunState | None:
+def load_state(plan: Plan, marks: Any) -> checkpoints.RunState | None:
     """Return where an interrupted run stands; None for a new one."""
     if plan.run_dir is None or not plan.resume:
         return None
@@ -49,7 +49,7 @@ def resumed(plan: Plan, marks: Any) -> checkpoints.RunState | None:
 
 
 @contextmanager
-def journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
+def open_journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
     """The run's own journal, unless the caller has a cassette open: what was paid for is on disk before it is used."""
     if plan.run_dir is None or current_tape() is not None:
         yield
@@ -65,7 +65,7 @@ def journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
 
 
 @contextmanager
-def counted_in(budget: Budget | None) -> Iterator[None]:
+def count_in(budget: Budget | None) -> Iterator[None]:
     """Count every call of the run, whichever client and thread makes it.
 
     Without a budget an outer one goes on counting.
@@ -79,7 +79,7 @@ def counted_in(budget: Budget | None) -> Iterator[None]:
 
 
 @contextmanager
-def miss_raised() -> Iterator[None]:
+def raise_misses() -> Iterator[None]:
     """Raise the cassette's miss that code inside has hidden: nothing after it is what was recorded."""
     tape = current_tape()
     known = len(tape.misses) if tape is not None else 0

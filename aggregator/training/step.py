@@ -1,0 +1,119 @@
+"""Step: all that a part may know of the step it serves, as an argument.
+
+A rule, gate, check, optimizer or search that is called with `Step.of(agent)`, in a test or a notebook, does exactly
+what it does inside a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aggregator.adapters.agents import as_agent
+from aggregator.agents.parameters import ParameterNode, lay_over, read
+from aggregator.errors import ConfigError
+from aggregator.records import Rollout, Sample, StepReport, Values
+from aggregator.training.batches import Dataset
+from aggregator.training.batches import samples as read_samples
+from aggregator.training.evaluation import Evaluate, Evaluations, alone
+from aggregator.training.schedules import check_stepsize
+
+
+class Step(Struct, frozen=True, kw_only=True):
+    """One step as its parts see it.
+
+    `number` counts the steps of the run from 0, `epoch` its epochs. `stepsize` in [0, 1] is how much proposals weigh
+    against the current value. `values` are the current values by parameter name; where a search explores several
+    candidates, an optimizer and a rule see those of their candidate. `parameters` are the ParameterNodes that may
+    change. `samples` is the minibatch, `rollouts` what the agent did with it under `values`, in the same order; an
+    optimizer sees the instances that it proposes for. `history` holds the reports of earlier steps. `min_score` is the
+    score of an instance on which the agent itself fails.
+
+    `memory` is JSON that a gate may write, under names of its own; it is saved with the step, and dropped with a step
+    that fails. For all other parts it is read-only.
+    """
+
+    number: int = 0
+    epoch: int = 0
+    stepsize: float = 0.5
+    seed: int = 0
+    min_score: float | None = None
+    values: Values = {}
+    parameters: Sequence[ParameterNode[Any]] = ()
+    samples: Sequence[Sample] = ()
+    rollouts: Sequence[Rollout] = ()
+    history: Sequence[StepReport] = ()
+    memory: MutableMapping[str, Any] = {}
+    evaluator: Evaluate | None = None
+
+    @classmethod
+    def of(
+        cls,
+        agent: Any,
+        *,
+        guide: Any = None,
+        samples: Dataset | Sequence[Sample] = (),
+        stepsize: float = 0.5,
+    ) -> Step:
+        """Return a step of an agent by itself, for a test or a notebook.
+
+        `samples` is a data set as for `train`. With a guide, `evaluate` runs the agent. Raises ConfigError for what is
+        no agent, data set or stepsize.
+
+        >>> from aggregator.portal import call
+        >>> from aggregator.training.rules import majority
+        >>> def add(x, *, amount=1):
+        ...     return x + amount
+        >>> from aggregator.records import Proposal
+        >>> call(majority, [Proposal(values={"amount": k}) for k in (3, 5, 5)], Step.of(add))[0].values
+        {'amount': 5}
+        """
+        known = as_agent(agent)
+        parameters = [parameter for parameter in known.parameters() if getattr(parameter, "trainable", True)]
+        given: Any = samples
+        if not all(isinstance(sample, Sample) for sample in given):
+            given = read_samples(given, name="samples")
+        return cls(
+            stepsize=check_stepsize(stepsize),
+            values=read(parameters),  # type: ignore[arg-type]
+            parameters=parameters,  # type: ignore[arg-type]
+            samples=tuple(given),
+            evaluator=None if guide is None else Evaluations(alone(known), guide, parameters).at(0),
+        )
+
+    async def evaluate(
+        self,
+        values: Values,
+        samples: Sequence[Sample],
+        *,
+        guide: Any = None,
+        repeats: int = 1,
+        fresh: bool = False,
+    ) -> Sequence[Rollout]:
+        """Return one rollout per sample under given values, `repeats` of each, sample by sample.
+
+        `values` may leave parameters out, which keep those of the step. `guide` judges instead of the run's. A score is
+        paid once: what was evaluated before comes back with its scores and failure only, unless `fresh`. Nothing is
+        changed in the agent. Raises ConfigError for a step without a guide, and what ends a run.
+        """
+        if self.evaluator is None:
+            raise ConfigError(
+                "Expected a step that can run the agent, got one without a guide; give it as in "
+                "Step.of(agent, guide=guide, samples=samples)"
+            )
+        return await self.evaluator({**self.values, **values}, samples, guide=guide, repeats=repeats, fresh=fresh)
+
+
+def read_only(step: Step) -> Step:
+    """Return the step for a part that may not write its memory."""
+    return replace(step, memory=MappingProxyType(step.memory))
+
+
+def laid_over(step: Step) -> AbstractContextManager[None]:
+    """Let the parameters read as the step's values inside; what is assigned to them there ends with the block."""
+    return lay_over({parameter: step.values[parameter.name] for parameter in step.parameters})
