@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
+from msgspec import Meta
+
 from aggregator.errors import ConfigError
 
 Reference = tuple[Any, ...]
@@ -32,7 +34,9 @@ class Pickler(pickle.Pickler):
         return self._refer(obj)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Pickle a function below decorators by its place; everything else as usual."""
+        """Pickle a function below decorators by its place, and the bounds of a type; everything else as usual."""
+        if type(obj) is Meta:
+            return _meta, ({name: getattr(obj, name) for name in _BOUNDS if getattr(obj, name) is not None},)
         if type(obj) is FunctionType and (depth := _depth_of(obj)):
             return _undecorated, (_named(obj), depth)
         return NotImplemented
@@ -52,13 +56,30 @@ def dumps(value: Any, refer: Callable[[Any], Reference | None], what: str, remed
     file = io.BytesIO()
     try:
         Pickler(file, refer).dump(value)
-    except ConfigError as error:
-        raise ConfigError(f"Expected {what} that pickles, got one that holds what does not: {error}") from error
     except Exception as error:
+        path = _culprit(value, refer)
+        kind, where = type(value).__name__, f" - at {type(value).__name__}{path}" if path else ""
         raise ConfigError(
-            f"Expected {what} that pickles, got {type(value).__name__}: {type(error).__name__}: {error}; {remedy}"
+            f"Expected {what} that pickles, got {kind}: {type(error).__name__}: {error}; {remedy}{where}"
         ) from error
     return file.getvalue()
+
+
+def _culprit(value: Any, refer: Callable[[Any], Reference | None], depth: int = 6) -> str:
+    """Return the path of the innermost part of a value that does not pickle, "" if the value itself does not."""
+    parts: list[tuple[str, Any]]
+    if isinstance(value, dict):
+        parts = [(f"[{key!r}]", part) for key, part in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [(f"[{i}]", part) for i, part in enumerate(value)]
+    else:
+        parts = [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
+    for name, part in parts if depth else ():
+        try:
+            Pickler(io.BytesIO(), refer).dump(part)
+        except Exception:  # noqa: BLE001 - what pickling raises, it is raised with its path
+            return name + _culprit(part, refer, depth - 1)
+    return ""
 
 
 def loads(data: bytes, resolve: Callable[[Reference], Any]) -> Any:
@@ -111,6 +132,14 @@ def _substitutes(error: BaseException) -> Iterable[BaseException]:
         for note in notes:
             made.add_note(note)
         yield made
+
+
+_BOUNDS = [name for name in dir(Meta) if not name.startswith("_")]
+
+
+def _meta(bounds: dict[str, Any]) -> Meta:
+    """Make the bounds of a type again; msgspec's own do not pickle."""
+    return Meta(**bounds)
 
 
 def _named(function: FunctionType) -> Any:

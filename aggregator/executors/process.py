@@ -51,6 +51,7 @@ WATCH = 0.2
 STARTS = 2
 """How often a task is given to a new worker that ends before it has begun the task."""
 
+_WRAPPED = ("program", "function", "agent")  # where `as_agent` keeps what it was given
 _LOCAL = "or use the local executor"
 _SCRIPT = "import sys; sys.path[:] = {path!r}; from aggregator.executors.worker import main; main({descriptor})"
 
@@ -183,6 +184,8 @@ class _Cargo:
         """Pickle an agent or a guide, once."""
         if thing is None or any(thing is known for known in self._objects):
             return
+        program = next((getattr(thing, name) for name in _WRAPPED if hasattr(thing, name)), thing)
+        dumps(program, self._refer, what, remedy)  # the user's own object, so that an error names it
         data = dumps(thing, self._refer, what, remedy)
         number = len(self._objects)
         self._objects.append(thing)

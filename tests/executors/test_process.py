@@ -286,7 +286,7 @@ class Local(Adder):
 async def test_what_does_not_pickle_is_named(executor: ProcessExecutor) -> None:
     """Agent, guide, sample and output each have an error that says which it was and what to do."""
     remedy = "or use the local executor"
-    with pytest.raises(ConfigError, match=f"Expected an agent that pickles, got .*lock.*{remedy}"):
+    with pytest.raises(ConfigError, match=rf"Expected an agent that pickles, got Local: .*{remedy} - at Local\.lock$"):
         await executor.map(work(Local()), tasks(1))
     with pytest.raises(ConfigError, match=f"Expected a guide that pickles, got function: .*{remedy}"):
         await executor.map(work(Adder(), lambda x, output, info: 1.0), tasks(1))
