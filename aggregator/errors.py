@@ -238,6 +238,10 @@ class CassetteWarning(AggregatorWarning):
     """A repair, a fallback or exchanges left unplayed; also stands in `tape.report`."""
 
 
+class ModelWarning(AggregatorWarning):
+    """A model or its server did something else than it was asked for, without an error of its own."""
+
+
 class TrainingWarning(AggregatorWarning):
     """Worth a look, no error, as instances that `evaluate` could not score; a run's own stand in `result.warnings`."""
 

@@ -1,4 +1,4 @@
-"""What a provider of your own is made of; `examples/extending/provider.py` is one."""
+"""What a provider of your own is made of (`examples/extending/provider.py` is one), and the tokens of two clouds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.llm.codecs.base": ("JSONCodec", "words"),
     "aggregator.llm.codecs.openai": ("OpenAIChat",),
     "aggregator.llm.codecs.sse": ("Event", "EventReader"),
+    "aggregator.llm.tokens": ("EntraToken", "GoogleToken"),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

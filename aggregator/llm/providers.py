@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
@@ -21,6 +22,7 @@ from aggregator.llm.calls import Codec, Provider, Target
 ENTRY_POINTS = "aggregator.providers"
 _LOCAL_CAP = {"max_tokens": 4096}
 _BEARER = "authorization"
+_OLLAMA_PORT = 11434
 _BEDROCK = "https://bedrock-runtime.{region}.amazonaws.com"
 _VERTEX = "https://aiplatform.googleapis.com/v1"
 
@@ -93,6 +95,17 @@ def _openai(target: Target) -> Codec:
     from aggregator.llm.codecs.openai import OpenAIChat
 
     return OpenAIChat(target)
+
+
+def _ollama(target: Target) -> Codec:
+    from aggregator.llm.codecs.ollama import OllamaChat
+
+    return OllamaChat(target)
+
+
+def _compatible(target: Target) -> Codec:
+    """Return the codec for a server of no name: at Ollama's port it is Ollama."""
+    return _ollama(target) if urlsplit(target.base_url).port == _OLLAMA_PORT else _openai(target)
 
 
 def _azure(target: Target) -> Codec:
@@ -261,8 +274,8 @@ _BUILT_IN = (
     _hosted("zai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY"),
     Provider(
         name="ollama",
-        codec=_openai,
-        apis=_APIS,
+        codec=_ollama,
+        apis={**_APIS, "chat": _ollama},
         base_url="http://localhost:11434/v1",
         base_urls=("OLLAMA_BASE_URL", "OLLAMA_API_BASE", "OLLAMA_HOST"),
         keys={"OLLAMA_API_KEY": _BEARER},
@@ -300,8 +313,8 @@ _BUILT_IN = (
     ),
     Provider(
         name="openai-compatible",
-        codec=_openai,
-        apis=_APIS,
+        codec=_compatible,
+        apis={**_APIS, "chat": _compatible},
         needs_key=False,
         aliases=("custom",),
         options=_LOCAL_CAP,
