@@ -12,3 +12,5 @@ from aggregator.llm.codecs.base import words as words
 from aggregator.llm.codecs.openai import OpenAIChat as OpenAIChat
 from aggregator.llm.codecs.sse import Event as Event
 from aggregator.llm.codecs.sse import EventReader as EventReader
+from aggregator.llm.tokens import EntraToken as EntraToken
+from aggregator.llm.tokens import GoogleToken as GoogleToken
