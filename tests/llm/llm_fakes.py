@@ -1,71 +1,34 @@
-"""What stands behind the client in its tests: a scripted transport, a scripted server on loopback, virtual time."""
+"""What the client's tests use in place of a provider: a fake transport, a server on loopback, virtual time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
+from aggregator.records import HTTPReply
+from aggregator.testing import FakeTransport as ScriptedTransport
+from aggregator.testing import error_reply as failure
+from aggregator.testing import text_reply as answer
 
-from aggregator.errors import LLMError
-from aggregator.protocols import Transport
-from aggregator.records import HTTPReply, HTTPRequest
+__all__ = [
+    "BASE_URL",
+    "QUESTION",
+    "Handler",
+    "ScriptedTransport",
+    "VirtualLoop",
+    "VirtualTime",
+    "answer",
+    "answering",
+    "failure",
+    "raw",
+    "read_request",
+    "serving",
+]
 
 BASE_URL = "http://127.0.0.1:9/v1"
 QUESTION = [{"role": "user", "content": "Say hello."}]
-
-
-def answer(
-    text: str = "hello",
-    *,
-    finish_reason: str = "stop",
-    usage: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] = {},
-) -> HTTPReply:
-    """A chat completion; its usage is 10 tokens in, 5 out unless given."""
-    counts = {"prompt_tokens": 10, "completion_tokens": 5} if usage is None else usage
-    body = {
-        "id": "chatcmpl-1",
-        "model": "gpt-4o-mini",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}],
-        "usage": counts,
-    }
-    return HTTPReply(status=200, body=msgspec.json.encode(body), headers={"x-request-id": "req-1", **headers})
-
-
-def failure(status: int, message: str = "no", *, code: str | None = None, headers: Mapping[str, str] = {}) -> HTTPReply:
-    """An error answer in OpenAI's shape."""
-    return HTTPReply(
-        status=status, body=msgspec.json.encode({"error": {"message": message, "code": code}}), headers=dict(headers)
-    )
-
-
-Step = HTTPReply | LLMError | Callable[[HTTPRequest], HTTPReply]
-
-
-class ScriptedTransport(Transport):
-    """Answers in turn from a script, the last step for ever; keeps the requests."""
-
-    def __init__(self, *steps: Step, latency: Callable[[], Awaitable[None]] | None = None) -> None:
-        self.steps = list(steps)
-        self.requests: list[HTTPRequest] = []
-        self.timeouts: list[float | None] = []
-        self._latency = latency
-
-    async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
-        self.requests.append(request)
-        self.timeouts.append(timeout)
-        step = self.steps[min(len(self.requests), len(self.steps)) - 1]
-        if self._latency is not None:
-            await self._latency()
-        if isinstance(step, LLMError):
-            raise step
-        return step(request) if callable(step) else step
-
-    def bodies(self) -> list[Any]:
-        return [msgspec.json.decode(request.body) for request in self.requests]
 
 
 class VirtualTime:
