@@ -292,7 +292,7 @@ class Attempt:
 
     async def admit(self) -> None:
         """Wait until this attempt may be sent; the call keeps its place in the limiter until it is answered."""
-        self.line.endpoint.require_key()
+        self.attempts.request = self.line.endpoint.authenticated(self.attempts.request)
         self.is_live = True
         limiter = self.attempts.limiter
         if limiter is None:

@@ -8,12 +8,14 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from aggregator.checks import is_async
-from aggregator.errors import ConfigError
+from aggregator.errors import AggregatorError, APIConnectionError, ConfigError
 from aggregator.llm.calls import ApiKey, Codec, Provider, Target
 from aggregator.llm.providers import providers
+from aggregator.llm.retry import NOT_SENT
+from aggregator.records import HTTPRequest
 
 _PREFIX = re.compile(r"([^/:]+)[/:](.+)", re.DOTALL)
 
@@ -31,6 +33,27 @@ class Endpoint(Target, frozen=True, kw_only=True):
         """
         if self.key_hint is not None:
             raise ConfigError(self.key_hint)
+
+    def authenticated(self, request: HTTPRequest) -> HTTPRequest:
+        """Return the request as it is sent; raises ConfigError or APIConnectionError without a key.
+
+        A function that gave no token when the call was encoded is asked once more, and its error raised: a replay, for
+        which nothing is sent, needs none.
+        """
+        self.require_key()
+        if request.secrets or not callable(self.api_key):
+            return request
+        try:
+            key = self.api_key()
+        except AggregatorError:
+            raise
+        except Exception as error:  # of the user's function, whatever it raises
+            told = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) or re.search("Connection|Timeout", type(error).__name__):
+                raise APIConnectionError(f"{NOT_SENT}the function api_key of {self.provider} failed: {told}") from error
+            raise ConfigError(f"Expected a token from the function api_key of {self.provider}, got {told}") from error
+        value = f"Bearer {key}" if self.auth == "authorization" else key
+        return replace(request, headers={**request.headers, self.auth: value}, secrets=(key,))
 
 
 class _Wanted(NamedTuple):

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from llm_fakes import BASE_URL, ScriptedTransport, VirtualTime, answer, failure
 
+from aggregator import Budget, cassette
 from aggregator.errors import APIConnectionError, ConfigError
 from aggregator.llm.client import LLM
 from aggregator.llm.tokens import EntraToken, GoogleToken
@@ -221,6 +223,60 @@ def test_a_token_never_shows() -> None:
     assert token() == "token-1"
     llm = LLM("azure/d", base_url="https://r.openai.azure.com", api_key=token, env={})
     assert "token-1" not in f"{token!r} {llm!r} {llm.endpoint!r} {vars(llm)!r}"
+
+
+async def test_a_replay_needs_no_login(tmp_path: Path) -> None:
+    """A cassette is played on a machine that has no credentials; the recorded one asked for a token once."""
+    path, credential = tmp_path / "azure.yaml", FakeEntra(4102444800)
+
+    async def ask(token: Any, *steps: Any) -> str:
+        options: Any = {"base_url": "https://r.openai.azure.com", "env": {}, "transport": ScriptedTransport(*steps)}
+        return (await LLM("azure/d", api_key=token, **options).complete("Hi")).text
+
+    with cassette(path, "once"):
+        assert await ask(EntraToken(credential), answer("hello")) == "hello"
+    with cassette(path, "none"):
+        assert await ask(EntraToken(FakeEntra(error=ValueError("no login"))), failure(500)) == "hello"
+    assert (len(credential.scopes), "token-1" in path.read_text()) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sent"),
+    [
+        (ValueError("no login"), ConfigError, 0),
+        (ConnectionRefusedError("refused"), APIConnectionError, 0),
+        (type("ReadTimeout", (Exception,), {})("late"), APIConnectionError, 0),
+        (ConfigError("ours"), ConfigError, 0),
+    ],
+)
+async def test_a_token_function_that_fails(error: Exception, kind: type[Exception], sent: int) -> None:
+    """Whatever a function of the user's raises, an error of this tree leaves and nothing is sent or counted."""
+
+    def token() -> str:
+        raise error
+
+    transport, budget = ScriptedTransport(answer("hello")), Budget(calls=5)
+    llm = LLM("m", base_url=BASE_URL, api_key=token, transport=transport, budget=budget, max_attempts=1)
+    with pytest.raises(kind, match=str(error)):
+        await llm.complete("Hi")
+    assert (len(transport.requests), budget.spent.calls) == (sent, sent)
+
+
+async def test_a_token_that_comes_at_the_second_try() -> None:
+    """A service that was away for a moment costs an attempt, not the call; the request carries the token."""
+    tries: Iterator[Any] = iter([OSError("away"), OSError("away"), "t1"])
+
+    def token() -> str:
+        found = next(tries)
+        if isinstance(found, OSError):
+            raise found
+        return str(found)
+
+    transport, virtual = ScriptedTransport(answer("hello")), VirtualTime()
+    options: Any = {"transport": transport, "clock": virtual.clock, "sleep": virtual.sleep}
+    found = await LLM("m", base_url=BASE_URL, api_key=token, **options).complete("Hi")
+    assert (found.text, found.attempts) == ("hello", 2)
+    assert transport.requests[0].headers["authorization"] == "Bearer t1"
 
 
 def test_pickling_keeps_the_settings() -> None:

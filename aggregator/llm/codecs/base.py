@@ -185,12 +185,19 @@ class Envelope:
         if self._fixed is not None:
             plain, streamed, secrets = self._fixed
         else:
-            key = self._target.api_key
-            plain, streamed, secrets = self._dress(key() if callable(key) else key)
+            plain, streamed, secrets = self._dress(self._token())
             self._sent = secrets
         return HTTPRequest(
             url=url, body=_to_json(body), headers=streamed if stream else plain, secrets=secrets, kept=self._kept
         )
+
+    def _token(self) -> str | None:
+        """Return the token of the moment; None if the function fails, whose error is raised when a request is sent."""
+        key = self._target.api_key
+        try:
+            return key() if callable(key) else key
+        except Exception:  # noqa: BLE001 - of the user's function, whatever it raises
+            return None
 
     def secrets(self) -> tuple[str, ...]:
         """The values that authenticated the latest request, which no message may hold."""
