@@ -1,14 +1,17 @@
 """What a request asks: the sha256 of method, absolute URL and canonical body.
 
-Two JSON bodies that differ only in the order of keys or in white space ask the same; 1 and 1.0 do not.
+Two JSON bodies that differ only in the order of keys or in white space ask the same; 1 and 1.0 do not. Two multipart
+bodies ask the same if their parts do, whatever their boundary; two forms if they hold the same fields.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 
@@ -36,14 +39,28 @@ def parse_ignore(paths: Sequence[str]) -> Ignore:
     return tuple(tuple(path.split(".")) for path in paths)
 
 
-def canonical(body: bytes, ignore: Ignore = ()) -> bytes:
-    """Return the body with JSON keys in order and no white space; a body that is not JSON as it is.
+_BOUNDARY = re.compile(rb"--([^\r\n]{1,200}?)(--)?[ \t]*(?:\r\n|\Z)")
+_DISPOSITION = re.compile(r"""\b(name|filename\*?)=(?:"((?:[^"\\]|\\.)*)"|([^;\s]+))""", re.IGNORECASE)
+_FORM = "application/x-www-form-urlencoded"
+
+
+def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes:
+    """Return the body in a form that is the same for every body that asks the same.
+
+    JSON has its keys in order and no white space. A multipart body is a JSON list of its parts: name, filename, content
+    type and digest of the content, in the order in which they stand. A form, which only its `content_type` tells from
+    text, has its fields in order of their names. Any other body stays as it is.
 
     >>> canonical(b'{"b": 1, "a": [1.0]}')
     b'{"a":[1.0],"b":1}'
-    >>> canonical(b"q=1&p=2")
-    b'q=1&p=2'
+    >>> canonical(b"q=1+1&p=2"), canonical(b"q=1%201&p=2", (), "application/x-www-form-urlencoded")
+    (b'q=1+1&p=2', b'p=2&q=1+1')
     """
+    if body.startswith(b"--") and (parts := _parts(body)) is not None:
+        return canonical_json([_part(part, ignore) for part in parts])
+    if content_type.lower().startswith(_FORM):
+        fields = parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="latin-1")  # which loses no byte
+        return urlencode(sorted(fields, key=lambda field: field[0]), encoding="latin-1").encode()
     try:
         value = decode_json(body)
         for path in ignore:
@@ -67,6 +84,44 @@ def _remove(value: Any, path: tuple[str, ...]) -> None:
             del value[head]
 
 
+def _parts(body: bytes) -> list[bytes] | None:
+    """Return the parts of a multipart body, headers included; None for a body that is none."""
+    first = _BOUNDARY.match(body)
+    if first is None:
+        return None
+    if first[2] and not body[first.end() :].strip():  # closed at once
+        return []
+    mark = b"\r\n--" + first[1] + (first[2] or b"")
+    parts = (b"\r\n" + body[first.end() :]).split(mark)
+    if not parts[-1].startswith(b"--"):
+        return None
+    return [part[2:] for part in parts[:-1]]
+
+
+def _part(part: bytes, ignore: Ignore) -> list[str]:
+    """Return what a part of a multipart body asks: name, filename, content type and the digest of its content."""
+    if part.startswith(b"\r\n"):  # no headers
+        head, content = "", part[2:]
+    else:
+        given, _, content = part.partition(b"\r\n\r\n")
+        head = given.decode("utf-8", "replace")
+    headers = {
+        name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in head.split("\r\n"))
+    }
+    named = {
+        name.lower(): quoted or plain
+        for name, quoted, plain in _DISPOSITION.findall(headers.get("content-disposition", ""))
+    }
+    kind = headers.get("content-type", "")
+    digest = sha256(canonical(content, ignore, kind)).hexdigest()
+    return [
+        named.get("name", ""),
+        named.get("filename", named.get("filename*", "")),
+        kind.lower().partition(";")[0],
+        digest,
+    ]
+
+
 def raw_key(method: str, url: str, body: bytes) -> bytes:
     """Return the digest of exactly these bytes: a shortcut to the canonical key of a body seen before."""
     digest = _begun(method, url).copy()
@@ -80,13 +135,13 @@ def _begun(method: str, url: str) -> _Hash:
     return sha256(f"{method} {url}\n".encode())
 
 
-def request_key(method: str, url: str, body: bytes, ignore: Ignore = ()) -> bytes:
+def request_key(method: str, url: str, body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes:
     """Return the digest by which a recorded request is found again.
 
     >>> request_key("POST", "https://x/", b'{"a":1,"b":2}') == request_key("POST", "https://x/", b'{"b":2, "a":1}')
     True
     """
-    return raw_key(method, url, canonical(body, ignore))
+    return raw_key(method, url, canonical(body, ignore, content_type))
 
 
 KeyOf = Callable[[HTTPRequest], bytes]
@@ -95,9 +150,14 @@ KeyOf = Callable[[HTTPRequest], bytes]
 
 def key_of_request(request: HTTPRequest) -> bytes:
     """Return the key of a request by its method, URL and canonical body."""
-    return request_key(request.method, request.url, request.body)
+    return _key(request, ())
+
+
+def _key(request: HTTPRequest, ignore: Ignore) -> bytes:
+    kind = next((value for name, value in request.headers.items() if name.lower() == "content-type"), "")
+    return request_key(request.method, request.url, request.body, ignore, kind)
 
 
 def ignoring(paths: Ignore) -> KeyOf | None:
     """Return the key function that leaves JSON paths of the body out; None for no paths, which is `key_of_request`."""
-    return (lambda request: request_key(request.method, request.url, request.body, paths)) if paths else None
+    return (lambda request: _key(request, paths)) if paths else None

@@ -211,14 +211,17 @@ class Pools:
         whole.rows = dict(sorted(tickets))
         return whole
 
-    def claim(self, slot: Slot, pool: Pool | None = None) -> None:
-        """Count a call and give it the recorded answers of its ticket; `pool` is that of its exact bytes, if known."""
+    def claim(self, slot: Slot, pool: Pool | None = None, *, labels: bool = False) -> None:
+        """Count a call and give it the recorded answers of its ticket; `pool` is that of its exact bytes, if known.
+
+        With `labels`, as while recording, a call without answers is told from those that it overlaps with.
+        """
         if pool is None:
             pool = self._pool(slot)
         slot.pool, slot.ticket = pool, pool.take(slot.branch)
         slot.rows = pool.rows.pop(slot.ticket, ())
         pool.issued += 1
-        if not slot.rows:
+        if labels and not slot.rows:
             pool.label(slot)
         if self._prefer and not slot.rows:
             slot.rows = self._take_from_another_lineage(slot)

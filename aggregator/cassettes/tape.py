@@ -103,7 +103,7 @@ class Tape:
         if pool is None:
             self._pools.key_of_slot(slot)  # outside of the lock
         with self._lock:
-            self._pools.claim(slot, pool)
+            self._pools.claim(slot, pool, labels=self._writer is not None)
             if self._left or not self.rules.plays_failures:
                 slot.attempt = len(slot.rows)
                 slot.rows = self._playable(slot.rows)
@@ -131,7 +131,7 @@ class Tape:
                 slot.redacted = request
         for slot in slots:
             with suppress(Exception):  # and again when its answer is written: that call is told
-                self._pools.claim(slot)
+                self._pools.claim(slot, labels=True)
         writer.flush()
         answered, self._answered = self._answered, []
         for slot in answered:

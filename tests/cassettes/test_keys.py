@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import aggregator.cassettes.blocks
@@ -73,6 +73,61 @@ def test_method_and_url_count() -> None:
 def test_other_bodies_are_taken_as_they_are(body: bytes) -> None:
     """What is no JSON is its own canonical form."""
     assert canonical(body) == body
+
+
+PARTS = [(b'form-data; name="file"; filename="a.mp3"', b"\x00\xff--" * 9), (b'form-data; name="model"', b"w")]
+
+
+def multipart(boundary: bytes, parts: list[tuple[bytes, bytes]] = PARTS, extra: bytes = b"") -> bytes:
+    written = [
+        b"--%b\r\nContent-Disposition: %b\r\n%b\r\n%b\r\n" % (boundary, head, extra, body) for head, body in parts
+    ]
+    return b"".join(written) + b"--%b--\r\n" % boundary
+
+
+@example(b"x--")
+@given(st.from_regex(rb"[0-9A-Za-z'()+_,./:=?-]{1,60}", fullmatch=True))
+def test_a_random_boundary_made_every_upload_a_miss(boundary: bytes) -> None:
+    """What separates the parts does not count, nor does a part's length beside it."""
+    assert canonical(multipart(boundary)) == canonical(multipart(b"another"))
+    assert canonical(multipart(boundary, extra=b"Content-Length: 36\r\n")) == canonical(multipart(b"another"))
+    assert canonical(multipart(boundary, [])) == canonical(multipart(b"another", []))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [PARTS[0]],
+        PARTS[::-1],
+        [(PARTS[0][0], PARTS[0][1] + b"x"), PARTS[1]],
+        [(PARTS[0][0].replace(b"a.mp3", b"b.mp3"), PARTS[0][1]), PARTS[1]],
+        [(PARTS[0][0].replace(b"file", b"image"), PARTS[0][1]), PARTS[1]],
+        [PARTS[0], (PARTS[1][0], b"v")],
+    ],
+)
+def test_other_parts_are_another_upload(parts: list[tuple[bytes, bytes]]) -> None:
+    """Content, name, filename and number of the parts count."""
+    assert canonical(multipart(b"b", parts)) != canonical(multipart(b"b"))
+
+
+def test_json_within_a_part_is_canonical_too() -> None:
+    """As uploads of Google and OpenAI hold their metadata."""
+    one, two = ([(b'form-data; name="m"', body)] for body in (b'{"a": 1, "b": 2}', b'{"b":2,"a":1}'))
+    assert canonical(multipart(b"x", one)) == canonical(multipart(b"y", two))
+
+
+@pytest.mark.parametrize("body", [b"--", b"--x", b"--x\r\nno end", b"--x--\r\nmore", b"-- a signature\r\n\r\nmore"])
+def test_text_that_begins_like_an_upload_is_text(body: bytes) -> None:
+    """Without its end it is no multipart body."""
+    assert canonical(body) == body
+
+
+def test_fields_of_a_form_in_another_order_are_the_same_form() -> None:
+    """Repeated fields keep their order, and white space may be written in two ways."""
+    kind = "application/x-www-form-urlencoded; charset=utf-8"
+    assert canonical(b"b=2&a=1+1", (), kind) == canonical(b"a=1%201&b=2", (), kind)
+    assert canonical(b"a=1&a=2", (), kind) != canonical(b"a=2&a=1", (), kind)
+    assert canonical(b"a=&b=1", (), kind) != canonical(b"b=1", (), kind)
 
 
 def test_ignored_paths() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from email.message import Message
 from functools import wraps
 from http.client import HTTPException
 from io import BytesIO
+from socket import gaierror
 from typing import Any
 
 from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_bytes, to_reply, to_request
@@ -82,6 +84,10 @@ def _raised(pool: Any, conn: Any, url: str, failure: RecordedError) -> Exception
     kind = getattr(exceptions, name, None) if home == "urllib3" else None
     message = failure.message
     if isinstance(kind, type) and issubclass(kind, exceptions.HTTPError):
+        if kind.__name__ == "NameResolutionError":  # of version 2
+            reason = re.search(r"\[Errno (-?\d+)\] ([^)]*)", message)
+            known = (int(reason[1]), reason[2]) if reason else (message,)
+            return kind(conn.host, conn, gaierror(*known))
         if issubclass(kind, exceptions.NewConnectionError):
             return exceptions.NewConnectionError(conn, message)
         if issubclass(kind, exceptions.ConnectTimeoutError):
