@@ -58,16 +58,16 @@ def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes
     """
     if body.startswith(b"--") and (parts := _parts(body)) is not None:
         return canonical_json([_part(part, ignore) for part in parts])
-    if content_type.lower().startswith(_FORM):
-        fields = parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="latin-1")  # which loses no byte
-        return urlencode(sorted(fields, key=lambda field: field[0]), encoding="latin-1").encode()
     try:
         value = decode_json(body)
         for path in ignore:
             _remove(value, path)
         return canonical_json(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return body
+        if not content_type.lower().startswith(_FORM):  # which urllib says of any body
+            return body
+        fields = parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="latin-1")  # which loses no byte
+        return urlencode(sorted(fields, key=lambda field: field[0]), encoding="latin-1").encode()
 
 
 def _remove(value: Any, path: tuple[str, ...]) -> None:
