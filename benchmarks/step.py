@@ -9,6 +9,8 @@ import asyncio
 import resource
 import time
 from functools import partial
+from math import log
+from random import Random
 from typing import Any
 
 from benchmarks.harness import Case, Options, call, measure
@@ -18,15 +20,32 @@ LATENCY = 0.2
 BATCHES = (8, 64, 512)
 LIMITS = {8: 1.05, 64: 1.05, 512: 1.25}
 INSTANCES = 10_000
+TAIL_BATCH = 64
+TAILS = ("lognormal", "pareto")
+TASKS = 400
 
 
-def make_trainer(latency: float, batch_size: int) -> tuple[Any, Any, list[tuple[int, int]]]:
+def draw(distribution: str, role: str, sample: int) -> float:
+    """Seconds that one call of one instance takes: medians near 0.1 s, a heavy tail, the same in every run."""
+    random = Random(f"{distribution}/{role}/{sample}")
+    return random.lognormvariate(log(0.1), 1.0) if distribution == "lognormal" else 0.06 * random.paretovariate(1.5)
+
+
+def make_trainer(
+    latency: float, batch_size: int, distribution: str | None = None
+) -> tuple[Any, Any, list[tuple[int, int]]]:
     """A trainer of an agent with one model call, its guide, and its data."""
     from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode, exact_match
+    from aggregator.cassettes.lineage import current_lineage
     from aggregator.records import Choice, Completion, Message, Usage
 
+    async def wait(role: str) -> None:
+        """Take as long as a call of this role for the instance in whose lineage it is made."""
+        place = current_lineage().partition("sample=")[2].partition("/")[0]
+        await asyncio.sleep(draw(distribution, role, int(place)) if distribution and place else latency)
+
     class Model:
-        """Answers with the same text after a fixed latency."""
+        """Answers with the same text after a latency."""
 
         def __init__(self, text: str) -> None:
             self.answer = Completion(
@@ -34,7 +53,7 @@ def make_trainer(latency: float, batch_size: int) -> tuple[Any, Any, list[tuple[
             )
 
         async def complete(self, messages: Any, **options: Any) -> Completion:
-            await asyncio.sleep(latency)
+            await wait("agent")
             return self.answer
 
     student = Model("billing")
@@ -57,7 +76,7 @@ def make_trainer(latency: float, batch_size: int) -> tuple[Any, Any, list[tuple[
         async def complete(self, messages: Any, **options: Any) -> Completion:
             self.calls += 1
             content = suggestion.format(4 + self.calls % 2)
-            await asyncio.sleep(latency)
+            await wait("proposal")
             return Completion(choices=(Choice(message=Message(content=content)),), usage=self.answer.usage)
 
     trainer = AggregatedUpdate(Router(), LLMOptimizer(llm=Optimizer("")), llm=Model(suggestion.format(4)))
@@ -72,6 +91,56 @@ def wall(batch_size: int) -> dict[str, float]:
     trainer.train(guide, data, batch_size=batch_size, max_concurrency=batch_size)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "critical path": 3 * LATENCY, "ratio": seconds / (3 * LATENCY)}
+
+
+def tail(distribution: str, batch_size: int) -> dict[str, float]:
+    """One step whose calls take very different times, against the slowest instance's two calls and the merge."""
+    trainer, guide, data = make_trainer(LATENCY, batch_size, distribution)
+    trainer.train(guide, data[:2], batch_size=2, max_concurrency=2)  # imports and the loop's thread
+    start = time.perf_counter()
+    trainer.train(guide, data, batch_size=batch_size, max_concurrency=batch_size)
+    seconds = time.perf_counter() - start
+    agents, proposals = ([draw(distribution, role, i) for i in range(batch_size)] for role in ("agent", "proposal"))
+    slowest = max(map(sum, zip(agents, proposals, strict=True))) + LATENCY
+    barrier = max(agents) + max(proposals) + LATENCY
+    return {"seconds": seconds, "critical path": slowest, "ratio": seconds / slowest, "barrier": barrier / slowest}
+
+
+async def processes(tasks: int) -> dict[str, float]:
+    """What a worker process costs beside the agent: its start, and each rollout, without and with a model's call."""
+    from aggregator import LLM, ProcessExecutor, as_agent
+    from aggregator.executors.work import AgentWork
+    from aggregator.records import RolloutTask, Sample
+    from aggregator.testing import FakeTransport
+
+    llm = LLM("openai-compatible/tiny", base_url="http://127.0.0.1:9/v1", transport=FakeTransport("billing"))
+    jobs = [RolloutTask(sample=Sample(i, i), lineage=(f"sample={i}",)) for i in range(tasks)]
+    found: dict[str, float] = {}
+    with ProcessExecutor(2) as executor:
+        for name, agent in (("us", Counter(None)), ("us with a call", Counter(llm))):
+            work = AgentWork(as_agent(agent), None)
+            start = time.perf_counter()
+            await executor.map(work, jobs[:2])
+            found.setdefault("start ms", (time.perf_counter() - start) * 1e3)
+            start = time.perf_counter()
+            await executor.map(work, jobs)
+            found[name] = (time.perf_counter() - start) / tasks * 1e6
+    return found
+
+
+class Counter:
+    """An agent that does next to nothing; a worker process imports it."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def parameters(self) -> list[Any]:
+        from aggregator import ParameterNode
+
+        return vars(self).setdefault("own", [ParameterNode(1, name="amount")])
+
+    async def __call__(self, x: int) -> Any:
+        return x if self.llm is None else (await self.llm.complete(f"ticket {x}")).text
 
 
 def cpu(instances: int, in_thread: bool = False) -> dict[str, float]:
@@ -121,7 +190,9 @@ def run(options: Options) -> Report:
         Case("cpu", call("step", "cpu", instances=min(instances, 2_000))),
         Case("cpu, guide in a thread", call("step", "cpu", instances=min(instances, 2_000), in_thread=True)),
         Case("memory", call("step", "memory", instances=instances)),
+        Case("processes", call("step", "processes", tasks=TASKS // (4 if options.quick else 1))),
     ]
+    cases += [Case(name, call("step", "tail", distribution=name, batch_size=TAIL_BATCH)) for name in TAILS]
     measured = measure(cases, options, repetitions=3)
     ratios = {size: measured.median(f"batch {size}", "ratio") for size in batches}
     rows = [
@@ -131,16 +202,30 @@ def run(options: Options) -> Report:
     rows += [
         Row(f"{name}, an instance", {"us": measured.median(name, "us")}) for name in ("cpu", "cpu, guide in a thread")
     ]
+    rows += [
+        Row(
+            f"step of {TAIL_BATCH} instances, {name} latencies",
+            {key: measured.median(name, key) for key in ("seconds", "ratio", "barrier")},
+        )
+        for name in TAILS
+    ]
+    rows.append(Row("rollout in a worker process", measured.figures["processes"][0]))
     rows.append(Row(f"memory, {instances} instances in batches of 64", measured.figures["memory"][0]))
     targets = [
         Target(f"step of {size} against the critical path of {3 * LATENCY:g} s", ratio, LIMITS[size], "x")
         for size, ratio in ratios.items()
+    ]
+    targets += [
+        Target(f"step with {name} latencies against its slowest instance", measured.median(name, "ratio"), 1.05, "x")
+        for name in TAILS
     ]
     targets.append(Target("CPU of trainer, prompts and parsing an instance", measured.median("cpu", "us"), 150, "us"))
     growth = measured.median("memory", "growth MB")
     targets.append(Target("memory growth after the first 1,000 instances", growth, 5.0, "MB"))
     notes = [
         "The models are in this process and answer after asyncio.sleep; no HTTP is part of these figures.",
+        "Heavy-tailed latencies: the path is the slowest instance's agent and proposal, and the merge.",
+        "`barrier` is what the same step would take if proposals began only after the last rollout, on the same path.",
         "Memory grows by the result's own history: one score per instance and one report per step.",
     ]
     return Report(rows=rows, targets=targets, notes=notes)

@@ -33,7 +33,14 @@ LAYERS = [  # from the top; a room may import the rows below its own, and its ow
     {"errors", "text", "files", "checks", "patching"},
 ]
 ROOMS = {name for names in LAYERS for name in names}
-FACES = {"providers"}  # root files that only re-export, each name on its first use
+FACES = {
+    "gates",
+    "optimizers",
+    "providers",
+    "rules",
+    "schedules",
+    "searches",
+}  # root files that only re-export, each name on its first use
 ANYWHERE = {"portal", "errors", "text", "files", "checks", "patching"}
 BY_TEXT = {"import_module", "__import__", "find_spec", "resolve_name", "spec_from_file_location", "run_module"}
 COMPUTED = {"sandbox/worker.py": "the modules that an operation's author imported, in another process"}

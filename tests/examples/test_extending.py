@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.util
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from types import ModuleType
 import pytest
 
 import aggregator
-from aggregator.errors import RateLimitError
+from aggregator import Candidate, ParameterNode, Proposal, Rollout, Sample, Step, portal
+from aggregator.errors import ConfigError, RateLimitError
 from aggregator.providers import ChatCall, Target
-from aggregator.records import HTTPReply
+from aggregator.records import HTTPReply, RolloutTask
+from aggregator.testing import ScriptedModel, suggestion
 
 FOLDER = Path(__file__).parents[2] / "examples" / "extending"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -55,6 +58,86 @@ def test_an_example_is_short_and_uses_public_names_only(path: Path) -> None:
     """Fewer than 80 lines; nothing below the root files of the package, nothing with an underscore."""
     assert path.read_text(encoding="utf-8").count("\n") <= MAX_LINES
     assert private_names(path) == []
+
+
+KINDS = ["executor", "function_agent", "optimizer", "provider", "rule", "search", "tracker"]
+
+SHOWN = {
+    "executor": "amount = 3",
+    "function_agent": "score 0.00 -> 1.00 with {'words': 3, 'ending': ' …'}",
+    "optimizer": "scores [0.0, 1.0] for 3 calls: HEY!!!",
+    "rule": "{'instruction': 'Answer briefly and politely.'} in 1 call of the rule",
+    "search": "step 1: took, 0.333333 -> 0.25 at temperature 0.40",
+    "tracker": "0,0.0,1.0,True,always,0,2,0.2",
+}
+
+
+def test_there_is_an_example_of_each_kind() -> None:
+    """Seven files, each of them in the table of docs/extending.md."""
+    assert [path.stem for path in FILES] == KINDS
+    page = (FOLDER.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    assert [name for name in KINDS if f"| `{name}.py`" not in page] == []
+
+
+@pytest.mark.parametrize("name", sorted(SHOWN))
+def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    """Offline, in a process of its own, as a user would start it; what it shows is what its part did."""
+    command = [sys.executable, "-W", "error", str(FOLDER / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == ""
+    assert SHOWN[name] in done.stdout.splitlines()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rule_pays_for_no_call_that_is_not_needed() -> None:
+    """One proposal, or a stepsize of 0, is no reason to ask a model."""
+    model = ScriptedModel(suggestion(instruction="merged"))
+    rule, agent = loaded("rule"), ParameterNode("now", name="instruction")
+    editor, (one, other) = rule.Editor(model), [Proposal(values={"instruction": text}) for text in ("a", "b")]
+    step = Step(values={"instruction": "now"}, parameters=[agent])
+    assert portal.call(editor, [one], step) == [one]
+    assert portal.call(editor, [one, other], Step(stepsize=0)) == []
+    assert model.asked == []
+    (merged,) = portal.call(editor, [one, other], step)
+    assert (merged.values, merged.support, len(model.asked)) == ({"instruction": "merged"}, 2, 1)
+
+
+def test_the_search_is_the_same_in_every_run() -> None:
+    """Its randomness comes from the seed of the run and the number of the step."""
+    annealing = loaded("search").Annealing(temperature=1.0)
+    current, worse = (
+        Candidate(id=name, values={}, scores={"0": (score, 1)}) for name, score in [("a", 1.0), ("b", 0.5)]
+    )
+    steps = [Step(number=number, seed=7, samples=[Sample(0, None)]) for number in range(30)]
+    found = [annealing.choose([current], [worse], step)[1].accepted for step in steps]
+    assert found == [annealing.choose([current], [worse], step)[1].accepted for step in steps]
+    assert 0 < sum(found[:10]) < 10
+    assert sum(found[20:]) == 0
+
+
+def test_the_executor_raises_the_earliest_error_after_work_in_flight() -> None:
+    """As the Protocol asks: results in order, and what ends a run only once the others have ended."""
+    ended: list[int] = []
+
+    class Work:
+        agent = guide = None
+
+        async def __call__(self, task: RolloutTask) -> Rollout:
+            await asyncio.sleep(0.01 * (3 - task.sample.id))
+            ended.append(task.sample.id)
+            if task.sample.x:
+                raise ConfigError(f"number {task.sample.id}")
+            return Rollout(sample_id=task.sample.id)
+
+    executor = loaded("executor").Threads(4)
+    tasks = [RolloutTask(sample=Sample(i, None)) for i in range(4)]
+    assert [one.sample_id for one in portal.call(executor.map, Work(), tasks)] == [0, 1, 2, 3]
+    ended.clear()
+    failing = [RolloutTask(sample=Sample(i, i in (1, 2))) for i in range(4)]
+    with pytest.raises(ConfigError, match="number 1"):
+        portal.call(executor.map, Work(), failing)
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert portal.call(executor.map, Work(), []) == []
 
 
 def test_a_private_name_is_found(tmp_path: Path) -> None:

@@ -1,0 +1,19 @@
+"""Optimizers, which propose new values, and what varies their candidates.
+
+`examples/extending/optimizer.py` is one of your own.
+"""
+
+from __future__ import annotations
+
+from aggregator import _face
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.training.asking": ("Answer", "ask"),
+    "aggregator.training.decisions": ("Optimizer",),
+    "aggregator.training.prompts": ("Layout",),
+    "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer", "TextGradOptimizer"),
+    "aggregator.training.variations": ("Variation", "alternatives", "experts", "refine", "seeds", "temperatures"),
+}
+
+__getattr__, __dir__ = _face(__name__, _HOMES)
+__all__ = sorted(name for names in _HOMES.values() for name in names)  # noqa: PLE0605 - the table's

@@ -1,0 +1,24 @@
+"""Rules: how the proposals of a minibatch become one. `examples/extending/rule.py` is one of your own."""
+
+from __future__ import annotations
+
+from aggregator import _face
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.training.asking": ("Answer", "ask"),
+    "aggregator.training.decisions": ("UpdateRule",),
+    "aggregator.training.merge": ("LLMChoice", "LLMMerge", "best_tried", "last_of", "tree_merge"),
+    "aggregator.training.rules": (
+        "best_of",
+        "chain",
+        "dedupe",
+        "identity",
+        "majority",
+        "mean",
+        "top_k",
+        "without_failed",
+    ),
+}
+
+__getattr__, __dir__ = _face(__name__, _HOMES)
+__all__ = sorted(name for names in _HOMES.values() for name in names)  # noqa: PLE0605 - the table's

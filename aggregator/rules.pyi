@@ -1,0 +1,18 @@
+# What editors and type checkers see: the table of rules.py as imports. A test compares the two.
+
+from aggregator.training.asking import Answer as Answer
+from aggregator.training.asking import ask as ask
+from aggregator.training.decisions import UpdateRule as UpdateRule
+from aggregator.training.merge import LLMChoice as LLMChoice
+from aggregator.training.merge import LLMMerge as LLMMerge
+from aggregator.training.merge import best_tried as best_tried
+from aggregator.training.merge import last_of as last_of
+from aggregator.training.merge import tree_merge as tree_merge
+from aggregator.training.rules import best_of as best_of
+from aggregator.training.rules import chain as chain
+from aggregator.training.rules import dedupe as dedupe
+from aggregator.training.rules import identity as identity
+from aggregator.training.rules import majority as majority
+from aggregator.training.rules import mean as mean
+from aggregator.training.rules import top_k as top_k
+from aggregator.training.rules import without_failed as without_failed

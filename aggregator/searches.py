@@ -1,0 +1,16 @@
+"""Searches: which candidates are explored, tried, made current and remembered.
+
+`examples/extending/search.py` is one of your own.
+"""
+
+from __future__ import annotations
+
+from aggregator import _face
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.training.decisions": ("Search",),
+    "aggregator.training.searches": ("beam", "greedy", "pareto", "priority", "sequential"),
+}
+
+__getattr__, __dir__ = _face(__name__, _HOMES)
+__all__ = sorted(name for names in _HOMES.values() for name in names)  # noqa: PLE0605 - the table's
