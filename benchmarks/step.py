@@ -39,10 +39,15 @@ def make_trainer(
     from aggregator.cassettes.lineage import current_lineage
     from aggregator.records import Choice, Completion, Message, Usage
 
-    async def wait(role: str) -> None:
+    async def drawn(role: str) -> None:
         """Take as long as a call of this role for the instance in whose lineage it is made."""
         place = current_lineage().partition("sample=")[2].partition("/")[0]
-        await asyncio.sleep(draw(distribution, role, int(place)) if distribution and place else latency)
+        await asyncio.sleep(draw(distribution or "", role, int(place)) if place else latency)
+
+    async def fixed(role: str) -> None:
+        await asyncio.sleep(latency)
+
+    wait = fixed if distribution is None else drawn
 
     class Model:
         """Answers with the same text after a latency."""
