@@ -61,7 +61,10 @@ def as_agent(thing: Any) -> Agent:
 
 
 class CalledAgent(InstanceAgent):
-    """An object that is called with each input and offers `parameters()`: a Module, or of a class of the user's own."""
+    """An object that is called with each input: a Module, or of a class of the user's own.
+
+    It may offer `parameters()`; without them it can be evaluated, and has nothing to train.
+    """
 
     def __init__(self, program: Callable[..., Any]) -> None:
         self.program = program
@@ -72,7 +75,7 @@ class CalledAgent(InstanceAgent):
 
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters that the program offers."""
-        return as_parameters(self.program, self._adapted)
+        return as_parameters(self.program, self._adapted) if hasattr(self.program, "parameters") else []
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
         """Return `program(x)`: awaited if the program is async, in a thread if it is not."""

@@ -23,7 +23,7 @@ from aggregator.training.suggestions import typed
 
 _METHODS_OF_SEARCH = ("explore", "trials", "choose", "keep")
 _OF_OLD = ("batch", "samples", "minibatch")
-"""How the third argument of a gate was named when it was the minibatch; it is the step now."""
+"""Names of the third argument of a gate that expects the minibatch there, as before the step was an argument."""
 
 
 def check_rule(rule: Any) -> None:
@@ -37,7 +37,7 @@ def check_rule(rule: Any) -> None:
 
 def check_gate(gate: Any) -> None:
     """Raise ConfigError for what cannot be called as a gate is, as `improves_on_batch` without its brackets."""
-    if not accepts(gate, {}, {}, None) or _third_argument(gate) in _OF_OLD:
+    if not accepts(gate, {}, {}, None) or _argument(gate, 2) in _OF_OLD:
         raise ConfigError(
             f"Expected a gate, async (before, after, step) -> Decision, such as improves_on_batch(), got "
             f"{shorten(gate)}; step.samples is the minibatch"
@@ -49,16 +49,18 @@ def _takes_any_number(function: Any) -> bool:
     return any(one.kind is Parameter.VAR_POSITIONAL for one in signature(function).parameters.values())
 
 
-def _third_argument(gate: Any) -> str:
+def _argument(function: Any, position: int) -> str:
+    """Return the name of an argument, "" if there is none."""
     try:
-        return (list(signature(gate).parameters) + [""] * 3)[2]
+        return [*signature(function).parameters, "", "", ""][position]
     except (TypeError, ValueError):  # written in C without a signature
         return ""
 
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise ConfigError for what cannot propose: the agent would run on every instance for nothing."""
-    if isinstance(optimizer, type) or not accepts(getattr(optimizer, "propose", None), (), None):
+    propose = getattr(optimizer, "propose", None)
+    if isinstance(optimizer, type) or not accepts(propose, (), None) or _argument(propose, 1) == "parameters":
         raise ConfigError(
             "Expected an optimizer such as LLMOptimizer(llm=llm), or one with async propose(rollouts, step), "
             f"got {shorten(optimizer)}"

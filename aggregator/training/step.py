@@ -76,7 +76,7 @@ class Step(Struct, frozen=True, kw_only=True):
         known = as_agent(agent)
         parameters = [parameter for parameter in known.parameters() if getattr(parameter, "trainable", True)]
         given: Any = samples
-        if not all(isinstance(sample, Sample) for sample in given):
+        if not isinstance(given, Sequence) or not all(isinstance(sample, Sample) for sample in given):
             given = read_samples(given, name="samples")
         return cls(
             stepsize=check_stepsize(stepsize),

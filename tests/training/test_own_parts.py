@@ -390,3 +390,29 @@ async def texts(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]
 def test_what_is_put_in_the_place_of_a_native_proposal_is_typed_too(optimizer: Any) -> None:
     """Native proposals come typed and are not converted again; what stands in for them is."""
     assert trained(optimizer).parameters["amount"] == 3
+
+
+def small(before: Any, after: Any, parameter: Any, step: Step) -> str | None:
+    """A check: no more than 4."""
+    if parameter.name == "amount" and after > 4:
+        return f"Expected at most 4, got {after} in place of {before}"
+    return None
+
+
+@pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, PrioritySearch])
+def test_a_value_that_a_check_refuses_is_not_applied(trainer: Any) -> None:
+    """Its reason stands in the failures; the other values of the proposal are taken."""
+    options = {"rule": majority} if trainer is AggregatedUpdate else {}
+    proposes = Proposes(lambda: Proposal(values={"amount": 5, "label": "x"}))
+    agent = Adder()
+    run = trainer(agent, proposes, checks=[small], **options)
+    result = run.train(lambda x, output, info: (float(agent.label.data == "x"), "no"), DATA, batch_size=4)
+    assert result.parameters == {"amount": 1, "label": "x"}
+    messages = {failure.message for failure in result.failures}
+    assert messages == {"Expected at most 4, got 5 in place of 1 - at $.suggestion.amount"}
+
+
+def test_a_check_that_returns_something_else() -> None:
+    """True is no reason."""
+    with pytest.raises(ConfigError, match="Expected a reason or None from the check .*<lambda>, got True"):
+        trained(checks=[lambda before, after, parameter, step: True])

@@ -13,6 +13,7 @@ from aggregator import (
     ConfigError,
     LLMMerge,
     LLMOptimizer,
+    Trainer,
     chain,
     improves_on_batch,
     improves_on_validation,
@@ -142,3 +143,29 @@ def test_a_budget_that_counts_nothing(budget: Any) -> None:
     """It lost every call, with an AttributeError from inside."""
     with pytest.raises(ConfigError, match=r"Expected budget=Budget\(usd=\.\.\., tokens="):
         trainer(budget=budget)
+
+
+class OfOld:
+    """An optimizer as it was before the step was an argument."""
+
+    async def propose(self, rollout: Any, parameters: Any, *, history: Any = ()) -> Any: ...
+
+
+def test_an_optimizer_of_the_old_form_says_what_the_new_one_is() -> None:
+    """`(rollout, parameters, *, history)` takes two arguments too, and would have failed on every instance."""
+    with pytest.raises(ConfigError, match=r"one with async propose\(rollouts, step\), got"):
+        trainer(optimizer=OfOld())
+
+
+@pytest.mark.parametrize("checks", [5, "short", [5], [lambda before, after: None], [ConfigError]])
+def test_checks_that_are_none(checks: Any) -> None:
+    """They are refused at construction."""
+    with pytest.raises(ConfigError, match="Expected (checks=|a check, )"):
+        trainer(checks=checks)
+
+
+@pytest.mark.parametrize("propose_per", ["minibatch", None, 1])
+def test_propose_per_is_one_of_two(propose_per: Any) -> None:
+    """A typo is refused with what there is."""
+    with pytest.raises(ConfigError, match="Expected propose_per 'instance' or 'batch'"):
+        Trainer(Adder(), LLMOptimizer(llm=SILENT), propose_per=propose_per)

@@ -6,7 +6,8 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from aggregator.training.algorithms import (
     BasicSearchAlgorithm,
     BeamSearch,
     Minibatch,
+    MinibatchAlgorithm,
     ParetoSearch,
     PrioritySearch,
     SequentialSearch,
@@ -39,7 +41,8 @@ from aggregator.training.gates import improves_on_validation
 from aggregator.training.merge import LLMMerge
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.rules import majority
-from aggregator.training.searches import Priority, priority
+from aggregator.training.searches import Priority, beam, greedy, pareto, priority, sequential
+from aggregator.training.step import Step
 from aggregator.training.trainer import Trainer
 
 FOUR = [(i, None) for i in range(4)]
@@ -627,3 +630,71 @@ def test_new_candidates_may_be_tried_on_the_next_minibatch() -> None:
     result = search.train(Height(TRAP), FOUR, batch_size=4, num_epochs=12)
     assert agent.at.data == 4
     assert {candidate.trials % 4 for candidate in result.candidates} == {0}
+
+
+class Crossing:
+    """A search of one's own that is no priority search: it crosses the halves of the two best candidates."""
+
+    proposals = 1
+    guide = None
+
+    def explore(self, pool: Sequence[Candidate], step: Step) -> list[Candidate]:
+        if len(pool) < 2:
+            return list(pool)
+        values = {"amount": pool[0].values["amount"], "label": pool[1].values["label"]}
+        return [pool[0], Candidate(id=f"{step.number}.x", values=values, step=step.number)]
+
+    def trials(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> list[Any]:
+        return [(candidate, step.samples) for candidate in (*explored, *made)]
+
+    def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> tuple[Any, Decision]:
+        best = max((*explored, *made), key=lambda candidate: candidate.score or 0.0)
+        return best, Decision(accepted=best is not explored[0], reason="the best of all")
+
+    def keep(self, pool: Sequence[Candidate], step: Step) -> list[Candidate]:
+        return sorted(pool, key=lambda candidate: -(candidate.score or 0.0))[:4]
+
+
+def test_a_search_of_ones_own_may_make_candidates_by_itself() -> None:
+    """Whatever has the methods is a search; what it explores need not come from the pool."""
+    replies = iter([suggest(amount=5), suggest(label="total")])
+
+    class Labelled(Adder):
+        async def forward(self, x: int) -> Any:
+            return await super().forward(x), self.label.data
+
+    def guide(x: int, output: tuple[int, str], info: int) -> tuple[float, str]:
+        return 0.6 * (output[0] == info) + 0.4 * (output[1] == "total"), "more"
+
+    agent = Labelled()
+    model = ScriptedModel(lambda _: next(replies, "TERMINATE"))
+    trainer = Trainer(agent, LLMOptimizer(llm=model), propose_per="batch", search=Crossing(), observers=[])
+    result = trainer.train(guide, additions(5), batch_size=4, num_epochs=4)
+    assert (agent.amount.data, agent.label.data) == (5, "total")
+    assert result.candidates[0].score == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("search", [5, "beam", Priority, beam, object(), Crossing])
+def test_a_search_that_is_none(search: Any) -> None:
+    """It is refused at construction: a class in place of its instance, or something without the methods."""
+    with pytest.raises(ConfigError, match=r"Expected a search such as greedy, beam\(4\) or priority\(16\)"):
+        Trainer(Place(), optimizer(neighbours), propose_per="batch", search=search)
+
+
+@pytest.mark.parametrize(
+    ("made", "face"),
+    [
+        (greedy, MinibatchAlgorithm),
+        (sequential(), SequentialSearch),
+        (beam(2), partial(BeamSearch, num_candidates=2)),
+        (priority(8), partial(PrioritySearch, memory_size=8)),
+        (pareto(), ParetoSearch),
+    ],
+)
+def test_a_search_as_a_value_is_its_face(made: Any, face: Any) -> None:
+    """`Trainer(search=...)` reaches the same result as the class of that name."""
+    results = []
+    for make in (face, partial(Trainer, propose_per="batch", search=made)):
+        run = make(Place(), optimizer(leads({0: [2], 2: [3], 3: [4]})), observers=[])
+        results.append(run.train(Height(TRAP), FOUR, batch_size=2, num_epochs=3))
+    assert results[0] == results[1]
