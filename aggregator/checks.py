@@ -32,6 +32,25 @@ def is_finite(value: Any) -> TypeGuard[int | float]:
     return is_number(value) and abs(value) <= sys.float_info.max
 
 
+def looks_secret(name: str, value: str) -> bool:
+    """Return True if a named text may be a key, token or password, by its name or its form.
+
+    >>> looks_secret("API_KEY", "abcdefgh"), looks_secret("X", "sk-proj-1234abcd"), looks_secret("LANG", "C.UTF-8")
+    (True, True, False)
+    """
+    import re  # not needed to load parameters
+
+    if len(value) < 8 or value.isdigit():
+        return False
+    if re.search(
+        r"(?i)key|token|secret|passw|passphrase|credential|auth(?!or)|private|signature|cookie|_pat\b|pwd$", name
+    ):
+        return not value.startswith("/")
+    return bool(
+        re.match(r"(?:[spr]k-|gh[pousr]_|github_pat_|glpat-|A[KS]IA|AIza|xox[abeprs]-|hf_|gsk_|eyJ|Bearer )", value)
+    )
+
+
 def is_async(function: Any) -> bool:
     """Return True if calling gives a coroutine: an `async def`, or an object whose `__call__` is one.
 

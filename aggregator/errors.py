@@ -234,6 +234,10 @@ class AggregatorWarning(UserWarning):
     """The root of the library's warnings."""
 
 
+class SandboxWarning(AggregatorWarning):
+    """The kernel of this system closes less of the sandbox than it could; says what is open."""
+
+
 class CassetteWarning(AggregatorWarning):
     """A repair, a fallback or exchanges left unplayed; also stands in `tape.report`."""
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar, overload
 
 from aggregator.agents.code import CodeParameter
 from aggregator.agents.parameters import CODE, operation_of
-from aggregator.agents.sandboxing import sandboxed_function
+from aggregator.agents.sandboxing import hide_secrets, hide_secrets_in, sandboxed_function
 from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.errors import ConfigError
-from aggregator.sandbox.limits import Limits, Sandbox, current_limits, limits_of
+from aggregator.sandbox.limits import HERE, Place, Sandbox, current_place, place_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,14 +27,14 @@ class Operation:
     """What @bundle knows of a function: its name, its description, and the parameter that holds its source."""
 
     def __init__(
-        self, function: FunctionType, description: str | None, *, trainable: bool, limits: Limits | None = None
+        self, function: FunctionType, description: str | None, *, trainable: bool, place: Place = HERE
     ) -> None:
         doc = (function.__doc__ or "").strip()
         self.function = function
         self.name = function.__name__
         self.title = function.__qualname__.rpartition("<locals>.")[2]
         self.description = " ".join(doc.split("\n\n")[0].split()) if description is None else description
-        self.limits = limits
+        self.place = place
         self.is_async = bool(function.__code__.co_flags & _IS_COROUTINE)
         self.code = CodeParameter(function, name=self.name + CODE, description=self.description) if trainable else None
 
@@ -64,14 +64,18 @@ class Operation:
             return args[0]
         return None
 
-    def current(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """Return the function to call: as written, compiled from the parameter's source, or run in a sandbox."""
+    def current(self, args: tuple[Any, ...]) -> tuple[Callable[..., Any], bool]:
+        """Return the function to call: as written, compiled from the parameter's source, or run in a sandbox.
+
+        The second value says that its source is not the author's own.
+        """
         if self.code is None:
-            return self.function
+            return self.function, False
         owner = self.owner_among(args)
         code = self.code_of(owner) or self.code
-        limits = current_limits(self.limits)
-        return code.function() if limits is None else sandboxed_function(code, owner, limits)
+        changed, place = code.is_changed(), current_place(self.place)
+        function = sandboxed_function(code, owner, place) if place.takes(changed=changed) else code.function()
+        return function, changed
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
         """Return the arguments of a call under their names, without `self`."""
@@ -85,29 +89,31 @@ class Operation:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation, recorded where a transcript is open."""
-        function = self.current(args)
-        if current_transcript() is None:
+        function, changed = self.current(args)
+        if current_transcript() is None and not changed:
             return function(*args, **kwargs)
         with recording(self.title, self.description, self.inputs(args, kwargs)) as span:
             try:
                 output = function(*args, **kwargs)
             except BaseException as error:
-                span.fail(error, self._place(error, function, args))
+                span.fail(hide_secrets_in(error) if changed else error, self._place(error, function, args))
                 raise
+            output = hide_secrets(output) if changed else output
             span.finish(output)
             return output
 
     async def acall(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the asynchronous operation, recorded where a transcript is open."""
-        function = self.current(args)
-        if current_transcript() is None:
+        function, changed = self.current(args)
+        if current_transcript() is None and not changed:
             return await function(*args, **kwargs)
         with recording(self.title, self.description, self.inputs(args, kwargs)) as span:
             try:
                 output = await function(*args, **kwargs)
             except BaseException as error:
-                span.fail(error, self._place(error, function, args))
+                span.fail(hide_secrets_in(error) if changed else error, self._place(error, function, args))
                 raise
+            output = hide_secrets(output) if changed else output
             span.finish(output)
             return output
 
@@ -120,14 +126,16 @@ class Operation:
 @overload
 def bundle(description: F) -> F: ...
 @overload
-def bundle(description: str | None = None, *, trainable: bool = False, sandbox: Sandbox = None) -> Callable[[F], F]: ...
-def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox = None) -> Any:
+def bundle(
+    description: str | None = None, *, trainable: bool = False, sandbox: Sandbox = "changed"
+) -> Callable[[F], F]: ...
+def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox = "changed") -> Any:
     """Trace a function or method, sync or async: transcripts show its name, description, inputs and output.
 
     `description` defaults to the docstring's first paragraph. `trainable=True` makes the source a parameter named
-    `<operation>__code`: of the instance for a method of a Module, else of the operation itself. Its code runs in this
-    process, or with `sandbox="process"` in a worker process with limits (`aggregator.sandbox.limits` says which, and
-    what the code can see there).
+    `<operation>__code`: of the instance for a method of a Module, else of the operation itself. Source that training
+    changed runs in a worker process with limits; `sandbox=` says otherwise (`aggregator.sandbox.limits` lists the
+    words, and what the code can see there), and `sandbox=None` runs it in this process.
 
     >>> @bundle()
     ... def add(a: int, b: int) -> int:
@@ -137,20 +145,20 @@ def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox
     3
     """
     if callable(description):
-        return _wrap(description, None, trainable=False, limits=None)
-    limits = limits_of(sandbox)
-    if limits and not trainable:
+        return _wrap(description, None, trainable=False, place=HERE)
+    place = place_of(sandbox)
+    if sandbox not in ("changed", None) and not trainable:
         raise ConfigError("Expected trainable=True beside sandbox=..., got False; only trained code is sandboxed")
-    return lambda function: _wrap(function, description, trainable=trainable, limits=limits)
+    return lambda function: _wrap(function, description, trainable=trainable, place=place)
 
 
-def _wrap(function: Any, description: str | None, *, trainable: bool, limits: Limits | None) -> Any:
+def _wrap(function: Any, description: str | None, *, trainable: bool, place: Place) -> Any:
     if not isinstance(function, FunctionType):
         raise ConfigError(
             f"Expected a function written with `def`, got {type(function).__name__}; put @bundle closest to the "
             "function, below @staticmethod, @classmethod or other decorators"
         )
-    operation = Operation(function, description, trainable=trainable, limits=limits)
+    operation = Operation(function, description, trainable=trainable, place=place)
     if operation.is_async:
 
         @wraps(function)

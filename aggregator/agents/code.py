@@ -53,6 +53,10 @@ class CodeParameter(ParameterNode[str]):
         """Return what a prompt says of this parameter."""
         return {**super().describe(), "type": "source code of a Python function, name and arguments fixed"}
 
+    def is_changed(self) -> bool:
+        """Return True if the source is not the one that was written."""
+        return self.data != self.written
+
     def function(self) -> Callable[..., Any]:
         """Return the function to run: as written, or compiled from the current source."""
         source = self.data

@@ -1,9 +1,12 @@
-"""What crosses to a worker process and what comes back, as msgpack carries them."""
+"""What crosses to a worker process and what comes back, as msgpack carries them.
+
+A worker runs code that a model wrote, so nothing that it sends is believed: a frame has a length limit and the number
+of its call, a result has a limit of values and depth, and an exception is made from a fixed table of classes.
+"""
 
 from __future__ import annotations
 
-import builtins
-from contextlib import suppress
+import re
 from typing import Any
 
 import msgspec
@@ -11,51 +14,271 @@ from msgspec import Struct
 
 from aggregator.errors import ConfigError, SandboxError
 
+DEPTH = 64
+"""How many containers deep a value may be."""
 
-class Answer(Struct, frozen=True):
-    """What a worker sends back: a value, an error of the code's own, or the limit that ended it."""
+FRAME_OVERHEAD = 1 << 16
+"""Bytes that a worker's frame may have beyond the result: call number, limit, an error's text."""
 
-    value: Any = None
-    error: dict[str, Any] | None = None
-    limit: str | None = None
+TUPLE, SET, FROZENSET, PATTERN = 1, 2, 3, 4
+"""The extension types of what msgpack has no type for. They go to a worker; none comes back."""
 
-    def result(self, name: str) -> Any:
-        """Return the value, or raise what stands for the error; `name` is the operation's."""
-        if self.limit is not None:
-            raise SandboxError(f"Expected {name} to stay within its sandbox, but {self.limit}")
-        if self.error is not None:
-            raise _rebuilt(name, **self.error)
-        return self.value
+_SETS: dict[type, int] = {set: SET, frozenset: FROZENSET}
+_MADE: dict[int, type] = {TUPLE: tuple, SET: set, FROZENSET: frozenset}
+_TUPLE_KEYS = 1_000  # keys that are tuples: their hashes can be chosen to collide, so that a dict becomes slow
+_TEXT = 10_000
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        *(ArithmeticError, AssertionError, AttributeError, BlockingIOError, BrokenPipeError, BufferError),
+        *(ChildProcessError, ConnectionAbortedError, ConnectionError, ConnectionRefusedError, ConnectionResetError),
+        *(EOFError, Exception, FileExistsError, FileNotFoundError, FloatingPointError, ImportError, IndentationError),
+        *(IndexError, InterruptedError, IsADirectoryError, KeyError, LookupError, ModuleNotFoundError, NameError),
+        *(NotADirectoryError, NotImplementedError, OSError, OverflowError, PermissionError, ProcessLookupError),
+        *(RecursionError, ReferenceError, RuntimeError, StopAsyncIteration, StopIteration, SyntaxError, SystemError),
+        *(TabError, TimeoutError, TypeError, UnboundLocalError, UnicodeDecodeError, UnicodeEncodeError, UnicodeError),
+        *(UnicodeTranslateError, ValueError, ZeroDivisionError),
+    )
+}
+"""The exceptions that trained code may raise as themselves; any other becomes a SandboxError that names it."""
 
 
-class Call(Struct, frozen=True, kw_only=True):
-    """One call to be made in a worker."""
+class Function(Struct, frozen=True, kw_only=True):
+    """One function as source, and what it uses: plain values, modules by name, other functions by key.
+
+    The name of a method is no name of its module. `missing` maps a name that cannot cross to what it is.
+    """
 
     source: str
     name: str
+    is_method: bool = False
+    values: dict[str, Any] = {}
+    modules: dict[str, str] = {}
+    uses: dict[str, str] = {}
+    missing: dict[str, str] = {}
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """One call to be made in a worker: of `functions[""]`, with what it needs.
+
+    `owner` holds the plain attributes of `self`, each with True if it is a parameter; None for a function without one.
+    `methods` maps the methods of `self` to their keys in `functions`.
+    """
+
+    functions: dict[str, Function]
     args: list[Any]
     kwargs: dict[str, Any]
     owner: dict[str, tuple[bool, Any]] | None
-    values: dict[str, Any]
-    modules: dict[str, str]
+    methods: dict[str, str] = {}
     asynchronous: bool
     seconds: float
     memory: int
     output: int
+    most_values: int
 
-    def encoded(self) -> bytes:
-        """Return the request as bytes."""
+    @property
+    def name(self) -> str:
+        """The name of the operation."""
+        return self.functions[""].name
+
+    def encode(self) -> bytes:
+        """Return the request as bytes; raises ConfigError for a value that msgpack does not carry."""
         try:
             return msgspec.msgpack.encode(self)
         except (OverflowError, RecursionError, ValueError) as error:
             raise ConfigError(f"Expected arguments of {self.name} that can cross to its sandbox, got {error}") from None
 
 
-def _rebuilt(name: str, kind: str, args: list[Any], text: str, line: int, builtin: bool) -> Exception:
-    """Return the exception that trained code raised, of its own class where that is a builtin one."""
-    error: Exception = SandboxError(f"{name} failed with {kind}: {text}")
-    if builtin:
-        with suppress(TypeError):  # a class that takes other arguments than it shows
-            error = getattr(builtins, kind)(*args)
-    error.__dict__["source_line"] = line
+def pack(value: Any, *, wide: bool = False, levels: int = DEPTH) -> Any:
+    """Return a plain value as msgpack carries it, with a tuple marked as what it is.
+
+    Plain are None, bool, int, float, str, bytes, and lists, tuples and dicts of them; with `wide` also sets and regular
+    expressions. Raises TypeError with the name of the type for anything else.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str, bytes):
+        return value
+    if not levels:
+        raise TypeError(f"a value nested deeper than {DEPTH} levels")
+    if kind is list:
+        return [pack(item, wide=wide, levels=levels - 1) for item in value]
+    if wide and kind is re.Pattern:
+        return msgspec.msgpack.Ext(PATTERN, msgspec.msgpack.encode([value.pattern, value.flags]))
+    if kind is tuple or (wide and kind in _SETS):
+        items = [pack(item, wide=wide, levels=levels - 1) for item in value]
+        if kind is not tuple:
+            items.sort(key=repr)  # an order that does not depend on hashing
+        return msgspec.msgpack.Ext(TUPLE if kind is tuple else _SETS[kind], msgspec.msgpack.encode(items))
+    if kind is not dict:
+        raise TypeError(kind.__name__)
+    for key in value:
+        pack(key, levels=1)
+    return {key: pack(item, wide=wide, levels=levels - 1) for key, item in value.items()}
+
+
+def unpack(kind: int, data: memoryview) -> Any:
+    """Return what `pack` marked as a type that msgpack does not have."""
+    items = msgspec.msgpack.decode(data, ext_hook=unpack)
+    return re.compile(*items) if kind == PATTERN else _MADE[kind](items)
+
+
+def plain(call: Call) -> dict[str, Any]:
+    """Return a call as a worker sees it, unpacked."""
+    seen: dict[str, Any] = msgspec.msgpack.decode(call.encode(), ext_hook=unpack)
+    return seen
+
+
+class Frame(Struct, frozen=True, array_like=True):
+    """What a worker sends: the limit that ended the call ("" for none), and the bytes of the code's own answer."""
+
+    limit: str
+    content: bytes
+
+
+class Fault(Struct, frozen=True, kw_only=True):
+    """An exception of trained code, as it describes itself."""
+
+    kind: str
+    text: str
+    line: int = 0
+    args: list[Any] = []
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """What trained code sends back: a value, an error of its own, or the limit that it met."""
+
+    value: Any = None
+    error: Fault | None = None
+    limit: str = ""
+
+
+def result_of(frame: Frame, call: Call) -> Any:
+    """Return the value that a call came to, or raise the error it ended with.
+
+    Raises SandboxError for a limit, for an exception that is not Python's own, and for an answer that is malformed.
+    """
+    if frame.limit:
+        raise _beyond(call, frame.limit)
+    try:
+        check_content(frame.content, call.most_values)
+        answer = msgspec.msgpack.decode(frame.content, type=Answer)
+    except _TooLarge as error:
+        raise _beyond(call, str(error)) from None
+    except (msgspec.MsgspecError, ValueError, RecursionError, TypeError, OverflowError) as error:
+        raise SandboxError(
+            f"Expected an answer from the sandbox of {call.name}, got one that is no data: {error}"
+        ) from None
+    if answer.limit:
+        raise _beyond(call, answer.limit)
+    if answer.error is not None:
+        raise rebuild(answer.error, call.name)
+    return answer.value
+
+
+def _beyond(call: Call, limit: str) -> SandboxError:
+    return SandboxError(f"Expected {call.name} to stay within its sandbox, but {limit[:_TEXT]}")
+
+
+def rebuild(fault: Fault, name: str) -> Exception:
+    """Return the exception that trained code raised, of its own class if that is one of the table."""
+    kind, text = _ERRORS.get(fault.kind), fault.text[:_TEXT]
+    error: Exception = SandboxError(f"{name} failed with {fault.kind[:200]}: {text}")
+    if kind is not None:
+        args = fault.args if _are_sound(kind, fault.args) else [text]
+        try:
+            error = kind(*args)
+        except (TypeError, ValueError, OverflowError):  # a class that takes other arguments than these
+            error = SandboxError(f"{name} failed with {kind.__name__}: {text}")
+    error.__dict__["source_line"] = fault.line if 0 <= fault.line <= 1_000_000 else 0
     return error
+
+
+def _are_sound(kind: type[Exception], args: list[Any]) -> bool:
+    """Return True for a few plain values, which for a Unicode error name a place inside its object.
+
+    CPython reads at that place without a check when it prints the error.
+    """
+    if len(args) > 5 or not all(
+        arg is None or type(arg) in (bool, int, float) or (type(arg) in (str, bytes) and len(arg) <= _TEXT)
+        for arg in args
+    ):
+        return False
+    if not issubclass(kind, UnicodeDecodeError | UnicodeEncodeError | UnicodeTranslateError):
+        return True
+    texts = [arg for arg in args if type(arg) in (str, bytes)]  # the object comes before the reason
+    places = [arg for arg in args if type(arg) is int]
+    return len(texts) >= 2 and len(places) == 2 and 0 <= places[0] < places[1] <= len(texts[-2])
+
+
+class _TooLarge(Exception):  # noqa: N818 - an answer between two functions of this file
+    pass
+
+
+_SCALAR, _ARRAY, _MAP, _EXTENSION = range(4)
+
+
+def _shape(head: int) -> tuple[int, int, int]:
+    """Return what a first byte of msgpack means: the kind, how many bytes of length follow, and the length if known."""
+    if 0x80 <= head < 0xC0:
+        kind = _MAP if head < 0x90 else _ARRAY if head < 0xA0 else _SCALAR
+        return kind, 0, head & (0x1F if kind == _SCALAR else 0x0F)
+    if head in (0xDC, 0xDD, 0xDE, 0xDF):
+        return (_ARRAY if head < 0xDE else _MAP), 2 << (head & 1), 0
+    if 0xC4 <= head <= 0xC9:  # bin, ext
+        return (_SCALAR, 1 << (head - 0xC4), 0) if head < 0xC7 else (_EXTENSION, 1 << (head - 0xC7), 0)
+    if 0xD4 <= head <= 0xD8:
+        return _EXTENSION, 0, 1 << (head - 0xD4)
+    if 0xD9 <= head <= 0xDB:
+        return _SCALAR, 1 << (head - 0xD9), 0
+    return _SCALAR, 0, {0xCA: 4, 0xCB: 8}.get(head, 1 << (head & 3) if 0xCC <= head <= 0xD3 else 0)
+
+
+_SHAPES = tuple(map(_shape, range(256)))
+
+
+def _token(data: bytes, at: int) -> tuple[int, int, int]:
+    """Return the kind of the value at a place, where the next one starts, and how many values it holds."""
+    if at >= len(data):
+        raise ValueError("it is cut short")
+    kind, width, number = _SHAPES[data[at]]
+    at += 1 + width
+    if width:
+        number = int.from_bytes(data[at - width : at], "big")
+    if kind == _SCALAR:
+        return kind, at + number, 0
+    if kind == _EXTENSION:
+        if data[at : at + 1] != b"\xff":
+            raise ValueError("it has an extension type that is no timestamp")
+        return kind, at + 1 + number, 0
+    return kind, at, number if kind == _ARRAY else 2 * number
+
+
+def check_content(data: bytes, most_values: int) -> None:
+    """Check msgpack before it is decoded: its number of values, its depth, and the kinds of its keys.
+
+    A byte can become a hundred in memory (an empty list), so a limit of bytes alone does not bound what decoding costs.
+    Raises ValueError for malformed data.
+    """
+    at, count, tuple_keys = 0, 0, 0
+    left, in_map = 1, False  # how many values the innermost open container still wants
+    outer: list[tuple[int, bool]] = []
+    while left or outer:
+        if not left:
+            left, in_map = outer.pop()
+            continue
+        is_key = in_map and not left & 1
+        left -= 1
+        count += 1
+        kind, at, inside = _token(data, at)
+        if kind in (_ARRAY, _MAP):
+            tuple_keys += is_key
+            outer.append((left, in_map))
+            left, in_map = inside, kind == _MAP
+        if count > most_values:
+            raise _TooLarge(f"its result holds more than {most_values} values")
+        if tuple_keys > _TUPLE_KEYS:
+            raise _TooLarge(f"its result has more than {_TUPLE_KEYS} keys that are tuples")
+        if len(outer) > DEPTH + 1:  # the answer itself is one level
+            raise _TooLarge(f"its result is nested deeper than {DEPTH} levels")
+    if at != len(data):
+        raise ValueError("it is not as long as it says")

@@ -1,18 +1,18 @@
-"""Trained code in a worker process, with limits of time, memory, file system and network.
+"""Where trained code runs: the words for it, its limits, and the switch for a whole context.
 
-What it protects from: code that a model wrote by mistake. An endless loop, too much memory, new processes and threads,
-writing files, reading files other than what imports need, sockets and the parent's environment variables are out of its
-reach, and each attempt ends as a SandboxError that says so; every call starts from a clean state.
+    "changed"    source that training changed runs in a worker process, the author's own in this one (the default)
+    "process"    every call runs in a worker process
+    Limits(...)  the same, with limits of your own
+    "monty"      source that training changed runs in Monty, an interpreter of its own (the extra `monty`)
+    None         everything runs in this process: training may then do whatever your program may do
 
-What it does not protect from: code written to break out. An audit hook is no security boundary (PEP 578), the system
-call filter beneath it exists on Linux on x86-64 only, and neither hides the interpreter's own files. Run hostile code
-in a container or a virtual machine. Systems without `fork` have no sandbox.
+docs/security.md says what the worker process protects from, and on which systems.
 
-What crosses: None, bool, int (64 bits), float, str, bytes, and lists, tuples and dicts of them; a tuple arrives as a
-list. The code sees its arguments, the modules and plain values that the function as written uses from its module, and
-as `self` the parameters and plain values of the instance. Everything else it imports or defines inside itself.
+What crosses to a worker: None, bool, int (64 bits), float, str, bytes, and lists, tuples and dicts of them; a tuple
+comes back as a list. The code sees its arguments; of its module the imports, plain values, sets, patterns and functions
+that it uses; and of `self` the parameters, plain values and methods. Everything else it imports or defines itself.
 
-An async operation waits for its worker without holding up the event loop; a sync one blocks whoever calls it.
+An async operation waits for its worker without holding up the event loop; a sync one blocks its caller.
 """
 
 from __future__ import annotations
@@ -28,44 +28,62 @@ from aggregator.errors import ConfigError
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What one call may use: wall-clock seconds, bytes of memory, bytes of result."""
+    """What one call may use: wall-clock seconds, bytes of memory, and bytes and single values of its result."""
 
     seconds: float = 5.0
     memory: int = 512 << 20
     output: int = 16 << 20
+    values: int = 250_000
 
     def __post_init__(self) -> None:
-        for name, least in (("seconds", 0.001), ("memory", 64 << 20), ("output", 1)):
+        for name, least in (("seconds", 0.001), ("memory", 64 << 20), ("output", 1), ("values", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"Expected Limits({name}=...) of at least {least}, got {getattr(self, name)!r}")
 
 
-Sandbox = Literal["process"] | Limits | None
-"""Where trained code runs: None in this process, "process" in a worker with the default limits, or your own Limits."""
+Sandbox = Literal["changed", "process", "monty"] | Limits | None
 
 
-_everywhere: ContextVar[Limits | None] = ContextVar("aggregator_sandbox", default=None)
+class Place(Struct, frozen=True, kw_only=True):
+    """Where an operation's code runs. With `always` the author's own source does not run in this process either."""
+
+    engine: Literal["here", "process", "monty"] = "process"
+    always: bool = False
+    limits: Limits = Limits()
+
+    def takes(self, *, changed: bool) -> bool:
+        """Return True if source runs in the sandbox; `changed` says that it is not the author's own."""
+        return self.engine != "here" and (changed or self.always)
 
 
-def limits_of(sandbox: Sandbox) -> Limits | None:
-    """Return the limits that a user's word stands for; raises ConfigError for any other word."""
-    if sandbox is None or isinstance(sandbox, Limits):
-        return sandbox
-    if sandbox == "process":
-        return Limits()
-    raise ConfigError(f"Expected sandbox=None, 'process' or Limits(...), got {sandbox!r}")
+HERE = Place(engine="here")
+_PLACES = {"changed": Place(), "process": Place(always=True), "monty": Place(engine="monty")}
+
+_everywhere: ContextVar[Place | None] = ContextVar("aggregator_sandbox", default=None)
+
+
+def place_of(sandbox: Sandbox) -> Place:
+    """Return what a user's word means; raises ConfigError for any other word."""
+    if sandbox is None:
+        return HERE
+    if isinstance(sandbox, Limits):
+        return Place(always=True, limits=sandbox)
+    place = _PLACES.get(str(sandbox))
+    if place is not None:
+        return place
+    raise ConfigError(f"Expected sandbox=None, 'process' or Limits(...), or 'changed' or 'monty', got {sandbox!r}")
 
 
 @contextmanager
 def sandboxed(sandbox: Sandbox = "process") -> Iterator[None]:
-    """Run every trainable operation of the current context in a worker process, whatever its own @bundle says."""
-    token = _everywhere.set(limits_of(sandbox))
+    """Run every trainable operation of the current context there, whatever its own @bundle says."""
+    token = _everywhere.set(place_of(sandbox))
     try:
         yield
     finally:
         _everywhere.reset(token)
 
 
-def current_limits(own: Limits | None) -> Limits | None:
-    """Return the limits for an operation whose own are `own`: those of the context go first."""
+def current_place(own: Place) -> Place:
+    """Return where an operation's code runs whose own place is `own`: that of the context goes first."""
     return _everywhere.get() or own

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
 
-from aggregator.errors import ConfigError, SandboxError
-from aggregator.sandbox.crossing import Answer, Call
+from aggregator.errors import ConfigError, SandboxError, SandboxWarning
+from aggregator.sandbox.crossing import FRAME_OVERHEAD, Call, Frame
 
 STARTING = 30.0
 """Seconds that a worker may take to start."""
@@ -27,20 +28,25 @@ GRACE = 5.0
 
 MOST_WORKERS = 8
 
-_SCRIPT = Path(__file__).with_name("worker.py")
-_KEPT_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+COMMAND = ("-B", "-P", "-X", "utf8", "-m", "aggregator.sandbox.worker")
+"""How this interpreter becomes a worker: no bytecode written, no current folder on the path, text as UTF-8."""
+
+_OPEN_WAYS_SHOWN = 20
 
 
 class Worker:
     """One worker process and the pipes to it; serves one call at a time."""
 
-    def __init__(self) -> None:
-        environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}  # no keys, no secrets
-        environment["PYTHONHASHSEED"] = "0"  # a set has the same order in every worker
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        environment = {
+            "PYTHONHASHSEED": "0",  # a set has the same order in every worker
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),  # noqa: PTH100 - as text
+        }
+        if "LD_LIBRARY_PATH" in os.environ:  # what the interpreter itself may need; the worker clears it
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         try:
-            self.process = subprocess.Popen(  # noqa: S603 - this very interpreter and our own script
-                [sys.executable, "-B", "-P", str(_SCRIPT)],
+            self.process = subprocess.Popen(  # noqa: S603 - this very interpreter
+                [sys.executable, *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -53,27 +59,51 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self._greeted = False
+        self._number = 0
 
-    def ask(self, call: Call, request: bytes) -> Answer:
-        """Make one call; raises SandboxError where the worker ends or does not answer in time."""
-        if not self._greeted and self._read(time.monotonic() + STARTING) is None:
-            raise ConfigError(
-                "Expected a worker process for the sandbox to start, got none; "
-                f"does `{sys.executable} -P -c 'import msgspec'` work?"
-            )
-        self._greeted = True
+    def is_waiting(self) -> bool:
+        """Return True if the worker can take a call: it has not ended, and has sent nothing beyond its last answer."""
+        poll = select.poll()
+        poll.register(self.stdout, select.POLLIN)
+        return not poll.poll(0)
+
+    def ask(self, call: Call, request: bytes) -> Frame:
+        """Make one call; raises SandboxError if the worker ends, is late, or sends what is not this call's answer."""
+        if not self._number:
+            self._greet()
+        self._number += 1
+        number = self._number.to_bytes(8, "big")
         try:
-            self._write(request)
+            self._write(number + request)
         except BrokenPipeError:
             raise SandboxError(f"Expected a worker for {call.name}, got one that had ended") from None
-        content = self._read(time.monotonic() + call.seconds + GRACE)
-        if content is None:
+        frame = self._read(time.monotonic() + call.seconds + GRACE, call.output + FRAME_OVERHEAD)
+        if frame is None:
             raise SandboxError(f"Expected an answer from the sandbox of {call.name}, but its worker ended without one")
         try:
-            return msgspec.msgpack.decode(content, type=Answer)
-        except msgspec.DecodeError as error:
-            raise SandboxError(f"Expected an answer from the sandbox of {call.name}, got {error}") from None
+            if frame[:8] == number:
+                return msgspec.msgpack.decode(frame[8:], type=Frame)
+            error: Exception | str = "that of another call"
+        except (msgspec.MsgspecError, ValueError) as malformed:
+            error = malformed
+        raise SandboxError(f"Expected an answer from the sandbox of {call.name}, got {error}")
+
+    def _greet(self) -> None:
+        """Wait until the worker has started; warn about what its kernel leaves open."""
+        frame = self._read(time.monotonic() + STARTING, FRAME_OVERHEAD)
+        if frame is None:
+            raise ConfigError(
+                "Expected a worker process for the sandbox to start, got none; "
+                f"does `{sys.executable} -P -c 'import aggregator, msgspec'` work?"
+            )
+        ways = msgspec.msgpack.decode(msgspec.msgpack.decode(frame[8:], type=Frame).content, type=list[str])
+        if ways:
+            warnings.warn(
+                f"The sandbox is not closed by this system's kernel. Code that sets out to reach them could reach: "
+                f"{', '.join(ways[:_OPEN_WAYS_SHOWN])}. Use sandbox='monty', a container, or Linux 6.12 on x86-64",
+                SandboxWarning,
+                stacklevel=2,
+            )
 
     def kill(self) -> None:
         """End the process and all that it started, without waiting."""
@@ -95,10 +125,12 @@ class Worker:
         while view:
             view = view[self.stdin.write(view) or 0 :]
 
-    def _read(self, deadline: float) -> bytes | None:
-        """Return the next frame, None where the stream ends or the deadline passes."""
+    def _read(self, deadline: float, most: int) -> bytes | None:
+        """Return the next frame; None if the stream ends, the deadline passes, or the frame claims more than `most`."""
         head = self._exactly(4, deadline)
-        return None if head is None else self._exactly(int.from_bytes(head, "big"), deadline)
+        if head is None or (length := int.from_bytes(head, "big")) > most:
+            return None
+        return self._exactly(length, deadline)
 
     def _exactly(self, count: int, deadline: float) -> bytes | None:
         poll = select.poll()
@@ -149,26 +181,34 @@ class Pool:
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
-    def run(self, call: Call, ticket: Ticket | None = None) -> Answer:
+    def run(self, call: Call, ticket: Ticket | None = None) -> Frame:
         """Make a call and wait for it; a worker whose call went wrong is not used again."""
-        request = call.encoded()
+        request = call.encode()
         with self._free:
-            with self._lock:
-                worker = self._idle.pop() if self._idle else None
-            worker = worker or Worker()
+            worker = self._take()
             reusable = False
             try:
                 if ticket:
                     ticket.hold(worker)
-                answer = worker.ask(call, request)
-                reusable = answer.limit is None
+                frame = worker.ask(call, request)
+                reusable = not frame.limit
             finally:
                 if ticket:
                     ticket.hold(None)
                 self._put_back(worker, reusable=reusable)
-        return answer
+        return frame
 
-    async def arun(self, call: Call) -> Answer:
+    def _take(self) -> Worker:
+        while True:
+            with self._lock:
+                worker = self._idle.pop() if self._idle else None
+            if worker is None:
+                return Worker()
+            if worker.is_waiting():
+                return worker
+            worker.close()
+
+    async def arun(self, call: Call) -> Frame:
         """Make a call in a thread of the pool's own; cancelling ends its worker."""
         with self._lock:
             self._threads = self._threads or ThreadPoolExecutor(self.size, "aggregator-sandbox")
@@ -211,6 +251,16 @@ def pool() -> Pool:
             found = _pools[os.getpid()] = Pool()
             atexit.register(_close, found, os.getpid())
         return found
+
+
+def run(call: Call) -> Frame:
+    """Make a call in a worker and wait for it."""
+    return pool().run(call)
+
+
+async def arun(call: Call) -> Frame:
+    """Make a call in a worker without holding up the event loop; cancelling ends the worker."""
+    return await pool().arun(call)
 
 
 def _close(closing: Pool, pid: int) -> None:

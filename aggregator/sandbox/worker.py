@@ -1,27 +1,31 @@
-"""The worker process of the sandbox: a script that imports nothing of the library and runs trained code in a fork.
+"""The worker process of the sandbox: runs trained code in a fork that the kernel has closed.
 
 The process that reads requests never runs trained code. For each request it forks a child, which gives up what it may
-not use (limits of the kernel, an audit hook, a system call filter) and then runs the code; so every call starts from
-the same clean state, and a call that is killed takes nothing with it. Frames are four bytes of length and msgpack.
+not use (`kernel.py`, an audit hook) and then runs the code. So every call starts from the same clean state, and a call
+that is killed takes nothing with it. What a child sends is passed on unread.
+
+A frame is four bytes of length, eight of the call's number, and msgpack. The audit hook is no barrier, as the code can
+reach it; it is there to say in words what was refused.
 """
 
 from __future__ import annotations
 import __future__
 
+import builtins
 import importlib
-import math
 import os
-import resource
 import select
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import msgspec
+
+from aggregator.sandbox.crossing import unpack
+from aggregator.sandbox.kernel import WRITES, Kernel
 
 FILE = "<trained code>"
 _READ_BY_IMPORTS = (".py", ".pyc", ".so", ".zip", ".pth", ".egg-link")
@@ -49,30 +53,6 @@ _REFUSED = (
 )
 _PROCESSES = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "os.kill")
 _NATIVE = {"ctypes", "_ctypes", "cffi", "_cffi_backend", "_testcapi", "_xxsubinterpreters"}
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050001  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | EPERM
-_SYSTEM_CALLS = (  # x86-64
-    *(41, 42, 43, 49, 50, 53, 288),  # socket connect accept bind listen socketpair accept4
-    *(56, 57, 58, 59, 322, 435),  # clone fork vfork execve execveat clone3
-    *(62, 101, 311, 424),  # kill ptrace process_vm_writev pidfd_send_signal
-    *(
-        76,
-        82,
-        83,
-        84,
-        85,
-        86,
-        87,
-        88,
-        90,
-        92,
-        94,
-        133,
-        188,
-    ),  # truncate rename ... unlink symlink chmod chown ... setxattr
-    *(258, 259, 260, 263, 264, 265, 266, 268, 316, 437),  # the same with ...at, renameat2, openat2
-    *(165, 272, 302, 308, 321, 425),  # mount unshare prlimit64 setns bpf io_uring_setup
-)
 
 
 def main() -> None:
@@ -81,26 +61,28 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
-    install_filter = system_call_filter()
-    write_all(outgoing, framed(b""))  # started
+    os.environ.clear()  # what the interpreter needed of it is read by now
+    kernel = Kernel()
+    send(outgoing, b"\0" * 8, ["", msgspec.msgpack.encode(kernel.open_ways())])
     while (frame := read_frame(incoming)) is not None:
-        request = msgspec.msgpack.decode(frame)
-        write_all(outgoing, framed(serve(request, (incoming, outgoing), install_filter)))
+        request = msgspec.msgpack.decode(memoryview(frame)[8:], ext_hook=unpack)
+        send(outgoing, frame[:8], serve(request, kernel))
 
 
-def framed(content: bytes) -> bytes:
-    """Return a message with its length in front."""
-    return len(content).to_bytes(4, "big") + content
+def send(descriptor: int, number: bytes, content: list[Any]) -> None:
+    """Write one frame."""
+    body = msgspec.msgpack.encode(content)
+    write_all(descriptor, (8 + len(body)).to_bytes(4, "big") + number + body)
 
 
 def read_frame(descriptor: int) -> bytes | None:
-    """Return the next message, None at the end."""
+    """Return the next frame without its length, None at the end."""
     head = read_exactly(descriptor, 4)
     return None if head is None else read_exactly(descriptor, int.from_bytes(head, "big"))
 
 
 def read_exactly(descriptor: int, count: int) -> bytes | None:
-    """Return `count` bytes, None where the stream ends before."""
+    """Return `count` bytes, None if the stream ends before."""
     pieces = []
     while count:
         piece = os.read(descriptor, min(count, 1 << 20))
@@ -118,32 +100,31 @@ def write_all(descriptor: int, content: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def serve(request: dict[str, Any], inherited: tuple[int, ...], install_filter: Callable[[], None]) -> bytes:
-    """Run one call in a child and return its answer, or the limit that ended it."""
-    for module in request["modules"].values():  # the author's own imports, here so that they are paid for once
-        importlib.import_module(module)
+def serve(request: dict[str, Any], kernel: Kernel) -> list[Any]:
+    """Run one call in a child; return the limit that ended it, or "", and what it sent."""
+    for function in request["functions"].values():  # the author's own imports, here so that they are paid for once
+        for module in function["modules"].values():
+            importlib.import_module(module.partition(":")[0])
     if request["asynchronous"]:
         importlib.import_module("asyncio")
     result, answer = os.pipe()
     child = os.fork()
     if child == 0:
-        for descriptor in (*inherited, result):
-            os.close(descriptor)
-        child_main(request, answer, install_filter)
+        child_main(request, answer, kernel)
     os.close(answer)
     content, limit = drain(result, time.monotonic() + request["seconds"], request["output"])
     os.close(result)
     os.kill(child, signal.SIGKILL)  # a child that has answered has nothing left to do
     _, status = os.waitpid(child, 0)
     if limit == "time":
-        return reply(limit=f"it ran longer than {request['seconds']:g} seconds")
+        return [f"it ran longer than {request['seconds']:g} seconds", b""]
     if limit == "output":
-        return reply(limit=f"its result is larger than {request['output']} bytes")
-    return content or reply(limit=ending(status))
+        return [f"its result is larger than {request['output']} bytes", b""]
+    return ["", content] if content else [ending(status), b""]
 
 
 def drain(descriptor: int, deadline: float, cap: int) -> tuple[bytes, str]:
-    """Return what comes until the end of the stream, and which limit was hit ("" for none)."""
+    """Return what comes until the end of the stream, and which limit was met ("" for none)."""
     pieces: list[bytes] = []
     size = 0
     poll = select.poll()
@@ -162,10 +143,12 @@ def drain(descriptor: int, deadline: float, cap: int) -> tuple[bytes, str]:
 
 
 def ending(status: int) -> str:
-    """Say how a child ended that gave no answer."""
+    """Describe how a child ended that gave no answer."""
     code = os.waitstatus_to_exitcode(status)
     if code in (-signal.SIGXCPU, -signal.SIGALRM):
         return "it used up its processor time"
+    if code == -signal.SIGSYS:
+        return "it made a system call of another architecture"
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}, most often for want of memory"
     return f"it ended its process with exit code {code} instead of returning a value"
@@ -176,41 +159,73 @@ def reply(**content: Any) -> bytes:
     return msgspec.msgpack.encode(content)
 
 
-def child_main(request: dict[str, Any], answer: int, install_filter: Callable[[], None]) -> None:
+def child_main(request: dict[str, Any], answer: int, kernel: Kernel) -> None:
     """Run the code under its limits, write the answer, and end the process whatever happens."""
     try:
-        write_all(answer, run(request, install_filter))
+        close_all_but(answer, kernel.ruleset)
+        write_all(answer, run(request, kernel))
     finally:
         os._exit(1)  # never back into the loop of the parent
 
 
-def run(request: dict[str, Any], install_filter: Callable[[], None]) -> bytes:
+def close_all_but(*kept: int) -> None:
+    """Close every other descriptor but the standard ones: the worker's pipes, and what the author's modules opened."""
+    first = 3
+    for descriptor in (*sorted(kept), os.sysconf("SC_OPEN_MAX")):
+        if descriptor >= first:
+            os.closerange(first, descriptor)
+            first = descriptor + 1
+
+
+def run(request: dict[str, Any], kernel: Kernel) -> bytes:
     """Run one call and return its answer as bytes."""
     refused: list[str] = []
     runner = new_runner() if request["asynchronous"] else None
-    confine(request["memory"], request["seconds"])
-    install_filter()
+    try:
+        kernel.confine(request["memory"], request["seconds"])
+    except OSError as error:
+        return reply(limit=f"the system did not close it in: {error}")
     sys.addaudithook(guard(refused, readable_roots()))
     try:
         content = returned(call(request, runner))
     except MemoryError:
         return reply(limit=f"it used more than {request['memory'] >> 20} MiB of memory")
     except BaseException as error:  # noqa: BLE001 - the border of the process: it crosses as data
-        content = failure(error)
+        content = failure(error, request)
     return reply(limit=f"it tried to use {refused[0]}") if refused else content
 
 
 def call(request: dict[str, Any], runner: Any) -> Any:
-    """Define the function and call it."""
-    modules = {name: sys.modules[module] for name, module in request["modules"].items()}
-    names: dict[str, Any] = {"__name__": "trained_code", **modules, **request["values"]}
-    flags = __future__.annotations.compiler_flag  # annotations name what the model imagined
-    exec(compile(request["source"], FILE, "exec", flags=flags, dont_inherit=True), names)  # noqa: S102 - the purpose
+    """Define the functions and call the one that was asked for."""
+    made = {key: define(function) for key, function in request["functions"].items()}
+    for key, function in request["functions"].items():
+        names = made[key].__globals__
+        names |= {name: made[used] for name, used in function["uses"].items()}
     args = request["args"]
     if request["owner"] is not None:
-        args = [Owner(request["owner"]), *args]
-    result = names[request["name"]](*args, **request["kwargs"])
+        owner = Owner(request["owner"])
+        for name, key in request["methods"].items():
+            setattr(owner, name, MethodType(made[key], owner))
+        args = [owner, *args]
+    result = made[""](*args, **request["kwargs"])
     return runner.run(result) if runner else result
+
+
+def define(function: dict[str, Any]) -> Any:
+    """Return a function of a namespace of its own, with the modules and values that it uses."""
+    known = {name: imported_as(module) for name, module in function["modules"].items()} | function["values"]
+    names: dict[str, Any] = {"__name__": "trained_code", **known}
+    flags = __future__.annotations.compiler_flag  # annotations name what the model imagined
+    exec(compile(function["source"], FILE, "exec", flags=flags, dont_inherit=True), names)  # noqa: S102 - the purpose
+    made = names.pop(function["name"]) if function["is_method"] else names[function["name"]]
+    names |= known  # a method may use a function of its own name
+    return made
+
+
+def imported_as(module: str) -> Any:
+    """Return a module, or `name` of it for `module:name`."""
+    home, _, name = module.partition(":")
+    return getattr(sys.modules[home], name) if name else sys.modules[home]
 
 
 class Owner:
@@ -232,8 +247,12 @@ def returned(value: Any) -> bytes:
         return reply(limit=f"its result cannot leave it ({error}); plain data can: str, numbers, lists, dicts")
 
 
-def failure(error: BaseException) -> bytes:
+def failure(error: BaseException, request: dict[str, Any]) -> bytes:
     """Return an exception as data: class, arguments, text and the line of the source it left."""
+    if isinstance(error, NameError) and error.name:
+        for function in request["functions"].values():
+            if what := function["missing"].get(error.name):
+                return reply(limit=f"it needs {error.name}, {what}, which cannot cross to it")
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == FILE:
@@ -241,7 +260,12 @@ def failure(error: BaseException) -> bytes:
         trace = trace.tb_next
     if isinstance(error, SyntaxError) and error.filename == FILE:
         line = error.lineno or 0
-    facts = {"kind": type(error).__name__, "line": line, "text": text_of(error), "builtin": is_builtin(error)}
+    kind = type(error)
+    facts = {
+        "kind": kind.__name__ if getattr(builtins, kind.__name__, kind) is kind else kind.__qualname__,
+        "line": line,
+        "text": text_of(error),
+    }
     try:
         return reply(error={**facts, "args": list(error.args)})
     except (TypeError, ValueError, OverflowError, RecursionError):
@@ -256,11 +280,6 @@ def text_of(error: BaseException) -> str:
         return ""
 
 
-def is_builtin(error: BaseException) -> bool:
-    """Say whether the other side knows this exception class under the same name."""
-    return type(error).__module__ == "builtins" and isinstance(error, Exception)
-
-
 def new_runner() -> Any:
     """Return an event loop, made while sockets may still be made (it wakes itself through a pair of them)."""
     from asyncio import Runner
@@ -268,24 +287,6 @@ def new_runner() -> Any:
     runner = Runner()
     runner.get_loop()
     return runner
-
-
-def confine(memory: int, seconds: float) -> None:
-    """Give up memory, processor time, new processes, files and core dumps beyond the limits, for good."""
-    cpu = math.ceil(seconds) + 1
-    limits = [
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
-    ]
-    for limit, value in limits:
-        _, hard = resource.getrlimit(limit)
-        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (most, most))
-    signal.setitimer(signal.ITIMER_REAL, seconds + 2)  # ends a child that outlived the worker that watches it
 
 
 def readable_roots() -> tuple[str, ...]:
@@ -323,7 +324,7 @@ def imported(module: str) -> str:
 def opened(args: tuple[Any, ...], roots: tuple[str, ...]) -> str:
     """Return what an `open` would use that is refused: any writing, and reading what imports do not need."""
     path, mode, flags = (*args, None, None, None)[:3]
-    if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & _WRITES):
+    if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & WRITES):
         return f"the file system: writing {path!r}"
     if isinstance(path, int):
         return ""
@@ -331,39 +332,6 @@ def opened(args: tuple[Any, ...], roots: tuple[str, ...]) -> str:
     if name.startswith((*roots, *_READABLE)) or name.endswith(_READ_BY_IMPORTS):
         return ""
     return f"the file system: reading {path!r}"
-
-
-def system_call_filter() -> Callable[[], None]:
-    """Return what makes the kernel refuse processes, sockets and changes to files; it does nothing where it cannot.
-
-    Made before the fork, so that a child need not import ctypes. The program is a seccomp filter: load the number of
-    the system call, compare it with each refused one, and look at the flags of `open` and `openat`.
-    """
-    if sys.platform != "linux" or os.uname().machine != "x86_64":
-        return lambda: None
-    import ctypes
-
-    steps = [(0x20, 0, 0, 4), (0x15, 1, 0, 0xC000003E), (0x06, 0, 0, _ALLOW), (0x20, 0, 0, 0)]  # x86-64 only
-    steps += [(0x35, 0, 1, 0x40000000), (0x06, 0, 0, _REFUSE)]  # the x32 numbering
-    for number, flags in ((2, 24), (257, 32)):  # open, openat: where their flags stand
-        steps += [(0x15, 0, 4, number), (0x20, 0, 0, flags), (0x45, 0, 1, _WRITES), (0x06, 0, 0, _REFUSE)]
-        steps += [(0x06, 0, 0, _ALLOW)]
-    for number in _SYSTEM_CALLS:
-        steps += [(0x15, 0, 1, number), (0x06, 0, 0, _REFUSE)]
-    steps += [(0x06, 0, 0, _ALLOW)]
-    program = b"".join(struct.pack("HBBI", *step) for step in steps)
-    memory = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(memory)))
-    prctl = ctypes.CDLL(None).prctl
-
-    def install() -> None:
-        prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: a child does not outlive its worker
-        prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which a filter asks for
-        prctl(22, 2, header, memory)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-        for module in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
-            del sys.modules[module]
-
-    return install
 
 
 if __name__ == "__main__":

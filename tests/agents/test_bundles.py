@@ -15,6 +15,7 @@ import pytest
 from aggregator import ConfigError, Module, ParameterNode, bundle, transcript
 from aggregator.agents.parameters import operation_of, overriding
 from aggregator.agents.transcripts import Span
+from aggregator.sandbox.limits import sandboxed
 
 SCALE = 10
 
@@ -220,7 +221,8 @@ async def test_concurrent_calls_share_nothing() -> None:
 
     async def trial(i: int) -> tuple[str, str]:
         source = f"async def later(self, x):\n    return '{i}:' + self.answer(x)"
-        with overriding(parameters, {"later__code": source, "word": f"w{i}"}), transcript() as seen:
+        values = {"later__code": source, "word": f"w{i}"}
+        with overriding(parameters, values), sandboxed(None), transcript() as seen:
             return await desk.later(f"x{i}"), seen.render()
 
     async with asyncio.TaskGroup() as group:
@@ -284,7 +286,7 @@ def test_static_and_class_methods_have_one_source() -> None:
             return 2 * x
 
         @classmethod
-        @bundle(trainable=True)
+        @bundle(trainable=True, sandbox=None)
         def name(cls) -> str:
             return cls.__name__
 

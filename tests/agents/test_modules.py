@@ -170,7 +170,7 @@ def test_an_overridden_operation_is_the_subclasss() -> None:
     """A subclass that overrides an operation replaces it among the parameters; `super()` runs what was written."""
 
     class Reverse(Retriever):
-        @bundle(trainable=True)
+        @bundle(trainable=True, sandbox=None)
         def rank(self, passages: list[str]) -> list[str]:
             return super().rank(passages)[::-1]
 

@@ -1,0 +1,311 @@
+"""What a function uses of its module and its instance: read from its source, and packed for a worker process."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType
+from typing import Any
+
+from msgspec import Struct
+
+from aggregator.agents.code import CodeParameter, source_of
+from aggregator.agents.parameters import ParameterNode, operation_of
+from aggregator.checks import looks_secret
+from aggregator.errors import ConfigError
+from aggregator.sandbox.crossing import Function, pack
+
+_MUTATORS = frozenset(
+    name
+    for kind in (list, dict, set)
+    for name in vars(kind)
+    if name[0] != "_" and not hasattr({list: tuple, dict: MappingProxyType, set: frozenset}[kind], name)
+)
+"""The methods by which lists, dicts and sets change: those that their read-only relatives do not have."""
+_CLIENTS = {"aggregator", "aiohttp", "anthropic", "google", "httpx", "litellm", "openai", "requests", "socket"}
+
+
+class Uses(Struct, frozen=True, kw_only=True):
+    """What a source refers to, each with the line (from 1, the `def` line) where it does so first.
+
+    `names` are those of its module, `attributes` those of `self`. `problems` are what no sandbox can do, in words.
+    """
+
+    names: Mapping[str, int]
+    attributes: Mapping[str, int]
+    problems: Mapping[str, int]
+
+
+@lru_cache(maxsize=512)
+def uses_of(source: str, *, is_method: bool) -> Uses:
+    r"""Read a function's source, without running it.
+
+    >>> uses = uses_of("def f(self, x):\n    self.n += 1\n    return helper(x)", is_method=True)
+    >>> dict(uses.names), dict(uses.attributes), dict(uses.problems)
+    ({'helper': 3}, {'n': 2}, {'changes self.n': 2})
+    """
+    tree = ast.parse(source)
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef)
+    arguments = [*definition.args.posonlyargs, *definition.args.args]
+    reader = _Reader(arguments[0].arg if is_method and arguments else "", _globals_of(source))
+    reader.visit(tree)
+    return Uses(names=reader.names, attributes=reader.attributes, problems=reader.problems)
+
+
+def _globals_of(source: str) -> frozenset[str]:
+    """Return the names that a source takes from its module or from Python itself; not those in annotations."""
+    from symtable import SymbolTable, symtable
+
+    def inside(table: SymbolTable) -> Iterator[str]:
+        for inner in table.get_children():
+            yield from (symbol.get_name() for symbol in inner.get_symbols() if symbol.is_global())
+            yield from inside(inner)
+
+    module = symtable(f"from __future__ import annotations\n{source}", "<source>", "exec")
+    defaults = [symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()]
+    return frozenset((*defaults, *inside(module)))
+
+
+class _Reader(ast.NodeVisitor):
+    """Collects what a source uses and changes."""
+
+    def __init__(self, self_name: str, outside: frozenset[str]) -> None:
+        self.self_name, self.outside = self_name, outside
+        self.names: dict[str, int] = {}
+        self.attributes: dict[str, int] = {}
+        self.problems: dict[str, int] = {}
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id in self.outside:
+            self.names.setdefault(node.id, node.lineno)
+            if not isinstance(node.ctx, ast.Load):
+                self.problems.setdefault(f"changes {node.id} of its module", node.lineno)
+            if node.id == "super":
+                self.problems.setdefault("uses super()", node.lineno)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
+            self.attributes.setdefault(node.attr, node.lineno)
+        self._note_change(node)
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        self._note_change(node)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in _MUTATORS:
+            self._note(called.value, node.lineno)
+        if isinstance(called, ast.Name) and called.id in ("setattr", "delattr") and node.args:
+            first = node.args[0]
+            if isinstance(first, ast.Name) and first.id == self.self_name:
+                self.problems.setdefault("changes self", node.lineno)
+        self.generic_visit(node)
+
+    def visit_Await(self, node: ast.Await) -> None:
+        self._refuse("awaits", node)
+
+    def visit_AsyncFor(self, node: ast.AsyncFor) -> None:
+        self._refuse("awaits", node)
+
+    def visit_AsyncWith(self, node: ast.AsyncWith) -> None:
+        self._refuse("awaits", node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            if alias.name.partition(".")[0] in _CLIENTS:
+                self._refuse(f"imports {alias.name}", node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if (node.module or "").partition(".")[0] in _CLIENTS:
+            self._refuse(f"imports {node.module}", node)
+
+    def _refuse(self, what: str, node: ast.stmt | ast.expr) -> None:
+        self.problems.setdefault(what, node.lineno)
+        self.generic_visit(node)
+
+    def _note_change(self, node: ast.Attribute | ast.Subscript) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self._note(node, node.lineno)
+
+    def _note(self, target: ast.expr, line: int) -> None:
+        """Note that what an expression leads to is changed, if it leads out of the function."""
+        while isinstance(target, ast.Attribute | ast.Subscript):
+            parent = target.value
+            if isinstance(target, ast.Attribute) and isinstance(parent, ast.Name) and parent.id == self.self_name:
+                self.problems.setdefault(f"changes self.{target.attr}", line)
+                return
+            target = parent
+        if isinstance(target, ast.Name) and target.id in self.outside:
+            self.problems.setdefault(f"changes {target.id} of its module", line)
+
+
+class Surroundings:
+    """All that an operation's code needs in a worker: its functions by key, and the attributes and methods of `self`.
+
+    `missing` holds what was asked for and cannot cross, in words, by the name that the code uses (`self.x`, `x`).
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.functions: dict[str, Function] = {}
+        self.methods: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        self.class_values: dict[str, Any] = {}
+        self._keys: dict[int, str] = {}
+
+    def add(self, source: str, like: FunctionType, *, is_method: bool, key: str = "") -> None:
+        """Take in a function as `source`, which stands for `like`, and all that it uses.
+
+        Texts that look like secrets come along only if `like` itself uses them.
+        """
+        wanted = uses_of(source, is_method=is_method)
+        written = _written(like)
+        own = uses_of(written, is_method=is_method).names if written else {}
+        around = _names_around(like)
+        values, modules, uses, missing = {}, {}, {}, {}
+        for name in sorted({*wanted.names, *own}):
+            if name not in around or _is_same(around[name], like):
+                continue  # Python's own, or the function itself
+            value = around[name]
+            try:
+                packed = pack(value, wide=True)
+            except TypeError:
+                if module := _import_of(value):
+                    modules[name] = module
+                elif found := self._function_key(value):
+                    uses[name] = found
+                else:
+                    missing[name] = _named(value)
+            else:
+                if name not in own and isinstance(value, str) and looks_secret(name, value):
+                    missing[name] = "a text that looks like a secret"
+                else:
+                    values[name] = packed
+        self.functions[key] = Function(
+            source=source,
+            name=like.__name__,
+            is_method=is_method,
+            values=values,
+            modules=modules,
+            uses=uses,
+            missing=missing,
+        )
+        self.missing |= {name: what for name, what in missing.items() if name in wanted.names}
+        if is_method and self.owner is not None:
+            for name in wanted.attributes:
+                self._take_attribute(name)
+
+    def _take_attribute(self, name: str) -> None:
+        """Take in what the class, not the instance, has under a name: a method or a plain value."""
+        if name in self.methods or name in self.class_values or f"self.{name}" in self.missing:
+            return
+        own = getattr(self.owner, "__dict__", {})
+        if name in own:
+            held = own[name]
+            try:
+                pack(held.data if isinstance(held, ParameterNode) else held, wide=True)
+            except TypeError:
+                self.missing[f"self.{name}"] = _named(held)
+            return
+        kind = next((kind for kind in type(self.owner).__mro__ if name in vars(kind)), None)
+        if kind is None:
+            return
+        held = vars(kind)[name]
+        if key := self._function_key(held, is_method=True):
+            self.methods[name] = key
+            return
+        try:
+            self.class_values[name] = pack(held.data if isinstance(held, ParameterNode) else held, wide=True)
+        except TypeError:
+            self.missing[f"self.{name}"] = _named(held)
+
+    def _function_key(self, value: Any, *, is_method: bool = False) -> str:
+        """Return the key of a plain function whose source is known, taken in if it is new; "" for anything else."""
+        if not isinstance(value, FunctionType):
+            return ""
+        if id(value) in self._keys:
+            return self._keys[id(value)]
+        operation = operation_of(value)
+        like = operation.function if operation else value
+        code = operation.code_of(self.owner if is_method else None) if operation else None
+        source = code.data if code else _written(like)
+        if not source or (operation is None and hasattr(value, "__wrapped__")):
+            return ""
+        key = self._keys[id(value)] = f"{len(self._keys) + 1} {like.__qualname__}"
+        self.add(source, like, is_method=is_method, key=key)
+        return key
+
+    def attributes(self) -> dict[str, tuple[bool, Any]]:
+        """Return the parameters and plain values of `self`: name -> (is a parameter, packed value)."""
+        found = {name: (False, value) for name, value in self.class_values.items()}
+        for name, value in vars(self.owner).items() if hasattr(self.owner, "__dict__") else ():
+            is_parameter = isinstance(value, ParameterNode)
+            if isinstance(value, CodeParameter):
+                continue
+            try:
+                found[name] = (is_parameter, pack(value.data if is_parameter else value, wide=True))
+            except TypeError:
+                continue
+        return found
+
+
+def _names_around(function: FunctionType) -> dict[str, Any]:
+    """Return what a function can see: the names of its module, and those of the functions around it."""
+    around = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            around[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    return around
+
+
+def _is_same(value: Any, function: FunctionType) -> bool:
+    operation = operation_of(value)
+    return (operation.function if operation else value) is function
+
+
+@lru_cache(maxsize=512)
+def _written(function: FunctionType) -> str:
+    """Return a function's source as written, "" for one that has none or whose decorators are part of it."""
+    try:
+        source, _ = source_of(function)
+    except (ConfigError, SyntaxError):
+        return ""
+    return source
+
+
+def _import_of(value: Any) -> str:
+    """Return `module` or `module:name` for what a worker can import: any module, and names of installed packages."""
+    if isinstance(value, ModuleType):
+        return value.__name__ if sys.modules.get(value.__name__) is value else ""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not isinstance(value, type | FunctionType | BuiltinFunctionType) or not (module and name) or "." in name:
+        return ""
+    home = sys.modules.get(module)
+    if home is None or getattr(home, name, None) is not value:
+        return ""
+    return f"{module}:{name}" if _is_installed(home) else ""
+
+
+def _is_installed(module: ModuleType) -> bool:
+    """Return True for a module of Python or of an installed package, as against the user's own."""
+    if module.__name__.partition(".")[0] in sys.stdlib_module_names:
+        return module.__name__ != "__main__"
+    folders = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    return (getattr(module, "__file__", None) or "").startswith(folders)
+
+
+def _named(value: Any) -> str:
+    """Return what a value is, in words for an error."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, FunctionType):
+        return f"the function {value.__qualname__}, whose source is not known or is decorated"
+    return f"a value of the type {type(value).__name__}"
