@@ -324,7 +324,7 @@ class FullStepReport(StepReport, frozen=True, kw_only=True):
     `rollouts`, `all_proposals` and `lineages` each have one entry per instance, in the order of the samples; a search
     runs the samples once per candidate, candidate by candidate. An instance that proposes nothing has a Proposal
     without values. A lineage is the prefix of the instance's calls in the recording, as in
-    "train/epoch=0/batch=3/sample=17". `rollouts` is empty if an overridden `forward` makes none.
+    "train/epoch=0/batch=3/sample=17". If an overridden `forward` runs the agent by itself, only the score is known.
     """
 
     rollouts: tuple[Rollout, ...] = ()

@@ -242,7 +242,9 @@ class _Course:
                     own = replace(own, rollouts=(rollout,))
                     with laid_over(own):
                         return observed(task.sample, rollout, await parts.propose((rollout,), own))
-            except BaseException as error:  # noqa: BLE001 - the boundary: an override may raise anything
+            except BaseException as error:  # the boundary: an override may raise anything
+                if error is self.rollouts.refused:
+                    raise
                 record = record_failure("proposal", error, task.sample.id)
                 return lost(task.sample, record, lineage="/".join(task.lineage))
 
@@ -262,6 +264,8 @@ class _Course:
         with laid_over(step), placed(place):
             arguments = (self.trainer.agent, sample.x, self.plan.guide, sample.info, self.plan.verbose)
             output = await call_hook(forward, self.local.call, *arguments)
+        for rollout in place.seen:
+            await self.rollouts.see(rollout)
         return read_output(output, sample, seen=place.seen, lineage="/".join(task.lineage), strict=strict)
 
     def _typed(self, values: Values) -> Values:
@@ -434,7 +438,6 @@ def _report(turn: Turn, explored: Sequence[Explored], update: Update, usage: dic
     instances = [instance for one in explored for instance in one.instances]
     failures = [record for instance in instances for record in instance.proposal.failures]
     more = (record for record in update.failures if record not in failures)  # a proposal carries them on
-    observed_all = all(instance.is_observed for instance in instances)
     return FullStepReport(
         epoch=turn.epoch,
         step=turn.step,
@@ -448,7 +451,7 @@ def _report(turn: Turn, explored: Sequence[Explored], update: Update, usage: dic
         contributors=update.contributors,
         failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
         usage=usage,
-        rollouts=tuple(replace(one.rollout, handle=None) for one in instances) if observed_all else (),
+        rollouts=tuple(replace(instance.rollout, handle=None) for instance in instances),
         all_proposals=tuple(instance.proposal for instance in instances),
         lineages=tuple(instance.rollout.lineage for instance in instances),
     )

@@ -41,6 +41,7 @@ class Rollouts:
         self._slots = None if agent.max_concurrency is None else asyncio.Semaphore(agent.max_concurrency)
         self._turns = _Turns() if agent.isolation == "serial" else None
         self._works: dict[int, AgentWork] = {}  # by the guide's id, which the work keeps alive
+        self.refused: Exception | None = None
 
     async def map(self, tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:
         """Return the rollouts in the order of the tasks; an error that ends the run lets the others end first."""
@@ -72,7 +73,7 @@ class Rollouts:
                         arrivals[i].exception()  # no warning if nobody waits
 
         async def arrive(i: int) -> Rollout:
-            return await self._see(await arrivals[i])
+            return await self.see(await arrivals[i])
 
         groups = [list(group) for _, group in groupby(range(len(tasks)), key=lambda i: digest(tasks[i].values))]
         found: list[Result] = []
@@ -93,11 +94,16 @@ class Rollouts:
             if self._slots is not None:
                 await stack.enter_async_context(self._slots)
             (rollout,) = await self._executor.map(self._work(guide), [task])
-        return await self._see(rollout)
+        return await self.see(rollout)
 
-    async def _see(self, rollout: Rollout) -> Rollout:
+    async def see(self, rollout: Rollout) -> Rollout:
+        """Show a rollout to the observers; the error of one that raises is `refused`, and ends the run."""
         if self._watching:
-            await notify(self._watching, "rollout", replace(rollout, handle=None))
+            try:
+                await notify(self._watching, "rollout", replace(rollout, handle=None))
+            except Exception as error:
+                self.refused = error
+                raise
         return rollout
 
     def _work(self, guide: Any) -> AgentWork:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, suggest
 
-from aggregator import AggregatedUpdate, ConfigError, LLMOptimizer, PrioritySearch, StepReport, TrainingError
+from aggregator import (
+    AggregatedUpdate,
+    ConfigError,
+    LLMOptimizer,
+    MinibatchAlgorithm,
+    PrioritySearch,
+    StepReport,
+    TrainingError,
+)
 from aggregator.errors import AuthenticationError
 from aggregator.observing.observer import EVENTS, Observer
 from aggregator.records import Evaluation, FullStepReport, RunInfo, TrainingResult, Usage
@@ -28,6 +38,20 @@ class Diary(Observer):
 
     def of(self, event: str) -> list[Any]:
         return [record for name, record in self.seen if name == event]
+
+
+class Ahead(AggregatedUpdate):
+    """Overrides `forward`, and runs the agent through the library."""
+
+    async def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+        return await super().aforward(agent, x, guide, info, verbose)
+
+
+class Alone(AggregatedUpdate):
+    """Overrides `forward`, and runs the agent by itself."""
+
+    async def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+        return {"amount": 5}, guide(x, await agent(x), info)[0]
 
 
 def scripted(*replies: Any, **options: Any) -> Any:
@@ -135,6 +159,35 @@ def test_result_history_and_checkpoint_hold_slim_reports(tmp_path: Path) -> None
     assert (tmp_path / "checkpoint.json").stat().st_size / len(result.history) < 2_000
 
 
+def test_outputs_are_let_go_when_their_step_was_reported() -> None:
+    """Neither history nor the loop keeps rollouts: memory does not grow with the steps."""
+    alive: WeakSet[Any] = WeakSet()
+
+    class Output:
+        def __init__(self, value: int) -> None:
+            self.value = value
+            alive.add(self)
+
+    class Wordy(Adder):
+        async def forward(self, x: int) -> Any:
+            return Output(await super().forward(x))
+
+    def guide(x: int, output: Any, info: int) -> tuple[float, str]:
+        return exact(x, output.value, info)
+
+    counted: list[int] = []
+
+    def count(report: StepReport) -> None:
+        gc.collect()
+        counted.append(len(alive))
+
+    optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
+    trainer = AggregatedUpdate(Wordy(), optimizer, llm=ScriptedModel(first_suggestion), observers=[count])
+    trainer.train(guide, additions(5, 20), batch_size=2, test_dataset=additions(5, 4), eval_frequency=1)
+    assert len(counted) == 10
+    assert max(counted) <= 2 * 2 + 4
+
+
 def test_eval_frequency_0_silenced_the_logger(capsys: pytest.CaptureFixture[str]) -> None:
     """No test set is evaluated, and every step is still logged; `log_frequency=0` logs nothing."""
     for options, lines in (({}, 2), ({"log_frequency": 2}, 1), ({"log_frequency": 0}, 0)):
@@ -170,8 +223,36 @@ def test_failures_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith("[step 0] First failure: agent, sample ") for line in lines)
 
 
-@pytest.mark.parametrize("event", ["started", "evaluation", "step", "finished"])
-def test_an_observer_that_raises_ends_the_run(event: str, tmp_path: Path) -> None:
+def test_every_rollout_is_seen_as_it_ends() -> None:
+    """Those of evaluations too, each with its place in the recording; a step's report has its own in sample order."""
+    diary = Diary()
+    scripted(observers=[diary]).train(exact, DATA, batch_size=4, test_dataset=additions(5, 2))
+    (report,) = diary.of("step")
+    seen = {rollout.lineage: rollout for rollout in diary.of("rollout")}
+    assert len(seen) == len(diary.of("rollout")) == 2 + 4 + 2
+    assert [(rollout.sample_id, rollout.output) for rollout in report.rollouts] == [
+        (i, i + 1) for i in report.sample_ids
+    ]
+    assert [seen[place].output for place in report.lineages] == [rollout.output for rollout in report.rollouts]
+    assert {rollout.score for place, rollout in seen.items() if "evaluate" in place} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("trainer", [Ahead, Alone])
+def test_rollouts_of_an_overridden_forward(trainer: Any) -> None:
+    """Those that `super().forward` makes are seen; without it the report knows the scores only."""
+    diary = Diary()
+    optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
+    trainer(Adder(), optimizer, llm=ScriptedModel(first_suggestion), observers=[diary]).train(exact, DATA, batch_size=4)
+    (report,) = diary.of("step")
+    outputs = [1, 2, 3, 4] if trainer is Ahead else []
+    assert sorted(rollout.output for rollout in diary.of("rollout")) == outputs
+    assert [rollout.sample_id for rollout in report.rollouts] == list(report.sample_ids)
+    assert sorted(rollout.output for rollout in report.rollouts if rollout.output is not None) == outputs
+
+
+@pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, Ahead])
+@pytest.mark.parametrize("event", ["started", "rollout", "evaluation", "step", "finished"])
+def test_an_observer_that_raises_ends_the_run(event: str, trainer: Any, tmp_path: Path) -> None:
     """`train` raises its error with its name; every finished step is on disk, and the other observers see the end."""
 
     class Breaks(Observer):
@@ -182,8 +263,10 @@ def test_an_observer_that_raises_ends_the_run(event: str, tmp_path: Path) -> Non
 
     breaks, diary = Breaks(), Diary()
     setattr(breaks, event, fail)
+    options = {} if trainer is MinibatchAlgorithm else {"llm": ScriptedModel(first_suggestion)}
+    made = trainer(Adder(), LLMOptimizer(llm=ScriptedModel(from_feedback)), observers=[diary, breaks], **options)
     with pytest.raises(ZeroDivisionError) as error:
-        scripted(observers=[diary, breaks]).train(exact, DATA, test_dataset=DATA, run_dir=tmp_path)
+        made.train(exact, DATA, test_dataset=DATA if event == "evaluation" else None, run_dir=tmp_path)
     assert error.value.__notes__ == [f"raised in {event}() of the observer Breaks()"]
     assert len(load_result(tmp_path / "result.json").history) == len(diary.of("step"))
     assert diary.of("failed") == ([] if event == "finished" else [error.value])
