@@ -6,9 +6,9 @@ The decisions of training (UpdateRule, Gate, Check, Optimizer, Search) take the 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 
 from aggregator.records import (
     Completion,
@@ -74,12 +74,42 @@ class ChatModel(Protocol):
         ...
 
 
+class Judged(Protocol):
+    """A score with its feedback, such as a Verdict."""
+
+    @property
+    def score(self) -> SupportsFloat | None:
+        """The score; None if nothing can be said."""
+        ...
+
+    @property
+    def feedback(self) -> str:
+        """What is right or wrong, in words."""
+        ...
+
+
+Judgement = SupportsFloat | tuple[SupportsFloat | None, str] | Judged
+"""What a guide may return: a score, (score, feedback), or an object that has both."""
+
+
 class Guide(Protocol):
     """Judges an agent's output."""
 
-    def __call__(self, x: Any, output: Any, info: Any) -> Any:
+    def __call__(self, x: Any, output: Any, info: Any, /) -> Judgement | Awaitable[Judgement]:
         """Return a score or (score, feedback), now or awaitable."""
         ...
+
+
+class TraceGuide(Protocol):
+    """A guide of Trace's, taken as it is."""
+
+    def get_feedback(self, query: Any, response: Any, reference: Any, /) -> Any:
+        """Return (score, feedback)."""
+        ...
+
+
+AnyGuide = Guide | TraceGuide
+"""What a trainer takes as a guide."""
 
 
 class Parameter(Protocol):

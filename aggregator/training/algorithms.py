@@ -12,12 +12,12 @@ from aggregator.executors.local import MAX_CONCURRENCY
 from aggregator.llm.budget import Budget
 from aggregator.llm.models import as_model
 from aggregator.observing.observer import Watching
-from aggregator.protocols import ChatModel, Executor, Logger
+from aggregator.protocols import AnyGuide, ChatModel, Executor, Logger
 from aggregator.records import Proposal, Values
 from aggregator.text import shorten
 from aggregator.training.asking import Answer, Parameters, ask_or_fail, read_reply
 from aggregator.training.batches import Dataset
-from aggregator.training.decisions import Check, Gate, UpdateRule
+from aggregator.training.decisions import AnyOptimizer, Check, Gate, UpdateRule
 from aggregator.training.merge import LLMMerge
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
 from aggregator.training.replies import parse_reply
@@ -34,7 +34,7 @@ class Minibatch(Trainer):
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         use_asyncio: bool = True,
         logger: Logger | None = None,
         *,
@@ -80,7 +80,7 @@ class AggregatedUpdate(Minibatch):
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         use_asyncio: bool = True,
         logger: Logger | None = None,
         llm: Any = None,
@@ -209,7 +209,7 @@ class MinibatchAlgorithm(Minibatch):
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         use_asyncio: bool = True,
         logger: Logger | None = None,
         *,
@@ -249,13 +249,13 @@ class BasicSearchAlgorithm(MinibatchAlgorithm):
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         use_asyncio: bool = True,
         logger: Logger | None = None,
         *,
         num_proposals: int = 4,
         validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
+        validate_guide: AnyGuide | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] = (),
         executor: Executor | None = None,
@@ -292,7 +292,7 @@ class PrioritySearch(Minibatch):
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         use_asyncio: bool = True,
         logger: Logger | None = None,
         *,
@@ -302,7 +302,7 @@ class PrioritySearch(Minibatch):
         score_function: ScoreFunction = "mean",
         ucb_exploration_constant: float = 1.0,
         validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
+        validate_guide: AnyGuide | None = None,
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] = (),
@@ -353,14 +353,14 @@ class BeamSearch(PrioritySearch):
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         use_asyncio: bool = True,
         logger: Logger | None = None,
         *,
         num_candidates: int = 4,
         num_proposals: int = 2,
         validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
+        validate_guide: AnyGuide | None = None,
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] = (),
@@ -402,13 +402,13 @@ class SequentialSearch(PrioritySearch):
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         use_asyncio: bool = True,
         logger: Logger | None = None,
         *,
         num_proposals: int = 1,
         validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
+        validate_guide: AnyGuide | None = None,
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] = (),

@@ -18,7 +18,7 @@ from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork
 from aggregator.guides.calling import check_guide
 from aggregator.portal import sync_function
-from aggregator.protocols import Agent
+from aggregator.protocols import Agent, AnyGuide
 from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checkpoints import Known, Memory, Score, digest
@@ -186,7 +186,7 @@ def failures_of(runs: Sequence[Rollout]) -> tuple[Failure, ...]:
 
 async def aevaluate(
     agent: Any,
-    guide: Any,
+    guide: AnyGuide,
     inputs: Sequence[Any] | Dataset,
     infos: Sequence[Any] | None = None,
     *,

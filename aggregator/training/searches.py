@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from aggregator.checks import check_finite, check_positive, is_int
 from aggregator.errors import ConfigError
+from aggregator.protocols import AnyGuide
 from aggregator.records import Candidate, Decision, Sample
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.candidates import compare_on_shared, draw, gain, mean_score, upper_bound, wins_of
@@ -66,7 +67,9 @@ class BestOf(Greedy):
     guide.
     """
 
-    def __init__(self, proposals: int = 4, validate_dataset: Dataset | None = None, validate_guide: Any = None) -> None:
+    def __init__(
+        self, proposals: int = 4, validate_dataset: Dataset | None = None, validate_guide: AnyGuide | None = None
+    ) -> None:
         check_positive("num_proposals", proposals)
         self.proposals = proposals
         self.validation = _validation(validate_dataset)
@@ -105,7 +108,7 @@ class Priority:
         score_function: ScoreFunction = "mean",
         ucb_exploration_constant: float = 1.0,
         validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
+        validate_guide: AnyGuide | None = None,
     ) -> None:
         if num_candidates is None:
             num_candidates = min(4, memory_size) if is_int(memory_size) else 4
@@ -186,7 +189,7 @@ class Sequential(Priority):
     """Has one candidate, which gives way to the best of its `num_proposals` successors if that one is better."""
 
     def __init__(
-        self, num_proposals: int = 1, *, validate_dataset: Dataset | None = None, validate_guide: Any = None
+        self, num_proposals: int = 1, *, validate_dataset: Dataset | None = None, validate_guide: AnyGuide | None = None
     ) -> None:
         super().__init__(
             1,
@@ -220,7 +223,7 @@ class Beam(Priority):
         *,
         num_proposals: int = 2,
         validate_dataset: Dataset | None = None,
-        validate_guide: Any = None,
+        validate_guide: AnyGuide | None = None,
     ) -> None:
         super().__init__(
             num_candidates,

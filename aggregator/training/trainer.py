@@ -23,10 +23,10 @@ from aggregator.llm.budget import Budget
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
 from aggregator.portal import sync
-from aggregator.protocols import Agent, Executor, Logger
+from aggregator.protocols import Agent, AnyGuide, Executor, Logger
 from aggregator.records import Candidate, Proposal, Rollout, RolloutTask, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.decisions import Check, Gate, Optimizer, Search, UpdateRule
+from aggregator.training.decisions import AnyOptimizer, Check, Gate, Optimizer, Search, UpdateRule
 from aggregator.training.gates import always, both, improves_on_batch
 from aggregator.training.loop import run
 from aggregator.training.merge import LLMMerge
@@ -80,7 +80,7 @@ class Trainer:
     def __init__(
         self,
         agent: Any,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         *,
         propose_per: ProposePer = "instance",
         rule: UpdateRule | None = None,
@@ -107,7 +107,7 @@ class Trainer:
             check_search(search)
         check_checks(checks)
         self.agent = agent
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer
         self.propose_per: ProposePer = propose_per
         self.rule = rule
         self.search: Search = greedy if search is None else search
@@ -202,7 +202,7 @@ class Trainer:
 
     async def atrain(
         self,
-        guide: Any,
+        guide: AnyGuide,
         train_dataset: Dataset,
         *,
         stepsize: float | Schedule = 0.5,

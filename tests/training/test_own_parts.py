@@ -287,7 +287,7 @@ def test_evaluate_gave_nones_without_a_word() -> None:
     with pytest.warns(TrainingWarning, match=message):
         assert evaluate(Adder(), guide, DATA) == [1.0, 1.0, None, 1.0]
     with pytest.raises(ConfigError, match="expected a guide"):
-        evaluate(Adder(), lambda x, output: 1.0, DATA)
+        evaluate(Adder(), lambda x, output: 1.0, DATA)  # type: ignore[arg-type]
 
 
 def test_saving_an_agent_that_has_no_save() -> None:

@@ -30,6 +30,11 @@ def guide(ticket: str, answer: str, team: str) -> tuple[float, str]:
     return (1.0, "Correct.") if answer == team else (0.0, f"Expected {team}, got {answer}.")
 
 
+def guide_of_two(ticket: str, answer: str) -> str:
+    """A guide that forgot what is expected, and gives no score."""
+    return f"{ticket}: {answer}"
+
+
 class Steps(Observer):
     """Prints each step."""
 
@@ -46,8 +51,10 @@ def main() -> None:
     agent.words.data = 30
     agent.words.data = "seven"  # type: ignore[assignment]
     trainer = AggregatedUpdate(agent, LLMOptimizer(llm=llm), llm=llm, observers=[Steps()])
+    AggregatedUpdate(agent, optimizer=llm)  # type: ignore[arg-type]
     with cassette("train.yaml"):
         result = trainer.train(guide, TICKETS, batch_size=2, stepsize=0.5, test_dataset=TICKETS)
+        trainer.train(guide_of_two, TICKETS)  # type: ignore[arg-type]
         trainer.train(guide, TICKETS, batchsize=2)  # type: ignore[call-arg]
     print(result.test_scores[-1], result.parameters["instruction"], result.tset_scores)  # type: ignore[attr-defined]
     agent.save("router.json")
