@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from aggregator.cassettes.compression import NEEDED, TooLargeError, decompressed
+from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.documents import BUDGET, Budget, parse_document
 from aggregator.cassettes.exchanges import (
     NOT_YAML,
@@ -24,8 +25,8 @@ from aggregator.cassettes.exchanges import (
     line_hash,
 )
 from aggregator.cassettes.keys import request_key
-from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
-from aggregator.errors import CassetteDamagedError, CassetteRefusedError
+from aggregator.cassettes.redaction import Line, needles_for, redact_lines, redact_request
+from aggregator.errors import CassetteDamagedError, CassetteRefusedError, SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
 LARGEST_BODY = 32 << 20
@@ -166,6 +167,7 @@ def read_blocks(
     intact: bool,
     skipped: int,
     redact: bool = True,
+    policy: Redaction = USUAL,
     budget: Budget = BUDGET,
 ) -> Recording:
     """Read a YAML or JSON cassette; `intact` says that it states its hash, `skipped` how many lines came before."""
@@ -175,13 +177,17 @@ def read_blocks(
     ours = ["sha256" in fact for fact in facts]
     calls: dict[bytes, int] = {}
     lines: list[bytes] = []
+    changed: list[str] = []
     size = 0
     for index, item in enumerate(items):
         place = f"{where}:{starts.get(id(item), 0) + skipped}" if starts else f"{where}, interaction {index + 1}"
         exchange = to_exchange(item, facts[index] if ours[index] else {}, place)
-        lines.append(
-            _checked(facts[index], exchange, place) if ours[index] else _adopted(exchange, index, calls, redact=redact)
-        )
+        if ours[index]:
+            lines.append(_check_line(facts[index], exchange, place))
+        else:
+            line = _adopt(exchange, index, calls, policy if redact else None)
+            lines.append(line.data)
+            changed += [place] if line.is_changed else []
         size += len(lines[-1])
         if size > budget.total:  # one body under many aliases, or many that unpack to much
             raise CassetteRefusedError(
@@ -189,6 +195,11 @@ def read_blocks(
                 "do not trust this file, or split it if it is yours"
             )
     findings = []
+    if changed:
+        findings.append(
+            f"{where}: {len(changed)} answers are changed by the redaction of secrets, as at {changed[0]}; "
+            "see the rules for secrets in docs/cassettes.md"
+        )
     if any(ours) and not intact and not skipped:
         findings.append(f"{where}: its leading comment is gone, so an exchange cut off at the end would not be seen")
     return Recording(
@@ -199,7 +210,7 @@ def read_blocks(
     )
 
 
-def _checked(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
+def _check_line(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     """Return the journal line of one of our own, whose hash must be right."""
     line = encode_line(exchange)
     if not line.endswith(rb'\"sha256\":\"%b\"}"}' % str(facts["sha256"]).encode()):
@@ -209,13 +220,18 @@ def _checked(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     return line
 
 
-def _adopted(exchange: Exchange, index: int, calls: dict[bytes, int], *, redact: bool) -> bytes:
+def _adopt(exchange: Exchange, index: int, calls: dict[bytes, int], policy: Redaction | None) -> Line:
     """Return the line of another tool's exchange: no lineage, played in the order of the file, secrets redacted."""
-    request = redact_request(exchange.request) if redact else exchange.request
+    request = exchange.request if policy is None else redact_request(exchange.request, policy=policy)
     key = request_key(request.method, request.url, request.body)
     ticket = calls[key] = calls.get(key, -1) + 1
     placed = replace(exchange, request=request, facts=replace(exchange.facts, ticket=ticket, order=index))
-    return redact_line(placed, needles_for(exchange.request)) if redact else encode_line(placed)
+    if policy is None:
+        return Line(encode_line(placed))
+    (line,) = redact_lines([placed], [needles_for(exchange.request, policy)], policy)
+    if isinstance(line, SecretLeakError):
+        raise line
+    return line
 
 
 # characters a literal cannot hold, or would not give back exactly

@@ -44,7 +44,8 @@ class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     `ticket` counts the identical requests of one lineage in the order they were issued, `attempt` the answers
     to one of them, `order` all requests issued in this lineage. `chunks` are (bytes, milliseconds) of a stream.
     `error` is (class, message) of an attempt without an answer. `usage` holds tokens and cost as far as known.
-    `key` is the digest of the request's bytes as a journal states it; b"" until the exchange is in a line.
+    `redacted` is a short digest of what was redacted in the request's body: it orders exchanges whose requests are
+    equal without it. `key` is the digest of the request's bytes as a journal states it, b"" outside of a line.
     """
 
     lineage: str
@@ -59,6 +60,7 @@ class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     usage: dict[str, int | float] = {}
     chunks: tuple[tuple[int, float], ...] = ()
     error: tuple[str, str] | None = None
+    redacted: str = ""
     key: bytes = b""
 
 

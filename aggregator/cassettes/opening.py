@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from msgspec import Struct
 
+from aggregator.cassettes.credentials import Redaction
 from aggregator.cassettes.exchanges import NOTHING, Recording, Row
 from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.reading import read
@@ -67,10 +68,10 @@ def open_tape(
     _check(layout, get_args(LayoutChoice), "layout")
     if path.is_dir():
         raise ConfigError(f"expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
-    plan = _replay(path, mode)
+    plan = _replay(path, mode, rules.redaction)
     lock = FileLock(path) if plan is None else None
     try:
-        plan = plan or _recording(path, mode)
+        plan = plan or _recording(path, mode, rules.redaction)
         if lock is not None and plan.journal is None:  # finished meanwhile, by whoever had the lock
             lock.release()
             lock = None
@@ -97,11 +98,11 @@ def _check(value: str, known: Sequence[str], name: str) -> None:
         raise ConfigError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
 
 
-def _replay(path: Path, mode: Mode) -> _Plan | None:
+def _replay(path: Path, mode: Mode, redaction: Redaction) -> _Plan | None:
     """Return the plan of a cassette that only plays; None for one that records."""
     if mode in ("new_episodes", "all"):
         return None
-    there = read(path)
+    there = read(path, policy=redaction)
     if mode == "once" and (there is None or there.state == "open"):
         return None
     return _Plan(played=(), findings=()) if there is None else _playing(path, there)
@@ -120,11 +121,11 @@ def _playing(path: Path, there: Recording) -> _Plan:
     return _Plan(played=there.rows, findings=there.findings + left)
 
 
-def _recording(path: Path, mode: Mode) -> _Plan:
+def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
     """Return the plan of a cassette that records, its lock held; without a journal where there is nothing to."""
     if mode == "all":
         return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path, is_anew=True)
-    there = read(path) or NOTHING
+    there = read(path, policy=redaction) or NOTHING
     if there.state == "open":  # new, or its recording was killed: go on where it ended
         return _Plan(played=there.rows, findings=there.findings, journal=path, kept=there.kept)
     if mode == "once":

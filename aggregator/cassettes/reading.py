@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from aggregator.cassettes.blocks import read_blocks
+from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.exchanges import REMEDY, Recording, Row, index_lines
 from aggregator.cassettes.journal import (
     OPEN_COMMENT,
@@ -28,17 +29,17 @@ _LONGEST_COMMENT = 4_096
 __all__ = ["Recording", "Row", "index_lines", "read", "shard_path"]
 
 
-def read(path: Path, *, redact: bool = True) -> Recording | None:
+def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recording | None:
     """Return what a cassette holds, its shards included; None where there is none.
 
-    Another tool's cassette comes without its secrets; `redact=False` shows what is really in the file.
+    Another tool's cassette comes without its secrets; `redact=False` returns what is really in the file.
 
     Raises CassetteDamagedError (cut, edited, empty) and CassetteRefusedError (hostile, unknown format).
     """
     data = _bytes_of(path)
     if data is None:
         return None
-    first, comment = _read_one(*data, str(path), redact=redact)
+    first, comment = _read_one(*data, str(path), redact=redact, policy=policy)
     if comment is None or comment.shards == 1:
         return msgspec.structs.replace(first, files=(path,))
     if comment.shard != 1:
@@ -98,7 +99,7 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
 
 
 def _read_one(
-    first_line: bytes, content: bytes, where: str, *, redact: bool = True
+    first_line: bytes, content: bytes, where: str, *, redact: bool = True, policy: Redaction = USUAL
 ) -> tuple[Recording, Comment | None]:
     size = len(first_line) + len(content)
     beginning = size <= len(OPENING) and OPENING.startswith(first_line + content)  # killed before its first exchange
@@ -113,7 +114,7 @@ def _read_one(
     if comment is not None and comment.layout == "journal":
         recording = read_closed_journal(content, where, intact=intact, skipped=skipped)
     else:
-        recording = read_blocks(content, where, intact=intact, skipped=skipped, redact=redact)
+        recording = read_blocks(content, where, intact=intact, skipped=skipped, redact=redact, policy=policy)
     if comment is not None and (not intact or len(recording.rows) != comment.exchanges):
         raise CassetteDamagedError(
             f"expected {comment.exchanges} exchanges and the content that {where}:1 states, "

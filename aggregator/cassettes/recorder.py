@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
@@ -12,6 +13,7 @@ from types import TracebackType
 
 from aggregator import portal
 from aggregator.cassettes.clients import families
+from aggregator.cassettes.credentials import redaction_by
 from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.keys import parse_ignore
 from aggregator.cassettes.opening import Mode, open_tape
@@ -30,9 +32,11 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     records everything anew. It defaults to "none" where the environment has CI, else to "once".
     `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
     `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.clients`); `latency` is
-    "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not
-    count; `layout` is how the file is written at close; without `warn` findings are in `tape.report` alone. `rules`
-    are these options and those for code that opens tapes for others, in one value that replaces the options here.
+    "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not count.
+    `redact` are names of fields, and patterns, that are secret beyond the rules; `keep` those that are not;
+    `keep_headers` are written beside the usual headers. `layout` is how the file is written at close; without `warn`
+    findings are in `tape.report` alone. `rules` are these options, and those for code that opens tapes for others, in
+    one value that replaces the options here.
 
     Raises when left: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
     """
@@ -47,6 +51,9 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         latency: Latency = "off",
         faults: Faults | None = None,
         ignore: Sequence[str] = (),
+        redact: Sequence[str | re.Pattern[str]] = (),
+        keep: Sequence[str | re.Pattern[str]] = (),
+        keep_headers: Sequence[str] = (),
         layout: LayoutChoice = "auto",
         now: Callable[[], float] = time.time,
         warn: bool = True,
@@ -57,7 +64,14 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
                 f"expected faults without clients, got both (clients={clients!r}): an injected fault reaches our own "
                 "client alone, as others have exceptions of their own; leave one of them out"
             )
-        given = TapeRules(lineage=lineage, clients=clients, latency=latency, faults=faults, ignore=parse_ignore(ignore))
+        given = TapeRules(
+            lineage=lineage,
+            clients=clients,
+            latency=latency,
+            faults=faults,
+            ignore=parse_ignore(ignore),
+            redaction=redaction_by(redact, keep, keep_headers),
+        )
         if rules is not None and given != DEFAULT_RULES:
             raise ConfigError(f"Expected the options of a cassette or rules=, got both; put them into {rules!r}")
         self._rules = given if rules is None else rules

@@ -1,8 +1,8 @@
 """Secrets never reach the disk: what is written is the exchange without them.
 
-Headers are kept by an allow-list. In URLs, bodies and error texts secrets are replaced by `REDACTED`, found
-by name, by shape and by the very values that authenticated. What still holds one of those values afterwards
-is refused. Everything else stays as it was, byte for byte.
+Headers are kept by an allow-list. In addresses, bodies and error texts secrets are replaced by `REDACTED`, found by
+name, by shape and by the very values that authenticated. What still holds one of those values afterwards is refused.
+Everything else keeps its bytes.
 """
 
 from __future__ import annotations
@@ -11,41 +11,57 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from urllib.parse import unquote_plus
+from hashlib import sha256
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aggregator.cassettes.exchanges import Exchange, encode_line
-from aggregator.cassettes.secrets import (
-    PLACEHOLDER,
-    Edit,
+from aggregator.cassettes.credentials import (
+    USUAL,
     Needles,
-    apply_edits,
+    Redaction,
     authenticating_values,
-    has_hidden_text,
-    is_secret_parameter,
-    moved,
+    looks_secret,
     needles_of,
+)
+from aggregator.cassettes.exchanges import Exchange, encode_line
+from aggregator.cassettes.forms import form_edits, is_form, redact_form, redact_url
+from aggregator.cassettes.payloads import is_json, is_stream
+from aggregator.cassettes.secrets import (
+    Edit,
+    apply_edits,
+    has_hidden_text,
+    has_needle,
+    moved,
     query_edits,
     secret_edits,
     suspicious,
+    unescape,
 )
-from aggregator.cassettes.streams import Chunks, hidden_edits, is_form, is_json, is_stream, rebuilt
+from aggregator.cassettes.streams import hidden_edits, redact_document
 from aggregator.errors import SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
+__all__ = ["redact_form", "redact_url"]  # with what is defined here
+
 KEPT_HEADERS = frozenset(
     {"accept", "content-type", "date", "retry-after", "retry-after-ms", "request-id", "x-request-id", "x-should-retry"}
-    | {"location"}
+    | {"location", "link", "etag", "last-modified", "content-disposition", "content-range", "accept-ranges"}
+    | {"content-language", "vary", "allow", "www-authenticate", "proxy-authenticate", "mcp-session-id"}
+    | {"x-repo-commit", "x-linked-size", "x-linked-etag", "x-total-count", "x-next-page", "x-error-code"}
+    | {"operation-location", "x-ms-request-id", "apim-request-id"}
+    | {"x-amzn-requestid", "x-amzn-errortype", "x-error-message"}
 )
-_KEPT_PARTS = re.compile(r"(^|-)ratelimit-|-(version|beta|processing-ms)$")  # of any provider, whichever client called
+"""Headers that are written: what a client acts on."""
+_KEPT_PARTS = re.compile(  # of any provider, whichever client called
+    r"(^|-)ratelimit-|-(version|beta|processing-ms)$|^x-(amzn-bedrock|goog-upload)-"
+)
 _LARGEST_INFLATED = 1 << 24
 
 
 @lru_cache(maxsize=1024)
 def is_kept(name: str, kept: tuple[str, ...] = ()) -> bool:
-    """Return True if a header of this lower-case name is written; `kept` are the provider's own (`HTTPRequest.kept`).
+    """Return True if a header of this lower-case name is written; `kept` are the provider's own and the user's.
 
     >>> is_kept("x-acme-region", ("x-acme-*",)), is_kept("authorization")
     (True, False)
@@ -55,37 +71,14 @@ def is_kept(name: str, kept: tuple[str, ...] = ()) -> bool:
     return any(name == more or (more.endswith("*") and name.startswith(more[:-1])) for more in kept)
 
 
-@lru_cache(maxsize=1024)
-def redact_url(url: str) -> str:
-    """Return the URL without secret query values, also in its fragment, and without a password.
-
-    >>> redact_url("https://me:pass@x.example/v1?key=abc&alt=sse#access_token=abc")
-    'https://REDACTED@x.example/v1?key=REDACTED&alt=sse#access_token=REDACTED'
-    """
-    address, hash_mark, fragment = url.partition("#")
-    head, mark, query = address.partition("?")
-    if "@" in head:
-        head = re.sub(r"//[^/]*@", f"//{PLACEHOLDER}@", head)
-    return "".join((head, mark, redact_form(query), hash_mark, redact_form(fragment)))
+_Pairs = tuple[tuple[str, str], ...]
 
 
-def redact_form(pairs: str) -> str:
-    """Return a form's fields, or a query's parameters, without the secret ones.
-
-    >>> redact_form("client%5Fsecret=abc&user[password]=abc&page=2")
-    'client%5Fsecret=REDACTED&user[password]=REDACTED&page=2'
-    """
-    return "&".join(map(_redact_pair, pairs.split("&"))) if "=" in pairs else pairs
-
-
-def _redact_pair(pair: str) -> str:
-    name, mark, value = pair.partition("=")
-    plain = unquote_plus(name).rstrip("]").replace("[", ".")  # PHP and Rails write user[password]
-    return f"{name}={PLACEHOLDER}" if mark and value and is_secret_parameter(plain) else pair
+# Requests
 
 
 class Frame(Struct, frozen=True):
-    """What of a request repeats from call to call: what must not be found beside it, its URL and headers as written."""
+    """What of a request repeats from call to call: its needles, and its URL and headers as they are written."""
 
     needles: Needles
     url: str
@@ -93,88 +86,117 @@ class Frame(Struct, frozen=True):
     is_form: bool
 
 
-def frame_of(request: HTTPRequest) -> Frame:
+@lru_cache(maxsize=256)
+def _frame(url: str, headers: _Pairs, secrets: tuple[str, ...], kept: tuple[str, ...], policy: Redaction) -> Frame:
+    values = authenticating_values(url, dict(headers), secrets)
+    return _clean_frame(url, headers, needles_of(frozenset(filter(looks_secret, values))), kept, policy)
+
+
+@lru_cache(maxsize=256)
+def _clean_frame(url: str, headers: _Pairs, needles: Needles, kept: tuple[str, ...], policy: Redaction) -> Frame:
+    written = _clean_headers(_kept(headers, (*kept, *policy.headers)), needles, policy)
+    return Frame(needles, redact_text(redact_url(url, policy), needles, policy), written, is_form(written))
+
+
+def frame_of(request: HTTPRequest, policy: Redaction = USUAL) -> Frame:
     """Return the request's frame; equal ones are one object, and nobody writes to it."""
-    return _frame(request.url, tuple(request.headers.items()), request.secrets, request.kept)
+    return _frame(request.url, tuple(request.headers.items()), request.secrets, request.kept, policy)
 
 
-@lru_cache(maxsize=256)
-def _frame(url: str, headers: tuple[tuple[str, str], ...], secrets: tuple[str, ...], kept: tuple[str, ...]) -> Frame:
-    return _clean_frame(url, headers, needles_of(authenticating_values(url, dict(headers), secrets)), kept)
-
-
-@lru_cache(maxsize=256)
-def _clean_frame(url: str, headers: tuple[tuple[str, str], ...], needles: Needles, kept: tuple[str, ...]) -> Frame:
-    written = _clean_headers(_kept(headers, kept), needles)
-    return Frame(needles, redact_text(redact_url(url), needles), written, is_form(written))
-
-
-def needles_for(request: HTTPRequest) -> Needles:
+def needles_for(request: HTTPRequest, policy: Redaction = USUAL) -> Needles:
     """Return what must not be found in anything that is written about this request."""
-    return frame_of(request).needles
+    return frame_of(request, policy).needles
 
 
-def looks_clean(texts: Iterable[bytes], needles: Iterable[Needles]) -> bool:
-    """Say whether one quick look at all these texts finds nothing, so that none of them needs the thorough one."""
+def looks_clean(texts: Iterable[bytes], needles: Iterable[Needles], policy: Redaction = USUAL) -> bool:
+    """Return True if one quick look at all these texts finds nothing, so that none of them needs the thorough one."""
     data = b"\n".join(texts)
     known = set(needles)
-    return not has_hidden_text(data) and not suspicious(data, known.pop() if len(known) == 1 else _united(known))
+    united = known.pop() if len(known) == 1 else tuple(sorted({needle for some in known for needle in some}))
+    if suspicious(data, united, policy):
+        return False
+    return not has_hidden_text(data) or not suspicious(unescape(data), united, policy)
 
 
-def _united(needles: Iterable[Needles]) -> Needles:
-    return tuple(sorted({needle for some in needles for needle in some}))
-
-
-def redact_requests(requests: Sequence[HTTPRequest]) -> list[HTTPRequest]:
+def redact_requests(requests: Sequence[HTTPRequest], policy: Redaction = USUAL) -> list[HTTPRequest]:
     """Return requests as they may be written; keys are computed from these, so that the file gives the same keys."""
-    frames = [frame_of(request) for request in requests]
-    clean = looks_clean([request.body for request in requests], [frame.needles for frame in frames])
-    return [_redacted(request, frame, clean=clean) for request, frame in zip(requests, frames, strict=True)]
+    frames = [frame_of(request, policy) for request in requests]
+    clean = looks_clean([request.body for request in requests], [frame.needles for frame in frames], policy)
+    return [_redacted(request, frame, policy, clean=clean) for request, frame in zip(requests, frames, strict=True)]
 
 
-def redact_request(request: HTTPRequest, needles: Needles | None = None) -> HTTPRequest:
+def redact_request(request: HTTPRequest, needles: Needles | None = None, policy: Redaction = USUAL) -> HTTPRequest:
     """Return one request as it may be written, by what authenticates it or by the needles given."""
     if needles is None:
-        return redact_requests([request])[0]
+        return redact_requests([request], policy)[0]
     return _redacted(
-        request, _clean_frame(request.url, tuple(request.headers.items()), needles, request.kept), clean=False
+        request, _clean_frame(request.url, tuple(request.headers.items()), needles, request.kept, policy), policy
     )
 
 
-def _redacted(request: HTTPRequest, frame: Frame, *, clean: bool) -> HTTPRequest:
-    body = _without_fields(request.body) if frame.is_form else request.body
-    if not clean and not looks_clean([body], [frame.needles]):
-        body = redact_body(body, frame.needles)[0]
+def _redacted(request: HTTPRequest, frame: Frame, policy: Redaction, *, clean: bool = False) -> HTTPRequest:
+    body = request.body
+    if frame.is_form:
+        body = apply_edits(body, form_edits(body, frame.headers, policy))
+    if not clean and not looks_clean([body], [frame.needles], policy):
+        body = redact_body(body, frame.needles, policy)[0]
     return HTTPRequest(method=request.method, url=frame.url, body=body, headers=frame.headers, kept=request.kept)
 
 
-def _without_fields(body: bytes) -> bytes:
-    """Return a form without its secret fields."""
-    return redact_form(body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+def digest_of_redacted(request: HTTPRequest, policy: Redaction = USUAL) -> str:
+    """Return four hex digits that tell apart requests which differ only in what was redacted in their bodies.
+
+    What authenticates the request does not count: another key finds the same answer. "" if nothing else was redacted.
+    """
+    frame = frame_of(request, policy)
+    form = form_edits(request.body, frame.headers, policy) if frame.is_form else []
+    removed = {request.body[start:end] for start, end, _ in form}
+    first, second = redact_body(apply_edits(request.body, form), (), policy)[1]
+    rest = apply_edits(request.body, form)
+    removed |= {rest[start:end] for start, end, _ in first}
+    rest = apply_edits(rest, first)
+    removed |= {rest[start:end] for start, end, _ in second}
+    counted = sorted(text for text in removed if not has_needle(text, frame.needles))
+    return sha256(b"\0".join(counted)).hexdigest()[:4] if counted else ""
 
 
-def redact_line(exchange: Exchange, needles: Needles = ()) -> bytes:
+# Exchanges
+
+
+class Line(Struct, frozen=True):
+    """An exchange as it is written, and whether its answer is another than the one that came."""
+
+    data: bytes
+    is_changed: bool = False
+
+
+def redact_line(exchange: Exchange, needles: Needles = (), policy: Redaction = USUAL) -> bytes:
     """Return the line of an exchange whose request is redacted; raises SecretLeakError."""
-    (line,) = redact_lines([exchange], [needles])
+    (line,) = redact_lines([exchange], [needles], policy)
     if isinstance(line, SecretLeakError):
         raise line
-    return line
+    return line.data
 
 
-def redact_lines(exchanges: Sequence[Exchange], needles: Sequence[Needles]) -> list[bytes | SecretLeakError]:
+def redact_lines(
+    exchanges: Sequence[Exchange], needles: Sequence[Needles], policy: Redaction = USUAL
+) -> list[Line | SecretLeakError]:
     """Return the lines of exchanges whose requests are redacted, or why one cannot be written; each has its needles."""
-    kept = [_without_headers(exchange) for exchange in exchanges]
-    clean = looks_clean([text for exchange in kept for text in _texts(exchange)], needles)
-    return [_line(exchange, known, clean=clean) for exchange, known in zip(kept, needles, strict=True)]
+    kept = [_without_headers(exchange, policy) for exchange in exchanges]
+    clean = looks_clean([text for exchange in kept for text in _texts(exchange)], needles, policy)
+    return [_line(exchange, known, policy, clean=clean) for exchange, known in zip(kept, needles, strict=True)]
 
 
-def _without_headers(exchange: Exchange) -> Exchange:
+def _without_headers(exchange: Exchange, policy: Redaction) -> Exchange:
     """Return the exchange with those of its answer's headers that are written, its head as text."""
     reply = exchange.reply
+    headers = _kept(reply.headers.items(), (*exchange.request.kept, *policy.headers))
+    if exchange.request.method == "HEAD" and "content-length" in reply.headers:
+        headers["content-length"] = reply.headers["content-length"]  # of the body that GET would send
     kept = HTTPReply(
         status=reply.status,
         body=reply.body,
-        headers=_kept(reply.headers.items(), exchange.request.kept),
+        headers=headers,
         reason=_as_text(reply.reason),
         milliseconds=reply.milliseconds,
         chunks=reply.chunks,
@@ -188,42 +210,50 @@ def _texts(exchange: Exchange) -> tuple[bytes, bytes]:
     return reply.body, "\n".join((facts.lineage, facts.model, reply.reason, *reply.headers.values())).encode()
 
 
-def _line(exchange: Exchange, needles: Needles, *, clean: bool) -> bytes | SecretLeakError:
+def _line(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: bool) -> Line | SecretLeakError:
     reply = exchange.reply
     values = "".join(reply.headers.values())
     if not clean or "=" in values or "@" in values:
-        exchange = replace(exchange, reply=replace(reply, headers=_clean_headers(reply.headers, needles)))
-    if not _is_due(exchange, needles, clean=clean) and _is_text(exchange.request.body) and _is_text(reply.body):
-        return encode_line(exchange)
-    redacted = _redact_reply(exchange, needles)
+        headers = _clean_headers(reply.headers, needles, policy)
+        exchange = replace(exchange, reply=replace(reply, headers=headers))
+    if not _is_due(exchange, needles, policy, clean=clean) and _is_text(exchange.request.body) and _is_text(reply.body):
+        return Line(encode_line(exchange), exchange.reply.headers != reply.headers)
+    redacted = redact_reply(exchange, needles, policy)
     line = encode_line(redacted)
-    return _leak(redacted, line, needles) or line
+    is_changed = redacted.reply != reply
+    return _leak(redacted, line, needles) or Line(line, is_changed)
 
 
-def _is_due(exchange: Exchange, needles: Needles, *, clean: bool) -> bool:
-    """Say whether the exchange needs the thorough look."""
+def _is_due(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: bool) -> bool:
+    """Return True if the exchange needs the thorough look."""
     reply = exchange.reply
     return (
         bool(reply.chunks)
         or is_stream(reply.headers)
         or is_form(reply.headers)
         or exchange.facts.error is not None
-        or (not clean and not looks_clean(_texts(exchange), [needles]))
+        or (not clean and not looks_clean(_texts(exchange), [needles], policy))
     )
 
 
-def _redact_reply(exchange: Exchange, needles: Needles) -> Exchange:
+def redact_reply(exchange: Exchange, needles: Needles, policy: Redaction = USUAL) -> Exchange:
+    """Return the exchange with its answer and facts redacted."""
     reply, facts = exchange.reply, exchange.facts
-    form = [(0, len(reply.body), _without_fields(reply.body))] if is_form(reply.headers) and reply.body else []
-    body, steps = redact_body(apply_edits(reply.body, form), needles)
+    form = form_edits(reply.body, reply.headers, policy) if is_form(reply.headers) else []
+    body, steps = redact_body(apply_edits(reply.body, form), needles, policy)
     return replace(
         exchange,
-        reply=replace(reply, body=body, reason=redact_text(reply.reason, needles)),
+        reply=replace(
+            reply,
+            body=body,
+            reason=redact_text(reply.reason, needles, policy),
+            chunks=_moved_chunks(reply.chunks, [form, *steps]),
+        ),
         facts=replace(
             facts,
-            model=redact_text(facts.model, needles),
+            model=redact_text(facts.model, needles, policy),
             chunks=_moved_chunks(facts.chunks, [form, *steps]),
-            error=facts.error and (facts.error[0], redact_text(facts.error[1], needles)),
+            error=facts.error and (facts.error[0], redact_text(facts.error[1], needles, policy)),
         ),
     )
 
@@ -237,15 +267,15 @@ def _kept(headers: Iterable[tuple[str, str]], more: tuple[str, ...]) -> dict[str
     }
 
 
-def _clean_headers(headers: Mapping[str, str], needles: Needles) -> dict[str, str]:
-    return {name: _clean_value(value, needles) for name, value in headers.items()}
+def _clean_headers(headers: Mapping[str, str], needles: Needles, policy: Redaction) -> dict[str, str]:
+    return {name: _clean_value(value, needles, policy) for name, value in headers.items()}
 
 
 @lru_cache(maxsize=1024)
-def _clean_value(value: str, needles: Needles) -> str:
+def _clean_value(value: str, needles: Needles, policy: Redaction) -> str:
     """Return a header's value, which may be an address, without secrets; most values repeat."""
-    due = "=" in value or "@" in value or suspicious(value.encode(), needles)
-    return redact_text(value, needles) if due else value
+    due = "=" in value or "@" in value or suspicious(value.encode(), needles, policy)
+    return redact_text(value, needles, policy) if due else value
 
 
 def _as_text(head: str) -> str:
@@ -254,14 +284,14 @@ def _as_text(head: str) -> str:
 
 
 def _is_text(body: bytes) -> bool:
-    """Say whether the body stands in the line as text, which the quick look has seen as it is written."""
+    """Return True if the body stands in the line as text, which the quick look has seen as it is written."""
     try:
         return body.isascii() or bool(body.decode())
     except UnicodeDecodeError:
         return False
 
 
-def redact_text(text: str, needles: Needles) -> str:
+def redact_text(text: str, needles: Needles, policy: Redaction = USUAL) -> str:
     """Return a short text, such as an error's message, without secrets.
 
     >>> redact_text("cannot reach https://x.example/?key=abc", ())
@@ -269,22 +299,21 @@ def redact_text(text: str, needles: Needles) -> str:
     """
     data = text.encode()
     data = apply_edits(data, query_edits(data))
-    return apply_edits(data, secret_edits(data, needles)).decode()
+    return apply_edits(data, secret_edits(data, needles, policy)).decode()
 
 
-def redact_body(body: bytes, needles: Needles) -> tuple[bytes, list[list[Edit]]]:
+def redact_body(body: bytes, needles: Needles, policy: Redaction = USUAL) -> tuple[bytes, list[list[Edit]]]:
     """Return the body without secrets, and the edits of each step, for whoever must find its chunks again."""
-    first = secret_edits(body, needles)
+    first = secret_edits(body, needles, policy)
     clean = apply_edits(body, first)
     if first and is_json(body) and not is_json(clean):  # a value began within an escape, such as backslash u0041
-        first = [(0, len(body), rebuilt(body, needles))]
+        first = [(0, len(body), redact_document(body, needles, policy))]
         clean = first[0][2]
-    body = clean
-    second = hidden_edits(body, needles)
-    return apply_edits(body, second), [first, second]
+    second = hidden_edits(clean, needles, policy)
+    return apply_edits(clean, second), [first, second]
 
 
-def _moved_chunks(chunks: Chunks, steps: list[list[Edit]]) -> Chunks:
+def _moved_chunks(chunks: tuple[tuple[int, float], ...], steps: list[list[Edit]]) -> tuple[tuple[int, float], ...]:
     """Return the chunks of a redacted body: their borders move with what was replaced before them."""
     borders, end = [], 0
     for length, _ in chunks:
@@ -307,18 +336,14 @@ def _leak(exchange: Exchange, line: bytes, needles: Needles) -> SecretLeakError 
         "exchange": line,
     }
     for place, data in places.items():
-        if any(needle in data for needle in needles):
+        if has_needle(data, needles):
+            host = request.url.partition("//")[2].partition("/")[0].rpartition("@")[2].partition("?")[0]
             return SecretLeakError(
                 f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
-                f"(a {request.method} to {_host(request.url)}, role {facts.role}); it was not written. "
+                f"(a {request.method} to {host}, role {facts.role}); it was not written. "
                 "Keep the secret out of it, or call the model outside of the cassette"
             )
     return None
-
-
-def _host(url: str) -> str:
-    """Return the host of any URL, also of one that is none."""
-    return url.partition("//")[2].partition("/")[0].rpartition("@")[2].partition("?")[0]
 
 
 def inflated(body: bytes) -> bytes:

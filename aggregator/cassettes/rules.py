@@ -7,6 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.keys import Ignore
 from aggregator.cassettes.timing import Faults, Latency
 
@@ -32,5 +33,6 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     faults: Faults | None = None
     clients: str | Sequence[str] = ()
     adopts: Adopts = "threads"
+    redaction: Redaction = USUAL
     plays_failures: bool = True
     expects_all: bool = True

@@ -1,167 +1,67 @@
-"""Where a secret may stand in bytes: by the name beside it, by its shape, by its very value.
+"""Where secrets stand in bytes, and what to write there instead: by name, by shape, by value. Pure functions.
 
-Pure functions. `secret_edits` is the thorough look; `suspicion.py` has the quick one that every recorded line gets.
+In this order: edits, what the thorough look replaces (`secret_edits`), and the quick look that every recorded text gets
+first (`suspicious`). Every look is linear in the data.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from operator import itemgetter
-from urllib.parse import parse_qsl, quote, quote_plus, unquote
+from urllib.parse import unquote
 
-PLACEHOLDER = "REDACTED"
+from aggregator.cassettes.credentials import (
+    FIELD,
+    NAMES,
+    PARAMETER,
+    PLACEHOLDER,
+    SHORTEST,
+    USUAL,
+    Alone,
+    Needles,
+    Redaction,
+    authenticating_values,
+    hides_parameter,
+    hides_value,
+    is_secret_field,
+    is_secret_parameter,
+    looks_secret,
+    needles_of,
+)
+from aggregator.cassettes.payloads import tool_fields
+
+__all__ = [
+    "FIELD",
+    "NAMES",
+    "PLACEHOLDER",
+    "SHORTEST",
+    "Needles",
+    "apply_edits",
+    "authenticating_values",
+    "has_hidden_text",
+    "is_secret_field",
+    "is_secret_parameter",
+    "moved",
+    "needles_of",
+    "query_edits",
+    "secret_edits",
+    "suspicious",
+]
+
 MARK = PLACEHOLDER.encode()
-SHORTEST = 8
-"""A shorter value is no secret but a placeholder such as `EMPTY` or `test`, and stands in ordinary text."""
-_SHORTEST_SESSION = 12
-
 Edit = tuple[int, int, bytes]
 """From, to, and what stands there instead."""
 
-Needles = tuple[bytes, ...]
-
-_KEYS = ("api", "access", "secret", "private", "subscription", "signing")
-_TOKEN_KINDS = ("access", "refresh", "auth", "id", "session", "security", "bearer", "api", "csrf", "oauth")
-_WORDS = ("secret", "password", "passwd", "passphrase", "authorization", "credential")
-_NAME = rf"(?:(?:{'|'.join(_KEYS)})[_-]?key|(?:{'|'.join(_TOKEN_KINDS)})[_-]?token|{'|'.join(_WORDS)})s?"
-_COMPOUNDS = (*((kind, "key") for kind in _KEYS), *((kind, "token") for kind in _TOKEN_KINDS))
-_SINGULARS = (*(between.join(words) for words in _COMPOUNDS for between in ("", "_", "-")), *_WORDS)
-NAMES = (*_SINGULARS, *(f"{name}s" for name in _SINGULARS))
-"""The end of every name that a secret's field may have, in lower case."""
-FIELD = re.compile(rf"[\w.-]*?{_NAME}", re.IGNORECASE)
-_QUERY_FIELD = re.compile(rf"[\w.-]*?(?:{_NAME}|key|token|sig|signature|auth|pwd)", re.IGNORECASE)
-_NUMBER = r"-?\d[\d.eE+-]*"
-_PREFIX = r"[\w.\x80-\xff-]*?"
-# a text, up to its closing quote or to where the JSON was cut, a number, or a list of both
-_PLAIN_FIELDS = re.compile(
-    rf'"{_PREFIX}{_NAME}"\s*:\s*(?:"((?:[^"\\]|\\.)++)|({_NUMBER})'
-    r'|\[((?:"(?:[^"\\]|\\.)*+(?:"|\Z)|[^"\[\]{}])++)(?=\]|\Z))'.encode(),
-    re.IGNORECASE | re.DOTALL,
-)
-# The same inside a JSON text that is itself a JSON string, at any depth: a quote has k backslashes before it (group 1),
-# a backslash of the inner text is k + 1 of them, and so a quote after an even number of those closes it.
-_TWO = r"(?:\1\\\1\\)"
-_INNER = rf'(?:[^"\\]|\\+(?!["\\])|{_TWO}*+\1\\\1")*+{_TWO}*+'
-_ESCAPED_FIELDS = re.compile(
-    rf'(?<!\\)(\\+)"{_PREFIX}{_NAME}\1"\s*:\s*(?:\1"(?!\1")({_INNER})|({_NUMBER})'
-    rf'|\[((?:\1"{_INNER}\1"|\\+(?!["\\])|[^"\\\[\]{{}}])++)(?=\]|\Z))'.encode(),
-    re.IGNORECASE | re.DOTALL,
-)
-_QUERY = re.compile(
-    rf"[?&;#][\w.-]*?(?:{_NAME}|key|token|sig|signature|auth|pwd)=([^&\s\"'\\<>#]+)".encode(), re.IGNORECASE
-)
-_PASSWORD = re.compile(r"//[^/:]*:([^/]*)@")
-_USER_INFO = re.compile(rb"://([^/\s?#\"'\\<>]+)@")
-_MIXED = "(?=[A-Za-z0-9_-]{0,80}?[A-Z0-9])"  # words in lower case are the names of CSS classes and packages
-_SHAPED = (  # how a token starts, and how it goes on
-    ("[spr]k-", _MIXED + "[A-Za-z0-9_-]{17,}"),  # OpenAI, Anthropic, OpenRouter, DeepSeek, LiteLLM
-    ("AIza", "[A-Za-z0-9_-]{30,}"),  # Google
-    (r"ya29\.", "[A-Za-z0-9_-]{20,}"),
-    ("gh[pousr]_", "[A-Za-z0-9]{20,}"),  # GitHub, GitLab
-    ("github_pat_", "[A-Za-z0-9_]{20,}"),
-    ("glpat-", "[A-Za-z0-9_-]{16,}"),
-    ("(?:gsk|hf|r8)_", _MIXED + "[A-Za-z0-9]{20,}"),  # Groq, Hugging Face, Replicate
-    ("tgp_v1_", "[A-Za-z0-9_-]{20,}"),
-    ("(?:xai|pplx|nvapi)-", _MIXED + "[A-Za-z0-9_-]{20,}"),
-    ("A[KS]IA", "[A-Z0-9]{16}"),  # AWS
-    ("xox[abeprs]-", "[A-Za-z0-9-]{16,}"),  # Slack
-    ("eyJ", r"[A-Za-z0-9_-]{10,2048}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"),  # a signed JSON web token
-)
-SHAPES = re.compile(  # at the start of a word, or after an escaped line break
-    rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:{'|'.join(start + rest for start, rest in _SHAPED)})".encode()
-)
-SHAPE_STARTS = re.compile(rf"[^A-Za-z0-9](?:{'|'.join(start for start, _ in _SHAPED)})".encode())
-_TOKENS = re.compile(
-    rb'token\\*"\s*:\s*\\*"(?=[^"]*\d)([A-Za-z0-9_.+/=-]{20,})\\*"', re.IGNORECASE
-)  # not a logprob's token
-_BEARER = re.compile(  # the words basic and token stand in prose too, but before no digits
-    rb"(?i:\b(?:bearer {1,32}|(?:basic|token) {1,32}(?=[A-Za-z0-9._~+/=-]*\d)))([A-Za-z0-9._~+/=-]{20,})"
-)
-_PEM = re.compile(
-    rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----((?:(?!-----BEGIN ).)*?)-----END [A-Z ]*PRIVATE KEY", re.DOTALL
-)
-_CUT_PEM = re.compile(  # an answer that ended too early
-    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(?=(?:\\+[nr]|[\r\n])*[A-Za-z0-9+/=]{20})((?:\\+[nr]|[A-Za-z0-9+/=\r\n])++)"
-)
+_ENDS = (b"key", b"token", b"secret", b"password", b"passwd", b"passphrase", b"authorization", b"credential")
+_PARAMETER_ENDS = (*_ENDS, b"sig", b"signature", b"auth", b"pwd")
+_LONGEST_NAME = 64
 
 
-def is_secret_field(name: str) -> bool:
-    """Say whether a JSON field of this name holds a secret.
-
-    >>> is_secret_field("openai_api_key"), is_secret_field("max_tokens"), is_secret_field("key")
-    (True, False, False)
-    """
-    return bool(FIELD.fullmatch(name))
-
-
-def is_secret_parameter(name: str) -> bool:
-    """Say whether a query parameter or form field of this name holds a secret.
-
-    >>> is_secret_parameter("key"), is_secret_parameter("alt")
-    (True, False)
-    """
-    return bool(_QUERY_FIELD.fullmatch(name))
-
-
-def secret_edits(data: bytes, needles: Needles = ()) -> list[Edit]:
-    """Return what to replace, in order and without overlap. The names and quotes of fields stay.
-
-    >>> secret_edits(b'{"api_key": "abc", "max_tokens": 5}')
-    [(13, 16, b'REDACTED')]
-    """
-    found = [
-        edit
-        for pattern, depth in ((_PLAIN_FIELDS, 0), (_ESCAPED_FIELDS, 1))
-        for match in pattern.finditer(data)
-        for edit in _field_edits(match, depth)
-    ]
-    found += [(*match.span(), MARK) for match in SHAPES.finditer(data)]
-    known = (_BEARER, _PEM, _CUT_PEM, _TOKENS)
-    found += [(*match.span(1), MARK) for pattern in known for match in pattern.finditer(data)]
-    for needle in needles:
-        found += _occurrences(data, needle)
-    return _merged(found)
-
-
-def query_edits(data: bytes) -> list[Edit]:
-    """Return what to replace where a text quotes a URL, as error messages do."""
-    return _merged((*match.span(1), MARK) for pattern in (_QUERY, _USER_INFO) for match in pattern.finditer(data))
-
-
-def _field_edits(match: re.Match[bytes], depth: int) -> Iterator[Edit]:
-    """Yield the edit of a field's text, number, or list of them; what it leaves is still JSON."""
-    text, number, items = (match.span(depth + group) for group in (1, 2, 3))
-    if text[1] > text[0]:
-        yield (*text, MARK)
-    elif number[0] >= 0:
-        yield (*number, b"0")
-    elif items[0] >= 0:
-        quotation = (match[1] if depth else b"") + b'"'
-        yield (*items, quotation + MARK + quotation)
-
-
-def _occurrences(data: bytes, needle: bytes) -> Iterator[Edit]:
-    start = data.find(needle)
-    while start >= 0:
-        yield start, start + len(needle), MARK
-        start = data.find(needle, start + len(needle))
-
-
-def _merged(edits: Iterable[Edit]) -> list[Edit]:
-    """Join edits that overlap; the wider one says what stands there."""
-    merged: list[Edit] = []
-    for start, end, text in sorted(edits, key=lambda edit: (edit[0], -edit[1])):
-        if merged and start < merged[-1][1]:
-            first, last, kept = merged[-1]
-            merged[-1] = (first, max(end, last), kept)
-        else:
-            merged.append((start, end, text))
-    return merged
+# Edits
 
 
 def apply_edits(data: bytes, edits: Iterable[Edit]) -> bytes:
@@ -191,131 +91,324 @@ def moved(border: int, edits: Iterable[Edit]) -> int:
     return border + shift
 
 
-def authenticating_values(url: str, headers: Mapping[str, str], secrets: Iterable[str]) -> frozenset[str]:
-    """Return what authenticates a request: the declared secrets, and what its headers and URL carry."""
-    found = set(secrets)
-    for name, value in headers.items():
-        if _QUERY_FIELD.fullmatch(name) or name.lower() == "cookie":
-            scheme, _, rest = value.partition(" ")
-            rest = rest.strip()
-            found |= {rest, *_basic(rest)} if rest and scheme.isalpha() else {value.strip()}
-            found |= set(_cookies(value)) if name.lower() == "cookie" else set()
-    address, _, query = url.partition("#")[0].partition("?")
-    found |= {value for name, value in parse_qsl(query) if _QUERY_FIELD.fullmatch(name)}
-    if password := _PASSWORD.search(address):
-        found.add(unquote(password[1]))
-    return frozenset(value for value in found if len(value) >= SHORTEST and value != PLACEHOLDER)
+def _merged(edits: Iterable[Edit]) -> list[Edit]:
+    """Join edits that overlap; the wider one says what stands there."""
+    merged: list[Edit] = []
+    for start, end, text in sorted(edits, key=lambda edit: (edit[0], -edit[1])):
+        if merged and start < merged[-1][1]:
+            first, last, kept = merged[-1]
+            merged[-1] = (first, max(end, last), kept)
+        else:
+            merged.append((start, end, text))
+    return merged
 
 
-def _cookies(header: str) -> Iterator[str]:
-    """Yield the cookies of a header that look like a session's; a theme or a language is none."""
-    for cookie in header.split(";"):
-        value = cookie.partition("=")[2].strip()
-        if len(value) >= _SHORTEST_SESSION and any(map(str.isdigit, value)):
-            yield value
+def secret_edits(
+    data: bytes, needles: Needles = (), policy: Redaction = USUAL, *, in_tool: bool | None = None
+) -> list[Edit]:
+    """Return what to replace, in order and without overlap. The names and quotes of fields stay.
 
+    `in_tool` says that the data are, or are not, a tool's arguments or result; None looks at the JSON that they are.
 
-def _basic(value: str) -> tuple[str, ...]:
-    """Return the password of a Basic authorization."""
-    try:
-        return (base64.b64decode(value, validate=True).decode().partition(":")[2],)
-    except ValueError:  # no base64, no UTF-8, or not even ASCII
-        return ()
-
-
-@lru_cache(maxsize=256)
-def needles_of(values: frozenset[str]) -> Needles:
-    """Return every form in which these values are looked for, the longest first.
-
-    >>> [needle for needle in needles_of(frozenset({"pass word"})) if b"%" in needle or b"+" in needle]
-    [b'pass%20word', b'pass+word']
+    >>> secret_edits(b'{"api_key": "abc", "max_tokens": 5}')
+    [(13, 16, b'REDACTED')]
     """
-    forms: set[bytes] = set()
-    for value in values:
-        raw = value.encode()
-        for escaped in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
-            forms |= {escaped.encode(), escaped.replace("/", r"\/").encode()}  # PHP escapes the slash too
-        forms.add(raw)
-        for encoded in (quote(value, safe=""), quote(value), quote_plus(value)):
-            forms |= {encoded.encode(), re.sub("%..", lambda match: match[0].lower(), encoded).encode()}
-        forms |= set(_base64_forms(raw))
-    return tuple(sorted(forms, key=lambda form: (-len(form), form)))
+    found: list[Edit] = []
+    if _has_secret_name(data) or policy.fields:
+        found += _field_edits(data, policy, in_tool)
+    if _has_secret_parameter(data):
+        found += _parameter_edits(data, policy)
+    if b"@" in data:
+        found += _user_edits(data)
+    found += _token_edits(data)
+    if b"PRIVATE KEY" in data:
+        found += [(*match.span(1), MARK) for pattern in (_PEM, _CUT_PEM) for match in pattern.finditer(data)]
+    found += [(*match.span(), MARK) for pattern in policy.patterns for match in pattern.finditer(data)]
+    if found and policy.kept_patterns:
+        kept = [match.span() for pattern in policy.kept_patterns for match in pattern.finditer(data)]
+        found = [edit for edit in found if not any(edit[0] < end and edit[1] > start for start, end in kept)]
+    for needle in needles:
+        found += _occurrences(data, needle)
+    return _merged(found)
 
 
-def _base64_forms(raw: bytes) -> Iterator[bytes]:
-    """Yield the part of the base64 text that depends on the value alone, for each position it may start at."""
-    for offset, skipped in ((0, 0), (1, 2), (2, 3)):
-        text = base64.b64encode(bytes(offset) + raw)[skipped : (offset + len(raw)) * 8 // 6]
-        if len(text) >= SHORTEST:
-            yield text
-            yield text.translate(bytes.maketrans(b"+/", b"-_"))
+def has_needle(data: bytes, needles: Needles) -> bool:
+    """Return True if one of the needles stands there."""
+    return any(next(_occurrences(data, needle), None) for needle in needles if needle in data)
 
+
+def _occurrences(data: bytes, needle: bytes) -> Iterator[Edit]:
+    start = data.find(needle)
+    while start >= 0:
+        end = start + len(needle)
+        if not isinstance(needle, Alone) or (_begins_word(data, start) and not data[end : end + 1].isalnum()):
+            yield start, end, MARK
+        start = data.find(needle, end)
+
+
+def _begins_word(data: bytes, start: int) -> bool:
+    r"""Return True if no word goes on here; `\n`, `%20` and `\u003d` end before it."""
+    before = data[max(0, start - 6) : start]
+    return not before[-1:].isalnum() or bool(_ESCAPED_BEFORE.search(before))
+
+
+_ESCAPED_BEFORE = re.compile(rb"(?:\\[nrtbf]|%[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4})\Z")
+
+
+# By name
+
+# A quote within JSON that is a text of JSON, at any depth, has k backslashes before it (group 1), a backslash of the
+# inner text is k + 1 of them, and so a quote after an even number of those closes it.
+_TWO = r"(?:\1\\\1\\)"
+_INNER = rf'(?:[^"\\]|\\+(?!["\\])|{_TWO}*+\1\\\1")*+{_TWO}*+'
+_VALUE = re.compile(rf'(\\*)"\s*:\s*(?:\1"(?!\1")({_INNER})|(-?\d[\d.eE+-]*)|\[)'.encode(), re.DOTALL)
+_ITEM = re.compile(rf'(\\*)"({_INNER})|[\[\]{{}}]'.encode(), re.DOTALL)
+
+
+_SHORT_VALUE = re.compile(rb'"\s*:\s*"[^"\\]{0,19}"')
+
+
+def _field_edits(data: bytes, policy: Redaction, in_tool: bool | None) -> Iterator[Edit]:
+    """Yield what to replace of fields; what is left is still JSON, and a value that was cut ends with the data."""
+    tools: frozenset[tuple[str, str]] | None = None
+    for name, match in _fields(data, policy):
+        if match[3] is not None:
+            if name.lower() in policy.fields:
+                yield (*match.span(3), b"0")
+            continue
+        if match[2] is None:
+            yield from _item_edits(data, match, asked_for=name.lower() in policy.fields)
+            continue
+        raw = match[2]
+        value = _unescaped(raw, len(match[1])) if b"\\" in raw else raw.decode(errors="replace")
+        if not hides_value(name, value, policy):
+            continue
+        if in_tool is not False and not hides_value(name, value, policy, in_tool=True):
+            tools = tool_fields(data) if tools is None and in_tool is None else tools
+            if tools is None or (name, value) in tools:
+                continue
+        yield (*match.span(2), MARK)
+
+
+def _item_edits(data: bytes, field: re.Match[bytes], *, asked_for: bool) -> Iterator[Edit]:
+    """Yield the texts of a list that look like secrets; one by one, so that the list keeps its length."""
+    place = field.end()
+    while (item := _ITEM.search(data, place)) is not None and item[2] is not None and item[1] == field[1]:
+        if asked_for or looks_secret(_unescaped(item[2], len(item[1]))):
+            yield (*item.span(2), MARK)
+        place = item.end() + len(item[1]) + 1
+
+
+def _fields(data: bytes, policy: Redaction) -> Iterator[tuple[str, re.Match[bytes]]]:
+    """Yield every field whose name ends as a secret's does, with the match of its value."""
+    low = data.lower()
+    for word in (*_ENDS, *(name.encode() for name in policy.fields)):
+        start = low.find(word)
+        while start >= 0:
+            end = start + len(word)
+            end += low[end : end + 1] == b"s"
+            is_field = low[end : end + 1] in (b'"', b"\\")
+            if is_field and word == b"token" and low[start - 1 : start] == b'"' and _SHORT_VALUE.match(data, end):
+                is_field = False  # of log probabilities, of which there are thousands
+            match = _VALUE.match(data, end) if is_field else None
+            if match is not None:
+                opening = data.rfind(b'"', max(0, start - _LONGEST_NAME), start)
+                before = data[max(0, opening - len(match[1]) - 1) : max(0, opening)]
+                if opening >= 0 and len(before) - len(before.rstrip(b"\\")) == len(match[1]):
+                    yield data[opening + 1 : end].decode(errors="replace"), match
+            start = low.find(word, start + 1)
+
+
+def _unescaped(raw: bytes, backslashes: int) -> str:
+    """Return what a text of JSON holds whose quotes have so many backslashes before them."""
+    text = raw.decode(errors="replace")
+    for _ in range(backslashes.bit_length() + 1):
+        try:
+            text = json.loads(f'"{text}"', strict=False)
+        except ValueError:  # cut
+            break
+    return text
+
+
+# By parameter
+
+_PAIR = re.compile(rb"=([^&\s\"'\\<>#),;\]}|`]+)")
+_PARAMETER_NAME = re.compile(rb"(?:[?&;#]|\\u0026)([\w.%\[\]-]{1,64})\Z")
+_USER = re.compile(rb"/\\?/([^/\s?#\"'\\<>@]+(?:@[^/\s?#\"'\\<>@]+)*)@")
+
+
+def _parameter_edits(data: bytes, policy: Redaction) -> Iterator[Edit]:
+    """Yield the values of query parameters within the data, as in an address that a field holds."""
+    low = data.lower()
+    for word in _PARAMETER_ENDS:
+        start = low.find(word + b"=")
+        while start >= 0:
+            end = start + len(word)
+            name = _PARAMETER_NAME.search(data, max(0, start - _LONGEST_NAME), end)
+            match = _PAIR.match(data, end)
+            if name and match and hides_parameter(name[1].decode(), match[1].decode(errors="replace"), policy):
+                yield (*match.span(1), MARK)
+            start = low.find(word + b"=", end)
+
+
+def _user_edits(data: bytes) -> Iterator[Edit]:
+    """Yield the users and passwords of addresses."""
+    for match in _USER.finditer(data):
+        user = unquote(match[1].decode(errors="replace"))
+        if looks_secret(user.partition(":")[2] or user):
+            yield (*match.span(1), MARK)
+
+
+_QUERY = re.compile(rf"[?&;#]{PARAMETER.pattern}=([^&\s\"'\\<>#]+)".encode(), re.IGNORECASE)
+_USER_INFO = re.compile(rb"://([^/\s?#\"'\\<>]+)@")
+
+
+def query_edits(data: bytes) -> list[Edit]:
+    """Return what to replace where a short text quotes an address, as error messages and headers do."""
+    return _merged((*match.span(1), MARK) for pattern in (_QUERY, _USER_INFO) for match in pattern.finditer(data))
+
+
+# By shape
+
+_MIXED = "(?=[A-Za-z0-9_-]{0,80}?[A-Z0-9])"  # words in lower case are the names of CSS classes and packages
+_SHAPED = (  # how a token starts, and how it goes on
+    ("[spr]k-", _MIXED + "[A-Za-z0-9_-]{17,}+"),  # OpenAI, Anthropic, OpenRouter, DeepSeek, LiteLLM
+    ("AIza", "[A-Za-z0-9_-]{30,}+"),  # Google
+    (r"ya29\.", "[A-Za-z0-9_-]{20,}+"),
+    ("gh[pousr]_", "[A-Za-z0-9]{20,}+"),  # GitHub, GitLab
+    ("github_pat_", "[A-Za-z0-9_]{20,}+"),
+    ("glpat-", "[A-Za-z0-9_-]{16,}+"),
+    ("(?:gsk|hf|r8)_", _MIXED + "[A-Za-z0-9]{20,}+"),  # Groq, Hugging Face, Replicate
+    ("tgp_v1_", "[A-Za-z0-9_-]{20,}+"),
+    ("(?:xai|pplx|nvapi)-", _MIXED + "[A-Za-z0-9_-]{20,}+"),
+    ("A[KS]IA", "[A-Z0-9]{16}"),  # AWS
+    ("xox[abeprs]-", "[A-Za-z0-9-]{16,}+"),  # Slack
+    ("eyJ", r"[A-Za-z0-9_-]{10,2048}\.[A-Za-z0-9_-]{10,}+\.[A-Za-z0-9_-]*+"),  # a signed JSON web token
+)
+# A whole token: neither within base64, an address or a longer identifier, nor the beginning of one. It may follow an
+# escaped line break, an encoded character, or a sign after a dot.
+_BEFORE = rb"(?:(?<![A-Za-z0-9_/.-])|(?<=\\[nrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2})|(?<=[^A-Za-z0-9]\.))"
+_AFTER = rb"(?![A-Za-z0-9_/+-]|[.@][A-Za-z0-9])"
+SHAPES = re.compile(_BEFORE + f"(?:{'|'.join(start + rest for start, rest in _SHAPED)})".encode() + _AFTER)
+_FIRST = frozenset(b"sprAyghtxne")
 
 _RUN_LENGTH = 20  # no shape is shorter
 _TOKEN_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+/=%.~")
 _RUNS = bytes(ord("a") if byte in _TOKEN_BYTES else ord(" ") for byte in range(256))
 _RUN = b"a" * _RUN_LENGTH
-_LONGEST_NAME = 64
-_LONGEST_SHAPE = 400  # of which more would be looked for in an image
-_QUOTE = ord('"')
+_CREDENTIAL = re.compile(rb"[A-Za-z0-9._~+/=-]{20,}")
 _AUTHORIZING = (b"bearer", b"basic", b"token")
-_LETTER_ESCAPES = re.compile(rb"\\u00[2-7]")
-_NAMES = (*NAMES, "token")
-# one backslash in a JSON text inside of another, three and more deeper in
-_QUOTES = ('"', '\\"', '\\\\"', '\\\\\\"')
-_ENDINGS = {"".join(cased) for name in _NAMES for cased in product(*({sign, sign.upper()} for sign in name[-3:]))}
-_NAME_ENDINGS = frozenset(f"{ending}{quote}"[-4:].encode() for ending in _ENDINGS for quote in _QUOTES)
-_SPACE = re.compile(rb"\s:")
-_end, _tail = itemgetter(slice(-4, None)), itemgetter(slice(-12, None))
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
-def has_hidden_text(data: bytes) -> bool:
-    r"""Say whether letters are written as JSON escapes (`\u0073` for an s), which the quick look cannot see into."""
-    return b"\\" in data and rb"\u00" in data and bool(_LETTER_ESCAPES.search(data))
-
-
-def suspicious(data: bytes, needles: Needles = ()) -> bool:
-    """Say whether a thorough look is due; False is certain but for values written with JSON escapes.
-
-    Every shape and nearly every value is a long run of token characters, of which prose has few; a field's name
-    ends before a colon. So a body of prose costs a few microseconds.
-    """
-    return (
-        _has_suspicious_run(data, needles)
-        or _has_secret_name(data)
-        or _has_odd_needle(data, needles)
-        or (b"V" in data and b"PRIVATE KEY" in data)  # one letter is looked for much faster
-    )
-
-
-def _has_suspicious_run(data: bytes, needles: Needles) -> bool:
+def _runs(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where long runs of a token's characters start and end; prose has few."""
     runs = data.translate(_RUNS)
     start = runs.find(_RUN)
     while start >= 0:
         end = runs.find(b" ", start)
         end = len(data) if end < 0 else end
-        run = data[max(0, start - 1) : end]  # with the byte before it: a backslash makes an n a line break
-        if _is_bad_name(run, needles) if len(run) <= _LONGEST_NAME else _is_bad_run(run, needles):
-            return True
-        if data[start - 1] != _QUOTE and _is_authorizing(data[max(0, start - 40) : start]):
-            return True
+        yield start, end
         start = runs.find(_RUN, end)
-    return False
 
 
-def _is_authorizing(before: bytes) -> bool:
-    return before.rstrip(b" ")[-6:].lower().endswith(_AUTHORIZING)
+def _token_edits(data: bytes) -> Iterator[Edit]:
+    """Yield tokens by their shape, and what follows `Bearer`."""
+    for start, end in _runs(data):
+        is_short = end - start <= _LONGEST_NAME and data[start - 1] != _BACKSLASH
+        places = _known_places(data[start:end]) if is_short else _places(data[start:end], data[start - 1])
+        for place in places:
+            if match := SHAPES.match(data, start + place):
+                yield (*match.span(), MARK)
+        if data[start - 1] != _QUOTE and (value := _authorized(data, start)):
+            yield (*value.span(), MARK)
 
 
-def _is_bad_run(run: bytes, needles: Needles) -> bool:
+def _places(run: bytes, before: int = 0) -> list[int]:
+    r"""Return where a token may begin in a run: at its start, after `\n` and `\u2026`, after `=` and `%20`."""
+    places = [0, 1, 5] if before == _BACKSLASH else [0]
+    is_form = run.find(b"=", 0, -2) >= 0 or b"%" in run
+    for mark in (b"=", b"%", b"~", b".", *((b"+",) if is_form else ())):
+        place = run.find(mark)
+        while place >= 0:
+            places += [place + 1, place + 3] if mark == b"%" else [place + 1]
+            place = run.find(mark, place + 1)
+    return [place for place in places if place < len(run) and run[place] in _FIRST]
+
+
+_known_places = lru_cache(maxsize=4096)(_places)  # most runs are names and ids, and repeat
+
+
+def _authorized(data: bytes, start: int) -> re.Match[bytes] | None:
+    """Return the credential that begins here after `Bearer`, or one with a digit after `Basic` and `token`."""
+    before = data[max(0, start - 40) : start]
+    words = before.rstrip(b" ")
+    tail = words[-7:].lower()
+    word = next((word for word in _AUTHORIZING if tail.endswith(word)), None)
+    if word is None or words == before or words[-len(word) - 1 : -len(word)].isalnum():
+        return None
+    value = _CREDENTIAL.match(data, start)
+    return value if value is not None and (word == b"bearer" or any(map(_DIGITS.__contains__, value[0]))) else None
+
+
+_DIGITS = frozenset(b"0123456789")
+_PEM = re.compile(
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----((?:(?!-----BEGIN ).)*?)-----END [A-Z ]*PRIVATE KEY", re.DOTALL
+)
+_CUT_PEM = re.compile(  # an answer that ended too early
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(?=(?:\\+[nr]|[\r\n])*[A-Za-z0-9+/=]{20})((?:\\+[nr]|[A-Za-z0-9+/=\r\n])++)"
+)
+
+
+# The quick look
+
+_NAMES = (*NAMES, "token")
+# one backslash in a JSON text inside of another, three and more deeper in
+_QUOTES = ('"', '\\"', '\\\\"', '\\\\\\"')
+_ENDINGS = {"".join(cased) for name in _NAMES for cased in product(*({sign, sign.upper()} for sign in name[-3:]))}
+_NAME_ENDINGS = frozenset(f"{ending}{quote}"[-4:].encode() for ending in _ENDINGS for quote in _QUOTES)
+_PARAMETER_ENDINGS = frozenset(word[-3:] for end in _PARAMETER_ENDS for word in (end, end + b"s"))
+_SPACE = re.compile(rb"\s:")
+_end, _tail, _last = itemgetter(slice(-4, None)), itemgetter(slice(-12, None)), itemgetter(slice(-3, None))
+_ESCAPE = re.compile(rb"\\u00[2-7][0-9A-Fa-f]")
+_ESCAPED = re.compile(rb"[2-7][0-9A-Fa-f]")
+
+
+def has_hidden_text(data: bytes) -> bool:
+    r"""Return True if letters are written as JSON escapes (`\u0073` for an s), which hide what they spell."""
+    return b"\\" in data and rb"\u00" in data and bool(_ESCAPE.search(data))
+
+
+def unescape(data: bytes) -> bytes:
+    r"""Return the data with ASCII escapes written out, also in JSON within JSON; a quote stays an escaped one.
+
+    >>> unescape(rb'{"\u0061pi_key": "\u003cb\u003e"}')
+    b'{"api_key": "<b>"}'
+    """
+    while rb"\\u00" in data:
+        data = data.replace(rb"\\u00", rb"\u00")
+    for code in filter(_ESCAPED.match, {piece[:2] for piece in data.split(rb"\u00")[1:]}):
+        escape, sign = rb"\u00" + code, bytes([int(code, 16)])
+        data = data.replace(escape, b"\\" + sign if sign in b'"\\' else sign)
+    return data
+
+
+def suspicious(data: bytes, needles: Needles = (), policy: Redaction = USUAL) -> bool:
+    """Return True if a thorough look is due; False is certain but for values written with JSON escapes.
+
+    Nearly every text holds no long run of token characters and no field or parameter with a secret's name, so that a
+    body of prose costs a few microseconds.
+    """
     return (
-        bool(SHAPES.search(run, 0, _LONGEST_SHAPE + 1))
-        or (len(run) > _LONGEST_SHAPE and bool(SHAPE_STARTS.search(run)))
-        or any(needle in run for needle in needles)
+        _has_secret_name(data)
+        or any(True for _ in _token_edits(data))
+        or any(needle in data for needle in needles)
+        or _has_secret_parameter(data)
+        or (b"@" in data and any(True for _ in _user_edits(data)))
+        or (b"V" in data and b"PRIVATE KEY" in data)  # one letter is looked for much faster
+        or any(name.encode() in data.lower() for name in policy.fields)
+        or any(pattern.search(data) for pattern in policy.patterns)
     )
-
-
-_is_bad_name = lru_cache(maxsize=4096)(_is_bad_run)  # most runs are names of fields, and repeat
 
 
 def _has_secret_name(data: bytes) -> bool:
@@ -332,7 +425,7 @@ def _has_secret_name(data: bytes) -> bool:
 
 @lru_cache(maxsize=4096)
 def _may_be_name(tail: bytes) -> bool:
-    """Say whether these bytes may end a secret's name, as `access_tokens` does, and `prompt_tokens` does not."""
+    """Return True if these bytes may end a secret's name, as `access_tokens` does, and `prompt_tokens` does not."""
     shown = tail.rstrip()
     if shown != tail:
         return shown[-1:] in (b'"', b"")
@@ -340,18 +433,14 @@ def _may_be_name(tail: bytes) -> bool:
     return any(known.endswith(name) or name.endswith(known) for known in _NAMES)
 
 
-def _has_odd_needle(data: bytes, needles: Needles) -> bool:
-    """Look for values that are short, or hold what no token holds."""
-    odd = _odd_ones(needles)
-    return bool(odd) and any(needle in data for needle in odd)
-
-
-@lru_cache(maxsize=256)
-def _odd_ones(needles: Needles) -> Needles:
-    return tuple(needle for needle in needles if len(needle) < _RUN_LENGTH or not _TOKEN_BYTES.issuperset(needle))
-
-
 @lru_cache(maxsize=4096)
 def _known_name(name: bytes) -> bool:
     text = name.decode(errors="replace")
     return bool(FIELD.fullmatch(text)) or text.lower().endswith("token")
+
+
+def _has_secret_parameter(data: bytes) -> bool:
+    """Return True if a parameter's name may end before an equals sign."""
+    if b"=" not in data:
+        return False
+    return not _PARAMETER_ENDINGS.isdisjoint([end.lower() for end in set(map(_last, data.split(b"=")))])

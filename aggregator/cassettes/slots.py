@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 from aggregator import portal
+from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.exchanges import Row
 from aggregator.cassettes.keys import KeyOf, key_of_request
 from aggregator.cassettes.lineage import current_role
-from aggregator.cassettes.redaction import redact_request
+from aggregator.cassettes.redaction import digest_of_redacted, redact_request
 from aggregator.errors import APIConnectionError
 from aggregator.records import HTTPRequest, Role
 
@@ -31,6 +33,7 @@ class Slot:
         "answered",
         "attempt",
         "branch",
+        "digest",
         "failure",
         "faults",
         "issued",
@@ -39,6 +42,7 @@ class Slot:
         "lineage",
         "order",
         "played",
+        "policy",
         "pool",
         "redacted",
         "request",
@@ -47,8 +51,8 @@ class Slot:
         "ticket",
     )
 
-    def __init__(self, request: HTTPRequest, lineage: str) -> None:
-        self.request, self.lineage = request, lineage
+    def __init__(self, request: HTTPRequest, lineage: str, policy: Redaction = USUAL) -> None:
+        self.request, self.lineage, self.policy = request, lineage, policy
         self.role: Role = current_role()
         self.branch = portal.current_branch()
         self.label = ""
@@ -63,12 +67,19 @@ class Slot:
         self.failure: APIConnectionError | None = None  # what ended the streamed answer just played
         self.key = b""  # of the matching, once it was needed
         self.redacted: HTTPRequest | None = None
+        self.digest = ""  # of what was redacted in the body, once the request is clean
 
     def clean(self) -> HTTPRequest:
         """Return the request as it may be written."""
         if self.redacted is None:
-            self.redacted = redact_request(self.request)
-        return self.redacted
+            self.set_clean(redact_request(self.request, policy=self.policy))
+        return cast("HTTPRequest", self.redacted)
+
+    def set_clean(self, redacted: HTTPRequest) -> None:
+        """Take the request as it may be written."""
+        self.redacted = redacted
+        if redacted.body != self.request.body:
+            self.digest = digest_of_redacted(self.request, self.policy)
 
     def key_by(self, key_of: KeyOf) -> bytes:
         """Return the key of the request; one whose very bytes were recorded is found without."""
@@ -82,15 +93,17 @@ class Pool:
 
     `row` is one of its rows, -1 for a pool without recorded answers. `labels` has the tickets of calls that overlapped
     by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls of which
-    the last one may not be answered. `unordered` counts calls that nothing tells apart.
+    the last one may not be answered. `unordered` counts calls that nothing tells apart. `is_mixed` if rows were claimed
+    out of order because of what was redacted.
     """
 
-    __slots__ = ("flying", "issued", "labels", "row", "rows", "unordered")
+    __slots__ = ("flying", "is_mixed", "issued", "labels", "row", "rows", "unordered")
 
     def __init__(self, row: int = -1) -> None:
         self.row = row
         self.rows: dict[int, tuple[int, ...]] = {}
         self.issued = 0
+        self.is_mixed = False
         self.labels: dict[str, deque[int]] | None = None
         self.flying: list[Slot] = []
         self.unordered = 0
@@ -219,12 +232,22 @@ class Pools:
         if pool is None:
             pool = self._pool(slot)
         slot.pool, slot.ticket = pool, pool.take(slot.branch)
+        if slot.digest:
+            self._prefer_same_redacted(slot, pool)
+        if pool.is_mixed and slot.ticket not in pool.rows:
+            slot.ticket = next(iter(pool.rows), slot.ticket)
         slot.rows = pool.rows.pop(slot.ticket, ())
         pool.issued += 1
         if labels and not slot.rows:
             pool.label(slot)
         if self._prefer and not slot.rows:
             slot.rows = self._take_from_another_lineage(slot)
+
+    def _prefer_same_redacted(self, slot: Slot, pool: Pool) -> None:
+        """Give the slot the ticket of a call in whose body the same was redacted, if there is one."""
+        same = [ticket for ticket, rows in pool.rows.items() if self._rows[rows[0]].facts.redacted == slot.digest]
+        if same and slot.ticket not in same:
+            pool.is_mixed, slot.ticket = True, same[0]
 
     def land(self, slot: Slot) -> None:
         """Forget a live call whose answer is written, or that is withdrawn: none can overlap with it any more."""

@@ -1,33 +1,26 @@
-"""Streamed replies (server-sent events): texts that a stream cuts into pieces, and where its chunks end."""
+"""Secrets that a stream cuts into pieces, and those that JSON escapes hide: texts joined as a client joins them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from aggregator.cassettes.secrets import (
+from aggregator.cassettes.credentials import (
     PLACEHOLDER,
-    Edit,
+    USUAL,
     Needles,
-    apply_edits,
-    has_hidden_text,
+    Redaction,
+    hides_value,
     is_secret_field,
-    secret_edits,
+    looks_secret,
 )
+from aggregator.cassettes.payloads import decode_event, event_spans, is_tool_path
+from aggregator.cassettes.secrets import Edit, apply_edits, has_hidden_text, secret_edits, suspicious, unescape
 from aggregator.checks import is_number
 
-Chunks = tuple[tuple[int, float], ...]
-"""(length in bytes, milliseconds since the request was sent) of each piece as it came."""
-
-_DATA = re.compile(rb"(?:(?<![^\r\n])|(?<=^\xef\xbb\xbf))data: ?([^\r\n]*)")
-_LINE = re.compile(rb"[^\r\n]+")
-_EVENTS = (b"data:", b"event:", b":", b"id:", b"retry:")
-_STREAMED = re.compile(r"event-stream|stream\+json|ndjson|jsonl|json-?lines|json-seq", re.IGNORECASE)
 _encode = msgspec.json.Encoder().encode
 _Path = tuple[str | int, ...]
 
@@ -41,72 +34,23 @@ class _Piece(Struct, frozen=True, gc=False):
     text: bytes
 
 
-def is_stream(headers: Mapping[str, str]) -> bool:
-    """Say whether a reply with these headers is a stream of events, or of lines of JSON."""
-    return _is_streamed(headers.get("content-type", ""))
-
-
-@lru_cache(maxsize=256)
-def _is_streamed(content_type: str) -> bool:
-    return bool(_STREAMED.search(content_type))
-
-
-def is_form(headers: Mapping[str, str]) -> bool:
-    """Say whether a body with these headers is a form."""
-    return "x-www-form-urlencoded" in headers.get("content-type", "").lower()
-
-
-def is_json(data: bytes) -> bool:
-    """Say whether this is one JSON document."""
-    try:
-        msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
-
-
-def rebuilt(data: bytes, needles: Needles) -> bytes:
-    """Return a JSON document written anew, every text in it redacted by itself."""
-    return _encode(_rebuilt(msgspec.json.decode(data), needles))
-
-
-def _rebuilt(value: Any, needles: Needles) -> Any:
-    if isinstance(value, str):
-        data = value.encode(errors="surrogatepass")
-        if has_hidden_text(data) and isinstance(inner := _decoded(data), dict | list):  # JSON within the JSON
-            clean = _rebuilt(inner, needles)
-            data = data if clean == inner else _encode(clean)
-        return apply_edits(data, secret_edits(data, needles)).decode(errors="replace")
-    if isinstance(value, dict):
-        pairs = ((_rebuilt(name, needles), item) for name, item in value.items())
-        return {
-            name: _blank(item, needles) if is_secret_field(name) else _rebuilt(item, needles) for name, item in pairs
-        }
-    return [_rebuilt(item, needles) for item in value] if isinstance(value, list) else value
-
-
-def _blank(value: Any, needles: Needles) -> Any:
-    """Return what stands in the place of a field with a secret's name."""
-    if isinstance(value, list):
-        return [_blank(item, needles) for item in value]
-    if isinstance(value, str):
-        return value and PLACEHOLDER
-    return 0 if is_number(value) else _rebuilt(value, needles)
-
-
-def hidden_edits(body: bytes, needles: Needles) -> list[Edit]:
+def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> list[Edit]:
     """Return what to replace where a secret is cut in pieces by a stream, or written with JSON escapes.
 
     The texts that stand at the same place of each event are joined, as a client joins them. An event that
     changes is written anew; the others keep their bytes.
     """
-    is_hidden = has_hidden_text(body)
-    spans = _event_spans(body) or ([(0, len(body))] if is_hidden else [])
-    events = [_decoded(body[start:end]) for start, end in spans]
-    changed = _rejoin(events, needles)
+    is_hidden = has_hidden_text(body) and suspicious(unescape(body), needles, policy)
+    spans = event_spans(body) or ([(0, len(body))] if is_hidden else [])
+    if not spans:
+        return []
+    events = [decode_event(body[start:end]) for start, end in spans]
+    if not is_hidden and not any(suspicious(text, needles, policy) for text in _columns(events)):
+        return []
+    changed = _redact_joined(events, needles, policy)
     if is_hidden:  # names too
         for index, event in enumerate(events):
-            if not isinstance(event, str) and (clean := _rebuilt(event, needles)) != event:
+            if not isinstance(event, str) and (clean := redact_value(event, needles, policy)) != event:
                 events[index] = clean
                 changed.add(index)
     return [
@@ -115,40 +59,96 @@ def hidden_edits(body: bytes, needles: Needles) -> list[Edit]:
     ]
 
 
-def _event_spans(body: bytes) -> list[tuple[int, int]]:
-    """Return where the data of a stream's events stands, and the lines of JSON of one without events; [] for others."""
-    beginning = body[:64].lstrip(b"\xef\xbb\xbf\r\n\t ")
-    if beginning.startswith(_EVENTS):
-        return [match.span(1) for match in _DATA.finditer(body)] or [(0, len(body))]
-    if beginning[:1] not in (b"{", b"[") or b"\n" not in body.strip():
-        return []
-    lines = [match.span() for match in _LINE.finditer(body)]
-    return lines if is_json(body[slice(*lines[0])]) else []
+# A quick look at streams
 
 
-def _rejoin(events: list[Any], needles: Needles) -> set[int]:
+def _columns(values: list[Any]) -> Iterator[bytes]:
+    """Yield the texts that stand at the same place of all values, joined; those of each index beside them, too."""
+    texts = [value for value in values if type(value) is str]
+    if texts:
+        yield "".join(texts).encode(errors="surrogatepass")
+    maps = [value for value in values if type(value) is dict]
+    for name in {name: None for value in maps for name in value}:
+        column = [value[name] for value in maps if name in value]
+        if type(column[0]) in (str, dict, list) or any(type(item) in (str, dict, list) for item in column):
+            yield from _columns(column)
+        if name.endswith("index") and len(groups := _groups(maps, name)) > 1:
+            for group in groups:
+                yield from _columns([{key: item for key, item in value.items() if key != name} for value in group])
+    lists = [value for value in values if type(value) is list]
+    for place in range(max(map(len, lists), default=0)):
+        yield from _columns([value[place] for value in lists if place < len(value)])
+
+
+def _groups(maps: list[dict[str, Any]], name: str) -> list[list[dict[str, Any]]]:
+    """Return the values of each index."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for value in maps:
+        if type(index := value.get(name)) is int:
+            groups.setdefault(index, []).append(value)
+    return list(groups.values()) if len(groups) < len(maps) else []
+
+
+# The thorough look
+
+
+def redact_document(data: bytes, needles: Needles, policy: Redaction = USUAL) -> bytes:
+    """Return a JSON document written anew, every text in it redacted by itself."""
+    return _encode(redact_value(msgspec.json.decode(data), needles, policy))
+
+
+def redact_value(value: Any, needles: Needles, policy: Redaction, *, in_tool: bool = False) -> Any:
+    """Return a JSON value with every text in it redacted by itself, and JSON within a text as well."""
+    if isinstance(value, str):
+        data = value.encode(errors="surrogatepass")
+        if has_hidden_text(data) and isinstance(inner := decode_event(data), dict | list):
+            clean = redact_value(inner, needles, policy, in_tool=in_tool)
+            data = data if clean == inner else _encode(clean)
+        edits = secret_edits(data, needles, policy, in_tool=in_tool or None)
+        return apply_edits(data, edits).decode(errors="replace")
+    if isinstance(value, dict):
+        found = {}
+        for name, item in value.items():
+            inside = in_tool or is_tool_path((name,))
+            if isinstance(item, str) and hides_value(name, item, policy, in_tool=inside):
+                item = PLACEHOLDER  # noqa: PLW2901 - the value as it is written
+            elif is_number(item) and name.lower() in policy.fields:
+                item = 0  # noqa: PLW2901 - as above
+            elif isinstance(item, list) and is_secret_field(name):
+                item = [PLACEHOLDER if isinstance(one, str) and looks_secret(one) else one for one in item]  # noqa: PLW2901 - as above
+            found[redact_value(name, needles, policy)] = redact_value(item, needles, policy, in_tool=inside)
+        return found
+    return (
+        [redact_value(item, needles, policy, in_tool=in_tool) for item in value] if isinstance(value, list) else value
+    )
+
+
+def _redact_joined(events: list[Any], needles: Needles, policy: Redaction) -> set[int]:
     """Redact the texts that stand at the same place of each event as one, in place; return which events changed.
 
     Answers side by side are joined each by itself too, told apart by the index beside them. Both, as some servers
     count their events by an `index`.
     """
     pieces = list(_pieces(events))
-    changed = _redact_groups(events, pieces, [piece.path for piece in pieces], needles)
+    changed = _redact_groups(events, pieces, [piece.path for piece in pieces], needles, policy)
     if len({piece.key for piece in pieces}) > len({piece.path for piece in pieces}):
         pieces = list(_pieces(events)) if changed else pieces
-        changed |= _redact_groups(events, pieces, [piece.key for piece in pieces], needles)
+        changed |= _redact_groups(events, pieces, [piece.key for piece in pieces], needles, policy)
     return changed
 
 
-def _redact_groups(events: list[Any], pieces: list[_Piece], names: list[_Path], needles: Needles) -> set[int]:
+def _redact_groups(
+    events: list[Any], pieces: list[_Piece], names: list[_Path], needles: Needles, policy: Redaction
+) -> set[int]:
     """Redact the pieces of each name as one text."""
     groups: dict[_Path, list[_Piece]] = {}
     for name, piece in zip(names, pieces, strict=True):
         groups.setdefault(name, []).append(piece)
     changed = set()
-    for group in groups.values():
-        edits = secret_edits(b"".join(piece.text for piece in group), needles)
-        for piece, text in _rewritten(group, edits) if edits else ():
+    for name, group in groups.items():
+        in_tool = is_tool_path(name) or None
+        edits = secret_edits(b"".join(piece.text for piece in group), needles, policy, in_tool=in_tool)
+        for piece, text in _rewrite(group, edits) if edits else ():
             events[piece.event] = _with(events[piece.event], piece.path, text.decode(errors="replace"))
             changed.add(piece.event)
     return changed
@@ -158,14 +158,6 @@ def _pieces(events: list[Any]) -> Iterator[_Piece]:
     for index, event in enumerate(events):
         for path, key, text in _texts(event):
             yield _Piece(index, path, key, text.encode(errors="surrogatepass"))
-
-
-def _decoded(data: bytes) -> Any:
-    """Return an event's JSON, or its text where it is none."""
-    try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return data.decode(errors="replace") if len(data) < 1 << 20 and data.isascii() else None
 
 
 def _texts(value: Any, path: _Path = (), key: _Path = ()) -> Iterator[tuple[_Path, _Path, str]]:
@@ -194,7 +186,7 @@ def _with(value: Any, path: _Path, text: str) -> Any:
     return value
 
 
-def _rewritten(pieces: list[_Piece], edits: list[Edit]) -> Iterator[tuple[_Piece, bytes]]:
+def _rewrite(pieces: list[_Piece], edits: list[Edit]) -> Iterator[tuple[_Piece, bytes]]:
     """Yield the pieces that change: the first one an edit touches takes the replacement, others lose their part."""
     offset = 0
     for piece in pieces:

@@ -17,10 +17,11 @@ from itertools import count
 from typing import Any, Literal
 
 from aggregator.cassettes.exchanges import Exchange, Row
+from aggregator.cassettes.forms import redact_url
 from aggregator.cassettes.keys import ignoring, raw_key
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.cassettes.mismatch import Asked, explain_miss
-from aggregator.cassettes.redaction import redact_requests, redact_url
+from aggregator.cassettes.redaction import redact_requests
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.slots import Pools, Slot
 from aggregator.cassettes.timing import latency_scale
@@ -60,7 +61,7 @@ class Tape:
         self._rows, self._played = rows, bytearray(len(rows))
         self._pools = Pools(rows, key_of=ignoring(rules.ignore), prefer=rules.lineage == "prefer")
         self._left = frozenset(i for i, row in enumerate(rows) if row.facts.error and row.facts.error[0] == _LEFT)
-        self._writer = None if sink is None else Writer(sink, now)
+        self._writer = None if sink is None else Writer(sink, now, rules.redaction)
         self._on_close = on_close
         self._scale, self._faults = latency_scale(rules.latency), rules.faults
         # A recording from nothing counts tickets when answers are written: requests are redacted together, which costs
@@ -91,14 +92,14 @@ class Tape:
 
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
-        slot = Slot(request, current_lineage())
+        slot = Slot(request, current_lineage(), self.rules.redaction)
         slot.issued = next(self._events)
         if self._counts_later:
             with self._lock:
                 self._count_order(slot)
                 self._uncounted.append(slot)
             return slot
-        key = raw_key(request.method, redact_url(request.url), request.body)
+        key = raw_key(request.method, redact_url(request.url, self.rules.redaction), request.body)
         pool = self._pools.exact.get((key, slot.lineage))
         if pool is None:
             self._pools.key_of_slot(slot)  # outside of the lock
@@ -127,8 +128,9 @@ class Tape:
         """Count the tickets of the calls issued so far, in their order, and write what was answered."""
         slots, self._uncounted = self._uncounted, []
         with suppress(Exception):  # a request that cannot be redacted raises below, by itself
-            for slot, request in zip(slots, redact_requests([slot.request for slot in slots]), strict=True):
-                slot.redacted = request
+            clean = redact_requests([slot.request for slot in slots], self.rules.redaction)
+            for slot, request in zip(slots, clean, strict=True):
+                slot.set_clean(request)
         for slot in slots:
             with suppress(Exception):  # and again when its answer is written: that call is told
                 self._pools.claim(slot, labels=True)
@@ -331,6 +333,9 @@ class Tape:
             raise type(error)(f"{error}") from error
 
     def _tell_the_rest(self, *, warn: bool) -> None:
+        if self._writer is not None and (changed := self._writer.changed):
+            told = f"{len(changed)} recorded answers were changed by the redaction of secrets, as {changed[0]}"
+            self.tell(f"{self.name}: {told}; see the rules for secrets in docs/cassettes.md", warn=warn)
         if fallbacks := self._pools.fallbacks:
             first = "; ".join(fallbacks[:3])
             told = f"{len(fallbacks)} calls played what another lineage recorded: {first}"

@@ -14,8 +14,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Protocol
 
+from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.exchanges import Exchange, Facts
-from aggregator.cassettes.redaction import needles_for, redact_lines
+from aggregator.cassettes.redaction import Line, needles_for, redact_lines
 from aggregator.cassettes.slots import Slot
 from aggregator.errors import CassetteError
 from aggregator.records import HTTPReply, Usage
@@ -47,6 +48,7 @@ class Entry:
     def complete(self, at: str) -> Exchange:
         """Make the exchange that is to be written, its answer as it came."""
         slot, reply = self.slot, self.reply
+        request = slot.clean()
         facts = Facts(
             lineage=slot.lineage,
             ticket=slot.ticket,
@@ -60,16 +62,19 @@ class Entry:
             usage=_known(self.usage),
             chunks=reply.chunks,
             error=self.failure,
+            redacted=slot.digest,
         )
-        self.exchange = exchange = Exchange(request=slot.clean(), reply=reply, facts=facts)
+        self.exchange = exchange = Exchange(request=request, reply=reply, facts=facts)
         return exchange
 
 
 class Writer:
     """Writes entries in the order in which they were handed in; whoever calls holds the tape's lock."""
 
-    def __init__(self, sink: Sink, now: Callable[[], float]) -> None:
+    def __init__(self, sink: Sink, now: Callable[[], float], policy: Redaction = USUAL) -> None:
         self.written = 0
+        self.changed: list[str] = []  # which answers are written otherwise than they came
+        self._policy = policy
         self.unsaved: list[Exchange] = []
         self.errors: list[CassetteError] = []
         self._sink, self._now = sink, now
@@ -93,7 +98,9 @@ class Writer:
             if isinstance(line, CassetteError):
                 self._refuse(entry, line)
             else:
-                entry.line = line
+                entry.line = line.data
+                if line.is_changed:
+                    self._note_change(entry)
                 self._waiting.append(entry)
         if self._waiting:
             self._write_all()
@@ -106,17 +113,23 @@ class Writer:
                 self._handed[0].complete(at)
             self._refuse(self._handed.popleft(), error)
 
-    def _lines(self, entries: Sequence[Entry], at: str) -> Sequence[bytes | CassetteError]:
+    def _lines(self, entries: Sequence[Entry], at: str) -> Sequence[Line | CassetteError]:
         """Return the line of each entry, or why it has none; one that cannot be written does not keep the others."""
         try:
             exchanges = [entry.complete(at) for entry in entries]
-            return redact_lines(exchanges, [needles_for(entry.slot.request) for entry in entries])
+            needles = [needles_for(entry.slot.request, self._policy) for entry in entries]
+            return redact_lines(exchanges, needles, self._policy)
         except Exception as error:  # noqa: BLE001 - somebody's own transport may answer anything; it becomes a record
             if len(entries) > 1:
                 return [line for entry in entries for line in self._lines([entry], at)]
             told = CassetteError(f"expected an exchange that can be written, got {type(error).__name__}: {error}")
             told.__cause__ = error
             return [told]
+
+    def _note_change(self, entry: Entry) -> None:
+        slot = entry.slot
+        asked = slot.clean()
+        self.changed.append(f"that to {asked.method} {asked.url} in lineage {slot.lineage!r}, ticket {slot.ticket}")
 
     def _write_all(self) -> None:
         try:

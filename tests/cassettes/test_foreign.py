@@ -330,8 +330,8 @@ def test_an_x_of_another_tool_is_not_ours(tmp_path: Path, x: str) -> None:
 
 def test_a_key_in_the_header_was_kept_where_the_answer_quotes_it(tmp_path: Path) -> None:
     """What authenticated the request is known from its header, as while recording."""
-    asked = Request("POST", URL, b"{}", {"Authorization": "Bearer MyCorpKey-abcdef"})
-    exchange = one(saved(tmp_path / "a.yaml", asked, response(b'{"error": "bad key MyCorpKey-abcdef"}')))
+    asked = Request("POST", URL, b"{}", {"Authorization": "Bearer MyCorpKey-abcdef123"})
+    exchange = one(saved(tmp_path / "a.yaml", asked, response(b'{"error": "bad key MyCorpKey-abcdef123"}')))
     assert exchange.reply.body == b'{"error": "bad key REDACTED"}'
 
 

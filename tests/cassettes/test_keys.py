@@ -12,9 +12,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import aggregator.cassettes.blocks
+import aggregator.cassettes.credentials
+import aggregator.cassettes.forms
 import aggregator.cassettes.keys
 import aggregator.cassettes.lineage
 import aggregator.cassettes.opening
+import aggregator.cassettes.payloads
 import aggregator.cassettes.reading
 import aggregator.cassettes.redaction
 import aggregator.cassettes.secrets
@@ -29,7 +32,10 @@ JSON = st.recursive(
 )
 MODULES = [
     getattr(aggregator.cassettes, name)
-    for name in ("keys", "lineage", "opening", "blocks", "reading", "redaction", "secrets", "timing")
+    for name in (
+        *("keys", "lineage", "opening", "blocks", "reading", "redaction", "credentials", "secrets", "forms"),
+        *("payloads", "timing"),
+    )
 ]
 
 

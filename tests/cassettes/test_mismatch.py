@@ -145,13 +145,13 @@ def test_the_report_is_short() -> None:
 def test_secrets_are_not_told() -> None:
     """The asked request is shown without its secrets."""
     asked = HTTPRequest(
-        url=URL + "?key=abcdefghij",
-        body=b'{"q": "my abcdefghij", "api_key": "zyx"}',
+        url=URL + "?key=abcdefghij1234567",
+        body=b'{"q": "my abcdefghij1234567", "api_key": "zyx"}',
         headers={},
-        secrets=("abcdefghij",),
+        secrets=("abcdefghij1234567",),
     )
     text = message(asked, chat("hi"))
-    assert "abcdefghij" not in text
+    assert "abcdefghij1234567" not in text
     assert "zyx" not in text
 
 

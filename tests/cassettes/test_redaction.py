@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from aggregator.cassettes.credentials import looks_secret
 from aggregator.cassettes.exchanges import Exchange, Facts, decode_line
 from aggregator.cassettes.journal import Layout
 from aggregator.cassettes.keys import request_key
@@ -171,6 +172,7 @@ def leaks(path: Path, name: str, layout: Layout) -> list[str]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*changed by the redaction:aggregator.CassetteWarning")
 @pytest.mark.requirement("client 15: secrets are redacted")
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 def test_no_secret_reaches_the_disk(tmp_path: Path, layout: Layout) -> None:
@@ -254,8 +256,7 @@ def exchange_of(reply: HTTPReply) -> Any:
     [
         ('{"api_key": "abc"}', '{"api_key": "REDACTED"}'),
         ('{"OPENAI_API_KEY" : "a\\"b\\\\"}', '{"OPENAI_API_KEY" : "REDACTED"}'),
-        ('{"password": 12345, "n": 1}', '{"password": 0, "n": 1}'),
-        ('{"apiKeys": ["a", "b"]}', '{"apiKeys": ["REDACTED"]}'),
+        ('{"apiKeys": ["a1b2c3d4", "b"]}', '{"apiKeys": ["REDACTED", "b"]}'),
         (
             '{"a": "{\\"password\\": \\"x\\", \\"b\\": \\"\\"}"}',
             '{"a": "{\\"password\\": \\"REDACTED\\", \\"b\\": \\"\\"}"}',
@@ -277,6 +278,8 @@ def test_fields_are_known_by_their_name(body: str, clean: str) -> None:
         '{"logprobs": [{"token": "Hello", "logprob": -0.1, "top_logprobs": []}]}',
         '{"properties": {"password": {"type": "string"}, "api_key": {"type": "string", "description": "the key"}}}',
         '{"api_key": "", "password": null, "secret": true}',
+        '{"password": 12345, "session_tokens": 1532, "authorizations": [1, 2, 3]}',
+        '{"prior_authorization": "approved", "credentials": ["MD", "PhD"], "secrets": ["Be patient", "Work hard"]}',
         '{"prompt_cache_key": "a", "key": "value", "keywords": ["x"], "author": "me", "tokenizer": "bpe"}',
         '{"content": "the task-oriented sk-learn risk-assessment-of-something"}',
         '{"id": "chatcmpl-9aBcDeFgHiJkLmNoPqRsTuVwXyZ01", "system_fingerprint": "fp_0123456789abcdef"}',
@@ -318,7 +321,7 @@ def test_redaction_settles(text: str, secret: str) -> None:
     once = redact_request(asked)
     twice = redact_request(once, needles_for(asked))
     assert once.body == twice.body
-    if secret not in text and secret not in "REDACTED":
+    if looks_secret(secret) and secret not in text and secret not in "REDACTED":
         assert secret not in json.loads(once.body)["content"].replace("REDACTED", "\0")
     assert request_key("POST", "u", once.body) == request_key("POST", "u", twice.body)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from aggregator.cassettes.payloads import is_stream
 from aggregator.cassettes.redaction import redact_body
 from aggregator.cassettes.secrets import needles_of
-from aggregator.cassettes.streams import is_stream
 
 NEEDLES = needles_of(frozenset({"MYKEY-ABCDEF-9999"}))
 PIECES = ("key MYKEY-", "ABCDEF-", "9999 end")

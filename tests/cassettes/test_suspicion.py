@@ -64,7 +64,7 @@ def test_the_quick_look_sees_every_name() -> None:
     """A field with a secret's name is seen, with white space before its colon and in a JSON text within another too."""
     names = [*NAMES, *(name for name in secrets.NAMES if "-" not in name)]
     bodies = [
-        f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc{quote}}}".encode()
+        f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc1-def2-ghi3{quote}}}".encode()
         for name in names
         for space in ("", " ", "\n", "\t", "\r\n  ", " " * 9)
         for quote in QUOTES

@@ -90,7 +90,7 @@ def test_tickets_are_counted_by_issue_although_they_are_counted_late() -> None:
 
 
 def test_requests_that_differ_in_a_secret_only_share_their_tickets() -> None:
-    """A ticket counts requests as they are written, so that another key finds the same answers in the same order."""
+    """A ticket counts requests as they are written; of those that are equal then, each finds its own answer first."""
     sink = Memory()
     tape = Tape(sink=sink)
     bodies = [b'{"q":1,"api_key":"%b"}' % key for key in (b"first-key-of-mine", b"second-key-of-mine")]
@@ -102,6 +102,10 @@ def test_requests_that_differ_in_a_secret_only_share_their_tickets() -> None:
     assert b"key-of-mine" not in b"".join(sink.pieces[0])
     replay = Tape(sink.rows)
     played = [replay.play(replay.issue(request)) for request in reversed(requests)]
+    assert [reply and reply.body for reply in played] == [b"answer 1", b"answer 0"]
+    replay = Tape(sink.rows)
+    others = [HTTPRequest(url=URL, body=b'{"q":1,"api_key":"key-%d"}' % index, headers={}) for index in range(2)]
+    played = [replay.play(replay.issue(request)) for request in (others[0], requests[0])]
     assert [reply and reply.body for reply in played] == [b"answer 0", b"answer 1"]
 
 

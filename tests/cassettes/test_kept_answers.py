@@ -1,0 +1,298 @@
+"""Answers that a redaction must not change, secrets that it must find, and what it says when it changed one."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from aggregator.cassettes.credentials import USUAL, Redaction, redaction_by
+from aggregator.cassettes.exchanges import Exchange, Facts, decode_line, index_lines
+from aggregator.cassettes.opening import open_tape
+from aggregator.cassettes.redaction import needles_for, redact_body, redact_line, redact_request
+from aggregator.cassettes.rules import TapeRules
+from aggregator.cassettes.secrets import needles_of, secret_edits
+from aggregator.cassettes.tape import Tape
+from aggregator.errors import CassetteWarning, ConfigError
+from aggregator.records import HTTPReply, HTTPRequest
+
+URL = "https://api.example.com/v1"
+JSON = {"content-type": "application/json"}
+PATTERN: Any = re.compile(r"\bcase-\d{6}\b")
+
+
+def answered(body: Any, *, secrets: tuple[str, ...] = (), policy: Redaction = USUAL, **reply: Any) -> HTTPReply:
+    """Return an answer as a cassette holds it."""
+    request = HTTPRequest(url=URL, body=b"{}", headers=JSON, secrets=secrets, method=reply.pop("method", "POST"))
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    exchange = Exchange(
+        request=redact_request(request, policy=policy),
+        reply=HTTPReply(status=200, body=data, headers=reply.pop("headers", JSON)),
+        facts=Facts(lineage=""),
+    )
+    return decode_line(redact_line(exchange, needles_for(request, policy), policy)).reply
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("anything", "lm-studio", "not-needed", "sk-no-key-required", "placeholder", "ollama-local", "EMPTY_KEY"),
+        *("your-api-key-here", "sk-xxxxxxxxxxxxxxxx", "dummy_key_for_tests", "OpenAI-Compatible", "test-key-123"),
+    ],
+)
+def test_a_placeholder_key_was_cut_out_of_answers(key: str) -> None:
+    """What local servers and proxies tell people to write is a word, which stands in answers too."""
+    body = {"content": f"Do you need {key} else? {key}s, {key.replace('-', ' ')}, un{key}"}
+    assert json.loads(answered(body, secrets=(key,)).body) == body
+
+
+@pytest.mark.parametrize("key", ["hunter2-hunter2", "a1b2c3d4", "pass-20417766", "tr0ub4dor&3"])
+def test_a_short_key_goes_where_it_stands_alone(key: str) -> None:
+    """It is found by itself, also behind an escaped line break or an encoded space; not within a longer word."""
+    body = {"content": f"key\n{key}, '{key}' or x={key}; not x{key}, {key}9"}
+    gone = {"content": f"key\nREDACTED, 'REDACTED' or x=REDACTED; not x{key}, {key}9"}
+    assert json.loads(answered(body, secrets=(key,)).body) == gone
+    assert answered(f"a%20{key}%22".encode(), secrets=(key,)).body == b"a%20REDACTED%22"
+
+
+def test_base64_was_taken_for_keys() -> None:
+    """`_sk-`, `-pk-` and the like stand in base64url by chance: signatures, inline data, encrypted reasoning."""
+    random = Random(7)
+    for _ in range(40):
+        data = random.randbytes(60_000)
+        for encoded in (base64.urlsafe_b64encode(data), base64.b64encode(data)):
+            assert secret_edits(encoded) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AAAAAAAA_sk-B7cDAAAAAAAAAAAAAAAAAAAAAAAAAA",
+        "https://imgen.x.ai/xai-imgen/xai-tmp-imgen-4f9d0c1e-7d2c-4d1f-9b5e-0f1e2d3c4b5a.jpeg",
+        "https://files.example/sk-1234567890abcdefABCDEF/report.pdf",
+        "s3://bucket/AKIAIOSFODNN7EXAMPLE/x",
+        "transformers.hf_Argument1ParserWithManyWords",
+        "task-AKIAIOSFODNN7EXAMPLE",
+        "req_sk-proj-abcdefghijklmnopqrstuvwx0123",
+        "sk-abcdefghijklmnop1234.example.com",
+        "AKIAIOSFODNN7EXAMPLE7",
+        "x.eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
+    ],
+)
+def test_a_part_of_a_longer_name_was_taken_for_a_token(text: str) -> None:
+    """A token's shape counts for whole tokens: not within base64, an address or a longer identifier."""
+    body = {"content": f"see {text} there", "id": text}
+    assert json.loads(answered(body).body) == body
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n", "(", "'", "=", ": ", "key=", "…"])
+@pytest.mark.parametrize("after", ["", " ", "\n", ")", "'", ".", ", ", "…"])
+def test_a_whole_token_is_still_found(before: str, after: str) -> None:
+    """Whatever prose, code or a query puts around it."""
+    body = {"content": f"{before}sk-proj-abcdefghijklmnopqrstuvwx0123{after}"}
+    assert json.loads(answered(body).body) == {"content": f"{before}REDACTED{after}"}
+
+
+def calls(arguments: Any, *, text: str) -> list[Any]:
+    """Return one tool call in the words of several providers; `text` are the same arguments as JSON."""
+    return [
+        {"choices": [{"message": {"tool_calls": [{"id": "c", "function": {"name": "open", "arguments": text}}]}}]},
+        {"content": [{"type": "tool_use", "id": "t", "name": "open", "input": arguments}]},
+        {"candidates": [{"content": {"parts": [{"functionCall": {"name": "open", "args": arguments}}]}}]},
+        {"output": [{"type": "function_call", "call_id": "c", "name": "open", "arguments": text}]},
+        {"output": {"message": {"content": [{"toolUse": {"toolUseId": "t", "name": "open", "input": arguments}}]}}},
+        {"messages": [{"role": "tool", "tool_call_id": "c", "content": text}]},
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": text}]}]},
+        {"input": [{"type": "function_call_output", "call_id": "c", "output": text}]},
+        {"message": {"tool_calls": [{"function": {"name": "open", "arguments": arguments}}]}},
+    ]
+
+
+@pytest.mark.parametrize("call", range(9))
+def test_arguments_of_tools_were_redacted_by_name(call: int) -> None:
+    """The tool was called with `mellon`, and so it is in a replay; what looks like a secret goes all the same."""
+    harmless: Any = {"passphrase": "mellon", "password": "open sesame", "api_key": "demo"}
+    body = calls(harmless, text=json.dumps(harmless))[call]
+    assert json.loads(answered(body).body) == body
+    secret = {"passphrase": "x9Kp21-7fQz", "city": "Paris"}
+    gone = {**secret, "passphrase": "REDACTED"}
+    body, expected = (calls(one, text=json.dumps(one))[call] for one in (secret, gone))
+    assert json.loads(answered(body).body) == expected
+
+
+def test_streamed_arguments_of_tools_were_redacted_by_name() -> None:
+    """The pieces of a stream are joined, and are a tool's arguments as they are in one piece."""
+
+    def stream(*pieces: str) -> bytes:
+        delta = [{"type": "content_block_delta", "delta": {"partial_json": piece}} for piece in pieces]
+        return "".join(f"data: {json.dumps(event)}\n\n" for event in delta).encode()
+
+    body = stream('{"pass', 'word": "mel', 'lon"}')
+    assert redact_body(body, ())[0] == body
+    assert b"Kp21" not in redact_body(stream('{"pass', 'word": "x9Kp', '21-7fQz"}'), ())[0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prior_authorization": "approved", "authorizations": [1, 2, 3], "credentials": ["MD", "PhD"]},
+        {"secrets": ["Be patient", "Work hard"], "session_tokens": 1532, "password": 12345678},
+        {"api_key": None, "client_secret": {"type": "string"}, "secret": True, "access_token": ["a", {"b": 1}]},
+        {"next_page_token": "CAESBggDEgIIAQ1234567890", "nextPageToken": "CAESBggDEgIIAQ1234567890"},
+        {"credential": "Doctor of Medicine", "authorization": "pre-approved"},
+    ],
+)
+def test_fields_with_innocent_values_were_redacted(body: Any) -> None:
+    """A name alone says nothing of numbers, lists and words under names that mean other things as well."""
+    assert json.loads(answered(body).body) == body
+
+
+def test_fields_that_are_asked_for() -> None:
+    """`redact` takes a field whatever it holds, and a pattern; `keep` gives back what is secret by its name."""
+    policy = redaction_by(["SSN", PATTERN], keep=["password", re.compile("sk-demo-[0-9a-f]+")])
+    body = {"ssn": 123456789, "text": "case-123456 case-12", "password": "x", "demo": "sk-demo-0123456789abcdef01"}
+    gone = {"ssn": 0, "text": "REDACTED case-12", "password": "x", "demo": "sk-demo-0123456789abcdef01"}
+    assert json.loads(answered(body, policy=policy).body) == gone
+    assert json.loads(answered({"ssn": "123-45"}, policy=policy).body) == {"ssn": "REDACTED"}
+    kept = redaction_by(keep=["api_key", re.compile(".*")])
+    leaked = answered({"api_key": "x9Kp21-7fQz"}, secrets=("x9Kp21-7fQz",), policy=kept)
+    assert json.loads(leaked.body) == {"api_key": "REDACTED"}
+    for option, wrong in (("redact", "ssn"), ("keep", [1]), ("keep_headers", [PATTERN])):
+        with pytest.raises(ConfigError, match=f"Expected {option} as a list"):
+            redaction_by(**{option: wrong})  # type: ignore[arg-type]
+
+
+def test_an_answer_was_changed_in_silence(tmp_path: Path) -> None:
+    """One line says that answers are not what came, when they are recorded and when a foreign file is read."""
+    tape = Tape(sink=[], name="demo")
+    for text in ("sk-proj-abcdefghijklmnopqrstuvwx0123", "hello", "Bearer abcdefghijklmnopqrstuvwxyz"):
+        request = HTTPRequest(url=URL, body=json.dumps(text).encode(), headers=JSON)
+        tape.record(tape.issue(request), HTTPReply(status=200, body=json.dumps({"a": text}).encode(), headers=JSON))
+    with pytest.warns(CassetteWarning, match="demo: 2 recorded answers were changed by the redaction of secrets"):
+        tape.close()
+    assert len(tape.report) == 1
+    path = tmp_path / "foreign.yaml"
+    path.write_text(
+        "version: 1\ninteractions:\n- request: {method: GET, uri: 'https://a.example', body: null, headers: {}}\n"
+        '  response: {status: {code: 200, message: OK}, headers: {}, body: {string: \'{"client_secret": "x"}\'}}\n'
+    )
+    with pytest.warns(
+        CassetteWarning, match="1 answers are changed by the redaction of secrets, as at .*foreign.yaml:3"
+    ):
+        open_tape(path, "none").close(warn=False)
+
+
+def test_requests_that_differ_in_a_secret_were_confused() -> None:
+    """Their key is the same, and what was redacted in the body orders them; authentication does not."""
+
+    def ask(password: str, key: str = "x9Kp21-7fQz-0001") -> HTTPRequest:
+        headers = {**JSON, "authorization": f"Bearer {key}"}
+        body = json.dumps({"password": password, "key_of_header": key}).encode()
+        return HTTPRequest(url=f"{URL}?key={key}", body=body, headers=headers)
+
+    lines: list[bytes] = []
+    tape = Tape(sink=lines)
+    for password in ("one", "two", "three"):
+        tape.record(tape.issue(ask(password)), HTTPReply(status=200, body=password.encode(), headers=JSON))
+    assert [len(decode_line(line).facts.redacted) for line in lines] == [4, 4, 4]
+    replay = Tape(tuple(index_lines(lines)))
+    played = [replay.play(replay.issue(ask(word, "other-K3y-92817"))) for word in ("three", "one", "unknown")]
+    assert [reply and reply.body for reply in played] == [b"three", b"one", b"two"]
+
+
+def test_headers_that_a_client_acts_on_were_dropped() -> None:
+    """Pages, uploads, digest authentication, etags, commits, token counts; cookies and the rest are not written."""
+    kept = {
+        "link": '<https://a.example/?page=2>; rel="next"',
+        "www-authenticate": 'Digest realm="x", nonce="n", algorithm=MD5, qop="auth"',
+        "x-goog-upload-url": "https://a.example/upload?upload_id=1",
+        "x-goog-upload-status": "active",
+        "etag": '"abc"',
+        "last-modified": "Wed, 21 Oct 2015 07:28:00 GMT",
+        "x-repo-commit": "f" * 40,
+        "content-disposition": 'attachment; filename="a.jsonl"',
+        "content-range": "bytes 0-1/2",
+        "x-amzn-bedrock-input-token-count": "7",
+        "mcp-session-id": "0b7c",
+    }
+    dropped = {"set-cookie": "sid=1", "x-served-by": "cache-7", "x-trace-id": "5"}
+    assert answered({}, headers={**kept, **dropped}).headers == kept
+    policy = redaction_by(keep_headers=["X-Trace-*"])
+    assert answered({}, headers=dropped, policy=policy).headers == {"x-trace-id": "5"}
+    assert answered(b"", method="HEAD", headers={"content-length": "42"}).headers == {"content-length": "42"}
+
+
+MULTIPART = (
+    '--b0un\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+    '--b0un\r\nContent-Disposition: form-data; name="api_key"; filename="api_key.txt"\r\n'
+    "Content-Type: text/plain\r\n\r\nhello\r\n--b0un--\r\n"
+)
+
+
+@pytest.mark.parametrize("name", ["api_key", "user[password]", "token", "access-token"])
+def test_fields_of_a_multipart_body_leaked(name: str) -> None:
+    """A field in parts is one of a form; a file is none, whatever its name."""
+    headers = {"content-type": 'multipart/form-data; boundary="b0un"'}
+    body = MULTIPART.format(name=name, value="Plain1Secret11111111").encode()
+    clean = redact_request(HTTPRequest(url=URL, body=body, headers=headers)).body
+    assert clean == MULTIPART.format(name=name, value="REDACTED").encode()
+    other = MULTIPART.format(name="model", value="whisper-1").encode()
+    assert redact_request(HTTPRequest(url=URL, body=other, headers=headers)).body == other
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("https://mcp.example/?api_key=Plain2Secret&n=1", "https://mcp.example/?api_key=REDACTED&n=1"),
+        ("https://user:Plain3Secret33333333@host.example/x.png", "https://REDACTED@host.example/x.png"),
+        ("https://blob.example/x.png?sv=1&sig=Plain4Secret%2F444", "https://blob.example/x.png?sv=1&sig=REDACTED"),
+        ("/v1/files?access_token=Plain5Secret#top", "/v1/files?access_token=REDACTED#top"),
+        ("[link](https://a.example/?client_secret=Plain6Secret)", "[link](https://a.example/?client_secret=REDACTED)"),
+        ("https://a.example/?X-Amz-Signature=0123456789abcdef", "https://a.example/?X-Amz-Signature=REDACTED"),
+    ],
+)
+def test_addresses_in_a_body_leaked(text: str, clean: str) -> None:
+    """Parameters with a secret's name, and passwords, also where JSON or PHP escape the address."""
+    assert json.loads(answered({"url": text}).body) == {"url": clean}
+    php = json.dumps({"url": text}).replace("/", r"\/").encode()
+    assert json.loads(answered(php).body) == {"url": clean}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://shop.example/search?key=cats&token=next&auth=none",
+        "https://a.example/list?pageToken=CAESBggDEgIIAQ1234567890",
+        "mail me@host.example or https://a.example/@user?x=1",
+        "https://user:password@host.example",
+        "if key=value then sig=kill",
+    ],
+)
+def test_addresses_without_secrets_stay(text: str) -> None:
+    """Names as common as `key` need a value that looks like a secret, and so do users."""
+    assert json.loads(answered({"url": text}).body) == {"url": text}
+
+
+def test_a_policy_belongs_to_the_tape() -> None:
+    """A tape keeps what its rules say; another tape of the process does not."""
+    for rules, expected in ((TapeRules(redaction=redaction_by(["city"])), "REDACTED"), (TapeRules(), "Paris")):
+        lines: list[bytes] = []
+        tape = Tape(sink=lines, rules=rules)
+        request = HTTPRequest(url=f"{URL}?city=Paris", body=b'{"city": "Paris"}', headers=JSON)
+        tape.record(tape.issue(request), HTTPReply(status=200, body=b"{}", headers=JSON))
+        written = decode_line(lines[0]).request
+        assert (written.url, json.loads(written.body)) == (f"{URL}?city={expected}", {"city": expected})
+        replay = Tape(tuple(index_lines(lines)), rules=rules)
+        assert replay.play(replay.issue(request)) is not None
+
+
+def test_a_needle_at_the_start_of_an_escape() -> None:
+    r"""A key may begin with the digits of `\u0041`; what is cut there would be no JSON."""
+    body = rb'{"m": "\u0041BCDEFGHIJKLMNOP1"}'
+    clean = redact_body(body, needles_of(frozenset({"41BCDEFGHIJKLMNOP1"})))[0]
+    assert json.loads(clean)
