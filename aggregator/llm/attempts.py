@@ -27,6 +27,7 @@ from aggregator.llm.calls import ChatCall
 from aggregator.llm.ledger import Price, Prices, count, find_price, need_price
 from aggregator.llm.limiter import Admission, Limiter, LoopLimiters, check_limits
 from aggregator.llm.names import Endpoint
+from aggregator.llm.openings import Openings, digest
 from aggregator.llm.retry import RetryPolicy, check_answer, was_sent
 from aggregator.protocols import Transport
 from aggregator.records import Completion, HTTPReply, HTTPRequest, Usage
@@ -70,6 +71,7 @@ class Line:
         self.random = random or Random()  # noqa: S311 - jitter, no secret
         limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
         is_real = clock is time.monotonic and sleep is None
+        self.openings = Openings(clock)
         self.limiter = LoopLimiters(endpoint, limits, time=None if is_real else (clock, self.sleep))
         self.known_price = find_price(endpoint.provider, endpoint.model, prices)  # else when a budget first needs it
 
@@ -145,6 +147,8 @@ class Attempts:
         self.call = call
         self._most: Amount | None = None
         self.request: HTTPRequest = codec.encode(call)
+        mark = codec.mark(call)
+        self.opening = None if mark is None else digest(call.messages, mark)
         self.slot: Slot | None = None if self.tape is None else self.tape.issue(self.request)
 
     def is_answerable(self) -> bool:
@@ -202,7 +206,7 @@ class Attempt:
         self.admission: Admission | None = None
         self.reply: HTTPReply | None = None
         self.completion: Completion | None = None
-        self.was_sent = self.is_live = False
+        self.was_sent = self.is_live = self._leads = False
         self._held: Amount | None = None
 
     async def __aenter__(self) -> Self:
@@ -226,6 +230,8 @@ class Attempt:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Count what it cost, and write what came before anybody uses it."""
+        if self._leads and self.attempts.opening is not None:
+            self.line.openings.leave(self.attempts.opening)
         self._settle(error)
         tape, slot = self.tape, self.attempts.slot
         if not self.is_live or tape is None or slot is None:
@@ -294,6 +300,8 @@ class Attempt:
         """Wait until this attempt may be sent; the call keeps its place in the limiter until it is answered."""
         self.attempts.request = self.line.endpoint.authenticated(self.attempts.request)
         self.is_live = True
+        if self.attempts.opening is not None:
+            self._leads = await self.line.openings.enter(self.attempts.opening, self.attempts.timeout())
         limiter = self.attempts.limiter
         if limiter is None:
             limiter = self.line.limiter()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
 from aggregator.errors import APIStatusError
 from aggregator.records import Completion, HTTPReply, HTTPRequest
+
+if TYPE_CHECKING:
+    from aggregator.llm.openings import Mark
 
 
 class ChatCall(Struct, frozen=True, kw_only=True):
@@ -120,6 +123,10 @@ class Codec(Protocol):
 
     def limits(self, call: ChatCall) -> Limits:
         """Return the limits that the request for this call states, those in `extra` included."""
+        ...
+
+    def mark(self, call: ChatCall) -> Mark | None:
+        """Return where the opening of this call's prompt ends that its request marks for the provider's cache."""
         ...
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:

@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
+from aggregator.llm.openings import Opening
 from aggregator.records import Completion, Message, ToolCall
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -95,9 +96,14 @@ def _message(message: Any, position: int) -> dict[str, Any]:
             f"Expected a role of {', '.join(ROLES)}, got {message.get('role')!r} - at $.messages[{position}].role"
         )
     content = message.get("content")
-    if content is None:
-        return dict(message)
-    return {**message, "content": _content(content, f"$.messages[{position}].content")}
+    made = dict(message)
+    if content is not None:
+        made["content"] = _content(content, f"$.messages[{position}].content")
+    if isinstance(message, Turn | Opening):  # what they hold as attributes, too
+        kept = type(message)(made)
+        vars(kept).update(vars(message))
+        return kept
+    return made
 
 
 def assistant(message: Message) -> dict[str, Any]:

@@ -4,8 +4,8 @@ The variables are those that the providers' own SDKs read. Another package adds 
 group `aggregator.providers` that names a `Provider`.
 
 Options of the OpenAI wire format: `max_tokens` is the cap sent when none is given (servers that would else generate to
-the end of their context); `seed` the name under which the seed goes; `stream_options` False where usage comes unasked
-and the field is refused.
+the end of their context); `marks` a pattern of the models whose prompts are cached by marks; `seed` the name under
+which the seed goes; `stream_options` False where usage comes unasked and the field is refused.
 """
 
 from __future__ import annotations
@@ -252,7 +252,13 @@ _BUILT_IN = (
         priced_as="aws",
         settle=_settle_bedrock,
     ),
-    _hosted("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", free_ending=":free"),
+    _hosted(
+        "openrouter",
+        "https://openrouter.ai/api/v1",
+        "OPENROUTER_API_KEY",
+        free_ending=":free",
+        marks="anthropic/|google/gemini",
+    ),
     _hosted("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),
     _hosted("mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", seed="random_seed", stream_options=False),
     _hosted("deepseek", "https://api.deepseek.com", "DEEPSEEK_API_KEY"),

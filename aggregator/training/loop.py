@@ -203,6 +203,7 @@ class _Course:
             values=read(self.parameters),
             parameters=self.parameters,
             samples=turn.samples,
+            batch_size=len(turn.samples),
             history=self.state.history,
             memory={name: deepcopy(kept) for name, kept in self.state.memory.items() if name != CANDIDATES},
             evaluator=self.evaluations.at(turn.step, current_lineage().split("/")),

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
+from aggregator.llm.openings import Opening
 from aggregator.records import Proposal, Rollout, StepReport, Values
 from aggregator.text import one_line
 
@@ -198,11 +199,13 @@ def proposal_messages(
     history: Sequence[str] = (),
     system_prompt: str = PROPOSER_SYSTEM_PROMPT,
     layout: Layout = Layout(),  # noqa: B008 - frozen
+    is_shared: bool = False,
 ) -> list[dict[str, str]]:
     """Return the messages that ask for one instance's proposal.
 
     `components` maps each parameter's name to its value, type, description and constraint; `history` holds a line
-    for each update that was tried before.
+    for each update that was tried before. `is_shared` says that other calls begin as this one does, up to and with the
+    parameters: a provider's cache may keep that.
     """
     facts = [
         ("Parameters", pretty(components)),
@@ -213,7 +216,8 @@ def proposal_messages(
     ]
     before = [("Objective", objective), *([("Example", layout.example)] if layout.example else [])]
     after = [("History", "\n".join(history))] if history else []
-    return _messages(system_prompt, layout.applied([*before, *facts, *after]))
+    opening, rest = layout.applied([*before, facts[0]]), layout.applied([*facts[1:], *after])
+    return _messages(system_prompt, [*opening, *rest], shared=len(opening) if is_shared else 0)
 
 
 def aggregation_messages(
@@ -332,9 +336,14 @@ def verdict(report: StepReport) -> str:
     return f"step {report.step}, {said}: {digest_of(report.update)}"
 
 
-def _messages(system_prompt: str, sections: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    user = "\n\n".join(f"#{heading}\n{_contained(text)}" for heading, text in sections)
-    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]
+def _messages(system_prompt: str, sections: Sequence[tuple[str, str]], *, shared: int = 0) -> list[dict[str, str]]:
+    """Return system and user message; other calls begin with the same `shared` sections."""
+    texts = [f"#{heading}\n{_contained(text)}" for heading, text in sections]
+    user = {"role": "user", "content": "\n\n".join(texts)}
+    if shared:
+        user = Opening(user)
+        user.length = len("\n\n".join([*texts[:shared], ""]))
+    return [{"role": "system", "content": system_prompt}, user]
 
 
 def _contained(text: str) -> str:

@@ -129,6 +129,7 @@ class LLMOptimizer:
             history=history,
             system_prompt=system_prompt,
             layout=layout,
+            is_shared=self.num_candidates > 1 or step.batch_size > max(1, len(step.samples)),
         )
 
     def recalled(self, history: Sequence[StepReport]) -> list[str]:
@@ -259,7 +260,7 @@ class TextGradOptimizer(LLMOptimizer):
             facts: dict[str, Any] = {"score": seen.score, "feedback": seen.feedback, "sample_ids": ids}
             return Proposal(reasoning=criticism.reasoning, error=criticism.error, **facts)
         gradient = "\n".join(f"{parameter.name}: {criticism.values[parameter.name]}" for parameter in criticised)
-        question = replace(step, parameters=criticised)
+        question = replace(step, parameters=criticised, batch_size=1)  # no other call shows the same ones
         proposal = await super().propose([replace(seen, feedback=gradient)], question)
         return replace(
             proposal,

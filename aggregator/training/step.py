@@ -31,8 +31,8 @@ class Step(Struct, frozen=True, kw_only=True):
     against the current value. `values` are the current values by parameter name; where a search explores several
     candidates, an optimizer and a rule see those of their candidate. `parameters` are the ParameterNodes that may
     change. `samples` is the minibatch, `rollouts` what the agent did with it under `values`, in the same order; an
-    optimizer sees the instances that it proposes for. `history` holds the reports of earlier steps. `min_score` is the
-    score of an instance on which the agent itself fails.
+    optimizer sees the instances that it proposes for, and `batch_size` is how many the minibatch has. `history` holds
+    the reports of earlier steps. `min_score` is the score of an instance on which the agent itself fails.
 
     `memory` is JSON that a gate may write, under names of its own; it is saved with the step, and dropped with a step
     that fails. For all other parts it is read-only.
@@ -47,6 +47,7 @@ class Step(Struct, frozen=True, kw_only=True):
     parameters: Sequence[ParameterNode[Any]] = ()
     samples: Sequence[Sample] = ()
     rollouts: Sequence[Rollout] = ()
+    batch_size: int = 1
     history: Sequence[StepReport] = ()
     memory: MutableMapping[str, Any] = {}
     evaluator: Evaluate | None = None
@@ -83,6 +84,7 @@ class Step(Struct, frozen=True, kw_only=True):
             values=read(parameters),  # type: ignore[arg-type]
             parameters=parameters,  # type: ignore[arg-type]
             samples=tuple(given),
+            batch_size=len(given),
             evaluator=None if guide is None else Evaluations(alone(known), guide, parameters).at(0),
         )
 

@@ -180,6 +180,7 @@ class AnthropicMessages(JSONCodec[Answer]):
     tokens = (RateHeaders(*[name.format("tokens") for name in _LEFT]),)
     lacks = frozenset({"n", "seed"})
     count_fields = ()
+    marks = ""
     kept_headers = ("anthropic-version", "anthropic-beta", "anthropic-ratelimit-*")
 
     def __init__(self, target: Target) -> None:
@@ -196,7 +197,7 @@ class AnthropicMessages(JSONCodec[Answer]):
             "model": call.model,
             "max_tokens": MAX_TOKENS if call.max_tokens is None else call.max_tokens,
             "system": system_of(call.messages),
-            "messages": messages_of(call.messages),
+            "messages": messages_of(call.messages, self.mark(call)),
             "temperature": call.temperature,
             "top_p": call.top_p,
             "stop_sequences": stop,

@@ -11,6 +11,7 @@ from msgspec import Struct
 from aggregator.errors import ConfigError
 from aggregator.llm.codecs.wire import json_object, read
 from aggregator.llm.messages import as_data
+from aggregator.llm.openings import Mark
 
 _CHOICES = {"auto": "auto", "required": "any", "any": "any", "none": "none"}
 
@@ -30,8 +31,10 @@ def system_of(messages: Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any
     return [block for content in contents for block in _blocks(content)] or None
 
 
-def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None) -> list[dict[str, Any]]:
     """The conversation; results of one turn's tools go into one user message, as the API demands.
+
+    The opening that ends at `mark` is marked to be cached.
 
     >>> messages_of([{"role": "tool", "tool_call_id": "a", "content": "1"}, {"role": "tool", "tool_call_id": "b",
     ...     "content": "2"}])[0]["content"][1]
@@ -50,12 +53,19 @@ def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             results.append(_tool_result(message))
             continue
         results = None
-        if role == "assistant":
+        if mark is not None and mark.message == position:
+            turns.append({"role": role, "content": _marked(str(message["content"]), mark.length)})
+        elif role == "assistant":
             turns.append({"role": "assistant", "content": _assistant(message, f"$.messages[{position}]")})
         else:
             content = message.get("content")
             turns.append({"role": "user", "content": content if isinstance(content, str) else _blocks(content)})
     return turns
+
+
+def _marked(text: str, length: int) -> list[dict[str, Any]]:
+    opening = {"type": "text", "text": text[:length], "cache_control": {"type": "ephemeral"}}
+    return [opening, {"type": "text", "text": text[length:]}]
 
 
 def _assistant(message: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:

@@ -6,6 +6,7 @@ bodies of any shape, errors, streams in one piece and the request's envelope are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from aggregator.llm.calls import ChatCall, Limits, RateHeaders, StreamReader, Ta
 from aggregator.llm.codecs.failures import fault_inside, request_id, scrub, status_error
 from aggregator.llm.codecs.sse import EventReader, read_other
 from aggregator.llm.codecs.wire import excerpt, read
+from aggregator.llm.openings import Mark, find_mark
 from aggregator.records import Choice, Completion, FinishReason, HTTPReply, HTTPRequest, Usage
 
 A = TypeVar("A")
@@ -46,6 +48,7 @@ class JSONCodec(Generic[A]):
     * `limit_fields` and `count_fields` are the fields of the body that limit an answer's tokens and count the answers,
       with dots for nesting: what `extra` says there counts for the budget.
     * `kept_headers` are headers that a recording may hold; a final `*` stands for any ending.
+    * `marks` is a pattern of the models whose prompts the provider caches by marks in the request; None for no model.
     * `reader` reads this API's streams; None for an API without.
     """
 
@@ -58,6 +61,7 @@ class JSONCodec(Generic[A]):
     limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
     count_fields: ClassVar[tuple[str, ...]] = ("n",)
     kept_headers: ClassVar[tuple[str, ...]] = ()
+    marks: str | None = None
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -96,6 +100,10 @@ class JSONCodec(Generic[A]):
             tokens = _largest(call.extra, self.limit_fields, tokens)
             answers = _largest(call.extra, self.count_fields, answers)
         return Limits(None if tokens is None or tokens < 0 else tokens, 1 if answers is None else answers)
+
+    def mark(self, call: ChatCall) -> Mark | None:
+        """Return where the prompt's opening ends, if this API has marks for it and the prompt has one."""
+        return find_mark(call.messages) if self.marks is not None and re.search(self.marks, call.model) else None
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer, also a stream that came in one piece; raises LLMError where there is none."""

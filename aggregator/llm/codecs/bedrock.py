@@ -186,6 +186,7 @@ class BedrockConverse(JSONCodec[Answer]):
     lacks = frozenset({"n", "seed"})
     limit_fields = ("inferenceConfig.maxTokens",)
     count_fields = ()
+    marks = r"anthropic\.|amazon\.nova"
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; raises ConfigError for an image by address and for what this API cannot say."""
@@ -200,7 +201,7 @@ class BedrockConverse(JSONCodec[Answer]):
         if tools is not None and call.tool_choice is not None:
             tools["toolChoice"] = tool_choice_of(call.tool_choice)  # type: ignore[assignment]
         fields = {
-            "messages": messages_of(call.messages),
+            "messages": messages_of(call.messages, self.mark(call)),
             "system": system_of(call.messages),
             "inferenceConfig": {name: value for name, value in config.items() if value is not None} or None,
             "toolConfig": tools,

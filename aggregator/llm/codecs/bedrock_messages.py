@@ -11,9 +11,10 @@ from msgspec import Struct
 from aggregator.errors import ConfigError
 from aggregator.llm.codecs.wire import json_object, read
 from aggregator.llm.messages import as_data
+from aggregator.llm.openings import Mark
 
 _CHOICES = {"auto": "auto", "required": "any", "any": "any"}
-_CACHE_POINT = {"cachePoint": {"type": "default"}}
+_CACHE_POINT: dict[str, Any] = {"cachePoint": {"type": "default"}}
 
 
 class _OwnMessage(Struct, frozen=True, gc=False):
@@ -37,8 +38,10 @@ def system_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | N
     return [block for message in system for block in _blocks(message.get("content"), "$.system")] or None
 
 
-def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None) -> list[dict[str, Any]]:
     """Return the conversation. Turns of one role in a row become one, since this API wants roles to alternate.
+
+    The opening that ends at `mark` is followed by a cache point.
 
     >>> messages_of([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
     [{'role': 'user', 'content': [{'text': 'a'}, {'text': 'b'}]}]
@@ -49,7 +52,9 @@ def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         role = message["role"]
         if role in ("system", "developer"):
             continue
-        if role in ("tool", "function"):
+        if mark is not None and mark.message == position:
+            blocks = _marked(str(message["content"]), mark.length)
+        elif role in ("tool", "function"):
             role, blocks = "user", [_tool_result(message, where)]
         elif role == "assistant":
             blocks = _assistant(message, where)
@@ -60,6 +65,10 @@ def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         else:
             turns.append({"role": role, "content": blocks})
     return turns
+
+
+def _marked(text: str, length: int) -> list[dict[str, Any]]:
+    return [{"text": text[:length]}, _CACHE_POINT, {"text": text[length:]}]
 
 
 def _assistant(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

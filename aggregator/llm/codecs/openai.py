@@ -15,6 +15,7 @@ from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import request_id
 from aggregator.llm.codecs.openai_answers import DECODER, Answer, WireChoice, WireMessage, message_of, usage_of
 from aggregator.llm.codecs.openai_stream import ChatStream
+from aggregator.llm.openings import Mark
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest
 
 _REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-[5-9]|gpt-\d\d|codex)")
@@ -71,6 +72,7 @@ class OpenAIChat(JSONCodec[Answer]):
         self._official = host.endswith(("api.openai.com", ".azure.com"))
         self._cap: int | None = target.options.get("max_tokens")
         self._seed: str = target.options.get("seed", "seed")
+        self.marks = target.options.get("marks")
         self._usage_is_asked: bool = target.options.get("stream_options", True)
 
     def url(self, call: ChatCall) -> str:
@@ -84,9 +86,10 @@ class OpenAIChat(JSONCodec[Answer]):
         if cap is None and "max_completion_tokens" not in call.extra:
             cap = self._cap
         newer = cap is not None and self._official and _REASONING_MODEL.match(call.model) is not None
+        mark = None if self.marks is None else self.mark(call)
         body = _Body(
             model=call.model,
-            messages=call.messages,
+            messages=call.messages if mark is None else _marked(call.messages, mark),
             max_completion_tokens=cap if newer else None,
             max_tokens=None if newer else cap,
             temperature=call.temperature,
@@ -145,6 +148,14 @@ class OpenAIChat(JSONCodec[Answer]):
             code=choice.finish_reason,
             request_id=request_id(reply.headers),
         )
+
+
+def _marked(messages: Sequence[Mapping[str, Any]], mark: Mark) -> list[Mapping[str, Any]]:
+    """Return the messages with the mark that gateways hand on to Anthropic and Gemini."""
+    text = messages[mark.message]["content"]
+    opening = {"type": "text", "text": text[: mark.length], "cache_control": {"type": "ephemeral"}}
+    parts = [opening, {"type": "text", "text": text[mark.length :]}]
+    return [*messages[: mark.message], {**messages[mark.message], "content": parts}, *messages[mark.message + 1 :]]
 
 
 class AzureChat(OpenAIChat):

@@ -1,0 +1,82 @@
+"""The proposals of one step share the beginning of their prompts, which a provider's cache may keep."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+from training_fakes import Adder, ScriptedModel, additions, exact, suggest
+
+from aggregator import LLM, AggregatedUpdate
+from aggregator.protocols import Transport
+from aggregator.records import HTTPReply, HTTPRequest
+from aggregator.training.proposers import LLMOptimizer, TextGradOptimizer
+from aggregator.training.variations import refine
+
+LONG = "Add this. " * 600
+
+
+class Claude(Transport):
+    """Answers as Anthropic's API does; keeps the bodies."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.bodies: list[dict[str, Any]] = []
+
+    async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
+        self.bodies.append(json.loads(request.body))
+        usage = {"input_tokens": 9, "output_tokens": 2}
+        body = {"content": [{"type": "text", "text": self.text}], "stop_reason": "end_turn", "usage": usage}
+        return HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
+
+    def openings(self) -> list[str]:
+        """The text that is marked in each request, "" for none."""
+        found = []
+        for body in self.bodies:
+            content = body["messages"][0]["content"]
+            parts = [] if isinstance(content, str) else content
+            found.append("".join(part["text"] for part in parts if "cache_control" in part))
+        return found
+
+
+def train(transport: Claude, batch_size: int, *, optimizer: Any = LLMOptimizer, **options: Any) -> None:
+    llm = LLM("anthropic/claude-x", transport=transport, env={"ANTHROPIC_API_KEY": "sk-ant-test"})
+    agent = Adder(label=LONG)
+    run = AggregatedUpdate(agent, optimizer(llm=llm, **options), llm=ScriptedModel(suggest(amount=3)))
+    run.train(exact, additions(5), batch_size=batch_size)
+
+
+def test_the_instances_of_a_step_share_one_opening() -> None:
+    """It ends before the transcript, is the same in every call of the step, and holds the parameters."""
+    transport = Claude(suggest(amount=5))
+    train(transport, 4)
+    (opening,) = set(transport.openings())
+    assert opening.startswith("#Objective\n")
+    assert LONG.strip() in opening
+    assert opening.endswith("\n\n")
+    assert all(body["messages"][0]["content"][1]["text"].startswith("#Transcript\n") for body in transport.bodies)
+
+
+def test_a_single_proposal_is_not_marked() -> None:
+    """Writing to the cache costs more, and nobody would read it."""
+    transport = Claude(suggest(amount=5))
+    train(transport, 1)
+    assert set(transport.openings()) == {""}
+
+
+def test_several_candidates_for_one_instance_share_it() -> None:
+    """They are asked with the same prompt."""
+    transport = Claude(suggest(amount=5))
+    train(transport, 1, num_candidates=2, variation=refine)
+    assert "" not in transport.openings()
+
+
+def test_a_criticism_is_shared_and_its_answer_is_not() -> None:
+    """TextGrad's second prompt shows the parameters that this instance criticised."""
+    transport = Claude(suggest(amount="too small"))
+    train(transport, 4, optimizer=TextGradOptimizer)
+    marked = [opening != "" for opening in transport.openings()]
+    critics = ["You criticise" in body["system"] for body in transport.bodies]
+    assert marked == critics
+    assert set(marked) == {True, False}
