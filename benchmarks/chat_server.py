@@ -1,7 +1,9 @@
 """A fast loopback server of chat completions: `python -m benchmarks.chat_server [--delay S] [--rate R --burst B]`.
 
 A bare asyncio protocol, so that a client's own cost is what is seen. With `--rate` it is a token bucket that answers
-429 with `retry-after: 1` and no rate-limit headers. GET tells how many requests came. Prints its base URL.
+429 with `retry-after: 1` and no rate-limit headers. `--refuse`, `--fail`, `--cut` and `--page` are the parts of all
+requests that get, at random, a 429 without any header, a 500, a broken connection and a page of HTML under a 200. GET
+returns how many requests came. Prints its base URL.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import asyncio
 import json
 import time
+from random import Random
 from typing import ClassVar
 
 TEXT = "The ticket names an invoice, so it belongs to billing. " * 24
@@ -47,6 +50,13 @@ def packet(status: str, body: bytes, *headers: str) -> bytes:
 
 
 OK = packet("200 OK", ANSWER)
+FAULTS = {
+    "refuse": packet("429 Too Many Requests", REFUSAL.encode()),
+    "fail": packet("500 Internal Server Error", b'{"error": {"message": "oops"}}'),
+    "page": packet("200 OK", b"<html><title>Bad gateway</title></html>"),
+    "cut": b"",
+}
+CUT = b"the connection ends"
 LIMITED = packet("429 Too Many Requests", REFUSAL.encode(), "retry-after: 1")
 
 
@@ -74,6 +84,8 @@ class Chat(asyncio.Protocol):
     counts: ClassVar = {"requests": 0, "refused": 0, "closed_waiting": 0}
     delay = 0.0
     bucket = Bucket(0, 0)
+    faults: ClassVar[dict[str, float]] = {}
+    random = Random(3)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -101,7 +113,7 @@ class Chat(asyncio.Protocol):
             self.write(packet("200 OK", json.dumps(self.counts).encode()))
             return
         self.counts["requests"] += 1
-        reply = OK if self.bucket.lets_in() else LIMITED
+        reply = self.fault() or (OK if self.bucket.lets_in() else LIMITED)
         self.counts["refused"] += reply is LIMITED
         if not self.delay:
             self.write(reply)
@@ -114,13 +126,26 @@ class Chat(asyncio.Protocol):
         handle = asyncio.get_running_loop().call_later(self.delay, late)
         self.waiting.add(handle)
 
+    def fault(self) -> bytes | None:
+        chance = self.random.random() if self.faults else 1.0
+        for name, part in self.faults.items():
+            if chance < part:
+                return FAULTS[name] or CUT
+            chance -= part
+        return None
+
     def write(self, data: bytes) -> None:
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if data is CUT:
+            self.transport.abort()  # type: ignore[attr-defined]
+        else:
             self.transport.write(data)  # type: ignore[attr-defined]
 
 
-async def serve(delay: float, rate: float, burst: float) -> None:
+async def serve(delay: float, rate: float, burst: float, **faults: float) -> None:
     Chat.delay, Chat.bucket = delay, Bucket(rate, burst)
+    Chat.faults = {name: part for name, part in faults.items() if part}
     server = await asyncio.get_running_loop().create_server(Chat, "127.0.0.1", 0, backlog=2048)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await server.serve_forever()
@@ -128,7 +153,7 @@ async def serve(delay: float, rate: float, burst: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("delay", "rate", "burst"):
+    for name in ("delay", "rate", "burst", *FAULTS):
         parser.add_argument(f"--{name}", type=float, default=0.0)
     with asyncio.Runner() as runner:
         runner.run(serve(**vars(parser.parse_args())))

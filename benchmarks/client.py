@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import statistics
@@ -229,6 +230,60 @@ async def cancelled(url: str, in_flight: int) -> dict[str, float]:
     return {"cancelled": in_flight, "seen": seen, "ms": took * 1e3, "tasks left": len(asyncio.all_tasks() - own)}
 
 
+async def faulty(client: str, url: str, calls: int, in_flight: int) -> dict[str, float]:
+    """Calls with six attempts each to a server that misbehaves: seconds, lost calls, requests that no count has."""
+    ask, counted = _patient(client, url, in_flight)
+    lost = 0
+
+    async def try_it() -> None:
+        nonlocal lost
+        try:
+            await ask()
+        except Exception:  # noqa: BLE001 - of any client
+            lost += 1
+
+    before, started = await _counts(url), time.perf_counter()
+    await _ask_many(try_it, in_flight, calls)
+    took, after = time.perf_counter() - started, await _counts(url)
+    found = {"seconds": took, "failed": lost, "requests": after["requests"] - before["requests"]}
+    return found | ({"uncounted": found["requests"] - counted()} if client == "ours" else {})
+
+
+async def steady(client: str, url: str, in_flight: int, seconds: float) -> dict[str, float]:
+    """Calls a second in the first and in the last third of the time."""
+    ask, _ = _patient(client, url, in_flight)
+    started, done = time.perf_counter(), []
+
+    async def worker() -> None:
+        while time.perf_counter() - started < seconds:
+            with contextlib.suppress(Exception):
+                await ask()
+                done.append(time.perf_counter() - started)
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(in_flight):
+            tasks.create_task(worker())
+    third = seconds / 3
+    return {
+        "calls/s, first": sum(at < third for at in done) / third,
+        "calls/s, last": sum(seconds - third <= at < seconds for at in done) / third,
+    }
+
+
+def _patient(client: str, url: str, in_flight: int) -> tuple[Ask, Callable[[], int]]:
+    """A client with six attempts a call, and how many requests it counted."""
+    if client == "openai":
+        import openai
+
+        sdk = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=5, timeout=60)
+        return lambda: sdk.chat.completions.create(model="m", messages=MESSAGES, max_tokens=100), int  # type: ignore[arg-type,return-value]
+    from aggregator import LLM, Budget
+
+    budget = Budget(calls=10**9)
+    llm = LLM("m", base_url=url, api_key="none", max_concurrency=in_flight, max_attempts=6, timeout=60, budget=budget)
+    return lambda: llm.complete(MESSAGES, max_tokens=100), lambda: budget.spent.calls
+
+
 async def _counts(url: str) -> dict[str, int]:
     import aiohttp
 
@@ -247,12 +302,19 @@ CLIENTS: dict[str, tuple[str, ...]] = {
 }
 
 
+SERVER = ["-m", "benchmarks.chat_server"]
+RANDOM_429S = [*SERVER, "--delay", "0.05", "--refuse", "0.08"]
+FAULTY = [*SERVER, "--delay", "0.05", "--fail", "0.08", "--cut", "0.05", "--page", "0.02"]
+
+
 def run(options: Options) -> Report:
     calls = 1_000 if options.quick else 6_000
     with (
-        background(["-m", "benchmarks.chat_server"]) as url,
-        background(["-m", "benchmarks.chat_server", "--delay", "3"]) as slow,
-        background(["-m", "benchmarks.chat_server", "--rate", "100", "--burst", "20"]) as limited,
+        background(SERVER) as url,
+        background([*SERVER, "--delay", "3"]) as slow,
+        background([*SERVER, "--rate", "100", "--burst", "20"]) as limited,
+        background(RANDOM_429S) as refusing,
+        background(FAULTY) as broken,
     ):
         cases = []
         for client, needs in CLIENTS.items():
@@ -284,6 +346,14 @@ def run(options: Options) -> Report:
         ]
         cases.append(Case("bucket", call("client", "bucket", url=limited, calls=400, concurrency=64)))
         cases.append(Case("cancel", call("client", "cancelled", url=slow, in_flight=64)))
+        runs = {"8 % random 429s": refusing, "8 % 500s, 5 % cut, 2 % HTML": broken}
+        for client, needs in (("ours", ()), ("openai", ("openai",))):
+            many = {"client": client, "calls": calls // 3, "in_flight": 256}
+            cases += [
+                Case(f"{client}, {name}", call("client", "faulty", url=at, **many), needs) for name, at in runs.items()
+            ]
+            lasting = {"client": client, "in_flight": 256, "seconds": 6 if options.quick else 30}
+            cases.append(Case(f"{client}, steady 429s", call("client", "steady", url=refusing, **lasting), needs))
         measured = measure(cases, options, repetitions=5)
     return Report(
         rows=measured.rows(),
@@ -312,5 +382,17 @@ def targets(measured: Any) -> list[Target]:
         Target("failed of 400 at 100/s", measured.median("bucket", "failed"), 0),
         Target("requests for those 400", measured.median("bucket", "requests"), 480),
         Target("seconds for those 400", measured.median("bucket", "seconds"), 6, "s"),
+        Target(
+            "2,000 calls with 8 % random 429s, of openai",
+            measured.ratio("ours, 8 % random 429s", "openai, 8 % random 429s", "seconds"),
+            1.2,
+            "x",
+        ),
+        Target("failed of them", measured.median("ours, 8 % random 429s", "failed"), 0),
+        Target(
+            "requests that no count has, faulty server",
+            measured.median("ours, 8 % 500s, 5 % cut, 2 % HTML", "uncounted"),
+            0,
+        ),
         Target("64 cancelled, seen by the server after", measured.median("cancel", "ms"), 50, "ms"),
     ]

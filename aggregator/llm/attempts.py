@@ -25,9 +25,10 @@ from aggregator.llm import tracing
 from aggregator.llm.budget import ASSUMED_OUTPUT, NOTHING, Amount, Budget, budgets_of, pico, spent_by, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.ledger import Price, Prices, count, find_price, need_price
-from aggregator.llm.limiter import Admission, Limiter, LoopLimiters, check_limits
+from aggregator.llm.limiter import Limiter, LoopLimiters, check_limits
 from aggregator.llm.names import Endpoint
 from aggregator.llm.openings import Openings, digest
+from aggregator.llm.pacing import Admission
 from aggregator.llm.retry import RetryPolicy, check_answer, was_sent
 from aggregator.protocols import Transport
 from aggregator.records import Completion, HTTPReply, HTTPRequest, Usage
@@ -50,6 +51,7 @@ class Line:
         max_concurrency: int,
         rpm: float | None,
         tpm: float | None,
+        adaptive: bool,
         prices: Prices | None,
         budget: Budget | None,
         retry: RetryPolicy | None,
@@ -69,7 +71,7 @@ class Line:
         self.transport = transport or _shared_transport()
         self.clock, self.sleep = clock, sleep or asyncio.sleep
         self.random = random or Random()  # noqa: S311 - jitter, no secret
-        limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm}
+        limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm, "adaptive": adaptive}
         is_real = clock is time.monotonic and sleep is None
         self.openings = Openings(clock)
         self.limiter = LoopLimiters(endpoint, limits, time=None if is_real else (clock, self.sleep))
@@ -382,8 +384,8 @@ class Attempt:
         if isinstance(error, RateLimitError) and not isinstance(error, QuotaError) and self.admission is not None:
             pause = wait or error.retry_after or line.policy.first_delay
             if pause <= line.policy.max_retry_after and limiter is not None:
-                limiter.rejected(self.admission, pause)
-                return None if wait is None else 0.0  # the limiter holds everybody back, this call included
+                own = limiter.rejected(self.admission, pause)
+                return None if wait is None else own  # 0 if the limiter holds everybody back, this call included
         return wait
 
     def _ended_in_record(self) -> bool:

@@ -64,6 +64,7 @@ class LLM:
         max_concurrency: int = 64,
         rpm: float | None = None,
         tpm: float | None = None,
+        adaptive: bool = True,
         budget: Budget | None = None,
         prices: Prices | None = None,
         transport: Transport | None = None,
@@ -87,6 +88,7 @@ class LLM:
             "max_concurrency": max_concurrency,
             "rpm": rpm,
             "tpm": tpm,
+            "adaptive": adaptive,
             "prices": prices,
             "retry": retry,
         }

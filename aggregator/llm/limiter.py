@@ -1,7 +1,7 @@
 """How fast calls may go to one model: concurrency, requests and tokens per minute, and what the server's 429s teach.
 
 One limiter stands for one (base_url, key, model) of one event loop, whichever clients share it. A 429 pauses all of
-them; afterwards requests are paced, and the pace is learned: see `pacing.py`.
+them, unless 429s do not depend on the pace; afterwards requests are paced, and the pace is learned: see `pacing.py`.
 """
 
 from __future__ import annotations
@@ -9,138 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from math import inf
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
-from msgspec import Struct
-
 from aggregator.errors import APITimeoutError, ConfigError
 from aggregator.llm.calls import Codec, Target
+from aggregator.llm.pacing import Admission, Pace, Pacing
 from aggregator.llm.ratelimits import headroom
 from aggregator.llm.retry import NOT_SENT
-
-_MARGIN = 0.97  # of the rate found; the rest is for requests that overtake one another
-_REFILLED = 0.8  # of what the wait is thought to have refilled
-_DOUBT = 5.0  # how far above the sustained rate the true one may lie
-_FOUND_PERIOD = 60.0  # seconds in which a rate that was found doubles
-_SLACK = 0.02  # seconds that a late timer may make up for
-_SHORTEST = 0.05  # seconds by which two stretches must differ for their slope to mean anything
-
-
-class Pace:
-    """At most `rate` per second, with bursts of `burst`; a cost above the burst is paid off afterwards."""
-
-    def __init__(self, rate: float = inf, burst: float = 1.0) -> None:
-        self._seconds_each = 1.0 / rate
-        self._burst = burst
-        self._full_at = -inf
-
-    @classmethod
-    def per_minute(cls, limit: float | None) -> Pace:
-        """Keep a limit in every window of 60 s: bursts are a second's worth, the rate makes up for them.
-
-        >>> pace = Pace.per_minute(60)
-        >>> pace.take(1, now=0.0)
-        >>> pace.ready_at()
-        1.0
-        """
-        if limit is None:
-            return cls()
-        burst = max(1.0, limit / 60)
-        return cls((limit - burst + 1) / 60, burst)
-
-    def ready_at(self, cost: float = 1.0) -> float:
-        """When `cost` may be spent."""
-        return self._full_at - (self._burst - min(cost, self._burst)) * self._seconds_each
-
-    def take(self, cost: float, now: float) -> None:
-        """Spend `cost` now; a negative one is given back."""
-        self._full_at = max(self._full_at, now) + cost * self._seconds_each
-
-
-class Stretch(Struct):
-    """The requests between two pauses: when the first was sent, when the last refused one, how many were accepted."""
-
-    start: float = inf
-    end: float = -inf
-    accepted: int = 0
-    wait: float = 0.0
-
-
-class Admission(Struct, frozen=True):
-    """The permission to send one request now."""
-
-    stretch: Stretch
-    at: float
-    tokens: float
-
-
-class LearnedPace:
-    """No limit until the first 429, then the server's rate as far as it is known."""
-
-    def __init__(self) -> None:
-        self.rate = inf
-        self.ready_at = -inf
-        self._period = _FOUND_PERIOD
-        self._power = 3
-        self._first_burst = self._burst = 0
-        self._since = 0.0
-        self._stretch = Stretch()
-        self._ended: Stretch | None = None
-        self._shortest: tuple[float, int] | None = None
-
-    def take(self, now: float, tokens: float = 0.0) -> Admission:
-        """Send one request now."""
-        stretch = self._stretch
-        if stretch.start == inf:
-            stretch.start = now
-            if self._ended is not None:  # only now have its last answers come in
-                self._learn(self._ended)
-                self._ended, self._since = None, now
-        if self.rate != inf:
-            self._space(now)
-        return Admission(stretch, now, tokens)
-
-    def _space(self, now: float) -> None:
-        if self._burst > 0:
-            self._burst -= 1
-            self.ready_at = now
-        else:
-            growth = ((now - self._since) / self._period) ** self._power
-            self.ready_at = max(self.ready_at, now - _SLACK) + 1.0 / (self.rate * 2.0 ** min(growth, 50.0))
-
-    def rejected(self, admission: Admission, wait: float) -> None:
-        """Take a 429 that asked for a wait of so many seconds; the first of a stretch ends it."""
-        stretch = admission.stretch
-        stretch.end = max(stretch.end, admission.at)
-        stretch.wait = max(stretch.wait, wait)
-        if stretch is self._stretch:
-            self._ended, self._stretch = stretch, Stretch()
-
-    def _learn(self, ended: Stretch) -> None:
-        """Set the pace of the stretch that begins now from the one that ended."""
-        length, count, wait = ended.end - ended.start, ended.accepted, max(ended.wait, 0.001)
-        sustained = max(count, 1) / (length + wait)
-        if self.rate != inf and length < _SHORTEST:  # refused within its first burst, which thus was too large
-            self._first_burst = self._burst = min(self._first_burst // 2, int(_REFILLED * count))
-            self.rate = min(self.rate, sustained) if self._power == 1 else self.rate / (1 if count else 2)
-            return
-        slope = self._slope(length, count)
-        found = slope > sustained
-        self.rate = slope * _MARGIN if found else sustained
-        self._power = 3 if found else 1
-        self._period = _FOUND_PERIOD if found else min(max(wait / 8, 2 / sustained), 15.0)
-        refill = self.rate if found else _DOUBT * self.rate
-        self._first_burst = self._burst = int(_REFILLED * min(max(count - refill * length, 0.0), self.rate * wait))
-        if self._shortest is None or length < self._shortest[0]:
-            self._shortest = (length, count)
-
-    def _slope(self, length: float, count: int) -> float:
-        if self._shortest is None or length - self._shortest[0] < _SHORTEST:
-            return 0.0
-        return (count - self._shortest[1]) / (length - self._shortest[0])
-
 
 MAX_HEADER_PAUSE = 60.0
 
@@ -149,7 +25,8 @@ class Limiter:
     """Bounds the calls under way and spaces their attempts. Used from one event loop.
 
     `rpm` and `tpm` are kept in every minute, whichever 60 seconds are looked at, by spreading them evenly with bursts
-    of one second's worth. `clock` (monotonic seconds) and `sleep` are injected for tests.
+    of one second's worth. Without `adaptive` a 429 delays its own call alone.
+    `clock` (monotonic seconds) and `sleep` are injected for tests.
     """
 
     def __init__(
@@ -158,23 +35,25 @@ class Limiter:
         max_concurrency: int = 64,
         rpm: float | None = None,
         tpm: float | None = None,
+        adaptive: bool = True,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
         self.max_concurrency = max_concurrency
-        self.rpm, self.tpm = rpm, tpm
+        self.rpm, self.tpm, self.adaptive = rpm, tpm, adaptive
         self._free = max_concurrency
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._requests = Pace.per_minute(rpm)
         self._tokens = Pace.per_minute(tpm)
-        self._learned = LearnedPace()
+        self._learned = Pacing()
         self._paused_until = 0.0
         self._turn = asyncio.Lock()
         self._clock, self._sleep = clock, sleep
 
-    def tighten(self, *, max_concurrency: int, rpm: float | None, tpm: float | None) -> None:
+    def tighten(self, *, max_concurrency: int, rpm: float | None, tpm: float | None, adaptive: bool = True) -> None:
         """Take over another client's limits where they are stricter: they share one account."""
+        self.adaptive = self.adaptive or adaptive
         if max_concurrency < self.max_concurrency:
             self._free -= self.max_concurrency - max_concurrency
             self.max_concurrency = max_concurrency
@@ -187,6 +66,11 @@ class Limiter:
     def in_flight(self) -> int:
         """Calls under way, those that wait for another attempt included."""
         return self.max_concurrency - self._free
+
+    @property
+    def rate(self) -> float:
+        """Requests a second that were learned from 429s; infinity for no limit."""
+        return self._learned.rate
 
     def try_enter(self) -> bool:
         """Take one of the places if one is free and nobody waits; pair it with `leave`."""
@@ -263,7 +147,7 @@ class Limiter:
 
         Requests are held back if those under way will use up what the server has left.
         """
-        admission.stretch.accepted += 1
+        self._learned.accepted(admission, self._clock())
         for names, each in ((codec.requests, 1.0), (codec.tokens, admission.tokens)):
             left = headroom(headers, names)
             if left is not None and (lacking := self.in_flight * each - left.remaining) > 0:
@@ -274,10 +158,12 @@ class Limiter:
         if self.tpm is not None:
             self._tokens.take(tokens - admission.tokens, self._clock())
 
-    def rejected(self, admission: Admission, wait: float) -> None:
-        """Take a 429: everybody pauses for `wait` seconds, and goes slower afterwards."""
-        self._pause(wait)
-        self._learned.rejected(admission, wait)
+    def rejected(self, admission: Admission, wait: float) -> float:
+        """Take a 429 that asks for `wait` seconds; return how many of them its own call has to wait.
+
+        That is 0 if everybody pauses and goes slower afterwards, the call included when it is admitted again.
+        """
+        return 0.0 if self.adaptive and self._learned.rejected(admission, wait, self._clock()) else wait
 
     def _pause(self, wait: float) -> None:
         self._paused_until = max(self._paused_until, self._clock() + wait)
@@ -300,14 +186,16 @@ _limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[_Key
 # Global because the limit is the account's, not a client's; weak, so that it ends with the clients and the loop.
 
 
-def shared_limiter(key: _Key, *, max_concurrency: int, rpm: float | None, tpm: float | None) -> Limiter:
+def shared_limiter(
+    key: _Key, *, max_concurrency: int, rpm: float | None, tpm: float | None, adaptive: bool = True
+) -> Limiter:
     """Return this loop's limiter of (base_url, key, model), with the strictest limits of its clients."""
     known = _limiters.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
     limiter = known.get(key)
     if limiter is None:
-        limiter = known[key] = Limiter(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+        limiter = known[key] = Limiter(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm, adaptive=adaptive)
     else:
-        limiter.tighten(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+        limiter.tighten(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm, adaptive=adaptive)
     return limiter
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterator
+from math import inf
+from random import Random
 from typing import Any
 
 import pytest
 from llm_fakes import VirtualLoop, VirtualTime
 
 from aggregator.errors import APITimeoutError, ConfigError
-from aggregator.llm.limiter import Limiter, Pace, shared_limiter
+from aggregator.llm.limiter import Limiter, shared_limiter
 from aggregator.llm.names import resolve
+from aggregator.llm.pacing import Pace
 from aggregator.llm.ratelimits import headroom, seconds
 
 CODEC = resolve("openai/gpt-4o-mini", env={}).codec
@@ -48,7 +51,18 @@ class Bucket:
         return True
 
 
-async def send_all(limiter: Limiter, bucket: Bucket, calls: int, latency: float, attempts: int) -> int:
+class Chance:
+    """A server that refuses a part of all requests, at whatever rate they come."""
+
+    def __init__(self, refused: float, wait: float = 0.5, seed: int = 1) -> None:
+        self.refused, self.wait, self.requests, self._random = refused, wait, 0, Random(seed)
+
+    def lets_in(self) -> bool:
+        self.requests += 1
+        return self._random.random() >= self.refused
+
+
+async def send_all(limiter: Limiter, bucket: Bucket | Chance, calls: int, latency: float, attempts: int) -> int:
     """Push calls through limiter and bucket; return how many failed `attempts` times."""
     failed = 0
 
@@ -64,7 +78,7 @@ async def send_all(limiter: Limiter, bucket: Bucket, calls: int, latency: float,
                 if accepted:
                     limiter.accepted(admission, {}, CODEC)
                     return
-                limiter.rejected(admission, bucket.wait)
+                await asyncio.sleep(limiter.rejected(admission, bucket.wait))
             failed += 1
         finally:
             limiter.leave()
@@ -110,6 +124,68 @@ def test_other_limits_are_found_too(run: Any, rate: float, burst: float, calls: 
     assert failed == 0
     assert requests <= calls * 1.2 + 64
     assert took <= 2 * calls / rate + 5
+
+
+def time_of(
+    run: Any, server: Bucket | Chance, calls: int, places: int, latency: float, **options: Any
+) -> tuple[float, int]:
+    """How long the calls take, and how many of them are lost, with six attempts each."""
+
+    async def main() -> tuple[float, int]:
+        loop = asyncio.get_running_loop()
+        limiter, started = Limiter(max_concurrency=places, clock=loop.time, **options), loop.time()
+        lost = await send_all(limiter, server, calls, latency, attempts=6)
+        return loop.time() - started, lost
+
+    return run(main)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("refused", "wait"), [(0.01, 0.5), (0.03, 0.5), (0.08, 0.5), (0.05, 2.0), (0.2, 0.5)])
+@pytest.mark.parametrize(("places", "latency"), [(256, 0.05), (64, 1.0), (64, 0.2)])
+def test_429s_at_random_throttled_the_run(run: Any, refused: float, wait: float, places: int, latency: float) -> None:
+    """Refusals that do not depend on the pace delay their own calls alone, after a short look at them."""
+    alone, _ = time_of(run, Chance(refused, wait), 2000, places, latency, adaptive=False)
+    took, lost = time_of(run, Chance(refused, wait), 2000, places, latency)
+    assert lost <= 1
+    assert took <= 1.1 * alone + 2 * wait
+
+
+@pytest.mark.parametrize("refused", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("places", [1, 2, 8])
+def test_few_places_and_429s_at_random(run: Any, refused: float, places: int) -> None:
+    """With few calls under way there is no burst to judge by: a trial shows that half the pace does not help."""
+    alone, _ = time_of(run, Chance(refused), 1500, places, 0.05, adaptive=False)
+    took, _ = time_of(run, Chance(refused), 1500, places, 0.05)
+    assert took <= 2 * alone
+
+
+def test_a_server_that_begins_to_refuse_by_rate(run: Any) -> None:
+    """A bucket in the place of a server that refused at random is found: few of the later requests are in vain."""
+
+    async def main() -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        limiter, bucket = Limiter(max_concurrency=64, clock=loop.time), Bucket(100, 20)
+        await send_all(limiter, Chance(0.08), 1000, 0.05, attempts=6)
+        assert limiter.rate == inf
+        return await send_all(limiter, bucket, 1500, 0.05, attempts=6), bucket.requests
+
+    lost, requests = run(main)
+    assert lost == 0
+    assert requests <= 1500 * 1.2 + 2 * 64
+
+
+def test_without_adapting_a_429_delays_its_own_call_alone(run: Any) -> None:
+    """The off switch: nobody else waits, and no pace is learned."""
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        limiter = Limiter(clock=loop.time, adaptive=False)
+        assert limiter.rejected(await limiter.admit(), 5.0) == 5.0
+        await limiter.admit()
+        assert limiter.rate == inf
+        return loop.time()
+
+    assert run(main) == 0.0
 
 
 @pytest.mark.requirement("client 5: a 429 pauses all callers")
