@@ -13,8 +13,18 @@ from benchmarks.harness import ROOT, Case, Options, call, measure
 from benchmarks.report import Report, Target
 
 DATA = ROOT.parent / "shared" / "data" / "real_exchanges"
-FAMILIES = {"openai": "openai_compatible", "anthropic": "anthropic", "gemini": "gemini"}
-NAMES = {"openai": "openai/gpt-4o-mini", "anthropic": "anthropic/claude-sonnet-4", "gemini": "gemini/gemini-2.5-flash"}
+FAMILIES = {
+    "openai": "openai_compatible",
+    "anthropic": "anthropic",
+    "gemini": "gemini",
+    "responses": "openai_responses",
+}
+NAMES = {
+    "openai": "openai/gpt-4o-mini",
+    "anthropic": "anthropic/claude-sonnet-4",
+    "gemini": "gemini/gemini-2.5-flash",
+    "responses": "openai/gpt-5-pro",
+}
 LARGEST = 100_000  # bodies with images inside measure memcpy
 
 
@@ -25,7 +35,8 @@ def recordings(file: str) -> list[dict[str, Any]]:
 
 def bodies(family: str) -> list[bytes]:
     """The bodies of answers that are one JSON object, as a client receives them."""
-    found = [exchange["response_body"].encode() for exchange in recordings(FAMILIES[family])]
+    answers = [exchange for exchange in recordings(FAMILIES[family]) if exchange.get("kind", "ok") == "ok"]
+    found = [exchange["response_body"].encode() for exchange in answers]
     return [body for body in found if body.lstrip().startswith(b"{") and len(body) <= LARGEST]
 
 
@@ -104,6 +115,11 @@ def expected(family: str, plain: dict[str, Any]) -> tuple[Any, ...] | None:
             cached = (usage.get("cache_read_input_tokens") or 0) + (usage.get("cache_creation_input_tokens") or 0)
             text = "".join(block["text"] for block in plain["content"] if block["type"] == "text")
             return text, plain["stop_reason"], usage["input_tokens"] + cached, usage["output_tokens"]
+        if family == "responses":
+            parts = [part for item in plain["output"] if item["type"] == "message" for part in item["content"]]
+            text = "".join(part["text"] for part in parts if part["type"] == "output_text")
+            word = (plain.get("incomplete_details") or {}).get("reason") or plain["status"]
+            return text, word, plain["usage"]["input_tokens"], plain["usage"]["output_tokens"]
         candidate, usage = plain["candidates"][0], plain["usageMetadata"]
         if not isinstance(candidate["finishReason"], str) or "toolUsePromptTokenCount" in usage:
             return None
@@ -112,6 +128,27 @@ def expected(family: str, plain: dict[str, Any]) -> tuple[Any, ...] | None:
         return text, candidate["finishReason"], usage["promptTokenCount"], answered
     except (KeyError, TypeError, IndexError):
         return None
+
+
+def streamed() -> dict[str, float]:
+    """How many recorded streams of the Responses API give the text, the deltas and the usage that stand in them."""
+    from aggregator.llm.calls import ChatCall
+    from aggregator.llm.names import resolve
+
+    codec = resolve(NAMES["responses"], api_key="none", env={}).codec
+    found = [exchange for exchange in recordings(FAMILIES["responses"]) if exchange["kind"] == "stream"]
+    good = 0
+    for exchange in found:
+        body = exchange["response_body"].encode()
+        events = [json.loads(line[5:]) for line in body.splitlines() if line.startswith(b"data: {")]
+        text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+        usage = events[-1]["response"]["usage"]
+        reader = codec.stream(ChatCall(model="m", messages=(), stream=True))
+        deltas = "".join(reader.feed(body))
+        whole = reader.finish(arrived(body))
+        counts = (whole.usage.input_tokens, whole.usage.output_tokens)
+        good += (deltas, whole.text, *counts) == (text, text, usage["input_tokens"], usage["output_tokens"])
+    return {"bodies": len(found), "right %": 100 * good / len(found)}
 
 
 def errors() -> dict[str, float]:
@@ -148,7 +185,7 @@ def run(options: Options) -> Report:
         for way, needs in [*ways, *([("openai's types", ("openai",))] if family == "openai" else [])]
     ]
     cases += [Case(f"{family}, right", call("decode", "right", family=family)) for family in FAMILIES]
-    cases.append(Case("errors", call("decode", "errors")))
+    cases += [Case("responses, streams", call("decode", "streamed")), Case("errors", call("decode", "errors"))]
     measured = measure(cases, options, repetitions=3)
     return Report(
         rows=measured.rows(),
@@ -167,6 +204,13 @@ def run(options: Options) -> Report:
                 )
                 for family in FAMILIES
             ],
+            Target(
+                "responses: streams right",
+                measured.median("responses, streams", "right %"),
+                100,
+                "%",
+                at_least=True,
+            ),
             Target(
                 "errors: class right, message not empty", measured.median("errors", "right %"), 100, "%", at_least=True
             ),

@@ -387,6 +387,12 @@ def test_a_stream_whose_last_event_has_no_output() -> None:
     assert encode([*HI, whole])["input"][1:] == [message("Hello"), ENCRYPTED]
 
 
+def test_a_stream_of_deltas_alone() -> None:
+    """A gateway that sends neither items nor output: the deltas are the text."""
+    _, whole = stream(events(*DELTAS[:5], {"type": "response.done", "response": response(usage={"input_tokens": 3})}))
+    assert (whole.text, whole.finish_reason, whole.usage.input_tokens) == ("Hello", "stop", 3)
+
+
 def test_a_stream_without_deltas() -> None:
     """A text that comes in one event is one delta."""
     deltas, whole = stream(events(*DELTAS[:2], *DELTAS[4:], COMPLETED))

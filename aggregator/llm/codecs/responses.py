@@ -86,13 +86,14 @@ DECODER = msgspec.json.Decoder(Answer)
 class ResponseStream(EventReader):
     """Reads a stream of response events; the deltas are those of the output text.
 
-    The last event holds the whole response. Servers that leave its output empty have sent each item when it was done.
+    The last event holds the whole response. Servers that leave its output empty have sent each item when it was done,
+    or the text alone.
     """
 
     def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
         super().__init__(codec, call)
         self._items: dict[int, msgspec.Raw] = {}
-        self._begun: set[tuple[int, int]] = set()
+        self._texts: dict[tuple[int, int], str] = {}
         self._end: bytes | None = None
 
     def event(self, event: Event) -> str:
@@ -106,10 +107,11 @@ class ResponseStream(EventReader):
             raise self.codec.fault(found.error or fault_in_event(event.data), reply)
         place = (found.output_index or 0, found.content_index or 0)
         if kind == "response.output_text.delta":
-            self._begun.add(place)
+            self._texts[place] = self._texts.get(place, "") + _text(found.delta)
             return _text(found.delta)
-        if kind == "response.output_text.done" and place not in self._begun:
-            return _text(found.text)  # a server that sends no deltas
+        if kind == "response.output_text.done" and place not in self._texts:  # a server that sends no deltas
+            self._texts[place] = _text(found.text)
+            return _text(found.text)
         if kind == "response.output_item.done" and bytes(found.item):
             self._items[place[0]] = found.item
         elif kind in _ENDS:
@@ -124,8 +126,12 @@ class ResponseStream(EventReader):
         """Read the response of the last event, with the items that came before if it has none."""
         body = self._end or b"{}"
         answer = read(body, DECODER)
-        if not answer.output and self._items:
-            body = msgspec.json.encode({"output": [item for _, item in sorted(self._items.items())]})
+        if not answer.output and (self._items or self._texts):
+            parts = [{"type": "output_text", "text": text} for _, text in sorted(self._texts.items())]
+            items: list[Any] = [item for _, item in sorted(self._items.items())] or [
+                {"type": "message", "content": parts}
+            ]
+            body = msgspec.json.encode({"output": items})
             answer.output = read(body, DECODER).output
         answer.body = body
         return self.codec.completion(answer, reply)
@@ -143,7 +149,7 @@ class _Event(Struct, gc=False):
 
 
 _EVENT_DECODER = msgspec.json.Decoder(_Event)
-_ENDS = ("response.completed", "response.incomplete", "response.failed")
+_ENDS = tuple([f"response.{word}" for word in ("completed", "incomplete", "failed", "cancelled", "done")])
 
 
 class OpenAIResponses(JSONCodec[Answer]):
