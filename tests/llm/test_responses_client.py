@@ -11,7 +11,7 @@ import pytest
 from llm_fakes import QUESTION, ScriptedTransport, VirtualTime, failure
 
 from aggregator import LLM, Budget, Price, cassette
-from aggregator.errors import BudgetExceededError, ConfigError, RateLimitError
+from aggregator.errors import BudgetExceededError, ConfigError, NotFoundError, RateLimitError
 from aggregator.llm.codecs.openai import OpenAIChat
 from aggregator.llm.codecs.responses import OpenAIResponses
 from aggregator.llm.names import resolve
@@ -209,6 +209,14 @@ async def test_structured_output_steps_down_here_too() -> None:
     assert answer.text == '{"k": 1}'
     formats = [body["text"]["format"]["type"] for body in transport.bodies()]
     assert formats == ["json_schema", "json_object"]
+
+
+async def test_a_model_that_only_this_api_serves_is_told_of() -> None:
+    """A model of a new name is refused by chat completions: the error says which argument reaches it."""
+    refused = failure(404, "This model is only supported in v1/responses and not in v1/chat/completions.")
+    llm = LLM("openai/gpt-9-new", api_key="k", env={}, transport=ScriptedTransport(refused))
+    with pytest.raises(NotFoundError, match='api="responses"'):
+        await llm.complete(QUESTION)
 
 
 def test_a_pickled_client_keeps_its_api() -> None:

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlsplit
 
 from msgspec import Struct
 
-from aggregator.errors import ContentFilterError, EmptyResponseError, ResponseError
+from aggregator.errors import APIStatusError, ContentFilterError, EmptyResponseError, ResponseError
 from aggregator.llm.calls import ChatCall, RateHeaders, Target
 from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import request_id
@@ -122,6 +122,14 @@ class OpenAIChat(JSONCodec[Answer]):
             raise self.empty("choices", reply)
         choices = [self._choice(choice, i, reply) for i, choice in enumerate(answer.choices)]
         return self.completed(reply, choices, usage=usage_of(answer), model=answer.model, answer_id=answer.id)
+
+    def error(self, reply: HTTPReply) -> APIStatusError:
+        """Return the error of an error status; for a model of the other API it says how to ask that."""
+        error = super().error(reply)
+        if "v1/responses" in error.message:
+            error.message = f'{error.message} - ask it by LLM(…, api="responses")'
+            error.args = (error.message,)
+        return error
 
     def _choice(self, choice: WireChoice, position: int, reply: HTTPReply) -> Choice:
         if choice.error:  # OpenRouter, where its upstream failed half way
