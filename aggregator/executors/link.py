@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.records import Role, Usage
+from aggregator.sandbox.limits import Place
 
 
 class Load(Struct, frozen=True, tag=True):
@@ -26,12 +27,16 @@ class Load(Struct, frozen=True, tag=True):
 
 
 class Run(Struct, frozen=True, tag=True):
-    """Run one task: `work` and `task` are pickled, `lineage` and `role` are those of the caller."""
+    """Run one task: `work` and `task` are pickled, the rest is the caller's context.
+
+    `sandbox` is where trained code runs, if `sandboxed` says so around the run.
+    """
 
     work: bytes
     task: bytes
     lineage: str
     role: Role
+    sandbox: Place | None
 
 
 class Cancel(Struct, frozen=True, tag=True):

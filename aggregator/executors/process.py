@@ -41,6 +41,7 @@ from aggregator.llm.models import CallableModel
 from aggregator.llm.owner import Owner, stand_in_for
 from aggregator.protocols import RolloutWork
 from aggregator.records import Failure, Rollout, RolloutTask
+from aggregator.sandbox.limits import place_here
 
 GRACE = 2.0
 """Seconds that a cancelled task may take to end before its worker is killed, and a worker to exit."""
@@ -172,12 +173,12 @@ class _Cargo:
             self._add(work.guide, "a guide", remedy)
         packed = dumps(work, self._refer, "the work of an executor", remedy)
         values = {name: one.data for name, one in parameters_of(work.agent).items() if one.trainable}
-        path, role, jobs = current_lineage(), current_role(), []
+        path, role, place, jobs = current_lineage(), current_role(), place_here(), []
         for task in tasks:
             sent = replace(task, values={**values, **task.values})
             what = f"values and a sample (number {task.sample.id})"
             data = dumps(sent, self._refer, what, f"use samples of plain data, {_LOCAL}")
-            jobs.append((task, link.Run(packed, data, path, role)))
+            jobs.append((task, link.Run(packed, data, path, role, place)))
         return jobs
 
     def _add(self, thing: Any, what: str, remedy: str) -> None:

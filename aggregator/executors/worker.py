@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from multiprocessing import process, spawn
 from typing import Any
 
@@ -29,6 +29,7 @@ from aggregator.llm.ledger import collecting
 from aggregator.llm.messages import normalise
 from aggregator.llm.owner import Call, Validate, make_stand_in, pass_calls_to
 from aggregator.records import Completion, Usage
+from aggregator.sandbox.limits import sandboxed
 
 LAST_SECONDS = 5.0
 """How long the exit hooks of a worker may take once the other end has closed the socket."""
@@ -132,7 +133,8 @@ class Worker:
         await self._link.flush()  # the agent may end this process
         with portal.carrying(), lineage_at(message.lineage, message.role), collecting() as ledger:
             try:
-                rollout = replace(await work(task), handle=None)  # the adapter's own, of use where the agent ran only
+                with nullcontext() if message.sandbox is None else sandboxed(message.sandbox):
+                    rollout = replace(await work(task), handle=None)  # the adapter's own, of use in this process only
                 what = f"a rollout of instance {rollout.sample_id}"
                 data = dumps(rollout, self._refer, what, "return plain data from the agent, or use the local executor")
             except BaseException as error:  # noqa: BLE001 - it is raised where the run is

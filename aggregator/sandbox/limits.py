@@ -62,8 +62,10 @@ _PLACES = {"changed": Place(), "process": Place(always=True), "monty": Place(eng
 _everywhere: ContextVar[Place | None] = ContextVar("aggregator_sandbox", default=None)
 
 
-def place_of(sandbox: Sandbox) -> Place:
-    """Return what a user's word means; raises ConfigError for any other word."""
+def place_of(sandbox: Sandbox | Place) -> Place:
+    """Return what a user's word means, a place as it is; raises ConfigError for anything else."""
+    if isinstance(sandbox, Place):
+        return sandbox
     if sandbox is None:
         return HERE
     if isinstance(sandbox, Limits):
@@ -74,8 +76,12 @@ def place_of(sandbox: Sandbox) -> Place:
     raise ConfigError(f"Expected sandbox=None, 'process' or Limits(...), or 'changed' or 'monty', got {sandbox!r}")
 
 
+place_here = _everywhere.get
+"""Return the place that the context's `sandboxed` names, None outside of any: what a process executor passes on."""
+
+
 @contextmanager
-def sandboxed(sandbox: Sandbox = "process") -> Iterator[None]:
+def sandboxed(sandbox: Sandbox | Place = "process") -> Iterator[None]:
     """Run every trainable operation of the current context there, whatever its own @bundle says."""
     token = _everywhere.set(place_of(sandbox))
     try:

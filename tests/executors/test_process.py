@@ -24,6 +24,7 @@ from aggregator.executors.work import AgentWork
 from aggregator.llm.ledger import collecting
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest, Rollout, Usage
+from aggregator.sandbox.limits import sandboxed
 
 KEY = "sk-process-1f8a7b6c5d4e"
 HERE = Path(__file__).parent
@@ -108,6 +109,23 @@ async def test_values_are_laid_over_the_parameters_of_a_worker(executor: Process
     agent.amount.data = 50
     (current,) = await executor.map(job, tasks(3))
     assert (changed.output, current.output) == (307, 53)
+
+
+async def test_trained_code_stays_in_its_sandbox(executor: ProcessExecutor, tmp_path: Path) -> None:
+    """What `sandboxed` says around a run holds in its workers: code of a model writes no file, unless it may."""
+    path = tmp_path / "written"
+    write = f"with open({str(path)!r}, 'w') as file:\n        file.write('escaped')"
+    code = f"def twist(self, x: int) -> int:\n    {write}\n    return x\n"
+    job, trial = work(Adder()), tasks(3, values={"twist__code": code})
+    with sandboxed("process"):
+        (remote,) = await executor.map(job, trial)
+        (local,) = await LocalExecutor().map(job, trial)
+    assert remote.failure is not None
+    assert (remote.failure.error, content(path)) == ("SandboxError", "")
+    assert (remote.failure, remote.transcript) == (local.failure, local.transcript)
+    with sandboxed(None):
+        (free,) = await executor.map(job, trial)
+    assert (free.output, content(path)) == (4, "escaped")
 
 
 async def test_a_guide_that_is_a_method_of_the_agent_reads_its_values(executor: ProcessExecutor) -> None:
