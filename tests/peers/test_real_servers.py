@@ -177,6 +177,24 @@ async def test_every_dialect_calls_tools(aimock: str, model: str) -> None:
     assert call.id
 
 
+async def test_the_responses_api_is_understood_by_the_server(aimock: str) -> None:
+    """Text, streams and tools in both directions, a failure as its class."""
+    tool = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}
+    async with client("openai/gpt-4o", aimock, api="responses") as llm:
+        found = await llm.complete([{"role": "system", "content": "Be kind."}, "Please greet me"], max_tokens=20)
+        stream = llm.stream("Please greet me")
+        deltas = [delta async for delta in stream]
+        called = await llm.complete("Please call a tool", tools=[tool])
+        result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "rain"}
+        after = await llm.complete(["Please greet me", called, result])
+        with pytest.raises(RateLimitError):
+            await llm.complete("Please busy always")
+    assert (found.text, found.finish_reason) == ("Hello from afar", "stop")
+    assert "".join(deltas) == stream.completion.text == "Hello from afar"
+    assert (called.tool_calls[0].name, called.finish_reason) == ("look", "tool_calls")
+    assert after.text
+
+
 @pytest.mark.parametrize("model", ["openai/gpt-4o", "azure/gpt-4o"])
 async def test_usage_and_truncation_are_visible(aimock: str, model: str) -> None:
     """Tokens are counted, and an answer that was cut says so."""
@@ -286,6 +304,17 @@ async def test_a_real_stream(llama: str) -> None:
     assert "".join(deltas) == stream.completion.text
     assert stream.completion.usage.output_tokens == 16
     assert len(deltas) > 1
+
+
+async def test_the_responses_api_of_another_server(llama: str) -> None:
+    """llama-server speaks it too: text, its limit, and a stream with the same usage."""
+    async with tiny(llama, api="responses") as llm:
+        found = await llm.complete("Say something.", max_tokens=8)
+        stream = llm.stream("Say something.", max_tokens=8)
+        deltas = [delta async for delta in stream]
+    assert (found.usage.output_tokens or 0) <= 8
+    assert "".join(deltas) == stream.completion.text
+    assert stream.completion.usage.input_tokens == found.usage.input_tokens
 
 
 async def test_the_messages_api_of_another_server(llama: str) -> None:
