@@ -341,6 +341,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
 
     The names are those of classes and functions. `parameters` are the values that the run starts from, `steps` counts
     the steps of the whole run. `finished_steps` and `usage` are what a resumed run has done and spent before.
+    `sandboxes` says where the trained code of each operation runs: "process", "monty 1.4.0", or "none" (this process).
     """
 
     trainer: str
@@ -358,6 +359,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
     test_samples: int = 0
     finished_steps: int = 0
     usage: Mapping[str, Usage] = {}
+    sandboxes: Mapping[str, str] = {}
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):

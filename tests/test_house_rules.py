@@ -79,6 +79,7 @@ SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, e
     "sandbox/crossing.py": "the two messages between process and worker",
     "sandbox/limits.py": "the words for a sandbox",
     "simulation/student.py": "one part of the simulated model",
+    "training/trained_code.py": "the borders at which code enters a run",
     "training/asking.py": "one question to a model, with its repair",
     "training/failures.py": "one border: an error becomes a record",
 }

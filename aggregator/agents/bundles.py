@@ -34,9 +34,10 @@ class Operation:
         self.name = function.__name__
         self.title = function.__qualname__.rpartition("<locals>.")[2]
         self.description = " ".join(doc.split("\n\n")[0].split()) if description is None else description
-        self.place = place
         self.is_async = bool(function.__code__.co_flags & _IS_COROUTINE)
-        self.code = CodeParameter(function, name=self.name + CODE, description=self.description) if trainable else None
+        self.code: CodeParameter | None = None
+        if trainable:
+            self.code = CodeParameter(function, name=self.name + CODE, description=self.description, place=place)
 
     def code_of(self, owner: Any) -> CodeParameter | None:
         """Return the parameter that holds the source: the instance's own for a method, else the operation's."""
@@ -73,7 +74,7 @@ class Operation:
             return self.function, False
         owner = self.owner_among(args)
         code = self.code_of(owner) or self.code
-        changed, place = code.is_changed(), current_place(self.place)
+        changed, place = code.is_changed(), current_place(code.place)
         function = sandboxed_function(code, owner, place) if place.takes(changed=changed) else code.function()
         return function, changed
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError, ParameterError
+from aggregator.sandbox.limits import Place
 from aggregator.text import strip_fence
 
 SOURCE_LIMIT = 100_000
@@ -32,15 +33,16 @@ _ENCLOSING, _ENCLOSED = "__enclosing__", "__enclosed__"
 class CodeParameter(ParameterNode[str]):
     """The source of one function; a new value must parse, compile, and keep name and signature."""
 
-    def __init__(self, function: FunctionType, *, name: str, description: str = "") -> None:
+    def __init__(self, function: FunctionType, *, name: str, description: str = "", place: Place = Place()) -> None:  # noqa: B008 - frozen
         self.original = function
+        self.place = place
         self.written, self.written_at = source_of(function)
         super().__init__(self.written, type=str, description=description)
         self.name = name
 
     def fresh(self) -> CodeParameter:
         """Return a parameter of its own for the same function, holding the source as written."""
-        return CodeParameter(self.original, name=self.name, description=self.description)
+        return CodeParameter(self.original, name=self.name, description=self.description, place=self.place)
 
     def check(self, raw: Any, where: str) -> str:
         """Return new source laid out from the left edge; raises ParameterError."""

@@ -6,7 +6,8 @@ Parameters are found by walking attributes, lists, tuples and dicts; their names
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from types import new_class
 from typing import Any, TypeVar
@@ -139,11 +140,14 @@ class Module:
         types = {name: describe_type(parameter.type) for name, parameter in parameters.items()}
         write_artefact(path, read(parameters.values()), types=types, provenance=provenance)
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path, *, code: bool | str | Collection[str] = False) -> dict[str, Any]:
         """Take over the values of a file that `save` wrote, all of them or none; returns its provenance.
 
+        Source of an operation with `sandbox=None` runs in this process, so a file that holds changed source is refused
+        unless `code` permits it: True, the sha256 of the source (or several), or "ask" on a terminal.
+
         Raises ParameterError where the file cannot be read, names other parameters than this module has, or holds a
-        value that does not fit.
+        value that does not fit; ConfigError for source that `code` does not permit.
         """
         parameters, artefact = _carried(self.parameters_dict()), read_artefact(path)
         missing = [name for name in parameters if name not in artefact.parameters]
@@ -156,6 +160,11 @@ class Module:
                 )
                 + "; load it into the agent that was saved, or edit the file's `parameters`"
             )
+        if "aggregator.agents.code" in sys.modules:  # else nothing of this module is code
+            from aggregator.agents.consent import check_consent, require_consent, unsandboxed_code
+
+            found = unsandboxed_code(parameters.values(), artefact.parameters)
+            require_consent(found, check_consent(code), origin=os.fspath(path), permitted=set())
         try:
             write(parameters.values(), artefact.parameters)
         except ParameterError as error:
@@ -212,6 +221,21 @@ def walk(value: Any, path: str, seen: set[int]) -> Iterator[_Found]:
         seen.add(id(value))
         for key, item in _items(value):
             yield from walk(item, f"{path}.{key}" if path else str(key), seen)
+
+
+def operations_of(agent: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (operation, its instance or None) for every bundled function that can be reached from an agent."""
+    seen: set[int] = set()
+
+    def found(value: Any) -> Iterator[tuple[Any, Any]]:
+        if operation := operation_of(value):
+            yield operation, getattr(value, "__self__", None)
+        elif isinstance(value, Module | dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            for _, item in _items(value):
+                yield from found(item)
+
+    yield from found(agent)
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

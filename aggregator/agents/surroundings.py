@@ -79,6 +79,16 @@ class _Reader(ast.NodeVisitor):
         self.attributes: dict[str, int] = {}
         self.problems: dict[str, int] = {}
 
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        for part in (*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):  # not the annotations
+            self.visit(part)
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815 - ast's name
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        for part in filter(None, (node.target, node.value)):
+            self.visit(part)
+
     def visit_Name(self, node: ast.Name) -> None:
         if node.id in self.outside:
             self.names.setdefault(node.id, node.lineno)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
 from contextvars import Token
 from functools import partial
@@ -34,9 +34,10 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.clients`); `latency` is
     "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not count.
     `redact` are names of fields, and patterns, that are secret beyond the rules; `keep` those that are not;
-    `keep_headers` are written beside the usual headers. `layout` is how the file is written at close; without `warn`
-    findings are in `tape.report` alone. `rules` are these options, and those for code that opens tapes for others, in
-    one value that replaces the options here.
+    `keep_headers` are written beside the usual headers. `code` permits recorded suggestions to run code in this
+    process (True, "ask", or the sha256 of each source), which only operations with `sandbox=None` need. `layout` is how
+    the file is written at close; without `warn` findings are in `tape.report` alone. `rules` are these options, and
+    those for code that opens tapes for others, in one value that replaces the options here.
 
     Raises when left: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
     """
@@ -54,6 +55,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         redact: Sequence[str | re.Pattern[str]] = (),
         keep: Sequence[str | re.Pattern[str]] = (),
         keep_headers: Sequence[str] = (),
+        code: bool | str | Collection[str] = False,
         layout: LayoutChoice = "auto",
         now: Callable[[], float] = time.time,
         warn: bool = True,
@@ -71,7 +73,12 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
             faults=faults,
             ignore=parse_ignore(ignore),
             redaction=redaction_by(redact, keep, keep_headers),
+            code=code,
         )
+        if code is not False:
+            from aggregator.agents.consent import check_consent  # loads what only agents with trained code need
+
+            check_consent(code)
         if rules is not None and given != DEFAULT_RULES:
             raise ConfigError(f"Expected the options of a cassette or rules=, got both; put them into {rules!r}")
         self._rules = given if rules is None else rules

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -24,6 +24,8 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     every context without a tape, as in a pytest process; "nothing" leaves both to the network.
     `plays_failures=False` repeats recorded calls that failed instead of playing them.
     `expects_all=False` reports no exchanges that were left unplayed.
+    `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.consent`; source of
+    sandboxed operations needs no permission.
     `clients` are the other HTTP clients that ask this tape, see `aggregator.cassettes.clients`.
     """
 
@@ -36,3 +38,4 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     redaction: Redaction = USUAL
     plays_failures: bool = True
     expects_all: bool = True
+    code: bool | str | Collection[str] = False

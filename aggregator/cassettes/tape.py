@@ -58,6 +58,7 @@ class Tape:
         self.misses: list[CassetteMissError] = []
         self.rules = rules
         self.ending: Ending = "finish"
+        self.permitted_code: set[str] = set()
         self._rows, self._played = rows, bytearray(len(rows))
         self._pools = Pools(rows, key_of=ignoring(rules.ignore), prefer=rules.lineage == "prefer")
         self._left = frozenset(i for i, row in enumerate(rows) if row.facts.error and row.facts.error[0] == _LEFT)
@@ -74,6 +75,11 @@ class Tape:
         self._answered: list[Slot] = []
         self._lock = threading.Lock()
         self._closed = False
+
+    @property
+    def holds_recording(self) -> bool:
+        """Whether there were recorded exchanges when it was opened."""
+        return bool(self._rows)
 
     @property
     def records(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 MODES = ("none", "once", "new_episodes", "all")
-ARGUMENTS = ("mode", "clients", "lineage", "latency", "unplayed", "allowed_hosts")
+ARGUMENTS = ("mode", "clients", "lineage", "latency", "code", "unplayed", "allowed_hosts")
 UNPLAYED = ("ignore", "report", "error")
 MAX_NAME = 120
 MAX_BYTES = 200  # file systems take 255, and `.new`, `.lock` or a shard's number is appended
@@ -67,6 +67,7 @@ def resolve_settings(config: pytest.Config, arguments: dict[str, Any]) -> dict[s
         "clients": "all" if list(clients) == ["all"] else clients,
         "lineage": arguments.get("lineage", "strict"),
         "latency": arguments.get("latency", "off"),
+        "code": arguments.get("code", False),
         "unplayed": unplayed,
         "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *([hosts] if isinstance(hosts, str) else hosts)],
     }

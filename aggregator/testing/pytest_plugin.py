@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the mark and create the ledger."""
     config.addinivalue_line(
         "markers",
-        "cassette(name=None, *, mode=None, clients=(), lineage='strict', latency='off', unplayed=None, "
+        "cassette(name=None, *, mode=None, clients=(), lineage='strict', latency='off', code=False, unplayed=None, "
         "allowed_hosts=()): record this test's LLM exchanges, and replay them",
     )
     config.stash[LEDGER] = Ledger()

@@ -42,6 +42,7 @@ class Taping:
         clients: str | Iterable[str] = (),
         lineage: LineageRule = "strict",
         latency: Latency = "off",
+        code: bool | str | Iterable[str] = False,
         unplayed: Unplayed = "report",
         allowed_hosts: Iterable[str] = (),
         refusals: list[CassetteError],
@@ -56,6 +57,7 @@ class Taping:
                 clients=clients if isinstance(clients, str) else tuple(clients),
                 lineage=lineage,
                 latency=latency,
+                code=code if isinstance(code, bool | str) else tuple(code),
                 adopts="everything",  # threads and loops that were started before have no context of this test
             ),
         )

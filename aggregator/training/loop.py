@@ -54,6 +54,7 @@ from aggregator.training.rules import key_of
 from aggregator.training.run_dir import claim_run_dir, count_in, load_state, open_journal, raise_misses
 from aggregator.training.seed import Hooks, Instance, Place, call_hook, lost, observed, placed, read_output
 from aggregator.training.step import Step, laid_over, read_only
+from aggregator.training.trained_code import check_code, sandboxes_of
 from aggregator.training.updates import Explored, Parts, Update, changed, make_update, place_of, without
 
 FEWEST_JUDGED = 4
@@ -94,6 +95,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     """Train by the plan; every way out leaves the partial result on disk or on the error."""
     check_saving(plan, trainer.agent)
     parameters = trainer.parameters()
+    check_code(trainer.agent, parameters)
     initial = read(parameters)
     with claim_run_dir(plan):
         marks = {} if plan.run_dir is None else fingerprint(plan, trainer, initial)
@@ -362,6 +364,7 @@ class _Course:
             test_samples=len(plan.test),
             finished_steps=state.steps,
             usage=total_by_role(spent),
+            sandboxes=sandboxes_of(trainer.agent, self.parameters),
         )
 
     def result(self) -> TrainingResult:

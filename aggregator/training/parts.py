@@ -20,6 +20,7 @@ from aggregator.training.decisions import Check, Gate, Optimizer, UpdateRule
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.step import Step
 from aggregator.training.suggestions import typed
+from aggregator.training.trained_code import permit_replayed_code
 
 _METHODS_OF_SEARCH = ("explore", "trials", "choose", "keep")
 _OF_OLD = ("batch", "samples", "minibatch")
@@ -134,6 +135,7 @@ async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step:
 def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
     """Return the proposal with each value in its parameter's own type; `error` says what does not fit."""
     values, refused = typed(proposal.values, step.parameters)
+    permit_replayed_code(values, step.parameters)
     error = "; ".join(reason for reason in (proposal.error, *refused.values()) if reason) or None
     return replace(proposal, values=values, error=error)
 

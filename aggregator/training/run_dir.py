@@ -58,6 +58,7 @@ def open_journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
     rules = TapeRules(
         adopts="nothing",  # other threads of the process have nothing to do with the run
         expects_all=False,  # steps behind the last checkpoint are not played again
+        code=True,  # the run's own: it wrote what it plays
         plays_failures=not state.broken_off,  # what ended the run may have been mended
     )
     with cassette(path, mode="new_episodes", layout="journal", warn=False, rules=rules):  # a cut-off tape is expected

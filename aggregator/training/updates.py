@@ -28,6 +28,7 @@ from aggregator.training.searches import greedy
 from aggregator.training.seed import Instance
 from aggregator.training.step import Step, laid_over, read_only
 from aggregator.training.suggestions import typed
+from aggregator.training.trained_code import permit_replayed_code
 
 ProposePer = Literal["instance", "batch"]
 
@@ -137,6 +138,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
     failures: list[Failure] = []
     for (one, _), (proposal, group) in zip(jobs, merged, strict=True):
         accepted, refused = typed(proposal.values, step.parameters)
+        permit_replayed_code(accepted, step.parameters)
         reasons = refuse_values(changed(one.step.values, accepted), parts.checks, one.step)
         accepted = {name: value for name, value in accepted.items() if name not in reasons}
         told = [] if per_instance else [record for own in group for record in own.failures]

@@ -257,9 +257,11 @@ os._exit(0)
 
 FAKE = """
 import sys, msgspec
-def send(number, *content):
+def frame(number, *content):
     body = msgspec.msgpack.encode(content)
-    sys.stdout.buffer.write((8 + len(body)).to_bytes(4, 'big') + number + body)
+    return (8 + len(body)).to_bytes(4, 'big') + number + body
+def send(number, *content, more=b''):
+    sys.stdout.buffer.write(frame(number, *content) + more)
     sys.stdout.buffer.flush()
 send(bytes(8), '', msgspec.msgpack.encode({ways}))
 answer = msgspec.msgpack.encode({{'value': 10}})
@@ -296,7 +298,7 @@ def test_a_frame_that_is_not_this_calls_answer_is_refused(then: str, reason: str
 
 def test_a_worker_that_sends_more_than_it_was_asked_is_not_used_again() -> None:
     """A second frame would be taken for the answer of the next call."""
-    call, worker = prepared(), fake_worker("send(number, '', answer); send(bytes(7) + b'2', '', answer)")
+    call, worker = prepared(), fake_worker("send(number, '', answer, more=frame(bytes(7) + b'2', '', answer))")
     try:
         assert result_of(worker.ask(call, call.encode()), call) == 10
         assert not worker.is_waiting()
