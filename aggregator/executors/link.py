@@ -29,7 +29,7 @@ class Load(Struct, frozen=True, tag=True):
 class Run(Struct, frozen=True, tag=True):
     """Run one task: `work` and `task` are pickled, the rest is the caller's context.
 
-    `sandbox` is where trained code runs, if `sandboxed` says so around the run.
+    `sandbox` is the place of trained code, if `sandboxed` is open around the run.
     """
 
     work: bytes
@@ -73,7 +73,7 @@ class Ask(Struct, frozen=True, tag=True):
 
 
 class Stop(Struct, frozen=True, tag=True):
-    """Nobody waits for the answer to this `Ask` any more."""
+    """The answer to this `Ask` is not needed any more."""
 
     number: int
 

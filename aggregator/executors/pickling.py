@@ -143,7 +143,7 @@ def _meta(bounds: dict[str, Any]) -> Meta:
 
 
 def _named(function: FunctionType) -> Any:
-    """Return what stands under a function's name in its module."""
+    """Return what a function's module has under its name."""
     found: Any = sys.modules.get(function.__module__ or "")
     for name in function.__qualname__.split("."):
         found = getattr(found, name, None)

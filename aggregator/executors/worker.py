@@ -157,7 +157,7 @@ class Worker:
     # Objects that both sides know by number
 
     def _resolve(self, reference: Reference) -> Any:
-        """Return what a reference stands for."""
+        """Return what a reference refers to."""
         match reference:
             case ("llm", number, kind, state):
                 if number not in self._models:

@@ -19,14 +19,14 @@ class Part(Struct, frozen=True):
     text: str = ""
 
 
-class Said(Struct, frozen=True):
+class Text(Struct, frozen=True):
     content: list[Part] = []
 
 
 class Answer(Struct):  # every field is optional: what does not fit is dropped
     id: str | None = None
     finish_reason: str | None = None
-    message: Said = Said()
+    message: Text = Text()
     usage: dict[str, dict[str, float]] = {}
 
 
@@ -46,7 +46,7 @@ class CohereStream(EventReader):
         return self.end.finish_reason is not None
 
     def build(self, reply: HTTPReply) -> Completion:
-        return self.codec.completion(msgspec.structs.replace(self.end, message=Said([Part(self.text)])), reply)
+        return self.codec.completion(msgspec.structs.replace(self.end, message=Text([Part(self.text)])), reply)
 
 
 class Cohere(JSONCodec[Answer]):
@@ -61,8 +61,8 @@ class Cohere(JSONCodec[Answer]):
             "temperature": call.temperature, "seed": call.seed, "response_format": call.response_format,
             "stop_sequences": [call.stop] if isinstance(call.stop, str) else call.stop, "stream": call.stream,
         }  # fmt: skip
-        said = {name: value for name, value in body.items() if value is not None}
-        return self.post(f"{self.target.base_url}/v2/chat", said | dict(call.extra), call)
+        given = {name: value for name, value in body.items() if value is not None}
+        return self.post(f"{self.target.base_url}/v2/chat", given | dict(call.extra), call)
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
         tokens = {name: int(count) for name, count in answer.usage.get("tokens", {}).items()}

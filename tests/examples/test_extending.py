@@ -165,7 +165,7 @@ data: {"type": "message-end", "delta": {"finish_reason": "COMPLETE", "usage": {"
 
 
 def test_the_provider_encodes_and_decodes() -> None:
-    """What was said is sent under the API's names; words, tokens, errors and streams are read."""
+    """Options are sent under the API's names; finish words, tokens, errors and streams are read."""
     codec = loaded("provider").provider.codec(
         Target(provider="cohere", model="command-a", base_url="https://api.cohere.com", api_key="k")
     )

@@ -74,7 +74,7 @@ class Adder(Module):
 
 
 class Located(Adder):
-    """Says in which process it runs."""
+    """Returns the number of its process."""
 
     async def forward(self, x: int) -> int:  # type: ignore[override]
         await asyncio.sleep(0.05)

@@ -112,7 +112,7 @@ async def test_values_are_laid_over_the_parameters_of_a_worker(executor: Process
 
 
 async def test_trained_code_stays_in_its_sandbox(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """What `sandboxed` says around a run holds in its workers: code of a model writes no file, unless it may."""
+    """`sandboxed` around a run holds in its workers: code of a model writes no file, unless it may."""
     path = tmp_path / "written"
     write = f"with open({str(path)!r}, 'w') as file:\n        file.write('escaped')"
     code = f"def twist(self, x: int) -> int:\n    {write}\n    return x\n"
@@ -273,7 +273,7 @@ async def test_an_error_that_does_not_pickle_becomes_one_of_its_base_class(
 
 
 async def test_an_error_of_the_agent_is_a_record(executor: ProcessExecutor) -> None:
-    """The rollout says what was raised, whether or not it would pickle."""
+    """The rollout has the class and the message of the error, whether or not it would pickle."""
     (rollout,) = await executor.map(work(Odd()), tasks("raise", min_score=0.25))
     assert rollout.failure is not None
     assert (rollout.failure.error, rollout.failure.message, rollout.score) == ("TwoArgumentsError", "one and 2", 0.25)
@@ -302,7 +302,7 @@ class Local(Adder):
 
 
 async def test_what_does_not_pickle_is_named(executor: ProcessExecutor) -> None:
-    """Agent, guide, sample and output each have an error that says which it was and what to do."""
+    """The error names agent, guide, sample or output, and what to do."""
     remedy = "or use the local executor"
     with pytest.raises(ConfigError, match=rf"Expected an agent that pickles, got Local: .*{remedy} - at Local\.lock$"):
         await executor.map(work(Local()), tasks(1))
@@ -367,7 +367,7 @@ async def test_a_task_that_does_not_end_when_cancelled_is_killed(how: str, tmp_p
 
 
 async def test_close_ends_every_worker() -> None:
-    """Idle workers end, and a closed executor says so."""
+    """Idle workers end, and a closed executor refuses work."""
     executor = ProcessExecutor(2)
     pids = set(outputs(await executor.map(work(Located()), tasks(*range(4)))))
     executor.close()
@@ -465,7 +465,7 @@ if __name__ == "__main__":
     assert (done.returncode, done.stdout, done.stderr) == (0, "spawn\n", "")
 
 
-def test_a_script_without_the_guard_is_told_so(tmp_path: Path) -> None:
+def test_a_script_without_the_guard_gets_the_remedy(tmp_path: Path) -> None:
     """The worker imports the script and may not begin the training again."""
     done = run_script(tmp_path, "run(ProcessExecutor(1), Here(), 5)")
     assert done.returncode == 1

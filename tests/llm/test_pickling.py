@@ -103,7 +103,7 @@ def test_a_subclass_keeps_its_own_attributes() -> None:
     ids=lambda value: value if isinstance(value, str) and " " not in value and len(value) < 10 else "",
 )
 def test_an_argument_that_cannot_be_pickled_is_named(name: str, value: Any) -> None:
-    """The error names the argument and says what to do, and shows neither the key nor the password."""
+    """The error names the argument and the remedy, and shows neither the key nor the password."""
     llm = LLM("openai/gpt-4o-mini", **{"base_url": BASE_URL, name: value})
     with pytest.raises(ConfigError, match=rf"^Expected LLM.* to hold only settings .* - at LLM\.{name}$") as caught:
         pickle.dumps(llm)
