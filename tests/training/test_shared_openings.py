@@ -74,7 +74,7 @@ def test_several_candidates_for_one_instance_share_it() -> None:
 
 def test_a_criticism_is_shared_and_its_answer_is_not() -> None:
     """TextGrad's second prompt shows the parameters that this instance criticised."""
-    transport = Claude(suggest(amount="too small"))
+    transport = Claude(suggest(label="too long"))
     train(transport, 4, optimizer=TextGradOptimizer)
     marked = [opening != "" for opening in transport.openings()]
     critics = ["You criticise" in body["system"] for body in transport.bodies]
