@@ -14,8 +14,9 @@ from aggregator.llm import tracing
 from aggregator.llm.attempts import Attempts, Line
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.owner import current_owner
+from aggregator.llm.schemas import Validate, as_response_format
 from aggregator.llm.streams import StreamedAttempts
-from aggregator.llm.structured import Validate, as_response_format, ask_structured
+from aggregator.llm.structured import ask_structured
 from aggregator.records import Completion
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from aggregator.llm.budget import Budget
     from aggregator.llm.ledger import Prices
     from aggregator.llm.retry import RetryPolicy
+    from aggregator.llm.schemas import Validate
     from aggregator.llm.streams import Stream
-    from aggregator.llm.structured import Validate
     from aggregator.protocols import Transport
 
 

@@ -32,7 +32,7 @@ from aggregator.llm import tracing
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.client import LLM
 from aggregator.llm.owner import current_owner
-from aggregator.llm.structured import Validate
+from aggregator.llm.schemas import Validate
 from aggregator.records import Completion
 
 _FALLS = (APIConnectionError, RateLimitError, ServerError, NotFoundError, ContextLengthError, ResponseError)

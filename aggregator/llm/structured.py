@@ -1,24 +1,24 @@
 """Structured output: json_schema -> json_object -> prompt alone, and a check of what came back.
 
 Servers refuse a `response_format` with 400, 422 or a 500 that names it, or ignore it silently; so the text is always
-checked. Which form a server takes is remembered per (base_url, model).
+checked. That a server refused a schema is remembered for that schema, per (base_url, model), and tried again later. An
+answer that is not what was asked for says nothing about the next one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from hashlib import sha256
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
 from msgspec.structs import replace
 
-from aggregator.checks import is_int, is_number
 from aggregator.errors import (
     BadRequestError,
-    ConfigError,
     ContextLengthError,
     DecodeError,
     LLMError,
@@ -27,117 +27,20 @@ from aggregator.errors import (
 )
 from aggregator.llm.attempts import Attempts
 from aggregator.llm.calls import ChatCall
+from aggregator.llm.schemas import Validate, checker
 from aggregator.records import Completion
-from aggregator.text import fenced_blocks
 
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "number": is_number,
-    "integer": lambda value: is_int(value) or (isinstance(value, float) and value.is_integer()),
-}
-
-
-def mismatch(value: Any, schema: Any, *, at: str = "$", root: Any = None) -> str | None:
-    """Return what does not fit, with its path; None where everything fits.
-
-    >>> mismatch({"k": "many"}, {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]})
-    "integer expected, got 'many' - at $.k"
-    """
-    root = schema if root is None else root
-    if not isinstance(schema, Mapping):
-        return None
-    if "$ref" in schema:
-        return mismatch(value, _resolve(schema["$ref"], root), at=at, root=root)
-    options = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(options, list):
-        found = [mismatch(value, option, at=at, root=root) for option in options]
-        return None if None in found else found[0]
-    if "const" in schema and value != schema["const"]:
-        return f"{schema['const']!r} expected, got {value!r} - at {at}"
-    if "enum" in schema and value not in schema["enum"]:
-        return f"one of {schema['enum']!r} expected, got {value!r} - at {at}"
-    return _type_mismatch(value, schema, at) or _inner_mismatch(value, schema, at, root)
-
-
-def _type_mismatch(value: Any, schema: Mapping[str, Any], at: str) -> str | None:
-    names = schema.get("type")
-    names = [names] if isinstance(names, str) else names or []
-    if names and not any(_TYPES.get(name, lambda _: True)(value) for name in names):
-        return f"{' or '.join(names)} expected, got {value!r} - at {at}"
-    return None
-
-
-def _inner_mismatch(value: Any, schema: Mapping[str, Any], at: str, root: Any) -> str | None:
-    if isinstance(value, dict):
-        missing = [name for name in schema.get("required", ()) if name not in value]
-        if missing:
-            return f"key {missing[0]!r} expected, got {sorted(value)!r} - at {at}"
-        properties = schema.get("properties", {})
-        parts = ((value[name], properties[name], f"{at}.{name}") for name in properties if name in value)
-    elif isinstance(value, list) and "items" in schema:
-        parts = ((item, schema["items"], f"{at}[{i}]") for i, item in enumerate(value))
-    else:
-        return None
-    return next(
-        (wrong for item, part, where in parts if (wrong := mismatch(item, part, at=where, root=root)) is not None), None
-    )
-
-
-def _resolve(reference: str, root: Any) -> Any:
-    """Follow `#/$defs/Name`; one that leads nowhere holds nothing back."""
-    node = root
-    for step in reference.removeprefix("#/").split("/"):
-        node = node.get(step) if isinstance(node, Mapping) else None
-    return node
-
-
-Validate = Callable[[str], Any]
-"""Takes the text of a reply and raises ValueError where it is not acceptable."""
-
+_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "tools", "tool_choice")
 _JSON_OBJECT = {"type": "json_object"}
 _NAMES_FORMAT = re.compile(
-    r"response.?format|json.?schema|json.?object|guided|grammar|structured.?output", re.IGNORECASE
+    r"response.?format|json.?schema|json.?object|guided|grammar|structured.?output|\bschema\b", re.IGNORECASE
 )
 
-_remembered: WeakKeyDictionary[object, dict[tuple[str, str], int]] = WeakKeyDictionary()
+_ASKED_AGAIN = 600.0  # seconds after which a refused form is tried again: servers are updated
+
+_Key = tuple[str, str, bytes]
+_remembered: WeakKeyDictionary[object, dict[_Key, tuple[int, float]]] = WeakKeyDictionary()
 # By transport, since it is the servers' trait; by tape while one is open, so that a replay begins as its record did.
-
-
-def as_response_format(wanted: Any) -> Mapping[str, Any] | None:
-    """Return OpenAI's `response_format` for it, a JSON schema, or a type that msgspec knows.
-
-    >>> as_response_format({"type": "object", "properties": {}})["json_schema"]["strict"]
-    False
-    """
-    if wanted is None:
-        return None
-    if isinstance(wanted, Mapping):
-        if wanted.get("type") in ("json_schema", "json_object", "text"):
-            return wanted
-        schema = wanted
-    elif isinstance(wanted, type):
-        schema = msgspec.json.schema(wanted)
-    else:
-        raise ConfigError(f"Expected response_format as OpenAI's dict, a JSON schema or a type, got {wanted!r}")
-    name = re.sub(r"\W", "_", str(schema.get("title") or "answer"))[:64]
-    return {"type": "json_schema", "json_schema": {"name": name, "strict": _is_strict(schema), "schema": dict(schema)}}
-
-
-def _is_strict(schema: Any) -> bool:
-    """Tell whether a schema is one that strict mode takes: objects closed, every key required."""
-    if isinstance(schema, list):
-        return all(_is_strict(item) for item in schema)
-    if not isinstance(schema, Mapping):
-        return True
-    if "properties" in schema or schema.get("type") == "object":
-        closed = schema.get("additionalProperties") is False
-        if not closed or set(schema.get("properties", {})) != set(schema.get("required", [])):
-            return False
-    return all(_is_strict(value) for value in schema.values())
 
 
 async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Completion:
@@ -149,26 +52,32 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
     check = validate or checker(wanted)
     forms = list(_forms(call))
     known = _remembered.setdefault(attempts.tape or attempts.line.transport, {})
-    key = (attempts.line.endpoint.base_url, call.model)
-    level = min(known.get(key, 0), len(forms) - 1)
-    level = _first_recorded(attempts, forms, level)
+    key = (attempts.line.endpoint.base_url, call.model, sha256(msgspec.json.encode(wanted)).digest())
+    level, until = known.get(key, (0, 0.0))
+    now = attempts.line.clock()
+    if until <= now:
+        level = 0
+    refused = level = _first_recorded(attempts, forms, level)
+    after = partial(_next_level, call=call, levels=len(forms))
     while True:
         try:
-            completion = await attempts.ask(unless=partial(_next_level, level=level, levels=len(forms)))
+            completion = await attempts.ask(unless=partial(after, level=level))
             await _check(completion, check)
         except LLMError as error:
-            next_level = _next_level(error, level=level, levels=len(forms))
+            next_level = after(error, level=level)
             if next_level is None or not attempts.may_go_on():
                 error.attempts = attempts.count
                 raise
             level = next_level
+            if not isinstance(error, IgnoredFormatError):
+                refused = level
             attempts.issue(forms[level])
             if not attempts.is_answerable():  # the recorded call ended here, with fewer attempts
                 error.attempts = attempts.count
                 raise
             continue
-        if level:
-            known[key] = max(level, known.get(key, 0))
+        if refused and (refused, until) != known.get(key):
+            known[key] = (refused, now + _ASKED_AGAIN)
         return completion
 
 
@@ -177,8 +86,10 @@ def _forms(call: ChatCall) -> Iterator[ChatCall]:
     wanted: Mapping[str, Any] = call.response_format or _JSON_OBJECT
     yield call
     if wanted["type"] == "json_schema":
-        stated = _stated(call, wanted["json_schema"].get("schema", {}))
-        yield replace(stated, response_format=_JSON_OBJECT)
+        schema = wanted["json_schema"].get("schema", {})
+        stated = _stated(call, schema)
+        if schema.get("type", "object") == "object":  # json_object takes nothing else
+            yield replace(stated, response_format=_JSON_OBJECT)
         yield replace(stated, response_format=None)
     else:
         yield replace(_stated(call, None), response_format=None)
@@ -186,7 +97,8 @@ def _forms(call: ChatCall) -> Iterator[ChatCall]:
 
 def _stated(call: ChatCall, schema: Any) -> ChatCall:
     """State the format in the system message, where the server does not enforce it."""
-    words = "Answer with one JSON object and nothing else."
+    is_object = schema is None or schema.get("type", "object") == "object"
+    words = f"Answer with one JSON {'object' if is_object else 'value'} and nothing else."
     if schema is not None:
         words += f" It fits this JSON schema: {msgspec.json.encode(schema).decode()}"
     first, *rest = call.messages
@@ -213,16 +125,25 @@ def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> in
     return level
 
 
-def _next_level(error: LLMError, *, level: int, levels: int) -> int | None:
-    """Return the form to try after this error (never the first, 0), None where another form would not help."""
+def _next_level(error: LLMError, *, call: ChatCall, level: int, levels: int) -> int | None:
+    """Return the form to try after this error (never the first, 0), None if another form would not help."""
     if level + 1 >= levels:
         return None
     if isinstance(error, IgnoredFormatError):
         return levels - 1  # silently ignored: a weaker format would be, too
     if isinstance(error, BadRequestError) and not isinstance(error, ContextLengthError):
-        return level + 1 if error.status in (400, 422) else None
+        return level + 1 if error.status in (400, 422) and not _names_other(error, call) else None
     named = isinstance(error, ServerError) and error.status == 500 and _NAMES_FORMAT.search(error.message)
     return level + 1 if named else None
+
+
+def _names_other(error: LLMError, call: ChatCall) -> bool:
+    """Return True if a refusal names another option of the call and nothing of the format."""
+    said = f"{error.message} {error.code}"
+    given = [name for name in _OPTIONS if getattr(call, name) is not None] + list(call.extra)
+    if "max_tokens" in given:
+        given.append("max_completion_tokens")
+    return not _NAMES_FORMAT.search(said) and any(re.search(rf"\b{re.escape(name)}\b", said) for name in given)
 
 
 class IgnoredFormatError(DecodeError):
@@ -250,31 +171,3 @@ async def _check(completion: Completion, check: Validate) -> None:
                 await checking
         except ValueError as error:
             raise IgnoredFormatError(f"Expected the answer in the format asked for: {error}", **facts) from error
-
-
-def checker(wanted: Mapping[str, Any]) -> Validate:
-    r"""Return the check of a response_format: JSON, of the schema's shape where there is one.
-
-    >>> checker({"type": "json_object"})('```json\n{"a": 1}\n```')
-    {'a': 1}
-    """
-    schema = wanted["json_schema"].get("schema", {}) if wanted["type"] == "json_schema" else {"type": "object"}
-
-    def check(text: str) -> Any:
-        value = parse_json(text)
-        if (wrong := mismatch(value, schema)) is not None:
-            raise ValueError(wrong)
-        return value
-
-    return check
-
-
-def parse_json(text: str) -> Any:
-    """Parse a text that is JSON, bare or as its only fenced block; raises ValueError."""
-    fenced = fenced_blocks(text)
-    for candidate in (text, *(fenced if len(fenced) == 1 else ())):
-        try:
-            return msgspec.json.decode(candidate.strip())
-        except (msgspec.DecodeError, RecursionError):
-            continue
-    raise ValueError(f"JSON expected, got {text[:200]!r}")

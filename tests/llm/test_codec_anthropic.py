@@ -96,7 +96,7 @@ def test_options() -> None:
             {"type": "web_search_20250305", "name": "web_search"},
         ],
         "tool_choice": {"type": "any"},
-        "output_config": {"format": {"type": "json_schema", "schema": schema}},
+        "output_config": {"format": {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}},
         "stream": True,
         "metadata": {"user_id": "u"},
     }
@@ -349,3 +349,19 @@ async def test_a_conversation_with_tools_and_thinking() -> None:
 def test_the_codec_is_bound() -> None:
     """The endpoint of an Anthropic name holds its codec."""
     assert isinstance(resolve("claude-sonnet-4-5", env={}).codec, AnthropicMessages)
+
+
+def test_a_schema_that_the_api_refuses_for_its_keywords() -> None:
+    """Objects are closed and limits left out, which the API refuses; the client checks them."""
+    inner = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}, "minimum": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": inner, "minItems": 2}}}
+    call = ChatCall(
+        model="claude",
+        messages=({"role": "user", "content": "Hi"},),
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    )
+    codec = resolve("anthropic/claude-sonnet-4-5", api_key="k", env={}).codec
+    sent = json.loads(codec.encode(call).body)["output_config"]["format"]["schema"]
+    closed = {"additionalProperties": False}
+    item = {"type": "object", "properties": {"n": {"type": "integer"}, "minimum": {"type": "string"}}, **closed}
+    assert sent == {"type": "object", "properties": {"a": {"type": "array", "items": item}}, **closed}

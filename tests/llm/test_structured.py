@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -23,7 +23,7 @@ from aggregator.errors import (
     ServerError,
     TruncatedError,
 )
-from aggregator.llm.structured import as_response_format, mismatch, parse_json
+from aggregator.llm.schemas import as_response_format, mismatch, parse_json
 from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 SCHEMA = {
@@ -300,3 +300,187 @@ async def test_a_recorded_refusal_with_one_attempt_was_a_miss_with_more(tmp_path
         llm = client(ScriptedTransport(failure(400)), max_attempts=attempts)
         with cassette(path, mode), pytest.raises(BadRequestError):  # type: ignore[arg-type]
             await llm.complete(QUESTION, response_format=_OBJECT)
+
+
+OTHER = {**SCHEMA, "properties": {"k": {"type": "integer"}, "why": {"type": "string"}}, "required": ["k", "why"]}
+
+
+async def test_one_odd_answer_demoted_the_model_for_every_client() -> None:
+    """An answer that is not JSON costs one repeat; the next call, and every other client, asks in the best form."""
+    transport = ScriptedTransport(answer("Sure! Here you go."), answer(GOOD))
+    llm = client(transport)
+    for asker in (llm, llm, client(transport)):
+        await asker.complete(QUESTION, response_format=SCHEMA)
+    assert forms(transport) == ["json_schema", None, "json_schema", "json_schema"]
+
+
+async def test_a_refused_schema_demoted_all_others() -> None:
+    """What a server refuses is remembered for that schema alone."""
+
+    def respond(request: HTTPRequest) -> HTTPReply:
+        asked = str(msgspec.json.decode(request.body).get("response_format"))
+        refused = "why" in asked
+        return failure(400, "Invalid schema for response_format: 'why' is not permitted") if refused else answer(GOOD)
+
+    transport = ScriptedTransport(respond)
+    llm = client(transport)
+    for schema in (OTHER, SCHEMA, OTHER, SCHEMA):
+        await llm.complete(QUESTION, response_format=schema, validate=str)
+    assert forms(transport) == ["json_schema", "json_object", "json_schema", "json_object", "json_schema"]
+
+
+async def test_a_refused_schema_is_tried_again_later() -> None:
+    """Servers are updated: after ten minutes the best form is asked for again."""
+    server, time = Server("json_object"), VirtualTime()
+    llm = LLM("m", base_url=BASE_URL, transport=server, clock=time.clock, sleep=time.sleep)
+    await llm.complete(QUESTION, response_format=SCHEMA)
+    time.now += 599
+    await llm.complete(QUESTION, response_format=SCHEMA)
+    time.now += 2
+    await llm.complete(QUESTION, response_format=SCHEMA)
+    assert forms(server) == ["json_schema", "json_object", "json_object", "json_schema", "json_object"]
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("Unsupported value: 'temperature' does not support 0.3 with this model", {"temperature": 0.3}),
+        ("Unrecognized request argument supplied: reasoning", {"extra": {"reasoning": {}}}),
+        ("max_tokens is too large: 100000", {"max_tokens": 100_000}),
+    ],
+)
+async def test_a_refusal_of_another_option_was_tried_in_three_forms(message: str, options: dict[str, Any]) -> None:
+    """A 400 that names another option of the call is no matter of the format."""
+    transport = ScriptedTransport(failure(400, message))
+    with pytest.raises(BadRequestError):
+        await client(transport).complete(QUESTION, response_format=SCHEMA, **options)
+    assert forms(transport) == ["json_schema"]
+
+
+class Point(msgspec.Struct):
+    x: int
+    label: str
+
+
+class Line(msgspec.Struct):
+    start: Point
+    end: Point
+
+
+def test_a_type_is_asked_for_in_strict_mode_where_it_may_be() -> None:
+    """Objects are closed and the root is an object; a key that may be left out, a default or a list rules it out."""
+    made = as_response_format(Line)
+    assert made is not None
+    stated = made["json_schema"]
+    assert (stated["name"], stated["strict"]) == ("Line", True)
+    assert stated["schema"]["type"] == "object"
+    point = {"x": {"type": "integer"}, "label": {"type": "string"}}
+    assert stated["schema"]["$defs"]["Point"]["properties"] == point
+    assert [stated["schema"][key] for key in ("additionalProperties", "required")] == [False, ["start", "end"]]
+    for kind in (Verdict, list[int], int | str, Literal["a", "b"], dict[str, int]):
+        loose = as_response_format(kind)
+        assert loose is not None
+        assert loose["json_schema"]["strict"] is False
+
+
+class Model:
+    """As pydantic's models are."""
+
+    @staticmethod
+    def model_json_schema() -> dict[str, Any]:
+        return {"type": "object", "title": "M", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def test_a_pydantic_model_was_a_type_error() -> None:
+    """A class that gives its own JSON schema is a type like any other."""
+    made = as_response_format(Model)
+    assert made is not None
+    assert (made["json_schema"]["name"], made["json_schema"]["strict"]) == ("M", True)
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+CIRCLE: dict[str, Any] = {"type": "object"}
+CIRCLE["properties"] = {"a": CIRCLE}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"schema": 3}},
+        {"$defs": {"n": {"$ref": "#/$defs/n"}}, "$ref": "#/$defs/n"},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "items": {"$ref": "#/$defs/a"}},
+        {"$ref": "#"},
+        deep(5_000),
+        CIRCLE,
+        object,
+        lambda x: x,
+        "int",
+    ],
+)
+async def test_a_schema_that_cannot_be_used_was_another_exception(wanted: Any) -> None:
+    """KeyError, TypeError and RecursionError came out of such calls, after they had been paid for."""
+    transport = ScriptedTransport(answer("{}"))
+    with pytest.raises(ConfigError):
+        await client(transport).complete(QUESTION, response_format=wanted)
+    assert transport.requests == []
+
+
+async def test_a_recursive_type_is_fine() -> None:
+    """A schema may refer to itself within its parts, which an answer has an end of."""
+    tree = {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}}
+    transport = ScriptedTransport(answer('{"children": [{"children": []}]}'))
+    assert (await client(transport).complete(QUESTION, response_format=tree)).text
+    transport = ScriptedTransport(answer('{"children": [{"children": 3}]}'))
+    with pytest.raises(DecodeError, match=r"array expected, got 3 - at \$\.children\[0\]\.children"):
+        await client(transport).complete(QUESTION, response_format=tree)
+
+
+async def test_a_list_is_never_asked_for_as_an_object() -> None:
+    """The form json_object takes objects alone, so a list goes on by the prompt."""
+    transport = ScriptedTransport(failure(400), answer("[1, 2]"))
+    assert (await client(transport).complete(QUESTION, response_format=list[int])).text == "[1, 2]"
+    assert forms(transport) == ["json_schema", None]
+    assert "Answer with one JSON value" in transport.bodies()[1]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "keyword"),
+    [
+        (0, {"minimum": 1}, "minimum 1"),
+        (5, {"exclusiveMaximum": 5}, "exclusiveMaximum 5"),
+        (0.35, {"multipleOf": 0.1}, "multipleOf 0.1"),
+        ("", {"minLength": 1}, "minLength 1"),
+        ("abc", {"pattern": "^[0-9]+$"}, "pattern"),
+        ([1], {"minItems": 2}, "minItems 2"),
+        ({"a": 1, "b": 2}, {"properties": {"a": {}}, "additionalProperties": False}, "no key 'b'"),
+        ({"b": "x"}, {"additionalProperties": {"type": "integer"}}, "integer"),
+        (3, {"allOf": [{"type": "integer"}, {"maximum": 2}]}, "maximum 2"),
+    ],
+)
+def test_keywords_that_the_check_passed_over(value: Any, schema: dict[str, Any], keyword: str) -> None:
+    """What a server is not asked to enforce is checked here."""
+    found = mismatch(value, schema)
+    assert found is not None
+    assert found.startswith(f"{keyword} ")
+
+
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [
+        (0.3, {"multipleOf": 0.1}),
+        ("x", {"minimum": 3}),
+        (3, {"minLength": 9}),
+        (3, {"minimum": "x"}),
+        ("x", {"pattern": "("}),
+    ],
+)
+def test_keywords_that_say_nothing_of_a_value(value: Any, schema: dict[str, Any]) -> None:
+    """A limit of another type of value, or one that is none, holds nothing back."""
+    assert mismatch(value, schema) is None

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
-from aggregator.llm.structured import mismatch
+from aggregator.llm.schemas import mismatch
 from aggregator.llm.transport import AiohttpTransport
 from aggregator.records import HTTPReply, HTTPRequest, Proposal
 from aggregator.simulation.model import SimulatedModel, complete, count_tokens, stream_events
