@@ -4,6 +4,9 @@ For each minibatch an optimizer proposes new parameter values for every instance
 concurrently; an LLM aggregates the proposals, weighing them by confidence; the typed result is
 checked and applied to the agent. Every LLM exchange can be recorded in a cassette and replayed offline.
 
+What most programs use is here. The rest is in faces: `aggregator.errors`, `executors`, `gates`, `guides`, `llm`,
+`observing`, `optimizers`, `providers`, `rules`, `schedules`, `searches`, `simulation` and `testing`.
+
 Importing this package imports no third-party module: each public name is loaded on its first use (PEP 562). Editors
 and type checkers read `__init__.pyi`.
 """
@@ -19,84 +22,28 @@ __version__ = "0.1.0"
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.adapters.agents": ("as_agent",),
     "aggregator.agents.bundles": ("bundle",),
-    "aggregator.agents.modules": (
-        "Module",
-        "model",
-    ),
-    "aggregator.agents.parameters": (
-        "ParameterNode",
-        "node",
-    ),
+    "aggregator.agents.modules": ("Module", "model"),
+    "aggregator.agents.parameters": ("ParameterNode", "node"),
     "aggregator.agents.transcripts": ("transcript",),
     "aggregator.cassettes.lineage": ("lineage",),
     "aggregator.cassettes.recorder": ("cassette",),
     "aggregator.errors": (
-        "APIConnectionError",
-        "APIStatusError",
-        "APITimeoutError",
         "AggregatorError",
-        "AuthenticationError",
-        "BadRequestError",
         "BudgetExceededError",
-        "CassetteDamagedError",
-        "CassetteError",
-        "CassetteLockedError",
         "CassetteMissError",
-        "CassetteRefusedError",
-        "CassetteWarning",
         "ConfigError",
-        "ContentFilterError",
-        "ContextLengthError",
-        "DecodeError",
-        "EmptyResponseError",
-        "GuideError",
         "LLMError",
-        "NotFoundError",
-        "ParameterError",
-        "PermissionDeniedError",
-        "QuotaError",
-        "RateLimitError",
-        "ResponseError",
-        "SandboxError",
-        "SecretLeakError",
-        "ServerError",
-        "SuggestionError",
         "TrainingError",
-        "TrainingWarning",
-        "TruncatedError",
     ),
-    "aggregator.executors.local": ("LocalExecutor",),
-    "aggregator.executors.process": ("ProcessExecutor",),
-    "aggregator.guides.exact": (
-        "ExactMatch",
-        "exact_match",
-    ),
-    "aggregator.guides.judge": (
-        "LLMJudge",
-        "Verdict",
-    ),
-    "aggregator.guides.numeric": ("NumericMatch",),
-    "aggregator.guides.pattern": (
-        "KeywordHints",
-        "RegexMatch",
-    ),
+    "aggregator.guides.exact": ("exact_match",),
+    "aggregator.guides.judge": ("LLMJudge",),
     "aggregator.llm.budget": ("Budget",),
     "aggregator.llm.client": ("LLM",),
-    "aggregator.llm.estimates": (
-        "Estimate",
-        "estimate",
-    ),
     "aggregator.llm.ledger": ("Price",),
     "aggregator.llm.messages": ("Image",),
     "aggregator.llm.models": ("as_model",),
     "aggregator.observing.configuring": ("configure_logging",),
-    "aggregator.observing.console": ("ConsoleLogger",),
-    "aggregator.observing.observer": ("Observer", "as_observer", "from_logger"),
-    "aggregator.observing.progress": ("ProgressBar",),
-    "aggregator.observing.trackers": (
-        "TensorBoardLogger",
-        "WandbLogger",
-    ),
+    "aggregator.observing.observer": ("Observer",),
     "aggregator.records": (
         "Candidate",
         "Completion",
@@ -121,53 +68,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SequentialUpdate",
     ),
     "aggregator.training.batches": ("DataLoader",),
-    "aggregator.training.checkpoints": (
-        "load_result",
-        "save_result",
-    ),
-    "aggregator.training.evaluation": (
-        "aevaluate",
-        "evaluate",
-    ),
-    "aggregator.training.gates": (
-        "always",
-        "improves_on_batch",
-        "improves_on_validation",
-    ),
-    "aggregator.training.merge": (
-        "LLMChoice",
-        "LLMMerge",
-        "best_tried",
-        "last_of",
-        "tree_merge",
-    ),
-    "aggregator.training.proposers": (
-        "LLMOptimizer",
-        "OPROOptimizer",
-        "TextGradOptimizer",
-    ),
-    "aggregator.training.rules": (
-        "best_of",
-        "chain",
-        "dedupe",
-        "identity",
-        "majority",
-        "mean",
-        "top_k",
-        "without_failed",
-    ),
-    "aggregator.training.searches": (
-        "beam",
-        "greedy",
-        "pareto",
-        "priority",
-        "sequential",
-    ),
+    "aggregator.training.checkpoints": ("load_result", "save_result"),
+    "aggregator.training.evaluation": ("aevaluate", "evaluate"),
+    "aggregator.training.merge": ("LLMMerge",),
+    "aggregator.training.proposers": ("LLMOptimizer",),
     "aggregator.training.step": ("Step",),
-    "aggregator.training.suggestions": (
-        "construct_update_dict",
-        "extract_llm_suggestion",
-    ),
+    "aggregator.training.suggestions": ("construct_update_dict", "extract_llm_suggestion"),
     "aggregator.training.trainer": ("Trainer",),
 }
 
@@ -194,5 +100,23 @@ def _face(module: str, homes: dict[str, tuple[str, ...]]) -> tuple[Callable[[str
     return load, names
 
 
-__getattr__, __dir__ = _face(__name__, _HOMES)
+_FACES = ("errors", "rules", "gates", "guides", "optimizers", "searches", "schedules", "executors", "observing", "llm")
+_load, __dir__ = _face(__name__, _HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name or a face on its first use. The names of the faces are found here too, but not listed."""
+    from importlib import import_module
+
+    if name in _FACES:
+        return import_module(f"aggregator.{name}")
+    try:
+        return _load(name)
+    except AttributeError:
+        for face in _FACES if not name.startswith("_") else ():
+            if name in (module := import_module(f"aggregator.{face}")).__all__:
+                return getattr(module, name)
+        raise
+
+
 __all__ = ["__version__", *sorted(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - the table's

@@ -45,6 +45,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aggregator.records import TrainingResult
 
+__all__ = [
+    "APIConnectionError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AggregatorError",
+    "AggregatorWarning",
+    "AuthenticationError",
+    "BadRequestError",
+    "BrokenResponseError",
+    "BudgetExceededError",
+    "CassetteDamagedError",
+    "CassetteError",
+    "CassetteLockedError",
+    "CassetteMissError",
+    "CassetteRefusedError",
+    "CassetteWarning",
+    "ConfigError",
+    "ContentFilterError",
+    "ContextLengthError",
+    "DecodeError",
+    "EmptyResponseError",
+    "GuideError",
+    "LLMError",
+    "ModelWarning",
+    "NotFoundError",
+    "ParameterError",
+    "PermissionDeniedError",
+    "QuotaError",
+    "RateLimitError",
+    "ResponseError",
+    "SandboxError",
+    "SandboxWarning",
+    "SecretLeakError",
+    "ServerError",
+    "SuggestionError",
+    "TooLargeError",
+    "TrainingError",
+    "TrainingWarning",
+    "TruncatedError",
+]
+
 
 class AggregatorError(Exception):
     """The root: catch this to catch whatever the library raises on purpose."""

@@ -178,9 +178,9 @@ def make_trainer(method: str, agent: Any, world: World) -> tuple[Any, int]:
         MinibatchAlgorithm,
         PrioritySearch,
         SequentialSearch,
-        improves_on_batch,
-        majority,
     )
+    from aggregator.gates import improves_on_batch
+    from aggregator.rules import majority
 
     class BestOfN(BasicSearchAlgorithm):
         """Every instance's own proposal is a candidate."""

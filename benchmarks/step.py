@@ -113,7 +113,8 @@ def tail(distribution: str, batch_size: int) -> dict[str, float]:
 
 async def processes(tasks: int) -> dict[str, float]:
     """What a worker process adds to the agent: its start, and each rollout, without and with a model's call."""
-    from aggregator import LLM, ProcessExecutor, as_agent
+    from aggregator import LLM, as_agent
+    from aggregator.executors import ProcessExecutor
     from aggregator.executors.work import AgentWork
     from aggregator.records import RolloutTask, Sample
     from aggregator.testing import FakeTransport

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import aggregator
+from aggregator import errors
 
 PACKAGE = Path(aggregator.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -304,6 +305,31 @@ def test_type_checkers_see_the_public_names(path: Path) -> None:
     }
     homes = vars(importlib.import_module(module_name(path)))["_HOMES"]
     assert shown == {(home, name) for home, names in homes.items() for name in names}
+
+
+def test_every_error_is_public() -> None:
+    """`aggregator.errors` lists its own classes."""
+    made = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == "aggregator.errors"
+    }
+    assert set(errors.__all__) == {name for name in made if not name.startswith("_")}
+
+
+def test_names_of_faces_are_found_from_the_root() -> None:
+    """They are not listed there, as a flat table of 120 names helps nobody, but they load."""
+    listed = set(vars(aggregator)["__all__"])
+    assert len(listed) < 60
+    for name, face in {
+        "chain": "rules",
+        "always": "gates",
+        "CassetteWarning": "errors",
+        "ExactMatch": "guides",
+    }.items():
+        assert name not in listed
+        assert getattr(aggregator, name) is getattr(importlib.import_module(f"aggregator.{face}"), name)
+    assert loaded_by("import aggregator; aggregator.rules.chain") >= {"aggregator.rules", "aggregator.training.rules"}
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -10,25 +10,20 @@ import pytest
 from aggregator import (
     LLM,
     Budget,
-    ConsoleLogger,
     DataLoader,
-    ExactMatch,
-    KeywordHints,
     LLMJudge,
     Module,
-    NumericMatch,
     Observer,
     ParameterNode,
-    ProgressBar,
-    RegexMatch,
     as_model,
     bundle,
     cassette,
-    from_logger,
     lineage,
     model,
     transcript,
 )
+from aggregator.guides import ExactMatch, KeywordHints, NumericMatch, RegexMatch
+from aggregator.observing import ConsoleLogger, ProgressBar, from_logger
 from aggregator.simulation import SimulatedModel
 
 KEY = "sk-abcdefghijklmnopqrstuvwx"

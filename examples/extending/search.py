@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from math import exp
 from random import Random
 
-from aggregator import Candidate, Decision, LLMOptimizer, Sample, Step, Trainer
+from aggregator import Decision, LLMOptimizer, Sample, Step, Trainer
+from aggregator.records import Candidate
 from aggregator.rules import best_of
 from aggregator.testing import ScriptedModel, suggestion
 

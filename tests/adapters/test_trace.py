@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from aggregator import ConfigError, Module, ParameterError, Rollout
+from aggregator import ConfigError, Module, Rollout
 from aggregator.adapters.agents import CalledAgent, as_agent
 from aggregator.adapters.trace import TraceAgent, as_optimizer
 from aggregator.agents.parameters import overriding, read, write
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import RateLimitError
+from aggregator.errors import ParameterError, RateLimitError
 from aggregator.records import RolloutTask, Sample
 from aggregator.training.algorithms import Minibatch
 from aggregator.training.gates import improves_on_batch

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from aggregator import ParameterError
 from aggregator.agents.code import CodeParameter, check_source, compile_function, plain_source, signature, source_of
+from aggregator.errors import ParameterError
 
 LIKE = "def route(self, x, k=3): ...\n"
 PATH = "$.suggestion.route__code"

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator import ConfigError, Module, ParameterError, ParameterNode, bundle, node
+from aggregator import ConfigError, Module, ParameterNode, bundle, node
 from aggregator.agents.parameters import overriding, read
+from aggregator.errors import ParameterError
 
 
 class Retriever(Module):

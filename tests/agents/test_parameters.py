@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from aggregator import ConfigError, ParameterError, ParameterNode, node
+from aggregator import ConfigError, ParameterNode, node
 from aggregator.agents.parameters import by_name, overriding, py_name, read, write
+from aggregator.errors import ParameterError
 
 
 @pytest.mark.requirement("Trace: ParameterNode")

@@ -22,7 +22,7 @@ from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest
 
-pytestmark = pytest.mark.filterwarnings("ignore::aggregator.CassetteWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::aggregator.errors.CassetteWarning")
 
 
 def exchange(index: int, reply: bytes = b'{"answer": "yes\\n", "n": 12}') -> Exchange:

@@ -43,7 +43,7 @@ SCRIPT = """
     def child():
         try:
             call("child's")
-        except aggregator.CassetteError as error:
+        except aggregator.errors.CassetteError as error:
             print("refused:", "open a cassette of its own there" in str(error))
 
     with aggregator.cassette("a.yaml", "all") as tape:

@@ -217,7 +217,7 @@ def test_an_interrupt_is_not_replaced(tmp_path: Path) -> None:
         interrupted()
 
 
-@pytest.mark.filterwarnings("ignore::aggregator.CassetteWarning")
+@pytest.mark.filterwarnings("ignore::aggregator.errors.CassetteWarning")
 @pytest.mark.parametrize("mode", ["once", "new_episodes"])
 def test_an_interrupted_recording_goes_on(tmp_path: Path, mode: Mode) -> None:
     """After Ctrl-C the same command plays what was paid for and records the rest."""
@@ -317,7 +317,7 @@ async def test_a_tape_that_takes_all_serves_contexts_made_before_it(tmp_path: Pa
     assert before.run(tape_here) is None
 
 
-@pytest.mark.filterwarnings("ignore::aggregator.CassetteWarning")
+@pytest.mark.filterwarnings("ignore::aggregator.errors.CassetteWarning")
 def test_an_unfinished_recording_came_back_after_all_was_recorded_anew(tmp_path: Path) -> None:
     """Mode "all" replaces what there was, new episodes that were not finished included."""
     path = tmp_path / "a.yaml"

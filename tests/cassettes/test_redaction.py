@@ -172,7 +172,7 @@ def leaks(path: Path, name: str, layout: Layout) -> list[str]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*changed by the redaction:aggregator.CassetteWarning")
+@pytest.mark.filterwarnings("ignore:.*changed by the redaction:aggregator.errors.CassetteWarning")
 @pytest.mark.requirement("client 15: secrets are redacted")
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 def test_no_secret_reaches_the_disk(tmp_path: Path, layout: Layout) -> None:

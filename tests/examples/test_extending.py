@@ -14,10 +14,10 @@ from types import ModuleType
 import pytest
 
 import aggregator
-from aggregator import Candidate, ParameterNode, Proposal, Rollout, Sample, Step, portal
+from aggregator import ParameterNode, Proposal, Rollout, Sample, Step, portal
 from aggregator.errors import ConfigError, RateLimitError
 from aggregator.providers import ChatCall, Target
-from aggregator.records import HTTPReply, RolloutTask
+from aggregator.records import Candidate, HTTPReply, RolloutTask
 from aggregator.testing import ScriptedModel, suggestion
 
 FOLDER = Path(__file__).parents[2] / "examples" / "extending"

@@ -10,19 +10,12 @@ import msgspec
 import pytest
 from process_parts import Odd
 
-from aggregator import (
-    LLM,
-    AggregatedUpdate,
-    LLMOptimizer,
-    LocalExecutor,
-    ProcessExecutor,
-    cassette,
-    improves_on_batch,
-    save_result,
-)
+from aggregator import LLM, AggregatedUpdate, LLMOptimizer, cassette, save_result
 from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.run import tickets
 from aggregator.errors import BudgetExceededError, ConfigError, TrainingError
+from aggregator.executors import LocalExecutor, ProcessExecutor
+from aggregator.gates import improves_on_batch
 from aggregator.llm.budget import Budget
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest, TrainingResult

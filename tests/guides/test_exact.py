@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from aggregator import ExactMatch, exact_match
+from aggregator import exact_match
+from aggregator.guides import ExactMatch
 
 
 @pytest.mark.requirement("Trace: exact_match_metric")

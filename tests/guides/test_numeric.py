@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from aggregator import ConfigError, GuideError, NumericMatch
+from aggregator import ConfigError
+from aggregator.errors import GuideError
+from aggregator.guides import NumericMatch
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from aggregator import ConfigError, GuideError, KeywordHints, RegexMatch
+from aggregator import ConfigError
+from aggregator.errors import GuideError
+from aggregator.guides import KeywordHints, RegexMatch
 
 HINTS = {"OutOfMemory": "Use a smaller batch.", "Deadlock": "Take the locks in one order."}
 

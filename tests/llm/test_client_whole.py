@@ -414,7 +414,7 @@ def test_nothing_is_fetched_at_import_or_for_a_price() -> None:
 
 
 @pytest.mark.requirement("client 15: secrets are redacted")
-@pytest.mark.filterwarnings("ignore:.*changed by the redaction:aggregator.CassetteWarning")
+@pytest.mark.filterwarnings("ignore:.*changed by the redaction:aggregator.errors.CassetteWarning")
 @pytest.mark.parametrize(
     ("model", "header"),
     [

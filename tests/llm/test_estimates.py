@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, answer
 
-from aggregator import LLM, Price, estimate
+from aggregator import LLM, Price
 from aggregator.errors import ConfigError
+from aggregator.llm import estimate
 from aggregator.llm.messages import Image
 
 PRICES = {"m": Price(input=1.0, output=2.0)}

@@ -60,7 +60,8 @@ def test_a_run_logs_to_tensorboard(tmp_path: Path) -> None:
     """The trainer takes it as its logger: the run, the baseline, train score, test score and what each step changed."""
     script = f"""
 import json
-from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode, TensorBoardLogger
+from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode
+from aggregator.observing import TensorBoardLogger
 from aggregator.records import Choice, Completion, Message
 
 class Adder(Module):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator import SandboxError
+from aggregator.errors import SandboxError
 from aggregator.sandbox.crossing import Call, Fault, Frame, Function, check_content, pack, rebuild, result_of, unpack
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from aggregator import Module, SandboxError, bundle
+from aggregator import Module, bundle
 from aggregator.agents.code import CodeParameter
 from aggregator.agents.sandboxing import prepare
-from aggregator.errors import SandboxWarning
+from aggregator.errors import SandboxError, SandboxWarning
 from aggregator.sandbox.crossing import Call, result_of
 from aggregator.sandbox.kernel import Kernel, system_call_filter
 from aggregator.sandbox.limits import Limits

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from aggregator import ConfigError, Module, ParameterNode, SandboxError, bundle
+from aggregator import ConfigError, Module, ParameterNode, bundle
 from aggregator.agents.code import CodeParameter
 from aggregator.agents.sandboxing import prepare
+from aggregator.errors import SandboxError
 from aggregator.sandbox.crossing import result_of
 from aggregator.sandbox.limits import Limits, place_of, sandboxed
 from aggregator.sandbox.monty import engine

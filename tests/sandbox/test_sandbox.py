@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from aggregator import ConfigError, Module, ParameterNode, SandboxError, bundle, transcript
+from aggregator import ConfigError, Module, ParameterNode, bundle, transcript
+from aggregator.errors import SandboxError
 from aggregator.sandbox.limits import Limits, sandboxed
 from aggregator.sandbox.pool import pool
 

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aggregator import LLM, AggregatedUpdate, LLMOptimizer, TrainingResult, improves_on_validation
+from aggregator import LLM, AggregatedUpdate, LLMOptimizer, TrainingResult
 from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.run import tickets
+from aggregator.gates import improves_on_validation
 from aggregator.llm.transport import shared_transport
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest

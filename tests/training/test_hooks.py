@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, section, suggest
 
-from aggregator import AggregatedUpdate, ConfigError, LLMOptimizer, Proposal, Rollout, SuggestionError, majority
+from aggregator import AggregatedUpdate, ConfigError, LLMOptimizer, Proposal, Rollout
+from aggregator.errors import SuggestionError
+from aggregator.rules import majority
 
 TWO = [(0, 5), (1, 9)]
 """Two instances that ask for different amounts: 5 and 8."""

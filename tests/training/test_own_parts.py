@@ -25,12 +25,11 @@ from aggregator import (
     Step,
     StepReport,
     TrainingError,
-    TrainingWarning,
-    chain,
     evaluate,
-    improves_on_batch,
-    majority,
 )
+from aggregator.errors import TrainingWarning
+from aggregator.gates import improves_on_batch
+from aggregator.rules import chain, majority
 
 DATA = additions(3, count=4)
 

@@ -8,19 +8,9 @@ from typing import Any
 import pytest
 from training_fakes import Adder, ScriptedModel
 
-from aggregator import (
-    AggregatedUpdate,
-    ConfigError,
-    LLMMerge,
-    LLMOptimizer,
-    Trainer,
-    chain,
-    improves_on_batch,
-    improves_on_validation,
-    majority,
-    top_k,
-    tree_merge,
-)
+from aggregator import AggregatedUpdate, ConfigError, LLMMerge, LLMOptimizer, Trainer
+from aggregator.gates import improves_on_batch, improves_on_validation
+from aggregator.rules import chain, majority, top_k, tree_merge
 
 DATA = [(1, 2)]
 SILENT = ScriptedModel("TERMINATE")

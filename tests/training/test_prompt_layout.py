@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from training_fakes import ScriptedModel, section, suggest
 
-from aggregator import LLMOptimizer, OPROOptimizer, ParameterNode, TextGradOptimizer
+from aggregator import LLMOptimizer, ParameterNode
 from aggregator.errors import ConfigError
+from aggregator.optimizers import OPROOptimizer, TextGradOptimizer
 from aggregator.records import Rollout
 from aggregator.training.prompts import SECTIONS, WORKED_EXAMPLE, Layout, proposal_messages
 from aggregator.training.replies import parse_reply

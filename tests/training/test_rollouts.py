@@ -21,17 +21,17 @@ from aggregator import (
     Rollout,
     Trainer,
     TrainingError,
-    beam,
-    improves_on_batch,
-    majority,
     portal,
 )
 from aggregator.errors import AuthenticationError
 from aggregator.executors.local import LocalExecutor
 from aggregator.executors.work import InstanceAgent, Ran
+from aggregator.gates import improves_on_batch
 from aggregator.guides.calling import judge
 from aggregator.observing.observer import Observer
 from aggregator.records import RolloutTask
+from aggregator.rules import majority
+from aggregator.searches import beam
 from aggregator.training.checkpoints import PARAMETERS
 
 DATA = additions(5)

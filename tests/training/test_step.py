@@ -21,15 +21,13 @@ from aggregator import (
     Proposal,
     Rollout,
     Step,
-    best_tried,
     evaluate,
-    improves_on_batch,
-    improves_on_validation,
-    majority,
 )
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.errors import AuthenticationError, RateLimitError
+from aggregator.gates import improves_on_batch, improves_on_validation
 from aggregator.records import Sample, StepReport, Values
+from aggregator.rules import best_tried, majority
 from aggregator.training.checkpoints import CHECKPOINT
 
 DATA = additions(5)

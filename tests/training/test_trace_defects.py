@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, section, suggest
 
-from aggregator import AggregatedUpdate, LLMOptimizer, Module, TrainingWarning, bundle, evaluate
+from aggregator import AggregatedUpdate, LLMOptimizer, Module, bundle, evaluate
+from aggregator.errors import TrainingWarning
 from aggregator.llm.client import LLM
 from aggregator.simulation import SimulatedModel
 from aggregator.training.merge import LLMMerge

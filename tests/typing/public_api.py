@@ -19,14 +19,12 @@ from aggregator import (
     Step,
     Trainer,
     TrainingResult,
-    always,
-    beam,
     bundle,
-    chain,
-    dedupe,
-    top_k,
 )
+from aggregator.gates import always
 from aggregator.protocols import ChatModel
+from aggregator.rules import chain, dedupe, top_k
+from aggregator.searches import beam
 
 
 class Agent(Module):
