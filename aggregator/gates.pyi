@@ -1,5 +1,8 @@
 # What editors and type checkers see: the table of gates.py as imports. A test compares the two.
 
+from aggregator.training.checks import keeps_placeholders as keeps_placeholders
+from aggregator.training.checks import leak_guard as leak_guard
+from aggregator.training.checks import max_edit as max_edit
 from aggregator.training.decisions import Check as Check
 from aggregator.training.decisions import Gate as Gate
 from aggregator.training.gates import always as always

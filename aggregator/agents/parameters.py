@@ -42,7 +42,8 @@ class ParameterNode(Generic[T]):
     `type` defaults to the value's own (`["a"]` is a list[str]); `Annotated[float, Meta(ge=0, le=1)]` adds bounds.
     `name` defaults to the attribute path from the module that was asked for its parameters, such as "retriever.k".
     `constraint` is text for the optimizer, or a predicate: a new value for which it returns False or raises ValueError
-    is refused. `trainable=False` keeps the value out of training; it is still saved and loaded where JSON can carry it.
+    is refused. `trainable=False` keeps the value out of training; it is still saved and loaded if JSON can carry it.
+    `demonstrations=True` marks worked examples, which may quote the training data (`leak_guard`).
 
     Raises ParameterError for a value that does not meet them, ConfigError for a type that JSON cannot carry.
     """
@@ -56,6 +57,7 @@ class ParameterNode(Generic[T]):
         description: str | None = "",
         constraint: Constraint = None,
         trainable: bool = True,
+        demonstrations: bool = False,
     ) -> None:
         if name == "":
             raise ConfigError("Expected a name, got ''; leave it out for the attribute path")
@@ -65,6 +67,7 @@ class ParameterNode(Generic[T]):
         self.description = description or ""
         self.constraint = constraint
         self.trainable = trainable
+        self.demonstrations = demonstrations
         if trainable and not typed_values.carried_by_json(self.type, data):
             raise ConfigError(
                 f"Expected a value that JSON can carry, got {shorten(data)} of type "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import LLMError, SuggestionError, TruncatedError, ends_run
@@ -26,6 +27,9 @@ class Answer(Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+Refuse = Callable[[Values], Mapping[str, str]]
+"""Returns the reason for each value that is refused, by parameter name."""
+
 Read = Callable[[str, Parameters], Answer]
 """Reads a reply into values for these parameters."""
 
@@ -42,6 +46,15 @@ def read_reply(text: str, parameters: Parameters) -> Answer:
     return Answer(values=values, reasoning=reply.reasoning, error="; ".join(refused.values()) or None)
 
 
+def leave_out(answer: Answer, refused: Mapping[str, str]) -> Answer:
+    """Return the answer without the values that are refused, their reasons added to its error."""
+    if not refused:
+        return answer
+    values = {name: value for name, value in answer.values.items() if name not in refused}
+    reasons = [reason for reason in (answer.error, *refused.values()) if reason]
+    return replace(answer, values=values, error="; ".join(reasons))
+
+
 async def ask(
     llm: ChatModel,
     messages: list[dict[str, str]],
@@ -52,12 +65,13 @@ async def ask(
     seed: int | None = None,
     read: Read = read_reply,
     structured: bool = True,
+    refuse: Refuse | None = None,
 ) -> Answer:
     """Return the model's suggestion for the parameters; raises LLMError if the call itself failed.
 
-    A reply that cannot be read without guessing, or a value that cannot become its parameter's type, is asked for once
-    more with the error quoted. What is still wrong then is left out and named in `error`. With `structured=False` the
-    reply has whatever form `read` knows: no schema is sent, and nothing is asked for again.
+    A reply that cannot be read without guessing, and a value that cannot become its parameter's type or that `refuse`
+    refuses, is asked for once more with the reason quoted. What is still wrong then is left out and named in `error`.
+    With `structured=False` the reply has whatever form `read` knows: no schema is sent, and nothing is asked again.
     """
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
@@ -71,7 +85,8 @@ async def ask(
             return error.text, Answer(error=str(error))
         if completion.finish_reason == "length":
             return completion.text, Answer(error=f"the reply was cut at the limit of {max_tokens} tokens")
-        return completion.text, read(completion.text, parameters)
+        answer = read(completion.text, parameters)
+        return completion.text, answer if refuse is None else leave_out(answer, refuse(answer.values))
 
     text, answer = await once(messages)
     if answer.error is None or not structured:

@@ -45,7 +45,7 @@ from aggregator.records import (
 from aggregator.training import checkpoints
 from aggregator.training.candidates import plain
 from aggregator.training.checkpoints import CANDIDATES, candidates_in
-from aggregator.training.decisions import Gate
+from aggregator.training.decisions import Check, Gate
 from aggregator.training.evaluation import Evaluations, failures_of, is_lost, mean
 from aggregator.training.parts import as_json, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
@@ -69,6 +69,7 @@ class Trainer(Protocol):
     executor: Executor | None
     logger: Logger | None
     observers: Sequence[Watching] | None
+    checks: Sequence[Check]
 
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters that training may change."""
@@ -207,6 +208,8 @@ class _Course:
             samples=turn.samples,
             batch_size=len(turn.samples),
             history=self.state.history,
+            initial=self.state.initial,
+            checks=self.trainer.checks,
             memory={name: deepcopy(kept) for name, kept in self.state.memory.items() if name != CANDIDATES},
             evaluator=self.evaluations.at(turn.step, current_lineage().split("/")),
         )

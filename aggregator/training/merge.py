@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -21,7 +22,7 @@ from aggregator.training.asking import Answer, ask_or_fail
 from aggregator.training.decisions import UpdateRule
 from aggregator.training.evaluation import mean
 from aggregator.training.gates import scores_of
-from aggregator.training.parts import check_rule, merge_with
+from aggregator.training.parts import check_rule, merge_with, refuse_values
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, CHOOSER_SYSTEM_PROMPT, aggregation_messages
 from aggregator.training.rules import dedupe
 from aggregator.training.step import Step
@@ -76,7 +77,8 @@ class LLMMerge:
 
     async def ask(self, messages: list[dict[str, str]], step: Step) -> Answer | Exception:
         """Return the model's answer, or the error of a call that was lost."""
-        return await ask_or_fail(self.llm, messages, step.parameters, max_tokens=self.max_tokens)
+        refuse = partial(refuse_values, step=step)
+        return await ask_or_fail(self.llm, messages, step.parameters, max_tokens=self.max_tokens, refuse=refuse)
 
 
 def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Confidence) -> Sequence[float]:

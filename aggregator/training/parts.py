@@ -16,7 +16,7 @@ from aggregator.llm.budget import Budget
 from aggregator.observing.observer import as_observers, from_logger
 from aggregator.records import Decision, Proposal, Rollout, Values
 from aggregator.text import shorten
-from aggregator.training.decisions import Check, Gate, Optimizer, UpdateRule
+from aggregator.training.decisions import Gate, Optimizer, UpdateRule
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.step import Step
 from aggregator.training.suggestions import typed
@@ -171,12 +171,12 @@ def as_json(memory: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
     return kept
 
 
-def refuse_values(values: Values, checks: Sequence[Check], step: Step) -> dict[str, str]:
-    """Return the reason for each new value that a check refuses, by parameter name."""
+def refuse_values(values: Values, step: Step) -> dict[str, str]:
+    """Return the reason for each new value that a check of the step refuses, by parameter name."""
     parameters = {parameter.name: parameter for parameter in step.parameters}
     refused: dict[str, str] = {}
     for name, value in values.items():
-        for check in checks:
+        for check in step.checks if name in parameters and value != step.values.get(name) else ():
             reason: Any = check(step.values.get(name), value, parameters[name], step)
             if reason is not None and not isinstance(reason, str):
                 raise ConfigError(f"Expected a reason or None from the check {name_of(check)}, got {shorten(reason)}")

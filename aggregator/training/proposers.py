@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.text import as_text, cut
 from aggregator.training.asking import Answer, ask
+from aggregator.training.checks import keeps_placeholders, template_placeholders
 from aggregator.training.decisions import UpdateRule
-from aggregator.training.parts import check_rule, fit_to_types, merge_with
+from aggregator.training.parts import check_rule, fit_to_types, merge_with, refuse_values
 from aggregator.training.prompts import (
     CRITIC_SYSTEM_PROMPT,
     DEFAULT_OBJECTIVE,
@@ -117,10 +119,7 @@ class LLMOptimizer:
     ) -> list[dict[str, str]]:
         """Return a question about the step's parameters and what the agent did with them."""
         return proposal_messages(
-            {
-                parameter.name: parameter.describe() | {"value": step.values.get(parameter.name, parameter.data)}
-                for parameter in step.parameters
-            },
+            {parameter.name: describe_parameter(parameter, step) for parameter in step.parameters},
             transcript=rollout.transcript,
             output=cut(render(rollout.output), OUTPUT_LIMIT),
             score=rollout.score,
@@ -162,8 +161,17 @@ class LLMOptimizer:
             max_tokens=self.max_tokens,
             temperature=self.temperature if question.temperature is None else question.temperature,
             seed=question.seed,
+            refuse=partial(refuse_values, step=step),
         )
         return Proposal(values=answer.values, reasoning=answer.reasoning, error=answer.error, **facts)
+
+
+def describe_parameter(parameter: ParameterNode[Any], step: Step) -> dict[str, Any]:
+    """Return what a prompt shows of a parameter: value, type, description, constraint and placeholders."""
+    facts = parameter.describe() | {"value": step.values.get(parameter.name, parameter.data)}
+    if keeps_placeholders in step.checks and (kept := template_placeholders(facts["value"], parameter)):
+        facts["placeholders"] = f"keep {', '.join(kept)} as they are, and add no others"
+    return facts
 
 
 class OPROOptimizer(LLMOptimizer):

@@ -32,7 +32,8 @@ class Step(Struct, frozen=True, kw_only=True):
     candidates, an optimizer and a rule see those of their candidate. `parameters` are the ParameterNodes that may
     change. `samples` is the minibatch, `rollouts` what the agent did with it under `values`, in the same order; an
     optimizer sees the instances that it proposes for, and `batch_size` is how many the minibatch has. `history` holds
-    the reports of earlier steps. `min_score` is the score of an instance on which the agent itself fails.
+    the reports of earlier steps, `initial` the values that the run began with. `min_score` is the score of an instance
+    on which the agent itself fails. `checks` refuse single values (`aggregator.training.checks`).
 
     `memory` is JSON that a gate may write, under names of its own; it is saved with the step, and dropped with a step
     that fails. For all other parts it is read-only.
@@ -49,6 +50,8 @@ class Step(Struct, frozen=True, kw_only=True):
     rollouts: Sequence[Rollout] = ()
     batch_size: int = 1
     history: Sequence[StepReport] = ()
+    initial: Values = {}
+    checks: Sequence[Any] = ()
     memory: MutableMapping[str, Any] = {}
     evaluator: Evaluate | None = None
 
@@ -60,6 +63,7 @@ class Step(Struct, frozen=True, kw_only=True):
         guide: Any = None,
         samples: Dataset | Sequence[Sample] = (),
         stepsize: float = 0.5,
+        checks: Sequence[Any] = (),
     ) -> Step:
         """Return a step of an agent by itself, for a test or a notebook.
 
@@ -82,6 +86,8 @@ class Step(Struct, frozen=True, kw_only=True):
         return cls(
             stepsize=check_stepsize(stepsize),
             values=read(parameters),  # type: ignore[arg-type]
+            initial=read(parameters),  # type: ignore[arg-type]
+            checks=checks,
             parameters=parameters,  # type: ignore[arg-type]
             samples=tuple(given),
             batch_size=len(given),

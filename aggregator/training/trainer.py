@@ -26,6 +26,7 @@ from aggregator.portal import sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
 from aggregator.records import Candidate, Proposal, Rollout, RolloutTask, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
+from aggregator.training.checks import all_checks
 from aggregator.training.decisions import AnyOptimizer, Check, Gate, Optimizer, Search, UpdateRule
 from aggregator.training.gates import always, both, improves_on_batch
 from aggregator.training.loop import run
@@ -33,7 +34,6 @@ from aggregator.training.merge import LLMMerge
 from aggregator.training.parts import (
     ask_optimizer,
     check_budget,
-    check_checks,
     check_executor,
     check_gate,
     check_optimizer,
@@ -57,7 +57,8 @@ class Trainer:
     `agent` is what `as_agent` takes; `optimizer` proposes new values, for each instance by itself or, with
     `propose_per="batch"`, for the whole minibatch. `rule` merges the proposals of a minibatch: by default a model does
     (`LLMMerge()`), or for whole minibatches nothing. `search` decides which candidates are explored and become current
-    (default: `greedy`), `gate` accepts or refuses an update (default: `always`), `checks` refuse single values.
+    (default: `greedy`), `gate` accepts or refuses an update (default: `always`), `checks` refuse single
+    values, `keeps_placeholders` among them unless the list is empty.
 
     `executor` runs the rollouts (default: this process). `max_concurrency` bounds how many instances are under way at
     once, `use_asyncio=False` runs one after the other. `observers` see the run; None shows a progress bar if standard
@@ -86,7 +87,7 @@ class Trainer:
         rule: UpdateRule | None = None,
         search: Search | None = None,
         gate: Gate | None = None,
-        checks: Sequence[Check] = (),
+        checks: Sequence[Check] | None = None,
         executor: Executor | None = None,
         observers: Sequence[Watching] | None = None,
         logger: Logger | None = None,
@@ -105,14 +106,13 @@ class Trainer:
             check_gate(gate)
         if search is not None:
             check_search(search)
-        check_checks(checks)
         self.agent = agent
         self.optimizer: Any = optimizer
         self.propose_per: ProposePer = propose_per
         self.rule = rule
         self.search: Search = greedy if search is None else search
         self.gate: Gate = gate or always
-        self.checks = checks
+        self.checks: Sequence[Check] = all_checks(checks)
         self.executor = executor
         self.observers = observers
         self.logger = logger
@@ -178,7 +178,6 @@ class Trainer:
             rule=self.merging_rule(),
             search=self.search,
             gate=gate,
-            checks=self.checks,
             limit=limit,
         )
 

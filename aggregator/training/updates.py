@@ -19,7 +19,7 @@ from aggregator.executors.local import MAX_CONCURRENCY, finish
 from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Stage, Values
 from aggregator.text import shorten
 from aggregator.training.candidates import contributors, plain, with_scores
-from aggregator.training.decisions import Check, Gate, Search, UpdateRule
+from aggregator.training.decisions import Gate, Search, UpdateRule
 from aggregator.training.evaluation import failures_of, mean
 from aggregator.training.gates import always
 from aggregator.training.parts import ask_gate, merge_with, refuse_values
@@ -41,7 +41,6 @@ class Parts(Struct, frozen=True, kw_only=True):
     rule: UpdateRule
     search: Search = greedy
     gate: Gate = always
-    checks: Sequence[Check] = ()
     limit: int = MAX_CONCURRENCY
 
 
@@ -139,7 +138,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
     for (one, _), (proposal, group) in zip(jobs, merged, strict=True):
         accepted, refused = typed(proposal.values, step.parameters)
         permit_replayed_code(accepted, step.parameters)
-        reasons = refuse_values(changed(one.step.values, accepted), parts.checks, one.step)
+        reasons = refuse_values(accepted, one.step)
         accepted = {name: value for name, value in accepted.items() if name not in reasons}
         told = [] if per_instance else [record for own in group for record in own.failures]
         stage: Stage = "aggregation" if per_instance else "proposal"
