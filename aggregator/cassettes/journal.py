@@ -109,12 +109,14 @@ class Journal:
         path: Path,
         *,
         keep: int = 0,
+        private: bool = True,
         clock: Callable[[], float] = time.monotonic,
         write: Callable[[int, bytes], int] = os.write,
         flush: Callable[[int], None] = FLUSH,
     ) -> None:
-        """Append after the first `keep` bytes of what is there; 0 starts a new file."""
+        """Append after the first `keep` bytes of what is there; 0 starts a new file, for its owner only if private."""
         self.path = path
+        self._private = private
         self._clock, self._write, self._flush = clock, write, flush
         self._refused: OSError | None = None
         self._file, self._size, self._found = -1, keep, keep
@@ -124,7 +126,7 @@ class Journal:
     def _open(self) -> None:
         """Open the file at the first line, so that a cassette that records nothing leaves nothing."""
         try:
-            self._file = open_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self._file = open_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, private=self._private)
             os.ftruncate(self._file, self._size)
         except OSError as error:
             raise CassetteError(

@@ -54,6 +54,7 @@ def open_tape(
     *,
     rules: TapeRules = DEFAULT_RULES,
     layout: LayoutChoice = "auto",
+    private: bool = True,
     now: Callable[[], float] = time.time,
     warn: bool = True,
 ) -> Tape:
@@ -69,20 +70,20 @@ def open_tape(
     if path.is_dir():
         raise ConfigError(f"expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
     plan = _replay(path, mode, rules.redaction)
-    lock = FileLock(path) if plan is None else None
+    lock = FileLock(path, private=private) if plan is None else None
     try:
         plan = plan or _recording(path, mode, rules.redaction)
         if lock is not None and plan.journal is None:  # finished meanwhile, by whoever had the lock
             lock.release()
             lock = None
-        journal = Journal(plan.journal, keep=plan.kept) if plan.journal is not None else None
+        journal = Journal(plan.journal, keep=plan.kept, private=private) if plan.journal is not None else None
         tape = Tape(
             plan.played,
             name=str(path),
             sink=journal,
             rules=rules,
             now=now,
-            on_close=partial(_finish, path=path, plan=plan, journal=journal, lock=lock, layout=layout),
+            on_close=partial(_finish, path=path, plan=plan, journal=journal, lock=lock, layout=layout, private=private),
         )
         for finding in plan.findings:
             tape.tell(finding, warn=warn)
@@ -158,6 +159,7 @@ def _finish(
     journal: Journal | None,
     lock: FileLock | None,
     layout: LayoutChoice,
+    private: bool,
 ) -> None:
     """Bring the recorded journal into its final form, in place of what stood there."""
     try:
@@ -167,7 +169,7 @@ def _finish(
         if tape.ending == "discard":
             journal.undo()
         elif tape.ending == "finish" and (written := read(journal.path)) is not None:
-            save(path, plan.stays + written.rows, layout)
+            save(path, plan.stays + written.rows, layout, private=private)
             if journal.path != path:
                 journal.path.unlink()
             if plan.is_anew:

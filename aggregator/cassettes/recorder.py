@@ -36,8 +36,9 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     `redact` are names of fields, and patterns, that are secret beyond the rules; `keep` those that are not;
     `keep_headers` are written beside the usual headers. `code` permits recorded suggestions to run code in this
     process (True, "ask", or the sha256 of each source), which only operations with `sandbox=None` need. `layout` is how
-    the file is written at close; without `warn` findings are in `tape.report` alone. `rules` are these options, and
-    those for code that opens tapes for others, in one value that replaces the options here.
+    the file is written at close. New files are for their owner only; `private=False` leaves them to the umask, for a
+    cassette to be shared. Without `warn` findings are in `tape.report` alone. `rules` are these options, and those for
+    code that opens tapes for others, in one value that replaces the options here.
 
     Raises when left: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
     """
@@ -57,6 +58,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         keep_headers: Sequence[str] = (),
         code: bool | str | Collection[str] = False,
         layout: LayoutChoice = "auto",
+        private: bool = True,
         now: Callable[[], float] = time.time,
         warn: bool = True,
         rules: TapeRules | None = None,
@@ -84,7 +86,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         self._rules = given if rules is None else rules
         families(self._rules.clients)  # an unknown name is an error before anything is opened
         self._open: Callable[[], Tape] = partial(
-            open_tape, path, mode, rules=self._rules, layout=layout, now=now, warn=warn
+            open_tape, path, mode, rules=self._rules, layout=layout, private=private, now=now, warn=warn
         )
         self._warn = warn
         self._stack = ExitStack()

@@ -34,7 +34,7 @@ def canonical_order(rows: Sequence[Row]) -> list[Row]:
     )
 
 
-def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None:
+def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, private: bool = True) -> None:
     """Write a finished cassette; what stood there is replaced at once, when its successor is whole, or not at all.
 
     One exchange too long for a line of YAML that we would read makes it a journal, whatever was asked for.
@@ -56,7 +56,7 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto") -> None
     others = [shard_path(path, group, number) for number in range(2, len(contents) + 1)]
     try:
         for file, comment, (content, _) in reversed(list(zip((path, *others), comments, contents, strict=True))):
-            write_atomically(file, comment.render() + content, sole_writer=True)
+            write_atomically(file, comment.render() + content, private=private, sole_writer=True)
     except OSError as error:
         raise CassetteError(
             f"expected to write the cassette {path}, got {error}; free some space or make the folder writable. "
@@ -106,12 +106,12 @@ except ImportError:  # Windows: no advisory locks; two recording processes are t
 class FileLock:
     """An advisory lock beside a file, gone with its process however that ends."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, private: bool = True) -> None:
         """Take the lock; raises CassetteLockedError naming the process that holds it."""
         self._path = path.with_name(f"{path.name}.lock")
         self._process = os.getpid()
         try:
-            make_folder(path.parent)
+            make_folder(path.parent, private=private)
             self._file = self._take(path)
         except OSError as error:
             raise CassetteError(

@@ -5,8 +5,9 @@ Pure functions over rows and exchanges, beside `find_cassettes`; `aggregator cas
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from aggregator.agents.code import plain_source
 from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
 from aggregator.cassettes.keys import decode_json, raw_key
 from aggregator.cassettes.redaction import redact_body, redact_request, redact_text
@@ -246,6 +248,56 @@ def render(exchange: Exchange) -> str:
 
 def _header_lines(headers: Mapping[str, str]) -> list[str]:
     return [f"{name}: {value}" for name, value in headers.items()]
+
+
+def suggested_code(recording: Recording) -> dict[str, str]:
+    """Return the code that recorded suggestions hold: sha256 of the source -> parameter and exchange that has it first.
+
+    A replay lets it run in this process only with `cassette(..., code=...)`.
+    """
+    from aggregator.agents.consent import source_digest
+    from aggregator.errors import SuggestionError
+    from aggregator.training.replies import parse_reply
+
+    found: dict[str, str] = {}
+    for row in recording.rows:
+        exchange = row.exchange()
+        for text in _texts(exchange.reply.body):
+            if "def " not in text or "suggestion" not in text.lower():
+                continue
+            try:
+                suggestion = parse_reply(text).suggestion or {}
+            except SuggestionError:
+                continue
+            for name, value in suggestion.items():
+                if isinstance(value, str) and _is_function(value):
+                    found.setdefault(source_digest(value), f"{name} in {exchange_id(row)}")
+    return found
+
+
+def _texts(body: bytes) -> Iterator[str]:
+    """Yield the texts in an answer; those of a stream joined."""
+    if body.lstrip().startswith((b"data:", b"event:", b":")):
+        lines = (line[5:].strip() for line in body.splitlines() if line.startswith(b"data:"))
+        yield "".join(text for line in lines for text in _strings(value_of(line)))
+    else:
+        yield from _strings(value_of(body))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+def _is_function(text: str) -> bool:
+    try:
+        body = ast.parse(plain_source(text)).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return len(body) == 1 and isinstance(body[0], ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def value_of(body: bytes) -> Any:

@@ -198,12 +198,13 @@ def check_cassettes(options: argparse.Namespace) -> int:
     from aggregator.cli._account import passed_over, played
     from aggregator.cli._columns import count, printable
     from aggregator.cli._files import readable
-    from aggregator.cli._inspection import check, find_cassettes, needles_from, orphans
+    from aggregator.cli._inspection import check, find_cassettes, needles_from, orphans, suggested_code
 
     limit = None if options.max_age is None else timedelta(days=options.max_age)
     needles = needles_from(os.environ)
     accounts = played(options.pytest_cache) if options.orphans else {}
     problems: list[str] = []
+    notes: list[str] = []
     paths, exchanges = find_cassettes(options.paths), 0
     for path, recording in readable(paths, problems, redact=False):  # what is really in the file
         exchanges += len(recording.rows)
@@ -214,6 +215,15 @@ def check_cassettes(options: argparse.Namespace) -> int:
         elif options.orphans:
             found += orphans(recording, None if account is None else account.unplayed)
         problems += [f"{path}: {problem}" for problem in found]
+        notes += [f"{path}: code sha256 {digest}, {where}" for digest, where in suggested_code(recording).items()]
+    if notes:
+        print(
+            f"Code in recorded suggestions ({count(len(notes), 'source')}); it runs in this process, where an operation"
+        )
+        print("has sandbox=None, only with cassette(..., code=True), or code= one of these:")
+        print(
+            printable("\n".join([*notes[:SHOWN], *([f"... {len(notes) - SHOWN} more"] if len(notes) > SHOWN else [])]))
+        )
     print(printable("\n".join([*problems, ""])), end="")
     verdict = count(len(problems), "problem") if problems else "good"
     print(f"{count(len(paths), 'cassette')}, {count(exchanges, 'exchange')}: {verdict}")

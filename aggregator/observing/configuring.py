@@ -7,6 +7,7 @@ are handlers of their parent, "aggregator".
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any, Literal, TextIO
 from msgspec import to_builtins
 
 from aggregator.errors import ConfigError
+from aggregator.files import make_folder, open_file
 from aggregator.llm.ledger import total
 from aggregator.observing.console import shows_colors
 from aggregator.observing.observer import Observer
@@ -130,7 +132,8 @@ def _handler(stream: TextIO | None, path: str | Path | None) -> logging.Handler:
 def _file(path: str | Path, *, mode: str) -> logging.FileHandler:
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
+        os.close(open_file(target, os.O_CREAT | os.O_WRONLY))
         return logging.FileHandler(target, mode=mode, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Expected a path that can be written, got {str(path)!r}: {error.strerror}") from error

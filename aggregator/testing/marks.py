@@ -68,6 +68,7 @@ def resolve_settings(config: pytest.Config, arguments: dict[str, Any]) -> dict[s
         "lineage": arguments.get("lineage", "strict"),
         "latency": arguments.get("latency", "off"),
         "code": arguments.get("code", False),
+        "private": not config.getini("cassette_shared"),
         "unplayed": unplayed,
         "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *([hosts] if isinstance(hosts, str) else hosts)],
     }

@@ -48,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("cassette_clients", "other clients to serve: `all`, or names as `httpx requests`", type="args")
     parser.addini("cassette_unplayed", f"exchanges that a test left unplayed: {', '.join(UNPLAYED)}", default="report")
     parser.addini("cassette_allowed_hosts", "hosts that a replaying test may reach", type="args")
+    parser.addini("cassette_shared", "leave permissions of new cassettes to the umask, not to their owner", type="bool")
     parser.addini("cassette_serve_vcr", "serve pytest-recording's `vcr` tests by an indexed tape", type="bool")
 
 

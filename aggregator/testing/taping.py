@@ -43,6 +43,7 @@ class Taping:
         lineage: LineageRule = "strict",
         latency: Latency = "off",
         code: bool | str | Iterable[str] = False,
+        private: bool = True,
         unplayed: Unplayed = "report",
         allowed_hosts: Iterable[str] = (),
         refusals: list[CassetteError],
@@ -53,6 +54,7 @@ class Taping:
         self._cassette = cassette(
             path,
             mode,
+            private=private,
             rules=TapeRules(
                 clients=clients if isinstance(clients, str) else tuple(clients),
                 lineage=lineage,

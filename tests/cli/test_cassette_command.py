@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from aggregator.agents.consent import source_digest
 from aggregator.cassettes.exchanges import exchange_id
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.reading import read
@@ -245,3 +246,22 @@ def test_a_missing_path_is_one_line(command: Command, action: str) -> None:
     assert code == 1
     assert "'nowhere.yaml', which is not there" in out
     assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_check_reports_suggestions_that_hold_code(command: Command, streamed: bool) -> None:
+    """Each source once, with the sha256 that permits it; a suggestion of text is none, and it is no problem."""
+    source = "def clean(self, x):\n    return x.upper()\n"
+    suggestion = json.dumps({"suggestion": {"clean__code": source, "prompt": "def means define"}, "reasoning_x": ""})
+    record(Path("a.yaml"), {"x/propose": suggestion, "y/propose": suggestion, "z": "def f(): pass"})
+    if streamed:
+        with cassette(Path("a.yaml"), "all") as tape, lineage("x/propose", role="optimizer"):
+            pieces = [suggestion[i : i + 9] for i in range(0, len(suggestion), 9)]
+            body = b"".join(b"data: " + json.dumps({"delta": piece}).encode() + b"\n\n" for piece in pieces)
+            reply = HTTPReply(status=200, body=body, headers={"content-type": "text/event-stream"})
+            tape.record(tape.issue(ask(0)), reply, usage=Usage(), model="m")
+    code, out = command("check", "a.yaml")
+    assert code == 0
+    assert "Code in recorded suggestions (1 source)" in out
+    assert f"a.yaml: code sha256 {source_digest(source)}, clean__code in x/propose" in out
+    assert out.count("code sha256") == 1
