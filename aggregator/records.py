@@ -207,7 +207,7 @@ class Failure(Struct, frozen=True, kw_only=True):
     infrastructure: bool = False
 
 
-class RolloutTask(Struct, frozen=True, kw_only=True):
+class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it refers to it
     """One rollout to run, as plain data: what an executor moves to where the agent is.
 
     `values` are laid over the parameters for this rollout only; they have the types of the parameters. `lineage` (from

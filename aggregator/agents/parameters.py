@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import FunctionType
@@ -195,7 +195,12 @@ def operation_of(function: Any) -> Operation | None:
 
 def read(parameters: Iterable[ParameterNode[Any]]) -> Values:
     """Return name -> value, copied, so that nothing done to the agent later changes what was read."""
-    return {name: snapshot(parameter.data) for name, parameter in by_name(parameters).items()}
+    return values_of(by_name(parameters).values())
+
+
+def values_of(parameters: Iterable[ParameterNode[Any]]) -> Values:
+    """Do as `read` with parameters that are known to have different names."""
+    return {parameter.name: snapshot(parameter.data) for parameter in parameters}
 
 
 def write(parameters: Iterable[ParameterNode[Any]], values: Values) -> None:
@@ -231,15 +236,18 @@ def keeping(parameters: Iterable[ParameterNode[Any]]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def lay_over(values: Mapping[ParameterNode[Any], Any]) -> Iterator[None]:
+class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager as `overriding`, entered per instance
     """Do as `overriding` with values that are known to have the types of their parameters."""
-    copies = {parameter: snapshot(value) for parameter, value in values.items()}
-    token = _overrides.set({**_overrides.get(_NOTHING), **copies})
-    try:
-        yield
-    finally:
-        _overrides.reset(token)
+
+    def __init__(self, values: Mapping[ParameterNode[Any], Any]) -> None:
+        self._values = values
+
+    def __enter__(self) -> None:
+        copies = {parameter: snapshot(value) for parameter, value in self._values.items()}
+        self._token = _overrides.set({**_overrides.get(_NOTHING), **copies})
+
+    def __exit__(self, *error: object) -> None:
+        _overrides.reset(self._token)
 
 
 def by_name(parameters: Iterable[ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:

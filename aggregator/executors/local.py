@@ -14,7 +14,6 @@ from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from weakref import WeakKeyDictionary
 
 from aggregator.checks import check_positive
 from aggregator.errors import is_own
@@ -87,7 +86,7 @@ class LocalExecutor:
     def __init__(self, max_concurrency: int = MAX_CONCURRENCY) -> None:
         check_positive("max_concurrency", max_concurrency)
         self.max_concurrency = max_concurrency
-        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}  # a semaphore belongs to its loop
         self._threads: dict[int, _Threads] = {}
         self._lock = threading.Lock()
 
@@ -95,12 +94,15 @@ class LocalExecutor:
         """Return the rollouts in the order of the tasks; raises as `finish` does."""
         loop = asyncio.get_running_loop()
         slots = self._slots.get(loop) or self._slots.setdefault(loop, asyncio.Semaphore(self.max_concurrency))
+        if len(tasks) == 1:  # as for each instance of a step
+            async with slots:
+                return [await work(tasks[0])]
 
         async def run(task: RolloutTask) -> Rollout:
             async with slots:
                 return await work(task)
 
-        return [await run(tasks[0])] if len(tasks) == 1 else await finish(run, tasks, self.max_concurrency)
+        return await finish(run, tasks, self.max_concurrency)
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run a synchronous function in a thread, with the caller's context variables.

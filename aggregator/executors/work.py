@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from aggregator.agents.parameters import ParameterNode, by_name, lay_over
 from aggregator.agents.transcripts import transcript
-from aggregator.cassettes.lineage import lineage, lineage_at
+from aggregator.cassettes.lineage import current_lineage, current_role, lineage, lineage_at
 from aggregator.errors import ConfigError, ends_run, is_infrastructure, is_own
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
 from aggregator.guides.calling import Call, judge
@@ -106,9 +106,13 @@ class AgentWork:
             found: list[Rollout] = []
             await run_batch(agent, [task], self.guide, lambda _, rollout: found.append(rollout))
             return found[0]
-        started = time.perf_counter()
-        values = {parameter: task.values.get(name, parameter.data) for name, parameter in self._parameters.items()}
-        with lineage_at("/".join(task.lineage), task.role), lay_over(values):
+        started, given = time.perf_counter(), task.values
+        path = "/".join(task.lineage)
+        is_there = current_lineage() == path and current_role() == task.role
+        values = {one: given[name] for name, one in self._parameters.items() if name in given}
+        if len(values) < len(self._parameters):
+            values |= {one: one.data for one in self._parameters.values() if one not in values}
+        with nullcontext() if is_there else lineage_at(path, task.role), lay_over(values):
             with transcript() if task.capture else nullcontext() as seen:
                 try:
                     ran = await agent.run(task, self.call)
@@ -117,32 +121,42 @@ class AgentWork:
                         raise
                     ran = Ran(error=error)
             text = "" if seen is None else seen.render()
-            rollout = await judge_run(task, ran, self.guide, self.call, transcript=text)
-        return replace(rollout, ms=(time.perf_counter() - started) * 1000)
+            return await judge_run(task, ran, self.guide, self.call, transcript=text, started=started)
 
 
-async def judge_run(task: RolloutTask, ran: Ran, guide: Any, call: Call | None = None, *, transcript: str) -> Rollout:
+async def judge_run(
+    task: RolloutTask, ran: Ran, guide: Any, call: Call | None = None, *, transcript: str, started: float | None = None
+) -> Rollout:
     """Return the rollout that a run of an agent makes, with the guide's score; with guide None it has no score.
 
-    The calls of the guide are placed below the current lineage. Raises what ends a run.
+    The calls of the guide are placed below the current lineage. `started` is when the run began, by `perf_counter`.
+    Raises what ends a run.
     """
-    sample = task.sample
-    facts = {"sample_id": sample.id, "x": sample.x, "lineage": "/".join(task.lineage), "repeat": task.repeat}
-    facts |= {"output": ran.output, "transcript": transcript, "handle": ran.handle}
+    sample, score, feedback = task.sample, None, ""
+    record: Failure | None = None
     if ran.error is not None:
         record = record_failure("agent", ran.error, sample.id)
-        if record.infrastructure:
-            return Rollout(failure=record, **facts)
-        feedback = f"The agent failed on this input with {record.error}: {record.message}"
-        return Rollout(failure=record, score=task.min_score, feedback=feedback, **facts)
-    if guide is None:
-        return Rollout(**facts)
-    try:
-        with lineage("guide", role="guide"):
-            score, feedback = await judge(guide, sample.x, ran.output, sample.info, call=call)
-    except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again
-        return Rollout(failure=record_failure("guide", error, sample.id), **facts)
-    return Rollout(score=score, feedback=feedback, **facts)
+        if not record.infrastructure:
+            score, feedback = task.min_score, f"The agent failed on this input with {record.error}: {record.message}"
+    elif guide is not None:
+        try:
+            with lineage("guide", role="guide"):
+                score, feedback = await judge(guide, sample.x, ran.output, sample.info, call=call)
+        except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again
+            record = record_failure("guide", error, sample.id)
+    return Rollout(
+        sample_id=sample.id,
+        x=sample.x,
+        output=ran.output,
+        score=score,
+        feedback=feedback,
+        transcript=transcript,
+        failure=record,
+        lineage="/".join(task.lineage),
+        repeat=task.repeat,
+        ms=0.0 if started is None else (time.perf_counter() - started) * 1000,
+        handle=ran.handle,
+    )
 
 
 async def run_batch(

@@ -115,7 +115,8 @@ class AggregatedUpdate(Minibatch):
 
     def merging_rule(self) -> UpdateRule:
         """Return `rule`, or the aggregation by `llm` with the hooks that are overridden."""
-        hooks = [name for name in _HOOKS if self.overrides(name)]
+        own, kind = vars(self), type(self)
+        hooks = [name for name in _HOOKS if name in own or getattr(kind, name) is not getattr(AggregatedUpdate, name)]
         if self.rule is None:
             return _HookedMerge(self, hooks) if hooks else self._merge()
         if hooks or self.llm is not None:
@@ -124,10 +125,6 @@ class AggregatedUpdate(Minibatch):
                 "Leave rule= out, or change the rule"
             )
         return self.rule
-
-    def overrides(self, name: str) -> bool:
-        """Return True if a subclass or this instance has its own attribute of that name."""
-        return name in vars(self) or getattr(type(self), name) is not getattr(AggregatedUpdate, name)
 
     def _merge(self) -> LLMMerge:
         return LLMMerge(self.llm, max_tokens=self.max_tokens, system_prompt=self.aggregator_system_prompt)

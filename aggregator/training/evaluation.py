@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from aggregator.adapters.agents import CalledAgent, as_agent
-from aggregator.agents.parameters import overriding, read
+from aggregator.agents.parameters import overriding, values_of
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.checks import check_positive
 from aggregator.errors import TrainingWarning
@@ -77,7 +77,7 @@ class Evaluations:
         guide = self._guide if guide is None else guide
         judge = self._name(guide)
         with overriding(self._parameters, values):  # each in its own type, and under one digest
-            typed = read(self._parameters)
+            typed = values_of(self._parameters)
         name = digest(typed)
         place = (*place, f"values={name}", *((f"guide={judge}",) if judge else ()))
         keys = [(_key(judge, sample, i), sample, i) for sample in samples for i in range(repeats)]
@@ -120,6 +120,8 @@ class Evaluations:
 
     def forget(self, step: int, in_use: Sequence[Values] = ()) -> Memory:
         """Drop the scores that no step asked for lately, except of values in use, and return the others."""
+        if not self.known:
+            return {}
         used = set(map(digest, in_use))
         kept = sorted(name for name in self.known if name in used or self.known[name].step > step - KEPT_STEPS)
         self.known = {name: self.known[name] for name in kept}

@@ -15,7 +15,7 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 
 from aggregator.agents.modules import Module, write_artefact
-from aggregator.agents.parameters import ParameterNode, overriding, read, write
+from aggregator.agents.parameters import ParameterNode, overriding, read, values_of, write
 from aggregator.agents.values import describe_type
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import is_finite
@@ -49,7 +49,7 @@ from aggregator.training.decisions import Check, Gate
 from aggregator.training.evaluation import Evaluations, failures_of, is_lost, mean
 from aggregator.training.parts import as_json, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
-from aggregator.training.rollouts import Arrive, Rollouts
+from aggregator.training.rollouts import Arrive, Rollouts, without_handle
 from aggregator.training.rules import key_of
 from aggregator.training.run_dir import claim_run_dir, count_in, load_state, open_journal, raise_misses
 from aggregator.training.seed import Hooks, Instance, Place, call_hook, lost, observed, placed, read_output
@@ -87,8 +87,8 @@ class Trainer(Protocol):
         """Return the hooks of the seed that are overridden."""
         ...
 
-    def log_output(self, rollout: Rollout, step: Step, verbose: bool | str) -> None:
-        """Log the output of one instance if `verbose` asks for it."""
+    def log_output(self, rollout: Rollout, step: Step) -> None:
+        """Log the output of one instance."""
         ...
 
 
@@ -139,6 +139,7 @@ class _Course:
         self.parameters = parameters
         self.marks = marks
         self.state = state
+        self.turns = plan.schedule()
         self.pending: tuple[StepReport, ...] = ()
         self.observers = _watchers(trainer, plan)
         self.agent = trainer.adapted_agent()
@@ -149,18 +150,17 @@ class _Course:
 
     async def follow(self) -> None:
         """Take every turn that is still due."""
-        turns = self.plan.schedule()
         with raise_misses():
             if self.state.steps == 0 and not self.state.evaluations:
-                baseline = await self._evaluate(0, len(turns))
+                baseline = await self._evaluate(0)
                 self.state = self._with(baseline)
                 if baseline is not None:
                     await notify(self.observers, "evaluation", baseline)
-        for turn in turns[self.state.steps :]:
+        for turn in self.turns[self.state.steps :]:
             with raise_misses():
                 full, memory = await self._step(turn)
                 self.pending = (full.slim(),)
-                evaluation = await self._evaluate(turn.step + 1, len(turns))
+                evaluation = await self._evaluate(turn.step + 1)
             full = replace(full, test_score=evaluation and evaluation.score)
             self._commit(full.slim(), evaluation, memory)
             if evaluation is not None:
@@ -188,7 +188,7 @@ class _Course:
             else:
                 with placed(Place(step=step, call=self.local.call, update=apply)):
                     update = await call_hook(hooks.update, self.local.call, outputs, self.plan.verbose)
-            written = changed(step.values, read(self.parameters))
+            written = changed(step.values, values_of(self.parameters))
         report = _report(turn, explored, _as_update(update, explored, written), ledger.totals())
         memory = as_json(step.memory, self.gate)
         kept = update.pool if isinstance(update, Update) else candidates_in(self.state.memory)
@@ -203,7 +203,7 @@ class _Course:
             stepsize=turn.stepsize,
             seed=self.plan.seed,
             min_score=self.plan.min_score,
-            values=read(self.parameters),
+            values=values_of(self.parameters),
             parameters=self.parameters,
             samples=turn.samples,
             batch_size=len(turn.samples),
@@ -223,29 +223,29 @@ class _Course:
         seen = read_only(step)
         candidates = [pool[0], *without(pool[0], parts.search.explore(pool, seen))]
         steps = [seen, *(replace(seen, values=self._typed(candidate.values)) for candidate in candidates[1:])]
-        places = [(i, sample) for i in range(len(candidates)) for sample in step.samples]
+        size = len(step.samples)
+        places = [(*base, *place_of(parts.search, candidate)) for candidate in candidates]
         tasks = [
             RolloutTask(
-                sample=sample,
-                values=steps[i].values,
-                lineage=(*base, *place_of(parts.search, candidates[i]), f"sample={sample.id}"),
-                min_score=step.min_score,
+                sample=sample, values=own.values, lineage=(*place, f"sample={sample.id}"), min_score=step.min_score
             )
-            for i, sample in places
+            for own, place in zip(steps, places, strict=True)
+            for sample in step.samples
         ]
 
         async def instance(number: int, arrive: Arrive) -> Instance:
-            task = tasks[number]
-            own = replace(steps[places[number][0]], samples=(task.sample,))
+            task, of_candidate = tasks[number], steps[number // size]
             try:
                 with lineage(*task.lineage[len(base) :]):
                     if hooks.forward is not None:
+                        own = replace(of_candidate, samples=(task.sample,))
                         return await self._call_forward(hooks.forward, own, task, strict=hooks.update is None)
                     rollout = await arrive()
-                    self.trainer.log_output(rollout, own, self.plan.verbose)
+                    if self.plan.verbose == "output":
+                        self.trainer.log_output(rollout, step)
                     if parts.propose_per == "batch":
                         return observed(task.sample, rollout)
-                    own = replace(own, rollouts=(rollout,))
+                    own = replace(of_candidate, samples=(task.sample,), rollouts=(rollout,))
                     with laid_over(own):
                         return observed(task.sample, rollout, await parts.propose((rollout,), own))
             except BaseException as error:  # the boundary: an override may raise anything
@@ -255,7 +255,6 @@ class _Course:
                 return lost(task.sample, record, lineage="/".join(task.lineage))
 
         found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit)
-        size = len(step.samples)
         runs = [found[i * size : (i + 1) * size] for i in range(len(candidates))]
         return [
             Explored(candidate=candidate, step=replace(own, rollouts=[one.rollout for one in run]), instances=run)
@@ -276,7 +275,7 @@ class _Course:
 
     def _typed(self, values: Values) -> Values:
         with overriding(self.parameters, values):
-            return read(self.parameters)
+            return values_of(self.parameters)
 
     def _check_failures(self, turn: Turn, instances: Sequence[Instance]) -> None:
         """Stop if too many instances were lost: of this batch, and if it is small of the latest ones."""
@@ -295,12 +294,12 @@ class _Course:
                 f"the latest: {latest[0].error}: {latest[0].message}"
             )
 
-    async def _evaluate(self, steps: int, total: int) -> Evaluation | None:
+    async def _evaluate(self, steps: int) -> Evaluation | None:
         """Score the test set if it is due."""
-        if not self.plan.evaluates_at(steps, total):
+        if not self.plan.evaluates_at(steps, len(self.turns)):
             return None
         with lineage("evaluate", f"step={steps}"), collecting() as ledger:
-            values, place = read(self.parameters), tuple(current_lineage().split("/"))
+            values, place = values_of(self.parameters), tuple(current_lineage().split("/"))
             tasks = [
                 RolloutTask(
                     sample=sample,
@@ -319,7 +318,7 @@ class _Course:
 
     def _commit(self, report: StepReport, evaluation: Evaluation | None, memory: dict[str, Any]) -> None:
         """Make a step part of the state, in memory and on disk."""
-        values = read(self.parameters)
+        values = values_of(self.parameters)
         in_use = [values, *(self._typed(candidate.values) for candidate in candidates_in(memory))]
         self.state = replace(
             self._with(evaluation),
@@ -345,7 +344,7 @@ class _Course:
         score, best = evaluation.score, state.best_score
         if score is None or (best is not None and score <= best):
             return state
-        return replace(state, best=read(self.parameters), best_score=score)
+        return replace(state, best=values_of(self.parameters), best_score=score)
 
     def info(self) -> RunInfo:
         """Return what the run is about to do."""
@@ -360,7 +359,7 @@ class _Course:
             gate=name_of(self.gate),
             parameters=state.values,
             seed=plan.seed,
-            steps=len(plan.schedule()),
+            steps=len(self.turns),
             num_epochs=plan.num_epochs,
             batch_size=plan.batch_size,
             train_samples=len(plan.train),
@@ -373,7 +372,7 @@ class _Course:
     def result(self) -> TrainingResult:
         """Return what the run has reached by now."""
         state = replace(self.state, history=(*self.state.history, *self.pending))
-        return checkpoints.result_of(state, read(self.parameters))
+        return checkpoints.result_of(state, values_of(self.parameters))
 
     def finish(self) -> TrainingResult:
         """Return the whole result, and write it with the parameters."""
@@ -458,9 +457,9 @@ def _report(turn: Turn, explored: Sequence[Explored], update: Update, usage: dic
         contributors=update.contributors,
         failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
         usage=usage,
-        rollouts=tuple(replace(instance.rollout, handle=None) for instance in instances),
-        all_proposals=tuple(instance.proposal for instance in instances),
-        lineages=tuple(instance.rollout.lineage for instance in instances),
+        rollouts=tuple([without_handle(instance.rollout) for instance in instances]),
+        all_proposals=tuple([instance.proposal for instance in instances]),
+        lineages=tuple([instance.rollout.lineage for instance in instances]),
     )
 
 

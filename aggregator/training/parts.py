@@ -123,10 +123,14 @@ async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step:
         raise TypeError(
             f"Expected a Proposal(values={{...}}) from {name_of(optimizer)}.propose, got {shorten(proposal)}"
         )
-    seen, score = join_rollouts(rollouts), proposal.score
+    proposal = fit_to_types(proposal, step)
+    score = proposal.score if proposal.score is not None and math.isfinite(proposal.score) else None
+    if score is not None and proposal.feedback and proposal.sample_ids:
+        return proposal
+    seen = join_rollouts(rollouts)
     return replace(
-        fit_to_types(proposal, step),
-        score=seen.score if score is None or not math.isfinite(score) else score,
+        proposal,
+        score=seen.score if score is None else score,
         feedback=proposal.feedback or seen.feedback,
         sample_ids=proposal.sample_ids or tuple(rollout.sample_id for rollout in rollouts),
     )
@@ -134,10 +138,14 @@ async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step:
 
 def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
     """Return the proposal with each value in its parameter's own type; `error` says what does not fit."""
+    if not proposal.values:
+        return proposal
     values, refused = typed(proposal.values, step.parameters)
     permit_replayed_code(values, step.parameters)
-    error = "; ".join(reason for reason in (proposal.error, *refused.values()) if reason) or None
-    return replace(proposal, values=values, error=error)
+    if refused:
+        error = "; ".join(reason for reason in (proposal.error, *refused.values()) if reason)
+        return replace(proposal, values=values, error=error)
+    return replace(proposal, values=values)
 
 
 async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
@@ -162,6 +170,8 @@ async def ask_gate(gate: Gate, before: Values, after: Values, step: Step) -> Dec
 
 def as_json(memory: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
     """Return what a gate remembers as JSON carries it; raises ConfigError if it cannot."""
+    if not memory:
+        return {}
     try:
         kept: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dict(memory)))
     except (TypeError, ValueError, RecursionError) as error:

@@ -296,6 +296,8 @@ def ordered(value: Any) -> Any:
     >>> ordered({"b": {3, 1}, "a": 0})
     {'b': [1, 3], 'a': 0}
     """
+    if isinstance(value, str | int | float | None):  # nearly always
+        return value
     if isinstance(value, Mapping):
         return {key: ordered(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
@@ -88,19 +88,18 @@ class Rollouts:
         return found
 
     async def _one(self, task: RolloutTask, guide: Any) -> Rollout:
-        async with AsyncExitStack() as stack:
-            if self._turns is not None:
-                await stack.enter_async_context(self._turn(task.values))
-            if self._slots is not None:
-                await stack.enter_async_context(self._slots)
+        if self._turns is None and self._slots is None:
             (rollout,) = await self._executor.map(self._work(guide), [task])
+        else:
+            async with self._turn(task.values), self._slots or nullcontext():
+                (rollout,) = await self._executor.map(self._work(guide), [task])
         return await self.see(rollout)
 
     async def see(self, rollout: Rollout) -> Rollout:
         """Show a rollout to the observers; the error of one that raises is `refused`, and ends the run."""
         if self._watching:
             try:
-                await notify(self._watching, "rollout", replace(rollout, handle=None))
+                await notify(self._watching, "rollout", without_handle(rollout))
             except Exception as error:
                 self.refused = error
                 raise
@@ -141,6 +140,11 @@ class _Turns:
             self._inside -= 1
             if not self._inside:
                 self._left.set()
+
+
+def without_handle(rollout: Rollout) -> Rollout:
+    """Return the rollout for those who watch: the handle belongs to the agent's adapter."""
+    return rollout if rollout.handle is None else replace(rollout, handle=None)
 
 
 def _sees_rollouts(observer: Observer) -> bool:

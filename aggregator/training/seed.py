@@ -66,7 +66,7 @@ class Hooks(Struct, frozen=True, kw_only=True):
     update: Callable[..., Any] | None = None
 
 
-class Instance(Struct, frozen=True, kw_only=True):
+class Instance(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it refers to it
     """What a step knows of one sample under one candidate.
 
     `output` is what `forward` returned, for an overridden `update`; `rollout` has at least its score. `is_observed` is

@@ -56,50 +56,50 @@ def typed(
     Keys are names or py_names, exactly. null leaves a parameter unchanged unless its type takes null: a strict schema
     makes the model write every key. The text TERMINATE is refused as a value; it is the word for no change.
     """
-    known = {name: parameter for parameter in parameters for name in (parameter.py_name, parameter.name)}
+    known: dict[str, Any] = {}
+    for parameter in parameters:
+        known[parameter.py_name] = known[parameter.name] = parameter
     values: Values = {}
     refused: dict[str, str] = {}
     for key, raw in suggestion.items():
+        if (parameter := known.get(key)) is None:
+            refused[key] = _unknown(key, list(known))
+            continue
         try:
-            parameter = _known(key, known)
-            value = _converted(parameter, _agreed(suggestion, parameter))
+            values[parameter.name] = _convert(parameter, key, suggestion)
         except ParameterError as error:
-            if raw is not None or key not in known or not null_is_unchanged:
+            if raw is not None or not null_is_unchanged:
                 refused[key] = str(error)
-        else:
-            values[parameter.name] = value
     return values, refused
 
 
-def _known(key: str, known: Mapping[str, Any]) -> Any:
-    if key not in known:
-        near = get_close_matches(key[:_NEAR_WITHIN], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {list_names(list(known))}"
-        raise ParameterError(f"Expected the name of a parameter, got {quote_ends(key, 60)}; {hint}")
-    if not getattr(known[key], "trainable", True):
+def _unknown(key: str, known: list[str]) -> str:
+    near = get_close_matches(key[:_NEAR_WITHIN], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {list_names(known)}"
+    return f"Expected the name of a parameter, got {quote_ends(key, 60)}; {hint}"
+
+
+def _convert(parameter: Any, key: str, suggestion: Mapping[str, Any]) -> Any:
+    """Convert by the parameter's own rule; one that has none (Trace's) by the type of its value.
+
+    A value may be given under both names of a parameter if the two agree.
+    """
+    raw, name = suggestion[key], parameter.py_name
+    if not getattr(parameter, "trainable", True):
         raise ParameterError(f"Expected a trainable parameter, got {key!r}, which is fixed - at $.suggestion.{key}")
-    return known[key]
-
-
-def _agreed(suggestion: Mapping[str, Any], parameter: Any) -> Any:
-    """The raw value of a parameter, which may stand under both of its names only where they agree."""
-    first, *others = [suggestion[name] for name in {parameter.name: 0, parameter.py_name: 0} if name in suggestion]
-    if not all(same(first, other) for other in others):
-        raise ParameterError(f"Expected one value, got two different ones - at $.suggestion.{parameter.py_name}")
-    return first
-
-
-def _converted(parameter: Any, raw: Any) -> Any:
-    """Convert by the parameter's own rule; one that has none (Trace's) by the type of its value."""
+    if name != parameter.name:
+        other = parameter.name if key == name else name
+        if other in suggestion and not same(raw, suggestion[other]):
+            raise ParameterError(f"Expected one value, got two different ones - at $.suggestion.{name}")
     if isinstance(raw, str) and raw.strip() == "TERMINATE":
         trouble = "Expected a value, got 'TERMINATE', which means no change, and only as the whole reply"
-        raise ParameterError(f"{trouble} - at $.suggestion.{parameter.py_name}")
+        raise ParameterError(f"{trouble} - at $.suggestion.{name}")
     if hasattr(parameter, "convert"):
         return parameter.convert(raw)
     try:
         return values_of_types.convert(raw, values_of_types.infer_type(parameter.data))
     except values_of_types.Unfit as unfit:
-        raise ParameterError(f"{unfit.reason} - at $.suggestion.{parameter.py_name}{unfit.path}") from None
+        raise ParameterError(f"{unfit.reason} - at $.suggestion.{name}{unfit.path}") from None
 
 
 Schema = dict[str, Any]

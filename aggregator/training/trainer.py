@@ -24,7 +24,7 @@ from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
 from aggregator.portal import sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
-from aggregator.records import Candidate, Proposal, Rollout, RolloutTask, Sample, TrainingResult
+from aggregator.records import Candidate, Failure, Proposal, Rollout, RolloutTask, Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checks import all_checks
 from aggregator.training.decisions import AnyOptimizer, Check, Gate, Optimizer, Search, UpdateRule
@@ -282,7 +282,8 @@ class Trainer:
         )
         async with LocalExecutor(1) as alone:
             rollout = await AgentWork(mine, guide, call=alone.call if place is None else place.call)(task)
-        self.log_output(rollout, step, verbose)
+        if verbose == "output":
+            self.log_output(rollout, step)
         if place is not None:
             place.seen.append(rollout)
         if self.propose_per == "batch":
@@ -292,28 +293,36 @@ class Trainer:
 
     forward = sync(aforward)
 
-    def log_output(self, rollout: Rollout, step: Step, verbose: bool | str) -> None:
-        """Log the output of one instance if `verbose` asks for it."""
-        if verbose == "output":
-            (self.logger or ConsoleLogger()).log("Output", rollout.output, step.number, sample=rollout.sample_id)
+    def log_output(self, rollout: Rollout, step: Step) -> None:
+        """Log the output of one instance, which `verbose="output"` asks for."""
+        (self.logger or ConsoleLogger()).log("Output", rollout.output, step.number, sample=rollout.sample_id)
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
         """Ask the optimizer what rollouts call for: one instance's, or those of a whole minibatch.
 
         A lost call or an unreadable reply is part of the proposal; what ends a run is raised.
         """
-        seen, ids = join_rollouts(rollouts), tuple(rollout.sample_id for rollout in rollouts)
-        silent = Proposal(score=seen.score, feedback=seen.feedback, failures=seen.failures, sample_ids=ids)
-        if step.stepsize == 0 or (seen.failure is not None and not seen.feedback):
-            return silent
-        try:
-            proposal = await ask_optimizer(self._optimizer(), rollouts, step)
-        except BaseException as error:  # noqa: BLE001 - the boundary: an optimizer may raise anything, one is lost
-            record = record_failure("proposal", error, silent.sample_id)
-            return replace(silent, error=f"{record.error}: {record.message}", failures=(*seen.failures, record))
-        own = proposal.failures or unread("proposal", proposal.error, silent.sample_id)
-        usable = bool(proposal.values)  # what could be read is a proposal of its own
-        return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)
+        seen = join_rollouts(rollouts)
+        sample_id = seen.sample_id if len(rollouts) == 1 else None
+        record: Failure | None = None
+        if step.stepsize > 0 and (seen.failure is None or seen.feedback):
+            try:
+                proposal = await ask_optimizer(self._optimizer(), rollouts, step)
+            except BaseException as error:  # noqa: BLE001 - the boundary: an optimizer may raise anything, one is lost
+                record = record_failure("proposal", error, sample_id)
+            else:
+                own = proposal.failures or unread("proposal", proposal.error, sample_id)
+                if not own and not seen.failures:
+                    return proposal
+                usable = bool(proposal.values)  # what could be read is a proposal of its own
+                return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)
+        return Proposal(
+            score=seen.score,
+            feedback=seen.feedback,
+            error=None if record is None else f"{record.error}: {record.message}",
+            failures=seen.failures if record is None else (*seen.failures, record),
+            sample_ids=tuple(rollout.sample_id for rollout in rollouts),
+        )
 
     async def aupdate(self, outputs: Sequence[Any], verbose: bool | str = False) -> Any:
         """Merge what the instances proposed, check it against each parameter's type, ask the gate, and apply it.
