@@ -17,6 +17,8 @@ from typing import Any
 
 import msgspec
 
+from aggregator.errors import ConfigError
+
 VALUE_LIMIT = 2_000
 """How many characters of one value are shown."""
 
@@ -295,3 +297,71 @@ def strip_fence(text: str) -> str:
     if len(body) < 6 or not (body.startswith("```") and body.endswith("```")):
         return text
     return re.sub(r"```[ \t]*(?:[\w+#.-]*[ \t]*\n|json\b)?", "", body[:-3], count=1).removesuffix("\n")
+
+
+# ---- prompt templates: {question} of str.format, {{question}} of Jinja and Mustache, $question of string.Template
+
+_PLACEHOLDER = re.compile(
+    r"""
+      \{\{ \s* (?P<mustache> [^\W\d][\w.]* ) \s* \}\}                            # {{question}}: Jinja, Mustache
+    | (?<!\{) \{ (?P<brace> (?:[^\W\d]\w*|\d+) [^\s{}!:]* ) (?:![rsa])? (?::[^\s{}]*)? \}   # {question}: str.format
+    | (?<!\$) \$ (?: \{ (?P<wrapped> [^\W\d]\w* ) \} | (?P<dollar> [^\W\d]\w* ) )  # $question: string.Template
+    """,
+    re.VERBOSE,
+)
+_SPELLED = {"mustache": "{{%s}}", "brace": "{%s}", "wrapped": "$%s", "dollar": "$%s"}
+
+
+def placeholders(text: str) -> list[str]:
+    r"""Return the placeholders of a template, each once, in the order of the text.
+
+    `{name}` as in str.format, `{{name}}` as in Jinja, `$name` and `${name}` as in string.Template; `$$name` is no
+    placeholder. Braces around anything but a name, as in JSON, are text.
+
+    >>> placeholders("Answer {question} in {{ language }} for $user, as {'k': 1}.")
+    ['{question}', '{{language}}', '$user']
+    """
+    found = (_SPELLED[str(match.lastgroup)] % match[str(match.lastgroup)] for match in _PLACEHOLDER.finditer(text))
+    return list(dict.fromkeys(found))
+
+
+def fill(template: str, row: Any) -> str:
+    """Return a template with the columns of a row in place of its placeholders.
+
+    A row is a mapping of columns by name, or any other value, which fills the one placeholder of the template. Values
+    are written as str does, with the format of `{score:.2f}`; `{user.name}` and `{items[0]}` look inside. Only the
+    placeholders are touched: other braces stay as they are. Raises ConfigError for a column that the row lacks.
+
+    >>> fill("Classify {ticket} for ${user}: {'k': 1}", {"ticket": "late", "user": "Ann"})
+    "Classify late for Ann: {'k': 1}"
+    >>> fill("Classify: {{ ticket }}", "late")
+    'Classify: late'
+    """
+    names = {_name_of(match) for match in _PLACEHOLDER.finditer(template)}
+    columns: Mapping[Any, Any]
+    if isinstance(row, Mapping):
+        columns = row
+    elif len(names) > 1:
+        raise ConfigError(
+            f"Expected a row with the columns {list_names(sorted(names))}, got {type(row).__name__}; "
+            "give each row as a dict of its columns"
+        )
+    else:
+        columns = dict.fromkeys(names, row)
+
+    def value(match: re.Match[str]) -> str:
+        name = _name_of(match)
+        if name not in columns:
+            raise ConfigError(
+                f"Expected a row with the column {name!r}, which the template names, got the columns "
+                f"{list_names([str(column) for column in columns])}; rename the placeholder or the column"
+            )
+        if match["brace"] is None:
+            return str(columns[name])
+        return str(match[0].format_map({name: columns[name]}) if not name.isdigit() else columns[name])
+
+    return _PLACEHOLDER.sub(value, template)
+
+
+def _name_of(match: re.Match[str]) -> str:
+    return re.split(r"[.\[]", match[str(match.lastgroup)], maxsplit=1)[0]

@@ -2,16 +2,18 @@
 
 from aggregator import as_agent
 as_agent(my_module)        # an instance of Module, or any callable that offers parameters()
+as_agent("Classify: {ticket}", model="openai/gpt-4o-mini")
 as_agent(my_function)      # keyword-only arguments, or the ParameterNodes that it reads, are its parameters
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from inspect import isawaitable
 from typing import Any
 
 from aggregator.adapters.function import FunctionAgent, is_plain_function
+from aggregator.adapters.template import EvaluatedValues, TemplateAgent
 from aggregator.adapters.trace import TraceAgent, is_trace_agent
 from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import is_async
@@ -20,10 +22,11 @@ from aggregator.executors.work import InstanceAgent, Ran
 from aggregator.guides.calling import Call
 from aggregator.protocols import Agent, Parameter
 from aggregator.records import Rollout, RolloutTask
-from aggregator.text import shorten
+from aggregator.text import placeholders, shorten
 
 ACCEPTED = (
-    "an agent that offers parameters(), such as an instance of your Module; a function whose keyword-only arguments, "
+    "an agent that offers parameters(), such as an instance of your Module; a template with a placeholder, as "
+    "in 'Classify: {ticket}'; a mapping of named seed values with evaluator=; a function whose keyword-only arguments, "
     "or the ParameterNodes that it reads, are its parameters; an agent of Trace; or an object with parameters(), "
     "rollouts(tasks, guide), isolation and max_concurrency"
 )
@@ -31,11 +34,12 @@ _ISOLATIONS = ("overlay", "copy", "serial")
 _PARAMETER = ("name", "value", "type", "description", "constraint", "convert", "store")
 
 
-def as_agent(thing: Any) -> Agent:
+def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None) -> Agent:
     """Return an agent as the library runs it.
 
     `thing` is an instance of Module, or of any class that is called with an input and offers `parameters()`; a plain
-    function; an agent of Trace; or an object of the Protocol `aggregator.protocols.Agent`. Its parameters are
+    function; a prompt template, which `model` answers; a mapping of named seed values, which `evaluator(values, row)`
+    scores; an agent of Trace; or an object of the Protocol `aggregator.protocols.Agent`. Its parameters are
     ParameterNodes, or objects of the Protocol `aggregator.protocols.Parameter`.
 
     Raises ConfigError for anything else, and says what is missing.
@@ -44,6 +48,10 @@ def as_agent(thing: Any) -> Agent:
         return thing
     if is_plain_function(thing):
         return FunctionAgent(thing)
+    if isinstance(thing, str) and placeholders(thing):
+        return TemplateAgent(thing, model)
+    if isinstance(thing, Mapping):
+        return EvaluatedValues(thing, evaluator)
     offered = getattr(thing, "parameters", None)
     if isinstance(thing, type) or not callable(offered):
         raise ConfigError(f"Expected {ACCEPTED}, got {thing!r}")

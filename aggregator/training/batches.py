@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from random import Random
 from typing import Any
 
 from aggregator.checks import check_positive
-from aggregator.errors import ConfigError
+from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.records import Sample
 
-Dataset = Mapping[str, Sequence[Any]] | Sequence[tuple[Any, Any]]
-"""`{"inputs": [...], "infos": [...]}`, or a sequence of (x, info)."""
+Dataset = Mapping[str, Any] | Iterable[tuple[Any, Any]] | Iterable[Mapping[str, Any]]
+"""`{"inputs": [...], "infos": [...]}`, pairs (x, info), or rows with named columns."""
 
-_FORMS = "expected dict(inputs=[...], infos=[...]) or a sequence of (x, info)"
+_FORMS = "Expected dict(inputs=[...], infos=[...]), a sequence of (x, info), or rows as dicts of named columns"
 
 
-def samples(dataset: Dataset, *, name: str = "train_dataset") -> tuple[Sample, ...]:
+def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tuple[Sample, ...]:
     """Read a data set; a sample's id is its position.
 
-    Raises ConfigError where it is empty, of unequal lengths or of another form.
+    A data set is `dict(inputs=..., infos=...)`, pairs (x, info), or rows with named columns: dicts, a pandas DataFrame,
+    a Hugging Face Dataset. A row is both x and info. Generators are read once, to their end. A DataLoader, ours or
+    Trace's, gives its data; its batches are not used, and a TrainingWarning says so.
+
+    Raises ConfigError if it is empty, of unequal lengths or of another form.
 
     >>> samples({"inputs": ["a"], "infos": [1]})
     (Sample(id=0, x='a', info=1),)
     """
-    pairs = _from_columns(dataset, name) if isinstance(dataset, Mapping) else _from_pairs(dataset, name)
+    data = _data_of_loader(dataset, name)
+    pairs = _from_columns(data, name) if isinstance(data, Mapping) else _from_items(data, name)
     if not pairs:
-        raise ConfigError(f"{name} is empty; expected at least one (x, info)")
+        raise ConfigError(f"Expected at least one (x, info) in {name}, got none")
     return tuple(Sample(i, x, info) for i, (x, info) in enumerate(pairs))
+
+
+def _data_of_loader(dataset: Any, name: str) -> Any:
+    """Return the data behind a loader of minibatches, whose batches would be taken for pairs; else what was given."""
+    data = dataset.samples if isinstance(dataset, DataLoader) else getattr(dataset, "dataset", None)
+    if data is None or not hasattr(dataset, "batch_size"):
+        return dataset
+    warnings.warn(
+        f"{name} is a DataLoader: its data are used, its batches are not; "
+        f"give batch_size={dataset.batch_size} to train",
+        TrainingWarning,
+        stacklevel=3,
+    )
+    return [(sample.x, sample.info) for sample in data] if isinstance(dataset, DataLoader) else data
 
 
 def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple[Any, Any]]:
@@ -48,16 +68,23 @@ def _plain(column: Any) -> list[Any]:
     return list(column.tolist() if getattr(column, "ndim", None) == 1 else column)
 
 
-def _from_pairs(dataset: Any, name: str) -> list[tuple[Any, Any]]:
+def _from_items(dataset: Any, name: str) -> list[tuple[Any, Any]]:
     if isinstance(dataset, AbstractSet):
         raise ConfigError(f"{_FORMS}, got a {type(dataset).__name__} for {name}, whose order differs from run to run")
+    if hasattr(dataset, "columns") and hasattr(dataset, "to_dict"):  # a DataFrame, whose iteration gives column names
+        dataset = dataset.to_dict("records")
     if isinstance(dataset, str | bytes) or not hasattr(dataset, "__iter__"):
         raise ConfigError(f"{_FORMS}, got {type(dataset).__name__} for {name}")
-    pairs = list(dataset)
-    for i, pair in enumerate(pairs):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ConfigError(f"{_FORMS}, got {type(pair).__name__} at {name}[{i}]")
-    return [(x, info) for x, info in pairs]
+    return [_pair(item, f"{name}[{i}]") for i, item in enumerate(dataset)]
+
+
+def _pair(item: Any, place: str) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        row = dict(item)
+        return row, row
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise ConfigError(f"{_FORMS}, got {type(item).__name__} at {place}")
+    return item[0], item[1]
 
 
 def minibatches(

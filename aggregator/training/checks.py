@@ -21,7 +21,7 @@ from aggregator.agents.code import CodeParameter
 from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
-from aggregator.text import list_names, shorten
+from aggregator.text import list_names, placeholders, shorten
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.decisions import Check
 from aggregator.training.parts import check_checks
@@ -35,29 +35,6 @@ LEAK_WORDS = 5
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _WORD = re.compile(r"\w+")
-
-_PLACEHOLDER = re.compile(
-    r"""
-      \{\{ \s* (?P<mustache> [^\W\d][\w.]* ) \s* \}\}                            # {{question}}: Jinja, Mustache
-    | (?<!\{) \{ (?P<brace> (?:[^\W\d]\w*|\d+) [^\s{}!:]* ) (?:![rsa])? (?::[^\s{}]*)? \}   # {question}: str.format
-    | (?<!\$) \$ (?: \{ (?P<wrapped> [^\W\d]\w* ) \} | (?P<dollar> [^\W\d]\w* ) )  # $question: string.Template
-    """,
-    re.VERBOSE,
-)
-_SPELLED = {"mustache": "{{%s}}", "brace": "{%s}", "wrapped": "$%s", "dollar": "$%s"}
-
-
-def placeholders(text: str) -> list[str]:
-    r"""Return the placeholders of a template, each once, in the order of the text.
-
-    `{name}` as in str.format, `{{name}}` as in Jinja, `$name` and `${name}` as in string.Template; `$$name` is no
-    placeholder. Braces around anything but a name, as in JSON, are text.
-
-    >>> placeholders("Answer {question} in {{ language }} for $user, as {'k': 1}.")
-    ['{question}', '{{language}}', '$user']
-    """
-    found = (_SPELLED[str(match.lastgroup)] % match[str(match.lastgroup)] for match in _PLACEHOLDER.finditer(text))
-    return list(dict.fromkeys(found))
 
 
 def template_placeholders(value: Any, parameter: ParameterNode[Any]) -> list[str]:

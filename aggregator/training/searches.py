@@ -56,7 +56,7 @@ class Greedy:
         return pool[:1]
 
 
-greedy = Greedy()
+greedy: Greedy = Greedy()
 """The neutral search: one set of values, changed by each accepted update."""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.errors import ConfigError
+from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.records import Sample
 from aggregator.training.batches import DataLoader, minibatches, samples
 
@@ -46,10 +47,10 @@ def test_columns_of_numpy_are_pythons_own_values() -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ([], "train_dataset is empty; expected at least one"),
-        ({"inputs": [], "infos": []}, "train_dataset is empty"),
+        ([], r"Expected at least one \(x, info\) in train_dataset, got none"),
+        ({"inputs": [], "infos": []}, r"Expected at least one \(x, info\) in train_dataset"),
         ({"inputs": [1, 2], "infos": [1]}, "got 2 inputs and 1 infos in train_dataset"),
-        ({"x": [1]}, r"expected dict\(inputs=.*got a mapping with the keys \['x'\]"),
+        ({"x": [1]}, r"Expected dict\(inputs=.*got a mapping with the keys \['x'\]"),
         ([1, 2], r"got int at train_dataset\[0\]"),
         ([("a", 1, 2)], r"got tuple at train_dataset\[0\]"),
         ("abc", "got str for train_dataset"),
@@ -119,3 +120,45 @@ def test_replacement_draws_with_repeats() -> None:
     drawn = [i for batch in minibatches(50, 7, seed=0, epoch=0, replacement=True) for i in batch]
     assert len(drawn) == 50
     assert len(set(drawn)) < 50
+
+
+ROWS = [{"question": "who?", "answer": "me"}, {"question": "where?", "answer": "here"}]
+
+
+@pytest.mark.parametrize("data", [ROWS, tuple(ROWS), (row for row in ROWS), iter(ROWS)])
+def test_rows_with_named_columns(data: Any) -> None:
+    """A row is the agent's input and what the guide needs; a generator is read once."""
+    assert [(sample.x, sample.info) for sample in samples(data)] == [(row, row) for row in ROWS]
+
+
+def test_a_generator_of_pairs() -> None:
+    """Pairs may come from a generator."""
+    assert [sample.x for sample in samples((i, i + 1) for i in range(3))] == [0, 1, 2]
+
+
+def test_a_data_frame_gives_its_rows() -> None:
+    """A pandas DataFrame iterates over its column names; its rows are meant."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    assert [sample.x for sample in samples(pandas.DataFrame(ROWS))] == ROWS
+
+
+def test_a_dataset_of_hugging_face_gives_its_rows() -> None:
+    """Its rows are dicts."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    assert [sample.x for sample in samples(datasets.Dataset.from_list(ROWS))] == ROWS
+
+
+def test_a_data_loader_was_taken_for_pairs() -> None:
+    """Two batches of two look like pairs; the loader's data are used, and the warning names the batch size."""
+    pairs = [(i, str(i)) for i in range(4)]
+    with pytest.warns(TrainingWarning, match="train_dataset is a DataLoader.*give batch_size=2 to train"):
+        found = samples(DataLoader(pairs, batch_size=2))
+    assert [(sample.x, sample.info) for sample in found] == pairs
+
+
+def test_a_data_loader_of_trace_was_taken_for_pairs() -> None:
+    """Trace's loader holds its data set as `dataset`."""
+    loader = SimpleNamespace(dataset={"inputs": [1, 2], "infos": ["a", "b"]}, batch_size=2)
+    with pytest.warns(TrainingWarning, match="DataLoader"):
+        found = samples(loader)
+    assert [(sample.x, sample.info) for sample in found] == [(1, "a"), (2, "b")]

@@ -14,8 +14,9 @@ from training_fakes import ScriptedModel, section, suggest
 from aggregator import AggregatedUpdate, ConfigError, LLMOptimizer, Module, ParameterNode, bundle
 from aggregator.agents.code import CodeParameter
 from aggregator.records import Sample
+from aggregator.text import placeholders
 from aggregator.training import checks
-from aggregator.training.checks import edited_tokens, keeps_placeholders, leak_guard, max_edit, placeholders
+from aggregator.training.checks import edited_tokens, keeps_placeholders, leak_guard, max_edit
 from aggregator.training.decisions import Check
 from aggregator.training.step import Step
 
