@@ -108,6 +108,13 @@ def _is_named(node: Mapping[str, Any]) -> bool:
     return all(isinstance(value, Mapping) for value in node.values())
 
 
+UNENFORCED = frozenset(
+    {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "minItems"}
+    | {"maxItems", "uniqueItems"}
+)
+"""Keywords that Claude refuses in a schema, by Anthropic's API and by Bedrock's."""
+
+
 def closed(schema: Any, dropped: frozenset[str] = frozenset()) -> Any:
     """Return the schema with its objects closed and without the keywords of `dropped`: what a provider may ask for.
 

@@ -103,7 +103,7 @@ def test_no_region_is_chosen_for_the_user() -> None:
 
 def test_options() -> None:
     """Limits and sampling, tools and choice, a schema as a text, the user's own fields last."""
-    schema = {"type": "object", "properties": {}}
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     body = encode(

@@ -15,7 +15,7 @@ from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import fault_in_event
 from aggregator.llm.codecs.sse import CompletingCodec, Event, EventReader
 from aggregator.llm.codecs.wire import as_raw, raw_text, read
-from aggregator.llm.schemas import closed
+from aggregator.llm.schemas import UNENFORCED, closed
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
 
@@ -263,16 +263,10 @@ def _usage(usage: WireUsage) -> Usage:
     )
 
 
-_REFUSED_KEYWORDS = frozenset(
-    {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "minItems"}
-    | {"maxItems", "uniqueItems"}
-)
-
-
 def _output_config(call: ChatCall) -> dict[str, Any] | None:
     """The schema that the answer must keep to; plain JSON without one is not offered here."""
     wanted = call.response_format or {}
     if wanted.get("type") != "json_schema":
         return None
     stated = wanted.get("json_schema") or {}
-    return {"format": {"type": "json_schema", "schema": closed(stated.get("schema", {}), _REFUSED_KEYWORDS)}}
+    return {"format": {"type": "json_schema", "schema": closed(stated.get("schema", {}), UNENFORCED)}}

@@ -12,6 +12,7 @@ from aggregator.errors import ConfigError
 from aggregator.llm.codecs.wire import json_object, read
 from aggregator.llm.messages import as_data
 from aggregator.llm.openings import Mark
+from aggregator.llm.schemas import UNENFORCED, closed
 
 _CHOICES = {"auto": "auto", "required": "any", "any": "any"}
 _CACHE_POINT: dict[str, Any] = {"cachePoint": {"type": "default"}}
@@ -160,5 +161,6 @@ def output_config_of(wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if wanted is None or wanted.get("type") != "json_schema":
         return None
     stated = wanted.get("json_schema") or {}
-    schema = {"name": stated.get("name", "answer"), "schema": msgspec.json.encode(stated.get("schema", {})).decode()}
+    text = msgspec.json.encode(closed(stated.get("schema", {}), UNENFORCED)).decode()
+    schema = {"name": stated.get("name", "answer"), "schema": text}
     return {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": schema}}}
