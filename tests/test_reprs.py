@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,17 @@ import pytest
 
 from aggregator import (
     LLM,
+    AggregatedUpdate,
     Budget,
     DataLoader,
     LLMJudge,
+    LLMMerge,
+    LLMOptimizer,
     Module,
     Observer,
     ParameterNode,
+    Step,
+    as_agent,
     as_model,
     bundle,
     cassette,
@@ -22,8 +28,13 @@ from aggregator import (
     model,
     transcript,
 )
+from aggregator.executors import LocalExecutor, ProcessExecutor
+from aggregator.gates import always, both, improves_on_batch, improves_on_validation
 from aggregator.guides import ExactMatch, KeywordHints, NumericMatch, RegexMatch
 from aggregator.observing import ConsoleLogger, ProgressBar, from_logger
+from aggregator.optimizers import OPROOptimizer, TextGradOptimizer
+from aggregator.rules import LLMChoice, chain, dedupe, majority, top_k, tree_merge
+from aggregator.searches import beam, greedy, priority
 from aggregator.simulation import SimulatedModel
 
 KEY = "sk-abcdefghijklmnopqrstuvwx"
@@ -43,6 +54,10 @@ class Router(Module):
 class Greeter:
     def __init__(self) -> None:
         self.word = ParameterNode("Hello")
+
+
+def answer(x: str, *, rule: str = "Answer.") -> str:
+    return rule + x
 
 
 def hello(messages: Any) -> str:
@@ -77,12 +92,56 @@ def llm() -> LLM:
         (from_logger(ConsoleLogger(), 2), "from_logger(ConsoleLogger(), frequency=2)"),
         (SimulatedModel(seed=3), "SimulatedModel(seed=3)"),
         (DataLoader([(1, 2), (3, 4)], 2), "<DataLoader of 2 samples, batch_size=2>"),
+        (LLMOptimizer(llm=llm()), f"LLMOptimizer({LLM_SHOWN})"),
+        (OPROOptimizer(llm=llm()), f"OPROOptimizer({LLM_SHOWN})"),
+        (TextGradOptimizer(llm=llm()), f"TextGradOptimizer({LLM_SHOWN})"),
+        (LLMMerge(llm()), f"LLMMerge({LLM_SHOWN})"),
+        (LLMChoice(llm()), f"LLMChoice({LLM_SHOWN})"),
+        (greedy, "greedy"),
+        (beam(3), "beam(3, num_proposals=2)"),
+        (priority(8, num_proposals=3), "priority(8, num_proposals=3)"),
+        (LocalExecutor(8), "LocalExecutor(8)"),
+        (ProcessExecutor(2), "ProcessExecutor(2)"),
+        (as_agent(Router()), "as_agent(<Router with parameters answer__code, rule, parts.0, k>)"),
+        (as_agent(answer), "as_agent(answer)"),
+        (Step.of(Router()), "<Step 0 of epoch 0: 0 samples, parameters answer__code, rule, parts.0, k>"),
+        (
+            AggregatedUpdate(Router(), LLMOptimizer(llm=llm()), llm=llm()),
+            f"AggregatedUpdate(<Router with parameters answer__code, rule, parts.0, k>, LLMOptimizer({LLM_SHOWN}))",
+        ),
     ],
 )
 def test_an_object_says_what_it_is(made: Any, shown: str) -> None:
     """The repr names the class and what it was made with, and holds neither an address nor a key."""
     assert repr(made) == shown
     assert KEY not in shown
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (chain(dedupe, top_k(3)), "chain(dedupe, top_k(3))"),
+        (tree_merge(majority, fan_in=4), "tree_merge(majority, fan_in=4)"),
+        (improves_on_batch(0.1), "improves_on_batch(0.1)"),
+        (both(always, improves_on_batch()), "both(always, improves_on_batch(0.0))"),
+        (
+            improves_on_validation([(1, 2)], 0.1, significance=0.05),
+            "improves_on_validation(threshold=0.1, significance=0.05)",
+        ),
+    ],
+)
+def test_a_function_is_named_by_the_call_that_made_it(made: Any, name: str) -> None:
+    """It was "chain.<locals>.chained"; errors, `RunInfo` and the repr name it."""
+    assert made.__qualname__ == name
+    assert name in repr(made)
+
+
+def test_no_prompt_is_a_default_argument() -> None:
+    """The signatures of optimizers and rules had up to 2,577 characters."""
+    parts = [LLMOptimizer, OPROOptimizer, TextGradOptimizer, LLMMerge, LLMChoice, LLMJudge, AggregatedUpdate]
+    assert {part.__name__: n for part in parts if (n := len(str(signature(part)))) > 1_000} == {}
+    defaults = [parameter.default for part in parts for parameter in signature(part).parameters.values()]
+    assert [default for default in defaults if isinstance(default, str) and len(default) > 60] == []
 
 
 def test_what_is_open_says_what_is_in_it(tmp_path: Path) -> None:

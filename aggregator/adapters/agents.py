@@ -78,6 +78,9 @@ class CalledAgent(InstanceAgent):
         self.program = program
         self._adapted: dict[int, ParameterNode[Any]] = {}
 
+    def __repr__(self) -> str:
+        return f"as_agent({self.program!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.program,)
 
@@ -109,6 +112,9 @@ class BatchAgent:
         self.isolation = agent.isolation
         self.max_concurrency = agent.max_concurrency
         self._adapted: dict[int, ParameterNode[Any]] = {}
+
+    def __repr__(self) -> str:
+        return f"as_agent({self.agent!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.agent,)

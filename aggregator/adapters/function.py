@@ -74,6 +74,9 @@ class FunctionAgent(InstanceAgent):
             parameter.name = name
         self._parameters = list(known.values())
 
+    def __repr__(self) -> str:
+        return f"as_agent({_name(self.function)})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.function,)
 

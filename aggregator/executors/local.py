@@ -90,6 +90,9 @@ class LocalExecutor:
         self._threads: dict[int, _Threads] = {}
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"LocalExecutor({self.max_concurrency})"
+
     async def map(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[Rollout]:
         """Return the rollouts in the order of the tasks; raises as `finish` does."""
         loop = asyncio.get_running_loop()

@@ -83,6 +83,9 @@ class ProcessExecutor:
         self._pool = _Pool(self.max_workers)
         self._finalizer = finalize(self, _Pool.end, self._pool)
 
+    def __repr__(self) -> str:
+        return f"ProcessExecutor({self.max_workers})"
+
     async def map(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[Rollout]:
         """Return the rollouts in the order of the tasks.
 

@@ -9,6 +9,7 @@ from typing import Any
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.records import Decision, Rollout, Values
+from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.decisions import Gate
 from aggregator.training.parts import ask_gate
@@ -27,6 +28,7 @@ def both(first: Gate, second: Gate) -> Gate:
         decision = await ask_gate(first, before, after, step)
         return await ask_gate(second, before, after, step) if decision.accepted else decision
 
+    gate.__qualname__ = show_call("both", first, second)
     return gate
 
 
@@ -43,6 +45,7 @@ def improves_on_batch(threshold: float = 0.0) -> Gate:
         tried = await step.evaluate(after, step.samples)
         return compare(scores_of(known), scores_of(tried), threshold=threshold)
 
+    gate.__qualname__ = show_call("improves_on_batch", threshold)
     return gate
 
 
@@ -64,6 +67,7 @@ def improves_on_validation(dataset: Dataset, threshold: float = 0.0, *, signific
         tried = await step.evaluate(after, validation)
         return compare(scores_of(known), scores_of(tried), threshold=threshold, significance=significance)
 
+    gate.__qualname__ = show_call("improves_on_validation", threshold=threshold, significance=significance)
     return gate
 
 

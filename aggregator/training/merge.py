@@ -18,6 +18,7 @@ from aggregator.executors.work import failure
 from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Values
+from aggregator.text import show_call
 from aggregator.training.asking import Answer, ask_or_fail
 from aggregator.training.decisions import UpdateRule
 from aggregator.training.evaluation import mean
@@ -44,15 +45,18 @@ class LLMMerge:
         llm: Any = None,
         *,
         max_tokens: int = 4096,
-        system_prompt: str = AGGREGATOR_SYSTEM_PROMPT,
+        system_prompt: str | None = None,
         confidence: Confidence = "constant",
     ) -> None:
         if not callable(confidence) and confidence not in {"constant", "evidence"}:
             raise ConfigError(f"expected confidence 'constant', 'evidence' or a function, got {confidence!r}")
         self.llm: ChatModel = as_model(llm)
         self.max_tokens = max_tokens
-        self.system_prompt = system_prompt
+        self.system_prompt = AGGREGATOR_SYSTEM_PROMPT if system_prompt is None else system_prompt
         self.confidence = confidence
+
+    def __repr__(self) -> str:
+        return show_call("LLMMerge", self.llm)
 
     async def __call__(self, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         """Return no proposal, or one."""
@@ -160,6 +164,7 @@ def tree_merge(
             level, depth = remaining, depth + 1
         return level or failed[:1]
 
+    tree.__qualname__ = show_call("tree_merge", rule, fan_in=fan_in)
     return tree
 
 
@@ -200,10 +205,13 @@ class LLMChoice:
     proposal's failures; an error that no further call can escape is raised.
     """
 
-    def __init__(self, llm: Any = None, *, max_tokens: int = 4096, system_prompt: str = CHOOSER_SYSTEM_PROMPT) -> None:
+    def __init__(self, llm: Any = None, *, max_tokens: int = 4096, system_prompt: str | None = None) -> None:
         self.llm: ChatModel = as_model(llm)
         self.max_tokens = max_tokens
-        self.system_prompt = system_prompt
+        self.system_prompt = CHOOSER_SYSTEM_PROMPT if system_prompt is None else system_prompt
+
+    def __repr__(self) -> str:
+        return show_call("LLMChoice", self.llm)
 
     async def __call__(self, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         """Return no proposal, or one."""

@@ -16,7 +16,7 @@ from aggregator.executors.local import fan_out
 from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Rollout, StepReport
-from aggregator.text import as_text, cut
+from aggregator.text import as_text, cut, show_call
 from aggregator.training.asking import Answer, ask
 from aggregator.training.checks import keeps_placeholders, template_placeholders
 from aggregator.training.decisions import UpdateRule
@@ -59,14 +59,14 @@ class LLMOptimizer:
         parameters: Sequence[Any] | None = None,
         llm: Any = None,
         *,
-        objective: str = DEFAULT_OBJECTIVE,
+        objective: str | None = None,
         memory_size: int = 5,
         num_candidates: int | None = None,
         variation: Variation = seeds,
         select: UpdateRule | None = None,
         temperature: float | None = None,
         max_tokens: int = 4096,
-        system_prompt: str = PROPOSER_SYSTEM_PROMPT,
+        system_prompt: str | None = None,
         layout: Layout = Layout(),  # noqa: B008 - frozen
     ) -> None:
         if num_candidates is not None:
@@ -76,15 +76,18 @@ class LLMOptimizer:
             check_rule(select)
         self.parameters = parameters
         self.llm: ChatModel = as_model(llm)
-        self.objective = objective
+        self.objective = DEFAULT_OBJECTIVE if objective is None else objective
         self.memory_size = memory_size
         self.num_candidates = check_variation(variation, num_candidates)
         self.variation = variation
         self.select = variation.select(self.llm) if select is None else select
         self.temperature = temperature
         self.max_tokens = max_tokens
-        self.system_prompt = system_prompt
+        self.system_prompt = PROPOSER_SYSTEM_PROMPT if system_prompt is None else system_prompt
         self.layout = layout
+
+    def __repr__(self) -> str:
+        return show_call(type(self).__name__, self.llm)
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
         """Return what one instance asks for, or a whole minibatch; raises LLMError if a call failed."""
@@ -231,15 +234,15 @@ class TextGradOptimizer(LLMOptimizer):
         llm: Any = None,
         *,
         critic: Any = None,
-        objective: str = DEFAULT_OBJECTIVE,
+        objective: str | None = None,
         memory_size: int = 5,
         num_candidates: int | None = None,
         variation: Variation = seeds,
         select: UpdateRule | None = None,
         temperature: float | None = None,
         max_tokens: int = 4096,
-        system_prompt: str = GRADIENT_SYSTEM_PROMPT,
-        critic_system_prompt: str = CRITIC_SYSTEM_PROMPT,
+        system_prompt: str | None = None,
+        critic_system_prompt: str | None = None,
         layout: Layout = Layout(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
@@ -252,11 +255,11 @@ class TextGradOptimizer(LLMOptimizer):
             select=select,
             temperature=temperature,
             max_tokens=max_tokens,
-            system_prompt=system_prompt,
+            system_prompt=GRADIENT_SYSTEM_PROMPT if system_prompt is None else system_prompt,
             layout=layout,
         )
         self.critic: ChatModel = self.llm if critic is None else as_model(critic)
-        self.critic_system_prompt = critic_system_prompt
+        self.critic_system_prompt = CRITIC_SYSTEM_PROMPT if critic_system_prompt is None else critic_system_prompt
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
         """Return what the criticism of this instance asks for; raises LLMError if a call failed."""

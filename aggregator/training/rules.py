@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.records import Proposal, Values
-from aggregator.text import canonical_json
+from aggregator.text import canonical_json, show_call
 from aggregator.training.decisions import UpdateRule
 from aggregator.training.parts import check_rule, merge_with
 from aggregator.training.step import Step
@@ -48,6 +48,7 @@ def chain(*rules: UpdateRule) -> UpdateRule:
             proposals = await merge_with(rule, proposals, step)
         return proposals
 
+    chained.__qualname__ = show_call("chain", *rules)
     return chained
 
 
@@ -102,6 +103,7 @@ def top_k(k: int) -> UpdateRule:
         ranked = sorted(range(len(proposals)), key=lambda i: (-_score(proposals[i]), _first_sample(proposals[i]), i))
         return [proposals[i] for i in sorted(ranked[:k])]
 
+    best.__qualname__ = show_call("top_k", k)
     return _rule(best)
 
 

@@ -15,6 +15,7 @@ from aggregator.checks import check_finite, check_positive, is_int
 from aggregator.errors import ConfigError
 from aggregator.protocols import AnyGuide
 from aggregator.records import Candidate, Decision, Sample
+from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.candidates import compare_on_shared, draw, gain, mean_score, upper_bound, wins_of
 from aggregator.training.step import Step
@@ -36,6 +37,9 @@ class Greedy:
     is_single = True
     proposals = 1
     guide: Any = None
+
+    def __repr__(self) -> str:
+        return "greedy"
 
     def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
         """Return the current candidate."""
@@ -130,6 +134,9 @@ class Priority:
         self.ucb_exploration_constant = ucb_exploration_constant
         self.validation = _validation(validate_dataset)
         self.guide = validate_guide
+
+    def __repr__(self) -> str:
+        return show_call(type(self).__name__.lower(), self.memory_size, num_proposals=self.proposals)
 
     def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
         """Return the current candidate and the best others."""

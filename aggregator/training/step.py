@@ -55,6 +55,10 @@ class Step(Struct, frozen=True, kw_only=True):
     memory: MutableMapping[str, Any] = {}
     evaluator: Evaluate | None = None
 
+    def __repr__(self) -> str:
+        names = ", ".join(parameter.name for parameter in self.parameters)
+        return f"<Step {self.number} of epoch {self.epoch}: {len(self.samples)} samples, parameters {names}>"
+
     @classmethod
     def of(
         cls,

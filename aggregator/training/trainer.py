@@ -25,6 +25,7 @@ from aggregator.observing.observer import Watching
 from aggregator.portal import sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
 from aggregator.records import Candidate, Failure, Proposal, Rollout, RolloutTask, Sample, TrainingResult
+from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checks import all_checks
 from aggregator.training.decisions import AnyOptimizer, Check, Gate, Optimizer, Search, UpdateRule
@@ -123,6 +124,9 @@ class Trainer:
         self._adapted: tuple[Any, Any] = (None, None)
         self._proposing: tuple[Any, Any, Any] = (None, None, None)
         self._check_parts()
+
+    def __repr__(self) -> str:
+        return show_call(type(self).__name__, self.agent, self.optimizer)
 
     def _check_parts(self) -> None:
         """Check agent, optimizer and executor against one another."""
