@@ -43,9 +43,7 @@ def test_a_template_is_trained_on_rows_with_named_columns() -> None:
 @pytest.mark.parametrize("template", ["Classify the ticket.", "", '{"team": 1}'])
 def test_a_template_without_a_placeholder(template: str) -> None:
     """It could not depend on its input, so it is refused before anything is paid for."""
-    with pytest.raises(
-        ConfigError, match=r"Expected .* a prompt template with a placeholder, as in 'Classify: \{ticket\}'"
-    ):
+    with pytest.raises(ConfigError, match=r"Expected .* a template with a placeholder, as in 'Classify: \{ticket\}'"):
         as_agent(template)
 
 

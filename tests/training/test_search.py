@@ -575,7 +575,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"score_function": "median"}, "Expected score_function 'mean' or 'ucb', got 'median'"),
     ({"ucb_exploration_constant": -1.0}, "Expected ucb_exploration_constant to be a finite number of at least 0"),
     ({"ucb_exploration_constant": float("nan")}, "Expected ucb_exploration_constant to be a finite number"),
-    ({"validate_dataset": []}, "validate_dataset is empty"),
+    ({"validate_dataset": []}, "in validate_dataset, got none"),
     ({"rule": 5}, "Expected a rule"),
     ({"gate": 5}, "Expected a gate"),
     ({"optimizer": None}, "Expected an optimizer"),

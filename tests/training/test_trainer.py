@@ -400,8 +400,8 @@ class Nothing(Module):
 @pytest.mark.parametrize(
     ("agent", "arguments", "message"),
     [
-        (Adder(), {"train_dataset": []}, "train_dataset is empty"),
-        (Adder(), {"test_dataset": []}, "test_dataset is empty"),
+        (Adder(), {"train_dataset": []}, "in train_dataset, got none"),
+        (Adder(), {"test_dataset": []}, "in test_dataset, got none"),
         (Adder(), {"batch_size": 0}, "Expected batch_size to be an int of at least 1, got 0"),
         (Adder(), {"stepsize": 1.5}, "stepsize.*1.5"),
         (Adder(), {"stepsize": -0.1}, "stepsize.*-0.1"),
