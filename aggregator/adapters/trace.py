@@ -75,7 +75,7 @@ class TraceParameter(ParameterNode[Any]):
         super().__init__(
             self.written,
             name=name,
-            description=_described(node),
+            description=_describe(node),
             constraint=constraint if isinstance(constraint, str) else None,
             trainable=bool(getattr(node, "trainable", True)),
         )
@@ -181,7 +181,7 @@ class TraceOptimizer:
             if isinstance(error, LLMError) or ends_run(error):
                 raise
             return replace(silent, error=f"{type(error).__name__}: {error}")
-        values, refused = self._converted(update, step.parameters)
+        values, refused = self._convert(update, step.parameters)
         return replace(silent, values=values, error="; ".join(refused) or None)
 
     def _step(self, optimizer: Any, node: Any, feedback: str) -> dict[Any, Any]:
@@ -199,7 +199,7 @@ class TraceOptimizer:
         optimizer = copy.copy(self.optimizer)
         for name, value in vars(self.optimizer).items():
             if name in _MEMORIES or (isinstance(value, list) and name not in _SHARED):
-                setattr(optimizer, name, _own(value))
+                setattr(optimizer, name, _copy_of(value))
         if hasattr(optimizer, "llm"):
             optimizer.llm = _Yielding(optimizer.llm, self.agent.lock)
         if hasattr(optimizer, "construct_update_dict"):  # Trace's guesses at types: ours are asked instead
@@ -224,7 +224,7 @@ class TraceOptimizer:
         self._copies = {}
         self._step_of_memories = step.number
 
-    def _converted(self, update: dict[Any, Any], parameters: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
+    def _convert(self, update: dict[Any, Any], parameters: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
         """Return the values that fit their parameters, and why the others do not."""
         values: dict[str, Any] = {}
         refused = []
@@ -260,7 +260,7 @@ class _Yielding:
         return getattr(self._llm, name)
 
 
-def _own(value: Any) -> Any:
+def _copy_of(value: Any) -> Any:
     """Return a copy that can be added to without the original; what is in it stays the same."""
     copied = copy.copy(value)
     if isinstance(value, list):
@@ -293,7 +293,7 @@ def _parameters_of(nodes: Sequence[Any]) -> Iterator[TraceParameter]:
         yield TraceParameter(node, base if taken[base] == 0 else f"{base}.{taken[base]}")
 
 
-def _described(node: Any) -> str:
+def _describe(node: Any) -> str:
     """Return a node's description without the tag that Trace puts in front."""
     text = getattr(node, "description", None) or ""
     return text.partition("] ")[2] if text.startswith("[") and "] " in text else text

@@ -24,7 +24,7 @@ from aggregator.training.replies import parse_reply
 from aggregator.training.rules import identity
 from aggregator.training.searches import Beam, BestOf, Pareto, Priority, ScoreFunction, Sequential, Succeeding
 from aggregator.training.step import Step
-from aggregator.training.suggestions import construct_update_dict, extract_llm_suggestion, typed
+from aggregator.training.suggestions import construct_update_dict, convert_suggestion, extract_llm_suggestion
 from aggregator.training.trainer import Trainer
 
 
@@ -158,11 +158,11 @@ class _HookedMerge(LLMMerge):
     def messages(self, proposals: Sequence[Proposal], step: Step) -> list[dict[str, str]]:
         """Return the prompt, with the values as `to_param_dict` names them."""
         if "to_param_dict" in self.hooks:
-            step = replace(step, values=self._named(step.values, step))
-            proposals = [replace(one, values=self._named(one.values, step)) for one in proposals]
+            step = replace(step, values=self._name_values(step.values, step))
+            proposals = [replace(one, values=self._name_values(one.values, step)) for one in proposals]
         return super().messages(proposals, step)
 
-    def _named(self, values: Values, step: Step) -> dict[str, Any]:
+    def _name_values(self, values: Values, step: Step) -> dict[str, Any]:
         nodes = {parameter: values[parameter.name] for parameter in step.parameters if parameter.name in values}
         named: Any = self.trainer.to_param_dict(nodes)
         if not isinstance(named, Mapping):
@@ -196,7 +196,7 @@ class _HookedMerge(LLMMerge):
             if not isinstance(update, Mapping):
                 raise ConfigError(f"Expected a dict from construct_update_dict, got {shorten(update)}")
             suggestion = {str(getattr(key, "name", key)): value for key, value in update.items()}
-        values, refused = typed(suggestion, parameters)
+        values, refused = convert_suggestion(suggestion, parameters)
         return Answer(values=values, reasoning=reasoning, error="; ".join(refused.values()) or None)
 
 

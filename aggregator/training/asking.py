@@ -14,7 +14,7 @@ from aggregator.protocols import ChatModel
 from aggregator.records import Values
 from aggregator.training.prompts import repair_messages
 from aggregator.training.replies import parse_reply
-from aggregator.training.suggestions import response_schema, typed
+from aggregator.training.suggestions import convert_suggestion, response_schema
 
 Parameters = Sequence[ParameterNode[Any]]
 
@@ -42,7 +42,7 @@ def read_reply(text: str, parameters: Parameters) -> Answer:
         return Answer(error=str(error))
     if reply.terminate or reply.suggestion is None:
         return Answer(reasoning=reply.reasoning)
-    values, refused = typed(reply.suggestion, parameters)
+    values, refused = convert_suggestion(reply.suggestion, parameters)
     return Answer(values=values, reasoning=reply.reasoning, error="; ".join(refused.values()) or None)
 
 

@@ -11,12 +11,12 @@ from msgspec.structs import replace
 
 from aggregator.records import Candidate, Decision, Values
 from aggregator.training.gates import compare
-from aggregator.training.prompts import ordered
+from aggregator.training.prompts import sort_sets
 
 
 def plain(values: Values) -> Values:
     """Return values as JSON has them, so that a candidate is the same before and after a resumption."""
-    found: Values = msgspec.to_builtins(ordered(values), enc_hook=repr)
+    found: Values = msgspec.to_builtins(sort_sets(values), enc_hook=repr)
     return found
 
 

@@ -85,13 +85,13 @@ def digest(value: Any) -> str:
     True
     """
     try:
-        text = canonical_json(value, _shown)
+        text = canonical_json(value, _show_whole)
     except (TypeError, ValueError, RecursionError):  # keys of other kinds, lone surrogates, a list that holds itself
-        text = _shown(value).encode(errors="backslashreplace")
+        text = _show_whole(value).encode(errors="backslashreplace")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _shown(value: Any) -> str:
+def _show_whole(value: Any) -> str:
     return show(value, _WHOLE)
 
 

@@ -52,10 +52,19 @@ from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.rollouts import Arrive, Rollouts, without_handle
 from aggregator.training.rules import key_of
 from aggregator.training.run_dir import claim_run_dir, count_in, load_state, open_journal, raise_misses
-from aggregator.training.seed import Hooks, Instance, Place, call_hook, lost, observed, placed, read_output
-from aggregator.training.step import Step, laid_over, read_only
+from aggregator.training.seed import (
+    Hooks,
+    Instance,
+    Place,
+    at_place,
+    call_hook,
+    lose_instance,
+    make_instance,
+    read_output,
+)
+from aggregator.training.step import Step, read_only, use_values
 from aggregator.training.trained_code import check_code, sandboxes_of
-from aggregator.training.updates import Explored, Parts, Update, changed, make_update, place_of, without
+from aggregator.training.updates import Explored, Parts, Update, changes_between, make_update, place_of, without
 
 FEWEST_JUDGED = 4
 """max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
@@ -75,7 +84,7 @@ class Trainer(Protocol):
         """Return the parameters that training may change."""
         ...
 
-    def adapted_agent(self) -> Agent:
+    def agent_to_run(self) -> Agent:
         """Return the agent as executors run it."""
         ...
 
@@ -142,7 +151,7 @@ class _Course:
         self.turns = plan.schedule()
         self.pending: tuple[StepReport, ...] = ()
         self.observers = _watchers(trainer, plan)
-        self.agent = trainer.adapted_agent()
+        self.agent = trainer.agent_to_run()
         self.rollouts = Rollouts(self.agent, trainer.executor or local, local, self.observers)
         self.evaluations = Evaluations(
             self.rollouts.map, plan.guide, parameters, min_score=plan.min_score, known=state.scores
@@ -186,9 +195,9 @@ class _Course:
             if hooks.update is None:
                 update: Any = await apply(outputs)
             else:
-                with placed(Place(step=step, call=self.local.call, update=apply)):
+                with at_place(Place(step=step, call=self.local.call, update=apply)):
                     update = await call_hook(hooks.update, self.local.call, outputs, self.plan.verbose)
-            written = changed(step.values, values_of(self.parameters))
+            written = changes_between(step.values, values_of(self.parameters))
         report = _report(turn, explored, _as_update(update, explored, written), ledger.totals())
         memory = as_json(step.memory, self.gate)
         kept = update.pool if isinstance(update, Update) else candidates_in(self.state.memory)
@@ -222,7 +231,7 @@ class _Course:
         base = tuple(current_lineage().split("/"))
         seen = read_only(step)
         candidates = [pool[0], *without(pool[0], parts.search.explore(pool, seen))]
-        steps = [seen, *(replace(seen, values=self._typed(candidate.values)) for candidate in candidates[1:])]
+        steps = [seen, *(replace(seen, values=self._convert_values(candidate.values)) for candidate in candidates[1:])]
         size = len(step.samples)
         places = [(*base, *place_of(parts.search, candidate)) for candidate in candidates]
         tasks = [
@@ -244,15 +253,15 @@ class _Course:
                     if self.plan.verbose == "output":
                         self.trainer.log_output(rollout, step)
                     if parts.propose_per == "batch":
-                        return observed(task.sample, rollout)
+                        return make_instance(task.sample, rollout)
                     own = replace(of_candidate, samples=(task.sample,), rollouts=(rollout,))
-                    with laid_over(own):
-                        return observed(task.sample, rollout, await parts.propose((rollout,), own))
+                    with use_values(own):
+                        return make_instance(task.sample, rollout, await parts.propose((rollout,), own))
             except BaseException as error:  # the boundary: an override may raise anything
                 if error is self.rollouts.refused:
                     raise
                 record = record_failure("proposal", error, task.sample.id)
-                return lost(task.sample, record, lineage="/".join(task.lineage))
+                return lose_instance(task.sample, record, lineage="/".join(task.lineage))
 
         found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit)
         runs = [found[i * size : (i + 1) * size] for i in range(len(candidates))]
@@ -266,14 +275,14 @@ class _Course:
     ) -> Instance:
         """Return what an overridden `forward` makes of one instance, called with the agent that the user gave."""
         place, sample = Place(step=step, call=self.local.call, seen=[]), task.sample
-        with laid_over(step), placed(place):
+        with use_values(step), at_place(place):
             arguments = (self.trainer.agent, sample.x, self.plan.guide, sample.info, self.plan.verbose)
             output = await call_hook(forward, self.local.call, *arguments)
         for rollout in place.seen:
             await self.rollouts.see(rollout)
         return read_output(output, sample, seen=place.seen, lineage="/".join(task.lineage), strict=strict)
 
-    def _typed(self, values: Values) -> Values:
+    def _convert_values(self, values: Values) -> Values:
         with overriding(self.parameters, values):
             return values_of(self.parameters)
 
@@ -319,7 +328,7 @@ class _Course:
     def _commit(self, report: StepReport, evaluation: Evaluation | None, memory: dict[str, Any]) -> None:
         """Make a step part of the state, in memory and on disk."""
         values = values_of(self.parameters)
-        in_use = [values, *(self._typed(candidate.values) for candidate in candidates_in(memory))]
+        in_use = [values, *(self._convert_values(candidate.values) for candidate in candidates_in(memory))]
         self.state = replace(
             self._with(evaluation),
             values=values,

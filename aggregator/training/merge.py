@@ -155,7 +155,7 @@ def tree_merge(
                 return await merge_with(rule, group[1], step)
 
         while len(level) > 1:
-            groups = list(enumerate(grouped(level, fan_in, max_prompt_tokens)))
+            groups = list(enumerate(group_proposals(level, fan_in, max_prompt_tokens)))
             merged = [proposal for found in await finish(merge, groups, max_concurrency) for proposal in found]
             failed += [proposal for proposal in merged if proposal.failures]
             remaining = [proposal for proposal in merged if proposal.values]
@@ -173,7 +173,7 @@ def worst_first(proposals: Sequence[Proposal]) -> list[Proposal]:
     return sorted(proposals, key=lambda proposal: float("-inf") if proposal.score is None else proposal.score)
 
 
-def grouped(proposals: Sequence[Proposal], fan_in: int, max_tokens: int) -> list[list[Proposal]]:
+def group_proposals(proposals: Sequence[Proposal], fan_in: int, max_tokens: int) -> list[list[Proposal]]:
     """Cut a sequence into groups of at least two where there are two, within the fan-in and the token limit."""
     groups: list[list[Proposal]] = [[]]
     room = max_tokens

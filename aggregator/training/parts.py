@@ -19,7 +19,7 @@ from aggregator.text import shorten
 from aggregator.training.decisions import Gate, Optimizer, UpdateRule
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.step import Step
-from aggregator.training.suggestions import typed
+from aggregator.training.suggestions import convert_suggestion
 from aggregator.training.trained_code import permit_replayed_code
 
 _METHODS_OF_SEARCH = ("explore", "trials", "choose", "keep")
@@ -118,7 +118,7 @@ async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step:
 
     Score and feedback are those of the rollouts if the optimizer gives none of its own.
     """
-    proposal = await _awaited(optimizer.propose(rollouts, step), "propose", optimizer)
+    proposal = await _await_part(optimizer.propose(rollouts, step), "propose", optimizer)
     if not isinstance(proposal, Proposal) or not isinstance(proposal.values, dict):
         raise TypeError(
             f"Expected a Proposal(values={{...}}) from {name_of(optimizer)}.propose, got {shorten(proposal)}"
@@ -140,7 +140,7 @@ def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
     """Return the proposal with each value in its parameter's own type; `error` says what does not fit."""
     if not proposal.values:
         return proposal
-    values, refused = typed(proposal.values, step.parameters)
+    values, refused = convert_suggestion(proposal.values, step.parameters)
     permit_replayed_code(values, step.parameters)
     if refused:
         error = "; ".join(reason for reason in (proposal.error, *refused.values()) if reason)
@@ -150,7 +150,7 @@ def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
 
 async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Return what a rule makes of proposals; raises ConfigError for anything but proposals."""
-    answer: Any = await _awaited(rule(proposals, step), "the rule", rule)
+    answer: Any = await _await_part(rule(proposals, step), "the rule", rule)
     if not isinstance(answer, Sequence) or not all(isinstance(proposal, Proposal) for proposal in answer):
         raise ConfigError(
             f"Expected a list of Proposals from the rule {name_of(rule)}, got {shorten(answer)}; [] is no update"
@@ -160,7 +160,7 @@ async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step
 
 async def ask_gate(gate: Gate, before: Values, after: Values, step: Step) -> Decision:
     """Return a gate's decision; raises ConfigError for anything but a Decision, and for a memory that is not JSON."""
-    answer: Any = await _awaited(gate(before, after, step), "the gate", gate)
+    answer: Any = await _await_part(gate(before, after, step), "the gate", gate)
     if not isinstance(answer, Decision):
         raise ConfigError(
             f"Expected a Decision(accepted=..., reason=...) from the gate {name_of(gate)}, got {shorten(answer)}"
@@ -196,7 +196,7 @@ def refuse_values(values: Values, step: Step) -> dict[str, str]:
     return refused
 
 
-async def _awaited(answer: Any, what: str, part: Any) -> Any:
+async def _await_part(answer: Any, what: str, part: Any) -> Any:
     if not isawaitable(answer):
         raise ConfigError(
             f"Expected {what} of {name_of(part)} to be async, got {shorten(answer)} at once; write `async def`"

@@ -135,7 +135,9 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values) -> Mapping[str, str]:
     }
 
 
-def trainable(own: Sequence[ParameterNode[Any]], named: Sequence[Any] | None = None) -> list[ParameterNode[Any]]:
+def choose_parameters(
+    own: Sequence[ParameterNode[Any]], named: Sequence[Any] | None = None
+) -> list[ParameterNode[Any]]:
     """Return the parameters that may change, of the agent's own those that the optimizer names.
 
     Raises ConfigError if there is none, or two of one name, or one that is not the agent's.

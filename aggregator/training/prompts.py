@@ -150,7 +150,7 @@ class Layout(Struct, frozen=True, kw_only=True):
     mask: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        named = [_bare(name) for name in (*self.prompt_symbols, *_listed(self.mask))]
+        named = [_bare(name) for name in (*self.prompt_symbols, *_as_list(self.mask))]
         if unknown := [name for name in named if name not in SECTIONS]:
             raise ConfigError(f"Expected headings of the prompt ({', '.join(SECTIONS)}), got {', '.join(unknown)}")
         if "Parameters" in map(_bare, self.mask):
@@ -170,7 +170,7 @@ class Layout(Struct, frozen=True, kw_only=True):
         """Return what a section is called."""
         return {_bare(old): _bare(new) for old, new in self.prompt_symbols.items()}.get(name, name)
 
-    def applied(self, sections: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    def apply(self, sections: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the sections that are shown, under the names that they are to have."""
         if not self.prompt_symbols and not self.mask:
             return list(sections)
@@ -182,7 +182,7 @@ def _bare(heading: str) -> str:
     return heading.removeprefix("#")
 
 
-def _listed(mask: Sequence[str]) -> Sequence[str]:
+def _as_list(mask: Sequence[str]) -> Sequence[str]:
     if isinstance(mask, str):
         raise ConfigError(f"Expected a list of headings as the mask, got {mask!r}; write [{mask!r}]")
     return mask
@@ -216,7 +216,7 @@ def proposal_messages(
     ]
     before = [("Objective", objective), *([("Example", layout.example)] if layout.example else [])]
     after = [("History", "\n".join(history))] if history else []
-    opening, rest = layout.applied([*before, facts[0]]), layout.applied([*facts[1:], *after])
+    opening, rest = layout.apply([*before, facts[0]]), layout.apply([*facts[1:], *after])
     return _messages(system_prompt, [*opening, *rest], shared=len(opening) if is_shared else 0)
 
 
@@ -287,23 +287,23 @@ def pretty(value: Any) -> str:
       "k": 3
     }
     """
-    return msgspec.json.format(msgspec.json.encode(ordered(value), enc_hook=str), indent=2).decode()
+    return msgspec.json.format(msgspec.json.encode(sort_sets(value), enc_hook=str), indent=2).decode()
 
 
-def ordered(value: Any) -> Any:
+def sort_sets(value: Any) -> Any:
     """Return a value in the order it came, with sets, whose order is another in every process, as sorted lists.
 
-    >>> ordered({"b": {3, 1}, "a": 0})
+    >>> sort_sets({"b": {3, 1}, "a": 0})
     {'b': [1, 3], 'a': 0}
     """
     if isinstance(value, str | int | float | None):  # nearly always
         return value
     if isinstance(value, Mapping):
-        return {key: ordered(item) for key, item in value.items()}
+        return {key: sort_sets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [ordered(item) for item in value]
+        return [sort_sets(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted(map(ordered, value), key=lambda item: msgspec.json.encode(item, enc_hook=str))
+        return sorted(map(sort_sets, value), key=lambda item: msgspec.json.encode(item, enc_hook=str))
     return value
 
 
@@ -329,7 +329,7 @@ def _suggestion(proposal: Proposal, confidence: float) -> str:
 
 def digest_of(update: Values) -> str:
     """Write an earlier update as one bounded line."""
-    return one_line(msgspec.json.encode(ordered(update), enc_hook=str).decode(), UPDATE_DIGEST)
+    return one_line(msgspec.json.encode(sort_sets(update), enc_hook=str).decode(), UPDATE_DIGEST)
 
 
 def verdict(report: StepReport) -> str:
@@ -340,7 +340,7 @@ def verdict(report: StepReport) -> str:
 
 def _messages(system_prompt: str, sections: Sequence[tuple[str, str]], *, shared: int = 0) -> list[dict[str, str]]:
     """Return system and user message; other calls begin with the same `shared` sections."""
-    texts = [f"#{heading}\n{_contained(text)}" for heading, text in sections]
+    texts = [f"#{heading}\n{_indent_headings(text)}" for heading, text in sections]
     user = {"role": "user", "content": "\n\n".join(texts)}
     if shared:
         user = Opening(user)
@@ -348,10 +348,10 @@ def _messages(system_prompt: str, sections: Sequence[tuple[str, str]], *, shared
     return [{"role": "system", "content": system_prompt}, user]
 
 
-def _contained(text: str) -> str:
+def _indent_headings(text: str) -> str:
     """Indent lines that begin as a heading does: what an agent or a guide says cannot open a section of its own.
 
     A lone surrogate, which no request can carry, is written as its escape.
     """
     text = text.encode(errors="backslashreplace").decode()
-    return text.replace("\n#", "\n #") if not text.startswith("#") else _contained(f" {text}")
+    return text.replace("\n#", "\n #") if not text.startswith("#") else _indent_headings(f" {text}")

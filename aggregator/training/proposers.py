@@ -30,8 +30,8 @@ from aggregator.training.prompts import (
     digest_of,
     join_rollouts,
     number,
-    ordered,
     proposal_messages,
+    sort_sets,
     verdict,
 )
 from aggregator.training.step import Step
@@ -114,7 +114,7 @@ class LLMOptimizer:
     def messages(self, rollout: Rollout, step: Step) -> list[dict[str, str]]:
         """Return the prompt; a subclass may tell the model something else."""
         return self.describe(
-            rollout, step, history=self.recalled(step.history), system_prompt=self.system_prompt, layout=self.layout
+            rollout, step, history=self.recall(step.history), system_prompt=self.system_prompt, layout=self.layout
         )
 
     def describe(
@@ -134,7 +134,7 @@ class LLMOptimizer:
             is_shared=self.num_candidates > 1 or step.batch_size > max(1, len(step.samples)),
         )
 
-    def recalled(self, history: Sequence[StepReport]) -> list[str]:
+    def recall(self, history: Sequence[StepReport]) -> list[str]:
         """Return the latest updates that were tried, with their verdicts, as lines."""
         tried = [report for report in history if report.update]
         return [verdict(report) for report in latest(tried, self.memory_size)]
@@ -185,16 +185,16 @@ class OPROOptimizer(LLMOptimizer):
     test set after it, else that of the next minibatch.
     """
 
-    def recalled(self, history: Sequence[StepReport]) -> list[str]:
+    def recall(self, history: Sequence[StepReport]) -> list[str]:
         """Return the `memory_size` best updates in ascending order of score, as lines."""
-        scored = [(score, report) for report, score in reached(history) if report.update and score is not None]
+        scored = [(score, report) for report, score in scores_reached(history) if report.update and score is not None]
         ranked = sorted(scored, key=lambda pair: pair[0])
         return [
             f"score {number(score)}: {digest_of(report.update)}" for score, report in latest(ranked, self.memory_size)
         ]
 
 
-def reached(history: Sequence[StepReport]) -> Iterator[tuple[StepReport, float | None]]:
+def scores_reached(history: Sequence[StepReport]) -> Iterator[tuple[StepReport, float | None]]:
     """Yield each step with the score that its update reached."""
     following = [report.score for report in history[1:]]
     for report, next_score in zip_longest(history, following):
@@ -214,7 +214,7 @@ def latest(items: Sequence[Item], count: int) -> Sequence[Item]:
 
 def render(value: Any) -> str:
     """Write an agent's output as text: a string as it is, JSON where it can be."""
-    return as_text(ordered(value))
+    return as_text(sort_sets(value))
 
 
 class TextGradOptimizer(LLMOptimizer):

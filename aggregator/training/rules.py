@@ -124,7 +124,7 @@ def majority(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     {'k': 5}
     """
     current = step.values
-    elected = {name: _elected(name, current, proposals, step.stepsize) for name in _names(proposals)}
+    elected = {name: _elect(name, current, proposals, step.stepsize) for name in _names(proposals)}
     values = {
         name: value for name, value in elected.items() if name not in current or key_of(value) != key_of(current[name])
     }
@@ -147,7 +147,7 @@ def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     numeric = [name for name in _names(proposals) if _is_numeric(name, current, proposals)]
     if not numeric:
         return proposals
-    moved = {name: _moved(name, current, proposals, step.stepsize) for name in numeric}
+    moved = {name: _move(name, current, proposals, step.stepsize) for name in numeric}
     movers = [proposal for proposal in proposals if any(name in proposal.values for name in numeric)]
     rest = [_left(proposal, numeric) for proposal in proposals]
     return [_join(moved, movers), *(proposal for proposal in rest if proposal.values or proposal.error is not None)]
@@ -174,7 +174,7 @@ def _names(proposals: Sequence[Proposal]) -> list[str]:
     return list(dict.fromkeys(name for proposal in _in_sample_order(proposals) for name in proposal.values))
 
 
-def _elected(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> Any:
+def _elect(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> Any:
     """Count the votes on one parameter; ties go to the earlier sample, the current value comes last."""
     share = Fraction(stepsize)
     weights: dict[bytes, Fraction] = {}
@@ -196,7 +196,7 @@ def _is_numeric(name: str, current: Values, proposals: Sequence[Proposal]) -> bo
     return all(map(is_finite, (*proposed, current.get(name, 0))))
 
 
-def _moved(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> int | float:
+def _move(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> int | float:
     voters = [proposal for proposal in proposals if name in proposal.values]
     support = sum(proposal.support for proposal in voters)
     target = sum(Fraction(proposal.values[name]) * proposal.support for proposal in voters) / Fraction(support)
@@ -217,8 +217,8 @@ def _join(values: Values, proposals: Sequence[Proposal]) -> Proposal:
     return Proposal(
         values=values,
         score=_mean_score(ordered),
-        feedback=_joined([proposal.feedback for proposal in ordered]),
-        reasoning=_joined([proposal.reasoning for proposal in ordered]),
+        feedback=_join_texts([proposal.feedback for proposal in ordered]),
+        reasoning=_join_texts([proposal.reasoning for proposal in ordered]),
         failures=tuple(failure for proposal in ordered for failure in proposal.failures),
         support=sum(proposal.support for proposal in ordered),
         sample_ids=tuple(dict.fromkeys(i for proposal in ordered for i in proposal.sample_ids)),
@@ -231,5 +231,5 @@ def _mean_score(proposals: Sequence[Proposal]) -> float | None:
     return float(sum(score * count for score, count in scored) / support) if support else None
 
 
-def _joined(texts: Sequence[str]) -> str:
+def _join_texts(texts: Sequence[str]) -> str:
     return "\n".join(dict.fromkeys(text for text in texts if text))

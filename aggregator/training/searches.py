@@ -141,7 +141,7 @@ class Priority:
     def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
         """Return the current candidate and the best others."""
         current, *others = pool
-        return [current, *self.ranked(others)[: self.num_candidates - 1]]
+        return [current, *self.rank(others)[: self.num_candidates - 1]]
 
     def trials(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Trials:
         """Return the new candidates, and what the minibatch has shown of the explored ones.
@@ -177,9 +177,9 @@ class Priority:
     def keep(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
         """Return the current candidate and the best others."""
         current, *others = pool
-        return [current, *self.ranked(others)[: self.memory_size - 1]]
+        return [current, *self.rank(others)[: self.memory_size - 1]]
 
-    def ranked(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+    def rank(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Return candidates from the best to the worst by the score function; of equal ones the newer comes first."""
         candidates = list(candidates)
         trials = sum(candidate.trials for candidate in candidates)
@@ -262,7 +262,7 @@ class Pareto(Priority):
         """Return the current candidate and those that are best somewhere, at most `memory_size`."""
         current, *others = pool
         wins = wins_of(pool)
-        best = [candidate for candidate in self.ranked(others) if wins[candidate.id]]
+        best = [candidate for candidate in self.rank(others) if wins[candidate.id]]
         best.sort(key=lambda candidate: -len(wins[candidate.id]))
         return [current, *best[: self.memory_size - 1]]
 

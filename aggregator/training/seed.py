@@ -42,7 +42,7 @@ current_place = _place.get
 
 
 @contextmanager
-def placed(place: Place) -> Iterator[None]:
+def at_place(place: Place) -> Iterator[None]:
     """Run the hook inside at a place."""
     token = _place.set(place)
     try:
@@ -80,7 +80,7 @@ class Instance(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it re
     is_observed: bool = True
 
 
-def observed(sample: Sample, rollout: Rollout, proposal: Proposal | None = None) -> Instance:
+def make_instance(sample: Sample, rollout: Rollout, proposal: Proposal | None = None) -> Instance:
     """Return the instance of a rollout, and of the proposal made for it if there is one."""
     output = rollout if proposal is None else proposal
     if proposal is None:
@@ -90,7 +90,7 @@ def observed(sample: Sample, rollout: Rollout, proposal: Proposal | None = None)
     return Instance(sample=sample, rollout=rollout, proposal=proposal, output=output)
 
 
-def lost(sample: Sample, record: Failure, lineage: str = "") -> Instance:
+def lose_instance(sample: Sample, record: Failure, lineage: str = "") -> Instance:
     """Return the instance of a sample that an error lost."""
     proposal = Proposal(error=f"{record.error}: {record.message}", failures=(record,), sample_ids=(sample.id,))
     rollout = Rollout(sample_id=sample.id, x=sample.x, failure=record, lineage=lineage)

@@ -126,6 +126,6 @@ def read_only(step: Step) -> Step:
     return replace(step, memory=MappingProxyType(step.memory))
 
 
-def laid_over(step: Step) -> AbstractContextManager[None]:
+def use_values(step: Step) -> AbstractContextManager[None]:
     """Let the parameters read as the step's values inside; what is assigned to them there ends with the block."""
     return lay_over({parameter: step.values[parameter.name] for parameter in step.parameters})

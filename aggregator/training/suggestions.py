@@ -1,7 +1,8 @@
 """From a model's reply to values that the parameters accept, without guessing.
 
-`parse_reply` reads the reply, `typed` converts what it suggests. A reply that is cut off, ambiguous or unreadable is a
-SuggestionError whose text can be quoted to the model; a value that does not fit is refused with its reason.
+`parse_reply` reads the reply, `convert_suggestion` converts what it suggests. A reply that is cut off, ambiguous or
+unreadable is a SuggestionError whose text can be quoted to the model; a value that does not fit is refused with its
+reason.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ def construct_update_dict(
 
     A value that does not fit and an unknown name are left out, or ParameterError with `ignore_extraction_error=False`.
     """
-    values, refused = typed(suggestion, parameters, null_is_unchanged=False)
+    values, refused = convert_suggestion(suggestion, parameters, null_is_unchanged=False)
     if refused and not ignore_extraction_error:
         raise ParameterError("; ".join(refused.values()))
     return {parameter: values[parameter.name] for parameter in parameters if parameter.name in values}
 
 
-def typed(
+def convert_suggestion(
     suggestion: Mapping[str, Any], parameters: Sequence[Any], *, null_is_unchanged: bool = True
 ) -> tuple[Values, dict[str, str]]:
     """Convert a suggestion; returns the accepted values by parameter name, and the reason for each refused key.
@@ -119,8 +120,9 @@ _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
 def response_schema(parameters: Sequence[Any]) -> dict[str, Any]:
     """Return what `response_format` carries: the schema of a reply that suggests values for these parameters.
 
-    Strict mode wants every key written, so each value may be null, which `typed` reads as unchanged. A type that strict
-    mode cannot state (a dict of any keys, Any) turns it off: then keys may be left out, and the schema only guides.
+    Strict mode wants every key written, so each value may be null, which `convert_suggestion` reads as unchanged. A
+    type that strict mode cannot state (a dict of any keys, Any) turns it off: then keys may be left out, and the schema
+    only guides.
     """
     plain = {parameter.name: _plain(parameter) for parameter in parameters}
     strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}

@@ -42,13 +42,13 @@ from aggregator.training.parts import (
     check_search,
     check_watchers,
 )
-from aggregator.training.plan import Plan, as_run_dir, check, trainable
+from aggregator.training.plan import Plan, as_run_dir, check, choose_parameters
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Hooks, current_place, read_output
-from aggregator.training.step import Step, laid_over
+from aggregator.training.step import Step, use_values
 from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, unread
 
 
@@ -131,7 +131,7 @@ class Trainer:
     def _check_parts(self) -> None:
         """Check agent, optimizer and executor against one another."""
         self.merging_rule()
-        agent, hooks = self.adapted_agent(), self.hooks()
+        agent, hooks = self.agent_to_run(), self.hooks()
         if hooks.forward is None and type(self).propose is Trainer.propose:
             check_optimizer(optimizer := self._optimizer())
             if self.propose_per == "batch" and not getattr(optimizer, "takes_batches", True):
@@ -153,7 +153,7 @@ class Trainer:
                 f"{type(self.executor).__name__}; leave forward as it is, or use LocalExecutor"
             )
 
-    def adapted_agent(self) -> Agent:
+    def agent_to_run(self) -> Agent:
         """Return the agent as executors run it."""
         if self._adapted[0] is not self.agent or self._adapted[1] is None:
             self._adapted = (self.agent, as_agent(self.agent))
@@ -162,7 +162,7 @@ class Trainer:
 
     def _optimizer(self) -> Optimizer:
         """Return the optimizer as it is asked; one of Trace is adapted."""
-        agent = self.adapted_agent()
+        agent = self.agent_to_run()
         if self._proposing[0] is not self.optimizer or self._proposing[1] is not agent:
             self._proposing = (self.optimizer, agent, as_optimizer(self.optimizer, agent))
         optimizer: Optimizer = self._proposing[2]
@@ -170,9 +170,9 @@ class Trainer:
 
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters that training may change: the optimizer's if it names some, else the agent's."""
-        own: Sequence[Any] = self.adapted_agent().parameters()  # also gives every parameter its name
+        own: Sequence[Any] = self.agent_to_run().parameters()  # also gives every parameter its name
         chosen = getattr(self._optimizer(), "parameters", None)
-        return trainable(own, None if chosen is None else list(chosen() if callable(chosen) else chosen))
+        return choose_parameters(own, None if chosen is None else list(chosen() if callable(chosen) else chosen))
 
     def parts(self, gate: Gate, limit: int) -> Parts:
         """Return what decides in the next step; what is set on the trainer meanwhile is honoured."""
@@ -273,7 +273,7 @@ class Trainer:
         With `propose_per="batch"` return the rollout: the proposal comes from `update`, for all together.
         """
         place = current_place()
-        mine = as_agent(agent) if agent is not self.agent else self.adapted_agent()
+        mine = as_agent(agent) if agent is not self.agent else self.agent_to_run()
         names = {parameter.name for parameter in self.parameters()}
         own: Sequence[Any] = [parameter for parameter in mine.parameters() if parameter.name in names]
         step = Step(samples=(Sample(0, x, info),)) if place is None else place.step
@@ -292,7 +292,7 @@ class Trainer:
             place.seen.append(rollout)
         if self.propose_per == "batch":
             return rollout
-        with laid_over(step):
+        with use_values(step):
             return await self.propose((rollout,), replace(step, samples=(task.sample,), rollouts=(rollout,)))
 
     forward = sync(aforward)

@@ -26,8 +26,8 @@ from aggregator.training.parts import ask_gate, merge_with, refuse_values
 from aggregator.training.rules import key_of
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Instance
-from aggregator.training.step import Step, laid_over, read_only
-from aggregator.training.suggestions import typed
+from aggregator.training.step import Step, read_only, use_values
+from aggregator.training.suggestions import convert_suggestion
 from aggregator.training.trained_code import permit_replayed_code
 
 ProposePer = Literal["instance", "batch"]
@@ -90,7 +90,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     best, decision = search.choose(old, new, seen)
     own = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made.candidates}
     after = step.values if best is None else own[best.id]
-    values = changed(step.values, after)
+    values = changes_between(step.values, after)
     if best is not None and decision.accepted:
         verdict = await ask_gate(parts.gate, step.values, after, step)
         decision = decision if verdict.accepted and decision.reason else verdict
@@ -123,7 +123,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
     async def merge(job: tuple[Explored, int]) -> tuple[Proposal, Sequence[Proposal]]:
         one, i = job
         places = [f"candidate={i}"] if single else [*place_of(parts.search, one.candidate), f"proposal={i}"]
-        with lineage(*(() if single and count == 1 else places)), laid_over(one.step):
+        with lineage(*(() if single and count == 1 else places)), use_values(one.step):
             if per_instance:
                 group = [instance.proposal for instance in one.instances[i::count]]
             else:
@@ -136,7 +136,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
     made: list[Candidate] = []
     failures: list[Failure] = []
     for (one, _), (proposal, group) in zip(jobs, merged, strict=True):
-        accepted, refused = typed(proposal.values, step.parameters)
+        accepted, refused = convert_suggestion(proposal.values, step.parameters)
         permit_replayed_code(accepted, step.parameters)
         reasons = refuse_values(accepted, one.step)
         accepted = {name: value for name, value in accepted.items() if name not in reasons}
@@ -147,7 +147,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         failures += [*told, *(record for record in more if record not in told)]  # a rule may pass them on, or drop them
         values = {**one.step.values, **accepted}
         key = key_of(plain(values))
-        if changed(one.step.values, values) and key not in known:
+        if changes_between(one.step.values, values) and key not in known:
             known.add(key)
             made.append(
                 Candidate(
@@ -250,7 +250,7 @@ def place_of(search: Search, candidate: Candidate) -> tuple[str, ...]:
     return () if is_single(search) else (f"candidate={candidate.id}",)
 
 
-def changed(before: Values, after: Values) -> Values:
+def changes_between(before: Values, after: Values) -> Values:
     """Return what differs, under its new value."""
     return {name: value for name, value in after.items() if name not in before or value != before[name]}
 

@@ -86,7 +86,7 @@ def temperatures(highest: float = 1.3, lowest: float = 0.0) -> Variation:
 
 
 def _refined(messages: Messages, _i: int, _count: int, before: Sequence[Proposal]) -> Question:
-    return Question(messages=followed(messages, before[-1:], REFINE_PROMPT))
+    return Question(messages=continue_with(messages, before[-1:], REFINE_PROMPT))
 
 
 refine = Variation(name="refine", ask=_refined, in_turn=True, least=2, select=lambda _: last_of)
@@ -94,7 +94,7 @@ refine = Variation(name="refine", ask=_refined, in_turn=True, least=2, select=la
 
 
 def _another(messages: Messages, _i: int, _count: int, before: Sequence[Proposal]) -> Question:
-    return Question(messages=followed(messages, before, ALTERNATIVE_PROMPT))
+    return Question(messages=continue_with(messages, before, ALTERNATIVE_PROMPT))
 
 
 alternatives = Variation(name="alternatives", ask=_another, in_turn=True, least=2, select=LLMChoice)
@@ -119,10 +119,10 @@ def experts(*personas: str) -> Variation:
     return Variation(name="experts", ask=speaking, least=len(personas), select=LLMMerge)
 
 
-def followed(messages: Messages, answers: Sequence[Proposal], request: str) -> Messages:
+def continue_with(messages: Messages, answers: Sequence[Proposal], request: str) -> Messages:
     """Return the conversation as it went on: each answer, and what was asked then.
 
-    >>> [message["role"] for message in followed([{"role": "user", "content": "Q"}], [Proposal()], "Again.")]
+    >>> [message["role"] for message in continue_with([{"role": "user", "content": "Q"}], [Proposal()], "Again.")]
     ['user', 'assistant', 'user']
     """
     turns = [

@@ -12,7 +12,7 @@ from training_fakes import ScriptedModel, first_suggestion, section, suggest
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import APIConnectionError, AuthenticationError, ConfigError
 from aggregator.records import Proposal, Values
-from aggregator.training.merge import LLMMerge, confidences, grouped, tree_merge, worst_first
+from aggregator.training.merge import LLMMerge, confidences, group_proposals, tree_merge, worst_first
 from aggregator.training.step import Step
 
 CURRENT: Values = {"k": 1, "text": "a"}
@@ -127,8 +127,8 @@ async def test_tree_merge_keeps_the_failure_of_a_group() -> None:
 def test_groups_respect_the_token_limit() -> None:
     """Long values make smaller groups, never below two."""
     proposals = [proposal(i, text="x" * 4000) for i in range(6)]
-    assert [len(group) for group in grouped(proposals, fan_in=8, max_tokens=3100)] == [3, 3]
-    assert [len(group) for group in grouped(proposals, fan_in=8, max_tokens=10)] == [2, 2, 2]
+    assert [len(group) for group in group_proposals(proposals, fan_in=8, max_tokens=3100)] == [3, 3]
+    assert [len(group) for group in group_proposals(proposals, fan_in=8, max_tokens=10)] == [2, 2, 2]
 
 
 def test_worst_first_is_stable() -> None:

@@ -20,7 +20,7 @@ from aggregator.training.prompts import (
     repair_messages,
     verdict,
 )
-from aggregator.training.variations import followed
+from aggregator.training.variations import continue_with
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -91,8 +91,8 @@ def test_refinement_prompt() -> None:
     """The conversation goes on with the former answer as the reply that it came from, and what is asked then."""
     question = [{"role": "user", "content": "Q"}]
     before = [Proposal(values={"k": 5}, reasoning="more results"), Proposal()]
-    check("refinement.txt", shown(followed(question, before[:1], REFINE_PROMPT)))
-    check("alternative.txt", shown(followed(question, before, ALTERNATIVE_PROMPT)))
+    check("refinement.txt", shown(continue_with(question, before[:1], REFINE_PROMPT)))
+    check("alternative.txt", shown(continue_with(question, before, ALTERNATIVE_PROMPT)))
 
 
 def test_repair_prompt() -> None:

@@ -549,7 +549,7 @@ def test_an_error_that_ends_the_run_waits_for_what_is_under_way() -> None:
 def test_of_equal_candidates_the_newer_is_explored_first() -> None:
     """So a search crosses a plateau instead of staying where it came in."""
     found = [Candidate(id=f"{i}.1", values={}, step=i, scores={"0": (0.5, 1)}) for i in (1, 3, 2)]
-    assert [candidate.id for candidate in priority().ranked(found)] == ["3.1", "2.1", "1.1"]
+    assert [candidate.id for candidate in priority().rank(found)] == ["3.1", "2.1", "1.1"]
 
 
 def test_an_overridden_forward_is_run_under_every_candidate() -> None:

@@ -16,7 +16,12 @@ from msgspec import Meta, Struct
 from aggregator.agents.parameters import ParameterNode, node
 from aggregator.errors import ParameterError, SuggestionError
 from aggregator.training.replies import MAX_DEPTH, MAX_REPLY, Reply, parse_reply
-from aggregator.training.suggestions import construct_update_dict, extract_llm_suggestion, response_schema, typed
+from aggregator.training.suggestions import (
+    construct_update_dict,
+    convert_suggestion,
+    extract_llm_suggestion,
+    response_schema,
+)
 
 CORPUS = json.loads(Path(__file__).with_name("malformed_replies.json").read_text(encoding="utf-8"))["replies"]
 GOOD = '{"reasoning": "Shorter.", "suggestion": {"prompt": "Be brief.", "k": 3}}'
@@ -48,7 +53,7 @@ def outcome(reply: str) -> dict[str, Any]:
     if read.terminate:
         return {"terminate": True}
     assert read.suggestion is not None
-    values, refused = typed(read.suggestion, corpus_parameters())
+    values, refused = convert_suggestion(read.suggestion, corpus_parameters())
     return {"values": values} | ({"refused": list(refused)} if refused else {})
 
 
@@ -187,7 +192,7 @@ def test_terminate_in_the_reasoning_does_not_discard_the_proposal() -> None:
 def test_value_becomes_the_parameters_type(old: Any, raw: Any, new: Any) -> None:
     """`"False"` for a bool is False, `"7"` for an int is 7: msgspec's lax conversions."""
     parameter = ParameterNode(old, name="p")
-    values, refused = typed({"p": raw}, [parameter])
+    values, refused = convert_suggestion({"p": raw}, [parameter])
     assert (exactly(values), refused) == (exactly({"p": new}), {})
 
 
@@ -208,7 +213,7 @@ def test_value_becomes_the_parameters_type(old: Any, raw: Any, new: Any) -> None
 )
 def test_value_of_another_type_is_refused(old: Any, raw: Any) -> None:
     """No list of characters, no cut fraction, no repr of a list as a prompt: refused, with the reason and the place."""
-    values, refused = typed({"p": raw}, [ParameterNode(old, name="p")])
+    values, refused = convert_suggestion({"p": raw}, [ParameterNode(old, name="p")])
     assert values == {}
     assert refused["p"].startswith("Expected ")
     assert "$.suggestion.p" in refused["p"]
@@ -219,7 +224,7 @@ def test_value_of_another_type_is_refused(old: Any, raw: Any) -> None:
 def test_null_never_becomes_a_value(old: Any) -> None:
     """null leaves a parameter as it is; it becomes neither 'None' nor a crash."""
     parameter = ParameterNode(old, name="p")
-    assert typed({"p": None}, [parameter]) == ({}, {})
+    assert convert_suggestion({"p": None}, [parameter]) == ({}, {})
     assert construct_update_dict([parameter], {"p": None}) == {}
     with pytest.raises(ParameterError, match=r"got None - at \$.suggestion.p"):
         construct_update_dict([parameter], {"p": None}, ignore_extraction_error=False)
@@ -227,7 +232,7 @@ def test_null_never_becomes_a_value(old: Any) -> None:
 
 def test_null_is_a_value_where_the_type_takes_it() -> None:
     """A parameter that may be null can be set to null."""
-    assert typed({"p": None}, [ParameterNode("s", name="p", type=str | None)]) == ({"p": None}, {})
+    assert convert_suggestion({"p": None}, [ParameterNode("s", name="p", type=str | None)]) == ({"p": None}, {})
 
 
 # --- names
@@ -236,22 +241,22 @@ def test_null_is_a_value_where_the_type_takes_it() -> None:
 def test_names_and_py_names_are_both_known() -> None:
     """A suggestion may name a parameter by its path or by its identifier; the result uses the path."""
     parameter = ParameterNode(1, name="retriever.k")
-    assert typed({"retriever.k": 3}, [parameter]) == ({"retriever.k": 3}, {})
-    assert typed({"retriever_k": 3}, [parameter]) == ({"retriever.k": 3}, {})
+    assert convert_suggestion({"retriever.k": 3}, [parameter]) == ({"retriever.k": 3}, {})
+    assert convert_suggestion({"retriever_k": 3}, [parameter]) == ({"retriever.k": 3}, {})
 
 
 def test_two_values_for_one_parameter_are_both_refused() -> None:
     """Path and identifier with different values is ambiguous; with one value it is not."""
     parameter = ParameterNode(1, name="retriever.k")
-    values, refused = typed({"retriever.k": 3, "retriever_k": 5}, [parameter])
+    values, refused = convert_suggestion({"retriever.k": 3, "retriever_k": 5}, [parameter])
     assert values == {}
     assert sorted(refused) == ["retriever.k", "retriever_k"]
-    assert typed({"retriever.k": 3, "retriever_k": 3}, [parameter]) == ({"retriever.k": 3}, {})
+    assert convert_suggestion({"retriever.k": 3, "retriever_k": 3}, [parameter]) == ({"retriever.k": 3}, {})
 
 
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     """A misspelt name is not guessed at; the reason names what was probably meant."""
-    _, refused = typed({"promt": "a", "zzz": 1}, [ParameterNode("Old", name="prompt")])
+    _, refused = convert_suggestion({"promt": "a", "zzz": 1}, [ParameterNode("Old", name="prompt")])
     assert refused == {
         "promt": "Expected the name of a parameter, got 'promt'; did you mean 'prompt'?",
         "zzz": "Expected the name of a parameter, got 'zzz'; the parameters are 'prompt'",
@@ -260,7 +265,7 @@ def test_unknown_name_is_refused_with_the_nearest() -> None:
 
 def test_fixed_parameter_is_refused() -> None:
     """What is not trainable is not changed by a suggestion."""
-    values, refused = typed({"p": "b"}, [ParameterNode("a", name="p", trainable=False)])
+    values, refused = convert_suggestion({"p": "b"}, [ParameterNode("a", name="p", trainable=False)])
     assert values == {}
     assert "which is fixed" in refused["p"]
 
@@ -376,7 +381,7 @@ def test_type_beyond_strict_mode_turns_it_off(value: Any) -> None:
 def test_reply_of_the_strict_schema_changes_what_is_not_null() -> None:
     """The reply that strict mode forces, null for what stays, gives only the changes."""
     reply = parse_reply('{"reasoning_prompt": "", "reasoning_k": "", "suggestion": {"prompt": null, "k": 3}}')
-    assert typed(reply.suggestion or {}, corpus_parameters()) == ({"k": 3}, {})
+    assert convert_suggestion(reply.suggestion or {}, corpus_parameters()) == ({"k": 3}, {})
 
 
 # --- laws

@@ -308,7 +308,7 @@ class Apart(Priority):
     def keep(self, pool: Sequence[Candidate], step: Step) -> list[Candidate]:
         current, *others = pool
         kept = [current]
-        for other in self.ranked(others):
+        for other in self.rank(others):
             if all(abs(other.values["amount"] - near.values["amount"]) >= 3 for near in kept):
                 kept.append(other)
         return kept[: self.memory_size]
