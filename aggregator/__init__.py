@@ -102,6 +102,7 @@ def _face(module: str, homes: dict[str, tuple[str, ...]]) -> tuple[Callable[[str
 
 
 _FACES = ("errors", "rules", "gates", "guides", "optimizers", "searches", "schedules", "executors", "observing", "llm")
+_ROOMS = (*_FACES, "providers", "records", "simulation", "testing")
 _load, __dir__ = _face(__name__, _HOMES)
 
 
@@ -109,7 +110,7 @@ def __getattr__(name: str) -> object:
     """Load a public name or a face on its first use. The names of the faces are found here too, but not listed."""
     from importlib import import_module
 
-    if name in _FACES:
+    if name in _ROOMS:
         return import_module(f"aggregator.{name}")
     try:
         return _load(name)
