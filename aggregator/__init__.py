@@ -23,6 +23,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.adapters.agents": ("as_agent",),
     "aggregator.agents.bundles": ("bundle",),
     "aggregator.agents.modules": ("Module", "model"),
+    "aggregator.agents.playbook": ("Playbook",),
     "aggregator.agents.parameters": ("ParameterNode", "node"),
     "aggregator.agents.transcripts": ("transcript",),
     "aggregator.cassettes.lineage": ("lineage",),

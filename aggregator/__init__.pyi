@@ -6,6 +6,7 @@ from aggregator.agents.modules import Module as Module
 from aggregator.agents.modules import model as model
 from aggregator.agents.parameters import ParameterNode as ParameterNode
 from aggregator.agents.parameters import node as node
+from aggregator.agents.playbook import Playbook as Playbook
 from aggregator.agents.transcripts import transcript as transcript
 from aggregator.cassettes.lineage import lineage as lineage
 from aggregator.cassettes.recorder import cassette as cassette

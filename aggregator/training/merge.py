@@ -23,7 +23,7 @@ from aggregator.training.asking import Answer, ask_or_fail
 from aggregator.training.decisions import UpdateRule
 from aggregator.training.evaluation import mean
 from aggregator.training.gates import scores_of
-from aggregator.training.parts import check_rule, merge_with, refuse_values
+from aggregator.training.parts import check_rule, combine_edits, merge_with, refuse_values
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, CHOOSER_SYSTEM_PROMPT, aggregation_messages
 from aggregator.training.rules import dedupe
 from aggregator.training.step import Step
@@ -62,6 +62,9 @@ class LLMMerge:
         """Return no proposal, or one."""
         if step.stepsize == 0:
             return []
+        proposals, edits = combine_edits(proposals, step)
+        if edits is not None:
+            return [*await self(proposals, step), edits]
         distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
         names = [name for proposal in distinct for name in proposal.values]
         if len(names) == len(set(names)):  # no two of them want the same component

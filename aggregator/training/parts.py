@@ -148,6 +148,29 @@ def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
     return replace(proposal, values=values)
 
 
+def combine_edits(proposals: Sequence[Proposal], step: Step) -> tuple[Sequence[Proposal], Proposal | None]:
+    """Return proposals without the parameters that are edited item by item, and one proposal with these combined.
+
+    Such a parameter, a Playbook for one, has `combine(before, [(value, weight, sample ids)])`: no rule rewrites it. The
+    weight of a proposal is its support.
+    """
+    own = {parameter.name: parameter for parameter in step.parameters if hasattr(parameter, "combine")}
+    asking = [proposal for proposal in proposals if own.keys() & proposal.values.keys()]
+    if not asking:
+        return proposals, None
+    values = {
+        name: parameter.combine(
+            step.values.get(name, parameter.data),
+            [(one.values[name], float(one.support), one.sample_ids) for one in asking if name in one.values],
+        )
+        for name, parameter in own.items()
+        if any(name in one.values for one in asking)
+    }
+    rest = [replace(one, values={k: v for k, v in one.values.items() if k not in own}) for one in proposals]
+    samples = tuple(sorted({i for one in asking for i in one.sample_ids}))
+    return rest, Proposal(values=values, support=sum(one.support for one in asking), sample_ids=samples)
+
+
 async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Return what a rule makes of proposals; raises ConfigError for anything but proposals."""
     answer: Any = await _await_part(rule(proposals, step), "the rule", rule)

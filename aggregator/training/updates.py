@@ -22,7 +22,7 @@ from aggregator.training.candidates import contributors, plain, with_scores
 from aggregator.training.decisions import Gate, Search, UpdateRule
 from aggregator.training.evaluation import failures_of, mean
 from aggregator.training.gates import always
-from aggregator.training.parts import ask_gate, merge_with, refuse_values
+from aggregator.training.parts import ask_gate, combine_edits, merge_with, refuse_values
 from aggregator.training.rules import key_of
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Instance
@@ -129,7 +129,13 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
             else:
                 rollouts = informative(one.instances)
                 group = [await parts.propose(rollouts, replace(one.step, rollouts=rollouts))] if rollouts else []
-            return settle(await merge_with(parts.rule, group, one.step)) if group else Proposal(), group
+            if not group:
+                return Proposal(), group
+            rest, edits = combine_edits(group, one.step)
+            if edits is None or one.step.stepsize == 0:
+                return settle(await merge_with(parts.rule, rest, one.step)), group
+            asking = [proposal for proposal in rest if proposal.values or proposal.failures]
+            return settle([*(await merge_with(parts.rule, asking, one.step) if asking else ()), edits]), group
 
     merged = await finish(merge, jobs, parts.limit)
     known = {key_of(plain(candidate.values)) for candidate in (*pool, *(one.candidate for one in explored))}
