@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
 import msgspec
 
@@ -135,13 +135,47 @@ def _begun(method: str, url: str) -> _Hash:
     return sha256(f"{method} {url}\n".encode())
 
 
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+_UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+
+
+@lru_cache(maxsize=1024)
+def canonical_url(url: str) -> str:
+    """Return an address in a form that is the same for every address that means the same.
+
+    Scheme and host are in lower case, the scheme's own port and the fragment are left out, an empty path is `/`, the
+    parameters are in order of their names (several of one name keep theirs), and letters are encoded only if they must.
+
+    >>> canonical_url("HTTPS://API.example.com:443?b=x+y&a=%7e1#top")
+    'https://api.example.com/?a=~1&b=x%20y'
+    """
+    scheme, mark, rest = url.partition("#")[0].partition("://")
+    if not mark:
+        return url
+    head, _, query = rest.partition("?")
+    place, _, path = head.partition("/")
+    user, at, host = place.rpartition("@")
+    scheme = scheme.lower()
+    host = host.lower().removesuffix(_DEFAULT_PORTS.get(scheme, "://"))
+    pairs = [pair.partition("=") for pair in query.split("&") if pair]
+    named = [(_encode(name.replace("+", "%20")), _encode(value.replace("+", "%20"))) for name, _, value in pairs]
+    parameters = "&".join(f"{name}={value}" for name, value in sorted(named, key=lambda pair: pair[0]))
+    path = "/".join(map(_encode, path.split("/")))
+    return "".join((scheme, mark, user, at, host, "/", path, "?" if parameters else "", parameters))
+
+
+def _encode(text: str) -> str:
+    """Return a segment of a path, a name or a value of a query, with all encoded that can be and nothing else."""
+    return text if _UNRESERVED.issuperset(text) else quote(unquote_to_bytes(text), safe="")
+
+
 def request_key(method: str, url: str, body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes:
     """Return the digest by which a recorded request is found again.
 
     >>> request_key("POST", "https://x/", b'{"a":1,"b":2}') == request_key("POST", "https://x/", b'{"b":2, "a":1}')
     True
     """
-    return raw_key(method, url, canonical(body, ignore, content_type))
+    return raw_key(method, canonical_url(url), canonical(body, ignore, content_type))
 
 
 KeyOf = Callable[[HTTPRequest], bytes]

@@ -20,9 +20,9 @@ from aggregator.cassettes.credentials import Redaction
 from aggregator.cassettes.exchanges import NOTHING, Recording, Row
 from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.reading import read
-from aggregator.cassettes.rules import Adopts, LineageRule, TapeRules
+from aggregator.cassettes.rules import DEFAULT_RULES, Adopts, LineageRule, TapeRules
 from aggregator.cassettes.saving import FileLock, LayoutChoice, followed, save
-from aggregator.cassettes.tape import DEFAULT_RULES, Tape
+from aggregator.cassettes.tape import Tape
 from aggregator.errors import ConfigError
 
 Mode = Literal["none", "once", "new_episodes", "all"]

@@ -15,11 +15,14 @@ from aggregator import portal
 from aggregator.cassettes.clients import families
 from aggregator.cassettes.credentials import redaction_by
 from aggregator.cassettes.current import enter, leave
+from aggregator.cassettes.hooks import BeforeRequest, BeforeResponse
+from aggregator.cassettes.hosts import ignored_by
 from aggregator.cassettes.keys import parse_ignore
+from aggregator.cassettes.matching import MatchOn
 from aggregator.cassettes.opening import Mode, open_tape
-from aggregator.cassettes.rules import LineageRule, TapeRules
+from aggregator.cassettes.rules import DEFAULT_RULES, Adopts, LineageRule, TapeRules
 from aggregator.cassettes.saving import LayoutChoice
-from aggregator.cassettes.tape import DEFAULT_RULES, Tape
+from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.timing import Faults, Latency
 from aggregator.errors import CassetteError, ConfigError
 
@@ -33,6 +36,10 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
     `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.clients`); `latency` is
     "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not count.
+    `match_on` is a key function (request -> bytes), or vcrpy's names of parts and matchers; `allow_playback_repeats`
+    plays the last answer again. `ignore_hosts` are left to the network beside the default ones (`hosts.IGNORED_HOSTS`;
+    None leaves none), and `ignore_localhost` leaves this machine. `before_record_request` and `before_record_response`
+    are vcrpy's hooks. `adopts` says whose calls without a cassette of their own are this one's, see `TapeRules`.
     `redact` are names of fields, and patterns, that are secret beyond the rules; `keep` those that are not;
     `keep_headers` are written beside the usual headers. `code` permits recorded suggestions to run code in this
     process (True, "ask", or the sha256 of each source), which only operations with `sandbox=None` need. `layout` is how
@@ -53,12 +60,19 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         latency: Latency = "off",
         faults: Faults | None = None,
         ignore: Sequence[str] = (),
+        match_on: MatchOn = None,
+        allow_playback_repeats: bool = False,
+        ignore_hosts: str | Sequence[str] | None = (),
+        ignore_localhost: bool = False,
+        before_record_request: BeforeRequest | None = None,
+        before_record_response: BeforeResponse | None = None,
         redact: Sequence[str | re.Pattern[str]] = (),
         keep: Sequence[str | re.Pattern[str]] = (),
         keep_headers: Sequence[str] = (),
         code: bool | str | Collection[str] = False,
         layout: LayoutChoice = "auto",
         private: bool = True,
+        adopts: Adopts = "threads",
         now: Callable[[], float] = time.time,
         warn: bool = True,
         rules: TapeRules | None = None,
@@ -74,8 +88,14 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
             latency=latency,
             faults=faults,
             ignore=parse_ignore(ignore),
+            match_on=match_on if match_on is None or callable(match_on) else tuple(match_on),
+            allow_playback_repeats=allow_playback_repeats,
+            ignore_hosts=ignored_by(ignore_hosts, localhost=ignore_localhost),
+            before_request=before_record_request,
+            before_response=before_record_response,
             redaction=redaction_by(redact, keep, keep_headers),
             code=code,
+            adopts=adopts,
         )
         if code is not False:
             from aggregator.agents.consent import check_consent  # loads what only agents with trained code need

@@ -8,7 +8,10 @@ from typing import Literal
 from msgspec import Struct
 
 from aggregator.cassettes.credentials import USUAL, Redaction
+from aggregator.cassettes.hooks import BeforeRequest, BeforeResponse
+from aggregator.cassettes.hosts import IGNORED_HOSTS
 from aggregator.cassettes.keys import Ignore
+from aggregator.cassettes.matching import MatchOn
 from aggregator.cassettes.timing import Faults, Latency
 
 LineageRule = Literal["strict", "prefer"]
@@ -26,6 +29,9 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     `expects_all=False` reports no exchanges that were left unplayed.
     `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.consent`; source of
     sandboxed operations needs no permission.
+    `ignore_hosts` are left to the network, see `aggregator.cassettes.hosts`; `match_on` says which requests are the
+    same, see `aggregator.cassettes.matching`; with `allow_playback_repeats` a request that is asked more often than it
+    was recorded gets its last answer again; `before_request` and `before_response` are vcrpy's hooks.
     `clients` are the other HTTP clients that ask this tape, see `aggregator.cassettes.clients`.
     """
 
@@ -35,7 +41,15 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     faults: Faults | None = None
     clients: str | Sequence[str] = ()
     adopts: Adopts = "threads"
+    ignore_hosts: tuple[str, ...] = IGNORED_HOSTS
+    match_on: MatchOn = None
+    allow_playback_repeats: bool = False
+    before_request: BeforeRequest | None = None
+    before_response: BeforeResponse | None = None
     redaction: Redaction = USUAL
     plays_failures: bool = True
     expects_all: bool = True
     code: bool | str | Collection[str] = False
+
+
+DEFAULT_RULES = TapeRules()

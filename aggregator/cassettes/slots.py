@@ -11,6 +11,7 @@ from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.exchanges import Row
 from aggregator.cassettes.keys import KeyOf, key_of_request
 from aggregator.cassettes.lineage import current_role
+from aggregator.cassettes.matching import USUAL_MATCHING, Matching
 from aggregator.cassettes.redaction import digest_of_redacted, redact_request
 from aggregator.errors import APIConnectionError
 from aggregator.records import HTTPRequest, Role
@@ -97,13 +98,14 @@ class Pool:
     out of order because of what was redacted.
     """
 
-    __slots__ = ("flying", "is_mixed", "issued", "labels", "row", "rows", "unordered")
+    __slots__ = ("flying", "is_mixed", "issued", "labels", "last", "row", "rows", "unordered")
 
     def __init__(self, row: int = -1) -> None:
         self.row = row
         self.rows: dict[int, tuple[int, ...]] = {}
         self.issued = 0
         self.is_mixed = False
+        self.last: Sequence[int] = ()  # the answer that was claimed last
         self.labels: dict[str, deque[int]] | None = None
         self.flying: list[Slot] = []
         self.unordered = 0
@@ -151,14 +153,18 @@ class Pool:
 class Pools:
     """The rows of a tape in their pools: by the exact bytes of the recorded request, by key where those differ."""
 
-    def __init__(self, rows: Sequence[Row], *, key_of: KeyOf | None = None, prefer: bool = False) -> None:
+    def __init__(
+        self, rows: Sequence[Row], *, matching: Matching = USUAL_MATCHING, prefer: bool = False, repeats: bool = False
+    ) -> None:
         """Group rows by exact request bytes; fall back to keys where the two groupings differ.
 
         Tickets count from 0 among requests of one canonical key. So where each pool counts from 0, no two share a key.
         """
         self.fallbacks: list[str] = []
+        self.looser: list[str] = []  # calls that played what was recorded for another request
         self.exact: dict[_At, Pool] = {}
-        self._rows, self._key_of, self._prefer = rows, key_of, prefer
+        self._rows, self._matching, self._prefer, self._repeats = rows, matching, prefer, repeats
+        self._counts: dict[_At, int] = {}  # tickets of new calls where the matching is not the usual one
         self._by_key: dict[bytes, dict[str, Pool]] | None = None  # built when first needed
         exact, labelled = self.exact, False
         for index, row in enumerate(rows):
@@ -169,7 +175,7 @@ class Pools:
                 pool = exact[at] = Pool(index)
             pool.rows[facts.ticket] = (*pool.rows.get(facts.ticket, ()), index)
             labelled = labelled or bool(facts.branch)
-        if key_of is not None or not all(0 in pool.rows for pool in exact.values()):
+        if matching.key_of is not None or not all(0 in pool.rows for pool in exact.values()):
             self._pools_by_key()
         for pool in set(exact.values()) if labelled else ():
             self._read_labels(pool)
@@ -192,11 +198,11 @@ class Pools:
     def key_of_row(self, index: int) -> bytes:
         """Return the key of a recorded request."""
         row = self._rows[index]
-        return row.key if self._key_of is None else self._key_of(row.exchange().request)
+        return row.key if self._matching.key_of is None else self._matching.key_of(row.exchange().request)
 
     def key_of_slot(self, slot: Slot) -> bytes:
         """Return the key of what a call asks."""
-        return slot.key_by(self._key_of or key_of_request)
+        return slot.key_by(self._matching.key_of or key_of_request)
 
     def _pools_by_key(self) -> dict[bytes, dict[str, Pool]]:
         """Return the pools by key and lineage; requests of one key, however they are written, share one."""
@@ -222,6 +228,8 @@ class Pools:
             issued = sorted((self._rows[rows[0]].facts.order, rows) for _, rows in tickets)
             tickets = [(ticket, rows) for ticket, (_, rows) in enumerate(issued, whole.issued)]
         whole.rows = dict(sorted(tickets))
+        if any(pool.labels for pool in pools):
+            self._read_labels(whole)
         return whole
 
     def claim(self, slot: Slot, pool: Pool | None = None, *, labels: bool = False) -> None:
@@ -236,12 +244,44 @@ class Pools:
             self._prefer_same_redacted(slot, pool)
         if pool.is_mixed and slot.ticket not in pool.rows:
             slot.ticket = next(iter(pool.rows), slot.ticket)
+        if self._matching.matchers:
+            slot.ticket = self._first_match(slot, pool)
         slot.rows = pool.rows.pop(slot.ticket, ())
         pool.issued += 1
         if labels and not slot.rows:
             pool.label(slot)
-        if self._prefer and not slot.rows:
+        if slot.rows:
+            pool.last = slot.rows[-1:]
+        elif self._repeats and pool.last:
+            slot.rows = pool.last
+        elif self._prefer:
             slot.rows = self._take_from_another_lineage(slot)
+        if self._matching.is_looser:
+            self._note_looser(slot)
+
+    def _first_match(self, slot: Slot, pool: Pool) -> int:
+        """Return the ticket of the first unclaimed call that the matchers find the same, one by one."""
+        asked = slot.clean()
+        for ticket, rows in pool.rows.items():
+            if self._matching.same(asked, self._rows[rows[0]].exchange().request):
+                return ticket
+        return -1
+
+    def _note_looser(self, slot: Slot) -> None:
+        """Report a call that plays what was recorded for another request; count the ticket of a new one as usual."""
+        asked = slot.clean()
+        key = key_of_request(asked)
+        if slot.rows:
+            row = self._rows[slot.rows[0]]
+            if row.key != key:
+                self.looser.append(f"{asked.method} {asked.url} plays exchange {slot.rows[0]}")
+            return
+        if not self._counts:
+            for row in self._rows:
+                at = row.key, row.facts.lineage
+                self._counts[at] = max(self._counts.get(at, 0), row.facts.ticket + 1)
+        slot.ticket = self._counts.get((key, slot.lineage), 0)
+        self._counts[key, slot.lineage] = slot.ticket + 1
 
     def _prefer_same_redacted(self, slot: Slot, pool: Pool) -> None:
         """Give the slot the ticket of a call in whose body the same was redacted, if there is one."""
@@ -258,7 +298,7 @@ class Pools:
         """Take back the ticket of a call, unless one like it was issued since."""
         self.land(slot)
         pool = slot.pool
-        if pool is not None and pool.issued == slot.ticket + 1:
+        if pool is not None and pool.issued == slot.ticket + 1 and not self._matching.is_looser:
             pool.issued -= 1
             if slot.rows and not slot.played:
                 pool.rows = dict(sorted({**pool.rows, slot.ticket: tuple(slot.rows)}.items()))

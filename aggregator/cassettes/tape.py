@@ -18,11 +18,14 @@ from typing import Any, Literal
 
 from aggregator.cassettes.exchanges import Exchange, Row
 from aggregator.cassettes.forms import redact_url
-from aggregator.cassettes.keys import ignoring, raw_key
+from aggregator.cassettes.hooks import hook_reply, hook_request
+from aggregator.cassettes.hosts import host_of, is_ignored
+from aggregator.cassettes.keys import raw_key
 from aggregator.cassettes.lineage import current_lineage
+from aggregator.cassettes.matching import hooked, matching_by
 from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import redact_requests
-from aggregator.cassettes.rules import TapeRules
+from aggregator.cassettes.rules import DEFAULT_RULES, TapeRules
 from aggregator.cassettes.slots import Pools, Slot
 from aggregator.cassettes.timing import latency_scale
 from aggregator.cassettes.writing import Entry, Sink, Writer
@@ -36,8 +39,6 @@ NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
 
 Ending = Literal["finish", "interrupt", "discard"]
 """What `close` does with a recording: finish its file, leave its journal open for the next run, or drop it."""
-
-DEFAULT_RULES = TapeRules()
 
 
 class Tape:
@@ -60,9 +61,15 @@ class Tape:
         self.ending: Ending = "finish"
         self.permitted_code: set[str] = set()
         self._rows, self._played = rows, bytearray(len(rows))
-        self._pools = Pools(rows, key_of=ignoring(rules.ignore), prefer=rules.lineage == "prefer")
+        matching = matching_by(rules.match_on, rules.ignore)
+        if (hook := rules.before_request) is not None:
+            matching = hooked(matching, hook)
+        self._pools = Pools(
+            rows, matching=matching, prefer=rules.lineage == "prefer", repeats=rules.allow_playback_repeats
+        )
+        self.left_out: set[str] = set()
         self._left = frozenset(i for i, row in enumerate(rows) if row.facts.error and row.facts.error[0] == _LEFT)
-        self._writer = None if sink is None else Writer(sink, now, rules.redaction)
+        self._writer = None if sink is None else Writer(sink, now, rules)
         self._on_close = on_close
         self._scale, self._faults = latency_scale(rules.latency), rules.faults
         # A recording from nothing counts tickets when answers are written: requests are redacted together, which costs
@@ -95,6 +102,24 @@ class Tape:
     def unsaved(self) -> list[Exchange]:
         """What was answered and could not be written: it held a secret, or the disk refused it."""
         return [] if self._writer is None else self._writer.unsaved
+
+    def leaves_out(self, url: str) -> bool:
+        """Return True if a request to this address is left to the network: it is neither recorded nor played."""
+        if not is_ignored(url, self.rules.ignore_hosts):
+            return False
+        self.left_out.add(host_of(url))
+        return True
+
+    def admit(self, request: HTTPRequest) -> HTTPRequest | None:
+        """Return a request as it is recorded and looked up, None if it is left to the network; then `issue` it."""
+        if self.leaves_out(request.url):
+            return None
+        if self.rules.before_request is None:
+            return request
+        given = hook_request(self.rules.before_request, request)
+        if given is None:
+            self.left_out.add(host_of(request.url))
+        return given
 
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
@@ -257,11 +282,22 @@ class Tape:
             raise CassetteError(f"expected a tape that records, got one that only plays ({self.name})")
         self._refuse_elsewhere()
         slot.answered = next(self._events)
+        if self.rules.before_response is not None and reply.status:
+            hooked_reply = hook_reply(self.rules.before_response, reply)
+            if hooked_reply is None:
+                return self._leave_unrecorded(slot, reply), False
+            reply = hooked_reply
         entry = Entry(slot, reply, usage, model, None if failure is None else _told(failure))
         slot.attempt += 1
         with self._lock:
             self._answered.append(slot)
             return entry, self._writer.add(entry)
+
+    def _leave_unrecorded(self, slot: Slot, reply: HTTPReply) -> Entry:
+        self.withdraw(slot)
+        entry = Entry(slot, reply, None, "", None)
+        entry.is_done = True
+        return entry
 
     def flush(self) -> None:
         """Write what was handed in; what comes after the tape was closed is refused, as the file is finished."""
@@ -342,6 +378,11 @@ class Tape:
         if self._writer is not None and (changed := self._writer.changed):
             told = f"{len(changed)} recorded answers were changed by the redaction of secrets, as {changed[0]}"
             self.tell(f"{self.name}: {told}; see the rules for secrets in docs/cassettes.md", warn=warn)
+        if looser := self._pools.looser:
+            told = (
+                f"{len(looser)} calls played an answer to another request, as match_on allows: {'; '.join(looser[:3])}"
+            )
+            self.tell(f"{self.name}: {told}", warn=False)
         if fallbacks := self._pools.fallbacks:
             first = "; ".join(fallbacks[:3])
             told = f"{len(fallbacks)} calls played what another lineage recorded: {first}"

@@ -1,7 +1,7 @@
 """What happens to one request of another HTTP client: seen by who watches, answered by the tape, or sent and recorded.
 
 The patches of each client (`patches/`) know how that client asks and answers; what they have in common is here. A patch
-asks `is_wanted` first, which costs little; only then does it read the request's body and `begin` a turn.
+asks `is_wanted` and `leaves_out` first, which costs little; only then it reads the request's body and begins a turn.
 
     turn = begin("httpx", request)      # raises a miss; the turn holds the reply to play or the failure to raise
     ...                                 # else: send the request, within `passing()`
@@ -140,6 +140,18 @@ def is_wanted(client: str) -> bool:
     return not tape.records or client in served_by(tape)
 
 
+def leaves_out(client: str, url: object) -> bool:
+    """Return whether a request that is wanted goes to the network all the same: its host is left out.
+
+    Within `passing()` then. One that somebody watches gets a turn without a tape.
+    """
+    watch = _watch.get()
+    if watch is not None and client in watch.clients:
+        return False
+    tape = tape_here()
+    return tape is not None and tape.leaves_out(str(url))
+
+
 def refuse(client: str, method: str, url: str) -> CassetteMissError | None:
     """Return the error for a client that no tape can serve, and remember it; None where it may go through.
 
@@ -181,9 +193,13 @@ class Turn:
         if tape is None:
             return
         try:
+            admitted = tape.admit(self.request)
+            if admitted is None:
+                self.tape = None
+                return
             if not (tape.records or self.client in served_by(tape)):
                 raise _refused(tape, self.client, self.request.method, self.request.url)
-            self.slot = tape.issue(self.request)
+            self.slot = tape.issue(admitted)
             self.reply = tape.play(self.slot)
         except CassetteMissError as miss:
             if not _retries_all_errors(self.request):

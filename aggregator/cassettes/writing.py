@@ -14,9 +14,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Protocol
 
-from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.exchanges import Exchange, Facts
 from aggregator.cassettes.redaction import Line, needles_for, redact_lines
+from aggregator.cassettes.rules import DEFAULT_RULES, TapeRules
 from aggregator.cassettes.slots import Slot
 from aggregator.errors import CassetteError
 from aggregator.records import HTTPReply, Usage
@@ -71,10 +71,10 @@ class Entry:
 class Writer:
     """Writes entries in the order in which they were handed in; whoever calls holds the tape's lock."""
 
-    def __init__(self, sink: Sink, now: Callable[[], float], policy: Redaction = USUAL) -> None:
+    def __init__(self, sink: Sink, now: Callable[[], float], rules: TapeRules = DEFAULT_RULES) -> None:
         self.written = 0
         self.changed: list[str] = []  # which answers are written otherwise than they came
-        self._policy = policy
+        self._policy = rules.redaction
         self.unsaved: list[Exchange] = []
         self.errors: list[CassetteError] = []
         self._sink, self._now = sink, now

@@ -151,7 +151,8 @@ class Attempts:
         self.request: HTTPRequest = codec.encode(call)
         mark = codec.mark(call)
         self.opening = None if mark is None else digest(call.messages, mark)
-        self.slot: Slot | None = None if self.tape is None else self.tape.issue(self.request)
+        admitted = None if self.tape is None else self.tape.admit(self.request)
+        self.slot: Slot | None = None if self.tape is None or admitted is None else self.tape.issue(admitted)
 
     def is_answerable(self) -> bool:
         """Return True if the issued call can be answered: by its recording, or by the network."""

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 MODES = ("none", "once", "new_episodes", "all")
-ARGUMENTS = ("mode", "clients", "lineage", "latency", "code", "unplayed", "allowed_hosts")
+OPTIONS = (
+    *("clients", "lineage", "latency", "ignore", "match_on", "allow_playback_repeats", "ignore_hosts"),
+    *("ignore_localhost", "before_record_request", "before_record_response", "redact", "keep", "keep_headers", "code"),
+)
+"""Arguments of the mark that are those of `cassette(...)`."""
+ARGUMENTS = ("mode", *OPTIONS, "unplayed", "allowed_hosts")
 UNPLAYED = ("ignore", "report", "error")
 MAX_NAME = 120
 MAX_BYTES = 200  # file systems take 255, and `.new`, `.lock` or a shard's number is appended
@@ -46,8 +51,9 @@ def _check_kinds(arguments: dict[str, Any], item: pytest.Item) -> None:
     name = arguments["name"]
     if name is not None and not (isinstance(name, str) and name):
         raise pytest.UsageError(f"Expected a cassette's name as text, got {name!r} - at {item.nodeid}")
-    for argument in ("clients", "allowed_hosts"):
-        if not isinstance(arguments.get(argument, ()), Iterable):
+    for argument in ("clients", "allowed_hosts", "ignore_hosts"):
+        is_none = argument == "ignore_hosts" and arguments.get(argument, ()) is None
+        if not is_none and not isinstance(arguments.get(argument, ()), Iterable):
             raise pytest.UsageError(
                 f"Expected {argument} as text or a list of texts, got {arguments[argument]!r} - at {item.nodeid}"
             )
@@ -60,18 +66,23 @@ def resolve_settings(config: pytest.Config, arguments: dict[str, Any]) -> dict[s
     unplayed = arguments.get("unplayed") or config.getini("cassette_unplayed")
     if unplayed not in UNPLAYED:
         raise pytest.UsageError(f"Expected unplayed to be one of {', '.join(UNPLAYED)}, got {unplayed!r}")
-    clients = arguments.get("clients", config.getini("cassette_clients"))
-    hosts = arguments.get("allowed_hosts", ())
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    clients = options.get("clients", config.getini("cassette_clients"))
+    options["clients"] = "all" if list(clients) == ["all"] else clients if isinstance(clients, str) else tuple(clients)
+    hosts = options.get("ignore_hosts", ())
+    if hosts is not None:  # nothing is left out then, whatever the ini file says
+        options["ignore_hosts"] = [*config.getini("cassette_ignore_hosts"), *_as_list(hosts)]
+        options.setdefault("ignore_localhost", config.getini("cassette_ignore_localhost"))
     return {
         "mode": mode or "once",
-        "clients": "all" if list(clients) == ["all"] else clients,
-        "lineage": arguments.get("lineage", "strict"),
-        "latency": arguments.get("latency", "off"),
-        "code": arguments.get("code", False),
-        "private": not config.getini("cassette_shared"),
+        "options": {**options, "private": not config.getini("cassette_shared")},
         "unplayed": unplayed,
-        "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *([hosts] if isinstance(hosts, str) else hosts)],
+        "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *_as_list(arguments.get("allowed_hosts", ()))],
     }
+
+
+def _as_list(hosts: str | Iterable[str]) -> list[str]:
+    return [hosts] if isinstance(hosts, str) else list(hosts)
 
 
 def cassette_path(item: pytest.Item, name: str | None) -> Path:
@@ -88,7 +99,7 @@ def cassette_path(item: pytest.Item, name: str | None) -> Path:
         name = _file_name(f"{owner.__name__}.{item.name}" if owner else item.name)
     elif "/" in name:
         inside = Path()
-    return base / inside / (name if name.endswith((".yaml", ".yml", ".json")) else f"{name}.yaml")
+    return base / inside / (name if name.endswith((".yaml", ".yml", ".json", ".gz")) else f"{name}.yaml")
 
 
 def _file_name(test: str) -> str:

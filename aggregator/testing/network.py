@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from aggregator.cassettes.hosts import is_ignored
 from aggregator.errors import CassetteError
 
 Call = Callable[..., Any]
@@ -22,15 +23,21 @@ _pairing = threading.local()  # Windows emulates socketpair(), which every event
 
 @contextmanager
 def refuse_connections(
-    why: str, allowed_hosts: Iterable[str] = (), *, remedy: str = REMEDY, met: list[CassetteError] | None = None
+    why: str,
+    allowed_hosts: Iterable[str] = (),
+    *,
+    remedy: str = REMEDY,
+    met: list[CassetteError] | None = None,
+    unreported: Container[str] = (),
 ) -> Iterator[None]:
     """Refuse connections, datagrams and name look-ups within a block, to the loopback too unless it is allowed.
 
-    A host that is allowed by name is allowed at every address that it resolves to. Refusals are added to `met`, since
-    code may hide the error. Unix sockets and connections that were made before still work. uvloop connects below
-    Python's sockets, so only its name look-ups are refused.
+    A host that is allowed by name is allowed at every address that it resolves to; `*.example.com` stands for the hosts
+    below it. Refusals are added to `met`, since code may hide the error, but not those of `unreported` hosts. Unix
+    sockets and connections that were made before still work. uvloop connects below Python's sockets, so only its name
+    look-ups are refused.
     """
-    guard = _Guard(allowed_hosts, f"{why}; {remedy}", [] if met is None else met)
+    guard = _Guard(allowed_hosts, f"{why}; {remedy}", [] if met is None else met, unreported)
     kind: Any = socket.socket
     methods = [(kind, name, guard.leading(at)) for name, at in ADDRESS_AT.items() if hasattr(kind, name)]
     functions = [(socket, name, wrap) for name, wrap in guard.functions().items()]
@@ -45,8 +52,13 @@ def refuse_connections(
 class _Guard:
     """Which hosts may be reached, and the replacements of the functions that reach them."""
 
-    def __init__(self, allowed_hosts: Iterable[str], why: str, met: list[CassetteError]) -> None:
-        self.allowed = {host.lower() for host in allowed_hosts}
+    def __init__(
+        self, allowed_hosts: Iterable[str], why: str, met: list[CassetteError], unreported: Container[str]
+    ) -> None:
+        names = [host.lower() for host in allowed_hosts]
+        self.allowed = {host.strip("[]") for host in names}
+        self.patterns = tuple(host for host in names if "*" in host)
+        self.unreported = unreported
         if "localhost" in self.allowed:
             self.allowed.update(_LOOPBACK)
         self.why, self.met = why, met
@@ -56,8 +68,11 @@ class _Guard:
         name = host.decode("latin-1") if isinstance(host, bytes) else host
         if name is None or str(name).lower() in self.allowed or getattr(_pairing, "active", False):
             return
+        if is_ignored(f"//{name}/", self.patterns):
+            return
         refusal = CassetteError(f"Expected no connection, got one to {name!r}: {self.why}")
-        self.met.append(refusal)
+        if str(name).lower() not in self.unreported:
+            self.met.append(refusal)
         raise refusal
 
     def leading(self, at: int) -> Callable[[Call], Call]:

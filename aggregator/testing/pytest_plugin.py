@@ -47,6 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("cassette_mode", f"record mode of marked tests: {', '.join(MODES)} (default: none in CI, else once)")
     parser.addini("cassette_clients", "other clients to serve: `all`, or names as `httpx requests`", type="args")
     parser.addini("cassette_unplayed", f"exchanges that a test left unplayed: {', '.join(UNPLAYED)}", default="report")
+    parser.addini(
+        "cassette_ignore_hosts", "hosts that cassettes leave to the network, beside the usual ones", type="args"
+    )
+    parser.addini("cassette_ignore_localhost", "leave this machine to the network", type="bool")
     parser.addini("cassette_allowed_hosts", "hosts that a replaying test may reach", type="args")
     parser.addini("cassette_shared", "leave permissions of new cassettes to the umask, not to their owner", type="bool")
     parser.addini("cassette_serve_vcr", "serve pytest-recording's `vcr` tests by an indexed tape", type="bool")
@@ -57,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "cassette(name=None, *, mode=None, clients=(), lineage='strict', latency='off', code=False, unplayed=None, "
-        "allowed_hosts=()): record this test's LLM exchanges, and replay them",
+        "allowed_hosts=(), and options of aggregator.cassette): record this test's LLM exchanges, and replay them",
     )
     config.stash[LEDGER] = Ledger()
     config.stash[COLLECTED] = []

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from aggregator.cassettes.exchanges import exchange_id
+from aggregator.cassettes.hosts import IGNORED_HOSTS, host_of, ignored_by
 from aggregator.cassettes.opening import Mode
 from aggregator.cassettes.recorder import cassette
-from aggregator.cassettes.rules import LineageRule, TapeRules
 from aggregator.cassettes.tape import Tape
-from aggregator.cassettes.timing import Latency
 from aggregator.errors import CassetteError, CassetteWarning
 from aggregator.testing.network import refuse_connections
 
@@ -39,11 +38,7 @@ class Taping:
         path: Path,
         *,
         mode: Mode,
-        clients: str | Iterable[str] = (),
-        lineage: LineageRule = "strict",
-        latency: Latency = "off",
-        code: bool | str | Iterable[str] = False,
-        private: bool = True,
+        options: Mapping[str, Any],
         unplayed: Unplayed = "report",
         allowed_hosts: Iterable[str] = (),
         refusals: list[CassetteError],
@@ -51,20 +46,12 @@ class Taping:
         self.path = path
         self.passed = False
         self._refusals = refusals
-        self._cassette = cassette(
-            path,
-            mode,
-            private=private,
-            rules=TapeRules(
-                clients=clients if isinstance(clients, str) else tuple(clients),
-                lineage=lineage,
-                latency=latency,
-                code=code if isinstance(code, bool | str) else tuple(code),
-                adopts="everything",  # threads and loops that were started before have no context of this test
-            ),
-        )
+        # threads and loops that were started before have no context of this test
+        self._cassette = cassette(path, mode, adopts="everything", **options)
         self._unplayed = unplayed
-        self._allowed_hosts = tuple(allowed_hosts)
+        ignored = ignored_by(options.get("ignore_hosts") or (), localhost=bool(options.get("ignore_localhost")))
+        own = [host_of(f"//{entry}") for entry in ignored if entry not in IGNORED_HOSTS]
+        self._allowed_hosts = (*allowed_hosts, *own)
         self._stack = ExitStack()
         self._found = 0
 
@@ -74,7 +61,12 @@ class Taping:
         self._found = len(self.tape.unplayed())
         if not self.tape.records:
             self._stack.enter_context(
-                refuse_connections(f"{self.path} is being replayed", self._allowed_hosts, met=self._refusals)
+                refuse_connections(
+                    f"{self.path} is being replayed",
+                    self._allowed_hosts,
+                    met=self._refusals,
+                    unreported=self.tape.left_out,
+                )
             )
         return self
 

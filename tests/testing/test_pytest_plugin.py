@@ -238,3 +238,64 @@ def test_the_plugin_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert [name for name in out.split() if name not in sys.stdlib_module_names] == ["aggregator"]
+
+
+def test_hosts_are_ignored_by_the_mark_and_the_ini_file(project: pytest.Pytester, model: Model) -> None:
+    """What is left out is asked in every run, also while a test replays, and is in no cassette."""
+    body = "def test_it():\n    assert route('x').startswith('answer')\n"
+    for mark, settings in (
+        ("@pytest.mark.cassette(clients='all', ignore_hosts='127.0.0.1')\n", []),
+        ("@pytest.mark.cassette(clients='all', ignore_localhost=True)\n", []),
+        ("@pytest.mark.cassette(clients='all')\n", ["-o", "cassette_ignore_hosts=127.0.0.1"]),
+        ("@pytest.mark.cassette(clients='all')\n", ["-o", "cassette_ignore_localhost=true"]),
+    ):
+        only(project, mark + body)
+        hits = model.hits
+        for mode in ("once", "none"):
+            project.runpytest(*settings, f"--cassette-mode={mode}").assert_outcomes(passed=1)
+        assert (model.hits, cassettes(project)) == (hits + 2, [])
+    only(project, "@pytest.mark.cassette(clients='all', ignore_hosts=None)\n" + body)
+    project.runpytest("-o", "cassette_ignore_localhost=true").assert_outcomes(passed=1)
+    assert cassettes(project) == ["tests/cassettes/test_one/test_it.yaml"]
+
+
+def test_telemetry_failed_a_test_that_replays(project: pytest.Pytester) -> None:
+    """A background thread posts to a host that is left out by default: it is refused, and the test passes all the same.
+
+    A host that is not left out makes the test fail, although the code hides the error.
+    """
+    for url, outcome in (
+        ("https://api.openai.com/v1/traces/ingest", {"passed": 1}),
+        ("https://api.example.invalid/v1", {"failed": 1}),
+    ):
+        only(
+            project,
+            "import contextlib, threading\n"
+            "def post():\n    with contextlib.suppress(Exception):\n"
+            f"        httpx.post({url!r}, json={{}})\n"
+            "@pytest.mark.cassette(clients='all', mode='none', unplayed='ignore')\n"
+            "def test_it():\n    one = threading.Thread(target=post)\n    one.start()\n    one.join()\n",
+        )
+        project.runpytest().assert_outcomes(**outcome)
+
+
+def test_the_mark_takes_the_options_of_a_cassette(project: pytest.Pytester, model: Model) -> None:
+    """Matching, hooks and redaction are those of `cassette(...)`."""
+    options = "clients='all', match_on=['method', 'path'], allow_playback_repeats=True, before_record_response=scrub"
+    only(
+        project,
+        "def scrub(response):\n    response['body']['string'] = b'scrubbed'\n    return response\n"
+        f"@pytest.mark.cassette({options})\n"
+        "def test_it():\n"
+        "    print(route(os.environ.get('TICKET', 'x')), route('y') if 'TICKET' in os.environ else '')\n",
+    )
+    project.runpytest("-s").assert_outcomes(passed=1)
+    monkey = pytest.MonkeyPatch()
+    monkey.setenv("TICKET", "another")
+    try:
+        outcome = project.runpytest("-s", "--cassette-mode=none")
+    finally:
+        monkey.undo()
+    outcome.assert_outcomes(passed=1)
+    outcome.stdout.fnmatch_lines(["*scrubbed scrubbed*"])
+    assert model.hits == 1

@@ -14,7 +14,7 @@ from typing import Any
 
 from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_reply, to_request
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, passing, refuse
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing, refuse
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply
 
@@ -65,6 +65,9 @@ def _handle_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle_request(self: Any, request: Any) -> Any:
         if not is_wanted(CLIENT):
             return original(self, request)
+        if leaves_out(CLIENT, request.url):
+            with passing():
+                return original(self, request)
         module = _module_of(request)
         turn = _begin(module, request, b"".join(request.stream))
         if turn is None:
@@ -101,6 +104,9 @@ def _handle_async_request(original: Callable[..., Any]) -> Callable[..., Any]:
     async def handle_async_request(self: Any, request: Any) -> Any:
         if not is_wanted(CLIENT):
             return await original(self, request)
+        if leaves_out(CLIENT, request.url):
+            with passing():
+                return await original(self, request)
         module = _module_of(request)
         turn = _begin(module, request, b"".join([part async for part in request.stream]))
         if turn is None:

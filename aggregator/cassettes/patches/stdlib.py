@@ -13,12 +13,13 @@ from io import BytesIO
 from typing import Any
 
 from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_bytes, to_reply, to_request
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, passing
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
 from aggregator.errors import CassetteError
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply, HTTPRequest
 
 _SENT = "_aggregator_sent"
+_LEFT_OUT = "_aggregator_left_out"
 _POOLED = {"urllib3": "urllib3", "botocore": "boto3"}  # these ask their pools, which are patched
 
 
@@ -99,7 +100,12 @@ def _putrequest(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def putrequest(self: Any, *args: Any, **kwargs: Any) -> Any:
         vars(self).pop(_SENT, None)
+        vars(self).pop(_LEFT_OUT, None)
         client = client_of(self)
+        url = str(kwargs["url"] if "url" in kwargs else args[1])
+        if is_wanted(client) and leaves_out(client, url if "://" in url else f"{_base(self)}{url}"):
+            vars(self)[_LEFT_OUT] = True
+            return original(self, *args, **kwargs)
         if client in _POOLED.values() and is_wanted(client):
             raise CassetteError(
                 f"Expected a request of {client} through its pool or client, got one by a bare connection, which a "
@@ -128,7 +134,7 @@ def _connect(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def connect(self: Any) -> Any:
         """Connect, unless a tape may answer what will be asked: then the request connects where it must be sent."""
-        return None if _is_served(self) else original(self)
+        return None if _is_served(self) and _LEFT_OUT not in vars(self) else original(self)
 
     return connect
 

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from email.message import Message
-from functools import wraps
+from functools import partial, wraps
 from http.client import HTTPException
 from io import BytesIO
 from socket import gaierror
@@ -15,7 +15,7 @@ from typing import Any
 from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_bytes, to_reply, to_request
 from aggregator.cassettes.patches.stdlib import http_response
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, passing
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply
 
@@ -109,6 +109,19 @@ def _fail(turn: Turn, error: BaseException) -> None:
     turn.fail(kind_of(error, "urllib3"), getattr(error, "_message", None) or str(error))
 
 
+def _tunnel(pool: Any, conn: Any) -> None:
+    """Make the tunnel through a proxy that was put off."""
+    if vars(conn).pop(_TUNNEL, False) and conn.sock is None:
+        pool._prepare_proxy(conn)  # noqa: SLF001 - as `urlopen` does, of the same pool
+
+
+def _pass(pool: Any, conn: Any, send: Callable[[], Any]) -> Any:
+    """Send a request that no tape sees."""
+    with passing():
+        _tunnel(pool, conn)
+        return send()
+
+
 def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
     names = tuple(inspect.signature(original).parameters)
     returns_own = "preload_content" in names  # version 2; before, the standard library's response
@@ -118,6 +131,8 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
         client = client_of(self)
         if not is_wanted(client):
             return original(self, conn, method, url, *args, **options)
+        if leaves_out(client, _url(self, url)):
+            return _pass(self, conn, partial(original, self, conn, method, url, *args, **options))
         from urllib3.exceptions import HTTPError
 
         options.update(zip(names[4:], args, strict=False))
@@ -136,8 +151,7 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
             return _played(self, turn.reply, (method, url), options, returns_own=returns_own)
         with passing():
             try:
-                if vars(conn).pop(_TUNNEL, False) and conn.sock is None:
-                    self._prepare_proxy(conn)
+                _tunnel(self, conn)
                 asked = options | ({"preload_content": False, "decode_content": False} if returns_own else {})
                 response = original(self, conn, method, url, **asked)
                 content = response.read()

@@ -1,0 +1,176 @@
+"""Hosts that a cassette leaves to the network: telemetry, tables, the application under test, and what a user names."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import requests
+import urllib3
+
+import aggregator
+from aggregator.cassettes.hosts import IGNORED_HOSTS, ignored_by, is_ignored
+from aggregator.errors import CassetteMissError, ConfigError
+from aggregator.llm.client import LLM
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.server.hits += 1  # type: ignore[attr-defined]
+        hits = self.server.hits  # type: ignore[attr-defined]
+        message = {"role": "assistant", "content": f"answer {hits}"}
+        data = json.dumps({"n": hits, "model": "m", "choices": [{"index": 0, "message": message}]}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A loopback server that numbers its answers."""
+    httpd: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads, httpd.hits = True, 0
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}"
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def by_httpx(url: str) -> int:
+    return int(httpx.post(url, content=b"{}").json()["n"])
+
+
+def by_requests(url: str) -> int:
+    return int(requests.post(url, data=b"{}", timeout=5).json()["n"])
+
+
+def by_urllib3(url: str) -> int:
+    with urllib3.PoolManager() as pool:
+        return int(json.loads(pool.request("POST", url, body=b"{}").data)["n"])
+
+
+def by_urllib(url: str) -> int:
+    with urllib.request.urlopen(urllib.request.Request(url, data=b"{}"), timeout=5) as response:
+        return int(json.load(response)["n"])
+
+
+def by_http_client(url: str) -> int:
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=5)
+    connection.connect()
+    connection.request("POST", parts.path, body=b"{}")
+    number = int(json.load(connection.getresponse())["n"])
+    connection.close()
+    return number
+
+
+CLIENTS = [by_httpx, by_requests, by_urllib3, by_urllib, by_http_client]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    "entry", ["127.0.0.1", "127.0.0.1:{port}", "127.0.0.1/telemetry", "http://127.0.0.1/telemetry/"]
+)
+def test_an_ignored_host_goes_live(client: Callable[[str], int], entry: str, tmp_path: Path, server: Any) -> None:
+    """It is neither recorded nor played nor refused, in any mode, whichever client asks."""
+    url, path = f"{server.url}/telemetry/batch", tmp_path / "a.yaml"
+    hosts = [entry.format(port=server.server_port)]
+    for mode in ("once", "none"):
+        with aggregator.cassette(path, mode, clients="all", ignore_hosts=hosts) as tape:
+            assert client(url) == server.hits
+        assert (tape.recorded, tape.misses) == (0, [])
+    assert server.hits == 2
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_other_paths_of_an_ignored_host_are_recorded(client: Callable[[str], int], tmp_path: Path, server: Any) -> None:
+    """An entry with a path leaves only what is below it."""
+    path, hosts = tmp_path / "a.yaml", ["127.0.0.1/telemetry"]
+    with aggregator.cassette(path, "once", clients="all", ignore_hosts=hosts) as tape:
+        assert (client(f"{server.url}/v1"), client(f"{server.url}/telemetry"), client(f"{server.url}/v1")) == (1, 2, 3)
+    assert tape.recorded == 2
+    with aggregator.cassette(path, "none", clients="all", ignore_hosts=hosts):
+        assert (client(f"{server.url}/v1"), client(f"{server.url}/telemetry"), client(f"{server.url}/v1")) == (1, 4, 3)
+
+
+async def test_this_machine_is_ignored_on_request(tmp_path: Path, server: Any) -> None:
+    """`ignore_localhost` leaves every name of this machine; our own client asks it too."""
+    llm = LLM("openai/m", base_url=f"{server.url}/v1", api_key="x", max_attempts=1)
+    with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all", ignore_localhost=True):
+        assert by_httpx(server.url.replace("127.0.0.1", "localhost")) == 1
+        assert (await llm.complete("hello")).text == "answer 2"
+    with aggregator.cassette(tmp_path / "a.yaml", "once", clients="all") as tape:
+        assert by_httpx(server.url) == 3
+    assert tape.recorded == 1
+
+
+def test_a_client_that_is_not_served_may_reach_an_ignored_host(tmp_path: Path, server: Any) -> None:
+    """While a tape plays, any other host is refused to it."""
+    with aggregator.cassette(tmp_path / "a.yaml", "none", clients=["httpx"], ignore_hosts=["127.0.0.1/ok"]) as tape:
+        assert by_requests(f"{server.url}/ok") == 1
+        with pytest.raises(CassetteMissError):
+            by_requests(f"{server.url}/other")
+        tape.misses.clear()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.openai.com/v1/traces/ingest",
+        "https://raw.githubusercontent.com/BerriAI/litellm/main/model_prices_and_context_window.json",
+        "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken",
+        "https://api.smith.langchain.com/runs/batch",
+        "https://us.i.posthog.com/batch/",
+        "https://o1234.ingest.us.sentry.io/api/1/envelope/",
+        "https://telemetry.crewai.com:4319/v1/traces",
+        "http://testserver/items?x=1",
+        "http://169.254.169.254/latest/meta-data/",
+    ],
+)
+def test_telemetry_made_replays_fail(url: str) -> None:
+    """It is sent when a timer says so, or by the first test only, and its ids are new in every run."""
+    assert is_ignored(url, IGNORED_HOSTS)
+    assert not is_ignored(url, ignored_by(None))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.openai.com/v1/chat/completions",
+        "https://api.openai.com/v1/traces/ingested",
+        "https://raw.githubusercontent.com/acme/repo/main/x.json",
+        "https://notposthog.com/",
+        "https://huggingface.co/api/models",
+        "http://testserver.example.com/",
+        "http://localhost:8000/v1",
+    ],
+)
+def test_what_a_test_asks_is_not_telemetry(url: str) -> None:
+    """A host counts as a whole, and a path from its beginning, part by part."""
+    assert not is_ignored(url, IGNORED_HOSTS)
+
+
+@pytest.mark.parametrize("wrong", [[5], [""], [None]])
+def test_a_wrong_host_is_refused(wrong: Any) -> None:
+    """An entry is a text."""
+    with pytest.raises(ConfigError, match="Expected ignore_hosts as a list of names"):
+        ignored_by(wrong)
