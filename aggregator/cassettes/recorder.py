@@ -12,7 +12,6 @@ from functools import partial
 from types import TracebackType
 
 from aggregator import portal
-from aggregator.cassettes.clients import families
 from aggregator.cassettes.credentials import redaction_by
 from aggregator.cassettes.current import enter, leave
 from aggregator.cassettes.hooks import BeforeRequest, BeforeResponse
@@ -77,11 +76,6 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         warn: bool = True,
         rules: TapeRules | None = None,
     ) -> None:
-        if faults is not None and clients:
-            raise ConfigError(
-                f"expected faults without clients, got both (clients={clients!r}): an injected fault reaches our own "
-                "client alone, as others have exceptions of their own; leave one of them out"
-            )
         given = TapeRules(
             lineage=lineage,
             clients=clients,
@@ -97,14 +91,9 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
             code=code,
             adopts=adopts,
         )
-        if code is not False:
-            from aggregator.agents.consent import check_consent  # loads what only agents with trained code need
-
-            check_consent(code)
         if rules is not None and given != DEFAULT_RULES:
             raise ConfigError(f"Expected the options of a cassette or rules=, got both; put them into {rules!r}")
         self._rules = given if rules is None else rules
-        families(self._rules.clients)  # an unknown name is an error before anything is opened
         self._open: Callable[[], Tape] = partial(
             open_tape, path, mode, rules=self._rules, layout=layout, private=private, now=now, warn=warn
         )

@@ -7,12 +7,14 @@ from typing import Literal
 
 from msgspec import Struct
 
+from aggregator.cassettes.clients import families
 from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.hooks import BeforeRequest, BeforeResponse
 from aggregator.cassettes.hosts import IGNORED_HOSTS
 from aggregator.cassettes.keys import Ignore
 from aggregator.cassettes.matching import MatchOn
 from aggregator.cassettes.timing import Faults, Latency
+from aggregator.errors import ConfigError
 
 LineageRule = Literal["strict", "prefer"]
 
@@ -50,6 +52,19 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     plays_failures: bool = True
     expects_all: bool = True
     code: bool | str | Collection[str] = False
+
+    def __post_init__(self) -> None:
+        """Reject options that cannot be meant, before anything is opened."""
+        families(self.clients)
+        if self.faults is not None and self.clients:
+            raise ConfigError(
+                f"Expected faults without clients, got both (clients={self.clients!r}): an injected fault reaches our "
+                "own client alone, as others have exceptions of their own; leave one of them out"
+            )
+        if self.code is not False:
+            from aggregator.agents.consent import check_consent  # loads what only agents with trained code need
+
+            check_consent(self.code)
 
 
 DEFAULT_RULES = TapeRules()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, copy_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -348,10 +349,10 @@ def test_a_second_recorder_that_waited_for_the_first_recorded_into_a_finished_fi
     first.__enter__()
     say("a", "1")
 
-    def lock_after_the_first(where: Path) -> FileLock:
+    def lock_after_the_first(where: Path, **options: Any) -> FileLock:
         monkeypatch.undo()
         first.__exit__(None, None, None)
-        return FileLock(where)
+        return FileLock(where, **options)
 
     monkeypatch.setattr(opening, "FileLock", lock_after_the_first)
     with aggregator.cassette(path, "once") as tape:
@@ -361,5 +362,5 @@ def test_a_second_recorder_that_waited_for_the_first_recorded_into_a_finished_fi
 
 def test_faults_used_up_the_answers_of_other_clients(tmp_path: Path) -> None:
     """Faults are for our own client; asked for with others they are refused."""
-    with pytest.raises(ConfigError, match=r"expected faults without clients, got both \(clients=\['httpx'\]\)"):
+    with pytest.raises(ConfigError, match=r"Expected faults without clients, got both \(clients=\['httpx'\]\)"):
         aggregator.cassette(tmp_path / "a.yaml", "none", clients=["httpx"], faults=Faults(cut=0.1))
