@@ -31,6 +31,7 @@ Args = ParamSpec("Args")
 
 PATIENCE = 10.0
 """Seconds that an interrupted caller waits for what it interrupted: code may swallow its cancellation."""
+_DEEPEST = 40  # branches of which each knows the one before: tasks may start one another for ever
 _LONGEST_PATH = 200  # characters of a branch; more, as of tasks that start one another for ever, becomes a digest
 
 
@@ -130,13 +131,17 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
         )
     outcome: Future[Result] = Future()
     scope = _scope.get() or Scope()
+    branch = current_branch()
 
     def start() -> None:
         if scope.is_cancelled:
             outcome.set_exception(CancelledError())
             return
+        context = copy_context()
+        context.run(_branch.set, branch)
+        _branch.set(None)  # of this callback's context: the work goes on with the caller's branch, and is no new one
         try:
-            task = portal.loop.create_task(function(*args, **kwargs))
+            task = portal.loop.create_task(function(*args, **kwargs), context=context)
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it, as an argument that is not known
             outcome.set_exception(error)
             return
@@ -229,19 +234,39 @@ class Branch:
     path to the same work, whatever finishes first. `inner` is the path since the innermost lineage block.
     """
 
-    __slots__ = ("_numbers", "_quiet", "inner", "path", "pid")
+    __slots__ = ("_alive", "_crowded", "_numbers", "_parent", "_quiet", "depth", "inner", "path", "pid")
 
-    def __init__(self, path: str = "", inner: str = "", *, quiet: bool = False) -> None:
+    def __init__(self, path: str = "", inner: str = "", *, parent: Branch | None = None, quiet: bool = False) -> None:
         self.path, self.inner, self.pid = path, inner, os.getpid()
+        self._parent, self._quiet = parent, quiet
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self._numbers = count()
-        self._quiet = quiet
+        self._alive = 0
+        self._crowded = False
 
     def child(self) -> Branch:
         """Return the branch of the next work that is started here."""
         if self._quiet:
             return self
         number = next(self._numbers)
-        return Branch(_joined(self.path, number), _joined(self.inner, number))
+        self._alive += 1
+        self._crowded = self._crowded or self._alive > 1
+        parent = self if self.depth < _DEEPEST else None
+        return Branch(_joined(self.path, number), _joined(self.inner, number), parent=parent)
+
+    def end(self) -> None:
+        """Count the work of this branch as ended."""
+        if self._parent is not None and not self._quiet:
+            self._parent._alive -= 1  # noqa: SLF001 - of its own class
+
+    def is_concurrent(self) -> bool:
+        """Return whether this is one of several that are or were under way at once, since the last lineage block."""
+        branch = self
+        while (parent := branch._parent) is not None:
+            if parent._crowded:  # noqa: SLF001 - of its own class
+                return True
+            branch = parent
+        return False
 
     def within(self) -> Branch:
         """Return the same place, from which `inner` counts anew."""
@@ -249,7 +274,7 @@ class Branch:
 
     def uncounted(self) -> Branch:
         """Return the same place, where what is started gets no number of its own."""
-        return Branch(self.path, self.inner, quiet=True)
+        return Branch(self.path, self.inner, parent=self._parent, quiet=True)
 
 
 def _joined(path: str, number: int) -> str:
@@ -363,6 +388,7 @@ def _carried_from(context: Context, branch: Branch) -> Callable[..., Any]:
         try:
             return context.run(function, *args, **kwargs)
         finally:
+            child.end()
             _work.handed_in, _work.own = before
 
     return run
@@ -483,9 +509,13 @@ def _create_task(original: Callable[..., Any]) -> Callable[..., Any]:
         branch = current_branch()
         if branch is not None:
             context = copy_context() if kwargs.get("context") is None else kwargs["context"]
+            child = branch.child()
             with suppress(RuntimeError):  # somebody's own context that is in use: its tasks get no numbers
-                context.run(_branch.set, branch.child())
+                context.run(_branch.set, child)
                 kwargs["context"] = context
+            task = original(self, coro, **kwargs)
+            task.add_done_callback(lambda _: child.end())
+            return task
         return original(self, coro, **kwargs)
 
     return create_task

@@ -29,6 +29,12 @@ MOST_AT_ONCE = 3
 TEST_TOOLS = ("pytest", "pytest-asyncio", "hypothesis")
 
 
+SDKS = (
+    *("openai", "anthropic", "google-genai", "mistralai", "cohere", "boto3", "ollama", "huggingface_hub"),
+    *("requests", "urllib3", "httplib2", "tornado", "httpx-aiohttp", "aiobotocore", "trio"),
+)
+
+
 class Environment(NamedTuple):
     """What an environment holds beside the requirements of the project.
 
@@ -50,6 +56,13 @@ ENVIRONMENTS = {
         (*TEST_TOOLS, "vcrpy", "httpx", "requests", "pytest-recording", "brotli", "zstandard"), unpinned=("vcrpy",)
     ),
     "trace": Environment((*TEST_TOOLS, "trace-opt>=0.1.3"), constrained=False),
+    "sdks": Environment((*TEST_TOOLS, *SDKS), constrained=False),
+    "litellm": Environment((*TEST_TOOLS, "litellm"), constrained=False),
+    "agents": Environment((*TEST_TOOLS, "langchain-openai", "openai-agents"), constrained=False),
+    "clients-oldest": Environment(
+        (*TEST_TOOLS, "aiohttp==3.10.*", "urllib3<2", "httpx==0.27.*", "requests", "httplib2", "tornado==6.4.*"),
+        constrained=False,
+    ),
 }
 
 

@@ -70,6 +70,11 @@ class Slot:
         self.redacted: HTTPRequest | None = None
         self.digest = ""  # of what was redacted in the body, once the request is clean
 
+    def place(self) -> None:
+        """Label a call of one of several that are or were under way at once: identical ones may come of the others."""
+        if not self.label and self.branch is not None and self.branch.is_concurrent():
+            self.label = self.branch.inner
+
     def clean(self) -> HTTPRequest:
         """Return the request as it may be written."""
         if self.redacted is None:
@@ -113,14 +118,14 @@ class Pool:
     def take(self, branch: portal.Branch | None) -> int:
         """Return the ticket of the next call that is made on this branch of the concurrent work.
 
-        A call that overlapped with none plays in its turn. Of those that did, each plays the one of its own branch; on
-        a branch that was not recorded, the first that is left.
+        A call without a label plays in its turn. Of the others each plays the one of its own branch; on a branch that
+        was not recorded, the first that is left.
         """
-        if not self.labels or branch is None:
-            return next(iter(self.rows), self.issued) if self.labels else self.issued
-        names = {branch.inner or ".", branch.path or "."} & self.labels.keys()
-        found = [ticket for name in ("", *names) if (ticket := self._first(self.labels.get(name, deque()))) >= 0]
-        return min(found) if found and names else next(iter(self.rows), self.issued)
+        if not self.labels:
+            return self.issued
+        names = ["", *({branch.inner or ".", branch.path or "."} if branch is not None else ())]
+        found = [ticket for name in names if name in self.labels and (ticket := self._first(self.labels[name])) >= 0]
+        return min(found) if found else next(iter(self.rows), self.issued)
 
     def _first(self, tickets: deque[int]) -> int:
         while tickets and tickets[0] not in self.rows:
@@ -134,6 +139,7 @@ class Pool:
         """
         if slot.branch is None:
             return
+        slot.place()
         self.flying = [other for other in self.flying if other.answered < 0 or other.answered > slot.issued]
         for other in self.flying:
             for one, two in ((slot, other), (other, slot)):

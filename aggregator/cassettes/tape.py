@@ -282,6 +282,7 @@ class Tape:
             raise CassetteError(f"expected a tape that records, got one that only plays ({self.name})")
         self._refuse_elsewhere()
         slot.answered = next(self._events)
+        slot.place()
         if self.rules.before_response is not None and reply.status:
             hooked_reply = hook_reply(self.rules.before_response, reply)
             if hooked_reply is None:

@@ -245,8 +245,8 @@ def test_two_tapes_in_two_tasks_never_mix(server: Any) -> None:
         return [task.result() for task in tasks]
 
     with asyncio.Runner() as runner:
-        bodies = [[decode_line(line).request.body for line in lines] for lines in runner.run(both())]
-    assert bodies == [[b'{"from":"a"}'], [b'{"from":"b"}']]
+        bodies = [[json.loads(decode_line(line).request.body) for line in lines] for lines in runner.run(both())]
+    assert bodies == [[{"from": "a"}], [{"from": "b"}]]
     assert httpx.AsyncHTTPTransport.handle_async_request is before
 
 
