@@ -165,7 +165,12 @@ class Agent(Protocol):
         ...
 
     def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
-        """Run the tasks and yield (index, rollout) as each ends; with guide None the agent scores itself."""
+        """Run the tasks and yield (index, rollout) as each ends; with guide None the agent scores itself.
+
+        All tasks of one call have the same values. Calls to models belong to their task inside
+        `lineage_at("/".join(task.lineage), task.role)` (`aggregator.cassettes.lineage`), so that identical ones of
+        several tasks are told apart in a recording.
+        """
         ...
 
 

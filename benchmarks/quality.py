@@ -100,21 +100,17 @@ class NoisyOptimizer:
         self.world = world
         self.reads = reads
 
-    async def propose(self, rollout: Any, parameters: Any, *, history: Any = ()) -> Any:
+    async def propose(self, rollouts: Any, step: Any) -> Any:
         from aggregator import Proposal
 
         self.world.meter.spend()
-        facts = Proposal(score=rollout.score, feedback=rollout.feedback, sample_ids=(rollout.sample_id,))
-        wrong = [line.partition("wrong ")[2] for line in rollout.feedback.splitlines() if "wrong " in line]
-        rules = dict(parameters[0].data)
+        lines = [line for rollout in rollouts for line in rollout.feedback.splitlines()]
+        wrong = [line.partition("wrong ")[2] for line in lines if "wrong " in line]
+        rules = dict(step.values["rules"])
         for fact in wrong[: self.reads]:
             keyword, _, right = fact.partition(": ")
             rules = self.world.improved(rules, keyword, right)
-        return Proposal(**{**_fields(facts), "values": {"rules": rules} if wrong else {}})
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__struct_fields__}
+        return Proposal(values={"rules": rules} if wrong else {})
 
 
 class SimulatedMerge:

@@ -1,4 +1,4 @@
-"""The training loop and its parts: batches, proposers, prompts, suggestions, rules, gates, executors, checkpoints.
+"""The training loop and what decides in it: step, trainer, optimizers, rules, gates, checks, searches, run folder.
 
-May import: observing, guides, llm, agents, cassettes and below.
+May import: adapters, executors, guides, observing, llm, cassettes, agents, sandbox and below.
 """

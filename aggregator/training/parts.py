@@ -47,7 +47,11 @@ def check_gate(gate: Any) -> None:
 
 def _takes_any_number(function: Any) -> bool:
     """Return True for a function of `*arguments`, as `chain` is without its rules."""
-    return any(one.kind is Parameter.VAR_POSITIONAL for one in signature(function).parameters.values())
+    try:
+        arguments = signature(function).parameters.values()
+    except ValueError:  # written in C without a signature
+        return False
+    return any(one.kind is Parameter.VAR_POSITIONAL for one in arguments)
 
 
 def _argument(function: Any, position: int) -> str:

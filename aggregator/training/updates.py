@@ -133,9 +133,13 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
                 return Proposal(), group
             rest, edits = combine_edits(group, one.step)
             if edits is None or one.step.stepsize == 0:
-                return settle(await merge_with(parts.rule, rest, one.step)), group
-            asking = [proposal for proposal in rest if proposal.values or proposal.failures]
-            return settle([*(await merge_with(parts.rule, asking, one.step) if asking else ()), edits]), group
+                proposal = settle(await merge_with(parts.rule, rest, one.step))
+            else:
+                asking = [proposal for proposal in rest if proposal.values or proposal.failures]
+                proposal = settle([*(await merge_with(parts.rule, asking, one.step) if asking else ()), edits])
+            if not per_instance:
+                proposal = replace(proposal, sample_ids=tuple(rollout.sample_id for rollout in rollouts))
+            return proposal, group
 
     merged = await finish(merge, jobs, parts.limit)
     known = {key_of(plain(candidate.values)) for candidate in (*pool, *(one.candidate for one in explored))}

@@ -78,3 +78,13 @@ def test_num_proposals_is_a_positive_int(adder: Adder, count: Any) -> None:
     """Anything else is refused when the trainer is made."""
     with pytest.raises(ConfigError, match="Expected num_proposals to be an int of at least 1"):
         BasicSearchAlgorithm(adder, LLMOptimizer(llm=ScriptedModel(from_feedback)), num_proposals=count)
+
+
+@pytest.mark.parametrize("trainer", [MinibatchAlgorithm, BasicSearchAlgorithm])
+def test_a_proposal_for_a_minibatch_named_its_first_sample_alone(trainer: Any) -> None:
+    """Its contributors are all samples that the optimizer was shown."""
+    result = trainer(Adder(), LLMOptimizer(llm=ScriptedModel(suggest(amount=5)))).train(
+        exact, additions(5), batch_size=4
+    )
+    assert result.history[0].contributors == (0, 1, 2, 3)
+    assert sorted(result.provenance["amount"][0]["samples"]) == [0, 1, 2, 3]
