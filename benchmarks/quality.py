@@ -168,7 +168,6 @@ def make_trainer(method: str, agent: Any, world: World) -> tuple[Any, int]:
     """A trainer for one method, and its batch size."""
     from aggregator import (
         AggregatedUpdate,
-        BasicSearchAlgorithm,
         LLMMerge,
         Minibatch,
         MinibatchAlgorithm,
@@ -176,15 +175,7 @@ def make_trainer(method: str, agent: Any, world: World) -> tuple[Any, int]:
         SequentialSearch,
     )
     from aggregator.gates import improves_on_batch
-    from aggregator.rules import majority
-
-    class BestOfN(BasicSearchAlgorithm):
-        """Every instance's own proposal is a candidate."""
-
-        aforward = Minibatch.aforward  # type: ignore[assignment]
-
-        async def candidates(self, outputs: Any) -> Any:
-            return list(outputs)
+    from aggregator.rules import best_tried, majority
 
     optimizer = NoisyOptimizer(world, reads=3 if "3 read" in method else KEYWORDS)
     made = {
@@ -193,7 +184,7 @@ def make_trainer(method: str, agent: Any, world: World) -> tuple[Any, int]:
             agent, optimizer, rule=LLMMerge(SimulatedMerge(world)), gate=improves_on_batch()
         ),
         "majority": lambda: AggregatedUpdate(agent, optimizer, rule=majority),
-        "best of N": lambda: BestOfN(agent, optimizer),
+        "best of N": lambda: AggregatedUpdate(agent, optimizer, rule=best_tried),
         "sequential search": lambda: SequentialSearch(agent, optimizer, num_proposals=2),
         "priority search": lambda: PrioritySearch(agent, optimizer, num_candidates=2, num_proposals=2),
         "concatenated": lambda: MinibatchAlgorithm(agent, optimizer),
