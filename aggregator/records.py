@@ -290,7 +290,7 @@ class StepReport(Struct, frozen=True, kw_only=True):
     """What one step did, in the form that history, checkpoint and result keep: its size does not grow with outputs.
 
     `proposals` counts the instances that proposed something, `contributors` are the samples whose proposals went into
-    the update.
+    the update, `sources` those that proposed each parameter of it.
     """
 
     epoch: int
@@ -303,6 +303,7 @@ class StepReport(Struct, frozen=True, kw_only=True):
     reasoning: str = ""
     proposals: int = 0
     contributors: tuple[int, ...] = ()
+    sources: Mapping[str, tuple[int, ...]] = {}
     failures: tuple[Failure, ...] = ()
     test_score: float | None = None
     usage: Mapping[str, Usage] = {}
@@ -376,7 +377,8 @@ class Candidate(Struct, frozen=True, kw_only=True):
     """Parameter values that a search remembers, and how each instance scored under them.
 
     `id` is the step that made it and its number there, `parent` the candidate that it was proposed for, `sample_ids`
-    are the samples whose proposals made it. `scores` maps an instance's id to the sum of its scores and their count.
+    are the samples whose proposals made it, `sources` those for each parameter that it changes. `scores` maps an
+    instance's id to the sum of its scores and their count.
     """
 
     id: str
@@ -386,6 +388,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     scores: dict[str, tuple[float, int]] = {}
     reasoning: str = ""
     sample_ids: tuple[int, ...] = ()
+    sources: Mapping[str, tuple[int, ...]] = {}
 
     @property
     def score(self) -> float | None:
@@ -418,11 +421,13 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
 
     @property
     def provenance(self) -> dict[str, list[dict[str, Any]]]:
-        """Which accepted updates made each parameter what it is: the step, and the samples whose proposals went in."""
+        """Which accepted updates made each parameter what it is: the step, and the samples that proposed the change."""
         made: dict[str, list[dict[str, Any]]] = {name: [] for name in self.parameters}
         for report in self.history:
             for name in report.update if report.decision.accepted else ():
-                made.setdefault(name, []).append({"step": report.step, "samples": list(report.contributors)})
+                made.setdefault(name, []).append(
+                    {"step": report.step, "samples": list(report.sources.get(name, report.contributors))}
+                )
         return made
 
     @property

@@ -111,5 +111,17 @@ def contributors(candidate: Candidate, base: Candidate, pool: Iterable[Candidate
     return tuple(sorted(ids))
 
 
+def sources(candidate: Candidate, base: Candidate, pool: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
+    """Return, for each parameter, the samples that proposed its changes from one candidate to another."""
+    known = {other.id: other for other in pool}
+    found: dict[str, set[int]] = {}
+    step: Candidate | None = candidate
+    while step is not None and step.id != base.id:
+        for name, ids in step.sources.items():
+            found.setdefault(name, set()).update(ids)
+        step = known.get(step.parent or "")
+    return {name: tuple(sorted(found[name])) for name in sorted(found)}
+
+
 def _mean_of(scores: tuple[float, int]) -> float:
     return scores[0] / scores[1]

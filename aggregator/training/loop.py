@@ -464,6 +464,7 @@ def _report(turn: Turn, explored: Sequence[Explored], update: Update, usage: dic
         reasoning=update.reasoning,
         proposals=update.proposals,
         contributors=update.contributors,
+        sources=update.sources,
         failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
         usage=usage,
         rollouts=tuple([without_handle(instance.rollout) for instance in instances]),

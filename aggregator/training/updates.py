@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -18,7 +18,7 @@ from aggregator.errors import ConfigError
 from aggregator.executors.local import MAX_CONCURRENCY, finish
 from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Stage, Values
 from aggregator.text import shorten
-from aggregator.training.candidates import contributors, plain, with_scores
+from aggregator.training.candidates import contributors, plain, sources, with_scores
 from aggregator.training.decisions import Gate, Search, UpdateRule
 from aggregator.training.evaluation import failures_of, mean
 from aggregator.training.gates import always
@@ -64,6 +64,7 @@ class Update(Struct, frozen=True, kw_only=True):
     reasoning: str = ""
     proposals: int = 0
     contributors: tuple[int, ...] = ()
+    sources: Mapping[str, tuple[int, ...]] = {}
     failures: tuple[Failure, ...] = ()
     pool: Sequence[Candidate] = ()
 
@@ -109,6 +110,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
         reasoning=made.reasoning if best is None else best.reasoning,
         proposals=made.proposals,
         contributors=() if best is None else contributors(best, current, known.values()),
+        sources={} if best is None else sources(best, current, known.values()),
         failures=(*made.failures, *failures),
         pool=() if is_single(search) else [now, *without(now, kept)],
     )
@@ -157,7 +159,8 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         failures += [*told, *(record for record in more if record not in told)]  # a rule may pass them on, or drop them
         values = {**one.step.values, **accepted}
         key = key_of(plain(values))
-        if changes_between(one.step.values, values) and key not in known:
+        changes = changes_between(one.step.values, values)
+        if changes and key not in known:
             known.add(key)
             made.append(
                 Candidate(
@@ -167,6 +170,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
                     step=step.number,
                     reasoning=proposal.reasoning,
                     sample_ids=proposal.sample_ids,
+                    sources={name: _proposers_of(name, group, proposal) for name in changes},
                 )
             )
     asked = [proposal for _, group in merged for proposal in group] if single else [proposal for proposal, _ in merged]
@@ -176,6 +180,12 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         proposals=sum(bool(proposal.values) for proposal in asked),
         reasoning=merged[0][0].reasoning if single and len(merged) == 1 else "",
     )
+
+
+def _proposers_of(name: str, group: Sequence[Proposal], merged: Proposal) -> tuple[int, ...]:
+    """Return the samples behind a merged proposal that proposed to change this parameter."""
+    behind = set(merged.sample_ids)
+    return tuple(sorted({i for one in group if name in one.values for i in one.sample_ids if i in behind}))
 
 
 async def try_candidates(

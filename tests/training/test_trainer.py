@@ -446,3 +446,18 @@ def test_parameters_tell_where_they_come_from(adder: Adder, tmp_path: Path) -> N
     production = Adder()
     assert production.load(tmp_path / "run" / "parameters.json") == result.provenance
     assert production.amount.data == 5
+
+
+def test_provenance_named_a_sample_for_a_parameter_that_it_never_proposed() -> None:
+    """Of two samples that each change one parameter, each is named for its own alone; `contributors` has both."""
+    agent = Adder()
+    optimizer = ScriptedModel(suggest(amount=3), suggest(label="total"))
+    trainer = AggregatedUpdate(agent, LLMOptimizer(llm=optimizer), llm=ScriptedModel("TERMINATE"))
+    result = trainer.train(exact, additions(3, 2), batch_size=2, max_concurrency=1)
+    (report,) = result.history
+    first, second = report.sample_ids
+    assert set(report.contributors) == {first, second}
+    assert result.provenance == {
+        "amount": [{"step": 0, "samples": [first]}],
+        "label": [{"step": 0, "samples": [second]}],
+    }
