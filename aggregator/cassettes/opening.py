@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,6 +25,7 @@ from aggregator.cassettes.rules import DEFAULT_RULES, Adopts, LineageRule, TapeR
 from aggregator.cassettes.saving import FileLock, LayoutChoice, followed, save
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import ConfigError
+from aggregator.files import make_folder
 
 Mode = Literal["none", "once", "new_episodes", "all"]
 
@@ -70,7 +72,10 @@ def open_tape(
     if path.is_dir():
         raise ConfigError(f"expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
     plan = _replay(path, mode, rules.redaction)
-    lock = FileLock(path, private=private) if plan is None else None
+    if plan is None and not private:
+        with suppress(OSError):  # the lock raises what is wrong with the folder, and would make a private one
+            make_folder(path.parent, private=False)
+    lock = FileLock(path) if plan is None else None
     try:
         plan = plan or _recording(path, mode, rules.redaction)
         if lock is not None and plan.journal is None:  # finished meanwhile, by whoever had the lock

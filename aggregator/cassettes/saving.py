@@ -106,12 +106,12 @@ except ImportError:  # Windows: no advisory locks; two recording processes are t
 class FileLock:
     """An advisory lock beside a file, gone with its process however that ends."""
 
-    def __init__(self, path: Path, *, private: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         """Take the lock; raises CassetteLockedError naming the process that holds it."""
         self._path = path.with_name(f"{path.name}.lock")
         self._process = os.getpid()
         try:
-            make_folder(path.parent, private=private)
+            make_folder(path.parent)
             self._file = self._take(path)
         except OSError as error:
             raise CassetteError(

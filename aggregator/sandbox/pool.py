@@ -26,6 +26,9 @@ STARTING = 30.0
 GRACE = 5.0
 """Seconds beyond a call's own limit after which the worker itself is taken for dead."""
 
+ENDING = 2.0
+"""Seconds in which a worker that waits ends by itself, before it is killed."""
+
 MOST_WORKERS = 8
 
 COMMAND = ("-B", "-P", "-X", "utf8", "-m", "aggregator.sandbox.worker")
@@ -114,11 +117,21 @@ class Worker:
                 return
 
     def close(self) -> None:
-        """End the process, collect it and close the pipes."""
-        self.kill()
-        self.process.wait()
-        self.stdin.close()
+        """End the process and what it started, collect it and close the pipes."""
+        self.stdin.close()  # a worker that waits ends by that, its child first
+        try:
+            self.process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.process.wait()
         self.stdout.close()
+        deadline = time.monotonic() + ENDING  # a child of a worker that was killed is collected by the system
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(self.process.pid, 0)
+            except (ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
+                return
+            time.sleep(0.005)
 
     def _write(self, request: bytes) -> None:
         view = memoryview(len(request).to_bytes(4, "big") + request)
@@ -201,7 +214,7 @@ class Pool:
     def _take(self) -> Worker:
         while True:
             with self._lock:
-                worker = self._idle.pop() if self._idle else None
+                worker = self._idle.pop(0) if self._idle else None
             if worker is None:
                 return Worker()
             if worker.is_waiting():

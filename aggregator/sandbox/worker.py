@@ -1,8 +1,8 @@
 """The worker process of the sandbox: runs trained code in a fork that the kernel has closed.
 
-The process that reads requests never runs trained code. For each request it forks a child, which gives up what it may
-not use (`kernel.py`, an audit hook) and then runs the code. So every call starts from the same clean state, and a call
-that is killed takes nothing with it. What a child sends is passed on unread.
+The process that reads requests never runs trained code. It forks a child for each call, ahead of it, which gives up
+what it may not use (`kernel.py`, an audit hook), and then gets the code. So every call starts from the same clean
+state, and a call that is killed takes nothing with it. What a child sends is passed on unread.
 
 A frame is four bytes of length, eight of the call's number, and msgpack. The audit hook is no barrier, as the code can
 reach it; it is there to say in words what was refused.
@@ -19,6 +19,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -63,10 +65,21 @@ def main() -> None:
         os.dup2(nothing, standard)
     os.environ.clear()  # what the interpreter needed of it is read by now
     kernel = Kernel()
+    readable_roots()  # once, not in every child
     send(outgoing, b"\0" * 8, ["", msgspec.msgpack.encode(kernel.open_ways())])
+    spare: Child | None = None
     while (frame := read_frame(incoming)) is not None:
         request = msgspec.msgpack.decode(memoryview(frame)[8:], ext_hook=unpack)
-        send(outgoing, frame[:8], serve(request, kernel))
+        kind = Kind(request)
+        if spare is None or spare.kind != kind:
+            if spare is not None:
+                spare.end()
+            spare = Child(kind, kernel)
+        send(outgoing, frame[:8], spare.serve(frame, request))
+        spare.end()  # it has answered, or will not; nothing that it leaves behind reaches the next call
+        spare = Child(kind, kernel)
+    if spare is not None:
+        spare.end()
 
 
 def send(descriptor: int, number: bytes, content: list[Any]) -> None:
@@ -100,27 +113,65 @@ def write_all(descriptor: int, content: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def serve(request: dict[str, Any], kernel: Kernel) -> list[Any]:
-    """Run one call in a child; return the limit that ended it, or "", and what it sent."""
-    for function in request["functions"].values():  # the author's own imports, here so that they are paid for once
-        for module in function["modules"].values():
-            importlib.import_module(module.partition(":")[0])
-    if request["asynchronous"]:
-        importlib.import_module("asyncio")
-    result, answer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        child_main(request, answer, kernel)
-    os.close(answer)
-    content, limit = drain(result, time.monotonic() + request["seconds"], request["output"])
-    os.close(result)
-    os.kill(child, signal.SIGKILL)  # a child that has answered has nothing left to do
-    _, status = os.waitpid(child, 0)
-    if limit == "time":
-        return [f"it ran longer than {request['seconds']:g} seconds", b""]
-    if limit == "output":
-        return [f"its result is larger than {request['output']} bytes", b""]
-    return ["", content] if content else [ending(status), b""]
+class Kind:
+    """What a child has to know before its call comes: it is forked and closed in while nobody waits for it."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.seconds: float = request["seconds"]
+        self.memory: int = request["memory"]
+        self.asynchronous: bool = request["asynchronous"]
+        modules = [module for function in request["functions"].values() for module in function["modules"].values()]
+        self.modules = sorted({module.partition(":")[0] for module in modules})
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Child:
+    """A process for one call: it has given up everything that trained code may not use, and waits for the code."""
+
+    def __init__(self, kind: Kind, kernel: Kernel) -> None:
+        for module in kind.modules:  # the author's own imports, here so that they are paid for once
+            importlib.import_module(module)
+        if kind.asynchronous:
+            importlib.import_module("asyncio")
+        for module in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
+            del sys.modules[module]  # so that the hook sees who imports it
+        self.kind = kind
+        requests, self._request = os.pipe()
+        self._answer, answers = os.pipe()
+        self._process = os.fork()
+        if self._process == 0:
+            child_main(kind, kernel, requests, answers)
+        os.close(requests)
+        os.close(answers)
+        self._status: int | None = None
+
+    def serve(self, frame: bytes, request: dict[str, Any]) -> list[Any]:
+        """Run one call; return the limit that ended it, or "", and what the child sent."""
+        deadline = time.monotonic() + request["seconds"]
+        with suppress(BrokenPipeError):  # it has ended: `ending` says how
+            write_all(self._request, len(frame).to_bytes(4, "big") + frame)
+        content, limit = drain(self._answer, deadline, request["output"])
+        if limit == "time":
+            return [f"it ran longer than {request['seconds']:g} seconds", b""]
+        if limit == "output":
+            return [f"its result is larger than {request['output']} bytes", b""]
+        return ["", content] if content else [ending(self._wait()), b""]
+
+    def end(self) -> None:
+        """Kill the process, collect it, and close the pipes."""
+        if self._status is None:
+            os.kill(self._process, signal.SIGKILL)
+            self._wait()
+        os.close(self._request)
+        os.close(self._answer)
+
+    def _wait(self) -> int:
+        _, self._status = os.waitpid(self._process, 0)
+        return self._status
 
 
 def drain(descriptor: int, deadline: float, cap: int) -> tuple[bytes, str]:
@@ -159,37 +210,47 @@ def reply(**content: Any) -> bytes:
     return msgspec.msgpack.encode(content)
 
 
-def child_main(request: dict[str, Any], answer: int, kernel: Kernel) -> None:
-    """Run the code under its limits, write the answer, and end the process whatever happens."""
+def child_main(kind: Kind, kernel: Kernel, requests: int, answers: int) -> None:
+    """Give up what trained code may not use, wait for the code, run it, answer, and end the process in any case."""
     try:
-        close_all_but(answer, kernel.ruleset)
-        write_all(answer, run(request, kernel))
+        close_all_but(requests, answers, kernel.ruleset)
+        write_all(answers, run(kind, kernel, requests))
+        os.close(answers)  # what follows, giving back all memory, need not be waited for
     finally:
         os._exit(1)  # never back into the loop of the parent
 
 
 def close_all_but(*kept: int) -> None:
     """Close every other descriptor but the standard ones: the worker's pipes, and what the author's modules opened."""
-    first = 3
-    for descriptor in (*sorted(kept), os.sysconf("SC_OPEN_MAX")):
+    first, most = 3, os.sysconf("SC_OPEN_MAX")
+    for descriptor in (*sorted(kept), most if 0 < most < 1 << 20 else 1 << 20):
         if descriptor >= first:
             os.closerange(first, descriptor)
             first = descriptor + 1
 
 
-def run(request: dict[str, Any], kernel: Kernel) -> bytes:
+def run(kind: Kind, kernel: Kernel, requests: int) -> bytes:
     """Run one call and return its answer as bytes."""
     refused: list[str] = []
-    runner = new_runner() if request["asynchronous"] else None
+    runner = new_runner() if kind.asynchronous else None
+    hook = guard(refused, readable_roots())
     try:
-        kernel.confine(request["memory"], request["seconds"])
+        kernel.confine(kind.memory, kind.seconds)
     except OSError as error:
         return reply(limit=f"the system did not close it in: {error}")
-    sys.addaudithook(guard(refused, readable_roots()))
+    frame = read_frame(requests)
+    if frame is None:
+        os._exit(0)  # the worker has ended
+    os.close(requests)
+    request = msgspec.msgpack.decode(memoryview(frame)[8:], ext_hook=unpack)
+    del frame
+    if not kernel.filters:
+        signal.setitimer(signal.ITIMER_REAL, kind.seconds + 2)  # ends a child that outlived the worker that watches it
+    sys.addaudithook(hook)
     try:
         content = returned(call(request, runner))
     except MemoryError:
-        return reply(limit=f"it used more than {request['memory'] >> 20} MiB of memory")
+        return reply(limit=f"it used more than {kind.memory >> 20} MiB of memory")
     except BaseException as error:  # noqa: BLE001 - the border of the process: it crosses as data
         content = failure(error, request)
     return reply(limit=f"it tried to use {refused[0]}") if refused else content
@@ -289,6 +350,7 @@ def new_runner() -> Any:
     return runner
 
 
+@lru_cache(maxsize=1)
 def readable_roots() -> tuple[str, ...]:
     """Return the folders whose files imports need: the interpreter's and its packages'."""
     return tuple({os.path.realpath(root) + os.sep for root in (sys.prefix, sys.base_prefix, sys.exec_prefix)})
