@@ -78,6 +78,8 @@ class LLMJudge:
         criteria: str | None = None,
         system_prompt: str | None = None,
         max_tokens: int = 1024,
+        temperature: float | None = None,
+        seed: int | None = None,
     ) -> None:
         from aggregator.llm.models import as_model
 
@@ -85,6 +87,8 @@ class LLMJudge:
         self.criteria = DEFAULT_CRITERIA if criteria is None else criteria
         self.system_prompt = JUDGE_SYSTEM_PROMPT if system_prompt is None else system_prompt
         self.max_tokens = max_tokens
+        chosen = {"temperature": temperature, "seed": seed}
+        self._options = {name: value for name, value in chosen.items() if value is not None}
 
     def __repr__(self) -> str:
         criteria = None if self.criteria == DEFAULT_CRITERIA else self.criteria
@@ -107,6 +111,7 @@ class LLMJudge:
             max_tokens=self.max_tokens,
             response_format=VERDICT_FORMAT,
             validate=str,  # the client lets every text through: what it says is read, and repaired, here
+            **self._options,
         )
         return completion.text
 

@@ -119,9 +119,9 @@ class AggregatedUpdate(Minibatch):
         hooks = [name for name in _HOOKS if name in own or getattr(kind, name) is not getattr(AggregatedUpdate, name)]
         if self.rule is None:
             return _HookedMerge(self, hooks) if hooks else self._merge()
-        if hooks or self.llm is not None:
+        if hooks:
             raise ConfigError(
-                f"Expected no {', '.join(hooks or ['llm'])} beside rule=, got both; they belong to the default merge. "
+                f"Expected no {', '.join(hooks)} beside rule=, got both; they belong to the default merge. "
                 "Leave rule= out, or change the rule"
             )
         return self.rule

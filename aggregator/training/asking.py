@@ -65,18 +65,20 @@ async def ask(
     seed: int | None = None,
     read: Read = read_reply,
     structured: bool = True,
+    schema: Callable[[Parameters], dict[str, Any]] = response_schema,
     refuse: Refuse | None = None,
 ) -> Answer:
     """Return the model's suggestion for the parameters; raises LLMError if the call itself failed.
 
     A reply that cannot be read without guessing, and a value that cannot become its parameter's type or that `refuse`
     refuses, is asked for once more with the reason quoted. What is still wrong then is left out and named in `error`.
-    With `structured=False` the reply has whatever form `read` knows: no schema is sent, and nothing is asked again.
+    `schema` makes the `response_format`. With `structured=False` the reply has whatever form `read` knows: no schema is
+    sent, and nothing is asked again.
     """
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
     if structured:  # validate=str: any text will do for the client, `read` is the judge
-        options |= {"response_format": response_schema(parameters), "validate": str}
+        options |= {"response_format": schema(parameters), "validate": str}
 
     async def once(messages: list[dict[str, str]]) -> tuple[str, Answer]:
         try:

@@ -36,8 +36,9 @@ class LLMMerge:
     """Asks a model for one new value per component, weighing the current value by 1 - stepsize.
 
     No call is made if there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
-    touch different parameters. A failed call applies nothing and stands in the proposal's failures; an error that no
-    further call can escape (authentication, a wrong request, the budget) is raised.
+    touch different parameters. `temperature` and `seed` go to the model; None leaves them to the server. A failed call
+    applies nothing and stands in the proposal's failures; an error that no further call can escape (authentication, a
+    wrong request, the budget) is raised.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class LLMMerge:
         max_tokens: int = 4096,
         system_prompt: str | None = None,
         confidence: Confidence = "constant",
+        temperature: float | None = None,
+        seed: int | None = None,
     ) -> None:
         if not callable(confidence) and confidence not in {"constant", "evidence"}:
             raise ConfigError(f"expected confidence 'constant', 'evidence' or a function, got {confidence!r}")
@@ -54,6 +57,8 @@ class LLMMerge:
         self.max_tokens = max_tokens
         self.system_prompt = AGGREGATOR_SYSTEM_PROMPT if system_prompt is None else system_prompt
         self.confidence = confidence
+        self.temperature = temperature
+        self.seed = seed
 
     def __repr__(self) -> str:
         return show_call("LLMMerge", self.llm)
@@ -84,8 +89,15 @@ class LLMMerge:
 
     async def ask(self, messages: list[dict[str, str]], step: Step) -> Answer | Exception:
         """Return the model's answer, or the error of a call that was lost."""
-        refuse = partial(refuse_values, step=step)
-        return await ask_or_fail(self.llm, messages, step.parameters, max_tokens=self.max_tokens, refuse=refuse)
+        return await ask_or_fail(
+            self.llm,
+            messages,
+            step.parameters,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            refuse=partial(refuse_values, step=step),
+        )
 
 
 def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Confidence) -> Sequence[float]:

@@ -42,6 +42,16 @@ feedback calls for, and keep what already works.
 
 {REPLY_FORMAT}"""
 
+LEAN_PROPOSER_SYSTEM_PROMPT = """\
+You improve the parameters of an LLM agent. Read the parameters, the output and the feedback. Change what would make the \
+result right, also for other inputs. Change little.
+
+Reply with one JSON object and nothing else, the values first, then one short sentence why:
+
+{"suggestion": {"<component>": <new value>}, "reasoning": "<one sentence>"}
+
+Write every component; repeat the current value of one that should stay. Keep the type of each value."""
+
 CRITIC_SYSTEM_PROMPT = """\
 You criticise the parameters of an LLM agent; another model will change them. You are shown the parameters, what the agent \
 did with one input or several, and the feedback on the result. For each parameter say what about it led to this result: \

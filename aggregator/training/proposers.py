@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from msgspec.structs import replace
 
 from aggregator.agents.parameters import ParameterNode
+from aggregator.agents.transcripts import TRANSCRIPT_LIMIT
 from aggregator.cassettes.lineage import lineage
 from aggregator.checks import check_count, check_positive
+from aggregator.errors import ConfigError
 from aggregator.executors.local import fan_out
 from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
@@ -25,6 +27,7 @@ from aggregator.training.prompts import (
     CRITIC_SYSTEM_PROMPT,
     DEFAULT_OBJECTIVE,
     GRADIENT_SYSTEM_PROMPT,
+    LEAN_PROPOSER_SYSTEM_PROMPT,
     PROPOSER_SYSTEM_PROMPT,
     Layout,
     digest_of,
@@ -35,12 +38,16 @@ from aggregator.training.prompts import (
     verdict,
 )
 from aggregator.training.step import Step
+from aggregator.training.suggestions import lean_schema, response_schema
 from aggregator.training.variations import Question, Variation, check_variation, seeds
 
 Item = TypeVar("Item")
 
 OUTPUT_LIMIT = 40_000
 """How many characters of an agent's output an optimizer is shown; as many as of its transcript."""
+
+Style = Literal["full", "lean"]
+"""How a proposal is asked for: with reasons for each parameter first, or for small models the values first."""
 
 
 class LLMOptimizer:
@@ -50,7 +57,9 @@ class LLMOptimizer:
     `llm` is a model, its name, or None for the default model. `memory_size` is how many earlier updates, accepted and
     refused, the prompt recalls. With `num_candidates` above 1 the model is asked that often; `variation` says how the
     questions differ, and `select`, a rule, makes one proposal of the answers (default: the variation's own).
-    `layout` adds a worked example to the prompt, renames its headings or leaves sections out. It keeps no state: the
+    `layout` adds a worked example to the prompt, renames its headings or leaves sections out. `style="lean"` is for
+    small models: a short system prompt, and a reply with the values first, no nulls and one short reason. At most
+    `transcript_limit` and `output_limit` characters of a transcript and an output are shown. It keeps no state: the
     same rollout and history give the same prompt.
     """
 
@@ -68,7 +77,14 @@ class LLMOptimizer:
         max_tokens: int = 4096,
         system_prompt: str | None = None,
         layout: Layout = Layout(),  # noqa: B008 - frozen
+        style: Style = "full",
+        transcript_limit: int = TRANSCRIPT_LIMIT,
+        output_limit: int = OUTPUT_LIMIT,
     ) -> None:
+        if style not in get_args(Style):
+            raise ConfigError(f"Expected style 'full' or 'lean', got {style!r}")
+        check_positive("transcript_limit", transcript_limit)
+        check_positive("output_limit", output_limit)
         if num_candidates is not None:
             check_positive("num_candidates", num_candidates)
         check_count("memory_size", memory_size, meaning="0 is off")
@@ -83,8 +99,12 @@ class LLMOptimizer:
         self.select = variation.select(self.llm) if select is None else select
         self.temperature = temperature
         self.max_tokens = max_tokens
-        self.system_prompt = PROPOSER_SYSTEM_PROMPT if system_prompt is None else system_prompt
+        usual = LEAN_PROPOSER_SYSTEM_PROMPT if style == "lean" else PROPOSER_SYSTEM_PROMPT
+        self.system_prompt = usual if system_prompt is None else system_prompt
         self.layout = layout
+        self.style: Style = style
+        self.transcript_limit = transcript_limit
+        self.output_limit = output_limit
 
     def __repr__(self) -> str:
         return show_call(type(self).__name__, self.llm)
@@ -123,8 +143,8 @@ class LLMOptimizer:
         """Return a question about the step's parameters and what the agent did with them."""
         return proposal_messages(
             {parameter.name: describe_parameter(parameter, step) for parameter in step.parameters},
-            transcript=rollout.transcript,
-            output=cut(render(rollout.output), OUTPUT_LIMIT),
+            transcript=cut(rollout.transcript, self.transcript_limit),
+            output=cut(render(rollout.output), self.output_limit),
             score=rollout.score,
             feedback=rollout.feedback,
             objective=self.objective,
@@ -165,6 +185,7 @@ class LLMOptimizer:
             temperature=self.temperature if question.temperature is None else question.temperature,
             seed=question.seed,
             refuse=partial(refuse_values, step=step),
+            schema=lean_schema if self.style == "lean" else response_schema,
         )
         return Proposal(values=answer.values, reasoning=answer.reasoning, error=answer.error, **facts)
 

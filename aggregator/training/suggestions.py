@@ -117,6 +117,19 @@ limit is checked again when the value is converted."""
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
+def lean_schema(parameters: Sequence[Any]) -> dict[str, Any]:
+    """Return a schema for small models: the values first, then one short text of reasons, and no nulls.
+
+    Every value is written; one that should stay is repeated. A type that strict mode cannot state turns it off.
+    """
+    plain = {parameter.name: _plain(parameter) for parameter in parameters}
+    strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
+    every_key = len(strict) == len(plain)
+    inner = _object(strict if every_key else plain, list(strict) if every_key else [])
+    schema = _object({"suggestion": inner, "reasoning": {"type": "string"}}, ["suggestion", "reasoning"])
+    return {"type": "json_schema", "json_schema": {"name": "suggestion", "strict": every_key, "schema": schema}}
+
+
 def response_schema(parameters: Sequence[Any]) -> dict[str, Any]:
     """Return what `response_format` carries: the schema of a reply that suggests values for these parameters.
 

@@ -116,6 +116,17 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     )
 
 
+async def merge_group(rule: UpdateRule, group: Sequence[Proposal], step: Step) -> Proposal:
+    """Return the one proposal that a rule makes of several; what is edited item by item is combined without it."""
+    if not group:
+        return Proposal()
+    rest, edits = combine_edits(group, step)
+    if edits is None or step.stepsize == 0:
+        return settle(await merge_with(rule, rest, step))
+    asking = [proposal for proposal in rest if proposal.values or proposal.failures]
+    return settle([*(await merge_with(rule, asking, step) if asking else ()), edits])
+
+
 async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step, pool: Sequence[Candidate]) -> Made:
     """Merge what the instances of each explored candidate propose into new candidates, in the order of proposals."""
     count, single = parts.search.proposals, is_single(parts.search)
@@ -131,15 +142,8 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
             else:
                 rollouts = informative(one.instances)
                 group = [await parts.propose(rollouts, replace(one.step, rollouts=rollouts))] if rollouts else []
-            if not group:
-                return Proposal(), group
-            rest, edits = combine_edits(group, one.step)
-            if edits is None or one.step.stepsize == 0:
-                proposal = settle(await merge_with(parts.rule, rest, one.step))
-            else:
-                asking = [proposal for proposal in rest if proposal.values or proposal.failures]
-                proposal = settle([*(await merge_with(parts.rule, asking, one.step) if asking else ()), edits])
-            if not per_instance:
+            proposal = await merge_group(parts.rule, group, one.step)
+            if group and not per_instance:
                 proposal = replace(proposal, sample_ids=tuple(rollout.sample_id for rollout in rollouts))
             return proposal, group
 

@@ -130,18 +130,13 @@ class Extracting(AggregatedUpdate):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "name"),
-    [
-        (Prompted, {}, "aggregator_system_prompt"),
-        (Extracting, {}, "extract_llm_suggestion"),
-        (AggregatedUpdate, {"llm": ScriptedModel("x")}, "llm"),
-    ],
+    ("kind", "name"), [(Prompted, "aggregator_system_prompt"), (Extracting, "extract_llm_suggestion")]
 )
-def test_a_hook_of_the_default_merge_had_no_effect_beside_a_rule(kind: Any, options: Any, name: str) -> None:
+def test_a_hook_of_the_default_merge_had_no_effect_beside_a_rule(kind: Any, name: str) -> None:
     """A rule has no use for it, so the two together are refused, at construction or when a run begins."""
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     with pytest.raises(ConfigError, match=f"Expected no {name} beside rule="):
-        kind(Adder(), optimizer, rule=majority, **options)
+        kind(Adder(), optimizer, rule=majority)
 
 
 def test_a_hook_set_later_is_refused_beside_a_rule_too() -> None:
