@@ -47,7 +47,7 @@ from aggregator.training.candidates import plain
 from aggregator.training.checkpoints import CANDIDATES, candidates_in
 from aggregator.training.decisions import Check, Gate
 from aggregator.training.evaluation import Evaluations, failures_of, is_lost, mean
-from aggregator.training.parts import as_json, name_of
+from aggregator.training.parts import as_json, check_candidates, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.rollouts import Arrive, Rollouts, without_handle
 from aggregator.training.rules import key_of
@@ -230,7 +230,8 @@ class _Course:
         """
         base = tuple(current_lineage().split("/"))
         seen = read_only(step)
-        candidates = [pool[0], *without(pool[0], parts.search.explore(pool, seen))]
+        explored = check_candidates(parts.search, "explore", parts.search.explore(pool, seen))
+        candidates = [pool[0], *without(pool[0], explored)]
         steps = [seen, *(replace(seen, values=self._convert_values(candidate.values)) for candidate in candidates[1:])]
         size = len(step.samples)
         places = [(*base, *place_of(parts.search, candidate)) for candidate in candidates]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from inspect import Parameter, isawaitable, signature
 from typing import Any
 
@@ -14,9 +14,9 @@ from aggregator.checks import accepts, is_async
 from aggregator.errors import ConfigError
 from aggregator.llm.budget import Budget
 from aggregator.observing.observer import as_observers, from_logger
-from aggregator.records import Decision, Proposal, Rollout, Values
+from aggregator.records import Candidate, Decision, Proposal, Rollout, Sample, Values
 from aggregator.text import shorten
-from aggregator.training.decisions import Gate, Optimizer, UpdateRule
+from aggregator.training.decisions import Gate, Optimizer, Search, UpdateRule
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.step import Step
 from aggregator.training.suggestions import convert_suggestion
@@ -221,6 +221,48 @@ def refuse_values(values: Values, step: Step) -> dict[str, str]:
                 refused[name] = f"{reason} - at $.suggestion.{parameters[name].py_name}"
                 break
     return refused
+
+
+def check_candidates(search: Search, method: str, answer: Any) -> Sequence[Candidate]:
+    """Return the candidates that a search gives; raises ConfigError for anything else, and for two of one id."""
+    ids = [one.id for one in answer if isinstance(one, Candidate)] if isinstance(answer, Sequence) else []
+    if not isinstance(answer, Sequence) or len(set(ids)) < len(answer):
+        raise ConfigError(
+            f"Expected Candidates with an id of their own from {name_of(search)}.{method}, got {shorten(answer)}"
+        )
+    return answer
+
+
+def check_trials(search: Search, answer: Any, known: Container[str]) -> Sequence[tuple[Candidate, Sequence[Sample]]]:
+    """Return what a search wants to try; raises ConfigError for anything but explored or new candidates and samples."""
+    try:
+        trials = [(candidate, list(samples)) for candidate, samples in answer]
+    except (TypeError, ValueError):
+        trials = [(None, [])]
+    if not all(
+        isinstance(candidate, Candidate)
+        and candidate.id in known
+        and all(isinstance(sample, Sample) for sample in samples)
+        for candidate, samples in trials
+    ):
+        raise ConfigError(
+            f"Expected pairs of an explored or new Candidate and its Samples from {name_of(search)}.trials, "
+            f"got {shorten(answer)}"
+        )
+    return trials
+
+
+def check_choice(search: Search, answer: Any, known: Container[str]) -> tuple[Candidate | None, Decision]:
+    """Return what a search chose; raises ConfigError for anything but an explored or new candidate, and a Decision."""
+    match answer:
+        case (None, Decision(accepted=False) as decision):
+            return None, decision
+        case (Candidate() as best, Decision() as decision) if best.id in known:
+            return best, decision
+    raise ConfigError(
+        "Expected (an explored or new Candidate, or None; a Decision, which accepts only a candidate) from "
+        f"{name_of(search)}.choose, got {shorten(answer)}"
+    )
 
 
 async def _await_part(answer: Any, what: str, part: Any) -> Any:

@@ -22,7 +22,15 @@ from aggregator.training.candidates import contributors, plain, sources, with_sc
 from aggregator.training.decisions import Gate, Search, UpdateRule
 from aggregator.training.evaluation import failures_of, mean
 from aggregator.training.gates import always
-from aggregator.training.parts import ask_gate, combine_edits, merge_with, refuse_values
+from aggregator.training.parts import (
+    ask_gate,
+    check_candidates,
+    check_choice,
+    check_trials,
+    combine_edits,
+    merge_with,
+    refuse_values,
+)
 from aggregator.training.rules import key_of
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Instance
@@ -88,8 +96,8 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     tried, failures = await try_candidates(search, explored, made.candidates, seen)
     current, old, new = tried[0], tried[: len(explored)], tried[len(explored) :]
     # the best of them, in the parameters' types
-    best, decision = search.choose(old, new, seen)
     own = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made.candidates}
+    best, decision = check_choice(search, search.choose(old, new, seen), own)
     after = step.values if best is None else own[best.id]
     values = changes_between(step.values, after)
     if best is not None and decision.accepted:
@@ -102,7 +110,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     # what is remembered
     known = {candidate.id: candidate for candidate in (*pool, *tried)}
     now = best if best is not None and decision.accepted else current
-    kept = search.keep([now, *without(now, list(known.values()))], seen)
+    kept = check_candidates(search, "keep", search.keep([now, *without(now, list(known.values()))], seen))
     return Update(
         values=values,
         decision=decision,
@@ -216,7 +224,7 @@ async def try_candidates(
         return scores, [replace(record, stage="evaluation") for record in failures_of(runs)]
 
     candidates = [*(one.candidate for one in explored), *made]
-    trials = search.trials(candidates[: len(explored)], made, step)
+    trials = check_trials(search, search.trials(candidates[: len(explored)], made, step), values)
     found = await finish(score, trials, max(len(trials), 1))
     scores: dict[str, list[tuple[int, float | None]]] = {}
     for (candidate, _), (more, _) in zip(trials, found, strict=True):

@@ -698,3 +698,25 @@ def test_a_search_as_a_value_is_its_face(made: Any, face: Any) -> None:
         run = make(Place(), optimizer(leads({0: [2], 2: [3], 3: [4]})), observers=[])
         results.append(run.train(Height(TRAP), FOUR, batch_size=2, num_epochs=3))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "message"),
+    [
+        ("explore", None, r"Expected Candidates with an id of their own from Wrong\.explore, got None"),
+        ("explore", [3], r"Expected Candidates with an id of their own from Wrong\.explore"),
+        ("explore", [Candidate(id="a", values={"at": 1}), Candidate(id="a", values={"at": 2})], r"Wrong\.explore"),
+        ("trials", None, r"Expected pairs of an explored or new Candidate and its Samples from Wrong\.trials"),
+        ("trials", [(Candidate(id="zz", values={"at": 1}), [])], r"Wrong\.trials"),
+        ("choose", None, r"Expected \(an explored or new Candidate, or None; .* from Wrong\.choose, got None"),
+        ("choose", (None, Decision(accepted=True)), r"Wrong\.choose"),
+        ("choose", (Candidate(id="zz", values={"at": 1}), Decision(accepted=True)), r"Wrong\.choose"),
+        ("keep", 3, r"Wrong\.keep, got 3"),
+    ],
+)
+def test_what_a_search_returns_is_looked_at(method: str, answer: Any, message: str) -> None:
+    """A search of one's own that returns something else is named, with what was expected."""
+    wrong = type("Wrong", (Priority,), {method: lambda *_: answer})()
+    trainer = Trainer(Place(), optimizer(neighbours), propose_per="batch", search=wrong, observers=[])
+    with pytest.raises(ConfigError, match=message):
+        trainer.train(Height(TRAP), FOUR, batch_size=4)
