@@ -222,7 +222,8 @@ def _check_line(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
 
 def _adopt(exchange: Exchange, index: int, calls: dict[bytes, int], policy: Redaction | None) -> Line:
     """Return the line of another tool's exchange: no lineage, played in the order of the file, secrets redacted."""
-    request = exchange.request if policy is None else redact_request(exchange.request, policy=policy)
+    scrubbed = None if policy is None else replace(policy, scrubbed=True)
+    request = exchange.request if scrubbed is None else redact_request(exchange.request, policy=scrubbed)
     key = request_key(request.method, request.url, request.body)
     ticket = calls[key] = calls.get(key, -1) + 1
     placed = replace(exchange, request=request, facts=replace(exchange.facts, ticket=ticket, order=index))

@@ -24,6 +24,7 @@ class Redaction(Struct, frozen=True, kw_only=True):
 
     `fields` are always redacted, `kept_fields` only if their value authenticates or has the shape of a token.
     `patterns` are redacted wherever they match, and nothing that `kept_patterns` match is, unless it authenticates.
+    `scrubbed` redacts placeholders under a secret's name too, so that what other tools scrubbed matches.
     `headers` are written beside `redaction.KEPT_HEADERS`; a final `*` stands for any ending.
     """
 
@@ -32,6 +33,7 @@ class Redaction(Struct, frozen=True, kw_only=True):
     patterns: tuple[re.Pattern[bytes], ...] = ()
     kept_patterns: tuple[re.Pattern[bytes], ...] = ()
     headers: tuple[str, ...] = ()
+    scrubbed: bool = False
 
 
 USUAL = Redaction()
@@ -137,7 +139,9 @@ def hides_value(name: str, value: str, policy: Redaction = USUAL, *, in_tool: bo
         return bool(_TOKEN_VALUE.fullmatch(value))
     if kind == _WEAK or (kind == _STRONG and in_tool):
         return looks_secret(value)
-    return kind >= _STRONG and value != ""
+    if kind == _ASKED_FOR or (kind == _STRONG and policy.scrubbed):
+        return value != ""
+    return kind == _STRONG and not is_placeholder(value)
 
 
 def hides_parameter(name: str, value: str, policy: Redaction = USUAL) -> bool:
@@ -169,8 +173,8 @@ _HUMP = re.compile(r"[A-Z]+[a-z]*|[a-z]+")
 _TOKEN_VALUE = re.compile(r"(?=.*\d)[A-Za-z0-9_.+/=-]{20,}")
 _SCRUBBED = re.compile(
     r"(?:(?:bearer|basic|token)\s+)?"
-    r"(?:<[^<>]*>|\[[^\[\]]*\]|\{+[^{}]*\}+|\$\{?\w+\}?|%\w+%|[x*.•_-]+"
-    r"|[\w-]*(?:redacted|filtered|scrubbed|masked|censored|obfuscated|sanitized)[\w-]*|[\w-]+[_-]x{3,}"
+    r"(?:<[^<>]*>|\[[^\[\]]*\]|\{+[^{}]*\}+|\$\{?\w+\}?|%\w+%|[x*.•_-]{3,}"
+    r"|[\w*-]*(?:redacted|filtered|scrubbed|masked|censored|obfuscated|sanitized)[\w*-]*|[\w-]+[_-]x{3,}"
     r"|null|none|true|false|string|)",
     re.IGNORECASE,
 )
@@ -178,15 +182,15 @@ _SCRUBBED = re.compile(
 
 @lru_cache(maxsize=1024)
 def is_placeholder(value: str) -> bool:
-    """Return True if a value stands where a scrubber or an author took a secret out, in a cookie's or a header's form.
+    """Return True if a value says that a secret was taken out, or goes here; also in the form of a cookie.
 
     >>> [is_placeholder(text) for text in ("Bearer <AUTH_TOKEN>", "a=REDACTED; b=xxx", "AUTHORIZATION-XXX", "hunter2")]
     [True, True, True, False]
     """
-    if _SCRUBBED.fullmatch(value.strip()):
+    if _SCRUBBED.fullmatch(value):
         return True
-    pairs = [part.partition("=") for part in value.split(";")]
-    return all(mark and _SCRUBBED.fullmatch(text.strip()) for _, mark, text in pairs)
+    pairs = [part.partition("=") for part in value.split(";") if part.strip()]
+    return bool(pairs) and all(mark and _SCRUBBED.fullmatch(text.strip()) for _, mark, text in pairs)
 
 
 @lru_cache(maxsize=1024)
@@ -209,6 +213,18 @@ def looks_secret(value: str) -> bool:
     if _SIGNS.search(value) and any(map(str.isdigit, value)):
         return True
     return any(part.isalpha() and _is_random(part) for part in parts)
+
+
+def is_worth_finding(value: str) -> bool:
+    """Return True if a value that authenticates is looked for elsewhere: it looks like a secret, or is no mere word.
+
+    >>> is_worth_finding("not-needed"), is_worth_finding("test-key-123"), is_worth_finding("sk-1234")
+    (False, True, False)
+    """
+    if looks_secret(value):
+        return True
+    is_long = len(value) >= SHORTEST and len(set(value)) >= _FEWEST_SIGNS and not is_placeholder(value)
+    return is_long and any(map(str.isdigit, value))
 
 
 def _is_regular(number: str) -> bool:

@@ -39,10 +39,13 @@ def event_spans(body: bytes) -> list[tuple[int, int]]:
     beginning = body[:64].lstrip(b"\xef\xbb\xbf\r\n\t ")
     if beginning.startswith(_EVENTS):
         return [match.span(1) for match in _DATA.finditer(body)] or [(0, len(body))]
-    if beginning[:1] not in (b"{", b"[") or b"\n" not in body.strip():
+    if beginning[:1] not in (b"{", b"["):
+        return []
+    first = _LINE.search(body)
+    if first is None or first.end() > len(body) - 2 or not is_json(first[0]):  # one document, in one line or many
         return []
     lines = [match.span() for match in _LINE.finditer(body)]
-    return lines if is_json(body[slice(*lines[0])]) else []
+    return lines if len(lines) > 1 else []
 
 
 def decode_event(data: bytes) -> Any:
@@ -73,8 +76,8 @@ _TOOL_ROLES = frozenset({"tool", "function", "ipython"})
 
 
 def is_tool_path(path: tuple[str | int, ...]) -> bool:
-    """Return True if a text at this place of an event is a piece of a tool's arguments."""
-    return not _ARGUMENTS.isdisjoint(path)
+    """Return True if a text at this place of an event is a piece of a tool's arguments; the path may name its type."""
+    return any(part in _ARGUMENTS or (type(part) is str and ("arguments" in part or "tool" in part)) for part in path)
 
 
 def tool_fields(data: bytes) -> frozenset[tuple[str, str]]:

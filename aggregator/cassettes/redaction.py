@@ -8,8 +8,7 @@ Everything else keeps its bytes.
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 
@@ -21,11 +20,12 @@ from aggregator.cassettes.credentials import (
     Needles,
     Redaction,
     authenticating_values,
-    looks_secret,
+    is_worth_finding,
     needles_of,
 )
 from aggregator.cassettes.exchanges import Exchange, encode_line
 from aggregator.cassettes.forms import form_edits, is_form, redact_form, redact_url
+from aggregator.cassettes.leaks import find_leak, inflated
 from aggregator.cassettes.payloads import is_json, is_stream
 from aggregator.cassettes.secrets import (
     Edit,
@@ -42,7 +42,7 @@ from aggregator.cassettes.streams import hidden_edits, redact_document
 from aggregator.errors import SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
-__all__ = ["redact_form", "redact_url"]  # with what is defined here
+__all__ = ["inflated", "redact_form", "redact_url"]  # with what is defined here
 
 KEPT_HEADERS = frozenset(
     {"accept", "content-type", "date", "retry-after", "retry-after-ms", "request-id", "x-request-id", "x-should-retry"}
@@ -56,7 +56,6 @@ KEPT_HEADERS = frozenset(
 _KEPT_PARTS = re.compile(  # of any provider, whichever client called
     r"(^|-)ratelimit-|-(version|beta|processing-ms)$|^x-(amzn-bedrock|goog-upload)-"
 )
-_LARGEST_INFLATED = 1 << 24
 
 
 @lru_cache(maxsize=1024)
@@ -89,7 +88,7 @@ class Frame(Struct, frozen=True):
 @lru_cache(maxsize=256)
 def _frame(url: str, headers: _Pairs, secrets: tuple[str, ...], kept: tuple[str, ...], policy: Redaction) -> Frame:
     values = authenticating_values(url, dict(headers), secrets)
-    return _clean_frame(url, headers, needles_of(frozenset(filter(looks_secret, values))), kept, policy)
+    return _clean_frame(url, headers, needles_of(frozenset(filter(is_worth_finding, values))), kept, policy)
 
 
 @lru_cache(maxsize=256)
@@ -143,19 +142,25 @@ def _redacted(request: HTTPRequest, frame: Frame, policy: Redaction, *, clean: b
     return HTTPRequest(method=request.method, url=frame.url, body=body, headers=frame.headers, kept=request.kept)
 
 
+def removed_from(
+    body: bytes, headers: Mapping[str, str], needles: Needles = (), policy: Redaction = USUAL
+) -> Iterator[bytes]:
+    """Yield the texts that are redacted in a body."""
+    form = form_edits(body, headers, policy) if is_form(headers) else []
+    yield from (body[start:end] for start, end, _ in form)
+    rest = apply_edits(body, form)
+    for edits in redact_body(rest, needles, policy)[1]:
+        yield from (rest[start:end] for start, end, _ in edits)
+        rest = apply_edits(rest, edits)
+
+
 def digest_of_redacted(request: HTTPRequest, policy: Redaction = USUAL) -> str:
     """Return four hex digits that tell apart requests which differ only in what was redacted in their bodies.
 
     What authenticates the request does not count: another key finds the same answer. "" if nothing else was redacted.
     """
     frame = frame_of(request, policy)
-    form = form_edits(request.body, frame.headers, policy) if frame.is_form else []
-    removed = {request.body[start:end] for start, end, _ in form}
-    first, second = redact_body(apply_edits(request.body, form), (), policy)[1]
-    rest = apply_edits(request.body, form)
-    removed |= {rest[start:end] for start, end, _ in first}
-    rest = apply_edits(rest, first)
-    removed |= {rest[start:end] for start, end, _ in second}
+    removed = set(removed_from(request.body, frame.headers, (), policy))
     counted = sorted(text for text in removed if not has_needle(text, frame.needles))
     return sha256(b"\0".join(counted)).hexdigest()[:4] if counted else ""
 
@@ -221,7 +226,7 @@ def _line(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: boo
     redacted = redact_reply(exchange, needles, policy)
     line = encode_line(redacted)
     is_changed = redacted.reply != reply
-    return _leak(redacted, line, needles) or Line(line, is_changed)
+    return find_leak(redacted, line, needles) or Line(line, is_changed)
 
 
 def _is_due(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: bool) -> bool:
@@ -246,12 +251,12 @@ def redact_reply(exchange: Exchange, needles: Needles, policy: Redaction = USUAL
         reply=replace(
             reply,
             body=body,
-            reason=redact_text(reply.reason, needles, policy),
+            reason=_clean_value(reply.reason, needles, policy),
             chunks=_moved_chunks(reply.chunks, [form, *steps]),
         ),
         facts=replace(
             facts,
-            model=redact_text(facts.model, needles, policy),
+            model=_clean_value(facts.model, needles, policy),
             chunks=_moved_chunks(facts.chunks, [form, *steps]),
             error=facts.error and (facts.error[0], redact_text(facts.error[1], needles, policy)),
         ),
@@ -322,45 +327,3 @@ def _moved_chunks(chunks: tuple[tuple[int, float], ...], steps: list[list[Edit]]
     for edits in steps:
         borders = [moved(border, edits) for border in borders]
     return tuple((b - a, ms) for a, b, (_, ms) in zip((0, *borders), borders, chunks, strict=False))
-
-
-def _leak(exchange: Exchange, line: bytes, needles: Needles) -> SecretLeakError | None:
-    """Return an error where a value that authenticates is still there; it names the place, never the value."""
-    request, reply, facts = exchange.request, exchange.reply, exchange.facts
-    places = {
-        "request body": request.body,
-        "compressed request body": inflated(request.body),
-        "reply body": reply.body,
-        "compressed reply body": inflated(reply.body),
-        "lineage": facts.lineage.encode(),
-        "exchange": line,
-    }
-    for place, data in places.items():
-        if has_needle(data, needles):
-            host = request.url.partition("//")[2].partition("/")[0].rpartition("@")[2].partition("?")[0]
-            return SecretLeakError(
-                f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
-                f"(a {request.method} to {host}, role {facts.role}); it was not written. "
-                "Keep the secret out of it, or call the model outside of the cassette"
-            )
-    return None
-
-
-def inflated(body: bytes) -> bytes:
-    """Return what a body in gzip, zlib or bare deflate holds, as far as it is sane to look; b"" for any other body."""
-    if body.isascii():
-        return b""
-    return next((plain for wbits in (47, -15) if (plain := _unpacked(body, wbits))), b"")
-
-
-def _unpacked(body: bytes, wbits: int) -> bytes:
-    """Return what can be unpacked, of all members of a gzip file."""
-    plain = b""
-    try:
-        while body and len(plain) < _LARGEST_INFLATED:
-            member = zlib.decompressobj(wbits=wbits)
-            plain += member.decompress(body, _LARGEST_INFLATED - len(plain))
-            body = member.unused_data
-    except zlib.error:
-        pass  # what follows is something else
-    return plain

@@ -23,13 +23,15 @@ from aggregator.checks import is_number
 
 _encode = msgspec.json.Encoder().encode
 _Path = tuple[str | int, ...]
+_PLAIN = frozenset({int, float, bool, type(None)})
 
 
 class _Piece(Struct, frozen=True, gc=False):
-    """A text of an event: where it stands, and where it belongs."""
+    """A text of an event: where it stands, what it is a piece of, and what of if answers are told apart by index."""
 
     event: int
     path: _Path
+    name: _Path
     key: _Path
     text: bytes
 
@@ -45,7 +47,7 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
     if not spans:
         return []
     events = [decode_event(body[start:end]) for start, end in spans]
-    if not is_hidden and not any(suspicious(text, needles, policy) for text in _columns(events)):
+    if not is_hidden and not suspicious(b"\n".join(_columns(events)), needles, policy):
         return []
     changed = _redact_joined(events, needles, policy)
     if is_hidden:  # names too
@@ -64,13 +66,15 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
 
 def _columns(values: list[Any]) -> Iterator[bytes]:
     """Yield the texts that stand at the same place of all values, joined; those of each index beside them, too."""
+    if values.count(values[0]) == len(values):
+        return  # each is looked at where it stands
     texts = [value for value in values if type(value) is str]
     if texts:
         yield "".join(texts).encode(errors="surrogatepass")
     maps = [value for value in values if type(value) is dict]
     for name in {name: None for value in maps for name in value}:
         column = [value[name] for value in maps if name in value]
-        if type(column[0]) in (str, dict, list) or any(type(item) in (str, dict, list) for item in column):
+        if not _PLAIN.issuperset(map(type, column)):
             yield from _columns(column)
         if name.endswith("index") and len(groups := _groups(maps, name)) > 1:
             for group in groups:
@@ -130,8 +134,8 @@ def _redact_joined(events: list[Any], needles: Needles, policy: Redaction) -> se
     count their events by an `index`.
     """
     pieces = list(_pieces(events))
-    changed = _redact_groups(events, pieces, [piece.path for piece in pieces], needles, policy)
-    if len({piece.key for piece in pieces}) > len({piece.path for piece in pieces}):
+    changed = _redact_groups(events, pieces, [piece.name for piece in pieces], needles, policy)
+    if len({piece.key for piece in pieces}) > len({piece.name for piece in pieces}):
         pieces = list(_pieces(events)) if changed else pieces
         changed |= _redact_groups(events, pieces, [piece.key for piece in pieces], needles, policy)
     return changed
@@ -156,8 +160,10 @@ def _redact_groups(
 
 def _pieces(events: list[Any]) -> Iterator[_Piece]:
     for index, event in enumerate(events):
+        kind = event.get("type") if isinstance(event, dict) else None
+        kinds = (kind,) if isinstance(kind, str) else ()  # deltas of text and of arguments are two texts
         for path, key, text in _texts(event):
-            yield _Piece(index, path, key, text.encode(errors="surrogatepass"))
+            yield _Piece(index, path, (*kinds, *path), (*kinds, *key), text.encode(errors="surrogatepass"))
 
 
 def _texts(value: Any, path: _Path = (), key: _Path = ()) -> Iterator[tuple[_Path, _Path, str]]:

@@ -16,24 +16,17 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.agents.code import plain_source
+from aggregator.cassettes.credentials import Needles
 from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
 from aggregator.cassettes.keys import decode_json, raw_key
-from aggregator.cassettes.redaction import redact_body, redact_request, redact_text
-from aggregator.cassettes.secrets import (
-    PLACEHOLDER,
-    SHORTEST,
-    Needles,
-    is_secret_field,
-    is_secret_parameter,
-    needles_of,
-)
 from aggregator.checks import is_number
+from aggregator.cli._secrets import needles_from, secrets_in
 from aggregator.errors import ConfigError
+
+__all__ = ["needles_from", "secrets_in"]  # with what is defined here
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 _SHARD = re.compile(r"(.*)\.[0-9a-f]{12}\.\d{4}")
-_SECRET_HEADERS = frozenset({"cookie", "set-cookie"})
-_KEYS_OF_NOTHING = frozenset({"idempotency-key", "x-idempotency-key", "sec-websocket-key"})
 _LARGEST_FIGURE = 1e15
 _CASSETTE = re.compile(
     rb"""(?:^|[{,])\s*["']?(?:http_)?interactions["']?\s*:|^# aggregator-cassette|^- \{?"?request"?:""", re.MULTILINE
@@ -153,39 +146,6 @@ def tally(exchanges: Iterable[Exchange]) -> dict[tuple[str, str], Totals]:
         group = (exchange.facts.role, model_of(exchange))
         sums[group] = sums.get(group, Totals()) + totals_of(exchange)
     return dict(sorted(sums.items()))
-
-
-def needles_from(environment: Mapping[str, str]) -> Needles:
-    """Return the values of variables with a secret's name: none of them may stand in a cassette; `test` is a word."""
-    return needles_of(
-        frozenset(value for name, value in environment.items() if is_secret_field(name) and len(value) >= SHORTEST)
-    )
-
-
-def secrets_in(exchange: Exchange, needles: Needles = ()) -> list[str]:
-    """Return the places that hold a secret: what the redaction would change, were the exchange written now."""
-    request, reply = exchange.request, exchange.reply
-    clean = redact_request(request, needles)
-    found = []
-    if clean.url != request.url:
-        found.append("the request's address")
-    if clean.body != request.body:
-        found.append("the request's body")
-    if redact_body(reply.body, needles)[0] != reply.body:
-        found.append("the answer's body")
-    for side, headers in (("request's", request.headers), ("answer's", reply.headers)):
-        found += [f"the {side} header {name}" for name, value in headers.items() if _is_secret(name, value, needles)]
-    if exchange.facts.error and redact_text(exchange.facts.error[1], needles) != exchange.facts.error[1]:
-        found.append("the recorded error")
-    return found
-
-
-def _is_secret(name: str, value: str, needles: Needles) -> bool:
-    lower = name.lower()
-    if value == PLACEHOLDER or lower in _KEYS_OF_NOTHING:
-        return False
-    is_named = lower in _SECRET_HEADERS or is_secret_parameter(lower)
-    return (is_named and value != "") or redact_text(value, needles) != value
 
 
 def too_old(exchange: Exchange, now: datetime, limit: timedelta) -> str | None:

@@ -110,6 +110,33 @@ def test_secrets_are_found_where_the_redaction_would_change_something(given: Exc
 
 
 @pytest.mark.parametrize(
+    "item",
+    [
+        {"headers": {"authorization": "<filtered>", "x-api-key": "REDACTED", "cookie": "a=REDACTED; b=REDACTED"}},
+        {"headers": {"authorization": "Bearer <AUTH_TOKEN>", "api-key": "**REDACTED**", "x-goog-api-key": "[MASKED]"}},
+        {"headers": {"authorization": "AUTHORIZATION-XXX", "x-auth-token": "${TOKEN}", "set-cookie": "SET-COOKIE-XXX"}},
+        {"headers": {"access-control-allow-credentials": "true", "x-token": "0", "authorization": "xxxxxxxx"}},
+        {"url": f"{URL}?key=<API_KEY>&sig=REDACTED&pageToken=CAESBggDEgIIAQ1234567890"},
+        {"url": "https://REDACTED@api.example.com/v1"},
+        {
+            "body": {
+                "api_key": "<filtered>",
+                "password": "***",
+                "client_secret": "{{secret}}",
+                "access_token": "xxx-xxx",
+            }
+        },
+    ],
+)
+def test_placeholders_of_other_scrubbers_were_called_secrets(item: Any) -> None:
+    """What a scrubber left says that the secret is gone: in headers, cookies, addresses and bodies."""
+    given = exchange(item.get("body"), answered=item.get("body"), url=item.get("url", URL))
+    headers = item.get("headers", {})
+    given = replace(given, request=replace(given.request, headers=headers), reply=replace(given.reply, headers=headers))
+    assert secrets_in(given) == []
+
+
+@pytest.mark.parametrize(
     "header",
     ["authorization", "Set-Cookie", "x-api-key", "x-functions-key", "Helicone-Auth", "x-signature", "x-csrf-token"],
 )

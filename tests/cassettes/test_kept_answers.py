@@ -18,6 +18,7 @@ from aggregator.cassettes.redaction import needles_for, redact_body, redact_line
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.secrets import needles_of, secret_edits
 from aggregator.cassettes.tape import Tape
+from aggregator.cli._secrets import secrets_in
 from aggregator.errors import CassetteWarning, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -42,7 +43,7 @@ def answered(body: Any, *, secrets: tuple[str, ...] = (), policy: Redaction = US
     "key",
     [
         *("anything", "lm-studio", "not-needed", "sk-no-key-required", "placeholder", "ollama-local", "EMPTY_KEY"),
-        *("your-api-key-here", "sk-xxxxxxxxxxxxxxxx", "dummy_key_for_tests", "OpenAI-Compatible", "test-key-123"),
+        *("your-api-key-here", "sk-xxxxxxxxxxxxxxxx", "dummy_key_for_tests", "OpenAI-Compatible"),
     ],
 )
 def test_a_placeholder_key_was_cut_out_of_answers(key: str) -> None:
@@ -51,7 +52,7 @@ def test_a_placeholder_key_was_cut_out_of_answers(key: str) -> None:
     assert json.loads(answered(body, secrets=(key,)).body) == body
 
 
-@pytest.mark.parametrize("key", ["hunter2-hunter2", "a1b2c3d4", "pass-20417766", "tr0ub4dor&3"])
+@pytest.mark.parametrize("key", ["hunter2-hunter2", "a1b2c3d4", "pass-20417766", "tr0ub4dor&3", "test-key-123"])
 def test_a_short_key_goes_where_it_stands_alone(key: str) -> None:
     """It is found by itself, also behind an escaped line break or an encoded space; not within a longer word."""
     body = {"content": f"key\n{key}, '{key}' or x={key}; not x{key}, {key}9"}
@@ -296,3 +297,24 @@ def test_a_needle_at_the_start_of_an_escape() -> None:
     body = rb'{"m": "\u0041BCDEFGHIJKLMNOP1"}'
     clean = redact_body(body, needles_of(frozenset({"41BCDEFGHIJKLMNOP1"})))[0]
     assert json.loads(clean)
+
+
+def test_pieces_of_text_and_of_arguments_were_joined() -> None:
+    """Events of two types are two texts, although their pieces stand at one place: the Responses API's deltas."""
+
+    def stream(*events: tuple[str, str]) -> bytes:
+        return "".join(f"data: {json.dumps({'type': kind, 'delta': text})}\n\n" for kind, text in events).encode()
+
+    text, arguments = "response.output_text.delta", "response.function_call_arguments.delta"
+    body = stream((arguments, '{"pass'), (arguments, 'phrase": "mel'), (text, "Speak, "), (arguments, 'lon"}'))
+    assert redact_body(body, ())[0] == body
+    secret = stream((text, "sk-proj-abcdefgh"), (arguments, "{}"), (text, "ijklmnopqrstuvwx0123 is it"))
+    assert b"ijklmnop" not in redact_body(secret, ())[0]
+
+
+def test_what_is_written_passes_the_check() -> None:
+    """`check` and the writer use one definition, also for headers that are kept and end as a secret's name does."""
+    headers = {"x-ratelimit-key": "a1b2c3d4e5f6", "x-goog-upload-token": "a1b2c3d4e5f6", "www-authenticate": "Bearer"}
+    reply = answered({"api_key": "x9Kp21-7fQz", "next": "/v1?key=x9Kp21-7fQz"}, headers=headers)
+    exchange = Exchange(request=HTTPRequest(url=URL, body=b"{}", headers={}), reply=reply, facts=Facts(lineage=""))
+    assert secrets_in(exchange) == []
