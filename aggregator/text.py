@@ -321,6 +321,8 @@ def placeholders(text: str) -> list[str]:
     >>> placeholders("Answer {question} in {{ language }} for $user, as {'k': 1}.")
     ['{question}', '{{language}}', '$user']
     """
+    if "{" not in text and "$" not in text:  # nearly always
+        return []
     found = (_SPELLED[str(match.lastgroup)] % match[str(match.lastgroup)] for match in _PLACEHOLDER.finditer(text))
     return list(dict.fromkeys(found))
 
