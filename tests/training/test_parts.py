@@ -64,10 +64,16 @@ def test_whoever_proposes_on_their_own_needs_no_optimizer(adder: Adder) -> None:
     assert adder.amount.data == 7
 
 
-@pytest.mark.parametrize("agent", [Adder, "agent", len, {"prompt": "x"}])
-def test_an_agent_that_is_none(agent: Any) -> None:
+@pytest.mark.parametrize(
+    ("agent", "expected"),
+    [
+        *((agent, r"an agent that offers parameters\(\), such as an instance of") for agent in (Adder, "agent", len)),
+        ({"prompt": "x"}, r"an evaluator \(values, row\)"),  # named values, without what judges them
+    ],
+)
+def test_an_agent_that_is_none(agent: Any, expected: str) -> None:
     """A class instead of its instance, or a bare function, was an AttributeError from inside."""
-    with pytest.raises(ConfigError, match=r"Expected an agent that offers parameters\(\), such as an instance of"):
+    with pytest.raises(ConfigError, match=f"^Expected {expected}"):
         trainer(agent)
 
 
