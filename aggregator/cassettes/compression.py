@@ -10,6 +10,9 @@ NEEDED = {"br": "brotli>=1.2", "zstd": "zstandard"}
 """The package that each coding beyond the standard library's needs."""
 
 
+_LARGEST_INFLATED = 1 << 24  # how far a body is looked into for secrets
+
+
 class TooLargeError(Exception):
     """A body unpacks to more than the limit."""
 
@@ -92,3 +95,23 @@ def _is_text(body: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def inflated(body: bytes) -> bytes:
+    """Return what a body in gzip, zlib or bare deflate holds, as far as it is sane to look; b"" for any other body."""
+    if body.isascii():
+        return b""
+    return next((plain for wbits in (47, -15) if (plain := _unpacked(body, wbits))), b"")
+
+
+def _unpacked(body: bytes, wbits: int) -> bytes:
+    """Return what can be unpacked, of all members of a gzip file."""
+    plain = b""
+    try:
+        while body and len(plain) < _LARGEST_INFLATED:
+            member = zlib.decompressobj(wbits=wbits)
+            plain += member.decompress(body, _LARGEST_INFLATED - len(plain))
+            body = member.unused_data
+    except zlib.error:
+        pass  # what follows is something else
+    return plain

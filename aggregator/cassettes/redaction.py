@@ -15,6 +15,7 @@ from hashlib import sha256
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator.cassettes.compression import inflated
 from aggregator.cassettes.credentials import (
     USUAL,
     Needles,
@@ -25,7 +26,6 @@ from aggregator.cassettes.credentials import (
 )
 from aggregator.cassettes.exchanges import Exchange, encode_line
 from aggregator.cassettes.forms import form_edits, is_form, redact_form, redact_url
-from aggregator.cassettes.leaks import find_leak, inflated
 from aggregator.cassettes.payloads import is_json, is_stream
 from aggregator.cassettes.secrets import (
     Edit,
@@ -226,7 +226,7 @@ def _line(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: boo
     redacted = redact_reply(exchange, needles, policy)
     line = encode_line(redacted)
     is_changed = redacted.reply != reply
-    return find_leak(redacted, line, needles) or Line(line, is_changed)
+    return _leak(redacted, line, needles) or Line(line, is_changed)
 
 
 def _is_due(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: bool) -> bool:
@@ -327,3 +327,25 @@ def _moved_chunks(chunks: tuple[tuple[int, float], ...], steps: list[list[Edit]]
     for edits in steps:
         borders = [moved(border, edits) for border in borders]
     return tuple((b - a, ms) for a, b, (_, ms) in zip((0, *borders), borders, chunks, strict=False))
+
+
+def _leak(exchange: Exchange, line: bytes, needles: Needles) -> SecretLeakError | None:
+    """Return an error where a value that authenticates is still there; it names the place, never the value."""
+    request, reply, facts = exchange.request, exchange.reply, exchange.facts
+    places = {
+        "request body": request.body,
+        "compressed request body": inflated(request.body),
+        "reply body": reply.body,
+        "compressed reply body": inflated(reply.body),
+        "lineage": facts.lineage.encode(),
+        "exchange": line,
+    }
+    for place, data in places.items():
+        if has_needle(data, needles):
+            host = request.url.partition("//")[2].partition("/")[0].rpartition("@")[2].partition("?")[0]
+            return SecretLeakError(
+                f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
+                f"(a {request.method} to {host}, role {facts.role}); it was not written. "
+                "Keep the secret out of it, or call the model outside of the cassette"
+            )
+    return None

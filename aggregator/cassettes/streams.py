@@ -47,7 +47,7 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
     if not spans:
         return []
     events = [decode_event(body[start:end]) for start, end in spans]
-    if not is_hidden and not suspicious(b"\n".join(_columns(events)), needles, policy):
+    if not is_hidden and not suspicious(b"\n".join(_joined(events)), needles, policy):
         return []
     changed = _redact_joined(events, needles, policy)
     if is_hidden:  # names too
@@ -62,6 +62,16 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
 
 
 # A quick look at streams
+
+
+def _joined(events: list[Any]) -> Iterator[bytes]:
+    """Yield the texts of a stream, joined; deltas of two types are two texts."""
+    kinds: dict[object, list[Any]] = {}
+    for event in events:
+        kind = event.get("type") if type(event) is dict else None
+        kinds.setdefault(kind if type(kind) is str else None, []).append(event)
+    for same in kinds.values():
+        yield from _columns(same)
 
 
 def _columns(values: list[Any]) -> Iterator[bytes]:
