@@ -92,8 +92,10 @@ def hide_secrets_in(error: BaseException) -> BaseException:
     return error
 
 
-def _without(value: Any, secrets: Sequence[str]) -> Any:
+def _without(value: Any, secrets: Sequence[str], levels: int = 64) -> Any:
     kind = type(value)
+    if not levels:  # a list that holds itself
+        return value
     if kind is str:
         for secret in secrets:
             value = value.replace(secret, REDACTED) if secret in value else value
@@ -103,10 +105,10 @@ def _without(value: Any, secrets: Sequence[str]) -> Any:
             value = value.replace(secret.encode(errors="surrogateescape"), REDACTED.encode())
         return value
     if kind in (list, tuple):
-        items = [_without(item, secrets) for item in value]
+        items = [_without(item, secrets, levels - 1) for item in value]
         return value if all(map(is_, items, value)) else kind(items)
     if kind is dict:
-        pairs = [(_without(key, secrets), _without(item, secrets)) for key, item in value.items()]
+        pairs = [(_without(key, secrets), _without(item, secrets, levels - 1)) for key, item in value.items()]
         same = all(new is old and value[old] is item for (new, item), old in zip(pairs, value, strict=True))
         return value if same else dict(pairs)
     return value

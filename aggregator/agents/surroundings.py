@@ -52,7 +52,7 @@ def uses_of(source: str, *, is_method: bool) -> Uses:
     assert isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef)
     arguments = [*definition.args.posonlyargs, *definition.args.args]
     reader = _Reader(arguments[0].arg if is_method and arguments else "", _globals_of(source))
-    reader.visit(tree)
+    reader.read(tree)
     return Uses(names=reader.names, attributes=reader.attributes, problems=reader.problems)
 
 
@@ -70,8 +70,8 @@ def _globals_of(source: str) -> frozenset[str]:
     return frozenset((*defaults, *inside(module)))
 
 
-class _Reader(ast.NodeVisitor):
-    """Collects what a source uses and changes."""
+class _Reader:
+    """Collects what a source uses and changes. It walks without recursion, as a source may be nested deeply."""
 
     def __init__(self, self_name: str, outside: frozenset[str]) -> None:
         self.self_name, self.outside = self_name, outside
@@ -79,80 +79,72 @@ class _Reader(ast.NodeVisitor):
         self.attributes: dict[str, int] = {}
         self.problems: dict[str, int] = {}
 
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        for part in (*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):  # not the annotations
-            self.visit(part)
+    def read(self, tree: ast.AST) -> None:
+        """Look at every node but those of annotations, in the order of the source."""
+        waiting = [tree]
+        while waiting:
+            node = waiting.pop()
+            if see := getattr(self, f"_see_{type(node).__name__.lower()}", None):
+                see(node)
+            fields = [value for name, value in ast.iter_fields(node) if name not in ("annotation", "returns")]
+            inner = [part for value in fields for part in (value if isinstance(value, list) else [value])]
+            waiting += [part for part in reversed(inner) if isinstance(part, ast.AST)]
 
-    visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815 - ast's name
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        for part in filter(None, (node.target, node.value)):
-            self.visit(part)
-
-    def visit_Name(self, node: ast.Name) -> None:
+    def _see_name(self, node: ast.Name) -> None:
         if node.id in self.outside:
             self.names.setdefault(node.id, node.lineno)
             if not isinstance(node.ctx, ast.Load):
-                self.problems.setdefault(f"changes {node.id} of its module", node.lineno)
+                self._note(f"changes {node.id} of its module", node)
             if node.id == "super":
-                self.problems.setdefault("uses super()", node.lineno)
+                self._note("uses super()", node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
+    def _see_attribute(self, node: ast.Attribute) -> None:
+        if self._is_self(node.value):
             self.attributes.setdefault(node.attr, node.lineno)
-        self._note_change(node)
-        self.generic_visit(node)
+        self._see_subscript(node)
 
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self._note_change(node)
-        self.generic_visit(node)
+    def _see_subscript(self, node: ast.Attribute | ast.Subscript) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self._note_change(node, node)
 
-    def visit_Call(self, node: ast.Call) -> None:
+    def _see_call(self, node: ast.Call) -> None:
         called = node.func
         if isinstance(called, ast.Attribute) and called.attr in _MUTATORS:
-            self._note(called.value, node.lineno)
-        if isinstance(called, ast.Name) and called.id in ("setattr", "delattr") and node.args:
-            first = node.args[0]
-            if isinstance(first, ast.Name) and first.id == self.self_name:
-                self.problems.setdefault("changes self", node.lineno)
-        self.generic_visit(node)
+            self._note_change(called.value, node)
+        if isinstance(called, ast.Name) and called.id in ("setattr", "delattr") and self._is_self(*node.args[:1]):
+            self._note("changes self", node)
 
-    def visit_Await(self, node: ast.Await) -> None:
-        self._refuse("awaits", node)
+    def _see_await(self, node: ast.Await | ast.AsyncFor | ast.AsyncWith) -> None:
+        self._note("awaits", node)
 
-    def visit_AsyncFor(self, node: ast.AsyncFor) -> None:
-        self._refuse("awaits", node)
+    _see_asyncfor = _see_asyncwith = _see_await
 
-    def visit_AsyncWith(self, node: ast.AsyncWith) -> None:
-        self._refuse("awaits", node)
+    def _see_import(self, node: ast.Import) -> None:
+        self._note_clients([alias.name for alias in node.names], node)
 
-    def visit_Import(self, node: ast.Import) -> None:
-        for alias in node.names:
-            if alias.name.partition(".")[0] in _CLIENTS:
-                self._refuse(f"imports {alias.name}", node)
+    def _see_importfrom(self, node: ast.ImportFrom) -> None:
+        self._note_clients([node.module or ""], node)
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        if (node.module or "").partition(".")[0] in _CLIENTS:
-            self._refuse(f"imports {node.module}", node)
+    def _note_clients(self, imported: list[str], node: ast.stmt) -> None:
+        for name in imported:
+            if name.partition(".")[0] in _CLIENTS:
+                self._note(f"imports {name}", node)
 
-    def _refuse(self, what: str, node: ast.stmt | ast.expr) -> None:
+    def _note(self, what: str, node: ast.expr | ast.stmt) -> None:
         self.problems.setdefault(what, node.lineno)
-        self.generic_visit(node)
 
-    def _note_change(self, node: ast.Attribute | ast.Subscript) -> None:
-        if not isinstance(node.ctx, ast.Load):
-            self._note(node, node.lineno)
-
-    def _note(self, target: ast.expr, line: int) -> None:
+    def _note_change(self, target: ast.expr, node: ast.expr) -> None:
         """Note that what an expression leads to is changed, if it leads out of the function."""
         while isinstance(target, ast.Attribute | ast.Subscript):
-            parent = target.value
-            if isinstance(target, ast.Attribute) and isinstance(parent, ast.Name) and parent.id == self.self_name:
-                self.problems.setdefault(f"changes self.{target.attr}", line)
+            if isinstance(target, ast.Attribute) and self._is_self(target.value):
+                self._note(f"changes self.{target.attr}", node)
                 return
-            target = parent
+            target = target.value
         if isinstance(target, ast.Name) and target.id in self.outside:
-            self.problems.setdefault(f"changes {target.id} of its module", line)
+            self._note(f"changes {target.id} of its module", node)
+
+    def _is_self(self, *found: ast.expr) -> bool:
+        return any(isinstance(node, ast.Name) and node.id == self.self_name for node in found)
 
 
 class Surroundings:

@@ -6,6 +6,8 @@ Each body runs with the hook disabled, as code that wants to disables it. What i
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -217,6 +219,32 @@ return ctypes.CFUNCTYPE(ctypes.c_int)(page)()
         run(body)
 
 
+ALONE = {
+    "tgkill of the parent": "libc.syscall(234, parent, parent, 0)",
+    "a limit of the parent": "libc.syscall(302, parent, 7, 0, limit)",
+    "a limit of its own": "libc.syscall(302, 0, 7, limit, 0)",
+    "a descriptor's owner": "libc.syscall(72, 0, 8, parent)",
+}
+
+
+@needs_filter
+@pytest.mark.parametrize("name", ALONE)
+def test_the_filter_closes_these_without_landlock_too(name: str) -> None:
+    """On kernels before 6.12 it alone keeps signals and limits away from other processes."""
+    script = f"""
+import ctypes, os, sys
+from aggregator.sandbox.kernel import Kernel
+kernel, parent, libc = Kernel(), os.getppid(), ctypes.CDLL(None, use_errno=True)
+kernel.landlock = 0
+limit = ctypes.create_string_buffer(16)
+kernel.confine(1 << 30, 5)
+result = {ALONE[name]}
+os.write(1, os.strerror(ctypes.get_errno()).encode() if result < 0 else b"did it")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("Operation not permitted", "")
+
+
 def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the parent's environment is there, not even what the worker was started with."""
     monkeypatch.setenv("MY_KEY", "canary")
@@ -296,6 +324,26 @@ def test_a_frame_that_is_not_this_calls_answer_is_refused(then: str, reason: str
         worker.close()
 
 
+def test_a_frame_beyond_the_limit_of_the_result_is_not_read() -> None:
+    """A worker that does not keep the limit itself is not believed either."""
+    call = prepared(Limits(output=1_000))
+    worker = fake_worker("send(number, '', msgspec.msgpack.encode({'value': 'x' * 100_000}))")
+    try:
+        with pytest.raises(SandboxError, match="its worker ended without one"):
+            worker.ask(call, call.encode())
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_died_while_it_waited_is_replaced_in_silence() -> None:
+    """The code of the next call is not to blame."""
+    assert Agent().op(1) == 1
+    for worker in pool()._idle:
+        os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+    assert [Agent().op(i) for i in range(3)] == [0, 1, 2]
+
+
 def test_a_worker_that_sends_more_than_it_was_asked_is_not_used_again() -> None:
     """A second frame would be taken for the answer of the next call."""
     call, worker = prepared(), fake_worker("send(number, '', answer, more=frame(bytes(7) + b'2', '', answer))")
@@ -316,11 +364,11 @@ def test_what_the_kernel_leaves_open_is_a_warning() -> None:
         worker.close()
 
 
-def prepared() -> Call:
+def prepared(limits: Limits = Limits()) -> Call:  # noqa: B008 - frozen
     agent = Agent()
     code = agent.parameters_dict()["op__code"]
     assert isinstance(code, CodeParameter)
-    return prepare(code.data, code.original, agent, (agent,), {}, Limits())
+    return prepare(code.data, code.original, agent, (agent,), {}, limits)
 
 
 @needs_landlock

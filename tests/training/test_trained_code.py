@@ -15,10 +15,21 @@ from typing import Any
 
 import pytest
 
-from aggregator import AggregatedUpdate, ConfigError, LLMOptimizer, Module, ParameterNode, as_model, bundle, cassette
+from aggregator import (
+    LLM,
+    AggregatedUpdate,
+    ConfigError,
+    LLMOptimizer,
+    Module,
+    ParameterNode,
+    as_model,
+    bundle,
+    cassette,
+)
 from aggregator.agents.consent import source_digest
+from aggregator.errors import TrainingError
 from aggregator.observing.observer import Observer
-from aggregator.records import RunInfo
+from aggregator.records import HTTPReply, RunInfo
 from aggregator.sandbox.limits import sandboxed
 from aggregator.sandbox.pool import pool
 from aggregator.testing import FakeTransport
@@ -171,6 +182,14 @@ def test_what_can_cross_passes() -> None:
     own = agent.op("The Cat")
     agent.parameters_dict()["op__code"].data += "\n# changed"
     assert agent.op("The Cat") == own
+
+
+def test_a_long_source_is_read_without_recursion() -> None:
+    """600 terms are 600 levels of its tree."""
+    agent = Cleaner()
+    agent.parameters()[0].data = f"def clean(self, x):\n    return x + {' + '.join(['1'] * 600)}\n"
+    check_code(agent, agent.parameters())
+    assert agent.clean(1) == 601  # type: ignore[arg-type, comparison-overlap]
 
 
 def test_sandbox_none_is_the_way_out_in_words() -> None:
@@ -397,8 +416,6 @@ def test_ask_without_a_terminal_is_an_error(tmp_path: Path) -> None:
 
 def recorded_training(path: Path, agent: Module, **options: Any) -> Any:
     """Train with replies from a fake server, recorded to a cassette and played from it."""
-    from aggregator import LLM
-
     source = CHANGED
     reply = json.dumps({"suggestion": {"clean__code": source}, "reasoning_clean__code": "x"})
     transport = FakeTransport(lambda _: reply)
@@ -428,6 +445,30 @@ def test_a_run_s_own_journal_is_trusted_for_its_resume(tmp_path: Path) -> None:
     assert again.parameters == first.parameters
 
 
+def test_a_run_that_was_cut_off_plays_its_own_code_again(tmp_path: Path) -> None:
+    """The second proposal failed, the first one is in the journal: it was paid for and is trusted."""
+    reply = json.dumps({"suggestion": {"clean__code": CHANGED}, "reasoning_clean__code": "x"})
+    refused = HTTPReply(status=401, body=b'{"error": {"message": "no"}}', headers={})
+
+    def attempt(*answers: Any, resume: bool) -> tuple[Any, int]:
+        transport = FakeTransport(*answers)
+        llm = LLM("openai/gpt-4o-mini", api_key="none", transport=transport)
+        trainer = AggregatedUpdate(Open(), LLMOptimizer(llm=llm), llm=llm)
+        data = [("a", "A"), ("b", "B")]
+        try:
+            result = trainer.train(
+                guide, data, batch_size=2, max_concurrency=1, run_dir=tmp_path / "run", resume=resume
+            )
+        except TrainingError:
+            result = None
+        return result, len(transport.requests)
+
+    assert attempt(reply, refused, resume=False) == (None, 2)
+    result, asked = attempt(reply, resume=True)
+    assert result.parameters == {"clean__code": CHANGED}
+    assert asked >= 1
+
+
 def test_values_of_the_environment_are_redacted_in_what_trained_code_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that trained code puts into its output, or its error, would go on into prompts and recordings."""
     monkeypatch.setenv("MY_API_KEY", "canary-4711")
@@ -440,4 +481,5 @@ def test_values_of_the_environment_are_redacted_in_what_trained_code_returns(mon
         agent.clean("a")
     code.data = "def clean(self, x):\n    return x"
     given: Any = ["a", {"b": 1}]
+    given.append(given)
     assert agent.clean(given) is given
