@@ -264,11 +264,12 @@ class ContentFilterError(ResponseError):
 
 
 class TruncatedError(ResponseError):
-    """The answer was cut at the token limit; `text` is what came."""
+    """The answer was cut at the token limit; `text` is what came, `thought` is True if the model had been thinking."""
 
-    def __init__(self, message: str, *, text: str = "", **facts: Any) -> None:
+    def __init__(self, message: str, *, text: str = "", thought: bool = False, **facts: Any) -> None:
         super().__init__(message, **facts)
         self.text = text
+        self.thought = thought
 
 
 class AggregatorWarning(UserWarning):

@@ -106,7 +106,10 @@ class LLMJudge:
             return read_verdict(text)
 
     async def _ask(self, messages: list[dict[str, str]]) -> str:
-        completion = await self.llm.complete(
+        from aggregator.llm.models import complete_own
+
+        completion = await complete_own(
+            self.llm,
             messages,
             max_tokens=self.max_tokens,
             response_format=VERDICT_FORMAT,

@@ -44,6 +44,7 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
     """Answer one call; raises LLMError, BudgetExceededError, CassetteError or ConfigError."""
     if (owner := current_owner()) is not None:
         return await owner.answer(llm, call, validate)
+    call = line.with_defaults(call)
     attempts = Attempts(line, llm.timeout)
     try:
         if tracing.has_spans():
@@ -71,7 +72,7 @@ def _ask(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Await
 def deltas(llm: LLM, line: Line, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
     """Yield the deltas of a streamed call, the whole answer last; raises the same."""
     owner = current_owner()
-    return _deltas(line, llm.timeout, call) if owner is None else owner.deltas(llm, call)
+    return _deltas(line, llm.timeout, line.with_defaults(call)) if owner is None else owner.deltas(llm, call)
 
 
 async def _deltas(line: Line, timeout: float | None, call: ChatCall) -> AsyncGenerator[str | Completion, None]:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from math import inf
 from random import Random
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 from msgspec.structs import replace
 
@@ -20,9 +21,17 @@ from aggregator import portal
 from aggregator.cassettes.current import tape_here
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.checks import check_positive
-from aggregator.errors import APIConnectionError, APIStatusError, ConfigError, LLMError, QuotaError, RateLimitError
+from aggregator.errors import (
+    APIConnectionError,
+    APIStatusError,
+    BadRequestError,
+    ConfigError,
+    LLMError,
+    QuotaError,
+    RateLimitError,
+)
 from aggregator.llm import tracing
-from aggregator.llm.budget import ASSUMED_OUTPUT, NOTHING, Amount, Budget, budgets_of, pico, spent_by, upper_tokens
+from aggregator.llm.budget import NOTHING, Amount, Budget, assumed_output, budgets_of, pico, spent_by, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.ledger import Price, Prices, count, find_price, need_price
 from aggregator.llm.limiter import Limiter, LoopLimiters, check_limits
@@ -52,6 +61,7 @@ class Line:
         rpm: float | None,
         tpm: float | None,
         adaptive: bool,
+        extra: Mapping[str, Any] | None,
         prices: Prices | None,
         budget: Budget | None,
         retry: RetryPolicy | None,
@@ -67,7 +77,7 @@ class Line:
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
         self.endpoint, self.attempt_timeout = endpoint, attempt_timeout
         self.policy = replace(retry or RetryPolicy(), max_attempts=max_attempts)
-        self.budget, self.prices = budget, prices
+        self.budget, self.prices, self.extra = budget, prices, merge({}, extra or {}, "LLM.extra")
         self.transport = transport or _shared_transport()
         self.clock, self.sleep = clock, sleep or asyncio.sleep
         self.random = random or Random()  # noqa: S311 - jitter, no secret
@@ -76,6 +86,10 @@ class Line:
         self.openings = Openings(clock)
         self.limiter = LoopLimiters(endpoint, limits, time=None if is_real else (clock, self.sleep))
         self.known_price = find_price(endpoint.provider, endpoint.model, prices)  # else when a budget first needs it
+
+    def with_defaults(self, call: ChatCall) -> ChatCall:
+        """Return the call with the client's `extra`, which its own comes after."""
+        return replace(call, extra=merge(self.extra, call.extra, "extra")) if self.extra else call
 
     def price(self) -> Price:
         """Return the model's price; raises ConfigError if there is none."""
@@ -102,6 +116,24 @@ def _shared_transport() -> Transport:
 
 _ONE_CALL = Amount(calls=1)
 _NO_HEADERS: Mapping[str, str] = {}
+
+
+def merge(base: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return both, `more` last; objects under the same name are merged. Raises ConfigError for anything but a dict.
+
+    >>> merge({"provider": {"sort": "price"}}, {"provider": {"only": ["groq"]}}, "extra")
+    {'provider': {'sort': 'price', 'only': ['groq']}}
+    """
+    if not isinstance(more, Mapping):
+        raise ConfigError(f"Expected a dict of fields for the request's body, got {more!r} - at {where}")
+    both = dict(base)
+    for name, value in more.items():
+        old = both.get(name)
+        both[name] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+_corrections: WeakKeyDictionary[object, dict[tuple[str, str], frozenset[str]]] = WeakKeyDictionary()
 
 
 def _never(error: LLMError) -> object:
@@ -142,10 +174,28 @@ class Attempts:
             self.limiter = None
 
     def issue(self, call: ChatCall) -> None:
-        """Encode a call and take its ticket; once for each logical call."""
+        """Encode a call and take its ticket; once for each logical call.
+
+        What its server has asked for in a refusal is heeded. A tape that only plays decides by what it holds, since the
+        refusal may have come before or after this call when it was recorded.
+        """
         codec = self.line.endpoint.codec
         if self._counts_tokens and codec.limits(call).tokens is None:
-            call = replace(call, max_tokens=ASSUMED_OUTPUT)  # so that no answer costs more than is reserved for it
+            call = replace(call, max_tokens=assumed_output(call.model))  # so that no answer costs more than is reserved
+        known = _corrections.get(self._memory(), {}).get(self._server(call))
+        if self.tape is None or self.tape.records:
+            self._encode(call if known is None else replace(call, corrections=known))
+            return
+        self._encode(call)
+        for correction in () if self.is_answerable() else codec.corrections:
+            self._encode(replace(call, corrections=frozenset({correction})))
+            if self.is_answerable():
+                return
+        if call.corrections != self.call.corrections:
+            self._encode(call)  # nothing recorded: the miss is about the usual form
+
+    def _encode(self, call: ChatCall) -> None:
+        codec = self.line.endpoint.codec
         self.call = call
         self._most: Amount | None = None
         self.request: HTTPRequest = codec.encode(call)
@@ -153,6 +203,28 @@ class Attempts:
         self.opening = None if mark is None else digest(call.messages, mark)
         admitted = None if self.tape is None else self.tape.admit(self.request)
         self.slot: Slot | None = None if self.tape is None or admitted is None else self.tape.issue(admitted)
+
+    def correct(self, error: LLMError) -> bool:
+        """Issue the call as a refusal asks for it; return False if that names nothing known or nothing is left."""
+        if not isinstance(error, BadRequestError) or not self.may_go_on():
+            return False
+        corrected = self.line.endpoint.codec.corrected(self.call, error)
+        if corrected is None or corrected.corrections <= self.call.corrections:
+            return False
+        refused = self.call
+        self._encode(corrected)
+        if not self.is_answerable():  # the recorded call ended here
+            self._encode(refused)
+            return False
+        _corrections.setdefault(self._memory(), {})[self._server(refused)] = corrected.corrections
+        return True
+
+    def _memory(self) -> object:
+        """By transport, since it is the servers' trait; by tape while one is open, so that a replay begins anew."""
+        return self.tape or self.line.transport
+
+    def _server(self, call: ChatCall) -> tuple[str, str]:
+        return self.line.endpoint.base_url, call.model
 
     def is_answerable(self) -> bool:
         """Return True if the issued call can be answered: by its recording, or by the network."""
@@ -173,6 +245,8 @@ class Attempts:
                 async with attempt:
                     return attempt.read(await attempt.reply_to())
             except LLMError as error:
+                if self.correct(error):
+                    continue
                 wait = None if unless(error) else attempt.wait_after(error)
                 if wait is None:
                     error.attempts = self.count

@@ -10,6 +10,7 @@ Money is counted in whole picodollars: sums do not depend on their order, and a 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,14 @@ from aggregator.records import Usage
 from aggregator.text import show_call
 
 _PICO = 1_000_000_000_000
+THINKING_ROOM = 16_384
+"""Tokens that a model may think, on top of its answer: thinking counts against the limit of the answer."""
+_THINKS = re.compile(
+    r"(?:ft:)?(?:o\d|gpt-[5-9](?!\d)|gpt-oss|codex)|gemini-(?:2\.5|[3-9])|grok-(?:3-mini|[4-9])|glm-(?:4\.[5-9]|[5-9])"
+    r"|.*(?:think|reason|-r1\b|\br1\b|qwq|magistral)",
+    re.IGNORECASE,
+)
+"""Names of models that think unless they are told not to."""
 ASSUMED_OUTPUT = 4096
 """What answers may take under a budget of tokens or USD where the call sets no limit; it is sent with the request."""
 IMAGE_TOKENS = 50_000
@@ -236,6 +245,20 @@ def budgets_of(own: Budget | None) -> tuple[Budget, ...]:
     if own is None:
         return (outer,)
     return (own, outer) if own.serial < outer.serial else (outer, own)
+
+
+def thinks(model: str) -> bool:
+    """Return True if a model is known by its name to think before it answers.
+
+    >>> thinks("openai/gpt-5-mini"), thinks("deepseek-reasoner"), thinks("gpt-4o-mini")
+    (True, True, False)
+    """
+    return _THINKS.match(model.rpartition("/")[2]) is not None
+
+
+def assumed_output(model: str) -> int:
+    """Return the limit of an answer that is sent under a budget of tokens or USD if the call states none."""
+    return ASSUMED_OUTPUT + (THINKING_ROOM if thinks(model) else 0)
 
 
 def upper_tokens(body: bytes, messages: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[int, int]:

@@ -18,7 +18,8 @@ class ChatCall(Struct, frozen=True, kw_only=True):
     """One question to a model, in OpenAI's words whatever the provider; None means "not said".
 
     `messages` are OpenAI-shaped dicts (see `messages.normalise`). `extra` is merged into the body last, so it can
-    add or replace whatever the provider's own API knows.
+    add or replace whatever the provider's own API knows. `corrections` are what a server asked for in a refusal (see
+    `Codec.corrected`).
     """
 
     model: str
@@ -34,6 +35,7 @@ class ChatCall(Struct, frozen=True, kw_only=True):
     tool_choice: str | Mapping[str, Any] | None = None
     stream: bool = False
     extra: Mapping[str, Any] = {}
+    corrections: frozenset[str] = frozenset()
 
 
 ApiKey = str | Callable[[], str]
@@ -119,6 +121,15 @@ class Codec(Protocol):
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; the same call gives the same bytes. Raises ConfigError for what this API cannot say."""
+        ...
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """What `corrected` can add to a call."""
+        ...
+
+    def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
+        """Return the call as a refusal asks for it, under its own name of a field; None if it names nothing known."""
         ...
 
     def limits(self, call: ChatCall) -> Limits:

@@ -34,8 +34,10 @@ class LLM:
     `timeout` all its seconds, waiting and other response formats included. `attempt_timeout` are the seconds of one
     attempt, of a stream those until its next piece; by default half of `timeout`, for the last attempt all that is
     left. `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for all clients of the same (base_url,
-    key, model) in an event loop, the strictest of them. `budget` may be shared. `prices` maps model names to `Price`s.
-    `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for tests.
+    key, model) in an event loop, the strictest of them; without `adaptive` a 429 paces nobody. `extra` is merged into
+    the body of every call (effort, service tier, routing, cache), `headers` go with every request. `budget` may be
+    shared. `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for
+    tests.
 
     Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
     """
@@ -65,6 +67,8 @@ class LLM:
         rpm: float | None = None,
         tpm: float | None = None,
         adaptive: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
         budget: Budget | None = None,
         prices: Prices | None = None,
         transport: Transport | None = None,
@@ -80,7 +84,8 @@ class LLM:
         from aggregator.llm.attempts import Line
         from aggregator.llm.names import resolve
 
-        self._given: dict[str, Any] = {"model": model, "base_url": base_url, "api_key": api_key, "api": api}
+        self._given: dict[str, Any] = {"model": model, "base_url": base_url, "api_key": api_key}
+        self._given |= {"api": api, "headers": headers}
         self._options: dict[str, Any] = {
             "max_attempts": max_attempts,
             "timeout": timeout,
@@ -89,22 +94,18 @@ class LLM:
             "rpm": rpm,
             "tpm": tpm,
             "adaptive": adaptive,
+            "extra": extra,
             "prices": prices,
             "retry": retry,
         }
-        injected: dict[str, Any] = {
-            "budget": budget,
-            "transport": transport,
-            "clock": clock,
-            "sleep": sleep,
-            "random": random,
-        }
+        injected: dict[str, Any] = {"budget": budget, "transport": transport, "clock": clock, "sleep": sleep}
+        injected["random"] = random
         self._injected = {**injected, "env": env}
         self.endpoint = resolve(**self._given, env=os.environ if env is None else env)
         self.model = f"{self.endpoint.provider}/{self.endpoint.model}"
-        self.timeout, self.prices, self.budget = timeout, prices, budget
         self._asking = asking
         self._line = Line(self.endpoint, **self._options, **injected)
+        self.timeout, self.prices, self.budget, self.extra = timeout, prices, budget, self._line.extra
         self._limiters = self._line.limiter.by_loop
 
     def __repr__(self) -> str:

@@ -79,7 +79,7 @@ class FallbackLLM(LLM):
         self._models = tuple(model if isinstance(model, LLM) else LLM(model, **options) for model in models)
         first = self._models[0]
         self.model, self.endpoint = first.model, first.endpoint
-        self.timeout, self.prices, self.budget = first.timeout, first.prices, first.budget
+        self.timeout, self.prices, self.budget, self.extra = first.timeout, first.prices, first.budget, first.extra
         from aggregator.llm import asking
 
         self._asking = asking

@@ -208,7 +208,7 @@ class LoopLimiters:
     def __init__(self, target: Target, limits: Mapping[str, Any], *, time: _Time | None = None) -> None:
         key = target.api_key
         account = f"key of {id(key)}" if callable(key) else str(key)
-        self._key = (target.base_url, account, target.model)
+        self._key = (target.base_url.rstrip("/"), account, target.model)
         self._limits = limits
         self._time = time
         self._latest: tuple[ref[asyncio.AbstractEventLoop], Limiter] | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -17,8 +18,8 @@ from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role
 from aggregator.checks import is_async
-from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
-from aggregator.llm.budget import Amount, Budget, current_budget, pico, spent_by, upper_tokens
+from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError, ModelWarning, TruncatedError
+from aggregator.llm.budget import THINKING_ROOM, Amount, Budget, current_budget, pico, spent_by, thinks, upper_tokens
 from aggregator.llm.calls import ChatCall, Limits, Target
 from aggregator.llm.codecs.failures import Fault, classify, retry_after
 from aggregator.llm.codecs.openai import OpenAIChat
@@ -155,6 +156,57 @@ class CallableModel:
         usage = completion.usage
         cost = None if self._price is None or usage.cost is not None else self._price.cost(usage)
         return completion if cost is None else replace(completion, usage=replace(usage, cost=cost))
+
+
+async def complete_own(model: ChatModel, messages: Any, *, max_tokens: int, **options: Any) -> Completion:
+    """Ask for a feature of the library itself (optimizer, merge, judge): never for what the provider lacks.
+
+    Options that its API does not have are left out with a warning. `max_tokens` is the room for the answer: a model
+    that thinks gets more, as thinking counts there too. Such models are known by their name, or by what the client's
+    `extra` asks for; another one that is cut before its answer, or while it thinks, is asked once more with that room.
+    """
+    options = _known_options(model, options)
+    room = max_tokens + THINKING_ROOM
+    if _is_thinker(model):
+        return await model.complete(messages, max_tokens=room, **options)
+    try:
+        completion = await model.complete(messages, max_tokens=max_tokens, **options)
+    except TruncatedError as error:
+        if error.text and not error.thought:
+            raise
+    else:
+        thought = completion.reasoning or completion.usage.reasoning_tokens
+        if completion.finish_reason != "length" or (completion.text and not thought):
+            return completion
+    return await model.complete(messages, max_tokens=room, **options)
+
+
+def _known_options(model: ChatModel, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that every API behind the model has; the others are warned of."""
+    models: Sequence[Any] = getattr(model, "models", (model,))
+    lacking = {
+        name: found.endpoint.provider
+        for found in models
+        for name in getattr(getattr(getattr(found, "endpoint", None), "codec", None), "lacks", ())
+        if options.get(name) is not None
+    }
+    for name, provider in lacking.items():
+        warnings.warn(
+            f"Expected {name} to be sent, which {provider} does not have; it is left out, and answers differ by chance",
+            ModelWarning,
+            stacklevel=2,
+        )
+    return {name: value for name, value in options.items() if name not in lacking}
+
+
+_THINKING_FIELDS = frozenset({"reasoning", "reasoning_effort", "thinking", "enable_thinking", "thinkingConfig"})
+
+
+def _is_thinker(model: ChatModel) -> bool:
+    name, extra = getattr(model, "model", None), getattr(model, "extra", None)
+    inner = extra.get("generationConfig") if isinstance(extra, Mapping) else None
+    asked = {*(extra or ()), *(inner if isinstance(inner, Mapping) else ())}
+    return (isinstance(name, str) and thinks(name)) or not _THINKING_FIELDS.isdisjoint(asked)
 
 
 def _provider_and_model(name: str) -> tuple[str, str]:

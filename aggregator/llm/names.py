@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -68,6 +68,7 @@ def resolve(
     base_url: str | None = None,
     api_key: ApiKey | None = None,
     api: str | None = None,
+    headers: Mapping[str, str] | None = None,
     env: Mapping[str, str],
 ) -> Endpoint:
     """Find provider, address, key and codec; raises ConfigError for a name that names nothing.
@@ -76,20 +77,38 @@ def resolve(
     `openrouter/meta-llama/llama-3.3-70b:free`). With a `base_url` any other name is a model of that server.
     Without a name Trace's variables are read. A default key goes to the provider's own address, or to the one that
     its own variable gives, never to a `base_url` from elsewhere. `api` is one of the provider's wire formats;
-    None takes its usual one, or the only one that serves the model.
+    None takes its usual one, or the only one that serves the model. `headers` go with every request; one that
+    authenticates takes the place of the key.
     """
     if model is not None and not isinstance(model, str):
         raise ConfigError(f"Expected a model as 'provider/model', got {model!r}")
+    base_url = base_url and _cleaned(base_url)
     wanted = _Wanted(model, base_url, api_key) if model else _from_trace(base_url, api_key, env)
     provider, name = split_name(wanted.model, wanted.base_url)
     make, name = _codec_of(provider, name, api)
     url, own = _address(provider, wanted.base_url, env)
     key, auth, hint = _key(provider, wanted.api_key, own, env)
-    target = Target(provider=provider.name, model=name, base_url=url, api_key=key, auth=auth, options=provider.options)
+    own_headers = _checked_headers(headers or {})
+    if auth in own_headers:
+        key = hint = None
+    target = Target(
+        provider=provider.name,
+        model=name,
+        base_url=url,
+        api_key=key,
+        auth=auth,
+        headers=own_headers,
+        options=provider.options,
+    )
     if provider.settle is not None:
         target = provider.settle(target, env)
     if not _is_address(target.base_url):
         raise ConfigError(f"Expected base_url as http://… or https://…, got {target.base_url!r} - for {wanted.model!r}")
+    if "@" in target.base_url.partition("//")[2].partition("/")[0] and (target.auth == "authorization" and key):
+        raise ConfigError(
+            f"Expected one way to authenticate, got a user in base_url and a key for {provider.name}: both go in the "
+            "header authorization; leave one out"
+        )
     return Endpoint(**asdict(target), codec=make(target), key_hint=hint)
 
 
@@ -106,6 +125,30 @@ def _codec_of(provider: Provider, name: str, api: str | None) -> tuple[Callable[
         known = f"one of {', '.join(map(repr, provider.apis))}" if provider.apis else "none: there is a single one"
         raise ConfigError(f"Expected api for {provider.name} to be {known}, got {api!r}")
     return provider.apis[api], name
+
+
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CALLED = re.compile(r"/(?:chat/completions|completions|responses|messages)/?$")
+
+
+def _cleaned(url: str) -> str:
+    r"""Return an address without blanks around it, a fragment, or the path of the call, which the codec adds.
+
+    >>> _cleaned(" https://api.example.com/v1/chat/completions\n")
+    'https://api.example.com/v1'
+    """
+    address, mark, query = url.strip().partition("#")[0].partition("?")
+    return f"{_CALLED.sub('', address)}{mark}{query}"
+
+
+def _checked_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
+    """Return headers with names in lower case; raises ConfigError for what HTTP cannot carry, without its value."""
+    for name, value in headers.items():
+        if not isinstance(name, str) or not _HEADER.fullmatch(name):
+            raise ConfigError(f"Expected the name of a header, got {name!r} - at LLM.headers")
+        if not isinstance(value, str) or not value.isprintable():
+            raise ConfigError(f"Expected a printable text as the header {name!r}, got something else - at LLM.headers")
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def _is_address(url: str) -> bool:
@@ -154,11 +197,11 @@ def _names() -> set[str]:
 def _address(provider: Provider, base_url: str | None, env: Mapping[str, str]) -> tuple[str, bool]:
     """Return the address and whether the provider's default key may go there."""
     named = next((env[name] for name in provider.base_urls if env.get(name)), None)
-    url = base_url or named or provider.base_url
+    url = base_url or (named and _cleaned(named)) or provider.base_url
     if url is None:
         variable = f" or set {provider.base_urls[0]}" if provider.base_urls else ""
         raise ConfigError(f"Expected the address of {provider.name}, got none. Give base_url='https://…'{variable}")
-    own = {address.rstrip("/") for address in (named, provider.base_url) if address}
+    own = {_cleaned(address).rstrip("/") for address in (named, provider.base_url) if address}
     return url, url.rstrip("/") in own
 
 

@@ -115,7 +115,7 @@ def pass_calls_to(owner: RemoteOwner) -> None:
 # How a client travels to a worker: as its settings.
 
 _DEFAULTS = {"clock": time.monotonic}
-ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget"} | {
+ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget", "extra"} | {
     f"_{name}" for name in ("given", "injected", "options", "limiters", "line", "asking", "models")
 }
 
@@ -149,6 +149,7 @@ def stand_in_for(llm: LLM) -> tuple[type[LLM], dict[str, Any]]:
     """Return class and attributes of what stands in for a client in a worker process: no key, no address."""
     target = Target(provider=llm.endpoint.provider, model=llm.endpoint.model, base_url="")
     state = {"model": llm.model, "endpoint": target, "timeout": llm.timeout, "prices": llm.prices, "budget": None}
+    state["extra"] = llm.extra
     return type(llm), {**_added(llm), **state}
 
 
@@ -164,6 +165,7 @@ def make_stand_in(kind: type[LLM], state: Mapping[str, Any], number: int) -> LLM
 def _check_settings(name: str, injected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ConfigError that names an argument which a pickle cannot keep."""
     from aggregator.cassettes.forms import redact_url
+    from aggregator.llm.codecs.base import is_secret_header
     from aggregator.llm.tokens import CloudToken
 
     base_url, api_key = given["base_url"], given["api_key"]
@@ -175,6 +177,8 @@ def _check_settings(name: str, injected: Mapping[str, Any], given: Mapping[str, 
         problem, remedy = "api_key", "give a function that is defined at the top level of a module"
     elif base_url and redact_url(base_url) != base_url:
         problem, remedy = "base_url", "leave the secret out of the address and give api_key"
+    if any(is_secret_header(header) for header in given["headers"] or ()):
+        problem, remedy = "headers", "leave out those that authenticate"
     if problem:
         raise ConfigError(
             f"Expected LLM({name!r}) to hold only settings when it is pickled, got one with {problem}=...; {remedy} "

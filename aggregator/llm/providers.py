@@ -3,7 +3,8 @@
 The variables are those that the providers' own SDKs read. Another package adds a provider with an entry point of the
 group `aggregator.providers` that names a `Provider`.
 
-Options of the OpenAI wire format: `max_tokens` is the cap sent when none is given (servers that would else generate to
+Options of the OpenAI wire format: `by_name` True where reasoning models are known by their name, and get
+`max_completion_tokens`; `max_tokens` is the cap sent when none is given (servers that would else generate to
 the end of their context); `marks` a pattern of the models whose prompts are cached by marks; `seed` the name under
 which the seed goes; `stream_options` False where usage comes unasked and the field is refused.
 """
@@ -20,7 +21,8 @@ from aggregator.errors import ConfigError
 from aggregator.llm.calls import Codec, Provider, Target
 
 ENTRY_POINTS = "aggregator.providers"
-_LOCAL_CAP = {"max_tokens": 4096}
+_LOCAL_CAP = {"max_tokens": 4096, "by_name": True}
+_BY_NAME = {"by_name": True}
 _BEARER = "authorization"
 _OLLAMA_PORT = 11434
 _BEDROCK = "https://bedrock-runtime.{region}.amazonaws.com"
@@ -200,6 +202,7 @@ _BUILT_IN = (
         base_urls=("OPENAI_BASE_URL", "OPENAI_API_BASE"),
         keys={"OPENAI_API_KEY": _BEARER},
         settle=_settle_openai,
+        options=_BY_NAME,
         bare_names=r"gpt-|chatgpt-|o\d(-|$)|codex|computer-use|ft:",
     ),
     Provider(
@@ -211,6 +214,7 @@ _BUILT_IN = (
         keys={"AZURE_OPENAI_API_KEY": "api-key", "AZURE_API_KEY": "api-key", "AZURE_OPENAI_AD_TOKEN": _BEARER},
         aliases=("azure-openai",),
         settle=_settle_azure,
+        options=_BY_NAME,
     ),
     Provider(
         name="anthropic",
@@ -306,6 +310,7 @@ _BUILT_IN = (
         base_urls=("VLLM_BASE_URL", "HOSTED_VLLM_API_BASE"),
         keys={"VLLM_API_KEY": _BEARER, "HOSTED_VLLM_API_KEY": _BEARER},
         needs_key=False,
+        options=_BY_NAME,
         aliases=("hosted-vllm",),
     ),
     Provider(
@@ -316,6 +321,7 @@ _BUILT_IN = (
         base_urls=("LITELLM_PROXY_API_BASE",),
         keys={"LITELLM_PROXY_API_KEY": _BEARER},
         needs_key=False,
+        options=_BY_NAME,
     ),
     Provider(
         name="openai-compatible",

@@ -64,6 +64,8 @@ def seconds(text: str, *, now: float | None = None) -> float | None:
         bare = float(text)
     except ValueError:
         return _until(text, now)
+    if not isfinite(bare):
+        return None
     if bare > 1e12:  # a Unix time in milliseconds
         return max(0.0, bare / 1e3 - now)
     return max(0.0, bare - now) if bare > 1e9 else bare
@@ -72,9 +74,9 @@ def seconds(text: str, *, now: float | None = None) -> float | None:
 def _until(text: str, now: float) -> float | None:
     try:
         then = datetime.fromisoformat(text)
-    except ValueError:
+        return max(0.0, then.timestamp() - now) if then.tzinfo else None
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, then.timestamp() - now) if then.tzinfo else None
 
 
 def _number(text: str) -> float | None:

@@ -87,6 +87,8 @@ class StreamedAttempts(Attempts):
                         begun = True
                         yield delta
             except LLMError as error:
+                if not begun and self.correct(error):
+                    continue
                 wait = None if begun else attempt.wait_after(error)
                 if wait is None:
                     error.attempts = self.count

@@ -164,6 +164,7 @@ async def _check(completion: Completion, check: Validate) -> None:
             raise TruncatedError(
                 f"Expected a whole JSON answer, got one cut at the token limit after {len(text)} characters; "
                 "raise max_tokens",
+                thought=bool(choice.message.reasoning or completion.usage.reasoning_tokens),
                 **facts,
             )
         try:

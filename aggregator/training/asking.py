@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import LLMError, SuggestionError, TruncatedError, ends_run
+from aggregator.llm.models import complete_own
 from aggregator.protocols import ChatModel
 from aggregator.records import Values
 from aggregator.training.prompts import repair_messages
@@ -82,7 +83,7 @@ async def ask(
 
     async def once(messages: list[dict[str, str]]) -> tuple[str, Answer]:
         try:
-            completion = await llm.complete(messages, **options)
+            completion = await complete_own(llm, messages, **options)
         except TruncatedError as error:
             return error.text, Answer(error=str(error))
         if completion.finish_reason == "length":

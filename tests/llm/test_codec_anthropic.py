@@ -171,11 +171,15 @@ def test_a_turn_with_tools() -> None:
 
 
 @pytest.mark.requirement("client 9: arguments that do not parse stay text")
-def test_arguments_that_are_no_json_are_refused() -> None:
-    """A call whose arguments were cut cannot go back to the model: the error says where it stands."""
-    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x'}}
-    with pytest.raises(ConfigError, match=r"\$\.messages\[0\]\.tool_calls\[0\]"):
-        sent([{"role": "assistant", "content": None, "tool_calls": [call]}])
+@pytest.mark.parametrize("text", ['{"x', "no JSON", "[1]", "[" * 100_000])
+@pytest.mark.parametrize("name", ["anthropic/m", "gemini/m", "bedrock/m"])
+def test_arguments_that_are_no_json_ended_the_run(name: str, text: str) -> None:
+    """A call whose arguments the model broke, or that were cut, goes back as text within an object: no ConfigError."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": text}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    codec = resolve(name, api_key="k", base_url="https://x.example", env={"AWS_REGION": "us-east-1"}).codec
+    request = codec.encode(ChatCall(model="m", messages=normalise(messages)))
+    assert b'{"invalid_json":' in request.body
 
 
 def answer(*blocks: Any, **more: Any) -> dict[str, Any]:
@@ -365,3 +369,12 @@ def test_a_schema_that_the_api_refuses_for_its_keywords() -> None:
     closed = {"additionalProperties": False}
     item = {"type": "object", "properties": {"n": {"type": "integer"}, "minimum": {"type": "string"}}, **closed}
     assert sent == {"type": "object", "properties": {"a": {"type": "array", "items": item}}, **closed}
+
+
+def test_a_thinking_budget_above_the_assumed_limit_was_refused() -> None:
+    """Thinking counts against max_tokens, so a limit that nobody gave leaves room for it."""
+    extra = {"thinking": {"type": "enabled", "budget_tokens": 8000}}
+    call = ChatCall(model="claude", messages=({"role": "user", "content": "Hi"},), extra=extra)
+    codec = resolve("anthropic/claude-sonnet-4-5", api_key="k", env={}).codec
+    assert json.loads(codec.encode(call).body)["max_tokens"] == 4096 + 8000
+    assert json.loads(codec.encode(replace(call, max_tokens=9000)).body)["max_tokens"] == 9000

@@ -104,13 +104,18 @@ def test_same_call_same_bytes() -> None:
         ("openai/gpt-4o-mini", None, "max_tokens"),
         ("openai/o3-mini", None, "max_completion_tokens"),
         ("openai/gpt-5-mini", None, "max_completion_tokens"),
-        ("openai/gpt-5-mini", "http://127.0.0.1:9/v1", "max_tokens"),
+        ("openai/gpt-5-mini", "http://127.0.0.1:9/v1", "max_completion_tokens"),
+        ("openai-compatible/gpt-5-mini", "http://127.0.0.1:9/v1", "max_completion_tokens"),
+        ("litellm-proxy/openai/o3", None, "max_completion_tokens"),
+        ("openai-compatible/qwen3:8b", "http://127.0.0.1:9/v1", "max_tokens"),
         ("openrouter/openai/o3", None, "max_tokens"),
+        ("azure/gpt-35-turbo", "https://x.openai.azure.com", "max_tokens"),
+        ("azure/gpt-4o", "https://x.openai.azure.com", "max_tokens"),
         ("azure/o4-mini", "https://x.openai.azure.com", "max_completion_tokens"),
     ],
 )
 def test_cap_goes_under_the_name_the_server_knows(model: str, base_url: str | None, field: str) -> None:
-    """`max_completion_tokens` goes to reasoning models of OpenAI and Azure only: other servers ignore it."""
+    """`max_completion_tokens` goes to OpenAI's reasoning models, behind gateways too: other servers ignore it."""
     bare = model.split("/", 1)[1]
     body = sent(replace(CALL, model=bare, max_tokens=7), model, base_url=base_url)
     assert {name: body.get(name) for name in ("max_tokens", "max_completion_tokens") if name in body} == {field: 7}

@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 import pytest
-from llm_fakes import QUESTION, answer, raw, read_request, serving
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, answer, failure, raw, read_request, serving
 
 from aggregator import LLM, Budget
 from aggregator.errors import (
@@ -16,6 +16,7 @@ from aggregator.errors import (
     APITimeoutError,
     ConfigError,
     LLMError,
+    RateLimitError,
     TooLargeError,
 )
 from aggregator.llm.retry import RetryPolicy
@@ -202,3 +203,117 @@ async def test_the_key_stood_in_the_cause_of_an_error(page: bytes) -> None:
     while error is not None:
         assert "a-key-of-the-user" not in f"{error!s} {error!r} {vars(error)!r}"
         error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Wed, 21 Oct 99999999999 07:28:00 GMT",
+        "Wed, 21 Oct 2026 99:99:99 GMT",
+        "1e400",
+        "nan",
+        "-1",
+        "9" * 5000,
+        "soon",
+        "\u0663",
+    ],
+)
+async def test_an_absurd_retry_after_was_another_exception(value: str) -> None:
+    """A wait that cannot be read, or never ends, leaves the error that the status names."""
+    for name in ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "date"):
+        reply = failure(429, headers={"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT", name: value})
+        llm = LLM("m", base_url=BASE_URL, transport=ScriptedTransport(reply), retry=AT_ONCE, max_attempts=1)
+        with pytest.raises(RateLimitError):
+            await llm.complete(QUESTION)
+
+
+class Words(str):
+    """A text of a type of its own, as numpy's."""
+
+    __slots__ = ()
+
+
+class Weight(float):
+    """A number of a type of its own, as numpy's float64."""
+
+
+class Other:
+    """A number that is none of Python's, as numpy's float32."""
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "where"),
+    [
+        ("x\ud83d", {}, "half a character"),
+        ([{"role": "user", "content": "q"}], {"temperature": Other()}, r"at \$.temperature"),
+        ([{"role": "user", "content": "q"}], {"extra": {"a": [{"b": Other()}]}}, r"at \$.a\[0\].b"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}],
+            {},
+            r"at \$.messages\[0\].content\[0\].text",
+        ),
+        ([{"role": "user", "content": "q"}], {"temperature": 10**5000}, r"type int; .* - at \$.temperature"),
+    ],
+)
+@pytest.mark.parametrize("name", ["openai/m", "anthropic/m", "gemini/m"])
+async def test_a_value_that_json_cannot_hold_was_another_exception(
+    name: str, messages: Any, options: dict[str, Any], where: str
+) -> None:
+    """It is a ConfigError that names its place, before anything is sent."""
+    transport = ScriptedTransport(answer())
+    llm = LLM(name, api_key="k", env={}, transport=transport)
+    with pytest.raises(ConfigError, match=where if name == "openai/m" else "Expected a request that JSON can hold"):
+        await llm.complete(messages, **options)
+    assert transport.requests == []
+
+
+async def test_texts_and_numbers_of_types_of_their_own() -> None:
+    """A str or float is one, whatever its class: numpy's str_ and float64 are."""
+    transport = ScriptedTransport(answer())
+    llm = LLM("m", base_url=BASE_URL, transport=transport)
+    await llm.complete([{"role": "user", "content": Words("hi")}], temperature=Weight(0.5))
+    (body,) = transport.bodies()
+    assert (body["messages"][0]["content"], body["temperature"]) == ("hi", 0.5)
+
+
+async def test_a_body_that_is_too_deep() -> None:
+    """Fields nested without end are named, not a RecursionError."""
+    deep: Any = {}
+    for _ in range(20_000):
+        deep = {"a": deep}
+    llm = LLM("m", base_url=BASE_URL, transport=ScriptedTransport(answer()))
+    with pytest.raises(ConfigError, match="Expected a request that JSON can hold, got more than 200 levels"):
+        await llm.complete(QUESTION, extra={"x": deep})
+
+
+def test_a_user_in_the_address_and_a_key() -> None:
+    """Both go in the same header: that is told when the client is made, without the password."""
+    with pytest.raises(ConfigError, match="a user in base_url and a key") as caught:
+        LLM("m", base_url="http://me:word@127.0.0.1:9/v1", api_key="k" * 9)
+    assert "word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (" http://h:1/v1\n", "http://h:1/v1/chat/completions"),
+        ("http://h:1/v1/", "http://h:1/v1/chat/completions"),
+        ("http://h:1/v1#part", "http://h:1/v1/chat/completions"),
+        ("http://h:1/v1/chat/completions", "http://h:1/v1/chat/completions"),
+        ("http://h:1/v1/chat/completions/", "http://h:1/v1/chat/completions"),
+        ("http://h:1/v1/chat/completions?version=2", "http://h:1/v1/chat/completions?version=2"),
+    ],
+)
+async def test_an_address_with_blanks_or_the_path_of_the_call(address: str, expected: str) -> None:
+    """What is copied from a page or from a request works."""
+    transport = ScriptedTransport(answer())
+    await LLM("m", base_url=address, transport=transport).complete(QUESTION)
+    assert transport.requests[0].url == expected
+
+
+async def test_two_spellings_of_one_address_had_two_limiters() -> None:
+    """An address with a slash at its end is the same account."""
+    clients = [
+        LLM("m", base_url=f"http://127.0.0.1:9/v1{slash}", transport=ScriptedTransport(answer())) for slash in ("", "/")
+    ]
+    assert clients[0]._line.limiter() is clients[1]._line.limiter()

@@ -176,14 +176,14 @@ async def test_a_stream_is_recorded_and_replayed(tmp_path: Path) -> None:
 async def test_a_budget_reserves_by_the_limit_of_this_api() -> None:
     """The limit goes as max_output_tokens, given or assumed, and the usage with cached tokens is what was spent."""
     prices = {"openai/gpt-5-pro": Price(input=10, output=100, cached=1)}
-    budget = Budget(usd=1)
+    budget = Budget(usd=3)
     transport = ScriptedTransport(reply(message("hi")))
     llm = client(transport, budget=budget, prices=prices)
     answer = await llm.complete(QUESTION)
-    assert transport.bodies()[0]["max_output_tokens"] == 4096
+    assert transport.bodies()[0]["max_output_tokens"] == 4096 + 16_384  # it thinks
     assert answer.usage.cost == pytest.approx((6 * 10 + 4 * 1 + 5 * 100) / 1e6)
     assert budget.spent.usd == pytest.approx(answer.usage.cost)
-    for extra in ({"max_output_tokens": 20_000}, {"max_completion_tokens": 20_000}):
+    for extra in ({"max_output_tokens": 40_000}, {"max_completion_tokens": 40_000}):
         with pytest.raises(BudgetExceededError):
             await llm.complete(QUESTION, extra=extra)
     assert len(transport.requests) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -196,7 +197,7 @@ class AnthropicMessages(JSONCodec[Answer]):
         stop = [call.stop] if isinstance(call.stop, str) else call.stop
         fields = {
             "model": call.model,
-            "max_tokens": MAX_TOKENS if call.max_tokens is None else call.max_tokens,
+            "max_tokens": MAX_TOKENS + _thinking_budget(call) if call.max_tokens is None else call.max_tokens,
             "system": system_of(call.messages),
             "messages": messages_of(call.messages, self.mark(call)),
             "temperature": call.temperature,
@@ -261,6 +262,13 @@ def _usage(usage: WireUsage) -> Usage:
         cached_tokens=cached,
         reasoning_tokens=None if details is None else details.thinking_tokens,
     )
+
+
+def _thinking_budget(call: ChatCall) -> int:
+    """The tokens of thinking that `extra` asks for, which count against the limit of the answer."""
+    thinking = call.extra.get("thinking")
+    budget = thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None
+    return budget if isinstance(budget, int) else 0
 
 
 def _output_config(call: ChatCall) -> dict[str, Any] | None:

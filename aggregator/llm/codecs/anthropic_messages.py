@@ -56,7 +56,7 @@ def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None)
         if mark is not None and mark.message == position:
             turns.append({"role": role, "content": _marked(str(message["content"]), mark.length)})
         elif role == "assistant":
-            turns.append({"role": "assistant", "content": _assistant(message, f"$.messages[{position}]")})
+            turns.append({"role": "assistant", "content": _assistant(message)})
         else:
             content = message.get("content")
             turns.append({"role": "user", "content": content if isinstance(content, str) else _blocks(content)})
@@ -68,14 +68,14 @@ def _marked(text: str, length: int) -> list[dict[str, Any]]:
     return [opening, {"type": "text", "text": text[length:]}]
 
 
-def _assistant(message: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:
+def _assistant(message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     content, calls, source = message.get("content"), message.get("tool_calls"), getattr(message, "source", None)
     if isinstance(content, str) and not calls and source is None:
         return content
     blocks = _blocks(content)
-    for i, call in enumerate(calls or ()):
+    for call in calls or ():
         function = call.get("function") or {}
-        arguments = json_object(function.get("arguments"), f"{where}.tool_calls[{i}].function.arguments")
+        arguments = json_object(function.get("arguments"))
         blocks.append({"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": arguments})
     return blocks if source is None else _as_it_came(source, blocks)
 

@@ -26,8 +26,59 @@ A = TypeVar("A")
 
 # Only what can be decoded everywhere: eight recorded exchanges came as brotli to clients that could not read it.
 ACCEPT_ENCODING = "gzip, deflate"
+_DEEPEST = 200
 _USER_AGENT = f"aggregator/{__version__}"
-_to_json = msgspec.json.Encoder().encode
+_PLAIN = (str, int, float)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a subclass of JSON's types as the type itself, as numpy's float64 and str_."""
+    kind = next((kind for kind in _PLAIN if isinstance(value, kind)), None)
+    if kind is not None:
+        return kind(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError
+
+
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
+
+
+def to_json(body: Any) -> bytes:
+    """Return a request's body as JSON; raises ConfigError that names what cannot stand in JSON, and where."""
+    try:
+        return _encode(body)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        found = _not_json(body, "$")
+        raise ConfigError(
+            "Expected a request that JSON can hold, got " + (f"{found[1]} - at {found[0]}" if found else str(error))
+        ) from error
+
+
+def _not_json(value: Any, at: str, depth: int = 0) -> tuple[str, str] | None:
+    """Return the path of the first value that JSON cannot hold, and what it is."""
+    if depth > _DEEPEST:
+        return at, f"more than {_DEEPEST} levels"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return at, f"a text with half a character (a lone surrogate), {value[:40]!r}; replace it"
+        return None
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, Struct):
+        parts = ((f"{at}.{name}", getattr(value, name)) for name in value.__struct_fields__)
+    elif isinstance(value, Mapping):
+        parts = ((f"{at}.{name}", part) for name, part in value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = ((f"{at}[{i}]", part) for i, part in enumerate(value))
+    else:
+        try:
+            _encode(value)
+        except (TypeError, ValueError, OverflowError):
+            kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+            return at, f"a value of type {kind}; give a plain number or text"
+    return next((found for where, part in parts if (found := _not_json(part, where, depth + 1))), None)
 
 
 def words(**meanings: str) -> Mapping[str, FinishReason]:
@@ -58,6 +109,7 @@ class JSONCodec(Generic[A]):
     requests: tuple[RateHeaders, ...] = ()
     tokens: tuple[RateHeaders, ...] = ()
     lacks: frozenset[str] = frozenset()
+    corrections: tuple[str, ...] = ()
     limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
     count_fields: ClassVar[tuple[str, ...]] = ("n",)
     kept_headers: ClassVar[tuple[str, ...]] = ()
@@ -92,6 +144,10 @@ class JSONCodec(Generic[A]):
     def post(self, url: str, body: Mapping[str, Any] | Struct, call: ChatCall) -> HTTPRequest:
         """Build a request. The body keeps the order of its keys: the same call gives the same bytes."""
         return self._envelope.post(url, body, stream=call.stream)
+
+    def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
+        """Return None: by default no refusal is understood."""
+        return None
 
     def limits(self, call: ChatCall) -> Limits:
         """Return the limits that the request for this call states. A negative number of tokens is no limit."""
@@ -179,6 +235,18 @@ def _largest(extra: Mapping[str, Any], fields: tuple[str, ...], ours: int | None
     return max(found, default=ours)
 
 
+_SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
+
+
+def is_secret_header(name: str) -> bool:
+    """Return True for a header whose value authenticates, by its name.
+
+    >>> is_secret_header("Helicone-Auth"), is_secret_header("x-portkey-api-key"), is_secret_header("x-title")
+    (True, True, False)
+    """
+    return _SECRET_HEADER.search(name) is not None
+
+
 class Envelope:
     """Makes the requests of one target; headers are built once, unless the key is a function."""
 
@@ -196,7 +264,7 @@ class Envelope:
             plain, streamed, secrets = self._dress(self._token())
             self._sent = secrets
         return HTTPRequest(
-            url=url, body=_to_json(body), headers=streamed if stream else plain, secrets=secrets, kept=self._kept
+            url=url, body=to_json(body), headers=streamed if stream else plain, secrets=secrets, kept=self._kept
         )
 
     def _token(self) -> str | None:
@@ -222,4 +290,6 @@ class Envelope:
         }
         if key:
             headers[self._target.auth] = f"Bearer {key}" if self._target.auth == "authorization" else key
-        return headers, {**headers, "accept": "text/event-stream"}, (key,) if key else ()
+        hidden = [value.split()[-1] for name, value in self._target.headers.items() if is_secret_header(name) and value]
+        secrets = tuple(dict.fromkeys([*([key] if key else []), *hidden]))
+        return headers, {**headers, "accept": "text/event-stream"}, secrets

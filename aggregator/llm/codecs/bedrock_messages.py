@@ -74,9 +74,9 @@ def _marked(text: str, length: int) -> list[dict[str, Any]]:
 
 def _assistant(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     blocks = _blocks(message.get("content"), where)
-    for i, call in enumerate(message.get("tool_calls") or ()):
+    for call in message.get("tool_calls") or ():
         function = call.get("function") or {}
-        arguments = json_object(function.get("arguments"), f"{where}.tool_calls[{i}].function.arguments")
+        arguments = json_object(function.get("arguments"))
         blocks.append({"toolUse": {"toolUseId": call.get("id"), "name": function.get("name"), "input": arguments}})
     source = getattr(message, "source", None)
     if source is None:

@@ -258,7 +258,7 @@ def _is_word(value: Any) -> bool:
 
 
 def _as_status(value: Any) -> int | None:
-    number = int(value) if isinstance(value, str) and value.isdigit() and len(value) == 3 else value
+    number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{3}", value) else value
     return number if isinstance(number, int) and 400 <= number < 600 else None
 
 
@@ -311,11 +311,11 @@ def _until(date: str, now: str) -> float:
     """Seconds until an HTTP date, by the server's own clock where it gives one."""
     try:
         then = parsedate_to_datetime(date).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):
         return 0.0
     try:
         return then - parsedate_to_datetime(now).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):
         return then - time.time()
 
 

@@ -35,7 +35,7 @@ def contents_of(messages: Sequence[Mapping[str, Any]], model: str) -> list[dict[
     """
     contents: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # a result names its function here, not the call
-    for position, message in enumerate(messages):
+    for message in messages:
         role = message["role"]
         if role in ("system", "developer"):
             continue
@@ -47,17 +47,17 @@ def contents_of(messages: Sequence[Mapping[str, Any]], model: str) -> list[dict[
                 contents.append({"role": "user", "parts": [part]})
             continue
         parts = _parts(message.get("content"))
-        for i, call in enumerate(message.get("tool_calls") or ()):
+        for call in message.get("tool_calls") or ():
             function = call.get("function") or {}
             names[str(call.get("id"))] = str(function.get("name"))
-            parts.append(_call(call, model, f"$.messages[{position}].tool_calls[{i}].function.arguments"))
+            parts.append(_call(call, model))
         contents.append({"role": "model" if role == "assistant" else "user", "parts": parts or [{"text": ""}]})
     return contents
 
 
-def _call(call: Mapping[str, Any], model: str, where: str) -> dict[str, Any]:
+def _call(call: Mapping[str, Any], model: str) -> dict[str, Any]:
     function = call.get("function") or {}
-    made: dict[str, Any] = {"name": function.get("name"), "args": json_object(function.get("arguments"), where)}
+    made: dict[str, Any] = {"name": function.get("name"), "args": json_object(function.get("arguments"))}
     part: dict[str, Any] = {"functionCall": made}
     google = (call.get("extra_content") or {}).get("google") or {}  # as Google's own OpenAI-compatible API has it
     if google.get("thought_signature"):

@@ -5,20 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.errors import APIStatusError, ContentFilterError, EmptyResponseError, ResponseError
 from aggregator.llm.calls import ChatCall, RateHeaders, Target
 from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import request_id
-from aggregator.llm.codecs.openai_answers import DECODER, Answer, WireChoice, WireMessage, message_of, usage_of
+from aggregator.llm.codecs.openai_answers import (
+    DECODER,
+    Answer,
+    WireChoice,
+    WireMessage,
+    as_it_came,
+    message_of,
+    usage_of,
+)
 from aggregator.llm.codecs.openai_stream import ChatStream
+from aggregator.llm.messages import Turn
 from aggregator.llm.openings import Mark
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest
 
-_REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-[5-9]|gpt-\d\d|codex)")
+_REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-(?:[5-9]|1\d)(?!\d)|codex)")  # gpt-35 is Azure's name for 3.5
+_NEWER, _OLDER, _NO_THOUGHTS = "max_completion_tokens", "max_tokens", "no thinking"
+_UNKNOWN = re.compile(r"unsupported|not supported|unknown|unrecognized|unexpected|not permitted|extra", re.IGNORECASE)
 _USAGE = {"include_usage": True}
 _LEFT = "x-ratelimit-remaining-{}", "x-ratelimit-limit-{}", "x-ratelimit-reset-{}"
 
@@ -43,7 +55,11 @@ class _Body(Struct, omit_defaults=True, gc=False):
 
 
 class OpenAIChat(JSONCodec[Answer]):
-    """The codec of chat completions, bound to one server."""
+    """The codec of chat completions, bound to one server.
+
+    Options of the target: `max_tokens` is the cap sent when none is given, `seed` the field of the seed, `by_name` says
+    whether a model's name decides the field of the limit, `stream_options` whether usage in streams is asked for.
+    """
 
     decoder = DECODER
     reader = ChatStream
@@ -54,6 +70,7 @@ class OpenAIChat(JSONCodec[Answer]):
         content_filter="content_filter refusal safety recitation blocklist prohibited_content spii sensitive",  # z.ai
     )
     limit_fields = ("max_tokens", "max_completion_tokens")
+    corrections = (_NEWER, _OLDER, _NO_THOUGHTS)
     requests = (
         RateHeaders(*[name.format("requests") for name in _LEFT]),
         RateHeaders(*[name.format("req-minute") for name in _LEFT]),  # Mistral
@@ -68,8 +85,7 @@ class OpenAIChat(JSONCodec[Answer]):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._urls: dict[str, str] = {}
-        host = urlsplit(target.base_url).hostname or ""
-        self._official = host.endswith(("api.openai.com", ".azure.com"))
+        self._by_name: bool = target.options.get("by_name", False)
         self._cap: int | None = target.options.get("max_tokens")
         self._seed: str = target.options.get("seed", "seed")
         self.marks = target.options.get("marks")
@@ -82,14 +98,13 @@ class OpenAIChat(JSONCodec[Answer]):
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; what was not said is not sent."""
-        cap = call.max_tokens
-        if cap is None and "max_completion_tokens" not in call.extra:
+        cap, newer = call.max_tokens, self._takes_newer(call)
+        if cap is None and not newer and "max_completion_tokens" not in call.extra:
             cap = self._cap
-        newer = cap is not None and self._official and _REASONING_MODEL.match(call.model) is not None
         mark = None if self.marks is None else self.mark(call)
         body = _Body(
             model=call.model,
-            messages=call.messages if mark is None else _marked(call.messages, mark),
+            messages=self._messages(call) if mark is None else _marked(self._messages(call), mark),
             max_completion_tokens=cap if newer else None,
             max_tokens=None if newer else cap,
             temperature=call.temperature,
@@ -107,6 +122,34 @@ class OpenAIChat(JSONCodec[Answer]):
         if call.extra or (call.seed is not None and self._seed != "seed"):
             return self.post(url, {**self._renamed(body), **call.extra}, call)
         return self.post(url, body, call)
+
+    def _takes_newer(self, call: ChatCall) -> bool:
+        """Return True if the limit goes as max_completion_tokens: by the server's hint, else by the model's name."""
+        if call.corrections and not call.corrections.isdisjoint((_NEWER, _OLDER)):
+            return _NEWER in call.corrections
+        return self._by_name and _REASONING_MODEL.match(call.model.rpartition("/")[2]) is not None
+
+    def _messages(self, call: ChatCall) -> Sequence[Mapping[str, Any]]:
+        """The messages; an answer that called tools goes with its thinking, to the server that gave it."""
+        if not any(type(message) is Turn for message in call.messages):
+            return call.messages
+        keeps = _NO_THOUGHTS not in call.corrections
+        return [as_it_came(message, self.target.base_url, keeps=keeps) for message in call.messages]
+
+    def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
+        """Heed what a refusal says of the two names of the limit, and of thinking that a server does not want back."""
+        said = error.message
+        if _NEWER in said and not self._takes_newer(call):
+            wanted = _NEWER
+        elif _UNKNOWN.search(said) is None:
+            return None
+        elif _NEWER in said:
+            wanted = _OLDER
+        elif "reasoning_content" in said or "reasoning_details" in said:
+            wanted = _NO_THOUGHTS
+        else:
+            return None
+        return replace(call, corrections=call.corrections | {wanted})
 
     def _renamed(self, body: _Body) -> dict[str, Any]:
         """The body's fields under this server's names."""
@@ -140,7 +183,7 @@ class OpenAIChat(JSONCodec[Answer]):
                 raise self._no_message(choice, reply)
             message = WireMessage(content=choice.text)
         return Choice(
-            message=message_of(message),
+            message=message_of(message, self.target.base_url),
             finish_reason=self.finish_reason(choice.finish_reason),
             raw_finish_reason=choice.finish_reason,
             index=position if choice.index is None else choice.index,

@@ -6,12 +6,14 @@ null, absent, a list of parts or an object; three names for reasoning; usage wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from aggregator.llm.codecs.wire import BEFORE_THINKING, split_thinking
+from aggregator.llm.messages import Turn
 from aggregator.records import Message, ToolCall, Usage
 
 
@@ -36,6 +38,7 @@ class WireToolCall(Struct, gc=False):
     function: WireFunction | None = None
     custom: WireCustom | None = None
     index: int | None = None
+    extra_content: Any = None  # of Gemini's: the signature of its thinking
 
 
 class WireMessage(Struct, gc=False):
@@ -104,15 +107,17 @@ class Answer(Struct, gc=False):
 DECODER = msgspec.json.Decoder(Answer)
 
 
-def message_of(message: WireMessage) -> Message:
-    """Turn a message into ours: text apart from thinking, tool calls with the model's own argument text."""
+def message_of(message: WireMessage, address: str = "") -> Message:
+    """Turn a message of the server at `address` into ours: text apart from thinking, tool calls with their own text."""
     content = message.content
     calls = _calls(message) if message.tool_calls or message.function_call else ()
     thinks = message.reasoning_content or message.reasoning or message.reasoning_details
     plain = content is None or (type(content) is str and (not content or content[0] not in BEFORE_THINKING))
     other = other_kinds(message)
+    stated = _thoughts(message) if calls else {}
+    origin = address.rstrip("/") if stated or any(call.signature for call in calls) else None
     if plain and not thinks:  # nearly every answer
-        return Message(content=content, tool_calls=calls, refusal=message.refusal or None, other=other)
+        return Message(content=content, tool_calls=calls, refusal=message.refusal or None, other=other, origin=origin)
     thoughts = [reasoning_text(message)] if thinks else []
     if content is not None and not isinstance(content, str):
         content, more = text_and_thoughts(content)
@@ -126,7 +131,33 @@ def message_of(message: WireMessage) -> Message:
         tool_calls=calls,
         refusal=message.refusal or None,
         other=other,
+        source=msgspec.json.encode(stated) if stated else None,
+        origin=origin,
     )
+
+
+def _thoughts(message: WireMessage) -> dict[str, Any]:
+    """Return the thinking that goes back with a call of a tool, under its own name: DeepSeek, Kimi, OpenRouter, GLM."""
+    fields = {"reasoning_content": message.reasoning_content, "reasoning_details": message.reasoning_details}
+    return {name: value for name, value in fields.items() if value}
+
+
+def as_it_came(message: Mapping[str, Any], address: str, *, keeps: bool) -> Mapping[str, Any]:
+    """Return a message as the server at `address` is to get it: its own answers that called tools with their thinking.
+
+    The signatures of Gemini's calls go to Google's servers and to the one that gave them; others refuse them.
+    """
+    if not isinstance(message, Turn) or not message.get("tool_calls"):
+        return message
+    is_own = message.origin == address.rstrip("/")
+    made = dict(message)
+    if is_own and keeps and message.source is not None:
+        made |= msgspec.json.decode(message.source)
+    if not is_own and "googleapis.com" not in address:
+        made["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "extra_content"} for call in message["tool_calls"]
+        ]
+    return made
 
 
 def other_kinds(message: WireMessage) -> tuple[str, ...]:
@@ -187,7 +218,13 @@ def tool_call(call: WireToolCall) -> ToolCall:
     else:
         name, arguments = (call.custom.name, call.custom.input) if call.custom else (None, None)
     text = arguments if type(arguments) is str else arguments_text(arguments)
-    return ToolCall(id=call.id or "", name=name or "", arguments=text)
+    return ToolCall(id=call.id or "", name=name or "", arguments=text, signature=_signature(call.extra_content))
+
+
+def _signature(extra: Any) -> str | None:
+    google = extra.get("google") if isinstance(extra, dict) else None
+    found = google.get("thought_signature") if isinstance(google, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def arguments_text(value: Any) -> str:

@@ -31,6 +31,8 @@ class _Growing(Struct):
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    reasoning_content: list[str] = field(default_factory=list)
+    details: list[Any] = field(default_factory=list)
     refusal: list[str] = field(default_factory=list)
     calls: list[WireToolCall] = field(default_factory=list)
     function: WireFunction | None = None
@@ -81,7 +83,11 @@ class ChatStream(EventReader):
         delta = choice.delta or choice.message
         if delta is None:
             return self._text(index, growing, choice.text or "")
-        growing.reasoning.append(reasoning_text(delta))
+        stated = delta.reasoning_content
+        thoughts = growing.reasoning_content if stated and isinstance(stated, str) else growing.reasoning
+        thoughts.append(reasoning_text(delta))
+        for detail in delta.reasoning_details or ():
+            _grow_details(growing.details, detail)
         growing.audio, growing.images = growing.audio or delta.audio, growing.images or delta.images
         if delta.refusal:
             growing.refusal.append(delta.refusal)
@@ -91,8 +97,8 @@ class ChatStream(EventReader):
             growing.function = _grow_function(growing.function, delta.function_call)
         content = delta.content
         if content is not None and not isinstance(content, str):
-            content, thoughts = text_and_thoughts(content)
-            growing.reasoning += thoughts
+            content, more = text_and_thoughts(content)
+            growing.reasoning += more
         return self._text(index, growing, content or "")
 
     def _text(self, index: int, growing: _Growing, content: str) -> str:
@@ -112,19 +118,40 @@ def _latest(usage: WireUsage | None, newer: WireUsage | None) -> WireUsage | Non
 
 
 def _grow_call(calls: list[WireToolCall], piece: WireToolCall) -> None:
-    """Add a piece to the call it belongs to: by index, unless another id says that a new call begins."""
+    """Add a piece to the call it belongs to: by index; a name with another id begins a new one.
+
+    A piece that names nothing continues the last call, whatever index it has, and a new id alone splits none.
+    """
     same = [call for call in calls if piece.index is None or call.index == piece.index]
     last = same[-1] if same else None
-    if last is None or (piece.id and last.id and piece.id != last.id):
+    named = (piece.function and piece.function.name) or (piece.custom and piece.custom.name)
+    if last is None and calls and not named and not piece.id:
+        last = calls[-1]
+    if last is None or (named and piece.id and last.id and piece.id != last.id):
         whole = tool_call(piece)
         function = WireFunction(name=whole.name, arguments=whole.arguments)
-        calls.append(WireToolCall(id=piece.id, function=function, index=piece.index))
+        calls.append(WireToolCall(id=piece.id, function=function, index=piece.index, extra_content=piece.extra_content))
         return
     grown = piece.function or WireFunction(
         name=piece.custom.name if piece.custom else None, arguments=piece.custom.input if piece.custom else None
     )
     last.id = last.id or piece.id
+    last.extra_content = last.extra_content or piece.extra_content
     last.function = _grow_function(last.function, grown)
+
+
+def _grow_details(details: list[Any], piece: Any) -> None:
+    """Add a piece of OpenRouter's reasoning: texts of one index and type grow, other fields are the latest."""
+    last = details[-1] if details else None
+    if not (isinstance(piece, dict) and isinstance(last, dict)) or any(
+        last.get(key) != piece.get(key) for key in ("type", "index")
+    ):
+        details.append(dict(piece) if isinstance(piece, dict) else piece)
+        return
+    for name, value in piece.items():
+        grows = name in ("text", "summary", "data") and isinstance(value, str) and isinstance(last.get(name), str)
+        if value is not None:
+            last[name] = last[name] + value if grows else value
 
 
 def _grow_function(function: WireFunction | None, piece: WireFunction) -> WireFunction:
@@ -139,6 +166,8 @@ def _whole(index: int, choice: _Growing) -> WireChoice:
         content="".join(choice.content) if any(choice.content) or not choice.calls else None,
         tool_calls=choice.calls or None,
         reasoning="".join(choice.reasoning) or None,
+        reasoning_content="".join(choice.reasoning_content) or None,
+        reasoning_details=choice.details or None,
         refusal="".join(choice.refusal) or None,
         function_call=choice.function,
         audio=choice.audio,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from aggregator.errors import ConfigError, DecodeError
+from aggregator.errors import DecodeError
 
 T = TypeVar("T")
 
@@ -95,11 +95,13 @@ def _drop(node: Any, steps: list[str]) -> None:
             node.pop(head, None)
 
 
-def json_object(text: Any, where: str) -> dict[str, Any]:
-    """The arguments of a tool call that goes back to a model, as an object; raises ConfigError.
+def json_object(text: Any) -> dict[str, Any]:
+    """The arguments of a tool call that goes back to a model, as an object.
 
-    >>> json_object('{"city": "Bern"}', "$")
-    {'city': 'Bern'}
+    Some models write arguments that are no JSON, or are cut; an API that wants an object gets the text within one.
+
+    >>> json_object('{"city": "Bern"}'), json_object('{"city": "Be')
+    ({'city': 'Bern'}, {'invalid_json': '{"city": "Be'})
     """
     if isinstance(text, Mapping):
         return dict(text)
@@ -107,9 +109,7 @@ def json_object(text: Any, where: str) -> dict[str, Any]:
         value = msgspec.json.decode(text) if text else {}
     except (*REFUSED, TypeError):
         value = None
-    if not isinstance(value, dict):
-        raise ConfigError(f"Expected the arguments of a tool call as a JSON object, got {text!r} - at {where}")
-    return value
+    return value if isinstance(value, dict) else {"invalid_json": text}
 
 
 def raw_text(value: bytes | msgspec.Raw) -> str:
