@@ -136,7 +136,7 @@ class CassetteLockedError(CassetteError):
 
 
 class SecretLeakError(CassetteError):
-    """A secret stands where it cannot be redacted; nothing was written, the answer stays usable in memory."""
+    """A secret is in a place that cannot be redacted; nothing was written, the answer stays usable in memory."""
 
 
 class _EndedRunError(AggregatorError):
@@ -281,7 +281,7 @@ class SandboxWarning(AggregatorWarning):
 
 
 class CassetteWarning(AggregatorWarning):
-    """A repair, a fallback or exchanges left unplayed; also stands in `tape.report`."""
+    """A repair, a fallback or exchanges left unplayed; also in `tape.report`."""
 
 
 class ModelWarning(AggregatorWarning):
@@ -289,7 +289,7 @@ class ModelWarning(AggregatorWarning):
 
 
 class TrainingWarning(AggregatorWarning):
-    """Worth a look, no error, as instances that `evaluate` could not score; a run's own stand in `result.warnings`."""
+    """Not an error, such as instances that `evaluate` could not score; a run's own are in `result.warnings`."""
 
 
 _TRANSIENT = (APIConnectionError, RateLimitError, ServerError, ResponseError)
@@ -299,7 +299,7 @@ _OWN = (ContextLengthError, ContentFilterError, TruncatedError)
 
 
 def ends_run(error: BaseException) -> bool:
-    """Tell whether no further call can succeed: a cassette's miss, the budget, authentication, a wrong request.
+    """Return True if no further call can succeed: a cassette's miss, the budget, authentication, a wrong request.
 
     A prompt that is too long, filtered or cut is the doing of the parameters on this one instance, so it ends nothing.
     """
@@ -311,12 +311,12 @@ def ends_run(error: BaseException) -> bool:
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """Tell whether a call was lost through no fault of the agent."""
+    """Return True if a call was lost through no fault of the agent."""
     return isinstance(error, LLMError) and not isinstance(error, _OWN)
 
 
 def is_own(error: BaseException) -> bool:
-    """Tell whether an error is that of the code just run, and no order to this task to end.
+    """Return True if an error comes from the code just run; False for a request to this task to end.
 
     Code that calls `sys.exit()`, or awaits a task that it cancelled itself, has failed like any other.
     """

@@ -222,7 +222,7 @@ _NAMES_SHOWN = 12
 
 
 def quote_ends(value: Any, limit: int = QUOTE_LIMIT) -> str:
-    """Quote a value for an error; a long text without its middle, since its beginning and end say most.
+    """Quote a value for an error; a long text without its middle, as its beginning and end say most.
 
     >>> quote_ends("abcdefgh", 4)
     "'ab' ... 'gh' (8 characters)"
@@ -261,7 +261,7 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
 
 
 def json_changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (path, value before, value after) for each difference of two JSON values; MISSING where there is none.
+    """Yield (path, value before, value after) for each difference of two JSON values; a value may be MISSING.
 
     >>> list(json_changes({"a": [1, 2], "b": 1}, {"a": [1, 3]}))
     [('a[1]', 2, 3), ('b', 1, nothing)]

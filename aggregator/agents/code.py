@@ -1,4 +1,4 @@
-"""Source code as a parameter: checked before it is applied, compiled once, run where the original stands.
+"""Source code as a parameter: checked before it is applied, compiled once, run in place of the original.
 
 `check_source` runs nothing of what it checks. `compile_function` gives new source the globals and the closure of the
 function as it was written; what decorators did stays in place, the source is shown and taken without them.
@@ -81,9 +81,9 @@ class CodeParameter(ParameterNode[str]):
 
 
 def source_of(function: FunctionType) -> tuple[str, int]:
-    """Return a function's source from the left edge, without decorators, and the line of its file where `def` stands.
+    """Return a function's source from the left edge, without decorators, and the line of its `def` in the file.
 
-    Raises ConfigError where there is no source.
+    Raises ConfigError if the source cannot be found.
     """
     try:
         lines, first = inspect.getsourcelines(function)
@@ -93,7 +93,7 @@ def source_of(function: FunctionType) -> tuple[str, int]:
             "source; @bundle(trainable=True) shows its source to the optimizer"
         ) from None
     text = dedent("".join(lines))
-    if text[:1].isspace():  # a text literal reaches left of the code: lay it out anew, lines unknown
+    if text[:1].isspace():  # a text literal reaches left of the code: print it from its tree, lines unknown
         definition = ast.parse("if True:\n" + text).body[0].body[0]  # type: ignore[attr-defined]
         definition.decorator_list = []
         return plain_source(ast.unparse(definition)), -1

@@ -118,7 +118,7 @@ class Module:
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return every parameter once, in the order of the attributes, named as seen from this module.
 
-        A trainable operation (`@bundle(trainable=True)`) stands in it as its source. Raises ConfigError where two
+        A trainable operation (`@bundle(trainable=True)`) is in it as its source. Raises ConfigError where two
         parameters share a name.
         """
         return list(self.parameters_dict().values())
@@ -134,7 +134,7 @@ class Module:
     def save(self, path: Path, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the values of all parameters that JSON can carry to a file, whole or not at all; make its folder.
 
-        `provenance` is kept beside them: whatever JSON can carry that says where the values come from.
+        `provenance` is kept with them: JSON data that says where the values come from.
         """
         parameters = _carried(self.parameters_dict())
         types = {name: describe_type(parameter.type) for name, parameter in parameters.items()}

@@ -78,7 +78,7 @@ class ParameterNode(Generic[T]):
 
     @property
     def data(self) -> T:
-        """The value: of the current context's override where there is one, else as stored.
+        """The value: the current context's override if there is one, else as stored.
 
         Assigning converts and checks, and raises ParameterError. Inside `overriding` an assignment lasts as long
         as the override does.
@@ -110,7 +110,7 @@ class ParameterNode(Generic[T]):
 
     @property
     def py_name(self) -> str:
-        """The name as an identifier, as it stands in prompts and suggestions: "retriever_k"."""
+        """The name as an identifier, as in prompts and suggestions: "retriever_k"."""
         return py_name(self.name)
 
     def convert(self, raw: Any) -> T:
@@ -127,7 +127,7 @@ class ParameterNode(Generic[T]):
         return value
 
     def json_schema(self) -> dict[str, Any]:
-        """Return the JSON schema of the value, with the description where there is one."""
+        """Return the JSON schema of the value, with its description if it has one."""
         schema = typed_values.schema(self.type)
         return schema | {"description": self.description} if self.description else schema
 

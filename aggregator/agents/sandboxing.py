@@ -24,7 +24,7 @@ _PLAIN = frozenset({None, type(None), bool, int, float, str, bytes, list, tuple,
 def prepare(
     source: str, like: FunctionType, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], limits: Limits
 ) -> Call:
-    """Return the call of `source`, which stands for the function `like`, with all that it needs.
+    """Return the call of `source`, which replaces the function `like`, with all that it needs.
 
     Raises ConfigError for an argument that cannot cross.
     """

@@ -162,7 +162,7 @@ class Surroundings:
         self._keys: dict[int, str] = {}
 
     def add(self, source: str, like: FunctionType, *, is_method: bool, key: str = "") -> None:
-        """Take in a function as `source`, which stands for `like`, and all that it uses.
+        """Add a function as `source`, which replaces `like`, and all that it uses.
 
         Texts that look like secrets come along only if `like` itself uses them.
         """

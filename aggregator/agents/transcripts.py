@@ -64,7 +64,9 @@ class Picture:
         self.left -= 1
         text = "<br/>".join(escaped(line) for line in _label(item))
         opening, closing = ("([", "])") if isinstance(item, LLMCall) else ("[", "]")
-        self.lines.append(f'  {name}{opening}"{text}"{closing}{":::failed" if _failed(item) else ""}')
+        ended = item.reply if isinstance(item, LLMCall) else item.outcome
+        has_failed = ended is not None and ended[0] in {"raised", "failed"}
+        self.lines.append(f'  {name}{opening}"{text}"{closing}{":::failed" if has_failed else ""}')
         return name
 
     def finished(self) -> str:
@@ -92,11 +94,6 @@ def _label(item: Span | LLMCall) -> Iterator[str]:
         facts = [*item.inputs, *([item.outcome] if item.outcome else [])]
     for key, value in facts:
         yield f"{key} = {one_line(value, WORDS_SHOWN)}"
-
-
-def _failed(item: Span | LLMCall) -> bool:
-    ended = item.reply if isinstance(item, LLMCall) else item.outcome
-    return ended is not None and ended[0] in {"raised", "failed"}
 
 
 MESSAGE_LIMIT = 4_000
@@ -130,7 +127,7 @@ class Span(Group):
         self._groups: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
 
     def add(self, item: Span | LLMCall) -> None:
-        """Take a slot for `item`, beside what the same task or thread recorded before."""
+        """Take a slot for `item`, next to what the same task or thread recorded before."""
         runner = _runner()
         if runner is self._owner():
             self.items.append(item)
@@ -169,7 +166,9 @@ class LLMCall:
 
     def finish(self, completion: Completion) -> None:
         """Record the answer."""
-        self.reply = ("reply", _reply(completion))
+        called = [f"tool call: {call.name}({call.arguments})" for call in completion.tool_calls]
+        texts = [completion.text] if completion.text or not called else []
+        self.reply = ("reply", cut("\n".join([*texts, *called]), MESSAGE_LIMIT))
 
     def fail(self, error: BaseException) -> None:
         """Record that there was no answer."""
@@ -184,7 +183,7 @@ class LLMCall:
 
 
 def _runner() -> Any:
-    """Return the task that is running, or the thread where there is none."""
+    """Return the running task, or the thread if there is no task."""
     tasks = sys.modules.get("asyncio.tasks")  # without it there are no tasks, and no reason to import it
     try:
         task = tasks.current_task() if tasks else None
@@ -220,12 +219,6 @@ def _part(part: Any) -> str:
     return show(part)
 
 
-def _reply(completion: Completion) -> str:
-    called = [f"{call.name}({call.arguments})" for call in completion.tool_calls]
-    texts = [completion.text] if completion.text or not called else []
-    return cut("\n".join([*texts, *(f"tool call: {text}" for text in called)]), MESSAGE_LIMIT)
-
-
 TRANSCRIPT_LIMIT = 40_000
 """How many characters `render` returns at most; the middle is left out, and that is said."""
 
@@ -247,7 +240,8 @@ class Transcript:
         The slot keeps concurrent calls in the order they were issued, whichever is answered first.
         """
         call = LLMCall(messages)
-        self._here().add(call)
+        span = _span.get()
+        (self.root if span is None or _transcript.get() is not self else span).add(call)
         return call
 
     def add_llm_call(self, messages: Any, completion: Completion) -> None:
@@ -276,16 +270,12 @@ class Transcript:
         picture.draw(self.root)
         return picture.finished()
 
-    def _here(self) -> Span:
-        span = _span.get()
-        return self.root if span is None or _transcript.get() is not self else span
-
 
 _transcript: ContextVar[Transcript | None] = ContextVar("aggregator_transcript", default=None)
 
 
 def current_transcript() -> Transcript | None:
-    """Return the transcript that the current context records, None where there is none."""
+    """Return the transcript that the current context records, or None."""
     return _transcript.get()
 
 

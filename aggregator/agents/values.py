@@ -33,7 +33,7 @@ class Unfit(ValueError):  # noqa: N818 - an answer between two functions of this
 
 
 def infer_type(value: Any) -> Any:
-    """Return the type that a value stands for, items included.
+    """Return the type of a value, items included.
 
     >>> infer_type(["a", "b"])
     list[str]
@@ -74,8 +74,10 @@ def refuse_oddities(value: Any, path: str = "", levels: int = DEPTH_LIMIT) -> No
         if value - value != 0.0:
             raise Unfit(f"Expected a finite number, got {value!r}", path)
     elif isinstance(value, str):
-        if not value.isascii():
-            _refuse_surrogates(value, path)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Unfit(NO_SURROGATE, path) from None
     else:
         for step, item in _parts(value):
             refuse_oddities(item, path + step, levels - 1)
@@ -135,7 +137,7 @@ def describe_type(kind: Any) -> str:
 
 
 def carried_by_json(kind: Any, value: Any) -> bool:
-    """Say whether JSON can carry values of this type, and this one.
+    """Return True if JSON can carry values of this type, and this one.
 
     >>> carried_by_json(dict[int, str], {1: "a"}), carried_by_json(list[complex], [1j])
     (True, False)
@@ -181,15 +183,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
             yield f".{name}", getattr(value, name)
 
 
-def _refuse_surrogates(value: str, path: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Unfit(NO_SURROGATE, path) from None
-
-
 def _loses_keys(kind: Any) -> bool:
-    """Say whether a type has keys of any type somewhere: JSON makes text of them, and nothing says what they were."""
+    """Return True if a type has keys of any type somewhere: JSON makes text of them, and their types are lost."""
     arguments = get_args(kind)
     return (get_origin(kind) is dict and arguments[0] is Any) or any(map(_loses_keys, arguments))
 

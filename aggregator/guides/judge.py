@@ -167,7 +167,7 @@ def _inside(text: str) -> str:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands twice in {[key for key, _ in pairs]}")
+        raise ValueError(f"duplicate key in {[key for key, _ in pairs]}")
     return dict(pairs)
 
 

@@ -56,7 +56,7 @@ class NumericMatch:
 
 
 def _number(value: Any, *, last: bool) -> float | None:
-    """Read a finite number; None where there is none."""
+    """Read a finite number, or return None."""
     if isinstance(value, str):
         found = _NUMBER.findall(value) if last else [value.strip()] if _NUMBER.fullmatch(value.strip()) else []
         numbers = [text for text in found if text]

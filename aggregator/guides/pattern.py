@@ -13,7 +13,7 @@ from aggregator.guides.exact import SHOWN
 from aggregator.text import shorten, show_call
 
 Analyzer = Callable[[Any, Any, Any], str | None]
-"""(x, output, info) -> a hint, or None or "" where there is nothing to say."""
+"""(x, output, info) -> a hint, or None or "" for no hint."""
 
 
 class RegexMatch:

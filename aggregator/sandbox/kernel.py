@@ -25,8 +25,8 @@ _READABLE = ("/dev/urandom", "/dev/random", "/dev/null", "/usr/share/zoneinfo", 
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # SECCOMP_RET_ALLOW, _ERRNO | EPERM, _KILL_PROCESS
 _X86_64, _X32 = 0xC000003E, 0x40000000  # AUDIT_ARCH_X86_64, the bit of the x32 numbering
 _LOAD, _EQUAL, _AT_LEAST, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x45, 0x06  # opcodes of BPF
-_OWN = 0x7AFEC0DE  # stands for the process's own number in a filter that is made before there is one
-_NUMBER, _ARCHITECTURE = 0, 4  # where they stand in seccomp's data; argument i stands at 16 + 8 * i
+_OWN = 0x7AFEC0DE  # the process's own number, in a filter that is made before it is known
+_NUMBER, _ARCHITECTURE = 0, 4  # offsets in seccomp's data; argument i is at 16 + 8 * i
 
 _SYSTEM_CALLS = {  # by their numbers on x86-64; what an interpreter needs to compute, import and wait
     "descriptors": (0, 1, 3, 5, 8, 17, 18, 19, 20, 295, 22, 293, 32, 33, 292, 221),
@@ -158,7 +158,7 @@ def readable_places() -> list[str]:
 
 
 def _loaded_libraries() -> Iterable[str]:
-    """Return the shared libraries of this process: extension modules need others that lie beside them."""
+    """Return the shared libraries of this process: extension modules need others in the same folders."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - no more imports
             paths = (line.split(maxsplit=5)[5].strip() for line in file if ".so" in line)

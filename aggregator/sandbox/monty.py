@@ -119,7 +119,7 @@ def _feeds(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _owner(call: dict[str, Any], made: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """Return what makes an object that stands for `self`."""
+    """Return what makes the object that replaces `self`."""
     lines, values = [_OWNER], {}
     for i, (name, (is_parameter, value)) in enumerate(call["owner"].items()):
         values[f"{_PREFIX}value_{i}"] = value

@@ -162,7 +162,7 @@ class Worker:
 
 
 class Ticket:
-    """A call that may be given up while it waits or runs."""
+    """A call that can be cancelled while it waits or runs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -170,14 +170,14 @@ class Ticket:
         self._cancelled = False
 
     def hold(self, worker: Worker | None) -> None:
-        """Say which worker serves the call; one whose call has been given up is ended at once."""
+        """Set the worker that serves the call, or None. If the call was cancelled, the worker is killed at once."""
         with self._lock:
             self._worker = worker
             if worker is not None and self._cancelled:
                 worker.kill()
 
     def cancel(self) -> None:
-        """Give the call up."""
+        """Cancel the call and kill its worker."""
         with self._lock:
             self._cancelled = True
             if self._worker is not None:

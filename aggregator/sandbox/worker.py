@@ -5,7 +5,7 @@ what it may not use (`kernel.py`, an audit hook), and then gets the code. So eve
 state, and a call that is killed takes nothing with it. What a child sends is passed on unread.
 
 A frame is four bytes of length, eight of the call's number, and msgpack. The audit hook is no barrier, as the code can
-reach it; it is there to say in words what was refused.
+reach it; it is there to describe what was refused.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def imported_as(module: str) -> Any:
 
 
 class Owner:
-    """What stands for `self`: the instance's parameters and plain values."""
+    """Replaces `self`: the instance's parameters and plain values."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         for name, (is_parameter, value) in attributes.items():
@@ -301,7 +301,7 @@ class Owner:
 
 
 def returned(value: Any) -> bytes:
-    """Return a result as data, or say that it cannot leave."""
+    """Return a result as data, or the limit that it cannot leave the sandbox."""
     try:
         return reply(value=value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
