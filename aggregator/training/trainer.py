@@ -56,10 +56,10 @@ class Trainer:
     """Trains an agent minibatch by minibatch.
 
     `agent` is what `as_agent` takes; `optimizer` proposes new values, for each instance by itself or, with
-    `propose_per="batch"`, for the whole minibatch. `rule` merges the proposals of a minibatch: by default a model does
-    (`LLMMerge()`), or for whole minibatches nothing. `search` decides which candidates are explored and become current
-    (default: `greedy`), `gate` accepts or refuses an update (default: `always`), `checks` refuse single
-    values, `keeps_placeholders` among them unless the list is empty.
+    `propose_per="batch"`, for the whole minibatch. `rule` merges the proposals of a minibatch: by default the
+    optimizer's model does (`LLMMerge(llm)`), or for whole minibatches nothing. `search` decides which candidates are
+    explored and become current (default: `greedy`), `gate` accepts or refuses an update (default: `always`), `checks`
+    refuse single values, `keeps_placeholders` among them unless the list is empty.
 
     `executor` runs the rollouts (default: this process). `max_concurrency` bounds how many instances are under way at
     once, `use_asyncio=False` runs one after the other. `observers` see the run; None shows a progress bar if standard
@@ -188,7 +188,9 @@ class Trainer:
     def merging_rule(self) -> UpdateRule:
         """Return the rule that merges the proposals of a minibatch."""
         if self.rule is None:
-            self.rule = LLMMerge() if self.propose_per == "instance" else identity
+            model = getattr(self.optimizer, "llm", None)
+            model = model if hasattr(model, "complete") else None
+            self.rule = LLMMerge(model) if self.propose_per == "instance" else identity
         return self.rule
 
     def hooks(self) -> Hooks:

@@ -262,3 +262,13 @@ def test_observers_see_every_rollout_without_its_handle() -> None:
     kinds = [run.lineage.split("/")[1].split("=")[0] + str("values=" in run.lineage) for run in seen]
     assert {kind: kinds.count(kind) for kind in kinds} == {"evaluateFalse": 8, "epochFalse": 4, "epochTrue": 4}
     assert {run.handle for run in seen} == {None}
+
+
+def test_without_a_rule_the_optimizers_model_merges() -> None:
+    """A trainer needs no second model, nor a default one in the environment."""
+    model = ScriptedModel(
+        lambda messages: suggest(amount=7) if "#SuggestedValue_1" in str(messages) else from_feedback(messages)
+    )
+    trainer = Trainer(Adder(), LLMOptimizer(llm=model), observers=[])
+    assert trainer.train(exact, [(0, 5), (1, 9)], batch_size=2).parameters["amount"] == 7
+    assert [role for _, role in model.places].count("aggregator") == 1
