@@ -46,7 +46,6 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.observing.configuring": ("configure_logging",),
     "aggregator.observing.observer": ("Observer",),
     "aggregator.records": (
-        "Candidate",
         "Completion",
         "Decision",
         "Failure",
@@ -72,6 +71,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.training.checkpoints": ("load_result", "save_result"),
     "aggregator.training.evaluation": ("aevaluate", "evaluate"),
     "aggregator.training.gates": ("improves_on_batch", "improves_on_validation"),
+    "aggregator.training.headroom": ("headroom",),
     "aggregator.training.merge": ("LLMMerge",),
     "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer", "TextGradOptimizer"),
     "aggregator.training.step": ("Step",),

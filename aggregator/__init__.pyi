@@ -25,7 +25,6 @@ from aggregator.llm.messages import Image as Image
 from aggregator.llm.models import as_model as as_model
 from aggregator.observing.configuring import configure_logging as configure_logging
 from aggregator.observing.observer import Observer as Observer
-from aggregator.records import Candidate as Candidate
 from aggregator.records import Completion as Completion
 from aggregator.records import Decision as Decision
 from aggregator.records import Failure as Failure
@@ -51,6 +50,7 @@ from aggregator.training.evaluation import aevaluate as aevaluate
 from aggregator.training.evaluation import evaluate as evaluate
 from aggregator.training.gates import improves_on_batch as improves_on_batch
 from aggregator.training.gates import improves_on_validation as improves_on_validation
+from aggregator.training.headroom import headroom as headroom
 from aggregator.training.merge import LLMMerge as LLMMerge
 from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
 from aggregator.training.proposers import OPROOptimizer as OPROOptimizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.records": ("Candidate",),
     "aggregator.training.decisions": ("Search",),
     "aggregator.training.searches": ("beam", "greedy", "pareto", "priority", "sequential"),
 }

@@ -1,5 +1,6 @@
 # What editors and type checkers see: the table of searches.py as imports. A test compares the two.
 
+from aggregator.records import Candidate as Candidate
 from aggregator.training.decisions import Search as Search
 from aggregator.training.searches import beam as beam
 from aggregator.training.searches import greedy as greedy
