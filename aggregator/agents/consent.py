@@ -31,13 +31,11 @@ def check_consent(code: Code) -> Code:
     if isinstance(code, bool) or code == ASK:
         return code
     words: Any = [code] if isinstance(code, str) else code
-    if isinstance(words, Collection) and words and all(isinstance(word, str) and _is_digest(word) for word in words):
-        return code
+    if isinstance(words, Collection) and words:
+        texts = [word for word in words if isinstance(word, str) and len(word) == 64]
+        if len(texts) == len(words) and not set("".join(texts)) - set("0123456789abcdef"):
+            return code
     raise ConfigError(f"Expected code=True, False, 'ask', or the sha256 of each source that may run, got {code!r}")
-
-
-def _is_digest(word: str) -> bool:
-    return len(word) == 64 and not set(word) - set("0123456789abcdef")
 
 
 def source_digest(source: str) -> str:

@@ -172,9 +172,10 @@ class Surroundings:
         around = _names_around(like)
         values, modules, uses, missing = {}, {}, {}, {}
         for name in sorted({*wanted.names, *own}):
-            if name not in around or _is_same(around[name], like):
+            value = around.get(name)
+            operation = operation_of(value)
+            if name not in around or (operation.function if operation else value) is like:
                 continue  # Python's own, or the function itself
-            value = around[name]
             try:
                 packed = pack(value, wide=True)
             except TypeError:
@@ -266,11 +267,6 @@ def _names_around(function: FunctionType) -> dict[str, Any]:
         except ValueError:  # not filled yet
             continue
     return around
-
-
-def _is_same(value: Any, function: FunctionType) -> bool:
-    operation = operation_of(value)
-    return (operation.function if operation else value) is function
 
 
 @lru_cache(maxsize=512)

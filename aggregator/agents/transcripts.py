@@ -200,23 +200,20 @@ def _field(key: str, text: str) -> list[str]:
 
 
 def _message(message: Any) -> tuple[str, str]:
-    """Return role and text of a message in OpenAI's shape, or of whatever was passed instead of one."""
+    """Return role and text of a message in OpenAI's shape, or of whatever was passed instead of one.
+
+    Content parts other than texts (images, audio) are named, not shown.
+    """
     if not isinstance(message, Mapping):
         return "message", cut(message if isinstance(message, str) else show(message), MESSAGE_LIMIT)
     content = message.get("content")
     if isinstance(content, list):
-        content = "\n".join(_part(part) for part in content)
+        parts = [part if isinstance(part, Mapping) else {"text": show(part)} for part in content]
+        content = "\n".join(str(part["text"]) if "text" in part else f"[{part.get('type', 'part')}]" for part in parts)
     texts = [content] if isinstance(content, str) else []
     if calls := message.get("tool_calls"):
         texts.append(f"tool calls: {show(calls)}")
     return str(message.get("role", "message")), cut("\n".join(texts), MESSAGE_LIMIT)
-
-
-def _part(part: Any) -> str:
-    """Return a content part's text; parts of other kinds (images, audio) are named, not shown."""
-    if isinstance(part, Mapping):
-        return str(part["text"]) if "text" in part else f"[{part.get('type', 'part')}]"
-    return show(part)
 
 
 TRANSCRIPT_LIMIT = 40_000

@@ -77,7 +77,9 @@ class Worker:
         self._number += 1
         number = self._number.to_bytes(8, "big")
         try:
-            self._write(number + request)
+            view = memoryview((8 + len(request)).to_bytes(4, "big") + number + request)
+            while view:
+                view = view[self.stdin.write(view) or 0 :]
         except BrokenPipeError:
             raise SandboxError(f"Expected a worker for {call.name}, got one that had ended") from None
         frame = self._read(time.monotonic() + call.seconds + GRACE, call.output + FRAME_OVERHEAD)
@@ -132,11 +134,6 @@ class Worker:
             except (ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
                 return
             time.sleep(0.005)
-
-    def _write(self, request: bytes) -> None:
-        view = memoryview(len(request).to_bytes(4, "big") + request)
-        while view:
-            view = view[self.stdin.write(view) or 0 :]
 
     def _read(self, deadline: float, most: int) -> bytes | None:
         """Return the next frame; None if the stream ends, the deadline passes, or the frame claims more than `most`."""
