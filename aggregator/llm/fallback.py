@@ -38,7 +38,7 @@ from aggregator.records import Completion
 _FALLS = (APIConnectionError, RateLimitError, ServerError, NotFoundError, ContextLengthError, ResponseError)
 _STAYS = (ContentFilterError, TruncatedError)
 _UNKNOWN_MODEL = re.compile(r"model_not_found|unknown_model|model identifier is invalid|model \S+ (?:was )?not found")
-_OF_ONE_SERVER = ("base_url", "api_key", "api")
+_OF_ONE_SERVER = ("base_url", "api_key", "api", "headers")  # a key may stand in any of them
 
 
 def fails_over(error: LLMError) -> bool:

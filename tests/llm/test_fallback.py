@@ -220,7 +220,9 @@ def test_names_share_the_options() -> None:
     assert (repr(llm), llm.model) == ("LLM(['openai/gpt-5', 'anthropic/claude-x'])", "openai/gpt-5")
 
 
-@pytest.mark.parametrize("option", [{"api_key": "sk-1"}, {"base_url": BASE_URL}, {"api": "responses"}])
+@pytest.mark.parametrize(
+    "option", [{"api_key": "sk-1"}, {"base_url": BASE_URL}, {"api": "responses"}, {"headers": {"x-key": "k"}}]
+)
 def test_one_key_never_goes_to_two_providers(option: dict[str, Any]) -> None:
     """What belongs to one server is given with that server's client."""
     with pytest.raises(ConfigError, match=next(iter(option))):

@@ -200,6 +200,15 @@ async def test_a_failed_response_is_tried_again() -> None:
     assert caught.value.attempts == 2
 
 
+async def test_a_model_that_cannot_encrypt_is_asked_without() -> None:
+    """A name that looks like a reasoning model's: the refusal is heeded, and remembered for the next call."""
+    refused = failure(400, "Encrypted content is not supported with this model.")
+    transport = ScriptedTransport(refused, reply(message("hi")))
+    llm = client(transport)
+    assert [(await llm.complete(QUESTION)).text for _ in range(2)] == ["hi", "hi"]
+    assert ["include" in body for body in transport.bodies()] == [True, False, False]
+
+
 async def test_structured_output_steps_down_here_too() -> None:
     """A refused schema is asked for as json_object, then by the prompt."""
     schema = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}

@@ -14,8 +14,9 @@ from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
-from aggregator.errors import ConfigError, LLMError, ResponseError
+from aggregator.errors import APIStatusError, ConfigError, LLMError, ResponseError
 from aggregator.llm.calls import ChatCall, Target
 from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import fault_in_event, request_id
@@ -28,6 +29,7 @@ from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Messa
 _REASONS = re.compile(r"(?:ft:)?(?:o\d|gpt-(?:[5-9]|[12]\d)(?!\d)(?!\S*-chat)|(?:gpt-\S*)?codex|grok-(?:[4-9]|\d\d))")
 _KEEPS_NOTHING = re.compile(r"(?:ft:)?(?:gpt-|chatgpt-|grok-)")
 _ENCRYPTED = ("reasoning.encrypted_content",)
+_PLAIN = "no encrypted reasoning"
 _USD_A_TICK = 1e-10  # xAI counts cost in ticks
 
 
@@ -163,6 +165,7 @@ class OpenAIResponses(JSONCodec[Answer]):
     requests = OpenAIChat.requests
     tokens = OpenAIChat.tokens
     lacks = frozenset({"n", "seed", "stop"})
+    corrections = (_PLAIN,)
     limit_fields = ("max_output_tokens", "max_completion_tokens", "max_tokens")
     count_fields = ()
     kept_headers = OpenAIChat.kept_headers
@@ -190,7 +193,7 @@ class OpenAIResponses(JSONCodec[Answer]):
             "tools": None if call.tools is None else [tool_of(tool) for tool in call.tools],
             "tool_choice": None if call.tool_choice is None else tool_choice_of(call.tool_choice),
             "stream": call.stream or None,
-            **_memory(call.model),
+            **_memory(call),
         }
         body = {name: value for name, value in fields.items() if value is not None}
         if call.extra:
@@ -201,6 +204,12 @@ class OpenAIResponses(JSONCodec[Answer]):
                 "with a longer timeout, or stream"
             )
         return self.post(self._url, body, call)
+
+    def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
+        """Heed a refusal to encrypt reasoning, by a model that does not reason although its name looks like it."""
+        if "encrypted content is not supported" not in error.message.lower():
+            return None
+        return replace(call, corrections=call.corrections | {_PLAIN})
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
         """Turn a parsed response into a Completion; raises LLMError if it failed or is not finished."""
@@ -245,15 +254,15 @@ class AzureResponses(OpenAIResponses):
         return f"{resource}/openai/responses?{query}"
 
 
-def _memory(model: str) -> dict[str, Any]:
+def _memory(call: ChatCall) -> dict[str, Any]:
     """Return the fields by which reasoning comes to us instead of staying with the server.
 
     A model of a name that is not known keeps the server's defaults: an encrypted form is refused where a model does not
     reason, and without one a server that stores nothing would not find the reasoning again.
     """
-    if _REASONS.match(model):
+    if _REASONS.match(call.model) and _PLAIN not in call.corrections:
         return {"store": False, "include": _ENCRYPTED}
-    return {"store": False} if _KEEPS_NOTHING.match(model) else {}
+    return {"store": False} if _KEEPS_NOTHING.match(call.model) else {}
 
 
 def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
