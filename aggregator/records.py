@@ -61,7 +61,8 @@ class HTTPReply(Struct, frozen=True, kw_only=True):
 class Usage(Struct, frozen=True, kw_only=True, gc=False):
     """Tokens and cost of one or more calls; None means the provider did not say, which is not 0.
 
-    `input_tokens` includes cached ones, `output_tokens` includes reasoning. `cost` is in USD.
+    `input_tokens` includes cached ones and those written to a cache, `output_tokens` includes reasoning.
+    `cache_write_1h_tokens` are the part of `cache_write_tokens` that is kept for an hour. `cost` is in USD.
     """
 
     input_tokens: int | None = None
@@ -70,6 +71,8 @@ class Usage(Struct, frozen=True, kw_only=True, gc=False):
     reasoning_tokens: int | None = None
     cost: float | None = None
     calls: int = 1
+    cache_write_tokens: int | None = None
+    cache_write_1h_tokens: int | None = None
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -79,6 +82,8 @@ class Usage(Struct, frozen=True, kw_only=True, gc=False):
             reasoning_tokens=_sum(self.reasoning_tokens, other.reasoning_tokens),
             cost=_sum(self.cost, other.cost),
             calls=self.calls + other.calls,
+            cache_write_tokens=_sum(self.cache_write_tokens, other.cache_write_tokens),
+            cache_write_1h_tokens=_sum(self.cache_write_1h_tokens, other.cache_write_1h_tokens),
         )
 
     @property
@@ -146,7 +151,10 @@ class Choice(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Completion(Struct, frozen=True, kw_only=True, gc=False):
-    """A model's answer. Reads as OpenAI's shape too: `completion.choices[0].message.content`."""
+    """A model's answer. Reads as OpenAI's shape too: `completion.choices[0].message.content`.
+
+    `service_tier` is the tier that the provider served it in, by its own word.
+    """
 
     choices: tuple[Choice, ...]
     usage: Usage = Usage()
@@ -157,6 +165,7 @@ class Completion(Struct, frozen=True, kw_only=True, gc=False):
     milliseconds: float = 0.0
     replayed: bool = False
     raw: bytes = b""
+    service_tier: str | None = None
 
     @property
     def text(self) -> str:

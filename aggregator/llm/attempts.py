@@ -7,6 +7,7 @@ call, `Attempt` one of its requests; `streams.py` reads the same attempts piece 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
@@ -33,7 +34,7 @@ from aggregator.errors import (
 from aggregator.llm import tracing
 from aggregator.llm.budget import NOTHING, Amount, Budget, assumed_output, budgets_of, pico, spent_by, upper_tokens
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.ledger import Price, Prices, count, find_price, need_price
+from aggregator.llm.ledger import Price, Prices, believed, count, find_price, need_price
 from aggregator.llm.limiter import Limiter, LoopLimiters, check_limits
 from aggregator.llm.names import Endpoint
 from aggregator.llm.openings import Openings, digest
@@ -99,10 +100,10 @@ class Line:
 
     def with_cost(self, completion: Completion, attempts: int) -> Completion:
         """Add the number of attempts, and the cost if the provider did not state it and the price is known."""
-        usage = completion.usage
+        usage = believed(completion.usage, is_answer=bool(completion.text or completion.tool_calls))
         if usage.cost is None and self.known_price is not None:
-            usage = replace(usage, cost=self.known_price.cost(usage))
-        elif attempts == 1:
+            usage = replace(usage, cost=self.known_price.cost(usage, completion.service_tier))
+        elif attempts == 1 and usage is completion.usage:
             return completion
         return replace(completion, usage=usage, attempts=attempts)
 
@@ -115,6 +116,8 @@ def _shared_transport() -> Transport:
 
 
 _ONE_CALL = Amount(calls=1)
+_CACHE_MARK = re.compile(rb'"cache_control"|"cachePoint"')
+_HOUR_MARK = re.compile(rb'"ttl"\s*:\s*"1h"')
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -262,8 +265,14 @@ class Attempts:
 
     def _estimate(self) -> Amount:
         given, answered = self.upper_tokens()
-        needs_price = any(budget.usd is not None for budget in self.budgets)
-        return Amount(pico(self.line.price().most(given, answered)) if needs_price else 0, given + answered, 1)
+        if all(budget.usd is None for budget in self.budgets):
+            return Amount(0, given + answered, 1)
+        tier = self.call.extra.get("service_tier")
+        body = self.request.body
+        writes = 1.0 if _CACHE_MARK.search(body) is None else 2.0 if _HOUR_MARK.search(body) else 1.25
+        tier = tier if isinstance(tier, str) else None
+        usd = self.line.price().most(given, answered, writes=writes, service_tier=tier)
+        return Amount(pico(usd), given + answered, 1)
 
     def upper_tokens(self) -> tuple[int, int]:
         """Return how many tokens one request may take at most: (input, output)."""

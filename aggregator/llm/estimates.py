@@ -14,6 +14,7 @@ from aggregator.llm.client import LLM
 from aggregator.llm.fallback import FallbackLLM
 from aggregator.llm.ledger import find_price, kept_price
 from aggregator.llm.messages import normalise
+from aggregator.records import Usage
 
 _BYTES_A_TOKEN = 4  # of English text, by OpenAI's rule of thumb
 _LIKELY_IMAGE = 1_000
@@ -93,7 +94,7 @@ def estimate(
         calls=calls,
         input_tokens=given * calls,
         output_tokens=answered * calls,
-        usd=None if price is None else price.most(given, answered) * calls,
+        usd=None if price is None else (price.cost(Usage(input_tokens=given, output_tokens=answered)) or 0.0) * calls,
         most_tokens=(most_given + most_answered) * requests,
         most_usd=None if price is None else price.most(most_given, most_answered) * requests,
     )

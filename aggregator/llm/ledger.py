@@ -6,14 +6,15 @@ the outer ones. Totals do not depend on the order in which calls finish.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import fsum
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.errors import ConfigError
 from aggregator.llm.providers import providers
@@ -47,8 +48,9 @@ class Ledger:
 def total(usages: Iterable[Usage]) -> Usage:
     """Add usages up so that their order does not matter: costs with `math.fsum`, unknown ones apart from 0.
 
-    >>> total([Usage(input_tokens=2), Usage(input_tokens=3, cost=0.1)])
-    Usage(input_tokens=5, output_tokens=None, cached_tokens=None, reasoning_tokens=None, cost=0.1, calls=2)
+    >>> both = total([Usage(input_tokens=2), Usage(input_tokens=3, cost=0.1)])
+    >>> both.input_tokens, both.output_tokens, both.cost, both.calls
+    (5, None, 0.1, 2)
     """
     known = list(usages)
     costs = [usage.cost for usage in known if usage.cost is not None]
@@ -59,6 +61,8 @@ def total(usages: Iterable[Usage]) -> Usage:
         reasoning_tokens=_known_sum(usage.reasoning_tokens for usage in known),
         cost=fsum(costs) if costs else None,
         calls=sum(usage.calls for usage in known),
+        cache_write_tokens=_known_sum(usage.cache_write_tokens for usage in known),
+        cache_write_1h_tokens=_known_sum(usage.cache_write_1h_tokens for usage in known),
     )
 
 
@@ -94,8 +98,24 @@ def count(role: str, usage: Usage) -> None:
         ledger.add(role, usage)
 
 
+class Tier(Struct, frozen=True, kw_only=True):
+    """Prices of requests whose input is longer than `above` tokens; they hold for all tokens of such a request."""
+
+    above: int
+    input: float
+    output: float
+    cached: float | None = None
+    cache_write: float | None = None
+    cache_write_1h: float | None = None
+
+
 class Price(Struct, frozen=True, kw_only=True):
-    """USD per million tokens; `cached` is that of cached input, None: like any other input.
+    """USD per million tokens.
+
+    `cached` is that of input read from a cache, None: like any other input. `cache_write` and `cache_write_1h` are
+    those of input written to one for five minutes and for an hour, None: 1.25 and 2 times `input`, as Anthropic asks.
+    `tiers` are prices of longer prompts. `service` maps a service tier, by the provider's own word, to the factor of
+    its price: {"flex": 0.5, "priority": 2}.
 
     >>> Price(input=0.15, output=0.60).cost(Usage(input_tokens=2_000_000, output_tokens=1_000_000))
     0.9
@@ -104,28 +124,90 @@ class Price(Struct, frozen=True, kw_only=True):
     input: float
     output: float
     cached: float | None = None
+    cache_write: float | None = None
+    cache_write_1h: float | None = None
+    tiers: tuple[Tier, ...] = ()
+    service: Mapping[str, float] = {}
 
     def __post_init__(self) -> None:
-        for name in ("input", "output", "cached"):
-            value = getattr(self, name)
+        rates = ("input", "output", "cached", "cache_write", "cache_write_1h")
+        figures = {name: getattr(self, name) for name in rates}
+        figures |= {f"tiers[{i}].{name}": getattr(tier, name) for i, tier in enumerate(self.tiers) for name in rates}
+        for name, value in (figures | {f"service[{tier!r}]": factor for tier, factor in self.service.items()}).items():
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"Expected a price in USD per million tokens >= 0, got {value!r} - at Price.{name}")
 
-    def cost(self, usage: Usage) -> float | None:
-        """Return the USD of this usage; None where its tokens are not known."""
-        if usage.input_tokens is None or usage.output_tokens is None:
+    def cost(self, usage: Usage, service_tier: str | None = None) -> float | None:
+        """Return the USD of one call's usage in the tier that served it; None if its tokens are not known."""
+        given, answered = usage.input_tokens, usage.output_tokens
+        if given is None or answered is None:
             return None
-        cached = 0 if self.cached is None else min(usage.cached_tokens or 0, usage.input_tokens)
-        return (
-            (usage.input_tokens - cached) * self.input
-            + cached * (self.cached or 0.0)
-            + usage.output_tokens * self.output
-        ) / 1e6
+        rates: Price | Tier = self
+        for tier in self.tiers:
+            if given > tier.above and (rates is self or tier.above > rates.above):  # type: ignore[union-attr]
+                rates = tier
+        left = given
+        usd = answered * rates.output
+        read = 0 if rates.cached is None else usage.cached_tokens or 0
+        for_an_hour = usage.cache_write_1h_tokens or 0
+        for tokens, rate in (
+            (read, rates.cached or 0.0),
+            (for_an_hour, _rate(rates.cache_write_1h, 2.0 * rates.input)),
+            ((usage.cache_write_tokens or 0) - for_an_hour, _rate(rates.cache_write, 1.25 * rates.input)),
+        ):
+            counted = min(max(tokens, 0), left)
+            left -= counted
+            usd += counted * rate
+        return (usd + left * rates.input) * self.service.get(service_tier or "", 1.0) / 1e6
 
-    def most(self, input_tokens: int, output_tokens: int) -> float:
-        """Return the USD that so many tokens cost at most."""
-        dearest = self.input if self.cached is None or self.cached < self.input else self.cached
-        return (input_tokens * dearest + output_tokens * self.output) / 1e6
+    def most(
+        self, input_tokens: int, output_tokens: int, *, writes: float = 1.0, service_tier: str | None = None
+    ) -> float:
+        """Return the USD that so many tokens cost at most, in any tier that the request can come to.
+
+        `writes` is 1.25 or 2 for a request that writes to a cache. Without a `service_tier` in the request, any that
+        has a factor may serve it; a cheaper one may be refused for the usual one.
+        """
+        usd = 0.0
+        in_reach: list[Price | Tier] = [self, *[tier for tier in self.tiers if input_tokens > tier.above]]
+        for rates in in_reach:
+            written = _rate(rates.cache_write_1h if writes > 1.25 else rates.cache_write, writes * rates.input)
+            dearest = max(rates.input, rates.cached or 0.0, written if writes > 1 else 0.0)
+            usd = max(usd, input_tokens * dearest + output_tokens * rates.output)
+        factors = (
+            self.service.values() if service_tier in (None, "auto") else [self.service.get(service_tier or "", 1.0)]
+        )
+        return usd * max(1.0, *factors, 1.0) / 1e6
+
+
+def _rate(stated: float | None, usual: float) -> float:
+    return usual if stated is None else stated
+
+
+_MOST_TOKENS = 10**8  # a hundred times the largest context
+_MOST_USD = 10_000.0
+
+
+def believed(usage: Usage, *, is_answer: bool = True) -> Usage:
+    """Return the usage without figures that cannot be: negative, absurd, or no tokens at all for an answer.
+
+    What is left out is unknown, and counts in a budget as it was reserved.
+
+    >>> believed(Usage(input_tokens=-1, output_tokens=5, cost=-1.0)).cost is None
+    True
+    """
+    given, answered, cost = usage.input_tokens, usage.output_tokens, usage.cost
+    plausible = all(count is None or 0 <= count <= _MOST_TOKENS for count in (given, answered))
+    if plausible and (given or answered or not is_answer) and (cost is None or 0 <= cost <= _MOST_USD):
+        return usage
+    if is_answer and not given and not answered:
+        given = answered = None
+    return replace(
+        usage,
+        input_tokens=given if given is None or 0 <= given <= _MOST_TOKENS else None,
+        output_tokens=answered if answered is None or 0 <= answered <= _MOST_TOKENS else None,
+        cost=cost if cost is None or 0 <= cost <= _MOST_USD else None,
+    )
 
 
 Prices = Mapping[str, Price]
@@ -150,7 +232,7 @@ def kept_price(provider: str, model: str) -> Price | None:
 
     OpenRouter's `:free` models cost nothing, with or without it.
 
-    Of a price that depends on the prompt's length the highest counts, so that a budget holds.
+    Tiers of long prompts, cache writes and service tiers are those that it knows.
     """
     known = providers().get(provider)
     if known is not None and known.free_ending is not None and model.endswith(known.free_ending):
@@ -160,28 +242,60 @@ def kept_price(provider: str, model: str) -> Price | None:
         from genai_prices import calc_price
     except ImportError:
         return None
-    tokens = Tokens(input_tokens=1, output_tokens=1)
     provider_id = (known and known.priced_as) or provider
+    ask = partial(calc_price, Tokens(input_tokens=1, output_tokens=1), model.removeprefix("models/"))
     try:
-        found = calc_price(tokens, model.removeprefix("models/"), provider_id=provider_id)
+        found = ask(provider_id=provider_id)
     except LookupError:
         return None
-    price = found.model_price
     if found.provider.id != provider_id:  # it guesses from parts of a name; another provider's price would be wrong
         return None
-    if price.input_mtok is None or price.output_mtok is None:
+    rates = _rates(found.model_price)
+    if rates["input"] is None or rates["output"] is None:
         return None
-    cached = price.cache_read_mtok
+    starts = sorted({tier.start for name in _FIELDS.values() for tier in _tiers(found.model_price, name)})
     return Price(
-        input=_highest(price.input_mtok),
-        output=_highest(price.output_mtok),
-        cached=None if cached is None else _highest(cached),
+        **{name: rate for name, rate in rates.items() if rate is not None},
+        tiers=tuple([Tier(above=start, **_rates(found.model_price, start)) for start in starts]),  # type: ignore[arg-type]
+        service=_factors(partial(ask, provider_id=provider_id), rates["input"]),
     )
 
 
-def _highest(price: Any) -> float:
-    """The dearest tier of a tiered price."""
-    return float(max([price.base, *(tier.price for tier in price.tiers)]) if hasattr(price, "tiers") else price)
+_FIELDS = {
+    "input": "input_mtok",
+    "output": "output_mtok",
+    "cached": "cache_read_mtok",
+    "cache_write": "cache_write_mtok",
+    "cache_write_1h": "cache_write_1h_mtok",
+}
+
+
+def _tiers(price: Any, field: str) -> Any:
+    return getattr(getattr(price, field, None), "tiers", ())
+
+
+def _rates(price: Any, start: int = 0) -> dict[str, float | None]:
+    """Return genai-prices' figures for prompts above `start` tokens."""
+    rates: dict[str, float | None] = {}
+    for name, field in _FIELDS.items():
+        stated = getattr(price, field, None)
+        reached = [tier.price for tier in _tiers(price, field) if tier.start <= start]
+        base = getattr(stated, "base", stated)
+        rates[name] = float(reached[-1]) if start and reached else None if base is None else float(base)
+    return rates
+
+
+def _factors(ask: Callable[..., Any], usual: float) -> dict[str, float]:
+    """Return the factors of the service tiers that genai-prices knows for a model; older versions know none."""
+    factors = {}
+    for tier in ("flex", "priority", "batch"):
+        try:
+            rate = _rates(ask(price_context={"service_tier": tier}).model_price)["input"]
+        except (LookupError, TypeError, ValueError):
+            continue
+        if rate is not None and usual and rate != usual:
+            factors[tier] = rate / usual
+    return factors
 
 
 def need_price(provider: str, model: str, table: Prices | None) -> Price:

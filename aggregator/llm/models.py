@@ -23,7 +23,7 @@ from aggregator.llm.budget import THINKING_ROOM, Amount, Budget, current_budget,
 from aggregator.llm.calls import ChatCall, Limits, Target
 from aggregator.llm.codecs.failures import Fault, classify, retry_after
 from aggregator.llm.codecs.openai import OpenAIChat
-from aggregator.llm.ledger import Prices, count, find_price, need_price
+from aggregator.llm.ledger import Prices, believed, count, find_price, need_price
 from aggregator.llm.messages import normalise
 from aggregator.llm.names import split_name
 from aggregator.llm.retry import check_answer
@@ -153,9 +153,10 @@ class CallableModel:
         return Amount(pico(self._price.most(given, answered)), given + answered, 1)
 
     def _with_cost(self, completion: Completion) -> Completion:
-        usage = completion.usage
-        cost = None if self._price is None or usage.cost is not None else self._price.cost(usage)
-        return completion if cost is None else replace(completion, usage=replace(usage, cost=cost))
+        usage = believed(completion.usage, is_answer=bool(completion.text or completion.tool_calls))
+        if self._price is not None and usage.cost is None:
+            usage = replace(usage, cost=self._price.cost(usage, completion.service_tier))
+        return completion if usage is completion.usage else replace(completion, usage=usage)
 
 
 async def complete_own(model: ChatModel, messages: Any, *, max_tokens: int, **options: Any) -> Completion:

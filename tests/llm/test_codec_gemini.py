@@ -279,3 +279,19 @@ def test_vertex_without_a_project() -> None:
     """The error names the variable."""
     with pytest.raises(ConfigError, match="GOOGLE_CLOUD_PROJECT"):
         resolve("vertex/gemini-2.5-flash", api_key="ya29.t", env={})
+
+
+def test_results_of_the_providers_tools_were_not_counted() -> None:
+    """toolUsePromptTokenCount is input beside the prompt; what the total has beside all parts is output."""
+    usage = {
+        "promptTokenCount": 151,
+        "candidatesTokenCount": 1089,
+        "thoughtsTokenCount": 1120,
+        "toolUsePromptTokenCount": 18329,
+        "totalTokenCount": 20689,
+    }
+    body = {"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": "STOP"}], "usageMetadata": usage}
+    codec = resolve("gemini/gemini-3-flash", api_key="k", env={}).codec
+    call = ChatCall(model="gemini-3-flash", messages=({"role": "user", "content": "q"},))
+    found = codec.decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), call).usage
+    assert (found.input_tokens, found.output_tokens, found.total_tokens) == (18480, 2209, 20689)

@@ -384,3 +384,19 @@ def test_azure_addresses(base_url: str, version: str | None, url: str) -> None:
     assert request.url == f"https://x.openai.azure.com{url}"
     assert request.headers["api-key"] == "k"
     assert "authorization" not in request.headers
+
+
+def test_thinking_beside_the_output_was_free() -> None:
+    """Where the total is more than input and output, the rest is output, as xAI counts thinking."""
+    usage = {
+        "prompt_tokens": 32,
+        "completion_tokens": 9,
+        "total_tokens": 135,
+        "completion_tokens_details": {"reasoning_tokens": 94},
+    }
+    body = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": usage}
+    found = codec().decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL).usage
+    assert (found.input_tokens, found.output_tokens, found.reasoning_tokens) == (32, 103, 94)
+    usage["total_tokens"] = 3  # a total that is less is no reason to doubt the parts
+    found = codec().decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL).usage
+    assert (found.input_tokens, found.output_tokens) == (32, 9)

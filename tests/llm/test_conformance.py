@@ -139,7 +139,9 @@ def read_gemini(body: dict[str, Any]) -> Reading:
         "".join(part.get("text", "") for part in parts if not part.get("thought")),
         finish.get(candidate.get("finishReason"), "stop"),
         (
-            usage.get("promptTokenCount"),
+            usage["promptTokenCount"] + usage.get("toolUsePromptTokenCount", 0)
+            if "promptTokenCount" in usage
+            else None,
             sum(counts) if counts else None,
             usage.get("cachedContentTokenCount"),
             usage.get("thoughtsTokenCount"),

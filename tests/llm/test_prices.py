@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from aggregator import Price
+import msgspec
+import pytest
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, answer
+
+from aggregator import LLM, Budget, Price
 from aggregator.errors import ConfigError
-from aggregator.llm.ledger import find_price, kept_price, need_price
-from aggregator.records import Usage
+from aggregator.llm.calls import ChatCall
+from aggregator.llm.ledger import Tier, believed, find_price, kept_price, need_price
+from aggregator.llm.messages import normalise
+from aggregator.records import HTTPReply, HTTPRequest, Usage
 
 
 def test_cached_input_has_its_own_price() -> None:
@@ -29,8 +35,16 @@ def test_every_spelling_of_a_name_is_found(name: str) -> None:
     assert find_price("openai", "gpt-4o-mini", {name: Price(input=1, output=2)}) is not None
 
 
-@pytest.mark.parametrize("price", [{"input": -1, "output": 1}, {"input": 1, "output": float("nan")}])
-def test_impossible_prices_are_refused(price: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "price",
+    [
+        {"input": -1, "output": 1},
+        {"input": 1, "output": float("nan")},
+        {"input": 1, "output": 1, "tiers": (Tier(above=5, input=-1, output=1),)},
+        {"input": 1, "output": 1, "service": {"flex": -0.5}},
+    ],
+)
+def test_impossible_prices_are_refused(price: dict[str, Any]) -> None:
     """A negative or missing price is a slip, not a discount."""
     with pytest.raises(ConfigError, match=r"at Price\."):
         Price(**price)
@@ -44,12 +58,14 @@ def test_a_missing_price_names_the_nearest() -> None:
 
 @pytest.mark.requirement("client 11: genai-prices")
 def test_the_kept_table_knows_common_models() -> None:
-    """genai-prices, where installed, prices what the user's table does not; the dearest tier counts."""
+    """genai-prices, where installed, prices what the user's table does not, with its tiers."""
     pytest.importorskip("genai_prices")
-    assert kept_price("openai", "gpt-4o-mini") == Price(input=0.15, output=0.6, cached=0.075)
+    small = kept_price("openai", "gpt-4o-mini")
+    assert small is not None
+    assert (small.input, small.output, small.cached, small.tiers) == (0.15, 0.6, 0.075, ())
     tiered = kept_price("gemini", "gemini-2.5-pro")
     assert tiered is not None
-    assert tiered.input == 2.5
+    assert (tiered.input, tiered.tiers[0].above, tiered.tiers[0].input) == (1.25, 200_000, 2.5)
     assert kept_price("openai", "no-such-model") is None
     assert kept_price("gemini", "models/gemini-2.5-flash") == kept_price("vertex", "gemini-2.5-flash")
 
@@ -58,3 +74,129 @@ def test_openrouters_free_models_are_free() -> None:
     """What `:free` says is known without any table; other endings are other prices, and unknown."""
     assert kept_price("openrouter", "vendor/model:free") == Price(input=0, output=0)
     assert kept_price("ollama", "vendor/model:free") is None
+
+
+LONG = Price(
+    input=3,
+    output=15,
+    cached=0.3,
+    tiers=(Tier(above=200_000, input=6, output=22.5, cached=0.6), Tier(above=500_000, input=9, output=30)),
+    service={"flex": 0.5, "priority": 2},
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (1_000, (1_000 * 3 + 1_000 * 15) / 1e6),
+        (200_000, (200_000 * 3 + 1_000 * 15) / 1e6),
+        (200_001, (200_001 * 6 + 1_000 * 22.5) / 1e6),
+        (600_000, (600_000 * 9 + 1_000 * 30) / 1e6),
+    ],
+)
+def test_the_dearest_tier_was_billed(given: int, expected: float) -> None:
+    """The tier that the prompt's length comes to counts for all its tokens; the dearest in reach is reserved."""
+    assert LONG.cost(Usage(input_tokens=given, output_tokens=1_000)) == pytest.approx(expected)
+    assert LONG.most(given, 1_000, service_tier="default") >= expected
+    assert LONG.most(100_000, 0, service_tier="default") == pytest.approx(0.3)
+    assert LONG.most(1_000_000, 0, service_tier="default") == pytest.approx(9.0)
+
+
+def test_service_tiers_by_their_factor() -> None:
+    """The tier that served a call counts; what the request leaves open is reserved at the dearest factor."""
+    usage = Usage(input_tokens=1_000, output_tokens=1_000)
+    usual = LONG.cost(usage)
+    assert usual is not None
+    assert [LONG.cost(usage, tier) for tier in ("default", "flex", "priority", None)] == pytest.approx(
+        [usual, usual / 2, usual * 2, usual]
+    )
+    asked = (None, "auto", "default", "flex", "priority")
+    assert [LONG.most(1_000, 1_000, service_tier=tier) for tier in asked] == pytest.approx(
+        [usual * 2, usual * 2, usual, usual, usual * 2]
+    )
+
+
+def test_cache_writes_cost_as_much_as_other_input() -> None:
+    """Written for five minutes they cost 1.25 times as much, for an hour twice, unless the price says otherwise."""
+    usage = Usage(
+        input_tokens=1_000_000,
+        output_tokens=0,
+        cached_tokens=100_000,
+        cache_write_tokens=500_000,
+        cache_write_1h_tokens=200_000,
+    )
+    rest = 400_000 * 3 + 100_000 * 0.3
+    assert LONG.cost(usage) is not None
+    price = Price(input=3, output=15, cached=0.3)
+    assert price.cost(usage) == pytest.approx((rest + 300_000 * 3.75 + 200_000 * 6) / 1e6)
+    own = Price(input=3, output=15, cached=0.3, cache_write=4, cache_write_1h=7)
+    assert own.cost(usage) == pytest.approx((rest + 300_000 * 4 + 200_000 * 7) / 1e6)
+    assert price.most(1_000_000, 0, writes=2.0) == pytest.approx(6.0)
+
+
+def test_the_kept_tables_cache_writes_and_service_tiers() -> None:
+    """What genai-prices knows of a model is taken over."""
+    pytest.importorskip("genai_prices")
+    claude = kept_price("anthropic", "claude-sonnet-4-5")
+    assert claude is not None
+    assert (claude.cache_write, claude.cache_write_1h) == (3.75, 6.0)
+    assert claude.cost(Usage(input_tokens=1_000, output_tokens=1_000)) == pytest.approx(0.018)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        Usage(input_tokens=-5, output_tokens=5, cost=0.1),
+        Usage(input_tokens=5, output_tokens=10**12, cost=0.1),
+        Usage(input_tokens=0, output_tokens=0),
+        Usage(input_tokens=5, output_tokens=5, cost=-1.0),
+        Usage(input_tokens=5, output_tokens=5, cost=float("nan")),
+        Usage(input_tokens=5, output_tokens=5, cost=1e9),
+    ],
+)
+def test_figures_that_cannot_be_were_believed(usage: Usage) -> None:
+    """Negative and absurd figures, and none at all for an answer, are unknown; the others stay."""
+    found = believed(usage)
+    assert None in (found.input_tokens, found.output_tokens, found.cost if usage.cost is not None else None)
+    good = Usage(input_tokens=5, output_tokens=0, cost=0.0)
+    assert believed(good) is good
+
+
+async def test_a_negative_cost_gave_money_back() -> None:
+    """A server's figure that cannot be counts as it was reserved."""
+    for usage in (
+        {"prompt_tokens": 5, "completion_tokens": 5, "cost": -5.0},
+        {"prompt_tokens": 0, "completion_tokens": 0},
+    ):
+        transport, budget = ScriptedTransport(answer(usage=usage)), Budget(usd=1)
+        llm = LLM("m", base_url=BASE_URL, transport=transport, budget=budget, prices={"m": Price(input=10, output=10)})
+        await llm.complete(QUESTION, max_tokens=100)
+        assert budget.spent.usd > 0
+
+
+@pytest.mark.parametrize(
+    ("marked", "writes"), [({}, 1.0), ({"cache_control": {"type": "ephemeral"}}, 1.25),
+                           ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, 2.0)],
+)  # fmt: skip
+async def test_a_budget_did_not_reserve_for_cache_writes(marked: dict[str, object], writes: float) -> None:
+    """A request that marks a prefix for the cache reserves what writing it costs."""
+    body = {"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn",
+            "usage": {"input_tokens": 10, "cache_creation_input_tokens": 1000, "output_tokens": 5,
+                      "cache_creation": {"ephemeral_1h_input_tokens": 1000 if writes == 2.0 else 0}}}  # fmt: skip
+    reply = HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
+    reserved: list[float] = []
+
+    def respond(request: HTTPRequest) -> HTTPReply:
+        reserved.append(budget.reserved.usd)
+        return reply
+
+    budget = Budget(usd=100)
+    price = Price(input=3, output=0)
+    llm = LLM(
+        "anthropic/c", api_key="k", env={}, transport=ScriptedTransport(respond), budget=budget, prices={"c": price}
+    )
+    question = [{"role": "user", "content": [{"type": "text", "text": "q" * 2000, **marked}]}]
+    usage = (await llm.complete(question, max_tokens=10)).usage
+    assert usage.cost == pytest.approx((10 * 3 + 1000 * 3 * (2.0 if writes == 2.0 else 1.25)) / 1e6)
+    length = len(llm.endpoint.codec.encode(ChatCall(model="c", messages=normalise(question), max_tokens=10)).body)
+    assert reserved == [pytest.approx(length * 3 * writes / 1e6)]

@@ -35,6 +35,10 @@ class _Details(Struct, gc=False):
     thinking_tokens: int | None = None
 
 
+class _Written(Struct, gc=False):
+    ephemeral_1h_input_tokens: int | None = None
+
+
 class WireUsage(Struct, gc=False):
     """`input_tokens` counts what no cache held: the two others come on top."""
 
@@ -43,6 +47,8 @@ class WireUsage(Struct, gc=False):
     cache_read_input_tokens: int | None = None
     output_tokens: int | None = None
     output_tokens_details: _Details | None = None
+    cache_creation: _Written | None = None
+    service_tier: str | None = None
 
 
 class Answer(Struct, gc=False):
@@ -240,7 +246,8 @@ class AnthropicMessages(JSONCodec[Answer]):
             raw_finish_reason=answer.stop_reason,
         )
         usage = _usage(answer.usage or SAID_NOTHING)
-        return self.completed(reply, [choice], usage=usage, model=answer.model, answer_id=answer.id)
+        tier = None if answer.usage is None else answer.usage.service_tier
+        return self.completed(reply, [choice], usage=usage, model=answer.model, answer_id=answer.id, service_tier=tier)
 
     def _content(self, answer: Answer, reply: HTTPReply) -> list[Block]:
         """The blocks; raises where there is an error, or no content at all. An empty list is an empty answer."""
@@ -261,6 +268,8 @@ def _usage(usage: WireUsage) -> Usage:
         output_tokens=usage.output_tokens,
         cached_tokens=cached,
         reasoning_tokens=None if details is None else details.thinking_tokens,
+        cache_write_tokens=written,
+        cache_write_1h_tokens=None if usage.cache_creation is None else usage.cache_creation.ephemeral_1h_input_tokens,
     )
 
 

@@ -209,6 +209,7 @@ class JSONCodec(Generic[A]):
         usage: Usage,
         model: str | None = None,
         answer_id: str | None = None,
+        service_tier: str | None = None,
     ) -> Completion:
         """Put a Completion together from its parts and what the reply itself tells."""
         return Completion(
@@ -220,6 +221,7 @@ class JSONCodec(Generic[A]):
             milliseconds=reply.milliseconds,
             replayed=reply.replayed,
             raw=reply.body,
+            service_tier=service_tier,
         )
 
 

@@ -282,4 +282,5 @@ def _usage(usage: WireUsage) -> Usage:
         input_tokens=None if given is None else given + (cached or 0) + (written or 0),
         output_tokens=usage.output_tokens,
         cached_tokens=cached,
+        cache_write_tokens=written,
     )

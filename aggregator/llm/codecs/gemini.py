@@ -73,6 +73,8 @@ class _Usage(Struct, gc=False):
     candidatesTokenCount: int | None = None  # noqa: N815
     thoughtsTokenCount: int | None = None  # noqa: N815
     cachedContentTokenCount: int | None = None  # noqa: N815
+    toolUsePromptTokenCount: int | None = None  # noqa: N815
+    totalTokenCount: int | None = None  # noqa: N815
 
 
 class Answer(Struct, gc=False):
@@ -264,11 +266,16 @@ def _tool_calls(parts: Sequence[_Part]) -> tuple[ToolCall, ...]:
 
 
 def _usage(usage: _Usage) -> Usage:
-    """Thinking is counted beside the candidates here; ours counts it within the output."""
-    answered, thought = usage.candidatesTokenCount, usage.thoughtsTokenCount
+    """Thinking is counted beside the candidates here, and results of the provider's tools beside the prompt."""
+    given, answered, thought = usage.promptTokenCount, usage.candidatesTokenCount, usage.thoughtsTokenCount
+    if given is not None:
+        given += usage.toolUsePromptTokenCount or 0
+    output = None if answered is None and thought is None else (answered or 0) + (thought or 0)
+    if given is not None and output is not None and usage.totalTokenCount is not None:
+        output = max(output, usage.totalTokenCount - given)  # what is counted in neither is output
     return Usage(
-        input_tokens=usage.promptTokenCount,
-        output_tokens=None if answered is None and thought is None else (answered or 0) + (thought or 0),
+        input_tokens=given,
+        output_tokens=output,
         cached_tokens=usage.cachedContentTokenCount,
         reasoning_tokens=thought,
     )

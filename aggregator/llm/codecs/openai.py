@@ -164,7 +164,14 @@ class OpenAIChat(JSONCodec[Answer]):
         if not answer.choices:
             raise self.empty("choices", reply)
         choices = [self._choice(choice, i, reply) for i, choice in enumerate(answer.choices)]
-        return self.completed(reply, choices, usage=usage_of(answer), model=answer.model, answer_id=answer.id)
+        return self.completed(
+            reply,
+            choices,
+            usage=usage_of(answer),
+            model=answer.model,
+            answer_id=answer.id,
+            service_tier=answer.service_tier,
+        )
 
     def error(self, reply: HTTPReply) -> APIStatusError:
         """Return the error of an error status; for a model of the other API it says how to ask that."""

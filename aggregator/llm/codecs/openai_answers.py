@@ -67,9 +67,10 @@ class WireChoice(Struct, gc=False):
 
 
 class WirePromptDetails(Struct, gc=False):
-    """What part of the input was cached."""
+    """What part of the input was cached, or written to a cache (OpenRouter)."""
 
     cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
 
 
 class WireCompletionDetails(Struct, gc=False):
@@ -83,6 +84,7 @@ class WireUsage(Struct, gc=False):
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    total_tokens: int | None = None
     prompt_tokens_details: WirePromptDetails | None = None
     completion_tokens_details: WireCompletionDetails | None = None
     prompt_cache_hit_tokens: int | None = None
@@ -101,6 +103,7 @@ class Answer(Struct, gc=False):
     id: str | None = None
     error: Any = None
     cost: Any = None
+    service_tier: str | None = None
 
 
 # gc=False throughout: what is decoded holds no cycles, and is gone before a collection would find it.
@@ -245,11 +248,20 @@ def usage_of(answer: Answer) -> Usage:
     cost = answer.cost if usage.cost is None else usage.cost
     return Usage(
         input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
+        output_tokens=_with_rest(usage),
+        cache_write_tokens=None if prompt is None else prompt.cache_write_tokens,
         cached_tokens=other_cached_tokens(usage) if cached is None else cached,
         reasoning_tokens=usage.reasoning_tokens if reasoning is None else reasoning,
         cost=None if cost is None else usd(cost),
     )
+
+
+def _with_rest(usage: WireUsage) -> int | None:
+    """The output tokens, with what the total has beside input and output: thinking, as xAI counts it."""
+    given, answered, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+    if given is None or answered is None or total is None:
+        return answered
+    return max(answered, total - given)
 
 
 def other_cached_tokens(usage: WireUsage) -> int | None:

@@ -62,6 +62,7 @@ class ChatStream(EventReader):
             raise self.codec.fault(failed, HTTPReply(status=200, body=event.data, headers={}))
         self._answer.id = self._answer.id or chunk.id
         self._answer.model = self._answer.model or chunk.model
+        self._answer.service_tier = chunk.service_tier or self._answer.service_tier
         self._answer.usage = _latest(self._answer.usage, chunk.usage)
         self._answer.cost = self._answer.cost if chunk.cost is None else chunk.cost
         return "".join([self._grow(choice) for choice in chunk.choices or ()])

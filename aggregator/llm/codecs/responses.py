@@ -79,6 +79,7 @@ class Answer(Struct, gc=False):
     output: list[Item] | None = None
     status: str | None = None
     usage: WireUsage | None = None
+    service_tier: str | None = None
     body: msgspec.UnsetType | bytes | None = None
 
 
@@ -223,7 +224,8 @@ class OpenAIResponses(JSONCodec[Answer]):
             reason = "tool_calls"
         choice = Choice(message=message, finish_reason=reason, raw_finish_reason=word)
         usage = _usage(answer.usage or WireUsage())
-        return self.completed(reply, [choice], usage=usage, model=answer.model, answer_id=answer.id)
+        tier = answer.service_tier
+        return self.completed(reply, [choice], usage=usage, model=answer.model, answer_id=answer.id, service_tier=tier)
 
     def _failure(self, answer: Answer, reply: HTTPReply) -> LLMError:
         """Return the error of a response that failed, was cancelled or is not finished."""
