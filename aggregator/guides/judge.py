@@ -71,6 +71,8 @@ class LLMJudge:
     call itself failed.
     """
 
+    calls_per_rollout = 1
+
     def __init__(
         self,
         llm: Any = None,

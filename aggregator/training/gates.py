@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from math import comb
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import astuple
+
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.records import Decision, Rollout, Values
@@ -29,7 +32,29 @@ def both(first: Gate, second: Gate) -> Gate:
         return await ask_gate(second, before, after, step) if decision.accepted else decision
 
     gate.__qualname__ = show_call("both", first, second)
+    one, other = cost_of(first), cost_of(second)
+    return costing(gate, Cost(*(x + y for x, y in zip(astuple(one), astuple(other), strict=True))))
+
+
+class Cost(Struct, frozen=True):
+    """Rollouts that a gate runs at most: per instance of the minibatch, per step, and once in a run."""
+
+    per_instance: int = 0
+    per_step: int = 0
+    once: int = 0
+
+
+def costing(gate: Gate, cost: Cost) -> Gate:
+    """State what a gate costs, for `trainer.plan`."""
+    facts: Any = gate
+    facts.cost = cost
     return gate
+
+
+def cost_of(gate: Gate) -> Cost:
+    """Return what a gate states that it costs; nothing for one that states nothing."""
+    cost = getattr(gate, "cost", None)
+    return cost if isinstance(cost, Cost) else Cost()
 
 
 def improves_on_batch(threshold: float = 0.0) -> Gate:
@@ -46,7 +71,7 @@ def improves_on_batch(threshold: float = 0.0) -> Gate:
         return compare(scores_of(known), scores_of(tried), threshold=threshold)
 
     gate.__qualname__ = show_call("improves_on_batch", threshold)
-    return gate
+    return costing(gate, Cost(per_instance=1))
 
 
 def improves_on_validation(dataset: Dataset, threshold: float = 0.0, *, significance: float | None = None) -> Gate:
@@ -68,7 +93,7 @@ def improves_on_validation(dataset: Dataset, threshold: float = 0.0, *, signific
         return compare(scores_of(known), scores_of(tried), threshold=threshold, significance=significance)
 
     gate.__qualname__ = show_call("improves_on_validation", threshold=threshold, significance=significance)
-    return gate
+    return costing(gate, Cost(per_step=len(validation), once=len(validation)))
 
 
 def scores_of(rollouts: Sequence[Rollout]) -> list[float | None]:

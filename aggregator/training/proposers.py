@@ -109,6 +109,11 @@ class LLMOptimizer:
     def __repr__(self) -> str:
         return show_call(type(self).__name__, self.llm)
 
+    @property
+    def calls_per_proposal(self) -> int:
+        """How many calls one proposal takes, repairs excepted."""
+        return self.num_candidates
+
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
         """Return what one instance asks for, or a whole minibatch; raises LLMError if a call failed."""
         step, seen = self._limit(step), join_rollouts(rollouts)
@@ -281,6 +286,11 @@ class TextGradOptimizer(LLMOptimizer):
         )
         self.critic: ChatModel = self.llm if critic is None else as_model(critic)
         self.critic_system_prompt = CRITIC_SYSTEM_PROMPT if critic_system_prompt is None else critic_system_prompt
+
+    @property
+    def calls_per_proposal(self) -> int:
+        """How many calls one proposal takes, repairs excepted: the criticism comes first."""
+        return 1 + self.num_candidates
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
         """Return what the criticism of this instance asks for; raises LLMError if a call failed."""

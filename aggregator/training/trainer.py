@@ -6,6 +6,7 @@ Trace, `AggregatedUpdate` for one, are faces of it (`algorithms.py`). The run it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,11 +16,13 @@ from msgspec.structs import replace
 from aggregator.adapters.agents import as_agent
 from aggregator.adapters.trace import as_optimizer
 from aggregator.agents.parameters import ParameterNode, read
-from aggregator.cassettes.lineage import current_lineage
-from aggregator.errors import ConfigError
+from aggregator.cassettes.lineage import current_lineage, lineage
+from aggregator.checks import check_count
+from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, InstanceAgent, record_failure
 from aggregator.llm.budget import Budget
+from aggregator.llm.ledger import collecting
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
 from aggregator.portal import sync
@@ -43,6 +46,7 @@ from aggregator.training.parts import (
     check_watchers,
 )
 from aggregator.training.plan import Plan, as_run_dir, check, choose_parameters
+from aggregator.training.planning import RunPlan, count_run, with_sample
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
@@ -263,6 +267,53 @@ class Trainer:
         return await run(self, plan, gate, self.budget)
 
     train = sync(atrain)
+
+    async def aplan(
+        self,
+        guide: AnyGuide,
+        train_dataset: Dataset,
+        *,
+        num_epochs: int = 1,
+        batch_size: int = 1,
+        test_dataset: Dataset | None = None,
+        eval_frequency: int = 1,
+        ensure_improvement: bool = False,
+        sample: int = 0,
+        seed: int | None = None,
+    ) -> RunPlan:
+        """Count what `train` with these arguments would do, without running anything.
+
+        With `sample` that many rollouts of the first minibatches are run to measure tokens and cost; the plan says so.
+        Warns (TrainingWarning) of an aggregator that has nothing to merge, and of a run that mostly evaluates. Raises
+        ConfigError for invalid arguments.
+        """
+        plan = check(
+            Plan(
+                guide=guide,
+                train=samples(train_dataset),
+                test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
+                stepsize=as_schedule(0.5),
+                num_epochs=num_epochs,
+                batch_size=batch_size,
+                eval_frequency=eval_frequency,
+                seed=self.seed if seed is None else seed,
+            )
+        )
+        check_count("sample", sample, meaning="0 runs nothing")
+        self._check_parts()
+        gate = both(improves_on_batch(), self.gate) if ensure_improvement else self.gate
+        counted = count_run(plan, rule=self.merging_rule(), search=self.search, gate=gate, optimizer=self._optimizer())
+        for note in counted.notes:
+            warnings.warn(note, TrainingWarning, stacklevel=2)
+        if not sample:
+            return counted
+        chosen = [one for turn in plan.schedule() for one in turn.samples][:sample]
+        step = Step.of(self.agent, guide=guide, samples=chosen)
+        with lineage("plan"), collecting() as ledger:
+            runs = await step.evaluate(step.values, chosen, fresh=True)
+        return with_sample(counted, runs, ledger.totals())
+
+    plan = sync(aplan)
 
     def _concurrency(self, *wanted: int | None) -> int:
         if not self.use_asyncio:

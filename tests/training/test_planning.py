@@ -1,0 +1,113 @@
+"""Planning: what a run would do, counted before anything is paid, and measured on a few rollouts if asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback
+
+from aggregator import AggregatedUpdate, BeamSearch, ConfigError, LLMJudge, LLMOptimizer, Module, ParameterNode
+from aggregator.errors import TrainingWarning
+from aggregator.records import Usage
+from aggregator.rules import majority
+from aggregator.training.gates import both, improves_on_batch, improves_on_validation
+
+
+def trainer(**options: Any) -> AggregatedUpdate:
+    model = ScriptedModel(from_feedback)
+    return AggregatedUpdate(Adder(), LLMOptimizer(llm=model), llm=model, **options)
+
+
+def test_a_plan_counts_what_a_run_then_does() -> None:
+    """Rollouts and calls of the plan are those of the run, and planning runs nothing."""
+    optimizer, merge = ScriptedModel(from_feedback), ScriptedModel("TERMINATE")
+    agent = Adder()
+    own = AggregatedUpdate(agent, LLMOptimizer(llm=optimizer), llm=merge)
+    arguments: dict[str, Any] = {"batch_size": 2, "num_epochs": 2, "test_dataset": additions(3, 3), "eval_frequency": 2}
+    plan = own.plan(exact, additions(3, 6), **arguments)
+    assert (optimizer.asked, merge.asked) == ([], [])
+    assert plan.rollouts == {"training": 12, "evaluation": 12, "gate": 0}
+    assert plan.calls == {"agent": 24, "optimizer": 12, "aggregator": 6, "guide": 0}
+    assert plan.evaluation_share == 0.5
+    result = own.train(exact, additions(3, 6), **arguments)
+    assert sum(len(evaluation.scores) for evaluation in result.evaluations) == plan.rollouts["evaluation"]
+    assert sum(len(report.scores) for report in result.history) == plan.rollouts["training"]
+    assert len(result.history) == plan.steps
+    assert len(optimizer.asked) <= plan.calls["optimizer"]
+    assert str(plan).startswith("6 steps, 24 rollouts (12 training, 12 evaluation, 0 gate), 50% of them evaluation\n")
+
+
+@pytest.mark.parametrize(
+    ("gate", "rollouts"),
+    [
+        (improves_on_batch(), 6),
+        (improves_on_validation(additions(3, 5)), 20),
+        (both(improves_on_batch(), improves_on_validation(additions(3, 5))), 26),
+    ],
+)
+def test_what_a_gate_costs(gate: Any, rollouts: int) -> None:
+    """The minibatch once more, or the validation set for each candidate and once for the current values."""
+    assert trainer(gate=gate).plan(exact, additions(3, 6), batch_size=2).rollouts["gate"] == rollouts
+
+
+def test_what_a_search_costs() -> None:
+    """Each of 3 explored candidates runs the minibatch, and each of their 2 new ones is tried on it."""
+    model = ScriptedModel(from_feedback)
+    search = BeamSearch(Adder(), LLMOptimizer(llm=model), num_candidates=3, num_proposals=2, rule=majority)
+    plan = search.plan(exact, additions(3, 4), batch_size=2)
+    assert plan.rollouts == {"training": 12, "evaluation": 0, "gate": 24}
+
+
+def test_calls_of_a_judge_and_of_several_candidates() -> None:
+    """A judge is called once a rollout; an optimizer as often as it makes candidates."""
+    model = ScriptedModel(from_feedback)
+    own = AggregatedUpdate(Adder(), LLMOptimizer(llm=model, num_candidates=3), llm=model)
+    plan = own.plan(LLMJudge(model), additions(3, 4), batch_size=2)
+    assert (plan.calls["guide"], plan.calls["optimizer"]) == (4, 12)
+
+
+def test_an_aggregator_that_is_idle() -> None:
+    """With the seed's batch_size=1 nothing is ever merged."""
+    with pytest.warns(TrainingWarning, match="aggregator is idle: batch_size=1 .* larger batch_size"):
+        plan = trainer().plan(exact, additions(3, 3))
+    assert (plan.calls["aggregator"], "aggregator is idle" in str(plan)) == (0, True)
+
+
+def test_a_run_that_mostly_evaluates() -> None:
+    """With the seed's eval_frequency=1 the test set is run after every step."""
+    with pytest.warns(TrainingWarning, match="30 of 34 rollouts evaluate the test set"):
+        trainer().plan(exact, additions(3, 4), batch_size=2, test_dataset=additions(3, 10))
+
+
+class Asking(Module):
+    """Calls its model twice for each input."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.prompt = ParameterNode("Add.")
+
+    async def forward(self, x: int) -> int:
+        for _ in range(2):
+            await self.llm.complete([{"role": "user", "content": f"{self.prompt} {x}"}])
+        return x
+
+
+def test_a_sample_measures_tokens_and_cost() -> None:
+    """Four rollouts are run and extrapolated; the plan says that they were, and what it leaves out."""
+    student = ScriptedModel("3", usage=Usage(input_tokens=10, output_tokens=5, cost=0.001, calls=1))
+    optimizer = ScriptedModel("TERMINATE")
+    own = AggregatedUpdate(Asking(student), LLMOptimizer(llm=optimizer), llm=optimizer)
+    plan = own.plan(exact, additions(3, 8), batch_size=4, sample=4)
+    assert (len(student.asked), len(optimizer.asked)) == (8, 0)
+    assert (plan.sampled, plan.calls["agent"]) == (4, 16)
+    assert plan.usage["agent"] == Usage(input_tokens=160, output_tokens=80, cost=0.016, calls=16)
+    assert plan.cost == pytest.approx(0.016)
+    assert "4 rollouts were run to measure this" in str(plan)
+
+
+@pytest.mark.parametrize("options", [{"sample": -1}, {"sample": True}, {"batch_size": 0}, {"num_epochs": -1}])
+def test_bad_arguments(options: dict[str, Any]) -> None:
+    """What `train` refuses is refused here too."""
+    with pytest.raises(ConfigError):
+        trainer().plan(exact, additions(3, 3), **options)
