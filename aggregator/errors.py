@@ -297,16 +297,31 @@ _TRANSIENT = (APIConnectionError, RateLimitError, ServerError, ResponseError)
 
 _OWN = (ContextLengthError, ContentFilterError, TruncatedError)
 
+_OF_EVERY_REQUEST = (
+    r"api[_ -]?key|credit balance|billing|quota|model_not_found|unknown_model|model identifier is invalid"
+    r"|model \S+ (?:(?:was |is )?not found|does not exist|is not supported)|(?:not a valid|invalid|unknown) model"
+)
+"""What a 400 says that comes to every request: some providers answer so to a wrong key, no credit, an unknown model."""
+
+_OF_ONE_REQUEST = r"moderat|flagged|content[ _-]?(?:filter|policy|management)|responsible ?ai|safety|usage polic|violat"
+"""What a 403 says that comes to this request alone: OpenRouter answers so to a prompt that was flagged."""
+
 
 def ends_run(error: BaseException) -> bool:
-    """Return True if no further call can succeed: a cassette's miss, the budget, authentication, a wrong request.
+    """Return True if no further call can succeed: a cassette's miss, the budget, authentication, an unknown model.
 
-    A prompt that is too long, filtered or cut is the doing of the parameters on this one instance, so it ends nothing.
+    A request that is refused by itself (content filter, flagged prompt, bad image, too long) ends nothing.
     """
+    import re  # here, as production code that only loads parameters needs none
+
     if isinstance(error, _OWN):
         return False
     if isinstance(error, QuotaError | CassetteError | BudgetExceededError | ConfigError):
         return True
+    if isinstance(error, BadRequestError):
+        return re.search(_OF_EVERY_REQUEST, f"{error.code} {error.message}", re.IGNORECASE) is not None
+    if isinstance(error, PermissionDeniedError):
+        return re.search(_OF_ONE_REQUEST, f"{error.code} {error.message}", re.IGNORECASE) is None
     return isinstance(error, LLMError) and not isinstance(error, _TRANSIENT)
 
 

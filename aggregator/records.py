@@ -201,11 +201,18 @@ class Sample(Struct, frozen=True):
     info: Any = None
 
 
+Kept = Literal["best", "last"]
+"""Which values of a run are meant: the best on its validation set, or the last."""
+
 Stage = Literal["agent", "guide", "proposal", "aggregation", "evaluation"]
 
 
 class Failure(Struct, frozen=True, kw_only=True):
-    """What went wrong, where. `infrastructure` tells a lost call (no fault of the agent) from an agent's own error."""
+    """What went wrong, where. `infrastructure` tells a lost call (no fault of the agent) from an agent's own error.
+
+    For an error of code that the user wrote `where` is its innermost line ("agent.py:12 in forward") and `traceback`
+    the way there; both are "" for one of trained code or of the library. They hold file names, never paths.
+    """
 
     stage: Stage
     error: str
@@ -214,6 +221,8 @@ class Failure(Struct, frozen=True, kw_only=True):
     epoch: int | None = None
     step: int | None = None
     infrastructure: bool = False
+    where: str = ""
+    traceback: str = ""
 
 
 class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it refers to it
@@ -315,6 +324,7 @@ class StepReport(Struct, frozen=True, kw_only=True):
     sources: Mapping[str, tuple[int, ...]] = {}
     failures: tuple[Failure, ...] = ()
     test_score: float | None = None
+    validation_score: float | None = None
     usage: Mapping[str, Usage] = {}
 
     def __repr__(self) -> str:
@@ -352,6 +362,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
     The names are those of classes and functions. `parameters` are the values that the run starts from, `steps` counts
     the steps of the whole run. `finished_steps` and `usage` are what a resumed run has done and spent before.
     `sandboxes` says where the trained code of each operation runs: "process", "monty 1.4.0", or "none" (this process).
+    `skipped_samples` are left out.
     """
 
     trainer: str
@@ -370,6 +381,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
     finished_steps: int = 0
     usage: Mapping[str, Usage] = {}
     sandboxes: Mapping[str, str] = {}
+    skipped_samples: tuple[int, ...] = ()
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
@@ -387,7 +399,8 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
     `id` is the step that made it and its number there, `parent` the candidate that it was proposed for, `sample_ids`
     are the samples whose proposals made it, `sources` those for each parameter that it changes. `scores` maps an
-    instance's id to the sum of its scores and their count.
+    instance's id to the sum of its scores and their count; `lost` are the ids of those on which it was tried and not
+    judged, whose calls failed.
     """
 
     id: str
@@ -398,6 +411,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     reasoning: str = ""
     sample_ids: tuple[int, ...] = ()
     sources: Mapping[str, tuple[int, ...]] = {}
+    lost: tuple[str, ...] = ()
 
     @property
     def score(self) -> float | None:
@@ -415,7 +429,11 @@ class Candidate(Struct, frozen=True, kw_only=True):
 class TrainingResult(Struct, frozen=True, kw_only=True):
     """What a run reached. Holds no times and no paths: the same seed and cassette give the same bytes.
 
-    `candidates` are what a search remembers in the end, the one in force first.
+    `candidates` are what a search remembers in the end, the one in force first. `skipped_samples` were left out.
+
+    `parameters` are those that the agent has in the end: the best or the last ones, as `kept` says. `best_parameters`
+    are the best on the validation set, after `best_step` steps; without such a set they are the last ones. The score
+    that chose them (`validations`) was used for selection, so that only a test set says how good they are.
     """
 
     parameters: Values
@@ -427,6 +445,11 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
     warnings: Sequence[str] = ()
     usage: Mapping[str, Usage] = {}
     candidates: Sequence[Candidate] = ()
+    skipped_samples: Sequence[int] = ()
+    validations: Sequence[Evaluation] = ()
+    kept: Kept = "last"
+    last_parameters: Values = {}
+    best_step: int | None = None
 
     @property
     def provenance(self) -> dict[str, list[dict[str, Any]]]:

@@ -200,10 +200,15 @@ def result_text(result: TrainingResult) -> str:
     kept = [name for name in result.parameters if name not in changed]
     refused = [report for report in result.history if report.update and not report.decision.accepted]
     scores = {"test score": result.test_scores, "train score": result.train_scores}
+    validated = [evaluation.score for evaluation in result.validations]
     steps = _counted(len(result.history), "step")
     lines = [
         f"TrainingResult: {steps}, {sum(report.decision.accepted for report in result.history)} updates applied",
         *(_course(name, values, "->") for name, values in scores.items()),
+        _course("validation score (used for selection)", validated, "->"),
+        f"kept: the {result.kept} values" + (f", of step {result.best_step}" if result.kept == "best" else "")
+        if result.validations
+        else "",
         f"changed: {', '.join(changed)}" if changed else "no parameter changed",
         f"unchanged: {', '.join(kept)}" if kept else "",
         f"refused: {_counted(len(refused), 'update')}, the last: {refused[-1].decision.reason}" if refused else "",

@@ -13,7 +13,7 @@ from types import new_class
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from aggregator.agents.parameters import CODE, ParameterNode, index, operation_of, read, write
 from aggregator.agents.values import carried_by_json, describe_type
@@ -25,13 +25,17 @@ VERSION = 1
 
 
 class Artefact(Struct, frozen=True, kw_only=True):
-    """Parameter values by name; `types` is for readers, `provenance` says where the values come from."""
+    """Parameter values by name; `types` is for readers, `provenance` says where the values come from.
+
+    `values` says which values of a training run they are: "best" or "last".
+    """
 
     format: str
     version: int
     parameters: dict[str, Any]
     types: Mapping[str, str] = {}
     provenance: dict[str, Any] = {}
+    values: str | UnsetType = UNSET
 
 
 def write_artefact(
@@ -40,13 +44,19 @@ def write_artefact(
     *,
     types: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    which: str | None = None,
 ) -> None:
     """Write values to a JSON file, in folders made for it: a reader finds the old file or the new one, never a part.
 
     Raises ParameterError where nothing can be written there.
     """
     artefact = Artefact(
-        format=FORMAT, version=VERSION, parameters=values, types=types or {}, provenance=dict(provenance or {})
+        format=FORMAT,
+        version=VERSION,
+        parameters=values,
+        types=types or {},
+        provenance=dict(provenance or {}),
+        values=UNSET if which is None else which,
     )
     try:
         text = msgspec.json.format(msgspec.json.encode(artefact), indent=2) + b"\n"
@@ -138,7 +148,25 @@ class Module:
         """
         parameters = _carried(self.parameters_dict())
         types = {name: describe_type(parameter.type) for name, parameter in parameters.items()}
-        write_artefact(path, read(parameters.values()), types=types, provenance=provenance)
+        values = read(parameters.values())
+        which, applied = getattr(self, "_applied", ("", None))
+        is_known = applied is not None and all(values.get(name) == value for name, value in applied.items())
+        write_artefact(path, values, types=types, provenance=provenance, which=which if is_known else None)
+
+    def apply(self, values: Mapping[str, Any], *, which: str = "") -> None:
+        """Put values into the parameters of these names, all of them or none, as `agent.apply(result.best_parameters)`.
+
+        `which` names them ("best", "last"); `save` writes it down as long as the parameters have these values. Raises
+        ParameterError for a name that is no parameter's, and for a value that does not fit.
+        """
+        parameters = self.parameters_dict()
+        if unknown := [name for name in values if name not in parameters]:
+            raise ParameterError(
+                f"Expected values of the parameters {', '.join(parameters)} of {type(self).__name__}, got "
+                f"{', '.join(map(repr, unknown))}"
+            )
+        write([parameters[name] for name in values], dict(values))
+        object.__setattr__(self, "_applied", (which, read([parameters[name] for name in values]) if which else None))
 
     def load(self, path: Path, *, code: bool | str | Collection[str] = False) -> dict[str, Any]:
         """Take over the values of a file that `save` wrote, all of them or none; returns its provenance.

@@ -19,6 +19,7 @@ from aggregator.agents.parameters import ParameterNode, by_name, lay_over
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import current_lineage, current_role, lineage, lineage_at
 from aggregator.errors import ConfigError, ends_run, is_infrastructure, is_own
+from aggregator.executors.blame import check_output, is_bug, traceback_of, where_of
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
 from aggregator.guides.calling import Call, judge
 from aggregator.protocols import Agent
@@ -116,6 +117,7 @@ class AgentWork:
             with transcript() if task.capture else nullcontext() as seen:
                 try:
                     ran = await agent.run(task, self.call)
+                    check_output(ran.output)
                 except BaseException as error:  # the boundary: whatever an agent raises becomes a record
                     if not is_own(error):
                         raise
@@ -226,7 +228,7 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def failure(stage: Stage, error: BaseException, *, sample_id: int | None = None) -> Failure:
-    """Record an error: class and message, never a traceback with addresses."""
+    """Record an error: class and message, and where the user's code raised it; no addresses and no paths."""
     cause = root_of(error)
     name = type(cause).__name__
     message = show_error(cause, MESSAGE_LIMIT).removeprefix(name).removeprefix(": ") or name
@@ -236,4 +238,6 @@ def failure(stage: Stage, error: BaseException, *, sample_id: int | None = None)
         message=message.encode(errors="backslashreplace").decode(),  # a lone surrogate fits neither file nor prompt
         sample_id=sample_id,
         infrastructure=is_infrastructure(cause),
+        where=where_of(cause, stage) if is_bug(cause) else "",
+        traceback=traceback_of(cause) if is_bug(cause) else "",
     )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aggregator.checks import accepts, is_async
+from aggregator.checks import accepts, is_async, is_finite
 from aggregator.errors import ConfigError, GuideError
 
 Call = Callable[..., Awaitable[Any]]
@@ -41,6 +41,15 @@ def check_guide(guide: Any) -> None:
         raise ConfigError(
             f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}"
         )
+    declared_minimum(guide)
+
+
+def declared_minimum(guide: Any) -> float | None:
+    """Return the lowest score that a guide can give, which it may declare as `min_score`; else None."""
+    lowest = getattr(guide, "min_score", None)
+    if lowest is not None and not is_finite(lowest):
+        raise ConfigError(f"Expected min_score of the guide {_name(guide)} to be a finite number, got {lowest!r}")
+    return None if lowest is None else float(lowest)
 
 
 def verdict_of(answer: Any, guide: Any) -> tuple[float | None, str]:
@@ -77,7 +86,10 @@ def _number(score: Any, guide: Any) -> float:
 
 
 def _unusable(guide: Any, got: str) -> GuideError:
-    name = getattr(guide, "__qualname__", type(guide).__qualname__)
     return GuideError(
-        f"Expected a score or (score, feedback), the score a finite number, from the guide {name}, got {got}"
+        f"Expected a score or (score, feedback), the score a finite number, from the guide {_name(guide)}, got {got}"
     )
+
+
+def _name(guide: Any) -> str:
+    return str(getattr(guide, "__qualname__", type(guide).__qualname__))

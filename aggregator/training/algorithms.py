@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -18,7 +19,7 @@ from aggregator.text import shorten
 from aggregator.training.asking import Answer, Parameters, ask_or_fail, read_reply
 from aggregator.training.batches import Dataset
 from aggregator.training.decisions import AnyOptimizer, Check, Gate, UpdateRule
-from aggregator.training.merge import LLMMerge
+from aggregator.training.merge import LLMMerge, names_beyond
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
 from aggregator.training.replies import parse_reply
 from aggregator.training.rules import identity
@@ -41,6 +42,7 @@ class Minibatch(Trainer):
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         budget: Budget | None = None,
         max_concurrency: int = MAX_CONCURRENCY,
@@ -54,6 +56,7 @@ class Minibatch(Trainer):
             rule=identity if rule is None else rule,
             gate=gate,
             checks=checks,
+            skip_samples=skip_samples,
             executor=executor,
             observers=observers,
             logger=logger,
@@ -89,6 +92,7 @@ class AggregatedUpdate(Minibatch):
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         budget: Budget | None = None,
         max_concurrency: int = MAX_CONCURRENCY,
@@ -104,6 +108,7 @@ class AggregatedUpdate(Minibatch):
             rule=rule,
             gate=gate,
             checks=checks,
+            skip_samples=skip_samples,
             executor=executor,
             observers=observers,
             logger=logger,
@@ -169,17 +174,18 @@ class _HookedMerge(LLMMerge):
             raise ConfigError(f"Expected a dict {{name: value}} from to_param_dict, got {shorten(named)}")
         return dict(named)
 
-    async def ask(self, messages: list[dict[str, str]], step: Step) -> Answer | Exception:
+    async def ask(self, messages: list[dict[str, str]], step: Step, about: Step) -> Answer | Exception:
         """Return the answer, as the hooks read it."""
         structured = "extract_llm_suggestion" not in self.hooks
+        read = partial(self.read, step=step, ignored=names_beyond(step, about))
         return await ask_or_fail(
-            self.llm, messages, step.parameters, max_tokens=self.max_tokens, read=self.read, structured=structured
+            self.llm, messages, about.parameters, max_tokens=self.max_tokens, read=read, structured=structured
         )
 
-    def read(self, text: str, parameters: Parameters) -> Answer:
+    def read(self, text: str, parameters: Parameters, *, step: Step, ignored: Collection[str]) -> Answer:
         """Read a reply by the hooks that are overridden, and by our own rules for the rest."""
         if not {"extract_llm_suggestion", "construct_update_dict"} & set(self.hooks):
-            return read_reply(text, parameters)
+            return read_reply(text, parameters, ignored=ignored)
         reasoning = ""
         try:
             if "extract_llm_suggestion" in self.hooks:
@@ -192,10 +198,11 @@ class _HookedMerge(LLMMerge):
         if not isinstance(suggestion, Mapping):
             raise ConfigError(f"Expected a dict from extract_llm_suggestion, got {shorten(suggestion)}")
         if "construct_update_dict" in self.hooks:
-            update: Any = self.trainer.construct_update_dict(list(parameters), dict(suggestion))
+            update: Any = self.trainer.construct_update_dict(list(step.parameters), dict(suggestion))
             if not isinstance(update, Mapping):
                 raise ConfigError(f"Expected a dict from construct_update_dict, got {shorten(update)}")
             suggestion = {str(getattr(key, "name", key)): value for key, value in update.items()}
+        suggestion = {key: value for key, value in suggestion.items() if key not in ignored}
         values, refused = convert_suggestion(suggestion, parameters)
         return Answer(values=values, reasoning=reasoning, error="; ".join(refused.values()) or None)
 
@@ -213,6 +220,7 @@ class MinibatchAlgorithm(Minibatch):
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         budget: Budget | None = None,
         max_concurrency: int = MAX_CONCURRENCY,
@@ -227,6 +235,7 @@ class MinibatchAlgorithm(Minibatch):
             rule=rule,
             gate=gate,
             checks=checks,
+            skip_samples=skip_samples,
             executor=executor,
             observers=observers,
             logger=logger,
@@ -255,6 +264,7 @@ class BasicSearchAlgorithm(MinibatchAlgorithm):
         validate_guide: AnyGuide | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         budget: Budget | None = None,
         max_concurrency: int = MAX_CONCURRENCY,
@@ -269,6 +279,7 @@ class BasicSearchAlgorithm(MinibatchAlgorithm):
             search=BestOf(num_proposals, validate_dataset, validate_guide),
             gate=gate,
             checks=checks,
+            skip_samples=skip_samples,
             executor=executor,
             observers=observers,
             logger=logger,
@@ -303,6 +314,7 @@ class PrioritySearch(Minibatch):
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         budget: Budget | None = None,
         max_concurrency: int = MAX_CONCURRENCY,
@@ -326,6 +338,7 @@ class PrioritySearch(Minibatch):
             ),
             gate=gate,
             checks=checks,
+            skip_samples=skip_samples,
             executor=executor,
             observers=observers,
             logger=logger,
@@ -361,6 +374,7 @@ class BeamSearch(PrioritySearch):
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         budget: Budget | None = None,
         max_concurrency: int = MAX_CONCURRENCY,
@@ -381,6 +395,7 @@ class BeamSearch(PrioritySearch):
             ),
             gate=gate,
             checks=checks,
+            skip_samples=skip_samples,
             executor=executor,
             observers=observers,
             logger=logger,
@@ -409,6 +424,7 @@ class SequentialSearch(PrioritySearch):
         rule: UpdateRule | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         budget: Budget | None = None,
         max_concurrency: int = MAX_CONCURRENCY,
@@ -426,6 +442,7 @@ class SequentialSearch(PrioritySearch):
             ),
             gate=gate,
             checks=checks,
+            skip_samples=skip_samples,
             executor=executor,
             observers=observers,
             logger=logger,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator.agents.parameters import ParameterNode
-from aggregator.errors import LLMError, SuggestionError, TruncatedError, ends_run
+from aggregator.errors import (
+    BadRequestError,
+    ContentFilterError,
+    LLMError,
+    PermissionDeniedError,
+    SuggestionError,
+    TruncatedError,
+    ends_run,
+)
 from aggregator.llm.models import complete_own
 from aggregator.protocols import ChatModel
 from aggregator.records import Values
-from aggregator.training.prompts import repair_messages
+from aggregator.training.prompts import repair_messages, shorter_messages
 from aggregator.training.replies import parse_reply
 from aggregator.training.suggestions import convert_suggestion, response_schema
 
@@ -35,15 +43,16 @@ Read = Callable[[str, Parameters], Answer]
 """Reads a reply into values for these parameters."""
 
 
-def read_reply(text: str, parameters: Parameters) -> Answer:
-    """Read one reply into values of the parameters' own types."""
+def read_reply(text: str, parameters: Parameters, *, ignored: Collection[str] = ()) -> Answer:
+    """Read one reply into values of the parameters' own types; what it has under `ignored` names is left out."""
     try:
         reply = parse_reply(text)
     except SuggestionError as error:
         return Answer(error=str(error))
     if reply.terminate or reply.suggestion is None:
         return Answer(reasoning=reply.reasoning)
-    values, refused = convert_suggestion(reply.suggestion, parameters)
+    suggestion = {key: value for key, value in reply.suggestion.items() if key not in ignored}
+    values, refused = convert_suggestion(suggestion, parameters)
     return Answer(values=values, reasoning=reply.reasoning, error="; ".join(refused.values()) or None)
 
 
@@ -73,28 +82,37 @@ async def ask(
 
     A reply that cannot be read without guessing, and a value that cannot become its parameter's type or that `refuse`
     refuses, is asked for once more with the reason quoted. What is still wrong then is left out and named in `error`.
-    `schema` makes the `response_format`. With `structured=False` the reply has whatever form `read` knows: no schema is
-    sent, and nothing is asked again.
+    A reply that was cut is not quoted: the second one is asked to be shorter, and has twice the room. Where the second
+    call itself is refused (too long, a filter) the first reply is what counts. `schema` makes the `response_format`.
+    With `structured=False` the reply has whatever form `read` knows: no schema is sent, and nothing is asked again.
     """
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
     if structured:  # validate=str: any text will do for the client, `read` is the judge
         options |= {"response_format": schema(parameters), "validate": str}
 
-    async def once(messages: list[dict[str, str]]) -> tuple[str, Answer]:
+    async def once(messages: list[dict[str, str]], limit: int) -> tuple[str, Answer, bool]:
         try:
-            completion = await complete_own(llm, messages, **options)
+            completion = await complete_own(llm, messages, **options | {"max_tokens": limit})
         except TruncatedError as error:
-            return error.text, Answer(error=str(error))
+            return error.text, Answer(error=str(error)), True
         if completion.finish_reason == "length":
-            return completion.text, Answer(error=f"the reply was cut at the limit of {max_tokens} tokens")
+            return completion.text, Answer(error=f"the reply was cut at the limit of {limit} tokens"), True
         answer = read(completion.text, parameters)
-        return completion.text, answer if refuse is None else leave_out(answer, refuse(answer.values))
+        return completion.text, answer if refuse is None else leave_out(answer, refuse(answer.values)), False
 
-    text, answer = await once(messages)
+    text, answer, is_cut = await once(messages, max_tokens)
     if answer.error is None or not structured:
         return answer
-    _, repaired = await once(repair_messages(messages, text, answer.error))
+    try:
+        if is_cut:
+            _, repaired, _ = await once(shorter_messages(messages, text, max_tokens), 2 * max_tokens)
+        else:
+            _, repaired, _ = await once(repair_messages(messages, text, answer.error), max_tokens)
+    except (BadRequestError, ContentFilterError, PermissionDeniedError) as error:
+        if ends_run(error):
+            raise
+        return answer
     return repaired
 
 

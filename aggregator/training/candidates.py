@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from aggregator.records import Candidate, Decision, Values
+from aggregator.training.evaluation import lowest_of
 from aggregator.training.gates import compare
 from aggregator.training.prompts import sort_sets
 
@@ -20,23 +21,33 @@ def plain(values: Values) -> Values:
     return found
 
 
-def with_scores(candidate: Candidate, scores: Iterable[tuple[int, float | None]]) -> Candidate:
+def with_scores(
+    candidate: Candidate, scores: Iterable[tuple[int, float | None]], lost: Iterable[int] = ()
+) -> Candidate:
     """Return the candidate with more scores, each under its sample's id; a score of None says nothing.
 
-    >>> with_scores(Candidate(id="0.0", values={}), [(3, 1.0), (3, 0.0), (5, None)]).scores
-    {'3': (1.0, 2)}
+    `lost` are the samples on which it was tried and not judged.
+
+    >>> candidate = with_scores(Candidate(id="0.0", values={}), [(3, 1.0), (3, 0.0), (5, None)], lost=[5])
+    >>> candidate.scores, candidate.lost
+    ({'3': (1.0, 2)}, ('5',))
     """
+    gone = {*candidate.lost, *map(str, lost)}
     known = dict(candidate.scores)
     for sample_id, score in scores:
         if score is not None:
             total, count = known.get(str(sample_id), (0.0, 0))
             known[str(sample_id)] = (total + score, count + 1)
-    return replace(candidate, scores=known)
+    return replace(candidate, scores=known, lost=tuple(sorted(gone - set(known))))
 
 
 def mean_score(candidate: Candidate) -> float:
-    """Return the mean score, that of a candidate without scores below any other."""
-    return -inf if candidate.score is None else candidate.score
+    """Return the mean score, that of a candidate without scores below any other; lost instances count as the lowest."""
+    scores = [_mean_of(entry) for entry in candidate.scores.values()]
+    if not scores:
+        return -inf
+    scores += [lowest_of(scores)] * len(candidate.lost)
+    return sum(scores) / len(scores)
 
 
 def upper_bound(candidate: Candidate, trials: int, constant: float) -> float:
@@ -52,15 +63,16 @@ def upper_bound(candidate: Candidate, trials: int, constant: float) -> float:
     return candidate.score + constant * sqrt(log(max(trials, 1)) / candidate.trials)
 
 
-def compare_on_shared(before: Candidate, after: Candidate) -> Decision:
-    """Decide between two candidates on the instances that both have been tried on."""
-    shared = [key for key in before.scores if key in after.scores]
-    return compare(*([_mean_of(candidate.scores[key]) for key in shared] for candidate in (before, after)))
+def compare_on_shared(before: Candidate, after: Candidate, min_score: float | None = None) -> Decision:
+    """Decide between two candidates on the instances that both have been tried on; those lost are as in `compare`."""
+    shared = [key for key in before.scores if key in after.scores or key in after.lost]
+    tried = [_mean_of(after.scores[key]) if key in after.scores else None for key in shared]
+    return compare([_mean_of(before.scores[key]) for key in shared], tried, min_score=min_score)
 
 
-def gain(before: Candidate, after: Candidate) -> float:
+def gain(before: Candidate, after: Candidate, min_score: float | None = None) -> float:
     """Return by how much the mean score differs on the instances that both have been tried on."""
-    decision = compare_on_shared(before, after)
+    decision = compare_on_shared(before, after, min_score)
     return -inf if decision.before is None or decision.after is None else decision.after - decision.before
 
 

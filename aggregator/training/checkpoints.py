@@ -11,8 +11,9 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.errors import TrainingError
+from aggregator.executors.blame import failures_left
 from aggregator.files import write_atomically
-from aggregator.records import Candidate, Evaluation, Failure, StepReport, TrainingResult, Usage, Values
+from aggregator.records import Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values
 from aggregator.text import canonical_json, show
 
 VERSION = 1
@@ -45,11 +46,24 @@ Memory = dict[str, Known]
 """The scores that a run remembers, by the digest of the values."""
 
 
+class Streak(Struct, frozen=True, kw_only=True):
+    """What the rollouts of a run under its current values have come to, in the order of the samples.
+
+    `succeeded` says that one instance has been run and judged; `length` counts the latest rollouts that failed in the
+    same way, `key`, under the same values.
+    """
+
+    succeeded: bool = False
+    key: tuple[str, ...] = ()
+    length: int = 0
+
+
 class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
     """All that a run must remember between two steps. `steps` counts the finished ones.
 
     `memory` is what gates remember, and the pool of a search under CANDIDATES; `scores` is what evaluations found out.
-    `broken_off` says that calls failed until the run ended: a resumed run makes them again.
+    `skipped` are the ids of the training samples that are left out. `broken_off` says that calls failed until the run
+    ended: a resumed run makes them again.
     """
 
     initial: Values
@@ -58,9 +72,12 @@ class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
     history: tuple[StepReport, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     best: Values | None = None
-    best_score: float | None = None
+    best_step: int | None = None
+    validations: tuple[Evaluation, ...] = ()
     memory: dict[str, Any] = {}
     scores: Memory = {}
+    streak: Streak = Streak()
+    skipped: tuple[int, ...] = ()
     broken_off: bool = False
 
 
@@ -143,22 +160,29 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
     return checkpoint.state
 
 
-def result_of(state: RunState, parameters: Values) -> TrainingResult:
-    """Make the result of where a run stands."""
+def result_of(state: RunState, parameters: Values, kept: Kept) -> TrainingResult:
+    """Make the result of where a run stands; `parameters` are the last values."""
     from aggregator.llm.ledger import total_by_role
 
-    reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations]
+    reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations, *state.validations]
+    best = parameters if state.best is None else state.best
     usage = total_by_role(report.usage for report in reports)
+    failures = tuple(failure for report in reports for failure in report.failures)
     return TrainingResult(
-        parameters=parameters,
-        best_parameters=parameters if state.best is None else state.best,
+        parameters=best if kept == "best" else parameters,
+        best_parameters=best,
         initial_parameters=state.initial,
         history=state.history,
         evaluations=state.evaluations,
-        failures=tuple(failure for report in reports for failure in report.failures),
-        warnings=tuple(_warnings(usage)),
+        failures=failures,
+        warnings=(*failures_left(failures), *_warnings(usage)),
         usage=usage,
         candidates=candidates_in(state.memory),
+        skipped_samples=state.skipped,
+        validations=state.validations,
+        kept=kept,
+        last_parameters=parameters,
+        best_step=state.best_step,
     )
 
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from msgspec.structs import replace
+
 from aggregator.adapters.agents import CalledAgent, as_agent
 from aggregator.agents.parameters import overriding, values_of
 from aggregator.cassettes.lineage import current_lineage
@@ -16,7 +18,7 @@ from aggregator.checks import check_positive
 from aggregator.errors import TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork
-from aggregator.guides.calling import check_guide
+from aggregator.guides.calling import check_guide, declared_minimum
 from aggregator.portal import sync_function
 from aggregator.protocols import Agent, AnyGuide
 from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
@@ -83,8 +85,9 @@ class Evaluations:
         keys = [(_key(judge, sample, i), sample, i) for sample in samples for i in range(repeats)]
         async with self._locks.setdefault((name, judge), asyncio.Lock()):
             known = {} if fresh or name not in self.known else self.known[name].scores
-            missing = {key: self._task(typed, place, sample, i) for key, sample, i in keys if key not in known}
-            made = await self._run(list(missing.values()), guide) if missing else ()
+            lowest = self._min_score if guide is self._guide else declared_minimum(guide)
+            missing = {key: _task(typed, place, sample, i, lowest) for key, sample, i in keys if key not in known}
+            made = await run_again(self._run, list(missing.values()), guide) if missing else ()
             new = dict(zip(missing, made, strict=True))
             self._remember(step, name, new)
         return [new[key] if key in new else _recall(known[key], sample, i) for key, sample, i in keys]
@@ -97,16 +100,6 @@ class Evaluations:
             check_guide(guide)
             self._guides[id(guide)] = (guide, guide_digest(guide))
         return self._guides[id(guide)][1]
-
-    def _task(self, values: Values, place: tuple[str, ...], sample: Sample, repeat: int) -> RolloutTask:
-        return RolloutTask(
-            sample=sample,
-            values=values,
-            lineage=(*place, f"sample={sample.id}", *((f"repeat={repeat}",) if repeat else ())),
-            capture=False,
-            repeat=repeat,
-            min_score=self._min_score,
-        )
 
     def _remember(self, step: int, name: str, rollouts: dict[str, Rollout]) -> None:
         """Add scores, except of instances that were lost: they say nothing of the values."""
@@ -127,6 +120,17 @@ class Evaluations:
         self.known = {name: self.known[name] for name in kept}
         self._locks = {}
         return dict(self.known)
+
+
+def _task(values: Values, place: tuple[str, ...], sample: Sample, repeat: int, lowest: float | None) -> RolloutTask:
+    return RolloutTask(
+        sample=sample,
+        values=values,
+        lineage=(*place, f"sample={sample.id}", *((f"repeat={repeat}",) if repeat else ())),
+        capture=False,
+        repeat=repeat,
+        min_score=lowest,
+    )
 
 
 def _key(judge: str, sample: Sample, repeat: int) -> str:
@@ -159,6 +163,38 @@ def guide_digest(guide: Any) -> str:
 def is_lost(record: Failure) -> bool:
     """Return True if an instance was lost: a call, the guide or the optimizer failed, and the agent did not."""
     return record.infrastructure or (record.stage != "agent" and record.error != "SuggestionError")
+
+
+def is_crash(run: Rollout) -> bool:
+    """Return True if the agent itself failed, which is the worst that it can do."""
+    return run.failure is not None and not is_lost(run.failure)
+
+
+def lowest_of(*series: Sequence[float | None], min_score: float | None = None) -> float:
+    """Return what an instance counts on which the agent failed: `min_score`, else the lowest score, at most 0.
+
+    >>> lowest_of([0.5, None], [0.9]), lowest_of([-2.0]), lowest_of([0.5], min_score=0.1)
+    (0.0, -2.0, 0.1)
+    """
+    if min_score is not None:
+        return min_score
+    return min(0.0, *(score for scores in series for score in scores if score is not None), 0.0)
+
+
+def scores_of(rollouts: Sequence[Rollout], lowest: float | None = None) -> list[float | None]:
+    """Return the score of each rollout: `lowest` where the agent failed, None for an instance that was not judged."""
+    return [lowest if run.score is None and is_crash(run) else run.score for run in rollouts]
+
+
+async def run_again(run: RunTasks, tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:
+    """Run tasks, and those once more whose calls were lost, under `retry=1` of their lineage."""
+    found = list(await run(tasks, guide))
+    due = [i for i, rollout in enumerate(found) if rollout.failure is not None and rollout.failure.infrastructure]
+    if due:
+        again = [replace(tasks[i], lineage=(*tasks[i].lineage, "retry=1")) for i in due]
+        for i, rollout in zip(due, await run(again, guide), strict=True):
+            found[i] = rollout
+    return found
 
 
 def alone(agent: Agent) -> RunTasks:
@@ -198,11 +234,13 @@ async def aevaluate(
     """Return one score per instance; None if a call was lost or the guide failed, which is not 0.
 
     `agent` is what `as_agent` takes, or anything that is called with an input. `inputs` and `infos` are two sequences
-    as in Trace, or `inputs` is a whole data set. An instance on which the agent itself fails scores `min_score`. If
-    instances have no score a TrainingWarning gives their number, and why the first has none.
+    as in Trace, or `inputs` is a whole data set. An instance on which the agent itself fails scores `min_score`, by
+    default the minimum that the guide declares. If instances have no score a TrainingWarning gives their number, and
+    why the first has none.
     """
     check_guide(guide)
     check_positive("max_concurrency", max_concurrency)
+    min_score = declared_minimum(guide) if min_score is None else min_score
     is_bare = callable(agent) and not isinstance(agent, type) and not hasattr(agent, "parameters")
     work_of: Agent = CalledAgent(agent) if is_bare else as_agent(agent)
     dataset: Any = inputs if infos is None else {"inputs": inputs, "infos": infos}

@@ -7,7 +7,7 @@ from math import comb
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
@@ -15,6 +15,7 @@ from aggregator.records import Decision, Rollout, Values
 from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.decisions import Gate
+from aggregator.training.evaluation import is_crash, lowest_of, scores_of
 from aggregator.training.parts import ask_gate
 from aggregator.training.step import Step
 
@@ -61,14 +62,18 @@ def improves_on_batch(threshold: float = 0.0) -> Gate:
     """Accept what raises the mean score on the same minibatch by at least `threshold`, and by more than nothing.
 
     Costs one more run of the agent per instance; called without a run, another one for the values before. Compared per
-    instance: one that has no score before or after counts on neither side.
+    instance, as by `compare_runs`.
     """
     check_threshold(threshold)
 
     async def gate(before: Values, after: Values, step: Step) -> Decision:
-        known = step.rollouts or await step.evaluate(before, step.samples)
+        known = list(step.rollouts or await step.evaluate(before, step.samples))
+        due = [i for i, run in enumerate(known) if run.failure is not None and run.failure.infrastructure]
+        if due and step.rollouts:  # lost calls are tried once more, as those of an evaluation are
+            for i, run in zip(due, await step.evaluate(before, [step.samples[i] for i in due]), strict=True):
+                known[i] = run
         tried = await step.evaluate(after, step.samples)
-        return compare(scores_of(known), scores_of(tried), threshold=threshold)
+        return compare_runs(known, tried, min_score=step.min_score, threshold=threshold)
 
     gate.__qualname__ = show_call("improves_on_batch", threshold)
     return costing(gate, Cost(per_instance=1))
@@ -90,15 +95,10 @@ def improves_on_validation(dataset: Dataset, threshold: float = 0.0, *, signific
     async def gate(before: Values, after: Values, step: Step) -> Decision:
         known = await step.evaluate(before, validation)
         tried = await step.evaluate(after, validation)
-        return compare(scores_of(known), scores_of(tried), threshold=threshold, significance=significance)
+        return compare_runs(known, tried, min_score=step.min_score, threshold=threshold, significance=significance)
 
     gate.__qualname__ = show_call("improves_on_validation", threshold=threshold, significance=significance)
     return costing(gate, Cost(per_step=len(validation), once=len(validation)))
-
-
-def scores_of(rollouts: Sequence[Rollout]) -> list[float | None]:
-    """Return the score of each rollout."""
-    return [rollout.score for rollout in rollouts]
 
 
 def check_threshold(threshold: Any) -> None:
@@ -113,17 +113,34 @@ def compare(
     *,
     threshold: float = 0.0,
     significance: float | None = None,
+    min_score: float | None = None,
 ) -> Decision:
-    """Decide between two series of scores of the same instances.
+    """Decide between two series of scores of the same instances; None is an instance that was not judged.
+
+    One that was not judged before counts on neither side. One that was judged before and not after is lost: the gain
+    must be there without it, and also with its score after taken as the lowest that there is (`lowest_of`).
 
     >>> compare([0.0, 1.0], [1.0, 1.0]).accepted
     True
     >>> compare([0.5], [0.45], threshold=0.1).accepted
     False
     """
-    pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not None and new is not None]
-    if not pairs:
+    known = [(old, new) for old, new in zip(before, after, strict=True) if old is not None]
+    judged = [(old, new) for old, new in known if new is not None]
+    if not judged:
         return Decision(accepted=False, reason="no instance has a score both before and after")
+    decision = _weigh(judged, threshold, significance)
+    gone = len(known) - len(judged)
+    if not gone or not decision.accepted:
+        return decision
+    lowest = lowest_of(before, after, min_score=min_score)
+    worst = _weigh([(old, lowest if new is None else new) for old, new in known], threshold, significance)
+    counted = f"with {gone} more that were lost after, each at {lowest:g}: {worst.reason}"
+    return replace(decision if worst.accepted else worst, reason=f"{decision.reason}; {counted}")
+
+
+def _weigh(pairs: Sequence[tuple[float, float]], threshold: float, significance: float | None) -> Decision:
+    """Decide by the scores (before, after) of each instance."""
     old = sum(pair[0] for pair in pairs) / len(pairs)
     new = sum(pair[1] for pair in pairs) / len(pairs)
     reason = f"mean score {old:.4g} -> {new:.4g} on {len(pairs)} instances"
@@ -135,6 +152,33 @@ def compare(
         accepted = chance <= significance
         reason += f", sign test p = {chance:.3g}"
     return Decision(accepted=accepted, reason=reason, before=old, after=new)
+
+
+def compare_runs(
+    before: Sequence[Rollout],
+    after: Sequence[Rollout],
+    *,
+    min_score: float | None = None,
+    threshold: float = 0.0,
+    significance: float | None = None,
+) -> Decision:
+    """Decide between the rollouts of the same instances under two sets of values, as `compare` does.
+
+    Where the agent failed the score is `min_score`, else the lowest on either side, at most 0. The reason gives the
+    number of instances that the guide has judged on both sides if that is not all of them.
+    """
+    lowest = lowest_of(scores_of(before), scores_of(after), min_score=min_score)
+    sides = (scores_of(before, lowest), scores_of(after, lowest))
+    decision = compare(*sides, threshold=threshold, significance=significance, min_score=min_score)
+    crashes = [sum(is_crash(run) for run in side) for side in (before, after)]
+    if any(crashes):
+        judged = sum(
+            not (is_crash(a) or is_crash(b)) and None not in (a.score, b.score)
+            for a, b in zip(before, after, strict=True)
+        )
+        failed = f"the agent failed on {crashes[0]} before and {crashes[1]} after, which counts as {lowest:g}"
+        decision = replace(decision, reason=f"{decision.reason}; {judged} judged on both sides, {failed}")
+    return decision
 
 
 def sign_test(gains: int, losses: int) -> float:

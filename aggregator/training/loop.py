@@ -6,8 +6,10 @@ evaluate the test set -> for each turn: rollouts and proposals -> update -> eval
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +21,9 @@ from aggregator.agents.parameters import ParameterNode, overriding, read, values
 from aggregator.agents.values import describe_type
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import is_finite
-from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError
-from aggregator.executors.local import LocalExecutor
+from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError, TrainingWarning
+from aggregator.executors.blame import failures_left
+from aggregator.executors.local import LocalExecutor, finish
 from aggregator.executors.work import record_failure
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting, total_by_role
@@ -44,9 +47,10 @@ from aggregator.records import (
 )
 from aggregator.training import checkpoints
 from aggregator.training.candidates import plain
-from aggregator.training.checkpoints import CANDIDATES, candidates_in
+from aggregator.training.checkpoints import CANDIDATES, candidates_in, digest
 from aggregator.training.decisions import Check, Gate
-from aggregator.training.evaluation import Evaluations, failures_of, is_lost, mean
+from aggregator.training.evaluation import Evaluations, failures_of, is_lost, lowest_of, mean, run_again, scores_of
+from aggregator.training.keeping import apply_values, validate
 from aggregator.training.parts import as_json, check_candidates, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.rollouts import Arrive, Rollouts, without_handle
@@ -63,6 +67,7 @@ from aggregator.training.seed import (
     read_output,
 )
 from aggregator.training.step import Step, read_only, use_values
+from aggregator.training.streaks import follow, is_bug, spare_bugs
 from aggregator.training.trained_code import check_code, sandboxes_of
 from aggregator.training.updates import Explored, Parts, Update, changes_between, make_update, place_of, without
 
@@ -110,6 +115,8 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     with claim_run_dir(plan):
         marks = {} if plan.run_dir is None else fingerprint(plan, trainer, initial)
         state = load_state(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
+        state = replace(state, skipped=tuple(sorted({*state.skipped, *plan.skip})))
+        plan = replace(plan, skip=state.skipped)
         write(parameters, state.values)
         async with LocalExecutor(plan.max_concurrency) as local:
             course = _Course(trainer, plan, gate, local, parameters, marks, state)
@@ -124,6 +131,8 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
                     raise
                 raise ended from error
         result = course.finish()
+        for left in failures_left(result.failures):
+            warnings.warn(left, TrainingWarning, stacklevel=2)
         await notify(course.observers, "finished", result)
         return result
 
@@ -149,6 +158,7 @@ class _Course:
         self.marks = marks
         self.state = state
         self.turns = plan.schedule()
+        self.streak = state.streak
         self.pending: tuple[StepReport, ...] = ()
         self.observers = _watchers(trainer, plan)
         self.agent = trainer.agent_to_run()
@@ -165,12 +175,17 @@ class _Course:
                 self.state = self._with(baseline)
                 if baseline is not None:
                     await notify(self.observers, "evaluation", baseline)
+            if self.state.steps == 0 and not self.state.validations:
+                self.state = await self._validate(self.state, 0)
         for turn in self.turns[self.state.steps :]:
             with raise_misses():
                 full, memory = await self._step(turn)
                 self.pending = (full.slim(),)
                 evaluation = await self._evaluate(turn.step + 1)
-            full = replace(full, test_score=evaluation and evaluation.score)
+                state = await self._validate(self.state, turn.step + 1)
+            validated = state.validations[-1].score if state is not self.state else None
+            full = replace(full, test_score=evaluation and evaluation.score, validation_score=validated)
+            self.state = state
             self._commit(full.slim(), evaluation, memory)
             if evaluation is not None:
                 await notify(self.observers, "evaluation", evaluation)
@@ -185,6 +200,8 @@ class _Course:
             pool = _pool_of(self.state.memory, step)
             with raise_misses():
                 explored = await self._explore(parts, step, pool, hooks)
+            if not self.streak.succeeded:
+                parts = replace(parts, propose=spare_bugs(parts.propose))
             self._check_failures(turn, [instance for one in explored for instance in one.instances])
             step = replace(step, rollouts=explored[0].step.rollouts)
             outputs = [instance.output for one in explored for instance in one.instances]
@@ -243,6 +260,8 @@ class _Course:
             for sample in step.samples
         ]
 
+        waiting: dict[int, Rollout] = {}  # user code failed, and nothing has succeeded by now
+
         async def instance(number: int, arrive: Arrive) -> Instance:
             task, of_candidate = tasks[number], steps[number // size]
             try:
@@ -255,6 +274,9 @@ class _Course:
                         self.trainer.log_output(rollout, step)
                     if parts.propose_per == "batch":
                         return make_instance(task.sample, rollout)
+                    if is_bug(rollout) and not self.streak.succeeded and number not in waiting:
+                        waiting[number] = rollout
+                        return make_instance(task.sample, rollout)
                     own = replace(of_candidate, samples=(task.sample,), rollouts=(rollout,))
                     with use_values(own):
                         return make_instance(task.sample, rollout, await parts.propose((rollout,), own))
@@ -265,6 +287,11 @@ class _Course:
                 return lose_instance(task.sample, record, lineage="/".join(task.lineage))
 
         found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit)
+        self.streak = follow(self.streak, [one.rollout for one in found[:size]], digest(step.values))
+        if self.streak.succeeded:
+            late = await finish(lambda i: instance(i, partial(_known, waiting[i])), sorted(waiting), parts.limit)
+            for i, one in zip(sorted(waiting), late, strict=True):
+                found[i] = one
         runs = [found[i * size : (i + 1) * size] for i in range(len(candidates))]
         return [
             Explored(candidate=candidate, step=replace(own, rollouts=[one.rollout for one in run]), instances=run)
@@ -320,16 +347,26 @@ class _Course:
                 )
                 for sample in self.plan.test
             ]
-            runs = await self.rollouts.map(tasks, self.plan.guide)
+            runs = await run_again(self.rollouts.map, tasks, self.plan.guide)
+        self.streak = follow(self.streak, runs, digest(values))
         scores = tuple(run.score for run in runs)
+        lowest = lowest_of(scores, *(run.scores for run in self.state.evaluations), min_score=self.plan.min_score)
         return Evaluation(
-            step=steps, score=mean(scores), scores=scores, failures=failures_of(runs), usage=ledger.totals()
+            step=steps,
+            score=mean(scores_of(runs, lowest)),
+            scores=scores,
+            failures=failures_of(runs),
+            usage=ledger.totals(),
         )
 
     def _commit(self, report: StepReport, evaluation: Evaluation | None, memory: dict[str, Any]) -> None:
         """Make a step part of the state, in memory and on disk."""
         values = values_of(self.parameters)
-        in_use = [values, *(self._convert_values(candidate.values) for candidate in candidates_in(memory))]
+        in_use = [
+            values,
+            *((self._convert_values(self.state.best),) if self.state.best is not None else ()),
+            *(self._convert_values(candidate.values) for candidate in candidates_in(memory)),
+        ]
         self.state = replace(
             self._with(evaluation),
             values=values,
@@ -337,6 +374,7 @@ class _Course:
             history=(*self.state.history, report),
             memory=memory,
             scores=self.evaluations.forget(report.step, in_use),
+            streak=self.streak,
             broken_off=False,
         )
         self.pending = ()
@@ -347,14 +385,18 @@ class _Course:
             self.trainer.agent.save(self.plan.save_path)
 
     def _with(self, evaluation: Evaluation | None) -> checkpoints.RunState:
-        """Return the state with one more evaluation, and the best values seen."""
+        """Return the state with one more evaluation; the test set is measured and chooses nothing."""
         if evaluation is None:
             return self.state
-        state = replace(self.state, evaluations=(*self.state.evaluations, evaluation))
-        score, best = evaluation.score, state.best_score
-        if score is None or (best is not None and score <= best):
+        return replace(self.state, evaluations=(*self.state.evaluations, evaluation))
+
+    async def _validate(self, state: checkpoints.RunState, steps: int) -> checkpoints.RunState:
+        """Return the state after the validation set has been scored, if it is due."""
+        if not self.plan.validates_at(steps, len(self.turns)):
             return state
-        return replace(state, best=values_of(self.parameters), best_score=score)
+        if state.best is not None:  # in the parameters' types, also where a checkpoint was read
+            state = replace(state, best=self._convert_values(state.best))
+        return await validate(state, values_of(self.parameters), self.plan, self.evaluations, steps)
 
     def info(self) -> RunInfo:
         """Return what the run is about to do."""
@@ -377,16 +419,18 @@ class _Course:
             finished_steps=state.steps,
             usage=total_by_role(spent),
             sandboxes=sandboxes_of(trainer.agent, self.parameters),
+            skipped_samples=state.skipped,
         )
 
     def result(self) -> TrainingResult:
         """Return what the run has reached by now."""
         state = replace(self.state, history=(*self.state.history, *self.pending))
-        return checkpoints.result_of(state, values_of(self.parameters))
+        return checkpoints.result_of(state, values_of(self.parameters), self.plan.keep)
 
     def finish(self) -> TrainingResult:
-        """Return the whole result, and write it with the parameters."""
+        """Return the whole result, put the values that are kept into the agent, and write both."""
         result = self.result()
+        apply_values(self.trainer.agent, self.parameters, result.parameters, result.kept)
         if self.plan.run_dir is not None:
             checkpoints.save_result(result, self.plan.run_dir / checkpoints.RESULT)
             self._save_parameters(self.plan.run_dir / checkpoints.PARAMETERS, result)
@@ -399,7 +443,7 @@ class _Course:
             return
         parameters: Sequence[Any] = self.agent.parameters()
         types = {parameter.name: describe_type(parameter.type) for parameter in parameters}
-        write_artefact(path, read(parameters), types=types, provenance=result.provenance)
+        write_artefact(path, read(parameters), types=types, provenance=result.provenance, which=result.kept)
 
     def break_off(self, error: BaseException) -> BaseException:
         """Save the partial result and attach it to the error that is raised, which is returned."""
@@ -415,6 +459,10 @@ class _Course:
         except (TrainingError, ParameterError, OSError) as unsaved:
             error.add_note(f"{type(unsaved).__name__}: {unsaved}")
         return error
+
+
+async def _known(rollout: Rollout) -> Rollout:
+    return rollout
 
 
 def _pool_of(memory: dict[str, Any], step: Step) -> list[Candidate]:

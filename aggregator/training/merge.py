@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
 from aggregator.agents.parameters import ParameterNode
 from aggregator.cassettes.lineage import lineage
@@ -17,12 +18,11 @@ from aggregator.executors.local import MAX_CONCURRENCY, finish
 from aggregator.executors.work import failure
 from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
-from aggregator.records import Proposal, Values
+from aggregator.records import Proposal
 from aggregator.text import show_call
-from aggregator.training.asking import Answer, ask_or_fail
+from aggregator.training.asking import Answer, ask_or_fail, read_reply
 from aggregator.training.decisions import UpdateRule
-from aggregator.training.evaluation import mean
-from aggregator.training.gates import scores_of
+from aggregator.training.gates import compare_runs
 from aggregator.training.parts import check_rule, combine_edits, merge_with, refuse_values
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, CHOOSER_SYSTEM_PROMPT, aggregation_messages
 from aggregator.training.rules import dedupe
@@ -36,9 +36,9 @@ class LLMMerge:
     """Asks a model for one new value per component, weighing the current value by 1 - stepsize.
 
     No call is made if there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
-    touch different parameters. `temperature` and `seed` go to the model; None leaves them to the server. A failed call
-    applies nothing and stands in the proposal's failures; an error that no further call can escape (authentication, a
-    wrong request, the budget) is raised.
+    touch different parameters. A parameter that no proposal names is neither shown nor changed. A failed call applies
+    nothing and stands in the proposal's failures; an error that no further call can escape (authentication, the budget)
+    is raised. `temperature` and `seed` go to the model; None leaves them to the server.
     """
 
     def __init__(
@@ -74,8 +74,10 @@ class LLMMerge:
         names = [name for proposal in distinct for name in proposal.values]
         if len(names) == len(set(names)):  # no two of them want the same component
             return [unite(distinct)] if distinct else []
+        about = narrow(step, names)
         with lineage("aggregate", role="aggregator"):
-            return [answer_of(await self.ask(self.messages(distinct, step), step), distinct)]
+            answer = await self.ask(self.messages(distinct, about), step, about)
+        return [answer_of(answer, distinct)]
 
     def messages(self, proposals: Sequence[Proposal], step: Step) -> list[dict[str, str]]:
         """Return the prompt."""
@@ -87,17 +89,32 @@ class LLMMerge:
             system_prompt=self.system_prompt,
         )
 
-    async def ask(self, messages: list[dict[str, str]], step: Step) -> Answer | Exception:
-        """Return the model's answer, or the error of a call that was lost."""
+    async def ask(self, messages: list[dict[str, str]], step: Step, about: Step) -> Answer | Exception:
+        """Return the model's answer for the parameters of `about`, or the error of a call that was lost."""
+        read, refuse = partial(read_reply, ignored=names_beyond(step, about)), partial(refuse_values, step=about)
         return await ask_or_fail(
             self.llm,
             messages,
-            step.parameters,
+            about.parameters,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            refuse=partial(refuse_values, step=step),
+            read=read,
+            refuse=refuse,
         )
+
+
+def narrow(step: Step, names: Collection[str]) -> Step:
+    """Return the step with the named parameters alone."""
+    about = [parameter for parameter in step.parameters if parameter.name in names]
+    values = {name: value for name, value in step.values.items() if name in names}
+    return replace(step, parameters=about, values=values)
+
+
+def names_beyond(step: Step, about: Step) -> frozenset[str]:
+    """Return the names of the parameters that a reply about some of them may not change."""
+    known, own = ({name for one in s.parameters for name in (one.name, one.py_name)} for s in (step, about))
+    return frozenset(known - own)
 
 
 def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Confidence) -> Sequence[float]:
@@ -237,8 +254,9 @@ class LLMChoice:
             return distinct
         number = Annotated[int, Meta(ge=0, le=len(distinct))]
         choice = ParameterNode(0, name="choice", type=number, description="the number of the best suggestion")
+        about = narrow(step, {name for proposal in distinct for name in proposal.values})
         messages = aggregation_messages(
-            step.values,
+            about.values,
             distinct,
             [step.stepsize] * len(distinct),
             stepsize=step.stepsize,
@@ -258,17 +276,13 @@ async def best_tried(proposals: Sequence[Proposal], step: Step) -> Sequence[Prop
     It runs on `step.samples`: as `select` of an optimizer on the instance at hand, as the rule of a trainer on the
     minibatch. A run for each distinct proposal, and one for the current values.
     """
-
-    async def score(values: Values) -> float | None:
-        return mean(scores_of(await step.evaluate(values, step.samples)))
-
     candidates = await dedupe([proposal for proposal in proposals if proposal.values], step)
     if not candidates:
         return []
     best: list[Proposal] = []
-    best_score = await score(step.values)
+    known = await step.evaluate(step.values, step.samples)
     for candidate in candidates:
-        reached = await score({**step.values, **candidate.values})
-        if reached is not None and (best_score is None or reached > best_score):
-            best, best_score = [candidate], reached
+        tried = await step.evaluate({**step.values, **candidate.values}, step.samples)
+        if compare_runs(known, tried, min_score=step.min_score).accepted:
+            best, known = [candidate], tried
     return best

@@ -13,7 +13,8 @@ from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import check_count, check_positive, is_finite
 from aggregator.errors import ConfigError
 from aggregator.guides.calling import check_guide
-from aggregator.records import Sample, Values
+from aggregator.records import Kept, Sample, Values
+from aggregator.text import shorten
 from aggregator.training.batches import minibatches
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest
 from aggregator.training.schedules import Schedule
@@ -39,6 +40,9 @@ class Plan(Struct, frozen=True, kw_only=True):
     seed: int = 0
     run_dir: Path | None = None
     resume: bool = False
+    skip: tuple[int, ...] = ()
+    validation: tuple[Sample, ...] = ()
+    keep: Kept = "last"
 
     def schedule(self) -> list[Turn]:
         """Return every step of the run, in order."""
@@ -52,7 +56,7 @@ class Plan(Struct, frozen=True, kw_only=True):
                 step=step,
                 epoch=epoch,
                 batch=batch,
-                samples=tuple(self.train[i] for i in ids),
+                samples=tuple(self.train[i] for i in ids if i not in self.skip),
                 stepsize=self.stepsize(step, len(batches)),
             )
             for step, (epoch, batch, ids) in enumerate(batches)
@@ -61,6 +65,11 @@ class Plan(Struct, frozen=True, kw_only=True):
     def evaluates_at(self, steps: int, total: int) -> bool:
         """Tell whether the test set is due after this many steps: before the first, every so many, and at the end."""
         return bool(self.test) and self.eval_frequency > 0 and (steps % self.eval_frequency == 0 or steps == total)
+
+    def validates_at(self, steps: int, total: int) -> bool:
+        """Return True if the validation set is due: as the test set, and at both ends if that is never evaluated."""
+        every = self.eval_frequency or max(total, 1)
+        return bool(self.validation) and (steps % every == 0 or steps == total)
 
 
 class Turn(Struct, frozen=True, kw_only=True):
@@ -86,6 +95,18 @@ def check(plan: Plan) -> Plan:
     check_guide(plan.guide)
     _check_run_dir(plan)
     return plan
+
+
+def check_skipped(skipped: Any, size: int) -> tuple[int, ...]:
+    """Return the ids of the samples to leave out, in order; raises ConfigError for what is none of `size` samples."""
+    ids: list[Any] = list(skipped) if isinstance(skipped, list | tuple | set | frozenset | range) else [skipped]
+    wrong = [one for one in ids if type(one) is not int or not 0 <= one < size]
+    if wrong or len(set(ids)) == size:
+        raise ConfigError(
+            f"Expected skip_samples=[...] with ids of some of the {size} training samples, which count from 0, got "
+            f"{shorten(skipped)}"
+        )
+    return tuple(sorted(set(ids)))
 
 
 def check_saving(plan: Plan, agent: Any) -> None:
@@ -124,6 +145,8 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values) -> Mapping[str, str]:
         "trainer": type(trainer).__qualname__,
         "train_dataset": digest(plan.train),
         "test_dataset": digest(plan.test),
+        "validate_dataset": digest(plan.validation),
+        "keep": plan.keep,
         "agent": digest([type(trainer.agent).__qualname__, sorted(initial)]),
         "initial parameters": digest(initial),
         "seed": str(plan.seed),

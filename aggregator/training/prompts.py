@@ -101,6 +101,15 @@ Your reply could not be used: {error}
 
 Answer the same question again, with one complete JSON object in the form asked for and no other text."""
 
+SHORTER_PROMPT = """\
+Your reply was cut at the limit of {limit} tokens before it was complete.
+
+Answer the same question again, much shorter: one sentence of reasoning, then the suggestion, as one complete JSON object in \
+the form asked for and no other text."""
+
+_CUT_SHOWN = 200
+"""How many characters of a reply that was cut are quoted."""
+
 REFINE_PROMPT = """\
 Look at your answer once more. Say to yourself what is weak, wrong or missing in it, then answer the same question again, \
 better, in the same form. If it cannot be improved, repeat it."""
@@ -278,6 +287,15 @@ def repair_messages(messages: Sequence[dict[str, str]], reply: str, error: str) 
         *messages,
         {"role": "assistant", "content": reply},
         {"role": "user", "content": REPAIR_PROMPT.format(error=error)},
+    ]
+
+
+def shorter_messages(messages: Sequence[dict[str, str]], reply: str, limit: int) -> list[dict[str, str]]:
+    """Return the conversation that asks for a shorter reply than one that was cut, of which it quotes the beginning."""
+    return [
+        *messages,
+        {"role": "assistant", "content": f"{reply[:_CUT_SHOWN]}[...]"},
+        {"role": "user", "content": SHORTER_PROMPT.format(limit=limit)},
     ]
 
 

@@ -85,7 +85,9 @@ class BestOf(Greedy):
 
     def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Choice:
         """Return the candidate with the highest mean; of equal ones the earlier, the current one first."""
-        best = max((*explored, *made), key=mean_score)
+        best = max((explored[0], *made), key=partial(gain, explored[0], min_score=step.min_score))
+        if not compare_on_shared(explored[0], best, step.min_score).accepted:
+            best = explored[0]
         return super().choose(explored, [] if best is explored[0] else [best], step)
 
 
@@ -168,11 +170,11 @@ class Priority:
         the next step can read of.
         """
         current = explored[0]
-        better = [candidate for candidate in (*explored, *made) if gain(current, candidate) > 0]
-        best = max(better or made, key=partial(gain, current), default=None)
+        better = [one for one in (*explored, *made) if compare_on_shared(current, one, step.min_score).accepted]
+        best = max(better or made, key=partial(gain, current, min_score=step.min_score), default=None)
         if best is None:
             return None, Decision(accepted=False, reason="no new candidate was proposed")
-        return best, compare_on_shared(current, best)
+        return best, compare_on_shared(current, best, step.min_score)
 
     def keep(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
         """Return the current candidate and the best others."""

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from aggregator.adapters.agents import as_agent
 from aggregator.agents.parameters import ParameterNode, lay_over, read
 from aggregator.errors import ConfigError
+from aggregator.guides.calling import declared_minimum
 from aggregator.records import Rollout, Sample, StepReport, Values
 from aggregator.training.batches import Dataset
 from aggregator.training.batches import samples as read_samples
@@ -87,6 +88,7 @@ class Step(Struct, frozen=True, kw_only=True):
         given: Any = samples
         if not isinstance(given, Sequence) or not all(isinstance(sample, Sample) for sample in given):
             given = read_samples(given, name="samples")
+        lowest = None if guide is None else declared_minimum(guide)
         return cls(
             stepsize=check_stepsize(stepsize),
             values=read(parameters),  # type: ignore[arg-type]
@@ -95,7 +97,8 @@ class Step(Struct, frozen=True, kw_only=True):
             parameters=parameters,  # type: ignore[arg-type]
             samples=tuple(given),
             batch_size=len(given),
-            evaluator=None if guide is None else Evaluations(alone(known), guide, parameters).at(0),
+            min_score=lowest,
+            evaluator=None if guide is None else Evaluations(alone(known), guide, parameters, min_score=lowest).at(0),
         )
 
     async def evaluate(

@@ -18,21 +18,23 @@ from aggregator.adapters.trace import as_optimizer
 from aggregator.agents.parameters import ParameterNode, read
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import check_count
-from aggregator.errors import ConfigError, TrainingWarning
+from aggregator.errors import BudgetExceededError, ConfigError, TrainingError, TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, InstanceAgent, record_failure
+from aggregator.guides.calling import declared_minimum
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
 from aggregator.portal import sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
-from aggregator.records import Candidate, Failure, Proposal, Rollout, RolloutTask, Sample, TrainingResult
+from aggregator.records import Candidate, Failure, Kept, Proposal, Rollout, RolloutTask, Sample, TrainingResult, Values
 from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checks import all_checks
 from aggregator.training.decisions import AnyOptimizer, Check, Gate, Optimizer, Search, UpdateRule
 from aggregator.training.gates import always, both, improves_on_batch
+from aggregator.training.keeping import Keep, apply_values, check_keep, values_named
 from aggregator.training.loop import run
 from aggregator.training.merge import LLMMerge
 from aggregator.training.parts import (
@@ -45,7 +47,7 @@ from aggregator.training.parts import (
     check_search,
     check_watchers,
 )
-from aggregator.training.plan import Plan, as_run_dir, check, choose_parameters
+from aggregator.training.plan import Plan, as_run_dir, check, check_skipped, choose_parameters
 from aggregator.training.planning import RunPlan, count_run, with_sample
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.rules import identity
@@ -67,7 +69,9 @@ class Trainer:
 
     `executor` runs the rollouts (default: this process). `max_concurrency` bounds how many instances are under way at
     once, `use_asyncio=False` runs one after the other. `observers` see the run; None shows a progress bar if standard
-    error is a terminal. `budget` counts every call of a run, and may be shared with other runs and with models.
+    error is a terminal. `skip_samples` are ids
+    of training samples to leave out, of a resumed run too. `budget` counts every call of a run, and may be shared with
+    other runs and with models.
 
     Overridable: the seed's `forward(agent, x, guide, info, verbose)` and `update(outputs, verbose)`, sync or async, and
     `propose(rollouts, step)`. An overridden `forward` runs in this process, with the agent that the trainer was given.
@@ -76,7 +80,8 @@ class Trainer:
     dict(inputs=..., infos=...) or sequences of (x, info). `stepsize` in [0, 1] is how much proposals weigh against the
     current value, constant or a schedule. The test set is evaluated before training, every `eval_frequency` steps and
     at the end; 0 is never. `log_frequency` None logs whenever the test set is evaluated, every step if that is never.
-    `min_score` is the score of an instance on which the agent itself fails. `verbose` logs scores, "output" also the
+    `min_score` is the score of an instance on which the agent itself fails: by default the one that the guide declares,
+    else the lowest score of the comparison at hand, at most 0. `verbose` logs scores, "output" also the
     agent's outputs. `ensure_improvement` refuses updates that do not raise the batch's own score by
     `improvement_threshold`. `save_frequency` saves the agent every so many steps to `save_path`. `num_threads` is
     Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a batch is lost stops. `run_dir`
@@ -93,6 +98,7 @@ class Trainer:
         search: Search | None = None,
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
+        skip_samples: Sequence[int] = (),
         executor: Executor | None = None,
         observers: Sequence[Watching] | None = None,
         logger: Logger | None = None,
@@ -118,6 +124,7 @@ class Trainer:
         self.search: Search = greedy if search is None else search
         self.gate: Gate = gate or always
         self.checks: Sequence[Check] = all_checks(checks)
+        self.skip_samples = skip_samples
         self.executor = executor
         self.observers = observers
         self.logger = logger
@@ -126,6 +133,7 @@ class Trainer:
         self.max_concurrency = max_concurrency
         self.seed = seed
         self._adapted: tuple[Any, Any] = (None, None)
+        self._result: TrainingResult | None = None
         self._proposing: tuple[Any, Any, Any] = (None, None, None)
         self._check_parts()
 
@@ -232,16 +240,20 @@ class Trainer:
         seed: int | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
+        validate_dataset: Dataset | None = None,
+        keep: Keep = None,
     ) -> TrainingResult:
         """Train on a data set and return what was reached; the class explains the arguments.
 
         Raises ConfigError for invalid arguments, BudgetExceededError and TrainingError (both with the partial
         `.result`) if the run cannot go on, CassetteMissError if a replay lacks an exchange.
         """
+        train = samples(train_dataset)
+        validation = () if validate_dataset is None else samples(validate_dataset, name="validate_dataset")
         plan = check(
             Plan(
                 guide=guide,
-                train=samples(train_dataset),
+                train=train,
                 test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
                 stepsize=as_schedule(stepsize),
                 num_epochs=num_epochs,
@@ -250,21 +262,19 @@ class Trainer:
                 log_frequency=(eval_frequency or 1) if log_frequency is None else log_frequency,
                 save_frequency=save_frequency or 0,
                 save_path=save_path,
-                min_score=min_score,
+                min_score=declared_minimum(guide) if min_score is None else min_score,
                 verbose=verbose,
                 max_concurrency=self._concurrency(max_concurrency, num_threads),
                 max_failure_ratio=max_failure_ratio,
                 seed=self.seed if seed is None else seed,
                 run_dir=as_run_dir(run_dir),
                 resume=resume,
+                skip=check_skipped(self.skip_samples, len(train)),
+                validation=validation,
+                keep=check_keep(keep, validates=bool(validation)),
             )
         )
-        self._check_parts()
-        gate = self.gate
-        if ensure_improvement:
-            improves = improves_on_batch(improvement_threshold)
-            gate = improves if gate is always else both(improves, gate)
-        return await run(self, plan, gate, self.budget)
+        return await self._run(plan, improves_on_batch(improvement_threshold) if ensure_improvement else always)
 
     train = sync(atrain)
 
@@ -314,6 +324,28 @@ class Trainer:
         return with_sample(counted, runs, ledger.totals())
 
     plan = sync(aplan)
+
+    async def _run(self, plan: Plan, first: Gate) -> TrainingResult:
+        """Run the plan with `first` before the trainer's gate; `restore` sees its result, also a partial one."""
+        self._check_parts()
+        gate = first if self.gate is always else self.gate if first is always else both(first, self.gate)
+        try:
+            self._result = await run(self, plan, gate, self.budget)
+        except (TrainingError, BudgetExceededError) as error:
+            self._result = error.result
+            raise
+        return self._result
+
+    def restore(self, which: Kept = "best") -> Values:
+        """Put the best or the last values of the latest run into the agent, and return them.
+
+        Raises ConfigError before the first run.
+        """
+        if self._result is None:
+            raise ConfigError("Expected a run whose values can be restored, got none; call train first")
+        values = values_named(self._result, which)
+        apply_values(self.agent, self.parameters(), values, which)
+        return values
 
     def _concurrency(self, *wanted: int | None) -> int:
         if not self.use_asyncio:

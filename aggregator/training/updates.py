@@ -20,7 +20,7 @@ from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, 
 from aggregator.text import shorten
 from aggregator.training.candidates import contributors, plain, sources, with_scores
 from aggregator.training.decisions import Gate, Search, UpdateRule
-from aggregator.training.evaluation import failures_of, mean
+from aggregator.training.evaluation import failures_of, lowest_of, mean, scores_of
 from aggregator.training.gates import always
 from aggregator.training.parts import (
     ask_gate,
@@ -38,6 +38,9 @@ from aggregator.training.step import Step, read_only, use_values
 from aggregator.training.suggestions import convert_suggestion
 from aggregator.training.trained_code import permit_replayed_code
 
+Propose = Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]
+"""Asks the optimizer what rollouts call for."""
+
 ProposePer = Literal["instance", "batch"]
 
 
@@ -45,7 +48,7 @@ class Parts(Struct, frozen=True, kw_only=True):
     """What a trainer decides with, read anew for each step."""
 
     propose_per: ProposePer
-    propose: Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]
+    propose: Propose
     rule: UpdateRule
     search: Search = greedy
     gate: Gate = always
@@ -108,13 +111,14 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
             if parameter.name in values:
                 parameter.store(values[parameter.name])
     # what is remembered
+    judged = [replace(instance.rollout, score=instance.proposal.score) for instance in explored[0].instances]
     known = {candidate.id: candidate for candidate in (*pool, *tried)}
     now = best if best is not None and decision.accepted else current
     kept = check_candidates(search, "keep", search.keep([now, *without(now, list(known.values()))], seen))
     return Update(
         values=values,
         decision=decision,
-        score=mean([instance.proposal.score for instance in explored[0].instances]),
+        score=mean(scores_of(judged, lowest_of(scores_of(judged), min_score=step.min_score))),
         reasoning=made.reasoning if best is None else best.reasoning,
         proposals=made.proposals,
         contributors=() if best is None else contributors(best, current, known.values()),
@@ -205,32 +209,38 @@ async def try_candidates(
 ) -> tuple[list[Candidate], list[Failure]]:
     """Return all candidates with the scores that this step adds, and what failed on the way.
 
-    What the minibatch has shown of an explored candidate is not run again, unless the search has a guide of its own.
+    What the minibatch has shown of an explored candidate is not run again, unless the search has a guide of its own or
+    the call was lost. Where the agent failed the score is the lowest that this comparison knows (`lowest_of`).
     """
     guide = getattr(search, "guide", None)
     shown = {
-        (one.candidate.id, id(instance.sample)): instance.rollout.score
+        (one.candidate.id, id(instance.sample)): instance.rollout
         for one in (explored if guide is None else ())
         for instance in one.instances
+        if instance.rollout.failure is None or not instance.rollout.failure.infrastructure
     }
     values = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made}
 
-    async def score(trial: tuple[Candidate, Sequence[Sample]]) -> tuple[list[tuple[int, float | None]], list[Failure]]:
+    async def run(trial: tuple[Candidate, Sequence[Sample]]) -> tuple[Sequence[Rollout], list[Failure]]:
         candidate, samples = trial
         due = [sample for sample in samples if (candidate.id, id(sample)) not in shown]
         runs = await step.evaluate(values[candidate.id], due, guide=guide) if due else ()
-        found = {id(sample): run.score for sample, run in zip(due, runs, strict=True)}
-        scores = [(one.id, found.get(id(one), shown.get((candidate.id, id(one))))) for one in samples]
-        return scores, [replace(record, stage="evaluation") for record in failures_of(runs)]
+        made = {id(sample): run for sample, run in zip(due, runs, strict=True)}
+        known = [made.get(id(sample)) or shown[candidate.id, id(sample)] for sample in samples]
+        return known, [replace(record, stage="evaluation") for record in failures_of(runs)]
 
     candidates = [*(one.candidate for one in explored), *made]
     trials = check_trials(search, search.trials(candidates[: len(explored)], made, step), values)
-    found = await finish(score, trials, max(len(trials), 1))
+    found = await finish(run, trials, max(len(trials), 1))
+    earlier = [total / count for candidate in candidates for total, count in candidate.scores.values()]
+    lowest = lowest_of(earlier, *(scores_of(rollouts) for rollouts, _ in found), min_score=step.min_score)
     scores: dict[str, list[tuple[int, float | None]]] = {}
-    for (candidate, _), (more, _) in zip(trials, found, strict=True):
-        scores.setdefault(candidate.id, []).extend(more)
+    for (candidate, samples), (rollouts, _) in zip(trials, found, strict=True):
+        more = zip(samples, scores_of(rollouts, lowest), strict=True)
+        scores.setdefault(candidate.id, []).extend((sample.id, score) for sample, score in more)
     failures = [record for _, records in found for record in records]
-    return [with_scores(candidate, scores.get(candidate.id, ())) for candidate in candidates], failures
+    lost = {name: [i for i, score in more if score is None] for name, more in scores.items()}
+    return [with_scores(one, scores.get(one.id, ()), lost.get(one.id, ())) for one in candidates], failures
 
 
 def informative(instances: Sequence[Instance]) -> list[Rollout]:

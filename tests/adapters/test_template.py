@@ -13,6 +13,8 @@ from aggregator.adapters.template import EvaluatedValues, TemplateAgent, own_ver
 from aggregator.errors import ConfigError
 from aggregator.testing import ScriptedModel, suggestion
 
+pytestmark = pytest.mark.filterwarnings("ignore:the (agent|guide) failed:aggregator.errors.TrainingWarning")
+
 ROWS = [{"ticket": "the parcel is late", "team": "shipping"}, {"ticket": "a wrong sum", "team": "billing"}]
 
 

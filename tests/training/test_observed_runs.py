@@ -20,7 +20,7 @@ from aggregator import (
     StepReport,
     TrainingError,
 )
-from aggregator.errors import AuthenticationError
+from aggregator.errors import AuthenticationError, TrainingWarning
 from aggregator.observing.observer import EVENTS, Observer
 from aggregator.records import Evaluation, FullStepReport, RunInfo, TrainingResult, Usage
 from aggregator.training.checkpoints import load_result
@@ -217,9 +217,10 @@ def test_failures_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
             raise KeyError("amount")
 
     trainer = AggregatedUpdate(Fails(), LLMOptimizer(llm=ScriptedModel("TERMINATE")), llm=ScriptedModel(""))
-    trainer.train(exact, DATA, batch_size=4, verbose=True)
+    with pytest.warns(TrainingWarning, match="failed 3 times with KeyError"):
+        trainer.train(exact, DATA[:3], batch_size=3, verbose=True)
     lines = capsys.readouterr().out.splitlines()
-    assert "[step 0] Failures: 4" in lines
+    assert "[step 0] Failures: 3" in lines
     assert any(line.startswith("[step 0] First failure: agent, sample ") for line in lines)
 
 

@@ -34,6 +34,8 @@ from aggregator.rules import majority
 from aggregator.searches import beam
 from aggregator.training.checkpoints import PARAMETERS
 
+pytestmark = pytest.mark.filterwarnings("ignore:the (agent|guide) failed:aggregator.errors.TrainingWarning")
+
 DATA = additions(5)
 
 

@@ -1,0 +1,208 @@
+"""A user's bug is no training signal: it stops the run with its traceback, before it is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_fakes import ScriptedModel, suggest
+
+from aggregator.agents.modules import Module
+from aggregator.agents.parameters import ParameterNode
+from aggregator.errors import RateLimitError, TrainingError, TrainingWarning
+from aggregator.records import TrainingResult
+from aggregator.training.algorithms import AggregatedUpdate, BasicSearchAlgorithm
+from aggregator.training.proposers import LLMOptimizer
+from aggregator.training.streaks import cause_of
+
+DATA = [(f"q{i}", "no") for i in range(8)]
+
+
+class Base(Module):
+    """An agent with a model, and a bug in `forward`."""
+
+    def __init__(self) -> None:
+        self.llm = ScriptedModel(lambda messages: "yes")
+        self.prompt = ParameterNode("Say yes.")
+
+
+class ForgotData(Base):
+    def forward(self, x: str) -> Any:
+        return self.llm(messages=[{"role": "system", "content": self.prompt + " now"}]).text  # type: ignore[operator]
+
+
+class ForgotAwait(Base):
+    async def forward(self, x: str) -> Any:
+        return self.llm.complete([{"role": "user", "content": x}])
+
+
+class UsedCoroutine(Base):
+    async def forward(self, x: str) -> Any:
+        answer: Any = self.llm.complete([{"role": "user", "content": x}])
+        answer.close()
+        return answer.text
+
+
+class WrongSignature(Base):
+    def forward(self) -> Any:
+        return "yes"
+
+
+class ReturnsCompletion(Base):
+    def forward(self, x: str) -> Any:
+        return self.llm(messages=[{"role": "user", "content": x}])
+
+
+class ReturnsGenerator(Base):
+    def forward(self, x: str) -> Iterator[str]:
+        yield x
+
+
+class ReturnsAsyncGenerator(Base):
+    def forward(self, x: str) -> AsyncIterator[str]:
+        async def stream() -> AsyncIterator[str]:
+            yield x
+
+        return stream()
+
+
+class ReturnsParameter(Base):
+    def forward(self, x: str) -> Any:
+        return self.prompt
+
+
+def exact(x: str, output: str, info: str) -> tuple[float, str]:
+    return float(output == info), "fb"
+
+
+def broken_guide(x: str, output: str, info: str) -> float:
+    return float({"other": 1.0}[x])
+
+
+def silent_guide(x: str, output: str, info: str) -> None:
+    """Forgot its return."""
+
+
+BUGS = [
+    (ForgotData, "test_user_bugs.py:", r"write `\.data`"),
+    (ForgotAwait, "Expected the agent's answer, got a coroutine", "write `await`"),
+    (UsedCoroutine, "test_user_bugs.py:", "write `await`"),
+    (WrongSignature, "positional argument", "does not fit the function"),
+    (ReturnsCompletion, "got a Completion", r"write `\.text`"),
+    (ReturnsGenerator, "got a generator", r"list\(\.\.\.\)"),
+    (ReturnsAsyncGenerator, "got an async generator", "async for"),
+    (ReturnsParameter, "got a ParameterNode", r"write `\.data`"),
+]
+
+
+def train(agent: Module, guide: Any = exact, kind: Any = AggregatedUpdate, **options: Any) -> tuple[ScriptedModel, Any]:
+    llm = ScriptedModel(lambda messages: suggest(prompt="Say no."))
+    trainer = kind(agent, LLMOptimizer(llm=llm), **({"llm": llm} if kind is AggregatedUpdate else {}))
+    try:
+        return llm, trainer.train(guide, DATA, **options)
+    except TrainingError as error:
+        return llm, error
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"batch_size": 8}, {"batch_size": 1, "test_dataset": DATA}])
+@pytest.mark.parametrize("kind", [AggregatedUpdate, BasicSearchAlgorithm])
+@pytest.mark.parametrize(("bug", "place", "cause"), BUGS)
+def test_a_bug_of_the_agent_stops_the_run(bug: Any, place: str, cause: str, kind: Any, options: Any) -> None:
+    """It was fed to the optimizer, paid for in every step, and nothing showed a traceback."""
+    llm, error = train(bug(), kind=kind, **options)
+    assert isinstance(error, TrainingError)
+    with pytest.raises(TrainingError, match=f"(?s){place}.*Likely cause: .*{cause}"):
+        raise error
+    assert "4 rollouts in a row" in str(error)
+    assert str(Path(__file__).parent) not in str(error)
+    assert not llm.asked
+
+
+@pytest.mark.parametrize(("guide", "text"), [(broken_guide, "test_user_bugs.py:"), (silent_guide, "without `return`")])
+def test_a_bug_of_the_guide_stops_the_run(guide: Any, text: str) -> None:
+    """Also where fewer than `max_failure_ratio` would allow it."""
+
+    class Right(Base):
+        def forward(self, x: str) -> str:
+            return "no"
+
+    llm, error = train(Right(), guide, batch_size=4, max_failure_ratio=1.0)
+    assert text in str(error)
+    assert "the guide to work" in str(error)
+    assert not llm.asked
+
+
+def test_a_failure_after_a_success_is_proposed_for_and_warned_of() -> None:
+    """The result has a line for it, with the traceback."""
+
+    class Sometimes(Base):
+        def forward(self, x: str) -> str:
+            if x == "q0":
+                raise KeyError("lang")
+            return "yes"
+
+    with pytest.warns(TrainingWarning, match="(?s)the agent failed 1 times with KeyError at test_user_bugs.py:.*lang"):
+        llm, result = train(Sometimes(), batch_size=8)
+    assert isinstance(result, TrainingResult)
+    assert len(llm.asked) == 8  # one for each instance, the failed one too; they agree, so that there is no merge
+    assert "raise KeyError" in str(result)
+    assert result.failures[0].where.startswith("test_user_bugs.py:")
+
+
+def test_nothing_is_proposed_for_a_failure_until_an_instance_has_succeeded() -> None:
+    """Two of two rollouts failed: no call of the optimizer is made."""
+
+    class Fails(Base):
+        def forward(self, x: str) -> str:
+            raise KeyError(x)
+
+    llm = ScriptedModel(lambda messages: suggest(prompt="Say no."))
+    trainer = AggregatedUpdate(Fails(), LLMOptimizer(llm=llm), llm=llm)
+    with pytest.warns(TrainingWarning, match="failed 2 times"):
+        result = trainer.train(exact, DATA[:2], batch_size=2)
+    assert (llm.asked, result.train_scores) == ([], [0.0])
+
+
+def test_failures_at_different_lines_or_of_different_types_do_not_stop_a_run() -> None:
+    """They are no single bug."""
+
+    class Various(Base):
+        def forward(self, x: str) -> str:
+            if int(x[1]) % 2:
+                raise KeyError(x)
+            raise ValueError(x)
+
+    with pytest.warns(TrainingWarning):
+        _, result = train(Various(), batch_size=8)
+    assert isinstance(result, TrainingResult)
+
+
+def test_four_failures_in_a_row_later_in_a_run_stop_it() -> None:
+    """A lost call between them changes nothing, and neither does where batches end."""
+
+    class Later(Base):
+        def forward(self, x: str) -> str:
+            if self.prompt.data == "Say no.":
+                raise RuntimeError("broken") if x != "q3" else RateLimitError("429")
+            return "yes"
+
+    class Fixed(AggregatedUpdate):
+        def update(self, outputs: Any, verbose: Any = False) -> Any:
+            node = self.agent.prompt
+            return super().update(outputs, verbose) if node.data == "Say yes." else None
+
+    llm = ScriptedModel(lambda messages: suggest(prompt="Say no."))
+    trainer = Fixed(Later(), LLMOptimizer(llm=llm), llm=llm)
+    with pytest.raises(TrainingError, match="(?s)4 rollouts in a row.*RuntimeError: broken") as caught:
+        trainer.train(exact, DATA, batch_size=1)
+    assert caught.value.result is not None
+    assert len(caught.value.result.history) in (4, 5)
+
+
+def test_causes() -> None:
+    """A type of the library's in a message names what was forgotten."""
+    assert "`.text`" in cause_of("TypeError", "can only concatenate str (not 'Completion') to str", "agent")
+    assert "async for" in cause_of("TypeError", "'async_generator' object is not iterable", "agent")
+    assert cause_of("KeyError", "'q'", "guide") == "the guide itself raises"
