@@ -42,14 +42,24 @@ def check_guide(guide: Any) -> None:
             f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}"
         )
     declared_minimum(guide)
+    declared_maximum(guide)
 
 
 def declared_minimum(guide: Any) -> float | None:
     """Return the lowest score that a guide can give, which it may declare as `min_score`; else None."""
-    lowest = getattr(guide, "min_score", None)
-    if lowest is not None and not is_finite(lowest):
-        raise ConfigError(f"Expected min_score of the guide {_name(guide)} to be a finite number, got {lowest!r}")
-    return None if lowest is None else float(lowest)
+    return _declared(guide, "min_score")
+
+
+def declared_maximum(guide: Any) -> float | None:
+    """Return the highest score that a guide can give, which it may declare as `max_score`; else None."""
+    return _declared(guide, "max_score")
+
+
+def _declared(guide: Any, name: str) -> float | None:
+    limit = getattr(guide, name, None)
+    if limit is not None and not is_finite(limit):
+        raise ConfigError(f"Expected {name} of the guide {_name(guide)} to be a finite number, got {limit!r}")
+    return None if limit is None else float(limit)
 
 
 def verdict_of(answer: Any, guide: Any) -> tuple[float | None, str]:

@@ -22,6 +22,8 @@ class ExactMatch:
     """
 
     instant = True
+    min_score = 0.0
+    max_score = 1.0
 
     def __init__(self, normalise: Callable[[Any], Any] | None = None, *, key: str | None = None) -> None:
         self.normalise = normalise

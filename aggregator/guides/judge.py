@@ -72,6 +72,8 @@ class LLMJudge:
     """
 
     calls_per_rollout = 1
+    min_score = 0.0
+    max_score = 1.0
 
     def __init__(
         self,

@@ -27,6 +27,8 @@ class NumericMatch:
     """
 
     instant = True
+    min_score = 0.0
+    max_score = 1.0
 
     def __init__(
         self, *, rel_tol: float = 1e-9, abs_tol: float = 0.0, last: bool = False, key: str | None = None

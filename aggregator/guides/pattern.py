@@ -25,6 +25,9 @@ class RegexMatch:
     (1.0, 'Correct.')
     """
 
+    min_score = 0.0
+    max_score = 1.0
+
     def __init__(self, pattern: str | re.Pattern[str] | None = None, *, whole: bool = False) -> None:
         self.pattern = None if pattern is None else _compiled(pattern, ConfigError)
         self.whole = whole
@@ -59,6 +62,9 @@ class KeywordHints:
     >>> KeywordHints({"OutOfMemory": "Use a smaller batch."})("x", "error: OutOfMemory", None)
     (0.0, 'Use a smaller batch.')
     """
+
+    min_score = 0.0
+    max_score = 1.0
 
     def __init__(
         self,

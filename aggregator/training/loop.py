@@ -69,7 +69,16 @@ from aggregator.training.seed import (
 from aggregator.training.step import Step, read_only, use_values
 from aggregator.training.streaks import follow, is_bug, spare_bugs
 from aggregator.training.trained_code import check_code, sandboxes_of
-from aggregator.training.updates import Explored, Parts, Update, changes_between, make_update, place_of, without
+from aggregator.training.updates import (
+    Explored,
+    Parts,
+    Update,
+    changes_between,
+    make_update,
+    place_of,
+    skip_satisfied,
+    without,
+)
 
 FEWEST_JUDGED = 4
 """max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
@@ -194,6 +203,7 @@ class _Course:
     async def _step(self, turn: Turn) -> tuple[FullStepReport, dict[str, Any]]:
         """Take one turn; returns its report, and what the run remembers after it."""
         parts = self.trainer.parts(self.gate, self.plan.max_concurrency)
+        parts = replace(parts, propose=skip_satisfied(parts.propose))
         hooks = self.trainer.hooks()
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger:
             step = self._open(turn)
@@ -236,6 +246,7 @@ class _Course:
             history=self.state.history,
             initial=self.state.initial,
             checks=self.trainer.checks,
+            skip_from=self.plan.skip_from,
             memory={name: deepcopy(kept) for name, kept in self.state.memory.items() if name != CANDIDATES},
             evaluator=self.evaluations.at(turn.step, current_lineage().split("/")),
         )

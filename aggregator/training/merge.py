@@ -36,7 +36,8 @@ class LLMMerge:
     """Asks a model for one new value per component, weighing the current value by 1 - stepsize.
 
     No call is made if there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
-    touch different parameters. A parameter that no proposal names is neither shown nor changed. A failed call applies
+    touch different parameters. If instances of the group are satisfied (`step.satisfied`), a single proposal is weighed
+    against them, too. A parameter that no proposal names is neither shown nor changed. A failed call applies
     nothing and stands in the proposal's failures; an error that no further call can escape (authentication, the budget)
     is raised. `temperature` and `seed` go to the model; None leaves them to the server.
     """
@@ -72,8 +73,8 @@ class LLMMerge:
             return [*await self(proposals, step), edits]
         distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
         names = [name for proposal in distinct for name in proposal.values]
-        if len(names) == len(set(names)):  # no two of them want the same component
-            return [unite(distinct)] if distinct else []
+        if not distinct or (len(names) == len(set(names)) and not step.satisfied):
+            return [unite(distinct)] if distinct else []  # no two of them want the same component
         about = narrow(step, names)
         with lineage("aggregate", role="aggregator"):
             answer = await self.ask(self.messages(distinct, about), step, about)
@@ -86,6 +87,7 @@ class LLMMerge:
             proposals,
             confidences(proposals, step.stepsize, self.confidence),
             stepsize=step.stepsize,
+            satisfied=step.satisfied,
             system_prompt=self.system_prompt,
         )
 
@@ -184,14 +186,16 @@ def tree_merge(
 
         async def merge(group: tuple[int, Sequence[Proposal]]) -> Sequence[Proposal]:
             with lineage(f"round={depth}", f"group={group[0]}"):
-                return await merge_with(rule, group[1], step)
+                return await merge_with(rule, group[1], step if is_last else replace(step, satisfied=0))
 
-        while len(level) > 1:
+        is_last = False
+        while len(level) > 1 or (level and step.satisfied and not is_last):
             groups = list(enumerate(group_proposals(level, fan_in, max_prompt_tokens)))
+            is_last = len(groups) == 1  # the round that weighs the result against the satisfied instances
             merged = [proposal for found in await finish(merge, groups, max_concurrency) for proposal in found]
             failed += [proposal for proposal in merged if proposal.failures]
             remaining = [proposal for proposal in merged if proposal.values]
-            if len(remaining) >= len(level):
+            if len(remaining) >= len(level) > 1:
                 raise ConfigError(f"{rule!r} did not merge: expected fewer proposals than {len(level)}")
             level, depth = remaining, depth + 1
         return level or failed[:1]
@@ -233,8 +237,9 @@ async def last_of(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposa
 class LLMChoice:
     """Asks a model which proposal is best, and keeps that one as it is, or none if the current value is better.
 
-    No call is made for stepsize 0, for no or one distinct proposal. A failed call keeps nothing and stands in the
-    proposal's failures; an error that no further call can escape is raised.
+    No call is made for stepsize 0, for no proposal, or for one distinct proposal if no instance is satisfied
+    (`step.satisfied`). A failed call keeps nothing and stands in the proposal's failures; an error that no further call
+    can escape is raised.
     """
 
     def __init__(self, llm: Any = None, *, max_tokens: int = 4096, system_prompt: str | None = None) -> None:
@@ -250,7 +255,7 @@ class LLMChoice:
         if step.stepsize == 0:
             return []
         distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
-        if len(distinct) < 2:
+        if len(distinct) < 2 and not (distinct and step.satisfied):
             return distinct
         number = Annotated[int, Meta(ge=0, le=len(distinct))]
         choice = ParameterNode(0, name="choice", type=number, description="the number of the best suggestion")
@@ -260,6 +265,7 @@ class LLMChoice:
             distinct,
             [step.stepsize] * len(distinct),
             stepsize=step.stepsize,
+            satisfied=step.satisfied,
             system_prompt=self.system_prompt,
         )
         with lineage("choose", role="aggregator"):

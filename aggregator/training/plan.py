@@ -12,7 +12,7 @@ from msgspec import Struct
 from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import check_count, check_positive, is_finite
 from aggregator.errors import ConfigError
-from aggregator.guides.calling import check_guide
+from aggregator.guides.calling import check_guide, declared_maximum
 from aggregator.records import Kept, Sample, Values
 from aggregator.text import shorten
 from aggregator.training.batches import minibatches
@@ -43,6 +43,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     skip: tuple[int, ...] = ()
     validation: tuple[Sample, ...] = ()
     keep: Kept = "last"
+    skip_from: float | None = None
 
     def schedule(self) -> list[Turn]:
         """Return every step of the run, in order."""
@@ -109,6 +110,27 @@ def check_skipped(skipped: Any, size: int) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
+def check_perfect(skip_perfect: Any, max_score: Any, guide: Any) -> float | None:
+    """Return the score from which an instance is not proposed for, None if each is.
+
+    It is `max_score`, or what the guide declares under that name; what was seen never counts. Raises ConfigError for
+    invalid arguments, and for `skip_perfect` without a maximum.
+    """
+    if type(skip_perfect) is not bool:
+        raise ConfigError(f"Expected skip_perfect=True or False, got {skip_perfect!r}")
+    if max_score is not None and not is_finite(max_score):
+        raise ConfigError(f"Expected max_score to be a finite number or None, got {max_score!r}")
+    if not skip_perfect:
+        return None
+    best = declared_maximum(guide) if max_score is None else float(max_score)
+    if best is None:
+        raise ConfigError(
+            "Expected a declared maximum beside skip_perfect=True, got none; give max_score=1.0 to the trainer, or set "
+            "max_score on the guide"
+        )
+    return best
+
+
 def check_saving(plan: Plan, agent: Any) -> None:
     """Raise ConfigError where the agent is to be saved and cannot be: it would show after the first steps."""
     if plan.save_frequency and not callable(getattr(agent, "save", None)):
@@ -154,6 +176,7 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values) -> Mapping[str, str]:
         "num_epochs": str(plan.num_epochs),
         "stepsize": digest([turn.stepsize for turn in plan.schedule()]),
         "min_score": str(plan.min_score),
+        "skip_perfect": str(plan.skip_from),
         "eval_frequency": str(plan.eval_frequency),
     }
 

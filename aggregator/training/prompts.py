@@ -245,13 +245,16 @@ def aggregation_messages(
     confidences: Sequence[float],
     *,
     stepsize: float,
+    satisfied: int = 0,
     system_prompt: str = AGGREGATOR_SYSTEM_PROMPT,
 ) -> list[dict[str, str]]:
     """Return the messages that ask for the merged values.
 
-    The current value stands with confidence 1 - stepsize, proposal i with `confidences[i]`.
+    The current value has confidence 1 - stepsize and the support of the `satisfied` instances, proposal i has
+    `confidences[i]`.
     """
-    sections = [("CurrentValue", f"confidence: {number(1 - stepsize)}\n{pretty(current)}")]
+    support = f"support: {satisfied}\n" if satisfied else ""
+    sections = [("CurrentValue", f"confidence: {number(1 - stepsize)}\n{support}{pretty(current)}")]
     for i, (proposal, confidence) in enumerate(zip(proposals, confidences, strict=True), start=1):
         sections.append((f"SuggestedValue_{i}", _suggestion(proposal, confidence)))
     return _messages(system_prompt, sections)

@@ -115,8 +115,9 @@ best_of = top_k(1)
 def majority(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Give each parameter the value that most instances propose.
 
-    A value weighs stepsize times the instances behind it, the current value 1 - stepsize on top; at equal weight the
-    current value gives way. Values are compared as JSON: 1, 1.0 and True are three values.
+    A value weighs stepsize times the instances behind it, the current value 1 - stepsize on top; instances that are
+    satisfied (`step.satisfied`) are behind the current value. At equal weight the current value gives way. Values are
+    compared as JSON: 1, 1.0 and True are three values.
 
     >>> from aggregator.portal import call
     >>> votes = [Proposal(values={"k": k}, sample_ids=(i,)) for i, k in enumerate([3, 5, 5, 5])]
@@ -124,7 +125,7 @@ def majority(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     {'k': 5}
     """
     current = step.values
-    elected = {name: _elect(name, current, proposals, step.stepsize) for name in _names(proposals)}
+    elected = {name: _elect(name, proposals, step) for name in _names(proposals)}
     values = {
         name: value for name, value in elected.items() if name not in current or key_of(value) != key_of(current[name])
     }
@@ -135,8 +136,9 @@ def majority(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
 def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Move each numeric parameter by stepsize towards the mean of what is proposed, weighed by support.
 
-    An int is rounded, halves to even. Other parameters stay in the proposals, for a rule that comes after, as in
-    `chain(mean, majority)`. Sums are exact, so the order of the proposals does not matter.
+    Instances that are satisfied (`step.satisfied`) count as proposals of the current value. An int is rounded, halves
+    to even. Other parameters stay in the proposals, for a rule that comes after, as in `chain(mean, majority)`. Sums
+    are exact, so the order of the proposals does not matter.
 
     >>> from aggregator.portal import call
     >>> votes = [Proposal(values={"t": t}) for t in (0.2, 0.4)]
@@ -147,7 +149,7 @@ def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     numeric = [name for name in _names(proposals) if _is_numeric(name, current, proposals)]
     if not numeric:
         return proposals
-    moved = {name: _move(name, current, proposals, step.stepsize) for name in numeric}
+    moved = {name: _move(name, proposals, step) for name in numeric}
     movers = [proposal for proposal in proposals if any(name in proposal.values for name in numeric)]
     rest = [_left(proposal, numeric) for proposal in proposals]
     return [_join(moved, movers), *(proposal for proposal in rest if proposal.values or proposal.error is not None)]
@@ -174,9 +176,9 @@ def _names(proposals: Sequence[Proposal]) -> list[str]:
     return list(dict.fromkeys(name for proposal in _in_sample_order(proposals) for name in proposal.values))
 
 
-def _elect(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> Any:
+def _elect(name: str, proposals: Sequence[Proposal], step: Step) -> Any:
     """Count the votes on one parameter; ties go to the earlier sample, the current value comes last."""
-    share = Fraction(stepsize)
+    current, share = step.values, Fraction(step.stepsize)
     weights: dict[bytes, Fraction] = {}
     values: dict[bytes, Any] = {}
     for proposal in _in_sample_order(proposals):
@@ -187,7 +189,7 @@ def _elect(name: str, current: Values, proposals: Sequence[Proposal], stepsize: 
     if name in current:
         key = key_of(current[name])
         values.setdefault(key, current[name])
-        weights[key] = weights.get(key, Fraction(0)) + 1 - share
+        weights[key] = weights.get(key, Fraction(0)) + 1 - share + share * step.satisfied
     return values[max(weights, key=weights.__getitem__)]
 
 
@@ -196,12 +198,14 @@ def _is_numeric(name: str, current: Values, proposals: Sequence[Proposal]) -> bo
     return all(map(is_finite, (*proposed, current.get(name, 0))))
 
 
-def _move(name: str, current: Values, proposals: Sequence[Proposal], stepsize: float) -> int | float:
+def _move(name: str, proposals: Sequence[Proposal], step: Step) -> int | float:
+    current = step.values
     voters = [proposal for proposal in proposals if name in proposal.values]
     support = sum(proposal.support for proposal in voters)
-    target = sum(Fraction(proposal.values[name]) * proposal.support for proposal in voters) / Fraction(support)
-    start = Fraction(current[name]) if name in current else target
-    moved = start + Fraction(stepsize) * (target - start)
+    total = sum(Fraction(proposal.values[name]) * proposal.support for proposal in voters)
+    start = Fraction(current[name]) if name in current else total / support
+    target = (total + start * step.satisfied) / (support + step.satisfied)
+    moved = start + Fraction(step.stepsize) * (target - start)
     whole = isinstance(current.get(name, voters[0].values[name]), int)
     return round(moved) if whole else float(moved)
 

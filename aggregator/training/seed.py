@@ -83,11 +83,25 @@ class Instance(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it re
 def make_instance(sample: Sample, rollout: Rollout, proposal: Proposal | None = None) -> Instance:
     """Return the instance of a rollout, and of the proposal made for it if there is one."""
     output = rollout if proposal is None else proposal
-    if proposal is None:
-        proposal = Proposal(
-            score=rollout.score, feedback=rollout.feedback, failures=rollout.failures, sample_ids=(rollout.sample_id,)
-        )
-    return Instance(sample=sample, rollout=rollout, proposal=proposal, output=output)
+    return Instance(sample=sample, rollout=rollout, proposal=proposal or propose_nothing(rollout), output=output)
+
+
+def propose_nothing(rollout: Rollout) -> Proposal:
+    """Return the proposal of an instance that asks for no change: its score, feedback and failure."""
+    return Proposal(
+        score=rollout.score, feedback=rollout.feedback, failures=rollout.failures, sample_ids=(rollout.sample_id,)
+    )
+
+
+def is_satisfied(rollout: Rollout, step: Step) -> bool:
+    """Return True if an instance reached the score from which nothing is proposed for it.
+
+    >>> perfect = Rollout(sample_id=0, score=1.0)
+    >>> is_satisfied(perfect, Step(skip_from=1.0)), is_satisfied(perfect, Step())
+    (True, False)
+    """
+    reached = step.skip_from is not None and rollout.score is not None and rollout.score >= step.skip_from
+    return reached and rollout.failure is None
 
 
 def lose_instance(sample: Sample, record: Failure, lineage: str = "") -> Instance:
@@ -142,9 +156,7 @@ def _as_proposal(output: Any) -> Proposal:
     if isinstance(output, Proposal):
         return output
     if isinstance(output, Rollout):
-        return Proposal(
-            score=output.score, feedback=output.feedback, failures=output.failures, sample_ids=(output.sample_id,)
-        )
+        return propose_nothing(output)
     if output is None:
         return Proposal(score=score)
     if isinstance(output, Mapping):

@@ -36,6 +36,10 @@ class Step(Struct, frozen=True, kw_only=True):
     the reports of earlier steps, `initial` the values that the run began with. `min_score` is the score of an instance
     on which the agent itself fails. `checks` refuse single values (`aggregator.training.checks`).
 
+    An instance whose score is at least `skip_from` is satisfied: nothing is proposed for it. A rule sees in `satisfied`
+    how many of these are in the group that it merges: they are support for the current value.
+
+
     `memory` is JSON that a gate may write, under names of its own; it is saved with the step, and dropped with a step
     that fails. For all other parts it is read-only.
     """
@@ -53,6 +57,8 @@ class Step(Struct, frozen=True, kw_only=True):
     history: Sequence[StepReport] = ()
     initial: Values = {}
     checks: Sequence[Any] = ()
+    skip_from: float | None = None
+    satisfied: int = 0
     memory: MutableMapping[str, Any] = {}
     evaluator: Evaluate | None = None
 

@@ -47,7 +47,7 @@ from aggregator.training.parts import (
     check_search,
     check_watchers,
 )
-from aggregator.training.plan import Plan, as_run_dir, check, check_skipped, choose_parameters
+from aggregator.training.plan import Plan, as_run_dir, check, check_perfect, check_skipped, choose_parameters
 from aggregator.training.planning import RunPlan, count_run, with_sample
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.rules import identity
@@ -55,7 +55,7 @@ from aggregator.training.schedules import Schedule, as_schedule
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Hooks, current_place, read_output
 from aggregator.training.step import Step, use_values
-from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, unread
+from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, skip_satisfied, unread
 
 
 class Trainer:
@@ -69,9 +69,10 @@ class Trainer:
 
     `executor` runs the rollouts (default: this process). `max_concurrency` bounds how many instances are under way at
     once, `use_asyncio=False` runs one after the other. `observers` see the run; None shows a progress bar if standard
-    error is a terminal. `skip_samples` are ids
-    of training samples to leave out, of a resumed run too. `budget` counts every call of a run, and may be shared with
-    other runs and with models.
+    error is a terminal. `skip_samples` are ids of training samples to leave out, of a resumed run too. `skip_perfect`
+    asks for no proposal for an instance that reached `max_score`, by default what the guide declares as `max_score`; it
+    counts as support for the current value. `budget` counts every call of a run, and may be shared with other runs and
+    with models.
 
     Overridable: the seed's `forward(agent, x, guide, info, verbose)` and `update(outputs, verbose)`, sync or async, and
     `propose(rollouts, step)`. An overridden `forward` runs in this process, with the agent that the trainer was given.
@@ -99,6 +100,8 @@ class Trainer:
         gate: Gate | None = None,
         checks: Sequence[Check] | None = None,
         skip_samples: Sequence[int] = (),
+        skip_perfect: bool = False,
+        max_score: float | None = None,
         executor: Executor | None = None,
         observers: Sequence[Watching] | None = None,
         logger: Logger | None = None,
@@ -125,6 +128,8 @@ class Trainer:
         self.gate: Gate = gate or always
         self.checks: Sequence[Check] = all_checks(checks)
         self.skip_samples = skip_samples
+        self.skip_perfect = skip_perfect
+        self.max_score = max_score
         self.executor = executor
         self.observers = observers
         self.logger = logger
@@ -272,6 +277,7 @@ class Trainer:
                 skip=check_skipped(self.skip_samples, len(train)),
                 validation=validation,
                 keep=check_keep(keep, validates=bool(validation)),
+                skip_from=check_perfect(self.skip_perfect, self.max_score, guide),
             )
         )
         return await self._run(plan, improves_on_batch(improvement_threshold) if ensure_improvement else always)
@@ -378,7 +384,9 @@ class Trainer:
         if self.propose_per == "batch":
             return rollout
         with use_values(step):
-            return await self.propose((rollout,), replace(step, samples=(task.sample,), rollouts=(rollout,)))
+            return await skip_satisfied(self.propose)(
+                (rollout,), replace(step, samples=(task.sample,), rollouts=(rollout,))
+            )
 
     forward = sync(aforward)
 

@@ -33,7 +33,7 @@ from aggregator.training.parts import (
 )
 from aggregator.training.rules import key_of
 from aggregator.training.searches import greedy
-from aggregator.training.seed import Instance
+from aggregator.training.seed import Instance, is_satisfied, propose_nothing
 from aggregator.training.step import Step, read_only, use_values
 from aggregator.training.suggestions import convert_suggestion
 from aggregator.training.trained_code import permit_replayed_code
@@ -53,6 +53,17 @@ class Parts(Struct, frozen=True, kw_only=True):
     search: Search = greedy
     gate: Gate = always
     limit: int = MAX_CONCURRENCY
+
+
+def skip_satisfied(propose: Propose) -> Propose:
+    """Return how is proposed for a single instance unless it is satisfied."""
+
+    async def skip(rollouts: Sequence[Rollout], step: Step) -> Proposal:
+        if len(rollouts) == 1 and is_satisfied(rollouts[0], step):
+            return propose_nothing(rollouts[0])
+        return await propose(rollouts, step)
+
+    return skip
 
 
 class Explored(Struct, frozen=True, kw_only=True):
@@ -149,12 +160,14 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         one, i = job
         places = [f"candidate={i}"] if single else [*place_of(parts.search, one.candidate), f"proposal={i}"]
         with lineage(*(() if single and count == 1 else places)), use_values(one.step):
+            mine = one.instances[i::count] if per_instance else one.instances
+            rest = [own for own in mine if own.proposal.values or not is_satisfied(own.rollout, one.step)]
             if per_instance:
-                group = [instance.proposal for instance in one.instances[i::count]]
+                group = [instance.proposal for instance in mine]
             else:
-                rollouts = informative(one.instances)
+                rollouts = informative(rest)
                 group = [await parts.propose(rollouts, replace(one.step, rollouts=rollouts))] if rollouts else []
-            proposal = await merge_group(parts.rule, group, one.step)
+            proposal = await merge_group(parts.rule, group, replace(one.step, satisfied=len(mine) - len(rest)))
             if group and not per_instance:
                 proposal = replace(proposal, sample_ids=tuple(rollout.sample_id for rollout in rollouts))
             return proposal, group
