@@ -34,6 +34,7 @@ from aggregator.errors import (
 from aggregator.llm import tracing
 from aggregator.llm.budget import NOTHING, Amount, Budget, assumed_output, budgets_of, pico, spent_by, upper_tokens
 from aggregator.llm.calls import ChatCall
+from aggregator.llm.codecs.failures import scrub
 from aggregator.llm.ledger import Price, Prices, believed, count, find_price, need_price
 from aggregator.llm.limiter import Limiter, LoopLimiters, check_limits
 from aggregator.llm.names import Endpoint
@@ -316,6 +317,8 @@ class Attempt:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Count what it cost, and write what came before anybody uses it."""
+        if isinstance(error, LLMError):
+            scrub(error, self.attempts.request.secrets)  # whatever a page or an event quotes
         if self._leads and self.attempts.opening is not None:
             self.line.openings.leave(self.attempts.opening)
         self._settle(error)

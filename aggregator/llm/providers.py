@@ -11,6 +11,7 @@ which the seed goes; `stream_options` False where usage comes unasked and the fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ _BY_NAME = {"by_name": True}
 _BEARER = "authorization"
 _OLLAMA_PORT = 11434
 _BEDROCK = "https://bedrock-runtime.{region}.amazonaws.com"
+_OLLAMA_PORT = 11434
 _VERTEX = "https://aiplatform.googleapis.com/v1"
 
 
@@ -52,9 +54,15 @@ def _settle_anthropic(target: Target, env: Mapping[str, str]) -> Target:
 
 
 def _settle_ollama(target: Target, env: Mapping[str, str]) -> Target:
-    """OLLAMA_BASE_URL is seen with and without /v1, OLLAMA_HOST without a scheme."""
+    """OLLAMA_BASE_URL is seen with and without /v1, OLLAMA_HOST as a server's address: `0.0.0.0`, `host`, `:11434`.
+
+    Without a scheme Ollama's port is the default, as in its own clients.
+    """
     url = target.base_url.rstrip("/")
-    url = url if "://" in url else f"http://{url}"
+    if "://" not in url:
+        host, _, port = url.rpartition(":") if re.search(r":\d*$", url) else (url, "", "")
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - replaced
+        url = f"http://{host}:{port or _OLLAMA_PORT}" if "/" not in url else f"http://{url}"
     return replace(target, base_url=url if url.count("/") > 2 else f"{url}/v1")
 
 
@@ -68,6 +76,11 @@ def _settle_azure(target: Target, env: Mapping[str, str]) -> Target:
 
 def _settle_vertex(target: Target, env: Mapping[str, str]) -> Target:
     """Give Vertex its address: project and location under an access token, none of them under an API key."""
+    if "claude" in target.model:
+        raise ConfigError(
+            f"Expected a model of Gemini's protocol for vertex, got {target.model!r}, which has another one; take it "
+            "from anthropic or bedrock, or as as_model(litellm, name=…)"
+        )
     if isinstance(target.api_key, str) and target.api_key.startswith(("AIza", "AQ.")):
         target = replace(target, auth="x-goog-api-key")
     if target.base_url.rstrip("/") != _VERTEX:

@@ -49,6 +49,21 @@ def headroom(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: f
     return None
 
 
+def reset_wait(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: float | None = None) -> float | None:
+    """Return the seconds until a limit with nothing left is full again; None if the headers name none.
+
+    >>> names = [RateHeaders("x-ratelimit-remaining", "x-ratelimit-limit", "x-ratelimit-reset")]
+    >>> reset_wait({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1700000030000"}, names, now=1700000000)
+    30.0
+    """
+    for name in names:
+        if name.reset and _number(headers.get(name.remaining, "")) == 0:
+            wait = seconds(headers.get(name.reset, ""), now=now)
+            if wait:
+                return wait
+    return None
+
+
 def seconds(text: str, *, now: float | None = None) -> float | None:
     """Read a time until reset: `6ms`, `12.967s`, `1m30s`, bare seconds, a Unix time (also in ms) or a date of RFC 3339.
 

@@ -115,17 +115,27 @@ class StreamedAttempt(Attempt):
         """Yield the text as it comes; raises LLMError for an answer that is cut, broken or an error."""
         codec = self.line.endpoint.codec
         reader = codec.stream(self.attempts.call)
-        async with aclosing(self._pieces()) as pieces:
-            async for piece in pieces:
-                if self.reply is not None and self.reply.status < 300:
-                    for delta in reader.feed(piece):
-                        if delta:
-                            yield delta
-        reply = self.reply
+        cut: APIConnectionError | None = None
+        try:
+            async with aclosing(self._pieces()) as pieces:
+                async for piece in pieces:
+                    if self.reply is not None and self.reply.status < 300:
+                        for delta in reader.feed(piece):
+                            if delta:
+                                yield delta
+        except APIConnectionError as error:
+            if not self._body:
+                raise
+            cut = error
+        reply = self.reply if cut is None else self._so_far()
         assert reply is not None
         if reply.status >= 300:
             raise codec.error(reply)
-        self.complete(reader.finish(reply))
+        try:
+            completion = reader.finish(reply)
+        except LLMError as error:
+            raise cut or error from None
+        self.complete(completion)  # all of the answer was there, also where the connection broke after its end
 
     def _pieces(self) -> AsyncGenerator[bytes, None]:
         tape, slot = self.tape, self.attempts.slot

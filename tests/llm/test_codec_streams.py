@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -318,3 +319,94 @@ def test_events_are_cut_by_the_rules() -> None:
     parser = EventParser()
     found = parser.feed(b"id: 1\nretry: 5\nevent: a\ndata: x\ndata:y\n\n:c\n\ndata: z")
     assert [*found, *parser.flush()] == [Event("a", b"x\ny"), Event("", b"z")]
+
+
+ANTHROPIC_EVENTS = b"".join(
+    b"event: " + str(data["type"]).encode() + b"\ndata: " + json.dumps(data).encode() + b"\n\n"
+    for data in (
+        {"type": "message_start", "message": {"id": "m", "content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+    )
+)
+GEMINI_EVENTS = b'data: {"candidates": [{"content": {"parts": [{"text": "hi"}]}, "finishReason": "STOP"}]}\n\n'
+OPENAI_EVENTS = b'data: {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}\n\n'
+STREAMS = {"anthropic/m": ANTHROPIC_EVENTS, "gemini/m": GEMINI_EVENTS, "openai/m": OPENAI_EVENTS}
+
+
+def read_whole(name: str, body: bytes, step: int = 7) -> Completion:
+    reader = resolve(name, api_key="k", env={}).codec.stream(CALL)
+    for start in range(0, len(body), step):
+        reader.feed(body[start : start + step])
+    return reader.finish(HTTPReply(status=200, body=body, headers={}))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body + b"data: [DONE]\n\n",
+        lambda body: b"data:\n\n" + body.replace(b"\n\n", b"\n\ndata: \n\n", 1),
+        lambda body: body.replace(b"\n", b"\r\n"),
+        lambda body: body.replace(b"\n", b"\r"),
+        lambda body: body.replace(b"\n\n", b"\n\n: ping\n\n"),
+    ],
+    ids=["[DONE]", "empty data", "CRLF", "CR", "comments"],
+)
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+def test_what_gateways_make_of_a_stream(name: str, change: Callable[[bytes], bytes], step: int) -> None:
+    """Every API's stream may end with [DONE], hold empty events and have any end of line, cut anywhere."""
+    found = read_whole(name, change(STREAMS[name]), step)
+    assert (found.text, found.finish_reason) == ("hi", "stop")
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_that_was_cut_in_its_first_bytes(name: str) -> None:
+    """It is a lost connection or no answer: never a RecursionError."""
+    for length in range(1, 40):
+        with pytest.raises((APIConnectionError, DecodeError)):
+            read_whole(name, STREAMS[name][:length])
+
+
+def test_pieces_of_calls_under_wrong_indices_and_ids() -> None:
+    """A piece that names nothing continues the last call; a new id alone splits none."""
+    pieces: list[dict[str, Any]] = [
+        {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{"}},
+        {"index": 0, "id": "other", "function": {"arguments": "}"}},
+        {"index": 0, "id": "b", "function": {"name": "g", "arguments": '{"x"'}},
+        {"index": 1, "function": {"arguments": ": 1}"}},
+    ]
+    chunks = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]} for piece in pieces]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    body = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
+    calls = read_whole("openai/m", body).tool_calls
+    assert [(call.id, call.name, call.arguments) for call in calls] == [("a", "f", "{}"), ("b", "g", '{"x": 1}')]
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "reasoning"),
+    [
+        ("two and two</think>\n\n4", "4", "two and two"),
+        ("</think>\n\n4", "4", None),
+        ("<thinking>two and two</thinking>4", "4", "two and two"),
+        ("[THINK]two and two[/THINK]4", "4", "two and two"),
+        ("[1, 2]", "[1, 2]", None),
+        (
+            "<|channel|>analysis<|message|>two and two<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>",
+            "4",
+            "two and two",
+        ),
+        ("<|channel|>analysis<|message|>two and", "", "two and"),
+        ("a < b", "a < b", None),
+    ],
+)
+def test_thinking_stayed_in_the_text(content: str, text: str, reasoning: str | None) -> None:
+    """Whatever tags a server leaves it in, thinking is never part of the text."""
+    body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+    codec = resolve("openai/m", api_key="k", env={}).codec
+    found = codec.decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL)
+    assert (found.text, found.reasoning) == (text, reasoning)
+    chunk = {"choices": [{"index": 0, "delta": {"content": content}, "finish_reason": "stop"}]}
+    streamed = read_whole("openai/m", b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    assert (streamed.text, streamed.reasoning) == (text, reasoning)

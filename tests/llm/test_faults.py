@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 import pytest
-from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, answer, failure, raw, read_request, serving
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, failure, raw, read_request, serving
 
 from aggregator import LLM, Budget
 from aggregator.errors import (
@@ -19,6 +19,8 @@ from aggregator.errors import (
     RateLimitError,
     TooLargeError,
 )
+from aggregator.llm.limiter import Limiter
+from aggregator.llm.names import resolve
 from aggregator.llm.retry import RetryPolicy
 from aggregator.llm.transport import MAX_BODY, AiohttpTransport
 from aggregator.records import HTTPReply
@@ -317,3 +319,99 @@ async def test_two_spellings_of_one_address_had_two_limiters() -> None:
         LLM("m", base_url=f"http://127.0.0.1:9/v1{slash}", transport=ScriptedTransport(answer())) for slash in ("", "/")
     ]
     assert clients[0]._line.limiter() is clients[1]._line.limiter()
+
+
+async def test_a_stream_that_broke_after_its_end_was_an_error() -> None:
+    """Everything was there: a connection that breaks after [DONE] loses nothing."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(STREAM + chunk(DELTA) + chunk(REST) + chunk(b"data: [DONE]\n\n"))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async with serving(handle) as url, client(url) as llm:
+        stream = llm.stream(QUESTION)
+        assert [delta async for delta in stream] == ["hel", "lo"]
+    assert (stream.completion.text, stream.completion.attempts) == ("hello", 1)
+
+
+async def test_a_page_within_a_stream_that_quotes_the_key() -> None:
+    """Whatever a server quotes, the key is in no message of an error."""
+    quoting = b'data: {"error": {"message": "bad key a-key-of-the-user", "code": "a-key-of-the-user"}}\n\n'
+    for body in (quoting, b"data: <html>a-key-of-the-user</html>\n\n", b"<html>a-key-of-the-user</html>"):
+        reply = HTTPReply(status=200, body=body, headers={"content-type": "text/event-stream"})
+        llm = LLM(
+            "m", base_url=BASE_URL, api_key="a-key-of-the-user", transport=ScriptedTransport(reply), retry=AT_ONCE
+        )
+        with pytest.raises(LLMError) as caught:
+            _ = [delta async for delta in llm.stream(QUESTION)]
+        assert "a-key-of-the-user" not in f"{caught.value!s} {caught.value!r} {caught.value.code}"
+
+
+@pytest.mark.parametrize(
+    ("name", "headers", "wait"),
+    [
+        ("openrouter/m", {"x-ratelimit-remaining": "0", "x-ratelimit-limit": "20", "x-ratelimit-reset": "30"}, 30.0),
+        ("openai/m", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m30s"}, 90.0),
+        ("openai/m", {"x-ratelimit-remaining-requests": "5", "x-ratelimit-reset-requests": "1m30s"}, None),
+        ("openai/m", {"x-ratelimit-remaining-requests": "0", "retry-after": "2"}, 2.0),
+        ("azure/m", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "500"}, None),
+    ],
+)
+async def test_a_429_that_names_its_reset_in_the_limits_headers(
+    name: str, headers: dict[str, str], wait: float
+) -> None:
+    """Where no Retry-After comes, the time until the limit is full again is how long to wait."""
+    transport = ScriptedTransport(failure(429, headers=headers))
+    llm = LLM(name, api_key="k", base_url="https://x.example", env={}, transport=transport, max_attempts=1)
+    with pytest.raises(RateLimitError) as caught:
+        await llm.complete(QUESTION)
+    assert caught.value.retry_after == wait
+
+
+@pytest.mark.parametrize(
+    ("name", "headers", "pause"),
+    [
+        ("mistral/m", {"x-ratelimit-remaining-req-minute": "0", "x-ratelimit-limit-req-minute": "60"}, 1.0),
+        ("azure/m", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-limit-requests": "120"}, 0.5),
+        ("azure/m", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-limit-requests": "120",
+                     "x-ratelimit-reset-requests": "500"}, 0.5),
+        ("openrouter/m", {"x-ratelimit-remaining": "0", "x-ratelimit-limit": "20", "x-ratelimit-reset": "10"}, 0.5),
+        ("anthropic/m", {"anthropic-ratelimit-requests-remaining": "0",
+                         "anthropic-ratelimit-requests-limit": "60"}, 1.0),
+    ],
+)  # fmt: skip
+async def test_rate_limit_headers_that_were_never_heeded(name: str, headers: dict[str, str], pause: float) -> None:
+    """With nothing left the next request waits until the server's bucket has refilled one, whatever names say so."""
+    time = VirtualTime()
+    limiter = Limiter(clock=time.clock, sleep=time.sleep)
+    codec = resolve(name, api_key="k", base_url="https://x.example", env={}).codec
+    await limiter.enter()
+    limiter.accepted(await limiter.admit(), headers, codec)
+    await limiter.admit()
+    assert sum(time.slept) == pytest.approx(pause)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:11434/v1"),
+        ("0.0.0.0:8080", "http://127.0.0.1:8080/v1"),
+        ("127.0.0.1", "http://127.0.0.1:11434/v1"),
+        (":11434", "http://127.0.0.1:11434/v1"),
+        ("gpu-box", "http://gpu-box:11434/v1"),
+        ("http://gpu-box:80", "http://gpu-box:80/v1"),
+        ("https://ollama.example/v1", "https://ollama.example/v1"),
+    ],
+)
+def test_ollamas_host_was_port_80(host: str, address: str) -> None:
+    """OLLAMA_HOST is a server's address as well as a client's; without a port it is Ollama's own."""
+    assert resolve("ollama/qwen3", env={"OLLAMA_HOST": host}).base_url == address
+
+
+def test_claude_on_vertex_was_a_404() -> None:
+    """It has another protocol, which is said when the client is made."""
+    with pytest.raises(ConfigError, match="Gemini's protocol for vertex, got 'claude-sonnet-4-5'"):
+        resolve("vertex_ai/claude-sonnet-4-5", env={"GOOGLE_CLOUD_PROJECT": "p"})

@@ -20,6 +20,7 @@ from aggregator.llm.codecs.failures import fault_inside, request_id, scrub, stat
 from aggregator.llm.codecs.sse import EventReader, read_other
 from aggregator.llm.codecs.wire import excerpt, read
 from aggregator.llm.openings import Mark, find_mark
+from aggregator.llm.ratelimits import reset_wait
 from aggregator.records import Choice, Completion, FinishReason, HTTPReply, HTTPRequest, Usage
 
 A = TypeVar("A")
@@ -171,8 +172,11 @@ class JSONCodec(Generic[A]):
         return self.completion(answer, reply)
 
     def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error of an error status."""
-        return status_error(reply, self.target.provider, self._envelope.secrets())
+        """Return the error of an error status; of a 429 without Retry-After, with the time until its limit is reset."""
+        error = status_error(reply, self.target.provider, self._envelope.secrets())
+        if reply.status == 429 and error.retry_after is None:
+            error.retry_after = reset_wait(reply.headers, (*self.requests, *self.tokens))
+        return error
 
     def stream(self, call: ChatCall) -> StreamReader:
         """Return a reader for a streamed answer; raises ConfigError for an API without streams."""

@@ -71,12 +71,13 @@ class OpenAIChat(JSONCodec[Answer]):
     )
     limit_fields = ("max_tokens", "max_completion_tokens")
     corrections = (_NEWER, _OLDER, _NO_THOUGHTS)
-    requests = (
+    requests: tuple[RateHeaders, ...] = (
         RateHeaders(*[name.format("requests") for name in _LEFT]),
         RateHeaders(*[name.format("req-minute") for name in _LEFT]),  # Mistral
         RateHeaders(*[name.format("requests-minute") for name in _LEFT]),  # Hugging Face
+        RateHeaders("x-ratelimit-remaining", "x-ratelimit-limit", "x-ratelimit-reset"),  # OpenRouter, Together
     )
-    tokens = (
+    tokens: tuple[RateHeaders, ...] = (
         RateHeaders(*[name.format("tokens") for name in _LEFT]),
         RateHeaders(*[name.format("tokens-minute") for name in _LEFT]),
     )
@@ -222,6 +223,10 @@ class AzureChat(OpenAIChat):
     The address may be the resource (`https://NAME.openai.azure.com`), a deployment's path, or a `/models` path of
     Azure AI. Without any api-version the resource's `/openai/v1` API is called, which needs none.
     """
+
+    # Its limits are per minute; what it names as a reset is neither in one unit nor always there.
+    requests = (RateHeaders("x-ratelimit-remaining-requests", "x-ratelimit-limit-requests"),)
+    tokens = (RateHeaders("x-ratelimit-remaining-tokens", "x-ratelimit-limit-tokens"),)
 
     def url(self, call: ChatCall) -> str:
         """Where this call is posted."""

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aggregator.llm.codecs.wire import BEFORE_THINKING, split_thinking
+from aggregator.llm.codecs.wire import may_think, split_thinking
 from aggregator.llm.messages import Turn
 from aggregator.records import Message, ToolCall, Usage
 
@@ -115,7 +115,7 @@ def message_of(message: WireMessage, address: str = "") -> Message:
     content = message.content
     calls = _calls(message) if message.tool_calls or message.function_call else ()
     thinks = message.reasoning_content or message.reasoning or message.reasoning_details
-    plain = content is None or (type(content) is str and (not content or content[0] not in BEFORE_THINKING))
+    plain = content is None or (type(content) is str and (not content or not may_think(content)))
     other = other_kinds(message)
     stated = _thoughts(message) if calls else {}
     origin = address.rstrip("/") if stated or any(call.signature for call in calls) else None

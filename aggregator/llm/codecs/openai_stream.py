@@ -21,7 +21,7 @@ from aggregator.llm.codecs.openai_answers import (
     text_and_thoughts,
     tool_call,
 )
-from aggregator.llm.codecs.sse import DONE, CompletingCodec, Event, EventReader
+from aggregator.llm.codecs.sse import CompletingCodec, Event, EventReader
 from aggregator.llm.codecs.wire import ThinkingFilter, read
 from aggregator.records import Completion, HTTPReply
 
@@ -49,13 +49,9 @@ class ChatStream(EventReader):
         self._choices: dict[int, _Growing] = {}
         self._thinking = ThinkingFilter()
         self._answer = Answer()
-        self._done = False
 
     def event(self, event: Event) -> str:
         """Take one chunk and return the text it brings."""
-        if event.data.strip() == DONE:
-            self._done = True
-            return ""
         chunk = Answer(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, DECODER)
         failed = chunk.error or next((choice.error for choice in chunk.choices or () if choice.error), None)
         if failed:
@@ -70,7 +66,7 @@ class ChatStream(EventReader):
     def whole(self) -> bool:
         """Every choice has its finish reason, or the server said [DONE]; not all of them do."""
         ended = [choice.finish_reason is not None for choice in self._choices.values()]
-        return self._done or (bool(ended) and all(ended))
+        return self.done or (bool(ended) and all(ended))
 
     def build(self, reply: HTTPReply) -> Completion:
         """Put the choices together."""

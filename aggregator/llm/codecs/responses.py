@@ -22,7 +22,7 @@ from aggregator.llm.codecs.base import JSONCodec, words
 from aggregator.llm.codecs.failures import fault_in_event, request_id
 from aggregator.llm.codecs.openai import OpenAIChat
 from aggregator.llm.codecs.responses_messages import CALLS, format_of, items_of, output_text, tool_choice_of, tool_of
-from aggregator.llm.codecs.sse import DONE, CompletingCodec, Event, EventReader
+from aggregator.llm.codecs.sse import CompletingCodec, Event, EventReader
 from aggregator.llm.codecs.wire import read
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
@@ -101,8 +101,6 @@ class ResponseStream(EventReader):
 
     def event(self, event: Event) -> str:
         """Take one event and return the text it brings."""
-        if event.data.strip() == DONE:
-            return ""
         found = read(event.data, _EVENT_DECODER)
         kind = found.type if isinstance(found.type, str) else event.name
         if kind == "error" or found.error:

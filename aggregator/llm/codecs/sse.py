@@ -21,7 +21,7 @@ class Event(NamedTuple):
 
 
 class EventParser:
-    r"""Cuts bytes into events: CRLF or LF, comments, several data lines, bytes cut anywhere.
+    r"""Cuts bytes into events: CRLF, LF or CR, comments, several data lines, bytes cut anywhere.
 
     >>> EventParser().feed(b': keep-alive\n\nevent: ping\ndata: {}\n\ndata: half')
     [Event(name='ping', data=b'{}')]
@@ -34,12 +34,14 @@ class EventParser:
 
     def feed(self, data: bytes) -> list[Event]:
         """Take the next bytes and return the events they complete."""
-        if b"\n" not in data:
+        if b"\n" not in data and b"\r" not in data and self._rest[-1:] != [b"\r"]:
             self._rest.append(data)
             return []
-        *lines, rest = b"".join([*self._rest, data]).split(b"\n")
-        self._rest = [rest]
-        return [event for line in lines if (event := self._line(line.removesuffix(b"\r")))]
+        text = b"".join([*self._rest, data])
+        held = b"\r" if text.endswith(b"\r") else b""  # the first half of CRLF, perhaps
+        *lines, rest = text.removesuffix(held).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self._rest = [rest, held] if held else [rest]
+        return [event for line in lines if (event := self._line(line))]
 
     def flush(self) -> list[Event]:
         """Return the last event where the stream ended without its empty line."""
@@ -85,6 +87,7 @@ class EventReader:
         self.call = call
         self._parser = EventParser()
         self._events = 0
+        self.done = False  # the server said [DONE], as gateways do for every API
 
     def event(self, event: Event) -> str:
         """Take one event and return the text it brings."""
@@ -118,7 +121,13 @@ class EventReader:
 
     def _read(self, events: list[Event]) -> list[str]:
         self._events += len(events)
-        return [text for event in events if (text := self.event(event))]
+        texts = []
+        for event in events:
+            if event.data.strip() == DONE:
+                self.done = True
+            elif event.data.strip() and (text := self.event(event)):
+                texts.append(text)
+        return texts
 
 
 def is_event_stream(body: bytes) -> bool:

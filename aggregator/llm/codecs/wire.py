@@ -148,28 +148,48 @@ def excerpt(body: str | bytes, limit: int = 200) -> str:
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}… ({len(text)} characters)"
 
 
-OPEN, CLOSE = "<think>", "</think>"
-BEFORE_THINKING = "< \n\t\r"  # an answer that begins with none of these does not begin with a tag
+_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, unparsed
+)
+_CLOSE = "</think>"
+_FRAME = re.compile(r"<\|(?:end|start|return)\|>(?:assistant)?")
+
+
+def may_think(content: str) -> bool:
+    """Return True for content that may hold thinking: a quick look that nearly every answer does not pass."""
+    return content[:1] in "<[ \n\t\r" or _CLOSE in content
 
 
 def split_thinking(content: str) -> tuple[str, str]:
     r"""Split an answer into (text, reasoning); an answer cut while thinking has no text.
 
-    >>> split_thinking("<think>two and two</think>\n\n4")
-    ('4', 'two and two')
+    The opening tag may stand in the prompt, so that only the closing one comes (R1, Qwen3).
+
+    >>> split_thinking("<think>two and two</think>\n\n4"), split_thinking("two and two</think>\n\n4")
+    (('4', 'two and two'), ('4', 'two and two'))
     """
-    if content[:1] not in BEFORE_THINKING or not (start := content.lstrip()).startswith(OPEN):
-        return content, ""
-    reasoning, _, text = start[len(OPEN) :].partition(CLOSE)
-    return text.lstrip(), reasoning.strip()
+    start = content.lstrip()
+    for opening, closing in _TAGS:
+        if start.startswith(opening):
+            reasoning, _, text = start[len(opening) :].partition(closing)
+            return _FRAME.sub("", text).lstrip(), _FRAME.sub("", reasoning).strip()
+    before, closed, after = content.partition(_CLOSE)
+    return (after.lstrip(), before.strip()) if closed else (content, "")
 
 
 class ThinkingFilter:
-    """The same over a stream: `feed` returns the text alone, and holds back what may still turn out to be a tag."""
+    """The same over a stream: `feed` returns the text alone, and holds back what may still turn out to be a tag.
+
+    Thinking without an opening tag cannot be told from text before it ends; the whole answer has it apart.
+    """
 
     def __init__(self) -> None:
         self._held = ""
         self._state = "start"
+        self._closing = ""
 
     def feed(self, delta: str) -> str:
         """Take the next piece of content and return what of it is certainly text."""
@@ -178,13 +198,14 @@ class ThinkingFilter:
         self._held += delta
         if self._state == "start":
             start = self._held.lstrip()
-            if OPEN.startswith(start[: len(OPEN)]) and len(start) < len(OPEN):
+            tag = next((tag for tag in _TAGS if start.startswith(tag[0])), None)
+            if tag is None and any(opening.startswith(start) for opening, _ in _TAGS):
                 return ""
-            if not start.startswith(OPEN):
+            if tag is None:
                 return self.flush()
-            self._state, self._held = "thinking", start[len(OPEN) :]
+            self._state, self._closing, self._held = "thinking", tag[1], start[len(tag[0]) :]
         if self._state == "thinking":
-            _, closed, rest = self._held.partition(CLOSE)
+            _, closed, rest = self._held.partition(self._closing)
             if not closed:
                 return ""
             self._state, self._held = "after", rest
