@@ -36,13 +36,13 @@ def interactions_of(document: Any, where: str) -> list[dict[str, Any]]:
     """Return a cassette's interactions; raises for anything that is no cassette or of another version."""
     if isinstance(document, dict) and document.get("version", 1) != 1:
         raise CassetteRefusedError(
-            f"expected a cassette of version 1 in {where}, got version {document['version']!r}; "
+            f"Expected a cassette of version 1 in {where}, got version {document['version']!r}; "
             "a newer tool wrote it: upgrade"
         )
     items = document.get("interactions", document.get("http_interactions")) if isinstance(document, dict) else None
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise CassetteDamagedError(
-            f"expected a cassette (`interactions:`, a list of request and response) in {where}, "
+            f"Expected a cassette (`interactions:`, a list of request and response) in {where}, "
             f"got {str(document)[:80]!r}; restore it, or delete it and record again"
         )
     return items
@@ -70,7 +70,7 @@ def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -
         if isinstance(error, CassetteDamagedError | CassetteRefusedError):
             raise
         raise CassetteDamagedError(
-            f"expected an interaction of vcrpy, "
+            f"Expected an interaction of vcrpy, "
             f"got one that does not fit ({type(error).__name__}: {error}) - at {place}; "
             "restore the file, or delete it and record again"
         ) from error
@@ -149,12 +149,12 @@ def _inflated(body: bytes, encoding: str, place: str) -> bytes:
         plain, left = decompressed(body, encoding, LARGEST_BODY)
     except TooLargeError:
         raise CassetteRefusedError(
-            f"expected a body of at most {LARGEST_BODY >> 20} MB, got one that unpacks to more - at {place}; "
+            f"Expected a body of at most {LARGEST_BODY >> 20} MB, got one that unpacks to more - at {place}; "
             "do not trust this file"
         ) from None
     if left in NEEDED:
         raise CassetteRefusedError(
-            f"expected a body that can be unpacked, got {left!r} - at {place}; "
+            f"Expected a body that can be unpacked, got {left!r} - at {place}; "
             f"pip install '{NEEDED[left]}', or record it with vcrpy's decode_compressed_response=True"
         )
     return plain
@@ -191,7 +191,7 @@ def read_blocks(
         size += len(lines[-1])
         if size > budget.total:  # one body under many aliases, or many that unpack to much
             raise CassetteRefusedError(
-                f"expected a cassette of at most {budget.total:,} bytes, got one that unpacks to more - at {place}; "
+                f"Expected a cassette of at most {budget.total:,} bytes, got one that unpacks to more - at {place}; "
                 "do not trust this file, or split it if it is yours"
             )
     findings = []
@@ -215,7 +215,7 @@ def _check_line(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     line = encode_line(exchange)
     if not line.endswith(rb'\"sha256\":\"%b\"}"}' % str(facts["sha256"]).encode()):
         raise CassetteDamagedError(
-            f"expected the exchange whose hash stands beside it, got another - at {place}; {REMEDY}"
+            f"Expected the exchange whose hash stands beside it, got another - at {place}; {REMEDY}"
         )
     return line
 

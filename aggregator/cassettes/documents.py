@@ -80,7 +80,7 @@ def refuse_large(data: bytes, where: str, budget: Budget = BUDGET) -> None:
 
 def _refused(where: str, line: int, expected: str, got: str) -> CassetteRefusedError:
     return CassetteRefusedError(
-        f"expected a cassette with {expected}, got {got} - at {where}:{line}; "
+        f"Expected a cassette with {expected}, got {got} - at {where}:{line}; "
         "nothing of it was used. Do not trust this file, or split it if it is yours"
     )
 
@@ -111,13 +111,13 @@ class _Builder:
             mark = getattr(error, "problem_mark", None)
             line = mark.line + 1 if mark else 1
             raise CassetteDamagedError(
-                f"expected YAML, got {getattr(error, 'problem', error)} - at {self._where}:{line}; "
+                f"Expected YAML, got {getattr(error, 'problem', error)} - at {self._where}:{line}; "
                 "the file was cut or edited: restore it, or delete it and record again"
             ) from None
         except (UnicodeDecodeError, RecursionError) as error:
-            raise CassetteDamagedError(f"expected UTF-8 text, got {error} - in {self._where}") from None
+            raise CassetteDamagedError(f"Expected UTF-8 text, got {error} - in {self._where}") from None
         if len(self._root) != 1:
-            raise CassetteDamagedError(f"expected one document, got {len(self._root)} - in {self._where}")
+            raise CassetteDamagedError(f"Expected one document, got {len(self._root)} - in {self._where}")
         return self._root[0], self._lines
 
     def _take(self, event: Any, kind: str) -> None:
@@ -144,7 +144,7 @@ class _Builder:
     def _repeat(self, event: Any) -> None:
         if event.anchor not in self._anchors:
             raise CassetteDamagedError(
-                f"expected an anchor before its alias, got *{event.anchor} alone - "
+                f"Expected an anchor before its alias, got *{event.anchor} alone - "
                 f"at {self._where}:{event.start_mark.line + 1}"
             )
         value, nodes = self._anchors[event.anchor]

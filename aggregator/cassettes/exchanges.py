@@ -273,7 +273,7 @@ class Row(Struct, frozen=True, gc=False):
     def _damaged(self, error: Exception) -> CassetteDamagedError:
         facts = self.facts
         return CassetteDamagedError(
-            f"expected an exchange, got {error} - in lineage {facts.lineage!r}, ticket {facts.ticket}; {REMEDY}"
+            f"Expected an exchange, got {error} - in lineage {facts.lineage!r}, ticket {facts.ticket}; {REMEDY}"
         )
 
 

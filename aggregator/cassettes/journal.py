@@ -77,11 +77,11 @@ def parse_comment(first_line: bytes, where: str) -> Comment | None:
         )
     if (version := re.match(rb"format=(\d+) ", first_line.removeprefix(_MARK))) and int(version[1]) > FORMAT:
         raise CassetteRefusedError(
-            f"expected format {FORMAT} in {where}, got {int(version[1])}; "
+            f"Expected format {FORMAT} in {where}, got {int(version[1])}; "
             "a newer release of the library wrote it: upgrade"
         )
     raise CassetteDamagedError(
-        f"expected the leading comment of a cassette, got {first_line[:120]!r} - at {where}:1; "
+        f"Expected the leading comment of a cassette, got {first_line[:120]!r} - at {where}:1; "
         "the file was cut or edited: restore it, or delete it and record again"
     )
 
@@ -130,14 +130,14 @@ class Journal:
             os.ftruncate(self._file, self._size)
         except OSError as error:
             raise CassetteError(
-                f"expected to record into {self.path}, got {error}; make it writable, choose another path, "
+                f"Expected to record into {self.path}, got {error}; make it writable, choose another path, "
                 'or replay with mode="none"'
             ) from error
 
     def extend(self, lines: Sequence[bytes]) -> None:
         """Write exchanges, all of them or none."""
         if self._is_closed:
-            raise CassetteError(f"expected to append to an open journal, got one that is finished ({self.path})")
+            raise CassetteError(f"Expected to append to an open journal, got one that is finished ({self.path})")
         if self._file < 0:
             self._open()
         head = b"- " if self._size else OPEN_COMMENT + PREAMBLE + b"- "
@@ -154,7 +154,7 @@ class Journal:
         except OSError as error:
             os.ftruncate(self._file, self._size)
             raise CassetteError(
-                f"expected to append {len(data)} bytes to {self.path}, got {error}; free some space: "
+                f"Expected to append {len(data)} bytes to {self.path}, got {error}; free some space: "
                 "the answer is kept in memory and written when the cassette closes, if there is room by then"
             ) from error
         self._size += len(data)
@@ -191,7 +191,7 @@ class Journal:
         if self._refused is not None:
             refused, self._refused = self._refused, None
             raise CassetteError(
-                f"expected the device to keep what was recorded into {self.path}, got {refused}; "
+                f"Expected the device to keep what was recorded into {self.path}, got {refused}; "
                 "the disk may be failing: save a copy elsewhere, and record again"
             ) from refused
 
@@ -217,7 +217,7 @@ def read_open_journal(data: bytes, where: str) -> Recording:
         return Recording(rows=(), state="open", layout="journal", findings=(finding,), kept=0)
     start = data.find(PREAMBLE)
     if start not in (0, len(OPEN_COMMENT)):
-        raise CassetteDamagedError(f"expected {PREAMBLE.decode()!r} - at {where}:2; {REMEDY}")
+        raise CassetteDamagedError(f"Expected {PREAMBLE.decode()!r} - at {where}:2; {REMEDY}")
     start += len(PREAMBLE)
     first = data.count(b"\n", 0, start) + 1
     spans = list(_spans(data, start))
@@ -238,7 +238,7 @@ def read_closed_journal(content: bytes, where: str, *, intact: bool, skipped: in
         return Recording(rows=(), state="closed", layout="journal")
     if not content.startswith(PREAMBLE):
         raise CassetteDamagedError(
-            f"expected {PREAMBLE.decode()!r}, got {content[:40]!r} - at {where}:{skipped + 1}; {REMEDY}"
+            f"Expected {PREAMBLE.decode()!r}, got {content[:40]!r} - at {where}:{skipped + 1}; {REMEDY}"
         )
     spans = list(_spans(content, len(PREAMBLE)))
     if not intact:
@@ -273,11 +273,11 @@ def _torn(data: bytes, spans: list[_Span], where: str, first: int) -> bool:
 
 
 def _damaged(where: str, line: int) -> CassetteDamagedError:
-    return CassetteDamagedError(f"expected an exchange and its hash, got something else - at {where}:{line}; {REMEDY}")
+    return CassetteDamagedError(f"Expected an exchange and its hash, got something else - at {where}:{line}; {REMEDY}")
 
 
 def _rows(data: bytes, spans: list[_Span], where: str) -> tuple[Row, ...]:
     try:
         return tuple(index_spans(data, spans))
     except UNREADABLE as error:
-        raise CassetteDamagedError(f"expected an exchange, got {error} - in {where}; {REMEDY}") from error
+        raise CassetteDamagedError(f"Expected an exchange, got {error} - in {where}; {REMEDY}") from error

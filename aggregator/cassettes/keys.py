@@ -35,7 +35,7 @@ def parse_ignore(paths: Sequence[str]) -> Ignore:
     (('user',), ('messages', '*', 'id'))
     """
     if isinstance(paths, str):
-        raise ConfigError(f"expected ignore as a list of JSON paths, got {paths!r}; give [{paths!r}]")
+        raise ConfigError(f"Expected ignore as a list of JSON paths, got {paths!r}; give [{paths!r}]")
     return tuple(tuple(path.split(".")) for path in paths)
 
 

@@ -88,7 +88,7 @@ def lineage_at(path: str, role: Role) -> lineage:
 def _joined(parts: tuple[Any, ...]) -> str:
     for part in parts:
         if not isinstance(part, str) or not part or not part.isprintable():
-            raise ConfigError(f"expected non-empty printable text as a part of a lineage, got {part!r}")
+            raise ConfigError(f"Expected non-empty printable text as a part of a lineage, got {part!r}")
     return "/".join(parts)
 
 

@@ -51,7 +51,7 @@ def explain_miss(
     """
     request = asked.request
     head = [
-        f"expected a recorded answer to {request.method} {request.url} in {name}, got none",
+        f"Expected a recorded answer to {request.method} {request.url} in {name}, got none",
         f"  lineage {asked.lineage!r}, ticket {asked.ticket}; {len(rows) - sum(played)} of {len(rows)} not played",
     ]
     remedy = 'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (anew).'

@@ -70,7 +70,7 @@ def open_tape(
     _check(rules.adopts, get_args(Adopts), "adopts")
     _check(layout, get_args(LayoutChoice), "layout")
     if path.is_dir():
-        raise ConfigError(f"expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
+        raise ConfigError(f"Expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
     plan = _replay(path, mode, rules.redaction)
     if plan is None and not private:
         with suppress(OSError):  # the lock raises what is wrong with the folder, and would make a private one
@@ -101,7 +101,7 @@ def open_tape(
 
 def _check(value: str, known: Sequence[str], name: str) -> None:
     if value not in known:
-        raise ConfigError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
+        raise ConfigError(f"Expected {name} to be one of {', '.join(known)}, got {value!r}")
 
 
 def _replay(path: Path, mode: Mode, redaction: Redaction) -> _Plan | None:

@@ -43,7 +43,7 @@ def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recor
     if comment is None or comment.shards == 1:
         return msgspec.structs.replace(first, files=(path,))
     if comment.shard != 1:
-        raise CassetteDamagedError(f"expected the first shard of a cassette in {path}, got number {comment.shard}")
+        raise CassetteDamagedError(f"Expected the first shard of a cassette in {path}, got number {comment.shard}")
     files, parts = [path], [first]
     for number in range(2, comment.shards + 1):
         files.append(shard_path(path, comment.set, number))
@@ -70,11 +70,11 @@ def shard_path(path: Path, group: str, number: int) -> Path:
 def _read_shard(path: Path, first: Comment, number: int) -> Recording:
     data = _bytes_of(path)
     if data is None:
-        raise CassetteDamagedError(f"expected shard {number} of {first.shards} in {path}, got no file; {REMEDY}")
+        raise CassetteDamagedError(f"Expected shard {number} of {first.shards} in {path}, got no file; {REMEDY}")
     part, comment = _read_one(*data, str(path))
     if comment is None or (comment.set, comment.shard, comment.shards) != (first.set, number, first.shards):
         raise CassetteDamagedError(
-            f"expected shard {number} of {first.shards}, got another file - at {path}:1; {REMEDY}"
+            f"Expected shard {number} of {first.shards}, got another file - at {path}:1; {REMEDY}"
         )
     return part
 
@@ -92,9 +92,9 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CassetteError(f"expected to read the cassette {path}, got {error}; make it readable") from error
+        raise CassetteError(f"Expected to read the cassette {path}, got {error}; make it readable") from error
     if not data[0] and (not data[1] or data[1].isspace()):
-        raise CassetteDamagedError(f"expected a cassette in {path}, got an empty file; delete it to record anew")
+        raise CassetteDamagedError(f"Expected a cassette in {path}, got an empty file; delete it to record anew")
     return data
 
 
@@ -117,7 +117,7 @@ def _read_one(
         recording = read_blocks(content, where, intact=intact, skipped=skipped, redact=redact, policy=policy)
     if comment is not None and (not intact or len(recording.rows) != comment.exchanges):
         raise CassetteDamagedError(
-            f"expected {comment.exchanges} exchanges and the content that {where}:1 states, "
+            f"Expected {comment.exchanges} exchanges and the content that {where}:1 states, "
             f"got {len(recording.rows)} exchanges and other content; {REMEDY}"
         )
     return msgspec.structs.replace(recording, size=size), comment

@@ -105,7 +105,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     def __enter__(self) -> Tape:
         """Open the tape and make it the current one of this context."""
         if self._tape is not None:
-            raise CassetteError(f"expected a cassette that is not open, got one in use ({self._tape.name})")
+            raise CassetteError(f"Expected a cassette that is not open, got one in use ({self._tape.name})")
         tape = self._open()
         try:
             self._stack.enter_context(portal.carrying())

@@ -344,7 +344,7 @@ def _leak(exchange: Exchange, line: bytes, needles: Needles) -> SecretLeakError 
         if has_needle(data, needles):
             host = request.url.partition("//")[2].partition("/")[0].rpartition("@")[2].partition("?")[0]
             return SecretLeakError(
-                f"expected an exchange without secrets, got one with a value that authenticates in its {place} "
+                f"Expected an exchange without secrets, got one with a value that authenticates in its {place} "
                 f"(a {request.method} to {host}, role {facts.role}); it was not written. "
                 "Keep the secret out of it, or call the model outside of the cassette"
             )

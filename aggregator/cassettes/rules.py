@@ -28,6 +28,8 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     `adopts`: "threads" takes the calls of plain threads, which start without a context; "everything" also those of
     every context without a tape, as in a pytest process; "nothing" leaves both to the network.
     `plays_failures=False` repeats recorded calls that failed instead of playing them.
+    `raises_again=False` reports misses at the end instead of raising them again, as vcrpy does.
+    `keeps_exchanges` holds what is recorded in memory too, as `Tape.exchanges`.
     `expects_all=False` reports no exchanges that were left unplayed.
     `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.consent`; source of
     sandboxed operations needs no permission.
@@ -51,6 +53,8 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     redaction: Redaction = USUAL
     plays_failures: bool = True
     expects_all: bool = True
+    raises_again: bool = True
+    keeps_exchanges: bool = False
     code: bool | str | Collection[str] = False
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, priv
             write_atomically(file, comment.render() + content, private=private, sole_writer=True)
     except OSError as error:
         raise CassetteError(
-            f"expected to write the cassette {path}, got {error}; free some space or make the folder writable. "
+            f"Expected to write the cassette {path}, got {error}; free some space or make the folder writable. "
             "What was recorded is still in its journal, and is taken up by the next recording"
         ) from error
     for old in shards_beside(path):
@@ -115,7 +115,7 @@ class FileLock:
             self._file = self._take(path)
         except OSError as error:
             raise CassetteError(
-                f"expected to record into {path}, got {error}; make the folder writable, choose another path, "
+                f"Expected to record into {path}, got {error}; make the folder writable, choose another path, "
                 'or replay with mode="none"'
             ) from error
 
@@ -133,7 +133,7 @@ class FileLock:
                 holder = os.read(file, 100).decode(errors="replace") or "another process"
                 os.close(file)
                 raise CassetteLockedError(
-                    f"expected to write {path}, got a lock held by {holder}; wait for it, or write elsewhere"
+                    f"Expected to write {path}, got a lock held by {holder}; wait for it, or write elsewhere"
                 ) from None
             os.close(file)
 

@@ -8,15 +8,17 @@ a 200), error statuses and failed connections included. No function here awaits.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import count
 from typing import Any, Literal
 
-from aggregator.cassettes.exchanges import Exchange, Row
+from aggregator.cassettes.exchanges import Exchange, Facts, Row
 from aggregator.cassettes.forms import redact_url
 from aggregator.cassettes.hooks import hook_reply, hook_request
 from aggregator.cassettes.hosts import host_of, is_ignored
@@ -61,13 +63,10 @@ class Tape:
         self.ending: Ending = "finish"
         self.permitted_code: set[str] = set()
         self._rows, self._played = rows, bytearray(len(rows))
-        matching = matching_by(rules.match_on, rules.ignore)
-        if (hook := rules.before_request) is not None:
-            matching = hooked(matching, hook)
-        self._pools = Pools(
-            rows, matching=matching, prefer=rules.lineage == "prefer", repeats=rules.allow_playback_repeats
-        )
+        self._pools = self._new_pools()
         self.left_out: set[str] = set()
+        self.exchanges: list[Exchange] = []
+        self.plays = 0
         self._left = frozenset(i for i, row in enumerate(rows) if row.facts.error and row.facts.error[0] == _LEFT)
         self._writer = None if sink is None else Writer(sink, now, rules)
         self._on_close = on_close
@@ -87,6 +86,20 @@ class Tape:
     def holds_recording(self) -> bool:
         """Whether there were recorded exchanges when it was opened."""
         return bool(self._rows)
+
+    def _new_pools(self) -> Pools:
+        rules = self.rules
+        matching = matching_by(rules.match_on, rules.ignore)
+        if (hook := rules.before_request) is not None:
+            matching = hooked(matching, hook)
+        prefers = rules.lineage == "prefer"
+        return Pools(self._rows, matching=matching, prefer=prefers, repeats=rules.allow_playback_repeats)
+
+    def rewind(self) -> None:
+        """Play the recorded exchanges from the beginning again."""
+        with self._lock:
+            self._pools, self.plays = self._new_pools(), 0
+            self._played[:] = bytes(len(self._played))
 
     @property
     def records(self) -> bool:
@@ -199,6 +212,7 @@ class Tape:
             index = slot.rows[played]
             slot.played = slot.attempt = played + 1
             self._played[index] = 1
+            self.plays += 1
             row = self._rows[index]
             reply = row.reply()
             if row.facts.error is not None:
@@ -240,7 +254,7 @@ class Tape:
         key = self._pools.key_of_slot(slot)
         asked = Asked(request=slot.clean(), key=key, lineage=slot.lineage, ticket=slot.ticket)
         search = len(self.misses) < _EXPLAINED
-        miss = CassetteMissError(
+        miss = _miss_class()(
             explain_miss(asked, self._rows, self._played, self.name, key_of_row=self._pools.key_of_row, search=search)
         )
         self.misses.append(miss)
@@ -279,7 +293,7 @@ class Tape:
         before it is used.
         """
         if self._writer is None:
-            raise CassetteError(f"expected a tape that records, got one that only plays ({self.name})")
+            raise CassetteError(f"Expected a tape that records, got one that only plays ({self.name})")
         self._refuse_elsewhere()
         slot.answered = next(self._events)
         slot.place()
@@ -288,6 +302,8 @@ class Tape:
             if hooked_reply is None:
                 return self._leave_unrecorded(slot, reply), False
             reply = hooked_reply
+        if self.rules.keeps_exchanges:
+            self.exchanges.append(Exchange(request=slot.request, reply=reply, facts=Facts(lineage=slot.lineage)))
         entry = Entry(slot, reply, usage, model, None if failure is None else _told(failure))
         slot.attempt += 1
         with self._lock:
@@ -312,7 +328,7 @@ class Tape:
 
     def _too_late(self, what: str) -> str:
         return (
-            f"expected every call inside of the cassette {self.name} to be awaited there, got {what} after it was "
+            f"Expected every call inside of the cassette {self.name} to be awaited there, got {what} after it was "
             "left; await the tasks that make calls before the block or the test ends (asyncio.TaskGroup does)"
         )
 
@@ -372,13 +388,16 @@ class Tape:
     def raise_remembered(self) -> None:
         """Raise what agent code may have hidden so far: a leak, a full disk, a miss."""
         refused = [] if self._writer is None else self._writer.errors
-        for error in (*refused, *self.misses):
+        for error in (*refused, *(self.misses if self.rules.raises_again else ())):
             raise type(error)(f"{error}") from error
 
     def _tell_the_rest(self, *, warn: bool) -> None:
         if self._writer is not None and (changed := self._writer.changed):
             told = f"{len(changed)} recorded answers were changed by the redaction of secrets, as {changed[0]}"
             self.tell(f"{self.name}: {told}; see the rules for secrets in docs/cassettes.md", warn=warn)
+        if self.misses:  # those that are not raised again
+            first = f"{self.misses[0]}".partition("\n")[0]
+            self.tell(f"{self.name}: {len(self.misses)} requests had no recorded answer: {first}", warn=False)
         if looser := self._pools.looser:
             told = (
                 f"{len(looser)} calls played an answer to another request, as match_on allows: {'; '.join(looser[:3])}"
@@ -397,6 +416,27 @@ class Tape:
         if self.rules.expects_all and (unplayed := len(self._rows) - sum(self._played)):
             told = f"{unplayed} of {len(self._rows)} recorded exchanges were not played"
             self.tell(f"{self.name}: {told}", warn=warn)
+
+
+@cache
+def _vcr_miss_class(vcr_error: type[Exception]) -> type[CassetteMissError]:
+    class RecordedMissError(CassetteMissError, vcr_error):  # type: ignore[misc, valid-type] # as vcrpy makes it
+        """A miss, which is vcrpy's own exception as well: code that catches that goes on as it did."""
+
+        cassette = failed_request = None
+        similar_requests: Sequence[object] = ()
+
+        def __init__(self, message: str) -> None:
+            Exception.__init__(self, message)
+
+    RecordedMissError.__name__ = RecordedMissError.__qualname__ = CassetteMissError.__name__
+    return RecordedMissError
+
+
+def _miss_class() -> type[CassetteMissError]:
+    """Return the class of a miss: also vcrpy's `CannotOverwriteExistingCassetteException` where vcrpy is in use."""
+    errors = sys.modules.get("vcr.errors")
+    return CassetteMissError if errors is None else _vcr_miss_class(errors.CannotOverwriteExistingCassetteException)
 
 
 class StreamLeftError(APIConnectionError):

@@ -32,7 +32,7 @@ def latency_scale(latency: Latency | str) -> float:
     if latency == "recorded":
         return 1.0
     if isinstance(latency, str) or not 0 <= latency < math.inf:  # a wrong word, or a wrong number
-        raise ConfigError(f'expected latency "off", "recorded" or a number >= 0 to scale by, got {latency!r}')
+        raise ConfigError(f'Expected latency "off", "recorded" or a number >= 0 to scale by, got {latency!r}')
     return float(latency)
 
 
@@ -56,7 +56,7 @@ class Faults(Struct, frozen=True, kw_only=True):
         """Check that the probabilities are ones."""
         rates = [getattr(self, kind) for kind in KINDS]
         if any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-9:
-            raise ConfigError(f"expected fault rates in [0, 1] that sum to at most 1, got {rates!r}")
+            raise ConfigError(f"Expected fault rates in [0, 1] that sum to at most 1, got {rates!r}")
 
     def choose(self, key: bytes, lineage: str, ticket: int, attempt: int) -> FaultKind | None:
         """Return the fault of one attempt, None for none."""

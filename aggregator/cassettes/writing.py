@@ -122,7 +122,7 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - somebody's own transport may answer anything; it becomes a record
             if len(entries) > 1:
                 return [line for entry in entries for line in self._lines([entry], at)]
-            told = CassetteError(f"expected an exchange that can be written, got {type(error).__name__}: {error}")
+            told = CassetteError(f"Expected an exchange that can be written, got {type(error).__name__}: {error}")
             told.__cause__ = error
             return [told]
 

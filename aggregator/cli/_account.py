@@ -30,9 +30,9 @@ def played(cache: Path) -> dict[Path, Played]:
     try:
         run = decode(file.read_bytes(), type=dict[str, _Test])
     except FileNotFoundError as error:
-        raise ConfigError(f"expected the account of a pytest run in {file}, got none; {remedy}") from error
+        raise ConfigError(f"Expected the account of a pytest run in {file}, got none; {remedy}") from error
     except (DecodeError, ValidationError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"expected the account of a pytest run in {file}, got {error}; {remedy}") from error
+        raise ConfigError(f"Expected the account of a pytest run in {file}, got {error}; {remedy}") from error
     found: dict[Path, Played] = {}
     for test in run.values():
         path = Path(test.path).resolve()

@@ -19,7 +19,7 @@ def read_cassette(path: Path, *, redact: bool = True) -> Recording:
     recording = None if path.is_dir() else read(file, redact=redact)
     if recording is None:
         there = "which is a folder" if path.is_dir() else "which is not there"
-        raise ConfigError(f"expected a cassette, got {str(path)!r}, {there}")
+        raise ConfigError(f"Expected a cassette, got {str(path)!r}, {there}")
     return recording
 
 
@@ -45,7 +45,7 @@ def rewriting(path: Path) -> Iterator[None]:
     try:
         if path.is_file() and path.stat().st_size and is_open_journal(path.read_bytes()):
             raise CassetteError(
-                f"expected a finished cassette to write anew, got a recording that was not finished ({path}); "
+                f"Expected a finished cassette to write anew, got a recording that was not finished ({path}); "
                 'finish it: run it again with mode="once"; or convert it to another file'
             )
         yield

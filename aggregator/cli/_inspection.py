@@ -51,7 +51,7 @@ def find_cassettes(paths: Iterable[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise ConfigError(f"expected a cassette or a folder of them, got {str(path)!r}, which is not there")
+            raise ConfigError(f"Expected a cassette or a folder of them, got {str(path)!r}, which is not there")
     return list(dict.fromkeys(found))
 
 

@@ -67,7 +67,7 @@ def _days(text: str) -> float:
     except ValueError:
         days = -1.0
     if not 0 <= days <= MOST_DAYS:
-        raise argparse.ArgumentTypeError(f"expected a number of days from 0 to {MOST_DAYS:,}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"Expected a number of days from 0 to {MOST_DAYS:,}, got {text!r}")
     return days
 
 
@@ -118,7 +118,7 @@ def show_cassette(options: argparse.Namespace) -> int:
     rows = read_cassette(options.path).rows
     if options.number is not None:
         if not 0 <= options.number < len(rows):
-            raise ConfigError(f"expected an exchange from 0 to {len(rows) - 1} of {options.path}, got {options.number}")
+            raise ConfigError(f"Expected an exchange from 0 to {len(rows) - 1} of {options.path}, got {options.number}")
         print(printable(render(rows[options.number].exchange())))
         return 0
     lines = []
@@ -240,7 +240,7 @@ def prune_cassettes(options: argparse.Namespace) -> int:
     from aggregator.errors import CassetteError, ConfigError
 
     if not (options.unplayed or options.lineage or options.older_than is not None):
-        raise ConfigError("expected what to drop, got nothing; pass --unplayed, --lineage or --older-than")
+        raise ConfigError("Expected what to drop, got nothing; pass --unplayed, --lineage or --older-than")
     accounts = played(options.pytest_cache) if options.unplayed else {}
     limit = None if options.older_than is None else timedelta(days=options.older_than)
 
@@ -291,7 +291,7 @@ def convert_cassette(options: argparse.Namespace) -> int:
 
     target = options.target or options.source
     if target.is_dir():
-        raise ConfigError(f"expected a file to write, got the folder {str(target)!r}; name a file in it")
+        raise ConfigError(f"Expected a file to write, got the folder {str(target)!r}; name a file in it")
     given = None if options.source.is_file() else read_cassette(options.source)  # a pipe, or nothing
     with rewriting(target):
         recording = given or read_cassette(options.source)
@@ -308,7 +308,7 @@ def _refuse_json(target: Path, layout: str) -> None:
 
     if layout == "foreign" and target.suffix == ".json":
         raise CassetteError(
-            f"expected a target whose name ends in .yaml, as ours is YAML, got {str(target)!r}; "
+            f"Expected a target whose name ends in .yaml, as ours is YAML, got {str(target)!r}; "
             f"convert it to another file: aggregator cassette convert {target} {target.with_suffix('.yaml')}"
         )
 

@@ -51,5 +51,5 @@ def run(options: argparse.Namespace) -> int:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"Expected a number of at least 1, got {text}")
     return value

@@ -284,7 +284,7 @@ def test_what_is_no_cassette_is_told(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(CassetteDamagedError, match=r"a\.yaml") as caught:
         read(path)
-    assert "expected" in str(caught.value)
+    assert "Expected" in str(caught.value)
 
 
 def test_a_foreign_cassette_takes_new_episodes(tmp_path: Path) -> None:

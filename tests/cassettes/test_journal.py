@@ -309,7 +309,7 @@ def test_room_that_comes_back_is_used(tmp_path: Path) -> None:
 def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
     """A folder that cannot be made is an error before anything is asked of a model."""
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(CassetteError, match="expected to record into .*; make the folder writable"):
+    with pytest.raises(CassetteError, match="Expected to record into .*; make the folder writable"):
         open_tape(tmp_path / "file" / "a.yaml", "once")
 
 
@@ -325,7 +325,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     """A cassette of a newer format asks for a newer library."""
     path = tmp_path / "a.yaml"
     path.write_bytes(OPEN_COMMENT.replace(b"format=1", b"format=2") + PREAMBLE)
-    with pytest.raises(CassetteRefusedError, match="expected format 1 .* got 2; .*upgrade"):
+    with pytest.raises(CassetteRefusedError, match="Expected format 1 .* got 2; .*upgrade"):
         read(path)
     path.write_text("version: 3\ninteractions: []\n")
     with pytest.raises(CassetteRefusedError, match="got version 3"):
@@ -395,7 +395,7 @@ def test_a_device_that_fails_to_flush_had_an_exchange_written_twice(tmp_path: Pa
     tape = Tape(sink=journal, on_close=lambda _: journal.close())
     live(tape, 0)
     live(tape, 1)
-    with pytest.raises(CassetteError, match="expected the device to keep .* Input/output error; the disk may be fail"):
+    with pytest.raises(CassetteError, match="Expected the device to keep .* Input/output error; the disk may be fail"):
         tape.close()
     recording = read(path)
     assert recording is not None

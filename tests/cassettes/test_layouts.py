@@ -205,7 +205,7 @@ def test_a_missing_or_mixed_shard_is_damage(tmp_path: Path) -> None:
     (shard,) = (file for file in tmp_path.iterdir() if file != path)
     content = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(CassetteDamagedError, match="expected shard 2 of 2 in .*0002.yaml, got no file"):
+    with pytest.raises(CassetteDamagedError, match="Expected shard 2 of 2 in .*0002.yaml, got no file"):
         read(path)
     shard.write_bytes(content.replace(b" set=", b" set=000000000000 old=", 1))
     with pytest.raises(CassetteDamagedError, match=r"0002.yaml:1"):

@@ -68,7 +68,7 @@ def message(asked: HTTPRequest, *recorded: HTTPRequest) -> str:
 def test_the_difference_is_told_by_json_path() -> None:
     """The message names the request, its lineage, the nearest one, the path that differs and how to record."""
     assert message(chat("How old is the moon?", seed=1), chat("Who?"), chat("How old is the sun?", seed=2)) == (
-        f"expected a recorded answer to POST {URL} in demo.yaml, got none\n"
+        f"Expected a recorded answer to POST {URL} in demo.yaml, got none\n"
         "  lineage 'test', ticket 0; 2 of 2 not played\n"
         "  nearest: exchange 1, lineage 'sample=1', ticket 0, not played yet, 94% alike\n"
         "  messages[1].content, from character 15:\n"

@@ -582,13 +582,13 @@ def test_a_miss_was_tried_again_for_seconds(is_async: bool, server: Server, tmp_
 
     replies = []
     with (
-        pytest.raises(CassetteMissError, match="expected a recorded answer to POST"),
+        pytest.raises(CassetteMissError, match="Expected a recorded answer to POST"),
         aggregator.cassette(tmp_path / "a.yaml", "none", clients="all"),
     ):
         replies.append(run(ask) if is_async else httpx.post(f"{server.url}/v1", json={}, headers=headers))
     (reply,) = replies
     assert (reply.status_code, reply.headers["x-should-retry"]) == (MISS_STATUS, "false")
-    assert "expected a recorded answer to POST" in reply.json()["error"]["message"]
+    assert "Expected a recorded answer to POST" in reply.json()["error"]["message"]
     assert server.hits == 0
 
 

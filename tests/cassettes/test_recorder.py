@@ -115,7 +115,7 @@ def test_a_folder_was_recorded_into_until_it_had_to_be_replaced(tmp_path: Path, 
     """A path that is a folder is refused before anything is asked, and nothing is written beside it."""
     folder = tmp_path / "cassettes"
     folder.mkdir()
-    with pytest.raises(ConfigError, match="expected the file of a cassette, got the folder"):
+    with pytest.raises(ConfigError, match="Expected the file of a cassette, got the folder"):
         aggregator.cassette(folder, mode).__enter__()
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -63,7 +63,7 @@ def test_a_forged_line_raised_what_its_decoder_raised(
     """Whoever reads a cassette catches CassetteError alone; the error says what to do."""
     line = LINE.replace(good, bad)
     assert line != LINE
-    with pytest.raises(CassetteDamagedError, match="expected an exchange, got .*restore it from version control"):
+    with pytest.raises(CassetteDamagedError, match="Expected an exchange, got .*restore it from version control"):
         use(forged(tmp_path / "forged.yaml", line))
 
 

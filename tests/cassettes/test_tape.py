@@ -286,3 +286,26 @@ def test_lines_hold_what_was_recorded() -> None:
         exchange = row.exchange()
         assert (exchange.request.body, exchange.reply.body) == (body, body)
         assert encode_line(exchange) == row.line
+
+
+def test_a_miss_is_vcrpys_exception_too() -> None:
+    """Where vcrpy is in use, code that catches its exception goes on; it is a miss of ours all the same."""
+    errors = pytest.importorskip("vcr.errors")
+    tape = Tape()
+    with pytest.raises(errors.CannotOverwriteExistingCassetteException) as caught:
+        tape.play(tape.issue(ask()))
+    assert isinstance(caught.value, CassetteMissError)
+    assert getattr(caught.value, "failed_request", "") is None
+    with pytest.raises(errors.CannotOverwriteExistingCassetteException) as again:
+        tape.close()
+    assert f"{again.value}" == f"{caught.value}"
+
+
+def test_misses_are_reported_where_they_are_not_raised_again() -> None:
+    """As under vcrpy, where a test that caught a miss goes on."""
+    tape = Tape(name="demo", rules=TapeRules(raises_again=False))
+    with pytest.raises(CassetteMissError):
+        tape.play(tape.issue(ask()))
+    tape.close()
+    assert len(tape.report) == 1
+    assert tape.report[0].startswith("demo: 1 requests had no recorded answer: ")

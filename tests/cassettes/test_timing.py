@@ -45,7 +45,7 @@ def test_latency(latency: Latency, seconds: float) -> None:
 @pytest.mark.parametrize("latency", ["slow", -1, float("nan"), float("inf")])
 def test_a_wrong_latency(latency: Latency) -> None:
     """A word or number that is none is told."""
-    with pytest.raises(ConfigError, match='expected latency "off", "recorded" or a number >= 0'):
+    with pytest.raises(ConfigError, match='Expected latency "off", "recorded" or a number >= 0'):
         Tape(rules=TapeRules(latency=latency))
 
 
@@ -107,5 +107,5 @@ def test_fault_rates_are_kept() -> None:
 @pytest.mark.parametrize("rates", [{"cut": 1.5}, {"cut": -0.1}, {"cut": 0.6, "timeout": 0.6}])
 def test_wrong_fault_rates(rates: dict[str, float]) -> None:
     """Rates that are no probabilities are told."""
-    with pytest.raises(ConfigError, match="expected fault rates in"):
+    with pytest.raises(ConfigError, match="Expected fault rates in"):
         Faults(**rates)  # type: ignore[arg-type]

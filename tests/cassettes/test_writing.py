@@ -242,7 +242,7 @@ def test_one_exchange_that_cannot_be_written_blocked_the_tape(place: str) -> Non
     tape.flush()
     tape.finish(entries[0])
     tape.finish(entries[2])
-    with pytest.raises(CassetteError, match="expected an exchange that can be written, got"):
+    with pytest.raises(CassetteError, match="Expected an exchange that can be written, got"):
         tape.finish(entries[1])
     assert [row.reply().body for row in sink.rows] == [b"1", b"2"]
     tape.record(tape.issue(ask("later")), answer("3"))

@@ -80,7 +80,7 @@ def test_show_lists_exchanges_and_one_in_full(command: Command) -> None:
     assert command("show", path, "--lineage", "*/propose")[1].count("#0.0") == 1
     assert '"text": "second"' in command("show", path, 1)[1]
     code, out = command("show", path, 2)
-    assert (code, "expected an exchange from 0 to 1 of a.yaml, got 2" in out) == (1, True)
+    assert (code, "Expected an exchange from 0 to 1 of a.yaml, got 2" in out) == (1, True)
 
 
 def test_stats_sums_by_role_and_model(command: Command) -> None:

@@ -170,7 +170,7 @@ def test_a_malformed_account_was_a_traceback(tmp_path: Path, capsys: pytest.Capt
     path, cache = recorded(tmp_path / "a.yaml", "x"), account(tmp_path / "cache", text)
     for words in (("check", "--orphans"), ("prune", "--unplayed")):
         code, _, err = run(capsys, words[0], path, *words[1:], "--pytest-cache", cache)
-        assert (code, "expected the account of a pytest run in" in err) == (1, True)
+        assert (code, "Expected the account of a pytest run in" in err) == (1, True)
 
 
 @pytest.mark.parametrize("days", ["nan", "inf", "1e9", "-1", "soon"])
@@ -179,7 +179,7 @@ def test_days_that_are_none_were_a_traceback(tmp_path: Path, capsys: pytest.Capt
     path = recorded(tmp_path / "a.yaml", "x")
     for words in (("check", f"--max-age={days}"), ("prune", f"--older-than={days}")):
         code, _, err = run(capsys, words[0], path, words[1])
-        assert (code, f"expected a number of days from 0 to 1,000,000, got '{days}'" in err) == (2, True)
+        assert (code, f"Expected a number of days from 0 to 1,000,000, got '{days}'" in err) == (2, True)
 
 
 def test_a_sharded_cassette_behind_a_link_could_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +201,7 @@ def test_a_sharded_cassette_behind_a_link_could_not_be_read(tmp_path: Path, caps
     assert run(capsys, "check", link) == (0, "1 cassette, 2 exchanges: good\n", "")
     path.unlink()
     code, out, _ = run(capsys, "check", path.parent)
-    assert (code, "expected the first shard of a cassette" in out) == (1, True)
+    assert (code, "Expected the first shard of a cassette" in out) == (1, True)
 
 
 def test_vcrpys_json_became_yaml_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +221,7 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixt
     """The advice was to free some space."""
     path = recorded(tmp_path / "a.yaml", "x")
     code, _, err = run(capsys, "convert", path, tmp_path)
-    assert (code, "expected a file to write, got the folder" in err, "space" in err) == (1, True, False)
+    assert (code, "Expected a file to write, got the folder" in err, "space" in err) == (1, True, False)
 
 
 def test_a_recorded_answer_steered_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

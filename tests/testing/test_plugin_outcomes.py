@@ -114,7 +114,7 @@ def test_a_fixture_could_not_ask_at_its_end(project: pytest.Pytester, model: Mod
         patch.setenv("BYE", "tschau")
         outcome = project.runpytest()
     outcome.assert_outcomes(passed=1, errors=1)
-    outcome.stdout.fnmatch_lines(["*CassetteMissError: expected a recorded answer*"])
+    outcome.stdout.fnmatch_lines(["*CassetteMissError: Expected a recorded answer*"])
     assert model.hits == 2
 
 
@@ -133,7 +133,7 @@ def test_what_a_failing_test_hid_is_told_beside_its_assertion(project: pytest.Py
     outcome.stdout.fnmatch_lines(
         [
             "*what the cassette refused*",
-            "CassetteMissError: expected a recorded answer to POST http://model.invalid/miss *",
+            "CassetteMissError: Expected a recorded answer to POST http://model.invalid/miss *",
             "*what the cassette refused*",
             "CassetteError: Expected no connection, got one to 'model.invalid': *",
         ]

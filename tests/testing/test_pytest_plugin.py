@@ -299,3 +299,66 @@ def test_the_mark_takes_the_options_of_a_cassette(project: pytest.Pytester, mode
     outcome.assert_outcomes(passed=1)
     outcome.stdout.fnmatch_lines(["*scrubbed scrubbed*"])
     assert model.hits == 1
+
+
+def test_served_cassettes_know_what_is_being_recorded(project: pytest.Pytester, model: Model) -> None:
+    """`requests`, `responses`, `play_count`, `all_played` and the length are vcrpy's, while recording and playing."""
+    pytest.importorskip("pytest_recording")
+    only(
+        project,
+        "def state(vcr):\n"
+        "    bodies = [answer['body']['string'] for answer in vcr.responses]\n"
+        "    asked = [request.body for request in vcr.requests]\n"
+        "    return asked, bodies, vcr.play_count, vcr.all_played, len(vcr), vcr.dirty\n"
+        "@pytest.mark.vcr\n"
+        "def test_it(vcr):\n"
+        "    print('before', state(vcr))\n    route('x')\n"
+        "    print('after', state(vcr), vcr.requests[0].headers['host'])\n"
+        "    print('found', len(vcr.responses_of(vcr.requests[0])))\n",
+    )
+    outcome = project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=once", "-rP")
+    outcome.assert_outcomes(passed=1)
+    outcome.stdout.fnmatch_lines(
+        [
+            "before (??, ??, 0, True, 0, False)",
+            "after (?b'*x*'?, ?b'answer 1'?, 0, False, 1, True) 127.0.0.1:*",
+            "found 1",
+        ]
+    )
+    outcome = project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=none", "-rP", "-k", "test_it")
+    outcome.stdout.fnmatch_lines(["before (?b'*x*'?, ?b'answer 1'?, 0, False, 1, False)"])
+    outcome.stdout.no_fnmatch_line("*answer 2*")
+
+
+def test_a_miss_of_a_served_test_is_vcrpys_own(project: pytest.Pytester, model: Model) -> None:
+    """A test that expects vcrpy's exception passes, and the miss is not raised again at its end."""
+    pytest.importorskip("pytest_recording")
+    only(
+        project,
+        "from vcr.errors import CannotOverwriteExistingCassetteException\n"
+        "@pytest.mark.vcr\ndef test_it():\n"
+        "    with pytest.raises(CannotOverwriteExistingCassetteException, match='Expected a recorded answer'):\n"
+        "        route('x')\n",
+    )
+    project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=none").assert_outcomes(passed=1)
+    assert model.hits == 0
+
+
+def test_a_served_test_matches_by_its_own_match_on(project: pytest.Pytester, model: Model) -> None:
+    """It is as loose and as strict as with stock vcrpy; matchers of its own, and headers, are left to that."""
+    pytest.importorskip("pytest_recording")
+    for options, ticket, outcome in (
+        ("match_on=['method', 'path']", "y", {"passed": 1}),
+        ("match_on=['method', 'path', 'body']", "y", {"failed": 1}),
+        ("", "y", {"passed": 1}),
+        ("match_on=['headers']", "x", {"passed": 1}),
+        ("allow_playback_repeats=True", "x') and route('x", {"passed": 1}),
+        ("ignore_hosts=['127.0.0.1']", "never recorded", {"passed": 1}),
+    ):
+        only(project, f"@pytest.mark.vcr({options})\ndef test_it():\n    assert route('x')\n")
+        project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=once").assert_outcomes(passed=1)
+        only(project, f"@pytest.mark.vcr({options})\ndef test_it():\n    assert route('{ticket}')\n")
+        found = project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=none")
+        found.assert_outcomes(**outcome)
+        for path in cassettes(project):
+            (project.path / path).unlink()
