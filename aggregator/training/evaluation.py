@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from msgspec.structs import replace
@@ -51,12 +52,14 @@ class Evaluations:
         *,
         min_score: float | None = None,
         known: Memory | None = None,
+        repeats: int = 1,
     ) -> None:
         self.known: Memory = dict(known or {})
         self._run = run
         self._guide = guide
         self._parameters = parameters
         self._min_score = min_score
+        self._repeats = repeats
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._guides: dict[int, tuple[Any, str]] = {}  # kept alive, as its id is the key
 
@@ -72,17 +75,18 @@ class Evaluations:
         samples: Sequence[Sample],
         *,
         guide: Any = None,
-        repeats: int = 1,
+        repeats: int | None = None,
         fresh: bool = False,
     ) -> list[Rollout]:
-        check_positive("repeats", repeats)
+        count = self._repeats if repeats is None else repeats
+        check_positive("repeats", count)
         guide = self._guide if guide is None else guide
         judge = self._name(guide)
         with overriding(self._parameters, values):  # each in its own type, and under one digest
             typed = values_of(self._parameters)
         name = digest(typed)
         place = (*place, f"values={name}", *((f"guide={judge}",) if judge else ()))
-        keys = [(_key(judge, sample, i), sample, i) for sample in samples for i in range(repeats)]
+        keys = [(_key(judge, sample, i), sample, i) for sample in samples for i in range(count)]
         async with self._locks.setdefault((name, judge), asyncio.Lock()):
             known = {} if fresh or name not in self.known else self.known[name].scores
             lowest = self._min_score if guide is self._guide else declared_minimum(guide)
@@ -90,7 +94,10 @@ class Evaluations:
             made = await run_again(self._run, list(missing.values()), guide) if missing else ()
             new = dict(zip(missing, made, strict=True))
             self._remember(step, name, new)
-        return [new[key] if key in new else _recall(known[key], sample, i) for key, sample, i in keys]
+        runs = [new[key] if key in new else _recall(known[key], sample, i) for key, sample, i in keys]
+        if repeats is not None:
+            return runs
+        return [join_repeats(runs[i : i + count]) for i in range(0, len(runs), count)]
 
     def _name(self, guide: Any) -> str:
         """Return "" for the run's own guide, and a digest for another one, the same as long as the run lasts."""
@@ -184,6 +191,28 @@ def lowest_of(*series: Sequence[float | None], min_score: float | None = None) -
 def scores_of(rollouts: Sequence[Rollout], lowest: float | None = None) -> list[float | None]:
     """Return the score of each rollout: `lowest` where the agent failed, None for an instance that was not judged."""
     return [lowest if run.score is None and is_crash(run) else run.score for run in rollouts]
+
+
+def join_repeats(runs: Sequence[Rollout]) -> Rollout:
+    """Return one rollout for several of the same instance: the worst one, with the mean of the scores.
+
+    A repeat that was not judged is left out; one on which the agent failed without a score counts as the lowest of the
+    others, at most 0.
+
+    >>> join_repeats([Rollout(sample_id=3, score=1.0, output="a"), Rollout(sample_id=3, score=0.0, output="b")]).score
+    0.5
+    """
+    judged = [run for run in runs if run.score is not None or is_crash(run)]
+    known = [run.score for run in judged if run.score is not None]
+    if len(runs) == 1 or not known:
+        return (judged or list(runs))[0]
+    scores = [score for score in scores_of(judged, lowest_of(known)) if score is not None]
+    worst = judged[scores.index(min(scores))]
+    named = {
+        name: fmean(run.scores[name] for run in judged if name in run.scores)
+        for name in dict.fromkeys(name for run in judged for name in run.scores)
+    }
+    return replace(worst, score=fmean(scores), scores=named, repeat=0, lineage=runs[0].lineage)
 
 
 async def run_again(run: RunTasks, tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:

@@ -53,7 +53,7 @@ from aggregator.training.evaluation import Evaluations, failures_of, is_lost, lo
 from aggregator.training.keeping import apply_values, validate
 from aggregator.training.parts import as_json, check_candidates, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
-from aggregator.training.rollouts import Arrive, Rollouts, without_handle
+from aggregator.training.rollouts import Arrive, Repeats, Rollouts, without_handle
 from aggregator.training.rules import key_of
 from aggregator.training.run_dir import claim_run_dir, count_in, load_state, open_journal, raise_misses
 from aggregator.training.seed import (
@@ -142,6 +142,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
         result = course.finish()
         for left in failures_left(result.failures):
             warnings.warn(left, TrainingWarning, stacklevel=2)
+        course.repeats.finish()
         await notify(course.observers, "finished", result)
         return result
 
@@ -172,8 +173,14 @@ class _Course:
         self.observers = _watchers(trainer, plan)
         self.agent = trainer.agent_to_run()
         self.rollouts = Rollouts(self.agent, trainer.executor or local, local, self.observers)
+        self.repeats = Repeats(plan.repeats)
         self.evaluations = Evaluations(
-            self.rollouts.map, plan.guide, parameters, min_score=plan.min_score, known=state.scores
+            self.rollouts.map,
+            plan.guide,
+            parameters,
+            min_score=plan.min_score,
+            known=state.scores,
+            repeats=plan.repeats,
         )
 
     async def follow(self) -> None:
@@ -189,6 +196,7 @@ class _Course:
         for turn in self.turns[self.state.steps :]:
             with raise_misses():
                 full, memory = await self._step(turn)
+                self.repeats.warn(FEWEST_JUDGED)
                 self.pending = (full.slim(),)
                 evaluation = await self._evaluate(turn.step + 1)
                 state = await self._validate(self.state, turn.step + 1)
@@ -297,7 +305,7 @@ class _Course:
                 record = record_failure("proposal", error, task.sample.id)
                 return lose_instance(task.sample, record, lineage="/".join(task.lineage))
 
-        found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit)
+        found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit, self.repeats)
         self.streak = follow(self.streak, [one.rollout for one in found[:size]], digest(step.values))
         if self.streak.succeeded:
             late = await finish(lambda i: instance(i, partial(_known, waiting[i])), sorted(waiting), parts.limit)
@@ -358,15 +366,16 @@ class _Course:
                 )
                 for sample in self.plan.test
             ]
-            runs = await run_again(self.rollouts.map, tasks, self.plan.guide)
-        self.streak = follow(self.streak, runs, digest(values))
+            every = await run_again(self.rollouts.map, self.repeats.expand(tasks), self.plan.guide)
+        self.streak = follow(self.streak, every, digest(values))
+        runs = self.repeats.join(every)
         scores = tuple(run.score for run in runs)
         lowest = lowest_of(scores, *(run.scores for run in self.state.evaluations), min_score=self.plan.min_score)
         return Evaluation(
             step=steps,
             score=mean(scores_of(runs, lowest)),
             scores=scores,
-            failures=failures_of(runs),
+            failures=failures_of(every),
             usage=ledger.totals(),
         )
 

@@ -44,6 +44,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     validation: tuple[Sample, ...] = ()
     keep: Kept = "last"
     skip_from: float | None = None
+    repeats: int = 1
 
     def schedule(self) -> list[Turn]:
         """Return every step of the run, in order."""
@@ -87,6 +88,7 @@ def check(plan: Plan) -> Plan:
     """Return the plan, or raise ConfigError for what cannot be meant."""
     check_positive("batch_size", plan.batch_size)
     check_positive("max_concurrency", plan.max_concurrency)
+    check_positive("repeats", plan.repeats)
     for name in ("num_epochs", "eval_frequency", "log_frequency", "save_frequency"):
         check_count(name, getattr(plan, name), meaning="0 is off")
     if not is_finite(plan.max_failure_ratio) or not 0 <= plan.max_failure_ratio <= 1:
@@ -177,6 +179,7 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values) -> Mapping[str, str]:
         "stepsize": digest([turn.stepsize for turn in plan.schedule()]),
         "min_score": str(plan.min_score),
         "skip_perfect": str(plan.skip_from),
+        "repeats": str(plan.repeats),
         "eval_frequency": str(plan.eval_frequency),
     }
 

@@ -79,6 +79,7 @@ def count_run(plan: Plan, *, rule: Any, search: Search, gate: Gate, optimizer: A
         gates += cost.per_instance * size + cost.per_step + (0 if single else made * (tried or size))
     due = sum(plan.evaluates_at(steps, len(turns)) for steps in range(len(turns) + 1))
     rollouts = {"training": training, "evaluation": due * len(plan.test), "gate": gates + cost.once if turns else 0}
+    rollouts = {name: count * plan.repeats for name, count in rollouts.items()}
     every = sum(rollouts.values())
     calls = {
         "agent": every,

@@ -1,8 +1,9 @@
-"""The rollouts of a run: on its executor, within the agent's own limits, seen by the observers."""
+"""The rollouts of a run: on its executor, within the agent's own limits, repeated, seen by the observers."""
 
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -11,17 +12,73 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
+from aggregator.errors import TrainingWarning
 from aggregator.executors.local import LocalExecutor, fan_out, finish
 from aggregator.executors.work import AgentWork, InstanceAgent, run_batch
 from aggregator.observing.observer import Observer, notify
 from aggregator.protocols import Agent, Executor
 from aggregator.records import Rollout, RolloutTask, Values
 from aggregator.training.checkpoints import digest
+from aggregator.training.evaluation import join_repeats
 
 Arrive = Callable[[], Awaitable[Rollout]]
 """Waits for the rollout of a task."""
 
 Result = TypeVar("Result")
+
+
+class Repeats:
+    """How often each instance of a run is rolled out, and whether the rollouts of one instance ever differ.
+
+    The calls of the first rollout are recorded at the place that they have without repeats, those of the others at
+    `repeat=1`, `repeat=2`, ... below it.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+        self._identical = 0
+        self._differing = 0
+        self._lost = 0
+        self._warned = False
+
+    def expand(self, tasks: Sequence[RolloutTask]) -> list[RolloutTask]:
+        """Return the tasks with the repeats of each behind it."""
+        return [
+            replace(task, repeat=i, lineage=(*task.lineage, f"repeat={i}")) if i else task
+            for task in tasks
+            for i in range(self.count)
+        ]
+
+    def join(self, runs: Sequence[Rollout]) -> list[Rollout]:
+        """Return one rollout for the repeats of each instance, which stand one behind the other."""
+        groups = [runs[i : i + self.count] for i in range(0, len(runs), self.count)]
+        for group in groups if self.count > 1 else ():
+            judged = [(repr(run.output), run.score) for run in group if run.score is not None]
+            self._lost += sum(run.failure is not None and run.failure.infrastructure for run in group)
+            self._differing += len(set(judged)) > 1
+            self._identical += len(judged) > 1 and len(set(judged)) == 1
+        return [join_repeats(group) for group in groups]
+
+    def warn(self, fewest: int = 1) -> None:
+        """Warn once if the repeats of so many instances, and of no others, were identical."""
+        if self._identical >= fewest and not self._differing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the {self.count} repeats of all {self._identical} instances so far are identical, because of a seed, "
+                "a temperature of 0 or a cache: they cost calls and show no noise; give repeats=1, or a temperature",
+                TrainingWarning,
+                stacklevel=2,
+            )
+
+    def finish(self) -> None:
+        """Warn of what is left at the end of a run."""
+        self.warn()
+        if self._lost:
+            warnings.warn(
+                f"{self._lost} repeats were lost with their calls; the means are those of the others",
+                TrainingWarning,
+                stacklevel=2,
+            )
 
 
 class Rollouts:
@@ -50,15 +107,26 @@ class Rollouts:
         return await self.each(tasks, guide, lambda _, arrive: arrive(), max(len(tasks), 1))
 
     async def each(
-        self, tasks: Sequence[RolloutTask], guide: Any, one: Callable[[int, Arrive], Awaitable[Result]], limit: int
+        self,
+        tasks: Sequence[RolloutTask],
+        guide: Any,
+        one: Callable[[int, Arrive], Awaitable[Result]],
+        limit: int,
+        repeats: Repeats | None = None,
     ) -> list[Result]:
         """Return `one(i, arrive)` for each task in order, `limit` at once; `await arrive()` gives the task's rollout.
+
+        With `repeats` this is the one that stands for the repeats of the task.
 
         An agent that takes batches gets all tasks with the same values at once, another one each task when it is
         waited for. Errors are raised as by `finish`.
         """
+        repeats = repeats or Repeats()
         if isinstance(self._agent, InstanceAgent):
-            return await finish(lambda i: one(i, partial(self._one, tasks[i], guide)), range(len(tasks)), limit)
+            arrive_at = partial(self._join, guide=guide, limit=limit, repeats=repeats)
+            at_once = max(limit // repeats.count, 1)
+            return await finish(lambda i: one(i, partial(arrive_at, tasks[i])), range(len(tasks)), at_once)
+        wanted, tasks = len(tasks), repeats.expand(tasks)
         arrivals: list[asyncio.Future[Rollout]] = [asyncio.get_running_loop().create_future() for _ in tasks]
 
         async def feed(group: list[int]) -> None:
@@ -73,7 +141,8 @@ class Rollouts:
                         arrivals[i].exception()  # no warning if nobody waits
 
         async def arrive(i: int) -> Rollout:
-            return await self.see(await arrivals[i])
+            mine = arrivals[i * repeats.count : (i + 1) * repeats.count]
+            return repeats.join([await self.see(await arrival) for arrival in mine])[0]
 
         groups = [list(group) for _, group in groupby(range(len(tasks)), key=lambda i: digest(tasks[i].values))]
         found: list[Result] = []
@@ -82,10 +151,16 @@ class Rollouts:
             if name == "feed":
                 await fan_out(feed, groups, max(len(groups), 1))
             else:
-                found.extend(await finish(lambda i: one(i, partial(arrive, i)), range(len(tasks)), limit))
+                found.extend(await finish(lambda i: one(i, partial(arrive, i)), range(wanted), limit))
 
         await fan_out(part, ["feed", "consume"], 2)
         return found
+
+    async def _join(self, task: RolloutTask, *, guide: Any, limit: int, repeats: Repeats) -> Rollout:
+        if repeats.count == 1:
+            return await self._one(task, guide)
+        runs = await finish(lambda own: self._one(own, guide), repeats.expand([task]), min(limit, repeats.count))
+        return repeats.join(runs)[0]
 
     async def _one(self, task: RolloutTask, guide: Any) -> Rollout:
         if self._turns is None and self._slots is None:

@@ -113,11 +113,12 @@ class Step(Struct, frozen=True, kw_only=True):
         samples: Sequence[Sample],
         *,
         guide: Any = None,
-        repeats: int = 1,
+        repeats: int | None = None,
         fresh: bool = False,
     ) -> Sequence[Rollout]:
-        """Return one rollout per sample under given values, `repeats` of each, sample by sample.
+        """Return one rollout per sample under given values; with `repeats` so many of each, sample by sample.
 
+        Without `repeats`, in a run that repeats its rollouts, the score of a sample is the mean of as many.
         `values` may leave parameters out, which keep those of the step. `guide` judges instead of the run's. A score is
         paid once: what was evaluated before comes back with its scores and failure only, unless `fresh`. Nothing is
         changed in the agent. Raises ConfigError for a step without a guide, and what ends a run.

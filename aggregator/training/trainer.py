@@ -86,7 +86,8 @@ class Trainer:
     agent's outputs. `ensure_improvement` refuses updates that do not raise the batch's own score by
     `improvement_threshold`. `save_frequency` saves the agent every so many steps to `save_path`. `num_threads` is
     Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a batch is lost stops. `run_dir`
-    keeps journal, checkpoints and result.json there; `resume=True` goes on where such a run was cut off.
+    keeps journal, checkpoints and result.json there; `resume=True` goes on where such a run was cut off. `repeats`
+    rolls each instance out so many times; its score is the mean.
     """
 
     def __init__(
@@ -247,11 +248,11 @@ class Trainer:
         resume: bool = False,
         validate_dataset: Dataset | None = None,
         keep: Keep = None,
+        repeats: int = 1,
     ) -> TrainingResult:
         """Train on a data set and return what was reached; the class explains the arguments.
 
-        Raises ConfigError for invalid arguments, BudgetExceededError and TrainingError (both with the partial
-        `.result`) if the run cannot go on, CassetteMissError if a replay lacks an exchange.
+        Raises ConfigError, CassetteMissError, and BudgetExceededError or TrainingError with the partial `.result`.
         """
         train = samples(train_dataset)
         validation = () if validate_dataset is None else samples(validate_dataset, name="validate_dataset")
@@ -278,6 +279,7 @@ class Trainer:
                 validation=validation,
                 keep=check_keep(keep, validates=bool(validation)),
                 skip_from=check_perfect(self.skip_perfect, self.max_score, guide),
+                repeats=repeats,
             )
         )
         return await self._run(plan, improves_on_batch(improvement_threshold) if ensure_improvement else always)
@@ -294,6 +296,7 @@ class Trainer:
         test_dataset: Dataset | None = None,
         eval_frequency: int = 1,
         ensure_improvement: bool = False,
+        repeats: int = 1,
         sample: int = 0,
         seed: int | None = None,
     ) -> RunPlan:
@@ -312,6 +315,7 @@ class Trainer:
                 num_epochs=num_epochs,
                 batch_size=batch_size,
                 eval_frequency=eval_frequency,
+                repeats=repeats,
                 seed=self.seed if seed is None else seed,
             )
         )
@@ -334,6 +338,10 @@ class Trainer:
     async def _run(self, plan: Plan, first: Gate) -> TrainingResult:
         """Run the plan with `first` before the trainer's gate; `restore` sees its result, also a partial one."""
         self._check_parts()
+        if plan.repeats > 1 and self.hooks().forward is not None:
+            raise ConfigError(
+                f"Expected repeats=1 beside an overridden forward, got {plan.repeats}; repeat the run in forward"
+            )
         gate = first if self.gate is always else self.gate if first is always else both(first, self.gate)
         try:
             self._result = await run(self, plan, gate, self.budget)
