@@ -22,9 +22,15 @@ __version__ = "0.1.0"
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.adapters.agents": ("as_agent",),
     "aggregator.agents.bundles": ("bundle",),
-    "aggregator.agents.modules": ("Module", "model"),
+    "aggregator.agents.modules": (
+        "Module",
+        "model",
+    ),
+    "aggregator.agents.parameters": (
+        "ParameterNode",
+        "node",
+    ),
     "aggregator.agents.playbook": ("Playbook",),
-    "aggregator.agents.parameters": ("ParameterNode", "node"),
     "aggregator.agents.transcripts": ("transcript",),
     "aggregator.cassettes.lineage": ("lineage",),
     "aggregator.cassettes.recorder": ("cassette",),
@@ -36,8 +42,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "LLMError",
         "TrainingError",
     ),
-    "aggregator.guides.exact": ("exact_match",),
     "aggregator.guides.judge": ("LLMJudge",),
+    "aggregator.guides.matching": ("exact_match",),
     "aggregator.llm.budget": ("Budget",),
     "aggregator.llm.client": ("LLM",),
     "aggregator.llm.ledger": ("Price",),
@@ -68,14 +74,30 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SequentialUpdate",
     ),
     "aggregator.training.batches": ("DataLoader",),
-    "aggregator.training.checkpoints": ("load_result", "save_result"),
-    "aggregator.training.evaluation": ("aevaluate", "evaluate"),
-    "aggregator.training.gates": ("improves_on_batch", "improves_on_validation"),
+    "aggregator.training.checkpoints": (
+        "load_result",
+        "save_result",
+    ),
+    "aggregator.training.evaluation": (
+        "aevaluate",
+        "evaluate",
+    ),
+    "aggregator.training.gates": (
+        "improves_on_batch",
+        "improves_on_validation",
+    ),
     "aggregator.training.headroom": ("headroom",),
     "aggregator.training.merge": ("LLMMerge",),
-    "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer", "TextGradOptimizer"),
+    "aggregator.training.proposers": (
+        "LLMOptimizer",
+        "OPROOptimizer",
+        "TextGradOptimizer",
+    ),
     "aggregator.training.step": ("Step",),
-    "aggregator.training.suggestions": ("construct_update_dict", "extract_llm_suggestion"),
+    "aggregator.training.suggestions": (
+        "construct_update_dict",
+        "extract_llm_suggestion",
+    ),
     "aggregator.training.trainer": ("Trainer",),
 }
 

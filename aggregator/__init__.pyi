@@ -16,8 +16,8 @@ from aggregator.errors import CassetteMissError as CassetteMissError
 from aggregator.errors import ConfigError as ConfigError
 from aggregator.errors import LLMError as LLMError
 from aggregator.errors import TrainingError as TrainingError
-from aggregator.guides.exact import exact_match as exact_match
 from aggregator.guides.judge import LLMJudge as LLMJudge
+from aggregator.guides.matching import exact_match as exact_match
 from aggregator.llm.budget import Budget as Budget
 from aggregator.llm.client import LLM as LLM
 from aggregator.llm.ledger import Price as Price

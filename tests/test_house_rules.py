@@ -69,10 +69,6 @@ SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, e
     "cli/_files.py": "shared by the commands",
     "cli/demo.py": "one command",
     "demo/agent.py": "the agent that the README shows",
-    "guides/exact.py": "one guide",
-    "guides/numeric.py": "one guide",
-    "observing/console.py": "one observer",
-    "simulation/student.py": "one part of the simulated model",
     "training/trained_code.py": "the borders at which code enters a run",
 }
 SHORT_HELPERS = 0.06

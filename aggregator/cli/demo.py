@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the demo and print its summary; returns the exit code."""
     from aggregator.demo.run import Settings, train_demo
     from aggregator.demo.summary import summary
-    from aggregator.observing.progress import ProgressBar
+    from aggregator.observing.console import ProgressBar
 
     settings = Settings(
         seed=options.seed,

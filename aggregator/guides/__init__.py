@@ -8,10 +8,17 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "aggregator.guides.exact": ("ExactMatch", "exact_match"),
-    "aggregator.guides.judge": ("LLMJudge", "Verdict"),
-    "aggregator.guides.numeric": ("NumericMatch",),
-    "aggregator.guides.pattern": ("KeywordHints", "RegexMatch"),
+    "aggregator.guides.judge": (
+        "LLMJudge",
+        "Verdict",
+    ),
+    "aggregator.guides.matching": (
+        "ExactMatch",
+        "KeywordHints",
+        "NumericMatch",
+        "RegexMatch",
+        "exact_match",
+    ),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

@@ -9,10 +9,20 @@ from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.observing.configuring": ("configure_logging",),
-    "aggregator.observing.console": ("ConsoleLogger",),
-    "aggregator.observing.observer": ("LoggingObserver", "Observer", "as_observer", "from_logger"),
-    "aggregator.observing.progress": ("ProgressBar",),
-    "aggregator.observing.trackers": ("TensorBoardLogger", "WandbLogger"),
+    "aggregator.observing.console": (
+        "ConsoleLogger",
+        "ProgressBar",
+    ),
+    "aggregator.observing.observer": (
+        "LoggingObserver",
+        "Observer",
+        "as_observer",
+        "from_logger",
+    ),
+    "aggregator.observing.trackers": (
+        "TensorBoardLogger",
+        "WandbLogger",
+    ),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

@@ -2,10 +2,10 @@
 
 from aggregator.observing.configuring import configure_logging as configure_logging
 from aggregator.observing.console import ConsoleLogger as ConsoleLogger
+from aggregator.observing.console import ProgressBar as ProgressBar
 from aggregator.observing.observer import LoggingObserver as LoggingObserver
 from aggregator.observing.observer import Observer as Observer
 from aggregator.observing.observer import as_observer as as_observer
 from aggregator.observing.observer import from_logger as from_logger
-from aggregator.observing.progress import ProgressBar as ProgressBar
 from aggregator.observing.trackers import TensorBoardLogger as TensorBoardLogger
 from aggregator.observing.trackers import WandbLogger as WandbLogger

@@ -11,6 +11,7 @@ All functions are pure; none knows an agent, a data set or an expected answer.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -135,3 +136,37 @@ def telling_words(text: str, known: Iterable[str] = ()) -> list[str]:
 def answers(rules: Sequence[Rule]) -> list[str]:
     """Return the answers that rules lead to, each once, in order."""
     return list(dict.fromkeys(rule.answer for rule in rules))
+
+
+UNKNOWN = "I do not know."
+
+_JSON_KEY = re.compile(r"\bJSON\b[^{]*\{\s*\"(?P<key>\w+)\"")
+_CAPITALS = re.compile(r"\bin (?:capitals|capital letters|upper case)\b", re.IGNORECASE)
+
+
+def answer_as_student(system: str, user: str) -> str:
+    """Answer the user text by the rules of the system text, in the form it asks for.
+
+    >>> answer_as_student("refund, invoice -> billing", "where is my refund")
+    'billing'
+    """
+    return _shape(system, follow(system, user))
+
+
+def follow(system: str, user: str) -> str:
+    """Return the answer that the rules lead to, before any form is given to it."""
+    rules = read_rules(system)
+    words = {answer: {w for rule in rules if rule.answer == answer for w in rule.words} for answer in answers(rules)}
+    counts = {answer: sum(mentions(user, word) for word in words[answer]) for answer in words}
+    best = max(counts, key=counts.__getitem__, default="")
+    if counts.get(best):
+        return best
+    return read_default(system) or UNKNOWN
+
+
+def _shape(system: str, answer: str) -> str:
+    """Give an answer the form that the instructions ask for: as it is, in capitals, or as a JSON object."""
+    if _CAPITALS.search(system):
+        answer = answer.upper()
+    found = _JSON_KEY.search(system)
+    return json.dumps({found["key"]: answer}) if found else answer

@@ -28,6 +28,7 @@ from aiohttp import web
 from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.simulation.aggregator import aggregate, choose
+from aggregator.simulation.language import answer_as_student
 from aggregator.simulation.optimizer import propose
 from aggregator.simulation.prompts import (
     MalformedError,
@@ -39,7 +40,6 @@ from aggregator.simulation.prompts import (
     role_of,
     text_of,
 )
-from aggregator.simulation.student import answer_as_student
 from aggregator.text import show_call
 
 MODEL = "simulated-1"

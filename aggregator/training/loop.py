@@ -28,9 +28,8 @@ from aggregator.executors.work import record_failure
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting, total_by_role
 from aggregator.observing.configuring import Events
-from aggregator.observing.console import ConsoleLogger
+from aggregator.observing.console import ConsoleLogger, ProgressBar, redraws
 from aggregator.observing.observer import Observer, Watching, as_observers, from_logger, notify, notify_failed
-from aggregator.observing.progress import ProgressBar, redraws
 from aggregator.protocols import Agent, Executor, Logger
 from aggregator.records import (
     Candidate,

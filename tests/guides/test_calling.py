@@ -12,8 +12,8 @@ import pytest
 from aggregator.errors import GuideError
 from aggregator.executors.local import LocalExecutor
 from aggregator.guides.calling import judge
-from aggregator.guides.exact import exact_match
 from aggregator.guides.judge import Verdict
+from aggregator.guides.matching import exact_match
 
 Pair = namedtuple("Pair", "score feedback")  # noqa: PYI024 - what a user may return
 

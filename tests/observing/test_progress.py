@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.observing.console import ConsoleLogger, shows_colors
-from aggregator.observing.progress import ProgressBar, redraws
+from aggregator.observing.console import ConsoleLogger, ProgressBar, redraws, shows_colors
 from aggregator.records import Decision, Evaluation, FullStepReport, RunInfo, TrainingResult, Usage
 
 

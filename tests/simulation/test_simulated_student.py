@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aggregator.simulation.student import UNKNOWN, answer_as_student
+from aggregator.simulation.language import UNKNOWN, answer_as_student
 
 RULES = "refund, invoice -> billing\nparcel, late parcel -> shipping\nIf no rule applies, answer sales."
 
