@@ -67,7 +67,7 @@ from aggregator.training.seed import (
 )
 from aggregator.training.step import Step, read_only, use_values
 from aggregator.training.streaks import follow, is_bug, spare_bugs
-from aggregator.training.trained_code import check_code, sandboxes_of
+from aggregator.training.trained_code import check_code, engine_mark, sandboxes_of
 from aggregator.training.updates import (
     Explored,
     Parts,
@@ -121,7 +121,9 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     check_code(trainer.agent, parameters)
     initial = read(parameters)
     with claim_run_dir(plan):
-        marks = {} if plan.run_dir is None else fingerprint(plan, trainer, initial)
+        marks = (
+            {} if plan.run_dir is None else fingerprint(plan, trainer, initial) | engine_mark(trainer.agent, parameters)
+        )
         state = load_state(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
         state = replace(state, skipped=tuple(sorted({*state.skipped, *plan.skip})))
         plan = replace(plan, skip=state.skipped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _check_run_dir(plan: Plan) -> None:
         raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
 
 
-def fingerprint(plan: Plan, trainer: Any, initial: Values) -> Mapping[str, str]:
+def fingerprint(plan: Plan, trainer: Any, initial: Values) -> dict[str, str]:
     """Return what must be the same for a run to be resumed, each as a short hash."""
     return {
         "trainer": type(trainer).__qualname__,

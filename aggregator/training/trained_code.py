@@ -55,6 +55,12 @@ def sandboxes_of(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
     return found
 
 
+def engine_mark(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
+    """Return what a run's checkpoint keeps of an interpreter other than this one: it may decide what code comes to."""
+    named = [f"{name} in {engine}" for name, engine in sandboxes_of(agent, parameters).items() if "monty" in engine]
+    return {"sandbox": ", ".join(named)} if named else {}
+
+
 def _trained(agent: Any, parameters: Sequence[Any]) -> Iterator[tuple[Operation, CodeParameter, Any]]:
     """Yield (operation, its parameter, its instance or None) of the operations among the trained parameters."""
     trained = {id(getattr(parameter, "origin", parameter)) for parameter in parameters}

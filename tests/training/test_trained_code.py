@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +321,17 @@ def test_the_run_s_record_says_where_code_runs() -> None:
         {"clean__code": "none"},
         {"clean__code": "process"},
     ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pydantic_monty") is None, reason="the extra monty")
+def test_monty_is_recorded_in_the_run_s_folder(tmp_path: Path) -> None:
+    """Another interpreter may come to other results, so its name and version are part of what a resume compares."""
+    with sandboxed("monty"):
+        train(Cleaner(), model("pass"), run_dir=tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["fingerprint"]
+    assert kept["sandbox"] == f"clean__code in monty {version('pydantic-monty')}"
+    train(Cleaner(), model("pass"), run_dir=tmp_path / "other")
+    assert "sandbox" not in json.loads((tmp_path / "other" / "checkpoint.json").read_text())["fingerprint"]
 
 
 CHANGED = 'def clean(self, x: str) -> str:\n    """Prepare."""\n    return x.upper()\n'
