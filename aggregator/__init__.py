@@ -88,6 +88,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "aggregator.training.headroom": ("headroom",),
     "aggregator.training.merge": ("LLMMerge",),
+    "aggregator.training.optimize": ("aoptimize", "optimize"),
     "aggregator.training.proposers": (
         "LLMOptimizer",
         "OPROOptimizer",

@@ -52,6 +52,8 @@ from aggregator.training.gates import improves_on_batch as improves_on_batch
 from aggregator.training.gates import improves_on_validation as improves_on_validation
 from aggregator.training.headroom import headroom as headroom
 from aggregator.training.merge import LLMMerge as LLMMerge
+from aggregator.training.optimize import aoptimize as aoptimize
+from aggregator.training.optimize import optimize as optimize
 from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
 from aggregator.training.proposers import OPROOptimizer as OPROOptimizer
 from aggregator.training.proposers import TextGradOptimizer as TextGradOptimizer

@@ -1,0 +1,145 @@
+"""`optimize`: from a prompt, a few values, a function or an agent, and some data, to trained values in one call."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from aggregator.adapters.agents import as_agent
+from aggregator.adapters.template import own_verdict
+from aggregator.checks import is_finite
+from aggregator.errors import ConfigError
+from aggregator.llm.budget import Budget
+from aggregator.observing.observer import Watching
+from aggregator.portal import sync_function
+from aggregator.protocols import AnyGuide, Executor
+from aggregator.records import Sample, TrainingResult
+from aggregator.training.batches import Dataset, samples
+from aggregator.training.decisions import AnyOptimizer, Check, Gate, Search, UpdateRule
+from aggregator.training.merge import LLMMerge
+from aggregator.training.proposers import LLMOptimizer
+from aggregator.training.schedules import Schedule
+from aggregator.training.trainer import Trainer
+
+RUNS = "runs"
+"""The folder in which each call makes a folder of its own."""
+
+Pairs = list[tuple[Any, Any]]
+
+Evaluator = Callable[[dict[str, Any], Any], Any]
+"""Scores named values on a row: (values, row) -> score or (score, feedback)."""
+
+
+async def aoptimize(
+    thing: Any,
+    data: Dataset,
+    *,
+    guide: AnyGuide | Evaluator,
+    model: Any = None,
+    optimizer: AnyOptimizer | None = None,
+    budget: Budget | None = None,
+    seed: int = 0,
+    validate: float | Dataset = 0.2,
+    test_dataset: Dataset | None = None,
+    run_dir: str | Path | Literal[False] | None = None,
+    batch_size: int = 4,
+    num_epochs: int = 1,
+    stepsize: float | Schedule = 0.5,
+    rule: UpdateRule | None = None,
+    gate: Gate | None = None,
+    search: Search | None = None,
+    checks: Sequence[Check] | None = None,
+    max_score: float | None = None,
+    executor: Executor | None = None,
+    observers: Sequence[Watching] | None = None,
+    sample: int = 0,
+    show: bool = True,
+) -> TrainingResult:
+    """Train `thing` on `data` and return what was reached; afterwards it has the best values.
+
+    `thing` is a prompt template ("Classify: {ticket}"), a mapping of named seed values, a function, a Module, or
+    anything else that `as_agent` takes. `guide` is `(x, output, info) -> score` or `(score, feedback)`; for a mapping
+    it is an evaluator `(values, row)`. `model` answers a template, proposes and merges; None is the default model.
+    `validate` is the share of the data that is split off by `seed` to choose the best values, or a data set of its own;
+    0 keeps the last values. If a best score is known (`max_score`, or the guide's own) instances that have it are not
+    proposed for. The plan is written to standard error, unless `show=False`; `sample` rollouts add its cost. `run_dir`
+    is a new folder `runs/<UTC time>-<4 hex>`, False keeps nothing on disk. Raises ConfigError, and what `train` raises.
+    """
+    agent = as_agent(thing, model=model, evaluator=guide) if isinstance(thing, str | Mapping) else thing
+    judge: Any = own_verdict if isinstance(thing, Mapping) else guide
+    known = getattr(guide, "max_score", None) if max_score is None else max_score
+    train, validation = split(samples(data, name="data"), validate, seed)
+    trainer = Trainer(
+        agent,
+        LLMOptimizer(llm=model) if optimizer is None else optimizer,
+        rule=LLMMerge(model) if rule is None and model is not None else rule,  # None: the optimizer's model merges
+        gate=gate,
+        search=search,
+        checks=checks,
+        skip_perfect=known is not None,
+        max_score=known,
+        executor=executor,
+        observers=observers,
+        budget=budget,
+        seed=seed,
+    )
+    options: dict[str, Any] = {"batch_size": batch_size, "num_epochs": num_epochs, "test_dataset": test_dataset}
+    if show:
+        await _show_plan(trainer, judge, train, sample=sample, **options)
+    place = _run_dir(run_dir)
+    return await trainer.atrain(
+        judge, train, stepsize=stepsize, validate_dataset=validation or None, run_dir=place, **options
+    )
+
+
+optimize = sync_function(aoptimize)
+
+
+def split(data: Sequence[Sample], validate: float | Dataset, seed: int) -> tuple[Pairs, Pairs]:
+    """Return the pairs to train on and those to choose by: a share drawn by `seed`, or a data set of its own.
+
+    At least one of each, in the order of the data. Raises ConfigError for a share outside [0, 1), and for a share of a
+    single row.
+
+    >>> train, chosen = split([Sample(i, i) for i in range(10)], 0.2, seed=0)
+    >>> len(train), len(chosen), sorted(x for x, _ in [*train, *chosen]) == list(range(10))
+    (8, 2, True)
+    """
+    if not isinstance(validate, int | float):
+        return _pairs(data), _pairs(samples(validate, name="validate"))
+    if not is_finite(validate) or not 0 <= validate < 1:
+        raise ConfigError(f"Expected validate to be a share in [0, 1) or a data set, got {validate!r}")
+    if validate == 0:
+        return _pairs(data), []
+    if len(data) < 2:
+        raise ConfigError("Expected at least 2 rows to split a validation part off, got 1; give validate=0")
+    count = min(max(1, round(validate * len(data))), len(data) - 1)
+    chosen = set(Random(f"{seed}/validate").sample(range(len(data)), count))  # noqa: S311 - a split, not a secret
+    parts = [[one for i, one in enumerate(data) if (i in chosen) == wanted] for wanted in (False, True)]
+    return _pairs(parts[0]), _pairs(parts[1])
+
+
+async def _show_plan(trainer: Trainer, guide: Any, train: Pairs, **options: Any) -> None:
+    """Write the plan to standard error; what it warns of is part of its text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = await trainer.aplan(guide, train, **options)
+    sys.stderr.write(f"{plan}\n")
+
+
+def _pairs(data: Sequence[Sample]) -> Pairs:
+    return [(one.x, one.info) for one in data]
+
+
+def _run_dir(given: str | Path | Literal[False] | None) -> Path | str | None:
+    if given is False:
+        return None
+    if given is not None:
+        return given
+    return Path(RUNS) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
