@@ -24,28 +24,13 @@ from aggregator.cassettes.exchanges import (
     index_lines,
     line_hash,
 )
+from aggregator.cassettes.foreign import interactions_of
 from aggregator.cassettes.keys import request_key
 from aggregator.cassettes.redaction import Line, needles_for, redact_lines, redact_request
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError, SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
 LARGEST_BODY = 32 << 20
-
-
-def interactions_of(document: Any, where: str) -> list[dict[str, Any]]:
-    """Return a cassette's interactions; raises for anything that is no cassette or of another version."""
-    if isinstance(document, dict) and document.get("version", 1) != 1:
-        raise CassetteRefusedError(
-            f"Expected a cassette of version 1 in {where}, got version {document['version']!r}; "
-            "a newer tool wrote it: upgrade"
-        )
-    items = document.get("interactions", document.get("http_interactions")) if isinstance(document, dict) else None
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise CassetteDamagedError(
-            f"Expected a cassette (`interactions:`, a list of request and response) in {where}, "
-            f"got {str(document)[:80]!r}; restore it, or delete it and record again"
-        )
-    return items
 
 
 def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +20,12 @@ from aggregator.errors import CassetteDamagedError, CassetteRefusedError
 
 
 class Budget(Struct, frozen=True):
-    """How much a document may hold: bytes in all and in one line, nesting, nodes, and nodes that aliases repeat.
+    """How much a document may hold: bytes in all, nesting, nodes, and nodes that aliases repeat.
 
     `total` is how many bytes its exchanges may be, with every alias written out and every body unpacked.
     """
 
     size: int = 64 << 20
-    line: int = 8 << 20
     depth: int = 64
     nodes: int = 4_000_000
     repeated: int = 200_000
@@ -33,6 +33,12 @@ class Budget(Struct, frozen=True):
 
 
 BUDGET = Budget()
+_LONG_LINE = 8 << 20
+_NO_TEXT = re.compile(
+    rb"[ \t-]*[\"']?(?:request|response|interactions|http_interactions|headers|status|version|method)[\"']?\s*:"
+)
+_LONGEST_NUMBER = 64
+_MOST_KNOWN = 10_000
 _TAG = "tag:yaml.org,2002:"
 _TEXTS = {_TAG + "str", _TAG + "python/str", _TAG + "python/unicode", "!str"}
 _BINARIES = {_TAG + "binary", "!binary"}
@@ -69,13 +75,19 @@ def parse_document(data: bytes, where: str, budget: Budget = BUDGET) -> tuple[An
 
 
 def refuse_large(data: bytes, where: str, budget: Budget = BUDGET) -> None:
-    """Raise for more bytes than the budget, in all or in one line."""
+    """Raise CassetteRefusedError for more bytes than the budget, or for a long text where no text belongs.
+
+    A body may be as long as it is, in one line or many; a text in the place of a request would only cost memory.
+    """
     if len(data) > budget.size:
         raise _refused(where, 1, f"at most {budget.size >> 20} MB", f"{len(data) >> 20} MB")
-    window = budget.line // 2  # a longer line covers one of these whole
+    window = _LONG_LINE // 2  # a longer line covers one of these whole
     for start in range(0, len(data) - window + 1, window):
         if data.find(b"\n", start, start + window) < 0:
-            raise _refused(where, 1, f"lines of at most {budget.line >> 20} MB", "a longer one")
+            begin = data.rfind(b"\n", 0, start) + 1
+            if _NO_TEXT.match(data, begin):
+                line = data.count(b"\n", 0, begin) + 1
+                raise _refused(where, line, "a mapping or a list under this name", "a long text")
 
 
 def _refused(where: str, line: int, expected: str, got: str) -> CassetteRefusedError:
@@ -95,6 +107,7 @@ class _Builder:
         self._stack: list[_Open] = []
         self._anchors: dict[str, tuple[Any, int]] = {}
         self._lines: dict[int, int] = {}
+        self._known: dict[str, Any] = {}
         self._nodes = self._repeated = 0
         self._scalars: Any = SafeLoader("")
         self._root: list[Any] = []
@@ -104,18 +117,27 @@ class _Builder:
         import yaml
 
         try:
-            text = data.decode("utf-8-sig")
-            for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-                self._take(event, type(event).__name__)
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(data.removeprefix(b"\xef\xbb\xbf"))
+            scalar, stack = yaml.ScalarEvent, self._stack
+            while loader.check_event():
+                event = loader.get_event()
+                if type(event) is scalar and event.tag is None and event.anchor is None and stack:  # nearly always
+                    self._count(event)
+                    stack[-1].items.append(self._plain(event.value) if event.implicit[0] else event.value)
+                else:
+                    self._take(event, type(event).__name__)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = mark.line + 1 if mark else 1
+            problem = " ".join(f"{getattr(error, 'problem', error)}".split())
             raise CassetteDamagedError(
-                f"Expected YAML, got {getattr(error, 'problem', error)} - at {self._where}:{line}; "
+                f"Expected YAML, got {problem} - at {self._where}:{line}; "
                 "the file was cut or edited: restore it, or delete it and record again"
             ) from None
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise CassetteDamagedError(f"Expected UTF-8 text, got {error} - in {self._where}") from None
+        except RecursionError as error:
+            raise CassetteDamagedError(
+                f"Expected nesting that Python can follow, got {error} - in {self._where}"
+            ) from None
         if len(self._root) != 1:
             raise CassetteDamagedError(f"Expected one document, got {len(self._root)} - in {self._where}")
         return self._root[0], self._lines
@@ -169,24 +191,27 @@ class _Builder:
         if tag in _TEXTS or (tag is not None and tag.endswith(".istr")):
             return text
         if tag in (None, "!"):
-            return self._plain(event) if tag is None and event.implicit[0] else text
+            return self._plain(text) if tag is None and event.implicit[0] else text
         if tag.removeprefix(_TAG) in ("int", "float", "bool", "null"):
-            return self._number(tag, event)
+            return self._number(tag, text)
         raise self._refuse(event, "data", f"the tag {tag!r}")
 
-    def _plain(self, event: Any) -> Any:
-        """Return what an unquoted scalar stands for; a date stays a text."""
+    def _plain(self, text: str) -> Any:
+        """Return what an unquoted scalar stands for; a date stays a text. Most are names and headers, and repeat."""
         import yaml
 
-        if not event.value.isascii() or len(event.value) > 64:
-            return event.value
-        tag = self._scalars.resolve(yaml.ScalarNode, event.value, (True, False))
-        return self._number(tag, event)
+        if len(text) > _LONGEST_NUMBER or not text.isascii():
+            return text
+        if text not in self._known:
+            if len(self._known) > _MOST_KNOWN:
+                self._known.clear()
+            self._known[text] = self._number(self._scalars.resolve(yaml.ScalarNode, text, (True, False)), text)
+        return self._known[text]
 
-    def _number(self, tag: str, event: Any) -> Any:
+    def _number(self, tag: str, text: str) -> Any:
         import yaml
 
-        node = yaml.ScalarNode(tag, event.value)
+        node = yaml.ScalarNode(tag, text)
         kind = tag.removeprefix(_TAG)
         try:
             if kind == "int":
@@ -196,8 +221,8 @@ class _Builder:
             if kind == "bool":
                 return self._scalars.construct_yaml_bool(node)
         except (ValueError, KeyError, OverflowError):
-            return event.value
-        return None if kind == "null" else event.value
+            return text
+        return None if kind == "null" else text
 
     def _collection(self, closed: _Open, event: Any) -> Any:
         tag = closed.tag

@@ -27,6 +27,9 @@ from aggregator.cassettes.tape import Tape
 from aggregator.errors import ConfigError
 from aggregator.files import make_folder
 
+UNWRITTEN = frozenset({".gz", ".har"})
+"""Endings of files that are read and never written."""
+
 Mode = Literal["none", "once", "new_episodes", "all"]
 
 
@@ -129,6 +132,11 @@ def _playing(path: Path, there: Recording) -> _Plan:
 
 def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
     """Return the plan of a cassette that records, its lock held; without a journal where there is nothing to."""
+    if path.suffix in UNWRITTEN:
+        raise ConfigError(
+            f"Expected a cassette to record into whose name ends in .yaml, got {str(path)!r}; convert it first: "
+            f"aggregator cassette convert {path} {path.with_suffix('').with_suffix('.yaml')}"
+        )
     if mode == "all":
         return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path, is_anew=True)
     there = read(path, policy=redaction) or NOTHING

@@ -10,7 +10,9 @@ from pathlib import Path
 import msgspec
 
 from aggregator.cassettes.blocks import read_blocks
+from aggregator.cassettes.compression import TooLargeError, decompressed
 from aggregator.cassettes.credentials import USUAL, Redaction
+from aggregator.cassettes.documents import BUDGET
 from aggregator.cassettes.exchanges import REMEDY, Recording, Row, index_lines
 from aggregator.cassettes.journal import (
     OPEN_COMMENT,
@@ -23,9 +25,10 @@ from aggregator.cassettes.journal import (
     read_closed_journal,
     read_open_journal,
 )
-from aggregator.errors import CassetteDamagedError, CassetteError
+from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError
 
 _LONGEST_COMMENT = 4_096
+GZIP = b"\x1f\x8b"
 __all__ = ["Recording", "Row", "index_lines", "read", "shard_path"]
 
 
@@ -93,9 +96,28 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
         return None
     except OSError as error:
         raise CassetteError(f"Expected to read the cassette {path}, got {error}; make it readable") from error
+    if not data[0] and data[1].startswith(GZIP):
+        plain = unpack_file(data[1], str(path))
+        first = plain[: plain.find(b"\n") + 1 or None] if has_comment(plain) else b""
+        data = first, plain[len(first) :]
     if not data[0] and (not data[1] or data[1].isspace()):
         raise CassetteDamagedError(f"Expected a cassette in {path}, got an empty file; delete it to record anew")
     return data
+
+
+def unpack_file(data: bytes, where: str) -> bytes:
+    """Return what a compressed file holds; raises CassetteDamagedError, and CassetteRefusedError over the budget."""
+    try:
+        plain, left = decompressed(data, "gzip", BUDGET.size)
+    except TooLargeError:
+        raise CassetteRefusedError(
+            f"Expected at most {BUDGET.size >> 20} MB in {where}, got a file that unpacks to more; do not trust it"
+        ) from None
+    if left:
+        raise CassetteDamagedError(
+            f"Expected a whole gzip file, got {where}; restore it, or delete it and record again"
+        )
+    return plain
 
 
 def _read_one(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from aggregator.cassettes.blocks import render_exchange
-from aggregator.cassettes.documents import BUDGET
 from aggregator.cassettes.exchanges import Row
 from aggregator.cassettes.journal import EMPTY, PREAMBLE, Comment, Layout, content_hash
 from aggregator.cassettes.lineage import natural
@@ -23,6 +22,9 @@ SHARD_BYTES = 10_000_000
 """Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
 READABLE_BYTES = 1_000_000
 """Up to this a cassette closes as readable; more is no longer reviewed, and loads faster as a journal."""
+
+LONGEST_READABLE = 4 << 20
+"""A longer exchange makes the cassette a journal, which loads faster than YAML."""
 
 LayoutChoice = Literal["auto", "journal", "readable"]
 
@@ -44,7 +46,7 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, priv
     sizes = [row.end - row.start for row in rows]
     if layout == "auto":
         layout = "readable" if sum(sizes) <= READABLE_BYTES else "journal"
-    if max(sizes, default=0) >= BUDGET.line // 2:
+    if max(sizes, default=0) >= LONGEST_READABLE:
         layout = "journal"
     contents = list(_shards(ordered, layout))
     digests = [content_hash(content) for content, _ in contents]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,17 +20,20 @@ from aggregator.agents.code import plain_source
 from aggregator.cassettes.credentials import Needles
 from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
 from aggregator.cassettes.keys import decode_json, raw_key
+from aggregator.cassettes.reading import GZIP
 from aggregator.checks import is_number
 from aggregator.cli._secrets import needles_from, secrets_in
 from aggregator.errors import ConfigError
 
 __all__ = ["needles_from", "secrets_in"]  # with what is defined here
 
-SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+SUFFIXES = frozenset({".yaml", ".yml", ".json", ".har", ".gz"})
 _SHARD = re.compile(r"(.*)\.[0-9a-f]{12}\.\d{4}")
 _LARGEST_FIGURE = 1e15
 _CASSETTE = re.compile(
-    rb"""(?:^|[{,])\s*["']?(?:http_)?interactions["']?\s*:|^# aggregator-cassette|^- \{?"?request"?:""", re.MULTILINE
+    rb"""(?:^|[{,])\s*["']?(?:http_)?interactions["']?\s*:|^# aggregator-cassette|^- \{?"?request"?:"""
+    rb"""|^\s*\{\s*"log"\s*:\s*\{|"scope"\s*:\s*"https?:|"RequestUri"\s*:""",
+    re.MULTILINE,
 )
 _HEAD = 4_096
 _USAGE_NAMES = {  # the provider's words, ours
@@ -68,6 +72,8 @@ def _looks_like_cassette(path: Path) -> bool:
             head = file.read(_HEAD)
     except OSError:  # whoever reads it tells why
         return True
+    if head.startswith(GZIP):
+        head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
     return not head.strip() or bool(_CASSETTE.search(head.removeprefix(b"\xef\xbb\xbf")))
 
 

@@ -303,13 +303,15 @@ def convert_cassette(options: argparse.Namespace) -> int:
 
 
 def _refuse_json(target: Path, layout: str) -> None:
-    """Raise where vcrpy's JSON would become YAML under the same name, which vcrpy then reads as JSON."""
+    """Raise where JSON, or a compressed file, would become YAML under the same name."""
+    from aggregator.cassettes.opening import UNWRITTEN
     from aggregator.errors import CassetteError
 
-    if layout == "foreign" and target.suffix == ".json":
+    if target.suffix in UNWRITTEN or (layout == "foreign" and target.suffix == ".json"):
+        other = target.with_suffix("").with_suffix(".yaml")
         raise CassetteError(
             f"Expected a target whose name ends in .yaml, as ours is YAML, got {str(target)!r}; "
-            f"convert it to another file: aggregator cassette convert {target} {target.with_suffix('.yaml')}"
+            f"convert it to another file: aggregator cassette convert {target} {other}"
         )
 
 
