@@ -16,6 +16,7 @@ from aggregator.records import (
     HTTPRequest,
     Rollout,
     RolloutTask,
+    Scores,
 )
 
 
@@ -88,15 +89,15 @@ class Judged(Protocol):
         ...
 
 
-Judgement = SupportsFloat | tuple[SupportsFloat | None, str] | Judged
-"""What a guide may return: a score, (score, feedback), or an object that has both."""
+Judgement = SupportsFloat | tuple[SupportsFloat | None, str] | Judged | Scores
+"""What a guide may return: a score, (score, feedback), Scores, or an object with score and feedback."""
 
 
 class Guide(Protocol):
     """Judges an agent's output."""
 
     def __call__(self, x: Any, output: Any, info: Any, /) -> Judgement | Awaitable[Judgement]:
-        """Return a score or (score, feedback), now or awaitable."""
+        """Return a score, (score, feedback) or Scores, now or awaitable."""
         ...
 
 

@@ -242,12 +242,26 @@ class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it
     min_score: float | None = None
 
 
+class Scores(Struct, frozen=True):
+    """What a guide may return where one number is not enough: the primary score, further ones by name, and feedback.
+
+    Gates and searches go by the primary score unless they are given a name. `primary` None says that nothing can be
+    said.
+    """
+
+    primary: float | None
+    named: Mapping[str, float] = {}
+    feedback: str = ""
+
+
 class Rollout(Struct, frozen=True, kw_only=True):
     """One instance run through the agent and judged by the guide. `score` is None if the instance was not judged.
 
-    `x` is the agent's input, `scores` are further scores by name, `ms` is how long the rollout took. `lineage` is the
-    prefix of its calls in the recording, `repeat` its number among the rollouts of one sample. `handle` is private to
-    the agent's adapter, stays in this process and is never written.
+    `x` is the agent's input. `scores` are the guide's further scores by name, and what the run itself took: `length`
+    (the characters of the output), `cost` (USD) and `milliseconds` of the agent's calls, as recorded where they are
+    replayed; the latter two only if there were calls. `ms` is how long the rollout took. `lineage` is the prefix of its
+    calls in the recording, `repeat` its number among the rollouts of one sample. `handle` is private to the agent's
+    adapter, stays in this process and is never written.
     """
 
     sample_id: int

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -21,10 +22,11 @@ from aggregator.cassettes.lineage import current_lineage, current_role, lineage,
 from aggregator.errors import ConfigError, ends_run, is_infrastructure, is_own
 from aggregator.executors.blame import check_output, is_bug, traceback_of, where_of
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
-from aggregator.guides.calling import Call, judge
+from aggregator.guides.calling import Call, ask_guide
+from aggregator.llm.ledger import collecting
 from aggregator.protocols import Agent
 from aggregator.records import Failure, Rollout, RolloutTask, Stage
-from aggregator.text import shorten, show_error
+from aggregator.text import as_text, shorten, show_error
 
 MESSAGE_LIMIT = 4_000
 """How many characters of an error's message a record keeps."""
@@ -114,7 +116,7 @@ class AgentWork:
         if len(values) < len(self._parameters):
             values |= {one: one.data for one in self._parameters.values() if one not in values}
         with nullcontext() if is_there else lineage_at(path, task.role), lay_over(values):
-            with transcript() if task.capture else nullcontext() as seen:
+            with transcript() if task.capture else nullcontext() as seen, collecting() as ledger:
                 try:
                     ran = await agent.run(task, self.call)
                     check_output(ran.output)
@@ -123,19 +125,30 @@ class AgentWork:
                         raise
                     ran = Ran(error=error)
             text = "" if seen is None else seen.render()
-            return await judge_run(task, ran, self.guide, self.call, transcript=text, started=started)
+            measures = ledger.measures()
+            return await judge_run(
+                task, ran, self.guide, self.call, transcript=text, started=started, measures=measures
+            )
 
 
 async def judge_run(
-    task: RolloutTask, ran: Ran, guide: Any, call: Call | None = None, *, transcript: str, started: float | None = None
+    task: RolloutTask,
+    ran: Ran,
+    guide: Any,
+    call: Call | None = None,
+    *,
+    transcript: str,
+    started: float | None = None,
+    measures: Mapping[str, float] = MappingProxyType({}),
 ) -> Rollout:
     """Return the rollout that a run of an agent makes, with the guide's score; with guide None it has no score.
 
-    The calls of the guide are placed below the current lineage. `started` is when the run began, by `perf_counter`.
-    Raises what ends a run.
+    The calls of the guide are placed below the current lineage. `started` is when the run began, by `perf_counter`,
+    `measures` what its calls took. Raises what ends a run.
     """
     sample, score, feedback = task.sample, None, ""
     record: Failure | None = None
+    named: Mapping[str, float] = {}
     if ran.error is not None:
         record = record_failure("agent", ran.error, sample.id)
         if not record.infrastructure:
@@ -143,7 +156,8 @@ async def judge_run(
     elif guide is not None:
         try:
             with lineage("guide", role="guide"):
-                score, feedback = await judge(guide, sample.x, ran.output, sample.info, call=call)
+                found = await ask_guide(guide, sample.x, ran.output, sample.info, call=call)
+            score, named, feedback = found.primary, found.named, found.feedback
         except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again
             record = record_failure("guide", error, sample.id)
     return Rollout(
@@ -151,6 +165,7 @@ async def judge_run(
         x=sample.x,
         output=ran.output,
         score=score,
+        scores={**_length_of(ran.output), **measures, **named},
         feedback=feedback,
         transcript=transcript,
         failure=record,
@@ -201,10 +216,16 @@ def _check_arrival(agent: Agent, found: Any, left: set[int]) -> tuple[int, Rollo
     )
 
 
+def _length_of(output: Any) -> dict[str, float]:
+    return {} if output is None else {"length": float(len(as_text(output)))}
+
+
 def _name_task(rollout: Rollout, task: RolloutTask) -> Rollout:
     """Fill in what a rollout says of its task."""
-    sample = task.sample
-    return replace(rollout, sample_id=sample.id, x=sample.x, lineage="/".join(task.lineage), repeat=task.repeat)
+    sample, scores = task.sample, {**_length_of(rollout.output), **rollout.scores}
+    return replace(
+        rollout, scores=scores, sample_id=sample.id, x=sample.x, lineage="/".join(task.lineage), repeat=task.repeat
+    )
 
 
 def record_failure(stage: Stage, error: BaseException, sample_id: int | None = None) -> Failure:

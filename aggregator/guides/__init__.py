@@ -19,6 +19,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "RegexMatch",
         "exact_match",
     ),
+    "aggregator.records": ("Scores",),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

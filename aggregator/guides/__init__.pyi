@@ -7,3 +7,4 @@ from aggregator.guides.matching import KeywordHints as KeywordHints
 from aggregator.guides.matching import NumericMatch as NumericMatch
 from aggregator.guides.matching import RegexMatch as RegexMatch
 from aggregator.guides.matching import exact_match as exact_match
+from aggregator.records import Scores as Scores

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from aggregator.checks import accepts, is_async, is_finite
 from aggregator.errors import ConfigError, GuideError
+from aggregator.records import Scores
 
 Call = Callable[..., Awaitable[Any]]
 """Runs a synchronous function elsewhere, as in `await call(function, *args)`."""
 
 
 async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> tuple[float | None, str]:
-    """Return a guide's score and feedback.
+    """Return a guide's score and feedback, as `ask_guide` finds them."""
+    found = await ask_guide(guide, x, output, info, call=call)
+    return found.primary, found.feedback
+
+
+async def ask_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> Scores:
+    """Return a guide's score, its further scores by name, and its feedback.
 
     A guide is any sync or async callable `guide(x, output, info)`, or an object with Trace's
-    `get_feedback(query, response, reference)`. It returns a score, (score, feedback), or an object that has both as
-    attributes; None as the score of a pair says that nothing can be said. A synchronous guide runs through `call`,
-    unless it has `instant = True`: it only computes, and a thread would cost more than the guide.
+    `get_feedback(query, response, reference)`. It returns a score, (score, feedback), Scores, or an object that has
+    score and feedback as attributes; None as the score says that nothing can be said. A synchronous guide runs through
+    `call`, unless it has `instant = True`: it only computes, and a thread would cost more than the guide.
 
     Raises GuideError for any other answer and for NaN: that is a guide's failure, not a score of 0. What the guide
     itself raises is passed on.
@@ -62,13 +69,18 @@ def _declared(guide: Any, name: str) -> float | None:
     return None if limit is None else float(limit)
 
 
-def verdict_of(answer: Any, guide: Any) -> tuple[float | None, str]:
+def verdict_of(answer: Any, guide: Any) -> Scores:
     """Check what a guide returned.
 
-    >>> verdict_of(True, "my guide"), verdict_of((0.5, "Half of it."), "my guide")
-    ((1.0, ''), (0.5, 'Half of it.'))
+    >>> verdict_of((True, "All of it."), "my guide")
+    Scores(primary=1.0, named={}, feedback='All of it.')
     """
-    if isinstance(answer, tuple | list):
+    named: Any = {}
+    if isinstance(answer, Scores):
+        score, named, feedback = answer.primary, answer.named, answer.feedback
+        if not isinstance(named, Mapping) or not all(isinstance(name, str) and name for name in named):
+            raise _unusable(guide, f"named scores {named!r}; give a dict of name to number")
+    elif isinstance(answer, tuple | list):
         if len(answer) != 2:
             raise _unusable(guide, f"a {type(answer).__name__} of {len(answer)}")
         score, feedback = answer
@@ -80,7 +92,11 @@ def verdict_of(answer: Any, guide: Any) -> tuple[float | None, str]:
         score, feedback = answer, None
     if not isinstance(feedback, str | None):
         raise _unusable(guide, f"feedback of type {type(feedback).__name__}")
-    return (None if score is None else _number(score, guide)), feedback or ""
+    return Scores(
+        None if score is None else _number(score, guide),
+        {name: _number(value, guide) for name, value in named.items()},
+        feedback or "",
+    )
 
 
 def _number(score: Any, guide: Any) -> float:

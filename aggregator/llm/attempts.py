@@ -431,7 +431,7 @@ class Attempt:
         """Count what this attempt cost, and report it."""
         usage = None if self.completion is None else self.completion.usage
         if usage is not None:
-            count(current_role(), usage)
+            count(current_role(), usage, 0.0 if self.reply is None else self.reply.milliseconds)
             limiter = self.attempts.limiter
             if limiter is not None and limiter.tpm is not None and self.admission is not None:
                 limiter.used(self.admission, usage.total_tokens)

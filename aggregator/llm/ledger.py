@@ -28,13 +28,24 @@ class Ledger:
 
     def __init__(self, outer: Ledger | None = None) -> None:
         self._entries: dict[str, list[Usage]] = {}
+        self._milliseconds: list[float] = []
         self._outer = outer
 
-    def add(self, role: str, usage: Usage) -> None:
-        """Count one call."""
+    def add(self, role: str, usage: Usage, milliseconds: float = 0.0) -> None:
+        """Count one call, and what it took, to the microsecond that a recording keeps."""
         self._entries.setdefault(role, []).append(usage)
+        self._milliseconds.append(round(milliseconds, 3))
         if self._outer is not None:
-            self._outer.add(role, usage)
+            self._outer.add(role, usage, milliseconds)
+
+    def measures(self) -> dict[str, float]:
+        """Return `milliseconds` of all calls and, if every price is known, their `cost` in USD; {} without a call."""
+        usages = [usage for _, usage in self.entries()]
+        if not usages:
+            return {}
+        costs = [usage.cost for usage in usages if usage.cost is not None]
+        cost = {"cost": fsum(costs)} if len(costs) == len(usages) else {}
+        return {**cost, "milliseconds": fsum(self._milliseconds)}
 
     def entries(self) -> list[tuple[str, Usage]]:
         """Return every usage that was counted, with its role."""
@@ -91,11 +102,11 @@ def collecting() -> Iterator[Ledger]:
         _current.reset(token)
 
 
-def count(role: str, usage: Usage) -> None:
+def count(role: str, usage: Usage, milliseconds: float = 0.0) -> None:
     """Count one call in the current ledger, if there is one."""
     ledger = _current.get()
     if ledger is not None:
-        ledger.add(role, usage)
+        ledger.add(role, usage, milliseconds)
 
 
 class Tier(Struct, frozen=True, kw_only=True):

@@ -118,7 +118,7 @@ class CallableModel:
         finally:
             if budget is not None:
                 budget.settle(held, spent)
-        count(current_role(), completion.usage)
+        count(current_role(), completion.usage, completion.milliseconds)
         if shown is not None:
             shown.finish(completion)
         return completion

@@ -58,13 +58,14 @@ def cost_of(gate: Gate) -> Cost:
     return cost if isinstance(cost, Cost) else Cost()
 
 
-def improves_on_batch(threshold: float = 0.0) -> Gate:
+def improves_on_batch(threshold: float = 0.0, *, score: str | None = None) -> Gate:
     """Accept what raises the mean score on the same minibatch by at least `threshold`, and by more than nothing.
 
     Costs one more run of the agent per instance; called without a run, another one for the values before. Compared per
-    instance, as by `compare_runs`.
+    instance, as by `compare_runs`. `score` names the score to compare, as for `improves_on_validation`.
     """
     check_threshold(threshold)
+    check_score_name(score)
 
     async def gate(before: Values, after: Values, step: Step) -> Decision:
         known = list(step.rollouts or await step.evaluate(before, step.samples))
@@ -73,21 +74,25 @@ def improves_on_batch(threshold: float = 0.0) -> Gate:
             for i, run in zip(due, await step.evaluate(before, [step.samples[i] for i in due]), strict=True):
                 known[i] = run
         tried = await step.evaluate(after, step.samples)
-        return compare_runs(known, tried, min_score=step.min_score, threshold=threshold)
+        return compare_runs(known, tried, min_score=step.min_score, threshold=threshold, score=score)
 
-    gate.__qualname__ = show_call("improves_on_batch", threshold)
+    gate.__qualname__ = show_call("improves_on_batch", threshold, score=score)
     return costing(gate, Cost(per_instance=1))
 
 
-def improves_on_validation(dataset: Dataset, threshold: float = 0.0, *, significance: float | None = None) -> Gate:
+def improves_on_validation(
+    dataset: Dataset, threshold: float = 0.0, *, significance: float | None = None, score: str | None = None
+) -> Gate:
     """Accept what raises the mean score on a validation set, paired per instance.
 
     `threshold` is the least gain of the mean. With `significance` (say 0.05) the gain must also pass a one-sided exact
     sign test over the instances whose score changed: the chance of so many gains among them, were gains and losses
     equally likely, is at most this. Costs one run per instance for each new candidate; the scores of the current values
-    are remembered, by a resumed run too.
+    are remembered, by a resumed run too. `score` names the score to compare, one of the guide's `Scores.named` or
+    "cost", "length" or "milliseconds", of which less is better; None is the primary score.
     """
     check_threshold(threshold)
+    check_score_name(score)
     if significance is not None and not 0 < significance < 1:
         raise ConfigError(f"expected significance between 0 and 1, or None, got {significance!r}")
     validation = samples(dataset, name="validation dataset")
@@ -95,10 +100,43 @@ def improves_on_validation(dataset: Dataset, threshold: float = 0.0, *, signific
     async def gate(before: Values, after: Values, step: Step) -> Decision:
         known = await step.evaluate(before, validation)
         tried = await step.evaluate(after, validation)
-        return compare_runs(known, tried, min_score=step.min_score, threshold=threshold, significance=significance)
+        options: dict[str, Any] = {"threshold": threshold, "significance": significance, "score": score}
+        return compare_runs(known, tried, min_score=step.min_score, **options)
 
-    gate.__qualname__ = show_call("improves_on_validation", threshold=threshold, significance=significance)
+    gate.__qualname__ = show_call("improves_on_validation", threshold=threshold, significance=significance, score=score)
     return costing(gate, Cost(per_step=len(validation), once=len(validation)))
+
+
+MEASURES = ("cost", "length", "milliseconds")
+"""The scores that every rollout has without the guide; less is better."""
+
+
+def check_score_name(score: Any) -> None:
+    """Raise ConfigError for what is no name of a score."""
+    if score is not None and (not isinstance(score, str) or not score):
+        raise ConfigError(f"Expected score to be the name of a score, or None for the primary one, got {score!r}")
+
+
+def by_name(rollouts: Sequence[Rollout], score: str) -> list[Rollout]:
+    """Return the rollouts with one of their named scores as the score, negated where less is better.
+
+    An instance on which the agent failed has none, however little it cost. Raises ConfigError if all others lack it.
+
+    >>> [run.score for run in by_name([Rollout(sample_id=0, score=1.0, scores={"cost": 0.25})], "cost")]
+    [-0.25]
+    """
+    judged = [run for run in rollouts if run.failure is None]
+    if judged and not any(score in run.scores for run in judged):
+        known = sorted({name for run in judged for name in run.scores})
+        raise ConfigError(
+            f"Expected rollouts with a score named {score!r}, got {', '.join(known) or 'no named scores'}; return "
+            f"Scores(primary, {{{score!r}: ...}}) from the guide"
+        )
+    sign = -1 if score in MEASURES else 1
+    return [
+        replace(run, score=sign * run.scores[score] if run.failure is None and score in run.scores else None)
+        for run in rollouts
+    ]
 
 
 def check_threshold(threshold: Any) -> None:
@@ -161,12 +199,19 @@ def compare_runs(
     min_score: float | None = None,
     threshold: float = 0.0,
     significance: float | None = None,
+    score: str | None = None,
 ) -> Decision:
     """Decide between the rollouts of the same instances under two sets of values, as `compare` does.
 
     Where the agent failed the score is `min_score`, else the lowest on either side, at most 0. The reason gives the
-    number of instances that the guide has judged on both sides if that is not all of them.
+    number of instances that the guide has judged on both sides if that is not all of them. `score` names one of the
+    named scores to compare; `min_score` is one of the primary score alone.
     """
+    if score is not None:
+        pair = (by_name(before, score), by_name(after, score))
+        decision = compare_runs(*pair, threshold=threshold, significance=significance)
+        name = f"minus {score}" if score in MEASURES else score
+        return replace(decision, reason=f"{name}: {decision.reason}")
     lowest = lowest_of(scores_of(before), scores_of(after), min_score=min_score)
     sides = (scores_of(before, lowest), scores_of(after, lowest))
     decision = compare(*sides, threshold=threshold, significance=significance, min_score=min_score)
