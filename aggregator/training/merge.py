@@ -24,7 +24,12 @@ from aggregator.training.asking import Answer, ask_or_fail, read_reply
 from aggregator.training.decisions import UpdateRule
 from aggregator.training.gates import compare_runs
 from aggregator.training.parts import check_rule, combine_edits, merge_with, refuse_values
-from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT, CHOOSER_SYSTEM_PROMPT, aggregation_messages
+from aggregator.training.prompts import (
+    AGGREGATOR_SYSTEM_PROMPT,
+    CHOOSER_SYSTEM_PROMPT,
+    aggregation_messages,
+    evidence_of,
+)
 from aggregator.training.rules import dedupe
 from aggregator.training.step import Step
 
@@ -39,7 +44,8 @@ class LLMMerge:
     touch different parameters. If instances of the group are satisfied (`step.satisfied`), a single proposal is weighed
     against them, too. A parameter that no proposal names is neither shown nor changed. A failed call applies
     nothing and stands in the proposal's failures; an error that no further call can escape (authentication, the budget)
-    is raised. `temperature` and `seed` go to the model; None leaves them to the server.
+    is raised. `temperature` and `seed` go to the model; None leaves them to the server. With `evidence` the
+    model also sees each proposal's reasoning and the beginning of the transcripts behind it.
     """
 
     def __init__(
@@ -51,7 +57,10 @@ class LLMMerge:
         confidence: Confidence = "constant",
         temperature: float | None = None,
         seed: int | None = None,
+        evidence: bool = False,
     ) -> None:
+        if type(evidence) is not bool:
+            raise ConfigError(f"Expected evidence=True or False, got {evidence!r}")
         if not callable(confidence) and confidence not in {"constant", "evidence"}:
             raise ConfigError(f"expected confidence 'constant', 'evidence' or a function, got {confidence!r}")
         self.llm: ChatModel = as_model(llm)
@@ -60,9 +69,10 @@ class LLMMerge:
         self.confidence = confidence
         self.temperature = temperature
         self.seed = seed
+        self.evidence = evidence
 
     def __repr__(self) -> str:
-        return show_call("LLMMerge", self.llm)
+        return show_call("LLMMerge", self.llm, **({"evidence": True} if self.evidence else {}))
 
     async def __call__(self, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         """Return no proposal, or one."""
@@ -88,6 +98,7 @@ class LLMMerge:
             confidences(proposals, step.stepsize, self.confidence),
             stepsize=step.stepsize,
             satisfied=step.satisfied,
+            evidence=[evidence_of(proposal, step.rollouts) for proposal in proposals] if self.evidence else (),
             system_prompt=self.system_prompt,
         )
 

@@ -152,6 +152,14 @@ SECTIONS = ("Objective", "Example", "Parameters", "Transcript", "Output", "Score
 FEEDBACK_DIGEST = 200
 """How many characters of a proposal's feedback the aggregation prompt shows."""
 
+REASONING_SHOWN = 2000
+"""How many characters of a proposal's reasoning a merge that sees evidence is shown."""
+
+TRANSCRIPT_DIGEST = 500
+"""How many characters of each transcript behind a proposal it is shown, and of how many examples."""
+
+EXAMPLES_SHOWN = 3
+
 UPDATE_DIGEST = 300
 """How many characters of an earlier update the proposal prompt shows."""
 
@@ -246,17 +254,19 @@ def aggregation_messages(
     *,
     stepsize: float,
     satisfied: int = 0,
+    evidence: Sequence[str] = (),
     system_prompt: str = AGGREGATOR_SYSTEM_PROMPT,
 ) -> list[dict[str, str]]:
     """Return the messages that ask for the merged values.
 
     The current value has confidence 1 - stepsize and the support of the `satisfied` instances, proposal i has
-    `confidences[i]`.
+    `confidences[i]`, and `evidence[i]` below its values, if there is any.
     """
     support = f"support: {satisfied}\n" if satisfied else ""
     sections = [("CurrentValue", f"confidence: {number(1 - stepsize)}\n{support}{pretty(current)}")]
     for i, (proposal, confidence) in enumerate(zip(proposals, confidences, strict=True), start=1):
-        sections.append((f"SuggestedValue_{i}", _suggestion(proposal, confidence)))
+        block = [_suggestion(proposal, confidence), *evidence[i - 1 : i]]
+        sections.append((f"SuggestedValue_{i}", "\n".join(filter(None, block))))
     return _messages(system_prompt, sections)
 
 
@@ -356,6 +366,20 @@ def _suggestion(proposal: Proposal, confidence: float) -> str:
     if proposal.feedback:
         lines.append(f"feedback: {one_line(proposal.feedback, FEEDBACK_DIGEST)}")
     return "\n".join([*lines, pretty(proposal.values)])
+
+
+def evidence_of(proposal: Proposal, rollouts: Sequence[Rollout]) -> str:
+    """Return what is behind a proposal, each on a line of its own: its reasoning, and what the agent did there.
+
+    >>> run = Rollout(sample_id=4, transcript="asked the model")
+    >>> print(evidence_of(Proposal(reasoning="Too long.", sample_ids=(4,)), [run]))
+    reasoning: Too long.
+    transcript of example 4: asked the model
+    """
+    behind = [run for run in rollouts if run.sample_id in proposal.sample_ids and run.transcript]
+    lines = [f"reasoning: {one_line(proposal.reasoning, REASONING_SHOWN)}"] if proposal.reasoning else []
+    digests = [(run.sample_id, one_line(run.transcript, TRANSCRIPT_DIGEST)) for run in behind[:EXAMPLES_SHOWN]]
+    return "\n".join([*lines, *(f"transcript of example {number}: {digest}" for number, digest in digests)])
 
 
 def digest_of(update: Values) -> str:
