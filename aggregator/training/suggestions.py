@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
+
+import msgspec
 
 from aggregator.agents import values as values_of_types
 from aggregator.errors import ParameterError, SuggestionError
@@ -137,7 +140,13 @@ def response_schema(parameters: Sequence[Any]) -> dict[str, Any]:
     type that strict mode cannot state (a dict of any keys, Any) turns it off: then keys may be left out, and the schema
     only guides.
     """
-    plain = {parameter.name: _plain(parameter) for parameter in parameters}
+    return _response_schema(msgspec.json.encode({parameter.name: _plain(parameter) for parameter in parameters}))
+
+
+@lru_cache(maxsize=256)
+def _response_schema(encoded: bytes) -> dict[str, Any]:
+    """Return the schema of a reply for the schemas of its values; every instance of a step asks for the same one."""
+    plain: dict[str, Schema] = msgspec.json.decode(encoded)
     strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
     if len(strict) == len(plain):
         schema = _reply({name: _nullable(part) for name, part in strict.items()}, every_key=True)
