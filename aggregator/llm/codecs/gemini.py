@@ -152,6 +152,7 @@ class GeminiGenerate(JSONCodec[Answer]):
         content_filter="""
             safety recitation language blocklist prohibited_content spii model_armor
             image_safety image_prohibited_content image_recitation""",
+        tool_calls="function_call",  # of servers that speak this dialect; Gemini itself says stop
     )
     limit_fields = ("generationConfig.maxOutputTokens",)
     count_fields = ("generationConfig.candidateCount",)
