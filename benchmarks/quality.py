@@ -22,6 +22,7 @@ NOISES = (0.1, 0.3, 0.5)
 METHODS = {
     "aggregated": "LLMMerge of 8 independent proposals",
     "aggregated, gated": "the same behind improves_on_batch",
+    "aggregated, skipping": "the same with skip_perfect: no proposal for right answers, which hold the current value",
     "majority": "the rule `majority`: no call, whole values only",
     "best of N": "8 proposals, each tried on the minibatch, the best kept",
     "sequential search": "8 feedbacks in one prompt, twice; both tried on the minibatch, the better kept if better",
@@ -182,6 +183,9 @@ def make_trainer(method: str, agent: Any, world: World) -> tuple[Any, int]:
         "aggregated": lambda: AggregatedUpdate(agent, optimizer, rule=LLMMerge(SimulatedMerge(world))),
         "aggregated, gated": lambda: AggregatedUpdate(
             agent, optimizer, rule=LLMMerge(SimulatedMerge(world)), gate=improves_on_batch()
+        ),
+        "aggregated, skipping": lambda: AggregatedUpdate(
+            agent, optimizer, rule=LLMMerge(SimulatedMerge(world)), skip_perfect=True, max_score=1.0
         ),
         "majority": lambda: AggregatedUpdate(agent, optimizer, rule=majority),
         "best of N": lambda: AggregatedUpdate(agent, optimizer, rule=best_tried),
