@@ -15,6 +15,7 @@ from aggregator.executors.blame import failures_left
 from aggregator.files import write_atomically
 from aggregator.records import Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values
 from aggregator.text import canonical_json, show
+from aggregator.training.identity import content_of
 
 VERSION = 1
 JOURNAL = "journal.yaml"
@@ -23,6 +24,12 @@ RESULT = "result.json"
 PARAMETERS = "parameters.json"
 CANDIDATES = "candidates"
 """The name under which the memory of a run holds the pool of its search."""
+
+NO_TRANSCRIPT = (
+    "no transcript: nothing that the agent did in the first step was seen, so that the optimizer knows its inputs, "
+    "outputs and feedback only; call models through LLM or observe your client's, or put @bundle on its operations"
+)
+"""The warning of a run whose agent does nothing that is observed."""
 
 _WHOLE = 2**62
 
@@ -63,7 +70,7 @@ class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
 
     `memory` is what gates remember, and the pool of a search under CANDIDATES; `scores` is what evaluations found out.
     `skipped` are the ids of the training samples that are left out. `broken_off` says that calls failed until the run
-    ended: a resumed run makes them again.
+    ended: a resumed run makes them again; `unseen`, that the transcripts of the first step were empty.
     """
 
     initial: Values
@@ -79,6 +86,7 @@ class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
     streak: Streak = Streak()
     skipped: tuple[int, ...] = ()
     broken_off: bool = False
+    unseen: bool = False
 
 
 class _Versioned(Struct, frozen=True):
@@ -96,7 +104,10 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
 
 
 def digest(value: Any) -> str:
-    """Return a short hash of a value's canonical JSON; what JSON cannot carry counts as it is shown, without addresses.
+    """Return a short hash of a value's canonical JSON.
+
+    Of what JSON cannot carry it hashes arrays, frames and images byte for byte, other objects by their attributes, and
+    the rest as it is shown, without addresses.
 
     >>> digest({"a": object(), "b": 1}) == digest({"b": 1, "a": object()})
     True
@@ -104,11 +115,17 @@ def digest(value: Any) -> str:
     try:
         text = canonical_json(value, _show_whole)
     except (TypeError, ValueError, RecursionError):  # keys of other kinds, lone surrogates, a list that holds itself
-        text = _show_whole(value).encode(errors="backslashreplace")
+        text = show(value, _WHOLE).encode(errors="backslashreplace")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _show_whole(value: Any) -> str:
+def _show_whole(value: Any) -> Any:
+    content = content_of(value)
+    if content is not None:
+        return content
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict) and held and not callable(value):
+        return [type(value).__qualname__, held]
     return show(value, _WHOLE)
 
 
@@ -151,13 +168,23 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
             f"expected a checkpoint of version {VERSION} in {path}, got version {version}; "
             "resume with the release of aggregated-update that wrote it, or start in a new run_dir"
         )
-    changed = [name for name, value in fingerprint.items() if checkpoint.fingerprint.get(name) != value]
+    before = checkpoint.fingerprint
+    is_earlier = "guide" not in before  # an earlier revision wrote less
+    known = [name for name in fingerprint if name in before or not is_earlier]
+    changed = [name for name in known if not _continues(name, before.get(name), fingerprint[name])]
     if changed:
         raise TrainingError(
             f"cannot resume {run_dir}: {', '.join(changed)} changed since it was started; "
             "give the same as then, or start in a new run_dir"
         )
     return checkpoint.state
+
+
+def _continues(name: str, before: str | None, now: str) -> bool:
+    """Return True if a run can go on with this: the same, or more epochs."""
+    if name == "num_epochs" and before is not None and before.isdecimal() and now.isdecimal():
+        return int(now) >= int(before)
+    return now == before
 
 
 def result_of(state: RunState, parameters: Values, kept: Kept) -> TrainingResult:
@@ -175,7 +202,7 @@ def result_of(state: RunState, parameters: Values, kept: Kept) -> TrainingResult
         history=state.history,
         evaluations=state.evaluations,
         failures=failures,
-        warnings=(*failures_left(failures), *_warnings(usage)),
+        warnings=(*([NO_TRANSCRIPT] if state.unseen else []), *failures_left(failures), *_warnings(usage)),
         usage=usage,
         candidates=candidates_in(state.memory),
         skipped_samples=state.skipped,

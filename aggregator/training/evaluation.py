@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -25,6 +24,7 @@ from aggregator.protocols import Agent, AnyGuide
 from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checkpoints import Known, Memory, Score, digest
+from aggregator.training.identity import identity_of
 
 Evaluate = Callable[..., Awaitable[list[Rollout]]]
 """`Step.evaluate` of one step: (values, samples, *, guide, repeats, fresh) -> rollouts."""
@@ -151,20 +151,12 @@ def _recall(score: Score, sample: Sample, repeat: int) -> Rollout:
 
 
 def guide_digest(guide: Any) -> str:
-    """Return a short hash of what a guide is: its name, its code and the settings that it holds.
+    """Return a short hash of what a guide is: its name, its code and its settings.
 
     >>> guide_digest(lambda x: 1) == guide_digest(lambda x: 1), guide_digest(lambda x: 1) == guide_digest(lambda x: 2)
     (True, False)
     """
-    code = getattr(guide, "__code__", None)
-    constants = () if code is None else code.co_consts
-    facts = [] if code is None else [code.co_code.hex(), code.co_names]
-    facts += [constant.co_code.hex() if hasattr(constant, "co_code") else repr(constant) for constant in constants]
-    settings = dict(getattr(guide, "__dict__", {}))
-    for name, cell in zip(code.co_freevars if code else (), getattr(guide, "__closure__", None) or (), strict=False):
-        with suppress(ValueError):  # a variable that has no value yet
-            settings[name] = cell.cell_contents
-    return digest([getattr(guide, "__qualname__", type(guide).__qualname__), facts, settings])
+    return digest(identity_of(guide))
 
 
 def is_lost(record: Failure) -> bool:

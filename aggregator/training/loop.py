@@ -121,9 +121,9 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     check_code(trainer.agent, parameters)
     initial = read(parameters)
     with claim_run_dir(plan):
-        marks = (
-            {} if plan.run_dir is None else fingerprint(plan, trainer, initial) | engine_mark(trainer.agent, parameters)
-        )
+        marks: dict[str, str] = {}
+        if plan.run_dir is not None:
+            marks = fingerprint(plan, trainer, initial, gate) | engine_mark(trainer.agent, parameters)
         state = load_state(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
         state = replace(state, skipped=tuple(sorted({*state.skipped, *plan.skip})))
         plan = replace(plan, skip=state.skipped)
@@ -223,6 +223,8 @@ class _Course:
                 parts = replace(parts, propose=spare_bugs(parts.propose))
             self._check_failures(turn, [instance for one in explored for instance in one.instances])
             step = replace(step, rollouts=explored[0].step.rollouts)
+            if turn.step == 0:
+                self._warn_of_no_transcript(step)
             outputs = [instance.output for one in explored for instance in one.instances]
 
             async def apply(given: Sequence[Any]) -> Update:
@@ -333,6 +335,12 @@ class _Course:
     def _convert_values(self, values: Values) -> Values:
         with overriding(self.parameters, values):
             return values_of(self.parameters)
+
+    def _warn_of_no_transcript(self, step: Step) -> None:
+        ran = [rollout for rollout in step.rollouts if rollout.failure is None and rollout.output is not None]
+        if ran and not any(rollout.transcript for rollout in ran):
+            self.state = replace(self.state, unseen=True)
+            warnings.warn(checkpoints.NO_TRANSCRIPT, TrainingWarning, stacklevel=2)
 
     def _check_failures(self, turn: Turn, instances: Sequence[Instance]) -> None:
         """Stop if too many instances were lost: of this batch, and if it is small of the latest ones."""

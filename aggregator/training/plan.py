@@ -17,6 +17,7 @@ from aggregator.records import Kept, Sample, Values
 from aggregator.text import shorten
 from aggregator.training.batches import minibatches
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest
+from aggregator.training.identity import identity_of
 from aggregator.training.schedules import Schedule
 
 
@@ -163,9 +164,22 @@ def _check_run_dir(plan: Plan) -> None:
         raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
 
 
-def fingerprint(plan: Plan, trainer: Any, initial: Values) -> dict[str, str]:
-    """Return what must be the same for a run to be resumed, each as a short hash."""
+def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[str, str]:
+    """Return what must be the same for a run to be resumed, each as a short hash; only num_epochs may grow."""
+    held = vars(trainer.agent) if hasattr(trainer.agent, "__dict__") else {}
+    models = {name: one for name, one in held.items() if hasattr(one, "complete") and hasattr(one, "model")}
+    parts = {
+        "guide": plan.guide,
+        "gate": gate,
+        "rule": trainer.merging_rule(),
+        "search": trainer.search,
+        "checks": list(trainer.checks),
+        "optimizer": trainer.optimizer,
+        "models": models,
+        "stepsize": plan.stepsize,
+    }
     return {
+        **{name: digest(identity_of(part)) for name, part in parts.items()},
         "trainer": type(trainer).__qualname__,
         "train_dataset": digest(plan.train),
         "test_dataset": digest(plan.test),
@@ -176,7 +190,6 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values) -> dict[str, str]:
         "seed": str(plan.seed),
         "batch_size": str(plan.batch_size),
         "num_epochs": str(plan.num_epochs),
-        "stepsize": digest([turn.stepsize for turn in plan.schedule()]),
         "min_score": str(plan.min_score),
         "skip_perfect": str(plan.skip_from),
         "repeats": str(plan.repeats),

@@ -1,7 +1,7 @@
 """The words of the prompts, and how values are laid out in them.
 
 A user message is a sequence of sections: a heading line that starts with `#`, then text. Whoever plays a model in a test
-reads these sections: `#Parameters`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#History` for a proposal;
+reads these sections: `#Parameters`, `#Input`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#History` for a proposal;
 `#CurrentValue` and `#SuggestedValue_1`, `#SuggestedValue_2`, ... for an aggregation. Both replies have one form: JSON with
 `reasoning_<component>` and `suggestion`, or TERMINATE as the whole reply.
 """
@@ -17,7 +17,7 @@ from msgspec import Struct
 from aggregator.errors import ConfigError
 from aggregator.llm.openings import Opening
 from aggregator.records import Proposal, Rollout, StepReport, Values
-from aggregator.text import one_line
+from aggregator.text import as_text, one_line
 
 REPLY_FORMAT = """\
 Reply with one JSON object and nothing else:
@@ -146,8 +146,11 @@ A good reply was
   }
 }"""
 
-SECTIONS = ("Objective", "Example", "Parameters", "Transcript", "Output", "Score", "Feedback", "History")
-"""The sections of a proposal's prompt, in their order; Example and History only where there is one."""
+SECTIONS = ("Objective", "Example", "Parameters", "Input", "Transcript", "Output", "Score", "Feedback", "History")
+"""The sections of a proposal's prompt, in their order; Example, Input and History only where there is one."""
+
+_SHORT_INPUT = 40
+"""An input of so many characters may be in a transcript by chance, and is always shown."""
 
 FEEDBACK_DIGEST = 200
 """How many characters of a proposal's feedback the aggregation prompt shows."""
@@ -227,15 +230,17 @@ def proposal_messages(
     system_prompt: str = PROPOSER_SYSTEM_PROMPT,
     layout: Layout = Layout(),  # noqa: B008 - frozen
     is_shared: bool = False,
+    given: str = "",
 ) -> list[dict[str, str]]:
     """Return the messages that ask for one instance's proposal.
 
-    `components` maps each parameter's name to its value, type, description and constraint; `history` holds a line
+    `given` is the agent's input. `components` maps each parameter's name to its value, type, description and constraint; `history` holds a line
     for each update that was tried before. `is_shared` says that other calls begin as this one does, up to and with the
     parameters: a provider's cache may keep that.
     """
     facts = [
         ("Parameters", pretty(components)),
+        *([("Input", given)] if given else []),
         ("Transcript", transcript),
         ("Output", output),
         ("Score", "unknown" if score is None else number(score)),
@@ -270,6 +275,21 @@ def aggregation_messages(
     return _messages(system_prompt, sections)
 
 
+def render(value: Any) -> str:
+    """Write an agent's output as text: a string as it is, JSON where it can be."""
+    return as_text(sort_sets(value))
+
+
+def input_of(rollout: Rollout) -> str:
+    """Return the agent's input as text, "" if the transcript shows it in full.
+
+    >>> input_of(Rollout(sample_id=0, x="Who wrote Hamlet?")), input_of(Rollout(sample_id=0))
+    ('Who wrote Hamlet?', '')
+    """
+    text = "" if rollout.x is None else render(rollout.x)
+    return "" if len(text) > _SHORT_INPUT and text in rollout.transcript else text
+
+
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     r"""Return several rollouts as one, each output, feedback and transcript under its number; one as it is.
 
@@ -287,6 +307,7 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
 
     return Rollout(
         sample_id=rollouts[0].sample_id if rollouts else 0,
+        x="\n".join(f"ID [{one.sample_id}]: {given}" for one in rollouts if (given := input_of(one))) or None,
         output=listed("output"),
         score=sum(scores) / len(scores) if scores else None,
         feedback=listed("feedback"),

@@ -18,7 +18,7 @@ from aggregator.executors.local import fan_out
 from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Rollout, StepReport
-from aggregator.text import as_text, cut, show_call
+from aggregator.text import cut, show_call
 from aggregator.training.asking import Answer, ask
 from aggregator.training.checks import keeps_placeholders, template_placeholders
 from aggregator.training.decisions import UpdateRule
@@ -31,10 +31,11 @@ from aggregator.training.prompts import (
     PROPOSER_SYSTEM_PROMPT,
     Layout,
     digest_of,
+    input_of,
     join_rollouts,
     number,
     proposal_messages,
-    sort_sets,
+    render,
     verdict,
 )
 from aggregator.training.step import Step
@@ -148,6 +149,7 @@ class LLMOptimizer:
         """Return a question about the step's parameters and what the agent did with them."""
         return proposal_messages(
             {parameter.name: describe_parameter(parameter, step) for parameter in step.parameters},
+            given=cut(input_of(rollout), self.transcript_limit),
             transcript=cut(rollout.transcript, self.transcript_limit),
             output=cut(render(rollout.output), self.output_limit),
             score=rollout.score,
@@ -236,11 +238,6 @@ def latest(items: Sequence[Item], count: int) -> Sequence[Item]:
     [2, 3]
     """
     return items[max(len(items) - count, 0) :]
-
-
-def render(value: Any) -> str:
-    """Write an agent's output as text: a string as it is, JSON where it can be."""
-    return as_text(sort_sets(value))
 
 
 class TextGradOptimizer(LLMOptimizer):

@@ -156,6 +156,7 @@ class Outage(Transport):
     def __init__(self, status: int) -> None:
         self.status = status
         self.is_down = False
+        self.down_at: int | None = None
         self.served = 0
 
     async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
@@ -175,8 +176,10 @@ def test_a_run_that_ended_on_failed_calls_goes_on_once_they_succeed(tmp_path: Pa
     data = additions(5, count=6)
 
     def run(folder: str, *, down_at: int | None = None, resume: bool = False) -> TrainingResult:
+        model.down_at = down_at
+
         def guide(x: int, output: int, info: int) -> tuple[float, str]:
-            model.is_down = x == down_at
+            model.is_down = x == model.down_at
             return exact(x, output, info)
 
         trainer = AggregatedUpdate(Adder(), LLMOptimizer(llm=llm), llm=llm, max_concurrency=1)

@@ -93,6 +93,7 @@ def test_history_may_be_masked_and_renamed_too() -> None:
 
     def shown(layout: Layout) -> list[str]:
         given: dict[str, Any] = {"transcript": "", "output": "", "score": None, "feedback": "", "history": ["step 0"]}
+        given["given"] = "q"
         return headings(proposal_messages({}, **given, layout=layout))
 
     assert shown(Layout(include_example=True)) == list(SECTIONS)
@@ -103,7 +104,7 @@ def test_history_may_be_masked_and_renamed_too() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"mask": ["Input"]}, "Expected headings of the prompt .*Transcript.*, got Input"),
+        ({"mask": ["Inputs"]}, "Expected headings of the prompt .*Transcript.*, got Inputs"),
         ({"mask": "Output"}, r"write \['Output'\]"),
         ({"mask": ["#Parameters"]}, "got 'Parameters'; name them in parameters="),
         ({"prompt_symbols": {"variables": "Vars"}}, "got variables"),

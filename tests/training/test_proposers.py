@@ -13,7 +13,8 @@ from aggregator.errors import ConfigError
 from aggregator.records import Decision, Rollout, StepReport
 from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.merge import LLMMerge
-from aggregator.training.proposers import OUTPUT_LIMIT, LLMOptimizer, OPROOptimizer, render
+from aggregator.training.prompts import render
+from aggregator.training.proposers import OUTPUT_LIMIT, LLMOptimizer, OPROOptimizer
 from aggregator.training.step import Step
 
 PARAMETERS = [ParameterNode(1, name="k", description="how many", constraint="a small number")]

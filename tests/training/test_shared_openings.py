@@ -48,14 +48,14 @@ def train(transport: Claude, batch_size: int, *, optimizer: Any = LLMOptimizer, 
 
 
 def test_the_instances_of_a_step_share_one_opening() -> None:
-    """It ends before the transcript, is the same in every call of the step, and holds the parameters."""
+    """It ends before the input, is the same in every call of the step, and holds the parameters."""
     transport = Claude(suggest(amount=5))
     train(transport, 4)
     (opening,) = set(transport.openings())
     assert opening.startswith("#Objective\n")
     assert LONG.strip() in opening
     assert opening.endswith("\n\n")
-    assert all(body["messages"][0]["content"][1]["text"].startswith("#Transcript\n") for body in transport.bodies)
+    assert all(body["messages"][0]["content"][1]["text"].startswith("#Input\n") for body in transport.bodies)
 
 
 def test_a_single_proposal_is_not_marked() -> None:

@@ -214,11 +214,11 @@ class Remembers:
     def __init__(self, *, spoil: Any = None, fail_at: int | None = None) -> None:
         self.seen: list[Any] = []
         self.spoil = spoil
-        self.fail_at = fail_at
+        self.fails_now = fail_at
 
     async def __call__(self, before: Values, after: Values, step: Step) -> Decision:
         self.seen.append(dict(step.memory))
-        if step.number == self.fail_at:
+        if step.number == self.fails_now:
             step.memory["asked"] = -1
             raise ZeroDivisionError
         step.memory["asked"] = step.memory.get("asked", 0) + 1

@@ -1,0 +1,188 @@
+"""A run is resumed only as what it was: the same parts and the same data to the byte, with more epochs if wanted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_fakes import Adder, ScriptedModel, additions, suggest
+
+from aggregator.errors import TrainingError
+from aggregator.training.checkpoints import digest
+from aggregator.training.gates import improves_on_batch, improves_on_validation
+from aggregator.training.identity import identity_of
+from aggregator.training.merge import LLMMerge
+from aggregator.training.proposers import LLMOptimizer, OPROOptimizer
+from aggregator.training.rules import majority
+from aggregator.training.searches import beam
+from aggregator.training.trainer import Trainer
+
+
+def low(x: int, output: int, info: int) -> float:
+    return 0.1
+
+
+def high(x: int, output: int, info: int) -> float:
+    return 0.9
+
+
+class Strict:
+    """A guide with settings, which counts its calls."""
+
+    def __init__(self, level: float, words: list[str]) -> None:
+        self.level = level
+        self.words = words
+        self.calls = 0
+        self.seen: list[int] = []
+
+    def __call__(self, x: int, output: int, info: int) -> float:
+        self.calls += 1
+        self.seen.append(x)
+        return self.level
+
+
+class Named(ScriptedModel):
+    def __init__(self, name: str) -> None:
+        super().__init__(lambda messages: suggest(amount=5))
+        self.model = name
+
+
+def train(
+    run_dir: Path, *, resume: bool = True, guide: Any = low, model: str = "a", data: Any = None, **parts: Any
+) -> Any:
+    options = {name: parts.pop(name) for name in ("num_epochs", "stepsize") if name in parts}
+    llm = Named(model)
+    optimizer = parts.pop("optimizer", LLMOptimizer)(llm=llm)
+    trainer = Trainer(
+        parts.pop("agent", None) or Adder(), optimizer, rule=parts.pop("rule", None) or LLMMerge(llm), **parts
+    )
+    return trainer.train(
+        guide, additions(5) if data is None else data, batch_size=2, run_dir=run_dir, resume=resume, **options
+    )
+
+
+CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("guide", {"guide": high}),
+    ("guide", {"guide": Strict(0.2, ["a"])}),
+    ("gate", {"gate": improves_on_batch(0.5)}),
+    ("gate", {"gate": improves_on_validation(additions(5))}),
+    ("rule", {"rule": majority}),
+    ("search", {"search": beam(2)}),
+    ("stepsize", {"stepsize": 0.3}),
+    ("optimizer", {"optimizer": OPROOptimizer}),
+    ("rule, optimizer", {"model": "b"}),
+]
+
+
+@pytest.mark.parametrize(("named", "change"), CHANGES, ids=[f"{name}{i}" for i, (name, _) in enumerate(CHANGES)])
+def test_a_changed_part_is_refused_by_its_name_alone(tmp_path: Path, named: str, change: dict[str, Any]) -> None:
+    """Another guide, gate, optimizer or model went on with the scores of the old one."""
+    train(tmp_path, resume=False)
+    with pytest.raises(TrainingError) as caught:
+        train(tmp_path, **change)
+    assert f": {named} changed since it was started" in str(caught.value)
+    train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Strict(0.2, ["a"]), Strict(0.2, ["b"])),
+        (improves_on_validation(additions(5)), improves_on_validation(additions(6))),
+        (improves_on_validation(additions(5)), improves_on_validation(additions(5), significance=0.05)),
+        (beam(2), beam(3)),
+        (lambda x: x in {"a", "b"}, lambda x: x in {"a", "c"}),
+        (lambda x, limit=1: x, lambda x, limit=2: x),
+    ],
+)
+def test_settings_tell_parts_apart(before: Any, after: Any) -> None:
+    """Those of a constructor, of a closure, of defaults."""
+    assert identity_of(before) != identity_of(after)
+
+
+def test_a_part_that_was_used_is_the_same(tmp_path: Path) -> None:
+    """Counters and lists that it fills are no settings."""
+    guide = Strict(0.2, ["a"])
+    train(tmp_path, resume=False, guide=guide)
+    assert guide.calls
+    assert train(tmp_path, guide=guide).train_scores == [0.2, 0.2]
+
+
+def test_more_epochs_are_allowed_and_fewer_are_not(tmp_path: Path) -> None:
+    """A finished run goes on."""
+    train(tmp_path, resume=False)
+    assert len(train(tmp_path, num_epochs=2).history) == 4
+    with pytest.raises(TrainingError, match=r": num_epochs changed since"):
+        train(tmp_path, num_epochs=1)
+
+
+def test_identities_are_the_same_in_another_process() -> None:
+    """The order of a set among the constants of a function differs from process to process."""
+    code = (
+        "from aggregator.training.identity import identity_of\n"
+        "print(identity_of(lambda x: x in {'a', 'b', 'c', 'd', 'e'}))"
+    )
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(runs) == 1
+
+
+def arrays() -> list[tuple[str, Callable[[int], Any]]]:
+    numpy = pytest.importorskip("numpy")
+
+    def array(change: int) -> Any:
+        made = numpy.arange(5000.0)
+        made[2500] = -1 if change else made[2500]
+        return made
+
+    class Scene:
+        def __init__(self, change: int) -> None:
+            self.pixels = array(change)
+
+        def __repr__(self) -> str:
+            return "<Scene>"
+
+    kinds: list[tuple[str, Callable[[int], Any]]] = [
+        ("array", array),
+        ("in a dict", lambda change: {"image": [array(change)]}),
+        ("object array", lambda change: numpy.array([1, "a" if change else "b", None], dtype=object)),
+        ("object", Scene),
+        ("dtype", lambda change: numpy.zeros(4, dtype="int32" if change else "int64")),
+    ]
+    return kinds
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_bytes_of_arrays_are_compared(tmp_path: Path, number: int) -> None:
+    """Their repr leaves out the middle, so that a changed data set was accepted."""
+    _, make = arrays()[number]
+
+    class Ignores(Adder):
+        async def forward(self, x: Any) -> int:
+            return self.amount.data
+
+    assert digest(make(0)) == digest(make(0))
+    train(tmp_path, resume=False, agent=Ignores(), data=[(make(0), 1)] * 2)
+    with pytest.raises(TrainingError, match=": train_dataset changed since"):
+        train(tmp_path, agent=Ignores(), data=[(make(1), 1)] * 2)
+
+
+def test_the_values_of_frames_are_compared() -> None:
+    """Values, columns and index."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": range(500), "b": [str(i) for i in range(500)]})
+    changed = frame.copy()
+    changed.loc[250, "b"] = "other"
+    assert digest(frame) == digest(frame.copy())
+    found = {
+        digest(one) for one in (frame, changed, frame.rename(columns={"a": "c"}), frame.set_index("a"), frame["b"])
+    }
+    assert len(found) == 5
