@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from training_fakes import Adder, ScriptedModel, additions, first_suggestion, suggest
 
-from aggregator import AggregatedUpdate
+from aggregator import LLM, AggregatedUpdate, cassette
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError, GuideError
 from aggregator.gates import improves_on_batch, improves_on_validation
 from aggregator.guides import Scores
 from aggregator.guides.calling import ask_guide, judge
+from aggregator.llm.ledger import Price
 from aggregator.llm.models import as_model
 from aggregator.optimizers import LLMOptimizer
 from aggregator.portal import call
 from aggregator.records import Choice, Completion, Failure, Message, Rollout, Usage
+from aggregator.testing import FakeTransport
+from aggregator.testing.fakes import text_reply
 from aggregator.training.batches import samples
 from aggregator.training.gates import compare_runs
 from aggregator.training.step import Step
@@ -143,3 +148,18 @@ def test_a_run_trains_by_a_named_score() -> None:
 
 def samples_of() -> list[tuple[Any, Any]]:
     return [(sample.x, sample.info) for sample in samples(additions(1))]
+
+
+def test_a_replay_has_the_cost_and_the_milliseconds_of_the_recording(tmp_path: Path) -> None:
+    """A gate on either decides the same on every machine."""
+
+    prices = {"openai/gpt-4o-mini": Price(input=1.0, output=1.0)}
+    found = []
+    for mode in ("all", "none"):
+        transport = FakeTransport(lambda _: replace(text_reply("yes"), milliseconds=12.3456))
+        llm = LLM("openai/gpt-4o-mini", api_key="none", transport=transport, prices=prices)
+        with cassette(tmp_path / "calls.yaml", mode=mode):
+            found.append(run(Talker(llm), lambda x, output, info: 1.0).scores)
+    assert found[0] == found[1]
+    assert {"cost", "length", "milliseconds"} == found[0].keys()
+    assert found[0]["milliseconds"] == 24.692
