@@ -85,6 +85,7 @@ class Budget:
         self._taken = NOTHING  # spent and reserved
         self._waiting: deque[_Waiter] = deque()
         self._lock = threading.Lock()
+        self._runs: set[str] = set()  # those whose earlier spending is counted
 
     def __repr__(self) -> str:
         return show_call("Budget", usd=self.usd, tokens=self.tokens, calls=self.calls)
@@ -101,6 +102,14 @@ class Budget:
         with self._lock:
             held = _add(self._taken, self._spent, -1)
         return Spending(usd=held.pico / _PICO, tokens=held.tokens, calls=held.calls)
+
+    def carry(self, run: str, spent: Spending) -> None:
+        """Count what a resumed run spent before; once per run, so that the budget that saw it counts nothing twice."""
+        with self._lock:
+            is_known = run in self._runs
+            self._runs.add(run)
+        if not is_known:
+            self.settle(NOTHING, Amount(round(spent.usd * _PICO), spent.tokens, spent.calls))
 
     def take(self, amount: Amount) -> bool:
         """Set an upper estimate aside if that needs no waiting; pair it with `settle`."""

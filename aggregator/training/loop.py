@@ -131,7 +131,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
         async with LocalExecutor(plan.max_concurrency) as local:
             course = _Course(trainer, plan, gate, local, parameters, marks, state)
             try:
-                with open_journal(plan, state), count_in(budget), lineage("train"):
+                with open_journal(plan, state), count_in(budget, plan, state), lineage("train"):
                     await notify(course.observers, "started", course.info())
                     await course.follow()
             except BaseException as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.saving import FileLock
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
-from aggregator.llm.budget import Budget, spending
+from aggregator.llm.budget import Budget, Spending, spending
+from aggregator.records import NO_USAGE, Evaluation, StepReport
 from aggregator.training import checkpoints
 from aggregator.training.plan import Plan
 
@@ -66,11 +67,17 @@ def open_journal(plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
 
 
 @contextmanager
-def count_in(budget: Budget | None) -> Iterator[None]:
-    """Count every call of the run, whichever client and thread makes it.
+def count_in(budget: Budget | None, plan: Plan, state: checkpoints.RunState) -> Iterator[None]:
+    """Count every call of the run, whichever client and thread makes it, and what it had spent at its checkpoint.
 
-    Without a budget an outer one goes on counting.
+    Exchanges of an interrupted step, which are replayed, count as they are. Without a budget an outer one goes on
+    counting.
     """
+    if budget is not None and plan.run_dir is not None:
+        reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations, *state.validations]
+        usage = sum((usage for report in reports for usage in report.usage.values()), NO_USAGE)
+        spent = Spending(usd=usage.cost or 0.0, tokens=usage.total_tokens, calls=usage.calls)
+        budget.carry(str(plan.run_dir.resolve()), spent)
     with portal.carrying():
         if budget is None:
             yield

@@ -53,6 +53,37 @@ def test_a_run_goes_on_with_a_larger_budget(server: SimulatedModel, tmp_path: Pa
     assert paid(server) == 2 * unbroken
 
 
+@pytest.mark.parametrize("calls", [40, 70])
+def test_a_budget_survives_a_resume(server: SimulatedModel, tmp_path: Path, calls: int) -> None:
+    """The same limit was granted anew to each resume; now all of them together spend what one run does."""
+    whole = Budget(calls=1000)
+    train(server.base_url, run_dir=tmp_path / "whole", budget=whole)
+    before = paid(server)
+    with pytest.raises(BudgetExceededError):
+        train(server.base_url, budget=Budget(calls=calls), run_dir=tmp_path / "short")
+    again = Budget(calls=calls)
+    with pytest.raises(BudgetExceededError):
+        train(server.base_url, budget=again, run_dir=tmp_path / "short", resume=True)
+    assert again.spent.calls <= calls
+    assert paid(server) - before <= calls
+    enough = Budget(calls=1000)
+    train(server.base_url, budget=enough, run_dir=tmp_path / "short", resume=True)
+    assert enough.spent == whole.spent
+    assert (tmp_path / "short" / RESULT).read_bytes() == (tmp_path / "whole" / RESULT).read_bytes()
+
+
+def test_a_budget_that_saw_a_run_counts_it_once(server: SimulatedModel, tmp_path: Path) -> None:
+    """A finished run that is resumed in the same process costs nothing more."""
+    budget = Budget(calls=1000)
+    train(server.base_url, run_dir=tmp_path / "run", budget=budget)
+    spent = budget.spent
+    train(server.base_url, run_dir=tmp_path / "run", budget=budget, resume=True)
+    assert budget.spent == spent
+    other = Budget(calls=1000)
+    train(server.base_url, run_dir=tmp_path / "run", budget=other, resume=True)
+    assert other.spent == spent
+
+
 def test_one_budget_serves_several_runs(server: SimulatedModel) -> None:
     """Two runs with models of their own share what is left."""
     train(server.base_url)
