@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"
 """
 
 
-class HTTPRequest(Struct, frozen=True, kw_only=True):
+class HTTPRequest(Struct, frozen=True, kw_only=True, gc=False):
     """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it.
 
     `kept` are the provider's own headers that a recording may hold, of request and reply; a final `*` stands for any
@@ -42,7 +42,7 @@ class HTTPRequest(Struct, frozen=True, kw_only=True):
         return f"HTTPRequest({self.method}, {len(self.body)} bytes)"  # headers and address may hold the key
 
 
-class HTTPReply(Struct, frozen=True, kw_only=True):
+class HTTPReply(Struct, frozen=True, kw_only=True, gc=False):
     """One answer, body decompressed. Header names are lower case.
 
     `chunks` are (length in bytes, milliseconds since the request was sent) of a streamed body's pieces.

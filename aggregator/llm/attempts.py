@@ -83,6 +83,7 @@ class Line:
         self.transport = transport or _shared_transport()
         self.clock, self.sleep = clock, sleep or asyncio.sleep
         self.random = random or Random()  # noqa: S311 - jitter, no secret
+        self.corrections = _corrections.setdefault(self.transport, {})
         limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm, "adaptive": adaptive}
         is_real = clock is time.monotonic and sleep is None
         self.openings = Openings(clock)
@@ -101,7 +102,7 @@ class Line:
 
     def with_cost(self, completion: Completion, attempts: int) -> Completion:
         """Add the number of attempts, and the cost if the provider did not state it and the price is known."""
-        usage = believed(completion.usage, is_answer=bool(completion.text or completion.tool_calls))
+        usage = believed(completion)
         if usage.cost is None and self.known_price is not None:
             usage = replace(usage, cost=self.known_price.cost(usage, completion.service_tier))
         elif attempts == 1 and usage is completion.usage:
@@ -138,6 +139,7 @@ def merge(base: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[
 
 
 _corrections: WeakKeyDictionary[object, dict[tuple[str, str], frozenset[str]]] = WeakKeyDictionary()
+# By transport, since it is the servers' trait; by tape while one is open, so that a replay begins anew.
 
 
 def _never(error: LLMError) -> object:
@@ -154,7 +156,10 @@ class Attempts:
         self.count = 0
         self.limiter: Limiter | None = None  # set while this call holds one of its places
         self.budgets = budgets_of(line.budget)
-        self._counts_tokens = any(budget.needs_tokens for budget in self.budgets)
+        self._counts_tokens = self._counts_usd = False
+        for budget in self.budgets:
+            self._counts_tokens = self._counts_tokens or budget.needs_tokens
+            self._counts_usd = self._counts_usd or budget.usd is not None
         self._started = line.clock()
         self._deadline = inf if timeout is None else self._started + timeout
         self.share = timeout and timeout / 2  # of one attempt, by default
@@ -184,9 +189,10 @@ class Attempts:
         refusal may have come before or after this call when it was recorded.
         """
         codec = self.line.endpoint.codec
-        if self._counts_tokens and codec.limits(call).tokens is None:
+        if self._counts_tokens and (call.max_tokens or -1) < 0 and codec.limits(call).tokens is None:
             call = replace(call, max_tokens=assumed_output(call.model))  # so that no answer costs more than is reserved
-        known = _corrections.get(self._memory(), {}).get(self._server(call))
+        learned = self.line.corrections if self.tape is None else _corrections.get(self.tape)
+        known = learned.get(self._server(call)) if learned else None
         if self.tape is None or self.tape.records:
             self._encode(call if known is None else replace(call, corrections=known))
             return
@@ -220,12 +226,9 @@ class Attempts:
         if not self.is_answerable():  # the recorded call ended here
             self._encode(refused)
             return False
-        _corrections.setdefault(self._memory(), {})[self._server(refused)] = corrected.corrections
+        learned = self.line.corrections if self.tape is None else _corrections.setdefault(self.tape, {})
+        learned[self._server(refused)] = corrected.corrections
         return True
-
-    def _memory(self) -> object:
-        """By transport, since it is the servers' trait; by tape while one is open, so that a replay begins anew."""
-        return self.tape or self.line.transport
 
     def _server(self, call: ChatCall) -> tuple[str, str]:
         return self.line.endpoint.base_url, call.model
@@ -266,14 +269,22 @@ class Attempts:
 
     def _estimate(self) -> Amount:
         given, answered = self.upper_tokens()
-        if all(budget.usd is None for budget in self.budgets):
+        if not self._counts_usd:
             return Amount(0, given + answered, 1)
-        tier = self.call.extra.get("service_tier")
-        body = self.request.body
-        writes = 1.0 if _CACHE_MARK.search(body) is None else 2.0 if _HOUR_MARK.search(body) else 1.25
+        tier = self.call.extra.get("service_tier") if self.call.extra else None
+        writes = 1.0
+        if self._may_write_cache() and _CACHE_MARK.search(self.request.body):
+            writes = 1.25 if _HOUR_MARK.search(self.request.body) is None else 2.0
         tier = tier if isinstance(tier, str) else None
         usd = self.line.price().most(given, answered, writes=writes, service_tier=tier)
         return Amount(pico(usd), given + answered, 1)
+
+    def _may_write_cache(self) -> bool:
+        """Return False for a call of plain texts, nearly every one, whose body need not be looked through."""
+        call = self.call
+        if self.opening is not None or call.tools or call.extra:
+            return True
+        return any(type(message.get("content")) is not str for message in call.messages)
 
     def upper_tokens(self) -> tuple[int, int]:
         """Return how many tokens one request may take at most: (input, output)."""
@@ -283,6 +294,20 @@ class Attempts:
 
 class Attempt:
     """One request and its answer, as a context: enter to reserve, leave to settle and record, whatever happened."""
+
+    __slots__ = (
+        "_held",
+        "_leads",
+        "admission",
+        "attempts",
+        "completion",
+        "is_live",
+        "line",
+        "number",
+        "reply",
+        "tape",
+        "was_sent",
+    )
 
     def __init__(self, attempts: Attempts) -> None:
         attempts.count += 1
@@ -350,7 +375,8 @@ class Attempt:
             delay = self.tape.delay(reply)  # as long as a live answer takes, at least one turn of the loop
             await (self.line.sleep(delay) if delay else asyncio.sleep(0))
             return reply
-        await self.admit()
+        if not self.try_admit():
+            await self.admit()
         sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
         if self.tape is None:
             reply = self.reply = await sending
@@ -362,12 +388,10 @@ class Attempt:
 
     def timeout(self) -> float | None:
         """Return the seconds that this attempt may take; the last one may take all that is left by default."""
-        left, line = self.attempts.timeout(), self.line
-        if line.attempt_timeout is not None:
-            return line.attempt_timeout if left is None else min(left, line.attempt_timeout)
-        if left is None or self.attempts.share is None or self.number >= line.policy.max_attempts:
-            return left
-        return min(left, self.attempts.share)
+        left, limit = self.attempts.timeout(), self.line.attempt_timeout
+        if limit is None and self.number < self.line.policy.max_attempts:
+            limit = self.attempts.share
+        return limit if left is None or (limit is not None and limit < left) else left
 
     def play(self) -> HTTPReply | None:
         """Return the next recorded answer of this call; None to go live."""
@@ -385,10 +409,25 @@ class Attempt:
 
         return passing()
 
+    def try_admit(self) -> bool:
+        """Go live if that needs no waiting: a place and the pace are free, and no opening is being written."""
+        attempts = self.attempts
+        attempts.request = self.line.endpoint.authenticated(attempts.request)
+        self.is_live = True
+        limiter = attempts.limiter
+        if attempts.opening is not None:
+            return False
+        if limiter is None:
+            limiter = self.line.limiter()
+            if not limiter.try_enter():
+                return False
+            attempts.limiter = limiter
+        self.admission = limiter.try_admit() if limiter.tpm is None else None
+        self.was_sent = self.admission is not None
+        return self.was_sent
+
     async def admit(self) -> None:
         """Wait until this attempt may be sent; the call keeps its place in the limiter until it is answered."""
-        self.attempts.request = self.line.endpoint.authenticated(self.attempts.request)
-        self.is_live = True
         if self.attempts.opening is not None:
             self._leads = await self.line.openings.enter(self.attempts.opening, self.attempts.timeout())
         limiter = self.attempts.limiter

@@ -52,7 +52,7 @@ class Spending(Struct, frozen=True, kw_only=True):
     calls: int = 0
 
 
-class Amount(Struct, frozen=True):
+class Amount(Struct, frozen=True, gc=False):
     """The same as whole numbers."""
 
     pico: int = 0

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aggregator.llm.openings import Mark
 
 
-class ChatCall(Struct, frozen=True, kw_only=True):
+class ChatCall(Struct, frozen=True, kw_only=True, gc=False):
     """One question to a model, in OpenAI's words whatever the provider; None means "not said".
 
     `messages` are OpenAI-shaped dicts (see `messages.normalise`). `extra` is merged into the body last, so it can
@@ -90,7 +90,7 @@ class RateHeaders(Struct, frozen=True):
     reset: str = ""
 
 
-class Limits(Struct, frozen=True):
+class Limits(Struct, frozen=True, gc=False):
     """What a request asks for: tokens per answer (None: no limit) and the number of answers."""
 
     tokens: int | None = None

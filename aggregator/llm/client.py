@@ -161,9 +161,9 @@ class LLM:
         )
         return await self._asking.complete(self, call, validate)
 
-    async def answer(self, call: ChatCall, validate: Validate | None = None) -> Completion:
+    def answer(self, call: ChatCall, validate: Validate | None = None) -> Awaitable[Completion]:
         """Answer one call, which `complete` makes and shows in the transcript. A worker process asks its owner."""
-        return await self._asking.answer(self, self._line, call, validate)
+        return self._asking.answer(self, self._line, call, validate)
 
     def __call__(self, messages: Any = None, **options: Any) -> Completion:
         """Ask from synchronous code, as Trace's models are called: `llm(messages=[...], max_tokens=...)`."""

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from aggregator.errors import ConfigError
 from aggregator.llm.providers import providers
-from aggregator.records import Usage
+from aggregator.records import Completion, Usage
 
 _current: ContextVar[Ledger | None] = ContextVar("aggregator_ledger", default=None)
 
@@ -153,6 +153,8 @@ class Price(Struct, frozen=True, kw_only=True):
         given, answered = usage.input_tokens, usage.output_tokens
         if given is None or answered is None:
             return None
+        if not usage.cached_tokens and not usage.cache_write_tokens and not self.tiers and not self.service:
+            return (given * self.input + answered * self.output) / 1e6
         rates: Price | Tier = self
         for tier in self.tiers:
             if given > tier.above and (rates is self or tier.above > rates.above):  # type: ignore[union-attr]
@@ -179,6 +181,8 @@ class Price(Struct, frozen=True, kw_only=True):
         `writes` is 1.25 or 2 for a request that writes to a cache. Without a `service_tier` in the request, any that
         has a factor may serve it; a cheaper one may be refused for the usual one.
         """
+        if not self.tiers and not self.service and writes == 1.0:  # nearly always
+            return (input_tokens * max(self.input, self.cached or 0.0) + output_tokens * self.output) / 1e6
         usd = 0.0
         in_reach: list[Price | Tier] = [self, *[tier for tier in self.tiers if input_tokens > tier.above]]
         for rates in in_reach:
@@ -199,26 +203,24 @@ _MOST_TOKENS = 10**8  # a hundred times the largest context
 _MOST_USD = 10_000.0
 
 
-def believed(usage: Usage, *, is_answer: bool = True) -> Usage:
+def believed(completion: Completion) -> Usage:
     """Return the usage without figures that cannot be: negative, absurd, or no tokens at all for an answer.
 
     What is left out is unknown, and counts in a budget as it was reserved.
-
-    >>> believed(Usage(input_tokens=-1, output_tokens=5, cost=-1.0)).cost is None
-    True
     """
+    usage = completion.usage
     given, answered, cost = usage.input_tokens, usage.output_tokens, usage.cost
-    plausible = all(count is None or 0 <= count <= _MOST_TOKENS for count in (given, answered))
-    if plausible and (given or answered or not is_answer) and (cost is None or 0 <= cost <= _MOST_USD):
-        return usage
-    if is_answer and not given and not answered:
+    if cost is not None and not 0 <= cost <= _MOST_USD:
+        cost = None
+    if given is not None and not 0 <= given <= _MOST_TOKENS:
+        given = None
+    if answered is not None and not 0 <= answered <= _MOST_TOKENS:
+        answered = None
+    if not given and not answered and (completion.text or completion.tool_calls):
         given = answered = None
-    return replace(
-        usage,
-        input_tokens=given if given is None or 0 <= given <= _MOST_TOKENS else None,
-        output_tokens=answered if answered is None or 0 <= answered <= _MOST_TOKENS else None,
-        cost=cost if cost is None or 0 <= cost <= _MOST_USD else None,
-    )
+    if given is usage.input_tokens and answered is usage.output_tokens and cost is usage.cost:
+        return usage
+    return replace(usage, input_tokens=given, output_tokens=answered, cost=cost)
 
 
 Prices = Mapping[str, Price]

@@ -147,11 +147,14 @@ class Limiter:
 
         Requests are held back if those under way will use up what the server has left.
         """
-        self._learned.accepted(admission, self._clock())
+        self._learned.accepted(admission, self._clock)
         for names, each in ((codec.requests, 1.0), (codec.tokens, admission.tokens)):
-            left = headroom(headers, names)
-            if left is not None and (lacking := self.in_flight * each - left.remaining) > 0:
-                self._pause(min(lacking * left.seconds_each, MAX_HEADER_PAUSE))
+            for name in names:
+                if name.remaining in headers:
+                    left = headroom(headers, (name,))
+                    if left is not None and (lacking := self.in_flight * each - left.remaining) > 0:
+                        self._pause(min(lacking * left.seconds_each, MAX_HEADER_PAUSE))
+                    break
 
     def used(self, admission: Admission, tokens: float) -> None:
         """Replace the tokens that a request was expected to use by those it did."""

@@ -153,7 +153,7 @@ class CallableModel:
         return Amount(pico(self._price.most(given, answered)), given + answered, 1)
 
     def _with_cost(self, completion: Completion) -> Completion:
-        usage = believed(completion.usage, is_answer=bool(completion.text or completion.tool_calls))
+        usage = believed(completion)
         if self._price is not None and usage.cost is None:
             usage = replace(usage, cost=self._price.cost(usage, completion.service_tier))
         return completion if usage is completion.usage else replace(completion, usage=usage)

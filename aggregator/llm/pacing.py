@@ -9,6 +9,7 @@ wait by itself. `Pacing` tells them apart by what the server does, and keeps tes
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from math import inf
 
 from msgspec import Struct
@@ -58,7 +59,7 @@ class Pace:
         self._full_at = max(self._full_at, now) + cost * self._seconds_each
 
 
-class Stretch(Struct):
+class Stretch(Struct, gc=False):
     """The requests between two pauses: when the first was sent, when the last refused one, how many were accepted.
 
     `refused_at` is the place of the first refused one, counted in the order of sending.
@@ -72,7 +73,7 @@ class Stretch(Struct):
     refused_at: float = inf
 
 
-class Admission(Struct, frozen=True):
+class Admission(Struct, frozen=True, gc=False):
     """The permission to send one request now."""
 
     stretch: Stretch
@@ -241,11 +242,11 @@ class Pacing:
             return Admission(Stretch(), now, tokens)
         return self._learned.take(now, tokens, free_above=_FREE * self._throughput)
 
-    def accepted(self, admission: Admission, now: float) -> None:
+    def accepted(self, admission: Admission, clock: Callable[[], float]) -> None:
         """Take any answer but a 429."""
         admission.stretch.accepted += 1
-        if len(self._recent):  # nothing is kept before the first 429
-            self._keep(admission, now, accepted=True)
+        if self._outcomes:  # nothing is kept before the first 429
+            self._keep(admission, clock(), accepted=True)
 
     def rejected(self, admission: Admission, wait: float, now: float) -> bool:
         """Take a 429 that asks for so many seconds; return True if everybody is to wait, not its call alone."""

@@ -83,6 +83,8 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
     for choice in completion.choices:
         message, word, reason = choice.message, choice.raw_finish_reason, choice.finish_reason
         is_empty = not (message.content or message.tool_calls or message.other)
+        if not is_empty and reason != "error" and not message.refusal:
+            continue  # nearly always
         facts: dict[str, Any] = {"status": 200, "code": word, "request_id": completion.request_id}
         if message.refusal:
             raise ContentFilterError(f"{provider} refused: {message.refusal}; change the prompt", **facts)

@@ -148,7 +148,8 @@ class StreamedAttempt(Attempt):
 
     async def _live(self) -> AsyncGenerator[bytes, None]:
         """The pieces as they come over the network."""
-        await self.admit()
+        if not self.try_admit():
+            await self.admit()
         self._sent_at = perf_counter()
         async with AsyncExitStack() as stack:
             with self.past_tape():

@@ -13,7 +13,7 @@ import contextlib
 import re
 import socket
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from inspect import signature
@@ -209,11 +209,15 @@ class AiohttpTransport(Transport):
         await self.aclose()
 
 
-async def _body(response: aiohttp.ClientResponse, url: str) -> bytes:
+def _body(response: aiohttp.ClientResponse, url: str) -> Awaitable[bytes]:
     """Return the whole body; raises TooLargeError for one that is too large."""
     length = response.content_length
     if length is not None and length <= MAX_BODY and "content-encoding" not in response.headers:
-        return await response.read()
+        return response.read()
+    return _counted(response, url)
+
+
+async def _counted(response: aiohttp.ClientResponse, url: str) -> bytes:
     pieces, size = [], 0
     while piece := await response.content.readany():
         pieces.append(piece)

@@ -13,7 +13,7 @@ from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.ledger import Tier, believed, find_price, kept_price, need_price
 from aggregator.llm.messages import normalise
-from aggregator.records import HTTPReply, HTTPRequest, Usage
+from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
 
 
 def test_cached_input_has_its_own_price() -> None:
@@ -156,10 +156,11 @@ def test_the_kept_tables_cache_writes_and_service_tiers() -> None:
 )
 def test_figures_that_cannot_be_were_believed(usage: Usage) -> None:
     """Negative and absurd figures, and none at all for an answer, are unknown; the others stay."""
-    found = believed(usage)
+    choices = (Choice(message=Message(content="x")),)
+    found = believed(Completion(choices=choices, usage=usage))
     assert None in (found.input_tokens, found.output_tokens, found.cost if usage.cost is not None else None)
     good = Usage(input_tokens=5, output_tokens=0, cost=0.0)
-    assert believed(good) is good
+    assert believed(Completion(choices=choices, usage=good)) is good
 
 
 async def test_a_negative_cost_gave_money_back() -> None:

@@ -132,7 +132,10 @@ class OpenAIChat(JSONCodec[Answer]):
 
     def _messages(self, call: ChatCall) -> Sequence[Mapping[str, Any]]:
         """The messages; an answer that called tools goes with its thinking, to the server that gave it."""
-        if not any(type(message) is Turn for message in call.messages):
+        for message in call.messages:
+            if type(message) is Turn:
+                break
+        else:
             return call.messages
         keeps = _NO_THOUGHTS not in call.corrections
         return [as_it_came(message, self.target.base_url, keeps=keeps) for message in call.messages]

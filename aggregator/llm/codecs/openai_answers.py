@@ -113,14 +113,14 @@ DECODER = msgspec.json.Decoder(Answer)
 def message_of(message: WireMessage, address: str = "") -> Message:
     """Turn a message of the server at `address` into ours: text apart from thinking, tool calls with their own text."""
     content = message.content
+    if type(content) is str and not may_think(content) and _is_plain(message):  # nearly every answer
+        return Message(content=content)
     calls = _calls(message) if message.tool_calls or message.function_call else ()
+    is_plain = content is None or type(content) is str
     thinks = message.reasoning_content or message.reasoning or message.reasoning_details
-    plain = content is None or (type(content) is str and (not content or not may_think(content)))
-    other = other_kinds(message)
-    stated = _thoughts(message) if calls else {}
-    origin = address.rstrip("/") if stated or any(call.signature for call in calls) else None
-    if plain and not thinks:  # nearly every answer
-        return Message(content=content, tool_calls=calls, refusal=message.refusal or None, other=other, origin=origin)
+    other = () if is_plain and not message.audio and not message.images else other_kinds(message)
+    stated = _thoughts(message) if calls and thinks else {}
+    origin = address.rstrip("/") if calls and (stated or any(call.signature for call in calls)) else None
     thoughts = [reasoning_text(message)] if thinks else []
     if content is not None and not isinstance(content, str):
         content, more = text_and_thoughts(content)
@@ -136,6 +136,19 @@ def message_of(message: WireMessage, address: str = "") -> Message:
         other=other,
         source=msgspec.json.encode(stated) if stated else None,
         origin=origin,
+    )
+
+
+def _is_plain(message: WireMessage) -> bool:
+    return not (
+        message.tool_calls
+        or message.reasoning_content
+        or message.reasoning
+        or message.reasoning_details
+        or message.refusal
+        or message.function_call
+        or message.audio
+        or message.images
     )
 
 
