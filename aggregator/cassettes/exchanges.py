@@ -225,7 +225,10 @@ def _as_json(line: bytes) -> bytes:
 
 
 State = Literal["closed", "open", "foreign"]
-REMEDY = "the file was cut or edited: restore it from version control, or delete it and record again"
+REMEDY = (
+    "the file was cut or edited: restore it from version control, accept an edit of your own "
+    "(aggregator cassette accept), or delete it and record again"
+)
 UNREADABLE = (DecodeError, ValueError, KeyError, RecursionError)
 """What decoding a line raises that is none of ours, although its hash is right."""
 

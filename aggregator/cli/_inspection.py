@@ -21,25 +21,20 @@ from aggregator.cassettes.credentials import Needles
 from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
 from aggregator.cassettes.keys import decode_json, raw_key
 from aggregator.cassettes.reading import GZIP
-from aggregator.checks import is_number
 from aggregator.cli._secrets import needles_from, secrets_in
+from aggregator.cli._usage import model_of, usage_of
 from aggregator.errors import ConfigError
 
-__all__ = ["needles_from", "secrets_in"]  # with what is defined here
+__all__ = ["model_of", "needles_from", "secrets_in", "usage_of"]  # with what is defined here
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json", ".har", ".gz"})
 _SHARD = re.compile(r"(.*)\.[0-9a-f]{12}\.\d{4}")
-_LARGEST_FIGURE = 1e15
 _CASSETTE = re.compile(
     rb"""(?:^|[{,])\s*["']?(?:http_)?interactions["']?\s*:|^# aggregator-cassette|^- \{?"?request"?:"""
     rb"""|^\s*\{\s*"log"\s*:\s*\{|"scope"\s*:\s*"https?:|"RequestUri"\s*:""",
     re.MULTILINE,
 )
 _HEAD = 4_096
-_USAGE_NAMES = {  # the provider's words, ours
-    "input": ("input_tokens", "prompt_tokens", "promptTokenCount"),
-    "output": ("output_tokens", "completion_tokens", "candidatesTokenCount"),
-}
 
 
 def find_cassettes(paths: Iterable[Path]) -> list[Path]:
@@ -75,45 +70,6 @@ def _looks_like_cassette(path: Path) -> bool:
     if head.startswith(GZIP):
         head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
     return not head.strip() or bool(_CASSETTE.search(head.removeprefix(b"\xef\xbb\xbf")))
-
-
-def model_of(exchange: Exchange) -> str:
-    """Return the model that was asked: what we noted, else what the request says, else ""."""
-    if exchange.facts.model:
-        return exchange.facts.model
-    model = _json_object(exchange.request.body).get("model")
-    if isinstance(model, str):
-        return model
-    named = re.search(r"/models/([^/:?]+)", exchange.request.url)  # Gemini's is in the path
-    return named[1] if named else ""
-
-
-def usage_of(exchange: Exchange) -> dict[str, int | float]:
-    """Return the tokens and cost of an exchange: what we noted, else what a JSON reply says of itself."""
-    if exchange.facts.usage:
-        return {name: amount for name, amount in exchange.facts.usage.items() if _is_figure(amount)}
-    reply = _json_object(exchange.reply.body)
-    usage = reply.get("usage") or reply.get("usageMetadata")
-    if not isinstance(usage, dict):
-        return {}
-    found = {
-        f"{side}_tokens": next((usage[name] for name in names if _is_figure(usage.get(name))), None)
-        for side, names in _USAGE_NAMES.items()
-    }
-    return {name: tokens for name, tokens in found.items() if tokens is not None}
-
-
-def _is_figure(amount: Any) -> bool:
-    """Say whether this is a number that can be summed and printed; another tool's file may hold any other."""
-    return is_number(amount) and 0 <= amount < _LARGEST_FIGURE
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = decode_json(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 class Totals(Struct, frozen=True, kw_only=True):

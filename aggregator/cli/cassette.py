@@ -1,4 +1,4 @@
-"""`aggregator cassette ls | show | stats | diff | check | prune | convert`: look at cassettes, keep them in order."""
+"""`aggregator cassette ls | show | stats | diff | check | prune | accept | convert`: what is in cassettes, and upkeep."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     diff.add_argument("before", type=Path)
     diff.add_argument("after", type=Path)
     diff.set_defaults(run=print_difference)
+    accept = _action(actions, "accept", accept_cassettes, "take cassettes as they were edited by hand")
+    accept.add_argument("--dry-run", action="store_true", help="only say what was edited")
     convert = actions.add_parser("convert", help="write a cassette, also vcrpy's, in our format")
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path, nargs="?", help="default: in place")
@@ -280,6 +282,32 @@ def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> Non
             _refuse_json(path, recording.layout)
             save(path, kept, "auto" if recording.layout == "foreign" else recording.layout)
     print(f"{path}: {count(dropped, 'exchange')} {'would be ' if dry_run else ''}dropped, {len(kept):,} kept")
+
+
+def accept_cassettes(options: argparse.Namespace) -> int:
+    """Give cassettes that were edited by hand the hashes of what they hold now."""
+    from contextlib import nullcontext
+
+    from aggregator.cassettes.edited import read_edited
+    from aggregator.cassettes.saving import followed, save
+    from aggregator.cli._columns import count
+    from aggregator.cli._files import rewriting
+    from aggregator.cli._inspection import find_cassettes
+    from aggregator.errors import CassetteError
+
+    problems: list[str] = []
+    for path in map(followed, find_cassettes(options.paths)):
+        try:
+            with nullcontext() if options.dry_run else rewriting(path):
+                found = read_edited(path)
+                if found.is_edited and not options.dry_run:
+                    save(path, found.rows, found.layout)
+        except CassetteError as error:  # the others are accepted all the same
+            problems.append(str(error))
+            continue
+        what = f"{found.changed} changed, {found.added} added, {found.removed} removed"
+        print(f"{path}: {count(len(found.rows), 'exchange')}, {what if found.is_edited else 'as recorded'}")
+    return _told(problems)
 
 
 def convert_cassette(options: argparse.Namespace) -> int:
