@@ -1,4 +1,4 @@
-"""`aggregator cassette ls | show | stats | diff | check | prune | accept | convert`: what is in cassettes, and upkeep."""
+"""`aggregator cassette ls | show | stats | diff | check | prune | accept | convert`: what there is, and its upkeep."""
 
 from __future__ import annotations
 
