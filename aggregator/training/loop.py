@@ -224,7 +224,7 @@ class _Course:
             self._check_failures(turn, [instance for one in explored for instance in one.instances])
             step = replace(step, rollouts=explored[0].step.rollouts)
             if turn.step == 0:
-                self._warn_of_no_transcript(step)
+                self._note_no_transcript(step)
             outputs = [instance.output for one in explored for instance in one.instances]
 
             async def apply(given: Sequence[Any]) -> Update:
@@ -336,11 +336,11 @@ class _Course:
         with overriding(self.parameters, values):
             return values_of(self.parameters)
 
-    def _warn_of_no_transcript(self, step: Step) -> None:
+    def _note_no_transcript(self, step: Step) -> None:
+        """Remember for the result's warnings if nothing was seen of what the agent did."""
         ran = [rollout for rollout in step.rollouts if rollout.failure is None and rollout.output is not None]
         if ran and not any(rollout.transcript for rollout in ran):
             self.state = replace(self.state, unseen=True)
-            warnings.warn(checkpoints.NO_TRANSCRIPT, TrainingWarning, stacklevel=2)
 
     def _check_failures(self, turn: Turn, instances: Sequence[Instance]) -> None:
         """Stop if too many instances were lost: of this batch, and if it is small of the latest ones."""

@@ -176,7 +176,7 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[st
         "checks": list(trainer.checks),
         "optimizer": trainer.optimizer,
         "models": models,
-        "stepsize": plan.stepsize,
+        "stepsize schedule": plan.stepsize,
     }
     return {
         **{name: digest(identity_of(part)) for name, part in parts.items()},

@@ -72,7 +72,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("gate", {"gate": improves_on_validation(additions(5))}),
     ("rule", {"rule": majority}),
     ("search", {"search": beam(2)}),
-    ("stepsize", {"stepsize": 0.3}),
+    ("stepsize schedule", {"stepsize": 0.3}),
     ("optimizer", {"optimizer": OPROOptimizer}),
     ("rule, optimizer", {"model": "b"}),
 ]
