@@ -223,10 +223,22 @@ def _line(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: boo
         exchange = replace(exchange, reply=replace(reply, headers=headers))
     if not _is_due(exchange, needles, policy, clean=clean) and _is_text(exchange.request.body) and _is_text(reply.body):
         return Line(encode_line(exchange), exchange.reply.headers != reply.headers)
-    redacted = redact_reply(exchange, needles, policy)
-    line = encode_line(redacted)
-    is_changed = redacted.reply != reply
-    return _leak(redacted, line, needles) or Line(line, is_changed)
+    redacted = _redact_answer(exchange, needles, policy)
+    return encode_redacted(redacted, needles, is_changed=redacted.reply != reply)
+
+
+def encode_redacted(exchange: Exchange, needles: Needles, *, is_changed: bool) -> Line | SecretLeakError:
+    """Return the line of an exchange that is redacted, or why it cannot be written all the same."""
+    line = encode_line(exchange)
+    return _leak(exchange, line, needles) or Line(line, is_changed)
+
+
+def redact_exchange(exchange: Exchange, needles: Needles, policy: Redaction = USUAL) -> tuple[Exchange, bool]:
+    """Return an exchange whose request is redacted with its answer redacted too, and whether that changed it."""
+    kept = _without_headers(exchange, policy)
+    headers = _clean_headers(kept.reply.headers, needles, policy)
+    redacted = _redact_answer(replace(kept, reply=replace(kept.reply, headers=headers)), needles, policy)
+    return redacted, redacted.reply != kept.reply
 
 
 def _is_due(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: bool) -> bool:
@@ -241,8 +253,8 @@ def _is_due(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: b
     )
 
 
-def redact_reply(exchange: Exchange, needles: Needles, policy: Redaction = USUAL) -> Exchange:
-    """Return the exchange with its answer and facts redacted."""
+def _redact_answer(exchange: Exchange, needles: Needles, policy: Redaction) -> Exchange:
+    """Return the exchange with the body and reason of its answer, and its facts, redacted."""
     reply, facts = exchange.reply, exchange.facts
     form = form_edits(reply.body, reply.headers, policy) if is_form(reply.headers) else []
     body, steps = redact_body(apply_edits(reply.body, form), needles, policy)

@@ -7,6 +7,7 @@ a 200), error statuses and failed connections included. No function here awaits.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
@@ -38,6 +39,9 @@ _EXPLAINED = 5  # misses that get a search for the nearest request, which takes 
 
 NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
 """The answer of an attempt that got none."""
+
+LARGE = 100_000
+"""Bytes of an answer above which it is redacted in a thread: 1 ms of the event loop per 100 KB otherwise."""
 
 Ending = Literal["finish", "interrupt", "discard"]
 """What `close` does with a recording: finish its file, leave its journal open for the next run, or drop it."""
@@ -292,6 +296,19 @@ class Tape:
         `record` in two steps: what is handed in within one turn of the event loop is written at once, and `finish`ed
         before it is used.
         """
+        entry = self._enter(slot, reply, usage=usage, model=model, failure=failure)
+        return entry, not entry.is_done and self._add(entry)
+
+    def _enter(
+        self,
+        slot: Slot,
+        reply: HTTPReply,
+        *,
+        usage: Usage | None = None,
+        model: str = "",
+        failure: APIConnectionError | None = None,
+    ) -> Entry:
+        """Return the entry of an answer; one that a hook leaves unrecorded is done already."""
         if self._writer is None:
             raise CassetteError(f"Expected a tape that records, got one that only plays ({self.name})")
         self._refuse_elsewhere()
@@ -300,15 +317,46 @@ class Tape:
         if self.rules.before_response is not None and reply.status:
             hooked_reply = hook_reply(self.rules.before_response, reply)
             if hooked_reply is None:
-                return self._leave_unrecorded(slot, reply), False
+                return self._leave_unrecorded(slot, reply)
             reply = hooked_reply
         if self.rules.keeps_exchanges:
             self.exchanges.append(Exchange(request=slot.request, reply=reply, facts=Facts(lineage=slot.lineage)))
         entry = Entry(slot, reply, usage, model, None if failure is None else _told(failure))
         slot.attempt += 1
+        return entry
+
+    def _add(self, entry: Entry) -> bool:
+        """Add an entry to what the next `flush` writes; return True if it is the first since the last one."""
         with self._lock:
-            self._answered.append(slot)
-            return entry, self._writer.add(entry)
+            self._answered.append(entry.slot)
+            return self._writer is not None and self._writer.add(entry)
+
+    async def arecord(
+        self,
+        slot: Slot,
+        reply: HTTPReply,
+        *,
+        usage: Usage | None = None,
+        model: str = "",
+        failure: APIConnectionError | None = None,
+    ) -> None:
+        """Write a live answer before it is used, together with what comes in the same turn of the event loop.
+
+        A large answer is redacted in a thread. Raises what `record` does.
+        """
+        entry = self._enter(slot, reply, usage=usage, model=model, failure=failure)
+        if entry.is_done:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            if len(reply.body) > LARGE:
+                with suppress(Exception):  # an answer that cannot be redacted raises when it is written
+                    await loop.run_in_executor(None, entry.redact, self.rules.redaction)
+        finally:
+            if self._add(entry):  # also where the call was cancelled meanwhile
+                loop.call_soon(self.flush)
+        await asyncio.sleep(0)
+        self.finish(entry)
 
     def _leave_unrecorded(self, slot: Slot, reply: HTTPReply) -> Entry:
         self.withdraw(slot)

@@ -27,7 +27,6 @@ from aggregator.cassettes.clients import families
 from aggregator.cassettes.current import tape_here
 from aggregator.cassettes.slots import Slot
 from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, recorded_failure
-from aggregator.cassettes.writing import Entry
 from aggregator.errors import APIConnectionError, CassetteMissError
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
@@ -232,42 +231,36 @@ class Turn:
         """Wait likewise; give up the turn in any case, as a live answer would."""
         await sleep(self.delay)
 
-    def _hand_in(self, reply: HTTPReply | None, failure: tuple[str, str] | None = None) -> tuple[Entry, bool] | None:
+    def _measure(self, reply: HTTPReply | None, failure: tuple[str, str] | None = None) -> tuple[HTTPReply, Noted]:
+        """Return an answer with the time that it took, and what a watcher read from it."""
         waited = round((time.perf_counter() - self._began) * 1e3, 3)
         if reply is not None:
             reply = msgspec.structs.replace(reply, milliseconds=waited)
         noted = self._note(reply=reply, failure=failure, milliseconds=waited)
-        if self.tape is None or self.slot is None:
-            return None
-        return self.tape.hand_in(
-            self.slot,
-            reply or msgspec.structs.replace(NO_ANSWER, milliseconds=waited),
-            usage=noted.usage,
-            model=noted.model,
-            failure=failure and RecordedError(failure[1], kind=failure[0]),
-        )
+        return reply or msgspec.structs.replace(NO_ANSWER, milliseconds=waited), noted
 
     def finish(self, reply: HTTPReply) -> None:
         """Record a live answer, before it is used; what other threads handed in meanwhile is written with it."""
-        if (handed := self._hand_in(reply)) is not None and self.tape is not None:
-            self.tape.finish(handed[0])
+        reply, noted = self._measure(reply)
+        if self.tape is not None and self.slot is not None:
+            self.tape.record(self.slot, reply, usage=noted.usage, model=noted.model)
 
     async def afinish(self, reply: HTTPReply) -> None:
         """Record a live answer; what came in the same turn of the event loop is written in one piece."""
-        if (handed := self._hand_in(reply)) is None or self.tape is None:
+        reply, noted = self._measure(reply)
+        if self.tape is None or self.slot is None:
             return
-        entry, is_first = handed
-        loop = _running_loop()
-        if loop is not None:
-            if is_first:
-                loop.call_soon(self.tape.flush)
-            await asyncio.sleep(0)
-        self.tape.finish(entry)
+        if _running_loop() is None:  # trio
+            self.tape.record(self.slot, reply, usage=noted.usage, model=noted.model)
+        else:
+            await self.tape.arecord(self.slot, reply, usage=noted.usage, model=noted.model)
 
     def fail(self, kind: str, message: str) -> None:
         """Record that the request got no answer, and why: it replays as this failure."""
-        if (handed := self._hand_in(None, (kind, message))) is not None and self.tape is not None:
-            self.tape.finish(handed[0])
+        reply, noted = self._measure(None, (kind, message))
+        if self.tape is not None and self.slot is not None:
+            failure = RecordedError(message, kind=kind)
+            self.tape.record(self.slot, reply, usage=noted.usage, model=noted.model, failure=failure)
 
     def withdraw(self) -> None:
         """Take back a request of which nothing is recorded, as where it was cancelled."""

@@ -14,8 +14,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Protocol
 
+from aggregator.cassettes.credentials import Redaction
 from aggregator.cassettes.exchanges import Exchange, Facts
-from aggregator.cassettes.redaction import Line, needles_for, redact_lines
+from aggregator.cassettes.redaction import Line, encode_redacted, needles_for, redact_exchange, redact_lines
 from aggregator.cassettes.rules import DEFAULT_RULES, TapeRules
 from aggregator.cassettes.slots import Slot
 from aggregator.errors import CassetteError
@@ -33,7 +34,10 @@ class Sink(Protocol):
 class Entry:
     """An answer that is to be written; once it `is_done`, `error` says why it was not."""
 
-    __slots__ = ("attempt", "error", "exchange", "failure", "is_done", "line", "model", "reply", "slot", "usage")
+    __slots__ = (
+        *("attempt", "error", "exchange", "failure", "is_changed", "is_done", "is_redacted", "line", "model", "reply"),
+        *("slot", "usage"),
+    )
 
     def __init__(
         self, slot: Slot, reply: HTTPReply, usage: Usage | None, model: str, failure: tuple[str, str] | None
@@ -44,6 +48,16 @@ class Entry:
         self.line = b""
         self.error: CassetteError | None = None
         self.is_done = False
+        self.is_redacted = self.is_changed = False
+
+    def redact(self, policy: Redaction) -> None:
+        """Redact the answer ahead of the others, in any thread: a large one would hold the event loop when written."""
+        slot = self.slot
+        facts = Facts(lineage=slot.lineage, model=self.model, chunks=self.reply.chunks, error=self.failure)
+        exchange = Exchange(request=slot.clean(), reply=self.reply, facts=facts)
+        redacted, is_changed = redact_exchange(exchange, needles_for(slot.request, policy), policy)
+        self.reply, self.model, self.failure = redacted.reply, redacted.facts.model, redacted.facts.error
+        self.is_changed, self.is_redacted = is_changed, True
 
     def complete(self, at: str) -> Exchange:
         """Make the exchange that is to be written, its answer as it came."""
@@ -116,9 +130,17 @@ class Writer:
     def _lines(self, entries: Sequence[Entry], at: str) -> Sequence[Line | CassetteError]:
         """Return the line of each entry, or why it has none; one that cannot be written does not keep the others."""
         try:
+            done = [entry.is_redacted for entry in entries]  # a thread may be at it: before its answer is read
             exchanges = [entry.complete(at) for entry in entries]
             needles = [needles_for(entry.slot.request, self._policy) for entry in entries]
-            return redact_lines(exchanges, needles, self._policy)
+            if not any(done):
+                return redact_lines(exchanges, needles, self._policy)
+            return [
+                encode_redacted(exchange, known, is_changed=entry.is_changed)
+                if is_redacted
+                else redact_lines([exchange], [known], self._policy)[0]
+                for entry, is_redacted, exchange, known in zip(entries, done, exchanges, needles, strict=True)
+            ]
         except Exception as error:  # noqa: BLE001 - somebody's own transport may answer anything; it becomes a record
             if len(entries) > 1:
                 return [line for entry in entries for line in self._lines([entry], at)]

@@ -356,17 +356,13 @@ class Attempt:
         from aggregator.cassettes.tape import NO_ANSWER  # loaded with the tape
 
         answer = self.completion
-        entry, is_first = tape.hand_in(
+        await tape.arecord(
             slot,
             reply or NO_ANSWER,
             usage=None if answer is None else answer.usage,
             model=(answer and answer.model) or self.attempts.call.model,
             failure=failure,
         )
-        if is_first:
-            asyncio.get_running_loop().call_soon(tape.flush)
-        await asyncio.sleep(0)  # in which what came with it is written in one piece
-        tape.finish(entry)
 
     async def reply_to(self) -> HTTPReply:
         """Return the recorded reply, or send the request and return what came."""

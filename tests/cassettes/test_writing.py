@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import gzip
+import json
 import os
+import random
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +21,7 @@ from aggregator.cassettes.opening import open_tape
 from aggregator.cassettes.reading import read
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.writing import Entry
-from aggregator.errors import APIConnectionError, CassetteError, SecretLeakError
+from aggregator.errors import APIConnectionError, CassetteError, CassetteWarning, SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
 URL = "https://api.example.com/v1/chat/completions"
@@ -278,3 +282,56 @@ def test_closing_waits_for_what_another_thread_writes(tmp_path: Path) -> None:
     recording = read(tmp_path / "a.yaml")
     assert recording is not None
     assert len(recording.rows) >= 20
+
+
+LARGE_BODY = json.dumps({"text": "some words of an answer " * 400_000, "api_key": "x9Kp21-7fQz"}).encode()
+
+
+async def test_a_large_answer_held_up_the_event_loop() -> None:
+    """It is redacted in a thread, while other tasks go on; what is written is the same."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())  # noqa: TID251 - it ends with the test
+    slot = tape.issue(ask("large"))
+    await tape.arecord(slot, HTTPReply(status=200, body=LARGE_BODY, headers={}))
+    counting.cancel()
+    assert turns > 3
+    inline = Tape(sink=(other := Memory()))
+    inline.record(inline.issue(ask("large")), HTTPReply(status=200, body=LARGE_BODY, headers={}))
+    assert [row.reply().body for row in sink.rows] == [row.reply().body for row in other.rows]
+    assert b"x9Kp21" not in b"".join(sink.pieces[0])
+    with pytest.warns(CassetteWarning, match="1 recorded answers were changed"):
+        tape.close()
+
+
+async def test_a_large_answer_of_a_cancelled_call_is_written() -> None:
+    """It was paid for: whoever gives up waiting for the thread does not lose it."""
+    sink = Memory()
+    tape = Tape(sink=sink)
+    task = asyncio.create_task(  # noqa: TID251 - it is awaited below
+        tape.arecord(tape.issue(ask("large")), HTTPReply(status=200, body=LARGE_BODY, headers={}))
+    )
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    tape.close(warn=False)
+    (row,) = sink.rows
+    assert b"x9Kp21" not in row.line
+    assert json.loads(row.reply().body)["api_key"] == "REDACTED"
+
+
+async def test_a_large_answer_that_cannot_be_redacted_is_refused() -> None:
+    """A value that authenticates in a compressed body: the caller gets the error, as for a small one."""
+    tape = Tape(sink=Memory())
+    body = gzip.compress(random.Random(1).randbytes(150_000).hex().encode() + KEY.encode())
+    with pytest.raises(SecretLeakError):
+        await tape.arecord(tape.issue(ask("a", secrets=(KEY,))), HTTPReply(status=200, body=body, headers={}))
