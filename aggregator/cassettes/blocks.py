@@ -48,7 +48,7 @@ def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -
     try:
         return Exchange(
             request=_request(item["request"]),
-            reply=_reply(item["response"], place),
+            reply=_reply(item["response"], place, decode=not facts),
             facts=msgspec.convert(facts or {"lineage": ""}, Facts),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, msgspec.ValidationError) as error:
@@ -70,10 +70,12 @@ def _request(request: Mapping[str, Any]) -> HTTPRequest:
     )
 
 
-def _reply(response: Mapping[str, Any], place: str) -> HTTPReply:
+def _reply(response: Mapping[str, Any], place: str, *, decode: bool) -> HTTPReply:
     status = response["status"] if "status" in response else response["status_code"]
-    headers = _headers(response.get("headers"))
-    body = _inflated(_body(response), headers.pop("content-encoding", ""), place)
+    headers = _headers(response.get("headers"), "\n")
+    body = _body(response)
+    if decode:
+        body = _inflated(body, headers.pop("content-encoding", ""), place)
     return HTTPReply(
         status=int(status["code"] if isinstance(status, dict) else status),
         reason=str((status.get("message") if isinstance(status, dict) else "") or ""),
@@ -82,14 +84,14 @@ def _reply(response: Mapping[str, Any], place: str) -> HTTPReply:
     )
 
 
-def _headers(headers: Any) -> dict[str, str]:
-    """Return headers by lower-case name; several values of one name are joined as HTTP joins them."""
+def _headers(headers: Any, joined: str = ", ") -> dict[str, str]:
+    """Return headers by lower-case name; several values of one name are joined, as HTTP joins them or as given."""
     pairs = headers.items() if isinstance(headers, dict) else headers or ()
     found: dict[str, list[str]] = {}
     for name, value in pairs:
         values = value if isinstance(value, list) else [value]
         found.setdefault(str(name).lower(), []).extend(_text(one) for one in values)
-    return {name: ", ".join(values) for name, values in found.items()}
+    return {name: joined.join(values) for name, values in found.items()}
 
 
 def _text(value: Any) -> str:
@@ -248,8 +250,9 @@ def _header_block(headers: Mapping[str, str]) -> str:
     if not headers:
         return "    headers: {}\n"
     lines = [
-        f"      {name if _PLAIN_NAME.fullmatch(name) else quoted(name)}:\n      - {quoted(value)}\n"
-        for name, value in headers.items()
+        f"      {name if _PLAIN_NAME.fullmatch(name) else quoted(name)}:\n"
+        + "".join(f"      - {quoted(value)}\n" for value in values.split("\n"))
+        for name, values in headers.items()
     ]
     return f"    headers:\n{''.join(lines)}"
 

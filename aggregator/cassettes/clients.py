@@ -138,19 +138,22 @@ def _read(file: Any, url: str) -> bytes:
     return b"".join(parts)
 
 
-def to_reply(status: int, reason: str | None, headers: Iterable[tuple[Any, Any]], body: bytes) -> HTTPReply:
-    """Return another client's answer as ours: header names in lower case, the body decompressed.
+def to_reply(
+    status: int, reason: str | None, headers: Iterable[tuple[Any, Any]], body: bytes, *, decode: bool = True
+) -> HTTPReply:
+    """Return another client's answer as ours: header names in lower case, the body decompressed unless told otherwise.
 
-    Several headers of one name are joined.
+    The values of several headers of one name are lines of one text.
     """
     found: dict[str, str] = {}
     for given_name, given_value in headers:
         name, value = _header(given_name).lower(), _header(given_value)
-        found[name] = f"{found[name]}, {value}" if name in found else value
-    plain, coding = decompressed(body, found.get("content-encoding", ""))
+        found[name] = f"{found[name]}\n{value}" if name in found else value
+    coding = found.get("content-encoding", "")
+    plain, coding = decompressed(body, coding) if decode else (body, coding)
     kept = {name: value for name, value in found.items() if name not in _REFRAMED}
-    if not body and "content-length" in found:  # to HEAD
-        kept["content-length"] = found["content-length"]
+    if "content-length" in found:  # that of an answer to HEAD is the only one that says more than the body does
+        kept["content-length"] = str(len(plain)) if body else found["content-length"]
     return HTTPReply(
         status=status,
         reason=reason or "",
@@ -159,21 +162,24 @@ def to_reply(status: int, reason: str | None, headers: Iterable[tuple[Any, Any]]
     )
 
 
-def headers_of(reply: HTTPReply, method: str = "") -> dict[str, str]:
+def headers_of(reply: HTTPReply, method: str = "", *, titled: bool = False) -> list[tuple[str, str]]:
     """Return the headers of an answer as it is handed to another client: with the length of what it gets.
 
-    An answer to HEAD, or one without a body, keeps the length that it stated.
+    An answer to HEAD, or one without a body, keeps the length that it stated. `titled` names are written as most
+    servers of HTTP 1 do.
     """
     headers = dict(reply.headers)
     if reply.body or "content-length" not in headers or not (method == "HEAD" or reply.status == 304):
         headers["content-length"] = str(len(reply.body))
-    return headers
+    return [
+        (name.title() if titled else name, value) for name, values in headers.items() for value in values.split("\n")
+    ]
 
 
 def raw_reply(reply: HTTPReply, method: str = "") -> bytes:
     """Return an answer as its bytes on the wire."""
     lines = [f"HTTP/1.1 {reply.status} {_one_line(reply.reason)}"]
-    lines += [f"{name}: {_one_line(value)}" for name, value in headers_of(reply, method).items()]
+    lines += [f"{name}: {_one_line(value)}" for name, value in headers_of(reply, method, titled=True)]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (b"" if method == "HEAD" else reply.body)
 
 
@@ -183,9 +189,12 @@ def _one_line(text: str) -> str:
 
 def from_reply(reply: HTTPReply) -> dict[str, Any]:
     """Return our reply as vcrpy's response."""
+    headers: dict[str, list[str]] = {}
+    for name, value in headers_of(reply):
+        headers.setdefault(name, []).append(value)
     return {
         "status": {"code": reply.status, "message": reply.reason},
-        "headers": {name: [value] for name, value in headers_of(reply).items()},
+        "headers": headers,
         "body": {"string": reply.body},
     }
 

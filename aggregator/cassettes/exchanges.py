@@ -111,7 +111,7 @@ Buffer = bytes | memoryview
 def encode_line(exchange: Exchange) -> bytes:
     """Return the exchange as one line, without a line break, with its key and its hash."""
     request, reply = exchange.request, exchange.reply
-    answered = {name: [value] for name, value in reply.headers.items()}
+    answered = {name: value.split("\n") for name, value in reply.headers.items()}
     response = _Response(_Status(reply.status, reply.reason), answered, _Body(_text(reply.body)))
     facts = replace(exchange.facts, key=raw_key(request.method, request.url, request.body))
     line = b"".join(
@@ -211,7 +211,7 @@ def _reply(response: _Response, facts: Facts) -> HTTPReply:
     return HTTPReply(
         status=status.code,
         body=body_bytes(response.body.string),
-        headers={name: value for name, (value,) in response.headers.items()},
+        headers={name: "\n".join(values) for name, values in response.headers.items()},
         reason=status.message,
         milliseconds=facts.ms,
         chunks=facts.chunks,

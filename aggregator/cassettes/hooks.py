@@ -119,7 +119,7 @@ def hook_reply(hook: BeforeResponse, reply: HTTPReply) -> HTTPReply | None:
     given = hook(
         {
             "status": {"code": reply.status, "message": reply.reason},
-            "headers": {name: [value] for name, value in reply.headers.items()},
+            "headers": {name: value.split("\n") for name, value in reply.headers.items()},
             "body": {"string": reply.body},
         }
     )

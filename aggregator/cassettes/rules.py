@@ -36,6 +36,8 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     `ignore_hosts` are left to the network, see `aggregator.cassettes.hosts`; `match_on` says which requests are the
     same, see `aggregator.cassettes.matching`; with `allow_playback_repeats` a request that is asked more often than it
     was recorded gets its last answer again; `before_request` and `before_response` are vcrpy's hooks.
+    `like_vcrpy=True` does what vcrpy does and we do not: it takes what clients ask through in-process transports, and
+    sends streamed bodies in one piece. `coded=True` leaves the bodies of other clients' answers compressed.
     `clients` are the other HTTP clients that ask this tape, see `aggregator.cassettes.clients`.
     """
 
@@ -51,6 +53,8 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     before_request: BeforeRequest | None = None
     before_response: BeforeResponse | None = None
     redaction: Redaction = USUAL
+    like_vcrpy: bool = False
+    coded: bool = False
     plays_failures: bool = True
     expects_all: bool = True
     raises_again: bool = True

@@ -258,7 +258,7 @@ class Tape:
         key = self._pools.key_of_slot(slot)
         asked = Asked(request=slot.clean(), key=key, lineage=slot.lineage, ticket=slot.ticket)
         search = len(self.misses) < _EXPLAINED
-        miss = _miss_class()(
+        miss = miss_class()(
             explain_miss(asked, self._rows, self._played, self.name, key_of_row=self._pools.key_of_row, search=search)
         )
         self.misses.append(miss)
@@ -481,7 +481,7 @@ def _vcr_miss_class(vcr_error: type[Exception]) -> type[CassetteMissError]:
     return RecordedMissError
 
 
-def _miss_class() -> type[CassetteMissError]:
+def miss_class() -> type[CassetteMissError]:
     """Return the class of a miss: also vcrpy's `CannotOverwriteExistingCassetteException` where vcrpy is in use."""
     errors = sys.modules.get("vcr.errors")
     return CassetteMissError if errors is None else _vcr_miss_class(errors.CannotOverwriteExistingCassetteException)

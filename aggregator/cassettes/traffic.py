@@ -23,10 +23,10 @@ import msgspec
 from msgspec import Struct
 
 from aggregator import portal
-from aggregator.cassettes.clients import families
+from aggregator.cassettes.clients import families, to_reply
 from aggregator.cassettes.current import tape_here
 from aggregator.cassettes.slots import Slot
-from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, recorded_failure
+from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, miss_class, recorded_failure
 from aggregator.errors import APIConnectionError, CassetteMissError
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
@@ -124,11 +124,14 @@ def served_by(tape: Tape) -> frozenset[str]:
     return _families(clients if isinstance(clients, str) else tuple(clients))
 
 
-def is_wanted(client: str) -> bool:
+def is_wanted(client: str, *, in_process: bool = False) -> bool:
     """Return whether a request of this client, made here and now, needs a turn; False: let it through untouched.
 
-    Raises CassetteError where it outlived its cassette.
+    One through an in-process transport needs none unless the tape takes these. Raises CassetteError where it outlived
+    its cassette.
     """
+    if in_process and ((tape := tape_here()) is None or not tape.rules.like_vcrpy):
+        return False
     watch = _watch.get()
     if watch is not None and (watch.passing or client in watch.clients):
         return not watch.passing
@@ -165,7 +168,7 @@ def refuse(client: str, method: str, url: str) -> CassetteMissError | None:
 
 def _refused(tape: Tape, client: str, method: str, url: str) -> CassetteMissError:
     known = f'add "{client}" to clients=, or use clients="all"'
-    miss = CassetteMissError(
+    miss = miss_class()(
         f"Expected only calls that {tape.name} can answer while it plays, got {method} {url} by {client}, which "
         f"clients={tape.rules.clients!r} does not serve; "
         + (known if client in families("all") else "make it outside of the cassette, or replace it by a fake")
@@ -222,6 +225,10 @@ class Turn:
         """Seconds that a replay waits for the answer that it plays."""
         return 0.0 if self.tape is None or self.reply is None else self.tape.delay(self.reply)
 
+    def answer(self, status: int, reason: str | None, headers: Iterable[tuple[Any, Any]], body: bytes) -> HTTPReply:
+        """Return a client's answer as ours, as the tape wants it."""
+        return to_reply(status, reason, headers, body, decode=self.tape is None or not self.tape.rules.coded)
+
     def wait(self) -> None:
         """Wait as long as the recorded answer took, where the cassette was opened so."""
         if delay := self.delay:
@@ -234,6 +241,8 @@ class Turn:
     def _measure(self, reply: HTTPReply | None, failure: tuple[str, str] | None = None) -> tuple[HTTPReply, Noted]:
         """Return an answer with the time that it took, and what a watcher read from it."""
         waited = round((time.perf_counter() - self._began) * 1e3, 3)
+        if self.tape is not None and self.tape.rules.like_vcrpy:
+            waited = 0.0  # its files hold no times
         if reply is not None:
             reply = msgspec.structs.replace(reply, milliseconds=waited)
         noted = self._note(reply=reply, failure=failure, milliseconds=waited)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
-from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_reply, to_request
+from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_request
 from aggregator.cassettes.tape import RecordedError
 from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing, refuse
 from aggregator.patching import Patch
@@ -209,7 +209,7 @@ def _start(original: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException:
                 turn.withdraw()
                 raise
-        await turn.afinish(to_reply(self.status, self.reason, self.headers.items(), content))
+        await turn.afinish(turn.answer(self.status, self.reason, self.headers.items(), content))
         if content:
             self.content = _again(content)
         return response

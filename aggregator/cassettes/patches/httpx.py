@@ -1,7 +1,7 @@
 """httpx and httpx2, and the SDKs that ride on them: one request of a transport that reaches the network.
 
 In-process transports (`ASGITransport`, `WSGITransport`, `MockTransport`, one's own) run the code under test, and are
-neither recorded nor served.
+neither recorded nor served, unless a test of vcrpy's is.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
-from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_reply, to_request
+from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_request
 from aggregator.cassettes.tape import RecordedError
 from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing, refuse
 from aggregator.patching import Patch
@@ -52,18 +52,18 @@ def _raised(module: Any, failure: RecordedError, request: Any) -> Exception:
     return error
 
 
-def _received(response: Any, content: bytes) -> HTTPReply:
-    return to_reply(response.status_code, response.reason_phrase, response.headers.multi_items(), content)
+def _received(turn: Turn, response: Any, content: bytes) -> HTTPReply:
+    return turn.answer(response.status_code, response.reason_phrase, response.headers.multi_items(), content)
 
 
 def _module_of(request: Any) -> Any:
     return sys.modules[type(request).__module__.partition(".")[0]]
 
 
-def _handle_request(original: Callable[..., Any]) -> Callable[..., Any]:
+def _handle_request(original: Callable[..., Any], *, in_process: bool = False) -> Callable[..., Any]:
     @wraps(original)
     def handle_request(self: Any, request: Any) -> Any:
-        if not is_wanted(CLIENT):
+        if not is_wanted(CLIENT, in_process=in_process):
             return original(self, request)
         if leaves_out(CLIENT, request.url):
             with passing():
@@ -83,26 +83,28 @@ def _handle_request(original: Callable[..., Any]) -> Callable[..., Any]:
                 response = original(self, request)
                 try:
                     content = b"".join(response.stream)
-                finally:
+                except BaseException:
                     with suppress(Exception):
                         response.stream.close()
+                    raise
+                response.stream.close()
             except module.TransportError as error:
                 turn.fail(kind_of(error, module.__name__), str(error))
                 raise
             except BaseException:
                 turn.withdraw()
                 raise
-        turn.finish(_received(response, content))
+        turn.finish(_received(turn, response, content))
         response.stream = module.ByteStream(content)
         return response
 
     return handle_request
 
 
-def _handle_async_request(original: Callable[..., Any]) -> Callable[..., Any]:
+def _handle_async_request(original: Callable[..., Any], *, in_process: bool = False) -> Callable[..., Any]:
     @wraps(original)
     async def handle_async_request(self: Any, request: Any) -> Any:
-        if not is_wanted(CLIENT):
+        if not is_wanted(CLIENT, in_process=in_process):
             return await original(self, request)
         if leaves_out(CLIENT, request.url):
             with passing():
@@ -123,23 +125,36 @@ def _handle_async_request(original: Callable[..., Any]) -> Callable[..., Any]:
                 response = await original(self, request)
                 try:
                     content = b"".join([part async for part in response.stream])
-                finally:
+                except BaseException:
                     with suppress(Exception):
                         await response.stream.aclose()
+                    raise
+                await response.stream.aclose()
             except module.TransportError as error:
                 turn.fail(kind_of(error, module.__name__), str(error))
                 raise
             except BaseException:
                 turn.withdraw()
                 raise
-        await turn.afinish(_received(response, content))
+        await turn.afinish(_received(turn, response, content))
         response.stream = module.ByteStream(content)
         return response
 
     return handle_async_request
 
 
+_IN_PROCESS = tuple(
+    Patch(module, path, partial(guard, in_process=True))
+    for module in ("httpx", "httpx2")
+    for path, guard in (
+        ("WSGITransport.handle_request", _handle_request),
+        ("MockTransport.handle_request", _handle_request),
+        ("ASGITransport.handle_async_request", _handle_async_request),
+        ("MockTransport.handle_async_request", _handle_async_request),
+    )
+)
 PATCHES = (
+    *_IN_PROCESS,
     Patch("httpx", "HTTPTransport.handle_request", _handle_request),
     Patch("httpx", "AsyncHTTPTransport.handle_async_request", _handle_async_request),
     Patch("httpx2", "HTTPTransport.handle_request", _handle_request),

@@ -12,7 +12,7 @@ from functools import wraps
 from io import BytesIO
 from typing import Any
 
-from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_bytes, to_reply, to_request
+from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_bytes, to_request
 from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
 from aggregator.errors import CassetteError
 from aggregator.patching import Patch
@@ -164,6 +164,8 @@ def _getresponse(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _live(connection: Any, turn: Turn, data: bytes, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Send a request as it stands, and record its answer."""
+    if turn.tape is not None and turn.tape.rules.like_vcrpy:
+        data = _in_one_piece(data, turn.request.body)
     with passing():
         try:
             connection.send(data)
@@ -175,22 +177,44 @@ def _live(connection: Any, turn: Turn, data: bytes, original: Callable[..., Any]
         except BaseException:
             turn.withdraw()
             raise
-    headers = response.getheaders()
-    turn.finish(to_reply(response.status, response.reason, headers, content))
-    lines = [
-        f"{name}: {value}" for name, value in headers if name.lower() not in ("transfer-encoding", "content-length")
-    ]
-    length = response.headers.get("content-length") if turn.request.method == "HEAD" else str(len(content))
-    head = "\r\n".join(
-        [f"HTTP/1.1 {response.status} {response.reason}", *lines, f"content-length: {length or 0}", "", ""]
-    )
-    again = http.client.HTTPResponse(_Bytes(head.encode("latin-1") + content), method=turn.request.method)  # type: ignore[arg-type]
+    turn.finish(turn.answer(response.status, response.reason, response.getheaders(), content))
+    return response_again(response, content, turn.request.method)
+
+
+def _in_one_piece(data: bytes, body: bytes) -> bytes:
+    """Return a request whose chunked body is sent with its length."""
+    lines = data.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    plain = [line for line in lines if not line.lower().startswith(b"transfer-encoding:")]
+    if len(plain) < len(lines):
+        data = b"\r\n".join([*plain, b"Content-Length: %d" % len(body), b"", body])
+    return data
+
+
+def response_again(response: http.client.HTTPResponse, content: bytes, method: str) -> http.client.HTTPResponse:
+    """Return an answer whose body was read, to be read once more."""
+    if response.chunked:
+        content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content) if content else b"0\r\n\r\n"
+    fields = [f"{name}: {value}" for name, value in response.getheaders()]
+    head = "\r\n".join([f"HTTP/1.1 {response.status} {response.reason}", *fields, "", ""])
+    again = http.client.HTTPResponse(_Bytes(head.encode("latin-1") + content), method=method)  # type: ignore[arg-type]
     again.begin()
     return again
 
 
+def _putheader(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def putheader(self: Any, header: Any, *values: Any) -> Any:
+        """Take lists of values too, as vcrpy does."""
+        if _SENT in vars(self):
+            values = tuple(one for value in values for one in (value if isinstance(value, list | tuple) else (value,)))
+        return original(self, header, *values)
+
+    return putheader
+
+
 PATCHES = (
     Patch("http.client", "HTTPConnection.putrequest", _putrequest),
+    Patch("http.client", "HTTPConnection.putheader", _putheader),
     Patch("http.client", "HTTPConnection.send", _send),
     Patch("http.client", "HTTPConnection.connect", _connect),
     Patch("http.client", "HTTPConnection.getresponse", _getresponse),

@@ -7,13 +7,14 @@ from functools import wraps
 from io import BytesIO
 from typing import Any
 
-from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_reply, to_request
+from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_request
 from aggregator.cassettes.tape import RecordedError
 from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
 from aggregator.errors import CassetteError
 from aggregator.patching import Patch
 
 CLIENT = "tornado"
+_EFFECTIVE = "X-Effective-Url"  # where redirects have led, kept with the answer
 _FAILED = 599  # tornado's status of an attempt without an answer
 
 
@@ -44,7 +45,9 @@ def _answer(client: Any, turn: Turn, request: Any, callback: Callable[[Any], Non
     else:
         reply = turn.reply
         assert reply is not None  # else it is live
-        headers = HTTPHeaders(headers_of(reply, turn.request.method))
+        headers = HTTPHeaders()
+        for name, value in headers_of(reply, turn.request.method, titled=True):
+            headers.add(name, value)
         body = BytesIO(reply.body)
         if request.header_callback is not None:
             for name, value in headers.get_all():
@@ -60,7 +63,7 @@ def _answer(client: Any, turn: Turn, request: Any, callback: Callable[[Any], Non
             reason=reply.reason or None,
             headers=headers,
             buffer=body,
-            effective_url=request.url,
+            effective_url=headers.pop(_EFFECTIVE, request.url),
         )
     client.io_loop.call_later(turn.delay, callback, response)
 
@@ -103,7 +106,9 @@ def _send(client: Any, original: Callable[..., Any], turn: Turn, request: Any, c
             if response.code == _FAILED and response.error is not None:
                 turn.fail(kind_of(response.error, "tornado"), str(response.error))
             else:
-                turn.finish(to_reply(response.code, response.reason, response.headers.get_all(), content))
+                led = [(_EFFECTIVE, response.effective_url)] if response.effective_url != request.url else []
+                headers = [*response.headers.get_all(), *led]
+                turn.finish(turn.answer(response.code, response.reason, headers, content))
         except CassetteError as error:
             response = _response(client, request, _FAILED, error=error)
         else:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from email.message import Message
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from http.client import HTTPException
 from io import BytesIO
 from socket import gaierror
 from typing import Any
 
-from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_bytes, to_reply, to_request
-from aggregator.cassettes.patches.stdlib import http_response
+from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_bytes, to_request
+from aggregator.cassettes.patches.stdlib import http_response, response_again
 from aggregator.cassettes.tape import RecordedError
 from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
 from aggregator.patching import Patch
@@ -37,15 +37,16 @@ def _url(pool: Any, url: str) -> str:
 
 
 class _Message:
-    """What `requests` looks at for cookies."""
+    """What `requests` looks at for cookies, and urllib3 for the end of the body, where it gives the connection back."""
 
-    def __init__(self, headers: Mapping[str, str]) -> None:
+    def __init__(self, headers: Iterable[tuple[str, str]], body: BytesIO) -> None:
         self.msg = Message()
-        for name, value in headers.items():
+        for name, value in headers:
             self.msg[name] = value
+        self._body = body
 
     def isclosed(self) -> bool:
-        return True
+        return self._body.closed or self._body.tell() >= len(self._body.getbuffer())
 
     def close(self) -> None:
         pass
@@ -54,26 +55,42 @@ class _Message:
 def _response(
     pool: Any, headers: Any, status: int, reason: str, body: bytes, request: tuple[str, str], options: Mapping[str, Any]
 ) -> Any:
-    """Return urllib3's response (version 2) with this body; no connection belongs to it."""
-    from urllib3 import HTTPHeaderDict, HTTPResponse
+    """Return urllib3's response (version 2) with this body; its connection goes back to the pool once it is read."""
+    from urllib3 import HTTPHeaderDict
 
     method, url = request
-    return HTTPResponse(
-        BytesIO(body),
-        headers=HTTPHeaderDict(headers),
+    content, fields = BytesIO(body), HTTPHeaderDict(headers)
+    return _response_class()(
+        content,
+        headers=fields,
         status=status,
         version=11,
         version_string="HTTP/1.1",
         reason=reason,
         preload_content=options.get("preload_content", True),
         decode_content=options.get("decode_content", True),
-        original_response=_Message(dict(headers)),  # type: ignore[arg-type]
+        original_response=_Message(fields.iteritems(), content),
         pool=pool,
+        connection=options.get("response_conn"),
         retries=options.get("retries"),
         request_method=method,
-        request_url=url,
+        request_url=_url(pool, url),
         enforce_content_length=False,
     )
+
+
+@cache
+def _response_class() -> Any:
+    from urllib3 import HTTPResponse
+
+    class Response(HTTPResponse):
+        """One whose body can be read again once it was read whole, as that of vcrpy's responses."""
+
+        def read(self, amt: int | None = None, *args: Any, **kwargs: Any) -> bytes:
+            data = super().read(amt, *args, **kwargs)
+            return data or (self._body if amt is None and isinstance(self._body, bytes) else data)
+
+    return Response
 
 
 def _raised(pool: Any, conn: Any, url: str, failure: RecordedError) -> Exception:
@@ -141,18 +158,16 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
             options["body"] = to_bytes(body, whole)
         headers = self.headers if options.get("headers") is None else options["headers"]
         turn = begin(client, to_request(method, whole, options.get("body"), headers))
-        held = options.get("response_conn")  # the response would give it back to the pool
         if turn.failure is not None:
             raise _raised(self, conn, url, turn.failure)
         if turn.reply is not None:
             turn.wait()
-            if held is not None:
-                self._put_conn(held)
             return _played(self, turn.reply, (method, url), options, returns_own=returns_own)
         with passing():
             try:
                 _tunnel(self, conn)
-                asked = options | ({"preload_content": False, "decode_content": False} if returns_own else {})
+                raw = {"preload_content": False, "decode_content": False, "response_conn": None}
+                asked = options | (raw if returns_own else {})
                 response = original(self, conn, method, url, **asked)
                 content = response.read()
             except (HTTPError, OSError, HTTPException) as error:
@@ -171,7 +186,8 @@ def _played(
 ) -> Any:
     if not returns_own:
         return http_response(reply, request[0])
-    return _response(pool, headers_of(reply, request[0]), reply.status, reply.reason, reply.body, request, options)
+    headers = headers_of(reply, request[0], titled=True)
+    return _response(pool, headers, reply.status, reply.reason, reply.body, request, options)
 
 
 def _recorded(
@@ -186,12 +202,10 @@ def _recorded(
 ) -> Any:
     """Record a live answer and return it once more, as it was read to its end."""
     if not returns_own:
-        reply = to_reply(response.status, response.reason, response.getheaders(), content)
-        turn.finish(reply)
-        return http_response(reply, request[0])
+        turn.finish(turn.answer(response.status, response.reason, response.getheaders(), content))
+        return response_again(response, content, request[0])
     headers = response.headers
-    turn.finish(to_reply(response.status, response.reason, headers.items(), content))
-    response.release_conn()
+    turn.finish(turn.answer(response.status, response.reason, headers.items(), content))
     return _response(pool, headers, response.status, response.reason or "", content, request, options)
 
 
