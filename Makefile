@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long test-peers test-vcrpy test-frameworks test-trace test-editors check format bench record wheel clean
+.PHONY: help demo test test-long test-peers test-vcrpy test-frameworks test-peer-suites test-trace test-editors check format bench record wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ test-trace: ## Run Trace's own optimizers through the adapter, in an environment
 test-frameworks: ## Record and replay real SDKs against loopback servers (their environments are made once, outside this folder)
 	$(PYTHON) tests/environments.py sdks litellm agents clients-oldest
 	$(PYTHON) tests/frameworks/matrix.py
+
+test-peer-suites: ## Run the suites of vcrpy and pytest-recording with cassettes of ours (fetched once, outside this folder)
+	$(PYTHON) tests/peer_suites/run.py
 
 test-editors: ## Check completion under Jedi and a user's program under Pyright, in an environment of their own
 	$(PYTHON) -m venv build/editors

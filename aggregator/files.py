@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pathlib
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
@@ -32,6 +36,29 @@ def open_file(path: Path, flags: int, *, private: bool = True) -> int:
     return os.open(path, flags | getattr(os, "O_BINARY", 0), PRIVATE_FILE if private else 0o666)
 
 
+LONGEST_NAME = 255
+"""Bytes that file systems take for a name."""
+
+
+def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
+    """Return the file that stands beside another one under its name and an ending; a name too long is shortened.
+
+    >>> from pathlib import Path
+    >>> beside(Path("a/b.yaml"), ".lock").as_posix(), len(beside(Path("b" * 255), ".lock").name)
+    ('a/b.yaml.lock', 222)
+    """
+    return path.with_name(_with_ending(path.name, ending))
+
+
+def _with_ending(name: str, ending: str) -> str:
+    data = os.fsencode(name)
+    if len(data) + len(ending) <= LONGEST_NAME:
+        return name + ending
+    from hashlib import sha256  # needed for names that few files have
+
+    return f"{data[:200].decode(errors='ignore')}-{sha256(data).hexdigest()[:16]}{ending}"
+
+
 def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writer: bool = False) -> None:
     """Replace the content of a file, creating missing folders: a crash leaves the old file or the new one.
 
@@ -43,7 +70,9 @@ def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writ
 
     target = os.path.realpath(path)
     make_folder(os.path.dirname(target), private=private)  # noqa: PTH120 - as above
-    temporary = f"{target}.tmp" if sole_writer else f"{target}.{os.getpid()}.{get_ident()}.tmp"
+    folder, name = os.path.split(target)
+    ending = ".tmp" if sole_writer else f".{os.getpid()}.{get_ident()}.tmp"
+    temporary = os.path.join(folder, _with_ending(name, ending))  # noqa: PTH118 - as above
     with suppress(FileNotFoundError):
         os.unlink(temporary)  # noqa: PTH108 - left by a process that was killed
     try:

@@ -35,6 +35,12 @@ SDKS = (
 )
 
 
+VCRPY_TESTS = (
+    *("aiohttp", "boto3", "cryptography", "httpbin>=0.10.3", "httplib2", "httpx", "httpx-curl-cffi", "httpx2"),
+    *("pyreqwest", "pysocks", "pytest-aiohttp", "pytest-httpbin", "requests", "tornado", "urllib3", "setuptools"),
+)
+
+
 class Environment(NamedTuple):
     """What an environment holds beside the requirements of the project.
 
@@ -59,6 +65,10 @@ ENVIRONMENTS = {
     "sdks": Environment((*TEST_TOOLS, *SDKS), constrained=False),
     "litellm": Environment((*TEST_TOOLS, "litellm"), constrained=False),
     "agents": Environment((*TEST_TOOLS, "langchain-openai", "openai-agents"), constrained=False),
+    "peer-suites": Environment(
+        (*TEST_TOOLS, *VCRPY_TESTS, "vcrpy==9.4.2", "pytest-recording==0.14.1", "pytest-mock", "brotli"),
+        constrained=False,
+    ),
     "clients-oldest": Environment(
         (*TEST_TOOLS, "aiohttp==3.10.*", "urllib3<2", "httpx==0.27.*", "requests", "httplib2", "tornado==6.4.*"),
         constrained=False,

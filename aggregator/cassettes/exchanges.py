@@ -206,12 +206,19 @@ def decode_line(line: bytes) -> Exchange:
     return Exchange(request=request, reply=_reply(whole.response, facts), facts=replace(facts, key=b""))
 
 
+def _lines(values: list[str]) -> str:
+    """Return the values of several headers of one name as lines of one text."""
+    if not values:
+        raise ValueError("a header without a value")
+    return "\n".join(values)
+
+
 def _reply(response: _Response, facts: Facts) -> HTTPReply:
     status = response.status
     return HTTPReply(
         status=status.code,
         body=body_bytes(response.body.string),
-        headers={name: "\n".join(values) for name, values in response.headers.items()},
+        headers={name: values[0] if len(values) == 1 else _lines(values) for name, values in response.headers.items()},
         reason=status.message,
         milliseconds=facts.ms,
         chunks=facts.chunks,

@@ -25,7 +25,7 @@ from aggregator.cassettes.rules import DEFAULT_RULES, Adopts, LineageRule, TapeR
 from aggregator.cassettes.saving import FileLock, LayoutChoice, followed, save
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import ConfigError
-from aggregator.files import make_folder
+from aggregator.files import beside, make_folder
 
 UNWRITTEN = frozenset({".gz", ".har"})
 """Endings of files that are read and never written."""
@@ -156,12 +156,12 @@ def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
 
 def part_of(path: Path) -> Path:
     """Return where new episodes of a finished cassette are written until they join it."""
-    return path.with_name(f"{path.name}.part")
+    return beside(path, ".part")
 
 
 def successor_of(path: Path) -> Path:
     """Return where mode "all" writes until it replaces the cassette."""
-    return path.with_name(f"{path.name}.new")
+    return beside(path, ".new")
 
 
 def _finish(

@@ -16,7 +16,7 @@ from aggregator.cassettes.journal import EMPTY, PREAMBLE, Comment, Layout, conte
 from aggregator.cassettes.lineage import natural
 from aggregator.cassettes.reading import shard_path
 from aggregator.errors import CassetteError, CassetteLockedError
-from aggregator.files import make_folder, open_file, write_atomically
+from aggregator.files import beside, make_folder, open_file, write_atomically
 
 SHARD_BYTES = 10_000_000
 """Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
@@ -110,7 +110,7 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         """Take the lock; raises CassetteLockedError naming the process that holds it."""
-        self._path = path.with_name(f"{path.name}.lock")
+        self._path = beside(path, ".lock")
         self._process = os.getpid()
         try:
             make_folder(path.parent)
@@ -156,7 +156,7 @@ class FileLock:
             return
         gone = self._path
         if fcntl is not None:
-            gone = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+            gone = beside(self._path, f".{os.getpid()}")
             with suppress(FileNotFoundError):
                 self._path.replace(gone)
         os.close(self._file)

@@ -9,15 +9,20 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, suppress
+from os import PathLike
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from vcr import VCR
-from vcr.cassette import Cassette
+from vcr.cassette import Cassette, CassetteContextDecorator
 from vcr.request import Request
+from vcr.serializers import yamlserializer
 
 from aggregator.cassettes.clients import from_reply
+from aggregator.cassettes.credentials import Redaction
 from aggregator.cassettes.matching import NAMES
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
@@ -34,7 +39,9 @@ SERVED_OPTIONS = frozenset(
         "allowed_hosts",  # of pytest-recording itself
         "cassette_library_dir",
         "decode_compressed_response",
-        "filter_headers",  # the tape keeps none that could hold a secret
+        "filter_headers",  # what authenticates is redacted
+        "func_path_generator",
+        "inject_cassette",
         "match_on",
         "matchers",
         "path_transformer",
@@ -45,6 +52,8 @@ SERVED_OPTIONS = frozenset(
     }
 )
 """What may be set: the tape does it, or it is looked at by itself."""
+_EXACT = frozenset({"uri", "url"})  # compared as they stand, where we take addresses that mean the same for the same
+Note = Callable[[Path, Tape], None]
 
 
 class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
@@ -55,10 +64,12 @@ class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
             path=merged["path"],
             match_on=merged["match_on"],
             record_mode=merged["record_mode"],
+            inject=merged["inject"],
             before_record_request=merged["before_record_request"],
         )
         self.tape = tape
         self._rows = tape.unplayed()
+        self._is_saved = False
         self._loaded = [(_request_of(row.exchange().request), _response_of(row.exchange().reply)) for row in self._rows]
 
     @property
@@ -67,11 +78,23 @@ class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
         if "tape" not in vars(self):  # while vcrpy's own class is being made
             return []
         recorded = [(_request_of(one.request), _response_of(one.reply)) for one in self.tape.exchanges]
+        for _, response in recorded if self._is_saved else ():
+            with suppress(UnicodeDecodeError):  # vcrpy has the bodies as text by then, where they are
+                response["body"]["string"] = response["body"]["string"].decode()
         return [*self._loaded, *recorded]
 
     @data.setter
     def data(self, value: object) -> None:
         """Take vcrpy's empty list."""
+
+    @property
+    def all_played(self) -> bool:
+        """Whether every exchange was played, those that are being recorded included, which were not."""
+        return self.play_count == len(self)
+
+    def _save(self, force: bool = False) -> None:
+        """Note that the block has ended: the tape has written each exchange already."""
+        self._is_saved = True
 
     @property
     def play_counts(self) -> Counter[int]:
@@ -115,23 +138,38 @@ def _response_of(reply: HTTPReply) -> dict[str, Any]:
     return from_reply(reply)
 
 
-def serve_vcr(vcr: Any, note: Callable[[Path, Tape], None]) -> None:
+def _same_address(one: Any, other: Any) -> bool:
+    """Return whether two requests have one address as vcrpy compares them: as they stand, but for an empty path."""
+    here, there = (urlsplit(request.uri)._replace(path=request.path or "/") for request in (one, other))
+    return bool(here == there)
+
+
+def serve_vcr(vcr: Any, note: Note) -> None:
     """Make this VCR's `use_cassette` open our tape, for every test whose options we support.
 
     `note` is called with each tape when it has been opened and again when it has been closed.
     """
     stock: Callable[..., AbstractContextManager[Any]] = vcr.use_cassette
 
-    def use_cassette(path: str, **options: Any) -> AbstractContextManager[Any]:
-        return _served(vcr, path, options, note) if can_serve(vcr, options) else stock(path, **options)
+    def use_cassette(path: Any = None, **options: Any) -> Any:
+        if path is not None and not isinstance(path, str | PathLike):  # a function to decorate
+            return use_cassette(**options)(path)
+        given = options if path is None else {"path": path, **options}
+        return served_context(vcr, note, given) if can_serve(vcr, options) else stock(**given)
 
     vcr.use_cassette = use_cassette
 
 
-def can_serve(vcr: Any, options: dict[str, Any]) -> bool:
+def served_context(vcr: Any, note: Note, options: dict[str, Any]) -> ServedContext:
+    """Return what `use_cassette(**options)` of this VCR would, on our tape: a context manager and a decorator."""
+    return ServedContext(_Opener(vcr, note, options), lambda: vcr.get_merged_config(**options))
+
+
+def can_serve(vcr: Any, options: dict[str, Any], *, persisters: tuple[Any, ...] = ()) -> bool:
     """Return True if the tape supports these options and those that a hook has set in the VCR.
 
-    Any option that differs from vcrpy's default and is not known to be supported gives False.
+    Any option that differs from vcrpy's default and is not known to be supported gives False. pytest-recording's own
+    persister, of one cassette, is known, and so are `persisters`.
     """
     plain = vars(VCR())
     asked = {**vars(vcr), **options}
@@ -139,7 +177,8 @@ def can_serve(vcr: Any, options: dict[str, Any]) -> bool:
     return (
         changed <= SERVED_OPTIONS
         and None not in matched_by(vcr, options)
-        and getattr(asked["persister"], "extra_paths", None) == []  # pytest-recording's own, of one cassette
+        and (asked["persister"] in persisters or getattr(asked["persister"], "extra_paths", None) == [])
+        and asked["serializers"].get(asked["serializer"]) is yamlserializer
     )
 
 
@@ -153,26 +192,71 @@ def matched_by(vcr: Any, options: dict[str, Any]) -> tuple[str | None, ...]:
     return tuple(name if name in NAMES and vcr.matchers[name] is plain[name] else None for name in names)
 
 
-@contextmanager
-def _served(
-    vcr: Any, path: str, options: dict[str, Any], note: Callable[[Path, Tape], None]
-) -> Iterator[ServedCassette]:
-    merged = vcr.get_merged_config(path=path, **options)
-    path = merged["path"] = merged["path_transformer"](path) if merged["path_transformer"] else path
-    asked = {**vars(vcr), **options}
-    rules = TapeRules(
-        clients="all",
-        adopts="everything",
-        match_on=tuple(name for name in matched_by(vcr, options) if name is not None),
-        ignore_hosts=(),  # the test says itself what it ignores
-        allow_playback_repeats=merged["allow_playback_repeats"],
-        before_request=merged["before_record_request"] if any(asked.get(name) for name in _IGNORING) else None,
-        raises_again=False,  # nor does vcrpy
-        keeps_exchanges=True,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # vcrpy does not report them
-        with cassette(Path(path), merged["record_mode"].value, rules=rules) as tape:
-            note(Path(path), tape)
-            yield ServedCassette(tape, merged)
-    note(Path(path), tape)
+class _Opener:
+    """Opens a cassette where vcrpy would load one."""
+
+    def __init__(self, vcr: Any, note: Note, options: dict[str, Any]) -> None:
+        self.vcr, self.note, self.options = vcr, note, options
+
+    def load(self, **merged: Any) -> _Opened:
+        """Return what the block enters."""
+        return _Opened(self, merged)
+
+    def rules(self, merged: dict[str, Any]) -> TapeRules:
+        """Return the rules of a tape that does what the test's options ask for."""
+        asked = {**vars(self.vcr), **self.options}
+        names = [name for name in matched_by(self.vcr, self.options) if name is not None]
+        return TapeRules(
+            clients="all",
+            adopts="everything",
+            match_on=tuple(_same_address if name in _EXACT else name for name in names),
+            ignore_hosts=(),  # the test says itself what it ignores
+            allow_playback_repeats=merged["allow_playback_repeats"],
+            before_request=merged["before_record_request"] if any(asked.get(name) for name in _IGNORING) else None,
+            redaction=Redaction(headers=("*",)),  # vcrpy keeps every header; what authenticates is redacted in them too
+            raises_again=False,  # nor does vcrpy
+            keeps_exchanges=True,
+            like_vcrpy=True,
+            coded=not asked["decode_compressed_response"],
+        )
+
+
+class _Opened:
+    """A cassette of one block of `use_cassette`."""
+
+    def __init__(self, opener: _Opener, merged: dict[str, Any]) -> None:
+        self.opener, self.merged = opener, merged
+        self.raised: BaseException | None = None
+        self.served: ServedCassette | None = None
+
+    def _save(self) -> None:
+        """Finish what is shown of the block."""
+        if self.served is not None:
+            self.served._save()  # noqa: SLF001 - which vcrpy calls
+
+    def __iter__(self) -> Iterator[ServedCassette]:
+        path = Path(self.merged["path"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* were not played|.* as match_on allows", CassetteWarning)
+            opened = cassette(path, self.merged["record_mode"].value, rules=self.opener.rules(self.merged))
+            tape = opened.__enter__()
+            self.opener.note(path, tape)
+            self.served = ServedCassette(tape, self.merged)
+            yield self.served
+            error = self.raised
+            opened.__exit__(None if error is None else type(error), error, None)
+        self.opener.note(path, tape)
+
+
+class ServedContext(CassetteContextDecorator):  # type: ignore[misc] # vcrpy is untyped
+    """vcrpy's own context manager and decorator, around a cassette of ours."""
+
+    def _patch_generator(self, opened: _Opened) -> Iterator[ServedCassette]:
+        self._opened = opened
+        return iter(opened)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.raised = error
+        super().__exit__(kind, error, trace)

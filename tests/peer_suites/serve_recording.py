@@ -1,6 +1,6 @@
-"""A pytest plugin for pytest-recording's own suite, whose tests run projects: every one of them has `cassette_serve_vcr`.
+"""A pytest plugin for the suite of pytest-recording, whose tests run projects: each has `cassette_serve_vcr`.
 
-    PYTEST_PLUGINS=aggregator.testing.pytest_plugin,serve_recording python -m pytest tests
+PYTEST_PLUGINS=aggregator.testing.pytest_plugin,serve_recording python -m pytest tests
 """
 
 from __future__ import annotations
@@ -10,4 +10,4 @@ from typing import Any
 
 def pytest_configure(config: Any) -> None:
     """Set the setting as the ini file would."""
-    config._inicache["cassette_serve_vcr"] = True  # noqa: SLF001 - pytester takes no options from the environment
+    config._inicache["cassette_serve_vcr"] = True
