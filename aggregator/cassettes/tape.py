@@ -319,7 +319,7 @@ class Tape:
             if hooked_reply is None:
                 return self._leave_unrecorded(slot, reply)
             reply = hooked_reply
-        if self.rules.keeps_exchanges:
+        if self.rules.keeps_exchanges and reply.status:  # what failed is on the tape, and nothing that vcrpy shows
             self.exchanges.append(Exchange(request=slot.request, reply=reply, facts=Facts(lineage=slot.lineage)))
         entry = Entry(slot, reply, usage, model, None if failure is None else _told(failure))
         slot.attempt += 1
