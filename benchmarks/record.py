@@ -63,8 +63,8 @@ def targets(measured: Measured, few: int) -> list[Target]:
     stock = measured.ratio(f"aiohttp, stock vcrpy {few}", f"aiohttp {few}", "s")
     aiohttp = measured.ratio(f"aiohttp, recorded {N}", f"aiohttp {N}", "s")
     return [
-        Target("own client recorded, of not recorded", measured.ratio(recorded, plain, "s"), 1.3, "x"),
-        Target("CPU that recording adds, an exchange", added, 25.0, "us"),
+        Target("own client recorded, of not recorded", measured.ratio(recorded, plain, "s"), 1.6, "x"),
+        Target("CPU that recording adds, an exchange", added, 60.0, "us"),
         Target(
             "stock vcrpy / patched aiohttp, slowdown",
             stock / aiohttp if stock and aiohttp else None,

@@ -25,12 +25,14 @@ from aggregator.cassettes.exchanges import (
     line_hash,
 )
 from aggregator.cassettes.foreign import interactions_of
-from aggregator.cassettes.keys import request_key
-from aggregator.cassettes.redaction import Line, needles_for, redact_lines, redact_request
+from aggregator.cassettes.keys import key_of_request
+from aggregator.cassettes.redaction import digest_of_redacted, needles_for, redact_lines, redact_requests
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError, SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
 LARGEST_BODY = 32 << 20
+_TOGETHER, _LARGEST_TOGETHER = 64, 1 << 20  # exchanges, bytes, that are looked through at once
+_LEAST = 300  # bytes of an exchange's line beside its bodies
 
 
 def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,27 +164,25 @@ def read_blocks(
     items = interactions_of(document, where)
     facts = [facts_of(item) for item in items]
     ours = ["sha256" in fact for fact in facts]
-    calls: dict[bytes, int] = {}
+    adoption = _Adoption(policy if redact else None)
     lines: list[bytes] = []
-    changed: list[str] = []
     size = 0
     for index, item in enumerate(items):
         place = f"{where}:{starts.get(id(item), 0) + skipped}" if starts else f"{where}, interaction {index + 1}"
         exchange = to_exchange(item, facts[index] if ours[index] else {}, place)
-        if ours[index]:
-            lines.append(_check_line(facts[index], exchange, place))
-        else:
-            line = _adopt(exchange, index, calls, policy if redact else None)
-            lines.append(line.data)
-            changed += [place] if line.is_changed else []
-        size += len(lines[-1])
+        size += len(exchange.request.body) + len(exchange.reply.body) + _LEAST
         if size > budget.total:  # one body under many aliases, or many that unpack to much
             raise CassetteRefusedError(
                 f"Expected a cassette of at most {budget.total:,} bytes, got one that unpacks to more - at {place}; "
                 "do not trust this file, or split it if it is yours"
             )
+        if ours[index]:
+            lines += [*adoption.finish(), _check_line(facts[index], exchange, place)]
+        else:
+            lines += adoption.take(exchange, index, place)
+    lines += adoption.finish()
     findings = []
-    if changed:
+    if changed := adoption.changed:
         findings.append(
             f"{where}: {len(changed)} answers are changed by the redaction of secrets, as at {changed[0]}; "
             "see the rules for secrets in docs/cassettes.md"
@@ -207,19 +207,53 @@ def _check_line(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     return line
 
 
-def _adopt(exchange: Exchange, index: int, calls: dict[bytes, int], policy: Redaction | None) -> Line:
-    """Return the line of another tool's exchange: no lineage, played in the order of the file, secrets redacted."""
-    scrubbed = None if policy is None else replace(policy, scrubbed=True)
-    request = exchange.request if scrubbed is None else redact_request(exchange.request, policy=scrubbed)
-    key = request_key(request.method, request.url, request.body)
-    ticket = calls[key] = calls.get(key, -1) + 1
-    placed = replace(exchange, request=request, facts=replace(exchange.facts, ticket=ticket, order=index))
-    if policy is None:
-        return Line(encode_line(placed))
-    (line,) = redact_lines([placed], [needles_for(exchange.request, policy)], policy)
-    if isinstance(line, SecretLeakError):
-        raise line
-    return line
+class _Adoption:
+    """Makes lines of another tool's exchanges: no lineage, played in the order of the file, secrets redacted.
+
+    Several at once, which costs half; `policy` is None for what is really in the file. `changed` are the places of
+    answers that the redaction changed.
+    """
+
+    def __init__(self, policy: Redaction | None) -> None:
+        self.changed: list[str] = []
+        self._policy = policy
+        self._scrubbed = None if policy is None else replace(policy, scrubbed=True)
+        self._calls: dict[bytes, int] = {}
+        self._waiting: list[tuple[Exchange, int, str]] = []
+        self._size = 0
+
+    def take(self, exchange: Exchange, index: int, place: str) -> list[bytes]:
+        """Take an exchange in; return lines once there are enough of them."""
+        self._waiting.append((exchange, index, place))
+        self._size += len(exchange.request.body) + len(exchange.reply.body)
+        return self.finish() if len(self._waiting) >= _TOGETHER or self._size >= _LARGEST_TOGETHER else []
+
+    def finish(self) -> list[bytes]:
+        """Return the lines of what was taken in."""
+        waiting, self._waiting, self._size = self._waiting, [], 0
+        requests = [exchange.request for exchange, _, _ in waiting]
+        if self._policy is None or self._scrubbed is None or not waiting:
+            return [encode_line(self._place(exchange, exchange.request, index)) for exchange, index, _ in waiting]
+        clean = redact_requests(requests, self._scrubbed)
+        placed = [
+            self._place(exchange, request, index) for (exchange, index, _), request in zip(waiting, clean, strict=True)
+        ]
+        needles = [needles_for(request, self._policy) for request in requests]
+        lines = []
+        for line, (_, _, place) in zip(redact_lines(placed, needles, self._policy), waiting, strict=True):
+            if isinstance(line, SecretLeakError):
+                raise line
+            lines.append(line.data)
+            self.changed += [place] if line.is_changed else []
+        return lines
+
+    def _place(self, exchange: Exchange, request: HTTPRequest, index: int) -> Exchange:
+        key = key_of_request(request)
+        ticket = self._calls[key] = self._calls.get(key, -1) + 1
+        digest = ""
+        if self._policy is not None and request.body != exchange.request.body:
+            digest = digest_of_redacted(exchange.request, self._policy)
+        return replace(exchange, request=request, facts=Facts(lineage="", ticket=ticket, order=index, redacted=digest))
 
 
 # characters a literal cannot hold, or would not give back exactly

@@ -38,7 +38,7 @@ def event_spans(body: bytes) -> list[tuple[int, int]]:
     """Return where the data of a stream's events, or lines of JSON, start and end; [] for any other body."""
     beginning = body[:64].lstrip(b"\xef\xbb\xbf\r\n\t ")
     if beginning.startswith(_EVENTS):
-        return [match.span(1) for match in _DATA.finditer(body)] or [(0, len(body))]
+        return _data_spans(body) or [(0, len(body))]
     if beginning[:1] not in (b"{", b"["):
         return []
     first = _LINE.search(body)
@@ -46,6 +46,18 @@ def event_spans(body: bytes) -> list[tuple[int, int]]:
         return []
     lines = [match.span() for match in _LINE.finditer(body)]
     return lines if len(lines) > 1 else []
+
+
+def _data_spans(body: bytes) -> list[tuple[int, int]]:
+    if b"\r" in body or body.startswith(b"\xef"):
+        return [match.span(1) for match in _DATA.finditer(body)]
+    spans, start = [], 0
+    for line in body.split(b"\n"):
+        end = start + len(line)
+        if line.startswith(b"data:"):
+            spans.append((start + (6 if line[5:6] == b" " else 5), end))
+        start = end + 1
+    return spans
 
 
 def decode_event(data: bytes) -> Any:

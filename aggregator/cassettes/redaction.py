@@ -38,7 +38,7 @@ from aggregator.cassettes.secrets import (
     suspicious,
     unescape,
 )
-from aggregator.cassettes.streams import hidden_edits, redact_document
+from aggregator.cassettes.streams import hidden_edits, is_clean_stream, redact_document
 from aggregator.errors import SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -210,9 +210,11 @@ def _without_headers(exchange: Exchange, policy: Redaction) -> Exchange:
 
 
 def _texts(exchange: Exchange) -> tuple[bytes, bytes]:
-    """Return where a secret could stand in what the exchange adds to its request."""
+    """Return where a secret could stand in what the exchange adds to its request; a stream gets a look of its own."""
     reply, facts = exchange.reply, exchange.facts
-    return reply.body, "\n".join((facts.lineage, facts.model, reply.reason, *reply.headers.values())).encode()
+    return b"" if is_stream(reply.headers) else reply.body, "\n".join(
+        (facts.lineage, facts.model, reply.reason, *reply.headers.values())
+    ).encode()
 
 
 def _line(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: bool) -> Line | SecretLeakError:
@@ -321,6 +323,8 @@ def redact_text(text: str, needles: Needles, policy: Redaction = USUAL) -> str:
 
 def redact_body(body: bytes, needles: Needles, policy: Redaction = USUAL) -> tuple[bytes, list[list[Edit]]]:
     """Return the body without secrets, and the edits of each step, for whoever must find its chunks again."""
+    if is_clean_stream(body, needles, policy):
+        return body, [[], []]
     first = secret_edits(body, needles, policy)
     clean = apply_edits(body, first)
     if first and is_json(body) and not is_json(clean):  # a value began within an escape, such as backslash u0041

@@ -47,8 +47,6 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
     if not spans:
         return []
     events = [decode_event(body[start:end]) for start, end in spans]
-    if not is_hidden and not suspicious(b"\n".join(_joined(events)), needles, policy):
-        return []
     changed = _redact_joined(events, needles, policy)
     if is_hidden:  # names too
         for index, event in enumerate(events):
@@ -64,43 +62,64 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
 # A quick look at streams
 
 
-def _joined(events: list[Any]) -> Iterator[bytes]:
-    """Yield the texts of a stream, joined; deltas of two types are two texts."""
-    kinds: dict[object, list[Any]] = {}
-    for event in events:
-        kind = event.get("type") if type(event) is dict else None
-        kinds.setdefault(kind if type(kind) is str else None, []).append(event)
+def is_clean_stream(body: bytes, needles: Needles, policy: Redaction = USUAL) -> bool:
+    """Return True for a stream in which nothing is secret, neither in one event nor joined; False if that is not sure.
+
+    Looks at the texts at each place of the events, joined, at the names of their fields, and at what is no event.
+    """
+    spans = event_spans(body)
+    if not spans or any(spans[index][1] > spans[index + 1][0] for index in range(len(spans) - 1)):
+        return False
+    rest, done = [], 0
+    for start, end in spans:
+        rest.append(body[done:start])
+        done = end
+    rest = [*dict.fromkeys(rest), body[done:]]
+    kinds: dict[object, list[tuple[bytes, Any]]] = {}
+    for start, end in spans:
+        data = body[start:end]
+        event = decode_event(data)
+        kind = event.get("type") if type(event) is dict else None  # deltas of two types are two texts
+        kinds.setdefault(kind if type(kind) is str else None, []).append((data, event))
     for same in kinds.values():
-        yield from _columns(same)
+        if len(same) == 1 or any(event is None for _, event in same):
+            rest += [data for data, _ in same]
+        if len(same) > 1:
+            rest += _columns([event for _, event in same])
+    data = b"\n".join(rest)
+    return not suspicious(data, needles, policy) and not has_hidden_text(data)
 
 
 def _columns(values: list[Any]) -> Iterator[bytes]:
-    """Yield the texts that stand at the same place of all values, joined; those of each index beside them, too."""
+    """Yield the texts that stand at the same place of all values, joined, and the names of their fields."""
     if values.count(values[0]) == len(values):
-        return  # each is looked at where it stands
+        values = values[:1]
     texts = [value for value in values if type(value) is str]
     if texts:
         yield "".join(texts).encode(errors="surrogatepass")
+        if len(texts) == len(values):
+            return
     maps = [value for value in values if type(value) is dict]
-    for name in {name: None for value in maps for name in value}:
-        column = [value[name] for value in maps if name in value]
-        if not _PLAIN.issuperset(map(type, column)):
-            yield from _columns(column)
-        if name.endswith("index") and len(groups := _groups(maps, name)) > 1:
-            for group in groups:
-                yield from _columns([{key: item for key, item in value.items() if key != name} for value in group])
+    if maps:
+        yield from _columns_of_maps(maps)
     lists = [value for value in values if type(value) is list]
     for place in range(max(map(len, lists), default=0)):
         yield from _columns([value[place] for value in lists if place < len(value)])
 
 
-def _groups(maps: list[dict[str, Any]], name: str) -> list[list[dict[str, Any]]]:
-    """Return the values of each index."""
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for value in maps:
-        if type(index := value.get(name)) is int:
-            groups.setdefault(index, []).append(value)
-    return list(groups.values()) if len(groups) < len(maps) else []
+def _columns_of_maps(maps: list[dict[str, Any]]) -> Iterator[bytes]:
+    names = maps[0].keys()
+    are_alike = all(value.keys() == names for value in maps)
+    every = names if are_alike else {name: None for value in maps for name in value}
+    yield "".join(f'"{name}":' for name in every).encode(errors="surrogatepass")
+    for name in every:
+        column = [value[name] for value in maps] if are_alike else [value[name] for value in maps if name in value]
+        if not _PLAIN.issuperset(map(type, column)):
+            yield from _columns(column)
+        elif name.endswith("index") and len(set(column)) > 1 and len(set(column)) < len(column):
+            for index in set(column):  # answers side by side
+                same = [{key: value[key] for key in value if key != name} for value in maps if value.get(name) == index]
+                yield from _columns(same)
 
 
 # The thorough look
