@@ -7,17 +7,19 @@ Standard library only: peers' interpreters load this module too.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.report import Missing, Row
 
@@ -171,3 +173,19 @@ def background(command: Sequence[str], python: str = sys.executable) -> Iterator
             yield process.stdout.readline().strip()
         finally:
             process.terminate()
+
+
+class Clock:
+    """CPU and wall time of a block, an exchange; what stands before it starts is not the replay's to collect."""
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        gc.freeze()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+
+    def each(self, n: int) -> dict[str, float]:
+        return {"cpu_us": self.cpu / n * 1e6, "us": self.wall / n * 1e6}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from benchmarks import traffic
-from benchmarks.harness import Case, Measured, Options, call, measure, run_case
+from benchmarks import threads, traffic
+from benchmarks.harness import Case, Clock, Measured, Options, call, measure, run_case
 from benchmarks.report import Report, Row, Target
 
 SIZES = (100, 1_000, 10_000)
@@ -27,12 +26,20 @@ def run(options: Options) -> Report:
         for n, path in paths.items():
             run_case(Case(f"record {n}", call("replay", "record", path=path, n=n)))
         cases = [case for n, path in paths.items() for case in (*ours(path, n), *peers(folder, n))]
+        cases += threads.cases(paths[sizes[-1]], folder, sizes[-1])
         measured = measure(cases, options, repetitions=5)
+        live = measure(threads.live_cases(quick=options.quick), options, repetitions=1)
         stock = measure([stock_case(n) for n in sizes], options, repetitions=1)
     largest = sizes[-1]
     return Report(
-        rows=[*measured.rows(), *stock.rows(), *ratio_rows(measured, sizes)],
-        targets=targets(measured, stock, largest),
+        rows=[
+            *measured.rows(),
+            *stock.rows(),
+            *live.rows(),
+            *ratio_rows(measured, sizes),
+            *threads.rows(measured, largest),
+        ],
+        targets=[*targets(measured, stock, largest), *threads.targets(measured, live, largest)],
         missing=[*measured.missing, *stock.missing],
         versions={**measured.versions, **stock.versions},
         notes=[
@@ -41,6 +48,7 @@ def run(options: Options) -> Report:
             "floor: bare in an event loop, with the request encoded, reply and Completion made, one turn given up",
             f"stock vcrpy beyond {FEW} exchanges: integrated over {SAMPLES} requests along it, all before them played",
             f"turn_ms: the longest CPU time between two turns of the event loop while {TASKS} tasks replay",
+            "answered at once: the client alone, its pool answers without connection; of ours is the difference",
             "cassetter's own YAML refuses to load 2,000 such exchanges or more, so it is measured up to 1,000",
         ],
     )
@@ -97,22 +105,6 @@ def targets(measured: Measured, stock: Measured, n: int) -> list[Target]:
 
 
 # What runs in the processes ------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """CPU and wall time of a block, an exchange; what stands before it starts is not the replay's to collect."""
-
-    def __enter__(self) -> Self:
-        gc.collect()
-        gc.freeze()
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-
-    def each(self, n: int) -> dict[str, float]:
-        return {"cpu_us": self.cpu / n * 1e6, "us": self.wall / n * 1e6}
 
 
 class Canned:

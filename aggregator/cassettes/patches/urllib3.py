@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
-from functools import cache, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from http.client import HTTPException
 from io import BytesIO
 from socket import gaierror
@@ -39,14 +39,18 @@ def _url(pool: Any, url: str) -> str:
 class _Message:
     """What `requests` looks at for cookies, and urllib3 for the end of the body, where it gives the connection back."""
 
-    def __init__(self, headers: Iterable[tuple[str, str]], body: BytesIO) -> None:
-        self.msg = Message()
-        for name, value in headers:
-            self.msg[name] = value
-        self._body = body
+    def __init__(self, headers: Any, body: BytesIO) -> None:
+        self._headers, self._body, self._size = headers, body, len(body.getbuffer())
+
+    @cached_property
+    def msg(self) -> Message:
+        message = Message()
+        for name, value in self._headers.iteritems():
+            message[name] = value
+        return message
 
     def isclosed(self) -> bool:
-        return self._body.closed or self._body.tell() >= len(self._body.getbuffer())
+        return self._body.closed or self._body.tell() >= self._size
 
     def close(self) -> None:
         pass
@@ -69,7 +73,7 @@ def _response(
         reason=reason,
         preload_content=options.get("preload_content", True),
         decode_content=options.get("decode_content", True),
-        original_response=_Message(fields.iteritems(), content),
+        original_response=_Message(fields, content),
         pool=pool,
         connection=options.get("response_conn"),
         retries=options.get("retries"),
