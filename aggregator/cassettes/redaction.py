@@ -17,11 +17,14 @@ from msgspec.structs import replace
 
 from aggregator.cassettes.compression import inflated
 from aggregator.cassettes.credentials import (
+    PLACEHOLDER,
     USUAL,
     Needles,
     Redaction,
     authenticating_values,
+    is_secret_parameter,
     is_worth_finding,
+    looks_secret,
     needles_of,
 )
 from aggregator.cassettes.exchanges import Exchange, encode_line
@@ -53,6 +56,7 @@ KEPT_HEADERS = frozenset(
     | {"x-amzn-requestid", "x-amzn-errortype", "x-error-message"}
 )
 """Headers that are written: what a client acts on."""
+SECRET_HEADERS = frozenset({"cookie", "set-cookie", "authorization", "proxy-authorization"})
 _KEPT_PARTS = re.compile(  # of any provider, whichever client called
     r"(^|-)ratelimit-|-(version|beta|processing-ms)$|^x-(amzn-bedrock|goog-upload)-"
 )
@@ -68,6 +72,17 @@ def is_kept(name: str, kept: tuple[str, ...] = ()) -> bool:
     if name in KEPT_HEADERS or _KEPT_PARTS.search(name):
         return True
     return any(name == more or (more.endswith("*") and name.startswith(more[:-1])) for more in kept)
+
+
+@lru_cache(maxsize=1024)
+def is_kept_without_value(name: str, kept: tuple[str, ...]) -> bool:
+    """Return True if only a pattern keeps this header, and its name says that it may hold a secret.
+
+    >>> is_kept_without_value("x-auth-token", ("*",)), is_kept_without_value("x-auth-token", ("x-auth-token",))
+    (True, False)
+    """
+    is_meant = name in kept or is_kept(name)
+    return not is_meant and is_kept(name, kept) and (name in SECRET_HEADERS or is_secret_parameter(name))
 
 
 _Pairs = tuple[tuple[str, str], ...]
@@ -279,11 +294,31 @@ def _redact_answer(exchange: Exchange, needles: Needles, policy: Redaction) -> E
 
 def _kept(headers: Iterable[tuple[str, str]], more: tuple[str, ...]) -> dict[str, str]:
     """Return the headers that are written, as text, their names in lower case."""
-    return {
+    written = {
         lower: value if value.isascii() else _as_text(value)
         for name, value in headers
         if is_kept(lower := name.lower(), more)
     }
+    for name in [name for name in written if more and is_kept_without_value(name, more)]:
+        if name == "set-cookie":
+            written[name] = redact_cookies(written[name])
+        elif name in SECRET_HEADERS or is_worth_finding(written[name]):
+            written[name] = PLACEHOLDER
+    return written
+
+
+def redact_cookies(lines: str) -> str:
+    r"""Return cookies that a server sets, a line each, without the values that look like secrets.
+
+    >>> redact_cookies("theme=dark; Path=/\nsid=a1b2c3d4e5f6a7b8; HttpOnly")
+    'theme=dark; Path=/\nsid=REDACTED; HttpOnly'
+    """
+    found = []
+    for line in lines.split("\n"):
+        name, mark, rest = line.partition("=")
+        value, end, attributes = rest.partition(";")
+        found.append(f"{name}{mark}{PLACEHOLDER if looks_secret(value) else value}{end}{attributes}")
+    return "\n".join(found)
 
 
 def _clean_headers(headers: Mapping[str, str], needles: Needles, policy: Redaction) -> dict[str, str]:

@@ -20,11 +20,12 @@ from aggregator.cassettes.credentials import (
 )
 from aggregator.cassettes.exchanges import Exchange
 from aggregator.cassettes.forms import hides_parameter_always
-from aggregator.cassettes.redaction import is_kept, removed_from
+from aggregator.cassettes.redaction import SECRET_HEADERS, is_kept, redact_cookies, removed_from
 from aggregator.cassettes.secrets import query_edits, secret_edits
 
-_SECRET_HEADERS = frozenset({"cookie", "set-cookie", "authorization", "proxy-authorization"})
-_KEYS_OF_NOTHING = frozenset({"idempotency-key", "x-idempotency-key", "sec-websocket-key"})
+_KEYS_OF_NOTHING = frozenset(
+    {"access-control-allow-credentials", "idempotency-key", "x-idempotency-key", "sec-websocket-key"}
+)
 _USER = re.compile(r"//([^/@]*)@")
 
 
@@ -80,5 +81,7 @@ def _is_secret(name: str, value: str, needles: Needles) -> bool:
     lower = name.lower()
     if lower in _KEYS_OF_NOTHING or is_placeholder(value) or value.replace(".", "").isdigit():
         return False
-    is_named = lower in _SECRET_HEADERS or (is_secret_parameter(lower) and not is_kept(lower))
+    if lower == "set-cookie" and "=" in value and redact_cookies(value) == value:
+        return False
+    is_named = lower in SECRET_HEADERS or (is_secret_parameter(lower) and not is_kept(lower))
     return is_named or _are_secret(_removed_from_text(value, needles))

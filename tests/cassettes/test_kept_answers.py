@@ -228,6 +228,22 @@ def test_headers_that_a_client_acts_on_were_dropped() -> None:
     assert answered(b"", method="HEAD", headers={"content-length": "42"}).headers == {"content-length": "42"}
 
 
+def test_a_pattern_that_keeps_every_header_kept_session_cookies_and_tokens() -> None:
+    """What a name says to be secret is kept by that name only; a pattern keeps the header without its value."""
+    headers = {
+        "set-cookie": "sid=9f8e7d6c5b4a39281706f5e4d3c2b1a0; HttpOnly\ntheme=dark; Path=/",
+        "x-auth-token": "9a8b7c6d5e4f30211203f4e5d6c7b8a9",
+        "x-region": "eu",
+    }
+    assert answered({}, headers=headers, policy=redaction_by(keep_headers=["*"])).headers == {
+        "set-cookie": "sid=REDACTED; HttpOnly\ntheme=dark; Path=/",
+        "x-auth-token": "REDACTED",
+        "x-region": "eu",
+    }
+    named = redaction_by(keep_headers=["x-auth-*", "x-auth-token"])
+    assert answered({}, headers=headers, policy=named).headers == {"x-auth-token": headers["x-auth-token"]}
+
+
 MULTIPART = (
     '--b0un\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
     '--b0un\r\nContent-Disposition: form-data; name="api_key"; filename="api_key.txt"\r\n'
