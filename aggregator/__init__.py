@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "aggregator.adapters.agents": ("as_agent",),
+    "aggregator.adapters.agents": ("as_agent", "trainable"),
     "aggregator.agents.bundles": ("bundle",),
     "aggregator.agents.modules": (
         "Module",

@@ -1,6 +1,7 @@
 # What editors and type checkers see of the package: its table as imports. A test compares the two.
 
 from aggregator.adapters.agents import as_agent as as_agent
+from aggregator.adapters.agents import trainable as trainable
 from aggregator.agents.bundles import bundle as bundle
 from aggregator.agents.modules import Module as Module
 from aggregator.agents.modules import model as model

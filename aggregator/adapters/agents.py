@@ -9,12 +9,17 @@ as_agent(my_function)      # keyword-only arguments, or the ParameterNodes that 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from inspect import isawaitable
-from typing import Any
+from functools import partial
+from importlib import import_module
+from inspect import isawaitable, signature
+from types import FunctionType
+from typing import Any, overload
 
+from aggregator.adapters.frameworks import ADAPTERS, package_of
 from aggregator.adapters.function import FunctionAgent, is_plain_function
 from aggregator.adapters.template import EvaluatedValues, TemplateAgent
 from aggregator.adapters.trace import TraceAgent, is_trace_agent
+from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import is_async
 from aggregator.errors import ConfigError
@@ -27,23 +32,28 @@ from aggregator.text import placeholders, shorten
 ACCEPTED = (
     "an agent that offers parameters(), such as an instance of your Module; a template with a placeholder, as "
     "in 'Classify: {ticket}'; a mapping of named seed values with evaluator=; a function whose keyword-only arguments, "
-    "or the ParameterNodes that it reads, are its parameters; an agent of Trace; or an object with parameters(), "
+    "or the ParameterNodes that it reads, are its parameters; an agent of Trace, pydantic-ai, the OpenAI Agents SDK, "
+    "LangChain, LlamaIndex, ADK or CrewAI; a DSPy program; a GEPA adapter; or an object with parameters(), "
     "rollouts(tasks, guide), isolation and max_concurrency"
 )
 _ISOLATIONS = ("overlay", "copy", "serial")
 _PARAMETER = ("name", "value", "type", "description", "constraint", "convert", "store")
 
 
-def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None) -> Agent:
+def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None, **options: Any) -> Agent:
     """Return an agent as the library runs it.
 
     `thing` is an instance of Module, or of any class that is called with an input and offers `parameters()`; a plain
     function; a prompt template, which `model` answers; a mapping of named seed values, which `evaluator(values, row)`
-    scores; an agent of Trace; or an object of the Protocol `aggregator.protocols.Agent`. Its parameters are
-    ParameterNodes, or objects of the Protocol `aggregator.protocols.Parameter`.
+    scores; an agent or program of another framework (docs/frameworks.md), which may take options of its own; or an
+    object of the Protocol `aggregator.protocols.Agent`. Its parameters are ParameterNodes, or objects of the Protocol
+    `aggregator.protocols.Parameter`.
 
     Raises ConfigError for anything else, and says what is missing.
     """
+    agent = _of_framework(thing, options)
+    if agent is not None:
+        return agent
     if isinstance(thing, InstanceAgent | BatchAgent):
         return thing
     if is_plain_function(thing):
@@ -57,7 +67,6 @@ def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None) -> Agent:
         raise ConfigError(f"Expected {ACCEPTED}, got {thing!r}")
     if is_trace_agent(thing):
         return TraceAgent(thing)
-    agent: Agent
     if hasattr(thing, "rollouts"):
         agent = BatchAgent(thing)
     elif callable(thing):
@@ -65,6 +74,54 @@ def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None) -> Agent:
     else:
         raise ConfigError(f"Expected {ACCEPTED}, got {shorten(thing)}, which has parameters() but cannot be called")
     agent.parameters()
+    return agent
+
+
+@overload
+def trainable(thing: None = None, /, **options: Any) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
+@overload
+def trainable(thing: FunctionType, /, **options: Any) -> FunctionAgent: ...
+@overload
+def trainable(thing: Any, /, **options: Any) -> Any: ...
+def trainable(thing: Any = None, /, **options: Any) -> Any:
+    """Return an agent that can be trained, saved, loaded and used: `as_agent`, and a decorator for functions.
+
+    Above a function it is a decorator, whose options are the values to begin with of keyword-only arguments:
+
+    >>> @trainable(instruction="Name the team.", shots=3)
+    ... def route(ticket, *, instruction, shots):
+    ...     return f"{instruction} {ticket}"
+    >>> route("a parcel"), [parameter.name for parameter in route.parameters()]
+    ('Name the team. a parcel', ['instruction', 'shots'])
+
+    For an agent or program of another framework the options are those of its adapter (docs/frameworks.md). What it
+    returns has `save(path)`, `load(path)`, `applied(path)` for production and `apply(program)`. Raises ConfigError as
+    `as_agent` does.
+    """
+    if thing is None:
+        return partial(trainable, **options)
+    if is_plain_function(thing):
+        return FunctionAgent(partial(thing, **options) if options else thing)
+    return as_agent(thing, **options)
+
+
+def _of_framework(thing: Any, options: Mapping[str, Any]) -> Agent | None:
+    """Return an object of another framework as an agent; None for anything else."""
+    package = None if isinstance(thing, Module | type) else package_of(thing)
+    if package is None and options:
+        raise ConfigError(
+            f"Expected no other options than model and evaluator for {shorten(thing)}, got {', '.join(options)}; "
+            "options belong to agents of other frameworks (docs/frameworks.md)"
+        )
+    if package is None:
+        return None
+    adapt = import_module(f"aggregator.adapters.{ADAPTERS[package]}").adapt
+    known = list(signature(adapt).parameters)[1:]
+    if unknown := [name for name in options if name not in known]:
+        raise ConfigError(
+            f"Expected the options {', '.join(known) or '(none)'} for {type(thing).__name__}, got {', '.join(unknown)}"
+        )
+    agent: Agent | None = adapt(thing, **options)
     return agent
 
 

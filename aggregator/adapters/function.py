@@ -8,18 +8,20 @@ An accepted value becomes the argument's default, so that the function itself us
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter as Argument
 from inspect import isawaitable, isfunction, ismethod, signature, unwrap
 from types import CodeType
 from typing import Any, get_type_hints
 
+from aggregator.adapters.frameworks import FrameworkAgent
 from aggregator.agents.modules import walk
 from aggregator.agents.parameters import ParameterNode, index, operation_of
 from aggregator.agents.values import carried_by_json, infer_type
 from aggregator.checks import accepts, is_async
 from aggregator.errors import ConfigError
-from aggregator.executors.work import InstanceAgent, Ran
+from aggregator.executors.work import Ran
 from aggregator.guides.calling import Call
 from aggregator.records import RolloutTask
 
@@ -52,14 +54,14 @@ class KeywordParameter(ParameterNode[Any]):
         self._defaults[self._argument] = value
 
 
-class FunctionAgent(InstanceAgent):
-    """A plain function, sync or async, of one input.
+class FunctionAgent(FrameworkAgent):
+    """A plain function, sync or async, of one input; called, it does what the function does with its trained values.
 
     Raises ConfigError for a function that takes no input, and for a keyword-only argument without a default.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+        self.program = self.function = function
         self._keywords = {parameter.name: parameter for parameter in _keywords_of(function)}
         if not accepts(function, None, **self._keywords):
             raise ConfigError(
@@ -72,7 +74,7 @@ class FunctionAgent(InstanceAgent):
         known = index((*((name, name, parameter) for name, parameter in self._keywords.items()), *read))
         for name, parameter in known.items():
             parameter.name = name
-        self._parameters = list(known.values())
+        self._parameters = known
 
     def __repr__(self) -> str:
         return f"as_agent({_name(self.function)})"
@@ -80,17 +82,20 @@ class FunctionAgent(InstanceAgent):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.function,)
 
-    def parameters(self) -> list[ParameterNode[Any]]:
-        """Return the keyword-only arguments, then the ParameterNodes that the function reads."""
-        return list(self._parameters)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns under the values that this context reads."""
+        return self.function(*args, **{name: parameter.data for name, parameter in self._keywords.items()} | kwargs)
+
+    @contextmanager
+    def placed(self) -> Iterator[Callable[..., Any]]:
+        """Hand out the function with the values that this context reads."""
+        yield self.forward
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
         """Return what the function returns under the values that this context reads."""
-        keywords = {name: parameter.data for name, parameter in self._keywords.items()}
-        function = partial(self.function, **keywords)
         if is_async(self.function):
-            return Ran(output=await function(task.sample.x))
-        output = await call(function, task.sample.x)
+            return Ran(output=await self.forward(task.sample.x))
+        output = await call(self.forward, task.sample.x)
         return Ran(output=await output if isawaitable(output) else output)
 
 

@@ -1,0 +1,166 @@
+"""What the adapters of other frameworks share: parameters that live in a host's object, trained values put in place.
+
+An adapter is a file here with a function `adapt(thing, **options)`, which returns a `FrameworkAgent`, or None for an
+object that is not the framework's after all. `ADAPTERS` names its package; `as_agent` imports the file for an object
+whose class comes from that package.
+
+    class Greeter(FrameworkAgent):
+        def __init__(self, program):
+            text = HostParameter(lambda: program.text, lambda value: setattr(program, "text", value), name="text")
+            super().__init__(program, [text])
+
+        async def run(self, task, call):
+            with self.placed() as program:
+                return Ran(output=await program.answer(task.sample.x))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from os import PathLike
+from typing import Any
+
+from aggregator.agents.modules import Module, read_artefact
+from aggregator.agents.parameters import ParameterNode, index, overriding
+from aggregator.errors import ConfigError, ParameterError
+from aggregator.executors.work import InstanceAgent
+
+ADAPTERS = {
+    "crewai": "crewai",
+    "dspy": "dspy",
+    "google.adk": "adk",
+    "langchain": "langchain",
+    "langgraph": "langchain",
+    "llama_index": "llama_index",
+    "agents": "openai_agents",
+    "pydantic_ai": "pydantic_ai",
+}
+"""Package of a framework -> the file of this room that adapts its objects."""
+
+
+class HostParameter(ParameterNode[Any]):
+    """A parameter whose stored value lives in an object of another framework.
+
+    `read()` returns the value, `write(value)` changes the host's object; the options are those of ParameterNode.
+    """
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], object], *, name: str, **options: Any) -> None:
+        self._read, self._write, self._is_made = read, write, False
+        super().__init__(read(), name=name, **options)
+        self._is_made = True
+
+    @property
+    def _stored(self) -> Any:
+        return self._read()
+
+    @_stored.setter
+    def _stored(self, value: Any) -> None:
+        if self._is_made:
+            self._write(value)
+
+
+class FrameworkAgent(Module, InstanceAgent):
+    """An object of another framework as an agent: the base of adapters, which add `run` and, if needed, `placed`.
+
+    `program` is the host's object. Accepted values are written into it, so that it is the trained program afterwards.
+    `isolation` is "overlay" if the host reads its texts when it runs, "copy" if each candidate runs on a copy that
+    `placed` makes, and "serial" if neither is possible. Raises ConfigError for two parameters of one name, and for a
+    program without any.
+    """
+
+    def __init__(self, program: Any, parameters: Iterable[ParameterNode[Any]]) -> None:
+        self.program = program
+        self._parameters = index((parameter.name, parameter.name, parameter) for parameter in parameters)
+        if not self._parameters:
+            raise ConfigError(
+                f"Expected a {type(program).__name__} with a text that can be trained, got none; give it instructions"
+            )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} with parameters {', '.join(self._parameters)}>"
+
+    def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
+        """Return name -> parameter."""
+        return dict(self._parameters)
+
+    @contextmanager
+    def placed(self) -> Iterator[Any]:
+        """Hand out the program as the values of this context make it: the host's own object, or a copy.
+
+        An adapter whose host does not read the parameters by itself puts them in place here.
+        """
+        yield self.program
+
+    @contextmanager
+    def applied(self, values: str | PathLike[str] | Mapping[str, Any]) -> Iterator[Any]:
+        """Hand out the program with trained values: those of a file that `save` wrote, or values by name.
+
+        The values hold in this context only, so that requests with different values can be served at once. Raises
+        ParameterError for a file or a value that does not fit.
+
+        with agent.applied("support.json") as program:
+            print((await program.run("Where is my parcel?")).output)
+        """
+        given = values if isinstance(values, Mapping) else read_artefact(values).parameters
+        if unknown := [name for name in given if name not in self._parameters]:
+            raise ParameterError(
+                f"Expected values of the parameters {', '.join(self._parameters)}, got {', '.join(map(repr, unknown))}"
+            )
+        chosen = [self._parameters[name] for name in given]
+        converted = {parameter.name: parameter.check(given[parameter.name], parameter.name) for parameter in chosen}
+        with overriding(chosen, converted), self.placed() as program:
+            yield program
+
+    def apply(self, values: Any, *, which: str = "") -> None:
+        """Put values into the parameters of these names, or put this agent's values into another program.
+
+        `agent.apply(result.best_parameters)` changes this agent. `agent.apply(program)` writes the current values into
+        another object of the host's that has the same parameters.
+        """
+        if isinstance(values, Mapping):
+            super().apply(values, which=which)
+            return
+        self.like(values).apply({name: parameter.data for name, parameter in self._parameters.items()}, which=which)
+
+    def like(self, program: Any) -> FrameworkAgent:
+        """Return an agent with this one's options around another program."""
+        kind: Any = type(self)
+        agent: FrameworkAgent = kind(program)  # an adapter with options has a `like` of its own
+        return agent
+
+
+def require_version(distribution: str, at_least: str, below: str) -> None:
+    """Raise ConfigError unless an installed package has a supported version; one without metadata is taken.
+
+    >>> require_version("msgspec", "0.1", "99")
+    """
+    try:
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return
+    if not _numbers(at_least) <= _numbers(version) < _numbers(below):
+        raise ConfigError(
+            f"Expected {distribution} of a version from {at_least} and below {below}, got {version}; install one: pip "
+            f"install '{distribution}>={at_least},<{below}'"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def package_of(thing: Any, packages: Collection[str] = ADAPTERS) -> str | None:
+    """Return which of these packages an object's class comes from, itself or by a base class; None for none.
+
+    >>> package_of(ConfigError("x"), {"aggregator.errors", "dspy"})
+    'aggregator.errors'
+    """
+    for kind in (thing if isinstance(thing, type) else type(thing)).__mro__:
+        parts = kind.__module__.split(".")
+        for end in range(len(parts), 0, -1):
+            if (package := ".".join(parts[:end])) in packages:
+                return package
+    return None
