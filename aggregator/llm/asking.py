@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from aggregator.agents.transcripts import current_transcript
+from aggregator.agents.transcripts import Transcript, current_transcript
 from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.llm import tracing
 from aggregator.llm.attempts import Attempts, Line
@@ -23,20 +23,24 @@ if TYPE_CHECKING:
     from aggregator.llm.client import LLM
 
 
-async def complete(llm: LLM, call: ChatCall, validate: Validate | None) -> Completion:
+def complete(llm: LLM, call: ChatCall, validate: Validate | None) -> Awaitable[Completion]:
     """Have one call answered and show it in the current transcript if the agent makes it."""
     if call.response_format is not None:
         call = replace(call, response_format=as_response_format(call.response_format))
     transcript = current_transcript()
-    shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
+    if transcript is None or current_role() != "agent":
+        return llm.answer(call, validate)
+    return _shown(llm, call, validate, transcript)
+
+
+async def _shown(llm: LLM, call: ChatCall, validate: Validate | None, transcript: Transcript) -> Completion:
+    shown = transcript.llm_call(call.messages)
     try:
         completion = await llm.answer(call, validate)
     except BaseException as error:
-        if shown is not None:
-            shown.fail(error)
+        shown.fail(error)
         raise
-    if shown is not None:
-        shown.finish(completion)
+    shown.finish(completion)
     return completion
 
 

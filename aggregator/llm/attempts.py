@@ -86,6 +86,8 @@ class Line:
         self.corrections = _corrections.setdefault(self.transport, {})
         limits = {"max_concurrency": max_concurrency, "rpm": rpm, "tpm": tpm, "adaptive": adaptive}
         is_real = clock is time.monotonic and sleep is None
+        codec = endpoint.codec
+        self.limit_headers = frozenset([names.remaining for names in (*codec.requests, *codec.tokens)])
         self.openings = Openings(clock)
         self.limiter = LoopLimiters(endpoint, limits, time=None if is_real else (clock, self.sleep))
         self.known_price = find_price(endpoint.provider, endpoint.model, prices)  # else when a budget first needs it
@@ -170,7 +172,7 @@ class Attempts:
 
     def timeout(self) -> float | None:
         """Return the same for a wait; None without a deadline."""
-        return None if self._deadline == inf else self.remaining()
+        return None if self._deadline == inf else max(0.0, self._deadline - self.line.clock())
 
     def milliseconds(self) -> float:
         """Return how long the call has taken so far."""
@@ -211,8 +213,9 @@ class Attempts:
         self.request: HTTPRequest = codec.encode(call)
         mark = codec.mark(call)
         self.opening = None if mark is None else digest(call.messages, mark)
-        admitted = None if self.tape is None else self.tape.admit(self.request)
-        self.slot: Slot | None = None if self.tape is None or admitted is None else self.tape.issue(admitted)
+        self.slot: Slot | None = None
+        if self.tape is not None and (admitted := self.tape.admit(self.request)) is not None:
+            self.slot = self.tape.issue(admitted)
 
     def correct(self, error: LLMError) -> bool:
         """Issue the call as a refusal asks for it; return False if that names nothing known or nothing is left."""
@@ -273,18 +276,12 @@ class Attempts:
             return Amount(0, given + answered, 1)
         tier = self.call.extra.get("service_tier") if self.call.extra else None
         writes = 1.0
-        if self._may_write_cache() and _CACHE_MARK.search(self.request.body):
-            writes = 1.25 if _HOUR_MARK.search(self.request.body) is None else 2.0
+        body = self.request.body
+        if b'"cache' in body and _CACHE_MARK.search(body):
+            writes = 1.25 if _HOUR_MARK.search(body) is None else 2.0
         tier = tier if isinstance(tier, str) else None
         usd = self.line.price().most(given, answered, writes=writes, service_tier=tier)
         return Amount(pico(usd), given + answered, 1)
-
-    def _may_write_cache(self) -> bool:
-        """Return False for a call of plain texts, nearly every one, whose body need not be looked through."""
-        call = self.call
-        if self.opening is not None or call.tools or call.extra:
-            return True
-        return any(type(message.get("content")) is not str for message in call.messages)
 
     def upper_tokens(self) -> tuple[int, int]:
         """Return how many tokens one request may take at most: (input, output)."""
@@ -385,9 +382,11 @@ class Attempt:
     def timeout(self) -> float | None:
         """Return the seconds that this attempt may take; the last one may take all that is left by default."""
         left, limit = self.attempts.timeout(), self.line.attempt_timeout
+        if left is None:
+            return limit
         if limit is None and self.number < self.line.policy.max_attempts:
             limit = self.attempts.share
-        return limit if left is None or (limit is not None and limit < left) else left
+        return left if limit is None or left < limit else limit
 
     def play(self) -> HTTPReply | None:
         """Return the next recorded answer of this call; None to go live."""
@@ -440,9 +439,12 @@ class Attempt:
         self.was_sent = True
 
     def accept(self, status: int, headers: Mapping[str, str]) -> None:
-        """Let the limiter know that the server took the request."""
-        if status != 429 and self.admission is not None and self.attempts.limiter is not None:
-            self.attempts.limiter.accepted(self.admission, headers, self.line.endpoint.codec)
+        """Let the limiter know that the server took the request, and what it says of its limits."""
+        limiter, admission = self.attempts.limiter, self.admission
+        if status != 429 and admission is not None and limiter is not None:
+            limiter.accepted(admission)
+            if not self.line.limit_headers.isdisjoint(headers):
+                limiter.heed(admission, headers, self.line.endpoint.codec)
 
     def read(self, reply: HTTPReply) -> Completion:
         """Read an answer; an error status becomes its error."""

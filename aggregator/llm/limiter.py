@@ -142,12 +142,12 @@ class Limiter:
             self._tokens.take(tokens, now)
         return self._learned.take(now, tokens)
 
-    def accepted(self, admission: Admission, headers: Mapping[str, str], codec: Codec) -> None:
-        """Learn from an answer: that the server took the request, and what its headers say.
-
-        Requests are held back if those under way will use up what the server has left.
-        """
+    def accepted(self, admission: Admission) -> None:
+        """Learn from any answer but a 429: the server took the request."""
         self._learned.accepted(admission, self._clock)
+
+    def heed(self, admission: Admission, headers: Mapping[str, str], codec: Codec) -> None:
+        """Hold requests back if those under way will use up what the server has left by its headers."""
         for names, each in ((codec.requests, 1.0), (codec.tokens, admission.tokens)):
             for name in names:
                 if name.remaining in headers:

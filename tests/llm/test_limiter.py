@@ -76,7 +76,7 @@ async def send_all(limiter: Limiter, bucket: Bucket | Chance, calls: int, latenc
                 accepted = bucket.lets_in()
                 await asyncio.sleep(latency / 2)
                 if accepted:
-                    limiter.accepted(admission, {}, CODEC)
+                    limiter.accepted(admission)
                     return
                 await asyncio.sleep(limiter.rejected(admission, bucket.wait))
             failed += 1
@@ -321,7 +321,7 @@ async def test_headers_hold_back_what_they_would_refuse() -> None:
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
-    limiter.accepted(await limiter.admit(), NOTHING_LEFT, CODEC)
+    limiter.heed(await limiter.admit(), NOTHING_LEFT, CODEC)
     await limiter.admit()
     assert sum(time.slept) == pytest.approx(1.0)
 
@@ -331,7 +331,7 @@ async def test_headers_with_room_hold_nothing_back() -> None:
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
-    limiter.accepted(await limiter.admit(), PLENTY, CODEC)
+    limiter.heed(await limiter.admit(), PLENTY, CODEC)
     await limiter.admit()
     assert time.slept == []
 

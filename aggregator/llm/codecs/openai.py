@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -128,7 +129,7 @@ class OpenAIChat(JSONCodec[Answer]):
         """Return True if the limit goes as max_completion_tokens: by the server's hint, else by the model's name."""
         if call.corrections and not call.corrections.isdisjoint((_NEWER, _OLDER)):
             return _NEWER in call.corrections
-        return self._by_name and _REASONING_MODEL.match(call.model.rpartition("/")[2]) is not None
+        return self._by_name and _is_reasoning(call.model)
 
     def _messages(self, call: ChatCall) -> Sequence[Mapping[str, Any]]:
         """The messages; an answer that called tools goes with its thinking, to the server that gave it."""
@@ -210,6 +211,11 @@ class OpenAIChat(JSONCodec[Answer]):
             code=choice.finish_reason,
             request_id=request_id(reply.headers),
         )
+
+
+@lru_cache(maxsize=256)
+def _is_reasoning(model: str) -> bool:
+    return _REASONING_MODEL.match(model.rpartition("/")[2]) is not None
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], mark: Mark) -> list[Mapping[str, Any]]:

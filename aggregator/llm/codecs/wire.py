@@ -160,7 +160,7 @@ _FRAME = re.compile(r"<\|(?:end|start|return)\|>(?:assistant)?")
 
 def may_think(content: str) -> bool:
     """Return True for content that may hold thinking: a quick look that nearly every answer does not pass."""
-    return content[:1] in "<[ \n\t\r" or _CLOSE in content
+    return "<" in content or content.lstrip().startswith("[")
 
 
 def split_thinking(content: str) -> tuple[str, str]:
