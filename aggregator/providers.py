@@ -6,10 +6,9 @@ from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.llm.calls": ("ChatCall", "Codec", "Limits", "Provider", "RateHeaders", "StreamReader", "Target"),
-    "aggregator.llm.codecs.base": ("JSONCodec", "words"),
     "aggregator.llm.codecs.openai": ("OpenAIChat",),
-    "aggregator.llm.codecs.sse": ("Event", "EventReader"),
-    "aggregator.llm.tokens": ("EntraToken", "GoogleToken"),
+    "aggregator.llm.codecs.base": ("Event", "EventReader", "JSONCodec", "words"),
+    "aggregator.llm.names": ("EntraToken", "GoogleToken"),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

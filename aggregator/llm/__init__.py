@@ -8,9 +8,8 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "aggregator.llm.budget": ("Budget",),
     "aggregator.llm.client": ("LLM",),
-    "aggregator.llm.estimates": ("Estimate", "estimate"),
+    "aggregator.llm.budget": ("Budget", "Estimate", "estimate"),
     "aggregator.llm.ledger": ("Price",),
     "aggregator.llm.messages": ("Image",),
     "aggregator.llm.models": ("as_model",),

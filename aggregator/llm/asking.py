@@ -1,4 +1,9 @@
-"""Ask once and watch it: the transcript, span and event around the attempts of one call, or the owner that makes it."""
+"""One call from its options to its answer: response format, transcript, span and event around its attempts.
+
+Structured output falls back from json_schema to json_object to the prompt alone. Servers refuse a `response_format`
+with 400, 422 or a 500 that names it, or ignore it silently, so the text is always checked. A refused schema is
+remembered for that schema, per (base_url, model), and tried again later. An invalid answer says nothing about the next.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,171 @@ from aggregator.llm.calls import ChatCall
 from aggregator.llm.owner import current_owner
 from aggregator.llm.schemas import Validate, as_response_format
 from aggregator.llm.streams import StreamedAttempts
-from aggregator.llm.structured import ask_structured
 from aggregator.records import Completion
 
 if TYPE_CHECKING:
     from aggregator.llm.client import LLM
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from hashlib import sha256
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import msgspec
+
+from aggregator.errors import (
+    BadRequestError,
+    ContextLengthError,
+    DecodeError,
+    LLMError,
+    ServerError,
+    TruncatedError,
+)
+from aggregator.llm.schemas import checker
+
+_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "tools", "tool_choice")
+_JSON_OBJECT = {"type": "json_object"}
+_NAMES_FORMAT = re.compile(
+    r"response.?format|json.?schema|json.?object|guided|grammar|structured.?output|\bschema\b", re.IGNORECASE
+)
+
+_ASKED_AGAIN = 600.0  # seconds after which a refused form is tried again: servers are updated
+
+_Key = tuple[str, str, bytes]
+_remembered: WeakKeyDictionary[object, dict[_Key, tuple[int, float]]] = WeakKeyDictionary()
+# By transport, since it is the servers' trait; by tape while one is open, so that a replay begins as its record did.
+
+
+async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Completion:
+    """Ask in the best form that the server takes; raises DecodeError where the text is not what was asked for.
+
+    A lower form is tried where this one is refused or ignored, within the call's attempts and deadline.
+    """
+    wanted = call.response_format or _JSON_OBJECT
+    check = validate or checker(wanted)
+    forms = list(_forms(call))
+    known = _remembered.setdefault(attempts.tape or attempts.line.transport, {})
+    key = (attempts.line.endpoint.base_url, call.model, sha256(msgspec.json.encode(wanted)).digest())
+    level, until = known.get(key, (0, 0.0))
+    now = attempts.line.clock()
+    if until <= now:
+        level = 0
+    refused = level = _first_recorded(attempts, forms, level)
+    after = partial(_next_level, call=call, levels=len(forms))
+    while True:
+        try:
+            completion = await attempts.ask(unless=partial(after, level=level))
+            await _check(completion, check)
+        except LLMError as error:
+            next_level = after(error, level=level)
+            if next_level is None or not attempts.may_go_on():
+                error.attempts = attempts.count
+                raise
+            level = next_level
+            if not isinstance(error, IgnoredFormatError):
+                refused = level
+            attempts.issue(forms[level])
+            if not attempts.is_answerable():  # the recorded call ended here, with fewer attempts
+                error.attempts = attempts.count
+                raise
+            continue
+        if refused and (refused, until) != known.get(key):
+            known[key] = (refused, now + _ASKED_AGAIN)
+        return completion
+
+
+def _forms(call: ChatCall) -> Iterator[ChatCall]:
+    """The same question in each form, the best first."""
+    wanted: Mapping[str, Any] = call.response_format or _JSON_OBJECT
+    yield call
+    if wanted["type"] == "json_schema":
+        schema = wanted["json_schema"].get("schema", {})
+        stated = _stated(call, schema)
+        if schema.get("type", "object") == "object":  # json_object takes nothing else
+            yield replace(stated, response_format=_JSON_OBJECT)
+        yield replace(stated, response_format=None)
+    else:
+        yield replace(_stated(call, None), response_format=None)
+
+
+def _stated(call: ChatCall, schema: Any) -> ChatCall:
+    """State the format in the system message, where the server does not enforce it."""
+    is_object = schema is None or schema.get("type", "object") == "object"
+    words = f"Answer with one JSON {'object' if is_object else 'value'} and nothing else."
+    if schema is not None:
+        words += f" It fits this JSON schema: {msgspec.json.encode(schema).decode()}"
+    first, *rest = call.messages
+    if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
+        return replace(call, messages=({**first, "content": f"{first['content']}\n\n{words}"}, *rest))
+    return replace(call, messages=({"role": "system", "content": words}, *call.messages))
+
+
+def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> int:
+    """Issue the question in the form to begin with; a tape that only plays decides by what it holds.
+
+    When it was recorded, another call may have learned the form already that this one asks for now, or not yet.
+    """
+    if attempts.tape is not None and not attempts.tape.records:
+        level = 0
+    attempts.issue(forms[level])
+    first = attempts.call, attempts.request, attempts.slot
+    for lower in range(level, len(forms)):
+        if lower != level:
+            attempts.issue(forms[lower])
+        if attempts.is_answerable():
+            return lower
+    attempts.call, attempts.request, attempts.slot = first  # nothing recorded: the miss is about what was asked for
+    return level
+
+
+def _next_level(error: LLMError, *, call: ChatCall, level: int, levels: int) -> int | None:
+    """Return the form to try after this error (never the first, 0), None if another form would not help."""
+    if level + 1 >= levels:
+        return None
+    if isinstance(error, IgnoredFormatError):
+        return levels - 1  # silently ignored: a weaker format would be, too
+    if isinstance(error, BadRequestError) and not isinstance(error, ContextLengthError):
+        return level + 1 if error.status in (400, 422) and not _names_other(error, call) else None
+    named = isinstance(error, ServerError) and error.status == 500 and _NAMES_FORMAT.search(error.message)
+    return level + 1 if named else None
+
+
+def _names_other(error: LLMError, call: ChatCall) -> bool:
+    """Return True if a refusal names another option of the call and nothing of the format."""
+    said = f"{error.message} {error.code}"
+    given = [name for name in _OPTIONS if getattr(call, name) is not None] + list(call.extra)
+    if "max_tokens" in given:
+        given.append("max_completion_tokens")
+    return not _NAMES_FORMAT.search(said) and any(re.search(rf"\b{re.escape(name)}\b", said) for name in given)
+
+
+class IgnoredFormatError(DecodeError):
+    """The text is not what `response_format` asked for; `text` is what came."""
+
+    def __init__(self, message: str, *, text: str = "", **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.text = text
+
+
+async def _check(completion: Completion, check: Validate) -> None:
+    for choice in completion.choices:
+        if choice.message.tool_calls:
+            continue
+        text = choice.message.content or ""
+        facts: dict[str, Any] = {"text": text, "status": 200, "request_id": completion.request_id}
+        if choice.finish_reason == "length":
+            raise TruncatedError(
+                f"Expected a whole JSON answer, got one cut at the token limit after {len(text)} characters; "
+                "raise max_tokens",
+                thought=bool(choice.message.reasoning or completion.usage.reasoning_tokens),
+                **facts,
+            )
+        try:
+            if hasattr(checking := check(text), "__await__"):  # a worker process checks what its owner received
+                await checking
+        except ValueError as error:
+            raise IgnoredFormatError(f"Expected the answer in the format asked for: {error}", **facts) from error
 
 
 def complete(llm: LLM, call: ChatCall, validate: Validate | None) -> Awaitable[Completion]:

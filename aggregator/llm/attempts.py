@@ -36,9 +36,9 @@ from aggregator.llm.budget import NOTHING, Amount, Budget, assumed_output, budge
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.failures import scrub
 from aggregator.llm.ledger import Price, Prices, believed, count, find_price, need_price
-from aggregator.llm.limiter import Limiter, LoopLimiters, check_limits
+from aggregator.llm.limiter import Limiter, LoopLimiters, Openings, check_limits
+from aggregator.llm.messages import digest
 from aggregator.llm.names import Endpoint
-from aggregator.llm.openings import Openings, digest
 from aggregator.llm.pacing import Admission
 from aggregator.llm.retry import RetryPolicy, check_answer, was_sent
 from aggregator.protocols import Transport

@@ -11,7 +11,7 @@ from aggregator.errors import APIStatusError
 from aggregator.records import Completion, HTTPReply, HTTPRequest
 
 if TYPE_CHECKING:
-    from aggregator.llm.openings import Mark
+    from aggregator.llm.messages import Mark
 
 
 class ChatCall(Struct, frozen=True, kw_only=True, gc=False):

@@ -1,7 +1,11 @@
-"""How fast calls may go to one model: concurrency, requests and tokens per minute, and what the server's 429s teach.
+"""How fast calls may go to one model: concurrency, requests and tokens per minute, and what 429s teach.
 
-One limiter stands for one (base_url, key, model) of one event loop, whichever clients share it. A 429 pauses all of
-them, unless 429s do not depend on the pace; afterwards requests are paced, and the pace is learned: see `pacing.py`.
+Clients of one event loop share the limiter of a (base_url, key, model). A 429 pauses all of them, unless 429s do not
+depend on the pace; afterwards requests are paced, and the pace is learned: see `pacing.py`.
+
+`Openings` also orders calls: a provider that caches prompts by marks (Anthropic, Bedrock, OpenRouter for some models)
+charges more for what it writes and a tenth for what it reads. Calls sent at once would all write, so the first one
+goes ahead and the others wait until it is answered.
 """
 
 from __future__ import annotations
@@ -9,14 +13,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from aggregator.errors import APITimeoutError, ConfigError
 from aggregator.llm.calls import Codec, Target
+from aggregator.llm.codecs.failures import headroom
 from aggregator.llm.pacing import Admission, Pace, Pacing
-from aggregator.llm.ratelimits import headroom
 from aggregator.llm.retry import NOT_SENT
+
+if TYPE_CHECKING:
+    import asyncio
+
 
 MAX_HEADER_PAUSE = 60.0
 
@@ -231,3 +239,48 @@ class LoopLimiters:
             self.by_loop[loop] = limiter
         self._latest = (ref(loop), limiter)
         return limiter
+
+
+_KEPT = 240.0  # seconds; providers keep an opening for five minutes after its last use
+_PATIENCE = 60.0  # seconds that a call waits for the first one at most
+_MOST = 256
+
+
+class Openings:
+    """Lets one call of several with the same opening go first. One object serves every event loop."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._warm: dict[bytes, float] = {}  # when an opening was used last
+        self._leading: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bytes, asyncio.Event]] = WeakKeyDictionary()
+
+    async def enter(self, opening: bytes, timeout: float | None) -> bool:
+        """Wait for the call that goes first, if one does; return True if it is this one, which then has to `leave`."""
+        import asyncio  # here, as messages alone need no event loop
+
+        now = self._clock()
+        if now - self._warm.get(opening, -_KEPT) < _KEPT:
+            self._warm[opening] = now
+            return False
+        leading = self._leading.setdefault(asyncio.get_running_loop(), {})
+        first = leading.get(opening)
+        if first is None:
+            leading[opening] = asyncio.Event()
+            return True
+        try:
+            async with asyncio.timeout(_PATIENCE if timeout is None else min(timeout, _PATIENCE)):
+                await first.wait()
+        except TimeoutError:
+            pass  # better written twice than late
+        return False
+
+    def leave(self, opening: bytes) -> None:
+        """Let the others go: the first call has been answered, or has failed and would fail for them as well."""
+        import asyncio
+
+        first = self._leading.get(asyncio.get_running_loop(), {}).pop(opening, None)
+        if first is not None:
+            first.set()
+        self._warm[opening] = self._clock()
+        if len(self._warm) > _MOST:
+            del self._warm[min(self._warm, key=self._warm.__getitem__)]

@@ -1,16 +1,70 @@
-"""Messages as callers write them, brought to OpenAI's shape: text, images, tool results, our own answers."""
+"""Messages as callers write them, converted to OpenAI's shape: text, images, tool results, earlier answers.
+
+An `Opening` is a message with a long beginning that several calls share, as the proposals of one step do. Providers
+that cache by marks get one at its end; for all others the request has the same bytes as without.
+"""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
-from aggregator.llm.openings import Opening
 from aggregator.records import Completion, Message, ToolCall
+
+if TYPE_CHECKING:
+    pass
+
+
+SHORTEST = 4096
+"""Characters: no provider caches less than 1,024 tokens, which are about four characters each."""
+
+
+class Opening(dict[str, Any]):
+    """A message whose first `length` characters begin the prompts of other calls, too.
+
+    An attribute and no key: a server without marks is sent the message as it is, and so the same bytes as without.
+    """
+
+    length: int = 0
+
+
+class Mark(NamedTuple):
+    """Where a prompt's opening ends: in which message, after how many characters."""
+
+    message: int
+    length: int
+
+
+def find_mark(messages: Sequence[Mapping[str, Any]]) -> Mark | None:
+    """Return where the opening of a prompt ends; None without one, or for one too short to be cached.
+
+    >>> message = Opening(role="user", content="x" * 5000 + "y")
+    >>> message.length = 5000
+    >>> find_mark([message])
+    Mark(message=0, length=5000)
+    """
+    before = 0
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(message, Opening) and isinstance(content, str) and 0 < message.length < len(content):
+            return Mark(index, message.length) if before + message.length >= SHORTEST else None
+        before += len(content) if isinstance(content, str) else 0
+    return None
+
+
+def digest(messages: Sequence[Mapping[str, Any]], mark: Mark) -> bytes:
+    """Return the digest of an opening, the messages before it included."""
+    found = sha256()
+    for message in messages[: mark.message]:
+        found.update(f"{message.get('role')}\n{message.get('content')}\n".encode(errors="replace"))
+    found.update(str(messages[mark.message]["content"])[: mark.length].encode(errors="replace"))
+    return found.digest()
+
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SIGNATURES = (

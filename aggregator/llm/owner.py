@@ -166,7 +166,7 @@ def _check_settings(name: str, injected: Mapping[str, Any], given: Mapping[str, 
     """Raise ConfigError that names an argument which a pickle cannot keep."""
     from aggregator.cassettes.forms import redact_url
     from aggregator.llm.codecs.base import is_secret_header
-    from aggregator.llm.tokens import CloudToken
+    from aggregator.llm.names import CloudToken
 
     base_url, api_key = given["base_url"], given["api_key"]
     problem = next((key for key, value in injected.items() if value is not _DEFAULTS.get(key)), "")

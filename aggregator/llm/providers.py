@@ -113,7 +113,7 @@ def _openai(target: Target) -> Codec:
 
 
 def _ollama(target: Target) -> Codec:
-    from aggregator.llm.codecs.ollama import OllamaChat
+    from aggregator.llm.codecs.openai import OllamaChat
 
     return OllamaChat(target)
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from aggregator.errors import ConfigError
-from aggregator.llm.openings import Opening
+from aggregator.llm.messages import Opening
 from aggregator.records import Proposal, Rollout, StepReport, Values
 from aggregator.text import as_text, one_line
 

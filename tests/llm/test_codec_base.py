@@ -13,8 +13,8 @@ from aggregator.cassettes.redaction import redact_line, redact_request
 from aggregator.errors import ContextLengthError, DecodeError, EmptyResponseError
 from aggregator.llm.calls import ChatCall, Limits, RateHeaders, Target
 from aggregator.llm.codecs.base import JSONCodec, words
+from aggregator.llm.codecs.failures import Headroom, headroom
 from aggregator.llm.names import resolve
-from aggregator.llm.ratelimits import Headroom, headroom
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
 
 CALL = ChatCall(model="m", messages=({"role": "user", "content": "Hi"},))

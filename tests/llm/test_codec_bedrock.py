@@ -29,7 +29,7 @@ from aggregator.errors import (
     ServerError,
 )
 from aggregator.llm.calls import ChatCall, Codec
-from aggregator.llm.codecs.aws_frames import FrameParser
+from aggregator.llm.codecs.bedrock import FrameParser
 from aggregator.llm.messages import Image, normalise
 from aggregator.llm.names import resolve
 from aggregator.records import Completion, HTTPReply

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aggregator.errors import APIConnectionError, ContentFilterError, DecodeError, RateLimitError, ServerError
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.codecs.sse import Event, EventParser
+from aggregator.llm.codecs.base import Event, EventParser
 from aggregator.llm.codecs.wire import ThinkingFilter, split_thinking
 from aggregator.llm.messages import normalise
 from aggregator.llm.names import resolve

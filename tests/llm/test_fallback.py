@@ -33,7 +33,7 @@ from aggregator.errors import (
     ServerError,
     TruncatedError,
 )
-from aggregator.llm.estimates import estimate
+from aggregator.llm.budget import estimate
 from aggregator.llm.fallback import FallbackLLM, fails_over
 from aggregator.llm.ledger import collecting
 from aggregator.protocols import Transport

@@ -13,10 +13,10 @@ import pytest
 from llm_fakes import VirtualLoop, VirtualTime
 
 from aggregator.errors import APITimeoutError, ConfigError
+from aggregator.llm.codecs.failures import headroom, seconds
 from aggregator.llm.limiter import Limiter, shared_limiter
 from aggregator.llm.names import resolve
 from aggregator.llm.pacing import Pace
-from aggregator.llm.ratelimits import headroom, seconds
 
 CODEC = resolve("openai/gpt-4o-mini", env={}).codec
 

@@ -15,7 +15,7 @@ from llm_fakes import ScriptedTransport, answer
 from aggregator import LLM
 from aggregator.errors import ModelWarning
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.codecs.ollama import OllamaChat, characters, is_cut
+from aggregator.llm.codecs.openai import OllamaChat, characters, is_cut
 from aggregator.llm.messages import Image, normalise
 from aggregator.llm.names import resolve
 from aggregator.records import HTTPReply

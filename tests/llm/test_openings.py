@@ -15,9 +15,9 @@ from llm_fakes import ScriptedTransport, failure
 from aggregator import LLM, Budget, cassette, lineage
 from aggregator.errors import ServerError
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.messages import normalise
+from aggregator.llm.limiter import Openings
+from aggregator.llm.messages import SHORTEST, Opening, find_mark, normalise
 from aggregator.llm.names import resolve
-from aggregator.llm.openings import SHORTEST, Opening, Openings, find_mark
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
 

@@ -19,7 +19,7 @@ from llm_fakes import BASE_URL, ScriptedTransport, VirtualTime, answer, failure
 from aggregator import Budget, cassette
 from aggregator.errors import APIConnectionError, ConfigError
 from aggregator.llm.client import LLM
-from aggregator.llm.tokens import EntraToken, GoogleToken
+from aggregator.llm.names import EntraToken, GoogleToken
 
 
 @contextmanager

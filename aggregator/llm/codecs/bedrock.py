@@ -1,10 +1,15 @@
-"""Amazon Bedrock's Converse under a bearer key (AWS_BEARER_TOKEN_BEDROCK), whole answers and streams.
+"""Amazon Bedrock's Converse API with a bearer key (AWS_BEARER_TOKEN_BEDROCK), whole answers and streams.
 
-Requests that are signed with AWS credentials are not made.
+Requests signed with AWS credentials are not supported. A stream is a sequence of binary frames, each an event of JSON
+or an exception: its length and that of its headers, their checksum, the headers, the payload, and a checksum of all;
+see the specification of application/vnd.amazon.eventstream.
 """
 
 from __future__ import annotations
 
+import struct
+from binascii import crc32
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -12,20 +17,277 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aggregator.errors import APIConnectionError, APIStatusError, LLMError
+from aggregator.errors import APIConnectionError, APIStatusError, ConfigError, DecodeError, LLMError
 from aggregator.llm.calls import ChatCall
-from aggregator.llm.codecs.aws_frames import FrameParser, is_framed, read_fault
-from aggregator.llm.codecs.base import JSONCodec, words
-from aggregator.llm.codecs.bedrock_messages import (
-    messages_of,
-    output_config_of,
-    system_of,
-    tool_choice_of,
-    tool_of,
-)
-from aggregator.llm.codecs.sse import CompletingCodec, Event, EventReader
-from aggregator.llm.codecs.wire import as_raw, raw_text, read
+from aggregator.llm.codecs.base import CompletingCodec, Event, EventReader, JSONCodec, words
+from aggregator.llm.codecs.wire import as_raw, excerpt, json_object, raw_text, read
+from aggregator.llm.messages import Mark, as_data
+from aggregator.llm.schemas import UNENFORCED, closed
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
+
+_CHOICES = {"auto": "auto", "required": "any", "any": "any"}
+_CACHE_POINT: dict[str, Any] = {"cachePoint": {"type": "default"}}
+
+
+class _OwnMessage(Struct, frozen=True, gc=False):
+    content: list[dict[str, Any]] = []
+
+
+class _OwnOutput(Struct, frozen=True, gc=False):
+    message: _OwnMessage = _OwnMessage()
+
+
+class _Own(Struct, gc=False):
+    output: _OwnOutput = _OwnOutput()
+
+
+_OWN = msgspec.json.Decoder(_Own)
+
+
+def system_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the system prompt as blocks; None if there is none."""
+    system = [message for message in messages if message["role"] in ("system", "developer")]
+    return [block for message in system for block in _blocks(message.get("content"), "$.system")] or None
+
+
+def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None) -> list[dict[str, Any]]:
+    """Return the conversation. Turns of one role in a row become one, since this API wants roles to alternate.
+
+    The opening that ends at `mark` is followed by a cache point.
+
+    >>> messages_of([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    [{'role': 'user', 'content': [{'text': 'a'}, {'text': 'b'}]}]
+    """
+    turns: list[dict[str, Any]] = []
+    for position, message in enumerate(messages):
+        where = f"$.messages[{position}]"
+        role = message["role"]
+        if role in ("system", "developer"):
+            continue
+        if mark is not None and mark.message == position:
+            blocks = _marked(str(message["content"]), mark.length)
+        elif role in ("tool", "function"):
+            role, blocks = "user", [_tool_result(message, where)]
+        elif role == "assistant":
+            blocks = _assistant(message, where)
+        else:
+            role, blocks = "user", _blocks(message.get("content"), where)
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += blocks
+        else:
+            turns.append({"role": role, "content": blocks})
+    return turns
+
+
+def _marked(text: str, length: int) -> list[dict[str, Any]]:
+    return [{"text": text[:length]}, _CACHE_POINT, {"text": text[length:]}]
+
+
+def _assistant(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    blocks = _blocks(message.get("content"), where)
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        arguments = json_object(function.get("arguments"))
+        blocks.append({"toolUse": {"toolUseId": call.get("id"), "name": function.get("name"), "input": arguments}})
+    source = getattr(message, "source", None)
+    if source is None:
+        return blocks
+    own = read(source, _OWN).output.message.content
+    return own if _said(own) == _said(blocks) else blocks  # signed thinking is not that of a changed message
+
+
+def _said(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:
+    """Return the text and the calls of blocks."""
+    texts = [text for block in blocks if isinstance(text := block.get("text"), str)]
+    uses = [use for block in blocks if isinstance(use := block.get("toolUse"), Mapping)]
+    return "".join(texts), [(use.get("toolUseId"), use.get("input")) for use in uses]
+
+
+def _tool_result(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    call_id = message.get("tool_call_id") or message.get("name")
+    content = _blocks(message.get("content"), where) or [{"text": " "}]  # an empty result is refused
+    return {"toolResult": {"toolUseId": call_id, "content": content}}
+
+
+def _blocks(content: Any, where: str) -> list[dict[str, Any]]:
+    """Return content as blocks. A blank text is left out, since the API refuses one; cache marks become blocks."""
+    blocks: list[dict[str, Any]] = []
+    parts: Sequence[Mapping[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts or ():
+        kind = part["type"]
+        if kind == "text":
+            blocks += [{"text": part["text"]}] if part.get("text", "").strip() else []
+        elif kind == "image_url":
+            blocks.append({"image": _image(part["image_url"]["url"], where)})
+        elif kind in part:
+            blocks.append({kind: part[kind]})  # a block of this API: document, video, guardContent, cachePoint
+        else:
+            raise ConfigError(
+                f"Expected a part of type text or image_url, or a block of Converse as {{'type': {kind!r}, {kind!r}: "
+                f"{{…}}}}, got {part!r} - at {where}"
+            )
+        if blocks and part.get("cache_control"):
+            blocks.append(_CACHE_POINT)
+    return blocks
+
+
+def _image(url: str, where: str) -> dict[str, Any]:
+    data = as_data(url)
+    if data is None:
+        raise ConfigError(f"Expected an image as bytes, since Bedrock fetches no address, got {url!r} - at {where}")
+    kind = data[0].rpartition("/")[2].replace("jpg", "jpeg")
+    return {"format": kind, "source": {"bytes": data[1]}}
+
+
+def tool_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a function as this API's tool; a tool of its own stays as it is.
+
+    >>> tool_of({"type": "function", "function": {"name": "f"}})
+    {'toolSpec': {'name': 'f', 'inputSchema': {'json': {'type': 'object', 'properties': {}}}}}
+    """
+    function = tool.get("function")
+    if not isinstance(function, Mapping):
+        return tool
+    named = {name: value for name in ("name", "description") if (value := function.get(name)) is not None}
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    return {"toolSpec": {**named, "inputSchema": {"json": schema}}}
+
+
+def tool_choice_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return OpenAI's `tool_choice` in this API's words; one that is in them already stays as it is.
+
+    >>> tool_choice_of("required")
+    {'any': {}}
+    """
+    if isinstance(choice, str):
+        if choice not in _CHOICES:
+            raise ConfigError(f"Expected tool_choice of auto, required or a function for bedrock, got {choice!r}")
+        return {_CHOICES[choice]: {}}
+    function = choice.get("function")
+    return {"tool": {"name": function.get("name")}} if isinstance(function, Mapping) else choice
+
+
+def output_config_of(wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the schema that the answer must fit, as a text, which this API wants; None for any other format."""
+    if wanted is None or wanted.get("type") != "json_schema":
+        return None
+    stated = wanted.get("json_schema") or {}
+    text = msgspec.json.encode(closed(stated.get("schema", {}), UNENFORCED)).decode()
+    schema = {"name": stated.get("name", "answer"), "schema": text}
+    return {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": schema}}}
+
+
+_PRELUDE = 12
+_CHECKSUM = 4
+_LARGEST = 1 << 24  # AWS's own limit
+_TEXT, _BYTES = 7, 6  # the types of header values that state their own length
+_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # those of all others
+
+
+class Fault(Struct, rename={"kind": "__type"}):
+    """What AWS says of an error: in the body of an error status, or in a frame."""
+
+    message: str | None = None
+    Message: str | None = None
+    kind: str | None = None
+
+    @property
+    def words(self) -> str:
+        """The message under either name."""
+        return self.message or self.Message or ""
+
+
+_FAULT = msgspec.json.Decoder(Fault)
+
+
+def read_fault(body: bytes) -> Fault:
+    """Read what AWS says of an error; without words for anything else.
+
+    >>> read_fault(b'{"Message": "no"}').words
+    'no'
+    """
+    try:
+        return read(body, _FAULT)
+    except DecodeError:
+        return Fault()
+
+
+def is_framed(body: bytes | bytearray) -> bool:
+    """Return True if a body begins with a frame."""
+    return len(body) >= _PRELUDE and crc32(body[:8]) == int.from_bytes(body[8:12], "big")
+
+
+class FrameParser:
+    """Cuts bytes into frames, each an event by its `:event-type`; an exception is an event named `error`.
+
+    Bytes that do not begin with a frame are an answer of another kind and give no events.
+    """
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+        self._is_begun = self._is_other = False
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take the next bytes, cut anywhere, and return the events they complete; raises DecodeError for damage."""
+        self._rest += data
+        found: list[Event] = []
+        while not self._is_other and len(self._rest) >= _PRELUDE:
+            if not is_framed(self._rest[:_PRELUDE]):
+                self._refuse()
+                break
+            self._is_begun = True
+            length, header_length, _ = struct.unpack_from("!III", self._rest)
+            if not _PRELUDE + header_length + _CHECKSUM <= length <= _LARGEST:
+                self._refuse()
+            if len(self._rest) < length:
+                break
+            frame = bytes(self._rest[:length])
+            del self._rest[:length]
+            if crc32(frame[:-_CHECKSUM]) != int.from_bytes(frame[-_CHECKSUM:], "big"):
+                self._refuse()
+            payload = _PRELUDE + header_length
+            found.append(_event(_headers(frame[_PRELUDE:payload]), frame[payload:-_CHECKSUM]))
+        return found
+
+    def flush(self) -> list[Event]:
+        """Return no event: half a frame is none."""
+        return []
+
+    def _refuse(self) -> None:
+        if self._is_begun:
+            raise DecodeError(f"Expected a frame of AWS's event stream, got {excerpt(bytes(self._rest[:40]))}")
+        self._is_other = True
+
+
+def _event(headers: dict[str, str], payload: bytes) -> Event:
+    """Return the event of a frame; the kind of an exception becomes its code."""
+    kind = headers.get(":exception-type") or headers.get(":error-code")
+    if kind is None:
+        return Event(headers.get(":event-type", ""), payload)
+    words = read_fault(payload).words or headers.get(":error-message") or kind
+    return Event("error", msgspec.json.encode({"error": {"code": kind, "message": words}}))
+
+
+def _headers(data: bytes) -> dict[str, str]:
+    """Return the headers whose values are texts."""
+    found: dict[str, str] = {}
+    position = 0
+    try:
+        while position < len(data):
+            start, position = position + 1, position + 1 + data[position]
+            name, kind = data[start:position].decode(errors="replace"), data[position]
+            position += 1
+            if kind in (_TEXT, _BYTES):
+                (size,) = struct.unpack_from("!H", data, position)
+                position += 2
+            else:
+                size = _SIZES[kind]
+            if kind == _TEXT:
+                found[name] = data[position : position + size].decode(errors="replace")
+            position += size
+    except (LookupError, struct.error):
+        raise DecodeError(f"Expected the headers of a frame of AWS's event stream, got {excerpt(data[:40])}") from None
+    return found
 
 
 class _ToolUse(Struct, gc=False, rename="camel"):
