@@ -102,15 +102,15 @@ def targets(measured: Measured, n: int) -> list[Target]:
 
 
 async def write_ours(journal: str, readable: str, n: int) -> dict[str, float]:
-    from aggregator.cassettes import saving
-    from aggregator.cassettes.reading import read
+    from aggregator.cassettes import storage
+    from aggregator.cassettes.storage import read
 
     await record(journal, n - 1)  # it adds one to warm up on
     recording = read(Path(journal))
     assert recording is not None
-    saving.SHARD_BYTES = 1 << 40  # one file, since stock vcrpy is given one
+    storage.SHARD_BYTES = 1 << 40  # one file, since stock vcrpy is given one
     for path, layout in ((journal, "journal"), (readable, "readable")):
-        saving.save(Path(path), recording.rows, layout)  # type: ignore[arg-type]
+        storage.save(Path(path), recording.rows, layout)  # type: ignore[arg-type]
     return {"exchanges": n}
 
 
@@ -135,7 +135,7 @@ def figures(start: float, cpu: float, path: str) -> dict[str, float]:
 
 
 def ours(path: str, n: int) -> dict[str, float]:
-    from aggregator.cassettes.opening import open_tape
+    from aggregator.cassettes.recorder import open_tape
 
     start, cpu = time.perf_counter(), time.process_time()
     tape = open_tape(path, "none")
@@ -199,7 +199,7 @@ def har_entry(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_foreign(path: str) -> dict[str, float]:
-    from aggregator.cassettes.reading import read
+    from aggregator.cassettes.storage import read
 
     start, cpu = time.perf_counter(), time.process_time()
     recording = read(Path(path))

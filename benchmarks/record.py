@@ -110,7 +110,7 @@ async def own_client(url: str, path: str, n: int, recorder: str) -> dict[str, fl
 def floor(path: str, n: int) -> dict[str, float]:
     """The parts of recording an exchange that no recorder of this format leaves out, each on its own bytes, warm."""
     from aggregator.cassettes.exchanges import Exchange, Facts, encode_line
-    from aggregator.cassettes.keys import request_key
+    from aggregator.cassettes.matching import request_key
     from aggregator.cassettes.redaction import looks_clean
     from aggregator.records import HTTPReply, HTTPRequest
     from benchmarks.chat_server import ANSWER

@@ -130,9 +130,9 @@ def client(transport: Any = None) -> Any:
 async def record(path: str, n: int) -> dict[str, float]:
     """Record n exchanges by our own client, and one to warm up on; patched aiohttp plays them too."""
     from aggregator import cassette
-    from aggregator.cassettes import saving
+    from aggregator.cassettes import storage
 
-    saving.SHARD_BYTES = 1 << 40  # one file, as peers have one
+    storage.SHARD_BYTES = 1 << 40  # one file, as peers have one
     llm = client(Canned())
     async with cassette(path, "all", layout="journal"):
         for i in range(n + 1):
@@ -173,7 +173,7 @@ async def floor(path: str, n: int) -> dict[str, float]:
 
     import msgspec
 
-    from aggregator.cassettes.reading import read
+    from aggregator.cassettes.storage import read
     from aggregator.llm.calls import ChatCall
 
     recording = read(Path(path))

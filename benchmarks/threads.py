@@ -127,9 +127,9 @@ def record_bedrock(path: str, n: int) -> None:
 def replay(path: str, n: int, client: str, is_bare: bool) -> dict[str, float]:
     """Ask each exchange once, from 16 threads; `is_bare`: answered within the client, without a cassette."""
     from aggregator import cassette
-    from aggregator.cassettes import saving
+    from aggregator.cassettes import storage
 
-    saving.SHARD_BYTES = 1 << 40
+    storage.SHARD_BYTES = 1 << 40
     if client == "boto3" and not is_bare:
         record_bedrock(path, n)
     bodies = [traffic.body(i) for i in range(n)]

@@ -11,9 +11,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from aggregator.cassettes.compression import NEEDED, TooLargeError, decompressed
 from aggregator.cassettes.credentials import USUAL, Redaction
-from aggregator.cassettes.documents import BUDGET, Budget, parse_document
 from aggregator.cassettes.exchanges import (
     NOT_YAML,
     REMEDY,
@@ -24,8 +22,9 @@ from aggregator.cassettes.exchanges import (
     index_lines,
     line_hash,
 )
-from aggregator.cassettes.foreign import interactions_of
-from aggregator.cassettes.keys import key_of_request
+from aggregator.cassettes.foreign import BUDGET, Budget, interactions_of, parse_document
+from aggregator.cassettes.matching import key_of_request
+from aggregator.cassettes.payloads import NEEDED, TooLargeError, decompressed
 from aggregator.cassettes.redaction import digest_of_redacted, needles_for, redact_lines, redact_requests
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError, SecretLeakError
 from aggregator.records import HTTPReply, HTTPRequest

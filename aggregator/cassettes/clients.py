@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from aggregator.cassettes.compression import decompressed
+from aggregator.cassettes.payloads import decompressed
 from aggregator.errors import CassetteError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 

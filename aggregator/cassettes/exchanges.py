@@ -23,7 +23,7 @@ import msgspec
 from msgspec import DecodeError, Struct
 from msgspec.structs import force_setattr, replace
 
-from aggregator.cassettes.keys import key_of_request, raw_key
+from aggregator.cassettes.matching import key_of_request, raw_key
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest
 

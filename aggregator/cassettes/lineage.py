@@ -1,21 +1,32 @@
-"""Where in the run a call stands: a path that travels along in a context variable.
+"""The place of a call: its lineage and role, and the tape that it belongs to, all in context variables.
 
-Identical requests are told apart by their lineage, so a replay is exact whatever finishes first.
-Every concurrent branch sets its own part; asyncio copies the path into each task.
+Identical requests are distinguished by their lineage, so a replay is exact whatever finishes first. Every concurrent
+branch sets its own part; asyncio copies the path into each task.
+
+A call belongs to the tape of its context. A plain thread begins with an empty context, and so do contexts that unittest
+and anyio create before a test's cassette is opened: their calls belong to the only open tape, if its rules adopt them.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar, Token
 from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.records import Role
 from aggregator.text import show_call
+
+if TYPE_CHECKING:  # a program that opens no cassette loads nothing of one
+    from aggregator.cassettes.tape import Tape
+
+
+# The lineage
 
 _PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
 _ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
@@ -104,3 +115,63 @@ def natural(path: str) -> tuple[tuple[str, int, str], ...]:
 def _natural_part(part: str) -> tuple[str, int, str]:
     name, _, value = part.rpartition("=")
     return (name, int(value), value) if value.isascii() and value.isdigit() and len(value) < 20 else (part, -1, "")
+
+
+# The tape
+
+_TAPE: ContextVar[Tape | None] = ContextVar("aggregator_tape", default=None)
+_open: list[Tape] = []
+
+current_tape = _TAPE.get
+"""Return the tape of this context, None where no cassette is open."""
+
+
+def enter(tape: Tape) -> Token[Tape | None]:
+    """Make a tape the current one of this context."""
+    _open.append(tape)
+    return _TAPE.set(tape)
+
+
+def leave(tape: Tape, token: Token[Tape | None]) -> None:
+    """Make the tape of before the current one again."""
+    if tape in _open:
+        _open.remove(tape)
+    try:
+        _TAPE.reset(token)
+    except ValueError:  # left in another context than entered, as by a pytest fixture of asyncio
+        if _TAPE.get() is tape:
+            _TAPE.set(None)
+
+
+def tape_here() -> Tape | None:
+    """Return the tape that calls made here and now belong to."""
+    tape = _TAPE.get()
+    return _adopting() if tape is None and _open else tape
+
+
+def _adopting() -> Tape | None:
+    """Return the tape of calls whose context has none."""
+    if len(_open) != 1:
+        return None
+    (tape,) = _open
+    adopts = tape.rules.adopts
+    return tape if adopts == "everything" or (adopts == "threads" and _is_stray()) else None
+
+
+def _is_stray() -> bool:
+    """Say whether this is a thread that somebody started; to our own, contexts travel along."""
+    return threading.current_thread() is not threading.main_thread() and not portal.is_here()
+
+
+@contextmanager
+def adopted() -> Iterator[None]:
+    """Let calls made inside, on another thread's loop, belong to the tape of this thread."""
+    tape = tape_here() if _TAPE.get() is None else None
+    if tape is None:
+        yield
+        return
+    token = _TAPE.set(tape)
+    try:
+        yield
+    finally:
+        _TAPE.reset(token)

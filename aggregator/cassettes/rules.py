@@ -1,20 +1,192 @@
-"""What one tape does, decided when it is opened and never changed afterwards."""
+"""The rules of one tape, fixed when it is opened: which hosts it ignores, how it replays time, which faults it injects.
+
+Delays and faults are pure functions of the tape: the same seed and cassette give the same ones, whatever the order in
+which calls finish.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from typing import Literal
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from aggregator.cassettes.clients import families
 from aggregator.cassettes.credentials import USUAL, Redaction
-from aggregator.cassettes.hooks import BeforeRequest, BeforeResponse
-from aggregator.cassettes.hosts import IGNORED_HOSTS
-from aggregator.cassettes.keys import Ignore
-from aggregator.cassettes.matching import MatchOn
-from aggregator.cassettes.timing import Faults, Latency
-from aggregator.errors import ConfigError
+from aggregator.cassettes.matching import BeforeRequest, BeforeResponse, Ignore, MatchOn
+from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError
+from aggregator.records import HTTPReply
+
+# Time and faults
+
+Latency = Literal["off", "recorded"] | float
+FaultKind = Literal["rate_limit", "server_error", "timeout", "cut", "malformed"]
+KINDS: tuple[FaultKind, ...] = ("rate_limit", "server_error", "timeout", "cut", "malformed")
+_JSON = {"content-type": "application/json"}
+
+
+def latency_scale(latency: Latency | str) -> float:
+    """Return by what a recorded time is multiplied.
+
+    >>> latency_scale("off"), latency_scale("recorded"), latency_scale(0.01)
+    (0.0, 1.0, 0.01)
+    """
+    if latency == "off":
+        return 0.0
+    if latency == "recorded":
+        return 1.0
+    if isinstance(latency, str) or not 0 <= latency < math.inf:  # a wrong word, or a wrong number
+        raise ConfigError(f'Expected latency "off", "recorded" or a number >= 0 to scale by, got {latency!r}')
+    return float(latency)
+
+
+class Faults(Struct, frozen=True, kw_only=True):
+    """How often a call meets which fault before its recorded answer, as probabilities of each attempt.
+
+    A fault uses up no recorded answer: a client that tries again gets it. A `malformed` reply stands in the
+    place of the answer, status 200. At most `most` faults meet one call, so that a patient client gets through.
+    """
+
+    rate_limit: float = 0.0
+    server_error: float = 0.0
+    timeout: float = 0.0
+    cut: float = 0.0
+    malformed: float = 0.0
+    seed: int = 0
+    most: int = 1
+    retry_after: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that the probabilities are ones."""
+        rates = [getattr(self, kind) for kind in KINDS]
+        if any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-9:
+            raise ConfigError(f"Expected fault rates in [0, 1] that sum to at most 1, got {rates!r}")
+
+    def choose(self, key: bytes, lineage: str, ticket: int, attempt: int) -> FaultKind | None:
+        """Return the fault of one attempt, None for none."""
+        if attempt >= self.most:
+            return None
+        place = f"{self.seed}/{lineage}/{ticket}/{attempt}/".encode()
+        draw = int.from_bytes(sha256(place + key).digest()[:8], "big") / 2**64
+        for kind in KINDS:
+            draw -= getattr(self, kind)
+            if draw < 0:
+                return kind
+        return None
+
+    def answer(self, kind: FaultKind) -> HTTPReply:
+        """Return the reply of a fault, or raise what the transport would."""
+        if kind == "timeout":
+            raise APITimeoutError("injected fault: no answer within the deadline")
+        if kind == "cut":
+            raise APIConnectionError("injected fault: the connection was cut before the answer was whole")
+        if kind == "rate_limit":
+            body = b'{"error":{"message":"injected fault: rate limit","code":"rate_limit_exceeded"}}'
+            headers = {**_JSON, "retry-after": f"{self.retry_after:g}"}
+            return HTTPReply(status=429, reason="Too Many Requests", body=body, headers=headers, replayed=True)
+        if kind == "server_error":
+            body = b'{"error":{"message":"injected fault: internal error","type":"server_error"}}'
+            return HTTPReply(status=500, reason="Internal Server Error", body=body, headers=_JSON, replayed=True)
+        return HTTPReply(
+            status=200, reason="OK", body=b'{"id": "injected fault", "choices": [', headers=_JSON, replayed=True
+        )
+
+
+# Ignored hosts
+
+IGNORED_HOSTS = (
+    "testserver",  # the application under test, of Starlette and Django
+    "api.openai.com/v1/traces/ingest",  # tracing of the OpenAI Agents SDK
+    "raw.githubusercontent.com/BerriAI/litellm",  # litellm's table of prices
+    "openaipublic.blob.core.windows.net/encodings",  # tiktoken's vocabularies
+    "openaipublic.blob.core.windows.net/gpt-2",
+    "*.smith.langchain.com",
+    "*.langfuse.com/api/public",
+    "*.posthog.com",  # CrewAI, Chroma, Haystack, ...
+    "telemetry.crewai.com",
+    "*.sentry.io",
+    "logfire-*.pydantic.dev",
+    "api.traceloop.com",
+    "otlp.arize.com",
+    "*.scarf.sh",
+    "api.segment.io",
+    "api.mixpanel.com",
+    "*.amplitude.com",
+    "huggingface.co/api/telemetry",
+    "api.gradio.app/gradio-initiated-analytics",
+    "t.explodinggradients.com",  # ragas
+    "169.254.169.254",  # credentials of a cloud machine
+    "metadata.google.internal",
+)
+"""What is left out by default: it is no part of what a test or an agent asks, and is different in every run."""
+
+LOCALHOST = ("localhost", "127.0.0.1", "[::1]", "0.0.0.0")  # noqa: S104 - compared with addresses, never bound
+
+
+def ignored_by(hosts: str | Sequence[str] | None, *, localhost: bool = False) -> tuple[str, ...]:
+    """Return the hosts to leave out: those given beside the default ones; none at all for None.
+
+    >>> ignored_by(None), ignored_by(["Example.com:8080/v1"])[-1]
+    ((), 'example.com:8080/v1')
+    """
+    given: list[Any] = [hosts] if isinstance(hosts, str) else list(hosts or ())
+    if not all(isinstance(host, str) and host for host in given):
+        raise ConfigError(f"Expected ignore_hosts as a list of names such as 'telemetry.example.com', got {hosts!r}")
+    plain = [host.partition("://")[2] or host for host in given]
+    lowered = [f"{name.lower()}{slash}{path}" for name, slash, path in (host.partition("/") for host in plain)]
+    return (*(() if hosts is None else IGNORED_HOSTS), *lowered, *(LOCALHOST if localhost else ()))
+
+
+def is_ignored(url: str, hosts: tuple[str, ...]) -> bool:
+    """Return True if a request to this address is left out.
+
+    An entry is a host, `*` standing for any beginning or end of it, with a port or not, and the beginning of a path or
+    not.
+
+    >>> is_ignored("https://eu.i.posthog.com/batch?x=1", IGNORED_HOSTS)
+    True
+    >>> is_ignored("https://api.openai.com/v1/responses", IGNORED_HOSTS)
+    False
+    """
+    return bool(hosts) and _is_ignored(url.partition("?")[0].partition("#")[0], hosts)
+
+
+@lru_cache(maxsize=1024)
+def _is_ignored(address: str, hosts: tuple[str, ...]) -> bool:
+    _, _, rest = address.partition("//")
+    place, _, path = rest.partition("/")
+    place = place.rpartition("@")[2].lower()
+    name = place if place.endswith("]") else place.rpartition(":")[0] or place
+    return any(_matches(name, place, f"/{path}", entry) for entry in hosts)
+
+
+def _matches(name: str, place: str, path: str, entry: str) -> bool:
+    host, slash, prefix = entry.partition("/")
+    found = place if host.rpartition(":")[2].isdigit() and not host.endswith("]") else name
+    if "*" in host:
+        before, _, after = host.partition("*")
+        is_host = found.startswith(before) and found.endswith(after) and len(found) >= len(before) + len(after)
+    else:
+        is_host = found == host
+    return is_host and (
+        not slash or path == f"/{prefix}" or path.startswith((f"/{prefix}/", f"/{prefix.rstrip('/')}/"))
+    )
+
+
+def host_of(url: str) -> str:
+    """Return the host of an address, without its port.
+
+    >>> host_of("https://me@Example.com:8080/v1")
+    'example.com'
+    """
+    place = url.partition("//")[2].partition("/")[0].partition("?")[0].rpartition("@")[2].lower()
+    return place if place.endswith("]") else place.rpartition(":")[0] or place
+
+
+# The rules
 
 LineageRule = Literal["strict", "prefer"]
 
@@ -33,7 +205,7 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     `expects_all=False` reports no exchanges that were left unplayed.
     `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.consent`; source of
     sandboxed operations needs no permission.
-    `ignore_hosts` are left to the network, see `aggregator.cassettes.hosts`; `match_on` says which requests are the
+    `ignore_hosts` are left to the network, see `aggregator.cassettes.rules`; `match_on` says which requests are the
     same, see `aggregator.cassettes.matching`; with `allow_playback_repeats` a request that is asked more often than it
     was recorded gets its last answer again; `before_request` and `before_response` are vcrpy's hooks.
     `like_vcrpy=True` does what vcrpy does and we do not: it takes what clients ask through in-process transports, and

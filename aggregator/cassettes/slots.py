@@ -9,9 +9,8 @@ from typing import cast
 from aggregator import portal
 from aggregator.cassettes.credentials import USUAL, Redaction
 from aggregator.cassettes.exchanges import Row
-from aggregator.cassettes.keys import KeyOf, key_of_request
 from aggregator.cassettes.lineage import current_role
-from aggregator.cassettes.matching import USUAL_MATCHING, Matching
+from aggregator.cassettes.matching import USUAL_MATCHING, KeyOf, Matching, key_of_request
 from aggregator.cassettes.redaction import digest_of_redacted, redact_request
 from aggregator.errors import APIConnectionError
 from aggregator.records import HTTPRequest, Role

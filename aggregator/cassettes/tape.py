@@ -20,17 +20,12 @@ from itertools import count
 from typing import Any, Literal
 
 from aggregator.cassettes.exchanges import Exchange, Facts, Row
-from aggregator.cassettes.forms import redact_url
-from aggregator.cassettes.hooks import hook_reply, hook_request
-from aggregator.cassettes.hosts import host_of, is_ignored
-from aggregator.cassettes.keys import raw_key
 from aggregator.cassettes.lineage import current_lineage
-from aggregator.cassettes.matching import hooked, matching_by
+from aggregator.cassettes.matching import hook_reply, hook_request, hooked, matching_by, raw_key
 from aggregator.cassettes.mismatch import Asked, explain_miss
-from aggregator.cassettes.redaction import redact_requests
-from aggregator.cassettes.rules import DEFAULT_RULES, TapeRules
+from aggregator.cassettes.redaction import redact_requests, redact_url
+from aggregator.cassettes.rules import DEFAULT_RULES, TapeRules, host_of, is_ignored, latency_scale
 from aggregator.cassettes.slots import Pools, Slot
-from aggregator.cassettes.timing import latency_scale
 from aggregator.cassettes.writing import Entry, Sink, Writer
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage

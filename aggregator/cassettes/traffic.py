@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from aggregator import portal
 from aggregator.cassettes.clients import families, to_reply
-from aggregator.cassettes.current import tape_here
+from aggregator.cassettes.lineage import tape_here
 from aggregator.cassettes.slots import Slot
 from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, miss_class, recorded_failure
 from aggregator.errors import APIConnectionError, CassetteMissError

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from aggregator.cassettes.exchanges import Recording
 from aggregator.cassettes.journal import is_open_journal
-from aggregator.cassettes.reading import read
-from aggregator.cassettes.saving import FileLock, followed
+from aggregator.cassettes.storage import FileLock, followed, read
 from aggregator.errors import CassetteError, ConfigError
 
 

@@ -19,8 +19,8 @@ from msgspec import Struct
 from aggregator.agents.code import plain_source
 from aggregator.cassettes.credentials import Needles
 from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
-from aggregator.cassettes.keys import decode_json, raw_key
-from aggregator.cassettes.reading import GZIP
+from aggregator.cassettes.matching import decode_json, raw_key
+from aggregator.cassettes.storage import GZIP
 from aggregator.cli._secrets import needles_from, secrets_in
 from aggregator.cli._usage import model_of, usage_of
 from aggregator.errors import ConfigError

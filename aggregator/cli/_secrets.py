@@ -19,8 +19,7 @@ from aggregator.cassettes.credentials import (
     needles_of,
 )
 from aggregator.cassettes.exchanges import Exchange
-from aggregator.cassettes.forms import hides_parameter_always
-from aggregator.cassettes.redaction import SECRET_HEADERS, is_kept, redact_cookies, removed_from
+from aggregator.cassettes.redaction import SECRET_HEADERS, hides_parameter_always, is_kept, redact_cookies, removed_from
 from aggregator.cassettes.secrets import query_edits, secret_edits
 
 _KEYS_OF_NOTHING = frozenset(

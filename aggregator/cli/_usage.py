@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import msgspec
 
 from aggregator.cassettes.exchanges import Exchange
-from aggregator.cassettes.keys import decode_json
+from aggregator.cassettes.matching import decode_json
 from aggregator.cassettes.payloads import decode_event, event_spans
 from aggregator.checks import is_number
 

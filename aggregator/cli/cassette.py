@@ -270,7 +270,7 @@ def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> Non
     """Drop what is unwanted from one cassette, and say how much that was."""
     from contextlib import nullcontext
 
-    from aggregator.cassettes.saving import save
+    from aggregator.cassettes.storage import save
     from aggregator.cli._columns import count
     from aggregator.cli._files import read_cassette, rewriting
 
@@ -288,8 +288,7 @@ def accept_cassettes(options: argparse.Namespace) -> int:
     """Give cassettes that were edited by hand the hashes of what they hold now."""
     from contextlib import nullcontext
 
-    from aggregator.cassettes.edited import read_edited
-    from aggregator.cassettes.saving import followed, save
+    from aggregator.cassettes.storage import followed, read_edited, save
     from aggregator.cli._columns import count
     from aggregator.cli._files import rewriting
     from aggregator.cli._inspection import find_cassettes
@@ -312,7 +311,7 @@ def accept_cassettes(options: argparse.Namespace) -> int:
 
 def convert_cassette(options: argparse.Namespace) -> int:
     """Read a cassette of any layout or of vcrpy's, and write it in ours."""
-    from aggregator.cassettes.saving import save
+    from aggregator.cassettes.storage import save
     from aggregator.cli._columns import count
     from aggregator.cli._files import read_cassette, rewriting
     from aggregator.errors import ConfigError
@@ -332,7 +331,7 @@ def convert_cassette(options: argparse.Namespace) -> int:
 
 def _refuse_json(target: Path, layout: str) -> None:
     """Raise where JSON, or a compressed file, would become YAML under the same name."""
-    from aggregator.cassettes.opening import UNWRITTEN
+    from aggregator.cassettes.recorder import UNWRITTEN
     from aggregator.errors import CassetteError
 
     if target.suffix in UNWRITTEN or (layout == "foreign" and target.suffix == ".json"):

@@ -27,8 +27,7 @@ from weakref import finalize
 
 from msgspec.structs import replace
 
-from aggregator.cassettes.current import tape_here
-from aggregator.cassettes.lineage import current_lineage, current_role
+from aggregator.cassettes.lineage import current_lineage, current_role, tape_here
 from aggregator.checks import check_positive
 from aggregator.errors import ConfigError, is_own
 from aggregator.executors import link

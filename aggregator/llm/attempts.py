@@ -19,8 +19,7 @@ from weakref import WeakKeyDictionary
 from msgspec.structs import replace
 
 from aggregator import portal
-from aggregator.cassettes.current import tape_here
-from aggregator.cassettes.lineage import current_lineage, current_role
+from aggregator.cassettes.lineage import current_lineage, current_role, tape_here
 from aggregator.checks import check_positive
 from aggregator.errors import (
     APIConnectionError,

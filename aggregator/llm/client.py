@@ -170,7 +170,7 @@ class LLM:
         if messages is None:
             raise ConfigError("Expected messages, got none: llm(messages=[{'role': 'user', 'content': '…'}])")
         from aggregator import portal
-        from aggregator.cassettes.current import adopted
+        from aggregator.cassettes.lineage import adopted
 
         with adopted():
             return portal.call(self.complete, messages, **options)

@@ -164,7 +164,7 @@ def make_stand_in(kind: type[LLM], state: Mapping[str, Any], number: int) -> LLM
 
 def _check_settings(name: str, injected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ConfigError that names an argument which a pickle cannot keep."""
-    from aggregator.cassettes.forms import redact_url
+    from aggregator.cassettes.redaction import redact_url
     from aggregator.llm.codecs.base import is_secret_header
     from aggregator.llm.names import CloudToken
 

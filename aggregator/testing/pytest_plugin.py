@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aggregator.testing.accounts import Accounts, Ledger, summary, unfinished
-from aggregator.testing.marks import MODES, UNPLAYED, cassette_path, mark_arguments, resolve_settings
+from aggregator.testing.marks import (
+    MODES,
+    UNPLAYED,
+    Accounts,
+    Ledger,
+    cassette_path,
+    mark_arguments,
+    resolve_settings,
+    summary,
+    unfinished,
+)
 
 if TYPE_CHECKING:
     from aggregator.cassettes.tape import Tape

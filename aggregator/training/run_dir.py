@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from aggregator import portal
-from aggregator.cassettes.current import current_tape
+from aggregator.cassettes.lineage import current_tape
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
-from aggregator.cassettes.saving import FileLock
+from aggregator.cassettes.storage import FileLock
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.llm.budget import Budget, Spending, spending
 from aggregator.records import NO_USAGE, Evaluation, StepReport

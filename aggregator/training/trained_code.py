@@ -11,7 +11,7 @@ from aggregator.agents.code import CodeParameter
 from aggregator.agents.consent import require_consent, unsandboxed_code
 from aggregator.agents.modules import operations_of
 from aggregator.agents.sandboxing import check_sandboxed
-from aggregator.cassettes.current import current_tape
+from aggregator.cassettes.lineage import current_tape
 from aggregator.errors import ConfigError
 from aggregator.records import Values
 from aggregator.sandbox.limits import current_place

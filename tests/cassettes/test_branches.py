@@ -16,9 +16,8 @@ import pytest
 import uvloop
 
 import aggregator
-from aggregator.cassettes.current import tape_here
-from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.lineage import lineage, tape_here
+from aggregator.cassettes.storage import read
 from aggregator.records import HTTPReply, HTTPRequest
 
 REQUEST = HTTPRequest(url="http://x/v1", body=b'{"q":"hello"}', headers={})

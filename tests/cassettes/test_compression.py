@@ -10,7 +10,7 @@ import brotli
 import pytest
 import zstandard
 
-from aggregator.cassettes.compression import TooLargeError, decompressed
+from aggregator.cassettes.payloads import TooLargeError, decompressed
 
 PLAIN = b'{"text": "hello"}'
 CODINGS: dict[str, Callable[[bytes], bytes]] = {

@@ -10,12 +10,11 @@ import pytest
 import yaml
 from msgspec.structs import replace
 
-from aggregator.cassettes.edited import read_edited
 from aggregator.cassettes.exchanges import Exchange, encode_line
 from aggregator.cassettes.journal import Layout
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.opening import open_tape
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.recorder import open_tape
+from aggregator.cassettes.storage import read, read_edited
 from aggregator.cli._inspection import secrets_in
 from aggregator.cli.main import main
 from aggregator.errors import CassetteDamagedError
@@ -153,7 +152,7 @@ def test_a_secret_that_was_edited_in_is_redacted(tmp_path: Path) -> None:
 
 def test_shards_are_accepted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cassette of several files is written anew as a whole."""
-    monkeypatch.setattr("aggregator.cassettes.saving.SHARD_BYTES", 700)
+    monkeypatch.setattr("aggregator.cassettes.storage.SHARD_BYTES", 700)
     path = record(tmp_path / "a.yaml", *"abcdef")
     shards = sorted(tmp_path.iterdir())
     assert len(shards) > 2

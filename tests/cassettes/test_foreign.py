@@ -21,10 +21,10 @@ from vcr.request import Request
 from vcr.serializers import jsonserializer, yamlserializer
 
 from aggregator.cassettes.blocks import read_blocks
-from aggregator.cassettes.documents import Budget
 from aggregator.cassettes.exchanges import Exchange
-from aggregator.cassettes.opening import open_tape
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.foreign import Budget
+from aggregator.cassettes.recorder import open_tape
+from aggregator.cassettes.storage import read
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError
 from aggregator.records import HTTPRequest
 
@@ -245,7 +245,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import yaml
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.storage import read
 from aggregator.errors import CassetteError
 
 def peak():

@@ -18,7 +18,7 @@ import requests
 import urllib3
 
 import aggregator
-from aggregator.cassettes.hosts import IGNORED_HOSTS, ignored_by, is_ignored
+from aggregator.cassettes.rules import IGNORED_HOSTS, ignored_by, is_ignored
 from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.llm.client import LLM
 

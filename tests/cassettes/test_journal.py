@@ -15,9 +15,8 @@ import pytest
 
 from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, index_lines
 from aggregator.cassettes.journal import OPEN_COMMENT, PREAMBLE, SYNC_LINES, Comment, Journal, Layout, content_hash
-from aggregator.cassettes.opening import open_tape
-from aggregator.cassettes.reading import read
-from aggregator.cassettes.saving import save
+from aggregator.cassettes.recorder import open_tape
+from aggregator.cassettes.storage import read, save
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest
@@ -171,7 +170,7 @@ def test_no_damage_is_silent_in_thousands(tmp_path: Path) -> None:
 
 RECORD = """
 import sys
-from aggregator.cassettes.opening import open_tape
+from aggregator.cassettes.recorder import open_tape
 from aggregator.records import HTTPReply, HTTPRequest
 tape = open_tape(sys.argv[1], sys.argv[2])
 for index in range(100_000):

@@ -13,7 +13,7 @@ import pytest
 
 from aggregator.cassettes.credentials import USUAL, Redaction, redaction_by
 from aggregator.cassettes.exchanges import Exchange, Facts, decode_line, index_lines
-from aggregator.cassettes.opening import open_tape
+from aggregator.cassettes.recorder import open_tape
 from aggregator.cassettes.redaction import needles_for, redact_body, redact_line, redact_request
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.secrets import needles_of, secret_edits

@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from pytest_recording._vcr import load_cassette
 from vcr.serializers import yamlserializer
 
-from aggregator.cassettes import saving
+from aggregator.cassettes import storage
 from aggregator.cassettes.blocks import scalar
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, decode_line, encode_line, index_lines
 from aggregator.cassettes.journal import Layout
-from aggregator.cassettes.keys import raw_key
-from aggregator.cassettes.reading import read
-from aggregator.cassettes.saving import canonical_order, save
+from aggregator.cassettes.matching import raw_key
+from aggregator.cassettes.storage import canonical_order, read, save
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -176,7 +175,7 @@ def test_order_is_canonical() -> None:
 
 def test_size_decides_the_layout(tmp_path: Path) -> None:
     """Small cassettes close as readable, large ones stay journals."""
-    for size, layout in ((10, "readable"), (saving.READABLE_BYTES, "journal")):
+    for size, layout in ((10, "readable"), (storage.READABLE_BYTES, "journal")):
         save(tmp_path / "a.yaml", rows_of(exchange(reply=b"x" * size)))
         recording = read(tmp_path / "a.yaml")
         assert recording is not None

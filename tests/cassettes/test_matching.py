@@ -11,10 +11,9 @@ from msgspec.structs import replace
 
 import aggregator
 from aggregator.cassettes.exchanges import decode_line, index_lines
-from aggregator.cassettes.keys import canonical_url, request_key
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.matching import matching_by
-from aggregator.cassettes.opening import open_tape
+from aggregator.cassettes.matching import canonical_url, matching_by, request_key
+from aggregator.cassettes.recorder import open_tape
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteMissError, ConfigError

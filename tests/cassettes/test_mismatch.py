@@ -14,7 +14,7 @@ from aggregator import cassette
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, index_lines
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.mismatch import MAX_LINES, Asked, explain_miss, nearest
-from aggregator.cassettes.saving import save
+from aggregator.cassettes.storage import save
 from aggregator.cassettes.tape import Tape
 from aggregator.cli.main import main
 from aggregator.errors import CassetteMissError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import aggregator
-from aggregator.cassettes.current import current_tape
+from aggregator.cassettes.lineage import current_tape
 from aggregator.records import HTTPReply, HTTPRequest
 
 SLOTS = 8

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from aggregator.cassettes.exchanges import Exchange
-from aggregator.cassettes.opening import Mode, open_tape
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.recorder import Mode, open_tape
+from aggregator.cassettes.storage import read
 from aggregator.cli._inspection import find_cassettes
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest

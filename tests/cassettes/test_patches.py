@@ -30,7 +30,7 @@ from requests.adapters import HTTPAdapter
 import aggregator
 from aggregator.cassettes.clients import to_reply, to_request
 from aggregator.cassettes.patches import patched
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.storage import read
 from aggregator.cassettes.traffic import MISS_STATUS, Answered, Noted, begin, observing
 from aggregator.errors import CassetteMissError
 from aggregator.records import HTTPRequest

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import aggregator
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.storage import read
 from aggregator.records import HTTPReply, HTTPRequest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 SCRIPT = """
     import os, sys
     import aggregator
-    from aggregator.cassettes.current import tape_here
+    from aggregator.cassettes.lineage import tape_here
     from aggregator.records import HTTPReply, HTTPRequest
 
     def call(answer):
@@ -113,12 +113,12 @@ WINDOWS = """
 
     os.O_BINARY = 1 << 30
     os.open, os.close, pathlib.Path.unlink = open_file, close_file, unlink
-    import aggregator.cassettes.saving
-    aggregator.cassettes.saving.fcntl = FCNTL
+    import aggregator.cassettes.storage
+    aggregator.cassettes.storage.fcntl = FCNTL
 """
 
 
-@pytest.mark.parametrize("locks", ["None", "aggregator.cassettes.saving.fcntl"])
+@pytest.mark.parametrize("locks", ["None", "aggregator.cassettes.storage.fcntl"])
 def test_on_windows_every_recording_ended_in_an_error(locks: str, tmp_path: Path) -> None:
     """No file is unlinked while it is open, and each is opened as bytes, so that lines end as they were written."""
     whole = WINDOWS.replace("FCNTL", locks) + SCRIPT.replace("in_child(child)", "pass")

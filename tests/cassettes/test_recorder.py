@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 import aggregator
-from aggregator.cassettes import opening
-from aggregator.cassettes.current import adopted, current_tape, tape_here
-from aggregator.cassettes.opening import Mode, default_mode
-from aggregator.cassettes.rules import TapeRules
-from aggregator.cassettes.saving import FileLock
-from aggregator.cassettes.timing import Faults
+from aggregator.cassettes import recorder
+from aggregator.cassettes.lineage import adopted, current_tape, tape_here
+from aggregator.cassettes.recorder import Mode, default_mode
+from aggregator.cassettes.rules import Faults, TapeRules
+from aggregator.cassettes.storage import FileLock
 from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -354,7 +353,7 @@ def test_a_second_recorder_that_waited_for_the_first_recorded_into_a_finished_fi
         first.__exit__(None, None, None)
         return FileLock(where, **options)
 
-    monkeypatch.setattr(opening, "FileLock", lock_after_the_first)
+    monkeypatch.setattr(recorder, "FileLock", lock_after_the_first)
     with aggregator.cassette(path, "once") as tape:
         assert (tape.records, say("a", "live")) == (False, "1")
     assert not path.with_name("a.yaml.lock").exists()

@@ -18,9 +18,9 @@ from msgspec.structs import replace
 from aggregator.cassettes.credentials import is_worth_finding
 from aggregator.cassettes.exchanges import Exchange, Facts, decode_line
 from aggregator.cassettes.journal import Layout
-from aggregator.cassettes.keys import request_key
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.opening import open_tape
+from aggregator.cassettes.matching import request_key
+from aggregator.cassettes.recorder import open_tape
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
 from aggregator.cassettes.secrets import apply_edits, moved
 from aggregator.cassettes.tape import NO_ANSWER, Tape

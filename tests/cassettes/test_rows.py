@@ -13,8 +13,8 @@ import pytest
 
 from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, index_lines
 from aggregator.cassettes.journal import PREAMBLE, Comment, content_hash
-from aggregator.cassettes.opening import open_tape
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.recorder import open_tape
+from aggregator.cassettes.storage import read
 from aggregator.cli._inspection import check
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest

@@ -27,11 +27,9 @@ import pytest
 
 from aggregator import portal
 from aggregator.cassettes.clients import to_request
-from aggregator.cassettes.current import enter, leave
-from aggregator.cassettes.exchanges import decode_line, encode_line
-from aggregator.cassettes.lineage import lineage
+from aggregator.cassettes.exchanges import decode_line, encode_line, index_lines
+from aggregator.cassettes.lineage import enter, leave, lineage
 from aggregator.cassettes.patches import patched
-from aggregator.cassettes.reading import index_lines
 from aggregator.cassettes.redaction import KEPT_HEADERS
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape

@@ -19,7 +19,7 @@ import requests
 import urllib3
 
 import aggregator
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.storage import read
 
 THREADS, CALLS = 16, 64
 Ask = Callable[[int], int]

@@ -8,11 +8,10 @@ import msgspec
 import pytest
 
 import aggregator
-from aggregator.cassettes.current import current_tape
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, index_lines
-from aggregator.cassettes.rules import TapeRules
+from aggregator.cassettes.lineage import current_tape
+from aggregator.cassettes.rules import KINDS, FaultKind, Faults, Latency, TapeRules
 from aggregator.cassettes.tape import Tape
-from aggregator.cassettes.timing import KINDS, FaultKind, Faults, Latency
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 

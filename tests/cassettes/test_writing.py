@@ -17,8 +17,8 @@ import pytest
 from aggregator.cassettes.exchanges import Row, index_lines
 from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.opening import open_tape
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.recorder import open_tape
+from aggregator.cassettes.storage import read
 from aggregator.cassettes.tape import Tape
 from aggregator.cassettes.writing import Entry
 from aggregator.errors import APIConnectionError, CassetteError, CassetteWarning, SecretLeakError

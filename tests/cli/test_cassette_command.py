@@ -12,8 +12,8 @@ import yaml
 from aggregator.agents.consent import source_digest
 from aggregator.cassettes.exchanges import exchange_id
 from aggregator.cassettes.lineage import lineage
-from aggregator.cassettes.reading import read
 from aggregator.cassettes.recorder import cassette
+from aggregator.cassettes.storage import read
 from aggregator.cli.main import main
 from aggregator.records import HTTPReply, HTTPRequest, Role, Usage
 

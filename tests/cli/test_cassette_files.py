@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, exchange_id, index_lines
-from aggregator.cassettes.opening import open_tape
-from aggregator.cassettes.reading import read
-from aggregator.cassettes.saving import save
+from aggregator.cassettes.recorder import open_tape
+from aggregator.cassettes.storage import read, save
 from aggregator.cassettes.tape import Tape
 from aggregator.cli.main import main
 from aggregator.records import HTTPReply, HTTPRequest

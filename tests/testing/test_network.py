@@ -13,7 +13,7 @@ import pytest
 from user_project import Handler, Model, only
 
 from aggregator.errors import CassetteError
-from aggregator.testing.network import refuse_connections
+from aggregator.testing.taping import refuse_connections
 
 pytest_plugins = ["pytester"]
 

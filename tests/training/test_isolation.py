@@ -21,7 +21,7 @@ from aggregator import bundle, cassette, lineage, portal
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
 from aggregator.cassettes.lineage import current_lineage, current_role
-from aggregator.cassettes.reading import read
+from aggregator.cassettes.storage import read
 from aggregator.executors.local import fan_out
 from aggregator.records import Sample
 from aggregator.simulation import SimulatedModel

@@ -1,0 +1,425 @@
+"""Cassettes on disk: read and verified, written by one atomic replacement, locked, or accepted after an edit by hand.
+
+A file that states its hash is verified; if the hash differs, the hash of each exchange finds the changed line. A file
+is written in canonical order, and in shards if it would be too large.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aggregator.cassettes.blocks import facts_of, read_blocks, render_exchange, to_exchange
+from aggregator.cassettes.credentials import USUAL, Redaction
+from aggregator.cassettes.exchanges import (
+    REMEDY,
+    UNREADABLE,
+    Exchange,
+    Recording,
+    Row,
+    decode_line,
+    index_lines,
+    line_hash,
+)
+from aggregator.cassettes.foreign import BUDGET, interactions_of, parse_document
+from aggregator.cassettes.journal import (
+    EMPTY,
+    OPEN_COMMENT,
+    OPENING,
+    PREAMBLE,
+    Comment,
+    Layout,
+    content_hash,
+    has_comment,
+    is_open_journal,
+    parse_comment,
+    read_closed_journal,
+    read_open_journal,
+)
+from aggregator.cassettes.lineage import natural
+from aggregator.cassettes.matching import key_of_request
+from aggregator.cassettes.payloads import TooLargeError, decompressed
+from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
+from aggregator.errors import CassetteDamagedError, CassetteError, CassetteLockedError, CassetteRefusedError
+from aggregator.files import beside, make_folder, open_file, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks; two processes must not record one file
+    fcntl = None  # type: ignore[assignment]
+
+
+# Reading
+
+_LONGEST_COMMENT = 4_096
+GZIP = b"\x1f\x8b"
+
+
+def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recording | None:
+    """Return what a cassette holds, its shards included; None where there is none.
+
+    Another tool's cassette comes without its secrets; `redact=False` returns what is really in the file.
+
+    Raises CassetteDamagedError (cut, edited, empty) and CassetteRefusedError (hostile, unknown format).
+    """
+    data = _bytes_of(path)
+    if data is None:
+        return None
+    first, comment = _read_one(*data, str(path), redact=redact, policy=policy)
+    if comment is None or comment.shards == 1:
+        return msgspec.structs.replace(first, files=(path,))
+    if comment.shard != 1:
+        raise CassetteDamagedError(f"Expected the first shard of a cassette in {path}, got number {comment.shard}")
+    files, parts = [path], [first]
+    for number in range(2, comment.shards + 1):
+        files.append(shard_path(path, comment.set, number))
+        parts.append(_read_shard(files[-1], comment, number))
+    return Recording(
+        rows=tuple(row for part in parts for row in part.rows),
+        state="closed",
+        layout=first.layout,
+        findings=tuple(finding for part in parts for finding in part.findings),
+        size=sum(part.size for part in parts),
+        files=tuple(files),
+    )
+
+
+def shard_path(path: Path, group: str, number: int) -> Path:
+    """Return where a shard stands; the name tells the recording, so that two are never mixed.
+
+    >>> print(shard_path(Path("demo.yaml"), "4be0c1d2a7f3", 2))
+    demo.4be0c1d2a7f3.0002.yaml
+    """
+    return path.with_name(f"{path.stem}.{group}.{number:04d}{path.suffix}")
+
+
+def _read_shard(path: Path, first: Comment, number: int) -> Recording:
+    data = _bytes_of(path)
+    if data is None:
+        raise CassetteDamagedError(f"Expected shard {number} of {first.shards} in {path}, got no file; {REMEDY}")
+    part, comment = _read_one(*data, str(path))
+    if comment is None or (comment.set, comment.shard, comment.shards) != (first.set, number, first.shards):
+        raise CassetteDamagedError(
+            f"Expected shard {number} of {first.shards}, got another file - at {path}:1; {REMEDY}"
+        )
+    return part
+
+
+def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
+    """Return a file's leading comment (b"" without one) and what follows it; cut later, 47 MB would be copied."""
+    try:
+        with path.open("rb", buffering=0) as file:  # a buffer would hold the whole a second time
+            seekable = file.seekable()  # a pipe gives its bytes once
+            start = file.read(_LONGEST_COMMENT if seekable else -1)
+            first = start[: start.find(b"\n") + 1 or None] if has_comment(start) else b""
+            if seekable:
+                file.seek(len(first))
+            data = first, file.read() if seekable else start[len(first) :]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CassetteError(f"Expected to read the cassette {path}, got {error}; make it readable") from error
+    if not data[0] and data[1].startswith(GZIP):
+        plain = unpack_file(data[1], str(path))
+        first = plain[: plain.find(b"\n") + 1 or None] if has_comment(plain) else b""
+        data = first, plain[len(first) :]
+    if not data[0] and (not data[1] or data[1].isspace()):
+        raise CassetteDamagedError(f"Expected a cassette in {path}, got an empty file; delete it to record anew")
+    return data
+
+
+def unpack_file(data: bytes, where: str) -> bytes:
+    """Return what a compressed file holds; raises CassetteDamagedError, and CassetteRefusedError over the budget."""
+    try:
+        plain, left = decompressed(data, "gzip", BUDGET.size)
+    except TooLargeError:
+        raise CassetteRefusedError(
+            f"Expected at most {BUDGET.size >> 20} MB in {where}, got a file that unpacks to more; do not trust it"
+        ) from None
+    if left:
+        raise CassetteDamagedError(
+            f"Expected a whole gzip file, got {where}; restore it, or delete it and record again"
+        )
+    return plain
+
+
+def _read_one(
+    first_line: bytes, content: bytes, where: str, *, redact: bool = True, policy: Redaction = USUAL
+) -> tuple[Recording, Comment | None]:
+    size = len(first_line) + len(content)
+    beginning = size <= len(OPENING) and OPENING.startswith(first_line + content)  # killed before its first exchange
+    if beginning or first_line == OPEN_COMMENT or (not first_line and is_open_journal(content)):
+        return read_open_journal(first_line + content, where), None
+    comment = parse_comment(first_line.rstrip(b"\r\n"), where) if first_line else None
+    intact = comment is not None and content_hash(content) == comment.sha256
+    if not intact and (first_line or content[:200].partition(b"\n")[0] + b"\n").endswith(b"\r\n"):
+        content = content.replace(b"\r\n", b"\n")  # a checkout changed the line ends
+        intact = comment is not None and content_hash(content) == comment.sha256
+    skipped = 1 if comment is not None else 0
+    if comment is not None and comment.layout == "journal":
+        recording = read_closed_journal(content, where, intact=intact, skipped=skipped)
+    else:
+        recording = read_blocks(content, where, intact=intact, skipped=skipped, redact=redact, policy=policy)
+    if comment is not None and (not intact or len(recording.rows) != comment.exchanges):
+        raise CassetteDamagedError(
+            f"Expected {comment.exchanges} exchanges and the content that {where}:1 states, "
+            f"got {len(recording.rows)} exchanges and other content; {REMEDY}"
+        )
+    return msgspec.structs.replace(recording, size=size), comment
+
+
+# Writing
+
+SHARD_BYTES = 10_000_000
+"""Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
+READABLE_BYTES = 1_000_000
+"""Up to this a cassette closes as readable; more is no longer reviewed, and loads faster as a journal."""
+
+LONGEST_READABLE = 4 << 20
+"""A longer exchange makes the cassette a journal, which loads faster than YAML."""
+
+LayoutChoice = Literal["auto", "journal", "readable"]
+
+
+def canonical_order(rows: Sequence[Row]) -> list[Row]:
+    """Sort by lineage (numbers as numbers), then order of issue within it, then attempt: never by arrival."""
+    return sorted(
+        rows, key=lambda row: (natural(row.facts.lineage), row.facts.order, row.facts.ticket, row.facts.attempt)
+    )
+
+
+def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, private: bool = True) -> None:
+    """Write a finished cassette; what stood there is replaced at once, when its successor is whole, or not at all.
+
+    One exchange too long for a line of YAML that we would read makes it a journal, whatever was asked for.
+    """
+    path = followed(path)
+    ordered = canonical_order(rows)
+    sizes = [row.end - row.start for row in rows]
+    if layout == "auto":
+        layout = "readable" if sum(sizes) <= READABLE_BYTES else "journal"
+    if max(sizes, default=0) >= LONGEST_READABLE:
+        layout = "journal"
+    contents = list(_shards(ordered, layout))
+    digests = [content_hash(content) for content, _ in contents]
+    group = sha256("".join(digests).encode()).hexdigest()[:12] if len(contents) > 1 else ""
+    comments = [
+        Comment(layout=layout, exchanges=count, sha256=digest, shard=number, shards=len(contents), set=group)
+        for number, ((_, count), digest) in enumerate(zip(contents, digests, strict=True), 1)
+    ]
+    others = [shard_path(path, group, number) for number in range(2, len(contents) + 1)]
+    try:
+        for file, comment, (content, _) in reversed(list(zip((path, *others), comments, contents, strict=True))):
+            write_atomically(file, comment.render() + content, private=private, sole_writer=True)
+    except OSError as error:
+        raise CassetteError(
+            f"Expected to write the cassette {path}, got {error}; free some space or make the folder writable. "
+            "What was recorded is still in its journal, and is taken up by the next recording"
+        ) from error
+    for old in shards_beside(path):
+        if old not in others:
+            old.unlink()
+
+
+def followed(path: Path) -> Path:
+    """Return the file that a link stands for, so that it is written and not the link replaced."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def shards_beside(path: Path) -> list[Path]:
+    """Return every further shard of this name, of whichever recording."""
+    name = re.compile(rf"{re.escape(path.stem)}\.[0-9a-f]{{12}}\.\d{{4}}{re.escape(path.suffix)}")
+    return sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))
+
+
+def _shards(rows: Sequence[Row], layout: Layout) -> Iterator[tuple[bytes, int]]:
+    """Yield contents of about `SHARD_BYTES`, each with its number of exchanges; at least one."""
+    parts, size = [PREAMBLE if rows else EMPTY], 0
+    for row in rows:
+        item = _render(row, layout)
+        if size and size + len(item) > SHARD_BYTES:
+            yield b"".join(parts), len(parts) - 1
+            parts, size = [PREAMBLE], 0
+        parts.append(item)
+        size += len(item)
+    yield b"".join(parts), len(parts) - 1
+
+
+def _render(row: Row, layout: Layout) -> bytes:
+    if layout == "journal":
+        return b"- %b\n" % row.line
+    return render_exchange(row.exchange(), row.line).encode()
+
+
+# Locking
+
+
+class FileLock:
+    """An advisory lock beside a file, gone with its process however that ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock; raises CassetteLockedError naming the process that holds it."""
+        self._path = beside(path, ".lock")
+        self._process = os.getpid()
+        try:
+            make_folder(path.parent)
+            self._file = self._take(path)
+        except OSError as error:
+            raise CassetteError(
+                f"Expected to record into {path}, got {error}; make the folder writable, choose another path, "
+                'or replay with mode="none"'
+            ) from error
+
+    def _take(self, path: Path) -> int:
+        while True:
+            file = open_file(self._path, os.O_RDWR | os.O_CREAT)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current(file):
+                    os.ftruncate(file, 0)
+                    os.write(file, f"process {os.getpid()}".encode())
+                    return file
+            except BlockingIOError:
+                holder = os.read(file, 100).decode(errors="replace") or "another process"
+                os.close(file)
+                raise CassetteLockedError(
+                    f"Expected to write {path}, got a lock held by {holder}; wait for it, or write elsewhere"
+                ) from None
+            os.close(file)
+
+    def _is_current(self, file: int) -> bool:
+        """Say whether the locked file still bears the name: its last holder may have removed it meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(file), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Remove the lock; a second call does nothing, and one in a forked process neither.
+
+        It is closed before it is unlinked: Windows unlinks no open file. So that nobody takes it in between and loses
+        it, it gives up its name first.
+        """
+        if self._file < 0 or os.getpid() != self._process:
+            return
+        gone = self._path
+        if fcntl is not None:
+            gone = beside(self._path, f".{os.getpid()}")
+            with suppress(FileNotFoundError):
+                self._path.replace(gone)
+        os.close(self._file)
+        self._file = -1
+        gone.unlink(missing_ok=True)
+
+
+# Edits by hand
+
+
+class Accepted(Struct, frozen=True, kw_only=True):
+    """What an edited cassette holds, and how it differs from what its hashes say."""
+
+    rows: tuple[Row, ...]
+    layout: Layout
+    changed: int = 0
+    added: int = 0
+    removed: int = 0
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether anything differs."""
+        return bool(self.changed or self.added or self.removed)
+
+
+def read_edited(path: Path) -> Accepted:
+    """Read a cassette of ours, its shards included, without checking its hashes.
+
+    Secrets that an edit has brought in are redacted, and calls whose requests were edited are counted again. Raises
+    CassetteError for a file that is not ours, CassetteDamagedError for one that cannot be decoded.
+    """
+    comment, found = _read_edited(path)
+    stated = comment.exchanges if comment else 0
+    for number in range(2, comment.shards + 1 if comment else 0):
+        shard, more = _read_edited(shard_path(path, comment.set if comment else "", number))
+        found += more
+        stated += shard.exchanges if shard else 0
+    kept = sum(bool(digest) for _, digest in found)
+    if comment is None and not kept:
+        raise CassetteError(
+            f"Expected a cassette of ours that was edited, got another tool's ({path}); write it in our format: "
+            f"aggregator cassette convert {path}"
+        )
+    clean = [replace(exchange, request=redact_request(exchange.request)) for exchange, _ in found]
+    needles = [needles_for(exchange.request) for exchange, _ in found]
+    lines = [redact_line(exchange, known) for exchange, known in zip(_recount(clean), needles, strict=True)]
+    return Accepted(
+        rows=tuple(index_lines(lines)),
+        layout="readable" if comment is None else comment.layout,
+        changed=sum(bool(old) and line_hash(line) != old for line, (_, old) in zip(lines, found, strict=True)),
+        added=len(found) - kept,
+        removed=max(0, stated - kept),
+    )
+
+
+def _read_edited(path: Path) -> tuple[Comment | None, list[tuple[Exchange, str]]]:
+    """Return the comment of one file, and its exchanges with the hash that each states, "" where it states none."""
+    try:
+        data = path.read_bytes().replace(b"\r\n", b"\n")
+    except OSError as error:
+        raise CassetteDamagedError(f"Expected the cassette {path}, got {error}; restore it") from error
+    first = data[: data.find(b"\n") + 1] if has_comment(data) else b""
+    comment = parse_comment(first.rstrip(), str(path)) if first else None
+    return comment, list(_exchanges(data[len(first) :], path, skipped=1 if first else 0))
+
+
+def _exchanges(content: bytes, path: Path, *, skipped: int) -> Iterator[tuple[Exchange, str]]:
+    if content.startswith(PREAMBLE + b'- {"'):
+        lines = content[len(PREAMBLE) :].splitlines()
+        for number, line in enumerate(lines, skipped + PREAMBLE.count(b"\n") + 1):
+            try:
+                yield _whole(decode_line(line.removeprefix(b"- "))), line_hash(line)
+            except UNREADABLE as error:
+                raise CassetteDamagedError(
+                    f"Expected an exchange in one line of JSON, got {error} - at {path}:{number}; mend the line"
+                ) from error
+        return
+    document, starts = parse_document(content, str(path))
+    for index, item in enumerate(interactions_of(document, str(path))):
+        place = f"{path}:{starts.get(id(item), 0) + skipped}" if starts else f"{path}, interaction {index + 1}"
+        facts: dict[str, Any] = {"lineage": "", "order": index, **facts_of(item)}
+        yield _whole(to_exchange(item, facts, place)), str(facts.get("sha256", ""))
+
+
+def _whole(exchange: Exchange) -> Exchange:
+    """Return an exchange whose streamed answer comes in one piece if the pieces are no longer those of its body."""
+    chunks, size = exchange.facts.chunks, len(exchange.reply.body)
+    if not chunks or sum(length for length, _ in chunks) == size:
+        return exchange
+    return replace(exchange, facts=replace(exchange.facts, chunks=((size, chunks[-1][1]),)))
+
+
+def _recount(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """Give calls whose tickets no longer count from 0 within their request and lineage new ones, in order of issue."""
+    groups: dict[tuple[bytes, str], list[int]] = {}
+    for index, exchange in enumerate(exchanges):
+        groups.setdefault((key_of_request(exchange.request), exchange.facts.lineage), []).append(index)
+    counted = list(exchanges)
+    for group in groups.values():
+        facts = [exchanges[index].facts for index in group]
+        tickets = {one.ticket for one in facts}
+        if 0 in tickets and len({(one.ticket, one.attempt) for one in facts}) == len(facts):
+            continue
+        calls = sorted({(one.order, one.ticket) for one in facts})
+        for index in group:
+            one = exchanges[index].facts
+            counted[index] = replace(exchanges[index], facts=replace(one, ticket=calls.index((one.order, one.ticket))))
+    return counted
