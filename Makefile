@@ -46,9 +46,10 @@ test-trace: ## Run Trace's own optimizers through the adapter, in an environment
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(PYTHON) tests/environments.py --run trace -- \
 	  -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py
 
-test-frameworks: ## Record and replay real SDKs against loopback servers (their environments are made once, outside this folder)
+test-frameworks: $(VENV)/.dev ## Run real SDKs and frameworks against loopback servers; fills the table of docs/frameworks.md
 	$(PYTHON) tests/environments.py sdks litellm agents clients-oldest
 	$(PYTHON) tests/frameworks/matrix.py
+	$(BIN)/python tests/frameworks/reach.py --write
 
 test-peer-suites: ## Run the suites of vcrpy and pytest-recording with cassettes of ours (fetched once, outside this folder)
 	$(PYTHON) tests/peer_suites/run.py
