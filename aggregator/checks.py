@@ -96,7 +96,7 @@ def check_finite(name: str, value: Any, *, least: float | None = None, meaning: 
 
 
 def check_callable(name: str, value: Any, remedy: str) -> None:
-    """Raise ConfigError unless `value` can be called; `remedy` says what to give instead."""
+    """Raise ConfigError unless `value` can be called; `remedy` ends the message."""
     if not callable(value):
         raise ConfigError(f"Expected {name} to be callable, got {value!r}; {remedy}")
 

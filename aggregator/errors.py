@@ -1,6 +1,6 @@
 """Every exception and warning of the library.
 
-An error says what was expected, what came, where, and what to do.
+An error message has four parts: expected, got, where, and the remedy.
 A failed sample is data; a failed run is one of these.
 
     AggregatorError
@@ -88,11 +88,11 @@ __all__ = [
 
 
 class AggregatorError(Exception):
-    """The root: catch this to catch whatever the library raises on purpose."""
+    """The root of the tree: every error that the library raises on purpose."""
 
 
 class ConfigError(AggregatorError, ValueError):
-    """A wrong argument, name, data set or key; says what was expected, what came and what to do."""
+    """An invalid argument, name, data set or key."""
 
 
 class ParameterError(AggregatorError, ValueError):
@@ -108,11 +108,11 @@ class GuideError(AggregatorError):
 
 
 class SandboxError(AggregatorError):
-    """Trained code went beyond its sandbox, or failed there with an error of its own making; says so as feedback."""
+    """Trained code broke a rule of its sandbox, or failed there; the message becomes feedback."""
 
 
 class CassetteError(AggregatorError):
-    """Whatever goes wrong with a cassette."""
+    """The root of errors about cassettes."""
 
 
 class CassetteMissError(CassetteError):
@@ -277,7 +277,7 @@ class AggregatorWarning(UserWarning):
 
 
 class SandboxWarning(AggregatorWarning):
-    """The kernel of this system closes less of the sandbox than it could; says what is open."""
+    """This system's kernel cannot close all of the sandbox; the message lists what is open."""
 
 
 class CassetteWarning(AggregatorWarning):
@@ -285,7 +285,7 @@ class CassetteWarning(AggregatorWarning):
 
 
 class ModelWarning(AggregatorWarning):
-    """A model or its server did something else than it was asked for, without an error of its own."""
+    """A model or its server did not do what was asked, without reporting an error."""
 
 
 class TrainingWarning(AggregatorWarning):
@@ -310,7 +310,7 @@ _OF_ONE_REQUEST = r"moderat|flagged|content[ _-]?(?:filter|policy|management)|re
 def ends_run(error: BaseException) -> bool:
     """Return True if no further call can succeed: a cassette's miss, the budget, authentication, an unknown model.
 
-    A request that is refused by itself (content filter, flagged prompt, bad image, too long) ends nothing.
+    A refusal of one request (content filter, flagged prompt, bad image, too long) does not end the run.
     """
     import re  # here, as production code that only loads parameters needs none
 

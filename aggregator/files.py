@@ -1,6 +1,6 @@
 """Files and folders: written whole or not at all, and readable by their owner only.
 
-Functions take text or `os.PathLike` and raise OSError; callers turn it into an error of their own with a remedy.
+Functions take text or `os.PathLike` and raise OSError; callers turn it into an error with a remedy.
 `private=False` leaves the permissions of new files and folders to the umask, for files that are meant to be shared.
 """
 
@@ -41,7 +41,7 @@ LONGEST_NAME = 255
 
 
 def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
-    """Return the file that stands beside another one under its name and an ending; a name too long is shortened.
+    """Return the path of a file in the same folder, with this name and an ending; a long name is shortened.
 
     >>> from pathlib import Path
     >>> beside(Path("a/b.yaml"), ".lock").as_posix(), len(beside(Path("b" * 255), ".lock").name)
@@ -64,7 +64,7 @@ def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writ
 
     A file that exists keeps its permissions, and a link is followed: the file that it names is replaced.
     With `sole_writer` (the caller holds a lock) the temporary file has one name, so that the next write replaces what a
-    killed process left; otherwise each process and thread has a temporary file of its own.
+    killed process left; otherwise each process and thread has its own temporary file.
     """
     from threading import get_ident  # needed to write only, not to load what was written
 

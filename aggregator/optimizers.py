@@ -1,6 +1,6 @@
 """Optimizers, which propose new values, and what varies their candidates.
 
-`examples/extending/optimizer.py` is one of your own.
+`examples/extending/optimizer.py` shows a custom one.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _MISSING = object()
 
 
 class Patch(NamedTuple):
-    """One function to replace: `wrap(original)` stands in for `module`'s attribute `path`, as `"Thread.start"`."""
+    """One function to replace: `wrap(original)` replaces `module`'s attribute `path`, as in `"Thread.start"`."""
 
     module: str
     path: str
@@ -99,7 +99,7 @@ def _is_loading(module: ModuleType) -> bool:
 
 
 class _Imports(MetaPathFinder):
-    """Calls back when a module was imported; stands in `sys.meta_path` only while somebody waits for one."""
+    """Calls back when a module was imported; in `sys.meta_path` only while a callback is registered."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
@@ -137,7 +137,7 @@ class _Imports(MetaPathFinder):
         return None
 
     def imported(self, module: ModuleType) -> None:
-        """Call back whoever waits for this module."""
+        """Call the callbacks registered for this module."""
         for callback in tuple(self._waiting.get(module.__name__, ())):
             callback(module)
 

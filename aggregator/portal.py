@@ -31,8 +31,8 @@ Args = ParamSpec("Args")
 
 PATIENCE = 10.0
 """Seconds that an interrupted caller waits for what it interrupted: code may swallow its cancellation."""
-_DEEPEST = 40  # branches of which each knows the one before: tasks may start one another for ever
-_LONGEST_PATH = 200  # characters of a branch; more, as of tasks that start one another for ever, becomes a digest
+_DEEPEST = 40  # tasks may start one another without end, and each branch refers to its parent
+_LONGEST_PATH = 200  # characters of a branch; a longer one becomes a digest
 
 
 class _Portal:
@@ -52,7 +52,7 @@ class _Portal:
             try:
                 self.loop.run_forever()
             except (KeyboardInterrupt, SystemExit):
-                continue  # asyncio throws these here too, beside handing them to whoever waits for the task
+                continue  # asyncio raises these here too, besides passing them to the caller that awaits the task
         self.loop.run_until_complete(_finish(self.closers))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
@@ -92,7 +92,7 @@ def _current() -> _Portal:
 class Scope:
     """The calls that a thread makes for one piece of work: once it is cancelled, so are they, and later ones refused.
 
-    A thread cannot be stopped, but what it would go on to ask of models can.
+    A thread cannot be stopped, but its further calls to models can be refused.
     """
 
     def __init__(self) -> None:
@@ -139,10 +139,10 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
             return
         context = copy_context()
         context.run(_branch.set, branch)
-        _branch.set(None)  # of this callback's context: the work goes on with the caller's branch, and is no new one
+        _branch.set(None)  # of this callback's context: the work continues the caller's branch
         try:
             task = portal.loop.create_task(function(*args, **kwargs), context=context)
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it, as an argument that is not known
+        except BaseException as error:  # noqa: BLE001 - passed to the waiting caller
             outcome.set_exception(error)
             return
         scope.tasks.add(task)
@@ -207,7 +207,7 @@ def _name_face(face: Any, awaitable: str) -> None:
 
 
 def is_here() -> bool:
-    """Tell whether this is the background loop's own thread."""
+    """Return True on the background loop's own thread."""
     return _portal is not None and threading.current_thread() is _portal.thread
 
 
@@ -269,11 +269,11 @@ class Branch:
         return False
 
     def within(self) -> Branch:
-        """Return the same place, from which `inner` counts anew."""
+        """Return the same place with `inner` starting from it."""
         return Branch(self.path)
 
     def uncounted(self) -> Branch:
-        """Return the same place, where what is started gets no number of its own."""
+        """Return the same place; work started there gets no number."""
         return Branch(self.path, self.inner, parent=self._parent, quiet=True)
 
 
@@ -301,8 +301,8 @@ _work = _Work()
 def current_branch() -> Branch | None:
     """Return where in the concurrent work of a run or cassette this is; None outside of any.
 
-    Frameworks run a pool's items in copies of the context that handed them in, which are all alike; those are told
-    apart by the item that the thread works on.
+    Frameworks run a pool's items in copies of the context that handed them in, which are identical; the item
+    that the thread works on distinguishes them.
     """
     branch = _branch.get()
     return _work.own if branch is not None and branch is _work.handed_in else branch
@@ -313,7 +313,7 @@ def carrying() -> Iterator[None]:
     """Let threads, pools and tasks that are started inside keep this context, as tasks of asyncio do.
 
     Held by each run and each open cassette. A thread that is started, and work that is handed to a pool, gets a copy of
-    the context; a pool's own threads keep none. What goes to another process is marked: `refuse_strays` raises there.
+    the context; a pool's own threads keep none. `refuse_strays` raises in work for another process.
     """
     here = current_branch()
     branch = Branch() if here is None or here.pid != os.getpid() else here
@@ -356,7 +356,7 @@ def refuse_strays(what: str) -> None:
         return
     else:
         where = f"process {os.getpid()}, which cannot reach the run or cassette that is open in process {branch.pid}"
-        remedy = "use threads, return what the call needs, or open a cassette of its own in that process"
+        remedy = "use threads, return what the call needs, or open a cassette in that process"
     raise ConfigError(f"Expected {what} in the process and context of its run, got one in {where}; {remedy}")
 
 

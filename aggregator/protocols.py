@@ -68,7 +68,7 @@ async def _in_one_piece(
 
 @runtime_checkable
 class ChatModel(Protocol):
-    """What stands for a model: `await model.complete(messages, ...)`."""
+    """A model: `await model.complete(messages, ...)`."""
 
     async def complete(self, *messages: Any, **options: Any) -> Completion:  # so typed, any choice of options fits
         """Ask once, with the messages and the options of `LLM.complete`, and return the answer; raises LLMError."""
@@ -169,8 +169,8 @@ class Agent(Protocol):
         """Run the tasks and yield (index, rollout) as each ends; with guide None the agent scores itself.
 
         All tasks of one call have the same values. Calls to models belong to their task inside
-        `lineage_at("/".join(task.lineage), task.role)` (`aggregator.cassettes.lineage`), so that identical ones of
-        several tasks are told apart in a recording.
+        `lineage_at("/".join(task.lineage), task.role)` (`aggregator.cassettes.lineage`), so that a recording
+        can distinguish identical calls of several tasks.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What a provider of your own is made of (`examples/extending/provider.py` is one), and the tokens of two clouds."""
+"""The parts of a custom provider (see `examples/extending/provider.py`), and token sources of two clouds."""
 
 from __future__ import annotations
 

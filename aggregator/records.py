@@ -26,7 +26,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"
 class HTTPRequest(Struct, frozen=True, kw_only=True, gc=False):
     """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it.
 
-    `kept` are the provider's own headers that a recording may hold, of request and reply; a final `*` stands for any
+    `kept` are the provider's own headers that a recording may hold, of request and reply; a final `*` matches any
     ending. `fresh` asks for a new connection.
     """
 
@@ -208,7 +208,7 @@ Stage = Literal["agent", "guide", "proposal", "aggregation", "evaluation"]
 
 
 class Failure(Struct, frozen=True, kw_only=True):
-    """What went wrong, where. `infrastructure` tells a lost call (no fault of the agent) from an agent's own error.
+    """What went wrong and where. `infrastructure` is True for a lost call, False for an error of the agent itself.
 
     For an error of code that the user wrote `where` is its innermost line ("agent.py:12 in forward") and `traceback`
     the way there; both are "" for one of trained code or of the library. They hold file names, never paths.
@@ -245,8 +245,8 @@ class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it
 class Scores(Struct, frozen=True):
     """What a guide may return where one number is not enough: the primary score, further ones by name, and feedback.
 
-    Gates and searches go by the primary score unless they are given a name. `primary` None says that nothing can be
-    said.
+    Gates and searches go by the primary score unless they are given a name. A `primary` of None means that the output
+    cannot be judged.
     """
 
     primary: float | None
@@ -429,7 +429,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
     @property
     def score(self) -> float | None:
-        """The mean over the instances that it was tried on; None where there is none."""
+        """The mean over the instances that it was tried on; None without any."""
         if not self.scores:
             return None
         return sum(total / count for total, count in self.scores.values()) / len(self.scores)
@@ -443,7 +443,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
 class TrainingResult(Struct, frozen=True, kw_only=True):
     """What a run reached. Holds no times and no paths: the same seed and cassette give the same bytes.
 
-    `candidates` are what a search remembers in the end, the one in force first. `skipped_samples` were left out.
+    `candidates` are what a search remembers in the end, the current one first. `skipped_samples` were left out.
 
     `parameters` are those that the agent has in the end: the best or the last ones, as `kept` says. `best_parameters`
     are the best on the validation set, after `best_step` steps; without such a set they are the last ones. The score

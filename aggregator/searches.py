@@ -1,6 +1,6 @@
 """Searches: which candidates are explored, tried, made current and remembered.
 
-`examples/extending/search.py` is one of your own.
+`examples/extending/search.py` shows a custom one.
 """
 
 from __future__ import annotations

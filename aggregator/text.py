@@ -3,7 +3,7 @@
 For prompts: `show`, `cut`, `one_line`, `as_text`. For errors: `shorten`, `quote_ends`, `list_names`. For comparison:
 `canonical_json`, `json_changes`. For replies: `fenced_blocks`, `strip_fence`.
 
-No address and no order that depends on hashing is shown: an object without a repr of its own is `<ClassName>`, the
+No address and no order that depends on hashing is shown: an object without its own repr is `<ClassName>`, the
 items of a set are sorted. Omissions are marked: `[... 120 more characters]`, `[... 3 more items]`,
 `[... nested deeper]`.
 """
@@ -257,7 +257,7 @@ def canonical_json(value: Any, hook: Callable[[Any], Any] | None = None) -> byte
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
-"""Stands for a value that one side of `json_changes` does not have."""
+"""Marks a value that one side of `json_changes` lacks."""
 
 
 def json_changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -315,8 +315,8 @@ _SPELLED = {"mustache": "{{%s}}", "brace": "{%s}", "wrapped": "$%s", "dollar": "
 def placeholders(text: str) -> list[str]:
     r"""Return the placeholders of a template, each once, in the order of the text.
 
-    `{name}` as in str.format, `{{name}}` as in Jinja, `$name` and `${name}` as in string.Template; `$$name` is no
-    placeholder. Braces around anything but a name, as in JSON, are text.
+    `{name}` as in str.format, `{{name}}` as in Jinja, `$name` and `${name}` as in string.Template; `$$name` is an
+    escape. Braces around anything but a name, as in JSON, are text.
 
     >>> placeholders("Answer {question} in {{ language }} for $user, as {'k': 1}.")
     ['{question}', '{{language}}', '$user']

@@ -202,8 +202,9 @@ def result_text(result: TrainingResult) -> str:
     scores = {"test score": result.test_scores, "train score": result.train_scores}
     validated = [evaluation.score for evaluation in result.validations]
     steps = _counted(len(result.history), "step")
+    updates = _counted(sum(report.decision.accepted for report in result.history), "update")
     lines = [
-        f"TrainingResult: {steps}, {sum(report.decision.accepted for report in result.history)} updates applied",
+        f"TrainingResult: {steps}, {updates} applied",
         *(_course(name, values, "->") for name, values in scores.items()),
         _course("validation score (used for selection)", validated, "->"),
         f"kept: the {result.kept} values" + (f", of step {result.best_step}" if result.kept == "best" else "")

@@ -154,7 +154,7 @@ def _remedy(settings: Settings) -> str:
 
 @contextmanager
 def _source(settings: Settings) -> Iterator[tuple[ChatModel, str]]:
-    """Open what answers the calls: a cassette, the simulated model, or a provider; and say which."""
+    """Open the source of answers: a cassette, the simulated model, or a provider; print which."""
     from aggregator.cassettes.recorder import cassette
 
     path = settings.cassette or cassette_path()

@@ -77,7 +77,7 @@ def _row(step: str, epoch: str, bar: str, test: float | None) -> str:
 
 
 def _remarks(report: StepReport) -> str:
-    """Say what went wrong in a step."""
+    """Describe what went wrong in a step."""
     if not report.update or report.decision.accepted:
         return ""
     return f"  (not applied: {report.decision.reason})"

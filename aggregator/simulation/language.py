@@ -144,6 +144,19 @@ _JSON_KEY = re.compile(r"\bJSON\b[^{]*\{\s*\"(?P<key>\w+)\"")
 _CAPITALS = re.compile(r"\bin (?:capitals|capital letters|upper case)\b", re.IGNORECASE)
 
 
+def split_prompt(text: str) -> tuple[str, str]:
+    r"""Split a prompt that is one message: into instruction and rules, and the last other paragraph, the question.
+
+    >>> split_prompt("Name the team.\n\nWhere is my parcel?\nparcel -> shipping")
+    ('Name the team.\nparcel -> shipping', 'Where is my parcel?')
+    """
+    lines = layout(text)
+    rules = [str(line) for line in lines if isinstance(line, Rule)]
+    plain = "\n".join(line for line in lines if isinstance(line, str)).rstrip()
+    instruction, blank, question = plain.rpartition("\n\n")
+    return ("\n".join([instruction, *rules]), question) if blank else ("", text)
+
+
 def answer_as_student(system: str, user: str) -> str:
     """Answer the user text by the rules of the system text, in the form it asks for.
 

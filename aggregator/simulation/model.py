@@ -28,7 +28,7 @@ from aiohttp import web
 from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.simulation.aggregator import aggregate, choose
-from aggregator.simulation.language import answer_as_student
+from aggregator.simulation.language import answer_as_student, split_prompt
 from aggregator.simulation.optimizer import propose
 from aggregator.simulation.prompts import (
     MalformedError,
@@ -161,7 +161,7 @@ def answer(
     if role == "agent":
         system = "\n".join(text_of(message) for message in messages if message["role"] in {"system", "developer"})
         user = next((text_of(message) for message in reversed(messages) if message["role"] == "user"), "")
-        return answer_as_student(system, user)
+        return answer_as_student(*((system, user) if system else split_prompt(user)))
     if role == "aggregator":
         current, suggested = blocks_of(messages)
         if is_choice(response_format):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from aggregator.checks import is_number
 from aggregator.simulation.aggregator import Block
+from aggregator.simulation.language import split_prompt
 from aggregator.simulation.optimizer import Case, Parameter, Proposed, bounds
 
 Role = Literal["agent", "optimizer", "aggregator"]
@@ -73,7 +74,7 @@ def blocks_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Block, list[Block]
 
 
 def shown_text(transcript: str) -> str:
-    r"""Return the last user message of a transcript: what the agent's model was shown.
+    r"""Return the question of a transcript: its last user message, of a prompt in one message the last paragraph.
 
     >>> shown_text("LLM call\n  system: Be kind.\n  user: My parcel is lost.\n  reply: sales")
     'My parcel is lost.'
@@ -91,7 +92,8 @@ def shown_text(transcript: str) -> str:
         if line.strip() and len(line) - len(line.lstrip()) <= indent:
             break
         block.append(line.strip())
-    return "\n".join(block)
+    text = "\n".join(block)
+    return text if any(line.lstrip().startswith("system: ") for line in lines[:at]) else split_prompt(text)[1]
 
 
 def reply_text(proposed: Proposed, response_format: Any = None) -> str:

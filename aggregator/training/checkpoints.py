@@ -220,12 +220,13 @@ def candidates_in(memory: Mapping[str, Any]) -> list[Candidate]:
 
 def _warnings(usage: Mapping[str, Usage]) -> Iterator[str]:
     """Yield what is worth a look in a result."""
-    for role, spent in usage.items():
-        if spent.calls and spent.cost is None:
-            yield (
-                f"the cost of {spent.calls} calls of the {role} is unknown; give LLM(..., prices={{...}}), "
-                "or install aggregated-update[prices]"
-            )
+    unknown = {role: spent.calls for role, spent in usage.items() if spent.calls and spent.cost is None}
+    if unknown:
+        calls = ", ".join(f"{role} {count}" for role, count in unknown.items())
+        yield (
+            f"the cost of these calls is unknown: {calls}; give LLM(..., prices={{...}}), or install "
+            "aggregated-update[prices]"
+        )
 
 
 def save_result(result: TrainingResult, path: str | Path) -> None:

@@ -103,10 +103,9 @@ def test_a_budget_around_a_run_counts_it_too(server: SimulatedModel) -> None:
     assert outer.spent.calls == paid(server) == 20
 
 
-def test_usage_without_a_price_stands_in_the_warnings(server: SimulatedModel) -> None:
-    """A cost that nobody knows is not 0: the result says so for each role."""
+def test_usage_without_a_price_is_a_warning(server: SimulatedModel) -> None:
+    """An unknown cost is not 0: one warning counts the calls of each role."""
     result = train(server.base_url)
     assert {role: usage.cost for role, usage in result.usage.items()} == dict.fromkeys(result.usage)
-    assert [warning.split(";")[0] for warning in result.warnings] == [
-        f"the cost of {usage.calls} calls of the {role} is unknown" for role, usage in result.usage.items()
-    ]
+    calls = ", ".join(f"{role} {usage.calls}" for role, usage in result.usage.items())
+    assert [warning.split(";")[0] for warning in result.warnings] == [f"the cost of these calls is unknown: {calls}"]
