@@ -81,12 +81,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.training.evaluation": (
         "aevaluate",
         "evaluate",
+        "headroom",
     ),
     "aggregator.training.gates": (
         "improves_on_batch",
         "improves_on_validation",
     ),
-    "aggregator.training.headroom": ("headroom",),
     "aggregator.training.merge": ("LLMMerge",),
     "aggregator.training.optimize": ("aoptimize", "optimize"),
     "aggregator.training.proposers": (

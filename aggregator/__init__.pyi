@@ -49,9 +49,9 @@ from aggregator.training.checkpoints import load_result as load_result
 from aggregator.training.checkpoints import save_result as save_result
 from aggregator.training.evaluation import aevaluate as aevaluate
 from aggregator.training.evaluation import evaluate as evaluate
+from aggregator.training.evaluation import headroom as headroom
 from aggregator.training.gates import improves_on_batch as improves_on_batch
 from aggregator.training.gates import improves_on_validation as improves_on_validation
-from aggregator.training.headroom import headroom as headroom
 from aggregator.training.merge import LLMMerge as LLMMerge
 from aggregator.training.optimize import aoptimize as aoptimize
 from aggregator.training.optimize import optimize as optimize

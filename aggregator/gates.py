@@ -6,8 +6,8 @@ from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.training.checks": ("keeps_placeholders", "leak_guard", "max_edit"),
-    "aggregator.training.decisions": ("Check", "Gate"),
     "aggregator.training.gates": ("always", "both", "improves_on_batch", "improves_on_validation"),
+    "aggregator.training.step": ("Check", "Gate"),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

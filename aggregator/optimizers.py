@@ -8,10 +8,10 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "aggregator.training.asking": ("Answer", "ask"),
-    "aggregator.training.decisions": ("Optimizer",),
     "aggregator.training.prompts": ("Layout",),
     "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer", "TextGradOptimizer"),
+    "aggregator.training.step": ("Optimizer",),
+    "aggregator.training.suggestions": ("Answer", "ask"),
     "aggregator.training.variations": ("Variation", "alternatives", "experts", "refine", "seeds", "temperatures"),
 }
 

@@ -1,7 +1,7 @@
 """The extension points, each a Protocol with one method (two if bytes go in and come out).
 
 The decisions of training (UpdateRule, Gate, Check, Optimizer, Search) take the step, and are in
-`aggregator.training.decisions`.
+`aggregator.training.step`.
 """
 
 from __future__ import annotations

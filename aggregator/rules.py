@@ -5,8 +5,6 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "aggregator.training.asking": ("Answer", "ask"),
-    "aggregator.training.decisions": ("UpdateRule",),
     "aggregator.training.merge": ("LLMChoice", "LLMMerge", "best_tried", "last_of", "tree_merge"),
     "aggregator.training.rules": (
         "best_of",
@@ -18,6 +16,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "top_k",
         "without_failed",
     ),
+    "aggregator.training.step": ("UpdateRule",),
+    "aggregator.training.suggestions": ("Answer", "ask"),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

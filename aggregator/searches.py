@@ -9,8 +9,8 @@ from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.records": ("Candidate",),
-    "aggregator.training.decisions": ("Search",),
     "aggregator.training.searches": ("beam", "greedy", "pareto", "priority", "sequential"),
+    "aggregator.training.step": ("Search",),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

@@ -67,7 +67,6 @@ SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, e
     "cli/_files.py": "shared by the commands",
     "cli/demo.py": "one command",
     "demo/agent.py": "the agent that the README shows",
-    "training/trained_code.py": "the borders at which code enters a run",
 }
 SHORT_HELPERS = 0.06
 """The share of functions that are private, below 5 lines and used once: a ceiling that only goes down."""

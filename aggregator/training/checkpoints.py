@@ -1,21 +1,36 @@
-"""A run on disk: atomic, versioned JSON of where it stands, and what it must match to go on."""
+"""A run on disk: its checkpoint and result, its lock and journal, and what must be the same for it to be resumed.
+
+Files are written atomically and carry a version. A run is resumed only with the same guide, gate, rule, optimizer,
+models and search, and with the same data to the byte; `identity_of` and `content_of` describe these as JSON.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from aggregator.errors import TrainingError
+from aggregator import portal
+from aggregator.cassettes.lineage import current_tape
+from aggregator.cassettes.recorder import cassette
+from aggregator.cassettes.rules import TapeRules
+from aggregator.cassettes.storage import FileLock
+from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.executors.blame import failures_left
 from aggregator.files import write_atomically
-from aggregator.records import Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values
+from aggregator.llm.budget import Budget, Spending, spending
+from aggregator.records import NO_USAGE, Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values
 from aggregator.text import canonical_json, show
-from aggregator.training.identity import content_of
 
 VERSION = 1
 JOURNAL = "journal.yaml"
@@ -30,8 +45,6 @@ NO_TRANSCRIPT = (
     "outputs and feedback only; call models through LLM or observe your client's, or put @bundle on its operations"
 )
 """The warning of a run whose agent does nothing that is observed."""
-
-_WHOLE = 2**62
 
 
 class Score(Struct, frozen=True, array_like=True):
@@ -241,3 +254,190 @@ def load_result(path: str | Path) -> TrainingResult:
         return msgspec.json.decode(Path(path).read_bytes(), type=TrainingResult)
     except (msgspec.MsgspecError, OSError) as error:
         raise TrainingError(f"expected a training result in {path}, got a file that cannot be read: {error}") from error
+
+
+@contextmanager
+def claim_run_dir(run_dir: Path | None) -> Iterator[None]:
+    """Keep other processes out of the run_dir.
+
+    Raises CassetteLockedError if one is in it, TrainingError if nothing can be written there.
+    """
+    if run_dir is None:
+        yield
+        return
+    try:
+        lock = FileLock(run_dir / CHECKPOINT)
+    except CassetteLockedError as error:
+        raise CassetteLockedError(f"another run is in {run_dir}: {error}") from None
+    except CassetteError as error:
+        raise TrainingError(
+            f"Expected to keep the run in {run_dir}, got {error.__cause__}; make the folder writable, "
+            "or choose another run_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def open_journal(run_dir: Path | None, state: RunState) -> Iterator[None]:
+    """The run's own journal, unless the caller has a cassette open: what was paid for is on disk before it is used."""
+    if run_dir is None or current_tape() is not None:
+        yield
+        return
+    path = run_dir / JOURNAL
+    rules = TapeRules(
+        adopts="nothing",  # other threads of the process have nothing to do with the run
+        expects_all=False,  # steps behind the last checkpoint are not played again
+        code=True,  # the run's own: it wrote what it plays
+        plays_failures=not state.broken_off,  # what ended the run may have been mended
+    )
+    with cassette(path, mode="new_episodes", layout="journal", warn=False, rules=rules):  # a cut-off tape is expected
+        yield
+
+
+@contextmanager
+def count_in(budget: Budget | None, run_dir: Path | None, state: RunState) -> Iterator[None]:
+    """Count every call of the run, whichever client and thread makes it, and what it had spent at its checkpoint.
+
+    Exchanges of an interrupted step, which are replayed, count as they are. Without a budget an outer one goes on
+    counting.
+    """
+    if budget is not None and run_dir is not None:
+        reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations, *state.validations]
+        usage = sum((usage for report in reports for usage in report.usage.values()), NO_USAGE)
+        spent = Spending(usd=usage.cost or 0.0, tokens=usage.total_tokens, calls=usage.calls)
+        budget.carry(str(run_dir.resolve()), spent)
+    with portal.carrying():
+        if budget is None:
+            yield
+            return
+        with spending(budget):
+            yield
+
+
+@contextmanager
+def raise_misses() -> Iterator[None]:
+    """Raise the cassette's miss that code inside has hidden: nothing after it is what was recorded."""
+    tape = current_tape()
+    known = len(tape.misses) if tape is not None else 0
+    yield
+    if tape is not None and len(tape.misses) > known:
+        raise tape.misses[known]
+
+
+_DEEPEST = 8
+_WHOLE = 2**62
+_METHODS = ("__call__", "get_feedback", "propose", "judge", "explore", "trials", "choose", "keep")
+"""What decides in a part of the user's own, and is compared as code."""
+
+
+def identity_of(part: Any, depth: int = 0) -> Any:
+    """Return JSON that says what a part is: models by name, functions by their code and what they hold.
+
+    Of an object it has the class and the settings: what its constructor takes, and its texts and fractions.
+    Counters and lists that it fills are not among them, so that a part that was used is still the same.
+
+    >>> identity_of(lambda x: 1) == identity_of(lambda x: 1), identity_of(lambda x: 1) == identity_of(lambda x: 2)
+    (True, False)
+    """
+    if part is None or isinstance(part, str | int | float | bool):
+        return part
+    if depth > _DEEPEST:
+        return type(part).__qualname__
+    deeper = functools.partial(identity_of, depth=depth + 1)
+    match part:
+        case type():
+            return part.__qualname__
+        case functools.partial():
+            return ["partial", deeper(part.func), [deeper(one) for one in part.args], deeper(part.keywords)]
+        case Mapping():
+            return sorted([show(key, _WHOLE), deeper(value)] for key, value in part.items())
+        case AbstractSet():
+            return sorted(map(repr, part))
+        case Sequence() if not isinstance(part, bytes | bytearray | memoryview):
+            return [deeper(one) for one in part]
+        case MethodType():
+            return [deeper(part.__func__), deeper(part.__self__)]
+        case FunctionType():
+            return _function(part, depth)
+    return _other(part, depth)
+
+
+def _other(part: Any, depth: int) -> Any:
+    if isinstance(part, bytes | bytearray | memoryview):
+        return hashlib.sha256(part).hexdigest()
+    if isinstance(part, msgspec.Struct):
+        fields = part.__struct_fields__
+        return [type(part).__qualname__, [[name, identity_of(getattr(part, name), depth + 1)] for name in fields]]
+    if hasattr(part, "complete") and hasattr(part, "model"):
+        return ["model", str(part.model)]
+    if hasattr(part, "train") and hasattr(part, "agent"):  # a hooked rule knows its trainer
+        return type(part).__qualname__
+    content = content_of(part)
+    return content if content is not None else _object(part, depth)
+
+
+def _function(function: Any, depth: int) -> Any:
+    code = function.__code__
+    held: dict[str, Any] = {}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            held[name] = identity_of(cell.cell_contents, depth + 1)
+        except ValueError:  # a variable that has no value yet
+            held[name] = None
+    defaults = [identity_of(one, depth + 1) for one in function.__defaults__ or ()]
+    named = identity_of(function.__kwdefaults__ or {}, depth + 1)
+    return [function.__qualname__, _code(code), sorted(held.items()), defaults, named]
+
+
+def _code(code: CodeType) -> Any:
+    """Return what code does; sets among its constants in order, which differs from process to process."""
+    constants = [
+        _code(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)
+        for one in code.co_consts
+    ]
+    return [hashlib.sha256(code.co_code).hexdigest()[:16], list(code.co_names), constants]
+
+
+def _object(part: Any, depth: int) -> Any:
+    kind = type(part)
+    try:
+        taken = set(inspect.signature(kind).parameters)
+    except (TypeError, ValueError):  # written in C
+        taken = set()
+    settings: dict[str, Any] = {}
+    for name, value in getattr(part, "__dict__", {}).items():
+        if name.lstrip("_") in taken or isinstance(value, str | float):
+            settings[name] = identity_of(value, depth + 1)
+    own = [] if kind.__module__.partition(".")[0] == "aggregator" else [getattr(kind, name, None) for name in _METHODS]
+    code = [_code(method.__code__) for method in own if inspect.isfunction(method)]
+    return [kind.__qualname__, sorted(settings.items()), code]
+
+
+def content_of(value: Any) -> Any:
+    """Return what an array, a data frame, an image or a plain object holds, byte for byte; None for anything else.
+
+    Their repr leaves out the middle, or says nothing but the class.
+    """
+    if isinstance(value, msgspec.Struct | bytes | bytearray | memoryview):
+        return None
+    module = type(value).__module__.partition(".")[0]
+    if module in ("pandas", "polars") and hasattr(value, "to_numpy"):
+        index = [content_of(value.index.to_numpy())] if hasattr(value, "index") and module == "pandas" else []
+        columns = [value[name] for name in value.columns] if hasattr(value, "columns") else []
+        if columns:
+            names = [show(name, _WHOLE) for name in value.columns]
+            return ["frame", names, index, [content_of(one.to_numpy()) for one in columns]]
+        return ["series", index, content_of(value.to_numpy())]
+    if "torch" in sys.modules and hasattr(value, "detach") and hasattr(value, "cpu"):
+        value = value.detach().cpu().numpy()
+    if hasattr(value, "tobytes") and hasattr(value, "shape") and hasattr(value, "dtype"):
+        if getattr(value.dtype, "hasobject", False):
+            return ["array", str(value.dtype), list(value.shape), [show(one, _WHOLE) for one in value.ravel().tolist()]]
+        return ["array", str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if hasattr(value, "tobytes") and hasattr(value, "size"):  # an image of Pillow's
+        shape = [getattr(value, "mode", ""), show(value.size, _WHOLE)]
+        return ["image", shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    return None

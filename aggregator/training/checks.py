@@ -23,9 +23,8 @@ from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.text import list_names, placeholders, shorten
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.decisions import Check
 from aggregator.training.parts import check_checks
-from aggregator.training.step import Step
+from aggregator.training.step import Check, Step
 
 EDITS_ALLOWED = 20
 """max_edit always allows this many changed tokens: a short prompt could not be improved otherwise."""

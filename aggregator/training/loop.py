@@ -45,16 +45,22 @@ from aggregator.records import (
     Values,
 )
 from aggregator.training import checkpoints
-from aggregator.training.candidates import plain
-from aggregator.training.checkpoints import CANDIDATES, candidates_in, digest
-from aggregator.training.decisions import Check, Gate
+from aggregator.training.checkpoints import (
+    CANDIDATES,
+    candidates_in,
+    claim_run_dir,
+    count_in,
+    digest,
+    open_journal,
+    raise_misses,
+)
 from aggregator.training.evaluation import Evaluations, failures_of, is_lost, lowest_of, mean, run_again, scores_of
-from aggregator.training.keeping import apply_values, validate
-from aggregator.training.parts import as_json, check_candidates, name_of
+from aggregator.training.gates import apply_values, validate
+from aggregator.training.parts import as_json, check_candidates, check_code, engine_mark, name_of, sandboxes_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
-from aggregator.training.rollouts import Arrive, Repeats, Rollouts, without_handle
+from aggregator.training.rollouts import Arrive, Repeats, Rollouts, follow, is_bug, spare_bugs, without_handle
 from aggregator.training.rules import key_of
-from aggregator.training.run_dir import claim_run_dir, count_in, load_state, open_journal, raise_misses
+from aggregator.training.searches import plain
 from aggregator.training.seed import (
     Hooks,
     Instance,
@@ -65,9 +71,7 @@ from aggregator.training.seed import (
     make_instance,
     read_output,
 )
-from aggregator.training.step import Step, read_only, use_values
-from aggregator.training.streaks import follow, is_bug, spare_bugs
-from aggregator.training.trained_code import check_code, engine_mark, sandboxes_of
+from aggregator.training.step import Check, Gate, Step, read_only, use_values
 from aggregator.training.updates import (
     Explored,
     Parts,
@@ -120,18 +124,20 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     parameters = trainer.parameters()
     check_code(trainer.agent, parameters)
     initial = read(parameters)
-    with claim_run_dir(plan):
+    with claim_run_dir(plan.run_dir):
         marks: dict[str, str] = {}
         if plan.run_dir is not None:
             marks = fingerprint(plan, trainer, initial, gate) | engine_mark(trainer.agent, parameters)
-        state = load_state(plan, marks) or checkpoints.RunState(initial=initial, values=initial)
+        state = (
+            checkpoints.load(plan.run_dir, marks) if plan.run_dir and plan.resume else None
+        ) or checkpoints.RunState(initial=initial, values=initial)
         state = replace(state, skipped=tuple(sorted({*state.skipped, *plan.skip})))
         plan = replace(plan, skip=state.skipped)
         write(parameters, state.values)
         async with LocalExecutor(plan.max_concurrency) as local:
             course = _Course(trainer, plan, gate, local, parameters, marks, state)
             try:
-                with open_journal(plan, state), count_in(budget, plan, state), lineage("train"):
+                with open_journal(plan.run_dir, state), count_in(budget, plan.run_dir, state), lineage("train"):
                     await notify(course.observers, "started", course.info())
                     await course.follow()
             except BaseException as error:
@@ -425,7 +431,8 @@ class _Course:
             return state
         if state.best is not None:  # in the parameters' types, also where a checkpoint was read
             state = replace(state, best=self._convert_values(state.best))
-        return await validate(state, values_of(self.parameters), self.plan, self.evaluations, steps)
+        plan, values = self.plan, values_of(self.parameters)
+        return await validate(state, values, plan.validation, self.evaluations, steps, plan.min_score)
 
     def info(self) -> RunInfo:
         """Return what the run is about to do."""

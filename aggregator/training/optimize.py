@@ -21,10 +21,10 @@ from aggregator.portal import sync_function
 from aggregator.protocols import AnyGuide, Executor
 from aggregator.records import Sample, TrainingResult
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.decisions import AnyOptimizer, Check, Gate, Search, UpdateRule
 from aggregator.training.merge import LLMMerge
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.schedules import Schedule
+from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
 from aggregator.training.trainer import Trainer
 
 RUNS = "runs"

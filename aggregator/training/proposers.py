@@ -19,9 +19,7 @@ from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.text import cut, show_call
-from aggregator.training.asking import Answer, ask
 from aggregator.training.checks import keeps_placeholders, template_placeholders
-from aggregator.training.decisions import UpdateRule
 from aggregator.training.parts import check_rule, fit_to_types, merge_with, refuse_values
 from aggregator.training.prompts import (
     CRITIC_SYSTEM_PROMPT,
@@ -38,8 +36,8 @@ from aggregator.training.prompts import (
     render,
     verdict,
 )
-from aggregator.training.step import Step
-from aggregator.training.suggestions import lean_schema, response_schema
+from aggregator.training.step import Step, UpdateRule
+from aggregator.training.suggestions import Answer, ask, lean_schema, response_schema
 from aggregator.training.variations import Question, Variation, check_variation, seeds
 
 Item = TypeVar("Item")

@@ -18,9 +18,8 @@ from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.records import Proposal, Values
 from aggregator.text import canonical_json, show_call
-from aggregator.training.decisions import UpdateRule
 from aggregator.training.parts import check_rule, merge_with
-from aggregator.training.step import Step
+from aggregator.training.step import Step, UpdateRule
 
 _Merge = Callable[[Sequence[Proposal], Step], Sequence[Proposal]]
 

@@ -32,9 +32,7 @@ from aggregator.records import Candidate, Failure, Kept, Proposal, Rollout, Roll
 from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checks import all_checks
-from aggregator.training.decisions import AnyOptimizer, Check, Gate, Optimizer, Search, UpdateRule
-from aggregator.training.gates import always, both, improves_on_batch
-from aggregator.training.keeping import Keep, apply_values, check_keep, values_named
+from aggregator.training.gates import Keep, always, apply_values, both, check_keep, improves_on_batch, values_named
 from aggregator.training.loop import run
 from aggregator.training.merge import LLMMerge
 from aggregator.training.parts import (
@@ -47,14 +45,23 @@ from aggregator.training.parts import (
     check_search,
     check_watchers,
 )
-from aggregator.training.plan import Plan, as_run_dir, check, check_perfect, check_skipped, choose_parameters
-from aggregator.training.planning import RunPlan, count_run, with_sample
+from aggregator.training.plan import (
+    Plan,
+    RunPlan,
+    as_run_dir,
+    check,
+    check_perfect,
+    check_skipped,
+    choose_parameters,
+    count_run,
+    with_sample,
+)
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Hooks, current_place, read_output
-from aggregator.training.step import Step, use_values
+from aggregator.training.step import AnyOptimizer, Check, Gate, Optimizer, Search, Step, UpdateRule, use_values
 from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, skip_satisfied, unread
 
 

@@ -18,8 +18,6 @@ from aggregator.errors import ConfigError
 from aggregator.executors.local import MAX_CONCURRENCY, finish
 from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Stage, Values
 from aggregator.text import shorten
-from aggregator.training.candidates import contributors, plain, sources, with_scores
-from aggregator.training.decisions import Gate, Search, UpdateRule
 from aggregator.training.evaluation import failures_of, lowest_of, mean, scores_of
 from aggregator.training.gates import always
 from aggregator.training.parts import (
@@ -29,14 +27,14 @@ from aggregator.training.parts import (
     check_trials,
     combine_edits,
     merge_with,
+    permit_replayed_code,
     refuse_values,
 )
 from aggregator.training.rules import key_of
-from aggregator.training.searches import greedy
+from aggregator.training.searches import contributors, greedy, plain, sources, with_scores
 from aggregator.training.seed import Instance, is_satisfied, propose_nothing
-from aggregator.training.step import Step, read_only, use_values
+from aggregator.training.step import Gate, Search, Step, UpdateRule, read_only, use_values
 from aggregator.training.suggestions import convert_suggestion
-from aggregator.training.trained_code import permit_replayed_code
 
 Propose = Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]
 """Asks the optimizer what rollouts call for."""

@@ -16,10 +16,10 @@ from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.protocols import ChatModel
 from aggregator.records import Proposal
-from aggregator.training.decisions import UpdateRule
 from aggregator.training.merge import LLMChoice, LLMMerge, last_of
 from aggregator.training.prompts import ALTERNATIVE_PROMPT, REFINE_PROMPT, reply_of
 from aggregator.training.rules import majority
+from aggregator.training.step import UpdateRule
 
 Messages = list[dict[str, str]]
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from aggregator.records import Candidate
-from aggregator.training.candidates import (
+from aggregator.training.searches import (
     compare_on_shared,
     contributors,
     draw,

@@ -12,13 +12,12 @@ from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError, RateLimitError
 from aggregator.records import Candidate, Failure, Proposal, Rollout, TrainingResult
 from aggregator.training.algorithms import AggregatedUpdate, BasicSearchAlgorithm, PrioritySearch
-from aggregator.training.candidates import compare_on_shared, mean_score, with_scores
-from aggregator.training.decisions import Gate
 from aggregator.training.evaluation import evaluate, lowest_of
 from aggregator.training.gates import compare, compare_runs, improves_on_batch, improves_on_validation
 from aggregator.training.merge import best_tried
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.step import Step
+from aggregator.training.searches import compare_on_shared, mean_score, with_scores
+from aggregator.training.step import Gate, Step
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (agent|guide) failed:aggregator.errors.TrainingWarning")
 

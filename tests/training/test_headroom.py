@@ -11,8 +11,8 @@ from training_fakes import Adder, additions, exact
 
 from aggregator import ConfigError, Module, ParameterNode
 from aggregator.cassettes.lineage import current_lineage
-from aggregator.training import headroom as module
-from aggregator.training.headroom import headroom
+from aggregator.training import evaluation as module
+from aggregator.training.evaluation import headroom
 
 DATA = [(i, "right") for i in range(8)]
 

@@ -23,9 +23,9 @@ from aggregator.protocols import Transport
 from aggregator.records import Decision, HTTPReply, HTTPRequest, TrainingResult, Values
 from aggregator.training.algorithms import AggregatedUpdate
 from aggregator.training.checkpoints import RESULT
-from aggregator.training.decisions import Gate
 from aggregator.training.gates import improves_on_batch, improves_on_validation
 from aggregator.training.proposers import LLMOptimizer
+from aggregator.training.step import Gate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (agent|guide) failed:aggregator.errors.TrainingWarning")
 

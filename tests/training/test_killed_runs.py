@@ -100,7 +100,7 @@ def test_a_run_dir_that_cannot_be_written_is_told_before_anything_is_paid(
     """The error names the folder; no request was sent."""
     before = paid(server)
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(TrainingError, match="expected to keep the run in .*file.*make the folder writable"):
+    with pytest.raises(TrainingError, match="Expected to keep the run in .*file.*make the folder writable"):
         train(server.base_url, run_dir=tmp_path / "file" / "run")
     assert paid(server) == before
 

@@ -12,9 +12,8 @@ import pytest
 from training_fakes import Adder, ScriptedModel, additions, suggest
 
 from aggregator.errors import TrainingError
-from aggregator.training.checkpoints import digest
+from aggregator.training.checkpoints import digest, identity_of
 from aggregator.training.gates import improves_on_batch, improves_on_validation
-from aggregator.training.identity import identity_of
 from aggregator.training.merge import LLMMerge
 from aggregator.training.proposers import LLMOptimizer, OPROOptimizer
 from aggregator.training.rules import majority
@@ -123,7 +122,7 @@ def test_more_epochs_are_allowed_and_fewer_are_not(tmp_path: Path) -> None:
 def test_identities_are_the_same_in_another_process() -> None:
     """The order of a set among the constants of a function differs from process to process."""
     code = (
-        "from aggregator.training.identity import identity_of\n"
+        "from aggregator.training.checkpoints import identity_of\n"
         "print(identity_of(lambda x: x in {'a', 'b', 'c', 'd', 'e'}))"
     )
     runs = {

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.records import Failure, Proposal, Values
-from aggregator.training.decisions import UpdateRule
 from aggregator.training.rules import (
     best_of,
     chain,
@@ -25,7 +24,7 @@ from aggregator.training.rules import (
     top_k,
     without_failed,
 )
-from aggregator.training.step import Step
+from aggregator.training.step import Step, UpdateRule
 
 CURRENT: Values = {"p": "old", "k": 2, "t": 0.5, "on": True}
 

@@ -35,7 +35,7 @@ from aggregator.records import HTTPReply, RunInfo
 from aggregator.sandbox.limits import sandboxed
 from aggregator.sandbox.pool import pool
 from aggregator.testing import FakeTransport
-from aggregator.training.trained_code import check_code
+from aggregator.training.parts import check_code
 
 CACHE: dict[str, str] = {}
 STOP = {"the"}

@@ -15,7 +15,7 @@ from aggregator.errors import RateLimitError, TrainingError, TrainingWarning
 from aggregator.records import TrainingResult
 from aggregator.training.algorithms import AggregatedUpdate, BasicSearchAlgorithm
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.streaks import cause_of
+from aggregator.training.rollouts import cause_of
 
 DATA = [(f"q{i}", "no") for i in range(8)]
 

@@ -17,8 +17,7 @@ from aggregator.records import Sample
 from aggregator.text import placeholders
 from aggregator.training import checks
 from aggregator.training.checks import edited_tokens, keeps_placeholders, leak_guard, max_edit
-from aggregator.training.decisions import Check
-from aggregator.training.step import Step
+from aggregator.training.step import Check, Step
 
 TEXT = ParameterNode("a text", name="prompt")
 WORDS = st.lists(st.sampled_from(["one", "two", "{x}", "{{y}}", "$z", ",", "{'k': 1}"]), max_size=12).map(" ".join)
