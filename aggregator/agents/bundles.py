@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 
 from aggregator.agents.code import CodeParameter
 from aggregator.agents.parameters import CODE, operation_of
-from aggregator.agents.sandboxing import hide_secrets, hide_secrets_in, sandboxed_function
+from aggregator.agents.sandbox import hide_secrets, hide_secrets_in, sandboxed_function
 from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.errors import ConfigError
 from aggregator.sandbox.limits import HERE, Place, Sandbox, current_place, place_of

@@ -189,7 +189,7 @@ class Module:
                 + "; load it into the agent that was saved, or edit the file's `parameters`"
             )
         if "aggregator.agents.code" in sys.modules:  # else nothing of this module is code
-            from aggregator.agents.consent import check_consent, require_consent, unsandboxed_code
+            from aggregator.agents.code import check_consent, require_consent, unsandboxed_code
 
             found = unsandboxed_code(parameters.values(), artefact.parameters)
             require_consent(found, check_consent(code), origin=os.fspath(path), permitted=set())

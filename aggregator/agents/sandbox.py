@@ -1,7 +1,463 @@
-"""The words for a sandbox under the name that programs know them by; they live in `aggregator.sandbox.limits`."""
+"""Run trained code outside this process: find what a function uses, pack it, and find beforehand what would fail there.
+
+`Surroundings` reads from its source what a function uses of its module and its instance. The words that users write
+(`sandboxed`, `Limits`, `Sandbox`) are defined in `aggregator.sandbox.limits` and importable from here.
+"""
 
 from __future__ import annotations
 
-from aggregator.sandbox.limits import Limits, Sandbox, sandboxed
+import ast
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from operator import is_
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType
+from typing import Any, get_type_hints
 
-__all__ = ["Limits", "Sandbox", "sandboxed"]
+from msgspec import Struct
+
+from aggregator.agents.code import CodeParameter, source_of
+from aggregator.agents.parameters import ParameterNode, operation_of
+from aggregator.checks import looks_secret
+from aggregator.errors import ConfigError
+from aggregator.sandbox.crossing import Call, Function, pack, result_of
+from aggregator.sandbox.limits import Limits as Limits  # noqa: PLC0414 - programs import these three from here
+from aggregator.sandbox.limits import Place
+from aggregator.sandbox.limits import Sandbox as Sandbox  # noqa: PLC0414
+from aggregator.sandbox.limits import sandboxed as sandboxed  # noqa: PLC0414
+
+_MUTATORS = frozenset(
+    name
+    for kind in (list, dict, set)
+    for name in vars(kind)
+    if name[0] != "_" and not hasattr({list: tuple, dict: MappingProxyType, set: frozenset}[kind], name)
+)
+"""The methods by which lists, dicts and sets change: those that their read-only relatives do not have."""
+_CLIENTS = {"aggregator", "aiohttp", "anthropic", "google", "httpx", "litellm", "openai", "requests", "socket"}
+
+
+class Uses(Struct, frozen=True, kw_only=True):
+    """What a source refers to, each with the line (from 1, the `def` line) where it does so first.
+
+    `names` are those of its module, `attributes` those of `self`. `problems` are what no sandbox can do, in words.
+    """
+
+    names: Mapping[str, int]
+    attributes: Mapping[str, int]
+    problems: Mapping[str, int]
+
+
+@lru_cache(maxsize=512)
+def uses_of(source: str, *, is_method: bool) -> Uses:
+    r"""Read a function's source, without running it.
+
+    >>> uses = uses_of("def f(self, x):\n    self.n += 1\n    return helper(x)", is_method=True)
+    >>> dict(uses.names), dict(uses.attributes), dict(uses.problems)
+    ({'helper': 3}, {'n': 2}, {'changes self.n': 2})
+    """
+    tree = ast.parse(source)
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef)
+    arguments = [*definition.args.posonlyargs, *definition.args.args]
+    reader = _Reader(arguments[0].arg if is_method and arguments else "", _globals_of(source))
+    reader.read(tree)
+    return Uses(names=reader.names, attributes=reader.attributes, problems=reader.problems)
+
+
+def _globals_of(source: str) -> frozenset[str]:
+    """Return the names that a source takes from its module or from Python itself; not those in annotations."""
+    from symtable import SymbolTable, symtable
+
+    def inside(table: SymbolTable) -> Iterator[str]:
+        for inner in table.get_children():
+            yield from (symbol.get_name() for symbol in inner.get_symbols() if symbol.is_global())
+            yield from inside(inner)
+
+    module = symtable(f"from __future__ import annotations\n{source}", "<source>", "exec")
+    defaults = [symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()]
+    return frozenset((*defaults, *inside(module)))
+
+
+class _Reader:
+    """Collects what a source uses and changes. It walks without recursion, as a source may be nested deeply."""
+
+    def __init__(self, self_name: str, outside: frozenset[str]) -> None:
+        self.self_name, self.outside = self_name, outside
+        self.names: dict[str, int] = {}
+        self.attributes: dict[str, int] = {}
+        self.problems: dict[str, int] = {}
+
+    def read(self, tree: ast.AST) -> None:
+        """Look at every node but those of annotations, in the order of the source."""
+        waiting = [tree]
+        while waiting:
+            node = waiting.pop()
+            if see := getattr(self, f"_see_{type(node).__name__.lower()}", None):
+                see(node)
+            fields = [value for name, value in ast.iter_fields(node) if name not in ("annotation", "returns")]
+            inner = [part for value in fields for part in (value if isinstance(value, list) else [value])]
+            waiting += [part for part in reversed(inner) if isinstance(part, ast.AST)]
+
+    def _see_name(self, node: ast.Name) -> None:
+        if node.id in self.outside:
+            self.names.setdefault(node.id, node.lineno)
+            if not isinstance(node.ctx, ast.Load):
+                self._note(f"changes {node.id} of its module", node)
+            if node.id == "super":
+                self._note("uses super()", node)
+
+    def _see_attribute(self, node: ast.Attribute) -> None:
+        if self._is_self(node.value):
+            self.attributes.setdefault(node.attr, node.lineno)
+        self._see_subscript(node)
+
+    def _see_subscript(self, node: ast.Attribute | ast.Subscript) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self._note_change(node, node)
+
+    def _see_call(self, node: ast.Call) -> None:
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in _MUTATORS:
+            self._note_change(called.value, node)
+        if isinstance(called, ast.Name) and called.id in ("setattr", "delattr") and self._is_self(*node.args[:1]):
+            self._note("changes self", node)
+
+    def _see_await(self, node: ast.Await | ast.AsyncFor | ast.AsyncWith) -> None:
+        self._note("awaits", node)
+
+    _see_asyncfor = _see_asyncwith = _see_await
+
+    def _see_import(self, node: ast.Import) -> None:
+        self._note_clients([alias.name for alias in node.names], node)
+
+    def _see_importfrom(self, node: ast.ImportFrom) -> None:
+        self._note_clients([node.module or ""], node)
+
+    def _note_clients(self, imported: list[str], node: ast.stmt) -> None:
+        for name in imported:
+            if name.partition(".")[0] in _CLIENTS:
+                self._note(f"imports {name}", node)
+
+    def _note(self, what: str, node: ast.expr | ast.stmt) -> None:
+        self.problems.setdefault(what, node.lineno)
+
+    def _note_change(self, target: ast.expr, node: ast.expr) -> None:
+        """Note that what an expression leads to is changed, if it leads out of the function."""
+        while isinstance(target, ast.Attribute | ast.Subscript):
+            if isinstance(target, ast.Attribute) and self._is_self(target.value):
+                self._note(f"changes self.{target.attr}", node)
+                return
+            target = target.value
+        if isinstance(target, ast.Name) and target.id in self.outside:
+            self._note(f"changes {target.id} of its module", node)
+
+    def _is_self(self, *found: ast.expr) -> bool:
+        return any(isinstance(node, ast.Name) and node.id == self.self_name for node in found)
+
+
+class Surroundings:
+    """All that an operation's code needs in a worker: its functions by key, and the attributes and methods of `self`.
+
+    `missing` holds what was asked for and cannot cross, in words, by the name that the code uses (`self.x`, `x`).
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.functions: dict[str, Function] = {}
+        self.methods: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        self.class_values: dict[str, Any] = {}
+        self._keys: dict[int, str] = {}
+
+    def add(self, source: str, like: FunctionType, *, is_method: bool, key: str = "") -> None:
+        """Add a function as `source`, which replaces `like`, and all that it uses.
+
+        Texts that look like secrets come along only if `like` itself uses them.
+        """
+        wanted = uses_of(source, is_method=is_method)
+        written = _written(like)
+        own = uses_of(written, is_method=is_method).names if written else {}
+        around = _names_around(like)
+        values, modules, uses, missing = {}, {}, {}, {}
+        for name in sorted({*wanted.names, *own}):
+            value = around.get(name)
+            operation = operation_of(value)
+            if name not in around or (operation.function if operation else value) is like:
+                continue  # Python's own, or the function itself
+            try:
+                packed = pack(value, wide=True)
+            except TypeError:
+                if module := _import_of(value):
+                    modules[name] = module
+                elif found := self._function_key(value):
+                    uses[name] = found
+                else:
+                    missing[name] = _named(value)
+            else:
+                if name not in own and isinstance(value, str) and looks_secret(name, value):
+                    missing[name] = "a text that looks like a secret"
+                else:
+                    values[name] = packed
+        self.functions[key] = Function(
+            source=source,
+            name=like.__name__,
+            is_method=is_method,
+            values=values,
+            modules=modules,
+            uses=uses,
+            missing=missing,
+        )
+        self.missing |= {name: what for name, what in missing.items() if name in wanted.names}
+        if is_method and self.owner is not None:
+            for name in wanted.attributes:
+                self._take_attribute(name)
+
+    def _take_attribute(self, name: str) -> None:
+        """Take in what the class, not the instance, has under a name: a method or a plain value."""
+        if name in self.methods or name in self.class_values or f"self.{name}" in self.missing:
+            return
+        own = getattr(self.owner, "__dict__", {})
+        if name in own:
+            held = own[name]
+            try:
+                pack(held.data if isinstance(held, ParameterNode) else held, wide=True)
+            except TypeError:
+                self.missing[f"self.{name}"] = _named(held)
+            return
+        kind = next((kind for kind in type(self.owner).__mro__ if name in vars(kind)), None)
+        if kind is None:
+            return
+        held = vars(kind)[name]
+        if key := self._function_key(held, is_method=True):
+            self.methods[name] = key
+            return
+        try:
+            self.class_values[name] = pack(held.data if isinstance(held, ParameterNode) else held, wide=True)
+        except TypeError:
+            self.missing[f"self.{name}"] = _named(held)
+
+    def _function_key(self, value: Any, *, is_method: bool = False) -> str:
+        """Return the key of a plain function whose source is known, taken in if it is new; "" for anything else."""
+        if not isinstance(value, FunctionType):
+            return ""
+        if id(value) in self._keys:
+            return self._keys[id(value)]
+        operation = operation_of(value)
+        like = operation.function if operation else value
+        code = operation.code_of(self.owner if is_method else None) if operation else None
+        source = code.data if code else _written(like)
+        if not source or (operation is None and hasattr(value, "__wrapped__")):
+            return ""
+        key = self._keys[id(value)] = f"{len(self._keys) + 1} {like.__qualname__}"
+        self.add(source, like, is_method=is_method, key=key)
+        return key
+
+    def attributes(self) -> dict[str, tuple[bool, Any]]:
+        """Return the parameters and plain values of `self`: name -> (is a parameter, packed value)."""
+        found = {name: (False, value) for name, value in self.class_values.items()}
+        for name, value in vars(self.owner).items() if hasattr(self.owner, "__dict__") else ():
+            is_parameter = isinstance(value, ParameterNode)
+            if isinstance(value, CodeParameter):
+                continue
+            try:
+                found[name] = (is_parameter, pack(value.data if is_parameter else value, wide=True))
+            except TypeError:
+                continue
+        return found
+
+
+def _names_around(function: FunctionType) -> dict[str, Any]:
+    """Return what a function can see: the names of its module, and those of the functions around it."""
+    around = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            around[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    return around
+
+
+@lru_cache(maxsize=512)
+def _written(function: FunctionType) -> str:
+    """Return a function's source as written, "" for one that has none or whose decorators are part of it."""
+    try:
+        source, _ = source_of(function)
+    except (ConfigError, SyntaxError):
+        return ""
+    return source
+
+
+def _import_of(value: Any) -> str:
+    """Return `module` or `module:name` for what a worker can import: any module, and names of installed packages."""
+    if isinstance(value, ModuleType):
+        return value.__name__ if sys.modules.get(value.__name__) is value else ""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not isinstance(value, type | FunctionType | BuiltinFunctionType) or not (module and name) or "." in name:
+        return ""
+    home = sys.modules.get(module)
+    if home is None or getattr(home, name, None) is not value:
+        return ""
+    return f"{module}:{name}" if _is_installed(home) else ""
+
+
+def _is_installed(module: ModuleType) -> bool:
+    """Return True for a module of Python or of an installed package, as against the user's own."""
+    if module.__name__.partition(".")[0] in sys.stdlib_module_names:
+        return module.__name__ != "__main__"
+    folders = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    return (getattr(module, "__file__", None) or "").startswith(folders)
+
+
+def _named(value: Any) -> str:
+    """Return what a value is, in words for an error."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, FunctionType):
+        return f"the function {value.__qualname__}, whose source is not known or is decorated"
+    return f"a value of the type {type(value).__name__}"
+
+
+REDACTED = "REDACTED"
+_IS_COROUTINE = 0x80  # inspect.CO_COROUTINE
+_PLAIN = frozenset({None, type(None), bool, int, float, str, bytes, list, tuple, dict, object, Any})
+
+
+def prepare(
+    source: str, like: FunctionType, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], limits: Limits
+) -> Call:
+    """Return the call of `source`, which replaces the function `like`, with all that it needs.
+
+    Raises ConfigError for an argument that cannot cross.
+    """
+    given = args if owner is None else args[1:]
+    around = Surroundings(owner)
+    around.add(source, like, is_method=owner is not None)
+    return Call(
+        functions=around.functions,
+        args=[_packed(value, f"argument {i} of {like.__name__}") for i, value in enumerate(given)],
+        kwargs={name: _packed(value, f"{name} of {like.__name__}") for name, value in kwargs.items()},
+        owner=None if owner is None else around.attributes(),
+        methods=around.methods,
+        asynchronous=bool(like.__code__.co_flags & _IS_COROUTINE),
+        seconds=limits.seconds,
+        memory=limits.memory,
+        output=limits.output,
+        most_values=limits.values,
+    )
+
+
+def _packed(value: Any, what: str) -> Any:
+    try:
+        return pack(value.data if isinstance(value, ParameterNode) else value)
+    except TypeError as error:
+        raise ConfigError(
+            f"Expected {what} to be None, bool, int, float, str, bytes or a list, tuple or dict of them, to cross to "
+            f"its sandbox, got {error}; pass plain data, or set sandbox=None in its @bundle"
+        ) from None
+
+
+def sandboxed_function(code: CodeParameter, owner: Any, place: Place) -> Callable[..., Any]:
+    """Return what runs a code parameter's current source in a sandbox: a function, async if the original is."""
+    source, like = code.data, code.original
+    if place.engine == "monty":
+        from aggregator.sandbox.monty import arun, run
+    else:
+        from aggregator.sandbox.pool import arun, run
+    if like.__code__.co_flags & _IS_COROUTINE:
+
+        async def asynchronous(*args: Any, **kwargs: Any) -> Any:
+            call = prepare(source, like, owner, args, kwargs, place.limits)
+            return result_of(await arun(call), call)
+
+        return asynchronous
+
+    def synchronous(*args: Any, **kwargs: Any) -> Any:
+        call = prepare(source, like, owner, args, kwargs, place.limits)
+        return result_of(run(call), call)
+
+    return synchronous
+
+
+def hide_secrets(value: Any) -> Any:
+    """Return what trained code returned, with values of the environment that look like secrets replaced.
+
+    Such a value would go on into prompts, recordings and reports. Containers without one are returned as they are.
+    """
+    secrets = environment_secrets()
+    return _without(value, secrets) if secrets else value
+
+
+def hide_secrets_in(error: BaseException) -> BaseException:
+    """Replace secrets in what an exception of trained code says; return the same exception."""
+    error.args = hide_secrets(error.args)
+    return error
+
+
+def _without(value: Any, secrets: Sequence[str], levels: int = 64) -> Any:
+    kind = type(value)
+    if not levels:  # a list that holds itself
+        return value
+    if kind is str:
+        for secret in secrets:
+            value = value.replace(secret, REDACTED) if secret in value else value
+        return value
+    if kind is bytes:
+        for secret in secrets:
+            value = value.replace(secret.encode(errors="surrogateescape"), REDACTED.encode())
+        return value
+    if kind in (list, tuple):
+        items = [_without(item, secrets, levels - 1) for item in value]
+        return value if all(map(is_, items, value)) else kind(items)
+    if kind is dict:
+        pairs = [(_without(key, secrets), _without(item, secrets, levels - 1)) for key, item in value.items()]
+        same = all(new is old and value[old] is item for (new, item), old in zip(pairs, value, strict=True))
+        return value if same else dict(pairs)
+    return value
+
+
+def environment_secrets() -> list[str]:
+    """Return the values of environment variables that look like secrets, the longest first."""
+    return sorted({value for name, value in os.environ.items() if looks_secret(name, value)}, key=len, reverse=True)
+
+
+def check_sandboxed(operations: Iterable[tuple[str, CodeParameter, Any]]) -> None:
+    """Check that trainable operations can run in their sandbox; raises ConfigError that names what cannot, for all.
+
+    `operations` are (name, code parameter, its instance or None) of those that will run in one. The check reads source
+    and values and runs nothing. It does not see what hides behind another name or in the values of arguments.
+    """
+    found = [f"{name} {problems}" for name, code, owner in operations if (problems := _problems(code, owner))]
+    if found:
+        raise ConfigError(
+            "Expected trainable operations that can run in a sandbox, as the code that training writes does, got "
+            f"{'; '.join(found)}. Keep that outside of the operation, or set sandbox=None in its @bundle: the code "
+            "then runs in this process and may do what your program may do"
+        )
+
+
+def _problems(code: CodeParameter, owner: Any) -> str:
+    """Return in words what an operation does or uses that no sandbox can give it, "" for nothing."""
+    source, like = code.data, code.original
+    uses = uses_of(source, is_method=owner is not None)
+    around = Surroundings(owner)
+    around.add(source, like, is_method=owner is not None)
+    lines = {**uses.names, **{f"self.{name}": line for name, line in uses.attributes.items()}}
+    facts = [(lines.get(name, 0), f"uses {name}, {what}") for name, what in around.missing.items()]
+    facts += [(line, what) for what, line in uses.problems.items()]
+    facts += [(1, f"takes {name}: {kind}") for name, kind in _odd_arguments(like)]
+    return ", ".join(f"{what} (line {line})" if line else what for line, what in sorted(facts))
+
+
+def _odd_arguments(like: FunctionType) -> list[tuple[str, str]]:
+    """Return the arguments that are annotated with a class whose values cannot cross."""
+    try:
+        hints = get_type_hints(like)
+    except Exception:  # noqa: BLE001 - annotations are the user's own, and need not mean anything
+        return []
+    return [
+        (name, getattr(kind, "__name__", str(kind)))
+        for name, kind in hints.items()
+        if name != "return" and isinstance(kind, type) and not hasattr(kind, "__origin__") and kind not in _PLAIN
+    ]

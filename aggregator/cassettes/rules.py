@@ -203,7 +203,7 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     `raises_again=False` reports misses at the end instead of raising them again, as vcrpy does.
     `keeps_exchanges` holds what is recorded in memory too, as `Tape.exchanges`.
     `expects_all=False` reports no exchanges that were left unplayed.
-    `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.consent`; source of
+    `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.code`; source of
     sandboxed operations needs no permission.
     `ignore_hosts` are left to the network, see `aggregator.cassettes.rules`; `match_on` says which requests are the
     same, see `aggregator.cassettes.matching`; with `allow_playback_repeats` a request that is asked more often than it
@@ -242,7 +242,7 @@ class TapeRules(Struct, frozen=True, kw_only=True):
                 "own client alone, as others have exceptions of their own; leave one of them out"
             )
         if self.code is not False:
-            from aggregator.agents.consent import check_consent  # loads what only agents with trained code need
+            from aggregator.agents.code import check_consent  # loads what only agents with trained code need
 
             check_consent(self.code)
 

@@ -1,6 +1,7 @@
-"""What a recorded cassette holds, as facts: totals, differences, what is wrong with it.
+"""What recorded cassettes hold: the files in a folder, totals, what is wrong with one, and what the tests played of it.
 
-Pure functions over rows and exchanges, beside `find_cassettes`; `aggregator cassette` prints what they return.
+`aggregator cassette` prints what these functions return. The account of the last pytest run is in the cache that the
+plugin writes.
 """
 
 from __future__ import annotations
@@ -9,23 +10,22 @@ import ast
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from msgspec import Struct
+from msgspec import DecodeError, Struct, ValidationError
+from msgspec.json import decode
 
 from aggregator.agents.code import plain_source
 from aggregator.cassettes.credentials import Needles
 from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
-from aggregator.cassettes.matching import decode_json, raw_key
-from aggregator.cassettes.storage import GZIP
-from aggregator.cli._secrets import needles_from, secrets_in
-from aggregator.cli._usage import model_of, usage_of
-from aggregator.errors import ConfigError
-
-__all__ = ["model_of", "needles_from", "secrets_in", "usage_of"]  # with what is defined here
+from aggregator.cassettes.journal import is_open_journal
+from aggregator.cassettes.matching import raw_key
+from aggregator.cassettes.storage import GZIP, FileLock, followed, read
+from aggregator.cli._exchanges import model_of, secrets_in, usage_of, value_of
+from aggregator.errors import CassetteError, ConfigError
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json", ".har", ".gz"})
 _SHARD = re.compile(r"(.*)\.[0-9a-f]{12}\.\d{4}")
@@ -149,35 +149,12 @@ def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:
     return [f"{name}: no test plays it" for row in recording.rows if (name := exchange_id(row)) in unplayed]
 
 
-def render(exchange: Exchange) -> str:
-    """Return one exchange in full: our facts, then request and answer, JSON indented."""
-    request, reply, facts = exchange.request, exchange.reply, exchange.facts
-    known = {
-        "lineage": f"{facts.lineage or '-'} #{facts.ticket}.{facts.attempt}",
-        "role": facts.role,
-        "model": model_of(exchange) or "-",
-        "recorded": f"{facts.at or 'unknown'}, {facts.ms:.0f} ms",
-        "usage": ", ".join(f"{name} {amount:g}" for name, amount in usage_of(exchange).items()) or "unknown",
-    }
-    lines = [f"{name:<9} {text}" for name, text in known.items()]
-    lines += ["", f"{request.method} {request.url}", *_header_lines(request.headers), "", _pretty(request.body), ""]
-    if reply.status:
-        lines += [f"{reply.status} {reply.reason}", *_header_lines(reply.headers), "", _pretty(reply.body)]
-    if facts.error is not None:
-        lines.append(f"{facts.error[0]}: {facts.error[1]}")
-    return "\n".join(lines)
-
-
-def _header_lines(headers: Mapping[str, str]) -> list[str]:
-    return [f"{name}: {value}" for name, value in headers.items()]
-
-
 def suggested_code(recording: Recording) -> dict[str, str]:
     """Return the code that recorded suggestions hold: sha256 of the source -> parameter and exchange that has it first.
 
     A replay lets it run in this process only with `cassette(..., code=...)`.
     """
-    from aggregator.agents.consent import source_digest
+    from aggregator.agents.code import source_digest
     from aggregator.errors import SuggestionError
     from aggregator.training.replies import parse_reply
 
@@ -222,18 +199,77 @@ def _is_function(text: str) -> bool:
     return len(body) == 1 and isinstance(body[0], ast.FunctionDef | ast.AsyncFunctionDef)
 
 
-def value_of(body: bytes) -> Any:
-    """Return a body as JSON, else as text, else as the bytes that it is."""
-    for decode in (decode_json, bytes.decode):
+def read_cassette(path: Path, *, redact: bool = True) -> Recording:
+    """Return what a cassette holds; raises ConfigError where there is none, CassetteError where it cannot be read."""
+    file = followed(path) if path.is_file() else path  # a pipe's link leads nowhere
+    recording = None if path.is_dir() else read(file, redact=redact)
+    if recording is None:
+        there = "which is a folder" if path.is_dir() else "which is not there"
+        raise ConfigError(f"Expected a cassette, got {str(path)!r}, {there}")
+    return recording
+
+
+def readable(paths: Iterable[Path], problems: list[str], *, redact: bool = True) -> Iterator[tuple[Path, Recording]]:
+    """Yield the cassettes that can be read, and add to the problems why another cannot."""
+    for path in paths:
         try:
-            return decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            recording = read_cassette(path, redact=redact)
+        except CassetteError as error:
+            problems.append(str(error))
             continue
-    return body
+        yield path, recording
 
 
-def _pretty(body: bytes) -> str:
-    value = value_of(body)
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return value if isinstance(value, str) else msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+@contextmanager
+def rewriting(path: Path) -> Iterator[None]:
+    """Keep recordings away from a file while it is written anew.
+
+    Raises CassetteLockedError where one is going on, CassetteError where one was killed and would be taken up.
+    """
+    path = followed(path)
+    lock = FileLock(path)
+    try:
+        if path.is_file() and path.stat().st_size and is_open_journal(path.read_bytes()):
+            raise CassetteError(
+                f"Expected a finished cassette to write anew, got a recording that was not finished ({path}); "
+                'finish it: run it again with mode="once"; or convert it to another file'
+            )
+        yield
+    finally:
+        lock.release()
+
+
+class Played(Struct, frozen=True):
+    """What every test that opened a cassette left; `complete` says that all of these tests ran in whole and passed."""
+
+    unplayed: frozenset[str]
+    complete: bool = True
+
+
+class _Test(Struct, frozen=True):
+    path: str
+    unplayed: frozenset[str]
+    complete: bool = True
+
+
+def played(cache: Path) -> dict[Path, Played]:
+    """Return the account of each cassette that a test opened; raises ConfigError where there is none to read."""
+    file = cache / "v" / "aggregator" / "cassettes"
+    remedy = "run pytest with the plugin first, or name its cache: --pytest-cache DIR"
+    try:
+        run = decode(file.read_bytes(), type=dict[str, _Test])
+    except FileNotFoundError as error:
+        raise ConfigError(f"Expected the account of a pytest run in {file}, got none; {remedy}") from error
+    except (DecodeError, ValidationError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"Expected the account of a pytest run in {file}, got {error}; {remedy}") from error
+    found: dict[Path, Played] = {}
+    for test in run.values():
+        path = Path(test.path).resolve()
+        before = found.get(path, Played(test.unplayed))
+        found[path] = Played(before.unplayed & test.unplayed, before.complete and test.complete)
+    return found
+
+
+def passed_over(path: Path) -> str:
+    """Say why nothing is told of a cassette whose account is not complete."""
+    return f"{path}: passed over: a test that plays it did not pass or did not run in whole; run its tests again"

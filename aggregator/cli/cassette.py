@@ -83,9 +83,9 @@ def _show_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def list_cassettes(options: argparse.Namespace) -> int:
     """Print one line a cassette."""
-    from aggregator.cli._columns import columns, count, size
-    from aggregator.cli._files import readable
-    from aggregator.cli._inspection import find_cassettes, model_of
+    from aggregator.cli._exchanges import model_of
+    from aggregator.cli._inspection import find_cassettes, readable
+    from aggregator.text import columns, show_count, show_size
 
     problems: list[str] = []
     lines, exchanges = [], 0
@@ -98,7 +98,7 @@ def list_cassettes(options: argparse.Namespace) -> int:
             [
                 str(path),
                 f"{len(heard):,}",
-                size(recording.size),
+                show_size(recording.size),
                 recording.layout if recording.state == "closed" else f"{recording.layout}, {recording.state}",
                 " - ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "-",
                 ", ".join(models) or "-",
@@ -106,16 +106,16 @@ def list_cassettes(options: argparse.Namespace) -> int:
         )
     head = ["cassette", "exchanges", "size", "layout", "recorded", "models"]
     print("\n".join(columns(head, lines, frozenset({"exchanges", "size"}))))
-    print(f"{count(len(lines), 'cassette')}, {count(exchanges, 'exchange')}")
+    print(f"{show_count(len(lines), 'cassette')}, {show_count(exchanges, 'exchange')}")
     return _told(problems)
 
 
 def show_cassette(options: argparse.Namespace) -> int:
     """Print one line an exchange, or one exchange in full."""
-    from aggregator.cli._columns import columns, printable
-    from aggregator.cli._files import read_cassette
-    from aggregator.cli._inspection import model_of, render, usage_of
+    from aggregator.cli._exchanges import model_of, render, usage_of
+    from aggregator.cli._inspection import read_cassette
     from aggregator.errors import ConfigError
+    from aggregator.text import columns, printable
 
     rows = read_cassette(options.path).rows
     if options.number is not None:
@@ -140,8 +140,7 @@ def show_cassette(options: argparse.Namespace) -> int:
 
 def print_stats(options: argparse.Namespace) -> int:
     """Print totals by role and model, of all cassettes or of each."""
-    from aggregator.cli._files import readable
-    from aggregator.cli._inspection import find_cassettes, tally
+    from aggregator.cli._inspection import find_cassettes, readable, tally
 
     problems: list[str] = []
     recordings = readable(find_cassettes(options.paths), problems)
@@ -156,8 +155,8 @@ def print_stats(options: argparse.Namespace) -> int:
 
 
 def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
-    from aggregator.cli._columns import columns, count
     from aggregator.cli._inspection import Totals
+    from aggregator.text import columns, show_count
 
     def line(role: str, model: str, totals: Totals) -> list[str]:
         figures = [totals.exchanges, totals.failed, totals.input_tokens, totals.output_tokens]
@@ -169,14 +168,14 @@ def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
     head = ["role", "model", "exchanges", "failed", "input", "output", "cost USD", "seconds"]
     print("\n".join(columns(head, [*lines, line("all", "", everything)], frozenset(head[2:]))))
     if everything.unknown:
-        print(f"{count(everything.unknown, 'exchange')} told no tokens; they are in no sum")
+        print(f"{show_count(everything.unknown, 'exchange')} told no tokens; they are in no sum")
 
 
 def print_difference(options: argparse.Namespace) -> int:
     """Print how two cassettes differ, like diff: 0 for the same, 1 otherwise."""
-    from aggregator.cli._columns import printable
-    from aggregator.cli._differences import difference
-    from aggregator.cli._files import read_cassette
+    from aggregator.cli._exchanges import difference
+    from aggregator.cli._inspection import read_cassette
+    from aggregator.text import printable
 
     found = difference(read_cassette(options.before).rows, read_cassette(options.after).rows)
     for sign, exchanges in (("-", found.removed), ("+", found.added)):
@@ -197,10 +196,9 @@ def check_cassettes(options: argparse.Namespace) -> int:
     import os
     from datetime import UTC, datetime, timedelta
 
-    from aggregator.cli._account import passed_over, played
-    from aggregator.cli._columns import count, printable
-    from aggregator.cli._files import readable
-    from aggregator.cli._inspection import check, find_cassettes, needles_from, orphans, suggested_code
+    from aggregator.cli._exchanges import needles_from
+    from aggregator.cli._inspection import check, find_cassettes, orphans, passed_over, played, readable, suggested_code
+    from aggregator.text import printable, show_count
 
     limit = None if options.max_age is None else timedelta(days=options.max_age)
     needles = needles_from(os.environ)
@@ -220,15 +218,16 @@ def check_cassettes(options: argparse.Namespace) -> int:
         notes += [f"{path}: code sha256 {digest}, {where}" for digest, where in suggested_code(recording).items()]
     if notes:
         print(
-            f"Code in recorded suggestions ({count(len(notes), 'source')}); it runs in this process, where an operation"
+            f"Code in recorded suggestions ({show_count(len(notes), 'source')}); it runs in this process, where an "
+            "operation"
         )
         print("has sandbox=None, only with cassette(..., code=True), or code= one of these:")
         print(
             printable("\n".join([*notes[:SHOWN], *([f"... {len(notes) - SHOWN} more"] if len(notes) > SHOWN else [])]))
         )
     print(printable("\n".join([*problems, ""])), end="")
-    verdict = count(len(problems), "problem") if problems else "good"
-    print(f"{count(len(paths), 'cassette')}, {count(exchanges, 'exchange')}: {verdict}")
+    verdict = show_count(len(problems), "problem") if problems else "good"
+    print(f"{show_count(len(paths), 'cassette')}, {show_count(exchanges, 'exchange')}: {verdict}")
     return FAILED if problems else 0
 
 
@@ -237,8 +236,7 @@ def prune_cassettes(options: argparse.Namespace) -> int:
     from datetime import UTC, datetime, timedelta
 
     from aggregator.cassettes.exchanges import exchange_id
-    from aggregator.cli._account import Played, passed_over, played
-    from aggregator.cli._inspection import find_cassettes, too_old
+    from aggregator.cli._inspection import Played, find_cassettes, passed_over, played, too_old
     from aggregator.errors import CassetteError, ConfigError
 
     if not (options.unplayed or options.lineage or options.older_than is not None):
@@ -271,8 +269,8 @@ def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> Non
     from contextlib import nullcontext
 
     from aggregator.cassettes.storage import save
-    from aggregator.cli._columns import count
-    from aggregator.cli._files import read_cassette, rewriting
+    from aggregator.cli._inspection import read_cassette, rewriting
+    from aggregator.text import show_count
 
     with nullcontext() if dry_run else rewriting(path):
         recording = read_cassette(path)
@@ -281,7 +279,7 @@ def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> Non
         if dropped and not dry_run:
             _refuse_json(path, recording.layout)
             save(path, kept, "auto" if recording.layout == "foreign" else recording.layout)
-    print(f"{path}: {count(dropped, 'exchange')} {'would be ' if dry_run else ''}dropped, {len(kept):,} kept")
+    print(f"{path}: {show_count(dropped, 'exchange')} {'would be ' if dry_run else ''}dropped, {len(kept):,} kept")
 
 
 def accept_cassettes(options: argparse.Namespace) -> int:
@@ -289,10 +287,9 @@ def accept_cassettes(options: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
     from aggregator.cassettes.storage import followed, read_edited, save
-    from aggregator.cli._columns import count
-    from aggregator.cli._files import rewriting
-    from aggregator.cli._inspection import find_cassettes
+    from aggregator.cli._inspection import find_cassettes, rewriting
     from aggregator.errors import CassetteError
+    from aggregator.text import show_count
 
     problems: list[str] = []
     for path in map(followed, find_cassettes(options.paths)):
@@ -305,16 +302,16 @@ def accept_cassettes(options: argparse.Namespace) -> int:
             problems.append(str(error))
             continue
         what = f"{found.changed} changed, {found.added} added, {found.removed} removed"
-        print(f"{path}: {count(len(found.rows), 'exchange')}, {what if found.is_edited else 'as recorded'}")
+        print(f"{path}: {show_count(len(found.rows), 'exchange')}, {what if found.is_edited else 'as recorded'}")
     return _told(problems)
 
 
 def convert_cassette(options: argparse.Namespace) -> int:
     """Read a cassette of any layout or of vcrpy's, and write it in ours."""
     from aggregator.cassettes.storage import save
-    from aggregator.cli._columns import count
-    from aggregator.cli._files import read_cassette, rewriting
+    from aggregator.cli._inspection import read_cassette, rewriting
     from aggregator.errors import ConfigError
+    from aggregator.text import show_count
 
     target = options.target or options.source
     if target.is_dir():
@@ -325,7 +322,7 @@ def convert_cassette(options: argparse.Namespace) -> int:
         _refuse_json(target, recording.layout)
         save(target, recording.rows, options.layout)
         written = read_cassette(target)
-    print(f"{target}: {count(len(written.rows), 'exchange')}, {written.layout}")
+    print(f"{target}: {show_count(len(written.rows), 'exchange')}, {written.layout}")
     return 0
 
 
@@ -346,7 +343,7 @@ def _told(problems: list[str]) -> int:
     """Print what could not be done, and return the exit code."""
     import sys
 
-    from aggregator.cli._columns import printable
+    from aggregator.text import printable
 
     for problem in problems:
         print(printable(f"aggregator cassette: {problem}"), file=sys.stderr)

@@ -17,7 +17,6 @@ from io import TextIOWrapper
 from pkgutil import iter_modules
 
 from aggregator import __version__, cli
-from aggregator.cli._columns import printable
 from aggregator.errors import AggregatorError
 
 FAILED, INTERRUPTED = 1, 130
@@ -42,6 +41,8 @@ def guarded(options: argparse.Namespace) -> int:
     except AggregatorError as error:
         if options.debug:
             raise
+        from aggregator.text import printable  # not at the top: `--help` loads no third-party module
+
         sys.stderr.write(f"aggregator {options.command}: {printable(str(error))}\n")
         return FAILED
     except KeyboardInterrupt:

@@ -31,9 +31,8 @@ from aggregator.cassettes.lineage import current_lineage, current_role, tape_her
 from aggregator.checks import check_positive
 from aggregator.errors import ConfigError, is_own
 from aggregator.executors import link
-from aggregator.executors.link import Link
+from aggregator.executors.link import Link, Reference, dump_error, dumps, load_error, loads, parameters_of
 from aggregator.executors.local import finish
-from aggregator.executors.pickling import Reference, dump_error, dumps, load_error, loads, parameters_of
 from aggregator.llm.client import LLM
 from aggregator.llm.ledger import count
 from aggregator.llm.models import CallableModel

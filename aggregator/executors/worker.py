@@ -21,8 +21,7 @@ from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_lineage, current_role, lineage_at
 from aggregator.errors import ConfigError
 from aggregator.executors import link
-from aggregator.executors.link import Link
-from aggregator.executors.pickling import Reference, dump_error, dumps, load_error, loads, parameters_of
+from aggregator.executors.link import Link, Reference, dump_error, dumps, load_error, loads, parameters_of
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.client import LLM
 from aggregator.llm.ledger import collecting

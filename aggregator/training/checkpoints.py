@@ -26,7 +26,7 @@ from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.storage import FileLock
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
-from aggregator.executors.blame import failures_left
+from aggregator.executors.work import failures_left
 from aggregator.files import write_atomically
 from aggregator.llm.budget import Budget, Spending, spending
 from aggregator.records import NO_USAGE, Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values

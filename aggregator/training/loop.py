@@ -22,9 +22,8 @@ from aggregator.agents.values import describe_type
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import is_finite
 from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError, TrainingWarning
-from aggregator.executors.blame import failures_left
 from aggregator.executors.local import LocalExecutor, finish
-from aggregator.executors.work import record_failure
+from aggregator.executors.work import failures_left, record_failure
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting, total_by_role
 from aggregator.observing.configuring import Events

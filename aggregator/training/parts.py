@@ -15,10 +15,9 @@ import msgspec
 from msgspec.structs import replace
 
 from aggregator.agents.bundles import Operation
-from aggregator.agents.code import CodeParameter
-from aggregator.agents.consent import require_consent, unsandboxed_code
+from aggregator.agents.code import CodeParameter, require_consent, unsandboxed_code
 from aggregator.agents.modules import operations_of
-from aggregator.agents.sandboxing import check_sandboxed
+from aggregator.agents.sandbox import check_sandboxed
 from aggregator.cassettes.lineage import current_tape
 from aggregator.checks import accepts, is_async
 from aggregator.errors import ConfigError

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from aggregator.errors import TrainingError, TrainingWarning
-from aggregator.executors.blame import show_failure
 from aggregator.executors.local import LocalExecutor, fan_out, finish
-from aggregator.executors.work import AgentWork, InstanceAgent, run_batch
+from aggregator.executors.work import AgentWork, InstanceAgent, run_batch, show_failure
 from aggregator.observing.observer import Observer, notify
 from aggregator.protocols import Agent, Executor
 from aggregator.records import Proposal, Rollout, RolloutTask, Values

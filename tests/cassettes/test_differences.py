@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, exchange_id, index_lines
-from aggregator.cli._differences import describe_changes, difference
+from aggregator.cli._exchanges import describe_changes, difference
 from aggregator.records import HTTPReply, HTTPRequest
 
 JSON = {"content-type": "application/json"}

@@ -15,7 +15,7 @@ from aggregator.cassettes.journal import Layout
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.recorder import open_tape
 from aggregator.cassettes.storage import read, read_edited
-from aggregator.cli._inspection import secrets_in
+from aggregator.cli._exchanges import secrets_in
 from aggregator.cli.main import main
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest

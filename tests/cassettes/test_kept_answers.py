@@ -18,7 +18,7 @@ from aggregator.cassettes.redaction import needles_for, redact_body, redact_line
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.secrets import needles_of, secret_edits
 from aggregator.cassettes.tape import Tape
-from aggregator.cli._secrets import secrets_in
+from aggregator.cli._exchanges import secrets_in
 from aggregator.errors import CassetteWarning, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 

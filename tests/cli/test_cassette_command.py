@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aggregator.agents.consent import source_digest
+from aggregator.agents.code import source_digest
 from aggregator.cassettes.exchanges import exchange_id
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.recorder import cassette

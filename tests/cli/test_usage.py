@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aggregator.cassettes.exchanges import Exchange, Facts
-from aggregator.cli._usage import model_of, usage_of
+from aggregator.cli._exchanges import model_of, usage_of
 from aggregator.records import HTTPReply, HTTPRequest
 
 DATA = Path(__file__).parents[3] / "shared/data/real_exchanges"

@@ -18,7 +18,7 @@ import pytest
 
 from aggregator import Module, bundle
 from aggregator.agents.code import CodeParameter
-from aggregator.agents.sandboxing import prepare
+from aggregator.agents.sandbox import prepare
 from aggregator.errors import SandboxError, SandboxWarning
 from aggregator.sandbox.crossing import Call, result_of
 from aggregator.sandbox.kernel import Kernel, system_call_filter

@@ -11,7 +11,7 @@ import pytest
 
 from aggregator import ConfigError, Module, ParameterNode, bundle
 from aggregator.agents.code import CodeParameter
-from aggregator.agents.sandboxing import prepare
+from aggregator.agents.sandbox import prepare
 from aggregator.errors import SandboxError
 from aggregator.sandbox.crossing import result_of
 from aggregator.sandbox.limits import Limits, place_of, sandboxed

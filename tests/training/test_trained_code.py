@@ -28,7 +28,7 @@ from aggregator import (
     bundle,
     cassette,
 )
-from aggregator.agents.consent import source_digest
+from aggregator.agents.code import source_digest
 from aggregator.errors import TrainingError
 from aggregator.observing.observer import Observer
 from aggregator.records import HTTPReply, RunInfo
