@@ -71,7 +71,7 @@ format: $(VENV)/.dev ## Format the code
 bench: $(VENV)/.dev ## Run every benchmark that needs no peer outside the dev tools
 	$(BIN)/python -m benchmarks
 
-record: $(VENV)/.dev ## Record the demo's cassette anew, from the simulated model
+record: $(VENV)/.dev ## Re-record the demo's cassette from the simulated model
 	$(BIN)/aggregator demo --serve --record
 
 wheel: $(VENV)/.dev ## Build the wheel into dist/

@@ -117,7 +117,7 @@ class NoisyOptimizer:
 class SimulatedMerge:
     """Reads the aggregation prompt and merges entry by entry, weighing confidence and support.
 
-    A new entry is taken where it is not outvoted by another value of the same key; an entry that is in force changes
+    A new entry is taken where it is not outvoted by another value of the same key; a current entry changes
     or goes only where more confidence asks for it than the current value has.
     """
 
@@ -199,7 +199,7 @@ def make_trainer(method: str, agent: Any, world: World) -> tuple[Any, int]:
 
 
 def accuracy(method: str, noise: float, seed: int, budget: int) -> float:
-    """Test accuracy of the parameters in force when the budget is spent."""
+    """Test accuracy of the current parameters when the budget is spent."""
     from aggregator import BudgetExceededError
 
     world = World(seed, noise, Meter(budget))

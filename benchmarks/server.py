@@ -1,6 +1,6 @@
 """A loopback server that answers every POST with one small chat completion: `python -m benchmarks.server`.
 
-Standard library only and kept alive, so that it costs the same whoever asks. Prints its base URL.
+Standard library only and kept alive, so that it costs the same for every client. Prints its base URL.
 """
 
 from __future__ import annotations

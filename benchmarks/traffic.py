@@ -9,7 +9,7 @@ import json
 import random
 from typing import Any
 
-URL = "http://127.0.0.1:9/v1/chat/completions"  # nothing listens there: whoever misses the cassette fails
+URL = "http://127.0.0.1:9/v1/chat/completions"  # nothing listens there: a miss of the cassette fails
 MODEL = "benchmark"
 WORDS = (  # noqa: SIM905 - words are read as words
     "agent batch claim delay error field guide hint index judge label model note order prompt query route score "

@@ -189,7 +189,7 @@ def test_a_pool_made_inside_a_run_starts_threads_without_its_context() -> None:
 
 
 def test_outside_of_a_run_nothing_is_carried() -> None:
-    """Whoever has no run open starts threads as ever, also while somebody else has one."""
+    """Code without an open run starts threads as before, also while somebody else has one."""
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:

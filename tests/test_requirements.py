@@ -244,7 +244,7 @@ MODELS = (
     "Trace: backend CustomLLM",
     "Trace: TRACE_DEFAULT_LLM_BACKEND, TRACE_LITELLM_MODEL",
     "Trace: llm(messages=...) with OpenAI's shape",
-    # a client is not made anew every so often: connections that idle or die are replaced one by one
+    # a client is not replaced every so often: connections that idle or die are replaced one by one
     "Trace: reset_freq",
 )
 

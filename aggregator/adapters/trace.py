@@ -36,7 +36,7 @@ from aggregator.records import Proposal, Rollout, RolloutTask
 class YieldingLock:
     """Held around what reads or writes Trace's shared state; `released()` inside lets the others go on meanwhile.
 
-    Whoever holds it finds the values it asked for on the nodes, and Trace's global registries as they were when it
+    The holder finds the values it asked for on the nodes, and Trace's global registries as they were when it
     first came, however many others came between: names in its graph do not count what others made.
     """
 
@@ -156,7 +156,7 @@ def is_trace_agent(agent: Any) -> bool:
 
 
 def is_trace_optimizer(optimizer: Any) -> bool:
-    """Say whether an optimizer takes feedback as Trace's do."""
+    """Return True if an optimizer takes feedback as Trace's do."""
     return all(callable(getattr(optimizer, name, None)) for name in ("zero_feedback", "backward", "step"))
 
 

@@ -151,7 +151,7 @@ def _text(body: bytes) -> Any:  # str, or YAML's own as msgspec.Raw
 
 
 def line_is_whole(line: Buffer) -> bool:
-    """Say whether the line is what was written: its hash is there and fits."""
+    """Return True if the line is what was written: its hash is there and fits."""
     return bytes(line[-_TAIL:]) == b"".join((_HASH, sha256(line[:-_TAIL]).hexdigest().encode(), _END))
 
 

@@ -87,7 +87,7 @@ def parse_comment(first_line: bytes, where: str) -> Comment | None:
 
 
 def has_comment(data: bytes) -> bool:
-    """Say whether the file bears our mark."""
+    """Return True if the file has our mark."""
     return data.startswith(_MARK)
 
 
@@ -202,7 +202,7 @@ _Span = tuple[int, int]
 
 
 def is_open_journal(data: bytes) -> bool:
-    """Say whether a recording was going on: our comment says so, or it is gone but the first line is ours."""
+    """Return True if a recording was going on: our comment says so, or it is gone but the first line is ours."""
     if data.startswith(OPEN_COMMENT) or OPENING.startswith(data):
         return True
     if not data.startswith(PREAMBLE + b'- {"request":'):
@@ -259,7 +259,7 @@ def _spans(data: bytes, start: int) -> Iterator[_Span]:
 
 
 def _torn(data: bytes, spans: list[_Span], where: str, first: int) -> bool:
-    """Say whether the last item is torn; raise for the first one that is damaged otherwise, with its line.
+    """Return True if the last item is torn; raise for the first one that is damaged otherwise, with its line.
 
     An item that is whole but for its line break counts as torn: what follows could not be told from it.
     """

@@ -159,7 +159,7 @@ def _adopting() -> Tape | None:
 
 
 def _is_stray() -> bool:
-    """Say whether this is a thread that somebody started; to our own, contexts travel along."""
+    """Return True if this is a thread that somebody started; to our own, contexts travel along."""
     return threading.current_thread() is not threading.main_thread() and not portal.is_here()
 
 

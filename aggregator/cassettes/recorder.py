@@ -87,7 +87,7 @@ def open_tape(
     lock = FileLock(path) if plan is None else None
     try:
         plan = plan or _recording(path, mode, rules.redaction)
-        if lock is not None and plan.journal is None:  # finished meanwhile, by whoever had the lock
+        if lock is not None and plan.journal is None:  # finished meanwhile, by the lock\'s last holder
             lock.release()
             lock = None
         journal = Journal(plan.journal, keep=plan.kept, private=private) if plan.journal is not None else None
@@ -129,7 +129,7 @@ def _playing(path: Path, there: Recording) -> _Plan:
         f"{beside}: an unfinished recording; {remedy}, or delete it"
         for beside, remedy in (
             (part_of(path), 'record with mode="new_episodes" to take it up'),
-            (successor_of(path), 'record with mode="all" to begin it anew'),
+            (successor_of(path), 'record with mode="all" to start over'),
         )
         if beside.exists()
     )
@@ -203,7 +203,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
 
     `mode` is vcrpy's: "none" plays only, "once" records a cassette that is not there and plays one that is
     (a recording that was killed goes on), "new_episodes" plays what is there and records the rest, "all"
-    records everything anew. It defaults to "none" where the environment has CI, else to "once".
+    re-records everything. It defaults to "none" where the environment has CI, else to "once".
     `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
     `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.clients`); `latency` is
     "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not count.
@@ -321,7 +321,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
 
 
 def _tells(error: BaseException | None, kind: type[CassetteError]) -> bool:
-    """Say whether an error, one it came from, or one of its group is of this kind."""
+    """Return True if an error, one it came from, or one of its group is of this kind."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

@@ -444,7 +444,7 @@ def redact_text(text: str, needles: Needles, policy: Redaction = USUAL) -> str:
 
 
 def redact_body(body: bytes, needles: Needles, policy: Redaction = USUAL) -> tuple[bytes, list[list[Edit]]]:
-    """Return the body without secrets, and the edits of each step, for whoever must find its chunks again."""
+    """Return the body without secrets, and the edits of each step, which locate its chunks."""
     if is_clean_stream(body, needles, policy):
         return body, [[], []]
     first = secret_edits(body, needles, policy)

@@ -234,7 +234,7 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     code: bool | str | Collection[str] = False
 
     def __post_init__(self) -> None:
-        """Reject options that cannot be meant, before anything is opened."""
+        """Reject invalid combinations of options, before anything is opened."""
         families(self.clients)
         if self.faults is not None and self.clients:
             raise ConfigError(

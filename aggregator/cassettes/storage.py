@@ -65,7 +65,7 @@ GZIP = b"\x1f\x8b"
 
 
 def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recording | None:
-    """Return what a cassette holds, its shards included; None where there is none.
+    """Return what a cassette holds, its shards included; None without one.
 
     Another tool's cassette comes without its secrets; `redact=False` returns what is really in the file.
 
@@ -133,7 +133,7 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
         first = plain[: plain.find(b"\n") + 1 or None] if has_comment(plain) else b""
         data = first, plain[len(first) :]
     if not data[0] and (not data[1] or data[1].isspace()):
-        raise CassetteDamagedError(f"Expected a cassette in {path}, got an empty file; delete it to record anew")
+        raise CassetteDamagedError(f"Expected a cassette in {path}, got an empty file; delete it to record again")
     return data
 
 
@@ -298,7 +298,7 @@ class FileLock:
             os.close(file)
 
     def _is_current(self, file: int) -> bool:
-        """Say whether the locked file still bears the name: its last holder may have removed it meanwhile."""
+        """Return True if the locked file still has the name: its last holder may have removed it meanwhile."""
         try:
             return os.path.samestat(os.fstat(file), self._path.stat())
         except FileNotFoundError:

@@ -40,7 +40,7 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
     """Return what to replace where a secret is cut in pieces by a stream, or written with JSON escapes.
 
     The texts that stand at the same place of each event are joined, as a client joins them. An event that
-    changes is written anew; the others keep their bytes.
+    changes is rewritten; the others keep their bytes.
     """
     is_hidden = has_hidden_text(body) and suspicious(unescape(body), needles, policy)
     spans = event_spans(body) or ([(0, len(body))] if is_hidden else [])
@@ -126,7 +126,7 @@ def _columns_of_maps(maps: list[dict[str, Any]]) -> Iterator[bytes]:
 
 
 def redact_document(data: bytes, needles: Needles, policy: Redaction = USUAL) -> bytes:
-    """Return a JSON document written anew, every text in it redacted by itself."""
+    """Return a rewritten JSON document, every text in it redacted by itself."""
     return _encode(redact_value(msgspec.json.decode(data), needles, policy))
 
 

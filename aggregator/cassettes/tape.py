@@ -183,7 +183,7 @@ class Tape:
             self._pools.land(slot)
 
     def _playable(self, rows: Sequence[int]) -> list[int]:
-        """Leave out what is made anew: a stream that was left early, unless it is all there is to play."""
+        """Leave out what is made again: a stream that was left early, unless it is all there is to play."""
         found = []
         for row in rows:
             is_last = row == rows[-1] and self._writer is None
@@ -286,7 +286,7 @@ class Tape:
         model: str = "",
         failure: APIConnectionError | None = None,
     ) -> tuple[Entry, bool]:
-        """Take an answer that the next `flush` writes; tell whether it is the first since the last one.
+        """Take an answer that the next `flush` writes; return True for the first since the last one.
 
         `record` in two steps: what is handed in within one turn of the event loop is written at once, and `finish`ed
         before it is used.

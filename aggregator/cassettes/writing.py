@@ -83,7 +83,7 @@ class Entry:
 
 
 class Writer:
-    """Writes entries in the order in which they were handed in; whoever calls holds the tape's lock."""
+    """Writes entries in the order in which they were handed in; the caller holds the tape's lock."""
 
     def __init__(self, sink: Sink, now: Callable[[], float], rules: TapeRules = DEFAULT_RULES) -> None:
         self.written = 0
@@ -96,7 +96,7 @@ class Writer:
         self._waiting: deque[Entry] = deque()  # lines to be written, those first that the disk refused before
 
     def add(self, entry: Entry) -> bool:
-        """Take an entry in; tell whether it is the first since the last `flush`."""
+        """Take an entry in; return True for the first since the last `flush`."""
         self._handed.append(entry)
         return len(self._handed) == 1
 

@@ -55,17 +55,17 @@ def find_cassettes(paths: Iterable[Path]) -> list[Path]:
 
 
 def _is_first(path: Path) -> bool:
-    """Say whether a file is a cassette's first shard, or one whose first is gone, which has to be told."""
+    """Return True if a file is a cassette's first shard, or one whose first is gone, which has to be told."""
     shard = _SHARD.fullmatch(path.stem)
     return shard is None or not path.with_name(f"{shard[1]}{path.suffix}").exists()
 
 
 def _looks_like_cassette(path: Path) -> bool:
-    """Say whether a file begins as a cassette does, or begins with nothing."""
+    """Return True if a file begins as a cassette does, or begins with nothing."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
-    except OSError:  # whoever reads it tells why
+    except OSError:  # reported where it is read
         return True
     if head.startswith(GZIP):
         head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
@@ -137,7 +137,7 @@ def check(recording: Recording, *, needles: Needles, now: datetime, max_age: tim
 
 
 def _is_as_written(row: Row, exchange: Exchange) -> bool:
-    """Say whether key and hash are the exchange's own; where the file's hash is right, a replay takes them on trust."""
+    """Return True if key and hash are the exchange's own; a replay does not check them if the file's hash is right."""
     request = exchange.request
     return row.facts.key == raw_key(request.method, request.url, request.body) and line_is_whole(row.line)
 
@@ -200,7 +200,7 @@ def _is_function(text: str) -> bool:
 
 
 def read_cassette(path: Path, *, redact: bool = True) -> Recording:
-    """Return what a cassette holds; raises ConfigError where there is none, CassetteError where it cannot be read."""
+    """Return what a cassette holds; raises ConfigError without one, CassetteError where it cannot be read."""
     file = followed(path) if path.is_file() else path  # a pipe's link leads nowhere
     recording = None if path.is_dir() else read(file, redact=redact)
     if recording is None:
@@ -222,7 +222,7 @@ def readable(paths: Iterable[Path], problems: list[str], *, redact: bool = True)
 
 @contextmanager
 def rewriting(path: Path) -> Iterator[None]:
-    """Keep recordings away from a file while it is written anew.
+    """Keep recordings away from a file while it is rewritten.
 
     Raises CassetteLockedError where one is going on, CassetteError where one was killed and would be taken up.
     """
@@ -231,7 +231,7 @@ def rewriting(path: Path) -> Iterator[None]:
     try:
         if path.is_file() and path.stat().st_size and is_open_journal(path.read_bytes()):
             raise CassetteError(
-                f"Expected a finished cassette to write anew, got a recording that was not finished ({path}); "
+                f"Expected a finished cassette to rewrite, got a recording that was not finished ({path}); "
                 'finish it: run it again with mode="once"; or convert it to another file'
             )
         yield
@@ -253,7 +253,7 @@ class _Test(Struct, frozen=True):
 
 
 def played(cache: Path) -> dict[Path, Played]:
-    """Return the account of each cassette that a test opened; raises ConfigError where there is none to read."""
+    """Return the account of each cassette that a test opened; raises ConfigError if none can be read."""
     file = cache / "v" / "aggregator" / "cassettes"
     remedy = "run pytest with the plugin first, or name its cache: --pytest-cache DIR"
     try:

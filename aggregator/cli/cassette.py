@@ -232,7 +232,7 @@ def check_cassettes(options: argparse.Namespace) -> int:
 
 
 def prune_cassettes(options: argparse.Namespace) -> int:
-    """Write cassettes anew without what the options name."""
+    """Rewrite cassettes without what the options name."""
     from datetime import UTC, datetime, timedelta
 
     from aggregator.cassettes.exchanges import exchange_id

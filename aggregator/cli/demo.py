@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--serve", action="store_true", help="ask the simulated model over real HTTP, on 127.0.0.1")
     parser.add_argument("--model", metavar="NAME", help="ask a real provider, such as openai/gpt-4o-mini (costs money)")
-    parser.add_argument("--record", action="store_true", help="record the cassette anew while running")
+    parser.add_argument("--record", action="store_true", help="re-record the cassette while running")
     parser.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="tickets at once (default: 16)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the tickets (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")

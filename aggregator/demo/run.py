@@ -86,7 +86,7 @@ def steps() -> int:
 
 
 def check(settings: Settings) -> Settings:
-    """Return the settings, or raise ConfigError for what cannot be meant."""
+    """Return the settings, or raise ConfigError for invalid combinations."""
     if settings.serve and settings.model is not None:
         raise ConfigError(
             f"Expected --serve or --model, got both; --serve runs the simulated model, not {settings.model}"

@@ -140,7 +140,7 @@ def merge(base: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[
 
 
 _corrections: WeakKeyDictionary[object, dict[tuple[str, str], frozenset[str]]] = WeakKeyDictionary()
-# By transport, since it is the servers' trait; by tape while one is open, so that a replay begins anew.
+# By transport, since it is the servers' trait; by tape while one is open, so that a replay starts over.
 
 
 def _never(error: LLMError) -> object:

@@ -62,7 +62,7 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
 
 
 def is_transient(error: LLMError, headers: Mapping[str, str] = {}) -> bool:
-    """Tell whether the same request may succeed later; `x-should-retry` has the last word.
+    """Return True if the same request may succeed later; `x-should-retry` has the last word.
 
     >>> is_transient(RateLimitError("")), is_transient(QuotaError(""))
     (True, False)
@@ -109,7 +109,7 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
 
 
 def was_sent(error: LLMError) -> bool:
-    """Tell whether the server may have worked on, and charged for, an attempt that brought no answer.
+    """Return True if the server may have worked on, and charged for, an attempt that brought no answer.
 
     By the message, since a failure that a cassette replays has nothing else.
     """

@@ -1,7 +1,7 @@
 """One event per attempt and per call: structlog events, and OpenTelemetry spans with the GenAI conventions.
 
 Both are silent until the application configures them, and cost next to nothing until then: neither package is
-imported here, so whoever did not import it cannot be listening. Keys, messages and answers are never part of an event.
+imported here, as nobody can listen without importing it. Keys, messages and answers are never part of an event.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOGGER = "aggregator.llm"
 
 
 def listening() -> bool:
-    """Tell whether the application has configured structlog."""
+    """Return True if the application has configured structlog."""
     structlog = sys.modules.get("structlog")
     return structlog is not None and structlog.is_configured()
 
@@ -77,7 +77,7 @@ class Span:
 
 
 def has_spans() -> bool:
-    """Tell whether the application uses OpenTelemetry's SDK."""
+    """Return True if the application uses OpenTelemetry's SDK."""
     return "opentelemetry.sdk.trace" in sys.modules
 
 

@@ -160,7 +160,7 @@ def save(run_dir: Path, state: RunState, fingerprint: Mapping[str, str]) -> None
 
 
 def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
-    """Read the checkpoint of an interrupted run; None where there is none yet.
+    """Read the checkpoint of an interrupted run; None without one.
 
     Raises TrainingError where it cannot be read, or names what differs from this run.
     """

@@ -45,7 +45,7 @@ class Evaluations:
 
     A score belongs to (values, sample, guide, repeat). Concurrent evaluations of the same values wait for one another.
     The calls of an evaluation stand in the recording under `values=<digest>/sample=<id>`, below the place of the step,
-    whoever asks; with a guide other than the run's, `guide=<digest>` comes in between.
+    for every caller; with a guide other than the run's, `guide=<digest>` comes in between.
     """
 
     def __init__(

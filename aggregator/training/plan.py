@@ -72,7 +72,7 @@ class Plan(Struct, frozen=True, kw_only=True):
         ]
 
     def evaluates_at(self, steps: int, total: int) -> bool:
-        """Tell whether the test set is due after this many steps: before the first, every so many, and at the end."""
+        """Return True if the test set is due after this many steps: before the first, every so many, and at the end."""
         return bool(self.test) and self.eval_frequency > 0 and (steps % self.eval_frequency == 0 or steps == total)
 
     def validates_at(self, steps: int, total: int) -> bool:
@@ -92,7 +92,7 @@ class Turn(Struct, frozen=True, kw_only=True):
 
 
 def check(plan: Plan) -> Plan:
-    """Return the plan, or raise ConfigError for what cannot be meant."""
+    """Return the plan, or raise ConfigError for invalid combinations."""
     check_positive("batch_size", plan.batch_size)
     check_positive("max_concurrency", plan.max_concurrency)
     check_positive("repeats", plan.repeats)

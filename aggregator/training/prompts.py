@@ -1,6 +1,6 @@
 """The words of the prompts, and how values are laid out in them.
 
-A user message is a sequence of sections: a heading line that starts with `#`, then text. Whoever plays a model in a test
+A user message is a sequence of sections: a heading line that starts with `#`, then text. A test that plays a model
 reads these sections: `#Parameters`, `#Input`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#History` for a proposal;
 `#CurrentValue` and `#SuggestedValue_1`, `#SuggestedValue_2`, ... for an aggregation. Both replies have one form: JSON with
 `reasoning_<component>` and `suggestion`, or TERMINATE as the whole reply.

@@ -218,7 +218,7 @@ def _decode(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same JSON: 1, 1.0 and true are three values.
+    """Return True if two values are the same JSON: 1, 1.0 and true are three values.
 
     >>> same({"a": 1, "b": 2}, {"b": 2, "a": 1}), same(1, True)
     (True, False)

@@ -139,7 +139,7 @@ class Rollouts:
                 async with self._turn(tasks[group[0]].values):
                     batch = [tasks[i] for i in group]
                     await run_batch(self._agent, batch, guide, lambda i, run: arrivals[group[i]].set_result(run))
-            except Exception as error:  # noqa: BLE001 - raised by whoever waits for the rollouts
+            except Exception as error:  # noqa: BLE001 - raised where the rollouts are awaited
                 for i in group:
                     if not arrivals[i].done():
                         arrivals[i].set_exception(error)

@@ -43,7 +43,7 @@ ProposePer = Literal["instance", "batch"]
 
 
 class Parts(Struct, frozen=True, kw_only=True):
-    """What a trainer decides with, read anew for each step."""
+    """What a trainer decides with, read again for each step."""
 
     propose_per: ProposePer
     propose: Propose

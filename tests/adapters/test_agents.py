@@ -49,7 +49,7 @@ async def test_a_plain_function_was_refused() -> None:
 
 
 async def test_an_accepted_value_is_the_functions_own() -> None:
-    """Whoever calls the function afterwards gets what was trained."""
+    """Later callers of the function get the trained values."""
 
     def shout(x: str, *, mark: str = "!") -> str:
         return x + mark

@@ -258,7 +258,7 @@ async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: A
 
 
 async def test_an_optimizer_sees_the_candidate_that_ran() -> None:
-    """Under an override the optimizer finds the candidate's value on the node, and the value in force stays."""
+    """Under an override the optimizer finds the candidate's value on the node, and the current value stays."""
 
     class Reading(Optimizer):
         def step(self, bypassing: bool = False) -> dict[Node, Any]:

@@ -77,7 +77,7 @@ async def test_values_pass_through() -> None:
 
 
 def test_a_traced_function_still_looks_like_itself() -> None:
-    """Name, docstring, signature and asynchrony stay visible to whoever inspects it."""
+    """Name, docstring, signature and asynchrony stay visible to inspection."""
     assert (add.__name__, inspect.getdoc(add)) == ("add", "Add numbers.\n\nAnd nothing else.")
     assert str(inspect.signature(add)) == "(a: 'int', b: 'int' = 2, *rest: 'int', c: 'int' = 0) -> 'int'"
     assert inspect.iscoroutinefunction(greet)

@@ -115,7 +115,7 @@ def test_layout_is_not_held_against_code() -> None:
 
 
 def test_source_with_text_at_the_left_edge() -> None:
-    """A method whose text literal reaches left of the code is laid out anew."""
+    """A method whose text literal reaches left of the code is laid out again."""
 
     def odd() -> str:
         return """

@@ -55,6 +55,6 @@ def test_a_bomb_is_found_by_its_size(coding: str) -> None:
 
 
 def test_unknown_codings_stay_named() -> None:
-    """Bytes of an unknown coding are returned as they are; text has been decoded by whoever knew it."""
+    """Bytes of an unknown coding are returned as they are; text has been decoded by the client that knew it."""
     assert decompressed(b"\xff\xfe\x00", "unknown") == (b"\xff\xfe\x00", "unknown")
     assert decompressed(PLAIN, "unknown, identity") == (PLAIN, "")

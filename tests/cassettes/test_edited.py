@@ -151,7 +151,7 @@ def test_a_secret_that_was_edited_in_is_redacted(tmp_path: Path) -> None:
 
 
 def test_shards_are_accepted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cassette of several files is written anew as a whole."""
+    """A cassette of several files is rewritten as a whole."""
     monkeypatch.setattr("aggregator.cassettes.storage.SHARD_BYTES", 700)
     path = record(tmp_path / "a.yaml", *"abcdef")
     shards = sorted(tmp_path.iterdir())

@@ -309,7 +309,7 @@ def test_a_foreign_cassette_takes_new_episodes(tmp_path: Path) -> None:
 
 
 def test_the_secrets_of_a_foreign_cassette_can_be_seen(tmp_path: Path) -> None:
-    """Whoever checks a file sees what is really in it; whoever plays it does not."""
+    """`check` shows what is really in a file; playing it does not."""
     asked = Request("POST", URL + "?key=abc", b'{"api_key": "abc"}', {"Authorization": "Bearer abc"})
     path = saved(tmp_path / "a.yaml", asked, response(b"{}", **{"Set-Cookie": "id=abc"}))
     for redact in (True, False):

@@ -128,7 +128,7 @@ def damage(data: bytes, seed: int) -> tuple[bytes, str]:
 
 
 def silent(data: bytes, path: Path, count: int) -> bool:
-    """Say whether a damaged file is read without an error or a finding."""
+    """Return True if a damaged file is read without an error or a finding."""
     path.write_bytes(data)
     try:
         recording = read(path)
@@ -226,7 +226,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_successor_leaves_the_cassette(tmp_path: Path) -> None:
-    """SIGKILL while a finished cassette is recorded anew or added to: it stands as it was."""
+    """SIGKILL while a finished cassette is re-recorded or added to: it stands as it was."""
     path = tmp_path / "a.yaml"
     save(path, tuple(index_lines([encode_line(exchange(10**9))])))
     before = path.read_bytes()

@@ -251,7 +251,7 @@ def test_a_readable_cassette_that_could_not_be_read(tmp_path: Path) -> None:
 
 
 def test_the_permissions_of_a_cassette_were_widened(tmp_path: Path) -> None:
-    """Whoever may not read a cassette may not read its successor."""
+    """A user who may not read a cassette may not read its successor."""
     path = tmp_path / "a.yaml"
     save(path, rows_of(exchange()))
     path.chmod(0o600)

@@ -1,4 +1,4 @@
-"""Lineage: a path for each context, whoever holds the object that extends it."""
+"""Lineage: a path for each context, independent of who holds the object that extends it."""
 
 from __future__ import annotations
 

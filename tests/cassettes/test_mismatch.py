@@ -75,7 +75,7 @@ def test_the_difference_is_told_by_json_path() -> None:
         "    recorded  'How old is the sun?'\n"
         "    asked     'How old is the moon?'\n"
         "  seed: recorded 2, asked 1\n"
-        'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (anew).'
+        'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (re-records).'
     )
 
 

@@ -74,7 +74,7 @@ async def test_shuffled_completion_is_slot_exact_a_thousand_times(tmp_path: Path
 
 
 async def test_the_file_does_not_tell_the_order(tmp_path: Path) -> None:
-    """The finished file is in canonical order, whoever finished first."""
+    """The finished file is in canonical order, in any order of completion."""
     places = []
     for seed in (1, 2):
         await run(tmp_path / f"{seed}.yaml", seed)

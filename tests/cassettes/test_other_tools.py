@@ -229,7 +229,7 @@ def test_a_compressed_cassette_is_read(tmp_path: Path) -> None:
 
 
 def test_our_own_files_may_be_compressed(tmp_path: Path) -> None:
-    """Whoever packs a cassette keeps its hash, which is checked."""
+    """Packing a cassette keeps its hash, which is checked."""
     path, packed = tmp_path / "a.yaml", tmp_path / "a.yaml.gz"
     tape = open_tape(path, "all")
     tape.record(tape.issue(HTTPRequest(url=URL, body=b"", headers={})), HTTPReply(status=200, body=b"", headers={}))

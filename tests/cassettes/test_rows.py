@@ -60,7 +60,7 @@ def inspect(path: Path) -> object:
 def test_a_forged_line_raised_what_its_decoder_raised(
     tmp_path: Path, use: Callable[[Path], object], good: bytes, bad: bytes
 ) -> None:
-    """Whoever reads a cassette catches CassetteError alone; the error says what to do."""
+    """Reading a cassette raises CassetteError alone; the error says what to do."""
     line = LINE.replace(good, bad)
     assert line != LINE
     with pytest.raises(CassetteDamagedError, match="Expected an exchange, got .*restore it from version control"):

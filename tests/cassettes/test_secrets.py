@@ -66,7 +66,7 @@ def test_a_bracket_in_a_list_of_secrets_hid_them(text: str, depth: int) -> None:
 
 
 def test_a_document_written_anew_kept_lists_and_numbers() -> None:
-    r"""Where an edit would break an escape, the document is written anew; lists and numbers were forgotten there."""
+    r"""Where an edit would break an escape, the document is rewritten; lists and numbers were forgotten there."""
     body = rb'{"m": "\u0041BCDEFGHIJKLMNOP", "api_keys": [["a"], "hunter2-hunter2"], "password": 12, "ok": [1, true]}'
     redacted = redact_body(body, needles_of(frozenset({"41BCDEFGHIJKLMNOP"})))[0]
     assert json.loads(redacted) == {
@@ -78,7 +78,7 @@ def test_a_document_written_anew_kept_lists_and_numbers() -> None:
 
 
 def test_names_written_with_escapes_leaked() -> None:
-    r"""`\u0061pi_key` is `api_key` to whoever reads the JSON, and so it is in JSON within the JSON."""
+    r"""`\u0061pi_key` is `api_key` to a reader of the JSON, and so it is in JSON within the JSON."""
     assert json.loads(redact_body(rb'{"\u0061pi_key": "x", "n": 1}', ())[0]) == {"api_key": "REDACTED", "n": 1}
     body = json.dumps({"a": r'{"m": "\u006dYKEY-ABCDEF-9999"}'}).encode()
     assert b"ABCDEF" not in redact_body(body, needles_of(frozenset({"mYKEY-ABCDEF-9999"})))[0]

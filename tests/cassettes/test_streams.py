@@ -63,7 +63,7 @@ def test_a_password_in_streamed_arguments_that_end_early_leaked() -> None:
 
 
 def test_a_stream_without_secrets_keeps_its_bytes() -> None:
-    """Events are written anew only where they change."""
+    """Events are rewritten only where they change."""
     for body in (sse(PLAIN), sse(PLAIN, "\r"), b'{"a":  1}\n{"b":  2}\n'):
         assert redact_body(body, ())[0] == body
 

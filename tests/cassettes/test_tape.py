@@ -104,7 +104,7 @@ def test_attempts_play_in_turn() -> None:
 
 
 def test_lineage_tells_identical_requests_apart() -> None:
-    """The same request in two lineages plays what each of them recorded, whoever asks first."""
+    """The same request in two lineages plays what each of them recorded, in any order."""
     sink = Memory()
     tape = Tape(sink=sink)
     for name in ("sample=0", "sample=1"):
@@ -145,7 +145,7 @@ def test_preferred_lineage_falls_back_and_tells() -> None:
 
 
 def test_a_renamed_lineage_took_the_answer_of_one_that_still_asked() -> None:
-    """With lineage="prefer" both get an answer, whoever asks first."""
+    """With lineage="prefer" both get an answer, in any order."""
     sink = Memory()
     tape = Tape(sink=sink)
     for name in ("a", "c"):
@@ -178,7 +178,7 @@ def test_what_a_renamed_lineage_recorded_is_played_after_what_it_took() -> None:
 
 
 def test_calls_told_apart_by_what_is_ignored_now_became_attempts_of_one() -> None:
-    """A cassette recorded without `ignore` plays with it: the calls are counted anew, in the order of issue."""
+    """A cassette recorded without `ignore` plays with it: the calls are recounted, in the order of issue."""
     sink = Memory()
     tape = Tape(sink=sink)
     requests = [HTTPRequest(url=URL, body=b'{"q":1,"user":%d}' % index, headers={}) for index in range(3)]

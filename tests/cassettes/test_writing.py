@@ -70,7 +70,7 @@ def test_what_is_handed_in_is_written_in_one_piece() -> None:
 
 
 def test_finishing_one_needs_no_flush_by_anybody_else() -> None:
-    """Whoever waits for an answer that nothing has written yet writes it, and what came with it."""
+    """A caller that waits for an unwritten answer writes it, and what came with it."""
     sink = Memory()
     tape = Tape(sink=sink)
     first, second = hand_in(tape, "a", "b")
@@ -313,7 +313,7 @@ async def test_a_large_answer_held_up_the_event_loop() -> None:
 
 
 async def test_a_large_answer_of_a_cancelled_call_is_written() -> None:
-    """It was paid for: whoever gives up waiting for the thread does not lose it."""
+    """It was paid for: giving up the wait for the thread does not lose it."""
     sink = Memory()
     tape = Tape(sink=sink)
     task = asyncio.create_task(  # noqa: TID251 - it is awaited below

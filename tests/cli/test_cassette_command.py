@@ -200,7 +200,7 @@ def test_prune_drops_what_no_test_plays(command: Command) -> None:
     ("options", "kept"), [(["--lineage", "train/*"], 1), (["--older-than", "1"], 0), (["--lineage", "none"], 2)]
 )
 def test_prune_by_lineage_and_age(command: Command, options: list[str], kept: int) -> None:
-    """A part of a run, or what is old, can be recorded anew."""
+    """A part of a run, or what is old, can be re-recorded."""
     path = record(Path("a.yaml"), {"train/epoch=0": "1", "test": "2"})
     assert command("prune", path, *options) == (
         0,

@@ -68,7 +68,7 @@ COMMANDS = [("prune", "--lineage", "*"), ("convert",)]
 def test_a_running_recording_lost_its_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    """A file that somebody records is not written anew; the error tells who holds it."""
+    """A file that somebody records is not rewritten; the error tells who holds it."""
     path = tmp_path / "a.yaml"
     tape = open_tape(path, "once")
     add(tape, "a", "b", "c")

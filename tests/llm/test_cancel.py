@@ -70,7 +70,7 @@ async def test_the_client_works_on_after_a_cancellation() -> None:
 
 
 async def test_cancelled_while_waiting_for_a_place() -> None:
-    """Whoever is cancelled in the queue neither keeps a place nor sends."""
+    """A call cancelled in the queue neither keeps a place nor sends."""
     served = 0
     go_on = asyncio.Event()
 

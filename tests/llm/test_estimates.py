@@ -53,6 +53,6 @@ def test_images_count_by_their_number() -> None:
 
 
 def test_impossible_numbers_are_refused() -> None:
-    """Fewer than no calls cannot be meant."""
+    """Fewer than no calls is invalid."""
     with pytest.raises(ConfigError, match="calls >= 0"):
         estimate(client(), QUESTION, calls=-1)

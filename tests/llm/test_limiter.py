@@ -236,7 +236,7 @@ def test_places_are_given_in_order_of_asking(run: Any) -> None:
 
 
 async def test_a_cancelled_wait_gives_its_place_on() -> None:
-    """Cancelling whoever waits, or was just given a place, loses no place."""
+    """Cancelling a call that waits, or was just given a place, loses no place."""
     limiter = Limiter(max_concurrency=1)
     await limiter.enter()
     async with asyncio.TaskGroup() as tasks:

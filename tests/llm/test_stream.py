@@ -224,7 +224,7 @@ async def test_replay_of_a_stream_that_was_left_early(tmp_path: Path) -> None:
 
 
 async def test_a_stream_left_early_ends_there_when_it_is_read_on(tmp_path: Path) -> None:
-    """A replay does not pass off a part as the whole; a recording that goes on asks anew."""
+    """A replay does not pass off a part as the whole; a recording that goes on asks again."""
 
     async def first(llm: LLM) -> str:
         async with llm.stream(QUESTION) as stream:
@@ -242,7 +242,7 @@ async def test_a_stream_left_early_ends_there_when_it_is_read_on(tmp_path: Path)
 
 
 async def test_a_cancelled_stream_was_recorded_as_a_whole_answer(tmp_path: Path) -> None:
-    """Like any cancelled call it has no answer: a recording that goes on asks anew, a replay misses."""
+    """Like any cancelled call it has no answer: a recording that goes on asks again, a replay misses."""
     path, stuck = tmp_path / "cancelled.yaml", asyncio.Event()
 
     class Stuck(Streaming):

@@ -158,7 +158,7 @@ def test_numbers_beyond_a_float_do_not_end_a_run(number: float) -> None:
 
 @pytest.mark.parametrize(("log_dir", "writer"), [(None, None), ("runs/x", Writer())])
 def test_a_board_has_one_place(log_dir: Any, writer: Any) -> None:
-    """Neither folder nor writer, or both, cannot be meant."""
+    """Neither folder nor writer, or both, is invalid."""
     with pytest.raises(ConfigError, match="Expected a log_dir or a writer"):
         TensorBoardLogger(log_dir, writer=writer)
 

@@ -195,7 +195,7 @@ def test_a_run_of_some_tests_forgot_the_others(project: pytest.Pytester, model: 
 def test_tests_that_share_a_cassette_overwrote_each_other(
     project: pytest.Pytester, model: Model, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first test of a session records a shared cassette anew, the others add; and all replay from it."""
+    """The first test of a session re-records a shared cassette, the others add; and all replay from it."""
     only(
         project,
         "@pytest.mark.cassette('shared', clients='all')\n@pytest.mark.parametrize('x', ['a', 'b', 'c'])\n"

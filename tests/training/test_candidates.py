@@ -72,7 +72,7 @@ def test_the_best_on_some_instance_is_on_the_front() -> None:
 
 
 def test_an_instance_that_only_one_was_tried_on_shows_nothing() -> None:
-    """Else whoever came first would be best on everything that came before the others."""
+    """Else the first one would be best on everything that came before the others."""
     assert [sorted(keys) for keys in wins_of([candidate("a", 0.1, 0.1), candidate("b", None, 0.9)]).values()] == [
         [],
         ["1"],
@@ -90,7 +90,7 @@ def test_candidates_are_drawn_by_their_weight_and_only_once() -> None:
 
 
 def test_contributors_are_those_of_the_whole_way() -> None:
-    """From the candidate in force to its successor, as far as the memory knows the way."""
+    """From the current candidate to its successor, as far as the memory knows the way."""
     family = [
         candidate("0.0", sample_ids=(9,)),
         candidate("0.1", parent="0.0", sample_ids=(3, 1)),

@@ -72,7 +72,7 @@ def both(messages: list[dict[str, Any]]) -> str:
 
 
 async def cancelled_after(turns: int, run: Any) -> bool:
-    """Start a run in a task, cancel it after so many turns of the loop; tell whether it had not ended before."""
+    """Start a run in a task, cancel it after so many turns of the loop; return True if it had not ended before."""
     async with asyncio.TaskGroup() as group:
         task = group.create_task(run)
         for _ in range(turns):

@@ -170,7 +170,7 @@ class Outage(Transport):
 
 @pytest.mark.parametrize(("status", "name"), [(401, "AuthenticationError"), (503, "ServerError")])
 def test_a_run_that_ended_on_failed_calls_goes_on_once_they_succeed(tmp_path: Path, status: int, name: str) -> None:
-    """The failures stand in the journal, but a resumed run asks anew; what was answered is not paid again."""
+    """The failures stand in the journal, but a resumed run asks again; what was answered is not paid again."""
     model = Outage(status)
     llm = LLM("openai-compatible/x", base_url="http://localhost/v1", transport=model, max_attempts=1)
     data = additions(5, count=6)

@@ -30,7 +30,7 @@ def shown(messages: list[dict[str, str]]) -> str:
 
 
 def check(name: str, text: str) -> None:
-    """Compare with the stored prompt; delete the file to write it anew."""
+    """Compare with the stored prompt; delete the file to write it again."""
     path = SNAPSHOTS / name
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

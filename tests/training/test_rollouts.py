@@ -230,7 +230,7 @@ def test_an_agents_own_limit_bounds_its_rollouts_not_its_proposals(limit: int) -
 
 
 def test_a_plain_function_is_trained_and_saved(tmp_path: Path) -> None:
-    """Its keyword-only arguments change for whoever calls it, and are written as a Module's are."""
+    """Its keyword-only arguments change for every caller, and are written as a Module's are."""
 
     async def greet(x: str, *, word: str = "hi") -> str:
         return f"{word} {x}"

@@ -55,7 +55,7 @@ def test_a_run_goes_on_with_a_larger_budget(server: SimulatedModel, tmp_path: Pa
 
 @pytest.mark.parametrize("calls", [40, 70])
 def test_a_budget_survives_a_resume(server: SimulatedModel, tmp_path: Path, calls: int) -> None:
-    """The same limit was granted anew to each resume; now all of them together spend what one run does."""
+    """The same limit was granted again to each resume; now all of them together spend what one run does."""
     whole = Budget(calls=1000)
     train(server.base_url, run_dir=tmp_path / "whole", budget=whole)
     before = paid(server)

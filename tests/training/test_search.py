@@ -80,7 +80,7 @@ def test_a_search_leaves_the_trap(make: Callable[..., Minibatch]) -> None:
 
 
 def test_the_best_is_in_force_after_every_step() -> None:
-    """An interrupted search has lost nothing: what is in force was never bettered by what it had tried."""
+    """An interrupted search has lost nothing: the current values were never bettered by what it had tried."""
     _, result = climb(PrioritySearch)
     heights = [TRAP[0]]
     for report in result.history:
@@ -101,7 +101,7 @@ def test_a_refused_candidate_is_told_with_its_reason() -> None:
 @pytest.mark.requirement("Trace: PrioritySearch")
 @pytest.mark.parametrize("make", SEARCHES)
 def test_memory_is_bounded(make: Callable[..., PrioritySearch]) -> None:
-    """However long it runs, no more is remembered than was asked for, the candidate in force among it."""
+    """However long it runs, no more is remembered than was asked for, the current candidate among it."""
     agent = Place()
     sizes = {PrioritySearch: {"num_candidates": 2, "memory_size": 3}, BeamSearch: {"num_candidates": 3}}
     options: dict[str, Any] = sizes.get(make, {})  # type: ignore[call-overload]
@@ -114,7 +114,7 @@ def test_memory_is_bounded(make: Callable[..., PrioritySearch]) -> None:
 
 
 def trials(**options: Any) -> dict[int, int]:
-    """How often three candidates were tried, of which no better one comes: 0.6 in force, 0.5, 0.4."""
+    """How often three candidates were tried, of which no better one comes: 0.6 current, 0.5, 0.4."""
     search = PrioritySearch(
         Place(), optimizer(leads({0: [1, 2]})), num_candidates=2, num_proposals=2, memory_size=3, **options
     )

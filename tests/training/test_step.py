@@ -200,7 +200,7 @@ def trained(agent: Any, gate: Any, **options: Any) -> Any:
 
 
 def test_evaluations_have_a_place_of_their_own() -> None:
-    """`values=<digest>/sample=<id>` below the step, whoever asks, so that they never race for a place."""
+    """`values=<digest>/sample=<id>` below the step for every caller, so that they never race for a place."""
     agent = Counting()
     trained(agent, improves_on_batch(), batch_size=4)
     trials = {place.split("/sample=")[0] for place in agent.places if "values=" in place}

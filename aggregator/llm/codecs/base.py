@@ -90,7 +90,7 @@ class CompletingCodec(Codec, Protocol):
 class EventReader:
     """The part of a StreamReader that no provider changes; a subclass reads its own events.
 
-    `event` takes one event and returns the text it brings, `whole` says whether the answer has ended properly, `build`
+    `event` takes one event and returns the text it brings, `whole` returns True if the answer ended properly, `build`
     puts the answer together.
     """
 
@@ -106,7 +106,7 @@ class EventReader:
         raise NotImplementedError
 
     def whole(self) -> bool:
-        """Tell whether the answer has come to its end."""
+        """Return True if the answer has come to its end."""
         raise NotImplementedError
 
     def build(self, reply: HTTPReply) -> Completion:
@@ -143,7 +143,7 @@ class EventReader:
 
 
 def is_event_stream(body: bytes) -> bool:
-    """Tell whether a body holds events, whatever its content type says."""
+    """Return True if a body holds events, whatever its content type says."""
     return body.lstrip().startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
 
 
@@ -296,7 +296,7 @@ class JSONCodec(Generic[A]):
         return find_mark(call.messages) if self.marks is not None and re.search(self.marks, call.model) else None
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
-        """Read an answer, also a stream that came in one piece; raises LLMError where there is none."""
+        """Read an answer, also a stream that came in one piece; raises LLMError without one."""
         try:
             answer = read(reply.body, self.decoder)
         except DecodeError as error:

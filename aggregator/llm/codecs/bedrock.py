@@ -475,7 +475,7 @@ class BedrockConverse(JSONCodec[Answer]):
         return self.post(url, {**body, **call.extra}, call)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
-        """Read an answer, also a stream that came in one piece; raises LLMError where there is none."""
+        """Read an answer, also a stream that came in one piece; raises LLMError without one."""
         if not is_framed(reply.body):
             return super().decode(reply, call)
         reader = self.stream(call)

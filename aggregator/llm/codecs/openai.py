@@ -63,8 +63,8 @@ class _Body(Struct, omit_defaults=True, gc=False):
 class OpenAIChat(JSONCodec[Answer]):
     """The codec of chat completions, bound to one server.
 
-    Options of the target: `max_tokens` is the cap sent when none is given, `seed` the field of the seed, `by_name` says
-    whether a model's name decides the field of the limit, `stream_options` whether usage in streams is asked for.
+    Options of the target: `max_tokens` is the cap sent when none is given, `seed` the field of the seed; with
+    `by_name` the model's name decides the field of the limit, with `stream_options` usage is requested in streams.
     """
 
     decoder = DECODER
