@@ -18,6 +18,7 @@ from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.llm import tracing
 from aggregator.llm.attempts import Attempts, Line
 from aggregator.llm.calls import ChatCall
+from aggregator.llm.codecs.base import to_json
 from aggregator.llm.owner import current_owner
 from aggregator.llm.schemas import Validate, as_response_format
 from aggregator.llm.streams import StreamedAttempts
@@ -31,8 +32,6 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 from weakref import WeakKeyDictionary
-
-import msgspec
 
 from aggregator.errors import (
     BadRequestError,
@@ -66,7 +65,7 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
     check = validate or checker(wanted)
     forms = list(_forms(call))
     known = _remembered.setdefault(attempts.tape or attempts.line.transport, {})
-    key = (attempts.line.endpoint.base_url, call.model, sha256(msgspec.json.encode(wanted)).digest())
+    key = (attempts.line.endpoint.base_url, call.model, sha256(to_json(wanted)).digest())
     level, until = known.get(key, (0, 0.0))
     now = attempts.line.clock()
     if until <= now:
@@ -114,7 +113,7 @@ def _stated(call: ChatCall, schema: Any) -> ChatCall:
     is_object = schema is None or schema.get("type", "object") == "object"
     words = f"Answer with one JSON {'object' if is_object else 'value'} and nothing else."
     if schema is not None:
-        words += f" It fits this JSON schema: {msgspec.json.encode(schema).decode()}"
+        words += f" It fits this JSON schema: {to_json(schema).decode()}"
     first, *rest = call.messages
     if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
         return replace(call, messages=({**first, "content": f"{first['content']}\n\n{words}"}, *rest))

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from aggregator import portal
 from aggregator.cassettes.lineage import current_lineage, current_role, tape_here
-from aggregator.checks import check_positive
+from aggregator.checks import check_positive, is_number
 from aggregator.errors import (
     APIConnectionError,
     APIStatusError,
@@ -73,9 +73,16 @@ class Line:
     ) -> None:
         check_positive("max_attempts", max_attempts)
         for name, seconds in (("timeout", timeout), ("attempt_timeout", attempt_timeout)):
-            if seconds is not None and not seconds > 0:
+            if seconds is not None and not (is_number(seconds) and seconds > 0):
                 raise ConfigError(f"Expected {name} > 0 seconds or None, got {seconds!r}")
         check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=tpm)
+        for name, value, kind in (
+            ("budget", budget, Budget),
+            ("retry", retry, RetryPolicy),
+            ("prices", prices, Mapping),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"Expected {name} as a {kind.__name__} or None, got {value!r}")
         self.endpoint, self.attempt_timeout = endpoint, attempt_timeout
         self.policy = replace(retry or RetryPolicy(), max_attempts=max_attempts)
         self.budget, self.prices, self.extra = budget, prices, merge({}, extra or {}, "LLM.extra")

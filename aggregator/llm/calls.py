@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
-from aggregator.errors import APIStatusError
+from aggregator.errors import APIStatusError, ConfigError
 from aggregator.records import Completion, HTTPReply, HTTPRequest
+from aggregator.text import one_line
 
 if TYPE_CHECKING:
     from aggregator.llm.messages import Mark
@@ -183,3 +184,23 @@ class Provider(Struct, frozen=True, kw_only=True):
     bare_names: str | None = None
     priced_as: str | None = None
     free_ending: str | None = None
+
+
+def as_tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
+    """Return tools as a tuple; raises ConfigError for anything but dicts in a list or another iterable."""
+    if tools is None:
+        return None
+    if isinstance(tools, Iterable) and not isinstance(tools, str | bytes | Mapping):
+        given = tuple(tools)
+        if all(isinstance(tool, Mapping) for tool in given):
+            return given
+        tools = given
+    raise ConfigError(f"Expected tools as a list of dicts, got {one_line(repr(tools), 200)}")
+
+
+def check_choice_and_extra(tool_choice: Any, extra: Any) -> None:
+    """Raise ConfigError for a choice of tools, or fields for the body, that no codec can read."""
+    if tool_choice is not None and not isinstance(tool_choice, str | Mapping):
+        raise ConfigError(f"Expected tool_choice as a text or a dict, got {one_line(repr(tool_choice), 200)}")
+    if extra is not None and not isinstance(extra, Mapping):
+        raise ConfigError(f"Expected extra as a dict of fields of the request, got {one_line(repr(extra), 200)}")

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from typing import TYPE_CHECKING, Any, Self
 
 from aggregator.errors import ConfigError
-from aggregator.llm.calls import ApiKey, ChatCall
+from aggregator.llm.calls import ApiKey, ChatCall, as_tools, check_choice_and_extra
 from aggregator.llm.messages import normalise
 from aggregator.records import Completion
 
@@ -145,6 +145,7 @@ class LLM:
         the answer is then checked against it, or by `validate` (raises ValueError for a text that will not do).
         `extra` is merged into the request's body. The call is shown in the current transcript if the agent makes it.
         """
+        check_choice_and_extra(tool_choice, extra)
         call = ChatCall(
             model=self.endpoint.model,
             messages=normalise(messages),
@@ -155,7 +156,7 @@ class LLM:
             stop=tuple(stop) if isinstance(stop, list) else stop,
             n=n,
             response_format=response_format,
-            tools=None if tools is None else tuple(tools),
+            tools=as_tools(tools),
             tool_choice=tool_choice,
             extra=extra or {},
         )
@@ -192,6 +193,7 @@ class LLM:
 
         Errors are those of `complete`. After the first delta nothing is tried again, since it has been used already.
         """
+        check_choice_and_extra(tool_choice, extra)
         call = ChatCall(
             model=self.endpoint.model,
             messages=normalise(messages),
@@ -200,7 +202,7 @@ class LLM:
             top_p=top_p,
             seed=seed,
             stop=tuple(stop) if isinstance(stop, list) else stop,
-            tools=None if tools is None else tuple(tools),
+            tools=as_tools(tools),
             tool_choice=tool_choice,
             extra=extra or {},
             stream=True,

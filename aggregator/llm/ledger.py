@@ -14,7 +14,6 @@ from math import fsum
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from aggregator.errors import ConfigError
 from aggregator.llm.providers import providers
@@ -206,21 +205,32 @@ _MOST_USD = 10_000.0
 def believed(completion: Completion) -> Usage:
     """Return the usage without figures that cannot be: negative, absurd, or no tokens at all for an answer.
 
-    What is left out is unknown, and counts in a budget as it was reserved.
+    A figure that is left out is unknown, and counts in a budget as it was reserved. Thinking that exceeds the output
+    was counted on top of it.
     """
     usage = completion.usage
-    given, answered, cost = usage.input_tokens, usage.output_tokens, usage.cost
-    if cost is not None and not 0 <= cost <= _MOST_USD:
-        cost = None
-    if given is not None and not 0 <= given <= _MOST_TOKENS:
-        given = None
-    if answered is not None and not 0 <= answered <= _MOST_TOKENS:
-        answered = None
+    given, answered = _within(usage.input_tokens, _MOST_TOKENS), _within(usage.output_tokens, _MOST_TOKENS)
+    thought = _within(usage.reasoning_tokens, _MOST_TOKENS)
+    if thought is not None and answered is not None and thought > answered:
+        answered = _within(answered + thought, _MOST_TOKENS)
     if not given and not answered and (completion.text or completion.tool_calls):
         given = answered = None
-    if given is usage.input_tokens and answered is usage.output_tokens and cost is usage.cost:
-        return usage
-    return replace(usage, input_tokens=given, output_tokens=answered, cost=cost)
+    most = _MOST_TOKENS if given is None else given
+    checked = Usage(
+        input_tokens=given,
+        output_tokens=answered,
+        cached_tokens=_within(usage.cached_tokens, most),
+        reasoning_tokens=thought,
+        cost=None if usage.cost is None or not 0 <= usage.cost <= _MOST_USD else usage.cost,
+        calls=usage.calls,
+        cache_write_tokens=_within(usage.cache_write_tokens, most),
+        cache_write_1h_tokens=_within(usage.cache_write_1h_tokens, most),
+    )
+    return usage if checked == usage else checked
+
+
+def _within(tokens: int | None, most: int) -> int | None:
+    return None if tokens is None or not 0 <= tokens <= most else tokens
 
 
 Prices = Mapping[str, Price]

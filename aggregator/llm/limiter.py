@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
+from aggregator.checks import is_number
 from aggregator.errors import APITimeoutError, ConfigError
 from aggregator.llm.calls import Codec, Target
 from aggregator.llm.codecs.failures import headroom
@@ -183,7 +184,7 @@ class Limiter:
 def check_limits(*, max_concurrency: int, rpm: float | None, tpm: float | None) -> None:
     """Raise ConfigError for limits under which nothing could ever be sent."""
     for name, value in (("max_concurrency", max_concurrency), ("rpm", rpm), ("tpm", tpm)):
-        if value is not None and not value > 0:
+        if value is not None and not (is_number(value) and value > 0):
             raise ConfigError(f"Expected {name} > 0 (None: no limit), got {value!r}")
 
 

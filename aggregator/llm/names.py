@@ -90,6 +90,11 @@ def resolve(
     """
     if model is not None and not isinstance(model, str):
         raise ConfigError(f"Expected a model as 'provider/model', got {model!r}")
+    for option, value, kind in (("base_url", base_url, str), ("api", api, str), ("headers", headers, Mapping)):
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"Expected {option} as a {kind.__name__} or None, got {value!r}")
+    if api_key is not None and not isinstance(api_key, str) and not callable(api_key):
+        raise ConfigError(f"Expected api_key as a str or a function that returns one, got {type(api_key).__name__}")
     base_url = base_url and _cleaned(base_url)
     wanted = _Wanted(model, base_url, api_key) if model else _from_trace(base_url, api_key, env)
     provider, name = split_name(wanted.model, wanted.base_url)

@@ -12,6 +12,7 @@ from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer
 
 from aggregator import LLM, Budget
 from aggregator.errors import (
+    AggregatorError,
     APIConnectionError,
     APITimeoutError,
     ConfigError,
@@ -267,6 +268,42 @@ async def test_a_value_that_json_cannot_hold_was_another_exception(
     with pytest.raises(ConfigError, match=where if name == "openai/m" else "Expected a request that JSON can hold"):
         await llm.complete(messages, **options)
     assert transport.requests == []
+
+
+ODD: list[Any] = [float("nan"), "5", b"x", [[]], {"a": {1}}, object(), print, Other()]
+
+
+def test_an_option_of_another_type_was_a_type_error() -> None:
+    """What no client can be made with is a ConfigError: `timeout="5"` of an environment variable, headers as a list."""
+    names = ["max_attempts", "timeout", "attempt_timeout", "max_concurrency", "rpm", "tpm", "extra"]
+    names += ["prices", "budget", "headers", "base_url", "api", "retry", "api_key"]
+    raised = []
+    for name in names:
+        for value in ODD:
+            try:
+                LLM("m", **{"base_url": "http://127.0.0.1:9/v1", "api_key": "k", name: value})
+            except ConfigError:
+                continue
+            except Exception as error:  # noqa: BLE001 - collected, so that one assertion lists them all
+                raised.append((name, value, repr(error)))
+    assert raised == []
+
+
+@pytest.mark.parametrize("name", ["openai/m", "anthropic/m", "gemini/m"])
+async def test_an_argument_of_another_type_was_another_exception(name: str) -> None:
+    """Tools that are no dicts, fields that are no dict, a schema with an object in it: each is a ConfigError."""
+    llm = LLM(name, api_key="k", env={}, transport=ScriptedTransport(lambda request: answer()))
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": object()}}}
+    calls: list[dict[str, Any]] = [{option: value} for option in ("tools", "tool_choice", "extra") for value in ODD]
+    raised = []
+    for options in [*calls, {"response_format": schema}, {"tools": {"type": "function"}}, {"tools": "web_search"}]:
+        try:
+            await llm.complete("q", **options)
+        except AggregatorError:
+            continue
+        except Exception as error:  # noqa: BLE001 - as above
+            raised.append((options, repr(error)))
+    assert raised == []
 
 
 async def test_texts_and_numbers_of_types_of_their_own() -> None:

@@ -13,6 +13,7 @@ from aggregator.errors import ConfigError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.ledger import Tier, believed, find_price, kept_price, need_price
 from aggregator.llm.messages import normalise
+from aggregator.llm.names import resolve
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
 
 
@@ -161,6 +162,73 @@ def test_figures_that_cannot_be_were_believed(usage: Usage) -> None:
     assert None in (found.input_tokens, found.output_tokens, found.cost if usage.cost is not None else None)
     good = Usage(input_tokens=5, output_tokens=0, cost=0.0)
     assert believed(Completion(choices=choices, usage=good)) is good
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (Usage(input_tokens=10, output_tokens=5, cached_tokens=50), Usage(input_tokens=10, output_tokens=5)),
+        (Usage(input_tokens=10, output_tokens=5, cached_tokens=-50), Usage(input_tokens=10, output_tokens=5)),
+        (Usage(input_tokens=10, output_tokens=5, cache_write_tokens=11), Usage(input_tokens=10, output_tokens=5)),
+        (Usage(input_tokens=10, output_tokens=5, cache_write_1h_tokens=-1), Usage(input_tokens=10, output_tokens=5)),
+        (Usage(input_tokens=10, output_tokens=5, reasoning_tokens=-1), Usage(input_tokens=10, output_tokens=5)),
+        (
+            Usage(input_tokens=10, output_tokens=5, reasoning_tokens=94),
+            Usage(input_tokens=10, output_tokens=99, reasoning_tokens=94),
+        ),
+    ],
+)
+def test_parts_larger_than_the_whole_were_believed(usage: Usage, expected: Usage) -> None:
+    """Cached tokens are part of the input; reasoning that exceeds the output was counted on top of it."""
+    assert believed(Completion(choices=(Choice(message=Message(content="x")),), usage=usage)) == expected
+
+
+NEGATIVE = {
+    "anthropic/c": {"input_tokens": 1000, "cache_creation_input_tokens": -900, "output_tokens": 100},
+    "bedrock/c": {"inputTokens": 1000, "cacheReadInputTokens": -900, "outputTokens": 100},
+    "gemini/c": {"promptTokenCount": 1000, "toolUsePromptTokenCount": -900, "candidatesTokenCount": 100},
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_a_negative_part_made_a_call_cheaper(name: str) -> None:
+    """A negative count of cached or tool tokens does not lower the input."""
+    codec = resolve(name, api_key="k", env={"AWS_REGION": "eu-central-1"}).codec
+    body = {
+        "anthropic/c": {"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn", "usage": NEGATIVE[name]},
+        "bedrock/c": {
+            "output": {"message": {"role": "assistant", "content": [{"text": "x"}]}},
+            "stopReason": "end_turn",
+            "usage": NEGATIVE[name],
+        },
+        "gemini/c": {
+            "candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": "STOP"}],
+            "usageMetadata": NEGATIVE[name],
+        },
+    }[name]
+    reply = HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
+    usage = believed(codec.decode(reply, ChatCall(model="c", messages=())))
+    assert (usage.input_tokens, usage.output_tokens) == (1000, 100)
+
+
+@pytest.mark.parametrize("cost", [True, "nan", {"total_cost": False}])
+async def test_a_cost_that_is_not_a_number_was_billed(cost: object) -> None:
+    """`true` is not one dollar."""
+    transport = ScriptedTransport(answer(usage={"prompt_tokens": 10, "completion_tokens": 5, "cost": cost}))
+    llm = LLM("m", base_url=BASE_URL, transport=transport, prices={"m": Price(input=1, output=10)})
+    assert (await llm.complete(QUESTION)).usage.cost == pytest.approx(6e-5)
+
+
+def test_the_total_of_the_responses_api_was_not_read() -> None:
+    """Tokens that are in the total, but neither in input nor in output, are output."""
+    body = {
+        "status": "completed",
+        "output": [{"type": "message", "content": [{"type": "output_text", "text": "x"}]}],
+        "usage": {"input_tokens": 32, "output_tokens": 9, "total_tokens": 135},
+    }
+    codec = resolve("xai/grok-4", api_key="k", env={}, api="responses").codec
+    reply = HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
+    assert codec.decode(reply, ChatCall(model="grok-4", messages=())).usage.output_tokens == 103
 
 
 async def test_a_negative_cost_gave_money_back() -> None:

@@ -395,7 +395,7 @@ def _usage(usage: WireUsage) -> Usage:
     given, cached, written = usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens
     details = usage.output_tokens_details
     return Usage(
-        input_tokens=None if given is None else given + (cached or 0) + (written or 0),
+        input_tokens=None if given is None else given + max(cached or 0, 0) + max(written or 0, 0),
         output_tokens=usage.output_tokens,
         cached_tokens=cached,
         reasoning_tokens=None if details is None else details.thinking_tokens,

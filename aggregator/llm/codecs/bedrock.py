@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from aggregator.errors import APIConnectionError, APIStatusError, ConfigError, DecodeError, LLMError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.base import CompletingCodec, Event, EventReader, JSONCodec, words
-from aggregator.llm.codecs.wire import as_raw, excerpt, json_object, raw_text, read
+from aggregator.llm.codecs.wire import as_raw, excerpt, json_object, raw_text, read, with_rest
 from aggregator.llm.messages import Mark, as_data
 from aggregator.llm.schemas import UNENFORCED, closed
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
@@ -321,6 +321,7 @@ class WireUsage(Struct, gc=False, rename="camel"):
 
     input_tokens: int | None = None
     output_tokens: int | None = None
+    total_tokens: int | None = None
     cache_read_input_tokens: int | None = None
     cache_write_input_tokens: int | None = None
 
@@ -540,9 +541,11 @@ def _thought(content: Any) -> str:
 
 def _usage(usage: WireUsage) -> Usage:
     given, cached, written = usage.input_tokens, usage.cache_read_input_tokens, usage.cache_write_input_tokens
+    if given is not None:
+        given += max(cached or 0, 0) + max(written or 0, 0)
     return Usage(
-        input_tokens=None if given is None else given + (cached or 0) + (written or 0),
-        output_tokens=usage.output_tokens,
+        input_tokens=given,
+        output_tokens=with_rest(usage.output_tokens, given, usage.total_tokens),
         cached_tokens=cached,
         cache_write_tokens=written,
     )

@@ -14,7 +14,7 @@ from aggregator.errors import ConfigError, ContentFilterError, EmptyResponseErro
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.base import CompletingCodec, Event, EventReader, JSONCodec, words
 from aggregator.llm.codecs.failures import request_id
-from aggregator.llm.codecs.wire import fit, json_object, parse, read
+from aggregator.llm.codecs.wire import fit, json_object, parse, read, with_rest
 from aggregator.llm.messages import as_data, text_of
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
@@ -390,13 +390,11 @@ def _usage(usage: _Usage) -> Usage:
     """Thinking is counted beside the candidates here, and results of the provider's tools beside the prompt."""
     given, answered, thought = usage.promptTokenCount, usage.candidatesTokenCount, usage.thoughtsTokenCount
     if given is not None:
-        given += usage.toolUsePromptTokenCount or 0
-    output = None if answered is None and thought is None else (answered or 0) + (thought or 0)
-    if given is not None and output is not None and usage.totalTokenCount is not None:
-        output = max(output, usage.totalTokenCount - given)  # what is counted in neither is output
+        given += max(usage.toolUsePromptTokenCount or 0, 0)
+    output = None if answered is None and thought is None else (answered or 0) + max(thought or 0, 0)
     return Usage(
         input_tokens=given,
-        output_tokens=output,
+        output_tokens=with_rest(output, given, usage.totalTokenCount),
         cached_tokens=usage.cachedContentTokenCount,
         reasoning_tokens=thought,
     )

@@ -16,7 +16,7 @@ from msgspec import Struct, field
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.base import CompletingCodec, Event, EventReader
 from aggregator.llm.codecs.failures import fault_in_event
-from aggregator.llm.codecs.wire import ThinkingFilter, may_think, read, split_thinking
+from aggregator.llm.codecs.wire import ThinkingFilter, may_think, read, split_thinking, with_rest
 from aggregator.llm.messages import Turn
 from aggregator.records import Completion, HTTPReply, Message, ToolCall, Usage
 
@@ -265,20 +265,12 @@ def usage_of(answer: Answer) -> Usage:
     cost = answer.cost if usage.cost is None else usage.cost
     return Usage(
         input_tokens=usage.prompt_tokens,
-        output_tokens=_with_rest(usage),
+        output_tokens=with_rest(usage.completion_tokens, usage.prompt_tokens, usage.total_tokens),
         cache_write_tokens=None if prompt is None else prompt.cache_write_tokens,
         cached_tokens=other_cached_tokens(usage) if cached is None else cached,
         reasoning_tokens=usage.reasoning_tokens if reasoning is None else reasoning,
         cost=None if cost is None else usd(cost),
     )
-
-
-def _with_rest(usage: WireUsage) -> int | None:
-    """The output tokens, with what the total has beside input and output: thinking, as xAI counts it."""
-    given, answered, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
-    if given is None or answered is None or total is None:
-        return answered
-    return max(answered, total - given)
 
 
 def other_cached_tokens(usage: WireUsage) -> int | None:
@@ -292,7 +284,7 @@ def usd(cost: Any) -> float | None:
     """USD: a number (OpenRouter) or an object with a total (Perplexity, Venice)."""
     if isinstance(cost, dict):
         cost = cost.get("total_cost", cost.get("usd"))
-    return float(cost) if isinstance(cost, int | float) else None
+    return float(cost) if type(cost) in (int, float) else None
 
 
 class _Growing(Struct):

@@ -21,7 +21,7 @@ from aggregator.llm.calls import ChatCall, Target
 from aggregator.llm.codecs.base import CompletingCodec, Event, EventReader, JSONCodec, words
 from aggregator.llm.codecs.failures import fault_in_event, request_id
 from aggregator.llm.codecs.openai import OpenAIChat
-from aggregator.llm.codecs.wire import read
+from aggregator.llm.codecs.wire import read, with_rest
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
 CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
@@ -232,6 +232,7 @@ class WireUsage(Struct, gc=False):
     input_tokens_details: _InputDetails | None = None
     output_tokens: int | None = None
     output_tokens_details: _OutputDetails | None = None
+    total_tokens: int | None = None
     cost: Any = None
     cost_in_usd_ticks: int | None = None
 
@@ -498,12 +499,12 @@ def _texts(parts: Any, name: str) -> str:
 
 def _usage(usage: WireUsage) -> Usage:
     given, answered = usage.input_tokens_details, usage.output_tokens_details
-    cost = usage.cost if isinstance(usage.cost, int | float) else None
+    cost = float(usage.cost) if type(usage.cost) in (int, float) else None
     if cost is None and usage.cost_in_usd_ticks is not None:
         cost = usage.cost_in_usd_ticks * _USD_A_TICK
     return Usage(
         input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
+        output_tokens=with_rest(usage.output_tokens, usage.input_tokens, usage.total_tokens),
         cached_tokens=None if given is None else given.cached_tokens,
         reasoning_tokens=None if answered is None else answered.reasoning_tokens,
         cost=cost,

@@ -136,6 +136,17 @@ def as_raw(text: str) -> msgspec.Raw | str:
     return msgspec.Raw(text.encode())
 
 
+def with_rest(answered: int | None, given: int | None, total: int | None) -> int | None:
+    """Return the output tokens with what a total has beyond input and output: thinking, as xAI counts it.
+
+    >>> with_rest(9, 32, 135), with_rest(9, 32, 41), with_rest(9, None, 135)
+    (103, 9, 9)
+    """
+    if given is None or answered is None or total is None:
+        return answered
+    return max(answered, total - given)
+
+
 def excerpt(body: str | bytes, limit: int = 200) -> str:
     """The start of a body as it can stand in an error message.
 
