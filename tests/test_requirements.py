@@ -157,7 +157,7 @@ PARAMETERS_AND_TRACING = (
     "Trace: Module.save, load",
     # plain lists and dicts are containers, there is no class for them
     "Trace: containers Seq and Map",
-    # `.data` is a plain value, so all of Python works on it; no node stands in between
+    # `.data` is a plain value, so all of Python works on it, without a node in between
     "Trace: operators, iterators and broadcasting on nodes",
     "Trace: ExceptionNode.create_feedback('full')",
     "Trace: backward(visualize, print_limit)",

@@ -46,7 +46,7 @@ class YieldingLock:
 
     @contextmanager
     def hold(self, values: Mapping[Any, Any]) -> Iterator[None]:
-        """Hold the lock; `values` (node -> data) stand on the nodes for so long."""
+        """Hold the lock; `values` (node -> data) are on the nodes for so long."""
         visit = _Visit(values)
         with self._lock:
             visit.enter()
@@ -111,7 +111,7 @@ class _Globals:
         return cls(trace.GRAPH._nodes, list(trace.USED_NODES), list(trace.NAME_SCOPES))  # noqa: SLF001 - its registry
 
     def fresh(self) -> _Globals:
-        """Return registries of one's own that begin with what stands in these."""
+        """Return registries of one's own that begin with what is in these."""
         if self.registry is None:
             return self
         registry = type(self.registry)(list, {name: list(nodes) for name, nodes in self.registry.items()})

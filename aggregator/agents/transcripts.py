@@ -76,7 +76,7 @@ class Picture:
 
 
 def escaped(text: str) -> str:
-    """Return text as it may stand in a label: what could end it, or mean something to Mermaid, as a number.
+    """Return text as a label may hold it: what could end it, or mean something to Mermaid, as a number.
 
     >>> escaped('say "no"')
     'say #34;no#34;'

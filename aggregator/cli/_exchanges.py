@@ -268,7 +268,7 @@ _USER = re.compile(r"//([^/@]*)@")
 
 
 def needles_from(environment: Mapping[str, str]) -> Needles:
-    """Return the values of variables with a secret's name: none of them may stand in a cassette; words are none."""
+    """Return the values of variables with a secret's name: none of them may be in a cassette; words are none."""
     values = [value for name, value in environment.items() if is_secret_field(name) and len(value) >= SHORTEST]
     return needles_of(frozenset(filter(is_worth_finding, values)))
 

@@ -38,7 +38,7 @@ _HEAD = 4_096
 
 
 def find_cassettes(paths: Iterable[Path]) -> list[Path]:
-    """Return the cassettes that files and folders stand for; a cassette's further shards belong to its first.
+    """Return the cassettes that files and folders name; a cassette's further shards belong to its first.
 
     What is no cassette is passed over in a folder. Raises ConfigError for a path that is not there.
     """

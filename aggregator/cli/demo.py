@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         outcome = train_demo(settings, observers=[ProgressBar(name="training")])
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nInterrupted. The steps until now stand in {options.out / 'events.jsonl'}\n")
+        sys.stderr.write(f"\nInterrupted. The finished steps are in {options.out / 'events.jsonl'}\n")
         raise
     sys.stdout.write(summary(outcome, options.out, sys.stdout))
     return 0

@@ -254,7 +254,7 @@ class Worker:
 
 
 class OwnedModel:
-    """Stands in for a model that is not an `LLM`: the owner asks it."""
+    """Replaces a model that is not an `LLM`: the owner asks it."""
 
     def __init__(self, worker: Worker, number: int, name: str) -> None:
         self._worker, self.owner_number, self.model = worker, number, name

@@ -52,7 +52,7 @@ SERVED_OPTIONS = frozenset(
     }
 )
 """What may be set: the tape does it, or it is looked at by itself."""
-_EXACT = frozenset({"uri", "url"})  # compared as they stand, where we take addresses that mean the same for the same
+_EXACT = frozenset({"uri", "url"})  # compared as they are, where we take addresses that mean the same for the same
 Note = Callable[[Path, Tape], None]
 
 
@@ -139,7 +139,7 @@ def _response_of(reply: HTTPReply) -> dict[str, Any]:
 
 
 def _same_address(one: Any, other: Any) -> bool:
-    """Return whether two requests have one address as vcrpy compares them: as they stand, but for an empty path."""
+    """Return whether two requests have one address as vcrpy compares them: as they are, but for an empty path."""
     here, there = (urlsplit(request.uri)._replace(path=request.path or "/") for request in (one, other))
     return bool(here == there)
 

@@ -40,7 +40,7 @@ def refuse_connections(
 ) -> Iterator[None]:
     """Refuse connections, datagrams and name look-ups within a block, to the loopback too unless it is allowed.
 
-    A host that is allowed by name is allowed at every address that it resolves to; `*.example.com` stands for the hosts
+    A host that is allowed by name is allowed at every address that it resolves to; `*.example.com` matches the hosts
     below it. Refusals are added to `met`, since code may hide the error, but not those of `unreported` hosts. Unix
     sockets and connections that were made before still work. uvloop connects below Python's sockets, so only its name
     look-ups are refused.

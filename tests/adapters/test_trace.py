@@ -403,7 +403,7 @@ def real_model(messages: Any, **_: Any) -> Any:
 async def test_the_real_optoprime_does_not_mix_instances() -> None:
     """Trace's own agent and OptoPrime from PyPI: 5 times 32 instances at once, each prompt is its instance's alone.
 
-    The prompts of all rounds are the same bytes: no counter of Trace's registry, which does not grow, stands in them.
+    The prompts of all rounds are the same bytes: no counter of Trace's registry, which does not grow, is in them.
     """
     trace, optimizers = opto("opto.trace"), opto("opto.optimizers")
 

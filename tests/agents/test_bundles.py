@@ -86,7 +86,7 @@ def test_a_traced_function_still_looks_like_itself() -> None:
 
 @pytest.mark.requirement("Trace: bundle(description)")
 def test_operations_are_recorded() -> None:
-    """Name, description, inputs by name and output stand in the transcript; `self` does not."""
+    """Name, description, inputs by name and output are in the transcript; `self` is not."""
     with transcript() as seen:
         add(1, 2, 3, c=4)
         Desk().answer("x")
@@ -127,7 +127,7 @@ def test_decorators_that_hide_the_function_are_refused() -> None:
 
 @pytest.mark.requirement("Trace: bundle(trainable): a function body as parameter")
 def test_the_source_is_the_parameter() -> None:
-    """The source stands there without decorators, with its comments, from the left edge."""
+    """The source is there without decorators, with its comments, from the left edge."""
     code = {p.name: p for p in Desk().parameters()}
     assert list(code) == ["answer__code", "later__code", "word", "tool__code"]
     assert code["tool__code"].data == "def scale(x: int) -> int:\n    # a comment that stays\n    return x * SCALE\n"
@@ -198,7 +198,7 @@ def test_an_error_in_trained_code_is_the_agents_own() -> None:
 
 
 def test_an_error_in_the_written_code_is_placed_too() -> None:
-    """Lines count from `def`, whatever decorators stand above."""
+    """Lines count from `def`, whatever decorators are above."""
 
     @bundle(
         "Fails.",

@@ -77,7 +77,7 @@ def test_code_that_could_not_run_is_refused(source: str, message: str) -> None:
     ],
 )
 def test_code_of_the_same_name_and_signature_is_accepted(source: str) -> None:
-    """Bodies, defaults, annotations and comments may change; imports and helpers stand inside."""
+    """Bodies, defaults, annotations and comments may change; imports and helpers are inside."""
     check_source(source, like=LIKE)
 
 

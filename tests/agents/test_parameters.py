@@ -19,7 +19,7 @@ from aggregator.errors import ParameterError
 
 @pytest.mark.requirement("Trace: ParameterNode")
 def test_a_parameter_says_what_it_is() -> None:
-    """Value, type, description and constraint stand in what a prompt shows."""
+    """Value, type, description and constraint are in the prompt."""
     k = ParameterNode(
         3, name="k", type=Annotated[int, Meta(ge=1, le=10)], description="passages", constraint="small is cheap"
     )
@@ -73,7 +73,7 @@ def test_prompts_that_mention_code_words_are_kept(text: str) -> None:
 
 
 def test_predicates_constrain() -> None:
-    """A predicate refuses by False or ValueError; its docstring or name stands in the error and in the prompt."""
+    """A predicate refuses by False or ValueError; its docstring or name is in the error and in the prompt."""
 
     def short(value: str) -> bool:
         """At most three letters."""
@@ -100,7 +100,7 @@ def test_a_broken_predicate_is_not_a_refusal() -> None:
     [[1j], [len], {"f": len, "k": 1}, {(1, 2): 3}, {None: 1}, {True: 1}, {1: "a", "b": "c"}, {"x": {1: 2, "b": 3}}],
 )
 def test_what_would_be_lost_in_a_file_is_refused_before_training(value: Any) -> None:
-    """What JSON cannot carry, or would give back with other keys, is no trainable value, however deep it stands."""
+    """What JSON cannot carry, or would give back with other keys, is not trainable, at any depth."""
     with pytest.raises(ConfigError, match="a value that JSON can carry, got .*its keys all text or all numbers"):
         ParameterNode(value)
     assert ParameterNode(value, trainable=False).data == value

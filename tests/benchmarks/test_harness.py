@@ -27,7 +27,7 @@ def test_each_case_runs_in_a_process_of_its_own() -> None:
 
 
 def test_a_missing_peer_is_named_with_its_remedy() -> None:
-    """A peer that is not installed stands in the report with how to install it."""
+    """A peer that is not installed is in the report with how to install it."""
     measured = measure([Case("ours", printing(us=1)), Case("peer", printing(us=2), needs=("no_such_peer",))], ONCE)
     assert list(measured.figures) == ["ours"]
     assert measured.missing == [Missing("peer", ("no_such_peer",))]

@@ -336,7 +336,7 @@ def test_a_key_in_the_header_was_kept_where_the_answer_quotes_it(tmp_path: Path)
 
 
 def test_one_body_under_many_aliases_took_all_memory() -> None:
-    """A few kB may stand for gigabytes; the sum of what is unpacked has a limit too."""
+    """A few kB may expand to gigabytes; the sum of what is unpacked has a limit too."""
     item = (
         "- request: {method: GET, uri: 'http://x', body: null, headers: {}}\n"
         "  response: {status: {code: 200}, headers: {content-encoding: [gzip]}, body: {string: *b}}\n"
@@ -353,7 +353,7 @@ def test_one_body_under_many_aliases_took_all_memory() -> None:
     [("uri: 'http://x'", "uri: 'http://[bad/'"), ("headers: {}}", "headers: {authorization: ['Basic é']}}")],
 )
 def test_an_odd_request_was_a_traceback(tmp_path: Path, before: str, after: str) -> None:
-    """Whatever stands for an address or a key is read."""
+    """Everything that names an address or a key is read."""
     text = (
         "version: 1\ninteractions:\n- request: {method: GET, uri: 'http://x', body: null, headers: {}}\n"
         "  response: {status: {code: 200}, headers: {}, body: {string: hi}}\n"

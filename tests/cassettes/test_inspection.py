@@ -181,7 +181,7 @@ def test_a_date_that_is_none_was_a_traceback(at: str, told: str) -> None:
 
 
 def test_a_short_variable_made_every_cassette_a_problem() -> None:
-    """`OPENAI_API_KEY=chat` is a placeholder, and a word that stands everywhere."""
+    """`OPENAI_API_KEY=chat` is a placeholder, and a common word."""
     given = exchange(answered={"text": "let us chat"})
     assert secrets_in(given, needles_from({"OPENAI_API_KEY": "chat"})) == []
 

@@ -226,7 +226,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_successor_leaves_the_cassette(tmp_path: Path) -> None:
-    """SIGKILL while a finished cassette is re-recorded or added to: it stands as it was."""
+    """SIGKILL while a finished cassette is re-recorded or added to: it is unchanged."""
     path = tmp_path / "a.yaml"
     save(path, tuple(index_lines([encode_line(exchange(10**9))])))
     before = path.read_bytes()

@@ -47,7 +47,7 @@ def answered(body: Any, *, secrets: tuple[str, ...] = (), policy: Redaction = US
     ],
 )
 def test_a_placeholder_key_was_cut_out_of_answers(key: str) -> None:
-    """What local servers and proxies tell people to write is a word, which stands in answers too."""
+    """What local servers and proxies tell people to write is a word, which is in answers too."""
     body = {"content": f"Do you need {key} else? {key}s, {key.replace('-', ' ')}, un{key}"}
     assert json.loads(answered(body, secrets=(key,)).body) == body
 
@@ -62,7 +62,7 @@ def test_a_short_key_goes_where_it_stands_alone(key: str) -> None:
 
 
 def test_base64_was_taken_for_keys() -> None:
-    """`_sk-`, `-pk-` and the like stand in base64url by chance: signatures, inline data, encrypted reasoning."""
+    """`_sk-`, `-pk-` and the like are in base64url by chance: signatures, inline data, encrypted reasoning."""
     random = Random(7)
     for _ in range(40):
         data = random.randbytes(60_000)
@@ -316,7 +316,7 @@ def test_a_needle_at_the_start_of_an_escape() -> None:
 
 
 def test_pieces_of_text_and_of_arguments_were_joined() -> None:
-    """Events of two types are two texts, although their pieces stand at one place: the Responses API's deltas."""
+    """Events of two types are two texts, although their pieces are at one place: the Responses API's deltas."""
 
     def stream(*events: tuple[str, str]) -> bytes:
         return "".join(f"data: {json.dumps({'type': kind, 'delta': text})}\n\n" for kind, text in events).encode()

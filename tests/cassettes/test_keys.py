@@ -1,4 +1,4 @@
-"""Keys and lineage: what makes two requests the same, and where they stand."""
+"""Keys and lineage: what makes two requests the same, and where they are."""
 
 from __future__ import annotations
 

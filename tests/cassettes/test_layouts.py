@@ -120,7 +120,7 @@ def test_vcrpy_reads_what_we_write(
 @settings(max_examples=40)
 @given(lineage=st.text(), model=st.text())
 def test_facts_are_exact(tmp_path_factory: pytest.TempPathFactory, layout: Layout, lineage: str, model: str) -> None:
-    """Quotes, backslashes and what YAML would fold come back from the text that the facts stand in."""
+    """Quotes, backslashes and what YAML would fold come back from the text that the facts are in."""
     path = tmp_path_factory.mktemp("facts") / "a.yaml"
     lineage, model = (text.encode(errors="replace").decode() for text in (lineage, model))
     written = exchange(lineage=lineage, model=model, error=("APITimeoutError", f"{lineage}\\{model}"))
@@ -144,7 +144,7 @@ def test_bodies_that_hold_a_lines_own_marks(tmp_path: Path, layout: Layout) -> N
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pytest_recording_reads_what_we_write(tmp_path: Path, layout: Layout) -> None:
-    """pytest-recording's own loader takes both layouts: nothing stands where it expects nothing."""
+    """pytest-recording's own loader takes both layouts: nothing is where it expects nothing."""
     path = tmp_path / "a.yaml"
     save(path, rows_of(exchange(reply=b"one"), exchange(reply=b"two", order=1)), layout)
     requests, responses = load_cassette(str(path), yamlserializer)
@@ -212,7 +212,7 @@ def test_a_missing_or_mixed_shard_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_cassette(tmp_path: Path) -> None:
-    """Whatever fails while saving, what stood there stands."""
+    """Whatever fails while saving, the old file stays."""
     path = tmp_path / "a.yaml"
     save(path, rows_of(exchange(reply=b"old")))
     before = path.read_bytes()

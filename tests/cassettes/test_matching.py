@@ -136,7 +136,7 @@ def test_each_part_counts_by_itself(names: tuple[str, ...], same: HTTPRequest, d
 
 
 def by_question(request: HTTPRequest) -> bytes:
-    """Return what is asked, whatever stands beside it."""
+    """Return what is asked, whatever is next to it."""
     return str(json.loads(request.body).get("q")).encode()
 
 

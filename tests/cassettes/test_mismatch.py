@@ -114,7 +114,7 @@ def test_asked_once_more_than_recorded() -> None:
 
 
 def test_a_ticket_that_was_not_recorded_is_no_call_too_many() -> None:
-    """Where the first of two identical calls is gone, as after `prune`, the second one stands there unplayed."""
+    """Where the first of two identical calls is gone, as after `prune`, the second one is there unplayed."""
     (row,) = rows_of(chat("hi"))
     line = encode_line(replace(row.exchange(), facts=Facts(lineage="sample=0", ticket=1)))
     tape = Tape(tuple(index_lines([line])))

@@ -120,7 +120,7 @@ def test_a_folder_was_recorded_into_until_it_had_to_be_replaced(tmp_path: Path, 
 
 
 def test_a_link_was_replaced_and_its_cassette_left_behind(tmp_path: Path) -> None:
-    """A cassette is the file that its path stands for: one lock, one file, the link untouched."""
+    """A cassette is the file that its path names: one lock, one file, the link untouched."""
     real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
     with aggregator.cassette(real, "all"):
         say("a", "1")

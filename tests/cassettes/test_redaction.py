@@ -1,4 +1,4 @@
-"""Secrets never reach the disk, wherever they stand; everything else stays as it was."""
+"""Secrets never reach the disk, wherever they are; everything else stays as it was."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def leaks(path: Path, name: str, layout: Layout) -> list[str]:
 @pytest.mark.requirement("client 15: secrets are redacted")
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 def test_no_secret_reaches_the_disk(tmp_path: Path, layout: Layout) -> None:
-    """Wherever a value that authenticates stands, it is in no file: neither journal nor finished cassette."""
+    """A value that authenticates reaches no file: neither journal nor finished cassette."""
     found = {name: leaks(tmp_path / f"{i}.yaml", name, layout) for i, name in enumerate(PLACES)}
     assert {name: problems for name, problems in found.items() if problems} == {}
 
@@ -330,7 +330,7 @@ def test_redaction_settles(text: str, secret: str) -> None:
     st.binary(max_size=60), st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), max_size=4), st.integers(0, 60)
 )
 def test_borders_move_with_edits(data: bytes, cuts: list[tuple[int, int]], border: int) -> None:
-    """What stands before a border outside of all edits stands before it afterwards."""
+    """What is before a border outside of all edits is before it afterwards."""
     edits, end = [], 0
     for start, length in sorted(cuts):
         if start >= end and start + length <= len(data):

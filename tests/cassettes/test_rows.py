@@ -68,7 +68,7 @@ def test_a_forged_line_raised_what_its_decoder_raised(
 
 
 def test_a_request_body_that_is_a_number_is_damage() -> None:
-    """It is decoded only where a request is asked for that stands there in other bytes."""
+    """It is decoded only where a request is asked for that is there in other bytes."""
     (row,) = index_lines([LINE.replace(b'"body":"{\\"q\\":1}"', b'"body":5')])
     with pytest.raises(CassetteDamagedError, match="request.body"):
         assert row.key

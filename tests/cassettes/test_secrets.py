@@ -57,7 +57,7 @@ def test_plural_names_leaked(name: str) -> None:
 @pytest.mark.parametrize("text", ["a]b", "a[b", "a{b", 'a"b', "a\\", "a\\]"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_bracket_in_a_list_of_secrets_hid_them(text: str, depth: int) -> None:
-    """Texts of a list that look like secrets go, whatever stands beside them, also in JSON within JSON."""
+    """Texts of a list that look like secrets go, whatever is next to them, also in JSON within JSON."""
     value: Any = {"api_keys": [text, SECRET, 7], "password": 12345678, "n": [text]}
     expected: Any = {"api_keys": [text, "REDACTED", 7], "password": 12345678, "n": [text]}
     for _ in range(depth):
@@ -91,7 +91,7 @@ values = st.text(alphabet='ab\\"]}, :\n', min_size=1, max_size=8)
 
 @given(values, values, st.integers(0, 3))
 def test_a_password_that_ends_in_a_backslash_swallowed_the_next_field(secret: str, other: str, depth: int) -> None:
-    """The value alone goes, at any depth of JSON within JSON; all that stands beside it stays as it was."""
+    """The value alone goes, at any depth of JSON within JSON; all that is next to it stays as it was."""
     value: Any = {"password": secret, "city": other, "secret": "x"}
     expected: Any = {"password": "REDACTED", "city": other, "secret": "REDACTED"}
     for _ in range(depth):
@@ -155,7 +155,7 @@ def test_an_address_that_is_none_was_a_bare_error() -> None:
 
 
 def test_one_cookie_of_several_leaked() -> None:
-    """A session is quoted alone; a theme is no secret, and stands in prose."""
+    """A session is quoted alone; a theme is no secret, and is in prose."""
     request = replace(REQUEST, headers={"Cookie": f"theme=dark-mode-on; sid={SECRET}"})
     reply = HTTPReply(status=200, body=f"session {SECRET}, dark-mode-on".encode(), headers={})
     assert written(reply, request).body == b"session REDACTED, dark-mode-on"

@@ -435,7 +435,7 @@ def test_a_miss_that_was_caught_let_the_next_question_go_live(server: Any) -> No
 
 
 def test_a_request_of_a_task_that_outlived_its_cassette_went_live(server: Any) -> None:
-    """While the patches stand, for another cassette, what began inside of one that was left is refused."""
+    """While the patches are installed, for another cassette, what began inside of one that was left is refused."""
     tape = Tape(rules=TapeRules(clients="all"))
     with taped(tape):
         there = contextvars.copy_context()

@@ -83,7 +83,7 @@ def test_names_that_end_alike_are_not_suspicious(name: str) -> None:
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_private_key_in_json_was_not_seen(headers: str, line_end: str, depth: int) -> None:
-    r"""Its line breaks are `\n` there, so that no run of letters stands right after the beginning."""
+    r"""Its line breaks are `\n` there, so that no run of letters is right after the beginning."""
     body = PEM.format(headers + "MIIE" * 16).replace("\n", line_end)
     for _ in range(depth):
         body = json.dumps({"content": body})

@@ -125,7 +125,7 @@ def test_check_tells_damage(command: Command) -> None:
 
 
 def test_check_tells_secrets(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key of the environment that stands in an answer is a problem that names the exchange, not the key."""
+    """A key of the environment that is in an answer is a problem that names the exchange, not the key."""
     path = record(Path("a.yaml"), {"x": "the key is canary-4711-canary"})
     monkeypatch.setenv("SOME_API_KEY", "canary-4711-canary")
     code, out = command("check", path)

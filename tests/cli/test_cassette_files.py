@@ -182,7 +182,7 @@ def test_days_that_are_none_were_a_traceback(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_sharded_cassette_behind_a_link_could_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its further shards stand beside the file, not beside the link. Without its first shard it is damaged."""
+    """Its further shards are next to the file, not next to the link. Without its first shard it is damaged."""
     lines = [
         encode_line(
             Exchange(

@@ -96,7 +96,7 @@ def test_what_a_provider_answered_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_keeps_what_was_reached(tmp_path: Path) -> None:
-    """Ctrl-C after a step exits with 130, says where the steps until then stand, and shows no traceback."""
+    """Ctrl-C after a step exits with 130, prints where the finished steps are stored, and shows no traceback."""
     with subprocess.Popen(
         [*COMMAND, "--serve", "--concurrency", "1"],
         stdout=subprocess.PIPE,

@@ -51,7 +51,7 @@ async def test_every_parameter_changes_what_the_model_sees() -> None:
 
 
 async def test_a_short_ticket_is_not_marked_as_cut() -> None:
-    """The mark of a cut stands only where something was left out."""
+    """The mark of a cut is only where something was left out."""
     assert await TicketRouter(Echo())("one two") == "one two"
 
 

@@ -169,7 +169,7 @@ async def test_several_models_fall_over_at_the_owner(executor: ProcessExecutor) 
 
 
 async def test_no_key_reaches_a_worker(executor: ProcessExecutor) -> None:
-    """Neither the stand-in for the model nor the worker's environment holds what the client was given."""
+    """Neither the replacement of the model nor the worker's environment holds what the client was given."""
     llm, _ = client(budget=Budget(usd=1))
     ((seen, budget),) = outputs(await executor.map(work(Asking(llm)), tasks("secret")))
     assert KEY not in seen

@@ -19,7 +19,7 @@ from aggregator.records import Rollout, RolloutTask, Sample
 
 
 class Adder(Module):
-    """Adds its parameter; says where it stands for the input -1, and fails as it is told to."""
+    """Adds its parameter; says where it is for the input -1, and fails as it is told to."""
 
     def __init__(self) -> None:
         self.amount = ParameterNode(1)

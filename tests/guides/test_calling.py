@@ -19,7 +19,7 @@ Pair = namedtuple("Pair", "score feedback")  # noqa: PYI024 - what a user may re
 
 
 class NumpyScalar:
-    """Stands for numpy.float64: no int, no float, but it converts."""
+    """Like numpy.float64: not an int or a float, but convertible."""
 
     def __float__(self) -> float:
         return 0.25

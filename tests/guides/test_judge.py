@@ -89,7 +89,7 @@ async def test_verdict_is_typed() -> None:
 
 
 async def test_call_is_the_guides() -> None:
-    """The judge's calls stand under their own place and role, so cassettes and costs tell them apart."""
+    """The judge's calls have their own place and role, so cassettes and costs tell them apart."""
     model = Model('{"score": 1}')
     with lineage("sample=3"):
         await LLMJudge(model)("x", "y")

@@ -1,4 +1,4 @@
-"""Whatever can stand for a model."""
+"""Everything that is accepted as a model."""
 
 from __future__ import annotations
 

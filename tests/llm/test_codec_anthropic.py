@@ -124,7 +124,7 @@ def test_what_the_api_cannot_say_is_refused(given: Any) -> None:
 
 
 def test_system_prompt() -> None:
-    """One system text stands as it is, several as blocks; none is in the conversation."""
+    """One system text is sent as it is, several as blocks; none is in the conversation."""
     one = sent([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}])
     assert (one["system"], one["messages"]) == ("Be brief", [{"role": "user", "content": "Hi"}])
     two = sent(
@@ -188,7 +188,7 @@ def answer(*blocks: Any, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.requirement("client 6: unknown keys and blocks", "client 6: thinking is no part of the text")
 def test_blocks() -> None:
-    """Text blocks join, thinking and tool calls stand apart, kinds that are not known are read over."""
+    """Text blocks join, thinking and tool calls are separate, kinds that are not known are read over."""
     found = decode(
         answer(
             {"type": "thinking", "thinking": "hm", "signature": "s"},
@@ -306,7 +306,7 @@ RESULT = {"role": "tool", "tool_call_id": "t", "content": "1"}
     ids=["thinking", "redacted", "interleaved", "hidden", "searched", "compacted"],
 )  # fmt: skip
 def test_blocks_go_back_as_they_came(blocks: list[Any]) -> None:
-    """Signed thinking must stand before its tool call, unchanged and in its place; so must all of the API's own."""
+    """Signed thinking must come before its tool call, unchanged and in its place; so must all of the API's own."""
     found = decode(answer(*blocks))
     messages = sent(["Hi", found, RESULT])["messages"]
     assert messages[1] == {"role": "assistant", "content": blocks}

@@ -75,7 +75,7 @@ def stream(body: bytes, step: int = 0) -> tuple[list[str], Completion]:
 
 
 def test_where_it_is_sent() -> None:
-    """The region stands in the host, the model in the path, the key in a bearer header."""
+    """The region is in the host, the model in the path, the key in a bearer header."""
     request = codec().encode(ChatCall(model=MODEL, messages=normalise("Hi")))
     assert request.url == (
         "https://bedrock-runtime.eu-central-1.amazonaws.com/model/"
@@ -344,7 +344,7 @@ def test_headers_of_every_kind() -> None:
 
 @given(st.binary(max_size=60), st.binary(max_size=20))
 def test_frames_of_any_headers_and_bytes(headers: bytes, rest: bytes) -> None:
-    """Whatever stands in a frame with right checksums, an event or a DecodeError comes out."""
+    """Whatever is in a frame with right checksums, an event or a DecodeError comes out."""
     parser = FrameParser()
     try:
         assert len(parser.feed(packed(headers, b"{}"))) == 1
@@ -354,7 +354,7 @@ def test_frames_of_any_headers_and_bytes(headers: bytes, rest: bytes) -> None:
 
 
 async def test_a_stream_is_recorded_and_replayed(tmp_path: Path) -> None:
-    """Binary frames survive the cassette, and the key does not stand in it."""
+    """Binary frames survive the cassette, and the key is not in it."""
     path = tmp_path / "bedrock.yaml"
     body = HTTPReply(status=200, body=b"".join(STREAM), headers={"content-type": "application/vnd.amazon.eventstream"})
 

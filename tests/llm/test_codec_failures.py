@@ -96,7 +96,7 @@ def test_class_follows_from_the_status(status: int, kind: type[APIStatusError]) 
     ],
 )  # fmt: skip
 def test_words_and_code_of_every_shape(status: int, body: Any, words: str, code: str | None) -> None:
-    """The message is found under whichever name it stands, however deep; a number is the code where no word is."""
+    """The message is found under any name and at any depth; a number is the code if there is no word."""
     found = error(status, body)
     assert words in found.message
     assert found.code == code
@@ -105,7 +105,7 @@ def test_words_and_code_of_every_shape(status: int, body: Any, words: str, code:
 @pytest.mark.requirement("client 8: words even without a body")
 @pytest.mark.parametrize("body", [b"", b"{}", b"null", b"[]", b'{"error": {}}', b'{"error": null}', b"{cut", b"12"])
 def test_a_body_without_words(body: bytes) -> None:
-    """The status line stands in where the body says nothing."""
+    """The status line is used if the body has no message."""
     found = error(500, body, reason="Internal Server Error")
     assert type(found) is ServerError
     assert len(found.message) > len("openai answered 500: ")

@@ -96,7 +96,7 @@ def test_extra_adds_to_the_generation_config() -> None:
 
 @pytest.mark.requirement("built 3: text and images")
 def test_messages() -> None:
-    """System text stands apart; images go as bytes or by address."""
+    """System text is separate; images go as bytes or by address."""
     png = Image(b"\x89PNG1")
     body = sent(
         [
@@ -122,7 +122,7 @@ def test_messages() -> None:
 
 
 def test_a_turn_with_tools() -> None:
-    """A result names its function, and stands as an object; results of one turn stand in one content."""
+    """A result names its function, and is sent as an object; results of one turn are in one content."""
     calls = [
         {"id": i, "type": "function", "function": {"name": f, "arguments": "{}"}} for i, f in (("a", "f"), ("b", "g"))
     ]
@@ -145,7 +145,7 @@ def test_a_turn_with_tools() -> None:
 
 @pytest.mark.requirement("built 3: an answer continues its conversation")
 def test_a_call_goes_back_with_its_signature() -> None:
-    """From Gemini 3 on a call without its signature is refused: ours comes back, a lost one has its stand-in."""
+    """From Gemini 3 on a call without its signature is refused: ours comes back, a lost one has its placeholder."""
     found = decode(answer({"functionCall": {"name": "f", "args": {"x": 1}}, "thoughtSignature": "sig"}))
     part = sent(["Hi", found])["contents"][1]["parts"][0]
     assert part == {"functionCall": {"name": "f", "args": {"x": 1}}, "thoughtSignature": "sig"}
@@ -159,7 +159,7 @@ def test_a_call_goes_back_with_its_signature() -> None:
 
 @pytest.mark.requirement("client 6: unknown keys and blocks", "client 6: thinking is no part of the text")
 def test_parts() -> None:
-    """Text parts join, thoughts stand apart, parts of other kinds are read over."""
+    """Text parts join, thoughts are separate, parts of other kinds are read over."""
     found = decode(
         answer(
             {"text": "hm", "thought": True},

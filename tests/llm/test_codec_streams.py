@@ -44,7 +44,7 @@ PLAIN = events({"id": "c", "model": "m", **delta("He")}, delta("llo", "stop"), U
 
 @pytest.mark.parametrize("step", [0, 1, 7])
 def test_deltas_and_the_whole_answer(step: int) -> None:
-    """Text comes as deltas; usage, id, model and request id stand on the whole answer, wherever the bytes are cut."""
+    """Text comes as deltas; usage, id, model and request id are on the whole answer, wherever the bytes are cut."""
     deltas, whole = read("openai/m", PLAIN, step=step)
     assert deltas == ["He", "llo"]
     assert (whole.text, whole.finish_reason, whole.id, whole.model, whole.request_id) == (
@@ -112,7 +112,7 @@ def test_tool_calls_in_pieces() -> None:
 
 
 def test_several_choices() -> None:
-    """The deltas are the first choice's; all stand on the answer."""
+    """The deltas are the first choice's; all are on the answer."""
     body = events(delta("a", index=0), delta("b", index=1), delta("", "stop"), delta("", "length", index=1))
     deltas, whole = read("openai/m", body)
     assert deltas == ["a"]
@@ -253,7 +253,7 @@ def test_a_streamed_answer_goes_back_as_it_came() -> None:
 
 @pytest.mark.requirement("client 9: arguments that do not parse stay text")
 def test_a_tool_input_that_was_cut_stays_as_it_is() -> None:
-    """The model's own text, which is no JSON, stands in the call; nothing is made up for its end."""
+    """The model's own text, which is no JSON, is in the call; nothing is made up for its end."""
     chunks = [
         ANTHROPIC[0],
         *block(0, {"type": "tool_use", "id": "t", "name": "f", "input": {}}, {"partial_json": '{"x": "Be'}),

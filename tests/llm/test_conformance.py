@@ -274,6 +274,6 @@ def test_one_damaged_field_costs_that_field_at_most(name: str) -> None:
 
 
 def test_no_recorded_header_is_taken_for_a_wait() -> None:
-    """`retry-after` stands on answers of status 200 too: decoding pays no attention to it."""
+    """`retry-after` is on answers of status 200 too: decoding pays no attention to it."""
     answers = [exchange for exchange in recorded("anthropic") if "retry-after" in {h.lower() for h in exchange.headers}]
     assert all(codec("anthropic").decode(exchange.reply, CALL).choices for exchange in answers)

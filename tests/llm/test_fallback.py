@@ -237,7 +237,7 @@ def test_what_is_no_list_of_models(models: Any) -> None:
 
 
 def test_from_synchronous_code_and_by_as_model() -> None:
-    """A list stands wherever a model is expected."""
+    """A list is accepted wherever a model is expected."""
     assert client(Routed(a=[failure(404)], b=[answer("hi")]))(messages=QUESTION).text == "hi"
     assert isinstance(as_model(["openai/gpt-5", "openai/gpt-4o"]), FallbackLLM)
 

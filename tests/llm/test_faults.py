@@ -94,7 +94,7 @@ async def test_a_stream_that_stalls_before_its_first_piece(stalled: list[bytes |
 
 
 async def test_a_stream_that_stalled_waited_for_the_deadline() -> None:
-    """A stream may take long as long as it goes on; one that stands still ends after `attempt_timeout`."""
+    """A stream may take long as long as it goes on; one without progress ends after `attempt_timeout`."""
     server = Server([STREAM, chunk(DELTA), None])
     read: list[str] = []
     async with serving(server) as url, client(url, attempt_timeout=0.2) as llm:

@@ -346,7 +346,7 @@ def test_an_error_status_with_any_body(family: Family, status: int) -> None:
 
 @families
 def test_answers_of_nonsense_go_back(family: Family) -> None:
-    """An answer that was read can be sent again, whatever stood in its fields: they are no mistake of the user's."""
+    """An answer that was read can be sent again, whatever was in its fields: they are no mistake of the user's."""
     codec = family.make()
     for path in places(family.answer):
         for junk in JUNK:

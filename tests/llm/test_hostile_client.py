@@ -118,7 +118,7 @@ async def test_every_body_and_its_replay(name: str, way: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("status", [200, 301, 400, 429, 500, 529])
 async def test_every_header(name: str, status: int) -> None:
-    """Whatever stands in a header, the call ends with an answer or an error of ours, and no wait is endless."""
+    """Whatever is in a header, the call ends with an answer or an error of ours, and no wait is endless."""
     body = json.dumps(FAMILIES[name].answer).encode()
     for header in NAMES:
         for value in VALUES:

@@ -94,7 +94,7 @@ def test_the_callers_messages_are_not_changed() -> None:
     ],
 )
 def test_what_is_no_message_is_refused_with_its_place(given: Any, where: str) -> None:
-    """The error says where the wrong part stands."""
+    """The error says where the wrong part is."""
     with pytest.raises(ConfigError, match=where):
         normalise(given)
 

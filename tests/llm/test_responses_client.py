@@ -121,7 +121,7 @@ def test_an_api_that_a_provider_does_not_have(name: str, words: str) -> None:
     ],
 )
 async def test_addresses_on_azure(base_url: str, version: str | None, url: str) -> None:
-    """The deployment stands in the body, so the path is the resource's."""
+    """The deployment is in the body, so the path is the resource's."""
     env = {"OPENAI_API_VERSION": version} if version else {}
     transport = ScriptedTransport(reply(message("hi")))
     llm = LLM("azure/d", api="responses", base_url=base_url, api_key="k", env=env, transport=transport)

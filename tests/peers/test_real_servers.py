@@ -297,7 +297,7 @@ async def test_a_prompt_too_long(llama: str) -> None:
 
 
 async def test_a_real_stream(llama: str) -> None:
-    """Tokens come one by one; usage stands on the whole answer."""
+    """Tokens come one by one; usage is on the whole answer."""
     async with tiny(llama) as llm:
         stream = llm.stream("Hi", max_tokens=16, temperature=1.0, seed=3)
         deltas = [delta async for delta in stream]

@@ -78,7 +78,7 @@ def test_numbers_by_weighted_median(votes: list[tuple[float, float]], value: flo
 
 @pytest.mark.parametrize(("votes", "code"), [([LOWER], CODE), ([LOWER, LOWER], LOWER), ([LOWER, "def f(x: x"], CODE)])
 def test_code_by_majority(votes: list[str], code: str) -> None:
-    """Code is taken over when more weight stands behind one text than behind the current one."""
+    """Code is taken over when more weight is behind one text than behind the current one."""
     assert majority(Ballot(CODE, 0.5, [(vote, 0.5) for vote in votes])) == code
 
 

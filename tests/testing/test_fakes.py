@@ -67,7 +67,7 @@ async def test_a_step_that_answers_nothing_is_named() -> None:
 
 
 async def test_a_model_remembers_what_it_was_asked() -> None:
-    """Messages, options, and where in the run each call stands."""
+    """Messages, options, and where in the run each call is."""
     model = ScriptedModel({"answer": 3}, lambda messages: messages[-1]["content"].upper())
     with lineage("train", role="optimizer"):
         first = await model.complete([{"role": "user", "content": "hi"}], temperature=0)

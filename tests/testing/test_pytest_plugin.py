@@ -47,7 +47,7 @@ def test_nothing_records_in_ci_unless_told_to(
 
 
 def test_settings_come_from_the_ini_file(project: pytest.Pytester, model: Model) -> None:
-    """One folder for all cassettes, clients and mode can stand in the ini file."""
+    """One folder for all cassettes, clients and mode can be set in the ini file."""
     only(project, "@pytest.mark.cassette\ndef test_it():\n    route('x')\n")
     settings = ["-o", "cassette_dir=cassettes", "-o", "cassette_clients=httpx", "-o", "cassette_mode=new_episodes"]
     project.runpytest(*settings).assert_outcomes(passed=1)

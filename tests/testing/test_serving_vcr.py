@@ -93,7 +93,7 @@ def test_what_was_just_recorded_was_not_shown(url: str, use: Any) -> None:
 
 
 def test_a_served_cassette_was_stricter_than_the_tests_own_match_on(url: str, use: Any) -> None:
-    """`match_on` counts as it stands: bodies only where it names them, the address exactly where it names that."""
+    """`match_on` is applied literally: bodies only where it names them, the address exactly where it names that."""
     with use():
         first = requests.post(f"{url}/a?x=1&y=2", json={"q": 1}, timeout=9).json()
     for options in ({}, {"match_on": ["method", "path"]}):
@@ -142,7 +142,7 @@ def test_what_vcrpy_does_with_in_process_transports_is_done_for_its_tests(use: A
 
 
 def test_a_name_as_long_as_the_file_system_takes_records(url: str, tmp_path: Path) -> None:
-    """What stands beside such a file (lock, journal) has a shorter name."""
+    """What is next to such a file (lock, journal) has a shorter name."""
     path = tmp_path / ("a" * 250 + ".yaml")
     for _ in range(2):
         with served_context(VCR(), lambda *_: None, {"path": str(path), "record_mode": "new_episodes"}):

@@ -60,7 +60,7 @@ def test_what_is_sometimes_right_is_what_can_be_gained() -> None:
 
 
 def test_each_repeat_has_a_place_of_its_own() -> None:
-    """The calls of the repeats stand apart in a recording; the first has no part for it."""
+    """The calls of the repeats are separate in a recording; the first has no part for it."""
     agent = Moody()
     headroom(agent, Judge(), DATA[:1], repeats=2)
     first, second = sorted(agent.seen)

@@ -123,7 +123,7 @@ def test_a_proposal_does_not_depend_on_its_batch() -> None:
 
 
 class Placed(Module):
-    """Answers where in the run it stands."""
+    """Answers where in the run it is."""
 
     def __init__(self) -> None:
         self.prompt = ParameterNode("Where?")

@@ -140,7 +140,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_paid(
 def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     """The error carries the result, whose steps are all there, and what to do."""
     run_dir = tmp_path / "run"
-    (run_dir / f"{CHECKPOINT}.tmp").mkdir(parents=True)  # stands where the checkpoint is to be written
+    (run_dir / f"{CHECKPOINT}.tmp").mkdir(parents=True)  # where the checkpoint is to be written
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     trainer = AggregatedUpdate(Adder(), optimizer, llm=ScriptedModel(first_suggestion))
     with pytest.raises(TrainingError, match="expected to write .*checkpoint.json.*free some space") as caught:
@@ -170,7 +170,7 @@ class Outage(Transport):
 
 @pytest.mark.parametrize(("status", "name"), [(401, "AuthenticationError"), (503, "ServerError")])
 def test_a_run_that_ended_on_failed_calls_goes_on_once_they_succeed(tmp_path: Path, status: int, name: str) -> None:
-    """The failures stand in the journal, but a resumed run asks again; what was answered is not paid again."""
+    """The failures are in the journal, but a resumed run asks again; what was answered is not paid again."""
     model = Outage(status)
     llm = LLM("openai-compatible/x", base_url="http://localhost/v1", transport=model, max_attempts=1)
     data = additions(5, count=6)

@@ -29,7 +29,7 @@ async def merge(rule: Any, proposals: Sequence[Proposal], stepsize: float = 0.5)
 
 
 async def test_contested_components_are_put_to_the_model() -> None:
-    """The merged proposal carries the model's values, and who stands behind them."""
+    """The merged proposal carries the model's values, and the samples behind them."""
     model = ScriptedModel(suggest(k=4))
     (merged,) = await merge(LLMMerge(model), [proposal(3, k=4), proposal(1, k=5), proposal(2)])
     assert merged.values == {"k": 4}

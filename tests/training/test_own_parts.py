@@ -108,7 +108,7 @@ def test_a_value_that_does_not_fit_ended_the_run(trainer: Any, values: dict[str,
 
 @pytest.mark.parametrize("trainer", [BasicSearchAlgorithm, MinibatchAlgorithm])
 def test_an_optimizer_that_always_failed_left_no_trace(trainer: Any) -> None:
-    """What the optimizer raised stands in the failures, also where a rule drops the empty proposals."""
+    """What the optimizer raised is in the failures, also where a rule drops the empty proposals."""
 
     def fail() -> Any:
         raise ZeroDivisionError
@@ -387,7 +387,7 @@ async def texts(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]
     ids=["an overridden propose", "a rule of one's own"],
 )
 def test_what_is_put_in_the_place_of_a_native_proposal_is_typed_too(optimizer: Any) -> None:
-    """Native proposals come typed and are not converted again; what stands in for them is."""
+    """Native proposals come typed and are not converted again; replacements are."""
     assert trained(optimizer).parameters["amount"] == 3
 
 
@@ -400,7 +400,7 @@ def small(before: Any, after: Any, parameter: Any, step: Step) -> str | None:
 
 @pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, PrioritySearch])
 def test_a_value_that_a_check_refuses_is_not_applied(trainer: Any) -> None:
-    """Its reason stands in the failures; the other values of the proposal are taken."""
+    """Its reason is in the failures; the other values of the proposal are taken."""
     options = {"rule": majority} if trainer is AggregatedUpdate else {}
     proposes = Proposes(lambda: Proposal(values={"amount": 5, "label": "x"}))
     agent = Adder()

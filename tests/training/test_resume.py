@@ -1,4 +1,4 @@
-"""A run that was cut off goes on where it stood, and ends as an unbroken one."""
+"""A run that was cut off goes on where it was, and ends as an unbroken one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Searching(AggregatedUpdate):
 
 
 class Cut(BaseException):
-    """Stands for a kill: nothing in the library catches it."""
+    """Simulates a kill: nothing in the library catches it."""
 
 
 def run(run_dir: Path, *, cut_at: int | None = None, resume: bool = False, **options: Any) -> tuple[bytes, int]:

@@ -148,7 +148,7 @@ class Batches:
 
 
 def test_an_agent_that_takes_batches_is_trained() -> None:
-    """It gets the minibatch at once, a gate's trial and the test set too; rollouts stand in the samples' order."""
+    """It gets the minibatch at once, a gate's trial and the test set too; rollouts are in the samples' order."""
     agent = Batches()
     reports: list[Any] = []
     trainer = learner(agent, gate=improves_on_batch(), observers=[reports.append])

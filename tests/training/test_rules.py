@@ -195,7 +195,7 @@ def test_without_failed() -> None:
 
 
 def test_dedupe_counts_support() -> None:
-    """Three instances that ask for the same stand as one of support 3: ids in order, feedback once, mean score."""
+    """Three instances that ask for the same count as one of support 3: ids in order, feedback once, mean score."""
     failure = Failure(stage="agent", error="ValueError", message="no")
     batch = [
         Proposal(values={"k": 1, "p": "a"}, score=0.2, feedback="late", reasoning="one", sample_ids=(4,)),
@@ -239,7 +239,7 @@ def test_top_k_of_nothing(k: Any) -> None:
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: majority")
 def test_majority_counts_instances() -> None:
-    """A value that stands for more instances wins; a proposal that leaves a parameter out does not vote on it."""
+    """A value with more instances behind it wins; a proposal that leaves a parameter out does not vote on it."""
     batch = [
         Proposal(values={"p": "a"}, support=3, sample_ids=(0, 1, 2)),
         proposal(3, p="b", k=7),

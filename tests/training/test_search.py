@@ -229,7 +229,7 @@ def test_the_result_is_the_same_at_any_concurrency(
 
 
 class Cut(BaseException):
-    """Stands for a kill: nothing in the library catches it."""
+    """Simulates a kill: nothing in the library catches it."""
 
 
 def searched(make: Callable[..., PrioritySearch], run_dir: Path, cut_at: int | None = None, **options: Any) -> bytes:
@@ -480,7 +480,7 @@ def test_a_gate_may_refuse_what_is_best() -> None:
 
 
 def test_a_value_of_the_wrong_type_is_no_candidate() -> None:
-    """It stands in the failures; what else the proposal says is tried."""
+    """It is in the failures; what else the proposal says is tried."""
     agent = Place()
     search = PrioritySearch(agent, LLMOptimizer(llm=ScriptedModel(suggest(at="high"))))
     result = search.train(Height({}), FOUR, batch_size=4)
@@ -508,7 +508,7 @@ class Unreliable(Place):
 
 
 def test_a_candidate_whose_trials_are_lost_is_not_taken() -> None:
-    """Lost calls are no score of 0, and no score of 1 either; they stand in the failures."""
+    """Lost calls are no score of 0, and no score of 1 either; they are in the failures."""
     agent = Unreliable()
     search = SequentialSearch(agent, optimizer(leads({0: [1]})))
     result = search.train(Height({1: 1.0}), FOUR, batch_size=4)

@@ -47,7 +47,7 @@ SEED: dict[Any, dict[str, Any]] = {
 
 @pytest.mark.parametrize("function", list(SEED), ids=lambda function: function.__qualname__)
 def test_arguments_and_defaults_of_the_seed(function: Any) -> None:
-    """Every argument of the seed stands there first, in its order, with its default; ours follow."""
+    """Every argument of the seed is there first, in its order, with its default; ours follow."""
     parameters = [p for name, p in inspect.signature(function).parameters.items() if name != "self"]
     expected = SEED[function]
     assert [parameter.name for parameter in parameters[: len(expected)]] == list(expected)

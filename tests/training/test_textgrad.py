@@ -128,7 +128,7 @@ def test_instances_have_gradients_of_their_own_under_aggregated_update() -> None
 
 
 def test_a_lost_criticism_is_a_lost_proposal() -> None:
-    """The run goes on, and the failure stands in the result."""
+    """The run goes on, and the failure is in the result."""
     model = ScriptedModel(APIConnectionError("reset"), gradient)
     trainer = AggregatedUpdate(agent := Adder(), TextGradOptimizer(llm=model), llm=ScriptedModel("never asked"))
     result = trainer.train(exact, additions(5, 3), batch_size=3)

@@ -146,7 +146,7 @@ def test_a_failing_instance_under_ensure_improvement(min_score: float | None) ->
 
 @pytest.mark.requirement("Trace's defect 25: the prompts contradicted themselves")
 def test_the_prompts_agree_with_themselves() -> None:
-    """What the system prompt speaks of stands in the user prompt, and it asks for one form of reply, not for Python."""
+    """What the system prompt speaks of is in the user prompt, and it asks for one form of reply, not for Python."""
     model = ScriptedModel(suggest(amount=7))
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     AggregatedUpdate(Adder(), optimizer, rule=LLMMerge(model)).train(exact, [(0, 5), (1, 9)], batch_size=2)

@@ -43,7 +43,7 @@ def scripted(agent: Any, *replies: Any, **options: Any) -> AggregatedUpdate:
 
 @pytest.mark.requirement("Trace: trace.node(data, name, trainable, description, constraint)")
 def test_node_takes_traces_arguments() -> None:
-    """In their order, with Trace's defaults; what it says of itself stands in the prompt."""
+    """In their order, with Trace's defaults; what it says of itself is in the prompt."""
     greeting = node("Hello", "greeting", True, "said first", "polite")  # noqa: FBT003 - Trace's order
     assert (greeting.data, greeting.name, greeting.trainable) == ("Hello", "greeting", True)
     assert greeting.describe() == {

@@ -88,7 +88,7 @@ def test_proposals_are_independent_and_the_aggregator_sees_all_of_them(adder: Ad
 
 
 def test_lineage_names_the_place_of_every_call(adder: Adder) -> None:
-    """Epoch, batch, sample and purpose stand in the lineage, so that a replay finds each call whatever the order."""
+    """Epoch, batch, sample and purpose are in the lineage, so that a replay finds each call whatever the order."""
     optimizer, aggregator = ScriptedModel(from_feedback), ScriptedModel(first_suggestion)
     data = [(0, 2), (1, 4)]
     AggregatedUpdate(adder, LLMOptimizer(llm=optimizer), llm=aggregator).train(exact, data, batch_size=2)
@@ -214,7 +214,7 @@ def test_batches_of_one_are_judged_together(lost: set[int], ends: bool) -> None:
 
 @pytest.mark.requirement("Trace's defect 10: the aggregator's call had no retry and no fallback")
 def test_a_failed_aggregation_applies_nothing_and_is_counted(adder: Adder) -> None:
-    """The step stands in the history as refused, the failure in the result, and the next step runs."""
+    """The step is in the history as refused, the failure in the result, and the next step runs."""
     aggregate = ScriptedModel(APIConnectionError("reset"), suggest(amount=7))
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     data = [(0, 5), (1, 9), (2, 5), (3, 9)]
@@ -226,7 +226,7 @@ def test_a_failed_aggregation_applies_nothing_and_is_counted(adder: Adder) -> No
 
 @pytest.mark.parametrize("error", [AuthenticationError("no such key", status=401), BudgetExceededError("spent")])
 def test_an_error_no_call_can_escape_stops_the_run_with_the_partial_result(adder: Adder, error: Exception) -> None:
-    """Authentication and budget end the run at once; what was reached stands on the error."""
+    """Authentication and budget end the run at once; what was reached is on the error."""
     replies = [from_feedback] * 4 + [error]
     with pytest.raises((TrainingError, BudgetExceededError)) as caught:
         trainer(adder, *replies).train(exact, [*additions(5), (9, 0)], num_epochs=3)
@@ -277,7 +277,7 @@ def test_a_result_survives_the_disk(adder: Adder, tmp_path: Path) -> None:
 
 
 def test_usage_is_counted_by_role(adder: Adder) -> None:
-    """Calls, tokens and cost stand in the result, apart for each role."""
+    """Calls, tokens and cost are in the result, apart for each role."""
     data = [(0, 5), (1, 9)]
     result = trainer(adder).train(exact, data, batch_size=2)
     assert {role: usage.calls for role, usage in result.usage.items()} == {"optimizer": 2, "aggregator": 1}
