@@ -65,6 +65,10 @@ ENVIRONMENTS = {
     "sdks": Environment((*TEST_TOOLS, *SDKS), constrained=False),
     "litellm": Environment((*TEST_TOOLS, "litellm"), constrained=False),
     "agents": Environment((*TEST_TOOLS, "langchain-openai", "openai-agents"), constrained=False),
+    "pydantic-ai": Environment(
+        (*TEST_TOOLS, "pydantic-ai-slim[openai]==2.68.0", "pydantic-evals==0.0.51"), constrained=False
+    ),
+    "openai-agents": Environment((*TEST_TOOLS, "openai-agents==0.24.0"), constrained=False),
     "peer-suites": Environment(
         (*TEST_TOOLS, *VCRPY_TESTS, "vcrpy==9.4.2", "pytest-recording==0.14.1", "pytest-mock", "brotli"),
         constrained=False,

@@ -25,8 +25,10 @@ from typing import Any
 
 from aggregator.agents.modules import Module, read_artefact
 from aggregator.agents.parameters import ParameterNode, index, overriding
+from aggregator.agents.transcripts import Group, LLMCall, current_transcript
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.executors.work import InstanceAgent
+from aggregator.records import Completion
 
 ADAPTERS = {
     "crewai": "crewai",
@@ -130,6 +132,26 @@ class FrameworkAgent(Module, InstanceAgent):
         kind: Any = type(self)
         agent: FrameworkAgent = kind(program)  # an adapter with options has a `like` of its own
         return agent
+
+
+def write_calls(calls: Iterable[tuple[Any, Completion]]) -> None:
+    """Show a framework's calls of models in the current transcript: (messages, answer) in OpenAI's shape.
+
+    Nothing is shown if the transcript holds calls already, seen as they were made: by `clients=`, or by our own model.
+    """
+    seen = current_transcript()
+    if seen is None or any(True for _ in _calls_in(seen.root)):
+        return
+    for messages, completion in calls:
+        seen.add_llm_call(messages, completion)
+
+
+def _calls_in(group: Group) -> Iterator[LLMCall]:
+    for item in group.items:
+        if isinstance(item, LLMCall):
+            yield item
+        else:
+            yield from _calls_in(item)
 
 
 def require_version(distribution: str, at_least: str, below: str) -> None:

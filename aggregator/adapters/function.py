@@ -102,7 +102,7 @@ class FunctionAgent(FrameworkAgent):
 def _keywords_of(function: Callable[..., Any]) -> Iterator[KeywordParameter]:
     """Yield the keyword-only arguments whose default is a value that JSON can carry."""
     try:
-        hints = get_type_hints(_inner(function), include_extras=True)
+        hints = get_type_hints(inner_function(function), include_extras=True)
     except Exception:  # noqa: BLE001 - annotations may name what exists for type checkers only
         hints = {}
     for name, argument in signature(function).parameters.items():
@@ -122,25 +122,39 @@ def _defaults_of(function: Any, name: str) -> dict[str, Any]:
         if name in function.keywords:
             return function.keywords
         function = function.func
-    defaults: dict[str, Any] = _inner(function).__kwdefaults__
+    defaults: dict[str, Any] = inner_function(function).__kwdefaults__
     return defaults
 
 
 def _read_by(function: Any, seen: set[int] | None = None) -> Iterator[tuple[str, ParameterNode[Any]]]:
     """Yield (name, parameter) for each ParameterNode that a function can name, once."""
     seen = set() if seen is None else seen
-    inner = _inner(function)
+    inner = inner_function(function)
     if id(inner) in seen:
         return
     seen.add(id(inner))
-    for name, value in _variables_of(inner):
+    for name, value in variables_of(inner):
         if isfunction(value) and value.__module__ == inner.__module__ and operation_of(value) is None:
             yield from _read_by(value, seen)
         elif not isinstance(value, dict | list | tuple) or len(value) <= _FEW:
             yield from walk(value, name, seen)
 
 
-def _variables_of(function: Any) -> Iterator[tuple[str, Any]]:
+def objects_read_by(function: Any, kind: type, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (variable, object) for each object of a kind that a function, or one of its module it calls, can name."""
+    seen = set() if seen is None else seen
+    inner = inner_function(function)
+    if id(inner) in seen or not isfunction(inner):
+        return
+    seen.add(id(inner))
+    for name, value in variables_of(inner):
+        if isinstance(value, kind):
+            yield name, value
+        elif isfunction(value) and value.__module__ == inner.__module__:
+            yield from objects_read_by(value, kind, seen)
+
+
+def variables_of(function: Any) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of the variables that a function's code names: defaults, closures, globals."""
     for name, argument in signature(function).parameters.items():
         yield name, argument.default
@@ -162,7 +176,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-def _inner(function: Any) -> Any:
+def inner_function(function: Any) -> Any:
     """Return the function behind partials, methods and decorators."""
     while isinstance(function, partial):
         function = function.func

@@ -6,7 +6,7 @@
 
 Each case is an example of `examples/frameworks/`, run as it is in the environment of its framework, against the
 simulated model on loopback: `OPENAI_BASE_URL` leads there. An example leaves `agent`, `tickets` and `result` behind.
-The tests are `tests/adapters/test_<example>.py` and `tests/hosts/test_<example>.py`.
+The tests are `tests/adapters/test_<file>.py` and `tests/hosts/test_<file>.py`.
 """
 
 from __future__ import annotations
@@ -44,19 +44,28 @@ ROW = "| "
 class Case(NamedTuple):
     """One framework.
 
-    `example` is a file of `examples/frameworks/`, `probe` the parameter whose text the model follows, `distribution`
-    the package whose version is shown ("" for none), `environment` one of `tests/environments.py` ("" for this one).
+    `file` names the example `examples/frameworks/train_<file>.py` and the tests, `probe` the parameter whose text the
+    model follows, `distribution` the package whose version is shown ("" for none), `environment` one of
+    `tests/environments.py` ("" for this one).
     """
 
     name: str
-    example: str
+    file: str
     probe: str
     distribution: str = ""
     environment: str = ""
     is_smoke: bool = False
 
+    @property
+    def example(self) -> Path:
+        """The example; not named like its framework, which a script of that name would hide."""
+        return EXAMPLES / f"train_{self.file}.py"
 
-CASES = (Case("plain function", "plain_function", "instruction", is_smoke=True),)
+
+CASES = (
+    Case("plain function", "plain_function", "instruction", is_smoke=True),
+    Case("pydantic-ai", "pydantic_ai", "instructions", "pydantic-ai-slim", "pydantic-ai"),
+)
 
 
 class Glue(NamedTuple):
@@ -146,7 +155,7 @@ def measure(case: Case) -> list[str]:
     from aggregator import portal
     from aggregator.errors import AggregatorError
 
-    path = EXAMPLES / f"{case.example}.py"
+    path = case.example
     with SimulatedServer() as server, surroundings(server.url):
         tape = Path.cwd() / "tape.yaml"
         with aggregator.cassette(tape, "all", clients="all"):
@@ -235,7 +244,7 @@ def run_in(case: Case, arguments: Sequence[str]) -> subprocess.CompletedProcess[
 
 def run_tests(case: Case) -> str:
     """Run the tests of a framework's adapter and hosts in its environment; returns what failed, "" for nothing."""
-    tests = [ROOT / "tests" / room / f"test_{case.example}.py" for room in ("adapters", "hosts")]
+    tests = [ROOT / "tests" / room / f"test_{case.file}.py" for room in ("adapters", "hosts")]
     found = [str(path) for path in tests if path.exists()] if case.environment else []
     if not found:
         return ""

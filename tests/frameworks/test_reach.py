@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from reach import CASES, COLUMNS, DOCUMENT, EXAMPLES, MOST_CONCEPTS, MOST_LINES, Case, glue_of, rows_of, skipped
+from reach import CASES, COLUMNS, DOCUMENT, MOST_CONCEPTS, MOST_LINES, Case, glue_of, rows_of, skipped
 
 EXAMPLE = """
 import agents
@@ -38,18 +38,18 @@ def test_lines_inside_a_function_count_by_themselves() -> None:
 
 @CASE
 def test_an_example_needs_few_lines_and_concepts(case: Case) -> None:
-    glue = glue_of((EXAMPLES / f"{case.example}.py").read_text(encoding="utf-8"))
+    glue = glue_of(case.example.read_text(encoding="utf-8"))
     assert glue.lines <= MOST_LINES
     assert glue.concepts <= MOST_CONCEPTS
 
 
 @CASE
 def test_the_document_shows_the_example_that_is_measured(case: Case) -> None:
-    shown = f"```python examples/frameworks/{case.example}.py\n"
+    shown = f"```python examples/frameworks/{case.example.name}\n"
     document = DOCUMENT.read_text(encoding="utf-8")
     assert (
         document.partition(shown)[2].partition("```\n")[0]
-        == (EXAMPLES / f"{case.example}.py").read_text(encoding="utf-8").partition('"""\n\n')[2]
+        == case.example.read_text(encoding="utf-8").partition('"""\n\n')[2]
     )
 
 
