@@ -69,6 +69,8 @@ ENVIRONMENTS = {
         (*TEST_TOOLS, "pydantic-ai-slim[openai]==2.68.0", "pydantic-evals==0.0.51"), constrained=False
     ),
     "openai-agents": Environment((*TEST_TOOLS, "openai-agents==0.24.0"), constrained=False),
+    "dspy": Environment((*TEST_TOOLS, "dspy==3.4.1"), constrained=False),
+    "gepa": Environment((*TEST_TOOLS, "gepa==0.1.4", "litellm"), constrained=False),
     "peer-suites": Environment(
         (*TEST_TOOLS, *VCRPY_TESTS, "vcrpy==9.4.2", "pytest-recording==0.14.1", "pytest-mock", "brotli"),
         constrained=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.guides.calling": ("metric",),
     "aggregator.guides.judge": (
         "LLMJudge",
         "Verdict",

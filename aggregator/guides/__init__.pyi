@@ -1,5 +1,6 @@
 # What editors and type checkers see of `aggregator.guides`: its table as imports. A test compares the two.
 
+from aggregator.guides.calling import metric as metric
 from aggregator.guides.judge import LLMJudge as LLMJudge
 from aggregator.guides.judge import Verdict as Verdict
 from aggregator.guides.matching import ExactMatch as ExactMatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -24,14 +25,16 @@ async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None
 async def ask_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> Scores:
     """Return a guide's score, its further scores by name, and its feedback.
 
-    A guide is any sync or async callable `guide(x, output, info)`, or an object with Trace's
-    `get_feedback(query, response, reference)`. It returns a score, (score, feedback), Scores, or an object that has
-    score and feedback as attributes; None as the score says that nothing can be said. A synchronous guide runs through
-    `call`, unless it has `instant = True`: it only computes, and a thread would cost more than the guide.
+    A guide is any sync or async callable `guide(x, output, info)`, an object with Trace's
+    `get_feedback(query, response, reference)`, or a metric of DSPy's. It returns a score, (score, feedback), Scores, or
+    an object that has score and feedback as attributes; None as the score says that nothing can be said. A synchronous
+    guide runs through `call`, unless it has `instant = True`: it only computes, and a thread would cost more than the
+    guide.
 
     Raises GuideError for any other answer and for NaN: that is a guide's failure, not a score of 0. What the guide
     itself raises is passed on.
     """
+    guide = as_guide(guide)
     function = getattr(guide, "get_feedback", guide)
     if call is None or getattr(guide, "instant", False) or is_async(function):
         answer = function(x, output, info)
@@ -44,12 +47,76 @@ async def ask_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | 
 
 def check_guide(guide: Any) -> None:
     """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
-    if not accepts(getattr(guide, "get_feedback", guide), None, None, None):
+    if not isinstance(as_guide(guide), Metric) and not accepts(getattr(guide, "get_feedback", guide), None, None, None):
         raise ConfigError(
-            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}"
+            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}; "
+            "a metric (gold, prediction) becomes one by aggregator.guides.metric"
         )
     declared_minimum(guide)
     declared_maximum(guide)
+
+
+class Metric:
+    """A metric of DSPy's as a guide: `metric(gold, prediction, trace=None, ...)`, gold being the data set's Example.
+
+    It returns a score, or an object with `score` and `feedback`, and `objective_scores` as further scores by name.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        needed = [one for one in _positional(function)[2:] if one.default is inspect.Parameter.empty]
+        self._more = [None] * len(needed)
+
+    def __repr__(self) -> str:
+        return f"metric({_name(self.function)})"
+
+    def __call__(self, x: Any, output: Any, info: Any) -> Any:
+        """Return what the metric says of an output; `info` is the row that the input comes from."""
+        gold = info
+        if isinstance(info, Mapping) and "dspy" in sys.modules:  # a row with named columns
+            gold = sys.modules["dspy"].Example(dict(info))
+        return _verdict(self.function(gold, output, *self._more))
+
+
+def metric(function: Callable[..., Any]) -> Metric:
+    """Return a metric `(gold, prediction)` as a guide.
+
+    A metric whose third argument is called `trace`, as in DSPy, is recognised without this.
+
+    >>> metric(lambda gold, prediction: gold == prediction)("x", 1, 1)
+    True
+    """
+    return Metric(function)
+
+
+def as_guide(guide: Any) -> Any:
+    """Return a guide as it is called: a metric of DSPy's, which is known by its argument `trace`, as a Metric."""
+    names = [one.name for one in _positional(guide)]
+    return Metric(guide) if names[2:3] == ["trace"] else guide
+
+
+def _positional(function: Any) -> list[inspect.Parameter]:
+    """Return the arguments that a function, or a module of DSPy's, takes by position."""
+    own = vars(type(function)).get("forward")  # what such a module is called with; reading it there warns
+    try:
+        found = list(inspect.signature(function if own is None else own).parameters.values())[own is not None :]
+    except (TypeError, ValueError):  # no signature
+        return []
+    return [one for one in found if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+
+
+def _verdict(answer: Any) -> Any:
+    """Return a metric's answer as a guide's; awaitable if it is."""
+    if inspect.isawaitable(answer):
+        return _awaited(answer)
+    named = getattr(answer, "objective_scores", None)
+    if not named and not hasattr(answer, "score"):
+        return answer
+    return Scores(answer.score, dict(named or {}), str(getattr(answer, "feedback", None) or ""))
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return _verdict(await answer)
 
 
 def declared_minimum(guide: Any) -> float | None:

@@ -12,8 +12,8 @@ from aggregator.checks import check_positive
 from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.records import Sample
 
-Dataset = Mapping[str, Any] | Iterable[tuple[Any, Any]] | Iterable[Mapping[str, Any]]
-"""`{"inputs": [...], "infos": [...]}`, pairs (x, info), or rows with named columns."""
+Dataset = Mapping[str, Any] | Iterable[tuple[Any, Any]] | Iterable[Mapping[str, Any]] | Iterable[Any]
+"""`{"inputs": [...], "infos": [...]}`, pairs (x, info), rows with named columns, or DSPy's Examples."""
 
 _FORMS = "Expected dict(inputs=[...], infos=[...]), a sequence of (x, info), or rows as dicts of named columns"
 
@@ -22,7 +22,8 @@ def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tu
     """Read a data set; a sample's id is its position.
 
     A data set is `dict(inputs=..., infos=...)`, pairs (x, info), or rows with named columns: dicts, a pandas DataFrame,
-    a Hugging Face Dataset. A row is both x and info. Generators are read once, to their end. A DataLoader, ours or
+    a Hugging Face Dataset. A row is both x and info. Of an Example of DSPy's the input fields are x, and it is info.
+    Generators are read once, to their end. A DataLoader, ours or
     Trace's, gives its data; its batches are not used, and a TrainingWarning says so.
 
     Raises ConfigError if it is empty, of unequal lengths or of another form.
@@ -82,6 +83,14 @@ def _pair(item: Any, place: str) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
         row = dict(item)
         return row, row
+    if hasattr(item, "with_inputs") and hasattr(item, "toDict"):  # dspy.Example
+        try:
+            return item.inputs().toDict(), item
+        except ValueError:
+            raise ConfigError(
+                f"Expected an Example that says which fields are inputs, got {item!r} at {place}; call "
+                "example.with_inputs('question')"
+            ) from None
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ConfigError(f"{_FORMS}, got {type(item).__name__} at {place}")
     return item[0], item[1]
