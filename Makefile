@@ -44,7 +44,7 @@ test-vcrpy: ## Run what stands beside vcrpy on the oldest supported vcrpy and on
 
 test-trace: ## Run Trace's own optimizers through the adapter, in an environment of its own
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(PYTHON) tests/environments.py --run trace -- \
-	  -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py
+	  -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py tests/adapters/test_trace_real.py
 
 test-frameworks: $(VENV)/.dev ## Run real SDKs and frameworks against loopback servers; fills the table of docs/frameworks.md
 	$(PYTHON) tests/environments.py sdks litellm agents clients-oldest

@@ -154,13 +154,15 @@ def _calls_in(group: Group) -> Iterator[LLMCall]:
             yield from _calls_in(item)
 
 
-def require_version(distribution: str, at_least: str, below: str) -> None:
-    """Raise ConfigError unless an installed package has a supported version; one without metadata is taken.
+def require_version(distribution: str, at_least: str, below: str, *, version: str | None = None) -> None:
+    """Raise ConfigError unless a package has a supported version; one without metadata is taken.
+
+    `version` is what the imported package says of itself, if that is known; by default what is installed.
 
     >>> require_version("msgspec", "0.1", "99")
     """
     try:
-        version = metadata.version(distribution)
+        version = version or metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return
     if not _numbers(at_least) <= _numbers(version) < _numbers(below):

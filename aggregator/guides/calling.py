@@ -26,16 +26,17 @@ async def ask_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | 
     """Return a guide's score, its further scores by name, and its feedback.
 
     A guide is any sync or async callable `guide(x, output, info)`, an object with Trace's
-    `get_feedback(query, response, reference)`, or a metric of DSPy's. It returns a score, (score, feedback), Scores, or
-    an object that has score and feedback as attributes; None as the score says that nothing can be said. A synchronous
-    guide runs through `call`, unless it has `instant = True`: it only computes, and a thread would cost more than the
-    guide.
+    `get_feedback(query, response, reference)`, or a metric of DSPy's. A guide of Trace's own is called, as its call
+    leads to `forward` and that to `get_feedback`: a subclass may override either. A guide returns a score, (score,
+    feedback), Scores, or an object that has score and feedback as attributes; None as the score means that nothing can
+    be said. A synchronous guide runs through `call`, unless it has `instant = True`: it only computes, and a thread
+    would cost more than the guide.
 
     Raises GuideError for any other answer and for NaN: that is a guide's failure, not a score of 0. What the guide
     itself raises is passed on.
     """
     guide = as_guide(guide)
-    function = getattr(guide, "get_feedback", guide)
+    function = _function_of(guide)
     if call is None or getattr(guide, "instant", False) or is_async(function):
         answer = function(x, output, info)
     else:
@@ -47,7 +48,7 @@ async def ask_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | 
 
 def check_guide(guide: Any) -> None:
     """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
-    if not isinstance(as_guide(guide), Metric) and not accepts(getattr(guide, "get_feedback", guide), None, None, None):
+    if not isinstance(as_guide(guide), Metric) and not accepts(_function_of(guide), None, None, None):
         raise ConfigError(
             f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}; "
             "a metric (gold, prediction) becomes one by aggregator.guides.metric"
@@ -127,6 +128,11 @@ def declared_minimum(guide: Any) -> float | None:
 def declared_maximum(guide: Any) -> float | None:
     """Return the highest score that a guide can give, which it may declare as `max_score`; else None."""
     return _declared(guide, "max_score")
+
+
+def _function_of(guide: Any) -> Any:
+    """Return what judges: the guide itself, or its `get_feedback` if nothing else leads there."""
+    return guide if callable(guide) and hasattr(guide, "forward") else getattr(guide, "get_feedback", guide)
 
 
 def _declared(guide: Any, name: str) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from msgspec.structs import replace
 
 from aggregator.adapters.agents import as_agent
-from aggregator.adapters.trace import as_optimizer
+from aggregator.adapters.trace_optimizer import as_optimizer
 from aggregator.agents.parameters import ParameterNode, read
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import check_count
@@ -158,11 +158,7 @@ class Trainer:
         self.merging_rule()
         agent, hooks = self.agent_to_run(), self.hooks()
         if hooks.forward is None and type(self).propose is Trainer.propose:
-            check_optimizer(optimizer := self._optimizer())
-            if self.propose_per == "batch" and not getattr(optimizer, "takes_batches", True):
-                raise ConfigError(
-                    "Expected rule= beside an optimizer of Trace, which takes feedback on one instance at a time"
-                )
+            check_optimizer(self._optimizer())
         if self.executor is not None:
             check_executor(self.executor)
         if hooks.forward is None:

@@ -17,7 +17,8 @@ import pytest
 
 from aggregator import ConfigError, Module, Rollout
 from aggregator.adapters.agents import CalledAgent, as_agent
-from aggregator.adapters.trace import TraceAgent, as_optimizer
+from aggregator.adapters.trace import TraceAgent
+from aggregator.adapters.trace_optimizer import as_optimizer
 from aggregator.agents.parameters import overriding, read, write
 from aggregator.cassettes.lineage import lineage
 from aggregator.errors import ParameterError, RateLimitError
@@ -341,7 +342,7 @@ async def test_an_output_that_is_no_node_is_said() -> None:
     _, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
     text = Rollout(sample_id=0, output="text", handle="text")
     proposal = await optimizer.propose([text], Step(parameters=optimizer.parameters))
-    assert proposal.error == "the output is not one node of Trace, so no feedback can reach the parameters"
+    assert proposal.error == "the output holds no node of Trace, so no feedback can reach the parameters"
 
 
 def test_native_agents_and_optimizers_stay_as_they_are() -> None:
@@ -406,6 +407,7 @@ async def test_the_real_optoprime_does_not_mix_instances() -> None:
     The prompts of all rounds are the same bytes: no counter of Trace's registry, which does not grow, is in them.
     """
     trace, optimizers = opto("opto.trace"), opto("opto.optimizers")
+    trace.GRAPH.clear()
 
     @trace.model
     class Real:

@@ -11,7 +11,7 @@ import pytest
 
 from aggregator.errors import GuideError
 from aggregator.executors.local import LocalExecutor
-from aggregator.guides.calling import judge
+from aggregator.guides.calling import check_guide, judge
 from aggregator.guides.judge import Verdict
 from aggregator.guides.matching import exact_match
 
@@ -152,3 +152,46 @@ async def test_an_instant_guide_needs_no_thread() -> None:
         raise AssertionError("a thread was asked for")
 
     assert await judge(exact_match, "2 + 2?", "4", "4", call=refuse) == (1.0, "Correct.")
+
+
+class TraceGuide:
+    """Trace's base class: a call leads to `forward`, and that to `get_feedback`."""
+
+    def __call__(self, task: str, response: str, info: Any, **kwargs: Any) -> Any:
+        return self.forward(task, response, info, **kwargs)
+
+    def forward(self, task: str, response: str, info: Any, **kwargs: Any) -> Any:
+        return self.get_feedback(task, response, info, **kwargs)
+
+    def get_feedback(self, query: str, response: str, reference: str | None = None, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class ForwardGuide(TraceGuide):
+    def forward(self, task: str, response: str, info: Any, **kwargs: Any) -> Any:
+        return float(response == info), "by forward"
+
+
+class AsyncFeedbackGuide(TraceGuide):
+    async def get_feedback(self, query: str, response: str, reference: str | None = None, **kwargs: Any) -> Any:
+        return float(response == reference), "by get_feedback"
+
+
+class CalledGuide(ForwardGuide):
+    def __call__(self, task: str, response: str, info: Any, **kwargs: Any) -> Any:
+        return self.forward(task, response, info)[0] / 2, "by the call"
+
+
+@pytest.mark.parametrize(
+    ("guide", "expected"),
+    [
+        (ForwardGuide(), (1.0, "by forward")),
+        (AsyncFeedbackGuide(), (1.0, "by get_feedback")),
+        (CalledGuide(), (0.5, "by the call")),
+    ],
+    ids=["forward", "get_feedback", "call"],
+)
+async def test_a_guide_of_trace_that_overrides_forward_is_asked_through_it(guide: Any, expected: Any) -> None:
+    """Whichever of its methods a subclass overrides is the one that judges."""
+    check_guide(guide)
+    assert await judge(guide, "2 + 2?", "4", "4") == expected

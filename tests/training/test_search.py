@@ -17,7 +17,6 @@ from search_worlds import TRAP, Height, Place, leads, neighbours, optimizer
 from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, section, suggest
 
 from aggregator import LLM, Budget
-from aggregator.adapters.trace import TraceOptimizer
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.run import tickets
@@ -594,18 +593,6 @@ def test_update_alone_has_no_memory_to_search() -> None:
     """Unlike that of other trainers it works within train only, and says so."""
     with pytest.raises(ConfigError, match="Expected PrioritySearch.update to be called by train"):
         PrioritySearch(Place(), optimizer(neighbours)).update([])
-
-
-def test_an_optimizer_of_trace_needs_a_rule() -> None:
-    """It takes feedback on one node, so it cannot be shown a whole minibatch."""
-
-    class Adapted(TraceOptimizer):
-        def __init__(self) -> None:
-            self.parameters = []
-
-    with pytest.raises(ConfigError, match="Expected rule= beside an optimizer of Trace"):
-        PrioritySearch(Place(), Adapted())
-    PrioritySearch(Place(), Adapted(), rule=majority)
 
 
 def test_additions_are_learnt_by_every_search() -> None:
