@@ -157,6 +157,19 @@ class _Reader:
         return any(isinstance(node, ast.Name) and node.id == self.self_name for node in found)
 
 
+_NO_USES = Uses(names={}, attributes={}, problems={})
+_HIDDEN = "a text that looks like a secret"
+
+
+class _Found(Struct):
+    """What a function uses of its module, by name: packed values, modules, keys of functions, and what cannot cross."""
+
+    values: dict[str, Any] = {}
+    modules: dict[str, str] = {}
+    uses: dict[str, str] = {}
+    missing: dict[str, str] = {}
+
+
 class Surroundings:
     """All that an operation's code needs in a worker: its functions by key, and the attributes and methods of `self`.
 
@@ -169,53 +182,64 @@ class Surroundings:
         self.methods: dict[str, str] = {}
         self.missing: dict[str, str] = {}
         self.class_values: dict[str, Any] = {}
+        self._own_attributes: set[str] = set()  # those that the source as written uses
         self._keys: dict[int, str] = {}
 
-    def add(self, source: str, like: FunctionType, *, is_method: bool, key: str = "") -> None:
+    def add(self, source: str, like: FunctionType, *, is_method: bool, key: str = "", is_own: bool = True) -> None:
         """Add a function as `source`, which replaces `like`, and all that it uses.
 
-        Texts that look like secrets come along only if `like` itself uses them.
+        What only changed source uses comes without secrets: texts that look like one, and modules of the user's own.
+        `is_own` is False for a function that nothing but changed source uses.
         """
-        wanted = uses_of(source, is_method=is_method)
-        written = _written(like)
-        own = uses_of(written, is_method=is_method).names if written else {}
-        around = _names_around(like)
-        values, modules, uses, missing = {}, {}, {}, {}
-        for name in sorted({*wanted.names, *own}):
-            value = around.get(name)
-            operation = operation_of(value)
-            if name not in around or (operation.function if operation else value) is like:
-                continue  # Python's own, or the function itself
-            try:
-                packed = pack(value, wide=True)
-            except TypeError:
-                if module := _import_of(value):
-                    modules[name] = module
-                elif found := self._function_key(value):
-                    uses[name] = found
-                else:
-                    missing[name] = _named(value)
-            else:
-                if name not in own and isinstance(value, str) and looks_secret(name, value):
-                    missing[name] = "a text that looks like a secret"
-                else:
-                    values[name] = packed
+        wanted, written = uses_of(source, is_method=is_method), _written(like)
+        own = uses_of(written, is_method=is_method) if written else _NO_USES
+        around, found = _names_around(like), _Found()
+        for trusted in (True, False):  # first all that the source as written leads to
+            for name in sorted({*wanted.names, *own.names}):
+                value = around.get(name)
+                operation = operation_of(value)
+                if name not in around or (operation.function if operation else value) is like:
+                    continue  # Python's own, or the function itself
+                if (is_own and name in own.names) is trusted:
+                    self._take_name(found, name, value, is_own=trusted)
+            for name in sorted(wanted.attributes) if is_method and self.owner is not None else ():
+                if (is_own and name in own.attributes) is trusted:
+                    self._take_attribute(name, is_own=trusted)
         self.functions[key] = Function(
             source=source,
             name=like.__name__,
             is_method=is_method,
-            values=values,
-            modules=modules,
-            uses=uses,
-            missing=missing,
+            values=found.values,
+            modules=found.modules,
+            uses=found.uses,
+            missing=found.missing,
         )
-        self.missing |= {name: what for name, what in missing.items() if name in wanted.names}
-        if is_method and self.owner is not None:
-            for name in wanted.attributes:
-                self._take_attribute(name)
+        self.missing |= {name: what for name, what in found.missing.items() if name in wanted.names}
 
-    def _take_attribute(self, name: str) -> None:
+    def _take_name(self, found: _Found, name: str, value: Any, *, is_own: bool) -> None:
+        """Take in what a function's module has under a name."""
+        try:
+            packed = pack(value, wide=True)
+        except TypeError:
+            if module := _import_of(value):
+                if is_own or _is_installed(sys.modules[module.partition(":")[0]]):
+                    found.modules[name] = module
+                else:
+                    found.missing[name] = "a module of your own that the source as written does not use"
+            elif key := self._function_key(value, is_own=is_own):
+                found.uses[name] = key
+            else:
+                found.missing[name] = _named(value)
+        else:
+            if is_own or not _holds_secret(name, value):
+                found.values[name] = packed
+            else:
+                found.missing[name] = _HIDDEN
+
+    def _take_attribute(self, name: str, *, is_own: bool) -> None:
         """Take in what the class, not the instance, has under a name: a method or a plain value."""
+        if is_own:
+            self._own_attributes.add(name)
         if name in self.methods or name in self.class_values or f"self.{name}" in self.missing:
             return
         own = getattr(self.owner, "__dict__", {})
@@ -230,15 +254,17 @@ class Surroundings:
         if kind is None:
             return
         held = vars(kind)[name]
-        if key := self._function_key(held, is_method=True):
+        if key := self._function_key(held, is_method=True, is_own=is_own):
             self.methods[name] = key
-            return
-        try:
-            self.class_values[name] = pack(held.data if isinstance(held, ParameterNode) else held, wide=True)
-        except TypeError:
-            self.missing[f"self.{name}"] = _named(held)
+        elif not is_own and _holds_secret(name, held):
+            self.missing[f"self.{name}"] = _HIDDEN
+        else:
+            try:
+                self.class_values[name] = pack(held.data if isinstance(held, ParameterNode) else held, wide=True)
+            except TypeError:
+                self.missing[f"self.{name}"] = _named(held)
 
-    def _function_key(self, value: Any, *, is_method: bool = False) -> str:
+    def _function_key(self, value: Any, *, is_method: bool = False, is_own: bool) -> str:
         """Return the key of a plain function whose source is known, taken in if it is new; "" for anything else."""
         if not isinstance(value, FunctionType):
             return ""
@@ -251,7 +277,7 @@ class Surroundings:
         if not source or (operation is None and hasattr(value, "__wrapped__")):
             return ""
         key = self._keys[id(value)] = f"{len(self._keys) + 1} {like.__qualname__}"
-        self.add(source, like, is_method=is_method, key=key)
+        self.add(source, like, is_method=is_method, key=key, is_own=is_own)
         return key
 
     def attributes(self) -> dict[str, tuple[bool, Any]]:
@@ -261,11 +287,26 @@ class Surroundings:
             is_parameter = isinstance(value, ParameterNode)
             if isinstance(value, CodeParameter):
                 continue
+            if not is_parameter and name not in self._own_attributes and _holds_secret(name, value):
+                continue
             try:
                 found[name] = (is_parameter, pack(value.data if is_parameter else value, wide=True))
             except TypeError:
                 continue
         return found
+
+
+def _holds_secret(name: str, value: Any, levels: int = 64) -> bool:
+    """Return True if a plain value is, or holds, a text that looks like a secret by its name, key or form."""
+    if isinstance(value, str):
+        return looks_secret(name, value)
+    if not levels:  # a list that holds itself
+        return False
+    if isinstance(value, dict):
+        return any(_holds_secret(str(key), item, levels - 1) for key, item in value.items())
+    return isinstance(value, list | tuple | set | frozenset) and any(
+        _holds_secret("", item, levels - 1) for item in value
+    )
 
 
 def _names_around(function: FunctionType) -> dict[str, Any]:

@@ -297,7 +297,10 @@ class Owner:
             setattr(self, name, SimpleNamespace(data=value) if is_parameter else value)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"self.{name} is not available in the sandbox: only parameters and plain values are")
+        raise AttributeError(
+            f"self.{name} is not available in the sandbox: only parameters and plain values are, and a text that looks "
+            "like a secret only if the operation as written uses it"
+        )
 
 
 def returned(value: Any) -> bytes:

@@ -55,7 +55,7 @@ def written(x: int, /, y: int = 1, *more: int, z: int = 2, **rest: int) -> int:
         ("def route(self, x, k=3): return '\0'", "Expected Python source that parses"),
         ("(" * 5000, "Expected Python source that parses"),
         ("def route(self, x, k=3): return " + "-" * 50_000 + "1", "Expected Python source that"),
-        ("#" * 200_000, "Expected at most 100000 characters of source, got 200000"),
+        ("#" * 200_000, "Expected at most 40000 characters of source, got 200000"),
     ],
 )
 def test_code_that_could_not_run_is_refused(source: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import math
 import os
 import signal
@@ -215,6 +216,95 @@ def test_secrets_do_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     pool().close()
     assert "sk-secret" not in str(trained("import os\nreturn dict(os.environ)").work())
+
+
+API_KEY = "canary-of-the-module"
+SERVICES = {"crm": {"token": "canary-in-a-dict", "region": "eu"}, "keys": ["sk-canary-in-a-list"]}
+
+
+def ask_service(question: str) -> str:
+    return f"{API_KEY}: {question}"
+
+
+class Client(Module):
+    token = "canary-of-the-class"
+
+    def __init__(self) -> None:
+        self.api_key = "canary-of-the-instance"
+        self.options = {"auth_token": "canary-in-an-attribute"}
+        self.keywords = ["refund", "late delivery"]
+
+    def signed(self, text: str) -> str:
+        return f"{self.api_key} {text}"
+
+    @bundle(trainable=True, sandbox="process")
+    def work(self) -> Any:
+        return self.keywords
+
+    @bundle(trainable=True, sandbox="process")
+    def ask(self) -> Any:
+        return [ask_service("x"), self.signed("y"), SERVICES["keys"]]
+
+
+SEARCHES = [
+    "return API_KEY",
+    "return SERVICES",
+    "return ask_service('x')",
+    "return ask_service.__globals__['API_KEY']",
+    "return self.api_key",
+    "return self.options",
+    "return self.token",
+    "return self.signed('x')",
+    "return vars(self)",
+    "import gc\n    return [str(found) for found in gc.get_objects() if 'can' + 'ary' in str(found)]",
+]
+
+
+@pytest.mark.parametrize("body", SEARCHES)
+def test_changed_source_read_secrets_that_the_author_s_own_does_not_use(body: str) -> None:
+    """Keys in variables, containers, attributes and helpers stay behind, however the code looks for them."""
+    agent = Client()
+    agent.parameters_dict()["work__code"].data = f"def work(self):\n    {body}\n"
+    try:
+        found = str(agent.work())
+    except (LookupError, NameError, AttributeError, SandboxError) as error:
+        found = str(error)
+    assert "canary-" not in found
+
+
+def test_secrets_that_the_author_s_own_source_uses_cross() -> None:
+    """The operation works as written, and so does changed source that uses the same."""
+    expected = ["canary-of-the-module: x", "canary-of-the-instance y", ["sk-canary-in-a-list"]]
+    agent = Client()
+    assert agent.ask() == expected
+    agent.parameters_dict()["ask__code"].data += "    # changed\n"
+    assert agent.ask() == expected
+
+
+def test_plain_attributes_cross_whatever_their_name() -> None:
+    """A list of keywords is no secret, though its name begins with `key`."""
+    agent = Client()
+    agent.parameters_dict()["work__code"].data = "def work(self):\n    return sorted(self.keywords)\n"
+    assert agent.work() == ["late delivery", "refund"]
+
+
+def test_a_module_of_the_user_s_that_only_changed_source_names_stays_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing it would run it outside of the sandbox, and show what it holds."""
+    (tmp_path / "canary_settings.py").write_text("PASSWORD = 'canary'\n")
+    (tmp_path / "canary_agent.py").write_text(
+        "import canary_settings, math\nfrom aggregator import Module, bundle\n\n\n"
+        "class Agent(Module):\n    @bundle(trainable=True)\n    def work(self, x):\n        return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    agent = importlib.import_module("canary_agent").Agent()
+    code = agent.parameters_dict()["work__code"]
+    code.data = "def work(self, x):\n    return canary_settings.PASSWORD\n"
+    with pytest.raises(SandboxError, match="a module of your own that the source as written does not use"):
+        agent.work(1)
+    code.data = "def work(self, x):\n    return math.floor(x)\n"
+    assert agent.work(1.5) == 1
 
 
 @pytest.mark.parametrize("argument", [object(), {1, 2}, [object()], Agent()])
