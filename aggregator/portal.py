@@ -125,7 +125,7 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
     portal = _current()
     if threading.current_thread() is portal.thread:
         raise ConfigError(
-            f"expected `await` inside an async function, got a synchronous call of {function.__qualname__} on the "
+            f"Expected `await` inside an async function, got a synchronous call of {function.__qualname__} on the "
             "library's own event loop, where it would wait for itself; use the awaitable form, "
             "as in `await llm.complete(...)` or `await trainer.atrain(...)`"
         )
@@ -223,7 +223,7 @@ def use_uvloop() -> None:
 
     with _lock:
         if _portal is not None and _portal.pid == os.getpid():
-            raise ConfigError("expected use_uvloop() before the first synchronous call, got it after one")
+            raise ConfigError("Expected use_uvloop() before the first synchronous call, got it after one")
         _loop_factory = new_event_loop
 
 

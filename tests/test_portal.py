@@ -230,4 +230,4 @@ def test_uvloop_when_asked_for() -> None:
             print(error, flush=True)
         """
     )
-    assert done.stdout.startswith("uvloop\nexpected use_uvloop() before"), done.stderr
+    assert done.stdout.startswith("uvloop\nExpected use_uvloop() before"), done.stderr

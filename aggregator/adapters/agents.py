@@ -30,11 +30,10 @@ from aggregator.records import Rollout, RolloutTask
 from aggregator.text import placeholders, shorten
 
 ACCEPTED = (
-    "an agent that offers parameters(), such as an instance of your Module; a template with a placeholder, as "
-    "in 'Classify: {ticket}'; a mapping of named seed values with evaluator=; a function whose keyword-only arguments, "
-    "or the ParameterNodes that it reads, are its parameters; an agent of Trace, pydantic-ai, the OpenAI Agents SDK, "
-    "LangChain, LlamaIndex, ADK or CrewAI; a DSPy program; a GEPA adapter; or an object with parameters(), "
-    "rollouts(tasks, guide), isolation and max_concurrency"
+    "a Module; a template with a placeholder, as in 'Classify: {ticket}'; a mapping of named seed values with "
+    "evaluator=; a function whose keyword-only arguments, or the ParameterNodes that it reads, are its parameters; an "
+    "agent of Trace, pydantic-ai, the OpenAI Agents SDK, LangChain, LlamaIndex, ADK or CrewAI; a DSPy program; a GEPA "
+    "adapter; or an object with parameters(), rollouts(tasks, guide), isolation and max_concurrency"
 )
 _ISOLATIONS = ("overlay", "copy", "serial")
 _PARAMETER = ("name", "value", "type", "description", "constraint", "convert", "store")
@@ -64,7 +63,7 @@ def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None, **options:
         return EvaluatedValues(thing, evaluator)
     offered = getattr(thing, "parameters", None)
     if isinstance(thing, type) or not callable(offered):
-        raise ConfigError(f"Expected {ACCEPTED}, got {thing!r}")
+        raise _refuse(thing, ", a text without a placeholder" if isinstance(thing, str) else "")
     if is_trace_agent(thing):
         return TraceAgent(thing)
     if hasattr(thing, "rollouts"):
@@ -72,7 +71,7 @@ def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None, **options:
     elif callable(thing):
         agent = CalledAgent(thing)
     else:
-        raise ConfigError(f"Expected {ACCEPTED}, got {shorten(thing)}, which has parameters() but cannot be called")
+        raise _refuse(thing, ", which has parameters() but cannot be called")
     agent.parameters()
     return agent
 
@@ -161,9 +160,10 @@ class BatchAgent:
         isolation = getattr(agent, "isolation", None)
         limit = getattr(agent, "max_concurrency", 0)
         if isolation not in _ISOLATIONS or not (limit is None or (type(limit) is int and limit > 0)):
-            raise ConfigError(
-                f"Expected {ACCEPTED}, got {shorten(agent)}, whose isolation is {isolation!r} and max_concurrency is "
-                f"{limit!r}; set isolation to one of {', '.join(_ISOLATIONS)}, max_concurrency to an int or None"
+            raise _refuse(
+                agent,
+                f", whose isolation is {isolation!r} and max_concurrency is {limit!r}; set isolation to one of "
+                f"{', '.join(_ISOLATIONS)}, max_concurrency to an int or None",
             )
         self.agent = agent
         self.isolation = agent.isolation
@@ -226,11 +226,18 @@ def as_parameters(owner: Any, adapted: dict[int, ParameterNode[Any]]) -> list[Pa
             found.append(parameter)
             continue
         if missing := [name for name in _PARAMETER if not hasattr(parameter, name)]:
-            raise ConfigError(
-                f"Expected {ACCEPTED}, got {type(owner).__name__}, whose parameters() holds "
-                f"{type(parameter).__name__} objects without {', '.join(missing)}; "
-                "let parameters() return ParameterNodes, or objects of the Protocol aggregator.protocols.Parameter"
+            raise _refuse(
+                owner,
+                f", whose parameters() holds {type(parameter).__name__} objects without {', '.join(missing)}; return "
+                "ParameterNodes, or objects of the Protocol aggregator.protocols.Parameter",
             )
         known = adapted.get(id(parameter))
         found.append(known or adapted.setdefault(id(parameter), AdaptedParameter(parameter)))
     return found
+
+
+def _refuse(thing: Any, why: str) -> ConfigError:
+    """Return the error for what is not an agent: what came and why not, then all that is accepted."""
+    shown = thing.__name__ if isinstance(thing, type) else shorten(thing)
+    kind = "the class " if isinstance(thing, type) else ""
+    return ConfigError(f"Expected an agent, got {kind}{shown}{why}. An agent is {ACCEPTED}")

@@ -11,6 +11,7 @@ from typing import Any
 from aggregator.checks import accepts, is_async, is_finite
 from aggregator.errors import ConfigError, GuideError
 from aggregator.records import Scores
+from aggregator.text import shorten
 
 Call = Callable[..., Awaitable[Any]]
 """Runs a synchronous function elsewhere, as in `await call(function, *args)`."""
@@ -50,7 +51,7 @@ def check_guide(guide: Any) -> None:
     """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
     if not isinstance(as_guide(guide), Metric) and not accepts(_function_of(guide), None, None, None):
         raise ConfigError(
-            f"expected a guide: a callable (x, output, info) -> score or (score, feedback), got {guide!r}; "
+            f"Expected a guide: a callable (x, output, info) -> score or (score, feedback), got {shorten(guide)}; "
             "a metric (gold, prediction) becomes one by aggregator.guides.metric"
         )
     declared_minimum(guide)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.errors import ConfigError, GuideError
-from aggregator.text import shorten, show_call
+from aggregator.text import list_names, shorten, show_call
 
 SHOWN = 500
 """How many characters of an output the feedback quotes."""
@@ -39,6 +39,11 @@ class ExactMatch:
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
         """Compare one output."""
+        if self.key is None and isinstance(info, Mapping) and not isinstance(output, Mapping):
+            raise GuideError(
+                f"Expected the right output as info, got a row with the columns {list_names(list(map(str, info)))}; "
+                "name the column, as in ExactMatch(key='answer')"
+            )
         expected = info if self.key is None else info[self.key]
         if self._plain(output) == self._plain(expected):
             return 1.0, "Correct."

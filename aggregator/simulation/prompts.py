@@ -168,9 +168,9 @@ def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise MalformedError(f"expected a JSON object in a section, got {text[:80]!r}: {error}") from error
+        raise MalformedError(f"Expected a JSON object in a section, got {text[:80]!r}: {error}") from error
     if not isinstance(found, dict):
-        raise MalformedError(f"expected a JSON object in a section, got {text[:80]!r}")
+        raise MalformedError(f"Expected a JSON object in a section, got {text[:80]!r}")
     return found
 
 

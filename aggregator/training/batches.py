@@ -59,7 +59,7 @@ def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple
     infos = _plain(dataset.get("infos", [None] * len(inputs)))
     if len(inputs) != len(infos):
         raise ConfigError(
-            f"expected as many infos as inputs, got {len(inputs)} inputs and {len(infos)} infos in {name}"
+            f"Expected as many infos as inputs, got {len(inputs)} inputs and {len(infos)} infos in {name}"
         )
     return list(zip(inputs, infos, strict=True))
 

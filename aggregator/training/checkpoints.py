@@ -148,7 +148,7 @@ def write_whole(path: Path, data: bytes) -> None:
         write_atomically(path, data, sole_writer=True)
     except OSError as error:
         raise TrainingError(
-            f"expected to write {path}, got {error}; free some space or make the folder writable. "
+            f"Expected to write {path}, got {error}; free some space or make the folder writable. "
             "A run goes on from its last checkpoint with resume=True"
         ) from error
 
@@ -173,12 +173,12 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
         checkpoint = msgspec.json.decode(data, type=Checkpoint) if version == VERSION else None
     except (msgspec.MsgspecError, OSError) as error:
         raise TrainingError(
-            f"expected a checkpoint of version {VERSION} in {path}, got one that cannot be read: {error}; "
+            f"Expected a checkpoint of version {VERSION} in {path}, got one that cannot be read: {error}; "
             "start in a new run_dir, or delete this one"
         ) from error
     if checkpoint is None:
         raise TrainingError(
-            f"expected a checkpoint of version {VERSION} in {path}, got version {version}; "
+            f"Expected a checkpoint of version {VERSION} in {path}, got version {version}; "
             "resume with the release of aggregated-update that wrote it, or start in a new run_dir"
         )
     before = checkpoint.fingerprint
@@ -253,7 +253,7 @@ def load_result(path: str | Path) -> TrainingResult:
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=TrainingResult)
     except (msgspec.MsgspecError, OSError) as error:
-        raise TrainingError(f"expected a training result in {path}, got a file that cannot be read: {error}") from error
+        raise TrainingError(f"Expected a training result in {path}, got a file that cannot be read: {error}") from error
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def improves_on_validation(
     check_threshold(threshold)
     check_score_name(score)
     if significance is not None and not 0 < significance < 1:
-        raise ConfigError(f"expected significance between 0 and 1, or None, got {significance!r}")
+        raise ConfigError(f"Expected significance between 0 and 1, or None, got {significance!r}")
     validation = samples(dataset, name="validation dataset")
 
     async def gate(before: Values, after: Values, step: Step) -> Decision:
@@ -150,7 +150,7 @@ def by_name(rollouts: Sequence[Rollout], score: str) -> list[Rollout]:
 def check_threshold(threshold: Any) -> None:
     """Raise ConfigError for what no gain can be held against."""
     if not is_finite(threshold):
-        raise ConfigError(f"expected threshold to be a finite number, the least gain of the mean, got {threshold!r}")
+        raise ConfigError(f"Expected threshold to be a finite number, the least gain of the mean, got {threshold!r}")
 
 
 def compare(

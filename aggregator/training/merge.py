@@ -61,7 +61,7 @@ class LLMMerge:
         if type(evidence) is not bool:
             raise ConfigError(f"Expected evidence=True or False, got {evidence!r}")
         if not callable(confidence) and confidence not in {"constant", "evidence"}:
-            raise ConfigError(f"expected confidence 'constant', 'evidence' or a function, got {confidence!r}")
+            raise ConfigError(f"Expected confidence 'constant', 'evidence' or a function, got {confidence!r}")
         self.llm: ChatModel = as_model(llm)
         self.max_tokens = max_tokens
         self.system_prompt = AGGREGATOR_SYSTEM_PROMPT if system_prompt is None else system_prompt
@@ -187,7 +187,7 @@ def tree_merge(
     check_rule(rule)
     check_positive("max_concurrency", max_concurrency)
     if fan_in < 2:
-        raise ConfigError(f"expected fan_in of at least 2, got {fan_in!r}")
+        raise ConfigError(f"Expected fan_in of at least 2, got {fan_in!r}")
 
     async def tree(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         level = worst_first([proposal for proposal in proposals if proposal.values])

@@ -99,9 +99,9 @@ def check(plan: Plan) -> Plan:
     for name in ("num_epochs", "eval_frequency", "log_frequency", "save_frequency"):
         check_count(name, getattr(plan, name), meaning="0 is off")
     if not is_finite(plan.max_failure_ratio) or not 0 <= plan.max_failure_ratio <= 1:
-        raise ConfigError(f"expected max_failure_ratio in [0, 1], got {plan.max_failure_ratio!r}")
+        raise ConfigError(f"Expected max_failure_ratio in [0, 1], got {plan.max_failure_ratio!r}")
     if plan.min_score is not None and not is_finite(plan.min_score):
-        raise ConfigError(f"expected min_score to be a finite number, or None for no score, got {plan.min_score!r}")
+        raise ConfigError(f"Expected min_score to be a finite number, or None for no score, got {plan.min_score!r}")
     check_guide(plan.guide)
     _check_run_dir(plan)
     return plan
@@ -144,7 +144,7 @@ def check_saving(plan: Plan, agent: Any) -> None:
     """Raise ConfigError where the agent is to be saved and cannot be: it would show after the first steps."""
     if plan.save_frequency and not callable(getattr(agent, "save", None)):
         raise ConfigError(
-            f"expected an agent with save(path) beside save_frequency={plan.save_frequency}, got {agent!r}; "
+            f"Expected an agent with save(path) beside save_frequency={plan.save_frequency}, got {agent!r}; "
             "derive it from Module, or give run_dir instead"
         )
 
@@ -154,17 +154,17 @@ def as_run_dir(given: Any) -> Path | None:
     if given is None:
         return None
     if not isinstance(given, str | PathLike) or not str(given):
-        raise ConfigError(f"expected run_dir to be the path of a folder, or None, got {given!r}")
+        raise ConfigError(f"Expected run_dir to be the path of a folder, or None, got {given!r}")
     folder = Path(given)
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"expected run_dir to be a folder, got the file {folder}")
+        raise ConfigError(f"Expected run_dir to be a folder, got the file {folder}")
     return folder
 
 
 def _check_run_dir(plan: Plan) -> None:
     if plan.run_dir is None:
         if plan.resume:
-            raise ConfigError("expected run_dir beside resume=True, got None; name the folder of the run to go on with")
+            raise ConfigError("Expected run_dir beside resume=True, got None; name the folder of the run to go on with")
         return
     if not plan.resume and any((plan.run_dir / name).exists() for name in (CHECKPOINT, JOURNAL)):
         raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")

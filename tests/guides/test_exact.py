@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from aggregator import exact_match
+from aggregator.errors import GuideError
 from aggregator.guides import ExactMatch
 
 
@@ -39,3 +40,12 @@ def test_normalise_and_key() -> None:
     """Both sides are normalised; the expected value may be one part of `info`."""
     guide = ExactMatch(str.casefold, key="answer")
     assert guide("x", "FOUR", {"answer": "four", "source": "book"}) == (1.0, "Correct.")
+
+
+def test_a_row_as_info_without_a_key_names_the_columns() -> None:
+    """Rows with named columns made exact_match score 0 everywhere, without a word."""
+    row = {"ticket": "My parcel is late", "team": "shipping"}
+    with pytest.raises(GuideError, match=r"got a row with the columns 'ticket', 'team'; name the column, as in ExactM"):
+        exact_match(row, "shipping", row)
+    assert ExactMatch(key="team")(row, "shipping", row)[0] == 1.0
+    assert exact_match(row, {"team": "shipping"}, {"team": "shipping"})[0] == 1.0

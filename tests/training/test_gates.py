@@ -118,5 +118,5 @@ async def test_values_in_force_are_not_evaluated_twice() -> None:
 @pytest.mark.parametrize("significance", [0.0, 1.0, 5.0])
 def test_significance_is_a_probability(significance: float) -> None:
     """A percentage is refused with what was expected."""
-    with pytest.raises(ConfigError, match="expected significance between 0 and 1"):
+    with pytest.raises(ConfigError, match="Expected significance between 0 and 1"):
         improves_on_validation([(0, None)], significance=significance)

@@ -143,7 +143,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (run_dir / f"{CHECKPOINT}.tmp").mkdir(parents=True)  # where the checkpoint is to be written
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     trainer = AggregatedUpdate(Adder(), optimizer, llm=ScriptedModel(first_suggestion))
-    with pytest.raises(TrainingError, match="expected to write .*checkpoint.json.*free some space") as caught:
+    with pytest.raises(TrainingError, match="Expected to write .*checkpoint.json.*free some space") as caught:
         trainer.train(exact, additions(5), run_dir=run_dir)
     assert caught.value.result is not None
     assert len(caught.value.result.history) == 1

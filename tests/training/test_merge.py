@@ -84,7 +84,7 @@ def test_confidence_by_evidence() -> None:
 
 def test_unknown_confidence_is_refused() -> None:
     """A typo is a ConfigError that lists what there is."""
-    with pytest.raises(ConfigError, match="expected confidence 'constant', 'evidence' or a function"):
+    with pytest.raises(ConfigError, match="Expected confidence 'constant', 'evidence' or a function"):
         LLMMerge(ScriptedModel("x"), confidence="evidense")  # type: ignore[arg-type]
 
 

@@ -285,7 +285,7 @@ def test_evaluate_gave_nones_without_a_word() -> None:
     message = "1 of 4 instances have no score; the first, instance 2, failed in the guide: ZeroDivisionError: no marks"
     with pytest.warns(TrainingWarning, match=message):
         assert evaluate(Adder(), guide, DATA) == [1.0, 1.0, None, 1.0]
-    with pytest.raises(ConfigError, match="expected a guide"):
+    with pytest.raises(ConfigError, match="Expected a guide"):
         evaluate(Adder(), lambda x, output: 1.0, DATA)  # type: ignore[arg-type]
 
 
@@ -302,7 +302,7 @@ def test_saving_an_agent_that_has_no_save() -> None:
         async def __call__(self, x: int) -> int:
             return await self.agent.forward(x)
 
-    with pytest.raises(ConfigError, match=r"expected an agent with save\(path\) beside save_frequency=1"):
+    with pytest.raises(ConfigError, match=r"Expected an agent with save\(path\) beside save_frequency=1"):
         AggregatedUpdate(Bare(), THREE, rule=majority).train(exact, DATA, save_frequency=1)
 
 

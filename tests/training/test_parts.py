@@ -67,7 +67,9 @@ def test_whoever_proposes_on_their_own_needs_no_optimizer(adder: Adder) -> None:
 @pytest.mark.parametrize(
     ("agent", "expected"),
     [
-        *((agent, r"an agent that offers parameters\(\), such as an instance of") for agent in (Adder, "agent", len)),
+        (Adder, r"an agent, got the class Adder\. An agent is a Module; a template"),
+        ("agent", r"an agent, got 'agent', a text without a placeholder\. An agent is a Module; a template"),
+        (len, r"an agent, got <built-in function len>\. An agent is a Module; a template"),
         ({"prompt": "x"}, r"an evaluator \(values, row\)"),  # named values, without what judges them
     ],
 )
@@ -81,14 +83,14 @@ def test_an_agent_that_is_none(agent: Any, expected: str) -> None:
 @pytest.mark.parametrize("gate", [improves_on_batch, lambda threshold: improves_on_validation(DATA, threshold)])
 def test_a_threshold_that_is_no_number(gate: Callable[[Any], Any], threshold: Any) -> None:
     """NaN refused every update, text failed after the first minibatch was paid."""
-    with pytest.raises(ConfigError, match="expected threshold to be a finite number"):
+    with pytest.raises(ConfigError, match="Expected threshold to be a finite number"):
         gate(threshold)
 
 
 @pytest.mark.parametrize("guide", [lambda x, output: 1.0, None, "exact", float])
 def test_a_guide_that_takes_other_arguments(guide: Any) -> None:
     """It showed after the agent had run on every instance."""
-    with pytest.raises(ConfigError, match=r"expected a guide: a callable \(x, output, info\)"):
+    with pytest.raises(ConfigError, match=r"Expected a guide: a callable \(x, output, info\)"):
         trainer().train(guide, DATA)
 
 
@@ -113,12 +115,12 @@ def test_observers_that_are_none(observers: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"min_score": "zero"}, "expected min_score to be a finite number"),
-        ({"min_score": float("nan")}, "expected min_score to be a finite number"),
-        ({"max_failure_ratio": "half"}, r"expected max_failure_ratio in \[0, 1\]"),
-        ({"run_dir": ""}, "expected run_dir to be the path of a folder"),
-        ({"run_dir": 3}, "expected run_dir to be the path of a folder"),
-        ({"run_dir": __file__}, "expected run_dir to be a folder, got the file"),
+        ({"min_score": "zero"}, "Expected min_score to be a finite number"),
+        ({"min_score": float("nan")}, "Expected min_score to be a finite number"),
+        ({"max_failure_ratio": "half"}, r"Expected max_failure_ratio in \[0, 1\]"),
+        ({"run_dir": ""}, "Expected run_dir to be the path of a folder"),
+        ({"run_dir": 3}, "Expected run_dir to be the path of a folder"),
+        ({"run_dir": __file__}, "Expected run_dir to be a folder, got the file"),
     ],
 )
 def test_arguments_that_showed_late_or_as_a_type_error(arguments: dict[str, Any], message: str) -> None:

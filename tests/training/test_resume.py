@@ -110,7 +110,7 @@ def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path: Path, damage: bytes)
     """Damage is a TrainingError that names the file and the remedy."""
     run(tmp_path / "run")
     (tmp_path / "run" / "checkpoint.json").write_bytes(damage)
-    with pytest.raises(TrainingError, match="expected a checkpoint of version 1.*cannot be read.*new run_dir"):
+    with pytest.raises(TrainingError, match="Expected a checkpoint of version 1.*cannot be read.*new run_dir"):
         run(tmp_path / "run", resume=True)
 
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_version_was_read_as_one_of_this(tmp_path: Path)
     run(tmp_path)
     path = tmp_path / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 99}))
-    with pytest.raises(TrainingError, match="expected a checkpoint of version 1 in .*, got version 99; resume with"):
+    with pytest.raises(TrainingError, match="Expected a checkpoint of version 1 in .*, got version 99; resume with"):
         run(tmp_path, resume=True)
 
 

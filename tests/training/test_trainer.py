@@ -410,9 +410,9 @@ class Nothing(Module):
         (Adder(), {"stepsize": -0.1}, "stepsize.*-0.1"),
         (Adder(), {"num_epochs": -1}, "Expected num_epochs to be an int of at least 0"),
         (Adder(), {"eval_frequency": -1}, "Expected eval_frequency"),
-        (Adder(), {"max_failure_ratio": 2}, "expected max_failure_ratio in"),
-        (Adder(), {"guide": 7}, "expected a guide"),
-        (Adder(), {"resume": True}, "expected run_dir beside resume=True"),
+        (Adder(), {"max_failure_ratio": 2}, "Expected max_failure_ratio in"),
+        (Adder(), {"guide": 7}, "Expected a guide"),
+        (Adder(), {"resume": True}, "Expected run_dir beside resume=True"),
         (Nothing(), {}, "the agent has no trainable parameter"),
     ],
 )
