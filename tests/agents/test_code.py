@@ -54,7 +54,8 @@ def written(x: int, /, y: int = 1, *more: int, z: int = 2, **rest: int) -> int:
         ("Sure! Here is the code", "Expected Python source that parses"),
         ("def route(self, x, k=3): return '\0'", "Expected Python source that parses"),
         ("(" * 5000, "Expected Python source that parses"),
-        ("def route(self, x, k=3): return " + "-" * 50_000 + "1", "Expected Python source that"),
+        ("def route(self, x, k=3): return " + "-" * 30_000 + "1", "Expected Python source that"),
+        ('def route(self, x, k=3): return f"' + "{x}" * 30_000 + '"', "Expected at most 40000 characters of source"),
         ("#" * 200_000, "Expected at most 40000 characters of source, got 200000"),
     ],
 )
