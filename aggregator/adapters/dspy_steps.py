@@ -14,7 +14,7 @@ from aggregator.records import Choice, Completion, Message
 from aggregator.text import as_text
 
 
-class Steps(BaseCallback):  # type: ignore[misc] # DSPy's classes are not typed
+class Steps(BaseCallback):
     """Writes predictors and tools into the transcript: what each was given and what came of it.
 
     A call to a model is written by whoever makes it, or by the library's watch over other clients (`clients=`); here

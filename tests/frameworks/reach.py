@@ -6,7 +6,7 @@
 
 Each case is an example of `examples/frameworks/`, run as it is in the environment of its framework, against the
 simulated model on loopback: `OPENAI_BASE_URL` leads there. An example leaves `agent`, `tickets` and `result` behind.
-The tests are `tests/adapters/test_<file>.py` and `tests/hosts/test_<file>.py`.
+The tests are `tests/adapters/test_<file>.py` and `tests/hosts/test_<file>_host.py`.
 """
 
 from __future__ import annotations
@@ -245,7 +245,8 @@ def run_in(case: Case, arguments: Sequence[str]) -> subprocess.CompletedProcess[
 
 def run_tests(case: Case) -> str:
     """Run the tests of a framework's adapter and hosts in its environment; returns what failed, "" for nothing."""
-    tests = [ROOT / "tests" / room / f"test_{case.file}.py" for room in ("adapters", "hosts")]
+    names = (f"adapters/test_{case.file}.py", f"hosts/test_{case.file}_host.py")
+    tests = [ROOT / "tests" / name for name in names]
     found = [str(path) for path in tests if path.exists()] if case.environment else []
     if not found:
         return ""
