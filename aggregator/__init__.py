@@ -5,7 +5,7 @@ concurrently; an LLM aggregates the proposals, weighing them by confidence; the 
 checked and applied to the agent. Every LLM exchange can be recorded in a cassette and replayed offline.
 
 What most programs use is here. The rest is in faces: `aggregator.errors`, `executors`, `gates`, `guides`, `llm`,
-`observing`, `optimizers`, `providers`, `rules`, `schedules`, `searches`, `simulation` and `testing`.
+`observing`, `optimizers`, `providers`, `rules`, `schedules`, `searches`, `simulation`, `stops` and `testing`.
 
 Importing this package imports no third-party module: each public name is loaded on its first use (PEP 562). Editors
 and type checkers read `__init__.pyi`.
@@ -125,7 +125,19 @@ def _face(module: str, homes: dict[str, tuple[str, ...]]) -> tuple[Callable[[str
     return load, names
 
 
-_FACES = ("errors", "rules", "gates", "guides", "optimizers", "searches", "schedules", "executors", "observing", "llm")
+_FACES = (
+    "errors",
+    "rules",
+    "gates",
+    "guides",
+    "optimizers",
+    "searches",
+    "schedules",
+    "stops",
+    "executors",
+    "observing",
+    "llm",
+)
 _ROOMS = (*_FACES, "providers", "records", "simulation", "testing")
 _load, __dir__ = _face(__name__, _HOMES)
 

@@ -15,6 +15,7 @@ A failed sample is data; a failed run is one of these.
     │   ├── CassetteRefusedError         hostile or of an unknown format
     │   ├── CassetteLockedError          another process records this file
     │   └── SecretLeakError              a secret that could not be redacted
+    ├── InstanceTimeoutError(TimeoutError)  an agent or a guide that took longer than instance_timeout
     ├── BudgetExceededError              carries the partial result
     ├── TrainingError                    too many failures, a run_dir of another run; carries the partial result
     └── LLMError
@@ -67,6 +68,7 @@ __all__ = [
     "DecodeError",
     "EmptyResponseError",
     "GuideError",
+    "InstanceTimeoutError",
     "LLMError",
     "ModelWarning",
     "NotFoundError",
@@ -109,6 +111,10 @@ class GuideError(AggregatorError):
 
 class SandboxError(AggregatorError):
     """Trained code broke a rule of its sandbox, or failed there; the message becomes feedback."""
+
+
+class InstanceTimeoutError(AggregatorError, TimeoutError):
+    """An agent or a guide took longer for one instance than `train(instance_timeout=...)` allows."""
 
 
 class CassetteError(AggregatorError):

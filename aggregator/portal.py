@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
@@ -113,6 +114,10 @@ class Scope:
         if _portal is not None:
             _portal.loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
 
+    def hold(self) -> None:
+        """Let all calls of this context, and of what it starts, belong to this scope."""
+        _scope.set(self)
+
 
 _scope: ContextVar[Scope | None] = ContextVar("aggregator_scope", default=None)
 
@@ -152,17 +157,41 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
     try:  # from here on: an interrupt may come before the wait has begun
         portal.loop.call_soon_threadsafe(start)
         return outcome.result()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as interrupt:
         if not outcome.done():  # else it came from the work itself
             scope.cancel()
             wait([outcome], timeout=PATIENCE)
+            if outcome.done():
+                vars(interrupt).update(vars(outcome.exception()) if outcome.exception() is not None else {})
         raise
+
+
+def interrupt_of(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the interrupt that ended this task, with what the error carries; None for any other error.
+
+    On Ctrl-C `asyncio.run` cancels its main task and then raises a KeyboardInterrupt made by itself, which would lose
+    what the work has left on its error. Raised by the task, this one takes its place.
+    """
+    handler: Any = signal.getsignal(signal.SIGINT)
+    runner = getattr(getattr(handler, "func", None), "__self__", None)
+    if not isinstance(error, asyncio.CancelledError) or not getattr(runner, "_interrupt_count", 0):
+        return None
+    if handler.keywords.get("main_task") is not asyncio.current_task():
+        return None
+    interrupt = KeyboardInterrupt()
+    vars(interrupt).update(vars(error))
+    return interrupt
 
 
 def _transfer(task: asyncio.Task[Result], outcome: Future[Result]) -> None:
     """Hand a finished task's result to the waiting thread."""
     if task.cancelled():
-        outcome.set_exception(CancelledError())
+        ended = CancelledError()
+        try:
+            task.result()
+        except asyncio.CancelledError as cancelled:
+            vars(ended).update(vars(cancelled))  # as the partial result of a run
+        outcome.set_exception(ended)
     elif (error := task.exception()) is not None:
         outcome.set_exception(error)
     else:
@@ -344,8 +373,11 @@ def refuse_strays(what: str) -> None:
     """Raise ConfigError for a call that belongs to a run or cassette and cannot reach it.
 
     In another process the budget, the journal and the values on trial are copies; a thread that C code has started has
-    none of them.
+    none of them. Raises CancelledError for work that was given up, as after a timeout.
     """
+    scope = _scope.get()
+    if scope is not None and scope.is_cancelled:
+        raise asyncio.CancelledError("given up")
     branch = _branch.get()
     if branch is None:
         if not (_hooks.holders and isinstance(threading.current_thread(), _FOREIGN)):

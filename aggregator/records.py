@@ -231,6 +231,9 @@ class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it
     `values` are laid over the parameters for this rollout only; they have the types of the parameters. `lineage` (from
     the root) and `role` name its calls on the tape. `capture` asks for the transcript. `repeat` counts rollouts of one
     sample; 0 adds no part to the lineage. `min_score` is the score of an instance on which the agent itself fails.
+
+    `timeout` is how many seconds the agent, and then the guide, may take. `timed_out` is the one that took longer in a
+    recording: it is not run, and fails as it did.
     """
 
     sample: Sample
@@ -240,6 +243,8 @@ class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it
     capture: bool = True
     repeat: int = 0
     min_score: float | None = None
+    timeout: float | None = None
+    timed_out: str = ""
 
 
 class Scores(Struct, frozen=True):
@@ -448,6 +453,8 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
     `parameters` are those that the agent has in the end: the best or the last ones, as `kept` says. `best_parameters`
     are the best on the validation set, after `best_step` steps; without such a set they are the last ones. The score
     that chose them (`validations`) was used for selection, so that only a test set says how good they are.
+
+    `stopped` is the reason where a `stop=` ended the run, else "".
     """
 
     parameters: Values
@@ -464,6 +471,7 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
     kept: Kept = "last"
     last_parameters: Values = {}
     best_step: int | None = None
+    stopped: str = ""
 
     @property
     def provenance(self) -> dict[str, list[dict[str, Any]]]:

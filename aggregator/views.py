@@ -205,6 +205,7 @@ def result_text(result: TrainingResult) -> str:
     updates = _counted(sum(report.decision.accepted for report in result.history), "update")
     lines = [
         f"TrainingResult: {steps}, {updates} applied",
+        f"stopped: {result.stopped}" if result.stopped else "",
         *(_course(name, values, "->") for name, values in scores.items()),
         _course("validation score (used for selection)", validated, "->"),
         f"kept: the {result.kept} values" + (f", of step {result.best_step}" if result.kept == "best" else "")

@@ -41,6 +41,7 @@ FACES = {
     "rules",
     "schedules",
     "searches",
+    "stops",
 }  # root files that only re-export, each name on its first use
 ANYWHERE = {"portal", "errors", "text", "files", "checks", "patching"}
 BY_TEXT = {"import_module", "__import__", "find_spec", "resolve_name", "spec_from_file_location", "run_module"}

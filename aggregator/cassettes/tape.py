@@ -224,6 +224,19 @@ class Tape:
         self.refuse_if_closed()
         return None
 
+    def recall(self, slot: Slot) -> HTTPReply | None:
+        """Return the recorded answer of a mark that a run itself keeps, None without one; it is never a miss."""
+        if not slot.rows:
+            return None
+        self._played[slot.rows[0]] = 1
+        return self._rows[slot.rows[0]].reply()
+
+    def pass_over(self, path: str) -> None:
+        """Count the exchanges in and below a lineage as played, because what asked for them is not run again."""
+        for i, row in enumerate(self._rows):
+            if row.facts.lineage == path or row.facts.lineage.startswith(f"{path}/"):
+                self._played[i] = 1
+
     def refuse_if_closed(self) -> None:
         """Raise CassetteError where a call would go live and could not be recorded: later, or in a forked process."""
         if self._closed:

@@ -110,15 +110,18 @@ class LocalExecutor:
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run a synchronous function in a thread, with the caller's context variables.
 
-        If the caller is cancelled the thread runs on, since nothing can stop it; its calls to models are refused.
+        If the caller is cancelled the thread runs on, since nothing can stop it; its calls to models are refused and
+        another thread takes its place.
         """
         context, scope = copy_context(), Scope()
         depth = context.run(_deeper)
-        future = self._threads_at(depth).submit(partial(context.run, scope.run, function, *args))
+        threads = self._threads_at(depth)
+        future = threads.submit(partial(context.run, scope.run, function, *args))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             scope.cancel()
+            threads.give_up(future)
             raise
 
     def _threads_at(self, depth: int) -> _Threads:
@@ -157,6 +160,7 @@ class _Threads:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._threads: list[threading.Thread] = []
+        self._busy: dict[Future[Any], threading.Thread] = {}
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
@@ -165,15 +169,33 @@ class _Threads:
         self._work.put((future, work))
         with self._lock:
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._limit:
-                thread = threading.Thread(target=self._serve, name="aggregator-worker", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._start()
         return future
 
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._serve, name="aggregator-worker", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def give_up(self, future: Future[Any]) -> None:
+        """Replace the thread that is at this work: it no longer counts, and ends with the work."""
+        with self._lock:
+            thread = self._busy.pop(future, None)
+            if thread is not None:
+                self._threads.remove(thread)
+                if not self._work.empty():
+                    self._start()
+
     def _serve(self) -> None:
+        thread = threading.current_thread()
         while (item := self._work.get()) is not None:
-            _fulfil(*item)
-            del item  # or the last result would live as long as the thread
+            future, work = item
+            self._busy[future] = thread
+            _fulfil(future, work)
+            with self._lock:
+                if self._busy.pop(future, None) is None:
+                    return  # given up
+            del item, future, work  # or the last result would live as long as the thread
             self._idle.release()
         self._work.put(None)  # for the next thread
 

@@ -33,6 +33,7 @@ from aggregator.errors import ConfigError, is_own
 from aggregator.executors import link
 from aggregator.executors.link import Link, Reference, dump_error, dumps, load_error, loads, parameters_of
 from aggregator.executors.local import finish
+from aggregator.executors.work import time_out, timed_out
 from aggregator.llm.client import LLM
 from aggregator.llm.ledger import count
 from aggregator.llm.models import CallableModel
@@ -105,19 +106,26 @@ class ProcessExecutor:
         task, message = job
         for _ in range(STARTS):
             worker = await self._pool.take()
-            conversation = _Conversation(worker, self._cargo)
-            outcome = None
+            conversation = _Conversation(worker, self._cargo, task.timeout)
+            outcome = rollout = None
             try:
-                outcome = await conversation.hold(message)
+                async with conversation.deadline:
+                    outcome = await conversation.hold(message)
+                for role, usage in outcome.usage if outcome is not None else ():
+                    count(role, usage)
+                if isinstance(outcome, link.Done):
+                    rollout = self._cargo.rollout(outcome.rollout, task)
+            except TimeoutError:
+                if not conversation.deadline.expired():
+                    raise
+                rollout = await time_out(task)  # the worker did not notice: its event loop is blocked
             finally:
-                if outcome is None:  # it has ended, or has not stopped what was cancelled
+                if outcome is None or timed_out(rollout):  # it ended, or still runs what was given up
                     worker.kill()
                 self._pool.put_back(worker)
-            for role, usage in outcome.usage if outcome is not None else ():
-                count(role, usage)
+            if rollout is not None:
+                return rollout
             match outcome:
-                case link.Done():
-                    return self._cargo.rollout(outcome.rollout, task)
                 case link.Failed():
                     raise load_error(outcome.error)
             if conversation.has_started:
@@ -232,9 +240,10 @@ class _Cargo:
 class _Conversation:
     """One task in one worker: sends it and answers what the worker asks for, in the context of `map`'s caller."""
 
-    def __init__(self, worker: _Worker, cargo: _Cargo) -> None:
+    def __init__(self, worker: _Worker, cargo: _Cargo, timeout: float | None = None) -> None:
         self.has_started = False
-        self._worker, self._cargo = worker, cargo
+        self.deadline = asyncio.timeout(None)
+        self._worker, self._cargo, self._timeout = worker, cargo, timeout
         self._link = Link(worker.end, link.FromWorker)
         self._asks: dict[int, asyncio.Task[None]] = {}
         self._checks: dict[int, asyncio.Future[bytes | None]] = {}
@@ -270,6 +279,9 @@ class _Conversation:
             match message:
                 case link.Started():
                     self.has_started = True
+                    if self._timeout is not None:  # the agent's and the guide's, which the worker keeps itself
+                        late = 2 * (self._timeout + GRACE)
+                        self.deadline.reschedule(asyncio.get_running_loop().time() + late)
                 case link.Ask():
                     self._asks[message.number] = group.create_task(self._answer(message))
                 case link.Stop() if message.number in self._asks:

@@ -14,19 +14,28 @@ import inspect
 import sysconfig
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator import portal
 from aggregator.agents.parameters import ParameterNode, by_name, lay_over
 from aggregator.agents.transcripts import transcript
 from aggregator.cassettes.lineage import current_lineage, current_role, lineage, lineage_at
-from aggregator.errors import AggregatorError, ConfigError, GuideError, ends_run, is_infrastructure, is_own
+from aggregator.errors import (
+    AggregatorError,
+    ConfigError,
+    GuideError,
+    InstanceTimeoutError,
+    ends_run,
+    is_infrastructure,
+    is_own,
+)
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
 from aggregator.guides.calling import Call, ask_guide
 from aggregator.llm.ledger import collecting
@@ -124,7 +133,7 @@ class AgentWork:
         with nullcontext() if is_there else lineage_at(path, task.role), lay_over(values):
             with transcript() if task.capture else nullcontext() as seen, collecting() as ledger:
                 try:
-                    ran = await agent.run(task, self.call)
+                    ran = await within(task, "agent", lambda: agent.run(task, self.call))
                     check_output(ran.output)
                 except BaseException as error:  # the boundary: whatever an agent raises becomes a record
                     if not is_own(error):
@@ -135,6 +144,68 @@ class AgentWork:
             return await judge_run(
                 task, ran, self.guide, self.call, transcript=text, started=started, measures=measures
             )
+
+
+GRACE = 1.0
+"""Seconds that a coroutine has to end after it was cancelled for its timeout; then it is left to itself."""
+
+Result = TypeVar("Result")
+_left: set[asyncio.Task[Any]] = set()  # given up and not ended yet: the event loop holds its tasks weakly
+
+
+async def within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Await `run()` for at most the task's timeout; then cancel it and refuse all calls that it still makes.
+
+    Raises InstanceTimeoutError then, and without running anything for a stage that is recorded as timed out.
+    """
+    if task.timed_out != stage:
+        if task.timeout is None or task.timed_out:
+            return await run()
+        scope = portal.Scope()
+
+        async def held() -> Result:
+            scope.hold()
+            return await run()
+
+        with portal.on_branch(here.uncounted() if (here := portal.current_branch()) is not None else None):
+            running = asyncio.get_running_loop().create_task(held())  # in no TaskGroup, which would wait for it
+        _left.add(running)
+        running.add_done_callback(_forget)
+        try:
+            await asyncio.wait({running}, timeout=task.timeout)
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.wait({running})
+            raise
+        if running.done():
+            return running.result()
+        scope.cancel()
+        running.cancel()
+        await asyncio.wait({running}, timeout=GRACE)
+    raise InstanceTimeoutError(_late(stage, task))
+
+
+async def time_out(task: RolloutTask) -> Rollout:
+    """Return the rollout of a task whose agent took longer than its timeout and cannot be asked for more."""
+    error = InstanceTimeoutError(_late("agent", task))
+    return await judge_run(task, Ran(error=error), None, transcript="")
+
+
+def _late(stage: Stage, task: RolloutTask) -> str:
+    return f"Expected the {stage} to end within instance_timeout={task.timeout:g} s, got no answer"
+
+
+def timed_out(rollout: Rollout | None) -> str:
+    """Return the stage of a rollout that took longer than its timeout, "" for any other rollout."""
+    record = None if rollout is None else rollout.failure
+    return record.stage if record is not None and record.error == InstanceTimeoutError.__name__ else ""
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Drop a task that has ended; an error that it raised after it was given up is of no interest."""
+    _left.discard(task)
+    if not task.cancelled():
+        task.exception()
 
 
 async def judge_run(
@@ -162,7 +233,9 @@ async def judge_run(
     elif guide is not None:
         try:
             with lineage("guide", role="guide"):
-                found = await ask_guide(guide, sample.x, ran.output, sample.info, call=call)
+                found = await within(
+                    task, "guide", lambda: ask_guide(guide, sample.x, ran.output, sample.info, call=call)
+                )
             score, named, feedback = found.primary, found.named, found.feedback
         except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again
             record = record_failure("guide", error, sample.id)

@@ -37,6 +37,10 @@ class Ledger:
         if self._outer is not None:
             self._outer.add(role, usage, milliseconds)
 
+    def detach(self) -> None:
+        """Count no more in the outer ledgers: what comes from now on is of work that was given up."""
+        self._outer = None
+
     def measures(self) -> dict[str, float]:
         """Return `milliseconds` of all calls and, if every price is known, their `cost` in USD; {} without a call."""
         usages = [usage for _, usage in self.entries()]

@@ -83,7 +83,9 @@ class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
 
     `memory` is what gates remember, and the pool of a search under CANDIDATES; `scores` is what evaluations found out.
     `skipped` are the ids of the training samples that are left out. `broken_off` says that calls failed until the run
-    ended: a resumed run makes them again; `unseen`, that the transcripts of the first step were empty.
+    ended: a resumed run makes them again; `unseen`, that the transcripts of the first step were empty. `stopped` is why
+    a stop ended the run, `stops` the hash of what was given as `stop=` then, and `seconds` what the run took where a
+    stop needs to know.
     """
 
     initial: Values
@@ -100,6 +102,9 @@ class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
     skipped: tuple[int, ...] = ()
     broken_off: bool = False
     unseen: bool = False
+    stopped: str = ""
+    stops: str = ""
+    seconds: float = 0.0
 
 
 class _Versioned(Struct, frozen=True):
@@ -184,7 +189,8 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
     before = checkpoint.fingerprint
     is_earlier = "guide" not in before  # an earlier revision wrote less
     known = [name for name in fingerprint if name in before or not is_earlier]
-    changed = [name for name in known if not _continues(name, before.get(name), fingerprint[name])]
+    known += [name for name in before if name not in fingerprint]
+    changed = [name for name in known if not _continues(name, before.get(name), fingerprint.get(name))]
     if changed:
         raise TrainingError(
             f"cannot resume {run_dir}: {', '.join(changed)} changed since it was started; "
@@ -193,9 +199,9 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
     return checkpoint.state
 
 
-def _continues(name: str, before: str | None, now: str) -> bool:
+def _continues(name: str, before: str | None, now: str | None) -> bool:
     """Return True if a run can go on with this: the same, or more epochs."""
-    if name == "num_epochs" and before is not None and before.isdecimal() and now.isdecimal():
+    if name == "num_epochs" and before is not None and now is not None and before.isdecimal() and now.isdecimal():
         return int(now) >= int(before)
     return now == before
 
@@ -223,6 +229,7 @@ def result_of(state: RunState, parameters: Values, kept: Kept) -> TrainingResult
         kept=kept,
         last_parameters=parameters,
         best_step=state.best_step,
+        stopped=state.stopped,
     )
 
 

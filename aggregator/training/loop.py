@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from aggregator.agents.parameters import ParameterNode, overriding, read, values
 from aggregator.agents.values import describe_type
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import is_finite
-from aggregator.errors import BudgetExceededError, LLMError, ParameterError, TrainingError, TrainingWarning
+from aggregator.errors import LLMError, ParameterError, TrainingError, TrainingWarning
 from aggregator.executors.local import LocalExecutor, finish
 from aggregator.executors.work import failures_left, record_failure
 from aggregator.llm.budget import Budget
@@ -50,6 +51,7 @@ from aggregator.training.checkpoints import (
     claim_run_dir,
     count_in,
     digest,
+    identity_of,
     open_journal,
     raise_misses,
 )
@@ -71,6 +73,7 @@ from aggregator.training.seed import (
     read_output,
 )
 from aggregator.training.step import Check, Gate, Step, read_only, use_values
+from aggregator.training.stops import Clock, Reached, decide, needs_clock
 from aggregator.training.updates import (
     Explored,
     Parts,
@@ -178,8 +181,9 @@ class _Course:
         self.pending: tuple[StepReport, ...] = ()
         self.observers = _watchers(trainer, plan)
         self.agent = trainer.agent_to_run()
-        self.rollouts = Rollouts(self.agent, trainer.executor or local, local, self.observers)
+        self.rollouts = Rollouts(self.agent, trainer.executor or local, local, self.observers, plan.instance_timeout)
         self.repeats = Repeats(plan.repeats)
+        self.clock = Clock(state.seconds)
         self.evaluations = Evaluations(
             self.rollouts.map,
             plan.guide,
@@ -200,6 +204,8 @@ class _Course:
             if self.state.steps == 0 and not self.state.validations:
                 self.state = await self._validate(self.state, 0)
         for turn in self.turns[self.state.steps :]:
+            if await self._is_stopped():
+                return
             with raise_misses():
                 full, memory = await self._step(turn)
                 self.repeats.warn(FEWEST_JUDGED)
@@ -213,6 +219,25 @@ class _Course:
             if evaluation is not None:
                 await notify(self.observers, "evaluation", evaluation)
             await notify(self.observers, "step", full)
+        await self._is_stopped()  # the reason is stated too where the last step was the one that brought it
+
+    async def _is_stopped(self) -> bool:
+        """Return True if a stop ends the run here; a resumed run that was stopped stays so under the same stops."""
+        if not (stops := self.plan.stops):
+            self.state = replace(self.state, stopped="")
+            return False
+        state, mark = self.state, digest(identity_of(list(stops)))
+        if state.stopped and state.stops == mark:
+            return True
+        reached = Reached(history=state.history, validations=state.validations)
+        with raise_misses(), lineage("stop", f"step={state.steps}"):
+            reason = await decide(
+                stops, mark, reached, self.clock, lambda stop, history: call_hook(stop, self.local.call, history)
+            )
+        self.state = replace(state, stopped=reason, stops=mark)
+        if reason and self.plan.run_dir is not None:
+            checkpoints.save(self.plan.run_dir, self.state, self.marks)
+        return bool(reason)
 
     async def _step(self, turn: Turn) -> tuple[FullStepReport, dict[str, Any]]:
         """Take one turn; returns its report, and what the run remembers after it."""
@@ -410,6 +435,7 @@ class _Course:
             scores=self.evaluations.forget(report.step, in_use),
             streak=self.streak,
             broken_off=False,
+            seconds=round(self.clock.seconds(), 3) if needs_clock(self.plan.stops) else 0.0,
         )
         self.pending = ()
         if self.plan.run_dir is not None:
@@ -485,8 +511,9 @@ class _Course:
         if isinstance(error, LLMError):
             steps = self.state.steps + len(self.pending)
             error = TrainingError(f"the run ended after {steps} steps: {type(error).__name__}: {error}")
-        if isinstance(error, BudgetExceededError | TrainingError):
-            error.result = self.result()
+        if getattr(error, "result", None) is None:
+            with suppress(AttributeError):  # an exception of the user's may have a `result` that cannot be set
+                error.result = self.result()  # type: ignore[attr-defined] # on an interrupt and a cancellation too
         try:
             self.finish()
             if self.plan.run_dir is not None and isinstance(error, Exception):

@@ -25,6 +25,7 @@ from aggregator.training.merge import LLMMerge
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
+from aggregator.training.stops import AnyStop
 from aggregator.training.trainer import Trainer
 
 RUNS = "runs"
@@ -58,6 +59,8 @@ async def aoptimize(
     max_score: float | None = None,
     executor: Executor | None = None,
     observers: Sequence[Watching] | None = None,
+    stop: AnyStop | Sequence[AnyStop] | None = None,
+    instance_timeout: float | None = None,
     sample: int = 0,
     show: bool = True,
 ) -> TrainingResult:
@@ -67,16 +70,16 @@ async def aoptimize(
     anything else that `as_agent` takes. `guide` is `(x, output, info) -> score` or `(score, feedback)`; for a mapping
     it is an evaluator `(values, row)`. `model` answers a template, proposes and merges; None is the default model.
     `validate` is the share of the data that is split off by `seed` to choose the best values, or a data set of its own;
-    0 keeps the last values. If a best score is known (`max_score`, or the guide's own) instances that have it are not
-    proposed for. The plan is written to standard error, unless `show=False`; `sample` rollouts add its cost. `run_dir`
-    is a new folder `runs/<UTC time>-<4 hex>`, False keeps nothing on disk. Raises ConfigError, and what `train` raises.
+    0 keeps the last values. `stop` and `instance_timeout` are those of `train`. If a best score is known
+    (`max_score`, or the guide's own) instances that have it are not proposed for. The plan is written to standard
+    error, unless `show=False`; `sample` rollouts add its cost. `run_dir` is a new folder `runs/<UTC time>-<4 hex>`, or
+    False. Raises ConfigError, and what `train` raises.
     """
-    agent = as_agent(thing, model=model, evaluator=guide) if isinstance(thing, str | Mapping) else thing
     judge: Any = own_verdict if isinstance(thing, Mapping) else guide
     known = getattr(guide, "max_score", None) if max_score is None else max_score
     train, validation = split(samples(data, name="data"), validate, seed)
     trainer = Trainer(
-        agent,
+        as_agent(thing, model=model, evaluator=guide) if isinstance(thing, str | Mapping) else thing,
         LLMOptimizer(llm=model) if optimizer is None else optimizer,
         rule=LLMMerge(model) if rule is None and model is not None else rule,  # None: the optimizer's model merges
         gate=gate,
@@ -92,10 +95,8 @@ async def aoptimize(
     options: dict[str, Any] = {"batch_size": batch_size, "num_epochs": num_epochs, "test_dataset": test_dataset}
     if show:
         await _show_plan(trainer, judge, train, sample=sample, **options)
-    place = _run_dir(run_dir)
-    return await trainer.atrain(
-        judge, train, stepsize=stepsize, validate_dataset=validation or None, run_dir=place, **options
-    )
+    options |= {"stop": stop, "instance_timeout": instance_timeout, "stepsize": stepsize}
+    return await trainer.atrain(judge, train, validate_dataset=validation or None, run_dir=_run_dir(run_dir), **options)
 
 
 optimize = sync_function(aoptimize)

@@ -52,6 +52,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     keep: Kept = "last"
     skip_from: float | None = None
     repeats: int = 1
+    stops: tuple[Any, ...] = ()
+    instance_timeout: float | None = None
 
     def schedule(self) -> list[Turn]:
         """Return every step of the run, in order."""
@@ -102,6 +104,10 @@ def check(plan: Plan) -> Plan:
         raise ConfigError(f"Expected max_failure_ratio in [0, 1], got {plan.max_failure_ratio!r}")
     if plan.min_score is not None and not is_finite(plan.min_score):
         raise ConfigError(f"Expected min_score to be a finite number, or None for no score, got {plan.min_score!r}")
+    if plan.instance_timeout is not None and not (is_finite(plan.instance_timeout) and plan.instance_timeout > 0):
+        raise ConfigError(
+            f"Expected instance_timeout in seconds above 0, or None for no limit, got {plan.instance_timeout!r}"
+        )
     check_guide(plan.guide)
     _check_run_dir(plan)
     return plan
@@ -200,6 +206,7 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[st
         "skip_perfect": str(plan.skip_from),
         "repeats": str(plan.repeats),
         "eval_frequency": str(plan.eval_frequency),
+        **({} if plan.instance_timeout is None else {"instance_timeout": f"{plan.instance_timeout:g}"}),
     }
 
 

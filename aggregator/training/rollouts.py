@@ -13,17 +13,21 @@ from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
+from aggregator.cassettes.lineage import lineage_at
 from aggregator.errors import TrainingError, TrainingWarning
 from aggregator.executors.local import LocalExecutor, fan_out, finish
-from aggregator.executors.work import AgentWork, InstanceAgent, run_batch, show_failure
+from aggregator.executors.work import AgentWork, InstanceAgent, run_batch, show_failure, timed_out
+from aggregator.llm.ledger import collecting
 from aggregator.observing.observer import Observer, notify
 from aggregator.protocols import Agent, Executor
 from aggregator.records import Proposal, Rollout, RolloutTask, Values
 from aggregator.training.checkpoints import Streak, digest
 from aggregator.training.evaluation import join_repeats
 from aggregator.training.step import Step
+from aggregator.training.stops import Mark, TimedOut
 from aggregator.training.updates import Propose
 
 Arrive = Callable[[], Awaitable[Rollout]]
@@ -94,11 +98,17 @@ class Rollouts:
     """
 
     def __init__(
-        self, agent: Agent, executor: Executor, local: LocalExecutor, observers: Sequence[Observer] = ()
+        self,
+        agent: Agent,
+        executor: Executor,
+        local: LocalExecutor,
+        observers: Sequence[Observer] = (),
+        timeout: float | None = None,
     ) -> None:
         self._agent = agent
         self._executor = executor
         self._local = local
+        self._timeout = timeout
         self._watching = [observer for observer in observers if _sees_rollouts(observer)]
         self._slots = None if agent.max_concurrency is None else asyncio.Semaphore(agent.max_concurrency)
         self._turns = _Turns() if agent.isolation == "serial" else None
@@ -107,7 +117,8 @@ class Rollouts:
 
     async def map(self, tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:
         """Return the rollouts in the order of the tasks; an error that ends the run lets the others end first."""
-        if isinstance(self._agent, InstanceAgent) and not (self._slots or self._turns or self._watching):
+        is_plain = not (self._slots or self._turns or self._watching or self._timeout)
+        if isinstance(self._agent, InstanceAgent) and is_plain:
             return await self._executor.map(self._work(guide), tasks)
         return await self.each(tasks, guide, lambda _, arrive: arrive(), max(len(tasks), 1))
 
@@ -168,12 +179,35 @@ class Rollouts:
         return repeats.join(runs)[0]
 
     async def _one(self, task: RolloutTask, guide: Any) -> Rollout:
+        run = self._run if self._timeout is None else self._run_timed
         if self._turns is None and self._slots is None:
-            (rollout,) = await self._executor.map(self._work(guide), [task])
+            rollout = await run(task, guide)
         else:
             async with self._turn(task.values), self._slots or nullcontext():
-                (rollout,) = await self._executor.map(self._work(guide), [task])
+                rollout = await run(task, guide)
         return await self.see(rollout)
+
+    async def _run(self, task: RolloutTask, guide: Any) -> Rollout:
+        (rollout,) = await self._executor.map(self._work(guide), [task])
+        return rollout
+
+    async def _run_timed(self, task: RolloutTask, guide: Any) -> Rollout:
+        """Run a task within the timeout of an instance, or as a recording of it went; record how it went."""
+        with lineage_at("/".join(task.lineage), task.role):
+            mark = Mark("instance")
+            if mark.recorded is None:
+                timed = replace(task, timeout=self._timeout) if mark.is_live else task
+                with collecting() as ledger:
+                    rollout = await self._run(timed, guide)
+                ledger.detach()
+                await mark.keep(TimedOut.of(rollout, timed_out(rollout), self._timeout, ledger.entries()))
+                return rollout
+            known = msgspec.json.decode(mark.recorded, type=TimedOut)
+            if not known.stage:
+                return await self._run(task, guide)
+            known.count()
+            rollout = await self._run(replace(task, timeout=known.seconds, timed_out=known.stage), guide)
+            return replace(rollout, transcript=known.transcript, scores={**rollout.scores, **known.scores})
 
     async def see(self, rollout: Rollout) -> Rollout:
         """Show a rollout to the observers; the error of one that raises is `refused`, and ends the run."""

@@ -18,7 +18,7 @@ from aggregator.adapters.trace_optimizer import as_optimizer
 from aggregator.agents.parameters import ParameterNode, read
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import check_count
-from aggregator.errors import BudgetExceededError, ConfigError, TrainingError, TrainingWarning
+from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, InstanceAgent, record_failure
 from aggregator.guides.calling import declared_minimum
@@ -26,7 +26,7 @@ from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
-from aggregator.portal import sync
+from aggregator.portal import interrupt_of, sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
 from aggregator.records import Candidate, Failure, Kept, Proposal, Rollout, RolloutTask, Sample, TrainingResult, Values
 from aggregator.text import show_call
@@ -62,6 +62,7 @@ from aggregator.training.schedules import Schedule, as_schedule
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Hooks, current_place, read_output
 from aggregator.training.step import AnyOptimizer, Check, Gate, Optimizer, Search, Step, UpdateRule, use_values
+from aggregator.training.stops import AnyStop, check_stops
 from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, skip_satisfied, unread
 
 
@@ -94,7 +95,10 @@ class Trainer:
     `improvement_threshold`. `save_frequency` saves the agent every so many steps to `save_path`. `num_threads` is
     Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a batch is lost stops. `run_dir`
     keeps journal, checkpoints and result.json there; `resume=True` goes on where such a run was cut off. `repeats`
-    rolls each instance out so many times; its score is the mean.
+    rolls each instance out so many times; its score is the mean. `stop` ends the run between two steps: `target(0.95)`,
+    `patience(3)` or `seconds(600)` (of `aggregator.stops`), a callable of the history that returns True, or a list of
+    these; `result.stopped` is the reason. `instance_timeout` is how many seconds the agent, and then the guide, may
+    take for one instance.
     """
 
     def __init__(
@@ -252,40 +256,40 @@ class Trainer:
         validate_dataset: Dataset | None = None,
         keep: Keep = None,
         repeats: int = 1,
+        stop: AnyStop | Sequence[AnyStop] | None = None,
+        instance_timeout: float | None = None,
     ) -> TrainingResult:
         """Train on a data set and return what was reached; the class explains the arguments.
 
-        Raises ConfigError, CassetteMissError, and BudgetExceededError or TrainingError with the partial `.result`.
+        Raises ConfigError, BudgetExceededError, TrainingError, CassetteMissError. An early end has a partial `.result`.
         """
-        train = samples(train_dataset)
-        validation = () if validate_dataset is None else samples(validate_dataset, name="validate_dataset")
-        plan = check(
-            Plan(
-                guide=guide,
-                train=train,
-                test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
-                stepsize=as_schedule(stepsize),
-                num_epochs=num_epochs,
-                batch_size=batch_size,
-                eval_frequency=eval_frequency,
-                log_frequency=(eval_frequency or 1) if log_frequency is None else log_frequency,
-                save_frequency=save_frequency or 0,
-                save_path=save_path,
-                min_score=declared_minimum(guide) if min_score is None else min_score,
-                verbose=verbose,
-                max_concurrency=self._concurrency(max_concurrency, num_threads),
-                max_failure_ratio=max_failure_ratio,
-                seed=self.seed if seed is None else seed,
-                run_dir=as_run_dir(run_dir),
-                resume=resume,
-                skip=check_skipped(self.skip_samples, len(train)),
-                validation=validation,
-                keep=check_keep(keep, validates=bool(validation)),
-                skip_from=check_perfect(self.skip_perfect, self.max_score, guide),
-                repeats=repeats,
-            )
+        plan = Plan(
+            guide=guide,
+            train=(train := samples(train_dataset)),
+            test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
+            stepsize=as_schedule(stepsize),
+            num_epochs=num_epochs,
+            batch_size=batch_size,
+            eval_frequency=eval_frequency,
+            log_frequency=(eval_frequency or 1) if log_frequency is None else log_frequency,
+            save_frequency=save_frequency or 0,
+            save_path=save_path,
+            min_score=declared_minimum(guide) if min_score is None else min_score,
+            verbose=verbose,
+            max_concurrency=self._concurrency(max_concurrency, num_threads),
+            max_failure_ratio=max_failure_ratio,
+            seed=self.seed if seed is None else seed,
+            run_dir=as_run_dir(run_dir),
+            resume=resume,
+            skip=check_skipped(self.skip_samples, len(train)),
+            validation=() if validate_dataset is None else samples(validate_dataset, name="validate_dataset"),
+            keep=check_keep(keep, validates=validate_dataset is not None),
+            skip_from=check_perfect(self.skip_perfect, self.max_score, guide),
+            repeats=repeats,
+            stops=check_stops(stop),
+            instance_timeout=instance_timeout,
         )
-        return await self._run(plan, improves_on_batch(improvement_threshold) if ensure_improvement else always)
+        return await self._run(check(plan), improves_on_batch(improvement_threshold) if ensure_improvement else always)
 
     train = sync(atrain)
 
@@ -343,13 +347,26 @@ class Trainer:
         self._check_parts()
         if plan.repeats > 1 and self.hooks().forward is not None:
             raise ConfigError(
-                f"Expected repeats=1 beside an overridden forward, got {plan.repeats}; repeat the run in forward"
+                f"Expected repeats=1 with an overridden forward, got {plan.repeats}; repeat the run in forward"
             )
+        if plan.instance_timeout is not None:
+            if self.hooks().forward is not None:
+                raise ConfigError(
+                    f"Expected instance_timeout=None with an overridden forward, got {plan.instance_timeout:g}; use "
+                    "asyncio.timeout in forward"
+                )
+            if not isinstance(self.agent_to_run(), InstanceAgent):
+                raise ConfigError(
+                    f"Expected instance_timeout=None with {type(self.agent).__name__}, which runs whole batches, got "
+                    f"{plan.instance_timeout:g}; set a timeout in the agent itself"
+                )
         gate = first if self.gate is always else self.gate if first is always else both(first, self.gate)
         try:
             self._result = await run(self, plan, gate, self.budget)
-        except (TrainingError, BudgetExceededError) as error:
-            self._result = error.result
+        except BaseException as error:
+            self._result = getattr(error, "result", None)
+            if (interrupt := interrupt_of(error)) is not None:
+                raise interrupt from error
             raise
         return self._result
 

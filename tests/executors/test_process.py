@@ -366,6 +366,19 @@ async def test_a_task_that_does_not_end_when_cancelled_is_killed(how: str, tmp_p
         assert outputs(await executor.map(work(Odd()), tasks("next"))) == ["next"]
 
 
+@pytest.mark.parametrize("how", ["sleep", "block"])
+async def test_a_task_that_takes_too_long_fails_and_its_worker_is_replaced(how: str, tmp_path: Path) -> None:
+    """One that awaits, and one that blocks its event loop; nothing of them runs on."""
+    with ProcessExecutor(1) as executor:
+        late = tasks(how, timeout=0.3)
+        (rollout,) = await executor.map(work(Odd(tmp_path / "notes")), late)
+        assert rollout.failure is not None
+        assert (rollout.failure.stage, rollout.failure.error) == ("agent", "InstanceTimeoutError")
+        if how == "block":
+            assert await gone(int(content(tmp_path / "notes")))
+        assert outputs(await executor.map(work(Odd()), tasks("next", timeout=60))) == ["next"]
+
+
 async def test_close_ends_every_worker() -> None:
     """Idle workers end, and a closed executor refuses work."""
     executor = ProcessExecutor(2)

@@ -1,0 +1,293 @@
+"""What ends a run before its last step (`stop=`) or an instance before its answer (`instance_timeout=`).
+
+Both may depend on the clock. What the clock decided is a mark on the open tape, so that a replay or a resumed run
+decides the same on a slower or a faster machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import quote
+
+import msgspec
+from msgspec import Struct
+
+from aggregator.cassettes.lineage import current_lineage, current_tape
+from aggregator.checks import accepts, check_finite, check_positive
+from aggregator.errors import ConfigError
+from aggregator.llm.budget import NOTHING, budgets_of, spent_by
+from aggregator.llm.ledger import count
+from aggregator.records import Evaluation, HTTPReply, HTTPRequest, Rollout, StepReport, Usage
+from aggregator.text import shorten, show_call
+
+_TOLERANCE = 1e-9
+_CLOCK = "https://clock.invalid"
+"""The address of marks on a tape: `.invalid` is reserved, so nothing is ever sent there."""
+
+
+class Reached(Struct, frozen=True, kw_only=True):
+    """What a stop decides by: the reports of the finished steps, the validations, and the seconds of the run so far.
+
+    `validations` begins with the one before training. `seconds` includes those before the run was interrupted.
+    """
+
+    history: Sequence[StepReport] = ()
+    validations: Sequence[Evaluation] = ()
+    seconds: float = 0.0
+
+    def measured(self) -> list[float | None]:
+        """Return the scores to decide by: of the validation set, else of the minibatches; never of the test set."""
+        series: Sequence[Evaluation | StepReport] = self.validations or self.history
+        return [one.score for one in series]
+
+
+@runtime_checkable
+class Stop(Protocol):
+    """Decides whether a run ends: asked before the first step and after each one."""
+
+    def reason(self, reached: Reached, /) -> str:
+        """Return why the run ends, "" if it goes on."""
+        ...
+
+
+class Target(Struct, frozen=True):
+    """`target(score)`."""
+
+    score: float
+
+    def __repr__(self) -> str:
+        return show_call("target", self.score)
+
+    def reason(self, reached: Reached) -> str:
+        """Return why the run ends."""
+        scores = reached.measured()
+        if not scores or scores[-1] is None or scores[-1] < self.score - _TOLERANCE:
+            return ""
+        return f"{self!r} was reached with a score of {scores[-1]:.4g}"
+
+
+class Patience(Struct, frozen=True):
+    """`patience(measurements, min_delta=...)`."""
+
+    measurements: int
+    min_delta: float = 0.0
+
+    def __repr__(self) -> str:
+        return show_call("patience", self.measurements, **({"min_delta": self.min_delta} if self.min_delta else {}))
+
+    def reason(self, reached: Reached) -> str:
+        """Return why the run ends."""
+        best, since = None, 0
+        for score in reached.measured():
+            if score is not None and (best is None or score > best + self.min_delta):
+                best, since = score, 0
+            elif best is not None:
+                since += 1
+        if best is None or since < self.measurements:
+            return ""
+        return f"{self!r}: the score of {best:.4g} was not exceeded in {since} measurements"
+
+
+class Seconds(Struct, frozen=True):
+    """`seconds(most)`."""
+
+    most: float
+
+    def __repr__(self) -> str:
+        return show_call("seconds", self.most)
+
+    def reason(self, reached: Reached) -> str:
+        """Return why the run ends; the time itself is left out, since results hold none."""
+        return f"{self!r} had passed" if reached.seconds >= self.most else ""
+
+
+def target(score: float) -> Target:
+    """Stop once a score is reached: of the validation set, else of a step's minibatch before its update.
+
+    >>> target(0.9).reason(Reached(validations=[Evaluation(step=0, score=0.95, scores=())]))
+    'target(0.9) was reached with a score of 0.95'
+    """
+    check_finite("score of target", score)
+    return Target(float(score))
+
+
+def patience(measurements: int, *, min_delta: float = 0.0) -> Patience:
+    """Stop after so many measurements in a row that are no better than the best before them.
+
+    Measurements are those of the validation set, the one before training included, else the scores of the minibatches.
+    A score is better if it exceeds the best by more than `min_delta`.
+
+    >>> scores = [Evaluation(step=i, score=score, scores=()) for i, score in enumerate([0.5, 0.6, 0.6, 0.4])]
+    >>> patience(2).reason(Reached(validations=scores)), patience(3).reason(Reached(validations=scores))
+    ('patience(2): the score of 0.6 was not exceeded in 2 measurements', '')
+    """
+    check_positive("measurements of patience", measurements)
+    check_finite("min_delta", min_delta, least=0.0)
+    return Patience(measurements, float(min_delta))
+
+
+def seconds(most: float) -> Seconds:
+    """Stop once the run has taken so many seconds; the step under way is finished. A resumed run goes on counting.
+
+    >>> seconds(600).reason(Reached(seconds=600.5))
+    'seconds(600) had passed'
+    """
+    check_finite("seconds", most, least=0.0)
+    return Seconds(most)
+
+
+AnyStop = Stop | Callable[[Sequence[StepReport]], Any]
+"""One entry of `stop=`: that of a function above, an object with `reason(reached)`, or a callable of the history."""
+
+
+def check_stops(given: Any) -> tuple[Any, ...]:
+    """Return the entries of `stop=` in order, () for None; raises ConfigError for anything that cannot stop a run."""
+    entries = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    if any(isinstance(entry, list | tuple) for entry in entries):
+        entries = [inner for entry in entries for inner in check_stops(entry)]
+    for entry in entries:
+        is_stop = isinstance(entry, Stop) and not isinstance(entry, type)
+        if any(entry is factory for factory in (target, patience, seconds)):
+            raise ConfigError(f"Expected stop={entry.__name__}(...), got the function itself; call it")
+        if not is_stop and (not callable(entry) or isinstance(entry, type) or not accepts(entry, ())):
+            raise ConfigError(
+                f"Expected stop= with target(0.95), patience(3), seconds(600), a callable of the history, or a list of "
+                f"these, got {shorten(entry)}"
+            )
+    return tuple(entries)
+
+
+def needs_clock(stops: Iterable[Any]) -> bool:
+    """Return True if the same history need not give the same decision: a stop by time, or one of the user's own."""
+    return not all(isinstance(stop, Target | Patience) for stop in stops)
+
+
+async def first_reason(stops: Iterable[Any], reached: Reached, ask: Callable[..., Any]) -> str:
+    """Return the reason of the first stop that ends the run, "" if none does.
+
+    `await ask(function, history)` calls a function of the user's; it is asked once there is a history. Raises what it
+    raises, with a note that names it.
+    """
+    for stop in stops:
+        if isinstance(stop, Stop):
+            reason = stop.reason(reached)
+        elif not reached.history:
+            continue
+        else:
+            name = getattr(stop, "__name__", type(stop).__name__)
+            try:
+                verdict = await ask(stop, reached.history)
+            except Exception as error:
+                error.add_note(f"raised by stop={name}, which ends the run")
+                raise
+            reason = verdict if isinstance(verdict, str) else f"{name} returned True" if verdict else ""
+        if reason:
+            return reason
+    return ""
+
+
+class Clock:
+    """The seconds of a run, those before an interruption included."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self.set(before)
+
+    def set(self, elapsed: float) -> None:
+        """Go on from so many seconds, as where a recorded time is replayed."""
+        self._began = time.monotonic() - elapsed
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.monotonic() - self._began
+
+
+class Mark:
+    """What the clock decided at one place of a run, kept on the open tape.
+
+    The place is the current lineage. `recorded` is what a recording holds of it, None without one. `is_live` is False
+    while a tape only plays: the clock decides nothing then.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._tape = tape = current_tape()
+        self.is_live = tape is None or tape.records
+        self.recorded: bytes | None = None
+        if tape is None:
+            return
+        place = f"{_CLOCK}/{kind}/{quote(current_lineage())}"
+        headers = {"content-type": "application/json"}
+        self._slot = tape.issue(HTTPRequest(url=place, body=b"{}", headers=headers))
+        reply = tape.recall(self._slot)
+        if reply is not None:
+            self.recorded = reply.body
+        elif not tape.records:
+            tape.withdraw(self._slot)
+
+    async def keep(self, decided: Struct) -> None:
+        """Record what was decided, unless it was recalled or there is no tape that records."""
+        if self._tape is not None and self._tape.records and self.recorded is None:
+            headers = {"content-type": "application/json"}
+            reply = HTTPReply(status=200, reason="OK", body=msgspec.json.encode(decided), headers=headers)
+            await self._tape.arecord(self._slot, reply)
+
+
+class Decided(Struct, frozen=True, kw_only=True):
+    """The mark of one decision of the stops: what the clock said, and why the run ended, "" if it went on."""
+
+    seconds: float
+    reason: str = ""
+
+
+async def decide(stops: Sequence[Any], name: str, reached: Reached, clock: Clock, ask: Callable[..., Any]) -> str:
+    """Return why a run ends here, "" if it goes on: as was recorded for stops of this name, else as the stops say."""
+    if not needs_clock(stops):
+        return await first_reason(stops, reached, ask)
+    mark = Mark(f"stop/{name}")
+    if mark.recorded is not None:
+        decided = msgspec.json.decode(mark.recorded, type=Decided)
+        clock.set(decided.seconds)
+        return decided.reason
+    elapsed = clock.seconds()
+    reason = await first_reason(stops, msgspec.structs.replace(reached, seconds=elapsed), ask)
+    await mark.keep(Decided(seconds=round(elapsed, 3), reason=reason))
+    return reason
+
+
+class TimedOut(Struct, frozen=True, kw_only=True):
+    """The mark of one instance under `instance_timeout=`, and of its rollout if that was cut off.
+
+    `stage` is what took too long, "agent" or "guide", "" if the instance ended in time. The calls that it had made
+    count as `usage`, by role.
+    """
+
+    stage: str = ""
+    seconds: float = 0.0
+    transcript: str = ""
+    scores: Mapping[str, float] = {}
+    usage: tuple[tuple[str, Usage], ...] = ()
+
+    @classmethod
+    def of(cls, rollout: Rollout, stage: str, limit: float | None, usage: Iterable[tuple[str, Usage]]) -> TimedOut:
+        """Return the mark of a rollout; the calls of an agent that ended in time are made again, and not in it."""
+        if not stage or limit is None:
+            return cls()
+        made = [(role, used) for role, used in usage if stage == "agent" or role == "guide"]
+        return cls(
+            stage=stage,
+            seconds=limit,
+            transcript=rollout.transcript,
+            scores=rollout.scores,
+            usage=tuple(sorted(made, key=msgspec.json.encode)),
+        )
+
+    def count(self) -> None:
+        """Count the calls of the instance, which is not run again, in ledger and budgets."""
+        tape = current_tape()
+        if tape is not None:
+            tape.pass_over(current_lineage() + ("/guide" if self.stage == "guide" else ""))
+        for role, usage in self.usage:
+            count(role, usage)
+            for budget in budgets_of(None):
+                budget.settle(NOTHING, spent_by(usage, NOTHING))
