@@ -183,7 +183,7 @@ class Greedy:
     def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Choice:
         """Return the new candidate; the gate decides."""
         if not made:
-            return None, Decision(accepted=False, reason="no change was proposed")
+            return None, Decision(accepted=False, reason="the update has no new values")
         return made[0], Decision(accepted=True)
 
     def keep(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
