@@ -7,6 +7,7 @@ A failed sample is data; a failed run is one of these.
     ├── ConfigError(ValueError)          a wrong argument, name, data set, key
     ├── ParameterError                   a value that cannot become the parameter's type
     ├── SuggestionError                  a reply that cannot be read
+    ├── AgentReplyError                  a reply that the agent's framework cannot read; another value may mend it
     ├── SandboxError                     trained code that went beyond its sandbox
     ├── GuideError                       a guide that gave no verdict; never a score of 0
     ├── CassetteError
@@ -50,6 +51,7 @@ __all__ = [
     "APIConnectionError",
     "APIStatusError",
     "APITimeoutError",
+    "AgentReplyError",
     "AggregatorError",
     "AggregatorWarning",
     "AuthenticationError",
@@ -103,6 +105,10 @@ class ParameterError(AggregatorError, ValueError):
 
 class SuggestionError(AggregatorError, ValueError):
     """A reply that cannot be read without guessing."""
+
+
+class AgentReplyError(AggregatorError, ValueError):
+    """A model's reply that the agent's framework cannot read: feedback on its texts, not a bug of its code."""
 
 
 class GuideError(AggregatorError):

@@ -150,6 +150,8 @@ def _own_error(error: BaseException) -> BaseException:
         if isinstance(behind, errors.LLMError | errors.BudgetExceededError | errors.CassetteError | ConfigError):
             return behind
         behind = behind.__cause__
+    if type(error).__name__ == "AdapterParseError":
+        return errors.AgentReplyError(str(error).strip())
     make: Callable[..., errors.LLMError] | None = next(
         (_LOST[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _LOST), None
     )

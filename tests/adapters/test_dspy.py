@@ -180,7 +180,7 @@ async def test_a_reply_that_cannot_be_parsed_is_feedback() -> None:
     with dspy.context(lm=dspy.LM("scripted/x", engine=Engine(says="no fields")), adapter=dspy.JSONAdapter()):
         run = await roll_out(trainable(program()), {"ticket": "x"}, min_score=0.0)
     assert run.failure is not None
-    assert not run.failure.infrastructure
+    assert (run.failure.error, run.failure.infrastructure, run.failure.where) == ("AgentReplyError", False, "")
     assert run.score == 0.0
     assert "no fields" in run.feedback
     assert "team" in run.feedback
