@@ -63,6 +63,7 @@ class Usage(Struct, frozen=True, kw_only=True, gc=False):
 
     `input_tokens` includes cached ones and those written to a cache, `output_tokens` includes reasoning.
     `cache_write_1h_tokens` are the part of `cache_write_tokens` that is kept for an hour. `cost` is in USD.
+    `estimated_calls` is how many of the calls have tokens by the length of their texts, as their streams stated none.
     """
 
     input_tokens: int | None = None
@@ -73,6 +74,7 @@ class Usage(Struct, frozen=True, kw_only=True, gc=False):
     calls: int = 1
     cache_write_tokens: int | None = None
     cache_write_1h_tokens: int | None = None
+    estimated_calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -84,6 +86,7 @@ class Usage(Struct, frozen=True, kw_only=True, gc=False):
             calls=self.calls + other.calls,
             cache_write_tokens=_sum(self.cache_write_tokens, other.cache_write_tokens),
             cache_write_1h_tokens=_sum(self.cache_write_1h_tokens, other.cache_write_1h_tokens),
+            estimated_calls=self.estimated_calls + other.estimated_calls,
         )
 
     @property

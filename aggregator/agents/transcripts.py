@@ -87,7 +87,7 @@ def escaped(text: str) -> str:
 def _label(item: Span | LLMCall) -> Iterator[str]:
     facts: list[tuple[str, str]]
     if isinstance(item, LLMCall):
-        yield "LLM call"
+        yield item.title
         facts = [*item.messages[-1:], *([item.reply] if item.reply else [])]
     else:
         yield item.name
@@ -158,9 +158,13 @@ class Span(Group):
 
 
 class LLMCall:
-    """One call of the agent to a model: the messages and, once it came, the reply."""
+    """One call of the agent to a model: the messages and, once it came, the reply.
 
-    def __init__(self, messages: Any) -> None:
+    `title` names the call; what another client asks of a server that is no known model has its address there.
+    """
+
+    def __init__(self, messages: Any, title: str = "LLM call") -> None:
+        self.title = title
         self.messages = [_message(message) for message in messages]
         self.reply: tuple[str, str] | None = None
 
@@ -176,7 +180,7 @@ class LLMCall:
 
     def lines(self) -> Iterator[str]:
         """Yield the call as indented lines."""
-        yield "LLM call"
+        yield self.title
         for key, text in [*self.messages, self.reply or ("reply", "[... not finished]")]:
             for line in _field(key, text):
                 yield _INDENT + line
@@ -231,12 +235,12 @@ class Transcript:
     def __repr__(self) -> str:
         return f"<Transcript of {len(self.root.items)} operations and calls>"
 
-    def llm_call(self, messages: Any) -> LLMCall:
+    def llm_call(self, messages: Any, title: str = "LLM call") -> LLMCall:
         """Take the slot of an LLM call that is about to be made; `finish` or `fail` it later.
 
         The slot keeps concurrent calls in the order they were issued, whichever is answered first.
         """
-        call = LLMCall(messages)
+        call = LLMCall(messages, title)
         span = _span.get()
         (self.root if span is None or _transcript.get() is not self else span).add(call)
         return call

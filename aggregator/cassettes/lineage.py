@@ -1,4 +1,4 @@
-"""The place of a call: its lineage and role, and the tape that it belongs to, all in context variables.
+"""The place of a call: its lineage and role, the tape that it belongs to, and who watches: all in context variables.
 
 Identical requests are distinguished by their lineage, so a replay is exact whatever finishes first. Every concurrent
 branch sets its own part; asyncio copies the path into each task.
@@ -17,6 +17,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.records import Role
@@ -24,6 +26,7 @@ from aggregator.text import show_call
 
 if TYPE_CHECKING:  # a program that opens no cassette loads nothing of one
     from aggregator.cassettes.tape import Tape
+    from aggregator.cassettes.traffic import Exchanges
 
 
 # The lineage
@@ -175,3 +178,57 @@ def adopted() -> Iterator[None]:
         yield
     finally:
         _TAPE.reset(token)
+
+
+# Who watches the traffic of other clients
+
+
+class Watch(Struct, frozen=True):
+    """What this context wants of its requests beyond the tape."""
+
+    clients: frozenset[str] = frozenset()
+    exchanges: Exchanges | None = None
+    passing: bool = False
+
+
+WATCH: ContextVar[Watch | None] = ContextVar("aggregator_watch", default=None)
+
+
+def watcher_here() -> Exchanges | None:
+    """Return who watches the clients of this context."""
+    watch = WATCH.get()
+    return None if watch is None else watch.exchanges
+
+
+def is_passing() -> bool:
+    """Return whether this context's requests go through the patches untouched."""
+    watch = WATCH.get()
+    return watch is not None and watch.passing
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Let requests made inside go through untouched, because the tape was already asked; tasks of it get no number."""
+    token = WATCH.set(_PASSING)
+    branch = portal.current_branch()
+    if branch is not None:
+        portal.set_branch(branch.uncounted())
+    try:
+        yield
+    finally:
+        if branch is not None:
+            portal.set_branch(branch)
+        WATCH.reset(token)
+
+
+_PASSING = Watch(passing=True)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Show nobody what is asked inside, because it is counted already; a tape serves it as before."""
+    token = WATCH.set(None)
+    try:
+        yield
+    finally:
+        WATCH.reset(token)

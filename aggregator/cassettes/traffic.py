@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -24,10 +23,10 @@ from msgspec import Struct
 
 from aggregator import portal
 from aggregator.cassettes.clients import families, to_reply
-from aggregator.cassettes.lineage import tape_here
+from aggregator.cassettes.lineage import WATCH, Watch, is_passing, tape_here
 from aggregator.cassettes.slots import Slot
 from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, miss_class, recorded_failure
-from aggregator.errors import APIConnectionError, CassetteMissError
+from aggregator.errors import AggregatorError, APIConnectionError, CassetteMissError
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
 
@@ -56,7 +55,8 @@ class Noted(Struct, frozen=True, kw_only=True):
 class Exchanges(Protocol):
     """Sees the requests of other clients, with or without a cassette; called in the context of each call.
 
-    What is raised reaches the code that made the request. A miss is seen by nobody: it is no answer.
+    What `before` raises reaches the code that made the request; an SDK that retries every error gets an answer that it
+    does not retry. After `before` comes one call of `after` or `dropped`.
     """
 
     def before(self, request: HTTPRequest, /) -> None:
@@ -67,50 +67,19 @@ class Exchanges(Protocol):
         """Called with the answer, before it is recorded and used."""
         ...
 
-
-class _Watch(Struct, frozen=True):
-    """What this context wants of its requests beyond the tape."""
-
-    clients: frozenset[str] = frozenset()
-    exchanges: Exchanges | None = None
-    passing: bool = False
-
-
-_watch: ContextVar[_Watch | None] = ContextVar("aggregator_watch", default=None)
-
-
-def is_passing() -> bool:
-    """Return whether this context's requests go through the patches untouched."""
-    watch = _watch.get()
-    return watch is not None and watch.passing
-
-
-@contextmanager
-def passing() -> Iterator[None]:
-    """Let requests made inside go through untouched, because the tape was already asked; tasks of it get no number."""
-    token = _watch.set(_PASSING)
-    branch = portal.current_branch()
-    if branch is not None:
-        portal.set_branch(branch.uncounted())
-    try:
-        yield
-    finally:
-        if branch is not None:
-            portal.set_branch(branch)
-        _watch.reset(token)
-
-
-_PASSING = _Watch(passing=True)
+    def dropped(self, request: HTTPRequest, /, *, was_sent: bool) -> None:
+        """Called for a request that gets no answer: a miss, or one that was cancelled."""
+        ...
 
 
 @contextmanager
 def observing(exchanges: Exchanges, clients: str | Iterable[str]) -> Iterator[None]:
     """Show what these clients ask inside, once their patches are held (`cassettes.patches.patched`)."""
-    token = _watch.set(_Watch(families(clients), exchanges))
+    token = WATCH.set(Watch(families(clients), exchanges))
     try:
         yield
     finally:
-        _watch.reset(token)
+        WATCH.reset(token)
 
 
 @lru_cache(maxsize=64)
@@ -132,7 +101,7 @@ def is_wanted(client: str, *, in_process: bool = False) -> bool:
     """
     if in_process and ((tape := tape_here()) is None or not tape.rules.like_vcrpy):
         return False
-    watch = _watch.get()
+    watch = WATCH.get()
     if watch is not None and (watch.passing or client in watch.clients):
         return not watch.passing
     tape = tape_here()
@@ -147,7 +116,7 @@ def leaves_out(client: str, url: object) -> bool:
 
     Within `passing()` then. One that somebody watches gets a turn without a tape.
     """
-    watch = _watch.get()
+    watch = WATCH.get()
     if watch is not None and client in watch.clients:
         return False
     tape = tape_here()
@@ -204,6 +173,7 @@ class Turn:
             self.slot = tape.issue(admitted)
             self.reply = tape.play(self.slot)
         except CassetteMissError as miss:
+            self._drop(was_sent=False)
             if not _retries_all_errors(self.request):
                 raise
             self.reply = _told(miss)
@@ -214,6 +184,10 @@ class Turn:
             return
         if self.reply is not None:
             self._note(reply=self.reply, milliseconds=self.reply.milliseconds, was_played=True)
+
+    def _drop(self, *, was_sent: bool) -> None:
+        if self._watch is not None:
+            self._watch.dropped(self.request, was_sent=was_sent)
 
     def _note(self, **found: Any) -> Noted:
         if self._watch is None:
@@ -273,6 +247,7 @@ class Turn:
 
     def withdraw(self) -> None:
         """Take back a request of which nothing is recorded, as where it was cancelled."""
+        self._drop(was_sent=True)
         if self.tape is not None and self.slot is not None:
             self.tape.withdraw(self.slot)
 
@@ -283,12 +258,19 @@ def begin(client: str, request: HTTPRequest) -> Turn:
     Raises CassetteMissError where nothing may answer it, and whatever who watches raises.
     """
     portal.refuse_strays(f"a call of {client}")
-    watch, tape = _watch.get(), tape_here()
+    watch, tape = WATCH.get(), tape_here()
     if tape is not None and not tape.rules.clients:
         tape = None
     shown = watch.exchanges if watch is not None and client in watch.clients else None
     if shown is not None:
-        shown.before(request)
+        try:
+            shown.before(request)
+        except AggregatorError as refusal:
+            if not _retries_all_errors(request):
+                raise
+            turn = Turn(client, request, None, None)
+            turn.reply = _told(refusal)
+            return turn
     if tape is not None and tape.records and client not in served_by(tape):
         tape = None
     turn = Turn(client, request, tape, shown)
@@ -320,9 +302,10 @@ MISS_STATUS = 424
 """Failed Dependency: a status that no SDK tries again or takes for an answer of its provider."""
 
 
-def _told(miss: CassetteMissError) -> HTTPReply:
-    """Return a miss as an answer that its SDK raises at once; the tape raises the miss itself when it is closed."""
-    error = {"message": f"{miss}", "type": "cassette_miss", "code": "cassette_miss", "param": None}
+def _told(refusal: AggregatorError) -> HTTPReply:
+    """Return a miss or a refusal as an answer that its SDK raises at once; the tape or the run raises it again."""
+    kind = "cassette_miss" if isinstance(refusal, CassetteMissError) else "refused"
+    error = {"message": f"{refusal}", "type": kind, "code": kind, "param": None}
     return HTTPReply(
         status=MISS_STATUS,
         reason="Failed Dependency",

@@ -195,5 +195,6 @@ def _known(usage: Usage | None) -> dict[str, int | float]:
         "cached_tokens": usage.cached_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
         "cost": usage.cost,
+        "estimated_calls": usage.estimated_calls or None,
     }
     return {name: value for name, value in told.items() if value is not None}

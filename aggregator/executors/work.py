@@ -39,6 +39,7 @@ from aggregator.errors import (
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
 from aggregator.guides.calling import Call, ask_guide
 from aggregator.llm.ledger import collecting
+from aggregator.llm.observed import apart
 from aggregator.protocols import Agent
 from aggregator.records import Completion, Failure, Rollout, RolloutTask, Stage
 from aggregator.text import as_text, shorten, show_error
@@ -133,7 +134,8 @@ class AgentWork:
         with nullcontext() if is_there else lineage_at(path, task.role), lay_over(values):
             with transcript() if task.capture else nullcontext() as seen, collecting() as ledger:
                 try:
-                    ran = await within(task, "agent", lambda: agent.run(task, self.call))
+                    with apart():
+                        ran = await within(task, "agent", lambda: agent.run(task, self.call))
                     check_output(ran.output)
                 except BaseException as error:  # the boundary: whatever an agent raises becomes a record
                     if not is_own(error):
@@ -232,7 +234,7 @@ async def judge_run(
             score, feedback = task.min_score, f"The agent failed on this input with {record.error}: {record.message}"
     elif guide is not None:
         try:
-            with lineage("guide", role="guide"):
+            with lineage("guide", role="guide"), apart():
                 found = await within(
                     task, "guide", lambda: ask_guide(guide, sample.x, ran.output, sample.info, call=call)
                 )

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from msgspec.structs import replace
 
 from aggregator import portal
-from aggregator.cassettes.lineage import current_lineage, current_role, tape_here
+from aggregator.cassettes.lineage import current_lineage, current_role, passing, tape_here, watcher_here
 from aggregator.checks import check_positive, is_number
 from aggregator.errors import (
     APIConnectionError,
@@ -377,11 +377,8 @@ class Attempt:
         if not self.try_admit():
             await self.admit()
         sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
-        if self.tape is None:
+        with self.past_tape():
             reply = self.reply = await sending
-        else:
-            with self.past_tape():
-                reply = self.reply = await sending
         self.accept(reply.status, reply.headers)
         return reply
 
@@ -403,11 +400,9 @@ class Attempt:
         return self.reply
 
     def past_tape(self) -> Any:
-        """Return a context in which the patches of `clients=` do not ask the tape again."""
-        if self.tape is None or not self.tape.rules.clients:
+        """Return a context in which the patches of `clients=` neither ask the tape again nor count this request."""
+        if watcher_here() is None and (self.tape is None or not self.tape.rules.clients):
             return nullcontext()
-        from aggregator.cassettes.traffic import passing
-
         return passing()
 
     def try_admit(self) -> bool:

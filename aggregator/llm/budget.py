@@ -122,6 +122,18 @@ class Budget:
         with self._lock:
             return not self._waiting and self._hold(amount)
 
+    def take_now(self, amount: Amount) -> None:
+        """Set an upper estimate aside, ahead of requests that wait; pair it with `settle`.
+
+        Raises BudgetExceededError where it does not fit beside what is spent and what requests in flight have reserved:
+        for a caller that cannot wait.
+        """
+        with self._lock:
+            if self._hold(amount):
+                return
+            refusal = self._refusal(amount) or self._crowded(amount)
+        raise refusal
+
     async def reserve(self, amount: Amount, timeout: float | None = None) -> None:
         """Set an upper estimate aside; pair it with `settle`.
 
@@ -222,6 +234,18 @@ class Budget:
                     f"take {wanted / unit:g}; raise Budget({name}=…) or lower max_tokens"
                 )
         return None
+
+    def _crowded(self, amount: Amount) -> BudgetExceededError:
+        """Return the error for what does not fit while others are in flight."""
+        limits = (self._most_pico, self._most_tokens, self._most_calls)
+        rows = zip(_NAMES, limits, astuple(self._taken), astuple(self._spent), astuple(amount), strict=True)
+        name, limit, taken, spent, wanted = next(row for row in rows if row[2] + row[4] > row[1])
+        unit = _PICO if name == "usd" else 1
+        return BudgetExceededError(
+            f"the budget of {limit / unit:g} {name} is used up: {spent / unit:g} spent, {(taken - spent) / unit:g} "
+            f"reserved by requests in flight, and the next one, which cannot wait, may take {wanted / unit:g}; raise "
+            f"Budget({name}=…), lower max_concurrency, or state max_tokens in the call"
+        )
 
 
 def _add(a: Amount, b: Amount, sign: int) -> Amount:

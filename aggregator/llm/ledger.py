@@ -22,6 +22,10 @@ from aggregator.records import Completion, Usage
 _current: ContextVar[Ledger | None] = ContextVar("aggregator_ledger", default=None)
 
 
+current_ledger = _current.get
+"""Return the ledger of this context, None outside of any."""
+
+
 class Ledger:
     """Usage by role of the calls made in one context."""
 
@@ -77,6 +81,7 @@ def total(usages: Iterable[Usage]) -> Usage:
         calls=sum(usage.calls for usage in known),
         cache_write_tokens=_known_sum(usage.cache_write_tokens for usage in known),
         cache_write_1h_tokens=_known_sum(usage.cache_write_1h_tokens for usage in known),
+        estimated_calls=sum(usage.estimated_calls for usage in known),
     )
 
 
@@ -325,8 +330,11 @@ def _factors(ask: Callable[..., Any], usual: float) -> dict[str, float]:
     return factors
 
 
-def need_price(provider: str, model: str, table: Prices | None) -> Price:
-    """Return a price or raise ConfigError: a budget in USD needs one before anything is spent."""
+def need_price(provider: str, model: str, table: Prices | None, where: str = "beside the model") -> Price:
+    """Return a price or raise ConfigError: a budget in USD needs one before anything is spent.
+
+    `where` says in the error where `prices` are given.
+    """
     price = find_price(provider, model, table) or kept_price(provider, model)
     if price is not None:
         return price
@@ -337,5 +345,5 @@ def need_price(provider: str, model: str, table: Prices | None) -> Price:
     raise ConfigError(
         f"Expected a price for {name!r}, which a budget in USD needs before spending, got none"
         f"{f' (the nearest in the table: {near[0]!r})' if near else ''}; give prices={{{name!r}: "
-        "Price(input=…, output=…)} (USD per million tokens) beside the model, or install aggregated-update[prices]"
+        f"Price(input=…, output=…)}} (USD per million tokens) {where}, or install aggregated-update[prices]"
     )

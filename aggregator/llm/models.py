@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
-from aggregator.cassettes.lineage import current_role
+from aggregator.cassettes.lineage import current_role, unwatched
 from aggregator.checks import is_async
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError, ModelWarning, TruncatedError
 from aggregator.llm.budget import THINKING_ROOM, Amount, Budget, current_budget, pico, spent_by, thinks, upper_tokens
@@ -129,10 +129,11 @@ class CallableModel:
             given = {key: value for key, value in given.items() if key in self._accepted}
         ask = partial(self._function, messages=messages, **given)
         try:
-            if is_async(self._function):
-                return await ask()
-            result = await self._in_thread(ask)
-            return await result if inspect.isawaitable(result) else result
+            with unwatched():  # counted here
+                if is_async(self._function):
+                    return await ask()
+                result = await self._in_thread(ask)
+                return await result if inspect.isawaitable(result) else result
         except Exception as error:
             ours = as_error(error)
             if ours is None:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec.structs import asdict, replace
 
+from aggregator.cassettes.lineage import passing
 from aggregator.checks import is_async
 from aggregator.errors import AggregatorError, APIConnectionError, ConfigError
 from aggregator.llm.calls import ApiKey, Codec, Provider, Target
@@ -307,8 +308,6 @@ class CloudToken:
 
     def __call__(self) -> str:
         """Return a token that holds for some minutes at least; raises ConfigError, APIConnectionError."""
-        from aggregator.cassettes.traffic import passing
-
         with self._lock:
             if self._token is None or self._clock() > self._token[1] - _EARLY:
                 with passing():  # a cassette of other clients' calls has no business with it

@@ -29,6 +29,7 @@ from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.executors.work import failures_left
 from aggregator.files import write_atomically
 from aggregator.llm.budget import Budget, Spending, spending
+from aggregator.llm.observed import part_here
 from aggregator.records import NO_USAGE, Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values
 from aggregator.text import canonical_json, show
 
@@ -326,10 +327,15 @@ def count_in(budget: Budget | None, run_dir: Path | None, state: RunState) -> It
 
 @contextmanager
 def raise_misses() -> Iterator[None]:
-    """Raise the cassette's miss that code inside has hidden: nothing after it is what was recorded."""
+    """Raise the cassette's miss that code inside has hidden: nothing after it is what was recorded.
+
+    Likewise what an SDK was refused, such as a call beyond the budget.
+    """
     tape = current_tape()
     known = len(tape.misses) if tape is not None else 0
     yield
+    if (part := part_here()) is not None:
+        part.check()
     if tape is not None and len(tape.misses) > known:
         raise tape.misses[known]
 

@@ -16,6 +16,8 @@ from aggregator.adapters.template import own_verdict
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.llm.budget import Budget
+from aggregator.llm.ledger import Prices
+from aggregator.llm.observed import Clients
 from aggregator.observing.observer import Watching
 from aggregator.portal import sync_function
 from aggregator.protocols import AnyGuide, Executor
@@ -45,6 +47,8 @@ async def aoptimize(
     model: Any = None,
     optimizer: AnyOptimizer | None = None,
     budget: Budget | None = None,
+    clients: Clients = "all",
+    prices: Prices | None = None,
     seed: int = 0,
     validate: float | Dataset = 0.2,
     test_dataset: Dataset | None = None,
@@ -66,18 +70,13 @@ async def aoptimize(
 ) -> TrainingResult:
     """Train `thing` on `data` and return what was reached; afterwards it has the best values.
 
-    `thing` is a prompt template ("Classify: {ticket}"), a mapping of named seed values, a function, a Module, or
-    anything else that `as_agent` takes. `guide` is `(x, output, info) -> score` or `(score, feedback)`; for a mapping
-    it is an evaluator `(values, row)`. `model` answers a template, proposes and merges; None is the default model.
-    `validate` is the share of the data that is split off by `seed` to choose the best values, or a data set of its own;
-    0 keeps the last values. `stop` and `instance_timeout` are those of `train`. If a best score is known
-    (`max_score`, or the guide's own) instances that have it are not proposed for. The plan is written to standard
-    error, unless `show=False`; `sample` rollouts add its cost. `run_dir` is a new folder `runs/<UTC time>-<4 hex>`, or
-    False. Raises ConfigError, and what `train` raises.
+    `thing` is a template ("Classify: {ticket}"), a mapping of named seed values, or what `as_agent` takes. `guide` is
+    `(x, output, info) -> score` or `(score, feedback)`; for a mapping `(values, row)`. `model` answers a template,
+    proposes and merges. `validate` is a share of the data, split off by `seed`, or a data set, to choose values by;
+    0 keeps the last. Instances with the best score (`max_score`, or the guide's) ask for nothing. `show` writes the
+    plan, with the cost of `sample` rollouts. `run_dir` is a new folder, False none. See `Trainer` and `train` for more.
     """
-    judge: Any = own_verdict if isinstance(thing, Mapping) else guide
     known = getattr(guide, "max_score", None) if max_score is None else max_score
-    train, validation = split(samples(data, name="data"), validate, seed)
     trainer = Trainer(
         as_agent(thing, model=model, evaluator=guide) if isinstance(thing, str | Mapping) else thing,
         LLMOptimizer(llm=model) if optimizer is None else optimizer,
@@ -90,11 +89,14 @@ async def aoptimize(
         executor=executor,
         observers=observers,
         budget=budget,
+        clients=None if getattr(executor, "is_remote", False) and clients == "all" else clients,
+        prices=prices,
         seed=seed,
     )
-    options: dict[str, Any] = {"batch_size": batch_size, "num_epochs": num_epochs, "test_dataset": test_dataset}
-    if show:
-        await _show_plan(trainer, judge, train, sample=sample, **options)
+    train, validation = split(samples(data, name="data"), validate, seed)
+    judge: Any = own_verdict if isinstance(thing, Mapping) else guide
+    options: Any = {"batch_size": batch_size, "num_epochs": num_epochs, "test_dataset": test_dataset}
+    await _show_plan(trainer, judge, train, sample=sample, show=show, **options)
     options |= {"stop": stop, "instance_timeout": instance_timeout, "stepsize": stepsize}
     return await trainer.atrain(judge, train, validate_dataset=validation or None, run_dir=_run_dir(run_dir), **options)
 
@@ -126,8 +128,10 @@ def split(data: Sequence[Sample], validate: float | Dataset, seed: int) -> tuple
     return _pairs(parts[0]), _pairs(parts[1])
 
 
-async def _show_plan(trainer: Trainer, guide: Any, train: Pairs, **options: Any) -> None:
-    """Write the plan to standard error; what it warns of is part of its text."""
+async def _show_plan(trainer: Trainer, guide: Any, train: Pairs, *, show: bool, **options: Any) -> None:
+    """Write the plan to standard error if asked to; what it warns of is part of its text."""
+    if not show:
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = await trainer.aplan(guide, train, **options)

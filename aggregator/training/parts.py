@@ -18,6 +18,7 @@ from aggregator.agents.bundles import Operation
 from aggregator.agents.code import CodeParameter, require_consent, unsandboxed_code
 from aggregator.agents.modules import operations_of
 from aggregator.agents.sandbox import check_sandboxed
+from aggregator.cassettes.clients import families
 from aggregator.cassettes.lineage import current_tape
 from aggregator.checks import accepts, is_async
 from aggregator.errors import ConfigError
@@ -100,6 +101,18 @@ def check_checks(checks: Any) -> None:
             raise ConfigError(
                 f"Expected a check, (before, after, parameter, step) -> reason or None, got {shorten(check)}"
             )
+
+
+def check_clients(clients: Any, executor: Any) -> None:
+    """Raise ConfigError for clients that are not known, and for those of an agent that runs in other processes."""
+    if not clients:
+        return
+    families(clients)
+    if executor is not None and getattr(executor, "is_remote", True):
+        raise ConfigError(
+            f"Expected clients=None beside {type(executor).__name__}, in whose processes the calls of other clients "
+            f"cannot be counted, got {clients!r}; leave it out, or use LocalExecutor"
+        )
 
 
 def check_executor(executor: Any) -> None:

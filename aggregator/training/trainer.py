@@ -23,7 +23,8 @@ from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, InstanceAgent, record_failure
 from aggregator.guides.calling import declared_minimum
 from aggregator.llm.budget import Budget
-from aggregator.llm.ledger import collecting
+from aggregator.llm.ledger import Prices, collecting
+from aggregator.llm.observed import Clients, apart, observed
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
 from aggregator.portal import interrupt_of, sync
@@ -38,6 +39,7 @@ from aggregator.training.merge import LLMMerge
 from aggregator.training.parts import (
     ask_optimizer,
     check_budget,
+    check_clients,
     check_executor,
     check_gate,
     check_optimizer,
@@ -82,6 +84,10 @@ class Trainer:
     counts as support for the current value. `budget` counts every call of a run, and may be shared with other runs and
     with models.
 
+    `clients="all"`, or a list of names as of `cassette(clients=)`, counts what the agent's own clients ask, those of
+    SDKs and frameworks: in transcripts, usage and budget; a call that they lose is no failure of the agent. None does
+    so for the clients of an open cassette, () for none. `prices` are those of their models that are not known.
+
     Overridable: the seed's `forward(agent, x, guide, info, verbose)` and `update(outputs, verbose)`, sync or async, and
     `propose(rollouts, step)`. An overridden `forward` runs in this process, with the agent that the trainer was given.
 
@@ -118,6 +124,8 @@ class Trainer:
         observers: Sequence[Watching] | None = None,
         logger: Logger | None = None,
         budget: Budget | None = None,
+        clients: Clients = None,
+        prices: Prices | None = None,
         use_asyncio: bool = True,
         max_concurrency: int = MAX_CONCURRENCY,
         seed: int = 0,
@@ -146,6 +154,8 @@ class Trainer:
         self.observers = observers
         self.logger = logger
         self.budget = budget
+        self.clients = clients
+        self.prices = prices
         self.use_asyncio = use_asyncio
         self.max_concurrency = max_concurrency
         self.seed = seed
@@ -163,6 +173,7 @@ class Trainer:
         agent, hooks = self.agent_to_run(), self.hooks()
         if hooks.forward is None and type(self).propose is Trainer.propose:
             check_optimizer(self._optimizer())
+        check_clients(self.clients, self.executor)
         if self.executor is not None:
             check_executor(self.executor)
         if hooks.forward is None:
@@ -336,7 +347,7 @@ class Trainer:
             return counted
         chosen = [one for turn in plan.schedule() for one in turn.samples][:sample]
         step = Step.of(self.agent, guide=guide, samples=chosen)
-        with lineage("plan"), collecting() as ledger:
+        with observed(self.clients, self.prices), lineage("plan"), collecting() as ledger:
             runs = await step.evaluate(step.values, chosen, fresh=True)
         return with_sample(counted, runs, ledger.totals())
 
@@ -362,7 +373,8 @@ class Trainer:
                 )
         gate = first if self.gate is always else self.gate if first is always else both(first, self.gate)
         try:
-            self._result = await run(self, plan, gate, self.budget)
+            with observed(self.clients, self.prices):
+                self._result = await run(self, plan, gate, self.budget)
         except BaseException as error:
             self._result = getattr(error, "result", None)
             if (interrupt := interrupt_of(error)) is not None:
@@ -432,7 +444,8 @@ class Trainer:
         record: Failure | None = None
         if step.stepsize > 0 and (seen.failure is None or seen.feedback):
             try:
-                proposal = await ask_optimizer(self._optimizer(), rollouts, step)
+                with apart():
+                    proposal = await ask_optimizer(self._optimizer(), rollouts, step)
             except BaseException as error:  # noqa: BLE001 - the boundary: an optimizer may raise anything, one is lost
                 record = record_failure("proposal", error, sample_id)
             else:

@@ -17,8 +17,8 @@ from aggregator.cassettes.clients import (
     to_reply,
     to_request,
 )
+from aggregator.cassettes.lineage import is_passing, passing
 from aggregator.cassettes.secrets import authenticating_values
-from aggregator.cassettes.traffic import is_passing, passing
 from aggregator.errors import CassetteError, ConfigError
 from aggregator.records import HTTPReply
 

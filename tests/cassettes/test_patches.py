@@ -667,6 +667,7 @@ class Watcher:
     def __init__(self) -> None:
         self.asked: list[HTTPRequest] = []
         self.seen: list[Answered] = []
+        self.gone: list[tuple[HTTPRequest, bool]] = []
 
     def before(self, request: HTTPRequest, /) -> None:
         self.asked.append(request)
@@ -674,6 +675,9 @@ class Watcher:
     def after(self, exchange: Answered, /) -> Noted | None:
         self.seen.append(exchange)
         return Noted(model="m-1", usage=aggregator.Usage(input_tokens=3))
+
+    def dropped(self, request: HTTPRequest, /, *, was_sent: bool) -> None:
+        self.gone.append((request, was_sent))
 
 
 def test_a_watcher_sees_what_passes_with_and_without_a_cassette(server: Server, tmp_path: Path) -> None:
@@ -710,6 +714,16 @@ def test_a_watcher_may_refuse_a_request(server: Server) -> None:
     with observing(Refusing(), "all"), patched(), pytest.raises(aggregator.BudgetExceededError):
         httpx.get(server.url)
     assert server.hits == 0
+
+
+def test_a_watcher_sees_requests_that_nothing_answers(server: Server, tmp_path: Path) -> None:
+    """A miss is dropped without being sent, so that whoever reserved something for it can give it back."""
+    watcher = Watcher()
+    tape = aggregator.cassette(tmp_path / "a.yaml", "none", clients="httpx")
+    with suppress(aggregator.CassetteMissError), observing(watcher, "all"), patched(), tape:
+        httpx.get(server.url)
+    assert [was_sent for _, was_sent in watcher.gone] == [False]
+    assert (len(watcher.asked), watcher.seen) == (1, [])
 
 
 def test_a_watcher_sees_failures(server: Server) -> None:

@@ -28,12 +28,11 @@ import pytest
 from aggregator import portal
 from aggregator.cassettes.clients import to_request
 from aggregator.cassettes.exchanges import decode_line, encode_line, index_lines
-from aggregator.cassettes.lineage import enter, leave, lineage
+from aggregator.cassettes.lineage import enter, leave, lineage, passing
 from aggregator.cassettes.patches import patched
 from aggregator.cassettes.redaction import KEPT_HEADERS
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape
-from aggregator.cassettes.traffic import passing
 from aggregator.errors import CassetteError, CassetteMissError, ResponseError
 from aggregator.llm.client import LLM
 from aggregator.records import HTTPReply

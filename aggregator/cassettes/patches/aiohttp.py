@@ -12,8 +12,9 @@ from functools import cache, wraps
 from typing import Any
 
 from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_request
+from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing, refuse
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, refuse
 from aggregator.patching import Patch
 
 CLIENT = "aiohttp"

@@ -13,8 +13,9 @@ from functools import partial, wraps
 from typing import Any
 
 from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_request
+from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing, refuse
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, refuse
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply
 

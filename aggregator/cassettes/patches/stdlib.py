@@ -13,7 +13,8 @@ from io import BytesIO
 from typing import Any
 
 from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_bytes, to_request
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
+from aggregator.cassettes.lineage import passing
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out
 from aggregator.errors import CassetteError
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply, HTTPRequest

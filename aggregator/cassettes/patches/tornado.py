@@ -8,8 +8,9 @@ from io import BytesIO
 from typing import Any
 
 from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_request
+from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out
 from aggregator.errors import CassetteError
 from aggregator.patching import Patch
 

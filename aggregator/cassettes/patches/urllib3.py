@@ -13,9 +13,10 @@ from socket import gaierror
 from typing import Any
 
 from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_bytes, to_request
+from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.patches.stdlib import http_response, response_again
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, passing
+from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply
 
