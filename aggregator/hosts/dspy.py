@@ -25,7 +25,7 @@ from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRu
 __all__ = ["AggregatedUpdate", "AsyncEngine", "Engine", "lm"]
 
 
-class AggregatedUpdate(Teleprompter):  # type: ignore[misc] # DSPy's classes are not typed
+class AggregatedUpdate(Teleprompter):
     """Trains a program minibatch by minibatch: a proposal for each instance, merged by a model.
 
     `metric` is DSPy's `(gold, prediction, trace=None)`, which returns a score or a Prediction with score and feedback.
