@@ -316,7 +316,13 @@ _OF_EVERY_REQUEST = (
 """What a 400 says that comes to every request: some providers answer so to a wrong key, no credit, an unknown model."""
 
 _OF_ONE_REQUEST = r"moderat|flagged|content[ _-]?(?:filter|policy|management)|responsible ?ai|safety|usage polic|violat"
-"""What a 403 says that comes to this request alone: OpenRouter answers so to a prompt that was flagged."""
+"""What a 400 or 403 says that comes to this request alone, though its text may quote any word of the prompt."""
+
+_MISSING_PART = (
+    r"(?:file|image|audio|video|document|response|message|item|thread|conversation|cache|container|store)\b.{0,80}"
+    r"not (?:be )?(?:found|exist)|support (?:image|audio|video|file|tool|document)"
+)
+"""What a 404 says of a part that one request names, or of an input that the model cannot take."""
 
 
 def ends_run(error: BaseException) -> bool:
@@ -330,10 +336,13 @@ def ends_run(error: BaseException) -> bool:
         return False
     if isinstance(error, QuotaError | CassetteError | BudgetExceededError | ConfigError):
         return True
-    if isinstance(error, BadRequestError):
-        return re.search(_OF_EVERY_REQUEST, f"{error.code} {error.message}", re.IGNORECASE) is not None
-    if isinstance(error, PermissionDeniedError):
-        return re.search(_OF_ONE_REQUEST, f"{error.code} {error.message}", re.IGNORECASE) is None
+    if isinstance(error, BadRequestError | PermissionDeniedError | NotFoundError):
+        text = f"{error.code} {error.message}"
+        if isinstance(error, NotFoundError):
+            return re.search(_MISSING_PART, text, re.IGNORECASE) is None
+        if re.search(_OF_ONE_REQUEST, text, re.IGNORECASE) is not None:
+            return False
+        return isinstance(error, PermissionDeniedError) or re.search(_OF_EVERY_REQUEST, text, re.IGNORECASE) is not None
     return isinstance(error, LLMError) and not isinstance(error, _TRANSIENT)
 
 

@@ -386,23 +386,38 @@ def is_bug(error: BaseException) -> bool:
 
 
 def check_output(output: Any) -> None:
-    """Raise TypeError for what no agent means to return: something that must be awaited or read first."""
-    what = ""
-    if inspect.iscoroutine(output):
-        output.close()  # no warning that it was never awaited: the error says so
-        what = "a coroutine; write `await` before the call"
-    elif inspect.isasyncgen(output):
-        what = "an async generator; collect it with `async for`"
-    elif inspect.isawaitable(output):
-        what = f"an awaitable {type(output).__name__}; write `await` before the call"
-    elif inspect.isgenerator(output):
-        what = "a generator; return what it yields, as in list(...)"
-    elif isinstance(output, Completion):
-        what = "a Completion; return its text, as in self.llm(...).text"
-    elif isinstance(output, ParameterNode):
-        what = "a ParameterNode; return its value, as in self.prompt.data"
+    """Raise TypeError for what no agent means to return: something that must be awaited, read or called first.
+
+    Lists, tuples and dicts are looked into, two levels deep; what is in them may be a Completion.
+    """
+    what = _unfinished(output) or ("" if not isinstance(output, Completion) else _COMPLETION)
     if what:
         raise TypeError(f"Expected the agent's answer, got {what}")
+
+
+_COMPLETION = "a Completion; return its text, as in self.llm(...).text"
+_MOST_ITEMS = 1_000
+
+
+def _unfinished(output: Any, depth: int = 0) -> str:
+    """Return what a value is that is not an answer yet, and the remedy; "" for an answer."""
+    if inspect.iscoroutine(output):
+        output.close()  # no warning that it was never awaited: the error says so
+        return "a coroutine; write `await` before the call"
+    if inspect.isasyncgen(output):
+        return "an async generator; collect it with `async for`"
+    if inspect.isgenerator(output):
+        return "a generator; return what it yields, as in list(...)"
+    if isinstance(output, ParameterNode):
+        return "a ParameterNode; return its value, as in self.prompt.data"
+    if inspect.ismethod(output) or (inspect.isbuiltin(output) and not inspect.ismodule(output.__self__)):
+        return f"the method {output.__name__}; call it, as in {output.__name__}()"
+    if inspect.isawaitable(output):
+        return f"an awaitable {type(output).__name__}; write `await` before the call"
+    if type(output) in (list, tuple, dict) and depth < 2 and len(output) <= _MOST_ITEMS:
+        inner = [_unfinished(one, depth + 1) for one in (output.values() if type(output) is dict else output)]
+        return next((f"a {type(output).__name__} with {what}" for what in inner if what), "")
+    return ""
 
 
 def show_failure(record: Failure) -> str:

@@ -275,6 +275,7 @@ _CAUSES = (
     (("coroutine",), "a coroutine is used instead of its result: write `await`"),
     (("async_generator", "async generator"), "an async generator is used as a value: collect it with `async for`"),
     (("generator",), "a generator is used as a value: return what it yields, as in list(...)"),
+    (("the method",), "a method is returned instead of its result: call it"),
     (("Completion",), "a Completion is used instead of its text: write `.text`, as in self.llm(...).text"),
     (
         ("positional argument", "unexpected keyword argument", "required keyword-only argument"),

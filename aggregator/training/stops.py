@@ -21,6 +21,7 @@ from aggregator.llm.budget import NOTHING, budgets_of, spent_by
 from aggregator.llm.ledger import count
 from aggregator.records import Evaluation, HTTPReply, HTTPRequest, Rollout, StepReport, Usage
 from aggregator.text import shorten, show_call
+from aggregator.training.evaluation import is_lost, lowest_of
 
 _TOLERANCE = 1e-9
 _CLOCK = "https://clock.invalid"
@@ -38,9 +39,27 @@ class Reached(Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
     def measured(self) -> list[float | None]:
-        """Return the scores to decide by: of the validation set, else of the minibatches; never of the test set."""
+        """Return the scores to decide by: of the validation set, else of the minibatches; never of the test set.
+
+        An instance that was lost counts as the lowest score, at most 0: a mean of the few that were judged reaches
+        nothing.
+        """
         series: Sequence[Evaluation | StepReport] = self.validations or self.history
-        return [one.score for one in series]
+        return [_cautious(one) for one in series]
+
+
+def _cautious(measured: Evaluation | StepReport) -> float | None:
+    if measured.score is None:
+        return None
+    ids = measured.sample_ids if isinstance(measured, StepReport) else range(len(measured.scores))
+    lost = {one.sample_id for one in measured.failures if is_lost(one) and one.stage != "proposal"}
+    gone = sum(score is None and i in lost for i, score in zip(ids, measured.scores, strict=True))
+    every = len(measured.scores)
+    return (
+        (measured.score * (every - gone) + lowest_of(measured.scores) * gone) / max(every, 1)
+        if gone
+        else measured.score
+    )
 
 
 @runtime_checkable

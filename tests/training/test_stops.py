@@ -14,7 +14,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, first_suggest
 
 import aggregator
 from aggregator import AggregatedUpdate, LLMOptimizer, cassette
-from aggregator.errors import ConfigError
+from aggregator.errors import ConfigError, ServerError
 from aggregator.records import Evaluation, StepReport, TrainingResult
 from aggregator.rules import majority
 from aggregator.stops import Reached, patience, seconds, target
@@ -84,6 +84,20 @@ def test_the_validation_set_decides_where_there_is_one() -> None:
     assert train(target(0.95), test_dataset=additions(5), num_epochs=1).train_scores == [0.0, 1.0]
     before = train(target(0.95), validate_dataset=additions(1), test_dataset=additions(5))
     assert (len(before.history), before.validations[0].score) == (0, 1.0)
+
+
+def test_a_target_is_not_reached_by_the_few_instances_that_were_judged() -> None:
+    """Three of four calls were lost; the mean of the judged ones is 1, and says nothing of the others."""
+
+    class Losing(Adder):
+        async def forward(self, x: int) -> int:
+            if x and self.amount.data == 5:
+                raise ServerError("answered 503", status=503)
+            return await super().forward(x)
+
+    result = train(target(0.95), agent=Losing(), validate_dataset=additions(5), max_failure_ratio=1.0, batch_size=4)
+    assert result.validations[-1].score == 1.0
+    assert result.stopped == ""
 
 
 def test_patience_counts_measurements_without_a_better_score() -> None:

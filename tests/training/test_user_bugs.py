@@ -68,6 +68,18 @@ class ReturnsAsyncGenerator(Base):
         return stream()
 
 
+class ReturnsList(Base):
+    """A list comprehension without `await`, in a dict."""
+
+    async def forward(self, x: str) -> Any:
+        return {"answers": [self.llm.complete([{"role": "user", "content": x}]) for _ in range(2)]}
+
+
+class ReturnsMethod(Base):
+    def forward(self, x: str) -> Any:
+        return x.upper
+
+
 class ReturnsParameter(Base):
     def forward(self, x: str) -> Any:
         return self.prompt
@@ -93,6 +105,8 @@ BUGS = [
     (ReturnsCompletion, "got a Completion", r"write `\.text`"),
     (ReturnsGenerator, "got a generator", r"list\(\.\.\.\)"),
     (ReturnsAsyncGenerator, "got an async generator", "async for"),
+    (ReturnsList, "got a dict with a list with a coroutine", "write `await`"),
+    (ReturnsMethod, "got the method upper", "call it"),
     (ReturnsParameter, "got a ParameterNode", r"write `\.data`"),
 ]
 
