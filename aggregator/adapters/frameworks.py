@@ -17,6 +17,7 @@ whose class comes from that package.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -41,6 +42,9 @@ ADAPTERS = {
     "pydantic_ai": "pydantic_ai",
 }
 """Package of a framework -> the file of this room that adapts its objects."""
+
+MARKS = {"agents": "Runner"}
+"""Package whose name others may have too -> a name that the framework's own package holds."""
 
 
 class HostParameter(ParameterNode[Any]):
@@ -134,22 +138,40 @@ class FrameworkAgent(Module, InstanceAgent):
         return agent
 
 
-def write_calls(calls: Iterable[tuple[Any, Completion]]) -> None:
-    """Show a framework's calls of models in the current transcript: (messages, answer) in OpenAI's shape.
+class Calls:
+    """Calls of models that a framework reports while a rollout runs, shown in its transcript.
 
-    Nothing is shown if the transcript holds calls already, seen as they were made: by `clients=`, or by our own model.
+    A call is shown once: nothing is added if `clients=`, or our own model, shows the calls as they are made.
     """
-    seen = current_transcript()
-    if seen is None or any(True for _ in _calls_in(seen.root)):
-        return
-    for messages, completion in calls:
-        seen.add_llm_call(messages, completion)
+
+    def __init__(self) -> None:
+        self._seen = current_transcript()
+        self._own: list[LLMCall] = []
+
+    def start(self, messages: Any) -> LLMCall:
+        """Take the slot of a call that is about to be made, with its messages in OpenAI's shape."""
+        call = LLMCall(messages) if self._seen is None else self._seen.llm_call(messages)
+        self._own.append(call)
+        return call
+
+    def end(self, call: LLMCall, completion: Completion) -> None:
+        """Show the answer, or give the slot back if the call is shown already."""
+        call.finish(completion)
+        if self._seen is not None and any(one not in self._own for one, _ in _calls_in(self._seen.root)):
+            for one, group in list(_calls_in(self._seen.root)):
+                if one is call:
+                    group.items.remove(call)
+
+    def write(self, calls: Iterable[tuple[Any, Completion]]) -> None:
+        """Show calls that have ended, such as those of a message history."""
+        for messages, completion in calls:
+            self.end(self.start(messages), completion)
 
 
-def _calls_in(group: Group) -> Iterator[LLMCall]:
+def _calls_in(group: Group) -> Iterator[tuple[LLMCall, Group]]:
     for item in group.items:
         if isinstance(item, LLMCall):
-            yield item
+            yield item, group
         else:
             yield from _calls_in(item)
 
@@ -185,6 +207,8 @@ def package_of(thing: Any, packages: Collection[str] = ADAPTERS) -> str | None:
     for kind in (thing if isinstance(thing, type) else type(thing)).__mro__:
         parts = kind.__module__.split(".")
         for end in range(len(parts), 0, -1):
-            if (package := ".".join(parts[:end])) in packages:
+            package = ".".join(parts[:end])
+            is_it = package not in MARKS or hasattr(sys.modules.get(package), MARKS[package])
+            if package in packages and is_it:
                 return package
     return None

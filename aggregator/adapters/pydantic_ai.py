@@ -19,7 +19,7 @@ from pydantic_ai.messages import InstructionPart
 from pydantic_ai.tools import Tool, ToolDefinition
 from pydantic_ai.toolsets import FunctionToolset
 
-from aggregator.adapters.frameworks import FrameworkAgent, HostParameter, require_version, write_calls
+from aggregator.adapters.frameworks import Calls, FrameworkAgent, HostParameter, require_version
 from aggregator.adapters.function import objects_read_by
 from aggregator.adapters.pydantic_ai_chat import calls_of, prompt_of
 from aggregator.agents.parameters import ParameterNode
@@ -85,7 +85,7 @@ class PydanticAgent(FrameworkAgent):
             try:
                 result = await agent.run(prompt_of(task.sample.x), deps=deps, infer_name=False)
             finally:
-                write_calls(calls_of(messages))
+                Calls().write(calls_of(messages))
         return Ran(output=result.output)
 
 

@@ -97,6 +97,12 @@ def test_a_class_derived_from_a_class_of_a_framework_belongs_to_the_framework() 
     assert package_of(ModuleType("dspy")) is None
 
 
+def test_a_users_own_package_named_agents_is_not_the_agents_sdk() -> None:
+    kind = type("Router", (), {"__module__": "agents.router", "parameters": lambda _: [], "__call__": lambda *_: "x"})
+    assert package_of(kind()) is None
+    assert as_agent(kind()).parameters() == []
+
+
 def test_options_without_a_framework_are_refused() -> None:
     with pytest.raises(ConfigError, match="got tarin; options belong to agents of other frameworks"):
         as_agent(lambda x: x, tarin=["instructions"])

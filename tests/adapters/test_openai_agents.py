@@ -1,0 +1,224 @@
+"""Agents of the OpenAI Agents SDK: which texts are trained, isolation, and what a transcript shows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("agents.models", reason="runs in the environment openai-agents of tests/environments.py")
+
+from agents import (
+    Agent,
+    FunctionTool,
+    Model,
+    ModelResponse,
+    Runner,
+    Usage,
+    function_tool,
+    handoff,
+    set_tracing_disabled,
+)
+from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
+
+from aggregator import as_agent, trainable
+from aggregator.errors import ConfigError
+from aggregator.executors.work import AgentWork
+from aggregator.records import Rollout, RolloutTask, Sample
+
+set_tracing_disabled(True)
+
+
+def text(content: str) -> ResponseOutputMessage:
+    part = ResponseOutputText(text=content, type="output_text", annotations=[])
+    return ResponseOutputMessage(id="m", type="message", role="assistant", status="completed", content=[part])
+
+
+def called(name: str, arguments: str = "{}", call: str = "call-1") -> ResponseFunctionToolCall:
+    return ResponseFunctionToolCall(type="function_call", name=name, arguments=arguments, call_id=call)
+
+
+class Scripted(Model):
+    """Answers with what a function of (instructions, input, tools, handoffs) returns."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self.answer = answer
+
+    async def get_response(self, **given: Any) -> ModelResponse:
+        await asyncio.sleep(0)
+        output = self.answer(given["system_instructions"], given["input"], given["tools"], given["handoffs"])
+        return ModelResponse(
+            output=[output], usage=Usage(requests=1, input_tokens=3, output_tokens=2), response_id=None
+        )
+
+    def stream_response(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        raise NotImplementedError
+
+
+def echo(instructions: str, items: Any, tools: Any, handoffs: Any) -> Any:
+    """Answer with everything that the model was given."""
+    described = [f"{one.name}: {one.description}" for one in tools]
+    return text(" | ".join([instructions, *described, *(one.tool_description for one in handoffs)]))
+
+
+def uses_tool(instructions: str, items: Any, tools: Any, handoffs: Any) -> Any:
+    """Call the first tool, then answer with what it returned."""
+    outputs = [one["output"] for one in items if one.get("call_id") == "use" and "output" in one]
+    return text(f"{instructions}: {outputs[-1]}") if outputs else called(tools[0].name, '{"input": "7"}', call="use")
+
+
+def hands_over(instructions: str, items: Any, tools: Any, handoffs: Any) -> Any:
+    return called(handoffs[0].tool_name) if handoffs else text(instructions)
+
+
+@function_tool
+def lookup(order: str) -> str:
+    """Look up an order."""
+    return f"order {order} is lost"
+
+
+def fresh_tool() -> FunctionTool:
+    async def invoke(context: Any, arguments: str) -> str:
+        return f"found {arguments}"
+
+    return FunctionTool(name="lookup", description="Look up.", params_json_schema={}, on_invoke_tool=invoke)
+
+
+def triage(answer: Callable[..., Any] = echo) -> Agent[Any]:
+    model = Scripted(answer)
+    refunds = Agent(
+        name="refunds", model=model, instructions="Pay.", handoff_description="For refunds.", tools=[fresh_tool()]
+    )
+    return Agent(name="triage", model=model, instructions="Route.", handoffs=[refunds], tools=[])
+
+
+async def rollout(agent: Any, x: Any = "hello", **values: str) -> Rollout:
+    given = {name.replace("__", "."): value for name, value in values.items()}
+    task = RolloutTask(sample=Sample(0, x), values=given, lineage=("test",), role="agent", capture=True)
+    return await AgentWork(as_agent(agent), None)(task)
+
+
+def names(agent: Any) -> list[str]:
+    return [parameter.name for parameter in agent.parameters()]
+
+
+def test_all_agents_that_handoffs_lead_to_are_trained_with_tools_and_handoffs() -> None:
+    assert names(trainable(triage())) == [
+        "triage.instructions",
+        "refunds.instructions",
+        "refunds.handoff_description",
+        "lookup.description",
+    ]
+
+
+async def test_every_text_reaches_the_model_under_the_values_of_the_rollout() -> None:
+    agent = trainable(triage())
+    found = await rollout(agent, triage__instructions="A.", refunds__handoff_description="B.")
+    assert found.output == "A. | Handoff to the refunds agent to handle the request. B."
+    over = await rollout(triage(hands_over), refunds__instructions="C.")
+    assert over.output == "C."
+
+
+async def test_concurrent_candidates_share_the_agents_and_keep_their_texts() -> None:
+    host = triage(hands_over)
+    host.handoffs[0].model = Scripted(echo)
+    agent = trainable(host)
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(rollout(agent, refunds__instructions=f"I{i}.", lookup__description=f"D{i}."))
+            for i in range(16)
+        ]
+    assert [task.result().output for task in tasks] == [f"I{i}. | lookup: D{i}." for i in range(16)]
+
+
+async def test_the_hosts_objects_hold_the_accepted_texts() -> None:
+    host = triage()
+    trainable(host).apply({"triage.instructions": "Trained.", "lookup.description": "Find."})
+    assert host.instructions == "Trained."
+    assert host.handoffs[0].tools[0].description == "Find."
+    assert (await Runner.run(host, "hello")).final_output.startswith("Trained. | ")
+
+
+def test_a_clone_of_a_trained_agent_is_an_agent_by_itself() -> None:
+    host = triage()
+    trainable(host)
+    clone = host.clone(instructions="Other.")
+    assert (clone.instructions, host.instructions) == ("Other.", "Route.")
+    assert type(host).__name__ == "Agent"
+
+
+async def test_an_agent_used_as_a_tool_is_trained() -> None:
+    inner = Agent(name="inner", model=Scripted(echo), instructions="Inner.")
+    outer = Agent(
+        name="outer", model=Scripted(uses_tool), instructions="Outer.", tools=[inner.as_tool("ask_inner", "Ask.")]
+    )
+    agent = trainable(outer)
+    assert names(agent) == ["outer.instructions", "inner.instructions", "ask_inner.description"]
+    found = await rollout(agent, inner__instructions="New.")
+    assert found.output == "Outer.: New."
+
+
+def test_a_handoff_object_has_a_description_to_train() -> None:
+    refunds = Agent(name="refunds", model=Scripted(echo), instructions="Pay.")
+    host = Agent(
+        name="triage", instructions="Route.", handoffs=[handoff(refunds, tool_description_override="Pay back.")]
+    )
+    assert names(trainable(host)) == [
+        "triage.instructions",
+        "refunds.instructions",
+        "transfer_to_refunds.description",
+    ]
+
+
+def test_two_agents_of_one_name_are_refused() -> None:
+    host = Agent(name="twin", instructions="a", handoffs=[Agent(name="twin", instructions="b")])
+    with pytest.raises(ConfigError, match=r"twin\.instructions"):
+        trainable(host)
+
+
+def test_tools_of_one_name_are_told_apart_by_their_agents() -> None:
+    host = Agent(name="a", instructions="a", tools=[fresh_tool()])
+    host.handoffs.append(Agent(name="b", instructions="b", tools=[fresh_tool()]))
+    assert names(trainable(host))[2:] == ["a.lookup.description", "b.lookup.description"]
+
+
+def test_an_agent_without_a_fixed_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="with a text that can be trained"):
+        trainable(Agent(name="bare", instructions=lambda context, agent: "made"))
+
+
+async def test_the_context_is_given_or_made_from_the_input() -> None:
+    host = Agent(name="bare", model=Scripted(echo), instructions=lambda context, agent: f"For {context.context}.")
+    host.tools.append(fresh_tool())
+    assert (await rollout(trainable(host, context=str.upper), "ada")).output == "For ADA. | lookup: Look up."
+
+
+async def test_tools_handoffs_and_calls_of_models_are_in_the_transcript_in_their_order() -> None:
+    host = triage(hands_over)
+    host.handoffs[0].model = Scripted(uses_tool)
+    lines = (await rollout(host)).transcript.splitlines()
+    seen = [line for line in lines if line.startswith(("LLM call", "tool ", "handoff "))]
+    assert seen == ["LLM call", "handoff from triage", "LLM call", "tool lookup", "LLM call"]
+    assert any(line.startswith('  returned: "found ') for line in lines)
+
+
+async def test_saved_values_hold_inside_applied_only(tmp_path: Path) -> None:
+    host = triage()
+    agent = trainable(host)
+    agent.apply({"triage.instructions": "Trained."})
+    agent.save(tmp_path / "triage.json")
+    agent.apply({"triage.instructions": "Plain."})
+    with agent.applied(tmp_path / "triage.json") as program:
+        assert (await Runner.run(program, "hello")).final_output.startswith("Trained.")
+    assert (await Runner.run(host, "hello")).final_output.startswith("Plain.")
+
+
+def test_an_agent_is_adapted_twice_with_the_same_parameters() -> None:
+    host = triage()
+    first, second = trainable(host), trainable(host)
+    first.apply({"triage.instructions": "Once."})
+    assert second.parameters()[0].data == "Once."
+    assert lookup.description == "Look up an order."
