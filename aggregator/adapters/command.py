@@ -1,0 +1,203 @@
+"""Agents that are a command: a program in any language, or a coding agent with its folder of skills.
+
+The command is started for each run, without a shell. It reads the request of `external.py` on standard input and writes
+the reply to standard output. Texts of files are parameters too: each run then has a copy of the folder with the values
+on trial in it, and the command runs there, so that it may change what it likes.
+
+    skills = folder_parameters("my-agent", "skills/**/*.md")
+    agent = CommandAgent(["node", "agent.js"], files=skills)
+    agent = CommandAgent(["coder", "--print", "{input}"], files=skills, reply="text")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from aggregator.adapters.external import (
+    MAX_REPLY,
+    ExternalAgent,
+    ExternalError,
+    ReplyForm,
+    as_parameters,
+    check_size,
+    encode_request,
+    end_of,
+)
+from aggregator.adapters.folders import Folder, copy_with, text_of
+from aggregator.errors import ConfigError
+from aggregator.guides.calling import Call
+from aggregator.text import as_text, show_size
+
+ValuesIn = Literal["request", "environment", "file"]
+"""How values reach a command: in the request, as environment variables of their names, or in a file of JSON."""
+
+VALUES_FILE = "AGGREGATOR_VALUES"
+"""The environment variable that names the file of values."""
+_MAX_VARIABLE = 128 << 10  # of one argument or variable, on Linux
+_PLACE = re.compile(r"\{(\w[\w.]*)\}")
+_PATIENCE = 5.0
+
+
+class CommandAgent(ExternalAgent):
+    """A command as an agent: started for each run, without a shell, and ended after `timeout` seconds.
+
+    `{input}` and `{name of a value}` in an argument are replaced; a command with `{input}` gets no standard input.
+    `values_in` is how values reach it. `environment` is added to this process's. `folder` is where it runs, by default
+    here, or in the run's copy of `files`. An exit code that is not 0 is the agent's failure, with the end of standard
+    error; so are a reply that cannot be read, one of more than 16 MiB, and no reply in time. What the command started
+    itself ends with it.
+
+    Raises ConfigError for a command that is not found or not a list, and without a value to train.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        values: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        files: Folder | None = None,
+        values_in: ValuesIn = "request",
+        environment: Mapping[str, str] = MappingProxyType({}),
+        folder: str | os.PathLike[str] | None = None,
+        reply: ReplyForm = "json",
+        timeout: float = 120.0,
+    ) -> None:
+        if isinstance(command, str) or not command or not all(isinstance(one, str) for one in command):
+            raise ConfigError(f"Expected a command as a list, as in ['node', 'agent.js'], got {command!r}")
+        if shutil.which(command[0]) is None and not (files is not None and (files.path / command[0]).is_file()):
+            raise ConfigError(f"Expected a command that can be started, got {command[0]!r}, which is not found")
+        if values_in not in get_args(ValuesIn):
+            raise ConfigError(f"Expected values_in 'request', 'environment' or 'file', got {values_in!r}")
+        if files is not None and folder is not None:
+            raise ConfigError("Expected folder= or files=, got both; a command with files= runs in a copy of them")
+        self.files = files
+        self.values_in: ValuesIn = values_in
+        self.environment = dict(environment)
+        self.folder = folder
+        self._values = as_parameters(values)
+        self._texts = [] if files is None else [text_of(files.path / name, name) for name in files.files]
+        remedy = "give values= or files=, as in CommandAgent(['node', 'agent.js'], {'prompt': 'Answer briefly.'})"
+        parameters = [*self._values, *self._texts]
+        super().__init__(list(command), parameters, reply=reply, timeout=timeout, remedy=remedy)
+        places = {name for part in command for name in _PLACE.findall(part)}
+        if unknown := sorted(places - {"input"} - {one.name for one in self._values}):
+            raise ConfigError(
+                f"Expected {{input}} or the name of a value in the command, got {', '.join(unknown)}; values are "
+                f"{', '.join(one.name for one in self._values) or '(none)'}"
+            )
+
+    async def ask(self, request: Mapping[str, Any], call: Call) -> bytes:
+        """Run the command once."""
+        values = {one.name: one.data for one in self._values}
+        texts = {one.name: one.data for one in self._texts}
+        with tempfile.TemporaryDirectory(prefix="aggregator-", ignore_cleanup_errors=True) as temporary:
+            here = self.folder
+            if self.files is not None:
+                here = Path(temporary, "folder")
+                await call(copy_with, self.files, texts, here)
+            given = {"input": request["input"]} | ({"values": values} if self.values_in == "request" else {})
+            body = encode_request(given)
+            command = [_fill(part, {**values, "input": request["input"]}) for part in self.program]
+            is_fed = not any("{input}" in part for part in self.program)
+            surroundings = {**os.environ, **self.environment, **self._environment(values, Path(temporary))}
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.PIPE if is_fed else asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    cwd=here,
+                    env=surroundings,
+                    start_new_session=True,  # so that all it starts can be ended together
+                )
+            except (OSError, ValueError) as error:  # a null byte, arguments that are too long, no permission
+                raise ExternalError(f"Expected to start {self.program[0]!r}, got {error}") from None
+            return await self._finish(process, body if is_fed else b"")
+
+    def _environment(self, values: Mapping[str, Any], temporary: Path) -> dict[str, str]:
+        if self.values_in == "file":
+            path = temporary / "values.json"
+            path.write_bytes(encode_request({"input": None, "values": values}))
+            return {VALUES_FILE: str(path)}
+        return {} if self.values_in == "request" else {name: _variable(name, value) for name, value in values.items()}
+
+    async def _finish(self, process: asyncio.subprocess.Process, body: bytes) -> bytes:
+        """Return what the process writes until it ends."""
+        try:
+            async with asyncio.timeout(self.timeout), asyncio.TaskGroup() as group:
+                group.create_task(_feed(process, body))
+                output = group.create_task(_read(process, process.stdout, MAX_REPLY))
+                errors = group.create_task(_read(process, process.stderr, MAX_REPLY))
+                code = await process.wait()
+                _kill(process)  # what it left behind may hold its output open
+        except TimeoutError:
+            raise ExternalError(f"Expected a reply within {self.timeout:g} s, got none; raise timeout=") from None
+        finally:
+            await _end(process)
+        for written in (output.result(), errors.result()):
+            check_size(written)
+        if code != 0:
+            ended = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+            shown = end_of(errors.result()) or end_of(output.result()) or "(it wrote nothing)"
+            raise ExternalError(f"Expected exit code 0, got {ended}: {shown}")
+        return output.result()
+
+
+async def _feed(process: asyncio.subprocess.Process, body: bytes) -> None:
+    if process.stdin is not None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it need not read its input
+            process.stdin.write(body)
+            await process.stdin.drain()
+        process.stdin.close()
+
+
+async def _read(process: asyncio.subprocess.Process, stream: asyncio.StreamReader | None, limit: int) -> bytes:
+    """Read to the end; a process that writes more than the limit is ended, and what it wrote until then returned."""
+    found = bytearray()
+    while stream is not None and (piece := await stream.read(1 << 16)):
+        found += piece
+        if len(found) > limit:
+            _kill(process)
+            break
+    return bytes(found)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a process with all that it started, and wait until it is gone."""
+    _kill(process)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_PATIENCE):
+            await process.wait()
+    pipes: Any = process
+    pipes._transport.close()  # noqa: SLF001 - else those that were not read to their end stay open
+    await asyncio.sleep(0)
+
+
+def _fill(part: str, given: Mapping[str, Any]) -> str:
+    """Return an argument with its places filled, each once: what a value holds is not read again."""
+    return _PLACE.sub(lambda found: as_text(given[found[1]]), part)
+
+
+def _variable(name: str, value: Any) -> str:
+    text = as_text(value)
+    if len(text.encode(errors="backslashreplace")) >= _MAX_VARIABLE:
+        raise ExternalError(
+            f"Expected at most {show_size(_MAX_VARIABLE)} in an environment variable, got more for {name!r}; use "
+            "values_in='file' or 'request'"
+        )
+    return text

@@ -1,0 +1,201 @@
+"""Agents outside this process: what a reply may hold, and agents behind an address."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator import Budget, ParameterNode, as_agent
+from aggregator.adapters.external import ExternalError, Reported, read_reply
+from aggregator.adapters.http import HTTPAgent
+from aggregator.adapters.template import own_verdict
+from aggregator.errors import APIConnectionError, APITimeoutError, AuthenticationError, BudgetExceededError, ConfigError
+from aggregator.executors.work import AgentWork
+from aggregator.llm.budget import spending
+from aggregator.llm.ledger import collecting
+from aggregator.llm.retry import RetryPolicy
+from aggregator.records import HTTPReply, HTTPRequest, Rollout, RolloutTask, Sample
+from aggregator.testing import FakeTransport
+
+QUICK = RetryPolicy(first_delay=0.0)
+
+
+def reply(status: int = 200, **fields: Any) -> HTTPReply:
+    return HTTPReply(status=status, body=json.dumps(fields).encode(), headers={})
+
+
+def echo(request: HTTPRequest) -> HTTPReply:
+    given = json.loads(request.body)
+    return reply(output=f"{given['values']['prompt']} {given['input']}")
+
+
+def agent_of(*steps: Any, **options: Any) -> HTTPAgent:
+    transport = FakeTransport(*steps)
+    return HTTPAgent("http://127.0.0.1:1/run", {"prompt": "hi"}, transport=transport, retry=QUICK, **options)
+
+
+async def rollout(agent: Any, x: Any = "you", guide: Any = None, **values: Any) -> Rollout:
+    task = RolloutTask(sample=Sample(0, x), values=values, lineage=("test",), role="agent", capture=True)
+    return await AgentWork(as_agent(agent), guide)(task)
+
+
+async def test_the_values_of_the_candidate_go_with_the_request() -> None:
+    """Concurrent candidates share one agent; a value has the type of its seed."""
+    agent = HTTPAgent(
+        "http://127.0.0.1:1/run", {"prompt": "hi", "k": ParameterNode(3, name="k")}, transport=FakeTransport(echo)
+    )
+    assert [parameter.type for parameter in agent.parameters()] == [str, int]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(rollout(agent, prompt=f"p{i}", k=i)) for i in range(16)]
+    assert [task.result().output for task in tasks] == [f"p{i} you" for i in range(16)]
+    assert await agent("Ada") == "hi Ada"
+
+
+async def test_trained_values_of_a_file_are_used_in_production(tmp_path: Path) -> None:
+    agent = agent_of(echo)
+    agent.apply({"prompt": "good day"})
+    agent.save(tmp_path / "agent.json")
+    agent.apply({"prompt": "hi"})
+    with agent.applied(tmp_path / "agent.json") as trained:
+        assert await trained("Ada") == "good day Ada"
+    assert await agent("Ada") == "hi Ada"
+
+
+async def test_the_agents_own_verdict_is_its_score() -> None:
+    """The guide `own_verdict` takes score and feedback from the reply."""
+    found = await rollout(agent_of(reply(output="a", score=0.5, feedback="shorter")), guide=own_verdict)
+    assert (found.score, found.feedback) == (0.5, "shorter")
+    assert found.output == Reported("a", 0.5, "shorter")
+    bare = await rollout(agent_of(reply(output="a")), guide=own_verdict)
+    assert bare.failure is not None
+    assert bare.failure.stage == "guide"
+
+
+async def test_steps_are_the_transcript_and_usage_is_counted() -> None:
+    steps = ["looked around", {"name": "search", "input": "lamp", "output": ["a lamp"]}]
+    usage = {"input_tokens": 10, "output_tokens": 5, "cost": 0.25, "calls": 2}
+    agent, budget = agent_of(reply(output="a", transcript=steps, usage=usage)), Budget(usd=0.4)
+    with collecting() as ledger, spending(budget):
+        found = await rollout(agent)
+        assert "looked around" in found.transcript
+        assert "search" in found.transcript
+        assert "a lamp" in found.transcript
+        assert {role: (one.total_tokens, one.cost, one.calls) for role, one in ledger.totals().items()} == {
+            "agent": (15, 0.25, 2)
+        }
+        assert (budget.spent.usd, budget.spent.tokens, budget.spent.calls) == (0.25, 15, 2)
+        assert (await rollout(agent_of(reply(output="a", transcript="plain")))).transcript.count("plain") == 1
+
+
+async def test_a_budget_that_is_used_up_stops_runs_before_they_start() -> None:
+    agent = agent_of(echo)
+    with spending(Budget(calls=0)), pytest.raises(BudgetExceededError):
+        await rollout(agent)
+    assert agent.transport.requests == []  # type: ignore[attr-defined]
+
+
+async def test_what_an_agent_states_as_its_error_is_its_failure() -> None:
+    found = await rollout(agent_of(reply(error="no such customer", transcript="asked")))
+    assert found.failure is not None
+    assert (found.failure.error, found.failure.message) == ("ExternalError", "no such customer")
+    assert not found.failure.infrastructure
+    assert "asked" in found.transcript
+
+
+BROKEN = {
+    "no JSON": b"Traceback",
+    "empty": b"",
+    "a list": b"[1]",
+    "no output": b'{"score": 1}',
+    "a score of text": b'{"output": 1, "score": "good"}',
+    "cut": b'{"output": "a',
+    "not UTF-8": b"\xff",
+}
+
+
+@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
+async def test_a_reply_that_cannot_be_read_is_the_agents_failure(body: bytes) -> None:
+    """It is never taken for an output, and quoted in the error."""
+    found = await rollout(agent_of(HTTPReply(status=200, body=body, headers={})))
+    assert found.failure is not None
+    assert found.failure.error == "ExternalError"
+    assert found.failure.message.startswith("Expected ")
+    assert not found.failure.infrastructure
+
+
+def test_text_is_an_output_if_that_is_chosen() -> None:
+    assert read_reply(b"yes\n", "text").output == "yes"
+
+
+def test_a_null_output_is_an_output() -> None:
+    assert read_reply(b'{"output": null}', "json").output is None
+
+
+async def test_a_lost_connection_is_tried_again_and_is_no_failure_of_the_agent() -> None:
+    lost = APIConnectionError("gone")
+    assert (await rollout(agent_of(lost, reply(503), echo))).output == "hi you"
+    for step in (lost, reply(503), reply(429)):
+        agent = agent_of(step)
+        found = await rollout(agent)
+        assert found.failure is not None
+        assert found.failure.infrastructure
+        assert found.score is None
+        assert len(agent.transport.requests) == QUICK.max_attempts  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("status", [301, 400, 422, 500])
+async def test_another_status_is_the_agents_failure_with_the_end_of_the_body(status: int) -> None:
+    agent = agent_of(HTTPReply(status=status, body=b"x" * 9000 + b"KeyError: 'lamp'", headers={}))
+    found = await rollout(agent)
+    assert found.failure is not None
+    assert f"got {status}: ...xxx" in found.failure.message
+    assert found.failure.message.endswith("KeyError: 'lamp'")
+    assert not found.failure.infrastructure
+    assert len(agent.transport.requests) == 1  # type: ignore[attr-defined]
+
+
+async def test_no_reply_in_time_is_the_agents_failure() -> None:
+    found = await rollout(agent_of(APITimeoutError("late"), timeout=2))
+    assert found.failure is not None
+    assert found.failure.message == "Expected a reply within 2 s, got none; raise timeout="
+    assert not found.failure.infrastructure
+
+
+async def test_a_refused_key_ends_the_run() -> None:
+    with pytest.raises(AuthenticationError, match="answered 401"):
+        await rollout(agent_of(reply(401)))
+
+
+async def test_an_input_that_json_cannot_carry_is_named() -> None:
+    found = await rollout(agent_of(echo), x=object())
+    assert found.failure is not None
+    assert "Expected an input that JSON can carry" in found.failure.message
+
+
+def test_bad_options_are_refused_when_the_agent_is_made() -> None:
+    for arguments, message in [
+        ({"url": "127.0.0.1:8000"}, "Expected an address"),
+        ({"url": "ftp://host/x"}, "Expected an address"),
+        ({"values": {}}, "Expected values to train, got none"),
+        ({"values": {"a.b": "x", "a_b": "y"}}, "both 'a_b'"),
+        ({"timeout": 0}, "Expected timeout to be a finite number"),
+        ({"reply": "xml"}, "Expected reply 'json' or 'text'"),
+    ]:
+        options: dict[str, Any] = {"url": "http://127.0.0.1:1", "values": {"prompt": "hi"}, **arguments}  # type: ignore[dict-item]
+        with pytest.raises(ConfigError, match=message):
+            HTTPAgent(**options)
+
+
+async def test_values_can_be_put_into_an_agent_at_another_address() -> None:
+    agent, other = agent_of(echo), "http://127.0.0.1:2/run"
+    again = agent.like(other)
+    assert await again("you") == "hi you"
+    assert agent.transport.requests[-1].url == other  # type: ignore[attr-defined]
+
+
+def test_a_failure_of_an_agent_outside_is_no_bug_of_this_process() -> None:
+    assert not issubclass(ExternalError, (TypeError, ValueError))
