@@ -16,12 +16,13 @@ import signal
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from functools import partial, wraps
 from hashlib import sha256
 from itertools import count
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from weakref import ref
 
 from aggregator.errors import ConfigError
 from aggregator.patching import Patch, Patches
@@ -263,14 +264,21 @@ class Branch:
     path to the same work, whatever finishes first. `inner` is the path since the innermost lineage block.
     """
 
-    __slots__ = ("_alive", "_crowded", "_numbers", "_parent", "_quiet", "depth", "inner", "path", "pid")
+    __slots__ = ("_alive", "_crowded", "_latest", "_numbers", "_parent", "_quiet", "depth", "inner", "path", "pid")
+
+    process: ClassVar[int] = os.getpid()
+    """This process, also after a fork: a branch is made for each lineage block, and asking the system is slow."""
 
     def __init__(self, path: str = "", inner: str = "", *, parent: Branch | None = None, quiet: bool = False) -> None:
-        self.path, self.inner, self.pid = path, inner, os.getpid()
-        self._parent, self._quiet = parent, quiet
+        self.path = path
+        self.inner = inner
+        self.pid = self.process
         self.depth: int = 0 if parent is None else parent.depth + 1
+        self._parent = parent
+        self._quiet = quiet
         self._numbers = count()
-        self._alive = 0
+        self._alive = 0  # threads and pool items
+        self._latest: ref[asyncio.Task[Any]] | None = None
         self._crowded = False
 
     def child(self) -> Branch:
@@ -278,15 +286,20 @@ class Branch:
         if self._quiet:
             return self
         number = next(self._numbers)
-        self._alive += 1
-        self._crowded = self._crowded or self._alive > 1
+        if not self._crowded:
+            latest = None if self._latest is None else self._latest()
+            self._crowded = self._alive > 0 or (latest is not None and not latest.done())
         parent = self if self.depth < _DEEPEST else None
         return Branch(_joined(self.path, number), _joined(self.inner, number), parent=parent)
 
-    def end(self) -> None:
-        """Count the work of this branch as ended."""
-        if self._parent is not None and not self._quiet:
-            self._parent._alive -= 1  # noqa: SLF001 - of its own class
+    def watch(self, task: asyncio.Task[Any]) -> None:
+        """Note a task that was started here: what is started before it is done is concurrent with it."""
+        if not self._crowded:
+            self._latest = ref(task)
+
+    def add(self, change: int) -> None:
+        """Count a thread or pool item that was started here as under way (1) or as ended (-1)."""
+        self._alive += change
 
     def is_concurrent(self) -> bool:
         """Return whether this is one of several that are or were under way at once, since the last lineage block."""
@@ -310,6 +323,9 @@ def _joined(path: str, number: int) -> str:
     joined = f"{path}.{number}" if path else str(number)
     return joined if len(joined) < _LONGEST_PATH else sha256(joined.encode()).hexdigest()[:16]
 
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: setattr(Branch, "process", os.getpid()))
 
 _branch: ContextVar[Branch | None] = ContextVar("aggregator_branch", default=None)
 
@@ -345,7 +361,7 @@ def carrying() -> Iterator[None]:
     the context; a pool's own threads keep none. `refuse_strays` raises in work for another process.
     """
     here = current_branch()
-    branch = Branch() if here is None or here.pid != os.getpid() else here
+    branch = Branch() if here is None or here.pid != Branch.process else here
     token = _branch.set(branch)
     _hooks.hold()
     try:
@@ -384,7 +400,7 @@ def refuse_strays(what: str) -> None:
             return
         where = "a thread that was not started by threading, and has no context while a run or cassette is open"
         remedy = "start it with threading.Thread or a ThreadPoolExecutor"
-    elif branch.pid == os.getpid():
+    elif branch.pid == Branch.process:
         return
     else:
         where = f"process {os.getpid()}, which cannot reach the run or cassette that is open in process {branch.pid}"
@@ -412,6 +428,7 @@ def _carried(branch: Branch) -> Callable[..., Any]:
 
 def _carried_from(context: Context, branch: Branch) -> Callable[..., Any]:
     child = branch.child()
+    branch.add(1)
     context.run(_branch.set, child)
 
     def run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -420,7 +437,7 @@ def _carried_from(context: Context, branch: Branch) -> Callable[..., Any]:
         try:
             return context.run(function, *args, **kwargs)
         finally:
-            child.end()
+            branch.add(-1)
             _work.handed_in, _work.own = before
 
     return run
@@ -541,12 +558,13 @@ def _create_task(original: Callable[..., Any]) -> Callable[..., Any]:
         branch = current_branch()
         if branch is not None:
             context = copy_context() if kwargs.get("context") is None else kwargs["context"]
-            child = branch.child()
-            with suppress(RuntimeError):  # somebody's own context that is in use: its tasks get no numbers
-                context.run(_branch.set, child)
+            try:
+                context.run(_branch.set, branch.child())
                 kwargs["context"] = context
+            except RuntimeError:  # somebody's own context that is in use: its tasks get no numbers
+                pass
             task = original(self, coro, **kwargs)
-            task.add_done_callback(lambda _: child.end())
+            branch.watch(task)
             return task
         return original(self, coro, **kwargs)
 

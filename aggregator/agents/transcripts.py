@@ -124,7 +124,7 @@ class Span(Group):
         self.inputs = [(key, show(value)) for key, value in inputs]
         self.outcome: tuple[str, str] | None = None
         self._owner = ref(_runner())  # weak: a task holds its context, and with it this span
-        self._groups: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
+        self._groups: WeakKeyDictionary[Any, Group] | None = None  # of the other tasks and threads, if there are any
 
     def add(self, item: Span | LLMCall) -> None:
         """Take a slot for `item`, next to what the same task or thread recorded before."""
@@ -132,6 +132,8 @@ class Span(Group):
         if runner is self._owner():
             self.items.append(item)
             return
+        if self._groups is None:
+            self._groups = WeakKeyDictionary()
         group = self._groups.get(runner)
         if group is None:
             group = self._groups[runner] = Group()

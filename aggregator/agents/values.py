@@ -70,6 +70,8 @@ def refuse_oddities(value: Any, path: str = "", levels: int = DEPTH_LIMIT) -> No
     """Raise Unfit where a value holds NaN, infinity or text that UTF-8 cannot carry, or is nested too deep."""
     if levels == 0:
         raise Unfit(f"Expected a value of at most {DEPTH_LIMIT} levels, got one that is nested deeper")
+    if value is None or isinstance(value, int):  # bool included
+        return
     if isinstance(value, float):
         if value - value != 0.0:
             raise Unfit(f"Expected a finite number, got {value!r}", path)
@@ -128,6 +130,8 @@ def describe_type(kind: Any) -> str:
     >>> describe_type(dict[str, list[int]]), describe_type(Annotated[float, Meta(ge=0, le=1)])
     ('dict[str, list[int]]', 'float, >= 0, <= 1')
     """
+    if type(kind) is type:
+        return str(kind.__name__)
     if hasattr(kind, "__metadata__"):
         facts = [fact for meta in kind.__metadata__ if isinstance(meta, Meta) for fact in _facts(meta)]
         return ", ".join([describe_type(kind.__origin__), *facts])

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, Token
-from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +97,9 @@ def lineage_at(path: str, role: Role) -> lineage:
     return lineage(*([path] if path else []), role=role, root=True)
 
 
-@lru_cache(maxsize=1024)
 def _joined(parts: tuple[Any, ...]) -> str:
+    if len(parts) == 1 and type(parts[0]) is str and parts[0] and parts[0].isprintable():  # nearly always
+        return parts[0]
     for part in parts:
         if not isinstance(part, str) or not part or not part.isprintable():
             raise ConfigError(f"Expected non-empty printable text as a part of a lineage, got {part!r}")

@@ -397,10 +397,13 @@ def check_output(output: Any) -> None:
 
 _COMPLETION = "a Completion; return its text, as in self.llm(...).text"
 _MOST_ITEMS = 1_000
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def _unfinished(output: Any, depth: int = 0) -> str:
     """Return what a value is that is not an answer yet, and the remedy; "" for an answer."""
+    if type(output) in _SCALARS:  # nearly always
+        return ""
     if inspect.iscoroutine(output):
         output.close()  # no warning that it was never awaited: the error says so
         return "a coroutine; write `await` before the call"

@@ -186,12 +186,14 @@ async def complete_own(model: ChatModel, messages: Any, *, max_tokens: int, **op
 def _known_options(model: ChatModel, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that every API behind the model has; the others are warned of."""
     models: Sequence[Any] = getattr(model, "models", (model,))
-    lacking = {
-        name: found.endpoint.provider
-        for found in models
-        for name in getattr(getattr(getattr(found, "endpoint", None), "codec", None), "lacks", ())
-        if options.get(name) is not None
-    }
+    lacking = {}
+    for found in models:
+        endpoint: Any = getattr(found, "endpoint", None)
+        for name in getattr(getattr(endpoint, "codec", None), "lacks", ()):
+            if options.get(name) is not None:
+                lacking[name] = endpoint.provider
+    if not lacking:
+        return options
     for name, provider in lacking.items():
         warnings.warn(
             f"Expected {name} to be sent, which {provider} does not have; it is left out, and answers differ by chance",
@@ -206,9 +208,13 @@ _THINKING_FIELDS = frozenset({"reasoning", "reasoning_effort", "thinking", "enab
 
 def _is_thinker(model: ChatModel) -> bool:
     name, extra = getattr(model, "model", None), getattr(model, "extra", None)
+    if isinstance(name, str) and thinks(name):
+        return True
+    if not extra:
+        return False
     inner = extra.get("generationConfig") if isinstance(extra, Mapping) else None
-    asked = {*(extra or ()), *(inner if isinstance(inner, Mapping) else ())}
-    return (isinstance(name, str) and thinks(name)) or not _THINKING_FIELDS.isdisjoint(asked)
+    asked = {*extra, *(inner if isinstance(inner, Mapping) else ())}
+    return not _THINKING_FIELDS.isdisjoint(asked)
 
 
 def _provider_and_model(name: str) -> tuple[str, str]:

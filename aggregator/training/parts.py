@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Container, Iterator, Mapping, Sequence
 from inspect import Parameter, isawaitable, signature
 from typing import Any
 
@@ -143,7 +143,7 @@ async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step:
 
     Score and feedback are those of the rollouts if the optimizer gives none of its own.
     """
-    proposal = await _await_part(optimizer.propose(rollouts, step), "propose", optimizer)
+    proposal = await _check_async(optimizer.propose(rollouts, step), "propose", optimizer)
     if not isinstance(proposal, Proposal) or not isinstance(proposal.values, dict):
         raise TypeError(
             f"Expected a Proposal(values={{...}}) from {name_of(optimizer)}.propose, got {shorten(proposal)}"
@@ -198,7 +198,7 @@ def combine_edits(proposals: Sequence[Proposal], step: Step) -> tuple[Sequence[P
 
 async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Return what a rule makes of proposals; raises ConfigError for anything but proposals."""
-    answer: Any = await _await_part(rule(proposals, step), "the rule", rule)
+    answer: Any = await _check_async(rule(proposals, step), "the rule", rule)
     if not isinstance(answer, Sequence) or not all(isinstance(proposal, Proposal) for proposal in answer):
         raise ConfigError(
             f"Expected a list of Proposals from the rule {name_of(rule)}, got {shorten(answer)}; [] is no update"
@@ -208,7 +208,7 @@ async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step
 
 async def ask_gate(gate: Gate, before: Values, after: Values, step: Step) -> Decision:
     """Return a gate's decision; raises ConfigError for anything but a Decision, and for a memory that is not JSON."""
-    answer: Any = await _await_part(gate(before, after, step), "the gate", gate)
+    answer: Any = await _check_async(gate(before, after, step), "the gate", gate)
     if not isinstance(answer, Decision):
         raise ConfigError(
             f"Expected a Decision(accepted=..., reason=...) from the gate {name_of(gate)}, got {shorten(answer)}"
@@ -286,12 +286,13 @@ def check_choice(search: Search, answer: Any, known: Container[str]) -> tuple[Ca
     )
 
 
-async def _await_part(answer: Any, what: str, part: Any) -> Any:
+def _check_async(answer: Any, what: str, part: Any) -> Awaitable[Any]:
     if not isawaitable(answer):
         raise ConfigError(
             f"Expected {what} of {name_of(part)} to be async, got {shorten(answer)} at once; write `async def`"
         )
-    return await answer
+    awaitable: Awaitable[Any] = answer
+    return awaitable
 
 
 def name_of(part: Any) -> str:

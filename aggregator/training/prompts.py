@@ -352,16 +352,19 @@ def pretty(value: Any) -> str:
     return msgspec.json.format(msgspec.json.encode(sort_sets(value), enc_hook=str), indent=2).decode()
 
 
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
 def sort_sets(value: Any) -> Any:
     """Return a value in the order it came, with sets, whose order is another in every process, as sorted lists.
 
     >>> sort_sets({"b": {3, 1}, "a": 0})
     {'b': [1, 3], 'a': 0}
     """
-    if isinstance(value, str | int | float | None):  # nearly always
+    if type(value) in _SCALARS:  # nearly always
         return value
-    if isinstance(value, Mapping):
-        return {key: sort_sets(item) for key, item in value.items()}
+    if isinstance(value, dict | Mapping):
+        return {key: item if type(item) in _SCALARS else sort_sets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [sort_sets(item) for item in value]
     if isinstance(value, set | frozenset):
@@ -429,5 +432,6 @@ def _indent_headings(text: str) -> str:
 
     A lone surrogate, which no request can carry, is written as its escape.
     """
-    text = text.encode(errors="backslashreplace").decode()
-    return text.replace("\n#", "\n #") if not text.startswith("#") else _indent_headings(f" {text}")
+    if not text.isascii():
+        text = text.encode(errors="backslashreplace").decode()
+    return (f" {text}" if text.startswith("#") else text).replace("\n#", "\n #")

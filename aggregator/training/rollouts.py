@@ -139,7 +139,9 @@ class Rollouts:
         """
         repeats = repeats or Repeats()
         if isinstance(self._agent, InstanceAgent):
-            arrive_at = partial(self._join, guide=guide, limit=limit, repeats=repeats)
+            arrive_at = partial(self._one, guide=guide)
+            if repeats.count > 1:
+                arrive_at = partial(self._join, guide=guide, limit=limit, repeats=repeats)
             at_once = max(limit // repeats.count, 1)
             return await finish(lambda i: one(i, partial(arrive_at, tasks[i])), range(len(tasks)), at_once)
         wanted, tasks = len(tasks), repeats.expand(tasks)
@@ -173,8 +175,6 @@ class Rollouts:
         return found
 
     async def _join(self, task: RolloutTask, *, guide: Any, limit: int, repeats: Repeats) -> Rollout:
-        if repeats.count == 1:
-            return await self._one(task, guide)
         runs = await finish(lambda own: self._one(own, guide), repeats.expand([task]), min(limit, repeats.count))
         return repeats.join(runs)[0]
 
@@ -185,7 +185,7 @@ class Rollouts:
         else:
             async with self._turn(task.values), self._slots or nullcontext():
                 rollout = await run(task, guide)
-        return await self.see(rollout)
+        return await self.see(rollout) if self._watching else rollout
 
     async def _run(self, task: RolloutTask, guide: Any) -> Rollout:
         (rollout,) = await self._executor.map(self._work(guide), [task])
