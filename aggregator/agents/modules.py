@@ -122,7 +122,7 @@ class Module:
         return self.forward(*args, **kwargs)
 
     def __repr__(self) -> str:
-        names = [parameter.name if parameter.named else path for path, parameter in walk(self, "", set())]
+        names = [parameter.name if parameter.named else path for path, parameter in walk(self)]
         return f"<{type(self).__name__} with parameters {', '.join(names)}>" if names else f"<{type(self).__name__}>"
 
     def parameters(self) -> list[ParameterNode[Any]]:
@@ -135,8 +135,9 @@ class Module:
 
     def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
         """Return name -> parameter, as `parameters()`."""
-        walked = walk(self, "", set())
-        parameters = index((parameter.name if parameter.named else path, path, parameter) for path, parameter in walked)
+        parameters = index(
+            [(parameter.name if parameter.named else path, path, parameter) for path, parameter in walk(self)]
+        )
         for name, parameter in parameters.items():
             parameter.name = name
         return parameters
@@ -235,62 +236,74 @@ def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, Paramete
     }
 
 
-def walk(value: Any, path: str, seen: set[int]) -> Iterator[_Found]:
-    """Yield (path, parameter) for all that can be reached, each once, depth first."""
+def walk(value: Any, path: str = "", seen: set[int] | None = None) -> list[_Found]:
+    """Return (path, parameter) for all that can be reached, each once, depth first; what is `seen` is left out."""
+    found: list[_Found] = []
+    _collect(value, path, set() if seen is None else seen, found)
+    return found
+
+
+def _collect(value: Any, path: str, seen: set[int], found: list[_Found]) -> None:
     if isinstance(value, ParameterNode):
         if id(value) not in seen:
             seen.add(id(value))
-            yield path, value
+            found.append((path, value))
+    elif isinstance(value, _CONTAINERS):
+        if id(value) not in seen:
+            seen.add(id(value))
+            for key, item in _items(value):
+                _collect(item, f"{path}.{key}" if path else str(key), seen, found)
     elif operation := operation_of(value):
         code = operation.code_of(getattr(value, "__self__", None))
         if code is not None:
-            yield from walk(code, path + CODE, seen)
-    elif isinstance(value, Module | dict | list | tuple) and id(value) not in seen:
-        seen.add(id(value))
-        for key, item in _items(value):
-            yield from walk(item, f"{path}.{key}" if path else str(key), seen)
+            _collect(code, path + CODE, seen, found)
 
 
 def operations_of(agent: Any) -> Iterator[tuple[Any, Any]]:
     """Yield (operation, its instance or None) for every bundled function that can be reached from an agent."""
     seen: set[int] = set()
 
-    def found(value: Any) -> Iterator[tuple[Any, Any]]:
-        if operation := operation_of(value):
+    def find(value: Any) -> Iterator[tuple[Any, Any]]:
+        if isinstance(value, _CONTAINERS):
+            if id(value) not in seen:
+                seen.add(id(value))
+                for _, item in _items(value):
+                    yield from find(item)
+        elif operation := operation_of(value):
             yield operation, getattr(value, "__self__", None)
-        elif isinstance(value, Module | dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            for _, item in _items(value):
-                yield from found(item)
 
-    yield from found(agent)
+    yield from find(agent)
 
 
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what a container holds, by key, position or attribute: the class's attributes before the instance's."""
+_CONTAINERS = (Module, dict, list, tuple)
+_LEAVES = (str, int, float, bytes, type(None))  # what nearly all other items are: nothing is found in them
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """Return what a container holds, by key, position or attribute: the class's attributes before the instance's."""
+    items: list[tuple[Any, Any]]
     if isinstance(value, dict):
-        yield from value.items()
+        items = list(value.items())
     elif isinstance(value, Module):
-        own = getattr(value, "__dict__", {})
-        for name, attribute in _class_attributes(type(value)).items():
+        kind, own = type(value), getattr(value, "__dict__", {})
+        items = []
+        for name, attribute in _class_attributes(kind).items():
             if name not in own:
-                operation = operation_of(attribute)
-                yield name, getattr(value, name) if operation else attribute
-        yield from own.items()
-        for name in _slots(type(value)):
-            if hasattr(value, name):
-                yield name, getattr(value, name)
+                items.append((name, getattr(value, name) if operation_of(attribute) else attribute))
+        items += own.items()
+        items += [(name, getattr(value, name)) for name in _slots(kind) if hasattr(value, name)]
     else:
-        yield from enumerate(value)
+        items = list(enumerate(value))
+    return [item for item in items if not isinstance(item[1], _LEAVES)]
 
 
-def _slots(kind: type) -> Iterator[str]:
-    """Yield the attributes that a class keeps in slots, as `@dataclass(slots=True)` does, those of its bases first."""
+def _slots(kind: type) -> list[str]:
+    """Return the attributes that a class keeps in slots, as `@dataclass(slots=True)` does, those of its bases first."""
+    found: list[str] = []
     for base in reversed(kind.__mro__):
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if not name.startswith("__"):
-                yield name
+        slots = base.__dict__.get("__slots__", ())
+        found += (slots,) if isinstance(slots, str) else slots
+    return [name for name in found if not name.startswith("__")]
 
 
 def _class_attributes(kind: type) -> dict[str, Any]:
@@ -298,5 +311,5 @@ def _class_attributes(kind: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if base not in (object, Module):
-            found |= {name: value for name, value in vars(base).items() if not name.startswith("__")}
+            found |= {name: value for name, value in base.__dict__.items() if not name.startswith("__")}
     return found

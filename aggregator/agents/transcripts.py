@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -282,8 +282,7 @@ def current_transcript() -> Transcript | None:
     return _transcript.get()
 
 
-@contextmanager
-def transcript() -> Iterator[Transcript]:
+class transcript(AbstractContextManager[Transcript]):  # noqa: N801 - reads as a word at its use, once per instance
     """Record what is done in the block, and in tasks and threads started from it.
 
     >>> with transcript() as t:
@@ -294,13 +293,16 @@ def transcript() -> Iterator[Transcript]:
       a: 1
       returned: 2
     """
-    opened = Transcript()
-    transcript_token, span_token = _transcript.set(opened), _span.set(opened.root)
-    try:
-        yield opened
-    finally:
-        _span.reset(span_token)
-        _transcript.reset(transcript_token)
+
+    def __enter__(self) -> Transcript:
+        opened = Transcript()
+        self._tokens = _transcript.set(opened), _span.set(opened.root)
+        return opened
+
+    def __exit__(self, *error: object) -> None:
+        of_transcript, of_span = self._tokens
+        _span.reset(of_span)
+        _transcript.reset(of_transcript)
 
 
 @contextmanager

@@ -6,8 +6,8 @@ the outer ones. Totals do not depend on the order in which calls finish.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from math import fsum
@@ -47,9 +47,9 @@ class Ledger:
 
     def measures(self) -> dict[str, float]:
         """Return `milliseconds` of all calls and, if every price is known, their `cost` in USD; {} without a call."""
-        usages = [usage for _, usage in self.entries()]
-        if not usages:
+        if not self._entries:
             return {}
+        usages = [usage for _, usage in self.entries()]
         costs = [usage.cost for usage in usages if usage.cost is not None]
         cost = {"cost": fsum(costs)} if len(costs) == len(usages) else {}
         return {**cost, "milliseconds": fsum(self._milliseconds)}
@@ -63,6 +63,9 @@ class Ledger:
         return {role: total(self._entries[role]) for role in sorted(self._entries)}
 
 
+_TOKENS = tuple(name for name in Usage.__struct_fields__ if name.endswith("_tokens"))
+
+
 def total(usages: Iterable[Usage]) -> Usage:
     """Add usages up so that their order does not matter: costs with `math.fsum`, unknown ones apart from 0.
 
@@ -70,19 +73,18 @@ def total(usages: Iterable[Usage]) -> Usage:
     >>> both.input_tokens, both.output_tokens, both.cost, both.calls
     (5, None, 0.1, 2)
     """
-    known = list(usages)
-    costs = [usage.cost for usage in known if usage.cost is not None]
-    return Usage(
-        input_tokens=_known_sum(usage.input_tokens for usage in known),
-        output_tokens=_known_sum(usage.output_tokens for usage in known),
-        cached_tokens=_known_sum(usage.cached_tokens for usage in known),
-        reasoning_tokens=_known_sum(usage.reasoning_tokens for usage in known),
-        cost=fsum(costs) if costs else None,
-        calls=sum(usage.calls for usage in known),
-        cache_write_tokens=_known_sum(usage.cache_write_tokens for usage in known),
-        cache_write_1h_tokens=_known_sum(usage.cache_write_1h_tokens for usage in known),
-        estimated_calls=sum(usage.estimated_calls for usage in known),
-    )
+    counts = {"calls": 0, "estimated_calls": 0}
+    tokens: dict[str, int | None] = dict.fromkeys(_TOKENS)
+    costs: list[float] = []
+    for usage in usages:
+        counts["calls"] += usage.calls
+        counts["estimated_calls"] += usage.estimated_calls
+        if usage.cost is not None:
+            costs.append(usage.cost)
+        for name in _TOKENS:
+            if (known := getattr(usage, name)) is not None:
+                tokens[name] = known + (tokens[name] or 0)
+    return Usage(cost=fsum(costs) if costs else None, **counts, **tokens)
 
 
 def total_by_role(parts: Iterable[Mapping[str, Usage]]) -> dict[str, Usage]:
@@ -94,20 +96,16 @@ def total_by_role(parts: Iterable[Mapping[str, Usage]]) -> dict[str, Usage]:
     return {role: total(roles[role]) for role in sorted(roles)}
 
 
-def _known_sum(counts: Iterable[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
-
-
-@contextmanager
-def collecting() -> Iterator[Ledger]:
+class collecting(AbstractContextManager[Ledger]):  # noqa: N801 - reads as a word at its use, once per instance
     """Count the calls made inside this block."""
-    ledger = Ledger(_current.get())
-    token = _current.set(ledger)
-    try:
-        yield ledger
-    finally:
-        _current.reset(token)
+
+    def __enter__(self) -> Ledger:
+        ledger = Ledger(_current.get())
+        self._token = _current.set(ledger)
+        return ledger
+
+    def __exit__(self, *error: object) -> None:
+        _current.reset(self._token)
 
 
 def count(role: str, usage: Usage, milliseconds: float = 0.0) -> None:

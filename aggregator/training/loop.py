@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -57,7 +57,7 @@ from aggregator.training.checkpoints import (
 )
 from aggregator.training.evaluation import Evaluations, failures_of, is_lost, lowest_of, mean, run_again, scores_of
 from aggregator.training.gates import apply_values, validate
-from aggregator.training.parts import as_json, check_candidates, check_code, engine_mark, name_of, sandboxes_of
+from aggregator.training.parts import as_json, check_candidates, check_code, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.rollouts import Arrive, Repeats, Rollouts, follow, is_bug, spare_bugs, without_handle
 from aggregator.training.rules import key_of
@@ -124,12 +124,14 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     """Train by the plan; every way out leaves the partial result on disk or on the error."""
     check_saving(plan, trainer.agent)
     parameters = trainer.parameters()
-    check_code(trainer.agent, parameters)
+    sandboxes = check_code(trainer.agent, parameters)
     initial = read(parameters)
     with claim_run_dir(plan.run_dir):
         marks: dict[str, str] = {}
         if plan.run_dir is not None:
-            marks = fingerprint(plan, trainer, initial, gate) | engine_mark(trainer.agent, parameters)
+            marks = fingerprint(plan, trainer, initial, gate)
+            if interpreted := [f"{name} in {place}" for name, place in sandboxes.items() if place.startswith("monty")]:
+                marks["sandbox"] = ", ".join(interpreted)  # another interpreter decides what the code comes to
         state = (
             checkpoints.load(plan.run_dir, marks) if plan.run_dir and plan.resume else None
         ) or checkpoints.RunState(initial=initial, values=initial)
@@ -140,7 +142,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
             course = _Course(trainer, plan, gate, local, parameters, marks, state)
             try:
                 with open_journal(plan.run_dir, state), count_in(budget, plan.run_dir, state), lineage("train"):
-                    await notify(course.observers, "started", course.info())
+                    await notify(course.observers, "started", course.info(sandboxes))
                     await course.follow()
             except BaseException as error:
                 ended = course.break_off(error)
@@ -459,7 +461,7 @@ class _Course:
         plan, values = self.plan, values_of(self.parameters)
         return await validate(state, values, plan.validation, self.evaluations, steps, plan.min_score)
 
-    def info(self) -> RunInfo:
+    def info(self, sandboxes: Mapping[str, str]) -> RunInfo:
         """Return what the run is about to do."""
         plan, state, trainer = self.plan, self.state, self.trainer
         spent = [*(report.usage for report in state.history), *(run.usage for run in state.evaluations)]
@@ -479,7 +481,7 @@ class _Course:
             test_samples=len(plan.test),
             finished_steps=state.steps,
             usage=total_by_role(spent),
-            sandboxes=sandboxes_of(trainer.agent, self.parameters),
+            sandboxes=sandboxes,
             skipped_samples=state.skipped,
         )
 

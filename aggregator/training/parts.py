@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Awaitable, Container, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Container, Mapping, Sequence
 from inspect import Parameter, isawaitable, signature
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from aggregator.agents.bundles import Operation
 from aggregator.agents.code import CodeParameter, require_consent, unsandboxed_code
 from aggregator.agents.modules import operations_of
 from aggregator.agents.sandbox import check_sandboxed
@@ -300,57 +299,39 @@ def name_of(part: Any) -> str:
     return str(getattr(part, "__qualname__", type(part).__qualname__))
 
 
-def check_code(agent: Any, parameters: Sequence[Any]) -> None:
-    """Check that every operation whose code will be trained can run in its sandbox; raises ConfigError.
+def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
+    """Check that every operation whose code will be trained can run in its sandbox.
 
-    The error names what awaits, calls a model, changes `self`, or uses values that cannot cross to a sandbox. An
-    operation with `sandbox=None` is not checked: it runs in this process.
+    Returns parameter name -> where its code runs: "process", "monty" with its version, or "none" for this process,
+    where nothing is checked. Raises ConfigError, which names what awaits, calls a model, changes `self`, or uses values
+    that cannot cross to a sandbox.
     """
-    sandboxed = [
-        (operation, code, owner)
-        for operation, code, owner in _trained(agent, parameters)
-        if current_place(code.place).engine != "here"
-    ]
-    check_sandboxed((operation.title, code, owner) for operation, code, owner in sandboxed)
-    engines = {current_place(code.place).engine for _, code, _ in sandboxed}
-    if "monty" in engines:
-        from aggregator.sandbox.monty import engine
-
-        engine()
+    trained = {id(getattr(parameter, "origin", parameter)) for parameter in parameters}
+    places: dict[str, str] = {}
+    sandboxed: list[tuple[str, CodeParameter, Any]] = []
+    for operation, owner in operations_of(agent):
+        code = operation.code_of(owner)
+        if code is None or id(code) not in trained:
+            continue
+        places[code.name] = engine = current_place(code.place).engine
+        if engine != "here":
+            sandboxed.append((operation.title, code, owner))
+    check_sandboxed(sandboxed)
+    engines = set(places.values())
     if "process" in engines and not hasattr(os, "fork"):
         raise ConfigError(
             "Expected a system with fork for the sandbox of trained code, got none; set sandbox='monty' in @bundle "
             "(pip install 'aggregated-update[monty]'), or sandbox=None"
         )
+    shown = {"here": "none", "process": "process"}
+    if "monty" in engines:
+        from importlib.metadata import version
 
+        from aggregator.sandbox.monty import engine as find_monty
 
-def sandboxes_of(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
-    """Return where the code of each trained operation runs, by parameter name: process, monty and its version, none."""
-    words = {"here": "none", "process": "process"}
-    found = {}
-    for _, code, _ in _trained(agent, parameters):
-        engine = current_place(code.place).engine
-        if engine == "monty":
-            from importlib.metadata import version
-
-            words["monty"] = f"monty {version('pydantic-monty')}"
-        found[code.name] = words[engine]
-    return found
-
-
-def engine_mark(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
-    """Return what a run's checkpoint keeps of an interpreter other than this one: it may decide what code comes to."""
-    named = [f"{name} in {engine}" for name, engine in sandboxes_of(agent, parameters).items() if "monty" in engine]
-    return {"sandbox": ", ".join(named)} if named else {}
-
-
-def _trained(agent: Any, parameters: Sequence[Any]) -> Iterator[tuple[Operation, CodeParameter, Any]]:
-    """Yield (operation, its parameter, its instance or None) of the operations among the trained parameters."""
-    trained = {id(getattr(parameter, "origin", parameter)) for parameter in parameters}
-    for operation, owner in operations_of(agent):
-        code = operation.code_of(owner)
-        if code is not None and id(code) in trained:
-            yield operation, code, owner
+        find_monty()
+        shown["monty"] = f"monty {version('pydantic-monty')}"
+    return {name: shown[engine] for name, engine in places.items()}
 
 
 def permit_replayed_code(values: Values, parameters: Sequence[Any]) -> None:
