@@ -73,18 +73,18 @@ def total(usages: Iterable[Usage]) -> Usage:
     >>> both.input_tokens, both.output_tokens, both.cost, both.calls
     (5, None, 0.1, 2)
     """
-    counts = {"calls": 0, "estimated_calls": 0}
-    tokens: dict[str, int | None] = dict.fromkeys(_TOKENS)
+    calls = estimated = 0
+    tokens: dict[str, Any] = dict.fromkeys(_TOKENS)
     costs: list[float] = []
     for usage in usages:
-        counts["calls"] += usage.calls
-        counts["estimated_calls"] += usage.estimated_calls
+        calls += usage.calls
+        estimated += usage.estimated_calls
         if usage.cost is not None:
             costs.append(usage.cost)
         for name in _TOKENS:
             if (known := getattr(usage, name)) is not None:
                 tokens[name] = known + (tokens[name] or 0)
-    return Usage(cost=fsum(costs) if costs else None, **counts, **tokens)
+    return Usage(cost=fsum(costs) if costs else None, calls=calls, estimated_calls=estimated, **tokens)
 
 
 def total_by_role(parts: Iterable[Mapping[str, Usage]]) -> dict[str, Usage]:
