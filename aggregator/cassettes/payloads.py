@@ -20,7 +20,7 @@ import msgspec
 _DATA = re.compile(rb"(?:(?<![^\r\n])|(?<=^\xef\xbb\xbf))data: ?([^\r\n]*)")
 _LINE = re.compile(rb"[^\r\n]+")
 _EVENTS = (b"data:", b"event:", b":", b"id:", b"retry:")
-_STREAMED = re.compile(r"event-stream|stream\+json|ndjson|jsonl|json-?lines|json-seq", re.IGNORECASE)
+_STREAMED = re.compile(r"event-?stream|stream\+json|ndjson|jsonl|json-?lines|json-seq", re.IGNORECASE)
 
 
 def is_stream(headers: Mapping[str, str]) -> bool:

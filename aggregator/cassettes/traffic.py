@@ -24,6 +24,7 @@ from msgspec import Struct
 from aggregator import portal
 from aggregator.cassettes.clients import families, to_reply
 from aggregator.cassettes.lineage import WATCH, Watch, is_passing, tape_here
+from aggregator.cassettes.payloads import is_stream
 from aggregator.cassettes.slots import Slot
 from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, miss_class, recorded_failure
 from aggregator.errors import AggregatorError, APIConnectionError, CassetteMissError
@@ -245,11 +246,55 @@ class Turn:
             failure = RecordedError(message, kind=kind)
             self.tape.record(self.slot, reply, usage=noted.usage, model=noted.model, failure=failure)
 
+    def tee(self, status: int, reason: str | None, headers: Iterable[tuple[Any, Any]]) -> Tee | None:
+        """Return what collects a streamed answer while its client reads it; None if it must be read first.
+
+        A recording has to hold an answer before it is used; other answers are read whole anyway.
+        """
+        given = list(headers)
+        kind = next((value for name, value in given if _text(name).lower() == "content-type"), "")
+        is_streamed = self.slot is None and status < 300 and is_stream({"content-type": _text(kind)})
+        return Tee(self, status, reason, given) if is_streamed else None
+
     def withdraw(self) -> None:
         """Take back a request of which nothing is recorded, as where it was cancelled."""
         self._drop(was_sent=True)
         if self.tape is not None and self.slot is not None:
             self.tape.withdraw(self.slot)
+
+
+class Tee:
+    """Collects an answer that its client reads piece by piece, and shows it once: at its end, or when it is left."""
+
+    def __init__(self, turn: Turn, status: int, reason: str | None, headers: list[tuple[Any, Any]]) -> None:
+        self._turn: Turn | None = turn
+        self._head = (status, reason, headers)
+        self._pieces: list[bytes] = []
+
+    def take(self, piece: bytes) -> bytes:
+        """Keep a piece, and return it."""
+        if self._turn is not None:
+            self._pieces.append(piece)
+        return piece
+
+    def end(self, *, is_plain: bool = False) -> None:
+        """Show what has come; `is_plain` if the client has decompressed it already."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            status, reason, headers = self._head
+            if is_plain:
+                headers = [(name, value) for name, value in headers if _text(name).lower() != "content-encoding"]
+            turn.finish(turn.answer(status, reason, headers, b"".join(self._pieces)))
+
+    def fail(self, kind: str, message: str) -> None:
+        """Show that the answer was cut."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.fail(kind, message)
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
 def begin(client: str, request: HTTPRequest) -> Turn:

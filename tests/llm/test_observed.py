@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -550,3 +551,167 @@ def test_worker_processes_cannot_count_other_clients() -> None:
     """A ConfigError when the trainer is made, not calls that nobody sees."""
     with ProcessExecutor(1) as executor, pytest.raises(ConfigError, match=r"clients=None beside ProcessExecutor"):
         train(Asking("http://127.0.0.1:9"), executor=executor)
+
+
+# Streams
+
+
+EVENTS = [
+    {"model": "m", "choices": [{"index": 0, "delta": {"role": "assistant", "content": text}}]} for text in ("fi", "ne")
+]
+LAST = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Sends the events of a stream one by one, each when the client has got the one before."""
+
+    protocol_version = "HTTP/1.1"
+    server: Any
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        with suppress(BrokenPipeError):  # a client that leaves early
+            self.send_events()
+
+    def send_events(self) -> None:
+        events = [*(json.dumps(event) for event in (*EVENTS, LAST, *self.server.more)), "[DONE]"]
+        for i, event in enumerate(events):
+            if i:
+                self.server.got.acquire(timeout=20)
+            data = f"data: {event}\n\n".encode()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Streaming(ThreadingHTTPServer):
+    """`got` counts the pieces that the client has taken: with a client that waits for the whole, the server waits."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Slow)
+        self.got = threading.Semaphore(0)
+        self.more: list[Any] = [USAGE]
+        self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
+
+
+@pytest.fixture
+def streaming() -> Iterator[Streaming]:
+    with Streaming() as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def by_httpx(server: Streaming, body: Any) -> list[bytes]:
+    with httpx.stream("POST", server.url, json=body, timeout=10) as reply:
+        return taken(server, reply.iter_bytes())
+
+
+def by_async_httpx(server: Streaming, body: Any) -> list[bytes]:
+    async def ask() -> list[bytes]:
+        pieces = []
+        async with httpx.AsyncClient(timeout=10) as client, client.stream("POST", server.url, json=body) as reply:
+            async for piece in reply.aiter_bytes():
+                pieces.append(piece)
+                server.got.release()
+        return pieces
+
+    return aggregator.portal.call(ask) if not aggregator.portal.is_here() else []
+
+
+def by_aiohttp(server: Streaming, body: Any) -> list[bytes]:
+    import aiohttp
+
+    async def ask() -> list[bytes]:
+        pieces = []
+        async with aiohttp.ClientSession() as session, session.post(server.url, json=body) as reply:
+            async for piece in reply.content.iter_any():
+                pieces.append(piece)
+                server.got.release()
+        return pieces
+
+    return aggregator.portal.call(ask)
+
+
+def by_requests(server: Streaming, body: Any) -> list[bytes]:
+    with requests.post(server.url, json=body, stream=True, timeout=10) as reply:
+        return taken(server, reply.iter_content(None))
+
+
+def by_urllib3(server: Streaming, body: Any) -> list[bytes]:
+    import urllib3
+
+    reply = urllib3.PoolManager().request("POST", server.url, json=body, preload_content=False, timeout=10)
+    return taken(server, reply.stream())
+
+
+def taken(server: Streaming, pieces: Iterator[bytes]) -> list[bytes]:
+    found = []
+    for piece in pieces:
+        found.append(piece)
+        server.got.release()
+    return found
+
+
+@pytest.mark.parametrize("read", [by_httpx, by_async_httpx, by_aiohttp, by_requests, by_urllib3])
+def test_streams_are_not_buffered(streaming: Streaming, read: Callable[[Streaming, Any], list[bytes]]) -> None:
+    """The server sends a piece only once the client has the one before; the whole answer is counted at its end."""
+
+    class Reading(Module):
+        def __init__(self) -> None:
+            self.rule = ParameterNode("Answer.", name="rule")
+
+        def forward(self, x: str) -> int:
+            body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": x}]}
+            return len(read(streaming, body))
+
+    result, _, rollouts = train(Reading(), [("one", 5)])
+    assert rollouts[0].failure is None
+    assert rollouts[0].output == 5
+    assert "reply: fine" in rollouts[0].transcript
+    used = result.usage["agent"]
+    assert (used.calls, used.input_tokens, used.output_tokens, used.estimated_calls) == (1, 7, 3, 0)
+
+
+def test_a_stream_without_usage_is_estimated_and_marked(streaming: Streaming, tmp_path: Path) -> None:
+    """OpenAI's streams state none unless asked: four bytes a token, on the tape too, and in the budget."""
+    streaming.more = []
+    for _ in range(9):
+        streaming.got.release()
+    agent = Asking("", lambda url, body: by_httpx(streaming, body | {"stream": True}) and chat("fine"))
+    budget, path = Budget(tokens=50_000), tmp_path / "a.yaml"
+    for mode in ("all", "none"):
+        with aggregator.cassette(path, mode, clients="all"):
+            result, _, _ = train(agent, [("one", "a")], budget=budget, stepsize=0.0)
+        used = result.usage["agent"]
+        assert (used.input_tokens, used.output_tokens, used.estimated_calls) == (3, 1, 1)
+    assert budget.spent.tokens == 8
+    recording = read(path)
+    assert recording is not None
+    assert recording.rows[0].exchange().facts.usage["estimated_calls"] == 1
+
+
+def test_a_stream_that_is_left_early_counts_what_came(streaming: Streaming) -> None:
+    """And gives back what was reserved for the rest."""
+
+    def ask(url: str, body: Any) -> Any:
+        with httpx.stream("POST", streaming.url, json=body, timeout=10) as reply:
+            next(reply.iter_bytes())
+        return chat("fine")
+
+    budget = Budget(tokens=50_000)
+    result, _, rollouts = train(Asking("", ask, stream=True), [("one", "a")], budget=budget, stepsize=0.0)
+    assert result.usage["agent"].estimated_calls == 1
+    assert "reply: fi\n" in rollouts[0].transcript + "\n"
+    assert (budget.spent.tokens, budget.reserved.tokens) == (4, 0)
+    for _ in range(9):
+        streaming.got.release()

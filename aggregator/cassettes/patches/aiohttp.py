@@ -14,7 +14,7 @@ from typing import Any
 from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_request
 from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, refuse
+from aggregator.cassettes.traffic import Tee, Turn, begin, is_wanted, leaves_out, refuse
 from aggregator.patching import Patch
 
 CLIENT = "aiohttp"
@@ -203,6 +203,10 @@ def _start(original: Callable[..., Any]) -> Callable[..., Any]:
         with passing():
             try:
                 response = await original(self, connection)
+                tee = turn.tee(self.status, self.reason, self.headers.items())
+                if tee is not None:
+                    _show_while_read(self.content, tee)
+                    return response
                 content = await self.content.read()
             except _failures() as error:
                 _fail(turn, error)
@@ -216,6 +220,32 @@ def _start(original: Callable[..., Any]) -> Callable[..., Any]:
         return response
 
     return start
+
+
+def _show_while_read(content: Any, tee: Tee) -> None:
+    """Show a stream of an answer while its client reads it: every way to read takes its chunks by one method."""
+    kind = type(content)
+
+    class Teed(kind):  # type: ignore[misc,valid-type]
+        __slots__ = ()
+
+        def _read_nowait_chunk(self, n: int) -> bytes:
+            data: bytes = tee.take(super()._read_nowait_chunk(n))
+            if self.at_eof():
+                tee.end(is_plain=True)
+            return data
+
+        def feed_eof(self) -> None:
+            super().feed_eof()
+            if self.at_eof():
+                tee.end(is_plain=True)
+
+        def set_exception(self, exc: Any, *args: Any) -> None:
+            if isinstance(exc, BaseException):
+                tee.fail(kind_of(exc, CLIENT), str(exc))
+            super().set_exception(exc, *args)
+
+    content.__class__ = Teed
 
 
 def _again(content: bytes) -> Any:

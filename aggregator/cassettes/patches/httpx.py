@@ -7,15 +7,15 @@ neither recorded nor served, unless a test of vcrpy's is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to_request
 from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out, refuse
+from aggregator.cassettes.traffic import Tee, Turn, begin, is_wanted, leaves_out, refuse
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply
 
@@ -57,6 +57,71 @@ def _received(turn: Turn, response: Any, content: bytes) -> HTTPReply:
     return turn.answer(response.status_code, response.reason_phrase, response.headers.multi_items(), content)
 
 
+def _read(stream: Any) -> bytes:
+    """Read a stream to its end and close it."""
+    try:
+        content = b"".join(stream)
+    except BaseException:
+        with suppress(Exception):
+            stream.close()
+        raise
+    stream.close()
+    return content
+
+
+async def _aread(stream: Any) -> bytes:
+    """Read an asynchronous stream to its end and close it."""
+    try:
+        content = b"".join([part async for part in stream])
+    except BaseException:
+        with suppress(Exception):
+            await stream.aclose()
+        raise
+    await stream.aclose()
+    return content
+
+
+def _tee(turn: Turn, response: Any) -> Tee | None:
+    return turn.tee(response.status_code, response.reason_phrase, response.headers.multi_items())
+
+
+@cache
+def _teed(module: Any) -> Any:
+    """Return the class of a stream that is shown while its client reads it."""
+
+    class Teed(module.SyncByteStream, module.AsyncByteStream):  # type: ignore[misc]
+        def __init__(self, stream: Any, tee: Tee) -> None:
+            self._stream, self._tee = stream, tee
+
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                for piece in self._stream:
+                    yield self._tee.take(piece)
+            except module.TransportError as error:
+                self._tee.fail(kind_of(error, module.__name__), str(error))
+                raise
+            self._tee.end()
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            try:
+                async for piece in self._stream:
+                    yield self._tee.take(piece)
+            except module.TransportError as error:
+                self._tee.fail(kind_of(error, module.__name__), str(error))
+                raise
+            self._tee.end()
+
+        def close(self) -> None:
+            self._tee.end()
+            self._stream.close()
+
+        async def aclose(self) -> None:
+            self._tee.end()
+            await self._stream.aclose()
+
+    return Teed
+
+
 def _module_of(request: Any) -> Any:
     return sys.modules[type(request).__module__.partition(".")[0]]
 
@@ -82,13 +147,10 @@ def _handle_request(original: Callable[..., Any], *, in_process: bool = False) -
         with passing():
             try:
                 response = original(self, request)
-                try:
-                    content = b"".join(response.stream)
-                except BaseException:
-                    with suppress(Exception):
-                        response.stream.close()
-                    raise
-                response.stream.close()
+                if (tee := _tee(turn, response)) is not None:
+                    response.stream = _teed(module)(response.stream, tee)
+                    return response
+                content = _read(response.stream)
             except module.TransportError as error:
                 turn.fail(kind_of(error, module.__name__), str(error))
                 raise
@@ -124,13 +186,10 @@ def _handle_async_request(original: Callable[..., Any], *, in_process: bool = Fa
         with passing():
             try:
                 response = await original(self, request)
-                try:
-                    content = b"".join([part async for part in response.stream])
-                except BaseException:
-                    with suppress(Exception):
-                        await response.stream.aclose()
-                    raise
-                await response.stream.aclose()
+                if (tee := _tee(turn, response)) is not None:
+                    response.stream = _teed(module)(response.stream, tee)
+                    return response
+                content = await _aread(response.stream)
             except module.TransportError as error:
                 turn.fail(kind_of(error, module.__name__), str(error))
                 raise

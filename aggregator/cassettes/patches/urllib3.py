@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email.message import Message
 from functools import cache, cached_property, partial, wraps
 from http.client import HTTPException
@@ -16,7 +16,7 @@ from aggregator.cassettes.clients import headers_of, kind_of, standard_error, to
 from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.patches.stdlib import http_response, response_again
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out
+from aggregator.cassettes.traffic import Tee, Turn, begin, is_wanted, leaves_out
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply
 
@@ -174,6 +174,8 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
                 raw = {"preload_content": False, "decode_content": False, "response_conn": None}
                 asked = options | (raw if returns_own else {})
                 response = original(self, conn, method, url, **asked)
+                if returns_own and (tee := _tee(turn, response, options)) is not None:
+                    return _teed(self, response, tee, options)
                 content = response.read()
             except (HTTPError, OSError, HTTPException) as error:
                 _fail(turn, error)
@@ -184,6 +186,54 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
         return _recorded(self, turn, response, content, (method, url), options, returns_own=returns_own)
 
     return make_request
+
+
+def _tee(turn: Turn, response: Any, options: Mapping[str, Any]) -> Tee | None:
+    if options.get("preload_content", True):
+        return None
+    return turn.tee(response.status, response.reason, response.headers.items())
+
+
+def _teed(pool: Any, response: Any, tee: Tee, options: Mapping[str, Any]) -> Any:
+    """Return a streamed answer that is shown while its client reads it."""
+    from urllib3.exceptions import HTTPError
+    from urllib3.util.response import is_fp_closed
+
+    kind = type(response)
+
+    class Teed(kind):  # type: ignore[misc,valid-type]
+        def read(self, *args: Any, **kwargs: Any) -> bytes:
+            return self._shown(super().read, *args, **kwargs)  # type: ignore[no-any-return]
+
+        def read1(self, *args: Any, **kwargs: Any) -> bytes:
+            return self._shown(super().read1, *args, **kwargs)  # type: ignore[no-any-return]
+
+        def read_chunked(self, *args: Any, **kwargs: Any) -> Iterator[bytes]:
+            pieces = super().read_chunked(*args, **kwargs)
+            while (piece := self._shown(next, pieces, None)) is not None:
+                yield piece
+            tee.end(is_plain=True)
+
+        def close(self) -> None:
+            tee.end(is_plain=True)
+            super().close()
+
+        def _shown(self, read: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            try:
+                piece = read(*args, **kwargs)
+            except (HTTPError, OSError, HTTPException) as error:
+                tee.fail(kind_of(error, "urllib3"), str(error))
+                raise
+            if piece:
+                tee.take(piece)
+            if is_fp_closed(self._fp):
+                tee.end(is_plain=True)
+            return piece
+
+    response.__class__ = Teed
+    response._connection, response._pool = options.get("response_conn"), pool  # noqa: SLF001 - as the pool does
+    response.decode_content = options.get("decode_content", True)
+    return response
 
 
 def _played(
