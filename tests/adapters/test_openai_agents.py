@@ -16,18 +16,22 @@ from agents import (
     FunctionTool,
     Model,
     ModelResponse,
+    OpenAIChatCompletionsModel,
     Runner,
     Usage,
     function_tool,
     handoff,
     set_tracing_disabled,
 )
+from openai import AsyncOpenAI
 from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
 
 from aggregator import as_agent, trainable
 from aggregator.errors import ConfigError
 from aggregator.executors.work import AgentWork
+from aggregator.llm.observed import Observed
 from aggregator.records import Rollout, RolloutTask, Sample
+from aggregator.simulation import SimulatedModel
 
 set_tracing_disabled(True)
 
@@ -203,6 +207,17 @@ async def test_tools_handoffs_and_calls_of_models_are_in_the_transcript_in_their
     seen = [line for line in lines if line.startswith(("LLM call", "tool ", "handoff "))]
     assert seen == ["LLM call", "handoff from triage", "LLM call", "tool lookup", "LLM call"]
     assert any(line.startswith('  returned: "found ') for line in lines)
+
+
+async def test_a_call_that_clients_sees_is_in_the_transcript_once() -> None:
+    async with SimulatedModel() as server, AsyncOpenAI(base_url=server.base_url, api_key="none") as openai:
+        asking = OpenAIChatCompletionsModel("gpt-4o-mini", openai)
+        host = Agent(name="route", model=asking, instructions="If no rule applies, answer sales.")
+        with Observed("all").watching():
+            found = await rollout(host)
+    assert found.output == "sales"
+    assert found.transcript.count("LLM call") == 1
+    assert "  reply: sales" in found.transcript
 
 
 async def test_saved_values_hold_inside_applied_only(tmp_path: Path) -> None:

@@ -11,14 +11,19 @@ import pytest
 
 pytest.importorskip("pydantic_ai", reason="runs in the environment pydantic-ai of tests/environments.py")
 
+from openai import AsyncOpenAI
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.messages import InstructionPart, ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
 
 from aggregator import ParameterNode, as_agent, trainable
 from aggregator.errors import ConfigError
 from aggregator.executors.work import AgentWork
+from aggregator.llm.observed import Observed
 from aggregator.records import Rollout, RolloutTask, Sample
+from aggregator.simulation import SimulatedModel
 
 
 def echo(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
@@ -150,6 +155,16 @@ async def test_without_a_watched_client_the_history_is_the_transcript_with_tools
     assert 'tool call: history({"question":"why"})' in found.transcript
     assert "a lamp, why" in found.transcript
     assert found.transcript.count("LLM call") == 2
+
+
+async def test_a_call_that_clients_sees_is_in_the_transcript_once() -> None:
+    async with SimulatedModel() as server, AsyncOpenAI(base_url=server.base_url, api_key="none") as openai:
+        asking = OpenAIChatModel("gpt-4o-mini", provider=OpenAIProvider(openai_client=openai))
+        with Observed("all").watching():
+            found = await rollout(Agent(asking, instructions="If no rule applies, answer sales."))
+    assert found.output == "sales"
+    assert found.transcript.count("LLM call") == 1
+    assert "  reply: sales" in found.transcript
 
 
 async def test_a_run_that_fails_keeps_its_transcript() -> None:

@@ -64,8 +64,8 @@ class Case(NamedTuple):
 
 CASES = (
     Case("plain function", "plain_function", "instruction", is_smoke=True),
-    Case("pydantic-ai", "pydantic_ai", "instructions", "pydantic-ai-slim", "pydantic-ai"),
-    Case("OpenAI Agents SDK", "openai_agents", "triage.instructions", "openai-agents", "openai-agents"),
+    Case("pydantic-ai", "pydantic_ai", "instructions", "pydantic-ai-slim", "pydantic-ai", is_smoke=True),
+    Case("OpenAI Agents SDK", "openai_agents", "triage.instructions", "openai-agents", "openai-agents", is_smoke=True),
     Case("DSPy", "dspy", "instructions", "dspy", "dspy"),
 )
 
