@@ -15,7 +15,7 @@ from inspect import isawaitable, signature
 from types import FunctionType
 from typing import Any, overload
 
-from aggregator.adapters.frameworks import ADAPTERS, package_of
+from aggregator.adapters.frameworks import ADAPTERS, is_gepa_adapter, package_of
 from aggregator.adapters.function import FunctionAgent, is_plain_function
 from aggregator.adapters.template import EvaluatedValues, TemplateAgent
 from aggregator.adapters.trace import TraceAgent, is_trace_agent
@@ -107,6 +107,8 @@ def trainable(thing: Any = None, /, **options: Any) -> Any:
 def _of_framework(thing: Any, options: Mapping[str, Any]) -> Agent | None:
     """Return an object of another framework as an agent; None for anything else."""
     package = None if isinstance(thing, Module | type) else package_of(thing)
+    if package is None and is_gepa_adapter(thing):
+        package = "gepa"
     if package is None and options:
         raise ConfigError(
             f"Expected no other options than model and evaluator for {shorten(thing)}, got {', '.join(options)}; "

@@ -34,6 +34,7 @@ from aggregator.records import Completion
 ADAPTERS = {
     "crewai": "crewai",
     "dspy": "dspy",
+    "gepa": "gepa",
     "google.adk": "adk",
     "langchain": "langchain",
     "langgraph": "langchain",
@@ -196,6 +197,12 @@ def require_version(distribution: str, at_least: str, below: str, *, version: st
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def is_gepa_adapter(thing: Any) -> bool:
+    """Return True for an object with the two methods of GEPA's protocol for adapters, of whatever class."""
+    methods = (getattr(thing, "evaluate", None), getattr(thing, "make_reflective_dataset", None))
+    return not isinstance(thing, type) and all(map(callable, methods))
 
 
 def package_of(thing: Any, packages: Collection[str] = ADAPTERS) -> str | None:

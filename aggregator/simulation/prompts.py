@@ -73,6 +73,9 @@ def blocks_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Block, list[Block]
     return _block(sections["CurrentValue"]), suggested
 
 
+_QUESTIONS = ("user: ", "Inputs: ")  # of a call to a model; of a record of GEPA's
+
+
 def shown_text(transcript: str) -> str:
     r"""Return the question of a transcript: its last user message, of a prompt in one message the last paragraph.
 
@@ -80,13 +83,13 @@ def shown_text(transcript: str) -> str:
     'My parcel is lost.'
     """
     lines = transcript.split("\n")
-    at = max((i for i, line in enumerate(lines) if line.lstrip().startswith("user: ")), default=None)
+    at = max((i for i, line in enumerate(lines) if line.lstrip().startswith(_QUESTIONS)), default=None)
     if at is None:
         return ""
     first = lines[at].lstrip()
     indent = len(lines[at]) - len(first)
-    if first != "user: |":
-        return first.removeprefix("user: ")
+    if not first.endswith(": |"):
+        return first.partition(": ")[2]
     block = []
     for line in lines[at + 1 :]:
         if line.strip() and len(line) - len(line.lstrip()) <= indent:

@@ -43,7 +43,7 @@ async def aoptimize(
     thing: Any,
     data: Dataset,
     *,
-    guide: AnyGuide | Evaluator,
+    guide: AnyGuide | Evaluator | None,
     model: Any = None,
     optimizer: AnyOptimizer | None = None,
     budget: Budget | None = None,

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from msgspec.structs import replace
 
 from aggregator.adapters.agents import as_agent
+from aggregator.adapters.template import own_verdict
 from aggregator.adapters.trace_optimizer import as_optimizer
 from aggregator.agents.parameters import ParameterNode, read
 from aggregator.cassettes.lineage import current_lineage, lineage
@@ -91,20 +92,20 @@ class Trainer:
     Overridable: the seed's `forward(agent, x, guide, info, verbose)` and `update(outputs, verbose)`, sync or async, and
     `propose(rollouts, step)`. An overridden `forward` runs in this process, with the agent that the trainer was given.
 
-    The arguments of `train`: `guide(x, output, info)` returns a score or (score, feedback). Data sets are
-    dict(inputs=..., infos=...) or sequences of (x, info). `stepsize` in [0, 1] is how much proposals weigh against the
-    current value, constant or a schedule. The test set is evaluated before training, every `eval_frequency` steps and
-    at the end; 0 is never. `log_frequency` None logs whenever the test set is evaluated, every step if that is never.
-    `min_score` is the score of an instance on which the agent itself fails: by default the one that the guide declares,
-    else the lowest score of the comparison at hand, at most 0. `verbose` logs scores, "output" also the
-    agent's outputs. `ensure_improvement` refuses updates that do not raise the batch's own score by
-    `improvement_threshold`. `save_frequency` saves the agent every so many steps to `save_path`. `num_threads` is
-    Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a batch is lost stops. `run_dir`
-    keeps journal, checkpoints and result.json there; `resume=True` goes on where such a run was cut off. `repeats`
-    rolls each instance out so many times; its score is the mean. `stop` ends the run between two steps: `target(0.95)`,
-    `patience(3)` or `seconds(600)` (of `aggregator.stops`), a callable of the history that returns True, or a list of
-    these; `result.stopped` is the reason. `instance_timeout` is how many seconds the agent, and then the guide, may
-    take for one instance.
+    The arguments of `train`: `guide(x, output, info)` returns a score or (score, feedback); None is for an agent that
+    scores itself, such as an adapter of GEPA's. Data sets are dict(inputs=..., infos=...) or sequences of (x, info).
+    `stepsize` in [0, 1] is how much proposals weigh against the current value, constant or a schedule. The test set is
+    evaluated before training, every `eval_frequency` steps and at the end; 0 is never. `log_frequency` None logs
+    whenever the test set is evaluated, every step if that is never. `min_score` is the score of an instance on which
+    the agent itself fails: by default the one that the guide declares, else the lowest score of the comparison at hand,
+    at most 0. `verbose` logs scores, "output" also the agent's outputs. `ensure_improvement` refuses updates that do
+    not raise the batch's own score by `improvement_threshold`. `save_frequency` saves the agent every so many steps to
+    `save_path`. `num_threads` is Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a
+    batch is lost stops. `run_dir` keeps journal, checkpoints and result.json there; `resume=True` goes on where such a
+    run was cut off. `repeats` rolls each instance out so many times; its score is the mean. `stop` ends the run between
+    two steps: `target(0.95)`, `patience(3)` or `seconds(600)` (of `aggregator.stops`), a callable of the history that
+    returns True, or a list of these; `result.stopped` is the reason. `instance_timeout` is how many seconds the agent,
+    and then the guide, may take for one instance.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class Trainer:
 
     async def atrain(
         self,
-        guide: AnyGuide,
+        guide: AnyGuide | None,
         train_dataset: Dataset,
         *,
         stepsize: float | Schedule = 0.5,
@@ -275,7 +276,7 @@ class Trainer:
         Raises ConfigError, BudgetExceededError, TrainingError, CassetteMissError. An early end has a partial `.result`.
         """
         plan = Plan(
-            guide=guide,
+            guide=self._guide(guide),
             train=(train := samples(train_dataset)),
             test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
             stepsize=as_schedule(stepsize),
@@ -306,7 +307,7 @@ class Trainer:
 
     async def aplan(
         self,
-        guide: AnyGuide,
+        guide: AnyGuide | None,
         train_dataset: Dataset,
         *,
         num_epochs: int = 1,
@@ -326,7 +327,7 @@ class Trainer:
         """
         plan = check(
             Plan(
-                guide=guide,
+                guide=self._guide(guide),
                 train=samples(train_dataset),
                 test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
                 stepsize=as_schedule(0.5),
@@ -346,7 +347,7 @@ class Trainer:
         if not sample:
             return counted
         chosen = [one for turn in plan.schedule() for one in turn.samples][:sample]
-        step = Step.of(self.agent, guide=guide, samples=chosen)
+        step = Step.of(self.agent, guide=plan.guide, samples=chosen)
         with observed(self.clients, self.prices), lineage("plan"), collecting() as ledger:
             runs = await step.evaluate(step.values, chosen, fresh=True)
         return with_sample(counted, runs, ledger.totals())
@@ -392,6 +393,10 @@ class Trainer:
         values = values_named(self._result, which)
         apply_values(self.agent, self.parameters(), values, which)
         return values
+
+    def _guide(self, guide: Any) -> Any:
+        """Return the guide; None is the agent's own verdict, if it has one."""
+        return own_verdict if guide is None and getattr(self.agent, "scores_itself", False) else guide
 
     def _concurrency(self, *wanted: int | None) -> int:
         if not self.use_asyncio:

@@ -66,7 +66,8 @@ CASES = (
     Case("plain function", "plain_function", "instruction", is_smoke=True),
     Case("pydantic-ai", "pydantic_ai", "instructions", "pydantic-ai-slim", "pydantic-ai", is_smoke=True),
     Case("OpenAI Agents SDK", "openai_agents", "triage.instructions", "openai-agents", "openai-agents", is_smoke=True),
-    Case("DSPy", "dspy", "instructions", "dspy", "dspy"),
+    Case("DSPy", "dspy", "instructions", "dspy", "dspy", is_smoke=True),
+    Case("GEPA adapter", "gepa", "system_prompt", "gepa", "gepa", is_smoke=True),
 )
 
 
