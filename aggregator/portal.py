@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
-import signal
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
@@ -137,7 +136,7 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
         )
     outcome: Future[Result] = Future()
     scope = _scope.get() or Scope()
-    branch = current_branch()
+    branch = current_branch() or (_STRAY if _is_foreign() else None)
 
     def start() -> None:
         if scope.is_cancelled:
@@ -165,23 +164,6 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
             if outcome.done():
                 vars(interrupt).update(vars(outcome.exception()) if outcome.exception() is not None else {})
         raise
-
-
-def interrupt_of(error: BaseException) -> KeyboardInterrupt | None:
-    """Return the interrupt that ended this task, with what the error carries; None for any other error.
-
-    On Ctrl-C `asyncio.run` cancels its main task and then raises a KeyboardInterrupt made by itself, which would lose
-    what the work has left on its error. Raised by the task, this one takes its place.
-    """
-    handler: Any = signal.getsignal(signal.SIGINT)
-    runner = getattr(getattr(handler, "func", None), "__self__", None)
-    if not isinstance(error, asyncio.CancelledError) or not getattr(runner, "_interrupt_count", 0):
-        return None
-    if handler.keywords.get("main_task") is not asyncio.current_task():
-        return None
-    interrupt = KeyboardInterrupt()
-    vars(interrupt).update(vars(error))
-    return interrupt
 
 
 def _transfer(task: asyncio.Task[Result], outcome: Future[Result]) -> None:
@@ -268,6 +250,8 @@ class Branch:
 
     process: ClassVar[int] = os.getpid()
     """This process, also after a fork: a branch is made for each lineage block, and asking the system is slow."""
+    outside: ClassVar[int] = 0
+    """Calls of models from threads without a context, while a run or cassette was open: its own, or not."""
 
     def __init__(self, path: str = "", inner: str = "", *, parent: Branch | None = None, quiet: bool = False) -> None:
         self.path = path
@@ -389,23 +373,31 @@ def refuse_strays(what: str) -> None:
     """Raise ConfigError for a call that belongs to a run or cassette and cannot reach it.
 
     In another process the budget, the journal and the values on trial are copies; a thread that C code has started has
-    none of them. Raises CancelledError for work that was given up, as after a timeout.
+    none of them. Raises CancelledError for work that was given up. Another thread without a context is counted only.
     """
     scope = _scope.get()
     if scope is not None and scope.is_cancelled:
         raise asyncio.CancelledError("given up")
     branch = _branch.get()
-    if branch is None:
-        if not (_hooks.holders and isinstance(threading.current_thread(), _FOREIGN)):
-            return
+    if (branch is None and not _is_foreign()) or (branch is not None and branch.pid == Branch.process):
+        Branch.outside += branch is None and _hooks.holders > 0
+        return
+    if branch is None or branch is _STRAY:
         where = "a thread that was not started by threading, and has no context while a run or cassette is open"
         remedy = "start it with threading.Thread or a ThreadPoolExecutor"
-    elif branch.pid == Branch.process:
-        return
     else:
         where = f"process {os.getpid()}, which cannot reach the run or cassette that is open in process {branch.pid}"
         remedy = "use threads, return what the call needs, or open a cassette in that process"
     raise ConfigError(f"Expected {what} in the process and context of its run, got one in {where}; {remedy}")
+
+
+_STRAY = Branch()  # of a synchronous call from a thread that C code has started
+_STRAY.pid = -1
+
+
+def _is_foreign() -> bool:
+    """Return True in a thread that C code has started, while a run or cassette is open."""
+    return bool(_hooks.holders) and isinstance(threading.current_thread(), _FOREIGN)
 
 
 class _Elsewhere:
@@ -503,6 +495,23 @@ def _submit_to_threads(original: Callable[..., Any]) -> Callable[..., Any]:
     return submit
 
 
+def _add_done_callback(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def add_done_callback(self: Any, fn: Callable[..., Any]) -> Any:
+        branch = current_branch()
+        if branch is None or (getattr(fn, "__module__", "") or "").partition(".")[0] in (
+            "asyncio",
+            "concurrent",
+            "uvloop",
+        ):
+            return original(self, fn)
+        context = copy_context()
+        context.run(_branch.set, branch.uncounted())
+        return original(self, partial(context.run, fn))
+
+    return add_done_callback
+
+
 def _submit_to_processes(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def submit(self: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -575,6 +584,7 @@ _hooks = Patches(
     (
         Patch("threading", "Thread.start", _start_thread),
         Patch("concurrent.futures.thread", "ThreadPoolExecutor.submit", _submit_to_threads),
+        Patch("concurrent.futures._base", "Future.add_done_callback", _add_done_callback),
         Patch("concurrent.futures.process", "ProcessPoolExecutor.submit", _submit_to_processes),
         Patch("joblib.externals.loky.process_executor", "ProcessPoolExecutor.submit", _submit_to_processes),
         Patch("loky.process_executor", "ProcessPoolExecutor.submit", _submit_to_processes),

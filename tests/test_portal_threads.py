@@ -342,6 +342,43 @@ def test_a_thread_of_c_code_is_refused_while_a_run_is_open() -> None:
         assert "start it with threading.Thread" in ask()
 
 
+def test_a_synchronous_call_in_a_thread_of_c_code_is_refused() -> None:
+    """The call goes to the library's loop, whose own thread has nothing to do with it."""
+    import _thread
+
+    async def call() -> str:
+        return stray()
+
+    def ask() -> str:
+        told: list[str] = []
+        done = threading.Event()
+
+        def work() -> None:
+            told.append(portal.call(call))
+            done.set()
+
+        _thread.start_new_thread(work, ())
+        done.wait(5)
+        return told[0]
+
+    assert ask() == "not refused"
+    with run("candidate"):
+        assert "start it with threading.Thread" in ask()
+
+
+def test_a_callback_of_a_future_had_no_context() -> None:
+    """It runs in a thread of the pool, after the item."""
+    seen: list[tuple[str, str]] = []
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as pool, run("candidate"):
+        future = pool.submit(begun.wait, 5)
+        future.add_done_callback(lambda _: seen.append(see()))
+        begun.set()
+        future.result()
+        pool.shutdown()
+    assert [name for name, _ in seen] == ["candidate"]
+
+
 def test_tasks_that_start_one_another_for_ever_have_short_places() -> None:
     """A chain of ten thousand tasks keeps its places short."""
 

@@ -6,7 +6,6 @@ evaluate the test set -> for each turn: rollouts and proposals -> update -> eval
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -21,19 +20,18 @@ from aggregator.agents.modules import Module, write_artefact
 from aggregator.agents.parameters import ParameterNode, overriding, read, values_of, write
 from aggregator.agents.values import describe_type
 from aggregator.cassettes.lineage import current_lineage, lineage
-from aggregator.checks import is_finite
-from aggregator.errors import LLMError, ParameterError, TrainingError, TrainingWarning
+from aggregator.errors import LLMError, ParameterError, TrainingError
 from aggregator.executors.local import LocalExecutor, finish
-from aggregator.executors.work import failures_left, record_failure
+from aggregator.executors.work import record_failure
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting, total_by_role
 from aggregator.observing.configuring import Events
 from aggregator.observing.console import ConsoleLogger, ProgressBar, redraws
 from aggregator.observing.observer import Observer, Watching, as_observers, from_logger, notify, notify_failed
+from aggregator.portal import Branch
 from aggregator.protocols import Agent, Executor, Logger
 from aggregator.records import (
     Candidate,
-    Decision,
     Evaluation,
     FullStepReport,
     Rollout,
@@ -59,7 +57,16 @@ from aggregator.training.evaluation import Evaluations, failures_of, is_lost, lo
 from aggregator.training.gates import apply_values, validate
 from aggregator.training.parts import as_json, check_candidates, check_code, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
-from aggregator.training.rollouts import Arrive, Repeats, Rollouts, follow, is_bug, spare_bugs, without_handle
+from aggregator.training.rollouts import (
+    Arrive,
+    Repeats,
+    Rollouts,
+    follow,
+    is_bug,
+    spare_bugs,
+    warn_at_end,
+    without_handle,
+)
 from aggregator.training.rules import key_of
 from aggregator.training.searches import plain
 from aggregator.training.seed import (
@@ -78,10 +85,12 @@ from aggregator.training.updates import (
     Explored,
     Parts,
     Update,
+    as_update,
     changes_between,
     make_update,
     place_of,
     skip_satisfied,
+    with_outputs,
     without,
 )
 
@@ -125,7 +134,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     check_saving(plan, trainer.agent)
     parameters = trainer.parameters()
     sandboxes = check_code(trainer.agent, parameters)
-    initial = read(parameters)
+    initial, outside = read(parameters), Branch.outside
     with claim_run_dir(plan.run_dir):
         marks: dict[str, str] = {}
         if plan.run_dir is not None:
@@ -151,9 +160,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
                     raise
                 raise ended from error
         result = course.finish()
-        for left in failures_left(result.failures):
-            warnings.warn(left, TrainingWarning, stacklevel=2)
-        course.repeats.finish()
+        warn_at_end(result, course.repeats, Branch.outside - outside)
         await notify(course.observers, "finished", result)
         return result
 
@@ -260,7 +267,7 @@ class _Course:
             outputs = [instance.output for one in explored for instance in one.instances]
 
             async def apply(given: Sequence[Any]) -> Update:
-                return await make_update(parts, _with_outputs(explored, given), step, pool)
+                return await make_update(parts, with_outputs(explored, given), step, pool)
 
             if hooks.update is None:
                 update: Any = await apply(outputs)
@@ -268,7 +275,7 @@ class _Course:
                 with at_place(Place(step=step, call=self.local.call, update=apply)):
                     update = await call_hook(hooks.update, self.local.call, outputs, self.plan.verbose)
             written = changes_between(step.values, values_of(self.parameters))
-        report = _report(turn, explored, _as_update(update, explored, written), ledger.totals())
+        report = _report(turn, explored, as_update(update, explored, written), ledger.totals())
         memory = as_json(step.memory, self.gate)
         kept = update.pool if isinstance(update, Update) else candidates_in(self.state.memory)
         if kept:
@@ -536,30 +543,6 @@ def _pool_of(memory: dict[str, Any], step: Step) -> list[Candidate]:
     at = next((i for i, candidate in enumerate(found) if key_of(candidate.values) == key), None)
     new = Candidate(id=f"{step.number}.0", values=step.values, step=step.number)
     return [new if at is None else found.pop(at), *found]
-
-
-def _with_outputs(explored: Sequence[Explored], given: Sequence[Any]) -> list[Explored]:
-    """Return what was explored with the outputs that `update` is given, candidate by candidate.
-
-    An overridden `update` may pass on other outputs than those of the step, or fewer.
-    """
-    known = {id(instance.output): instance for one in explored for instance in one.instances}
-    instances = [known.get(id(output)) or read_output(output) for output in given]
-    size = len(instances) // len(explored)
-    return [replace(one, instances=instances[i * size : (i + 1) * size]) for i, one in enumerate(explored)]
-
-
-def _as_update(update: Any, explored: Sequence[Explored], written: Values) -> Update:
-    """Return what an `update` did, also if an overridden one returned a score or nothing of use."""
-    if isinstance(update, Update):
-        return update
-    scores = [instance.rollout.score for instance in explored[0].instances]
-    return Update(
-        values=written,
-        decision=Decision(accepted=bool(written), reason="applied by update()"),
-        score=float(update) if is_finite(update) else mean(scores),
-        proposals=sum(len(one.instances) for one in explored),
-    )
 
 
 def _report(turn: Turn, explored: Sequence[Explored], update: Update, usage: dict[str, Usage]) -> FullStepReport:

@@ -19,11 +19,11 @@ from msgspec.structs import replace
 from aggregator.cassettes.lineage import lineage_at
 from aggregator.errors import TrainingError, TrainingWarning
 from aggregator.executors.local import LocalExecutor, fan_out, finish
-from aggregator.executors.work import AgentWork, InstanceAgent, run_batch, show_failure, timed_out
+from aggregator.executors.work import AgentWork, InstanceAgent, failures_left, run_batch, show_failure, timed_out
 from aggregator.llm.ledger import collecting
 from aggregator.observing.observer import Observer, notify
 from aggregator.protocols import Agent, Executor
-from aggregator.records import Proposal, Rollout, RolloutTask, Values
+from aggregator.records import Proposal, Rollout, RolloutTask, TrainingResult, Values
 from aggregator.training.checkpoints import Streak, digest
 from aggregator.training.evaluation import join_repeats
 from aggregator.training.step import Step
@@ -88,6 +88,21 @@ class Repeats:
                 TrainingWarning,
                 stacklevel=2,
             )
+
+
+def warn_at_end(result: TrainingResult, repeats: Repeats, outside: int) -> None:
+    """Warn of bugs that are left, of repeats, and of an agent whose calls all came from outside of the run."""
+    for left in failures_left(result.failures):
+        warnings.warn(left, TrainingWarning, stacklevel=3)
+    repeats.finish()
+    if outside and "agent" not in result.usage:
+        warnings.warn(
+            f"{outside} calls of models came from threads started before the run, and none from its rollouts. If they "
+            "are the agent's, they saw neither the values on trial nor budget, journal, transcript: start the thread "
+            "in the agent, use a ThreadPoolExecutor, or pass the work on as contextvars.copy_context().run",
+            TrainingWarning,
+            stacklevel=3,
+        )
 
 
 class Rollouts:

@@ -6,6 +6,8 @@ decides the same on a slower or a faster machine.
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -310,3 +312,20 @@ class TimedOut(Struct, frozen=True, kw_only=True):
             count(role, usage)
             for budget in budgets_of(None):
                 budget.settle(NOTHING, spent_by(usage, NOTHING))
+
+
+def interrupt_of(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the interrupt that ended this task, with what the error carries; None for any other error.
+
+    On Ctrl-C `asyncio.run` cancels its main task and then raises a KeyboardInterrupt made by itself, which would lose
+    what the work has left on its error. Raised by the task, this one takes its place.
+    """
+    handler: Any = signal.getsignal(signal.SIGINT)
+    runner = getattr(getattr(handler, "func", None), "__self__", None)
+    if not isinstance(error, asyncio.CancelledError) or not getattr(runner, "_interrupt_count", 0):
+        return None
+    if handler.keywords.get("main_task") is not asyncio.current_task():
+        return None
+    interrupt = KeyboardInterrupt()
+    vars(interrupt).update(vars(error))
+    return interrupt

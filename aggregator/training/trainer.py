@@ -28,7 +28,7 @@ from aggregator.llm.ledger import Prices, collecting
 from aggregator.llm.observed import Clients, apart, observed
 from aggregator.observing.console import ConsoleLogger
 from aggregator.observing.observer import Watching
-from aggregator.portal import interrupt_of, sync
+from aggregator.portal import sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
 from aggregator.records import Candidate, Failure, Kept, Proposal, Rollout, RolloutTask, Sample, TrainingResult, Values
 from aggregator.text import show_call
@@ -65,7 +65,7 @@ from aggregator.training.schedules import Schedule, as_schedule
 from aggregator.training.searches import greedy
 from aggregator.training.seed import Hooks, current_place, read_output
 from aggregator.training.step import AnyOptimizer, Check, Gate, Optimizer, Search, Step, UpdateRule, use_values
-from aggregator.training.stops import AnyStop, check_stops
+from aggregator.training.stops import AnyStop, check_stops, interrupt_of
 from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, skip_satisfied, unread
 
 

@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator.cassettes.lineage import lineage
+from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.executors.local import MAX_CONCURRENCY, finish
 from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Stage, Values
@@ -32,7 +33,7 @@ from aggregator.training.parts import (
 )
 from aggregator.training.rules import key_of
 from aggregator.training.searches import contributors, greedy, plain, sources, with_scores
-from aggregator.training.seed import Instance, is_satisfied, propose_nothing
+from aggregator.training.seed import Instance, is_satisfied, propose_nothing, read_output
 from aggregator.training.step import Gate, Search, Step, UpdateRule, read_only, use_values
 from aggregator.training.suggestions import convert_suggestion
 
@@ -311,3 +312,28 @@ def changes_between(before: Values, after: Values) -> Values:
 def without(candidate: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
     """Return the others."""
     return [other for other in others if other.id != candidate.id]
+
+
+def with_outputs(explored: Sequence[Explored], given: Sequence[Any]) -> list[Explored]:
+    """Return what was explored with the outputs that `update` is given, candidate by candidate.
+
+    An overridden `update` may pass on other outputs than those of the step, or fewer.
+    """
+    known = {id(instance.output): instance for one in explored for instance in one.instances}
+    instances = [known.get(id(output)) or read_output(output) for output in given]
+    size = len(instances) // len(explored)
+    return [replace(one, instances=instances[i * size : (i + 1) * size]) for i, one in enumerate(explored)]
+
+
+def as_update(update: Any, explored: Sequence[Explored], written: Values) -> Update:
+    """Return what an `update` did, also if an overridden one returned a score or nothing of use."""
+    if isinstance(update, Update):
+        return update
+    runs = [instance.rollout for instance in explored[0].instances]
+    lowest = lowest_of([run.score for run in runs], min_score=explored[0].step.min_score)
+    return Update(
+        values=written,
+        decision=Decision(accepted=bool(written), reason="applied by update()"),
+        score=float(update) if is_finite(update) else mean(scores_of(runs, lowest)),
+        proposals=sum(len(one.instances) for one in explored),
+    )

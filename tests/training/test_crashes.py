@@ -180,3 +180,16 @@ def test_results_of_runs_without_crashes_stay_as_they_were() -> None:
         terse_is_better, DATA[:1]
     )
     assert result.history[0].decision.reason == "mean score 0.9 -> 1 on 1 instances"
+
+
+def test_a_crash_counts_where_update_is_overridden() -> None:
+    """The score of the step was the mean of the instances that had not crashed."""
+
+    class Silent(AggregatedUpdate):
+        async def update(self, outputs: Any, verbose: Any = False) -> None:
+            return None
+
+    agent, llm = Fragile(), ScriptedModel(lambda messages: suggest(prompt="be terse"))
+    agent.prompt.data = "be terse"
+    result = Silent(agent, LLMOptimizer(llm=llm), llm=llm).train(terse_is_better, DATA, batch_size=4)
+    assert result.train_scores == [0.25]

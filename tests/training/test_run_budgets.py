@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from router_runs import train
 
-from aggregator import Budget
-from aggregator.errors import BudgetExceededError
+from aggregator import LLM, AggregatedUpdate, Budget, LLMOptimizer
+from aggregator.errors import BudgetExceededError, TrainingWarning
 from aggregator.llm.budget import spending
 from aggregator.simulation import SimulatedModel
+from aggregator.testing import FakeTransport, ScriptedModel
 from aggregator.training.checkpoints import RESULT, load_result
 
 
@@ -109,3 +112,27 @@ def test_usage_without_a_price_is_a_warning(server: SimulatedModel) -> None:
     assert {role: usage.cost for role, usage in result.usage.items()} == dict.fromkeys(result.usage)
     calls = ", ".join(f"{role} {usage.calls}" for role, usage in result.usage.items())
     assert [warning.split(";")[0] for warning in result.warnings] == [f"the cost of these calls is unknown: {calls}"]
+
+
+def test_calls_of_a_thread_that_is_older_than_the_run_are_warned_of() -> None:
+    """Work that goes through a queue takes no context along: budget and transcript stay empty, which was silent."""
+    asked: queue.Queue[tuple[str, queue.Queue[str]]] = queue.Queue()
+    llm = LLM("openai/gpt-4o-mini", api_key="none", transport=FakeTransport("no"))
+
+    def serve() -> None:
+        for _ in range(2):
+            text, answer = asked.get()
+            answer.put(llm(messages=text).text)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+
+    def agent(x: str, *, hint: str = "") -> str:
+        answer: queue.Queue[str] = queue.Queue()
+        asked.put((x, answer))
+        return answer.get(timeout=10)
+
+    optimizer = LLMOptimizer(llm=ScriptedModel("TERMINATE"))
+    trainer = AggregatedUpdate(agent, optimizer, llm=ScriptedModel("TERMINATE"), observers=[])
+    with pytest.warns(TrainingWarning, match="2 calls of models came from threads started before the run"):
+        trainer.train(lambda x, output, info: 1.0, [("a", None), ("b", None)], batch_size=2)
