@@ -28,6 +28,7 @@ from aggregator.adapters.external import (
     ExternalAgent,
     ExternalError,
     ReplyForm,
+    Turn,
     as_parameters,
     check_size,
     encode_request,
@@ -36,6 +37,7 @@ from aggregator.adapters.external import (
 from aggregator.adapters.folders import Folder, copy_with, text_of
 from aggregator.errors import ConfigError
 from aggregator.guides.calling import Call
+from aggregator.records import HTTPReply, HTTPRequest
 from aggregator.text import as_text, show_size
 
 ValuesIn = Literal["request", "environment", "file"]
@@ -43,6 +45,9 @@ ValuesIn = Literal["request", "environment", "file"]
 
 VALUES_FILE = "AGGREGATOR_VALUES"
 """The environment variable that names the file of values."""
+ADDRESS = "http://command.invalid/"
+"""Where a recording places the runs of a command; its name follows."""
+_FAILED = 500
 _MAX_VARIABLE = 128 << 10  # of one argument or variable, on Linux
 _PLACE = re.compile(r"\{(\w[\w.]*)\}")
 _PATIENCE = 5.0
@@ -97,32 +102,50 @@ class CommandAgent(ExternalAgent):
             )
 
     async def ask(self, request: Mapping[str, Any], call: Call) -> bytes:
-        """Run the command once."""
+        """Run the command once, in a folder of its own if files are trained."""
         values = {one.name: one.data for one in self._values}
         texts = {one.name: one.data for one in self._texts}
-        with tempfile.TemporaryDirectory(prefix="aggregator-", ignore_cleanup_errors=True) as temporary:
-            here = self.folder
-            if self.files is not None:
-                here = Path(temporary, "folder")
-                await call(copy_with, self.files, texts, here)
-            given = {"input": request["input"]} | ({"values": values} if self.values_in == "request" else {})
-            body = encode_request(given)
-            command = [_fill(part, {**values, "input": request["input"]}) for part in self.program]
-            is_fed = not any("{input}" in part for part in self.program)
-            surroundings = {**os.environ, **self.environment, **self._environment(values, Path(temporary))}
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
-                    stdin=asyncio.subprocess.PIPE if is_fed else asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE,
-                    cwd=here,
-                    env=surroundings,
-                    start_new_session=True,  # so that all it starts can be ended together
-                )
-            except (OSError, ValueError) as error:  # a null byte, arguments that are too long, no permission
-                raise ExternalError(f"Expected to start {self.program[0]!r}, got {error}") from None
-            return await self._finish(process, body if is_fed else b"")
+        told = {"command": self.program, "input": request["input"], "values": values, "files": texts}
+        headers = {"content-type": "application/json"}
+        turn = Turn(
+            HTTPRequest(url=f"{ADDRESS}{Path(self.program[0]).name}", body=encode_request(told), headers=headers)
+        )
+
+        async def run() -> HTTPReply:
+            with tempfile.TemporaryDirectory(prefix="aggregator-", ignore_cleanup_errors=True) as temporary:
+                try:
+                    written = await self._run(request["input"], values, texts, Path(temporary), call)
+                except ExternalError as error:
+                    return HTTPReply(status=_FAILED, body=str(error).encode(errors="replace"), headers={})
+            return HTTPReply(status=200, body=written, headers={})
+
+        reply = await turn.reply_to(run)
+        if reply.status == _FAILED:
+            raise ExternalError(reply.body.decode())
+        return reply.body
+
+    async def _run(
+        self, x: Any, values: Mapping[str, Any], texts: Mapping[str, str], temporary: Path, call: Call
+    ) -> bytes:
+        here = self.folder
+        if self.files is not None:
+            here = temporary / "folder"
+            await call(copy_with, self.files, texts, here)
+        body = encode_request({"input": x} | ({"values": values} if self.values_in == "request" else {}))
+        is_fed = not any("{input}" in part for part in self.program)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *[_fill(part, {**values, "input": x}) for part in self.program],
+                stdin=asyncio.subprocess.PIPE if is_fed else asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=here,
+                env={**os.environ, **self.environment, **self._environment(values, temporary)},
+                start_new_session=True,  # so that all it starts can be ended together
+            )
+        except (OSError, ValueError) as error:  # a null byte, arguments that are too long, no permission
+            raise ExternalError(f"Expected to start {self.program[0]!r}, got {error}") from None
+        return await self._finish(process, body if is_fed else b"")
 
     def _environment(self, values: Mapping[str, Any], temporary: Path) -> dict[str, str]:
         if self.values_in == "file":

@@ -3,7 +3,8 @@
 A request is `{"input": x, "values": {name: value}}`. A reply is `{"output": ...}`, and may also have
 
 - `score`, `feedback`: the agent's own verdict, which the guide `own_verdict` takes; the output is then a `Reported`;
-- `transcript`: a text, or a list of steps, each a text or an object with `name`, `input` and `output`;
+- `transcript`: a text, or a list of steps, each a text, an object with `name`, `input` and `output`, or a call of a
+  model with `messages` and `output`;
 - `usage`: `input_tokens`, `output_tokens`, `cost` in USD, `calls`, which enter usage and budget;
 - `error`: what went wrong in the agent; the rollout has then failed with it.
 
@@ -13,7 +14,7 @@ A request is `{"input": x, "values": {name: value}}`. A reply is `{"output": ...
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -22,20 +23,18 @@ from msgspec import Struct
 
 from aggregator.adapters.frameworks import FrameworkAgent
 from aggregator.agents.parameters import ParameterNode
-from aggregator.agents.transcripts import recording
-from aggregator.cassettes.lineage import current_role
+from aggregator.agents.transcripts import current_transcript, recording
+from aggregator.cassettes.lineage import current_role, passing, tape_here
 from aggregator.checks import check_finite
-from aggregator.errors import (
-    AggregatorError,
-    ConfigError,
-)
+from aggregator.errors import AggregatorError, APIConnectionError, ConfigError
 from aggregator.executors.local import LocalExecutor
 from aggregator.executors.work import Ran
 from aggregator.guides.calling import Call
 from aggregator.llm.budget import Amount, budgets_of, pico
 from aggregator.llm.ledger import count
-from aggregator.records import NO_USAGE, RolloutTask, Usage
-from aggregator.text import clip, shorten, show_size
+from aggregator.llm.models import as_completion
+from aggregator.records import NO_USAGE, HTTPReply, HTTPRequest, RolloutTask, Usage
+from aggregator.text import as_text, clip, shorten, show_size
 
 ReplyForm = Literal["json", "text"]
 """What a reply is: the object described above, or text that is the output."""
@@ -100,7 +99,10 @@ class ExternalAgent(FrameworkAgent):
         yield self
 
     async def ask(self, request: Mapping[str, Any], call: Call) -> bytes:
-        """Send one request and return the reply's bytes. Raises ExternalError, or LLMError for a lost call."""
+        """Run the agent once, through a `Turn`, and return the reply's bytes.
+
+        Raises ExternalError, or LLMError for a lost call.
+        """
         raise NotImplementedError
 
     async def forward(self, x: Any) -> Any:
@@ -129,6 +131,40 @@ class ExternalAgent(FrameworkAgent):
             raise ExternalError(clip(reply.error, QUOTED))
         is_judged = reply.score is not None or reply.feedback != ""
         return Reported(reply.output, reply.score, reply.feedback) if is_judged else reply.output
+
+
+class Turn:
+    """One run of an agent outside as the current tape has it: recorded, or answered from the recording."""
+
+    def __init__(self, request: HTTPRequest) -> None:
+        tape = tape_here()
+        admitted = None if tape is None else tape.admit(request)
+        self._tape = None if admitted is None else tape
+        self._slot = None if self._tape is None or admitted is None else self._tape.issue(admitted)
+        self.is_replayed = False
+
+    async def reply_to(self, send: Callable[[], Awaitable[HTTPReply]]) -> HTTPReply:
+        """Return the next recorded reply, or what `send` returns; call it again for another attempt.
+
+        Raises what `send` raises, and CassetteMissError.
+        """
+        if self._tape is None or self._slot is None:
+            with passing():  # counted by what the agent states
+                return await send()
+        self.is_replayed = True
+        if (reply := self._tape.play(self._slot)) is not None:
+            return reply
+        self.is_replayed = False
+        try:
+            with passing():
+                reply = await send()
+        except APIConnectionError as error:
+            from aggregator.cassettes.tape import NO_ANSWER  # loaded with the tape
+
+            await self._tape.arecord(self._slot, NO_ANSWER, failure=error)
+            raise
+        await self._tape.arecord(self._slot, reply)
+        return reply
 
 
 def as_parameters(values: Mapping[str, Any]) -> list[ParameterNode[Any]]:
@@ -184,7 +220,11 @@ def end_of(written: bytes) -> str:
 def record_steps(steps: str | Sequence[Any]) -> None:
     """Show an agent's own account of a run in the current transcript."""
     for step in [steps] if isinstance(steps, str) and steps else steps:
-        if isinstance(step, Mapping):
+        if isinstance(step, Mapping) and isinstance(step.get("messages"), list):
+            seen = current_transcript()
+            if seen is not None:
+                seen.add_llm_call(step["messages"], as_completion(as_text(step.get("output"))))
+        elif isinstance(step, Mapping):
             name, inputs, output = str(step.get("name", "step")), step.get("input"), step.get("output")
             with recording(name, "", [] if inputs is None else [("input", inputs)]) as span:
                 span.finish(output)

@@ -10,7 +10,15 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-from aggregator.adapters.external import ExternalAgent, ExternalError, ReplyForm, as_parameters, encode_request, end_of
+from aggregator.adapters.external import (
+    ExternalAgent,
+    ExternalError,
+    ReplyForm,
+    Turn,
+    as_parameters,
+    encode_request,
+    end_of,
+)
 from aggregator.errors import (
     APITimeoutError,
     AuthenticationError,
@@ -73,21 +81,21 @@ class HTTPAgent(ExternalAgent):
         """Post the request."""
         headers = {"content-type": "application/json", **self.headers}
         sent = HTTPRequest(url=self.program, body=encode_request(request), headers=headers)
-        deadline, attempt = time.monotonic() + self.timeout, 1
+        turn, deadline, attempt = Turn(sent), time.monotonic() + self.timeout, 1
         while True:
             remaining = max(0.0, deadline - time.monotonic())
             try:
-                return await self._once(sent, remaining)
+                return await self._once(turn, sent, remaining)
             except LLMError as error:
                 wait = self.retry.delay(error, attempt, remaining=remaining, random=random())  # noqa: S311
                 if wait is None:
                     raise
             attempt += 1
-            await asyncio.sleep(wait)
+            await asyncio.sleep(0 if turn.is_replayed else wait)
 
-    async def _once(self, request: HTTPRequest, timeout: float) -> bytes:
+    async def _once(self, turn: Turn, request: HTTPRequest, timeout: float) -> bytes:
         try:
-            reply = await self.transport.send(request, timeout=timeout)
+            reply = await turn.reply_to(lambda: self.transport.send(request, timeout=timeout))
         except APITimeoutError:
             raise ExternalError(f"Expected a reply within {self.timeout:g} s, got none; raise timeout=") from None
         if 200 <= reply.status < 300:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from aggregator import as_agent
+from aggregator import as_agent, cassette
 from aggregator.adapters.command import CommandAgent
 from aggregator.adapters.folders import folder_parameters
-from aggregator.errors import ConfigError
+from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.executors.work import AgentWork
 from aggregator.records import Rollout, RolloutTask, Sample
 
@@ -222,3 +222,19 @@ def test_bad_commands_are_refused_when_the_agent_is_made(skills: Path) -> None:
         options: dict[str, Any] = {"command": [sys.executable], "values": {"prompt": "hi"}, **arguments}  # type: ignore[dict-item]
         with pytest.raises(ConfigError, match=message):
             CommandAgent(**options)
+
+
+async def test_a_recorded_run_replays_without_the_command(tmp_path: Path) -> None:
+    """Its reply and its failure; nothing is started, and another value is a miss."""
+    code = (
+        f"import json, sys; open({str(tmp_path / 'runs')!r}, 'a').write('x'); given = json.load(sys.stdin); "
+        "given['input'] == 'bad' and sys.exit('refused'); print(json.dumps({'output': given['values']['prompt']}))"
+    )
+    with cassette(tmp_path / "tape.yaml", "all"):
+        recorded = [await rollout(python(code), x) for x in ("good", "bad")]
+    with cassette(tmp_path / "tape.yaml", "none"):
+        replayed = [await rollout(python(code), x) for x in ("good", "bad")]
+    with pytest.raises(CassetteMissError), cassette(tmp_path / "tape.yaml", "none"):
+        await rollout(python(code), "good", prompt="other")
+    assert [(one.output, one.failure) for one in replayed] == [(one.output, one.failure) for one in recorded]
+    assert (tmp_path / "runs").read_text() == "xx"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aggregator import Budget, ParameterNode, as_agent
+from aggregator import Budget, ParameterNode, as_agent, as_model, cassette, exact_match, optimize
 from aggregator.adapters.external import ExternalError, Reported, read_reply
 from aggregator.adapters.http import HTTPAgent
 from aggregator.adapters.template import own_verdict
@@ -76,7 +76,8 @@ async def test_the_agents_own_verdict_is_its_score() -> None:
 
 
 async def test_steps_are_the_transcript_and_usage_is_counted() -> None:
-    steps = ["looked around", {"name": "search", "input": "lamp", "output": ["a lamp"]}]
+    call = {"messages": [{"role": "user", "content": "a question"}], "output": "an answer"}
+    steps = ["looked around", {"name": "search", "input": "lamp", "output": ["a lamp"]}, call]
     usage = {"input_tokens": 10, "output_tokens": 5, "cost": 0.25, "calls": 2}
     agent, budget = agent_of(reply(output="a", transcript=steps, usage=usage)), Budget(usd=0.4)
     with collecting() as ledger, spending(budget):
@@ -84,6 +85,7 @@ async def test_steps_are_the_transcript_and_usage_is_counted() -> None:
         assert "looked around" in found.transcript
         assert "search" in found.transcript
         assert "a lamp" in found.transcript
+        assert "a question" in found.transcript
         assert {role: (one.total_tokens, one.cost, one.calls) for role, one in ledger.totals().items()} == {
             "agent": (15, 0.25, 2)
         }
@@ -199,3 +201,32 @@ async def test_values_can_be_put_into_an_agent_at_another_address() -> None:
 
 def test_a_failure_of_an_agent_outside_is_no_bug_of_this_process() -> None:
     assert not issubclass(ExternalError, (TypeError, ValueError))
+
+
+RUNS: dict[str, list[Any]] = {
+    "after a retry": [reply(503), echo],
+    "refused": [reply(500)],
+    "lost": [APIConnectionError("gone")],
+    "late": [APITimeoutError("late")],
+}
+
+
+@pytest.mark.parametrize("steps", RUNS.values(), ids=RUNS)
+async def test_a_recorded_run_replays_without_the_server(tmp_path: Path, steps: list[Any]) -> None:
+    """Attempts that failed, a refusal and a run without a reply in time replay as they were."""
+    with cassette(tmp_path / "tape.yaml", "all"):
+        recorded = await rollout(agent_of(*steps))
+    silent = agent_of(AssertionError("sent"))
+    with cassette(tmp_path / "tape.yaml", "none"):
+        replayed = await rollout(silent)
+    assert silent.transport.requests == []  # type: ignore[attr-defined]
+    assert (replayed.output, replayed.failure) == (recorded.output, recorded.failure)
+
+
+def test_runs_through_optimize_are_counted_once(tmp_path: Path) -> None:
+    """As the agent states them; that its request was seen too adds nothing."""
+    agent = agent_of(lambda request: reply(output="a", usage={"input_tokens": 3, "output_tokens": 1}))
+    model = as_model(lambda messages: '{"suggestion": {"prompt": "hello"}}')
+    rows = [(f"q{i}", "b") for i in range(4)]
+    result = optimize(agent, rows, guide=exact_match, model=model, run_dir=False, show=False, validate=0)
+    assert (result.usage["agent"].calls, result.usage["agent"].total_tokens) == (4, 16)

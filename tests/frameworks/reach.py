@@ -64,6 +64,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case("plain function", "plain_function", "instruction", is_smoke=True),
+    Case("command", "command", "instruction"),
     Case("pydantic-ai", "pydantic_ai", "instructions", "pydantic-ai-slim", "pydantic-ai", is_smoke=True),
     Case("OpenAI Agents SDK", "openai_agents", "triage.instructions", "openai-agents", "openai-agents", is_smoke=True),
     Case("DSPy", "dspy", "instructions", "dspy", "dspy", is_smoke=True),
