@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from aggregator import portal
-from aggregator.errors import ConfigError
+from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.records import Role
 from aggregator.text import show_call
 
@@ -136,7 +136,7 @@ def enter(tape: Tape) -> Token[Tape | None]:
 
 
 def leave(tape: Tape, token: Token[Tape | None]) -> None:
-    """Make the tape of before the current one again."""
+    """Restore the previous tape."""
     if tape in _open:
         _open.remove(tape)
     try:
@@ -146,24 +146,33 @@ def leave(tape: Tape, token: Token[Tape | None]) -> None:
             _TAPE.set(None)
 
 
-def tape_here() -> Tape | None:
-    """Return the tape that calls made here and now belong to."""
+def tape_here(*, for_client: bool = False) -> Tape | None:
+    """Return the tape that calls made here and now belong to; `for_client` if another HTTP client makes the call.
+
+    Raises CassetteMissError for a call without a context that may belong to several tapes, if one of them only plays.
+    """
     tape = _TAPE.get()
-    return _adopting() if tape is None and _open else tape
+    if tape is not None or not _open:
+        return tape
+    is_thread = threading.current_thread() is not threading.main_thread() and not portal.is_here()
+    adopting = ("everything", "threads") if is_thread else ("everything",)  # contexts travel to threads of our own
+    found = [one for one in _open if one.rules.adopts in adopting and (one.rules.clients or not for_client)]
+    if len(found) == 1:
+        return found[0]
+    if playing := [one for one in found if not one.records]:
+        raise _refuse_to_guess(found, playing)
+    return None
 
 
-def _adopting() -> Tape | None:
-    """Return the tape of calls whose context has none."""
-    if len(_open) != 1:
-        return None
-    (tape,) = _open
-    adopts = tape.rules.adopts
-    return tape if adopts == "everything" or (adopts == "threads" and _is_stray()) else None
-
-
-def _is_stray() -> bool:
-    """Return True if this is a thread that somebody started; to our own, contexts travel along."""
-    return threading.current_thread() is not threading.main_thread() and not portal.is_here()
+def _refuse_to_guess(found: list[Tape], playing: list[Tape]) -> CassetteMissError:
+    names = ", ".join(tape.name for tape in found)
+    miss = CassetteMissError(
+        f"Expected one open cassette for a call of a thread that was started outside of them all, got {len(found)} "
+        f"({names}); start the thread inside of its cassette, or open one cassette at a time"
+    )
+    for tape in playing:
+        tape.misses.append(miss)
+    return miss
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
@@ -49,7 +50,9 @@ def parse_ignore(paths: Sequence[str]) -> Ignore:
     return tuple(tuple(path.split(".")) for path in paths)
 
 
-_BOUNDARY = re.compile(rb"--([^\r\n]{1,200}?)(--)?[ \t]*(?:\r\n|\Z)")
+_FIRST_LINE = re.compile(rb"--([^\r\n]{1,200}?)(--)?[ \t]*(?:\r?\n|\Z)")
+_BOUNDARY = re.compile(r'^multipart/[^;]*;(?:.*;)?\s*boundary="?([^";]+)', re.IGNORECASE | re.DOTALL)
+_HEADERS_END = re.compile(rb"\r?\n\r?\n")
 _DISPOSITION = re.compile(r"""\b(name|filename\*?)=(?:"((?:[^"\\]|\\.)*)"|([^;\s]+))""", re.IGNORECASE)
 _FORM = "application/x-www-form-urlencoded"
 
@@ -66,7 +69,8 @@ def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes
     >>> canonical(b"q=1+1&p=2"), canonical(b"q=1%201&p=2", (), "application/x-www-form-urlencoded")
     (b'q=1+1&p=2', b'p=2&q=1+1')
     """
-    if body.startswith(b"--") and (parts := _parts(body)) is not None:
+    named = _BOUNDARY.match(content_type)
+    if (named or body.startswith(b"--")) and (parts := _parts(body, named[1].encode() if named else b"")) is not None:
         return canonical_json([_part(part, ignore) for part in parts])
     try:
         value = decode_json(body)
@@ -94,30 +98,39 @@ def _remove(value: Any, path: tuple[str, ...]) -> None:
             del value[head]
 
 
-def _parts(body: bytes) -> list[bytes] | None:
-    """Return the parts of a multipart body, headers included; None for a body that is none."""
-    first = _BOUNDARY.match(body)
-    if first is None:
+def _parts(body: bytes, boundary: bytes) -> list[bytes] | None:
+    """Return the parts of a multipart body, headers included; None for any other body.
+
+    Lines end in CRLF, or in LF alone as Python's `email` writes them. If no `boundary` is known it is the first line.
+    """
+    if not boundary or b"--" + boundary not in body:
+        first = _FIRST_LINE.match(body)
+        if first is None:
+            return None
+        if first[2] and not body[first.end() :].strip():  # closed at once
+            return []
+        boundary = first[1] + (first[2] or b"")
+    marks = [
+        mark
+        for mark in re.finditer(re.escape(b"--" + boundary) + rb"(--)?[ \t]*(?=\r?\n|\Z)", body)
+        if not mark.start() or body[mark.start() - 1] == 0x0A
+    ]
+    if not marks or not marks[-1][1]:
         return None
-    if first[2] and not body[first.end() :].strip():  # closed at once
-        return []
-    mark = b"\r\n--" + first[1] + (first[2] or b"")
-    parts = (b"\r\n" + body[first.end() :]).split(mark)
-    if not parts[-1].startswith(b"--"):
-        return None
-    return [part[2:] for part in parts[:-1]]
+    parts = [body[mark.end() : after.start()] for mark, after in pairwise(marks)]
+    return [part.removeprefix(b"\r").removeprefix(b"\n").removesuffix(b"\n").removesuffix(b"\r") for part in parts]
 
 
 def _part(part: bytes, ignore: Ignore) -> list[str]:
     """Return what a part of a multipart body asks: name, filename, content type and the digest of its content."""
-    if part.startswith(b"\r\n"):  # no headers
-        head, content = "", part[2:]
+    if part.startswith((b"\r\n", b"\n")):  # no headers
+        head, content = "", part.removeprefix(b"\r").removeprefix(b"\n")
     else:
-        given, _, content = part.partition(b"\r\n\r\n")
-        head = given.decode("utf-8", "replace")
-    headers = {
-        name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in head.split("\r\n"))
-    }
+        end = _HEADERS_END.search(part)
+        head = part[: end.start() if end else None].decode("utf-8", "replace")
+        content = part[end.end() :] if end else b""
+    lines = re.sub(r"\r?\n[ \t]+", " ", head).splitlines()
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     named = {
         name.lower(): quoted or plain
         for name, quoted, plain in _DISPOSITION.findall(headers.get("content-disposition", ""))

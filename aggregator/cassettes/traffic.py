@@ -100,12 +100,12 @@ def is_wanted(client: str, *, in_process: bool = False) -> bool:
     One through an in-process transport needs none unless the tape takes these. Raises CassetteError where it outlived
     its cassette.
     """
-    if in_process and ((tape := tape_here()) is None or not tape.rules.like_vcrpy):
+    if in_process and ((tape := tape_here(for_client=True)) is None or not tape.rules.like_vcrpy):
         return False
     watch = WATCH.get()
     if watch is not None and (watch.passing or client in watch.clients):
         return not watch.passing
-    tape = tape_here()
+    tape = tape_here(for_client=True)
     if tape is None or not tape.rules.clients:
         return False
     tape.refuse_if_closed()
@@ -120,7 +120,7 @@ def leaves_out(client: str, url: object) -> bool:
     watch = WATCH.get()
     if watch is not None and client in watch.clients:
         return False
-    tape = tape_here()
+    tape = tape_here(for_client=True)
     return tape is not None and tape.leaves_out(str(url))
 
 
@@ -129,7 +129,7 @@ def refuse(client: str, method: str, url: str) -> CassetteMissError | None:
 
     It may where a tape records, or serves no other clients.
     """
-    tape = None if is_passing() else tape_here()
+    tape = None if is_passing() else tape_here(for_client=True)
     if tape is None or not tape.rules.clients:
         return None
     tape.refuse_if_closed()
@@ -138,8 +138,9 @@ def refuse(client: str, method: str, url: str) -> CassetteMissError | None:
 
 def _refused(tape: Tape, client: str, method: str, url: str) -> CassetteMissError:
     known = f'add "{client}" to clients=, or use clients="all"'
+    asked = f"{method} {url}".rstrip()
     miss = miss_class()(
-        f"Expected only calls that {tape.name} can answer while it plays, got {method} {url} by {client}, which "
+        f"Expected only calls that {tape.name} can answer while it plays, got {asked} by {client}, which "
         f"clients={tape.rules.clients!r} does not serve; "
         + (known if client in families("all") else "make it outside of the cassette, or replace it by a fake")
     )
@@ -303,7 +304,7 @@ def begin(client: str, request: HTTPRequest) -> Turn:
     Raises CassetteMissError where nothing may answer it, and whatever who watches raises.
     """
     portal.refuse_strays(f"a call of {client}")
-    watch, tape = WATCH.get(), tape_here()
+    watch, tape = WATCH.get(), tape_here(for_client=True)
     if tape is not None and not tape.rules.clients:
         tape = None
     shown = watch.exchanges if watch is not None and client in watch.clients else None

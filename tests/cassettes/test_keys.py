@@ -78,6 +78,19 @@ def multipart(boundary: bytes, parts: list[tuple[bytes, bytes]] = PARTS, extra: 
     return b"".join(written) + b"--%b--\r\n" % boundary
 
 
+def test_uploads_written_by_python_email_were_misses() -> None:
+    """Lines may end in LF alone, as googleapiclient sends them, and text may precede the first part."""
+    plain = canonical(multipart(b"another"))
+    for boundary in (b"x", b"===============8437==", b"--"):
+        kind = f'multipart/related; charset=utf-8; boundary="{boundary.decode()}"'
+        assert canonical(multipart(boundary).replace(b"\r\n", b"\n"), (), kind) == plain
+        assert canonical(multipart(boundary).replace(b"\r\n", b"\n")) == plain
+        assert canonical(b"a preamble\r\n" + multipart(boundary) + b"an epilogue", (), kind) == plain
+    inner = b"Content-Type: multipart/mixed;\n boundary=%b\n\n--%b\n\n1\n--%b--\n"
+    one, two = (b"--o\n%b\n--o--" % (inner % (name, name, name)) for name in (b"first", b"second"))
+    assert canonical(one) == canonical(two)
+
+
 @example(b"x--")
 @given(st.from_regex(rb"[0-9A-Za-z'()+_,./:=?-]{1,60}", fullmatch=True))
 def test_a_random_boundary_made_every_upload_a_miss(boundary: bytes) -> None:

@@ -658,6 +658,19 @@ def test_a_websocket_passed_unseen_in_mode_none(connect: Callable[[str], None], 
     assert server.hits == 1
 
 
+def test_httpcore_without_httpx_went_live_in_mode_none(server: Server, tmp_path: Path) -> None:
+    """The pool below httpx is refused too where it is asked by itself."""
+    httpcore = pytest.importorskip("httpcore")
+    with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
+        with pytest.raises(CassetteMissError, match="by httpcore"):
+            httpcore.request("GET", server.url)
+        tape.misses.clear()
+    assert server.hits == 0
+    with aggregator.cassette(tmp_path / "a.yaml", "all", clients="httpx") as tape:
+        assert httpcore.request("GET", server.url).status == httpx.get(server.url).status_code
+        assert tape.recorded == 1
+
+
 # who watches
 
 

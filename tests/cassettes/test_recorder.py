@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,22 @@ def test_threads_do_not_guess_between_two_cassettes(tmp_path: Path) -> None:
     alone = aggregator.cassette(tmp_path / "c.yaml", "all", rules=TapeRules(adopts="nothing"))
     with alone, ThreadPoolExecutor(1) as pool:
         assert pool.submit(Context().run, tape_here).result() is None
+
+
+def test_a_thread_of_two_cassettes_paid_live_while_they_were_replayed(tmp_path: Path) -> None:
+    """A call that may belong to either of two cassettes is refused if one of them only plays, and fails its block."""
+    for name in ("a.yaml", "b.yaml"):
+        with aggregator.cassette(tmp_path / name, "once"):
+            say("hi", "recorded")
+    outer, inner = (aggregator.cassette(tmp_path / name, "none", warn=False) for name in ("a.yaml", "b.yaml"))
+    outer.__enter__()
+    with inner as tape, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(CassetteMissError, match="start the thread inside of its cassette"):
+            pool.submit(Context().run, tape_here).result()
+        assert pool.submit(Context().run, partial(tape_here, for_client=True)).result() is None  # neither serves any
+        tape.misses.clear()
+    with pytest.raises(CassetteMissError, match=r"got 2 \(.*a.yaml, .*b.yaml\)"):
+        outer.__exit__(None, None, None)
 
 
 def test_threads_that_are_started_inside_belong_to_the_innermost_cassette(tmp_path: Path) -> None:

@@ -67,6 +67,21 @@ _FUNCTIONS = {
         *(("grpc.aio._channel", call.removeprefix("_")) for call in _CALLS),
     ),
     "curl_cffi": (("curl_cffi.curl", "Curl.perform"), ("curl_cffi.aio", "AsyncCurl.add_handle")),
+    "httpcore": tuple(
+        (module, path)
+        for module in ("httpcore", "httpcore2")
+        for path in ("ConnectionPool.handle_request", "AsyncConnectionPool.handle_async_request")
+    ),
+    "pyreqwest": tuple(
+        ("pyreqwest.request", path)
+        for path in (
+            *("ConsumedRequest.send", "SyncConsumedRequest.send", "OneOffRequestBuilder.send"),
+            *("SyncOneOffRequestBuilder.send", "StreamRequest.__aenter__", "SyncStreamRequest.__enter__"),
+        )
+    ),
+    "twisted": (("twisted.web.client", "_AgentBase._requestWithEndpoint"),),
+    "geventhttpclient": (("geventhttpclient.client", "HTTPClient.request"),),
+    "aiosonic": (("aiosonic.client", "HTTPClient.request"),),
     "niquests": (("niquests.sessions", "Session.send"), ("niquests.async_session", "AsyncSession.send")),
 }
 
