@@ -127,11 +127,13 @@ def hides_value(name: str, value: str, policy: Redaction = USUAL, *, in_tool: bo
     """Return True if the text of a field is a secret, by its name and what it holds.
 
     In arguments and results of tools, and under names such as `authorization`, only a value that looks like a secret
-    is one; under `api_key` and the like any text.
+    is one; under `api_key` and the like any text but a sentence.
 
     >>> hides_value("api_key", "abc"), hides_value("api_key", "mellon", in_tool=True)
     (True, False)
     >>> hides_value("prior_authorization", "approved"), hides_value("authorization", "a1B2c3D4e5")
+    (False, True)
+    >>> hides_value("password", "This field is required."), hides_value("password", "correct horse battery staple")
     (False, True)
     """
     kind = _kind_of_field(name, policy)
@@ -141,7 +143,7 @@ def hides_value(name: str, value: str, policy: Redaction = USUAL, *, in_tool: bo
         return looks_secret(value)
     if kind == _ASKED_FOR or (kind == _STRONG and policy.scrubbed):
         return value != ""
-    return kind == _STRONG and not is_placeholder(value)
+    return kind == _STRONG and not (is_placeholder(value) or _SENTENCE.fullmatch(value))
 
 
 def hides_parameter(name: str, value: str, policy: Redaction = USUAL) -> bool:
@@ -171,6 +173,7 @@ _FEWEST_SIGNS = 5  # `xxxx-xxxx-0000` has fewer
 _ENOUGH = 6  # letters and digits mixed, or digits; `gpt-4o` and a year have fewer
 _HUMP = re.compile(r"[A-Z]+[a-z]*|[a-z]+")
 _TOKEN_VALUE = re.compile(r"(?=.*\d)[A-Za-z0-9_.+/=-]{20,}")
+_SENTENCE = re.compile(r"[A-Z][^\W\d_]*(?: \(?[^\W\d_]+(?:['-][^\W\d_]+)*\)?[,:;]?| \d{1,3}){2,}[.!?]")
 _SCRUBBED = re.compile(
     r"(?:(?:bearer|basic|token)\s+)?"
     r"(?:<[^<>]*>|\[[^\[\]]*\]|\{+[^{}]*\}+|\$\{?\w+\}?|%\w+%|[x*.•_-]{3,}"
@@ -218,13 +221,13 @@ def looks_secret(value: str) -> bool:
 def is_worth_finding(value: str) -> bool:
     """Return True if a value that authenticates is looked for elsewhere: it looks like a secret, or is no mere word.
 
-    >>> is_worth_finding("not-needed"), is_worth_finding("test-key-123"), is_worth_finding("sk-1234")
-    (False, True, False)
+    >>> [is_worth_finding(text) for text in ("not-needed", "test-key-123", "sk-1234", "1234567890")]
+    [False, True, False, False]
     """
     if looks_secret(value):
         return True
     is_long = len(value) >= SHORTEST and len(set(value)) >= _FEWEST_SIGNS and not is_placeholder(value)
-    return is_long and any(map(str.isdigit, value))
+    return is_long and any(map(str.isdigit, value)) and not value.isdigit()
 
 
 def _is_regular(number: str) -> bool:

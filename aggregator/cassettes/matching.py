@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
@@ -159,6 +160,7 @@ def _begun(method: str, url: str) -> _Hash:
 
 
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
+_PORT = re.compile(r"(.*?)(:[0-9]*)?", re.DOTALL)
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
 
@@ -166,8 +168,9 @@ _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012
 def canonical_url(url: str) -> str:
     """Return an address in a form that is the same for every address that means the same.
 
-    Scheme and host are in lower case, the scheme's own port and the fragment are left out, an empty path is `/`, the
-    parameters are in order of their names (several of one name keep theirs), and letters are encoded only if they must.
+    Scheme and host are in lower case, the host in Punycode, the scheme's own port and the fragment are left out, an
+    empty path is `/`, the segments `.` and `..` of a path are resolved, the parameters are in order of their names
+    (several of one name keep theirs), and letters are encoded only if they must.
 
     >>> canonical_url("HTTPS://API.example.com:443?b=x+y&a=%7e1#top")
     'https://api.example.com/?a=~1&b=x%20y'
@@ -179,12 +182,30 @@ def canonical_url(url: str) -> str:
     place, _, path = head.partition("/")
     user, at, host = place.rpartition("@")
     scheme = scheme.lower()
-    host = host.lower().removesuffix(f":{_DEFAULT_PORTS.get(scheme, '-')}")
+    host, port = _PORT.fullmatch(host.lower()).groups("")  # type: ignore[union-attr] # it matches any text
+    port = port.lstrip(":0")
+    if port and port != _DEFAULT_PORTS.get(scheme):
+        host = f"{host}:{port}"
     pairs = [pair.partition("=") for pair in query.split("&") if pair]
     named = [(_encode(name.replace("+", "%20")), _encode(value.replace("+", "%20"))) for name, _, value in pairs]
     parameters = "&".join(f"{name}={value}" for name, value in sorted(named, key=lambda pair: pair[0]))
-    path = "/".join(map(_encode, path.split("/")))
+    segments = [*map(_encode, path.split("/"))]
+    path = "/".join(_resolve(segments) if "." in segments or ".." in segments else segments)
+    if not host.isascii():
+        with suppress(UnicodeError):
+            host = host.encode("idna").decode()
     return "".join((scheme, mark, user, at, host, "/", path, "?" if parameters else "", parameters))
+
+
+def _resolve(segments: Sequence[str]) -> list[str]:
+    """Return the segments of a path without `.` and `..`."""
+    kept: list[str] = []
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    return [*kept, ""] if segments[-1] in (".", "..") else kept
 
 
 def _encode(text: str) -> str:

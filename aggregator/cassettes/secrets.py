@@ -280,6 +280,11 @@ _SHAPED = (  # how a token starts, and how it goes on
     ("glpat-", "[A-Za-z0-9_-]{16,}+"),
     ("(?:gsk|hf|r8)_", _MIXED + "[A-Za-z0-9]{20,}+"),  # Groq, Hugging Face, Replicate
     ("tgp_v1_", "[A-Za-z0-9_-]{20,}+"),
+    (
+        "(?:[rs]k_(?:live|test)|npm|fw|lsv2_[ps][tk])_",
+        _MIXED + "[A-Za-z0-9_]{20,}+",
+    ),  # Stripe, npm, Fireworks, LangSmith
+    ("(?:tvly|csk)-", _MIXED + "[A-Za-z0-9_-]{20,}+"),  # Tavily, Cerebras
     ("(?:xai|pplx|nvapi)-", _MIXED + "[A-Za-z0-9_-]{20,}+"),
     ("A[KS]IA", "[A-Z0-9]{16}"),  # AWS
     ("xox[abeprs]-", "[A-Za-z0-9-]{16,}+"),  # Slack
@@ -290,7 +295,7 @@ _SHAPED = (  # how a token starts, and how it goes on
 _BEFORE = rb"(?:(?<![A-Za-z0-9_/.-])|(?<=\\[nrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2})|(?<=[^A-Za-z0-9]\.))"
 _AFTER = rb"(?![A-Za-z0-9_/+-]|[.@][A-Za-z0-9])"
 SHAPES = re.compile(_BEFORE + f"(?:{'|'.join(start + rest for start, rest in _SHAPED)})".encode() + _AFTER)
-_FIRST = frozenset(b"sprAyghtxne")
+_FIRST = frozenset(b"sprAyghtxneflc")
 
 _RUN_LENGTH = 20  # no shape is shorter
 _TOKEN_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+/=%.~")

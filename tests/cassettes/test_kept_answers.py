@@ -44,6 +44,7 @@ def answered(body: Any, *, secrets: tuple[str, ...] = (), policy: Redaction = US
     [
         *("anything", "lm-studio", "not-needed", "sk-no-key-required", "placeholder", "ollama-local", "EMPTY_KEY"),
         *("your-api-key-here", "sk-xxxxxxxxxxxxxxxx", "dummy_key_for_tests", "OpenAI-Compatible"),
+        *("1234567890", "00000000"),
     ],
 )
 def test_a_placeholder_key_was_cut_out_of_answers(key: str) -> None:
@@ -99,6 +100,13 @@ def test_a_whole_token_is_still_found(before: str, after: str) -> None:
     assert json.loads(answered(body).body) == {"content": f"{before}REDACTED{after}"}
 
 
+@pytest.mark.parametrize("start", ["sk_live_", "rk_test_", "npm_", "fw_", "lsv2_pt_", "tvly-", "csk-"])
+def test_tokens_of_more_providers_stayed(start: str) -> None:
+    """Stripe's, npm's, Fireworks', LangSmith's, Tavily's and Cerebras'."""
+    body = {"content": f"use {start}abcdefghijklmnopqrstUVWX0123 now", "css": f"{start}primary-button-with-icon"}
+    assert json.loads(answered(body).body) == body | {"content": "use REDACTED now"}
+
+
 def calls(arguments: Any, *, text: str) -> list[Any]:
     """Return one tool call in the words of several providers; `text` are the same arguments as JSON."""
     return [
@@ -146,6 +154,7 @@ def test_streamed_arguments_of_tools_were_redacted_by_name() -> None:
         {"api_key": None, "client_secret": {"type": "string"}, "secret": True, "access_token": ["a", {"b": 1}]},
         {"next_page_token": "CAESBggDEgIIAQ1234567890", "nextPageToken": "CAESBggDEgIIAQ1234567890"},
         {"credential": "Doctor of Medicine", "authorization": "pre-approved"},
+        {"password": "This field is required.", "secret": "Ensure this value has at least 8 characters."},
     ],
 )
 def test_fields_with_innocent_values_were_redacted(body: Any) -> None:

@@ -56,6 +56,12 @@ def played(lines: list[bytes], *requests: HTTPRequest, **rules: Any) -> tuple[li
     [
         ("https://h.example/v1?b=2&a=1", "https://h.example/v1?a=1&b=2"),
         ("https://h.example:443/v1", "https://h.example/v1"),
+        ("https://h.example:0443/v1", "https://h.example/v1"),
+        ("http://h.example:/v1", "http://h.example/v1"),
+        ("https://h.example/a/./b/../v1", "https://h.example/a/v1"),
+        ("https://h.example/a/%2e%2E/", "https://h.example"),
+        ("https://h.example/a/..", "https://h.example/"),
+        ("https://m\u00fcller.example/", "https://xn--mller-kva.example/"),
         ("http://h.example:80/v1", "http://h.example/v1"),
         ("https://H.Example/v1", "HTTPS://h.example/v1"),
         ("https://h.example", "https://h.example/"),
