@@ -7,6 +7,7 @@ which calls finish.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from hashlib import sha256
@@ -111,19 +112,35 @@ IGNORED_HOSTS = (
     "logfire-*.pydantic.dev",
     "api.traceloop.com",
     "otlp.arize.com",
+    "app.phoenix.arize.com",
+    "api.agentops.ai",
+    "api.honeycomb.io",
+    "api.wandb.ai",
+    "trace.wandb.ai",
+    "app.langwatch.ai",
+    "api.lunary.ai",
+    "www.comet.com/opik",
+    "*.datadoghq.com",
+    "*.datadoghq.eu",
+    "*.nr-data.net",  # New Relic
+    "*.applicationinsights.azure.com",
+    "*.google-analytics.com",
+    "*.launchdarkly.com",
+    "*.statsigapi.net",
     "*.scarf.sh",
-    "api.segment.io",
-    "api.mixpanel.com",
+    "*.segment.io",
+    "*.mixpanel.com",
     "*.amplitude.com",
     "huggingface.co/api/telemetry",
     "api.gradio.app/gradio-initiated-analytics",
     "t.explodinggradients.com",  # ragas
     "169.254.169.254",  # credentials of a cloud machine
+    "169.254.170.2",  # and of a container
     "metadata.google.internal",
 )
 """What is left out by default: it is no part of what a test or an agent asks, and is different in every run."""
 
-LOCALHOST = ("localhost", "127.0.0.1", "[::1]", "0.0.0.0")  # noqa: S104 - compared with addresses, never bound
+LOCALHOST = ("localhost", "*.localhost", "127.*", "[::1]", "0.0.0.0")  # noqa: S104 - compared with addresses, never bound
 
 
 def ignored_by(hosts: str | Sequence[str] | None, *, localhost: bool = False) -> tuple[str, ...]:
@@ -141,10 +158,9 @@ def ignored_by(hosts: str | Sequence[str] | None, *, localhost: bool = False) ->
 
 
 def is_ignored(url: str, hosts: tuple[str, ...]) -> bool:
-    """Return True if a request to this address is left out.
+    """Return True if a request to this address is ignored.
 
-    An entry is a host, `*` standing for any beginning or end of it, with a port or not, and the beginning of a path or
-    not.
+    An entry is a host, and optionally a port and the beginning of a path; `*` matches any text.
 
     >>> is_ignored("https://eu.i.posthog.com/batch?x=1", IGNORED_HOSTS)
     True
@@ -156,24 +172,23 @@ def is_ignored(url: str, hosts: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_ignored(address: str, hosts: tuple[str, ...]) -> bool:
-    _, _, rest = address.partition("//")
+    scheme, _, rest = address.partition("//")
     place, _, path = rest.partition("/")
     place = place.rpartition("@")[2].lower()
-    name = place if place.endswith("]") else place.rpartition(":")[0] or place
-    return any(_matches(name, place, f"/{path}", entry) for entry in hosts)
+    if not _PORT.search(place):
+        place += ":443" if scheme.lower() == "https:" else ":80"
+    return any(_pattern(entry).fullmatch(f"{place}/{path}") for entry in hosts)
 
 
-def _matches(name: str, place: str, path: str, entry: str) -> bool:
+_PORT = re.compile(r":\d+\Z")
+
+
+@lru_cache(maxsize=256)
+def _pattern(entry: str) -> re.Pattern[str]:
     host, slash, prefix = entry.partition("/")
-    found = place if host.rpartition(":")[2].isdigit() and not host.endswith("]") else name
-    if "*" in host:
-        before, _, after = host.partition("*")
-        is_host = found.startswith(before) and found.endswith(after) and len(found) >= len(before) + len(after)
-    else:
-        is_host = found == host
-    return is_host and (
-        not slash or path == f"/{prefix}" or path.startswith((f"/{prefix}/", f"/{prefix.rstrip('/')}/"))
-    )
+    place = re.escape(host).replace(r"\*", "[^/]*") + ("" if _PORT.search(host) else r":\d+")
+    path = f"/{re.escape(prefix.rstrip('/'))}(?:/.*)?".replace(r"\*", ".*") if slash else "/.*"
+    return re.compile(place + path, re.DOTALL)
 
 
 def host_of(url: str) -> str:

@@ -144,12 +144,41 @@ def test_a_client_that_is_not_served_may_reach_an_ignored_host(tmp_path: Path, s
         "https://telemetry.crewai.com:4319/v1/traces",
         "http://testserver/items?x=1",
         "http://169.254.169.254/latest/meta-data/",
+        "https://otlp-http-intake.logs.datadoghq.com/v1/logs",
+        "https://api.wandb.ai/graphql",
+        "https://www.comet.com/opik/api/v1/private/traces/batch",
+        "https://westus-0.in.applicationinsights.azure.com/v2.1/track",
     ],
 )
 def test_telemetry_made_replays_fail(url: str) -> None:
     """It is sent when a timer says so, or by the first test only, and its ids are new in every run."""
     assert is_ignored(url, IGNORED_HOSTS)
     assert not is_ignored(url, ignored_by(None))
+
+
+@pytest.mark.parametrize(
+    ("entry", "url", "expected"),
+    [
+        ("api.example.com:443", "https://api.example.com/v1", True),
+        ("api.example.com:443", "http://api.example.com/v1", False),
+        ("api.example.com/v1/*", "https://api.example.com/v1/a", True),
+        ("*.example.*", "https://a.example.org:8080/", True),
+        ("*.example.com", "https://evil.org/a.example.com/", False),
+        ("*.example.com", "https://example.com/", False),
+        ("10.0.*:8000", "http://10.0.3.4:8000/x", True),
+    ],
+)
+def test_entries_of_ignored_hosts(entry: str, url: str, expected: bool) -> None:
+    """The scheme's own port, several stars and a star in the path are understood."""
+    assert is_ignored(url, ignored_by([entry])) is expected
+
+
+def test_other_names_of_this_machine_went_to_the_tape() -> None:
+    """Every loopback address and every name below `localhost` is this machine."""
+    local = ignored_by((), localhost=True)
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.2", "[::1]:9", "app.localhost"):
+        assert is_ignored(f"http://{host}/v1", local)
+    assert not is_ignored("http://localhost.example.com/", local)
 
 
 @pytest.mark.parametrize(
