@@ -67,6 +67,13 @@ def _first(document: Any, name: str) -> Mapping[str, Any]:
     return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
 
 
+def _listed_exchange(document: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return request and response of the first item of a list, {} and {} of any other document."""
+    first = _first(document, "") if isinstance(document, list) else {}
+    asked, answered = first.get("request"), first.get("response")
+    return (asked, answered) if isinstance(asked, dict) and isinstance(answered, dict) else ({}, {})
+
+
 def _made(method: str, url: str, body: Any, headers: Any, answer: Interaction) -> Interaction:
     return {"request": {"method": method, "uri": url, "body": body, "headers": headers}, "response": answer}
 
@@ -103,6 +110,11 @@ def _an_HTTP_archive(document: Any) -> Iterator[Interaction]:  # noqa: N802 - it
             from urllib.parse import urlencode
 
             body = urlencode([(pair["name"], pair.get("value", "")) for pair in sent["params"]])
+        if "text" not in content and content.get("size", 0) > 0:
+            raise CassetteRefusedError(
+                f"Expected an HTTP archive with the bodies of its answers, got one without that of {asked['url']}; "
+                'export it again "with content"'
+            )
         text = content.get("text") or ""
         is_packed = content.get("encoding") == "base64"
         answer = _answer(
@@ -189,10 +201,8 @@ def _a_cassette_of_R(document: Any) -> Iterator[Interaction]:  # noqa: N802 - it
 
 
 def _is_php(document: Any) -> bool:
-    first = _first(document, "") if isinstance(document, list) else {}
-    return (
-        isinstance(first.get("request"), dict) and "url" in first["request"] and isinstance(first.get("response"), dict)
-    )
+    asked, answered = _listed_exchange(document)
+    return {"method", "url"} <= asked.keys() and "status" in answered
 
 
 def _a_cassette_of_PHP(document: Any) -> Iterator[Interaction]:  # noqa: N802 - it is named in an error
@@ -202,6 +212,24 @@ def _a_cassette_of_PHP(document: Any) -> Iterator[Interaction]:  # noqa: N802 - 
         code, message = (status["code"], status.get("message")) if isinstance(status, dict) else (status, "")
         answer = _answer(code, message, answered.get("headers") or {}, answered.get("body") or "")
         yield _made(asked["method"], asked["url"], asked.get("body"), asked.get("headers") or {}, answer)
+
+
+# vcrpy's own files of before version 1
+
+
+def _is_format_0(document: Any) -> bool:
+    asked, answered = _listed_exchange(document)
+    return {"protocol", "host", "path"} <= asked.keys() and "status" in answered
+
+
+def _a_cassette_of_vcrpy_0(document: Any) -> Iterator[Interaction]:
+    for item in document:
+        asked, answered = item["request"], item["response"]
+        url = f"{asked['protocol']}://{asked['host']}:{asked['port']}{asked['path']}"
+        lines = answered.get("headers") or []
+        headers = lines if isinstance(lines, dict) else [line.rstrip().split(": ", 1) for line in lines]
+        response = {**answered, "headers": headers}
+        yield _made(asked["method"], url, asked.get("body"), asked.get("headers") or {}, response)
 
 
 # Azure's test proxy
@@ -240,11 +268,25 @@ _TOOLS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Iterator[Interaction]
     (_is_nock, _a_recording_of_nock),
     (_is_r, _a_cassette_of_R),
     (_is_php, _a_cassette_of_PHP),
+    (_is_format_0, _a_cassette_of_vcrpy_0),
     (_is_azure, _a_recording_of_the_test_proxy),
 )
+
+
+def _has(*names: str) -> Callable[[Any], bool]:
+    return lambda document: isinstance(document, dict) and document.keys() >= set(names)
+
+
 _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (_has("consumer", "provider"), "a contract of Pact"),
+    (_has("info", "item"), "a collection of Postman"),
+    (_has("_type", "__export_format"), "an export of Insomnia"),
+    (lambda document: _has("data", "meta")(document) and _has("pairs")(document["data"]), "a simulation of Hoverfly"),
     (_is_wiremock, "a mapping of WireMock"),
-    (lambda document: "response" in _first(document, "responses"), "a recording of `responses`"),
+    (
+        lambda document: _has("responses")(document) and "response" in _first(document, "responses"),
+        "a recording of `responses`",
+    ),
     (
         lambda document: isinstance(document, dict) and isinstance(document.get("interactions"), dict),
         "a cassette whose interactions are a mapping, as of mlx",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
@@ -47,7 +48,6 @@ from aggregator.cassettes.journal import (
 )
 from aggregator.cassettes.lineage import natural
 from aggregator.cassettes.matching import key_of_request
-from aggregator.cassettes.payloads import TooLargeError, decompressed
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
 from aggregator.errors import CassetteDamagedError, CassetteError, CassetteLockedError, CassetteRefusedError
 from aggregator.files import beside, make_folder, open_file, write_atomically
@@ -62,6 +62,7 @@ except ImportError:  # Windows: no advisory locks; two processes must not record
 
 _LONGEST_COMMENT = 4_096
 GZIP = b"\x1f\x8b"
+_PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recording | None:
@@ -132,6 +133,10 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
         plain = unpack_file(data[1], str(path))
         first = plain[: plain.find(b"\n") + 1 or None] if has_comment(plain) else b""
         data = first, plain[len(first) :]
+    if packer := next((name for start, name in _PACKERS.items() if data[1].startswith(start)), ""):
+        raise CassetteRefusedError(
+            f"Expected a cassette as text or packed by gzip in {path}, got one packed by {packer}; unpack it"
+        )
     if not data[0] and (not data[1] or data[1].isspace()):
         raise CassetteDamagedError(f"Expected a cassette in {path}, got an empty file; delete it to record again")
     return data
@@ -139,17 +144,21 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
 
 def unpack_file(data: bytes, where: str) -> bytes:
     """Return what a compressed file holds; raises CassetteDamagedError, and CassetteRefusedError over the budget."""
-    try:
-        plain, left = decompressed(data, "gzip", BUDGET.size)
-    except TooLargeError:
-        raise CassetteRefusedError(
-            f"Expected at most {BUDGET.size >> 20} MB in {where}, got a file that unpacks to more; do not trust it"
-        ) from None
-    if left:
+    plain, is_whole = bytearray(), True
+    while is_whole and data.startswith(GZIP):  # of several members, as `cat` and pigz write them
+        stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        with suppress(zlib.error):
+            plain += stream.decompress(data, BUDGET.size - len(plain) + 1)
+        if len(plain) > BUDGET.size:
+            raise CassetteRefusedError(
+                f"Expected at most {BUDGET.size >> 20} MB in {where}, got a file that unpacks to more; do not trust it"
+            )
+        is_whole, data = stream.eof, stream.unused_data
+    if not is_whole:
         raise CassetteDamagedError(
             f"Expected a whole gzip file, got {where}; restore it, or delete it and record again"
         )
-    return plain
+    return bytes(plain)
 
 
 def _read_one(

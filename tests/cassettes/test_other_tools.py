@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import gzip
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from aggregator.cassettes.exchanges import Exchange
+from aggregator.cassettes.matching import canonical_url
 from aggregator.cassettes.recorder import Mode, open_tape
 from aggregator.cassettes.storage import read
 from aggregator.cli._inspection import find_cassettes
@@ -180,6 +182,9 @@ def test_details_of_other_tools(tmp_path: Path) -> None:
         ({"mappings": [{"request": {"url": "/"}, "response": {"status": 200}}]}, "a mapping of WireMock"),
         ({"request": {"url": "/"}, "response": {"status": 200}}, "a mapping of WireMock"),
         ({"responses": [{"response": {"method": "GET", "url": URL}}]}, "a recording of `responses`"),
+        ({"consumer": {}, "provider": {}, "interactions": [{"request": {"path": "/"}}]}, "a contract of Pact"),
+        ({"info": {"schema": "v2.1.0"}, "item": []}, "a collection of Postman"),
+        ({"data": {"pairs": []}, "meta": {}}, "a simulation of Hoverfly"),
         ({"version": 1, "interactions": {"a": {}}}, "a cassette whose interactions are a mapping"),
         ({"version": 7, "interactions": []}, "got version 7"),
     ],
@@ -226,6 +231,39 @@ def test_a_compressed_cassette_is_read(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(b"a" * (65 << 20)))
     with pytest.raises(CassetteRefusedError, match="Expected at most 64 MB"):
         read(packed)
+
+
+def test_only_the_first_member_of_a_compressed_cassette_was_read(tmp_path: Path) -> None:
+    """pigz and `cat` write several; another packer is named."""
+    plain, packed = write(tmp_path / "a.yaml", R), tmp_path / "b.yaml.gz"
+    data = plain.read_bytes()
+    packed.write_bytes(gzip.compress(data[:50]) + gzip.compress(data[50:]))
+    assert exchanges(packed) == exchanges(plain)
+    packed.write_bytes(gzip.compress(data[:50]) + gzip.compress(data[50:])[:-9])
+    with pytest.raises(CassetteDamagedError, match="Expected a whole gzip file"):
+        read(packed)
+    packed.write_bytes(bz2.compress(data))
+    with pytest.raises(CassetteRefusedError, match="packed by bzip2; unpack it"):
+        read(packed)
+
+
+def test_an_archive_without_bodies_played_empty_answers(tmp_path: Path) -> None:
+    """Browsers export HTTP archives without the content of answers, unless told otherwise."""
+    har = json.loads(json.dumps(HAR))
+    har["log"]["entries"][0]["response"]["content"] = {"size": 11, "mimeType": "application/json"}
+    with pytest.raises(CassetteRefusedError, match="without that of https://api.example.com"):
+        read(write(tmp_path / "a.har", har))
+    har["log"]["entries"][0]["response"]["content"] = {"size": 0}
+    assert [exchange.reply.body for exchange in exchanges(write(tmp_path / "a.har", har))] == [b""]
+
+
+def test_files_of_vcrpy_before_version_1_were_called_files_of_responses(tmp_path: Path) -> None:
+    """Their addresses are in pieces, their headers lines."""
+    asked = {"protocol": "https", "host": "api.example.com", "port": 443, "path": "/v1", "method": "GET", "body": None}
+    answer = {"status": {"code": 200, "message": "OK"}, "headers": ["etag: a: b\r\n"], "body": {"string": "x"}}
+    (exchange,) = exchanges(write(tmp_path / "a.json", [{"request": {**asked, "headers": {}}, "response": answer}]))
+    assert canonical_url(exchange.request.url) == "https://api.example.com/v1"
+    assert (exchange.reply.body, exchange.reply.headers["etag"]) == (b"x", "a: b")
 
 
 def test_our_own_files_may_be_compressed(tmp_path: Path) -> None:
