@@ -342,19 +342,25 @@ class Accepted(Struct, frozen=True, kw_only=True):
     changed: int = 0
     added: int = 0
     removed: int = 0
+    is_intact: bool = True  # the file can be read as it is
 
     @property
     def is_edited(self) -> bool:
-        """Whether anything differs."""
+        """Whether exchanges differ."""
         return bool(self.changed or self.added or self.removed)
 
 
 def read_edited(path: Path) -> Accepted:
-    """Read a cassette of ours, its shards included, without checking its hashes.
+    """Read a cassette of ours, its shards included, whatever its hashes state.
 
     Secrets that an edit has brought in are redacted, and calls whose requests were edited are counted again. Raises
     CassetteError for a file that is not ours, CassetteDamagedError for one that cannot be decoded.
     """
+    try:
+        recording = read(path)
+        is_intact = recording is not None and not recording.findings
+    except CassetteDamagedError:
+        is_intact = False
     comment, found = _read_edited(path)
     stated = comment.exchanges if comment else 0
     for number in range(2, comment.shards + 1 if comment else 0):
@@ -376,6 +382,7 @@ def read_edited(path: Path) -> Accepted:
         changed=sum(bool(old) and line_hash(line) != old for line, (_, old) in zip(lines, found, strict=True)),
         added=len(found) - kept,
         removed=max(0, stated - kept),
+        is_intact=is_intact,
     )
 
 
@@ -392,8 +399,10 @@ def _read_edited(path: Path) -> tuple[Comment | None, list[tuple[Exchange, str]]
 
 def _exchanges(content: bytes, path: Path, *, skipped: int) -> Iterator[tuple[Exchange, str]]:
     if content.startswith(PREAMBLE + b'- {"'):
-        lines = content[len(PREAMBLE) :].splitlines()
+        lines = content[len(PREAMBLE) :].split(b"\n")
         for number, line in enumerate(lines, skipped + PREAMBLE.count(b"\n") + 1):
+            if not line.strip() or line.lstrip().startswith(b"#"):
+                continue
             try:
                 yield _whole(decode_line(line.removeprefix(b"- "))), line_hash(line)
             except UNREADABLE as error:

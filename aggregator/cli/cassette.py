@@ -296,13 +296,14 @@ def accept_cassettes(options: argparse.Namespace) -> int:
         try:
             with nullcontext() if options.dry_run else rewriting(path):
                 found = read_edited(path)
-                if found.is_edited and not options.dry_run:
+                if (found.is_edited or not found.is_intact) and not options.dry_run:
                     save(path, found.rows, found.layout)
         except CassetteError as error:  # the others are accepted all the same
             problems.append(str(error))
             continue
         what = f"{found.changed} changed, {found.added} added, {found.removed} removed"
-        print(f"{path}: {show_count(len(found.rows), 'exchange')}, {what if found.is_edited else 'as recorded'}")
+        same = "as recorded" if found.is_intact else "as recorded, in a file that was edited"
+        print(f"{path}: {show_count(len(found.rows), 'exchange')}, {what if found.is_edited else same}")
     return _told(problems)
 
 

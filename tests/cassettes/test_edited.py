@@ -82,6 +82,36 @@ def test_an_edited_answer_is_accepted(tmp_path: Path, layout: Layout, capsys: py
     assert capsys.readouterr().out == f"{path}: 2 exchanges, as recorded\n"
 
 
+EDITS: list[Callable[[str], str]] = [
+    lambda text: text + "\n",
+    lambda text: text.rstrip("\n"),
+    lambda text: "# a note\n" + text,
+    lambda text: "\ufeff" + text,
+    lambda text: text.replace("interactions:\n", "# a note\ninteractions:\n", 1),
+    lambda text: text.replace("interactions:\n", "interactions:\n# a note\n\n", 1),
+    lambda text: json.dumps(yaml.safe_load(text)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("change", EDITS)
+def test_a_file_with_an_edit_between_its_exchanges_was_left_unreadable(
+    tmp_path: Path, layout: Layout, change: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Notes, blank lines and another form of the document change no exchange, but break the hash of the file."""
+    path = record(tmp_path / "a.yaml", "one", "two", layout=layout)
+    before = path.read_bytes()
+    path.write_text(change(path.read_text()))
+    assert main(["cassette", "accept", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 2 exchanges, as recorded, in a file that was edited\n"
+    recording = read(path)
+    assert recording is not None
+    assert (recording.state, recording.findings) == ("closed", ())
+    if "- request" in before.decode():
+        assert path.read_bytes() == before
+    assert main(["cassette", "check", str(path)]) == 0
+
+
 def drop_an_exchange(path: Path) -> None:
     head, _, second = path.read_text().split("- request:")
     path.write_text(f"{head}- request:{second}")
@@ -104,7 +134,7 @@ def drop_the_comment(path: Path) -> None:
     [
         (drop_an_exchange, "1 exchange, 0 changed, 0 added, 1 removed"),
         (add_an_exchange, "3 exchanges, 0 changed, 1 added, 0 removed"),
-        (drop_the_comment, "2 exchanges, as recorded"),
+        (drop_the_comment, "2 exchanges, as recorded, in a file that was edited"),
     ],
 )
 def test_exchanges_come_and_go(
