@@ -140,7 +140,7 @@ IGNORED_HOSTS = (
 )
 """What is left out by default: it is no part of what a test or an agent asks, and is different in every run."""
 
-LOCALHOST = ("localhost", "*.localhost", "127.*", "[::1]", "0.0.0.0")  # noqa: S104 - compared with addresses, never bound
+LOCALHOST = ("localhost", "*.localhost", "127.0.0.1", "127.*", "[::1]", "0.0.0.0")  # noqa: S104 - compared with addresses, never bound
 
 
 def ignored_by(hosts: str | Sequence[str] | None, *, localhost: bool = False) -> tuple[str, ...]:

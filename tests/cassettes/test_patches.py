@@ -535,6 +535,36 @@ def test_a_probe_that_failed_made_the_tape_unplayable(
     assert server.hits == hits
 
 
+def open_by_urllib(url: str) -> None:
+    build_opener(ProxyHandler({})).open(Request(url), timeout=9)
+
+
+@pytest.mark.parametrize("probe", [*PROBES, open_by_urllib], ids=lambda probe: probe.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    ["refused", "dropped", "no TLS", pytest.param("unknown host", marks=pytest.mark.long)],
+)
+def test_urllib_raised_another_error_inside_of_a_cassette(
+    probe: Callable[[str], None], kind: str, server: Server, tmp_path: Path
+) -> None:
+    """A client's exception is the same without a cassette, while one records and while one plays."""
+    urls = {"refused": nobody(), "unknown host": "http://no-such-host.invalid", "dropped": server.url}
+    url = urls.get(kind, server.url.replace("http:", "https:"))
+    if kind == "no TLS" and probe in (probe_http_client, probe_boto3):
+        pytest.skip("it has no address with a scheme, or a certificate of its own")
+
+    def failure() -> type[BaseException]:
+        server.drops = 9 if kind == "dropped" else 0
+        found = failure_of(probe, url)[0]
+        server.drops = 0
+        return found
+
+    expected = failure()
+    for mode in ("all", "none"):
+        with aggregator.cassette(tmp_path / "a.yaml", mode, clients="all"):
+            assert failure() is expected
+
+
 def test_a_dropped_connection_under_a_retry_was_a_miss(server: Server, tmp_path: Path) -> None:
     """urllib3's Retry asks again in the replay as it did, and hears the answer that it heard then."""
 

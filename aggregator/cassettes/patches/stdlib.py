@@ -1,12 +1,13 @@
 """http.client, and what rides on it: urllib.request, xmlrpc, httplib2.
 
-A connection collects what it would send. When the answer is asked for, the collected request is played from the tape,
-or sent as it stands. So a connection that was made before the cassette is served like any other.
+A connection collects what it would send. When the request is complete it is played from the tape, or sent as it was
+collected. So a connection that was made before the cassette is served like any other.
 """
 
 from __future__ import annotations
 
 import http.client
+import re
 from collections.abc import Callable
 from functools import wraps
 from io import BytesIO
@@ -15,11 +16,13 @@ from typing import Any
 from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_bytes, to_request
 from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.traffic import Turn, begin, is_wanted, leaves_out
-from aggregator.errors import CassetteError
+from aggregator.errors import CassetteError, CassetteMissError
 from aggregator.patching import Patch
 from aggregator.records import HTTPReply, HTTPRequest
 
 _SENT = "_aggregator_sent"
+_TURN = "_aggregator_turn"
+_MISS = "_aggregator_miss"
 _LEFT_OUT = "_aggregator_left_out"
 _POOLED = {"urllib3": "urllib3", "botocore": "boto3"}  # these ask their pools, which are patched
 
@@ -100,8 +103,10 @@ def _is_served(connection: Any) -> bool:
 def _putrequest(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def putrequest(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vars(self).pop(_SENT, None)
-        vars(self).pop(_LEFT_OUT, None)
+        for name in (_SENT, _MISS, _LEFT_OUT):
+            vars(self).pop(name, None)
+        if (unread := vars(self).pop(_TURN, None)) is not None:
+            unread.withdraw()
         client = client_of(self)
         url = str(kwargs["url"] if "url" in kwargs else args[1])
         if is_wanted(client) and leaves_out(client, url if "://" in url else f"{_base(self)}{url}"):
@@ -140,37 +145,95 @@ def _connect(original: Callable[..., Any]) -> Callable[..., Any]:
     return connect
 
 
+def _request(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def request(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Ask the tape as soon as the request is complete: urllib and httplib2 handle failed connections here.
+
+        A miss is raised when the answer is read.
+        """
+        original(self, *args, **kwargs)
+        if _SENT in vars(self) and _is_complete(b"".join(vars(self)[_SENT])):
+            try:
+                _ask(self)
+            except CassetteMissError as miss:
+                vars(self)[_MISS] = miss
+
+    return request
+
+
+def _is_complete(data: bytes) -> bool:
+    """Return True if no more of the body can follow."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    if b"\r\ntransfer-encoding:" in head.lower():
+        return body.endswith(b"0\r\n\r\n")
+    length = _LENGTH.search(head)
+    return length is None or len(body) >= int(length[1])
+
+
+_LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
+_ANSWERING = ("builtins.TimeoutError", "builtins.Connection", "builtins.BrokenPipeError", "http.client.")
+
+
+def _ask(connection: Any) -> Turn:
+    """Begin the turn of what was about to be sent, and send it if no answer is recorded.
+
+    Raises the failure of a connection that could not be made, live or recorded, as the connection itself would; that of
+    an answer is raised when the answer is read.
+    """
+    data = b"".join(vars(connection)[_SENT])
+    request = parse_request(data, _base(connection))
+    turn = begin(client_of(connection), request)  # after a miss the same question is refused again
+    del vars(connection)[_SENT]
+    if turn.failure is not None:
+        kind = turn.failure.kind
+        if kind == "builtins.ConnectionRefusedError" or not kind.startswith(_ANSWERING):
+            connection.close()
+            raise standard_error(kind, turn.failure.message)
+    elif turn.reply is None:
+        if turn.tape is not None and turn.tape.rules.like_vcrpy:
+            data = _in_one_piece(data, request.body)
+        with passing():
+            try:
+                connection.send(data)
+            except (OSError, http.client.HTTPException) as error:
+                turn.fail("socket.timeout" if isinstance(error, TimeoutError) else kind_of(error), str(error))
+                raise
+            except BaseException:
+                turn.withdraw()
+                raise
+    vars(connection)[_TURN] = turn
+    return turn
+
+
 def _getresponse(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def getresponse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sent = vars(self).get(_SENT)
-        if sent is None:
+        if (miss := vars(self).pop(_MISS, None)) is not None:
+            raise miss
+        if _SENT in vars(self):
+            _ask(self)
+        turn: Turn | None = vars(self).pop(_TURN, None)
+        if turn is None:
             return original(self, *args, **kwargs)
-        data = b"".join(sent)
-        request = parse_request(data, _base(self))
-        turn = begin(client_of(self), request)  # after a miss the same question is refused again
-        del vars(self)[_SENT]
         if turn.failure is not None:
             self.close()
             raise standard_error(turn.failure.kind, turn.failure.message)
         if turn.reply is None:
-            return _live(self, turn, data, original, *args, **kwargs)
+            return _receive(turn, original, self, *args, **kwargs)
         turn.wait()
         self._HTTPConnection__state = "Idle"
         self._HTTPConnection__response = None
-        return http_response(turn.reply, request.method)
+        return http_response(turn.reply, turn.request.method)
 
     return getresponse
 
 
-def _live(connection: Any, turn: Turn, data: bytes, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Send a request as it stands, and record its answer."""
-    if turn.tape is not None and turn.tape.rules.like_vcrpy:
-        data = _in_one_piece(data, turn.request.body)
+def _receive(turn: Turn, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Read a live answer, and record it."""
     with passing():
         try:
-            connection.send(data)
-            response = original(connection, *args, **kwargs)
+            response = original(*args, **kwargs)
             content = response.read()
         except (OSError, http.client.HTTPException) as error:
             turn.fail(kind_of(error), str(error))
@@ -214,6 +277,7 @@ def _putheader(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 PATCHES = (
+    Patch("http.client", "HTTPConnection.request", _request),
     Patch("http.client", "HTTPConnection.putrequest", _putrequest),
     Patch("http.client", "HTTPConnection.putheader", _putheader),
     Patch("http.client", "HTTPConnection.send", _send),
