@@ -44,6 +44,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "aggregator.guides.judge": ("LLMJudge",),
     "aggregator.guides.matching": ("exact_match",),
+    "aggregator.llm.bridge": ("transport",),
     "aggregator.llm.budget": ("Budget",),
     "aggregator.llm.client": ("LLM",),
     "aggregator.llm.ledger": ("Price",),

@@ -19,6 +19,7 @@ from aggregator.errors import LLMError as LLMError
 from aggregator.errors import TrainingError as TrainingError
 from aggregator.guides.judge import LLMJudge as LLMJudge
 from aggregator.guides.matching import exact_match as exact_match
+from aggregator.llm.bridge import transport as transport
 from aggregator.llm.budget import Budget as Budget
 from aggregator.llm.client import LLM as LLM
 from aggregator.llm.ledger import Price as Price

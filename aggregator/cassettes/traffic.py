@@ -151,10 +151,19 @@ def _refused(tape: Tape, client: str, method: str, url: str) -> CassetteMissErro
 class Turn:
     """One request of another client: its slot on the tape, and the reply to play or the failure to raise, if any."""
 
-    __slots__ = ("_began", "_watch", "client", "failure", "reply", "request", "slot", "tape")
+    __slots__ = ("_began", "_is_served", "_watch", "client", "failure", "reply", "request", "slot", "tape")
 
-    def __init__(self, client: str, request: HTTPRequest, tape: Tape | None, watch: Exchanges | None) -> None:
+    def __init__(
+        self,
+        client: str,
+        request: HTTPRequest,
+        tape: Tape | None,
+        watch: Exchanges | None,
+        *,
+        is_served: bool = False,
+    ) -> None:
         self.client, self.request, self.tape, self._watch = client, request, tape, watch
+        self._is_served = is_served
         self.slot: Slot | None = None
         self.reply: HTTPReply | None = None
         self.failure: RecordedError | None = None
@@ -170,7 +179,7 @@ class Turn:
             if admitted is None:
                 self.tape = None
                 return
-            if not (tape.records or self.client in served_by(tape)):
+            if not (tape.records or self._is_served or self.client in served_by(tape)):
                 raise _refused(tape, self.client, self.request.method, self.request.url)
             self.slot = tape.issue(admitted)
             self.reply = tape.play(self.slot)
@@ -298,16 +307,18 @@ def _text(value: Any) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
-def begin(client: str, request: HTTPRequest) -> Turn:
+def begin(client: str, request: HTTPRequest, *, shown: Exchanges | None = None) -> Turn:
     """Begin the turn of a request that is wanted: show it, take its ticket, look for its answer.
 
-    Raises CassetteMissError where nothing may answer it, and whatever who watches raises.
+    A client of ours names who watches in `shown`, and is served by any tape. Raises CassetteMissError where nothing may
+    answer it, and whatever who watches raises.
     """
     portal.refuse_strays(f"a call of {client}")
-    watch, tape = WATCH.get(), tape_here(for_client=True)
-    if tape is not None and not tape.rules.clients:
+    watch, tape, is_ours = WATCH.get(), tape_here(for_client=True), shown is not None
+    if tape is not None and not tape.rules.clients and not is_ours:
         tape = None
-    shown = watch.exchanges if watch is not None and client in watch.clients else None
+    if shown is None and watch is not None and client in watch.clients:
+        shown = watch.exchanges
     if shown is not None:
         try:
             shown.before(request)
@@ -317,9 +328,9 @@ def begin(client: str, request: HTTPRequest) -> Turn:
             turn = Turn(client, request, None, None)
             turn.reply = _told(refusal)
             return turn
-    if tape is not None and tape.records and client not in served_by(tape):
+    if tape is not None and tape.records and not is_ours and client not in served_by(tape):
         tape = None
-    turn = Turn(client, request, tape, shown)
+    turn = Turn(client, request, tape, shown, is_served=is_ours)
     turn.ask()
     return turn
 

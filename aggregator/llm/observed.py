@@ -11,6 +11,7 @@ again where the rollout ends.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import ceil
@@ -52,12 +53,16 @@ _NOT_SENT = re.compile(
 class Observed:
     """The calls of other clients in one run. `prices` are USD of models that genai-prices does not list.
 
-    `refusal` is the error of the first request that was refused; none is sent after it.
+    `budget` counts them beside the budget of their context. `refusal` is the error of the first request that was
+    refused; none is sent after it.
     """
 
-    def __init__(self, clients: str | Iterable[str], prices: Prices | None = None) -> None:
+    def __init__(
+        self, clients: str | Iterable[str], prices: Prices | None = None, budget: Budget | None = None
+    ) -> None:
         self.clients = families(clients)
         self.prices = prices
+        self.budget = budget
         self.refusal: AggregatorError | None = None
 
     @contextmanager
@@ -68,7 +73,7 @@ class Observed:
         that call's error.
         """
         part = Part(self)
-        with patched(), observing(part, self.clients):
+        with patched() if self.clients else nullcontext(), observing(part, self.clients):
             try:
                 yield part
             except Exception as error:
@@ -103,13 +108,14 @@ def part_here() -> Part | None:
 def apart() -> AbstractContextManager[Part | None]:
     """Watch what is asked inside as a part: its lost calls are no other's. None if nothing watches this context.
 
-    An open cassette that serves other clients is enough: what it serves is counted.
+    An open cassette that serves other clients is enough: what it serves is counted. So is a `transport()`.
     """
     here = part_here()
     if here is not None:
         return here.run.watching()
     tape = tape_here()
-    return nullcontext() if tape is None or not tape.rules.clients else Observed(tape.rules.clients).watching()
+    clients = () if tape is None else tape.rules.clients
+    return Observed(clients).watching() if clients or "aggregator.llm.bridge" in sys.modules else nullcontext()
 
 
 class _Call(Struct, kw_only=True):
@@ -129,15 +135,25 @@ class _Call(Struct, kw_only=True):
         return self.request.method, self.request.url, self.request.body
 
 
-class Part:
-    """Sees the calls of other clients in one part of a run: implements `cassettes.traffic.Exchanges`."""
+class Losses(Struct, kw_only=True):
+    """The lost calls of one part: requests whose retries have not succeeded, and how the latest one was lost, if so."""
 
-    def __init__(self, run: Observed) -> None:
+    lost: dict[tuple[str, str, bytes], LLMError] = {}
+    retried: dict[tuple[str, str, bytes], LLMCall] = {}
+    last: LLMError | None = None
+
+
+class Part:
+    """Sees the calls of other clients in one part of a run: implements `cassettes.traffic.Exchanges`.
+
+    With `shared`, what is lost or refused is so in that part too.
+    """
+
+    def __init__(self, run: Observed, *, shared: Part | None = None) -> None:
         self.run = run
         self._open: dict[int, _Call] = {}  # by the request's id, which the call keeps alive
-        self._lost: dict[tuple[str, str, bytes], LLMError] = {}  # requests whose retries have not succeeded
-        self._retried: dict[tuple[str, str, bytes], LLMCall] = {}
-        self._last: LLMError | None = None  # how the latest request was lost, if it was
+        self.losses: Losses = Losses() if shared is None else shared.losses
+        self._runs = (run,) if shared is None else (run, shared.run)
 
     # What the patches call
 
@@ -146,9 +162,10 @@ class Part:
         asked = read_question(request)
         if asked.is_free or self._is_ignored(request.url):
             return
-        if self.run.refusal is not None:
-            raise self.run.refusal
-        budgets = budgets_of(None)
+        for run in self._runs:
+            if run.refusal is not None:
+                raise run.refusal
+        budgets = budgets_of(self.run.budget)
         held = self._reserve(asked, request, budgets) if budgets else NOTHING
         role = current_role()
         call = _Call(
@@ -162,7 +179,7 @@ class Part:
         )
         transcript = current_transcript() if role == "agent" else None
         if transcript is not None:
-            again = self._retried.pop(call.key, None)
+            again = self.losses.retried.pop(call.key, None)
             call.shown = again or transcript.llm_call(asked.messages, title=_title(asked, request))
         self._open[id(request)] = call
 
@@ -192,8 +209,8 @@ class Part:
             call.ledger.add(call.role, usage, exchange.milliseconds)
         if call.shown is not None:
             call.shown.finish(answer)
-        self._lost.pop(call.key, None)
-        self._last = None
+        self.losses.lost.pop(call.key, None)
+        self.losses.last = None
         return Noted(model=call.asked.model or answer.model, usage=usage) if call.asked.api else None
 
     def dropped(self, request: HTTPRequest, /, *, was_sent: bool) -> None:
@@ -204,7 +221,7 @@ class Part:
         _settle(call, call.held if was_sent else NOTHING)
         if was_sent:
             error = APITimeoutError("the call was cancelled before its answer was whole")
-            self._lost[call.key] = error  # if the agent's own deadline ended it, a TimeoutError follows
+            self.losses.lost[call.key] = error  # if the agent's own deadline ended it, a TimeoutError follows
             if call.shown is not None:
                 call.shown.fail(error)
 
@@ -225,15 +242,15 @@ class Part:
             return error
         if self.run.refusal is not None:
             return self.run.refusal
-        if not self._lost or isinstance(error, LLMError):
+        if not self.losses.lost or isinstance(error, LLMError):
             return error
-        if self._last is not None:
-            return self._last
+        if self.losses.last is not None:
+            return self.losses.last
         for behind in _chain(error):
             if isinstance(behind, AggregatorError):
                 return error
             if isinstance(behind, Exception) and as_error(behind) is not None:
-                return next(reversed(self._lost.values()))
+                return next(reversed(self.losses.lost.values()))
         return error
 
     def close(self) -> None:
@@ -261,7 +278,8 @@ class Part:
         except (BudgetExceededError, ConfigError) as refusal:
             for budget in taken:
                 budget.settle(amount, NOTHING)
-            self.run.refusal = self.run.refusal or refusal
+            for run in self._runs:
+                run.refusal = run.refusal or refusal
             raise
         return amount
 
@@ -295,10 +313,10 @@ class Part:
             call.shown.fail(error)
 
     def _note_lost(self, call: _Call, error: LLMError) -> None:
-        self._lost[call.key] = self._last = error
+        self.losses.lost[call.key] = self.losses.last = error
         if call.shown is not None:
             call.shown.fail(error)
-            self._retried[call.key] = call.shown
+            self.losses.retried[call.key] = call.shown
 
 
 def _settle(call: _Call, spent: Amount) -> None:

@@ -33,7 +33,8 @@ def _begin(module: Any, request: Any, body: bytes) -> Turn | None:
     return begin(CLIENT, to_request(request.method, url, body, request.headers))
 
 
-def _played(module: Any, reply: HTTPReply, method: str) -> Any:
+def played(module: Any, reply: HTTPReply, method: str) -> Any:
+    """Return a recorded answer as httpx's."""
     return module.Response(
         reply.status,
         headers=headers_of(reply, method),
@@ -43,7 +44,8 @@ def _played(module: Any, reply: HTTPReply, method: str) -> Any:
     )
 
 
-def _raised(module: Any, failure: RecordedError, request: Any) -> Exception:
+def raised(module: Any, failure: RecordedError, request: Any) -> Exception:
+    """Return a recorded failure as httpx's exception."""
     home, _, name = failure.kind.rpartition(".")
     kind = getattr(module, name, None) if home in ("httpx", "httpx2") else None
     if not (isinstance(kind, type) and issubclass(kind, module.TransportError)):
@@ -57,7 +59,7 @@ def _received(turn: Turn, response: Any, content: bytes) -> HTTPReply:
     return turn.answer(response.status_code, response.reason_phrase, response.headers.multi_items(), content)
 
 
-def _read(stream: Any) -> bytes:
+def read(stream: Any) -> bytes:
     """Read a stream to its end and close it."""
     try:
         content = b"".join(stream)
@@ -69,7 +71,7 @@ def _read(stream: Any) -> bytes:
     return content
 
 
-async def _aread(stream: Any) -> bytes:
+async def aread(stream: Any) -> bytes:
     """Read an asynchronous stream to its end and close it."""
     try:
         content = b"".join([part async for part in stream])
@@ -81,12 +83,13 @@ async def _aread(stream: Any) -> bytes:
     return content
 
 
-def _tee(turn: Turn, response: Any) -> Tee | None:
+def tee_of(turn: Turn, response: Any) -> Tee | None:
+    """Return what shows a streamed answer while it is read; None if it is to be read first."""
     return turn.tee(response.status_code, response.reason_phrase, response.headers.multi_items())
 
 
 @cache
-def _teed(module: Any) -> Any:
+def teed(module: Any) -> Any:
     """Return the class of a stream that is shown while its client reads it."""
 
     class Teed(module.SyncByteStream, module.AsyncByteStream):  # type: ignore[misc]
@@ -140,17 +143,17 @@ def _handle_request(original: Callable[..., Any], *, in_process: bool = False) -
             with passing():
                 return original(self, request)
         if turn.failure is not None:
-            raise _raised(module, turn.failure, request)
+            raise raised(module, turn.failure, request)
         if turn.reply is not None:
             turn.wait()
-            return _played(module, turn.reply, request.method)
+            return played(module, turn.reply, request.method)
         with passing():
             try:
                 response = original(self, request)
-                if (tee := _tee(turn, response)) is not None:
-                    response.stream = _teed(module)(response.stream, tee)
+                if (tee := tee_of(turn, response)) is not None:
+                    response.stream = teed(module)(response.stream, tee)
                     return response
-                content = _read(response.stream)
+                content = read(response.stream)
             except module.TransportError as error:
                 turn.fail(kind_of(error, module.__name__), str(error))
                 raise
@@ -179,17 +182,17 @@ def _handle_async_request(original: Callable[..., Any], *, in_process: bool = Fa
                 return await original(self, request)
         if turn.failure is not None:
             await turn.await_turn()
-            raise _raised(module, turn.failure, request)
+            raise raised(module, turn.failure, request)
         if turn.reply is not None:
             await turn.await_turn()
-            return _played(module, turn.reply, request.method)
+            return played(module, turn.reply, request.method)
         with passing():
             try:
                 response = await original(self, request)
-                if (tee := _tee(turn, response)) is not None:
-                    response.stream = _teed(module)(response.stream, tee)
+                if (tee := tee_of(turn, response)) is not None:
+                    response.stream = teed(module)(response.stream, tee)
                     return response
-                content = await _aread(response.stream)
+                content = await aread(response.stream)
             except module.TransportError as error:
                 turn.fail(kind_of(error, module.__name__), str(error))
                 raise
