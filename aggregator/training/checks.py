@@ -105,8 +105,8 @@ def edited_tokens(old: Sequence[str], new: Sequence[str]) -> int:
 def leak_guard(data: Dataset | None = None, *, words: int = LEAK_WORDS) -> Check:
     """Return a check that refuses texts with runs of words copied from training inputs or answers.
 
-    `data` is the training set; without it the samples of the step are looked at, which are those that its proposals
-    saw. Runs of `words` words that the initial or the current value has are allowed, and parameters marked as
+    `data` is what must not be copied, by default the training set of the run, or the samples of a step made alone.
+    Runs of `words` words that the initial or the current value has are allowed, and parameters marked as
     demonstrations (`ParameterNode(..., demonstrations=True)`) are not looked at. All texts inside a value count, for
     lists and mappings too. Raises ConfigError if `words` is no int of at least 2.
 
@@ -116,12 +116,16 @@ def leak_guard(data: Dataset | None = None, *, words: int = LEAK_WORDS) -> Check
     """
     if type(words) is not int or words < 2:
         raise ConfigError(f"Expected leak_guard(words=...) to be an int of at least 2, got {words!r}")
-    known = None if data is None else _runs((part for one in samples(data) for part in (one.x, one.info)), words)
+    given = None if data is None else samples(data)
+    known: list[Any] = [None, {}]  # the samples that were looked at last, and the runs in them
 
     def leak_guard(before: Any, after: Any, parameter: ParameterNode[Any], step: Step) -> str | None:
         if getattr(parameter, "demonstrations", False):
             return None
-        seen = _runs((part for one in step.samples for part in (one.x, one.info)), words) if known is None else known
+        source = given or step.training or step.samples
+        if known[0] is not source:
+            known[:] = source, _runs((part for one in source for part in (one.x, one.info)), words)
+        seen: dict[tuple[str, ...], str] = known[1]
         allowed = _runs((before, step.initial.get(parameter.name)), words).keys()
         copied = [text for run, text in _runs((after,), words).items() if run in seen and run not in allowed]
         if not copied:

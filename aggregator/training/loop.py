@@ -291,6 +291,7 @@ class _Course:
             min_score=self.plan.min_score,
             values=values_of(self.parameters),
             parameters=self.parameters,
+            training=self.plan.train,
             samples=turn.samples,
             batch_size=len(turn.samples),
             history=self.state.history,

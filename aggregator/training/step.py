@@ -32,10 +32,11 @@ class Step(Struct, frozen=True, kw_only=True):
     `number` counts the steps of the run from 0, `epoch` its epochs. `stepsize` in [0, 1] is how much proposals weigh
     against the current value. `values` are the current values by parameter name; where a search explores several
     candidates, an optimizer and a rule see those of their candidate. `parameters` are the ParameterNodes that may
-    change. `samples` is the minibatch, `rollouts` what the agent did with it under `values`, in the same order; an
-    optimizer sees the instances that it proposes for, and `batch_size` is how many the minibatch has. `history` holds
-    the reports of earlier steps, `initial` the values that the run began with. `min_score` is the score of an instance
-    on which the agent itself fails. `checks` refuse single values (`aggregator.training.checks`).
+    change. `training` is the training set of the run, `samples` the minibatch, `rollouts` what the agent did with it
+    under `values`, in the same order; an optimizer sees the instances that it proposes for, and `batch_size` is how
+    many the minibatch has. `history` holds the reports of earlier steps, `initial` the values that the run began with.
+    `min_score` is the score of an instance on which the agent itself fails. `checks` refuse single values
+    (`aggregator.training.checks`).
 
     An instance whose score is at least `skip_from` is satisfied: nothing is proposed for it. A rule sees in `satisfied`
     how many of these are in the group that it merges: they are support for the current value.
@@ -52,6 +53,7 @@ class Step(Struct, frozen=True, kw_only=True):
     min_score: float | None = None
     values: Values = {}
     parameters: Sequence[ParameterNode[Any]] = ()
+    training: Sequence[Sample] = ()
     samples: Sequence[Sample] = ()
     rollouts: Sequence[Rollout] = ()
     batch_size: int = 1

@@ -247,6 +247,16 @@ def test_the_whole_training_set_is_guarded_where_it_is_given() -> None:
     assert check("Be kind.", "invoice shows a sum that", TEXT, Step()) is not None
 
 
+def test_an_instance_of_an_earlier_minibatch_was_copied() -> None:
+    """In a run the whole training set is guarded, not only the samples that a proposal saw."""
+    agent = Template("Be kind.")
+    llm = ScriptedModel(suggest(prompt="Be kind. and who asked that of me"))
+    trainer = AggregatedUpdate(agent, LLMOptimizer(llm=llm), llm=llm, checks=[leak_guard()])
+    result = trainer.train(wrong, [("and who asked that of me", "me"), ("a word", "b")], batch_size=1)
+    assert agent.prompt.data == "Be kind."
+    assert len(result.failures) == 2
+
+
 @pytest.mark.parametrize("words", [1, 0, 2.0, "5", True])
 def test_a_leak_guard_of_no_words(words: Any) -> None:
     """`words` is an int of at least 2."""
