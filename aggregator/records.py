@@ -478,9 +478,13 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
 
     @property
     def provenance(self) -> dict[str, list[dict[str, Any]]]:
-        """Which accepted updates made each parameter what it is: the step, and the samples that proposed the change."""
+        """Which accepted updates made each of `parameters` what it is: the step, and the samples that proposed it.
+
+        Updates after the best values, which a run kept, are left out.
+        """
         made: dict[str, list[dict[str, Any]]] = {name: [] for name in self.parameters}
-        for report in self.history:
+        last = len(self.history) if self.kept == "last" or self.best_step is None else self.best_step
+        for report in self.history[:last]:
             for name in report.update if report.decision.accepted else ():
                 made.setdefault(name, []).append(
                     {"step": report.step, "samples": list(report.sources.get(name, report.contributors))}

@@ -23,7 +23,7 @@ from aggregator.checks import check_positive, is_finite
 from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, root_of
-from aggregator.guides.calling import check_guide, declared_minimum
+from aggregator.guides.calling import check_guide, declared_maximum, declared_minimum
 from aggregator.portal import call, sync_function
 from aggregator.protocols import Agent, AnyGuide
 from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
@@ -359,8 +359,8 @@ async def aheadroom(
     check_positive("repeats", repeats)
     if repeats < 2:
         raise ConfigError(f"Expected repeats of at least 2, to see whether rollouts differ, got {repeats}")
-    best = getattr(guide, "max_score", None) if max_score is None else max_score
-    worst = getattr(guide, "min_score", None) if min_score is None else min_score
+    best = declared_maximum(guide) if max_score is None else max_score
+    worst = declared_minimum(guide) if min_score is None else min_score
     for name, value in (("max_score", best), ("min_score", worst)):
         if value is not None and not is_finite(value):
             raise ConfigError(f"Expected {name} to be a finite number or None, got {value!r}")

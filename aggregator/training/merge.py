@@ -47,6 +47,8 @@ class LLMMerge:
     model also sees each proposal's reasoning and the beginning of the transcripts behind it.
     """
 
+    calls_per_merge = 1
+
     def __init__(
         self,
         llm: Any = None,
@@ -251,6 +253,8 @@ class LLMChoice:
     (`step.satisfied`). A failed call keeps nothing and stands in the proposal's failures; an error that no further call
     can escape is raised.
     """
+
+    calls_per_merge = 1
 
     def __init__(self, llm: Any = None, *, max_tokens: int = 4096, system_prompt: str | None = None) -> None:
         self.llm: ChatModel = as_model(llm)

@@ -96,7 +96,7 @@ async def aoptimize(
     train, validation = split(samples(data, name="data"), validate, seed)
     judge: Any = own_verdict if isinstance(thing, Mapping) else guide
     options: Any = {"batch_size": batch_size, "num_epochs": num_epochs, "test_dataset": test_dataset}
-    await _show_plan(trainer, judge, train, sample=sample, show=show, **options)
+    await _show_plan(trainer, judge, train, validation, sample=sample, show=show, **options)
     options |= {"stop": stop, "instance_timeout": instance_timeout, "stepsize": stepsize}
     return await trainer.atrain(judge, train, validate_dataset=validation or None, run_dir=_run_dir(run_dir), **options)
 
@@ -128,13 +128,15 @@ def split(data: Sequence[Sample], validate: float | Dataset, seed: int) -> tuple
     return _pairs(parts[0]), _pairs(parts[1])
 
 
-async def _show_plan(trainer: Trainer, guide: Any, train: Pairs, *, show: bool, **options: Any) -> None:
+async def _show_plan(
+    trainer: Trainer, guide: Any, train: Pairs, validation: Pairs, *, show: bool, **options: Any
+) -> None:
     """Write the plan to standard error if asked to; what it warns of is part of its text."""
     if not show:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = await trainer.aplan(guide, train, **options)
+        plan = await trainer.aplan(guide, train, validate_dataset=validation or None, **options)
     sys.stderr.write(f"{plan}\n")
 
 

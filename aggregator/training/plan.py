@@ -22,7 +22,6 @@ from aggregator.text import shorten
 from aggregator.training.batches import minibatches
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest, identity_of
 from aggregator.training.gates import cost_of
-from aggregator.training.merge import LLMMerge
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import Gate, Search
 
@@ -249,10 +248,11 @@ MOSTLY = 0.5
 class RunPlan(Struct, frozen=True, kw_only=True):
     """What a run would do. Counts are upper bounds: repairs and retries excepted, which no plan can know.
 
-    `rollouts` counts runs of the agent by purpose: "training", "evaluation" (the test set, the baseline included) and
-    "gate" (what gate and search try out). `calls` counts calls to models by role; "agent" and "guide" assume one call a
-    rollout unless `sampled` rollouts were run to measure it. `evaluation_share` is the share of rollouts that is not
-    training. `usage` extrapolates what the sampled rollouts used, by role; it holds neither optimizer nor aggregator.
+    `rollouts` counts runs of the agent by purpose: "training", "evaluation" (test and validation set, baselines
+    included) and "gate" (what gate and search try out). `calls` counts calls to models by role; "agent" and "guide"
+    assume one call a rollout unless `sampled` rollouts were run to measure it. `evaluation_share` is the share of
+    rollouts that is not training. `usage` extrapolates what the sampled rollouts used, by role; it holds neither
+    optimizer nor aggregator.
     """
 
     steps: int
@@ -286,11 +286,14 @@ class RunPlan(Struct, frozen=True, kw_only=True):
         return "\n".join([*lines, *self.notes])
 
 
-def count_run(plan: Plan, *, rule: Any, search: Search, gate: Gate, optimizer: Any) -> RunPlan:
+def count_run(
+    plan: Plan, *, rule: Any, search: Search, gate: Gate, optimizer: Any, propose_per: str = "instance"
+) -> RunPlan:
     """Return what a run by this plan would do at most.
 
-    Parts say what they cost: a gate by `cost` (see `gates.costing`), an optimizer by `calls_per_proposal`, a guide by
-    `calls_per_rollout`. A part of your own that does not is counted as none, one and none.
+    Parts state what they cost: a gate by `cost` (see `gates.costing`), an optimizer by `calls_per_proposal`, a rule by
+    `calls_per_merge`, a guide by `calls_per_rollout`. A part of your own that does not is counted as none, one, none
+    and none.
     """
     turns = plan.schedule()
     explored = getattr(search, "num_candidates", 1)
@@ -301,18 +304,20 @@ def count_run(plan: Plan, *, rule: Any, search: Search, gate: Gate, optimizer: A
     for turn in turns:
         size = len(turn.samples)
         training += size * explored
-        proposals += size * explored
-        made = min(search.proposals, size) * explored
-        merges += sum(size // made * explored > 1 for _ in range(made)) if made else 0
+        made = (search.proposals if size and propose_per == "batch" else min(search.proposals, size)) * explored
+        proposals += made if propose_per == "batch" else size * explored
+        merges += made if propose_per == "instance" and made and size // made * explored > 1 else 0
         gates += cost.per_instance * size + cost.per_step + (0 if single else made * (tried or size))
-    due = sum(plan.evaluates_at(steps, len(turns)) for steps in range(len(turns) + 1))
-    rollouts = {"training": training, "evaluation": due * len(plan.test), "gate": gates + cost.once if turns else 0}
+    ends = range(len(turns) + 1)
+    tested = sum(plan.evaluates_at(steps, len(turns)) for steps in ends) * len(plan.test)
+    validated = sum(plan.validates_at(steps, len(turns)) for steps in ends) * len(plan.validation)
+    rollouts = {"training": training, "evaluation": tested + validated, "gate": gates + cost.once if turns else 0}
     rollouts = {name: count * plan.repeats for name, count in rollouts.items()}
     every = sum(rollouts.values())
     calls = {
         "agent": every,
         "optimizer": proposals * getattr(optimizer, "calls_per_proposal", 1),
-        "aggregator": merges if isinstance(rule, LLMMerge) else 0,
+        "aggregator": merges * getattr(rule, "calls_per_merge", 0),
         "guide": every * getattr(plan.guide, "calls_per_rollout", 0),
     }
     return RunPlan(steps=len(turns), rollouts=rollouts, calls=calls, notes=_notes(plan, rule, rollouts, merges))
@@ -320,16 +325,18 @@ def count_run(plan: Plan, *, rule: Any, search: Search, gate: Gate, optimizer: A
 
 def _notes(plan: Plan, rule: Any, rollouts: Mapping[str, int], merges: int) -> tuple[str, ...]:
     notes = []
-    if isinstance(rule, LLMMerge) and not merges:
+    if getattr(rule, "calls_per_merge", 0) and not merges:
         notes.append(
             f"the aggregator is idle: batch_size={plan.batch_size} gives one proposal a step, so nothing is merged; "
             "give a larger batch_size"
         )
     every = sum(rollouts.values())
+    names = [name for name, data in (("test", plan.test), ("validation", plan.validation)) if data]
+    sets = f"{' and '.join(names)} {'sets' if len(names) > 1 else 'set'}"
     if every and rollouts["evaluation"] / every > MOSTLY:
         notes.append(
-            f"{rollouts['evaluation']} of {every} rollouts evaluate the test set; give a larger eval_frequency than "
-            f"{plan.eval_frequency}, or a smaller test set"
+            f"{rollouts['evaluation']} of {every} rollouts evaluate the {sets}; give a larger eval_frequency than "
+            f"{plan.eval_frequency}, or a smaller {sets}"
         )
     return tuple(notes)
 

@@ -48,6 +48,8 @@ def chain(*rules: UpdateRule) -> UpdateRule:
         return proposals
 
     chained.__qualname__ = show_call("chain", *rules)
+    facts: Any = chained
+    facts.calls_per_merge = sum(getattr(rule, "calls_per_merge", 0) for rule in rules)
     return chained
 
 

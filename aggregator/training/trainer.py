@@ -314,6 +314,7 @@ class Trainer:
         batch_size: int = 1,
         test_dataset: Dataset | None = None,
         eval_frequency: int = 1,
+        validate_dataset: Dataset | None = None,
         ensure_improvement: bool = False,
         repeats: int = 1,
         sample: int = 0,
@@ -328,20 +329,29 @@ class Trainer:
         plan = check(
             Plan(
                 guide=self._guide(guide),
-                train=samples(train_dataset),
+                train=(train := samples(train_dataset)),
                 test=() if test_dataset is None else samples(test_dataset, name="test_dataset"),
+                validation=() if validate_dataset is None else samples(validate_dataset, name="validate_dataset"),
                 stepsize=as_schedule(0.5),
                 num_epochs=num_epochs,
                 batch_size=batch_size,
                 eval_frequency=eval_frequency,
                 repeats=repeats,
                 seed=self.seed if seed is None else seed,
+                skip=check_skipped(self.skip_samples, len(train)),
             )
         )
         check_count("sample", sample, meaning="0 runs nothing")
         self._check_parts()
         gate = both(improves_on_batch(), self.gate) if ensure_improvement else self.gate
-        counted = count_run(plan, rule=self.merging_rule(), search=self.search, gate=gate, optimizer=self._optimizer())
+        counted = count_run(
+            plan,
+            rule=self.merging_rule(),
+            search=self.search,
+            gate=gate,
+            optimizer=self._optimizer(),
+            propose_per=self.propose_per,
+        )
         for note in counted.notes:
             warnings.warn(note, TrainingWarning, stacklevel=2)
         if not sample:

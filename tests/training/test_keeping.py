@@ -58,6 +58,7 @@ def test_the_best_values_are_in_the_agent_and_in_its_files(tmp_path: Path) -> No
     assert agent.prompt.data == "Say no."
     written = json.loads((tmp_path / "run" / "parameters.json").read_bytes())
     assert (written["parameters"], written["values"]) == ({"prompt": "Say no."}, "best")
+    assert [update["step"] for update in result.provenance["prompt"]] == [0]  # not the later, worse update
     assert "validation score (used for selection) 0 -> 0" in str(result)
     assert "kept: the best values, of step 1" in str(result)
     assert trainer.restore("last") == {"prompt": "Say worse."}

@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback
 
-from aggregator import AggregatedUpdate, BeamSearch, ConfigError, LLMJudge, LLMOptimizer, Module, ParameterNode
+from aggregator import (
+    AggregatedUpdate,
+    BeamSearch,
+    ConfigError,
+    LLMJudge,
+    LLMMerge,
+    LLMOptimizer,
+    MinibatchAlgorithm,
+    Module,
+    ParameterNode,
+)
 from aggregator.errors import TrainingWarning
 from aggregator.records import Usage
-from aggregator.rules import majority
+from aggregator.rules import LLMChoice, chain, dedupe, majority
 from aggregator.training.gates import both, improves_on_batch, improves_on_validation
 
 
@@ -57,6 +67,43 @@ def test_what_a_search_costs() -> None:
     search = BeamSearch(Adder(), LLMOptimizer(llm=model), num_candidates=3, num_proposals=2, rule=majority)
     plan = search.plan(exact, additions(3, 4), batch_size=2)
     assert plan.rollouts == {"training": 12, "evaluation": 0, "gate": 24}
+
+
+def test_the_validation_set_was_not_counted() -> None:
+    """It is scored as often as the test set, its baseline included; repeats multiply every rollout."""
+    sets: Any = {"validate_dataset": additions(3, 5), "test_dataset": additions(3, 1)}
+    with pytest.warns(TrainingWarning, match="72 of 90 rollouts evaluate the test and validation sets"):
+        plan = trainer().plan(exact, additions(3, 6), batch_size=2, repeats=3, **sets)
+    assert plan.rollouts == {"training": 18, "evaluation": 3 * 4 * (5 + 1), "gate": 0}
+    assert plan.calls["optimizer"] == 6
+    with pytest.warns(TrainingWarning, match="evaluate the validation set"):
+        trainer().plan(exact, additions(3, 4), batch_size=2, validate_dataset=additions(3, 10))
+
+
+def test_samples_that_are_left_out_were_counted() -> None:
+    """`skip_samples` is part of the plan."""
+    plan = trainer(skip_samples=[0, 3]).plan(exact, additions(3, 6), batch_size=6)
+    assert (plan.rollouts["training"], plan.calls["optimizer"]) == (4, 4)
+
+
+def test_an_optimizer_of_whole_minibatches_was_counted_per_instance() -> None:
+    """It is asked once a step, and nothing is merged."""
+    model = ScriptedModel(from_feedback)
+    plan = MinibatchAlgorithm(Adder(), LLMOptimizer(llm=model)).plan(exact, additions(3, 6), batch_size=3)
+    assert (plan.calls["optimizer"], plan.calls["aggregator"]) == (2, 0)
+    beam = BeamSearch(Adder(), LLMOptimizer(llm=model), num_candidates=3, num_proposals=2)
+    assert beam.plan(exact, additions(3, 4), batch_size=2).calls["optimizer"] == 2 * 3 * 2
+
+
+def test_a_merge_at_the_end_of_a_chain_was_not_counted() -> None:
+    """Every rule that asks a model counts."""
+    model = ScriptedModel(from_feedback)
+    for rule, calls in (
+        (chain(dedupe, LLMMerge(model)), 3),
+        (chain(LLMMerge(model), LLMChoice(model)), 6),
+        (dedupe, 0),
+    ):
+        assert trainer(rule=rule).plan(exact, additions(3, 6), batch_size=2).calls["aggregator"] == calls
 
 
 def test_calls_of_a_judge_and_of_several_candidates() -> None:
