@@ -37,6 +37,7 @@ ADAPTERS = {
     "gepa": "gepa",
     "google.adk": "adk",
     "langchain": "langchain",
+    "langchain_core": "langchain",
     "langgraph": "langchain",
     "llama_index": "llama_index",
     "agents": "openai_agents",

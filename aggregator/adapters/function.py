@@ -140,8 +140,13 @@ def _read_by(function: Any, seen: set[int] | None = None) -> Iterator[tuple[str,
             yield from walk(value, name, seen)
 
 
-def objects_read_by(function: Any, kind: type, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (variable, object) for each object of a kind that a function, or one of its module it calls, can name."""
+def objects_read_by(
+    function: Any, kind: type | tuple[type, ...], seen: set[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield (variable, object) for each object of some kinds that a function can name.
+
+    Also for the functions of its module that it calls.
+    """
     seen = set() if seen is None else seen
     inner = inner_function(function)
     if id(inner) in seen or not isfunction(inner):

@@ -69,6 +69,8 @@ CASES = (
     Case("OpenAI Agents SDK", "openai_agents", "triage.instructions", "openai-agents", "openai-agents", is_smoke=True),
     Case("DSPy", "dspy", "instructions", "dspy", "dspy", is_smoke=True),
     Case("GEPA adapter", "gepa", "system_prompt", "gepa", "gepa", is_smoke=True),
+    Case("LangChain", "langchain", "system_prompt", "langchain", "langchain"),
+    Case("LangGraph", "langgraph", "prompt.system", "langgraph", "langchain"),
 )
 
 
