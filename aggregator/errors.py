@@ -289,7 +289,7 @@ class AggregatorWarning(UserWarning):
 
 
 class SandboxWarning(AggregatorWarning):
-    """This system's kernel cannot close all of the sandbox; the message lists what is open."""
+    """Code that training changes is not contained: the kernel leaves ways open, or another framework runs the code."""
 
 
 class CassetteWarning(AggregatorWarning):

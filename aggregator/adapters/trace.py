@@ -59,6 +59,10 @@ class TraceParameter(ParameterNode[Any]):
     def _stored(self, value: Any) -> None:
         self.node._data = value  # noqa: SLF001 - as above
 
+    def code_engine(self) -> str | None:
+        """Return "here" for source code, which Trace itself compiles and runs; no sandbox of ours reaches it."""
+        return "here" if self.is_code else None
+
     def check(self, raw: Any, where: str) -> Any:
         """Convert and check a value; source code must also parse, compile, and keep name and signature."""
         value = super().check(raw, where)

@@ -65,6 +65,10 @@ class CodeParameter(ParameterNode[str]):
         """Return what a prompt says of this parameter."""
         return {**super().describe(), "type": "source code of a Python function, name and arguments fixed"}
 
+    def code_engine(self) -> str:
+        """Return where the current context runs changed source of this parameter: "process", "monty" or "here"."""
+        return current_place(self.place).engine
+
     def is_changed(self) -> bool:
         """Return True if the source is not the one that was written."""
         return self.data != self.written
@@ -288,10 +292,10 @@ def unsandboxed_code(parameters: Iterable[Any], values: Mapping[str, Any]) -> li
     return [
         (parameter.name, str(values[parameter.name]))
         for parameter in parameters
-        if isinstance(parameter, CodeParameter)
+        if isinstance(parameter, ParameterNode)
         and parameter.name in values
-        and current_place(parameter.place).engine == "here"
-        and source_digest(str(values[parameter.name])) != source_digest(parameter.written)
+        and parameter.code_engine() == "here"
+        and source_digest(str(values[parameter.name])) != source_digest(str(getattr(parameter, "written", "")))
     ]
 
 

@@ -131,6 +131,10 @@ class ParameterNode(Generic[T]):
         schema = typed_values.schema(self.type)
         return schema | {"description": self.description} if self.description else schema
 
+    def code_engine(self) -> str | None:
+        """Return where source in this parameter runs: "process", "monty" or "here" (this process); None for no code."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Return what a prompt says of this parameter: value, type, and description and constraint where given."""
         facts = {"value": self.data, "type": typed_values.describe_type(self.type)}

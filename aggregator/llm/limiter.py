@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from aggregator.checks import is_number
 from aggregator.errors import APITimeoutError, ConfigError
@@ -223,14 +223,11 @@ class LoopLimiters:
         self._key = (target.base_url.rstrip("/"), account, target.model)
         self._limits = limits
         self._time = time
-        self._latest: tuple[ref[asyncio.AbstractEventLoop], Limiter] | None = None
         self.by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Limiter] = WeakKeyDictionary()
 
     def __call__(self) -> Limiter:
         """Return the running loop's limiter."""
-        loop, latest = asyncio.get_running_loop(), self._latest
-        if latest is not None and latest[0]() is loop:
-            return latest[1]
+        loop = asyncio.get_running_loop()
         limiter = self.by_loop.get(loop)
         if limiter is None:
             if self._time is None:
@@ -238,7 +235,6 @@ class LoopLimiters:
             else:
                 limiter = Limiter(clock=self._time[0], sleep=self._time[1], **self._limits)
             self.by_loop[loop] = limiter
-        self._latest = (ref(loop), limiter)
         return limiter
 
 
@@ -257,8 +253,6 @@ class Openings:
 
     async def enter(self, opening: bytes, timeout: float | None) -> bool:
         """Wait for the call that goes first, if one does; return True if it is this one, which then has to `leave`."""
-        import asyncio  # here, as messages alone need no event loop
-
         now = self._clock()
         if now - self._warm.get(opening, -_KEPT) < _KEPT:
             self._warm[opening] = now
@@ -277,8 +271,6 @@ class Openings:
 
     def leave(self, opening: bytes) -> None:
         """Let the others go: the first call has been answered, or has failed and would fail for them as well."""
-        import asyncio
-
         first = self._leading.get(asyncio.get_running_loop(), {}).pop(opening, None)
         if first is not None:
             first.set()

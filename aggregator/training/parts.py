@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Awaitable, Container, Mapping, Sequence
 from inspect import Parameter, isawaitable, signature
 from typing import Any
@@ -16,15 +17,16 @@ from msgspec.structs import replace
 
 from aggregator.agents.code import CodeParameter, require_consent, unsandboxed_code
 from aggregator.agents.modules import operations_of
+from aggregator.agents.parameters import ParameterNode
 from aggregator.agents.sandbox import check_sandboxed
 from aggregator.cassettes.clients import families
 from aggregator.cassettes.lineage import current_tape
 from aggregator.checks import accepts, is_async
-from aggregator.errors import ConfigError
+from aggregator.errors import ConfigError, SandboxWarning
 from aggregator.llm.budget import Budget
 from aggregator.observing.observer import as_observers, from_logger
 from aggregator.records import Candidate, Decision, Proposal, Rollout, Sample, Values
-from aggregator.sandbox.limits import current_place
+from aggregator.sandbox.limits import current_place, place_here
 from aggregator.text import shorten
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.step import Gate, Optimizer, Search, Step, UpdateRule
@@ -305,9 +307,16 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
     Returns parameter name -> where its code runs: "process", "monty" with its version, or "none" for this process,
     where nothing is checked. Raises ConfigError, which names what awaits, calls a model, changes `self`, or uses values
     that cannot cross to a sandbox.
+
+    Code that another framework runs (Trace's own `@bundle`) cannot run in a sandbox. A warning names it unless the user
+    opted out by `sandboxed(None)`.
     """
-    trained = {id(getattr(parameter, "origin", parameter)) for parameter in parameters}
-    places: dict[str, str] = {}
+    origins = [_origin_of(parameter) for parameter in parameters]
+    trained = {id(origin) for origin in origins}
+    foreign = [one.name for one in origins if _code_engine(one) == "here" and not isinstance(one, CodeParameter)]
+    if foreign:
+        _check_foreign_code(", ".join(foreign))
+    places: dict[str, str] = dict.fromkeys(foreign, "here")
     sandboxed: list[tuple[str, CodeParameter, Any]] = []
     for operation, owner in operations_of(agent):
         code = operation.code_of(owner)
@@ -334,6 +343,33 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
     return {name: shown[engine] for name, engine in places.items()}
 
 
+def _origin_of(parameter: Any) -> Any:
+    """Return the parameter that another one wraps, or itself."""
+    return parameter if _code_engine(parameter) else getattr(parameter, "origin", parameter)
+
+
+def _code_engine(parameter: Any) -> str | None:
+    return parameter.code_engine() if isinstance(parameter, ParameterNode) else None
+
+
+def _check_foreign_code(names: str) -> None:
+    """Warn about code that another framework runs in this process; raise ConfigError where a sandbox was asked for."""
+    place = place_here()
+    if place is not None and place.engine != "here":
+        raise ConfigError(
+            f"Expected operations of this library's @bundle within sandboxed(...), got code that Trace runs in this "
+            f"process: {names}. Leave it out of training, or use sandboxed(None)"
+        )
+    if place is None:
+        warnings.warn(
+            f"The code of {names} will be trained and runs in this process, as Trace runs it: it may do whatever your "
+            "program may do. Train in a container, use this library's @bundle, or accept it by `with sandboxed(None):` "
+            "(aggregator.sandbox) around the training",
+            SandboxWarning,
+            stacklevel=3,
+        )
+
+
 def permit_replayed_code(values: Values, parameters: Sequence[Any]) -> None:
     """Raise ConfigError if a cassette that holds a recording is open and does not permit code that would run here.
 
@@ -342,5 +378,5 @@ def permit_replayed_code(values: Values, parameters: Sequence[Any]) -> None:
     tape = current_tape()
     if tape is None or not tape.holds_recording:
         return
-    if found := unsandboxed_code([getattr(one, "origin", one) for one in parameters], values):
+    if found := unsandboxed_code(map(_origin_of, parameters), values):
         require_consent(found, tape.rules.code, origin=f"the recording {tape.name}", permitted=tape.permitted_code)

@@ -21,10 +21,12 @@ from aggregator.adapters.trace import TraceAgent
 from aggregator.adapters.trace_optimizer import as_optimizer
 from aggregator.agents.parameters import overriding, read, write
 from aggregator.cassettes.lineage import lineage
-from aggregator.errors import ParameterError, RateLimitError
+from aggregator.errors import ParameterError, RateLimitError, SandboxWarning
 from aggregator.records import RolloutTask, Sample
+from aggregator.sandbox.limits import sandboxed
 from aggregator.training.algorithms import Minibatch
 from aggregator.training.gates import improves_on_batch
+from aggregator.training.parts import check_code
 from aggregator.training.rules import majority
 from aggregator.training.step import Step
 
@@ -300,6 +302,37 @@ async def test_code_that_does_not_compile_is_refused() -> None:
     with pytest.raises(ParameterError, match="Expected Python source that parses"):
         code.convert("def route(self, x):\n    retrn x")
     assert code.convert("def route(self, x):\n    return 2 * x").endswith("2 * x\n")
+
+
+SOURCE = "def route(self, x):\n    return x\n"
+
+
+def coded() -> Agent:
+    plain = Agent(SOURCE)
+    plain.prompt.name = "__code:0"
+    return plain
+
+
+def test_code_that_trace_runs_was_trained_in_this_process_without_a_word(tmp_path: Path) -> None:
+    """It is named in a warning before training; `sandboxed(None)` accepts it, and a sandbox that cannot be is an error.
+
+    A file brings it in only by the user's word, as any other source without a sandbox.
+    """
+    parameters = TraceAgent(coded()).parameters()
+    with pytest.warns(SandboxWarning, match="The code of __code will be trained and runs in this process"):
+        assert check_code(None, parameters) == {"__code": "none"}
+    with sandboxed(None):
+        check_code(None, parameters)
+    with sandboxed("process"), pytest.raises(ConfigError, match="got code that Trace runs in this process: __code"):
+        check_code(None, parameters)
+    changed = TraceAgent(coded())
+    changed.parameters()[0].data = SOURCE.replace("return x", "return 2 * x")
+    changed.save(tmp_path / "agent.json")
+    loaded = TraceAgent(coded())
+    with pytest.raises(ConfigError, match="code=True or code='ask'"):
+        loaded.load(tmp_path / "agent.json")
+    loaded.load(tmp_path / "agent.json", code=True)
+    assert "2 * x" in loaded.parameters()[0].data
 
 
 async def test_an_agents_failure_is_where_feedback_starts() -> None:

@@ -91,7 +91,6 @@ class OpenAIChat(JSONCodec[Answer]):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self._urls: dict[str, str] = {}
         self._by_name: bool = target.options.get("by_name", False)
         self._cap: int | None = target.options.get("max_tokens")
         self._seed: str = target.options.get("seed", "seed")
@@ -125,7 +124,7 @@ class OpenAIChat(JSONCodec[Answer]):
             stream=call.stream,
             stream_options=_USAGE if call.stream and self._usage_is_asked else None,
         )
-        url = self._urls.get(call.model) or self._urls.setdefault(call.model, self.url(call))
+        url = self.url(call)
         if call.extra or (call.seed is not None and self._seed != "seed"):
             return self.post(url, {**self._renamed(body), **call.extra}, call)
         return self.post(url, body, call)
