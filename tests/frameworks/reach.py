@@ -250,9 +250,9 @@ def run_in(case: Case, arguments: Sequence[str]) -> subprocess.CompletedProcess[
 
 def run_tests(case: Case) -> str:
     """Run the tests of a framework's adapter and hosts in its environment; returns what failed, "" for nothing."""
-    names = (f"adapters/test_{case.file}.py", f"hosts/test_{case.file}_host.py")
-    tests = [ROOT / "tests" / name for name in names]
-    found = [str(path) for path in tests if path.exists()] if case.environment else []
+    patterns = (f"adapters/test_{case.file}.py", f"hosts/test_{case.file}*_host.py")
+    tests = [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
+    found = [str(path) for path in tests] if case.environment else []
     if not found:
         return ""
     try:
