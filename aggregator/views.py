@@ -232,6 +232,7 @@ def step_line(report: StepReport) -> str:
         f"step {report.step}",
         _said("score", report.score),
         _said("test score", report.test_score),
+        _said("validation score", report.validation_score),
         f"{verdict} {', '.join(report.update)}".strip() if report.decision.accepted else verdict,
         _counted(len(report.failures), "failure") if report.failures else "",
     )

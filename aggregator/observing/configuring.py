@@ -158,8 +158,11 @@ class Events(Observer):
 
     def evaluation(self, evaluation: Evaluation, /) -> None:
         """Send `train.evaluation`: the score of the test set after so many steps."""
-        facts = {"step": evaluation.step, "score": evaluation.score, "samples": len(evaluation.scores)}
-        emit("train.evaluation", **facts, failures=len(evaluation.failures), **_spent(evaluation.usage))
+        _emit_scores("train.evaluation", evaluation)
+
+    def validation(self, evaluation: Evaluation, /) -> None:
+        """Send `train.validation`: the score of the validation set after so many steps."""
+        _emit_scores("train.validation", evaluation)
 
     def step(self, report: StepReport, /) -> None:
         """Send `train.step`: what a step did, without its texts."""
@@ -168,12 +171,17 @@ class Events(Observer):
     def finished(self, result: TrainingResult, /) -> None:
         """Send `train.finished`."""
         scores = result.test_scores
-        facts = {"steps": len(result.history), "test_score": scores[-1] if scores else None}
+        facts = {"steps": len(result.history), "test_score": scores[-1] if scores else None, "stopped": result.stopped}
         emit("train.finished", **facts, failures=len(result.failures), **_spent(result.usage))
 
     def failed(self, error: BaseException, /) -> None:
         """Send `train.failed` with the error that ends the run."""
         emit("train.failed", error=type(error).__name__, message=str(error))
+
+
+def _emit_scores(name: str, evaluation: Evaluation) -> None:
+    facts = {"step": evaluation.step, "score": evaluation.score, "samples": len(evaluation.scores)}
+    emit(name, **facts, failures=len(evaluation.failures), **_spent(evaluation.usage))
 
 
 def step_facts(report: StepReport) -> dict[str, Any]:
@@ -183,6 +191,7 @@ def step_facts(report: StepReport) -> dict[str, Any]:
         "step": report.step,
         "score": report.score,
         "test_score": report.test_score,
+        "validation_score": report.validation_score,
         "samples": len(report.sample_ids),
         "proposals": report.proposals,
         "failures": len(report.failures),

@@ -86,6 +86,8 @@ class ProgressBar(Observer):
         """Count its calls."""
         self._calls += total(evaluation.usage.values()).calls
 
+    validation = evaluation
+
     def step(self, report: StepReport, /) -> None:
         """Tick."""
         self._done += 1

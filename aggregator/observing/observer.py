@@ -25,8 +25,8 @@ from aggregator.protocols import Logger
 from aggregator.records import Evaluation, Failure, FullStepReport, Rollout, RunInfo, TrainingResult, Usage
 from aggregator.text import shorten
 
-Event = Literal["started", "rollout", "evaluation", "step", "finished", "failed"]
-EVENTS: tuple[Event, ...] = ("started", "rollout", "evaluation", "step", "finished", "failed")
+Event = Literal["started", "rollout", "evaluation", "validation", "step", "finished", "failed"]
+EVENTS: tuple[Event, ...] = ("started", "rollout", "evaluation", "validation", "step", "finished", "failed")
 
 _ACCEPTED = (
     f"a callable that takes a StepReport, an Observer, or an object with some of its methods ({', '.join(EVENTS)})"
@@ -44,6 +44,9 @@ class Observer:
 
     def evaluation(self, evaluation: Evaluation, /) -> Awaitable[None] | None:
         """See the scores of the test set; `evaluation.step` is 0 for the baseline before training."""
+
+    def validation(self, evaluation: Evaluation, /) -> Awaitable[None] | None:
+        """See the scores of the validation set, which choose the best values; 0 is the step of the baseline."""
 
     def step(self, report: FullStepReport, /) -> Awaitable[None] | None:
         """See what a step did, with its rollouts and proposals."""
@@ -117,7 +120,8 @@ class _Partial(Observer):
 class LoggingObserver(Observer):
     """Logs what it sees as named values of a step, in Trace's shape: the base of the loggers in this package.
 
-    Step 0 is the first. The names: "Average test score before training", "Average train score", "Average test score",
+    Step 0 is the first. The names: "Average test score before training" and "Average validation score before training",
+    "Average train score", "Average test score", "Average validation score",
     "Parameter: <name>" for each accepted change, "Update refused" or "No update" with the reason, "Failures" with
     their count and "First failure", and "Calls so far", "Tokens so far" and "USD so far". An unknown train score
     is logged as None, other unknown values are left out. Only every `frequency`-th step is logged; 0 logs nothing.
@@ -137,10 +141,17 @@ class LoggingObserver(Observer):
 
     def evaluation(self, evaluation: Evaluation, /) -> None:
         """Log the baseline; later scores of the test set come with their step."""
+        self._log_baseline("test", evaluation)
+
+    def validation(self, evaluation: Evaluation, /) -> None:
+        """Log the baseline likewise."""
+        self._log_baseline("validation", evaluation)
+
+    def _log_baseline(self, name: str, evaluation: Evaluation) -> None:
         self._spent = total_by_role((self._spent, evaluation.usage))
         if self.frequency and evaluation.step == 0:
             if evaluation.score is not None:
-                self.log("Average test score before training", evaluation.score, 0, color="green")
+                self.log(f"Average {name} score before training", evaluation.score, 0, color="green")
             self._log_failures(evaluation.failures, 0)
 
     def step(self, report: FullStepReport, /) -> None:
@@ -151,6 +162,8 @@ class LoggingObserver(Observer):
         self.log("Average train score", report.score, report.step, color="green")
         if report.test_score is not None:
             self.log("Average test score", report.test_score, report.step, color="green")
+        if report.validation_score is not None:
+            self.log("Average validation score", report.validation_score, report.step, color="green")
         if report.decision.accepted:
             for name, value in report.update.items():
                 self.log(f"Parameter: {name}", value, report.step, color="red")

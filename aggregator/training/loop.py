@@ -212,6 +212,8 @@ class _Course:
                     await notify(self.observers, "evaluation", baseline)
             if self.state.steps == 0 and not self.state.validations:
                 self.state = await self._validate(self.state, 0)
+                for validation in self.state.validations:
+                    await notify(self.observers, "validation", validation)
         for turn in self.turns[self.state.steps :]:
             if await self._is_stopped():
                 return
@@ -221,12 +223,16 @@ class _Course:
                 self.pending = (full.slim(),)
                 evaluation = await self._evaluate(turn.step + 1)
                 state = await self._validate(self.state, turn.step + 1)
-            validated = state.validations[-1].score if state is not self.state else None
-            full = replace(full, test_score=evaluation and evaluation.score, validation_score=validated)
+            validated = state.validations[-1] if state is not self.state else None
+            full = replace(
+                full, test_score=evaluation and evaluation.score, validation_score=validated and validated.score
+            )
             self.state = state
             self._commit(full.slim(), evaluation, memory)
             if evaluation is not None:
                 await notify(self.observers, "evaluation", evaluation)
+            if validated is not None:
+                await notify(self.observers, "validation", validated)
             await notify(self.observers, "step", full)
         await self._is_stopped()  # the reason is stated too where the last step was the one that brought it
 
@@ -472,7 +478,10 @@ class _Course:
     def info(self, sandboxes: Mapping[str, str]) -> RunInfo:
         """Return what the run is about to do."""
         plan, state, trainer = self.plan, self.state, self.trainer
-        spent = [*(report.usage for report in state.history), *(run.usage for run in state.evaluations)]
+        spent = [
+            *(report.usage for report in state.history),
+            *(run.usage for run in (*state.evaluations, *state.validations)),
+        ]
         return RunInfo(
             trainer=name_of(trainer),
             agent=name_of(trainer.agent),

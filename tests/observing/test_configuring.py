@@ -73,6 +73,7 @@ def test_json_lines() -> None:
         "step": 7,
         "score": 0.5,
         "test_score": None,
+        "validation_score": None,
         "samples": 2,
         "proposals": 1,
         "failures": 0,

@@ -77,6 +77,31 @@ def test_events_of_a_run_in_their_order() -> None:
     assert [report.slim() for report in diary.of("step")] == list(result.history)
 
 
+def test_validation_scores_did_not_reach_observers() -> None:
+    """Neither the baseline nor later ones; loggers got none either."""
+    diary, lines = Diary(), Lines()
+    result = scripted(observers=[diary, lines]).train(exact, DATA, batch_size=2, validate_dataset=additions(5, 2))
+    assert diary.of("validation") == list(result.validations)
+    assert [one.step for one in result.validations] == [0, 1, 2]
+    events = [event for event, _ in diary.seen if event in ("validation", "step")]
+    assert events == ["validation", "validation", "step", "validation", "step"]
+    assert [(name, data) for name, data, _ in lines.logged if "validation" in name] == [
+        ("Average validation score before training", 0.0),
+        ("Average validation score", 1.0),
+        ("Average validation score", 1.0),
+    ]
+
+
+class Lines:
+    """A logger in Trace's shape."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, Any, int]] = []
+
+    def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
+        self.logged.append((name, data, step))
+
+
 def test_what_a_run_is_about_to_do() -> None:
     """Names, counts, seed and the parameters at the start; of a resumed run also what is behind it."""
     diary = Diary()
