@@ -75,6 +75,11 @@ ENVIRONMENTS = {
         (*TEST_TOOLS, "langchain==1.5.2", "langchain-core==1.8.3", "langgraph==1.2.24", "langchain-openai==1.7.4"),
         constrained=False,
     ),
+    "mlflow": Environment((*TEST_TOOLS, "mlflow==3.17.2"), constrained=False),
+    "adk": Environment((*TEST_TOOLS, "google-adk==2.13.0", "litellm"), constrained=False),
+    "llama-index": Environment(
+        (*TEST_TOOLS, "llama-index-core==0.14.25", "llama-index-llms-openai"), constrained=False
+    ),
     "peer-suites": Environment(
         (*TEST_TOOLS, *VCRPY_TESTS, "vcrpy==9.4.2", "pytest-recording==0.14.1", "pytest-mock", "brotli"),
         constrained=False,

@@ -73,6 +73,9 @@ CASES = (
     Case("LangGraph", "langgraph", "prompt.system", "langgraph", "langchain"),
 )
 
+HOSTS = (Case("MLflow", "mlflow", "", "mlflow", "mlflow"),)
+"""Libraries that our algorithm runs inside only: they have tests, and no row."""
+
 
 class Glue(NamedTuple):
     """What an example needs of this library: statements by lines, and names imported."""
@@ -293,6 +296,8 @@ def main(arguments: Sequence[str]) -> int:
         found[case.name], problem = run(case)
         print(found[case.name], flush=True)  # noqa: T201 - a script
         wrong += [problem for problem in (problem, run_tests(case)) if problem]
+    for case in () if given.names or given.smoke else HOSTS:
+        wrong += filter(None, [run_tests(case)])
     if given.write:
         write(found)
     print("\n".join(wrong))  # noqa: T201 - a script
