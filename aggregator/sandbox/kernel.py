@@ -68,13 +68,18 @@ class Kernel:
             return
         import ctypes
 
-        self._ctypes = ctypes
+        self._errno, self._copy = ctypes.get_errno, ctypes.memmove
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.landlock = max(self._libc.syscall(_CREATE_RULESET, None, 0, 1), 0)
         if self.landlock:
             self.ruleset = self._make_ruleset()
         self.landlock *= self.ruleset >= 0
-        self._program = system_call_filter(_OWN)
+        program, own = system_call_filter(_OWN), struct.pack("I", _OWN)
+        self._program = ctypes.create_string_buffer(program, len(program))  # not in each child: it makes a type
+        start = ctypes.addressof(self._program)
+        self._own_places = [start + at for at in range(0, len(program), 4) if program[at : at + 4] == own]
+        header = struct.pack("HxxxxxxP", len(program) // 8, start)
+        self._header = ctypes.create_string_buffer(header, len(header))
         self.filters = self.filters and self._libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP: was it built in?
 
     def open_ways(self) -> list[str]:
@@ -98,14 +103,13 @@ class Kernel:
             self._demand(self._libc.syscall(_RESTRICT_SELF, self.ruleset, 0))
             os.close(self.ruleset)
         if self.filters:
-            program = self._program.replace(struct.pack("I", _OWN), struct.pack("I", os.getpid()))
-            kept = self._ctypes.create_string_buffer(program, len(program))
-            header = struct.pack("HxxxxxxP", len(program) // 8, self._ctypes.addressof(kept))
-            self._demand(self._libc.prctl(22, 2, self._ctypes.create_string_buffer(header, len(header)), 0, 0))
+            for place in self._own_places:
+                self._copy(place, struct.pack("I", os.getpid()), 4)
+            self._demand(self._libc.prctl(22, 2, self._header, 0, 0))  # PR_SET_SECCOMP
 
     def _demand(self, result: int) -> None:
         if result != 0:
-            raise OSError(self._ctypes.get_errno(), "the kernel refused to close trained code in")
+            raise OSError(self._errno(), "the kernel refused to close trained code in")
 
     def _make_ruleset(self) -> int:
         """Return a descriptor of the rules: reading the interpreter's own folders, and nothing else."""
