@@ -88,6 +88,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "improves_on_batch",
         "improves_on_validation",
     ),
+    "aggregator.training.learning": ("propose_from",),
     "aggregator.training.merge": ("LLMMerge",),
     "aggregator.training.optimize": ("aoptimize", "optimize"),
     "aggregator.training.proposers": (

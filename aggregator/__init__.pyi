@@ -53,6 +53,7 @@ from aggregator.training.evaluation import evaluate as evaluate
 from aggregator.training.evaluation import headroom as headroom
 from aggregator.training.gates import improves_on_batch as improves_on_batch
 from aggregator.training.gates import improves_on_validation as improves_on_validation
+from aggregator.training.learning import propose_from as propose_from
 from aggregator.training.merge import LLMMerge as LLMMerge
 from aggregator.training.optimize import aoptimize as aoptimize
 from aggregator.training.optimize import optimize as optimize

@@ -8,6 +8,7 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "aggregator.training.learning": ("LearnedUpdate", "apropose_from", "propose_from", "read_records"),
     "aggregator.training.prompts": ("Layout",),
     "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer", "TextGradOptimizer"),
     "aggregator.training.step": ("Optimizer",),

@@ -1,5 +1,9 @@
 # What editors and type checkers see: the table of optimizers.py as imports. A test compares the two.
 
+from aggregator.training.learning import LearnedUpdate as LearnedUpdate
+from aggregator.training.learning import apropose_from as apropose_from
+from aggregator.training.learning import propose_from as propose_from
+from aggregator.training.learning import read_records as read_records
 from aggregator.training.prompts import Layout as Layout
 from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
 from aggregator.training.proposers import OPROOptimizer as OPROOptimizer
