@@ -70,7 +70,7 @@ ENVIRONMENTS = {
     ),
     "openai-agents": Environment((*TEST_TOOLS, "openai-agents==0.24.0"), constrained=False),
     "dspy": Environment((*TEST_TOOLS, "dspy==3.4.1"), constrained=False),
-    "gepa": Environment((*TEST_TOOLS, "gepa==0.1.4", "litellm"), constrained=False),
+    "gepa": Environment((*TEST_TOOLS, "gepa==0.1.4", "litellm", "cloudpickle"), constrained=False),
     "langchain": Environment(
         (*TEST_TOOLS, "langchain==1.5.2", "langchain-core==1.8.3", "langgraph==1.2.24", "langchain-openai==1.7.4"),
         constrained=False,

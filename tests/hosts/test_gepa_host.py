@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,3 +211,19 @@ def test_a_proposer_of_gepas_kind_and_bad_arguments(llm: LLM) -> None:
         hosts.AgentAdapter(router, None)
     with pytest.raises(ConfigError, match="stepsize"):
         hosts.AggregatedReflection(llm, stepsize=2)
+
+
+def test_optimize_anything_takes_the_strategy(llm: LLM, tmp_path: Path) -> None:
+    from gepa.optimize_anything import EngineConfig, GEPAConfig, ReflectionConfig, optimize_anything
+
+    def evaluate(candidate: Any, example: tuple[str, str]) -> tuple[float, dict[str, Any]]:
+        said = llm([{"role": "system", "content": candidate}, {"role": "user", "content": example[0]}]).text
+        return float(said == example[1]), {"Inputs": example[0], "Feedback": f"Expected: {example[1]}"}
+
+    strategy = hosts.AggregatedReflection(llm)
+    reflection = ReflectionConfig(reflection_strategy=strategy, reflection_minibatch_size=len(ROWS))
+    engine = EngineConfig(max_metric_calls=40, run_dir=str(tmp_path), capture_stdio=False)
+    config = GEPAConfig(engine=engine, reflection=reflection)
+    result = optimize_anything("If no rule applies, answer sales.", evaluator=evaluate, dataset=ROWS, config=config)
+    assert result.val_aggregate_scores[0] < max(result.val_aggregate_scores)
+    assert "->" in result.best_candidate
