@@ -476,7 +476,7 @@ class Attempt:
         if self._held is not None:
             spent = self._spent(self._held, usage, error)
             for budget in self.attempts.budgets:
-                budget.settle(self._held, spent)
+                budget.settle(self._held, spent, replayed=not self.is_live)
         if tracing.listening():
             self._trace(usage, error)
 

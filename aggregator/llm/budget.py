@@ -91,7 +91,8 @@ class Budget:
         self._taken = NOTHING  # spent and reserved
         self._waiting: deque[_Waiter] = deque()
         self._lock = threading.Lock()
-        self._runs: set[str] = set()  # those whose earlier spending is counted
+        self._runs: dict[str, Amount] = {}  # what is counted of runs that can be resumed
+        self._credit = NOTHING  # what was counted already of exchanges that a resumed run replays
 
     def __repr__(self) -> str:
         return show_call("Budget", usd=self.usd, tokens=self.tokens, calls=self.calls)
@@ -109,13 +110,23 @@ class Budget:
             held = _add(self._taken, self._spent, -1)
         return Spending(usd=held.pico / _PICO, tokens=held.tokens, calls=held.calls)
 
-    def carry(self, run: str, spent: Spending) -> None:
-        """Count what a resumed run spent before; once per run, so that the budget that saw it counts nothing twice."""
+    def carry(self, run: str, spent: Spending, *, resumed: bool = True) -> None:
+        """Count what a run had spent when it was saved, as it is resumed.
+
+        A budget that saw the run itself has counted that and more: what it replays of the rest counts nothing.
+        """
         with self._lock:
-            is_known = run in self._runs
-            self._runs.add(run)
-        if not is_known:
-            self.settle(NOTHING, Amount(round(spent.usd * _PICO), spent.tokens, spent.calls))
+            seen = self._runs.get(run) if resumed else None
+            self._runs[run] = now = Amount(round(spent.usd * _PICO), spent.tokens, spent.calls)
+            self._credit = NOTHING if seen is None else _positive(_add(seen, now, -1))
+        if seen is None:
+            self.settle(NOTHING, now)
+
+    def remember(self, run: str, spent: Spending) -> None:
+        """Note what a run has spent, in case that it is resumed with this budget."""
+        with self._lock:
+            more = Amount(round(spent.usd * _PICO), spent.tokens, spent.calls)
+            self._runs[run] = _add(self._runs.get(run, NOTHING), more, 1)
 
     def take(self, amount: Amount) -> bool:
         """Set an upper estimate aside if that needs no waiting; pair it with `settle`."""
@@ -160,9 +171,12 @@ class Budget:
                 ) from None
             raise
 
-    def settle(self, reserved: Amount, spent: Amount) -> None:
+    def settle(self, reserved: Amount, spent: Amount, *, replayed: bool = False) -> None:
         """Replace a reservation by what was really spent, and let those go on that fit now."""
         with self._lock:
+            if replayed and self._credit is not NOTHING:
+                left = _add(self._credit, spent, -1)
+                self._credit, spent = _positive(left), _positive(_add(NOTHING, left, -1))
             taken, total = self._taken, self._spent
             self._taken = Amount(
                 taken.pico - reserved.pico + spent.pico,
@@ -250,6 +264,10 @@ class Budget:
 
 def _add(a: Amount, b: Amount, sign: int) -> Amount:
     return Amount(a.pico + sign * b.pico, a.tokens + sign * b.tokens, a.calls + sign * b.calls)
+
+
+def _positive(amount: Amount) -> Amount:
+    return Amount(max(amount.pico, 0), max(amount.tokens, 0), max(amount.calls, 0))
 
 
 class _Waiter(NamedTuple):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.executors.work import failures_left
 from aggregator.files import write_atomically
 from aggregator.llm.budget import Budget, Spending, spending
+from aggregator.llm.ledger import collecting
 from aggregator.llm.observed import part_here
 from aggregator.records import NO_USAGE, Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values
 from aggregator.text import canonical_json, show
@@ -306,23 +308,31 @@ def open_journal(run_dir: Path | None, state: RunState) -> Iterator[None]:
 
 
 @contextmanager
-def count_in(budget: Budget | None, run_dir: Path | None, state: RunState) -> Iterator[None]:
+def count_in(budget: Budget | None, run_dir: Path | None, state: RunState, *, resumed: bool) -> Iterator[None]:
     """Count every call of the run, whichever client and thread makes it, and what it had spent at its checkpoint.
 
-    Exchanges of an interrupted step, which are replayed, count as they are. Without a budget an outer one goes on
-    counting.
+    Exchanges of an interrupted step, which are replayed, count as they are, unless this budget has counted them before.
+    Without a budget an outer one goes on counting.
     """
-    if budget is not None and run_dir is not None:
+    run = None if run_dir is None else str(run_dir.resolve())
+    if budget is not None and run is not None:
         reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations, *state.validations]
-        usage = sum((usage for report in reports for usage in report.usage.values()), NO_USAGE)
-        spent = Spending(usd=usage.cost or 0.0, tokens=usage.total_tokens, calls=usage.calls)
-        budget.carry(str(run_dir.resolve()), spent)
+        budget.carry(run, _spending(usage for report in reports for usage in report.usage.values()), resumed=resumed)
     with portal.carrying():
         if budget is None:
             yield
             return
-        with spending(budget):
-            yield
+        with spending(budget), collecting() as ledger:
+            try:
+                yield
+            finally:
+                if run is not None:
+                    budget.remember(run, _spending(ledger.totals().values()))
+
+
+def _spending(usages: Iterable[Usage]) -> Spending:
+    usage = sum(usages, NO_USAGE)
+    return Spending(usd=usage.cost or 0.0, tokens=usage.total_tokens or 0, calls=usage.calls)
 
 
 @contextmanager
@@ -385,11 +395,61 @@ def _other(part: Any, depth: int) -> Any:
         fields = part.__struct_fields__
         return [type(part).__qualname__, [[name, identity_of(getattr(part, name), depth + 1)] for name in fields]]
     if hasattr(part, "complete") and hasattr(part, "model"):
-        return ["model", str(part.model)]
+        return _model(part)
     if hasattr(part, "train") and hasattr(part, "agent"):  # a hooked rule knows its trainer
         return type(part).__qualname__
     content = content_of(part)
     return content if content is not None else _object(part, depth)
+
+
+def _model(model: Any) -> Any:
+    """Return what changes the answers of a model: its name, its server, its API, what is merged into each request.
+
+    Keys, limits and timeouts do not; nor does the port of a server on this machine.
+    """
+    if several := getattr(model, "models", ()):
+        return ["models", [_model(one) for one in several]]
+    endpoint = getattr(model, "endpoint", None)
+    if endpoint is None:
+        return ["model", str(model.model)]
+    address = re.sub(r"^(\w+://(?:localhost|127\.[\d.]+|\[::1\])):\d+", r"\1", str(endpoint.base_url))
+    codec = type(endpoint.codec)
+    return ["model", str(model.model), address, codec.__qualname__, identity_of(dict(model.extra or {}))]
+
+
+def models_in(agent: Any) -> dict[str, Any]:
+    """Return the models that an agent holds, by where: in its attributes, those of its parts, lists and dicts.
+
+    Of a function the variables that it uses are looked at.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[str, Any, int]] = [("", agent, 0)]
+    while waiting:
+        name, thing, depth = waiting.pop()
+        if id(thing) in seen or depth > _DEEPEST:
+            continue
+        seen.add(id(thing))
+        if hasattr(thing, "complete") and hasattr(thing, "model"):
+            found[name] = thing
+        else:
+            waiting += [(f"{name}.{key}", one, depth + 1) for key, one in _parts_of(thing, is_agent=depth == 0)]
+    return found
+
+
+def _parts_of(thing: Any, *, is_agent: bool) -> list[tuple[Any, Any]]:
+    """Return what may hold a model in an agent or one of its parts."""
+    if isinstance(thing, list | tuple):
+        return list(enumerate(thing))
+    if isinstance(thing, dict):
+        return list(thing.items())
+    if isinstance(thing, FunctionType):
+        used = {name: thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__}
+        used |= inspect.getclosurevars(thing).nonlocals
+        return [(name, one) for name, one in used.items() if not inspect.ismodule(one)]
+    if not isinstance(thing, type) and (is_agent or callable(getattr(thing, "parameters", None))):
+        return list(getattr(thing, "__dict__", {}).items())
+    return []
 
 
 def _function(function: Any, depth: int) -> Any:

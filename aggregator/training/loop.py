@@ -150,7 +150,11 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
         async with LocalExecutor(plan.max_concurrency) as local:
             course = _Course(trainer, plan, gate, local, parameters, marks, state)
             try:
-                with open_journal(plan.run_dir, state), count_in(budget, plan.run_dir, state), lineage("train"):
+                with (
+                    open_journal(plan.run_dir, state),
+                    count_in(budget, plan.run_dir, state, resumed=plan.resume),
+                    lineage("train"),
+                ):
                     await notify(course.observers, "started", course.info(sandboxes))
                     await course.follow()
             except BaseException as error:

@@ -20,7 +20,7 @@ from aggregator.llm.ledger import total_by_role
 from aggregator.records import Kept, Rollout, Sample, Usage, Values
 from aggregator.text import shorten
 from aggregator.training.batches import minibatches
-from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest, identity_of
+from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest, identity_of, models_in
 from aggregator.training.gates import cost_of
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import Gate, Search
@@ -177,8 +177,6 @@ def _check_run_dir(plan: Plan) -> None:
 
 def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[str, str]:
     """Return what must be the same for a run to be resumed, each as a short hash; only num_epochs may grow."""
-    held = vars(trainer.agent) if hasattr(trainer.agent, "__dict__") else {}
-    models = {name: one for name, one in held.items() if hasattr(one, "complete") and hasattr(one, "model")}
     parts = {
         "guide": plan.guide,
         "gate": gate,
@@ -186,7 +184,7 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[st
         "search": trainer.search,
         "checks": list(trainer.checks),
         "optimizer": trainer.optimizer,
-        "models": models,
+        "models": models_in(trainer.agent),
         "stepsize schedule": plan.stepsize,
     }
     return {

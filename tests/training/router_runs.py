@@ -42,7 +42,12 @@ def train(base_url: str, *, shuffle: int | None = None, budget: Any = None, **op
     pairs = [(ticket.text, ticket.team) for ticket in given.train[:20]]
     gate = improves_on_validation([(ticket.text, ticket.team) for ticket in given.test[:5]])
     trainer = AggregatedUpdate(
-        TicketRouter(llm), LLMOptimizer(llm=llm), llm=llm, gate=gate, observers=[], budget=budget
+        TicketRouter(llm),
+        LLMOptimizer(llm=llm),
+        llm=llm,
+        gate=gate,
+        observers=options.pop("observers", []),
+        budget=budget,
     )
     arguments = {
         "batch_size": 5,

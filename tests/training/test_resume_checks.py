@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from training_fakes import Adder, ScriptedModel, additions, suggest
 
+from aggregator import LLM, Budget, Module
 from aggregator.errors import TrainingError
+from aggregator.testing import FakeTransport
 from aggregator.training.checkpoints import digest, identity_of
 from aggregator.training.gates import improves_on_batch, improves_on_validation
 from aggregator.training.merge import LLMMerge
@@ -101,6 +103,72 @@ def test_a_changed_part_is_refused_by_its_name_alone(tmp_path: Path, named: str,
 def test_settings_tell_parts_apart(before: Any, after: Any) -> None:
     """Those of a constructor, of a closure, of defaults."""
     assert identity_of(before) != identity_of(after)
+
+
+def client(name: str = "openai/gpt-4o-mini", **options: Any) -> LLM:
+    return LLM(name, **{"api_key": "none", "transport": FakeTransport("5"), **options})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        client("openai/gpt-4o"),
+        client(base_url="https://other.example/v1"),
+        client(api="responses"),
+        client(extra={"reasoning_effort": "high"}),
+        LLM([client(), client("openai/gpt-4o")]),
+    ],
+)
+def test_a_model_with_other_settings_is_another_one(changed: LLM) -> None:
+    """It was compared by its name alone."""
+    assert identity_of(changed) != identity_of(client())
+
+
+def test_a_model_with_another_key_or_limit_is_the_same() -> None:
+    """Keys rotate, limits and the port of a local server change nothing in an answer."""
+    same = client(api_key="other", timeout=5.0, max_attempts=9, rpm=3, budget=Budget(calls=3))
+    assert identity_of(same) == identity_of(client())
+    ports = [client("openai-compatible/m", base_url=f"http://127.0.0.1:{port}/v1") for port in (8001, 8002)]
+    assert identity_of(ports[0]) == identity_of(ports[1])
+
+
+class Team(Adder):
+    """Its parts hold the models."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.members = [Member(Named(name))]
+
+
+class Member(Module):
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def forward(self, x: int) -> int:
+        return x
+
+
+SHARED = Named("a")
+
+
+def agent_with(kind: str, name: str) -> Any:
+    if kind == "a member":
+        return Team(name)
+    SHARED.model = name
+
+    def asking(x: int, *, amount: int = 1) -> int:
+        return x + amount if SHARED.model else x
+
+    return asking
+
+
+@pytest.mark.parametrize("kind", ["a member", "a global variable"])
+def test_a_model_inside_of_an_agent_was_not_compared(tmp_path: Path, kind: str) -> None:
+    """That of a part of the agent, or of a variable that a function uses."""
+    train(tmp_path, resume=False, agent=agent_with(kind, "a"))
+    with pytest.raises(TrainingError, match=": models changed since"):
+        train(tmp_path, agent=agent_with(kind, "b"))
+    train(tmp_path, agent=agent_with(kind, "a"))
 
 
 def test_a_part_that_was_used_is_the_same(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from router_runs import train
 
 from aggregator import LLM, AggregatedUpdate, Budget, LLMOptimizer
 from aggregator.errors import BudgetExceededError, TrainingWarning
-from aggregator.llm.budget import spending
+from aggregator.llm.budget import Spending, spending
+from aggregator.observing.observer import Observer
+from aggregator.records import Rollout
 from aggregator.simulation import SimulatedModel
 from aggregator.testing import FakeTransport, ScriptedModel
 from aggregator.training.checkpoints import RESULT, load_result
@@ -73,6 +75,27 @@ def test_a_budget_survives_a_resume(server: SimulatedModel, tmp_path: Path, call
     train(server.base_url, budget=enough, run_dir=tmp_path / "short", resume=True)
     assert enough.spent == whole.spent
     assert (tmp_path / "short" / RESULT).read_bytes() == (tmp_path / "whole" / RESULT).read_bytes()
+
+
+def test_a_budget_counted_a_replay_of_the_interrupted_step_twice(server: SimulatedModel, tmp_path: Path) -> None:
+    """One budget, one process: interrupted in the middle of a step and resumed, it has spent what was paid."""
+    budget = Budget(calls=1000)
+
+    class Interrupting(Observer):
+        seen = 0
+
+        def rollout(self, rollout: Rollout) -> None:
+            Interrupting.seen += 1
+            if Interrupting.seen == 14:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(server.base_url, run_dir=tmp_path / "run", budget=budget, observers=[Interrupting()])
+    assert budget.spent.calls == paid(server)
+    result = train(server.base_url, run_dir=tmp_path / "run", budget=budget, resume=True)
+    assert len(result.history) == 8
+    assert budget.spent.calls == paid(server)
+    assert budget.reserved == Spending()
 
 
 def test_a_budget_that_saw_a_run_counts_it_once(server: SimulatedModel, tmp_path: Path) -> None:
