@@ -37,7 +37,7 @@ from aggregator.errors import (
     is_own,
 )
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
-from aggregator.guides.calling import Call, ask_guide
+from aggregator.guides.calling import Call, as_guide, call_guide
 from aggregator.llm.ledger import collecting
 from aggregator.llm.observed import apart
 from aggregator.protocols import Agent
@@ -111,6 +111,7 @@ class AgentWork:
     def __init__(self, agent: Agent, guide: Any, *, call: Call | None = None) -> None:
         self.agent = agent
         self.guide = guide
+        self._judge = None if guide is None else as_guide(guide)
         self.call: Call = call or LocalExecutor().call
         parameters: dict[str, ParameterNode[Any]] = by_name(agent.parameters())  # type: ignore[arg-type]
         self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.trainable}
@@ -144,7 +145,7 @@ class AgentWork:
             text = "" if seen is None else seen.render()
             measures = ledger.measures()
             return await judge_run(
-                task, ran, self.guide, self.call, transcript=text, started=started, measures=measures
+                task, ran, self._judge, self.call, transcript=text, started=started, measures=measures
             )
 
 
@@ -155,14 +156,19 @@ Result = TypeVar("Result")
 _left: set[asyncio.Task[Any]] = set()  # given up and not ended yet: the event loop holds its tasks weakly
 
 
-async def within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Await `run()` for at most the task's timeout; then cancel it and refuse all calls that it still makes.
+def within(
+    task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]
+) -> Coroutine[Any, Any, Result]:
+    """Return `run()`, awaited for at most the task's timeout; then it is cancelled, and calls it still makes refused.
 
     Raises InstanceTimeoutError then, and without running anything for a stage that is recorded as timed out.
     """
+    is_free = task.timed_out != stage and (task.timeout is None or task.timed_out)
+    return run() if is_free else _within(task, stage, run)
+
+
+async def _within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     if task.timed_out != stage:
-        if task.timeout is None or task.timed_out:
-            return await run()
         scope = portal.Scope()
 
         async def held() -> Result:
@@ -222,8 +228,8 @@ async def judge_run(
 ) -> Rollout:
     """Return the rollout that a run of an agent makes, with the guide's score; with guide None it has no score.
 
-    The calls of the guide are placed below the current lineage. `started` is when the run began, by `perf_counter`,
-    `measures` what its calls took. Raises what ends a run.
+    `guide` is what `as_guide` returns; its calls are placed below the current lineage. `started` is when the run began,
+    by `perf_counter`, `measures` what its calls took. Raises what ends a run.
     """
     sample, score, feedback = task.sample, None, ""
     record: Failure | None = None
@@ -236,7 +242,7 @@ async def judge_run(
         try:
             with lineage("guide", role="guide"), apart():
                 found = await within(
-                    task, "guide", lambda: ask_guide(guide, sample.x, ran.output, sample.info, call=call)
+                    task, "guide", lambda: call_guide(guide, sample.x, ran.output, sample.info, call=call)
                 )
             score, named, feedback = found.primary, found.named, found.feedback
         except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again

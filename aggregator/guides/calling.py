@@ -36,7 +36,11 @@ async def ask_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | 
     Raises GuideError for any other answer and for NaN: that is a guide's failure, not a score of 0. What the guide
     itself raises is passed on.
     """
-    guide = as_guide(guide)
+    return await call_guide(as_guide(guide), x, output, info, call=call)
+
+
+async def call_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> Scores:
+    """Do as `ask_guide` with what `as_guide` returned, which is asked once and not for each instance."""
     function = _function_of(guide)
     if call is None or getattr(guide, "instant", False) or is_async(function):
         answer = function(x, output, info)

@@ -115,7 +115,10 @@ def apart() -> AbstractContextManager[Part | None]:
         return here.run.watching()
     tape = tape_here()
     clients = () if tape is None else tape.rules.clients
-    return Observed(clients).watching() if clients or "aggregator.llm.bridge" in sys.modules else nullcontext()
+    return Observed(clients).watching() if clients or "aggregator.llm.bridge" in sys.modules else _UNWATCHED
+
+
+_UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 
 class _Call(Struct, kw_only=True):
