@@ -246,24 +246,21 @@ class Branch:
     path to the same work, whatever finishes first. `inner` is the path since the innermost lineage block.
     """
 
-    __slots__ = ("_alive", "_crowded", "_latest", "_numbers", "_parent", "_quiet", "depth", "inner", "path", "pid")
-
-    process: ClassVar[int] = os.getpid()
-    """This process, also after a fork: a branch is made for each lineage block, and asking the system is slow."""
+    process: ClassVar[int] = os.getpid()  # this one, also after a fork; asking the system for each branch is slow
     outside: ClassVar[int] = 0
     """Calls of models from threads without a context, while a run or cassette was open: its own, or not."""
+    depth = 0
+    _parent: Branch | None = None
+    _alive = 0  # threads and pool items
+    _latest: ref[asyncio.Task[Any]] | None = None
+    _crowded = False
 
     def __init__(self, path: str = "", inner: str = "", *, parent: Branch | None = None, quiet: bool = False) -> None:
-        self.path = path
-        self.inner = inner
-        self.pid = self.process
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        self._parent = parent
+        self.path, self.inner, self.pid = path, inner, self.process
         self._quiet = quiet
         self._numbers = count()
-        self._alive = 0  # threads and pool items
-        self._latest: ref[asyncio.Task[Any]] | None = None
-        self._crowded = False
+        if parent is not None:
+            self._parent, self.depth = parent, parent.depth + 1
 
     def child(self) -> Branch:
         """Return the branch of the next work that is started here."""
@@ -293,10 +290,6 @@ class Branch:
                 return True
             branch = parent
         return False
-
-    def within(self) -> Branch:
-        """Return the same place with `inner` starting from it."""
-        return Branch(self.path)
 
     def uncounted(self) -> Branch:
         """Return the same place; work started there gets no number."""
@@ -335,6 +328,13 @@ def current_branch() -> Branch | None:
     """
     branch = _branch.get()
     return _work.own if branch is not None and branch is _work.handed_in else branch
+
+
+def begin_block() -> Branch | None:
+    """Let `inner` start from here, and return the branch to set again at the end of the block; None outside of any."""
+    if (branch := current_branch()) is not None:
+        _branch.set(Branch(branch.path))
+    return branch
 
 
 @contextmanager

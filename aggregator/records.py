@@ -249,6 +249,11 @@ class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it
     timeout: float | None = None
     timed_out: str = ""
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether a timeout, now or in the recording, decides how the rollout ends."""
+        return self.timeout is not None or bool(self.timed_out)
+
 
 class Scores(Struct, frozen=True):
     """What a guide may return where one number is not enough: the primary score, further ones by name, and feedback.

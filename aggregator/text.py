@@ -184,8 +184,6 @@ SHOWN = 80
 
 def _without_address(text: str) -> str:
     """Remove where an object lies in memory, which its repr shows and which differs in every run."""
-    if " at 0x" not in text:  # nearly always
-        return text
     return re.sub(r" (?:object )?at 0x[0-9a-fA-F]+", "", text)  # compiled when needed: loading parameters needs none
 
 
@@ -196,9 +194,11 @@ def shorten(value: Any, limit: int = SHOWN) -> str:
     "'xxxxxxxxx..."
     """
     try:
-        text = _without_address(repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value))
+        text = repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value)
     except RecursionError:
         text = f"<{type(value).__name__}, nested too deep>"
+    if " at 0x" in text:
+        text = _without_address(text)
     return text if len(text) <= limit + 2 else clip(text, limit)
 
 

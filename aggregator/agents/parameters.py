@@ -247,7 +247,7 @@ class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager 
         self._values = values
 
     def __enter__(self) -> None:
-        copies = {parameter: snapshot(value) for parameter, value in self._values.items()}
+        copies = {one: value if type(value) is str else snapshot(value) for one, value in self._values.items()}
         self._token = _overrides.set({**_overrides.get(_NOTHING), **copies})
 
     def __exit__(self, *error: object) -> None:

@@ -101,6 +101,10 @@ def schema(kind: Any) -> dict[str, Any]:
     {'type': 'array', 'items': {'type': 'string'}}
     """
     try:
+        return dict(_schema(kind))
+    except TypeError:  # a type without a schema, or one that cannot be hashed
+        pass
+    try:
         return dict(_stated(kind))
     except TypeError:
         return {}

@@ -33,7 +33,9 @@ if TYPE_CHECKING:  # a program that opens no cassette loads nothing of one
 _PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
 _ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
 # what was before each block of this context, the innermost first: one object may be entered by several tasks at once
-_OUTER: ContextVar[tuple[str, Role, portal.Branch | None, Any] | None] = ContextVar("aggregator_outer", default=None)
+_OUTER: ContextVar[tuple[str, Role | None, portal.Branch | None, Any] | None] = ContextVar(
+    "aggregator_outer", default=None
+)
 
 current_lineage = _PATH.get
 """Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside of any."""
@@ -53,7 +55,12 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
     """
 
     def __init__(self, *parts: str, role: Role | None = None, root: bool = False) -> None:
-        self._parts = _joined(parts)
+        try:
+            self._parts = "/".join(parts)
+        except TypeError:
+            _check_parts(parts)
+        if not all(parts) or not self._parts.isprintable():
+            _check_parts(parts)
         self._role = role
         self._root = root
 
@@ -64,13 +71,11 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
         """Return the extended path."""
         path, parts = _PATH.get(), self._parts
         here = parts if self._root else f"{path}/{parts}" if path and parts else path or parts
-        branch = portal.current_branch()
-        _OUTER.set((path, _ROLE.get(), branch, _OUTER.get()))
+        role = self._role
+        _OUTER.set((path, _ROLE.get() if role else None, portal.begin_block(), _OUTER.get()))
         _PATH.set(here)
-        if branch is not None:
-            portal.set_branch(branch.within())
-        if self._role:
-            _ROLE.set(self._role)
+        if role:
+            _ROLE.set(role)
         return here
 
     def __exit__(
@@ -83,7 +88,8 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
             _PATH.set(path)
             if branch is not None:
                 portal.set_branch(branch)
-            _ROLE.set(role)
+            if role is not None:
+                _ROLE.set(role)
             _OUTER.set(further)
 
 
@@ -97,13 +103,10 @@ def lineage_at(path: str, role: Role) -> lineage:
     return lineage(*([path] if path else []), role=role, root=True)
 
 
-def _joined(parts: tuple[Any, ...]) -> str:
-    if len(parts) == 1 and type(parts[0]) is str and parts[0] and parts[0].isprintable():  # nearly always
-        return parts[0]
+def _check_parts(parts: tuple[Any, ...]) -> None:
     for part in parts:
         if not isinstance(part, str) or not part or not part.isprintable():
             raise ConfigError(f"Expected non-empty printable text as a part of a lineage, got {part!r}")
-    return "/".join(parts)
 
 
 def natural(path: str) -> tuple[tuple[str, int, str], ...]:

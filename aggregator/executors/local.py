@@ -98,8 +98,11 @@ class LocalExecutor:
         loop = asyncio.get_running_loop()
         slots = self._slots.get(loop) or self._slots.setdefault(loop, asyncio.Semaphore(self.max_concurrency))
         if len(tasks) == 1:  # as for each instance of a step
-            async with slots:
+            await slots.acquire()
+            try:
                 return [await work(tasks[0])]
+            finally:
+                slots.release()
 
         async def run(task: RolloutTask) -> Rollout:
             async with slots:

@@ -126,17 +126,22 @@ class AgentWork:
             found: list[Rollout] = []
             await run_batch(agent, [task], self.guide, lambda _, rollout: found.append(rollout))
             return found[0]
-        started, given = time.perf_counter(), task.values
         path = "/".join(task.lineage)
-        is_there = current_lineage() == path and current_role() == task.role
+        if current_lineage() != path or current_role() != task.role:
+            with lineage_at(path, task.role):
+                return await self(task)
+        started, given = time.perf_counter(), task.values
         values = {one: given[name] for name, one in self._parameters.items() if name in given}
         if len(values) < len(self._parameters):
             values |= {one: one.data for one in self._parameters.values() if one not in values}
-        with nullcontext() if is_there else lineage_at(path, task.role), lay_over(values):
+        with lay_over(values):
             with transcript() if task.capture else nullcontext() as seen, collecting() as ledger:
                 try:
                     with apart():
-                        ran = await within(task, "agent", lambda: agent.run(task, self.call))
+                        if task.is_timed:
+                            ran = await within(task, "agent", lambda: agent.run(task, self.call))
+                        else:
+                            ran = await agent.run(task, self.call)
                     check_output(ran.output)
                 except BaseException as error:  # the boundary: whatever an agent raises becomes a record
                     if not is_own(error):
@@ -156,19 +161,14 @@ Result = TypeVar("Result")
 _left: set[asyncio.Task[Any]] = set()  # given up and not ended yet: the event loop holds its tasks weakly
 
 
-def within(
-    task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]
-) -> Coroutine[Any, Any, Result]:
-    """Return `run()`, awaited for at most the task's timeout; then it is cancelled, and calls it still makes refused.
+async def within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Await `run()` for at most the task's timeout; then cancel it and refuse all calls that it still makes.
 
     Raises InstanceTimeoutError then, and without running anything for a stage that is recorded as timed out.
     """
-    is_free = task.timed_out != stage and (task.timeout is None or task.timed_out)
-    return run() if is_free else _within(task, stage, run)
-
-
-async def _within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     if task.timed_out != stage:
+        if task.timeout is None or task.timed_out:
+            return await run()
         scope = portal.Scope()
 
         async def held() -> Result:
@@ -241,9 +241,11 @@ async def judge_run(
     elif guide is not None:
         try:
             with lineage("guide", role="guide"), apart():
-                found = await within(
-                    task, "guide", lambda: call_guide(guide, sample.x, ran.output, sample.info, call=call)
-                )
+                given = (guide, sample.x, ran.output, sample.info)
+                if task.is_timed:
+                    found = await within(task, "guide", lambda: call_guide(*given, call=call))
+                else:
+                    found = await call_guide(*given, call=call)
             score, named, feedback = found.primary, found.named, found.feedback
         except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again
             record = record_failure("guide", error, sample.id)

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from aggregator.agents.transcripts import LLMCall, current_transcript
 from aggregator.cassettes.clients import families
-from aggregator.cassettes.lineage import current_role, tape_here, watcher_here
+from aggregator.cassettes.lineage import WATCH, current_role, tape_here, watcher_here
 from aggregator.cassettes.patches import patched
 from aggregator.cassettes.rules import IGNORED_HOSTS, is_ignored
 from aggregator.cassettes.traffic import Answered, Noted, observing
@@ -110,8 +110,7 @@ def apart() -> AbstractContextManager[Part | None]:
 
     An open cassette that serves other clients is enough: what it serves is counted. So is a `transport()`.
     """
-    here = part_here()
-    if here is not None:
+    if WATCH.get() is not None and (here := part_here()) is not None:
         return here.run.watching()
     tape = tape_here()
     clients = () if tape is None else tape.rules.clients

@@ -232,10 +232,11 @@ def as_json(memory: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
 
 def refuse_values(values: Values, step: Step) -> dict[str, str]:
     """Return the reason for each new value that a check of the step refuses, by parameter name."""
-    parameters = {parameter.name: parameter for parameter in step.parameters}
     refused: dict[str, str] = {}
-    for name, value in values.items():
-        for check in step.checks if name in parameters and value != step.values.get(name) else ():
+    changed = {name: value for name, value in values.items() if value != step.values.get(name)} if step.checks else {}
+    parameters = {parameter.name: parameter for parameter in step.parameters} if changed else {}
+    for name, value in changed.items():
+        for check in step.checks if name in parameters else ():
             reason: Any = check(step.values.get(name), value, parameters[name], step)
             if reason is not None and not isinstance(reason, str):
                 raise ConfigError(f"Expected a reason or None from the check {name_of(check)}, got {shorten(reason)}")

@@ -234,12 +234,12 @@ def proposal_messages(
 ) -> list[dict[str, str]]:
     """Return the messages that ask for one instance's proposal.
 
-    `given` is the agent's input. `components` maps each parameter's name to its value, type, description and constraint; `history` holds a line
-    for each update that was tried before. `is_shared` says that other calls begin as this one does, up to and with the
+    `given` is the agent's input. `components` maps each parameter's name to its value (as `sort_sets` returns it), type,
+    description and constraint; `history` holds a line for each update that was tried before. `is_shared` says that other calls begin as this one does, up to and with the
     parameters: a provider's cache may keep that.
     """
     facts = [
-        ("Parameters", pretty(components)),
+        ("Parameters", _indent(components)),
         *([("Input", given)] if given else []),
         ("Transcript", transcript),
         ("Output", output),
@@ -277,7 +277,7 @@ def aggregation_messages(
 
 def render(value: Any) -> str:
     """Write an agent's output as text: a string as it is, JSON where it can be."""
-    return as_text(sort_sets(value))
+    return value if isinstance(value, str) else as_text(sort_sets(value))
 
 
 def input_of(rollout: Rollout) -> str:
@@ -349,7 +349,11 @@ def pretty(value: Any) -> str:
       "k": 3
     }
     """
-    return msgspec.json.format(msgspec.json.encode(sort_sets(value), enc_hook=str), indent=2).decode()
+    return _indent(sort_sets(value))
+
+
+def _indent(value: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode()
 
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -419,8 +423,12 @@ def verdict(report: StepReport) -> str:
 
 def _messages(system_prompt: str, sections: Sequence[tuple[str, str]], *, shared: int = 0) -> list[dict[str, str]]:
     """Return system and user message; other calls begin with the same `shared` sections."""
-    texts = [f"#{heading}\n{_indent_headings(text)}" for heading, text in sections]
-    user = {"role": "user", "content": "\n\n".join(texts)}
+    texts = [f"#{heading}\n{text}" for heading, text in sections]
+    content = "\n\n".join(texts)
+    if not content.isascii() or content.count("#") > len(sections):
+        texts = [f"#{heading}\n{_indent_headings(text)}" for heading, text in sections]
+        content = "\n\n".join(texts)
+    user = {"role": "user", "content": content}
     if shared:
         user = Opening(user)
         user.length = len("\n\n".join([*texts[:shared], ""]))

@@ -34,6 +34,7 @@ from aggregator.training.prompts import (
     number,
     proposal_messages,
     render,
+    sort_sets,
     verdict,
 )
 from aggregator.training.step import Step, UpdateRule
@@ -161,7 +162,7 @@ class LLMOptimizer:
 
     def recall(self, history: Sequence[StepReport]) -> list[str]:
         """Return the latest updates that were tried, with their verdicts, as lines."""
-        tried = [report for report in history if report.update]
+        tried = [report for report in history if report.update] if history else history
         return [verdict(report) for report in latest(tried, self.memory_size)]
 
     async def _candidates(self, messages: list[dict[str, str]], step: Step, facts: Mapping[str, Any]) -> list[Proposal]:
@@ -197,7 +198,8 @@ class LLMOptimizer:
 
 def describe_parameter(parameter: ParameterNode[Any], step: Step) -> dict[str, Any]:
     """Return what a prompt shows of a parameter: value, type, description, constraint and placeholders."""
-    facts = parameter.describe() | {"value": step.values.get(parameter.name, parameter.data)}
+    facts = parameter.describe()
+    facts["value"] = sort_sets(step.values.get(parameter.name, parameter.data))
     if keeps_placeholders in step.checks and (kept := template_placeholders(facts["value"], parameter)):
         facts["placeholders"] = f"keep {', '.join(kept)} as they are, and add no others"
     return facts

@@ -75,9 +75,9 @@ def convert_suggestion(
     Keys are names or py_names, exactly. null leaves a parameter unchanged unless its type takes null: a strict schema
     makes the model write every key. The text TERMINATE is refused as a value; it is the word for no change.
     """
-    known: dict[str, Any] = {}
-    for parameter in parameters:
-        known[parameter.py_name] = known[parameter.name] = parameter
+    known: dict[str, Any] = {parameter.name: parameter for parameter in parameters}
+    if not suggestion.keys() <= known.keys():
+        known = {key: parameter for parameter in parameters for key in (parameter.py_name, parameter.name)}
     values: Values = {}
     refused: dict[str, str] = {}
     for key, raw in suggestion.items():
@@ -103,22 +103,22 @@ def _convert(parameter: Any, key: str, suggestion: Mapping[str, Any]) -> Any:
 
     A value may be given under both names of a parameter if the two agree.
     """
-    raw, name = suggestion[key], parameter.py_name
+    raw = suggestion[key]
     if not getattr(parameter, "trainable", True):
         raise ParameterError(f"Expected a trainable parameter, got {key!r}, which is fixed - at $.suggestion.{key}")
-    if name != parameter.name:
+    if len(suggestion) > 1 and (name := parameter.py_name) != parameter.name:
         other = parameter.name if key == name else name
         if other in suggestion and not same(raw, suggestion[other]):
             raise ParameterError(f"Expected one value, got two different ones - at $.suggestion.{name}")
     if isinstance(raw, str) and raw.strip() == "TERMINATE":
         trouble = "Expected a value, got 'TERMINATE', which means no change, and only as the whole reply"
-        raise ParameterError(f"{trouble} - at $.suggestion.{name}")
+        raise ParameterError(f"{trouble} - at $.suggestion.{parameter.py_name}")
     if hasattr(parameter, "convert"):
         return parameter.convert(raw)
     try:
         return values_of_types.convert(raw, values_of_types.infer_type(parameter.data))
     except values_of_types.Unfit as unfit:
-        raise ParameterError(f"{unfit.reason} - at $.suggestion.{name}{unfit.path}") from None
+        raise ParameterError(f"{unfit.reason} - at $.suggestion.{parameter.py_name}{unfit.path}") from None
 
 
 Schema = dict[str, Any]
