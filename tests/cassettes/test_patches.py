@@ -23,12 +23,15 @@ import httpx
 import pytest
 import requests
 import urllib3
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from requests.adapters import HTTPAdapter
 
 import aggregator
 from aggregator.cassettes.clients import to_reply, to_request
+from aggregator.cassettes.exchanges import Facts
 from aggregator.cassettes.patches import patched
 from aggregator.cassettes.storage import read
 from aggregator.cassettes.traffic import MISS_STATUS, Answered, Noted, begin, observing
@@ -152,6 +155,10 @@ def test_a_method_in_lower_case_made_the_file_unreadable(method: str, server: Se
     assert [row.exchange().request.method for row in recording.rows] == [method.upper()]
 
 
+def as_bytes(text: str | bytes | None) -> bytes:
+    return text.encode() if isinstance(text, str) else text or b""
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NAMES = st.from_regex(r"[A-Za-z][A-Za-z0-9-]{0,9}", fullmatch=True)
 BODIES = st.binary(max_size=50) | TEXT.map(str.encode)
@@ -178,6 +185,7 @@ def test_every_field_of_an_exchange_is_read_back_as_it_was_written(tmp_path: Pat
             turn.finish(reply)
         return (turn.reply or reply).status, (turn.reply or reply).body
 
+    found = []
     for layout in ("readable", "journal"):
         path = tmp_path / f"{layout}.yaml"
         with aggregator.cassette(path, "all", clients="all", layout=layout, warn=False):
@@ -185,6 +193,20 @@ def test_every_field_of_an_exchange_is_read_back_as_it_was_written(tmp_path: Pat
         with aggregator.cassette(path, "none", clients="all", warn=False) as tape:
             assert ask() == heard
             assert tape.unplayed() == []
+        recording = read(path)
+        assert recording is not None
+        (exchange,) = (row.exchange() for row in recording.rows)
+        found.append(replace(exchange, facts=Facts(lineage=""), reply=replace(exchange.reply, milliseconds=0.0)))
+        (stock,) = yaml.load(path.read_bytes(), yaml.CSafeLoader)["interactions"]
+        asked, answered = exchange.request, exchange.reply
+        body, content = (as_bytes(text) for text in (stock["request"]["body"], stock["response"]["body"]["string"]))
+        assert (stock["request"]["method"], stock["request"]["uri"], body) == (asked.method, asked.url, asked.body)
+        assert (stock["response"]["status"], content) == (
+            {"code": answered.status, "message": answered.reason},
+            answered.body,
+        )
+        assert {name: "\n".join(values) for name, values in stock["response"]["headers"].items()} == answered.headers
+    assert found[0] == found[1]
 
 
 def upload_by_httpx(url: str) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from training_fakes import Adder, ScriptedModel, additions, exact, first_suggestion, from_feedback, section, suggest
@@ -306,6 +307,34 @@ def test_a_swallowed_miss_ends_the_run_all_the_same(tmp_path: Path) -> None:
     with pytest.raises(CassetteMissError):
         replayed(tmp_path / "a.yaml", model, run_dir=tmp_path / "run")
     assert model.served == 4
+    assert json.loads((tmp_path / "run" / RESULT).read_bytes())["history"] == []
+
+
+class BySDK(Careless):
+    """Asks by an SDK that takes every exception for a lost connection: it gets the miss as a status."""
+
+    def forward(self, x: int) -> int:  # type: ignore[override]
+        with httpx.Client() as client:
+            headers = {"x-stainless-lang": "python"}
+            reply = client.post("http://localhost/v1/chat/completions", json={"x": x}, headers=headers)
+        assert reply.status_code == 424
+        self.done.set()
+        return 0
+
+
+def test_a_miss_that_an_sdk_got_as_a_status_became_a_bad_answer(tmp_path: Path) -> None:
+    """The tape keeps it: the run ends with the miss at the end of the rollouts, and no step is taken."""
+    with cassette(tmp_path / "a.yaml", "all", clients="httpx"):
+        pass
+    agent = BySDK(LLM("openai-compatible/x", base_url="http://localhost/v1", transport=Model()))
+    asked = "POST http://localhost/v1/chat/completions"
+    with (
+        pytest.raises(CassetteMissError, match=asked),  # the block's end
+        cassette(tmp_path / "a.yaml", "none", clients="httpx"),
+        pytest.raises(CassetteMissError, match=asked),  # the end of the rollouts
+    ):
+        trainer(agent).train(exact, additions(5), batch_size=2, run_dir=tmp_path / "run")
+    assert agent.done.is_set()
     assert json.loads((tmp_path / "run" / RESULT).read_bytes())["history"] == []
 
 
