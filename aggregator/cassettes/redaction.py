@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from urllib.parse import unquote_plus
+from urllib.parse import quote_plus, unquote_plus, unquote_to_bytes
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -96,7 +96,7 @@ def redact_url(url: str, policy: Redaction = USUAL) -> str:
 
 
 def form_edits(body: bytes, headers: Mapping[str, str], policy: Redaction = USUAL) -> list[Edit]:
-    """Return what to replace in a form, url-encoded or in parts; a file is no field.
+    """Return what to replace in a form, url-encoded or in parts; a file is no field, and JSON in a field is JSON.
 
     >>> form_edits(b"a=1&api_key=abc", {"content-type": "application/x-www-form-urlencoded"})
     [(12, 15, b'REDACTED')]
@@ -113,6 +113,11 @@ def form_edits(body: bytes, headers: Mapping[str, str], policy: Redaction = USUA
         name, mark, value = pair.partition(b"=")
         if mark and value and hides_parameter_always(name.decode(errors="replace"), policy):
             edits.append((start + len(name) + 1, start + len(pair), MARK))
+        elif value.startswith((b"%7B", b"%7b", b"{", b"%5B", b"%5b", b"[")):
+            document = unquote_to_bytes(value.replace(b"+", b" "))
+            if inner := secret_edits(document, (), policy):
+                written = quote_plus(apply_edits(document, inner)).encode()
+                edits.append((start + len(name) + 1, start + len(pair), written))
         start += len(pair) + 1
     return edits
 

@@ -120,6 +120,8 @@ def secret_edits(
         found += _parameter_edits(data, policy)
     if b"@" in data:
         found += _user_edits(data)
+    if b"</" in data:
+        found += _element_edits(data, policy)
     found += _token_edits(data)
     if b"PRIVATE KEY" in data:
         found += [(*match.span(1), MARK) for pattern in (_PEM, _CUT_PEM) for match in pattern.finditer(data)]
@@ -228,6 +230,17 @@ def _unescaped(raw: bytes, backslashes: int) -> str:
         except ValueError:  # cut
             break
     return text
+
+
+_ELEMENT = re.compile(rb"<(?:[\w-]{1,64}:)?([\w.-]{1,64})>([^<>\s]{8,8192})</")
+
+
+def _element_edits(data: bytes, policy: Redaction) -> Iterator[Edit]:
+    """Yield the texts of XML elements with a secret's name that look like secrets, such as AWS's `SecretAccessKey`."""
+    for match in _ELEMENT.finditer(data):
+        name, value = (text.decode(errors="replace") for text in match.groups())
+        if name.lower() in policy.fields or (hides_value(name, value, policy) and looks_secret(value)):
+            yield (*match.span(2), MARK)
 
 
 # By parameter
@@ -410,6 +423,7 @@ def suspicious(data: bytes, needles: Needles = (), policy: Redaction = USUAL) ->
         or any(needle in data for needle in needles)
         or _has_secret_parameter(data)
         or (b"@" in data and any(True for _ in _user_edits(data)))
+        or (b"</" in data and any(True for _ in _element_edits(data, policy)))
         or (b"V" in data and b"PRIVATE KEY" in data)  # one letter is looked for much faster
         or any(name.encode() in data.lower() for name in policy.fields)
         or any(pattern.search(data) for pattern in policy.patterns)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.parse import parse_qsl, quote_plus
 
 import pytest
 
@@ -105,6 +106,19 @@ def test_tokens_of_more_providers_stayed(start: str) -> None:
     """Stripe's, npm's, Fireworks', LangSmith's, Tavily's and Cerebras'."""
     body = {"content": f"use {start}abcdefghijklmnopqrstUVWX0123 now", "css": f"{start}primary-button-with-icon"}
     assert json.loads(answered(body).body) == body | {"content": "use REDACTED now"}
+
+
+def test_secrets_in_xml_and_in_json_within_forms_stayed() -> None:
+    """AWS answers with credentials in XML; Slack and others take a form with one field of JSON."""
+    xml = b"<Result><Credentials><SecretAccessKey>x9Kp21/7fQz+Lm</SecretAccessKey>%b</Credentials></Result>"
+    rest = b"<Expiration>2030-01-01T00:00:00Z</Expiration><Password>mellon</Password><Token>approved</Token>"
+    assert answered(xml % rest).body == (xml % rest).replace(b"x9Kp21/7fQz+Lm", b"REDACTED")
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    asked = b"a=1&payload=" + quote_plus('{"text": "a+b", "api_key": "x9Kp21-7fQz"}').encode()
+    request = redact_request(HTTPRequest(url=URL, body=asked, headers=form))
+    assert dict(parse_qsl(request.body.decode())) == {"a": "1", "payload": '{"text": "a+b", "api_key": "REDACTED"}'}
+    kept = HTTPRequest(url=URL, body=b"a=1&payload=" + quote_plus('{"text":  1}').encode(), headers=form)
+    assert redact_request(kept).body == kept.body
 
 
 def calls(arguments: Any, *, text: str) -> list[Any]:
