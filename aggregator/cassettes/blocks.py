@@ -31,7 +31,7 @@ from aggregator.records import HTTPReply, HTTPRequest
 
 LARGEST_BODY = 32 << 20
 _TOGETHER, _LARGEST_TOGETHER = 64, 1 << 20  # exchanges, bytes, that are looked through at once
-_LEAST = 300  # bytes of an exchange's line beside its bodies
+_LEAST = 300  # bytes of an exchange's line without its bodies
 
 
 def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def read_blocks(
     policy: Redaction = USUAL,
     budget: Budget = BUDGET,
 ) -> Recording:
-    """Read a YAML or JSON cassette; `intact` says that it states its hash, `skipped` how many lines came before."""
+    """Read a YAML or JSON cassette; `intact` if its hash is right, after `skipped` lines."""
     document, starts = parse_document(content, where, budget)
     items = interactions_of(document, where)
     facts = [facts_of(item) for item in items]
@@ -200,9 +200,7 @@ def _check_line(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
     """Return the journal line of one of our own, whose hash must be right."""
     line = encode_line(exchange)
     if not line.endswith(rb'\"sha256\":\"%b\"}"}' % str(facts["sha256"]).encode()):
-        raise CassetteDamagedError(
-            f"Expected the exchange whose hash stands beside it, got another - at {place}; {REMEDY}"
-        )
+        raise CassetteDamagedError(f"Expected an exchange that fits its hash, got another - at {place}; {REMEDY}")
     return line
 
 
@@ -322,7 +320,7 @@ def scalar(body: bytes, indent: int) -> str:
     if content != content.rstrip(" \t\n") and content.rpartition("\n")[2].strip() == "":
         return f"{quoted(text)}\n"  # ends in a line of blanks, which a literal's end would take for its own
     keep = "-" if breaks == 0 else "" if breaks == 1 else "+"
-    # a literal that starts with a blank must say how deep it stands
+    # a literal that starts with a blank must state its indentation
     depth = "2" if text[0] in " \n\t" else ""
     pad = " " * indent
     lines = "\n".join(pad + line if line else "" for line in content.split("\n"))

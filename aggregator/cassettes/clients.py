@@ -126,7 +126,7 @@ def to_bytes(body: Any, url: str) -> bytes:
     except TypeError as error:
         raise CassetteError(
             f"Expected a body of bytes, text, JSON or an iterator of them, got {type(body).__name__} - at {url}; "
-            "a cassette cannot tell such a body from another: send bytes"
+            "a cassette cannot compare such bodies: send bytes"
         ) from error
 
 
@@ -141,7 +141,7 @@ def _read(file: Any, url: str) -> bytes:
 def to_reply(
     status: int, reason: str | None, headers: Iterable[tuple[Any, Any]], body: bytes, *, decode: bool = True
 ) -> HTTPReply:
-    """Return another client's answer as ours: header names in lower case, the body decompressed unless told otherwise.
+    """Return another client's answer as ours: header names in lower case, the body decompressed unless `decode=False`.
 
     The values of several headers of one name are lines of one text.
     """
@@ -152,7 +152,7 @@ def to_reply(
     coding = found.get("content-encoding", "")
     plain, coding = decompressed(body, coding) if decode else (body, coding)
     kept = {name: value for name, value in found.items() if name not in _REFRAMED}
-    if "content-length" in found:  # that of an answer to HEAD is the only one that says more than the body does
+    if "content-length" in found:  # only that of an answer to HEAD is not the length of the body
         kept["content-length"] = str(len(plain)) if body else found["content-length"]
     return HTTPReply(
         status=status,

@@ -25,7 +25,7 @@ class Redaction(Struct, frozen=True, kw_only=True):
     `fields` are always redacted, `kept_fields` only if their value authenticates or has the shape of a token.
     `patterns` are redacted wherever they match, and nothing that `kept_patterns` match is, unless it authenticates.
     `scrubbed` redacts placeholders under a secret's name too, so that what other tools scrubbed matches.
-    `headers` are written beside `redaction.KEPT_HEADERS`; a final `*` stands for any ending.
+    `headers` are written in addition to `redaction.KEPT_HEADERS`; a final `*` matches any ending.
     """
 
     fields: frozenset[str] = frozenset()
@@ -88,7 +88,7 @@ _PAGING = re.compile(
 )
 
 _NO_SECRET, _GENERIC, _WEAK, _STRONG, _ASKED_FOR = range(5)
-# what a name says: nothing; its long values with a digit are secrets; values that look like secrets are; any text is;
+# what a name implies: nothing; long values with a digit are secrets; values that look like secrets are; any text is;
 # any text or number is
 
 
@@ -102,7 +102,7 @@ def is_secret_field(name: str) -> bool:
 
 
 def is_secret_parameter(name: str) -> bool:
-    """Return True if a query parameter or form field of this name holds a secret; tokens of pages are none.
+    """Return True if a query parameter or form field of this name holds a secret; tokens of pages are not secrets.
 
     >>> is_secret_parameter("key"), is_secret_parameter("alt"), is_secret_parameter("pageToken")
     (True, False, False)
@@ -112,7 +112,7 @@ def is_secret_parameter(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _kind_of_field(name: str, policy: Redaction) -> int:
-    """Return what a JSON field's name says of its value."""
+    """Return what a JSON field's name implies for its value."""
     lower = name.lower()
     if lower in policy.fields:
         return _ASKED_FOR
@@ -163,10 +163,10 @@ def hides_parameter(name: str, value: str, policy: Redaction = USUAL) -> bool:
 
 
 SHORTEST = 8
-"""A shorter value is not looked for elsewhere: it stands in ordinary text."""
+"""A shorter value is not looked for elsewhere: ordinary text contains it."""
 _LONGEST_WORD = 15
 _SHORTEST_SESSION = 12
-_ALONE_BELOW = 16  # a shorter value is replaced where it stands by itself, not inside of a longer word
+_ALONE_BELOW = 16  # a shorter value is replaced as a whole word only
 _PART = re.compile(r"[^\W_]+")
 _SIGNS = re.compile(r"[+/=~!@#$%^&*]")  # of base64 and passwords
 _FEWEST_SIGNS = 5  # `xxxx-xxxx-0000` has fewer
@@ -185,7 +185,7 @@ _SCRUBBED = re.compile(
 
 @lru_cache(maxsize=1024)
 def is_placeholder(value: str) -> bool:
-    """Return True if a value says that a secret was taken out, or goes here; also in the form of a cookie.
+    """Return True if a value is a placeholder for a secret, also in the form of a cookie.
 
     >>> [is_placeholder(text) for text in ("Bearer <AUTH_TOKEN>", "a=REDACTED; b=xxx", "AUTHORIZATION-XXX", "hunter2")]
     [True, True, True, False]
@@ -198,7 +198,7 @@ def is_placeholder(value: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def looks_secret(value: str) -> bool:
-    """Return True if a text is no word, name or number, but something that was drawn at random.
+    """Return True if a text looks random, unlike a word, a name or a small number.
 
     >>> [looks_secret(text) for text in ("anything", "lm-studio", "sk-no-key-required", "approved", "12345678")]
     [False, False, False, False, False]
@@ -219,7 +219,7 @@ def looks_secret(value: str) -> bool:
 
 
 def is_worth_finding(value: str) -> bool:
-    """Return True if a value that authenticates is looked for elsewhere: it looks like a secret, or is no mere word.
+    """Return True if a value that authenticates is looked for elsewhere: it looks secret, or is long and has a digit.
 
     >>> [is_worth_finding(text) for text in ("not-needed", "test-key-123", "sk-1234", "1234567890")]
     [False, True, False, False]
@@ -235,7 +235,7 @@ def _is_regular(number: str) -> bool:
 
 
 def _is_random(letters: str) -> bool:
-    """Return True if a run of letters is no word, nor several: `OpenAI` has long humps, `aGVsbG` short ones."""
+    """Return True if a run of letters is neither one word nor several: `OpenAI` has long humps, `aGVsbG` short ones."""
     humps = _HUMP.findall(letters)
     return len(letters) > _LONGEST_WORD or (len(humps) > 1 and len(letters) < 3 * len(humps))
 
@@ -260,7 +260,7 @@ _PASSWORD = re.compile(r"//[^/:]*:([^/]*)@")
 
 
 def _cookies(header: str) -> Iterator[str]:
-    """Yield the cookies of a header that look like a session's; a theme or a language is none."""
+    """Yield the cookies of a header that look like a session's; not a theme or a language."""
     for cookie in header.split(";"):
         value = cookie.partition("=")[2].strip()
         if len(value) >= _SHORTEST_SESSION and any(map(str.isdigit, value)):
@@ -276,7 +276,7 @@ def _basic(value: str) -> tuple[str, ...]:
 
 
 class Alone(bytes):
-    """A needle that counts where it stands by itself, not inside of a longer word."""
+    """A needle that matches whole words only."""
 
 
 @lru_cache(maxsize=256)

@@ -2,10 +2,10 @@ r"""One recorded exchange, and its one line in a journal.
 
     {"request":{...},"response":{...},"x":"{\"lineage\":...,\"key\":\"...\",\"sha256\":\"...\"}"}
 
-A line is JSON and a YAML flow item at once, so that msgspec and stock vcrpy both read it. Our own facts stand under
+A line is JSON and a YAML flow item at once, so that msgspec and stock vcrpy both read it. Our own facts are under
 `x`, beside `request` and `response`, where vcrpy does not look: as JSON in one text, since a mapping would cost vcrpy a
 third of its loading time. They end in the digest of the request's bytes, by which a replay finds the line without
-reading the rest, and in the sha256 of the line before it. A body that is no UTF-8 is `!!binary "…"`: YAML, not JSON,
+reading the rest, and in the sha256 of the line before it. A body that is not UTF-8 is `!!binary "…"`: YAML, not JSON,
 and the only exception.
 """
 
@@ -27,7 +27,7 @@ from aggregator.cassettes.matching import key_of_request, raw_key
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest
 
-_RESPONSE = b'},"response":{"status":'  # neither this nor the next can stand within a text, whose quotes are escaped
+_RESPONSE = b'},"response":{"status":'  # neither this nor the next can be in a text, whose quotes are escaped
 _FACTS = b',"x":"'
 _HASH = rb",\"sha256\":\""
 _END = rb'\"}"}'
@@ -39,7 +39,7 @@ _BINARY = re.compile(rb'("(?:[^"\\]|\\.)*")|!!binary ("[A-Za-z0-9+/=]*")')
 
 
 class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """What we know of an exchange beside request and response; the key `x` of an interaction.
+    """What we know of an exchange besides request and response; the key `x` of an interaction.
 
     `ticket` counts the identical requests of one lineage in the order they were issued, `attempt` the answers
     to one of them, `order` all requests issued in this lineage. `chunks` are (bytes, milliseconds) of a stream.
@@ -237,7 +237,7 @@ REMEDY = (
     "(aggregator cassette accept), or delete it and record again"
 )
 UNREADABLE = (DecodeError, ValueError, KeyError, RecursionError)
-"""What decoding a line raises that is none of ours, although its hash is right."""
+"""What decoding raises for a line that we did not write, although its hash is right."""
 
 
 class Row(Struct, frozen=True, gc=False):

@@ -29,7 +29,7 @@ Interaction = dict[str, Any]
 def interactions_of(document: Any, where: str) -> list[Interaction]:
     """Return the interactions of a cassette, in vcrpy's shape.
 
-    Raises CassetteDamagedError for what is no cassette, CassetteRefusedError for a tool or a version that is not read.
+    Raises CassetteDamagedError for any other document, CassetteRefusedError for a tool or a version that is not read.
     """
     for is_of_tool, convert in _TOOLS:
         if is_of_tool(document):
@@ -475,7 +475,7 @@ class _Builder:
         raise self._refuse(event, "data", f"the tag {tag!r}")
 
     def _plain(self, text: str) -> Any:
-        """Return what an unquoted scalar stands for; a date stays a text. Most are names and headers, and repeat."""
+        """Return the value of an unquoted scalar; a date stays a text. Most are names and headers, and repeat."""
         import yaml
 
         if len(text) > _LONGEST_NUMBER or not text.isascii():

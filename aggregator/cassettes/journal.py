@@ -30,7 +30,7 @@ FORMAT = 1
 Layout = Literal["journal", "readable"]
 PREAMBLE = b"version: 1\ninteractions:\n"
 EMPTY = b"version: 1\ninteractions: []\n"
-"""What a finished cassette without exchanges holds, in either layout; nothing under `interactions:` is no list."""
+"""What a finished cassette without exchanges holds, in either layout; an empty `interactions:` is not a list."""
 OPEN_COMMENT = b"# aggregator-cassette format=1 layout=journal state=open\n"
 _MARK = b"# aggregator-cassette "
 _CLOSED = re.compile(
@@ -50,7 +50,7 @@ class Comment(Struct, frozen=True, kw_only=True):
     set: str = ""
 
     def render(self) -> bytes:
-        """Return the comment as it stands in the file, line break included."""
+        """Return the comment as it is written in the file, line break included."""
         part = f"shard={self.shard}/{self.shards} set={self.set} " if self.shards > 1 else ""
         return (
             f"# aggregator-cassette format={FORMAT} layout={self.layout} state=closed {part}"
@@ -61,7 +61,7 @@ class Comment(Struct, frozen=True, kw_only=True):
 def parse_comment(first_line: bytes, where: str) -> Comment | None:
     """Return what the first line states; None for an open journal; raises for anything else that bears our mark.
 
-    `has_comment` says beforehand whether the line is ours at all.
+    `has_comment` decides first whether the line is ours.
     """
     if first_line == OPEN_COMMENT.rstrip():
         return None
@@ -160,7 +160,7 @@ class Journal:
         self._size += len(data)
 
     def sync(self) -> None:
-        """Flush to the device; what it refuses is told at close, as the lines are with the kernel all the same."""
+        """Flush to the device; failures are reported at close, as the lines are with the kernel all the same."""
         try:
             self._flush(self._file)
         except OSError as error:
@@ -202,7 +202,7 @@ _Span = tuple[int, int]
 
 
 def is_open_journal(data: bytes) -> bool:
-    """Return True if a recording was going on: our comment says so, or it is gone but the first line is ours."""
+    """Return True for an unfinished recording, by its comment, or by its first line if the comment is missing."""
     if data.startswith(OPEN_COMMENT) or OPENING.startswith(data):
         return True
     if not data.startswith(PREAMBLE + b'- {"request":'):
@@ -233,7 +233,7 @@ def read_open_journal(data: bytes, where: str) -> Recording:
 
 
 def read_closed_journal(content: bytes, where: str, *, intact: bool, skipped: int) -> Recording:
-    """Read a finished journal after its comment of `skipped` lines; `intact` says that its hash was right."""
+    """Read a finished journal after its comment of `skipped` lines; `intact` if its hash was right."""
     if content == EMPTY:
         return Recording(rows=(), state="closed", layout="journal")
     if not content.startswith(PREAMBLE):
@@ -261,7 +261,7 @@ def _spans(data: bytes, start: int) -> Iterator[_Span]:
 def _torn(data: bytes, spans: list[_Span], where: str, first: int) -> bool:
     """Return True if the last item is torn; raise for the first one that is damaged otherwise, with its line.
 
-    An item that is whole but for its line break counts as torn: what follows could not be told from it.
+    An item that is complete except for its line break counts as torn: what follows would be joined to it.
     """
     view = memoryview(data)
     for index, (start, end) in enumerate(spans):

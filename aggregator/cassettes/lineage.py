@@ -45,7 +45,7 @@ current_role = _ROLE.get
 
 
 class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at its use: `with lineage("retrieve"):`
-    """Extend the path of every call made inside, and say who calls when `role` is given.
+    """Extend the path of every call made inside, and set its role if `role` is given.
 
     With `root=True` the parts are the whole path, and what surrounds the block adds nothing.
 

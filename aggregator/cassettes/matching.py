@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 decode_json = msgspec.json.Decoder().decode
 
 Ignore = tuple[tuple[str, ...], ...]
-"""JSON paths that do not count, each as its parts; `*` stands for every item of a list."""
+"""JSON paths that do not count, each as its parts; `*` matches every item of a list."""
 
 
 def parse_ignore(paths: Sequence[str]) -> Ignore:
@@ -62,7 +62,7 @@ def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes
     """Return the body in a form that is the same for every body that asks the same.
 
     JSON has its keys in order and no white space. A multipart body is a JSON list of its parts: name, filename, content
-    type and digest of the content, in the order in which they stand. A form, which only its `content_type` tells from
+    type and digest of the content, in their order. A form, which only its `content_type` distinguishes from
     text, has its fields in order of their names. Any other body stays as it is.
 
     >>> canonical(b'{"b": 1, "a": [1.0]}')
@@ -79,14 +79,14 @@ def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes
             _remove(value, path)
         return canonical_json(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        if not content_type.lower().startswith(_FORM):  # which urllib says of any body
+        if not content_type.lower().startswith(_FORM):  # which urllib sends with any body
             return body
         fields = parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="latin-1")  # which loses no byte
         return urlencode(sorted(fields, key=lambda field: field[0]), encoding="latin-1").encode()
 
 
 def _remove(value: Any, path: tuple[str, ...]) -> None:
-    """Delete what the path names, in place; a path that is absent is no error."""
+    """Delete what the path names, in place; an absent path is not an error."""
     head, rest = path[0], path[1:]
     if isinstance(value, list):
         for item in value if head == "*" else ():
@@ -378,7 +378,7 @@ def hook_reply(hook: BeforeResponse, reply: HTTPReply) -> HTTPReply | None:
 # Options of a cassette
 
 Matcher = Callable[[Any, Any], object]
-"""Compares two requests in vcrpy's shape, the one that is asked and a recorded one. False, or an AssertionError, says
+"""Compares two requests in vcrpy's shape, the one that is asked and a recorded one. False, or an AssertionError, means
 that they differ."""
 
 MatchOn = KeyOf | Sequence[str | Matcher] | None
@@ -417,7 +417,7 @@ class Matching(Struct, frozen=True):
     is_looser: bool = False  # requests may match that differ in more than what is ignored
 
     def same(self, asked: HTTPRequest, recorded: HTTPRequest) -> bool:
-        """Return True if no matcher tells two requests of one key apart."""
+        """Return True if no matcher finds a difference between two requests of one key."""
         one, other = VCRRequest.of(asked), VCRRequest.of(recorded)
         for matcher in self.matchers:
             try:

@@ -28,7 +28,7 @@ _WORD = re.compile(rb"[0-9A-Za-z_]+|[\x80-\xff]{1,3}")  # JSON without white spa
 
 
 class Asked(Struct, frozen=True, kw_only=True):
-    """A request that nothing answers, its secrets redacted, and where in the run it stands."""
+    """A request without an answer, its secrets redacted, and its place in the run."""
 
     request: HTTPRequest
     key: bytes
@@ -142,14 +142,14 @@ def _asked_part(row: Row) -> bytes:
 
 
 def _as_text(request: HTTPRequest) -> bytes:
-    """Return the request as it stands in a line, which is what the candidates are at hand as."""
+    """Return the request as it is written in a line, as the candidates are."""
     blank = Exchange(request=request, reply=HTTPReply(status=0, body=b"", headers={}), facts=Facts(lineage=""))
     line = encode_line(blank)
     return line[: find_parts(line, 0, len(line))[0]]
 
 
 def differences(recorded: HTTPRequest, asked: HTTPRequest) -> Iterator[str]:
-    """Yield lines that say what differs, by JSON path, recorded against asked."""
+    """Yield lines of differences by JSON path, recorded against asked."""
     for name, before, after in (("method", recorded.method, asked.method), ("url", recorded.url, asked.url)):
         if before != after:
             yield from _show(name, before, after)

@@ -69,7 +69,7 @@ def _data_spans(body: bytes) -> list[tuple[int, int]]:
 
 
 def decode_event(data: bytes) -> Any:
-    """Return an event's JSON; its text where it is none; None for what is neither."""
+    """Return an event's JSON; its text if it is not JSON; None for anything else."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -101,7 +101,7 @@ def is_tool_path(path: tuple[str | int, ...]) -> bool:
 
 
 def tool_fields(data: bytes) -> frozenset[tuple[str, str]]:
-    """Return the fields (name, text) that stand in arguments and results of tools, and nowhere else in a body.
+    """Return the fields (name, text) that are in arguments and results of tools, and nowhere else in a body.
 
     >>> sorted(tool_fields(b'{"password": "a", "messages": [{"role": "tool", "password": "mellon"}]}'))
     [('password', 'mellon'), ('role', 'tool')]
@@ -139,7 +139,7 @@ def _fields(value: Any, *, in_tool: bool) -> Iterator[tuple[str, str, bool]]:
 
 
 def _is_tool(value: Mapping[str, Any]) -> bool:
-    """Return True for a call or a result of a tool, which say so by their type, their role or the call's id."""
+    """Return True for a call or a result of a tool, recognised by its type, its role or the call's id."""
     kind, role = value.get("type"), value.get("role")
     return (
         (isinstance(kind, str) and ("tool" in kind or "function_call" in kind))

@@ -71,7 +71,7 @@ def open_tape(
 ) -> Tape:
     """Open a cassette without making it the current one; `close` the tape to finish the file.
 
-    Without `warn` what is found stands in the tape's report alone.
+    Without `warn` findings are in the tape's report only.
     """
     path, mode = followed(Path(path)), mode or default_mode()
     _check(mode, get_args(Mode), "mode")
@@ -100,7 +100,7 @@ def open_tape(
             on_close=partial(_finish, path=path, plan=plan, journal=journal, lock=lock, layout=layout, private=private),
         )
         for finding in plan.findings:
-            tape.tell(finding, warn=warn)
+            tape.note(finding, warn=warn)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -124,7 +124,7 @@ def _replay(path: Path, mode: Mode, redaction: Redaction) -> _Plan | None:
 
 
 def _playing(path: Path, there: Recording) -> _Plan:
-    """Return the plan of a finished cassette that only plays; unfinished ones beside it are told."""
+    """Return the plan of a finished cassette that only plays; unfinished ones next to it are reported."""
     left = tuple(
         f"{beside}: an unfinished recording; {remedy}, or delete it"
         for beside, remedy in (
@@ -137,7 +137,7 @@ def _playing(path: Path, there: Recording) -> _Plan:
 
 
 def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
-    """Return the plan of a cassette that records, its lock held; without a journal where there is nothing to."""
+    """Return the plan of a cassette that records, its lock held; without a journal if there is nothing to record."""
     if path.suffix in UNWRITTEN:
         raise ConfigError(
             f"Expected a cassette to record into whose name ends in .yaml, got {str(path)!r}; convert it first: "
@@ -208,11 +208,11 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.clients`); `latency` is
     "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not count.
     `match_on` is a key function (request -> bytes), or vcrpy's names of parts and matchers; `allow_playback_repeats`
-    plays the last answer again. `ignore_hosts` are left to the network beside the default ones (`hosts.IGNORED_HOSTS`;
+    plays the last answer again. `ignore_hosts` are left to the network, as are the default ones (`rules.IGNORED_HOSTS`;
     None leaves none), and `ignore_localhost` leaves this machine. `before_record_request` and `before_record_response`
-    are vcrpy's hooks. `adopts` says whose calls without a cassette of their own are this one's, see `TapeRules`.
+    are vcrpy's hooks. `adopts` defines which calls without a cassette belong to this one, see `TapeRules`.
     `redact` are names of fields, and patterns, that are secret beyond the rules; `keep` those that are not;
-    `keep_headers` are written beside the usual headers. `code` permits recorded suggestions to run code in this
+    `keep_headers` are written in addition to the usual headers. `code` permits recorded suggestions to run code in this
     process (True, "ask", or the sha256 of each source), which only operations with `sandbox=None` need. `layout` is how
     the file is written at close. New files are for their owner only; `private=False` leaves them to the umask, for a
     cassette to be shared. Without `warn` findings are in `tape.report` alone. `rules` are these options, and those for

@@ -96,7 +96,7 @@ def redact_url(url: str, policy: Redaction = USUAL) -> str:
 
 
 def form_edits(body: bytes, headers: Mapping[str, str], policy: Redaction = USUAL) -> list[Edit]:
-    """Return what to replace in a form, url-encoded or in parts; a file is no field, and JSON in a field is JSON.
+    """Return what to replace in a form, url-encoded or in parts, but for its files; also in JSON in a field.
 
     >>> form_edits(b"a=1&api_key=abc", {"content-type": "application/x-www-form-urlencoded"})
     [(12, 15, b'REDACTED')]
@@ -168,7 +168,7 @@ def is_kept(name: str, kept: tuple[str, ...] = ()) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_kept_without_value(name: str, kept: tuple[str, ...]) -> bool:
-    """Return True if only a pattern keeps this header, and its name says that it may hold a secret.
+    """Return True if only a pattern keeps this header, and its name may be that of a secret.
 
     >>> is_kept_without_value("x-auth-token", ("*",)), is_kept_without_value("x-auth-token", ("x-auth-token",))
     (True, False)
@@ -262,7 +262,7 @@ def removed_from(
 
 
 def digest_of_redacted(request: HTTPRequest, policy: Redaction = USUAL) -> str:
-    """Return four hex digits that tell apart requests which differ only in what was redacted in their bodies.
+    """Return four hex digits that distinguish requests which differ only in what was redacted in their bodies.
 
     What authenticates the request does not count: another key finds the same answer. "" if nothing else was redacted.
     """
@@ -317,7 +317,7 @@ def _without_headers(exchange: Exchange, policy: Redaction) -> Exchange:
 
 
 def _texts(exchange: Exchange) -> tuple[bytes, bytes]:
-    """Return where a secret could stand in what the exchange adds to its request; a stream gets a look of its own."""
+    """Return the texts of the answer and the facts that may hold a secret; a stream is searched separately."""
     reply, facts = exchange.reply, exchange.facts
     return b"" if is_stream(reply.headers) else reply.body, "\n".join(
         (facts.lineage, facts.model, reply.reason, *reply.headers.values())
@@ -425,12 +425,12 @@ def _clean_value(value: str, needles: Needles, policy: Redaction) -> str:
 
 
 def _as_text(head: str) -> str:
-    """Return a part of an answer's head as text that can be written; aiohttp escapes bytes that are no UTF-8."""
+    """Return a part of an answer's head as text that can be written; aiohttp escapes bytes that are not UTF-8."""
     return head if head.isascii() else head.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _is_text(body: bytes) -> bool:
-    """Return True if the body stands in the line as text, which the quick look has seen as it is written."""
+    """Return True if the body is in the line as text, which the quick look has seen as it is written."""
     try:
         return body.isascii() or bool(body.decode())
     except UnicodeDecodeError:

@@ -47,7 +47,7 @@ def latency_scale(latency: Latency | str) -> float:
 class Faults(Struct, frozen=True, kw_only=True):
     """How often a call meets which fault before its recorded answer, as probabilities of each attempt.
 
-    A fault uses up no recorded answer: a client that tries again gets it. A `malformed` reply stands in the
+    A fault uses up no recorded answer: a client that tries again gets it. A `malformed` reply takes the
     place of the answer, status 200. At most `most` faults meet one call, so that a patient client gets through.
     """
 
@@ -138,13 +138,13 @@ IGNORED_HOSTS = (
     "169.254.170.2",  # and of a container
     "metadata.google.internal",
 )
-"""What is left out by default: it is no part of what a test or an agent asks, and is different in every run."""
+"""What is left out by default: what a test or an agent does not ask itself, and what differs in every run."""
 
 LOCALHOST = ("localhost", "*.localhost", "127.0.0.1", "127.*", "[::1]", "0.0.0.0")  # noqa: S104 - compared with addresses, never bound
 
 
 def ignored_by(hosts: str | Sequence[str] | None, *, localhost: bool = False) -> tuple[str, ...]:
-    """Return the hosts to leave out: those given beside the default ones; none at all for None.
+    """Return the hosts to ignore: those given and the default ones; none at all for None.
 
     >>> ignored_by(None), ignored_by(["Example.com:8080/v1"])[-1]
     ((), 'example.com:8080/v1')
@@ -220,7 +220,7 @@ class TapeRules(Struct, frozen=True, kw_only=True):
     `expects_all=False` reports no exchanges that were left unplayed.
     `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.code`; source of
     sandboxed operations needs no permission.
-    `ignore_hosts` are left to the network, see `aggregator.cassettes.rules`; `match_on` says which requests are the
+    `ignore_hosts` are left to the network, see `aggregator.cassettes.rules`; `match_on` defines which requests are the
     same, see `aggregator.cassettes.matching`; with `allow_playback_repeats` a request that is asked more often than it
     was recorded gets its last answer again; `before_request` and `before_response` are vcrpy's hooks.
     `like_vcrpy=True` does what vcrpy does and we do not: it takes what clients ask through in-process transports, and

@@ -1,4 +1,4 @@
-"""Where secrets stand in bytes, and what to write there instead: by name, by shape, by value. Pure functions.
+"""Where secrets are in bytes, and what to write instead: by name, by shape, by value. Pure functions.
 
 In this order: edits, what the thorough look replaces (`secret_edits`), and the quick look that every recorded text gets
 first (`suspicious`). Every look is linear in the data.
@@ -54,7 +54,7 @@ __all__ = [
 
 MARK = PLACEHOLDER.encode()
 Edit = tuple[int, int, bytes]
-"""From, to, and what stands there instead."""
+"""Start, end, and the replacement."""
 
 _ENDS = (b"key", b"token", b"secret", b"password", b"passwd", b"passphrase", b"authorization", b"credential")
 _PARAMETER_ENDS = (*_ENDS, b"sig", b"signature", b"auth", b"pwd")
@@ -78,7 +78,7 @@ def apply_edits(data: bytes, edits: Iterable[Edit]) -> bytes:
 
 
 def moved(border: int, edits: Iterable[Edit]) -> int:
-    """Return where a position stands after the edits; one inside of an edit moves to its end.
+    """Return the position after the edits; one inside of an edit moves to its end.
 
     >>> [moved(border, [(2, 6, b"xx")]) for border in (1, 4, 6, 8)]
     [1, 4, 4, 6]
@@ -92,7 +92,7 @@ def moved(border: int, edits: Iterable[Edit]) -> int:
 
 
 def _merged(edits: Iterable[Edit]) -> list[Edit]:
-    """Join edits that overlap; the wider one says what stands there."""
+    """Join edits that overlap; the replacement of the wider one is kept."""
     merged: list[Edit] = []
     for start, end, text in sorted(edits, key=lambda edit: (edit[0], -edit[1])):
         if merged and start < merged[-1][1]:
@@ -108,7 +108,7 @@ def secret_edits(
 ) -> list[Edit]:
     """Return what to replace, in order and without overlap. The names and quotes of fields stay.
 
-    `in_tool` says that the data are, or are not, a tool's arguments or result; None looks at the JSON that they are.
+    `in_tool` is True for a tool's arguments or result, False for other data; None decides by the JSON of the data.
 
     >>> secret_edits(b'{"api_key": "abc", "max_tokens": 5}')
     [(13, 16, b'REDACTED')]
@@ -135,7 +135,7 @@ def secret_edits(
 
 
 def has_needle(data: bytes, needles: Needles) -> bool:
-    """Return True if one of the needles stands there."""
+    """Return True if one of the needles is found."""
     return any(next(_occurrences(data, needle), None) for needle in needles if needle in data)
 
 

@@ -18,14 +18,14 @@ from aggregator.records import HTTPRequest, Role
 _At = tuple[bytes, str]
 
 UNORDERED = "?"
-"""The label of a call that overlapped with an identical one, where nothing tells which was which."""
+"""The label of a call that overlapped with an identical one, if their order is unknown."""
 
 
 class Slot:
     """One logical call: its request, its lineage, and its ticket, which counts such calls in the order of issue.
 
-    `rows` are its recorded answers. `label` tells it from identical calls that overlapped with it, by where in the
-    concurrent work they were made; "" for a call that overlapped with none. `issued` and `answered` count what happens
+    `rows` are its recorded answers. `label` distinguishes it from identical calls that overlapped with it, by their
+    place in the concurrent work; "" for a call that overlapped with none. `issued` and `answered` count what happens
     to the calls of a tape.
     """
 
@@ -98,8 +98,8 @@ class Pool:
 
     `row` is one of its rows, -1 for a pool without recorded answers. `labels` has the tickets of calls that overlapped
     by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls of which
-    the last one may not be answered. `unordered` counts calls that nothing tells apart. `is_mixed` if rows were claimed
-    out of order because of what was redacted.
+    the last one may not be answered. `unordered` counts calls that cannot be distinguished. `is_mixed` if rows were
+    claimed out of order because of what was redacted.
     """
 
     __slots__ = ("flying", "is_mixed", "issued", "labels", "last", "row", "rows", "unordered")
@@ -194,7 +194,7 @@ class Pools:
         pool.labels = labels if labels.keys() != {""} else None
 
     def unordered(self) -> list[int]:
-        """Return for each request and lineage how many identical calls overlapped that nothing tells apart."""
+        """Return for each request and lineage how many identical calls overlapped and cannot be distinguished."""
         pools = {id(pool): pool for pool in self.exact.values()}
         for by_lineage in (self._by_key or {}).values():
             pools.update((id(pool), pool) for pool in by_lineage.values())
@@ -240,7 +240,7 @@ class Pools:
     def claim(self, slot: Slot, pool: Pool | None = None, *, labels: bool = False) -> None:
         """Count a call and give it the recorded answers of its ticket; `pool` is that of its exact bytes, if known.
 
-        With `labels`, as while recording, a call without answers is told from those that it overlaps with.
+        With `labels`, as while recording, a call without answers is distinguished from those that it overlaps with.
         """
         if pool is None:
             pool = self._pool(slot)

@@ -95,7 +95,7 @@ def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recor
 
 
 def shard_path(path: Path, group: str, number: int) -> Path:
-    """Return where a shard stands; the name tells the recording, so that two are never mixed.
+    """Return the path of a shard; its name contains the recording, so that two are never mixed.
 
     >>> print(shard_path(Path("demo.yaml"), "4be0c1d2a7f3", 2))
     demo.4be0c1d2a7f3.0002.yaml
@@ -191,7 +191,7 @@ def _read_one(
 SHARD_BYTES = 10_000_000
 """Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
 READABLE_BYTES = 1_000_000
-"""Up to this a cassette closes as readable; more is no longer reviewed, and loads faster as a journal."""
+"""Up to this a cassette closes as readable; larger ones are not reviewed, and load faster as a journal."""
 
 LONGEST_READABLE = 4 << 20
 """A longer exchange makes the cassette a journal, which loads faster than YAML."""
@@ -240,7 +240,7 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, priv
 
 
 def followed(path: Path) -> Path:
-    """Return the file that a link stands for, so that it is written and not the link replaced."""
+    """Return the target of a link, so that the target is written and the link kept."""
     return path.resolve() if path.is_symlink() else path
 
 
@@ -273,7 +273,7 @@ def _render(row: Row, layout: Layout) -> bytes:
 
 
 class FileLock:
-    """An advisory lock beside a file, gone with its process however that ends."""
+    """An advisory lock next to a file, released with its process however that ends."""
 
     def __init__(self, path: Path) -> None:
         """Take the lock; raises CassetteLockedError naming the process that holds it."""
@@ -335,7 +335,7 @@ class FileLock:
 
 
 class Accepted(Struct, frozen=True, kw_only=True):
-    """What an edited cassette holds, and how it differs from what its hashes say."""
+    """What an edited cassette holds, and how it differs from its hashes."""
 
     rows: tuple[Row, ...]
     layout: Layout

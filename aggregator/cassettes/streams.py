@@ -27,7 +27,7 @@ _PLAIN = frozenset({int, float, bool, type(None)})
 
 
 class _Piece(Struct, frozen=True, gc=False):
-    """A text of an event: where it stands, what it is a piece of, and what of if answers are told apart by index."""
+    """A text of an event: its place, what it is a piece of, and of what if answers are distinguished by index."""
 
     event: int
     path: _Path
@@ -39,7 +39,7 @@ class _Piece(Struct, frozen=True, gc=False):
 def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> list[Edit]:
     """Return what to replace where a secret is cut in pieces by a stream, or written with JSON escapes.
 
-    The texts that stand at the same place of each event are joined, as a client joins them. An event that
+    The texts at the same place of each event are joined, as a client joins them. An event that
     changes is rewritten; the others keep their bytes.
     """
     is_hidden = has_hidden_text(body) and suspicious(unescape(body), needles, policy)
@@ -91,7 +91,7 @@ def is_clean_stream(body: bytes, needles: Needles, policy: Redaction = USUAL) ->
 
 
 def _columns(values: list[Any]) -> Iterator[bytes]:
-    """Yield the texts that stand at the same place of all values, joined, and the names of their fields."""
+    """Yield the texts at the same place of all values, joined, and the names of their fields."""
     if values.count(values[0]) == len(values):
         values = values[:1]
     texts = [value for value in values if type(value) is str]
@@ -157,9 +157,9 @@ def redact_value(value: Any, needles: Needles, policy: Redaction, *, in_tool: bo
 
 
 def _redact_joined(events: list[Any], needles: Needles, policy: Redaction) -> set[int]:
-    """Redact the texts that stand at the same place of each event as one, in place; return which events changed.
+    """Redact the texts at the same place of each event as one, in place; return which events changed.
 
-    Answers side by side are joined each by itself too, told apart by the index beside them. Both, as some servers
+    Answers side by side are joined each by itself too, distinguished by the index next to them. Both, as some servers
     count their events by an `index`.
     """
     pieces = list(_pieces(events))
@@ -196,7 +196,7 @@ def _pieces(events: list[Any]) -> Iterator[_Piece]:
 
 
 def _texts(value: Any, path: _Path = (), key: _Path = ()) -> Iterator[tuple[_Path, _Path, str]]:
-    """Yield every text with its place, and with that place told apart by the indices that stand beside it."""
+    """Yield every text with its place, and with that place extended by the indices next to it."""
     if isinstance(value, str):
         yield path, key, value
     elif isinstance(value, dict):

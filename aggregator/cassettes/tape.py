@@ -1,6 +1,6 @@
 """The tape: (key, lineage, ticket) -> recorded answers, in one dictionary lookup.
 
-A *slot* is one logical call: its ticket says when it was issued, in record and replay alike, so that the
+A *slot* is one logical call: its ticket is its place in the order of issue, in record and replay alike, so that the
 order in which answers arrive never matters. A slot's *attempts* are the answers it got in turn (a 429, then
 a 200), error statuses and failed connections included. No function here awaits.
 """
@@ -175,7 +175,7 @@ class Tape:
             for slot, request in zip(slots, clean, strict=True):
                 slot.set_clean(request)
         for slot in slots:
-            with suppress(Exception):  # and again when its answer is written: that call is told
+            with suppress(Exception):  # and again when its answer is written: that call fails
                 self._pools.claim(slot, labels=True)
         writer.flush()
         answered, self._answered = self._answered, []
@@ -202,7 +202,7 @@ class Tape:
 
         Raises CassetteMissError where nothing answers and nothing is recorded, CassetteError where the tape is closed
         and could not record the answer, and again what a recorded attempt without an answer had raised; what ended a
-        stream after its first bytes stands in `slot.failure`.
+        stream after its first bytes is in `slot.failure`.
         """
         if self._faults is not None and (fault := self._next_fault(slot)) is not None:
             return fault
@@ -248,7 +248,7 @@ class Tape:
         if os.getpid() != self._process:
             raise CassetteError(
                 f"Expected calls of the process that opened {self.name} ({self._process}), got one of process "
-                f"{os.getpid()}, which was forked from it; open a cassette of its own there"
+                f"{os.getpid()}, which was forked from it; open another cassette there"
             )
 
     def _next_fault(self, slot: Slot) -> HTTPReply | None:
@@ -285,7 +285,7 @@ class Tape:
 
         `failure` is what ended a streamed answer after its first bytes, or an attempt that got `NO_ANSWER`.
         Raises SecretLeakError where a secret could not be redacted (nothing was written) and CassetteError
-        where the disk refuses; the exchange then stands in `unsaved`, and closing the tape raises again.
+        where the disk refuses; the exchange is then in `unsaved`, and closing the tape raises again.
         """
         entry, _ = self.hand_in(slot, reply, usage=usage, model=model, failure=failure)
         self.finish(entry)
@@ -329,7 +329,7 @@ class Tape:
             reply = hooked_reply
         if self.rules.keeps_exchanges and reply.status:  # what failed is on the tape, and nothing that vcrpy shows
             self.exchanges.append(Exchange(request=slot.request, reply=reply, facts=Facts(lineage=slot.lineage)))
-        entry = Entry(slot, reply, usage, model, None if failure is None else _told(failure))
+        entry = Entry(slot, reply, usage, model, None if failure is None else _describe(failure))
         slot.attempt += 1
         return entry
 
@@ -406,7 +406,7 @@ class Tape:
         """Return the recorded exchanges that nothing has asked for yet."""
         return [row for row, played in zip(self._rows, self._played, strict=True) if not played]
 
-    def tell(self, finding: str, *, warn: bool = True) -> None:
+    def note(self, finding: str, *, warn: bool = True) -> None:
         """Put a finding into the report and warn of it."""
         self.report.append(finding)
         if warn:
@@ -423,7 +423,7 @@ class Tape:
     def close(self, *, warn: bool = True) -> None:
         """Finish the file and raise what agent code may have hidden: a leak, a full disk, a miss. Once only.
 
-        Without `warn`, as after an error, what stayed unplayed stands in the report alone. In a forked process nothing
+        Without `warn`, as after an error, unplayed exchanges are in the report only. In a forked process nothing
         is done.
         """
         if os.getpid() != self._process:
@@ -449,29 +449,29 @@ class Tape:
 
     def _tell_the_rest(self, *, warn: bool) -> None:
         if self._writer is not None and (changed := self._writer.changed):
-            told = f"{len(changed)} recorded answers were changed by the redaction of secrets, as {changed[0]}"
-            self.tell(f"{self.name}: {told}; see the rules for secrets in docs/cassettes.md", warn=warn)
+            finding = f"{len(changed)} recorded answers were changed by the redaction of secrets, as {changed[0]}"
+            self.note(f"{self.name}: {finding}; see the rules for secrets in docs/cassettes.md", warn=warn)
         if self.misses:  # those that are not raised again
             first = f"{self.misses[0]}".partition("\n")[0]
-            self.tell(f"{self.name}: {len(self.misses)} requests had no recorded answer: {first}", warn=False)
+            self.note(f"{self.name}: {len(self.misses)} requests had no recorded answer: {first}", warn=False)
         if looser := self._pools.looser:
-            told = (
+            finding = (
                 f"{len(looser)} calls played an answer to another request, as match_on allows: {'; '.join(looser[:3])}"
             )
-            self.tell(f"{self.name}: {told}", warn=False)
+            self.note(f"{self.name}: {finding}", warn=False)
         if fallbacks := self._pools.fallbacks:
             first = "; ".join(fallbacks[:3])
-            told = f"{len(fallbacks)} calls played what another lineage recorded: {first}"
-            self.tell(f"{self.name}: {told}", warn=warn)
+            finding = f"{len(fallbacks)} calls played what another lineage recorded: {first}"
+            self.note(f"{self.name}: {finding}", warn=warn)
         for overlapped in self._pools.unordered():
-            told = (
-                f"{overlapped} identical requests overlapped in one lineage, and nothing tells which was which; give "
-                'each a lineage of its own: `with lineage("branch=1"):`'
+            finding = (
+                f"{overlapped} identical requests overlapped in one lineage in an unknown order; give "
+                'each its own lineage: `with lineage("branch=1"):`'
             )
-            self.tell(f"{self.name}: {told}", warn=warn)
+            self.note(f"{self.name}: {finding}", warn=warn)
         if self.rules.expects_all and (unplayed := len(self._rows) - sum(self._played)):
-            told = f"{unplayed} of {len(self._rows)} recorded exchanges were not played"
-            self.tell(f"{self.name}: {told}", warn=warn)
+            finding = f"{unplayed} of {len(self._rows)} recorded exchanges were not played"
+            self.note(f"{self.name}: {finding}", warn=warn)
 
 
 @cache
@@ -515,7 +515,7 @@ _LEFT = StreamLeftError.__name__
 _FAILURES: tuple[type[APIConnectionError], ...] = (APITimeoutError, StreamLeftError, APIConnectionError)
 
 
-def _told(error: APIConnectionError) -> tuple[str, str]:
+def _describe(error: APIConnectionError) -> tuple[str, str]:
     if isinstance(error, RecordedError):
         return error.kind, error.message
     return next(kind.__name__ for kind in _FAILURES if isinstance(error, kind)), error.message

@@ -187,7 +187,7 @@ class Turn:
             self._drop(was_sent=False)
             if not _retries_all_errors(self.request):
                 raise
-            self.reply = _told(miss)
+            self.reply = _as_answer(miss)
             return
         except APIConnectionError as failure:
             self.failure = recorded_failure(failure)
@@ -326,7 +326,7 @@ def begin(client: str, request: HTTPRequest, *, shown: Exchanges | None = None) 
             if not _retries_all_errors(request):
                 raise
             turn = Turn(client, request, None, None)
-            turn.reply = _told(refusal)
+            turn.reply = _as_answer(refusal)
             return turn
     if tape is not None and tape.records and not is_ours and client not in served_by(tape):
         tape = None
@@ -359,7 +359,7 @@ MISS_STATUS = 424
 """Failed Dependency: a status that no SDK tries again or takes for an answer of its provider."""
 
 
-def _told(refusal: AggregatorError) -> HTTPReply:
+def _as_answer(refusal: AggregatorError) -> HTTPReply:
     """Return a miss or a refusal as an answer that its SDK raises at once; the tape or the run raises it again."""
     kind = "cassette_miss" if isinstance(refusal, CassetteMissError) else "refused"
     error = {"message": f"{refusal}", "type": kind, "code": kind, "param": None}

@@ -32,7 +32,7 @@ class Sink(Protocol):
 
 
 class Entry:
-    """An answer that is to be written; once it `is_done`, `error` says why it was not."""
+    """An answer that is to be written; once it `is_done`, `error` is the reason if it was not written."""
 
     __slots__ = (
         *("attempt", "error", "exchange", "failure", "is_changed", "is_done", "is_redacted", "line", "model", "reply"),
@@ -101,10 +101,10 @@ class Writer:
         return len(self._handed) == 1
 
     def flush(self) -> None:
-        """Write all that was handed in, and what the disk refused before; each entry tells what became of it.
+        """Write all that was handed in, and what the disk refused before; each entry then has its result.
 
         A SecretLeakError where a secret could not be redacted: nothing of that exchange was written. A CassetteError
-        where the disk refuses: the line is tried again with the next ones. Both exchanges stand in `unsaved`.
+        where the disk refuses: the line is tried again with the next ones. Both exchanges are in `unsaved`.
         """
         at = _utc(int(self._now()))
         for line in self._lines(list(self._handed), at):
@@ -123,7 +123,7 @@ class Writer:
         """Write nothing of what was handed in."""
         at = _utc(int(self._now()))
         while self._handed:
-            with suppress(Exception):  # what cannot be written either: the error says enough
+            with suppress(Exception):  # what cannot be written either: the error is enough
                 self._handed[0].complete(at)
             self._refuse(self._handed.popleft(), error)
 
@@ -144,9 +144,9 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - somebody's own transport may answer anything; it becomes a record
             if len(entries) > 1:
                 return [line for entry in entries for line in self._lines([entry], at)]
-            told = CassetteError(f"Expected an exchange that can be written, got {type(error).__name__}: {error}")
-            told.__cause__ = error
-            return [told]
+            refused = CassetteError(f"Expected an exchange that can be written, got {type(error).__name__}: {error}")
+            refused.__cause__ = error
+            return [refused]
 
     def _note_change(self, entry: Entry) -> None:
         slot = entry.slot
@@ -186,10 +186,10 @@ def _utc(seconds: int) -> str:
 
 
 def _known(usage: Usage | None) -> dict[str, int | float]:
-    """Return the tokens and cost that the provider told."""
+    """Return the tokens and cost that the provider reported."""
     if usage is None:
         return {}
-    told = {
+    known = {
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
         "cached_tokens": usage.cached_tokens,
@@ -197,4 +197,4 @@ def _known(usage: Usage | None) -> dict[str, int | float]:
         "cost": usage.cost,
         "estimated_calls": usage.estimated_calls or None,
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in known.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What `@pytest.mark.cassette` and the settings say about one test, and the accounts of what each test played.
+"""What `@pytest.mark.cassette` and the settings define for one test, and the accounts of what each test played.
 
     {"tests/test_router.py::test_plain": {"path": "...yaml", "unplayed": ["- #0.0 9f86d081884c"], "complete": true}}
 
@@ -80,7 +80,7 @@ def resolve_settings(config: pytest.Config, arguments: dict[str, Any]) -> dict[s
     clients = options.get("clients", config.getini("cassette_clients"))
     options["clients"] = "all" if list(clients) == ["all"] else clients if isinstance(clients, str) else tuple(clients)
     hosts = options.get("ignore_hosts", ())
-    if hosts is not None:  # nothing is left out then, whatever the ini file says
+    if hosts is not None:  # else nothing is ignored, not even by the ini file
         options["ignore_hosts"] = [*config.getini("cassette_ignore_hosts"), *_as_list(hosts)]
         options.setdefault("ignore_localhost", config.getini("cassette_ignore_localhost"))
     return {

@@ -57,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("cassette_clients", "other clients to serve: `all`, or names as `httpx requests`", type="args")
     parser.addini("cassette_unplayed", f"exchanges that a test left unplayed: {', '.join(UNPLAYED)}", default="report")
     parser.addini(
-        "cassette_ignore_hosts", "hosts that cassettes leave to the network, beside the usual ones", type="args"
+        "cassette_ignore_hosts", "hosts that cassettes leave to the network, in addition to the usual ones", type="args"
     )
     parser.addini("cassette_ignore_localhost", "leave this machine to the network", type="bool")
     parser.addini("cassette_allowed_hosts", "hosts that a replaying test may reach", type="args")
@@ -120,7 +120,7 @@ def _aggregator_cassette(request: pytest.FixtureRequest) -> Iterator[None]:
     path, settings = cassette_path(item, arguments["name"]), resolve_settings(request.config, arguments)
     if (other := ledger.shared.get(item.nodeid)) is not None:
         raise pytest.UsageError(
-            f"Expected a cassette of its own for {item.nodeid}, got {path}, which {other} uses; "
+            f"Expected another cassette for {item.nodeid}, got {path}, which {other} uses; "
             'name one: @pytest.mark.cassette("name")'
         )
     settings["mode"] = ledger.mode(item.nodeid, path, settings["mode"])

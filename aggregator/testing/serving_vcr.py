@@ -1,6 +1,6 @@
 """pytest-recording's `vcr` tests, served by our indexed tape: same marks, same files, no scan of the whole cassette.
 
-A test's own `match_on` says what is matched, and a miss is vcrpy's own exception. Hooks, filters, matchers of
+A test's own `match_on` decides what is matched, and a miss is vcrpy's own exception. Hooks, filters, matchers of
 one's own and options that change how files are stored leave a test with stock vcrpy.
 """
 
@@ -210,7 +210,7 @@ class _Opener:
             clients="all",
             adopts="everything",
             match_on=tuple(_same_address if name in _EXACT else name for name in names),
-            ignore_hosts=(),  # the test says itself what it ignores
+            ignore_hosts=(),  # the test's own options decide what is ignored
             allow_playback_repeats=merged["allow_playback_repeats"],
             before_request=merged["before_record_request"] if any(asked.get(name) for name in _IGNORING) else None,
             redaction=Redaction(headers=("*",)),  # vcrpy keeps every header; what authenticates is redacted in them too

@@ -72,7 +72,7 @@ class _Guard:
         self.why, self.met = why, met
 
     def check(self, host: object) -> None:
-        """Raise CassetteError unless this host is allowed. None is no host, as for a server that listens everywhere."""
+        """Raise CassetteError unless this host is allowed. None is a server's address, not a host."""
         name = host.decode("latin-1") if isinstance(host, bytes) else host
         if name is None or str(name).lower() in self.allowed or getattr(_pairing, "active", False):
             return

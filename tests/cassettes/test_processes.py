@@ -44,7 +44,7 @@ SCRIPT = """
         try:
             call("child's")
         except aggregator.errors.CassetteError as error:
-            print("refused:", "open a cassette of its own there" in str(error))
+            print("refused:", "open another cassette there" in str(error))
 
     with aggregator.cassette("a.yaml", "all") as tape:
         call("first")

@@ -139,7 +139,7 @@ def test_two_tests_never_share_a_default_cassette(project: pytest.Pytester, mode
     )
     outcome = project.runpytest()
     outcome.assert_outcomes(errors=2)  # both, so that neither depends on which comes first, or on another worker
-    outcome.stdout.fnmatch_lines(["*Expected a cassette of its own for *name one: *"])
+    outcome.stdout.fnmatch_lines(["*Expected another cassette for *name one: *"])
 
 
 def test_the_tape_is_at_hand(project: pytest.Pytester, model: Model) -> None:

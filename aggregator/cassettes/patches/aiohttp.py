@@ -131,8 +131,8 @@ def _raised(failure: RecordedError, request: Any) -> BaseException:
 
 
 def _fail(turn: Turn, error: BaseException) -> None:
-    told = getattr(error, "os_error", None) or error
-    turn.fail(kind_of(error, CLIENT), getattr(error, "message", None) or str(told))
+    cause = getattr(error, "os_error", None) or error
+    turn.fail(kind_of(error, CLIENT), getattr(error, "message", None) or str(cause))
 
 
 def _failures() -> tuple[type[BaseException], ...]:

@@ -25,7 +25,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def client_of(pool: Any) -> str:
-    """Return whose pool it is: botocore has classes of its own."""
+    """Return whose pool it is: botocore has its own classes."""
     return "boto3" if any(kind.__module__ == "botocore.awsrequest" for kind in type(pool).__mro__) else "urllib3"
 
 
