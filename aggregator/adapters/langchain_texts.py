@@ -82,7 +82,7 @@ def agent_texts(graph: Any, prefix: str) -> list[ParameterNode[Any]]:
     functions = [one for one in (getattr(node, "func", None), getattr(node, "afunc", None)) if one is not None]
     if not functions or functions[0].__module__ != "langchain.agents.factory":
         return []
-    require_version("langchain", "1.1", "2")
+    require_version("langchain", "1.3", "2")
     texts: AgentTexts | None = None
     for function in functions:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))

@@ -46,7 +46,7 @@ class PydanticAgent(FrameworkAgent):
     """
 
     def __init__(self, program: Any, *, deps: Any = None, agents: Sequence[Any] = ()) -> None:
-        require_version("pydantic-ai-slim", "2.60", "3")
+        require_version("pydantic-ai-slim", "2.40", "3")
         self.deps = deps
         self.agents = agents
         reached: Named = [("", bare(program))]

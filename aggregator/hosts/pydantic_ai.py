@@ -44,7 +44,7 @@ _TURN = "aggregator.turn"
 
 def model(llm: Any) -> ClientModel:
     """Return a client as a model of pydantic-ai; `llm` is an `LLM`, its name, or what `as_model` takes."""
-    require_version("pydantic-ai-slim", "2.60", "3")
+    require_version("pydantic-ai-slim", "2.40", "3")
     return ClientModel(LLM(llm) if isinstance(llm, str) else as_model(llm))
 
 

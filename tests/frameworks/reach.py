@@ -226,6 +226,12 @@ def told(result: Any) -> bytes:
 
 def run(case: Case) -> tuple[str, str]:
     """Return the row of a case, measured in its environment, and what went wrong there, "" for nothing."""
+    if case.environment:
+        maker = [sys.executable, str(ROOT / "tests" / "environments.py"), case.environment]
+        made = subprocess.run(maker, capture_output=True, text=True, check=False)
+        if made.returncode:
+            wrong = (made.stdout + made.stderr).strip()
+            return skipped(case, f"cannot be installed: {wrong[-100:]}"), f"{case.name}: {wrong[-3000:]}"
     try:
         done = run_in(case, [str(Path(__file__)), "--here", case.name])
     except subprocess.TimeoutExpired:
@@ -268,7 +274,8 @@ def run_tests(case: Case) -> str:
 
 def skipped(case: Case, reason: str) -> str:
     """Return the row of a case that could not be measured."""
-    return " | ".join([f"{ROW}{case.name}", "-", f"skipped: {reason[:150]}", *([""] * (len(COLUMNS) - 3))]) + " |"
+    shown = " ".join(reason.replace("|", "/").split())[:150]
+    return " | ".join([f"{ROW}{case.name}", "-", f"skipped: {shown}", *([""] * (len(COLUMNS) - 3))]) + " |"
 
 
 def rows_of(document: str) -> dict[str, str]:
