@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from inspect import Parameter, signature
+from inspect import Parameter, ismethod, signature
 from typing import Any, TypedDict
 
 import dspy
@@ -123,12 +123,32 @@ def nodes_of(program: Any) -> Iterator[ParameterNode[Any]]:
 
 
 def copy_program(program: Any, kept: Sequence[Any]) -> Any:
-    """Copy a program, but not its models, which hold connections, and not the objects of `kept`."""
-    lms = [predictor.lm for predictor in all_predictors(program) if predictor.lm is not None]
+    """Copy a program, but not what it only uses: models, indices, connections, objects of the user's; nor `kept`."""
+    used = [one for _, module in program.named_sub_modules() for value in vars(module).values() for one in _used(value)]
     try:
-        return copy.deepcopy(program, {id(one): one for one in [*lms, *kept]})
-    except Exception:  # noqa: BLE001 - locks, connections, generators: any error of any class
+        return copy.deepcopy(program, {id(one): one for one in [*used, *kept]})
+    except Exception:  # noqa: BLE001 - whatever an object raises that cannot be copied
         return program.deepcopy()
+
+
+def _used(value: Any) -> Iterator[Any]:
+    """Yield the objects in an attribute that are no part of the program, and may hold locks or gigabytes."""
+    value = value.func if isinstance(value, dspy.Tool) else value
+    if ismethod(value):
+        value = value.__self__
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _used(item)
+    elif type(value).__module__.startswith(("dspy.clients", "dspy.retrievers")) or not _is_part(value):
+        yield value
+
+
+def _is_part(value: Any) -> bool:
+    """Return True for what belongs to a program and is copied: DSPy's own, plain values, and what holds modules."""
+    if type(value).__module__.partition(".")[0] in {"dspy", "builtins", "functools", "types"}:
+        return True
+    held = getattr(value, "__dict__", {}).values()
+    return isinstance(value, dspy.Module) or any(isinstance(one, dspy.Module) for one in held)
 
 
 def inputs_of(program: Any, x: Any) -> dict[str, Any]:

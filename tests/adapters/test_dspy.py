@@ -120,23 +120,61 @@ async def test_concurrent_candidates_run_on_copies() -> None:
     assert trained.signature.instructions == "Answer sales"
 
 
+class Helper:
+    """What a program uses: it cannot be copied, and knows how often it was asked."""
+
+    def __init__(self) -> None:
+        self.lock, self.asked = threading.Lock(), 0
+
+    def search(self, query: str) -> str:
+        """Search for a query."""
+        with self.lock:
+            self.asked += 1
+        return query
+
+
 @pytest.mark.usefixtures("engine")
-async def test_a_program_that_cannot_be_copied_runs_one_rollout_at_a_time() -> None:
-    class Shared(dspy.Module):  # type: ignore[misc] # not typed
-        def __init__(self) -> None:
+async def test_what_a_program_uses_is_shared_and_its_own_methods_are_those_of_the_copy() -> None:
+    class Uses(dspy.Module):  # type: ignore[misc] # not typed
+        def __init__(self, helper: Helper) -> None:
             super().__init__()
-            self.parts = {"lock": threading.Lock(), "route": program()}
+            self.route, self.helper, self.index = program(), {"one": helper}, bytearray(8)
+            self.tools = [dspy.Tool(helper.search), dspy.Tool(self.own)]
+
+        def own(self, ticket: str) -> str:
+            return str(self.route(ticket=ticket).team)
 
         def forward(self, ticket: str) -> Any:
-            return self.parts["route"](ticket=ticket)
+            assert self.helper["one"].search(ticket) == self.tools[0](query=ticket)
+            return dspy.Prediction(team=self.tools[1](ticket=ticket))
 
-    shared = Shared()
+    helper = Helper()
+    agent = trainable(Uses(helper))
+    assert agent.isolation == "copy"
+    told = [run.output.team for run in await evaluate(agent, examples("a"), **{"route.instructions": "Answer one"})]
+    assert (told, helper.asked) == (["one"], 2)
+
+
+@pytest.mark.usefixtures("engine")
+async def test_a_program_that_cannot_be_copied_runs_one_rollout_at_a_time() -> None:
+    class Whole(dspy.Module):  # type: ignore[misc] # not typed
+        def __init__(self) -> None:
+            super().__init__()
+            self.route = program()
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+        def forward(self, ticket: str) -> Any:
+            return self.route(ticket=ticket)
+
+    whole = Whole()
     with pytest.warns(TrainingWarning, match="cannot be copied as a whole, so rollouts run one after the other"):
-        agent = as_agent(shared)
+        agent = as_agent(whole)
     assert (agent.isolation, agent.max_concurrency) == ("serial", 1)
     (name,) = [parameter.name for parameter in agent.parameters()]
     assert [run.output.team for run in await evaluate(agent, examples("a"), **{name: "Answer one"})] == ["one"]
-    assert shared.parts["route"].signature.instructions == "Answer sales"
+    assert whole.route.signature.instructions == "Answer sales"
 
 
 def test_modules_that_were_frozen_are_left_alone() -> None:
