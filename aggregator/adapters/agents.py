@@ -106,9 +106,9 @@ def trainable(thing: Any = None, /, **options: Any) -> Any:
 
 def _of_framework(thing: Any, options: Mapping[str, Any]) -> Agent | None:
     """Return an object of another framework as an agent; None for anything else."""
-    package = None if isinstance(thing, Module | type) else package_of(thing)
-    if package is None and is_gepa_adapter(thing):
-        package = "gepa"
+    package = None
+    if not isinstance(thing, Module | type):  # an adapter of GEPA's may be a class of another framework
+        package = "gepa" if is_gepa_adapter(thing) else package_of(thing)
     if package is None and options:
         raise ConfigError(
             f"Expected no other options than model and evaluator for {shorten(thing)}, got {', '.join(options)}; "

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from aggregator import AggregatedUpdate, LLMMerge, ParameterNode, optimize
+from aggregator import LLM, AggregatedUpdate, LLMMerge, ParameterNode, optimize, trainable
 from aggregator.errors import TrainingWarning
 from aggregator.records import Completion, Proposal, Rollout
+from aggregator.simulation import SimulatedModel
 from aggregator.training.batches import minibatches
 from aggregator.training.step import Step
 from benchmarks.quality import BATCH, Meter, NoisyOptimizer, SimulatedMerge, World, make_agent
@@ -164,3 +165,54 @@ def test_gepa_and_a_trainer_propose_the_same_for_the_same_minibatch_and_values(s
         assert adapter.values(proposed)["rules"] == report.update["rules"]
         asked |= mine.asked
     assert asked == {key: value for key, value in optimizer.asked.items() if key in asked}
+
+
+TICKETS = [("do you sell lamps", "sales"), ("the invoice is wrong", "billing"), ("where is my parcel", "shipping")]
+
+
+def same_team(gold: Any, prediction: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> Any:
+    return dspy.Prediction(score=float(gold.team == prediction.team), feedback=f"Expected: {gold.team}")
+
+
+@pytest.fixture
+def llm() -> Iterator[LLM]:
+    with SimulatedModel(seed=1, wrong_rate=0.0) as server:
+        yield LLM("openai/simulated-1", base_url=server.base_url, api_key="simulated")
+
+
+def tickets() -> list[Any]:
+    return [dspy.Example(ticket=ticket, team=team).with_inputs("ticket") for ticket, team in TICKETS]
+
+
+def test_dspys_gepa_takes_the_reflection_as_its_instruction_proposer(llm: LLM) -> None:
+    strategy = in_gepa.AggregatedReflection(llm)
+    teleprompter = dspy.GEPA(
+        metric=same_team,
+        instruction_proposer=strategy,
+        max_metric_calls=30,
+        reflection_minibatch_size=len(TICKETS),
+        num_threads=2,
+        warn_on_score_mismatch=False,
+    )
+    student = dspy.Predict(dspy.Signature("ticket -> team", "If no rule applies, answer sales."))
+    with dspy.context(lm=in_dspy.lm(llm)):
+        trained = teleprompter.compile(student, trainset=tickets(), valset=tickets())
+    assert "->" in trained.signature.instructions
+    assert (strategy.usage.calls > 2, strategy.error) == (True, None)
+
+
+def test_dspys_own_adapter_of_gepa_is_an_agent(llm: LLM) -> None:
+    from dspy.teleprompt.gepa.gepa_utils import DspyAdapter
+
+    student = dspy.Predict(dspy.Signature("ticket -> team", "If no rule applies, answer sales."))
+
+    def feedback(module_inputs: Any, module_outputs: Any, **_: Any) -> Any:
+        return same_team(module_inputs, module_outputs)
+
+    adapter = DspyAdapter(student, same_team, {"self": feedback}, num_threads=2, warn_on_score_mismatch=False)
+    agent = trainable(adapter, candidate={"self": "If no rule applies, answer sales."})
+    with dspy.context(lm=in_dspy.lm(llm)):
+        result = optimize(agent, tickets(), guide=None, model=llm, validate=tickets(), run_dir=False, show=False)
+    assert "->" in agent.candidate["self"]
+    first, last = (result.validations[i].score or 0.0 for i in (0, -1))
+    assert first < last
