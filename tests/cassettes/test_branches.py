@@ -155,7 +155,7 @@ def test_a_branch_is_found_again_below_other_work(tmp_path: Path) -> None:
         assert run(3) == heard
 
 
-@pytest.mark.filterwarnings("ignore:.*nothing tells which was which")
+@pytest.mark.filterwarnings("ignore:.*in an unknown order")
 def test_an_order_that_nothing_tells_was_not_reported(tmp_path: Path) -> None:
     """Recording and replay say how many identical requests overlapped; what they play is the order of issue."""
     path = tmp_path / "a.yaml"
