@@ -152,11 +152,11 @@ def _next_level(error: LLMError, *, call: ChatCall, level: int, levels: int) -> 
 
 def _names_other(error: LLMError, call: ChatCall) -> bool:
     """Return True if a refusal names another option of the call and nothing of the format."""
-    said = f"{error.message} {error.code}"
+    text = f"{error.message} {error.code}"
     given = [name for name in _OPTIONS if getattr(call, name) is not None] + list(call.extra)
     if "max_tokens" in given:
         given.append("max_completion_tokens")
-    return not _NAMES_FORMAT.search(said) and any(re.search(rf"\b{re.escape(name)}\b", said) for name in given)
+    return not _NAMES_FORMAT.search(text) and any(re.search(rf"\b{re.escape(name)}\b", text) for name in given)
 
 
 class IgnoredFormatError(DecodeError):

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class Line:
-    """How one client reaches one model. With a clock or sleep of its own a client shares its limiter with no other."""
+    """How one client reaches one model. A client with an injected clock or sleep shares its limiter with no other."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Line:
 
 
 def _shared_transport() -> Transport:
-    """Return the process's own; aiohttp is imported here, for clients without a transport of their own."""
+    """Return the transport of the process, for clients without an injected one; aiohttp is imported here."""
     from aggregator.llm.transport import shared_transport
 
     return shared_transport()
@@ -193,8 +193,8 @@ class Attempts:
     def issue(self, call: ChatCall) -> None:
         """Encode a call and take its ticket; once for each logical call.
 
-        What its server has asked for in a refusal is heeded. A tape that only plays decides by what it holds, since the
-        refusal may have come before or after this call when it was recorded.
+        Corrections that the server asked for in a refusal are applied. A tape that only plays decides by its recording,
+        since the refusal may have come before or after this call when it was recorded.
         """
         codec = self.line.endpoint.codec
         if self._counts_tokens and (call.max_tokens or -1) < 0 and codec.limits(call).tokens is None:
@@ -344,7 +344,7 @@ class Attempt:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Count what it cost, and write what came before anybody uses it."""
+        """Count the cost, and record the answer before it is used."""
         if isinstance(error, LLMError):
             scrub(error, self.attempts.request.secrets)  # whatever a page or an event quotes
         if self._leads and self.attempts.opening is not None:
@@ -440,12 +440,12 @@ class Attempt:
         self.was_sent = True
 
     def accept(self, status: int, headers: Mapping[str, str]) -> None:
-        """Let the limiter know that the server took the request, and what it says of its limits."""
+        """Report to the limiter that the server took the request, and what its headers state about limits."""
         limiter, admission = self.attempts.limiter, self.admission
         if status != 429 and admission is not None and limiter is not None:
             limiter.accepted(admission)
             if not self.line.limit_headers.isdisjoint(headers):
-                limiter.heed(admission, headers, self.line.endpoint.codec)
+                limiter.apply_headers(admission, headers, self.line.endpoint.codec)
 
     def read(self, reply: HTTPReply) -> Completion:
         """Read an answer; an error status becomes its error."""

@@ -109,7 +109,7 @@ class Throttle:
 
 
 class Bridge:
-    """What a transport does with a request, whoever drives it."""
+    """What a transport does with a request, for sync and async callers."""
 
     def __init__(
         self,

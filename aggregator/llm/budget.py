@@ -1,6 +1,6 @@
 """A budget that holds: reserved from an upper estimate before each request, settled when its cost is known.
 
-Spent and reserved together never pass the limit, from the first wave on. A request that does not fit beside those in
+Spent and reserved together never exceed the limit. A request that does not fit beside those in
 flight waits for them, since they will cost less than they reserved; one that would not fit even alone is refused.
 Waiting is first come first served, so which requests are refused does not depend on which answers come first.
 
@@ -43,7 +43,7 @@ _THINKS = re.compile(
     r"|.*(?:think|reason|-r1\b|\br1\b|qwq|magistral)",
     re.IGNORECASE,
 )
-"""Names of models that think unless they are told not to."""
+"""Names of models that think by default."""
 ASSUMED_OUTPUT = 4096
 """What answers may take under a budget of tokens or USD where the call sets no limit; it is sent with the request."""
 IMAGE_TOKENS = 50_000
@@ -211,7 +211,7 @@ class Budget:
         return served
 
     def _wake(self, waiter: _Waiter, refusal: BudgetExceededError | None) -> None:
-        """Tell a waiting request its outcome on its own loop; give back what nobody takes any more."""
+        """Resolve a waiting request on its own loop; give its amount back if it was cancelled."""
 
         def finish() -> None:
             if not waiter.turn.done():
@@ -356,7 +356,7 @@ def pico(usd: float) -> int:
 
 
 def spent_by(usage: Usage, held: Amount) -> Amount:
-    """Return what one request cost; what its usage does not tell counts as reserved."""
+    """Return what one request cost; what its usage does not state counts as reserved."""
     known = usage.input_tokens is not None and usage.output_tokens is not None
     spent = held.pico if usage.cost is None else pico(usage.cost)
     return Amount(spent, usage.total_tokens if known else held.tokens, 1)

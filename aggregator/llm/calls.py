@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ChatCall(Struct, frozen=True, kw_only=True, gc=False):
-    """One question to a model, in OpenAI's words whatever the provider; None means "not said".
+    """One question to a model, in OpenAI's format whatever the provider; None means "not set".
 
     `messages` are OpenAI-shaped dicts (see `messages.normalise`). `extra` is merged into the body last, so it can
     add or replace whatever the provider's own API knows. `corrections` are what a server asked for in a refusal (see
@@ -75,7 +75,7 @@ class StreamReader(Protocol):
     def finish(self, reply: HTTPReply) -> Completion:
         """Return the whole answer once the body ended; raises LLMError where it was cut short.
 
-        A server that ignores `stream` answers in one piece: then no delta came, and the text stands here only.
+        A server that ignores `stream` answers in one piece: then no delta came, and only the completion has the text.
         """
         ...
 
@@ -121,7 +121,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, call: ChatCall) -> HTTPRequest:
-        """Return the request; the same call gives the same bytes. Raises ConfigError for what this API cannot say."""
+        """Return the request; the same call gives the same bytes. Raises ConfigError for options that the API lacks."""
         ...
 
     @property
@@ -144,14 +144,14 @@ class Codec(Protocol):
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read a reply of status < 400; raises LLMError.
 
-        ResponseError and its kinds for an answer that is none; an error inside a 200 gets the class that its own
+        ResponseError or a subclass for an unusable answer; an error inside a 200 gets the class that its own
         code names (RateLimitError for `{"error": {"code": 429, ...}}`), ResponseError where it names none. A choice
         that the provider ended for a reason that is not known to be good has the finish reason "error".
         """
         ...
 
     def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error that a reply of status >= 300 stands for."""
+        """Return the error of a reply of status >= 300."""
         ...
 
     def stream(self, call: ChatCall) -> StreamReader:

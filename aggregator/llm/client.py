@@ -29,15 +29,15 @@ class LLM:
     """A model by name: `LLM("openai/gpt-4o-mini")`. Nothing has to be closed; one object serves every loop and thread.
 
     `model` is `provider/model`, or a list of models to fall back on, one after the other; None reads Trace's variables
-    (TRACE_LITELLM_MODEL and its kin). A `base_url` of one's own gets `api_key`, no default key. `api="responses"` calls
+    (TRACE_LITELLM_MODEL and others). A custom `base_url` gets `api_key`, never a default key. `api="responses"` calls
     OpenAI's Responses API; models that have no other get it by default. `max_attempts` counts all requests of one call,
     `timeout` all its seconds, waiting and other response formats included. `attempt_timeout` are the seconds of one
     attempt, of a stream those until its next piece; by default half of `timeout`, for the last attempt all that is
     left. `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for all clients of the same (base_url,
-    key, model) in an event loop, the strictest of them; without `adaptive` a 429 paces nobody. `extra` is merged into
-    the body of every call (effort, service tier, routing, cache), `headers` go with every request. `budget` may be
-    shared. `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are for
-    tests.
+    key, model) in an event loop, the strictest of them; without `adaptive` a 429 slows down no other call. `extra` is
+    merged into the body of every call (effort, service tier, routing, cache), `headers` go with every request. `budget`
+    may be shared. `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are
+    for tests.
 
     Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
     """

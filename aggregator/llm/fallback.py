@@ -38,14 +38,14 @@ from aggregator.records import Completion
 _FALLS = (APIConnectionError, RateLimitError, ServerError, NotFoundError, ContextLengthError, ResponseError)
 _STAYS = (ContentFilterError, TruncatedError)
 _UNKNOWN_MODEL = re.compile(r"model_not_found|unknown_model|model identifier is invalid|model \S+ (?:was )?not found")
-_OF_ONE_SERVER = ("base_url", "api_key", "api", "headers")  # a key may stand in any of them
+_OF_ONE_SERVER = ("base_url", "api_key", "api", "headers")  # any of them may hold a key
 
 
 def fails_over(error: LLMError) -> bool:
     """Return True if another model may answer where this one did not.
 
     That is so if the model, its server or its quota is at fault: no connection, too slow, rate limits and server errors
-    after all attempts, a used-up quota, an unknown model, a prompt beyond its context, an answer that is none. It is
+    after all attempts, a used-up quota, an unknown model, a prompt beyond its context, an unusable answer. It is
     not so for a key that is refused, a wrong request, a withheld or a cut answer: another model would hide a mistake or
     answer what was refused.
 

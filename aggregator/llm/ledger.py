@@ -331,7 +331,7 @@ def _factors(ask: Callable[..., Any], usual: float) -> dict[str, float]:
 def need_price(provider: str, model: str, table: Prices | None, where: str = "beside the model") -> Price:
     """Return a price or raise ConfigError: a budget in USD needs one before anything is spent.
 
-    `where` says in the error where `prices` are given.
+    `where` is where `prices` are passed, for the error message.
     """
     price = find_price(provider, model, table) or kept_price(provider, model)
     if price is not None:

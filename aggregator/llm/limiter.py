@@ -33,8 +33,8 @@ MAX_HEADER_PAUSE = 60.0
 class Limiter:
     """Bounds the calls under way and spaces their attempts. Used from one event loop.
 
-    `rpm` and `tpm` are kept in every minute, whichever 60 seconds are looked at, by spreading them evenly with bursts
-    of one second's worth. Without `adaptive` a 429 delays its own call alone.
+    `rpm` and `tpm` hold in any window of 60 seconds, as requests are spread evenly with bursts of one second's worth.
+    Without `adaptive` a 429 delays only the call that received it.
     `clock` (monotonic seconds) and `sleep` are injected for tests.
     """
 
@@ -82,7 +82,7 @@ class Limiter:
         return self._learned.rate
 
     def try_enter(self) -> bool:
-        """Take one of the places if one is free and nobody waits; pair it with `leave`."""
+        """Take a place if one is free and no call is waiting; pair it with `leave`."""
         if self._free > 0 and not self._waiting:
             self._free -= 1
             return True
@@ -116,7 +116,7 @@ class Limiter:
                 place.set_result(None)
 
     def try_admit(self, tokens: float = 0.0) -> Admission | None:
-        """Let the next request go if nothing holds it back; `tokens` is what it is expected to use."""
+        """Admit the next request if no limit delays it; `tokens` is its expected use. Return None otherwise."""
         now = self._clock()
         if self._turn.locked() or self._ready_at(tokens) > now:
             return None
@@ -155,14 +155,14 @@ class Limiter:
         """Learn from any answer but a 429: the server took the request."""
         self._learned.accepted(admission, self._clock)
 
-    def heed(self, admission: Admission, headers: Mapping[str, str], codec: Codec) -> None:
+    def apply_headers(self, admission: Admission, headers: Mapping[str, str], codec: Codec) -> None:
         """Hold requests back if those under way will use up what the server has left by its headers."""
         for names, each in ((codec.requests, 1.0), (codec.tokens, admission.tokens)):
             for name in names:
                 if name.remaining in headers:
                     left = headroom(headers, (name,))
-                    if left is not None and (lacking := self.in_flight * each - left.remaining) > 0:
-                        self._pause(min(lacking * left.seconds_each, MAX_HEADER_PAUSE))
+                    if left is not None and (missing := self.in_flight * each - left.remaining) > 0:
+                        self._pause(min(missing * left.seconds_each, MAX_HEADER_PAUSE))
                     break
 
     def used(self, admission: Admission, tokens: float) -> None:

@@ -27,7 +27,7 @@ SHORTEST = 4096
 class Opening(dict[str, Any]):
     """A message whose first `length` characters begin the prompts of other calls, too.
 
-    An attribute and no key: a server without marks is sent the message as it is, and so the same bytes as without.
+    The length is an attribute, not a key, so that a server without marks gets the same bytes as for a plain message.
     """
 
     length: int = 0
@@ -108,7 +108,7 @@ class Turn(dict[str, Any]):
 def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
     """Bring messages to OpenAI's shape; raises ConfigError with the path of what cannot be one.
 
-    A text alone is a user message. A message is a dict, one of our `Message` or `Completion` records, or any object
+    A text is a user message. A message is a dict, one of our `Message` or `Completion` records, or any object
     with `model_dump` (an SDK's). Content is a text, None, or parts: texts, `Image`s, bytes of an image, or dicts.
 
     >>> normalise("Hi")
@@ -226,7 +226,7 @@ def as_data(url: str) -> tuple[str, str] | None:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, parts that are none left out.
+    """Return the text of a message's content, without parts that are not text.
 
     >>> text_of(["a", {"type": "text", "text": "b"}])
     'ab'

@@ -1,4 +1,4 @@
-"""Whatever can stand for a model, as one: our client, its name, a callable, litellm, OpenAI's clients."""
+"""`as_model`: our client, a model's name, a callable, litellm or OpenAI's clients as one kind of model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _create_of(model: Any) -> Callable[..., Any] | None:
 
 
 class CallableModel:
-    """A callable `llm(messages=..., **options)` in the place of a model. Sync ones run in threads of their own."""
+    """A callable `llm(messages=..., **options)` as a model. Sync ones run in separate threads."""
 
     def __init__(self, function: Callable[..., Any], *, name: str, prices: Prices | None = None) -> None:
         self.model = name
@@ -94,7 +94,7 @@ class CallableModel:
         return portal.call(self.complete, messages, **options)
 
     async def complete(self, messages: Any, **options: Any) -> Completion:
-        """Ask once. An SDK's own error becomes ours where it tells its status; any other error passes through."""
+        """Ask once. An SDK's error with a status becomes ours; any other error passes through."""
         portal.refuse_strays("a call of a model")
         normal = normalise(messages)
         transcript = current_transcript()
@@ -161,7 +161,7 @@ class CallableModel:
 
 
 async def complete_own(model: ChatModel, messages: Any, *, max_tokens: int, **options: Any) -> Completion:
-    """Ask for a feature of the library itself (optimizer, merge, judge): never for what the provider lacks.
+    """Ask for a feature of the library itself (optimizer, merge, judge), without options that the provider lacks.
 
     Options that its API does not have are left out with a warning. `max_tokens` is the room for the answer: a model
     that thinks gets more, as thinking counts there too. Such models are known by their name, or by what the client's

@@ -30,7 +30,7 @@ _PREFIX = re.compile(r"([^/:]+)[/:](.+)", re.DOTALL)
 
 
 class Endpoint(Target, frozen=True, kw_only=True):
-    """A target with its codec bound. `key_hint` says how to give the key that is missing."""
+    """A target with its codec bound. `key_hint` explains how to provide a missing key."""
 
     codec: Codec
     key_hint: str | None = None
@@ -44,7 +44,7 @@ class Endpoint(Target, frozen=True, kw_only=True):
             raise ConfigError(self.key_hint)
 
     def authenticated(self, request: HTTPRequest) -> HTTPRequest:
-        """Return the request as it is sent; raises ConfigError or APIConnectionError without a key.
+        """Return the request with its authentication; raises ConfigError or APIConnectionError without a key.
 
         A function that gave no token when the call was encoded is asked once more, and its error raised: a replay, for
         which nothing is sent, needs none.
@@ -57,10 +57,12 @@ class Endpoint(Target, frozen=True, kw_only=True):
         except AggregatorError:
             raise
         except Exception as error:  # of the user's function, whatever it raises
-            told = f"{type(error).__name__}: {error}"
+            shown = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) or re.search("Connection|Timeout", type(error).__name__):
-                raise APIConnectionError(f"{NOT_SENT}the function api_key of {self.provider} failed: {told}") from error
-            raise ConfigError(f"Expected a token from the function api_key of {self.provider}, got {told}") from error
+                raise APIConnectionError(
+                    f"{NOT_SENT}the function api_key of {self.provider} failed: {shown}"
+                ) from error
+            raise ConfigError(f"Expected a token from the function api_key of {self.provider}, got {shown}") from error
         value = f"Bearer {key}" if self.auth == "authorization" else key
         return replace(request, headers={**request.headers, self.auth: value}, secrets=(key,))
 
@@ -336,10 +338,10 @@ class CloudToken:
                 f"pip install 'aggregated-update[{self.extra}]'"
             ) from error
         except Exception as error:  # of the library, whatever it raises: a login that is missing, or a lost connection
-            told = f"{type(error).__name__}: {error}"
+            shown = f"{type(error).__name__}: {error}"
             if self.is_passing(error):
-                raise APIConnectionError(f"{NOT_SENT}no token came: {told}") from error
-            raise ConfigError(f"Expected a token from {type(self).__name__}, got {told}. {self.remedy}") from error
+                raise APIConnectionError(f"{NOT_SENT}no token came: {shown}") from error
+            raise ConfigError(f"Expected a token from {type(self).__name__}, got {shown}. {self.remedy}") from error
 
     def find(self) -> Any:
         """Return the credentials of this machine."""
@@ -383,7 +385,7 @@ class GoogleToken(CloudToken):
         return credentials.token, end
 
     def is_passing(self, error: Exception) -> bool:
-        """Return what the library itself says of its error."""
+        """Return True if the library marks its error as retryable."""
         return bool(getattr(error, "retryable", False)) or type(error).__name__ in ("TransportError", "TimeoutError")
 
 

@@ -125,7 +125,7 @@ def reduce_client(
 ) -> tuple[Any, ...]:
     """Return what `__reduce__` does: the settings, and the attributes that a subclass or a user added.
 
-    `given` says which model, `injected` are the budget and the arguments for tests, `options` all others. Raises
+    `given` identifies the model, `injected` are the budget and the arguments for tests, `options` all others. Raises
     ConfigError if an argument holds a secret or cannot leave this process.
     """
     _check_settings(llm.model, injected, given)
@@ -146,7 +146,7 @@ def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
 
 
 def stand_in_for(llm: LLM) -> tuple[type[LLM], dict[str, Any]]:
-    """Return class and attributes of what stands in for a client in a worker process: no key, no address."""
+    """Return class and attributes of a client's replacement in a worker process: no key, no address."""
     target = Target(provider=llm.endpoint.provider, model=llm.endpoint.model, base_url="")
     state = {"model": llm.model, "endpoint": target, "timeout": llm.timeout, "prices": llm.prices, "budget": None}
     state["extra"] = llm.extra

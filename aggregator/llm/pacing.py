@@ -3,7 +3,7 @@
 A 429 has two kinds of cause. A token bucket refuses what comes too fast: it has to be met with a pace, which is learned
 from the number of requests that it accepts between two 429s. A server that refuses at random (overload, a pool shared
 with others, a cheap service tier) does so at any pace: slowing down only wastes time, and each refused request has to
-wait by itself. `Pacing` tells them apart by what the server does, and keeps testing its hypothesis.
+wait by itself. `Pacing` distinguishes them by what the server does, and keeps testing its hypothesis.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _FOUND_PERIOD = 60.0  # seconds in which a rate that was found doubles
 _SLACK = 0.02  # seconds that a late timer may make up for
 _WINDOW = 60  # outcomes that are remembered
 _AFTER, _MOSTLY = 8, 0.8  # accepted after a 429, and their part of all after it, that no empty bucket accepts
-_PAUSES, _MANY = 4, 0.12  # so many pauses in the window of a paced server, or refusals of one left alone, need a trial
+_PAUSES, _MANY = 4, 0.12  # pauses in the window of a paced server, refusals of an unpaced one, that start a trial
 _FREE = 4.0  # times the throughput: a pace that holds nothing back
-_FLOOD, _MORE = 0.6, 0.3  # refused in the window by a server left alone, beyond which it is paced again
+_FLOOD, _MORE = 0.6, 0.3  # refused in the window by an unpaced server, beyond which it is paced again
 _TRIAL, _CONTRADICTIONS = 60, 2  # accepted requests that confirm a bucket at most, refused ones that contradict it
 _SHORTEST = 0.05  # seconds by which two stretches must differ for their slope to mean anything
 
@@ -198,11 +198,11 @@ class Recent:
 
 
 class Pacing:
-    """Paces requests while 429s look like a token bucket's, and leaves the others alone while they do not.
+    """Paces requests while 429s look like a token bucket's, and does not while they do not depend on the rate.
 
     * Requests that nothing held back and that were mostly accepted *after* a 429 did not meet an empty bucket.
     * If pauses do not end the 429s, requests go at half the pace for a while: a bucket refuses none of them then.
-    * If most requests of a server that was left alone are refused, it is taken for a bucket again.
+    * If an unpaced server refuses most requests, it is treated as a bucket again.
     """
 
     def __init__(self) -> None:
@@ -249,7 +249,7 @@ class Pacing:
             self._keep(admission, clock(), accepted=True)
 
     def rejected(self, admission: Admission, wait: float, now: float) -> bool:
-        """Take a 429 that asks for so many seconds; return True if everybody is to wait, not its call alone."""
+        """Record a 429 that asks for `wait` seconds; return True if all calls must wait, not only the refused one."""
         was_paced = self._learned.rate != inf
         self._keep(admission, now, accepted=False)
         if self._trial is not None or not self.is_bucket:

@@ -27,7 +27,6 @@ _BY_NAME = {"by_name": True}
 _BEARER = "authorization"
 _OLLAMA_PORT = 11434
 _BEDROCK = "https://bedrock-runtime.{region}.amazonaws.com"
-_OLLAMA_PORT = 11434
 _VERTEX = "https://aiplatform.googleapis.com/v1"
 
 
@@ -96,7 +95,7 @@ def _settle_vertex(target: Target, env: Mapping[str, str]) -> Target:
 
 
 def _settle_bedrock(target: Target, env: Mapping[str, str]) -> Target:
-    """Put the region into the address; there is no default, since prompts would go to a region that nobody chose."""
+    """Put the region into the address. Without a region no default is used, as prompts would go to a foreign one."""
     if target.base_url != _BEDROCK:
         return target
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
@@ -316,7 +315,7 @@ _BUILT_IN = (
         aliases=("lm-studio",),
     ),
     Provider(
-        name="vllm",  # no cap of ours: it refuses one that does not fit the model's context, and stops by itself
+        name="vllm",  # no default cap: it refuses one beyond the model's context, and stops at its end anyway
         codec=_openai,
         apis=_APIS,
         base_url="http://localhost:8000/v1",

@@ -1,4 +1,4 @@
-"""What is an answer, and whether and when a failed attempt is tried again: pure decisions over what the server said.
+"""Pure decisions over a server's reply: is it an answer, and is a failed attempt tried again, and when.
 
 Sources of the numbers: the SDKs of OpenAI and Anthropic (0.5 s doubling to 8 s, the retried statuses); the cap on
 Retry-After is OpenAI's, since waiting for what a server names without limit was seen to take minutes.
@@ -67,9 +67,9 @@ def is_transient(error: LLMError, headers: Mapping[str, str] = {}) -> bool:
     >>> is_transient(RateLimitError("")), is_transient(QuotaError(""))
     (True, False)
     """
-    said = should_retry(headers) if error.status is not None else None
-    if said is not None and not isinstance(error, QuotaError):
-        return said
+    wanted = should_retry(headers) if error.status is not None else None
+    if wanted is not None and not isinstance(error, QuotaError):
+        return wanted
     return isinstance(error, _TRANSIENT) and not isinstance(error, _LASTING)
 
 

@@ -26,7 +26,7 @@ _NOT_STRICT = {"default", "allOf", "oneOf", "not", "if", "then", "else", "patter
 def as_response_format(wanted: Any) -> Mapping[str, Any] | None:
     """Return OpenAI's `response_format` for it, a JSON schema, or a type that msgspec or pydantic knows.
 
-    Raises ConfigError for anything else, and for a schema that refers to itself alone or is too deep.
+    Raises ConfigError for anything else, and for a schema that only refers to itself or is too deep.
 
     >>> as_response_format({"type": "object", "properties": {}})["json_schema"]["strict"]
     False
@@ -195,7 +195,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
 
 
 def _broken(value: Any, schema: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keywords of limits that a value breaks; a limit that is none holds nothing back."""
+    """Yield the keywords of limits that a value violates; a limit of an invalid type is ignored."""
     for name, (applies, holds) in _LIMITS.items():
         if name in schema and applies(value):
             try:
@@ -255,7 +255,7 @@ def _follow(schema: Any, root: Any) -> Any:
 
 
 def checker(wanted: Mapping[str, Any]) -> Validate:
-    r"""Return the check of a response_format: JSON, of the schema's shape where there is one.
+    r"""Return the check of a response_format: valid JSON, of the schema's shape if a schema is given.
 
     >>> checker({"type": "json_object"})('```json\n{"a": 1}\n```')
     {'a': 1}

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Stream:
     """One streamed answer: iterate it for the text deltas; `completion` is the whole answer once they ended.
 
-    Leaving it early (`break`) ends the request, at once with `async with`, else when nobody holds it any more.
+    Leaving it early (`break`) ends the request, at once with `async with`, else when the object is garbage-collected.
     """
 
     def __init__(self, call: ChatCall, deltas: Callable[[ChatCall], AsyncGenerator[str | Completion, None]]) -> None:

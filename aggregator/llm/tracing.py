@@ -1,7 +1,7 @@
 """One event per attempt and per call: structlog events, and OpenTelemetry spans with the GenAI conventions.
 
 Both are silent until the application configures them, and cost next to nothing until then: neither package is
-imported here, as nobody can listen without importing it. Keys, messages and answers are never part of an event.
+imported here, since a listener must have imported it. Keys, messages and answers are never part of an event.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def listening() -> bool:
 def event(name: str, **facts: Any) -> None:
     """Log one event; facts that are None are left out."""
     structlog = sys.modules["structlog"]
-    told = {key: value for key, value in facts.items() if value is not None}
+    known = {key: value for key, value in facts.items() if value is not None}
     log = structlog.get_logger(LOGGER)
-    (log.warning if "error" in told else log.info)(name, **told)
+    (log.warning if "error" in known else log.info)(name, **known)
 
 
 def usage_facts(usage: Usage | None) -> dict[str, Any]:

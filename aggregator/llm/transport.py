@@ -314,7 +314,7 @@ def _stripped(error: Exception) -> Exception:
 
 
 def _words(error: object) -> str:
-    """What an error of aiohttp says, on one line."""
+    """Return the message of an error of aiohttp on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -46,7 +46,7 @@ _ERRORS: dict[str, type[Exception]] = {
 class Function(Struct, frozen=True, kw_only=True):
     """One function as source, and what it uses: plain values, modules by name, other functions by key.
 
-    The name of a method is no name of its module. `missing` maps a name that cannot cross to what it is.
+    The name of a method is not a name of its module. `missing` maps a name that cannot cross to what it is.
     """
 
     source: str
@@ -90,7 +90,7 @@ class Call(Struct, frozen=True, kw_only=True):
 
 
 def pack(value: Any, *, wide: bool = False, levels: int = DEPTH) -> Any:
-    """Return a plain value as msgpack carries it, with a tuple marked as what it is.
+    """Return a plain value as msgpack carries it, with tuples marked as such.
 
     Plain are None, bool, int, float, str, bytes, and lists, tuples and dicts of them; with `wide` also sets and regular
     expressions. Raises TypeError with the name of the type for anything else.
@@ -145,7 +145,7 @@ class Fault(Struct, frozen=True, kw_only=True):
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """What trained code sends back: a value, an error of its own, or the limit that it met."""
+    """What trained code sends back: a value, the error that it raised, or the limit that it exceeded."""
 
     value: Any = None
     error: Fault | None = None
@@ -180,7 +180,7 @@ def _beyond(call: Call, limit: str) -> SandboxError:
 
 
 def rebuild(fault: Fault, name: str) -> Exception:
-    """Return the exception that trained code raised, of its own class if that is one of the table."""
+    """Return the exception that trained code raised, of its own class if that is in the table."""
     kind, text = _ERRORS.get(fault.kind), fault.text[:_TEXT]
     error: Exception = SandboxError(f"{name} failed with {fault.kind[:200]}: {text}")
     if kind is not None:
@@ -281,4 +281,4 @@ def check_content(data: bytes, most_values: int) -> None:
         if len(outer) > DEPTH + 1:  # the answer itself is one level
             raise _TooLarge(f"its result is nested deeper than {DEPTH} levels")
     if at != len(data):
-        raise ValueError("it is not as long as it says")
+        raise ValueError("its length is wrong")

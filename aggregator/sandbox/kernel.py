@@ -83,7 +83,7 @@ class Kernel:
         self.filters = self.filters and self._libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP: was it built in?
 
     def open_ways(self) -> list[str]:
-        """Return in words what trained code could reach here if it set out to."""
+        """Return descriptions of what trained code could reach on this system."""
         ways = [] if self.landlock else ["every file that you can read, the environment of your processes included"]
         if not self.filters:
             ways += ["sockets other than TCP"] if self.landlock >= 4 else ["the network"]
@@ -93,7 +93,7 @@ class Kernel:
         return ways
 
     def confine(self, memory: int, seconds: float) -> None:
-        """Give up everything that trained code may not use. Raises OSError where the kernel does not do as it said."""
+        """Give up everything that trained code may not use. Raises OSError if the kernel refuses."""
         limit_amounts(memory, seconds)
         if sys.platform != "linux":
             return
@@ -131,7 +131,7 @@ class Kernel:
 
 
 def limit_amounts(memory: int, seconds: float) -> None:
-    """Give up memory, processor time, new processes, files and core dumps beyond the limits, for good."""
+    """Limit memory, processor time, new processes, files and core dumps, irreversibly."""
     limits = [
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, math.ceil(seconds) + 1),
@@ -211,7 +211,7 @@ def _when(number: int, conditions: list[_Step]) -> list[_Step]:
 
 
 def _one_of(argument: int, values: tuple[int, ...]) -> list[_Step]:
-    """Refuse an argument that is none of the values. The kernel reads these arguments as 32 bits."""
+    """Refuse an argument that is not one of the values. The kernel reads these arguments as 32 bits."""
     tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
     return [(_LOAD, 0, 0, 16 + 8 * argument), *tests, (_RETURN, 0, 0, _REFUSE)]
 

@@ -3,10 +3,10 @@
     "changed"    source that training changed runs in a worker process, the author's own in this one (the default)
     "process"    every call runs in a worker process
     Limits(...)  the same, with limits of your own
-    "monty"      source that training changed runs in Monty, an interpreter of its own (the extra `monty`)
+    "monty"      source that training changed runs in Monty, a separate interpreter (the extra `monty`)
     None         everything runs in this process: training may then do whatever your program may do
 
-docs/security.md says what the worker process protects from, and on which systems.
+docs/security.md describes what the worker process protects from, and on which systems.
 
 What crosses to a worker: None, bool, int (64 bits), float, str, bytes, and lists, tuples and dicts of them; a tuple
 comes back as a list. The code sees its arguments; of its module the imports, plain values, sets, patterns and functions
@@ -52,7 +52,7 @@ class Place(Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
 
     def takes(self, *, changed: bool) -> bool:
-        """Return True if source runs in the sandbox; `changed` says that it is not the author's own."""
+        """Return True if source runs in the sandbox; `changed` is True if training changed it."""
         return self.engine != "here" and (changed or self.always)
 
 
@@ -63,7 +63,7 @@ _everywhere: ContextVar[Place | None] = ContextVar("aggregator_sandbox", default
 
 
 def place_of(sandbox: Sandbox | Place) -> Place:
-    """Return what a user's word means, a place as it is; raises ConfigError for anything else."""
+    """Return the place for a value of `sandbox=`; a `Place` is returned unchanged. Raises ConfigError for others."""
     if isinstance(sandbox, Place):
         return sandbox
     if sandbox is None:
@@ -82,7 +82,7 @@ place_here = _everywhere.get
 
 @contextmanager
 def sandboxed(sandbox: Sandbox | Place = "process") -> Iterator[None]:
-    """Run every trainable operation of the current context there, whatever its own @bundle says."""
+    """Run every trainable operation of the current context there, whatever `sandbox=` its @bundle has."""
     token = _everywhere.set(place_of(sandbox))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Trained code in Monty, an interpreter of its own written in Rust (the extra `monty`): by name only.
+"""Trained code in Monty, a separate interpreter written in Rust (the extra `monty`), used by name only.
 
 It has no files, no environment, no network and no modules but a few of Python's own, so there is nothing to close. What
 it runs is a subset of Python: no generators, no class inheritance, no packages. A call costs about half a millisecond.
@@ -53,7 +53,7 @@ class Engine:
         self.threads = ThreadPoolExecutor(self.size, "aggregator-monty")
 
     def run(self, call: Call) -> Frame:
-        """Make a call in a session of its own, and return its answer as a worker process would."""
+        """Make a call in a new session, and return its answer as a worker process would."""
         limits: Any = {"max_feed_duration_secs": call.seconds, "max_memory": min(call.memory, MEMORY)}
         feeds, own = list(_feeds(plain(call))), "<python-input-0>"
         try:
@@ -89,7 +89,7 @@ class Engine:
 def _feeds(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what a session is fed, each with the values that it names.
 
-    The operation comes first and alone, so that its lines are counted from 1; then all that it uses, and the call.
+    The operation is fed first, so that its lines are counted from 1; then all that it uses, and the call.
     """
     functions = call["functions"]
     made = {key: f"{_PREFIX}{i}" for i, key in enumerate(["", *filter(None, functions)])}

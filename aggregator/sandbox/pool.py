@@ -27,7 +27,7 @@ GRACE = 5.0
 """Seconds beyond a call's own limit after which the worker itself is taken for dead."""
 
 ENDING = 2.0
-"""Seconds in which a worker that waits ends by itself, before it is killed."""
+"""Seconds that an idle worker has to exit, before it is killed."""
 
 MOST_WORKERS = 8
 

@@ -114,7 +114,7 @@ def write_all(descriptor: int, content: bytes) -> None:
 
 
 class Kind:
-    """What a child has to know before its call comes: it is forked and closed in while nobody waits for it."""
+    """What a child must know before its call comes, as it is forked and confined in advance."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.seconds: float = request["seconds"]
@@ -152,7 +152,7 @@ class Child:
     def serve(self, frame: bytes, request: dict[str, Any]) -> list[Any]:
         """Run one call; return the limit that ended it, or "", and what the child sent."""
         deadline = time.monotonic() + request["seconds"]
-        with suppress(BrokenPipeError):  # it has ended: `ending` says how
+        with suppress(BrokenPipeError):  # it has ended: see `ending`
             write_all(self._request, len(frame).to_bytes(4, "big") + frame)
         content, limit = drain(self._answer, deadline, request["output"])
         if limit == "time":
@@ -273,13 +273,13 @@ def call(request: dict[str, Any], runner: Any) -> Any:
 
 
 def define(function: dict[str, Any]) -> Any:
-    """Return a function of a namespace of its own, with the modules and values that it uses."""
+    """Return a function in a new namespace, with the modules and values that it uses."""
     known = {name: imported_as(module) for name, module in function["modules"].items()} | function["values"]
     names: dict[str, Any] = {"__name__": "trained_code", **known}
     flags = __future__.annotations.compiler_flag  # annotations name what the model imagined
     exec(compile(function["source"], FILE, "exec", flags=flags, dont_inherit=True), names)  # noqa: S102 - the purpose
     made = names.pop(function["name"]) if function["is_method"] else names[function["name"]]
-    names |= known  # a method may use a function of its own name
+    names |= known  # a method may use a function of the same name
     return made
 
 

@@ -426,7 +426,7 @@ async def test_rate_limit_headers_that_were_never_heeded(name: str, headers: dic
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     codec = resolve(name, api_key="k", base_url="https://x.example", env={}).codec
     await limiter.enter()
-    limiter.heed(await limiter.admit(), headers, codec)
+    limiter.apply_headers(await limiter.admit(), headers, codec)
     await limiter.admit()
     assert sum(time.slept) == pytest.approx(pause)
 

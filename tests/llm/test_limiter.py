@@ -321,7 +321,7 @@ async def test_headers_hold_back_what_they_would_refuse() -> None:
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
-    limiter.heed(await limiter.admit(), NOTHING_LEFT, CODEC)
+    limiter.apply_headers(await limiter.admit(), NOTHING_LEFT, CODEC)
     await limiter.admit()
     assert sum(time.slept) == pytest.approx(1.0)
 
@@ -331,7 +331,7 @@ async def test_headers_with_room_hold_nothing_back() -> None:
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
-    limiter.heed(await limiter.admit(), PLENTY, CODEC)
+    limiter.apply_headers(await limiter.admit(), PLENTY, CODEC)
     await limiter.admit()
     assert time.slept == []
 

@@ -29,7 +29,7 @@ _OWN = msgspec.json.Decoder(_Own)
 
 
 def system_of(messages: Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any]] | None:
-    """The system prompt, which stands apart here: one text as it is, several (or parts) as blocks, in order."""
+    """Return the system prompt, a field of its own in this API: one text unchanged, several (or parts) as blocks."""
     contents = [message.get("content") for message in messages if message["role"] in ("system", "developer")]
     if len(contents) == 1 and isinstance(contents[0], str):
         return contents[0] or None
@@ -88,7 +88,7 @@ def _assistant(message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
 def _as_it_came(source: bytes, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The blocks that an answer of this API came in, each in its place: signed thinking may not be moved or left out.
 
-    `blocks` where they say something else, since what was signed is no part of a message that was changed.
+    `blocks` if the message was changed, since its signatures no longer apply.
     """
     own = read(source, _OWN).content
     return [block for block in own if not _is_empty(block)] if _said(own) == _said(blocks) else blocks
@@ -118,7 +118,7 @@ def _blocks(content: Any) -> list[dict[str, Any]]:
 
 
 def _block(part: Mapping[str, Any]) -> dict[str, Any]:
-    """One part as a block; what is already a block of this API stays as it is."""
+    """Return one part as a block; a block of this API is returned unchanged."""
     if part["type"] != "image_url":
         return dict(part)
     url = part["image_url"]["url"]
@@ -128,7 +128,7 @@ def _block(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tool_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A function as this API's tool; a tool of the provider's own stays as it is."""
+    """Return a function as this API's tool; a built-in tool of the provider is returned unchanged."""
     function = tool.get("function")
     if not isinstance(function, Mapping):
         return tool
@@ -138,7 +138,7 @@ def tool_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tool_choice_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """OpenAI's `tool_choice`; one that is already of this API stays as it is.
+    """Return OpenAI's `tool_choice` for this API; one in its format is returned unchanged.
 
     >>> tool_choice_of("required")
     {'type': 'any'}
@@ -154,7 +154,7 @@ def tool_choice_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
 class Block(Struct, gc=False):
     """One block of content; kinds that are not known (search results, compaction, ...) are read over."""
 
-    type: Any = None  # Any: a block that is none of ours may hold anything, and must not cost us the others
+    type: Any = None  # Any: an unknown block may hold anything, and must not invalidate the others
     text: Any = None
     thinking: Any = None
     id: str | None = None
@@ -183,7 +183,7 @@ class WireUsage(Struct, gc=False):
 
 
 class Answer(Struct, gc=False):
-    """A message, or what is known of one while it streams."""
+    """A message, or the part of one that has been streamed so far."""
 
     model: str | None = None
     id: str | None = None
@@ -199,7 +199,7 @@ class _Built(Answer, gc=False):
     body: bytes = b""
 
 
-# Fields stand in the order in which the API sends them: msgspec looks for the next one first.
+# Fields have the order in which the API sends them: msgspec tries the next one first.
 DECODER = msgspec.json.Decoder(Answer)
 SAID_NOTHING = WireUsage()
 
@@ -240,22 +240,22 @@ class MessageStream(EventReader):
 
     def event(self, event: Event) -> str:
         """Take one event and return the text it brings."""
-        told = _Event(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, _EVENT_DECODER)
-        if told.error:
-            raise self.codec.fault(told.error, HTTPReply(status=200, body=event.data, headers={}))
-        if told.message is not None:
-            self._answer = told.message
-        if told.usage is not None:
-            self._add_usage(told.usage)
-        if told.type == "content_block_start" and told.content_block is not None:
-            block = self._blocks[told.index or 0] = told.content_block
+        found = _Event(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, _EVENT_DECODER)
+        if found.error:
+            raise self.codec.fault(found.error, HTTPReply(status=200, body=event.data, headers={}))
+        if found.message is not None:
+            self._answer = found.message
+        if found.usage is not None:
+            self._add_usage(found.usage)
+        if found.type == "content_block_start" and found.content_block is not None:
+            block = self._blocks[found.index or 0] = found.content_block
             return _text(block, "text") if block.get("type") == "text" else ""
-        if told.type == "message_stop":
+        if found.type == "message_stop":
             self._ended = True
-        return self._grow(told.index or 0, told.delta) if told.delta is not None else ""
+        return self._grow(found.index or 0, found.delta) if found.delta is not None else ""
 
     def whole(self) -> bool:
-        """The message said why it ended, or that it did."""
+        """Return True once the message has a stop reason, or its end was sent."""
         return self._ended or self._answer.stop_reason is not None
 
     def build(self, reply: HTTPReply) -> Completion:
@@ -284,7 +284,7 @@ class MessageStream(EventReader):
         return delta.text or ""
 
     def _add_usage(self, newer: WireUsage) -> None:
-        """Usage comes at the start and at the end, each a sum so far: the last number said counts."""
+        """Take the newer counts: usage comes at the start and at the end, each a running total."""
         usage = self._answer.usage = self._answer.usage or WireUsage()
         for name in WireUsage.__struct_fields__:
             value = getattr(newer, name)
@@ -381,7 +381,7 @@ class AnthropicMessages(JSONCodec[Answer]):
         return self.completed(reply, [choice], usage=usage, model=answer.model, answer_id=answer.id, service_tier=tier)
 
     def _content(self, answer: Answer, reply: HTTPReply) -> list[Block]:
-        """The blocks; raises where there is an error, or no content at all. An empty list is an empty answer."""
+        """Return the blocks; raises for an error, or without content. An empty list is an empty answer."""
         if answer.error:
             raise self.fault(answer.error, reply)
         if isinstance(answer.content, str):  # of a gateway
@@ -412,7 +412,7 @@ def _thinking_budget(call: ChatCall) -> int:
 
 
 def _output_config(call: ChatCall) -> dict[str, Any] | None:
-    """The schema that the answer must keep to; plain JSON without one is not offered here."""
+    """Return the schema that the answer must fit; this API has no plain JSON mode."""
     wanted = call.response_format or {}
     if wanted.get("type") != "json_schema":
         return None

@@ -99,14 +99,14 @@ class EventReader:
         self.call = call
         self._parser = EventParser()
         self._events = 0
-        self.done = False  # the server said [DONE], as gateways do for every API
+        self.done = False  # the server sent [DONE], as gateways do for every API
 
     def event(self, event: Event) -> str:
         """Take one event and return the text it brings."""
         raise NotImplementedError
 
     def whole(self) -> bool:
-        """Return True if the answer has come to its end."""
+        """Return True if the answer is complete."""
         raise NotImplementedError
 
     def build(self, reply: HTTPReply) -> Completion:
@@ -143,7 +143,7 @@ class EventReader:
 
 
 def is_event_stream(body: bytes) -> bool:
-    """Return True if a body holds events, whatever its content type says."""
+    """Return True if a body holds events, whatever its content type."""
     return body.lstrip().startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
 
 
@@ -179,7 +179,7 @@ _encode = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
 def to_json(body: Any) -> bytes:
-    """Return a request's body as JSON; raises ConfigError that names what cannot stand in JSON, and where."""
+    """Return a request's body as JSON; raises ConfigError that names what JSON cannot hold, and where."""
     try:
         return _encode(body)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -231,7 +231,7 @@ class JSONCodec(Generic[A]):
     * `finish_words` maps the provider's finish words (lower case) to ours; any other word reads as "error". No word at
       all reads as "stop".
     * `limit_fields` and `count_fields` are the fields of the body that limit an answer's tokens and count the answers,
-      with dots for nesting: what `extra` says there counts for the budget.
+      with dots for nesting: what `extra` sets there counts for the budget.
     * `kept_headers` are headers that a recording may hold; a final `*` stands for any ending.
     * `marks` is a pattern of the models whose prompts the provider caches by marks in the request; None for no model.
     * `reader` reads this API's streams; None for an API without.
@@ -324,7 +324,7 @@ class JSONCodec(Generic[A]):
         return fault_inside(data, reply, self.target.provider, self._envelope.secrets())
 
     def empty(self, wanted: str, reply: HTTPReply) -> EmptyResponseError:
-        """Return the error of an answer that lacks what makes it one."""
+        """Return the error of an answer without its essential part."""
         error = EmptyResponseError(
             f"Expected {wanted} from {self.target.provider}, got none in {excerpt(reply.body)}",
             status=reply.status,
@@ -348,7 +348,7 @@ class JSONCodec(Generic[A]):
         answer_id: str | None = None,
         service_tier: str | None = None,
     ) -> Completion:
-        """Put a Completion together from its parts and what the reply itself tells."""
+        """Build a Completion from its parts and the facts of the reply."""
         return Completion(
             choices=tuple(choices),
             usage=usage,

@@ -140,7 +140,7 @@ def _image(url: str, where: str) -> dict[str, Any]:
 
 
 def tool_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a function as this API's tool; a tool of its own stays as it is.
+    """Return a function as this API's tool; a tool in its format is returned unchanged.
 
     >>> tool_of({"type": "function", "function": {"name": "f"}})
     {'toolSpec': {'name': 'f', 'inputSchema': {'json': {'type': 'object', 'properties': {}}}}}
@@ -154,7 +154,7 @@ def tool_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tool_choice_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return OpenAI's `tool_choice` in this API's words; one that is in them already stays as it is.
+    """Return OpenAI's `tool_choice` for this API; one in its format is returned unchanged.
 
     >>> tool_choice_of("required")
     {'any': {}}
@@ -185,7 +185,7 @@ _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # those of all other
 
 
 class Fault(Struct, rename={"kind": "__type"}):
-    """What AWS says of an error: in the body of an error status, or in a frame."""
+    """An error of AWS: in the body of an error status, or in a frame."""
 
     message: str | None = None
     Message: str | None = None
@@ -201,7 +201,7 @@ _FAULT = msgspec.json.Decoder(Fault)
 
 
 def read_fault(body: bytes) -> Fault:
-    """Read what AWS says of an error; without words for anything else.
+    """Read an error of AWS; its fields are empty for anything else.
 
     >>> read_fault(b'{"Message": "no"}').words
     'no'
@@ -371,15 +371,15 @@ class ConverseStream(EventReader):
 
     def event(self, event: Event) -> str:
         """Take one event and return the text it brings."""
-        told = read(event.data, _EVENT_DECODER)
-        if told.error:
-            raise self.codec.fault(told.error, HTTPReply(status=200, body=event.data, headers={}))
-        self._answer.stop_reason = told.stop_reason or self._answer.stop_reason
-        self._answer.usage = told.usage or self._answer.usage
-        index = told.content_block_index or 0
-        if told.start is not None and (use := told.start.tool_use) is not None:
+        found = read(event.data, _EVENT_DECODER)
+        if found.error:
+            raise self.codec.fault(found.error, HTTPReply(status=200, body=event.data, headers={}))
+        self._answer.stop_reason = found.stop_reason or self._answer.stop_reason
+        self._answer.usage = found.usage or self._answer.usage
+        index = found.content_block_index or 0
+        if found.start is not None and (use := found.start.tool_use) is not None:
             self._blocks[index] = {"toolUse": {"toolUseId": use.tool_use_id, "name": use.name, "input": ""}}
-        return "" if told.delta is None else self._grow(index, told.delta)
+        return "" if found.delta is None else self._grow(index, found.delta)
 
     def finish(self, reply: HTTPReply) -> Completion:
         """Return the whole answer; raises APIConnectionError if the stream was cut."""
@@ -388,7 +388,7 @@ class ConverseStream(EventReader):
         return super().finish(reply)
 
     def whole(self) -> bool:
-        """Return True once the answer said why it ended."""
+        """Return True once the answer has a stop reason."""
         return self._answer.stop_reason is not None
 
     def build(self, reply: HTTPReply) -> Completion:
@@ -409,12 +409,12 @@ class ConverseStream(EventReader):
         if delta.tool_use is not None:
             use = block.setdefault("toolUse", {"toolUseId": None, "name": None, "input": ""})
             use["input"] += raw_text(delta.tool_use.input) if bytes(delta.tool_use.input) else ""
-        if isinstance(told := delta.reasoning_content, dict):
+        if isinstance(piece := delta.reasoning_content, dict):
             thought = block.setdefault("reasoningContent", {})
-            if isinstance(hidden := told.get("redactedContent"), str):
+            if isinstance(hidden := piece.get("redactedContent"), str):
                 thought["redactedContent"] = thought.get("redactedContent", "") + hidden
             for name in ("text", "signature"):
-                if isinstance(part := told.get(name), str):
+                if isinstance(part := piece.get(name), str):
                     inner = thought.setdefault("reasoningText", {})
                     inner[name] = inner.get(name, "") + part
         return delta.text or ""
@@ -452,7 +452,7 @@ class BedrockConverse(JSONCodec[Answer]):
     marks = r"anthropic\.|amazon\.nova"
 
     def encode(self, call: ChatCall) -> HTTPRequest:
-        """Return the request; raises ConfigError for an image by address and for what this API cannot say."""
+        """Return the request; raises ConfigError for an image by address and for options that this API lacks."""
         self.refuse_lacking(call)
         config = {
             "maxTokens": call.max_tokens,

@@ -64,7 +64,7 @@ _CONTEXT_TEXT = re.compile(
     r"|(?:input|prompt) token count.*exceed|too large for model with \d+ maximum",
     re.IGNORECASE | re.DOTALL,
 )
-_STATUS_OF_WORD = {  # for an error inside a 200, where no status line tells
+_STATUS_OF_WORD = {  # for an error inside a 200, which has no error status
     "authentication_error": 401,
     "invalid_api_key": 401,
     "unauthenticated": 401,
@@ -94,7 +94,7 @@ _STATUS_OF_WORD = {  # for an error inside a 200, where no status line tells
 
 
 class Fault(Struct, frozen=True, kw_only=True):
-    """What an error body says: `words` are its codes and types, the most telling first; `status` its own number."""
+    """An error body's content: `words` are its codes and types, the most specific first; `status` is its number."""
 
     message: str = ""
     words: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class Fault(Struct, frozen=True, kw_only=True):
 
 
 def status_error(reply: HTTPReply, provider: str, secrets: tuple[str, ...] = ()) -> APIStatusError:
-    """The error that a reply of status >= 300 stands for; `secrets` never stand in its message."""
+    """Return the error of a reply of status >= 300; its message never contains `secrets`."""
     fault = read_fault(reply.body)
     message = fault.message or reply.reason or _phrase(reply.status)
     if 300 <= reply.status < 400:
@@ -113,7 +113,7 @@ def status_error(reply: HTTPReply, provider: str, secrets: tuple[str, ...] = ())
 
 
 def fault_inside(data: Any, reply: HTTPReply, provider: str, secrets: tuple[str, ...] = ()) -> LLMError:
-    """The error that stands inside an answer whose status was fine; ResponseError where it names no known kind."""
+    """Return the error inside an answer of status 200; ResponseError if its kind is unknown."""
     fault = fault_of({"error": data})
     status = fault.status or next(
         (_STATUS_OF_WORD[w] for w in map(str.lower, fault.words) if w in _STATUS_OF_WORD), None
@@ -127,10 +127,10 @@ def fault_inside(data: Any, reply: HTTPReply, provider: str, secrets: tuple[str,
 def fault_in_event(data: bytes) -> Any:
     """What an event named `error` holds, for `fault_inside`: with or without the `error` key, JSON or text."""
     try:
-        told = parse(data)
+        body = parse(data)
     except DecodeError:
         return data.decode("utf-8", errors="replace") or "an error without words"
-    return (told.get("error") or told) if isinstance(told, dict) else told
+    return (body.get("error") or body) if isinstance(body, dict) else body
 
 
 def _build(
@@ -162,7 +162,7 @@ def _without(text: str, secrets: Iterable[str]) -> str:
 
 
 def classify(status: int, fault: Fault) -> type[APIStatusError]:
-    """The class of an error, by its status first and by the provider's words where they say more.
+    """Return the class of an error, by its status first and by the provider's words if they are more specific.
 
     >>> classify(429, Fault(words=("insufficient_quota",))).__name__
     'QuotaError'
@@ -224,7 +224,7 @@ def fault_of(data: Any) -> Fault:
 
 
 def _message(node: Any, depth: int = 0) -> str:
-    """The words under whichever name they stand; a list (FastAPI's 422) gives each of its entries."""
+    """Return the message, under whichever name it was sent; a list (FastAPI's 422) gives each of its entries."""
     if isinstance(node, str):
         return node.strip()
     if depth > _DEEPEST:
@@ -239,7 +239,7 @@ def _message(node: Any, depth: int = 0) -> str:
 
 
 def _with_upstream(message: str, node: dict[str, Any]) -> str:
-    """Add what OpenRouter's upstream said, where the message alone is "Provider returned error"."""
+    """Add the message of OpenRouter's upstream to its own "Provider returned error"."""
     metadata = node.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
     if isinstance(raw, str) and raw.strip():
@@ -251,12 +251,12 @@ def _with_upstream(message: str, node: dict[str, Any]) -> str:
 def _words(nodes: list[dict[str, Any]]) -> tuple[str, ...]:
     found = [node.get(key) for node in nodes for key in ("code", "status", "type")]
     words = [str(word) for word in found if _is_word(word)]
-    numeric = [word for word in words if word.isdigit()]  # "3051", "429": a name says more where there is one
+    numeric = [word for word in words if word.isdigit()]  # "3051", "429": a name is more specific
     return tuple(dict.fromkeys([word for word in words if not word.isdigit()] + numeric))
 
 
 def _is_word(value: Any) -> bool:
-    """A name, or a number of the provider's own; one of HTTP's says nothing that the status does not."""
+    """Return True for a name, or a number of the provider; one of HTTP only repeats the status."""
     if isinstance(value, str):
         return value not in ("", "error")
     return type(value) is int and value > 0 and not 100 <= value < 600
@@ -287,7 +287,7 @@ def _phrase(status: int) -> str:
 
 def request_id(headers: Mapping[str, str]) -> str | None:
     """What the provider's support asks for."""
-    if "x-request-id" in headers:  # nearly always; this stands on the path of every answer
+    if "x-request-id" in headers:  # nearly always; this runs for every answer
         return headers["x-request-id"]
     for name in _OTHER_REQUEST_IDS:
         if name in headers:
@@ -296,7 +296,7 @@ def request_id(headers: Mapping[str, str]) -> str | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero counts as not said.
+    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero counts as missing.
 
     >>> retry_after({"retry-after-ms": "0", "retry-after": "1"})
     1.0
@@ -335,7 +335,7 @@ def _retry_delay(details: Any) -> float | None:
 
 
 def should_retry(headers: Mapping[str, str]) -> bool | None:
-    """What `x-should-retry` says, None where it says nothing."""
+    """Return the value of `x-should-retry`, None without one."""
     return {"true": True, "false": False}.get(headers.get("x-should-retry", "").strip().lower())
 
 
@@ -351,7 +351,7 @@ class Headroom(Struct, frozen=True):
 
 
 def headroom(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: float | None = None) -> Headroom | None:
-    """Return what the headers say under the first of these names, None if they say nothing that can be read.
+    """Return the limits in the headers under the first of these names, None if there are none that can be read.
 
     `now` is Unix time, for resets given as a date.
 

@@ -20,13 +20,13 @@ from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Messa
 
 _MODES = {"auto": "AUTO", "required": "ANY", "any": "ANY", "none": "NONE"}
 _SIGNING = re.compile(r"gemini-(?:[3-9]|\d\d)")
-# Models from Gemini 3 on refuse a function call without its signature; this is the documented stand-in where the
+# Models from Gemini 3 on refuse a function call without its signature; this is the documented placeholder where the
 # call was made by another model or the caller's history lost it.
 _NO_SIGNATURE = "skip_thought_signature_validator"
 
 
 def system_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The system prompt, which stands apart here, one part for each message."""
+    """Return the system prompt, a field of its own in this API, with one part for each message."""
     texts = [text_of(message.get("content")) for message in messages if message["role"] in ("system", "developer")]
     parts = [{"text": text} for text in texts if text]
     return {"parts": parts} if parts else None
@@ -73,7 +73,7 @@ def _call(call: Mapping[str, Any], model: str) -> dict[str, Any]:
 
 
 def _result(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tool's result; the API wants an object, so a text that is none stands under `result`."""
+    """Return a tool's result; the API requires an object, so any other text is put under `result`."""
     text = text_of(message.get("content"))
     try:
         value = msgspec.json.decode(text)
@@ -90,7 +90,7 @@ def _parts(content: Any) -> list[dict[str, Any]]:
 
 
 def _part(part: Mapping[str, Any]) -> dict[str, Any]:
-    """One part; what is already a part of this API stays as it is, without the `type` it has not."""
+    """Return one part; a part in this API's format is returned unchanged, without `type`."""
     if part["type"] == "text":
         return {"text": part.get("text") or ""}
     if part["type"] != "image_url":
@@ -122,7 +122,7 @@ def _declaration(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tool_config_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """OpenAI's `tool_choice`; one that is already of this API stays as it is.
+    """Return OpenAI's `tool_choice` for this API; one in its format is returned unchanged.
 
     >>> tool_config_of({"type": "function", "function": {"name": "f"}})
     {'functionCallingConfig': {'mode': 'ANY', 'allowedFunctionNames': ['f']}}
@@ -247,7 +247,7 @@ class GenerateStream(EventReader):
         return text
 
     def whole(self) -> bool:
-        """Every candidate said why it ended, or the prompt was blocked."""
+        """Return True once every candidate has a finish reason, or the prompt was blocked."""
         if not self._candidates:
             return self._answer.promptFeedback is not None
         return all(candidate.finish is not None for candidate in self._candidates.values())
@@ -272,7 +272,7 @@ class GeminiGenerate(JSONCodec[Answer]):
         content_filter="""
             safety recitation language blocklist prohibited_content spii model_armor
             image_safety image_prohibited_content image_recitation""",
-        tool_calls="function_call",  # of servers that speak this dialect; Gemini itself says stop
+        tool_calls="function_call",  # of compatible servers; Gemini itself sends stop
     )
     limit_fields = ("generationConfig.maxOutputTokens",)
     count_fields = ("generationConfig.candidateCount",)
@@ -284,7 +284,7 @@ class GeminiGenerate(JSONCodec[Answer]):
         return f"{self.target.base_url.rstrip('/')}/{model}:{method}"
 
     def encode(self, call: ChatCall) -> HTTPRequest:
-        """Return the request; what was not said is not sent."""
+        """Return the request; options that were not set are not sent."""
         fields: dict[str, Any] = {
             "systemInstruction": system_of(call.messages),
             "contents": contents_of(call.messages, call.model),
@@ -326,9 +326,9 @@ class GeminiGenerate(JSONCodec[Answer]):
         if feedback is None or feedback.blockReason is None:
             return self.empty("candidates", reply)
         reason = str(feedback.blockReason)
-        told = f": {feedback.blockReasonMessage}" if feedback.blockReasonMessage else ""
+        detail = f": {feedback.blockReasonMessage}" if feedback.blockReasonMessage else ""
         return ContentFilterError(
-            f"{self.target.provider} blocked the prompt ({reason}){told}; change the prompt or the filter",
+            f"{self.target.provider} blocked the prompt ({reason}){detail}; change the prompt or the filter",
             code=reason,
             status=reply.status,
             request_id=request_id(reply.headers),
@@ -371,7 +371,7 @@ def _generation_config(call: ChatCall) -> dict[str, Any] | None:
 
 
 def _tool_calls(parts: Sequence[_Part]) -> tuple[ToolCall, ...]:
-    """Function calls; most come without an id, and get one that tells them apart within their turn."""
+    """Return the function calls; those without an id get one that is unique within their turn."""
     signed = [(part.functionCall, part.thoughtSignature) for part in parts if part.functionCall is not None]
     return tuple(
         [
@@ -387,7 +387,7 @@ def _tool_calls(parts: Sequence[_Part]) -> tuple[ToolCall, ...]:
 
 
 def _usage(usage: _Usage) -> Usage:
-    """Thinking is counted beside the candidates here, and results of the provider's tools beside the prompt."""
+    """Return the usage; the API counts thinking apart from candidates, and results of its tools from the prompt."""
     given, answered, thought = usage.promptTokenCount, usage.candidatesTokenCount, usage.thoughtsTokenCount
     if given is not None:
         given += max(usage.toolUsePromptTokenCount or 0, 0)

@@ -42,7 +42,7 @@ _LEFT = "x-ratelimit-remaining-{}", "x-ratelimit-limit-{}", "x-ratelimit-reset-{
 
 
 class _Body(Struct, omit_defaults=True, gc=False):
-    """A request's body; what was not said is not sent."""
+    """A request's body; fields at their defaults are not sent."""
 
     model: str
     messages: Sequence[Mapping[str, Any]]
@@ -103,7 +103,7 @@ class OpenAIChat(JSONCodec[Answer]):
         return f"{address.rstrip('/')}/chat/completions{question}{query}"
 
     def encode(self, call: ChatCall) -> HTTPRequest:
-        """Return the request; what was not said is not sent."""
+        """Return the request; options that were not set are not sent."""
         cap, newer = call.max_tokens, self._takes_newer(call)
         if cap is None and not newer and "max_completion_tokens" not in call.extra:
             cap = self._cap
@@ -146,15 +146,15 @@ class OpenAIChat(JSONCodec[Answer]):
         return [as_it_came(message, self.target.base_url, keeps=keeps) for message in call.messages]
 
     def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
-        """Heed what a refusal says of the two names of the limit, and of thinking that a server does not want back."""
-        said = error.message
-        if _NEWER in said and not self._takes_newer(call):
+        """Return the call as a refusal asks for it: the other name of the limit, or no thinking sent back."""
+        text = error.message
+        if _NEWER in text and not self._takes_newer(call):
             wanted = _NEWER
-        elif _UNKNOWN.search(said) is None:
+        elif _UNKNOWN.search(text) is None:
             return None
-        elif _NEWER in said:
+        elif _NEWER in text:
             wanted = _OLDER
-        elif "reasoning_content" in said or "reasoning_details" in said:
+        elif "reasoning_content" in text or "reasoning_details" in text:
             wanted = _NO_THOUGHTS
         else:
             return None
@@ -163,8 +163,8 @@ class OpenAIChat(JSONCodec[Answer]):
     def _renamed(self, body: _Body) -> dict[str, Any]:
         """The body's fields under this server's names."""
         fields = ((name, getattr(body, name)) for name in body.__struct_fields__)
-        said = {name: value for name, value in fields if value is not None and value is not False}
-        return {self._seed if name == "seed" else name: value for name, value in said.items()}
+        given = {name: value for name, value in fields if value is not None and value is not False}
+        return {self._seed if name == "seed" else name: value for name, value in given.items()}
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
         """Turn a parsed answer into a Completion; raises where it is an error or holds no message."""
@@ -183,7 +183,7 @@ class OpenAIChat(JSONCodec[Answer]):
         )
 
     def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error of an error status; for a model of the other API it says how to ask that."""
+        """Return the error of an error status; for a model of the Responses API it explains how to call that."""
         error = super().error(reply)
         if "v1/responses" in error.message:
             error.message = f'{error.message} - ask it by LLM(…, api="responses")'
@@ -316,7 +316,7 @@ class OllamaChat(OpenAIChat):
 
 
 def check_context(codec: Any, completion: Completion, call: ChatCall) -> Completion:
-    """Return the answer as it is; warns, once for each client, if its prompt was cut."""
+    """Return the answer unchanged; warns, once for each client, if its prompt was cut."""
     given = completion.usage.input_tokens
     if given is None or codec.has_warned or not is_cut(given, length := characters(call)):
         return completion

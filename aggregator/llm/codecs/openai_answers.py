@@ -214,7 +214,7 @@ def text_and_thoughts(content: Any) -> tuple[str, list[str]]:
 
 
 def reasoning_text(message: WireMessage) -> str:
-    """The thinking that stands under one of its three names."""
+    """Return the thinking, under whichever of its three names it was sent."""
     stated = message.reasoning_content or message.reasoning
     if stated and isinstance(stated, str):
         return stated
@@ -255,7 +255,7 @@ def arguments_text(value: Any) -> str:
 
 
 def usage_of(answer: Answer) -> Usage:
-    """Tokens and cost; None where the provider did not say."""
+    """Return tokens and cost; None for what the provider did not send."""
     usage = answer.usage
     if usage is None:
         return Usage(cost=usd(answer.cost))
@@ -325,7 +325,7 @@ class ChatStream(EventReader):
         return "".join([self._grow(choice) for choice in chunk.choices or ()])
 
     def whole(self) -> bool:
-        """Every choice has its finish reason, or the server said [DONE]; not all of them do."""
+        """Return True once every choice has a finish reason, or [DONE] came; not all servers send it."""
         ended = [choice.finish_reason is not None for choice in self._choices.values()]
         return self.done or (bool(ended) and all(ended))
 
@@ -365,7 +365,7 @@ class ChatStream(EventReader):
 
 
 def _latest(usage: WireUsage | None, newer: WireUsage | None) -> WireUsage | None:
-    """Usage comes in several chunks, each a sum so far: the last number said counts."""
+    """Return the newer counts: usage may come in several chunks, each a running total."""
     if usage is None or newer is None:
         return newer or usage
     for name in WireUsage.__struct_fields__:
@@ -378,7 +378,7 @@ def _latest(usage: WireUsage | None, newer: WireUsage | None) -> WireUsage | Non
 def _grow_call(calls: list[WireToolCall], piece: WireToolCall) -> None:
     """Add a piece to the call it belongs to: by index; a name with another id begins a new one.
 
-    A piece that names nothing continues the last call, whatever index it has, and a new id alone splits none.
+    A piece without a name continues the last call, whatever its index; a new id without a name does not start a call.
     """
     same = [call for call in calls if piece.index is None or call.index == piece.index]
     last = same[-1] if same else None

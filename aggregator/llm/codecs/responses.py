@@ -41,13 +41,13 @@ _OWN = msgspec.json.Decoder(_Own)
 def items_of(messages: Sequence[Mapping[str, Any]], address: str = "") -> list[dict[str, Any]]:
     """Return the conversation as input items. Answers from `address` go back as the items that they came in.
 
-    Those of another server do not: it alone can decrypt their reasoning.
+    Those of another server are converted, as only that server can decrypt their reasoning.
 
     >>> items_of([{"role": "user", "content": "Hi"}, {"role": "tool", "tool_call_id": "c", "content": "1"}])[1]
     {'type': 'function_call_output', 'call_id': 'c', 'output': '1'}
     """
     items: list[dict[str, Any]] = []
-    custom: set[Any] = set()  # the output of a custom tool has a kind of its own
+    custom: set[Any] = set()  # the output of a custom tool has another item type
     for message in messages:
         role = message["role"]
         if role == "assistant":
@@ -134,7 +134,7 @@ def _content(message: Mapping[str, Any], text_kind: str) -> str | list[dict[str,
 
 
 def _part(part: Mapping[str, Any], text_kind: str) -> dict[str, Any]:
-    """Return one part in this API's words; a part that already is in them stays as it is."""
+    """Return one part in this API's format; a part that already has it is returned unchanged."""
     kind = part["type"]
     if kind == "text":
         return {"type": text_kind, "text": part.get("text", "")}
@@ -148,7 +148,7 @@ def _part(part: Mapping[str, Any], text_kind: str) -> dict[str, Any]:
 
 
 def tool_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a function or custom tool in this API's flat form; a tool of the provider's own stays as it is.
+    """Return a function or custom tool in this API's flat form; a built-in tool of the provider is returned unchanged.
 
     `strict` is sent as False unless given: this API turns it on by default, chat completions does not.
 
@@ -412,7 +412,7 @@ class OpenAIResponses(JSONCodec[Answer]):
 
 
 class AzureResponses(OpenAIResponses):
-    """The codec of the Responses API on Azure; the model's name is the deployment's, and stands in the body alone."""
+    """The codec of the Responses API on Azure; the model's name is the deployment's, and is sent only in the body."""
 
     def address(self) -> str:
         """Return where calls are posted: the `/openai/v1` API, or the older one under an api-version."""
@@ -456,7 +456,7 @@ def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any
 
 
 def _message(output: list[Item], body: bytes, address: str) -> Message:
-    """Return what the items say as one message. Several messages (a commentary, then the answer) are one text."""
+    """Return the items as one message. Several messages (a commentary, then the answer) become one text."""
     texts: list[str] = []
     refusals: list[str] = []
     thoughts: list[str] = []

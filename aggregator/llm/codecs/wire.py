@@ -79,7 +79,7 @@ def fit(data: Any, kind: type[T]) -> T:
 
 
 def _drop(node: Any, steps: list[str]) -> None:
-    """Remove what stands at a path; `[...]` is every element, since msgspec does not say which."""
+    """Remove the value at a path; `[...]` is every element, since msgspec does not name which."""
     head, *rest = steps
     if head.startswith("["):
         if not isinstance(node, list):
@@ -128,7 +128,7 @@ def raw_text(value: bytes | msgspec.Raw) -> str:
 
 
 def as_raw(text: str) -> msgspec.Raw | str:
-    """Return a text that is JSON as the JSON it is; one that is none, since it was cut, stays a text."""
+    """Return a text that is JSON as raw JSON; a text that is not, as it was cut, stays a text."""
     try:
         msgspec.json.decode(text)
     except REFUSED:
@@ -148,7 +148,7 @@ def with_rest(answered: int | None, given: int | None, total: int | None) -> int
 
 
 def excerpt(body: str | bytes, limit: int = 200) -> str:
-    """The start of a body as it can stand in an error message.
+    """Return the start of a body for an error message.
 
     >>> excerpt(b" ")
     'nothing'
@@ -177,7 +177,7 @@ def may_think(content: str) -> bool:
 def split_thinking(content: str) -> tuple[str, str]:
     r"""Split an answer into (text, reasoning); an answer cut while thinking has no text.
 
-    The opening tag may stand in the prompt, so that only the closing one comes (R1, Qwen3).
+    The opening tag may be part of the prompt, so that only the closing one comes (R1, Qwen3).
 
     >>> split_thinking("<think>two and two</think>\n\n4"), split_thinking("two and two</think>\n\n4")
     (('4', 'two and two'), ('4', 'two and two'))
@@ -194,7 +194,7 @@ def split_thinking(content: str) -> tuple[str, str]:
 class ThinkingFilter:
     """The same over a stream: `feed` returns the text alone, and holds back what may still turn out to be a tag.
 
-    Thinking without an opening tag cannot be told from text before it ends; the whole answer has it apart.
+    Thinking without an opening tag is recognised only at its end; the whole answer has it apart.
     """
 
     def __init__(self) -> None:
