@@ -71,6 +71,7 @@ CASES = (
     Case("GEPA adapter", "gepa", "system_prompt", "gepa", "gepa", is_smoke=True),
     Case("LangChain", "langchain", "system_prompt", "langchain", "langchain"),
     Case("LangGraph", "langgraph", "prompt.system", "langgraph", "langchain"),
+    Case("Google ADK", "adk", "router.instruction", "google-adk", "adk"),
 )
 
 HOSTS = (Case("MLflow", "mlflow", "", "mlflow", "mlflow"),)
