@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long test-peers test-vcrpy test-frameworks test-peer-suites test-trace test-editors check format bench record wheel clean
+.PHONY: help demo test test-long test-peers test-vcrpy test-frameworks test-peer-suites test-trace test-data test-editors check format bench record wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ test-vcrpy: ## Run what stands beside vcrpy on the oldest supported vcrpy and on
 test-trace: ## Run Trace's own optimizers through the adapter, in an environment of its own
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(PYTHON) tests/environments.py --run trace -- \
 	  -m pytest -q -p no:cacheprovider tests/adapters/test_trace.py tests/adapters/test_trace_real.py
+
+test-data: ## Run the tests of data sets with pandas and Hugging Face's datasets, in an environment of their own
+	$(PYTHON) tests/environments.py --run data -- \
+	  -m pytest -q -p no:cacheprovider tests/training/test_batches.py tests/training/test_resume_checks.py
 
 test-frameworks: $(VENV)/.dev ## Run real SDKs and frameworks against loopback servers; fills the table of docs/frameworks.md
 	$(PYTHON) tests/environments.py sdks litellm agents clients-oldest

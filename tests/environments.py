@@ -62,6 +62,7 @@ ENVIRONMENTS = {
         (*TEST_TOOLS, "vcrpy", "httpx", "requests", "pytest-recording", "brotli", "zstandard"), unpinned=("vcrpy",)
     ),
     "trace": Environment((*TEST_TOOLS, "trace-opt>=0.1.3"), constrained=False),
+    "data": Environment((*TEST_TOOLS, "pandas", "datasets"), constrained=False),
     "sdks": Environment((*TEST_TOOLS, *SDKS), constrained=False),
     "litellm": Environment((*TEST_TOOLS, "litellm"), constrained=False),
     "agents": Environment((*TEST_TOOLS, "langchain-openai", "openai-agents"), constrained=False),

@@ -23,8 +23,8 @@ def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tu
 
     A data set is `dict(inputs=..., infos=...)`, pairs (x, info), or rows with named columns: dicts, a pandas DataFrame,
     a Hugging Face Dataset. A row is both x and info. Of an Example of DSPy's the input fields are x, and it is info.
-    Generators are read once, to their end. A DataLoader, ours or
-    Trace's, gives its data; its batches are not used, and a TrainingWarning says so.
+    Generators are read once, to their end. A DataLoader, ours or Trace's, gives its data; its batches are not used, and
+    a TrainingWarning says so.
 
     Raises ConfigError if it is empty, of unequal lengths or of another form.
 
@@ -41,7 +41,7 @@ def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tu
 def _data_of_loader(dataset: Any, name: str) -> Any:
     """Return the data behind a loader of minibatches, whose batches would be taken for pairs; else what was given."""
     data = dataset.samples if isinstance(dataset, DataLoader) else getattr(dataset, "dataset", None)
-    if data is None or not hasattr(dataset, "batch_size"):
+    if data is None or not hasattr(dataset, "batch_size") or _is_frame(dataset):  # a frame may have such columns
         return dataset
     warnings.warn(
         f"{name} is a DataLoader: its data are used, its batches are not; "
@@ -52,9 +52,16 @@ def _data_of_loader(dataset: Any, name: str) -> Any:
     return [(sample.x, sample.info) for sample in data] if isinstance(dataset, DataLoader) else data
 
 
+def _is_frame(dataset: Any) -> bool:
+    return hasattr(dataset, "columns") and hasattr(dataset, "to_dict")
+
+
 def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple[Any, Any]]:
     if "inputs" not in dataset:
-        raise ConfigError(f"{_FORMS}, got a mapping with the keys {sorted(map(str, dataset))} for {name}")
+        keys = sorted(map(str, dataset))
+        splits = {"train", "test", "validation"}.intersection(keys)
+        split = f"; give one split, as in data[{'train' if 'train' in keys else keys[0]!r}]" if splits else ""
+        raise ConfigError(f"{_FORMS}, got a mapping with the keys {keys} for {name}{split}")
     inputs = _plain(dataset["inputs"])
     infos = _plain(dataset.get("infos", [None] * len(inputs)))
     if len(inputs) != len(infos):
@@ -72,7 +79,7 @@ def _plain(column: Any) -> list[Any]:
 def _from_items(dataset: Any, name: str) -> list[tuple[Any, Any]]:
     if isinstance(dataset, AbstractSet):
         raise ConfigError(f"{_FORMS}, got a {type(dataset).__name__} for {name}, whose order differs from run to run")
-    if hasattr(dataset, "columns") and hasattr(dataset, "to_dict"):  # a DataFrame, whose iteration gives column names
+    if _is_frame(dataset):  # its iteration gives column names
         dataset = dataset.to_dict("records")
     if isinstance(dataset, str | bytes) or not hasattr(dataset, "__iter__"):
         raise ConfigError(f"{_FORMS}, got {type(dataset).__name__} for {name}")

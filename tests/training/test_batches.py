@@ -142,10 +142,35 @@ def test_a_data_frame_gives_its_rows() -> None:
     assert [sample.x for sample in samples(pandas.DataFrame(ROWS))] == ROWS
 
 
+def test_a_data_frame_with_a_column_named_dataset_was_taken_for_a_loader() -> None:
+    """Its columns are attributes too, and `dataset` and `batch_size` are what a loader has."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame({"dataset": ["x", "y"], "batch_size": [1, 2]})
+    assert [sample.x for sample in samples(frame)] == [
+        {"dataset": "x", "batch_size": 1},
+        {"dataset": "y", "batch_size": 2},
+    ]
+
+
+def test_parts_and_columns_of_a_data_frame() -> None:
+    """Rows are counted anew, numbers are Python's own, and columns serve as inputs and infos."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame({"q": ["a", "b", "c"], "n": [1, 2, 3]})
+    assert [(sample.id, sample.x) for sample in samples(frame[frame.n > 2])] == [(0, {"q": "c", "n": 3})]
+    first, *_ = samples({"inputs": frame.q, "infos": frame.n})
+    assert (first.x, first.info, type(first.info)) == ("a", 1, int)
+    with pytest.raises(ConfigError, match="got str at train_dataset"):
+        samples(frame.q)
+
+
 def test_a_dataset_of_hugging_face_gives_its_rows() -> None:
-    """Its rows are dicts."""
+    """Its rows are dicts, of a streamed one too; of several splits one has to be named."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    assert [sample.x for sample in samples(datasets.Dataset.from_list(ROWS))] == ROWS
+    data = datasets.Dataset.from_list(ROWS)
+    for kind in (data, data.to_iterable_dataset()):
+        assert [sample.x for sample in samples(kind)] == ROWS
+    with pytest.raises(ConfigError, match=r"keys \['test', 'train'\].*give one split, as in data\['train'\]"):
+        samples(datasets.DatasetDict({"train": data, "test": data}))
 
 
 def test_a_data_loader_was_taken_for_pairs() -> None:
