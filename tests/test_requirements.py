@@ -166,6 +166,7 @@ PARAMETERS_AND_TRACING = (
     # no graph is there to be kept, cleared or left: feedback is an argument, a transcript belongs to its pass
     "Trace: backward(retain_graph), zero_feedback, detach",
     "Trace: clone",
+    "Trace: reading an output made other instances fail",
     "Trace: GraphPropagator: the subgraph as feedback",
 )
 
@@ -182,6 +183,7 @@ TRAINERS = (
     'Trace: train(verbose="output")',
     "Trace: train(num_threads)",
     "Trace: MinibatchAlgorithm, batchify",
+    "Trace: MinibatchAlgorithm and searches with Trace's optimizers",
     "Trace: BasicSearchAlgorithm(num_proposals, validate_dataset)",
     "Trace: BasicSearchAlgorithm(validate_guide)",
     "Trace: BasicSearchAlgorithm: the current value is a candidate",

@@ -17,8 +17,8 @@ from aggregator.text import as_text
 class Steps(BaseCallback):
     """Writes predictors and tools into the transcript: what each was given and what came of it.
 
-    A call to a model is written by whoever makes it, or by the library's watch over other clients (`clients=`); here
-    only if neither did, as with a model that makes no requests.
+    A call to a model is written by the client that makes it, or by the library's watch over other clients
+    (`clients=`); here only if neither did, as with a model that makes no requests.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:

@@ -36,7 +36,7 @@ def as_optimizer(optimizer: Any, agent: Agent) -> Any:
 
 
 def is_trace_optimizer(optimizer: Any) -> bool:
-    """Say whether an optimizer takes feedback as Trace's do."""
+    """Return True if an optimizer takes feedback as Trace's do."""
     return all(callable(getattr(optimizer, name, None)) for name in ("zero_feedback", "backward", "step"))
 
 

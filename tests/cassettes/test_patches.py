@@ -782,7 +782,7 @@ def test_a_watcher_may_refuse_a_request(server: Server) -> None:
 
 
 def test_a_watcher_sees_requests_that_nothing_answers(server: Server, tmp_path: Path) -> None:
-    """A miss is dropped without being sent, so that whoever reserved something for it can give it back."""
+    """A miss is dropped without being sent, so that a reservation for it can be released."""
     watcher = Watcher()
     tape = aggregator.cassette(tmp_path / "a.yaml", "none", clients="httpx")
     with suppress(aggregator.CassetteMissError), observing(watcher, "all"), patched(), tape:
