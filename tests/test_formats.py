@@ -16,7 +16,7 @@ from aggregator.errors import CassetteRefusedError, ParameterError, TrainingErro
 from aggregator.protocols import ChatModel, Transport
 from aggregator.records import HTTPReply, HTTPRequest
 from aggregator.simulation.model import complete
-from aggregator.training.checkpoints import load_result
+from aggregator.training.checkpoints import load_result, save_result
 from aggregator.training.gates import improves_on_validation
 
 FIXTURES = Path(__file__).parent / "fixtures" / "a41b717"
@@ -106,6 +106,19 @@ def test_the_result_of_an_earlier_run_is_read() -> None:
     assert finished.test_scores == [0.0, 0.5, 1.0]
     assert [report.decision.accepted for report in finished.history] == [True, True]
     assert [report.step for report in broken.history] == [0]
+
+
+def test_a_result_names_the_version_of_its_format(tmp_path: Path) -> None:
+    """One without a version is read, one of a later release is refused with the remedy."""
+    earlier = (FIXTURES / "finished" / "result.json").read_bytes()
+    assert "version" not in msgspec.json.decode(earlier)
+    path = tmp_path / "result.json"
+    save_result(load_result(FIXTURES / "finished" / "result.json"), path)
+    written = msgspec.json.decode(path.read_bytes())
+    assert written["version"] == 1
+    path.write_bytes(msgspec.json.encode(written | {"version": 2, "parameters": ["of another shape"]}))
+    with pytest.raises(TrainingError, match="of version 1 at most in .*result.json, got version 2; upgrade"):
+        load_result(path)
 
 
 def test_a_finished_run_of_an_earlier_revision_resumes_to_its_result(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from aggregator import portal
 from aggregator.cassettes.lineage import current_tape
@@ -36,6 +37,8 @@ from aggregator.records import NO_USAGE, Candidate, Evaluation, Failure, Kept, S
 from aggregator.text import canonical_json, show
 
 VERSION = 1
+RESULT_VERSION = 1
+"""The version of result.json; a file without one was written before there were versions, and is read as this one."""
 JOURNAL = "journal.yaml"
 CHECKPOINT = "checkpoint.json"
 RESULT = "result.json"
@@ -111,9 +114,9 @@ class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
 
 
 class _Versioned(Struct, frozen=True):
-    """The version of a checkpoint, read first: the other fields depend on it."""
+    """The version of a file, read first: the other fields depend on it."""
 
-    version: int
+    version: int = 1
 
 
 class Checkpoint(Struct, frozen=True, kw_only=True):
@@ -190,9 +193,8 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
             "resume with the release of aggregated-update that wrote it, or start in a new run_dir"
         )
     before = checkpoint.fingerprint
-    is_earlier = "guide" not in before  # an earlier revision wrote less
-    known = [name for name in fingerprint if name in before or not is_earlier]
-    known += [name for name in before if name not in fingerprint]
+    is_earlier = "guide" not in before  # an earlier revision wrote less, and by other names
+    known = [name for name in fingerprint if name in before] if is_earlier else list({**fingerprint, **before})
     changed = [name for name in known if not _continues(name, before.get(name), fingerprint.get(name))]
     if changed:
         raise TrainingError(
@@ -253,17 +255,26 @@ def _warnings(usage: Mapping[str, Usage]) -> Iterator[str]:
 
 
 def save_result(result: TrainingResult, path: str | Path) -> None:
-    """Write a result as JSON: the same run gives the same bytes."""
-    data = msgspec.json.format(canonical_json(result, repr), indent=2)
+    """Write a result as JSON with the version of the format: the same run gives the same bytes."""
+    versioned = {"version": RESULT_VERSION, **asdict(result)}
+    data = msgspec.json.format(canonical_json(versioned, repr), indent=2)
     write_whole(Path(path), data + b"\n")
 
 
 def load_result(path: str | Path) -> TrainingResult:
-    """Read a result; raises TrainingError where the file is not one."""
+    """Read a result; raises TrainingError if the file is not one, or was written by a later release."""
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=TrainingResult)
+        data = Path(path).read_bytes()
+        version = msgspec.json.decode(data, type=_Versioned).version
+        result = msgspec.json.decode(data, type=TrainingResult) if version <= RESULT_VERSION else None
     except (msgspec.MsgspecError, OSError) as error:
         raise TrainingError(f"Expected a training result in {path}, got a file that cannot be read: {error}") from error
+    if result is None:
+        raise TrainingError(
+            f"Expected a training result of version {RESULT_VERSION} at most in {path}, got version {version}; "
+            "upgrade aggregated-update"
+        )
+    return result
 
 
 @contextmanager

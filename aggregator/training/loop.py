@@ -39,7 +39,6 @@ from aggregator.records import (
     RunInfo,
     StepReport,
     TrainingResult,
-    Usage,
     Values,
 )
 from aggregator.training import checkpoints
@@ -65,7 +64,6 @@ from aggregator.training.rollouts import (
     is_bug,
     spare_bugs,
     warn_at_end,
-    without_handle,
 )
 from aggregator.training.rules import key_of
 from aggregator.training.searches import plain
@@ -89,6 +87,7 @@ from aggregator.training.updates import (
     changes_between,
     make_update,
     place_of,
+    report_step,
     skip_satisfied,
     with_outputs,
     without,
@@ -285,7 +284,7 @@ class _Course:
                 with at_place(Place(step=step, call=self.local.call, update=apply)):
                     update = await call_hook(hooks.update, self.local.call, outputs, self.plan.verbose)
             written = changes_between(step.values, values_of(self.parameters))
-        report = _report(turn, explored, as_update(update, explored, written), ledger.totals())
+        report = report_step(turn, explored, as_update(update, explored, written), ledger.totals())
         memory = as_json(step.memory, self.gate)
         kept = update.pool if isinstance(update, Update) else candidates_in(self.state.memory)
         if kept:
@@ -557,30 +556,6 @@ def _pool_of(memory: dict[str, Any], step: Step) -> list[Candidate]:
     at = next((i for i, candidate in enumerate(found) if key_of(candidate.values) == key), None)
     new = Candidate(id=f"{step.number}.0", values=step.values, step=step.number)
     return [new if at is None else found.pop(at), *found]
-
-
-def _report(turn: Turn, explored: Sequence[Explored], update: Update, usage: dict[str, Usage]) -> FullStepReport:
-    instances = [instance for one in explored for instance in one.instances]
-    failures = [record for instance in instances for record in instance.proposal.failures]
-    more = (record for record in update.failures if record not in failures)  # a proposal carries them on
-    return FullStepReport(
-        epoch=turn.epoch,
-        step=turn.step,
-        sample_ids=tuple(sample.id for sample in turn.samples),
-        scores=tuple(instance.rollout.score for instance in explored[0].instances),
-        score=update.score,
-        decision=update.decision,
-        update=update.values,
-        reasoning=update.reasoning,
-        proposals=update.proposals,
-        contributors=update.contributors,
-        sources=update.sources,
-        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
-        usage=usage,
-        rollouts=tuple([without_handle(instance.rollout) for instance in instances]),
-        all_proposals=tuple([instance.proposal for instance in instances]),
-        lineages=tuple([instance.rollout.lineage for instance in instances]),
-    )
 
 
 def _watchers(trainer: Trainer, plan: Plan) -> list[Observer]:

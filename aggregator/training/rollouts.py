@@ -28,7 +28,7 @@ from aggregator.training.checkpoints import Streak, digest
 from aggregator.training.evaluation import join_repeats
 from aggregator.training.step import Step
 from aggregator.training.stops import Mark, TimedOut
-from aggregator.training.updates import Propose
+from aggregator.training.updates import Propose, without_handle
 
 Arrive = Callable[[], Awaitable[Rollout]]
 """Waits for the rollout of a task."""
@@ -269,11 +269,6 @@ class _Turns:
             self._inside -= 1
             if not self._inside:
                 self._left.set()
-
-
-def without_handle(rollout: Rollout) -> Rollout:
-    """Return the rollout for those who watch: the handle belongs to the agent's adapter."""
-    return rollout if rollout.handle is None else replace(rollout, handle=None)
 
 
 def _sees_rollouts(observer: Observer) -> bool:

@@ -31,7 +31,7 @@ from aggregator.observing.observer import Watching
 from aggregator.portal import sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
 from aggregator.records import Candidate, Failure, Kept, Proposal, Rollout, RolloutTask, Sample, TrainingResult, Values
-from aggregator.text import show_call
+from aggregator.text import shorten, show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.checks import all_checks
 from aggregator.training.gates import Keep, always, apply_values, both, check_keep, improves_on_batch, values_named
@@ -177,6 +177,11 @@ class Trainer:
         check_clients(self.clients, self.executor)
         if self.executor is not None:
             check_executor(self.executor)
+            if not isinstance(agent, InstanceAgent):
+                raise ConfigError(
+                    f"Expected no executor for an agent that takes batches, got {shorten(self.executor)} for "
+                    f"{type(self.agent).__name__}, whose own framework runs the rollouts; leave executor out"
+                )
         if hooks.forward is None:
             return
         if not isinstance(agent, InstanceAgent):

@@ -17,7 +17,18 @@ from aggregator.cassettes.lineage import lineage
 from aggregator.checks import is_finite
 from aggregator.errors import ConfigError
 from aggregator.executors.local import MAX_CONCURRENCY, finish
-from aggregator.records import Candidate, Decision, Failure, Proposal, Rollout, Sample, Stage, Values
+from aggregator.records import (
+    Candidate,
+    Decision,
+    Failure,
+    FullStepReport,
+    Proposal,
+    Rollout,
+    Sample,
+    Stage,
+    Usage,
+    Values,
+)
 from aggregator.text import shorten
 from aggregator.training.evaluation import failures_of, lowest_of, mean, scores_of
 from aggregator.training.gates import always
@@ -31,9 +42,15 @@ from aggregator.training.parts import (
     permit_replayed_code,
     refuse_values,
 )
+from aggregator.training.plan import Turn
 from aggregator.training.rules import key_of
 from aggregator.training.searches import contributors, greedy, plain, sources, with_scores
-from aggregator.training.seed import Instance, is_satisfied, propose_nothing, read_output
+from aggregator.training.seed import (
+    Instance,
+    is_satisfied,
+    propose_nothing,
+    read_output,
+)
 from aggregator.training.step import Gate, Search, Step, UpdateRule, read_only, use_values
 from aggregator.training.suggestions import convert_suggestion
 
@@ -337,3 +354,33 @@ def as_update(update: Any, explored: Sequence[Explored], written: Values) -> Upd
         score=float(update) if is_finite(update) else mean(scores_of(runs, lowest)),
         proposals=sum(len(one.instances) for one in explored),
     )
+
+
+def report_step(turn: Turn, explored: Sequence[Explored], update: Update, usage: dict[str, Usage]) -> FullStepReport:
+    """Return the report of a step: all its rollouts and proposals, what was decided, and what it used."""
+    instances = [instance for one in explored for instance in one.instances]
+    failures = [record for instance in instances for record in instance.proposal.failures]
+    more = (record for record in update.failures if record not in failures)  # a proposal carries them on
+    return FullStepReport(
+        epoch=turn.epoch,
+        step=turn.step,
+        sample_ids=tuple(sample.id for sample in turn.samples),
+        scores=tuple(instance.rollout.score for instance in explored[0].instances),
+        score=update.score,
+        decision=update.decision,
+        update=update.values,
+        reasoning=update.reasoning,
+        proposals=update.proposals,
+        contributors=update.contributors,
+        sources=update.sources,
+        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
+        usage=usage,
+        rollouts=tuple([without_handle(instance.rollout) for instance in instances]),
+        all_proposals=tuple([instance.proposal for instance in instances]),
+        lineages=tuple([instance.rollout.lineage for instance in instances]),
+    )
+
+
+def without_handle(rollout: Rollout) -> Rollout:
+    """Return the rollout for those who watch: the handle belongs to the agent's adapter."""
+    return rollout if rollout.handle is None else replace(rollout, handle=None)

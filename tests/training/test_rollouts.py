@@ -104,6 +104,13 @@ def test_an_executor_that_is_none(executor: Any) -> None:
         learner(Adder(), executor=executor)
 
 
+@pytest.mark.parametrize("executor", [Elsewhere(), LocalExecutor(2)])
+def test_an_executor_for_an_agent_that_takes_batches_is_not_ignored(executor: Any) -> None:
+    """The agent's own framework runs its rollouts, so an executor would get none: refused at construction."""
+    with pytest.raises(ConfigError, match=r"Expected no executor for an agent that takes batches, got .* for Batches"):
+        learner(Batches(), executor=executor)
+
+
 class Own(AggregatedUpdate):
     def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
         return {"amount": 5}
