@@ -135,11 +135,18 @@ def _templates_of(message: Any) -> list[PromptTemplate]:
 
 
 def _template(part: PromptTemplate, name: str) -> ParameterNode[Any] | None:
-    """Return the parameter of a template; from now on the template formats the text of the current context."""
-    if (known := getattr(type(part), "aggregator_parameter", None)) is not None:
-        made: ParameterNode[Any] = known()
-        return made
-    kind, form = type(part), part.template_format
+    """Return the parameter of a template; from now on the template formats the text of the current context.
+
+    A copy of the template formats its own text.
+    """
+    kind: Any = type(part)
+    if hasattr(kind, "aggregator_parameter"):
+        made: ParameterNode[Any]
+        owner, made = kind.aggregator_parameter()
+        if owner is part:
+            return made
+        kind = kind.__base__
+    form = part.template_format
     if not re.sub(r"\{+[^{}]*\}+", "", part.template).strip():
         return None
     variables = set(get_template_variables(part.template, form))
@@ -164,10 +171,26 @@ def _template(part: PromptTemplate, name: str) -> ParameterNode[Any] | None:
     )
 
     def format_text(self: PromptTemplate, **values: Any) -> str:
+        if self is not part:
+            return str(kind.format(self, **values))
         now = kind(template=template_of(parameter.data), template_format=form, partial_variables=self.partial_variables)
         return str(now.format(**values))
 
-    body = {"format": format_text, "aggregator_parameter": staticmethod(lambda: parameter)}
+    def reduce(self: PromptTemplate) -> tuple[Any, ...]:
+        return _restore, (kind, self.__getstate__())
+
+    body = {
+        "format": format_text,
+        "aggregator_parameter": staticmethod(lambda: (part, parameter)),
+        "__reduce__": reduce,
+    }
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     part.__class__ = type(kind.__name__, (kind,), {**body, **names})
     return parameter
+
+
+def _restore(kind: Any, state: Any) -> Any:
+    """Return a pickled template, which formats its own text."""
+    made = kind.__new__(kind)
+    made.__setstate__(state)
+    return made

@@ -1,7 +1,7 @@
 """The texts of agents, tools and handoffs of the OpenAI Agents SDK as parameters that the SDK reads where they are.
 
 An adapted object becomes one of a subclass, in which a trained text is a property: it answers with the value of the
-current context. Assigning to it works as before, and a copy made by `clone` is a plain object again.
+current context. Assigning to it works as before. A copy, however made, is a plain object of the SDK's class again.
 """
 
 from __future__ import annotations
@@ -89,4 +89,16 @@ def _reading(kind: Any) -> Any:
         return kind
     names = ("instructions", "handoff_description", "description", "tool_description")
     texts = {name: _Text(name) for name in names if name in kind.__dataclass_fields__}
-    return type(kind.__name__, (kind,), {**texts, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return _restore, (kind, {name: value for name, value in vars(self).items() if name != _TEXTS})
+
+    shown = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {**texts, **shown, "__reduce__": reduce})
+
+
+def _restore(kind: Any, state: dict[str, Any]) -> Any:
+    """Return a copy of an adapted object, which reads its own texts."""
+    made = object.__new__(kind)
+    vars(made).update(state)
+    return made

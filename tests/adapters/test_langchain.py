@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import operator
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -224,6 +226,17 @@ async def test_a_chains_templates_are_trained_and_its_placeholders_kept() -> Non
         agent.apply({"system": "Only lamps!"})
     agent.apply({"system": "All about {subject}."})
     assert chain.invoke(question) == "All about lamps."
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_copy_of_an_adapted_template_formats_its_own_text(copied: Callable[[Any], Any]) -> None:
+    part = PromptTemplate.from_template("Route {x}.")
+    agent = trainable(part)
+    other = copied(part)
+    agent.apply({"prompt": "Trained {x}."})
+    assert other.format(x="it") == "Route it."
+    trainable(other).apply({"prompt": "Other {x}."})
+    assert (part.format(x="it"), other.format(x="it")) == ("Trained it.", "Other it.")
 
 
 async def test_a_single_template_is_trained() -> None:

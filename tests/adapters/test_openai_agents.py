@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,17 @@ def test_a_clone_of_a_trained_agent_is_an_agent_by_itself() -> None:
     clone = host.clone(instructions="Other.")
     assert (clone.instructions, host.instructions) == ("Other.", "Route.")
     assert type(host).__name__ == "Agent"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_a_copy_of_an_adapted_agent_holds_its_own_texts(copied: Callable[[Any], Any]) -> None:
+    host = Agent(name="triage", instructions="Route.")
+    agent = trainable(host)
+    other = copied(host)
+    agent.apply({"triage.instructions": "Trained."})
+    assert other.instructions == "Route."
+    trainable(other).apply({"triage.instructions": "Other."})
+    assert (host.instructions, other.instructions) == ("Trained.", "Other.")
 
 
 async def test_an_agent_used_as_a_tool_is_trained() -> None:
