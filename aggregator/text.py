@@ -88,10 +88,17 @@ def as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
-        return msgspec.json.encode(value).decode()
+        return msgspec.json.encode(value, enc_hook=_record).decode()
     except (TypeError, ValueError):
         shown = repr(value)
         return shown if shown == _without_address(shown) else f"<{type(value).__name__}>"
+
+
+def _record(value: Any) -> Any:
+    """Return a record of DSPy's (an Example, a Prediction) as a dict: its repr has sets in any order."""
+    if not hasattr(type(value), "toDict"):
+        raise TypeError(f"{type(value).__name__} is no JSON")
+    return value.toDict()
 
 
 def _show(value: Any, limit: int, depth: int) -> str:
@@ -106,6 +113,8 @@ def _show(value: Any, limit: int, depth: int) -> str:
         return _show(value.__shows_as__(), limit, depth)
     if kind in (dict, list, tuple, set, frozenset):
         return "[... nested deeper]" if depth == 0 else _container(value, limit, depth - 1)
+    if hasattr(kind, "toDict") and depth:
+        return _show(_record(value), limit, depth - 1)
     return _object(value, limit)
 
 

@@ -16,11 +16,17 @@ SHOWN = 500
 """How many characters of an output the feedback quotes."""
 
 
+def _is_record(value: Any) -> bool:
+    """Return True for an Example or a Prediction of DSPy's."""
+    return hasattr(type(value), "toDict") and hasattr(type(value), "keys")
+
+
 class ExactMatch:
     """Scores 1 where the output equals `info`, else 0; the feedback names what was expected.
 
     `normalise` is applied to both sides first, as in `ExactMatch(str.casefold)`. `key` picks the expected value out of
-    an `info` that holds more, as in `key="answer"`. Text is compared without the whitespace around it.
+    an `info` that holds more, as in `key="answer"`, and the output out of a prediction of DSPy's. Text is compared
+    without the whitespace around it.
 
     >>> ExactMatch(str.casefold)("2 + 2?", "Four", "four")
     (1.0, 'Correct.')
@@ -39,11 +45,18 @@ class ExactMatch:
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
         """Compare one output."""
-        if self.key is None and isinstance(info, Mapping) and not isinstance(output, Mapping):
+        if self.key is None and (_is_record(info) or (isinstance(info, Mapping) and not isinstance(output, Mapping))):
             raise GuideError(
-                f"Expected the right output as info, got a row with the columns {list_names(list(map(str, info)))}; "
-                "name the column, as in ExactMatch(key='answer')"
+                f"Expected the right output as info, got a row with the columns "
+                f"{list_names(list(map(str, info.keys())))}; name the column, as in ExactMatch(key='answer')"
             )
+        if _is_record(output):
+            if self.key is None or self.key not in output:
+                raise GuideError(
+                    f"Expected an output to compare, got a prediction of {list_names(list(output.keys()))}; name the "
+                    "field, as in ExactMatch(key='answer') for Examples, or trainable(program, output='answer')"
+                )
+            output = output[self.key]
         expected = info if self.key is None else info[self.key]
         if self._plain(output) == self._plain(expected):
             return 1.0, "Correct."

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from aggregator import AggregatedUpdate, ParameterNode, as_agent, trainable
-from aggregator.errors import AuthenticationError, ConfigError, RateLimitError, TrainingWarning
+from aggregator.errors import AuthenticationError, ConfigError, GuideError, RateLimitError, TrainingWarning
 from aggregator.executors.work import AgentWork
-from aggregator.guides import metric
+from aggregator.guides import ExactMatch, exact_match, metric
 from aggregator.records import Proposal, Rollout, RolloutTask, Sample
+from aggregator.text import as_text, show
 from aggregator.training.batches import samples
 from aggregator.training.step import Step
 
@@ -280,6 +281,21 @@ def test_examples_are_data() -> None:
     assert (one.x, one.info.team) == ({"ticket": "ticket 0"}, "billing")
     with pytest.raises(ConfigError, match=r"train_dataset\[0\]; call example.with_inputs"):
         samples([dspy.Example(ticket="t", team="x")])
+
+
+async def test_exact_match_compares_one_field_and_says_so_for_whole_predictions() -> None:
+    prediction, (example,) = dspy.Prediction(team="billing"), examples("billing")
+    assert ExactMatch(key="team")("x", prediction, example)[0] == 1.0
+    assert ExactMatch(key="team")("x", "sales", example)[0] == 0.0
+    for output, info in ((prediction, example), ("billing", example), (prediction, "billing")):
+        with pytest.raises(GuideError, match=r"ExactMatch\(key="):
+            exact_match("x", output, info)
+
+
+def test_examples_and_predictions_are_shown_as_their_fields() -> None:
+    (example,) = examples("billing")
+    assert show([example]) == '[{"ticket": "ticket 0", "team": "billing"}]'
+    assert as_text(dspy.Prediction(team="billing")) == '{"team":"billing"}'
 
 
 @pytest.mark.usefixtures("engine")
