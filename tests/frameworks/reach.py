@@ -72,6 +72,7 @@ CASES = (
     Case("LangChain", "langchain", "system_prompt", "langchain", "langchain"),
     Case("LangGraph", "langgraph", "prompt.system", "langgraph", "langchain"),
     Case("Google ADK", "adk", "router.instruction", "google-adk", "adk"),
+    Case("LlamaIndex", "llama_index", "system_prompt", "llama-index-core", "llama-index"),
 )
 
 HOSTS = (Case("MLflow", "mlflow", "", "mlflow", "mlflow"),)
