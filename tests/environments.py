@@ -66,8 +66,9 @@ ENVIRONMENTS = {
     "sdks": Environment((*TEST_TOOLS, *SDKS), constrained=False),
     "litellm": Environment((*TEST_TOOLS, "litellm"), constrained=False),
     "agents": Environment((*TEST_TOOLS, "langchain-openai", "openai-agents"), constrained=False),
-    "pydantic-ai": Environment(
-        (*TEST_TOOLS, "pydantic-ai-slim[openai]==2.68.0", "pydantic-evals==0.0.51"), constrained=False
+    "pydantic-ai": Environment((*TEST_TOOLS, "pydantic-ai-slim[openai]==2.68.0"), constrained=False),
+    "pydantic-evals": Environment(
+        (*TEST_TOOLS, "pydantic-ai-slim[openai]==2.62.0", "pydantic-evals==2.62.0"), constrained=False
     ),
     "openai-agents": Environment((*TEST_TOOLS, "openai-agents==0.24.0"), constrained=False),
     "dspy": Environment((*TEST_TOOLS, "dspy==3.4.1"), constrained=False),

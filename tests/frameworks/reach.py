@@ -66,6 +66,7 @@ CASES = (
     Case("plain function", "plain_function", "instruction", is_smoke=True),
     Case("command", "command", "instruction"),
     Case("pydantic-ai", "pydantic_ai", "instructions", "pydantic-ai-slim", "pydantic-ai", is_smoke=True),
+    Case("pydantic-evals", "pydantic_evals", "instructions", "pydantic-evals", "pydantic-evals"),
     Case("OpenAI Agents SDK", "openai_agents", "triage.instructions", "openai-agents", "openai-agents", is_smoke=True),
     Case("DSPy", "dspy", "instructions", "dspy", "dspy", is_smoke=True),
     Case("GEPA adapter", "gepa", "system_prompt", "gepa", "gepa", is_smoke=True),
