@@ -10,20 +10,25 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from inspect import isawaitable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from llama_index.core.agent.workflow import AgentWorkflow, ToolCallResult
 from llama_index.core.agent.workflow.base_agent import BaseWorkflowAgent
 from llama_index.core.base.response.schema import Response, StreamingResponse
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMCompletionEndEvent
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.prompts.mixin import PromptMixin
 
-from aggregator.adapters.frameworks import FrameworkAgent, require_version
-from aggregator.adapters.llama_index_events import watch_models
+from aggregator.adapters.frameworks import Calls, FrameworkAgent, require_version
 from aggregator.adapters.llama_index_prompts import copy_modules, parameters_of
-from aggregator.agents.transcripts import recording
+from aggregator.agents.transcripts import Transcript, current_transcript, recording
 from aggregator.errors import ConfigError
 from aggregator.executors.work import Ran
 from aggregator.guides.calling import Call
+from aggregator.llm.models import as_completion
 from aggregator.records import RolloutTask
 from aggregator.text import as_text
 
@@ -80,7 +85,7 @@ class LlamaAgent(FrameworkAgent):
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
         """Return the answer; tools and, if no client is watched, calls of models are shown in the transcript."""
-        watch_models()
+        _watch_models()
         with self.placed() as program:
             found = self._run(program, task.sample.x)
             return Ran(output=_plain(await found if isawaitable(found) else found))
@@ -119,3 +124,44 @@ def _plain(found: Any) -> Any:
         return structured
     response = getattr(found, "response", found)
     return getattr(response, "content", response)
+
+
+class _Shows(BaseEventHandler):
+    """Shows the calls of each run whose transcript it knows."""
+
+    _runs: WeakKeyDictionary[Transcript, Calls] = PrivateAttr(default_factory=WeakKeyDictionary)
+    _latest: WeakKeyDictionary[Transcript, Any] = PrivateAttr(default_factory=WeakKeyDictionary)
+
+    def watch(self, seen: Transcript) -> None:
+        self._runs[seen] = Calls()
+
+    def handle(self, event: Any, **_: Any) -> None:
+        seen = current_transcript()
+        calls = None if seen is None else self._runs.get(seen)
+        if seen is None or calls is None:
+            return
+        if isinstance(event, LLMChatEndEvent) and event.response is not None:
+            messages = [{"role": one.role.value, "content": one.content or ""} for one in event.messages]
+            answer = event.response.message
+            asked = answer.additional_kwargs.get("tool_calls") or ()
+            told = (messages, answer.content or "\n".join(as_text(one) for one in asked))
+        elif isinstance(event, LLMCompletionEndEvent):
+            told = ([{"role": "user", "content": event.prompt}], event.response.text)
+        else:
+            return
+        if told != self._latest.get(seen):  # a model whose async form calls the other one sends two events
+            self._latest[seen] = told
+            calls.write([(told[0], as_completion(told[1]))])
+
+
+def _watch_models() -> None:
+    """Show the calls of models that this context makes in its transcript, if it has one."""
+    seen = current_transcript()
+    if seen is None:
+        return
+    root = get_dispatcher("root")
+    handler = next((one for one in root.event_handlers if isinstance(one, _Shows)), None)
+    if handler is None:
+        handler = _Shows()
+        root.add_event_handler(handler)
+    handler.watch(seen)
