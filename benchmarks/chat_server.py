@@ -1,9 +1,9 @@
 """A fast loopback server of chat completions: `python -m benchmarks.chat_server [--delay S] [--rate R --burst B]`.
 
 A bare asyncio protocol, so that a client's own cost is what is seen. With `--rate` it is a token bucket that answers
-429 with `retry-after: 1` and no rate-limit headers. `--refuse`, `--fail`, `--cut` and `--page` are the parts of all
-requests that get, at random, a 429 without any header, a 500, a broken connection and a page of HTML under a 200. GET
-returns how many requests came. Prints its base URL.
+429 with `retry-after: 1` and no rate-limit headers. `--refuse`, `--fail`, `--cut`, `--page` and `--stall` are the parts
+of all requests that get, at random, a 429 without any header, a 500, a broken connection, a page of HTML under a 200
+and no answer at all. GET returns how many requests came. Prints its base URL.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ FAULTS = {
     "refuse": packet("429 Too Many Requests", REFUSAL.encode()),
     "fail": packet("500 Internal Server Error", b'{"error": {"message": "oops"}}'),
     "page": packet("200 OK", b"<html><title>Bad gateway</title></html>"),
-    "cut": b"",
+    "cut": b"the connection ends",
+    "stall": b"no answer",
 }
-CUT = b"the connection ends"
 LIMITED = packet("429 Too Many Requests", REFUSAL.encode(), "retry-after: 1")
 
 
@@ -115,6 +115,8 @@ class Chat(asyncio.Protocol):
         self.counts["requests"] += 1
         reply = self.fault() or (OK if self.bucket.lets_in() else LIMITED)
         self.counts["refused"] += reply is LIMITED
+        if reply is FAULTS["stall"]:
+            return
         if not self.delay:
             self.write(reply)
             return
@@ -130,14 +132,14 @@ class Chat(asyncio.Protocol):
         chance = self.random.random() if self.faults else 1.0
         for name, part in self.faults.items():
             if chance < part:
-                return FAULTS[name] or CUT
+                return FAULTS[name]
             chance -= part
         return None
 
     def write(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if data is CUT:
+        if data is FAULTS["cut"]:
             self.transport.abort()  # type: ignore[attr-defined]
         else:
             self.transport.write(data)  # type: ignore[attr-defined]

@@ -230,9 +230,12 @@ async def cancelled(url: str, in_flight: int) -> dict[str, float]:
     return {"cancelled": in_flight, "seen": seen, "ms": took * 1e3, "tasks left": len(asyncio.all_tasks() - own)}
 
 
-async def faulty(client: str, url: str, calls: int, in_flight: int) -> dict[str, float]:
-    """Calls with six attempts each to a server that misbehaves: seconds, lost calls, requests that no count has."""
-    ask, counted = _patient(client, url, in_flight)
+async def faulty(client: str, url: str, calls: int, in_flight: int, patience: float = 60) -> dict[str, float]:
+    """Calls with six attempts each to a server that misbehaves: seconds, lost calls, requests that no count has.
+
+    `patience` is the limit of one attempt in seconds.
+    """
+    ask, counted = _patient(client, url, in_flight, patience)
     lost = 0
 
     async def try_it() -> None:
@@ -251,7 +254,7 @@ async def faulty(client: str, url: str, calls: int, in_flight: int) -> dict[str,
 
 async def steady(client: str, url: str, in_flight: int, seconds: float) -> dict[str, float]:
     """Calls a second in the first and in the last third of the time."""
-    ask, _ = _patient(client, url, in_flight)
+    ask, _ = _patient(client, url, in_flight, 60)
     started, done = time.perf_counter(), []
 
     async def worker() -> None:
@@ -270,17 +273,18 @@ async def steady(client: str, url: str, in_flight: int, seconds: float) -> dict[
     }
 
 
-def _patient(client: str, url: str, in_flight: int) -> tuple[Ask, Callable[[], int]]:
+def _patient(client: str, url: str, in_flight: int, patience: float) -> tuple[Ask, Callable[[], int]]:
     """A client with six attempts a call, and how many requests it counted."""
     if client == "openai":
         import openai
 
-        sdk = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=5, timeout=60)
+        sdk = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=5, timeout=patience)
         return lambda: sdk.chat.completions.create(model="m", messages=MESSAGES, max_tokens=100), int  # type: ignore[arg-type,return-value]
     from aggregator import LLM, Budget
 
     budget = Budget(calls=10**9)
-    llm = LLM("m", base_url=url, api_key="none", max_concurrency=in_flight, max_attempts=6, timeout=60, budget=budget)
+    limits: dict[str, Any] = {"timeout": 60, "attempt_timeout": patience, "max_attempts": 6}
+    llm = LLM("m", base_url=url, api_key="none", max_concurrency=in_flight, budget=budget, **limits)
     return lambda: llm.complete(MESSAGES, max_tokens=100), lambda: budget.spent.calls
 
 
@@ -304,6 +308,7 @@ CLIENTS: dict[str, tuple[str, ...]] = {
 
 SERVER = ["-m", "benchmarks.chat_server"]
 RANDOM_429S = [*SERVER, "--delay", "0.05", "--refuse", "0.08"]
+STALLING = [*SERVER, "--delay", "0.05", "--stall", "0.01", "--fail", "0.03"]
 FAULTY = [*SERVER, "--delay", "0.05", "--fail", "0.08", "--cut", "0.05", "--page", "0.02"]
 
 
@@ -315,6 +320,7 @@ def run(options: Options) -> Report:
         background([*SERVER, "--rate", "100", "--burst", "20"]) as limited,
         background(RANDOM_429S) as refusing,
         background(FAULTY) as broken,
+        background(STALLING) as stalling,
     ):
         cases = []
         for client, needs in CLIENTS.items():
@@ -352,6 +358,8 @@ def run(options: Options) -> Report:
             cases += [
                 Case(f"{client}, {name}", call("client", "faulty", url=at, **many), needs) for name, at in runs.items()
             ]
+            stalled = {"client": client, "calls": calls // 6, "in_flight": 256, "patience": 5}
+            cases.append(Case(f"{client}, 1 % stalls", call("client", "faulty", url=stalling, **stalled), needs))
             lasting = {"client": client, "in_flight": 256, "seconds": 6 if options.quick else 30}
             cases.append(Case(f"{client}, steady 429s", call("client", "steady", url=refusing, **lasting), needs))
         measured = measure(cases, options, repetitions=5)
@@ -389,6 +397,13 @@ def targets(measured: Any) -> list[Target]:
             "x",
         ),
         Target("failed of them", measured.median("ours, 8 % random 429s", "failed"), 0),
+        Target(
+            "1,000 calls of which 1 % stall, of openai",
+            measured.ratio("ours, 1 % stalls", "openai, 1 % stalls", "seconds"),
+            1.2,
+            "x",
+        ),
+        Target("failed of them", measured.median("ours, 1 % stalls", "failed"), 0),
         Target(
             "requests that no count has, faulty server",
             measured.median("ours, 8 % 500s, 5 % cut, 2 % HTML", "uncounted"),
