@@ -51,6 +51,9 @@ def looks_secret(name: str, value: str) -> bool:
     )
 
 
+_COROUTINE = 0x80  # inspect.CO_COROUTINE
+
+
 def is_async(function: Any) -> bool:
     """Return True if calling gives a coroutine: an `async def`, or an object whose `__call__` is one.
 
@@ -58,6 +61,8 @@ def is_async(function: Any) -> bool:
     >>> is_async(ask), is_async(print)
     (True, False)
     """
+    if getattr(getattr(function, "__code__", None), "co_flags", 0) & _COROUTINE:  # nearly always
+        return True
     from inspect import iscoroutinefunction  # slow to load, and not needed to load parameters
 
     while isinstance(function, partial):

@@ -332,7 +332,8 @@ def current_branch() -> Branch | None:
 
 def begin_block() -> Branch | None:
     """Let `inner` start from here, and return the branch to set again at the end of the block; None outside of any."""
-    if (branch := current_branch()) is not None:
+    branch = _branch.get()
+    if branch is not None and (branch := _work.own if branch is _work.handed_in else branch) is not None:
         _branch.set(Branch(branch.path))
     return branch
 

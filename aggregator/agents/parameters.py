@@ -15,7 +15,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from aggregator.agents import values as typed_values
-from aggregator.agents.values import Unfit, snapshot
+from aggregator.agents.values import SCALARS, Unfit, snapshot
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.text import shorten
 
@@ -247,7 +247,7 @@ class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager 
         self._values = values
 
     def __enter__(self) -> None:
-        copies = {one: value if type(value) is str else snapshot(value) for one, value in self._values.items()}
+        copies = {one: value if type(value) in SCALARS else snapshot(value) for one, value in self._values.items()}
         self._token = _overrides.set({**_overrides.get(_NOTHING), **copies})
 
     def __exit__(self, *error: object) -> None:

@@ -20,7 +20,8 @@ DEPTH_LIMIT = 64
 """How many containers deep a value may be."""
 
 NO_SURROGATE = "Expected text that UTF-8 can carry, got a lone surrogate"
-_SCALARS = (str, bool, int, float, type(None))
+SCALARS = frozenset({str, bool, int, float, type(None)})
+"""The usual types of values; a copy of one is itself."""
 
 
 class Unfit(ValueError):  # noqa: N818 - an answer between two functions of this room, not an error that users meet
@@ -87,7 +88,7 @@ def refuse_oddities(value: Any, path: str = "", levels: int = DEPTH_LIMIT) -> No
 
 def snapshot(value: Any) -> Any:
     """Return a copy that later changes in place do not reach."""
-    if isinstance(value, _SCALARS):
+    if value is None or isinstance(value, str | int | float):
         return value
     from copy import deepcopy  # not needed where all values are texts and numbers
 

@@ -37,7 +37,7 @@ from aggregator.errors import (
     is_own,
 )
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor, finish
-from aggregator.guides.calling import Call, as_guide, call_guide
+from aggregator.guides.calling import Call, as_guide, call_guide, is_instant, judge_instantly
 from aggregator.llm.ledger import collecting
 from aggregator.llm.observed import apart
 from aggregator.protocols import Agent
@@ -112,6 +112,7 @@ class AgentWork:
         self.agent = agent
         self.guide = guide
         self._judge = None if guide is None else as_guide(guide)
+        self._is_instant = is_instant(self._judge)
         self.call: Call = call or LocalExecutor().call
         parameters: dict[str, ParameterNode[Any]] = by_name(agent.parameters())  # type: ignore[arg-type]
         self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.trainable}
@@ -150,7 +151,14 @@ class AgentWork:
             text = "" if seen is None else seen.render()
             measures = ledger.measures()
             return await judge_run(
-                task, ran, self._judge, self.call, transcript=text, started=started, measures=measures
+                task,
+                ran,
+                self._judge,
+                self.call,
+                transcript=text,
+                started=started,
+                measures=measures,
+                instant=self._is_instant,
             )
 
 
@@ -225,11 +233,13 @@ async def judge_run(
     transcript: str,
     started: float | None = None,
     measures: Mapping[str, float] = MappingProxyType({}),
+    instant: bool = False,
 ) -> Rollout:
     """Return the rollout that a run of an agent makes, with the guide's score; with guide None it has no score.
 
     `guide` is what `as_guide` returns; its calls are placed below the current lineage. `started` is when the run began,
-    by `perf_counter`, `measures` what its calls took. Raises what ends a run.
+    by `perf_counter`, `measures` what its calls took. An `instant` guide asks no model, so it has no place of its own.
+    Raises what ends a run.
     """
     sample, score, feedback = task.sample, None, ""
     record: Failure | None = None
@@ -239,13 +249,13 @@ async def judge_run(
         if not record.infrastructure:
             score, feedback = task.min_score, f"The agent failed on this input with {record.error}: {record.message}"
     elif guide is not None:
+        given = (guide, sample.x, ran.output, sample.info)
         try:
-            with lineage("guide", role="guide"), apart():
-                given = (guide, sample.x, ran.output, sample.info)
-                if task.is_timed:
+            if instant and not task.is_timed:
+                found = judge_instantly(*given)
+            else:
+                with lineage("guide", role="guide"), apart():
                     found = await within(task, "guide", lambda: call_guide(*given, call=call))
-                else:
-                    found = await call_guide(*given, call=call)
             score, named, feedback = found.primary, found.named, found.feedback
         except BaseException as error:  # noqa: BLE001 - the boundary: recorded, or raised again
             record = record_failure("guide", error, sample.id)

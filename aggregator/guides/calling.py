@@ -46,9 +46,19 @@ async def call_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call |
         answer = function(x, output, info)
     else:
         answer = await call(function, x, output, info)
-    if inspect.isawaitable(answer):
+    if type(answer) is not tuple and inspect.isawaitable(answer):
         answer = await answer
     return verdict_of(answer, guide)
+
+
+def is_instant(guide: Any) -> bool:
+    """Return True for a synchronous guide that only computes (`instant = True`): it asks no model."""
+    return bool(getattr(guide, "instant", False)) and not is_async(_function_of(guide))
+
+
+def judge_instantly(guide: Any, x: Any, output: Any, info: Any) -> Scores:
+    """Return the verdict of a guide for which `is_instant` is True."""
+    return verdict_of(_function_of(guide)(x, output, info), guide)
 
 
 def check_guide(guide: Any) -> None:

@@ -260,7 +260,8 @@ class _Course:
     async def _step(self, turn: Turn) -> tuple[FullStepReport, dict[str, Any]]:
         """Take one turn; returns its report, and what the run remembers after it."""
         parts = self.trainer.parts(self.gate, self.plan.max_concurrency)
-        parts = replace(parts, propose=skip_satisfied(parts.propose))
+        if self.plan.skip_from is not None:
+            parts = replace(parts, propose=skip_satisfied(parts.propose))
         hooks = self.trainer.hooks()
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger:
             step = self._open(turn)

@@ -283,14 +283,14 @@ async def ask(
     call itself is refused (too long, a filter) the first reply is what counts. `schema` makes the `response_format`.
     With `structured=False` the reply has whatever form `read` knows: no schema is sent, and nothing is asked again.
     """
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    options = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {"temperature": temperature, "seed": seed}
+    options = {name: value for name, value in given.items() if value is not None}
     if structured:  # validate=str: any text will do for the client, `read` is the judge
         options |= {"response_format": schema(parameters), "validate": str}
 
     async def once(messages: list[dict[str, str]], limit: int) -> tuple[str, Answer, bool]:
         try:
-            completion = await complete_own(llm, messages, **options | {"max_tokens": limit})
+            completion = await complete_own(llm, messages, max_tokens=limit, **options)
         except TruncatedError as error:
             return error.text, Answer(error=str(error)), True
         if completion.finish_reason == "length":
