@@ -17,7 +17,7 @@ from typing import Any, overload
 
 from aggregator.adapters.frameworks import ADAPTERS, is_gepa_adapter, package_of
 from aggregator.adapters.function import FunctionAgent, is_plain_function
-from aggregator.adapters.template import EvaluatedValues, TemplateAgent
+from aggregator.adapters.template import EvaluatedValues, TemplateAgent, own_verdict
 from aggregator.adapters.trace import TraceAgent, is_trace_agent
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
@@ -183,8 +183,8 @@ class BatchAgent:
         return as_parameters(self.agent, self._adapted)
 
     def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
-        """Run the tasks on the agent."""
-        return self.agent.rollouts(tasks, guide)
+        """Run the tasks on the agent, which scores itself without a guide."""
+        return self.agent.rollouts(tasks, None if guide is own_verdict else guide)
 
 
 class AdaptedParameter(ParameterNode[Any]):

@@ -16,7 +16,6 @@ from threading import Lock
 from typing import Any, Literal
 
 from aggregator.adapters.frameworks import is_gepa_adapter
-from aggregator.adapters.template import own_verdict
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode, index
 from aggregator.cassettes.lineage import lineage_at
@@ -40,7 +39,6 @@ class GepaAgent(Module):
 
     isolation: Literal["overlay", "copy", "serial"] = "copy"
     max_concurrency: int | None = None
-    scores_itself = True
 
     def __init__(self, adapter: Any, candidate: Mapping[str, str]) -> None:
         given: Any = candidate
@@ -83,8 +81,7 @@ class GepaAgent(Module):
                 found = await thread.call(self._evaluate, [_instance(task) for task in tasks], candidate, wanted)
         measures = {name: value / len(tasks) for name, value in ledger.measures().items()}
         for i, (task, (output, scores, transcript)) in enumerate(zip(tasks, found, strict=True)):
-            own = guide is None or guide is own_verdict
-            judge = (lambda _x, _output, _info, given=scores: given) if own else guide
+            judge = (lambda _x, _output, _info, given=scores: given) if guide is None else guide
             with lineage_at("/".join(task.lineage), task.role):
                 yield (
                     i,

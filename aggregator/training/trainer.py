@@ -410,8 +410,8 @@ class Trainer:
         return values
 
     def _guide(self, guide: Any) -> Any:
-        """Return the guide; None is the agent's own verdict, if it has one."""
-        return own_verdict if guide is None and getattr(self.agent, "scores_itself", False) else guide
+        """Return the guide; None is the verdict of an agent that takes batches, as `protocols.Agent` has it."""
+        return own_verdict if guide is None and not isinstance(self.agent_to_run(), InstanceAgent) else guide
 
     def _concurrency(self, *wanted: int | None) -> int:
         if not self.use_asyncio:

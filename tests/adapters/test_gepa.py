@@ -11,7 +11,6 @@ import pytest
 
 from aggregator import as_agent, optimize, trainable
 from aggregator.adapters.gepa import GepaAgent
-from aggregator.adapters.template import own_verdict
 from aggregator.errors import ConfigError
 from aggregator.records import Proposal, Rollout, RolloutTask, Sample
 from aggregator.training.step import Step
@@ -74,7 +73,7 @@ async def evaluate(agent: Any, data: Any, guide: Any = lambda x, output, info: 0
 async def own(agent: GepaAgent, data: Sequence[Any], **values: Any) -> list[Rollout]:
     """Run an agent that scores itself, as a trainer does."""
     tasks = [RolloutTask(sample=Sample(i, x), values=values, lineage=(f"sample={i}",)) for i, x in enumerate(data)]
-    return [rollout async for _, rollout in agent.rollouts(tasks, own_verdict)]
+    return [rollout async for _, rollout in agent.rollouts(tasks, None)]
 
 
 async def test_an_adapter_scores_itself_and_its_record_is_the_transcript() -> None:

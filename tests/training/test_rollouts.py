@@ -179,6 +179,22 @@ def test_candidates_of_a_batch_agent_never_share_a_batch(isolation: Any) -> None
     assert {amount for amount, _ in agent.batches} >= {1, 5, 3}
 
 
+def test_an_agent_that_scores_itself_is_trained_without_a_guide() -> None:
+    """It gets None for the guide, as the Protocol says; an agent of single instances needs one."""
+
+    class Own(Batches):
+        async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
+            assert guide is None
+            async for i, rollout in super().rollouts(tasks, exact):
+                yield i, rollout
+
+    agent = Own()
+    result = learner(agent).train(None, DATA, batch_size=4, validate_dataset=DATA)
+    assert (agent.amount.data, [one.score for one in result.validations]) == (5, [0.0, 1.0])
+    with pytest.raises(ConfigError, match="Expected a guide"):
+        learner(Adder()).train(None, DATA)
+
+
 def test_an_error_that_ends_the_run_leaves_a_batch_at_once() -> None:
     """It is raised by itself, and nothing waits for rollouts that never come."""
 
