@@ -427,7 +427,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     `id` is the step that made it and its number there, `parent` the candidate that it was proposed for, `sample_ids`
     are the samples whose proposals made it, `sources` those for each parameter that it changes. `scores` maps an
     instance's id to the sum of its scores and their count; `lost` are the ids of those on which it was tried and not
-    judged, whose calls failed.
+    judged, whose calls failed. `named` holds further scores that a search compares, by "name/instance".
     """
 
     id: str
@@ -439,6 +439,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     sample_ids: tuple[int, ...] = ()
     sources: Mapping[str, tuple[int, ...]] = {}
     lost: tuple[str, ...] = ()
+    named: dict[str, tuple[float, int]] = {}
 
     @property
     def score(self) -> float | None:

@@ -18,11 +18,11 @@ from msgspec.structs import replace
 from aggregator.checks import check_finite, check_positive, is_int
 from aggregator.errors import ConfigError
 from aggregator.protocols import AnyGuide
-from aggregator.records import Candidate, Decision, Sample, Values
+from aggregator.records import Candidate, Decision, Rollout, Sample, Values
 from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.evaluation import lowest_of
-from aggregator.training.gates import compare
+from aggregator.training.gates import by_name, check_score_name, compare
 from aggregator.training.prompts import sort_sets
 from aggregator.training.step import Step
 
@@ -51,6 +51,17 @@ def with_scores(
             total, count = known.get(str(sample_id), (0.0, 0))
             known[str(sample_id)] = (total + score, count + 1)
     return replace(candidate, scores=known, lost=tuple(sorted(gone - set(known))))
+
+
+def with_named(candidate: Candidate, names: Iterable[str], rollouts: Sequence[Rollout]) -> Candidate:
+    """Return the candidate with named scores of these rollouts; measures, of which less is better, are negated."""
+    known = dict(candidate.named)
+    for name in names if rollouts else ():
+        for run in by_name(rollouts, name):
+            if run.score is not None:
+                total, count = known.get(key := f"{name}/{run.sample_id}", (0.0, 0))
+                known[key] = (total + run.score, count + 1)
+    return replace(candidate, named=known)
 
 
 def mean_score(candidate: Candidate) -> float:
@@ -91,8 +102,8 @@ def gain(before: Candidate, after: Candidate, min_score: float | None = None) ->
 def wins_of(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
     """Return the instances on which each candidate scores best, none for one that another betters.
 
-    An instance counts once two candidates were tried on it. Another candidate betters this one where it is best on the
-    same instances and on more.
+    An instance counts once two candidates were tried on it, once more for each named score. Another candidate betters
+    this one where it is best on the same instances and on more.
 
     >>> a = Candidate(id="a", values={}, scores={"0": (1.0, 1), "1": (0.0, 1)})
     >>> b = Candidate(id="b", values={}, scores={"0": (0.0, 1), "1": (1.0, 1)})
@@ -101,15 +112,14 @@ def wins_of(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
     """
     best: dict[str, float] = {}
     tried: dict[str, int] = {}
-    for candidate in candidates:
-        for key, scores in candidate.scores.items():
+    shown = {candidate.id: {**candidate.scores, **candidate.named} for candidate in candidates}
+    for found in shown.values():
+        for key, scores in found.items():
             best[key] = max(best.get(key, -inf), _mean_of(scores))
             tried[key] = tried.get(key, 0) + 1
     wins = {
-        candidate.id: frozenset(
-            key for key, scores in candidate.scores.items() if tried[key] > 1 and _mean_of(scores) == best[key]
-        )
-        for candidate in candidates
+        own: frozenset(key for key, scores in found.items() if tried[key] > 1 and _mean_of(scores) == best[key])
+        for own, found in shown.items()
     }
     return {own: frozenset() if any(keys < more for more in wins.values()) else keys for own, keys in wins.items()}
 
@@ -381,7 +391,37 @@ class Pareto(Priority):
     the current one, with the number of instances that they are best on as their weight. The idea is GEPA's (Agrawal
     et al., 2025, "GEPA: Reflective Prompt Evolution Can Outperform Reinforcement Learning"). It needs scores of many
     candidates on the same instances: give a `validate_dataset`.
+
+    `scores` are names of further scores: those of a guide's `Scores`, or `cost`, `length` and `milliseconds`, of which
+    less is better. A candidate that is best on an instance by one of them is kept too.
     """
+
+    def __init__(
+        self,
+        memory_size: int = 16,
+        *,
+        scores: Sequence[str] = (),
+        num_candidates: int | None = None,
+        num_proposals: int = 1,
+        score_function: ScoreFunction = "mean",
+        ucb_exploration_constant: float = 1.0,
+        validate_dataset: Dataset | None = None,
+        validate_guide: AnyGuide | None = None,
+    ) -> None:
+        super().__init__(
+            memory_size,
+            num_candidates=num_candidates,
+            num_proposals=num_proposals,
+            score_function=score_function,
+            ucb_exploration_constant=ucb_exploration_constant,
+            validate_dataset=validate_dataset,
+            validate_guide=validate_guide,
+        )
+        if isinstance(scores, str):
+            raise ConfigError(f"Expected scores as a list of names, got {scores!r}; give [{scores!r}]")
+        for name in scores:
+            check_score_name(name)
+        self.scores = tuple(scores)
 
     def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
         """Return the current candidate, and others drawn by how often they are best."""

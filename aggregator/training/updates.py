@@ -44,7 +44,7 @@ from aggregator.training.parts import (
 )
 from aggregator.training.plan import Turn
 from aggregator.training.rules import key_of
-from aggregator.training.searches import contributors, greedy, plain, sources, with_scores
+from aggregator.training.searches import contributors, greedy, plain, sources, with_named, with_scores
 from aggregator.training.seed import (
     Instance,
     is_satisfied,
@@ -269,7 +269,12 @@ async def try_candidates(
         scores.setdefault(candidate.id, []).extend((sample.id, score) for sample, score in more)
     failures = [record for _, records in found for record in records]
     lost = {name: [i for i, score in more if score is None] for name, more in scores.items()}
-    return [with_scores(one, scores.get(one.id, ()), lost.get(one.id, ())) for one in candidates], failures
+    named: dict[str, list[Rollout]] = {}
+    for (candidate, _), (rollouts, _) in zip(trials, found, strict=True):
+        named.setdefault(candidate.id, []).extend(rollouts)
+    names = getattr(search, "scores", ())
+    scored = [with_scores(one, scores.get(one.id, ()), lost.get(one.id, ())) for one in candidates]
+    return [with_named(one, names, named.get(one.id, ())) if names else one for one in scored], failures
 
 
 def informative(instances: Sequence[Instance]) -> list[Rollout]:

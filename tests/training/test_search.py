@@ -22,7 +22,7 @@ from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.demo.run import tickets
 from aggregator.errors import AuthenticationError, BudgetExceededError, ConfigError, RateLimitError, TrainingError
 from aggregator.llm.transport import shared_transport
-from aggregator.records import Candidate, Decision, TrainingResult
+from aggregator.records import Candidate, Decision, Scores, TrainingResult
 from aggregator.simulation import SimulatedModel
 from aggregator.training.algorithms import (
     AggregatedUpdate,
@@ -170,6 +170,31 @@ def test_pareto_keeps_specialists() -> None:
 def test_the_mean_drops_specialists() -> None:
     """What tells the two searches apart: here the second best of the mean is kept, and the search ends."""
     assert specialists(PrioritySearch) == (["fair", "tame"], ["fair", "tame"])
+
+
+def polite_or_right(x: int, output: int, info: int) -> Scores:
+    """The place 2 is right everywhere, the place 1 polite and a little right."""
+    return Scores({1: 0.5, 2: 1.0}.get(output, 0.0), {"politeness": 1.0 if output == 1 else 0.0}, "fb")
+
+
+@pytest.mark.parametrize(("names", "kept"), [((), [2]), (("politeness",), [2, 1])])
+def test_pareto_keeps_who_is_best_by_a_named_score(names: tuple[str, ...], kept: list[int]) -> None:
+    """Only the primary score counted: what is best by another objective was dropped."""
+    search = pareto(scores=names, num_proposals=2, validate_dataset=FOUR)
+    trainer = Trainer(Place(), optimizer(neighbours), propose_per="batch", search=search)
+    result = trainer.train(polite_or_right, FOUR, batch_size=4, num_epochs=3)
+    assert [candidate.values["at"] for candidate in result.candidates] == kept
+
+
+def test_a_named_score_that_no_rollout_has_is_refused() -> None:
+    """A misspelt name would keep nobody."""
+    trainer = Trainer(
+        Place(), optimizer(neighbours), propose_per="batch", search=pareto(scores=["polite"], validate_dataset=FOUR)
+    )
+    with pytest.raises(ConfigError, match="polite"):
+        trainer.train(polite_or_right, FOUR, batch_size=4)
+    with pytest.raises(ConfigError, match=r"Expected scores as a list of names, got 'cost'; give \['cost'\]"):
+        pareto(scores="cost")
 
 
 def test_pareto_drops_who_is_best_nowhere() -> None:
