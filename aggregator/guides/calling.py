@@ -6,6 +6,8 @@ import inspect
 import math
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from aggregator.checks import accepts, is_async, is_finite
@@ -80,8 +82,10 @@ class Metric:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        needed = [one for one in _positional(function)[2:] if one.default is inspect.Parameter.empty]
-        self._more = [None] * len(needed)
+        forward = getattr(type(function), "forward", None)
+        found = list(inspect.signature(forward or function).parameters.values())[2 + (forward is not None) :]
+        positional = [one for one in found if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+        self._more = [None for one in positional if one.default is inspect.Parameter.empty]
 
     def __repr__(self) -> str:
         return f"metric({_name(self.function)})"
@@ -106,19 +110,21 @@ def metric(function: Callable[..., Any]) -> Metric:
 
 
 def as_guide(guide: Any) -> Any:
-    """Return a guide as it is called: a metric of DSPy's, which is known by its argument `trace`, as a Metric."""
-    names = [one.name for one in _positional(guide)]
-    return Metric(guide) if names[2:3] == ["trace"] else guide
+    """Return a guide as it is called: a metric of DSPy's, which is known by its third argument `trace`, as a Metric."""
+    code, own = _code_of(guide)  # and not its signature, which would cost more than the guide
+    is_metric = code is not None and code.co_varnames[own + 2 : code.co_argcount][:1] == ("trace",)
+    return Metric(guide) if is_metric else guide
 
 
-def _positional(function: Any) -> list[inspect.Parameter]:
-    """Return the arguments that a function, or a module of DSPy's, takes by position."""
-    own = vars(type(function)).get("forward")  # what such a module is called with; reading it there warns
-    try:
-        found = list(inspect.signature(function if own is None else own).parameters.values())[own is not None :]
-    except (TypeError, ValueError):  # no signature
-        return []
-    return [one for one in found if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+def _code_of(guide: Any) -> tuple[CodeType | None, int]:
+    """Return the code that a guide is called with, and how many of its arguments are `self`."""
+    while isinstance(guide, partial) and not guide.args:
+        guide = guide.func
+    if isinstance(guide, FunctionType | MethodType):
+        function, own = inspect.unwrap(guide), int(isinstance(guide, MethodType))
+    else:  # a module of DSPy's is called with the arguments of `forward`
+        function, own = getattr(type(guide), "forward", None) or getattr(type(guide), "__call__", None), 1  # noqa: B004
+    return getattr(function, "__code__", None), own
 
 
 def _verdict(answer: Any) -> Any:

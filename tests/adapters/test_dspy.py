@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from aggregator import AggregatedUpdate, ParameterNode, as_agent, trainable
 from aggregator.errors import AuthenticationError, ConfigError, GuideError, RateLimitError, TrainingWarning
 from aggregator.executors.work import AgentWork
 from aggregator.guides import ExactMatch, exact_match, metric
+from aggregator.guides.calling import Metric, as_guide
 from aggregator.records import Proposal, Rollout, RolloutTask, Sample
 from aggregator.text import as_text, show
 from aggregator.training.batches import samples
@@ -314,6 +316,32 @@ async def test_a_metric_of_dspy_is_a_guide(function: Any, engine: Engine) -> Non
     step = Step.of(agent, guide=function, samples=examples("billing"))
     (run,) = await step.evaluate({}, step.samples)
     assert (run.score, run.feedback) == (0.0, "Expected: billing")
+
+
+class Judge(dspy.Module):  # type: ignore[misc] # not typed
+    """A metric that is a module, as dspy.evaluate.SemanticF1 is."""
+
+    def forward(self, example: Any, pred: Any, trace: Any = None) -> Any:
+        """Return a score."""
+        return float(example.team == pred.team)
+
+
+class Stricter(Judge):
+    """It inherits how it judges."""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [Judge(), Stricter(), partial(dspy.evaluate.answer_exact_match, frac=1.0), same_team, Judge().forward],
+    ids=["module", "subclass", "partial", "function", "method"],
+)
+def test_metrics_of_every_form_are_recognised(given: Any) -> None:
+    assert isinstance(as_guide(given), Metric)
+
+
+def test_guides_are_left_as_they_are() -> None:
+    for guide in (exact_match, lambda x, output, info: 1.0, partial(lambda a, x, output, info: 1.0, 1), print):
+        assert as_guide(guide) is guide
 
 
 def test_a_metric_of_two_arguments_and_a_module_become_guides() -> None:
