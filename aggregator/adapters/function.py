@@ -133,7 +133,7 @@ def _read_by(function: Any, seen: set[int] | None = None) -> Iterator[tuple[str,
     if id(inner) in seen:
         return
     seen.add(id(inner))
-    for name, value in variables_of(inner):
+    for name, value in variables_of(function):
         if isfunction(value) and value.__module__ == inner.__module__ and operation_of(value) is None:
             yield from _read_by(value, seen)
         elif not isinstance(value, dict | list | tuple) or len(value) <= _FEW:
@@ -143,7 +143,7 @@ def _read_by(function: Any, seen: set[int] | None = None) -> Iterator[tuple[str,
 def objects_read_by(
     function: Any, kind: type | tuple[type, ...], seen: set[int] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (variable, object) for each object of some kinds that a function can name.
+    """Yield (variable, object) for each object of some kinds that a function can name, also in small containers.
 
     Also for the functions of its module that it calls.
     """
@@ -152,26 +152,45 @@ def objects_read_by(
     if id(inner) in seen or not isfunction(inner):
         return
     seen.add(id(inner))
-    for name, value in variables_of(inner):
-        if isinstance(value, kind):
-            yield name, value
-        elif isfunction(value) and value.__module__ == inner.__module__:
-            yield from objects_read_by(value, kind, seen)
+    for variable, value in variables_of(function):
+        for name, one in ((variable, value), *_items_of(variable, value)):
+            if isinstance(one, kind):
+                yield name, one
+            elif isfunction(one) and one.__module__ == inner.__module__:
+                yield from objects_read_by(one, kind, seen)
+
+
+def _items_of(name: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict | list | tuple) or len(value) > _FEW:
+        return []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(f"{name}.{key}", one) for key, one in pairs]
 
 
 def variables_of(function: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of the variables that a function's code names: defaults, closures, globals."""
-    for name, argument in signature(function).parameters.items():
+    """Yield (name, value) of what a function's code can name.
+
+    That are its defaults, closures and globals, the attributes of a method's object, and what a partial holds.
+    """
+    while isinstance(function, partial):
+        yield from ((f"argument_{i}", value) for i, value in enumerate(function.args))
+        yield from function.keywords.items()
+        function = function.func
+    method = function if ismethod(function) or isfunction(function) else function.__call__
+    if ismethod(method):
+        yield from getattr(method.__self__, "__dict__", {}).items()
+    inner = inner_function(function)
+    for name, argument in signature(inner).parameters.items():
         yield name, argument.default
-    closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closed = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
     for name, cell in closed:
         try:
             yield name, cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    for name in dict.fromkeys(_names_in(function.__code__)):
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
+    for name in dict.fromkeys(_names_in(inner.__code__)):
+        if name in inner.__globals__:
+            yield name, inner.__globals__[name]
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
@@ -182,10 +201,12 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def inner_function(function: Any) -> Any:
-    """Return the function behind partials, methods and decorators."""
+    """Return the function behind partials, methods, decorators, and objects that are called."""
     while isinstance(function, partial):
         function = function.func
     function = unwrap(function)
+    if not isfunction(function) and not ismethod(function) and callable(function):
+        function = function.__call__
     return function.__func__ if ismethod(function) else function
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
+from inspect import isfunction
 from typing import Any
 
 from agents import Agent, FunctionTool, Handoff
 
 from aggregator.adapters.frameworks import HostParameter
+from aggregator.adapters.function import objects_read_by
 
 _TEXTS = "_aggregator_texts"
 
@@ -24,9 +26,20 @@ def reach(agent: Agent[Any], reached: list[Agent[Any]]) -> None:
         return
     reached.append(agent)
     targets = [one if isinstance(one, Agent) else one._agent_ref and one._agent_ref() for one in agent.handoffs]
-    for target in [*targets, *(getattr(tool, "_agent_instance", None) for tool in agent.tools)]:
+    for tool in agent.tools:
+        targets += [getattr(tool, "_agent_instance", None), *_agents_run_by(tool)]
+    for target in targets:
         if isinstance(target, Agent):
             reach(target, reached)
+
+
+def _agents_run_by(tool: Any) -> list[Agent[Any]]:
+    """Return the agents that the user's function behind a tool can name, which it may run by itself."""
+    invoked = getattr(getattr(tool, "on_invoke_tool", None), "_invoke_tool_impl", None)
+    cells = getattr(invoked, "__closure__", None) or ()
+    functions = [cell.cell_contents for cell in cells if isfunction(cell.cell_contents)]
+    users = [one for one in functions if not one.__module__.startswith("agents.")]
+    return [agent for one in users for _, agent in objects_read_by(one, Agent)]
 
 
 def texts_of(agents: Sequence[Agent[Any]]) -> Iterator[HostParameter]:

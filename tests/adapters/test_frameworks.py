@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,3 +134,27 @@ def test_a_decorated_function_keeps_its_defaults_as_seeds() -> None:
 
     assert answer("why?") == "Answer briefly. why?"
     assert answer("why?", instruction="Answer at length.") == "Answer at length. why?"
+
+
+class Greeting:
+    """An object whose method is an agent."""
+
+    def __init__(self) -> None:
+        self.text = ParameterNode("hello", name="text")
+
+    def answer(self, x: str) -> str:
+        return f"{self.text.data} {x}"
+
+
+def test_a_methods_object_holds_its_parameters() -> None:
+    agent: Any = as_agent(Greeting().answer)
+    assert [parameter.name for parameter in agent.parameters()] == ["text"]
+
+
+def test_what_a_partial_holds_is_a_parameter() -> None:
+    def answer(text: ParameterNode[str], x: str, *, tone: ParameterNode[str]) -> str:
+        return f"{text.data} {x} {tone.data}"
+
+    made = partial(answer, ParameterNode("hello", name="text"), tone=ParameterNode("kindly", name="tone"))
+    agent: Any = as_agent(made)
+    assert {parameter.name for parameter in agent.parameters()} == {"text", "tone"}

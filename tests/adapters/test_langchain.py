@@ -180,6 +180,25 @@ async def test_a_graphs_texts_hold_in_sync_and_async_nodes_of_concurrent_candida
     assert (await rollout(agent)).output == "If no rule applies, answer sales. Route {it}. Inner."
 
 
+async def test_texts_that_methods_and_containers_hold_are_parameters() -> None:
+    class Router:
+        def __init__(self) -> None:
+            self.prompts = {"route": ChatPromptTemplate.from_messages([("system", "Route."), ("human", "{ticket}")])}
+            self.tone = ParameterNode("kind", name="tone")
+
+        def route(self, state: State) -> dict[str, Any]:
+            answer = (self.prompts["route"] | Scripted(answer=echo)).invoke({"ticket": state["ticket"]})
+            return {"team": f"{answer.text} {self.tone.data}"}
+
+        def __call__(self, state: State) -> dict[str, Any]:
+            return {"team": f"{state['team']}!"}
+
+    made = StateGraph(State).add_node("route", Router().route).add_node("end", Router())
+    agent = trainable(made.add_edge(START, "route").add_edge("route", "end").compile(), input="ticket", output="team")
+    assert names(agent)[:2] == ["prompts.route.system", "tone"]
+    assert (await rollout(agent, prompts__route__system="Go.", tone="rude")).output == "Go. rude!"
+
+
 async def test_nodes_of_a_graph_are_in_the_transcript_in_their_order() -> None:
     found = await rollout(trainable(graph(), input="ticket", output="team"))
     lines = [line for line in found.transcript.splitlines() if line.startswith(("node ", "LLM call"))]

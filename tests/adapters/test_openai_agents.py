@@ -178,6 +178,19 @@ async def test_an_agent_used_as_a_tool_is_trained() -> None:
     assert found.output == "Outer.: New."
 
 
+async def test_an_agent_that_a_tools_function_runs_is_trained() -> None:
+    inner = Agent(name="inner", model=Scripted(echo), instructions="Inner.")
+
+    @function_tool
+    async def ask(input: str) -> str:  # noqa: A002 - what the scripted model passes
+        """Ask."""
+        return str((await Runner.run(inner, input)).final_output)
+
+    outer = Agent(name="outer", model=Scripted(uses_tool), instructions="Outer.", tools=[ask])
+    found = await rollout(trainable(outer), inner__instructions="New.")
+    assert found.output == "Outer.: New."
+
+
 def test_a_handoff_object_has_a_description_to_train() -> None:
     refunds = Agent(name="refunds", model=Scripted(echo), instructions="Pay.")
     host = Agent(
