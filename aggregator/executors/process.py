@@ -35,7 +35,7 @@ from aggregator.executors.link import Link, Reference, dump_error, dumps, load_e
 from aggregator.executors.local import finish
 from aggregator.executors.work import time_out, timed_out
 from aggregator.llm.client import LLM
-from aggregator.llm.ledger import count
+from aggregator.llm.ledger import collecting, count
 from aggregator.llm.models import CallableModel
 from aggregator.llm.owner import Owner, stand_in_for
 from aggregator.protocols import RolloutWork
@@ -109,12 +109,14 @@ class ProcessExecutor:
             conversation = _Conversation(worker, self._cargo, task.timeout)
             outcome = rollout = None
             try:
-                async with conversation.deadline:
-                    outcome = await conversation.hold(message)
-                for role, usage in outcome.usage if outcome is not None else ():
-                    count(role, usage)
+                with collecting() as ledger:  # of calls that this process makes for the worker
+                    async with conversation.deadline:
+                        outcome = await conversation.hold(message)
+                    for role, usage in outcome.usage if outcome is not None else ():
+                        count(role, usage)
                 if isinstance(outcome, link.Done):
                     rollout = self._cargo.rollout(outcome.rollout, task)
+                    rollout = replace(rollout, scores={**ledger.measures(without="guide"), **rollout.scores})
             except TimeoutError:
                 if not conversation.deadline.expired():
                     raise

@@ -31,13 +31,13 @@ class Ledger:
 
     def __init__(self, outer: Ledger | None = None) -> None:
         self._entries: dict[str, list[Usage]] = {}
-        self._milliseconds: list[float] = []
+        self._milliseconds: list[tuple[str, float]] = []
         self._outer = outer
 
     def add(self, role: str, usage: Usage, milliseconds: float = 0.0) -> None:
         """Count one call, and what it took, to the microsecond that a recording keeps."""
         self._entries.setdefault(role, []).append(usage)
-        self._milliseconds.append(round(milliseconds, 3))
+        self._milliseconds.append((role, round(milliseconds, 3)))
         if self._outer is not None:
             self._outer.add(role, usage, milliseconds)
 
@@ -45,14 +45,17 @@ class Ledger:
         """Count no more in the outer ledgers: what comes from now on is of work that was given up."""
         self._outer = None
 
-    def measures(self) -> dict[str, float]:
-        """Return `milliseconds` of all calls and, if every price is known, their `cost` in USD; {} without a call."""
-        if not self._entries:
+    def measures(self, *, without: str = "") -> dict[str, float]:
+        """Return `milliseconds` of all calls and, if every price is known, their `cost` in USD; {} without a call.
+
+        Calls of the role `without` do not count.
+        """
+        usages = [usage for role, usage in self.entries() if role != without] if self._entries else ()
+        if not usages:
             return {}
-        usages = [usage for _, usage in self.entries()]
         costs = [usage.cost for usage in usages if usage.cost is not None]
         cost = {"cost": fsum(costs)} if len(costs) == len(usages) else {}
-        return {**cost, "milliseconds": fsum(self._milliseconds)}
+        return {**cost, "milliseconds": fsum(taken for role, taken in self._milliseconds if role != without)}
 
     def entries(self) -> list[tuple[str, Usage]]:
         """Return every usage that was counted, with its role."""

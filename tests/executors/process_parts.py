@@ -150,6 +150,17 @@ class Asking(Module):
             raise ValueError("not good")
 
 
+class Judging:
+    """A guide that asks a model."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    async def __call__(self, x: str, output: str, info: Any) -> float:
+        await self.llm.complete(f"Is {output} right?")
+        return 1.0
+
+
 class Odd(Module):
     """Does what an agent should not do: dies, hangs, returns what does not pickle."""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_parts import BASE_URL, Adder, Asking, Located, Noting, Odd, Raising, Scripted, even, tasks
+from msgspec.structs import replace
+from process_parts import BASE_URL, Adder, Asking, Judging, Located, Noting, Odd, Raising, Scripted, even, tasks
 
 from aggregator import LLM, Budget, as_model, cassette, portal
 from aggregator.adapters.agents import as_agent
@@ -21,7 +22,7 @@ from aggregator.errors import AggregatorError, BudgetExceededError, CassetteMiss
 from aggregator.executors.local import LocalExecutor
 from aggregator.executors.process import ProcessExecutor
 from aggregator.executors.work import AgentWork
-from aggregator.llm.ledger import collecting
+from aggregator.llm.ledger import Price, collecting
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest, Rollout, Usage
 from aggregator.sandbox.limits import sandboxed
@@ -284,6 +285,25 @@ def test_an_interrupt_in_a_worker_is_raised_here(executor: ProcessExecutor) -> N
     with pytest.raises(KeyboardInterrupt):
         portal.call(executor.map, work(Odd()), tasks("interrupt"))
     assert outputs(portal.call(executor.map, work(Odd()), tasks("a", "b"))) == ["a", "b"]
+
+
+async def test_a_rollout_in_a_worker_had_neither_cost_nor_milliseconds(executor: ProcessExecutor) -> None:
+    """Its calls are made by this process, which measures them; those of a guide are not the agent's."""
+    prices = {"tiny": Price(input=1.0, output=2.0)}
+    found = []
+    for where in (LocalExecutor(), executor):
+        llm = LLM("openai-compatible/tiny", base_url=BASE_URL, api_key=KEY, transport=Timed(), prices=prices)
+        (rollout,) = await where.map(work(Asking(llm), Judging(llm)), tasks("a"))
+        assert rollout.score == 1.0
+        found.append(dict(rollout.scores))
+    assert found[0] == found[1] == {"cost": 20 / 1e6, "length": 2.0, "milliseconds": 12.5}
+
+
+class Timed(Scripted):
+    """Its answers took a while."""
+
+    async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
+        return replace(await super().send(request, timeout=timeout), milliseconds=12.5)
 
 
 async def test_usage_that_a_worker_counts_is_counted_here(executor: ProcessExecutor) -> None:
