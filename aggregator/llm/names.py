@@ -168,6 +168,8 @@ def _checked_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def _is_address(url: str) -> bool:
+    if not url.isprintable() or " " in url:
+        return False
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -180,6 +180,8 @@ def mismatch(value: Any, schema: Any, *, at: str = "$", root: Any = None) -> str
     )
 
 
+_SLOW = re.compile(r"[*+}]\??[^()]*\)[*+{]")
+"""Patterns in which a repeated group repeats: matching can take exponential time, so only the server checks them."""
 _LIMITS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
     "minimum": (is_number, lambda value, limit: value >= limit),
     "maximum": (is_number, lambda value, limit: value <= limit),
@@ -188,7 +190,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
     "multipleOf": (is_number, lambda value, limit: isclose(value / limit, round(value / limit), abs_tol=1e-9)),
     "minLength": (_TYPES["string"], lambda value, limit: len(value) >= limit),
     "maxLength": (_TYPES["string"], lambda value, limit: len(value) <= limit),
-    "pattern": (_TYPES["string"], lambda value, limit: re.search(limit, value) is not None),
+    "pattern": (_TYPES["string"], lambda value, limit: bool(_SLOW.search(limit) or re.search(limit, value))),
     "minItems": (_TYPES["array"], lambda value, limit: len(value) >= limit),
     "maxItems": (_TYPES["array"], lambda value, limit: len(value) <= limit),
 }

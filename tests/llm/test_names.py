@@ -324,7 +324,17 @@ def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x/v1", "http://", "http://[::1/v1", "http://x:port/v1", "http://x:99999"]
+    "url",
+    [
+        "localhost:8000",
+        "http://a b/v1",
+        "http://a/v1\u200b/x",
+        "ftp://x/v1",
+        "http://",
+        "http://[::1/v1",
+        "http://x:port/v1",
+        "http://x:99999",
+    ],
 )
 def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
     """Whatever is wrong with it: scheme, host, bracket or port."""
