@@ -21,6 +21,7 @@ FAMILIES: Mapping[str, str] = {
     "http.client": "the standard library's http.client, urllib.request and xmlrpc",
     "httplib2": "httplib2",
     "httpx": "httpx and httpx2",
+    "lm15": "lm15, the client that DSPy brings with it",
     "tornado": "tornado's AsyncHTTPClient",
     "urllib3": "urllib3 and requests",
 }
@@ -33,6 +34,7 @@ RIDES_ON: Mapping[str, tuple[str, ...]] = {
     "bedrock": ("boto3",),
     "botocore": ("boto3",),
     "cohere": _ANY_TRANSPORT,
+    "dspy": (*_ANY_TRANSPORT, "boto3", "lm15"),
     "google-genai": _ANY_TRANSPORT,
     "groq": _ANY_TRANSPORT,
     "httpx2": ("httpx",),

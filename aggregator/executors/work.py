@@ -293,7 +293,7 @@ async def run_batch(
         "each, with a failure if the agent failed"
     )
     try:
-        with lay_over(overlaid):
+        with lay_over(overlaid), apart():
             async for found in agent.rollouts(tasks, guide):
                 i, rollout = _check_arrival(agent, found, left)
                 left.discard(i)

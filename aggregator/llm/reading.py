@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aggregator.cassettes.matching import decode_json
+from aggregator.cassettes.matching import canonical, decode_json
 from aggregator.cassettes.payloads import decode_event, event_spans
 from aggregator.cassettes.rules import host_of
 from aggregator.checks import is_number
@@ -99,7 +99,9 @@ def read_question(request: HTTPRequest) -> Question:
         body = {}
     api = _api_of(path, body)
     if not api:
-        text = request.body[:_UNKNOWN_LIMIT].decode(errors="replace") if _is_text(request.body) else ""
+        kind = request.headers.get("content-type", request.headers.get("Content-Type", ""))
+        shown = canonical(request.body, (), kind) if kind.startswith("multipart/") else request.body  # no boundary
+        text = shown[:_UNKNOWN_LIMIT].decode(errors="replace") if _is_text(shown) else ""
         return Question(messages=({"role": "request", "content": text},) if text else ())
     return Question(
         api=api,

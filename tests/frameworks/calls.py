@@ -327,6 +327,26 @@ def by_urllib3(url: str, prompt: str) -> Any:
         return json.loads(pool.request("POST", f"{url}/v1", body=json.dumps({"q": prompt})).data)["text"]
 
 
+def dspy_lm(url: str) -> Any:
+    import dspy
+
+    return dspy.LM("openai/m", api_base=f"{url}/v1", api_key=KEY, cache=False)
+
+
+def dspy_call(lm: Any, prompt: str) -> Any:
+    return lm(prompt)[0]
+
+
+async def adspy_call(lm: Any, prompt: str) -> Any:
+    return (await lm.acall(prompt))[0]
+
+
+def dspy_parallel(lm: Any, prompt: str) -> Any:
+    from dspy import Parallel
+
+    return Parallel(num_threads=8, disable_progress_bar=True)([(lambda text: lm(text)[0], {"text": prompt})] * 8)
+
+
 def by_httplib2(url: str, prompt: str) -> Any:
     import httplib2
 
@@ -400,6 +420,9 @@ CALLS = [
     Call("invoke", "langchain-openai", "langchain", langchain, langchain_invoke),
     Call("ainvoke", "langchain-openai", "langchain", langchain, alangchain_invoke, is_async=True),
     Call("batch of 8", "langchain-openai", "langchain", langchain, langchain_batch),
+    Call("LM", "dspy", "dspy", dspy_lm, dspy_call),
+    Call("LM, async", "dspy", "dspy", dspy_lm, adspy_call, is_async=True),
+    Call("Parallel of 8", "dspy", "dspy", dspy_lm, dspy_parallel),
     Call("Runner.run", "openai-agents", "openai", agent, arun_agent, is_async=True),
     Call("post", "requests", "requests", address, by_requests),
     Call("one Session", "requests", "requests", session, by_session),

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 600
-GROUPS = ("sdks", "litellm", "agents", "clients-oldest")
+SECONDS = 900
+GROUPS = ("sdks", "litellm", "agents", "dspy", "clients-oldest")
 SMOKE = ("-k", "records and (openai or anthropic or genai or boto3 or requests)")
 README = ROOT / "benchmarks" / "README.md"
 MARKS = ("<!-- SDK matrix -->", "<!-- end of SDK matrix -->")

@@ -17,7 +17,7 @@ SLOWEST = 0.03
 
 
 class ModelServer(ThreadingHTTPServer):
-    """`hits` counts the requests."""
+    """`hits` counts the requests. With a `status` other than 200 each is refused with it."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -25,6 +25,7 @@ class ModelServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hits = 0
+        self.status = 200
         self.random = Random(7)
         self.lock = threading.Lock()
 
@@ -63,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             asked = {}
         kind, data = answer(self.path, asked if isinstance(asked, dict) else {}, text)
-        self.send_response(200)
+        if server.status != 200:
+            kind, data = _json({"error": {"message": "slow down", "type": "refused"}, "message": "slow down"})
+        self.send_response(server.status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(data)))
         self.end_headers()

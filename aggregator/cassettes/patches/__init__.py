@@ -17,6 +17,7 @@ from typing import Any
 
 from aggregator.cassettes.patches.aiohttp import PATCHES as AIOHTTP
 from aggregator.cassettes.patches.httpx import PATCHES as HTTPX
+from aggregator.cassettes.patches.lm15 import PATCHES as LM15
 from aggregator.cassettes.patches.stdlib import PATCHES as STDLIB
 from aggregator.cassettes.patches.tornado import PATCHES as TORNADO
 from aggregator.cassettes.patches.urllib3 import PATCHES as URLLIB3
@@ -92,7 +93,7 @@ UNSERVED = tuple(
 )
 
 
-_patches = Patches((*AIOHTTP, *HTTPX, *STDLIB, *TORNADO, *URLLIB3, *UNSERVED))
+_patches = Patches((*AIOHTTP, *HTTPX, *LM15, *STDLIB, *TORNADO, *URLLIB3, *UNSERVED))
 
 
 @contextmanager

@@ -1,0 +1,133 @@
+"""What an agent's own SDK asks counts: the real package against a loopback server, without a cassette and with one.
+
+`make test-frameworks` runs this in an environment for each group of SDKs. An SDK that is not installed is skipped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from calls import CALLS, Call, version_of
+from model_server import ModelServer
+
+import aggregator
+from aggregator import AggregatedUpdate, Budget, BudgetExceededError, LLMOptimizer, Module, ParameterNode, as_model
+from aggregator.observing.observer import Observer
+from aggregator.records import Rollout
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of the SDKs, which are not ours to mend
+    pytest.mark.usefixtures("surroundings"),
+]
+
+
+@pytest.fixture
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every SDK reach the loopback by itself and ask nothing else of the network; let none wait long."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture
+def server() -> Iterator[ModelServer]:
+    """A model that numbers its answers and gives them in any order."""
+    with ModelServer() as running:
+        yield running
+
+
+@pytest.fixture(params=CALLS, ids=lambda call: f"{call.package or 'urllib'}-{call.name}".replace(" ", "_"))
+def call(request: pytest.FixtureRequest) -> Call:
+    """One call of one SDK that is installed."""
+    chosen: Call = request.param
+    if version_of(chosen) is None:
+        pytest.skip(f"{chosen.package} is not installed")
+    return chosen
+
+
+class Asking(Module):
+    """Asks by an SDK, once for each input."""
+
+    def __init__(self, call: Call, url: str) -> None:
+        self.rule = ParameterNode("Answer.", name="rule")
+        self.call, self.url = call, url
+        self.client = None if call.is_async else call.open(url)
+
+    def forward(self, x: str) -> Any:
+        if not self.call.is_async:
+            return self.call.ask(self.client, x)
+        return self._asked(x)
+
+    async def _asked(self, x: str) -> Any:
+        return await self.call.ask(self.call.open(self.url), x)
+
+
+class Keeping(Observer):
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+
+    async def rollout(self, rollout: Rollout) -> None:
+        self.rollouts.append(rollout)
+
+
+def run(call: Call, url: str, **options: Any) -> tuple[Any, list[Rollout]]:
+    """Run four inputs at once; dspy.Parallel, whose progress bar is no thread's own, one after the other."""
+    options |= {"max_concurrency": 1} if "Parallel" in call.name else {}
+    fake, keeping = as_model(lambda messages: "TERMINATE", name="fake"), Keeping()
+    trainer = AggregatedUpdate(
+        Asking(call, url), LLMOptimizer(llm=fake), llm=fake, clients="all", observers=[keeping], **options
+    )
+    data = [(f"question {i}", None) for i in range(4)]
+    result = trainer.train(lambda x, output, info: 1.0, data, batch_size=4, stepsize=0.0)
+    return result, sorted(keeping.rollouts, key=lambda one: one.sample_id)
+
+
+def told(run: Rollout) -> str:
+    """What the transcript has of one rollout, in one line."""
+    return " ".join(run.transcript.split())
+
+
+def test_an_sdk_counts(call: Call, server: ModelServer, tmp_path: Path) -> None:
+    """Transcript, usage and budget; a recorded and a replayed run have the same ones as each other."""
+    _, plain = run(call, server.url)
+    assert server.hits >= 4
+    for one in plain:
+        is_shown = str(one.x) in one.transcript or "upload" in call.name or "of 8" in call.name
+        assert (one.failure, is_shown) == (None, True)
+    found = []
+    for mode in ("all", "none"):
+        budget = Budget(calls=1000, tokens=1_000_000)
+        with aggregator.cassette(tmp_path / "a.yaml", mode, clients="all", warn=False):
+            result, rollouts = run(call, server.url, budget=budget)
+        found.append((result.usage, [told(one) for one in rollouts], budget.spent))
+        assert result.usage["agent"].calls >= 4
+        assert budget.spent.calls == result.usage["agent"].calls
+    assert found[0] == found[1]
+    if "answer" in str(rollouts[0].output):
+        assert all(str(one.output) in told(one) for one in rollouts)
+
+
+def test_an_sdks_429_is_no_failure_of_the_agent(call: Call, server: ModelServer) -> None:
+    """Whatever the SDK raises, at once or after its own retries: infrastructure, without score and feedback."""
+    if "stream" in call.name and call.package == "google-genai":
+        pytest.skip("its retries are those of the call without a stream")
+    if "Parallel" in call.name:
+        pytest.skip("it hides errors, and the agent goes on without an answer")
+    server.status = 429
+    with pytest.raises(aggregator.TrainingError, match=r"RateLimitError|429|slow down|lost"):
+        run(call, server.url)
+
+
+def test_a_refusal_of_the_budget_reaches_the_user(call: Call, server: ModelServer) -> None:
+    """Though SDKs wrap it or take it for a lost connection; they are not kept trying."""
+    with pytest.raises(BudgetExceededError):
+        run(call, server.url, budget=Budget(calls=2))
+    assert server.hits <= 2
