@@ -420,13 +420,14 @@ def _carried(branch: Branch) -> Callable[..., Any]:
 
 
 def _carried_from(context: Context, branch: Branch) -> Callable[..., Any]:
+    handed_in = context.get(_branch)  # what a copy of the context holds, where `branch` is that of a pool item
     child = branch.child()
     branch.add(1)
     context.run(_branch.set, child)
 
     def run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         before = _work.handed_in, _work.own
-        _work.handed_in, _work.own = branch, child
+        _work.handed_in, _work.own = handed_in, child
         try:
             return context.run(function, *args, **kwargs)
         finally:

@@ -165,6 +165,19 @@ def test_what_is_started_is_numbered_in_the_order_of_its_start(way: Callable[[],
     assert sorted(places[0], key=lambda place: [int(n) for n in place.split(".")]) == places[0]
 
 
+def test_items_of_a_pool_within_a_pool_had_one_place() -> None:
+    """A framework hands a copy of the context to its pool, from an item that was itself handed in so."""
+
+    def inner() -> list[tuple[str, str]]:
+        with ThreadPoolExecutor(3) as pool:
+            return [work.result() for work in [pool.submit(copy_context().run, see) for _ in range(3)]]
+
+    with run("candidate"), ThreadPoolExecutor(1) as outer:
+        found = outer.submit(copy_context().run, inner).result()
+    assert len({place for _, place in found}) == 3
+    assert [seen for seen, _ in found] == ["candidate"] * 3
+
+
 def test_a_reused_thread_of_a_pool_kept_the_context_of_its_first_item() -> None:
     """A pool that outlives the run that made its threads works for each caller in that caller's context."""
     pool = ThreadPoolExecutor(1)

@@ -3,8 +3,9 @@
 A transcript belongs to the context that opened it (`with transcript() as t`) and what is started from there; there is
 no global graph. Values are turned into text when they are recorded: a later change in place does not rewrite history.
 
-The tree is the same whatever finishes first: an operation takes its slot when it starts, and what a concurrent task or
-thread records stays together, at the place of the first thing it recorded.
+The tree is the same whatever finishes first: an operation takes its slot when it starts, and what a concurrent task,
+thread or pool item records stays together, at the place of the first thing it recorded. Those side by side are in the
+order in which a run started them (`portal.Branch`), whichever recorded first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -42,7 +44,7 @@ class Picture:
         What concurrent tasks did starts at the parent again, each in a row of its own.
         """
         before = None
-        for item in group.items:
+        for item in group.ordered():
             if isinstance(item, Span | LLMCall):
                 name = self._box(item)
                 if name is None:
@@ -103,15 +105,31 @@ _INDENT = "  "
 
 
 class Group:
-    """What was recorded one after the other by one task or thread."""
+    """What was recorded one after the other by one task, thread or pool item; `place` is its branch in the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: str = "") -> None:
         self.items: list[Group | Span | LLMCall] = []
+        self.place = place
+
+    def ordered(self) -> list[Group | Span | LLMCall]:
+        """Return what it holds, concurrent groups side by side in the order of their places."""
+        found: list[Group | Span | LLMCall] = []
+        for is_group, run in groupby(self.items, lambda item: type(item) is Group):
+            items: list[Any] = list(run)
+            if is_group and len(items) > 1 and all(item.place for item in items):
+                items.sort(key=lambda item: _order(item.place))
+            found += items
+        return found
 
     def lines(self) -> Iterator[str]:
         """Yield what it holds as lines."""
-        for item in self.items:
+        for item in self.ordered():
             yield from item.lines()
+
+
+def _order(place: str) -> list[tuple[int, str]]:
+    """Return a key by which `0.10` comes after `0.9`; a place that is too deep is a digest."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in place.split(".")]
 
 
 class Span(Group):
@@ -124,19 +142,26 @@ class Span(Group):
         self.inputs = [(key, show(value)) for key, value in inputs]
         self.outcome: tuple[str, str] | None = None
         self._owner = ref(_runner())  # weak: a task holds its context, and with it this span
+        self._owner_place = _place()
         self._groups: WeakKeyDictionary[Any, Group] | None = None  # of the other tasks and threads, if there are any
 
     def add(self, item: Span | LLMCall) -> None:
-        """Take a slot for `item`, next to what the same task or thread recorded before."""
-        runner = _runner()
-        if runner is self._owner():
+        """Take a slot for `item`, next to what the same task, thread or pool item recorded before."""
+        place, runner = _place(), _runner()
+        if runner is self._owner() and place in ("", self._owner_place):
             self.items.append(item)
             return
-        if self._groups is None:
-            self._groups = WeakKeyDictionary()
-        group = self._groups.get(runner)
+        if place in ("", self._owner_place):
+            place = ""
+            if self._groups is None:
+                self._groups = WeakKeyDictionary()
+            group = self._groups.get(runner)
+        else:  # a pool's thread works for many places
+            group = next((one for one in self.items if type(one) is Group and one.place == place), None)
         if group is None:
-            group = self._groups[runner] = Group()
+            group = Group(place)
+            if not place and self._groups is not None:
+                self._groups[runner] = group
             self.items.append(group)
         group.items.append(item)
 
@@ -196,6 +221,13 @@ def _runner() -> Any:
     except RuntimeError:  # no running loop
         task = None
     return task or threading.current_thread()
+
+
+def _place() -> str:
+    """Return the branch of concurrent work that is recorded; "" outside of a run or cassette."""
+    portal = sys.modules.get("aggregator.portal")  # as above
+    branch = portal.current_branch() if portal else None
+    return branch.path if branch is not None else ""
 
 
 def _field(key: str, text: str) -> list[str]:

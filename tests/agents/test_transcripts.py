@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from aggregator import Completion, bundle, transcript
+from aggregator import Completion, bundle, portal, transcript
 from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.records import Choice, Message, ToolCall
 
@@ -176,3 +179,24 @@ def test_bounds_hold_for_any_limit(limit: int) -> None:
     with transcript() as seen, recording("x" * 1000) as span:
         span.finish(None)
     assert len(seen.render(limit)) <= limit + len("\n[... 1234 characters left out]\n")
+
+
+def test_items_of_a_pool_are_shown_in_the_order_in_which_they_were_handed_in() -> None:
+    """Whichever thread records first, and though one thread works on several items; so a replay has the same prompt."""
+    gates = [threading.Event() for _ in range(12)]
+
+    def work(i: int) -> None:
+        gates[i].wait(20)
+        seen = current_transcript()
+        assert seen is not None
+        seen.add_llm_call(ask(f"item {i}"), completion("done"))
+        if i:
+            gates[i - 1].set()
+
+    with portal.carrying(), transcript() as seen, ThreadPoolExecutor(12) as pool:
+        items = [pool.submit(work, i) for i in range(12)]
+        gates[11].set()  # the last one records first
+        for item in items:
+            item.result()
+    assert re.findall(r"user: item (\d+)", seen.render()) == [str(i) for i in range(12)]
+    assert seen.to_mermaid().index("item 2") < seen.to_mermaid().index("item 10")

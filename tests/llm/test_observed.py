@@ -424,6 +424,39 @@ def test_a_guides_lost_call_is_infrastructure(server: Server) -> None:
     assert (failure.stage, failure.error, failure.infrastructure) == ("guide", "RateLimitError", True)
 
 
+class Batch:
+    """An agent that takes batches, as many frameworks do."""
+
+    isolation = "overlay"
+    max_concurrency = None
+
+    def __init__(self, url: str) -> None:
+        self.rule = ParameterNode("Answer.", name="rule")
+        self.url = f"{url}/v1/chat/completions"
+
+    def parameters(self) -> list[ParameterNode[Any]]:
+        return [self.rule]
+
+    async def rollouts(self, tasks: Any, guide: Any) -> Any:
+        for i, task in enumerate(tasks):
+            try:
+                body = httpx.post(self.url, json={"model": "m", "messages": []}).raise_for_status().json()
+            except httpx.HTTPError as error:
+                raise OwnError("the batch failed") from error
+            yield i, Rollout(sample_id=task.sample.id, output=body["choices"][0]["message"]["content"], score=1.0)
+
+
+def test_an_agent_that_takes_batches_is_counted_too(server: Server) -> None:
+    """Usage and budget; a lost call loses what is left of the batch, and is no failure of the agent."""
+    assert train(Batch(server.url))[0].usage["agent"].calls == 2
+    with pytest.raises(BudgetExceededError):
+        train(Batch(server.url), budget=Budget(calls=1), stepsize=0.0)
+    statuses = iter([200, 429])
+    server.answer = lambda path, body: (next(statuses), chat("fine"))
+    failures = train(Batch(server.url))[0].failures
+    assert [(one.error, one.infrastructure) for one in failures] == [("RateLimitError", True)]
+
+
 # Budget
 
 
