@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from aggregator.errors import ConfigError
 from aggregator.executors.local import LocalExecutor
 from aggregator.executors.work import AgentWork
 from aggregator.records import Rollout, RolloutTask, Sample, TrainingResult
+from aggregator.stops import seconds
 from aggregator.testing import FakeTransport, suggestion
 from aggregator.training.batches import minibatches
 from aggregator.training.checkpoints import RESULT
@@ -31,14 +34,20 @@ SLOW = 2
 class Asking(Module):
     """Asks a model twice; hangs between the two calls at one input, unless it is quick."""
 
-    def __init__(self, transport: FakeTransport, *, hangs: bool = True, pauses: float = 0.0) -> None:
+    def __init__(
+        self, transport: FakeTransport, *, hangs: bool = True, pauses: float = 0.0, waits_at: int = -1
+    ) -> None:
         self.hint = ParameterNode("none")
         self.llm = LLM("openai/gpt-4o-mini", api_key="none", transport=transport)
         self.ran: list[int] = []
-        self.hangs, self.pauses = hangs, pauses
+        self.hangs, self.pauses, self.waits_at = hangs, pauses, waits_at
 
     async def forward(self, x: int) -> int:
         self.ran.append(x)
+        if x == self.waits_at:
+            sys.stdout.write("waiting\n")
+            sys.stdout.flush()
+            time.sleep(3600)  # noqa: ASYNC251 - nothing goes on in this process: it is killed now
         await self.llm.complete(f"first about {x}")
         await asyncio.sleep(3600 if x == SLOW and self.hangs else self.pauses)
         await self.llm.complete(f"second about {x}")
@@ -229,6 +238,29 @@ def test_a_timeout_survives_a_resume(tmp_path: Path) -> None:
     result = train(fast, run_dir=tmp_path / "run", resume=True, **options)
     assert SLOW not in fast.ran
     assert [failure.error for failure in result.failures] == ["InstanceTimeoutError"]
+    assert (tmp_path / "run" / RESULT).read_bytes() == (tmp_path / "whole" / RESULT).read_bytes()
+
+
+def test_a_timeout_and_the_seconds_survive_a_kill(tmp_path: Path) -> None:
+    """SIGKILL in the step of the timeout: a resumed run where nothing hangs has the bytes of an unbroken one."""
+    seed = hangs_before_it_breaks()
+    options: dict[str, Any] = {"max_concurrency": 1, "seed": seed, "stop": seconds(3600)}
+    train(Asking(transport()), run_dir=tmp_path / "whole", **options)
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_instance_timeouts import Asking, seconds, train, transport
+train(Asking(transport(), waits_at=3), run_dir=sys.argv[1], max_concurrency=1, seed={seed}, stop=seconds(3600))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "waiting\n"
+        child.kill()
+    fast = Asking(transport(), hangs=False)
+    train(fast, run_dir=tmp_path / "run", resume=True, **options)
+    assert SLOW not in fast.ran
     assert (tmp_path / "run" / RESULT).read_bytes() == (tmp_path / "whole" / RESULT).read_bytes()
 
 
