@@ -138,7 +138,7 @@ def make_agent(world: World) -> Any:
 
         async def forward(self, keyword: str) -> str:
             world.meter.spend()
-            if world.random.random() < world.slips:
+            if world.slips and world.random.random() < world.slips:
                 return world.random.choice(world.teams())
             return world.form.read(self.rules.data).get(keyword, "unknown")
 
