@@ -313,14 +313,11 @@ def strip_fence(text: str) -> str:
 
 # ---- prompt templates: {question} of str.format, {{question}} of Jinja and Mustache, $question of string.Template
 
-_PLACEHOLDER = re.compile(
-    r"""
+_PLACEHOLDER = r"""(?x)
       \{\{ \s* (?P<mustache> [^\W\d][\w.]* ) \s* \}\}                            # {{question}}: Jinja, Mustache
     | (?<!\{) \{ (?P<brace> (?:[^\W\d]\w*|\d+) [^\s{}!:]* ) (?:![rsa])? (?::[^\s{}]*)? \}   # {question}: str.format
     | (?<!\$) \$ (?: \{ (?P<wrapped> [^\W\d]\w* ) \} | (?P<dollar> [^\W\d]\w* ) )  # $question: string.Template
-    """,
-    re.VERBOSE,
-)
+    """  # not compiled at import: loading an agent needs no pattern
 _SPELLED = {"mustache": "{{%s}}", "brace": "{%s}", "wrapped": "$%s", "dollar": "$%s"}
 
 
@@ -335,7 +332,7 @@ def placeholders(text: str) -> list[str]:
     """
     if "{" not in text and "$" not in text:  # nearly always
         return []
-    found = (_SPELLED[str(match.lastgroup)] % match[str(match.lastgroup)] for match in _PLACEHOLDER.finditer(text))
+    found = (_SPELLED[str(match.lastgroup)] % match[str(match.lastgroup)] for match in re.finditer(_PLACEHOLDER, text))
     return list(dict.fromkeys(found))
 
 
@@ -351,7 +348,7 @@ def fill(template: str, row: Any) -> str:
     >>> fill("Classify: {{ ticket }}", "late")
     'Classify: late'
     """
-    names = {_name_of(match) for match in _PLACEHOLDER.finditer(template)}
+    names = {_name_of(match) for match in re.finditer(_PLACEHOLDER, template)}
     columns: Mapping[Any, Any]
     if isinstance(row, Mapping):
         columns = row
@@ -374,14 +371,14 @@ def fill(template: str, row: Any) -> str:
             return str(columns[name])
         return str(match[0].format_map({name: columns[name]}) if not name.isdigit() else columns[name])
 
-    return _PLACEHOLDER.sub(value, template)
+    return re.sub(_PLACEHOLDER, value, template)
 
 
 def _name_of(match: re.Match[str]) -> str:
     return re.split(r"[.\[]", match[str(match.lastgroup)], maxsplit=1)[0]
 
 
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 
 
 def printable(text: str) -> str:
@@ -390,7 +387,7 @@ def printable(text: str) -> str:
     >>> print(printable("\x1b[2Jhello"))
     \x1b[2Jhello
     """
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return re.sub(_CONTROLS, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[str] = frozenset()) -> list[str]:

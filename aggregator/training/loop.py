@@ -140,12 +140,12 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
             marks = fingerprint(plan, trainer, initial, gate)
             if interpreted := [f"{name} in {place}" for name, place in sandboxes.items() if place.startswith("monty")]:
                 marks["sandbox"] = ", ".join(interpreted)  # another interpreter decides what the code comes to
-        state = (
-            checkpoints.load(plan.run_dir, marks) if plan.run_dir and plan.resume else None
-        ) or checkpoints.RunState(initial=initial, values=initial)
+        known = checkpoints.load(plan.run_dir, marks) if plan.run_dir and plan.resume else None
+        state = known or checkpoints.RunState(initial=initial, values=initial)
         state = replace(state, skipped=tuple(sorted({*state.skipped, *plan.skip})))
         plan = replace(plan, skip=state.skipped)
-        write(parameters, state.values)
+        if known is not None:
+            write(parameters, known.values)
         async with LocalExecutor(plan.max_concurrency) as local:
             course = _Course(trainer, plan, gate, local, parameters, marks, state)
             try:

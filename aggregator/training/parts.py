@@ -313,13 +313,13 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
     opted out by `sandboxed(None)`.
     """
     origins = [_origin_of(parameter) for parameter in parameters]
-    trained = {id(origin) for origin in origins}
+    trained = {id(origin) for origin in origins if isinstance(origin, CodeParameter)}
     foreign = [one.name for one in origins if _code_engine(one) == "here" and not isinstance(one, CodeParameter)]
     if foreign:
         _check_foreign_code(", ".join(foreign))
     places: dict[str, str] = dict.fromkeys(foreign, "here")
     sandboxed: list[tuple[str, CodeParameter, Any]] = []
-    for operation, owner in operations_of(agent):
+    for operation, owner in operations_of(agent) if trained else ():
         code = operation.code_of(owner)
         if code is None or id(code) not in trained:
             continue
