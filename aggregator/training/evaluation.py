@@ -24,6 +24,7 @@ from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, root_of
 from aggregator.guides.calling import check_guide, declared_maximum, declared_minimum
+from aggregator.llm.observed import Clients, observed
 from aggregator.portal import call, sync_function
 from aggregator.protocols import Agent, AnyGuide
 from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
@@ -255,12 +256,14 @@ async def aevaluate(
     *,
     min_score: float | None = None,
     max_concurrency: int = MAX_CONCURRENCY,
+    clients: Clients = None,
 ) -> list[float | None]:
     """Return one score per instance; None if a call was lost or the guide failed, which is not 0.
 
     `agent` is what `as_agent` takes, or anything that is called with an input. `inputs` and `infos` are two sequences
     as in Trace, or `inputs` is a whole data set. An instance on which the agent itself fails scores `min_score`, by
-    default the minimum that the guide declares. If instances have no score a TrainingWarning gives their number, and
+    default the minimum that the guide declares. With `clients="all"` a call that the agent's own client loses is lost,
+    and no failure of the agent (see `Trainer`). If instances have no score a TrainingWarning gives their number, and
     why the first has none.
     """
     check_guide(guide)
@@ -275,7 +278,8 @@ async def aevaluate(
         for sample in samples(dataset, name="dataset")
     ]
     async with LocalExecutor(max_concurrency) as executor:
-        runs = await executor.map(AgentWork(work_of, guide, call=executor.call), tasks)
+        with observed(clients):
+            runs = await executor.map(AgentWork(work_of, guide, call=executor.call), tasks)
     _warn_of([run.failure for run in runs if run.score is None and run.failure is not None], len(runs))
     return [run.score for run in runs]
 
@@ -348,6 +352,7 @@ async def aheadroom(
     max_score: float | None = None,
     min_score: float | None = None,
     seed: int = 0,
+    clients: Clients = None,
 ) -> Headroom:
     """Run the agent `repeats` times on `sample` instances, drawn by `seed` (None: on all), and return what they show.
 
@@ -372,7 +377,7 @@ async def aheadroom(
     known = as_agent(agent)
     parameters: Any = known.parameters()
     evaluate = Evaluations(alone(known), guide, parameters, min_score=worst).at(0, ("headroom",))
-    with lineage("headroom"):
+    with lineage("headroom"), observed(clients):
         try:
             runs = await evaluate(read(parameters), found, repeats=repeats, fresh=True)
         except BaseExceptionGroup as group:
@@ -420,6 +425,7 @@ def headroom(
     max_score: float | None = None,
     min_score: float | None = None,
     seed: int = 0,
+    clients: Clients = None,
 ) -> Headroom:
     """Tell before a run whether there is something to gain: the synchronous face of `aheadroom`.
 
@@ -438,4 +444,5 @@ def headroom(
         max_score=max_score,
         min_score=min_score,
         seed=seed,
+        clients=clients,
     )

@@ -27,6 +27,8 @@ from aggregator import (
     Price,
     Rollout,
     as_model,
+    evaluate,
+    headroom,
     optimize,
 )
 from aggregator.cassettes.storage import read
@@ -422,6 +424,17 @@ def test_a_guides_lost_call_is_infrastructure(server: Server) -> None:
     failure = keeping.rollouts[0].failure
     assert failure is not None
     assert (failure.stage, failure.error, failure.infrastructure) == ("guide", "RateLimitError", True)
+
+
+def test_evaluate_and_headroom_take_clients(server: Server) -> None:
+    """A lost call is no score, which without `clients=` is the lowest score."""
+    server.answer = lambda path, body: (429, {}) if "two" in str(body) else (200, chat("a"))
+    data = [("one", "a"), ("two", "b")]
+    with pytest.warns(TrainingWarning, match="RateLimitError"):
+        assert evaluate(Asking(server.url), judge, data, min_score=0.0, clients="all") == [1.0, None]
+    assert evaluate(Asking(server.url), judge, data, min_score=0.0) == [1.0, 0.0]
+    found = headroom(Asking(server.url), judge, data, repeats=2, min_score=0.0, clients="all")
+    assert (found.judged, {failure.infrastructure for failure in found.failures}) == (1, {True})
 
 
 class Batch:
