@@ -207,16 +207,8 @@ class _Course:
 
     async def follow(self) -> None:
         """Take every turn that is still due."""
-        with raise_misses():
-            if self.state.steps == 0 and not self.state.evaluations:
-                baseline = await self._evaluate(0)
-                self.state = self._with(baseline)
-                if baseline is not None:
-                    await notify(self.observers, "evaluation", baseline)
-            if self.state.steps == 0 and not self.state.validations:
-                self.state = await self._validate(self.state, 0)
-                for validation in self.state.validations:
-                    await notify(self.observers, "validation", validation)
+        if self.state.steps == 0:
+            await self._measure()
         for turn in self.turns[self.state.steps :]:
             if await self._is_stopped():
                 return
@@ -239,6 +231,21 @@ class _Course:
             await notify(self.observers, "step", full)
         await self._is_stopped()  # the reason is stated too where the last step was the one that brought it
 
+    async def _measure(self) -> None:
+        """Score test and validation set between two steps, where they are due and have not been scored."""
+        steps = self.state.steps
+        with raise_misses():
+            if not any(one.step == steps for one in self.state.evaluations):
+                evaluation = await self._evaluate(steps)
+                self.state = self._with(evaluation)
+                if evaluation is not None:
+                    await notify(self.observers, "evaluation", evaluation)
+            if not any(one.step == steps for one in self.state.validations):
+                before = self.state
+                self.state = await self._validate(before, steps)
+                if self.state is not before:
+                    await notify(self.observers, "validation", self.state.validations[-1])
+
     async def _is_stopped(self) -> bool:
         """Return True if a stop ends the run here; a resumed run that was stopped stays so under the same stops."""
         if not (stops := self.plan.stops):
@@ -252,7 +259,10 @@ class _Course:
             reason = await decide(
                 stops, mark, reached, self.clock, lambda stop, history: call_hook(stop, self.local.call, history)
             )
-        self.state = replace(state, stopped=reason, stops=mark)
+        if reason:
+            self.turns = self.turns[: state.steps]  # so that what is due at the end of a run is due here
+            await self._measure()
+        self.state = replace(self.state, stopped=reason, stops=mark)
         if reason and self.plan.run_dir is not None:
             checkpoints.save(self.plan.run_dir, self.state, self.marks)
         return bool(reason)

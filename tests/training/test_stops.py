@@ -15,6 +15,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, first_suggest
 import aggregator
 from aggregator import AggregatedUpdate, LLMOptimizer, cassette
 from aggregator.errors import ConfigError, ServerError
+from aggregator.observing.observer import Observer
 from aggregator.records import Evaluation, StepReport, TrainingResult
 from aggregator.rules import majority
 from aggregator.stops import Reached, patience, seconds, target
@@ -26,7 +27,8 @@ HERE = Path(__file__).parent
 
 def train(stop: Any, *, replies: Any = from_feedback, agent: Any = None, **options: Any) -> TrainingResult:
     optimizer = LLMOptimizer(llm=ScriptedModel(replies))
-    trainer = AggregatedUpdate(agent or Adder(), optimizer, llm=ScriptedModel(first_suggestion), observers=[])
+    watching = options.pop("observers", [])
+    trainer = AggregatedUpdate(agent or Adder(), optimizer, llm=ScriptedModel(first_suggestion), observers=watching)
     arguments: dict[str, Any] = {"batch_size": 2, "num_epochs": 4, **options}
     return trainer.train(exact, additions(5), stop=stop, **arguments)
 
@@ -98,6 +100,30 @@ def test_a_target_is_not_reached_by_the_few_instances_that_were_judged() -> None
     result = train(target(0.95), agent=Losing(), validate_dataset=additions(5), max_failure_ratio=1.0, batch_size=4)
     assert result.validations[-1].score == 1.0
     assert result.stopped == ""
+
+
+@pytest.mark.parametrize("eval_frequency", [0, 5])
+def test_a_stopped_run_is_measured_at_its_end(eval_frequency: int) -> None:
+    """With a rare validation set the best values were those of before training, whatever was learnt since."""
+    seen: list[tuple[str, int]] = []
+
+    class Watch(Observer):
+        def evaluation(self, evaluation: Evaluation) -> None:
+            seen.append(("test", evaluation.step))
+
+        def validation(self, evaluation: Evaluation) -> None:
+            seen.append(("validation", evaluation.step))
+
+    agent = Adder()
+    sets = {"validate_dataset": additions(5), "test_dataset": additions(5, 2)}
+    result = train(
+        lambda history: len(history) == 2, agent=agent, observers=[Watch()], eval_frequency=eval_frequency, **sets
+    )
+    assert [(one.step, one.score) for one in result.validations] == [(0, 0.0), (2, 1.0)]
+    assert result.parameters["amount"] == agent.amount.data == 5
+    assert [one.step for one in result.evaluations] == ([0, 2] if eval_frequency else [])
+    assert ("validation", 2) in seen
+    assert (("test", 2) in seen) == bool(eval_frequency)
 
 
 def test_patience_counts_measurements_without_a_better_score() -> None:
