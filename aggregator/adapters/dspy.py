@@ -144,7 +144,7 @@ def _uncached(lm: Any) -> Any:
 
 
 def _own_error(error: BaseException) -> BaseException:
-    """Return the library's error behind one of DSPy's, or what stands for a lost call; else the error itself."""
+    """Return the library's error behind one of DSPy's, or our error for a lost call, or the error as it is."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, errors.LLMError | errors.BudgetExceededError | errors.CassetteError | ConfigError):

@@ -72,8 +72,10 @@ class Steps(BaseCallback):
         if exception is not None:
             call.fail(exception)
         else:
-            told = [one.get("text") if isinstance(one, dict) else one for one in _listed(outputs)]
-            call.finish(Completion(choices=(Choice(message=Message(content="\n".join(map(as_text, told)))),)))
+            listed = outputs if isinstance(outputs, list) else [outputs]
+            texts = [one.get("text") if isinstance(one, dict) else getattr(one, "text", one) for one in listed]
+            content = "\n".join(as_text(text) for text in texts if text is not None)
+            call.finish(Completion(choices=(Choice(message=Message(content=content)),)))
         span.add(call)
 
 
@@ -81,7 +83,3 @@ def _count(group: Group | None) -> int:
     """Count the calls and operations that a part of a transcript holds."""
     held = () if group is None else group.items
     return sum(_count(one) if type(one) is Group else 1 for one in held)
-
-
-def _listed(outputs: Any) -> list[Any]:
-    return outputs if isinstance(outputs, list) else [outputs]

@@ -48,7 +48,7 @@ class GepaAgent(Module):
             or {type(one) for pair in given.items() for one in pair} != {str}
         ):
             raise ConfigError(
-                f"Expected candidate={{'name': 'text'}} beside a GEPA adapter, as gepa.optimize takes it, got "
+                f"Expected candidate={{'name': 'text'}} with a GEPA adapter, as gepa.optimize takes it, got "
                 f"{shorten(candidate)}; write trainable(adapter, candidate={{'system_prompt': '...'}})"
             )
         self.adapter = adapter
@@ -114,8 +114,8 @@ class GepaAgent(Module):
         records = [
             (name, record) for name in wanted for record in self._records(replace(found, **single), candidate, name)
         ]
-        told = dict.fromkeys(as_text(record.get(FEEDBACK, "")) for _, record in records)
-        return "\n".join(filter(None, told)), "\n".join(_lines(name, record) for name, record in records)
+        feedback = dict.fromkeys(as_text(record.get(FEEDBACK, "")) for _, record in records)
+        return "\n".join(filter(None, feedback)), "\n".join(_lines(name, record) for name, record in records)
 
     def _records(self, found: Any, candidate: dict[str, str], name: str) -> list[Mapping[str, Any]]:
         """Return the records of one instance about one component; none if the adapter has none to make."""

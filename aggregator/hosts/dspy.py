@@ -95,5 +95,5 @@ class AggregatedUpdate(Teleprompter):
         validate = self.validate if valset is None else list(valset)
         agent = DspyAgent(program, self.train)
         self.result = optimize(agent, list(trainset), guide=self.metric, validate=validate, **self.options)
-        program._compiled = True  # noqa: SLF001 - as DSPy's own optimizers do: an outer one leaves it alone
+        program._compiled = True  # noqa: SLF001 - as DSPy's own optimizers do: an outer one leaves it as it is
         return program

@@ -25,7 +25,7 @@ INPUTS, OUTPUTS, FEEDBACK, SCORE, TRANSCRIPT = "Inputs", "Generated Outputs", "F
 class AgentAdapter:
     """An agent of ours, with its guide, as an adapter of GEPA's; a row is what `train` takes.
 
-    A candidate holds each parameter as a text, what is no text as JSON. An instance without a score has
+    A candidate holds each parameter as a text, other values as JSON. An instance without a score has
     `failure_score`. Raises what ends a run.
     """
 
@@ -104,14 +104,14 @@ def rollouts_of(data: Mapping[str, Sequence[Mapping[str, Any]]], components: Seq
 
 def _rollout(i: int, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> Rollout:
     _, first = parts[0]
-    told = dict.fromkeys(as_text(record.get(FEEDBACK) or "") for _, record in parts)
+    feedback = dict.fromkeys(as_text(record.get(FEEDBACK) or "") for _, record in parts)
     score = first.get(SCORE, first.get("score"))
     return Rollout(
         sample_id=i,
         x=first.get(INPUTS),
         output=first.get(OUTPUTS),
         score=float(score) if isinstance(score, int | float) else None,
-        feedback="\n".join(filter(None, told)),
+        feedback="\n".join(filter(None, feedback)),
         transcript=first[TRANSCRIPT] if TRANSCRIPT in first else "\n".join(_shown(*part) for part in parts),
     )
 

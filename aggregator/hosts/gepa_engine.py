@@ -135,6 +135,7 @@ class _Evaluator:
             score, info = self._server.evaluate(self.candidate(values), row)
         except BudgetExhausted as error:
             raise BudgetExceededError(str(error)) from error
-        told = {key: value for key, value in info.items() if not key.startswith("_")}
-        alone = told.get("feedback", told.get("Feedback"))
-        return score, alone if isinstance(alone, str) and len(told) == 1 else as_text(told) if told else ""
+        shown = {key: value for key, value in info.items() if not key.startswith("_")}
+        if [key.lower() for key in shown] == ["feedback"]:
+            (shown,) = shown.values()
+        return score, as_text(shown) if shown else ""

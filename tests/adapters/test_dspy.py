@@ -115,11 +115,11 @@ async def test_concurrent_candidates_run_on_copies() -> None:
     trained = program()
     agent = trainable(trained)
     step = Step.of(agent, guide=same_team, samples=examples("a", "b"))
-    told = [
+    teams = [
         [run.output.team for run in await step.evaluate({"instructions": f"Answer {word}"}, step.samples)]
         for word in ("one", "two")
     ]
-    assert told == [["one", "one"], ["two", "two"]]
+    assert teams == [["one", "one"], ["two", "two"]]
     assert trained.signature.instructions == "Answer sales"
 
 
@@ -154,8 +154,8 @@ async def test_what_a_program_uses_is_shared_and_its_own_methods_are_those_of_th
     helper = Helper()
     agent = trainable(Uses(helper))
     assert agent.isolation == "copy"
-    told = [run.output.team for run in await evaluate(agent, examples("a"), **{"route.instructions": "Answer one"})]
-    assert (told, helper.asked) == (["one"], 2)
+    teams = [run.output.team for run in await evaluate(agent, examples("a"), **{"route.instructions": "Answer one"})]
+    assert (teams, helper.asked) == (["one"], 2)
 
 
 @pytest.mark.usefixtures("engine")
@@ -180,7 +180,7 @@ async def test_a_program_that_cannot_be_copied_runs_one_rollout_at_a_time() -> N
     assert whole.route.signature.instructions == "Answer sales"
 
 
-def test_modules_that_were_frozen_are_left_alone() -> None:
+def test_modules_that_were_frozen_are_not_trained() -> None:
     class Two(dspy.Module):  # type: ignore[misc] # not typed
         def __init__(self) -> None:
             super().__init__()
@@ -238,9 +238,9 @@ async def test_a_lost_call_is_no_feedback(name: str) -> None:
 
 
 async def test_errors_of_a_key_and_of_our_own_engine_end_the_run() -> None:
-    for error, told in ((dspy.lm15.AuthError("bad key"), AuthenticationError), (ConfigError("mine"), ConfigError)):
+    for error, expected in ((dspy.lm15.AuthError("bad key"), AuthenticationError), (ConfigError("mine"), ConfigError)):
         lm = dspy.LM("scripted/x", engine=Engine(fails=error), num_retries=0)
-        with dspy.context(lm=lm), pytest.raises(told):
+        with dspy.context(lm=lm), pytest.raises(expected):
             await roll_out(trainable(program()), {"ticket": "x"})
 
 

@@ -126,7 +126,7 @@ async def test_too_few_scores_end_the_run() -> None:
 
 @pytest.mark.parametrize("candidate", [None, {}, {"a": 1}, "text", {1: "a"}])
 def test_a_seed_candidate_is_needed(candidate: Any) -> None:
-    with pytest.raises(ConfigError, match=r"Expected candidate=\{'name': 'text'\} beside a GEPA adapter"):
+    with pytest.raises(ConfigError, match=r"Expected candidate=\{'name': 'text'\} with a GEPA adapter"):
         trainable(Scored(), candidate=candidate)
     with pytest.raises(ConfigError, match="Expected candidate="):
         as_agent(default_adapter.DefaultAdapter(model=last_word))

@@ -182,5 +182,5 @@ def test_options_of_a_request_reach_the_model(tmp_path: Path, llm: LLM) -> None:
     with cassette(tmp_path / "tape.yaml", "all"):
         hosts.Engine(llm).complete(request(max_tokens=50, temperature=0.5, seed=4, response_format=schema))
     text = (tmp_path / "tape.yaml").read_text(encoding="utf-8").replace(" ", "").replace("max_completion_", "max_")
-    for told in ('"max_tokens":50', '"temperature":0.5', '"seed":4', '"json_schema"'):
-        assert told in text, told
+    for option in ('"max_tokens":50', '"temperature":0.5', '"seed":4', '"json_schema"'):
+        assert option in text, option
