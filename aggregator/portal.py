@@ -3,8 +3,7 @@
 `call` runs a coroutine function on one background loop and waits for it: it works in scripts, under a running loop
 (notebooks, servers) and from worker threads. Context variables travel along; Ctrl-C cancels the work and waits for it.
 
-While a run or a cassette is open (`carrying`), the context also travels into the threads that are started inside, and
-into what is handed to pools. Where it cannot travel, `refuse_strays` raises.
+While a run or a cassette is open (`carrying`), threads and pools get the context too; else `refuse_strays` raises.
 """
 
 from __future__ import annotations
