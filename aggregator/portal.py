@@ -419,8 +419,7 @@ def _carried(branch: Branch) -> Callable[..., Any]:
 
 
 def _carried_from(context: Context, branch: Branch) -> Callable[..., Any]:
-    handed_in = context.get(_branch)  # what a copy of the context holds, where `branch` is that of a pool item
-    child = branch.child()
+    handed_in, child = context.get(_branch), branch.child()  # in a pool item, copies of the context hold another branch
     branch.add(1)
     context.run(_branch.set, child)
 
