@@ -160,8 +160,7 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
         if not outcome.done():  # else it came from the work itself
             scope.cancel()
             wait([outcome], timeout=PATIENCE)
-            if outcome.done():
-                vars(interrupt).update(vars(outcome.exception()) if outcome.exception() is not None else {})
+            vars(interrupt).update(vars(outcome.exception()) if outcome.done() and outcome.exception() else {})
         raise
 
 
