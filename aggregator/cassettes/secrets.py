@@ -120,7 +120,7 @@ def secret_edits(
         found += _parameter_edits(data, policy)
     if b"@" in data:
         found += _user_edits(data)
-    if b"</" in data:
+    if _is_xml(data):
         found += _element_edits(data, policy)
     found += _token_edits(data)
     if b"PRIVATE KEY" in data:
@@ -230,6 +230,11 @@ def _unescaped(raw: bytes, backslashes: int) -> str:
         except ValueError:  # cut
             break
     return text
+
+
+def _is_xml(data: bytes) -> bool:
+    """Return True for a document of XML, alone or joined to other texts; not for markup in a field of JSON."""
+    return data[:64].lstrip().startswith(b"<") or b"\n<" in data
 
 
 _ELEMENT = re.compile(rb"<(?:[\w-]{1,64}:)?([\w.-]{1,64})>([^<>\s]{8,8192})</")
@@ -423,7 +428,7 @@ def suspicious(data: bytes, needles: Needles = (), policy: Redaction = USUAL) ->
         or any(needle in data for needle in needles)
         or _has_secret_parameter(data)
         or (b"@" in data and any(True for _ in _user_edits(data)))
-        or (b"</" in data and any(True for _ in _element_edits(data, policy)))
+        or (_is_xml(data) and any(True for _ in _element_edits(data, policy)))
         or (b"V" in data and b"PRIVATE KEY" in data)  # one letter is looked for much faster
         or any(name.encode() in data.lower() for name in policy.fields)
         or any(pattern.search(data) for pattern in policy.patterns)
