@@ -75,8 +75,11 @@ class TraceParameter(ParameterNode[Any]):
 class TraceAgent(Module, InstanceAgent):
     """A Trace agent as the library runs it: one instance at a time inside Trace, and the guide sees plain data.
 
+    `shares_state`: a trainer's overridden `forward`, which calls the user's own agent, runs for one instance at a time.
     Raises ConfigError if the imported Trace is of a version that is not supported.
     """
+
+    shares_state = True
 
     def __init__(self, agent: Any) -> None:
         require_trace()

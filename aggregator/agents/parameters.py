@@ -216,6 +216,11 @@ def write(parameters: Iterable[ParameterNode[Any]], values: Values) -> None:
         parameter.store(value)
 
 
+def is_overridden(parameter: ParameterNode[Any]) -> bool:
+    """Return True if this context has a value of its own for a parameter."""
+    return parameter in _overrides.get(_NOTHING)
+
+
 @contextmanager
 def overriding(parameters: Iterable[ParameterNode[Any]], values: Values) -> Iterator[None]:
     """Let these parameters read as `values` in the current context (task, thread) and what is started from it.

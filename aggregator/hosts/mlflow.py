@@ -11,7 +11,6 @@ for the whole process, so that candidates follow one another; the instances of e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +20,14 @@ from mlflow.genai.optimize import BasePromptOptimizer
 from mlflow.genai.optimize.types import EvaluationResultRecord, PromptOptimizerOutput
 
 from aggregator.adapters.frameworks import require_version
-from aggregator.agents.parameters import ParameterNode
+from aggregator.adapters.mlflow import as_template, prompt_parameter
 from aggregator.errors import ConfigError
 from aggregator.executors.local import LocalExecutor
 from aggregator.hosts.evaluations import HostAgent, Judged
 from aggregator.llm.budget import Budget
 from aggregator.observing.observer import Observer
 from aggregator.records import FullStepReport, Sample, TrainingResult
-from aggregator.text import as_text, placeholders, shorten
+from aggregator.text import as_text
 from aggregator.training.optimize import optimize
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
@@ -98,7 +97,7 @@ class AggregatedUpdate(BasePromptOptimizer):
         """
         if eval_fn is None or not train_data:
             raise ConfigError("Expected train_data= and scorers= beside AggregatedUpdate, got none to learn from")
-        parameters = [_parameter(name, template) for name, template in target_prompts.items()]
+        parameters = [prompt_parameter(name, template) for name, template in target_prompts.items()]
         evaluate = _Evaluations(eval_fn, {one.name for one in parameters if one.type is not str})
         agent = HostAgent(parameters, evaluate, isolation="serial")
         run = mlflow.active_run() if enable_tracking else None
@@ -108,7 +107,7 @@ class AggregatedUpdate(BasePromptOptimizer):
         self.result = result
         chosen = [one.score for one in result.validations if one.score is not None]
         return PromptOptimizerOutput(
-            optimized_prompts={name: _template(value) for name, value in result.parameters.items()},
+            optimized_prompts={name: as_template(value) for name, value in result.parameters.items()},
             initial_eval_score=chosen[0] if chosen else None,
             final_eval_score=max(chosen, default=None),
         )
@@ -122,7 +121,7 @@ class _Evaluations:
         self._chats = chats
 
     async def __call__(self, values: dict[str, Any], samples: Sequence[Sample]) -> list[Judged]:
-        templates = {name: _template(value) for name, value in values.items()}
+        templates = {name: as_template(value) for name, value in values.items()}
         async with LocalExecutor(1) as thread:
             records = await thread.call(self._eval_fn, templates, [sample.info for sample in samples])
         return [_judged(record) for record in records]
@@ -157,31 +156,6 @@ def _lines(trace: Any) -> str:
     return "\n".join(
         f"{span.name}\n  input: {as_text(span.inputs)}\n  returned: {as_text(span.outputs)}" for span in spans
     )
-
-
-def _parameter(name: str, template: str) -> ParameterNode[Any]:
-    """Return a prompt of the registry as a parameter: a text, or the messages of a chat."""
-    variables = placeholders(template)
-    try:
-        messages = json.loads(template)
-    except ValueError:
-        messages = None
-    is_chat = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
-    value: Any = messages if is_chat else template
-    roles = [message["role"] for message in messages] if is_chat else []
-
-    def keeps(value: Any) -> bool:
-        given = [message.get("role") for message in value] if is_chat else []
-        return set(placeholders(_template(value))) == set(variables) and given == roles
-
-    kept = f"exactly the variables {', '.join(variables)}" if variables else "no variables"
-    keeps.__doc__ = f"It has {kept}" + (f", in messages of the roles {', '.join(roles)}" if is_chat else "")
-    kind: Any = list[dict[str, Any]] if is_chat else str
-    return ParameterNode(value, name=name, type=kind, description=f"the prompt {shorten(name)}", constraint=keeps)
-
-
-def _template(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 class _Metrics(Observer):

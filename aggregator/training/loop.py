@@ -5,9 +5,10 @@ evaluate the test set -> for each turn: rollouts and proposals -> update -> eval
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -185,6 +186,9 @@ class _Course:
         self.plan = plan
         self.gate = gate
         self.local = local
+        # What a user's own forward does with an agent of Trace is seen by all instances.
+        shared = getattr(trainer.agent_to_run(), "shares_state", False)
+        self.forwards: AbstractAsyncContextManager[Any] = asyncio.Lock() if shared else nullcontext()
         self.parameters = parameters
         self.marks = marks
         self.state = state
@@ -387,10 +391,12 @@ class _Course:
         place, sample = Place(step=step, call=self.local.call, seen=[]), task.sample
         with use_values(step), at_place(place):
             arguments = (self.trainer.agent, sample.x, self.plan.guide, sample.info, self.plan.verbose)
-            output = await call_hook(forward, self.local.call, *arguments)
+            async with self.forwards:
+                output = await call_hook(forward, self.local.call, *arguments)
         for rollout in place.seen:
             await self.rollouts.see(rollout)
-        return read_output(output, sample, seen=place.seen, lineage="/".join(task.lineage), strict=strict)
+        known: dict[str, Any] = {"seen": place.seen, "lineage": "/".join(task.lineage), "parameters": step.parameters}
+        return read_output(output, sample, strict=strict, **known)
 
     def _convert_values(self, values: Values) -> Values:
         with overriding(self.parameters, values):

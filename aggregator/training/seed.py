@@ -118,6 +118,7 @@ def read_output(
     seen: Sequence[Rollout] = (),
     lineage: str = "",
     strict: bool = True,
+    parameters: Sequence[Any] = (),
 ) -> Instance:
     """Read what `forward` returned: a Rollout, a Proposal, {parameter or name: value}, or (that, score).
 
@@ -125,7 +126,7 @@ def read_output(
     `update` of the user's own reads it (`strict=False`).
     """
     try:
-        proposal = _as_proposal(output)
+        proposal = _as_proposal(output, {id(one.origin): one.name for one in parameters if hasattr(one, "origin")})
     except ConfigError:
         if strict:
             raise
@@ -147,7 +148,8 @@ def read_output(
     )
 
 
-def _as_proposal(output: Any) -> Proposal:
+def _as_proposal(output: Any, names: Mapping[int, str]) -> Proposal:
+    """Read a proposal; `names` are those of parameters whose originals, such as nodes of Trace, have other ones."""
     score = None
     if isinstance(output, tuple) and len(output) == 2:
         output, score = output
@@ -160,7 +162,8 @@ def _as_proposal(output: Any) -> Proposal:
     if output is None:
         return Proposal(score=score)
     if isinstance(output, Mapping):
-        return Proposal(values={str(getattr(key, "name", key)): value for key, value in output.items()}, score=score)
+        named = {names.get(id(key)) or str(getattr(key, "name", key)): value for key, value in output.items()}
+        return Proposal(values=named, score=score)
     raise ConfigError(
         "Expected forward to return a Proposal, a mapping of parameter to value, or (mapping, score), "
         f"got {shorten(output)}"

@@ -287,3 +287,17 @@ def test_an_unsupported_version_is_refused_with_the_supported_ones() -> None:
             require_version("trace-opt", OLDEST, NEWEST, version=version)
     for version in ("0.1.3", "0.1.3.9", "0.2.0"):
         require_version("trace-opt", OLDEST, NEWEST, version=version)
+
+
+def test_an_overridden_forward_of_a_trainer_does_not_race(opto: Any) -> None:
+    """It calls the user's own agent, whose registries all instances share."""
+    llm = as_model(lambda messages: '{"suggestion": {}}')
+
+    class Own(AggregatedUpdate):
+        def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: Any = 0) -> Any:
+            score, feedback = guide(x, agent(x).data, info)
+            return {agent.prompt: f"hello {feedback}"}, score
+
+    trainer = Own(make(opto, say), LLMOptimizer(llm=llm), llm=llm)
+    result = trainer.train(right, [(f"q{i}", "") for i in range(24)], batch_size=24)
+    assert result.failures == ()

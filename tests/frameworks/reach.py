@@ -74,6 +74,7 @@ CASES = (
     Case("LangGraph", "langgraph", "prompt.system", "langgraph", "langchain"),
     Case("Google ADK", "adk", "router.instruction", "google-adk", "adk"),
     Case("LlamaIndex", "llama_index", "system_prompt", "llama-index-core", "llama-index"),
+    Case("CrewAI", "crewai", "router.goal", "crewai", "crewai"),
 )
 
 HOSTS = (Case("MLflow", "mlflow", "", "mlflow", "mlflow"),)

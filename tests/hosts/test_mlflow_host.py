@@ -17,8 +17,9 @@ from mlflow.entities import Feedback
 from mlflow.genai.scorers import scorer
 
 from aggregator import as_model
+from aggregator.adapters.mlflow import prompt_parameter
 from aggregator.errors import ConfigError, ParameterError
-from aggregator.hosts.mlflow import AggregatedUpdate, _Evaluations, _parameter
+from aggregator.hosts.mlflow import AggregatedUpdate, _Evaluations
 from aggregator.records import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,7 +89,7 @@ def test_a_template_that_loses_its_variable_is_refused() -> None:
 
 def test_a_chat_prompt_stays_a_list_of_messages() -> None:
     template = [{"role": "system", "content": "Greet."}, {"role": "user", "content": "{{who}}"}]
-    parameter = _parameter("greet", json.dumps(template))
+    parameter = prompt_parameter("greet", json.dumps(template))
     assert parameter.data == template
     new = [{"role": "system", "content": "Greet warmly."}, {"role": "user", "content": "{{who}}"}]
     assert parameter.convert(new) == new
