@@ -324,6 +324,8 @@ class Headroom(Struct, frozen=True, kw_only=True):
         """What the figures mean for a run, in a sentence."""
         if self.score is None:
             return "No instance was judged; look at the failures first."
+        if self.judged < self.instances and (self.perfect == 1 or self.undecided == 0):
+            return f"{self.instances - self.judged} of {self.instances} instances were not judged; look at these first."
         if self.perfect == 1:
             return "Nothing to gain: every instance reached the best score in every repeat."
         if self.identical:
@@ -357,7 +359,8 @@ async def aheadroom(
     """Run the agent `repeats` times on `sample` instances, drawn by `seed` (None: on all), and return what they show.
 
     `max_score` is the best score; by default what the guide declares as `guide.max_score`, never what was seen. An
-    instance on which the agent fails scores `min_score`, or the guide's declared `min_score`; without either it is not
+    instance on which the agent fails scores `min_score`, or the guide's declared `min_score`. Without either a failure
+    counts as the lowest score, at most 0, if other repeats were judged, and an instance that always fails is not
     judged. Raises ConfigError for invalid arguments, and what ends a run.
     """
     check_guide(guide)
@@ -395,7 +398,9 @@ def summarise(runs: Sequence[Rollout], repeats: int, max_score: float | None = N
     (0.75, 0.5, 0.5)
     """
     groups = [runs[i : i + repeats] for i in range(0, len(runs), repeats)]
-    scores = [[run.score for run in group if run.score is not None] for group in groups]
+    lowest = lowest_of([run.score for run in runs])
+    tried = [group if any(run.score is not None for run in group) else () for group in groups]
+    scores = [[score for score in scores_of(group, lowest) if score is not None] for group in tried]
     judged = [own for own in scores if own]
     means = [fmean(own) for own in judged]
     outputs = [[repr(run.output) for run in group] for group in groups]

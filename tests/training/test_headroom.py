@@ -107,6 +107,29 @@ def test_an_agent_that_fails_has_the_declared_minimum() -> None:
     assert "1 not judged" in str(found)
 
 
+def test_an_agent_that_sometimes_fails_is_not_always_right() -> None:
+    """A repeat that crashed was left out of its instance's mean, so there was nothing to gain."""
+    calls = itertools.count()
+
+    def agent(x: int, *, hint: str = "") -> int:
+        if next(calls) % 2:
+            raise KeyError("lang")
+        return x
+
+    found = headroom(agent, lambda x, output, info: float(output == info), [(1, 1), (2, 2)], repeats=2, max_score=1)
+    assert (found.score, found.undecided, found.perfect) == (0.5, 1.0, 0.0)
+
+
+def test_nothing_to_gain_is_not_said_of_instances_that_were_not_judged() -> None:
+    """One of two instances is always right, the other always fails."""
+
+    def agent(x: int, *, hint: str = "") -> int:
+        return {1: 1}[x]
+
+    found = headroom(agent, lambda x, output, info: float(output == info), [(1, 1), (2, 2)], max_score=1)
+    assert found.verdict == "1 of 2 instances were not judged; look at these first."
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
