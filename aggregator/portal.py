@@ -412,12 +412,9 @@ class _Elsewhere:
             return self.function(*args, **kwargs)
 
 
-def _carried(branch: Branch) -> Callable[..., Any]:
+def _carried(branch: Branch, copied: Context | None = None) -> Callable[..., Any]:
     """Return a function that calls another one in a copy of this context, as the next work that it starts."""
-    return _carried_from(copy_context(), branch)
-
-
-def _carried_from(context: Context, branch: Branch) -> Callable[..., Any]:
+    context = copy_context() if copied is None else copied
     handed_in, child = context.get(_branch), branch.child()  # in a pool item, copies of the context hold another branch
     branch.add(1)
     context.run(_branch.set, child)
@@ -554,7 +551,7 @@ def _map_in_pool(original: Callable[..., Any]) -> Callable[..., Any]:
             carry, *rest = given if is_star else given[0]
             return carry(func, *rest)
 
-        items = ((_carried_from(here.copy(), branch), *(item if is_star else (item,))) for item in iterable)
+        items = ((_carried(branch, here.copy()), *(item if is_star else (item,))) for item in iterable)
         return original(self, call, list(items) if hasattr(iterable, "__len__") else items, *args, **kwargs)
 
     return map_items

@@ -42,7 +42,7 @@ class Operation:
     def code_of(self, owner: Any) -> CodeParameter | None:
         """Return the parameter that holds the source: the instance's own for a method, else the operation's."""
         if self.code is None or not isinstance(getattr(owner, "__dict__", None), dict):
-            return self.code  # a class, or an instance without a place of its own
+            return self.code  # a class, or an instance without its own entry
         key = self.name + CODE
         own = vars(owner).get(key)
         if own is None:  # setdefault: two threads that come first at the same time agree on one

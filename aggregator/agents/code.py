@@ -51,7 +51,7 @@ class CodeParameter(ParameterNode[str]):
         self.name = name
 
     def fresh(self) -> CodeParameter:
-        """Return a parameter of its own for the same function, holding the source as written."""
+        """Return a separate parameter for the same function, holding the source as written."""
         return CodeParameter(self.original, name=self.name, description=self.description, place=self.place)
 
     def check(self, raw: Any, where: str) -> str:

@@ -158,7 +158,7 @@ class Module:
         """Put values into the parameters of these names, all of them or none, as `agent.apply(result.best_parameters)`.
 
         `which` names them ("best", "last"); `save` writes it down as long as the parameters have these values. Raises
-        ParameterError for a name that is no parameter's, and for a value that does not fit.
+        ParameterError for an unknown name, and for a value that does not fit.
         """
         parameters = self.parameters_dict()
         if unknown := [name for name in values if name not in parameters]:

@@ -41,7 +41,7 @@ class Picture:
     def draw(self, group: Group, parent: str | None = None) -> None:
         """Draw what a group holds: a line from its parent to the first, dotted ones to what came next.
 
-        What concurrent tasks did starts at the parent again, each in a row of its own.
+        What concurrent tasks did starts at the parent again, each in its own row.
         """
         before = None
         for item in group.ordered():
@@ -187,7 +187,7 @@ class Span(Group):
 class LLMCall:
     """One call of the agent to a model: the messages and, once it came, the reply.
 
-    `title` names the call; what another client asks of a server that is no known model has its address there.
+    `title` names the call; a request of another client to an unknown server has its address there.
     """
 
     def __init__(self, messages: Any, title: str = "LLM call") -> None:
@@ -214,7 +214,7 @@ class LLMCall:
 
 
 def _runner() -> Any:
-    """Return the running task, or the thread if there is no task."""
+    """Return the running task, or the thread outside of one."""
     tasks = sys.modules.get("asyncio.tasks")  # without it there are no tasks, and no reason to import it
     try:
         task = tasks.current_task() if tasks else None

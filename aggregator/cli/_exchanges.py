@@ -125,7 +125,7 @@ def _answer_changes(old: Exchange, new: Exchange) -> Iterator[str]:
 
 
 def _head(exchange: Exchange) -> dict[str, Any]:
-    """Return what an answer says beside its body, and what ended it."""
+    """Return status, headers that matter and error of an answer."""
     reply, error = exchange.reply, exchange.facts.error
     headers = {name: value for name, value in reply.headers.items() if name in _TELLING_HEADERS}
     return {"status": reply.status, **headers, **({"error": ": ".join(error)} if error else {})}
@@ -148,7 +148,7 @@ _USER = re.compile(r"//([^/@]*)@")
 
 
 def needles_from(environment: Mapping[str, str]) -> Needles:
-    """Return the values of variables with a secret's name: none of them may be in a cassette; words are none."""
+    """Return the values of variables with a secret's name, which no cassette may hold; plain words do not count."""
     values = [value for name, value in environment.items() if is_secret_field(name) and len(value) >= SHORTEST]
     return needles_of(frozenset(filter(is_worth_finding, values)))
 

@@ -40,7 +40,7 @@ _HEAD = 4_096
 def find_cassettes(paths: Iterable[Path]) -> list[Path]:
     """Return the cassettes that files and folders name; a cassette's further shards belong to its first.
 
-    What is no cassette is passed over in a folder. Raises ConfigError for a path that is not there.
+    Other files in a folder are skipped. Raises ConfigError for a path that is not there.
     """
     found: list[Path] = []
     for path in paths:
@@ -55,7 +55,7 @@ def find_cassettes(paths: Iterable[Path]) -> list[Path]:
 
 
 def _is_first(path: Path) -> bool:
-    """Return True if a file is a cassette's first shard, or one whose first is gone, which has to be told."""
+    """Return True if a file is a cassette's first shard, or one whose first shard is missing, which is reported."""
     shard = _SHARD.fullmatch(path.stem)
     return shard is None or not path.with_name(f"{shard[1]}{path.suffix}").exists()
 
@@ -73,7 +73,7 @@ def _looks_like_cassette(path: Path) -> bool:
 
 
 class Totals(Struct, frozen=True, kw_only=True):
-    """Sums over exchanges. Tokens and cost are sums of what is known; `unknown` counts answers that told none."""
+    """Sums over exchanges. Tokens and cost are sums of what is known; `unknown` counts answers without figures."""
 
     exchanges: int = 0
     failed: int = 0
@@ -271,5 +271,5 @@ def played(cache: Path) -> dict[Path, Played]:
 
 
 def passed_over(path: Path) -> str:
-    """Say why nothing is told of a cassette whose account is not complete."""
+    """Explain why a cassette is skipped: its tests did not all run and pass."""
     return f"{path}: passed over: a test that plays it did not pass or did not run in whole; run its tests again"

@@ -192,7 +192,7 @@ def print_difference(options: argparse.Namespace) -> int:
 
 
 def check_cassettes(options: argparse.Namespace) -> int:
-    """Print every problem with where it is; 1 where there is one."""
+    """Print every problem and where it is; return 1 if there is any."""
     import os
     from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""`aggregator <command>`: each command is a file of its own beside this one.
+"""`aggregator <command>`: each command is a file in this folder.
 
 Such a file offers `add_parser(subparsers)`, which adds its parser and names what to call with
 `parser.set_defaults(run=...)`: a function from the parsed arguments to the exit code. It imports what it needs inside
@@ -75,7 +75,7 @@ def _drop_output() -> None:
     """Let what is still in the buffer go nowhere, or the interpreter would try to write it once more and complain."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:  # standard output is no file, as in a test
+    except OSError:  # standard output is not a file, as in a test
         return
 
 
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def commands() -> list[str]:
-    """Return the names of the commands: the files beside this one."""
+    """Return the names of the commands: the files in this folder."""
     names = (module.name for module in iter_modules(cli.__path__))
     return sorted(name for name in names if name != "main" and not name.startswith("_"))
 

@@ -331,7 +331,7 @@ class _Conversation:
 
     async def _watch(self) -> None:
         """Close the socket of a worker that has ended, if a process that it started still holds the other end."""
-        while self._worker.is_alive():  # noqa: ASYNC110 - the end of a process is no event of ours
+        while self._worker.is_alive():  # noqa: ASYNC110 - asyncio has no event for the end of such a process
             await asyncio.sleep(WATCH)
         await asyncio.sleep(WATCH)  # what it wrote before is read first
         with suppress(OSError):

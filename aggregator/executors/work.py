@@ -104,7 +104,7 @@ class AgentWork:
 
     What the agent assigns to its trainable parameters lasts until the end of its rollout.
 
-    `agent` is what `as_agent` returns. `call` runs synchronous code; None has threads of its own. Pickling keeps agent
+    `agent` is what `as_agent` returns. `call` runs synchronous code; None uses its own threads. Pickling keeps agent
     and guide only. Raises what ends a run; every other error is the rollout's `failure`.
     """
 
@@ -238,7 +238,7 @@ async def judge_run(
     """Return the rollout that a run of an agent makes, with the guide's score; with guide None it has no score.
 
     `guide` is what `as_guide` returns; its calls are placed below the current lineage. `started` is when the run began,
-    by `perf_counter`, `measures` what its calls took. An `instant` guide asks no model, so it has no place of its own.
+    by `perf_counter`, `measures` what its calls took. An `instant` guide asks no model, so it has no lineage.
     Raises what ends a run.
     """
     sample, score, feedback = task.sample, None, ""
@@ -374,7 +374,7 @@ _TRAINED = ", trained>"
 def where_of(error: BaseException, stage: Stage) -> str:
     """Return the innermost line of the user's own code, as "agent.py:12 in forward".
 
-    If there is none, as where the call does not fit the function, it is the call of the agent or of the guide, else "".
+    Without one, as when the call does not fit the function, it is the call of the agent or of the guide, else "".
     """
     if own := _own_frames(error):
         return f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}"

@@ -58,7 +58,7 @@ def _first_frame(end: socket.socket) -> bytes:
 def _prepare(data: dict[str, Any]) -> None:
     """Import the main module as `multiprocessing` does for a spawned process: pickles may refer to it."""
     here = process.current_process()
-    vars(here)["_inheriting"] = True  # a worker that starts workers of its own now has no guard in its main module
+    vars(here)["_inheriting"] = True  # a worker that itself starts workers has no guard in its main module
     try:
         spawn.prepare(data)
     finally:

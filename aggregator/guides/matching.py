@@ -105,7 +105,7 @@ class NumericMatch:
         return show_call("NumericMatch", rel_tol=self.rel_tol, abs_tol=self.abs_tol, last=self.last, key=self.key)
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
-        """Compare one output; raises GuideError where `info` is no number, as that is no fault of the agent."""
+        """Compare one output; raises GuideError if `info` is not a number, as that is not the agent's fault."""
         wanted = info if self.key is None else info[self.key]
         expected = _number(wanted, last=False)
         if expected is None:
@@ -140,7 +140,7 @@ Analyzer = Callable[[Any, Any, Any], str | None]
 class RegexMatch:
     r"""Scores 1 where the pattern is found in the output, else 0.
 
-    Without a pattern of its own it takes each sample's `info`. `whole=True` wants the whole output to match.
+    Without a pattern it takes each sample's `info`. `whole=True` wants the whole output to match.
 
     >>> RegexMatch(r"\b(billing|other)\b")("x", "It is billing.", None)
     (1.0, 'Correct.')

@@ -107,7 +107,7 @@ class ProgressBar(Observer):
         self.close()
 
     def failed(self, error: BaseException, /) -> None:
-        """End the bar's line, so that what is printed next begins on one of its own."""
+        """End the bar's line, so that the next output begins on a new line."""
         self.close()
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ class AggregatedUpdate(Minibatch):
     `llm` is the aggregating model, its name, or None for the default model. Set `aggregator_system_prompt` on a
     subclass or an instance to change its instructions. A subclass may override `to_param_dict`, which names the values
     in the prompt, and `extract_llm_suggestion` and `construct_update_dict`, which read the reply; with an
-    `extract_llm_suggestion` of its own no `response_format` is sent and no reply is asked for again. All of these, and
+    overridden `extract_llm_suggestion` no `response_format` is sent and no reply is asked for again. All of these, and
     `llm` and `max_tokens`, are read at each step. `rule` replaces the aggregation by another rule, which has no use for
     them: together they are a ConfigError.
     """

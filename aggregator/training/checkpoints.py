@@ -212,7 +212,7 @@ def _continues(name: str, before: str | None, now: str | None) -> bool:
 
 
 def result_of(state: RunState, parameters: Values, kept: Kept) -> TrainingResult:
-    """Make the result of where a run stands; `parameters` are the last values."""
+    """Make the result of a run's current state; `parameters` are the last values."""
     from aggregator.llm.ledger import total_by_role
 
     reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations, *state.validations]

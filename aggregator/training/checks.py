@@ -108,7 +108,7 @@ def leak_guard(data: Dataset | None = None, *, words: int = LEAK_WORDS) -> Check
     `data` is what must not be copied, by default the training set of the run, or the samples of a step made alone.
     Runs of `words` words that the initial or the current value has are allowed, and parameters marked as
     demonstrations (`ParameterNode(..., demonstrations=True)`) are not looked at. All texts inside a value count, for
-    lists and mappings too. Raises ConfigError if `words` is no int of at least 2.
+    lists and mappings too. Raises ConfigError unless `words` is an int of at least 2.
 
     >>> check = leak_guard([("Which river runs through the old town of Bern?", "Aare")])
     >>> check("Answer.", "The river runs through the old town.", ParameterNode("Answer."), Step())

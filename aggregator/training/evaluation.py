@@ -45,7 +45,7 @@ class Evaluations:
     """Evaluates values and remembers their scores, so that gates, searches and rules pay for each once.
 
     A score belongs to (values, sample, guide, repeat). Concurrent evaluations of the same values wait for one another.
-    The calls of an evaluation stand in the recording under `values=<digest>/sample=<id>`, below the place of the step,
+    The calls of an evaluation are recorded under `values=<digest>/sample=<id>`, below the place of the step,
     for every caller; with a guide other than the run's, `guide=<digest>` comes in between.
     """
 
@@ -69,7 +69,7 @@ class Evaluations:
         self._guides: dict[int, tuple[Any, str]] = {}  # kept alive, as its id is the key
 
     def at(self, step: int, place: Sequence[str] = ()) -> Evaluate:
-        """Return the `evaluate` of one step, whose calls stand below `place`."""
+        """Return the `evaluate` of one step, whose calls are recorded below `place`."""
         return partial(self._evaluate, step, tuple(place))
 
     async def _evaluate(

@@ -120,7 +120,7 @@ MEASURES = ("cost", "length", "milliseconds")
 
 
 def check_score_name(score: Any) -> None:
-    """Raise ConfigError for what is no name of a score."""
+    """Raise ConfigError for an invalid name of a score."""
     if score is not None and (not isinstance(score, str) or not score):
         raise ConfigError(f"Expected score to be the name of a score, or None for the primary one, got {score!r}")
 

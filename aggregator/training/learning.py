@@ -57,14 +57,14 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "transcript": ("transcript", "messages", "trace"),
     "values": ("values",),
 }
-"""What a record tells, and under which names it is looked for; the first that is there counts."""
+"""The facts of a record, and the names under which each is looked for; the first one present counts."""
 
 UNLABELLED = "it has no score, no feedback and no correction"
 STALE = "it ran with other values than the current ones"
 
 
 class Logged(Struct, frozen=True, kw_only=True):
-    """One record as it is learned from: its own id, the rollout that it tells of, and the values that it ran with."""
+    """One record as it is learned from: its id, the rollout that it describes, and the values that it ran with."""
 
     id: str | int
     rollout: Rollout

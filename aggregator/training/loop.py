@@ -170,7 +170,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
 
 
 class _Course:
-    """A run under way; `state` is where it stands between two steps, `pending` a step whose test set is still due."""
+    """A run under way; `state` is its state between two steps, `pending` a step whose test set is still due."""
 
     def __init__(
         self,

@@ -42,8 +42,8 @@ class LLMMerge:
     No call is made if there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
     touch different parameters. If instances of the group are satisfied (`step.satisfied`), a single proposal is weighed
     against them, too. A parameter that no proposal names is neither shown nor changed. A failed call applies
-    nothing and stands in the proposal's failures; an error that no further call can escape (authentication, the budget)
-    is raised. `temperature` and `seed` go to the model; None leaves them to the server. With `evidence` the
+    nothing and is listed in the proposal's failures; an error that no further call can escape (authentication, the
+    budget) is raised. `temperature` and `seed` go to the model; None leaves them to the server. With `evidence` the
     model also sees each proposal's reasoning and the beginning of the transcripts behind it.
     """
 
@@ -222,7 +222,7 @@ def worst_first(proposals: Sequence[Proposal]) -> list[Proposal]:
 
 
 def group_proposals(proposals: Sequence[Proposal], fan_in: int, max_tokens: int) -> list[list[Proposal]]:
-    """Cut a sequence into groups of at least two where there are two, within the fan-in and the token limit."""
+    """Cut a sequence into groups of at least two if possible, within the fan-in and the token limit."""
     groups: list[list[Proposal]] = [[]]
     room = max_tokens
     for proposal in proposals:
@@ -250,8 +250,8 @@ class LLMChoice:
     """Asks a model which proposal is best, and keeps that one as it is, or none if the current value is better.
 
     No call is made for stepsize 0, for no proposal, or for one distinct proposal if no instance is satisfied
-    (`step.satisfied`). A failed call keeps nothing and stands in the proposal's failures; an error that no further call
-    can escape is raised.
+    (`step.satisfied`). A failed call keeps nothing and is listed in the proposal's failures; an error that no further
+    call can escape is raised.
     """
 
     calls_per_merge = 1

@@ -31,7 +31,7 @@ from aggregator.training.stops import AnyStop
 from aggregator.training.trainer import Trainer
 
 RUNS = "runs"
-"""The folder in which each call makes a folder of its own."""
+"""The folder in which each call makes its own folder."""
 
 Pairs = list[tuple[Any, Any]]
 
@@ -105,7 +105,7 @@ optimize = sync_function(aoptimize)
 
 
 def split(data: Sequence[Sample], validate: float | Dataset, seed: int) -> tuple[Pairs, Pairs]:
-    """Return the pairs to train on and those to choose by: a share drawn by `seed`, or a data set of its own.
+    """Return the pairs to train on and those to choose by: a share drawn by `seed`, or a separate data set.
 
     At least one of each, in the order of the data. Raises ConfigError for a share outside [0, 1), and for a share of a
     single row.

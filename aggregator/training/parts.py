@@ -65,7 +65,7 @@ def _takes_any_number(function: Any) -> bool:
 
 
 def _argument(function: Any, position: int) -> str:
-    """Return the name of an argument, "" if there is none."""
+    """Return the name of an argument, or ""."""
     try:
         return [*signature(function).parameters, "", "", ""][position]
     except (TypeError, ValueError):  # written in C without a signature
@@ -142,7 +142,7 @@ def check_budget(budget: Any) -> None:
 async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step: Step) -> Proposal:
     """Return what an optimizer proposes, each value in its parameter's own type; `error` says what does not fit.
 
-    Score and feedback are those of the rollouts if the optimizer gives none of its own.
+    Score and feedback are those of the rollouts if the optimizer gives none.
     """
     proposal = await _check_async(optimizer.propose(rollouts, step), "propose", optimizer)
     if not isinstance(proposal, Proposal) or not isinstance(proposal.values, dict):

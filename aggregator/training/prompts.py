@@ -168,7 +168,7 @@ UPDATE_DIGEST = 300
 
 
 class Layout(Struct, frozen=True, kw_only=True):
-    """What a proposal's prompt shows beside the facts, under which headings, and what it leaves out.
+    """What a proposal's prompt shows in addition to the facts, under which headings, and what it leaves out.
 
     `include_example` puts a worked example in front: ours, or a text of your own. `prompt_symbols` renames headings, as
     in {"Feedback": "Verdict"}. `mask` names sections to leave out. The names are Trace's; a `#` before a heading may
@@ -397,7 +397,7 @@ def _suggestion(proposal: Proposal, confidence: float) -> str:
 
 
 def evidence_of(proposal: Proposal, rollouts: Sequence[Rollout]) -> str:
-    """Return what is behind a proposal, each on a line of its own: its reasoning, and what the agent did there.
+    """Return what is behind a proposal, each on its own line: its reasoning, and what the agent did there.
 
     >>> run = Rollout(sample_id=4, transcript="asked the model")
     >>> print(evidence_of(Proposal(reasoning="Too long.", sample_ids=(4,)), [run]))
@@ -436,7 +436,7 @@ def _messages(system_prompt: str, sections: Sequence[tuple[str, str]], *, shared
 
 
 def _indent_headings(text: str) -> str:
-    """Indent lines that begin as a heading does: what an agent or a guide says cannot open a section of its own.
+    """Indent lines that begin as a heading does: what an agent or a guide says cannot open a section.
 
     A lone surrogate, which no request can carry, is written as its escape.
     """

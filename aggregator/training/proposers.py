@@ -137,7 +137,7 @@ class LLMOptimizer:
         return replace(step, parameters=[parameter for parameter in step.parameters if parameter.name in names])
 
     def messages(self, rollout: Rollout, step: Step) -> list[dict[str, str]]:
-        """Return the prompt; a subclass may tell the model something else."""
+        """Return the prompt; a subclass may write another one."""
         return self.describe(
             rollout, step, history=self.recall(step.history), system_prompt=self.system_prompt, layout=self.layout
         )

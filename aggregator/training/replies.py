@@ -2,7 +2,7 @@ r"""From a reply's text to the JSON objects in it: strict rungs, tried in order,
 
 The grammar is json's own throughout. Each rung only changes what is handed to it:
 
-    json       the text between the braces, as it stands
+    json       the text between the braces, unchanged
     control    the same, raw newlines and tabs inside strings allowed
     lenient    the same, its tokens rewritten one by one into JSON's: single and triple quotes, comments, trailing
                commas, `True` / `None`, unquoted keys, `+1` and `.5`; only spellings on which JSON5 and Python agree
@@ -50,7 +50,7 @@ _CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false"
 
 
 class Region(Struct, frozen=True):
-    """One object found in a text: where it stands, its outermost keys, its tokens as JSON, or why they are none."""
+    """One object found in a text: its position, its outermost keys, its tokens as JSON, or why they are none."""
 
     start: int
     end: int
@@ -227,7 +227,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def canonical(value: Any) -> bytes:
-    """Encode with sorted keys; SuggestionError for text that is no Unicode (a lone surrogate)."""
+    """Encode with sorted keys; SuggestionError for text that is not Unicode (a lone surrogate)."""
     try:
         return canonical_json(value)
     except UnicodeEncodeError as error:
@@ -291,8 +291,8 @@ def parse_reply(text: str) -> Reply:
     """Read a reply in the aggregator's form; SuggestionError where that would take guessing.
 
     TERMINATE counts only as the whole reply. The outermost key is `suggestion` in any case; its value is an object, or
-    null for no change. An object without that key is no answer, even if its keys are parameters: prompts quote those.
-    Time grows linearly with the reply's length.
+    null for no change. An object without that key is not an answer, even if its keys are parameters: prompts quote
+    those. Time grows linearly with the reply's length.
 
     >>> parse_reply('<think>hm</think>Here: {"suggestion": {"k": 3,}}')
     Reply(suggestion={'k': 3}, reasoning='', terminate=False, rung='think+prose+lenient')
@@ -331,7 +331,7 @@ def _parse(body: str) -> Reply:
 def _after_thinking(body: str) -> tuple[str, list[str]]:
     """Cut off the thinking before the answer; nothing is read inside of it, nor is a tag inside of an object one.
 
-    Thinking may begin unmarked (the prompt's template opened it) and may stand after some words.
+    Thinking may begin unmarked (the prompt's template opened it) and may come after some words.
     """
     steps: list[str] = []
     while (tag := _TAG.match(body)) and not tag["end"]:

@@ -59,7 +59,7 @@ class Repeats:
         ]
 
     def join(self, runs: Sequence[Rollout]) -> list[Rollout]:
-        """Return one rollout for the repeats of each instance, which stand one behind the other."""
+        """Return one rollout for the repeats of each instance, which are adjacent."""
         groups = [runs[i : i + self.count] for i in range(0, len(runs), self.count)]
         for group in groups if self.count > 1 else ():
             judged = [(repr(run.output), run.score) for run in group if run.score is not None]
@@ -147,7 +147,7 @@ class Rollouts:
     ) -> list[Result]:
         """Return `one(i, arrive)` for each task in order, `limit` at once; `await arrive()` gives the task's rollout.
 
-        With `repeats` this is the one that stands for the repeats of the task.
+        With `repeats` this is the one rollout made of the task's repeats.
 
         An agent that takes batches gets all tasks with the same values at once, another one each task when it is
         waited for. Errors are raised as by `finish`.

@@ -157,7 +157,7 @@ def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
 
 
 def key_of(value: Any) -> bytes:
-    """Encode a value so that equal ones give equal bytes: 1, 1.0 and True are three values, key order is none."""
+    """Encode a value so that equal ones give equal bytes: 1, 1.0 and True are three values; keys have no order."""
     return canonical_json(value, repr)
 
 
@@ -217,7 +217,7 @@ def _left(proposal: Proposal, taken: Sequence[str]) -> Proposal:
 
 
 def _join(values: Values, proposals: Sequence[Proposal]) -> Proposal:
-    """One proposal of these values, with all that stands behind it."""
+    """Return one proposal of these values, supported by all of the others."""
     ordered = _in_sample_order(proposals)
     return Proposal(
         values=values,

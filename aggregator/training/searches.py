@@ -172,7 +172,7 @@ Choice = tuple[Candidate | None, Decision]
 class Greedy:
     """Has the current values alone, which every update changes that the gate accepts.
 
-    `is_single` says that there is nothing to tell candidates apart by: no pool is kept, no lineage names them.
+    `is_single` means that there is one candidate: no pool is kept, and lineages do not name it.
     """
 
     is_single = True
@@ -289,7 +289,7 @@ class Priority:
     def trials(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Trials:
         """Return the new candidates, and what the minibatch has shown of the explored ones.
 
-        If a validation set or a guide of its own judges, each candidate is tried on the instances that it lacks.
+        If a validation set or the search's own guide judges, each candidate is tried on the instances that it lacks.
         """
         if not self.validation and self.guide is None:
             return [(candidate, step.samples) for candidate in (*explored, *self.due(explored, made))]

@@ -42,7 +42,7 @@ class Step(Struct, frozen=True, kw_only=True):
     how many of these are in the group that it merges: they are support for the current value.
 
 
-    `memory` is JSON that a gate may write, under names of its own; it is saved with the step, and dropped with a step
+    `memory` is JSON that a gate may write, under its own names; it is saved with the step, and dropped with a step
     that fails. For all other parts it is read-only.
     """
 

@@ -247,7 +247,7 @@ class Mark:
             tape.withdraw(self._slot)
 
     async def keep(self, decided: Struct) -> None:
-        """Record what was decided, unless it was recalled or there is no tape that records."""
+        """Record what was decided, unless it was recalled or no tape records."""
         if self._tape is not None and self._tape.records and self.recorded is None:
             headers = {"content-type": "application/json"}
             reply = HTTPReply(status=200, reason="OK", body=msgspec.json.encode(decided), headers=headers)

@@ -128,8 +128,8 @@ _KEPT = ("type", "enum", "const", "description", "minimum", "maximum", "exclusiv
 
 
 _KEPT_OF_LISTS = ("minItems", "maxItems")
-"""What strict mode takes beside the structure. Patterns and lengths are left out, as servers differ over them; every
-limit is checked again when the value is converted."""
+"""What strict mode takes in addition to the structure. Patterns and lengths are left out, as servers differ over them;
+every limit is checked again when the value is converted."""
 
 
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
@@ -192,7 +192,7 @@ def _object(properties: Mapping[str, Schema], required: list[str]) -> Schema:
 
 
 def _nullable(schema: Schema) -> Schema:
-    """Let a value be null, beside its description: a strict schema has no optional keys."""
+    """Let a value be null and keep its description: a strict schema has no optional keys."""
     if schema.get("type") == "null" or {"type": "null"} in schema.get("anyOf", ()):
         return schema
     words = {"description": schema["description"]} if "description" in schema else {}

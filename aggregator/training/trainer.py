@@ -86,8 +86,8 @@ class Trainer:
     with models.
 
     `clients="all"`, or a list of names as of `cassette(clients=)`, counts what the agent's own clients ask, those of
-    SDKs and frameworks: in transcripts, usage and budget; a call that they lose is no failure of the agent. None does
-    so for the clients of an open cassette, () for none. `prices` are those of their models that are not known.
+    SDKs and frameworks: in transcripts, usage and budget; a call that they lose is not a failure of the agent. None
+    does so for the clients of an open cassette, () for none. `prices` are those of their models that are not known.
 
     Overridable: the seed's `forward(agent, x, guide, info, verbose)` and `update(outputs, verbose)`, sync or async, and
     `propose(rollouts, step)`. An overridden `forward` runs in this process, with the agent that the trainer was given.
@@ -242,7 +242,7 @@ class Trainer:
     def _override(self, name: str) -> Callable[..., Any] | None:
         method, awaitable = getattr(self, name), f"a{name}"
         if not hasattr(method, "__face_of__"):
-            return method  # type: ignore[no-any-return] # whatever stands there is the user's
+            return method  # type: ignore[no-any-return] # whatever is there is the user's
         if awaitable in vars(self) or getattr(type(self), awaitable) is not getattr(Trainer, awaitable):
             return getattr(self, awaitable)  # type: ignore[no-any-return] # as above
         return None
@@ -472,7 +472,7 @@ class Trainer:
                 own = proposal.failures or unread("proposal", proposal.error, sample_id)
                 if not own and not seen.failures:
                     return proposal
-                usable = bool(proposal.values)  # what could be read is a proposal of its own
+                usable = bool(proposal.values)  # what could be read is a proposal
                 return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)
         return Proposal(
             score=seen.score,

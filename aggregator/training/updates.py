@@ -238,7 +238,7 @@ async def try_candidates(
 ) -> tuple[list[Candidate], list[Failure]]:
     """Return all candidates with the scores that this step adds, and what failed on the way.
 
-    What the minibatch has shown of an explored candidate is not run again, unless the search has a guide of its own or
+    What the minibatch has shown of an explored candidate is not run again, unless the search has its own guide or
     the call was lost. Where the agent failed the score is the lowest that this comparison knows (`lowest_of`).
     """
     guide = getattr(search, "guide", None)

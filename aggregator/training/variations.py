@@ -60,7 +60,7 @@ def _seeded(messages: Messages, i: int, count: int, _before: Sequence[Proposal])
 
 
 seeds = Variation(name="seeds", ask=_seeded)
-"""The same question each time, with a seed of its own; the majority of the answers is taken."""
+"""The same question each time, with a different seed; the majority of the answers is taken."""
 
 
 def temperatures(highest: float = 1.3, lowest: float = 0.0) -> Variation:
@@ -134,7 +134,7 @@ def continue_with(messages: Messages, answers: Sequence[Proposal], request: str)
 
 
 def check_variation(variation: object, count: int | None) -> int:
-    """Return how many candidates are asked for; raises ConfigError for what is no variation, or too few of them."""
+    """Return how many candidates are asked for; raises ConfigError for an invalid variation or too few candidates."""
     if not isinstance(variation, Variation):
         raise ConfigError(
             "Expected a variation of aggregator.training.variations: seeds, temperatures(), refine, alternatives, "

@@ -153,7 +153,7 @@ def test_a_data_frame_with_a_column_named_dataset_was_taken_for_a_loader() -> No
 
 
 def test_parts_and_columns_of_a_data_frame() -> None:
-    """Rows are counted anew, numbers are Python's own, and columns serve as inputs and infos."""
+    """Rows are counted again from 0, numbers are Python's own, and columns serve as inputs and infos."""
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pandas.DataFrame({"q": ["a", "b", "c"], "n": [1, 2, 3]})
     assert [(sample.id, sample.x) for sample in samples(frame[frame.n > 2])] == [(0, {"q": "c", "n": 3})]
