@@ -119,7 +119,7 @@ class DspyAgent(FrameworkAgent):
 
 def adapt(thing: Any, train: Sequence[str] = ("instructions",), output: str | None = None) -> FrameworkAgent | None:
     """Return a DSPy program as an agent, None for another object of DSPy's."""
-    require_version("dspy", "3.1", "3.6")
+    require_version("dspy", "3.3", "3.6")
     return DspyAgent(thing, train, output) if isinstance(thing, dspy.Module) else None
 
 

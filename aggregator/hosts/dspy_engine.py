@@ -14,15 +14,17 @@ from threading import Event, Thread
 from typing import Any, Self
 
 import dspy
-from dspy import lm15
 
 from aggregator import errors, portal
+from aggregator.adapters.frameworks import require_version
 from aggregator.cassettes.lineage import adopted
 from aggregator.errors import ConfigError
 from aggregator.llm.client import LLM
 from aggregator.llm.models import as_model
 from aggregator.records import Completion
 
+require_version("dspy", "3.4", "3.6")
+lm15: Any = dspy.lm15
 _OPTIONS = ("temperature", "top_p", "seed", "stop", "response_format", "tools", "tool_choice")  # others are `extra`
 
 _ERRORS: dict[type[Exception], Any] = {  # the more special class first
@@ -116,8 +118,7 @@ class Engine(_Engine):
 
     def stream(self, request: Any) -> Iterator[Any]:
         """Yield the events of an answer as they come; one that is left early ends its request."""
-        events: SimpleQueue[Any] = SimpleQueue()
-        left = Event()
+        events, left = SimpleQueue[Any](), Event()
 
         async def read() -> None:
             async for event in self._events(request):
@@ -175,8 +176,7 @@ def _response(completion: Completion, request: Any) -> Any:
     """Return an answer as lm15's, read by lm15 from the shape of Chat Completions."""
     choice, usage = completion.choices[0], completion.usage
     said: dict[str, Any] = {"role": "assistant", "content": choice.message.content}
-    if choice.message.reasoning:
-        said["reasoning_content"] = choice.message.reasoning
+    said |= {"reasoning_content": choice.message.reasoning} if choice.message.reasoning else {}
     if choice.message.tool_calls:
         said["tool_calls"] = [
             {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
