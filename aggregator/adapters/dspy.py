@@ -35,6 +35,7 @@ from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.executors.work import Ran
 from aggregator.guides.calling import Call
 from aggregator.records import RolloutTask
+from aggregator.text import list_names
 
 _LOST = {
     "LMAuthError": errors.AuthenticationError,
@@ -62,6 +63,9 @@ class DspyAgent(FrameworkAgent):
         if isinstance(train, str) or not train or any(part not in PARTS for part in train):
             raise ConfigError(f"Expected train to be a list of {', '.join(PARTS)}, got {train!r}")
         self.train, self.output = list(train), output
+        fields = {field for predictor in all_predictors(program) for field in predictor.signature.output_fields}
+        if output not in {None, *fields} and type(program).__module__.startswith("dspy."):  # others may add fields
+            raise ConfigError(f"Expected output to be one of the fields {list_names(sorted(fields))}, got {output!r}")
         self._parts = [part for name, predictor in program.named_predictors() for part in parts_of(name, predictor)]
         self._parts = [part for part in self._parts if part.kind in train]
         self._nodes = list(nodes_of(program))

@@ -358,6 +358,11 @@ def test_an_unknown_part_is_refused(train: Any) -> None:
         trainable(program(), train=train)
 
 
+def test_an_output_that_is_no_field_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Expected output to be one of the fields 'team', got 'tema'"):
+        trainable(program(), output="tema")
+
+
 def test_a_program_is_trained_and_the_values_fit_another_one(engine: Engine, tmp_path: Path) -> None:
     class Always:
         """Proposes what the feedback asks for."""

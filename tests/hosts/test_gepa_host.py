@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aggregator import LLM, AggregatedUpdate, Budget, Module, ParameterNode, exact_match
+from aggregator import LLM, AggregatedUpdate, Budget, Module, ParameterNode, cassette, exact_match
 from aggregator.errors import BudgetExceededError, ConfigError
 from aggregator.records import Proposal, Rollout
 from aggregator.rules import majority
@@ -227,3 +227,18 @@ def test_optimize_anything_takes_the_strategy(llm: LLM, tmp_path: Path) -> None:
     result = optimize_anything("If no rule applies, answer sales.", evaluator=evaluate, dataset=ROWS, config=config)
     assert result.val_aggregate_scores[0] < max(result.val_aggregate_scores)
     assert "->" in result.best_candidate
+
+
+def test_a_run_of_gepa_is_recorded_and_replayed(llm: LLM, tmp_path: Path) -> None:
+    def run(model: LLM) -> Any:
+        router, seen = Router(model), Seen()
+        strategy = hosts.AggregatedReflection(model, agent=router)
+        result = run_gepa(hosts.AgentAdapter(router, exact_match), seen, reflection_strategy=strategy)
+        return result.candidates, result.val_aggregate_scores, seen.proposed
+
+    with cassette(tmp_path / "tape.yaml", "all"):
+        recorded = run(llm)
+    with cassette(tmp_path / "tape.yaml", "none"):
+        replayed = run(LLM("openai/simulated-1", base_url=llm.endpoint.base_url, api_key="another"))
+    assert replayed == recorded
+    assert recorded[2]
