@@ -134,7 +134,7 @@ def test_patience_counts_measurements_without_a_better_score() -> None:
     assert train(patience(3), replies=worse).train_scores == [0.0] * 4
 
 
-def test_patience_begins_anew_with_each_better_score() -> None:
+def test_patience_restarts_with_each_better_score() -> None:
     """A gain within `min_delta` is none."""
     scores = [0.1, 0.1, 0.2, 0.2, 0.25]
     reached = Reached(validations=[Evaluation(step=i, score=score, scores=()) for i, score in enumerate(scores)])
