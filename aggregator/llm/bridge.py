@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from functools import cache
 from math import inf
 from random import Random
 from typing import Any
@@ -23,7 +22,7 @@ from msgspec.structs import replace
 
 from aggregator.cassettes.clients import kind_of, to_request
 from aggregator.cassettes.lineage import is_passing, passing
-from aggregator.cassettes.patches.httpx import aread, played, raised, read, tee_of, teed
+from aggregator.cassettes.patches.httpx import aread, module_of, played, raised, read, tee_of, teed
 from aggregator.cassettes.traffic import Turn, begin
 from aggregator.checks import check_positive
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
@@ -191,29 +190,33 @@ class Bridge:
 
 
 class Driver:
-    """Does what a course asks for, in threads and in event loops; `module` is httpx."""
+    """Does what a course asks for, in threads and in event loops, for requests of httpx and of httpx2."""
 
-    def __init__(self, bridge: Bridge, inner: Any, module: Any) -> None:
-        self._bridge, self._module = bridge, module
+    def __init__(self, bridge: Bridge, inner: Any) -> None:
+        self._bridge = bridge
         self._given = inner
-        self._made: dict[str, Any] = {}
+        self._made: dict[tuple[str, str], Any] = {}
 
     def __repr__(self) -> str:
         return "aggregator.transport()"
 
-    def _inner(self, kind: str) -> Any:
+    def _inner(self, module: Any, kind: str) -> Any:
         """Return what sends the requests, made when first needed."""
-        return self._given or self._made.get(kind) or self._made.setdefault(kind, getattr(self._module, kind)())
+        if self._given is not None:
+            return self._given
+        key = module.__name__, kind
+        return self._made.get(key) or self._made.setdefault(key, getattr(module, kind)())
 
     def handle_request(self, request: Any) -> Any:
         """Answer a request from synchronous code."""
-        inner = self._inner("HTTPTransport")
+        module = module_of(request)
+        inner = self._inner(module, "HTTPTransport")
         if is_passing():
             return inner.handle_request(request)
         body = b"".join(request.stream)
-        request.stream = self._module.ByteStream(body)
+        request.stream = module.ByteStream(body)
         with self._bridge.places:
-            course, sent = self._bridge.course(self._module, request, body), None
+            course, sent = self._bridge.course(module, request, body), None
             while not isinstance(step := course.send(sent), Done):
                 sent = None
                 if isinstance(step, Send):
@@ -231,20 +234,21 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 - the course decides
             return Sent(error=error)
         if tee is not None:
-            response.stream = teed(self._module)(response.stream, tee)
+            response.stream = teed(module_of(request))(response.stream, tee)
         return Sent(response, body)
 
     async def handle_async_request(self, request: Any) -> Any:
         """Answer a request from an event loop of asyncio or trio."""
-        inner = self._inner("AsyncHTTPTransport")
+        module = module_of(request)
+        inner = self._inner(module, "AsyncHTTPTransport")
         if is_passing():
             return await inner.handle_async_request(request)
         from anyio import sleep  # comes with httpx
 
         body = b"".join([part async for part in request.stream])
-        request.stream = self._module.ByteStream(body)
+        request.stream = module.ByteStream(body)
         async with self._places():
-            course, sent = self._bridge.course(self._module, request, body), None
+            course, sent = self._bridge.course(module, request, body), None
             while not isinstance(step := course.send(sent), Done):
                 sent = None
                 if isinstance(step, Send):
@@ -262,7 +266,7 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 - the course decides
             return Sent(error=error)
         if tee is not None:
-            response.stream = teed(self._module)(response.stream, tee)
+            response.stream = teed(module_of(request))(response.stream, tee)
         return Sent(response, body)
 
     def _places(self) -> Any:
@@ -276,15 +280,17 @@ class Driver:
 
     def close(self) -> None:
         """Close what sends the requests of synchronous code."""
-        inner = self._given or self._made.get("HTTPTransport")
-        if inner is not None and hasattr(inner, "close"):
+        for inner in self._all("HTTPTransport", "close"):
             inner.close()
 
     async def aclose(self) -> None:
         """Close what sends the requests of event loops."""
-        inner = self._given or self._made.get("AsyncHTTPTransport")
-        if inner is not None and hasattr(inner, "aclose"):
+        for inner in self._all("AsyncHTTPTransport", "aclose"):
             await inner.aclose()
+
+    def _all(self, kind: str, method: str) -> list[Any]:
+        made = [one for (_, name), one in self._made.items() if name == kind]
+        return [one for one in (self._given, *made) if hasattr(one, method)]
 
 
 def transport(
@@ -311,15 +317,17 @@ def transport(
     check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=None)
     policy = replace(retry or RetryPolicy(), max_attempts=max_attempts)
     throttle = Throttle(rpm, adaptive=adaptive)
-    kind = _class()
-    return kind(Bridge(throttle, policy, max_concurrency, budget=budget, prices=prices), inner, sys.modules["httpx"])
+    return _class()(Bridge(throttle, policy, max_concurrency, budget=budget, prices=prices), inner)
 
 
-@cache
-def _class() -> Any:
-    """Return the driver as a transport of httpx, which is imported here."""
-    try:
-        import httpx
-    except ImportError as error:
-        raise ConfigError("Expected httpx for aggregator.transport(), got none; install httpx") from error
-    return type("Transport", (Driver, httpx.BaseTransport, httpx.AsyncBaseTransport), {"__module__": __name__})
+def _class() -> type:
+    """Return the driver as a transport of httpx and of httpx2, whichever is there; imported here if neither is yet."""
+    loaded = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    if not loaded:
+        try:
+            import httpx
+        except ImportError as error:
+            raise ConfigError("Expected httpx for aggregator.transport(), got none; install httpx") from error
+        loaded = [httpx]
+    bases = [base for module in loaded for base in (module.BaseTransport, module.AsyncBaseTransport)]
+    return type("Transport", (Driver, *bases), {"__module__": __name__})

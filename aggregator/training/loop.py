@@ -26,6 +26,7 @@ from aggregator.executors.local import LocalExecutor, finish
 from aggregator.executors.work import record_failure
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting, total_by_role
+from aggregator.llm.observed import apart
 from aggregator.observing.configuring import Events
 from aggregator.observing.console import ConsoleLogger, ProgressBar, redraws
 from aggregator.observing.observer import Observer, Watching, as_observers, from_logger, notify, notify_failed
@@ -389,7 +390,7 @@ class _Course:
     ) -> Instance:
         """Return what an overridden `forward` makes of one instance, called with the agent that the user gave."""
         place, sample = Place(step=step, call=self.local.call, seen=[]), task.sample
-        with use_values(step), at_place(place):
+        with use_values(step), at_place(place), apart():
             arguments = (self.trainer.agent, sample.x, self.plan.guide, sample.info, self.plan.verbose)
             async with self.forwards:
                 output = await call_hook(forward, self.local.call, *arguments)

@@ -18,6 +18,8 @@ from model_server import ModelServer
 
 import aggregator
 from aggregator import AggregatedUpdate, Budget, BudgetExceededError, LLMOptimizer, Module, ParameterNode, as_model
+from aggregator.llm.budget import spending
+from aggregator.llm.ledger import collecting
 from aggregator.observing.observer import Observer
 from aggregator.records import Rollout
 
@@ -131,3 +133,46 @@ def test_a_refusal_of_the_budget_reaches_the_user(call: Call, server: ModelServe
     with pytest.raises(BudgetExceededError):
         run(call, server.url, budget=Budget(calls=2))
     assert server.hits <= 2
+
+
+@pytest.mark.parametrize("package", ["openai", "anthropic"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_sdk_takes_our_transport(package: str, backend: str, server: ModelServer, tmp_path: Path) -> None:
+    """Without patches: recorded, replayed, counted and refused, under trio too."""
+    sdk = pytest.importorskip(package)
+    httpx = sys.modules[sdk.DefaultAsyncHttpxClient.__mro__[1].__module__]  # or httpx2, which newer SDKs take
+    anyio = pytest.importorskip("anyio")
+    pytest.importorskip(backend)
+    url = f"{server.url}/v1" if package == "openai" else server.url
+
+    async def ask() -> str:
+        http = httpx.AsyncClient(transport=aggregator.transport())
+        kind = sdk.AsyncOpenAI if package == "openai" else sdk.AsyncAnthropic
+        async with kind(api_key="sk-x", base_url=url, http_client=http, max_retries=0) as client:
+            messages = [{"role": "user", "content": "Hi"}]
+            if package == "openai":
+                reply = await client.chat.completions.create(model="m", messages=messages)
+                return str(reply.choices[0].message.content)
+            reply = await client.messages.create(model="m", max_tokens=9, messages=messages)
+            return str(reply.content[0].text)
+
+    found = []
+    for mode in ("all", "none"):
+        with aggregator.cassette(tmp_path / "a.yaml", mode):
+            found.append(anyio.run(ask, backend=backend))
+    assert found == ["answer 1", "answer 1"]
+    assert server.hits == 1
+    budget = Budget(calls=1)
+    with spending(budget), collecting() as ledger:
+        anyio.run(ask, backend=backend)
+        with pytest.raises(Exception, match="used up"):
+            anyio.run(ask, backend=backend)
+    assert (server.hits, ledger.totals()["agent"].calls, budget.spent.calls) == (2, 1, 1)
+
+
+def test_a_lost_connection_of_an_sdk_is_no_failure_of_the_agent(call: Call) -> None:
+    """Refused at once, as by a server that is down."""
+    if "Parallel" in call.name:
+        pytest.skip("it hides errors, and the agent goes on without an answer")
+    with pytest.raises(aggregator.TrainingError, match="Connection|lost"):
+        run(call, "http://127.0.0.1:9")

@@ -235,3 +235,16 @@ def test_wrong_arguments_are_refused() -> None:
     for options in wrong:
         with pytest.raises(ConfigError):
             aggregator.transport(**options)
+
+
+def test_httpx2_is_served_too() -> None:
+    """Newer SDKs take its clients, and no other; its requests are answered by its own transport and responses."""
+    httpx2: Any = pytest.importorskip("httpx2")
+
+    def reply(request: Any) -> Any:
+        return httpx2.Response(200, json={"ok": True})
+
+    with httpx2.Client(transport=aggregator.transport(inner=httpx2.MockTransport(reply))) as client:
+        found = client.post(URL, json=BODY)
+    assert isinstance(found, httpx2.Response)
+    assert found.json() == {"ok": True}

@@ -437,6 +437,20 @@ def test_evaluate_and_headroom_take_clients(server: Server) -> None:
     assert (found.judged, {failure.infrastructure for failure in found.failures}) == (1, {True})
 
 
+def test_a_lost_call_of_an_overridden_forward_is_lost(server: Server) -> None:
+    """Though the hook asks by itself, and neither the agent nor the guide does."""
+    server.answer = failing(429)
+
+    class Own(AggregatedUpdate):
+        async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
+            return wrapped(f"{server.url}/v1/chat/completions", {"model": "m", "messages": []})
+
+    fake = Prompts().model
+    trainer = Own(Asking(server.url), LLMOptimizer(llm=fake), llm=fake, clients="all")
+    failures = trainer.train(judge, [("one", "a")]).failures
+    assert [(one.error, one.infrastructure) for one in failures] == [("RateLimitError", True)]
+
+
 class Batch:
     """An agent that takes batches, as many frameworks do."""
 

@@ -125,7 +125,8 @@ def teed(module: Any) -> Any:
     return Teed
 
 
-def _module_of(request: Any) -> Any:
+def module_of(request: Any) -> Any:
+    """Return httpx or httpx2, whose request it is."""
     return sys.modules[type(request).__module__.partition(".")[0]]
 
 
@@ -137,7 +138,7 @@ def _handle_request(original: Callable[..., Any], *, in_process: bool = False) -
         if leaves_out(CLIENT, request.url):
             with passing():
                 return original(self, request)
-        module = _module_of(request)
+        module = module_of(request)
         turn = _begin(module, request, b"".join(request.stream))
         if turn is None:
             with passing():
@@ -175,7 +176,7 @@ def _handle_async_request(original: Callable[..., Any], *, in_process: bool = Fa
         if leaves_out(CLIENT, request.url):
             with passing():
                 return await original(self, request)
-        module = _module_of(request)
+        module = module_of(request)
         turn = _begin(module, request, b"".join([part async for part in request.stream]))
         if turn is None:
             with passing():
