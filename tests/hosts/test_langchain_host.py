@@ -53,6 +53,21 @@ def tool_reply(name: str, arguments: Any, call: str = "call-1") -> HTTPReply:
     return HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
 
 
+def tool_stream(name: str, arguments: str) -> HTTPReply:
+    """Return a streamed call of a tool, its arguments in two pieces."""
+    half = len(arguments) // 2
+    first = {"index": 0, "id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments[:half]}}
+    second = {"index": 0, "function": {"arguments": arguments[half:]}}
+    choices: list[dict[str, Any]] = [{"index": 0, "delta": {"tool_calls": [one]}} for one in (first, second)]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
+    events: list[dict[str, Any]] = [{"id": "c", "model": "gpt-4o-mini", "choices": [choice]} for choice in choices]
+    events.append(
+        {"id": "c", "model": "gpt-4o-mini", "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}
+    )
+    body = "".join([*(f"data: {json.dumps(event)}\n\n" for event in events), "data: [DONE]\n\n"])
+    return HTTPReply(status=200, body=body.encode(), headers={"content-type": "text/event-stream"})
+
+
 async def test_an_agents_tools_are_offered_called_and_their_results_sent_back() -> None:
     llm, transport = client(tool_reply("history", {"customer": "Ada"}), "a lamp")
     agent = create_agent(model(llm), tools=[history], system_prompt="Route.")
@@ -97,6 +112,14 @@ async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
     for piece in pieces[1:]:
         whole = whole + piece
     assert whole.usage_metadata["output_tokens"] == 5
+
+
+async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
+    llm, transport = client(tool_stream("history", '{"customer": "Ada"}'), stream_reply("a ", "lamp"))
+    agent = create_agent(model(llm), tools=[history])
+    pieces = [piece async for piece, _ in agent.astream({"messages": ["What did Ada buy?"]}, stream_mode="messages")]
+    assert [piece.text for piece in pieces if piece.type == "AIMessageChunk" and piece.text] == ["a ", "lamp"]
+    assert transport.bodies()[1]["messages"][-1]["content"] == "Ada bought a lamp"
 
 
 async def test_options_are_those_of_the_call_and_others_are_refused() -> None:

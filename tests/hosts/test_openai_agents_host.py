@@ -48,6 +48,21 @@ def tool_reply(name: str, arguments: dict[str, Any], call: str = "call-1") -> HT
     return HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
 
 
+def tool_stream(name: str, arguments: str) -> HTTPReply:
+    """Return a streamed call of a tool, its arguments in two pieces."""
+    half = len(arguments) // 2
+    first = {"index": 0, "id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments[:half]}}
+    second = {"index": 0, "function": {"arguments": arguments[half:]}}
+    choices: list[dict[str, Any]] = [{"index": 0, "delta": {"tool_calls": [one]}} for one in (first, second)]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
+    events: list[dict[str, Any]] = [{"id": "c", "model": "gpt-4o-mini", "choices": [choice]} for choice in choices]
+    events.append(
+        {"id": "c", "model": "gpt-4o-mini", "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}
+    )
+    body = "".join([*(f"data: {json.dumps(event)}\n\n" for event in events), "data: [DONE]\n\n"])
+    return HTTPReply(status=200, body=body.encode(), headers={"content-type": "text/event-stream"})
+
+
 @function_tool
 def history(customer: str) -> str:
     """Return what a customer bought."""
@@ -95,6 +110,15 @@ async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
     assert pieces == ["a ", "red ", "lamp"]
     assert result.final_output == "a red lamp"
     assert result.context_wrapper.usage.output_tokens == 5
+
+
+async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
+    llm, transport = client(tool_stream("history", '{"customer": "Ada"}'), stream_reply("a ", "lamp"))
+    result = Runner.run_streamed(with_tool(llm), "What did Ada buy?")
+    _ = [event async for event in result.stream_events()]
+    assert result.final_output == "a lamp"
+    assert transport.bodies()[1]["messages"][-1]["content"] == "Ada bought a lamp"
+    assert result.context_wrapper.usage.input_tokens == 19
 
 
 async def test_settings_are_options_of_the_call_and_others_are_refused() -> None:

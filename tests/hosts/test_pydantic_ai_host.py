@@ -46,6 +46,21 @@ def tool_reply(name: str, arguments: dict[str, Any], call: str = "call-1") -> HT
     return HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
 
 
+def tool_stream(name: str, arguments: str) -> HTTPReply:
+    """Return a streamed call of a tool, its arguments in two pieces."""
+    half = len(arguments) // 2
+    first = {"index": 0, "id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments[:half]}}
+    second = {"index": 0, "function": {"arguments": arguments[half:]}}
+    choices: list[dict[str, Any]] = [{"index": 0, "delta": {"tool_calls": [one]}} for one in (first, second)]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
+    events: list[dict[str, Any]] = [{"id": "c", "model": "gpt-4o-mini", "choices": [choice]} for choice in choices]
+    events.append(
+        {"id": "c", "model": "gpt-4o-mini", "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}
+    )
+    body = "".join([*(f"data: {json.dumps(event)}\n\n" for event in events), "data: [DONE]\n\n"])
+    return HTTPReply(status=200, body=body.encode(), headers={"content-type": "text/event-stream"})
+
+
 def with_tool(llm: Any) -> Agent[None, str]:
     agent = Agent(model(llm), instructions="Route.", system_prompt="You are kind.")
 
@@ -91,6 +106,14 @@ async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
         pieces = [piece async for piece in streamed.stream_text(delta=True, debounce_by=None)]
     assert pieces == ["a ", "red ", "lamp"]
     assert streamed.usage.output_tokens == 5
+
+
+async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
+    llm, transport = client(tool_stream("history", '{"customer": "Ada"}'), stream_reply("a ", "lamp"))
+    async with with_tool(llm).run_stream("What did Ada buy?") as streamed:
+        assert await streamed.get_output() == "a lamp"
+    assert transport.bodies()[1]["messages"][-1]["content"] == "Ada bought a lamp"
+    assert streamed.usage.input_tokens == 19
 
 
 async def test_settings_are_options_of_the_call_and_others_are_refused() -> None:
