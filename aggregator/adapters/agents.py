@@ -81,8 +81,8 @@ def trainable(thing: None = None, /, **options: Any) -> Callable[[Callable[..., 
 @overload
 def trainable(thing: FunctionType, /, **options: Any) -> FunctionAgent: ...
 @overload
-def trainable(thing: Any, /, **options: Any) -> Any: ...
-def trainable(thing: Any = None, /, **options: Any) -> Any:
+def trainable(thing: Any, nodes: Sequence[Any] | None = None, /, **options: Any) -> Any: ...
+def trainable(thing: Any = None, nodes: Sequence[Any] | None = None, /, **options: Any) -> Any:
     """Return an agent that can be trained, saved, loaded and used: `as_agent`, and a decorator for functions.
 
     Above a function it is a decorator, whose options are the values to begin with of keyword-only arguments:
@@ -93,12 +93,15 @@ def trainable(thing: Any = None, /, **options: Any) -> Any:
     >>> route("a parcel"), [parameter.name for parameter in route.parameters()]
     ('Name the team. a parcel', ['instruction', 'shots'])
 
-    For an agent or program of another framework the options are those of its adapter (docs/frameworks.md). What it
+    For an agent or program of another framework the options are those of its adapter (docs/frameworks.md); `nodes` are
+    ParameterNodes that the code of a graph reads where they cannot be found. What it
     returns has `save(path)`, `load(path)`, `applied(path)` for production and `apply(program)`. Raises ConfigError as
     `as_agent` does.
     """
     if thing is None:
         return partial(trainable, **options)
+    if nodes is not None:
+        return as_agent(thing, nodes=nodes, **options)
     if is_plain_function(thing):
         return FunctionAgent(partial(thing, **options) if options else thing)
     return as_agent(thing, **options)

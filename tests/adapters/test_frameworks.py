@@ -107,6 +107,11 @@ def test_a_users_own_package_named_agents_is_not_the_agents_sdk() -> None:
     assert as_agent(kind()).parameters() == []
 
 
+def test_nodes_without_a_framework_are_refused() -> None:
+    with pytest.raises(ConfigError, match="got nodes; options belong to agents of other frameworks"):
+        trainable(lambda x: x, [ParameterNode("a", name="a")])
+
+
 def test_options_without_a_framework_are_refused() -> None:
     with pytest.raises(ConfigError, match="got tarin; options belong to agents of other frameworks"):
         as_agent(lambda x: x, tarin=["instructions"])

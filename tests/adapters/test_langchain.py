@@ -199,6 +199,16 @@ async def test_texts_that_methods_and_containers_hold_are_parameters() -> None:
     assert (await rollout(agent, prompts__route__system="Go.", tone="rude")).output == "Go. rude!"
 
 
+async def test_parameters_that_no_function_names_are_given() -> None:
+    class Store:
+        node = ParameterNode("Hidden.", name="hidden")
+
+    made = StateGraph(State).add_node("x", lambda state: {"team": Store.node.data}).add_edge(START, "x")
+    agent = trainable(made.compile(), [Store.node], input="ticket", output="team")
+    assert names(agent) == ["hidden"]
+    assert (await rollout(agent, hidden="Seen.")).output == "Seen."
+
+
 async def test_nodes_of_a_graph_are_in_the_transcript_in_their_order() -> None:
     found = await rollout(trainable(graph(), input="ticket", output="team"))
     lines = [line for line in found.transcript.splitlines() if line.startswith(("node ", "LLM call"))]
