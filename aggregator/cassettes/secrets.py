@@ -234,7 +234,7 @@ def _unescaped(raw: bytes, backslashes: int) -> str:
 
 def _is_xml(data: bytes) -> bool:
     """Return True for a document of XML, alone or joined to other texts; not for markup in a field of JSON."""
-    return data[:64].lstrip().startswith(b"<") or b"\n<" in data
+    return b"<" in data and (data[:64].lstrip().startswith(b"<") or b"\n<" in data)  # one sign is found much faster
 
 
 _ELEMENT = re.compile(rb"<(?:[\w-]{1,64}:)?([\w.-]{1,64})>([^<>\s]{8,8192})</")
