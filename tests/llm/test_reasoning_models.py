@@ -50,6 +50,21 @@ async def test_the_servers_own_hint_was_not_heeded() -> None:
     assert budget.spent.calls == 2
 
 
+@pytest.mark.parametrize("key", ["token", "k", "max", "none"])
+async def test_a_placeholder_as_the_key_hid_the_hint(key: str) -> None:
+    """Local servers take any key; one that is part of `max_completion_tokens` was starred out in the middle of it."""
+    transport = ScriptedTransport(refusing("max_tokens", HINT))
+    await client(transport, api_key=key).complete(QUESTION, max_tokens=7)
+    assert limits(transport) == [(7, None), (None, 7)]
+
+
+async def test_a_name_in_capitals_is_a_reasoning_model() -> None:
+    """Gateways name models as they like."""
+    transport = ScriptedTransport(answer())
+    await client(transport, "openai-compatible/GPT-5-mini").complete(QUESTION, max_tokens=7)
+    assert limits(transport) == [(None, 7)]
+
+
 async def test_a_server_that_does_not_know_the_newer_name() -> None:
     """A model that is named like a reasoning model, on a server that knows max_tokens alone."""
     transport = ScriptedTransport(refusing("max_completion_tokens", "Unknown field: max_completion_tokens"))

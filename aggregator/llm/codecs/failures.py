@@ -43,6 +43,7 @@ _MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors", "error_message",
 _OTHER_REQUEST_IDS = ("request-id", "apim-request-id", "x-ms-request-id", "x-amzn-requestid")
 _MAX_MESSAGE = 2000
 _DEEPEST = 20
+_SHORT = 8
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {
     401: AuthenticationError,
@@ -156,8 +157,16 @@ def scrub(error: E, secrets: Iterable[str]) -> E:
 
 
 def _without(text: str, secrets: Iterable[str]) -> str:
+    """Return a text without secrets; short ones, mostly placeholders such as `token`, are replaced as whole words.
+
+    >>> _without("sk-12345678x, token, max_tokens", ["sk-12345678", "token"])
+    '***x, ***, max_tokens'
+    """
     for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
+        if len(secret) >= _SHORT:
+            text = text.replace(secret, "***")
+        else:
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
     return text
 
 

@@ -34,7 +34,9 @@ from aggregator.llm.codecs.openai_answers import (
 from aggregator.llm.messages import Mark, Turn, text_of
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest
 
-_REASONING_MODEL = re.compile(r"(?:ft:)?(?:o\d|gpt-(?:[5-9]|1\d)(?!\d)|codex)")  # gpt-35 is Azure's name for 3.5
+_REASONING_MODEL = re.compile(
+    r"(?:ft:)?(?:o\d|gpt-(?:[5-9]|1\d)(?!\d)|codex)", re.IGNORECASE
+)  # gpt-35 is Azure's name for 3.5
 _NEWER, _OLDER, _NO_THOUGHTS = "max_completion_tokens", "max_tokens", "no thinking"
 _UNKNOWN = re.compile(r"unsupported|not supported|unknown|unrecognized|unexpected|not permitted|extra", re.IGNORECASE)
 _USAGE = {"include_usage": True}
