@@ -79,6 +79,7 @@ ENVIRONMENTS = {
     ),
     "mlflow": Environment((*TEST_TOOLS, "mlflow==3.17.2"), constrained=False),
     "crewai": Environment((*TEST_TOOLS, "crewai==1.15.30"), constrained=False),
+    "opik": Environment((*TEST_TOOLS, "opik-optimizer==3.2.0"), constrained=False),
     "adk": Environment((*TEST_TOOLS, "google-adk==2.13.0", "litellm"), constrained=False),
     "llama-index": Environment(
         (*TEST_TOOLS, "llama-index-core==0.14.25", "llama-index-llms-openai"), constrained=False

@@ -77,7 +77,10 @@ CASES = (
     Case("CrewAI", "crewai", "router.goal", "crewai", "crewai"),
 )
 
-HOSTS = (Case("MLflow", "mlflow", "", "mlflow", "mlflow"),)
+HOSTS = (
+    Case("MLflow", "mlflow", "", "mlflow", "mlflow"),
+    Case("Opik", "opik", "", "opik-optimizer", "opik"),
+)
 """Libraries that our algorithm runs inside only: they have tests, and no row."""
 
 
