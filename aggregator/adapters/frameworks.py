@@ -83,8 +83,10 @@ class FrameworkAgent(Module, InstanceAgent):
         self.program = program
         self._parameters = index((parameter.name, parameter.name, parameter) for parameter in parameters)
         if not self._parameters:
+            kind = type(program).__name__
+            article = "an" if kind[0] in "AEIOU" else "a"
             raise ConfigError(
-                f"Expected a {type(program).__name__} with a text that can be trained, got none; give it instructions"
+                f"Expected {article} {kind} with a text that can be trained, got none; give it instructions"
             )
 
     def __repr__(self) -> str:

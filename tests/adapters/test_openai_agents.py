@@ -216,7 +216,7 @@ def test_tools_of_one_name_are_told_apart_by_their_agents() -> None:
 
 
 def test_an_agent_without_a_fixed_text_is_refused() -> None:
-    with pytest.raises(ConfigError, match="with a text that can be trained"):
+    with pytest.raises(ConfigError, match="Expected an Agent with a text that can be trained"):
         trainable(Agent(name="bare", instructions=lambda context, agent: "made"))
 
 

@@ -135,7 +135,7 @@ def test_two_agents_of_one_name_are_refused() -> None:
 
 
 def test_an_agent_without_a_fixed_text_is_refused() -> None:
-    with pytest.raises(ConfigError, match="with a text that can be trained"):
+    with pytest.raises(ConfigError, match="Expected an Agent with a text that can be trained"):
         trainable(Agent(FunctionModel(echo)))
 
 
