@@ -238,15 +238,16 @@ def _accepted(function: Callable[..., Any]) -> frozenset[str] | None:
 
 
 def as_completion(answer: Any) -> Completion:
-    """Read an answer of OpenAI's shape, as object or dict, or a text.
+    """Read an answer of OpenAI's shape, as object or dict, or a text; a list of one text is what a `dspy.LM` returns.
 
     >>> as_completion({"choices": [{"message": {"content": "hi"}}]}).text
     'hi'
     """
     if isinstance(answer, Completion):
         return answer
-    if isinstance(answer, str):
-        return Completion(choices=(Choice(message=Message(content=answer)),))
+    match answer:
+        case (str() as text) | [str() as text] | [{"text": str() as text}]:
+            return Completion(choices=(Choice(message=Message(content=text)),))
     body = msgspec.json.encode(_plain(answer), enc_hook=str)
     return _CODEC.decode(HTTPReply(status=200, body=body, headers={}), ChatCall(model="", messages=()))
 

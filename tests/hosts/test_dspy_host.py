@@ -13,6 +13,7 @@ from aggregator import LLM, Budget, cassette, optimize, trainable
 from aggregator.errors import BudgetExceededError, CassetteMissError, ConfigError, TrainingWarning
 from aggregator.executors.work import AgentWork
 from aggregator.llm.ledger import collecting
+from aggregator.llm.models import as_completion, as_model
 from aggregator.records import RolloutTask, Sample
 from aggregator.simulation import SimulatedModel
 
@@ -184,3 +185,13 @@ def test_options_of_a_request_reach_the_model(tmp_path: Path, llm: LLM) -> None:
     text = (tmp_path / "tape.yaml").read_text(encoding="utf-8").replace(" ", "").replace("max_completion_", "max_")
     for option in ('"max_tokens":50', '"temperature":0.5', '"seed":4', '"json_schema"'):
         assert option in text, option
+
+
+async def test_a_model_of_dspys_proposes_and_merges_as_any_callable(llm: LLM) -> None:
+    """Its answer is a list of texts."""
+    model = as_model(hosts.lm(llm))
+    messages = [{"role": "system", "content": "If no rule applies, answer sales."}, {"role": "user", "content": "x"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert (await model.complete(messages)).text == "sales"
+    assert as_completion([{"text": "sales", "logprobs": None}]).text == "sales"
