@@ -88,6 +88,7 @@ class _Reader:
         self.names: dict[str, int] = {}
         self.attributes: dict[str, int] = {}
         self.problems: dict[str, int] = {}
+        self._aliases: dict[str, ast.Name | ast.Attribute] = {}  # local names that were set to these
 
     def read(self, tree: ast.AST) -> None:
         """Look at every node but those of annotations, in the order of the source."""
@@ -124,6 +125,22 @@ class _Reader:
         if isinstance(called, ast.Name) and called.id in ("setattr", "delattr") and self._is_self(*node.args[:1]):
             self._note("changes self", node)
 
+    def _see_assign(self, node: ast.Assign) -> None:
+        value = node.value
+        if isinstance(value, ast.Name):
+            value = self._aliases.get(value.id, value)
+        elif isinstance(value, ast.Attribute) and self._is_self(value.value):
+            value = ast.Attribute(ast.Name(self.self_name), value.attr)
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                self._aliases.pop(target.id, None)
+                if isinstance(value, ast.Name | ast.Attribute) and target.id not in self.outside:
+                    self._aliases[target.id] = value
+
+    def _see_for(self, node: ast.For) -> None:
+        if isinstance(node.target, ast.Name):
+            self._aliases.pop(node.target.id, None)
+
     def _see_await(self, node: ast.Await | ast.AsyncFor | ast.AsyncWith) -> None:
         self._note("awaits", node)
 
@@ -145,16 +162,24 @@ class _Reader:
 
     def _note_change(self, target: ast.expr, node: ast.expr) -> None:
         """Note that what an expression leads to is changed, if it leads out of the function."""
-        while isinstance(target, ast.Attribute | ast.Subscript):
+        passed: set[str] = set()
+        while isinstance(target, ast.Attribute | ast.Subscript | ast.Name):
             if isinstance(target, ast.Attribute) and self._is_self(target.value):
                 self._note(f"changes self.{target.attr}", node)
                 return
-            target = target.value
+            if not isinstance(target, ast.Name):
+                target = target.value
+            elif target.id in self._aliases and target.id not in passed:
+                passed.add(target.id)
+                target = self._aliases[target.id]
+            else:
+                break
         if isinstance(target, ast.Name) and target.id in self.outside:
             self._note(f"changes {target.id} of its module", node)
 
     def _is_self(self, *found: ast.expr) -> bool:
-        return any(isinstance(node, ast.Name) and node.id == self.self_name for node in found)
+        names = [self._aliases.get(node.id, node) for node in found if isinstance(node, ast.Name)]
+        return any(isinstance(node, ast.Name) and node.id == self.self_name for node in names)
 
 
 _NO_USES = Uses(names={}, attributes={}, problems={})
@@ -362,6 +387,7 @@ def _named(value: Any) -> str:
 
 REDACTED = "REDACTED"
 _IS_COROUTINE = 0x80  # inspect.CO_COROUTINE
+_IS_GENERATOR = 0x220  # inspect.CO_GENERATOR and CO_ASYNC_GENERATOR
 _PLAIN = frozenset({None, type(None), bool, int, float, str, bytes, list, tuple, dict, object, Any})
 
 
@@ -487,6 +513,8 @@ def _problems(code: CodeParameter, owner: Any) -> str:
     lines = {**uses.names, **{f"self.{name}": line for name, line in uses.attributes.items()}}
     facts = [(lines.get(name, 0), f"uses {name}, {what}") for name, what in around.missing.items()]
     facts += [(line, what) for what, line in uses.problems.items()]
+    if like.__code__.co_flags & _IS_GENERATOR:
+        facts.append((0, "is a generator, whose values cannot cross"))
     facts += [(1, f"takes {name}: {kind}") for name, kind in _odd_arguments(like)]
     return ", ".join(f"{what} (line {line})" if line else what for line, what in sorted(facts))
 

@@ -29,6 +29,7 @@ from aggregator import (
     cassette,
 )
 from aggregator.agents.code import source_digest
+from aggregator.agents.sandbox import uses_of
 from aggregator.errors import TrainingError
 from aggregator.observing.observer import Observer
 from aggregator.records import HTTPReply, RunInfo
@@ -138,6 +139,11 @@ def test_an_operation_that_calls_a_model_is_named() -> None:
         ("CACHE.update({x: x})", "changes CACHE of its module"),
         ("global CACHE\n    CACHE = {}", "changes CACHE of its module"),
         ("super().__init__()", "uses super()"),
+        ("me = self\n    me.count = 1", "changes self.count"),
+        ("words = self.words\n    words.append(x)", "changes self.words"),
+        ("cache = CACHE\n    cache[x] = x", "changes CACHE of its module"),
+        ("a = self\n    a = a.words\n    a.append(x)", "changes self.words"),
+        ("yield x", "is a generator"),
     ],
 )
 def test_what_an_operation_changes_outside_itself_is_named(body: str, what: str, tmp_path: Path) -> None:
@@ -167,6 +173,21 @@ def test_arguments_and_values_that_cannot_cross_are_named() -> None:
     text = problems(Agent())
     assert "takes x: Ticket" in text
     assert "uses Ticket, the class Ticket (line 2)" in text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "words = list(self.words)\n    words.append(x)",
+        "words = self.words\n    words = sorted(words)\n    words.append(x)",
+        "words = self.words\n    for words in [[]]: words.append(x)",
+        "a = x\n    b = a\n    a = b\n    a.append(x)",
+        "count = self.count\n    count += 1",
+    ],
+)
+def test_local_names_that_are_changed_are_no_change_of_self(body: str) -> None:
+    """A copy, another value under the same name and a number may change."""
+    assert not uses_of(f"def op(self, x):\n    {body}\n    return x", is_method=True).problems
 
 
 def test_what_can_cross_passes() -> None:
