@@ -28,7 +28,7 @@ from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteWarning
-from aggregator.records import HTTPReply, HTTPRequest
+from aggregator.records import HTTPRequest
 
 _IGNORING = ("ignore_hosts", "ignore_localhost")
 SERVED_OPTIONS = frozenset(
@@ -70,14 +70,14 @@ class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
         self.tape = tape
         self._rows = tape.unplayed()
         self._is_saved = False
-        self._loaded = [(_request_of(row.exchange().request), _response_of(row.exchange().reply)) for row in self._rows]
+        self._loaded = [(_request_of(row.exchange().request), from_reply(row.exchange().reply)) for row in self._rows]
 
     @property
     def data(self) -> list[tuple[Request, dict[str, Any]]]:
         """Requests and answers, those of the file first."""
         if "tape" not in vars(self):  # while vcrpy's own class is being made
             return []
-        recorded = [(_request_of(one.request), _response_of(one.reply)) for one in self.tape.exchanges]
+        recorded = [(_request_of(one.request), from_reply(one.reply)) for one in self.tape.exchanges]
         for _, response in recorded if self._is_saved else ():
             with suppress(UnicodeDecodeError):  # vcrpy has the bodies as text by then, where they are
                 response["body"]["string"] = response["body"]["string"].decode()
@@ -132,10 +132,6 @@ class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
 
 def _request_of(request: HTTPRequest) -> Request:
     return Request(request.method, request.url, request.body, dict(request.headers))
-
-
-def _response_of(reply: HTTPReply) -> dict[str, Any]:
-    return from_reply(reply)
 
 
 def _same_address(one: Any, other: Any) -> bool:
