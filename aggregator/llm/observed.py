@@ -53,8 +53,8 @@ _NOT_SENT = re.compile(
 class Observed:
     """The calls of other clients in one run. `prices` are USD of models that genai-prices does not list.
 
-    `budget` counts them beside the budget of their context. `refusal` is the error of the first request that was
-    refused; none is sent after it.
+    `budget` counts them in addition to the budget of their context. `refusal` is the error of the first request that
+    was refused; none is sent after it.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class Part:
         if all(budget.usd is None for budget in budgets):
             return Amount(0, given + answered, 1)
         price = self.run.price(asked) or need_price(
-            asked.provider, asked.model, self.run.prices, where="to the trainer, beside clients="
+            asked.provider, asked.model, self.run.prices, where="to the trainer, with clients="
         )
         return Amount(pico(price.most(given, answered)), given + answered, 1)
 

@@ -141,7 +141,7 @@ def _by_host() -> dict[str, str]:
 
 
 def _provider_of(url: str, api: str) -> str:
-    """Return the provider by the request's host; else the one whose API it is, as for a proxy of one's own."""
+    """Return the provider by the request's host; else the one that defines the API, as for a proxy."""
     host = host_of(url)
     named = next((name for pattern, name in _HOSTS if re.search(pattern, host)), None)
     return named or _by_host().get(host) or _USUAL.get(api, "openai")
@@ -267,7 +267,7 @@ def read_answer(asked: Question, reply: HTTPReply) -> Completion:
 
 
 def read_failure(asked: Question, reply: HTTPReply) -> LLMError:
-    """Return the error that an answer of an error status stands for."""
+    """Return the error of an answer with an error status."""
     from aggregator.llm.codecs.failures import status_error
 
     codec = _codec(asked)

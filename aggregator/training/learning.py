@@ -180,8 +180,8 @@ def _read_record(record: Any, place: int, fields: Mapping[str, str]) -> Logged:
     if correction is not None:
         is_right = as_text(correction).strip() == as_text(output).strip()
         score = (1.0 if is_right else 0.0) if score is None else score
-        told = "" if is_right else f"A person corrected this output. It should have been: {as_text(correction)}"
-        feedback = "\n".join(text for text in (feedback, told) if text)
+        correct = "" if is_right else f"A person corrected this output. It should have been: {as_text(correction)}"
+        feedback = "\n".join(text for text in (feedback, correct) if text)
     ran_with = found["values"] or {}
     if not isinstance(ran_with, Mapping):
         raise ConfigError(f"Expected values as a dict, name to value, got {shorten(ran_with)} - at record {own_id!r}")
@@ -323,7 +323,7 @@ async def _merge(
 
 
 def _sort(records: Records, fields: Mapping[str, str], values: Values) -> tuple[list[Logged], dict[str | int, str]]:
-    """Return the records that can be learned from, and why the others cannot; raises ConfigError if there are none."""
+    """Return the records that can be learned from, and why the others cannot. Raises ConfigError if none is left."""
     known = plain(values)
     usable: list[Logged] = []
     skipped: dict[str | int, str] = {}
@@ -338,7 +338,7 @@ def _sort(records: Records, fields: Mapping[str, str], values: Values) -> tuple[
         else:
             usable.append(one)
     if not usable:
-        reasons = sorted(set(skipped.values())) or ["there are none"]
+        reasons = sorted(set(skipped.values())) or ["the list is empty"]
         raise ConfigError(f"Expected records with a score, feedback or correction, got none: {'; '.join(reasons)}")
     return usable, skipped
 

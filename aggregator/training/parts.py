@@ -111,7 +111,7 @@ def check_clients(clients: Any, executor: Any) -> None:
     families(clients)
     if executor is not None and getattr(executor, "is_remote", True):
         raise ConfigError(
-            f"Expected clients=None beside {type(executor).__name__}, in whose processes the calls of other clients "
+            f"Expected clients=None with {type(executor).__name__}, in whose processes the calls of other clients "
             f"cannot be counted, got {clients!r}; leave it out, or use LocalExecutor"
         )
 

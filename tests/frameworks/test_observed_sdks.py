@@ -81,7 +81,7 @@ class Keeping(Observer):
 
 
 def run(call: Call, url: str, **options: Any) -> tuple[Any, list[Rollout]]:
-    """Run four inputs at once; dspy.Parallel, whose progress bar is no thread's own, one after the other."""
+    """Run four inputs at once; dspy.Parallel, whose progress bar is not thread-safe, one after the other."""
     options |= {"max_concurrency": 1} if "Parallel" in call.name else {}
     fake, keeping = as_model(lambda messages: "TERMINATE", name="fake"), Keeping()
     trainer = AggregatedUpdate(
@@ -92,7 +92,7 @@ def run(call: Call, url: str, **options: Any) -> tuple[Any, list[Rollout]]:
     return result, sorted(keeping.rollouts, key=lambda one: one.sample_id)
 
 
-def told(run: Rollout) -> str:
+def shown(run: Rollout) -> str:
     """What the transcript has of one rollout, in one line."""
     return " ".join(run.transcript.split())
 
@@ -109,12 +109,12 @@ def test_an_sdk_counts(call: Call, server: ModelServer, tmp_path: Path) -> None:
         budget = Budget(calls=1000, tokens=1_000_000)
         with aggregator.cassette(tmp_path / "a.yaml", mode, clients="all", warn=False):
             result, rollouts = run(call, server.url, budget=budget)
-        found.append((result.usage, [told(one) for one in rollouts], budget.spent))
+        found.append((result.usage, [shown(one) for one in rollouts], budget.spent))
         assert result.usage["agent"].calls >= 4
         assert budget.spent.calls == result.usage["agent"].calls
     assert found[0] == found[1]
     if str(rollouts[0].output).startswith("answer"):
-        assert all(str(one.output) in told(one) for one in rollouts)
+        assert all(str(one.output) in shown(one) for one in rollouts)
 
 
 def test_an_sdks_429_is_no_failure_of_the_agent(call: Call, server: ModelServer) -> None:

@@ -93,7 +93,7 @@ def server() -> Iterator[Server]:
 
 
 class Asking(Module):
-    """Asks a model by a client of its own. `ask(url, body)` returns the answer's JSON."""
+    """Asks a model by its own client. `ask(url, body)` returns the answer's JSON."""
 
     def __init__(self, url: str, ask: Callable[[str, Any], Any] | None = None, **fields: Any) -> None:
         self.rule = ParameterNode("Answer.", name="rule")
@@ -542,7 +542,7 @@ def test_tokens_are_reserved_before_sending(server: Server) -> None:
 
 
 def test_requests_in_flight_are_not_waited_for(server: Server) -> None:
-    """A request that does not fit beside those in flight is refused, with the way to make it fit."""
+    """A request that does not fit together with those in flight is refused, with the way to make it fit."""
     arrived, leave = threading.Event(), threading.Event()
 
     def answer(path: str, body: dict[str, Any]) -> Answer:
@@ -609,7 +609,7 @@ def test_a_lost_call_counts_what_it_may_have_cost(server: Server) -> None:
 
 def test_worker_processes_cannot_count_other_clients() -> None:
     """A ConfigError when the trainer is made, not calls that nobody sees."""
-    with ProcessExecutor(1) as executor, pytest.raises(ConfigError, match=r"clients=None beside ProcessExecutor"):
+    with ProcessExecutor(1) as executor, pytest.raises(ConfigError, match=r"clients=None with ProcessExecutor"):
         train(Asking("http://127.0.0.1:9"), executor=executor)
 
 

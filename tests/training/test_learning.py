@@ -151,7 +151,7 @@ def test_what_cannot_be_learned_from_is_skipped_with_the_reason() -> None:
     assert update.skipped == {"raw": UNLABELLED, "old": STALE, 9: "its call was lost: RateLimitError"}
     with pytest.raises(ConfigError, match="no score, no feedback"):
         learn([records[1]])
-    with pytest.raises(ConfigError, match="there are none"):
+    with pytest.raises(ConfigError, match="the list is empty"):
         learn([])
 
 

@@ -1,7 +1,7 @@
 """lm15, the client that DSPy brings with it from version 3.4 on: one request of its transports for threads and asyncio.
 
 Both have one method that opens a streamed answer. What is played, and what was read to be recorded, is handed out as a
-response of its own class, from memory.
+response of the same class, from memory.
 """
 
 from __future__ import annotations
