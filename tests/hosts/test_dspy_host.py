@@ -111,6 +111,14 @@ async def test_calls_of_programs_are_counted_sync_and_async() -> None:
     assert ledger.totals()["agent"].calls > 1
 
 
+async def test_a_call_of_our_model_is_in_the_transcript_once() -> None:
+    with collecting() as ledger:
+        task = RolloutTask(sample=Sample(0, {"ticket": "where is it"}))
+        rollout = await AgentWork(trainable(program()), None)(task)
+    assert rollout.transcript.count("LLM call") == ledger.totals()["agent"].calls > 0
+    assert rollout.transcript.startswith("Predict")
+
+
 def test_calls_of_programs_are_recorded_and_replayed(tmp_path: Path, llm: LLM) -> None:
     with cassette(tmp_path / "tape.yaml", "all"):
         recorded = program()(ticket="the invoice").toDict()
