@@ -20,7 +20,7 @@ from msgspec.json import decode
 
 from aggregator.agents.code import plain_source
 from aggregator.cassettes.credentials import Needles
-from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
+from aggregator.cassettes.exchanges import Exchange, Recording, exchange_id, line_is_whole
 from aggregator.cassettes.journal import is_open_journal
 from aggregator.cassettes.matching import raw_key
 from aggregator.cassettes.storage import GZIP, FileLock, followed, read
@@ -127,19 +127,14 @@ def check(recording: Recording, *, needles: Needles, now: datetime, max_age: tim
         problems.append("not closed: its recording was killed or still runs; record again to take it up")
     for row in recording.rows:
         exchange = row.exchange()
-        if not _is_as_written(row, exchange):
+        key = raw_key(exchange.request.method, exchange.request.url, exchange.request.body)
+        if row.facts.key != key or not line_is_whole(row.line):
             problems.append(f"{exchange_id(row)}: its key or its hash is not its own; it was edited: record again")
         if places := secrets_in(exchange, needles):
             problems.append(f"{exchange_id(row)}: a secret in {', '.join(places)}; revoke it, then record again")
         if max_age is not None and (age := too_old(exchange, now, max_age)):
             problems.append(f"{exchange_id(row)}: {age}; record again")
     return problems
-
-
-def _is_as_written(row: Row, exchange: Exchange) -> bool:
-    """Return True if key and hash are the exchange's own; a replay does not check them if the file's hash is right."""
-    request = exchange.request
-    return row.facts.key == raw_key(request.method, request.url, request.body) and line_is_whole(row.line)
 
 
 def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:

@@ -45,14 +45,10 @@ def main(descriptor: int) -> None:
     end = socket.socket(fileno=descriptor)
     worker = Worker()
     pass_calls_to(worker)
-    _prepare(pickle.loads(_first_frame(end)))  # noqa: S301 - our parent wrote it
+    length = int.from_bytes(end.recv(link.HEAD, socket.MSG_WAITALL), "big")
+    _prepare(pickle.loads(end.recv(length, socket.MSG_WAITALL)))  # noqa: S301 - our parent wrote it
     threading.Thread(target=_end_with_parent, args=[end, os.getppid()], daemon=True).start()
     portal.call(worker.serve, end)
-
-
-def _first_frame(end: socket.socket) -> bytes:
-    length = int.from_bytes(end.recv(link.HEAD, socket.MSG_WAITALL), "big")
-    return end.recv(length, socket.MSG_WAITALL)
 
 
 def _prepare(data: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def configure_logging(
         raise ConfigError(f"Expected a stream or a path, got both (path={str(path)!r}); give one of them")
     rendering = _formatter(format, colors=path is None and shows_colors(stream or sys.stderr))
     threshold = _level(level)
-    handler = _handler(stream, path)
+    handler = logging.StreamHandler(stream) if path is None else _file(path, mode="a")
     handler.setFormatter(rendering)
     handler.set_name(_MARK)
     for old in [old for old in _logger.handlers if old.get_name() == _MARK]:
@@ -123,10 +123,6 @@ def _level(level: int | str) -> int:
         return logging.Handler(level).level
     except (ValueError, TypeError) as error:
         raise ConfigError(f"Expected a logging level such as 'INFO' or 20, got level={level!r}") from error
-
-
-def _handler(stream: TextIO | None, path: str | Path | None) -> logging.Handler:
-    return logging.StreamHandler(stream) if path is None else _file(path, mode="a")
 
 
 def _file(path: str | Path, *, mode: str) -> logging.FileHandler:

@@ -91,7 +91,11 @@ class Evaluations:
             typed = values_of(self._parameters)
         name = digest(typed)
         place = (*place, f"values={name}", *((f"guide={judge}",) if judge else ()))
-        keys = [(_key(judge, sample, i), sample, i) for sample in samples for i in range(count)]
+        keys = [
+            (f"{judge}/{sample.id}/{digest([sample.x, sample.info])}/{i}", sample, i)
+            for sample in samples
+            for i in range(count)
+        ]
         async with self._locks.setdefault((name, judge), asyncio.Lock()):
             known = {} if fresh or name not in self.known else self.known[name].scores
             lowest = self._min_score if guide is self._guide else declared_minimum(guide)
@@ -143,10 +147,6 @@ def _task(values: Values, place: tuple[str, ...], sample: Sample, repeat: int, l
         repeat=repeat,
         min_score=lowest,
     )
-
-
-def _key(judge: str, sample: Sample, repeat: int) -> str:
-    return f"{judge}/{sample.id}/{digest([sample.x, sample.info])}/{repeat}"
 
 
 def _recall(score: Score, sample: Sample, repeat: int) -> Rollout:

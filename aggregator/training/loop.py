@@ -287,8 +287,10 @@ class _Course:
                 parts = replace(parts, propose=spare_bugs(parts.propose))
             self._check_failures(turn, [instance for one in explored for instance in one.instances])
             step = replace(step, rollouts=explored[0].step.rollouts)
-            if turn.step == 0:
-                self._note_no_transcript(step)
+            if turn.step == 0:  # the result warns if nothing was seen of what the agent did
+                ran = [rollout for rollout in step.rollouts if rollout.failure is None and rollout.output is not None]
+                if ran and not any(rollout.transcript for rollout in ran):
+                    self.state = replace(self.state, unseen=True)
             outputs = [instance.output for one in explored for instance in one.instances]
 
             async def apply(given: Sequence[Any]) -> Update:
@@ -402,12 +404,6 @@ class _Course:
     def _convert_values(self, values: Values) -> Values:
         with overriding(self.parameters, values):
             return values_of(self.parameters)
-
-    def _note_no_transcript(self, step: Step) -> None:
-        """Remember for the result's warnings if nothing was seen of what the agent did."""
-        ran = [rollout for rollout in step.rollouts if rollout.failure is None and rollout.output is not None]
-        if ran and not any(rollout.transcript for rollout in ran):
-            self.state = replace(self.state, unseen=True)
 
     def _check_failures(self, turn: Turn, instances: Sequence[Instance]) -> None:
         """Stop if too many instances were lost: of this batch, and if it is small of the latest ones."""

@@ -180,7 +180,9 @@ class Layout(Struct, frozen=True, kw_only=True):
     mask: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        named = [_bare(name) for name in (*self.prompt_symbols, *_as_list(self.mask))]
+        if isinstance(self.mask, str):
+            raise ConfigError(f"Expected a list of headings as the mask, got {self.mask!r}; write [{self.mask!r}]")
+        named = [_bare(name) for name in (*self.prompt_symbols, *self.mask)]
         if unknown := [name for name in named if name not in SECTIONS]:
             raise ConfigError(f"Expected headings of the prompt ({', '.join(SECTIONS)}), got {', '.join(unknown)}")
         if "Parameters" in map(_bare, self.mask):
@@ -210,12 +212,6 @@ class Layout(Struct, frozen=True, kw_only=True):
 
 def _bare(heading: str) -> str:
     return heading.removeprefix("#")
-
-
-def _as_list(mask: Sequence[str]) -> Sequence[str]:
-    if isinstance(mask, str):
-        raise ConfigError(f"Expected a list of headings as the mask, got {mask!r}; write [{mask!r}]")
-    return mask
 
 
 def proposal_messages(

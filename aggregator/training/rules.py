@@ -147,7 +147,8 @@ def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     0.5
     """
     current = step.values
-    numeric = [name for name in _names(proposals) if _is_numeric(name, current, proposals)]
+    proposed = {name: [one.values[name] for one in proposals if name in one.values] for name in _names(proposals)}
+    numeric = [name for name, values in proposed.items() if all(map(is_finite, (*values, current.get(name, 0))))]
     if not numeric:
         return proposals
     moved = {name: _move(name, proposals, step) for name in numeric}
@@ -192,11 +193,6 @@ def _elect(name: str, proposals: Sequence[Proposal], step: Step) -> Any:
         values.setdefault(key, current[name])
         weights[key] = weights.get(key, Fraction(0)) + 1 - share + share * step.satisfied
     return values[max(weights, key=weights.__getitem__)]
-
-
-def _is_numeric(name: str, current: Values, proposals: Sequence[Proposal]) -> bool:
-    proposed = [proposal.values[name] for proposal in proposals if name in proposal.values]
-    return all(map(is_finite, (*proposed, current.get(name, 0))))
 
 
 def _move(name: str, proposals: Sequence[Proposal], step: Step) -> int | float:

@@ -82,7 +82,9 @@ def convert_suggestion(
     refused: dict[str, str] = {}
     for key, raw in suggestion.items():
         if (parameter := known.get(key)) is None:
-            refused[key] = _unknown(key, list(known))
+            near = get_close_matches(key[:_NEAR_WITHIN], list(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {list_names(list(known))}"
+            refused[key] = f"Expected the name of a parameter, got {quote_ends(key, 60)}; {hint}"
             continue
         try:
             values[parameter.name] = _convert(parameter, key, suggestion)
@@ -90,12 +92,6 @@ def convert_suggestion(
             if raw is not None or not null_is_unchanged:
                 refused[key] = str(error)
     return values, refused
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    near = get_close_matches(key[:_NEAR_WITHIN], known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {list_names(known)}"
-    return f"Expected the name of a parameter, got {quote_ends(key, 60)}; {hint}"
 
 
 def _convert(parameter: Any, key: str, suggestion: Mapping[str, Any]) -> Any:
