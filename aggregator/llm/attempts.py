@@ -150,10 +150,6 @@ _corrections: WeakKeyDictionary[object, dict[tuple[str, str], frozenset[str]]] =
 # By transport, since it is the servers' trait; by tape while one is open, so that a replay starts over.
 
 
-def _never(error: LLMError) -> object:
-    return False
-
-
 class Attempts:
     """The attempts of one logical call. `issue` it, then `ask`; `leave` whatever happened."""
 
@@ -250,7 +246,7 @@ class Attempts:
         """Return True if there is an attempt and time left."""
         return self.count < self.line.policy.max_attempts and self.remaining() > 0
 
-    async def ask(self, unless: Callable[[LLMError], object] = _never) -> Completion:
+    async def ask(self, unless: Callable[[LLMError], object] | None = None) -> Completion:
         """Send the issued call until it is answered; raises LLMError with `attempts` set.
 
         `unless` names errors after which the same request is not worth another attempt.
@@ -263,7 +259,7 @@ class Attempts:
             except LLMError as error:
                 if self.correct(error):
                     continue
-                wait = None if unless(error) else attempt.wait_after(error)
+                wait = None if unless is not None and unless(error) else attempt.wait_after(error)
                 if wait is None:
                     error.attempts = self.count
                     raise

@@ -162,7 +162,8 @@ class Limiter:
                 if name.remaining in headers:
                     left = headroom(headers, (name,))
                     if left is not None and (missing := self.in_flight * each - left.remaining) > 0:
-                        self._pause(min(missing * left.seconds_each, MAX_HEADER_PAUSE))
+                        wait = min(missing * left.seconds_each, MAX_HEADER_PAUSE)
+                        self._paused_until = max(self._paused_until, self._clock() + wait)
                     break
 
     def used(self, admission: Admission, tokens: float) -> None:
@@ -176,9 +177,6 @@ class Limiter:
         That is 0 if everybody pauses and goes slower afterwards, the call included when it is admitted again.
         """
         return 0.0 if self.adaptive and self._learned.rejected(admission, wait, self._clock()) else wait
-
-    def _pause(self, wait: float) -> None:
-        self._paused_until = max(self._paused_until, self._clock() + wait)
 
 
 def check_limits(*, max_concurrency: int, rpm: float | None, tpm: float | None) -> None:

@@ -91,17 +91,15 @@ def _as_it_came(source: bytes, blocks: list[dict[str, Any]]) -> list[dict[str, A
     `blocks` if the message was changed, since its signatures no longer apply.
     """
     own = read(source, _OWN).content
-    return [block for block in own if not _is_empty(block)] if _said(own) == _said(blocks) else blocks
+    if _said(own) != _said(blocks):
+        return blocks
+    return [block for block in own if block.get("type") != "text" or block.get("text")]
 
 
 def _said(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:
     texts = [text for block in blocks if block.get("type") == "text" and isinstance(text := block.get("text"), str)]
     calls = [(block.get("id"), block.get("input")) for block in blocks if block.get("type") == "tool_use"]
     return "".join(texts), calls
-
-
-def _is_empty(block: Mapping[str, Any]) -> bool:
-    return block.get("type") == "text" and not block.get("text")
 
 
 def _tool_result(message: Mapping[str, Any]) -> dict[str, Any]:

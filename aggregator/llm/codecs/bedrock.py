@@ -65,7 +65,8 @@ def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None)
         if role in ("system", "developer"):
             continue
         if mark is not None and mark.message == position:
-            blocks = _marked(str(message["content"]), mark.length)
+            text = str(message["content"])
+            blocks = [{"text": text[: mark.length]}, _CACHE_POINT, {"text": text[mark.length :]}]
         elif role in ("tool", "function"):
             role, blocks = "user", [_tool_result(message, where)]
         elif role == "assistant":
@@ -77,10 +78,6 @@ def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None)
         else:
             turns.append({"role": role, "content": blocks})
     return turns
-
-
-def _marked(text: str, length: int) -> list[dict[str, Any]]:
-    return [{"text": text[:length]}, _CACHE_POINT, {"text": text[length:]}]
 
 
 def _assistant(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
