@@ -13,13 +13,15 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from inspect import isawaitable
 from typing import Any
 
-from aggregator.adapters.trace_state import TraceLock, Visit, require_trace
+from aggregator.adapters.trace_state import TraceLock, Visit, graph_of, require_trace
 from aggregator.agents.code import check_source, plain_source
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode, by_name
+from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.checks import is_async
 from aggregator.executors.work import InstanceAgent, Ran
 from aggregator.guides.calling import Call
@@ -110,14 +112,15 @@ class TraceAgent(Module, InstanceAgent):
         return Ran(output=plain, handle=output)
 
     def _run(self, visit: Visit, x: Any) -> tuple[Any, Any]:
-        with self.lock.hold(visit):
-            output = self.agent(x)
+        with self.lock.hold(visit), _showing() as show:
+            output = show(self.agent(x))
             return output, plain_data(output)
 
     async def _finish(self, visit: Visit, function: Callable[[Any], Awaitable[Any]], x: Any) -> tuple[Any, Any]:
         async with self.lock.hold_async(visit, self.threads):
-            output = await function(x)
-            return output, plain_data(output)
+            with _showing() as show:
+                output = show(await function(x))
+                return output, plain_data(output)
 
     def visit(self) -> Visit:
         """Return the state of Trace for one instance: the values that this context reads are on the nodes."""
@@ -127,6 +130,30 @@ class TraceAgent(Module, InstanceAgent):
         """Run a function in a thread of our own, with this context's variables."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: context.run(function, *args))
+
+
+@contextmanager
+def _showing() -> Iterator[Callable[[Any], Any]]:
+    """Hand out a function that shows the operations which led to an output; those that led to an error are shown too.
+
+    Parameters have the values on trial only while the lock is held.
+    """
+
+    def show(output: Any) -> Any:
+        if current_transcript() is not None:
+            for node in graph_of(node for _, node in nodes_in(output)):
+                inputs = getattr(node, "_inputs", None)
+                if inputs:
+                    shown = [(name, plain_data(one)) for name, one in inputs.items() if name != "self"]
+                    with recording(_operation(node), _describe(node).rstrip("."), shown) as span:
+                        span.finish(plain_data(node))
+        return output
+
+    try:
+        yield show
+    except Exception as error:
+        show(getattr(error, "exception_node", None))
+        raise
 
 
 def is_node(value: Any) -> bool:
@@ -182,6 +209,11 @@ def _parameters_of(nodes: Sequence[Any]) -> Iterator[TraceParameter]:
         base = node.name.partition(":")[0].replace("/", ".")
         taken[base] = taken.get(base, -1) + 1
         yield TraceParameter(node, base if taken[base] == 0 else f"{base}.{taken[base]}")
+
+
+def _operation(node: Any) -> str:
+    """Return the name of the operation that made a node, as `Router.route`."""
+    return str(node.name.partition(":")[0].rpartition("<locals>.")[2])
 
 
 def _describe(node: Any) -> str:

@@ -26,6 +26,7 @@ from aggregator.adapters.frameworks import require_version
 from aggregator.adapters.trace_optimizer import as_optimizer
 from aggregator.adapters.trace_state import NEWEST, OLDEST
 from aggregator.agents.parameters import overriding
+from aggregator.executors.work import AgentWork
 from aggregator.records import RolloutTask, Sample
 from aggregator.training.step import Step
 
@@ -301,3 +302,24 @@ def test_an_overridden_forward_of_a_trainer_does_not_race(opto: Any) -> None:
     trainer = Own(make(opto, say), LLMOptimizer(llm=llm), llm=llm)
     result = trainer.train(right, [(f"q{i}", "") for i in range(24)], batch_size=24)
     assert result.failures == ()
+
+
+async def test_operations_are_the_transcript(opto: Any) -> None:
+    """An optimizer of ours sees what each operation was given and returned, with the values on trial."""
+    model = suggest("hello")
+    llm = as_model(model)
+
+    def forward(self: Any, x: Any) -> Any:
+        said = self.say(self.prompt, x)
+        return said, self.say(said, "again")
+
+    agent = as_agent(make(opto, forward))
+    task = RolloutTask(sample=Sample(0, "you"), values={"prompt": "hey"}, capture=True, lineage=("test",), role="agent")
+    found = await AgentWork(agent, None)(task)
+    assert found.transcript.count("Speaker.say: Say the prompt and the input\n") == 2
+    for part in ('prompt: "hey"', 'returned: "hey you again"'):
+        assert part in found.transcript
+    trainer = AggregatedUpdate(make(opto, say), LLMOptimizer(llm=llm), llm=llm)
+    result = await trainer.atrain(right, [("you", "hello you")] * 2, batch_size=2)
+    assert 'prompt: "hi"' in model.asked[0]
+    assert not [text for text in result.warnings if "no transcript" in text]
