@@ -34,6 +34,7 @@ from aggregator import (
 from aggregator.cassettes.storage import read
 from aggregator.errors import TrainingWarning
 from aggregator.executors.process import ProcessExecutor
+from aggregator.llm.budget import spending
 from aggregator.observing.observer import Observer
 
 httpx: Any = pytest.importorskip("httpx")
@@ -512,6 +513,20 @@ def test_a_refusal_ends_the_run_though_the_sdk_hides_it(server: Server, hide: Ca
 
     with pytest.raises(BudgetExceededError):
         train(Asking(server.url, hiding), budget=Budget(calls=1), max_concurrency=1, stepsize=0.0)
+    assert len(server.asked) == 1
+
+
+def test_a_hidden_refusal_ends_an_evaluation(server: Server, tmp_path: Path) -> None:
+    """Outside of a run too, where an open cassette serves the agent's client."""
+
+    def hiding(url: str, body: Any) -> Any:
+        with suppress(BudgetExceededError):
+            httpx.post(url, json=body)
+        return chat("none")
+
+    tape = aggregator.cassette(tmp_path / "a.yaml", "all", clients="httpx")
+    with tape, spending(Budget(calls=1)), pytest.raises(BudgetExceededError):
+        evaluate(Asking(server.url, hiding), judge, [("one", "a"), ("two", "b")], max_concurrency=1)
     assert len(server.asked) == 1
 
 
