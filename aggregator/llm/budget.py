@@ -1,6 +1,6 @@
 """A budget that holds: reserved from an upper estimate before each request, settled when its cost is known.
 
-Spent and reserved together never exceed the limit. A request that does not fit beside those in
+Spent and reserved together never exceed the limit. A request that does not fit with those in
 flight waits for them, since they will cost less than they reserved; one that would not fit even alone is refused.
 Waiting is first come first served, so which requests are refused does not depend on which answers come first.
 
@@ -136,7 +136,7 @@ class Budget:
     def take_now(self, amount: Amount) -> None:
         """Set an upper estimate aside, ahead of requests that wait; pair it with `settle`.
 
-        Raises BudgetExceededError where it does not fit beside what is spent and what requests in flight have reserved:
+        Raises BudgetExceededError if it does not fit with what is spent and what requests in flight have reserved:
         for a caller that cannot wait.
         """
         with self._lock:

@@ -71,7 +71,7 @@ class FallbackLLM(LLM):
         given = [name for name in _OF_ONE_SERVER if options.get(name) is not None]
         if given:
             raise ConfigError(
-                f"Expected no {given[0]} beside a list of models, since it belongs to one server; "
+                f"Expected no {given[0]} with a list of models, since it belongs to one server; "
                 f"give LLM(…, {given[0]}=…) in the list"
             )
         if not models or not all(isinstance(model, str | LLM) for model in models):

@@ -53,7 +53,7 @@ def as_model(model: Any = None, *, name: str | None = None, prices: Prices | Non
     create = _create_of(model)
     if create is not None:
         if name is None:
-            raise ConfigError(f"Expected the model's name beside {model!r}: as_model(client, name='gpt-4o-mini')")
+            raise ConfigError(f"Expected the model's name with {model!r}: as_model(client, name='gpt-4o-mini')")
         return CallableModel(partial(create, model=name), name=name, prices=prices)
     if callable(getattr(model, "complete", None)):
         return model  # type: ignore[no-any-return]

@@ -100,7 +100,7 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
                 f"{provider} withheld the answer ({word}); change the prompt or the filter", **facts
             )
         if reason != "length" and is_empty and not may_be_empty:
-            thought = f" beside {len(message.reasoning)} characters of thinking" if message.reasoning else ""
+            thought = f", only {len(message.reasoning)} characters of thinking" if message.reasoning else ""
             raise EmptyResponseError(
                 f"Expected an answer from {provider}, got neither text nor a tool call{thought} "
                 f"(finish reason {word!r})",

@@ -180,7 +180,7 @@ def _beyond(call: Call, limit: str) -> SandboxError:
 
 
 def rebuild(fault: Fault, name: str) -> Exception:
-    """Return the exception that trained code raised, of its own class if that is in the table."""
+    """Return the exception that trained code raised, of the same class if the table has it."""
     kind, text = _ERRORS.get(fault.kind), fault.text[:_TEXT]
     error: Exception = SandboxError(f"{name} failed with {fault.kind[:200]}: {text}")
     if kind is not None:

@@ -29,7 +29,7 @@ _OWN = msgspec.json.Decoder(_Own)
 
 
 def system_of(messages: Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any]] | None:
-    """Return the system prompt, a field of its own in this API: one text unchanged, several (or parts) as blocks."""
+    """Return the system prompt, a separate field in this API: one text unchanged, several (or parts) as blocks."""
     contents = [message.get("content") for message in messages if message["role"] in ("system", "developer")]
     if len(contents) == 1 and isinstance(contents[0], str):
         return contents[0] or None

@@ -26,7 +26,7 @@ _NO_SIGNATURE = "skip_thought_signature_validator"
 
 
 def system_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the system prompt, a field of its own in this API, with one part for each message."""
+    """Return the system prompt, a separate field in this API, with one part for each message."""
     texts = [text_of(message.get("content")) for message in messages if message["role"] in ("system", "developer")]
     parts = [{"text": text} for text in texts if text]
     return {"parts": parts} if parts else None
