@@ -91,6 +91,9 @@ __all__ = [
 ]
 
 
+# ---- the library
+
+
 class AggregatorError(Exception):
     """The root of the tree: every error that the library raises on purpose."""
 
@@ -123,6 +126,9 @@ class InstanceTimeoutError(AggregatorError, TimeoutError):
     """An agent or a guide took longer for one instance than `train(instance_timeout=...)` allows."""
 
 
+# ---- cassettes
+
+
 class CassetteError(AggregatorError):
     """The root of errors about cassettes."""
 
@@ -151,6 +157,9 @@ class SecretLeakError(CassetteError):
     """A secret is in a place that cannot be redacted; nothing was written, the answer stays usable in memory."""
 
 
+# ---- runs
+
+
 class _EndedRunError(AggregatorError):
     """An error that ends a run and keeps what the run had reached (`.result`, None before the first step)."""
 
@@ -165,6 +174,9 @@ class BudgetExceededError(_EndedRunError):
 
 class TrainingError(_EndedRunError):
     """Too many failures, or a run that does not match its run_dir."""
+
+
+# ---- calls to models
 
 
 class LLMError(AggregatorError):
@@ -284,6 +296,9 @@ class TruncatedError(ResponseError):
         self.thought = thought
 
 
+# ---- warnings
+
+
 class AggregatorWarning(UserWarning):
     """The root of the library's warnings."""
 
@@ -323,6 +338,9 @@ _MISSING_PART = (
     r"not (?:be )?(?:found|exist)|support (?:image|audio|video|file|tool|document)"
 )
 """What a 404 says of a part that one request names, or of an input that the model cannot take."""
+
+
+# ---- what an error means for a run
 
 
 def ends_run(error: BaseException) -> bool:

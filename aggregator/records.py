@@ -23,6 +23,9 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"
 """
 
 
+# ---- requests and replies
+
+
 class HTTPRequest(Struct, frozen=True, kw_only=True, gc=False):
     """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it.
 
@@ -55,6 +58,9 @@ class HTTPReply(Struct, frozen=True, kw_only=True, gc=False):
     milliseconds: float = 0.0
     chunks: tuple[tuple[int, float], ...] = ()
     replayed: bool = False
+
+
+# ---- completions
 
 
 # gc=False down to Completion: they hold text, numbers and each other, never a cycle, and every answer makes several.
@@ -196,6 +202,9 @@ class Completion(Struct, frozen=True, kw_only=True, gc=False):
         return self.choices[0].message.tool_calls
 
 
+# ---- rollouts and proposals
+
+
 class Sample(Struct, frozen=True):
     """One instance of a data set: `id` is its position there, `x` the agent's input, `info` what the guide needs."""
 
@@ -322,6 +331,9 @@ class Proposal(Struct, frozen=True, kw_only=True):
         return proposal_html(self)
 
 
+# ---- steps
+
+
 class Decision(Struct, frozen=True, kw_only=True):
     """A gate's verdict on an update and why."""
 
@@ -381,6 +393,9 @@ class FullStepReport(StepReport, frozen=True, kw_only=True):
     def slim(self) -> StepReport:
         """Return the report in the form that is kept: without rollouts, proposals and lineages."""
         return StepReport(**{name: getattr(self, name) for name in StepReport.__struct_fields__})
+
+
+# ---- runs
 
 
 class RunInfo(Struct, frozen=True, kw_only=True):

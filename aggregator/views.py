@@ -29,6 +29,9 @@ _MOST_WORDS = 1_500
 """Beyond it a comparison word by word takes longer than a look at both texts."""
 
 
+# ---- markup
+
+
 class Html(str):
     """Markup, as against text that is yet to be escaped."""
 
@@ -125,6 +128,9 @@ _POINTS = 300
 _WIDTH, _HEIGHT = 480, 90
 
 
+# ---- as HTML
+
+
 def proposal_html(proposal: Proposal) -> Html:
     """Show what an instance asks for, and why."""
     return page(
@@ -184,6 +190,9 @@ def result_html(result: TrainingResult) -> Html:
     )
 
 
+# ---- as text
+
+
 def result_line(result: TrainingResult) -> str:
     """Return what a run reached in one line."""
     applied = sum(report.decision.accepted for report in result.history)
@@ -237,6 +246,9 @@ def step_line(report: StepReport) -> str:
         _counted(len(report.failures), "failure") if report.failures else "",
     )
     return ", ".join(fact for fact in facts if fact)
+
+
+# ---- parts of a page
 
 
 def _steps(history: Sequence[StepReport]) -> Html:

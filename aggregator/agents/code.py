@@ -94,6 +94,9 @@ class CodeParameter(ParameterNode[str]):
         return trace.tb_lineno - (self.written_at if function is self.original else 1) + 1
 
 
+# ---- source: read it from a function, check it, compile it
+
+
 def source_of(function: FunctionType) -> tuple[str, int]:
     """Return a function's source from the left edge, without decorators, and the line of its `def` in the file.
 
@@ -264,6 +267,9 @@ Code = bool | str | Collection[str]
 """What may run: see above."""
 
 ASK = "ask"
+
+
+# ---- consent: code from files runs only if the user permits it
 
 
 def check_consent(code: Code) -> Code:

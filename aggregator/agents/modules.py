@@ -24,6 +24,9 @@ FORMAT = "aggregator-parameters"
 VERSION = 1
 
 
+# ---- artefacts: trained values in a file
+
+
 class Artefact(Struct, frozen=True, kw_only=True):
     """Parameter values by name; `types` is for readers, `provenance` says where the values come from.
 
@@ -96,6 +99,9 @@ def read_artefact(path: str | os.PathLike[str]) -> Artefact:
 T = TypeVar("T")
 Path = str | PathLike[str]
 _Found = tuple[str, ParameterNode[Any]]
+
+
+# ---- modules
 
 
 class Module:
@@ -225,6 +231,9 @@ def model(cls: type[T]) -> type[T]:
     place = {name: getattr(cls, name) for name in kept if hasattr(cls, name)}
     made: type[T] = new_class(cls.__name__, (cls, Module), {}, lambda body: body.update(place))
     return made
+
+
+# ---- finding the parameters of a module
 
 
 def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:

@@ -38,6 +38,9 @@ _MUTATORS = frozenset(
 _CLIENTS = {"aggregator", "aiohttp", "anthropic", "google", "httpx", "litellm", "openai", "requests", "socket"}
 
 
+# ---- what an operation uses: names, modules, attributes of self
+
+
 class Uses(Struct, frozen=True, kw_only=True):
     """What a source refers to, each with the line (from 1, the `def` line) where it does so first.
 
@@ -391,6 +394,9 @@ _IS_GENERATOR = 0x220  # inspect.CO_GENERATOR and CO_ASYNC_GENERATOR
 _PLAIN = frozenset({None, type(None), bool, int, float, str, bytes, list, tuple, dict, object, Any})
 
 
+# ---- calling an operation in the sandbox
+
+
 def prepare(
     source: str, like: FunctionType, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], limits: Limits
 ) -> Call:
@@ -447,6 +453,9 @@ def sandboxed_function(code: CodeParameter, owner: Any, place: Place) -> Callabl
     return synchronous
 
 
+# ---- secrets of the environment
+
+
 def hide_secrets(value: Any) -> Any:
     """Return what trained code returned, with values of the environment that look like secrets replaced.
 
@@ -487,6 +496,9 @@ def _without(value: Any, secrets: Sequence[str], levels: int = 64) -> Any:
 def environment_secrets() -> list[str]:
     """Return the values of environment variables that look like secrets, the longest first."""
     return sorted({value for name, value in os.environ.items() if looks_secret(name, value)}, key=len, reverse=True)
+
+
+# ---- checks before a run starts
 
 
 def check_sandboxed(operations: Iterable[tuple[str, CodeParameter, Any]]) -> None:

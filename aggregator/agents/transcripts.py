@@ -29,6 +29,9 @@ WORDS_SHOWN = 60
 _UNSAFE = re.compile(r"[^\w .,=()/+-]")
 
 
+# ---- as a flowchart
+
+
 class Picture:
     """The lines of a flowchart under way; `left` says for how many boxes there is room."""
 
@@ -130,6 +133,9 @@ class Group:
 def _order(place: str) -> list[tuple[int, str]]:
     """Return a key by which `0.10` comes after `0.9`; a place that is too deep is a digest."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in place.split(".")]
+
+
+# ---- what is recorded
 
 
 class Span(Group):
@@ -258,6 +264,9 @@ TRANSCRIPT_LIMIT = 40_000
 """How many characters `render` returns at most; the middle is left out, and that is said."""
 
 _span: ContextVar[Span | None] = ContextVar("aggregator_span", default=None)
+
+
+# ---- the transcript of one task
 
 
 class Transcript:

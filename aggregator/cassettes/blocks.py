@@ -34,6 +34,9 @@ _TOGETHER, _LARGEST_TOGETHER = 64, 1 << 20  # exchanges, bytes, that are looked 
 _LEAST = 300  # bytes of an exchange's line without its bodies
 
 
+# ---- reading a block
+
+
 def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
     """Return our own facts of an interaction, {} where another tool recorded it."""
     x = item.get("x")
@@ -148,6 +151,9 @@ def _inflated(body: bytes, encoding: str, place: str) -> bytes:
     return plain
 
 
+# ---- reading a readable cassette
+
+
 def read_blocks(
     content: bytes,
     where: str,
@@ -257,6 +263,9 @@ class _Adoption:
 _NOT_LITERAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _PLAIN_URL = re.compile(r"https?://[A-Za-z0-9][A-Za-z0-9._~/?&=%+-]*(?::\d+)?[A-Za-z0-9._~/?&=%+-]*")
 _PLAIN_NAME = re.compile(r"[a-z][a-z0-9]*-[a-z0-9-]*[a-z0-9]|accept|date")
+
+
+# ---- writing a block
 
 
 def render_exchange(exchange: Exchange, line: bytes | memoryview) -> str:

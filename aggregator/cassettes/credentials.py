@@ -19,6 +19,9 @@ Needles = tuple[bytes, ...]
 """Values that authenticate, in every form in which they are looked for."""
 
 
+# ---- options
+
+
 class Redaction(Struct, frozen=True, kw_only=True):
     """What a user adds to the rules and takes from them; names are in lower case.
 
@@ -90,6 +93,9 @@ _PAGING = re.compile(
 _NO_SECRET, _GENERIC, _WEAK, _STRONG, _ASKED_FOR = range(5)
 # what a name implies: nothing; long values with a digit are secrets; values that look like secrets are; any text is;
 # any text or number is
+
+
+# ---- names that hold secrets
 
 
 def is_secret_field(name: str) -> bool:
@@ -183,6 +189,9 @@ _SCRUBBED = re.compile(
 )
 
 
+# ---- values that look like secrets
+
+
 @lru_cache(maxsize=1024)
 def is_placeholder(value: str) -> bool:
     """Return True if a value is a placeholder for a secret, also in the form of a cookie.
@@ -238,6 +247,9 @@ def _is_random(letters: str) -> bool:
     """Return True if a run of letters is neither one word nor several: `OpenAI` has long humps, `aGVsbG` short ones."""
     humps = _HUMP.findall(letters)
     return len(letters) > _LONGEST_WORD or (len(humps) > 1 and len(letters) < 3 * len(humps))
+
+
+# ---- the values that authenticate a request
 
 
 def authenticating_values(url: str, headers: Mapping[str, str], secrets: Iterable[str]) -> frozenset[str]:

@@ -38,6 +38,9 @@ _ODD_STARTS = (b"\x7f", b"\xc2", b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xef")  # o
 _BINARY = re.compile(rb'("(?:[^"\\]|\\.)*")|!!binary ("[A-Za-z0-9+/=]*")')
 
 
+# ---- an exchange and its facts
+
+
 class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What we know of an exchange besides request and response; the key `x` of an interaction.
 
@@ -108,6 +111,9 @@ _encode = msgspec.json.Encoder().encode
 Buffer = bytes | memoryview
 
 
+# ---- exchange -> line
+
+
 def encode_line(exchange: Exchange) -> bytes:
     """Return the exchange as one line, without a line break, with its key and its hash."""
     request, reply = exchange.request, exchange.reply
@@ -148,6 +154,9 @@ def _text(body: bytes) -> Any:  # str, or YAML's own as msgspec.Raw
         return body.decode()
     except UnicodeDecodeError:
         return msgspec.Raw(b'!!binary "%b"' % base64.b64encode(body))
+
+
+# ---- line -> exchange
 
 
 def line_is_whole(line: Buffer) -> bool:
@@ -238,6 +247,9 @@ REMEDY = (
 )
 UNREADABLE = (DecodeError, ValueError, KeyError, RecursionError)
 """What decoding raises for a line that we did not write, although its hash is right."""
+
+
+# ---- rows of a recording
 
 
 class Row(Struct, frozen=True, gc=False):

@@ -26,6 +26,9 @@ from aggregator.errors import CassetteDamagedError, CassetteRefusedError
 Interaction = dict[str, Any]
 
 
+# ---- interactions of vcrpy and similar files
+
+
 def interactions_of(document: Any, where: str) -> list[Interaction]:
     """Return the interactions of a cassette, in vcrpy's shape.
 
@@ -93,6 +96,9 @@ def _plain(headers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 # HAR: browsers, proxies, Polly.JS
+
+
+# ---- formats of other tools
 
 
 def _is_har(document: Any) -> bool:
@@ -295,6 +301,9 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
 
 
 # YAML and JSON within budgets
+
+
+# ---- parsing YAML within limits
 
 
 class Budget(Struct, frozen=True):

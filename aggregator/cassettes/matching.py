@@ -40,6 +40,9 @@ Ignore = tuple[tuple[str, ...], ...]
 """JSON paths that do not count, each as its parts; `*` matches every item of a list."""
 
 
+# ---- canonical bodies and addresses
+
+
 def parse_ignore(paths: Sequence[str]) -> Ignore:
     """Split dotted JSON paths.
 
@@ -146,6 +149,9 @@ def _part(part: bytes, ignore: Ignore) -> list[str]:
     ]
 
 
+# ---- keys
+
+
 def raw_key(method: str, url: str, body: bytes) -> bytes:
     """Return the digest of exactly these bytes: a shortcut to the canonical key of a body seen before."""
     digest = _begun(method, url).copy()
@@ -247,6 +253,9 @@ BeforeRequest = Callable[[Any], Any]
 """Takes a request in vcrpy's shape and returns it, changed or not; None leaves the request to the network."""
 BeforeResponse = Callable[[dict[str, Any]], Any]
 """Takes an answer in vcrpy's shape, a dict, and returns it, changed or not; None leaves it unrecorded."""
+
+
+# ---- requests and replies as vcrpy hooks see them
 
 
 class Headers(MutableMapping[str, Any]):
@@ -407,6 +416,9 @@ _PARTS: Mapping[str, Callable[[HTTPRequest], str]] = {
 BODIES = ("body", "raw_body")
 NAMES = (*_PARTS, *BODIES)
 """What `match_on` may name. Headers are not among them: a recording holds only some."""
+
+
+# ---- matching by other fields
 
 
 class Matching(Struct, frozen=True):

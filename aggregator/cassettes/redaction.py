@@ -53,6 +53,9 @@ _PART_NAME = re.compile(
 )
 
 
+# ---- forms and addresses
+
+
 def is_form(headers: Mapping[str, str]) -> bool:
     """Return True if a body with these headers is a form of either kind."""
     kind = headers.get("content-type", "").lower()
@@ -183,6 +186,9 @@ _Pairs = tuple[tuple[str, str], ...]
 # Requests
 
 
+# ---- what is known of one exchange
+
+
 class Frame(Struct, frozen=True):
     """What of a request repeats from call to call: its needles, and its URL and headers as they are written."""
 
@@ -222,6 +228,9 @@ def looks_clean(texts: Iterable[bytes], needles: Iterable[Needles], policy: Reda
     if suspicious(data, united, policy):
         return False
     return not has_hidden_text(data) or not suspicious(unescape(data), united, policy)
+
+
+# ---- requests
 
 
 def redact_requests(requests: Sequence[HTTPRequest], policy: Redaction = USUAL) -> list[HTTPRequest]:
@@ -273,6 +282,9 @@ def digest_of_redacted(request: HTTPRequest, policy: Redaction = USUAL) -> str:
 
 
 # Exchanges
+
+
+# ---- lines and exchanges
 
 
 class Line(Struct, frozen=True):
@@ -397,6 +409,9 @@ def _kept(headers: Iterable[tuple[str, str]], more: tuple[str, ...]) -> dict[str
         elif name in SECRET_HEADERS or is_worth_finding(written[name]):
             written[name] = PLACEHOLDER
     return written
+
+
+# ---- headers, texts and bodies
 
 
 def redact_cookies(lines: str) -> str:

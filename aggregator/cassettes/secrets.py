@@ -64,6 +64,9 @@ _LONGEST_NAME = 64
 # Edits
 
 
+# ---- edits of a text
+
+
 def apply_edits(data: bytes, edits: Iterable[Edit]) -> bytes:
     """Replace what the edits name.
 
@@ -101,6 +104,9 @@ def _merged(edits: Iterable[Edit]) -> list[Edit]:
         else:
             merged.append((start, end, text))
     return merged
+
+
+# ---- finding fields, parameters and values
 
 
 def secret_edits(
@@ -335,6 +341,9 @@ def _runs(data: bytes) -> Iterator[tuple[int, int]]:
         start = runs.find(_RUN, end)
 
 
+# ---- finding tokens by their form
+
+
 def _token_edits(data: bytes) -> Iterator[Edit]:
     """Yield tokens by their shape, and what follows `Bearer`."""
     for start, end in _runs(data):
@@ -395,6 +404,9 @@ _SPACE = re.compile(rb"\s:")
 _end, _tail, _last = itemgetter(slice(-4, None)), itemgetter(slice(-12, None)), itemgetter(slice(-3, None))
 _ESCAPE = re.compile(rb"\\u00[2-7][0-9A-Fa-f]")
 _ESCAPED = re.compile(rb"[2-7][0-9A-Fa-f]")
+
+
+# ---- quick looks
 
 
 def has_hidden_text(data: bytes) -> bool:

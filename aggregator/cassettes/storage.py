@@ -65,6 +65,9 @@ GZIP = b"\x1f\x8b"
 _PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
+# ---- reading
+
+
 def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recording | None:
     """Return what a cassette holds, its shards included; None without one.
 
@@ -199,6 +202,9 @@ LONGEST_READABLE = 4 << 20
 LayoutChoice = Literal["auto", "journal", "readable"]
 
 
+# ---- saving
+
+
 def canonical_order(rows: Sequence[Row]) -> list[Row]:
     """Sort by lineage (numbers as numbers), then order of issue within it, then attempt: never by arrival."""
     return sorted(
@@ -272,6 +278,9 @@ def _render(row: Row, layout: Layout) -> bytes:
 # Locking
 
 
+# ---- locking
+
+
 class FileLock:
     """An advisory lock next to a file, released with its process however that ends."""
 
@@ -332,6 +341,9 @@ class FileLock:
 
 
 # Edits by hand
+
+
+# ---- accepting edited files
 
 
 class Accepted(Struct, frozen=True, kw_only=True):

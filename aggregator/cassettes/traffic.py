@@ -30,6 +30,8 @@ from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, miss_class
 from aggregator.errors import AggregatorError, APIConnectionError, CassetteMissError
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
+# ---- observers
+
 
 class Answered(Struct, frozen=True, kw_only=True):
     """One request of another client and what became of it; exactly one of `reply` and `failure` is set.
@@ -146,6 +148,9 @@ def _refused(tape: Tape, client: str, method: str, url: str) -> CassetteMissErro
     )
     tape.misses.append(miss)
     return miss
+
+
+# ---- the turn of one request
 
 
 class Turn:

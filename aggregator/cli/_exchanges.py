@@ -30,6 +30,8 @@ from aggregator.cassettes.secrets import query_edits, secret_edits
 from aggregator.llm.reading import is_figure, read_model, read_usage
 from aggregator.text import clip, json_changes
 
+# ---- model and tokens of an exchange
+
 
 def model_of(exchange: Exchange) -> str:
     """Return the model that was asked: what we noted, else what request, address or answer say, else ""."""
@@ -40,6 +42,9 @@ def usage_of(exchange: Exchange) -> dict[str, int | float]:
     """Return the tokens and cost of an exchange: what we noted, else what the answer says of itself."""
     noted = exchange.facts.usage
     return {name: amount for name, amount in noted.items() if is_figure(amount)} or read_usage(exchange.reply)
+
+
+# ---- showing an exchange
 
 
 def render(exchange: Exchange) -> str:
@@ -84,6 +89,9 @@ def _pretty(body: bytes) -> str:
 
 _TELLING_HEADERS = frozenset({"content-type", "location", "retry-after", "retry-after-ms", "x-should-retry"})
 """What a client goes by; dates, ids and rate limits differ in every recording."""
+
+
+# ---- differences of two exchanges
 
 
 class Difference(Struct, frozen=True, kw_only=True):
@@ -145,6 +153,9 @@ _KEYS_OF_NOTHING = frozenset(
     {"access-control-allow-credentials", "idempotency-key", "x-idempotency-key", "sec-websocket-key"}
 )
 _USER = re.compile(r"//([^/@]*)@")
+
+
+# ---- secrets in a cassette
 
 
 def needles_from(environment: Mapping[str, str]) -> Needles:

@@ -18,6 +18,9 @@ SHOWN = 20
 MOST_DAYS = 1_000_000
 
 
+# ---- arguments
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and what it can do."""
     parser = subparsers.add_parser("cassette", help="look at cassettes and keep them in order")
@@ -79,6 +82,9 @@ def _show_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
     show.add_argument("number", nargs="?", type=int, help="the exchange to show in full, counted from 0")
     show.add_argument("--lineage", metavar="PATTERN", help="only these, as 'train/epoch=0/*'")
     show.set_defaults(run=show_cassette)
+
+
+# ---- commands
 
 
 def list_cassettes(options: argparse.Namespace) -> int:

@@ -28,6 +28,8 @@ from aggregator.errors import ConfigError
 from aggregator.records import Role, Usage
 from aggregator.sandbox.limits import Place
 
+# ---- messages
+
 
 class Load(Struct, frozen=True, tag=True):
     """An object that later messages refer to by its number: an agent or a guide, pickled."""
@@ -118,6 +120,9 @@ HEAD = 8
 _encode = msgspec.msgpack.Encoder().encode
 
 
+# ---- the connection
+
+
 class Link:
     """One end of a socket. Messages are sent in the order of `send`; one task at a time receives."""
 
@@ -168,6 +173,9 @@ class Link:
 
 
 Reference = tuple[Any, ...]
+
+
+# ---- pickling agents, guides and errors
 
 
 class Pickler(pickle.Pickler):

@@ -48,6 +48,9 @@ MESSAGE_LIMIT = 4_000
 """How many characters of an error's message a record keeps."""
 
 
+# ---- one rollout
+
+
 class Ran(Struct, frozen=True, kw_only=True):
     """What one run of an agent came to: an output, or the error that its code raised.
 
@@ -275,6 +278,9 @@ async def judge_run(
     )
 
 
+# ---- rollouts of an agent that takes batches
+
+
 async def run_batch(
     agent: Agent, tasks: Sequence[RolloutTask], guide: Any, arrived: Callable[[int, Rollout], object]
 ) -> None:
@@ -325,6 +331,9 @@ def _name_task(rollout: Rollout, task: RolloutTask) -> Rollout:
     return replace(
         rollout, scores=scores, sample_id=sample.id, x=sample.x, lineage="/".join(task.lineage), repeat=task.repeat
     )
+
+
+# ---- errors of user code as records
 
 
 def record_failure(stage: Stage, error: BaseException, sample_id: int | None = None) -> Failure:

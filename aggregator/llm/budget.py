@@ -50,6 +50,9 @@ IMAGE_TOKENS = 50_000
 """More than any known model counts for one image."""
 
 
+# ---- budgets
+
+
 class Spending(Struct, frozen=True, kw_only=True):
     """What was spent: USD, tokens (input and output), requests."""
 
@@ -294,6 +297,9 @@ def spending(budget: Budget | None) -> Iterator[Budget | None]:
         _current.reset(token)
 
 
+# ---- reserving
+
+
 def budgets_of(own: Budget | None) -> tuple[Budget, ...]:
     """Return every budget that counts a call of this context, in the one order in which all calls reserve them."""
     outer = _current.get()
@@ -365,6 +371,9 @@ def spent_by(usage: Usage, held: Amount) -> Amount:
 _BYTES_A_TOKEN = 4  # of English text, by OpenAI's rule of thumb
 _LIKELY_IMAGE = 1_000
 _LIKELY_ANSWER = 400
+
+
+# ---- estimates before a run
 
 
 class Estimate(Struct, frozen=True, kw_only=True):

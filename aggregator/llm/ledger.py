@@ -26,6 +26,9 @@ current_ledger = _current.get
 """Return the ledger of this context, None outside of any."""
 
 
+# ---- usage by role
+
+
 class Ledger:
     """Usage by role of the calls made in one context."""
 
@@ -116,6 +119,9 @@ def count(role: str, usage: Usage, milliseconds: float = 0.0) -> None:
     ledger = _current.get()
     if ledger is not None:
         ledger.add(role, usage, milliseconds)
+
+
+# ---- prices
 
 
 class Tier(Struct, frozen=True, kw_only=True):
@@ -245,6 +251,9 @@ def _within(tokens: int | None, most: int) -> int | None:
 
 Prices = Mapping[str, Price]
 """Model -> price. Names as given to `LLM`, or without the provider: "openai/gpt-4o-mini", "gpt-4o-mini"."""
+
+
+# ---- price tables
 
 
 def find_price(provider: str, model: str, table: Prices | None) -> Price | None:

@@ -29,6 +29,9 @@ from aggregator.records import HTTPRequest
 _PREFIX = re.compile(r"([^/:]+)[/:](.+)", re.DOTALL)
 
 
+# ---- names -> endpoints
+
+
 class Endpoint(Target, frozen=True, kw_only=True):
     """A target with its codec bound. `key_hint` explains how to provide a missing key."""
 
@@ -245,6 +248,9 @@ def _key(
     return None, auth, f"Expected an API key for {provider.name}, got none. Set {names}, or give api_key=…"
 
 
+# ---- names of Trace and AutoGen
+
+
 def _from_trace(base_url: str | None, api_key: ApiKey | None, env: Mapping[str, str]) -> _Wanted:
     """Read the model from the variables that Trace's users have set; its own silent default is not taken over."""
     backend = env.get("TRACE_DEFAULT_LLM_BACKEND", "").lower()
@@ -288,6 +294,9 @@ def _from_autogen(text: str, base_url: str | None, api_key: ApiKey | None) -> _W
 _EARLY = 300.0  # seconds before its end at which a token is replaced
 _CLOUD = "https://www.googleapis.com/auth/cloud-platform"
 _AZURE_OPENAI = "https://cognitiveservices.azure.com/.default"
+
+
+# ---- tokens of two clouds
 
 
 class CloudToken:

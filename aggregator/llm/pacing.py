@@ -28,6 +28,9 @@ _TRIAL, _CONTRADICTIONS = 60, 2  # accepted requests that confirm a bucket at mo
 _SHORTEST = 0.05  # seconds by which two stretches must differ for their slope to mean anything
 
 
+# ---- the pace
+
+
 class Pace:
     """At most `rate` per second, with bursts of `burst`; a cost above the burst is paid off afterwards."""
 
@@ -82,6 +85,9 @@ class Admission(Struct, frozen=True, gc=False):
     place: int = 0
     is_free: bool = False
     trial: Trial | None = None
+
+
+# ---- learning from 429s
 
 
 class LearnedPace:
@@ -195,6 +201,9 @@ class Recent:
         """Return the accepted requests a second until then, pauses included; 0 while too few are known."""
         length = until - self._outcomes[0][0] if len(self._outcomes) >= _WINDOW / 4 else 0.0
         return sum(accepted for _, accepted in self._outcomes) / length if length > 0 else 0.0
+
+
+# ---- the pace of one server
 
 
 class Pacing:

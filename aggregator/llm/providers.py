@@ -30,6 +30,9 @@ _BEDROCK = "https://bedrock-runtime.{region}.amazonaws.com"
 _VERTEX = "https://aiplatform.googleapis.com/v1"
 
 
+# ---- options and keys by provider
+
+
 def custom_headers(text: str) -> dict[str, str]:
     r"""Headers from OPENAI_CUSTOM_HEADERS or ANTHROPIC_CUSTOM_HEADERS: one `Name: value` a line.
 
@@ -102,6 +105,9 @@ def _settle_bedrock(target: Target, env: Mapping[str, str]) -> Target:
     if not region:
         raise ConfigError("Expected a region for bedrock, got none. Set AWS_REGION, or give base_url=…")
     return replace(target, base_url=_BEDROCK.format(region=region))
+
+
+# ---- the providers
 
 
 # The codecs are imported when a model of theirs is first made.
@@ -344,6 +350,9 @@ _BUILT_IN = (
         options=_LOCAL_CAP,
     ),
 )
+
+
+# ---- providers of other packages
 
 
 @cache

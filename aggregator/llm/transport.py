@@ -50,6 +50,9 @@ _KEEPALIVE = [
 ]
 
 
+# ---- sessions
+
+
 class _Connector(aiohttp.TCPConnector):
     """Has the system probe connections that are silent, so that one that a NAT or firewall dropped is noticed."""
 
@@ -83,6 +86,9 @@ class _Sessions(Struct):
 
 
 _MAX_HEADERS: Any = {"max_headers": 4096} if "max_headers" in signature(aiohttp.ClientSession).parameters else {}
+
+
+# ---- the transport
 
 
 class AiohttpTransport(Transport):
@@ -261,6 +267,9 @@ class _Streamed:
             yield piece
 
 
+# ---- errors
+
+
 def _refusal(request: HTTPRequest) -> ConfigError | None:
     """What is wrong with a request that HTTP cannot carry; never with the value, which may be the key."""
     try:
@@ -316,6 +325,9 @@ def _stripped(error: Exception) -> Exception:
 def _words(error: object) -> str:
     """Return the message of an error of aiohttp on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- addresses and proxies
 
 
 @lru_cache(maxsize=512)

@@ -57,6 +57,9 @@ _PROCESSES = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", 
 _NATIVE = {"ctypes", "_ctypes", "cffi", "_cffi_backend", "_testcapi", "_xxsubinterpreters"}
 
 
+# ---- the parent of the forks
+
+
 def main() -> None:
     """Serve requests until the other end of the pipe is closed."""
     incoming, outgoing = os.dup(0), os.dup(1)
@@ -210,6 +213,9 @@ def reply(**content: Any) -> bytes:
     return msgspec.msgpack.encode(content)
 
 
+# ---- the child that runs the code
+
+
 def child_main(kind: Kind, kernel: Kernel, requests: int, answers: int) -> None:
     """Give up what trained code may not use, wait for the code, run it, answer, and end the process in any case."""
     try:
@@ -301,6 +307,9 @@ class Owner:
             f"self.{name} is not available in the sandbox: only parameters and plain values are, and a text that looks "
             "like a secret only if the operation as written uses it"
         )
+
+
+# ---- what crosses back
 
 
 def returned(value: Any) -> bytes:

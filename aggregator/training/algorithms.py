@@ -36,6 +36,8 @@ from aggregator.training.suggestions import (
 )
 from aggregator.training.trainer import Trainer
 
+# ---- the seed's trainers
+
 
 class Minibatch(Trainer):
     """A proposal per instance, merged by `rule`; by default a minibatch may propose one value for each parameter."""
@@ -231,6 +233,9 @@ class _HookedMerge(LLMMerge):
         return Answer(values=values, reasoning=reasoning, error="; ".join(refused.values()) or None)
 
 
+# ---- Trace's trainers
+
+
 class MinibatchAlgorithm(Minibatch):
     """Puts a whole minibatch to the optimizer at once: outputs and feedback concatenated, one proposal."""
 
@@ -276,6 +281,9 @@ class MinibatchAlgorithm(Minibatch):
             max_concurrency=max_concurrency,
             seed=seed,
         )
+
+
+# ---- searches
 
 
 class BasicSearchAlgorithm(MinibatchAlgorithm):

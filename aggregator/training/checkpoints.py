@@ -53,6 +53,9 @@ NO_TRANSCRIPT = (
 """The warning of a run whose agent does nothing that is observed."""
 
 
+# ---- the state of a run
+
+
 class Score(Struct, frozen=True, array_like=True):
     """What is remembered of a rollout."""
 
@@ -125,6 +128,9 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     version: int
     fingerprint: dict[str, str]
     state: RunState
+
+
+# ---- writing and reading
 
 
 def digest(value: Any) -> str:
@@ -211,6 +217,9 @@ def _continues(name: str, before: str | None, now: str | None) -> bool:
     return now == before
 
 
+# ---- results
+
+
 def result_of(state: RunState, parameters: Values, kept: Kept) -> TrainingResult:
     """Make the result of a run's current state; `parameters` are the last values."""
     from aggregator.llm.ledger import total_by_role
@@ -275,6 +284,9 @@ def load_result(path: str | Path) -> TrainingResult:
             "upgrade aggregated-update"
         )
     return result
+
+
+# ---- run folders
 
 
 @contextmanager
@@ -365,6 +377,9 @@ _DEEPEST = 8
 _WHOLE = 2**62
 _METHODS = ("__call__", "get_feedback", "propose", "judge", "explore", "trials", "choose", "keep")
 """What decides in a part of the user's own, and is compared as code."""
+
+
+# ---- what a run was made of
 
 
 def identity_of(part: Any, depth: int = 0) -> Any:

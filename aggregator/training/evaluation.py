@@ -41,6 +41,9 @@ KEPT_STEPS = 16
 """How many steps a score is remembered that no step asks for."""
 
 
+# ---- scores paid once
+
+
 class Evaluations:
     """Evaluates values and remembers their scores, so that gates, searches and rules pay for each once.
 
@@ -155,6 +158,9 @@ def _recall(score: Score, sample: Sample, repeat: int) -> Rollout:
     )
 
 
+# ---- scores of rollouts
+
+
 def guide_digest(guide: Any) -> str:
     """Return a short hash of what a guide is: its name, its code and its settings.
 
@@ -248,6 +254,9 @@ def failures_of(runs: Sequence[Rollout]) -> tuple[Failure, ...]:
     return tuple(run.failure for run in runs if run.failure is not None)
 
 
+# ---- evaluating an agent
+
+
 async def aevaluate(
     agent: Any,
     guide: AnyGuide,
@@ -296,6 +305,9 @@ def _warn_of(failures: Sequence[Failure], instances: int) -> None:
 
 
 evaluate = sync_function(aevaluate)
+
+
+# ---- headroom
 
 
 class Headroom(Struct, frozen=True, kw_only=True):

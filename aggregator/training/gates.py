@@ -27,6 +27,8 @@ from aggregator.training.evaluation import Evaluations, failures_of, is_crash, l
 from aggregator.training.parts import ask_gate
 from aggregator.training.step import Gate, Step
 
+# ---- gates
+
 
 async def always(before: Values, after: Values, step: Step) -> Decision:
     """Accept every update: the neutral gate, and Trace's default."""
@@ -117,6 +119,9 @@ def improves_on_validation(
 
 MEASURES = ("cost", "length", "milliseconds")
 """The scores that every rollout has without the guide; less is better."""
+
+
+# ---- comparing scores
 
 
 def check_score_name(score: Any) -> None:
@@ -242,6 +247,9 @@ def sign_test(gains: int, losses: int) -> float:
     """
     trials = gains + losses
     return float(sum(comb(trials, k) for k in range(gains, trials + 1)) / 2**trials)
+
+
+# ---- the values that a run ends with
 
 
 def check_keep(keep: Any, *, validates: bool) -> Kept:

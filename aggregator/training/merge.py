@@ -36,6 +36,9 @@ Confidence = Literal["constant", "evidence"] | Callable[[Sequence[Proposal], flo
 """How sure each proposal is: the stepsize for all, by score and support, or a function of (proposals, stepsize)."""
 
 
+# ---- merging by a model
+
+
 class LLMMerge:
     """Asks a model for one new value per component, weighing the current value by 1 - stepsize.
 
@@ -131,6 +134,9 @@ def names_beyond(step: Step, about: Step) -> frozenset[str]:
     return frozenset(known - own)
 
 
+# ---- proposals in a prompt
+
+
 def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Confidence) -> Sequence[float]:
     """Return one confidence per proposal.
 
@@ -177,6 +183,9 @@ def _facts_of(proposals: Sequence[Proposal]) -> dict[str, Any]:
 
 CHARACTERS_PER_TOKEN = 4
 """The usual rule of thumb for English text, used to bound a prompt before it is sent."""
+
+
+# ---- rules around a merge
 
 
 def tree_merge(
@@ -244,6 +253,9 @@ async def last_of(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposa
     {'k': 2}
     """
     return [proposal for proposal in proposals if proposal.values][-1:]
+
+
+# ---- rules that choose
 
 
 class LLMChoice:

@@ -37,6 +37,9 @@ _OF_OLD = ("batch", "samples", "minibatch")
 """Names of the third argument of a gate that expects the minibatch there, as before the step was an argument."""
 
 
+# ---- checking parts
+
+
 def check_rule(rule: Any) -> None:
     """Raise ConfigError for what cannot be called as a rule is, as `top_k` without its number."""
     if not accepts(rule, (), None) or (not is_async(rule) and _takes_any_number(rule)):
@@ -137,6 +140,9 @@ def check_budget(budget: Any) -> None:
     """Reject anything that is not a Budget."""
     if budget is not None and not isinstance(budget, Budget):
         raise ConfigError(f"Expected budget=Budget(usd=..., tokens=..., calls=...), got {budget!r}")
+
+
+# ---- calling parts
 
 
 async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step: Step) -> Proposal:
@@ -246,6 +252,9 @@ def refuse_values(values: Values, step: Step) -> dict[str, str]:
     return refused
 
 
+# ---- checking what searches return
+
+
 def check_candidates(search: Search, method: str, answer: Any) -> Sequence[Candidate]:
     """Return the candidates that a search gives; raises ConfigError for anything else, and for two of one id."""
     ids = [one.id for one in answer if isinstance(one, Candidate)] if isinstance(answer, Sequence) else []
@@ -300,6 +309,9 @@ def _check_async(answer: Any, what: str, part: Any) -> Awaitable[Any]:
 def name_of(part: Any) -> str:
     """Return what a part is called: a function by its name, an object by its class; "" for None."""
     return str(getattr(part, "__qualname__", type(part).__qualname__))
+
+
+# ---- trained code
 
 
 def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:

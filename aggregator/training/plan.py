@@ -25,6 +25,8 @@ from aggregator.training.gates import cost_of
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import Gate, Search
 
+# ---- the plan
+
 
 class Plan(Struct, frozen=True, kw_only=True):
     """The arguments of one `train`, checked."""
@@ -90,6 +92,9 @@ class Turn(Struct, frozen=True, kw_only=True):
     batch: int
     samples: tuple[Sample, ...]
     stepsize: float
+
+
+# ---- checking arguments
 
 
 def check(plan: Plan) -> Plan:
@@ -241,6 +246,9 @@ def choose_parameters(
 
 MOSTLY = 0.5
 """A share of evaluation above this is noted: more is spent on measuring than on learning."""
+
+
+# ---- counting calls
 
 
 class RunPlan(Struct, frozen=True, kw_only=True):

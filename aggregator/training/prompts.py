@@ -167,6 +167,9 @@ UPDATE_DIGEST = 300
 """How many characters of an earlier update the proposal prompt shows."""
 
 
+# ---- sections
+
+
 class Layout(Struct, frozen=True, kw_only=True):
     """What a proposal's prompt shows in addition to the facts, under which headings, and what it leaves out.
 
@@ -212,6 +215,9 @@ class Layout(Struct, frozen=True, kw_only=True):
 
 def _bare(heading: str) -> str:
     return heading.removeprefix("#")
+
+
+# ---- messages
 
 
 def proposal_messages(
@@ -311,6 +317,9 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     )
 
 
+# ---- repairs
+
+
 def repair_messages(messages: Sequence[dict[str, str]], reply: str, error: str) -> list[dict[str, str]]:
     """Return the conversation that asks once more and quotes what was wrong."""
     return [
@@ -335,6 +344,9 @@ def reply_of(answer: Proposal) -> str:
         return "TERMINATE"
     reasons = {"reasoning": answer.reasoning} if answer.reasoning else {}
     return pretty({**reasons, "suggestion": answer.values})
+
+
+# ---- values in a prompt
 
 
 def pretty(value: Any) -> str:

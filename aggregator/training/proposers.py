@@ -50,6 +50,9 @@ Style = Literal["full", "lean"]
 """How a proposal is asked for: with reasons for each parameter first, or for small models the values first."""
 
 
+# ---- LLMOptimizer
+
+
 class LLMOptimizer:
     """Proposes new parameter values from one instance's transcript, output and feedback.
 
@@ -205,6 +208,9 @@ def describe_parameter(parameter: ParameterNode[Any], step: Step) -> dict[str, A
     return facts
 
 
+# ---- OPROOptimizer
+
+
 class OPROOptimizer(LLMOptimizer):
     """Recalls the best earlier values with the scores they reached, worst first, and asks for better ones.
 
@@ -238,6 +244,9 @@ def latest(items: Sequence[Item], count: int) -> Sequence[Item]:
     [2, 3]
     """
     return items[max(len(items) - count, 0) :]
+
+
+# ---- TextGradOptimizer
 
 
 class TextGradOptimizer(LLMOptimizer):

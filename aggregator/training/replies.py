@@ -49,6 +49,9 @@ _NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?"
 _CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false", "null": "null", "None": "null"}
 
 
+# ---- finding JSON in a text
+
+
 class Region(Struct, frozen=True):
     """One object found in a text: its position, its outermost keys, its tokens as JSON, or why they are none."""
 
@@ -156,6 +159,9 @@ def _string(token: str) -> tuple[str, str]:
     body = _ESCAPE.sub(escape, token[width:-width])
     trouble = f"the escape {unknown[0]!r} means different things in JSON5 and in Python" if unknown else ""
     return f'"{body}"', trouble
+
+
+# ---- decoding strictly
 
 
 def read(text: str, region: Region) -> tuple[dict[str, Any], str]:
@@ -278,6 +284,9 @@ _AROUND_WORD = _INVISIBLE + "`\"'*_.!"
 _TAG = re.compile(r"<(?P<end>/)?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
 
+# ---- reading a reply
+
+
 class Reply(Struct, frozen=True, kw_only=True):
     """What a reply says. `suggestion` is None for TERMINATE; `rung` names what reading it took, as `fence+lenient`."""
 
@@ -391,6 +400,9 @@ def _place(body: str, region: Region) -> list[str]:
         return []
     before = body[: region.start].rstrip()
     return ["fence" if before.rpartition("\n")[2].lstrip().startswith("```") else "prose"]
+
+
+# ---- finding the suggestion
 
 
 def _suggestion_keys(keys: Mapping[str, Any] | Sequence[str]) -> list[str]:

@@ -36,6 +36,9 @@ Arrive = Callable[[], Awaitable[Rollout]]
 Result = TypeVar("Result")
 
 
+# ---- repeats
+
+
 class Repeats:
     """How often each instance of a run is rolled out, and whether the rollouts of one instance ever differ.
 
@@ -103,6 +106,9 @@ def warn_at_end(result: TrainingResult, repeats: Repeats, outside: int) -> None:
             TrainingWarning,
             stacklevel=3,
         )
+
+
+# ---- rollouts of a run
 
 
 class Rollouts:
@@ -292,6 +298,9 @@ _CAUSES = (
         "a call does not fit the function: an agent is called as forward(self, x), a guide as guide(x, output, info)",
     ),
 )
+
+
+# ---- streaks of errors
 
 
 def follow(streak: Streak, rollouts: Sequence[Rollout], values: str) -> Streak:

@@ -26,6 +26,8 @@ from aggregator.training.gates import by_name, check_score_name, compare
 from aggregator.training.prompts import sort_sets
 from aggregator.training.step import Step
 
+# ---- candidates
+
 
 def plain(values: Values) -> Values:
     """Return values as JSON has them, so that a candidate is the same before and after a resumption."""
@@ -84,6 +86,9 @@ def upper_bound(candidate: Candidate, trials: int, constant: float) -> float:
     if candidate.score is None:
         return inf
     return candidate.score + constant * sqrt(log(max(trials, 1)) / candidate.trials)
+
+
+# ---- comparing candidates
 
 
 def compare_on_shared(before: Candidate, after: Candidate, min_score: float | None = None) -> Decision:
@@ -167,6 +172,9 @@ ScoreFunction = Literal["mean", "ucb"]
 Trials = Sequence[tuple[Candidate, Sequence[Sample]]]
 Choice = tuple[Candidate | None, Decision]
 """The candidate that should become current, or the best refused one, or none; and the decision."""
+
+
+# ---- searches
 
 
 class Greedy:

@@ -38,6 +38,9 @@ from aggregator.training.replies import parse_reply, same
 _NEAR_WITHIN = 200
 
 
+# ---- the seed's functions
+
+
 def extract_llm_suggestion(response: str, ignore_extraction_error: bool = True) -> dict[str, Any]:
     r"""Extract the suggestion from the response; {} for TERMINATE.
 
@@ -131,6 +134,9 @@ every limit is checked again when the value is converted."""
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
+# ---- schemas of replies
+
+
 def lean_schema(parameters: Sequence[Any]) -> dict[str, Any]:
     """Return a schema for small models: the values first, then one short text of reasons, and no nulls.
 
@@ -219,6 +225,9 @@ def _strict(schema: Schema) -> Schema | None:
 
 
 Parameters = Sequence[ParameterNode[Any]]
+
+
+# ---- asking and reading
 
 
 class Answer(Struct, frozen=True, kw_only=True):

@@ -60,6 +60,9 @@ Propose = Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]
 ProposePer = Literal["instance", "batch"]
 
 
+# ---- an update
+
+
 class Parts(Struct, frozen=True, kw_only=True):
     """What a trainer decides with, read again for each step."""
 
@@ -164,6 +167,9 @@ async def merge_group(rule: UpdateRule, group: Sequence[Proposal], step: Step) -
         return settle(await merge_with(rule, rest, step))
     asking = [proposal for proposal in rest if proposal.values or proposal.failures]
     return settle([*(await merge_with(rule, asking, step) if asking else ()), edits])
+
+
+# ---- candidates
 
 
 async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step, pool: Sequence[Candidate]) -> Made:
@@ -290,6 +296,9 @@ def informative(instances: Sequence[Instance]) -> list[Rollout]:
         )
     seen = [instance.rollout for instance in instances if instance.is_observed]
     return [rollout for rollout in seen if rollout.feedback or not rollout.failure]
+
+
+# ---- settling an update
 
 
 def settle(merged: Sequence[Proposal]) -> Proposal:

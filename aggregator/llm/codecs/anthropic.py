@@ -21,6 +21,9 @@ from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Messa
 _CHOICES = {"auto": "auto", "required": "any", "any": "any", "none": "none"}
 
 
+# ---- messages -> request
+
+
 class _Own(Struct, gc=False):
     content: list[dict[str, Any]] = []
 
@@ -149,6 +152,9 @@ def tool_choice_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "tool", "name": function.get("name")} if isinstance(function, Mapping) else choice
 
 
+# ---- reply -> completion
+
+
 class Block(Struct, gc=False):
     """One block of content; kinds that are not known (search results, compaction, ...) are read over."""
 
@@ -189,6 +195,9 @@ class Answer(Struct, gc=False):
     stop_reason: str | None = None
     usage: WireUsage | None = None
     error: Any = None
+
+
+# ---- streams
 
 
 class _Built(Answer, gc=False):
@@ -300,6 +309,9 @@ MAX_TOKENS = 4096  # the API demands a number
 
 
 _LEFT = "anthropic-ratelimit-{}-remaining", "anthropic-ratelimit-{}-limit", "anthropic-ratelimit-{}-reset"
+
+
+# ---- the codec
 
 
 class AnthropicMessages(JSONCodec[Answer]):

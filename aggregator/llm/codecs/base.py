@@ -25,6 +25,9 @@ from aggregator.records import Choice, Completion, FinishReason, HTTPReply, HTTP
 DONE = b"[DONE]"
 
 
+# ---- server-sent events
+
+
 class Event(NamedTuple):
     """One event: its name ("" where none was given) and its data."""
 
@@ -178,6 +181,9 @@ def _plain(value: Any) -> Any:
 _encode = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
+# ---- requests
+
+
 def to_json(body: Any) -> bytes:
     """Return a request's body as JSON; raises ConfigError that names what JSON cannot hold, and where."""
     try:
@@ -222,6 +228,9 @@ def words(**meanings: str) -> Mapping[str, FinishReason]:
     'length'
     """
     return {word.lower(): reason for reason, said in meanings.items() for word in said.split()}  # type: ignore[misc]
+
+
+# ---- the base of JSON codecs
 
 
 class JSONCodec(Generic[A]):

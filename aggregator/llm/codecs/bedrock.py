@@ -29,6 +29,9 @@ _CHOICES = {"auto": "auto", "required": "any", "any": "any"}
 _CACHE_POINT: dict[str, Any] = {"cachePoint": {"type": "default"}}
 
 
+# ---- messages -> request
+
+
 class _OwnMessage(Struct, frozen=True, gc=False):
     content: list[dict[str, Any]] = []
 
@@ -181,6 +184,9 @@ _TEXT, _BYTES = 7, 6  # the types of header values that state their own length
 _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # those of all others
 
 
+# ---- failures and AWS event frames
+
+
 class Fault(Struct, rename={"kind": "__type"}):
     """An error of AWS: in the body of an error status, or in a frame."""
 
@@ -287,6 +293,9 @@ def _headers(data: bytes) -> dict[str, str]:
     return found
 
 
+# ---- reply -> completion
+
+
 class _ToolUse(Struct, gc=False, rename="camel"):
     tool_use_id: str | None = None
     name: str | None = None
@@ -355,6 +364,9 @@ class _Event(Struct, gc=False, rename="camel"):
 
 
 _EVENT_DECODER = msgspec.json.Decoder(_Event)
+
+
+# ---- streams
 
 
 class ConverseStream(EventReader):
@@ -430,6 +442,9 @@ _STATUSES = {
     "modelstreamerrorexception": 503,
     "modeltimeoutexception": 504,
 }
+
+
+# ---- the codec
 
 
 class BedrockConverse(JSONCodec[Answer]):

@@ -94,6 +94,9 @@ _STATUS_OF_WORD = {  # for an error inside a 200, which has no error status
 }
 
 
+# ---- errors of a status or inside an answer
+
+
 class Fault(Struct, frozen=True, kw_only=True):
     """An error body's content: `words` are its codes and types, the most specific first; `status` is its number."""
 
@@ -192,6 +195,9 @@ def _is_context_overflow(fault: Fault) -> bool:
     if words & _CONTEXT_WORDS:
         return True
     return "rate_limit_exceeded" not in words and _CONTEXT_TEXT.search(fault.message) is not None
+
+
+# ---- reading the error of a body
 
 
 def read_fault(body: bytes) -> Fault:
@@ -304,6 +310,9 @@ def request_id(headers: Mapping[str, str]) -> str | None:
     return None
 
 
+# ---- when to try again
+
+
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero counts as missing.
 
@@ -350,6 +359,9 @@ def should_retry(headers: Mapping[str, str]) -> bool | None:
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+# ---- what rate-limit headers leave
 
 
 class Headroom(Struct, frozen=True):

@@ -25,6 +25,9 @@ _SIGNING = re.compile(r"gemini-(?:[3-9]|\d\d)")
 _NO_SIGNATURE = "skip_thought_signature_validator"
 
 
+# ---- messages -> request
+
+
 def system_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the system prompt, a separate field in this API, with one part for each message."""
     texts = [text_of(message.get("content")) for message in messages if message["role"] in ("system", "developer")]
@@ -152,6 +155,9 @@ _NUMBERS = {  # Vertex with enum-encoding
 }
 
 
+# ---- reply -> completion
+
+
 class _Call(Struct, gc=False):
     id: str | None = None
     name: str | None = None
@@ -211,6 +217,9 @@ class Answer(Struct, gc=False):
 _DECODER = msgspec.json.Decoder(Answer)
 
 
+# ---- streams
+
+
 class _Growing(Struct, gc=False):
     parts: list[_Part] = field(default_factory=list)
     finish: str | int | None = None
@@ -259,6 +268,9 @@ class GenerateStream(EventReader):
             for index, growing in sorted(self._candidates.items())
         ]
         return self.codec.completion(self._answer, reply)
+
+
+# ---- the codec
 
 
 class GeminiGenerate(JSONCodec[Answer]):

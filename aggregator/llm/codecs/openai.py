@@ -43,6 +43,9 @@ _USAGE = {"include_usage": True}
 _LEFT = "x-ratelimit-remaining-{}", "x-ratelimit-limit-{}", "x-ratelimit-reset-{}"
 
 
+# ---- chat completions
+
+
 class _Body(Struct, omit_defaults=True, gc=False):
     """A request's body; fields at their defaults are not sent."""
 
@@ -230,6 +233,9 @@ def _marked(messages: Sequence[Mapping[str, Any]], mark: Mark) -> list[Mapping[s
     opening = {"type": "text", "text": text[: mark.length], "cache_control": {"type": "ephemeral"}}
     parts = [opening, {"type": "text", "text": text[mark.length :]}]
     return [*messages[: mark.message], {**messages[mark.message], "content": parts}, *messages[mark.message + 1 :]]
+
+
+# ---- Azure and Ollama
 
 
 class AzureChat(OpenAIChat):

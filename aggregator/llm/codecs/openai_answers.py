@@ -20,6 +20,8 @@ from aggregator.llm.codecs.wire import ThinkingFilter, may_think, read, split_th
 from aggregator.llm.messages import Turn
 from aggregator.records import Completion, HTTPReply, Message, ToolCall, Usage
 
+# ---- the reply
+
 
 class WireFunction(Struct, gc=False):
     """A function the model wants called; `arguments` is text, or an object where a gateway parsed it."""
@@ -112,6 +114,9 @@ class Answer(Struct, gc=False):
 
 # gc=False throughout: what is decoded holds no cycles, and is gone before a collection would find it.
 DECODER = msgspec.json.Decoder(Answer)
+
+
+# ---- reply -> message
 
 
 def message_of(message: WireMessage, address: str = "") -> Message:
@@ -254,6 +259,9 @@ def arguments_text(value: Any) -> str:
     return "" if value is None else msgspec.json.encode(value).decode()
 
 
+# ---- usage
+
+
 def usage_of(answer: Answer) -> Usage:
     """Return tokens and cost; None for what the provider did not send."""
     usage = answer.usage
@@ -285,6 +293,9 @@ def usd(cost: Any) -> float | None:
     if isinstance(cost, dict):
         cost = cost.get("total_cost", cost.get("usd"))
     return float(cost) if type(cost) in (int, float) else None
+
+
+# ---- streams
 
 
 class _Growing(Struct):

@@ -31,6 +31,9 @@ _CHOICES = ("auto", "required", "none")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
+# ---- messages -> request
+
+
 class _Own(Struct, gc=False):
     output: list[dict[str, Any]] = []
 
@@ -204,6 +207,9 @@ _PLAIN = "no encrypted reasoning"
 _USD_A_TICK = 1e-10  # xAI counts cost in ticks
 
 
+# ---- reply -> completion
+
+
 class Item(Struct, gc=False):
     """One item of the output: a message, reasoning, a call, or a kind that is not read."""
 
@@ -256,6 +262,9 @@ class Answer(Struct, gc=False):
 
 
 DECODER = msgspec.json.Decoder(Answer)
+
+
+# ---- streams
 
 
 class ResponseStream(EventReader):
@@ -323,6 +332,9 @@ class _Event(Struct, gc=False):
 
 _EVENT_DECODER = msgspec.json.Decoder(_Event)
 _ENDS = tuple([f"response.{word}" for word in ("completed", "incomplete", "failed", "cancelled", "done")])
+
+
+# ---- the codecs
 
 
 class OpenAIResponses(JSONCodec[Answer]):
