@@ -25,7 +25,7 @@ demo: $(VENV)/.runtime ## Train the demo agent from its recorded cassette, offli
 	$(BIN)/aggregator demo
 
 test: $(VENV)/.dev ## Run the test suite: no network, no key
-	$(BIN)/python -m pytest -q -m "not long and not peers"
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "not long and not peers"
 
 test-long: $(VENV)/.dev ## Run the sweeps that take minutes
 	$(BIN)/python -m pytest -q -m "long"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
+if find_spec("crewai") is None:
+    pytest.skip("runs in the environment crewai of tests/environments.py", allow_module_level=True)
 os.environ |= {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false", "OTEL_SDK_DISABLED": "true"}
-pytest.importorskip("crewai", reason="runs in the environment crewai of tests/environments.py")
 
 from crewai import Agent, Crew, Task
 from crewai.llms.base_llm import BaseLLM
