@@ -53,7 +53,7 @@ _REFRAMED = frozenset({"content-encoding", "content-length", "transfer-encoding"
 
 
 def families(clients: str | Iterable[str]) -> frozenset[str]:
-    """Return the clients that "all" or a list of names stands for.
+    """Return the clients that "all" or a list of names means.
 
     >>> sorted(families(["openai", "http.client"]))
     ['aiohttp', 'http.client', 'httpx', 'urllib3']

@@ -59,7 +59,7 @@ class Comment(Struct, frozen=True, kw_only=True):
 
 
 def parse_comment(first_line: bytes, where: str) -> Comment | None:
-    """Return what the first line states; None for an open journal; raises for anything else that bears our mark.
+    """Return what the first line states; None for an open journal; raises for anything else with our mark.
 
     `has_comment` decides first whether the line is ours.
     """

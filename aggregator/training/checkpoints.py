@@ -204,7 +204,7 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
     changed = [name for name in known if not _continues(name, before.get(name), fingerprint.get(name))]
     if changed:
         raise TrainingError(
-            f"cannot resume {run_dir}: {', '.join(changed)} changed since it was started; "
+            f"Expected what the run in {run_dir} was started with, got other values of {', '.join(changed)}; "
             "give the same as then, or start in a new run_dir"
         )
     return checkpoint.state
@@ -301,7 +301,7 @@ def claim_run_dir(run_dir: Path | None) -> Iterator[None]:
     try:
         lock = FileLock(run_dir / CHECKPOINT)
     except CassetteLockedError as error:
-        raise CassetteLockedError(f"another run is in {run_dir}: {error}") from None
+        raise CassetteLockedError(f"Expected no other run in {run_dir}, got one: {error}") from None
     except CassetteError as error:
         raise TrainingError(
             f"Expected to keep the run in {run_dir}, got {error.__cause__}; make the folder writable, "

@@ -232,14 +232,14 @@ def choose_parameters(
     chosen = [parameter for parameter in chosen if parameter.trainable]
     if not chosen:
         raise ConfigError(
-            "the agent has no trainable parameter; give it an attribute ParameterNode(value), "
+            "Expected an agent with a trainable parameter, got none; give it an attribute ParameterNode(value), "
             "or an operation with @bundle(trainable=True)"
         )
     names = [parameter.name for parameter in chosen]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
-            f"two trainable parameters are named {twice[0]!r}; name them apart with ParameterNode(name=...)"
+            f"Expected different names of parameters, got {twice[0]!r} twice; name them with ParameterNode(name=...)"
         )
     return chosen
 

@@ -94,7 +94,9 @@ def test_a_changed_run_is_refused_with_what_changed(tmp_path: Path, changes: dic
     """Resuming with another data set, agent, trainer or seed is an error that names it."""
     with pytest.raises(Cut):
         run(tmp_path / "cut", cut_at=7)
-    with pytest.raises(TrainingError, match=f"cannot resume.*{what}.* changed since it was started"):
+    with pytest.raises(
+        TrainingError, match=f"Expected what the run in .* was started with, got other values of .*{what}"
+    ):
         run(tmp_path / "cut", resume=True, **changes)
 
 

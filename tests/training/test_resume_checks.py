@@ -85,7 +85,7 @@ def test_a_changed_part_is_refused_by_its_name_alone(tmp_path: Path, named: str,
     train(tmp_path, resume=False)
     with pytest.raises(TrainingError) as caught:
         train(tmp_path, **change)
-    assert f": {named} changed since it was started" in str(caught.value)
+    assert f"got other values of {named};" in str(caught.value)
     train(tmp_path)
 
 
@@ -166,7 +166,7 @@ def agent_with(kind: str, name: str) -> Any:
 def test_a_model_inside_of_an_agent_was_not_compared(tmp_path: Path, kind: str) -> None:
     """That of a part of the agent, or of a variable that a function uses."""
     train(tmp_path, resume=False, agent=agent_with(kind, "a"))
-    with pytest.raises(TrainingError, match=": models changed since"):
+    with pytest.raises(TrainingError, match="got other values of models;"):
         train(tmp_path, agent=agent_with(kind, "b"))
     train(tmp_path, agent=agent_with(kind, "a"))
 
@@ -183,7 +183,7 @@ def test_more_epochs_are_allowed_and_fewer_are_not(tmp_path: Path) -> None:
     """A finished run goes on."""
     train(tmp_path, resume=False)
     assert len(train(tmp_path, num_epochs=2).history) == 4
-    with pytest.raises(TrainingError, match=r": num_epochs changed since"):
+    with pytest.raises(TrainingError, match=r"got other values of num_epochs;"):
         train(tmp_path, num_epochs=1)
 
 
@@ -238,7 +238,7 @@ def test_the_bytes_of_arrays_are_compared(tmp_path: Path, number: int) -> None:
 
     assert digest(make(0)) == digest(make(0))
     train(tmp_path, resume=False, agent=Ignores(), data=[(make(0), 1)] * 2)
-    with pytest.raises(TrainingError, match=": train_dataset changed since"):
+    with pytest.raises(TrainingError, match="got other values of train_dataset;"):
         train(tmp_path, agent=Ignores(), data=[(make(1), 1)] * 2)
 
 

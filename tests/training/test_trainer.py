@@ -413,7 +413,7 @@ class Nothing(Module):
         (Adder(), {"max_failure_ratio": 2}, "Expected max_failure_ratio in"),
         (Adder(), {"guide": 7}, "Expected a guide"),
         (Adder(), {"resume": True}, "Expected run_dir beside resume=True"),
-        (Nothing(), {}, "the agent has no trainable parameter"),
+        (Nothing(), {}, "Expected an agent with a trainable parameter"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(agent: Module, arguments: dict[str, Any], message: str) -> None:

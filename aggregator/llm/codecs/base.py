@@ -241,7 +241,7 @@ class JSONCodec(Generic[A]):
       all reads as "stop".
     * `limit_fields` and `count_fields` are the fields of the body that limit an answer's tokens and count the answers,
       with dots for nesting: what `extra` sets there counts for the budget.
-    * `kept_headers` are headers that a recording may hold; a final `*` stands for any ending.
+    * `kept_headers` are headers that a recording may hold; a final `*` matches any ending.
     * `marks` is a pattern of the models whose prompts the provider caches by marks in the request; None for no model.
     * `reader` reads this API's streams; None for an API without.
     """
