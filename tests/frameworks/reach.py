@@ -73,6 +73,7 @@ CASES = (
     Case("LangChain", "langchain", "system_prompt", "langchain", "langchain"),
     Case("LangGraph", "langgraph", "prompt.system", "langgraph", "langchain"),
     Case("Google ADK", "adk", "router.instruction", "google-adk", "adk"),
+    Case("Trace", "trace", "instruction", "trace-opt", "trace"),
     Case("LlamaIndex", "llama_index", "system_prompt", "llama-index-core", "llama-index"),
     Case("CrewAI", "crewai", "router.goal", "crewai", "crewai"),
 )
