@@ -68,7 +68,7 @@ class Worker:
         """Return True if the worker can take a call: it has not ended, and has sent nothing beyond its last answer."""
         poll = select.poll()
         poll.register(self.stdout, select.POLLIN)
-        return not poll.poll(0)
+        return self.process.poll() is None and not poll.poll(0)  # a dying child may hold the pipes a little longer
 
     def ask(self, call: Call, request: bytes) -> Frame:
         """Make one call; raises SandboxError if the worker ends, is late, or sends what is not this call's answer."""
