@@ -12,13 +12,14 @@ import pytest
 
 pytest.importorskip("pydantic_ai", reason="runs in the environment pydantic-ai of tests/environments.py")
 
+from chat_replies import client, tool_reply, tool_stream
 from pydantic import BaseModel
 from pydantic_ai import Agent, NativeOutput
 
 from aggregator import LLM, Budget, cassette, exact_match, lineage, trainable
 from aggregator.errors import BudgetExceededError, ConfigError
 from aggregator.hosts.pydantic_ai import model
-from aggregator.records import HTTPReply, HTTPRequest
+from aggregator.records import HTTPRequest
 from aggregator.simulation import SimulatedModel
 from aggregator.testing import FakeTransport, ScriptedModel, stream_reply
 from aggregator.training.optimize import aoptimize
@@ -26,39 +27,6 @@ from aggregator.training.optimize import aoptimize
 
 class Team(BaseModel):
     name: str
-
-
-def client(*steps: Any) -> tuple[LLM, FakeTransport]:
-    transport = FakeTransport(*steps)
-    return LLM("openai/gpt-4o-mini", api_key="none", transport=transport), transport
-
-
-def tool_reply(name: str, arguments: dict[str, Any], call: str = "call-1") -> HTTPReply:
-    function = {"name": name, "arguments": json.dumps(arguments)}
-    message = {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": call, "type": "function", "function": function}],
-    }
-    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
-    usage = {"prompt_tokens": 10, "completion_tokens": 5}
-    body = {"id": "chatcmpl-2", "model": "gpt-4o-mini", "choices": [choice], "usage": usage}
-    return HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
-
-
-def tool_stream(name: str, arguments: str) -> HTTPReply:
-    """Return a streamed call of a tool, its arguments in two pieces."""
-    half = len(arguments) // 2
-    first = {"index": 0, "id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments[:half]}}
-    second = {"index": 0, "function": {"arguments": arguments[half:]}}
-    choices: list[dict[str, Any]] = [{"index": 0, "delta": {"tool_calls": [one]}} for one in (first, second)]
-    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
-    events: list[dict[str, Any]] = [{"id": "c", "model": "gpt-4o-mini", "choices": [choice]} for choice in choices]
-    events.append(
-        {"id": "c", "model": "gpt-4o-mini", "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}
-    )
-    body = "".join([*(f"data: {json.dumps(event)}\n\n" for event in events), "data: [DONE]\n\n"])
-    return HTTPReply(status=200, body=body.encode(), headers={"content-type": "text/event-stream"})
 
 
 def with_tool(llm: Any) -> Agent[None, str]:
