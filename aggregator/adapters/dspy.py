@@ -81,7 +81,7 @@ class DspyAgent(FrameworkAgent):
             self.isolation, self.max_concurrency = "serial", 1
             warnings.warn(
                 f"{type(program).__name__} cannot be copied as a whole, so rollouts run one after the other; "
-                "keep what cannot be copied (locks, connections) out of the attributes that hold predictors",
+                "keep objects that do not copy (locks, connections) out of the attributes that hold predictors",
                 TrainingWarning,
                 stacklevel=2,
             )

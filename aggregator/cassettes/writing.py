@@ -123,7 +123,7 @@ class Writer:
         """Write nothing of what was handed in."""
         at = _utc(int(self._now()))
         while self._handed:
-            with suppress(Exception):  # what cannot be written either: the error is enough
+            with suppress(Exception):  # the disk may refuse this too: the first error is enough
                 self._handed[0].complete(at)
             self._refuse(self._handed.popleft(), error)
 

@@ -121,7 +121,7 @@ _UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 
 class _Call(Struct, kw_only=True):
-    """One request under way, and whom to tell of its end: its context may be another one by then."""
+    """One pending request and the objects to update when it ends, which may be in another context."""
 
     request: HTTPRequest
     asked: Question

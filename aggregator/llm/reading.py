@@ -2,7 +2,8 @@
 
 OpenAI (chat, Responses, completions, embeddings) and what speaks as it does, Mistral for one, Anthropic, Gemini,
 Bedrock, Ollama, Cohere. Answers are read by our codecs where one knows the API, else by the places where providers put
-text and tokens. Nothing here raises: what cannot be read is a question of no API, or an answer without text.
+text and tokens. Nothing here raises: an unreadable request is a question of no API, an unreadable reply an answer
+without text.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def test_shards_are_accepted_together(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_cannot_be_accepted_is_told(
     tmp_path: Path, text: str, problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another tool's file is converted; what cannot be decoded is named with its line. The file stays as it is."""
+    """Another tool's file is converted; what does not decode is named with its line. The file stays as it is."""
     path = tmp_path / "a.yaml"
     path.write_text(text)
     assert main(["cassette", "accept", str(path)]) == 1

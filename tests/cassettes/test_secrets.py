@@ -155,7 +155,7 @@ def test_an_address_that_is_none_was_a_bare_error() -> None:
 
 
 def test_one_cookie_of_several_leaked() -> None:
-    """A session is quoted alone; a theme is no secret, and is in prose."""
+    """A session is quoted alone; a theme is not a secret, and appears in prose."""
     request = replace(REQUEST, headers={"Cookie": f"theme=dark-mode-on; sid={SECRET}"})
     reply = HTTPReply(status=200, body=f"session {SECRET}, dark-mode-on".encode(), headers={})
     assert written(reply, request).body == b"session REDACTED, dark-mode-on"

@@ -282,7 +282,7 @@ def test_secrets_that_the_author_s_own_source_uses_cross() -> None:
 
 
 def test_plain_attributes_cross_whatever_their_name() -> None:
-    """A list of keywords is no secret, though its name begins with `key`."""
+    """A list of keywords is not a secret, though its name begins with `key`."""
     agent = Client()
     agent.parameters_dict()["work__code"].data = "def work(self):\n    return sorted(self.keywords)\n"
     assert agent.work() == ["late delivery", "refund"]
