@@ -9,7 +9,7 @@ from typing import Any
 
 
 def frame(kind: str, payload: Any, *, message_type: str = "event", **more: str) -> bytes:
-    """One frame; `payload` is JSON or bytes."""
+    """Build one frame; `payload` is JSON or bytes."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     named = {f":{message_type}-type": kind, ":content-type": "application/json", ":message-type": message_type}
     headers = b"".join(text_header(name, value) for name, value in {**named, **more}.items())
@@ -22,7 +22,7 @@ def text_header(name: str, value: str) -> bytes:
 
 
 def packed(headers: bytes, body: bytes) -> bytes:
-    """Headers and payload with their lengths and checksums."""
+    """Join headers and payload with their lengths and checksums."""
     prelude = struct.pack("!II", 16 + len(headers) + len(body), len(headers))
     whole = prelude + struct.pack("!I", crc32(prelude)) + headers + body
     return whole + struct.pack("!I", crc32(whole))

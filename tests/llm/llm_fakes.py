@@ -1,4 +1,4 @@
-"""What the client's tests use in place of a provider: a fake transport, a server on loopback, virtual time."""
+"""Fakes for the client's tests: a transport, a server on loopback, virtual time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUESTION = [{"role": "user", "content": "Say hello."}]
 
 
 class VirtualTime:
-    """A clock that only sleeping moves; keeps what was slept."""
+    """A clock that moves only when code sleeps; records each sleep."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -48,7 +48,10 @@ class VirtualTime:
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer: hours of waiting in milliseconds, in the right order."""
+    """An event loop whose clock jumps to the next timer:
+
+    hours of waiting take milliseconds, and timers fire in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 @asynccontextmanager
 async def serving(handler: Handler, *, port: int = 0) -> AsyncIterator[str]:
-    """A TCP server on loopback; yields its base URL. Connections that are still open at the end are cut."""
+    """Run a TCP server on loopback and yield its base URL. Connections still open at the end are closed."""
     tasks: set[asyncio.Task[Any]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -95,7 +98,7 @@ async def serving(handler: Handler, *, port: int = 0) -> AsyncIterator[str]:
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes] | None:
-    """One HTTP request: its first line, headers, body; None once the client has closed."""
+    """Read one HTTP request and return its first line, headers and body, or None if the client has closed."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except (asyncio.IncompleteReadError, ConnectionError):
@@ -107,14 +110,14 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str
 
 
 def raw(reply: HTTPReply) -> bytes:
-    """A reply as bytes of HTTP."""
+    """Build the bytes of an HTTP response."""
     headers = {"content-type": "application/json", **reply.headers, "content-length": str(len(reply.body))}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"HTTP/1.1 {reply.status} OK\r\n{lines}\r\n".encode() + reply.body
 
 
 def answering(replies: Iterable[HTTPReply]) -> Handler:
-    """A handler that gives one reply a request, in turn, over all connections."""
+    """Return a handler that sends one response per request, in order, across all connections."""
     left = iter(replies)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""Everything that is accepted as a model."""
+"""Everything that `as_model` accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPE = {
 
 
 def namespace(value: Any) -> Any:
-    """The same as an SDK's object, read by attributes."""
+    """Build an object with attributes, as an SDK returns it."""
     if isinstance(value, dict):
         return SimpleNamespace(**{key: namespace(item) for key, item in value.items()})
     return [namespace(item) for item in value] if isinstance(value, list) else value
@@ -40,21 +40,21 @@ class Dumping:
     "shape", ["hi", SHAPE, namespace(SHAPE), Dumping()], ids=["text", "dict", "object", "pydantic"]
 )
 async def test_every_shape_of_answer(shape: Any) -> None:
-    """A callable may return a text, a dict, or an SDK's object."""
+    """A callable may return a string, a dict or an SDK's object."""
     completion = await as_model(lambda messages: shape).complete(QUESTION)
     assert (completion.text, completion.finish_reason) == ("hi", "stop")
     if shape != "hi":
         assert completion.usage.input_tokens == 3
 
 
-def test_what_is_a_model_already_stays_itself() -> None:
-    """Our client, and anything with `complete`."""
+def test_a_model_is_returned_unchanged() -> None:
+    """An `LLM`, or any object with `complete`, is returned as it is."""
     llm = LLM("m", base_url=BASE_URL, transport=ScriptedTransport(answer()))
     assert as_model(llm) is llm
 
 
 def test_a_name_makes_a_client() -> None:
-    """A model's name is enough."""
+    """A model name is enough to make a client."""
     assert isinstance(as_model("ollama/qwen3:8b"), LLM)
 
 
@@ -68,7 +68,7 @@ async def test_async_callables_are_awaited() -> None:
 
 
 async def test_sync_callables_do_not_block_the_loop() -> None:
-    """Forty blocking calls run side by side, each with the context of its caller."""
+    """Forty blocking calls run in parallel, each in its caller's context."""
     barrier = threading.Barrier(40, timeout=10)
 
     def model(messages: Any) -> str:
@@ -82,7 +82,7 @@ async def test_sync_callables_do_not_block_the_loop() -> None:
 
 
 async def test_only_options_that_a_callable_knows_are_passed() -> None:
-    """A plain `llm(messages)` is not given what it cannot take; `**kwargs` takes all that was said."""
+    """A plain `llm(messages)` receives no options it does not accept; one with `**kwargs` receives all of them."""
     seen = {}
 
     def everything(messages: Any, **options: Any) -> str:
@@ -95,7 +95,7 @@ async def test_only_options_that_a_callable_knows_are_passed() -> None:
 
 
 class Client:
-    """An OpenAI SDK client, sync or async, as far as it is used here."""
+    """A minimal OpenAI SDK client, sync or async."""
 
     def __init__(self, create: Any) -> None:
         self.chat = SimpleNamespace(completions=SimpleNamespace(create=create))
@@ -103,7 +103,7 @@ class Client:
 
 @pytest.mark.requirement("built 10: callables, litellm, OpenAI's clients")
 async def test_openais_clients() -> None:
-    """Sync and async clients, with the model's name."""
+    """Sync and async clients work, given the model's name."""
     seen = []
 
     def create(**request: Any) -> Any:
@@ -122,7 +122,7 @@ async def test_openais_clients() -> None:
 
 @pytest.mark.requirement("built 10: callables, litellm, OpenAI's clients", "Trace: backend LiteLLM")
 async def test_litellm() -> None:
-    """The module or a Router: what has `acompletion`."""
+    """The litellm module and its Router work: both have `acompletion`."""
 
     async def acompletion(**request: Any) -> Any:
         return {**SHAPE, "model": request["model"]}
@@ -152,7 +152,7 @@ class ReadTimeout(Exception):  # noqa: N818 - named as httpx names it
     ids=["429", "503", "timeout", "bug"],
 )  # fmt: skip
 async def test_an_sdks_errors_become_ours(raised: Exception, expected: type[Exception]) -> None:
-    """By status or kind; a bug in the callable stays what it is."""
+    """SDK errors are mapped by status or class; a bug in the callable is raised unchanged."""
 
     def model(messages: Any) -> str:
         raise raised
@@ -162,7 +162,7 @@ async def test_an_sdks_errors_become_ours(raised: Exception, expected: type[Exce
 
 
 async def test_calls_are_shown_counted_and_budgeted() -> None:
-    """Like those of our own client."""
+    """Calls of a callable are traced, counted and charged like those of `LLM`."""
     budget = Budget(calls=1)
     with transcript() as shown, collecting() as ledger, spending(budget):
         await as_model(lambda messages: SHAPE).complete("Hi")
@@ -178,8 +178,8 @@ def test_sync_call() -> None:
     assert as_model(lambda messages: "hi")(messages=QUESTION).text == "hi"  # type: ignore[operator]
 
 
-def test_what_is_no_model() -> None:
-    """The error lists what would be one."""
+def test_an_unsupported_model_is_refused() -> None:
+    """The error lists what is accepted as a model."""
     with pytest.raises(ConfigError, match=r"callable llm\(messages"):
         as_model(42)
 
@@ -191,7 +191,7 @@ def test_as_completion_keeps_ours() -> None:
 
 
 class Priced:
-    """An OpenAI-shaped client whose answers tell tokens, and a cost only where it is given."""
+    """An OpenAI-shaped client whose answers state tokens, and a cost only if one is given."""
 
     def __init__(self, **cost: float) -> None:
         self._usage = {"prompt_tokens": 1_000, "completion_tokens": 100, **cost}
@@ -210,7 +210,7 @@ class Priced:
     ids=["a provider's model", "a name of one's own", "told by the answer"],
 )
 async def test_a_budget_in_usd_over_a_callable(client: Any, name: str, prices: Any, cost: float) -> None:
-    """Priced by its name as our own client is; what the answer tells of its cost comes first."""
+    """A callable is priced by its name, as an `LLM` is; a cost stated in the answer takes precedence."""
     budget = Budget(usd=1.0)
     with spending(budget):
         completion = await as_model(client, name=name, prices=prices).complete("Hi", max_tokens=100)
@@ -219,7 +219,7 @@ async def test_a_budget_in_usd_over_a_callable(client: Any, name: str, prices: A
 
 
 async def test_a_kept_price_serves_a_callable_too() -> None:
-    """genai-prices, where installed, knows the model that litellm is to call."""
+    """genai-prices, if installed, knows the model that litellm will call."""
     pytest.importorskip("genai_prices")
     budget = Budget(usd=1.0)
     with spending(budget):
@@ -228,6 +228,6 @@ async def test_a_kept_price_serves_a_callable_too() -> None:
 
 
 async def test_a_callable_without_a_price_is_refused_before_it_is_called() -> None:
-    """Under a budget in USD; the error says where to give the price."""
+    """Under a budget in USD, the error explains where to give the price."""
     with spending(Budget(usd=1.0)), pytest.raises(ConfigError, match=r"prices=\{'callable/mine': Price\(input="):
         await as_model(lambda messages: pytest.fail("called"), name="mine").complete("Hi")

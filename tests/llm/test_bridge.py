@@ -34,7 +34,7 @@ def answer(text: str = "fine", status: int = 200, **headers: str) -> Any:
 
 
 class Server:
-    """Takes the place of the network: answers with `answers` in turn, then with the last one for ever."""
+    """Replaces the network: returns `answers` in order, then repeats the last one."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers) or [answer()]
@@ -61,7 +61,7 @@ class Server:
 
 
 def ask(server: Server, **options: Any) -> Any:
-    """Ask once from synchronous code."""
+    """Make one synchronous request."""
     with httpx.Client(transport=aggregator.transport(inner=httpx.MockTransport(server.answer), **options)) as client:
         return client.post(URL, json=BODY)
 
@@ -90,7 +90,7 @@ WAYS = pytest.mark.parametrize("way", [ask, ask_by_asyncio, ask_by_trio])
 
 @WAYS
 def test_any_cassette_records_and_replays_it(way: Callable[..., Any], tmp_path: Path) -> None:
-    """Without `clients=`: as a call of our own client."""
+    """No `clients=` is needed, as for a call of `LLM`."""
     server, path = Server(), tmp_path / "a.yaml"
     texts = []
     for mode in ("all", "none"):
@@ -103,8 +103,8 @@ def test_any_cassette_records_and_replays_it(way: Callable[..., Any], tmp_path: 
 
 
 @WAYS
-def test_lost_calls_are_tried_again(way: Callable[..., Any], tmp_path: Path) -> None:
-    """A 503, then a lost connection, then the answer; a replay meets the same, and sends nothing."""
+def test_lost_calls_are_retried(way: Callable[..., Any], tmp_path: Path) -> None:
+    """A 503 and a lost connection are retried. A replay sees the same failures and sends nothing."""
     path = tmp_path / "a.yaml"
     server = Server(answer(status=503), httpx.ConnectError("refused"), answer())
     for mode in ("all", "none"):
@@ -117,7 +117,7 @@ def test_lost_calls_are_tried_again(way: Callable[..., Any], tmp_path: Path) -> 
 
 @WAYS
 def test_the_last_failure_is_the_clients_to_raise(way: Callable[..., Any]) -> None:
-    """After `max_attempts` the response, or httpx's own error, reaches the SDK."""
+    """After `max_attempts` the SDK gets the response, or httpx's own exception."""
     server = Server(answer(status=429, **{"retry-after-ms": "1"}))
     assert way(server, retry=QUICK, max_attempts=2).status_code == 429
     assert len(server.asked) == 2
@@ -128,7 +128,7 @@ def test_the_last_failure_is_the_clients_to_raise(way: Callable[..., Any]) -> No
 
 @WAYS
 def test_it_counts_in_budgets(way: Callable[..., Any]) -> None:
-    """In that of its context and in its own; a request beyond either is not sent."""
+    """Requests count in the context's budget and the transport's own; a request that exceeds either is not sent."""
     server, own, outer = Server(), Budget(calls=2), Budget(tokens=10_000)
     with spending(outer):
         way(server, budget=own)
@@ -141,7 +141,7 @@ def test_it_counts_in_budgets(way: Callable[..., Any]) -> None:
 
 
 def test_it_keeps_the_limits() -> None:
-    """At most so many requests at once in an event loop."""
+    """An event loop has at most `max_concurrency` requests in flight."""
     server = Server()
 
     async def main() -> None:
@@ -154,8 +154,8 @@ def test_it_keeps_the_limits() -> None:
     assert (len(server.asked), server.most) == (12, 3)
 
 
-def test_identical_concurrent_requests_replay_in_their_slots(tmp_path: Path) -> None:
-    """As with our own client: by the order in which they were issued."""
+def test_identical_concurrent_requests_replay_in_order(tmp_path: Path) -> None:
+    """They are matched by the order in which they were issued, as for `LLM`."""
     server = Server(*[answer(str(i)) for i in range(8)])
     found = []
 
@@ -173,7 +173,7 @@ def test_identical_concurrent_requests_replay_in_their_slots(tmp_path: Path) -> 
 
 
 class Agent(Module):
-    """Asks through a transport of ours."""
+    """An agent that sends its requests through our transport."""
 
     def __init__(self, server: Server, **options: Any) -> None:
         self.rule = ParameterNode("Answer.", name="rule")
@@ -196,7 +196,7 @@ def train(agent: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("clients", [None, "all"])
 def test_a_run_counts_what_goes_through_it_once(clients: Any) -> None:
-    """With and without `clients=`: usage, lost calls, and a refusal that is raised though the SDK wraps it."""
+    """Usage, lost calls and budget errors count once, with and without `clients=`, even if the SDK wraps the error."""
     assert train(Agent(Server()), clients=clients).usage["agent"].calls == 2
     server = Server(answer(), answer(status=529))
     failures = train(Agent(server, max_attempts=1), clients=clients, max_concurrency=1).failures
@@ -205,8 +205,8 @@ def test_a_run_counts_what_goes_through_it_once(clients: Any) -> None:
         train(Agent(Server()), clients=clients, budget=Budget(calls=1), max_concurrency=1)
 
 
-def test_streams_go_through_piece_by_piece() -> None:
-    """The first piece is there before the last was sent."""
+def test_streams_arrive_piece_by_piece() -> None:
+    """The first piece arrives before the last one is sent."""
     events = [b'data: {"choices": [{"delta": {"content": "fi"}}]}\n\n', b"data: [DONE]\n\n"]
     sent: list[bytes] = []
 
@@ -230,7 +230,7 @@ def test_streams_go_through_piece_by_piece() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    """When the transport is made."""
+    """Invalid arguments are rejected when the transport is created."""
     wrong: list[dict[str, Any]] = [{"max_attempts": 0}, {"max_concurrency": 0}, {"rpm": -1}]
     for options in wrong:
         with pytest.raises(ConfigError):
@@ -238,7 +238,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_httpx2_is_served_too() -> None:
-    """Newer SDKs take its clients, and no other; its requests are answered by its own transport and responses."""
+    """Newer SDKs accept only httpx2's clients; their requests use httpx2's own transports and responses."""
     httpx2: Any = pytest.importorskip("httpx2")
 
     def reply(request: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Answers of status 200 that are no answers: broken by the provider's own word, empty, withheld, refused."""
+"""Answers with status 200 that are errors: reported broken by the provider, empty, withheld or refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def llm(name: str, *bodies: Any, **options: Any) -> tuple[LLM, ScriptedTransport
 
 @pytest.mark.parametrize(("name", "body", "kind"), BROKEN)
 async def test_a_broken_answer_was_a_success_without_text(name: str, body: Any, kind: type[LLMError]) -> None:
-    """What the provider calls broken is asked for again, then an error that is no fault of the agent."""
+    """An answer that the provider reports as broken is retried, then raised; it is not the agent's fault."""
     client, transport = llm(name, body, GOOD[name])
     assert (await client.complete(QUESTION)).text == "good"
     assert len(transport.requests) == 2
@@ -113,7 +113,7 @@ async def test_a_broken_answer_was_a_success_without_text(name: str, body: Any, 
 
 @pytest.mark.parametrize(("name", "body"), WITHHELD)
 async def test_a_refusal_was_an_empty_success(name: str, body: Any) -> None:
-    """What was withheld or refused is the doing of this prompt: it is not asked again."""
+    """Withheld and refused answers depend on the prompt, so they are not retried."""
     client, transport = llm(name, body)
     with pytest.raises(ContentFilterError):
         await client.complete(QUESTION)
@@ -122,19 +122,19 @@ async def test_a_refusal_was_an_empty_success(name: str, body: Any) -> None:
 
 @pytest.mark.parametrize(("name", "body", "reason"), FINE)
 async def test_answers_without_text_that_are_fine(name: str, body: Any, reason: str) -> None:
-    """Tool calls, images, answers cut at their limit and words without meaning pass."""
+    """Tool calls, images, answers cut at their limit and unknown finish reasons are accepted."""
     client, _ = llm(name, body)
     assert (await client.complete(QUESTION)).finish_reason == reason
 
 
 async def test_an_empty_answer_to_a_call_with_stop_sequences() -> None:
-    """A stop sequence can end an answer before its first token."""
+    """A stop sequence can end an answer before its first token, so an empty answer is valid."""
     client, _ = llm("openrouter/m", chat("stop", ""))
     assert (await client.complete(QUESTION, stop=["END"])).text == ""
 
 
 async def test_an_error_inside_an_answer_that_is_the_callers_fault() -> None:
-    """A wrong request stays wrong, whatever the status line says."""
+    """An invalid request is an error of the request, whatever the status line says."""
     client, transport = llm("openrouter/m", {"error": {"message": "no such field", "code": "invalid_request_error"}})
     with pytest.raises(BadRequestError):
         await client.complete(QUESTION)
@@ -142,7 +142,7 @@ async def test_an_error_inside_an_answer_that_is_the_callers_fault() -> None:
 
 
 async def test_a_broken_answer_is_paid_for() -> None:
-    """The tokens of each broken answer count, in the budget and in the usage of the run."""
+    """The tokens of each broken answer count in the budget and in the run's usage."""
     budget = Budget(tokens=100_000)
     client, _ = llm("openrouter/m", chat("error", "half"), budget=budget)
     with collecting() as ledger, pytest.raises(BrokenResponseError) as caught:
@@ -153,7 +153,7 @@ async def test_a_broken_answer_is_paid_for() -> None:
 
 
 async def test_a_broken_stream() -> None:
-    """A stream that ends with a bad word is an error after its deltas, and asked for again before any."""
+    """A stream that ends with an error word raises after its deltas, and is retried before the first one."""
     chunks = [{"choices": [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]},
               {"choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]}]  # fmt: skip
 
@@ -176,7 +176,7 @@ async def test_a_broken_stream() -> None:
 
 
 async def test_a_broken_answer_of_another_client() -> None:
-    """Answers of an SDK are held to the same; a text of a plain function may be empty."""
+    """Answers of an SDK are checked in the same way; a plain function may return an empty string."""
     with pytest.raises(BrokenResponseError):
         await as_model(lambda messages: chat("error", "half")).complete(QUESTION)
     assert (await as_model(lambda messages: "").complete(QUESTION)).text == ""

@@ -1,4 +1,4 @@
-"""A budget that holds from the first wave on, whatever answers cost and however calls end."""
+"""A budget is never exceeded, whatever answers cost and however calls end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def client(transport: Any, budget: Budget | None, **options: Any) -> LLM:
 
 
 class RandomCosts(Transport):
-    """Answers after a random time with a random usage within what was allowed; adds up what it charged."""
+    """Answers after a random time with a random allowed usage, and adds up the real cost."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -56,7 +56,7 @@ class RandomCosts(Transport):
 
 
 async def run_dry(seed: int, limits: dict[str, Any]) -> tuple[RandomCosts, Budget, int]:
-    """Ask from 64 tasks until the budget refuses."""
+    """Ask from 64 tasks until the budget refuses a call."""
     server, budget, refused = RandomCosts(seed), Budget(**limits), 0
     llm = client(server, budget)
 
@@ -100,19 +100,19 @@ def sweep(seeds: range) -> None:
     "figure: budget overshoot in 1,000 runs at 64 in flight: 0",
 )
 def test_no_overshoot_with_64_in_flight() -> None:
-    """Real spending never passes the limit, and the budget's own count agrees with the server's."""
+    """Real spending stays within the limit, and the budget's count equals the server's."""
     sweep(range(40))
 
 
 @pytest.mark.requirement("figure: budget overshoot in 1,000 runs at 64 in flight: 0")
 @pytest.mark.long
 def test_no_overshoot_in_a_thousand_runs() -> None:
-    """The same a thousand times."""
+    """A thousand random runs stay within the limit."""
     sweep(range(40, 1040))
 
 
 async def test_a_budget_is_used_up_not_only_reserved() -> None:
-    """Calls that do not fit beside those in flight wait for them, since these cost less than they reserved."""
+    """A call that does not fit waits for those in flight, because they cost less than they reserved."""
     budget = Budget(tokens=1000)
     llm = client(ScriptedTransport(answer(), latency=lambda: asyncio.sleep(0)), budget)
     answered = 0
@@ -128,8 +128,8 @@ async def test_a_budget_is_used_up_not_only_reserved() -> None:
     assert (answered, budget.spent.tokens) == (30, 450)
 
 
-async def test_what_was_refused_does_not_depend_on_which_answers_come_first() -> None:
-    """The same calls fit, in whatever order the answers come: so a replay takes the same course."""
+async def test_which_calls_are_refused_does_not_depend_on_the_order_of_answers() -> None:
+    """The same calls fit in any order of answers, so a replay takes the same course."""
 
     async def course(delays: list[float]) -> list[bool]:
         budget = Budget(calls=3)
@@ -155,7 +155,7 @@ async def test_what_was_refused_does_not_depend_on_which_answers_come_first() ->
 
 @pytest.mark.requirement("built 6: calls are attempts")
 async def test_calls_count_every_attempt() -> None:
-    """Retries are requests too."""
+    """Each retry counts as a request."""
     budget = Budget(calls=10)
     await client(ScriptedTransport(failure(500), failure(500), answer()), budget).complete(QUESTION)
     assert budget.spent.calls == 3
@@ -163,7 +163,7 @@ async def test_calls_count_every_attempt() -> None:
 
 @pytest.mark.parametrize("limits", [{"usd": 1.0}, {"tokens": 100_000}, {"calls": 5}])
 async def test_no_answer_may_cost_more_than_was_reserved(limits: dict[str, Any]) -> None:
-    """A call without a limit of its own gets the one that its reservation assumed; a budget of calls needs none."""
+    """A call without a limit is sent the limit that its reservation assumed; a budget of calls needs none."""
     transport = ScriptedTransport(answer(), answer(), answer())
     prices = {"gpt-4o-mini": PRICE}
     llm = LLM("openai/gpt-4o-mini", api_key="k", env={}, transport=transport, budget=Budget(**limits), prices=prices)
@@ -186,8 +186,8 @@ async def test_no_answer_may_cost_more_than_was_reserved(limits: dict[str, Any])
         ({"extra": {"user": "me"}, "max_tokens": 10}, 10),
     ],
 )
-def test_a_limit_in_the_providers_own_words_counts(options: dict[str, Any], answered: int) -> None:
-    """What is merged into the body limits the answer as `max_tokens` and `n` do, and comes after them."""
+def test_a_limit_under_the_providers_own_name_counts(options: dict[str, Any], answered: int) -> None:
+    """Limits in `extra` bound the answer as `max_tokens` and `n` do, and override them."""
     name = "gemini/m" if "generationConfig" in options["extra"] else "openai/m"
     codec = resolve(name, env={}).codec
     assert upper_tokens(b"", (), codec.limits(ChatCall(model="m", messages=(), **options))) == (0, answered)
@@ -195,14 +195,14 @@ def test_a_limit_in_the_providers_own_words_counts(options: dict[str, Any], answ
 
 @pytest.mark.parametrize("limit", [-1, None])
 async def test_a_negative_limit_was_reserved_as_if_it_gave_tokens_back(limit: int | None) -> None:
-    """Local servers take -1 as no limit, so under a budget it is sent the assumed one."""
+    """Local servers read -1 as "no limit", so under a budget the assumed limit is sent instead."""
     transport, budget = ScriptedTransport(answer()), Budget(tokens=100_000)
     await client(transport, budget).complete(QUESTION, max_tokens=limit)
     assert [body["max_tokens"] for body in transport.bodies()] == [ASSUMED_OUTPUT]
 
 
-async def test_exhaustion_says_what_to_do() -> None:
-    """The error has the limit, what was spent, what the request may take, and the remedy; nothing was sent."""
+async def test_an_exhausted_budget_names_the_remedy() -> None:
+    """The error states the limit, what was spent, what the request may cost, and the remedy; nothing was sent."""
     transport = ScriptedTransport(answer())
     with pytest.raises(BudgetExceededError, match=r"budget of 100 tokens is used up: 0 spent.*lower max_tokens"):
         await client(transport, Budget(tokens=100)).complete(QUESTION, max_tokens=5000)
@@ -211,7 +211,7 @@ async def test_exhaustion_says_what_to_do() -> None:
 
 @pytest.mark.requirement("built 6: an unknown price is an error before spending")
 async def test_an_unknown_price_is_an_error_before_spending() -> None:
-    """A budget in USD over a model without a price is refused, not taken for free."""
+    """A budget in USD rejects a model without a price; the model does not count as free."""
     transport = ScriptedTransport(answer())
     with pytest.raises(ConfigError, match=r"Price\(input="):
         await client(transport, Budget(usd=1.0), prices={"gpt-4o": PRICE}).complete(QUESTION)
@@ -219,8 +219,8 @@ async def test_an_unknown_price_is_an_error_before_spending() -> None:
 
 
 @pytest.mark.requirement("client 11: the provider's cost")
-async def test_the_providers_own_cost_counts() -> None:
-    """What the reply says it cost is what is spent and reported."""
+async def test_the_providers_own_cost_is_used() -> None:
+    """The cost stated in the reply is charged and reported."""
     budget = Budget(usd=1.0)
     usage = {"prompt_tokens": 10, "completion_tokens": 5, "cost": 0.0125}
     completion = await client(ScriptedTransport(answer(usage=usage)), budget).complete(QUESTION)
@@ -229,7 +229,7 @@ async def test_the_providers_own_cost_counts() -> None:
 
 @pytest.mark.requirement("client 11: the user's prices")
 async def test_cost_from_the_table() -> None:
-    """Without the provider's word the table's price makes the cost, with or without a budget."""
+    """If the provider states no cost, it is computed from the price table, with or without a budget."""
     completion = await client(ScriptedTransport(answer()), None).complete(QUESTION)
     assert completion.usage.cost == pytest.approx((10 * 1.0 + 5 * 10.0) / 1e6)
 
@@ -242,8 +242,8 @@ UNANSWERED = [
 
 
 @pytest.mark.parametrize(("error", "charged"), UNANSWERED)
-async def test_an_attempt_without_answer_counts_as_reserved(error: Any, charged: bool) -> None:
-    """The provider may charge for what it worked on, so it counts in full; what was never sent does not."""
+async def test_an_attempt_without_answer_is_charged_as_reserved(error: Any, charged: bool) -> None:
+    """The provider may bill a request that failed, so it is charged in full; a request that was never sent is free."""
     budget = Budget(tokens=100_000)
     with pytest.raises(type(error)):
         await client(ScriptedTransport(error), budget, max_attempts=1).complete(QUESTION, max_tokens=50)
@@ -252,15 +252,15 @@ async def test_an_attempt_without_answer_counts_as_reserved(error: Any, charged:
 
 
 @pytest.mark.requirement("client 11: unknown usage costs what was reserved")
-async def test_an_unknown_usage_counts_as_reserved() -> None:
-    """None is not 0."""
+async def test_an_unknown_usage_is_charged_as_reserved() -> None:
+    """A missing usage is not 0."""
     budget = Budget(tokens=100_000)
     await client(ScriptedTransport(answer(usage={})), budget).complete(QUESTION, max_tokens=50)
     assert budget.spent.tokens > 50
 
 
 async def test_cancelled_calls_leave_nothing_reserved() -> None:
-    """Neither one that waits for the budget nor one in flight."""
+    """A cancelled call returns its reservation, whether it waits for the budget or is in flight."""
     budget = Budget(calls=1)
     forever = asyncio.Event()
 
@@ -280,7 +280,7 @@ async def test_cancelled_calls_leave_nothing_reserved() -> None:
 
 @pytest.mark.requirement("built 6: shared")
 async def test_a_budget_of_the_context_counts_every_client() -> None:
-    """`spending(budget)` is how a run counts what all its roles ask, beside a client's own budget."""
+    """`spending(budget)` counts the calls of every role of a run, in addition to a client's own budget."""
     own, run = Budget(calls=10), Budget(calls=2)
     first, second = client(ScriptedTransport(answer()), own), client(ScriptedTransport(answer()), None)
     with spending(run):
@@ -291,8 +291,8 @@ async def test_a_budget_of_the_context_counts_every_client() -> None:
     assert (own.spent.calls, run.spent.calls, own.reserved.calls) == (1, 2, 0)
 
 
-async def test_one_budget_given_twice_counts_once() -> None:
-    """The same object as client's and context's budget is one budget."""
+async def test_one_budget_given_twice_counts_each_call_once() -> None:
+    """A budget that is both the client's and the context's is charged once."""
     budget = Budget(calls=5)
     with spending(budget):
         await client(ScriptedTransport(answer()), budget).complete(QUESTION)
@@ -301,7 +301,7 @@ async def test_one_budget_given_twice_counts_once() -> None:
 
 @pytest.mark.requirement("built 6: shared")
 async def test_threads_and_loops_share_a_budget() -> None:
-    """A call of another loop waits and is woken there."""
+    """A call that waits in another event loop is woken there."""
     budget = Budget(calls=100)
     amount = Amount(calls=60)
     await budget.reserve(amount)
@@ -320,7 +320,7 @@ async def test_threads_and_loops_share_a_budget() -> None:
 
 
 async def test_a_wait_for_the_budget_ends_with_the_deadline() -> None:
-    """Nobody waits for others longer than the call may take."""
+    """A call waits for the budget no longer than its timeout."""
     budget = Budget(calls=1)
     await budget.reserve(Amount(calls=1))
     with pytest.raises(APITimeoutError, match="room in the budget"):
@@ -330,19 +330,19 @@ async def test_a_wait_for_the_budget_ends_with_the_deadline() -> None:
 
 
 def test_the_estimate_is_an_upper_bound() -> None:
-    """Bytes bound the tokens of text; images count apart; every choice has the limit."""
+    """Bytes bound the tokens of text; images are counted separately; each choice may reach the limit."""
     assert upper_tokens(b"x" * 100, [{"role": "user", "content": "hi"}], Limits(7, 3)) == (100, 21)
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1000}}
     assert upper_tokens(b"x" * 1100, [{"role": "user", "content": [image]}], Limits(7))[0] == 1100 - 1022 + IMAGE_TOKENS
 
 
 @pytest.mark.parametrize("limits", [{"usd": -1}, {"tokens": float("nan")}, {"calls": float("inf")}])
-def test_impossible_limits_are_refused(limits: dict[str, Any]) -> None:
-    """Only numbers >= 0 are limits."""
+def test_invalid_limits_are_refused(limits: dict[str, Any]) -> None:
+    """A limit is a number >= 0."""
     with pytest.raises(ConfigError, match=rf"Budget\.{next(iter(limits))}"):
         Budget(**limits)
 
 
 def test_money_is_counted_in_whole_numbers() -> None:
-    """Ten times ten cents is a dollar."""
+    """Ten times ten cents is exactly one dollar."""
     assert sum(pico(0.1) for _ in range(10)) == pico(1.0)

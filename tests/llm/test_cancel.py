@@ -1,4 +1,4 @@
-"""Cancelling calls: sockets close, places and budgets come back, no task is left."""
+"""Cancelled calls close their sockets, return places and budgets, and leave no task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aggregator import LLM, Budget
 
 
 class Holding:
-    """Reads requests, answers none, counts those whose client went away."""
+    """Reads requests, never answers, and counts the clients that disconnect."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -37,7 +37,7 @@ async def until(reached: Any) -> None:
     "figure: 64 of 64 in flight cancelled: the server sees all, no task is left",
 )
 async def test_the_server_sees_all_of_64_cancelled_calls() -> None:
-    """Every socket is closed, every place and reservation given back, no task left behind."""
+    """Every socket is closed, every place and reservation is returned, and no task is left."""
     server, budget = Holding(), Budget(calls=1000)
     before = asyncio.all_tasks()
     async with serving(server) as url:
@@ -70,7 +70,7 @@ async def test_the_client_works_on_after_a_cancellation() -> None:
 
 
 async def test_cancelled_while_waiting_for_a_place() -> None:
-    """A call cancelled in the queue neither keeps a place nor sends."""
+    """A call cancelled in the queue frees its place and sends nothing."""
     served = 0
     go_on = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""The client as its users meet it: one call, its answer, its errors."""
+"""The client as users see it: one call, its answer, its errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def client(transport: ScriptedTransport, time: VirtualTime | None = None, **opti
 
 @pytest.mark.requirement("Trace: llm(messages=...) with OpenAI's shape")
 async def test_an_answer_has_text_usage_and_openais_shape() -> None:
-    """`complete` returns text and usage, and reads as OpenAI's object too."""
+    """`complete` returns text and usage, and its result has OpenAI's shape too."""
     completion = await client(ScriptedTransport(answer("hi"))).complete(QUESTION, max_tokens=5)
     assert completion.text == completion.choices[0].message.content == "hi"
     assert (completion.usage.input_tokens, completion.usage.output_tokens) == (10, 5)
@@ -50,7 +50,7 @@ async def test_an_answer_has_text_usage_and_openais_shape() -> None:
 
 
 async def test_over_a_real_socket() -> None:
-    """The same over aiohttp: the request reaches a server, a 500 is tried again."""
+    """Over aiohttp, a request reaches a server and a 500 is retried."""
     async with serving(answering([failure(500), answer("hi")])) as url:
         llm = LLM("gpt-4o-mini", base_url=url, sleep=VirtualTime().sleep)
         completion = await llm.complete("Hello")
@@ -59,7 +59,7 @@ async def test_over_a_real_socket() -> None:
 
 @pytest.mark.requirement("built 10: called as Trace calls its models", "Trace: llm(messages=...) with OpenAI's shape")
 def test_synchronous_call() -> None:
-    """`llm(messages=...)` is the way Trace calls its models; it works without a loop."""
+    """Trace calls its models by `llm(messages=...)`; it works without an event loop."""
     llm = client(ScriptedTransport(answer("hi")))
     assert llm(messages=QUESTION, max_tokens=5).choices[0].message.content == "hi"
     with pytest.raises(ConfigError, match="Expected messages"):
@@ -72,7 +72,7 @@ async def test_synchronous_call_under_a_running_loop() -> None:
 
 
 async def test_synchronous_call_on_the_portals_own_loop_is_refused() -> None:
-    """Waiting for oneself would never end, so it is an error that names the awaitable form."""
+    """Such a call would wait for itself for ever, so the error names the awaitable form."""
     llm = client(ScriptedTransport(answer("hi")))
 
     async def inside() -> None:
@@ -101,7 +101,7 @@ PERMANENT = [
 )
 @pytest.mark.parametrize(("reply", "kind"), PERMANENT, ids=lambda value: getattr(value, "__name__", ""))
 async def test_permanent_errors_are_tried_once(reply: HTTPReply, kind: type[LLMError]) -> None:
-    """What will not get better by waiting costs one request."""
+    """An error that a retry cannot mend costs one request."""
     transport = ScriptedTransport(reply)
     with pytest.raises(kind) as caught:
         await client(transport).complete(QUESTION)
@@ -128,8 +128,8 @@ TRANSIENT: list[tuple[Any, type[LLMError]]] = [
 )
 @pytest.mark.parametrize(("step", "kind"), TRANSIENT)
 @pytest.mark.parametrize("max_attempts", [1, 3])
-async def test_transient_errors_get_the_attempts_set(step: Any, kind: type[LLMError], max_attempts: int) -> None:
-    """`max_attempts` counts all requests of a call; the error tells how many were sent."""
+async def test_transient_errors_get_max_attempts(step: Any, kind: type[LLMError], max_attempts: int) -> None:
+    """`max_attempts` counts all requests of a call; the error states how many were sent."""
     transport = ScriptedTransport(step)
     with pytest.raises(kind) as caught:
         await client(transport, max_attempts=max_attempts).complete(QUESTION)
@@ -138,14 +138,14 @@ async def test_transient_errors_get_the_attempts_set(step: Any, kind: type[LLMEr
 
 @pytest.mark.parametrize("step", [step for step, _ in TRANSIENT])
 async def test_a_transient_error_then_an_answer(step: Any) -> None:
-    """A transient failure is invisible but for the number of attempts."""
+    """After a transient failure the caller sees only the number of attempts."""
     completion = await client(ScriptedTransport(step, answer("hi"))).complete(QUESTION)
     assert (completion.text, completion.attempts) == ("hi", 2)
 
 
 @pytest.mark.requirement("client 3: Retry-After is waited for")
-async def test_retry_after_is_waited_for() -> None:
-    """A Retry-After is waited for to the millisecond, without jitter."""
+async def test_retry_after_is_obeyed() -> None:
+    """The wait is exact to the millisecond, without jitter."""
     time = VirtualTime()
     transport = ScriptedTransport(failure(503, headers={"retry-after": "7"}), answer())
     await client(transport, time).complete(QUESTION)
@@ -154,7 +154,7 @@ async def test_retry_after_is_waited_for() -> None:
 
 @pytest.mark.requirement("client 3: capped, then failing fast with retry_after", "client 8: retry_after")
 async def test_retry_after_beyond_the_cap_fails_fast() -> None:
-    """Nobody waits five minutes because a server says so: the error carries the number instead."""
+    """A Retry-After of five minutes is not waited for; the error carries it as `retry_after`."""
     time = VirtualTime()
     transport = ScriptedTransport(failure(429, headers={"retry-after": "300"}))
     with pytest.raises(RateLimitError) as caught:
@@ -164,7 +164,7 @@ async def test_retry_after_beyond_the_cap_fails_fast() -> None:
 
 @pytest.mark.requirement("client 3: ignored on 2xx")
 async def test_retry_after_on_an_answer_is_ignored() -> None:
-    """Anthropic and HuggingFace send Retry-After with 200s; it means nothing there."""
+    """Anthropic and HuggingFace send Retry-After with status 200, where it is ignored."""
     time = VirtualTime()
     llm = client(ScriptedTransport(answer(headers={"retry-after": "20"})), time)
     await llm.complete(QUESTION)
@@ -177,7 +177,7 @@ async def test_retry_after_on_an_answer_is_ignored() -> None:
     "Trace's defect 32: a custom model raised a NameError; verbose, timeouts and usage were lost",
 )
 async def test_one_deadline_for_the_whole_call() -> None:
-    """Every attempt gets what the earlier ones and their waits have left of `timeout`."""
+    """Each attempt gets what the earlier attempts and waits have left of `timeout`."""
     time = VirtualTime()
     transport = ScriptedTransport(failure(503, headers={"retry-after": "4"}))
     with pytest.raises(ServerError) as caught:
@@ -188,7 +188,7 @@ async def test_one_deadline_for_the_whole_call() -> None:
 
 @pytest.mark.requirement("client 4: one deadline, waits and fallbacks included")
 async def test_no_wait_that_would_outlast_the_deadline() -> None:
-    """A wait that ends after the deadline is not begun."""
+    """A wait that would end after the deadline is not started."""
     time = VirtualTime()
     transport = ScriptedTransport(failure(503, headers={"retry-after": "4"}))
     with pytest.raises(ServerError) as caught:
@@ -196,8 +196,8 @@ async def test_no_wait_that_would_outlast_the_deadline() -> None:
     assert (caught.value.attempts, time.slept) == (1, [])
 
 
-async def test_the_agents_calls_stand_in_the_transcript() -> None:
-    """What the agent asks is shown to the optimizer; what optimizer, aggregator and guide ask is not."""
+async def test_the_agents_calls_are_in_the_transcript() -> None:
+    """The optimizer sees the agent's calls, but not those of the optimizer, the aggregator and the guide."""
     llm = client(ScriptedTransport(answer("seen")))
     with transcript() as shown:
         await llm.complete("by the agent")
@@ -208,7 +208,7 @@ async def test_the_agents_calls_stand_in_the_transcript() -> None:
     assert "by the guide" not in shown.render()
 
 
-async def test_a_failed_call_stands_in_the_transcript() -> None:
+async def test_a_failed_call_is_in_the_transcript() -> None:
     """The optimizer sees that a call failed."""
     with transcript() as shown, pytest.raises(AuthenticationError):
         await client(ScriptedTransport(failure(401, "wrong key"))).complete("hello")
@@ -217,7 +217,7 @@ async def test_a_failed_call_stands_in_the_transcript() -> None:
 
 @pytest.mark.requirement("Trace's defect 32: a custom model raised a NameError; verbose, timeouts and usage were lost")
 async def test_usage_is_counted_by_role() -> None:
-    """The ledger knows what each role used."""
+    """The ledger counts the usage of each role."""
     llm = client(ScriptedTransport(answer()))
     with collecting() as ledger:
         await llm.complete("a")
@@ -230,22 +230,22 @@ async def test_usage_is_counted_by_role() -> None:
 @pytest.mark.parametrize(
     "options", [{"max_attempts": 0}, {"timeout": 0}, {"max_concurrency": 0}, {"rpm": 0}, {"tpm": -1}], ids=str
 )
-def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
-    """A limit under which nothing could ever be sent is an error at once."""
+def test_invalid_settings_are_refused(options: dict[str, Any]) -> None:
+    """A limit that would let nothing through is rejected when the client is created."""
     with pytest.raises(ConfigError, match=rf"Expected {next(iter(options))} (>|to be)"):
         client(ScriptedTransport(answer()), **options)
 
 
 def test_without_a_model_the_error_says_what_to_set() -> None:
-    """No silent default model: the error names the variables."""
+    """There is no default model: the error names the variables to set."""
     with pytest.raises(ConfigError, match="TRACE_LITELLM_MODEL"):
         LLM(env={}, transport=ScriptedTransport(answer()))
     llm = LLM(env={"TRACE_LITELLM_MODEL": "openai/gpt-4o-mini"}, transport=ScriptedTransport(answer()))
     assert llm.model == "openai/gpt-4o-mini"
 
 
-async def test_a_missing_key_is_told_before_anything_is_sent() -> None:
-    """Making the client needs no key (a cassette needs none), sending does."""
+async def test_a_missing_key_is_reported_before_anything_is_sent() -> None:
+    """A client can be created and replayed without a key; only sending needs one."""
     transport = ScriptedTransport(answer())
     llm = LLM("openai/gpt-4o-mini", env={}, transport=transport)
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
@@ -254,7 +254,7 @@ async def test_a_missing_key_is_told_before_anything_is_sent() -> None:
 
 
 def test_a_client_is_not_copied_with_its_agent() -> None:
-    """Trace deep-copies agents; limits and connections stay shared."""
+    """Trace deep-copies agents; the copies share limits and connections."""
     llm = client(ScriptedTransport(answer()))
     assert copy.deepcopy({"llm": llm})["llm"] is llm
 
@@ -266,7 +266,7 @@ def loaded_by(statements: str) -> set[str]:
 
 
 def test_importing_the_client_loaded_everything_that_a_call_needs() -> None:
-    """`from aggregator import LLM` loads no codec, no cassette, no HTTP and no event loop."""
+    """`from aggregator import LLM` loads no codec, cassette, HTTP module or event loop."""
     loaded = loaded_by("from aggregator import LLM")
     heavy = ("ssl", "asyncio", "importlib.metadata", "aiohttp", "http", "json", "logging", "random", "structlog")
     rooms = ("aggregator.llm.codecs", "aggregator.llm.transport", "aggregator.cassettes", "aggregator.portal")
@@ -274,7 +274,7 @@ def test_importing_the_client_loaded_everything_that_a_call_needs() -> None:
 
 
 def test_a_client_loads_its_own_codec_and_no_cassette() -> None:
-    """Other providers' codecs, and what records, load where they are used."""
+    """Other providers' codecs and the recording code are loaded on first use."""
     loaded = loaded_by("from aggregator import LLM; LLM('anthropic/claude-sonnet-4-5', env={})")
     assert "aggregator.llm.codecs.anthropic" in loaded
     unused = {"llm.codecs.openai", "llm.codecs.gemini", "cassettes.tape", "cassettes.redaction", "cassettes.recorder"}

@@ -1,4 +1,4 @@
-"""The client and the tape: recorded once, replayed without network, failures, waits and budgets included."""
+"""The client and the tape: one recording, replays without network, including failures, waits and budgets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def client(transport: ScriptedTransport, virtual: VirtualTime | None = None, **o
 
 
 async def test_a_replay_gives_the_same_completion(tmp_path: Path) -> None:
-    """Text, usage, cost, attempts and finish reason; nothing is sent, nothing is waited for."""
+    """Text, usage, cost, attempts and finish reason are equal; a replay sends nothing and waits for nothing."""
     path, virtual = tmp_path / "one.yaml", VirtualTime()
     steps: list[Any] = [failure(429, headers={"retry-after": "3"}), APIConnectionError("cut"), answer("hi")]
     with cassette(path, "once"):
@@ -55,8 +55,8 @@ async def test_a_replay_gives_the_same_completion(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [failure(429), failure(401), APITimeoutError("late"), answer(finish_reason="content_filter")]
 )
-async def test_a_replay_fails_as_its_record_did(tmp_path: Path, error: Any) -> None:
-    """The same class of error after the same number of attempts."""
+async def test_a_replay_fails_as_its_recording_did(tmp_path: Path, error: Any) -> None:
+    """A replay raises the same class of error after the same number of attempts."""
     path = tmp_path / "failed.yaml"
 
     async def outcome(llm: LLM) -> tuple[str, int]:
@@ -72,8 +72,8 @@ async def test_a_replay_fails_as_its_record_did(tmp_path: Path, error: Any) -> N
         assert await outcome(client(ScriptedTransport(OFFLINE))) == recorded
 
 
-async def test_a_replay_with_more_attempts_gives_up_where_its_record_did(tmp_path: Path) -> None:
-    """The recorded call failed; more attempts now would be a miss, not a success."""
+async def test_a_replay_with_more_attempts_gives_up_where_its_recording_did(tmp_path: Path) -> None:
+    """The recorded call failed; another attempt would be a miss."""
     path = tmp_path / "short.yaml"
     with cassette(path, "once"), pytest.raises(RateLimitError):
         await client(ScriptedTransport(failure(429)), max_attempts=2).complete(QUESTION)
@@ -81,8 +81,8 @@ async def test_a_replay_with_more_attempts_gives_up_where_its_record_did(tmp_pat
         await client(ScriptedTransport(OFFLINE), max_attempts=5).complete(QUESTION)
 
 
-async def test_a_miss_is_not_tried_again(tmp_path: Path) -> None:
-    """What is not on the tape is an error at once, not something to retry."""
+async def test_a_miss_is_not_retried(tmp_path: Path) -> None:
+    """A request that is not on the tape raises at once."""
     path = tmp_path / "miss.yaml"
     with cassette(path, "once"):
         await client(ScriptedTransport(answer())).complete(QUESTION)
@@ -92,8 +92,8 @@ async def test_a_miss_is_not_tried_again(tmp_path: Path) -> None:
     assert offline.requests == []
 
 
-async def test_identical_requests_are_told_apart_by_lineage(tmp_path: Path) -> None:
-    """Each sample gets its own answer back, whatever finishes first."""
+async def test_identical_requests_are_distinguished_by_lineage(tmp_path: Path) -> None:
+    """Each sample gets its own answer, in any order of completion."""
     path = tmp_path / "lineage.yaml"
 
     async def ask(llm: LLM, sample: int) -> str:
@@ -122,8 +122,8 @@ SPENT = [
 
 
 @pytest.mark.parametrize("steps", SPENT)
-async def test_a_replay_spends_what_its_record_did(tmp_path: Path, steps: list[Any]) -> None:
-    """So that a replayed run takes the same course through its budget."""
+async def test_a_replay_spends_what_its_recording_did(tmp_path: Path, steps: list[Any]) -> None:
+    """A replayed run therefore takes the same course through its budget."""
     path, first, second = tmp_path / "spent.yaml", Budget(usd=1.0), Budget(usd=1.0)
     with cassette(path, "once"):
         await client(ScriptedTransport(*steps), budget=first).complete(QUESTION, max_tokens=50)
@@ -133,8 +133,8 @@ async def test_a_replay_spends_what_its_record_did(tmp_path: Path, steps: list[A
     assert second.spent.calls >= 1
 
 
-async def test_a_budget_ends_a_replay_where_it_ended_the_record(tmp_path: Path) -> None:
-    """The same calls are answered and refused, though a replay's answers come in another order."""
+async def test_a_budget_ends_a_replay_where_it_ended_the_recording(tmp_path: Path) -> None:
+    """The same calls are answered and refused, even if a replay's answers arrive in another order."""
 
     async def course(llm: LLM) -> list[str]:
         outcome = []
@@ -154,7 +154,7 @@ async def test_a_budget_ends_a_replay_where_it_ended_the_record(tmp_path: Path) 
 
 
 async def test_a_replay_needs_no_key(tmp_path: Path) -> None:
-    """Continuous integration has none."""
+    """A continuous integration job has no key."""
     path = tmp_path / "key.yaml"
     llm = LLM(
         "openai/gpt-4o-mini", env={"OPENAI_API_KEY": "sk-0123456789abcdef"}, transport=ScriptedTransport(answer())
@@ -166,8 +166,8 @@ async def test_a_replay_needs_no_key(tmp_path: Path) -> None:
         assert (await LLM("openai/gpt-4o-mini", env={}, transport=ScriptedTransport(OFFLINE)).complete(QUESTION)).text
 
 
-async def test_a_malformed_answer_is_on_the_tape_too(tmp_path: Path) -> None:
-    """Every attempt that got an answer, so that a replay meets it again."""
+async def test_a_malformed_answer_is_recorded_too(tmp_path: Path) -> None:
+    """Every attempt that got an answer is recorded, so a replay sees it again."""
     path = tmp_path / "odd.yaml"
     odd = answer().__class__(status=200, body=b"<html>", headers={})
     with cassette(path, "once"):
@@ -178,7 +178,7 @@ async def test_a_malformed_answer_is_on_the_tape_too(tmp_path: Path) -> None:
 
 
 def test_the_synchronous_call_sees_the_tape_of_its_thread(tmp_path: Path) -> None:
-    """Context travels to the library's loop."""
+    """The context is passed on to the library's event loop."""
     path = tmp_path / "sync.yaml"
     with cassette(path, "once"):
         client(ScriptedTransport(answer("hi")))(messages=QUESTION)
@@ -188,7 +188,7 @@ def test_the_synchronous_call_sees_the_tape_of_its_thread(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_recorded_latency_was_waited_for_on_the_wall_clock(tmp_path: Path, streamed: bool) -> None:
-    """The client waits on its own clock, which a test replaces."""
+    """The client waits on its own clock, which a test can replace."""
     path, virtual = tmp_path / "slow.yaml", VirtualTime()
 
     async def ask(llm: LLM) -> None:
@@ -209,7 +209,7 @@ async def test_recorded_latency_was_waited_for_on_the_wall_clock(tmp_path: Path,
 
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_a_failed_call_left_a_cycle_behind(streamed: bool) -> None:
-    """An error is freed with its last user, and what its traceback holds with it: no frame keeps it alive."""
+    """No frame keeps an error alive: it is freed with its last reference, and so is what its traceback holds."""
     llm = client(ScriptedTransport(failure(400)))
     gone = []
 
@@ -232,7 +232,7 @@ async def test_a_failed_call_left_a_cycle_behind(streamed: bool) -> None:
 
 
 async def test_answers_of_one_turn_are_on_disk_before_any_is_used(tmp_path: Path) -> None:
-    """Calls in flight at once are written together, and each finds its own answer in the file when it returns."""
+    """Calls in flight together are written together, and each answer is in the file when its call returns."""
     path = tmp_path / "together.yaml"
     llm = client(ScriptedTransport(lambda request: answer(f"answer to {request.body[40:].partition(b'#')[2][:1]!r}")))
     seen: list[bool] = []
@@ -252,7 +252,7 @@ async def test_answers_of_one_turn_are_on_disk_before_any_is_used(tmp_path: Path
 
 
 async def test_a_call_cancelled_while_its_answer_is_written_is_on_the_tape(tmp_path: Path) -> None:
-    """The answer has come and may have to be paid: it is kept, though nobody waits for it any more."""
+    """The answer has arrived and may be billed, so it is recorded although its caller was cancelled."""
     path = tmp_path / "cancelled.yaml"
     arrived = asyncio.Event()
 
@@ -271,7 +271,7 @@ async def test_a_call_cancelled_while_its_answer_is_written_is_on_the_tape(tmp_p
 
 
 async def test_a_call_that_outlives_its_cassette(tmp_path: Path) -> None:
-    """A task that goes on after the block is told so, and the finished file stays as it is."""
+    """A task that goes on after the cassette's block gets an error, and the finished file is unchanged."""
     path, go = tmp_path / "outlived.yaml", asyncio.Event()
 
     async def wait() -> None:
@@ -291,7 +291,7 @@ async def test_a_call_that_outlives_its_cassette(tmp_path: Path) -> None:
 
 
 def test_a_thread_called_the_model_live_while_the_cassette_was_replayed(tmp_path: Path) -> None:
-    """A plain thread's call is recorded and replayed, synchronous or in a loop of its own."""
+    """A plain thread's call is recorded and replayed, whether it is synchronous or in an event loop of the thread."""
     path = tmp_path / "threads.yaml"
 
     def in_a_loop_of_its_own(llm: LLM) -> str:

@@ -1,4 +1,4 @@
-"""The client as a whole, with all its parts between call and server: what no part alone can hold."""
+"""The whole client, from call to server: rules that no single part can test."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def client(transport: Any, **options: Any) -> LLM:
 
 
 def on_this_loop(transport: Any, **options: Any) -> LLM:
-    """A client on a virtual loop, whose clock the transport can read too."""
+    """A client on a virtual loop whose clock the transport can read too."""
     return LLM("m", base_url=BASE_URL, transport=transport, clock=asyncio.get_running_loop().time, **options)
 
 
 @pytest.mark.requirement("client 1: idle connections are kept 4 s at most", "client 1: 5 s to connect")
 def test_the_defaults_of_connections() -> None:
-    """Idle ones are kept for 4 s at most, new ones get 5 s; every client that is given no transport has these."""
+    """Idle connections are kept for at most 4 s, new ones get 5 s to connect, in every default transport."""
     given, shared = AiohttpTransport(keepalive_timeout=4.0, connect_timeout=5.0), shared_transport()
     assert shared._keepalive <= given._keepalive
     assert shared._timeout == given._timeout
@@ -69,15 +69,15 @@ def test_the_defaults_of_connections() -> None:
 
 @pytest.mark.requirement("client 1: 600 s in all")
 async def test_a_call_may_take_ten_minutes() -> None:
-    """600 s for the whole call, as the SDKs have it, unless `timeout` says otherwise."""
+    """The default timeout of a call is 600 s, as in the SDKs."""
     transport = ScriptedTransport(answer())
     await client(transport, max_attempts=1).complete(QUESTION)
     assert transport.timeouts == [600.0]
 
 
 @pytest.mark.requirement("client 1: no cookie jar")
-async def test_no_cookies_by_name_either() -> None:
-    """A host with a name gets none back: aiohttp's own jar would keep those of names, and drop those of numbers."""
+async def test_cookies_of_a_named_host_are_not_sent_back() -> None:
+    """aiohttp's own jar would keep the cookies of host names and drop those of IP addresses."""
     seen = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,11 +94,11 @@ async def test_no_cookies_by_name_either() -> None:
 
 @pytest.mark.requirement("client 1: 5 s to connect")
 async def test_a_server_that_takes_no_connection() -> None:
-    """The time to connect is bounded by itself; nothing was sent, so nothing can cost."""
+    """Connecting has a timeout of its own; nothing was sent, so nothing is charged."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        waiting = [socket.socket() for _ in range(4)]  # they fill its queue, and the kernel lets nobody else in
+        waiting = [socket.socket() for _ in range(4)]  # Fill its queue, so that the kernel accepts no more connections.
         for other in waiting:
             other.settimeout(0)
             other.connect_ex(listener.getsockname())
@@ -112,7 +112,7 @@ async def test_a_server_that_takes_no_connection() -> None:
 
 
 def dying(second: bytes = b"") -> tuple[Callable[..., Awaitable[None]], list[None]]:
-    """A server that answers the first request of each connection, and the second with `second` and a closed one."""
+    """A server that answers the first request of each connection, and the second with `second` before it closes."""
     requests: list[None] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,7 +128,7 @@ def dying(second: bytes = b"") -> tuple[Callable[..., Awaitable[None]], list[Non
 
 @pytest.mark.requirement("client 2: counted as an attempt")
 async def test_a_request_on_a_dead_connection_was_sent_twice_uncounted() -> None:
-    """The server may have worked on it: what is sent again is another attempt, in attempts and budget alike."""
+    """The server may have worked on it, so the second request is another attempt, in attempts and budget alike."""
     handle, requests = dying()
     budget = Budget(calls=100)
     async with serving(handle) as url, LLM("dead", base_url=url, max_attempts=1, budget=budget) as llm:
@@ -140,7 +140,7 @@ async def test_a_request_on_a_dead_connection_was_sent_twice_uncounted() -> None
 
 
 async def test_a_call_on_a_dead_connection_succeeds_in_its_next_attempt() -> None:
-    """With attempts left the call is answered, over a new connection."""
+    """If attempts are left, the call is answered over a new connection."""
     handle, requests = dying()
     budget = Budget(calls=100)
     policy = RetryPolicy(first_delay=0.001)
@@ -152,7 +152,7 @@ async def test_a_call_on_a_dead_connection_succeeds_in_its_next_attempt() -> Non
 
 @pytest.mark.requirement("client 2: sent once, the next attempt over a new connection")
 async def test_the_replacement_is_not_taken_from_the_pool() -> None:
-    """Where one idle connection has died, the others have too: a call that met one must not meet a second."""
+    """If one idle connection has died, the others have too: a call must not get a second one."""
     handle, _ = dying()
     async with serving(handle) as url, AiohttpTransport() as transport:
         request = HTTPRequest(url=url, body=b"{}", headers={})
@@ -172,7 +172,7 @@ async def test_the_replacement_is_not_taken_from_the_pool() -> None:
     ids=["body", "head"],
 )
 async def test_an_answer_that_has_begun_is_not_asked_for_again(begun: bytes) -> None:
-    """From the first byte on the server has worked on the request: sent once more, it would be paid twice."""
+    """Once an answer has begun, the server has worked on the request: sent again, it would be billed twice."""
     handle, requests = dying(begun)
     async with serving(handle) as url, AiohttpTransport() as transport:
         request = HTTPRequest(url=url, body=b"{}", headers={})
@@ -184,7 +184,7 @@ async def test_an_answer_that_has_begun_is_not_asked_for_again(begun: bytes) -> 
 
 @pytest.mark.requirement("client 15: cancelling closes the socket")
 async def test_a_call_cancelled_while_its_answer_comes() -> None:
-    """Half of the body is there: the connection is closed, not kept for the next call to find the rest in."""
+    """Half of the body has arrived: the connection is closed, so that no other call reads the rest."""
     begun, closed = asyncio.Event(), asyncio.Event()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -197,7 +197,7 @@ async def test_a_call_cancelled_while_its_answer_comes() -> None:
     async with serving(handle) as url, LLM("half", base_url=url) as llm, asyncio.TaskGroup() as tasks:
         call = tasks.create_task(llm.complete("Hello"))
         await begun.wait()
-        await asyncio.sleep(0.02)  # the call has read what came, and waits for the rest
+        await asyncio.sleep(0.02)  # The call has read what has arrived and waits for the rest.
         call.cancel()
         async with asyncio.timeout(5):
             await closed.wait()
@@ -207,7 +207,7 @@ async def test_a_call_cancelled_while_its_answer_comes() -> None:
 @pytest.mark.requirement("client 3: x-should-retry")
 @pytest.mark.parametrize(("status", "said", "sent"), [(500, "false", 1), (400, "true", 3), (500, "", 3)])
 async def test_the_client_obeys_x_should_retry(status: int, said: str, sent: int) -> None:
-    """Both ways; where the server says nothing, its status decides."""
+    """`true` and `false` are obeyed; without the header the status decides."""
     transport = ScriptedTransport(failure(status, headers={"x-should-retry": said}))
     with pytest.raises((ServerError, BadRequestError)):
         await client(transport).complete(QUESTION)
@@ -215,8 +215,8 @@ async def test_the_client_obeys_x_should_retry(status: int, said: str, sent: int
 
 
 @pytest.mark.requirement("client 4: no call again after any exception")
-async def test_what_is_no_failure_of_a_call_is_not_tried_again() -> None:
-    """A bug is raised as it is and at once, with or without a `response_format` to fall back from."""
+async def test_a_bug_is_not_retried() -> None:
+    """A bug is raised unchanged and at once, even if `response_format` has a fallback."""
 
     def broken(request: HTTPRequest) -> HTTPReply:
         raise KeyError("a bug")
@@ -230,7 +230,7 @@ async def test_what_is_no_failure_of_a_call_is_not_tried_again() -> None:
 
 @pytest.mark.requirement("client 4: one deadline, waits and fallbacks included")
 async def test_other_forms_share_the_deadline() -> None:
-    """A call that falls back to another response_format gets no new time for it."""
+    """A call that falls back to another response_format gets no extra time."""
     time = VirtualTime()
 
     async def latency() -> None:
@@ -258,7 +258,7 @@ async def test_other_forms_share_the_deadline() -> None:
     ids=["same", "key", "base_url", "model"],
 )
 async def test_clients_of_one_account_share_its_limits(others: dict[str, str], at_once: int) -> None:
-    """Two clients of the same (base_url, key, model) wait for each other; any other one has limits of its own."""
+    """Clients of the same (base_url, key, model) share one limiter; any other client has its own."""
     under_way = most = 0
 
     async def latency() -> None:
@@ -279,7 +279,7 @@ async def test_clients_of_one_account_share_its_limits(others: dict[str, str], a
 
 
 class Bucket(Transport):
-    """A server that lets 100 requests a second through, 20 at once; the others are told to come in a second."""
+    """A server that allows 100 requests a second, with a burst of 20, and refuses the others for a second."""
 
     def __init__(self) -> None:
         self.level, self.at, self.requests = 20.0, 0.0, 0
@@ -298,7 +298,10 @@ class Bucket(Transport):
 
 @pytest.mark.requirement("figure: bucket 100/s, burst 20, 400 calls at 64: 0 failed, <= 480 requests, <= 6 s")
 def test_a_bucket_of_unknown_size(run: Any) -> None:
-    """100/s, burst 20, 400 calls at 64, 429 + Retry-After 1, no other header: all answered, few requests in vain."""
+    """100/s, burst 20, 400 calls at 64, 429 + Retry-After 1, no other header:
+
+    all are answered, few requests are refused.
+    """
 
     async def main() -> tuple[int, float]:
         bucket = Bucket()
@@ -314,7 +317,7 @@ def test_a_bucket_of_unknown_size(run: Any) -> None:
 
 
 class Clocked(ScriptedTransport):
-    """Notes when each request came."""
+    """Records when each request arrived."""
 
     def __init__(self, *steps: Any) -> None:
         super().__init__(*steps)
@@ -350,8 +353,8 @@ NOTHING_LEFT = {
     ],
     ids=["a 429", "headers", "rpm", "tpm", "no limit"],
 )
-def test_limits_hold_for_every_call_of_a_client(run: Any, first: Any, options: Any, earliest: float) -> None:
-    """Not only the call that met a 429 waits: who asks next is held back too, by what is known of the limits."""
+def test_limits_apply_to_every_call_of_a_client(run: Any, first: Any, options: Any, earliest: float) -> None:
+    """After one 429 the other calls are delayed too."""
 
     async def main() -> list[float]:
         transport = Clocked(first, answer())
@@ -368,8 +371,8 @@ def test_limits_hold_for_every_call_of_a_client(run: Any, first: Any, options: A
 
 
 @pytest.mark.requirement("client 10: remembered per (base_url, model)")
-async def test_a_form_is_remembered_for_its_model_only() -> None:
-    """Another model of the same server, and the same one elsewhere, is asked in the best form first."""
+async def test_a_form_is_remembered_for_its_model_alone() -> None:
+    """Another model of the server, and the same model on another server, is asked in the best form first."""
 
     def reply(request: HTTPRequest) -> HTTPReply:
         return failure(400) if b'"json_object"' in request.body else answer("{}")
@@ -384,7 +387,7 @@ async def test_a_form_is_remembered_for_its_model_only() -> None:
 
 @pytest.mark.requirement("client 10: content may be an object already")
 async def test_structured_content_that_is_an_object_already() -> None:
-    """Cloudflare answers json_schema with an object in the place of its text: the text is that object's JSON."""
+    """Cloudflare answers json_schema with an object in place of text: the text is the object's JSON."""
     body = {"choices": [{"message": {"role": "assistant", "content": {"k": 3}}, "finish_reason": "stop"}]}
     transport = ScriptedTransport(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}))
     schema = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
@@ -394,7 +397,7 @@ async def test_structured_content_that_is_an_object_already() -> None:
 
 @pytest.mark.requirement("client 11: no network at import")
 def test_nothing_is_fetched_at_import_or_for_a_price() -> None:
-    """Importing the client, making one and pricing a model opens no socket: prices are those that came installed."""
+    """Importing the client, creating one and pricing a model open no socket: prices come with the installation."""
     pytest.importorskip("genai_prices")
     script = """
     import socket, sys
@@ -425,8 +428,8 @@ def test_nothing_is_fetched_at_import_or_for_a_price() -> None:
     ],
 )
 @pytest.mark.parametrize("query", ["", "?key=0123456789abcdefQUERY"])
-async def test_no_key_of_any_provider_is_in_its_cassette(tmp_path: Path, model: str, header: str, query: str) -> None:
-    """Not in its header, not as a query's `key=`; what stays of headers are plain names and values."""
+async def test_no_providers_key_is_in_its_cassette(tmp_path: Path, model: str, header: str, query: str) -> None:
+    """The key is neither in a header nor in a query's `key=`; only known headers are recorded."""
     key, path = "0123456789abcdefHEADER", tmp_path / "keys.yaml"
     async with serving(answering([failure(401, f"wrong key {key}")])) as url:
         llm = LLM(model, base_url=f"{url}{query}", api_key=key, env={}, max_attempts=1)
@@ -440,8 +443,8 @@ async def test_no_key_of_any_provider_is_in_its_cassette(tmp_path: Path, model: 
 
 
 @pytest.mark.requirement("client 15: secrets are redacted")
-async def test_headers_of_ones_own_are_in_no_cassette(tmp_path: Path) -> None:
-    """Only headers of a list are written: what a gateway wants besides may be a secret that nobody declared."""
+async def test_custom_headers_are_not_in_a_cassette(tmp_path: Path) -> None:
+    """Only headers on an allow list are recorded, because a gateway's header may be a secret."""
     env, path = {"OPENAI_CUSTOM_HEADERS": "X-Tenant: blue-42"}, tmp_path / "headers.yaml"
     transport = ScriptedTransport(answer(headers={"x-tenant-of-reply": "blue-42"}))
     with cassette(path, "once"):

@@ -1,4 +1,4 @@
-"""Anthropic's Messages: our calls in its words, its answers in ours."""
+"""Anthropic's Messages API: requests are encoded, answers are decoded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def decode(answer: Any) -> Completion:
 
 @pytest.mark.requirement("client 12: Anthropic: version, x-api-key, max_tokens")
 def test_request() -> None:
-    """The version and the key go in headers; the cap that the API demands is there unasked."""
+    """Version and key are headers, and the limit that the API requires is added."""
     made = request(CALL)
     assert made.url == "https://api.anthropic.com/v1/messages"
     assert made.headers["anthropic-version"] == "2023-06-01"
@@ -59,7 +59,7 @@ def test_address_with_and_without_version(base_url: str) -> None:
 
 
 def test_auth_token_is_a_bearer() -> None:
-    """ANTHROPIC_AUTH_TOKEN goes as a bearer token, as in Anthropic's SDK."""
+    """ANTHROPIC_AUTH_TOKEN is sent as a bearer token, as Anthropic's SDK does."""
     made = resolve("anthropic/claude", env={"ANTHROPIC_AUTH_TOKEN": "t"}).codec.encode(CALL)
     assert made.headers["authorization"] == "Bearer t"
     assert "x-api-key" not in made.headers
@@ -67,7 +67,7 @@ def test_auth_token_is_a_bearer() -> None:
 
 @pytest.mark.requirement("built 3: options and tools")
 def test_options() -> None:
-    """Options go under this API's names."""
+    """Options are sent under this API's names."""
     schema = {"type": "object", "properties": {}}
     call = replace(
         CALL,
@@ -112,19 +112,19 @@ def test_options() -> None:
     ],
 )
 def test_tool_choice(choice: Any, expected: Any) -> None:
-    """OpenAI's words for the choice of a tool become this API's."""
+    """OpenAI's values of `tool_choice` are converted to this API's."""
     assert body(replace(CALL, tool_choice=choice))["tool_choice"] == expected
 
 
 @pytest.mark.parametrize("given", [{"n": 2}, {"seed": 1}, {"tool_choice": "perhaps"}])
-def test_what_the_api_cannot_say_is_refused(given: Any) -> None:
-    """Several answers or a seed do not exist here: an error before anything is sent, not a silent loss."""
+def test_unsupported_options_are_refused(given: Any) -> None:
+    """`n` and a seed do not exist here: they raise before anything is sent."""
     with pytest.raises(ConfigError, match=next(iter(given))):
         request(replace(CALL, **given))
 
 
 def test_system_prompt() -> None:
-    """One system text is sent as it is, several as blocks; none is in the conversation."""
+    """One system text is sent as a string, several as blocks, and none of them as a message."""
     one = sent([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}])
     assert (one["system"], one["messages"]) == ("Be brief", [{"role": "user", "content": "Hi"}])
     two = sent(
@@ -135,7 +135,7 @@ def test_system_prompt() -> None:
 
 @pytest.mark.requirement("built 3: text and images")
 def test_images() -> None:
-    """An image goes as base64 or as its URL; a block of this API's own stays as it is."""
+    """Images are sent as base64 or as a URL; blocks of this API are sent unchanged."""
     own = {"type": "document", "source": {"type": "text", "data": "x"}}
     (message,) = sent([{"role": "user", "content": ["Look", Image(b"\x89PNG1"), Image("https://x/y.png"), own]}])[
         "messages"
@@ -149,7 +149,7 @@ def test_images() -> None:
 
 
 def test_a_turn_with_tools() -> None:
-    """Calls become tool_use blocks, and the results of one turn one user message."""
+    """Calls become tool_use blocks; the results of one turn become one user message."""
     calls = [
         {"id": i, "type": "function", "function": {"name": "f", "arguments": a}}
         for i, a in (("a", '{"x": 1}'), ("b", ""))
@@ -174,7 +174,7 @@ def test_a_turn_with_tools() -> None:
 @pytest.mark.parametrize("text", ['{"x', "no JSON", "[1]", "[" * 100_000])
 @pytest.mark.parametrize("name", ["anthropic/m", "gemini/m", "bedrock/m"])
 def test_arguments_that_are_no_json_ended_the_run(name: str, text: str) -> None:
-    """A call whose arguments the model broke, or that were cut, goes back as text within an object: no ConfigError."""
+    """Broken or truncated arguments are sent as a string within an object, without a ConfigError."""
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": text}}
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     codec = resolve(name, api_key="k", base_url="https://x.example", env={"AWS_REGION": "us-east-1"}).codec
@@ -188,7 +188,7 @@ def answer(*blocks: Any, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.requirement("client 6: unknown keys and blocks", "client 6: thinking is no part of the text")
 def test_blocks() -> None:
-    """Text blocks join, thinking and tool calls are separate, kinds that are not known are read over."""
+    """Text blocks are joined, thinking and tool calls are kept apart, and unknown kinds are skipped."""
     found = decode(
         answer(
             {"type": "thinking", "thinking": "hm", "signature": "s"},
@@ -212,12 +212,12 @@ def test_blocks() -> None:
 
 @pytest.mark.parametrize("content", [[], "", [{"type": "text", "text": ""}]])
 def test_an_empty_answer_is_an_answer(content: Any) -> None:
-    """`content: []` with end_turn is what the model said: nothing."""
+    """`content: []` with end_turn is a valid, empty answer."""
     assert decode({**answer(), "content": content}).text == ""
 
 
 def test_content_as_text() -> None:
-    """A gateway that answers with a text instead of blocks is understood."""
+    """A gateway may answer with a string instead of blocks."""
     assert decode({**answer(), "content": "Hi"}).text == "Hi"
 
 
@@ -236,13 +236,13 @@ def test_content_as_text() -> None:
     ],
 )
 def test_stop_reasons(word: str | None, reason: str) -> None:
-    """Every word becomes one of OpenAI's four."""
+    """Each stop reason is mapped to one of OpenAI's four."""
     assert decode(answer(stop_reason=word)).finish_reason == reason
 
 
 @pytest.mark.requirement("client 11: Anthropic's caches count as input")
 def test_usage_counts_caches_as_input() -> None:
-    """The API counts what caches held beside `input_tokens`: ours is the whole prompt."""
+    """The API counts cached tokens separately from `input_tokens`; our input is the whole prompt."""
     usage = {
         "input_tokens": 1,
         "cache_creation_input_tokens": 2,
@@ -267,15 +267,15 @@ def test_usage_counts_caches_as_input() -> None:
         (b"<html>", DecodeError),
     ],
 )
-def test_a_200_that_is_no_answer(raw: Any, kind: type[Exception]) -> None:
-    """Status 200 is not success."""
+def test_a_200_that_is_an_error(raw: Any, kind: type[Exception]) -> None:
+    """An error body with status 200 is an error."""
     with pytest.raises(kind) as caught:
         decode(raw)
     assert type(caught.value) is kind
 
 
-def test_a_conversation_goes_on_with_our_own_answer() -> None:
-    """A Completion can be appended to the messages as it is."""
+def test_a_conversation_continues_with_our_own_answer() -> None:
+    """A Completion can be appended to the messages."""
     found = decode(answer({"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}))
     messages = sent(["Hi", found, {"role": "tool", "tool_call_id": "t", "content": "1"}])["messages"]
     assert messages[1] == {
@@ -306,7 +306,7 @@ RESULT = {"role": "tool", "tool_call_id": "t", "content": "1"}
     ids=["thinking", "redacted", "interleaved", "hidden", "searched", "compacted"],
 )  # fmt: skip
 def test_blocks_go_back_as_they_came(blocks: list[Any]) -> None:
-    """Signed thinking must come before its tool call, unchanged and in its place; so must all of the API's own."""
+    """Signed thinking and other blocks of the API are sent back unchanged and in their places."""
     found = decode(answer(*blocks))
     messages = sent(["Hi", found, RESULT])["messages"]
     assert messages[1] == {"role": "assistant", "content": blocks}
@@ -314,13 +314,13 @@ def test_blocks_go_back_as_they_came(blocks: list[Any]) -> None:
 
 
 def test_empty_texts_do_not_go_back() -> None:
-    """The API gives them and refuses them."""
+    """The API returns empty texts but refuses to receive them."""
     messages = sent(["Hi", decode(answer(THINKING, {"type": "text", "text": ""}, CALLED)), RESULT])["messages"]
     assert messages[1]["content"] == [THINKING, CALLED]
 
 
-def test_a_changed_answer_goes_back_without_what_was_signed() -> None:
-    """Who edits an answer means what it says now; the signature is that of another text."""
+def test_a_changed_answer_is_sent_without_its_signed_blocks() -> None:
+    """If the user edits an answer, its signature no longer matches, so the edited text alone is sent."""
     message = decode(answer(THINKING, {"type": "text", "text": "The key is 1234"})).choices[0].message
     (_, turn) = sent(["Hi", replace(message, content="The key is ****")])["messages"]
     assert turn["content"] == [{"type": "text", "text": "The key is ****"}]
@@ -328,7 +328,7 @@ def test_a_changed_answer_goes_back_without_what_was_signed() -> None:
 
 @pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "gemini/gemini-2.5-flash", "azure/d", "ollama/q"])
 def test_no_other_provider_sees_signed_thinking(model: str) -> None:
-    """A conversation may go on with another model, whose server would refuse fields that it does not know."""
+    """Another provider's server would refuse the unknown fields, so they are left out."""
     found = decode(answer(THINKING, {"type": "text", "text": "4"}))
     codec = resolve(model, api_key="k", base_url="http://127.0.0.1:9", env={}).codec
     request = codec.encode(replace(CALL, messages=normalise(["Hi", found])))
@@ -337,7 +337,7 @@ def test_no_other_provider_sees_signed_thinking(model: str) -> None:
 
 
 async def test_a_conversation_with_tools_and_thinking() -> None:
-    """`messages + [completion]` is what an agent's loop writes: the next request holds the thinking of the answer."""
+    """`messages + [completion]` is what an agent's loop writes: the next request holds the answer's thinking."""
 
     def reply(*blocks: Any) -> HTTPReply:
         return HTTPReply(status=200, body=json.dumps(answer(*blocks)).encode(), headers={})
@@ -351,12 +351,12 @@ async def test_a_conversation_with_tools_and_thinking() -> None:
 
 
 def test_the_codec_is_bound() -> None:
-    """The endpoint of an Anthropic name holds its codec."""
+    """The endpoint of an Anthropic model has Anthropic's codec."""
     assert isinstance(resolve("claude-sonnet-4-5", env={}).codec, AnthropicMessages)
 
 
 def test_a_schema_that_the_api_refuses_for_its_keywords() -> None:
-    """Objects are closed and limits left out, which the API refuses; the client checks them."""
+    """Objects are closed and limits removed, because the API refuses them; the client checks them instead."""
     inner = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}, "minimum": {"type": "string"}}}
     schema = {"type": "object", "properties": {"a": {"type": "array", "items": inner, "minItems": 2}}}
     call = ChatCall(
@@ -372,7 +372,7 @@ def test_a_schema_that_the_api_refuses_for_its_keywords() -> None:
 
 
 def test_a_thinking_budget_above_the_assumed_limit_was_refused() -> None:
-    """Thinking counts against max_tokens, so a limit that nobody gave leaves room for it."""
+    """Thinking counts in max_tokens, so the default limit leaves room for it."""
     extra = {"thinking": {"type": "enabled", "budget_tokens": 8000}}
     call = ChatCall(model="claude", messages=({"role": "user", "content": "Hi"},), extra=extra)
     codec = resolve("anthropic/claude-sonnet-4-5", api_key="k", env={}).codec

@@ -1,4 +1,4 @@
-"""What a provider of your own gets from `JSONCodec`, and what it states for the rest of the client."""
+"""What `JSONCodec` does for a custom provider, and what a codec declares for the rest of the client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reply(msgspec.Struct):
 
 
 class Acme(JSONCodec[Reply]):
-    """A codec of its own format, as a third party writes it."""
+    """A codec of its own format, as a third party would write it."""
 
     decoder = msgspec.json.Decoder(Reply)
     finish_words = words(stop="DONE", length="CUT")
@@ -54,14 +54,14 @@ def reply(body: Any, status: int = 200) -> HTTPReply:
 
 @pytest.mark.parametrize(("word", "reason"), [("DONE", "stop"), ("done", "stop"), ("CUT", "length"), (None, "stop")])
 def test_finish_words_of_a_codec(word: str | None, reason: str) -> None:
-    """A codec states its own words, in any case; no word at all is a stop."""
+    """A codec declares its finish reasons, in any case; a missing one is `stop`."""
     assert codec().decode(reply({"text": "x", "why": word}), CALL).finish_reason == reason
 
 
 @pytest.mark.parametrize("word", ["ERROR_TOXIC", "network_error", "insufficient_system_resource", "abort", "new"])
 @pytest.mark.parametrize("name", ["openai/m", "anthropic/m", "gemini/m"])
 def test_an_unknown_finish_word_was_read_as_stop(name: str, word: str) -> None:
-    """What a provider does not call good is not a success."""
+    """An unknown finish reason is not a success."""
     bodies = {
         "openai/m": {"choices": [{"message": {"content": "x"}, "finish_reason": word}]},
         "anthropic/m": {"content": [{"type": "text", "text": "x"}], "stop_reason": word},
@@ -71,8 +71,8 @@ def test_an_unknown_finish_word_was_read_as_stop(name: str, word: str) -> None:
     assert (found.finish_reason, found.raw_finish_reason) == ("error", word)
 
 
-def test_errors_and_odd_bodies_are_read_without_code_of_the_codec() -> None:
-    """Error statuses, pages and empty answers get their class and their words."""
+def test_errors_and_odd_bodies_are_read_without_the_codecs_help() -> None:
+    """Error statuses, HTML pages and empty answers get their class and message."""
     error = codec().error(reply({"error": {"message": "too long", "code": "context_length_exceeded"}}, 400))
     assert isinstance(error, ContextLengthError)
     assert "acme answered 400 (context_length_exceeded): too long" in str(error)
@@ -84,7 +84,7 @@ def test_errors_and_odd_bodies_are_read_without_code_of_the_codec() -> None:
 
 @pytest.mark.parametrize("key", ["acme-key-123456", lambda: "acme-key-123456"])
 def test_a_page_that_quotes_the_key(key: Any) -> None:
-    """The key is in no excerpt of an answer that cannot be read, nor in the repr of a request."""
+    """The key is not in the excerpt of an unreadable answer, nor in a request's repr."""
     made = codec(key)
     assert "acme-key" not in repr(made.encode(CALL))
     for body in (b"<html>no such key: acme-key-123456</html>", b'{"note": "acme-key-123456"}'):
@@ -94,7 +94,7 @@ def test_a_page_that_quotes_the_key(key: Any) -> None:
 
 
 def test_limits_in_extra_under_the_providers_own_names() -> None:
-    """The budget counts by the body that is sent; what is stated elsewhere does not count."""
+    """The budget reads the limit from the body that is sent."""
     limits = codec().limits
     assert limits(replace(CALL, max_tokens=7, n=2)) == Limits(7, 2)
     assert limits(replace(CALL, max_tokens=7, extra={"options": {"most": 100}})) == Limits(100, 1)
@@ -102,13 +102,13 @@ def test_limits_in_extra_under_the_providers_own_names() -> None:
 
 
 def test_rate_limits_without_a_reset_count_per_minute() -> None:
-    """A server that names no reset, as Azure and Mistral, refills its limit within a minute."""
+    """A server that names no reset, such as Azure and Mistral, refills its limit within a minute."""
     assert headroom({"x-acme-left": "0", "x-acme-limit": "120"}, Acme.requests) == Headroom(0.0, 0.5)
     assert headroom({"x-acme-left": "0"}, Acme.requests) is None
 
 
 def test_a_codec_names_headers_that_a_recording_keeps() -> None:
-    """Headers of a list are written, those that the codec names among them, of request and reply alike."""
+    """Only headers on an allow list are recorded; a codec can add to it, for requests and replies."""
     headers = {"x-acme-region": "eu", "x-other": "secret", "x-ratelimit-remaining-requests": "3"}
     request = codec().encode(CALL)
     answer = HTTPReply(status=200, body=b"{}", headers=headers)

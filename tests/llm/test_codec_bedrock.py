@@ -1,4 +1,4 @@
-"""Bedrock's Converse: what is sent, what is read, and streams in binary frames."""
+"""Bedrock's Converse: requests, answers, and streams in binary frames."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def stream(body: bytes, step: int = 0) -> tuple[list[str], Completion]:
     return deltas, reader.finish(reply(body))
 
 
-def test_where_it_is_sent() -> None:
+def test_address_and_key() -> None:
     """The region is in the host, the model in the path, the key in a bearer header."""
     request = codec().encode(ChatCall(model=MODEL, messages=normalise("Hi")))
     assert request.url == (
@@ -85,8 +85,8 @@ def test_where_it_is_sent() -> None:
     assert json.loads(request.body) == {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}
 
 
-def test_an_arn_is_one_part_of_the_path() -> None:
-    """The slashes of an inference profile's ARN are escaped."""
+def test_the_slashes_of_an_arn_are_escaped() -> None:
+    """An inference profile's ARN is one part of the path."""
     arn = "arn:aws:bedrock:eu-central-1:123456789012:inference-profile/eu.amazon.nova-lite-v1:0"
     url = (
         resolve(f"bedrock/{arn}", env=ENV).codec.encode(ChatCall(model=arn, messages=normalise("Hi"), stream=True)).url
@@ -94,15 +94,15 @@ def test_an_arn_is_one_part_of_the_path() -> None:
     assert url.endswith("inference-profile%2Feu.amazon.nova-lite-v1%3A0/converse-stream")
 
 
-def test_no_region_is_chosen_for_the_user() -> None:
-    """Prompts go to no region that nobody named; an address of one's own needs none."""
+def test_there_is_no_default_region() -> None:
+    """Without a region, or a base_url, the call is refused, so that prompts go to no unintended region."""
     with pytest.raises(ConfigError, match="AWS_REGION"):
         LLM("bedrock/m", env={"AWS_BEARER_TOKEN_BEDROCK": "k"})
     assert resolve("bedrock/m", base_url="https://b.example", env={}).base_url == "https://b.example"
 
 
 def test_options() -> None:
-    """Limits and sampling, tools and choice, a schema as a text, the user's own fields last."""
+    """Limits, sampling, tools, tool choice and schema are converted; the user's own fields come last."""
     schema = {"type": "object", "properties": {}, "additionalProperties": False}
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -131,14 +131,14 @@ def test_options() -> None:
 
 
 @pytest.mark.parametrize("option", [{"seed": 1}, {"n": 2}, {"tools": (), "tool_choice": "none"}])
-def test_what_this_api_has_not(option: dict[str, Any]) -> None:
-    """An option without a field is an error, not a silent loss."""
+def test_unsupported_options_are_refused(option: dict[str, Any]) -> None:
+    """An option without a field raises; it is not dropped silently."""
     with pytest.raises(ConfigError, match="bedrock"):
         encode(**option)
 
 
 def test_messages() -> None:
-    """System prompts apart, turns of one role as one, images as bytes, results of tools in the user's turn."""
+    """System prompts are separate, turns of one role merged, images bytes, tool results in the user's turn."""
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": ["Look", Image(PNG), ""]},
@@ -166,7 +166,7 @@ def test_messages() -> None:
 
 
 def test_cache_marks_become_cache_points() -> None:
-    """A part with Anthropic's mark is followed by this API's own."""
+    """A part with Anthropic's cache mark is followed by this API's cache point."""
     part = {"type": "text", "text": "long", "cache_control": {"type": "ephemeral"}}
     assert encode([{"role": "user", "content": [part, "short"]}])["messages"][0]["content"] == [
         {"text": "long"},
@@ -176,14 +176,14 @@ def test_cache_marks_become_cache_points() -> None:
 
 
 @pytest.mark.parametrize("part", [Image("https://example.com/cat.png"), {"type": "input_audio", "data": "x"}])
-def test_parts_that_converse_has_not(part: Any) -> None:
-    """Bedrock fetches no address; the error says what to give."""
+def test_unsupported_parts_are_refused(part: Any) -> None:
+    """Bedrock fetches no URL; the error says what to give instead."""
     with pytest.raises(ConfigError, match=r"messages\[0\]"):
         encode([{"role": "user", "content": [part]}])
 
 
 def test_an_answer_with_everything() -> None:
-    """Text, cited text, thinking, calls, and usage with what the cache held and took."""
+    """An answer may have text, citations, thinking, calls, and usage with cache reads and writes."""
     cited = {"citationsContent": {"content": [{"text": " [1]"}], "citations": []}}
     found = decode(
         answer(THOUGHT, {"text": "Four"}, cited, USE, stop="tool_use", cacheReadInputTokens=3, cacheWriteInputTokens=2)
@@ -201,16 +201,16 @@ def test_an_answer_with_everything() -> None:
         ("content_filtered", "content_filter"), ("malformed_model_output", "error"), ("malformed_tool_use", "error"),
     ],
 )  # fmt: skip
-def test_finish_words(word: str, reason: str) -> None:
-    """A word that AWS uses for broken answers is no success."""
+def test_finish_reasons(word: str, reason: str) -> None:
+    """AWS's finish reasons for broken answers are errors."""
     assert decode(answer({"text": "x"}, stop=word)).finish_reason == reason
 
 
 @pytest.mark.parametrize(
     "hidden", [THOUGHT, {"reasoningContent": {"redactedContent": "QUJD"}}, {"video": {"format": "mp4"}}]
 )
-def test_signed_thinking_goes_back_as_it_came(hidden: dict[str, Any]) -> None:
-    """Blocks that are neither text nor calls go back in their places, unless the text was changed."""
+def test_signed_thinking_is_sent_back_unchanged(hidden: dict[str, Any]) -> None:
+    """Blocks other than text and calls keep their places, unless the text was changed."""
     found = decode(answer(hidden, {"text": "Four"}, USE))
     assert encode(["Hi", found, "Go on."])["messages"][1]["content"] == [hidden, {"text": "Four"}, USE]
 
@@ -218,8 +218,8 @@ def test_signed_thinking_goes_back_as_it_came(hidden: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "body", [{}, {"output": {}}, {"output": {"message": {"role": "assistant"}}}, {"message": "no"}]
 )
-def test_no_content_is_no_answer(body: dict[str, Any]) -> None:
-    """A status of 200 without content is an error."""
+def test_an_answer_without_content_is_an_error(body: dict[str, Any]) -> None:
+    """Status 200 without content is an error."""
     with pytest.raises(EmptyResponseError):
         decode(body)
 
@@ -238,14 +238,14 @@ def test_no_content_is_no_answer(body: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_error_statuses(status: int, body: Any, kind: type[APIStatusError], code: str | None) -> None:
-    """The class follows from the status, or from words where they say more; the code is AWS's own."""
+    """The class follows from the status, or from the message if that is more specific; the code is AWS's own."""
     error = codec().error(reply(body, status))
     assert (type(error), error.code) == (kind, code)
     assert error.message
 
 
-def test_the_code_in_a_header() -> None:
-    """AWS names the kind of an error in a header, with its documentation behind a colon."""
+def test_the_error_code_in_a_header() -> None:
+    """AWS names the error in a header, followed by a colon and a URL."""
     found = reply({"message": "m"}, 429, x_amzn_errortype="ThrottlingException:http://internal/", x_amzn_requestid="r1")
     error = codec().error(found)
     assert (error.code, error.request_id) == ("ThrottlingException", "r1")
@@ -270,7 +270,7 @@ STREAM = [
 
 @pytest.mark.parametrize("step", [0, 1, 13])
 def test_a_stream_cut_anywhere_into_pieces(step: int) -> None:
-    """Deltas are the text; the whole answer has thinking, calls and usage, and goes back as if it came whole."""
+    """Deltas are the text; the whole answer has thinking, calls and usage, and can be sent back."""
     deltas, whole = stream(b"".join(STREAM), step)
     assert (deltas, whole.text, whole.reasoning, whole.finish_reason) == (["Fo", "ur"], "Four", "hm", "tool_calls")
     assert (whole.usage.input_tokens, whole.usage.output_tokens) == (10, 5)
@@ -278,13 +278,13 @@ def test_a_stream_cut_anywhere_into_pieces(step: int) -> None:
 
 
 def test_a_stream_in_one_piece() -> None:
-    """A recorded stream is read as a body, too."""
+    """A recorded stream can be decoded as one body."""
     assert decode(b"".join(STREAM)) == stream(b"".join(STREAM))[1]
 
 
 @pytest.mark.parametrize("end", range(len(STREAM) - 1))
 def test_a_stream_that_was_cut(end: int) -> None:
-    """Before its last words a stream is a lost connection, also in the middle of a frame."""
+    """A stream without its last event is a lost connection, even if it was cut within a frame."""
     for body in (b"".join(STREAM[:end]), b"".join(STREAM[: end + 1])[:-3]):
         if end == 10 and not body.endswith(STREAM[9]):
             continue
@@ -304,28 +304,28 @@ def test_a_stream_that_was_cut(end: int) -> None:
     ],
 )  # fmt: skip
 def test_an_exception_inside_a_stream(last: bytes, kind: type[LLMError]) -> None:
-    """An exception in a frame is the error that it names."""
+    """An exception frame raises the error that it names."""
     with pytest.raises(kind, match="slow down"):
         stream(b"".join([*STREAM[:6], last]))
 
 
 def test_a_frame_with_a_wrong_checksum() -> None:
-    """A changed byte is noticed, and no text of it is given out."""
+    """A changed byte is detected, and none of the frame's text is used."""
     damaged = bytearray(b"".join(STREAM))
     damaged[len(STREAM[0]) + 100] ^= 1
     with pytest.raises(DecodeError, match="frame"):
         stream(bytes(damaged))
 
 
-def test_an_error_page_in_the_place_of_a_stream() -> None:
+def test_an_error_page_instead_of_a_stream() -> None:
     """JSON or HTML instead of frames is read as a whole body."""
     assert stream(json.dumps(answer({"text": "x"})).encode())[1].text == "x"
     with pytest.raises(DecodeError):
         stream(b"<html>no</html>")
 
 
-def test_headers_of_every_kind() -> None:
-    """Values of other types are skipped by their length."""
+def test_frame_headers_of_every_type() -> None:
+    """Header values of other types are skipped by their length."""
     kinds = {
         0: b"",
         1: b"",
@@ -344,7 +344,7 @@ def test_headers_of_every_kind() -> None:
 
 @given(st.binary(max_size=60), st.binary(max_size=20))
 def test_frames_of_any_headers_and_bytes(headers: bytes, rest: bytes) -> None:
-    """Whatever is in a frame with right checksums, an event or a DecodeError comes out."""
+    """Any frame with valid checksums gives an event or a DecodeError."""
     parser = FrameParser()
     try:
         assert len(parser.feed(packed(headers, b"{}"))) == 1
@@ -354,7 +354,7 @@ def test_frames_of_any_headers_and_bytes(headers: bytes, rest: bytes) -> None:
 
 
 async def test_a_stream_is_recorded_and_replayed(tmp_path: Path) -> None:
-    """Binary frames survive the cassette, and the key is not in it."""
+    """Binary frames are recorded and replayed exactly, without the key."""
     path = tmp_path / "bedrock.yaml"
     body = HTTPReply(status=200, body=b"".join(STREAM), headers={"content-type": "application/vnd.amazon.eventstream"})
 
@@ -370,7 +370,7 @@ async def test_a_stream_is_recorded_and_replayed(tmp_path: Path) -> None:
     assert b"bedrock-api-key-test" not in path.read_bytes()
 
 
-async def test_a_budget_counts_the_limit_of_this_api() -> None:
+async def test_a_budget_sends_the_limit_of_this_api() -> None:
     """The assumed limit is sent as maxTokens, so no answer costs more than was reserved."""
     transport = ScriptedTransport(reply(answer({"text": "x"})))
     prices = {MODEL: Price(input=3, output=15)}

@@ -1,4 +1,4 @@
-"""Error answers of every provider: class, code, words, request id, waiting time."""
+"""Error answers of every provider: class, code, message, request id, waiting time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def error(status: int, body: Any = b"", reason: str = "", **headers: str) -> API
     ],
 )
 def test_class_follows_from_the_status(status: int, kind: type[APIStatusError]) -> None:
-    """Each status has its class, and an empty body still gives words."""
+    """Each status has its class, and an empty body still gives a message."""
     found = error(status)
     assert type(found) is kind
     assert found.status == status
@@ -95,8 +95,8 @@ def test_class_follows_from_the_status(status: int, kind: type[APIStatusError]) 
         (500, b"\xff\xfe", "\ufffd", None),
     ],
 )  # fmt: skip
-def test_words_and_code_of_every_shape(status: int, body: Any, words: str, code: str | None) -> None:
-    """The message is found under any name and at any depth; a number is the code if there is no word."""
+def test_message_and_code_of_every_shape(status: int, body: Any, words: str, code: str | None) -> None:
+    """The message is found under any name and at any depth; a number is the code if there is no name."""
     found = error(status, body)
     assert words in found.message
     assert found.code == code
@@ -104,7 +104,7 @@ def test_words_and_code_of_every_shape(status: int, body: Any, words: str, code:
 
 @pytest.mark.requirement("client 8: words even without a body")
 @pytest.mark.parametrize("body", [b"", b"{}", b"null", b"[]", b'{"error": {}}', b'{"error": null}', b"{cut", b"12"])
-def test_a_body_without_words(body: bytes) -> None:
+def test_a_body_without_a_message(body: bytes) -> None:
     """The status line is used if the body has no message."""
     found = error(500, body, reason="Internal Server Error")
     assert type(found) is ServerError
@@ -127,7 +127,7 @@ def test_a_body_without_words(body: bytes) -> None:
     ],
 )  # fmt: skip
 def test_a_prompt_that_does_not_fit(status: int, error_body: Any) -> None:
-    """Every provider's way to say that the context is too small is a ContextLengthError."""
+    """Each provider's message for a full context raises ContextLengthError."""
     assert type(error(status, {"error": error_body})) is ContextLengthError
 
 
@@ -140,14 +140,14 @@ def test_a_prompt_that_does_not_fit(status: int, error_body: Any) -> None:
         "temperature exceeds 2",
     ],
 )
-def test_other_bad_requests_are_no_context_overflow(message: str) -> None:
-    """Words that only sound alike stay a BadRequestError."""
+def test_other_bad_requests_are_not_context_overflows(message: str) -> None:
+    """Similar messages are still a BadRequestError."""
     assert type(error(400, {"error": {"message": message}})) is BadRequestError
 
 
 @pytest.mark.requirement("client 8: a class for each kind")
-def test_quota_is_told_from_rate() -> None:
-    """`insufficient_quota` does not pass by waiting; Gemini's RESOURCE_EXHAUSTED, in nearly the same words, does."""
+def test_quota_is_distinguished_from_rate() -> None:
+    """`insufficient_quota` is permanent; Gemini's RESOURCE_EXHAUSTED, with nearly the same message, is not."""
     quota = {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "insufficient_quota"}
     gemini = {"code": 429, "message": "You exceeded your current quota", "status": "RESOURCE_EXHAUSTED"}
     assert type(error(429, {"error": quota})) is QuotaError
@@ -175,13 +175,13 @@ def test_quota_is_told_from_rate() -> None:
     ],
 )
 def test_how_long_to_wait(headers: dict[str, str], seconds: float | None) -> None:
-    """Milliseconds, seconds, fractions and dates (by the server's clock) are read; zero and nonsense are not said."""
+    """Milliseconds, seconds, fractions and dates (by the server's clock) are read; zero and nonsense are ignored."""
     assert retry_after(headers) == seconds
 
 
 @pytest.mark.requirement("client 3: Gemini's retryDelay")
-def test_gemini_says_its_wait_in_the_body() -> None:
-    """RetryInfo's retryDelay is the wait where no header names one."""
+def test_geminis_wait_is_in_the_body() -> None:
+    """RetryInfo's retryDelay is used if no header gives a wait."""
     details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure"}, {"retryDelay": "48.5s"}]
     body = {"error": {"code": 429, "message": "m", "status": "RESOURCE_EXHAUSTED", "details": details}}
     assert error(429, body).retry_after == 48.5
@@ -200,26 +200,26 @@ def test_gemini_says_its_wait_in_the_body() -> None:
     ],
 )
 def test_request_id(headers: dict[str, str], body: Any, expected: str | None) -> None:
-    """OpenAI's, Anthropic's and Azure's headers, or the body."""
+    """The id is read from OpenAI's, Anthropic's and Azure's headers, or from the body."""
     assert error(400, body, **headers).request_id == expected
 
 
 @pytest.mark.requirement("client 3: x-should-retry")
 @pytest.mark.parametrize(("value", "expected"), [("true", True), ("false", False), ("", None), ("maybe", None)])
 def test_should_retry(value: str, expected: bool | None) -> None:
-    """`x-should-retry` says yes, no, or nothing."""
+    """`x-should-retry` is true, false or absent."""
     assert should_retry({"x-should-retry": value}) is expected
 
 
-def test_a_redirect_names_its_remedy() -> None:
-    """A redirect is not followed, since a POST would become a GET: the message gives the new address."""
+def test_a_redirect_error_names_the_remedy() -> None:
+    """A redirect is not followed, because a POST would become a GET: the message gives the new address."""
     found = error(307, b"", location="https://other.example/v1")
     assert "https://other.example/v1" in found.message
     assert "base_url" in found.message
 
 
-def test_secrets_do_not_stand_in_messages() -> None:
-    """A key that the server quotes is starred out."""
+def test_secrets_are_masked_in_messages() -> None:
+    """A key that the server quotes is replaced by stars."""
     reply = HTTPReply(status=401, body=b'{"error": "bad key sk-1"}', headers={})
     assert "sk-1" not in status_error(reply, "openai", ("sk-1",)).message
 
@@ -238,12 +238,12 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_no_error_body_breaks_the_reading(body: Any) -> None:
-    """Whatever JSON an error carries, its class follows from the status and it has words."""
+    """Any JSON body gives an error with the status's class and a message."""
     assert error(400, body).message.strip(": ")
     assert type(error(500, body)) is ServerError
 
 
 @given(st.binary(max_size=60))
 def test_no_bytes_break_the_reading(body: bytes) -> None:
-    """Nor do bytes that are no JSON."""
+    """Any bytes that are not JSON do, too."""
     assert isinstance(read_fault(body).message, str)

@@ -1,4 +1,4 @@
-"""Gemini's generateContent on AI Studio and Vertex: our calls in its words, its answers in ours."""
+"""Gemini's generateContent on AI Studio and Vertex: requests are encoded, answers are decoded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def answer(*parts: Any, finish: Any = "STOP", **more: Any) -> dict[str, Any]:
 
 @pytest.mark.requirement("client 12: Gemini: the key in its header, not in the address")
 def test_request() -> None:
-    """The key goes in its header, never in the address, where a cassette would show it."""
+    """The key is sent in a header, never in the URL, which a cassette would show."""
     made = request(CALL)
     assert made.url == f"{STUDIO}/gemini-2.5-flash:generateContent"
     assert made.headers["x-goog-api-key"] == "k"
@@ -48,7 +48,7 @@ def test_request() -> None:
 
 @pytest.mark.requirement("built 3: options and tools")
 def test_options() -> None:
-    """Options go under this API's names."""
+    """Options are sent under this API's names."""
     schema = {"type": "object", "properties": {}}
     call = replace(
         CALL,
@@ -82,13 +82,13 @@ def test_options() -> None:
 
 
 def test_plain_json_without_a_schema() -> None:
-    """json_object is the mime type alone."""
+    """json_object sets the mime type only."""
     config = json.loads(request(replace(CALL, response_format={"type": "json_object"})).body)["generationConfig"]
     assert config == {"responseMimeType": "application/json"}
 
 
 def test_extra_adds_to_the_generation_config() -> None:
-    """A thinking budget beside max_tokens does not cost the cap."""
+    """A thinking budget in `extra` does not replace max_tokens."""
     call = replace(CALL, max_tokens=9, extra={"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}})
     config = json.loads(request(call).body)["generationConfig"]
     assert config == {"maxOutputTokens": 9, "thinkingConfig": {"thinkingBudget": 0}}
@@ -96,7 +96,7 @@ def test_extra_adds_to_the_generation_config() -> None:
 
 @pytest.mark.requirement("built 3: text and images")
 def test_messages() -> None:
-    """System text is separate; images go as bytes or by address."""
+    """System text is separate; images are sent as bytes or by address."""
     png = Image(b"\x89PNG1")
     body = sent(
         [
@@ -122,7 +122,7 @@ def test_messages() -> None:
 
 
 def test_a_turn_with_tools() -> None:
-    """A result names its function, and is sent as an object; results of one turn are in one content."""
+    """A result names its function and is sent as an object; the results of one turn share one content."""
     calls = [
         {"id": i, "type": "function", "function": {"name": f, "arguments": "{}"}} for i, f in (("a", "f"), ("b", "g"))
     ]
@@ -144,8 +144,8 @@ def test_a_turn_with_tools() -> None:
 
 
 @pytest.mark.requirement("built 3: an answer continues its conversation")
-def test_a_call_goes_back_with_its_signature() -> None:
-    """From Gemini 3 on a call without its signature is refused: ours comes back, a lost one has its placeholder."""
+def test_a_call_is_sent_back_with_its_signature() -> None:
+    """From Gemini 3 on a call without its signature is refused: ours is kept, a missing one gets the placeholder."""
     found = decode(answer({"functionCall": {"name": "f", "args": {"x": 1}}, "thoughtSignature": "sig"}))
     part = sent(["Hi", found])["contents"][1]["parts"][0]
     assert part == {"functionCall": {"name": "f", "args": {"x": 1}}, "thoughtSignature": "sig"}
@@ -159,7 +159,7 @@ def test_a_call_goes_back_with_its_signature() -> None:
 
 @pytest.mark.requirement("client 6: unknown keys and blocks", "client 6: thinking is no part of the text")
 def test_parts() -> None:
-    """Text parts join, thoughts are separate, parts of other kinds are read over."""
+    """Text parts are joined, thoughts are separate, other kinds are skipped."""
     found = decode(
         answer(
             {"text": "hm", "thought": True},
@@ -195,7 +195,7 @@ def test_parts() -> None:
     ],
 )
 def test_finish_reasons(word: Any, reason: str) -> None:
-    """Words, and Vertex's numbers, become OpenAI's four."""
+    """Finish reasons, and Vertex's numbers, are mapped to OpenAI's four."""
     assert decode(answer({"text": "x"}, finish=word)).finish_reason == reason
 
 
@@ -209,7 +209,7 @@ def test_finish_reasons(word: Any, reason: str) -> None:
     ],
 )
 def test_a_candidate_without_parts(candidate: Any) -> None:
-    """A model cut while thinking, or filtered, says nothing, and why is visible."""
+    """A model cut while thinking, or filtered, returns no text; the finish reason explains why."""
     found = decode({"candidates": [candidate]})
     assert (found.text, found.raw_finish_reason) == ("", candidate["finishReason"])
 
@@ -228,7 +228,7 @@ def test_a_candidate_without_parts(candidate: Any) -> None:
     ],
 )
 def test_usage(usage: Any, expected: tuple[int | None, ...]) -> None:
-    """Thinking is counted within the output; what is not said is None."""
+    """Thinking tokens count in the output; a missing count is None."""
     found = decode(answer({"text": "x"}, usageMetadata=usage)).usage
     assert (found.input_tokens, found.output_tokens, found.cached_tokens, found.reasoning_tokens) == expected
 
@@ -245,8 +245,8 @@ def test_usage(usage: Any, expected: tuple[int | None, ...]) -> None:
         (b"", DecodeError),
     ],
 )
-def test_a_200_that_is_no_answer(raw: Any, kind: type[Exception]) -> None:
-    """Status 200 is not success: a blocked prompt has no candidates at all."""
+def test_a_200_that_is_an_error(raw: Any, kind: type[Exception]) -> None:
+    """A blocked prompt has status 200 and no candidates: that is an error."""
     with pytest.raises(kind) as caught:
         decode(raw)
     assert type(caught.value) is kind
@@ -269,20 +269,20 @@ PROJECT = {"GOOGLE_CLOUD_PROJECT": "p"}
     ],
 )  # fmt: skip
 def test_vertex_addresses(given: Any, env: dict[str, str], url: str, header: str) -> None:
-    """Vertex knows project and location under an access token, and neither under an API key."""
+    """With an access token the URL has project and location; with an API key it has neither."""
     made = resolve("vertex_ai/gemini-2.5-flash", env=env, **given).codec.encode(CALL)
     assert made.url == f"https://{url}/models/gemini-2.5-flash:generateContent"
     assert made.headers[header]
 
 
 def test_vertex_without_a_project() -> None:
-    """The error names the variable."""
+    """The error names the variable to set."""
     with pytest.raises(ConfigError, match="GOOGLE_CLOUD_PROJECT"):
         resolve("vertex/gemini-2.5-flash", api_key="ya29.t", env={})
 
 
 def test_results_of_the_providers_tools_were_not_counted() -> None:
-    """toolUsePromptTokenCount is input beside the prompt; what the total has beside all parts is output."""
+    """toolUsePromptTokenCount is added to the input; the rest of the total is output."""
     usage = {
         "promptTokenCount": 151,
         "candidatesTokenCount": 1089,

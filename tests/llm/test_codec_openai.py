@@ -1,4 +1,4 @@
-"""Chat completions: what is sent, and every shape in which answers come."""
+"""Chat completions: requests, and every shape of answer."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def decode(body: Any, **headers: str) -> Completion:
 
 
 @pytest.mark.requirement("client 1: only encodings that can be decoded", "client 12: OpenAI-compatible")
-def test_request_says_what_was_said_and_nothing_else() -> None:
-    """An option that is None is not sent; the address is absolute, the type explicit, the encodings decodable."""
+def test_a_request_holds_only_what_was_given() -> None:
+    """An option that is None is not sent; the URL is absolute, the content type explicit, the encodings decodable."""
     request = codec().encode(CALL)
     assert request.url == "https://api.openai.com/v1/chat/completions"
     assert request.body == b'{"model":"gpt-4o-mini","messages":[{"role":"user","content":"Hi"}]}'
@@ -93,7 +93,7 @@ def test_every_option_has_its_field() -> None:
 
 
 def test_same_call_same_bytes() -> None:
-    """The body is a function of the call: cassettes and caches rely on it."""
+    """The body depends on the call alone: cassettes and caches rely on it."""
     assert codec().encode(CALL) == codec().encode(msgspec.structs.replace(CALL))
 
 
@@ -114,22 +114,22 @@ def test_same_call_same_bytes() -> None:
         ("azure/o4-mini", "https://x.openai.azure.com", "max_completion_tokens"),
     ],
 )
-def test_cap_goes_under_the_name_the_server_knows(model: str, base_url: str | None, field: str) -> None:
-    """`max_completion_tokens` goes to OpenAI's reasoning models, behind gateways too: other servers ignore it."""
+def test_the_limit_is_sent_under_the_name_that_the_server_knows(model: str, base_url: str | None, field: str) -> None:
+    """`max_completion_tokens` is sent to OpenAI's reasoning models, also behind gateways; other servers ignore it."""
     bare = model.split("/", 1)[1]
     body = sent(replace(CALL, model=bare, max_tokens=7), model, base_url=base_url)
     assert {name: body.get(name) for name in ("max_tokens", "max_completion_tokens") if name in body} == {field: 7}
 
 
 @pytest.mark.requirement("client 14: a cap where a server would go on to the end of its context")
-def test_own_servers_get_a_cap_when_none_is_given() -> None:
-    """A llama.cpp server would else generate to the end of its context."""
+def test_local_servers_get_a_default_limit() -> None:
+    """Without one, a llama.cpp server generates to the end of its context."""
     assert sent(CALL, "llamacpp/tiny")["max_tokens"] == 4096
     assert "max_tokens" not in sent(CALL)
 
 
 def test_mistral_has_its_own_names() -> None:
-    """Mistral calls the seed `random_seed` and refuses `stream_options`."""
+    """Mistral names the seed `random_seed` and refuses `stream_options`."""
     body = sent(replace(CALL, seed=3, stream=True), "mistral/mistral-small")
     assert body["random_seed"] == 3
     assert "seed" not in body
@@ -154,7 +154,7 @@ def test_mistral_has_its_own_names() -> None:
     ],
 )  # fmt: skip
 def test_text_of_every_content(message: Any, text: str) -> None:
-    """Content may be text, null, absent, parts or an object; thinking is no part of the text."""
+    """Content may be text, null, absent, parts or an object; thinking is not part of the text."""
     assert decode(answer(message)).text == text
 
 
@@ -175,8 +175,8 @@ def test_text_of_every_content(message: Any, text: str) -> None:
         {"content": "4", "reasoning": "hm", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]},
     ],
 )
-def test_reasoning_stands_apart(message: Any) -> None:
-    """Thinking comes under three names, in parts or in a tag: always `reasoning`, never `text`."""
+def test_reasoning_is_separate(message: Any) -> None:
+    """Thinking under three names, in parts or in a tag is `reasoning`, never `text`."""
     found = decode(answer(message))
     assert (found.text, found.reasoning) == ("4", "hm")
 
@@ -198,7 +198,7 @@ def test_reasoning_stands_apart(message: Any) -> None:
     ],
 )
 def test_finish_reasons(word: str | None, reason: str) -> None:
-    """Every word becomes one of OpenAI's four; the provider's own stays beside it."""
+    """Each finish reason is mapped to one of OpenAI's four; the provider's own is kept too."""
     found = decode(answer({"content": "x"}, word))
     assert (found.finish_reason, found.raw_finish_reason) == (reason, word)
 
@@ -215,8 +215,8 @@ def test_finish_reasons(word: str | None, reason: str) -> None:
         ({"tool_calls": None, "function_call": {"name": "f", "arguments": "{}"}}, ("", "f", "{}")),
     ],
 )  # fmt: skip
-def test_tool_calls_are_carried(message: Any, expected: tuple[str, str, str]) -> None:
-    """Arguments stay the model's own text, even where they are no JSON; the legacy function_call counts."""
+def test_tool_calls_are_read(message: Any, expected: tuple[str, str, str]) -> None:
+    """Arguments are the model's own text, even if they are not valid JSON; the legacy function_call counts."""
     (call,) = decode(answer({"content": None, **message}, "tool_calls")).tool_calls
     assert (call.id, call.name, call.arguments) == expected
 
@@ -225,7 +225,7 @@ def test_tool_calls_are_carried(message: Any, expected: tuple[str, str, str]) ->
     "message", [{"tool_calls": []}, {"tool_calls": None}, {"function_call": {"name": "", "arguments": ""}}]
 )
 def test_empty_tool_calls_are_none(message: Any) -> None:
-    """An empty list, null, or Snowflake's always-present empty function_call is no call."""
+    """An empty list, null, or Snowflake's empty function_call means no call."""
     assert decode(answer({"content": "x", **message})).tool_calls == ()
 
 
@@ -259,15 +259,15 @@ def test_empty_tool_calls_are_none(message: Any) -> None:
     ],
 )
 def test_usage_in_every_shape(usage: Any, expected: tuple[Any, ...]) -> None:
-    """Nulls, floats and objects beside the counts do no harm; what was not said is None, never 0."""
+    """Nulls, floats and objects among the counts are ignored; a missing count is None, never 0."""
     found = decode(answer({"content": "x"}, usage=usage)).usage
     ours = (found.input_tokens, found.output_tokens, found.cached_tokens, found.reasoning_tokens, found.cost)
     assert ours == expected
 
 
 @pytest.mark.requirement("client 11: the provider's cost")
-def test_venice_states_its_cost_beside_usage() -> None:
-    """`cost: {"usd": …}` at the top of the answer is the cost."""
+def test_venices_cost_is_at_the_top_of_the_answer() -> None:
+    """`cost: {"usd": …}` next to `usage` is the cost."""
     assert decode(answer({"content": "x"}, cost={"usd": 0.001, "diem": 0})).usage.cost == 0.001
 
 
@@ -280,7 +280,7 @@ def test_several_choices_keep_their_order_and_index() -> None:
 
 @pytest.mark.requirement("client 6: raw bytes are kept")
 def test_refusal_and_identity() -> None:
-    """A refusal is kept apart; id, model, request id and the raw bytes come along."""
+    """A refusal is separate; id, model, request id and the raw bytes are kept."""
     body = answer({"content": None, "refusal": "no"}, id="c1", model="m")
     found = decode(body, x_request_id="req_1")
     assert (found.choices[0].message.refusal, found.id, found.model, found.request_id) == ("no", "c1", "m", "req_1")
@@ -301,12 +301,12 @@ def test_refusal_and_identity() -> None:
     ],
 )
 def test_odd_bodies_are_read(body: bytes) -> None:
-    """Padding, a byte order mark, fields of other types, NaN: what can be read is read."""
+    """Padding, a byte order mark, fields of other types and NaN are tolerated."""
     assert decode(body).text == "x"
 
 
 def test_a_lone_surrogate_does_not_lose_the_answer() -> None:
-    """A server that cuts an emoji in two still has its answer read, with a replacement character."""
+    """If a server cuts an emoji in two, the answer is read with a replacement character."""
     assert decode(b'{"choices": [{"message": {"content": "a\\ud83d"}}]}').text == "a\ufffd"
 
 
@@ -333,8 +333,8 @@ def test_a_lone_surrogate_does_not_lose_the_answer() -> None:
         ({"choices": [{"error": {"code": 502, "message": "upstream"}, "message": {"content": ""}}]}, ServerError),
     ],
 )
-def test_a_200_that_is_no_answer(body: Any, kind: type[Exception]) -> None:
-    """Status 200 is not success: each of these is a typed error that says what came."""
+def test_a_200_that_is_an_error(body: Any, kind: type[Exception]) -> None:
+    """Each of these bodies with status 200 is a typed error that describes the body."""
     with pytest.raises(kind) as caught:
         decode(body, x_request_id="req_1")
     assert type(caught.value) is kind
@@ -342,20 +342,20 @@ def test_a_200_that_is_no_answer(body: Any, kind: type[Exception]) -> None:
     assert getattr(caught.value, "request_id", None) == "req_1"
 
 
-def test_a_key_never_stands_in_a_message() -> None:
-    """A server that quotes the key does not get it into our logs."""
+def test_a_key_is_never_in_a_message() -> None:
+    """A key that the server quotes is masked, so it reaches no log."""
     with pytest.raises(ResponseError) as caught:
         decode({"error": {"message": "bad key sk-test given"}})
     assert "sk-test" not in str(caught.value)
 
 
 def test_a_target_does_not_show_its_key() -> None:
-    """The key is not part of what an endpoint prints."""
+    """The key is not part of an endpoint's repr."""
     assert "sk-test" not in repr(resolve("openai/gpt-4o", api_key="sk-test", env={}))
 
 
-def test_a_token_function_is_asked_each_time() -> None:
-    """A key may be a function, since tokens of Azure and Vertex expire."""
+def test_a_token_function_is_called_each_time() -> None:
+    """A key may be a function, because tokens of Azure and Vertex expire."""
     tokens = iter(["one", "two"])
     bound = resolve("openai/gpt-4o", api_key=lambda: next(tokens), env={}).codec
     assert [bound.encode(CALL).headers["authorization"] for _ in range(2)] == ["Bearer one", "Bearer two"]
@@ -378,7 +378,7 @@ def test_a_token_function_is_asked_each_time() -> None:
     ],
 )
 def test_azure_addresses(base_url: str, version: str | None, url: str) -> None:
-    """A resource, a deployment or a models path, with or without an api-version; the key has its own header."""
+    """The base_url is a resource, a deployment or a models path, with or without an api-version."""
     env = {"OPENAI_API_VERSION": version} if version else {}
     request = resolve("azure/d", base_url=base_url, api_key="k", env=env).codec.encode(replace(CALL, model="d"))
     assert request.url == f"https://x.openai.azure.com{url}"
@@ -387,7 +387,7 @@ def test_azure_addresses(base_url: str, version: str | None, url: str) -> None:
 
 
 def test_thinking_beside_the_output_was_free() -> None:
-    """Where the total is more than input and output, the rest is output, as xAI counts thinking."""
+    """If the total is more than input and output, the rest is output: xAI counts thinking that way."""
     usage = {
         "prompt_tokens": 32,
         "completion_tokens": 9,
@@ -397,6 +397,6 @@ def test_thinking_beside_the_output_was_free() -> None:
     body = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": usage}
     found = codec().decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL).usage
     assert (found.input_tokens, found.output_tokens, found.reasoning_tokens) == (32, 103, 94)
-    usage["total_tokens"] = 3  # a total that is less is no reason to doubt the parts
+    usage["total_tokens"] = 3  # A total that is smaller does not change the parts.
     found = codec().decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL).usage
     assert (found.input_tokens, found.output_tokens) == (32, 9)

@@ -87,7 +87,7 @@ def reply(body: Any) -> HTTPReply:
 
 
 def damaged(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every body that comes of a good one by taking one field out, or putting something else into it."""
+    """Yield a good body's variants: each with one field removed or replaced."""
 
     def places(node: Any) -> Iterator[tuple[Any, Any]]:
         for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
@@ -148,7 +148,7 @@ def test_every_shape_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", USUAL)
 def test_a_damaged_answer_is_read_or_refused(name: str) -> None:
-    """Any one field gone, or holding something else, gives an answer or an error of ours, never another exception."""
+    """With one field missing or replaced, decoding gives an answer or an AggregatorError, no other exception."""
     for body in damaged(USUAL[name]):
         with suppress(LLMError):
             assert codec().decode(reply(body), CALL).choices

@@ -1,4 +1,4 @@
-"""The Responses API: what is sent, what is read, and which answers are errors."""
+"""The Responses API: requests, answers, and which answers are errors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def stream(body: bytes) -> tuple[list[str], Completion]:
 
 
 def test_a_plain_question() -> None:
-    """What is not given is not sent; a reasoning model's thinking comes encrypted and is not stored there."""
+    """Options that are None are not sent; reasoning is requested encrypted and not stored on the server."""
     assert encode() == {
         "model": "gpt-5",
         "input": [{"role": "user", "content": "Hi"}],
@@ -106,14 +106,14 @@ def test_a_plain_question() -> None:
         ("Qwen/Qwen3-4B", {}),
     ],
 )  # fmt: skip
-def test_encrypted_reasoning_is_asked_of_models_that_reason_alone(model: str, memory: dict[str, Any]) -> None:
-    """A model that does not reason refuses to encrypt; one of an unknown name keeps the server's defaults."""
+def test_encrypted_reasoning_is_requested_of_reasoning_models_alone(model: str, memory: dict[str, Any]) -> None:
+    """Other models refuse the option; a model of an unknown name keeps the server's defaults."""
     body = encode(model=model)
     assert {name: body[name] for name in ("store", "include") if name in body} == memory
 
 
-def test_options_under_their_names_here() -> None:
-    """The limit, the temperature, tools and choice in this API's flat form; strict is off unless asked for."""
+def test_options_under_this_apis_names() -> None:
+    """The limit, the temperature, tools and tool choice are in this API's flat form; strict is off by default."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     body = encode(
         max_tokens=100,
@@ -138,7 +138,7 @@ def test_options_under_their_names_here() -> None:
 
 
 def test_a_grammar_of_a_custom_tool_is_flat_here() -> None:
-    """Chat completions nest the grammar once more than this API does."""
+    """Chat completions nest the grammar one level deeper."""
     grammar = {"definition": "start: /a/", "syntax": "lark"}
     tool = {"type": "custom", "custom": {"name": "c", "format": {"type": "grammar", "grammar": grammar}}}
     assert encode(tools=(tool,))["tools"] == [{"type": "custom", "name": "c", "format": {"type": "grammar", **grammar}}]
@@ -160,18 +160,18 @@ def test_a_grammar_of_a_custom_tool_is_flat_here() -> None:
     ],
 )  # fmt: skip
 def test_tool_choices(choice: Any, sent: Any) -> None:
-    """Every form of chat completions, and the API's own."""
+    """Each form of chat completions is converted; the API's own forms are sent as they are."""
     assert encode(tool_choice=choice)["tool_choice"] == sent
 
 
 def test_an_unknown_tool_choice() -> None:
-    """A word that no API has is refused before anything is sent."""
+    """An invalid value is rejected before anything is sent."""
     with pytest.raises(ConfigError, match="sometimes"):
         encode(tool_choice="sometimes")
 
 
 def test_structured_output() -> None:
-    """A schema goes as text.format, beside the user's own text options."""
+    """A schema is sent as text.format, together with the user's own text options."""
     schema = {"type": "object", "properties": {}}
     wanted = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
     body = encode(response_format=wanted, extra={"text": {"verbosity": "low"}})
@@ -182,8 +182,8 @@ def test_structured_output() -> None:
     assert encode(response_format={"type": "json_object"})["text"] == {"format": {"type": "json_object"}}
 
 
-def test_words_of_chat_completions_in_extra() -> None:
-    """The same extra works with both APIs: effort, verbosity and the limit are renamed."""
+def test_names_of_chat_completions_in_extra() -> None:
+    """One `extra` works with both APIs: effort, verbosity and the limit are renamed."""
     extra = {"reasoning_effort": "high", "verbosity": "low", "max_completion_tokens": 50, "service_tier": "flex"}
     body = encode(max_tokens=10, extra=extra)
     assert body["reasoning"] == {"effort": "high"}
@@ -194,21 +194,21 @@ def test_words_of_chat_completions_in_extra() -> None:
 
 
 @pytest.mark.parametrize("option", [{"stop": "x"}, {"seed": 1}, {"n": 2}])
-def test_what_this_api_has_not(option: dict[str, Any]) -> None:
-    """An option without a field is an error, not a silent loss."""
+def test_unsupported_options_are_refused(option: dict[str, Any]) -> None:
+    """An option without a field raises; it is not dropped silently."""
     with pytest.raises(ConfigError, match=next(iter(option))):
         encode(**option)
 
 
 def test_background_answers_are_refused() -> None:
-    """An answer that has to be fetched later would be read as none."""
+    """An answer that must be fetched later would look empty."""
     with pytest.raises(ConfigError, match="background"):
         encode(extra={"background": True})
     assert encode(extra={"background": True}, stream=True)["background"] is True
 
 
 def test_parts_of_messages() -> None:
-    """Texts, images and files in this API's words; its own parts stay."""
+    """Texts, images and files are converted; the API's own parts are sent as they are."""
     parts = [
         "Look",
         Image("https://example.com/cat.png", detail="low"),
@@ -224,7 +224,7 @@ def test_parts_of_messages() -> None:
 
 
 def test_a_conversation_with_tools_in_dicts() -> None:
-    """Calls and their results become items; a custom tool's result has a kind of its own."""
+    """Calls and their results become items; a custom tool's result has its own item type."""
     calls = [
         {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}},
         {"id": "b", "type": "custom", "custom": {"name": "c", "input": "text"}},
@@ -247,23 +247,23 @@ def test_a_conversation_with_tools_in_dicts() -> None:
     ]
 
 
-def test_reasoning_goes_back_with_its_call() -> None:
-    """The second turn of a tool loop holds the encrypted reasoning before the call, both unchanged."""
+def test_reasoning_is_sent_back_with_its_call() -> None:
+    """In the second turn of a tool loop the encrypted reasoning precedes the call; both are unchanged."""
     answer = decode(response(ENCRYPTED, CALL_F))
     assert (answer.finish_reason, answer.tool_calls[0].id) == ("tool_calls", "call_1")
     sent = encode([*HI, answer, {"role": "tool", "tool_call_id": "call_1", "content": "1"}])["input"]
     assert sent[1:] == [ENCRYPTED, CALL_F, {"type": "function_call_output", "call_id": "call_1", "output": "1"}]
 
 
-def test_a_changed_answer_goes_back_without_its_reasoning() -> None:
-    """Reasoning belongs to the text and calls that it led to."""
+def test_a_changed_answer_is_sent_without_its_reasoning() -> None:
+    """Reasoning belongs to the unedited text and calls."""
     turn = normalise([*HI, decode(response(ENCRYPTED, message("4")))])
     turn[1]["content"] = "5"
     assert encode(list(turn))["input"][1:] == [{"role": "assistant", "content": "5"}]
 
 
 def test_a_custom_call_is_answered_as_one() -> None:
-    """The result of a custom tool's call in an answer of this API has the kind that belongs to it."""
+    """The result of a custom tool's call gets the matching item type."""
     call = {"type": "custom_tool_call", "call_id": "c1", "name": "c", "input": "x = 1"}
     answer = decode(response(call))
     assert (answer.tool_calls[0].name, answer.tool_calls[0].arguments) == ("c", "x = 1")
@@ -272,7 +272,7 @@ def test_a_custom_call_is_answered_as_one() -> None:
 
 
 def test_an_answer_with_everything() -> None:
-    """Text, reasoning, calls, usage with cached and reasoning tokens."""
+    """An answer may have text, reasoning, calls, and usage with cached and reasoning tokens."""
     summary = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "Two and two."}]}
     usage = {
         "input_tokens": 10,
@@ -289,13 +289,13 @@ def test_an_answer_with_everything() -> None:
 
 
 def test_a_cost_in_ticks() -> None:
-    """xAI counts ten billion ticks a dollar."""
+    """xAI states the cost in ticks: ten billion are a dollar."""
     usage = {"input_tokens": 218, "output_tokens": 410, "cost_in_usd_ticks": 10959000}
     assert decode(response(message("x"), usage=usage)).usage.cost == pytest.approx(0.0010959)
 
 
 def test_no_usage_is_unknown_usage() -> None:
-    """An answer without usage has None, not 0."""
+    """A missing usage is None, not 0."""
     assert decode(response(message("x"))).usage.input_tokens is None
 
 
@@ -303,13 +303,13 @@ def test_no_usage_is_unknown_usage() -> None:
     ("reason", "finish"), [("max_output_tokens", "length"), ("content_filter", "content_filter"), (None, "length")]
 )
 def test_incomplete_answers_say_why(reason: str | None, finish: str) -> None:
-    """An answer that was cut keeps its text and never reads as a whole one."""
+    """A truncated answer keeps its text and its finish reason shows why it was cut."""
     answer = decode(response(message("Half"), status="incomplete", incomplete_details={"reason": reason}))
     assert (answer.text, answer.finish_reason) == ("Half", finish)
 
 
 def test_an_answer_cut_while_thinking() -> None:
-    """No text came, and the reason is the limit."""
+    """The answer has no text, and its finish reason is the limit."""
     answer = decode(response(ENCRYPTED, status="incomplete", incomplete_details={"reason": "max_output_tokens"}))
     assert (answer.text, answer.finish_reason, answer.raw_finish_reason) == ("", "length", "max_output_tokens")
 
@@ -340,15 +340,15 @@ def test_an_answer_cut_while_thinking() -> None:
         (b"<html>no</html>", DecodeError, "html"),
     ],
 )  # fmt: skip
-def test_a_status_of_200_is_not_success(body: Any, kind: type[LLMError], words: str) -> None:
-    """What failed, was cancelled, is under way, is empty, refused or filtered is an error of its own class."""
+def test_a_200_that_is_an_error(body: Any, kind: type[LLMError], words: str) -> None:
+    """Failed, cancelled, unfinished, empty, refused and filtered responses raise errors of their own classes."""
     with pytest.raises(kind, match=words) as caught:
         check_answer(decode(body), "openai")
     assert type(caught.value) is kind
 
 
-def test_items_of_other_kinds_are_an_answer() -> None:
-    """A picture or a search that waits for approval is no empty answer; its item goes back."""
+def test_items_of_other_kinds_are_a_valid_answer() -> None:
+    """A picture, or a search that waits for approval, is not an empty answer; its item is sent back."""
     picture = {"type": "image_generation_call", "id": "ig_1", "result": "AAAA", "status": "completed"}
     answer = decode(response(picture))
     check_answer(answer, "openai")
@@ -356,8 +356,8 @@ def test_items_of_other_kinds_are_an_answer() -> None:
     assert encode([*HI, answer])["input"][1:] == [picture]
 
 
-def test_items_that_are_damaged() -> None:
-    """An item of another shape costs itself, not the others."""
+def test_a_damaged_item_is_skipped() -> None:
+    """An item of another shape does not affect the others."""
     answer = decode(response(None, 7, {"type": 3}, {"type": "message", "content": 5}, message(None, 3, "x")))
     assert answer.text == "x"
 
@@ -380,7 +380,7 @@ def test_a_stream() -> None:
 
 
 def test_a_stream_whose_last_event_has_no_output() -> None:
-    """ChatGPT's Codex backend leaves the output empty: the items that came before are the answer, and go back."""
+    """ChatGPT's Codex backend leaves the output empty: the earlier items are the answer, and are sent back."""
     reasoned = {"type": "response.output_item.done", "output_index": 1, "item": ENCRYPTED}
     _, whole = stream(events(reasoned, *DELTAS, {**COMPLETED, "response": response()}))
     assert whole.text == "Hello"
@@ -388,19 +388,19 @@ def test_a_stream_whose_last_event_has_no_output() -> None:
 
 
 def test_a_stream_of_deltas_alone() -> None:
-    """A gateway that sends neither items nor output: the deltas are the text."""
+    """If a gateway sends neither items nor output, the deltas are the text."""
     _, whole = stream(events(*DELTAS[:5], {"type": "response.done", "response": response(usage={"input_tokens": 3})}))
     assert (whole.text, whole.finish_reason, whole.usage.input_tokens) == ("Hello", "stop", 3)
 
 
 def test_a_stream_without_deltas() -> None:
-    """A text that comes in one event is one delta."""
+    """A text that arrives in one event is one delta."""
     deltas, whole = stream(events(*DELTAS[:2], *DELTAS[4:], COMPLETED))
     assert (deltas, whole.text) == (["Hello"], "Hello")
 
 
 def test_an_incomplete_stream() -> None:
-    """A stream that ends at the limit says so."""
+    """A stream that ends at the limit has that finish reason."""
     end = response(message("Hello"), status="incomplete", incomplete_details={"reason": "max_output_tokens"})
     assert stream(events(*DELTAS, {"type": "response.incomplete", "response": end}))[1].finish_reason == "length"
 
@@ -418,27 +418,27 @@ def test_an_incomplete_stream() -> None:
     ],
 )  # fmt: skip
 def test_an_error_inside_a_stream(event: dict[str, Any], kind: type[LLMError]) -> None:
-    """An error event, or a response that failed, is the error that its code names."""
+    """An error event, or a failed response, raises the error that its code names."""
     with pytest.raises(kind, match="m") as caught:
         stream(events(*DELTAS, event))
     assert type(caught.value) is kind
 
 
 def test_an_error_in_an_event_without_a_type() -> None:
-    """A gateway's own error has neither type nor event name."""
+    """A gateway's error may have neither type nor event name."""
     with pytest.raises(RateLimitError):
         stream(b'data: {"error": {"code": 429, "message": "slow down"}}\n\n')
 
 
 @pytest.mark.parametrize("end", [b"", b"data: [DONE]\n\n", b'data: {"type": "response.comp'])
 def test_a_stream_without_its_last_event_was_cut(end: bytes) -> None:
-    """Text alone is no answer: its usage and finish reason are missing."""
+    """Text without the last event is not an answer: usage and finish reason are missing."""
     with pytest.raises(APIConnectionError):
         stream(events(*DELTAS) + end)
 
 
 def test_a_server_that_ignores_stream() -> None:
-    """A whole response where a stream was asked for is the answer, without deltas."""
+    """A whole response to a stream request is the answer, without deltas."""
     deltas, whole = stream(json.dumps(response(message("Hello"))).encode())
     assert (deltas, whole.text) == ([], "Hello")
 
@@ -452,5 +452,5 @@ def test_a_server_that_ignores_stream() -> None:
     ],
 )
 def test_addresses(base_url: str, url: str) -> None:
-    """The path comes before a query."""
+    """The path is inserted before a query."""
     assert codec(base_url).encode(ChatCall(model="m", messages=normalise(HI))).url == url

@@ -1,4 +1,4 @@
-"""Streams of every family: bytes cut anywhere, events as servers really send them, errors in the middle."""
+"""Streams of every API: bytes cut anywhere, events as servers really send them, errors in the middle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALL = ChatCall(model="m", messages=({"role": "user", "content": "Hi"},), stream
 
 
 def read(model: str, body: bytes, *, step: int = 0) -> tuple[list[str], Completion]:
-    """Feed a body in pieces of `step` bytes (0: at once); return the deltas and the whole answer."""
+    """Feed a body in pieces of `step` bytes (0: all at once); return the deltas and the whole answer."""
     reader = resolve(model, env={}).codec.stream(CALL)
     pieces = [body[i : i + step] for i in range(0, len(body), step)] if step else [body]
     deltas = [text for piece in pieces for text in reader.feed(piece)]
@@ -44,7 +44,7 @@ PLAIN = events({"id": "c", "model": "m", **delta("He")}, delta("llo", "stop"), U
 
 @pytest.mark.parametrize("step", [0, 1, 7])
 def test_deltas_and_the_whole_answer(step: int) -> None:
-    """Text comes as deltas; usage, id, model and request id are on the whole answer, wherever the bytes are cut."""
+    """Text arrives as deltas; usage, id, model and request id are on the whole answer, wherever the bytes are cut."""
     deltas, whole = read("openai/m", PLAIN, step=step)
     assert deltas == ["He", "llo"]
     assert (whole.text, whole.finish_reason, whole.id, whole.model, whole.request_id) == (
@@ -79,7 +79,7 @@ def test_streams_as_servers_send_them(body: bytes) -> None:
 
 
 def test_usage_in_several_chunks() -> None:
-    """Usage that comes again and again is a sum so far: the last number counts, nothing is added up."""
+    """Repeated usage is cumulative: the last value counts."""
     body = events(
         {**delta("a"), "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
         {**delta("b", "stop"), "usage": {"prompt_tokens": 3, "completion_tokens": 2}},
@@ -89,12 +89,12 @@ def test_usage_in_several_chunks() -> None:
 
 
 def test_no_usage_is_unknown_usage() -> None:
-    """A stream without usage has None, not 0."""
+    """A missing usage is None, not 0."""
     assert read("openai/m", events(delta("a", "stop")))[1].usage.input_tokens is None
 
 
 def test_tool_calls_in_pieces() -> None:
-    """Arguments are put together by index; a call without one, or with another id, is a new call."""
+    """Arguments are joined by index; a piece without an index, or with another id, starts a new call."""
     body = events(
         delta(tool_calls=[{"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x"'}}]),
         delta(tool_calls=[{"index": 0, "function": {"arguments": ": 1}"}}]),
@@ -112,7 +112,7 @@ def test_tool_calls_in_pieces() -> None:
 
 
 def test_several_choices() -> None:
-    """The deltas are the first choice's; all are on the answer."""
+    """Deltas are the first choice's text; the answer has all choices."""
     body = events(delta("a", index=0), delta("b", index=1), delta("", "stop"), delta("", "length", index=1))
     deltas, whole = read("openai/m", body)
     assert deltas == ["a"]
@@ -121,8 +121,8 @@ def test_several_choices() -> None:
 
 @pytest.mark.requirement("client 6: thinking is no part of the text")
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-def test_thinking_is_no_delta(name: str) -> None:
-    """Thinking under its own name is collected apart."""
+def test_thinking_is_not_a_delta(name: str) -> None:
+    """Thinking under its own name is collected separately."""
     deltas, whole = read(
         "openai/m",
         events({"choices": [{"delta": {name: "h"}}]}, {"choices": [{"delta": {name: "m"}}]}, delta("4", "stop")),
@@ -139,7 +139,7 @@ def test_thinking_in_parts() -> None:
 
 @given(st.sampled_from(["<think>hm</think>\n4 <think>", "  <thin", "<think>cut", "plain", "\n<b>x", "<"]), st.data())
 def test_a_tag_cut_anywhere(content: str, data: st.DataObject) -> None:
-    """However the text is cut into deltas, they join to what the whole answer says."""
+    """Deltas join to the text of the whole answer, wherever the tag is cut."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=4)))
     pieces = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
     thinking = ThinkingFilter()
@@ -162,13 +162,13 @@ def test_a_tag_cut_anywhere(content: str, data: st.DataObject) -> None:
     ],
 )  # fmt: skip
 def test_streams_that_fail(body: bytes, kind: type[Exception]) -> None:
-    """A stream cut short, an error inside it, and one that is none are typed errors."""
+    """A truncated stream, an error inside one, and a body that is not a stream raise typed errors."""
     with pytest.raises(kind):
         read("openai/m", body)
 
 
 def test_a_server_that_does_not_stream() -> None:
-    """A whole JSON answer to `stream=True` brings no delta, and its text on the completion."""
+    """A whole JSON answer to `stream=True` gives no delta; its text is on the completion."""
     body = json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}).encode()
     deltas, whole = read("openai/m", body, step=5)
     assert (deltas, whole.text) == ([], "x")
@@ -176,7 +176,7 @@ def test_a_server_that_does_not_stream() -> None:
 
 @pytest.mark.parametrize("model", ["openai/m"])
 def test_a_recorded_stream_decodes_in_one_piece(model: str) -> None:
-    """`decode` reads a body of events too, so a cassette may hold streams."""
+    """`decode` accepts a body of events, so a cassette may hold streams."""
     assert resolve(model, env={}).codec.decode(HTTPReply(status=200, body=PLAIN, headers={}), CALL).text == "Hello"
 
 
@@ -208,7 +208,7 @@ def named(chunks: list[dict[str, Any]]) -> bytes:
 @pytest.mark.requirement("built 3: streams")
 @pytest.mark.parametrize("step", [0, 3])
 def test_anthropic_stream(step: int) -> None:
-    """Blocks are put together; input counts caches, output is the last sum said."""
+    """Blocks are joined; input includes caches, output is the last cumulative count."""
     deltas, whole = read("anthropic/m", named(ANTHROPIC), step=step)
     assert deltas == ["He", "llo"]
     assert (whole.text, whole.reasoning, whole.finish_reason, whole.id) == ("Hello", "hm", "tool_calls", "msg")
@@ -222,8 +222,8 @@ def block(index: int, start: dict[str, Any], *deltas: dict[str, Any]) -> list[di
 
 
 @pytest.mark.requirement("built 3: an answer continues its conversation")
-def test_a_streamed_answer_goes_back_as_it_came() -> None:
-    """Signatures, citations and the API's own blocks are put together too, in the order of the blocks."""
+def test_a_streamed_answer_is_sent_back_unchanged() -> None:
+    """Signatures, citations and the API's own blocks are collected too, in order."""
     chunks = [
         ANTHROPIC[0],
         *block(0, {"type": "thinking", "thinking": "", "signature": ""}, {"thinking": "h"}, {"thinking": "m"},
@@ -252,8 +252,8 @@ def test_a_streamed_answer_goes_back_as_it_came() -> None:
 
 
 @pytest.mark.requirement("client 9: arguments that do not parse stay text")
-def test_a_tool_input_that_was_cut_stays_as_it_is() -> None:
-    """The model's own text, which is no JSON, is in the call; nothing is made up for its end."""
+def test_a_truncated_tool_input_is_kept() -> None:
+    """The call holds the model's own text, even if it is not valid JSON; nothing is invented."""
     chunks = [
         ANTHROPIC[0],
         *block(0, {"type": "tool_use", "id": "t", "name": "f", "input": {}}, {"partial_json": '{"x": "Be'}),
@@ -264,7 +264,7 @@ def test_a_tool_input_that_was_cut_stays_as_it_is() -> None:
 
 
 def test_anthropic_stream_that_fails() -> None:
-    """An overloaded server says so in the middle, with status 200; a cut stream has no stop reason."""
+    """An overloaded server reports an error in the middle, with status 200; a truncated stream has no stop reason."""
     fault = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
     with pytest.raises(ServerError, match="Overloaded"):
         read("anthropic/m", named([ANTHROPIC[0], fault]))
@@ -291,7 +291,7 @@ GEMINI: list[dict[str, Any]] = [
 @pytest.mark.requirement("built 3: streams")
 @pytest.mark.parametrize("step", [0, 5])
 def test_gemini_stream(step: int) -> None:
-    """Parts are put together, thoughts apart."""
+    """Parts are joined, thoughts are separate."""
     deltas, whole = read("gemini/m", events(*GEMINI, done=False), step=step)
     assert deltas == ["He", "llo"]
     assert (whole.text, whole.reasoning, whole.model) == ("Hello", "hm", "g")
@@ -300,12 +300,12 @@ def test_gemini_stream(step: int) -> None:
 
 
 def test_gemini_stream_as_an_array() -> None:
-    """Without alt=sse the chunks come as one JSON array."""
+    """Without alt=sse the chunks are one JSON array."""
     assert read("gemini/m", json.dumps(GEMINI).encode())[1].text == "Hello"
 
 
 def test_gemini_stream_that_fails() -> None:
-    """A blocked prompt, an error in the middle and a cut stream are typed errors."""
+    """A blocked prompt, an error in the middle and a truncated stream raise typed errors."""
     with pytest.raises(ContentFilterError, match="SAFETY"):
         read("gemini/m", events({"promptFeedback": {"blockReason": "SAFETY"}}, done=False))
     with pytest.raises(ServerError):
@@ -314,8 +314,8 @@ def test_gemini_stream_that_fails() -> None:
         read("gemini/m", events(gemini("a"), done=False))
 
 
-def test_events_are_cut_by_the_rules() -> None:
-    """Several data lines join, unknown fields and comments are read over, the last event needs no empty line."""
+def test_events_follow_the_sse_rules() -> None:
+    """Data lines are joined, unknown fields and comments are skipped, and the last event needs no empty line."""
     parser = EventParser()
     found = parser.feed(b"id: 1\nretry: 5\nevent: a\ndata: x\ndata:y\n\n:c\n\ndata: z")
     assert [*found, *parser.flush()] == [Event("a", b"x\ny"), Event("", b"z")]
@@ -355,22 +355,22 @@ def read_whole(name: str, body: bytes, step: int = 7) -> Completion:
     ids=["[DONE]", "empty data", "CRLF", "CR", "comments"],
 )
 @pytest.mark.parametrize("step", [1, 2, 7, 1000])
-def test_what_gateways_make_of_a_stream(name: str, change: Callable[[bytes], bytes], step: int) -> None:
-    """Every API's stream may end with [DONE], hold empty events and have any end of line, cut anywhere."""
+def test_streams_of_gateways(name: str, change: Callable[[bytes], bytes], step: int) -> None:
+    """Any stream may end with [DONE], hold empty events and use any line ending, cut anywhere."""
     found = read_whole(name, change(STREAMS[name]), step)
     assert (found.text, found.finish_reason) == ("hi", "stop")
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_that_was_cut_in_its_first_bytes(name: str) -> None:
-    """It is a lost connection or no answer: never a RecursionError."""
+    """It raises a lost connection or a DecodeError, never a RecursionError."""
     for length in range(1, 40):
         with pytest.raises((APIConnectionError, DecodeError)):
             read_whole(name, STREAMS[name][:length])
 
 
 def test_pieces_of_calls_under_wrong_indices_and_ids() -> None:
-    """A piece that names nothing continues the last call; a new id alone splits none."""
+    """A piece without index and id continues the last call; a new id alone does not split a call."""
     pieces: list[dict[str, Any]] = [
         {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{"}},
         {"index": 0, "id": "other", "function": {"arguments": "}"}},
@@ -402,7 +402,7 @@ def test_pieces_of_calls_under_wrong_indices_and_ids() -> None:
     ],
 )
 def test_thinking_stayed_in_the_text(content: str, text: str, reasoning: str | None) -> None:
-    """Whatever tags a server leaves it in, thinking is never part of the text."""
+    """Thinking is never part of the text, whatever tag encloses it."""
     body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
     codec = resolve("openai/m", api_key="k", env={}).codec
     found = codec.decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL)

@@ -1,4 +1,4 @@
-"""The codecs against real recordings, compared with a plain reading of the same JSON."""
+"""The codecs against real recordings, compared with a plain parse of the same JSON."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Exchange(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a plain reading of an answer finds."""
+    """What a plain parse of an answer finds."""
 
     text: str
     finish: str
@@ -163,8 +163,8 @@ def same_text(ours: str, plain: str) -> bool:
 
 @pytest.mark.requirement("client 6: recorded answers, all", "built 1: codecs of every family")
 @pytest.mark.parametrize("name", sorted(READERS))
-def test_every_recorded_answer_is_read_right(name: str) -> None:
-    """Text, finish reason, usage and tools are those of a plain reading; what holds no message is a typed error."""
+def test_every_recorded_answer_is_read_correctly(name: str) -> None:
+    """Text, finish reason, usage and tools equal a plain parse; a body without a message is a typed error."""
     wrong: list[tuple[Reading, Reading | str, str]] = []
     count = 0
     for exchange in recorded(name):
@@ -207,8 +207,8 @@ STATUS_CLASSES = {
 
 
 @pytest.mark.requirement("client 8: recorded errors, all")
-def test_every_recorded_error_has_its_class_and_words() -> None:
-    """The class follows from the status, the message is the provider's own wherever it gave one, and never empty."""
+def test_every_recorded_error_has_its_class_and_message() -> None:
+    """The class follows from the status; the message is the provider's, if it gave one, and never empty."""
     wrong = []
     for exchange in recorded("errors"):
         family = {"anthropic": "anthropic", "gemini": "gemini", "vertex": "gemini"}.get(exchange.provider)
@@ -235,7 +235,7 @@ VITAL = {
     "parts",
     "usage",
     "usageMetadata",
-}  # what cannot be lost unnoticed
+}  # These cannot be lost unnoticed.
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -246,8 +246,8 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @pytest.mark.requirement("client 6: every field may be absent or odd")
 @pytest.mark.parametrize("name", sorted(READERS))
-def test_one_damaged_field_costs_that_field_at_most(name: str) -> None:
-    """Any field of a recorded answer may be null, missing its type or nonsense: the answer is still read."""
+def test_one_damaged_field_loses_at_most_that_field(name: str) -> None:
+    """If any field of a recorded answer is null, without its type or invalid, the answer is still read."""
     random = Random(7)
     bound = codec(name)
     for exchange in list(recorded(name))[:60]:
@@ -273,7 +273,7 @@ def test_one_damaged_field_costs_that_field_at_most(name: str) -> None:
                 assert found.usage.input_tokens == whole.usage.input_tokens, path
 
 
-def test_no_recorded_header_is_taken_for_a_wait() -> None:
-    """`retry-after` is on answers of status 200 too: decoding pays no attention to it."""
+def test_no_recorded_header_is_read_as_a_wait() -> None:
+    """`retry-after` also comes with status 200, where it is ignored."""
     answers = [exchange for exchange in recorded("anthropic") if "retry-after" in {h.lower() for h in exchange.headers}]
     assert all(codec("anthropic").decode(exchange.reply, CALL).choices for exchange in answers)

@@ -1,4 +1,4 @@
-"""What calls are likely to cost, and at most."""
+"""The likely and the maximum cost of calls."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ def client(**options: Any) -> LLM:
 
 
 @pytest.mark.requirement("built 6: estimate")
-async def test_likely_is_below_the_most_and_the_most_holds() -> None:
-    """The real usage lies under the most; the likely figure is the smaller one."""
+async def test_the_likely_cost_is_below_the_maximum() -> None:
+    """The real usage is below the maximum; the likely figure is smaller still."""
     llm = client(prices=PRICES)
     found = estimate(llm, "word " * 400, calls=10, max_tokens=1000)
     assert found.calls == 10
     assert found.usd is not None
     assert found.most_usd is not None
     assert 0 < found.usd < found.most_usd
-    assert 10 * 450 < found.input_tokens < 10 * 700  # about 400 words, a token each, and the JSON around them
+    assert 10 * 450 < found.input_tokens < 10 * 700  # About 400 words, one token each, and the JSON around them.
     assert found.most_tokens >= 10 * (400 + 1000)
 
 
 def test_estimates_add_up() -> None:
-    """A run is the sum of its parts; an unknown price makes the sum unknown, not smaller."""
+    """A run's estimate is the sum of its parts; one unknown price makes the sum unknown."""
     known = estimate(client(prices=PRICES), QUESTION, calls=2)
     assert (known + known).usd == pytest.approx(2 * (known.usd or 0))
     assert (known + estimate(client(), QUESTION)).usd is None
 
 
-def test_attempts_count_in_the_most() -> None:
-    """Retries can cost, too."""
+def test_the_maximum_counts_all_attempts() -> None:
+    """Retries may be billed, too."""
     once, thrice = (estimate(client(prices=PRICES), QUESTION, max_attempts=n) for n in (1, 3))
     assert thrice.most_tokens == 3 * once.most_tokens
     assert thrice.usd == once.usd
 
 
 def test_images_count_by_their_number() -> None:
-    """Not by the bytes of their base64."""
+    """Images do not count by the bytes of their base64."""
     message = {"role": "user", "content": ["look", Image(b"\x89PNG" + b"0" * 100_000)]}
     assert estimate(client(), [message]).input_tokens < 2_000
 
 
-def test_impossible_numbers_are_refused() -> None:
-    """Fewer than no calls is invalid."""
+def test_invalid_numbers_are_refused() -> None:
+    """A negative number of calls is invalid."""
     with pytest.raises(ConfigError, match="calls >= 0"):
         estimate(client(), QUESTION, calls=-1)

@@ -1,4 +1,4 @@
-"""Fallback models: which errors fall over, how they are counted, recorded and replayed."""
+"""Fallback models: which errors trigger a fallback, and how calls are counted, recorded and replayed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from aggregator.records import HTTPReply, HTTPRequest
 
 
 class Routed(Transport):
-    """Answers by the model that is asked for; keeps the models in their order."""
+    """Answers by the requested model; records the models in order."""
 
     def __init__(self, **scripts: Any) -> None:
         self.scripts = {name: ScriptedTransport(*steps) for name, steps in scripts.items()}
@@ -73,13 +73,13 @@ def client(transport: Transport, *names: str, **options: Any) -> LLM:
         (ContentFilterError("withheld"), False), (TruncatedError("cut"), False),
     ],
 )  # fmt: skip
-def test_what_falls_over(error: LLMError, falls: bool) -> None:
-    """The model's, server's and quota's faults do; refused keys, wrong requests, withheld and cut answers do not."""
+def test_which_errors_fall_back(error: LLMError, falls: bool) -> None:
+    """Faults of model, server and quota do; refused keys, invalid requests, withheld and cut answers do not."""
     assert fails_over(error) is falls
 
 
 async def test_the_next_model_answers_after_all_attempts_of_the_first() -> None:
-    """Server errors are tried again at the first model; the answer counts the attempts of both."""
+    """Server errors are retried at the first model; the answer counts the attempts of both."""
     transport = Routed(a=[failure(500)], b=[answer("hi")])
     found = await client(transport).complete(QUESTION)
     assert (found.text, found.attempts, transport.asked) == ("hi", 4, ["a", "a", "a", "b"])
@@ -96,8 +96,8 @@ async def test_the_next_model_answers_after_all_attempts_of_the_first() -> None:
         (APIConnectionError("refused"), ["a", "a", "a", "b"]),
     ],
 )
-async def test_permanent_faults_fall_over_at_once(step: Any, asked: list[str]) -> None:
-    """What no further attempt mends costs one request at the first model."""
+async def test_permanent_faults_fall_back_at_once(step: Any, asked: list[str]) -> None:
+    """A fault that retrying cannot mend costs one request at the first model."""
     transport = Routed(a=[step], b=[answer("hi")])
     assert (await client(transport).complete(QUESTION)).text == "hi"
     assert transport.asked == asked
@@ -107,16 +107,16 @@ async def test_permanent_faults_fall_over_at_once(step: Any, asked: list[str]) -
     ("step", "kind"),
     [(failure(401), AuthenticationError), (failure(403), PermissionDeniedError), (failure(400), BadRequestError)],
 )
-async def test_a_mistake_of_the_user_is_not_hidden(step: Any, kind: type[LLMError]) -> None:
-    """A wrong key would else send every call to the second model without a word."""
+async def test_a_users_mistake_is_not_hidden(step: Any, kind: type[LLMError]) -> None:
+    """With a fallback, a wrong key would silently send every call to the second model."""
     transport = Routed(a=[step], b=[answer("hi")])
     with pytest.raises(kind):
         await client(transport).complete(QUESTION)
     assert transport.asked == ["a"]
 
 
-async def test_the_last_error_tells_of_the_first() -> None:
-    """If no model answers, the last one's error has all attempts, and notes on the others."""
+async def test_the_last_error_has_notes_on_the_others() -> None:
+    """If no model answers, the last error counts all attempts and has a note on each other model."""
     transport = Routed(a=[failure(500, "first")], b=[failure(503, "second")])
     with pytest.raises(ServerError, match="second") as caught:
         await client(transport).complete(QUESTION)
@@ -124,8 +124,8 @@ async def test_the_last_error_tells_of_the_first() -> None:
     assert [note for note in caught.value.__notes__ if "first" in note and "/a" in note]
 
 
-async def test_a_replay_falls_over_as_its_record_did(tmp_path: Path) -> None:
-    """Failures and answer are recorded under one lineage each; nothing is sent in the replay, which spends the same."""
+async def test_a_replay_falls_back_as_its_recording_did(tmp_path: Path) -> None:
+    """Each model's failures and answers have their own lineage; the replay sends nothing and spends the same."""
     path = tmp_path / "fallback.yaml"
 
     async def ask(llm: LLM, i: int) -> tuple[str, int, Any]:
@@ -154,7 +154,7 @@ async def test_a_replay_falls_over_as_its_record_did(tmp_path: Path) -> None:
 
 
 async def test_every_attempt_counts_in_the_budget() -> None:
-    """Requests of all models count, and the budget of calls ends the call, whichever model it is about to ask."""
+    """The requests of all models count, and an exhausted budget ends the call."""
     budget = Budget(calls=4)
     transport = Routed(a=[failure(500)], b=[failure(500), answer("hi")])
     with pytest.raises(BudgetExceededError):
@@ -162,8 +162,8 @@ async def test_every_attempt_counts_in_the_budget() -> None:
     assert (budget.spent.calls, transport.asked) == (4, ["a", "a", "a", "b"])
 
 
-async def test_usage_is_that_of_the_model_that_answered() -> None:
-    """The ledger counts one answer, at its own model's price."""
+async def test_usage_belongs_to_the_model_that_answered() -> None:
+    """The ledger counts one answer, at its model's price."""
     prices = {"a": Price(input=100, output=100), "b": Price(input=1, output=2)}
     transport = Routed(a=[failure(404)], b=[answer("hi")])
     with collecting() as ledger:
@@ -173,7 +173,7 @@ async def test_usage_is_that_of_the_model_that_answered() -> None:
 
 
 async def test_a_transcript_shows_one_call() -> None:
-    """What the agent did is one call with one answer."""
+    """The agent's call with its fallbacks is one call with one answer."""
     with transcript() as shown:
         await client(Routed(a=[failure(404)], b=[answer("hi")])).complete(QUESTION)
     assert repr(shown) == "<Transcript of 1 operations and calls>"
@@ -186,15 +186,15 @@ def chunks(*texts: str, end: bytes = b"data: [DONE]\n\n") -> HTTPReply:
     return HTTPReply(status=200, body=body, headers={"content-type": "text/event-stream"})
 
 
-async def test_a_stream_falls_over_before_its_first_delta() -> None:
-    """The next model streams; deltas are its own, and the whole answer counts all attempts."""
+async def test_a_stream_falls_back_before_its_first_delta() -> None:
+    """The next model streams; all deltas are its own, and the whole answer counts all attempts."""
     stream = client(Routed(a=[failure(500)], b=[chunks("He", "llo")])).stream(QUESTION)
     assert [delta async for delta in stream] == ["He", "llo"]
     assert (stream.completion.text, stream.completion.attempts) == ("Hello", 4)
 
 
-async def test_a_stream_that_has_begun_does_not_fall_over() -> None:
-    """Its first deltas have been used: a second answer would be mixed with them."""
+async def test_a_stream_that_has_begun_does_not_fall_back() -> None:
+    """Its deltas have been used: a second answer would be mixed with them."""
     transport = Routed(a=[chunks("He", end=b"")], b=[chunks("Hello")])
     stream = aiter(client(transport).stream(QUESTION))
     assert await anext(stream) == "He"
@@ -203,8 +203,8 @@ async def test_a_stream_that_has_begun_does_not_fall_over() -> None:
     assert transport.asked == ["a"]
 
 
-async def test_structured_output_steps_down_at_each_model() -> None:
-    """Each model is asked in the forms that it takes."""
+async def test_structured_output_falls_back_to_lower_forms_at_each_model() -> None:
+    """Each model is asked in the forms that it supports."""
     wanted = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
     transport = Routed(a=[failure(500)], b=[failure(400, "no response_format"), answer('{"k": 1}')])
     found = await client(transport).complete(QUESTION, response_format=wanted)
@@ -212,7 +212,7 @@ async def test_structured_output_steps_down_at_each_model() -> None:
 
 
 def test_names_share_the_options() -> None:
-    """Names and clients mix; the options are those of the names, a client keeps its own."""
+    """Names and clients can be mixed; the options apply to the names, a client keeps its own."""
     own = LLM("openai/gpt-5", timeout=5)
     llm = LLM([own, "anthropic/claude-x"], timeout=30, max_attempts=2, env={})
     assert isinstance(llm, FallbackLLM)
@@ -223,27 +223,27 @@ def test_names_share_the_options() -> None:
 @pytest.mark.parametrize(
     "option", [{"api_key": "sk-1"}, {"base_url": BASE_URL}, {"api": "responses"}, {"headers": {"x-key": "k"}}]
 )
-def test_one_key_never_goes_to_two_providers(option: dict[str, Any]) -> None:
-    """What belongs to one server is given with that server's client."""
+def test_one_key_is_never_sent_to_two_providers(option: dict[str, Any]) -> None:
+    """Options of one server are given with that server's client."""
     with pytest.raises(ConfigError, match=next(iter(option))):
         LLM(["openai/gpt-5", "anthropic/claude-x"], env={}, **option)
 
 
 @pytest.mark.parametrize("models", [[], [None], ["openai/gpt-5", 7]])
-def test_what_is_no_list_of_models(models: Any) -> None:
-    """Each entry is a name or a client."""
+def test_an_invalid_list_of_models(models: Any) -> None:
+    """Each entry must be a name or a client."""
     with pytest.raises(ConfigError, match="list of models"):
         LLM(models)
 
 
 def test_from_synchronous_code_and_by_as_model() -> None:
-    """A list is accepted wherever a model is expected."""
+    """A list is accepted wherever a model is."""
     assert client(Routed(a=[failure(404)], b=[answer("hi")]))(messages=QUESTION).text == "hi"
     assert isinstance(as_model(["openai/gpt-5", "openai/gpt-4o"]), FallbackLLM)
 
 
-def test_a_list_of_lists_falls_over_inside_first() -> None:
-    """A client of several models is one entry of a longer list."""
+def test_a_nested_list_falls_back_inside_first() -> None:
+    """A client of several models can be one entry of a longer list."""
     inner = client(Routed(a=[failure(404)], b=[failure(404)]))
     outer = LLM([inner, LLM("c", base_url=BASE_URL, transport=Routed(c=[answer("hi")]))])
     assert outer("Hi").attempts == 3
@@ -258,8 +258,8 @@ def test_pickling_keeps_every_model() -> None:
     )
 
 
-def test_an_estimate_counts_every_model_at_most() -> None:
-    """The first one is likely; all of them may be asked."""
+def test_the_maximum_estimate_counts_every_model() -> None:
+    """The likely cost is the first model's; the maximum asks all of them."""
     prices = {"a": Price(input=1, output=1), "b": Price(input=2, output=2)}
     one = estimate(LLM("a", base_url=BASE_URL, prices=prices), "Hi", max_tokens=10)
     both = estimate(client(Routed(), prices=prices), "Hi", max_tokens=10)
@@ -267,8 +267,8 @@ def test_an_estimate_counts_every_model_at_most() -> None:
     assert both.most_usd == pytest.approx(3 * (one.most_usd or 0))
 
 
-async def test_reasoning_of_one_server_does_not_go_to_another() -> None:
-    """Encrypted reasoning is readable where it came from; the next model gets text and calls alone."""
+async def test_reasoning_of_one_server_is_not_sent_to_another() -> None:
+    """Encrypted reasoning is readable by its own server; the next model gets text and calls only."""
     reasoning = {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "e"}
     message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "4"}]}
     body = {"id": "r", "status": "completed", "output": [reasoning, message], "usage": {}}

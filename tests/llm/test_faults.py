@@ -1,4 +1,4 @@
-"""A world that misbehaves: stalls, dead connections, bombs, proxies, headers without end."""
+"""Network faults: stalls, dead connections, decompression bombs, proxies, endless headers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunk(data: bytes) -> bytes:
 
 
 class Server:
-    """Answers each request by the next of its steps, the last for ever: bytes, or None to send nothing more."""
+    """Answers each request by its next step, and repeats the last: bytes, or None to send nothing more."""
 
     def __init__(self, *steps: list[bytes | None]) -> None:
         self.steps = steps
@@ -59,7 +59,7 @@ def client(url: str, **options: Any) -> LLM:
 
 
 async def test_a_stalled_attempt_ate_the_whole_deadline() -> None:
-    """With the defaults an attempt takes at most half of the deadline, so that another one fits."""
+    """By default an attempt takes at most half of the deadline, so that a second one fits."""
     server, budget = Server([None], [raw(answer())]), Budget(calls=10)
     async with serving(server) as url, client(url, timeout=1.0, budget=budget) as llm:
         assert (await llm.complete(QUESTION)).attempts == 2
@@ -67,7 +67,7 @@ async def test_a_stalled_attempt_ate_the_whole_deadline() -> None:
 
 
 async def test_a_limit_for_each_attempt() -> None:
-    """`attempt_timeout` ends each stalled attempt; what was sent is counted as it was reserved."""
+    """`attempt_timeout` ends each stalled attempt; a sent request is charged as reserved."""
     server, budget = Server([None]), Budget(tokens=1_000_000)
     async with serving(server) as url, client(url, attempt_timeout=0.1, budget=budget) as llm:
         with pytest.raises(APITimeoutError, match="within 0.1 s") as caught:
@@ -76,8 +76,8 @@ async def test_a_limit_for_each_attempt() -> None:
     assert budget.spent.tokens >= 3 * 10
 
 
-async def test_the_last_attempt_may_take_all_that_is_left() -> None:
-    """With one attempt there is nothing to keep time for."""
+async def test_the_last_attempt_may_use_all_the_time_left() -> None:
+    """With one attempt no time is reserved for another."""
     server = Server([None])
     async with serving(server) as url, client(url, timeout=0.2, max_attempts=1) as llm:
         with pytest.raises(APITimeoutError, match="within 0.2 s"):
@@ -86,7 +86,7 @@ async def test_the_last_attempt_may_take_all_that_is_left() -> None:
 
 @pytest.mark.parametrize("stalled", [[None], [STREAM, None]], ids=["no head", "no piece"])
 async def test_a_stream_that_stalls_before_its_first_piece(stalled: list[bytes | None]) -> None:
-    """Nothing of it was used, so it is asked for again."""
+    """None of it was used, so it is retried."""
     server = Server(stalled, [STREAM, chunk(DELTA), chunk(REST), b"0\r\n\r\n"])
     async with serving(server) as url, client(url, attempt_timeout=0.2) as llm:
         assert [delta async for delta in llm.stream(QUESTION)] == ["hel", "lo"]
@@ -94,7 +94,7 @@ async def test_a_stream_that_stalls_before_its_first_piece(stalled: list[bytes |
 
 
 async def test_a_stream_that_stalled_waited_for_the_deadline() -> None:
-    """A stream may take long as long as it goes on; one without progress ends after `attempt_timeout`."""
+    """A stream may take long if it makes progress; one without progress ends after `attempt_timeout`."""
     server = Server([STREAM, chunk(DELTA), None])
     read: list[str] = []
     async with serving(server) as url, client(url, attempt_timeout=0.2) as llm:
@@ -108,8 +108,8 @@ async def test_a_stream_that_stalled_waited_for_the_deadline() -> None:
     assert (read, len(server.requests)) == (["hel"], 1)
 
 
-async def test_a_stream_that_goes_on_is_longer_than_an_attempt() -> None:
-    """The limit is for each piece, not for all of them."""
+async def test_a_stream_with_progress_may_exceed_the_attempt_timeout() -> None:
+    """The limit applies to each piece, not to the whole stream."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -125,7 +125,7 @@ async def test_a_stream_that_goes_on_is_longer_than_an_attempt() -> None:
 
 
 async def test_silent_connections_were_never_probed() -> None:
-    """The system's keepalive finds a connection that a NAT dropped, long before the deadline."""
+    """TCP keepalive detects a connection that a NAT dropped, long before the deadline."""
     async with serving(Server([raw(answer())])) as url, client(url) as llm:
         await llm.complete(QUESTION)
         transport = llm._line.transport
@@ -144,7 +144,7 @@ async def test_silent_connections_were_never_probed() -> None:
     ids=["9 kB", "200 kB", "500 headers"],
 )
 async def test_long_headers_were_refused_after_three_paid_requests(headers: dict[str, str]) -> None:
-    """Policies and cookies of a gateway do not make an answer unreadable."""
+    """A gateway's policies and cookies do not make an answer unreadable."""
     server = Server([raw(answer("hello", headers=headers))])
     async with serving(server) as url, client(url) as llm:
         assert (await llm.complete(QUESTION)).text == "hello"
@@ -157,7 +157,7 @@ def bomb(size: int) -> bytes:
 
 
 async def test_an_answer_without_end_was_read_to_its_end() -> None:
-    """An answer has a largest size, as sent and decompressed; one beyond it is not asked for again."""
+    """An answer has a maximum size, compressed and decompressed; a larger one is not retried."""
     server = Server([bomb(MAX_BODY + 1)])
     async with serving(server) as url, client(url) as llm:
         with pytest.raises(TooLargeError, match="at most 64 MB"):
@@ -169,7 +169,7 @@ async def test_an_answer_without_end_was_read_to_its_end() -> None:
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "socks5h://u:secret@proxy:1080", "socks://x", "ftp://x"])
 async def test_a_socks_proxy_was_sent_plain_http(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no HTTP proxy is refused by its name, and nothing is sent to it."""
+    """A proxy that is not HTTP is refused with its name, and nothing is sent to it."""
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.delenv("HTTP_PROXY", raising=False)
     async with client("http://api.acme.test/v1") as llm:
@@ -179,7 +179,7 @@ async def test_a_socks_proxy_was_sent_plain_http(proxy: str, monkeypatch: pytest
 
 
 async def test_a_proxy_without_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`HTTP_PROXY=host:port` is an HTTP proxy, as every other client takes it."""
+    """`HTTP_PROXY=host:port` is an HTTP proxy, as in every other client."""
     server = Server([raw(answer("by way of the proxy"))])
     async with serving(server) as url:
         monkeypatch.setenv("HTTP_PROXY", url.removeprefix("http://").removesuffix("/v1"))
@@ -189,7 +189,7 @@ async def test_a_proxy_without_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The API's host is not blamed for a proxy that takes no connection."""
+    """The error names the proxy that refused the connection, not the API's host."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     async with client("http://api.acme.test/v1", max_attempts=1) as llm:
         with pytest.raises(APIConnectionError, match="no connection to the proxy 127.0.0.1:9"):
@@ -197,8 +197,8 @@ async def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [b"NOT HTTP AT ALL\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n"])
-async def test_the_key_stood_in_the_cause_of_an_error(page: bytes) -> None:
-    """Neither message nor repr of an error, nor of what caused it, holds the key."""
+async def test_the_key_was_in_the_cause_of_an_error(page: bytes) -> None:
+    """The key is neither in the message or repr of an error nor in its causes."""
     async with serving(Server([page])) as url, client(url) as llm:
         with pytest.raises(LLMError) as caught:
             await llm.complete(QUESTION)
@@ -221,8 +221,8 @@ async def test_the_key_stood_in_the_cause_of_an_error(page: bytes) -> None:
         "\u0663",
     ],
 )
-async def test_an_absurd_retry_after_was_another_exception(value: str) -> None:
-    """A wait that cannot be read, or never ends, leaves the error that the status names."""
+async def test_an_absurd_retry_after_raised_another_exception(value: str) -> None:
+    """An unreadable or infinite wait still raises the error of the status."""
     for name in ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "date"):
         reply = failure(429, headers={"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT", name: value})
         llm = LLM("m", base_url=BASE_URL, transport=ScriptedTransport(reply), retry=AT_ONCE, max_attempts=1)
@@ -231,17 +231,17 @@ async def test_an_absurd_retry_after_was_another_exception(value: str) -> None:
 
 
 class Words(str):
-    """A text of a type of its own, as numpy's."""
+    """A str subclass, like numpy's."""
 
     __slots__ = ()
 
 
 class Weight(float):
-    """A number of a type of its own, as numpy's float64."""
+    """A float subclass, like numpy's float64."""
 
 
 class Other:
-    """A number that is none of Python's, as numpy's float32."""
+    """A number that is not a Python number, like numpy's float32."""
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ class Other:
     ],
 )
 @pytest.mark.parametrize("name", ["openai/m", "anthropic/m", "gemini/m"])
-async def test_a_value_that_json_cannot_hold_was_another_exception(
+async def test_a_value_that_json_cannot_hold_raised_another_exception(
     name: str, messages: Any, options: dict[str, Any], where: str
 ) -> None:
-    """It is a ConfigError that names its place, before anything is sent."""
+    """It is a ConfigError with the value's path, before anything is sent."""
     transport = ScriptedTransport(answer())
     llm = LLM(name, api_key="k", env={}, transport=transport)
     with pytest.raises(ConfigError, match=where if name == "openai/m" else "Expected a request that JSON can hold"):
@@ -273,8 +273,8 @@ async def test_a_value_that_json_cannot_hold_was_another_exception(
 ODD: list[Any] = [float("nan"), "5", b"x", [[]], {"a": {1}}, object(), print, Other()]
 
 
-def test_an_option_of_another_type_was_a_type_error() -> None:
-    """What no client can be made with is a ConfigError: `timeout="5"` of an environment variable, headers as a list."""
+def test_an_option_of_another_type_raised_a_type_error() -> None:
+    """Invalid settings are a ConfigError: `timeout="5"` from an environment variable, headers as a list."""
     names = ["max_attempts", "timeout", "attempt_timeout", "max_concurrency", "rpm", "tpm", "extra"]
     names += ["prices", "budget", "headers", "base_url", "api", "retry", "api_key"]
     raised = []
@@ -290,8 +290,8 @@ def test_an_option_of_another_type_was_a_type_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["openai/m", "anthropic/m", "gemini/m"])
-async def test_an_argument_of_another_type_was_another_exception(name: str) -> None:
-    """Tools that are no dicts, fields that are no dict, a schema with an object in it: each is a ConfigError."""
+async def test_an_argument_of_another_type_raised_another_exception(name: str) -> None:
+    """Tools or fields that are not dicts, and a schema with an object in it, are each a ConfigError."""
     llm = LLM(name, api_key="k", env={}, transport=ScriptedTransport(lambda request: answer()))
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": object()}}}
     calls: list[dict[str, Any]] = [{option: value} for option in ("tools", "tool_choice", "extra") for value in ODD]
@@ -306,8 +306,8 @@ async def test_an_argument_of_another_type_was_another_exception(name: str) -> N
     assert raised == []
 
 
-async def test_texts_and_numbers_of_types_of_their_own() -> None:
-    """A str or float is one, whatever its class: numpy's str_ and float64 are."""
+async def test_subclasses_of_str_and_float() -> None:
+    """A subclass of str or float is accepted, such as numpy's str_ and float64."""
     transport = ScriptedTransport(answer())
     llm = LLM("m", base_url=BASE_URL, transport=transport)
     await llm.complete([{"role": "user", "content": Words("hi")}], temperature=Weight(0.5))
@@ -316,7 +316,7 @@ async def test_texts_and_numbers_of_types_of_their_own() -> None:
 
 
 async def test_a_body_that_is_too_deep() -> None:
-    """Fields nested without end are named, not a RecursionError."""
+    """Fields nested too deeply are a ConfigError, not a RecursionError."""
     deep: Any = {}
     for _ in range(20_000):
         deep = {"a": deep}
@@ -326,7 +326,7 @@ async def test_a_body_that_is_too_deep() -> None:
 
 
 def test_a_user_in_the_address_and_a_key() -> None:
-    """Both go in the same header: that is told when the client is made, without the password."""
+    """Both use the same header: the error is raised when the client is created, without the password."""
     with pytest.raises(ConfigError, match="a user in base_url and a key") as caught:
         LLM("m", base_url="http://me:word@127.0.0.1:9/v1", api_key="k" * 9)
     assert "word" not in str(caught.value)
@@ -343,15 +343,15 @@ def test_a_user_in_the_address_and_a_key() -> None:
         ("http://h:1/v1/chat/completions?version=2", "http://h:1/v1/chat/completions?version=2"),
     ],
 )
-async def test_an_address_with_blanks_or_the_path_of_the_call(address: str, expected: str) -> None:
-    """What is copied from a page or from a request works."""
+async def test_an_address_with_blanks_or_the_path_of_a_call(address: str, expected: str) -> None:
+    """An address copied from a web page or from a request works."""
     transport = ScriptedTransport(answer())
     await LLM("m", base_url=address, transport=transport).complete(QUESTION)
     assert transport.requests[0].url == expected
 
 
 async def test_two_spellings_of_one_address_had_two_limiters() -> None:
-    """An address with a slash at its end is the same account."""
+    """An address with a trailing slash is the same account."""
     clients = [
         LLM("m", base_url=f"http://127.0.0.1:9/v1{slash}", transport=ScriptedTransport(answer())) for slash in ("", "/")
     ]
@@ -359,7 +359,7 @@ async def test_two_spellings_of_one_address_had_two_limiters() -> None:
 
 
 async def test_a_stream_that_broke_after_its_end_was_an_error() -> None:
-    """Everything was there: a connection that breaks after [DONE] loses nothing."""
+    """The answer was complete: a connection that breaks after [DONE] loses nothing."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -375,7 +375,7 @@ async def test_a_stream_that_broke_after_its_end_was_an_error() -> None:
 
 
 async def test_a_page_within_a_stream_that_quotes_the_key() -> None:
-    """Whatever a server quotes, the key is in no message of an error."""
+    """Whatever a server quotes, the key is not in the error's message."""
     quoting = b'data: {"error": {"message": "bad key a-key-of-the-user", "code": "a-key-of-the-user"}}\n\n'
     for body in (quoting, b"data: <html>a-key-of-the-user</html>\n\n", b"<html>a-key-of-the-user</html>"):
         reply = HTTPReply(status=200, body=body, headers={"content-type": "text/event-stream"})
@@ -397,10 +397,8 @@ async def test_a_page_within_a_stream_that_quotes_the_key() -> None:
         ("azure/m", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "500"}, None),
     ],
 )
-async def test_a_429_that_names_its_reset_in_the_limits_headers(
-    name: str, headers: dict[str, str], wait: float
-) -> None:
-    """Where no Retry-After comes, the time until the limit is full again is how long to wait."""
+async def test_a_429_with_its_reset_in_the_rate_limit_headers(name: str, headers: dict[str, str], wait: float) -> None:
+    """Without a Retry-After, the wait is the time until the limit is full again."""
     transport = ScriptedTransport(failure(429, headers=headers))
     llm = LLM(name, api_key="k", base_url="https://x.example", env={}, transport=transport, max_attempts=1)
     with pytest.raises(RateLimitError) as caught:
@@ -420,8 +418,8 @@ async def test_a_429_that_names_its_reset_in_the_limits_headers(
                          "anthropic-ratelimit-requests-limit": "60"}, 1.0),
     ],
 )  # fmt: skip
-async def test_rate_limit_headers_that_were_never_heeded(name: str, headers: dict[str, str], pause: float) -> None:
-    """With nothing left the next request waits until the server's bucket has refilled one, whatever names say so."""
+async def test_rate_limit_headers_that_were_ignored(name: str, headers: dict[str, str], pause: float) -> None:
+    """If nothing is left, the next request waits for the bucket to refill one, under every header name."""
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     codec = resolve(name, api_key="k", base_url="https://x.example", env={}).codec
@@ -444,11 +442,11 @@ async def test_rate_limit_headers_that_were_never_heeded(name: str, headers: dic
     ],
 )
 def test_ollamas_host_was_port_80(host: str, address: str) -> None:
-    """OLLAMA_HOST is a server's address as well as a client's; without a port it is Ollama's own."""
+    """OLLAMA_HOST is the address of a server or a client; without a port it means Ollama's default port."""
     assert resolve("ollama/qwen3", env={"OLLAMA_HOST": host}).base_url == address
 
 
 def test_claude_on_vertex_was_a_404() -> None:
-    """It has another protocol, which is said when the client is made."""
+    """It uses another protocol, so creating the client raises an error."""
     with pytest.raises(ConfigError, match="Gemini's protocol for vertex, got 'claude-sonnet-4-5'"):
         resolve("vertex_ai/claude-sonnet-4-5", env={"GOOGLE_CLOUD_PROJECT": "p"})

@@ -1,4 +1,4 @@
-"""Hostile answers: whatever bytes a server sends, an answer comes out or an error of our tree, in bounded time."""
+"""Hostile answers: any bytes give an answer or an AggregatorError, in bounded time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ RESPONSE = {
 
 
 class Family(NamedTuple):
-    """A wire format: its codec, a whole answer, the events of a stream, and how they become bytes."""
+    """A wire format: its codec, a whole answer, the events of a stream, and how to encode them."""
 
     make: Callable[[], Codec]
     answer: dict[str, Any]
@@ -183,7 +183,7 @@ def put(node: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 def check(found: Completion) -> None:
-    """An answer has texts and counts of the types that it states, and can be sent back."""
+    """Assert that an answer has texts and counts of the declared types, and can be sent back."""
     assert isinstance(found.text, str)
     assert isinstance(found.model, str)
     assert isinstance(found.id, str)
@@ -217,8 +217,8 @@ families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.key
 
 
 @families
-def test_the_samples_themselves_are_read(family: Family) -> None:
-    """The answers that are damaged below are whole to begin with."""
+def test_the_undamaged_samples_are_read(family: Family) -> None:
+    """The answers that are damaged below are valid to begin with."""
     codec = family.make()
     assert (
         codec.decode(HTTPReply(status=200, body=json.dumps(family.answer).encode(), headers={}), CALL).text == "Hello"
@@ -234,7 +234,7 @@ def test_the_samples_themselves_are_read(family: Family) -> None:
 
 @families
 def test_any_value_anywhere_in_an_answer(family: Family) -> None:
-    """Each field of an answer holds each kind of nonsense in turn."""
+    """Each field of an answer is replaced by each kind of invalid value."""
     codec = family.make()
     for path in places(family.answer):
         for junk in JUNK:
@@ -245,7 +245,7 @@ def test_any_value_anywhere_in_an_answer(family: Family) -> None:
 
 @families
 def test_any_value_anywhere_in_a_stream(family: Family) -> None:
-    """Each field of each event holds each kind of nonsense in turn, keys that place an item among them."""
+    """Each field of each event is replaced by each kind of invalid value, including the keys that position an item."""
     codec = family.make()
     for path in places(family.events):
         for junk in JUNK:
@@ -256,7 +256,7 @@ def test_any_value_anywhere_in_a_stream(family: Family) -> None:
 
 @families
 def test_a_body_cut_anywhere(family: Family) -> None:
-    """Every prefix of an answer and of a stream is an answer or an error of ours."""
+    """Every prefix of an answer and of a stream gives an answer or an AggregatorError."""
     codec = family.make()
     whole, events = json.dumps(family.answer).encode(), family.pack(family.events)
     for end in range(len(whole)):
@@ -268,7 +268,7 @@ def test_a_body_cut_anywhere(family: Family) -> None:
 
 @families
 def test_events_lost_repeated_and_out_of_order(family: Family) -> None:
-    """A stream whose events come twice, not at all or in another order raises nothing of its own."""
+    """A stream with repeated, missing or reordered events raises only AggregatorErrors."""
     codec, random = family.make(), Random(5)
     for _ in range(300):
         events = [event for event in family.events for _ in range(random.choice([0, 1, 1, 2]))]
@@ -279,7 +279,7 @@ def test_events_lost_repeated_and_out_of_order(family: Family) -> None:
 
 @families
 def test_bytes_changed_at_random(family: Family) -> None:
-    """Flipped, inserted and removed bytes, in answers and streams."""
+    """Bytes are flipped, inserted and removed, in answers and streams."""
     codec, random = family.make(), Random(11)
     for source, read in ((json.dumps(family.answer).encode(), decode), (family.pack(family.events), stream)):
         for _ in range(1500):
@@ -305,7 +305,7 @@ NOISE: list[bytes] = [
 @families
 @pytest.mark.parametrize("noise", NOISE, ids=lambda noise: repr(noise[:24]) + str(len(noise)))
 def test_noise(family: Family, noise: bytes) -> None:
-    """What is no answer at all: as a body, as a stream, and in the middle of either."""
+    """Random bytes as a body, as a stream, and in the middle of either."""
     codec = family.make()
     events = family.pack(family.events)
     for body in (noise, events[: len(events) // 2] + noise, noise + events, noise + b"\n\n" + events):
@@ -315,8 +315,8 @@ def test_noise(family: Family, noise: bytes) -> None:
 
 
 @families
-def test_an_answer_deeper_than_python_goes(family: Family) -> None:
-    """Nesting in a field that the codec keeps, in whole answers and in events."""
+def test_an_answer_nested_deeper_than_pythons_recursion_limit(family: Family) -> None:
+    """Deep nesting in a field that the codec keeps, in whole answers and in events."""
     codec = family.make()
     for depth in (100, 900, 1100, 5_000, 100_000):
         for deep in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
@@ -335,7 +335,7 @@ def test_an_answer_deeper_than_python_goes(family: Family) -> None:
 @families
 @pytest.mark.parametrize("status", [199, 204, 300, 400, 401, 404, 418, 429, 500, 529, 999])
 def test_an_error_status_with_any_body(family: Family, status: int) -> None:
-    """The error of an error status is made from any bytes."""
+    """An error status gives its error for any body."""
     codec = family.make()
     for body in [*NOISE, *(json.dumps({"error": junk, "message": junk}).encode() for junk in JUNK)]:
         if status >= 300:
@@ -345,8 +345,8 @@ def test_an_error_status_with_any_body(family: Family, status: int) -> None:
 
 
 @families
-def test_answers_of_nonsense_go_back(family: Family) -> None:
-    """An answer that was read can be sent again, whatever was in its fields: they are no mistake of the user's."""
+def test_damaged_answers_are_sent_back(family: Family) -> None:
+    """An answer that was read can be sent again, whatever its fields held: that is not the user's mistake."""
     codec = family.make()
     for path in places(family.answer):
         for junk in JUNK:

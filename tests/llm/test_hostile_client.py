@@ -1,4 +1,4 @@
-"""Hostile answers through the client: only errors of our tree leave, and a replay ends as its record did."""
+"""Hostile answers through the client: only AggregatorErrors are raised, and a replay ends as its recording did."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = [
 
 
 class Serving(Transport):
-    """Gives one reply, always."""
+    """Always sends one reply."""
 
     def __init__(self, reply: HTTPReply) -> None:
         self.reply = reply
@@ -51,7 +51,7 @@ class Serving(Transport):
 
 
 async def outcome(name: str, reply: HTTPReply, way: str) -> str:
-    """What a caller gets: the text, or the class of our error. Anything else fails the test."""
+    """Return what a caller gets: the text, or the class of our error. Any other exception fails the test."""
     virtual = VirtualTime()
     llm = LLM(
         **MODELS[name],
@@ -75,7 +75,7 @@ async def outcome(name: str, reply: HTTPReply, way: str) -> str:
 
 
 def bodies(family: Family) -> list[bytes]:
-    """Noise, and a sample of answers and streams with a damaged field."""
+    """Yield noise, and samples of answers and streams with a damaged field."""
     random, found = Random(3), list(NOISE)
     whole = list(places(family.answer))
     for path in random.sample(whole, min(12, len(whole))):
@@ -94,7 +94,7 @@ def bodies(family: Family) -> list[bytes]:
 @pytest.mark.parametrize("way", ["complete", "stream", "structured"])
 @pytest.mark.parametrize("name", MODELS)
 async def test_every_body_and_its_replay(name: str, way: str, tmp_path: Path) -> None:
-    """An answer or an error of ours, live and from the cassette, and both times the same."""
+    """Each body gives an answer or an AggregatorError, and its replay gives the same."""
     family, path = FAMILIES[name], tmp_path / "hostile.yaml"
     kind = "application/vnd.amazon.eventstream" if family.pack is framed else "text/event-stream"
     replies = [
@@ -118,7 +118,7 @@ async def test_every_body_and_its_replay(name: str, way: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("status", [200, 301, 400, 429, 500, 529])
 async def test_every_header(name: str, status: int) -> None:
-    """Whatever is in a header, the call ends with an answer or an error of ours, and no wait is endless."""
+    """With any header value, the call ends with an answer or an AggregatorError, and never waits for ever."""
     body = json.dumps(FAMILIES[name].answer).encode()
     for header in NAMES:
         for value in VALUES:

@@ -1,4 +1,4 @@
-"""How fast calls may go: places, requests and tokens per minute, and what 429s and headers teach."""
+"""How fast calls may be sent: concurrency, requests and tokens per minute, and what 429s and headers teach."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run() -> Iterator[Callable[[Callable[[], Awaitable[Any]]], Any]]:
 
 
 class Bucket:
-    """A server that lets `rate` requests a second through, `burst` at once; refuses the others for `wait` seconds."""
+    """A server that allows `rate` requests a second, `burst` at once, and refuses the others for `wait` seconds."""
 
     def __init__(self, rate: float, burst: float, wait: float = 1.0) -> None:
         self.rate, self.burst, self.wait = rate, burst, wait
@@ -52,7 +52,7 @@ class Bucket:
 
 
 class Chance:
-    """A server that refuses a part of all requests, at whatever rate they come."""
+    """A server that refuses a fraction of all requests at random."""
 
     def __init__(self, refused: float, wait: float = 0.5, seed: int = 1) -> None:
         self.refused, self.wait, self.requests, self._random = refused, wait, 0, Random(seed)
@@ -95,7 +95,7 @@ async def send_all(limiter: Limiter, bucket: Bucket | Chance, calls: int, latenc
 )
 @pytest.mark.parametrize("latency", [0.001, 0.005, 0.02, 0.05])
 def test_an_unknown_limit_is_found_from_its_429s(run: Any, latency: float) -> None:
-    """Bucket 100/s, burst 20, 400 calls at 64, 429 with Retry-After 1 and no headers: none fails, few are in vain."""
+    """Bucket 100/s, burst 20, 400 calls at 64, 429 with Retry-After 1 and no headers: none fails, few are refused."""
 
     async def main() -> tuple[int, int, float]:
         loop = asyncio.get_running_loop()
@@ -112,7 +112,7 @@ def test_an_unknown_limit_is_found_from_its_429s(run: Any, latency: float) -> No
 
 @pytest.mark.parametrize(("rate", "burst", "calls"), [(10, 5, 200), (1000, 100, 3000), (100, 20, 1500)])
 def test_other_limits_are_found_too(run: Any, rate: float, burst: float, calls: int) -> None:
-    """Whatever the limit, nothing fails and at most two in ten requests are in vain or one burst of places is."""
+    """For any limit nothing fails, and at most two in ten requests, or one burst, are refused."""
 
     async def main() -> tuple[int, int, float]:
         loop = asyncio.get_running_loop()
@@ -129,7 +129,7 @@ def test_other_limits_are_found_too(run: Any, rate: float, burst: float, calls: 
 def time_of(
     run: Any, server: Bucket | Chance, calls: int, places: int, latency: float, **options: Any
 ) -> tuple[float, int]:
-    """How long the calls take, and how many of them are lost, with six attempts each."""
+    """Return how long the calls take and how many fail, with six attempts each."""
 
     async def main() -> tuple[float, int]:
         loop = asyncio.get_running_loop()
@@ -143,7 +143,7 @@ def time_of(
 @pytest.mark.parametrize(("refused", "wait"), [(0.01, 0.5), (0.03, 0.5), (0.08, 0.5), (0.05, 2.0), (0.2, 0.5)])
 @pytest.mark.parametrize(("places", "latency"), [(256, 0.05), (64, 1.0), (64, 0.2)])
 def test_429s_at_random_throttled_the_run(run: Any, refused: float, wait: float, places: int, latency: float) -> None:
-    """Refusals that do not depend on the pace delay their own calls alone, after a short look at them."""
+    """Refusals that do not depend on the pace delay only their own calls, after a short test."""
     alone, _ = time_of(run, Chance(refused, wait), 2000, places, latency, adaptive=False)
     took, lost = time_of(run, Chance(refused, wait), 2000, places, latency)
     assert lost <= 1
@@ -152,15 +152,15 @@ def test_429s_at_random_throttled_the_run(run: Any, refused: float, wait: float,
 
 @pytest.mark.parametrize("refused", [0.05, 0.1, 0.2])
 @pytest.mark.parametrize("places", [1, 2, 8])
-def test_few_places_and_429s_at_random(run: Any, refused: float, places: int) -> None:
-    """With few calls under way there is no burst to judge by: a trial shows that half the pace does not help."""
+def test_low_concurrency_and_429s_at_random(run: Any, refused: float, places: int) -> None:
+    """With few calls in flight there is no burst to judge by: a trial shows that half the pace does not help."""
     alone, _ = time_of(run, Chance(refused), 1500, places, 0.05, adaptive=False)
     took, _ = time_of(run, Chance(refused), 1500, places, 0.05)
     assert took <= 2 * alone
 
 
 def test_a_server_that_begins_to_refuse_by_rate(run: Any) -> None:
-    """A bucket in the place of a server that refused at random is found: few of the later requests are in vain."""
+    """If a server that refused at random starts to limit the rate, few of the later requests are refused."""
 
     async def main() -> tuple[int, int]:
         loop = asyncio.get_running_loop()
@@ -175,7 +175,7 @@ def test_a_server_that_begins_to_refuse_by_rate(run: Any) -> None:
 
 
 def test_without_adapting_a_429_delays_its_own_call_alone(run: Any) -> None:
-    """The off switch: nobody else waits, and no pace is learned."""
+    """If adaptation is off, no other call waits and no pace is learned."""
 
     async def main() -> float:
         loop = asyncio.get_running_loop()
@@ -190,7 +190,7 @@ def test_without_adapting_a_429_delays_its_own_call_alone(run: Any) -> None:
 
 @pytest.mark.requirement("client 5: a 429 pauses all callers")
 def test_a_429_pauses_all_callers(run: Any) -> None:
-    """Nobody sends while the server's wait lasts; the pause ends on time."""
+    """No call is sent during the server's wait; the pause ends on time."""
 
     async def main() -> list[float]:
         loop = asyncio.get_running_loop()
@@ -211,8 +211,8 @@ def test_a_429_pauses_all_callers(run: Any) -> None:
 
 
 @pytest.mark.requirement("built 5: concurrency")
-def test_places_are_given_in_order_of_asking(run: Any) -> None:
-    """At most `max_concurrency` are under way; the others come first come, first served."""
+def test_places_are_first_come_first_served(run: Any) -> None:
+    """At most `max_concurrency` calls are in flight; the others wait in order."""
 
     async def main() -> tuple[list[int], int]:
         limiter = Limiter(max_concurrency=2)
@@ -235,23 +235,23 @@ def test_places_are_given_in_order_of_asking(run: Any) -> None:
     assert run(main) == (list(range(7)), 2)
 
 
-async def test_a_cancelled_wait_gives_its_place_on() -> None:
-    """Cancelling a call that waits, or was just given a place, loses no place."""
+async def test_a_cancelled_wait_passes_its_place_on() -> None:
+    """Cancelling a call that waits, or has just got a place, loses no place."""
     limiter = Limiter(max_concurrency=1)
     await limiter.enter()
     async with asyncio.TaskGroup() as tasks:
         waiting = [tasks.create_task(limiter.enter()) for _ in range(3)]
         await asyncio.sleep(0)
         waiting[0].cancel()
-        limiter.leave()  # gives the place to the second, which is cancelled before it runs
+        limiter.leave()  # The place goes to the second call, which is cancelled before it runs.
         waiting[1].cancel()
     await waiting[2]
     limiter.leave()
     assert limiter.in_flight == 0
 
 
-async def test_waiting_ends_with_the_deadline() -> None:
-    """A call whose turn does not come in time says what it waited for."""
+async def test_waiting_ends_at_the_deadline() -> None:
+    """The error of a call that times out in the queue states what it waited for."""
     limiter = Limiter(max_concurrency=1)
     await limiter.enter()
     with pytest.raises(APITimeoutError, match="1 calls are under way"):
@@ -264,8 +264,8 @@ async def test_waiting_ends_with_the_deadline() -> None:
 
 @pytest.mark.requirement("client 5: requests per minute")
 @pytest.mark.parametrize("limit", [1, 7, 60, 600, 10_000])
-def test_requests_per_minute_hold_in_every_minute(limit: int) -> None:
-    """In no window of 60 s are there more, and a busy sender gets nearly all of them."""
+def test_requests_per_minute_hold_in_every_window(limit: int) -> None:
+    """No window of 60 s has more, and a busy client gets nearly all of them."""
     pace, now, sent = Pace.per_minute(limit), 0.0, []
     while now < 300:
         now = max(now, pace.ready_at())
@@ -278,21 +278,21 @@ def test_requests_per_minute_hold_in_every_minute(limit: int) -> None:
 
 @pytest.mark.requirement("client 5: tokens per minute")
 async def test_tokens_per_minute() -> None:
-    """Expected tokens are spent in advance and set right when the answer tells the real number."""
+    """Expected tokens are reserved and corrected when the answer states the real number."""
     time = VirtualTime()
     limiter = Limiter(tpm=6000, clock=time.clock, sleep=time.sleep)
     first = await limiter.admit(1100.0)
     await limiter.admit(100.0)
     assert sum(time.slept) == pytest.approx(11.0, abs=1.1)
     time.slept.clear()
-    limiter.used(first, 100.0)  # a thousand tokens less than thought
+    limiter.used(first, 100.0)  # A thousand tokens fewer than reserved.
     await limiter.admit(100.0)
     assert sum(time.slept) == 0.0
 
 
 @pytest.mark.requirement("client 5: shared per (base_url, key, model)")
-async def test_the_strictest_limits_of_an_account_count() -> None:
-    """Clients of one (base_url, key, model) share a limiter, others do not."""
+async def test_the_strictest_limits_of_an_account_apply() -> None:
+    """Clients of one (base_url, key, model) share a limiter; others do not."""
     first = shared_limiter(("http://a", "key", "m"), max_concurrency=64, rpm=None, tpm=None)
     second = shared_limiter(("http://a", "key", "m"), max_concurrency=8, rpm=100, tpm=None)
     assert first is second
@@ -302,7 +302,7 @@ async def test_the_strictest_limits_of_an_account_count() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("max_concurrency", 0), ("rpm", 0), ("tpm", -5)])
 def test_limits_that_let_nothing_through_are_refused(name: str, value: Any) -> None:
-    """Zero is no way to say "no limit"."""
+    """Zero does not mean "no limit"."""
     with pytest.raises(ConfigError, match=f"Expected {name} > 0"):
         Limiter(**{name: value})
 
@@ -316,8 +316,8 @@ PLENTY = {**NOTHING_LEFT, "x-ratelimit-remaining-requests": "59", "x-ratelimit-r
 
 
 @pytest.mark.requirement("client 5: rate-limit headers hold back")
-async def test_headers_hold_back_what_they_would_refuse() -> None:
-    """With nothing left, the next request waits until the server's bucket has refilled one."""
+async def test_rate_limit_headers_delay_the_next_request() -> None:
+    """If nothing is left, the next request waits until the server's bucket has refilled one."""
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
@@ -326,8 +326,8 @@ async def test_headers_hold_back_what_they_would_refuse() -> None:
     assert sum(time.slept) == pytest.approx(1.0)
 
 
-async def test_headers_with_room_hold_nothing_back() -> None:
-    """Room for those under way means no wait."""
+async def test_headers_with_room_delay_nothing() -> None:
+    """If enough is left for the calls in flight, there is no wait."""
     time = VirtualTime()
     limiter = Limiter(clock=time.clock, sleep=time.sleep)
     await limiter.enter()
@@ -346,7 +346,7 @@ async def test_headers_with_room_hold_nothing_back() -> None:
     ],
 )  # fmt: skip
 def test_every_recorded_form_of_a_reset_is_read(text: str, expected: float | None) -> None:
-    """Durations, bare seconds, Unix times and dates, as providers were seen to send them."""
+    """Durations, bare seconds, Unix times and dates, as recorded from providers."""
     found = seconds(text, now=1700000000)
     assert found == (None if expected is None else pytest.approx(expected))
 
@@ -358,7 +358,7 @@ def test_every_recorded_form_of_a_reset_is_read(text: str, expected: float | Non
     ["x-ratelimit-{part}-{what}", "anthropic-ratelimit-{what}-{part}", "x-ratelimit-{part}-{what}-minute"],
 )
 def test_families_of_header_names(family: str, names: str) -> None:
-    """OpenAI's, Anthropic's and Mistral's names say the same."""
+    """OpenAI's, Anthropic's and Mistral's header names are equivalent."""
     values = {"remaining": "4", "limit": "10", "reset": "12s"}
     headers = {names.format(what=family, part=part): value for part, value in values.items()}
     codecs = (CODEC, resolve("anthropic/m", env={}).codec)
@@ -366,7 +366,7 @@ def test_families_of_header_names(family: str, names: str) -> None:
     assert (found.remaining, found.seconds_each) == (4.0, 2.0)
 
 
-def test_headers_that_make_no_sense_are_ignored() -> None:
-    """A redacted number in a recording stops nothing."""
+def test_invalid_headers_are_ignored() -> None:
+    """A redacted number in a recording delays nothing."""
     assert headroom({"x-ratelimit-remaining-tokens": "X-RATELIMIT-REMAINING-TOKENS-XXX"}, CODEC.tokens) is None
     assert headroom({}, CODEC.requests) is None

@@ -14,21 +14,21 @@ USER = {"role": "user", "content": "Hi"}
 
 
 class Dumpable:
-    """As an SDK's message is."""
+    """A message object with `model_dump`, like an SDK's."""
 
     def model_dump(self, *, exclude_none: bool) -> dict[str, Any]:
         return {"role": "assistant", "content": "Hi"}
 
 
 @pytest.mark.parametrize("given", ["Hi", USER, [USER], ["Hi"], iter([USER])])
-def test_a_text_or_a_message_is_a_conversation(given: Any) -> None:
-    """A text alone is what a user says; one message need not be in a list."""
+def test_a_text_or_one_message_is_a_conversation(given: Any) -> None:
+    """A string is a user message; a single message need not be in a list."""
     assert normalise(given) == (USER,)
 
 
 @pytest.mark.requirement("built 3: text and images")
 def test_content_in_parts() -> None:
-    """Texts, images by address or bytes, and an image's bare bytes become OpenAI's parts."""
+    """Texts, images by URL or bytes, and raw image bytes become OpenAI's parts."""
     content = ["Look", Image("https://x/y.png", detail="low"), b"\xff\xd8\xff", {"type": "image_url", "image_url": "u"}]
     (message,) = normalise([{"role": "user", "content": content}])
     assert message["content"] == [
@@ -48,19 +48,19 @@ def test_content_in_parts() -> None:
         (b"RIFF\x00\x00\x00\x00WEBP", "image/webp"),
     ],
 )
-def test_the_kind_of_an_image_is_in_its_bytes(data: bytes, kind: str) -> None:
-    """The media type is read from the first bytes."""
+def test_the_media_type_is_read_from_the_bytes(data: bytes, kind: str) -> None:
+    """The first bytes determine the media type."""
     assert Image(data).url.startswith(f"data:{kind};base64,")
 
 
-def test_an_unknown_image_needs_its_kind() -> None:
+def test_an_unknown_image_needs_its_media_type() -> None:
     """Other bytes are refused unless their media type is given."""
     with pytest.raises(ConfigError, match="media_type"):
         normalise([{"role": "user", "content": [b"%PDF"]}])
     assert Image(b"%PDF", media_type="application/pdf").url == "data:application/pdf;base64,JVBERg=="
 
 
-def test_answers_go_back_as_they_came() -> None:
+def test_answers_are_sent_back_unchanged() -> None:
     """A Completion, its message or an SDK's message continues the conversation, without its thinking."""
     message = Message(content="a", reasoning="hm", tool_calls=(ToolCall(id="t", name="f", arguments="{}"),))
     turn = {
@@ -73,7 +73,7 @@ def test_answers_go_back_as_they_came() -> None:
 
 
 def test_the_callers_messages_are_not_changed() -> None:
-    """Normalising makes new messages where it changes something."""
+    """Normalising copies the messages that it changes."""
     given = [{"role": "user", "content": ["Look"]}]
     normalise(given)
     assert given == [{"role": "user", "content": ["Look"]}]
@@ -93,19 +93,19 @@ def test_the_callers_messages_are_not_changed() -> None:
         ([{"role": "user", "content": [{"text": "a"}]}], r"\$\.messages\[0\]\.content\[0\]"),
     ],
 )
-def test_what_is_no_message_is_refused_with_its_place(given: Any, where: str) -> None:
-    """The error says where the wrong part is."""
+def test_an_invalid_message_is_refused_with_its_path(given: Any, where: str) -> None:
+    """The error gives the path of the invalid part."""
     with pytest.raises(ConfigError, match=where):
         normalise(given)
 
 
 def test_data_urls() -> None:
-    """Only base64 data: URLs hold bytes of ours."""
+    """Only a base64 data: URL is decoded."""
     assert as_data("data:image/png;base64,AAAA") == ("image/png", "AAAA")
     assert as_data("https://x/data:y;base64,z") is None
 
 
 def test_text_of_content() -> None:
-    """The text alone, other parts left out."""
+    """The text alone is returned, without other parts."""
     assert text_of(["a", {"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": "b"}]) == "ab"
     assert text_of(None) == ""

@@ -1,4 +1,4 @@
-"""Names, addresses and keys: what a name means, and where a key may go."""
+"""Names, addresses and keys: how names are resolved, and which addresses receive a key."""
 
 from __future__ import annotations
 
@@ -67,23 +67,23 @@ def test_names(name: str, provider: str, model: str) -> None:
         ("/", "anthropic"),
     ],
 )
-def test_unknown_names_list_the_nearest(name: str, hint: str) -> None:
-    """The error names what was probably meant."""
+def test_an_unknown_name_lists_the_nearest(name: str, hint: str) -> None:
+    """The error suggests the most similar names."""
     with pytest.raises(ConfigError, match=r"provider/model") as caught:
         where(name)
     assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["qwen3:8b", "meta-llama/llama-3.3:free", "some-model"])
-def test_a_base_url_takes_any_name(name: str) -> None:
-    """With an address of its own, a name without a known provider is the model as that server calls it."""
+def test_with_a_base_url_any_name_is_valid(name: str) -> None:
+    """With a base_url, a name without a known provider is the model as that server calls it."""
     found = where(name, base_url="http://127.0.0.1:8080/v1")
     assert (found.provider, found.model, found.base_url) == ("openai-compatible", name, "http://127.0.0.1:8080/v1")
     found.require_key()
 
 
 def test_a_compatible_server_needs_an_address() -> None:
-    """`openai-compatible/x` says nothing about where."""
+    """`openai-compatible/x` without a base_url is an error."""
     with pytest.raises(ConfigError, match="base_url"):
         where("openai-compatible/x")
     with pytest.raises(ConfigError, match="AZURE_OPENAI_ENDPOINT"):
@@ -106,8 +106,8 @@ def test_a_compatible_server_needs_an_address() -> None:
         ({"OPENAI_API_KEY": ""}, {"api_key": "sk-given"}, "sk-given"),
     ],
 )  # fmt: skip
-def test_a_default_key_goes_to_its_own_address_only(env: dict[str, str], given: Any, key: str | None) -> None:
-    """A key from the environment never reaches a base_url that did not come with it."""
+def test_a_default_key_is_sent_to_its_own_address_only(env: dict[str, str], given: Any, key: str | None) -> None:
+    """A key from the environment is never sent to a base_url that was given separately."""
     found = where("openai/gpt-4o", env, **given)
     request = found.codec.encode(CALL)
     assert found.api_key == key
@@ -118,7 +118,7 @@ def test_a_default_key_goes_to_its_own_address_only(env: dict[str, str], given: 
 @pytest.mark.requirement("client 13: a custom base_url gets no default key")
 @pytest.mark.parametrize("name", ["anthropic/claude", "gemini/gemini", "azure/d", "groq/x", "mistral/x"])
 def test_no_provider_leaks_its_key(name: str) -> None:
-    """The rule holds for every provider and every variable of its key."""
+    """The rule holds for every provider and every key variable."""
     env = {variable: "k-mine" for provider in providers().values() for variable in provider.keys}
     request = where(name, env, base_url="https://elsewhere.example").codec.encode(CALL)
     assert "k-mine" not in str(request)
@@ -140,7 +140,7 @@ def test_no_provider_leaks_its_key(name: str) -> None:
     ],
 )  # fmt: skip
 def test_keys_as_the_sdks_read_them(name: str, env: dict[str, str], header: str, value: str) -> None:
-    """Each provider's own variables, in its SDK's order, under its own header."""
+    """Each provider's own variables are read in its SDK's order and sent in its header."""
     assert where(name, env).codec.encode(CALL).headers[header] == value
 
 
@@ -154,7 +154,7 @@ def test_keys_as_the_sdks_read_them(name: str, env: dict[str, str], header: str,
     ids=["key", "token", "function"],
 )
 def test_azures_keys_and_tokens_have_their_own_headers(given: Any, header: str, value: str) -> None:
-    """A token of Entra ID goes as a bearer, however it is given; only a key goes as a key."""
+    """A token of Entra ID is always a bearer token; only a key uses the key header."""
     headers = where("azure/d", AZURE, api_key=given).codec.encode(CALL).headers
     assert {name: headers.get(name) for name in ("api-key", "authorization") if name in headers} == {header: value}
 
@@ -170,7 +170,7 @@ class Acquiring:
 
 @pytest.mark.parametrize("given", [acquired, Acquiring()], ids=["function", "object"])
 def test_a_token_that_must_be_awaited_is_refused(given: Any) -> None:
-    """It would be sent as the text of a coroutine: azure.identity.aio's functions are such."""
+    """Its repr would be sent as the key: azure.identity.aio's functions are coroutines."""
     with pytest.raises(ConfigError, match="azure.identity"):
         where("azure/d", AZURE, api_key=given)
 
@@ -185,7 +185,7 @@ def test_a_token_that_must_be_awaited_is_refused(given: Any) -> None:
     ],
 )
 def test_a_missing_key_names_its_variable(name: str, variable: str) -> None:
-    """The error comes when a request is about to leave: a cassette replays without any key."""
+    """The error is raised when a request is about to be sent: a replay needs no key."""
     found = where(name)
     assert found.codec.encode(CALL).url
     with pytest.raises(ConfigError, match=variable):
@@ -195,7 +195,7 @@ def test_a_missing_key_names_its_variable(name: str, variable: str) -> None:
 @pytest.mark.requirement("client 13: local servers need no key")
 @pytest.mark.parametrize("name", ["ollama/q", "llamacpp/q", "lmstudio/q", "vllm/q"])
 def test_local_servers_need_no_key(name: str) -> None:
-    """Servers on the user's own machine are called without one."""
+    """Servers on the user's machine are called without a key."""
     where(name).require_key()
 
 
@@ -209,12 +209,12 @@ def test_local_servers_need_no_key(name: str) -> None:
     ],
 )
 def test_ollama_addresses(env: dict[str, str], url: str) -> None:
-    """Ollama's address is seen with and without scheme and version."""
+    """Ollama's address works with and without scheme and version."""
     assert where("ollama/q", env).base_url == url
 
 
 def test_organisation_project_and_custom_headers() -> None:
-    """OpenAI's further variables become headers, custom ones a line each."""
+    """OpenAI's other variables become headers; custom headers are one per line."""
     env = {**KEYS, "OPENAI_ORG_ID": "o", "OPENAI_PROJECT_ID": "p", "OPENAI_CUSTOM_HEADERS": "X-A: 1\nX-B: 2"}
     headers = where("openai/gpt-4o", env).codec.encode(CALL).headers
     names = ("openai-organization", "openai-project", "x-a", "x-b")
@@ -236,7 +236,7 @@ def test_organisation_project_and_custom_headers() -> None:
     ],
 )  # fmt: skip
 def test_traces_variables(env: dict[str, str], provider: str, model: str) -> None:
-    """Without a name the variables of Trace's users say which model."""
+    """Without a name, Trace's environment variables choose the model."""
     found = where(None, env)
     assert (found.provider, found.model) == (provider, model)
 
@@ -247,7 +247,7 @@ def test_traces_variables(env: dict[str, str], provider: str, model: str) -> Non
     "Trace's defect 32: a custom model raised a NameError; verbose, timeouts and usage were lost",
 )
 def test_traces_custom_backend() -> None:
-    """CustomLLM brings name, address and key together."""
+    """CustomLLM sets name, address and key."""
     env = {
         "TRACE_DEFAULT_LLM_BACKEND": "CustomLLM",
         "TRACE_CUSTOMLLM_MODEL": "my/model",
@@ -262,7 +262,7 @@ def test_traces_custom_backend() -> None:
 
 @pytest.mark.requirement("client 13: Trace's variables", "Trace: backend AutoGen")
 def test_traces_autogen_backend() -> None:
-    """OAI_CONFIG_LIST's first entry counts; one that is no JSON list is refused."""
+    """The first entry of OAI_CONFIG_LIST is used; a value that is not a JSON list is refused."""
     config = '[{"model": "gpt-4o", "api_key": "k"}, {"model": "b"}]'
     env = {"TRACE_DEFAULT_LLM_BACKEND": "AutoGen", "OAI_CONFIG_LIST": config}
     assert (where(None, env).model, where(None, env).api_key) == ("gpt-4o", "k")
@@ -270,14 +270,14 @@ def test_traces_autogen_backend() -> None:
         where(None, {**env, "OAI_CONFIG_LIST": "file.json"})
 
 
-def test_no_name_at_all() -> None:
-    """Trace's silent gpt-4o is not taken over: the error says what to set."""
+def test_without_a_name_the_error_says_what_to_set() -> None:
+    """Trace's default of gpt-4o is not adopted."""
     with pytest.raises(ConfigError, match="TRACE_LITELLM_MODEL"):
         where(None)
 
 
-def test_the_documents_table_is_the_real_one() -> None:
-    """docs/models.md names every provider, alias, key and address that the code knows."""
+def test_the_documented_table_is_complete() -> None:
+    """docs/models.md names every provider, alias, key variable and address in the code."""
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     for name, provider in providers().items():
         row = next(line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line)
@@ -287,7 +287,7 @@ def test_the_documents_table_is_the_real_one() -> None:
 
 @pytest.mark.requirement("built 1: one file and an entry point add a provider")
 def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
-    """A pure module and an entry point of the group `aggregator.providers` make `acme/model` a name like any other."""
+    """A module and an entry point of the group `aggregator.providers` make `acme/model` a valid name."""
     (tmp_path / "acme.py").write_text(
         textwrap.dedent(
             """
@@ -336,7 +336,7 @@ def test_a_third_party_adds_a_provider_with_one_file(tmp_path: Path) -> None:
         "http://x:99999",
     ],
 )
-def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
-    """Whatever is wrong with it: scheme, host, bracket or port."""
+def test_an_invalid_address_is_refused_at_once(url: str) -> None:
+    """Scheme, host, brackets and port are checked."""
     with pytest.raises(ConfigError, match=re.escape(f"got {url!r}")):
         resolve("m", base_url=url, env={})

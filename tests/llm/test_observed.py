@@ -1,4 +1,4 @@
-"""Calls of an agent's own clients count: transcript, usage, budget, lost calls, with and without a cassette."""
+"""Calls of an agent's own clients are counted: transcript, usage, budget, lost calls, with and without a cassette."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Answer = tuple[int, Any]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers POSTs with what `answer(path, body)` returns: (status, JSON or bytes). `asked` are the bodies."""
+    """Answers POSTs with what `answer(path, body)` returns: (status, JSON or bytes). `asked` holds the bodies."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def chat(text: str, given: int = 7, answered: int = 3) -> dict[str, Any]:
-    """An answer in OpenAI's shape."""
+    """Build an answer in OpenAI's shape."""
     usage = {"prompt_tokens": given, "completion_tokens": answered}
     return {"model": "m-2026", "choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage}
 
@@ -94,7 +94,7 @@ def server() -> Iterator[Server]:
 
 
 class Asking(Module):
-    """Asks a model by its own client. `ask(url, body)` returns the answer's JSON."""
+    """Calls a model through its own client. `ask(url, body)` returns the answer's JSON."""
 
     def __init__(self, url: str, ask: Callable[[str, Any], Any] | None = None, **fields: Any) -> None:
         self.rule = ParameterNode("Answer.", name="rule")
@@ -109,7 +109,7 @@ class Asking(Module):
 
 
 class Prompts:
-    """A model that keeps what it was asked, and proposes nothing."""
+    """A model that records its prompts and proposes nothing."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -121,7 +121,7 @@ class Prompts:
 
 
 class Keeping(Observer):
-    """Keeps the rollouts that it sees."""
+    """Records the rollouts that it sees."""
 
     def __init__(self) -> None:
         self.rollouts: list[Rollout] = []
@@ -137,7 +137,10 @@ def judge(x: Any, output: Any, info: Any) -> tuple[float, str]:
 def train(
     agent: Any, data: Any = (("one", "a"), ("two", "b")), *, clients: Any = "all", stepsize: float = 0.5, **options: Any
 ) -> Any:
-    """Train with a fake optimizer; returns (result, prompts, rollouts). With stepsize 0 only the agent asks a model."""
+    """Train with a fake optimizer and return (result, prompts, rollouts).
+
+    With stepsize 0 only the agent calls a model.
+    """
     prompts, keeping = Prompts(), Keeping()
     trainer = AggregatedUpdate(
         agent,
@@ -155,7 +158,7 @@ def train(
 
 
 def test_an_agents_own_client_shows_in_the_transcript_and_counts(server: Server) -> None:
-    """Without a cassette: the optimizer's prompt holds the messages and the answer, and the usage has its role."""
+    """Without a cassette, the optimizer's prompt holds the messages and the answer, and the usage has its role."""
     result, prompts, rollouts = train(Asking(server.url))
     assert rollouts[0].scores["milliseconds"] > 0
     assert "user: one" in rollouts[0].transcript
@@ -165,7 +168,7 @@ def test_an_agents_own_client_shows_in_the_transcript_and_counts(server: Server)
 
 
 def test_without_clients_nothing_is_counted(server: Server) -> None:
-    """`()` leaves other clients alone, as None does without a cassette."""
+    """`()` ignores other clients, as None does without a cassette."""
     for clients in ((), None):
         result, prompts, _ = train(Asking(server.url), clients=clients)
         assert "agent" not in result.usage
@@ -173,7 +176,7 @@ def test_without_clients_nothing_is_counted(server: Server) -> None:
 
 
 def test_only_the_named_clients_count(server: Server) -> None:
-    """A list of names, as `cassette(clients=)` takes it."""
+    """`clients` takes a list of names, as `cassette(clients=)` does."""
     by_requests = Asking(server.url, lambda url, body: requests.post(url, json=body, timeout=9).json())
     assert "agent" not in train(by_requests, clients=["httpx"])[0].usage
     assert train(by_requests, clients=["requests"])[0].usage["agent"].calls == 2
@@ -182,7 +185,7 @@ def test_only_the_named_clients_count(server: Server) -> None:
 
 
 def test_optimize_counts_them_by_default(server: Server) -> None:
-    """The ten-line way has `clients="all"`."""
+    """`optimize` has `clients="all"`."""
     prompts = Prompts()
     result = optimize(
         Asking(server.url),
@@ -196,8 +199,8 @@ def test_optimize_counts_them_by_default(server: Server) -> None:
     assert result.usage["agent"].calls == 2
 
 
-def test_the_guides_own_client_counts_as_the_guides(server: Server) -> None:
-    """Its role is "guide", and no transcript of the agent shows it."""
+def test_the_guides_own_client_has_the_role_guide(server: Server) -> None:
+    """Its calls are not in the agent's transcript."""
 
     def guide(x: Any, output: Any, info: Any) -> float:
         httpx.post(f"{server.url}/v1/chat/completions", json={"model": "j", "messages": [{"role": "user"}]})
@@ -212,7 +215,7 @@ def test_the_guides_own_client_counts_as_the_guides(server: Server) -> None:
 
 
 def test_our_own_clients_calls_are_counted_once(server: Server) -> None:
-    """An `LLM` goes over aiohttp, which is among the clients; a callable model may ask by any client."""
+    """An `LLM` uses aiohttp, which is one of the clients; a callable model may use any client."""
     server.answer = lambda path, body: (200, chat("fine"))
 
     class Own(Module):
@@ -236,8 +239,8 @@ def test_our_own_clients_calls_are_counted_once(server: Server) -> None:
     assert rollouts[0].transcript.count("LLM call") == 3
 
 
-def test_calls_of_concurrent_rollouts_stay_apart(server: Server) -> None:
-    """Tasks and threads: each rollout's transcript holds its own call."""
+def test_calls_of_concurrent_rollouts_are_separate(server: Server) -> None:
+    """With tasks and with threads, each rollout's transcript holds its own call."""
 
     async def by_task(url: str, body: Any) -> Any:
         async with httpx.AsyncClient() as client:
@@ -261,7 +264,7 @@ def test_calls_of_concurrent_rollouts_stay_apart(server: Server) -> None:
 
 
 def test_recorded_and_replayed_runs_agree(server: Server, tmp_path: Path) -> None:
-    """Transcript, usage and budget of a replay are those of the recording; the tape has model, role and tokens."""
+    """A replay has the recording's transcript, usage and budget; the tape holds model, role and tokens."""
     path = tmp_path / "run.yaml"
     found = []
     for mode in ("all", "none"):
@@ -282,14 +285,14 @@ def test_recorded_and_replayed_runs_agree(server: Server, tmp_path: Path) -> Non
 
 
 def test_a_cassette_that_serves_clients_is_enough(server: Server, tmp_path: Path) -> None:
-    """`clients=None`, the default: what the open cassette serves is counted."""
+    """With `clients=None`, the default, the clients that the open cassette records are counted."""
     with aggregator.cassette(tmp_path / "a.yaml", "all", clients=["httpx"]):
         assert train(Asking(server.url), clients=None)[0].usage["agent"].calls == 2
         assert "agent" not in train(Asking(server.url), clients=())[0].usage
 
 
-def test_telemetry_and_downloads_are_no_calls(server: Server) -> None:
-    """What a cassette leaves out by default is left out here too, and a GET asks no model."""
+def test_telemetry_and_downloads_are_not_calls(server: Server) -> None:
+    """Hosts that a cassette ignores by default are ignored here too, and so is a GET."""
 
     def ask(url: str, body: Any) -> Any:
         httpx.get(f"{server.url}/v1/models")
@@ -311,11 +314,11 @@ def failing(status: int, body: Any = None) -> Callable[[str, dict[str, Any]], An
 
 
 class OwnError(Exception):
-    """An exception class of a framework."""
+    """A framework's own exception class."""
 
 
 def wrapped(url: str, body: Any) -> Any:
-    """Ask as a framework does that raises its own errors, and hides where they come from."""
+    """Ask as a framework does that raises its own errors and hides their cause."""
     try:
         return httpx.post(url, json=body).raise_for_status().json()
     except httpx.HTTPError as error:
@@ -324,7 +327,7 @@ def wrapped(url: str, body: Any) -> Any:
 
 
 def swallowed(url: str, body: Any) -> Any:
-    """Ask as code does that goes on without an answer."""
+    """Ask as code does that ignores the error."""
     try:
         return httpx.post(url, json=body).raise_for_status().json()
     except httpx.HTTPError:
@@ -333,10 +336,10 @@ def swallowed(url: str, body: Any) -> Any:
 
 @pytest.mark.parametrize("status", [429, 500, 529])
 @pytest.mark.parametrize("ask", [None, wrapped, swallowed])
-def test_an_sdks_lost_call_is_no_failure_of_the_agent(
+def test_an_sdks_lost_call_is_not_the_agents_failure(
     server: Server, ask: Callable[[str, Any], Any] | None, status: int
 ) -> None:
-    """Wrapped or not: infrastructure, without score and without feedback; the optimizer is not asked to mend it."""
+    """Wrapped or not, it is an infrastructure failure: no score, no feedback, and nothing for the optimizer to mend."""
 
     def answer(path: str, body: dict[str, Any]) -> Answer:
         is_lost = "two" in str(body)
@@ -353,8 +356,8 @@ def test_an_sdks_lost_call_is_no_failure_of_the_agent(
 
 
 @pytest.mark.parametrize("ask", [None, wrapped])
-def test_a_lost_connection_is_no_failure_of_the_agent(server: Server, ask: Callable[[str, Any], Any] | None) -> None:
-    """Refused, as by a server that is down."""
+def test_a_lost_connection_is_not_the_agents_failure(server: Server, ask: Callable[[str, Any], Any] | None) -> None:
+    """The connection is refused, as by a server that is down."""
 
     class Sometimes(Asking):
         def forward(self, x: str) -> Any:
@@ -367,7 +370,7 @@ def test_a_lost_connection_is_no_failure_of_the_agent(server: Server, ask: Calla
     assert (lost.failure.error, lost.failure.infrastructure) == ("APIConnectionError", True)
 
 
-def test_the_agents_own_errors_stay_its_own(server: Server) -> None:
+def test_the_agents_own_errors_are_feedback(server: Server) -> None:
     """A bug after an answer, or after a retry that succeeded, is feedback as before."""
     statuses = iter([503, 200, 503, 200])
     server.answer = lambda path, body: (next(statuses), chat("fine"))
@@ -382,11 +385,11 @@ def test_the_agents_own_errors_stay_its_own(server: Server) -> None:
         assert run.failure is not None
         assert (run.failure.error, run.failure.infrastructure) == ("KeyError", False)
         assert "KeyError" in run.feedback
-        assert run.transcript.count("LLM call") == 1  # the retry is the same call
+        assert run.transcript.count("LLM call") == 1  # The retry is the same call.
 
 
-def test_a_tools_refusal_is_the_agents_own_affair(server: Server) -> None:
-    """A 404 of a server that is no known model is no lost call; it would end the run."""
+def test_a_tools_error_status_is_not_a_lost_call(server: Server) -> None:
+    """A 404 of a server that is not a known model's is ignored; a lost call of this kind would end the run."""
     server.answer = lambda path, body: (404, {"detail": "no such page"})
 
     def search(url: str, body: Any) -> Any:
@@ -399,15 +402,15 @@ def test_a_tools_refusal_is_the_agents_own_affair(server: Server) -> None:
     assert f"POST {server.url}/search" in rollouts[0].transcript
 
 
-def test_a_key_that_is_refused_ends_the_run(server: Server) -> None:
-    """As with our own client: no further call can succeed."""
+def test_a_refused_key_ends_the_run(server: Server) -> None:
+    """As with our own client, no further call can succeed."""
     server.answer = failing(401, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}})
     with pytest.raises(aggregator.TrainingError, match="AuthenticationError: openai answered 401"):
         train(Asking(server.url))
 
 
 def test_a_guides_lost_call_is_infrastructure(server: Server) -> None:
-    """A judge by an SDK that meets a 429 gives no verdict, and is no bug of the guide."""
+    """A judge whose SDK gets a 429 gives no verdict, and that is not a bug of the guide."""
     server.answer = lambda path, body: (429, {}) if body.get("model") == "j" else (200, chat("fine"))
 
     def guide(x: Any, output: Any, info: Any) -> float:
@@ -427,8 +430,8 @@ def test_a_guides_lost_call_is_infrastructure(server: Server) -> None:
     assert (failure.stage, failure.error, failure.infrastructure) == ("guide", "RateLimitError", True)
 
 
-def test_evaluate_and_headroom_take_clients(server: Server) -> None:
-    """A lost call is no score, which without `clients=` is the lowest score."""
+def test_evaluate_and_headroom_accept_clients(server: Server) -> None:
+    """A lost call has no score; without `clients=` it counts as the lowest score."""
     server.answer = lambda path, body: (429, {}) if "two" in str(body) else (200, chat("a"))
     data = [("one", "a"), ("two", "b")]
     with pytest.warns(TrainingWarning, match="RateLimitError"):
@@ -439,7 +442,7 @@ def test_evaluate_and_headroom_take_clients(server: Server) -> None:
 
 
 def test_a_lost_call_of_an_overridden_forward_is_lost(server: Server) -> None:
-    """Though the hook asks by itself, and neither the agent nor the guide does."""
+    """This holds although the hook asks by itself, and neither the agent nor the guide does."""
     server.answer = failing(429)
 
     class Own(AggregatedUpdate):
@@ -475,7 +478,7 @@ class Batch:
 
 
 def test_an_agent_that_takes_batches_is_counted_too(server: Server) -> None:
-    """Usage and budget; a lost call loses what is left of the batch, and is no failure of the agent."""
+    """Usage and budget are counted; a lost call loses the rest of the batch and is not the agent's failure."""
     assert train(Batch(server.url))[0].usage["agent"].calls == 2
     with pytest.raises(BudgetExceededError):
         train(Batch(server.url), budget=Budget(calls=1), stepsize=0.0)
@@ -489,7 +492,7 @@ def test_an_agent_that_takes_batches_is_counted_too(server: Server) -> None:
 
 
 def test_a_budget_of_calls_stops_other_clients(server: Server) -> None:
-    """The error carries the partial result, and no request goes out after the refusal."""
+    """The error carries the partial result, and nothing is sent after the refusal."""
     budget = Budget(calls=10)
     data = [(str(i), "a") for i in range(40)]
     with pytest.raises(BudgetExceededError) as caught:
@@ -500,8 +503,8 @@ def test_a_budget_of_calls_stops_other_clients(server: Server) -> None:
 
 
 @pytest.mark.parametrize("hide", [wrapped, swallowed, lambda url, body: [swallowed(url, body) for _ in range(9)][-1]])
-def test_a_refusal_ends_the_run_though_the_sdk_hides_it(server: Server, hide: Callable[[str, Any], Any]) -> None:
-    """Wrapped, swallowed or tried again: it is raised where the rollout ends."""
+def test_a_budget_error_ends_the_run_although_the_sdk_hides_it(server: Server, hide: Callable[[str, Any], Any]) -> None:
+    """Wrapped, swallowed or retried, it is raised when the rollout ends."""
 
     def hiding(url: str, body: Any) -> Any:
         try:
@@ -516,8 +519,8 @@ def test_a_refusal_ends_the_run_though_the_sdk_hides_it(server: Server, hide: Ca
     assert len(server.asked) == 1
 
 
-def test_a_hidden_refusal_ends_an_evaluation(server: Server, tmp_path: Path) -> None:
-    """Outside of a run too, where an open cassette serves the agent's client."""
+def test_a_hidden_budget_error_ends_an_evaluation(server: Server, tmp_path: Path) -> None:
+    """This holds outside a run too, if the open cassette records the agent's client."""
 
     def hiding(url: str, body: Any) -> Any:
         with suppress(BudgetExceededError):
@@ -530,8 +533,8 @@ def test_a_hidden_refusal_ends_an_evaluation(server: Server, tmp_path: Path) -> 
     assert len(server.asked) == 1
 
 
-def test_an_sdk_that_retries_every_error_is_not_kept_trying(server: Server) -> None:
-    """Those of Stainless take any exception for a lost connection: they get an answer that they do not retry."""
+def test_an_sdk_that_retries_every_error_does_not_retry_a_refusal(server: Server) -> None:
+    """SDKs by Stainless retry any exception, so they get a response that they do not retry."""
     stainless = {"x-stainless-retry-count": "0"}
     seen = []
 
@@ -546,9 +549,9 @@ def test_an_sdk_that_retries_every_error_is_not_kept_trying(server: Server) -> N
 
 
 def test_tokens_are_reserved_before_sending(server: Server) -> None:
-    """By the request's own max_tokens, or by the usual limit; what does not fit is not sent."""
+    """The reservation uses the request's max_tokens, or the default limit; a request that does not fit is not sent."""
     with pytest.raises(BudgetExceededError):
-        train(Asking(server.url), budget=Budget(tokens=4_000), stepsize=0.0)  # 4,096 are assumed for an answer
+        train(Asking(server.url), budget=Budget(tokens=4_000), stepsize=0.0)  # 4,096 tokens are assumed for an answer.
     assert server.asked == []
     budget = Budget(tokens=4_000)
     train(Asking(server.url, max_tokens=50), budget=budget, stepsize=0.0)
@@ -557,7 +560,7 @@ def test_tokens_are_reserved_before_sending(server: Server) -> None:
 
 
 def test_requests_in_flight_are_not_waited_for(server: Server) -> None:
-    """A request that does not fit together with those in flight is refused, with the way to make it fit."""
+    """A request that does not fit together with those in flight is refused, with the remedy."""
     arrived, leave = threading.Event(), threading.Event()
 
     def answer(path: str, body: dict[str, Any]) -> Answer:
@@ -584,7 +587,7 @@ def test_requests_in_flight_are_not_waited_for(server: Server) -> None:
 
 
 def test_an_unknown_price_under_a_budget_in_usd_is_one_config_error(server: Server) -> None:
-    """It names the model and where its price is given, before anything is sent; `prices` are the remedy."""
+    """It names the model and where to give its price, before anything is sent; `prices` is the remedy."""
     with pytest.raises(ConfigError, match=r"price for 'openai/m'.*prices=.*clients="):
         train(Asking(server.url), budget=Budget(usd=1.0))
     assert server.asked == []
@@ -596,7 +599,7 @@ def test_an_unknown_price_under_a_budget_in_usd_is_one_config_error(server: Serv
 
 
 def test_an_unknown_format_counts_as_a_call(server: Server) -> None:
-    """It has no tokens and no model, and needs no price."""
+    """Such a call has no tokens and no model, and needs no price."""
     server.answer = lambda path, body: (200, {"out": "fine"})
 
     def ask(url: str, body: Any) -> Any:
@@ -611,8 +614,8 @@ def test_an_unknown_format_counts_as_a_call(server: Server) -> None:
     assert '"features"' in rollouts[0].transcript
 
 
-def test_a_lost_call_counts_what_it_may_have_cost(server: Server) -> None:
-    """A refused one counts as a call, a connection that was never made as nothing."""
+def test_a_lost_call_is_charged_what_it_may_have_cost(server: Server) -> None:
+    """A refused request counts as a call; a connection that failed costs nothing."""
     server.answer = failing(429)
     budget = Budget(tokens=10_000)
     train(Asking(server.url, max_tokens=50), budget=budget, max_concurrency=1)
@@ -623,7 +626,7 @@ def test_a_lost_call_counts_what_it_may_have_cost(server: Server) -> None:
 
 
 def test_worker_processes_cannot_count_other_clients() -> None:
-    """A ConfigError when the trainer is made, not calls that nobody sees."""
+    """Creating the trainer raises a ConfigError, so that no call goes uncounted."""
     with ProcessExecutor(1) as executor, pytest.raises(ConfigError, match=r"clients=None with ProcessExecutor"):
         train(Asking("http://127.0.0.1:9"), executor=executor)
 
@@ -639,7 +642,7 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
 
 
 class Slow(BaseHTTPRequestHandler):
-    """Sends the events of a stream one by one, each when the client has got the one before."""
+    """Sends the events of a stream one by one, each after the client has received the previous one."""
 
     protocol_version = "HTTP/1.1"
     server: Any
@@ -650,7 +653,7 @@ class Slow(BaseHTTPRequestHandler):
         self.send_header("content-type", "text/event-stream")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        with suppress(BrokenPipeError):  # a client that leaves early
+        with suppress(BrokenPipeError):  # A client that leaves early.
             self.send_events()
 
     def send_events(self) -> None:
@@ -667,7 +670,10 @@ class Slow(BaseHTTPRequestHandler):
 
 
 class Streaming(ThreadingHTTPServer):
-    """`got` counts the pieces that the client has taken: with a client that waits for the whole, the server waits."""
+    """`got` counts the pieces that the client has read.
+
+    A client that buffers the whole stream would block the server.
+    """
 
     daemon_threads = True
 
@@ -739,7 +745,7 @@ def taken(server: Streaming, pieces: Iterator[bytes]) -> list[bytes]:
 
 @pytest.mark.parametrize("read", [by_httpx, by_async_httpx, by_aiohttp, by_requests, by_urllib3])
 def test_streams_are_not_buffered(streaming: Streaming, read: Callable[[Streaming, Any], list[bytes]]) -> None:
-    """The server sends a piece only once the client has the one before; the whole answer is counted at its end."""
+    """The server sends a piece after the client has the previous one; the whole answer is counted at its end."""
 
     class Reading(Module):
         def __init__(self) -> None:
@@ -758,7 +764,7 @@ def test_streams_are_not_buffered(streaming: Streaming, read: Callable[[Streamin
 
 
 def test_a_stream_without_usage_is_estimated_and_marked(streaming: Streaming, tmp_path: Path) -> None:
-    """OpenAI's streams state none unless asked: four bytes a token, on the tape too, and in the budget."""
+    """OpenAI's streams state usage only on request: four bytes count as a token, on the tape and in the budget too."""
     streaming.more = []
     for _ in range(9):
         streaming.got.release()
@@ -776,7 +782,7 @@ def test_a_stream_without_usage_is_estimated_and_marked(streaming: Streaming, tm
 
 
 def test_a_stream_that_is_left_early_counts_what_came(streaming: Streaming) -> None:
-    """And gives back what was reserved for the rest."""
+    """The rest of the reservation is returned."""
 
     def ask(url: str, body: Any) -> Any:
         with httpx.stream("POST", streaming.url, json=body, timeout=10) as reply:

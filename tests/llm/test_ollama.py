@@ -1,4 +1,4 @@
-"""Ollama's silent cut of long prompts: noticed by its own count of tokens."""
+"""Ollama silently truncates long prompts; its own token count reveals that."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def client(tokens: int | None, model: str = "ollama/qwen3:8b", **options: Any) -
     return LLM(model, transport=ScriptedTransport(answer(usage=usage)), env={}, **options)
 
 
-def test_a_prompt_that_was_cut_is_warned_of_once() -> None:
-    """The warning names the counts and what to set; one is enough for a client."""
+def test_a_truncated_prompt_is_warned_of_once() -> None:
+    """The warning gives the counts and the setting; each client warns once."""
     llm = client(4096)
     with pytest.warns(ModelWarning, match=r"about 15,000 tokens.*4,096.*OLLAMA_CONTEXT_LENGTH") as found:
         assert [llm(prose(60_000)).text, llm(prose(60_000)).text] == ["hello", "hello"]
@@ -58,8 +58,8 @@ def test_a_prompt_that_was_cut_is_warned_of_once() -> None:
         (600, "{\n" + " " * 40_000 + "}" + "=" * 30_000 + prose(2_000)),
     ],
 )
-def test_whole_prompts_are_not(tokens: int | None, text: str) -> None:
-    """Counts that fit, short prompts, no count at all, and blanks that are one token however long."""
+def test_whole_prompts_give_no_warning(tokens: int | None, text: str) -> None:
+    """This covers counts that fit, short prompts, missing counts, and long blanks that are one token."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         client(tokens)(text)
@@ -67,13 +67,13 @@ def test_whole_prompts_are_not(tokens: int | None, text: str) -> None:
 
 @pytest.mark.parametrize("tokens", [2046, 2048, 4095, 4096, 8192, 40_960, 131_072])
 def test_a_count_that_is_exactly_a_context(tokens: int) -> None:
-    """The prompt was a little longer than the context: only the round number tells."""
+    """The prompt was slightly longer than the context: only the round number shows it."""
     with pytest.warns(ModelWarning):
         client(tokens)(prose(tokens * 5))
 
 
-async def test_a_streamed_answer_is_looked_at_too() -> None:
-    """Usage comes in the last chunk of a stream."""
+async def test_a_streamed_answer_is_checked_too() -> None:
+    """Usage is in the last chunk of a stream."""
     chunk = {
         "choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 4096, "completion_tokens": 1},
@@ -96,12 +96,12 @@ async def test_a_streamed_answer_is_looked_at_too() -> None:
         ("openai/m", None, False),
     ],
 )
-def test_where_it_is_looked_for(name: str, base_url: str | None, kind: bool) -> None:
-    """At Ollama, by its name or by its port; other servers refuse what is too long."""
+def test_only_ollama_is_checked(name: str, base_url: str | None, kind: bool) -> None:
+    """Ollama is recognised by its name or its port; other servers refuse a prompt that is too long."""
     assert isinstance(resolve(name, base_url=base_url, env={}).codec, OllamaChat) is kind
 
 
-def test_what_counts_as_text() -> None:
+def test_which_parts_count_as_text() -> None:
     """Parts and tools count, pictures do not."""
     tool = {"type": "function", "function": {"name": "f"}}
     messages = normalise([{"role": "user", "content": ["four", Image("data:image/png;base64,AAAA")]}, "five "])
@@ -110,7 +110,7 @@ def test_what_counts_as_text() -> None:
 
 
 @given(st.integers(8_000, 10_000_000), st.floats(1.0, 6.0))
-def test_no_prompt_at_a_usual_ratio_is_called_cut(length: int, ratio: float) -> None:
-    """Between one and six characters a token nothing is wrong, unless the count is that of a context."""
+def test_no_prompt_at_a_usual_ratio_is_called_truncated(length: int, ratio: float) -> None:
+    """Between one and six characters a token no warning is given, unless the count is a context size."""
     tokens = round(length / ratio)
     assert not is_cut(tokens + 5 * ((tokens + 2) % 2048 <= 4), length)

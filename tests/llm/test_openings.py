@@ -1,4 +1,4 @@
-"""Long openings that several calls share: marked where a provider caches by marks, and written by one call only."""
+"""Long prefixes that several calls share: marked for providers with cache marks, and written by one call only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def message(text: str = "x", status: int = 200) -> HTTPReply:
 
 
 class Held(Transport):
-    """Answers each request when the test says so."""
+    """Answers each request when the test allows it."""
 
     def __init__(self) -> None:
         self.waiting: list[asyncio.Future[HTTPReply]] = []
@@ -61,8 +61,8 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def test_anthropic_is_sent_a_mark_after_the_opening() -> None:
-    """The opening is one block with the mark, what follows another; system and answers stay as they are."""
+def test_anthropic_gets_a_mark_after_the_prefix() -> None:
+    """The prefix is one block with the mark, followed by another block; system and answers are unchanged."""
     body = sent("anthropic/claude-x", [*prompt(), {"role": "assistant", "content": "No."}, "Again."])
     assert body["system"] == "Be brief."
     assert body["messages"] == [
@@ -79,8 +79,8 @@ def test_anthropic_is_sent_a_mark_after_the_opening() -> None:
 
 
 @pytest.mark.parametrize("model", ["openrouter/anthropic/claude-x", "openrouter/google/gemini-2.5-pro"])
-def test_a_gateway_hands_the_mark_on(model: str) -> None:
-    """OpenRouter takes Anthropic's mark in OpenAI's parts."""
+def test_a_gateway_passes_the_mark_on(model: str) -> None:
+    """OpenRouter accepts Anthropic's mark in OpenAI's parts."""
     assert sent(model, prompt())["messages"][1] == {
         "role": "user",
         "content": [
@@ -90,8 +90,8 @@ def test_a_gateway_hands_the_mark_on(model: str) -> None:
     }
 
 
-def test_bedrock_is_sent_a_cache_point() -> None:
-    """Claude and Nova have them; the same models only."""
+def test_bedrock_gets_a_cache_point() -> None:
+    """Claude and Nova support them; other models do not."""
     text = [{"text": LONG}, {"cachePoint": {"type": "default"}}, {"text": "One instance."}]
     for model in ("bedrock/eu.anthropic.claude-x", "bedrock/amazon.nova-lite-v1:0"):
         assert sent(model, prompt())["messages"][0]["content"] == text
@@ -111,7 +111,7 @@ def test_bedrock_is_sent_a_cache_point() -> None:
     ],
 )
 def test_servers_without_marks_are_sent_the_same_bytes(model: str) -> None:
-    """A mark that a server does not know would be refused, and would change what a cassette holds."""
+    """An unknown mark would be refused, and would change a cassette's content."""
     plain = [dict(one) for one in prompt()]
     endpoint = resolve(model, env=ENV)
     calls = [ChatCall(model=endpoint.model, messages=normalise(messages)) for messages in (prompt(), plain)]
@@ -129,27 +129,27 @@ def test_servers_without_marks_are_sent_the_same_bytes(model: str) -> None:
         [Opening(role="user", content=[{"type": "text", "text": LONG}])],
     ],
 )
-def test_openings_that_are_none(messages: list[dict[str, Any]]) -> None:
-    """Too short to be cached, nothing after it, no length, or parts: nothing is marked."""
+def test_prefixes_that_cannot_be_cached(messages: list[dict[str, Any]]) -> None:
+    """Nothing is marked if the prefix is too short, nothing follows it, it has no length, or the content has parts."""
     assert find_mark(messages) is None
     assert "cache_control" not in json.dumps(sent("anthropic/claude-x", messages))
 
 
-def test_the_system_prompt_counts_for_the_length() -> None:
-    """What is cached begins with the request."""
+def test_the_system_prompt_counts_in_the_length() -> None:
+    """The cached part begins with the request."""
     short = prompt("x" * (SHORTEST - len("Be brief.")))
     assert find_mark(short) is not None
     assert find_mark(short[1:]) is None
 
 
-def test_an_opening_crosses_to_another_process() -> None:
+def test_a_prefix_reaches_another_process() -> None:
     """A worker's call keeps its mark when it is passed on."""
     made = pickle.loads(pickle.dumps(normalise(prompt())))
     assert find_mark(made) == find_mark(prompt())
 
 
-async def test_the_first_call_goes_ahead_and_the_others_follow() -> None:
-    """Calls with one opening at once: one is sent, and all the others once it has been answered."""
+async def test_the_first_call_is_sent_and_the_others_follow() -> None:
+    """Of several calls with one prefix, one is sent, and the others after its answer."""
     transport = Held()
     llm = LLM("anthropic/claude-x", transport=transport, env=ENV)
     async with asyncio.TaskGroup() as group:
@@ -164,8 +164,8 @@ async def test_the_first_call_goes_ahead_and_the_others_follow() -> None:
     assert sorted(task.result().text for task in tasks) == ["first", *["other"] * 4]
 
 
-async def test_another_opening_does_not_wait() -> None:
-    """Only calls that share an opening wait for one another, and calls without one never do."""
+async def test_another_prefix_does_not_wait() -> None:
+    """Only calls with the same prefix wait for each other; calls without one never wait."""
     transport = Held()
     llm = LLM("anthropic/claude-x", transport=transport, env=ENV)
     async with asyncio.TaskGroup() as group:
@@ -177,8 +177,8 @@ async def test_another_opening_does_not_wait() -> None:
             waiting.set_result(message())
 
 
-async def test_an_opening_that_is_warm_is_not_waited_for() -> None:
-    """Within some minutes the next step's calls find the cache written; later one of them goes ahead again."""
+async def test_a_cached_prefix_is_not_waited_for() -> None:
+    """For some minutes later calls find the cache; afterwards one of them goes first again."""
     now = 1000.0
     openings = Openings(lambda: now)
     assert await openings.enter(b"a", None)
@@ -192,8 +192,8 @@ async def test_an_opening_that_is_warm_is_not_waited_for() -> None:
     assert await openings.enter(b"a", None)
 
 
-async def test_a_first_call_that_fails_lets_the_others_go() -> None:
-    """The others do not fail one after another: they are sent together."""
+async def test_a_first_call_that_fails_releases_the_others() -> None:
+    """The others are sent together; they do not fail one after another."""
     transport = Held()
     llm = LLM("anthropic/claude-x", transport=transport, env=ENV, max_attempts=1)
 
@@ -214,8 +214,8 @@ async def test_a_first_call_that_fails_lets_the_others_go() -> None:
     assert [task.result() for task in tasks] == ["failed", "x", "x", "x"]
 
 
-async def test_a_first_call_that_is_cancelled_lets_the_others_go() -> None:
-    """Nobody waits for a call that has ended."""
+async def test_a_first_call_that_is_cancelled_releases_the_others() -> None:
+    """No call waits for one that has ended."""
     transport = Held()
     llm = LLM("anthropic/claude-x", transport=transport, env=ENV)
     async with asyncio.TaskGroup() as group:
@@ -228,14 +228,14 @@ async def test_a_first_call_that_is_cancelled_lets_the_others_go() -> None:
 
 
 async def test_a_call_waits_no_longer_than_its_deadline() -> None:
-    """A first call that hangs costs the others a part of their own time, not all of it."""
+    """A first call that hangs uses only a part of the others' time."""
     openings = Openings(lambda: 1000.0)
     assert await openings.enter(b"a", None)
     assert not await openings.enter(b"a", 0.01)
 
 
-async def test_a_tight_budget_is_no_deadlock() -> None:
-    """The call that goes first fails and waits for room in the budget: those that waited for it have gone on."""
+async def test_a_tight_budget_causes_no_deadlock() -> None:
+    """If the first call fails and waits for the budget, the calls that waited for it go on."""
     transport = ScriptedTransport(message(status=500), message())
     llm = LLM("anthropic/claude-x", transport=transport, env=ENV, budget=Budget(tokens=40_000), max_attempts=2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -243,7 +243,7 @@ async def test_a_tight_budget_is_no_deadlock() -> None:
     assert [task.result().text for task in tasks] == ["x"] * 5
 
 
-async def test_a_replay_waits_for_nobody(tmp_path: Path) -> None:
+async def test_a_replay_does_not_wait(tmp_path: Path) -> None:
     """Recorded answers are played at once, and the recording holds the marks."""
     path = tmp_path / "openings.yaml"
 

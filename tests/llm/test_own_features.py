@@ -1,4 +1,4 @@
-"""The library's own features on providers that lack an option, or whose models break a call of a tool."""
+"""The library's own features on providers that lack an option, or whose models return broken tool calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def claude(text: str) -> HTTPReply:
 
 
 def test_seeds_ended_the_training_of_a_claude() -> None:
-    """Several candidates of an API without seeds are asked for without them, with a warning, and the run goes on."""
+    """For an API without seeds several candidates are requested without them, with a warning, and the run continues."""
     transport = ScriptedTransport(claude('{"suggestion": {"prompt": null}}'))
     llm = LLM("anthropic/claude-sonnet-4-5", api_key="k" * 9, env={}, transport=transport)
     trainer = AggregatedUpdate(Agent(llm), LLMOptimizer(llm=llm, num_candidates=3), llm=llm)
@@ -41,8 +41,8 @@ def test_seeds_ended_the_training_of_a_claude() -> None:
     assert not [body for body in transport.bodies() if "seed" in body]
 
 
-async def test_an_option_that_a_fallback_lacks_is_left_out() -> None:
-    """The question is the same for all models of a list."""
+async def test_an_option_that_a_fallback_lacks_is_omitted() -> None:
+    """All models of a list get the same question."""
     transport = ScriptedTransport(
         HTTPReply(status=200, body=b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}', headers={})
     )
@@ -58,14 +58,14 @@ async def test_an_option_that_a_fallback_lacks_is_left_out() -> None:
 
 
 async def test_a_users_own_seed_is_still_an_error() -> None:
-    """What a user asks for and an API lacks is not left out in silence."""
+    """An option that the user gives is not dropped silently."""
     llm = LLM("anthropic/claude-sonnet-4-5", api_key="k" * 9, env={}, transport=ScriptedTransport(claude("x")))
     with pytest.raises(ConfigError, match="seed"):
         await llm.complete("q", seed=3)
 
 
-async def test_broken_arguments_of_a_model_were_a_config_error() -> None:
-    """A conversation goes on after a call of a tool that was cut at the limit, on an API that wants objects."""
+async def test_broken_arguments_of_a_model_raised_a_config_error() -> None:
+    """A conversation continues after a truncated tool call, on an API that requires objects."""
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"city": "Be'}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     cut = {"choices": [{"message": message, "finish_reason": "length"}]}

@@ -1,4 +1,4 @@
-"""The owner answers calls of workers with its own models: its keys, cassette, budget and ledger."""
+"""The owner answers workers' calls with its own models, keys, cassette, budget and ledger."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def client(*, budget: Budget | None = None) -> tuple[LLM, ScriptedTransport]:
     return llm, transport
 
 
-def test_a_process_that_is_no_worker_has_no_owner() -> None:
-    """Calls of an ordinary process are made by the client itself."""
+def test_an_ordinary_process_has_no_owner() -> None:
+    """The client makes its calls itself."""
     assert current_owner() is None
 
 
 def test_a_model_keeps_its_number() -> None:
-    """The same model has one number, another model another one."""
+    """The same model keeps its number; another model has another one."""
     owner = Owner()
     (first, _), (second, _) = client(), client()
     assert [owner.number_of(model) for model in (first, second, first)] == [0, 1, 0]
     assert owner.model(1) is second
 
 
-async def test_a_call_is_recorded_where_the_worker_made_it(tmp_path: Path) -> None:
-    """Lineage and role are those of the call; key, budget and ledger those of the owner."""
+async def test_a_call_is_recorded_with_its_workers_lineage(tmp_path: Path) -> None:
+    """Lineage and role come from the call; key, budget and ledger from the owner."""
     owner, budget = Owner(), Budget(calls=1)
     llm, transport = client(budget=budget)
     call = ask(owner.number_of(llm))
@@ -55,8 +55,8 @@ async def test_a_call_is_recorded_where_the_worker_made_it(tmp_path: Path) -> No
     assert '"lineage":"train/sample=3"' in (tmp_path / "calls.yaml").read_text()
 
 
-async def test_an_async_check_decides_about_a_structured_answer() -> None:
-    """`validate` may be awaited: it runs in the worker."""
+async def test_an_async_check_validates_a_structured_answer() -> None:
+    """`validate` may be async: it runs in the worker."""
     owner = Owner()
     llm, transport = client()
     chat = ChatCall(model="tiny", messages=normalise("Hi"), response_format={"type": "json_object"})
@@ -70,15 +70,15 @@ async def test_an_async_check_decides_about_a_structured_answer() -> None:
 
 
 async def test_a_stream_is_read_through_the_owner() -> None:
-    """The deltas come one by one, the whole answer last."""
+    """Deltas arrive one by one, then the whole answer."""
     owner = Owner()
     llm, _ = client()
     pieces = [piece async for piece in owner.deltas(ask(owner.number_of(llm), stream=True))]
     assert [getattr(piece, "text", piece) for piece in pieces] == ["hello"]
 
 
-async def test_another_model_is_asked_with_its_options() -> None:
-    """A callable in the place of a model is called here, and is not shown in a transcript of this process."""
+async def test_a_callable_model_is_called_with_its_options() -> None:
+    """A callable is called in this process, and is not in its transcript."""
     asked: list[Any] = []
 
     def model(messages: Any, max_tokens: int) -> str:

@@ -1,4 +1,4 @@
-"""A pickled client holds settings and nothing else: no key, no budget, nothing that belongs to one process."""
+"""A pickled client holds settings only: no key, no budget, nothing bound to one process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keyed(key: str) -> str:
 
 
 class Keys:
-    """Returns a key from an attribute, which a pickle would carry along."""
+    """Returns a key from an attribute, which a pickle would contain."""
 
     def __call__(self) -> str:
         return KEY
@@ -41,7 +41,7 @@ class Keys:
 
 
 class Named(LLM):
-    """A user's subclass with an attribute and a constructor of its own."""
+    """A user's subclass with its own attribute and constructor."""
 
     def __init__(self, nickname: str) -> None:
         super().__init__("openai-compatible/tiny", base_url=BASE_URL, max_attempts=2)
@@ -72,14 +72,14 @@ def test_settings_survive_a_pickle() -> None:
 
 
 async def test_a_pickled_client_answers() -> None:
-    """The copy makes calls through the transport of the process that loads it."""
+    """The copy uses the transport of the process that loads it."""
     loaded = pickle.loads(pickle.dumps(LLM("openai-compatible/tiny", base_url=BASE_URL)))
     loaded._line.transport = ScriptedTransport(answer("hello"))
     assert (await loaded.complete("Hi")).text == "hello"
 
 
 def test_a_subclass_keeps_its_own_attributes() -> None:
-    """The constructor of a subclass is not called again; what it added is kept."""
+    """The constructor of a subclass is not called again; its attributes are kept."""
     loaded = pickle.loads(pickle.dumps(Named("tiny")))
     assert (type(loaded), loaded.nickname, loaded._line.policy.max_attempts) == (Named, "tiny", 2)
 
@@ -103,7 +103,7 @@ def test_a_subclass_keeps_its_own_attributes() -> None:
     ids=lambda value: value if isinstance(value, str) and " " not in value and len(value) < 10 else "",
 )
 def test_an_argument_that_cannot_be_pickled_is_named(name: str, value: Any) -> None:
-    """The error names the argument and the remedy, and shows neither the key nor the password."""
+    """The error names the argument and the remedy, and shows neither key nor password."""
     llm = LLM("openai/gpt-4o-mini", **{"base_url": BASE_URL, name: value})
     with pytest.raises(ConfigError, match=rf"^Expected LLM.* to hold only settings .* - at LLM\.{name}$") as caught:
         pickle.dumps(llm)
@@ -112,7 +112,7 @@ def test_an_argument_that_cannot_be_pickled_is_named(name: str, value: Any) -> N
 
 
 def test_no_key_of_the_environment_is_in_a_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key of a variable is read again where the pickle is loaded."""
+    """The key is read from the environment again when the pickle is loaded."""
     monkeypatch.setitem(os.environ, "OPENAI_API_KEY", KEY)
     data = pickle.dumps(LLM("openai/gpt-4o-mini"))
     assert KEY.encode() not in data
@@ -128,6 +128,6 @@ def test_a_copied_agent_shares_its_client() -> None:
 
 
 def test_every_attribute_is_known() -> None:
-    """An attribute that the constructor sets is not mistaken for one that a subclass added."""
+    """Attributes that the constructor sets are not mistaken for a subclass's."""
     one, several = LLM("openai-compatible/tiny", base_url=BASE_URL), LLM(["openai/gpt-4o-mini", "openai/gpt-4o"])
     assert set(vars(one)) | set(vars(several)) == owner.ATTRIBUTES

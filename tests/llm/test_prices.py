@@ -18,21 +18,21 @@ from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Messa
 
 
 def test_cached_input_has_its_own_price() -> None:
-    """`input_tokens` includes the cached ones, which cost what `cached` says, else like the others."""
+    """`input_tokens` includes cached tokens, which cost `cached`, or the input price by default."""
     usage = Usage(input_tokens=1000, cached_tokens=400, output_tokens=100)
     assert Price(input=10, output=20, cached=1).cost(usage) == pytest.approx((600 * 10 + 400 * 1 + 100 * 20) / 1e6)
     assert Price(input=10, output=20).cost(usage) == pytest.approx((1000 * 10 + 100 * 20) / 1e6)
 
 
 def test_unknown_tokens_have_no_cost() -> None:
-    """None is not 0."""
+    """Missing usage is not 0."""
     assert Price(input=1, output=1).cost(Usage(input_tokens=5)) is None
 
 
 @pytest.mark.requirement("client 11: the user's prices")
 @pytest.mark.parametrize("name", ["openai/gpt-4o-mini", "openai:gpt-4o-mini", "gpt-4o-mini"])
 def test_every_spelling_of_a_name_is_found(name: str) -> None:
-    """A table written with either convention works."""
+    """A table in either naming convention works."""
     assert find_price("openai", "gpt-4o-mini", {name: Price(input=1, output=2)}) is not None
 
 
@@ -45,21 +45,21 @@ def test_every_spelling_of_a_name_is_found(name: str) -> None:
         {"input": 1, "output": 1, "service": {"flex": -0.5}},
     ],
 )
-def test_impossible_prices_are_refused(price: dict[str, Any]) -> None:
-    """A negative or missing price is a slip, not a discount."""
+def test_invalid_prices_are_refused(price: dict[str, Any]) -> None:
+    """A negative or missing price is an error."""
     with pytest.raises(ConfigError, match=r"at Price\."):
         Price(**price)
 
 
 def test_a_missing_price_names_the_nearest() -> None:
-    """A misspelt name in the table is found out before spending."""
+    """A misspelt name in the table is reported before anything is spent."""
     with pytest.raises(ConfigError, match=r"nearest in the table: 'openai/gtp-zero'"):
         need_price("openai", "gpt-zero", {"openai/gtp-zero": Price(input=1, output=1)})
 
 
 @pytest.mark.requirement("client 11: genai-prices")
 def test_the_kept_table_knows_common_models() -> None:
-    """genai-prices, where installed, prices what the user's table does not, with its tiers."""
+    """genai-prices, if installed, prices what the user's table lacks, including tiers."""
     pytest.importorskip("genai_prices")
     small = kept_price("openai", "gpt-4o-mini")
     assert small is not None
@@ -72,7 +72,7 @@ def test_the_kept_table_knows_common_models() -> None:
 
 
 def test_openrouters_free_models_are_free() -> None:
-    """What `:free` says is known without any table; other endings are other prices, and unknown."""
+    """`:free` is free without a table; any other suffix has its own, unknown price."""
     assert kept_price("openrouter", "vendor/model:free") == Price(input=0, output=0)
     assert kept_price("ollama", "vendor/model:free") is None
 
@@ -95,8 +95,8 @@ LONG = Price(
         (600_000, (600_000 * 9 + 1_000 * 30) / 1e6),
     ],
 )
-def test_the_dearest_tier_was_billed(given: int, expected: float) -> None:
-    """The tier that the prompt's length comes to counts for all its tokens; the dearest in reach is reserved."""
+def test_the_highest_tier_was_billed(given: int, expected: float) -> None:
+    """The prompt's length decides the tier for all its tokens; the highest possible tier is reserved."""
     assert LONG.cost(Usage(input_tokens=given, output_tokens=1_000)) == pytest.approx(expected)
     assert LONG.most(given, 1_000, service_tier="default") >= expected
     assert LONG.most(100_000, 0, service_tier="default") == pytest.approx(0.3)
@@ -104,7 +104,7 @@ def test_the_dearest_tier_was_billed(given: int, expected: float) -> None:
 
 
 def test_service_tiers_by_their_factor() -> None:
-    """The tier that served a call counts; what the request leaves open is reserved at the dearest factor."""
+    """The service tier of the answer decides; if the request leaves it open, the highest factor is reserved."""
     usage = Usage(input_tokens=1_000, output_tokens=1_000)
     usual = LONG.cost(usage)
     assert usual is not None
@@ -118,7 +118,7 @@ def test_service_tiers_by_their_factor() -> None:
 
 
 def test_cache_writes_cost_as_much_as_other_input() -> None:
-    """Written for five minutes they cost 1.25 times as much, for an hour twice, unless the price says otherwise."""
+    """By default a write for five minutes costs 1.25 times the input price, for an hour twice."""
     usage = Usage(
         input_tokens=1_000_000,
         output_tokens=0,
@@ -136,7 +136,7 @@ def test_cache_writes_cost_as_much_as_other_input() -> None:
 
 
 def test_the_kept_tables_cache_writes_and_service_tiers() -> None:
-    """What genai-prices knows of a model is taken over."""
+    """genai-prices' figures for a model are used."""
     pytest.importorskip("genai_prices")
     claude = kept_price("anthropic", "claude-sonnet-4-5")
     assert claude is not None
@@ -155,8 +155,8 @@ def test_the_kept_tables_cache_writes_and_service_tiers() -> None:
         Usage(input_tokens=5, output_tokens=5, cost=1e9),
     ],
 )
-def test_figures_that_cannot_be_were_believed(usage: Usage) -> None:
-    """Negative and absurd figures, and none at all for an answer, are unknown; the others stay."""
+def test_impossible_figures_were_believed(usage: Usage) -> None:
+    """Negative, absurd and missing figures are unknown; the others are kept."""
     choices = (Choice(message=Message(content="x")),)
     found = believed(Completion(choices=choices, usage=usage))
     assert None in (found.input_tokens, found.output_tokens, found.cost if usage.cost is not None else None)
@@ -179,7 +179,7 @@ def test_figures_that_cannot_be_were_believed(usage: Usage) -> None:
     ],
 )
 def test_parts_larger_than_the_whole_were_believed(usage: Usage, expected: Usage) -> None:
-    """Cached tokens are part of the input; reasoning that exceeds the output was counted on top of it."""
+    """Cached tokens are part of the input; reasoning beyond the output was added to it."""
     assert believed(Completion(choices=(Choice(message=Message(content="x")),), usage=usage)) == expected
 
 
@@ -192,7 +192,7 @@ NEGATIVE = {
 
 @pytest.mark.parametrize("name", NEGATIVE)
 def test_a_negative_part_made_a_call_cheaper(name: str) -> None:
-    """A negative count of cached or tool tokens does not lower the input."""
+    """A negative count of cached or tool tokens does not reduce the input."""
     codec = resolve(name, api_key="k", env={"AWS_REGION": "eu-central-1"}).codec
     body = {
         "anthropic/c": {"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn", "usage": NEGATIVE[name]},
@@ -220,7 +220,7 @@ async def test_a_cost_that_is_not_a_number_was_billed(cost: object) -> None:
 
 
 def test_the_total_of_the_responses_api_was_not_read() -> None:
-    """Tokens that are in the total, but neither in input nor in output, are output."""
+    """Tokens that only the total contains are output."""
     body = {
         "status": "completed",
         "output": [{"type": "message", "content": [{"type": "output_text", "text": "x"}]}],
@@ -231,8 +231,8 @@ def test_the_total_of_the_responses_api_was_not_read() -> None:
     assert codec.decode(reply, ChatCall(model="grok-4", messages=())).usage.output_tokens == 103
 
 
-async def test_a_negative_cost_gave_money_back() -> None:
-    """A server's figure that cannot be counts as it was reserved."""
+async def test_a_negative_cost_returned_money() -> None:
+    """An impossible figure is charged as reserved."""
     for usage in (
         {"prompt_tokens": 5, "completion_tokens": 5, "cost": -5.0},
         {"prompt_tokens": 0, "completion_tokens": 0},
@@ -248,7 +248,7 @@ async def test_a_negative_cost_gave_money_back() -> None:
                            ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, 2.0)],
 )  # fmt: skip
 async def test_a_budget_did_not_reserve_for_cache_writes(marked: dict[str, object], writes: float) -> None:
-    """A request that marks a prefix for the cache reserves what writing it costs."""
+    """A request that marks a prefix for the cache reserves the price of writing it."""
     body = {"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn",
             "usage": {"input_tokens": 10, "cache_creation_input_tokens": 1000, "output_tokens": 5,
                       "cache_creation": {"ephemeral_1h_input_tokens": 1000 if writes == 2.0 else 0}}}  # fmt: skip

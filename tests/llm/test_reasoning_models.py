@@ -1,4 +1,4 @@
-"""Models that think: the name of their limit, room beside it, and thinking that goes back with calls of tools."""
+"""Reasoning models: the name of their limit, room for thinking, and thinking that is sent back with tool calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def replying(body: Any) -> HTTPReply:
 
 
 def refusing(field: str, message: str) -> Callable[[HTTPRequest], HTTPReply]:
-    """A server that refuses a field by a message."""
+    """A server that refuses a field with a message."""
     return lambda request: failure(400, message) if field in msgspec.json.decode(request.body) else answer()
 
 
@@ -40,8 +40,8 @@ def limits(transport: ScriptedTransport) -> list[tuple[Any, Any]]:
     return [(body.get("max_tokens"), body.get("max_completion_tokens")) for body in transport.bodies()]
 
 
-async def test_the_servers_own_hint_was_not_heeded() -> None:
-    """A 400 that names max_completion_tokens is answered by it, at once, and remembered for every client."""
+async def test_the_servers_own_hint_was_ignored() -> None:
+    """After a 400 that names max_completion_tokens the request is corrected at once, and every client remembers it."""
     transport = ScriptedTransport(refusing("max_tokens", HINT))
     llm = client(transport, budget=(budget := Budget(calls=10)))
     assert (await llm.complete(QUESTION, max_tokens=7)).attempts == 2
@@ -52,28 +52,28 @@ async def test_the_servers_own_hint_was_not_heeded() -> None:
 
 @pytest.mark.parametrize("key", ["token", "k", "max", "none"])
 async def test_a_placeholder_as_the_key_hid_the_hint(key: str) -> None:
-    """Local servers take any key; one that is part of `max_completion_tokens` was starred out in the middle of it."""
+    """Local servers accept any key; one that is part of `max_completion_tokens` was masked inside it."""
     transport = ScriptedTransport(refusing("max_tokens", HINT))
     await client(transport, api_key=key).complete(QUESTION, max_tokens=7)
     assert limits(transport) == [(7, None), (None, 7)]
 
 
 async def test_a_name_in_capitals_is_a_reasoning_model() -> None:
-    """Gateways name models as they like."""
+    """Gateways write model names in any case."""
     transport = ScriptedTransport(answer())
     await client(transport, "openai-compatible/GPT-5-mini").complete(QUESTION, max_tokens=7)
     assert limits(transport) == [(None, 7)]
 
 
 async def test_a_server_that_does_not_know_the_newer_name() -> None:
-    """A model that is named like a reasoning model, on a server that knows max_tokens alone."""
+    """The model's name looks like a reasoning model's, but the server only knows max_tokens."""
     transport = ScriptedTransport(refusing("max_completion_tokens", "Unknown field: max_completion_tokens"))
     await client(transport, "openai-compatible/gpt-5-mini").complete(QUESTION, max_tokens=7)
     assert limits(transport) == [(None, 7), (7, None)]
 
 
-async def test_a_limit_that_is_too_large_is_no_hint() -> None:
-    """The value is wrong, not the name: the error is the user's."""
+async def test_a_limit_that_is_too_large_is_not_a_hint() -> None:
+    """The value is wrong, not the name: the user gets the error."""
     message = "max_completion_tokens is too large: 900000"
     transport = ScriptedTransport(refusing("max_completion_tokens", message))
     with pytest.raises(BadRequestError):
@@ -81,15 +81,15 @@ async def test_a_limit_that_is_too_large_is_no_hint() -> None:
     assert len(transport.requests) == 1
 
 
-async def test_a_hint_with_one_attempt_is_the_error() -> None:
-    """The corrected request is an attempt like any other."""
+async def test_a_hint_with_one_attempt_is_raised() -> None:
+    """The corrected request counts as an attempt."""
     transport = ScriptedTransport(refusing("max_tokens", HINT))
     with pytest.raises(BadRequestError):
         await client(transport, max_attempts=1).complete(QUESTION, max_tokens=7)
 
 
-async def test_a_stream_heeds_the_hint() -> None:
-    """Before its first delta a stream is asked for again."""
+async def test_a_stream_obeys_the_hint() -> None:
+    """Before its first delta a stream is retried."""
     chunk = b'data: {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}\n\n'
 
     def respond(request: HTTPRequest) -> HTTPReply:
@@ -100,8 +100,8 @@ async def test_a_stream_heeds_the_hint() -> None:
     assert [delta async for delta in client(ScriptedTransport(respond)).stream(QUESTION, max_tokens=7)] == ["hi"]
 
 
-async def test_a_replay_heeds_a_recorded_hint(tmp_path: Path) -> None:
-    """What was learned before, within or after a recording does not change what a replay finds."""
+async def test_a_replay_obeys_a_recorded_hint(tmp_path: Path) -> None:
+    """A hint learned before, during or after a recording does not change a replay's requests."""
     transport = ScriptedTransport(refusing("max_tokens", HINT))
     with cassette(tmp_path / "a.jsonl", "once"):
         llm = client(transport)
@@ -114,8 +114,8 @@ async def test_a_replay_heeds_a_recorded_hint(tmp_path: Path) -> None:
     assert offline.requests == []
 
 
-async def test_a_reasoning_model_behind_a_gateway_got_a_cap_for_local_servers() -> None:
-    """With nothing set, nothing is sent: thinking would use up a cap of ours."""
+async def test_a_reasoning_model_behind_a_gateway_got_the_limit_for_local_servers() -> None:
+    """By default no limit is sent: thinking would use it up."""
     transport = ScriptedTransport(answer())
     await client(transport, "openai-compatible/gpt-5-mini").complete(QUESTION)
     assert limits(transport) == [(None, None)]
@@ -131,13 +131,13 @@ async def test_a_reasoning_model_behind_a_gateway_got_a_cap_for_local_servers() 
         ("gemini-2.0-flash", False), ("llama-3.3-70b", False), ("gpt-4.1", False),
     ],
 )  # fmt: skip
-def test_models_that_think_by_name(name: str, expected: bool) -> None:
-    """Known families and names that say so; no other name is taken for one."""
+def test_reasoning_models_by_name(name: str, expected: bool) -> None:
+    """Known families and explicit names are recognised, and no other name is."""
     assert thinks(name) is expected
 
 
 async def test_a_budget_left_a_reasoning_model_no_room_to_answer() -> None:
-    """Without a limit of the call, a budget of tokens sends one with room for thinking."""
+    """If the call has no limit, a budget of tokens sends one with room for thinking."""
     for name, expected in (("m", (ASSUMED_OUTPUT, None)), ("gpt-5-mini", (None, ASSUMED_OUTPUT + THINKING_ROOM))):
         transport = ScriptedTransport(answer())
         await client(transport, f"openai-compatible/{name}", budget=Budget(tokens=10**6)).complete(QUESTION)
@@ -145,7 +145,7 @@ async def test_a_budget_left_a_reasoning_model_no_room_to_answer() -> None:
 
 
 def needing(tokens: int, *, text: str = '{"score": 1, "feedback": "good"}', thought: str | None = None) -> Any:
-    """A server whose model thinks for so many tokens before it answers."""
+    """A server whose model thinks for a number of tokens before it answers."""
 
     def respond(request: HTTPRequest) -> HTTPReply:
         body = msgspec.json.decode(request.body)
@@ -157,8 +157,8 @@ def needing(tokens: int, *, text: str = '{"score": 1, "feedback": "good"}', thou
     return ScriptedTransport(respond)
 
 
-async def test_a_judges_cap_left_no_room_for_thinking() -> None:
-    """A verdict that thinking used up is asked for once more, with room; a model known to think gets it at once."""
+async def test_a_judges_limit_left_no_room_for_thinking() -> None:
+    """A verdict that thinking used up is requested again with room; a known reasoning model gets the room at once."""
     unknown = needing(4000)
     assert (await LLMJudge(client(unknown))("q", "a", "b")).score == 1.0
     assert [cap for cap, _ in limits(unknown)] == [1024, 1024 + THINKING_ROOM]
@@ -171,8 +171,8 @@ async def test_a_judges_cap_left_no_room_for_thinking() -> None:
     assert [cap for cap, _ in limits(asked)] == [1024 + THINKING_ROOM]
 
 
-async def test_an_answer_that_is_too_long_is_not_asked_for_again() -> None:
-    """Without any thinking a cut answer is what it is."""
+async def test_an_answer_that_is_too_long_is_not_requested_again() -> None:
+    """Without thinking a truncated answer is final."""
     body = {"choices": [{"message": {"content": "half a sen"}, "finish_reason": "length"}]}
     transport = ScriptedTransport(replying(body))
     completion = await complete_own(client(transport), QUESTION, max_tokens=5)
@@ -184,7 +184,7 @@ async def test_an_answer_that_is_too_long_is_not_asked_for_again() -> None:
 
 
 async def test_fields_and_headers_of_all_calls() -> None:
-    """`extra` and `headers` of the client go with every call; what a call says comes after."""
+    """The client's `extra` and `headers` are sent with every call; a call's own values override them."""
     transport = ScriptedTransport(answer())
     llm = client(
         transport,
@@ -199,8 +199,8 @@ async def test_fields_and_headers_of_all_calls() -> None:
     assert request.secrets == ("k" * 9, "gateway-key-123")
 
 
-async def test_a_header_that_authenticates_takes_the_place_of_the_key() -> None:
-    """No key is asked for, and none is sent."""
+async def test_an_authentication_header_replaces_the_key() -> None:
+    """No key is read, and none is sent."""
     transport = ScriptedTransport(answer())
     await client(transport, "openai/gpt-4o-mini", api_key=None, headers={"Authorization": "Bearer own"}).complete("q")
     assert transport.requests[0].headers["authorization"] == "Bearer own"
@@ -216,8 +216,8 @@ async def test_a_header_that_authenticates_takes_the_place_of_the_key() -> None:
         {"headers": {3: "x"}},
     ],
 )
-def test_headers_and_fields_that_cannot_be_sent(options: dict[str, Any]) -> None:
-    """They are refused when the client is made."""
+def test_invalid_headers_and_fields(options: dict[str, Any]) -> None:
+    """They are refused when the client is created."""
     with pytest.raises(ConfigError, match=r"LLM\.(headers|extra)"):
         client(ScriptedTransport(answer()), **options)
 
@@ -234,8 +234,8 @@ DETAILS = [{"type": "reasoning.encrypted", "data": "abc", "id": "c1", "format": 
     "name", ["deepseek/deepseek-reasoner", "moonshot/kimi-k2", "openrouter/m", "openai-compatible/m"]
 )
 @pytest.mark.parametrize("thinking", [{"reasoning_content": "I need f"}, {"reasoning_details": DETAILS}])
-async def test_thinking_did_not_go_back_with_a_tool_call(name: str, thinking: dict[str, Any]) -> None:
-    """A server that thinks before it calls a tool gets its thinking back as it came, with that message."""
+async def test_thinking_was_not_sent_back_with_a_tool_call(name: str, thinking: dict[str, Any]) -> None:
+    """A server that thinks before a tool call gets its thinking back unchanged, with that message."""
     transport = ScriptedTransport(calling(**thinking), answer("done"))
     llm = client(transport, name)
     first = await llm.complete(QUESTION)
@@ -245,8 +245,8 @@ async def test_thinking_did_not_go_back_with_a_tool_call(name: str, thinking: di
     assert sent["tool_calls"] == [TOOL]
 
 
-async def test_thinking_stays_where_it_is_not_wanted() -> None:
-    """Without a tool call, and on another server, no field of thinking is sent."""
+async def test_thinking_is_sent_back_only_where_it_is_needed() -> None:
+    """Without a tool call, and to another server, no thinking is sent."""
     plain = {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
     transport = ScriptedTransport(replying({"choices": [{"message": plain, "finish_reason": "stop"}]}), answer())
     llm = client(transport)
@@ -260,7 +260,7 @@ async def test_thinking_stays_where_it_is_not_wanted() -> None:
 
 
 async def test_a_server_that_refuses_its_own_thinking() -> None:
-    """A 400 that does not know the field is answered without it."""
+    """After a 400 about the unknown field the request is sent without it."""
 
     def respond(request: HTTPRequest) -> HTTPReply:
         messages = msgspec.json.decode(request.body)["messages"]
@@ -275,7 +275,7 @@ async def test_a_server_that_refuses_its_own_thinking() -> None:
 
 
 async def test_geminis_signature_over_its_openai_endpoint() -> None:
-    """The signature of a call goes back to the server that gave it, and to no other but Google's."""
+    """The signature of a call is sent back to its server, and otherwise to Google's only."""
     signed = {**TOOL, "extra_content": {"google": {"thought_signature": "sig"}}}
     for address, kept in (("http://127.0.0.1:9/v1", True), ("http://127.0.0.1:8/v1", False)):
         transport = ScriptedTransport(calling(tool_calls=[signed]))
@@ -286,8 +286,8 @@ async def test_geminis_signature_over_its_openai_endpoint() -> None:
         assert ("extra_content" in again.bodies()[0]["messages"][1]["tool_calls"][0]) is kept
 
 
-async def test_streamed_thinking_goes_back() -> None:
-    """The pieces of a stream are put together under the name that they came under."""
+async def test_streamed_thinking_is_sent_back() -> None:
+    """The pieces of a stream are joined under their original name."""
     deltas: list[dict[str, Any]] = [
         {"reasoning_content": "I need "},
         {"reasoning_content": "f"},

@@ -64,7 +64,7 @@ def client(transport: ScriptedTransport, **options: Any) -> LLM:
 )  # fmt: skip
 @pytest.mark.parametrize("provider", ["openai/", "openai:", "azure/", ""])
 def test_models_without_chat_completions_get_the_responses_api(provider: str, name: str) -> None:
-    """Their only API is chosen by itself; the user's own choice comes first."""
+    """It is chosen automatically; the user's choice takes precedence."""
     env = {"AZURE_OPENAI_ENDPOINT": "https://r.openai.azure.com"}
     assert isinstance(resolve(provider + name, env=env).codec, OpenAIResponses)
     assert isinstance(resolve(provider + name, env=env, api="chat").codec, OpenAIChat)
@@ -75,7 +75,7 @@ def test_models_without_chat_completions_get_the_responses_api(provider: str, na
     ["openai/gpt-5", "openai/gpt-4o", "openai/o3", "openai/o4-mini", "openai/gpt-5-mini", "openai/gpt-5-prototype"],
 )
 def test_other_models_keep_chat_completions(name: str) -> None:
-    """Chat completions are the default; the Responses API is one word away."""
+    """The user can choose the Responses API with one option."""
     assert isinstance(resolve(name, env={}).codec, OpenAIChat)
     assert isinstance(resolve(name, env={}, api="responses").codec, OpenAIResponses)
 
@@ -84,19 +84,19 @@ def test_other_models_keep_chat_completions(name: str) -> None:
     "name", ["openrouter/openai/gpt-5-pro", "openai-compatible/gpt-5-pro", "litellm-proxy/gpt-5-pro"]
 )
 def test_gateways_keep_chat_completions(name: str) -> None:
-    """A gateway serves such a model in its own way."""
+    """A gateway serves such a model by chat completions."""
     assert isinstance(resolve(name, base_url="http://127.0.0.1:9/v1", env={}).codec, OpenAIChat)
 
 
 def test_the_name_that_litellm_gives_this_api() -> None:
-    """`openai/responses/MODEL` is not sent as a model of that name to chat completions."""
+    """`openai/responses/MODEL` chooses the API; it is not sent as a model name."""
     endpoint = resolve("openai/responses/gpt-4o", env={})
     assert (endpoint.model, type(endpoint.codec)) == ("gpt-4o", OpenAIResponses)
 
 
 @pytest.mark.parametrize(("name", "words"), [("anthropic/claude-x", "none"), ("openai/gpt-5", "'chat', 'responses'")])
 def test_an_api_that_a_provider_does_not_have(name: str, words: str) -> None:
-    """The error lists those that it has."""
+    """The error lists the provider's APIs."""
     with pytest.raises(ConfigError, match=words):
         LLM(name, api="assistants", env={})
 
@@ -132,7 +132,7 @@ async def test_addresses_on_azure(base_url: str, version: str | None, url: str) 
 
 
 async def test_a_tool_loop_is_recorded_and_replayed(tmp_path: Path) -> None:
-    """The second turn holds the reasoning of the first as it came, also from a cassette, where the key is absent."""
+    """The second turn holds the first turn's reasoning unchanged, also from a cassette, which has no key."""
     path = tmp_path / "loop.yaml"
 
     async def loop(transport: ScriptedTransport, **options: Any) -> tuple[str, Any]:
@@ -174,13 +174,13 @@ async def test_a_stream_is_recorded_and_replayed(tmp_path: Path) -> None:
 
 
 async def test_a_budget_reserves_by_the_limit_of_this_api() -> None:
-    """The limit goes as max_output_tokens, given or assumed, and the usage with cached tokens is what was spent."""
+    """The limit is sent as max_output_tokens, given or assumed; the usage with cached tokens is charged."""
     prices = {"openai/gpt-5-pro": Price(input=10, output=100, cached=1)}
     budget = Budget(usd=3)
     transport = ScriptedTransport(reply(message("hi")))
     llm = client(transport, budget=budget, prices=prices)
     answer = await llm.complete(QUESTION)
-    assert transport.bodies()[0]["max_output_tokens"] == 4096 + 16_384  # it thinks
+    assert transport.bodies()[0]["max_output_tokens"] == 4096 + 16_384  # A reasoning model.
     assert answer.usage.cost == pytest.approx((6 * 10 + 4 * 1 + 5 * 100) / 1e6)
     assert budget.spent.usd == pytest.approx(answer.usage.cost)
     for extra in ({"max_output_tokens": 40_000}, {"max_completion_tokens": 40_000}):
@@ -189,8 +189,8 @@ async def test_a_budget_reserves_by_the_limit_of_this_api() -> None:
     assert len(transport.requests) == 1
 
 
-async def test_a_failed_response_is_tried_again() -> None:
-    """A status of 200 whose response failed at the server is no answer; each request counts."""
+async def test_a_failed_response_is_retried() -> None:
+    """A failed response with status 200 is not an answer; each request counts."""
     failed = reply(status="failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
     transport = ScriptedTransport(failed, reply(message("hi")))
     answer = await client(transport).complete(QUESTION)
@@ -201,7 +201,7 @@ async def test_a_failed_response_is_tried_again() -> None:
 
 
 async def test_a_model_that_cannot_encrypt_is_asked_without() -> None:
-    """A name that looks like a reasoning model's: the refusal is heeded, and remembered for the next call."""
+    """The name looks like a reasoning model's: the refusal is obeyed, and remembered for the next call."""
     refused = failure(400, "Encrypted content is not supported with this model.")
     transport = ScriptedTransport(refused, reply(message("hi")))
     llm = client(transport)
@@ -209,8 +209,8 @@ async def test_a_model_that_cannot_encrypt_is_asked_without() -> None:
     assert ["include" in body for body in transport.bodies()] == [True, False, False]
 
 
-async def test_structured_output_steps_down_here_too() -> None:
-    """A refused schema is asked for as json_object, then by the prompt."""
+async def test_structured_output_falls_back_to_lower_forms() -> None:
+    """After a refused schema json_object is tried, then the prompt alone."""
     schema = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
     refused = failure(400, "Invalid schema for response_format")
     transport = ScriptedTransport(refused, reply(message('{"k": 1}')))
@@ -220,8 +220,8 @@ async def test_structured_output_steps_down_here_too() -> None:
     assert formats == ["json_schema", "json_object"]
 
 
-async def test_a_model_that_only_this_api_serves_is_told_of() -> None:
-    """A model of a new name is refused by chat completions: the error says which argument reaches it."""
+async def test_an_error_recommends_the_responses_api() -> None:
+    """Chat completions refuse a new model that only this API serves: the error names the argument that selects it."""
     refused = failure(404, "This model is only supported in v1/responses and not in v1/chat/completions.")
     llm = LLM("openai/gpt-9-new", api_key="k", env={}, transport=ScriptedTransport(refused))
     with pytest.raises(NotFoundError, match='api="responses"'):
@@ -229,11 +229,11 @@ async def test_a_model_that_only_this_api_serves_is_told_of() -> None:
 
 
 def test_a_pickled_client_keeps_its_api() -> None:
-    """A worker asks the same API."""
+    """A worker uses the same API."""
     made = pickle.loads(pickle.dumps(LLM("openai/gpt-4o", api="responses")))
     assert isinstance(made.endpoint.codec, OpenAIResponses)
 
 
 def test_from_synchronous_code() -> None:
-    """The call that Trace's users make."""
+    """Trace's users make synchronous calls."""
     assert client(ScriptedTransport(reply(message("hi"))))(messages=QUESTION).text == "hi"

@@ -1,4 +1,4 @@
-"""The Responses API against real recordings, compared with a plain reading of the same JSON."""
+"""The Responses API against real recordings, compared with a plain parse of the same JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALL = ChatCall(model="recorded", messages=({"role": "user", "content": "?"},))
 
 
 class Reading(NamedTuple):
-    """What a plain reading of a response finds."""
+    """What a plain parse of a response finds."""
 
     text: str
     finish: str
@@ -60,7 +60,7 @@ def events(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def final(row: dict[str, Any]) -> dict[str, Any]:
-    """The last event's response, with the items of the earlier events if it has none."""
+    """Return the last event's response, with the items of the earlier events if it has none."""
     found = events(row)
     response: dict[str, Any] = found[-1]["response"]
     done = [event["item"] for event in found if event["type"] == "response.output_item.done"]
@@ -101,14 +101,14 @@ def reading(ours: Completion) -> Reading:
 
 
 def compare(found: Completion | LLMError, expected: Reading) -> Any:
-    """None if the two agree."""
+    """Return None if the two agree."""
     if isinstance(found, LLMError):
         return (expected, found)
     return None if reading(found) == expected else (expected, reading(found))
 
 
-def test_every_recorded_response_is_read_right() -> None:
-    """Text, finish reason, usage, calls and refusal are those of a plain reading."""
+def test_every_recorded_response_is_read_correctly() -> None:
+    """Text, finish reason, usage, calls and refusal equal those of a plain parse."""
     wrong = []
     for row in rows("ok"):
         try:
@@ -121,8 +121,8 @@ def test_every_recorded_response_is_read_right() -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1000, 7])
-def test_every_recorded_stream_is_read_right(step: int) -> None:
-    """Wherever the bytes are cut, deltas and whole answer are those of a plain reading of the events."""
+def test_every_recorded_stream_is_read_correctly(step: int) -> None:
+    """Wherever the bytes are cut, deltas and whole answer equal those of a plain parse of the events."""
     wrong = []
     for row in rows("stream"):
         body = row["response_body"].encode()
@@ -140,7 +140,7 @@ def test_every_recorded_stream_is_read_right(step: int) -> None:
 
 
 def test_a_recorded_stream_that_is_decoded_in_one_piece() -> None:
-    """A stored stream, read as a whole body, gives the same answer as read event by event."""
+    """A stored stream, decoded as a whole body, gives the same answer as event by event."""
     for row in rows("stream")[:20]:
         reader = codec().stream(CALL)
         list(reader.feed(row["response_body"].encode()))
@@ -148,7 +148,7 @@ def test_a_recorded_stream_that_is_decoded_in_one_piece() -> None:
 
 
 def test_a_recorded_stream_cut_anywhere_is_a_lost_connection() -> None:
-    """A stream without its last event never passes as an answer."""
+    """A stream without its last event is never an answer."""
     for row in rows("stream")[:30]:
         body = row["response_body"].encode()
         end = body.rindex(b"data:")
@@ -160,14 +160,14 @@ def test_a_recorded_stream_cut_anywhere_is_a_lost_connection() -> None:
 
 
 def answers() -> Iterator[tuple[Completion, list[dict[str, Any]]]]:
-    """Every recorded answer with its output items."""
+    """Return every recorded answer with its output items."""
     for row in (*rows("ok"), *rows("stream")):
         body = final(row) if row["kind"] == "stream" else json.loads(row["response_body"])
         yield codec().decode(reply(row), CALL), body["output"]
 
 
-def test_recorded_items_go_back_as_they_came() -> None:
-    """Reasoning, calls and searches are sent with the next turn unchanged, in their order; a text alone as a text."""
+def test_recorded_items_are_sent_back_unchanged() -> None:
+    """Reasoning, calls and searches are sent with the next turn in order; a text without them is sent as a string."""
     count = 0
     for answer, output in answers():
         messages = normalise([{"role": "user", "content": "?"}, answer, {"role": "user", "content": "Go on."}])
@@ -180,11 +180,11 @@ def test_recorded_items_go_back_as_they_came() -> None:
     assert count >= 50
 
 
-VITAL = {"output", "content", "usage", "status", "error", "incomplete_details", "reason"}  # cannot be lost unnoticed
+VITAL = {"output", "content", "usage", "status", "error", "incomplete_details", "reason"}  # Cannot be lost unnoticed.
 
 
-def test_one_damaged_field_costs_that_field_at_most() -> None:
-    """Any field of a recorded response may be null, missing its type or nonsense: the answer is still read."""
+def test_one_damaged_field_loses_at_most_that_field() -> None:
+    """If any field of a recorded response is null, without its type or invalid, the answer is still read."""
     random = Random(7)
     for row in rows("ok")[:60]:
         if len(row["response_body"]) > 20_000:

@@ -1,4 +1,4 @@
-"""Whether and when a failed attempt is tried again."""
+"""Which failed attempts are retried, and when."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ POLICY = RetryPolicy(max_attempts=10)
     "kind",
     [APIConnectionError, APITimeoutError, RateLimitError, ServerError, DecodeError, EmptyResponseError],
 )
-def test_what_may_pass_is_tried_again(kind: type[LLMError]) -> None:
-    """Lost connections, rate limits, the server's own failures and unreadable answers."""
+def test_transient_errors_are_retried(kind: type[LLMError]) -> None:
+    """Lost connections, rate limits, server errors and unreadable answers are retried."""
     assert is_transient(kind(""))
 
 
@@ -44,8 +44,8 @@ def test_what_may_pass_is_tried_again(kind: type[LLMError]) -> None:
         ContentFilterError, TruncatedError,
     ],
 )  # fmt: skip
-def test_what_stays_wrong_is_not(kind: type[LLMError]) -> None:
-    """Wrong requests, keys, empty accounts and filtered or cut answers stay what they are."""
+def test_permanent_errors_are_not_retried(kind: type[LLMError]) -> None:
+    """Invalid requests, refused keys, empty accounts and filtered or truncated answers are not retried."""
     assert not is_transient(kind("", status=400))
 
 
@@ -60,13 +60,13 @@ def test_what_stays_wrong_is_not(kind: type[LLMError]) -> None:
     ],
 )
 def test_x_should_retry_is_obeyed(error: LLMError, said: str, expected: bool) -> None:
-    """The server knows best, both ways; but no waiting refills an account."""
+    """The header decides, both ways; but an empty account is never retried."""
     assert is_transient(error, {"x-should-retry": said}) is expected
 
 
 @pytest.mark.requirement("client 3: 0.5 s doubling to 8, with jitter")
 def test_backoff_doubles_to_its_ceiling_with_jitter_downwards() -> None:
-    """0.5 s doubling to 8 s, up to a quarter less."""
+    """The backoff is 0.5 s, doubling to 8 s, reduced by up to a quarter."""
     error = ServerError("", status=500)
     full = [POLICY.delay(error, attempt, remaining=600, random=0.0) for attempt in range(1, 8)]
     assert full == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
@@ -75,14 +75,14 @@ def test_backoff_doubles_to_its_ceiling_with_jitter_downwards() -> None:
 
 @pytest.mark.requirement("client 3: Retry-After is waited for")
 def test_retry_after_replaces_the_backoff() -> None:
-    """What the server asks for counts, to the letter and without jitter."""
+    """The server's wait is exact, without jitter."""
     assert POLICY.delay(RateLimitError("", status=429, retry_after=7.5), 1, remaining=600, random=0.9) == 7.5
 
 
 @pytest.mark.requirement("client 3: capped, then failing fast with retry_after")
 @pytest.mark.parametrize(("retry_after", "remaining"), [(120.1, 600.0), (30.0, 29.0)])
-def test_a_wait_too_long_is_given_up(retry_after: float, remaining: float) -> None:
-    """Beyond the cap or the deadline nothing is waited for."""
+def test_a_wait_that_is_too_long_is_not_started(retry_after: float, remaining: float) -> None:
+    """A wait beyond the maximum or the deadline is not started."""
     error = RateLimitError("", status=429, retry_after=retry_after)
     assert POLICY.delay(error, 1, remaining=remaining, random=0) is None
 
@@ -95,7 +95,7 @@ def test_the_last_attempt_is_the_last() -> None:
     assert policy.delay(error, 2, remaining=9, random=0) is None
 
 
-def test_what_was_not_sent_cannot_have_been_charged() -> None:
-    """The message tells, so a replayed failure tells the same."""
+def test_a_request_that_was_not_sent_is_free() -> None:
+    """The message shows that it was not sent, so a replay shows it too."""
     assert not was_sent(APIConnectionError(f"{NOT_SENT}refused"))
     assert was_sent(APIConnectionError("cut"))

@@ -1,4 +1,4 @@
-"""Streamed answers: deltas as they come, then the same usage and errors as whole answers."""
+"""Streamed answers: deltas as they arrive, then the same usage and errors as whole answers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WHOLE = [chunk("Hel"), chunk("lo"), chunk(finish_reason="stop"), USAGE, event(b"
 
 
 class Streaming(Transport):
-    """A transport that streams its pieces; an exception among them is raised in its place."""
+    """A transport that streams its pieces; an exception among them is raised at its position."""
 
     def __init__(self, *scripts: Any) -> None:
         self.scripts = list(scripts)
@@ -92,7 +92,7 @@ async def read(llm: LLM) -> list[str]:
 
 @pytest.mark.requirement("built 3: streams")
 async def test_deltas_then_the_whole_answer() -> None:
-    """Iterating gives the text in pieces; `completion` has all that `complete` returns."""
+    """Iterating yields the text in pieces; `completion` has all that `complete` returns."""
     stream = client(Streaming(WHOLE)).stream(QUESTION)
     with pytest.raises(ConfigError, match="read to its end"):
         _ = stream.completion
@@ -101,8 +101,8 @@ async def test_deltas_then_the_whole_answer() -> None:
     assert (completion.text, completion.finish_reason, completion.usage.output_tokens) == ("Hello", "stop", 2)
 
 
-async def test_a_failure_before_the_first_delta_is_tried_again() -> None:
-    """Until something was given out, a stream fails and recovers like any call."""
+async def test_a_failure_before_the_first_delta_is_retried() -> None:
+    """Until the first delta a stream fails and recovers like any call."""
     transport = Streaming(APIConnectionError("cut"), failure(500), WHOLE)
     stream = client(transport).stream(QUESTION)
     assert "".join([delta async for delta in stream]) == "Hello"
@@ -110,7 +110,7 @@ async def test_a_failure_before_the_first_delta_is_tried_again() -> None:
 
 
 async def test_a_failure_after_the_first_delta_is_raised() -> None:
-    """What has been given out cannot be taken back."""
+    """A delta that was yielded cannot be taken back."""
     transport = Streaming([chunk("Hel"), APIConnectionError("cut")])
     stream = aiter(client(transport).stream(QUESTION))
     found = await anext(stream)
@@ -121,28 +121,28 @@ async def test_a_failure_after_the_first_delta_is_raised() -> None:
 
 @pytest.mark.requirement("built 3: streams")
 async def test_errors_inside_the_stream_are_errors() -> None:
-    """An error event is raised as the error it names, not given out as text."""
+    """An error event raises the error that it names; it is not text."""
     inside = event({"error": {"message": "slow down", "code": 429}})
     with pytest.raises(RateLimitError, match="slow down"):
         await read(client(Streaming([chunk("Hel"), inside])))
 
 
 async def test_permanent_errors_are_tried_once() -> None:
-    """As with `complete`."""
+    """As with `complete`, they are not retried."""
     transport = Streaming(failure(401, "key"))
     with pytest.raises(AuthenticationError):
         await read(client(transport))
     assert transport.opened == 1
 
 
-async def test_a_stream_cut_before_its_end_is_no_answer() -> None:
-    """The connection closed neatly, but the answer was not finished."""
+async def test_a_truncated_stream_is_an_error() -> None:
+    """The connection was closed properly, but the answer is not complete."""
     with pytest.raises(LLMError):
         await read(client(Streaming([chunk("Hel")])))
 
 
 async def test_leaving_early_frees_everything() -> None:
-    """A consumer that breaks off ends the request, gives its place back and settles the budget."""
+    """A consumer that stops early ends the request, frees its place and settles the budget."""
     transport, budget = Streaming(WHOLE), Budget(calls=5)
     llm = client(transport, max_concurrency=1, budget=budget)
     for _ in range(2):
@@ -153,14 +153,14 @@ async def test_leaving_early_frees_everything() -> None:
 
 
 async def test_a_transport_that_cannot_stream() -> None:
-    """A plain transport's whole answer is read as one piece."""
+    """A plain transport's whole answer is one piece."""
     body = b"".join(WHOLE)
     whole = HTTPReply(status=200, body=body, headers={"content-type": "text/event-stream"})
     assert await read(client(ScriptedTransport(whole))) == ["Hel", "lo"]
 
 
 async def test_transcript_and_ledger() -> None:
-    """A streamed call is shown and counted like any other."""
+    """A streamed call is in the transcript and the ledger like any other."""
     with transcript() as shown, collecting() as ledger:
         await read(client(Streaming(WHOLE)))
     assert "Hello" in shown.render()
@@ -168,7 +168,7 @@ async def test_transcript_and_ledger() -> None:
 
 
 async def test_replay_gives_the_same_deltas(tmp_path: Path) -> None:
-    """Recorded and replayed without network: the same pieces, usage and errors."""
+    """A replay without network yields the same pieces, usage and errors."""
     recorded, played = [], []
     with cassette(tmp_path / "stream.yaml", "once"):
         recorded.append(await read(client(Streaming(WHOLE))))
@@ -183,7 +183,7 @@ async def test_replay_gives_the_same_deltas(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [APITimeoutError("late"), APIConnectionError("cut in the middle")])
 async def test_a_stream_that_stalled_was_replayed_as_one_without_an_end(tmp_path: Path, error: LLMError) -> None:
-    """What had come comes again, then the failure that ended it: its class, its words, its attempts."""
+    """A replay yields the same pieces, then raises the failure that ended it: class, message, attempts."""
 
     async def outcome(transport: Streaming) -> tuple[list[str], object]:
         deltas: list[str] = []
@@ -202,7 +202,7 @@ async def test_a_stream_that_stalled_was_replayed_as_one_without_an_end(tmp_path
 
 
 async def test_a_stream_cut_before_its_first_delta_is_replayed_with_its_retry(tmp_path: Path) -> None:
-    """The failure ends its own attempt and no later one."""
+    """The failure ends its own attempt only."""
     role = event({"id": "c", "model": "m", "choices": [{"index": 0, "delta": {"role": "assistant"}}]})
     with cassette(tmp_path / "again.yaml", "all"):
         recorded = await read(client(Streaming([role, APIConnectionError("cut")], WHOLE)))
@@ -211,7 +211,7 @@ async def test_a_stream_cut_before_its_first_delta_is_replayed_with_its_retry(tm
 
 
 async def test_replay_of_a_stream_that_was_left_early(tmp_path: Path) -> None:
-    """What came until then is on the tape, so the same reader leaves at the same place."""
+    """The tape holds the pieces up to that point, so the same reader stops at the same place."""
 
     async def first(llm: LLM) -> str:
         async with llm.stream(QUESTION) as stream:
@@ -223,8 +223,8 @@ async def test_replay_of_a_stream_that_was_left_early(tmp_path: Path) -> None:
         assert await first(client(Streaming(APIConnectionError("no network")))) == recorded == "Hel"
 
 
-async def test_a_stream_left_early_ends_there_when_it_is_read_on(tmp_path: Path) -> None:
-    """A replay does not pass off a part as the whole; a recording that goes on asks again."""
+async def test_reading_on_after_an_abandoned_stream_raises(tmp_path: Path) -> None:
+    """A replay does not present a part as the whole; a recording that goes on asks again."""
 
     async def first(llm: LLM) -> str:
         async with llm.stream(QUESTION) as stream:
@@ -242,7 +242,7 @@ async def test_a_stream_left_early_ends_there_when_it_is_read_on(tmp_path: Path)
 
 
 async def test_a_cancelled_stream_was_recorded_as_a_whole_answer(tmp_path: Path) -> None:
-    """Like any cancelled call it has no answer: a recording that goes on asks again, a replay misses."""
+    """It has no answer, like any cancelled call: a recording that goes on asks again, a replay misses."""
     path, stuck = tmp_path / "cancelled.yaml", asyncio.Event()
 
     class Stuck(Streaming):
@@ -268,7 +268,7 @@ async def test_a_cancelled_stream_was_recorded_as_a_whole_answer(tmp_path: Path)
 
 
 async def test_a_stream_left_by_break_held_its_place_until_a_collection() -> None:
-    """Nothing but the reader holds a stream: left by `break`, it ends its request, and the next has its place."""
+    """Only the reader holds a stream: leaving it by `break` ends its request and frees its place."""
     transport = Streaming(WHOLE)
     llm = client(transport, max_concurrency=2)
     gc.collect()

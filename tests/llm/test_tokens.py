@@ -1,4 +1,4 @@
-"""Tokens of Google and Azure: the real libraries on loopback, and fakes of their credentials' own interface."""
+"""Tokens of Google and Azure: the real libraries on loopback, and fakes of their credentials' interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from aggregator.llm.names import EntraToken, GoogleToken
 
 @contextmanager
 def token_server(answer: dict[str, Any], status: int = 200) -> Iterator[tuple[str, list[str]]]:
-    """A token endpoint on loopback; yields its address and the paths that were asked."""
+    """Run a token endpoint on loopback; yield its address and the requested paths."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -55,7 +55,7 @@ def token_server(answer: dict[str, Any], status: int = 200) -> Iterator[tuple[st
 
 
 class FakeEntra:
-    """What azure-identity's credentials are: `get_token(scope)` with a token and its end."""
+    """azure-identity's credential interface: `get_token(scope)` with a token and its expiry."""
 
     def __init__(self, *ends: float, error: Exception | None = None) -> None:
         self.ends = list(ends)
@@ -70,7 +70,7 @@ class FakeEntra:
 
 
 class FakeGoogle:
-    """What google-auth's credentials are: valid or not, a token, its end, and `refresh(request)`."""
+    """google-auth's credential interface: validity, token, expiry and `refresh(request)`."""
 
     def __init__(self, expiry: datetime | None) -> None:
         self.valid = False
@@ -84,7 +84,7 @@ class FakeGoogle:
 
 
 class Clock:
-    """A clock that the test moves."""
+    """A clock that the test sets."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
@@ -94,7 +94,7 @@ class Clock:
 
 
 def test_a_token_is_kept_until_shortly_before_it_expires() -> None:
-    """One request of the library per token, not per call."""
+    """The library is asked once per token, not once per call."""
     clock, credential = Clock(), FakeEntra(3600, 7200)
     token = EntraToken(credential, clock=clock)
     assert [token(), token()] == ["token-1", "token-1"]
@@ -105,8 +105,8 @@ def test_a_token_is_kept_until_shortly_before_it_expires() -> None:
     assert credential.scopes == ["https://cognitiveservices.azure.com/.default"] * 2
 
 
-def test_google_credentials_are_refreshed_by_their_own_end() -> None:
-    """The end that google-auth states is naive and in UTC, wherever the machine is."""
+def test_google_credentials_are_refreshed_at_their_expiry() -> None:
+    """google-auth's expiry is naive and in UTC, in any time zone."""
     pytest.importorskip("google.auth", reason="needs the extra vertex")
     credentials = FakeGoogle(datetime(2030, 1, 1, 1, 0, 0))  # noqa: DTZ001 - as google-auth states it
     clock = Clock(datetime(2030, 1, 1, 0, 0, 0, tzinfo=UTC).timestamp())
@@ -116,8 +116,8 @@ def test_google_credentials_are_refreshed_by_their_own_end() -> None:
     assert token() == "token-2"
 
 
-def test_a_google_token_that_never_ends() -> None:
-    """Credentials of a fixed token are not refreshed, which they could not be."""
+def test_a_google_token_without_expiry() -> None:
+    """Credentials with a fixed token are not refreshed, because they cannot be."""
     credentials = FakeGoogle(None)
     credentials.valid, credentials.token = True, "fixed"
     assert GoogleToken(credentials)() == "fixed"
@@ -125,7 +125,7 @@ def test_a_google_token_that_never_ends() -> None:
 
 
 def private_key() -> str:
-    """A key that signs nothing outside of this test."""
+    """Make a key that signs nothing outside this test."""
     from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -136,7 +136,7 @@ def private_key() -> str:
 
 @pytest.fixture
 def google_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Application Default Credentials in a file, with a token endpoint on loopback."""
+    """Write Application Default Credentials to a file, with a token endpoint on loopback."""
     pytest.importorskip("google.auth", reason="needs the extra vertex")
 
     @contextmanager
@@ -153,22 +153,22 @@ def google_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_application_default_credentials(google_login: Any) -> None:
-    """google-auth finds the login of the machine and exchanges it for a token, once."""
+    """google-auth finds the machine's login and exchanges it for a token, once."""
     with google_login({"access_token": "ya29.found", "expires_in": 3600, "token_type": "Bearer"}) as asked:
         token = GoogleToken()
         assert [token(), token()] == ["ya29.found", "ya29.found"]
         assert asked == ["/token"]
 
 
-def test_a_login_that_has_ended_is_a_config_error(google_login: Any) -> None:
-    """A refusal says what to do; the library's own exceptions do not leave."""
+def test_an_expired_login_is_a_config_error(google_login: Any) -> None:
+    """The error states the remedy; the library's own exceptions are not raised."""
     with google_login({"error": "invalid_grant"}, 400), pytest.raises(ConfigError, match="gcloud auth") as caught:
         GoogleToken()()
     assert "invalid_grant" in str(caught.value)
 
 
-def test_no_google_login_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that leads nowhere is a ConfigError with the remedy."""
+def test_a_missing_google_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that does not exist is a ConfigError with the remedy."""
     pytest.importorskip("google.auth", reason="needs the extra vertex")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "absent.json"))
     with pytest.raises(ConfigError, match="GOOGLE_APPLICATION_CREDENTIALS"):
@@ -176,15 +176,15 @@ def test_no_google_login_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_token_endpoint_that_is_down_is_a_lost_connection(google_login: Any) -> None:
-    """A connection that is refused may come back: nothing was sent, and the error can be retried."""
+    """A refused connection may recover: nothing was sent, and the error can be retried."""
     with google_login({}):
-        pass  # the server is gone, the login is not
+        pass  # The server is gone, the login is not.
     with pytest.raises(APIConnectionError, match="Nothing was sent"):
         GoogleToken()()
 
 
 def test_a_managed_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """azure-identity's default credential asks the identity endpoint that the host states."""
+    """azure-identity's default credential asks the host's identity endpoint."""
     pytest.importorskip("azure.identity", reason="needs the extra entra")
     with token_server({"access_token": "eyJ.found", "expires_on": "4102444800", "resource": "r"}) as (url, asked):
         monkeypatch.setenv("IDENTITY_ENDPOINT", f"{url}/msi/token")
@@ -205,20 +205,20 @@ def test_a_managed_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_errors_of_the_library_become_ours(error: Exception, kind: type[Exception]) -> None:
-    """Whatever azure-identity raises, an error of this tree leaves, with its words."""
+    """Any exception of azure-identity becomes an AggregatorError with its message."""
     with pytest.raises(kind, match=str(error)):
         EntraToken(FakeEntra(error=error))()
 
 
 def test_a_missing_library_names_the_extra() -> None:
-    """The remedy is the command that installs it."""
+    """The remedy is the pip command."""
     missing = FakeEntra(error=ModuleNotFoundError("No module named 'azure'"))
     with pytest.raises(ConfigError, match=r"pip install 'aggregated-update\[entra\]'"):
         EntraToken(missing)()
 
 
-def test_a_token_never_shows() -> None:
-    """Neither the object nor a client that holds it shows the token."""
+def test_a_token_is_never_shown() -> None:
+    """Neither the object's repr nor a client's shows the token."""
     token = EntraToken(FakeEntra(4102444800))
     assert token() == "token-1"
     llm = LLM("azure/d", base_url="https://r.openai.azure.com", api_key=token, env={})
@@ -226,7 +226,7 @@ def test_a_token_never_shows() -> None:
 
 
 async def test_a_replay_needs_no_login(tmp_path: Path) -> None:
-    """A cassette is played on a machine that has no credentials; the recorded one asked for a token once."""
+    """A cassette is replayed on a machine without credentials; the recording asked for a token once."""
     path, credential = tmp_path / "azure.yaml", FakeEntra(4102444800)
 
     async def ask(token: Any, *steps: Any) -> str:
@@ -250,7 +250,7 @@ async def test_a_replay_needs_no_login(tmp_path: Path) -> None:
     ],
 )
 async def test_a_token_function_that_fails(error: Exception, kind: type[Exception], sent: int) -> None:
-    """Whatever a function of the user's raises, an error of this tree leaves and nothing is sent or counted."""
+    """Any exception of the user's function becomes an AggregatorError, and nothing is sent or counted."""
 
     def token() -> str:
         raise error
@@ -262,8 +262,8 @@ async def test_a_token_function_that_fails(error: Exception, kind: type[Exceptio
     assert (len(transport.requests), budget.spent.calls) == (sent, sent)
 
 
-async def test_a_token_that_comes_at_the_second_try() -> None:
-    """A service that was away for a moment costs an attempt, not the call; the request carries the token."""
+async def test_a_token_that_arrives_on_the_second_attempt() -> None:
+    """A service that is briefly unavailable costs an attempt, not the call; the request carries the token."""
     tries: Iterator[Any] = iter([OSError("away"), OSError("away"), "t1"])
 
     def token() -> str:
@@ -280,7 +280,7 @@ async def test_a_token_that_comes_at_the_second_try() -> None:
 
 
 def test_pickling_keeps_the_settings() -> None:
-    """A token source crosses to a worker without token or credentials; handed-in credentials do not."""
+    """A token source is pickled without token or credentials; credentials given as an object are not pickled."""
     made = pickle.loads(pickle.dumps(GoogleToken(scope="https://example.com/scope")))
     assert repr(made) == repr(GoogleToken(scope="https://example.com/scope"))
     with pytest.raises(ConfigError, match="credentials"):

@@ -1,4 +1,4 @@
-"""One event per attempt and per call, silent until someone listens, never with a key."""
+"""One event per attempt and per call; nothing is logged by default, and never a key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY = "sk-very-secret-0123456789"
 
 @pytest.fixture
 def events() -> Iterator[list[Any]]:
-    """What an application that has configured structlog sees."""
+    """Collect what an application that has configured structlog logs."""
     seen: list[Any] = []
 
     def keep(logger: Any, name: str, event: Any) -> Any:
@@ -40,7 +40,7 @@ def client(*steps: Any) -> LLM:
 
 @pytest.mark.requirement("built 9: an event per attempt and per call")
 async def test_an_event_per_attempt_and_per_call(events: list[Any]) -> None:
-    """Two attempts and the call they belong to, each with where, who, what came and what it used."""
+    """Two attempts and their call are logged, each with place, role, result and usage."""
     with lineage("train", "sample=3", role="optimizer"):
         await client(failure(500), answer()).complete(QUESTION)
     assert [event["event"] for event in events] == ["llm.attempt", "llm.attempt", "llm.call"]
@@ -53,16 +53,16 @@ async def test_an_event_per_attempt_and_per_call(events: list[Any]) -> None:
     assert (call["attempts"], call["output_tokens"], call["finish_reason"]) == (2, 5, "stop")
 
 
-async def test_a_failed_call_is_told(events: list[Any]) -> None:
-    """Its error, status and attempts."""
+async def test_a_failed_call_is_logged(events: list[Any]) -> None:
+    """The event has its error, status and attempts."""
     with pytest.raises(AuthenticationError):
         await client(failure(401)).complete(QUESTION)
     assert (events[-1]["event"], events[-1]["error"], events[-1]["status"]) == ("llm.call", "AuthenticationError", 401)
 
 
 @pytest.mark.requirement("built 9: no key in it")
-async def test_keys_and_messages_are_never_told(events: list[Any]) -> None:
-    """Not even where a server repeats the key."""
+async def test_keys_and_messages_are_never_logged(events: list[Any]) -> None:
+    """This holds even if a server repeats the key."""
     with pytest.raises(AuthenticationError):
         await client(failure(401, f"Incorrect API key: {KEY}")).complete("a private question")
     await client(answer("a private answer")).complete("a private question")
@@ -71,7 +71,7 @@ async def test_keys_and_messages_are_never_told(events: list[Any]) -> None:
 
 
 def test_silent_and_unimported_by_default() -> None:
-    """Without an application that configures structlog, nothing is written and structlog is not even loaded."""
+    """Unless the application configures structlog, nothing is logged and structlog is not imported."""
     script = """
 import sys
 from aggregator import LLM
@@ -91,8 +91,8 @@ assert "structlog" not in sys.modules and "aiohttp" not in sys.modules
 
 
 @pytest.mark.requirement("built 9: spans")
-async def test_spans_in_the_words_of_the_genai_conventions() -> None:
-    """With OpenTelemetry's SDK in use, each call is a span; a failed one says of what kind."""
+async def test_spans_follow_the_genai_conventions() -> None:
+    """With OpenTelemetry's SDK each call is a span; a failed one has its error type."""
     trace = pytest.importorskip("opentelemetry.trace")
     sdk = pytest.importorskip("opentelemetry.sdk.trace")
     exporting = pytest.importorskip("opentelemetry.sdk.trace.export")

@@ -1,4 +1,4 @@
-"""HTTP over aiohttp, against servers that misbehave on loopback."""
+"""HTTP over aiohttp, against misbehaving servers on loopback."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_header_names_are_plain_lower_case_text() -> None:
 
 @pytest.mark.requirement("client 1: only encodings that can be decoded")
 async def test_compressed_bodies_are_decompressed() -> None:
-    """The reply's body is what the server meant."""
+    """The reply's body is the decompressed one."""
     body = gzip.compress(b'{"a": 1}')
     zipped = HTTPReply(status=200, body=body, headers={"content-encoding": "gzip"})
     async with serving(answering([zipped])) as url, AiohttpTransport() as transport:
@@ -50,8 +50,8 @@ async def test_redirects_are_not_followed() -> None:
         assert (await transport.send(request(url))).status == 307
 
 
-async def test_no_cookies() -> None:
-    """Nothing that one call was given is sent with the next."""
+async def test_cookies_are_not_sent() -> None:
+    """No cookie of one call is sent with the next."""
     seen = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -66,8 +66,8 @@ async def test_no_cookies() -> None:
 
 
 @pytest.mark.requirement("client 8: a class for each kind")
-async def test_refused_connections_were_not_sent() -> None:
-    """Nobody listens: nothing was sent, nothing can cost."""
+async def test_a_refused_connection_sent_nothing() -> None:
+    """Nothing was sent, so nothing can cost."""
     async with serving(answering([])) as url:
         pass
     async with AiohttpTransport() as transport:
@@ -83,15 +83,15 @@ async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @pytest.mark.requirement("client 1: a deadline for each call", "client 8: a class for each kind")
 async def test_the_deadline_ends_a_request() -> None:
-    """A server that never answers ends in APITimeoutError; it may have worked on the request."""
+    """A server that never answers raises APITimeoutError; it may have worked on the request."""
     async with serving(hang) as url, AiohttpTransport() as transport:
         with pytest.raises(APITimeoutError, match="no whole answer within 0.05 s") as caught:
             await transport.send(request(url), timeout=0.05)
     assert was_sent(caught.value)
 
 
-async def test_an_answer_cut_short() -> None:
-    """Half a body is no answer."""
+async def test_a_truncated_answer() -> None:
+    """Half a body is an error."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -107,8 +107,8 @@ async def test_an_answer_cut_short() -> None:
     [b"NOT HTTP AT ALL\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n{}"],
     ids=["no status line", "negative length"],
 )
-async def test_the_key_stood_in_the_error_of_an_answer_that_is_not_http(answered: bytes) -> None:
-    """The message says what is wrong with the answer, and nothing that the request held."""
+async def test_the_key_was_in_the_error_of_an_answer_that_is_not_http(answered: bytes) -> None:
+    """The message describes what is wrong with the answer, and quotes nothing of the request."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -123,7 +123,7 @@ async def test_the_key_stood_in_the_error_of_an_answer_that_is_not_http(answered
 
 
 class DyingConnections:
-    """Answers the first request of a connection, closes at the second without a byte."""
+    """Answers the first request of a connection and closes at the second without a byte."""
 
     def __init__(self, *, always: bool = False) -> None:
         self.requests = 0
@@ -141,7 +141,7 @@ class DyingConnections:
 
 @pytest.mark.requirement("client 2: sent once, the next attempt over a new connection", "Trace: reset_freq")
 async def test_a_used_connection_that_died_was_replaced_silently() -> None:
-    """Whether the server read the request is unknown, so the transport sends it once and says that it was lost."""
+    """The server may have read the request, so the transport sends it once and reports that it was lost."""
     server = DyingConnections()
     async with serving(server) as url, AiohttpTransport() as transport:
         assert (await transport.send(request(url))).status == 200
@@ -152,7 +152,7 @@ async def test_a_used_connection_that_died_was_replaced_silently() -> None:
 
 
 async def test_many_used_connections_that_died() -> None:
-    """A request that asks for a new connection is not served from the pool, whose connections died."""
+    """A request for a new connection does not use the pool, whose connections died."""
     server = DyingConnections()
     async with serving(server) as url, AiohttpTransport() as transport:
         for fresh in (False, True):
@@ -164,7 +164,7 @@ async def test_many_used_connections_that_died() -> None:
 
 @pytest.mark.requirement("client 2: a new one is not")
 async def test_a_new_connection_that_dies_is_not_replaced() -> None:
-    """Only an idle connection may have died innocently; here the server may have begun to work."""
+    """Only an idle connection may have died before the request; here the server may have started to work."""
     server = DyingConnections(always=True)
     async with serving(server) as url, AiohttpTransport() as transport:
         with pytest.raises(APIConnectionError):
@@ -174,7 +174,7 @@ async def test_a_new_connection_that_dies_is_not_replaced() -> None:
 
 @pytest.mark.requirement("client 1: no limit of connections")
 async def test_more_than_a_hundred_at_once() -> None:
-    """aiohttp's limit of 100 connections is lifted: the limiter bounds, not the pool."""
+    """aiohttp's limit of 100 connections is lifted: the limiter bounds concurrency, not the pool."""
     arrived = 0
     everybody = asyncio.Event()
 
@@ -198,15 +198,15 @@ async def test_more_than_a_hundred_at_once() -> None:
     assert arrived == 150
 
 
-async def test_an_address_that_is_none() -> None:
-    """A slip in base_url is a ConfigError, not a lost connection to try again."""
+async def test_an_invalid_address() -> None:
+    """A mistake in base_url is a ConfigError, not a lost connection to retry."""
     async with AiohttpTransport() as transport:
         with pytest.raises(ConfigError, match="base_url"):
             await transport.send(request("no-scheme"))
 
 
-async def test_a_key_with_its_line_break_was_an_attack() -> None:
-    """A key read from a file ends in one: the error says so, is a ConfigError, and does not show the key."""
+async def test_a_key_with_its_line_break_was_reported_as_an_attack() -> None:
+    """A key read from a file may end in a line break: the ConfigError says so, without the key."""
     async with serving(answering([answer()])) as url, AiohttpTransport() as transport:
         asked = HTTPRequest(url=f"{url}/x", body=b"{}", headers={"authorization": "Bearer sk-the-key-itself\n"})
         with pytest.raises(ConfigError, match=r"header 'authorization' as printable text.*around the key") as caught:
@@ -214,8 +214,8 @@ async def test_a_key_with_its_line_break_was_an_attack() -> None:
     assert "sk-the-key-itself" not in str(caught.value)
 
 
-async def test_a_port_that_is_none_was_a_value_error() -> None:
-    """An address that cannot be parsed is told as one that is none."""
+async def test_an_invalid_port_raised_a_value_error() -> None:
+    """An address that cannot be parsed is reported as invalid."""
     async with AiohttpTransport() as transport:
         with pytest.raises(ConfigError, match="as base_url, got 'http://127.0.0.1:99999/chat/completions'"):
             await transport.send(request("http://127.0.0.1:99999"))
@@ -227,7 +227,7 @@ async def test_a_port_that_is_none_was_a_value_error() -> None:
     "Trace: reset_freq",
 )
 async def test_idle_connections_are_dropped_before_servers_drop_them() -> None:
-    """Servers close after 5 s idle; a connection idle for longer than `keepalive_timeout` is not used again."""
+    """Servers close a connection after 5 s; one idle for longer than `keepalive_timeout` is not reused."""
     connections = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -300,19 +300,19 @@ for thread in threads: thread.join()
     ],
     ids=["own loop", "portal", "both", "threads"],
 )
-def test_a_script_that_closes_nothing_ends_without_a_word(how: str) -> None:
-    """No unclosed session, socket or task, no warning, whatever loops a script has used."""
+def test_a_script_that_closes_nothing_ends_without_warnings(how: str) -> None:
+    """No session, socket or task is left open, whatever event loops a script has used."""
     script = textwrap.dedent(FORGETFUL).replace("HOW", how)
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", script], capture_output=True, text=True, check=False
     )
-    slow = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]  # asyncio's debug mode
+    slow = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]  # asyncio's debug mode.
     assert (done.stdout, slow, done.returncode) == ("done\n", [], 0)
 
 
 @pytest.mark.requirement("client 15: cancelling closes the socket")
 async def test_leaving_a_stream_ends_its_request() -> None:
-    """The server sees a stream closed that nobody reads on."""
+    """The server sees the connection of an abandoned stream close."""
     closed = asyncio.Event()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
