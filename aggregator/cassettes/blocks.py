@@ -241,7 +241,7 @@ class _Adoption:
         placed = [
             self._place(exchange, request, index) for (exchange, index, _), request in zip(waiting, clean, strict=True)
         ]
-        needles = [needles_for(request, self._policy) for request in requests]
+        needles = [needles_for(request) for request in requests]
         lines = []
         for line, (_, _, place) in zip(redact_lines(placed, needles, self._policy), waiting, strict=True):
             if isinstance(line, SecretLeakError):

@@ -252,11 +252,17 @@ def _is_random(letters: str) -> bool:
 # ---- the values that authenticate a request
 
 
+@lru_cache(maxsize=1024)
+def may_authenticate(header: str) -> bool:
+    """Return True if a header of this name may carry what authenticates a request."""
+    return bool(PARAMETER.fullmatch(header)) or header.lower() == "cookie"
+
+
 def authenticating_values(url: str, headers: Mapping[str, str], secrets: Iterable[str]) -> frozenset[str]:
     """Return what authenticates a request: the declared secrets, and what its headers and URL carry."""
     found = set(secrets)
     for name, value in headers.items():
-        if PARAMETER.fullmatch(name) or name.lower() == "cookie":
+        if may_authenticate(name):
             scheme, _, rest = value.partition(" ")
             rest = rest.strip()
             found |= {rest, *_basic(rest)} if rest and scheme.isalpha() else {value.strip()}

@@ -327,6 +327,8 @@ _NO_TEXT = re.compile(
 _LONGEST_NUMBER = 64
 _MOST_KNOWN = 10_000
 _TAG = "tag:yaml.org,2002:"
+_MAP = _TAG + "map"
+_TEXT_ONLY = frozenset({str})
 _TEXTS = {_TAG + "str", _TAG + "python/str", _TAG + "python/unicode", "!str"}
 _BINARIES = {_TAG + "binary", "!binary"}
 _LISTS = {_TAG + "seq", _TAG + "python/tuple"}
@@ -405,14 +407,26 @@ class _Builder:
 
         try:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(data.removeprefix(b"\xef\xbb\xbf"))
-            scalar, stack = yaml.ScalarEvent, self._stack
-            while loader.check_event():
-                event = loader.get_event()
+            scalar, stack, known, most = yaml.ScalarEvent, self._stack, self._known, self._budget.nodes
+            steps = {
+                yaml.ScalarEvent: self._text,
+                yaml.AliasEvent: self._repeat,
+                yaml.MappingStartEvent: self._start_map,
+                yaml.SequenceStartEvent: self._start_list,
+                yaml.MappingEndEvent: self._end,
+                yaml.SequenceEndEvent: self._end,
+            }
+            for event in iter(loader.get_event, None):
                 if type(event) is scalar and event.tag is None and event.anchor is None and stack:  # nearly always
-                    self._count(event)
-                    stack[-1].items.append(self._plain(event.value) if event.implicit[0] else event.value)
-                else:
-                    self._take(event, type(event).__name__)
+                    self._nodes += 1
+                    if self._nodes > most:
+                        self._count(event, 0)
+                    value = event.value
+                    if event.implicit[0]:
+                        value = known[value] if value in known else self._plain(value)
+                    stack[-1].items.append(value)
+                elif step := steps.get(type(event)):
+                    step(event)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = mark.line + 1 if mark else 1
@@ -429,21 +443,25 @@ class _Builder:
             raise CassetteDamagedError(f"Expected one document, got {len(self._root)} - in {self._where}")
         return self._root[0], self._lines
 
-    def _take(self, event: Any, kind: str) -> None:
-        if kind == "ScalarEvent":
-            self._count(event)
-            value = self._scalar(event)
-            self._add(value, event.anchor, 1)
-        elif kind in ("MappingStartEvent", "SequenceStartEvent"):
-            self._count(event)
-            if len(self._stack) >= self._budget.depth:
-                raise self._refuse(event, f"nesting up to {self._budget.depth}", "a deeper one")
-            self._stack.append(_Open(event, is_map=kind == "MappingStartEvent", nodes_before=self._nodes - 1))
-        elif kind in ("MappingEndEvent", "SequenceEndEvent"):
-            closed = self._stack.pop()
-            self._add(self._collection(closed, event), closed.anchor, self._nodes - closed.nodes_before)
-        elif kind == "AliasEvent":
-            self._repeat(event)
+    def _text(self, event: Any) -> None:
+        self._count(event)
+        self._add(self._scalar(event), event.anchor, 1)
+
+    def _start_map(self, event: Any) -> None:
+        self._start(event, is_map=True)
+
+    def _start_list(self, event: Any) -> None:
+        self._start(event, is_map=False)
+
+    def _start(self, event: Any, *, is_map: bool) -> None:
+        self._count(event)
+        if len(self._stack) >= self._budget.depth:
+            raise self._refuse(event, f"nesting up to {self._budget.depth}", "a deeper one")
+        self._stack.append(_Open(event, is_map=is_map, nodes_before=self._nodes - 1))
+
+    def _end(self, event: Any) -> None:
+        closed = self._stack.pop()
+        self._add(self._collection(closed, event), closed.anchor, self._nodes - closed.nodes_before)
 
     def _count(self, event: Any, nodes: int = 1) -> None:
         self._nodes += nodes
@@ -512,15 +530,17 @@ class _Builder:
         return None if kind == "null" else text
 
     def _collection(self, closed: _Open, event: Any) -> Any:
-        tag = closed.tag
+        tag, items = closed.tag, closed.items
         if not closed.is_map:
             if tag is None or tag in _LISTS:
-                return closed.items
-            if tag.endswith(".istr") and closed.items:  # a case-insensitive header name of aiohttp
-                return closed.items[0]
+                return items
+            if tag.endswith(".istr") and items:  # a case-insensitive header name of aiohttp
+                return items[0]
             raise self._refuse(event, "data", f"the tag {tag!r}")
-        value = dict(self._pairs(closed, event))
-        if tag in (None, _TAG + "map"):
+        names, values = items[::2], items[1::2]
+        is_plain = _TEXT_ONLY.issuperset(map(type, names))
+        value = dict(zip(names, values, strict=True) if is_plain else self._pairs(names, values, event))
+        if tag is None or tag == _MAP:
             self._lines[id(value)] = closed.line
             return value
         if tag == _BYTES_IO:
@@ -531,8 +551,8 @@ class _Builder:
             return (value.get("args") or ("",))[0]
         raise self._refuse(event, "data", f"the tag {tag!r}")
 
-    def _pairs(self, closed: _Open, event: Any) -> Iterator[tuple[str, Any]]:
-        for name, value in zip(closed.items[::2], closed.items[1::2], strict=True):
+    def _pairs(self, names: list[Any], values: list[Any], event: Any) -> Iterator[tuple[str, Any]]:
+        for name, value in zip(names, values, strict=True):
             if isinstance(name, list | dict):
                 raise self._refuse(event, "texts as keys", f"a {type(name).__name__}")
             yield name.decode(errors="replace") if isinstance(name, bytes) else str(name), value

@@ -18,6 +18,9 @@ import msgspec
 # JSON, in one document or in events
 
 _DATA = re.compile(rb"(?:(?<![^\r\n])|(?<=^\xef\xbb\xbf))data: ?([^\r\n]*)")
+_PLAIN_DATA = re.compile(
+    rb"^data: ?([^\n]*)", re.MULTILINE
+)  # the same where lines end in a line feed alone, and faster
 _LINE = re.compile(rb"[^\r\n]+")
 _EVENTS = (b"data:", b"event:", b":", b"id:", b"retry:")
 _STREAMED = re.compile(r"event-?stream|stream\+json|ndjson|jsonl|json-?lines|json-seq", re.IGNORECASE)
@@ -49,8 +52,9 @@ def event_spans(body: bytes) -> list[tuple[int, int]]:
         return _data_spans(body) or [(0, len(body))]
     if beginning[:1] not in (b"{", b"["):
         return []
-    first = _LINE.search(body)
-    if first is None or first.end() > len(body) - 2 or not is_json(first[0]):  # one document, in one line or many
+    start = len(body) - len(body.lstrip(b"\r\n"))
+    end = min((place for sign in b"\r\n" if (place := body.find(sign, start)) >= 0), default=len(body))
+    if end > len(body) - 2 or not is_json(body[start:end]):  # one document, in one line or many
         return []
     lines = [match.span() for match in _LINE.finditer(body)]
     return lines if len(lines) > 1 else []
@@ -59,13 +63,7 @@ def event_spans(body: bytes) -> list[tuple[int, int]]:
 def _data_spans(body: bytes) -> list[tuple[int, int]]:
     if b"\r" in body or body.startswith(b"\xef"):
         return [match.span(1) for match in _DATA.finditer(body)]
-    spans, start = [], 0
-    for line in body.split(b"\n"):
-        end = start + len(line)
-        if line.startswith(b"data:"):
-            spans.append((start + (6 if line[5:6] == b" " else 5), end))
-        start = end + 1
-    return spans
+    return [match.span(1) for match in _PLAIN_DATA.finditer(body)]
 
 
 def decode_event(data: bytes) -> Any:

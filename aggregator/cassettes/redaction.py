@@ -25,6 +25,7 @@ from aggregator.cassettes.credentials import (
     is_secret_parameter,
     is_worth_finding,
     looks_secret,
+    may_authenticate,
     needles_of,
 )
 from aggregator.cassettes.exchanges import Exchange, encode_line
@@ -200,14 +201,30 @@ class Frame(Struct, frozen=True):
 
 @lru_cache(maxsize=256)
 def _frame(url: str, headers: _Pairs, secrets: tuple[str, ...], kept: tuple[str, ...], policy: Redaction) -> Frame:
-    values = authenticating_values(url, dict(headers), secrets)
-    return _clean_frame(url, headers, needles_of(frozenset(filter(is_worth_finding, values))), kept, policy)
+    return _clean_frame(url, headers, _needles(url, _authenticating(headers), secrets), kept, policy)
 
 
 @lru_cache(maxsize=256)
 def _clean_frame(url: str, headers: _Pairs, needles: Needles, kept: tuple[str, ...], policy: Redaction) -> Frame:
     written = _clean_headers(_kept(headers, (*kept, *policy.headers)), needles, policy)
-    return Frame(needles, redact_text(redact_url(url, policy), needles, policy), written, is_form(written))
+    return Frame(needles, _clean_url(url, needles, policy), written, is_form(written))
+
+
+@lru_cache(maxsize=256)
+def _needles(url: str, headers: _Pairs, secrets: tuple[str, ...]) -> Needles:
+    values = authenticating_values(url, dict(headers), secrets)
+    return needles_of(frozenset(filter(is_worth_finding, values)))
+
+
+@lru_cache(maxsize=256)
+def _clean_url(url: str, needles: Needles, policy: Redaction) -> str:
+    return redact_text(redact_url(url, policy), needles, policy)
+
+
+@lru_cache(maxsize=256)
+def _authenticating(headers: _Pairs) -> _Pairs:
+    """Return the headers that may authenticate; the others, such as ids of requests, differ from call to call."""
+    return tuple(header for header in headers if may_authenticate(header[0]))
 
 
 def frame_of(request: HTTPRequest, policy: Redaction = USUAL) -> Frame:
@@ -215,9 +232,9 @@ def frame_of(request: HTTPRequest, policy: Redaction = USUAL) -> Frame:
     return _frame(request.url, tuple(request.headers.items()), request.secrets, request.kept, policy)
 
 
-def needles_for(request: HTTPRequest, policy: Redaction = USUAL) -> Needles:
+def needles_for(request: HTTPRequest) -> Needles:
     """Return what must not be found in anything that is written about this request."""
-    return frame_of(request, policy).needles
+    return _needles(request.url, _authenticating(tuple(request.headers.items())), request.secrets)
 
 
 def looks_clean(texts: Iterable[bytes], needles: Iterable[Needles], policy: Redaction = USUAL) -> bool:

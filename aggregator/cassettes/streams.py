@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -68,58 +72,65 @@ def is_clean_stream(body: bytes, needles: Needles, policy: Redaction = USUAL) ->
     Looks at the texts at each place of the events, joined, at the names of their fields, and at what is no event.
     """
     spans = event_spans(body)
-    if not spans or any(spans[index][1] > spans[index + 1][0] for index in range(len(spans) - 1)):
+    if not spans:
         return False
-    rest, done = [], 0
-    for start, end in spans:
-        rest.append(body[done:start])
-        done = end
-    rest = [*dict.fromkeys(rest), body[done:]]
-    kinds: dict[object, list[tuple[bytes, Any]]] = {}
-    for start, end in spans:
-        data = body[start:end]
-        event = decode_event(data)
+    borders = [0, *chain.from_iterable(spans), len(body)]
+    rest = list({body[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)})
+    kinds: defaultdict[object, tuple[list[bytes], list[Any]]] = defaultdict(lambda: ([], []))
+    for text in [body[start:end] for start, end in spans]:
+        event = decode_event(text)
         kind = event.get("type") if type(event) is dict else None  # deltas of two types are two texts
-        kinds.setdefault(kind if type(kind) is str else None, []).append((data, event))
-    for same in kinds.values():
-        if len(same) == 1 or any(event is None for _, event in same):
-            rest += [data for data, _ in same]
-        if len(same) > 1:
-            rest += _columns([event for _, event in same])
+        texts, events = kinds[kind if type(kind) is str else None]
+        texts.append(text)
+        events.append(event)
+    for texts, events in kinds.values():
+        if len(events) == 1 or None in events:
+            rest += texts
+        if len(events) > 1:
+            rest += _columns(events)
     data = b"\n".join(rest)
     return not suspicious(data, needles, policy) and not has_hidden_text(data)
 
 
 def _columns(values: list[Any]) -> Iterator[bytes]:
     """Yield the texts at the same place of all values, joined, and the names of their fields."""
-    if values.count(values[0]) == len(values):
-        values = values[:1]
-    texts = [value for value in values if type(value) is str]
+    if type(values[0]) is str and values.count(values[0]) == len(values):
+        yield values[0].encode(errors="surrogatepass")
+        return
+    kinds = set(map(type, values))
+    by_kind: list[list[Any]] = [
+        values if kinds == {kind} else [value for value in values if type(value) is kind] if kind in kinds else []
+        for kind in (str, dict, list)
+    ]
+    texts, maps, lists = by_kind
     if texts:
         yield "".join(texts).encode(errors="surrogatepass")
-        if len(texts) == len(values):
-            return
-    maps = [value for value in values if type(value) is dict]
     if maps:
         yield from _columns_of_maps(maps)
-    lists = [value for value in values if type(value) is list]
     for place in range(max(map(len, lists), default=0)):
         yield from _columns([value[place] for value in lists if place < len(value)])
 
 
 def _columns_of_maps(maps: list[dict[str, Any]]) -> Iterator[bytes]:
-    names = maps[0].keys()
-    are_alike = all(value.keys() == names for value in maps)
-    every = names if are_alike else {name: None for value in maps for name in value}
-    yield "".join(f'"{name}":' for name in every).encode(errors="surrogatepass")
-    for name in every:
-        column = [value[name] for value in maps] if are_alike else [value[name] for value in maps if name in value]
-        if not _PLAIN.issuperset(map(type, column)):
+    columns = _by_name(maps)
+    yield "".join(f'"{name}":' for name in columns).encode(errors="surrogatepass")
+    for name, column in columns.items():
+        if type(column[0]) is str or not _PLAIN.issuperset(map(type, column)):
             yield from _columns(column)
-        elif name.endswith("index") and len(set(column)) > 1 and len(set(column)) < len(column):
+        elif name.endswith("index") and 1 < len(set(column)) < len(column):
             for index in set(column):  # answers side by side
                 same = [{key: value[key] for key in value if key != name} for value in maps if value.get(name) == index]
                 yield from _columns(same)
+
+
+def _by_name(maps: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of each name, of the maps that have it; most have the same names."""
+    names = maps[0]
+    if set(map(len, maps)) == {len(names)}:
+        with suppress(KeyError):
+            return {name: list(map(itemgetter(name), maps)) for name in names}
+    every = dict.fromkeys(chain.from_iterable(maps))
+    return {name: [value[name] for value in maps if name in value] for name in every}
 
 
 # The thorough look

@@ -55,7 +55,7 @@ class Entry:
         slot = self.slot
         facts = Facts(lineage=slot.lineage, model=self.model, chunks=self.reply.chunks, error=self.failure)
         exchange = Exchange(request=slot.clean(), reply=self.reply, facts=facts)
-        redacted, is_changed = redact_exchange(exchange, needles_for(slot.request, policy), policy)
+        redacted, is_changed = redact_exchange(exchange, needles_for(slot.request), policy)
         self.reply, self.model, self.failure = redacted.reply, redacted.facts.model, redacted.facts.error
         self.is_changed, self.is_redacted = is_changed, True
 
@@ -132,7 +132,7 @@ class Writer:
         try:
             done = [entry.is_redacted for entry in entries]  # a thread may be at it: before its answer is read
             exchanges = [entry.complete(at) for entry in entries]
-            needles = [needles_for(entry.slot.request, self._policy) for entry in entries]
+            needles = [needles_for(entry.slot.request) for entry in entries]
             if not any(done):
                 return redact_lines(exchanges, needles, self._policy)
             return [

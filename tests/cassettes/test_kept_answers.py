@@ -37,7 +37,7 @@ def answered(body: Any, *, secrets: tuple[str, ...] = (), policy: Redaction = US
         reply=HTTPReply(status=200, body=data, headers=reply.pop("headers", JSON)),
         facts=Facts(lineage=""),
     )
-    return decode_line(redact_line(exchange, needles_for(request, policy), policy)).reply
+    return decode_line(redact_line(exchange, needles_for(request), policy)).reply
 
 
 @pytest.mark.parametrize(
