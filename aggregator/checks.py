@@ -29,7 +29,7 @@ def is_finite(value: Any) -> TypeGuard[int | float]:
     >>> is_finite(0.5), is_finite(True), is_finite(float("nan")), is_finite(10**400)
     (True, False, False, False)
     """
-    return is_number(value) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def looks_secret(name: str, value: str) -> bool:
@@ -78,14 +78,13 @@ def check_count(name: str, value: Any, *, least: int = 0, meaning: str = "") -> 
     Traceback (most recent call last):
     aggregator.errors.ConfigError: Expected memory_size to be an int of at least 0 (0 is off), got -1
     """
-    if not is_int(value) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         meaning = f" ({meaning})" if meaning else ""
         raise ConfigError(f"Expected {name} to be an int of at least {least}{meaning}, got {value!r}")
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise ConfigError unless `value` is an int of at least 1."""
-    check_count(name, value, least=1)
+check_positive = partial(check_count, least=1)
+"""Raise ConfigError unless `value` is an int of at least 1."""
 
 
 def check_finite(name: str, value: Any, *, least: float | None = None, meaning: str = "") -> None:

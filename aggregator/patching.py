@@ -50,11 +50,14 @@ class Patches:
             self.holders += 1
             if self.holders > 1:
                 return
+            due: list[str] = []
             for patch in self._patches:
-                if (module := sys.modules.get(patch.module)) is not None and not _is_loading(module):
-                    self._install(module, patch)
+                module = sys.modules.get(patch.module)
+                if module is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
+                    due.append(patch.module)
                 else:
-                    _imports.watch(patch.module, self._imported)
+                    self._install(module, patch)
+            _imports.watch(due, self._imported)
 
     def release(self) -> None:
         """Put back what was there, once nobody holds the patches any more.
@@ -94,10 +97,6 @@ class Patches:
         setattr(owner, name, replacement)
 
 
-def _is_loading(module: ModuleType) -> bool:
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
-
-
 class _Imports(MetaPathFinder):
     """Calls back when a module was imported; in `sys.meta_path` only while a callback is registered."""
 
@@ -105,20 +104,22 @@ class _Imports(MetaPathFinder):
         self._waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
         self._lock = threading.RLock()
 
-    def watch(self, name: str, callback: Callable[[ModuleType], None]) -> None:
-        """Call back once the module `name` has been imported."""
+    def watch(self, names: Sequence[str], callback: Callable[[ModuleType], None]) -> None:
+        """Call back once a module of one of these names has been imported."""
         with self._lock:
-            if callback not in (callbacks := self._waiting.setdefault(name, [])):
-                callbacks.append(callback)
-            if self not in sys.meta_path:
+            for name in names:
+                if callback not in (callbacks := self._waiting.setdefault(name, [])):
+                    callbacks.append(callback)
+            if names and self not in sys.meta_path:
                 sys.meta_path.insert(0, self)
 
     def unwatch(self, callback: Callable[[ModuleType], None]) -> None:
         """Forget a callback."""
         with self._lock:
-            for name in list(self._waiting):
-                self._waiting[name] = [one for one in self._waiting[name] if one != callback]
-                if not self._waiting[name]:
+            for name, callbacks in list(self._waiting.items()):
+                if callback in callbacks:
+                    callbacks.remove(callback)
+                if not callbacks:
                     del self._waiting[name]
             if not self._waiting and self in sys.meta_path:
                 sys.meta_path.remove(self)

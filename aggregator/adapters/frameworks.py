@@ -25,7 +25,7 @@ from os import PathLike
 from typing import Any
 
 from aggregator.agents.modules import Module, read_artefact
-from aggregator.agents.parameters import ParameterNode, index, overriding
+from aggregator.agents.parameters import ParameterNode, by_name, overriding
 from aggregator.agents.transcripts import Group, LLMCall, current_transcript
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.executors.work import InstanceAgent
@@ -81,7 +81,7 @@ class FrameworkAgent(Module, InstanceAgent):
 
     def __init__(self, program: Any, parameters: Iterable[ParameterNode[Any]]) -> None:
         self.program = program
-        self._parameters = index((parameter.name, parameter.name, parameter) for parameter in parameters)
+        self._parameters = by_name(parameters)
         if not self._parameters:
             kind = type(program).__name__
             article = "an" if kind[0] in "AEIOU" else "a"

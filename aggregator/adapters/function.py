@@ -68,10 +68,7 @@ class FunctionAgent(FrameworkAgent):
                 f"Expected a function of one input whose keyword-only arguments have defaults, got {_name(function)}"
                 f"{signature(function)}; write it as in def answer(x, *, instruction='Answer briefly.')"
             )
-        read = (
-            (parameter.name if parameter.named else name, name, parameter) for name, parameter in _read_by(function)
-        )
-        known = index((*((name, name, parameter) for name, parameter in self._keywords.items()), *read))
+        known = index([*self._keywords.items(), *_read_by(function)])
         for name, parameter in known.items():
             parameter.name = name
         self._parameters = known

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from aggregator.adapters.frameworks import is_gepa_adapter
 from aggregator.agents.modules import Module
-from aggregator.agents.parameters import ParameterNode, index
+from aggregator.agents.parameters import ParameterNode, by_name
 from aggregator.cassettes.lineage import lineage_at
 from aggregator.errors import ConfigError
 from aggregator.executors.local import LocalExecutor
@@ -53,7 +53,7 @@ class GepaAgent(Module):
             )
         self.adapter = adapter
         made = [ParameterNode(text, name=name) for name, text in candidate.items()]
-        self._parameters = index((one.name, one.name, one) for one in made)
+        self._parameters = by_name(made)
         self._lock = Lock()
 
     def __repr__(self) -> str:

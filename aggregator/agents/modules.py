@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from aggregator.agents.parameters import CODE, ParameterNode, index, operation_of, read, write
+from aggregator.agents.parameters import CODE, ParameterNode, index, operation_of, read, values_of, write
 from aggregator.agents.values import carried_by_json, describe_type
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.files import write_atomically
@@ -104,6 +104,13 @@ _Found = tuple[str, ParameterNode[Any]]
 # ---- modules
 
 
+class _Applied(Struct, frozen=True, kw_only=True):
+    """The values that `Module.apply` has put in, and what they are called; a Struct, so that `walk` ends at it."""
+
+    which: str
+    values: Mapping[str, Any]
+
+
 class Module:
     """The base of agents and their parts: attributes that are parameters, modules, or lists and dicts of them.
 
@@ -141,9 +148,7 @@ class Module:
 
     def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
         """Return name -> parameter, as `parameters()`."""
-        parameters = index(
-            [(parameter.name if parameter.named else path, path, parameter) for path, parameter in walk(self)]
-        )
+        parameters = index(walk(self))
         for name, parameter in parameters.items():
             parameter.name = name
         return parameters
@@ -156,9 +161,10 @@ class Module:
         parameters = _carried(self.parameters_dict())
         types = {name: describe_type(parameter.type) for name, parameter in parameters.items()}
         values = read(parameters.values())
-        which, applied = getattr(self, "_applied", ("", None))
-        is_known = applied is not None and all(values.get(name) == value for name, value in applied.items())
-        write_artefact(path, values, types=types, provenance=provenance, which=which if is_known else None)
+        applied: _Applied | None = getattr(self, "_applied", None)
+        is_known = applied is not None and all(values.get(name) == value for name, value in applied.values.items())
+        which = applied.which if applied is not None and is_known else None
+        write_artefact(path, values, types=types, provenance=provenance, which=which)
 
     def apply(self, values: Mapping[str, Any], *, which: str = "") -> None:
         """Put values into the parameters of these names, all of them or none, as `agent.apply(result.best_parameters)`.
@@ -172,8 +178,9 @@ class Module:
                 f"Expected values of the parameters {', '.join(parameters)} of {type(self).__name__}, got "
                 f"{', '.join(map(repr, unknown))}"
             )
-        write([parameters[name] for name in values], dict(values))
-        object.__setattr__(self, "_applied", (which, read([parameters[name] for name in values]) if which else None))
+        chosen = [parameters[name] for name in values]
+        write(chosen, dict(values))
+        object.__setattr__(self, "_applied", _Applied(which=which, values=values_of(chosen)) if which else None)
 
     def load(self, path: Path, *, code: bool | str | Collection[str] = False) -> dict[str, Any]:
         """Take over the values of a file that `save` wrote, all of them or none; returns its provenance.
@@ -248,24 +255,24 @@ def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, Paramete
 def walk(value: Any, path: str = "", seen: set[int] | None = None) -> list[_Found]:
     """Return (path, parameter) for all that can be reached, each once, depth first; what is `seen` is left out."""
     found: list[_Found] = []
-    _collect(value, path, set() if seen is None else seen, found)
+    seen = set() if seen is None else seen
+    waiting = [(path, value)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, ParameterNode):
+            if id(value) not in seen:
+                seen.add(id(value))
+                found.append((path, value))
+        elif isinstance(value, _CONTAINERS):
+            if id(value) not in seen:
+                seen.add(id(value))
+                prefix = f"{path}." if path else ""
+                waiting += [(f"{prefix}{key}", item) for key, item in reversed(_items(value))]
+        elif operation := operation_of(value):
+            code = operation.code_of(getattr(value, "__self__", None))
+            if code is not None:
+                waiting.append((path + CODE, code))
     return found
-
-
-def _collect(value: Any, path: str, seen: set[int], found: list[_Found]) -> None:
-    if isinstance(value, ParameterNode):
-        if id(value) not in seen:
-            seen.add(id(value))
-            found.append((path, value))
-    elif isinstance(value, _CONTAINERS):
-        if id(value) not in seen:
-            seen.add(id(value))
-            for key, item in _items(value):
-                _collect(item, f"{path}.{key}" if path else str(key), seen, found)
-    elif operation := operation_of(value):
-        code = operation.code_of(getattr(value, "__self__", None))
-        if code is not None:
-            _collect(code, path + CODE, seen, found)
 
 
 def operations_of(agent: Any) -> Iterator[tuple[Any, Any]]:
@@ -295,30 +302,31 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
         items = list(value.items())
     elif isinstance(value, Module):
         kind, own = type(value), getattr(value, "__dict__", {})
+        shared, slots = _of_class(kind)
         items = []
-        for name, attribute in _class_attributes(kind).items():
+        for name, attribute in shared.items():
             if name not in own:
                 items.append((name, getattr(value, name) if operation_of(attribute) else attribute))
         items += own.items()
-        items += [(name, getattr(value, name)) for name in _slots(kind) if hasattr(value, name)]
+        items += [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
     else:
         items = list(enumerate(value))
     return [item for item in items if not isinstance(item[1], _LEAVES)]
 
 
-def _slots(kind: type) -> list[str]:
-    """Return the attributes that a class keeps in slots, as `@dataclass(slots=True)` does, those of its bases first."""
-    found: list[str] = []
-    for base in reversed(kind.__mro__):
-        slots = base.__dict__.get("__slots__", ())
-        found += (slots,) if isinstance(slots, str) else slots
-    return [name for name in found if not name.startswith("__")]
+def _of_class(kind: type) -> tuple[dict[str, Any], list[str]]:
+    """Return the attributes of a class that may hold parameters, and its slots (as of `@dataclass(slots=True)`).
 
-
-def _class_attributes(kind: type) -> dict[str, Any]:
-    """Return the attributes of a class that may hold parameters, those of its bases first."""
+    Those of its bases come first.
+    """
     found: dict[str, Any] = {}
+    slots: list[str] = []
     for base in reversed(kind.__mro__):
-        if base not in (object, Module):
-            found |= {name: value for name, value in base.__dict__.items() if not name.startswith("__")}
-    return found
+        own = base.__dict__.get("__slots__", ())
+        slots += (own,) if isinstance(own, str) else own
+        if base is not object and base is not Module:
+            found |= base.__dict__
+    return (
+        {name: value for name, value in found.items() if not name.startswith("__")},
+        [name for name in slots if not name.startswith("__")],
+    )

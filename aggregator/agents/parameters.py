@@ -115,13 +115,14 @@ class ParameterNode(Generic[T]):
 
     def convert(self, raw: Any) -> T:
         """Return a suggested value as one of this parameter's type; raises ParameterError, and never guesses."""
-        return self.check(raw, f"$.suggestion.{self.py_name}")
+        return self.check(raw, f"$.suggestion.{py_name(self.name)}")
 
     def check(self, raw: Any, where: str) -> T:
         """Convert and check a value; `where` is what the error points at."""
         try:
             value: T = typed_values.convert(raw, self.type)
-            self._constrain(value)
+            if callable(self.constraint):
+                self._constrain(value)
         except Unfit as unfit:
             raise ParameterError(f"{unfit.reason} - at {where}{unfit.path}") from None
         return value
@@ -145,10 +146,9 @@ class ParameterNode(Generic[T]):
         return facts
 
     def _constrain(self, value: T) -> None:
-        if not callable(self.constraint):
-            return
+        constraint: Any = self.constraint
         try:
-            fits = self.constraint(value)
+            fits = constraint(value)
         except ValueError as error:
             raise Unfit(f"Expected {constraint_words(self.constraint)}, got {shorten(value)}: {error}") from None
         if not fits:
@@ -204,7 +204,8 @@ def read(parameters: Iterable[ParameterNode[Any]]) -> Values:
 
 def values_of(parameters: Iterable[ParameterNode[Any]]) -> Values:
     """Do as `read` with parameters that are known to have different names."""
-    return {parameter.name: snapshot(parameter.data) for parameter in parameters}
+    found = [(parameter.name, parameter.data) for parameter in parameters]
+    return {name: data if type(data) in SCALARS else snapshot(data) for name, data in found}
 
 
 def write(parameters: Iterable[ParameterNode[Any]], values: Values) -> None:
@@ -261,14 +262,18 @@ class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager 
 
 def by_name(parameters: Iterable[ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
     """Return name -> parameter in the order they came; raises ConfigError where two share a name or py_name."""
-    return index((parameter.name, parameter.name, parameter) for parameter in parameters)
+    return index([(parameter.name, parameter) for parameter in parameters])
 
 
-def index(found: Iterable[tuple[str, str, ParameterNode[Any]]]) -> dict[str, ParameterNode[Any]]:
-    """Return name -> parameter for (name, path, parameter); raises ConfigError where two share a name or py_name."""
+def index(found: Iterable[tuple[str, ParameterNode[Any]]]) -> dict[str, ParameterNode[Any]]:
+    """Return name -> parameter for (path, parameter): its own name if it was given one, else the path.
+
+    Raises ConfigError where two share a name or py_name.
+    """
     named: dict[str, ParameterNode[Any]] = {}
     owners: dict[str, tuple[str, ParameterNode[Any]]] = {}
-    for name, path, parameter in found:
+    for path, parameter in found:
+        name = parameter.name if parameter.named else path
         other, owner = owners.setdefault(py_name(name), (path, parameter))
         if owner is not parameter:
             raise ConfigError(

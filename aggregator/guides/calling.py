@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, Literal
 
 from aggregator.checks import accepts, is_async, is_finite
 from aggregator.errors import ConfigError, GuideError
@@ -70,8 +70,8 @@ def check_guide(guide: Any) -> None:
             f"Expected a guide: a callable (x, output, info) -> score or (score, feedback), got {shorten(guide)}; "
             "a metric (gold, prediction) becomes one by aggregator.guides.metric"
         )
-    declared_minimum(guide)
-    declared_maximum(guide)
+    declared_limit(guide, "min_score")
+    declared_limit(guide, "max_score")
 
 
 class Metric:
@@ -141,26 +141,17 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
     return _verdict(await answer)
 
 
-def declared_minimum(guide: Any) -> float | None:
-    """Return the lowest score that a guide can give, which it may declare as `min_score`; else None."""
-    return _declared(guide, "min_score")
-
-
-def declared_maximum(guide: Any) -> float | None:
-    """Return the highest score that a guide can give, which it may declare as `max_score`; else None."""
-    return _declared(guide, "max_score")
+def declared_limit(guide: Any, name: Literal["min_score", "max_score"]) -> float | None:
+    """Return the lowest or highest score that a guide can give, if it declares one under this name; else None."""
+    limit = getattr(guide, name, None)
+    if limit is not None and not is_finite(limit):
+        raise ConfigError(f"Expected {name} of the guide {_name(guide)} to be a finite number, got {limit!r}")
+    return None if limit is None else float(limit)
 
 
 def _function_of(guide: Any) -> Any:
     """Return what judges: the guide itself, or its `get_feedback` if nothing else leads there."""
     return guide if callable(guide) and hasattr(guide, "forward") else getattr(guide, "get_feedback", guide)
-
-
-def _declared(guide: Any, name: str) -> float | None:
-    limit = getattr(guide, name, None)
-    if limit is not None and not is_finite(limit):
-        raise ConfigError(f"Expected {name} of the guide {_name(guide)} to be a finite number, got {limit!r}")
-    return None if limit is None else float(limit)
 
 
 def verdict_of(answer: Any, guide: Any) -> Scores:

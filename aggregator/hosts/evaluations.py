@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from aggregator.adapters.template import own_verdict
 from aggregator.agents.modules import Module
-from aggregator.agents.parameters import ParameterNode, index
+from aggregator.agents.parameters import ParameterNode, by_name
 from aggregator.cassettes.lineage import lineage_at
 from aggregator.errors import ConfigError
 from aggregator.executors.work import Ran, judge_run
@@ -49,7 +49,7 @@ class HostAgent(Module):
     def __init__(
         self, parameters: Iterable[ParameterNode[Any]], evaluate: Evaluate, *, isolation: Literal["copy", "serial"]
     ) -> None:
-        self._parameters = index((one.name, one.name, one) for one in parameters)
+        self._parameters = by_name(parameters)
         if not self._parameters:
             raise ConfigError("Expected texts to train, got none")
         self._evaluate = evaluate

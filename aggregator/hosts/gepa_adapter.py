@@ -12,7 +12,7 @@ from aggregator import portal
 from aggregator.adapters.agents import as_agent
 from aggregator.agents.parameters import ParameterNode, by_name
 from aggregator.errors import ConfigError
-from aggregator.guides.calling import check_guide, declared_minimum
+from aggregator.guides.calling import check_guide, declared_limit
 from aggregator.records import Rollout, RolloutTask
 from aggregator.text import as_text
 from aggregator.training.batches import samples
@@ -50,7 +50,7 @@ class AgentAdapter:
 
     def evaluate(self, batch: list[Any], candidate: dict[str, str], capture_traces: bool = False) -> Any:
         """Run the agent on rows; the trajectories are rollouts."""
-        values, lowest = self.values(candidate), declared_minimum(self.guide)
+        values, lowest = self.values(candidate), declared_limit(self.guide, "min_score")
         tasks = [
             RolloutTask(
                 sample=sample,

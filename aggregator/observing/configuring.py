@@ -138,11 +138,16 @@ def _file(path: str | Path, *, mode: str) -> logging.FileHandler:
 LOGGER = "aggregator.training"
 
 
+def is_configured() -> bool:
+    """Return True if the application has configured structlog."""
+    structlog = sys.modules.get("structlog")
+    return structlog is not None and structlog.is_configured()
+
+
 def emit(event: str, **facts: Any) -> None:
     """Send one event with its facts, if the application has configured structlog."""
-    structlog = sys.modules.get("structlog")
-    if structlog is not None and structlog.is_configured():
-        structlog.get_logger(LOGGER).info(event, **facts)
+    if is_configured():
+        sys.modules["structlog"].get_logger(LOGGER).info(event, **facts)
 
 
 class Events(Observer):
@@ -150,7 +155,8 @@ class Events(Observer):
 
     def started(self, info: RunInfo, /) -> None:
         """Send `train.started`."""
-        emit("train.started", **to_builtins(info, enc_hook=repr))
+        if is_configured():
+            emit("train.started", **to_builtins(info, enc_hook=repr))
 
     def evaluation(self, evaluation: Evaluation, /) -> None:
         """Send `train.evaluation`: the score of the test set after so many steps."""
@@ -162,10 +168,13 @@ class Events(Observer):
 
     def step(self, report: StepReport, /) -> None:
         """Send `train.step`: what a step did, without its texts."""
-        emit("train.step", **step_facts(report))
+        if is_configured():
+            emit("train.step", **step_facts(report))
 
     def finished(self, result: TrainingResult, /) -> None:
         """Send `train.finished`."""
+        if not is_configured():
+            return
         scores = result.test_scores
         facts = {"steps": len(result.history), "test_score": scores[-1] if scores else None, "stopped": result.stopped}
         emit("train.finished", **facts, failures=len(result.failures), **_spent(result.usage))

@@ -35,7 +35,7 @@ def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tu
     pairs = _from_columns(data, name) if isinstance(data, Mapping) else _from_items(data, name)
     if not pairs:
         raise ConfigError(f"Expected at least one (x, info) in {name}, got none")
-    return tuple(Sample(i, x, info) for i, (x, info) in enumerate(pairs))
+    return tuple([Sample(i, x, info) for i, (x, info) in enumerate(pairs)])
 
 
 def _data_of_loader(dataset: Any, name: str) -> Any:

@@ -23,7 +23,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from aggregator import portal
-from aggregator.cassettes.lineage import current_tape
+from aggregator.cassettes.lineage import WATCH, current_tape
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
 from aggregator.cassettes.storage import FileLock
@@ -367,7 +367,7 @@ def raise_misses() -> Iterator[None]:
     tape = current_tape()
     known = len(tape.misses) if tape is not None else 0
     yield
-    if (part := part_here()) is not None:
+    if WATCH.get() is not None and (part := part_here()) is not None:
         part.check()
     if tape is not None and len(tape.misses) > known:
         raise tape.misses[known]

@@ -23,7 +23,7 @@ from aggregator.checks import check_positive, is_finite
 from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, root_of
-from aggregator.guides.calling import check_guide, declared_maximum, declared_minimum
+from aggregator.guides.calling import check_guide, declared_limit
 from aggregator.llm.observed import Clients, observed
 from aggregator.portal import call, sync_function
 from aggregator.protocols import Agent, AnyGuide
@@ -101,7 +101,7 @@ class Evaluations:
         ]
         async with self._locks.setdefault((name, judge), asyncio.Lock()):
             known = {} if fresh or name not in self.known else self.known[name].scores
-            lowest = self._min_score if guide is self._guide else declared_minimum(guide)
+            lowest = self._min_score if guide is self._guide else declared_limit(guide, "min_score")
             missing = {key: _task(typed, place, sample, i, lowest) for key, sample, i in keys if key not in known}
             made = await run_again(self._run, list(missing.values()), guide) if missing else ()
             new = dict(zip(missing, made, strict=True))
@@ -277,7 +277,7 @@ async def aevaluate(
     """
     check_guide(guide)
     check_positive("max_concurrency", max_concurrency)
-    min_score = declared_minimum(guide) if min_score is None else min_score
+    min_score = declared_limit(guide, "min_score") if min_score is None else min_score
     is_bare = callable(agent) and not isinstance(agent, type) and not hasattr(agent, "parameters")
     work_of: Agent = CalledAgent(agent) if is_bare else as_agent(agent)
     dataset: Any = inputs if infos is None else {"inputs": inputs, "infos": infos}
@@ -379,8 +379,8 @@ async def aheadroom(
     check_positive("repeats", repeats)
     if repeats < 2:
         raise ConfigError(f"Expected repeats of at least 2, to see whether rollouts differ, got {repeats}")
-    best = declared_maximum(guide) if max_score is None else max_score
-    worst = declared_minimum(guide) if min_score is None else min_score
+    best = declared_limit(guide, "max_score") if max_score is None else max_score
+    worst = declared_limit(guide, "min_score") if min_score is None else min_score
     for name, value in (("max_score", best), ("min_score", worst)):
         if value is not None and not is_finite(value):
             raise ConfigError(f"Expected {name} to be a finite number or None, got {value!r}")

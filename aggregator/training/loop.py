@@ -79,7 +79,7 @@ from aggregator.training.seed import (
     make_instance,
     read_output,
 )
-from aggregator.training.step import Check, Gate, Step, read_only, use_values
+from aggregator.training.step import Check, Gate, Step, UpdateRule, read_only, use_values
 from aggregator.training.stops import Clock, Reached, decide, needs_clock
 from aggregator.training.updates import (
     Explored,
@@ -119,6 +119,10 @@ class Trainer(Protocol):
 
     def parts(self, gate: Gate, limit: int) -> Parts:
         """Return what decides in the next step."""
+        ...
+
+    def merging_rule(self) -> UpdateRule:
+        """Return the rule that merges the proposals of a minibatch."""
         ...
 
     def hooks(self) -> Hooks:
@@ -187,8 +191,9 @@ class _Course:
         self.plan = plan
         self.gate = gate
         self.local = local
+        self.agent = trainer.agent_to_run()
         # What a user's own forward does with an agent of Trace is seen by all instances.
-        shared = getattr(trainer.agent_to_run(), "shares_state", False)
+        shared = getattr(self.agent, "shares_state", False)
         self.forwards: AbstractAsyncContextManager[Any] = asyncio.Lock() if shared else nullcontext()
         self.parameters = parameters
         self.marks = marks
@@ -197,7 +202,6 @@ class _Course:
         self.streak = state.streak
         self.pending: tuple[StepReport, ...] = ()
         self.observers = _watchers(trainer, plan)
-        self.agent = trainer.agent_to_run()
         self.rollouts = Rollouts(self.agent, trainer.executor or local, local, self.observers, plan.instance_timeout)
         self.repeats = Repeats(plan.repeats)
         self.clock = Clock(state.seconds)
@@ -220,15 +224,15 @@ class _Course:
             with raise_misses():
                 full, memory = await self._step(turn)
                 self.repeats.warn(FEWEST_JUDGED)
-                self.pending = (full.slim(),)
+                slim = full.slim()
+                self.pending = (slim,)
                 evaluation = await self._evaluate(turn.step + 1)
                 state = await self._validate(self.state, turn.step + 1)
             validated = state.validations[-1] if state is not self.state else None
-            full = replace(
-                full, test_score=evaluation and evaluation.score, validation_score=validated and validated.score
-            )
+            scores = (evaluation and evaluation.score, validated and validated.score)
+            full = replace(full, test_score=scores[0], validation_score=scores[1])
             self.state = state
-            self._commit(full.slim(), evaluation, memory)
+            self._commit(replace(slim, test_score=scores[0], validation_score=scores[1]), evaluation, memory)
             if evaluation is not None:
                 await notify(self.observers, "evaluation", evaluation)
             if validated is not None:
@@ -301,12 +305,13 @@ class _Course:
             else:
                 with at_place(Place(step=step, call=self.local.call, update=apply)):
                     update = await call_hook(hooks.update, self.local.call, outputs, self.plan.verbose)
-            written = changes_between(step.values, values_of(self.parameters))
-        report = report_step(turn, explored, as_update(update, explored, written), ledger.totals())
+            if not isinstance(update, Update):
+                written = changes_between(step.values, values_of(self.parameters))
+                update = as_update(update, explored, written, candidates_in(self.state.memory))
+        report = report_step(turn, explored, update, ledger.totals())
         memory = as_json(step.memory, self.gate)
-        kept = update.pool if isinstance(update, Update) else candidates_in(self.state.memory)
-        if kept:
-            memory[CANDIDATES] = to_builtins([replace(one, values=plain(one.values)) for one in kept])
+        if update.pool:
+            memory[CANDIDATES] = to_builtins([replace(one, values=plain(one.values)) for one in update.pool])
         return report, memory
 
     def _open(self, turn: Turn) -> Step:
@@ -504,7 +509,7 @@ class _Course:
             agent=name_of(trainer.agent),
             optimizer=name_of(trainer.optimizer),
             guide=name_of(plan.guide),
-            rule=name_of(trainer.parts(self.gate, plan.max_concurrency).rule),
+            rule=name_of(trainer.merging_rule()),
             gate=name_of(self.gate),
             parameters=state.values,
             seed=plan.seed,

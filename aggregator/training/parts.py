@@ -187,7 +187,7 @@ def combine_edits(proposals: Sequence[Proposal], step: Step) -> tuple[Sequence[P
     weight of a proposal is its support.
     """
     own = {parameter.name: parameter for parameter in step.parameters if hasattr(parameter, "combine")}
-    asking = [proposal for proposal in proposals if own.keys() & proposal.values.keys()]
+    asking = [proposal for proposal in proposals if own.keys() & proposal.values.keys()] if own else []
     if not asking:
         return proposals, None
     values = {
@@ -326,7 +326,10 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
     """
     origins = [_origin_of(parameter) for parameter in parameters]
     trained = {id(origin) for origin in origins if isinstance(origin, CodeParameter)}
-    foreign = [one.name for one in origins if _code_engine(one) == "here" and not isinstance(one, CodeParameter)]
+    nodes = [one for one in origins if isinstance(one, ParameterNode) and not isinstance(one, CodeParameter)]
+    foreign = [one.name for one in nodes if one.code_engine() == "here"]
+    if not trained and not foreign:
+        return {}
     if foreign:
         _check_foreign_code(", ".join(foreign))
     places: dict[str, str] = dict.fromkeys(foreign, "here")
@@ -358,11 +361,8 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
 
 def _origin_of(parameter: Any) -> Any:
     """Return the parameter that another one wraps, or itself."""
-    return parameter if _code_engine(parameter) else getattr(parameter, "origin", parameter)
-
-
-def _code_engine(parameter: Any) -> str | None:
-    return parameter.code_engine() if isinstance(parameter, ParameterNode) else None
+    is_code = isinstance(parameter, ParameterNode) and parameter.code_engine()
+    return parameter if is_code else getattr(parameter, "origin", parameter)
 
 
 def _check_foreign_code(names: str) -> None:

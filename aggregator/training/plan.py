@@ -15,7 +15,7 @@ from msgspec import Struct
 from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import check_count, check_positive, is_finite
 from aggregator.errors import ConfigError
-from aggregator.guides.calling import check_guide, declared_maximum
+from aggregator.guides.calling import check_guide, declared_limit
 from aggregator.llm.ledger import total_by_role
 from aggregator.records import Kept, Rollout, Sample, Usage, Values
 from aggregator.text import shorten
@@ -99,9 +99,8 @@ class Turn(Struct, frozen=True, kw_only=True):
 
 def check(plan: Plan) -> Plan:
     """Return the plan, or raise ConfigError for invalid combinations."""
-    check_positive("batch_size", plan.batch_size)
-    check_positive("max_concurrency", plan.max_concurrency)
-    check_positive("repeats", plan.repeats)
+    for name in ("batch_size", "max_concurrency", "repeats"):
+        check_positive(name, getattr(plan, name))
     for name in ("num_epochs", "eval_frequency", "log_frequency", "save_frequency"):
         check_count(name, getattr(plan, name), meaning="0 is off")
     if not is_finite(plan.max_failure_ratio) or not 0 <= plan.max_failure_ratio <= 1:
@@ -141,7 +140,7 @@ def check_perfect(skip_perfect: Any, max_score: Any, guide: Any) -> float | None
         raise ConfigError(f"Expected max_score to be a finite number or None, got {max_score!r}")
     if not skip_perfect:
         return None
-    best = declared_maximum(guide) if max_score is None else float(max_score)
+    best = declared_limit(guide, "max_score") if max_score is None else float(max_score)
     if best is None:
         raise ConfigError(
             "Expected a declared maximum beside skip_perfect=True, got none; give max_score=1.0 to the trainer, or set "

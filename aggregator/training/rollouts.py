@@ -200,34 +200,33 @@ class Rollouts:
         return repeats.join(runs)[0]
 
     async def _one(self, task: RolloutTask, guide: Any) -> Rollout:
-        run = self._run if self._timeout is None else self._run_timed
         if self._turns is None and self._slots is None:
-            rollout = await run(task, guide)
+            rollout = await self._run(task, guide)
         else:
             async with self._turn(task.values), self._slots or nullcontext():
-                rollout = await run(task, guide)
+                rollout = await self._run(task, guide)
         return await self.see(rollout) if self._watching else rollout
 
     async def _run(self, task: RolloutTask, guide: Any) -> Rollout:
-        (rollout,) = await self._executor.map(self._work(guide), [task])
-        return rollout
-
-    async def _run_timed(self, task: RolloutTask, guide: Any) -> Rollout:
-        """Run a task within the timeout of an instance, or as a recording of it went; record how it went."""
+        """Run a task; with a timeout for each instance within it, or as a recording of it went, and record that."""
+        work = self._works.get(id(guide)) or self._work(guide)
+        if self._timeout is None:
+            return (await self._executor.map(work, [task]))[0]
         with lineage_at("/".join(task.lineage), task.role):
             mark = Mark("instance")
             if mark.recorded is None:
                 timed = replace(task, timeout=self._timeout) if mark.is_live else task
                 with collecting() as ledger:
-                    rollout = await self._run(timed, guide)
+                    (rollout,) = await self._executor.map(work, [timed])
                 ledger.detach()
                 await mark.keep(TimedOut.of(rollout, timed_out(rollout), self._timeout, ledger.entries()))
                 return rollout
             known = msgspec.json.decode(mark.recorded, type=TimedOut)
             if not known.stage:
-                return await self._run(task, guide)
+                return (await self._executor.map(work, [task]))[0]
             known.count()
-            rollout = await self._run(replace(task, timeout=known.seconds, timed_out=known.stage), guide)
+            timed = replace(task, timeout=known.seconds, timed_out=known.stage)
+            (rollout,) = await self._executor.map(work, [timed])
             return replace(rollout, transcript=known.transcript, scores={**rollout.scores, **known.scores})
 
     async def see(self, rollout: Rollout) -> Rollout:
@@ -241,9 +240,8 @@ class Rollouts:
         return rollout
 
     def _work(self, guide: Any) -> AgentWork:
-        if id(guide) not in self._works:
-            self._works[id(guide)] = AgentWork(self._agent, guide, call=self._local.call)
-        return self._works[id(guide)]
+        work = self._works.get(id(guide)) or AgentWork(self._agent, guide, call=self._local.call)
+        return self._works.setdefault(id(guide), work)
 
     @asynccontextmanager
     async def _turn(self, values: Values) -> AsyncIterator[None]:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from aggregator.adapters.agents import as_agent
 from aggregator.agents.parameters import ParameterNode, lay_over, read
 from aggregator.errors import ConfigError
-from aggregator.guides.calling import declared_minimum
+from aggregator.guides.calling import declared_limit
 from aggregator.records import Candidate, Decision, Proposal, Rollout, Sample, StepReport, Values
 from aggregator.training.batches import Dataset
 from aggregator.training.batches import samples as read_samples
@@ -97,7 +97,7 @@ class Step(Struct, frozen=True, kw_only=True):
         given: Any = samples
         if not isinstance(given, Sequence) or not all(isinstance(sample, Sample) for sample in given):
             given = read_samples(given, name="samples")
-        lowest = None if guide is None else declared_minimum(guide)
+        lowest = None if guide is None else declared_limit(guide, "min_score")
         return cls(
             stepsize=check_stepsize(stepsize),
             values=read(parameters),  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from aggregator.checks import check_count
 from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, InstanceAgent, record_failure
-from aggregator.guides.calling import declared_minimum
+from aggregator.guides.calling import declared_limit
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import Prices, collecting
 from aggregator.llm.observed import Clients, apart, observed
@@ -291,7 +291,7 @@ class Trainer:
             log_frequency=(eval_frequency or 1) if log_frequency is None else log_frequency,
             save_frequency=save_frequency or 0,
             save_path=save_path,
-            min_score=declared_minimum(guide) if min_score is None else min_score,
+            min_score=declared_limit(guide, "min_score") if min_score is None else min_score,
             verbose=verbose,
             max_concurrency=self._concurrency(max_concurrency, num_threads),
             max_failure_ratio=max_failure_ratio,

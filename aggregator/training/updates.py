@@ -144,7 +144,10 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     judged = [replace(instance.rollout, score=instance.proposal.score) for instance in explored[0].instances]
     known = {candidate.id: candidate for candidate in (*pool, *tried)}
     now = best if best is not None and decision.accepted else current
-    kept = check_candidates(search, "keep", search.keep([now, *without(now, list(known.values()))], seen))
+    kept: Sequence[Candidate] = ()
+    if not is_single(search):
+        kept = check_candidates(search, "keep", search.keep([now, *without(now, list(known.values()))], seen))
+        kept = [now, *without(now, kept)]
     return Update(
         values=values,
         decision=decision,
@@ -154,7 +157,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
         contributors=() if best is None else contributors(best, current, known.values()),
         sources={} if best is None else sources(best, current, known.values()),
         failures=(*made.failures, *failures),
-        pool=() if is_single(search) else [now, *without(now, kept)],
+        pool=kept,
     )
 
 
@@ -195,7 +198,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
             return proposal, group
 
     merged = await finish(merge, jobs, parts.limit)
-    known = {key_of(plain(candidate.values)) for candidate in (*pool, *(one.candidate for one in explored))}
+    known = {key_of(plain(candidate.values)) for candidate in [*pool, *(one.candidate for one in explored[1:])]}
     made: list[Candidate] = []
     failures: list[Failure] = []
     for (one, _), (proposal, group) in zip(jobs, merged, strict=True):
@@ -209,9 +212,8 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         more += unread(stage, None, proposal.sample_id, *reasons.values())
         failures += [*told, *(record for record in more if record not in told)]  # a rule may pass them on, or drop them
         values = {**one.step.values, **accepted}
-        key = key_of(plain(values))
         changes = changes_between(one.step.values, values)
-        if changes and key not in known:
+        if changes and (key := key_of(plain(values))) not in known:
             known.add(key)
             made.append(
                 Candidate(
@@ -228,7 +230,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
     return Made(
         candidates=made,
         failures=failures,
-        proposals=sum(bool(proposal.values) for proposal in asked),
+        proposals=len([proposal for proposal in asked if proposal.values]),
         reasoning=merged[0][0].reasoning if single and len(merged) == 1 else "",
     )
 
@@ -266,6 +268,8 @@ async def try_candidates(
 
     candidates = [*(one.candidate for one in explored), *made]
     trials = check_trials(search, search.trials(candidates[: len(explored)], made, step), values)
+    if not trials:
+        return candidates, []
     found = await finish(run, trials, max(len(trials), 1))
     earlier = [total / count for candidate in candidates for total, count in candidate.scores.values()]
     lowest = lowest_of(earlier, *(scores_of(rollouts) for rollouts, _ in found), min_score=step.min_score)
@@ -356,17 +360,16 @@ def with_outputs(explored: Sequence[Explored], given: Sequence[Any]) -> list[Exp
     return [replace(one, instances=instances[i * size : (i + 1) * size]) for i, one in enumerate(explored)]
 
 
-def as_update(update: Any, explored: Sequence[Explored], written: Values) -> Update:
-    """Return what an `update` did, also if an overridden one returned a score or nothing of use."""
-    if isinstance(update, Update):
-        return update
+def as_update(answer: Any, explored: Sequence[Explored], written: Values, pool: Sequence[Candidate]) -> Update:
+    """Return what an overridden `update` did that returned a score or nothing of use; the `pool` stays as it was."""
     runs = [instance.rollout for instance in explored[0].instances]
     lowest = lowest_of([run.score for run in runs], min_score=explored[0].step.min_score)
     return Update(
         values=written,
         decision=Decision(accepted=bool(written), reason="applied by update()"),
-        score=float(update) if is_finite(update) else mean(scores_of(runs, lowest)),
+        score=float(answer) if is_finite(answer) else mean(scores_of(runs, lowest)),
         proposals=sum(len(one.instances) for one in explored),
+        pool=pool,
     )
 
 
