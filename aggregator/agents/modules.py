@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
-from types import new_class
+from types import FunctionType, new_class
 from typing import Any, TypeVar
 
 import msgspec
@@ -268,7 +268,7 @@ def walk(value: Any, path: str = "", seen: set[int] | None = None) -> list[_Foun
                 seen.add(id(value))
                 prefix = f"{path}." if path else ""
                 waiting += [(f"{prefix}{key}", item) for key, item in reversed(_items(value))]
-        elif operation := operation_of(value):
+        elif callable(value) and (operation := operation_of(value)):
             code = operation.code_of(getattr(value, "__self__", None))
             if code is not None:
                 waiting.append((path + CODE, code))
@@ -305,8 +305,12 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
         shared, slots = _of_class(kind)
         items = []
         for name, attribute in shared.items():
-            if name not in own:
-                items.append((name, getattr(value, name) if operation_of(attribute) else attribute))
+            if name in own:
+                continue
+            if operation_of(attribute):
+                items.append((name, getattr(value, name)))
+            elif not isinstance(attribute, FunctionType):
+                items.append((name, attribute))
         items += own.items()
         items += [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
     else:

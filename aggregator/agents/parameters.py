@@ -204,8 +204,7 @@ def read(parameters: Iterable[ParameterNode[Any]]) -> Values:
 
 def values_of(parameters: Iterable[ParameterNode[Any]]) -> Values:
     """Do as `read` with parameters that are known to have different names."""
-    found = [(parameter.name, parameter.data) for parameter in parameters]
-    return {name: data if type(data) in SCALARS else snapshot(data) for name, data in found}
+    return {one.name: data if type(data := one.data) in SCALARS else snapshot(data) for one in parameters}
 
 
 def write(parameters: Iterable[ParameterNode[Any]], values: Values) -> None:

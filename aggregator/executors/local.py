@@ -33,25 +33,7 @@ async def fan_out(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Ite
 
     The first error cancels the others and is raised by itself, not in a group.
     """
-    results: list[Any] = [None] * len(batch)
-    turns = iter(enumerate(batch))
-
-    async def take_turns() -> None:
-        for i, item in turns:
-            try:
-                results[i] = await work(item)
-            except asyncio.CancelledError as error:
-                if not is_own(error):
-                    raise
-                raise RuntimeError("code of a run cancelled itself") from error  # a TaskGroup would hide it
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(limit, len(batch))):
-                group.create_task(take_turns())
-    except BaseExceptionGroup as errors:
-        raise _first(errors) from None
-    return results
+    return await _run_all(work, batch, limit, lets_finish=False)
 
 
 async def finish(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int) -> list[Result]:
@@ -59,17 +41,35 @@ async def finish(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item
 
     An error stops further items from being started. Interrupts are not waited for.
     """
+    return await _run_all(work, batch, limit, lets_finish=True)
+
+
+async def _run_all(
+    work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int, *, lets_finish: bool
+) -> list[Result]:
+    results: list[Any] = [None] * len(batch)
+    turns = iter(enumerate(batch))
     raised: dict[int, Exception] = {}
 
-    async def one(turn: tuple[int, Item]) -> Any:
-        if raised:
-            return None
-        try:
-            return await work(turn[1])
-        except Exception as error:  # noqa: BLE001 - raised below
-            raised[turn[0]] = error
+    async def take_turns() -> None:
+        for i, item in turns:
+            if raised:
+                return
+            try:
+                results[i] = await work(item)
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError) and is_own(error):  # a TaskGroup would hide it
+                    raise RuntimeError("code of a run cancelled itself") from error
+                if not lets_finish or not isinstance(error, Exception):
+                    raise
+                raised[i] = error
 
-    results = await fan_out(one, list(enumerate(batch)), limit)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(limit, len(batch))):
+                group.create_task(take_turns())
+    except BaseExceptionGroup as errors:
+        raise _first(errors) from None
     if raised:
         raise raised[min(raised)]
     return results

@@ -179,7 +179,7 @@ def verdict_of(answer: Any, guide: Any) -> Scores:
         raise _unusable(guide, f"feedback of type {type(feedback).__name__}")
     return Scores(
         None if score is None else _number(score, guide),
-        {name: _number(value, guide) for name, value in named.items()},
+        {name: _number(value, guide) for name, value in named.items()} if named else {},
         feedback or "",
     )
 

@@ -149,16 +149,15 @@ class AggregatedUpdate(Minibatch):
         own, kind = vars(self), type(self)
         hooks = [name for name in _HOOKS if name in own or getattr(kind, name) is not getattr(AggregatedUpdate, name)]
         if self.rule is None:
-            return _HookedMerge(self, hooks) if hooks else self._merge()
+            if hooks:
+                return _HookedMerge(self, hooks)
+            return LLMMerge(self.llm, max_tokens=self.max_tokens, system_prompt=self.aggregator_system_prompt)
         if hooks:
             raise ConfigError(
                 f"Expected no {', '.join(hooks)} beside rule=, got both; they belong to the default merge. "
                 "Leave rule= out, or change the rule"
             )
         return self.rule
-
-    def _merge(self) -> LLMMerge:
-        return LLMMerge(self.llm, max_tokens=self.max_tokens, system_prompt=self.aggregator_system_prompt)
 
     def to_param_dict(self, update_dict: Mapping[Any, Any]) -> dict[str, Any]:
         """Convert {ParameterNode: value} to {name: value}."""

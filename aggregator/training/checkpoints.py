@@ -226,8 +226,8 @@ def result_of(state: RunState, parameters: Values, kept: Kept) -> TrainingResult
 
     reports: Sequence[StepReport | Evaluation] = [*state.history, *state.evaluations, *state.validations]
     best = parameters if state.best is None else state.best
-    usage = total_by_role(report.usage for report in reports)
-    failures = tuple(failure for report in reports for failure in report.failures)
+    usage = total_by_role([report.usage for report in reports])
+    failures = tuple([failure for report in reports for failure in report.failures])
     return TrainingResult(
         parameters=best if kept == "best" else parameters,
         best_parameters=best,

@@ -295,14 +295,14 @@ class _Course:
                 ran = [rollout for rollout in step.rollouts if rollout.failure is None and rollout.output is not None]
                 if ran and not any(rollout.transcript for rollout in ran):
                     self.state = replace(self.state, unseen=True)
-            outputs = [instance.output for one in explored for instance in one.instances]
-
-            async def apply(given: Sequence[Any]) -> Update:
-                return await make_update(parts, with_outputs(explored, given), step, pool)
-
             if hooks.update is None:
-                update: Any = await apply(outputs)
+                update: Any = await make_update(parts, explored, step, pool)
             else:
+                outputs = [instance.output for one in explored for instance in one.instances]
+
+                async def apply(given: Sequence[Any]) -> Update:
+                    return await make_update(parts, with_outputs(explored, given), step, pool)
+
                 with at_place(Place(step=step, call=self.local.call, update=apply)):
                     update = await call_hook(hooks.update, self.local.call, outputs, self.plan.verbose)
             if not isinstance(update, Update):
@@ -381,8 +381,8 @@ class _Course:
                 return lose_instance(task.sample, record, lineage="/".join(task.lineage))
 
         found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit, self.repeats)
-        self.streak = follow(self.streak, [one.rollout for one in found[:size]], digest(step.values))
-        if self.streak.succeeded:
+        self.streak = follow(self.streak, [one.rollout for one in found[:size]], step.values)
+        if self.streak.succeeded and waiting:
             late = await finish(lambda i: instance(i, partial(_known, waiting[i])), sorted(waiting), parts.limit)
             for i, one in zip(sorted(waiting), late, strict=True):
                 found[i] = one
@@ -444,7 +444,7 @@ class _Course:
                 for sample in self.plan.test
             ]
             every = await run_again(self.rollouts.map, self.repeats.expand(tasks), self.plan.guide)
-        self.streak = follow(self.streak, every, digest(values))
+        self.streak = follow(self.streak, every, values)
         runs = self.repeats.join(every)
         scores = tuple(run.score for run in runs)
         lowest = lowest_of(scores, *(run.scores for run in self.state.evaluations), min_score=self.plan.min_score)

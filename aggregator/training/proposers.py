@@ -122,10 +122,10 @@ class LLMOptimizer:
         step, seen = self._limit(step), join_rollouts(rollouts)
         messages = self.messages(seen, step)
         facts: dict[str, Any] = {"score": seen.score, "feedback": seen.feedback}
-        facts["sample_ids"] = tuple(rollout.sample_id for rollout in rollouts)
+        facts["sample_ids"] = tuple([rollout.sample_id for rollout in rollouts])
         with lineage("propose", role="optimizer"):
             if self.num_candidates == 1:
-                return await self._ask(self._question(messages, 0), step, facts)
+                return await self._ask(self.variation.ask(messages, 0, 1, ()), step, facts)
             found = await self._candidates(messages, step, facts)
         chosen = await merge_with(self.select, [proposal for proposal in found if proposal.values], step)
         if not chosen:
@@ -172,7 +172,7 @@ class LLMOptimizer:
         found: list[Proposal] = []
 
         async def candidate(i: int) -> Proposal:
-            question = self._question(messages, i, found)
+            question = self.variation.ask(messages, i, self.num_candidates, tuple(found))
             with lineage(f"candidate={i}"):
                 return await self._ask(question, step, facts)
 
@@ -181,9 +181,6 @@ class LLMOptimizer:
         for i in range(self.num_candidates):
             found.append(await candidate(i))  # noqa: PERF401 - the next candidate reads `found`
         return found
-
-    def _question(self, messages: list[dict[str, str]], i: int, before: Sequence[Proposal] = ()) -> Question:
-        return self.variation.ask(messages, i, self.num_candidates, tuple(before))
 
     async def _ask(self, question: Question, step: Step, facts: Mapping[str, Any]) -> Proposal:
         answer = await ask(
@@ -202,7 +199,7 @@ class LLMOptimizer:
 def describe_parameter(parameter: ParameterNode[Any], step: Step) -> dict[str, Any]:
     """Return what a prompt shows of a parameter: value, type, description, constraint and placeholders."""
     facts = parameter.describe()
-    facts["value"] = sort_sets(step.values.get(parameter.name, parameter.data))
+    facts["value"] = sort_sets(step.values.get(parameter.name, facts["value"]))
     if keeps_placeholders in step.checks and (kept := template_placeholders(facts["value"], parameter)):
         facts["placeholders"] = f"keep {', '.join(kept)} as they are, and add no others"
     return facts

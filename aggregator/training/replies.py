@@ -309,22 +309,18 @@ def parse_reply(text: str) -> Reply:
     True
     """
     try:
-        return _parse(_checked(text))
+        return _parse(text)
     except SuggestionError as error:
         raise SuggestionError(f"{_EXPECTED}, got {error}. The reply: {quote_ends(text)}") from None
 
 
-def _checked(text: str) -> str:
+def _parse(text: str) -> Reply:
     if not isinstance(text, str):
         raise SuggestionError(f"{type(text).__name__}, not text")
     if len(text) > MAX_REPLY:
         raise SuggestionError(f"{len(text)} characters; at most {MAX_REPLY} are read")
     if not (body := text.strip(_INVISIBLE)):
         raise SuggestionError("an empty reply")
-    return body
-
-
-def _parse(body: str) -> Reply:
     body, steps = _after_thinking(body)
     if body.strip(_AROUND_WORD).upper() == "TERMINATE":
         return Reply(terminate=True, rung="+".join([*steps, "terminate"]))

@@ -301,8 +301,8 @@ _CAUSES = (
 # ---- streaks of errors
 
 
-def follow(streak: Streak, rollouts: Sequence[Rollout], values: str) -> Streak:
-    """Return the streak after more rollouts under values of this digest.
+def follow(streak: Streak, rollouts: Sequence[Rollout], values: Values) -> Streak:
+    """Return the streak after more rollouts under these values.
 
     Lost calls say nothing. Raises TrainingError, with the traceback and the likely cause, where `LONGEST` rollouts in a
     row failed with the same exception type at the same line of the user's code.
@@ -314,7 +314,7 @@ def follow(streak: Streak, rollouts: Sequence[Rollout], values: str) -> Streak:
         if record is None:
             streak = Streak(succeeded=streak.succeeded or rollout.score is not None)
             continue
-        key = (record.stage, record.error, record.where, values)
+        key = (record.stage, record.error, record.where, digest(values))
         same = bool(record.where) and key == streak.key
         streak = replace(streak, key=key if record.where else (), length=streak.length + 1 if same else 1)
         if same and streak.length >= LONGEST:

@@ -300,8 +300,9 @@ async def ask(
             return error.text, Answer(error=str(error)), True
         if completion.finish_reason == "length":
             return completion.text, Answer(error=f"the reply was cut at the limit of {limit} tokens"), True
-        answer = read(completion.text, parameters)
-        return completion.text, answer if refuse is None else leave_out(answer, refuse(answer.values)), False
+        text = completion.text
+        answer = read(text, parameters)
+        return text, answer if refuse is None else leave_out(answer, refuse(answer.values)), False
 
     text, answer, is_cut = await once(messages, max_tokens)
     if answer.error is None or not structured:

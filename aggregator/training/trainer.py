@@ -469,7 +469,7 @@ class Trainer:
             except BaseException as error:  # noqa: BLE001 - the boundary: an optimizer may raise anything, one is lost
                 record = record_failure("proposal", error, sample_id)
             else:
-                own = proposal.failures or unread("proposal", proposal.error, sample_id)
+                own = proposal.failures or unread("proposal", sample_id, proposal.error)
                 if not own and not seen.failures:
                     return proposal
                 usable = bool(proposal.values)  # what could be read is a proposal
@@ -479,7 +479,7 @@ class Trainer:
             feedback=seen.feedback,
             error=None if record is None else f"{record.error}: {record.message}",
             failures=seen.failures if record is None else (*seen.failures, record),
-            sample_ids=tuple(rollout.sample_id for rollout in rollouts),
+            sample_ids=tuple([rollout.sample_id for rollout in rollouts]),
         )
 
     async def aupdate(self, outputs: Sequence[Any], verbose: bool | str = False) -> Any:

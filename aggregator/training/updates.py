@@ -126,10 +126,10 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     """
     search, seen = parts.search, read_only(step)
     made = await make_candidates(parts, explored, seen, pool)
-    tried, failures = await try_candidates(search, explored, made.candidates, seen)
-    current, old, new = tried[0], tried[: len(explored)], tried[len(explored) :]
-    # the best of them, in the parameters' types
+    # the values of each, in the parameters' types
     own = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made.candidates}
+    tried, failures = await try_candidates(search, explored, made.candidates, own, seen)
+    current, old, new = tried[0], tried[: len(explored)], tried[len(explored) :]
     best, decision = check_choice(search, search.choose(old, new, seen), own)
     after = step.values if best is None else own[best.id]
     values = changes_between(step.values, after)
@@ -151,7 +151,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     return Update(
         values=values,
         decision=decision,
-        score=mean(scores_of(judged, lowest_of(scores_of(judged), min_score=step.min_score))),
+        score=mean(scores_of(judged, lowest_of([run.score for run in judged], min_score=step.min_score))),
         reasoning=made.reasoning if best is None else best.reasoning,
         proposals=made.proposals,
         contributors=() if best is None else contributors(best, current, known.values()),
@@ -207,10 +207,10 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         reasons = refuse_values(accepted, one.step)
         accepted = {name: value for name, value in accepted.items() if name not in reasons}
         told = [] if per_instance else [record for own in group for record in own.failures]
-        stage: Stage = "aggregation" if per_instance else "proposal"
-        more = proposal.failures or unread(stage, proposal.error, proposal.sample_id, *refused.values())
-        more += unread(stage, None, proposal.sample_id, *reasons.values())
-        failures += [*told, *(record for record in more if record not in told)]  # a rule may pass them on, or drop them
+        wrong = reasons.values() if proposal.failures else (proposal.error, *refused.values(), *reasons.values())
+        more = unread("aggregation" if per_instance else "proposal", proposal.sample_id, *wrong)
+        # a rule may pass them on, or drop them
+        failures += [*told, *[record for record in (*proposal.failures, *more) if record not in told]]
         values = {**one.step.values, **accepted}
         changes = changes_between(one.step.values, values)
         if changes and (key := key_of(plain(values))) not in known:
@@ -242,13 +242,19 @@ def _proposers_of(name: str, group: Sequence[Proposal], merged: Proposal) -> tup
 
 
 async def try_candidates(
-    search: Search, explored: Sequence[Explored], made: Sequence[Candidate], step: Step
+    search: Search, explored: Sequence[Explored], made: Sequence[Candidate], values: Mapping[str, Values], step: Step
 ) -> tuple[list[Candidate], list[Failure]]:
     """Return all candidates with the scores that this step adds, and what failed on the way.
+
+    `values` are those of each candidate, by its id.
 
     What the minibatch has shown of an explored candidate is not run again, unless the search has its own guide or
     the call was lost. Where the agent failed the score is the lowest that this comparison knows (`lowest_of`).
     """
+    candidates = [*[one.candidate for one in explored], *made]
+    trials = check_trials(search, search.trials(candidates[: len(explored)], made, step), values)
+    if not trials:
+        return candidates, []
     guide = getattr(search, "guide", None)
     shown = {
         (one.candidate.id, id(instance.sample)): instance.rollout
@@ -256,7 +262,6 @@ async def try_candidates(
         for instance in one.instances
         if instance.rollout.failure is None or not instance.rollout.failure.infrastructure
     }
-    values = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made}
 
     async def run(trial: tuple[Candidate, Sequence[Sample]]) -> tuple[Sequence[Rollout], list[Failure]]:
         candidate, samples = trial
@@ -266,10 +271,6 @@ async def try_candidates(
         known = [made.get(id(sample)) or shown[candidate.id, id(sample)] for sample in samples]
         return known, [replace(record, stage="evaluation") for record in failures_of(runs)]
 
-    candidates = [*(one.candidate for one in explored), *made]
-    trials = check_trials(search, search.trials(candidates[: len(explored)], made, step), values)
-    if not trials:
-        return candidates, []
     found = await finish(run, trials, max(len(trials), 1))
     earlier = [total / count for candidate in candidates for total, count in candidate.scores.values()]
     lowest = lowest_of(earlier, *(scores_of(rollouts) for rollouts, _ in found), min_score=step.min_score)
@@ -321,12 +322,13 @@ def settle(merged: Sequence[Proposal]) -> Proposal:
     return replace(merged[0], values=values, failures=failures, sample_ids=samples)
 
 
-def unread(stage: Stage, error: str | None, sample_id: int | None, *more: str) -> tuple[Failure, ...]:
-    """Return what could not be read or converted as failures of this stage."""
-    messages = [message for message in (error, *more) if message]
-    return tuple(
-        Failure(stage=stage, error="SuggestionError", message=message, sample_id=sample_id) for message in messages
-    )
+def unread(stage: Stage, sample_id: int | None, *messages: str | None) -> list[Failure]:
+    """Return what could not be read or converted, as far as there are messages, as failures of this stage."""
+    return [
+        Failure(stage=stage, error="SuggestionError", message=message, sample_id=sample_id)
+        for message in messages
+        if message
+    ]
 
 
 def is_single(search: Search) -> bool:
@@ -377,12 +379,12 @@ def report_step(turn: Turn, explored: Sequence[Explored], update: Update, usage:
     """Return the report of a step: all its rollouts and proposals, what was decided, and what it used."""
     instances = [instance for one in explored for instance in one.instances]
     failures = [record for instance in instances for record in instance.proposal.failures]
-    more = (record for record in update.failures if record not in failures)  # a proposal carries them on
+    failures += [record for record in update.failures if record not in failures]  # a proposal carries them on
     return FullStepReport(
         epoch=turn.epoch,
         step=turn.step,
-        sample_ids=tuple(sample.id for sample in turn.samples),
-        scores=tuple(instance.rollout.score for instance in explored[0].instances),
+        sample_ids=tuple([sample.id for sample in turn.samples]),
+        scores=tuple([instance.rollout.score for instance in explored[0].instances]),
         score=update.score,
         decision=update.decision,
         update=update.values,
@@ -390,7 +392,7 @@ def report_step(turn: Turn, explored: Sequence[Explored], update: Update, usage:
         proposals=update.proposals,
         contributors=update.contributors,
         sources=update.sources,
-        failures=tuple(replace(record, epoch=turn.epoch, step=turn.step) for record in (*failures, *more)),
+        failures=tuple([replace(record, epoch=turn.epoch, step=turn.step) for record in failures]),
         usage=usage,
         rollouts=tuple([without_handle(instance.rollout) for instance in instances]),
         all_proposals=tuple([instance.proposal for instance in instances]),
