@@ -12,7 +12,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.training.prompts": ("Layout",),
     "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer", "TextGradOptimizer"),
     "aggregator.training.step": ("Optimizer",),
-    "aggregator.training.suggestions": ("Answer", "ask"),
+    "aggregator.training.asking": ("Answer", "ask"),
     "aggregator.training.variations": ("Variation", "alternatives", "experts", "refine", "seeds", "temperatures"),
 }
 

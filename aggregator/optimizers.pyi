@@ -1,5 +1,7 @@
 # What editors and type checkers see: the table of optimizers.py as imports. A test compares the two.
 
+from aggregator.training.asking import Answer as Answer
+from aggregator.training.asking import ask as ask
 from aggregator.training.learning import LearnedUpdate as LearnedUpdate
 from aggregator.training.learning import apropose_from as apropose_from
 from aggregator.training.learning import propose_from as propose_from
@@ -9,8 +11,6 @@ from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
 from aggregator.training.proposers import OPROOptimizer as OPROOptimizer
 from aggregator.training.proposers import TextGradOptimizer as TextGradOptimizer
 from aggregator.training.step import Optimizer as Optimizer
-from aggregator.training.suggestions import Answer as Answer
-from aggregator.training.suggestions import ask as ask
 from aggregator.training.variations import Variation as Variation
 from aggregator.training.variations import alternatives as alternatives
 from aggregator.training.variations import experts as experts

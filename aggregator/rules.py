@@ -17,7 +17,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "without_failed",
     ),
     "aggregator.training.step": ("UpdateRule",),
-    "aggregator.training.suggestions": ("Answer", "ask"),
+    "aggregator.training.asking": ("Answer", "ask"),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

@@ -1,5 +1,7 @@
 # What editors and type checkers see: the table of rules.py as imports. A test compares the two.
 
+from aggregator.training.asking import Answer as Answer
+from aggregator.training.asking import ask as ask
 from aggregator.training.merge import LLMChoice as LLMChoice
 from aggregator.training.merge import LLMMerge as LLMMerge
 from aggregator.training.merge import best_tried as best_tried
@@ -14,5 +16,3 @@ from aggregator.training.rules import mean as mean
 from aggregator.training.rules import top_k as top_k
 from aggregator.training.rules import without_failed as without_failed
 from aggregator.training.step import UpdateRule as UpdateRule
-from aggregator.training.suggestions import Answer as Answer
-from aggregator.training.suggestions import ask as ask

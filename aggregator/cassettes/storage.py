@@ -1,4 +1,4 @@
-"""Cassettes on disk: read and verified, written by one atomic replacement, locked, or accepted after an edit by hand.
+"""Cassettes on disk: read and verified, written by one atomic replacement, or accepted after an edit by hand.
 
 A file that states its hash is verified; if the hash differs, the hash of each exchange finds the changed line. A file
 is written in canonical order, and in shards if it would be too large.
@@ -6,7 +6,6 @@ is written in canonical order, and in shards if it would be too large.
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -49,14 +48,8 @@ from aggregator.cassettes.journal import (
 from aggregator.cassettes.lineage import natural
 from aggregator.cassettes.matching import key_of_request
 from aggregator.cassettes.redaction import needles_for, redact_line, redact_request
-from aggregator.errors import CassetteDamagedError, CassetteError, CassetteLockedError, CassetteRefusedError
-from aggregator.files import beside, make_folder, open_file, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows: no advisory locks; two processes must not record one file
-    fcntl = None  # type: ignore[assignment]
-
+from aggregator.errors import CassetteDamagedError, CassetteError, CassetteRefusedError
+from aggregator.files import write_atomically
 
 # Reading
 
@@ -273,71 +266,6 @@ def _render(row: Row, layout: Layout) -> bytes:
     if layout == "journal":
         return b"- %b\n" % row.line
     return render_exchange(row.exchange(), row.line).encode()
-
-
-# Locking
-
-
-# ---- locking
-
-
-class FileLock:
-    """An advisory lock next to a file, released with its process however that ends."""
-
-    def __init__(self, path: Path) -> None:
-        """Take the lock; raises CassetteLockedError naming the process that holds it."""
-        self._path = beside(path, ".lock")
-        self._process = os.getpid()
-        try:
-            make_folder(path.parent)
-            self._file = self._take(path)
-        except OSError as error:
-            raise CassetteError(
-                f"Expected to record into {path}, got {error}; make the folder writable, choose another path, "
-                'or replay with mode="none"'
-            ) from error
-
-    def _take(self, path: Path) -> int:
-        while True:
-            file = open_file(self._path, os.O_RDWR | os.O_CREAT)
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_current(file):
-                    os.ftruncate(file, 0)
-                    os.write(file, f"process {os.getpid()}".encode())
-                    return file
-            except BlockingIOError:
-                holder = os.read(file, 100).decode(errors="replace") or "another process"
-                os.close(file)
-                raise CassetteLockedError(
-                    f"Expected to write {path}, got a lock held by {holder}; wait for it, or write elsewhere"
-                ) from None
-            os.close(file)
-
-    def _is_current(self, file: int) -> bool:
-        """Return True if the locked file still has the name: its last holder may have removed it meanwhile."""
-        try:
-            return os.path.samestat(os.fstat(file), self._path.stat())
-        except FileNotFoundError:
-            return False
-
-    def release(self) -> None:
-        """Remove the lock; a second call does nothing, and one in a forked process neither.
-
-        It is closed before it is unlinked: Windows unlinks no open file. So that nobody takes it in between and loses
-        it, it gives up its name first.
-        """
-        if self._file < 0 or os.getpid() != self._process:
-            return
-        gone = self._path
-        if fcntl is not None:
-            gone = beside(self._path, f".{os.getpid()}")
-            with suppress(FileNotFoundError):
-                self._path.replace(gone)
-        os.close(self._file)
-        self._file = -1
-        gone.unlink(missing_ok=True)
 
 
 # Edits by hand

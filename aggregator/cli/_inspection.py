@@ -22,8 +22,9 @@ from aggregator.agents.code import plain_source
 from aggregator.cassettes.credentials import Needles
 from aggregator.cassettes.exchanges import Exchange, Recording, exchange_id, line_is_whole
 from aggregator.cassettes.journal import is_open_journal
+from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.matching import raw_key
-from aggregator.cassettes.storage import GZIP, FileLock, followed, read
+from aggregator.cassettes.storage import GZIP, followed, read
 from aggregator.cli._exchanges import model_of, secrets_in, usage_of, value_of
 from aggregator.errors import CassetteError, ConfigError
 

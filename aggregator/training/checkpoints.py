@@ -24,9 +24,9 @@ from msgspec.structs import asdict
 
 from aggregator import portal
 from aggregator.cassettes.lineage import WATCH, current_tape
+from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
-from aggregator.cassettes.storage import FileLock
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.executors.work import failures_left
 from aggregator.files import write_atomically

@@ -20,6 +20,7 @@ from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
 from aggregator.records import Proposal
 from aggregator.text import show_call
+from aggregator.training.asking import Answer, ask_or_fail, read_reply
 from aggregator.training.gates import compare_runs
 from aggregator.training.parts import check_rule, combine_edits, merge_with, refuse_values
 from aggregator.training.prompts import (
@@ -30,7 +31,6 @@ from aggregator.training.prompts import (
 )
 from aggregator.training.rules import dedupe
 from aggregator.training.step import Step, UpdateRule
-from aggregator.training.suggestions import Answer, ask_or_fail, read_reply
 
 Confidence = Literal["constant", "evidence"] | Callable[[Sequence[Proposal], float], Sequence[float]]
 """How sure each proposal is: the stepsize for all, by score and support, or a function of (proposals, stepsize)."""

@@ -19,6 +19,7 @@ from aggregator.llm.models import as_model
 from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.text import cut, show_call
+from aggregator.training.asking import Answer, ask
 from aggregator.training.checks import keeps_placeholders, template_placeholders
 from aggregator.training.parts import check_rule, fit_to_types, merge_with, refuse_values
 from aggregator.training.prompts import (
@@ -37,8 +38,8 @@ from aggregator.training.prompts import (
     sort_sets,
     verdict,
 )
+from aggregator.training.schemas import lean_schema
 from aggregator.training.step import Step, UpdateRule
-from aggregator.training.suggestions import Answer, ask, lean_schema, response_schema
 from aggregator.training.variations import Question, Variation, check_variation, seeds
 
 Item = TypeVar("Item")
@@ -191,7 +192,7 @@ class LLMOptimizer:
             temperature=self.temperature if question.temperature is None else question.temperature,
             seed=question.seed,
             refuse=partial(refuse_values, step=step),
-            schema=lean_schema if self.style == "lean" else response_schema,
+            schema=lean_schema if self.style == "lean" else None,
         )
         return Proposal(values=answer.values, reasoning=answer.reasoning, error=answer.error, **facts)
 

@@ -1,38 +1,22 @@
-"""Ask a model for parameter values and convert its reply to values that the parameters accept, without guessing.
+"""Convert what a reply suggests to values that the parameters accept, without guessing.
 
-`ask` sends the question, with one repair call that quotes the error. `parse_reply` reads the reply,
-`convert_suggestion` converts what it suggests. A reply that is cut off, ambiguous or unreadable is a SuggestionError
-whose text can be quoted to the model; a value that does not fit is refused with its reason.
+A reply that is cut off, ambiguous or unreadable is a SuggestionError whose text can be quoted to the model; a value
+that does not fit is refused with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any
 
-import msgspec
-from msgspec import Struct
-from msgspec.structs import replace
-
 from aggregator.agents import values as values_of_types
-from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import (
-    BadRequestError,
-    ContentFilterError,
-    LLMError,
     ParameterError,
-    PermissionDeniedError,
     SuggestionError,
-    TruncatedError,
-    ends_run,
 )
-from aggregator.llm.models import complete_own
-from aggregator.protocols import ChatModel
 from aggregator.records import Values
 from aggregator.text import list_names, quote_ends
-from aggregator.training.prompts import repair_messages, shorter_messages
 from aggregator.training.replies import parse_reply, same
 
 _NEAR_WITHIN = 200
@@ -118,212 +102,3 @@ def _convert(parameter: Any, key: str, suggestion: Mapping[str, Any]) -> Any:
         return values_of_types.convert(raw, values_of_types.infer_type(parameter.data))
     except values_of_types.Unfit as unfit:
         raise ParameterError(f"{unfit.reason} - at $.suggestion.{parameter.py_name}{unfit.path}") from None
-
-
-Schema = dict[str, Any]
-
-
-_KEPT = ("type", "enum", "const", "description", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-
-
-_KEPT_OF_LISTS = ("minItems", "maxItems")
-"""What strict mode takes in addition to the structure. Patterns and lengths are left out, as servers differ over them;
-every limit is checked again when the value is converted."""
-
-
-_JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
-
-
-# ---- schemas of replies
-
-
-def lean_schema(parameters: Sequence[Any]) -> dict[str, Any]:
-    """Return a schema for small models: the values first, then one short text of reasons, and no nulls.
-
-    Every value is written; one that should stay is repeated. A type that strict mode cannot state turns it off.
-    """
-    plain = {parameter.name: _plain(parameter) for parameter in parameters}
-    strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
-    every_key = len(strict) == len(plain)
-    inner = _object(strict if every_key else plain, list(strict) if every_key else [])
-    schema = _object({"suggestion": inner, "reasoning": {"type": "string"}}, ["suggestion", "reasoning"])
-    return {"type": "json_schema", "json_schema": {"name": "suggestion", "strict": every_key, "schema": schema}}
-
-
-def response_schema(parameters: Sequence[Any]) -> dict[str, Any]:
-    """Return what `response_format` carries: the schema of a reply that suggests values for these parameters.
-
-    Strict mode wants every key written, so each value may be null, which `convert_suggestion` reads as unchanged. A
-    type that strict mode cannot state (a dict of any keys, Any) turns it off: then keys may be left out, and the schema
-    only guides.
-    """
-    return _response_schema(msgspec.json.encode({parameter.name: _plain(parameter) for parameter in parameters}))
-
-
-@lru_cache(maxsize=256)
-def _response_schema(encoded: bytes) -> dict[str, Any]:
-    """Return the schema of a reply for the schemas of its values; every instance of a step asks for the same one."""
-    plain: dict[str, Schema] = msgspec.json.decode(encoded)
-    strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
-    if len(strict) == len(plain):
-        schema = _reply({name: _nullable(part) for name, part in strict.items()}, every_key=True)
-    else:
-        schema = _reply(plain, every_key=False)
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "suggestion", "strict": len(strict) == len(plain), "schema": schema},
-    }
-
-
-def _plain(parameter: Any) -> Schema:
-    """The schema of one value; Trace's parameters have none of their own, so it comes from their value."""
-    if hasattr(parameter, "json_schema"):
-        own: Schema = parameter.json_schema()
-        return own
-    return values_of_types.schema(values_of_types.infer_type(parameter.data))
-
-
-def _reply(suggestion: Mapping[str, Schema], *, every_key: bool) -> Schema:
-    reasons = {f"reasoning_{name}": {"type": "string"} for name in suggestion}
-    inner = _object(suggestion, list(suggestion) if every_key else [])
-    return _object({**reasons, "suggestion": inner}, [*reasons, "suggestion"] if every_key else ["suggestion"])
-
-
-def _object(properties: Mapping[str, Schema], required: list[str]) -> Schema:
-    return {"type": "object", "properties": dict(properties), "required": required, "additionalProperties": False}
-
-
-def _nullable(schema: Schema) -> Schema:
-    """Let a value be null and keep its description: a strict schema has no optional keys."""
-    if schema.get("type") == "null" or {"type": "null"} in schema.get("anyOf", ()):
-        return schema
-    words = {"description": schema["description"]} if "description" in schema else {}
-    inner = {key: value for key, value in schema.items() if key != "description"}
-    return {"anyOf": [*(inner["anyOf"] if set(inner) == {"anyOf"} else [inner]), {"type": "null"}], **words}
-
-
-def _strict(schema: Schema) -> Schema | None:
-    """Return a schema in strict mode's subset; None where the subset cannot state it."""
-    kept = {key: schema[key] for key in _KEPT if key in schema}
-    if "anyOf" in schema:
-        options = [_strict(option) for option in schema["anyOf"]]
-        return None if None in options else {**kept, "anyOf": options}
-    kind = schema.get("type")
-    if kind == "array":
-        items = _strict(schema["items"]) if schema.get("items") and "prefixItems" not in schema else None
-        limits = {key: schema[key] for key in _KEPT_OF_LISTS if key in schema}
-        return None if items is None else {**kept, **limits, "items": items}
-    if kind == "object":
-        members = {name: _strict(part) for name, part in schema.get("properties", {}).items()}
-        if not members or None in members.values():
-            return None
-        return {**kept, **_object({name: part for name, part in members.items() if part is not None}, list(members))}
-    if kind is None and "enum" in schema:
-        kinds = {_JSON_TYPES.get(type(value)) for value in schema["enum"]}
-        return None if len(kinds) > 1 or None in kinds else {"type": kinds.pop(), **kept}
-    return kept if isinstance(kind, str) else None
-
-
-Parameters = Sequence[ParameterNode[Any]]
-
-
-# ---- asking and reading
-
-
-class Answer(Struct, frozen=True, kw_only=True):
-    """Values of the parameters' own types; `error` says what could not be used, even after the repair call."""
-
-    values: Values = {}
-    reasoning: str = ""
-    error: str | None = None
-
-
-Refuse = Callable[[Values], Mapping[str, str]]
-"""Returns the reason for each value that is refused, by parameter name."""
-
-Read = Callable[[str, Parameters], Answer]
-"""Reads a reply into values for these parameters."""
-
-
-def read_reply(text: str, parameters: Parameters, *, ignored: Collection[str] = ()) -> Answer:
-    """Read one reply into values of the parameters' own types; what it has under `ignored` names is left out."""
-    try:
-        reply = parse_reply(text)
-    except SuggestionError as error:
-        return Answer(error=str(error))
-    if reply.terminate or reply.suggestion is None:
-        return Answer(reasoning=reply.reasoning)
-    suggestion = {key: value for key, value in reply.suggestion.items() if key not in ignored}
-    values, refused = convert_suggestion(suggestion, parameters)
-    return Answer(values=values, reasoning=reply.reasoning, error="; ".join(refused.values()) or None)
-
-
-def leave_out(answer: Answer, refused: Mapping[str, str]) -> Answer:
-    """Return the answer without the values that are refused, their reasons added to its error."""
-    if not refused:
-        return answer
-    values = {name: value for name, value in answer.values.items() if name not in refused}
-    reasons = [reason for reason in (answer.error, *refused.values()) if reason]
-    return replace(answer, values=values, error="; ".join(reasons))
-
-
-async def ask(
-    llm: ChatModel,
-    messages: list[dict[str, str]],
-    parameters: Parameters,
-    *,
-    max_tokens: int,
-    temperature: float | None = None,
-    seed: int | None = None,
-    read: Read = read_reply,
-    structured: bool = True,
-    schema: Callable[[Parameters], dict[str, Any]] = response_schema,
-    refuse: Refuse | None = None,
-) -> Answer:
-    """Return the model's suggestion for the parameters; raises LLMError if the call itself failed.
-
-    A reply that cannot be read without guessing, and a value that cannot become its parameter's type or that `refuse`
-    refuses, is asked for once more with the reason quoted. What is still wrong then is left out and named in `error`.
-    A reply that was cut is not quoted: the second one is asked to be shorter, and has twice the room. Where the second
-    call itself is refused (too long, a filter) the first reply is what counts. `schema` makes the `response_format`.
-    With `structured=False` the reply has whatever form `read` knows: no schema is sent, and nothing is asked again.
-    """
-    given: dict[str, Any] = {"temperature": temperature, "seed": seed}
-    options = {name: value for name, value in given.items() if value is not None}
-    if structured:  # validate=str: any text will do for the client, `read` is the judge
-        options |= {"response_format": schema(parameters), "validate": str}
-
-    async def once(messages: list[dict[str, str]], limit: int) -> tuple[str, Answer, bool]:
-        try:
-            completion = await complete_own(llm, messages, max_tokens=limit, **options)
-        except TruncatedError as error:
-            return error.text, Answer(error=str(error)), True
-        if completion.finish_reason == "length":
-            return completion.text, Answer(error=f"the reply was cut at the limit of {limit} tokens"), True
-        text = completion.text
-        answer = read(text, parameters)
-        return text, answer if refuse is None else leave_out(answer, refuse(answer.values)), False
-
-    text, answer, is_cut = await once(messages, max_tokens)
-    if answer.error is None or not structured:
-        return answer
-    try:
-        if is_cut:
-            _, repaired, _ = await once(shorter_messages(messages, text, max_tokens), 2 * max_tokens)
-        else:
-            _, repaired, _ = await once(repair_messages(messages, text, answer.error), max_tokens)
-    except (BadRequestError, ContentFilterError, PermissionDeniedError) as error:
-        if ends_run(error):
-            raise
-        return answer
-    return repaired
-
-
-async def ask_or_fail(*arguments: Any, **options: Any) -> Answer | LLMError:
-    """Do as `ask`, and return the error of a call that another one may escape; raises what ends a run."""
-    try:
-        return await ask(*arguments, **options)
-    except LLMError as error:
-        if ends_run(error):
-            raise
-        return error

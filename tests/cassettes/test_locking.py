@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.cassettes.storage import FileLock
+from aggregator.cassettes.locking import FileLock
 from aggregator.errors import CassetteLockedError
 
 HOLD = """
 import sys
 from pathlib import Path
-from aggregator.cassettes.storage import FileLock
+from aggregator.cassettes.locking import FileLock
 lock = FileLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

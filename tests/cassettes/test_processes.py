@@ -113,12 +113,12 @@ WINDOWS = """
 
     os.O_BINARY = 1 << 30
     os.open, os.close, pathlib.Path.unlink = open_file, close_file, unlink
-    import aggregator.cassettes.storage
-    aggregator.cassettes.storage.fcntl = FCNTL
+    import aggregator.cassettes.locking
+    aggregator.cassettes.locking.fcntl = FCNTL
 """
 
 
-@pytest.mark.parametrize("locks", ["None", "aggregator.cassettes.storage.fcntl"])
+@pytest.mark.parametrize("locks", ["None", "aggregator.cassettes.locking.fcntl"])
 def test_on_windows_every_recording_ended_in_an_error(locks: str, tmp_path: Path) -> None:
     """No file is unlinked while it is open, and each is opened as bytes, so that lines end as they were written."""
     whole = WINDOWS.replace("FCNTL", locks) + SCRIPT.replace("in_child(child)", "pass")

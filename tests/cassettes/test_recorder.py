@@ -16,9 +16,9 @@ import pytest
 import aggregator
 from aggregator.cassettes import recorder
 from aggregator.cassettes.lineage import adopted, current_tape, tape_here
+from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.recorder import Mode, default_mode
 from aggregator.cassettes.rules import Faults, TapeRules
-from aggregator.cassettes.storage import FileLock
 from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 

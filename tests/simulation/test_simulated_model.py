@@ -20,7 +20,7 @@ from aggregator.records import HTTPReply, HTTPRequest, Proposal
 from aggregator.simulation.model import SimulatedModel, complete, count_tokens, stream_events
 from aggregator.simulation.prompts import role_of
 from aggregator.training.prompts import aggregation_messages, proposal_messages, repair_messages
-from aggregator.training.suggestions import response_schema
+from aggregator.training.schemas import response_schema
 
 STUDENT = [
     {"role": "system", "content": "refund -> billing\nIf no rule applies, answer sales."},

@@ -22,10 +22,10 @@ from aggregator.errors import (
 )
 from aggregator.records import Choice, Completion, Message, Proposal
 from aggregator.training.algorithms import AggregatedUpdate
+from aggregator.training.asking import ask
 from aggregator.training.merge import LLMChoice, LLMMerge, tree_merge
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.step import Step
-from aggregator.training.suggestions import ask
 
 ASKED = [{"role": "user", "content": "Q"}]
 

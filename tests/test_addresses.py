@@ -1,0 +1,49 @@
+"""Modules that programs import from under a name of their own, or that they change for an experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aggregator
+from aggregator.cassettes import locking
+from aggregator.executors.local import LocalExecutor
+from aggregator.testing import ScriptedModel
+from aggregator.training import asking, schemas
+from aggregator.training.executors import AsyncExecutor
+
+QUESTION = [{"role": "user", "content": "Which number?"}]
+
+
+async def test_the_executor_under_its_first_name_runs_any_work() -> None:
+    """It is the local executor, which awaits whatever it is given and returns the results in order."""
+    assert AsyncExecutor is LocalExecutor
+
+    async def double(number: Any) -> Any:
+        return 2 * number
+
+    numbers: Any = [1, 2, 3]
+    async with AsyncExecutor(4) as executor:
+        work: Any = double
+        assert await executor.map(work, numbers) == [2 * number for number in numbers]
+        assert await executor.call(pow, 2, 3) == 8
+
+
+def test_a_system_without_advisory_locks_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Windows; the module of the lock is where a program turns it off."""
+    monkeypatch.setattr(locking, "fcntl", None)
+    with aggregator.cassette(tmp_path / "a.yaml", "all"):
+        assert (tmp_path / "a.yaml.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_form_of_reply_can_be_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema put in the place of ours is what the model is sent."""
+    monkeypatch.setattr(asking, "response_schema", schemas.lean_schema)
+    model = ScriptedModel('{"suggestion": {}}')
+    await asking.ask(model, QUESTION, [aggregator.ParameterNode(1, name="k")], max_tokens=10)
+    (options,) = model.options
+    schema = options["response_format"]["json_schema"]["schema"]
+    assert list(schema["properties"]) == ["suggestion", "reasoning"]
