@@ -98,7 +98,7 @@ async def test_a_server_that_takes_no_connection() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        waiting = [socket.socket() for _ in range(4)]  # Fill its queue, so that the kernel accepts no more connections.
+        waiting = [socket.socket() for _ in range(4)]  # fill its queue, so that the kernel accepts no more connections
         for other in waiting:
             other.settimeout(0)
             other.connect_ex(listener.getsockname())
@@ -197,7 +197,7 @@ async def test_a_call_cancelled_while_its_answer_comes() -> None:
     async with serving(handle) as url, LLM("half", base_url=url) as llm, asyncio.TaskGroup() as tasks:
         call = tasks.create_task(llm.complete("Hello"))
         await begun.wait()
-        await asyncio.sleep(0.02)  # The call has read what has arrived and waits for the rest.
+        await asyncio.sleep(0.02)  # the call has read what has arrived and waits for the rest
         call.cancel()
         async with asyncio.timeout(5):
             await closed.wait()

@@ -397,6 +397,6 @@ def test_thinking_beside_the_output_was_free() -> None:
     body = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": usage}
     found = codec().decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL).usage
     assert (found.input_tokens, found.output_tokens, found.reasoning_tokens) == (32, 103, 94)
-    usage["total_tokens"] = 3  # A total that is smaller does not change the parts.
+    usage["total_tokens"] = 3  # a total that is smaller does not change the parts
     found = codec().decode(HTTPReply(status=200, body=json.dumps(body).encode(), headers={}), CALL).usage
     assert (found.input_tokens, found.output_tokens) == (32, 9)

@@ -235,7 +235,7 @@ VITAL = {
     "parts",
     "usage",
     "usageMetadata",
-}  # These cannot be lost unnoticed.
+}  # these cannot be lost unnoticed
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

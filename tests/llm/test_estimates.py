@@ -28,7 +28,7 @@ async def test_the_likely_cost_is_below_the_maximum() -> None:
     assert found.usd is not None
     assert found.most_usd is not None
     assert 0 < found.usd < found.most_usd
-    assert 10 * 450 < found.input_tokens < 10 * 700  # About 400 words, one token each, and the JSON around them.
+    assert 10 * 450 < found.input_tokens < 10 * 700  # about 400 words, one token each, and the JSON around them
     assert found.most_tokens >= 10 * (400 + 1000)
 
 

@@ -243,7 +243,7 @@ async def test_a_cancelled_wait_passes_its_place_on() -> None:
         waiting = [tasks.create_task(limiter.enter()) for _ in range(3)]
         await asyncio.sleep(0)
         waiting[0].cancel()
-        limiter.leave()  # The place goes to the second call, which is cancelled before it runs.
+        limiter.leave()  # the place goes to the second call, which is cancelled before it runs
         waiting[1].cancel()
     await waiting[2]
     limiter.leave()
@@ -285,7 +285,7 @@ async def test_tokens_per_minute() -> None:
     await limiter.admit(100.0)
     assert sum(time.slept) == pytest.approx(11.0, abs=1.1)
     time.slept.clear()
-    limiter.used(first, 100.0)  # A thousand tokens fewer than reserved.
+    limiter.used(first, 100.0)  # a thousand tokens fewer than reserved
     await limiter.admit(100.0)
     assert sum(time.slept) == 0.0
 

@@ -385,7 +385,7 @@ def test_the_agents_own_errors_are_feedback(server: Server) -> None:
         assert run.failure is not None
         assert (run.failure.error, run.failure.infrastructure) == ("KeyError", False)
         assert "KeyError" in run.feedback
-        assert run.transcript.count("LLM call") == 1  # The retry is the same call.
+        assert run.transcript.count("LLM call") == 1  # the retry is the same call
 
 
 def test_a_tools_error_status_is_not_a_lost_call(server: Server) -> None:
@@ -551,7 +551,7 @@ def test_an_sdk_that_retries_every_error_does_not_retry_a_refusal(server: Server
 def test_tokens_are_reserved_before_sending(server: Server) -> None:
     """The reservation uses the request's max_tokens, or the default limit; a request that does not fit is not sent."""
     with pytest.raises(BudgetExceededError):
-        train(Asking(server.url), budget=Budget(tokens=4_000), stepsize=0.0)  # 4,096 tokens are assumed for an answer.
+        train(Asking(server.url), budget=Budget(tokens=4_000), stepsize=0.0)  # 4,096 tokens are assumed for an answer
     assert server.asked == []
     budget = Budget(tokens=4_000)
     train(Asking(server.url, max_tokens=50), budget=budget, stepsize=0.0)
@@ -653,7 +653,7 @@ class Slow(BaseHTTPRequestHandler):
         self.send_header("content-type", "text/event-stream")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        with suppress(BrokenPipeError):  # A client that leaves early.
+        with suppress(BrokenPipeError):  # a client that leaves early
             self.send_events()
 
     def send_events(self) -> None:

@@ -180,7 +180,7 @@ async def test_a_budget_reserves_by_the_limit_of_this_api() -> None:
     transport = ScriptedTransport(reply(message("hi")))
     llm = client(transport, budget=budget, prices=prices)
     answer = await llm.complete(QUESTION)
-    assert transport.bodies()[0]["max_output_tokens"] == 4096 + 16_384  # A reasoning model.
+    assert transport.bodies()[0]["max_output_tokens"] == 4096 + 16_384  # a reasoning model
     assert answer.usage.cost == pytest.approx((6 * 10 + 4 * 1 + 5 * 100) / 1e6)
     assert budget.spent.usd == pytest.approx(answer.usage.cost)
     for extra in ({"max_output_tokens": 40_000}, {"max_completion_tokens": 40_000}):

@@ -180,7 +180,7 @@ def test_recorded_items_are_sent_back_unchanged() -> None:
     assert count >= 50
 
 
-VITAL = {"output", "content", "usage", "status", "error", "incomplete_details", "reason"}  # Cannot be lost unnoticed.
+VITAL = {"output", "content", "usage", "status", "error", "incomplete_details", "reason"}  # cannot be lost unnoticed
 
 
 def test_one_damaged_field_loses_at_most_that_field() -> None:

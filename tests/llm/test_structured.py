@@ -213,7 +213,7 @@ def test_accepted_values_of_response_format() -> None:
     }
     made = as_response_format(Verdict)
     assert made is not None
-    assert made["json_schema"]["strict"] is False  # A key may be absent, which strict mode does not allow.
+    assert made["json_schema"]["strict"] is False  # a key may be absent, which strict mode does not allow
     with pytest.raises(ConfigError, match="response_format"):
         as_response_format(3)
 
@@ -268,7 +268,7 @@ async def test_a_replay_learned_the_lower_form_sooner_than_the_recording_did(tmp
         nonlocal waiting
         waiting -= 1
         if waiting >= 0:
-            await both.wait()  # Neither call has learned anything from the other.
+            await both.wait()  # neither call has learned anything from the other
 
     async def ask(transport: ScriptedTransport) -> list[str]:
         llm = client(transport)
@@ -479,7 +479,7 @@ def test_keywords_that_the_check_ignored(value: Any, schema: dict[str, Any], key
         (3, {"minLength": 9}),
         (3, {"minimum": "x"}),
         ("x", {"pattern": "("}),
-        ("a" * 40 + "!", {"pattern": "^(a+)+$"}),  # It would take years.
+        ("a" * 40 + "!", {"pattern": "^(a+)+$"}),  # it would take years
         ("a" * 40 + "!", {"pattern": r"^(\w+\s?)*$"}),
     ],
 )

@@ -178,7 +178,7 @@ def test_a_missing_google_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_token_endpoint_that_is_down_is_a_lost_connection(google_login: Any) -> None:
     """A refused connection may recover: nothing was sent, and the error can be retried."""
     with google_login({}):
-        pass  # The server is gone, the login is not.
+        pass  # the server is gone, the login is not
     with pytest.raises(APIConnectionError, match="Nothing was sent"):
         GoogleToken()()
 

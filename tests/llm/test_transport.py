@@ -306,7 +306,7 @@ def test_a_script_that_closes_nothing_ends_without_warnings(how: str) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", script], capture_output=True, text=True, check=False
     )
-    slow = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]  # asyncio's debug mode.
+    slow = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]  # asyncio's debug mode
     assert (done.stdout, slow, done.returncode) == ("done\n", [], 0)
 
 

@@ -1,4 +1,4 @@
-"""What every test of training may ask for."""
+"""Fixtures for the tests of training."""
 
 from __future__ import annotations
 

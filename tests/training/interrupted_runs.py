@@ -1,4 +1,4 @@
-"""Training that somebody interrupts: `python -W error -X dev interrupted_runs.py KIND RUN_DIR`."""
+"""Training runs to interrupt: `python -W error -X dev interrupted_runs.py KIND RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aggregator import LLM, AggregatedUpdate, LLMOptimizer
 from aggregator.simulation import SimulatedModel
 
 BUSY_AT = 6
-"""The input at which an agent takes its time: by then a step is finished."""
+"""The input at which an agent waits: by then one step has finished."""
 
 
 def busy() -> None:
@@ -23,7 +23,7 @@ def busy() -> None:
 
 
 class Sleeping(Adder):
-    """Awaits for an hour."""
+    """Sleeps for an hour."""
 
     async def forward(self, x: int) -> int:
         if x >= BUSY_AT:
@@ -33,7 +33,7 @@ class Sleeping(Adder):
 
 
 class Blocking(Adder):
-    """Holds its thread for an hour; nothing can stop it."""
+    """Blocks its thread for an hour and cannot be stopped."""
 
     def forward(self, x: int) -> int:  # type: ignore[override]
         if x >= BUSY_AT:
@@ -43,7 +43,7 @@ class Blocking(Adder):
 
 
 class Asking(Adder):
-    """Asks a model, synchronously, again and again."""
+    """Calls a model synchronously, in a loop."""
 
     def __init__(self, llm: LLM) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Asking(Adder):
 
 
 class Stubborn(Adder):
-    """Does not let itself be cancelled the first time."""
+    """Ignores its first cancellation."""
 
     async def forward(self, x: int) -> int:
         if x >= BUSY_AT:
@@ -84,7 +84,7 @@ def main(kind: str, run_dir: str) -> None:
 
 
 SEED = 4
-"""An order of the eight inputs in which the first is not a busy one."""
+"""An order of the eight inputs that does not begin with one that waits."""
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

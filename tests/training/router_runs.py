@@ -1,4 +1,4 @@
-"""The demo's router in training, in this process or, by `python router_runs.py URL RUN_DIR`, in one to be killed."""
+"""Train the demo's router, in this process or, by `python router_runs.py URL RUN_DIR`, in one that is killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONCURRENCY = 8
 
 
 class Shuffled(Transport):
-    """A transport that holds each answer back for a while of its own, so that answers come in another order."""
+    """A transport that delays each answer by its own time, so that answers arrive in another order."""
 
     def __init__(self, seed: int, inner: Transport) -> None:
         self.random = random.Random(seed)
@@ -61,7 +61,7 @@ def train(base_url: str, *, shuffle: int | None = None, budget: Any = None, **op
 
 
 class Child:
-    """A process that trains in `run_dir`; `wait` for its end, or `process.send_signal` before."""
+    """A process that trains in `run_dir`; call `wait`, or `process.send_signal` first."""
 
     def __init__(self, base_url: str, run_dir: Path, *arguments: str) -> None:
         command = [sys.executable, "-X", "dev", __file__, base_url, str(run_dir), *arguments]
@@ -70,7 +70,7 @@ class Child:
         self.said = self.process.stdout.readline()
 
     def wait(self, timeout: float = 60) -> tuple[int, str]:
-        """Return the exit code and what went to standard error."""
+        """Return the exit code and the text on standard error."""
         _, errors = self.process.communicate(timeout=timeout)
         return self.process.returncode, errors
 

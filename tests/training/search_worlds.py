@@ -1,4 +1,4 @@
-"""Worlds for searches: landscapes of one number, optimizers that step through them, all of it deterministic."""
+"""Deterministic problems for searches: landscapes over one number, and optimizers that step through them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from aggregator.cassettes.lineage import current_lineage
 from aggregator.training.proposers import LLMOptimizer
 
 TRAP = {-2: 0.2, -1: 0.5, 0: 0.3, 1: 0.2, 2: 0.4, 3: 0.7, 4: 1.0}
-"""Uphill from 0 leads to -1 and no further; the summit at 4 lies behind a valley."""
+"""From 0 the heights rise to -1 and no further; the summit at 4 is behind a valley."""
 
 
 class Place(Module):
-    """Answers with its parameter, whatever it is asked."""
+    """Always answers with its parameter."""
 
     def __init__(self, at: int = 0) -> None:
         self.at = ParameterNode(at)
@@ -39,19 +39,19 @@ class Height:
 
 
 def place_in(messages: list[dict[str, Any]]) -> int:
-    """The value of the parameter that a prompt shows."""
+    """Return the value of the parameter that a prompt shows."""
     return int(json.loads(section(messages, "Parameters"))["at"]["value"])
 
 
 def neighbours(messages: list[dict[str, Any]]) -> str:
-    """An optimizer that proposes the next place up where it is asked first, the next one down the second time."""
+    """An optimizer that proposes the next place up, and the next place down when asked again."""
     asked = re.search(r"(?:proposal|candidate)=(\d)/propose", current_lineage())
     assert asked is not None
     return suggest(at=place_in(messages) + (1 if asked[1] == "0" else -1))
 
 
 def leads(way: Mapping[int, list[int]]) -> Callable[[list[dict[str, Any]]], str]:
-    """An optimizer that knows from each place where its first, second, ... proposal leads."""
+    """An optimizer that maps each place to its first, second, ... proposal."""
 
     def propose(messages: list[dict[str, Any]]) -> str:
         asked = re.search(r"proposal=(\d)/propose", current_lineage())

@@ -14,7 +14,7 @@ from aggregator.training.proposers import LLMOptimizer
 
 
 def largest_gap(messages: list[dict[str, Any]]) -> str:
-    """An optimizer that reads every instance's feedback and closes the first gap."""
+    """An optimizer that reads all feedback and closes the first gap."""
     first = section(messages, "Feedback").splitlines()[0].split("]: ", 1)[1]
     if not first.startswith("expected"):
         return "TERMINATE"
@@ -29,7 +29,7 @@ def largest_gap(messages: list[dict[str, Any]]) -> str:
     "Trace's defect 31: every step drew a picture with a program that was not there",
 )
 def test_minibatch_algorithm_asks_once_with_all_feedback(adder: Adder) -> None:
-    """One prompt holds every instance's output and feedback; no file is written, no `dot` binary is needed."""
+    """One prompt holds the output and feedback of every instance; no file is written, and no `dot` binary is needed."""
     optimizer = ScriptedModel(largest_gap)
     result = MinibatchAlgorithm(adder, LLMOptimizer(llm=optimizer)).train(exact, additions(5), batch_size=4)
     assert len(optimizer.asked) == 1
@@ -41,7 +41,7 @@ def test_minibatch_algorithm_asks_once_with_all_feedback(adder: Adder) -> None:
 
 @pytest.mark.requirement("Trace: BasicSearchAlgorithm(num_proposals, validate_dataset)")
 def test_basic_search_keeps_the_best_candidate(adder: Adder) -> None:
-    """Of several proposals the one that scores best on the validation set is applied."""
+    """Of several proposals the one with the best validation score is applied."""
     optimizer = ScriptedModel(suggest(amount=9), suggest(amount=5), suggest(amount=7))
     search = BasicSearchAlgorithm(adder, LLMOptimizer(llm=optimizer), num_proposals=3, validate_dataset=additions(5))
     search.train(exact, additions(5), batch_size=4)
@@ -52,8 +52,8 @@ def test_basic_search_keeps_the_best_candidate(adder: Adder) -> None:
 
 
 @pytest.mark.requirement("Trace: BasicSearchAlgorithm: the current value is a candidate")
-def test_basic_search_keeps_the_current_value_where_it_is_best() -> None:
-    """The current value is a candidate too."""
+def test_basic_search_keeps_the_current_value_if_it_is_best() -> None:
+    """The current value is one of the candidates."""
     agent = Adder(5)
     result = BasicSearchAlgorithm(agent, LLMOptimizer(llm=ScriptedModel(suggest(amount=9)))).train(
         exact, additions(5), batch_size=4
@@ -63,8 +63,8 @@ def test_basic_search_keeps_the_current_value_where_it_is_best() -> None:
 
 
 @pytest.mark.requirement("Trace: BasicSearchAlgorithm(validate_guide)")
-def test_basic_search_may_validate_with_a_guide_of_its_own(adder: Adder) -> None:
-    """validate_guide judges the candidates instead of the guide of `train`."""
+def test_basic_search_may_validate_with_another_guide(adder: Adder) -> None:
+    """validate_guide scores the candidates instead of train's guide."""
     optimizer = ScriptedModel(suggest(amount=5), suggest(amount=100))
     search = BasicSearchAlgorithm(
         adder, LLMOptimizer(llm=optimizer), num_proposals=2, validate_guide=lambda x, output, info: float(output)
@@ -75,14 +75,14 @@ def test_basic_search_may_validate_with_a_guide_of_its_own(adder: Adder) -> None
 
 @pytest.mark.parametrize("count", [0, -1, 2.5])
 def test_num_proposals_is_a_positive_int(adder: Adder, count: Any) -> None:
-    """Anything else is refused when the trainer is made."""
+    """Any other value is refused when the trainer is created."""
     with pytest.raises(ConfigError, match="Expected num_proposals to be an int of at least 1"):
         BasicSearchAlgorithm(adder, LLMOptimizer(llm=ScriptedModel(from_feedback)), num_proposals=count)
 
 
 @pytest.mark.parametrize("trainer", [MinibatchAlgorithm, BasicSearchAlgorithm])
-def test_a_proposal_for_a_minibatch_named_its_first_sample_alone(trainer: Any) -> None:
-    """Its contributors are all samples that the optimizer was shown."""
+def test_a_proposal_for_a_minibatch_named_only_its_first_sample(trainer: Any) -> None:
+    """Its contributors are all samples that the optimizer saw."""
     result = trainer(Adder(), LLMOptimizer(llm=ScriptedModel(suggest(amount=5)))).train(
         exact, additions(5), batch_size=4
     )

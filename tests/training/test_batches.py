@@ -25,12 +25,12 @@ def test_every_form_of_a_dataset_reads_the_same(dataset: Any) -> None:
 
 
 def test_infos_may_be_left_out() -> None:
-    """A guide that needs no info gets None."""
+    """A guide gets None as info."""
     assert samples({"inputs": ["a"]}) == (Sample(0, "a", None),)
 
 
-def test_columns_of_numpy_are_pythons_own_values() -> None:
-    """An array of texts yields numpy.str_, which no model can be sent; a matrix keeps its rows."""
+def test_numpy_columns_become_python_values() -> None:
+    """An array of strings yields numpy.str_, which cannot be sent to a model; a matrix keeps its rows."""
 
     class Column(list[Any]):
         ndim = 1
@@ -58,8 +58,8 @@ def test_columns_of_numpy_are_pythons_own_values() -> None:
         ({("a", 1)}, "got a set for train_dataset, whose order differs from run to run"),
     ],
 )
-def test_a_wrong_dataset_says_what_was_expected(dataset: Any, message: str) -> None:
-    """An empty, uneven or misshapen data set is a ConfigError that says what was expected and what came."""
+def test_an_invalid_dataset_is_a_config_error(dataset: Any, message: str) -> None:
+    """The error for an empty, uneven or malformed data set says what was expected and what it got."""
     with pytest.raises(ConfigError, match=message):
         samples(dataset)
 
@@ -81,8 +81,8 @@ def test_an_epoch_visits_every_sample_once(size: int, batch_size: int, seed: int
 
 
 @pytest.mark.requirement("Trace's defect 27: shuffle=False shuffled, by the global generator")
-def test_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
-    """The global random generator is neither read nor moved."""
+def test_order_depends_only_on_seed_and_epoch() -> None:
+    """The global random generator is neither read nor changed."""
     random.seed(1)
     before = random.getstate()
     first = minibatches(20, 20, seed=0, epoch=0)
@@ -97,14 +97,14 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
     "Trace's defect 27: shuffle=False shuffled, by the global generator",
 )
 def test_shuffle_false_keeps_the_order() -> None:
-    """Trace's DataLoader(shuffle=False) shuffled all the same; ours does not."""
+    """Trace's DataLoader(shuffle=False) shuffled nevertheless; ours does not."""
     loader = DataLoader([(i, None) for i in range(5)], batch_size=2, shuffle=False)
     assert [inputs for inputs, _ in loader] == [[0, 1], [2, 3], [4]]
     assert len(loader) == 3
 
 
 def test_loader_draws_a_new_order_each_pass() -> None:
-    """Each pass is the next epoch; a new loader of the same seed repeats them."""
+    """Each pass is the next epoch; a new loader with the same seed repeats them."""
     data = [(i, -i) for i in range(10)]
     loader = DataLoader(data, batch_size=10, seed=3)
     first, second = next(iter(loader)), next(iter(loader))
@@ -116,7 +116,7 @@ def test_loader_draws_a_new_order_each_pass() -> None:
 
 @pytest.mark.requirement("Trace: DataLoader(dataset, batch_size, replacement, shuffle)")
 def test_replacement_draws_with_repeats() -> None:
-    """With replacement an epoch has as many draws as samples, repeats among them."""
+    """With replacement an epoch has as many draws as samples, including repeats."""
     drawn = [i for batch in minibatches(50, 7, seed=0, epoch=0, replacement=True) for i in batch]
     assert len(drawn) == 50
     assert len(set(drawn)) < 50
@@ -127,7 +127,7 @@ ROWS = [{"question": "who?", "answer": "me"}, {"question": "where?", "answer": "
 
 @pytest.mark.parametrize("data", [ROWS, tuple(ROWS), (row for row in ROWS), iter(ROWS)])
 def test_rows_with_named_columns(data: Any) -> None:
-    """A row is the agent's input and what the guide needs; a generator is read once."""
+    """A row has the agent's input and the guide's info; a generator is consumed once."""
     assert [(sample.x, sample.info) for sample in samples(data)] == [(row, row) for row in ROWS]
 
 
@@ -137,13 +137,13 @@ def test_a_generator_of_pairs() -> None:
 
 
 def test_a_data_frame_gives_its_rows() -> None:
-    """A pandas DataFrame iterates over its column names; its rows are meant."""
+    """Iterating over a pandas DataFrame gives column names; the data set uses its rows."""
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     assert [sample.x for sample in samples(pandas.DataFrame(ROWS))] == ROWS
 
 
 def test_a_data_frame_with_a_column_named_dataset_was_taken_for_a_loader() -> None:
-    """Its columns are attributes too, and `dataset` and `batch_size` are what a loader has."""
+    """Its columns are attributes too, and a loader is recognised by `dataset` and `batch_size`."""
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pandas.DataFrame({"dataset": ["x", "y"], "batch_size": [1, 2]})
     assert [sample.x for sample in samples(frame)] == [
@@ -153,7 +153,7 @@ def test_a_data_frame_with_a_column_named_dataset_was_taken_for_a_loader() -> No
 
 
 def test_parts_and_columns_of_a_data_frame() -> None:
-    """Rows are counted again from 0, numbers are Python's own, and columns serve as inputs and infos."""
+    """Rows are numbered from 0, numbers are Python's, and columns serve as inputs and infos."""
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pandas.DataFrame({"q": ["a", "b", "c"], "n": [1, 2, 3]})
     assert [(sample.id, sample.x) for sample in samples(frame[frame.n > 2])] == [(0, {"q": "c", "n": 3})]
@@ -164,7 +164,7 @@ def test_parts_and_columns_of_a_data_frame() -> None:
 
 
 def test_a_dataset_of_hugging_face_gives_its_rows() -> None:
-    """Its rows are dicts, of a streamed one too; of several splits one has to be named."""
+    """Rows are dicts, also of a streamed data set; if there are several splits, one must be chosen."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     data = datasets.Dataset.from_list(ROWS)
     for kind in (data, data.to_iterable_dataset()):
@@ -174,7 +174,7 @@ def test_a_dataset_of_hugging_face_gives_its_rows() -> None:
 
 
 def test_a_data_loader_was_taken_for_pairs() -> None:
-    """Two batches of two look like pairs; the loader's data are used, and the warning names the batch size."""
+    """Two batches of two look like pairs; the loader's data set is used, and the warning names the batch size."""
     pairs = [(i, str(i)) for i in range(4)]
     with pytest.warns(TrainingWarning, match="train_dataset is a DataLoader.*give batch_size=2 to train"):
         found = samples(DataLoader(pairs, batch_size=2))
@@ -182,7 +182,7 @@ def test_a_data_loader_was_taken_for_pairs() -> None:
 
 
 def test_a_data_loader_of_trace_was_taken_for_pairs() -> None:
-    """Trace's loader holds its data set as `dataset`."""
+    """Trace's loader has its data set as `dataset`."""
     loader = SimpleNamespace(dataset={"inputs": [1, 2], "infos": ["a", "b"]}, batch_size=2)
     with pytest.warns(TrainingWarning, match="DataLoader"):
         found = samples(loader)

@@ -1,4 +1,4 @@
-"""What follows from the scores of candidates."""
+"""Rankings computed from the scores of candidates."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from aggregator.training.searches import (
 
 
 def candidate(id_: str, *scores: float | None, **options: Any) -> Candidate:
-    """A candidate that was tried once on instances 0, 1, 2, ..., None where it was not."""
+    """Build a candidate with one score for each of the instances 0, 1, 2, ...; None means not tried."""
     return with_scores(Candidate(id=id_, values={"k": id_}, **options), enumerate(scores))
 
 
-def test_an_instance_counts_once_however_often_it_was_tried() -> None:
-    """The score is the mean over instances of their own means; a lost one says nothing."""
+def test_each_instance_counts_once() -> None:
+    """The score is the mean over instances of their own means; a lost instance does not count."""
     tried = with_scores(candidate("a", 1.0, 0.0), [(0, 0.5), (1, None), (0, 0.0)])
     assert tried.scores == {"0": (1.5, 3), "1": (0.0, 1)}
     assert tried.score == 0.25
@@ -37,8 +37,8 @@ def test_an_instance_counts_once_however_often_it_was_tried() -> None:
     assert (candidate("b", None).score, mean_score(candidate("b"))) == (None, -inf)
 
 
-def test_upper_bounds_favour_the_little_tried() -> None:
-    """UCB1: the less tried of two with the same mean ranks higher, the more so the larger the constant."""
+def test_upper_bounds_favour_candidates_with_few_trials() -> None:
+    """UCB1: of two candidates with one mean, that with fewer trials ranks higher, more so for a larger constant."""
     little, much = candidate("a", 0.5), candidate("b", *[0.5] * 9)
     assert upper_bound(little, 10, 1.0) == 0.5 + sqrt(log(10))
     assert upper_bound(much, 10, 1.0) == 0.5 + sqrt(log(10) / 9)
@@ -46,8 +46,8 @@ def test_upper_bounds_favour_the_little_tried() -> None:
     assert upper_bound(candidate("c"), 10, 1.0) == inf
 
 
-def test_two_candidates_are_compared_on_what_both_were_tried_on() -> None:
-    """A candidate does not win by easier instances."""
+def test_two_candidates_are_compared_on_common_instances() -> None:
+    """A candidate does not win because its instances were easier."""
     before, after = candidate("a", 0.4, 0.4, 1.0), candidate("b", None, 0.5, None, 1.0)
     decision = compare_on_shared(before, after)
     assert (decision.accepted, decision.reason) == (True, "mean score 0.4 -> 0.5 on 1 instances")
@@ -55,8 +55,8 @@ def test_two_candidates_are_compared_on_what_both_were_tried_on() -> None:
     assert gain(before, candidate("c")) == -inf
 
 
-def test_the_best_on_some_instance_is_on_the_front() -> None:
-    """Who is best nowhere wins nothing, and so does who is best only where another is best too, and elsewhere."""
+def test_a_candidate_that_is_best_on_some_instance_is_on_the_front() -> None:
+    """A candidate that is best nowhere is off the front, and so is one that another candidate dominates."""
     front = [
         candidate("even", 1.0, 0.0, 1.0, 0.0),
         candidate("odd", 0.0, 1.0, 0.0, 1.0),
@@ -71,16 +71,16 @@ def test_the_best_on_some_instance_is_on_the_front() -> None:
     }
 
 
-def test_an_instance_that_only_one_was_tried_on_shows_nothing() -> None:
-    """Else the first one would be best on everything that came before the others."""
+def test_an_instance_that_only_one_candidate_was_tried_on_does_not_count() -> None:
+    """Otherwise the first candidate would be best on every instance that the others have not seen."""
     assert [sorted(keys) for keys in wins_of([candidate("a", 0.1, 0.1), candidate("b", None, 0.9)]).values()] == [
         [],
         ["1"],
     ]
 
 
-def test_candidates_are_drawn_by_their_weight_and_only_once() -> None:
-    """Weight 0 is never drawn; the same generator draws the same."""
+def test_candidates_are_drawn_by_weight_and_only_once() -> None:
+    """Weight 0 is never drawn; the same seed draws the same candidates."""
     some = [candidate(name) for name in "abc"]
     assert [c.id for c in draw(some, [0, 5, 0], 3, Random(0))] == ["b"]
     assert sorted(c.id for c in draw(some, [1, 1, 1], 3, Random(0))) == ["a", "b", "c"]
@@ -89,8 +89,8 @@ def test_candidates_are_drawn_by_their_weight_and_only_once() -> None:
     assert first == [draw(some, [1, 98, 1], 1, Random(i))[0].id for i in range(100)]
 
 
-def test_contributors_are_those_of_the_whole_way() -> None:
-    """From the current candidate to its successor, as far as the memory knows the way."""
+def test_contributors_are_collected_along_the_ancestry() -> None:
+    """They lead from the current candidate to its successor, as far as the memory holds the ancestors."""
     family = [
         candidate("0.0", sample_ids=(9,)),
         candidate("0.1", parent="0.0", sample_ids=(3, 1)),
@@ -101,8 +101,8 @@ def test_contributors_are_those_of_the_whole_way() -> None:
     assert contributors(family[2], family[0], [family[2]]) == (1, 2)
 
 
-def test_plain_values_are_what_json_would_make_of_them() -> None:
-    """So that a candidate from a checkpoint equals the one that was never on disk."""
+def test_plain_values_are_what_json_returns() -> None:
+    """A candidate restored from a checkpoint therefore equals the original."""
 
     class Limits(msgspec.Struct):
         high: int

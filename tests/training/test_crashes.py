@@ -1,4 +1,4 @@
-"""A crash is the worst result: an agent that fails on an instance never looks better than one that does not."""
+"""A crash is the lowest result: an agent that fails on an instance never looks better than one that does not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DATA = [(f"q{i}", "no") for i in range(4)]
 
 
 class Fragile(Module):
-    """Raises on all but the first input once its prompt asks to be terse."""
+    """Raises on all inputs but the first once its prompt asks to be terse."""
 
     def __init__(self, lost: type[Exception] = KeyError) -> None:
         self.prompt = ParameterNode("good")
@@ -56,7 +56,7 @@ def train(gate: Gate | None = None, guide: Any = terse_is_better, kind: Any = Ag
 @pytest.mark.parametrize("guide", [terse_is_better, negative])
 @pytest.mark.parametrize("gate", [improves_on_validation(DATA), improves_on_batch(), improves_on_batch(-10.0)])
 def test_a_candidate_that_crashes_on_three_of_four_instances_is_refused(gate: Gate, guide: Any) -> None:
-    """It was compared on the one instance that was left: "mean score 0.9 -> 1 on 1 instances"."""
+    """It was compared on the one remaining instance: "mean score 0.9 -> 1 on 1 instances"."""
     agent, result = train(gate, guide)
     assert agent.prompt.data == "good"
 
@@ -74,20 +74,20 @@ def test_a_search_never_takes_a_candidate_that_crashes_or_is_lost(kind: Any, gui
 
 
 def test_the_test_score_counts_crashes() -> None:
-    """Without a gate the crashing prompt is taken, and its test score is that of all instances: it was 1.0."""
+    """Without a gate the crashing prompt is accepted, and its test score covers all instances: it was 1.0."""
     _, result = train()
     assert result.test_scores == [0.9, 0.25]
     assert result.evaluations[1].scores == (1.0, None, None, None)
 
 
-def test_calls_that_are_lost_after_do_not_make_a_gain() -> None:
-    """A candidate of which three calls are lost, twice each, is not judged on the one that is left."""
+def test_lost_calls_after_an_update_are_not_a_gain() -> None:
+    """A candidate with three calls lost twice each is not judged on the remaining one."""
     agent, result = train(improves_on_validation(DATA), agent=Fragile(RateLimitError))
     assert agent.prompt.data == "good"
     assert "3 more that were lost after, each at 0" in result.history[0].decision.reason
 
 
-def test_a_call_that_is_lost_once_is_made_again() -> None:
+def test_a_lost_call_is_made_again() -> None:
     """The second answer counts."""
     failed: set[str] = set()
 
@@ -103,8 +103,8 @@ def test_a_call_that_is_lost_once_is_made_again() -> None:
     assert agent.prompt.data == "be terse"
 
 
-def test_a_call_that_is_lost_before_is_made_again_for_the_gate_of_the_batch() -> None:
-    """The rollout of the minibatch was lost; the gate asks for its score before it compares."""
+def test_a_lost_call_before_the_update_is_made_again_for_the_batch_gate() -> None:
+    """The minibatch lost the rollout; the gate runs it again before it compares."""
     left = ["q2"]
 
     class Once(Fragile):
@@ -120,7 +120,7 @@ def test_a_call_that_is_lost_before_is_made_again_for_the_gate_of_the_batch() ->
 
 @pytest.mark.parametrize("guide", [terse_is_better])
 def test_a_guide_may_declare_its_minimum(guide: Any) -> None:
-    """It is the score of a crash, unless `min_score` says otherwise."""
+    """A crash scores the guide's minimum, unless `min_score` is given."""
 
     class Guide:
         min_score = -3.0
@@ -138,15 +138,15 @@ def test_a_guide_may_declare_its_minimum(guide: Any) -> None:
 
 
 def test_a_lost_instance_never_helps() -> None:
-    """Not even with a `min_score` above the score before."""
+    """This holds even if `min_score` is above the score before."""
     assert compare([0.0, -4.0], [1.0, None]).accepted
     assert not compare([0.0, 0.5], [0.1, None]).accepted
     assert not compare([0.5, -4.0], [0.5, None], min_score=0.0).accepted
     assert not compare([0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0, 1.0, None], significance=0.05).accepted
 
 
-def test_a_crash_before_makes_room_for_a_gain() -> None:
-    """What mends a crash is a gain, also where every other score is below zero."""
+def test_mending_a_crash_is_a_gain() -> None:
+    """This holds even if every other score is below zero."""
     crash = Rollout(sample_id=1, failure=Failure(stage="agent", error="KeyError", message="lang"))
     before = [Rollout(sample_id=0, score=-2.0), crash]
     after = [Rollout(sample_id=0, score=-2.0), Rollout(sample_id=1, score=-1.0)]
@@ -155,8 +155,8 @@ def test_a_crash_before_makes_room_for_a_gain() -> None:
     assert lowest_of([-2.0, None], [-1.0]) == -2.0
 
 
-def test_a_candidate_that_was_lost_is_ranked_below_one_that_was_not() -> None:
-    """Its mean counts what was lost as the lowest."""
+def test_a_lost_candidate_is_ranked_below_a_complete_one() -> None:
+    """Its lost instances count as the lowest score."""
     whole = with_scores(Candidate(id="a", values={}), [(0, 0.8), (1, 0.8)])
     part = with_scores(Candidate(id="b", values={}), [(0, 1.0)], lost=[1])
     assert mean_score(part) < mean_score(whole)
@@ -166,14 +166,14 @@ def test_a_candidate_that_was_lost_is_ranked_below_one_that_was_not() -> None:
 
 
 async def test_best_of_n_never_keeps_a_candidate_that_crashes() -> None:
-    """`best_tried` compared the mean of what was left."""
+    """`best_tried` compared the means of the remaining instances."""
     wanted = [Proposal(values={"prompt": "be terse"})]
     assert await best_tried(wanted, Step.of(Fragile(), guide=terse_is_better, samples=DATA)) == []
     assert await best_tried(wanted, Step.of(Fragile(), guide=terse_is_better, samples=DATA[:1])) == wanted
 
 
-def test_results_of_runs_without_crashes_stay_as_they_were() -> None:
-    """Nothing is added to a reason where everything was judged."""
+def test_results_without_crashes_are_unchanged() -> None:
+    """If everything was judged, nothing is added to the reason."""
     agent = Fragile()
     llm = ScriptedModel(lambda messages: suggest(prompt="terse"))
     result: TrainingResult = AggregatedUpdate(agent, LLMOptimizer(llm=llm), llm=llm, gate=improves_on_batch()).train(
@@ -182,8 +182,8 @@ def test_results_of_runs_without_crashes_stay_as_they_were() -> None:
     assert result.history[0].decision.reason == "mean score 0.9 -> 1 on 1 instances"
 
 
-def test_a_crash_counts_where_update_is_overridden() -> None:
-    """The score of the step was the mean of the instances that had not crashed."""
+def test_a_crash_counts_if_update_is_overridden() -> None:
+    """The step's score was the mean of the instances that had not crashed."""
 
     class Silent(AggregatedUpdate):
         async def update(self, outputs: Any, verbose: Any = False) -> None:

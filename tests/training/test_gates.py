@@ -1,4 +1,4 @@
-"""Gates: accept or refuse."""
+"""Gates accept or refuse an update."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARAMETERS = [ParameterNode(1, name="k")]
 
 
 def scoring(scores: dict[Any, list[float | None]], calls: list[Any], **facts: Any) -> Step:
-    """Return a step that knows the scores of each value of `k`, and notes each of its evaluations in `calls`."""
+    """Return a step with given scores for each value of `k`; it lists its evaluations in `calls`."""
 
     async def run(tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:
         calls.append(tasks[0].values["k"])
@@ -34,7 +34,7 @@ def scoring(scores: dict[Any, list[float | None]], calls: list[Any], **facts: An
 
 
 async def test_always_accepts() -> None:
-    """The neutral gate accepts without looking."""
+    """The neutral gate accepts without evaluating."""
     assert (await always({}, {}, Step())).accepted
 
 
@@ -50,7 +50,7 @@ async def test_always_accepts() -> None:
     ],
 )
 async def test_improves_on_batch(after: list[float | None], threshold: float, accepted: bool) -> None:
-    """Accepted is what gains at least the threshold, and more than nothing, on the same instances."""
+    """It accepts a gain of at least the threshold, and above 0, on the same instances."""
     calls: list[Any] = []
     seen = [Rollout(sample_id=i, score=score) for i, score in enumerate([0.0, 1.0, 0.0, 0.0])]
     decision = await improves_on_batch(threshold)({"k": 1}, {"k": 2}, scoring({2: after}, calls, rollouts=seen))
@@ -59,8 +59,8 @@ async def test_improves_on_batch(after: list[float | None], threshold: float, ac
     assert calls == ([2, 2] if None in after else [2])  # a lost call is made once more
 
 
-async def test_called_alone_the_batch_gate_runs_the_values_before_too() -> None:
-    """Outside a run no rollouts are known; it raised ValueError from zip()."""
+async def test_the_batch_gate_alone_evaluates_the_current_values_too() -> None:
+    """Outside a run there are no rollouts; zip() raised a ValueError."""
     calls: list[Any] = []
     step = scoring({1: [0.0, 0.0, 1.0, 1.0], 2: [1.0, 0.0, 1.0, 1.0]}, calls)
     decision = await improves_on_batch()({"k": 1}, {"k": 2}, step)
@@ -72,15 +72,15 @@ async def test_called_alone_the_batch_gate_runs_the_values_before_too() -> None:
     "Trace's defect 22: the threshold of an improvement had the wrong sign",
 )
 def test_threshold_has_the_right_sign() -> None:
-    """Trace accepted 0.45 over 0.50 with threshold 0.1: the sign of its threshold was reversed."""
+    """Trace accepted 0.45 over 0.50 with threshold 0.1: its threshold had the wrong sign."""
     assert not compare([0.5], [0.45], threshold=0.1).accepted
     assert not compare([0.5], [0.55], threshold=0.1).accepted
     assert compare([0.5], [0.65], threshold=0.1).accepted
 
 
 @pytest.mark.requirement("Trace's defect 23: a failing instance spoilt the score of its batch")
-def test_missing_scores_are_paired_out() -> None:
-    """An instance without a score on one side counts on neither; a None never reaches arithmetic."""
+def test_instances_without_both_scores_are_left_out() -> None:
+    """An instance without a score on one side does not count on the other; no None reaches arithmetic."""
     decision = compare([None, 0.0, 0.5], [1.0, None, 1.0])
     assert (decision.before, decision.after) == (0.5, 1.0)
     assert "on 1 instances" in decision.reason
@@ -88,7 +88,7 @@ def test_missing_scores_are_paired_out() -> None:
 
 @pytest.mark.parametrize(("gains", "losses", "p"), [(5, 0, 1 / 32), (0, 0, 1.0), (3, 3, 42 / 64), (0, 4, 1.0)])
 def test_sign_test_is_exact(gains: int, losses: int, p: float) -> None:
-    """The tail of the binomial distribution, against values worked out by hand."""
+    """The tail of the binomial distribution is compared with values computed by hand."""
     assert sign_test(gains, losses) == pytest.approx(p)
 
 
@@ -104,8 +104,8 @@ async def test_validation_needs_significance_when_asked() -> None:
     assert calls == [1, 2, 3]
 
 
-async def test_values_in_force_are_not_evaluated_twice() -> None:
-    """After an accepted update its scores are the next comparison's before."""
+async def test_current_values_are_not_evaluated_twice() -> None:
+    """After an accepted update its scores are the next comparison's baseline."""
     scores: dict[Any, list[float | None]] = {1: [0.0], 2: [0.5], 3: [1.0]}
     calls: list[Any] = []
     step = scoring(scores, calls)
@@ -117,6 +117,6 @@ async def test_values_in_force_are_not_evaluated_twice() -> None:
 
 @pytest.mark.parametrize("significance", [0.0, 1.0, 5.0])
 def test_significance_is_a_probability(significance: float) -> None:
-    """A percentage is refused with what was expected."""
+    """A percentage is refused, with the expected range."""
     with pytest.raises(ConfigError, match="Expected significance between 0 and 1"):
         improves_on_validation([(0, None)], significance=significance)

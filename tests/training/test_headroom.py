@@ -1,4 +1,4 @@
-"""Headroom: what a few repeated rollouts of the untrained agent show."""
+"""Headroom: what repeated rollouts of the untrained agent show."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_examples_in_docstrings() -> None:
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
-def test_what_is_sometimes_right_is_what_can_be_gained() -> None:
-    """Score, share of undecided and of perfect instances, by the guide's declared best score."""
+def test_instances_that_are_sometimes_right_are_the_headroom() -> None:
+    """The record has the score and the shares of undecided and of perfect instances, by the guide's max_score."""
     found = headroom(Moody(), Judge(), DATA)
     assert (found.score, found.undecided, found.perfect) == (0.625, 0.25, 0.5)
     assert (found.instances, found.judged, found.repeats, found.identical) == (8, 8, 4, False)
@@ -59,8 +59,8 @@ def test_what_is_sometimes_right_is_what_can_be_gained() -> None:
     assert found.verdict == "Something to gain: 25% of the instances are sometimes better and sometimes worse."
 
 
-def test_each_repeat_has_a_place_of_its_own() -> None:
-    """The calls of the repeats are separate in a recording; the first has no part for it."""
+def test_each_repeat_has_its_own_lineage() -> None:
+    """A recording keeps the repeats apart; the first one has no part for it."""
     agent = Moody()
     headroom(agent, Judge(), DATA[:1], repeats=2)
     first, second = sorted(agent.seen)
@@ -69,20 +69,20 @@ def test_each_repeat_has_a_place_of_its_own() -> None:
 
 
 def test_an_agent_that_is_always_right() -> None:
-    """Nothing is to be gained, which a declared best score shows; the best score is never inferred."""
+    """With a declared best score the record shows that nothing can be gained; the best score is never inferred."""
     assert headroom(Adder(3), exact, additions(3), max_score=1).verdict.startswith("Nothing to gain")
     assert headroom(Adder(3), exact, additions(3)).perfect is None
 
 
 def test_repeats_that_are_identical_because_of_a_seed_or_a_cache() -> None:
-    """Equal outputs in all repeats are reported: their spread says nothing about the agent."""
+    """Equal outputs in all repeats are reported, because their spread says nothing about the agent."""
     found = headroom(Adder(1), exact, additions(3))
     assert (found.identical, found.undecided) == (True, 0.0)
     assert "identical, because of a seed" in found.verdict
 
 
 def test_instances_are_drawn_by_seed() -> None:
-    """At most `sample` of them, the same for the same seed."""
+    """At most `sample` instances are drawn, the same ones for the same seed."""
     seen = []
     for seed in (0, 0, 1):
         agent = Moody()
@@ -92,7 +92,7 @@ def test_instances_are_drawn_by_seed() -> None:
     assert len(seen[0]) == 4
 
 
-def test_an_agent_that_fails_has_the_declared_minimum() -> None:
+def test_an_agent_that_fails_gets_the_declared_minimum() -> None:
     """Without a minimum its instances are not judged, and the record says so."""
 
     class Fails(Moody):
@@ -108,7 +108,7 @@ def test_an_agent_that_fails_has_the_declared_minimum() -> None:
 
 
 def test_an_agent_that_sometimes_fails_is_not_always_right() -> None:
-    """A repeat that crashed was left out of its instance's mean, so there was nothing to gain."""
+    """A crashed repeat was left out of its instance's mean, so that nothing seemed left to gain."""
     calls = itertools.count()
 
     def agent(x: int, *, hint: str = "") -> int:
@@ -120,7 +120,7 @@ def test_an_agent_that_sometimes_fails_is_not_always_right() -> None:
     assert (found.score, found.undecided, found.perfect) == (0.5, 1.0, 0.0)
 
 
-def test_nothing_to_gain_is_not_said_of_instances_that_were_not_judged() -> None:
+def test_unjudged_instances_are_not_reported_as_nothing_to_gain() -> None:
     """One of two instances is always right, the other always fails."""
 
     def agent(x: int, *, hint: str = "") -> int:

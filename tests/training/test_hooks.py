@@ -1,4 +1,4 @@
-"""What a subclass or an instance overrides is honoured, and read when a step needs it."""
+"""Methods overridden by a subclass or an instance are used, and looked up when a step needs them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train(trainer: AggregatedUpdate) -> Any:
 
 
 def test_extract_llm_suggestion_was_never_called() -> None:
-    """A reply in a format of the user's own: no schema is sent with the question, and nothing is asked again."""
+    """For a user's own reply format no schema is sent, and there is no repair call."""
 
     class Own(AggregatedUpdate):
         def extract_llm_suggestion(self, response: str, ignore_extraction_error: bool = True) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def test_extract_llm_suggestion_was_never_called() -> None:
     assert [sorted(options) for options in model.options] == [["max_tokens"]]
 
 
-def test_what_an_own_extraction_cannot_read_is_not_asked_for_again() -> None:
-    """The repair prompt knows our format only: the failure is recorded, and nothing is applied."""
+def test_a_custom_extraction_has_no_repair_call() -> None:
+    """The repair prompt describes our format only: the failure is recorded, and nothing is applied."""
 
     class Own(AggregatedUpdate):
         def extract_llm_suggestion(self, response: str, ignore_extraction_error: bool = True) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_what_an_own_extraction_cannot_read_is_not_asked_for_again() -> None:
 
 
 def test_construct_update_dict_was_never_called() -> None:
-    """It makes the update of the suggestion; what it leaves out is left out, what it returns is checked."""
+    """It builds the update from the suggestion; it may leave values out, and its result is checked."""
     seen: list[Any] = []
 
     class Own(AggregatedUpdate):
@@ -72,7 +72,7 @@ def test_construct_update_dict_was_never_called() -> None:
 
 
 def test_to_param_dict_was_never_called() -> None:
-    """It names the current values and the suggested ones in the prompt."""
+    """The prompt shows the current and the suggested values as it returns them."""
 
     class Own(AggregatedUpdate):
         def to_param_dict(self, update_dict: Any) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def test_to_param_dict_was_never_called() -> None:
         ("construct_update_dict", lambda parameters, suggestion: 3),
     ],
 )
-def test_a_hook_that_returns_something_else(name: str, hook: Any) -> None:
-    """It is a ConfigError that names the hook; it may be set on an instance too."""
+def test_a_hook_with_an_invalid_result(name: str, hook: Any) -> None:
+    """The ConfigError names the hook, which may be set on an instance too."""
     trainer, _ = make()
     setattr(trainer, name, hook)
     with pytest.raises(ConfigError, match=f"Expected a dict.* from {name}, got"):
@@ -104,7 +104,7 @@ def test_a_hook_that_returns_something_else(name: str, hook: Any) -> None:
 
 
 def test_a_prompt_set_on_an_instance_never_reached_the_model() -> None:
-    """Nor did its model or its limit: all three are read at each step, up to the last."""
+    """The prompt, the model and the limit are read at each step."""
     trainer, first = make()
     trainer.aggregator_system_prompt = "Take the first."
     trainer.max_tokens = 77
@@ -132,15 +132,15 @@ class Extracting(AggregatedUpdate):
 @pytest.mark.parametrize(
     ("kind", "name"), [(Prompted, "aggregator_system_prompt"), (Extracting, "extract_llm_suggestion")]
 )
-def test_a_hook_of_the_default_merge_had_no_effect_beside_a_rule(kind: Any, name: str) -> None:
-    """A rule has no use for it, so the two together are refused, at construction or when a run begins."""
+def test_a_hook_of_the_default_merge_had_no_effect_with_a_rule(kind: Any, name: str) -> None:
+    """A rule does not use it, so the combination is refused, at construction or when a run begins."""
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     with pytest.raises(ConfigError, match=f"Expected no {name} beside rule="):
         kind(Adder(), optimizer, rule=majority)
 
 
-def test_a_hook_set_later_is_refused_beside_a_rule_too() -> None:
-    """Before the first call is paid."""
+def test_a_hook_set_later_is_refused_with_a_rule_too() -> None:
+    """The error is raised before the first call is paid for."""
     model = ScriptedModel(from_feedback)
     trainer = AggregatedUpdate(Adder(), LLMOptimizer(llm=model), rule=majority)
     trainer.aggregator_system_prompt = "Mine."
@@ -160,7 +160,7 @@ def sync_forward(agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str 
 @pytest.mark.parametrize("name", ["forward", "aforward"])
 @pytest.mark.parametrize("hook", [own_forward, sync_forward])
 def test_forward_may_be_set_on_an_instance_or_its_async_form_overridden(name: str, hook: Callable[..., Any]) -> None:
-    """All ways of overriding are found: by either name, sync or async, on a class or an instance."""
+    """Every way of overriding is found: either name, sync or async, on a class or an instance."""
     trainer, _ = make()
     setattr(trainer, name, hook)
     result = train(trainer)
@@ -176,7 +176,7 @@ def test_forward_may_be_set_on_an_instance_or_its_async_form_overridden(name: st
 
 
 def test_train_calls_an_overridden_atrain() -> None:
-    """The synchronous face finds the async method by name when it is called."""
+    """The synchronous method looks up the async one by name when it is called."""
 
     class Own(AggregatedUpdate):
         async def atrain(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +187,7 @@ def test_train_calls_an_overridden_atrain() -> None:
 
 
 def test_an_update_that_drops_outputs() -> None:
-    """`super().update` takes fewer outputs than the step had, or others."""
+    """`super().update` accepts fewer outputs than the step had, or other ones."""
 
     class First(AggregatedUpdate):
         def update(self, outputs: Any, verbose: bool | str = False) -> Any:
@@ -203,8 +203,8 @@ def test_an_update_that_drops_outputs() -> None:
         assert model.asked == []
 
 
-def test_an_own_update_reads_whatever_its_forward_returned() -> None:
-    """Outputs of any kind reach it as they are; only `super().update` needs to understand them."""
+def test_a_custom_update_gets_what_its_forward_returned() -> None:
+    """Outputs of any type are passed on unchanged; only `super().update` must understand them."""
 
     class Own(AggregatedUpdate):
         def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
@@ -238,7 +238,7 @@ def test_a_forward_that_changes_a_copy_of_the_agent() -> None:
 
 
 def test_rollouts_of_super_forward_reach_the_step() -> None:
-    """What a gate and an observer see of an instance is what `super().forward` ran, with the returned score."""
+    """Gate and observers see the rollout of `super().forward`, with the returned score."""
     seen: list[Any] = []
 
     class Own(AggregatedUpdate):
@@ -252,7 +252,7 @@ def test_rollouts_of_super_forward_reach_the_step() -> None:
 
 
 def test_overriding_propose_needs_no_optimizer() -> None:
-    """For one instance, and for a whole minibatch."""
+    """This holds for single instances and for a whole minibatch."""
 
     class Own(AggregatedUpdate):
         async def propose(self, rollouts: Any, step: Any) -> Proposal:

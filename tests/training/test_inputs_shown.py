@@ -18,7 +18,7 @@ QUESTIONS = [("Who wrote Hamlet?", ""), ("Who wrote Faust?", "")]
 
 
 class OwnClient(Module):
-    """Asks a model that nothing here knows of."""
+    """Calls a model through a client that the library does not know."""
 
     def __init__(self) -> None:
         self.prompt = ParameterNode("Say yes.")
@@ -42,7 +42,7 @@ def wrong(x: Any, output: Any, info: Any) -> tuple[float, str]:
 
 @pytest.mark.parametrize("kind", [LLMOptimizer, OPROOptimizer, TextGradOptimizer])
 def test_the_input_is_in_the_prompt(kind: Any) -> None:
-    """With a client of the agent's own the prompt had neither input nor transcript."""
+    """If the agent had its own client, the prompt had neither input nor transcript."""
     llm = ScriptedModel("TERMINATE")
     result = AggregatedUpdate(OwnClient(), kind(llm=llm), llm=llm).train(wrong, QUESTIONS[:1])
     assert section(llm.asked[0], "Input") == "Who wrote Hamlet?"
@@ -50,7 +50,7 @@ def test_the_input_is_in_the_prompt(kind: Any) -> None:
 
 
 def test_a_minibatch_shows_every_input() -> None:
-    """Each under the number of its sample."""
+    """Each input is under the number of its sample."""
     llm = ScriptedModel("TERMINATE")
     MinibatchAlgorithm(OwnClient(), LLMOptimizer(llm=llm)).train(wrong, QUESTIONS, batch_size=2)
     shown = section(llm.asked[0], "Input")
@@ -59,14 +59,14 @@ def test_a_minibatch_shows_every_input() -> None:
 
 @pytest.mark.parametrize("x", [{"question": "Who?", "year": 1600}, ["a", "b"], 7, "short"])
 def test_inputs_of_any_kind_are_shown(x: Any) -> None:
-    """As text, or as JSON where that can be."""
+    """Inputs are shown as text, or as JSON if possible."""
     llm = ScriptedModel("TERMINATE")
     AggregatedUpdate(OwnClient(), LLMOptimizer(llm=llm), llm=llm).train(wrong, [(x, "")])
     assert section(llm.asked[0], "Input") == input_of(Rollout(sample_id=0, x=x)) != ""
 
 
-def test_what_the_transcript_shows_in_full_is_not_shown_twice() -> None:
-    """A long input that the agent passed on; nothing is warned of."""
+def test_an_input_in_the_transcript_is_not_shown_twice() -> None:
+    """The agent passed a long input on; no warning is given."""
     long = "Please tell me in one word who wrote the play in which a ghost appears on the walls of Elsinore."
     llm = ScriptedModel("TERMINATE")
     result = AggregatedUpdate(Asking(ScriptedModel("yes")), LLMOptimizer(llm=llm), llm=llm).train(wrong, [(long, "")])
@@ -76,7 +76,7 @@ def test_what_the_transcript_shows_in_full_is_not_shown_twice() -> None:
 
 
 def test_joined_rollouts_keep_their_inputs() -> None:
-    """None of them is None for a rollout that has none."""
+    """The input of a rollout without one is None."""
     joined = join_rollouts([Rollout(sample_id=3, x="a"), Rollout(sample_id=4, x="b")])
     assert joined.x == "ID [3]: a\nID [4]: b"
     assert join_rollouts([Rollout(sample_id=3), Rollout(sample_id=4)]).x is None

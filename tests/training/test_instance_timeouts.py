@@ -32,7 +32,7 @@ SLOW = 2
 
 
 class Asking(Module):
-    """Asks a model twice; hangs between the two calls at one input, unless it is quick."""
+    """Calls a model twice, and hangs between the two calls at one input, unless `quick`."""
 
     def __init__(
         self, transport: FakeTransport, *, hangs: bool = True, pauses: float = 0.0, waits_at: int = -1
@@ -55,7 +55,7 @@ class Asking(Module):
 
 
 class Blocking(Asking):
-    """The same with synchronous code, which nothing can stop."""
+    """The same with synchronous code, which cannot be stopped."""
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
@@ -94,7 +94,7 @@ def train(agent: Any, guide: Any = exact, limit: float | None = LIMIT, **options
 
 @pytest.mark.parametrize("kind", [Asking, Blocking])
 def test_an_instance_that_hangs_fails_and_the_others_are_judged(kind: type[Asking]) -> None:
-    """It counts as the worst, the optimizer sees why, and the run goes on."""
+    """It gets the lowest score, the optimizer sees the reason, and the run continues."""
     agent = kind(transport())
     result = train(agent)
     (report,) = result.history
@@ -106,8 +106,8 @@ def test_an_instance_that_hangs_fails_and_the_others_are_judged(kind: type[Askin
     assert result.usage["agent"].calls == 7
 
 
-def test_calls_of_a_thread_that_was_given_up_are_refused() -> None:
-    """It wakes up later and asks on: nothing is sent."""
+def test_calls_of_an_abandoned_thread_are_refused() -> None:
+    """The thread continues later: nothing is sent."""
     fake = transport()
     agent = Blocking(fake)
     train(agent)
@@ -120,7 +120,7 @@ def test_calls_of_a_thread_that_was_given_up_are_refused() -> None:
 
 
 def test_calls_of_a_coroutine_that_goes_on_are_refused() -> None:
-    """An agent that swallows its cancellation holds up nothing, and pays for nothing."""
+    """An agent that swallows its cancellation neither delays the run nor pays for calls."""
     fake, late = transport(), []
 
     class Stubborn(Asking):
@@ -143,8 +143,8 @@ def test_calls_of_a_coroutine_that_goes_on_are_refused() -> None:
     assert not [body for body in fake.bodies() if "more" in str(body)]
 
 
-async def test_a_thread_that_hangs_occupies_no_place() -> None:
-    """With a single place the next instance runs all the same, and leaving the executor waits for nobody."""
+async def test_a_hanging_thread_frees_its_place() -> None:
+    """With a single place the next instance runs, and leaving the executor does not wait."""
     release, ran = threading.Event(), []
 
     def agent(x: int, *, hint: str = "") -> int:
@@ -161,8 +161,8 @@ async def test_a_thread_that_hangs_occupies_no_place() -> None:
     release.set()
 
 
-def test_a_guide_that_hangs_loses_the_instance() -> None:
-    """The agent has answered: it gets no score of 0."""
+def test_a_hanging_guide_loses_the_instance() -> None:
+    """The agent has answered, so it gets no score of 0."""
 
     async def hanging(x: int, output: int, info: int) -> float:
         await asyncio.sleep(3600 if x == SLOW else 0)
@@ -177,7 +177,7 @@ def test_a_guide_that_hangs_loses_the_instance() -> None:
 @pytest.mark.parametrize("kind", [Asking, Blocking])
 @pytest.mark.parametrize("stage", ["agent", "guide"])
 def test_a_timeout_is_replayed_on_a_fast_machine(tmp_path: Path, kind: type[Asking], stage: str) -> None:
-    """What hung is not run again; its calls count, and none of the recording is left over (a warning is an error)."""
+    """An instance that timed out is not run again; its calls count as replayed, so no warning is given."""
     path = tmp_path / "tape.yaml"
 
     async def judge(x: int, output: int, info: int, hangs: bool) -> tuple[float, str]:
@@ -204,8 +204,8 @@ def test_a_timeout_is_replayed_on_a_fast_machine(tmp_path: Path, kind: type[Aski
 
 @pytest.mark.parametrize("kind", [Asking, Blocking])
 @pytest.mark.parametrize("mode", ["none", "new_episodes"])
-def test_a_slow_machine_replays_what_ended_in_time(tmp_path: Path, kind: type[Asking], mode: Any) -> None:
-    """The clock decides nothing where a recording does."""
+def test_a_slow_machine_replays_instances_that_ended_in_time(tmp_path: Path, kind: type[Asking], mode: Any) -> None:
+    """If there is a recording, it decides, not the clock."""
     path = tmp_path / "tape.yaml"
     with cassette(path):
         recorded = train(kind(transport(), hangs=False))
@@ -216,7 +216,7 @@ def test_a_slow_machine_replays_what_ended_in_time(tmp_path: Path, kind: type[As
 
 
 def test_a_timeout_survives_a_resume(tmp_path: Path) -> None:
-    """A run is cut off in the step of the timeout; its resume, where nothing hangs, ends with the same bytes."""
+    """A run is cut off in the step of the timeout; its resume, in which nothing hangs, ends with the same bytes."""
 
     class Interrupted(Asking):
         breaks = False
@@ -242,7 +242,7 @@ def test_a_timeout_survives_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_timeout_and_the_seconds_survive_a_kill(tmp_path: Path) -> None:
-    """SIGKILL in the step of the timeout: a resumed run where nothing hangs has the bytes of an unbroken one."""
+    """After SIGKILL in the step of the timeout, a resume in which nothing hangs has the bytes of an unbroken run."""
     seed = hangs_before_it_breaks()
     options: dict[str, Any] = {"max_concurrency": 1, "seed": seed, "stop": seconds(3600)}
     train(Asking(transport()), run_dir=tmp_path / "whole", **options)
@@ -265,13 +265,13 @@ train(Asking(transport(), waits_at=3), run_dir=sys.argv[1], max_concurrency=1, s
 
 
 def hangs_before_it_breaks() -> int:
-    """Return a seed with which the input that hangs comes before the one that breaks the run."""
+    """Return a seed for which the input that hangs precedes the one that breaks the run."""
     orders = ((seed, minibatches(4, 4, seed=seed, epoch=0)[0]) for seed in range(100))
     return next(seed for seed, order in orders if order.index(SLOW) < order.index(3))
 
 
-def test_the_calls_of_a_replayed_timeout_count_in_a_budget(tmp_path: Path) -> None:
-    """As in the recording."""
+def test_calls_of_a_replayed_timeout_count_in_the_budget(tmp_path: Path) -> None:
+    """They count as in the recording."""
     path, budgets = tmp_path / "tape.yaml", (Budget(calls=100), Budget(calls=100))
     with cassette(path):
         trainer(Asking(transport()), budget=budgets[0]).train(exact, additions(5), batch_size=4, instance_timeout=LIMIT)
@@ -281,14 +281,14 @@ def test_the_calls_of_a_replayed_timeout_count_in_a_budget(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), "5", True])
-def test_a_timeout_that_is_no_number_of_seconds_is_refused(wrong: Any) -> None:
-    """Before anything runs."""
+def test_an_invalid_timeout_is_refused(wrong: Any) -> None:
+    """The error is raised before anything runs."""
     with pytest.raises(ConfigError, match="Expected instance_timeout in seconds above 0"):
         train(Adder(), limit=wrong)
 
 
-def test_a_timeout_is_refused_where_instances_cannot_be_timed() -> None:
-    """An overridden forward and agents that run whole batches."""
+def test_a_timeout_is_refused_if_instances_cannot_be_timed() -> None:
+    """This holds for an overridden forward and for agents that run whole batches."""
 
     class Own(AggregatedUpdate):
         async def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: Any = False) -> Any:
@@ -315,8 +315,8 @@ def test_a_timeout_is_refused_where_instances_cannot_be_timed() -> None:
         train(Batch())
 
 
-def test_another_timeout_is_no_resume_of_the_same_run(tmp_path: Path) -> None:
-    """It changes which instances fail."""
+def test_a_run_with_another_timeout_is_not_resumed(tmp_path: Path) -> None:
+    """The timeout changes which instances fail."""
     train(Adder(), run_dir=tmp_path / "run")
     for other in (1.0, None):
         with pytest.raises(Exception, match="got other values of instance_timeout;"):

@@ -1,4 +1,4 @@
-"""Interrupts, cancellation, and errors that nobody meant for us: a run is left promptly, and never half-way."""
+"""Interrupts, cancellation and foreign errors: a run stops promptly, and never with a partial update."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_ctrl_c_leaves_train_and_the_process(tmp_path: Path, kind: str) -> None:
 
 
 class Pair(Adder):
-    """Two parameters that one update changes together, as `amount` and its name."""
+    """Two parameters that one update changes together: `amount` and its name."""
 
     async def forward(self, x: int) -> int:
         await asyncio.sleep(0)
@@ -67,13 +67,13 @@ class Pair(Adder):
 
 
 def both(messages: list[dict[str, Any]]) -> str:
-    """Ask for a new amount and, to tell updates apart, the same in words."""
+    """Ask for a new amount and, to distinguish updates, for the same in words."""
     asked = json.loads(section(messages, "Parameters"))["amount"]["value"]
     return suggest(amount=asked + 1, label=f"sum {asked + 1}")
 
 
 async def cancelled_after(turns: int, run: Any) -> bool:
-    """Start a run in a task, cancel it after so many turns of the loop; return True if it had not ended before."""
+    """Start a run in a task, cancel it after some iterations of the event loop; return True if it was running."""
     async with asyncio.TaskGroup() as group:
         task = group.create_task(run)
         for _ in range(turns):
@@ -82,8 +82,8 @@ async def cancelled_after(turns: int, run: Any) -> bool:
 
 
 @pytest.mark.parametrize("gate", [None, improves_on_batch()])
-async def test_cancelled_anywhere_parameters_are_those_of_whole_updates(gate: Gate | None) -> None:
-    """`atrain` in the caller's own loop, cancelled at any turn of it: both parameters are of the same update."""
+async def test_a_cancelled_run_leaves_only_whole_updates(gate: Gate | None) -> None:
+    """`atrain` in the caller's event loop is cancelled at any iteration: both parameters belong to the same update."""
     seen = set()
     for turns in range(0, 400, 3):
         agent = Pair(amount=0, label="sum 0")
@@ -96,13 +96,13 @@ async def test_cancelled_anywhere_parameters_are_those_of_whole_updates(gate: Ga
 
 
 async def closer(x: int, output: int, info: int) -> tuple[float, str]:
-    """Score the better the nearer; async, so that the turns of the loop are the same each time."""
+    """Return a higher score for a nearer output; async, so that the iterations of the loop are the same each time."""
     return -abs(float(info - output)), f"expected {info}, got {output}"
 
 
 @pytest.mark.parametrize("make", [improves_on_batch, lambda: improves_on_validation(additions(9))])
-async def test_a_gate_cancelled_midway_leaves_everything_as_it_was(make: Any) -> None:
-    """Candidates are tried under an overlay: nobody else ever reads one, and a cut leaves nothing to restore."""
+async def test_a_cancelled_gate_leaves_the_agent_unchanged(make: Any) -> None:
+    """Candidates are tried under an overlay: no other code reads one, and nothing has to be restored."""
     trying = asyncio.Event()
 
     class Watched(Pair):
@@ -123,7 +123,7 @@ async def test_a_gate_cancelled_midway_leaves_everything_as_it_was(make: Any) ->
 
 
 class Quits(Adder):
-    """Raises what it is told to for one of its inputs."""
+    """Raises a given exception for one of its inputs."""
 
     def __init__(self, error: BaseException, *, at: int = 0) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class QuitsInAThread(Quits):
 def test_an_agent_that_exits_or_cancels_itself_has_failed_like_any_other(
     kind: type[Quits], error: BaseException, name: str
 ) -> None:
-    """`sys.exit()` in an agent ends neither the run nor the library's loop; the other instances go on."""
+    """`sys.exit()` in an agent ends neither the run nor the library's loop; the other instances run."""
     agent = kind(error)
     result = trainer(agent).train(exact, additions(5), batch_size=4, min_score=-1.0, max_concurrency=1)
     assert agent.amount.data == 5
@@ -165,8 +165,8 @@ def test_an_agent_that_exits_or_cancels_itself_has_failed_like_any_other(
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("error", [SystemExit(2), asyncio.CancelledError("its own"), ZeroDivisionError("by zero")])
-def test_a_guide_that_exits_says_nothing_of_the_agent(asynchronous: bool, error: BaseException) -> None:
-    """The instance has no score, which is not 0, and the failure is the guide's."""
+def test_a_guide_that_exits_gives_no_score(asynchronous: bool, error: BaseException) -> None:
+    """The instance has no score, which differs from 0, and the failure is the guide's."""
 
     def sync_guide(x: int, output: int, info: int) -> tuple[float, str]:
         if x == 0:
@@ -182,7 +182,7 @@ def test_a_guide_that_exits_says_nothing_of_the_agent(asynchronous: bool, error:
 
 
 def test_a_guide_that_always_fails_ends_the_run() -> None:
-    """Nothing can be learned without scores: the run stops and names the guide's error and its line."""
+    """Without scores nothing can be learned: the run stops and names the guide's error and its line."""
 
     def broken(x: int, output: int, info: int) -> float:
         raise ZeroDivisionError("by zero")
@@ -191,8 +191,8 @@ def test_a_guide_that_always_fails_ends_the_run() -> None:
         trainer(Adder()).train(broken, additions(5), batch_size=4)
 
 
-def test_an_optimizer_of_ones_own_that_raises_loses_one_instance() -> None:
-    """What the other instances propose is kept and applied."""
+def test_a_custom_optimizer_that_raises_loses_one_instance() -> None:
+    """The proposals of the other instances are kept and applied."""
 
     class Own(LLMOptimizer):
         async def propose(self, rollouts: Any, step: Any) -> Any:
@@ -210,14 +210,14 @@ def test_an_optimizer_of_ones_own_that_raises_loses_one_instance() -> None:
 
 
 class Stop(BaseException):
-    """Of no class that the library knows."""
+    """An exception class that the library does not know."""
 
 
 @pytest.mark.requirement("Trace's defect 26: evaluate swallowed interrupts, and a broken agent looked like a bad one")
 @pytest.mark.parametrize("kind", [Quits, QuitsInAThread])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stop(), GeneratorExit()])
-def test_interrupts_raised_by_an_agent_leave_train(kind: type[Quits], error: BaseException, tmp_path: Path) -> None:
-    """They pass through as they are, with the partial result on disk, and the library's loop survives them."""
+def test_interrupts_raised_by_an_agent_end_train(kind: type[Quits], error: BaseException, tmp_path: Path) -> None:
+    """They are raised unchanged, with the partial result on disk, and the library's loop keeps running."""
     agent = kind(error, at=3)
     with pytest.raises(type(error)):
         trainer(agent).train(exact, additions(5), max_concurrency=1, run_dir=tmp_path / "run")
@@ -234,8 +234,8 @@ def test_interrupts_raised_by_an_agent_leave_train(kind: type[Quits], error: Bas
         (CassetteMissError("not recorded"), CassetteMissError),
     ],
 )
-def test_errors_in_a_group_count_as_what_they_are(error: Exception, ended: type[Exception] | None) -> None:
-    """An agent that fans out in a TaskGroup raises a group: a lost call in it is no failure of the agent."""
+def test_errors_in_a_group_are_classified_one_by_one(error: Exception, ended: type[Exception] | None) -> None:
+    """An agent that uses a TaskGroup raises a group: a lost call in it is not the agent's failure."""
 
     class Fanning(Adder):
         async def forward(self, x: int) -> int:
@@ -276,7 +276,7 @@ class Model(Transport):
 
 
 class Careless(Adder):
-    """Takes any failure of its model for a 0, and asks again and again."""
+    """Returns 0 for any failure of its model, and asks again and again."""
 
     def __init__(self, llm: LLM, calls: int = 1) -> None:
         super().__init__()
@@ -299,8 +299,8 @@ def careless_run(model: Model, **options: Any) -> TrainingResult:
     return trainer(agent).train(exact, additions(5), batch_size=2, **options)
 
 
-def test_a_swallowed_miss_ends_the_run_all_the_same(tmp_path: Path) -> None:
-    """`except Exception` in agent code does not turn a missing recording into a bad answer, for long."""
+def test_a_swallowed_miss_ends_the_run(tmp_path: Path) -> None:
+    """`except Exception` in agent code does not turn a missing recording into a bad answer."""
     model = Model()
     with cassette(tmp_path / "a.yaml"):
         careless_run(model)
@@ -311,7 +311,7 @@ def test_a_swallowed_miss_ends_the_run_all_the_same(tmp_path: Path) -> None:
 
 
 class BySDK(Careless):
-    """Asks by an SDK that takes every exception for a lost connection: it gets the miss as a status."""
+    """Asks through an SDK that takes every exception for a lost connection, and so gets the miss as a status."""
 
     def forward(self, x: int) -> int:  # type: ignore[override]
         with httpx.Client() as client:
@@ -323,13 +323,13 @@ class BySDK(Careless):
 
 
 def test_a_miss_that_an_sdk_got_as_a_status_became_a_bad_answer(tmp_path: Path) -> None:
-    """The tape keeps it: the run ends with the miss at the end of the rollouts, and no step is taken."""
+    """The tape remembers the miss: the run ends with it after the rollouts, without a step."""
     with cassette(tmp_path / "a.yaml", "all", clients="httpx"):
         pass
     agent = BySDK(LLM("openai-compatible/x", base_url="http://localhost/v1", transport=Model()))
     asked = "POST http://localhost/v1/chat/completions"
     with (
-        pytest.raises(CassetteMissError, match=asked),  # the block's end
+        pytest.raises(CassetteMissError, match=asked),  # the end of the block
         cassette(tmp_path / "a.yaml", "none", clients="httpx"),
         pytest.raises(CassetteMissError, match=asked),  # the end of the rollouts
     ):
@@ -344,8 +344,8 @@ def replayed(path: Path, model: Model, **options: Any) -> None:
         careless_run(model, seed=1, **options)
 
 
-async def test_a_thread_whose_run_was_cancelled_asks_no_more() -> None:
-    """A thread cannot be stopped, but the model is not asked, or paid, for a run that has ended."""
+async def test_a_thread_of_a_cancelled_run_makes_no_more_calls() -> None:
+    """A thread cannot be stopped, but no call is sent or paid for after the run has ended."""
     asked, loop = asyncio.Event(), asyncio.get_running_loop()
     model = Model(lambda: loop.call_soon_threadsafe(asked.set))
     agent = Careless(LLM("openai-compatible/x", base_url="http://localhost/v1", transport=model), calls=1000)
@@ -360,7 +360,7 @@ async def test_a_thread_whose_run_was_cancelled_asks_no_more() -> None:
 
 
 @pytest.mark.parametrize("use_asyncio", [True, False])
-def test_synchronous_hooks_and_agents_do_not_wait_for_each_others_threads(use_asyncio: bool) -> None:
+def test_synchronous_hooks_and_agents_use_separate_threads(use_asyncio: bool) -> None:
     """A synchronous `forward` holds a thread while `super().forward` runs a synchronous agent in another."""
 
     class Sync(Adder):
@@ -383,7 +383,7 @@ def test_synchronous_hooks_and_agents_do_not_wait_for_each_others_threads(use_as
 
 
 async def test_a_cancelled_synchronous_update_writes_nothing() -> None:
-    """`super().update` in a thread belongs to the run: with the run it is cancelled, though its thread goes on."""
+    """`super().update` in a thread is cancelled with its run, although the thread goes on."""
     gated, loop = asyncio.Event(), asyncio.get_running_loop()
     left = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Instances that run at once share nothing, and what they do is the same bytes in whatever order they finish."""
+"""Concurrent instances share nothing, and their results have the same bytes in any order of completion."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from aggregator.training.step import Step
 OPERATIONS = 60
 BATCH = 32
 MARK = re.compile(r"mark-\d+-")
-"""Ends with a dash, so that no mark is part of another."""
+"""Ends with a dash, so that no marker is part of another."""
 
 
 class Deep(Module):
@@ -45,7 +45,7 @@ class Deep(Module):
 
     @bundle()
     async def hand_on(self, text: str, depth: int) -> str:
-        """Hand the text on."""
+        """Return the text."""
         for _ in range(self.latencies.randrange(4)):
             await asyncio.sleep(0)
         return text
@@ -66,7 +66,7 @@ class DeepInAThread(Module):
 
     @bundle()
     def hand_on(self, text: str, depth: int) -> str:
-        """Hand the text on."""
+        """Return the text."""
         time.sleep(self.latencies.random() / 10_000)
         return text
 
@@ -110,7 +110,7 @@ def marks(prompt: list[dict[str, Any]]) -> list[str]:
 
 
 def test_a_proposal_does_not_depend_on_its_batch() -> None:
-    """An instance's prompt is the same bytes alone as beside thirty-one others: the optimizer shares no memory."""
+    """An instance's prompt has the same bytes alone and with 31 others: the optimizer has no shared memory."""
 
     def prompts(batch: Sequence[tuple[int, None]]) -> list[str]:
         optimizer = ScriptedModel("TERMINATE")
@@ -123,7 +123,7 @@ def test_a_proposal_does_not_depend_on_its_batch() -> None:
 
 
 class Placed(Module):
-    """Answers where in the run it is."""
+    """Answers with its lineage."""
 
     def __init__(self) -> None:
         self.prompt = ParameterNode("Where?")
@@ -143,7 +143,7 @@ class PlacedInAThread(Placed):
 
 @pytest.mark.parametrize("kind", [Placed, PlacedInAThread])
 def test_each_instance_has_its_own_lineage(kind: type[Placed]) -> None:
-    """What an agent adds to its path is seen by none of the others, in tasks and in threads."""
+    """What an agent adds to its lineage is invisible to the others, in tasks and in threads."""
     outputs: dict[int, str] = {}
 
     def note(x: int, output: str, info: Any) -> float:
@@ -157,7 +157,7 @@ def test_each_instance_has_its_own_lineage(kind: type[Placed]) -> None:
 
 
 class Valued(Module):
-    """Answers with the value it reads at the end, after others had their turns."""
+    """Answers with the value that it reads after the others have run."""
 
     def __init__(self) -> None:
         self.amount = ParameterNode(-1)
@@ -176,7 +176,7 @@ class ValuedInAThread(Valued):
 
 @pytest.mark.parametrize("kind", [Valued, ValuedInAThread])
 async def test_candidates_evaluated_at_once_read_their_own_values(kind: type[Valued]) -> None:
-    """Sixteen gates try sixteen values of one agent at once; the agent itself reads the stored one throughout."""
+    """Sixteen gates try sixteen values of one agent at once; the agent itself keeps the stored one."""
     agent = kind()
     batch = [Sample(i, i) for i in range(8)]
     stored: list[int] = []
@@ -198,8 +198,8 @@ def read_off(x: int, output: int, info: Any) -> float:
 
 
 @pytest.mark.requirement("Trace's defect 7: proposals of one batch saw each other through the memory")
-def test_history_is_that_of_finished_steps_for_every_instance_of_a_batch() -> None:
-    """No prompt recalls what a neighbour of the same batch has just proposed."""
+def test_history_has_finished_steps_only() -> None:
+    """No prompt contains what another instance of the same batch has just proposed."""
     optimizer = ScriptedModel('{"suggestion": {"prompt": "Pass it on, please."}}', "TERMINATE")
     run = AggregatedUpdate(Deep(0), LLMOptimizer(llm=optimizer), llm=ScriptedModel("x"))
     run.train(marked, [(i, None) for i in range(BATCH)], batch_size=BATCH // 2)
@@ -208,8 +208,8 @@ def test_history_is_that_of_finished_steps_for_every_instance_of_a_batch() -> No
     assert set(recalled[BATCH // 2 :]) == {'step 0, accepted: {"prompt":"Pass it on, please."}'}
 
 
-def test_two_trainings_at_once_are_those_of_each_alone() -> None:
-    """Two agents trained by one loop at the same time: neither run knows of the other."""
+def test_two_concurrent_trainings_equal_separate_ones() -> None:
+    """Two agents are trained in one event loop: neither run affects the other."""
 
     def trainer(seed: int) -> AggregatedUpdate:
         latencies = random.Random(seed)
@@ -237,7 +237,7 @@ def asked(path: Path) -> Asked:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, bytes]]:
-    """A run recorded through the real client, eight at once, answers in shuffled order: its URL, folder, result."""
+    """Record a run through the real client, eight calls at once, answers shuffled; return URL, folder and result."""
     folder = tmp_path_factory.mktemp("recorded")
     with SimulatedModel() as server:
         with cassette(folder / "run.yaml", "all"):
@@ -249,10 +249,8 @@ Recorded = tuple[str, Path, bytes]
 
 
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
-def test_live_runs_ask_and_reach_the_same_at_any_concurrency(
-    recorded: Recorded, tmp_path: Path, concurrency: int
-) -> None:
-    """Answers in another order: the same requests under the same lineage, and result.json byte for byte."""
+def test_live_runs_are_the_same_at_any_concurrency(recorded: Recorded, tmp_path: Path, concurrency: int) -> None:
+    """In any order of answers, requests and lineages are the same, and result.json is equal byte for byte."""
     url, folder, result = recorded
     with cassette(tmp_path / "run.yaml", "all"):
         train(url, shuffle=concurrency, max_concurrency=concurrency, run_dir=tmp_path / "run")
@@ -265,7 +263,7 @@ def test_live_runs_ask_and_reach_the_same_at_any_concurrency(
 def test_a_cassette_replays_to_the_same_bytes_at_any_concurrency(
     recorded: Recorded, tmp_path: Path, concurrency: int, latency: Any
 ) -> None:
-    """Played in an order of its own, at once or in the recorded time: every exchange is used, the result the same."""
+    """Played in any order, at once or with recorded waits, every exchange is used and the result is the same."""
     url, folder, result = recorded
     with cassette(folder / "run.yaml", "none", latency=latency) as tape:
         train(url, max_concurrency=concurrency, run_dir=tmp_path / "run")
@@ -275,7 +273,7 @@ def test_a_cassette_replays_to_the_same_bytes_at_any_concurrency(
 
 
 def test_another_seed_is_another_run(recorded: Recorded, tmp_path: Path) -> None:
-    """What was compared above does depend on the seed."""
+    """The result compared above does depend on the seed."""
     url, _, result = recorded
     train(url, seed=1, run_dir=tmp_path / "run")
     assert (tmp_path / "run" / RESULT).read_bytes() != result
@@ -301,8 +299,8 @@ sys.stdout.write(str(optimizer.asked))
 """
 
 
-def test_sets_stand_in_one_order_in_every_process(tmp_path: Path) -> None:
-    """Prompts and result.json do not follow the hash seed of the interpreter."""
+def test_the_order_of_sets_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """Prompts and result.json do not depend on the interpreter's hash seed."""
 
     def run(hash_seed: str) -> tuple[str, bytes]:
         command = [sys.executable, "-c", SETS, str(tmp_path / hash_seed)]

@@ -1,4 +1,4 @@
-"""The best values are those of the validation set; the test set is measured and never chooses."""
+"""The best values are chosen by the validation set; the test set is only measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEST = [("t", "no")]
 
 
 class Says(Module):
-    """Says the last word of its prompt."""
+    """Answers with the last word of its prompt."""
 
     def __init__(self, start: str = "Say yes.") -> None:
         self.prompt = ParameterNode(start)
@@ -37,7 +37,7 @@ def exact(x: str, output: str, info: str) -> tuple[float, str]:
 
 
 def up_and_down(messages: list[dict[str, Any]]) -> str:
-    """0 -> 1 -> 0: the best is in the middle."""
+    """0 -> 1 -> 0: the best value is in the middle."""
     shown = messages[-1]["content"].split("#Transcript")[0]
     return suggest(prompt="Say no." if "Say yes" in shown else "Say worse.")
 
@@ -49,7 +49,7 @@ def train(agent: Says, **options: Any) -> Any:
 
 
 def test_the_best_values_are_in_the_agent_and_in_its_files(tmp_path: Path) -> None:
-    """The last ones were, and nothing public put the best ones there."""
+    """Before, it held the last values, and no public method stored the best ones."""
     agent = Says()
     trainer, result = train(agent, validate_dataset=DATA, test_dataset=TEST, run_dir=tmp_path / "run")
     assert [one.score for one in result.validations] == [0.0, 1.0, 0.0, 0.0]
@@ -73,7 +73,7 @@ def test_the_best_values_are_in_the_agent_and_in_its_files(tmp_path: Path) -> No
 
 
 def test_without_a_validation_set_the_last_values_are_kept() -> None:
-    """As the seed does; the test set chose `best_parameters`."""
+    """This is the seed's behaviour; the test set chose `best_parameters`."""
     agent = Says()
     _, result = train(agent, test_dataset=TEST)
     assert result.test_scores == [0.0, 1.0, 0.0, 0.0]
@@ -82,7 +82,7 @@ def test_without_a_validation_set_the_last_values_are_kept() -> None:
 
 
 def test_the_last_values_can_be_asked_for() -> None:
-    """`keep="last"` with a validation set, and what neither is."""
+    """`keep="last"` works with a validation set; any other value is refused."""
     agent = Says()
     trainer, result = train(agent, validate_dataset=DATA, keep="last")
     assert (agent.prompt.data, result.kept, result.best_parameters) == ("Say worse.", "last", {"prompt": "Say no."})
@@ -97,8 +97,8 @@ def test_the_last_values_can_be_asked_for() -> None:
         AggregatedUpdate(agent, LLMOptimizer(llm=ScriptedModel("")), llm=ScriptedModel("")).restore()
 
 
-def test_the_baseline_takes_part_and_ties_keep_the_earlier() -> None:
-    """Two kinds of prompt with the same score: the one before training is kept."""
+def test_the_baseline_competes_and_ties_keep_the_earlier_values() -> None:
+    """Of two prompts with the same score the one before training is kept."""
     agent = Says("Say no.")
     _, result = train(agent, validate_dataset=DATA)
     assert (result.best_step, agent.prompt.data) == (0, "Say no.")
@@ -108,7 +108,7 @@ def test_the_baseline_takes_part_and_ties_keep_the_earlier() -> None:
 
 
 def test_values_that_crash_are_not_the_best() -> None:
-    """They were better on the instances that were left."""
+    """They were better on the remaining instances."""
 
     class Crashes(Says):
         def forward(self, x: str) -> str:
@@ -127,7 +127,7 @@ def test_values_that_crash_are_not_the_best() -> None:
     assert [one.score for one in result.validations] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]
 
 
-def test_scores_of_values_that_did_not_change_are_paid_once() -> None:
+def test_unchanged_values_are_validated_once() -> None:
     """A step that changes nothing runs no validation."""
     agent = Says("Say no.")
     llm = ScriptedModel("TERMINATE")
@@ -138,7 +138,7 @@ def test_scores_of_values_that_did_not_change_are_paid_once() -> None:
 
 
 def test_a_resumed_run_goes_on_from_the_last_values(tmp_path: Path) -> None:
-    """It ends with the same bytes as an unbroken one, although the best values were in the agent in between."""
+    """It ends with the same bytes as an unbroken run, although the agent held the best values in between."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options: dict[str, Any] = {"validate_dataset": DATA, "num_epochs": 2}
     _, expected = train(Says(), run_dir=whole, **options)
@@ -155,7 +155,7 @@ def test_a_resumed_run_goes_on_from_the_last_values(tmp_path: Path) -> None:
 
 
 def test_values_are_applied_all_or_none() -> None:
-    """A name that is no parameter's changes nothing."""
+    """An unknown parameter name changes nothing."""
     agent = Says()
     with pytest.raises(ParameterError, match="Expected values of the parameters prompt of Says, got 'other'"):
         agent.apply({"prompt": "new", "other": 1})

@@ -1,4 +1,4 @@
-"""Runs that are killed, or that the disk fails, lose nothing that was paid for."""
+"""Killed runs, and runs on a full disk, lose nothing that was paid for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from aggregator.training.proposers import LLMOptimizer
 
 
 class Whole(NamedTuple):
-    """An unbroken run: its result.json, and how many requests it sent."""
+    """An unbroken run: its result.json and its number of requests."""
 
     result: bytes
     paid: int
@@ -50,7 +50,7 @@ def paid(server: SimulatedModel) -> int:
 
 
 def kill_and_resume(server: SimulatedModel, whole: Whole, run_dir: Path, kills: int, seed: int) -> None:
-    """Kill a run so many times, resume it to its end, and compare with an unbroken one."""
+    """Kill a run several times, resume it to its end, and compare with an unbroken one."""
     moments, before = random.Random(seed), paid(server)
     for _ in range(kills):
         Child(server.base_url, run_dir).kill_after(moments.uniform(0.02, 0.5))
@@ -63,19 +63,19 @@ def kill_and_resume(server: SimulatedModel, whole: Whole, run_dir: Path, kills: 
 def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(
     server: SimulatedModel, whole: Whole, tmp_path: Path
 ) -> None:
-    """SIGKILL three times: the same result.json, and only what was in flight is paid again."""
+    """After three SIGKILLs result.json is the same, and only calls in flight are paid for again."""
     kill_and_resume(server, whole, tmp_path / "killed", kills=3, seed=0)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_thirty_kills_change_nothing(server: SimulatedModel, whole: Whole, tmp_path: Path, seed: int) -> None:
-    """The same at thirty other moments, six in each run."""
+    """Kills at thirty other moments, six in each run."""
     kill_and_resume(server, whole, tmp_path / "killed", kills=6, seed=seed)
 
 
-def test_a_torn_temporary_file_is_no_obstacle(server: SimulatedModel, whole: Whole, tmp_path: Path) -> None:
-    """A kill within a checkpoint leaves the one before it and a torn file beside it, which the next one replaces."""
+def test_a_torn_temporary_file_does_not_prevent_a_resume(server: SimulatedModel, whole: Whole, tmp_path: Path) -> None:
+    """A kill while a checkpoint is written leaves the previous one and a torn file, which the next one replaces."""
     Child(server.base_url, tmp_path / "torn").kill_after(0.4)
     (tmp_path / "torn" / f"{CHECKPOINT}.tmp").write_bytes(b'{"version": 1, "finger')
     train(server.base_url, run_dir=tmp_path / "torn", resume=True)
@@ -83,8 +83,8 @@ def test_a_torn_temporary_file_is_no_obstacle(server: SimulatedModel, whole: Who
     assert not list((tmp_path / "torn").glob("*.tmp"))
 
 
-def test_a_run_that_is_under_way_is_not_taken_over(server: SimulatedModel, whole: Whole, tmp_path: Path) -> None:
-    """Resuming what another process still trains is an error that names it, and disturbs nothing."""
+def test_a_running_run_is_not_resumed(server: SimulatedModel, whole: Whole, tmp_path: Path) -> None:
+    """The error names the other process that still trains it, and nothing is changed."""
     child = Child(server.base_url, tmp_path / "run")
     while not (tmp_path / "run" / JOURNAL).exists():
         assert child.process.poll() is None
@@ -94,9 +94,7 @@ def test_a_run_that_is_under_way_is_not_taken_over(server: SimulatedModel, whole
     assert (tmp_path / "run" / RESULT).read_bytes() == whole.result
 
 
-def test_a_run_dir_that_cannot_be_written_is_told_before_anything_is_paid(
-    server: SimulatedModel, tmp_path: Path
-) -> None:
+def test_a_run_dir_that_cannot_be_written_is_reported_first(server: SimulatedModel, tmp_path: Path) -> None:
     """The error names the folder; no request was sent."""
     before = paid(server)
     (tmp_path / "file").write_text("no folder")
@@ -127,7 +125,7 @@ except Exception as error:
 def test_a_full_disk_ends_the_run_and_keeps_what_was_paid(
     server: SimulatedModel, whole: Whole, tmp_path: Path, room: int, told: str
 ) -> None:
-    """The error says what could not be written; with room again the run goes on, and ends as an unbroken one."""
+    """The error says what could not be written; with free space the run continues, and ends as an unbroken one."""
     before = paid(server)
     command = [sys.executable, "-c", FULL, server.base_url, str(tmp_path / "full"), str(room)]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent)
@@ -137,10 +135,10 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_paid(
     assert paid(server) - before <= whole.paid + CONCURRENCY
 
 
-def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path: Path) -> None:
-    """The error carries the result, whose steps are all there, and what to do."""
+def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
+    """The error carries the result with all its steps, and the remedy."""
     run_dir = tmp_path / "run"
-    (run_dir / f"{CHECKPOINT}.tmp").mkdir(parents=True)  # where the checkpoint is to be written
+    (run_dir / f"{CHECKPOINT}.tmp").mkdir(parents=True)  # the path of the checkpoint
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     trainer = AggregatedUpdate(Adder(), optimizer, llm=ScriptedModel(first_suggestion))
     with pytest.raises(TrainingError, match="Expected to write .*checkpoint.json.*free some space") as caught:
@@ -151,7 +149,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 
 class Outage(Transport):
-    """A model that is down until somebody repairs it."""
+    """A model that is down until the test repairs it."""
 
     def __init__(self, status: int) -> None:
         self.status = status
@@ -169,8 +167,8 @@ class Outage(Transport):
 
 
 @pytest.mark.parametrize(("status", "name"), [(401, "AuthenticationError"), (503, "ServerError")])
-def test_a_run_that_ended_on_failed_calls_goes_on_once_they_succeed(tmp_path: Path, status: int, name: str) -> None:
-    """The failures are in the journal, but a resumed run asks again; what was answered is not paid again."""
+def test_a_run_that_ended_on_failed_calls_continues_once_they_succeed(tmp_path: Path, status: int, name: str) -> None:
+    """The failures are in the journal, but a resumed run repeats them; answered calls are not paid for again."""
     model = Outage(status)
     llm = LLM("openai-compatible/x", base_url="http://localhost/v1", transport=model, max_attempts=1)
     data = additions(5, count=6)

@@ -1,4 +1,4 @@
-"""Prompts for small models: values first, short reasons, settable limits; sampling options of merge and judge."""
+"""Prompts for small models: values first, short reasons, configurable limits; sampling options of merge and judge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def schema_of(model: ScriptedModel) -> dict[str, Any]:
 
 
 def test_a_small_model_writes_the_values_first() -> None:
-    """The lean schema has the values before one text of reasons, no nulls, and every value is written."""
+    """The lean schema puts the values before one text of reasons, has no nulls, and requires every value."""
     model = ScriptedModel(json.dumps({"suggestion": {"amount": 3, "label": "sum"}, "reasoning": "too small"}))
     agent = Adder()
     trainer = AggregatedUpdate(agent, LLMOptimizer(llm=model, style="lean"), llm=model)
@@ -35,7 +35,7 @@ def test_a_small_model_writes_the_values_first() -> None:
 
 
 def test_a_type_that_strict_mode_cannot_state() -> None:
-    """A dict of any keys turns strict mode off; then values may be left out."""
+    """A dict with arbitrary keys turns strict mode off; then values may be left out."""
 
     class Table(Module):
         def __init__(self) -> None:
@@ -52,7 +52,7 @@ def test_a_type_that_strict_mode_cannot_state() -> None:
 
 @pytest.mark.parametrize("style", ["full", "lean"])
 def test_how_much_of_output_and_transcript_is_shown(style: Any) -> None:
-    """Both limits are in characters, and what was left out is stated."""
+    """Both limits are in characters, and the prompt says how much was left out."""
 
     class Wordy(Adder):
         async def forward(self, x: int) -> Any:
@@ -65,14 +65,14 @@ def test_how_much_of_output_and_transcript_is_shown(style: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{"style": "short"}, {"output_limit": 0}, {"transcript_limit": True}])
-def test_a_style_or_limit_that_does_not_exist(options: dict[str, Any]) -> None:
-    """A wrong argument is refused at construction."""
+def test_an_invalid_style_or_limit(options: dict[str, Any]) -> None:
+    """It is refused at construction."""
     with pytest.raises(ConfigError, match="style|limit"):
         LLMOptimizer(llm=ScriptedModel("x"), **options)
 
 
-def test_merge_and_judge_take_temperature_and_seed() -> None:
-    """The options reach the model; without them nothing is sent, as before."""
+def test_merge_and_judge_accept_temperature_and_seed() -> None:
+    """The options reach the model; by default nothing is sent, as before."""
     merge = ScriptedModel(suggest(amount=3))
     optimizer = ScriptedModel(suggest(amount=3), suggest(amount=4))
     rule = LLMMerge(merge, temperature=0.0, seed=7)

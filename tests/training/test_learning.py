@@ -1,4 +1,4 @@
-"""`propose_from`: what logged rollouts and people's corrections ask for, without running the agent."""
+"""`propose_from`: an update from logged rollouts and people's corrections, without running the agent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from aggregator.training.rules import majority
 
 
 class Router(Module):
-    """Must not be run: its calls would be paid twice."""
+    """Must not be run: its calls would be paid for twice."""
 
     def __init__(self) -> None:
         self.rule = ParameterNode("Answer sales.", name="rule")
@@ -45,7 +45,7 @@ class Router(Module):
 
 
 class Scripted:
-    """An optimizer that proposes what it finds in the feedback, as `rule := text` or `limit := number`."""
+    """An optimizer that proposes what the feedback contains, as `rule := text` or `limit := number`."""
 
     def __init__(self) -> None:
         self.seen: list[Rollout] = []
@@ -73,7 +73,7 @@ LOGS: list[dict[str, Any]] = [
 
 
 def test_the_update_comes_from_the_records_alone() -> None:
-    """Values, provenance by the records' own ids, proposals in order; the agent is neither run nor changed."""
+    """Values, provenance by the records' ids, proposals in order; the agent is neither run nor changed."""
     agent = Router()
     update = propose_from(LOGS, agent, Scripted(), rule=majority)
     assert update.values == {"rule": "Use billing", "limit": 5}
@@ -86,8 +86,8 @@ def test_the_update_comes_from_the_records_alone() -> None:
     assert (agent.rule.data, agent.limit.data) == ("Use billing", 5)
 
 
-def test_apply_stores_at_once_or_in_another_agent() -> None:
-    """`apply=True`; or `update.apply(other)`, all values or none."""
+def test_apply_stores_in_this_or_another_agent() -> None:
+    """`apply=True` stores at once; `update.apply(other)` stores all values or none."""
     agent, other = Router(), Router()
     update = propose_from(LOGS, agent, Scripted(), rule=majority, apply=True)
     assert agent.rule.data == "Use billing"
@@ -98,14 +98,14 @@ def test_apply_stores_at_once_or_in_another_agent() -> None:
 
 
 def test_parameters_alone_are_enough() -> None:
-    """Where the agent is in another program: its texts as ParameterNodes."""
+    """If the agent is in another program, its texts are given as ParameterNodes."""
     rule = ParameterNode("Answer sales.", name="rule")
     assert propose_from(LOGS[:2], [rule], Scripted(), rule=majority).values == {"rule": "Use billing"}
     assert propose_from(LOGS[:2], rule, Scripted(), rule=majority).values == {"rule": "Use billing"}
 
 
 def test_corrections_become_feedback_and_a_score() -> None:
-    """What a person would have wanted; one that agrees with the output is a perfect score."""
+    """A correction is the output that a person wanted; one that equals the output is a perfect score."""
     logged = read_records(
         [
             {"x": 1, "output": "5", "correction": "4", "comment": "Off by one."},
@@ -118,8 +118,8 @@ def test_corrections_become_feedback_and_a_score() -> None:
     assert logged[1].rollout.feedback == ""
 
 
-def test_an_optimizers_prompt_holds_input_transcript_and_correction() -> None:
-    """The real LLMOptimizer and merge, with a model that is asked once for each record."""
+def test_the_optimizers_prompt_holds_input_transcript_and_correction() -> None:
+    """The real LLMOptimizer and merge ask a model once for each record."""
     prompts: list[str] = []
 
     def answer(messages: Any) -> str:
@@ -136,8 +136,8 @@ def test_an_optimizers_prompt_holds_input_transcript_and_correction() -> None:
     assert update.usage["optimizer"].calls == 1
 
 
-def test_what_cannot_be_learned_from_is_skipped_with_the_reason() -> None:
-    """Unlabelled records, those of other values, and those whose call was lost."""
+def test_unusable_records_are_skipped_with_the_reason() -> None:
+    """Skipped are unlabelled records, those of other values, and those whose call was lost."""
     lost = Failure(stage="agent", error="RateLimitError", message="429", infrastructure=True)
     records = [
         LOGS[0],
@@ -156,7 +156,7 @@ def test_what_cannot_be_learned_from_is_skipped_with_the_reason() -> None:
 
 
 def test_satisfied_records_propose_nothing() -> None:
-    """From `max_score` on: the optimizer is not asked."""
+    """At `max_score` and above the optimizer is not asked."""
     optimizer = Scripted()
     propose_from(LOGS, Router(), optimizer, rule=majority, max_score=1.0)
     assert [rollout.x for rollout in optimizer.seen] == ["invoice", "refund", "parcel"]
@@ -164,7 +164,7 @@ def test_satisfied_records_propose_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "rollouts", "ours"])
 def test_files_are_read(kind: str, tmp_path: Path) -> None:
-    """JSON lines, a list, a mapping with `rollouts`, and our own Rollouts as JSON."""
+    """JSON lines, a list, a mapping with `rollouts`, and our own Rollouts as JSON are read."""
     path = tmp_path / ("logs.jsonl" if kind == "jsonl" else "logs.json")
     if kind == "jsonl":
         path.write_text("\n".join(json.dumps(one) for one in LOGS) + "\n\n", encoding="utf-8")
@@ -182,8 +182,8 @@ def test_files_are_read(kind: str, tmp_path: Path) -> None:
         assert learn(given).values == {"rule": "Use billing", "limit": 5}
 
 
-def test_fields_name_where_another_tool_keeps_them() -> None:
-    """Nested, or a column with dots in its name; an unknown field of ours is a ConfigError."""
+def test_fields_map_another_tools_names() -> None:
+    """A path may be nested, or a column name with dots; an unknown field of ours is a ConfigError."""
     record = {"span": {"in": "invoice", "out": "sales"}, "eval.score": 0.0, "eval.text": "limit := 7"}
     fields = {"x": "span.in", "output": "span.out", "score": "eval.score", "feedback": "eval.text"}
     logged = read_records([record], fields)[0].rollout
@@ -202,7 +202,7 @@ def test_a_data_frame_is_a_list_of_records() -> None:
 
 
 def test_a_lost_proposal_loses_one_record() -> None:
-    """The others are merged; the failure says what happened."""
+    """The others are merged; the failure explains what happened."""
     update = learn([*LOGS[:2], {"id": "bad", "input": "x", "output": "y", "feedback": "crash", "score": 0.0}])
     assert update.values == {"rule": "Use billing"}
     assert [(one.stage, one.error, one.infrastructure) for one in update.failures] == [
@@ -211,7 +211,7 @@ def test_a_lost_proposal_loses_one_record() -> None:
 
 
 def test_checks_refuse_values() -> None:
-    """As in a trainer: a placeholder must survive."""
+    """As in a trainer, a placeholder must be kept."""
     prompt = ParameterNode("Answer {ticket}.", name="rule")
     update = propose_from(LOGS[:1], [prompt], Scripted(), rule=majority)
     assert update.values == {}
@@ -219,15 +219,15 @@ def test_checks_refuse_values() -> None:
     assert f"{update}" == "no change: 1 records, 0 skipped, 1 failures"
 
 
-def test_the_text_shows_what_changes_and_why() -> None:
-    """For a person, or a pull request."""
+def test_the_text_shows_changes_and_reasons() -> None:
+    """It is meant for a person, or a pull request."""
     text = f"{learn(LOGS)}"
     assert "rule (records a1, a2)\n-Answer sales.\n+Use billing" in text.replace("@@ -1 +1 @@\n", "")
     assert text.endswith("4 records, 0 skipped, 0 failures")
 
 
-def test_a_budget_holds() -> None:
-    """As in a run."""
+def test_a_budget_is_respected() -> None:
+    """It works as in a run."""
     llm = as_model(lambda messages: "TERMINATE", name="fake")
     with pytest.raises(BudgetExceededError):
         propose_from(LOGS, Router(), LLMOptimizer(llm=llm), llm=llm, budget=Budget(calls=1))
@@ -246,8 +246,8 @@ async def test_the_awaitable_form_and_a_replay_agree(tmp_path: Path) -> None:
     assert len(transport.requests) == 4  # one for each record; proposals that agree need no merge
 
 
-def test_our_own_transcripts_are_taken() -> None:
-    """What an agent in production recorded with `transcript()`."""
+def test_our_own_transcripts_are_accepted() -> None:
+    """An agent in production records them with `transcript()`."""
     with transcript() as seen:
         seen.llm_call([{"role": "user", "content": "Hi"}])
     logged = read_records([{"x": 1, "output": 2, "score": 0, "transcript": seen.render()}])
@@ -266,6 +266,6 @@ def test_our_own_transcripts_are_taken() -> None:
     ],
 )
 def test_bad_records_are_named(records: Any, message: str) -> None:
-    """A ConfigError that names the record, before any call."""
+    """The ConfigError names the record, before any call."""
     with pytest.raises(ConfigError, match=message):
         learn(records)

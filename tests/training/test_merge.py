@@ -1,4 +1,4 @@
-"""Merging by a model, alone and as a tree."""
+"""Merging by a model, in one call and as a tree."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ async def merge(rule: Any, proposals: Sequence[Proposal], stepsize: float = 0.5)
     return merged
 
 
-async def test_contested_components_are_put_to_the_model() -> None:
-    """The merged proposal carries the model's values, and the samples behind them."""
+async def test_conflicting_values_are_merged_by_the_model() -> None:
+    """The merged proposal has the model's values, and the samples of its sources."""
     model = ScriptedModel(suggest(k=4))
     (merged,) = await merge(LLMMerge(model), [proposal(3, k=4), proposal(1, k=5), proposal(2)])
     assert merged.values == {"k": 4}
@@ -39,15 +39,15 @@ async def test_contested_components_are_put_to_the_model() -> None:
 
 
 async def test_identical_proposals_are_one_with_support() -> None:
-    """Two that agree and one that does not: two blocks, the first supported by 2."""
+    """Two agree and one does not: two blocks, the first with support 2."""
     model = ScriptedModel(first_suggestion)
     await merge(LLMMerge(model), [proposal(0, k=4), proposal(1, k=5), proposal(2, k=4)])
     assert "support: 2" in section(model.asked[0], "SuggestedValue_1")
     assert "#SuggestedValue_3" not in model.asked[0][-1]["content"]
 
 
-async def test_proposals_for_different_components_need_no_call() -> None:
-    """Nothing to weigh: both are taken as they are."""
+async def test_proposals_for_different_parameters_need_no_call() -> None:
+    """There is nothing to weigh: both are applied."""
     model = ScriptedModel("never asked")
     (merged,) = await merge(LLMMerge(model), [proposal(0, k=4), proposal(1, text="b")])
     assert merged.values == {"k": 4, "text": "b"}
@@ -62,7 +62,7 @@ async def test_terminate_changes_nothing() -> None:
 
 
 async def test_a_lost_call_is_a_failure_a_permanent_error_is_raised() -> None:
-    """What more attempts could cure is counted; what they cannot ends the run."""
+    """A lost call is counted; an error that a retry cannot mend ends the run."""
     proposals = [proposal(0, k=4), proposal(1, k=5)]
     (merged,) = await merge(LLMMerge(ScriptedModel(APIConnectionError("reset"))), proposals)
     assert [(record.stage, record.error) for record in merged.failures] == [("aggregation", "APIConnectionError")]
@@ -71,7 +71,7 @@ async def test_a_lost_call_is_a_failure_a_permanent_error_is_raised() -> None:
 
 
 def test_confidence_by_evidence() -> None:
-    """Support and score scale the stepsize, the best of the batch keeps it whole."""
+    """Support and score scale the stepsize; the best of the batch keeps it whole."""
     proposals = [
         Proposal(values={"k": 1}, score=1.0, support=2),
         Proposal(values={"k": 2}, score=0.0, support=2),
@@ -82,14 +82,14 @@ def test_confidence_by_evidence() -> None:
     assert confidences(proposals, 0.8, lambda given, stepsize: [stepsize / 2] * len(given)) == [0.4] * 3
 
 
-def test_unknown_confidence_is_refused() -> None:
-    """A typo is a ConfigError that lists what there is."""
+def test_an_unknown_confidence_is_refused() -> None:
+    """A typo is a ConfigError that lists the choices."""
     with pytest.raises(ConfigError, match="Expected confidence 'constant', 'evidence' or a function"):
         LLMMerge(ScriptedModel("x"), confidence="evidense")  # type: ignore[arg-type]
 
 
 def join_all(messages: list[dict[str, Any]]) -> str:
-    """An aggregator that loses nothing: joins the texts of all suggestions."""
+    """An aggregator that joins the texts of all suggestions, and so loses nothing."""
     texts = []
     for i in range(1, 100):
         block = section(messages, f"SuggestedValue_{i}")
@@ -112,12 +112,12 @@ async def test_tree_merge_drops_nothing_and_keeps_its_fan_in(count: int) -> None
 
 
 async def test_tree_merge_without_proposals() -> None:
-    """Nothing in, nothing out, no call."""
+    """The result is empty, and no call is made."""
     assert await merge(tree_merge(LLMMerge(ScriptedModel("never asked"))), [proposal(0)]) == []
 
 
 async def test_tree_merge_keeps_the_failure_of_a_group() -> None:
-    """When every group fails the failure is what remains."""
+    """If every group fails, the failure is the result."""
     rule = tree_merge(LLMMerge(ScriptedModel(APIConnectionError("reset"))), fan_in=2)
     (merged,) = await merge(rule, [proposal(i, k=i) for i in range(2, 6)])
     assert merged.values == {}
@@ -125,14 +125,14 @@ async def test_tree_merge_keeps_the_failure_of_a_group() -> None:
 
 
 def test_groups_respect_the_token_limit() -> None:
-    """Long values make smaller groups, never below two."""
+    """Long values make smaller groups, but at least two proposals each."""
     proposals = [proposal(i, text="x" * 4000) for i in range(6)]
     assert [len(group) for group in group_proposals(proposals, fan_in=8, max_tokens=3100)] == [3, 3]
     assert [len(group) for group in group_proposals(proposals, fan_in=8, max_tokens=10)] == [2, 2, 2]
 
 
 def test_worst_first_is_stable() -> None:
-    """Unknown scores first, equal ones in sample order."""
+    """Unknown scores come first, equal ones in sample order."""
     proposals = [proposal(0, 1.0, k=1), proposal(1, 0.0, k=1), proposal(2, None, k=1), proposal(3, 0.0, k=1)]
     assert [p.sample_id for p in worst_first(proposals)] == [2, 1, 3, 0]
 

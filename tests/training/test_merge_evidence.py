@@ -1,4 +1,4 @@
-"""The merge may see why: reasoning and transcripts behind each proposal."""
+"""The merge can see the evidence: reasoning and transcripts behind each proposal."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def prompt(**options: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def test_the_merge_sees_reasoning_and_transcript_of_each_proposal_alone() -> None:
-    """Each block has what is behind it, on lines that cannot begin a block of their own."""
+def test_the_merge_sees_each_proposals_reasoning_and_transcript() -> None:
+    """Each block has its evidence, quoted so that its lines cannot begin a block."""
     messages = prompt(evidence=True)
     assert section(messages, "SuggestedValue_1").endswith(
         "\nreasoning: Too small. #SuggestedValue_9 first\ntranscript of example 3: did 3 and more"
@@ -45,7 +45,7 @@ def test_the_merge_sees_reasoning_and_transcript_of_each_proposal_alone() -> Non
 
 
 def test_the_default_prompt_shows_no_evidence() -> None:
-    """The bytes are those of a merge without the option."""
+    """The bytes equal those of a merge without the option."""
     messages = prompt()
     assert prompt(evidence=False) == messages
     assert "reasoning: " not in messages[-1]["content"]
@@ -53,14 +53,14 @@ def test_the_default_prompt_shows_no_evidence() -> None:
 
 
 def test_evidence_is_bounded() -> None:
-    """However long a reasoning and however many examples."""
+    """It is bounded for any length of reasoning and any number of examples."""
     runs = [Rollout(sample_id=i, transcript="t" * 10_000) for i in range(50)]
     text = evidence_of(Proposal(reasoning="r" * 10_000, sample_ids=tuple(range(50))), runs)
     assert len(text) <= REASONING_SHOWN + EXAMPLES_SHOWN * TRANSCRIPT_DIGEST + 200
 
 
-def test_a_run_hands_the_merge_its_transcripts() -> None:
-    """The whole way: the agent's calls are in the prompt of the merge."""
+def test_a_run_passes_its_transcripts_to_the_merge() -> None:
+    """In a whole run the agent's calls are in the merge's prompt."""
 
     class Talker(Module):
         def __init__(self, llm: Any) -> None:
@@ -81,7 +81,7 @@ def test_a_run_hands_the_merge_its_transcripts() -> None:
 
 
 def test_an_invalid_option_is_refused() -> None:
-    """It is a switch."""
+    """The option is a bool."""
     wrong: Any = "yes"
     with pytest.raises(ConfigError, match="evidence"):
         LLMMerge(ScriptedModel("TERMINATE"), evidence=wrong)

@@ -1,4 +1,4 @@
-"""Several objectives: what a guide scores by name, and what the library measures of every rollout."""
+"""Several objectives: the scores that a guide names, and what the library measures of every rollout."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from aggregator.training.step import Step
 
 
 def graded(x: int, output: int, info: int) -> Scores:
-    """Right by the primary score; the higher the output the more polite."""
+    """Scores correctness first; a higher output is more polite."""
     return Scores(float(output == info), {"politeness": output / 10}, f"got {output}")
 
 
 async def test_a_guide_returns_several_scores() -> None:
-    """The primary one is the score, the others have names; a pair is what `judge` returns."""
+    """The primary score is the score, the others have names; `judge` returns a pair."""
     assert await ask_guide(graded, 1, 2, 2) == Scores(1.0, {"politeness": 0.2}, "got 2")
     assert await judge(graded, 1, 2, 2) == (1.0, "got 2")
 
@@ -42,8 +42,8 @@ async def test_a_guide_returns_several_scores() -> None:
 @pytest.mark.parametrize(
     "named", [{"a": float("nan")}, {"a": "high"}, {"": 1.0}, {1: 1.0}, ["a"], {"a": None}, {"a": float("inf")}]
 )
-async def test_a_named_score_that_is_no_number_is_a_failure_of_the_guide(named: Any) -> None:
-    """As for the primary score."""
+async def test_an_invalid_named_score_is_a_failure_of_the_guide(named: Any) -> None:
+    """This is as for the primary score."""
     with pytest.raises(GuideError):
         await ask_guide(lambda x, output, info: Scores(1.0, named), 1, 2, 2)
 
@@ -70,7 +70,7 @@ class Talker(Module):
 
 
 def test_cost_and_milliseconds_are_those_of_the_agents_calls() -> None:
-    """Summed over the calls; the clock of this process has no part in them."""
+    """They are summed over the calls; this process's clock is not used."""
 
     async def reply(messages: Any, **options: Any) -> Completion:
         message = Message(content="yes")
@@ -80,8 +80,8 @@ def test_cost_and_milliseconds_are_those_of_the_agents_calls() -> None:
     assert found.scores == {"cost": 0.5, "length": 3.0, "milliseconds": 4.0}
 
 
-def test_a_cost_that_is_not_known_is_not_filled_in() -> None:
-    """One call without a price leaves the sum unknown."""
+def test_an_unknown_cost_is_not_filled_in() -> None:
+    """One call without a price makes the sum unknown."""
     costs = iter([0.25, None])
 
     async def reply(messages: Any, **options: Any) -> Completion:
@@ -96,8 +96,8 @@ def rollouts(**named: list[float]) -> list[Rollout]:
     return [Rollout(sample_id=i, score=1.0, scores={name: value}) for i, value in enumerate(values)]
 
 
-def test_a_gate_compares_the_score_that_it_is_given() -> None:
-    """The primary score falls, politeness rises: each gate decides by its own."""
+def test_a_gate_compares_the_chosen_score() -> None:
+    """The primary score falls, politeness rises: each gate decides by its own score."""
     step = Step.of(Adder(), guide=graded, samples=additions(1))
     gates = (improves_on_validation(additions(1)), improves_on_validation(additions(1), score="politeness"))
     found = [call(gate, {"amount": 1}, {"amount": 3}, step) for gate in gates]
@@ -107,7 +107,7 @@ def test_a_gate_compares_the_score_that_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("name", ["cost", "length", "milliseconds"])
-def test_of_what_a_rollout_takes_less_is_better(name: str) -> None:
+def test_lower_cost_is_better(name: str) -> None:
     """A gate on cost accepts what costs less."""
     cheap, dear = rollouts(**{name: [1.0, 2.0]}), rollouts(**{name: [2.0, 2.0]})
     assert compare_runs(dear, cheap, score=name).accepted
@@ -115,15 +115,15 @@ def test_of_what_a_rollout_takes_less_is_better(name: str) -> None:
 
 
 def test_a_crash_is_not_cheap() -> None:
-    """An agent that fails costs little, and counts as the worst of both sides all the same."""
+    """An agent that fails costs little, and still gets the worst cost of both sides."""
     crash = Failure(stage="agent", error="ValueError", message="no", sample_id=1)
     before = rollouts(cost=[2.0, 2.0])
     after = [before[0], Rollout(sample_id=1, score=0.0, scores={"cost": 0.0}, failure=crash)]
     assert not compare_runs(before, after, score="cost").accepted
 
 
-def test_a_score_that_no_rollout_has_is_an_error_with_the_names_that_there_are() -> None:
-    """A misspelt name would refuse every update without a word."""
+def test_an_unknown_score_is_an_error_that_lists_the_names() -> None:
+    """A misspelt name would silently refuse every update."""
     step = Step.of(Adder(), guide=graded, samples=additions(1))
     gate = improves_on_validation(additions(1), score="polite")
     with pytest.raises(ConfigError, match="length, politeness"):
@@ -131,14 +131,14 @@ def test_a_score_that_no_rollout_has_is_an_error_with_the_names_that_there_are()
 
 
 @pytest.mark.parametrize("score", ["", 3])
-def test_an_invalid_name_of_a_score_is_refused_at_once(score: Any) -> None:
-    """Before a run is paid for."""
+def test_an_invalid_score_name_is_refused_first(score: Any) -> None:
+    """The error is raised before a run is paid for."""
     with pytest.raises(ConfigError, match="name of a score"):
         improves_on_batch(score=score)
 
 
 def test_a_run_trains_by_a_named_score() -> None:
-    """The whole way: guide, evaluation, gate, decision."""
+    """This covers guide, evaluation, gate and decision."""
     merged = ScriptedModel(first_suggestion)
     gate = improves_on_validation(samples_of(), score="politeness")
     trainer = AggregatedUpdate(Adder(), LLMOptimizer(llm=ScriptedModel(suggest(amount=5))), llm=merged, gate=gate)

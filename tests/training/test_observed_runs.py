@@ -1,4 +1,4 @@
-"""What observers see of a run: every event in its order, and what happens if one of them raises."""
+"""What observers see of a run: every event in order, and what happens if one of them raises."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = additions(5)
 
 
 class Diary(Observer):
-    """Remembers every event."""
+    """Records every event."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, Any]] = []
@@ -41,14 +41,14 @@ class Diary(Observer):
 
 
 class Ahead(AggregatedUpdate):
-    """Overrides `forward`, and runs the agent through the library."""
+    """Overrides `forward` and runs the agent through the library."""
 
     async def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
         return await super().aforward(agent, x, guide, info, verbose)
 
 
 class Alone(AggregatedUpdate):
-    """Overrides `forward`, and runs the agent by itself."""
+    """Overrides `forward` and runs the agent by itself."""
 
     async def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
         return {"amount": 5}, guide(x, await agent(x), info)[0]
@@ -59,8 +59,8 @@ def scripted(*replies: Any, **options: Any) -> Any:
     return AggregatedUpdate(Adder(), optimizer, llm=ScriptedModel(first_suggestion), **options)
 
 
-def test_events_of_a_run_in_their_order() -> None:
-    """The baseline comes before the first step, the test set's score before the step that it belongs to."""
+def test_events_of_a_run_in_order() -> None:
+    """The baseline comes before the first step, the test score before its step."""
     diary = Diary()
     result = scripted(observers=[diary]).train(exact, DATA, batch_size=2, test_dataset=DATA)
     assert [event for event, _ in diary.seen if event != "rollout"] == [
@@ -78,7 +78,7 @@ def test_events_of_a_run_in_their_order() -> None:
 
 
 def test_validation_scores_did_not_reach_observers() -> None:
-    """Neither the baseline nor later ones; loggers got none either."""
+    """Neither the baseline nor later ones reached them; loggers got none either."""
     diary, lines = Diary(), Lines()
     result = scripted(observers=[diary, lines]).train(exact, DATA, batch_size=2, validate_dataset=additions(5, 2))
     assert diary.of("validation") == list(result.validations)
@@ -102,8 +102,8 @@ class Lines:
         self.logged.append((name, data, step))
 
 
-def test_what_a_run_is_about_to_do() -> None:
-    """Names, counts, seed and the parameters at the start; of a resumed run also what is behind it."""
+def test_observers_get_the_plan_of_a_run() -> None:
+    """They get names, counts, seed and initial parameters; of a resumed run also its finished steps."""
     diary = Diary()
     trainer = scripted(observers=[diary], seed=7)
     trainer.train(exact, DATA, batch_size=3, num_epochs=2, test_dataset=additions(5, 3))
@@ -126,8 +126,8 @@ def test_what_a_run_is_about_to_do() -> None:
     ]
 
 
-def test_a_resumed_run_says_what_is_behind_it(tmp_path: Path) -> None:
-    """Its steps, and the calls that they made; the baseline is not evaluated again."""
+def test_a_resumed_run_reports_its_finished_steps(tmp_path: Path) -> None:
+    """They get the steps and their calls; the baseline is not evaluated again."""
 
     def stop(report: StepReport) -> None:
         raise ZeroDivisionError
@@ -143,7 +143,7 @@ def test_a_resumed_run_says_what_is_behind_it(tmp_path: Path) -> None:
 
 
 def test_a_step_shows_the_proposal_of_every_instance() -> None:
-    """With the prefix of its calls in the recording; an instance that is right proposes nothing."""
+    """Each has its lineage in the recording; an instance that is right proposes nothing."""
     diary = Diary()
     scripted(observers=[diary]).train(exact, [*additions(5, 1), *additions(1, 1)], batch_size=2)
     (report,) = diary.of("step")
@@ -155,8 +155,8 @@ def test_a_step_shows_the_proposal_of_every_instance() -> None:
     assert report.proposals == 1
 
 
-def test_a_search_shows_its_candidates_apart() -> None:
-    """The lineage names the candidate under which an instance was run."""
+def test_a_search_shows_its_candidates_separately() -> None:
+    """The lineage names the candidate that an instance was run with."""
     diary = Diary()
     optimizer = LLMOptimizer(llm=ScriptedModel(*[suggest(amount=amount) for amount in range(2, 50)]))
     search = PrioritySearch(Adder(), optimizer, observers=[diary], num_candidates=2, num_proposals=2)
@@ -166,7 +166,7 @@ def test_a_search_shows_its_candidates_apart() -> None:
 
 
 def test_result_history_and_checkpoint_hold_slim_reports(tmp_path: Path) -> None:
-    """They do not grow with what the agent and the models wrote."""
+    """Their size does not depend on what the agent and the models wrote."""
 
     class Talkative(Adder):
         async def forward(self, x: int) -> Any:
@@ -184,7 +184,7 @@ def test_result_history_and_checkpoint_hold_slim_reports(tmp_path: Path) -> None
     assert (tmp_path / "checkpoint.json").stat().st_size / len(result.history) < 2_000
 
 
-def test_outputs_are_let_go_when_their_step_was_reported() -> None:
+def test_outputs_are_freed_once_their_step_is_reported() -> None:
     """Neither history nor the loop keeps rollouts: memory does not grow with the steps."""
     alive: WeakSet[Any] = WeakSet()
 
@@ -214,14 +214,14 @@ def test_outputs_are_let_go_when_their_step_was_reported() -> None:
 
 
 def test_eval_frequency_0_silenced_the_logger(capsys: pytest.CaptureFixture[str]) -> None:
-    """No test set is evaluated, and every step is still logged; `log_frequency=0` logs nothing."""
+    """No test set is evaluated, but every step is logged; `log_frequency=0` logs nothing."""
     for options, lines in (({}, 2), ({"log_frequency": 2}, 1), ({"log_frequency": 0}, 0)):
         scripted().train(exact, DATA, batch_size=2, eval_frequency=0, verbose=True, **options)
         assert capsys.readouterr().out.count("Average train score") == lines
 
 
 def test_refusals_and_the_baseline_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    """`verbose=True` says why an update was refused, and what the agent scored before training."""
+    """`verbose=True` shows why an update was refused, and the score before training."""
 
     async def never(before: Any, after: Any, step: Any) -> Any:
         from aggregator import Decision
@@ -235,7 +235,7 @@ def test_refusals_and_the_baseline_were_not_logged(capsys: pytest.CaptureFixture
 
 
 def test_failures_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    """Their number and the first of them are part of what is logged."""
+    """Their number and the first of them are logged."""
 
     class Fails(Adder):
         async def forward(self, x: int) -> int:
@@ -250,7 +250,7 @@ def test_failures_were_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_rollout_is_seen_as_it_ends() -> None:
-    """Those of evaluations too, each with its place in the recording; a step's report has its own in sample order."""
+    """This includes evaluations; each has its lineage, and a step's report lists its own in sample order."""
     diary = Diary()
     scripted(observers=[diary]).train(exact, DATA, batch_size=4, test_dataset=additions(5, 2))
     (report,) = diary.of("step")
@@ -265,7 +265,7 @@ def test_every_rollout_is_seen_as_it_ends() -> None:
 
 @pytest.mark.parametrize("trainer", [Ahead, Alone])
 def test_rollouts_of_an_overridden_forward(trainer: Any) -> None:
-    """Those that `super().forward` makes are seen; without it the report knows the scores only."""
+    """Rollouts made by `super().forward` are seen; without it the report has the scores only."""
     diary = Diary()
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     trainer(Adder(), optimizer, llm=ScriptedModel(first_suggestion), observers=[diary]).train(exact, DATA, batch_size=4)
@@ -279,7 +279,7 @@ def test_rollouts_of_an_overridden_forward(trainer: Any) -> None:
 @pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, Ahead])
 @pytest.mark.parametrize("event", ["started", "rollout", "evaluation", "step", "finished"])
 def test_an_observer_that_raises_ends_the_run(event: str, trainer: Any, tmp_path: Path) -> None:
-    """`train` raises its error with its name; every finished step is on disk, and the other observers see the end."""
+    """`train` raises its error with its name; every finished step is on disk, and the other observers are finished."""
 
     class Breaks(Observer):
         pass
@@ -299,7 +299,7 @@ def test_an_observer_that_raises_ends_the_run(event: str, trainer: Any, tmp_path
 
 
 def test_the_error_that_ends_a_run_reaches_every_observer() -> None:
-    """A lost key, say: observers get the error with the result of the steps before, in place of `finished`."""
+    """For a lost key, say, observers get the error with the partial result, instead of `finished`."""
 
     def rejected(messages: Any) -> str:
         raise AuthenticationError("401: no such key")
@@ -314,7 +314,7 @@ def test_the_error_that_ends_a_run_reaches_every_observer() -> None:
 
 
 def test_an_interrupted_run_ends_for_its_observers() -> None:
-    """Ctrl-C too: the progress bar must end its line."""
+    """This includes Ctrl-C: the progress bar must end its line."""
     diary = Diary()
 
     def interrupt(report: StepReport) -> None:
@@ -334,15 +334,15 @@ def test_observers_may_be_set_after_construction() -> None:
 
 
 @pytest.mark.parametrize("observers", [[Diary], [Evaluation], "print"])
-def test_what_is_not_an_observer_is_refused_before_the_first_call(observers: Any) -> None:
-    """Before the run, at construction."""
+def test_an_invalid_observer_is_refused_at_construction(observers: Any) -> None:
+    """No call is made."""
     with pytest.raises(ConfigError, match=r"Expected observers=\[\.\.\.\]"):
         scripted(observers=observers)
 
 
 @pytest.mark.parametrize("make", [lambda seen: seen.append, lambda seen: type("S", (), {"step": seen.append})()])
 def test_usage_and_cost_reach_observers(make: Callable[[Any], Any]) -> None:
-    """Of each step by role, in whatever form the observer is given."""
+    """Every form of observer gets them for each step, by role."""
     seen: list[StepReport] = []
     scripted(observers=[make(seen)]).train(exact, DATA, batch_size=4)
     assert seen[0].usage == {"optimizer": Usage(input_tokens=40, output_tokens=20, cost=0.4, calls=4)}

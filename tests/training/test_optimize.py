@@ -27,7 +27,10 @@ def right_team(x: Any, output: str, info: Any) -> tuple[float, str]:
 
 
 def model_for(template: str) -> ScriptedModel:
-    """One model for all roles: a student that obeys once told the team, and an optimizer that proposes a template."""
+    """One model for all roles:
+
+    a student that obeys once it is given the team, and an optimizer that proposes a template.
+    """
 
     def reply(messages: list[dict[str, Any]]) -> str:
         if messages[0]["role"] == "system":
@@ -44,7 +47,7 @@ def test_examples_in_docstrings() -> None:
 
 
 def test_a_prompt_template_is_trained_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:
-    """Validation rows are split off, the plan is shown first, and the run has a folder of its own."""
+    """Validation rows are split off, the plan is shown first, and the run has its own folder."""
     model = model_for("Answer shipping. {ticket}")
     result = optimize("Classify: {ticket}", ROWS, guide=right_team, model=model, observers=())
     assert result.parameters == {"prompt": "Answer shipping. {ticket}"}
@@ -56,14 +59,14 @@ def test_a_prompt_template_is_trained_in_one_call(capsys: pytest.CaptureFixture[
 
 
 def test_each_call_has_a_new_folder() -> None:
-    """Two calls in the same second do not meet."""
+    """Two calls in the same second get two folders."""
     for _ in range(2):
         optimize(lambda x, *, k=1: x + k, [(i, i) for i in range(4)], guide=exact, model=ScriptedModel("TERMINATE"))
     assert len(list(Path("runs").iterdir())) == 2
 
 
 def test_the_best_values_of_the_validation_part_are_kept() -> None:
-    """A later update that is worse on the validation rows does not stay."""
+    """A later update with a lower validation score is not kept."""
     model = ScriptedModel(lambda messages: suggest(k=3 if '"value": 1,' in messages[-1]["content"] else 9))
 
     def add(x: int, *, k: int = 1) -> int:
@@ -88,7 +91,7 @@ def test_named_values_with_an_evaluator() -> None:
 
 
 def test_a_module_and_another_optimizer() -> None:
-    """The agent itself has the trained values; instances that reach the declared score are not proposed for."""
+    """The agent itself has the trained values; instances at the declared maximum get no proposals."""
     agent, asked = Adder(3), ScriptedModel(from_feedback)
     data = [(i, i + 3) for i in range(6)]
     result = optimize(agent, data, guide=exact, optimizer=LLMOptimizer(llm=asked), max_score=1.0, run_dir=False)
@@ -128,8 +131,8 @@ def test_the_same_seed_gives_the_same_run() -> None:
         ({"k": 1}, ROWS, {"guide": right_team}, r"Expected an evaluator \(values, row\)"),
     ],
 )
-def test_bad_arguments(thing: Any, data: Any, options: dict[str, Any], message: str) -> None:
-    """A wrong argument is refused before anything is paid for, and no folder is left."""
+def test_invalid_arguments(thing: Any, data: Any, options: dict[str, Any], message: str) -> None:
+    """They are refused before anything is paid for, and no folder is left."""
     model = ScriptedModel("TERMINATE")
     with pytest.raises(ConfigError, match=message):
         optimize(thing, data, **{"guide": right_team, "model": model, **options})

@@ -1,4 +1,4 @@
-"""Parts of the user's own: what they return is looked at, what they leave out is filled in, what they raise is told."""
+"""Custom parts: their results are checked, missing values filled in, and their errors reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DATA = additions(3, count=4)
 
 
 class Proposes:
-    """An optimizer of the user's own, in the fewest words."""
+    """A minimal custom optimizer."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         self.answer = answer
@@ -63,14 +63,14 @@ def trained(optimizer: Any = THREE, rule: Any = majority, **options: Any) -> Any
 
 
 @pytest.mark.parametrize("score", [None, float("nan")])
-def test_the_guides_scores_got_lost_where_an_optimizer_gives_none(score: float | None) -> None:
-    """`Proposal(values=...)` is enough: its score and feedback are those of the rollout."""
+def test_the_guides_scores_were_lost_if_an_optimizer_gave_none(score: float | None) -> None:
+    """`Proposal(values=...)` is enough: score and feedback are taken from the rollout."""
     result = trained(Proposes(lambda: Proposal(values={"amount": 3}, score=score)))
     assert result.train_scores == [0.0, 1.0]
 
 
-def test_a_gate_refused_every_update_where_an_optimizer_gives_no_score() -> None:
-    """The gate compares with what the guide said before."""
+def test_a_gate_refused_every_update_if_an_optimizer_gave_no_score() -> None:
+    """The gate compares with the guide's score."""
     result = trained(gate=improves_on_batch())
     assert result.parameters["amount"] == 3
     assert result.history[0].decision.reason == "mean score 0 -> 1 on 2 instances"
@@ -78,8 +78,8 @@ def test_a_gate_refused_every_update_where_an_optimizer_gives_no_score() -> None
 
 @pytest.mark.parametrize("answer", [None, "3", {"amount": 3}, Proposal(values=None)])  # type: ignore[arg-type]
 @pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, PrioritySearch])
-def test_what_is_no_proposal(trainer: Any, answer: Any) -> None:
-    """It was an AttributeError from inside; now it is a failure that says what was expected of whom."""
+def test_an_invalid_proposal(trainer: Any, answer: Any) -> None:
+    """It raised an AttributeError from inside; now it is a failure that says what was expected."""
     options = {"rule": majority} if trainer is AggregatedUpdate else {}
     messages: list[str] = []
 
@@ -96,8 +96,8 @@ def test_what_is_no_proposal(trainer: Any, answer: Any) -> None:
 
 @pytest.mark.parametrize("values", [{"amount": "many"}, {"amount": object()}, {"label": "\ud800"}, {"price": 1}])
 @pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, BasicSearchAlgorithm, PrioritySearch])
-def test_a_value_that_does_not_fit_ended_the_run(trainer: Any, values: dict[str, Any]) -> None:
-    """It is refused with its reason whichever trainer asked, before any rule sees it."""
+def test_a_value_of_the_wrong_type_ended_the_run(trainer: Any, values: dict[str, Any]) -> None:
+    """Every trainer refuses it with a reason, before a rule sees it."""
     options = {"rule": majority} if trainer is AggregatedUpdate else {}
     agent = Adder()
     result = trainer(agent, Proposes(lambda: Proposal(values=values)), **options).train(exact, DATA, batch_size=2)
@@ -108,7 +108,7 @@ def test_a_value_that_does_not_fit_ended_the_run(trainer: Any, values: dict[str,
 
 @pytest.mark.parametrize("trainer", [BasicSearchAlgorithm, MinibatchAlgorithm])
 def test_an_optimizer_that_always_failed_left_no_trace(trainer: Any) -> None:
-    """What the optimizer raised is in the failures, also where a rule drops the empty proposals."""
+    """Its error is in the failures, even if a rule drops the empty proposals."""
 
     def fail() -> Any:
         raise ZeroDivisionError
@@ -119,7 +119,7 @@ def test_an_optimizer_that_always_failed_left_no_trace(trainer: Any) -> None:
 
 @pytest.mark.parametrize("fail", [cancelled, lambda: sys.exit(3)])
 def test_an_optimizer_that_cancels_itself_was_taken_for_one_without_proposals(fail: Callable[[], Any]) -> None:
-    """A cancellation of the optimizer's own making loses the instance, as any other error."""
+    """A cancellation that the optimizer raises itself loses the instance, like any other error."""
 
     class Fails:
         async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Any:
@@ -130,7 +130,7 @@ def test_an_optimizer_that_cancels_itself_was_taken_for_one_without_proposals(fa
 
 
 def test_a_forward_that_cancels_itself_lost_the_instances_after_it() -> None:
-    """One instance is lost and told of; those after it still run."""
+    """One instance is lost and reported; those after it still run."""
     seen: list[Any] = []
 
     class Cancels(Minibatch):
@@ -146,7 +146,7 @@ def test_a_forward_that_cancels_itself_lost_the_instances_after_it() -> None:
 
 
 def test_an_optimizer_that_is_not_async() -> None:
-    """It was "object Proposal can't be used in 'await' expression" on every instance."""
+    """It raised "object Proposal can't be used in 'await' expression" on every instance."""
     with pytest.raises(ConfigError, match=r"Expected propose of ProposesAtOnce to be async, got .* write `async def`"):
         trained(ProposesAtOnce())
 
@@ -154,7 +154,7 @@ def test_an_optimizer_that_is_not_async() -> None:
 @pytest.mark.parametrize("answer", [None, {"amount": 3}, Proposal(), [3]])
 @pytest.mark.parametrize("wrap", [lambda rule: rule, chain])
 def test_a_rule_that_returns_no_proposals(wrap: Any, answer: Any) -> None:
-    """A rule without `return` trained nothing and said nothing; other answers were AttributeErrors from inside."""
+    """A rule without `return` silently trained nothing; other results raised AttributeErrors from inside."""
 
     async def mine(proposals: Any, step: Any) -> Any:
         return answer
@@ -168,7 +168,7 @@ def test_a_rule_that_returns_no_proposals(wrap: Any, answer: Any) -> None:
 @pytest.mark.parametrize("answer", [True, None])
 @pytest.mark.parametrize("trainer", [AggregatedUpdate, PrioritySearch])
 def test_a_gate_that_returns_no_decision(trainer: Any, answer: Any) -> None:
-    """It was an AttributeError from inside."""
+    """It raised an AttributeError from inside."""
 
     async def mine(before: Any, after: Any, step: Any) -> Any:
         return answer
@@ -180,7 +180,7 @@ def test_a_gate_that_returns_no_decision(trainer: Any, answer: Any) -> None:
 
 
 def test_rules_and_gates_that_are_not_async() -> None:
-    """The message names the part and the word that it lacks."""
+    """The message names the part and the missing `async`."""
 
     def rule(proposals: Any, step: Any) -> Any:
         return proposals[:1]
@@ -207,7 +207,7 @@ def test_an_async_observer_was_never_awaited() -> None:
 
 
 class Returns(Minibatch):
-    """An overridden `forward` that returns what it is told to."""
+    """An overridden `forward` that returns a given value."""
 
     output: Any = None
 
@@ -221,29 +221,29 @@ def returning(output: Any, trainer: Any = Minibatch, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("score", ["high", float("nan"), True])
-def test_a_score_of_forward_that_is_no_number(score: Any) -> None:
-    """It was a TypeError, or NaN as the score of the step."""
+def test_an_invalid_score_of_forward(score: Any) -> None:
+    """It raised a TypeError, or NaN became the step's score."""
     with pytest.raises(ConfigError, match=r"Expected \(mapping, score\) from forward, the score a finite number, got"):
         returning(({"amount": 3}, score), rule=majority)
 
 
 def test_a_gate_did_not_see_the_scores_that_forward_returned() -> None:
-    """(mapping, score) says how well the instance did, to the report and to the gate."""
+    """Report and gate get the score of (mapping, score)."""
     result = returning(({"amount": 3}, 0.25), rule=majority, gate=improves_on_batch())
     assert result.history[0].scores == (0.25, 0.25)
     assert result.history[0].decision.before == 0.25
 
 
 @pytest.mark.parametrize("trainer", [MinibatchAlgorithm, BasicSearchAlgorithm, PrioritySearch])
-def test_proposals_that_nothing_would_merge_were_dropped(trainer: Any) -> None:
-    """A trainer that asks for the whole minibatch says so where an overridden `forward` proposes on its own."""
+def test_proposals_of_an_overridden_forward_were_dropped(trainer: Any) -> None:
+    """A trainer that asks for whole minibatches merges nothing, so it refuses a `forward` that proposes."""
     with pytest.raises(ConfigError, match="Expected forward to return a Rollout where the whole minibatch is put to"):
         returning({"amount": 3}, trainer)
 
 
 @pytest.mark.parametrize("returned", [{"amount": 3}, "done", True, float("nan"), None])
-def test_an_update_that_returns_nothing_of_use(returned: Any) -> None:
-    """A mapping was a TypeError, True and NaN became the step's score."""
+def test_an_update_with_an_invalid_result(returned: Any) -> None:
+    """A mapping raised a TypeError; True and NaN became the step's score."""
 
     class Updates(AggregatedUpdate):
         def update(self, outputs: Any, verbose: bool | str = False) -> Any:
@@ -255,7 +255,7 @@ def test_an_update_that_returns_nothing_of_use(returned: Any) -> None:
 
 
 def test_parameters_of_another_agent_were_trained_instead() -> None:
-    """The optimizer's parameters must be the agent's own; their names do not tell."""
+    """The optimizer's parameters must be the agent's own objects; equal names do not suffice."""
 
     class Named(Proposes):
         parameters = Adder().parameters()
@@ -265,7 +265,7 @@ def test_parameters_of_another_agent_were_trained_instead() -> None:
 
 
 def test_names_instead_of_parameters() -> None:
-    """They were an AttributeError from inside."""
+    """They raised an AttributeError from inside."""
 
     class Named(Proposes):
         parameters = ("amount",)
@@ -274,8 +274,8 @@ def test_names_instead_of_parameters() -> None:
         trained(Named(THREE.answer))
 
 
-def test_evaluate_gave_nones_without_a_word() -> None:
-    """Instances without a score are warned of, with the reason of the first; a guide that cannot judge is refused."""
+def test_evaluate_silently_returned_nones() -> None:
+    """It warns of instances without a score, with the first one's reason; a guide that cannot judge is refused."""
 
     def guide(x: int, output: int, info: int) -> float:
         if x == 2:
@@ -289,8 +289,8 @@ def test_evaluate_gave_nones_without_a_word() -> None:
         evaluate(Adder(), lambda x, output: 1.0, DATA)  # type: ignore[arg-type]
 
 
-def test_saving_an_agent_that_has_no_save() -> None:
-    """It was an AttributeError after the first steps."""
+def test_saving_an_agent_without_save() -> None:
+    """It raised an AttributeError after the first steps."""
 
     class Bare:
         def __init__(self) -> None:
@@ -307,7 +307,7 @@ def test_saving_an_agent_that_has_no_save() -> None:
 
 
 class Assigns(Adder):
-    """Assigns to its own parameter on its way, and changes another in place."""
+    """Assigns to its own parameter in a rollout, and changes another in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,8 +320,8 @@ class Assigns(Adder):
 
 
 @pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, PrioritySearch])
-def test_what_an_agent_assigned_on_its_way_was_kept_for_good(trainer: Any) -> None:
-    """It stays with its instance: nothing lasts but accepted updates. A search ended in a ValueError."""
+def test_assignments_in_a_rollout_were_permanent(trainer: Any) -> None:
+    """They are limited to the instance: only accepted updates last. A search ended in a ValueError."""
     options = {"rule": majority} if trainer is AggregatedUpdate else {}
     agent = Assigns()
     silent = Proposes(Proposal)
@@ -331,8 +331,8 @@ def test_what_an_agent_assigned_on_its_way_was_kept_for_good(trainer: Any) -> No
     assert (agent.amount.data, agent.seen.data) == (1, [0])
 
 
-def test_what_an_agent_assigned_was_seen_by_the_next_instance_of_a_trial() -> None:
-    """A gate and a test set run each instance by itself, too."""
+def test_assignments_in_a_trial_reached_the_next_instance() -> None:
+    """Gates and test sets isolate their instances, too."""
     agent = Assigns()
     trainer = AggregatedUpdate(agent, THREE, rule=majority, gate=improves_on_batch(), max_concurrency=1)
     result = trainer.train(lambda x, output, info: float(output == x + 2), DATA, batch_size=4, test_dataset=DATA)
@@ -340,7 +340,7 @@ def test_what_an_agent_assigned_was_seen_by_the_next_instance_of_a_trial() -> No
     assert result.history[0].decision.after == 1.0
 
 
-def test_what_an_optimizer_assigned_was_in_force_without_a_gate() -> None:
+def test_assignments_of_an_optimizer_were_permanent_without_a_gate() -> None:
     """An optimizer proposes; it does not write."""
 
     class Writes:
@@ -351,8 +351,8 @@ def test_what_an_optimizer_assigned_was_in_force_without_a_gate() -> None:
     assert trained(Writes()).parameters["amount"] == 1
 
 
-def test_ensure_improvement_took_the_gates_place() -> None:
-    """Where both are given both must accept: the minibatch first, then the trainer's own gate."""
+def test_ensure_improvement_replaced_the_gate() -> None:
+    """If both are given, both must accept: the minibatch first, then the trainer's gate."""
     asked: list[Any] = []
 
     async def never(before: Any, after: Any, step: Any) -> Decision:
@@ -368,7 +368,7 @@ def test_ensure_improvement_took_the_gates_place() -> None:
 
 
 class Overriding(LLMOptimizer):
-    """A native optimizer whose proposals are changed."""
+    """A native optimizer whose proposals are overridden."""
 
     async def propose(self, rollouts: Any, step: Any) -> Proposal:
         return Proposal(values={"amount": "3"})
@@ -386,21 +386,21 @@ async def texts(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]
     ],
     ids=["an overridden propose", "a rule of one's own"],
 )
-def test_what_is_put_in_the_place_of_a_native_proposal_is_typed_too(optimizer: Any) -> None:
-    """Native proposals come typed and are not converted again; replacements are."""
+def test_a_replaced_native_proposal_is_converted(optimizer: Any) -> None:
+    """Native proposals are typed already and not converted again; replacements are."""
     assert trained(optimizer).parameters["amount"] == 3
 
 
 def small(before: Any, after: Any, parameter: Any, step: Step) -> str | None:
-    """A check: no more than 4."""
+    """A check for at most 4."""
     if parameter.name == "amount" and after > 4:
         return f"Expected at most 4, got {after} in place of {before}"
     return None
 
 
 @pytest.mark.parametrize("trainer", [AggregatedUpdate, MinibatchAlgorithm, PrioritySearch])
-def test_a_value_that_a_check_refuses_is_not_applied(trainer: Any) -> None:
-    """Its reason is in the failures; the other values of the proposal are taken."""
+def test_a_value_refused_by_a_check_is_not_applied(trainer: Any) -> None:
+    """Its reason is in the failures; the other values of the proposal are applied."""
     options = {"rule": majority} if trainer is AggregatedUpdate else {}
     proposes = Proposes(lambda: Proposal(values={"amount": 5, "label": "x"}))
     agent = Adder()
@@ -411,7 +411,7 @@ def test_a_value_that_a_check_refuses_is_not_applied(trainer: Any) -> None:
     assert messages == {"Expected at most 4, got 5 in place of 1 - at $.suggestion.amount"}
 
 
-def test_a_check_that_returns_something_else() -> None:
-    """True is no reason."""
+def test_a_check_with_an_invalid_result() -> None:
+    """True is not a reason."""
     with pytest.raises(ConfigError, match="Expected a reason or None from the check .*<lambda>, got True"):
         trained(checks=[lambda before, after, parameter, step: True])

@@ -1,4 +1,4 @@
-"""Planning: what a run would do, counted before anything is paid, and measured on a few rollouts if asked for."""
+"""Planning: what a run would do, counted in advance, or measured on a few rollouts on request."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def trainer(**options: Any) -> AggregatedUpdate:
     return AggregatedUpdate(Adder(), LLMOptimizer(llm=model), llm=model, **options)
 
 
-def test_a_plan_counts_what_a_run_then_does() -> None:
-    """Rollouts and calls of the plan are those of the run, and planning runs nothing."""
+def test_a_plan_counts_what_a_run_does() -> None:
+    """Its rollouts and calls equal those of the run, and planning runs nothing."""
     optimizer, merge = ScriptedModel(from_feedback), ScriptedModel("TERMINATE")
     agent = Adder()
     own = AggregatedUpdate(agent, LLMOptimizer(llm=optimizer), llm=merge)
@@ -56,12 +56,12 @@ def test_a_plan_counts_what_a_run_then_does() -> None:
         (both(improves_on_batch(), improves_on_validation(additions(3, 5))), 26),
     ],
 )
-def test_what_a_gate_costs(gate: Any, rollouts: int) -> None:
-    """The minibatch once more, or the validation set for each candidate and once for the current values."""
+def test_cost_of_a_gate(gate: Any, rollouts: int) -> None:
+    """It runs the minibatch once more, or the validation set for each candidate and once for the current values."""
     assert trainer(gate=gate).plan(exact, additions(3, 6), batch_size=2).rollouts["gate"] == rollouts
 
 
-def test_what_a_search_costs() -> None:
+def test_cost_of_a_search() -> None:
     """Each of 3 explored candidates runs the minibatch, and each of their 2 new ones is tried on it."""
     model = ScriptedModel(from_feedback)
     search = BeamSearch(Adder(), LLMOptimizer(llm=model), num_candidates=3, num_proposals=2, rule=majority)
@@ -70,7 +70,7 @@ def test_what_a_search_costs() -> None:
 
 
 def test_the_validation_set_was_not_counted() -> None:
-    """It is scored as often as the test set, its baseline included; repeats multiply every rollout."""
+    """It is evaluated as often as the test set, including the baseline; repeats multiply every rollout."""
     sets: Any = {"validate_dataset": additions(3, 5), "test_dataset": additions(3, 1)}
     with pytest.warns(TrainingWarning, match="72 of 90 rollouts evaluate the test and validation sets"):
         plan = trainer().plan(exact, additions(3, 6), batch_size=2, repeats=3, **sets)
@@ -80,14 +80,14 @@ def test_the_validation_set_was_not_counted() -> None:
         trainer().plan(exact, additions(3, 4), batch_size=2, validate_dataset=additions(3, 10))
 
 
-def test_samples_that_are_left_out_were_counted() -> None:
+def test_skipped_samples_were_counted() -> None:
     """`skip_samples` is part of the plan."""
     plan = trainer(skip_samples=[0, 3]).plan(exact, additions(3, 6), batch_size=6)
     assert (plan.rollouts["training"], plan.calls["optimizer"]) == (4, 4)
 
 
 def test_an_optimizer_of_whole_minibatches_was_counted_per_instance() -> None:
-    """It is asked once a step, and nothing is merged."""
+    """It is called once a step, and nothing is merged."""
     model = ScriptedModel(from_feedback)
     plan = MinibatchAlgorithm(Adder(), LLMOptimizer(llm=model)).plan(exact, additions(3, 6), batch_size=3)
     assert (plan.calls["optimizer"], plan.calls["aggregator"]) == (2, 0)
@@ -96,7 +96,7 @@ def test_an_optimizer_of_whole_minibatches_was_counted_per_instance() -> None:
 
 
 def test_a_merge_at_the_end_of_a_chain_was_not_counted() -> None:
-    """Every rule that asks a model counts."""
+    """Every rule that calls a model counts."""
     model = ScriptedModel(from_feedback)
     for rule, calls in (
         (chain(dedupe, LLMMerge(model)), 3),
@@ -107,15 +107,15 @@ def test_a_merge_at_the_end_of_a_chain_was_not_counted() -> None:
 
 
 def test_calls_of_a_judge_and_of_several_candidates() -> None:
-    """A judge is called once a rollout; an optimizer as often as it makes candidates."""
+    """A judge is called once per rollout, an optimizer once per candidate."""
     model = ScriptedModel(from_feedback)
     own = AggregatedUpdate(Adder(), LLMOptimizer(llm=model, num_candidates=3), llm=model)
     plan = own.plan(LLMJudge(model), additions(3, 4), batch_size=2)
     assert (plan.calls["guide"], plan.calls["optimizer"]) == (4, 12)
 
 
-def test_an_aggregator_that_is_idle() -> None:
-    """With the seed's batch_size=1 nothing is ever merged."""
+def test_an_aggregator_that_is_never_called() -> None:
+    """With the seed's batch_size=1 nothing is merged."""
     with pytest.warns(TrainingWarning, match="aggregator is idle: batch_size=1 .* larger batch_size"):
         plan = trainer().plan(exact, additions(3, 3))
     assert (plan.calls["aggregator"], "aggregator is idle" in str(plan)) == (0, True)
@@ -141,7 +141,7 @@ class Asking(Module):
 
 
 def test_a_sample_measures_tokens_and_cost() -> None:
-    """Four rollouts are run and extrapolated; the plan says that they were, and what it leaves out."""
+    """Four rollouts are run and extrapolated; the plan says so, and names what it leaves out."""
     student = ScriptedModel("3", usage=Usage(input_tokens=10, output_tokens=5, cost=0.001, calls=1))
     optimizer = ScriptedModel("TERMINATE")
     own = AggregatedUpdate(Asking(student), LLMOptimizer(llm=optimizer), llm=optimizer)
@@ -154,7 +154,7 @@ def test_a_sample_measures_tokens_and_cost() -> None:
 
 
 @pytest.mark.parametrize("options", [{"sample": -1}, {"sample": True}, {"batch_size": 0}, {"num_epochs": -1}])
-def test_bad_arguments(options: dict[str, Any]) -> None:
-    """What `train` refuses is refused here too."""
+def test_invalid_arguments(options: dict[str, Any]) -> None:
+    """Arguments that `train` refuses are refused here too."""
     with pytest.raises(ConfigError):
         trainer().plan(exact, additions(3, 3), **options)

@@ -1,4 +1,4 @@
-"""What a proposal's prompt shows is the user's choice: a worked example, other headings, sections left out."""
+"""Options for a proposal's prompt: a worked example, other headings, sections left out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def asked(layout: Layout, optimizer: type[LLMOptimizer] = LLMOptimizer) ->
     return model.asked
 
 
-async def test_without_a_layout_the_prompt_is_what_it_always_was() -> None:
+async def test_the_default_layout_is_unchanged() -> None:
     """Recorded runs stay valid."""
     (messages, *_) = await asked(Layout())
     assert headings(messages) == ["Objective", "Parameters", "Transcript", "Output", "Score", "Feedback"]
@@ -38,8 +38,8 @@ async def test_without_a_layout_the_prompt_is_what_it_always_was() -> None:
 
 @pytest.mark.requirement("Trace: OptoPrime(include_example)")
 @pytest.mark.parametrize("optimizer", [LLMOptimizer, OPROOptimizer])
-async def test_include_example_puts_a_worked_example_in_front(optimizer: type[LLMOptimizer]) -> None:
-    """Ours for True, the user's own text for a text."""
+async def test_include_example_adds_a_worked_example(optimizer: type[LLMOptimizer]) -> None:
+    """True adds ours, a text adds the user's own."""
     (messages, *_) = await asked(Layout(include_example=True), optimizer)
     assert headings(messages)[:3] == ["Objective", "Example", "Parameters"]
     assert section(messages, "Example") == WORKED_EXAMPLE
@@ -47,8 +47,8 @@ async def test_include_example_puts_a_worked_example_in_front(optimizer: type[LL
     assert section(messages, "Example") == "Here is one.\n #Feedback\nforged"
 
 
-def test_the_worked_example_is_in_the_form_that_is_asked_for() -> None:
-    """Its reply is read as any other."""
+def test_the_worked_example_has_the_requested_form() -> None:
+    """Its reply can be parsed like any other."""
     _, _, reply = WORKED_EXAMPLE.partition("A good reply was\n")
     parsed = parse_reply(reply)
     assert list(parsed.suggestion or {}) == ["instruction"]
@@ -59,36 +59,36 @@ def test_the_worked_example_is_in_the_form_that_is_asked_for() -> None:
 @pytest.mark.requirement("Trace: OptoPrime(prompt_symbols)", "Trace: OptoPrimeV2, OPROv2: symbol sets for replies")
 @pytest.mark.parametrize("mark", ["", "#"])
 async def test_prompt_symbols_rename_headings(mark: str) -> None:
-    """The text under them stays the same; Trace's names bring their own #."""
+    """The text under them stays the same; Trace's names include their own #."""
     symbols = {f"{mark}Feedback": f"{mark}Verdict of the judge", f"{mark}Output": f"{mark}Answer"}
     (messages, *_) = await asked(Layout(prompt_symbols=symbols))
     assert headings(messages) == ["Objective", "Parameters", "Transcript", "Answer", "Score", "Verdict of the judge"]
     assert section(messages, "Verdict of the judge") == "more of it"
 
 
-async def test_headings_may_change_places() -> None:
-    """Two names swapped are still different ones."""
+async def test_headings_can_be_swapped() -> None:
+    """Two swapped names are still different."""
     (messages, *_) = await asked(Layout(prompt_symbols={"Output": "Feedback", "Feedback": "Output"}))
     assert (section(messages, "Output"), section(messages, "Feedback")) == ("more of it", "out")
 
 
 @pytest.mark.requirement("Trace: OptoPrime.step(mask)")
 async def test_a_mask_leaves_sections_out() -> None:
-    """What an optimizer need not, or must not, see."""
+    """It hides what an optimizer need not, or must not, see."""
     (messages, *_) = await asked(Layout(mask=["#Transcript", "Output"]))
     assert headings(messages) == ["Objective", "Parameters", "Score", "Feedback"]
     assert "search(k=1)" not in messages[1]["content"]
 
 
 async def test_a_critic_sees_the_layout_but_no_example_of_another_task() -> None:
-    """Mask and headings hold for both prompts of TextGrad; the example is one of new values."""
+    """Mask and headings apply to both prompts of TextGrad; only the one that asks for values has the example."""
     layout = Layout(include_example=True, mask=["Transcript"], prompt_symbols={"Output": "Answer"})
     critic, changer = await asked(layout, TextGradOptimizer)
     assert headings(critic) == ["Objective", "Parameters", "Answer", "Score", "Feedback"]
     assert headings(changer) == ["Objective", "Example", "Parameters", "Answer", "Score", "Feedback"]
 
 
-def test_history_may_be_masked_and_renamed_too() -> None:
+def test_history_can_be_masked_and_renamed_too() -> None:
     """It is a section like the others."""
 
     def shown(layout: Layout) -> list[str]:
@@ -113,7 +113,7 @@ def test_history_may_be_masked_and_renamed_too() -> None:
         ({"prompt_symbols": {"Output": "#"}}, "Expected different headings of one line"),
     ],
 )
-def test_a_layout_that_cannot_be_meant_is_refused(options: dict[str, Any], expected: str) -> None:
-    """When it is made, with the headings that there are."""
+def test_an_invalid_layout_is_refused(options: dict[str, Any], expected: str) -> None:
+    """The error at construction lists the headings."""
     with pytest.raises(ConfigError, match=expected):
         Layout(**options)

@@ -32,7 +32,7 @@ def report(step: int, update: dict[str, Any], *, accepted: bool = True, **facts:
 
 @pytest.mark.requirement("Trace: GraphPropagator: the subgraph as feedback", "Trace: OptoPrime(objective)")
 async def test_the_prompt_holds_this_instance_and_the_reply_is_typed() -> None:
-    """Parameters, transcript, output, score and feedback go in; typed values of this sample come out."""
+    """Parameters, transcript, output, score and feedback are sent; the proposal has this sample's typed values."""
     model = ScriptedModel(suggest(k="7"))
     proposal = await LLMOptimizer(llm=model, objective="Be right.").propose([ROLLOUT], STEP)
     (messages,) = model.asked
@@ -44,7 +44,7 @@ async def test_the_prompt_holds_this_instance_and_the_reply_is_typed() -> None:
 
 @pytest.mark.requirement("Trace: backward(retain_graph), zero_feedback, detach")
 async def test_the_same_rollout_gives_the_same_prompt() -> None:
-    """It keeps no state between proposals: they are independent of each other and of their order."""
+    """The optimizer keeps no state between proposals, so they depend neither on each other nor on their order."""
     model = ScriptedModel(suggest(k=7))
     optimizer = LLMOptimizer(llm=model)
     for _ in range(3):
@@ -55,7 +55,7 @@ async def test_the_same_rollout_gives_the_same_prompt() -> None:
 @pytest.mark.requirement("Trace: OptoPrime(memory_size)")
 @pytest.mark.parametrize(("size", "steps"), [(0, []), (2, ["step 2", "step 3"]), (9, ["step 0", "step 2", "step 3"])])
 async def test_memory_recalls_the_latest_updates_with_their_verdicts(size: int, steps: list[str]) -> None:
-    """Accepted and refused ones, the latest `memory_size`; steps that changed nothing are not told."""
+    """Accepted and refused updates are recalled, the latest `memory_size`; steps without a change are not."""
     history = [report(0, {"k": 1}), report(1, {}), report(2, {"k": 2}, accepted=False), report(3, {"k": 3})]
     model = ScriptedModel("TERMINATE")
     await LLMOptimizer(llm=model, memory_size=size).propose([ROLLOUT], replace(STEP, history=history))
@@ -65,8 +65,8 @@ async def test_memory_recalls_the_latest_updates_with_their_verdicts(size: int, 
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti(num_responses)")
-async def test_several_candidates_are_asked_apart_and_become_one_proposal() -> None:
-    """Each has a lineage and a seed of its own; the rule, majority by default, makes one of them."""
+async def test_several_candidates_become_one_proposal() -> None:
+    """Each has its own lineage and seed; the rule, majority by default, combines them."""
     model = ScriptedModel(suggest(k=5), suggest(k=9), suggest(k=9))
     proposal = await LLMOptimizer(llm=model, num_candidates=3).propose([ROLLOUT], STEP)
     assert sorted(place for place, _ in model.places) == [f"propose/candidate={i}" for i in range(3)]
@@ -75,7 +75,7 @@ async def test_several_candidates_are_asked_apart_and_become_one_proposal() -> N
 
 
 async def test_candidates_may_be_merged_by_a_model() -> None:
-    """Any rule selects, also one that asks a model."""
+    """Any rule can be used, including one that calls a model."""
     optimizer = LLMOptimizer(
         llm=ScriptedModel(suggest(k=5), suggest(k=9)),
         num_candidates=2,
@@ -89,14 +89,14 @@ async def test_candidates_may_be_merged_by_a_model() -> None:
 
 
 async def test_candidates_that_all_decline_propose_nothing() -> None:
-    """TERMINATE from each is no proposal."""
+    """If each candidate is TERMINATE, the proposal is empty."""
     proposal = await LLMOptimizer(llm=ScriptedModel("TERMINATE"), num_candidates=2).propose([ROLLOUT], STEP)
     assert proposal.values == {}
 
 
 @pytest.mark.requirement("Trace: OPRO")
 async def test_opro_recalls_the_best_in_ascending_order() -> None:
-    """The trajectory is sorted by the score each update reached; refused ones without a score are left out."""
+    """The trajectory is sorted by each update's score; refused ones without a score are left out."""
     history = [
         report(0, {"k": 1}, score=0.1),
         report(1, {"k": 2}, score=0.4, after=0.9),
@@ -115,7 +115,7 @@ async def test_opro_recalls_the_best_in_ascending_order() -> None:
 
 @pytest.mark.requirement("Trace: OptoPrime.step(mask)")
 def test_parameters_of_the_optimizer_limit_what_changes(adder: Adder) -> None:
-    """An optimizer made for some parameters changes no others."""
+    """An optimizer created for some parameters changes no others."""
     adder.parameters()
     model = ScriptedModel(from_feedback)
     run = AggregatedUpdate(adder, LLMOptimizer([adder.amount], llm=model), llm=ScriptedModel("x"))
@@ -126,7 +126,7 @@ def test_parameters_of_the_optimizer_limit_what_changes(adder: Adder) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, "3"])
 def test_num_candidates_is_a_positive_int(count: Any) -> None:
-    """Anything else is refused when the optimizer is made."""
+    """Any other value is refused when the optimizer is created."""
     with pytest.raises(ConfigError, match="Expected num_candidates"):
         LLMOptimizer(llm=ScriptedModel("x"), num_candidates=count)
 
@@ -136,12 +136,12 @@ def test_num_candidates_is_a_positive_int(count: Any) -> None:
     [("as it is", "as it is"), ({"a": [1, None]}, '{"a":[1,null]}'), (None, "null"), (object(), "<object>")],
 )
 def test_outputs_are_shown_without_addresses(output: Any, text: str) -> None:
-    """A prompt is the same bytes in every run."""
+    """A prompt has the same bytes in every run."""
     assert render(output) == text
 
 
-def test_a_huge_output_is_shown_in_part() -> None:
-    """An agent that returns megabytes does not make prompts of megabytes; how much is missing is said."""
+def test_a_huge_output_is_shortened() -> None:
+    """Megabytes of output do not make prompts of megabytes; the prompt states how much is missing."""
     rollout = Rollout(sample_id=0, output="x" * 1_000_000, score=0.0, feedback="Too long.")
     messages = LLMOptimizer(llm=ScriptedModel("unused")).messages(rollout, STEP)
     assert sum(len(message["content"]) for message in messages) < OUTPUT_LIMIT + 10_000

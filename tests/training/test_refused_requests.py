@@ -1,4 +1,4 @@
-"""One refused request loses its instance; only what comes to every request ends a run."""
+"""One refused request loses its instance; only an error of every request ends a run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHARED: list[LLMError] = [
 
 
 class Asking(Module):
-    """Its model refuses one input."""
+    """An agent whose model refuses one input."""
 
     def __init__(self, error: LLMError | None) -> None:
         self.prompt = ParameterNode("Say yes.")
@@ -89,7 +89,7 @@ def test_a_refused_instance_is_lost_and_named(error: LLMError) -> None:
 
 
 @pytest.mark.parametrize("error", SHARED, ids=str)
-def test_what_no_other_request_can_escape_ends_the_run(error: LLMError) -> None:
+def test_an_error_of_every_request_ends_the_run(error: LLMError) -> None:
     """The next request would get the same answer."""
     with pytest.raises(TrainingError, match=r"the run ended after \d steps"):
         train(Asking(error))
@@ -109,8 +109,8 @@ def test_a_refused_optimizer_call_is_a_lost_proposal() -> None:
     assert [(record.stage, record.sample_id) for record in result.failures] == [("proposal", 5)]
 
 
-def test_a_resumed_run_leaves_samples_out(tmp_path: Path) -> None:
-    """A sample that ends a run can be left out by its id; the run says so, and its resume keeps to it."""
+def test_a_resumed_run_can_skip_samples(tmp_path: Path) -> None:
+    """A sample that ends a run can be skipped by its id; the run reports it, and its resume skips it too."""
 
     class Recording(Observer):
         info: RunInfo
@@ -129,8 +129,8 @@ def test_a_resumed_run_leaves_samples_out(tmp_path: Path) -> None:
     assert again == result
 
 
-def test_a_batch_whose_samples_are_all_left_out_changes_nothing() -> None:
-    """Its step is there, so that the steps of a resumed run keep their numbers."""
+def test_a_batch_of_skipped_samples_changes_nothing() -> None:
+    """Its step exists, so that a resumed run's steps keep their numbers."""
     result = train(Asking(None), skip=range(1, 8))
     assert sorted(map(len, (report.sample_ids for report in result.history))) == [0, 0, 0, 1]
     assert [len(report.update) for report in result.history if not report.sample_ids] == [0, 0, 0]
@@ -138,6 +138,6 @@ def test_a_batch_whose_samples_are_all_left_out_changes_nothing() -> None:
 
 @pytest.mark.parametrize("skip", [[8], [-1], ["q3"], 3.5, "3", range(8), [True]])
 def test_skip_samples_are_ids(skip: Any) -> None:
-    """What is no id is refused before anything is paid."""
+    """An invalid id is refused before anything is paid for."""
     with pytest.raises(ConfigError, match="Expected skip_samples"):
         train(Asking(None), skip=skip)

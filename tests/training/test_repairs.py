@@ -1,4 +1,4 @@
-"""A repair that can work, and a merge that changes only what was proposed."""
+"""Repairs of replies, and merges that change only what was proposed."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def wrong(x: int, output: int, info: int) -> tuple[float, str]:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_repair_call_that_is_refused_counts_as_no_suggestion(refusal: LLMError) -> None:
-    """It was a lost instance, and with all of them the end of the run."""
+def test_a_refused_repair_call_is_no_suggestion(refusal: LLMError) -> None:
+    """It lost the instance, and if all were lost, ended the run."""
     llm = ScriptedModel(lambda messages: refusal if len(messages) > 2 else "no JSON at all")
     result = AggregatedUpdate(Three(), LLMOptimizer(llm=llm), llm=llm).train(
         wrong, [(i, i) for i in range(8)], batch_size=8
@@ -64,8 +64,8 @@ def test_a_repair_call_that_is_refused_counts_as_no_suggestion(refusal: LLMError
     assert "JSON" in result.failures[0].message
 
 
-async def test_what_the_first_reply_has_is_kept_where_the_repair_is_refused() -> None:
-    """One value of two could be read."""
+async def test_a_refused_repair_keeps_the_values_of_the_first_reply() -> None:
+    """One of two values could be read."""
     llm = ScriptedModel(suggest(k="many", text="new"), ContextLengthError("too long", status=400))
     answer = await ask(llm, ASKED, Three().parameters(), max_tokens=100)
     assert answer.values == {"text": "new"}
@@ -74,14 +74,14 @@ async def test_what_the_first_reply_has_is_kept_where_the_repair_is_refused() ->
 
 
 async def test_other_errors_of_a_repair_are_raised() -> None:
-    """A server that is down is a lost call, a wrong key the end of the run."""
+    """A server that is down loses the call; a wrong key ends the run."""
     for error in (ServerError("500", status=500), AuthenticationError("401", status=401)):
         with pytest.raises(type(error)):
             await ask(ScriptedModel("nothing", error), ASKED, Three().parameters(), max_tokens=100)
 
 
 def test_a_wrong_key_at_the_repair_ends_the_run() -> None:
-    """Nothing is hidden by the first error."""
+    """The first error hides nothing."""
     llm = ScriptedModel("nothing", BadRequestError("answered 400: API key not valid", status=400))
     with pytest.raises(TrainingError, match="API key not valid"):
         AggregatedUpdate(Three(), LLMOptimizer(llm=llm), llm=llm).train(wrong, [(1, 1)])
@@ -92,8 +92,8 @@ CUT = Completion(choices=(Choice(message=Message(content=LONG), finish_reason="l
 
 
 @pytest.mark.parametrize("cut", [CUT, TruncatedError("cut at the limit", text=LONG)], ids=["answer", "error"])
-async def test_a_reply_that_was_cut_is_asked_for_again_with_more_room_and_without_its_text(cut: Any) -> None:
-    """It was asked for under the same limit, with its whole text quoted, and cut again."""
+async def test_a_truncated_reply_is_requested_again_with_more_room(cut: Any) -> None:
+    """It was requested under the same limit, with its whole text quoted, and truncated again."""
     llm = ScriptedModel(cut, suggest(k=3))
     assert (await ask(llm, ASKED, Three().parameters(), max_tokens=100)).values == {"k": 3}
     assert [options["max_tokens"] for options in llm.options] == [100, 200]
@@ -103,8 +103,8 @@ async def test_a_reply_that_was_cut_is_asked_for_again_with_more_room_and_withou
     assert "the limit of 100 tokens" in llm.asked[1][-1]["content"]
 
 
-async def test_a_second_cut_is_no_suggestion() -> None:
-    """Two calls, never a third."""
+async def test_a_second_truncated_reply_is_no_suggestion() -> None:
+    """There are two calls, never a third."""
     llm = ScriptedModel(CUT, CUT)
     answer = await ask(llm, ASKED, Three().parameters(), max_tokens=100)
     assert (answer.values, len(llm.asked)) == ({}, 2)
@@ -115,7 +115,7 @@ PROPOSALS = [Proposal(values={"k": k}, sample_ids=(k,)) for k in (2, 3)]
 
 
 @pytest.mark.parametrize("merge", [LLMMerge, lambda llm: tree_merge(LLMMerge(llm))])
-async def test_a_merge_never_takes_what_was_not_proposed(merge: Any) -> None:
+async def test_a_merge_never_changes_other_parameters(merge: Any) -> None:
     """A real model rewrote a parameter that no proposal had touched, nine times."""
     llm = ScriptedModel(suggest(k=4, text="rewritten", other=7))
     (merged,) = await merge(llm)(PROPOSALS, Step.of(Three()))
@@ -123,7 +123,7 @@ async def test_a_merge_never_takes_what_was_not_proposed(merge: Any) -> None:
 
 
 async def test_a_merge_shows_only_what_was_proposed() -> None:
-    """Neither the prompt nor the schema has the other parameters."""
+    """Neither prompt nor schema has the other parameters."""
     llm = ScriptedModel(suggest(k=4))
     await LLMMerge(llm)([*PROPOSALS, Proposal(values={"other": "new"})], Step.of(Three()))
     shown = json.dumps(llm.asked[0]) + str(llm.options[0]["response_format"])
@@ -136,7 +136,7 @@ async def test_a_merge_shows_only_what_was_proposed() -> None:
 
 
 def test_hooks_of_the_seed_change_only_what_was_proposed() -> None:
-    """An `extract_llm_suggestion` that returns everything does not widen the update."""
+    """An `extract_llm_suggestion` that returns everything does not extend the update."""
 
     class Hooked(AggregatedUpdate):
         def extract_llm_suggestion(self, response: str, ignore_extraction_error: bool = True) -> dict[str, Any]:

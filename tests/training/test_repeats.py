@@ -1,4 +1,4 @@
-"""Repeated rollouts: the mean per instance is what training, gates and evaluation see."""
+"""Repeated rollouts: training, gates and evaluation see the mean per instance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from aggregator.training.evaluation import join_repeats
 
 
 def repeat() -> int:
-    """The number of the rollout at hand, by its place in the recording."""
+    """Return the current rollout's repeat, from its lineage."""
     _, _, number = current_lineage().partition("/repeat=")
     return int(number.split("/")[0]) if number else 0
 
@@ -67,7 +67,7 @@ def test_scores_of_a_run_are_means_of_the_repeats() -> None:
     assert len(asked.asked) == 4
 
 
-def test_the_first_rollout_keeps_its_place_and_the_others_are_below_it() -> None:
+def test_the_first_rollout_keeps_its_lineage_and_the_others_extend_it() -> None:
     """`repeat=0` adds no part to the lineage, so a recording without repeats serves the first."""
     seen = Seen()
     train, _ = trainer(Noisy(), observers=[seen])
@@ -77,8 +77,8 @@ def test_the_first_rollout_keeps_its_place_and_the_others_are_below_it() -> None
     assert (place,) == seen.steps[0].lineages
 
 
-def test_one_repeat_is_what_a_run_does_by_default() -> None:
-    """The same lineages and the same result as without the argument."""
+def test_one_repeat_is_the_default() -> None:
+    """Lineages and result equal those without the argument."""
     results = []
     given: list[dict[str, Any]] = [{}, {"repeats": 1}]
     for options in given:
@@ -88,14 +88,14 @@ def test_one_repeat_is_what_a_run_does_by_default() -> None:
 
 
 def test_the_optimizer_sees_the_worst_repeat_and_the_mean_score() -> None:
-    """A right first rollout does not hide a wrong second one."""
+    """A correct first rollout does not hide a wrong second one."""
     train, asked = trainer(Noisy())
     train.train(right, additions(1, 1), repeats=2)
     assert [section(asked.asked[0], name) for name in ("Output", "Score", "Feedback")] == ["2", "0.5", "got 2"]
 
 
 def test_a_gate_compares_means_of_the_repeats() -> None:
-    """The first rollout alone says 1 -> 0, the mean of four 0.5 -> 0.75: the update is accepted."""
+    """The first rollout alone gives 1 -> 0, the mean of four 0.5 -> 0.75: the update is accepted."""
 
     class Steadier(Adder):
         async def forward(self, x: int) -> int:
@@ -111,14 +111,14 @@ def test_a_gate_compares_means_of_the_repeats() -> None:
     ) == (True, 0.5, 0.75)
 
 
-def test_repeats_that_are_identical_are_warned_of() -> None:
-    """A deterministic agent shows no noise, whatever is paid for."""
+def test_identical_repeats_give_a_warning() -> None:
+    """Repeats of a deterministic agent show no noise, whatever they cost."""
     train, _ = trainer(Adder())
     with pytest.warns(TrainingWarning, match="the 3 repeats of all 4 instances so far are identical"):
         train.train(right, additions(1), batch_size=4, repeats=3)
 
 
-def test_repeats_that_differ_are_not_warned_of() -> None:
+def test_different_repeats_give_no_warning() -> None:
     """One instance that differs is enough."""
     train, _ = trainer(Noisy())
     with warnings.catch_warnings():
@@ -126,8 +126,8 @@ def test_repeats_that_differ_are_not_warned_of() -> None:
         train.train(right, additions(1), batch_size=2, repeats=2)
 
 
-def test_a_crash_in_one_repeat_counts_as_the_lowest_and_a_lost_call_not_at_all() -> None:
-    """Of 1, a crash and a lost call the mean is 0.5; what is shown is the crash."""
+def test_a_crash_in_one_repeat_counts_as_the_lowest_score_and_a_lost_call_is_left_out() -> None:
+    """Of 1, a crash and a lost call the mean is 0.5; the optimizer sees the crash."""
     crash = failure("agent", ValueError("no"), sample_id=0)
     lost = failure("agent", TimeoutError("late"), sample_id=0)
     runs = [Rollout(sample_id=0, score=1.0), Rollout(sample_id=0, failure=crash, repeat=1)]
@@ -170,7 +170,7 @@ def test_an_agent_that_takes_batches_is_repeated_too() -> None:
     assert (agent.sizes, result.history[0].scores) == ([6], (1.0, 1.0))
 
 
-def test_no_more_rollouts_at_once_than_max_concurrency() -> None:
+def test_repeats_respect_max_concurrency() -> None:
     """Repeats share the slots of the instances."""
     busy: list[int] = []
     most: list[int] = []
@@ -191,14 +191,14 @@ def test_no_more_rollouts_at_once_than_max_concurrency() -> None:
 
 @pytest.mark.parametrize("repeats", [0, -1, 1.5, "two"])
 def test_invalid_repeats_are_refused(repeats: Any) -> None:
-    """Before the first call."""
+    """The error is raised before the first call."""
     train, _ = trainer(Adder())
     with pytest.raises(ConfigError, match="repeats"):
         train.train(right, additions(1), repeats=repeats)
 
 
 def test_an_overridden_forward_cannot_be_repeated() -> None:
-    """It runs the agent by itself, which the error says."""
+    """It runs the agent by itself, as the error says."""
 
     class Own(AggregatedUpdate):
         def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:

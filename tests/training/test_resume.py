@@ -1,4 +1,4 @@
-"""A run that was cut off goes on where it was, and ends as an unbroken one."""
+"""A run that was cut off continues, and ends like an unbroken one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA = [(i, i + 2 + i % 3) for i in range(12)]
 
 
 class Searching(AggregatedUpdate):
-    """Another trainer, which would go on from another one's steps."""
+    """Another trainer, which would continue from a foreign run's steps."""
 
 
 class Cut(BaseException):
@@ -26,7 +26,7 @@ class Cut(BaseException):
 
 
 def run(run_dir: Path, *, cut_at: int | None = None, resume: bool = False, **options: Any) -> tuple[bytes, int]:
-    """Train; raise Cut at the given call of the optimizer. Returns result.json and how many calls were made."""
+    """Train and raise Cut at the given call of the optimizer. Return result.json and the number of calls."""
     calls = 0
 
     def optimizer(messages: list[dict[str, Any]]) -> str:
@@ -48,7 +48,7 @@ def run(run_dir: Path, *, cut_at: int | None = None, resume: bool = False, **opt
 @pytest.mark.requirement("Trace: checkpoints", "Trace's defect 11: agents with operations could not be saved")
 @pytest.mark.parametrize("cut_at", [1, 2, 4, 11, 12, 24])
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, cut_at: int) -> None:
-    """Wherever it was cut off, the resumed run's result.json is byte for byte that of an unbroken one."""
+    """Wherever it was cut off, the resumed run's result.json equals that of an unbroken one byte for byte."""
     whole, calls = run(tmp_path / "whole")
     with pytest.raises(Cut):
         run(tmp_path / "cut", cut_at=cut_at)
@@ -57,15 +57,15 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, cut_at: int) -> 
     assert more <= calls
 
 
-def test_finished_steps_are_not_paid_again(tmp_path: Path) -> None:
-    """After a cut in the last of eight steps only that step's calls are made again."""
+def test_finished_steps_are_not_paid_for_again(tmp_path: Path) -> None:
+    """After a cut in the last of eight steps only that step's calls are repeated."""
     with pytest.raises(Cut):
         run(tmp_path / "cut", cut_at=24)
     assert run(tmp_path / "cut", resume=True)[1] == 3
 
 
 def test_a_finished_run_resumes_to_its_own_result(tmp_path: Path) -> None:
-    """Nothing is left to do, nothing is called, the result is the same."""
+    """Nothing is left to do, nothing is called, and the result is the same."""
     whole, _ = run(tmp_path / "run")
     assert run(tmp_path / "run", resume=True) == (whole, 0)
 
@@ -90,7 +90,7 @@ def test_the_partial_result_is_on_disk(tmp_path: Path) -> None:
         ({"trainer": Searching}, "trainer"),
     ],
 )
-def test_a_changed_run_is_refused_with_what_changed(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+def test_a_changed_run_is_refused_with_the_difference(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     """Resuming with another data set, agent, trainer or seed is an error that names it."""
     with pytest.raises(Cut):
         run(tmp_path / "cut", cut_at=7)
@@ -101,23 +101,23 @@ def test_a_changed_run_is_refused_with_what_changed(tmp_path: Path, changes: dic
 
 
 def test_a_run_dir_is_not_overwritten(tmp_path: Path) -> None:
-    """Without resume=True an existing run is left alone."""
+    """Without resume=True an existing run is not touched."""
     run(tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run already; give resume=True"):
         run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 1}', b"\xff\xfe"])
-def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path: Path, damage: bytes) -> None:
-    """Damage is a TrainingError that names the file and the remedy."""
+def test_a_damaged_checkpoint_is_an_error(tmp_path: Path, damage: bytes) -> None:
+    """The TrainingError names the file and the remedy."""
     run(tmp_path / "run")
     (tmp_path / "run" / "checkpoint.json").write_bytes(damage)
     with pytest.raises(TrainingError, match="Expected a checkpoint of version 1.*cannot be read.*new run_dir"):
         run(tmp_path / "run", resume=True)
 
 
-def test_a_checkpoint_of_another_version_was_read_as_one_of_this(tmp_path: Path) -> None:
-    """Its fields may mean something else: it is refused."""
+def test_a_checkpoint_of_another_version_was_accepted(tmp_path: Path) -> None:
+    """Its fields may have another meaning, so it is refused."""
     run(tmp_path)
     path = tmp_path / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 99}))
@@ -126,8 +126,8 @@ def test_a_checkpoint_of_another_version_was_read_as_one_of_this(tmp_path: Path)
 
 
 @pytest.mark.requirement("Trace's defect 27: shuffle=False shuffled, by the global generator")
-def test_the_global_random_generator_is_left_alone(tmp_path: Path) -> None:
-    """A run neither reads nor moves it."""
+def test_the_global_random_generator_is_not_used(tmp_path: Path) -> None:
+    """A run neither reads nor changes it."""
     random.seed(3)
     before = random.getstate()
     run(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A run is resumed only as what it was: the same parts and the same data to the byte, with more epochs if wanted."""
+"""A run is resumed only with the same parts and data, byte for byte; the number of epochs may grow."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("named", "change"), CHANGES, ids=[f"{name}{i}" for i, (name, _) in enumerate(CHANGES)])
-def test_a_changed_part_is_refused_by_its_name_alone(tmp_path: Path, named: str, change: dict[str, Any]) -> None:
-    """Another guide, gate, optimizer or model went on with the scores of the old one."""
+def test_a_changed_part_is_refused_by_name(tmp_path: Path, named: str, change: dict[str, Any]) -> None:
+    """A run with another guide, gate, optimizer or model continued with the old one's scores."""
     train(tmp_path, resume=False)
     with pytest.raises(TrainingError) as caught:
         train(tmp_path, **change)
@@ -100,8 +100,8 @@ def test_a_changed_part_is_refused_by_its_name_alone(tmp_path: Path, named: str,
         (lambda x, limit=1: x, lambda x, limit=2: x),
     ],
 )
-def test_settings_tell_parts_apart(before: Any, after: Any) -> None:
-    """Those of a constructor, of a closure, of defaults."""
+def test_parts_are_compared_by_their_settings(before: Any, after: Any) -> None:
+    """Settings of a constructor, of a closure and of defaults count."""
     assert identity_of(before) != identity_of(after)
 
 
@@ -119,13 +119,13 @@ def client(name: str = "openai/gpt-4o-mini", **options: Any) -> LLM:
         LLM([client(), client("openai/gpt-4o")]),
     ],
 )
-def test_a_model_with_other_settings_is_another_one(changed: LLM) -> None:
-    """It was compared by its name alone."""
+def test_a_model_with_other_settings_is_another_model(changed: LLM) -> None:
+    """Only its name was compared."""
     assert identity_of(changed) != identity_of(client())
 
 
-def test_a_model_with_another_key_or_limit_is_the_same() -> None:
-    """Keys rotate, limits and the port of a local server change nothing in an answer."""
+def test_a_model_with_another_key_or_limit_is_the_same_model() -> None:
+    """Keys rotate, and limits and the port of a local server do not affect answers."""
     same = client(api_key="other", timeout=5.0, max_attempts=9, rpm=3, budget=Budget(calls=3))
     assert identity_of(same) == identity_of(client())
     ports = [client("openai-compatible/m", base_url=f"http://127.0.0.1:{port}/v1") for port in (8001, 8002)]
@@ -133,7 +133,7 @@ def test_a_model_with_another_key_or_limit_is_the_same() -> None:
 
 
 class Team(Adder):
-    """Its parts hold the models."""
+    """An agent whose parts hold the models."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -163,16 +163,16 @@ def agent_with(kind: str, name: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["a member", "a global variable"])
-def test_a_model_inside_of_an_agent_was_not_compared(tmp_path: Path, kind: str) -> None:
-    """That of a part of the agent, or of a variable that a function uses."""
+def test_a_model_inside_an_agent_was_not_compared(tmp_path: Path, kind: str) -> None:
+    """It may belong to a part of the agent, or be a variable that a function uses."""
     train(tmp_path, resume=False, agent=agent_with(kind, "a"))
     with pytest.raises(TrainingError, match="got other values of models;"):
         train(tmp_path, agent=agent_with(kind, "b"))
     train(tmp_path, agent=agent_with(kind, "a"))
 
 
-def test_a_part_that_was_used_is_the_same(tmp_path: Path) -> None:
-    """Counters and lists that it fills are no settings."""
+def test_a_part_that_was_used_is_the_same_part(tmp_path: Path) -> None:
+    """Counters and lists that it fills are not settings."""
     guide = Strict(0.2, ["a"])
     train(tmp_path, resume=False, guide=guide)
     assert guide.calls
@@ -180,7 +180,7 @@ def test_a_part_that_was_used_is_the_same(tmp_path: Path) -> None:
 
 
 def test_more_epochs_are_allowed_and_fewer_are_not(tmp_path: Path) -> None:
-    """A finished run goes on."""
+    """A finished run continues with more epochs."""
     train(tmp_path, resume=False)
     assert len(train(tmp_path, num_epochs=2).history) == 4
     with pytest.raises(TrainingError, match=r"got other values of num_epochs;"):
@@ -188,7 +188,7 @@ def test_more_epochs_are_allowed_and_fewer_are_not(tmp_path: Path) -> None:
 
 
 def test_identities_are_the_same_in_another_process() -> None:
-    """The order of a set among the constants of a function differs from process to process."""
+    """The order of a set among a function's constants differs between processes."""
     code = (
         "from aggregator.training.checkpoints import identity_of\n"
         "print(identity_of(lambda x: x in {'a', 'b', 'c', 'd', 'e'}))"
@@ -229,7 +229,7 @@ def arrays() -> list[tuple[str, Callable[[int], Any]]]:
 
 @pytest.mark.parametrize("number", range(5))
 def test_the_bytes_of_arrays_are_compared(tmp_path: Path, number: int) -> None:
-    """Their repr leaves out the middle, so that a changed data set was accepted."""
+    """Their repr leaves out the middle, so a changed data set was accepted."""
     _, make = arrays()[number]
 
     class Ignores(Adder):

@@ -45,7 +45,7 @@ def learner(agent: Any, reply: Any = from_feedback, *, kind: Any = Minibatch, **
 
 
 def test_a_proposal_waited_for_the_slowest_rollout() -> None:
-    """Each is asked as its rollout arrives: here the last rollout ends only once all other proposals are made."""
+    """Each proposal starts when its rollout arrives: here the last rollout ends after all other proposals."""
     proposed = 0
     others = asyncio.Event()
 
@@ -68,7 +68,7 @@ def test_a_proposal_waited_for_the_slowest_rollout() -> None:
 
 
 class Elsewhere:
-    """An executor that notes what it is given, and runs it here, the last task first."""
+    """An executor that records its tasks and runs them here, the last one first."""
 
     def __init__(self) -> None:
         self.tasks: list[RolloutTask] = []
@@ -83,7 +83,7 @@ class Elsewhere:
     "options", [{}, {"kind": Trainer, "search": beam(2)}, {"kind": Trainer, "propose_per": "batch"}]
 )
 def test_all_rollouts_go_through_the_executor(options: Any) -> None:
-    """Those of the minibatch, of trials and of the test set; the result is the same."""
+    """This includes the minibatch, trials and the test set; the result is the same."""
     executor = Elsewhere()
     results = [
         learner(Adder(), suggest(amount=5), gate=improves_on_batch(), executor=given, **options).train(
@@ -98,15 +98,15 @@ def test_all_rollouts_go_through_the_executor(options: Any) -> None:
 
 
 @pytest.mark.parametrize("executor", [5, LocalExecutor, object()])
-def test_an_executor_that_is_none(executor: Any) -> None:
+def test_an_invalid_executor(executor: Any) -> None:
     """It is refused at construction."""
     with pytest.raises(ConfigError, match=r"Expected an executor such as LocalExecutor\(8\)"):
         learner(Adder(), executor=executor)
 
 
 @pytest.mark.parametrize("executor", [Elsewhere(), LocalExecutor(2)])
-def test_an_executor_for_an_agent_that_takes_batches_is_not_ignored(executor: Any) -> None:
-    """The agent's own framework runs its rollouts, so an executor would get none: refused at construction."""
+def test_an_executor_for_a_batch_agent_is_refused(executor: Any) -> None:
+    """The agent's framework runs its rollouts, so an executor would get none."""
     with pytest.raises(ConfigError, match=r"Expected no executor for an agent that takes batches, got .* for Batches"):
         learner(Batches(), executor=executor)
 
@@ -116,8 +116,8 @@ class Own(AggregatedUpdate):
         return {"amount": 5}
 
 
-def test_an_overridden_forward_runs_here_or_not_at_all() -> None:
-    """Another process has no trainer to call it on: at construction, not after the first minibatch."""
+def test_an_overridden_forward_is_refused_with_a_remote_executor() -> None:
+    """Another process has no trainer to call it on: the error is raised at construction."""
     with pytest.raises(ConfigError, match="Expected an executor of this process beside an overridden forward"):
         Own(Adder(), None, rule=majority, executor=Elsewhere())
     Own(Adder(), None, rule=majority, executor=LocalExecutor(2)).train(exact, DATA)
@@ -126,7 +126,7 @@ def test_an_overridden_forward_runs_here_or_not_at_all() -> None:
 
 
 class Batches:
-    """An agent of a framework: it takes whole batches, applies the values itself, and yields at the end."""
+    """A framework's agent: it takes whole batches, applies the values itself, and yields at the end."""
 
     max_concurrency: int | None = None
 
@@ -154,8 +154,8 @@ class Batches:
             yield i, Rollout(sample_id=sample.id, output=output, score=score, feedback=feedback)
 
 
-def test_an_agent_that_takes_batches_is_trained() -> None:
-    """It gets the minibatch at once, a gate's trial and the test set too; rollouts are in the samples' order."""
+def test_a_batch_agent_is_trained() -> None:
+    """It gets the minibatch at once, as well as a gate's trial and the test set; rollouts are in the samples' order."""
     agent = Batches()
     reports: list[Any] = []
     trainer = learner(agent, gate=improves_on_batch(), observers=[reports.append])
@@ -180,7 +180,7 @@ def test_candidates_of_a_batch_agent_never_share_a_batch(isolation: Any) -> None
 
 
 def test_an_agent_that_scores_itself_is_trained_without_a_guide() -> None:
-    """It gets None for the guide, as the Protocol says; an agent of single instances needs one."""
+    """It gets None as the guide, as the Protocol states; an agent of single instances needs one."""
 
     class Own(Batches):
         async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
@@ -195,8 +195,8 @@ def test_an_agent_that_scores_itself_is_trained_without_a_guide() -> None:
         learner(Adder()).train(None, DATA)
 
 
-def test_an_error_that_ends_the_run_leaves_a_batch_at_once() -> None:
-    """It is raised by itself, and nothing waits for rollouts that never come."""
+def test_an_error_that_ends_the_run_cancels_a_batch_at_once() -> None:
+    """It is raised alone, and nothing waits for the missing rollouts."""
 
     class Broken(Batches):
         async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
@@ -207,8 +207,8 @@ def test_an_error_that_ends_the_run_leaves_a_batch_at_once() -> None:
         learner(Broken()).train(exact, DATA, batch_size=4)
 
 
-def test_a_batch_that_breaks_off_is_the_failure_of_its_instances() -> None:
-    """What had been yielded counts, the others have failed with that error."""
+def test_a_batch_that_raises_fails_its_remaining_instances() -> None:
+    """The rollouts yielded before count; the others have failed with that error."""
 
     class Broken(Batches):
         async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
@@ -221,8 +221,8 @@ def test_a_batch_that_breaks_off_is_the_failure_of_its_instances() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_an_agents_own_limit_bounds_its_rollouts_not_its_proposals(limit: int) -> None:
-    """As many at once as the agent allows, while the other instances' proposals are made."""
+def test_an_agents_own_limit_bounds_only_its_rollouts(limit: int) -> None:
+    """The agent's max_concurrency limits rollouts while other instances' proposals are made."""
     running = most = overlapping = 0
 
     class Limited(InstanceAgent):
@@ -253,7 +253,7 @@ def test_an_agents_own_limit_bounds_its_rollouts_not_its_proposals(limit: int) -
 
 
 def test_a_plain_function_is_trained_and_saved(tmp_path: Path) -> None:
-    """Its keyword-only arguments change for every caller, and are written as a Module's are."""
+    """Its keyword-only arguments change for every caller, and are saved like a Module's."""
 
     async def greet(x: str, *, word: str = "hi") -> str:
         return f"{word} {x}"
@@ -274,7 +274,7 @@ def test_a_plain_function_is_trained_and_saved(tmp_path: Path) -> None:
 
 
 def test_observers_see_every_rollout_without_its_handle() -> None:
-    """Of the minibatch, of trials and of the test set; what belongs to an adapter stays there."""
+    """This includes the minibatch, trials and the test set; the handle stays with its adapter."""
     seen: list[Rollout] = []
 
     class Watching(Observer):

@@ -1,4 +1,4 @@
-"""Rules: pure, deterministic, closed under chain; their laws and what they keep."""
+"""Rules are pure, deterministic and closed under chain; their laws and what they preserve."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ STEPSIZES = st.floats(0, 1)
 
 
 def written(proposals: Sequence[Proposal]) -> list[bytes]:
-    """Every byte of what a rule returned; 1, 1.0 and True differ."""
+    """Return a rule's result as text that distinguishes 1, 1.0 and True."""
     return [key_of(found) for found in proposals]
 
 
@@ -85,7 +85,7 @@ def written(proposals: Sequence[Proposal]) -> list[bytes]:
 @given(batch=batches(), name=NAMES, stepsize=STEPSIZES)
 @settings(max_examples=40, deadline=None)
 def test_identity_is_neutral(batch: list[Proposal], name: str, stepsize: float) -> None:
-    """identity before or after a rule changes nothing, nor does chain() or a chain of one."""
+    """identity before or after a rule changes nothing; neither does chain() or a chain of one."""
     rule = RULES[name]
     alone = written(run(rule, batch, stepsize=stepsize))
     for same in (chain(identity, rule), chain(rule, identity), chain(rule), chain(chain(), rule)):
@@ -95,7 +95,7 @@ def test_identity_is_neutral(batch: list[Proposal], name: str, stepsize: float) 
 @given(batch=batches(), names=st.tuples(NAMES, NAMES, NAMES), stepsize=STEPSIZES)
 @settings(max_examples=40, deadline=None)
 def test_chain_is_associative(batch: list[Proposal], names: tuple[str, str, str], stepsize: float) -> None:
-    """However a chain is bracketed, it does the same."""
+    """Any grouping of a chain gives the same result."""
     a, b, c = (RULES[name] for name in names)
     flat = written(run(chain(a, b, c), batch, stepsize=stepsize))
     assert written(run(chain(chain(a, b), c), batch, stepsize=stepsize)) == flat
@@ -113,7 +113,7 @@ def test_selection_is_idempotent(batch: list[Proposal], name: str) -> None:
 @given(batch=batches(), name=NAMES)
 @settings(max_examples=40, deadline=None)
 def test_rules_are_pure(batch: list[Proposal], name: str) -> None:
-    """A rule changes neither the proposals nor the current values, and answers the same each time."""
+    """A rule changes neither the proposals nor the current values, and returns the same each time."""
     current = dict(CURRENT)
     before = written(batch)
     first = run(RULES[name], batch, current=current)
@@ -124,7 +124,7 @@ def test_rules_are_pure(batch: list[Proposal], name: str) -> None:
 @given(batch=batches(), order=st.randoms(use_true_random=False), name=st.sampled_from(["majority", "best_of"]))
 @settings(max_examples=40, deadline=None)
 def test_merging_does_not_depend_on_order(batch: list[Proposal], order: Any, name: str) -> None:
-    """However the proposals are shuffled, one comes out, the same one: ties go by sample."""
+    """Shuffled proposals merge into the same one: ties are decided by sample."""
     shuffled = list(batch)
     order.shuffle(shuffled)
     assert written(run(RULES[name], batch)) == written(run(RULES[name], shuffled))
@@ -137,7 +137,7 @@ def test_merging_does_not_depend_on_order(batch: list[Proposal], order: Any, nam
 )
 @settings(max_examples=100, deadline=None)
 def test_mean_does_not_depend_on_order(numbers: list[float], order: Any, stepsize: float) -> None:
-    """However the proposals are shuffled, the mean is the same to the last bit: sums are exact."""
+    """Shuffled proposals have the same mean to the last bit: sums are exact."""
     batch = [proposal(i, t=number) for i, number in enumerate(numbers)]
     shuffled = list(batch)
     order.shuffle(shuffled)
@@ -150,8 +150,8 @@ def test_mean_does_not_depend_on_order(numbers: list[float], order: Any, stepsiz
     name=st.sampled_from(["without_failed", "dedupe", "top_k"]),
 )
 @settings(max_examples=40, deadline=None)
-def test_selection_takes_the_same_whatever_the_order(batch: list[Proposal], order: Any, name: str) -> None:
-    """Shuffled proposals give the same ones, in the shuffled order."""
+def test_selection_does_not_depend_on_order(batch: list[Proposal], order: Any, name: str) -> None:
+    """Shuffled proposals give the same selection, in the shuffled order."""
     shuffled = list(batch)
     order.shuffle(shuffled)
     assert sorted(written(run(RULES[name], batch))) == sorted(written(run(RULES[name], shuffled)))
@@ -160,7 +160,7 @@ def test_selection_takes_the_same_whatever_the_order(batch: list[Proposal], orde
 @given(batch=batches(), name=st.sampled_from(["identity", "dedupe"]))
 @settings(max_examples=40, deadline=None)
 def test_nothing_is_dropped_silently(batch: list[Proposal], name: str) -> None:
-    """Support and sample ids of all proposals are still there."""
+    """Support and sample ids of all proposals are kept."""
     found = run(RULES[name], batch)
     assert sum(one.support for one in found) == sum(one.support for one in batch)
     assert sorted(i for one in found for i in one.sample_ids) == sorted(i for one in batch for i in one.sample_ids)
@@ -168,7 +168,7 @@ def test_nothing_is_dropped_silently(batch: list[Proposal], name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_no_proposals(name: str) -> None:
-    """Nothing in, nothing out."""
+    """No proposals give no proposals."""
     assert list(run(RULES[name], [])) == []
 
 
@@ -176,7 +176,7 @@ def test_no_proposals(name: str) -> None:
 
 
 def test_chain_runs_from_left_to_right() -> None:
-    """The stepsize and the current values reach every rule, the proposals pass through them in order."""
+    """Every rule gets the stepsize and the current values; the proposals pass through in order."""
     seen: list[tuple[int, float, Values]] = []
 
     async def watch(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
@@ -189,13 +189,13 @@ def test_chain_runs_from_left_to_right() -> None:
 
 
 def test_without_failed() -> None:
-    """A proposal that carries an error is dropped; one without values is not a failure."""
+    """A proposal with an error is dropped; one without values is not a failure."""
     kept = [proposal(0, k=1), proposal(2)]
     assert run(without_failed, [kept[0], Proposal(values={"k": 9}, error="cut off", sample_ids=(1,)), kept[1]]) == kept
 
 
 def test_dedupe_counts_support() -> None:
-    """Three instances that ask for the same count as one of support 3: ids in order, feedback once, mean score."""
+    """Three equal proposals become one of support 3: ids in order, feedback once, mean score."""
     failure = Failure(stage="agent", error="ValueError", message="no")
     batch = [
         Proposal(values={"k": 1, "p": "a"}, score=0.2, feedback="late", reasoning="one", sample_ids=(4,)),
@@ -210,19 +210,19 @@ def test_dedupe_counts_support() -> None:
     assert other is batch[1]
 
 
-def test_dedupe_tells_types_apart() -> None:
-    """1, 1.0 and True are three proposals; so are two empty ones, of which nothing says that they mean the same."""
+def test_dedupe_distinguishes_types() -> None:
+    """1, 1.0 and True are three proposals; two empty ones are not merged either, as their meanings may differ."""
     assert len(run(dedupe, [proposal(0, k=1), proposal(1, k=1.0), proposal(2, k=True)])) == 3
     assert len(run(dedupe, [proposal(0), proposal(1)])) == 2
 
 
-def test_dedupe_takes_values_that_json_does_not_know() -> None:
-    """Values of any type can be compared; sets by what they hold."""
+def test_dedupe_accepts_values_that_json_does_not_support() -> None:
+    """Values of any type can be compared; sets by their elements."""
     assert len(run(dedupe, [proposal(0, k={"b", "a"}), proposal(1, k={"a", "b"}), proposal(2, k=3 + 1j)])) == 2
 
 
 def test_top_k() -> None:
-    """The best by score, in the order they came; of equal ones the earlier sample, unknown scores last."""
+    """The best by score, in input order; of equal ones the earlier sample, unknown scores last."""
     batch = [proposal(i, score=score, k=i) for i, score in enumerate([0.1, None, 0.9, 0.5, 0.5])]
     assert [one.values["k"] for one in run(top_k(2), batch)] == [2, 3]
     assert [one.values["k"] for one in run(top_k(9), batch)] == [0, 1, 2, 3, 4]
@@ -231,7 +231,7 @@ def test_top_k() -> None:
 
 
 @pytest.mark.parametrize("k", [0, -1, 1.5, True, "2"])
-def test_top_k_of_nothing(k: Any) -> None:
+def test_top_k_needs_a_positive_int(k: Any) -> None:
     """k is an int of at least 1."""
     with pytest.raises(ConfigError, match="Expected top_k of an int of at least 1"):
         top_k(k)
@@ -239,7 +239,7 @@ def test_top_k_of_nothing(k: Any) -> None:
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: majority")
 def test_majority_counts_instances() -> None:
-    """A value with more instances behind it wins; a proposal that leaves a parameter out does not vote on it."""
+    """The value with more instances wins; a proposal without the parameter does not vote on it."""
     batch = [
         Proposal(values={"p": "a"}, support=3, sample_ids=(0, 1, 2)),
         proposal(3, p="b", k=7),
@@ -253,31 +253,31 @@ def test_majority_counts_instances() -> None:
 
 @pytest.mark.requirement("Trace's defect 21: failed proposals voted for the current value")
 def test_failed_proposals_do_not_vote_for_the_current_value() -> None:
-    """Empty proposals are no votes: four that ended with TERMINATE do not outweigh the one that asks for a change."""
+    """Empty proposals are not votes: four that ended with TERMINATE do not outweigh one that asks for a change."""
     batch = [proposal(i) for i in range(4)] + [proposal(4, p="new")]
     assert run(majority, batch)[0].values == {"p": "new"}
 
 
 @pytest.mark.parametrize(("stepsize", "values"), [(1.0, ["b"]), (0.5, ["b"]), (0.4, []), (0.0, [])])
 def test_majority_weighs_the_current_value(stepsize: float, values: list[str]) -> None:
-    """The current value has the vote 1 - stepsize; it stays where it weighs more, and always at stepsize 0."""
+    """The current value has the vote 1 - stepsize; it wins if that is more, and always at stepsize 0."""
     assert [one.values["p"] for one in run(majority, [proposal(0, p="b")], stepsize=stepsize)] == values
 
 
 def test_majority_at_stepsize_zero_adds_nothing() -> None:
-    """At stepsize 0 not even a value for which there is no current one goes in."""
+    """At stepsize 0 no value is added, even for a parameter without a current one."""
     assert run(majority, [proposal(0, new=1)], stepsize=0.0) == []
 
 
 def test_majority_tie_goes_to_the_earlier_sample() -> None:
-    """Of two values with equal votes the one of the lower sample id wins, in any order of arrival."""
+    """Of two values with equal votes the one with the lower sample id wins, in any order."""
     batch = [proposal(3, p="late"), proposal(1, p="early")]
     assert run(majority, batch)[0].values == {"p": "early"}
     assert run(majority, batch[::-1])[0].values == {"p": "early"}
 
 
 def test_mean_moves_by_the_stepsize() -> None:
-    """A number goes stepsize of the way to the mean of what is proposed, weighed by support."""
+    """A number moves by stepsize towards the mean of the proposals, weighted by support."""
     batch = [Proposal(values={"t": 0.9}, support=3, sample_ids=(0,)), proposal(1, t=0.1)]
     for stepsize, expected in ((0.0, 0.5), (0.5, 0.6), (1.0, 0.7)):
         assert run(mean, batch, stepsize=stepsize)[0].values["t"] == pytest.approx(expected)
@@ -285,13 +285,13 @@ def test_mean_moves_by_the_stepsize() -> None:
 
 @pytest.mark.parametrize(("proposed", "moved"), [([3, 4], 3), ([5, 5], 4), ([9], 6), ([3, 3], 2), ([1, 2], 2)])
 def test_mean_keeps_an_int_an_int(proposed: list[int], moved: int) -> None:
-    """An int stays one: rounded to the nearest, halves to even."""
+    """The mean of ints is rounded to the nearest int, halves to even."""
     (merged,) = run(mean, [proposal(i, k=k) for i, k in enumerate(proposed)])
     assert merged.values == {"k": moved}
     assert type(merged.values["k"]) is int
 
 
-def test_mean_leaves_what_is_no_number() -> None:
+def test_mean_leaves_other_types() -> None:
     """Text and booleans stay in their proposals for the next rule; mean then majority merges all."""
     batch = [proposal(0, t=0.9, p="a"), proposal(1, t=0.7), proposal(2, on=False)]
     moved, text, flag = run(mean, batch)
@@ -300,20 +300,20 @@ def test_mean_leaves_what_is_no_number() -> None:
     assert [sorted(one.values) for one in run(chain(mean, majority), batch)] == [["on", "p", "t"]]
 
 
-def test_mean_of_a_value_that_is_not_numeric_everywhere() -> None:
-    """One proposal of another type makes the parameter not numeric: no number is made of text."""
+def test_mean_of_a_value_that_is_not_always_numeric() -> None:
+    """One proposal of another type makes the parameter non-numeric: text is not converted to a number."""
     batch = [proposal(0, t=0.9), proposal(1, t="0.7")]
     assert run(mean, batch) == batch
 
 
 def test_mean_is_exact() -> None:
-    """Sums are exact: huge and tiny numbers do not swallow one another."""
+    """Sums are exact: huge and tiny numbers are both counted."""
     batch = [proposal(0, t=1e16), proposal(1, t=1.0), proposal(2, t=-1e16)]
     assert run(mean, batch, stepsize=1.0)[0].values["t"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("number", [10**400, float("nan"), float("inf")])
-def test_mean_leaves_numbers_beyond_reckoning(number: float) -> None:
-    """NaN, infinity and an int that no float holds are nothing to average; the typed check refuses them."""
+def test_mean_leaves_numbers_that_cannot_be_averaged(number: float) -> None:
+    """NaN, infinity and an int too large for a float are left out; the typed check refuses them."""
     batch = [proposal(0, t=number), proposal(1, t=0.5)]
     assert run(mean, batch) == batch

@@ -1,4 +1,4 @@
-"""A budget counts every call of a run, and the run ends with what it reached when it is used up."""
+"""A budget counts every call of a run, and an exhausted budget ends the run with its partial result."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_no_call_is_made_beyond_the_budget(
     assert (len(caught.value.result.history) > 0) == (calls >= 30)
 
 
-def test_a_run_goes_on_with_a_larger_budget(server: SimulatedModel, tmp_path: Path) -> None:
-    """What was paid is not paid again, and the result is that of a run that was never short."""
+def test_a_run_continues_with_a_larger_budget(server: SimulatedModel, tmp_path: Path) -> None:
+    """Paid calls are not repeated, and the result equals that of a run with enough budget."""
     train(server.base_url, run_dir=tmp_path / "whole")
     unbroken = paid(server)
     with pytest.raises(BudgetExceededError):
@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_a_larger_budget(server: SimulatedModel, tmp_path: Pa
 
 @pytest.mark.parametrize("calls", [40, 70])
 def test_a_budget_survives_a_resume(server: SimulatedModel, tmp_path: Path, calls: int) -> None:
-    """The same limit was granted again to each resume; now all of them together spend what one run does."""
+    """Each resume got the whole limit again; now all of them together spend what one run does."""
     whole = Budget(calls=1000)
     train(server.base_url, run_dir=tmp_path / "whole", budget=whole)
     before = paid(server)
@@ -78,7 +78,7 @@ def test_a_budget_survives_a_resume(server: SimulatedModel, tmp_path: Path, call
 
 
 def test_a_budget_counted_a_replay_of_the_interrupted_step_twice(server: SimulatedModel, tmp_path: Path) -> None:
-    """One budget, one process: interrupted in the middle of a step and resumed, it has spent what was paid."""
+    """With one budget in one process, a run interrupted in a step and resumed has spent what was paid."""
     budget = Budget(calls=1000)
 
     class Interrupting(Observer):
@@ -98,8 +98,8 @@ def test_a_budget_counted_a_replay_of_the_interrupted_step_twice(server: Simulat
     assert budget.reserved == Spending()
 
 
-def test_a_budget_that_saw_a_run_counts_it_once(server: SimulatedModel, tmp_path: Path) -> None:
-    """A finished run that is resumed in the same process costs nothing more."""
+def test_a_budget_counts_a_finished_run_once(server: SimulatedModel, tmp_path: Path) -> None:
+    """Resuming a finished run in the same process costs nothing."""
     budget = Budget(calls=1000)
     train(server.base_url, run_dir=tmp_path / "run", budget=budget)
     spent = budget.spent
@@ -111,7 +111,7 @@ def test_a_budget_that_saw_a_run_counts_it_once(server: SimulatedModel, tmp_path
 
 
 def test_one_budget_serves_several_runs(server: SimulatedModel) -> None:
-    """Two runs with models of their own share what is left."""
+    """Two runs with their own models share the remaining budget."""
     train(server.base_url)
     one_run = paid(server)
     budget = Budget(calls=one_run + 10)
@@ -122,7 +122,7 @@ def test_one_budget_serves_several_runs(server: SimulatedModel) -> None:
 
 
 def test_a_budget_around_a_run_counts_it_too(server: SimulatedModel) -> None:
-    """A run without a budget still counts in the one that its caller opened."""
+    """A run without a budget counts in the one that its caller opened."""
     outer = Budget(calls=20)
     with pytest.raises(BudgetExceededError), spending(outer):
         train(server.base_url)
@@ -130,15 +130,15 @@ def test_a_budget_around_a_run_counts_it_too(server: SimulatedModel) -> None:
 
 
 def test_usage_without_a_price_is_a_warning(server: SimulatedModel) -> None:
-    """An unknown cost is not 0: one warning counts the calls of each role."""
+    """An unknown cost is not 0: one warning gives the number of calls of each role."""
     result = train(server.base_url)
     assert {role: usage.cost for role, usage in result.usage.items()} == dict.fromkeys(result.usage)
     calls = ", ".join(f"{role} {usage.calls}" for role, usage in result.usage.items())
     assert [warning.split(";")[0] for warning in result.warnings] == [f"the cost of these calls is unknown: {calls}"]
 
 
-def test_calls_of_a_thread_that_is_older_than_the_run_are_warned_of() -> None:
-    """Work that goes through a queue takes no context along: budget and transcript stay empty, which was silent."""
+def test_calls_of_a_thread_older_than_the_run_give_a_warning() -> None:
+    """Work passed through a queue has no context: budget and transcript silently stayed empty."""
     asked: queue.Queue[tuple[str, queue.Queue[str]]] = queue.Queue()
     llm = LLM("openai/gpt-4o-mini", api_key="none", transport=FakeTransport("no"))
 

@@ -1,4 +1,4 @@
-"""Training code parameters in the sandbox: what goes out of bounds becomes feedback, and the run goes on."""
+"""Code parameters in the sandbox: a violation becomes feedback, and the run continues."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Agent(Module):
 
 
 class Scripted:
-    """An optimizer that proposes one body after the other and keeps the feedback it was given."""
+    """An optimizer that proposes given bodies in order and records its feedback."""
 
     def __init__(self, bodies: Sequence[str]) -> None:
         self.parameters = None
@@ -60,8 +60,8 @@ def _no_worker_is_left() -> Iterator[None]:
         ("    import socket\n    socket.socket()", "it tried to use the network"),
     ],
 )
-def test_bad_code_ends_as_feedback_and_the_run_goes_on(body: str, feedback: str) -> None:
-    """An endless loop, a memory bomb, a fork bomb, a file write, a socket: feedback for the instance, then a repair."""
+def test_bad_code_becomes_feedback_and_the_run_continues(body: str, feedback: str) -> None:
+    """Endless loop, memory bomb, fork bomb, file write and socket become feedback, then the code is repaired."""
     agent = Agent()
     optimizer = Scripted([body, "    return 2 * x", "    return 2 * x"])
     trainer = Minibatch(agent, optimizer, rule=majority, observers=())

@@ -38,34 +38,34 @@ def train(
 
 
 @pytest.mark.parametrize("kind", [AggregatedUpdate, MinibatchAlgorithm])
-def test_nothing_is_asked_about_instances_that_are_all_right(kind: Any) -> None:
-    """Every instance has the maximum: the optimizer is not called, the value stays."""
+def test_the_optimizer_is_not_called_if_all_instances_are_right(kind: Any) -> None:
+    """Every instance has the maximum: the value stays."""
     result, asked, _ = train(kind, additions(1), skip_perfect=True)
     assert (asked.asked, result.parameters["amount"]) == ([], 1)
 
 
-def test_every_instance_is_asked_about_unless_the_option_is_given() -> None:
-    """The seed's behaviour is the default."""
+def test_every_instance_gets_a_proposal_by_default() -> None:
+    """This is the seed's behaviour."""
     _, asked, _ = train(AggregatedUpdate, additions(1))
     assert len(asked.asked) == 4
 
 
-def test_the_optimizer_of_a_whole_minibatch_sees_what_is_left() -> None:
-    """A satisfied instance is left out of the one prompt."""
+def test_the_optimizer_of_a_whole_minibatch_sees_the_remaining_instances() -> None:
+    """A satisfied instance is left out of the prompt."""
     _, asked, _ = train(MinibatchAlgorithm, one_wrong(3), skip_perfect=True)
     (request,) = asked.asked
     assert section(request, "Output") == "1"
 
 
-def test_one_proposal_against_satisfied_instances_is_weighed_not_adopted() -> None:
-    """The merge is asked, and sees the support of the current value."""
+def test_one_proposal_against_satisfied_instances_is_merged() -> None:
+    """The merge is called, and sees the support of the current value."""
     result, asked, merged = train(AggregatedUpdate, one_wrong(10), skip_perfect=True, merge=lambda _: "TERMINATE")
     assert (len(asked.asked), len(merged.asked), result.parameters["amount"]) == (1, 1, 1)
     assert "confidence: 0.5\nsupport: 9\n" in merged.asked[0][-1]["content"]
 
 
-def test_the_maximum_is_declared_by_argument_or_guide_and_never_inferred() -> None:
-    """A guide without max_score needs the argument; the argument counts before the guide."""
+def test_the_maximum_is_declared_and_never_inferred() -> None:
+    """A guide without max_score needs the argument; the argument overrides the guide."""
     with pytest.raises(ConfigError, match="declared maximum"):
         train(AggregatedUpdate, additions(1), guide=fives, skip_perfect=True)
     _, asked, _ = train(AggregatedUpdate, additions(1), guide=fives, skip_perfect=True, max_score=5.0)
@@ -76,13 +76,13 @@ def test_the_maximum_is_declared_by_argument_or_guide_and_never_inferred() -> No
 
 @pytest.mark.parametrize("options", [{"skip_perfect": "yes"}, {"skip_perfect": True, "max_score": float("nan")}])
 def test_invalid_options_are_refused_before_the_first_call(options: dict[str, Any]) -> None:
-    """What is no bool and no finite number names the argument."""
+    """The error for a value that is not a bool or a finite number names the argument."""
     with pytest.raises(ConfigError, match=r"skip_perfect|max_score"):
         train(AggregatedUpdate, additions(1), **options)
 
 
 def test_a_crash_is_never_satisfied() -> None:
-    """An agent that fails with min_score at the maximum is still proposed for."""
+    """An agent that fails gets a proposal even if min_score is the maximum."""
 
     class Broken(Adder):
         async def forward(self, x: int) -> int:
@@ -98,7 +98,7 @@ def test_a_crash_is_never_satisfied() -> None:
 
 
 def test_an_overridden_forward_that_calls_ours_skips_too() -> None:
-    """`super().forward` asks for nothing if the instance is satisfied."""
+    """`super().forward` makes no call if the instance is satisfied."""
 
     class Own(AggregatedUpdate):
         async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
@@ -119,14 +119,14 @@ def test_majority_counts_satisfied_instances_as_votes_for_the_current_value() ->
 
 
 def test_mean_counts_satisfied_instances_as_proposals_of_the_current_value() -> None:
-    """One proposal of 10 and three instances content with 2 have the mean 4."""
+    """One proposal of 10 and three instances satisfied with 2 have the mean 4."""
     step = Step(values={"k": 2.0}, stepsize=1.0, satisfied=3)
     assert call(mean, [Proposal(values={"k": 10.0})], step)[0].values == {"k": 4.0}
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_tree_of_merges_weighs_satisfied_instances_once_at_its_root(count: int) -> None:
-    """Only the last round states the support of the current value, and there is one also for a single proposal."""
+    """Only the last round states the support of the current value, and it also happens for a single proposal."""
     model = ScriptedModel(lambda _: json.dumps({"suggestion": {"amount": 50}}))
     step = Step.of(Adder())
     step = type(step)(values=step.values, parameters=step.parameters, satisfied=9)
@@ -136,7 +136,7 @@ def test_a_tree_of_merges_weighs_satisfied_instances_once_at_its_root(count: int
     assert sum(stated) == 1
 
 
-def test_a_choice_between_one_proposal_and_satisfied_instances_is_asked_for() -> None:
+def test_a_choice_between_one_proposal_and_satisfied_instances_is_made() -> None:
     """LLMChoice may keep the current value, which is number 0."""
     model = ScriptedModel(lambda _: json.dumps({"suggestion": {"choice": 0}}))
     step = Step(values={"amount": 1}, satisfied=2)

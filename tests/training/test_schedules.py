@@ -20,7 +20,7 @@ def values(schedule: Any, total: int) -> list[float]:
 
 
 def test_shapes() -> None:
-    """The course of each schedule over five steps."""
+    """The values of each schedule over five steps."""
     assert values(constant(0.3), 5) == [0.3] * 5
     assert values(linear(0.8, 0.4), 5) == [0.8, 0.7, 0.6, 0.5, 0.4]
     assert values(cosine(1.0, 0.0), 5) == [1.0, 0.853553, 0.5, 0.146447, 0.0]
@@ -29,7 +29,7 @@ def test_shapes() -> None:
 
 @given(start=STEPSIZES, end=STEPSIZES, run=RUNS)
 def test_schedules_stay_between_their_ends(start: float, end: float, run: tuple[int, int]) -> None:
-    """Every value lies between start and end; the first step has start, the last of several has end."""
+    """Every value is between start and end; the first step has start, the last of several has end."""
     step, total = run
     for make in (linear, cosine):
         schedule = make(start, end)
@@ -39,7 +39,7 @@ def test_schedules_stay_between_their_ends(start: float, end: float, run: tuple[
 
 
 def test_numbers_and_functions_become_schedules() -> None:
-    """`train(stepsize=...)` takes a number, a schedule, a function of the step alone, and integers 0 and 1."""
+    """`train(stepsize=...)` accepts a number, a schedule, a function of the step, and the ints 0 and 1."""
     assert as_schedule(0.5)(3, 10) == 0.5
     assert as_schedule(1)(3, 10) == 1.0
     assert as_schedule(linear(1, 0))(9, 10) == 0.0
@@ -49,7 +49,7 @@ def test_numbers_and_functions_become_schedules() -> None:
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan"), "0.5", None, True, [0.5]])
 def test_stepsize_outside_zero_and_one(wrong: Any) -> None:
-    """What is no number in [0, 1] is refused before the run begins."""
+    """A value that is not a number in [0, 1] is refused before the run begins."""
     for make in (constant, linear, cosine, as_schedule):
         with pytest.raises(ConfigError, match=r"Expected a stepsize in \[0, 1\]"):
             make(wrong)
@@ -58,7 +58,7 @@ def test_stepsize_outside_zero_and_one(wrong: Any) -> None:
 
 
 def test_function_that_leaves_the_range() -> None:
-    """A function's value is checked at its step, and the error names it."""
+    """A function's value is checked at its step, and the error names the step."""
     schedule = as_schedule(lambda step: step * 0.6)
     assert schedule(1, 3) == 0.6
     with pytest.raises(ConfigError, match=r"got 1.2 at step 2$"):
@@ -66,7 +66,7 @@ def test_function_that_leaves_the_range() -> None:
 
 
 def test_numpy_like_numbers() -> None:
-    """A number of another library is taken as a float."""
+    """A number of another library is converted to a float."""
 
     class Scalar:
         def __float__(self) -> float:

@@ -1,4 +1,4 @@
-"""Searches over several candidates at a time: what they find, what they remember, and that nothing mixes."""
+"""Searches over several candidates: what they find and remember, and that candidates stay separate."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SEARCHES: list[Callable[..., PrioritySearch]] = [
 
 
 def climb(make: Callable[..., Minibatch], steps: int = 8, **options: Any) -> tuple[int, TrainingResult]:
-    """Where a trainer ends that starts at 0 in the world with the trap."""
+    """Return where a trainer ends that starts at 0 in the landscape with the trap."""
     agent = Place()
     trainer = make(agent, optimizer(neighbours), num_proposals=2, **options)
     result = trainer.train(Height(TRAP), FOUR, batch_size=4, num_epochs=steps)
@@ -64,22 +64,22 @@ def climb(make: Callable[..., Minibatch], steps: int = 8, **options: Any) -> tup
 
 @pytest.mark.parametrize("make", [BasicSearchAlgorithm, SequentialSearch])
 def test_greedy_updates_stay_in_the_trap(make: Callable[..., Minibatch]) -> None:
-    """One candidate, kept if better, climbs the near hill and never goes through the valley."""
+    """A single candidate, kept if better, climbs the near hill and never crosses the valley."""
     assert climb(make)[0] == -1
 
 
 @pytest.mark.requirement("Trace: PrioritySearch", "Trace: BeamSearch")
 @pytest.mark.parametrize("make", [PrioritySearch, BeamSearch])
 def test_a_search_leaves_the_trap(make: Callable[..., Minibatch]) -> None:
-    """Candidates that are worse for now are remembered and built upon, until what comes of them is best."""
+    """Candidates that are worse for now are remembered and extended, until a descendant is best."""
     at, result = climb(make)
     assert at == 4
     assert [report.update["at"] for report in result.history if report.decision.accepted] == [-1, 3, 4]
     assert result.candidates[0].values == result.parameters == {"at": 4}
 
 
-def test_the_best_is_in_force_after_every_step() -> None:
-    """An interrupted search has lost nothing: the current values were never bettered by what it had tried."""
+def test_the_best_candidate_is_current_after_every_step() -> None:
+    """An interrupted search loses nothing: no tried candidate was better than the current values."""
     _, result = climb(PrioritySearch)
     heights = [TRAP[0]]
     for report in result.history:
@@ -88,8 +88,8 @@ def test_the_best_is_in_force_after_every_step() -> None:
 
 
 @pytest.mark.requirement("Trace: SequentialUpdate, SequentialSearch")
-def test_a_refused_candidate_is_told_with_its_reason() -> None:
-    """The optimizer of the next step can read of it in the history, as with every trainer."""
+def test_a_refused_candidate_is_in_the_history_with_its_reason() -> None:
+    """The next step's optimizer can read it, as with every trainer."""
     report = climb(SequentialSearch)[1].history[-1]
     assert report.update == {"at": 0}
     assert report.decision == Decision(
@@ -100,7 +100,7 @@ def test_a_refused_candidate_is_told_with_its_reason() -> None:
 @pytest.mark.requirement("Trace: PrioritySearch")
 @pytest.mark.parametrize("make", SEARCHES)
 def test_memory_is_bounded(make: Callable[..., PrioritySearch]) -> None:
-    """However long it runs, no more is remembered than was asked for, the current candidate among it."""
+    """A long search remembers no more than the given number, including the current candidate."""
     agent = Place()
     sizes = {PrioritySearch: {"num_candidates": 2, "memory_size": 3}, BeamSearch: {"num_candidates": 3}}
     options: dict[str, Any] = sizes.get(make, {})  # type: ignore[call-overload]
@@ -113,7 +113,7 @@ def test_memory_is_bounded(make: Callable[..., PrioritySearch]) -> None:
 
 
 def trials(**options: Any) -> dict[int, int]:
-    """How often three candidates were tried, of which no better one comes: 0.6 current, 0.5, 0.4."""
+    """Return the number of trials of three candidates that never improve: 0.6 (current), 0.5, 0.4."""
     search = PrioritySearch(
         Place(), optimizer(leads({0: [1, 2]})), num_candidates=2, num_proposals=2, memory_size=3, **options
     )
@@ -121,14 +121,14 @@ def trials(**options: Any) -> dict[int, int]:
     return {candidate.values["at"]: candidate.trials for candidate in result.candidates}
 
 
-def test_the_mean_always_explores_the_same() -> None:
-    """The third of two to be explored was tried when it was made, and never again."""
+def test_the_mean_always_explores_the_same_candidates() -> None:
+    """With two explored, the third is tried when it is made and never again."""
     assert trials() == {0: 36, 1: 36, 2: 4}
 
 
 @pytest.mark.requirement("Trace: PrioritySearch")
-def test_ucb_explores_the_little_tried() -> None:
-    """Its bound rises while others are tried, until it is its turn; with a constant of 0 the mean decides."""
+def test_ucb_explores_candidates_with_few_trials() -> None:
+    """Its bound rises while others are tried, until it is chosen; with a constant of 0 the mean decides."""
     tried = trials(score_function="ucb", ucb_exploration_constant=1.0)
     assert tried[0] == 36
     assert tried[2] >= 12
@@ -145,7 +145,7 @@ def skilled(x: int, output: int, info: Any) -> tuple[float, str]:
 
 
 def specialists(make: Callable[..., PrioritySearch]) -> tuple[list[str], list[str]]:
-    """What is remembered after the first step, and in the end, where only the specialists lead to the summit."""
+    """Return what is remembered after the first step and at the end, if only the specialists lead to the summit."""
     ahead = {i: [NAMES.index(name) for name in names] for i, names in {2: ["even", "odd", "tame"]}.items()}
     ahead |= {NAMES.index(name): [NAMES.index("all")] for name in ("even", "odd")}
     found = []
@@ -160,7 +160,7 @@ def specialists(make: Callable[..., PrioritySearch]) -> tuple[list[str], list[st
 
 @pytest.mark.requirement("Trace: ParetobasedPS")
 def test_pareto_keeps_specialists() -> None:
-    """A candidate that is best on some instances survives though its mean is low, and leads further."""
+    """A candidate that is best on some instances is kept although its mean is low, and leads further."""
     first, last = specialists(ParetoSearch)
     assert first[0] == "fair"
     assert first[1] in {"even", "odd"}
@@ -168,26 +168,26 @@ def test_pareto_keeps_specialists() -> None:
 
 
 def test_the_mean_drops_specialists() -> None:
-    """What tells the two searches apart: here the second best of the mean is kept, and the search ends."""
+    """This distinguishes the two searches: by the mean the second best is kept, and the search ends."""
     assert specialists(PrioritySearch) == (["fair", "tame"], ["fair", "tame"])
 
 
 def polite_or_right(x: int, output: int, info: int) -> Scores:
-    """The place 2 is right everywhere, the place 1 polite and a little right."""
+    """Place 2 is right everywhere, place 1 is polite and partly right."""
     return Scores({1: 0.5, 2: 1.0}.get(output, 0.0), {"politeness": 1.0 if output == 1 else 0.0}, "fb")
 
 
 @pytest.mark.parametrize(("names", "kept"), [((), [2]), (("politeness",), [2, 1])])
-def test_pareto_keeps_who_is_best_by_a_named_score(names: tuple[str, ...], kept: list[int]) -> None:
-    """Only the primary score counted: what is best by another objective was dropped."""
+def test_pareto_keeps_a_candidate_that_is_best_by_a_named_score(names: tuple[str, ...], kept: list[int]) -> None:
+    """Only the primary score counted: a candidate that was best by another objective was dropped."""
     search = pareto(scores=names, num_proposals=2, validate_dataset=FOUR)
     trainer = Trainer(Place(), optimizer(neighbours), propose_per="batch", search=search)
     result = trainer.train(polite_or_right, FOUR, batch_size=4, num_epochs=3)
     assert [candidate.values["at"] for candidate in result.candidates] == kept
 
 
-def test_a_named_score_that_no_rollout_has_is_refused() -> None:
-    """A misspelt name would keep nobody."""
+def test_an_unknown_named_score_is_refused() -> None:
+    """A misspelt name would keep no candidate."""
     trainer = Trainer(
         Place(), optimizer(neighbours), propose_per="batch", search=pareto(scores=["polite"], validate_dataset=FOUR)
     )
@@ -197,15 +197,15 @@ def test_a_named_score_that_no_rollout_has_is_refused() -> None:
         pareto(scores="cost")
 
 
-def test_pareto_drops_who_is_best_nowhere() -> None:
-    """Once a candidate is best everywhere, no other is kept."""
+def test_pareto_drops_a_candidate_that_is_best_nowhere() -> None:
+    """Once one candidate is best everywhere, no other is kept."""
     search = ParetoSearch(Place(), optimizer(neighbours), num_proposals=2, validate_dataset=FOUR)
     result = search.train(Height({1: 0.5, 2: 1.0}), FOUR, batch_size=4, num_epochs=3)
     assert [candidate.values["at"] for candidate in result.candidates] == [2]
 
 
 def additive(x: int, output: int, info: int) -> tuple[float, str]:
-    """The nearer the better, with feedback that from_feedback reads."""
+    """A nearer output scores higher, with feedback that from_feedback reads."""
     return 1 / (1 + abs(info - output)), f"expected {info}, got {output}" if output != info else "right"
 
 
@@ -230,7 +230,7 @@ def first_gap(messages: list[dict[str, Any]]) -> str:
 
 
 def bytes_of(make: Callable[..., PrioritySearch], path: Path, jitter: int | None = None, **options: Any) -> bytes:
-    """The result of a search as a file, with shuffled latencies where a seed for them is given."""
+    """Return a search's result as bytes, with shuffled latencies if a seed for them is given."""
     shuffle = random.Random(jitter)
     waits = {"jitter": (lambda: shuffle.randrange(9))} if jitter is not None else {}
     mode = options.pop("mode", {})
@@ -245,7 +245,7 @@ def bytes_of(make: Callable[..., PrioritySearch], path: Path, jitter: int | None
 def test_the_result_is_the_same_at_any_concurrency(
     make: Callable[..., PrioritySearch], mode: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Byte for byte, whatever finishes first; another seed is another run."""
+    """It is equal byte for byte in any order of completion; another seed gives another run."""
     first = bytes_of(make, tmp_path / "first", mode=mode, max_concurrency=1)
     for concurrency, jitter in ((8, 1), (64, 2), (64, 3)):
         assert bytes_of(make, tmp_path / "next", jitter, mode=mode, max_concurrency=concurrency) == first
@@ -279,7 +279,7 @@ def searched(make: Callable[..., PrioritySearch], run_dir: Path, cut_at: int | N
 def test_a_resumed_search_ends_with_the_same_bytes(
     make: Callable[..., PrioritySearch], cut_at: int, tmp_path: Path
 ) -> None:
-    """Its memory is part of the checkpoint: scores, ancestry and what was drawn."""
+    """Its memory is part of the checkpoint: scores, ancestry and random draws."""
     whole = searched(make, tmp_path / "whole")
     with pytest.raises(Cut):
         searched(make, tmp_path / "cut", cut_at)
@@ -288,7 +288,7 @@ def test_a_resumed_search_ends_with_the_same_bytes(
 
 
 def route(server: SimulatedModel, run_dir: Path, shuffle: int | None = None, **options: Any) -> TrainingResult:
-    """The demo's router, searched for over HTTP."""
+    """Search for the demo's router over HTTP."""
     transport = None if shuffle is None else Shuffled(shuffle, shared_transport())
     llm = LLM("openai-compatible/simulated-1", base_url=server.base_url, transport=transport)
     pairs = [(ticket.text, ticket.team) for ticket in tickets().train[:12]]
@@ -306,9 +306,9 @@ def route(server: SimulatedModel, run_dir: Path, shuffle: int | None = None, **o
 
 @pytest.mark.parametrize("share", [0.4, 0.5, 0.6, 0.97])
 def test_a_search_over_http_resumes_where_it_was_cut_off(share: float, tmp_path: Path) -> None:
-    """Cut off by its budget and gone on with, at other latencies: the same bytes, and nothing is paid twice.
+    """Ended by its budget and resumed, at other latencies, it has the same bytes, and nothing is paid for twice.
 
-    What was under way when the budget ended is finished, and so in the journal.
+    Calls in flight when the budget ended are finished, and therefore in the journal.
     """
     with SimulatedModel(seed=3) as server:
         whole = route(server, tmp_path / "whole")
@@ -324,8 +324,8 @@ def test_a_search_over_http_resumes_where_it_was_cut_off(share: float, tmp_path:
 
 
 @pytest.mark.parametrize("rule", [None, majority])
-def test_candidates_never_mix(rule: Any) -> None:
-    """Every prompt holds what one candidate did: its own parameter, and outputs and feedback that follow from it."""
+def test_candidates_are_never_mixed(rule: Any) -> None:
+    """Every prompt shows one candidate: its parameter, and the outputs and feedback that follow from it."""
     shuffle = random.Random(1)
     asked: list[list[dict[str, Any]]] = []
 
@@ -351,8 +351,8 @@ def test_candidates_never_mix(rule: Any) -> None:
             assert (int(got) - amount, int(expected)) in SCATTERED
 
 
-def test_candidates_run_side_by_side_within_the_limit() -> None:
-    """The runs of all candidates are one series of work: as many at once as the run allows, and no more."""
+def test_candidates_run_concurrently_within_the_limit() -> None:
+    """The rollouts of all candidates share one max_concurrency."""
 
     def most_at_once(limit: int) -> int:
         running, most = 0, 0
@@ -379,7 +379,7 @@ def test_candidates_run_side_by_side_within_the_limit() -> None:
 
 
 def test_a_rule_merges_the_proposals_of_one_candidate() -> None:
-    """With num_proposals groups of them; one group of one candidate, always taken, is AggregatedUpdate."""
+    """There are num_proposals groups; one group of one candidate, always accepted, is AggregatedUpdate."""
     merge = ScriptedModel(first_suggestion)
     search = SequentialUpdate(Adder(), LLMOptimizer(llm=ScriptedModel(from_feedback)), rule=LLMMerge(merge))
     other = ScriptedModel(first_suggestion)
@@ -399,7 +399,7 @@ def test_a_rule_merges_the_proposals_of_one_candidate() -> None:
 
 
 def test_there_are_no_more_groups_than_instances() -> None:
-    """A rule is never asked to merge nothing."""
+    """A rule never gets an empty list of proposals."""
     seen: list[int] = []
 
     async def counting(proposals: Any, step: Any) -> Any:
@@ -412,7 +412,7 @@ def test_there_are_no_more_groups_than_instances() -> None:
 
 
 def test_lineage_names_the_candidate_of_every_call() -> None:
-    """So a cassette tells the calls of two candidates apart, and a reader finds what became of one."""
+    """A cassette therefore distinguishes the calls of two candidates, and a reader can follow one."""
     model = ScriptedModel(neighbours)
     PrioritySearch(Place(), LLMOptimizer(llm=model), num_candidates=2, num_proposals=2).train(
         Height(TRAP), FOUR, batch_size=4, num_epochs=2
@@ -427,8 +427,8 @@ def test_lineage_names_the_candidate_of_every_call() -> None:
     ]
 
 
-def test_a_candidate_knows_where_it_comes_from() -> None:
-    """Its parent, its step, and the samples whose proposals made it; an update names all of them on its way."""
+def test_a_candidate_records_its_origin() -> None:
+    """It has its parent, its step and its samples; an update names all samples along its ancestry."""
     _, result = climb(PrioritySearch)
     family = {candidate.id: candidate for candidate in result.candidates}
     best = result.candidates[0]
@@ -439,7 +439,7 @@ def test_a_candidate_knows_where_it_comes_from() -> None:
 
 
 def runs_of(**options: Any) -> dict[int, int]:
-    """How many runs of the agent each place costs in two steps."""
+    """Return the number of rollouts of each place in two steps."""
     runs: dict[int, int] = {}
 
     class Counting(Place):
@@ -452,18 +452,18 @@ def runs_of(**options: Any) -> dict[int, int]:
     return runs
 
 
-def test_what_a_step_pays_for() -> None:
-    """The minibatch under each explored candidate, and once more under each new one."""
+def test_rollouts_of_a_step() -> None:
+    """The minibatch runs with each explored candidate, and once more with each new one."""
     assert runs_of() == {0: 4, 1: 4}
 
 
-def test_validation_is_paid_once_for_a_candidate() -> None:
-    """Every candidate runs on the validation set once, also the one that training begins with."""
+def test_a_candidate_is_validated_once() -> None:
+    """Every candidate runs on the validation set once, including the initial one."""
     assert runs_of(validate_dataset=[(i, None) for i in range(5)]) == {0: 4 + 5, 1: 2 + 5}
 
 
-def test_a_guide_of_its_own_judges_the_trials() -> None:
-    """Scores of the two guides are never compared: with validate_guide the explored ones are run again for it."""
+def test_a_separate_guide_judges_the_trials() -> None:
+    """Scores of two guides are never compared: with validate_guide the explored candidates are run again for it."""
     agent = Place()
     search = PrioritySearch(
         agent, optimizer(leads({0: [1, 2]})), num_proposals=2, validate_guide=lambda x, output, info: float(output)
@@ -474,8 +474,8 @@ def test_a_guide_of_its_own_judges_the_trials() -> None:
 
 
 @pytest.mark.requirement("Trace: SequentialUpdate, SequentialSearch")
-def test_sequential_update_always_goes_on() -> None:
-    """The successor is taken though it is worse, and no run of the agent is spent on finding that out."""
+def test_sequential_update_always_accepts() -> None:
+    """The successor is accepted although it is worse, and no rollout is spent on comparing."""
     runs = 0
 
     class Counting(Place):
@@ -490,8 +490,8 @@ def test_sequential_update_always_goes_on() -> None:
     assert {report.decision.reason for report in result.history} == {"the successor is always accepted"}
 
 
-def test_a_gate_may_refuse_what_is_best() -> None:
-    """It is remembered and explored nonetheless, since it may lead further."""
+def test_a_gate_may_refuse_the_best_candidate() -> None:
+    """The candidate is remembered and explored, because it may lead further."""
     agent = Place()
     gate = improves_on_validation([(0, None)], threshold=0.6)
     search = PrioritySearch(agent, optimizer(leads({0: [1], 1: [2]})), gate=gate)
@@ -503,8 +503,8 @@ def test_a_gate_may_refuse_what_is_best() -> None:
     assert agent.at.data == 2
 
 
-def test_a_value_of_the_wrong_type_is_no_candidate() -> None:
-    """It is in the failures; what else the proposal says is tried."""
+def test_a_value_of_the_wrong_type_makes_no_candidate() -> None:
+    """It is in the failures; the proposal's other values are tried."""
     agent = Place()
     search = PrioritySearch(agent, LLMOptimizer(llm=ScriptedModel(suggest(at="high"))))
     result = search.train(Height({}), FOUR, batch_size=4)
@@ -512,12 +512,12 @@ def test_a_value_of_the_wrong_type_is_no_candidate() -> None:
     assert [candidate.values for candidate in result.candidates] == [{"at": 0}]
 
 
-def test_the_same_values_are_one_candidate() -> None:
-    """Proposed twice, or known already, they are neither tried nor remembered again."""
+def test_equal_values_are_one_candidate() -> None:
+    """Values that were proposed twice or are known already are neither tried nor remembered again."""
     search = PrioritySearch(Place(), LLMOptimizer(llm=ScriptedModel(suggest(at=1))), num_proposals=3)
     result = search.train(Height({1: 1.0}), FOUR, batch_size=2)
     assert [(candidate.id, candidate.values["at"]) for candidate in result.candidates] == [("0.1", 1), ("0.0", 0)]
-    assert [report.proposals for report in result.history] == [3, 6]  # of both candidates, where there are two
+    assert [report.proposals for report in result.history] == [3, 6]  # of both candidates, if there are two
 
 
 class Unreliable(Place):
@@ -531,8 +531,8 @@ class Unreliable(Place):
         return await super().forward(x)
 
 
-def test_a_candidate_whose_trials_are_lost_is_not_taken() -> None:
-    """Lost calls are no score of 0, and no score of 1 either; they are in the failures."""
+def test_a_candidate_with_lost_trials_is_not_accepted() -> None:
+    """A lost call has no score, neither 0 nor 1; it is in the failures."""
     agent = Unreliable()
     search = SequentialSearch(agent, optimizer(leads({0: [1]})))
     result = search.train(Height({1: 1.0}), FOUR, batch_size=4)
@@ -543,8 +543,8 @@ def test_a_candidate_whose_trials_are_lost_is_not_taken() -> None:
     }
 
 
-def test_a_search_stops_where_too_much_is_lost() -> None:
-    """max_failure_ratio is held against the runs of all candidates together."""
+def test_a_search_stops_if_too_many_instances_are_lost() -> None:
+    """max_failure_ratio applies to the rollouts of all candidates together."""
 
     class Failing(Unreliable):
         lost_at = 0
@@ -555,8 +555,8 @@ def test_a_search_stops_where_too_much_is_lost() -> None:
     assert error.value.result.history == ()
 
 
-def test_an_error_that_ends_the_run_waits_for_what_is_under_way() -> None:
-    """The other proposals are paid for, so they are heard; then the run ends with what was reached."""
+def test_an_error_that_ends_the_run_waits_for_calls_in_flight() -> None:
+    """The other proposals are paid for, so they are awaited; then the run ends with its partial result."""
     heard: list[str] = []
 
     def refusing(messages: list[dict[str, Any]]) -> Any:
@@ -570,14 +570,14 @@ def test_an_error_that_ends_the_run_waits_for_what_is_under_way() -> None:
     assert heard == ["proposal=0", "proposal=1", "proposal=2"]
 
 
-def test_of_equal_candidates_the_newer_is_explored_first() -> None:
-    """So a search crosses a plateau instead of staying where it came in."""
+def test_the_newer_of_equal_candidates_is_explored_first() -> None:
+    """The search therefore crosses a plateau."""
     found = [Candidate(id=f"{i}.1", values={}, step=i, scores={"0": (0.5, 1)}) for i in (1, 3, 2)]
     assert [candidate.id for candidate in priority().rank(found)] == ["3.1", "2.1", "1.1"]
 
 
-def test_an_overridden_forward_is_run_under_every_candidate() -> None:
-    """What users override is honoured: it sees each candidate's values where it reads its agent."""
+def test_an_overridden_forward_is_run_for_every_candidate() -> None:
+    """It reads each candidate's values from its agent."""
     seen: list[int] = []
 
     class Own(PrioritySearch):
@@ -607,21 +607,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
-def test_bad_arguments_say_what_was_expected(arguments: dict[str, Any], message: str) -> None:
-    """They are refused when the search is made, before anything is paid."""
+def test_invalid_arguments_are_refused_at_construction(arguments: dict[str, Any], message: str) -> None:
+    """They are refused before anything is paid for."""
     options = {"optimizer": optimizer(neighbours), **arguments}
     with pytest.raises(ConfigError, match=message):
         PrioritySearch(Place(), options.pop("optimizer"), **options)
 
 
-def test_update_alone_has_no_memory_to_search() -> None:
-    """Unlike that of other trainers it works within train only, and says so."""
+def test_update_alone_has_no_pool() -> None:
+    """Unlike other trainers' update it works only within train, and its error says so."""
     with pytest.raises(ConfigError, match="Expected PrioritySearch.update to be called by train"):
         PrioritySearch(Place(), optimizer(neighbours)).update([])
 
 
 def test_additions_are_learnt_by_every_search() -> None:
-    """The plain case: each of them solves what AggregatedUpdate solves."""
+    """In the plain case each search solves what AggregatedUpdate solves."""
     for make in SEARCHES:
         agent = Adder()
         make(agent, optimizer(first_gap)).train(exact, additions(5), batch_size=4, num_epochs=2)
@@ -629,8 +629,8 @@ def test_additions_are_learnt_by_every_search() -> None:
 
 
 @pytest.mark.requirement("Trace: StreamingPrioritySearch")
-def test_new_candidates_may_be_tried_on_the_next_minibatch() -> None:
-    """Trace's streaming search: `due` returns nothing, and the bound of the untried is above all others."""
+def test_new_candidates_can_be_tried_on_the_next_minibatch() -> None:
+    """This is Trace's streaming search: `due` returns nothing, and an untried candidate has the highest bound."""
 
     class Streaming(Priority):
         def due(self, explored: Any, made: Any) -> list[Candidate]:
@@ -645,7 +645,7 @@ def test_new_candidates_may_be_tried_on_the_next_minibatch() -> None:
 
 
 class Crossing:
-    """A search of one's own that is no priority search: it crosses the halves of the two best candidates."""
+    """A custom search that is not a PrioritySearch: it crosses the halves of the two best candidates."""
 
     proposals = 1
     guide = None
@@ -667,8 +667,8 @@ class Crossing:
         return sorted(pool, key=lambda candidate: -(candidate.score or 0.0))[:4]
 
 
-def test_a_search_of_ones_own_may_make_candidates_by_itself() -> None:
-    """Whatever has the methods is a search; what it explores need not come from the pool."""
+def test_a_custom_search_can_create_candidates() -> None:
+    """Any object with the methods is a search; explored candidates need not come from the pool."""
     replies = iter([suggest(amount=5), suggest(label="total")])
 
     class Labelled(Adder):
@@ -687,8 +687,8 @@ def test_a_search_of_ones_own_may_make_candidates_by_itself() -> None:
 
 
 @pytest.mark.parametrize("search", [5, "beam", Priority, beam, object(), Crossing])
-def test_a_search_that_is_none(search: Any) -> None:
-    """It is refused at construction: a class in place of its instance, or something without the methods."""
+def test_an_invalid_search(search: Any) -> None:
+    """A class instead of its instance, or an object without the methods, is refused at construction."""
     with pytest.raises(ConfigError, match=r"Expected a search such as greedy, beam\(4\) or priority\(16\)"):
         Trainer(Place(), optimizer(neighbours), propose_per="batch", search=search)
 
@@ -703,8 +703,8 @@ def test_a_search_that_is_none(search: Any) -> None:
         (pareto(), ParetoSearch),
     ],
 )
-def test_a_search_as_a_value_is_its_face(made: Any, face: Any) -> None:
-    """`Trainer(search=...)` reaches the same result as the class of that name."""
+def test_a_search_argument_equals_its_trainer_class(made: Any, face: Any) -> None:
+    """`Trainer(search=...)` has the same result as the class of that name."""
     results = []
     for make in (face, partial(Trainer, propose_per="batch", search=made)):
         run = make(Place(), optimizer(leads({0: [2], 2: [3], 3: [4]})), observers=[])
@@ -726,8 +726,8 @@ def test_a_search_as_a_value_is_its_face(made: Any, face: Any) -> None:
         ("keep", 3, r"Wrong\.keep, got 3"),
     ],
 )
-def test_what_a_search_returns_is_looked_at(method: str, answer: Any, message: str) -> None:
-    """A search of one's own that returns something else is named, with what was expected."""
+def test_the_result_of_a_custom_search_is_checked(method: str, answer: Any, message: str) -> None:
+    """The error names the search, and says what was expected."""
     wrong = type("Wrong", (Priority,), {method: lambda *_: answer})()
     trainer = Trainer(Place(), optimizer(neighbours), propose_per="batch", search=wrong, observers=[])
     with pytest.raises(ConfigError, match=message):

@@ -47,7 +47,7 @@ SEED: dict[Any, dict[str, Any]] = {
 
 @pytest.mark.parametrize("function", list(SEED), ids=lambda function: function.__qualname__)
 def test_arguments_and_defaults_of_the_seed(function: Any) -> None:
-    """Every argument of the seed is there first, in its order, with its default; ours follow."""
+    """Every argument of the seed comes first, in order and with its default; ours follow."""
     parameters = [p for name, p in inspect.signature(function).parameters.items() if name != "self"]
     expected = SEED[function]
     assert [parameter.name for parameter in parameters[: len(expected)]] == list(expected)
@@ -56,16 +56,16 @@ def test_arguments_and_defaults_of_the_seed(function: Any) -> None:
 
 
 @pytest.mark.requirement("Trace's defect 4: use_asyncio did nothing")
-def test_no_argument_disappears_in_a_tunnel() -> None:
-    """No public trainer takes **kwargs: a mistyped argument is a TypeError, where Trace swallowed it."""
+def test_no_trainer_has_kwargs() -> None:
+    """A mistyped argument is a TypeError; Trace ignored it."""
     for kind in (AggregatedUpdate, Minibatch, BasicSearchAlgorithm):
         for name in ("__init__", "train", "atrain"):
             kinds = {parameter.kind for parameter in inspect.signature(getattr(kind, name)).parameters.values()}
             assert inspect.Parameter.VAR_KEYWORD not in kinds
 
 
-def test_the_two_faces_of_train_take_the_same() -> None:
-    """`train` and `atrain` have one signature."""
+def test_train_and_atrain_have_one_signature() -> None:
+    """Both accept the same arguments."""
     assert inspect.signature(Minibatch.train) == inspect.signature(Minibatch.atrain)
 
 
@@ -76,6 +76,6 @@ def test_our_own_defaults() -> None:
 
 
 def test_the_prompts_are_class_attributes() -> None:
-    """`aggregator_system_prompt` is there to read and to override, and names the seed's sections and TERMINATE."""
+    """`aggregator_system_prompt` can be read and overridden, and names the seed's sections and TERMINATE."""
     assert "#CurrentValue" in AggregatedUpdate.aggregator_system_prompt
     assert "TERMINATE" in AggregatedUpdate.aggregator_system_prompt

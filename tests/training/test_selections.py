@@ -30,8 +30,8 @@ async def choose(reply: Any, found: Sequence[Proposal], stepsize: float = 0.5) -
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: best_of_n")
-async def test_a_model_chooses_one_as_it_is() -> None:
-    """Best of n: the prompt numbers the proposals as the reply names them, and nothing of the choice is rewritten."""
+async def test_a_model_chooses_one_proposal_unchanged() -> None:
+    """Best of n: the prompt numbers the proposals, the reply gives a number, and the chosen one is not rewritten."""
     chosen, model = await choose(suggest(choice=2), proposals(4, 5, 6))
     assert chosen == proposals(4, 5, 6)[1:2]
     (messages,) = model.asked
@@ -41,29 +41,29 @@ async def test_a_model_chooses_one_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("reply", [suggest(choice=0), "TERMINATE"])
-async def test_the_current_value_may_be_chosen(reply: str) -> None:
-    """Number 0 is the current value: nothing is proposed."""
+async def test_the_current_value_can_be_chosen(reply: str) -> None:
+    """Number 0 is the current value: the proposal is empty."""
     assert (await choose(reply, proposals(4, 5)))[0] == []
 
 
 @pytest.mark.parametrize("reply", [suggest(choice=3), suggest(choice="the second"), suggest(choice=-1), "k = 5"])
-async def test_a_choice_that_is_none_is_asked_for_once_more_and_never_guessed(reply: str) -> None:
-    """A number beyond the proposals, words, or no reply at all choose nothing, and the error says so."""
+async def test_an_invalid_choice_is_repeated_once_and_never_guessed(reply: str) -> None:
+    """A number that is too large, other words, or an empty reply choose nothing, and the error says so."""
     ((left,), model) = await choose(reply, proposals(4, 5))
     assert (left.values, left.error is None) == ({}, False)
     assert len(model.asked) == 2
 
 
 @pytest.mark.parametrize(("values", "stepsize"), [((), 0.5), ((4,), 0.5), ((4, 4), 0.5), ((4, 5), 0.0)])
-async def test_no_call_where_there_is_nothing_to_choose(values: tuple[int, ...], stepsize: float) -> None:
-    """No proposal, one distinct one, or stepsize 0."""
+async def test_no_call_if_there_is_nothing_to_choose(values: tuple[int, ...], stepsize: float) -> None:
+    """This holds for no proposal, one distinct proposal, and stepsize 0."""
     left, model = await choose("never asked", proposals(*values), stepsize)
     assert model.asked == []
     assert [proposal.values for proposal in left] == ([{"k": 4}] if values and stepsize else [])
 
 
 async def test_a_lost_choice_is_a_failure_a_permanent_error_is_raised() -> None:
-    """As with a merge: what another attempt could cure is counted."""
+    """As with a merge, an error that a retry could mend is counted."""
     ((left,), _) = await choose(APIConnectionError("reset"), proposals(4, 5))
     assert [(record.stage, record.error) for record in left.failures] == [("aggregation", "APIConnectionError")]
     with pytest.raises(AuthenticationError):
@@ -71,15 +71,15 @@ async def test_a_lost_choice_is_a_failure_a_permanent_error_is_raised() -> None:
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: last_of_n")
-async def test_the_last_that_asks_for_anything() -> None:
-    """Last of n; a candidate that declined does not undo the one before."""
+async def test_the_last_proposal_with_a_change() -> None:
+    """Last of n: a candidate that declined does not undo the one before."""
     assert await last_of([*proposals(4, 5), Proposal()], Step(values=CURRENT)) == proposals(4, 5)[1:]
     assert await last_of([Proposal()], Step(values=CURRENT)) == []
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: best_of_n")
-def test_candidates_are_tried_on_the_instance_they_are_for() -> None:
-    """Best of n by score: the agent runs under each, on this instance, and its own values are untouched meanwhile."""
+def test_candidates_are_tried_on_their_instance() -> None:
+    """Best of n by score: the agent runs with each one on this instance, and its own values do not change."""
     agent, seen = Adder(), []
 
     def guide(x: int, output: int, info: int) -> tuple[float, str]:
@@ -97,7 +97,7 @@ def test_candidates_are_tried_on_the_instance_they_are_for() -> None:
 
 
 def test_candidates_for_a_minibatch_are_tried_on_all_of_it() -> None:
-    """With MinibatchAlgorithm; the current values win where no candidate beats them."""
+    """With MinibatchAlgorithm; the current values win if no candidate beats them."""
     agent = Adder(5)
     optimizer = LLMOptimizer(llm=ScriptedModel(suggest(amount=9)), num_candidates=2, select=best_tried)
     result = MinibatchAlgorithm(agent, optimizer).train(exact, [*additions(5, 3), (3, 9)], batch_size=4)
@@ -105,8 +105,8 @@ def test_candidates_for_a_minibatch_are_tried_on_all_of_it() -> None:
     assert not result.history[0].decision.accepted
 
 
-def test_a_candidate_that_is_only_as_good_is_not_taken() -> None:
-    """At equal scores the current values stay, and of two candidates the first."""
+def test_a_candidate_with_an_equal_score_is_not_accepted() -> None:
+    """At equal scores the current values stay; of two candidates the first wins."""
     optimizer = LLMOptimizer(
         llm=ScriptedModel(suggest(amount=8), suggest(amount=9)), num_candidates=2, select=best_tried
     )
@@ -122,8 +122,8 @@ def test_a_candidate_that_is_only_as_good_is_not_taken() -> None:
     assert tried(lambda output: float(output > 1)) == 8
 
 
-async def test_selections_chain_as_rules_do() -> None:
-    """Closed: what one returns, another takes."""
+async def test_selections_can_be_chained() -> None:
+    """One selection accepts another's result."""
     assert (
         await chain(last_of, LLMChoice(ScriptedModel("never asked")))(proposals(4, 5), Step(values=CURRENT))
         == (proposals(4, 5)[1:])

@@ -1,4 +1,4 @@
-"""The proposals of one step share the beginning of their prompts, which a provider's cache may keep."""
+"""The proposals of a step share the beginning of their prompts, which a provider can cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = "Add this. " * 600
 
 
 class Claude(Transport):
-    """Answers as Anthropic's API does; keeps the bodies."""
+    """Answers like Anthropic's API and records the bodies."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -31,7 +31,7 @@ class Claude(Transport):
         return HTTPReply(status=200, body=msgspec.json.encode(body), headers={})
 
     def openings(self) -> list[str]:
-        """The text that is marked in each request, "" for none."""
+        """Return the marked text of each request, "" if there is none."""
         found = []
         for body in self.bodies:
             content = body["messages"][0]["content"]
@@ -47,7 +47,7 @@ def train(transport: Claude, batch_size: int, *, optimizer: Any = LLMOptimizer, 
     run.train(exact, additions(5), batch_size=batch_size)
 
 
-def test_the_instances_of_a_step_share_one_opening() -> None:
+def test_the_instances_of_a_step_share_one_prefix() -> None:
     """It ends before the input, is the same in every call of the step, and holds the parameters."""
     transport = Claude(suggest(amount=5))
     train(transport, 4)
@@ -59,21 +59,21 @@ def test_the_instances_of_a_step_share_one_opening() -> None:
 
 
 def test_a_single_proposal_is_not_marked() -> None:
-    """Writing to the cache costs more, and nobody would read it."""
+    """Writing to the cache costs more, and no other call would read it."""
     transport = Claude(suggest(amount=5))
     train(transport, 1)
     assert set(transport.openings()) == {""}
 
 
 def test_several_candidates_for_one_instance_share_it() -> None:
-    """They are asked with the same prompt."""
+    """They have the same prompt."""
     transport = Claude(suggest(amount=5))
     train(transport, 1, num_candidates=2, variation=refine)
     assert "" not in transport.openings()
 
 
-def test_a_criticism_is_shared_and_its_answer_is_not() -> None:
-    """TextGrad's second prompt shows the parameters that this instance criticised."""
+def test_only_the_critics_prompt_is_shared() -> None:
+    """TextGrad's second prompt shows only the parameters that this instance criticised."""
     transport = Claude(suggest(label="too long"))
     train(transport, 4, optimizer=TextGradOptimizer)
     marked = [opening != "" for opening in transport.openings()]

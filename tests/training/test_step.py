@@ -1,4 +1,4 @@
-"""The step as an argument: a part called alone does what it does inside a run, and scores are paid once."""
+"""The step as an argument: a part works alone as it does inside a run, and scores are paid for once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def asking(*amounts: int) -> list[Proposal]:
 
 
 class Counting(Adder):
-    """Notes the amount and the place of each of its runs; loses the calls of the inputs that it is told to."""
+    """Records the amount and lineage of each run; loses the calls of given inputs."""
 
     def __init__(self, lost: Sequence[int] = ()) -> None:
         super().__init__()
@@ -56,17 +56,17 @@ class Counting(Adder):
         return await super().forward(x)
 
 
-async def test_a_merge_alone_paid_two_calls_and_refused_all() -> None:
-    """Called outside a run it knows the parameters from the step: one call, a schema, a typed value."""
+async def test_a_merge_alone_made_two_calls_and_refused_all() -> None:
+    """Outside a run it reads the parameters from the step: one call, a schema, a typed value."""
     model = ScriptedModel(suggest(amount="4"))
     (merged,) = await LLMMerge(model)(asking(3, 5), Step.of(Adder()))
     assert (merged.values, merged.error, len(model.asked)) == ({"amount": 4}, None, 1)
     schema = model.options[0]["response_format"]["json_schema"]["schema"]
-    assert set(schema["properties"]["suggestion"]["properties"]) == {"amount"}  # what was proposed
+    assert set(schema["properties"]["suggestion"]["properties"]) == {"amount"}  # the proposed value
 
 
 async def test_a_batch_gate_alone_raised_from_zip() -> None:
-    """It runs the minibatch under both values, and the agent keeps its own."""
+    """It evaluates the minibatch with both values, and the agent keeps its own."""
     agent = Adder()
     step = Step.of(agent, guide=exact, samples=DATA)
     assert (await improves_on_batch()({"amount": 1}, {"amount": 5}, step)).accepted
@@ -75,14 +75,14 @@ async def test_a_batch_gate_alone_raised_from_zip() -> None:
 
 
 async def test_best_tried_alone_returned_nothing() -> None:
-    """It runs the agent under each proposal, and keeps the best."""
+    """It runs the agent with each proposal, and keeps the best."""
     step = Step.of(Adder(), guide=exact, samples=DATA)
     (best,) = await best_tried(asking(3, 5, 7), step)
     assert best.values == {"amount": 5}
 
 
-async def test_an_optimizer_alone_asks_what_it_asks_in_a_run() -> None:
-    """The same prompt: parameters and values come from the step."""
+async def test_an_optimizer_alone_sends_the_prompt_of_a_run() -> None:
+    """Parameters and values come from the step."""
     inside, alone = ScriptedModel("TERMINATE"), ScriptedModel("TERMINATE")
     AggregatedUpdate(Adder(3), LLMOptimizer(llm=inside), rule=majority).train(exact, [(1, 9)])
     step = Step.of(Adder(3), guide=exact, samples=[(1, 9)])
@@ -91,29 +91,29 @@ async def test_an_optimizer_alone_asks_what_it_asks_in_a_run() -> None:
     assert alone.asked == inside.asked
 
 
-async def test_the_values_of_the_step_are_shown_not_those_of_the_agent() -> None:
-    """A part that is given other values, as those of a candidate, reads them there."""
+async def test_the_prompt_shows_the_steps_values_not_the_agents() -> None:
+    """A part reads a candidate's values from the step."""
     model = ScriptedModel("TERMINATE")
     step = replace(Step.of(Adder(3)), values={"amount": 8, "label": "x"})
     await LLMOptimizer(llm=model).propose([Rollout(sample_id=0, output=1, score=0.0)], step)
     assert '"value": 8' in model.asked[0][-1]["content"]
 
 
-async def test_without_a_guide_there_is_nothing_to_evaluate_by() -> None:
+async def test_without_a_guide_evaluate_is_an_error() -> None:
     """The error says how to give one."""
     with pytest.raises(ConfigError, match=r"Step\.of\(agent, guide=guide, samples=samples\)"):
         await Step.of(Adder()).evaluate({"amount": 5}, SAMPLES)
 
 
 @pytest.mark.parametrize(("agent", "options"), [("agent", {}), (Adder(), {"stepsize": 2}), (Adder(), {"samples": 3})])
-def test_a_step_of_nothing(agent: Any, options: dict[str, Any]) -> None:
-    """What is no agent, stepsize or data set is refused."""
+def test_invalid_arguments_of_a_step(agent: Any, options: dict[str, Any]) -> None:
+    """An invalid agent, stepsize or data set is refused."""
     with pytest.raises(ConfigError):
         Step.of(agent, **options)
 
 
-async def test_a_gate_wrote_into_state_of_the_whole_process() -> None:
-    """Two steps share nothing: what one gate has seen, another pays for itself."""
+async def test_a_gate_wrote_into_global_state() -> None:
+    """Two steps share nothing: a score that one gate has seen is paid for again by the other."""
     first, second = Counting(), Counting()
     gate = improves_on_validation(DATA)
     for agent in (first, second):
@@ -122,8 +122,8 @@ async def test_a_gate_wrote_into_state_of_the_whole_process() -> None:
     assert len(first.runs) == len(second.runs) == 8
 
 
-async def test_a_score_is_paid_once() -> None:
-    """Per values, sample, guide and repeat; what is asked for again comes with its score and nothing else."""
+async def test_a_score_is_paid_for_once() -> None:
+    """It is kept per values, sample, guide and repeat; a second request returns the score only."""
     agent = Counting()
     step = Step.of(agent, guide=exact, samples=DATA)
     new = await step.evaluate({"amount": 5}, SAMPLES)
@@ -137,8 +137,8 @@ async def test_a_score_is_paid_once() -> None:
     assert len(agent.runs) == 12
 
 
-async def test_repeats_come_sample_by_sample() -> None:
-    """Each has its number, and a place of its own in the recording from the second on."""
+async def test_repeats_are_ordered_by_sample() -> None:
+    """Each has its number, and from the second on its own lineage."""
     agent = Counting()
     step = Step.of(agent, guide=exact)
     runs = await step.evaluate({"amount": 5}, SAMPLES[:2], repeats=2)
@@ -149,8 +149,8 @@ async def test_repeats_come_sample_by_sample() -> None:
     assert len(agent.runs) == 6
 
 
-async def test_concurrent_evaluations_of_the_same_values_pay_once() -> None:
-    """The second waits for the first, so that neither the calls nor their place in the recording depend on timing."""
+async def test_concurrent_evaluations_of_the_same_values_are_paid_for_once() -> None:
+    """The second waits for the first, so that neither calls nor lineage depend on timing."""
     agent = Counting()
     step = Step.of(agent, guide=exact)
     async with asyncio.TaskGroup() as group:
@@ -162,7 +162,7 @@ async def test_concurrent_evaluations_of_the_same_values_pay_once() -> None:
 
 
 async def test_a_lost_instance_is_run_again() -> None:
-    """A lost call says nothing of the values; an error of the agent does, and is remembered."""
+    """A lost call has no score; an agent's error has one, and is remembered."""
     agent = Counting(lost=[2])
     step = Step.of(agent, guide=exact)
     assert [run.score for run in await step.evaluate({"amount": 5}, SAMPLES)] == [1.0, 1.0, None, 1.0]
@@ -172,8 +172,8 @@ async def test_a_lost_instance_is_run_again() -> None:
     assert len(agent.runs) == 6
 
 
-async def test_values_are_typed_before_they_are_told_apart() -> None:
-    """`"5"` and 5 are one value of an int parameter; a value that does not fit is refused."""
+async def test_values_are_converted_before_they_are_compared() -> None:
+    """`"5"` and 5 are one value of an int parameter; a value of the wrong type is refused."""
     agent = Counting()
     step = Step.of(agent, guide=exact)
     await step.evaluate({"amount": "5"}, SAMPLES)
@@ -183,8 +183,8 @@ async def test_values_are_typed_before_they_are_told_apart() -> None:
         await step.evaluate({"amount": "many"}, SAMPLES)
 
 
-async def test_an_evaluation_ends_the_run_where_no_call_can_succeed() -> None:
-    """It is raised from `evaluate`."""
+async def test_an_evaluation_raises_an_error_of_every_call() -> None:
+    """It is raised from `evaluate`, and ends the run."""
 
     def guide(x: int, output: int, info: int) -> float:
         raise AuthenticationError("no such key", status=401)
@@ -199,8 +199,8 @@ def trained(agent: Any, gate: Any, **options: Any) -> Any:
     return trainer.train(exact, DATA, **options)
 
 
-def test_evaluations_have_a_place_of_their_own() -> None:
-    """`values=<digest>/sample=<id>` below the step for every caller, so that they never race for a place."""
+def test_evaluations_have_their_own_lineage() -> None:
+    """`values=<digest>/sample=<id>` below the step is the same for every caller, so that tickets never race."""
     agent = Counting()
     trained(agent, improves_on_batch(), batch_size=4)
     trials = {place.split("/sample=")[0] for place in agent.places if "values=" in place}
@@ -209,7 +209,7 @@ def test_evaluations_have_a_place_of_their_own() -> None:
 
 
 class Remembers:
-    """A gate that counts what it was asked in the step's memory."""
+    """A gate that counts its calls in the step's memory."""
 
     def __init__(self, *, spoil: Any = None, fail_at: int | None = None) -> None:
         self.seen: list[Any] = []
@@ -228,14 +228,14 @@ class Remembers:
 
 
 def test_a_gates_memory_is_saved_with_the_step() -> None:
-    """What it writes in one step it finds in the next."""
+    """The next step reads what it wrote."""
     gate = Remembers()
     trained(Adder(), gate)
     assert gate.seen == [{}, {"asked": 1}, {"asked": 2}, {"asked": 3}]
 
 
 def test_a_gates_memory_is_dropped_with_a_step_that_fails(tmp_path: Path) -> None:
-    """A resumed run finds what the last finished step left."""
+    """A resumed run has the memory of the last finished step."""
     with pytest.raises(ZeroDivisionError):
         trained(Adder(), Remembers(fail_at=2), run_dir=tmp_path)
     assert json.loads((tmp_path / CHECKPOINT).read_bytes())["state"]["notes"] == {"asked": 2}
@@ -244,14 +244,14 @@ def test_a_gates_memory_is_dropped_with_a_step_that_fails(tmp_path: Path) -> Non
     assert gate.seen == [{"asked": 2}, {"asked": 3}]
 
 
-def test_a_gates_memory_is_json() -> None:
-    """Anything else could not be saved, and is refused with the gate's name."""
+def test_a_gates_memory_must_be_json() -> None:
+    """Anything else could not be saved, and the error names the gate."""
     with pytest.raises(ConfigError, match=r"Expected the gate Remembers to keep JSON in step\.memory"):
         trained(Adder(), Remembers(spoil=object()))
 
 
 def test_other_parts_cannot_write_the_memory() -> None:
-    """A rule that tries fails where it does."""
+    """A rule that tries to gets an error."""
 
     async def writes(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
         step.memory["mine"] = 1
@@ -262,7 +262,7 @@ def test_other_parts_cannot_write_the_memory() -> None:
         trainer.train(exact, DATA)
 
 
-def test_a_resumed_run_does_not_pay_for_known_scores_again(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_pay_for_known_scores(tmp_path: Path) -> None:
     """The validation scores of the current values are part of the checkpoint."""
 
     class Stop(BaseException):
@@ -286,8 +286,8 @@ def test_a_resumed_run_does_not_pay_for_known_scores_again(tmp_path: Path) -> No
     assert runs(resume=True) == 2  # of the one new candidate
 
 
-def test_evaluate_takes_whatever_is_called() -> None:
-    """It needs no parameters: a function, a built-in, a Module."""
+def test_evaluate_accepts_any_callable() -> None:
+    """No parameters are needed: a function, a built-in or a Module works."""
     assert evaluate(lambda x: x + 1, exact, [(1, 2)]) == [1.0]
     assert evaluate(abs, exact, [(-3, 3)]) == [1.0]
     assert evaluate(Adder(), exact, [(1, 2)]) == [1.0]

@@ -1,4 +1,4 @@
-"""`stop=` ends a run between two steps with its result, and what a clock decided is decided again on replay."""
+"""`stop=` ends a run between two steps with its result; decisions by a clock are recorded and replayed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(stop: Any, *, replies: Any = from_feedback, agent: Any = None, **optio
 
 
 def worse(messages: list[dict[str, Any]]) -> str:
-    """An optimizer whose every proposal is another wrong amount."""
+    """An optimizer whose proposals are all wrong, each by another amount."""
     return suggest(amount=len(str(messages)) % 1000 + 10)
 
 
@@ -50,14 +50,14 @@ class Hand:
 
 @pytest.fixture
 def hand(monkeypatch: pytest.MonkeyPatch) -> Hand:
-    """The clock of the stops, in the hands of the test."""
+    """Replace the stops' clock with the test's."""
     made = Hand()
     monkeypatch.setattr(stops, "time", made)
     return made
 
 
 class Timed(Adder):
-    """Takes so many seconds by the test's clock for each instance."""
+    """Takes a given number of seconds of the test's clock for each instance."""
 
     def __init__(self, hand: Hand, takes: float, breaks_at: float = 1e9) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Timed(Adder):
 
 
 def test_a_run_stops_at_its_target_with_the_reason_in_the_result() -> None:
-    """The first minibatch fails, the second one is right; six steps are left out."""
+    """The first minibatch fails, the second one is right; six steps are skipped."""
     result = train(target(0.95))
     assert len(result.history) == 2
     assert result.train_scores == [0.0, 1.0]
@@ -79,8 +79,8 @@ def test_a_run_stops_at_its_target_with_the_reason_in_the_result() -> None:
     assert "stopped: target(0.95) was reached" in str(result)
 
 
-def test_the_validation_set_decides_where_there_is_one() -> None:
-    """A minibatch that is right by luck stops nothing while the validation set is not; the test set never decides."""
+def test_the_validation_set_decides_if_there_is_one() -> None:
+    """A minibatch that is right by chance does not stop the run; the test set never decides."""
     far = [(i, i + 7) for i in range(4)]
     assert train(target(0.95), validate_dataset=far).stopped == ""
     assert train(target(0.95), test_dataset=additions(5), num_epochs=1).train_scores == [0.0, 1.0]
@@ -88,8 +88,8 @@ def test_the_validation_set_decides_where_there_is_one() -> None:
     assert (len(before.history), before.validations[0].score) == (0, 1.0)
 
 
-def test_a_target_is_not_reached_by_the_few_instances_that_were_judged() -> None:
-    """Three of four calls were lost; the mean of the judged ones is 1, and says nothing of the others."""
+def test_a_target_is_not_reached_by_a_few_judged_instances() -> None:
+    """Three of four calls were lost: the mean of the judged ones is 1, and says nothing about the others."""
 
     class Losing(Adder):
         async def forward(self, x: int) -> int:
@@ -103,8 +103,8 @@ def test_a_target_is_not_reached_by_the_few_instances_that_were_judged() -> None
 
 
 @pytest.mark.parametrize("eval_frequency", [0, 5])
-def test_a_stopped_run_is_measured_at_its_end(eval_frequency: int) -> None:
-    """With a rare validation set the best values were those of before training, whatever was learnt since."""
+def test_a_stopped_run_is_evaluated_at_its_end(eval_frequency: int) -> None:
+    """With rare validation, the best values were those of before training, whatever was learned since."""
     seen: list[tuple[str, int]] = []
 
     class Watch(Observer):
@@ -127,7 +127,7 @@ def test_a_stopped_run_is_measured_at_its_end(eval_frequency: int) -> None:
 
 
 def test_patience_counts_measurements_without_a_better_score() -> None:
-    """The baseline is the first; ties are no improvement."""
+    """The baseline is the first; ties are not an improvement."""
     result = train(patience(3), replies=worse, validate_dataset=additions(5))
     assert len(result.history) == 3
     assert result.stopped == "patience(3): the score of 0 was not exceeded in 3 measurements"
@@ -135,7 +135,7 @@ def test_patience_counts_measurements_without_a_better_score() -> None:
 
 
 def test_patience_restarts_with_each_better_score() -> None:
-    """A gain within `min_delta` is none."""
+    """A gain within `min_delta` does not count."""
     scores = [0.1, 0.1, 0.2, 0.2, 0.25]
     reached = Reached(validations=[Evaluation(step=i, score=score, scores=()) for i, score in enumerate(scores)])
     assert patience(2).reason(reached) == ""
@@ -153,15 +153,15 @@ def test_patience_restarts_with_each_better_score() -> None:
         [target(2.0), [lambda history: history[-1].step == 2]],
     ],
 )
-def test_a_callable_of_the_history_stops_a_run(asked: Any) -> None:
-    """It sees the report of every finished step, and is first asked after one; a text that it returns is the reason."""
+def test_a_callable_stops_a_run(asked: Any) -> None:
+    """It is called with every finished step's report; a string that it returns is the reason."""
     result = train(asked)
     assert len(result.history) == 3
     assert result.stopped in {"<lambda> returned True", "enough"}
 
 
 async def test_an_async_callable_is_awaited() -> None:
-    """A coroutine is true by itself, and would stop the run after its first step."""
+    """A coroutine is truthy, and would stop the run after its first step."""
     seen: list[int] = []
 
     async def enough(history: Sequence[StepReport]) -> bool:
@@ -174,7 +174,7 @@ async def test_an_async_callable_is_awaited() -> None:
     assert (seen, result.stopped) == ([1, 2], "enough returned True")
 
 
-def test_an_error_of_a_callable_ends_the_run_and_is_named(tmp_path: Path) -> None:
+def test_a_callables_error_ends_the_run_and_is_named(tmp_path: Path) -> None:
     """The partial result is on the error and on disk."""
 
     def broken(history: Sequence[StepReport]) -> bool:
@@ -188,8 +188,8 @@ def test_an_error_of_a_callable_ends_the_run_and_is_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("wrong", [0.95, True, "patience", target, [patience], lambda: True, Reached, [target(1), 3]])
-def test_what_cannot_stop_a_run_is_refused_before_it_begins(wrong: Any) -> None:
-    """A number, a function that was not called, a callable without an argument, a class."""
+def test_an_invalid_stop_is_refused_before_the_run_begins(wrong: Any) -> None:
+    """This covers a number, a function that was not called, a callable without an argument, and a class."""
     with pytest.raises(ConfigError, match="Expected stop="):
         train(wrong)
 
@@ -206,7 +206,7 @@ def test_what_cannot_stop_a_run_is_refused_before_it_begins(wrong: Any) -> None:
         lambda: seconds(float("inf")),
     ],
 )
-def test_a_stop_with_a_wrong_number_is_refused(wrong: Callable[[], Any]) -> None:
+def test_a_stop_with_an_invalid_number_is_refused(wrong: Callable[[], Any]) -> None:
     """The error names the argument."""
     with pytest.raises(
         ConfigError, match="Expected (score of target|measurements of patience|min_delta|seconds) to be"
@@ -214,15 +214,15 @@ def test_a_stop_with_a_wrong_number_is_refused(wrong: Callable[[], Any]) -> None
         wrong()
 
 
-def test_a_run_stops_after_so_many_seconds(hand: Hand) -> None:
-    """The step under way is finished; the reason holds no measured time, so that a replay has the same bytes."""
+def test_a_run_stops_after_a_number_of_seconds(hand: Hand) -> None:
+    """The current step is finished; the reason holds no measured time, so that a replay has the same bytes."""
     result = train(seconds(3), agent=Timed(hand, 1.0))
     assert (len(result.history), result.stopped) == (2, "seconds(3) had passed")
 
 
 @pytest.mark.parametrize("takes", [0.0, 100.0])
 def test_a_replay_stops_where_the_recording_did(tmp_path: Path, hand: Hand, takes: float) -> None:
-    """On a machine that is much faster or slower the run is the same."""
+    """The run is the same on a much faster or slower machine."""
     path = tmp_path / "tape.yaml"
     with cassette(path):
         recorded = train(seconds(5), agent=Timed(hand, 1.0))
@@ -233,7 +233,7 @@ def test_a_replay_stops_where_the_recording_did(tmp_path: Path, hand: Hand, take
 
 
 def test_the_decision_of_a_callable_is_replayed(tmp_path: Path) -> None:
-    """It may look at a clock of its own."""
+    """A callable may read its own clock."""
     path, verdicts = tmp_path / "tape.yaml", iter([False, True])
 
     def by_its_own_clock(history: Sequence[StepReport]) -> bool:
@@ -247,13 +247,13 @@ def test_the_decision_of_a_callable_is_replayed(tmp_path: Path) -> None:
 
 
 def test_the_seconds_of_a_run_survive_its_interruption(tmp_path: Path, hand: Hand) -> None:
-    """What it took before counts, so that its end is that of an unbroken run."""
+    """The time before the interruption counts, so that the run ends like an unbroken one."""
 
     whole = train(seconds(7), agent=Timed(hand, 1.0), run_dir=tmp_path / "whole")
     hand.now = 0.0
     with pytest.raises(KeyboardInterrupt):
         train(seconds(7), agent=Timed(hand, 1.0, breaks_at=4), run_dir=tmp_path / "run")
-    hand.now = 1000.0  # another process, whose clock began anywhere
+    hand.now = 1000.0  # another process, whose clock starts at another value
     again = train(seconds(7), agent=Timed(hand, 1.0), run_dir=tmp_path / "run", resume=True)
     assert (len(again.history), again.stopped) == (4, "seconds(7) had passed")
     assert (tmp_path / "run" / RESULT).read_bytes() == (tmp_path / "whole" / RESULT).read_bytes()
@@ -261,7 +261,7 @@ def test_the_seconds_of_a_run_survive_its_interruption(tmp_path: Path, hand: Han
 
 
 def test_a_stopped_run_stays_stopped_until_it_gets_other_stops(tmp_path: Path, hand: Hand) -> None:
-    """More time makes it go on from where it was."""
+    """With more time it continues where it was."""
     train(seconds(3), agent=Timed(hand, 1.0), run_dir=tmp_path / "run")
     before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     same = train(seconds(3), agent=Timed(hand, 1.0), run_dir=tmp_path / "run", resume=True)
@@ -273,8 +273,8 @@ def test_a_stopped_run_stays_stopped_until_it_gets_other_stops(tmp_path: Path, h
     assert (len(rest.history), rest.stopped) == (8, "")
 
 
-def test_optimize_takes_stops() -> None:
-    """It hands them on to `train`."""
+def test_optimize_accepts_stops() -> None:
+    """They are passed on to `train`."""
     result = aggregator.optimize(
         Adder(5),
         additions(5),
@@ -340,8 +340,8 @@ except KeyboardInterrupt as error:
 
 
 @pytest.mark.parametrize("way", ["train", "train blocking", "asyncio.run", "asyncio.run blocking", "a main coroutine"])
-def test_ctrl_c_leaves_the_partial_result_on_the_interrupt(tmp_path: Path, way: str) -> None:
-    """Also where `asyncio.run` makes the interrupt out of a cancellation."""
+def test_ctrl_c_has_the_partial_result_on_the_interrupt(tmp_path: Path, way: str) -> None:
+    """This includes `asyncio.run`, which turns a cancellation into the interrupt."""
     order = [i for i in range(200) if first_steps(i)]
     script = INTERRUPTED.replace("SEED", str(order[0]))
     command = [sys.executable, "-W", "error", "-X", "dev", "-c", script, way, str(HERE)]
@@ -351,7 +351,7 @@ def test_ctrl_c_leaves_the_partial_result_on_the_interrupt(tmp_path: Path, way: 
 
 
 def first_steps(seed: int) -> bool:
-    """Return True if the third instance in the order of this seed is the first one that interrupts."""
+    """Return True if the third instance in this seed's order is the first one that interrupts."""
     from aggregator.training.batches import minibatches
 
     order = [ids[0] % 4 for ids in minibatches(8, 1, seed=seed, epoch=0)]
@@ -359,7 +359,7 @@ def first_steps(seed: int) -> bool:
 
 
 async def test_a_cancelled_run_has_its_partial_result_on_the_cancellation() -> None:
-    """A server that cancels a training can look at what it reached."""
+    """A server that cancels a training can read what it reached."""
     reached = asyncio.Event()
 
     class Waiting(Adder):

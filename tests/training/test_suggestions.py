@@ -1,4 +1,4 @@
-"""Replies become values of the parameters' own types, or an error that can be quoted; nothing is guessed."""
+"""Replies become values of the parameters' types, or an error that can be quoted; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def corpus_parameters() -> list[ParameterNode[Any]]:
 
 
 def attempt(reply: str) -> tuple[Reply | None, str]:
-    """The reply as read, or the error."""
+    """Return the parsed reply, or the error."""
     try:
         return parse_reply(reply), ""
     except SuggestionError as error:
@@ -42,7 +42,7 @@ def attempt(reply: str) -> tuple[Reply | None, str]:
 
 
 def outcome(reply: str) -> dict[str, Any]:
-    """What a reply comes to, in the corpus's words."""
+    """Return a reply's result in the corpus's words."""
     read, error = attempt(reply)
     if read is None:
         return {"error": error}
@@ -54,14 +54,14 @@ def outcome(reply: str) -> dict[str, Any]:
 
 
 def exactly(value: Any) -> str:
-    """A text that tells 1, 1.0 and True apart."""
+    """Return text that distinguishes 1, 1.0 and True."""
     return json.dumps(value, sort_keys=True)
 
 
 @pytest.mark.requirement("Trace's defect 15: a damaged reply was silently no update")
 @pytest.mark.parametrize("case", CORPUS, ids=lambda case: case["name"])
 def test_corpus(case: dict[str, Any]) -> None:
-    """Each malformed reply comes to exactly what the corpus states: values, refusals, TERMINATE or an error."""
+    """Each malformed reply gives exactly what the corpus states: values, refusals, TERMINATE or an error."""
     got = outcome(case["reply"])
     expected = {key: value for key, value in case.items() if key not in {"name", "reply"}}
     if "error" in expected:
@@ -106,18 +106,18 @@ def test_corpus_is_large_and_recovers_most() -> None:
     ],
 )
 def test_the_result_names_its_rung(reply: str, rung: str) -> None:
-    """A reply says which rung read it, so a log tells what a model's replies need."""
+    """The result names the rung that parsed the reply, so that a log shows what a model's replies need."""
     assert parse_reply(reply).rung == rung
 
 
-def test_reasons_of_all_components_are_kept() -> None:
-    """Every key that begins with `reason` adds a line to the reasoning, in the reply's order."""
+def test_all_reasons_are_kept() -> None:
+    """Every key that begins with `reason` adds a line to the reasoning, in order."""
     reply = parse_reply('{"reasoning_k": "Fewer.", "suggestion": {"k": 3}, "reasoning_prompt": {"why": "same"}}')
     assert reply.reasoning == 'Fewer.\n{"why": "same"}'
 
 
-def test_error_can_be_quoted_to_the_model() -> None:
-    """An error says what was expected, what came and where, and stays short whatever came."""
+def test_an_error_can_be_quoted_to_the_model() -> None:
+    """It says what was expected, what it got and where, and is short for any input."""
     with pytest.raises(SuggestionError) as caught:
         parse_reply('Sure.\n{"suggestion": {"prompt": "Say "yes" now."}}' + " really" * 10_000)
     message = str(caught.value)
@@ -131,8 +131,8 @@ def test_error_can_be_quoted_to_the_model() -> None:
 
 
 @pytest.mark.parametrize("reply", [None, 5, b"{}", ["a"]])
-def test_reply_that_is_no_text(reply: Any) -> None:
-    """What is not text is a SuggestionError too, so a client that returns None does not crash the run."""
+def test_a_reply_that_is_not_text(reply: Any) -> None:
+    """It is a SuggestionError, so a client that returns None does not crash the run."""
     with pytest.raises(SuggestionError, match="not text"):
         parse_reply(reply)
 
@@ -142,7 +142,7 @@ def test_reply_that_is_no_text(reply: Any) -> None:
 
 @pytest.mark.requirement("Trace's defect 14: a greedy pattern installed a corrupted prompt")
 def test_trailing_comma_does_not_corrupt_the_prompt() -> None:
-    """A trailing comma once let a greedy pattern install the prompt `a", "q0": "b`."""
+    """With a trailing comma a greedy pattern installed the prompt `a", "q0": "b`."""
     assert extract_llm_suggestion('{"suggestion": {"p0": "a", "q0": "b"}, }') == {"p0": "a", "q0": "b"}
 
 
@@ -155,15 +155,15 @@ def test_trailing_comma_does_not_corrupt_the_prompt() -> None:
     ['{"suggestion": {"p0": "a"', '["a"]', '{"suggestion": {"p0": "a"}} {"suggestion": {"p0": "b"}}', ""],
     ids=["truncated", "a list", "two objects", "empty"],
 )
-def test_unreadable_reply_is_not_silently_no_update(reply: str) -> None:
-    """What cannot be read raises for who asks; under the seed's default it is {} and never half a suggestion."""
+def test_an_unreadable_reply_is_not_silently_no_update(reply: str) -> None:
+    """It raises for a direct caller; under the seed's default it is {} and never half a suggestion."""
     with pytest.raises(SuggestionError):
         extract_llm_suggestion(reply, ignore_extraction_error=False)
     assert extract_llm_suggestion(reply) == {}
 
 
 @pytest.mark.requirement("Trace's defect 16: prompts with the word def were dropped")
-def test_prompt_with_the_word_def_is_kept() -> None:
+def test_a_prompt_with_the_word_def_is_kept() -> None:
     """An English prompt with `def` in it is text, not code to be formatted."""
     text = "Define the terms first, then answer by default in English."
     prompt = ParameterNode("Old", name="prompt")
@@ -185,7 +185,7 @@ def test_terminate_in_the_reasoning_does_not_discard_the_proposal() -> None:
     ("old", "raw", "new"),
     [(True, "False", False), (False, "false", False), (1, "7", 7), (0.5, 1, 1.0), (["a"], ["x", "y"], ["x", "y"])],
 )
-def test_value_becomes_the_parameters_type(old: Any, raw: Any, new: Any) -> None:
+def test_a_value_becomes_the_parameters_type(old: Any, raw: Any, new: Any) -> None:
     """`"False"` for a bool is False, `"7"` for an int is 7: msgspec's lax conversions."""
     parameter = ParameterNode(old, name="p")
     values, refused = convert_suggestion({"p": raw}, [parameter])
@@ -207,8 +207,8 @@ def test_value_becomes_the_parameters_type(old: Any, raw: Any, new: Any) -> None
         (True, "maybe"),
     ],
 )
-def test_value_of_another_type_is_refused(old: Any, raw: Any) -> None:
-    """No list of characters, no cut fraction, no repr of a list as a prompt: refused, with the reason and the place."""
+def test_a_value_of_another_type_is_refused(old: Any, raw: Any) -> None:
+    """A list of characters, a truncated fraction and a list's repr as a prompt are refused, with reason and path."""
     values, refused = convert_suggestion({"p": raw}, [ParameterNode(old, name="p")])
     assert values == {}
     assert refused["p"].startswith("Expected ")
@@ -218,7 +218,7 @@ def test_value_of_another_type_is_refused(old: Any, raw: Any) -> None:
 @pytest.mark.requirement("Trace's defect 13: values were converted by type(old)(new)")
 @pytest.mark.parametrize("old", ["s", 0, [1]])
 def test_null_never_becomes_a_value(old: Any) -> None:
-    """null leaves a parameter as it is; it becomes neither 'None' nor a crash."""
+    """null leaves a parameter unchanged; it neither becomes 'None' nor crashes."""
     parameter = ParameterNode(old, name="p")
     assert convert_suggestion({"p": None}, [parameter]) == ({}, {})
     assert construct_update_dict([parameter], {"p": None}) == {}
@@ -226,23 +226,23 @@ def test_null_never_becomes_a_value(old: Any) -> None:
         construct_update_dict([parameter], {"p": None}, ignore_extraction_error=False)
 
 
-def test_null_is_a_value_where_the_type_takes_it() -> None:
-    """A parameter that may be null can be set to null."""
+def test_null_is_a_value_if_the_type_allows_it() -> None:
+    """A nullable parameter can be set to null."""
     assert convert_suggestion({"p": None}, [ParameterNode("s", name="p", type=str | None)]) == ({"p": None}, {})
 
 
 # --- names
 
 
-def test_names_and_py_names_are_both_known() -> None:
-    """A suggestion may name a parameter by its path or by its identifier; the result uses the path."""
+def test_names_and_py_names_are_accepted() -> None:
+    """A suggestion may name a parameter by its path or its identifier; the result uses the path."""
     parameter = ParameterNode(1, name="retriever.k")
     assert convert_suggestion({"retriever.k": 3}, [parameter]) == ({"retriever.k": 3}, {})
     assert convert_suggestion({"retriever_k": 3}, [parameter]) == ({"retriever.k": 3}, {})
 
 
 def test_two_values_for_one_parameter_are_both_refused() -> None:
-    """Path and identifier with different values is ambiguous; with one value it is not."""
+    """Path and identifier with different values are ambiguous; with one value they are not."""
     parameter = ParameterNode(1, name="retriever.k")
     values, refused = convert_suggestion({"retriever.k": 3, "retriever_k": 5}, [parameter])
     assert values == {}
@@ -250,8 +250,8 @@ def test_two_values_for_one_parameter_are_both_refused() -> None:
     assert convert_suggestion({"retriever.k": 3, "retriever_k": 3}, [parameter]) == ({"retriever.k": 3}, {})
 
 
-def test_unknown_name_is_refused_with_the_nearest() -> None:
-    """A misspelt name is not guessed at; the reason names what was probably meant."""
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    """A misspelt name is not guessed; the reason suggests the nearest one."""
     _, refused = convert_suggestion({"promt": "a", "zzz": 1}, [ParameterNode("Old", name="prompt")])
     assert refused == {
         "promt": "Expected the name of a parameter, got 'promt'; did you mean 'prompt'?",
@@ -259,8 +259,8 @@ def test_unknown_name_is_refused_with_the_nearest() -> None:
     }
 
 
-def test_fixed_parameter_is_refused() -> None:
-    """What is not trainable is not changed by a suggestion."""
+def test_a_fixed_parameter_is_refused() -> None:
+    """A suggestion does not change a parameter that is not trainable."""
     values, refused = convert_suggestion({"p": "b"}, [ParameterNode("a", name="p", trainable=False)])
     assert values == {}
     assert "which is fixed" in refused["p"]
@@ -268,7 +268,7 @@ def test_fixed_parameter_is_refused() -> None:
 
 @pytest.mark.requirement("Trace: OptoPrime(ignore_extraction_error)")
 def test_update_dict_leaves_out_or_raises() -> None:
-    """By default what does not fit is left out; otherwise the reasons are raised."""
+    """By default invalid values are left out; otherwise the reasons are raised."""
     k, p = node(1, name="k", trainable=True), node("a", name="p", trainable=True)
     assert construct_update_dict([k, p], {"k": "many", "p": "b", "q": 1}) == {p: "b"}
     with pytest.raises(ParameterError, match="got 'many' - at .*; Expected the name of a parameter, got 'q'"):
@@ -276,7 +276,7 @@ def test_update_dict_leaves_out_or_raises() -> None:
 
 
 def test_parameters_of_trace_are_converted_by_their_value() -> None:
-    """A parameter that knows no type of its own (py_name, data, trainable) is held to the type of its value."""
+    """A parameter without a type (py_name, data, trainable) keeps the type of its value."""
 
     class TraceParameter:
         name, py_name, trainable, data = "tags:0", "tags0", True, ["a"]
@@ -295,7 +295,7 @@ class Step(Struct):
 
 
 def strict_objects(schema: Any) -> list[dict[str, Any]]:
-    """Every object schema inside a schema."""
+    """Yield every object schema inside a schema."""
     if isinstance(schema, list):
         return [found for part in schema for found in strict_objects(part)]
     if not isinstance(schema, dict):
@@ -340,8 +340,8 @@ def test_response_schema_of_plain_types() -> None:
     }
 
 
-def test_strict_schema_keeps_to_the_strict_subset() -> None:
-    """Strict mode: every object closed, every key required, no default, length or pattern."""
+def test_a_strict_schema_uses_the_strict_subset() -> None:
+    """In strict mode every object is closed and every key required, without default, length or pattern."""
     parameters = [
         ParameterNode([Step("a")], name="steps"),
         ParameterNode("x", name="s", type=Annotated[str, Meta(max_length=5, pattern="^x")]),
@@ -365,8 +365,8 @@ def test_strict_schema_keeps_to_the_strict_subset() -> None:
 
 
 @pytest.mark.parametrize("value", [{"a": 1}, None, (1, "a")], ids=["dict", "anything", "tuple of types"])
-def test_type_beyond_strict_mode_turns_it_off(value: Any) -> None:
-    """What strict mode cannot state is sent as a plain schema, with keys that may be left out."""
+def test_a_type_beyond_strict_mode_turns_it_off(value: Any) -> None:
+    """A type that strict mode does not support is sent as a plain schema with optional keys."""
     kind = tuple[int, str] if isinstance(value, tuple) else None
     given_format = response_schema([ParameterNode(value, name="p", type=kind), ParameterNode(1, name="k")])
     inner = given_format["json_schema"]["schema"]["properties"]["suggestion"]
@@ -374,8 +374,8 @@ def test_type_beyond_strict_mode_turns_it_off(value: Any) -> None:
     assert (inner["required"], inner["properties"]["k"]) == ([], {"type": "integer"})
 
 
-def test_reply_of_the_strict_schema_changes_what_is_not_null() -> None:
-    """The reply that strict mode forces, null for what stays, gives only the changes."""
+def test_a_strict_reply_changes_only_what_is_not_null() -> None:
+    """Strict mode requires every key: null means unchanged."""
     reply = parse_reply('{"reasoning_prompt": "", "reasoning_k": "", "suggestion": {"prompt": null, "k": 3}}')
     assert convert_suggestion(reply.suggestion or {}, corpus_parameters()) == ({"k": 3}, {})
 
@@ -416,15 +416,15 @@ WRAPPINGS: dict[str, Callable[[Any], str]] = {
 @pytest.mark.parametrize("name", [name for name in WRAPPINGS if name != "python"])
 @given(suggestion=SUGGESTIONS)
 @settings(max_examples=25, deadline=None)
-def test_every_wrapping_gives_back_the_suggestion(name: str, suggestion: dict[str, Any]) -> None:
-    """Any suggestion that JSON can carry survives every wrapping unchanged."""
+def test_every_wrapping_returns_the_suggestion(name: str, suggestion: dict[str, Any]) -> None:
+    """Any suggestion in JSON is read unchanged from every wrapping."""
     assert exactly(parse_reply(WRAPPINGS[name](suggestion)).suggestion) == exactly(suggestion)
 
 
 @given(suggestion=SUGGESTIONS)
 @settings(max_examples=100, deadline=None)
-def test_python_repr_gives_back_the_suggestion_or_nothing(suggestion: dict[str, Any]) -> None:
-    """A dict printed by Python is read as Python meant it; escapes that JSON5 reads otherwise are refused."""
+def test_a_python_repr_returns_the_suggestion_or_nothing(suggestion: dict[str, Any]) -> None:
+    """A dict printed by Python is parsed as Python; escapes that JSON5 reads differently are refused."""
     written = WRAPPINGS["python"](suggestion)
     reply, error = attempt(written)
     if reply is None:
@@ -436,7 +436,7 @@ def test_python_repr_gives_back_the_suggestion_or_nothing(suggestion: dict[str, 
 @pytest.mark.parametrize("name", ["plain", "fence", "think", "python", "trailing comma", "comments", "indented"])
 @given(suggestion=SUGGESTIONS.filter(bool), share=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=25, deadline=None)
-def test_truncated_reply_never_yields_a_value(name: str, suggestion: dict[str, Any], share: float) -> None:
+def test_a_truncated_reply_never_gives_a_value(name: str, suggestion: dict[str, Any], share: float) -> None:
     """Cut anywhere, a reply gives an error or the whole suggestion, never a part of it."""
     written = WRAPPINGS[name](suggestion)
     reply, _ = attempt(written[: int(share * len(written))])
@@ -445,8 +445,8 @@ def test_truncated_reply_never_yields_a_value(name: str, suggestion: dict[str, A
 
 @given(text=st.text(alphabet="{}[]:,'\"\\/*# \nsugetion1.-+eTrNa<think>`", max_size=60) | st.text())
 @settings(max_examples=250, deadline=None)
-def test_any_text_is_read_or_refused(text: str) -> None:
-    """Whatever comes, the answer is a Reply or a SuggestionError."""
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    """Any text gives a Reply or a SuggestionError."""
     for reply in (text, f'{{"suggestion": {{{text}}}}}', f'<think>{text}</think>{{"suggestion": {text}}}'):
         read, error = attempt(reply)
         assert read is not None or error.startswith("Expected one JSON object")
@@ -456,7 +456,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 def test_nesting_is_bounded() -> None:
-    """A hundred levels are read, more are refused, twenty thousand do not crash."""
+    """A hundred levels are parsed, more are refused, twenty thousand do not crash."""
     fits = MAX_DEPTH - 2
 
     def nested(levels: int) -> str:
@@ -471,7 +471,7 @@ def test_nesting_is_bounded() -> None:
 
 
 def test_size_is_bounded() -> None:
-    """A reply beyond the limit is refused before it is read, an integer beyond Python's limit with the reason."""
+    """A reply beyond the limit is refused before it is parsed; an int beyond Python's limit has that reason."""
     with pytest.raises(SuggestionError, match=f"{MAX_REPLY + 1} characters; at most"):
         parse_reply(" " * MAX_REPLY + "x")
     with pytest.raises(SuggestionError, match="4300"):
@@ -505,7 +505,7 @@ HOSTILE: dict[str, Callable[[int], str]] = {
 
 @pytest.fixture
 def watchdog() -> Iterator[None]:
-    """Raises after 30 s of CPU time, so that a test which would go on for hours fails."""
+    """Raise after 30 s of CPU time, so that a test that would run for hours fails."""
 
     def bark(*_: object) -> None:
         raise TimeoutError("this reply is not read in linear time")
@@ -520,6 +520,6 @@ def watchdog() -> Iterator[None]:
 @pytest.mark.parametrize("shape", HOSTILE)
 @pytest.mark.usefixtures("watchdog")
 def test_reading_grows_linearly(shape: str) -> None:
-    """Half a megabyte of it is read to its end; in quadratic time that would take hours."""
+    """Half a megabyte is parsed to its end; in quadratic time that would take hours."""
     read, error = attempt(HOSTILE[shape](500_000))
     assert (read is None) == bool(error)

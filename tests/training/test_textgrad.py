@@ -1,4 +1,4 @@
-"""TextGrad's optimizer, native: a criticism first, then values that answer it."""
+"""TextGrad's optimizer, native: first a criticism, then values that answer it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROLLOUT = Rollout(sample_id=4, output="out", score=0.25, feedback="the source is
 
 
 @pytest.mark.requirement("Trace: TextGrad")
-async def test_the_criticism_takes_the_feedbacks_place() -> None:
+async def test_the_criticism_replaces_the_feedback() -> None:
     """The critic sees the feedback, the second prompt the criticism; the typed values are the proposal."""
     model = ScriptedModel(suggest(search_k="Too few results."), suggest(search_k="7"))
     proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
@@ -38,8 +38,8 @@ async def test_the_criticism_takes_the_feedbacks_place() -> None:
     assert proposal.reasoning.splitlines() == ["search.k: Too few results.", "because"]
 
 
-async def test_only_what_is_criticised_may_change() -> None:
-    """A parameter without criticism is not shown to the second call, and a value for it is refused."""
+async def test_only_criticised_parameters_may_change() -> None:
+    """A parameter without criticism is not in the second prompt, and a value for it is refused."""
     model = ScriptedModel(suggest(instruction="Too short.", search_k=" "), suggest(instruction="Cite.", search_k=9))
     proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
     assert "search.k" not in section(model.asked[1], "Parameters")
@@ -50,14 +50,14 @@ async def test_only_what_is_criticised_may_change() -> None:
 
 @pytest.mark.parametrize("reply", ["TERMINATE", suggest(), suggest(instruction="", search_k=None)])
 async def test_without_criticism_there_is_no_second_call(reply: str) -> None:
-    """Nothing to change: one call, no proposal, no error."""
+    """The proposal is empty after one call, without an error."""
     model = ScriptedModel(reply)
     proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
     assert (len(model.asked), proposal.values, proposal.error) == (1, {}, None)
 
 
-async def test_a_criticism_is_text_and_never_guessed() -> None:
-    """A number for a criticism is asked for once more, then it counts as none and the error says so."""
+async def test_a_criticism_must_be_text() -> None:
+    """A number as criticism is requested once more; then it counts as none, and the error says so."""
     model = ScriptedModel(suggest(search_k=7))
     proposal = await TextGradOptimizer(llm=model).propose([ROLLOUT], STEP)
     assert len(model.asked) == 2
@@ -66,14 +66,14 @@ async def test_a_criticism_is_text_and_never_guessed() -> None:
 
 
 async def test_the_critic_may_be_another_model() -> None:
-    """As TextGrad's backward engine; the optimizer's own model then only writes the values."""
+    """Like TextGrad's backward engine; the optimizer's own model then only writes the values."""
     critic, model = ScriptedModel(suggest(search_k="Too few.")), ScriptedModel(suggest(search_k=7))
     proposal = await TextGradOptimizer(llm=model, critic=critic).propose([ROLLOUT], STEP)
     assert (len(critic.asked), len(model.asked), proposal.values) == (1, 1, {"search.k": 7})
 
 
-async def test_earlier_updates_are_recalled_when_values_are_written() -> None:
-    """TextGrad's momentum: the second prompt holds them, the critic's does not."""
+async def test_earlier_updates_are_in_the_second_prompt() -> None:
+    """This is TextGrad's momentum: the critic's prompt does not have them."""
     tried = StepReport(
         epoch=0,
         step=0,
@@ -98,7 +98,7 @@ async def test_candidates_answer_one_criticism() -> None:
 
 
 def gradient(messages: list[dict[str, Any]]) -> str:
-    """A critic that repeats the first gap it is told of, and a changer that closes it."""
+    """A critic that repeats the first gap in its feedback, and a model that closes it."""
     feedback = section(messages, "Feedback")
     expected, got = (int(word) for word in feedback.split("expected ")[1].split("\n")[0].split(", got "))
     if messages[0]["content"] == CRITIC_SYSTEM_PROMPT:
@@ -116,8 +116,8 @@ def test_a_minibatch_has_one_gradient() -> None:
     assert agent.amount.data == 5
 
 
-def test_instances_have_gradients_of_their_own_under_aggregated_update() -> None:
-    """Two calls each, told apart by lineage; agreeing proposals need no merge."""
+def test_each_instance_has_its_own_gradient_under_aggregated_update() -> None:
+    """There are two calls each, distinguished by lineage; equal proposals need no merge."""
     model = ScriptedModel(gradient)
     trainer = AggregatedUpdate(agent := Adder(), TextGradOptimizer(llm=model), llm=ScriptedModel("never asked"))
     trainer.train(exact, additions(5, 3), batch_size=3)
@@ -128,7 +128,7 @@ def test_instances_have_gradients_of_their_own_under_aggregated_update() -> None
 
 
 def test_a_lost_criticism_is_a_lost_proposal() -> None:
-    """The run goes on, and the failure is in the result."""
+    """The run continues, and the failure is in the result."""
     model = ScriptedModel(APIConnectionError("reset"), gradient)
     trainer = AggregatedUpdate(agent := Adder(), TextGradOptimizer(llm=model), llm=ScriptedModel("never asked"))
     result = trainer.train(exact, additions(5, 3), batch_size=3)

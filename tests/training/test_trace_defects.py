@@ -1,4 +1,4 @@
-"""Defects of Trace's trainer that belong to no other file of tests; `tests/test_requirements.py` lists all of them."""
+"""Defects of Trace's trainer that no other test file covers; `tests/test_requirements.py` lists all of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scripted(agent: Any, *replies: Any, aggregator: Any = "never asked", **optio
 @pytest.mark.requirement("Trace's defect 4: use_asyncio did nothing")
 @pytest.mark.parametrize(("use_asyncio", "at_once"), [(True, 8), (False, 1)])
 def test_use_asyncio_alone_makes_it_concurrent(use_asyncio: bool, at_once: int) -> None:
-    """Trace swallowed the argument: without num_threads everything was sequential, with it or not."""
+    """Trace ignored the argument: without num_threads everything was sequential."""
     running, most = 0, 0
 
     def jitter() -> int:
@@ -43,7 +43,7 @@ def test_use_asyncio_alone_makes_it_concurrent(use_asyncio: bool, at_once: int) 
         running -= 1
         return "TERMINATE"
 
-    async def guide(x: int, output: int, info: int) -> tuple[float, str]:  # in no thread, so that all keep step
+    async def guide(x: int, output: int, info: int) -> tuple[float, str]:  # not in a thread
         return exact(x, output, info)
 
     optimizer = LLMOptimizer(llm=ScriptedModel(reply, jitter=jitter))
@@ -54,7 +54,7 @@ def test_use_asyncio_alone_makes_it_concurrent(use_asyncio: bool, at_once: int) 
 
 @pytest.mark.requirement("Trace's defect 6: operations shared state between threads, and forward ignored its agent")
 def test_forward_runs_the_agent_it_is_given() -> None:
-    """Trace's forward ignored its `agent` argument: neither run nor prompt may be of the trainer's own agent."""
+    """Trace's forward ignored its `agent` argument and used the trainer's own agent for run and prompt."""
     own, other = Adder(1), Adder(10)
     assert scripted(own).forward(other, 0, exact, 5).values == {"amount": 5}
     assert (own.amount.data, other.amount.data) == (1, 10)
@@ -77,7 +77,7 @@ class Operated(Adder):
     "Trace's defect 11: agents with operations could not be saved",
 )
 def test_an_agent_with_operations_is_saved_while_it_is_trained(tmp_path: Path) -> None:
-    """Every save_frequency steps, where save_path says, and an agent of the same class loads it."""
+    """It is saved to save_path every save_frequency steps, and an agent of the same class loads it."""
     path = tmp_path / "agent.json"
     scripted(Operated()).train(exact, additions(5), save_frequency=1, save_path=str(path))
     production = Operated()
@@ -87,8 +87,8 @@ def test_an_agent_with_operations_is_saved_while_it_is_trained(tmp_path: Path) -
 
 
 @pytest.mark.requirement("Trace: OptoPrime(log)", "Trace's defect 12: replies that change nothing were not logged")
-def test_replies_that_change_nothing_stand_in_the_journal(tmp_path: Path) -> None:
-    """A TERMINATE was paid for like any other reply; Trace left it out of its log."""
+def test_replies_without_a_change_are_in_the_journal(tmp_path: Path) -> None:
+    """A TERMINATE is paid for like any other reply; Trace left it out of its log."""
     with SimulatedModel() as server:
         llm = LLM("openai-compatible/simulated-1", base_url=server.base_url)
         run = AggregatedUpdate(Adder(), LLMOptimizer(llm=llm), llm=llm)
@@ -101,7 +101,7 @@ def test_replies_that_change_nothing_stand_in_the_journal(tmp_path: Path) -> Non
 
 @pytest.mark.requirement("Trace's defect 19: code that does not compile was installed")
 def test_aggregated_code_that_does_not_compile_is_not_installed() -> None:
-    """The aggregator's answer is held to the same as a proposal's; what is refused is a failure, not an update."""
+    """The aggregator's answer is checked like a proposal; a refused one is a failure, not an update."""
 
     class Coded(Module):
         @bundle(trainable=True)
@@ -128,7 +128,7 @@ def test_aggregated_code_that_does_not_compile_is_not_installed() -> None:
 @pytest.mark.requirement("Trace's defect 23: a failing instance spoilt the score of its batch")
 @pytest.mark.parametrize("min_score", [None, 0.0])
 def test_a_failing_instance_under_ensure_improvement(min_score: float | None) -> None:
-    """Trace rejected the update without a word, or died of None minus a float: a crash counts as the lowest score."""
+    """Trace silently rejected the update, or raised on None minus a float: a crash counts as the lowest score."""
 
     class Flaky(Adder):
         async def forward(self, x: int) -> int:
@@ -145,8 +145,8 @@ def test_a_failing_instance_under_ensure_improvement(min_score: float | None) ->
 
 
 @pytest.mark.requirement("Trace's defect 25: the prompts contradicted themselves")
-def test_the_prompts_agree_with_themselves() -> None:
-    """What the system prompt speaks of is in the user prompt, and it asks for one form of reply, not for Python."""
+def test_the_prompts_are_consistent() -> None:
+    """The user prompt has every section that the system prompt names, and asks for one form of reply."""
     model = ScriptedModel(suggest(amount=7))
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
     AggregatedUpdate(Adder(), optimizer, rule=LLMMerge(model)).train(exact, [(0, 5), (1, 9)], batch_size=2)
@@ -168,8 +168,8 @@ class Broken(Adder):
     "Trace: evaluate",
     "Trace's defect 26: evaluate swallowed interrupts, and a broken agent looked like a bad one",
 )
-def test_a_broken_agent_does_not_look_like_a_bad_one() -> None:
-    """A bad agent scores 0; one that raises has no score, unless min_score is given, and its error is told."""
+def test_a_crashing_agent_is_distinguished_from_a_bad_one() -> None:
+    """A bad agent scores 0; one that raises has no score, unless min_score is given, and its error is reported."""
     inputs, infos = zip(*additions(5), strict=True)
     assert evaluate(Adder(), exact, inputs, infos) == [0.0] * 4
     with pytest.warns(TrainingWarning, match="4 of 4 instances have no score; .*no attribute 'nonsense'"):
@@ -182,7 +182,7 @@ def test_a_broken_agent_does_not_look_like_a_bad_one() -> None:
 
 
 @pytest.mark.requirement("Trace's defect 26: evaluate swallowed interrupts, and a broken agent looked like a bad one")
-def test_an_interrupt_leaves_evaluate() -> None:
+def test_an_interrupt_ends_evaluate() -> None:
     """Trace's bare `except` turned KeyboardInterrupt into a list of None."""
 
     class Interrupted(Adder):
@@ -210,8 +210,8 @@ def test_verbose_reaches_forward() -> None:
 
 
 @pytest.mark.requirement("Trace's defect 35: failing checks passed")
-def test_a_failing_check_fails() -> None:
-    """Neither the Makefile nor the CI script lets a failure pass."""
+def test_a_failing_check_fails_the_build() -> None:
+    """Neither the Makefile nor the CI script hides a failure."""
     for file in (ROOT / "Makefile", ROOT / ".ci" / "run"):
         assert re.search(r"\|\|\s*(true|:)|continue-on-error|\bset \+e\b", file.read_text()) is None
     assert "set -euo pipefail" in (ROOT / ".ci" / "run").read_text()

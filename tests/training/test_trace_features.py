@@ -1,4 +1,4 @@
-"""Features of Trace's library that belong to no other file of tests; `tests/test_requirements.py` lists all of them."""
+"""Features of Trace's library that no other test file covers; `tests/test_requirements.py` lists all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from aggregator.training.searches import Priority
 
 
 class Logger:
-    """Trace's logger, remembering."""
+    """Trace's logger, with a record of its calls."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[str, Any, int]] = []
@@ -42,8 +42,8 @@ def scripted(agent: Any, *replies: Any, **options: Any) -> AggregatedUpdate:
 
 
 @pytest.mark.requirement("Trace: trace.node(data, name, trainable, description, constraint)")
-def test_node_takes_traces_arguments() -> None:
-    """In their order, with Trace's defaults; what it says of itself is in the prompt."""
+def test_node_accepts_traces_arguments() -> None:
+    """Their order and defaults are Trace's; the description is in the prompt."""
     greeting = node("Hello", "greeting", True, "said first", "polite")  # noqa: FBT003 - Trace's order
     assert (greeting.data, greeting.name, greeting.trainable) == ("Hello", "greeting", True)
     assert greeting.describe() == {
@@ -66,7 +66,7 @@ def summed(x: int) -> int:
 
 @pytest.mark.requirement("Trace: bundle(traceable_code): what an operation does inside is traced")
 def test_operations_inside_operations_are_traced() -> None:
-    """Always, not only where traceable_code asks for it."""
+    """They are always traced, not only with traceable_code."""
     with transcript() as seen:
         summed(2)
     assert seen.render() == (
@@ -75,8 +75,8 @@ def test_operations_inside_operations_are_traced() -> None:
 
 
 @pytest.mark.requirement("Trace: bundle(allow_external_dependencies)")
-def test_an_operation_may_read_parameters_that_are_no_inputs() -> None:
-    """Trace raises where a node is read that was not passed in; here it is the agent's own affair, and is trained."""
+def test_an_operation_may_read_parameters_that_are_not_inputs() -> None:
+    """Trace raises if an operation reads a node that was not passed in; here the node is allowed, and trained."""
     outside = ParameterNode(3)
 
     @bundle()
@@ -109,7 +109,7 @@ class Weights(Module):
 
 @pytest.mark.requirement("Trace: operators, iterators and broadcasting on nodes")
 def test_all_of_python_works_on_values() -> None:
-    """Operators, iteration, keys, functions of others: on what a parameter holds, and training changes it."""
+    """Operators, iteration, keys and other functions work on a parameter's value, and training changes it."""
     agent = Weights()
     scripted(agent, suggest(weights=[2, 3], names={"bias": 1})).train(exact, [([1, 1], 6)])
     assert agent([1, 1]) == 6
@@ -119,7 +119,7 @@ def test_all_of_python_works_on_values() -> None:
 @pytest.mark.requirement("Trace: train(improvement_threshold)")
 @pytest.mark.parametrize(("threshold", "accepted"), [(0.2, True), (0.9, False)])
 def test_improvement_threshold_reaches_the_gate(threshold: float, accepted: bool) -> None:
-    """An update from 0.25 to 1 is enough for 0.2, and not for 0.9."""
+    """An update from 0.25 to 1 passes a threshold of 0.2, and not one of 0.9."""
     agent = Adder()
     data = [(0, 1), *additions(5, 4)[1:]]
 
@@ -136,7 +136,7 @@ def test_improvement_threshold_reaches_the_gate(threshold: float, accepted: bool
 
 @pytest.mark.requirement("Trace: train(num_epochs, batch_size)")
 def test_epochs_and_batches_make_the_steps() -> None:
-    """Every instance once an epoch, `batch_size` of them at a step, the last batch what is left."""
+    """Each epoch visits every instance once, `batch_size` of them per step; the last batch has the remainder."""
     result = scripted(Adder(), "TERMINATE").train(exact, additions(5, 5), batch_size=2, num_epochs=3)
     assert [len(report.sample_ids) for report in result.history] == [2, 2, 1] * 3
     assert [report.epoch for report in result.history] == [0] * 3 + [1] * 3 + [2] * 3
@@ -156,14 +156,14 @@ def test_epochs_and_batches_make_the_steps() -> None:
     ],
 )
 def test_log_frequency_counts_steps(options: dict[str, int], steps: list[int]) -> None:
-    """The train score is logged every so many steps, 0 is never, by default whenever the test set is due."""
+    """The train score is logged every so many steps, never for 0, by default whenever the test set is evaluated."""
     logger = Logger()
     scripted(Adder(), "TERMINATE", logger=logger).train(exact, additions(5), **options)  # type: ignore[arg-type]
     assert [step for name, _, step in logger.logged if name == "Average train score"] == steps
 
 
 class Saved(Adder):
-    """Remembers where it was saved."""
+    """Records where it was saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,8 +183,8 @@ def test_save_frequency_counts_steps() -> None:
 
 
 @pytest.mark.requirement("Trace: hook save_agent")
-def test_an_overridden_save_is_honoured() -> None:
-    """Trace's save_agent: an agent that knows better how to be saved says so in `save`."""
+def test_an_overridden_save_is_used() -> None:
+    """Like Trace's save_agent: an agent may define how it is saved."""
     agent = Saved()
     scripted(agent).train(exact, additions(5), save_frequency=4)
     assert agent.saved == ["checkpoints/agent.json"]
@@ -192,7 +192,7 @@ def test_an_overridden_save_is_honoured() -> None:
 
 @pytest.mark.requirement("Trace: train(verbose=True)")
 def test_verbose_prints_scores_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
-    """To standard output, where no logger is given; nothing without it."""
+    """They go to standard output if there is no logger; by default nothing is printed."""
     scripted(Adder()).train(exact, additions(5), batch_size=4, test_dataset=additions(5))
     assert capsys.readouterr().out == ""
     scripted(Adder()).train(exact, additions(5), batch_size=4, test_dataset=additions(5), verbose=True)
@@ -209,7 +209,7 @@ def test_verbose_prints_scores_and_parameters(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.requirement("Trace: train(num_threads)")
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_num_threads_bounds_how_many_run_at_once(num_threads: int) -> None:
+def test_num_threads_bounds_concurrency(num_threads: int) -> None:
     """It is Trace's name for max_concurrency."""
     running, most = 0, 0
 
@@ -224,7 +224,7 @@ def test_num_threads_bounds_how_many_run_at_once(num_threads: int) -> None:
         running -= 1
         return "TERMINATE"
 
-    async def guide(x: int, output: int, info: int) -> tuple[float, str]:  # in no thread, so that all keep step
+    async def guide(x: int, output: int, info: int) -> tuple[float, str]:  # not in a thread
         return exact(x, output, info)
 
     optimizer = LLMOptimizer(llm=ScriptedModel(reply, jitter=turns))
@@ -234,8 +234,8 @@ def test_num_threads_bounds_how_many_run_at_once(num_threads: int) -> None:
 
 
 @pytest.mark.requirement("Trace: AggregatedUpdate(llm, max_tokens)")
-def test_the_aggregator_has_a_model_and_a_limit_of_its_own() -> None:
-    """`llm` and `max_tokens` of the trainer are the aggregator's, not the optimizer's."""
+def test_the_aggregator_has_its_own_model_and_limit() -> None:
+    """The trainer's `llm` and `max_tokens` are the aggregator's, not the optimizer's."""
     optimizer, aggregator = ScriptedModel(from_feedback), ScriptedModel(suggest(amount=5))
     trainer = AggregatedUpdate(Adder(), LLMOptimizer(llm=optimizer), llm=aggregator, max_tokens=77)
     trainer.train(exact, [(0, 5), (1, 9)], batch_size=2)
@@ -245,7 +245,7 @@ def test_the_aggregator_has_a_model_and_a_limit_of_its_own() -> None:
 
 @pytest.mark.requirement("Trace: OptoPrime(max_tokens)")
 def test_max_tokens_reaches_the_optimizers_model() -> None:
-    """Every call of it carries the limit."""
+    """Each of its calls has the limit."""
     model = ScriptedModel("TERMINATE")
     trainer = AggregatedUpdate(Adder(), LLMOptimizer(llm=model, max_tokens=55), llm=ScriptedModel("never asked"))
     trainer.train(exact, additions(5, 2), batch_size=2)
@@ -253,8 +253,8 @@ def test_max_tokens_reaches_the_optimizers_model() -> None:
 
 
 @pytest.mark.requirement("Trace: hook has_improvement")
-def test_a_gate_of_ones_own_says_what_is_an_improvement() -> None:
-    """Trace's has_improvement: it sees the values before and after, and the minibatch."""
+def test_a_custom_gate_defines_an_improvement() -> None:
+    """Like Trace's has_improvement: it gets the values before and after, and the minibatch."""
     seen: list[tuple[Values, Values, int]] = []
 
     async def only_small(before: Values, after: Values, step: Step) -> Decision:
@@ -268,7 +268,7 @@ def test_a_gate_of_ones_own_says_what_is_an_improvement() -> None:
 
 
 class Doubting(AggregatedUpdate):
-    """Takes half of what its optimizer proposes."""
+    """Keeps half of its optimizer's proposals."""
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
         proposal = await super().propose(rollouts, step)
@@ -276,8 +276,8 @@ class Doubting(AggregatedUpdate):
 
 
 @pytest.mark.requirement("Trace: hook optimizer_step")
-def test_an_overridden_propose_is_honoured() -> None:
-    """Trace's optimizer_step, for one instance; in MinibatchAlgorithm for a whole minibatch."""
+def test_an_overridden_propose_is_used() -> None:
+    """Like Trace's optimizer_step, for one instance; in MinibatchAlgorithm for a whole minibatch."""
     agent = Adder()
     Doubting(agent, LLMOptimizer(llm=ScriptedModel(suggest(amount=8))), llm=ScriptedModel("never asked")).train(
         exact, additions(5, 1)
@@ -293,8 +293,8 @@ def test_an_overridden_propose_is_honoured() -> None:
 
 
 @pytest.mark.requirement("Trace: VerbalJudgeGuide(model, prompt_template, system_prompt)")
-async def test_a_judge_has_a_system_prompt_of_its_own() -> None:
-    """And criteria of its own in the rest of the prompt."""
+async def test_a_judge_has_its_own_system_prompt() -> None:
+    """Its criteria are in the rest of the prompt."""
     model = ScriptedModel('{"score": 1.0, "feedback": "good"}')
     await LLMJudge(model, system_prompt="You are strict.", criteria="Be brief.")("2 + 2?", "4", 4)
     (messages,) = model.asked
@@ -303,7 +303,7 @@ async def test_a_judge_has_a_system_prompt_of_its_own() -> None:
 
 
 class Apart(Priority):
-    """Remembers no two candidates within 3 of each other: POLCA's net, with a distance of our own."""
+    """Remembers no two candidates within 3 of each other: POLCA's net, with a custom distance."""
 
     def keep(self, pool: Sequence[Candidate], step: Step) -> list[Candidate]:
         current, *others = pool
@@ -315,8 +315,8 @@ class Apart(Priority):
 
 
 @pytest.mark.requirement("Trace: POLCA: an epsilon-net over embeddings, a summarizer")
-def test_a_search_of_ones_own_keeps_candidates_apart() -> None:
-    """Which candidates are too much alike is one function, with an embedding model or without."""
+def test_a_custom_search_keeps_candidates_apart() -> None:
+    """One function decides which candidates are too similar, with an embedding model or without."""
     replies = iter(range(2, 99))
     model = ScriptedModel(lambda _: suggest(amount=next(replies)))
     apart = Apart(8, num_candidates=2, num_proposals=3)

@@ -1,4 +1,4 @@
-"""Code that training writes: sandboxed by default, checked before a run, taken from files by the user's word only."""
+"""Code that training writes: sandboxed by default, checked before a run, loaded from files only with permission."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def problems(agent: Module) -> str:
 
 
 def test_an_operation_that_awaits_is_named() -> None:
-    """A sandbox has no access to what is awaited here."""
+    """A sandbox has no access to awaitables of this process."""
 
     class Agent(Base):
         @bundle(trainable=True)
@@ -101,7 +101,7 @@ def test_an_operation_that_awaits_is_named() -> None:
 
 
 def test_an_operation_that_calls_a_model_is_named() -> None:
-    """A model on the instance, in the module, or imported inside."""
+    """The model may be on the instance, in the module, or imported inside."""
 
     class Agent(Base):
         @bundle(trainable=True)
@@ -146,7 +146,7 @@ def test_an_operation_that_calls_a_model_is_named() -> None:
         ("yield x", "is a generator"),
     ],
 )
-def test_what_an_operation_changes_outside_itself_is_named(body: str, what: str, tmp_path: Path) -> None:
+def test_a_side_effect_of_an_operation_is_named(body: str, what: str, tmp_path: Path) -> None:
     """In a sandbox such a change is lost with the process."""
     module, indented = tmp_path / "changing.py", body.replace("\n", "\n    ")
     module.write_text(
@@ -163,7 +163,7 @@ def test_what_an_operation_changes_outside_itself_is_named(body: str, what: str,
 
 
 def test_arguments_and_values_that_cannot_cross_are_named() -> None:
-    """A class of the user's own, as an annotation or used inside."""
+    """The value's class is the user's own, as an annotation or used inside."""
 
     class Agent(Base):
         @bundle(trainable=True)
@@ -185,13 +185,13 @@ def test_arguments_and_values_that_cannot_cross_are_named() -> None:
         "count = self.count\n    count += 1",
     ],
 )
-def test_local_names_that_are_changed_are_no_change_of_self(body: str) -> None:
-    """A copy, another value under the same name and a number may change."""
+def test_changes_of_local_names_are_allowed(body: str) -> None:
+    """A copy, a new value under the same name and a number may change."""
     assert not uses_of(f"def op(self, x):\n    {body}\n    return x", is_method=True).problems
 
 
-def test_what_can_cross_passes() -> None:
-    """Functions, sets, patterns, methods, class attributes, imports of the module, and typed arguments."""
+def test_what_can_be_sent_to_a_sandbox() -> None:
+    """Functions, sets, patterns, methods, class attributes, imports of the module, and typed arguments can be sent."""
 
     class Agent(Base):
         @bundle(trainable=True)
@@ -207,7 +207,7 @@ def test_what_can_cross_passes() -> None:
     assert agent.op("The Cat") == own
 
 
-def test_a_long_source_is_read_without_recursion() -> None:
+def test_a_long_source_is_checked_without_recursion() -> None:
     """600 terms are 600 levels of its tree."""
     agent = Cleaner()
     agent.parameters()[0].data = f"def clean(self, x):\n    return x + {' + '.join(['1'] * 600)}\n"
@@ -215,8 +215,8 @@ def test_a_long_source_is_read_without_recursion() -> None:
     assert agent.clean(1) == 601  # type: ignore[arg-type, comparison-overlap]
 
 
-def test_sandbox_none_is_the_way_out_in_words() -> None:
-    """What runs in this process may await, call and change what it likes."""
+def test_sandbox_none_turns_the_checks_off() -> None:
+    """Code that runs in this process may await, call and change anything."""
 
     class Agent(Base):
         @bundle(trainable=True, sandbox=None)
@@ -230,8 +230,8 @@ def test_sandbox_none_is_the_way_out_in_words() -> None:
     assert (agent.op("x"), agent.count) == ("x", 1)
 
 
-def test_only_what_is_trained_is_checked() -> None:
-    """An operation that the optimizer leaves alone may stay as it is."""
+def test_only_trainable_operations_are_checked() -> None:
+    """An operation that the optimizer does not change is not checked."""
 
     class Agent(Base):
         @bundle(trainable=True)
@@ -278,8 +278,8 @@ def train(agent: Module, llm: Any, **options: Any) -> Any:
     return trainer.train(guide, [("a", "A"), ("b", "B")], batch_size=2, num_epochs=1, verbose=False, **options)
 
 
-def test_training_refuses_before_anything_is_paid() -> None:
-    """The agent is not run and the model is not asked."""
+def test_training_refuses_before_anything_is_paid_for() -> None:
+    """The agent is not run and the model is not called."""
     asked = []
 
     class Agent(Base):
@@ -300,11 +300,11 @@ def test_training_refuses_before_anything_is_paid() -> None:
     assert asked == []
 
 
-def test_an_endless_suggestion_ends_as_feedback_by_default() -> None:
-    """One `while True` in a suggestion used to hang a run for ever."""
+def test_an_endless_suggestion_becomes_feedback_by_default() -> None:
+    """One `while True` in a suggestion used to hang a run."""
     agent = Cleaner()
     with sandboxed("process"):
-        pass  # the default needs no switch
+        pass  # the default needs no option
     result = train(agent, model("import os; os._exit(3)"), max_failure_ratio=1.0)
     assert result.parameters["clean__code"].count("_exit") == 1
     with pytest.raises(Exception, match="it ended its process with exit code 3"):
@@ -312,7 +312,7 @@ def test_an_endless_suggestion_ends_as_feedback_by_default() -> None:
 
 
 def test_the_author_s_own_source_runs_in_this_process() -> None:
-    """Only what training changed goes to a worker."""
+    """Only code that training changed runs in a worker."""
 
     class Where(Module):
         @bundle(trainable=True)
@@ -325,8 +325,8 @@ def test_the_author_s_own_source_runs_in_this_process() -> None:
     assert agent.where() != os.getpid()
 
 
-def test_the_run_s_record_says_where_code_runs() -> None:
-    """Observers get it at the start: one more fact for a run's manifest."""
+def test_the_run_s_record_shows_where_code_runs() -> None:
+    """Observers get it at the start, for a run's manifest."""
     seen: list[RunInfo] = []
 
     class Watch(Observer):
@@ -346,7 +346,7 @@ def test_the_run_s_record_says_where_code_runs() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("pydantic_monty") is None, reason="the extra monty")
 def test_monty_is_recorded_in_the_run_s_folder(tmp_path: Path) -> None:
-    """Another interpreter may come to other results, so its name and version are part of what a resume compares."""
+    """Another interpreter may give other results, so a resume compares its name and version."""
     with sandboxed("monty"):
         train(Cleaner(), model("pass"), run_dir=tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["fingerprint"]
@@ -365,14 +365,14 @@ def saved(tmp_path: Path, source: str = CHANGED) -> Path:
     return tmp_path / "agent.json"
 
 
-def test_sandboxed_code_loads_freely(tmp_path: Path) -> None:
+def test_sandboxed_code_loads_without_permission(tmp_path: Path) -> None:
     """It runs in a worker, wherever it comes from."""
     agent = Cleaner()
     agent.load(saved(tmp_path))
     assert agent.clean("a") == "A"
 
 
-def test_code_of_a_file_for_this_process_needs_a_word(tmp_path: Path) -> None:
+def test_code_of_a_file_for_this_process_needs_permission(tmp_path: Path) -> None:
     """The error names the sha256 that permits exactly this source; nothing was loaded."""
     path, agent = saved(tmp_path), Open()
     with pytest.raises(ConfigError, match=r"code=True or code='ask'.*clean__code has sandbox=None") as raised:
@@ -389,15 +389,15 @@ def test_code_of_a_file_for_this_process_needs_a_word(tmp_path: Path) -> None:
         agent.load(path, code="0" * 64)
 
 
-def test_a_file_with_the_author_s_own_code_loads_freely(tmp_path: Path) -> None:
-    """Nothing in it is new to the program."""
+def test_a_file_with_the_author_s_own_code_loads_without_permission(tmp_path: Path) -> None:
+    """Its code is part of the program already."""
     Open().save(tmp_path / "own.json")
     assert Open().load(tmp_path / "own.json") == {}
 
 
 @pytest.mark.parametrize("code", ["yes", "abc", 1, ["x"], [], None, {"0" * 63}])
-def test_words_for_code_are_checked(code: Any, tmp_path: Path) -> None:
-    """A wrong word is an error, and no permission."""
+def test_permissions_for_code_are_validated(code: Any, tmp_path: Path) -> None:
+    """An invalid permission is an error, and permits nothing."""
     with pytest.raises(ConfigError, match="Expected code=True, False, 'ask', or the sha256"):
         Open().load(saved(tmp_path), code=code)
     with pytest.raises(ConfigError, match="Expected code=True, False, 'ask', or the sha256"):
@@ -420,7 +420,7 @@ except Exception as error:
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
 @pytest.mark.parametrize(("answer", "outcome"), [("y\n", "RAN A"), ("n\n", "REFUSED"), ("\n", "REFUSED")])
 def test_ask_shows_the_source_on_a_terminal(answer: str, outcome: str, tmp_path: Path) -> None:
-    """Only "y" or "yes" lets it run; escape sequences in the source are shown, not obeyed."""
+    """Only "y" or "yes" lets it run; escape sequences in the source are printed as text."""
     import pty
 
     source = CHANGED.replace("Prepare.", "Prepare.\\x1b[2J")
@@ -432,7 +432,7 @@ def test_ask_shows_the_source_on_a_terminal(answer: str, outcome: str, tmp_path:
     while b"[y/N]" not in seen:
         seen += os.read(terminal, 1 << 12)
     os.write(terminal, answer.encode())
-    with suppress(OSError):  # Linux says so when the other side has closed the terminal
+    with suppress(OSError):  # Linux reports it if the other side has closed the terminal
         while piece := os.read(terminal, 1 << 12):
             seen += piece
     os.waitpid(pid, 0)
@@ -443,13 +443,13 @@ def test_ask_shows_the_source_on_a_terminal(answer: str, outcome: str, tmp_path:
 
 
 def test_ask_without_a_terminal_is_an_error(tmp_path: Path) -> None:
-    """A program in the background does not wait for an answer for ever."""
+    """A background program does not wait for an answer for ever."""
     with pytest.raises(ConfigError, match="Expected a terminal for code='ask', got none"):
         Open().load(saved(tmp_path), code="ask")
 
 
 def recorded_training(path: Path, agent: Module, **options: Any) -> Any:
-    """Train with replies from a fake server, recorded to a cassette and played from it."""
+    """Train with replies from a fake server, recorded to a cassette and replayed from it."""
     source = CHANGED
     reply = json.dumps({"suggestion": {"clean__code": source}, "reasoning_clean__code": "x"})
     transport = FakeTransport(lambda _: reply)
@@ -458,8 +458,8 @@ def recorded_training(path: Path, agent: Module, **options: Any) -> Any:
         return train(agent, llm)
 
 
-def test_replay_runs_code_in_this_process_by_the_user_s_word_only(tmp_path: Path) -> None:
-    """Recording does not ask: the suggestion is as live as without a cassette. Playing does."""
+def test_replay_runs_code_in_this_process_only_with_permission(tmp_path: Path) -> None:
+    """Recording does not ask, because the suggestion is live; a replay does."""
     path = tmp_path / "tape.yaml"
     first = recorded_training(path, Open())
     assert first.parameters["clean__code"] == CHANGED
@@ -471,15 +471,15 @@ def test_replay_runs_code_in_this_process_by_the_user_s_word_only(tmp_path: Path
     assert recorded_training(tmp_path / "other.yaml", Cleaner()).parameters == first.parameters
 
 
-def test_a_run_s_own_journal_is_trusted_for_its_resume(tmp_path: Path) -> None:
-    """What a run wrote itself it plays again without a word."""
+def test_a_run_s_own_journal_is_trusted_by_its_resume(tmp_path: Path) -> None:
+    """What a run wrote itself is replayed without permission."""
     llm = model("pass")
     first = train(Open(), llm, run_dir=tmp_path / "run")
     again = train(Open(), llm, run_dir=tmp_path / "run", resume=True)
     assert again.parameters == first.parameters
 
 
-def test_a_run_that_was_cut_off_plays_its_own_code_again(tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_replays_its_own_code(tmp_path: Path) -> None:
     """The second proposal failed, the first one is in the journal: it was paid for and is trusted."""
     reply = json.dumps({"suggestion": {"clean__code": CHANGED}, "reasoning_clean__code": "x"})
     refused = HTTPReply(status=401, body=b'{"error": {"message": "no"}}', headers={})
@@ -503,8 +503,8 @@ def test_a_run_that_was_cut_off_plays_its_own_code_again(tmp_path: Path) -> None
     assert asked >= 1
 
 
-def test_values_of_the_environment_are_redacted_in_what_trained_code_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that trained code puts into its output, or its error, would go on into prompts and recordings."""
+def test_values_of_the_environment_are_redacted_in_results_of_trained_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key in the output or error of trained code would reach prompts and recordings."""
     monkeypatch.setenv("MY_API_KEY", "canary-4711")
     agent = Open()
     code = agent.parameters()[0]

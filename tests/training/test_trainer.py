@@ -35,8 +35,8 @@ def trainer(agent: Any, *replies: Any, aggregate: Any = first_suggestion, **opti
 
 
 @pytest.mark.requirement("Trace: train(guide, train_dataset)", "Trace's defect 28: train returned None")
-def test_a_run_learns_and_returns_what_it_reached(adder: Adder) -> None:
-    """One step from feedback to a written parameter, scored before and after on the test set."""
+def test_a_run_learns_and_returns_its_result(adder: Adder) -> None:
+    """One step leads from feedback to a written parameter, scored before and after on the test set."""
     result = trainer(adder).train(exact, additions(5), test_dataset=additions(5), batch_size=4)
     assert adder.amount.data == 5
     assert result.parameters == {"amount": 5, "label": "sum"}
@@ -67,14 +67,14 @@ def test_eval_frequency_0_is_off(adder: Adder) -> None:
 
 @pytest.mark.requirement("Trace: train(test_dataset, eval_frequency)")
 def test_eval_frequency_counts_steps_and_the_end_is_always_evaluated(adder: Adder) -> None:
-    """Before training, every third step, and at the end."""
+    """The test set runs before training, every third step, and at the end."""
     result = trainer(adder).train(exact, additions(5, 7), test_dataset=additions(5), eval_frequency=3)
     assert [evaluation.step for evaluation in result.evaluations] == [0, 3, 6, 7]
 
 
 @pytest.mark.requirement("Trace: AggregatedUpdate(stepsize)")
 def test_proposals_are_independent_and_the_aggregator_sees_all_of_them(adder: Adder) -> None:
-    """Each instance is asked with its own feedback only; distinct proposals are weighed by confidence."""
+    """Each instance's prompt has its own feedback only; distinct proposals are weighed by confidence."""
     optimizer = ScriptedModel(from_feedback)
     aggregator = ScriptedModel(suggest(amount=3))
     data = [(0, 2), (1, 4), (2, 5)]
@@ -87,8 +87,8 @@ def test_proposals_are_independent_and_the_aggregator_sees_all_of_them(adder: Ad
     assert adder.amount.data == 3
 
 
-def test_lineage_names_the_place_of_every_call(adder: Adder) -> None:
-    """Epoch, batch, sample and purpose are in the lineage, so that a replay finds each call whatever the order."""
+def test_lineage_locates_every_call(adder: Adder) -> None:
+    """It has epoch, batch, sample and purpose, so that a replay finds each call in any order."""
     optimizer, aggregator = ScriptedModel(from_feedback), ScriptedModel(first_suggestion)
     data = [(0, 2), (1, 4)]
     AggregatedUpdate(adder, LLMOptimizer(llm=optimizer), llm=aggregator).train(exact, data, batch_size=2)
@@ -105,7 +105,7 @@ def test_lineage_names_the_place_of_every_call(adder: Adder) -> None:
     [(0, [from_feedback]), (0.5, ["TERMINATE"]), (0.5, [suggest(amount=5)]), (0.5, [suggest()])],
     ids=["stepsize 0", "no proposal", "one distinct proposal", "empty suggestions"],
 )
-def test_no_aggregation_is_paid_where_there_is_nothing_to_weigh(adder: Adder, stepsize: float, replies: Any) -> None:
+def test_no_aggregation_is_paid_for_if_there_is_nothing_to_weigh(adder: Adder, stepsize: float, replies: Any) -> None:
     """Trace called the aggregator for stepsize 0, for all-TERMINATE batches and for a batch of one."""
     aggregator = ScriptedModel("never asked")
     run = AggregatedUpdate(adder, LLMOptimizer(llm=ScriptedModel(*replies)), llm=aggregator)
@@ -115,15 +115,15 @@ def test_no_aggregation_is_paid_where_there_is_nothing_to_weigh(adder: Adder, st
 
 @pytest.mark.requirement("Trace: AggregatedUpdate(stepsize)", "Trace's defect 20: stepsize 0 replaced the parameter")
 def test_stepsize_0_changes_nothing(adder: Adder) -> None:
-    """Trace replaced the parameter all the same."""
+    """Trace replaced the parameter nevertheless."""
     result = trainer(adder).train(exact, additions(5), stepsize=0)
     assert adder.amount.data == 1
     assert result.parameters == result.initial_parameters
 
 
 @pytest.mark.requirement("Trace's defect 15: a damaged reply was silently no update")
-def test_a_value_of_the_wrong_type_is_asked_for_once_more_and_never_applied(adder: Adder) -> None:
-    """'many' is no int: one repair call quotes the error, then it counts as no suggestion."""
+def test_a_value_of_the_wrong_type_is_requested_once_more_and_never_applied(adder: Adder) -> None:
+    """'many' is not an int: one repair call quotes the error, then it counts as no suggestion."""
     optimizer = ScriptedModel(suggest(amount="many"))
     result = AggregatedUpdate(adder, LLMOptimizer(llm=optimizer), llm=ScriptedModel("x")).train(exact, [(0, 9)])
     assert adder.amount.data == 1
@@ -138,7 +138,7 @@ def test_a_value_of_the_wrong_type_is_asked_for_once_more_and_never_applied(adde
     "Trace: train(min_score)",
 )
 def test_an_agent_that_fails_is_feedback_and_scores_min_score() -> None:
-    """The agent's own error reaches the optimizer in words, the score is min_score, the run goes on."""
+    """The optimizer sees the agent's error, the score is min_score, and the run continues."""
 
     class Broken(Adder):
         async def forward(self, x: int) -> int:
@@ -154,7 +154,7 @@ def test_an_agent_that_fails_is_feedback_and_scores_min_score() -> None:
 
 
 def test_a_failure_is_counted_once() -> None:
-    """The failing instance's own proposal goes through alone, and carries its failure along: it is still one."""
+    """The failing instance's proposal is applied alone, and its failure is counted once."""
 
     class Broken(Adder):
         async def forward(self, x: int) -> int:
@@ -167,8 +167,8 @@ def test_a_failure_is_counted_once() -> None:
 
 
 @pytest.mark.requirement("Trace's defect 9: a lost call ended the run")
-def test_a_lost_call_is_excluded_not_scored_0(adder: Adder) -> None:
-    """An infrastructure failure is no score; the others' proposals are kept and applied."""
+def test_a_lost_call_is_excluded_from_the_score(adder: Adder) -> None:
+    """An infrastructure failure has no score; the others' proposals are kept and applied."""
 
     class Flaky(Adder):
         async def forward(self, x: int) -> int:
@@ -225,8 +225,8 @@ def test_a_failed_aggregation_applies_nothing_and_is_counted(adder: Adder) -> No
 
 
 @pytest.mark.parametrize("error", [AuthenticationError("no such key", status=401), BudgetExceededError("spent")])
-def test_an_error_no_call_can_escape_stops_the_run_with_the_partial_result(adder: Adder, error: Exception) -> None:
-    """Authentication and budget end the run at once; what was reached is on the error."""
+def test_an_error_of_every_call_stops_the_run_with_the_partial_result(adder: Adder, error: Exception) -> None:
+    """Authentication and budget errors end the run at once; the partial result is on the error."""
     replies = [from_feedback] * 4 + [error]
     with pytest.raises((TrainingError, BudgetExceededError)) as caught:
         trainer(adder, *replies).train(exact, [*additions(5), (9, 0)], num_epochs=3)
@@ -235,8 +235,8 @@ def test_an_error_no_call_can_escape_stops_the_run_with_the_partial_result(adder
 
 
 @pytest.mark.requirement("Trace: train(ensure_improvement)")
-def test_refused_updates_leave_the_agent_untouched(adder: Adder) -> None:
-    """ensure_improvement refuses what does not help; the optimizer is told."""
+def test_refused_updates_leave_the_agent_unchanged(adder: Adder) -> None:
+    """ensure_improvement refuses updates without a gain; the optimizer sees that."""
     optimizer = ScriptedModel(suggest(amount=77), "TERMINATE")
     run = AggregatedUpdate(adder, LLMOptimizer(llm=optimizer), llm=ScriptedModel("x"))
     result = run.train(exact, [(0, 5), (1, 6)], ensure_improvement=True)
@@ -248,7 +248,7 @@ def test_refused_updates_leave_the_agent_untouched(adder: Adder) -> None:
 @pytest.mark.parametrize("use_asyncio", [True, False])
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
 def test_results_are_the_same_bytes_at_any_concurrency(tmp_path: Path, concurrency: int, use_asyncio: bool) -> None:
-    """Shuffled latencies at any concurrency: the same prompts reach the models and the same result.json is written."""
+    """With shuffled latencies at any concurrency the prompts and result.json are the same."""
 
     def one(name: str, concurrency: int, seed: int) -> tuple[bytes, list[Any], list[Any]]:
         jitter = random.Random(seed)
@@ -266,8 +266,8 @@ def test_results_are_the_same_bytes_at_any_concurrency(tmp_path: Path, concurren
     assert one("a.json", concurrency, seed=concurrency) == one("b.json", 5, seed=99)
 
 
-def test_a_result_survives_the_disk(adder: Adder, tmp_path: Path) -> None:
-    """What load_result reads is what save_result wrote."""
+def test_a_result_can_be_saved_and_loaded(adder: Adder, tmp_path: Path) -> None:
+    """load_result returns what save_result wrote."""
     result = trainer(adder).train(exact, additions(5), test_dataset=additions(5), batch_size=2)
     save_result(result, tmp_path / "result.json")
     again = load_result(tmp_path / "result.json")
@@ -277,7 +277,7 @@ def test_a_result_survives_the_disk(adder: Adder, tmp_path: Path) -> None:
 
 
 def test_usage_is_counted_by_role(adder: Adder) -> None:
-    """Calls, tokens and cost are in the result, apart for each role."""
+    """The result has calls, tokens and cost for each role."""
     data = [(0, 5), (1, 9)]
     result = trainer(adder).train(exact, data, batch_size=2)
     assert {role: usage.calls for role, usage in result.usage.items()} == {"optimizer": 2, "aggregator": 1}
@@ -285,7 +285,7 @@ def test_usage_is_counted_by_role(adder: Adder) -> None:
 
 
 def test_sync_agents_run_concurrently_in_threads() -> None:
-    """A synchronous forward runs in the executor's threads, with its own parameters' values in sight."""
+    """A synchronous forward runs in the executor's threads, and reads its own candidate's values."""
 
     class SyncAdder(Module):
         def __init__(self) -> None:
@@ -300,7 +300,7 @@ def test_sync_agents_run_concurrently_in_threads() -> None:
 
 
 @pytest.mark.requirement("Trace: hook forward")
-def test_an_overridden_forward_is_honoured(adder: Adder) -> None:
+def test_an_overridden_forward_is_used(adder: Adder) -> None:
     """A subclass's synchronous forward decides what an instance proposes."""
 
     class Always(AggregatedUpdate):
@@ -329,8 +329,8 @@ def test_an_overridden_forward_may_call_super(adder: Adder) -> None:
 
 @pytest.mark.requirement("Trace: hook update")
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_an_overridden_update_is_honoured(adder: Adder, asynchronous: bool) -> None:
-    """A subclass's update applies what it likes; its return value is the step's score."""
+def test_an_overridden_update_is_used(adder: Adder, asynchronous: bool) -> None:
+    """A subclass's update may apply anything; its return value is the step's score."""
 
     class Sync(AggregatedUpdate):
         def update(self, outputs: Any, verbose: bool | str = False) -> Any:
@@ -360,7 +360,7 @@ def test_forward_and_update_work_alone(adder: Adder) -> None:
 
 @pytest.mark.requirement("Trace's defect 5: asyncio.run failed under a running loop")
 async def test_train_works_under_a_running_loop(adder: Adder) -> None:
-    """In a notebook or server `train` blocks its caller, where asyncio.run would raise."""
+    """In a notebook or server `train` blocks its caller; asyncio.run would raise."""
     await asyncio.sleep(0)
     assert trainer(adder).train(exact, additions(5)).train_scores[-1] == 1.0
 
@@ -381,7 +381,7 @@ def test_seed_api_helpers(adder: Adder) -> None:
 
 @pytest.mark.requirement("Trace: AggregatedUpdate.aggregator_system_prompt")
 def test_aggregator_system_prompt_can_be_set_on_a_subclass(adder: Adder) -> None:
-    """The class attribute is what the aggregator is told."""
+    """The class attribute is the aggregator's system prompt."""
     aggregator = ScriptedModel(first_suggestion)
 
     class Own(AggregatedUpdate):
@@ -393,7 +393,7 @@ def test_aggregator_system_prompt_can_be_set_on_a_subclass(adder: Adder) -> None
 
 
 class Nothing(Module):
-    """An agent that cannot be trained."""
+    """An agent without parameters."""
 
     def forward(self, x: int) -> int:
         return x
@@ -416,8 +416,8 @@ class Nothing(Module):
         (Nothing(), {}, "Expected an agent with a trainable parameter"),
     ],
 )
-def test_bad_arguments_say_what_was_expected(agent: Module, arguments: dict[str, Any], message: str) -> None:
-    """Each is a ConfigError before the first call."""
+def test_invalid_arguments_are_config_errors(agent: Module, arguments: dict[str, Any], message: str) -> None:
+    """Each one is raised before the first call."""
     given = {"guide": exact, "train_dataset": additions(1), **arguments}
     with pytest.raises(ConfigError, match=message):
         trainer(agent, "never asked").train(**given)
@@ -436,13 +436,13 @@ def test_two_parameters_of_one_name_are_refused() -> None:
 
 
 def test_minibatch_alone_needs_no_model(adder: Adder) -> None:
-    """The base class with its neutral rule: one instance's proposal is the update."""
+    """The base class has the neutral rule: one instance's proposal is the update."""
     result = Minibatch(adder, LLMOptimizer(llm=ScriptedModel(from_feedback))).train(exact, additions(5))
     assert result.parameters["amount"] == 5
 
 
-def test_parameters_tell_where_they_come_from(adder: Adder, tmp_path: Path) -> None:
-    """The result and the artefact name the samples whose proposals went in; the artefact loads without the trainer."""
+def test_parameters_have_their_provenance(adder: Adder, tmp_path: Path) -> None:
+    """Result and artefact name the samples whose proposals were used; the artefact loads without the trainer."""
     data = [(0, 1), (1, 6), (2, 7)]
     result = trainer(adder).train(exact, data, batch_size=3, run_dir=tmp_path / "run")
     assert result.provenance == {"amount": [{"step": 0, "samples": [1, 2]}], "label": []}
@@ -452,7 +452,7 @@ def test_parameters_tell_where_they_come_from(adder: Adder, tmp_path: Path) -> N
 
 
 def test_provenance_named_a_sample_for_a_parameter_that_it_never_proposed() -> None:
-    """Of two samples that each change one parameter, each is named for its own alone; `contributors` has both."""
+    """Of two samples that change one parameter each, each is named for its own only; `contributors` has both."""
     agent = Adder()
     optimizer = ScriptedModel(suggest(amount=3), suggest(label="total"))
     trainer = AggregatedUpdate(agent, LLMOptimizer(llm=optimizer), llm=ScriptedModel("TERMINATE"))

@@ -1,4 +1,4 @@
-"""A user's bug is no training signal: it stops the run with its traceback, before it is paid for."""
+"""A bug in the user's code stops the run with its traceback, before the run is paid for."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def broken_guide(x: str, output: str, info: str) -> float:
 
 
 def silent_guide(x: str, output: str, info: str) -> None:
-    """Forgot its return."""
+    """A guide that forgot its return."""
 
 
 BUGS = [
@@ -124,7 +124,7 @@ def train(agent: Module, guide: Any = exact, kind: Any = AggregatedUpdate, **opt
 @pytest.mark.parametrize("kind", [AggregatedUpdate, BasicSearchAlgorithm])
 @pytest.mark.parametrize(("bug", "place", "cause"), BUGS)
 def test_a_bug_of_the_agent_stops_the_run(bug: Any, place: str, cause: str, kind: Any, options: Any) -> None:
-    """It was fed to the optimizer, paid for in every step, and nothing showed a traceback."""
+    """The optimizer got it as feedback in every paid step, and no traceback was shown."""
     llm, error = train(bug(), kind=kind, **options)
     assert isinstance(error, TrainingError)
     with pytest.raises(TrainingError, match=f"(?s){place}.*Likely cause: .*{cause}"):
@@ -136,7 +136,7 @@ def test_a_bug_of_the_agent_stops_the_run(bug: Any, place: str, cause: str, kind
 
 @pytest.mark.parametrize(("guide", "text"), [(broken_guide, "test_user_bugs.py:"), (silent_guide, "without `return`")])
 def test_a_bug_of_the_guide_stops_the_run(guide: Any, text: str) -> None:
-    """Also where fewer than `max_failure_ratio` would allow it."""
+    """It stops the run even if `max_failure_ratio` would allow it."""
 
     class Right(Base):
         def forward(self, x: str) -> str:
@@ -148,7 +148,7 @@ def test_a_bug_of_the_guide_stops_the_run(guide: Any, text: str) -> None:
     assert not llm.asked
 
 
-def test_a_failure_after_a_success_is_proposed_for_and_warned_of() -> None:
+def test_a_failure_after_a_success_gets_a_proposal_and_a_warning() -> None:
     """The result has a line for it, with the traceback."""
 
     class Sometimes(Base):
@@ -160,13 +160,13 @@ def test_a_failure_after_a_success_is_proposed_for_and_warned_of() -> None:
     with pytest.warns(TrainingWarning, match="(?s)the agent failed 1 times with KeyError at test_user_bugs.py:.*lang"):
         llm, result = train(Sometimes(), batch_size=8)
     assert isinstance(result, TrainingResult)
-    assert len(llm.asked) == 8  # one for each instance, the failed one too; they agree, so that there is no merge
+    assert len(llm.asked) == 8  # one for each instance, including the failed one; they agree, so there is no merge
     assert "raise KeyError" in str(result)
     assert result.failures[0].where.startswith("test_user_bugs.py:")
 
 
-def test_nothing_is_proposed_for_a_failure_until_an_instance_has_succeeded() -> None:
-    """Two of two rollouts failed: no call of the optimizer is made."""
+def test_failures_get_no_proposals_until_an_instance_has_succeeded() -> None:
+    """Two of two rollouts failed: the optimizer is not called."""
 
     class Fails(Base):
         def forward(self, x: str) -> str:
@@ -180,7 +180,7 @@ def test_nothing_is_proposed_for_a_failure_until_an_instance_has_succeeded() -> 
 
 
 def test_failures_at_different_lines_or_of_different_types_do_not_stop_a_run() -> None:
-    """They are no single bug."""
+    """They are not one bug."""
 
     class Various(Base):
         def forward(self, x: str) -> str:
@@ -193,8 +193,8 @@ def test_failures_at_different_lines_or_of_different_types_do_not_stop_a_run() -
     assert isinstance(result, TrainingResult)
 
 
-def test_four_failures_in_a_row_later_in_a_run_stop_it() -> None:
-    """A lost call between them changes nothing, and neither does where batches end."""
+def test_four_failures_in_a_row_stop_a_run_later_too() -> None:
+    """Lost calls and the ends of batches in between change nothing."""
 
     class Later(Base):
         def forward(self, x: str) -> str:
@@ -215,8 +215,8 @@ def test_four_failures_in_a_row_later_in_a_run_stop_it() -> None:
     assert len(caught.value.result.history) in (4, 5)
 
 
-def test_causes() -> None:
-    """A type of the library's in a message names what was forgotten."""
+def test_the_message_names_the_cause() -> None:
+    """A type of the library in a message shows what was forgotten."""
     assert "`.text`" in cause_of("TypeError", "can only concatenate str (not 'Completion') to str", "agent")
     assert "async for" in cause_of("TypeError", "'async_generator' object is not iterable", "agent")
     assert cause_of("KeyError", "'q'", "guide") == "the guide itself raises"

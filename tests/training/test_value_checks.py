@@ -1,4 +1,4 @@
-"""Checks: what refuses a single value before anything is run, and what becomes of a refused value."""
+"""Checks: what refuses a single value before anything is run, and what happens to a refused value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS = st.lists(st.sampled_from(["one", "two", "{x}", "{{y}}", "$z", ",", "{'k'
 
 
 class Template(Module):
-    """Answers with its own template, so that a guide can look at it."""
+    """Answers with its own template, for the guide to check."""
 
     def __init__(self, template: str = "Q: {question}") -> None:
         self.prompt = ParameterNode(template)
@@ -38,7 +38,7 @@ def wrong(x: str, output: str, info: Any) -> tuple[float, str]:
 
 
 def train(agent: Module, replies: Sequence[str], **options: Any) -> tuple[Any, ScriptedModel]:
-    """Train one step on one sample with an optimizer that gives these replies in turn."""
+    """Train one step on one sample with an optimizer that gives these replies in order."""
     llm = ScriptedModel(*replies)
     result = AggregatedUpdate(agent, LLMOptimizer(llm=llm), llm=llm, **options).train(wrong, [("who?", "me")])
     return result, llm
@@ -63,7 +63,7 @@ def test_examples_in_docstrings() -> None:
     ],
 )
 def test_what_counts_as_a_placeholder(text: str, found: list[str]) -> None:
-    """The three common template languages are read; JSON, money and doubled signs are text."""
+    """The three common template languages are recognised; JSON, money and doubled signs are text."""
     assert placeholders(text) == found
 
 
@@ -80,19 +80,19 @@ def test_what_counts_as_a_placeholder(text: str, found: list[str]) -> None:
     ],
 )
 def test_a_template_lost_its_placeholder(before: str, after: str, reason: str) -> None:
-    """A text that loses or invents a placeholder, or is emptied, is refused with what was expected and what came."""
+    """A text that loses or invents a placeholder, or is empty, is refused with what was expected and what it got."""
     assert reason in str(keeps_placeholders(before, after, TEXT, Step()))
 
 
 @given(WORDS, WORDS)
 def test_a_text_with_the_same_placeholders_is_kept(before: str, after: str) -> None:
-    """The check refuses exactly the texts whose set of placeholders differs, and emptied ones."""
+    """The check refuses exactly the texts whose set of placeholders differs, and empty ones."""
     same = set(placeholders(before)) == set(placeholders(after)) and not (before.strip() and not after.strip())
     assert (keeps_placeholders(before, after, TEXT, Step()) is None) == same
 
 
 def test_source_code_and_other_types_have_no_placeholders() -> None:
-    """An f-string in trained code is no template, and numbers and lists are not looked at."""
+    """An f-string in trained code is not a template; numbers and lists are not checked."""
 
     class Agent(Module):
         @bundle(trainable=True)
@@ -106,8 +106,8 @@ def test_source_code_and_other_types_have_no_placeholders() -> None:
     assert keeps_placeholders(3, 4, ParameterNode(3), Step()) is None
 
 
-def test_a_refused_value_is_asked_for_once_more_with_the_reason() -> None:
-    """The second reply is taken; the model saw why the first one was refused, and which placeholders to keep."""
+def test_a_refused_value_is_requested_once_more_with_the_reason() -> None:
+    """The second reply is used; the model saw why the first one was refused, and which placeholders to keep."""
     agent = Template()
     result, llm = train(agent, [suggest(prompt="Answer."), suggest(prompt="Answer {question} briefly.")])
     asked = [messages[-1]["content"] for messages in llm.asked]
@@ -117,8 +117,8 @@ def test_a_refused_value_is_asked_for_once_more_with_the_reason() -> None:
     assert (len(asked), result.failures) == (2, ())
 
 
-def test_a_value_that_is_refused_twice_is_left_out() -> None:
-    """The run goes on with the current value, and the reason is part of the record."""
+def test_a_value_refused_twice_is_left_out() -> None:
+    """The run continues with the current value, and the record has the reason."""
     agent = Template()
     result, llm = train(agent, [suggest(prompt="Answer."), suggest(prompt="Answer.")])
     assert (agent.prompt.data, len(llm.asked)) == ("Q: {question}", 2)
@@ -141,14 +141,14 @@ def test_other_values_of_the_same_reply_are_kept() -> None:
 
 @pytest.mark.parametrize("options", [{"checks": []}, {"checks": ()}])
 def test_an_empty_list_turns_the_checks_off(options: dict[str, Any]) -> None:
-    """`checks=[]` takes every value that fits its type."""
+    """`checks=[]` accepts every value of the right type."""
     agent = Template()
     train(agent, [suggest(prompt="Answer.")], **options)
     assert agent.prompt.data == "Answer."
 
 
-def test_checks_of_ones_own_stand_with_the_placeholders() -> None:
-    """A list adds to `keeps_placeholders`; each refused value names the reason of the first check that refuses it."""
+def test_custom_checks_are_added_to_the_placeholder_check() -> None:
+    """A list adds to `keeps_placeholders`; a refused value has the reason of the first check that refuses it."""
 
     def no_shouting(before: Any, after: Any, parameter: ParameterNode[Any], step: Step) -> str | None:
         return "Expected a quiet text, got capitals" if str(after).isupper() else None
@@ -162,14 +162,14 @@ def test_checks_of_ones_own_stand_with_the_placeholders() -> None:
 
 
 @pytest.mark.parametrize("given", ["max_edit", [0.2], [lambda before: None], {"a": 1}])
-def test_what_is_no_list_of_checks(given: Any) -> None:
-    """A wrong argument is refused at construction."""
+def test_an_invalid_list_of_checks(given: Any) -> None:
+    """It is refused at construction."""
     with pytest.raises(ConfigError, match="Expected"):
         AggregatedUpdate(Template(), LLMOptimizer(llm=ScriptedModel(str)), llm=ScriptedModel(str), checks=given)
 
 
-def test_a_check_that_returns_no_reason() -> None:
-    """A check must return text or None."""
+def test_a_check_must_return_a_reason_or_none() -> None:
+    """Any other result is an error."""
     with pytest.raises(ConfigError, match="Expected a reason or None from the check"):
         train(Template(), [suggest(prompt="Q: {question}?")], checks=[lambda *_: True])
 
@@ -184,14 +184,14 @@ def test_a_check_that_returns_no_reason() -> None:
         ("", "a b", 2),
     ],
 )
-def test_how_much_of_a_text_an_update_changes(before: str, after: str, changed: int) -> None:
+def test_the_size_of_an_edit(before: str, after: str, changed: int) -> None:
     """Words and punctuation marks count one each, added, removed or replaced."""
     tokens = [checks._TOKEN.findall(text) for text in (before, after)]
     assert edited_tokens(*tokens) == changed
 
 
 def test_an_edit_budget_bounds_an_update() -> None:
-    """A fifth of a long text, at least 20 tokens of a short one; other types are not bounded."""
+    """A fifth of a long text may change, and at least 20 tokens of a short one; other types are not bounded."""
     check, long = max_edit(0.2), " ".join(f"w{i}" for i in range(1_000))
     assert check(long, f"{long} {'x ' * 200}", TEXT, Step()) is None
     assert "at most 200 of the 1000 tokens, got one that changes 201" in str(
@@ -203,8 +203,8 @@ def test_an_edit_budget_bounds_an_update() -> None:
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan"), "0.2", True])
-def test_an_edit_budget_that_is_no_share(share: Any) -> None:
-    """`max_edit` takes a number in (0, 1]."""
+def test_an_invalid_edit_budget(share: Any) -> None:
+    """`max_edit` is a number in (0, 1]."""
     with pytest.raises(ConfigError, match=r"Expected max_edit\(share\) in \(0, 1\]"):
         max_edit(share)
 
@@ -225,13 +225,13 @@ SAMPLES = [
     ],
 )
 def test_training_data_was_copied_into_the_prompt(after: Any) -> None:
-    """Five words in a row from an input or an answer are refused, in any case and punctuation, inside lists too."""
+    """Five consecutive words of an input or an answer are refused, in any case and punctuation, also inside lists."""
     step = Step(samples=SAMPLES)
     assert "training data" in str(leak_guard()("Be kind.", after, TEXT, step))
 
 
-def test_what_may_quote_the_training_data() -> None:
-    """Four words, what the initial or the current value says already, and parameters marked as demonstrations."""
+def test_allowed_quotes_of_the_training_data() -> None:
+    """Four words, text of the initial or the current value, and parameters marked as demonstrations are allowed."""
     quoted = "the parcel from Basel never arrived"
     check, step = leak_guard(), Step(samples=SAMPLES, initial={"prompt": f"E.g. {quoted}."})
     assert check("Be kind.", "parcel from Basel never", TEXT, Step(samples=SAMPLES)) is None
@@ -241,8 +241,8 @@ def test_what_may_quote_the_training_data() -> None:
     assert check([""], [quoted], examples, Step(samples=SAMPLES)) is None
 
 
-def test_the_whole_training_set_is_guarded_where_it_is_given() -> None:
-    """With `data` also samples of other minibatches count."""
+def test_the_whole_training_set_is_guarded_if_it_is_given() -> None:
+    """With `data` samples of other minibatches count, too."""
     check = leak_guard([(sample.x, sample.info) for sample in SAMPLES])
     assert check("Be kind.", "invoice shows a sum that", TEXT, Step()) is not None
 
@@ -258,7 +258,7 @@ def test_an_instance_of_an_earlier_minibatch_was_copied() -> None:
 
 
 @pytest.mark.parametrize("words", [1, 0, 2.0, "5", True])
-def test_a_leak_guard_of_no_words(words: Any) -> None:
+def test_an_invalid_leak_guard(words: Any) -> None:
     """`words` is an int of at least 2."""
     with pytest.raises(ConfigError, match="Expected leak_guard"):
         leak_guard(words=words)
@@ -266,7 +266,7 @@ def test_a_leak_guard_of_no_words(words: Any) -> None:
 
 @pytest.mark.parametrize("check", [max_edit(0.5), leak_guard(), leak_guard([("who is it that asks this", 1)])])
 def test_guards_refuse_within_a_run(check: Check) -> None:
-    """The checks of the package work as `checks=[...]` of a trainer; `leak_guard()` sees the step's samples."""
+    """The package's checks work as `checks=[...]` of a trainer; `leak_guard()` gets the step's samples."""
     agent = Template("Be kind.")
     text = "Be kind. who is it that asks this? who asked that of me? " + "again " * 30
     llm = ScriptedModel(suggest(prompt=text))

@@ -39,8 +39,8 @@ async def proposed(*replies: Any, **options: Any) -> tuple[Proposal, ScriptedMod
     return await LLMOptimizer(llm=model, **options).propose([ROLLOUT], STEP), model
 
 
-async def test_one_candidate_is_asked_as_it_always_was() -> None:
-    """Without a variation: no seed, no lineage of its own, and what `temperature` says."""
+async def test_one_candidate_has_the_default_prompt() -> None:
+    """Without a variation there is no seed and no extra lineage, and `temperature` is sent as given."""
     _, model = await proposed(suggest(k=2), temperature=0.4)
     assert model.places == [("propose", "optimizer")]
     assert (model.options[0]["temperature"], "seed" in model.options[0]) == (0.4, False)
@@ -48,7 +48,7 @@ async def test_one_candidate_is_asked_as_it_always_was() -> None:
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: temperature_variation")
 async def test_temperatures_are_spread_from_the_highest_to_the_lowest() -> None:
-    """Evenly, in candidates of their own lineage; the majority is taken."""
+    """They are spread evenly, each candidate has its lineage, and the majority is used."""
     proposal, model = await proposed(
         suggest(k=5), suggest(k=9), suggest(k=9), num_candidates=3, variation=temperatures(1.2, 0.2)
     )
@@ -58,8 +58,8 @@ async def test_temperatures_are_spread_from_the_highest_to_the_lowest() -> None:
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: self_refinement")
-async def test_a_refinement_sees_the_candidate_before_and_the_last_is_taken() -> None:
-    """The conversation goes on with the former answer, that one only, and the request to improve it."""
+async def test_a_refinement_sees_the_previous_candidate_and_the_last_is_used() -> None:
+    """The conversation continues with the previous answer alone, and the request to improve it."""
     proposal, model = await proposed(suggest(k=2), suggest(k=3), suggest(k=4), num_candidates=3, variation=refine)
     first, second, third = model.asked
     assert second[: len(first)] == third[: len(first)] == first
@@ -70,15 +70,15 @@ async def test_a_refinement_sees_the_candidate_before_and_the_last_is_taken() ->
 
 
 async def test_a_refinement_of_no_change_is_shown_as_terminate() -> None:
-    """Where the last candidate declines, the last that asked for anything is taken."""
+    """If the last candidate declines, the last one with a change is used."""
     proposal, model = await proposed(suggest(k=2), "TERMINATE", "TERMINATE", num_candidates=3, variation=refine)
     assert model.asked[2][-2] == {"role": "assistant", "content": "TERMINATE"}
     assert proposal.values == {"k": 2}
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: iterative_alternatives")
-async def test_an_alternative_sees_all_before_and_a_model_chooses() -> None:
-    """Each must go another way than all of them; what is chosen is taken as it is."""
+async def test_an_alternative_sees_all_previous_candidates_and_a_model_chooses() -> None:
+    """Each must differ from all of them; the chosen one is used unchanged."""
     proposal, model = await proposed(
         suggest(k=2), suggest(k=3), suggest(k=4), suggest(choice=2), num_candidates=3, variation=alternatives
     )
@@ -91,8 +91,8 @@ async def test_an_alternative_sees_all_before_and_a_model_chooses() -> None:
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: multi_experts, experts list, moa")
-def test_experts_speak_in_front_of_the_system_prompt_and_a_model_merges() -> None:
-    """Mixture of agents: one candidate for each persona, one answer made of all."""
+def test_experts_precede_the_system_prompt_and_a_model_merges() -> None:
+    """Mixture of agents: one candidate for each persona, merged into one answer."""
     model = ScriptedModel(suggest(amount=2), suggest(amount=3), suggest(amount=5))
     optimizer = LLMOptimizer(llm=model, variation=experts("You know the law.", "You write plainly."))
     trainer = AggregatedUpdate(agent := Adder(), optimizer, llm=ScriptedModel("never asked"))
@@ -103,16 +103,16 @@ def test_experts_speak_in_front_of_the_system_prompt_and_a_model_merges() -> Non
     assert agent.amount.data == 5
 
 
-async def test_experts_come_round_again_where_more_candidates_are_wanted() -> None:
-    """The third of three candidates is the first of two personas once more."""
+async def test_experts_are_reused_if_more_candidates_are_requested() -> None:
+    """With two personas the third candidate is the first persona's again."""
     _, model = await proposed(suggest(k=2), variation=experts("Ada", "Bob"), num_candidates=3, select=majority)
     assert [asked[0]["content"][:3] for asked in model.asked] == ["Ada", "Bob", "Ada"]
 
 
 @pytest.mark.requirement("Trace: OptoPrimeMulti: parallel calls")
 @pytest.mark.parametrize(("variation", "together"), [(seeds, 3), (temperatures(), 3), (refine, 1), (alternatives, 1)])
-async def test_what_need_not_wait_is_asked_at_once(variation: Variation, together: int) -> None:
-    """Only variations whose questions show former answers are asked one after the other."""
+async def test_independent_candidates_are_requested_at_once(variation: Variation, together: int) -> None:
+    """Only variations whose prompts show previous answers are sequential."""
     running, most = 0, 0
 
     class Slow:
@@ -131,7 +131,7 @@ async def test_what_need_not_wait_is_asked_at_once(variation: Variation, togethe
 
 @pytest.mark.parametrize("variation", [seeds, temperatures(), experts("a", "b")])
 async def test_the_order_of_completion_does_not_matter(variation: Variation) -> None:
-    """Concurrent candidates are told apart by their number, whichever is answered first."""
+    """Concurrent candidates are distinguished by their number, in any order of answers."""
     chosen = set()
     for delays in ([9, 0, 4], [0, 4, 9], [4, 9, 0]):
         waits = iter(delays)
@@ -142,8 +142,8 @@ async def test_the_order_of_completion_does_not_matter(variation: Variation) -> 
     assert chosen == {4}
 
 
-async def test_a_variation_of_ones_own_is_one_function() -> None:
-    """It says what candidate i is asked."""
+async def test_a_custom_variation_is_one_function() -> None:
+    """It returns the prompt of candidate i."""
 
     def shorter(messages: Any, i: int, count: int, before: Sequence[Proposal]) -> Question:
         words = [{**messages[0], "content": f"Use {10 * (count - i)} words."}, *messages[1:]]
@@ -157,8 +157,8 @@ async def test_a_variation_of_ones_own_is_one_function() -> None:
 @pytest.mark.parametrize(
     ("variation", "count"), [(seeds, 1), (temperatures(), 2), (refine, 2), (alternatives, 2), (experts("a"), 1)]
 )
-def test_a_variation_says_how_many_candidates_it_takes(variation: Variation, count: int) -> None:
-    """So that a variation alone is never without effect."""
+def test_a_variation_sets_the_number_of_candidates(variation: Variation, count: int) -> None:
+    """A variation alone therefore always has an effect."""
     assert LLMOptimizer(llm=ScriptedModel("x"), variation=variation).num_candidates == count
 
 
@@ -172,15 +172,15 @@ def test_a_variation_says_how_many_candidates_it_takes(variation: Variation, cou
         ({"select": "majority"}, "Expected a rule"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_when_the_optimizer_is_made(options: dict[str, Any], expected: str) -> None:
-    """The error says what was expected and what came."""
+def test_invalid_variations_are_refused_at_construction(options: dict[str, Any], expected: str) -> None:
+    """The error says what was expected and what it got."""
     with pytest.raises(ConfigError, match=expected):
         LLMOptimizer(llm=ScriptedModel("x"), **options)
 
 
 @pytest.mark.parametrize("personas", [(), (["a", "b"],), ("a", "")])
 def test_personas_are_texts(personas: Any) -> None:
-    """A list instead of its items would be one persona of brackets."""
+    """A list passed in place of its items is refused."""
     with pytest.raises(ConfigError, match="Expected personas as text"):
         experts(*personas)
 
@@ -189,7 +189,7 @@ def test_personas_are_texts(personas: Any) -> None:
     ("highest", "lowest"),
     [(0.0, 1.0), (1.0, -0.1), (float("nan"), 0.0), (float("inf"), 0.0), ("hot", 0.0)],
 )
-def test_temperatures_go_down_to_0_at_most(highest: Any, lowest: Any) -> None:
-    """The other way round, below 0, or no number: refused."""
+def test_temperatures_must_fall_to_0_at_the_lowest(highest: Any, lowest: Any) -> None:
+    """Rising, negative and non-numeric temperatures are refused."""
     with pytest.raises(ConfigError, match="0 <= lowest <= highest"):
         temperatures(highest, lowest)

@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiny agent, a guide, and scripts for `ScriptedModel`."""
+"""Fakes for the tests of training: a tiny agent, a guide, and scripts for `ScriptedModel`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def section(messages: list[dict[str, Any]], heading: str) -> str:
-    """The text under one heading of a user message."""
+    """Return the text under one heading of a user message."""
     text: str = messages[-1]["content"]
     _, _, after = f"\n\n{text}".partition(f"\n\n#{heading}\n")
     return after.split("\n\n#", 1)[0]
@@ -43,17 +43,17 @@ class Adder(Module):
 
 
 def exact(x: int, output: int, info: int) -> tuple[float, str]:
-    """Score 1 where the output is the expected number; the feedback names it."""
+    """Return score 1 if the output is the expected number; the feedback names it."""
     return (1.0, "right") if output == info else (0.0, f"expected {info}, got {output}")
 
 
 def additions(amount: int, count: int = 4) -> list[tuple[int, int]]:
-    """A data set that an Adder of this amount solves."""
+    """Return a data set that an Adder of this amount solves."""
     return [(i, i + amount) for i in range(count)]
 
 
 def from_feedback(messages: list[dict[str, Any]]) -> str:
-    """An optimizer that reads the right amount out of the feedback: expected minus got, plus what is added now."""
+    """An optimizer that reads the right amount from the feedback: expected minus got, plus the current amount."""
     feedback = section(messages, "Feedback")
     if not feedback.startswith("expected"):
         return "TERMINATE"
@@ -63,7 +63,7 @@ def from_feedback(messages: list[dict[str, Any]]) -> str:
 
 
 def first_suggestion(messages: list[dict[str, Any]]) -> str:
-    """An aggregator that takes the first suggestion."""
+    """An aggregator that returns the first suggestion."""
     block = section(messages, "SuggestedValue_1")
     return json.dumps({"suggestion": json.loads(block[block.index("{") :])})
 
