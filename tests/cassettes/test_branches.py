@@ -1,4 +1,4 @@
-"""Identical calls that overlap in one lineage: each replays its own answer, whatever reaches the client first."""
+"""Identical calls that overlap in one lineage: each replays its own answer, in any order of requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUEST = HTTPRequest(url="http://x/v1", body=b'{"q":"hello"}', headers={})
 
 
 def call(answer: str, pause: float = 0.0) -> str:
-    """Ask the tape as a client does: the place in the order is taken first, the answer comes later."""
+    """Call the tape as a client does: the ticket is taken first, the answer arrives later."""
     tape = tape_here()
     assert tape is not None
     slot = tape.issue(REQUEST)
@@ -49,12 +49,12 @@ async def acall(answer: str, pause: float = 0.0) -> str:
 
 
 def hop() -> None:
-    """Take as long as a thread takes now and then."""
+    """Run briefly in a thread."""
     time.sleep(random.uniform(0, 0.01))
 
 
 async def hopping(i: int, again: int = 1) -> list[str]:
-    """As a fresh OpenAI client: through a thread first, so that which task comes first is up to threads."""
+    """Start in a thread, like a new OpenAI client, so that the order of the tasks depends on threads."""
     found = []
     for n in range(again):
         await asyncio.to_thread(hop)  # noqa: TID251 - what the SDK does
@@ -84,7 +84,7 @@ def by_tasks_of_uvloop() -> list[Any]:
 
 
 def by_executor() -> list[Any]:
-    """As LangChain's `.batch` and litellm: copies of one context."""
+    """Run in copies of one context, like LangChain's `.batch` and litellm."""
 
     def one(i: int) -> str:
         hop()
@@ -95,7 +95,7 @@ def by_executor() -> list[Any]:
 
 
 def by_threads_in_a_lineage_block() -> list[Any]:
-    """The block is entered in each thread, so only the whole place tells them apart."""
+    """The block is entered in each thread, so only the whole lineage distinguishes them."""
     found: dict[int, str] = {}
 
     def one(i: int) -> None:
@@ -121,8 +121,10 @@ WAYS: list[Callable[[], list[Any]]] = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_identical_concurrent_prompts_landed_in_wrong_slots(way: Callable[[], list[Any]], tmp_path: Path) -> None:
-    """Each branch of the concurrent work hears what it heard while recording."""
+def test_identical_concurrent_prompts_were_played_in_the_wrong_order(
+    way: Callable[[], list[Any]], tmp_path: Path
+) -> None:
+    """Each branch of the concurrent work gets the answers that it got while recording."""
     path = tmp_path / "a.yaml"
     with aggregator.cassette(path, "all") as tape:
         heard = way()
@@ -133,8 +135,8 @@ def test_identical_concurrent_prompts_landed_in_wrong_slots(way: Callable[[], li
         assert tape.report == []
 
 
-def test_a_branch_is_found_again_below_other_work(tmp_path: Path) -> None:
-    """Within a lineage block places count from the block, so it does not matter where in the run it is entered."""
+def test_a_lineage_block_may_move_within_a_run(tmp_path: Path) -> None:
+    """Within a lineage block branches are numbered from the block, so it may be entered anywhere in the run."""
     path = tmp_path / "a.yaml"
 
     def run(before: int) -> list[Any]:
@@ -156,12 +158,12 @@ def test_a_branch_is_found_again_below_other_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*in an unknown order")
-def test_an_order_that_nothing_tells_was_not_reported(tmp_path: Path) -> None:
-    """Recording and replay say how many identical requests overlapped; what they play is the order of issue."""
+def test_an_ambiguous_order_was_not_reported(tmp_path: Path) -> None:
+    """Recording and replay report how many identical requests overlapped; they are played in the order of issue."""
     path = tmp_path / "a.yaml"
 
     async def ask() -> list[str]:
-        """Eight calls of one task that are under way at once, as of a client's own scheduler."""
+        """Make eight concurrent calls in one task, like a client with its own scheduler."""
         tape = tape_here()
         assert tape is not None
         slots = [tape.issue(REQUEST) for _ in range(8)]
@@ -180,8 +182,8 @@ def test_an_order_that_nothing_tells_was_not_reported(tmp_path: Path) -> None:
     assert any("8 identical requests overlapped in one lineage" in finding for finding in tape.report)
 
 
-def test_a_call_that_overlaps_with_none_has_no_branch(tmp_path: Path) -> None:
-    """Calls one after the other are told apart by their order, and their lines hold nothing of where they were made."""
+def test_sequential_calls_have_no_branch(tmp_path: Path) -> None:
+    """Their order distinguishes them, and their lines do not record where they were made."""
     path = tmp_path / "a.yaml"
 
     async def ask() -> None:
@@ -195,8 +197,8 @@ def test_a_call_that_overlaps_with_none_has_no_branch(tmp_path: Path) -> None:
     assert [row.facts.branch for row in recording.rows] == ["", "", ""]
 
 
-def test_a_program_that_starts_other_work_plays_in_the_order_of_issue(tmp_path: Path) -> None:
-    """A branch that was not recorded takes the first answer that is left."""
+def test_a_changed_program_plays_in_the_order_of_issue(tmp_path: Path) -> None:
+    """A branch that was not recorded gets the first answer that is left."""
     path = tmp_path / "a.yaml"
     with aggregator.cassette(path, "all"):
         heard = by_tasks()

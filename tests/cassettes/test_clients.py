@@ -1,4 +1,4 @@
-"""Other clients' requests and answers as our records."""
+"""Other clients' requests and answers converted to our records."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def reply(body: bytes, **headers: str) -> HTTPReply:
     ],
 )
 def test_names_of_libraries_stand_for_the_clients_below_them(clients: Any, expected: set[str]) -> None:
-    """`clients` takes "all", a name or a list; a library's name means every client that may carry its requests."""
+    """`clients` takes "all", a name or a list; a library's name covers every client that may carry its requests."""
     assert families(clients) == expected
 
 
-def test_an_unknown_client_is_named_with_the_known_ones() -> None:
-    """A wrong name is an error that lists the right ones."""
+def test_an_unknown_client_lists_the_known_ones() -> None:
+    """A wrong name is an error that lists the valid ones."""
     with pytest.raises(ConfigError, match=r"names of aiobotocore, aiohttp, .* got 'curl'"):
         families(["httpx", "curl"])
 
@@ -63,19 +63,19 @@ def test_an_unknown_client_is_named_with_the_known_ones() -> None:
         (iter([b"a", "b"]), b"ab"),
     ],
 )
-def test_bodies_come_as_bytes(body: Any, expected: bytes) -> None:
-    """Whatever form a client hands a body over in, the tape sees the bytes that would be sent."""
+def test_bodies_are_bytes(body: Any, expected: bytes) -> None:
+    """Whatever type a client passes as a body, the tape gets the bytes that would be sent."""
     assert to_bytes(body, URL) == expected
 
 
-def test_a_body_that_cannot_be_told_apart_is_refused() -> None:
-    """An opaque body is an error with the address and the remedy, not a key that matches anything."""
+def test_an_opaque_body_is_refused() -> None:
+    """A body that cannot be read is an error with the address and the remedy, not a key that matches anything."""
     with pytest.raises(CassetteError, match=r"got object - at http://127.0.0.1/v1; .* send bytes"):
         to_bytes(object(), URL)
 
 
-def test_headers_come_as_text() -> None:
-    """Clients hand headers over as text or bytes; the redaction, which looks for secrets in them, sees text."""
+def test_headers_are_text() -> None:
+    """Clients pass headers as text or bytes; the redaction, which searches them for secrets, gets text."""
     headers = {"Authorization": "Bearer canary-number-1", "x-api-key": b"canary-number-2", "x-retry": 3}
     request = to_request("POST", URL + "?api_key=canary-number-3&page=2", b"", headers)
     assert dict(request.headers) == {**headers, "x-api-key": "canary-number-2", "x-retry": "3"}
@@ -83,21 +83,21 @@ def test_headers_come_as_text() -> None:
     assert values == {"canary-number-1", "canary-number-2", "canary-number-3"}
 
 
-def test_a_coding_that_cannot_be_undone_stays_named() -> None:
-    """Bytes of an unknown coding are kept as they came, with their header, so that the same client can read them."""
+def test_an_unknown_coding_keeps_its_header() -> None:
+    """Bytes of an unknown coding are kept as they are, with their header, so that the same client can decode them."""
     assert reply(b"\xff\xfe\x00", Content_Encoding="unknown").headers == {"content-encoding": "unknown"}
 
 
 @given(st.binary())
 def test_bodies_survive_the_round_trip(body: bytes) -> None:
-    """What was recorded is what is played, byte for byte, with a length that is true."""
+    """What was recorded is played byte for byte, with the right content length."""
     played = from_reply(reply(body, Content_Length="999", Transfer_Encoding="chunked", X_Id="7"))
     assert played["body"]["string"] == body
     assert played["headers"] == {"x-id": ["7"], "content-length": [str(len(body))]}
 
 
 def test_passing_is_for_its_block_only() -> None:
-    """Requests inside the block go through the patches; the one after does not."""
+    """Requests inside the block bypass the tape; the one after it does not."""
     assert not is_passing()
     with passing():
         assert is_passing()

@@ -1,4 +1,4 @@
-"""Content codings are undone, whole or not at all, within a limit."""
+"""Content codings are decoded, completely or not at all, within a limit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CODINGS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-def test_codings_are_undone(coding: str) -> None:
-    """Whether the client had decoded the body already or not; several codings in the order they were laid on."""
+def test_codings_are_decoded(coding: str) -> None:
+    """This works whether or not the client has decoded the body already, and for several codings in order."""
     packed = CODINGS[coding](PLAIN)
     assert decompressed(packed, coding) == (PLAIN, "")
     assert decompressed(PLAIN, coding) == (PLAIN, "")
@@ -32,21 +32,21 @@ def test_codings_are_undone(coding: str) -> None:
     assert decompressed(b"", coding) == (b"", "")
 
 
-def test_deflate_without_its_frame_is_undone() -> None:
-    """Some servers send the bare stream."""
+def test_raw_deflate_is_decoded() -> None:
+    """Some servers send deflate without the zlib header."""
     assert decompressed(zlib.compress(PLAIN)[2:-4], "deflate") == (PLAIN, "")
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-def test_a_cut_body_is_no_body(coding: str) -> None:
-    """Half of a text is not taken for the whole: the coding stays named."""
+def test_a_truncated_body_is_not_decoded(coding: str) -> None:
+    """Half of a text is not used as the whole: the coding keeps its header."""
     packed = CODINGS[coding](bytes(range(256)) * 9)[:-9]
     assert decompressed(packed, coding) == (packed, coding)
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-def test_a_bomb_is_found_by_its_size(coding: str) -> None:
-    """What unpacks to more than the limit is not unpacked to its end; up to the limit it is."""
+def test_a_bomb_is_detected_by_its_size(coding: str) -> None:
+    """Decompression stops at the limit; up to the limit a body is decompressed."""
     body = bytes(3 << 20)
     packed = CODINGS[coding](body)
     assert decompressed(packed, coding, len(body)) == (body, "")
@@ -54,7 +54,7 @@ def test_a_bomb_is_found_by_its_size(coding: str) -> None:
         decompressed(packed, coding, len(body) - 1)
 
 
-def test_unknown_codings_stay_named() -> None:
-    """Bytes of an unknown coding are returned as they are; text has been decoded by the client that knew it."""
+def test_unknown_codings_keep_their_header() -> None:
+    """Bytes of an unknown coding are returned unchanged; text was decoded by the client."""
     assert decompressed(b"\xff\xfe\x00", "unknown") == (b"\xff\xfe\x00", "unknown")
     assert decompressed(PLAIN, "unknown, identity") == (PLAIN, "")

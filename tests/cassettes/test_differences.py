@@ -22,8 +22,8 @@ def row(place: str = "a", body: bytes = b"{}", *, status: int = 200, headers: An
     return next(index_lines([encode_line(exchange)]))
 
 
-def test_a_difference_names_what_went_came_and_changed() -> None:
-    """Exchanges are compared by request and place in the run, answers by JSON path."""
+def test_a_difference_lists_removed_added_and_changed_exchanges() -> None:
+    """Exchanges are compared by request and lineage, answers by JSON path."""
     before = [row("a"), row("b"), row("c", b'{"text": "3"}')]
     after = [row("a"), row("c", b'{"text": "4"}'), row("d")]
     found = difference(before, after)
@@ -33,8 +33,8 @@ def test_a_difference_names_what_went_came_and_changed() -> None:
     assert not difference(before, before)
 
 
-def test_json_changes_tell_types_apart() -> None:
-    """1, 1.0 and true are not the same, nor are lists of other lengths."""
+def test_json_changes_distinguish_types() -> None:
+    """1, 1.0 and true differ, and so do lists of different lengths."""
     assert list(describe_changes([1, True, [1]], [1.0, 1, [1, 2]])) == [
         "$[0]: 1 -> 1.0",
         "$[1]: True -> 1",
@@ -55,12 +55,12 @@ def test_json_changes_tell_types_apart() -> None:
         (row(body=b'{"a":1}'), row(body=b'{"a": 1}'), "body: the same JSON, written otherwise"),
     ],
 )
-def test_answers_that_differ_were_the_same(before: Row, after: Row, change: str) -> None:
-    """An error, a header that a client goes by, the type of a number, and bytes that are no text all count."""
+def test_answers_that_differ_were_reported_as_equal(before: Row, after: Row, change: str) -> None:
+    """An error, a header that a client obeys, the type of a number, and binary bytes are compared."""
     assert list(difference([before], [after]).changed.values()) == [(change,)]
 
 
-def test_dates_and_ids_do_not_count() -> None:
+def test_dates_and_ids_are_not_compared() -> None:
     """They differ in every recording of the same answer."""
     before, after = ({**JSON, "date": day, "x-request-id": day, "x-ratelimit-remaining-tokens": day} for day in "12")
     assert not difference([row(headers=before)], [row(headers=after)])

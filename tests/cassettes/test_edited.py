@@ -1,4 +1,4 @@
-"""Cassettes that somebody edited by hand: refused as they are, taken by `accept`."""
+"""Cassettes that were edited by hand: refused as they are, accepted by `accept`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def exchanges(path: Path) -> list[Exchange]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_edited_answer_is_accepted(tmp_path: Path, layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its hash is made again; the other exchanges, and the layout, stay as they were."""
+    """Its hash is computed again; the other exchanges and the layout are unchanged."""
     path = record(tmp_path / "a.yaml", "one", "two", layout=layout)
     before = exchanges(path)
     quote = '\\"' if layout == "journal" else '"'
@@ -95,10 +95,10 @@ EDITS: list[Callable[[str], str]] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("change", EDITS)
-def test_a_file_with_an_edit_between_its_exchanges_was_left_unreadable(
+def test_a_file_with_an_edit_between_its_exchanges_was_unreadable(
     tmp_path: Path, layout: Layout, change: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Notes, blank lines and another form of the document change no exchange, but break the hash of the file."""
+    """Notes, blank lines and another YAML form change no exchange, but break the file's hash."""
     path = record(tmp_path / "a.yaml", "one", "two", layout=layout)
     before = path.read_bytes()
     path.write_text(change(path.read_text()))
@@ -137,10 +137,10 @@ def drop_the_comment(path: Path) -> None:
         (drop_the_comment, "2 exchanges, as recorded, in a file that was edited"),
     ],
 )
-def test_exchanges_come_and_go(
+def test_exchanges_can_be_added_and_removed(
     tmp_path: Path, change: Callable[[Path], None], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whole exchanges may be taken out or put in; one without facts of ours has no lineage."""
+    """An added exchange without our facts has no lineage."""
     path = record(tmp_path / "a.yaml", "one", "two")
     change(path)
     assert main(["cassette", "accept", str(path)]) == 0
@@ -148,8 +148,8 @@ def test_exchanges_come_and_go(
     assert len(exchanges(path)) == int(told[0])
 
 
-def test_an_edited_request_is_counted_again(tmp_path: Path) -> None:
-    """Of two equal requests one becomes another: each is the first of its kind then."""
+def test_an_edited_request_gets_a_new_ticket(tmp_path: Path) -> None:
+    """Of two equal requests one is changed: each is then the first of its kind."""
     path = record(tmp_path / "a.yaml", "same", "same", "same")
     head, first, second, third = path.read_text().split("- request:")
     path.write_text("- request:".join((head, first.replace('"q": "same"', '"q": "other"'), second, third)))
@@ -162,8 +162,8 @@ def test_an_edited_request_is_counted_again(tmp_path: Path) -> None:
     assert len(answers(path, "other", "same", "same")) == 3
 
 
-def test_an_edited_stream_comes_in_one_piece(tmp_path: Path) -> None:
-    """The borders of its pieces were those of the body of before."""
+def test_an_edited_stream_has_one_chunk(tmp_path: Path) -> None:
+    """The recorded chunk boundaries belong to the previous body."""
     path = record(tmp_path / "a.yaml", "one", chunks=((4, 1.0), (8, 9.0)))
     edit(path, ('"a": "one"', '"a": "one and more"'))
     (row,) = read_edited(path).rows
@@ -172,7 +172,7 @@ def test_an_edited_stream_comes_in_one_piece(tmp_path: Path) -> None:
 
 
 def test_a_secret_that_was_edited_in_is_redacted(tmp_path: Path) -> None:
-    """What is accepted is held to the rules of a recording."""
+    """`accept` applies the same redaction as a recording."""
     path = record(tmp_path / "a.yaml", "one")
     edit(path, ('"a": "one"', '"api_key": "x9Kp21-7fQz"'))
     assert main(["cassette", "accept", str(path)]) == 0
@@ -200,10 +200,10 @@ def test_shards_are_accepted_together(tmp_path: Path, monkeypatch: pytest.Monkey
         ('version: 1\ninteractions:\n- {"request":{}}\n', "Expected an exchange in one line of JSON"),
     ],
 )
-def test_what_cannot_be_accepted_is_told(
+def test_a_file_that_cannot_be_accepted_is_an_error(
     tmp_path: Path, text: str, problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another tool's file is converted; what does not decode is named with its line. The file stays as it is."""
+    """Another tool's file is converted; an undecodable exchange is named with its line, and the file is not changed."""
     path = tmp_path / "a.yaml"
     path.write_text(text)
     assert main(["cassette", "accept", str(path)]) == 1
@@ -211,8 +211,8 @@ def test_what_cannot_be_accepted_is_told(
     assert path.read_text() == text
 
 
-def test_a_recording_that_goes_on_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is finished first."""
+def test_an_open_recording_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It must be finished first."""
     tape = open_tape(tmp_path / "a.yaml", "all")
     tape.record(tape.issue(ask("one")), HTTPReply(status=200, body=b"", headers={}))
     assert main(["cassette", "accept", str(tmp_path / "a.yaml")]) == 1
@@ -220,7 +220,7 @@ def test_a_recording_that_goes_on_is_not_touched(tmp_path: Path, capsys: pytest.
     tape.close()
 
 
-def test_facts_that_are_edited_count(tmp_path: Path) -> None:
+def test_edited_facts_are_accepted(tmp_path: Path) -> None:
     """A lineage may be renamed, in every exchange or in one."""
     path = record(tmp_path / "a.yaml", "one")
     edit(path, ('"lineage":"run"', '"lineage":"other"'))

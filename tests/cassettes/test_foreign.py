@@ -1,4 +1,4 @@
-"""Reading whatever vcrpy wrote, and refusing what means harm."""
+"""Reading what vcrpy wrote, and refusing malicious files."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def response(body: bytes | str, **headers: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("serializer", [yamlserializer, jsonserializer], ids=["yaml", "json"])
-def test_what_stock_vcrpy_wrote_is_played(tmp_path: Path, serializer: Any) -> None:
-    """A cassette of stock vcrpy, YAML or JSON, plays: identical requests in the order of the file."""
+def test_a_stock_vcrpy_cassette_is_played(tmp_path: Path, serializer: Any) -> None:
+    """YAML or JSON, it plays identical requests in the order of the file."""
     requests = [Request("POST", URL, b'{"q": "\xc3\xa9"}', {"Content-Type": "application/json"}) for _ in range(2)]
     answers = [response(b'{"n": 1}'), response('{"n": 2, "s": "\u00e9\\n"}'.encode())]
     path = tmp_path / "a.yaml"
@@ -105,15 +105,15 @@ def test_what_stock_vcrpy_wrote_is_played(tmp_path: Path, serializer: Any) -> No
     ],
     ids=["gzip", "zlib", "raw deflate", "brotli", "zstandard", "header kept, body decoded"],
 )
-def test_compressed_bodies_are_unpacked(tmp_path: Path, encoding: str, packed: bytes) -> None:
-    """Bodies are decoded, and the header that said otherwise goes."""
+def test_compressed_bodies_are_decompressed(tmp_path: Path, encoding: str, packed: bytes) -> None:
+    """Bodies are decoded, and the content-encoding header is removed."""
     answer = response(packed, **{"Content-Encoding": encoding})
     reply = one(saved(tmp_path / "a.yaml", Request("POST", URL, b"{}", {}), answer)).reply
     assert (reply.body, "content-encoding" in reply.headers) == (b'{"a": 1}', False)
 
 
 def test_a_compression_bomb_is_refused(tmp_path: Path) -> None:
-    """A body that unpacks to more than is sane is refused."""
+    """A body that decompresses to more than the limit is refused."""
     answer = response(gzip.compress(bytes(40 << 20)), **{"Content-Encoding": "gzip"})
     with pytest.raises(CassetteRefusedError, match="unpacks to more"):
         one(saved(tmp_path / "a.yaml", Request("POST", URL, b"{}", {}), answer))
@@ -130,7 +130,7 @@ def test_a_compression_bomb_is_refused(tmp_path: Path) -> None:
     ],
     ids=["file", "iterator", "mapping", "none", "binary"],
 )
-def test_request_bodies_of_every_kind(tmp_path: Path, body: Any, bytes_on_the_wire: bytes) -> None:
+def test_request_bodies_of_every_type(tmp_path: Path, body: Any, bytes_on_the_wire: bytes) -> None:
     """Files, iterators, JSON that was recorded as a mapping, no body, and bytes."""
     exchange = one(saved(tmp_path / "a.yaml", Request("POST", URL, body, {}), response(b"{}")))
     assert exchange.request.body == bytes_on_the_wire
@@ -163,7 +163,7 @@ interactions:
         "[[Accept, '*/*']]",
     ],
 )
-def test_header_names_of_every_kind(tmp_path: Path, headers: str) -> None:
+def test_header_names_of_every_type(tmp_path: Path, headers: str) -> None:
     """istr tags of aiohttp, tuples, Ruby's !binary, plain values and pairs."""
     path = tmp_path / "a.yaml"
     path.write_text(BLOCK.format(request="body: '{}'", response="body: {string: ''}", headers=headers))
@@ -171,8 +171,8 @@ def test_header_names_of_every_kind(tmp_path: Path, headers: str) -> None:
 
 
 @pytest.mark.requirement("client 15: parsed_body is read")
-def test_parsed_bodies_are_joined_again(tmp_path: Path) -> None:
-    """`parsed_body`, a body's JSON in the place of its text, is read as the body."""
+def test_parsed_bodies_are_encoded_again(tmp_path: Path) -> None:
+    """`parsed_body`, a body's JSON instead of its text, is read as the body."""
     path = tmp_path / "a.yaml"
     parsed = "parsed_body: {model: m, messages: [{content: 'a: b'}]}"
     path.write_text(BLOCK.format(request=parsed, response=parsed, headers="{}"))
@@ -183,8 +183,8 @@ def test_parsed_bodies_are_joined_again(tmp_path: Path) -> None:
 
 @pytest.mark.requirement("client 15: content and status_code are read")
 @pytest.mark.parametrize(("content", "body"), [("'hi é'", "hi é".encode()), ("!!binary aGk=", b"hi"), ("''", b"")])
-def test_responses_of_older_vcrpys_for_httpx(tmp_path: Path, content: str, body: bytes) -> None:
-    """`content` and `status_code` in the place of `body` and `status`, and a header that tells of unpacked bytes."""
+def test_httpx_responses_of_older_vcrpys(tmp_path: Path, content: str, body: bytes) -> None:
+    """They have `content` and `status_code` instead of `body` and `status`, and a header for decompressed bytes."""
     path = tmp_path / "a.yaml"
     path.write_text(
         "version: 1\ninteractions:\n- request: {body: '{}', headers: {}, method: POST, uri: 'https://x.example/v1'}\n"
@@ -197,7 +197,7 @@ def test_responses_of_older_vcrpys_for_httpx(tmp_path: Path, content: str, body:
 
 @pytest.mark.requirement("client 15: Ruby's !binary is read")
 def test_ruby_cassettes_are_read(tmp_path: Path) -> None:
-    """Ruby VCR's shape: `http_interactions`, bodies with an encoding, `!binary`."""
+    """Ruby VCR's format: `http_interactions`, bodies with an encoding, `!binary`."""
     path = tmp_path / "a.yaml"
     path.write_text(
         "---\nhttp_interactions:\n- request:\n    method: post\n    uri: https://api.example.com/v1/chat\n"
@@ -211,7 +211,7 @@ def test_ruby_cassettes_are_read(tmp_path: Path) -> None:
 
 
 def test_aliases_that_vcrpy_emits_are_read(tmp_path: Path) -> None:
-    """The few aliases that PyYAML writes for shared objects are no bomb."""
+    """The few aliases that PyYAML writes for shared objects are not a bomb."""
     shared = ["application/json"]
     interaction = {
         "request": {"method": "POST", "uri": URL, "body": "{}", "headers": {"accept": shared}},
@@ -231,7 +231,7 @@ def test_aliases_that_vcrpy_emits_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code tags, bombs, depth and huge scalars are refused, and no code runs."""
+    """Code tags, bombs, deep nesting and huge scalars are refused, and no code runs."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.yaml"
     path.write_text(HOSTILE[name])
@@ -263,7 +263,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
-def test_hostile_files_cost_little(tmp_path: Path) -> None:
+def test_hostile_files_need_little_memory(tmp_path: Path) -> None:
     """All of them are refused within 64 MB."""
     good = saved(tmp_path / "good.yaml", Request("POST", URL, b"{}", {}), response(b"{}"))
     paths = [tmp_path / f"{index}.yaml" for index in range(len(HOSTILE))]
@@ -278,8 +278,8 @@ def test_hostile_files_cost_little(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["hello", "version: 1\n", "interactions: 5\n", "interactions:\n- request: {}\n", "a: [", "\x00"]
 )
-def test_what_is_no_cassette_is_told(tmp_path: Path, text: str) -> None:
-    """A file that is no cassette is an error that names it and says what to do."""
+def test_a_file_that_is_not_a_cassette_is_an_error(tmp_path: Path, text: str) -> None:
+    """The error names the file and the remedy."""
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(CassetteDamagedError, match=r"a\.yaml") as caught:
@@ -287,8 +287,8 @@ def test_what_is_no_cassette_is_told(tmp_path: Path, text: str) -> None:
     assert "Expected" in str(caught.value)
 
 
-def test_a_foreign_cassette_takes_new_episodes(tmp_path: Path) -> None:
-    """What another tool recorded is kept when new episodes join it, without its secrets."""
+def test_new_episodes_extend_a_foreign_cassette(tmp_path: Path) -> None:
+    """Another tool's exchanges are kept when new episodes are added, without their secrets."""
     path = saved(
         tmp_path / "a.yaml",
         Request("POST", URL, b'{"q": 1, "api_key": "abc"}', {"Authorization": "Bearer x"}),
@@ -308,8 +308,8 @@ def test_a_foreign_cassette_takes_new_episodes(tmp_path: Path) -> None:
     assert "Bearer" not in path.read_text()
 
 
-def test_the_secrets_of_a_foreign_cassette_can_be_seen(tmp_path: Path) -> None:
-    """`check` shows what is really in a file; playing it does not."""
+def test_check_finds_the_secrets_of_a_foreign_cassette(tmp_path: Path) -> None:
+    """`check` reads what is really in a file; playing redacts it."""
     asked = Request("POST", URL + "?key=abc", b'{"api_key": "abc"}', {"Authorization": "Bearer abc"})
     path = saved(tmp_path / "a.yaml", asked, response(b"{}", **{"Set-Cookie": "id=abc"}))
     for redact in (True, False):
@@ -320,23 +320,23 @@ def test_the_secrets_of_a_foreign_cassette_can_be_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("x", ["x: {note: mine}", "x: hello", "x: [1]", "x: '{\"lineage\": 5}'"])
-def test_an_x_of_another_tool_is_not_ours(tmp_path: Path, x: str) -> None:
-    """A key of that name that another tool wrote is passed over."""
+def test_another_tools_x_is_ignored(tmp_path: Path, x: str) -> None:
+    """A key of that name that another tool wrote is not ours."""
     path = tmp_path / "a.yaml"
     block = BLOCK.format(request="body: '{}'", response="body: {string: hi}", headers="{}")
     path.write_text(f"{block}  {x}\n")
     assert one(path).reply.body == b"hi"
 
 
-def test_a_key_in_the_header_was_kept_where_the_answer_quotes_it(tmp_path: Path) -> None:
-    """What authenticated the request is known from its header, as while recording."""
+def test_a_key_in_the_header_was_kept_if_the_answer_quotes_it(tmp_path: Path) -> None:
+    """The authentication header makes it a known secret, as while recording."""
     asked = Request("POST", URL, b"{}", {"Authorization": "Bearer MyCorpKey-abcdef123"})
     exchange = one(saved(tmp_path / "a.yaml", asked, response(b'{"error": "bad key MyCorpKey-abcdef123"}')))
     assert exchange.reply.body == b'{"error": "bad key REDACTED"}'
 
 
-def test_one_body_under_many_aliases_took_all_memory() -> None:
-    """A few kB may expand to gigabytes; the sum of what is unpacked has a limit too."""
+def test_one_body_under_many_aliases_used_all_memory() -> None:
+    """A few kB may expand to gigabytes; the sum of all expanded bodies has a limit too."""
     item = (
         "- request: {method: GET, uri: 'http://x', body: null, headers: {}}\n"
         "  response: {status: {code: 200}, headers: {content-encoding: [gzip]}, body: {string: *b}}\n"
@@ -352,8 +352,8 @@ def test_one_body_under_many_aliases_took_all_memory() -> None:
     ("before", "after"),
     [("uri: 'http://x'", "uri: 'http://[bad/'"), ("headers: {}}", "headers: {authorization: ['Basic é']}}")],
 )
-def test_an_odd_request_was_a_traceback(tmp_path: Path, before: str, after: str) -> None:
-    """Everything that names an address or a key is read."""
+def test_an_odd_request_raised_a_bare_exception(tmp_path: Path, before: str, after: str) -> None:
+    """Every type of address and key is handled."""
     text = (
         "version: 1\ninteractions:\n- request: {method: GET, uri: 'http://x', body: null, headers: {}}\n"
         "  response: {status: {code: 200}, headers: {}, body: {string: hi}}\n"

@@ -1,4 +1,4 @@
-"""Hosts that a cassette leaves to the network: telemetry, tables, the application under test, and what a user names."""
+"""Hosts that a cassette ignores: telemetry, price tables, the application under test, and those that a user names."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ CLIENTS = [by_httpx, by_requests, by_urllib3, by_urllib, by_http_client]
 @pytest.mark.parametrize(
     "entry", ["127.0.0.1", "127.0.0.1:{port}", "127.0.0.1/telemetry", "http://127.0.0.1/telemetry/"]
 )
-def test_an_ignored_host_goes_live(client: Callable[[str], int], entry: str, tmp_path: Path, server: Any) -> None:
-    """It is neither recorded nor played nor refused, in any mode, whichever client asks."""
+def test_an_ignored_host_is_reached_live(client: Callable[[str], int], entry: str, tmp_path: Path, server: Any) -> None:
+    """Its requests are neither recorded nor played nor refused, in any mode and by any client."""
     url, path = f"{server.url}/telemetry/batch", tmp_path / "a.yaml"
     hosts = [entry.format(port=server.server_port)]
     for mode in ("once", "none"):
@@ -103,7 +103,7 @@ def test_an_ignored_host_goes_live(client: Callable[[str], int], entry: str, tmp
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_other_paths_of_an_ignored_host_are_recorded(client: Callable[[str], int], tmp_path: Path, server: Any) -> None:
-    """An entry with a path leaves only what is below it."""
+    """An entry with a path ignores only the paths below it."""
     path, hosts = tmp_path / "a.yaml", ["127.0.0.1/telemetry"]
     with aggregator.cassette(path, "once", clients="all", ignore_hosts=hosts) as tape:
         assert (client(f"{server.url}/v1"), client(f"{server.url}/telemetry"), client(f"{server.url}/v1")) == (1, 2, 3)
@@ -113,7 +113,7 @@ def test_other_paths_of_an_ignored_host_are_recorded(client: Callable[[str], int
 
 
 async def test_this_machine_is_ignored_on_request(tmp_path: Path, server: Any) -> None:
-    """`ignore_localhost` leaves every name of this machine; our own client asks it too."""
+    """`ignore_localhost` ignores every name of this machine, for our own client too."""
     llm = LLM("openai/m", base_url=f"{server.url}/v1", api_key="x", max_attempts=1)
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all", ignore_localhost=True):
         assert by_httpx(server.url.replace("127.0.0.1", "localhost")) == 1
@@ -123,8 +123,8 @@ async def test_this_machine_is_ignored_on_request(tmp_path: Path, server: Any) -
     assert tape.recorded == 1
 
 
-def test_a_client_that_is_not_served_may_reach_an_ignored_host(tmp_path: Path, server: Any) -> None:
-    """While a tape plays, any other host is refused to it."""
+def test_an_unlisted_client_may_reach_an_ignored_host(tmp_path: Path, server: Any) -> None:
+    """While a tape plays, its requests to any other host are refused."""
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients=["httpx"], ignore_hosts=["127.0.0.1/ok"]) as tape:
         assert by_requests(f"{server.url}/ok") == 1
         with pytest.raises(CassetteMissError):
@@ -151,7 +151,7 @@ def test_a_client_that_is_not_served_may_reach_an_ignored_host(tmp_path: Path, s
     ],
 )
 def test_telemetry_made_replays_fail(url: str) -> None:
-    """It is sent when a timer says so, or by the first test only, and its ids are new in every run."""
+    """It is sent by a timer, or by the first test only, and its ids differ in every run."""
     assert is_ignored(url, IGNORED_HOSTS)
     assert not is_ignored(url, ignored_by(None))
 
@@ -169,11 +169,11 @@ def test_telemetry_made_replays_fail(url: str) -> None:
     ],
 )
 def test_entries_of_ignored_hosts(entry: str, url: str, expected: bool) -> None:
-    """The scheme's own port, several stars and a star in the path are understood."""
+    """The scheme's default port, several stars and a star in the path are supported."""
     assert is_ignored(url, ignored_by([entry])) is expected
 
 
-def test_other_names_of_this_machine_went_to_the_tape() -> None:
+def test_other_names_of_this_machine_were_recorded() -> None:
     """Every loopback address and every name below `localhost` is this machine."""
     local = ignored_by((), localhost=True)
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.2", "[::1]:9", "app.localhost"):
@@ -193,13 +193,13 @@ def test_other_names_of_this_machine_went_to_the_tape() -> None:
         "http://localhost:8000/v1",
     ],
 )
-def test_what_a_test_asks_is_not_telemetry(url: str) -> None:
-    """A host counts as a whole, and a path from its beginning, part by part."""
+def test_a_tests_own_requests_are_not_telemetry(url: str) -> None:
+    """A host must match completely, a path from its start, segment by segment."""
     assert not is_ignored(url, IGNORED_HOSTS)
 
 
 @pytest.mark.parametrize("wrong", [[5], [""], [None]])
-def test_a_wrong_host_is_refused(wrong: Any) -> None:
-    """An entry is a text."""
+def test_an_invalid_host_is_refused(wrong: Any) -> None:
+    """An entry must be a string."""
     with pytest.raises(ConfigError, match="Expected ignore_hosts as a list of names"):
         ignored_by(wrong)

@@ -52,8 +52,8 @@ def recorded(*answers: tuple[str, str]) -> tuple[Row, ...]:
         (exchange([1]), ""),
     ],
 )
-def test_the_model_is_what_was_noted_or_asked(given: Exchange, model: str) -> None:
-    """Our own note wins; another tool's cassette says it in the request's body or path."""
+def test_the_model_is_recorded_or_read_from_the_request(given: Exchange, model: str) -> None:
+    """Our own fact has precedence; in another tool's cassette it is in the request's body or path."""
     assert model_of(given) == model
 
 
@@ -68,12 +68,12 @@ def test_the_model_is_what_was_noted_or_asked(given: Exchange, model: str) -> No
     ],
 )
 def test_tokens_are_read_from_any_providers_answer(answered: Any, expected: dict[str, float]) -> None:
-    """A cassette that another tool recorded tells its tokens too, in its provider's words; unknown is not 0."""
+    """Another tool's cassette has tokens too, in its provider's format; an unknown number is not 0."""
     assert usage_of(exchange(answered=answered)) == expected
 
 
 def test_totals_are_by_role_and_model() -> None:
-    """Sums hold what is known and count what is not."""
+    """Sums add known values and count the unknown ones."""
     known = exchange(role="optimizer", model="m", ms=1500.0, usage={"input_tokens": 5, "output_tokens": 1, "cost": 0.5})
     failed = exchange(role="optimizer", model="m")
     failed = replace(failed, reply=replace(failed.reply, status=429))
@@ -94,8 +94,8 @@ def test_totals_are_by_role_and_model() -> None:
         (exchange(url=f"{URL}?api_key={CANARY}"), "the request's address"),
     ],
 )
-def test_secrets_are_found_where_the_redaction_would_change_something(given: Exchange, place: str) -> None:
-    """A hand-edited or foreign cassette is held to the same rules as our own recordings."""
+def test_secrets_are_reported_if_redaction_would_change_something(given: Exchange, place: str) -> None:
+    """A hand-edited or foreign cassette is checked by the same rules as our own recordings."""
     assert secrets_in(given, needles_from({"MY_API_KEY": CANARY})) == [place]
 
 
@@ -118,8 +118,8 @@ def test_secrets_are_found_where_the_redaction_would_change_something(given: Exc
         },
     ],
 )
-def test_placeholders_of_other_scrubbers_were_called_secrets(item: Any) -> None:
-    """What a scrubber left says that the secret is gone: in headers, cookies, addresses and bodies."""
+def test_placeholders_of_other_scrubbers_were_reported_as_secrets(item: Any) -> None:
+    """They are recognised in headers, cookies, addresses and bodies."""
     given = exchange(item.get("body"), answered=item.get("body"), url=item.get("url", URL))
     headers = item.get("headers", {})
     given = replace(given, request=replace(given.request, headers=headers), reply=replace(given.reply, headers=headers))
@@ -131,7 +131,7 @@ def test_placeholders_of_other_scrubbers_were_called_secrets(item: Any) -> None:
     ["authorization", "Set-Cookie", "x-api-key", "x-functions-key", "Helicone-Auth", "x-signature", "x-csrf-token"],
 )
 def test_secrets_are_found_in_headers(header: str) -> None:
-    """A header that authenticates is a secret whatever its value; one that was redacted is none."""
+    """An authentication header is a secret whatever its value, unless it was redacted."""
     given = exchange()
     open_ = replace(given, request=replace(given.request, headers={header: "anything"}))
     redacted = replace(given, request=replace(given.request, headers={header: "REDACTED"}))
@@ -146,7 +146,7 @@ def test_secrets_are_found_in_headers(header: str) -> None:
     assert secrets_in(redacted) == secrets_in(harmless) == secrets_in(given) == []
 
 
-def test_what_we_record_holds_no_secret() -> None:
+def test_our_recordings_hold_no_secret() -> None:
     """Our own recordings pass our own check."""
     lines: list[bytes] = []
     tape = Tape(sink=lines)
@@ -167,7 +167,7 @@ def test_what_we_record_holds_no_secret() -> None:
     ],
 )
 def test_age(at: str, told: str | None) -> None:
-    """An exchange is too old beyond the limit, and one of unknown age is not fresh."""
+    """An exchange beyond the limit is too old; one of unknown age is not fresh."""
     assert too_old(exchange(at=at), NOW, timedelta(days=7)) == told
 
 
@@ -175,19 +175,19 @@ def test_age(at: str, told: str | None) -> None:
     ("at", "told"),
     [("yesterday", "recorded at an unknown time"), ("2026-03-01T00:00:00", "recorded 30 days ago")],
 )
-def test_a_date_that_is_none_was_a_traceback(at: str, told: str) -> None:
-    """A date without a zone is taken for UTC, any other text for no date."""
+def test_an_invalid_date_raised_a_bare_exception(at: str, told: str) -> None:
+    """A date without a zone is in UTC; any other text is no date."""
     assert too_old(exchange(at=at), NOW, timedelta(days=7)) == told
 
 
-def test_a_short_variable_made_every_cassette_a_problem() -> None:
+def test_a_short_variable_was_found_in_every_cassette() -> None:
     """`OPENAI_API_KEY=chat` is a placeholder, and a common word."""
     given = exchange(answered={"text": "let us chat"})
     assert secrets_in(given, needles_from({"OPENAI_API_KEY": "chat"})) == []
 
 
-def test_files_of_others_were_taken_for_cassettes(tmp_path: Path) -> None:
-    """In a folder only what begins as a cassette counts, damaged or not; a file that is named always does."""
+def test_other_files_were_read_as_cassettes(tmp_path: Path) -> None:
+    """In a folder only a file that begins like a cassette counts, damaged or not; a file given by name always does."""
     cassettes = {
         "closed.yaml": "# aggregator-cassette format=1 layout=journal",
         "vcrpy.yaml": "interactions:\n- request:",
@@ -205,7 +205,7 @@ def test_files_of_others_were_taken_for_cassettes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [10**400, -5, True, 1e300, "7"])
-def test_a_figure_that_is_none_was_a_traceback(tokens: Any) -> None:
+def test_an_invalid_number_raised_a_bare_exception(tokens: Any) -> None:
     """Tokens that cannot be summed or printed are unknown."""
     assert usage_of(exchange(answered={"usage": {"prompt_tokens": tokens, "completion_tokens": 2}})) in (
         {"output_tokens": 2},
@@ -213,8 +213,8 @@ def test_a_figure_that_is_none_was_a_traceback(tokens: Any) -> None:
     )
 
 
-def test_folders_stand_for_their_cassettes(tmp_path: Path) -> None:
-    """Further shards belong to their first file; a path that is not there is an error."""
+def test_folders_include_their_cassettes(tmp_path: Path) -> None:
+    """Further shards belong to their first file; a path that does not exist is an error."""
     names = ["b.yaml", "a/c.json", "b.4be0c1d2a7f3.0002.yaml", "notes.txt"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -224,15 +224,15 @@ def test_folders_stand_for_their_cassettes(tmp_path: Path) -> None:
         find_cassettes([tmp_path / "none"])
 
 
-def test_an_exchange_in_full_shows_both_sides() -> None:
-    """Facts first, then request and answer with their JSON indented."""
+def test_an_exchange_in_full_shows_request_and_answer() -> None:
+    """Facts come first, then request and answer with their JSON indented."""
     text = render(exchange({"model": "m"}, {"text": "ä"}, ms=12.4, at="2026-03-30T00:00:00Z"))
     assert "recorded  2026-03-30T00:00:00Z, 12 ms" in text
     assert text.index(f"POST {URL}") < text.index('"model": "m"') < text.index("200 OK") < text.index('"text": "ä"')
 
 
-def test_a_stream_that_was_cut_shows_what_came_and_what_ended_it() -> None:
-    """It counts as failed, whatever its status said."""
+def test_a_truncated_stream_shows_its_chunks_and_its_error() -> None:
+    """It counts as failed, whatever its status is."""
     cut = exchange({"model": "m"}, {"text": "half"}, error=("APITimeoutError", "late"))
     assert render(cut).endswith('\n200 OK\n\n{\n  "text": "half"\n}\nAPITimeoutError: late')
     assert totals_of(cut).failed == 1

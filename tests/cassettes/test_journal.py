@@ -1,4 +1,4 @@
-"""The journal: survives kills and full disks, and tells every cut and edit."""
+"""The journal survives kills and full disks, and detects every cut and edit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def journal_of(path: Path, count: int) -> bytes:
 
 
 def live(tape: Tape, index: int) -> bytes:
-    """Ask as a client does."""
+    """Make a call as a client does."""
     slot = tape.issue(exchange(index).request)
     reply = tape.play(slot)
     if reply is None:
@@ -51,8 +51,8 @@ def live(tape: Tape, index: int) -> bytes:
     return reply.body
 
 
-def test_a_torn_last_item_is_dropped_and_told(tmp_path: Path) -> None:
-    """An open journal that ends within an item loses that item only, and says so with its line."""
+def test_a_torn_last_item_is_dropped_and_reported(tmp_path: Path) -> None:
+    """An open journal that ends within an item loses only that item, and the finding has its line."""
     path = tmp_path / "a.yaml"
     data = journal_of(path, 3)
     path.write_bytes(data[:-20])
@@ -65,7 +65,7 @@ def test_a_torn_last_item_is_dropped_and_told(tmp_path: Path) -> None:
     )
 
 
-def test_a_cut_between_items_is_told(tmp_path: Path) -> None:
+def test_a_cut_between_items_is_reported(tmp_path: Path) -> None:
     """An open journal cut between two items is reported as not closed."""
     path = tmp_path / "a.yaml"
     data = journal_of(path, 3)
@@ -77,7 +77,7 @@ def test_a_cut_between_items_is_told(tmp_path: Path) -> None:
 
 
 def test_an_edit_is_an_error_with_its_line(tmp_path: Path) -> None:
-    """A changed byte in any item but a torn last one is damage, told with the line."""
+    """A changed byte in any item but a torn last one is damage with its line."""
     path = tmp_path / "a.yaml"
     path.write_bytes(journal_of(path, 3).replace(b'{\\"q\\": 1}', b'{\\"q\\": 7}'))
     with pytest.raises(CassetteDamagedError, match=r"a\.yaml:5"):
@@ -86,7 +86,7 @@ def test_an_edit_is_an_error_with_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 def test_an_edit_of_a_closed_file_is_an_error_with_its_line(tmp_path: Path, layout: Layout) -> None:
-    """In a closed file of either layout, the exchange that was edited is told by its line."""
+    """In a closed file of either layout, the edited exchange is reported with its line."""
     path = tmp_path / "a.yaml"
     save(path, tuple(index_lines(encode_line(exchange(index)) for index in range(3))), layout)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -98,8 +98,8 @@ def test_an_edit_of_a_closed_file_is_an_error_with_its_line(tmp_path: Path, layo
         read(path)
 
 
-def test_line_ends_of_a_checkout_are_no_damage(tmp_path: Path) -> None:
-    """A checkout that turned line ends into CRLF reads the same."""
+def test_crlf_line_ends_are_not_damage(tmp_path: Path) -> None:
+    """A checkout that changed line ends to CRLF reads the same."""
     path = tmp_path / "a.yaml"
     save(path, tuple(index_lines([encode_line(exchange(0, b"two\nlines"))])), "readable")
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
@@ -142,7 +142,7 @@ def silent(data: bytes, path: Path, count: int) -> bool:
 
 
 def sweep(tmp_path: Path, seeds: range) -> list[str]:
-    """Damage all three kinds of file and return what stayed silent."""
+    """Damage all three kinds of file and return those that were not detected."""
     rows = tuple(index_lines(encode_line(exchange(index)) for index in range(6)))
     files = {"open": journal_of(tmp_path / "open.yaml", 6)}
     for layout in ("journal", "readable"):
@@ -157,14 +157,14 @@ def sweep(tmp_path: Path, seeds: range) -> list[str]:
     return missed
 
 
-def test_no_damage_is_silent(tmp_path: Path) -> None:
-    """A random cut or edit of any kind of file is an error or a finding."""
+def test_no_damage_goes_undetected(tmp_path: Path) -> None:
+    """A random cut or edit of any kind of file gives an error or a finding."""
     assert sweep(tmp_path, range(150)) == []
 
 
 @pytest.mark.long
-def test_no_damage_is_silent_in_thousands(tmp_path: Path) -> None:
-    """The same, 1,000 times for each kind of file."""
+def test_no_damage_goes_undetected_in_thousands(tmp_path: Path) -> None:
+    """1,000 cuts and edits of each kind of file are detected."""
     assert sweep(tmp_path, range(1000, 2000)) == []
 
 
@@ -204,7 +204,7 @@ def kill_and_count(path: Path, after: int) -> tuple[int, int]:
 
 
 def test_a_kill_loses_nothing(tmp_path: Path) -> None:
-    """SIGKILL while recording: every answer that was used is in the journal, and the run goes on from there."""
+    """After a SIGKILL while recording, every used answer is in the journal, and the run continues from there."""
     path = tmp_path / "a.yaml"
     used, kept = kill_and_count(path, 40)
     assert used <= kept <= used + 1
@@ -219,14 +219,14 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
-    """The same at 100 different moments."""
+    """Kills at 100 different moments lose nothing."""
     for index in range(100):
         used, kept = kill_and_count(tmp_path / f"{index}.yaml", 1 + index * 7)
         assert used <= kept <= used + 1
 
 
-def test_a_killed_successor_leaves_the_cassette(tmp_path: Path) -> None:
-    """SIGKILL while a finished cassette is re-recorded or added to: it is unchanged."""
+def test_a_killed_rerecording_leaves_the_cassette(tmp_path: Path) -> None:
+    """A SIGKILL while a finished cassette is re-recorded or extended leaves it unchanged."""
     path = tmp_path / "a.yaml"
     save(path, tuple(index_lines([encode_line(exchange(10**9))])))
     before = path.read_bytes()
@@ -243,8 +243,8 @@ def test_a_killed_successor_leaves_the_cassette(tmp_path: Path) -> None:
     assert used < len(recording.rows) <= used + 2
 
 
-def test_syncs_at_the_stated_interval(tmp_path: Path) -> None:
-    """The device is told to keep what was written every so many lines."""
+def test_the_device_is_synced_at_the_given_interval(tmp_path: Path) -> None:
+    """fsync is called every so many lines."""
     times: list[float] = []
 
     def clock() -> float:
@@ -259,7 +259,7 @@ def test_syncs_at_the_stated_interval(tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """A disk with room for so many writes; the one after is cut short."""
+    """A disk with space for a number of writes; the next one is cut short."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -275,7 +275,7 @@ class FullDisk:
 
 
 def test_a_full_disk_keeps_the_answer_and_fails_the_run(tmp_path: Path) -> None:
-    """No space: nothing half-written stays, the answer is kept in memory, and the run fails with the reason."""
+    """Nothing half-written is left, the answer is kept in memory, and the run fails with the reason."""
     path, disk = tmp_path / "a.yaml", FullDisk(room=1)
     journal = Journal(path, write=disk)
     tape = Tape(sink=journal)
@@ -289,8 +289,8 @@ def test_a_full_disk_keeps_the_answer_and_fails_the_run(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_room_that_comes_back_is_used(tmp_path: Path) -> None:
-    """What the disk refused is written before what comes next, in its order."""
+def test_pending_answers_are_written_once_there_is_space(tmp_path: Path) -> None:
+    """They are written before later ones, in order."""
     path, disk = tmp_path / "a.yaml", FullDisk(room=1)
     journal = Journal(path, write=disk)
     tape = Tape(sink=journal)
@@ -305,15 +305,15 @@ def test_room_that_comes_back_is_used(tmp_path: Path) -> None:
     assert [row.exchange().request.body for row in recording.rows] == [b'{"q": 0}', b'{"q": 1}', b'{"q": 2}']
 
 
-def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
-    """A folder that cannot be made is an error before anything is asked of a model."""
+def test_an_unwritable_folder_is_reported_first(tmp_path: Path) -> None:
+    """A folder that cannot be created is an error before a model is called."""
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CassetteError, match="Expected to record into .*; make the folder writable"):
         open_tape(tmp_path / "file" / "a.yaml", "once")
 
 
 def test_an_empty_file_is_damage(tmp_path: Path) -> None:
-    """An empty file is neither a cassette nor none."""
+    """An empty file is neither a cassette nor a missing one."""
     (tmp_path / "a.yaml").touch()
     for mode in ("none", "once", "new_episodes"):
         with pytest.raises(CassetteDamagedError, match="empty file; delete it"):
@@ -321,7 +321,7 @@ def test_an_empty_file_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    """A cassette of a newer format asks for a newer library."""
+    """A cassette of a newer format requires a newer library."""
     path = tmp_path / "a.yaml"
     path.write_bytes(OPEN_COMMENT.replace(b"format=1", b"format=2") + PREAMBLE)
     with pytest.raises(CassetteRefusedError, match="Expected format 1 .* got 2; .*upgrade"):
@@ -331,8 +331,8 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
-def test_a_line_that_is_no_exchange_of_ours_is_damage(tmp_path: Path) -> None:
-    """A journal with a good hash whose items are another tool's says what was expected."""
+def test_a_foreign_line_in_a_journal_is_damage(tmp_path: Path) -> None:
+    """The error for a journal with a valid hash but another tool's items says what was expected."""
     content = PREAMBLE + b'- {"request":{},"response":{},"x":{}}\n'
     comment = Comment(layout="journal", exchanges=1, sha256=content_hash(content))
     (tmp_path / "a.yaml").write_bytes(comment.render() + content)
@@ -340,8 +340,8 @@ def test_a_line_that_is_no_exchange_of_ours_is_damage(tmp_path: Path) -> None:
         read(tmp_path / "a.yaml")
 
 
-def test_discarding_leaves_what_was_found(tmp_path: Path) -> None:
-    """A recording that is discarded leaves no file, or the file that was there."""
+def test_discarding_restores_the_previous_state(tmp_path: Path) -> None:
+    """A discarded recording leaves no file, or the previous file."""
     path = tmp_path / "a.yaml"
     tape = open_tape(path, "once")
     live(tape, 0)
@@ -358,7 +358,7 @@ def test_discarding_leaves_what_was_found(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.yaml": before}
 
 
-def test_a_disk_that_was_full_at_the_first_line_left_a_journal_without_its_head(tmp_path: Path) -> None:
+def test_a_full_disk_at_the_first_line_left_a_journal_without_its_head(tmp_path: Path) -> None:
     """Comment and preamble are written with the first exchange, however often the disk refuses it."""
     path, disk = tmp_path / "a.yaml", FullDisk(room=0)
     journal = Journal(path, write=disk)
@@ -373,8 +373,8 @@ def test_a_disk_that_was_full_at_the_first_line_left_a_journal_without_its_head(
     assert [row.exchange().request.body for row in recording.rows] == [b'{"q": 0}', b'{"q": 1}']
 
 
-def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path: Path) -> None:
-    """No empty file stays behind, which would be taken for damage."""
+def test_a_disk_without_space_leaves_no_file(tmp_path: Path) -> None:
+    """An empty file would be reported as damage."""
     journal = Journal(tmp_path / "a.yaml", write=FullDisk(room=0))
     with pytest.raises(CassetteError):
         journal.extend([b"{}"])
@@ -382,8 +382,8 @@ def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_that_fails_to_flush_had_an_exchange_written_twice(tmp_path: Path) -> None:
-    """The lines are with the kernel all the same, once each; closing tells that the device did not keep them."""
+def test_a_failed_fsync_wrote_an_exchange_twice(tmp_path: Path) -> None:
+    """The kernel has the lines, once each; closing reports that the device did not sync them."""
     path = tmp_path / "a.yaml"
 
     def failing(file: int) -> None:

@@ -1,4 +1,4 @@
-"""Answers that a redaction must not change, secrets that it must find, and what it says when it changed one."""
+"""Answers that redaction must not change, secrets that it must find, and its report of changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATTERN: Any = re.compile(r"\bcase-\d{6}\b")
 
 
 def answered(body: Any, *, secrets: tuple[str, ...] = (), policy: Redaction = USUAL, **reply: Any) -> HTTPReply:
-    """Return an answer as a cassette holds it."""
+    """Return an answer as a cassette stores it."""
     request = HTTPRequest(url=URL, body=b"{}", headers=JSON, secrets=secrets, method=reply.pop("method", "POST"))
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     exchange = Exchange(
@@ -48,23 +48,23 @@ def answered(body: Any, *, secrets: tuple[str, ...] = (), policy: Redaction = US
         *("1234567890", "00000000"),
     ],
 )
-def test_a_placeholder_key_was_cut_out_of_answers(key: str) -> None:
-    """What local servers and proxies tell people to write is a word, which is in answers too."""
+def test_a_placeholder_key_was_removed_from_answers(key: str) -> None:
+    """The placeholders of local servers and proxies are words, which answers contain too."""
     body = {"content": f"Do you need {key} else? {key}s, {key.replace('-', ' ')}, un{key}"}
     assert json.loads(answered(body, secrets=(key,)).body) == body
 
 
 @pytest.mark.parametrize("key", ["hunter2-hunter2", "a1b2c3d4", "pass-20417766", "tr0ub4dor&3", "test-key-123"])
-def test_a_short_key_goes_where_it_stands_alone(key: str) -> None:
-    """It is found by itself, also behind an escaped line break or an encoded space; not within a longer word."""
+def test_a_short_key_is_redacted_as_a_whole_word_only(key: str) -> None:
+    """It is found also after an escaped line break or an encoded space, but not within a longer word."""
     body = {"content": f"key\n{key}, '{key}' or x={key}; not x{key}, {key}9"}
     gone = {"content": f"key\nREDACTED, 'REDACTED' or x=REDACTED; not x{key}, {key}9"}
     assert json.loads(answered(body, secrets=(key,)).body) == gone
     assert answered(f"a%20{key}%22".encode(), secrets=(key,)).body == b"a%20REDACTED%22"
 
 
-def test_base64_was_taken_for_keys() -> None:
-    """`_sk-`, `-pk-` and the like are in base64url by chance: signatures, inline data, encrypted reasoning."""
+def test_base64_was_redacted_as_keys() -> None:
+    """base64url contains `_sk-`, `-pk-` and the like by chance: signatures, inline data, encrypted reasoning."""
     random = Random(7)
     for _ in range(40):
         data = random.randbytes(60_000)
@@ -87,29 +87,29 @@ def test_base64_was_taken_for_keys() -> None:
         "x.eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
     ],
 )
-def test_a_part_of_a_longer_name_was_taken_for_a_token(text: str) -> None:
-    """A token's shape counts for whole tokens: not within base64, an address or a longer identifier."""
+def test_a_part_of_a_longer_name_was_redacted_as_a_token(text: str) -> None:
+    """A token's pattern matches whole tokens only, not within base64, an address or a longer identifier."""
     body = {"content": f"see {text} there", "id": text}
     assert json.loads(answered(body).body) == body
 
 
 @pytest.mark.parametrize("before", ["", " ", "\n", "(", "'", "=", ": ", "key=", "…"])
 @pytest.mark.parametrize("after", ["", " ", "\n", ")", "'", ".", ", ", "…"])
-def test_a_whole_token_is_still_found(before: str, after: str) -> None:
-    """Whatever prose, code or a query puts around it."""
+def test_a_whole_token_is_redacted_in_any_context(before: str, after: str) -> None:
+    """Prose, code and queries may surround it."""
     body = {"content": f"{before}sk-proj-abcdefghijklmnopqrstuvwx0123{after}"}
     assert json.loads(answered(body).body) == {"content": f"{before}REDACTED{after}"}
 
 
 @pytest.mark.parametrize("start", ["sk_live_", "rk_test_", "npm_", "fw_", "lsv2_pt_", "tvly-", "csk-"])
-def test_tokens_of_more_providers_stayed(start: str) -> None:
+def test_tokens_of_more_providers_were_not_redacted(start: str) -> None:
     """Stripe's, npm's, Fireworks', LangSmith's, Tavily's and Cerebras'."""
     body = {"content": f"use {start}abcdefghijklmnopqrstUVWX0123 now", "css": f"{start}primary-button-with-icon"}
     assert json.loads(answered(body).body) == body | {"content": "use REDACTED now"}
 
 
-def test_secrets_in_xml_and_in_json_within_forms_stayed() -> None:
-    """AWS answers with credentials in XML; Slack and others take a form with one field of JSON."""
+def test_secrets_in_xml_and_in_json_within_forms_were_not_redacted() -> None:
+    """AWS returns credentials in XML; Slack and others expect a form with one field of JSON."""
     xml = b"<Result><Credentials><SecretAccessKey>x9Kp21/7fQz+Lm</SecretAccessKey>%b</Credentials></Result>"
     rest = b"<Expiration>2030-01-01T00:00:00Z</Expiration><Password>mellon</Password><Token>approved</Token>"
     assert answered(xml % rest).body == (xml % rest).replace(b"x9Kp21/7fQz+Lm", b"REDACTED")
@@ -122,7 +122,7 @@ def test_secrets_in_xml_and_in_json_within_forms_stayed() -> None:
 
 
 def calls(arguments: Any, *, text: str) -> list[Any]:
-    """Return one tool call in the words of several providers; `text` are the same arguments as JSON."""
+    """Return one tool call in several providers' formats; `text` are the same arguments as JSON."""
     return [
         {"choices": [{"message": {"tool_calls": [{"id": "c", "function": {"name": "open", "arguments": text}}]}}]},
         {"content": [{"type": "tool_use", "id": "t", "name": "open", "input": arguments}]},
@@ -137,8 +137,8 @@ def calls(arguments: Any, *, text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("call", range(9))
-def test_arguments_of_tools_were_redacted_by_name(call: int) -> None:
-    """The tool was called with `mellon`, and so it is in a replay; what looks like a secret goes all the same."""
+def test_tool_arguments_were_redacted_by_name(call: int) -> None:
+    """The tool was called with `mellon`, so its replay has it too; a value that looks like a secret is redacted."""
     harmless: Any = {"passphrase": "mellon", "password": "open sesame", "api_key": "demo"}
     body = calls(harmless, text=json.dumps(harmless))[call]
     assert json.loads(answered(body).body) == body
@@ -148,8 +148,8 @@ def test_arguments_of_tools_were_redacted_by_name(call: int) -> None:
     assert json.loads(answered(body).body) == expected
 
 
-def test_streamed_arguments_of_tools_were_redacted_by_name() -> None:
-    """The pieces of a stream are joined, and are a tool's arguments as they are in one piece."""
+def test_streamed_tool_arguments_were_redacted_by_name() -> None:
+    """The chunks of a stream are joined, and treated like arguments in one piece."""
 
     def stream(*pieces: str) -> bytes:
         delta = [{"type": "content_block_delta", "delta": {"partial_json": piece}} for piece in pieces]
@@ -171,13 +171,13 @@ def test_streamed_arguments_of_tools_were_redacted_by_name() -> None:
         {"password": "This field is required.", "secret": "Ensure this value has at least 8 characters."},
     ],
 )
-def test_fields_with_innocent_values_were_redacted(body: Any) -> None:
-    """A name alone says nothing of numbers, lists and words under names that mean other things as well."""
+def test_fields_with_harmless_values_were_redacted(body: Any) -> None:
+    """A name alone does not make a secret of numbers, lists, and words if the name has other meanings too."""
     assert json.loads(answered(body).body) == body
 
 
-def test_fields_that_are_asked_for() -> None:
-    """`redact` takes a field whatever it holds, and a pattern; `keep` gives back what is secret by its name."""
+def test_fields_on_request() -> None:
+    """`redact` takes a field with any value, and a pattern; `keep` exempts names that are secret by default."""
     policy = redaction_by(["SSN", PATTERN], keep=["password", re.compile("sk-demo-[0-9a-f]+")])
     body = {"ssn": 123456789, "text": "case-123456 case-12", "password": "x", "demo": "sk-demo-0123456789abcdef01"}
     gone = {"ssn": 0, "text": "REDACTED case-12", "password": "x", "demo": "sk-demo-0123456789abcdef01"}
@@ -191,8 +191,8 @@ def test_fields_that_are_asked_for() -> None:
             redaction_by(**{option: wrong})  # type: ignore[arg-type]
 
 
-def test_an_answer_was_changed_in_silence(tmp_path: Path) -> None:
-    """One line says that answers are not what came, when they are recorded and when a foreign file is read."""
+def test_an_answer_was_changed_silently(tmp_path: Path) -> None:
+    """One line of log reports changed answers, when they are recorded and when a foreign file is read."""
     tape = Tape(sink=[], name="demo")
     for text in ("sk-proj-abcdefghijklmnopqrstuvwx0123", "hello", "Bearer abcdefghijklmnopqrstuvwxyz"):
         request = HTTPRequest(url=URL, body=json.dumps(text).encode(), headers=JSON)
@@ -211,8 +211,8 @@ def test_an_answer_was_changed_in_silence(tmp_path: Path) -> None:
         open_tape(path, "none").close(warn=False)
 
 
-def test_requests_that_differ_in_a_secret_were_confused() -> None:
-    """Their key is the same, and what was redacted in the body orders them; authentication does not."""
+def test_requests_that_differ_in_a_secret_were_mixed_up() -> None:
+    """They have the same key, and the redacted value orders them; authentication does not."""
 
     def ask(password: str, key: str = "x9Kp21-7fQz-0001") -> HTTPRequest:
         headers = {**JSON, "authorization": f"Bearer {key}"}
@@ -229,8 +229,8 @@ def test_requests_that_differ_in_a_secret_were_confused() -> None:
     assert [reply and reply.body for reply in played] == [b"three", b"one", b"two"]
 
 
-def test_headers_that_a_client_acts_on_were_dropped() -> None:
-    """Pages, uploads, digest authentication, etags, commits, token counts; cookies and the rest are not written."""
+def test_headers_that_a_client_reads_were_dropped() -> None:
+    """Pages, uploads, digest authentication, etags, commits and token counts are kept; cookies and others are not."""
     kept = {
         "link": '<https://a.example/?page=2>; rel="next"',
         "www-authenticate": 'Digest realm="x", nonce="n", algorithm=MD5, qop="auth"',
@@ -252,7 +252,7 @@ def test_headers_that_a_client_acts_on_were_dropped() -> None:
 
 
 def test_a_pattern_that_keeps_every_header_kept_session_cookies_and_tokens() -> None:
-    """What a name says to be secret is kept by that name only; a pattern keeps the header without its value."""
+    """A secret header is kept by its exact name only; a pattern keeps the header without its value."""
     headers = {
         "set-cookie": "sid=9f8e7d6c5b4a39281706f5e4d3c2b1a0; HttpOnly\ntheme=dark; Path=/",
         "x-auth-token": "9a8b7c6d5e4f30211203f4e5d6c7b8a9",
@@ -276,7 +276,7 @@ MULTIPART = (
 
 @pytest.mark.parametrize("name", ["api_key", "user[password]", "token", "access-token"])
 def test_fields_of_a_multipart_body_leaked(name: str) -> None:
-    """A field in parts is one of a form; a file is none, whatever its name."""
+    """Every part with a field name is a form field; a file is not, whatever its name."""
     headers = {"content-type": 'multipart/form-data; boundary="b0un"'}
     body = MULTIPART.format(name=name, value="Plain1Secret11111111").encode()
     clean = redact_request(HTTPRequest(url=URL, body=body, headers=headers)).body
@@ -297,7 +297,7 @@ def test_fields_of_a_multipart_body_leaked(name: str) -> None:
     ],
 )
 def test_addresses_in_a_body_leaked(text: str, clean: str) -> None:
-    """Parameters with a secret's name, and passwords, also where JSON or PHP escape the address."""
+    """Parameters with a secret name, and passwords, are redacted, also if JSON or PHP escapes the address."""
     assert json.loads(answered({"url": text}).body) == {"url": clean}
     php = json.dumps({"url": text}).replace("/", r"\/").encode()
     assert json.loads(answered(php).body) == {"url": clean}
@@ -313,13 +313,13 @@ def test_addresses_in_a_body_leaked(text: str, clean: str) -> None:
         "if key=value then sig=kill",
     ],
 )
-def test_addresses_without_secrets_stay(text: str) -> None:
-    """Names as common as `key` need a value that looks like a secret, and so do users."""
+def test_addresses_without_secrets_are_unchanged(text: str) -> None:
+    """Under common names such as `key`, and as a user, only a value that looks like a secret is redacted."""
     assert json.loads(answered({"url": text}).body) == {"url": text}
 
 
 def test_a_policy_belongs_to_the_tape() -> None:
-    """A tape keeps what its rules say; another tape of the process does not."""
+    """A tape keeps what its own rules allow; another tape of the process does not."""
     for rules, expected in ((TapeRules(redaction=redaction_by(["city"])), "REDACTED"), (TapeRules(), "Paris")):
         lines: list[bytes] = []
         tape = Tape(sink=lines, rules=rules)
@@ -331,15 +331,15 @@ def test_a_policy_belongs_to_the_tape() -> None:
         assert replay.play(replay.issue(request)) is not None
 
 
-def test_a_needle_at_the_start_of_an_escape() -> None:
-    r"""A key may begin with the digits of `\u0041`; what is cut there would be no JSON."""
+def test_a_secret_at_the_start_of_an_escape() -> None:
+    r"""A key may begin with the digits of `\u0041`; removing them would break the JSON."""
     body = rb'{"m": "\u0041BCDEFGHIJKLMNOP1"}'
     clean = redact_body(body, needles_of(frozenset({"41BCDEFGHIJKLMNOP1"})))[0]
     assert json.loads(clean)
 
 
-def test_pieces_of_text_and_of_arguments_were_joined() -> None:
-    """Events of two types are two texts, although their pieces are at one place: the Responses API's deltas."""
+def test_chunks_of_text_and_of_arguments_were_joined() -> None:
+    """Events of two types are two texts, although their chunks have the same index: the Responses API's deltas."""
 
     def stream(*events: tuple[str, str]) -> bytes:
         return "".join(f"data: {json.dumps({'type': kind, 'delta': text})}\n\n" for kind, text in events).encode()
@@ -351,8 +351,8 @@ def test_pieces_of_text_and_of_arguments_were_joined() -> None:
     assert b"ijklmnop" not in redact_body(secret, ())[0]
 
 
-def test_what_is_written_passes_the_check() -> None:
-    """`check` and the writer use one definition, also for headers that are kept and end as a secret's name does."""
+def test_recordings_pass_the_check() -> None:
+    """`check` and the writer share one definition, also for kept headers that end like a secret's name."""
     headers = {"x-ratelimit-key": "a1b2c3d4e5f6", "x-goog-upload-token": "a1b2c3d4e5f6", "www-authenticate": "Bearer"}
     reply = answered({"api_key": "x9Kp21-7fQz", "next": "/v1?key=x9Kp21-7fQz"}, headers=headers)
     exchange = Exchange(request=HTTPRequest(url=URL, body=b"{}", headers={}), reply=reply, facts=Facts(lineage=""))

@@ -1,4 +1,4 @@
-"""Keys and lineage: what makes two requests the same, and where they are."""
+"""Keys and lineage: which requests are the same, and where in the run they are."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 def shuffled(value: Any) -> Any:
-    """Turn the order of every mapping's keys around."""
+    """Reverse the order of every mapping's keys."""
     if isinstance(value, dict):
         return {name: shuffled(item) for name, item in reversed(value.items())}
     return [shuffled(item) for item in value] if isinstance(value, list) else value
 
 
 @given(JSON)
-def test_order_of_keys_and_white_space_do_not_count(value: Any) -> None:
-    """The same JSON, however it is written, has the same key."""
+def test_order_of_keys_and_white_space_are_ignored(value: Any) -> None:
+    """The same JSON has the same key, however it is written."""
     written = json.dumps(value).encode()
     other = json.dumps(shuffled(value), indent=2, ensure_ascii=False).encode()
     assert request_key("POST", "u", written) == request_key("POST", "u", other)
@@ -50,21 +50,21 @@ def test_order_of_keys_and_white_space_do_not_count(value: Any) -> None:
 
 @given(JSON, JSON)
 def test_other_values_have_other_keys(a: Any, b: Any) -> None:
-    """Two bodies that differ have two keys; 1, 1.0 and true are three values."""
+    """Two different bodies have two keys; 1, 1.0 and true are three values."""
     same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
     assert (
         request_key("POST", "u", json.dumps(a).encode()) == request_key("POST", "u", json.dumps(b).encode())
     ) == same
 
 
-def test_method_and_url_count() -> None:
-    """Method and URL are part of the key."""
+def test_method_and_url_are_part_of_the_key() -> None:
+    """A change of either gives another key."""
     assert len({request_key(method, url, b"") for method in ("GET", "POST") for url in ("a", "b")}) == 4
 
 
 @pytest.mark.parametrize("body", [b"", b"a=1&b=2", b"\xff", b"{", b"[" * 100_000, b'{"a": "\xff"}'])
-def test_other_bodies_are_taken_as_they_are(body: bytes) -> None:
-    """What is no JSON is its own canonical form."""
+def test_other_bodies_are_used_unchanged(body: bytes) -> None:
+    """A body that is not JSON is its own canonical form."""
     assert canonical(body) == body
 
 
@@ -94,7 +94,7 @@ def test_uploads_written_by_python_email_were_misses() -> None:
 @example(b"x--")
 @given(st.from_regex(rb"[0-9A-Za-z'()+_,./:=?-]{1,60}", fullmatch=True))
 def test_a_random_boundary_made_every_upload_a_miss(boundary: bytes) -> None:
-    """What separates the parts does not count, nor does a part's length beside it."""
+    """The boundary is ignored, and so is a part's content length."""
     assert canonical(multipart(boundary)) == canonical(multipart(b"another"))
     assert canonical(multipart(boundary, extra=b"Content-Length: 36\r\n")) == canonical(multipart(b"another"))
     assert canonical(multipart(boundary, [])) == canonical(multipart(b"another", []))
@@ -111,25 +111,25 @@ def test_a_random_boundary_made_every_upload_a_miss(boundary: bytes) -> None:
         [PARTS[0], (PARTS[1][0], b"v")],
     ],
 )
-def test_other_parts_are_another_upload(parts: list[tuple[bytes, bytes]]) -> None:
-    """Content, name, filename and number of the parts count."""
+def test_uploads_differ_by_their_parts(parts: list[tuple[bytes, bytes]]) -> None:
+    """Content, name, filename and number of the parts are compared."""
     assert canonical(multipart(b"b", parts)) != canonical(multipart(b"b"))
 
 
 def test_json_within_a_part_is_canonical_too() -> None:
-    """As uploads of Google and OpenAI hold their metadata."""
+    """Uploads to Google and OpenAI have JSON metadata."""
     one, two = ([(b'form-data; name="m"', body)] for body in (b'{"a": 1, "b": 2}', b'{"b":2,"a":1}'))
     assert canonical(multipart(b"x", one)) == canonical(multipart(b"y", two))
 
 
 @pytest.mark.parametrize("body", [b"--", b"--x", b"--x\r\nno end", b"--x--\r\nmore", b"-- a signature\r\n\r\nmore"])
 def test_text_that_begins_like_an_upload_is_text(body: bytes) -> None:
-    """Without its end it is no multipart body."""
+    """Without its closing boundary it is not a multipart body."""
     assert canonical(body) == body
 
 
-def test_fields_of_a_form_in_another_order_are_the_same_form() -> None:
-    """Repeated fields keep their order, and white space may be written in two ways."""
+def test_the_order_of_form_fields_is_ignored() -> None:
+    """Repeated fields keep their order, and white space has two encodings."""
     kind = "application/x-www-form-urlencoded; charset=utf-8"
     assert canonical(b"b=2&a=1+1", (), kind) == canonical(b"a=1%201&b=2", (), kind)
     assert canonical(b"a=1&a=2", (), kind) != canonical(b"a=2&a=1", (), kind)
@@ -137,7 +137,7 @@ def test_fields_of_a_form_in_another_order_are_the_same_form() -> None:
 
 
 def test_ignored_paths() -> None:
-    """Volatile fields do not count, in lists neither, and may be absent."""
+    """Volatile fields are left out of the key, also in lists, and may be absent."""
     ignore = parse_ignore(["user", "messages.*.id", "a.b", "x.y.z"])
     one = b'{"user": "u1", "messages": [{"id": 1, "c": 2}], "a": {"b": 1}, "x": 5}'
     other = b'{"messages": [{"id": 9, "c": 2}], "a": {}, "x": 5, "user": null}'
@@ -145,7 +145,7 @@ def test_ignored_paths() -> None:
 
 
 async def test_tasks_keep_their_own_lineage() -> None:
-    """Each task has its own path; a role lasts as long as its block."""
+    """Each task has its own lineage; a role lasts as long as its block."""
     paths = {}
 
     async def walk(name: str) -> None:
@@ -164,7 +164,7 @@ async def test_tasks_keep_their_own_lineage() -> None:
 
 
 @pytest.mark.parametrize("part", ["", "a\nb"])
-def test_wrong_parts(part: str) -> None:
-    """A part that would blur the path is told."""
+def test_invalid_lineage_parts(part: str) -> None:
+    """A part that would make the lineage ambiguous is an error."""
     with pytest.raises(ConfigError, match="non-empty printable text"):
         lineage(part)

@@ -1,4 +1,4 @@
-"""Both layouts of a file: exact, canonical, sharded, and read by stock vcrpy."""
+"""Both layouts of a file: exact, canonical, sharded, and readable by stock vcrpy."""
 
 from __future__ import annotations
 
@@ -77,20 +77,20 @@ def by_vcrpy(path: Path) -> list[tuple[Any, Any]]:
 
 @given(BODIES)
 def test_scalars_are_byte_exact(body: bytes) -> None:
-    """YAML gives a body back as it was, whatever it holds."""
+    """YAML returns any body unchanged."""
     value = yaml.safe_load(f"a:\n  b: {scalar(body, 4)}  c: 1\n")["a"]["b"]
     assert (value if isinstance(value, bytes) else value.encode()) == body
 
 
 @pytest.mark.parametrize("text", AWKWARD)
 def test_awkward_scalars(text: str) -> None:
-    """Blank lines, leading blanks and trailing line breaks survive."""
+    """Blank lines, leading blanks and trailing line breaks are kept."""
     loaded = yaml.safe_load(f"a:\n  b: {scalar(text.encode(), 4)}  c: 1\n")
     assert loaded == {"a": {"b": text, "c": 1}}
 
 
-def test_bodies_stand_unescaped(tmp_path: Path) -> None:
-    """A readable cassette shows a body as it is, in a block literal."""
+def test_bodies_are_unescaped(tmp_path: Path) -> None:
+    """A readable cassette shows a body unescaped, in a block literal."""
     path = tmp_path / "a.yaml"
     body = '{"content": "a \\"word\\": é"}'
     save(path, rows_of(exchange(reply=body.encode())), "readable")
@@ -103,7 +103,7 @@ def test_bodies_stand_unescaped(tmp_path: Path) -> None:
 def test_vcrpy_reads_what_we_write(
     tmp_path_factory: pytest.TempPathFactory, layout: Layout, bodies: Sequence[Any]
 ) -> None:
-    """Stock vcrpy reads both layouts, and sees the very bytes that we see."""
+    """Stock vcrpy reads both layouts, and gets the same bytes as we do."""
     path = tmp_path_factory.mktemp("vcrpy") / "a.yaml"
     written = [exchange(request, reply, order=index) for index, (request, reply) in enumerate(bodies)]
     save(path, rows_of(*written), layout)
@@ -120,7 +120,7 @@ def test_vcrpy_reads_what_we_write(
 @settings(max_examples=40)
 @given(lineage=st.text(), model=st.text())
 def test_facts_are_exact(tmp_path_factory: pytest.TempPathFactory, layout: Layout, lineage: str, model: str) -> None:
-    """Quotes, backslashes and what YAML would fold come back from the text that the facts are in."""
+    """Quotes, backslashes and text that YAML would fold are read back from the facts' text."""
     path = tmp_path_factory.mktemp("facts") / "a.yaml"
     lineage, model = (text.encode(errors="replace").decode() for text in (lineage, model))
     written = exchange(lineage=lineage, model=model, error=("APITimeoutError", f"{lineage}\\{model}"))
@@ -130,8 +130,8 @@ def test_facts_are_exact(tmp_path_factory: pytest.TempPathFactory, layout: Layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bodies_that_hold_a_lines_own_marks(tmp_path: Path, layout: Layout) -> None:
-    """The parts of a line are found by marks that no text can hold: its quotes are escaped there."""
+def test_bodies_with_a_lines_own_delimiters(tmp_path: Path, layout: Layout) -> None:
+    """No text can contain the delimiters of a line's parts, because its quotes are escaped."""
     line = encode_line(exchange(lineage='},"response":{"status":', model=',"x":"'))
     written = exchange(request=line, reply=line, lineage='a,"x":"{}', headers={"accept": '},"response":{"status":'})
     save(tmp_path / "a.yaml", rows_of(written), layout)
@@ -144,7 +144,7 @@ def test_bodies_that_hold_a_lines_own_marks(tmp_path: Path, layout: Layout) -> N
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pytest_recording_reads_what_we_write(tmp_path: Path, layout: Layout) -> None:
-    """pytest-recording's own loader takes both layouts: nothing is where it expects nothing."""
+    """pytest-recording's own loader accepts both layouts: they have no unexpected keys."""
     path = tmp_path / "a.yaml"
     save(path, rows_of(exchange(reply=b"one"), exchange(reply=b"two", order=1)), layout)
     requests, responses = load_cassette(str(path), yamlserializer)
@@ -153,7 +153,7 @@ def test_pytest_recording_reads_what_we_write(tmp_path: Path, layout: Layout) ->
 
 
 def test_layouts_hold_the_same(tmp_path: Path) -> None:
-    """A cassette turned from one layout into the other and back is the same file."""
+    """A cassette converted to the other layout and back is the same file."""
     paths = [tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml")]
     rows = rows_of(exchange(b"\xff", b"a\r\n", usage={"cost": 0.5}, chunks=((3, 1.5),)), exchange(lineage="x/y=1"))
     for path, layout in zip(paths, ("journal", "readable", "journal"), strict=True):
@@ -166,7 +166,7 @@ def test_layouts_hold_the_same(tmp_path: Path) -> None:
 
 
 def test_order_is_canonical() -> None:
-    """The file's order follows lineage (numbers as numbers), issue and attempt, never arrival."""
+    """The file is sorted by lineage (numbers as numbers), issue and attempt, never by arrival."""
     places = [("b", 0, 0), ("s=2/x", 0, 0), ("s=2/x", 1, 0), ("s=10/x", 0, 0), ("s=10/x", 0, 1)]
     rows = rows_of(*(exchange(lineage=name, order=order, attempt=attempt) for name, order, attempt in places))
     shuffled = random.Random(1).sample(rows, len(rows))
@@ -174,7 +174,7 @@ def test_order_is_canonical() -> None:
 
 
 def test_size_decides_the_layout(tmp_path: Path) -> None:
-    """Small cassettes close as readable, large ones stay journals."""
+    """Small cassettes are closed as readable, large ones stay journals."""
     for size, layout in ((10, "readable"), (storage.READABLE_BYTES, "journal")):
         save(tmp_path / "a.yaml", rows_of(exchange(reply=b"x" * size)))
         recording = read(tmp_path / "a.yaml")
@@ -183,8 +183,8 @@ def test_size_decides_the_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large_cassettes_go_into_shards(tmp_path: Path, layout: Layout) -> None:
-    """Above about 10 MB a cassette is several files, each a whole cassette of stock vcrpy; old shards go."""
+def test_large_cassettes_are_split_into_shards(tmp_path: Path, layout: Layout) -> None:
+    """Above about 10 MB a cassette has several files, each a valid cassette for stock vcrpy; old shards are removed."""
     path = tmp_path / "a.yaml"
     for count in (5, 3):
         written = [exchange(reply=bytes([65 + index]) * 4_500_000, order=index) for index in range(count)]
@@ -198,7 +198,7 @@ def test_large_cassettes_go_into_shards(tmp_path: Path, layout: Layout) -> None:
 
 
 def test_a_missing_or_mixed_shard_is_damage(tmp_path: Path) -> None:
-    """A shard that is gone, or of another recording, is an error that names it."""
+    """The error names a shard that is missing or belongs to another recording."""
     path = tmp_path / "a.yaml"
     save(path, rows_of(*(exchange(reply=b"x" * 6_000_000, order=index) for index in range(2))), "journal")
     (shard,) = (file for file in tmp_path.iterdir() if file != path)
@@ -212,7 +212,7 @@ def test_a_missing_or_mixed_shard_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_cassette(tmp_path: Path) -> None:
-    """Whatever fails while saving, the old file stays."""
+    """Whatever fails while saving, the old file is unchanged."""
     path = tmp_path / "a.yaml"
     save(path, rows_of(exchange(reply=b"old")))
     before = path.read_bytes()
@@ -223,15 +223,15 @@ def test_a_failed_save_leaves_the_old_cassette(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_cassette_is_saved_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    """Recording makes its folder, and so does `aggregator cassette convert`."""
+def test_saving_creates_the_folder(tmp_path: Path) -> None:
+    """Recording creates the cassette's folder, and so does `aggregator cassette convert`."""
     path = tmp_path / "no" / "such" / "a.yaml"
     save(path, rows_of(exchange()))
     assert as_written(path)
 
 
-def test_a_pipe_was_sought_in(tmp_path: Path) -> None:
-    """What `aggregator cassette show <(...)` is given can be read once, from its beginning to its end."""
+def test_a_pipe_was_read_with_seek(tmp_path: Path) -> None:
+    """The argument of `aggregator cassette show <(...)` can be read once, from start to end."""
     path, pipe = tmp_path / "a.yaml", tmp_path / "pipe"
     save(path, rows_of(exchange(reply=b"a" * 40_000)), "journal")
     os.mkfifo(pipe)
@@ -242,7 +242,7 @@ def test_a_pipe_was_sought_in(tmp_path: Path) -> None:
 
 
 def test_a_readable_cassette_that_could_not_be_read(tmp_path: Path) -> None:
-    """A line of more than 8 MB of YAML is refused, so an answer as long as that is written as a journal."""
+    """A YAML line of more than 8 MB is refused, so a longer answer is written as a journal."""
     path = tmp_path / "a.yaml"
     there = exchange(reply=b'"%b"' % (b"a" * 9_000_000))
     save(path, rows_of(there), "readable")
@@ -251,7 +251,7 @@ def test_a_readable_cassette_that_could_not_be_read(tmp_path: Path) -> None:
 
 
 def test_the_permissions_of_a_cassette_were_widened(tmp_path: Path) -> None:
-    """A user who may not read a cassette may not read its successor."""
+    """A user who may not read a cassette may not read its replacement."""
     path = tmp_path / "a.yaml"
     save(path, rows_of(exchange()))
     path.chmod(0o600)
@@ -260,8 +260,8 @@ def test_the_permissions_of_a_cassette_were_widened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_journal_of_nothing_could_not_be_read(tmp_path: Path, layout: Layout) -> None:
-    """A cassette that lost its last exchange is an empty one, for us and for stock vcrpy."""
+def test_an_empty_journal_was_unreadable(tmp_path: Path, layout: Layout) -> None:
+    """A cassette without its last exchange is an empty one, for us and for stock vcrpy."""
     path = tmp_path / "a.yaml"
     save(path, [], layout)
     recording = read(path)

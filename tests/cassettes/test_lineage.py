@@ -1,4 +1,4 @@
-"""Lineage: a path for each context, independent of who holds the object that extends it."""
+"""Lineage: a path for each context, independent of the object that extends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aggregator.cassettes.lineage import current_lineage, current_role, lineage
 
 
 async def test_one_object_in_two_tasks_mixed_their_paths() -> None:
-    """A lineage may be made once and entered by several tasks at once; each gets its own path back."""
+    """One lineage object may be entered by several tasks at once; each restores its own path."""
     shared = lineage("retrieve", role="guide")
     meet = asyncio.Barrier(2)
 
@@ -34,8 +34,8 @@ async def test_one_object_in_two_tasks_mixed_their_paths() -> None:
         assert task.result() == [(f"{name}/retrieve", "guide"), (name, "agent"), ("", "agent")]
 
 
-def test_an_object_may_be_entered_within_itself() -> None:
-    """Recursion extends the path each time, and takes it back step by step."""
+def test_an_object_may_be_entered_recursively() -> None:
+    """Recursion extends the path each time, and restores it step by step."""
     again = lineage("again")
     with again, again:
         assert current_lineage() == "again/again"
@@ -45,8 +45,8 @@ def test_an_object_may_be_entered_within_itself() -> None:
     assert current_lineage() == ""
 
 
-def test_left_in_another_context() -> None:
-    """What a context did not enter changes nothing when it is left there."""
+def test_exiting_in_another_context() -> None:
+    """Exiting a lineage in a context that did not enter it changes nothing."""
     opened = lineage("x")
     copy_context().run(opened.__enter__)
     opened.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""One process records a cassette at a time, and a dead one leaves no lock."""
+"""One process records a cassette at a time, and a dead process leaves no lock."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ sys.stdin.read()
 """
 
 
-def test_the_other_process_is_named(tmp_path: Path) -> None:
-    """A second process is told which one records; when that is killed, the lock is free."""
+def test_the_recording_process_is_named(tmp_path: Path) -> None:
+    """A second process gets an error that names the first; when that is killed, the lock is free."""
     path = tmp_path / "a.yaml"
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -38,7 +38,7 @@ def test_the_other_process_is_named(tmp_path: Path) -> None:
 
 
 def test_releasing_twice(tmp_path: Path) -> None:
-    """A second release does nothing, even when another has the lock by then."""
+    """A second release does nothing, even if another process has the lock by then."""
     lock = FileLock(tmp_path / "a.yaml")
     lock.release()
     other = FileLock(tmp_path / "a.yaml")

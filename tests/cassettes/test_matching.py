@@ -1,4 +1,4 @@
-"""Which requests are the same: addresses that mean the same, names of parts, key functions, matchers, hooks."""
+"""Which requests match: equivalent addresses, named parts, key functions, matchers, hooks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recorded(*requests: HTTPRequest, rules: TapeRules | None = None) -> list[byt
 
 
 def played(lines: list[bytes], *requests: HTTPRequest, **rules: Any) -> tuple[list[str], Tape]:
-    """Return what each request plays, "miss" where nothing answers it, and the closed tape."""
+    """Return what each request plays, "miss" if nothing matches, and the closed tape."""
     tape = Tape(tuple(index_lines(lines)), name="demo", rules=TapeRules(**rules, expects_all=False))
     found = []
     for request in requests:
@@ -76,8 +76,8 @@ def played(lines: list[bytes], *requests: HTTPRequest, **rules: Any) -> tuple[li
         ("https://[::1]:443/v1", "https://[::1]/v1"),
     ],
 )
-def test_addresses_that_mean_the_same_missed(one: str, other: str) -> None:
-    """Clients and proxies write one address in several ways; a recording of each plays for the others."""
+def test_equivalent_addresses_missed(one: str, other: str) -> None:
+    """Clients and proxies write one address in several ways; each recording plays for the other spellings."""
     assert request_key("GET", one, b"") == request_key("GET", other, b"")
     for before, after in ((one, other), (other, one)):
         assert played(recorded(ask(url=before)), ask(url=after))[0] == ["0"]
@@ -97,22 +97,22 @@ def test_addresses_that_mean_the_same_missed(one: str, other: str) -> None:
         ("https://h.example/?a=1%26b=2", "https://h.example/?a=1&b=2"),
     ],
 )
-def test_addresses_that_mean_something_else_differ(one: str, other: str) -> None:
-    """A trailing slash, the order of several values of one name, an encoded slash or plus, another port."""
+def test_different_addresses_differ(one: str, other: str) -> None:
+    """A trailing slash, the order of repeated names, an encoded slash or plus, and another port are differences."""
     assert canonical_url(one) != canonical_url(other)
     assert canonical_url(canonical_url(one)) == canonical_url(one)
 
 
-def test_a_cassette_of_before_plays_its_own_addresses() -> None:
-    """Two spellings of one address were counted apart once; each still plays what was recorded for it."""
+def test_an_older_cassette_plays_its_own_addresses() -> None:
+    """Two spellings of one address once had separate tickets; each still plays its own recording."""
     one, other = recorded(ask(url="https://h.example")), recorded(ask(url="https://h.example/"))
     rows = [*one, other[0].replace(b'"0"', b'"1"')]
     asked = (ask(url="https://h.example/"), ask(url="https://h.example"))
     assert played(rows, *asked)[0] == ["1", "0"]
 
 
-def test_an_exact_replay_needs_no_body() -> None:
-    """`match_on` names the parts that count: vcrpy's own default leaves the body out."""
+def test_a_replay_need_not_compare_bodies() -> None:
+    """`match_on` names the compared parts: vcrpy's default leaves the body out."""
     lines = recorded(ask('{"q": 1}'), ask('{"q": 2}'), ask(url=f"{URL}/other"))
     asked = (ask('{"q": 9}'), ask('{"q": 8, "store": false}'), ask('{"q": 7}'))
     assert played(lines, *asked)[0] == ["miss"] * 3
@@ -134,7 +134,7 @@ def test_an_exact_replay_needs_no_body() -> None:
         (("raw_body",), ask('{"b":2,"a":1}', url="http://x"), ask('{"a":1,"b":2}')),
     ],
 )
-def test_each_part_counts_by_itself(names: tuple[str, ...], same: HTTPRequest, differs: HTTPRequest) -> None:
+def test_each_part_is_compared_separately(names: tuple[str, ...], same: HTTPRequest, differs: HTTPRequest) -> None:
     """A part that is not named may differ."""
     lines = recorded(ask('{"b":2,"a":1}'))
     assert played(lines, same, match_on=names)[0] == ["0"]
@@ -142,12 +142,12 @@ def test_each_part_counts_by_itself(names: tuple[str, ...], same: HTTPRequest, d
 
 
 def by_question(request: HTTPRequest) -> bytes:
-    """Return what is asked, whatever is next to it."""
+    """Return the question alone."""
     return str(json.loads(request.body).get("q")).encode()
 
 
-def test_a_key_function_says_what_is_the_same() -> None:
-    """It sees the redacted request; lineages and the order of issue count as ever."""
+def test_a_key_function_defines_a_match() -> None:
+    """It gets the redacted request; lineage and order of issue still count."""
     with lineage("a"):
         lines = recorded(ask('{"q": 1, "t": 5}'), ask('{"q": 2, "t": 6}'), ask('{"q": 1, "t": 7}'))
     asked = [ask(json.dumps({"q": number, "t": 99})) for number in (1, 2, 1, 1)]
@@ -169,7 +169,7 @@ def same_path(one: Any, other: Any) -> None:
 
 
 def test_matchers_of_vcrpy_compare_pairs() -> None:
-    """They take two requests in vcrpy's shape and return a bool or assert; names beside them narrow them down."""
+    """They take two requests in vcrpy's shape and return a bool or assert; names in the list narrow them down."""
     lines = recorded(ask("one"), ask("three"), ask("two"), ask("four", url=f"{URL}/other"))
     assert played(lines, ask("six"), ask("sixty"), ask("ten"), ask("x"), match_on=("method", same_length))[0] == [
         *("0", "1", "2", "miss"),
@@ -178,15 +178,15 @@ def test_matchers_of_vcrpy_compare_pairs() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["method", ("headers",), ("nothing",), (5,), (lambda one: True,)])
-def test_what_cannot_be_matched_is_refused(wrong: Any) -> None:
-    """A recording holds only some headers, so that they cannot count; a key function is given without a list."""
+def test_invalid_matchers_are_refused(wrong: Any) -> None:
+    """A recording has only some headers, so they cannot be compared; a key function is not given in a list."""
     with pytest.raises(ConfigError, match="Expected m"):
         matching_by(wrong)
 
 
 @pytest.mark.parametrize("match_on", [("method",), by_question, ("method", same_length)])
-def test_what_is_recorded_loosely_replays_strictly(tmp_path: Path, match_on: Any) -> None:
-    """Tickets count equal requests whatever a tape matches by, so that any other tape can play what it wrote."""
+def test_a_loose_recording_replays_strictly(tmp_path: Path, match_on: Any) -> None:
+    """Tickets count equal requests, however a tape matches, so that any other tape can play its recording."""
     path = tmp_path / "a.yaml"
     bodies = ['{"q": 1}', '{"q": 2}', '{"q": 1}', '{"q":1 }']
     for mode in ("once", "new_episodes"):
@@ -202,8 +202,8 @@ def test_what_is_recorded_loosely_replays_strictly(tmp_path: Path, match_on: Any
     strict.close()
 
 
-def test_an_answer_may_be_played_again() -> None:
-    """With `allow_playback_repeats` the last answer of a request repeats, as where a job is polled more often."""
+def test_an_answer_may_be_repeated() -> None:
+    """With `allow_playback_repeats` a request's last answer repeats, for example if a job is polled more often."""
     lines = recorded(ask(), ask(), ask("other"))
     assert played(lines, *[ask()] * 4)[0] == ["0", "1", "miss", "miss"]
     asked = [*[ask()] * 4, ask("other"), ask("other"), ask("unknown")]
@@ -213,7 +213,7 @@ def test_an_answer_may_be_played_again() -> None:
 
 
 def without_time(request: Any) -> Any:
-    """Drop a field that differs in every run, and leave health checks out."""
+    """Drop a field that differs in every run, and skip health checks."""
     if request.path == "/health":
         return None
     request.body = json.dumps({name: item for name, item in json.loads(request.body).items() if name != "time"})
@@ -222,12 +222,12 @@ def without_time(request: Any) -> Any:
 
 
 def ours(request: Any) -> Any:
-    """Return our own kind of request."""
+    """Return a request of our own type."""
     return HTTPRequest(url=request.url.replace("staging.", "api."), body=request.body, headers=dict(request.headers))
 
 
-def test_a_hook_changes_what_is_recorded_and_asked() -> None:
-    """Both sides go through it, so that a recording of before the hook plays as well."""
+def test_a_hook_changes_recorded_and_new_requests() -> None:
+    """It is applied to both, so that a recording made before the hook plays as well."""
     rules = TapeRules(before_request=without_time)
     for written in (recorded(ask('{"q": 1, "time": 5}'), rules=rules), recorded(ask('{"q": 1, "time": 5}'))):
         tape = Tape(tuple(index_lines(written)), rules=rules)
@@ -243,7 +243,7 @@ def test_a_hook_changes_what_is_recorded_and_asked() -> None:
 
 
 def test_a_hook_hides_no_key_from_the_redaction() -> None:
-    """What authenticated the request is known although the hook has taken the header away."""
+    """A key is known from the authentication header even if the hook removes the header."""
 
     def bare(request: Any) -> Any:
         request.headers.pop("Authorization")
@@ -259,15 +259,15 @@ def test_a_hook_hides_no_key_from_the_redaction() -> None:
 
 
 def scrubbed(response: Any) -> Any:
-    """Hide a name, and leave errors unrecorded."""
+    """Hide a name, and do not record errors."""
     if response["status"]["code"] >= 500:
         return None
     response["body"]["string"] = response["body"]["string"].replace(b"Alice", b"somebody")
     return response
 
 
-def test_a_hook_changes_the_answer_that_is_recorded() -> None:
-    """The client gets what came; the tape what the hook returned, or nothing: the next call has the place then."""
+def test_a_hook_changes_the_recorded_answer() -> None:
+    """The client gets the original; the tape records what the hook returned, or nothing, which frees the ticket."""
     lines: list[bytes] = []
     tape = Tape(sink=lines, rules=TapeRules(before_response=scrubbed))
     for status, body in ((500, b"oops"), (200, b"Dear Alice"), (200, b"Bye Alice")):
@@ -284,7 +284,7 @@ def test_a_hook_changes_the_answer_that_is_recorded() -> None:
 
 @pytest.mark.parametrize("clients", ["all", ()])
 def test_the_options_of_a_cassette_reach_its_tape(tmp_path: Path, clients: str | tuple[str, ...]) -> None:
-    """Each option of `cassette(...)` is one of the tape's rules."""
+    """Each option of `cassette(...)` is a rule of the tape."""
     opened = aggregator.cassette(
         tmp_path / "a.yaml",
         "once",

@@ -1,4 +1,4 @@
-"""A miss names the nearest recorded request and says what differs."""
+"""A miss names the nearest recorded request and shows the difference."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def chat(text: str, **more: object) -> HTTPRequest:
     )
 
 
-def test_the_nearest_had_another_number_than_show_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_nearest_had_another_number_than_in_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`aggregator cassette show FILE NUMBER` shows the exchange that a miss names."""
     path = tmp_path / "two.yaml"
     save(path, rows_of(chat("Who?"), chat("How old is the sun?")))
@@ -65,8 +65,8 @@ def message(asked: HTTPRequest, *recorded: HTTPRequest) -> str:
     return str(caught.value)
 
 
-def test_the_difference_is_told_by_json_path() -> None:
-    """The message names the request, its lineage, the nearest one, the path that differs and how to record."""
+def test_the_difference_has_a_json_path() -> None:
+    """The message has the request, its lineage, the nearest one, the path that differs and how to record."""
     assert message(chat("How old is the moon?", seed=1), chat("Who?"), chat("How old is the sun?", seed=2)) == (
         f"Expected a recorded answer to POST {URL} in demo.yaml, got none\n"
         "  lineage 'test', ticket 0; 2 of 2 not played\n"
@@ -79,8 +79,8 @@ def test_the_difference_is_told_by_json_path() -> None:
     )
 
 
-def test_bodies_without_white_space_were_no_more_alike_than_any_other() -> None:
-    """Our client's JSON has no blanks, so one word of a prompt made the whole body another word: 0% alike."""
+def test_bodies_without_white_space_were_all_equally_similar() -> None:
+    """Our client's JSON has no blanks, so one changed word changed the only word of the body: 0% alike."""
     bodies = (
         b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % word for word in (b"ship", b"route", b"routed")
     )
@@ -88,8 +88,8 @@ def test_bodies_without_white_space_were_no_more_alike_than_any_other() -> None:
     assert "nearest: exchange 0, lineage 'sample=0', ticket 0, not played yet, 9" in message(asked, recorded, other)
 
 
-def test_added_and_missing_fields_are_told() -> None:
-    """What only one side has is told as nothing on the other; so is another method or URL."""
+def test_added_and_missing_fields_are_shown() -> None:
+    """A field of one side has "nothing" on the other; another method or URL is shown too."""
     text = message(request({"b": [1, 2]}, URL + "/x"), request({"a": {"c": None}, "b": [1]}))
     assert "  url, from character 43:" in text
     assert '  a: recorded {"c":null}, asked nothing' in text
@@ -97,15 +97,15 @@ def test_added_and_missing_fields_are_told() -> None:
 
 
 def test_the_same_request_in_another_lineage() -> None:
-    """A request that was recorded elsewhere in the run is told with its places."""
+    """For a request recorded in other lineages the message lists them."""
     text = message(chat("hi"), chat("hi"), chat("hi"), chat("ho"))
     assert 'in another lineage; lineage="prefer" would take it from there' in text
     assert "exchange 0, lineage 'sample=0', ticket 0, not played yet" in text
     assert "exchange 2" not in text
 
 
-def test_asked_once_more_than_recorded() -> None:
-    """The second of two identical calls, of which one was recorded, is told as such."""
+def test_one_call_more_than_recorded() -> None:
+    """For the second of two identical calls, of which one was recorded, the message says so."""
     tape = Tape(rows_of(chat("hi")))
     with lineage("sample=0"):
         assert tape.play(tape.issue(chat("hi"))) is not None
@@ -113,8 +113,8 @@ def test_asked_once_more_than_recorded() -> None:
             tape.play(tape.issue(chat("hi")))
 
 
-def test_a_ticket_that_was_not_recorded_is_no_call_too_many() -> None:
-    """Where the first of two identical calls is gone, as after `prune`, the second one is there unplayed."""
+def test_a_missing_ticket_is_not_reported_as_one_call_too_many() -> None:
+    """If the first of two identical calls is gone, as after `prune`, the second one is reported as unplayed."""
     (row,) = rows_of(chat("hi"))
     line = encode_line(replace(row.exchange(), facts=Facts(lineage="sample=0", ticket=1)))
     tape = Tape(tuple(index_lines([line])))
@@ -123,27 +123,27 @@ def test_a_ticket_that_was_not_recorded_is_no_call_too_many() -> None:
     assert "recorded in this lineage, but not with ticket 0:\n    exchange 0" in str(caught.value)
 
 
-def test_no_cassette_at_all() -> None:
-    """Without any exchange the message says so."""
+def test_an_empty_cassette() -> None:
+    """The message says that there are no exchanges."""
     assert "the cassette does not exist or is empty" in message(chat("hi"))
 
 
 @pytest.mark.parametrize("body", [b"no JSON", b"\xff\xfe", b""])
-def test_bodies_that_are_no_json(body: bytes) -> None:
+def test_bodies_that_are_not_json(body: bytes) -> None:
     """Other bodies are compared as text."""
     text = message(HTTPRequest(url=URL, body=body, headers={}), HTTPRequest(url=URL, body=b"other", headers={}))
     assert "  body, from character 0:" in text
 
 
 def test_the_report_is_short() -> None:
-    """However much differs, the report has at most 40 lines."""
+    """The report has at most 40 lines for any difference."""
     text = message(request({f"a{i}": "x" * 500 for i in range(100)}), request({f"a{i}": "y" * 500 for i in range(100)}))
     assert len(text.splitlines()) == MAX_LINES
     assert "more lines of differences" in text
 
 
-def test_secrets_are_not_told() -> None:
-    """The asked request is shown without its secrets."""
+def test_secrets_are_not_shown() -> None:
+    """The message shows the request without its secrets."""
     asked = HTTPRequest(
         url=URL + "?key=abcdefghij1234567",
         body=b'{"q": "my abcdefghij1234567", "api_key": "zyx"}',
@@ -156,7 +156,7 @@ def test_secrets_are_not_told() -> None:
 
 
 def test_many_misses_stay_cheap() -> None:
-    """After the first few misses the search for the nearest request is left out."""
+    """After the first few misses the nearest request is no longer searched for."""
     tape = Tape(rows_of(chat("hi")))
     for index in range(8):
         with pytest.raises(CassetteMissError):
@@ -185,19 +185,19 @@ def found(count: int, tries: int, length: int) -> int:
     return right
 
 
-def test_the_true_nearest_is_first() -> None:
-    """Of requests with some words changed, added or removed, the origin is found."""
+def test_the_true_origin_is_first() -> None:
+    """The origin of a request with some words changed, added or removed is found."""
     assert found(count=800, tries=20, length=60) >= 19
 
 
 @pytest.mark.long
-def test_the_true_nearest_is_first_among_ten_thousand() -> None:
-    """At 10,000 candidates at least 95 of 100 are right."""
+def test_the_true_origin_is_first_among_ten_thousand() -> None:
+    """With 10,000 candidates at least 95 of 100 are right."""
     assert found(count=10_000, tries=100, length=300) >= 95
 
 
-def test_a_small_difference_in_one_common_text() -> None:
-    """Requests that share all but a number are told apart by it."""
+def test_a_small_difference_in_a_common_text() -> None:
+    """Requests that differ in one number are distinguished by it."""
     requests = [chat(f"Question {index} of the exam: what is it?") for index in range(600)]
     asked = chat("Question 437 of the exam: what was it?")
     assert "exchange 437," in explain_miss(
@@ -206,7 +206,7 @@ def test_a_small_difference_in_one_common_text() -> None:
 
 
 def test_the_nearest_of_texts_without_blanks() -> None:
-    """Chinese has no blanks between its words, so its signs are compared."""
+    """Chinese has no blanks between words, so characters are compared."""
     asked, *recorded = (
         chat(text)
         for text in (

@@ -1,4 +1,4 @@
-"""Exact replay whatever finishes first: identical bodies, dependent requests, shuffled completion."""
+"""Exact replay in any order of completion: identical bodies, dependent requests, shuffled completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ URL = "https://api.example.com/v1"
 
 
 async def ask(question: str, draw: random.Random, serial: list[int]) -> str:
-    """Ask as a client does, against a server that takes its time and answers each request differently."""
+    """Make a call as a client does, to a server that takes time and answers each request differently."""
     tape = current_tape()
     assert tape is not None
     slot = tape.issue(HTTPRequest(url=URL, body=f'{{"q": "{question}"}}'.encode(), headers={}))
@@ -33,7 +33,7 @@ async def ask(question: str, draw: random.Random, serial: list[int]) -> str:
 
 
 async def sample(index: int, draw: random.Random, serial: list[int], turn: asyncio.Semaphore) -> list[str]:
-    """Ask the same as every other sample, twice, and then what depends on the answers."""
+    """Ask the same as every other sample, twice, then ask what depends on the answers."""
     with aggregator.lineage(f"sample={index}"):
         async with turn:
             first = await ask("the same", draw, serial)
@@ -43,7 +43,7 @@ async def sample(index: int, draw: random.Random, serial: list[int], turn: async
 
 
 async def run(path: Path, seed: int) -> list[list[str]]:
-    """Run every sample at once, in an order of its own of starts and completions."""
+    """Run every sample at once, in its own order of starts and completions."""
     draw, serial, turn = random.Random(seed), [0], asyncio.Semaphore(3)
     order = draw.sample(range(SLOTS), SLOTS)
     with aggregator.cassette(path, "once"):
@@ -53,7 +53,7 @@ async def run(path: Path, seed: int) -> list[list[str]]:
 
 
 async def exact(folder: Path, seeds: range) -> int:
-    """Return how many of the seeds gave every slot the very answers it had while recording, thrice replayed."""
+    """Return for how many seeds every slot replayed its own answers, three times."""
     good = 0
     for seed in seeds:
         path = folder / f"{seed}.yaml"
@@ -63,18 +63,18 @@ async def exact(folder: Path, seeds: range) -> int:
 
 
 async def test_shuffled_completion_is_slot_exact(tmp_path: Path) -> None:
-    """Every slot gets its own answers back, in each of many completion orders."""
+    """Every slot replays its own answers, in each of many completion orders."""
     assert await exact(tmp_path, range(20)) == 20
 
 
 @pytest.mark.long
 async def test_shuffled_completion_is_slot_exact_a_thousand_times(tmp_path: Path) -> None:
-    """The same in 1,000 recordings, each replayed in three other orders."""
+    """This holds for 1,000 recordings, each replayed in three other orders."""
     assert await exact(tmp_path, range(10_000, 11_000)) == 1000
 
 
-async def test_the_file_does_not_tell_the_order(tmp_path: Path) -> None:
-    """The finished file is in canonical order, in any order of completion."""
+async def test_the_file_does_not_depend_on_the_order(tmp_path: Path) -> None:
+    """The finished file is in canonical order, for any order of completion."""
     places = []
     for seed in (1, 2):
         await run(tmp_path / f"{seed}.yaml", seed)

@@ -1,4 +1,4 @@
-"""Cassettes of other tools: converted exchange by exchange, or refused by the tool's name."""
+"""Other tools' cassettes: converted exchange by exchange, or refused with the tool's name."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ def test_other_tools_cassettes_are_converted(tmp_path: Path, tool: str) -> None:
     assert find_cassettes([tmp_path]) == [path]
 
 
-def test_details_of_other_tools(tmp_path: Path) -> None:
-    """Forms of a HAR, bodies of nock in hexadecimal pieces or as text, files that hold no exchange yet."""
+def test_variants_of_other_tools(tmp_path: Path) -> None:
+    """Forms of a HAR, nock's bodies as hexadecimal chunks or text, and files without an exchange."""
     har = json.loads(json.dumps(HAR))
     entry = har["log"]["entries"][0]
     entry["request"]["postData"] = {"params": [{"name": "a b", "value": "1"}, {"name": "c"}]}
@@ -189,14 +189,14 @@ def test_details_of_other_tools(tmp_path: Path) -> None:
         ({"version": 7, "interactions": []}, "got version 7"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_by_its_name(tmp_path: Path, document: Any, name: str) -> None:
-    """Such a file is not told to be damaged, nor of a newer version."""
+def test_an_unsupported_tool_is_named(tmp_path: Path, document: Any, name: str) -> None:
+    """Its file is reported neither as damaged nor as of a newer version."""
     with pytest.raises(CassetteRefusedError, match=name):
         read(write(tmp_path / "a.yaml", document))
 
 
 @pytest.mark.parametrize("tool", ["HAR", "go-vcr 2", "nock"])
-def test_a_broken_file_of_another_tool_is_damaged(tmp_path: Path, tool: str) -> None:
+def test_another_tools_damaged_file(tmp_path: Path, tool: str) -> None:
     """The error names the tool."""
     document, name = json.loads(json.dumps(TOOLS[tool]))
     if tool == "HAR":
@@ -212,7 +212,7 @@ def test_a_broken_file_of_another_tool_is_damaged(tmp_path: Path, tool: str) -> 
 
 
 def test_a_compressed_cassette_is_read(tmp_path: Path) -> None:
-    """As langchain-tests writes them; one is never written, and one that unpacks to too much is refused."""
+    """langchain-tests writes them; we never write one, and a decompression bomb is refused."""
     plain, packed = write(tmp_path / "a.yaml", R), tmp_path / "b.yaml.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert exchanges(packed) == exchanges(plain)
@@ -234,7 +234,7 @@ def test_a_compressed_cassette_is_read(tmp_path: Path) -> None:
 
 
 def test_only_the_first_member_of_a_compressed_cassette_was_read(tmp_path: Path) -> None:
-    """pigz and `cat` write several; another packer is named."""
+    """pigz and `cat` write several members; another compression is named."""
     plain, packed = write(tmp_path / "a.yaml", R), tmp_path / "b.yaml.gz"
     data = plain.read_bytes()
     packed.write_bytes(gzip.compress(data[:50]) + gzip.compress(data[50:]))
@@ -248,7 +248,7 @@ def test_only_the_first_member_of_a_compressed_cassette_was_read(tmp_path: Path)
 
 
 def test_an_archive_without_bodies_played_empty_answers(tmp_path: Path) -> None:
-    """Browsers export HTTP archives without the content of answers, unless told otherwise."""
+    """Browsers export HTTP archives without answers' content by default."""
     har = json.loads(json.dumps(HAR))
     har["log"]["entries"][0]["response"]["content"] = {"size": 11, "mimeType": "application/json"}
     with pytest.raises(CassetteRefusedError, match="without that of https://api.example.com"):
@@ -257,8 +257,8 @@ def test_an_archive_without_bodies_played_empty_answers(tmp_path: Path) -> None:
     assert [exchange.reply.body for exchange in exchanges(write(tmp_path / "a.har", har))] == [b""]
 
 
-def test_files_of_vcrpy_before_version_1_were_called_files_of_responses(tmp_path: Path) -> None:
-    """Their addresses are in pieces, their headers lines."""
+def test_files_of_vcrpy_before_version_1_were_reported_as_files_of_responses(tmp_path: Path) -> None:
+    """Their addresses are in parts, their headers are lines."""
     asked = {"protocol": "https", "host": "api.example.com", "port": 443, "path": "/v1", "method": "GET", "body": None}
     answer = {"status": {"code": 200, "message": "OK"}, "headers": ["etag: a: b\r\n"], "body": {"string": "x"}}
     (exchange,) = exchanges(write(tmp_path / "a.json", [{"request": {**asked, "headers": {}}, "response": answer}]))
@@ -267,7 +267,7 @@ def test_files_of_vcrpy_before_version_1_were_called_files_of_responses(tmp_path
 
 
 def test_our_own_files_may_be_compressed(tmp_path: Path) -> None:
-    """Packing a cassette keeps its hash, which is checked."""
+    """Compressing a cassette keeps its hash, which is checked."""
     path, packed = tmp_path / "a.yaml", tmp_path / "a.yaml.gz"
     tape = open_tape(path, "all")
     tape.record(tape.issue(HTTPRequest(url=URL, body=b"", headers={})), HTTPReply(status=200, body=b"", headers={}))
@@ -279,7 +279,7 @@ def test_our_own_files_may_be_compressed(tmp_path: Path) -> None:
 
 
 def test_a_long_line_of_vcrpy_was_refused(tmp_path: Path) -> None:
-    """A picture or a film in base64 is one line of YAML."""
+    """An image or a video in base64 is one line of YAML."""
     body = '{"b64": "' + base64.b64encode(bytes(6_800_000)).decode() + '"}'
     item = {
         "request": {"method": "GET", "uri": URL, "body": None, "headers": {}},
@@ -293,8 +293,8 @@ def test_a_long_line_of_vcrpy_was_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
-def test_files_in_other_encodings_are_read(tmp_path: Path, encoding: str) -> None:
-    """An editor may have written a byte order mark."""
+def test_files_with_a_byte_order_mark_are_read(tmp_path: Path, encoding: str) -> None:
+    """An editor may have written it."""
     path = tmp_path / "a.yaml"
     path.write_bytes(yaml.safe_dump(R).encode(encoding))
     assert len(exchanges(path)) == 1

@@ -1,4 +1,4 @@
-"""What is particular to one client or another: transports, methods, bodies, failures, misses, what is not served."""
+"""What is specific to each client: transports, methods, bodies, failures, misses, unsupported features."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Server(ThreadingHTTPServer):
     drops = 0
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing of a connection that was dropped on purpose."""
+        """Do not report a connection that was dropped on purpose."""
 
     @property
     def url(self) -> str:
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A loopback server that numbers its answers, and drops as many connections as it is told."""
+    """A loopback server that numbers its answers, and drops a given number of connections."""
     with Server(("127.0.0.1", 0), Handler) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -109,7 +109,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every client reach the loopback by itself."""
+    """Let every client reach the loopback address without a proxy."""
     monkeypatch.setenv("no_proxy", "*")
 
 
@@ -122,7 +122,7 @@ def run(work: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def both(path: Path, ask: Callable[[], Any], server: Server, clients: Any = "all") -> tuple[Any, Any]:
-    """Record what is asked and play it; the server must not be asked a second time."""
+    """Record and replay; the server must not be asked again."""
     with aggregator.cassette(path, "all", clients=clients):
         heard = ask()
     hits = server.hits
@@ -142,7 +142,7 @@ async def aiohttp_request(method: str, url: str, **known: Any) -> Any:
 
 @pytest.mark.parametrize("method", ["post", "Get", "PUT", "patch", "Delete", "pOsT", "options", "PROPFIND"])
 def test_a_method_in_lower_case_made_the_file_unreadable(method: str, server: Server, tmp_path: Path) -> None:
-    """What is hashed is what is read back, however the client spells it."""
+    """The hash covers what is read back, however the client writes it."""
 
     def ask() -> Any:
         return run(lambda: aiohttp_request(method, f"{server.url}/v1", data=b"x"))
@@ -176,7 +176,7 @@ BODIES = st.binary(max_size=50) | TEXT.map(str.encode)
     content=BODIES,
 )
 def test_every_field_of_an_exchange_is_read_back_as_it_was_written(tmp_path: Path, **given: Any) -> None:
-    """Whatever a client asks and hears, in both layouts: the file is whole, and the request finds its answer."""
+    """Every field of a client's request and answer is stored in both layouts, and the request finds its answer."""
 
     def ask() -> tuple[int, bytes]:
         turn = begin("httpx", to_request(given["method"], given["url"], given["body"], given["headers"]))
@@ -282,7 +282,7 @@ def stream_by_http_client(url: str) -> Any:
     ids=lambda ask: ask.__name__,
 )
 def test_an_upload_never_replayed(ask: Callable[[str], Any], server: Server, tmp_path: Path) -> None:
-    """Forms and streamed bodies are sent whole while they are recorded, and find their answer again."""
+    """Forms and streamed bodies are sent completely while they are recorded, and find their answers in a replay."""
     heard, played = both(tmp_path / "a.yaml", lambda: ask(f"{server.url}/v1"), server)
     assert heard
     assert played == heard
@@ -291,8 +291,8 @@ def test_an_upload_never_replayed(ask: Callable[[str], Any], server: Server, tmp
 # transports, back ends, sessions
 
 
-def test_the_name_of_an_sdk_served_one_of_its_transports_only(server: Server, tmp_path: Path) -> None:
-    """`clients=["openai"]` serves httpx, aiohttp below httpx, aiohttp itself and requests."""
+def test_an_sdks_name_covered_one_of_its_transports_only(server: Server, tmp_path: Path) -> None:
+    """`clients=["openai"]` covers httpx, aiohttp below httpx, aiohttp itself and requests."""
 
     async def over_aiohttp() -> Any:
         async with httpx_aiohttp.HttpxAiohttpClient() as client:
@@ -313,7 +313,7 @@ def test_the_name_of_an_sdk_served_one_of_its_transports_only(server: Server, tm
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_httpx_under_trio_could_not_replay(backend: str, server: Server, tmp_path: Path) -> None:
-    """An async client replays under the loop it records under, also the recorded time."""
+    """An async client replays under the event loop that recorded it, including recorded latency."""
 
     async def ask() -> Any:
         async with httpx.AsyncClient() as client:
@@ -326,7 +326,7 @@ def test_httpx_under_trio_could_not_replay(backend: str, server: Server, tmp_pat
 
 
 def test_a_session_with_a_base_url_records_whole_addresses(server: Server, tmp_path: Path) -> None:
-    """What another client asks at the whole address is the same request."""
+    """Another client's request to the whole address matches."""
 
     async def ask() -> Any:
         async with aiohttp.ClientSession(server.url) as session, session.post("/v1", json={"a": 1}) as reply:
@@ -339,8 +339,8 @@ def test_a_session_with_a_base_url_records_whole_addresses(server: Server, tmp_p
         assert httpx.post(f"{server.url}/v1", json={"a": 1}).json()["n"] == heard
 
 
-def test_redirects_cookies_and_middlewares_of_aiohttp_are_its_own(server: Server, tmp_path: Path) -> None:
-    """A replay goes through the same session code: history, traces, `raise_for_status`."""
+def test_redirects_cookies_and_middlewares_of_aiohttp_work(server: Server, tmp_path: Path) -> None:
+    """A replay runs the same session code: history, traces, `raise_for_status`."""
     seen: list[str] = []
 
     async def ask() -> Any:
@@ -382,7 +382,7 @@ def test_tornado_hung_while_it_was_recorded(streamed: bool, server: Server, tmp_
 
 
 def test_a_miss_of_tornado_is_raised_by_fetch(server: Server, tmp_path: Path) -> None:
-    """Nobody waits for ever."""
+    """No caller waits for ever."""
 
     async def ask() -> Any:
         return await tornado.AsyncHTTPClient(force_instance=True).fetch(f"{server.url}/v1")
@@ -393,7 +393,7 @@ def test_a_miss_of_tornado_is_raised_by_fetch(server: Server, tmp_path: Path) ->
 
 
 def test_an_app_under_test_never_ran_in_the_replay(tmp_path: Path) -> None:
-    """In-process transports are neither recorded nor served: what they reach is the code under test."""
+    """In-process transports are not intercepted: they reach the code under test."""
     ran: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -533,12 +533,12 @@ def failure_of(probe: Callable[[str], None], url: str) -> tuple[type[BaseExcepti
 @pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.__name__)
 @pytest.mark.parametrize(
     "kind",
-    ["refused", "dropped", pytest.param("unknown host", marks=pytest.mark.long)],  # a resolver may take long
+    ["refused", "dropped", pytest.param("unknown host", marks=pytest.mark.long)],  # a resolver may be slow
 )
 def test_a_probe_that_failed_made_the_tape_unplayable(
     probe: Callable[[str], None], kind: str, server: Server, tmp_path: Path
 ) -> None:
-    """Code that handles a failed connection meets the same exception in the replay, and goes on to what came next."""
+    """Code that handles a failed connection gets the same exception in a replay, and continues."""
     url = {"refused": nobody(), "unknown host": "http://no-such-host.invalid", "dropped": server.url}[kind]
 
     def agent() -> Any:
@@ -566,10 +566,10 @@ def open_by_urllib(url: str) -> None:
     "kind",
     ["refused", "dropped", "no TLS", pytest.param("unknown host", marks=pytest.mark.long)],
 )
-def test_urllib_raised_another_error_inside_of_a_cassette(
+def test_urllib_raised_another_error_inside_a_cassette(
     probe: Callable[[str], None], kind: str, server: Server, tmp_path: Path
 ) -> None:
-    """A client's exception is the same without a cassette, while one records and while one plays."""
+    """A client's exception is the same without a cassette, while recording and in a replay."""
     urls = {"refused": nobody(), "unknown host": "http://no-such-host.invalid", "dropped": server.url}
     url = urls.get(kind, server.url.replace("http:", "https:"))
     if kind == "no TLS" and probe in (probe_http_client, probe_boto3):
@@ -587,8 +587,8 @@ def test_urllib_raised_another_error_inside_of_a_cassette(
             assert failure() is expected
 
 
-def test_a_dropped_connection_under_a_retry_was_a_miss(server: Server, tmp_path: Path) -> None:
-    """urllib3's Retry asks again in the replay as it did, and hears the answer that it heard then."""
+def test_a_dropped_connection_with_retries_was_a_miss(server: Server, tmp_path: Path) -> None:
+    """urllib3's Retry asks again in the replay, and gets the recorded answer."""
 
     def ask() -> Any:
         with requests.Session() as session:
@@ -602,7 +602,7 @@ def test_a_dropped_connection_under_a_retry_was_a_miss(server: Server, tmp_path:
 
 
 def test_a_timeout_replays_at_once_as_a_timeout(tmp_path: Path) -> None:
-    """A server that does not answer in time is recorded as that, for each kind of client."""
+    """A server that does not answer in time is recorded as a timeout, for each kind of client."""
     with socket.create_server(("127.0.0.1", 0), backlog=8) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         limit = aiohttp.ClientTimeout(total=0.2)
@@ -624,8 +624,8 @@ def test_a_timeout_replays_at_once_as_a_timeout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_miss_was_tried_again_for_seconds(is_async: bool, server: Server, tmp_path: Path) -> None:
-    """An SDK that takes every exception for a lost connection hears a status; the block raises the miss."""
+def test_a_miss_was_retried_for_seconds(is_async: bool, server: Server, tmp_path: Path) -> None:
+    """An SDK that takes every exception for a lost connection gets a status; the block raises the miss."""
     headers = {"X-Stainless-Lang": "python"}
 
     async def ask() -> httpx.Response:
@@ -645,7 +645,7 @@ def test_a_miss_was_tried_again_for_seconds(is_async: bool, server: Server, tmp_
 
 
 def test_a_raw_client_gets_the_miss_itself(server: Server, tmp_path: Path) -> None:
-    """Without an SDK's headers the exception is the miss, and urllib3's Retry does not try again."""
+    """Without an SDK's headers the exception is the miss, and urllib3's Retry does not retry it."""
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
         for probe in PROBES[:-1]:
             with pytest.raises(CassetteMissError):
@@ -696,22 +696,24 @@ def ws_by_httpx(url: str) -> None:
     [ws_by_aiohttp, ws_by_websockets, ws_by_websockets_in_threads, ws_by_tornado, ws_by_httpx],
     ids=lambda connect: connect.__name__,
 )
-def test_a_websocket_passed_unseen_in_mode_none(connect: Callable[[str], None], server: Server, tmp_path: Path) -> None:
-    """It is refused with a clear error before anything is sent; while a tape records it passes and is not recorded."""
+def test_a_websocket_was_not_refused_in_mode_none(
+    connect: Callable[[str], None], server: Server, tmp_path: Path
+) -> None:
+    """It is refused before anything is sent; while a tape records it is allowed, and not recorded."""
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
         with pytest.raises(CassetteMissError, match="by websockets"):
             connect(server.url)
         tape.misses.clear()
     assert server.hits == 0
     with aggregator.cassette(tmp_path / "a.yaml", "all", clients="all") as tape:
-        with suppress(Exception):  # the server speaks none
+        with suppress(Exception):  # the server does not support it
             connect(server.url)
         assert tape.recorded == 0
     assert server.hits == 1
 
 
-def test_httpcore_without_httpx_went_live_in_mode_none(server: Server, tmp_path: Path) -> None:
-    """The pool below httpx is refused too where it is asked by itself."""
+def test_httpcore_without_httpx_was_live_in_mode_none(server: Server, tmp_path: Path) -> None:
+    """The pool below httpx is refused too if it is used directly."""
     httpcore = pytest.importorskip("httpcore")
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
         with pytest.raises(CassetteMissError, match="by httpcore"):
@@ -723,11 +725,11 @@ def test_httpcore_without_httpx_went_live_in_mode_none(server: Server, tmp_path:
         assert tape.recorded == 1
 
 
-# who watches
+# observers
 
 
 class Watcher:
-    """Notes what passes."""
+    """Records what passes."""
 
     def __init__(self) -> None:
         self.asked: list[HTTPRequest] = []
@@ -746,7 +748,7 @@ class Watcher:
 
 
 def test_a_watcher_sees_what_passes_with_and_without_a_cassette(server: Server, tmp_path: Path) -> None:
-    """Live, recorded and played: one call of `before` and one of `after` each; what it reads is recorded."""
+    """Each live, recorded or played request calls `before` and `after` once; the watcher sees what is recorded."""
     watcher, path = Watcher(), tmp_path / "a.yaml"
 
     def ask() -> None:
@@ -769,8 +771,8 @@ def test_a_watcher_sees_what_passes_with_and_without_a_cassette(server: Server, 
     assert (facts.model, facts.usage) == ("m-1", {"input_tokens": 3})
 
 
-def test_a_watcher_may_refuse_a_request(server: Server) -> None:
-    """As a budget does: what it raises reaches the caller, and nothing is sent."""
+def test_a_watcher_can_refuse_a_request(server: Server) -> None:
+    """A budget does so: its exception reaches the caller, and nothing is sent."""
 
     class Refusing(Watcher):
         def before(self, request: HTTPRequest, /) -> None:
@@ -781,8 +783,8 @@ def test_a_watcher_may_refuse_a_request(server: Server) -> None:
     assert server.hits == 0
 
 
-def test_a_watcher_sees_requests_that_nothing_answers(server: Server, tmp_path: Path) -> None:
-    """A miss is dropped without being sent, so that a reservation for it can be released."""
+def test_a_watcher_sees_misses(server: Server, tmp_path: Path) -> None:
+    """A miss is reported as dropped and not sent, so that a budget can release its reservation."""
     watcher = Watcher()
     tape = aggregator.cassette(tmp_path / "a.yaml", "none", clients="httpx")
     with suppress(aggregator.CassetteMissError), observing(watcher, "all"), patched(), tape:
@@ -792,7 +794,7 @@ def test_a_watcher_sees_requests_that_nothing_answers(server: Server, tmp_path: 
 
 
 def test_a_watcher_sees_failures(server: Server) -> None:
-    """A lost connection is seen with its kind."""
+    """A lost connection is reported with its type."""
     watcher = Watcher()
     with observing(watcher, "all"), patched(), suppress(httpx.ConnectError):
         httpx.get(nobody())

@@ -1,4 +1,4 @@
-"""Files with prompts and answers are readable by their owner only, unless they are meant to be shared."""
+"""Files with prompts and answers are readable by their owner only, unless the user shares them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def permissions(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 def test_a_cassette_and_its_folders_are_private(layout: str, tmp_path: Path) -> None:
-    """While it is recorded and after it is finished; another user of the machine reads neither."""
+    """During and after recording no other user of the machine can read them."""
     path = tmp_path / "tests" / "cassettes" / "a.yaml"
     with cassette(path, "all", layout=layout) as tape, lineage("x"):  # type: ignore[arg-type]
         reply = HTTPReply(status=200, body=b"1", headers={})
@@ -39,8 +39,8 @@ def test_a_cassette_and_its_folders_are_private(layout: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("layout", ["journal", "readable"])
-def test_a_cassette_to_be_shared_follows_the_umask(layout: str, tmp_path: Path) -> None:
-    """On request, as for a cassette that is committed."""
+def test_a_shared_cassette_follows_the_umask(layout: str, tmp_path: Path) -> None:
+    """It is an option, for example for a cassette that is committed."""
     path = tmp_path / "cassettes" / "a.yaml"
     with cassette(path, "all", layout=layout, private=False) as tape, lineage("x"):  # type: ignore[arg-type]
         reply = HTTPReply(status=200, body=b"1", headers={})
@@ -56,8 +56,8 @@ class Echo(Module):
         return self.prompt.data
 
 
-def test_a_run_folder_and_all_in_it_is_private(tmp_path: Path) -> None:
-    """Journal, checkpoint, result and parameters, and the log beside it."""
+def test_a_run_folder_is_private(tmp_path: Path) -> None:
+    """Journal, checkpoint, result, parameters and the log in it are private, too."""
     model = as_model(lambda messages, **_: "TERMINATE")
     configure_logging(path=tmp_path / "logs" / "run.log")
     trainer = AggregatedUpdate(Echo(), LLMOptimizer(llm=model), llm=model)
@@ -69,6 +69,6 @@ def test_a_run_folder_and_all_in_it_is_private(tmp_path: Path) -> None:
 
 
 def test_a_saved_agent_is_private(tmp_path: Path) -> None:
-    """It holds prompts, too."""
+    """It contains prompts, too."""
     Echo().save(tmp_path / "agents" / "echo.json")
     assert permissions(tmp_path) == {"agents": "700", "agents/echo.json": "600"}

@@ -1,4 +1,4 @@
-"""A cassette and other processes: forked ones leave its files alone; what Windows asks of them."""
+"""Cassettes and other processes: forked ones do not touch their parent's files; requirements of Windows."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def bodies(path: Path) -> list[bytes]:
 
 
 def test_a_fork_wrote_into_its_parents_journal(tmp_path: Path) -> None:
-    """The parent counts what it wrote, and the file holds no more."""
+    """The parent counts its lines, and the file has no more."""
     assert run(SCRIPT, tmp_path).split("\n")[:2] == ["refused: True", "recorded 2"]
     assert bodies(tmp_path / "a.yaml") == [b"first", b"second"]
 
 
-def test_a_fork_that_leaves_the_block_does_not_finish_its_parents_file(tmp_path: Path) -> None:
-    """A child that returns through the block closes nothing: neither the journal nor the lock are its own."""
+def test_a_fork_that_leaves_the_block_does_not_close_its_parents_file(tmp_path: Path) -> None:
+    """A child that returns through the block closes nothing: journal and lock are its parent's."""
     script = SCRIPT.replace(
         "in_child(child)",
         "pid = os.fork()\n        if pid == 0: raise SystemExit(0)\n        os.waitpid(pid, 0)\n"
@@ -84,8 +84,8 @@ def test_a_fork_that_leaves_the_block_does_not_finish_its_parents_file(tmp_path:
     assert bodies(tmp_path / "a.yaml") == [b"first", b"second"]
 
 
-def test_a_fork_may_open_a_cassette_of_its_own(tmp_path: Path) -> None:
-    """The remedy works."""
+def test_a_fork_can_open_another_cassette(tmp_path: Path) -> None:
+    """This is the remedy."""
     script = SCRIPT.replace('call("child\'s")', 'with aggregator.cassette("b.yaml", "all"): print(call("child\'s"))')
     assert run(script, tmp_path).split("\n")[:2] == ["child's", "recorded 2"]
     assert bodies(tmp_path / "b.yaml") == [b"child's"]
@@ -119,8 +119,8 @@ WINDOWS = """
 
 
 @pytest.mark.parametrize("locks", ["None", "aggregator.cassettes.locking.fcntl"])
-def test_on_windows_every_recording_ended_in_an_error(locks: str, tmp_path: Path) -> None:
-    """No file is unlinked while it is open, and each is opened as bytes, so that lines end as they were written."""
+def test_on_windows_every_recording_raised_an_error(locks: str, tmp_path: Path) -> None:
+    """No file is unlinked while it is open, and each is opened in binary mode, so that line ends are kept."""
     whole = WINDOWS.replace("FCNTL", locks) + SCRIPT.replace("in_child(child)", "pass")
     assert run(whole, tmp_path).split("\n")[:1] == ["recorded 2"]
     assert bodies(tmp_path / "a.yaml") == [b"first", b"second"]
@@ -130,8 +130,8 @@ def test_on_windows_every_recording_ended_in_an_error(locks: str, tmp_path: Path
     assert sorted(bodies(tmp_path / "a.yaml")) == [b"first", b"second", b"third"]
 
 
-def test_a_lock_that_is_released_is_not_lost_to_who_takes_it_next(tmp_path: Path) -> None:
-    """Between closing and unlinking nobody's lock is taken away: the name is given up first."""
+def test_releasing_a_lock_does_not_remove_the_next_owners_lock(tmp_path: Path) -> None:
+    """The name is unlinked before the file is closed."""
     path = tmp_path / "a.yaml"
     for _ in range(3):
         with aggregator.cassette(path, "all") as tape:

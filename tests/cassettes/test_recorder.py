@@ -1,4 +1,4 @@
-"""`cassette(path)`: modes, files, what leaving it raises."""
+"""`cassette(path)`: modes, files, and what leaving it raises."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def asking(text: str) -> HTTPRequest:
 
 
 def say(text: str, reply: str) -> str:
-    """Do what a client does: issue, play, or go live and record."""
+    """Do what a client does: issue, then play, or go live and record."""
     tape = current_tape()
     assert tape is not None
     slot = tape.issue(asking(text))
@@ -40,7 +40,7 @@ def say(text: str, reply: str) -> str:
 
 
 def test_once_records_then_plays(tmp_path: Path) -> None:
-    """ "once" records a cassette that is not there and plays it from then on."""
+    """ "once" records a missing cassette and plays it from then on."""
     path = tmp_path / "deep" / "a.yaml"
     for live in ("first", "second"):
         with aggregator.cassette(path, "once"):
@@ -50,7 +50,7 @@ def test_once_records_then_plays(tmp_path: Path) -> None:
 
 
 def test_none_never_records(tmp_path: Path) -> None:
-    """ "none" misses where there is no cassette, and creates none."""
+    """ "none" misses without a cassette, and creates none."""
     path = tmp_path / "a.yaml"
     with pytest.raises(CassetteMissError, match="a.yaml"), aggregator.cassette(path, "none"):
         say("hi", "live")
@@ -58,7 +58,7 @@ def test_none_never_records(tmp_path: Path) -> None:
 
 
 def test_new_episodes_adds(tmp_path: Path) -> None:
-    """ "new_episodes" plays what is there and adds the rest."""
+    """ "new_episodes" plays what is recorded and adds the rest."""
     path = tmp_path / "a.yaml"
     with aggregator.cassette(path, "once"):
         say("a", "1")
@@ -68,7 +68,7 @@ def test_new_episodes_adds(tmp_path: Path) -> None:
         assert (say("a", "x"), say("b", "x")) == ("1", "2")
 
 
-def test_all_records_anew(tmp_path: Path) -> None:
+def test_all_rerecords(tmp_path: Path) -> None:
     """ "all" plays nothing and replaces the cassette."""
     path = tmp_path / "a.yaml"
     for live in ("old", "new"):
@@ -79,7 +79,7 @@ def test_all_records_anew(tmp_path: Path) -> None:
 
 
 def careless(path: Path, then: Exception | None = None) -> None:
-    """Replay a miss in agent code that catches everything, and perhaps fails afterwards."""
+    """Replay a miss in agent code that catches every exception, and optionally raises afterwards."""
     with aggregator.cassette(path, "none"):
         with suppress(Exception):
             say("a", "x")
@@ -88,31 +88,31 @@ def careless(path: Path, then: Exception | None = None) -> None:
 
 
 def test_a_swallowed_miss_fails_the_block(tmp_path: Path) -> None:
-    """Agent code that catches everything cannot make a miss pass."""
+    """Agent code that catches every exception cannot hide a miss."""
     with pytest.raises(CassetteMissError):
         careless(tmp_path / "a.yaml")
 
 
-def test_a_miss_outranks_what_it_caused(tmp_path: Path) -> None:
+def test_a_miss_replaces_the_error_that_it_caused(tmp_path: Path) -> None:
     """An error that follows from a hidden miss is replaced by the miss."""
     with pytest.raises(CassetteMissError):
         careless(tmp_path / "a.yaml", AssertionError("nothing came"))
 
 
 def test_default_mode() -> None:
-    """CI, when set and not empty, replays only."""
+    """If CI is set and not empty, the mode is "none"."""
     assert (default_mode({"CI": "1"}), default_mode({"CI": ""}), default_mode({})) == ("none", "once", "once")
 
 
-def test_unknown_mode(tmp_path: Path) -> None:
-    """A mode that is none is a ConfigError that lists them."""
+def test_an_unknown_mode(tmp_path: Path) -> None:
+    """It is a ConfigError that lists the modes."""
     with pytest.raises(ConfigError, match="none, once, new_episodes, all, got 'always'"):
         aggregator.cassette(tmp_path / "a.yaml", "always").__enter__()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["none", "once", "new_episodes", "all"])
-def test_a_folder_was_recorded_into_until_it_had_to_be_replaced(tmp_path: Path, mode: Mode) -> None:
-    """A path that is a folder is refused before anything is asked, and nothing is written beside it."""
+def test_a_folder_was_recorded_to_until_it_had_to_be_replaced(tmp_path: Path, mode: Mode) -> None:
+    """A path that is a folder is refused before a request is sent, and no file is written."""
     folder = tmp_path / "cassettes"
     folder.mkdir()
     with pytest.raises(ConfigError, match="Expected the file of a cassette, got the folder"):
@@ -120,8 +120,8 @@ def test_a_folder_was_recorded_into_until_it_had_to_be_replaced(tmp_path: Path, 
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_link_was_replaced_and_its_cassette_left_behind(tmp_path: Path) -> None:
-    """A cassette is the file that its path names: one lock, one file, the link untouched."""
+def test_a_symbolic_link_was_replaced(tmp_path: Path) -> None:
+    """A cassette is the file that the link points to: one lock, one file, the link unchanged."""
     real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
     with aggregator.cassette(real, "all"):
         say("a", "1")
@@ -135,22 +135,22 @@ def test_a_link_was_replaced_and_its_cassette_left_behind(tmp_path: Path) -> Non
         assert (say("a", "-"), say("b", "-")) == ("1", "2")
 
 
-def test_one_path_to_ignore_was_taken_letter_by_letter(tmp_path: Path) -> None:
-    """A text is a sequence of texts too, which no type checker refuses."""
+def test_one_path_to_ignore_was_split_into_letters(tmp_path: Path) -> None:
+    """A string is also a sequence of strings, which no type checker refuses."""
     with pytest.raises(ConfigError, match=r"list of JSON paths, got 'user'; give \['user'\]"):
         aggregator.cassette(tmp_path / "a.yaml", ignore="user").__enter__()
 
 
 @pytest.mark.parametrize("mode", ["once", "new_episodes", "all"])
 def test_two_recordings_of_one_file(tmp_path: Path, mode: Mode) -> None:
-    """A second recorder of the same file is told who holds it."""
+    """The error for a second recorder names the first."""
     path = tmp_path / "a.yaml"
     with aggregator.cassette(path, mode), pytest.raises(CassetteLockedError, match=r"held by process \d+"):
         aggregator.cassette(path, mode).__enter__()
 
 
-async def test_two_tasks_never_mix(tmp_path: Path) -> None:
-    """Two cassettes open in two tasks each see their own calls only."""
+async def test_two_tasks_are_separate(tmp_path: Path) -> None:
+    """Two cassettes open in two tasks get their own calls only."""
     ready = asyncio.Barrier(2)
 
     async def record(name: str) -> int:
@@ -170,8 +170,8 @@ async def test_two_tasks_never_mix(tmp_path: Path) -> None:
         assert f"{other}0" not in text
 
 
-def test_two_threads_never_mix(tmp_path: Path) -> None:
-    """Two cassettes open in two threads each see their own calls only."""
+def test_two_threads_are_separate(tmp_path: Path) -> None:
+    """Two cassettes open in two threads get their own calls only."""
     ready = threading.Barrier(2)
 
     def record(name: str) -> None:
@@ -188,8 +188,8 @@ def test_two_threads_never_mix(tmp_path: Path) -> None:
         assert other not in text
 
 
-async def test_left_in_another_context(tmp_path: Path) -> None:
-    """A cassette that a fixture opens in one context and closes in another closes all the same."""
+async def test_exiting_in_another_context(tmp_path: Path) -> None:
+    """A cassette that a fixture opens in one context and closes in another is closed."""
     opened = aggregator.cassette(tmp_path / "a.yaml", "once")
     await asyncio.get_running_loop().create_task(opened.__aenter__(), context=copy_context())
     await opened.__aexit__(None, None, None)
@@ -197,7 +197,7 @@ async def test_left_in_another_context(tmp_path: Path) -> None:
 
 
 def test_nested_cassettes(tmp_path: Path) -> None:
-    """The inner of two cassettes takes the calls; after it the outer one is current again."""
+    """The inner of two cassettes gets the calls; after it the outer one is current again."""
     with aggregator.cassette(tmp_path / "a.yaml", "all") as outer:
         with aggregator.cassette(tmp_path / "b.yaml", "all") as inner:
             say("in", "1")
@@ -206,7 +206,7 @@ def test_nested_cassettes(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_is_not_replaced(tmp_path: Path) -> None:
-    """Ctrl-C goes its way, whatever was missed before it; the file is finished."""
+    """Ctrl-C is raised, whatever was missed before; the file is finished."""
 
     def interrupted() -> None:
         with aggregator.cassette(tmp_path / "a.yaml", "none"):
@@ -220,7 +220,7 @@ def test_an_interrupt_is_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::aggregator.errors.CassetteWarning")
 @pytest.mark.parametrize("mode", ["once", "new_episodes"])
-def test_an_interrupted_recording_goes_on(tmp_path: Path, mode: Mode) -> None:
+def test_an_interrupted_recording_is_continued(tmp_path: Path, mode: Mode) -> None:
     """After Ctrl-C the same command plays what was paid for and records the rest."""
     path = tmp_path / "a.yaml"
     if mode == "new_episodes":
@@ -243,7 +243,7 @@ def test_an_interrupted_recording_goes_on(tmp_path: Path, mode: Mode) -> None:
 
 
 def test_a_failed_block_keeps_what_was_paid_for(tmp_path: Path) -> None:
-    """An error inside leaves a finished cassette of what was recorded until then."""
+    """An error inside the block leaves a finished cassette of what was recorded until then."""
 
     def failing() -> None:
         with aggregator.cassette(tmp_path / "a.yaml", "once"):
@@ -256,8 +256,8 @@ def test_a_failed_block_keeps_what_was_paid_for(tmp_path: Path) -> None:
         assert say("a", "x") == "paid"
 
 
-def test_unplayed_is_a_warning(tmp_path: Path) -> None:
-    """Leaving with unplayed exchanges warns."""
+def test_unplayed_exchanges_give_a_warning(tmp_path: Path) -> None:
+    """It is given when the block ends."""
     path = tmp_path / "a.yaml"
     with aggregator.cassette(path, "once"):
         say("a", "1")
@@ -265,8 +265,8 @@ def test_unplayed_is_a_warning(tmp_path: Path) -> None:
         pass
 
 
-def test_another_thread_paid_live_while_the_cassette_was_replayed(tmp_path: Path) -> None:
-    """A plain thread starts without a context: its calls belong to the only open cassette, synchronous or not."""
+def test_another_thread_was_live_while_the_cassette_was_replayed(tmp_path: Path) -> None:
+    """A plain thread has no context: its calls belong to the only open cassette, synchronous or not."""
     path = tmp_path / "a.yaml"
     with aggregator.cassette(path, "once"):
         say("hi", "recorded")
@@ -286,8 +286,8 @@ def test_another_thread_paid_live_while_the_cassette_was_replayed(tmp_path: Path
         assert pool.submit(tape_here).result() is None
 
 
-def test_threads_do_not_guess_between_two_cassettes(tmp_path: Path) -> None:
-    """With two open, a thread without a context belongs to neither; and a tape may leave other threads alone."""
+def test_threads_do_not_choose_between_two_cassettes(tmp_path: Path) -> None:
+    """With two open, a thread without a context belongs to neither; a tape can also exclude other threads."""
     with aggregator.cassette(tmp_path / "a.yaml", "all") as tape, ThreadPoolExecutor(1) as pool:
         with aggregator.cassette(tmp_path / "b.yaml", "all"):
             assert pool.submit(Context().run, tape_here).result() is None
@@ -297,8 +297,8 @@ def test_threads_do_not_guess_between_two_cassettes(tmp_path: Path) -> None:
         assert pool.submit(Context().run, tape_here).result() is None
 
 
-def test_a_thread_of_two_cassettes_paid_live_while_they_were_replayed(tmp_path: Path) -> None:
-    """A call that may belong to either of two cassettes is refused if one of them only plays, and fails its block."""
+def test_a_thread_with_two_cassettes_was_live_while_they_were_replayed(tmp_path: Path) -> None:
+    """A call that may belong to either cassette is refused if one of them only plays, and fails its block."""
     for name in ("a.yaml", "b.yaml"):
         with aggregator.cassette(tmp_path / name, "once"):
             say("hi", "recorded")
@@ -307,14 +307,14 @@ def test_a_thread_of_two_cassettes_paid_live_while_they_were_replayed(tmp_path: 
     with inner as tape, ThreadPoolExecutor(1) as pool:
         with pytest.raises(CassetteMissError, match="start the thread inside of its cassette"):
             pool.submit(Context().run, tape_here).result()
-        assert pool.submit(Context().run, partial(tape_here, for_client=True)).result() is None  # neither serves any
+        assert pool.submit(Context().run, partial(tape_here, for_client=True)).result() is None  # neither records any
         tape.misses.clear()
     with pytest.raises(CassetteMissError, match=r"got 2 \(.*a.yaml, .*b.yaml\)"):
         outer.__exit__(None, None, None)
 
 
-def test_threads_that_are_started_inside_belong_to_the_innermost_cassette(tmp_path: Path) -> None:
-    """A pool's items carry the context that handed them in, also where two cassettes are open."""
+def test_threads_started_inside_belong_to_the_innermost_cassette(tmp_path: Path) -> None:
+    """A pool's items carry their submitter's context, also with two open cassettes."""
     rules = TapeRules(adopts="nothing")
     with aggregator.cassette(tmp_path / "a.yaml", "all", rules=rules) as outer, ThreadPoolExecutor(1) as pool:
         with aggregator.cassette(tmp_path / "b.yaml", "all") as inner:
@@ -324,8 +324,8 @@ def test_threads_that_are_started_inside_belong_to_the_innermost_cassette(tmp_pa
         assert pool.submit(tape_here).result() is None
 
 
-async def test_a_tape_that_takes_all_serves_contexts_made_before_it(tmp_path: Path) -> None:
-    """In a pytest process a test's cassette serves what unittest and anyio run in contexts of their own."""
+async def test_a_tape_for_all_contexts_includes_those_made_before_it(tmp_path: Path) -> None:
+    """In a pytest process a test's cassette records what unittest and anyio run in their own contexts."""
     before = copy_context()
     with aggregator.cassette(tmp_path / "a.yaml", "all"):
         assert before.run(tape_here) is None
@@ -335,8 +335,8 @@ async def test_a_tape_that_takes_all_serves_contexts_made_before_it(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore::aggregator.errors.CassetteWarning")
-def test_an_unfinished_recording_came_back_after_all_was_recorded_anew(tmp_path: Path) -> None:
-    """Mode "all" replaces what there was, new episodes that were not finished included."""
+def test_an_unfinished_recording_came_back_after_a_complete_rerecording(tmp_path: Path) -> None:
+    """Mode "all" replaces everything, including unfinished new episodes."""
     path = tmp_path / "a.yaml"
     with aggregator.cassette(path, "once"):
         say("a", "1")
@@ -356,10 +356,10 @@ def test_an_unfinished_recording_came_back_after_all_was_recorded_anew(tmp_path:
     assert (tape.recorded, tape.report) == (0, [])
 
 
-def test_a_second_recorder_that_waited_for_the_first_recorded_into_a_finished_file(
+def test_a_second_recorder_that_waited_for_the_first_overwrote_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is there is looked at again once the lock is had: "once" then plays what another process has finished."""
+    """The file is read again once the lock is held: "once" then plays what another process has finished."""
     path = tmp_path / "a.yaml"
     first = aggregator.cassette(path, "once")
     first.__enter__()
@@ -376,7 +376,7 @@ def test_a_second_recorder_that_waited_for_the_first_recorded_into_a_finished_fi
     assert not path.with_name("a.yaml.lock").exists()
 
 
-def test_faults_used_up_the_answers_of_other_clients(tmp_path: Path) -> None:
-    """Faults are for our own client; asked for with others they are refused."""
+def test_faults_used_up_other_clients_answers(tmp_path: Path) -> None:
+    """Faults apply to our own client; with other clients they are refused."""
     with pytest.raises(ConfigError, match=r"Expected faults without clients, got both \(clients=\['httpx'\]\)"):
         aggregator.cassette(tmp_path / "a.yaml", "none", clients=["httpx"], faults=Faults(cut=0.1))

@@ -1,4 +1,4 @@
-"""Secrets never reach the disk, wherever they are; everything else stays as it was."""
+"""Secrets never reach the disk, in any place; everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reply(**changes: Any) -> Case:
 
 
 def events(text: str, size: int) -> bytes:
-    """Stream a text in pieces, as a model's server does."""
+    """Stream a text in chunks, like a model's server."""
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     lines = [json.dumps({"choices": [{"index": 0, "delta": {"content": piece}}]}) for piece in pieces]
     return "".join(f"data: {line}\n\n" for line in (*lines, "[DONE]")).encode()
@@ -56,7 +56,7 @@ def escaped(text: str) -> str:
 
 
 def places(secret: str) -> dict[str, Case]:
-    """Every place where one secret is put."""
+    """Return every place where one secret is put."""
     b64, as_json = base64.b64encode, json.dumps(secret)
     basic = b64(f"user:{secret}".encode()).decode()
     nested = json.dumps(json.dumps({"args": {"note": secret}}))
@@ -131,7 +131,7 @@ PLACES = {
 
 
 def traces(data: bytes) -> list[str]:
-    """Return what of the secrets is left in a file, in whatever form."""
+    """Return what is left of the secrets in a file, in any encoding."""
     text = data.decode()
     flat = "".join(text.split("\\")).replace('"', "")
     found = []
@@ -149,12 +149,12 @@ def streamed_text(data: bytes) -> str:
 
 
 def test_there_are_enough_places() -> None:
-    """At least 50 places, for a plain secret and for one that needs escapes."""
+    """At least 50 places are tested, for a plain secret and for one that needs escapes."""
     assert len(places(PLAIN)) >= 50
 
 
 def leaks(path: Path, name: str, layout: Layout) -> list[str]:
-    """Return what of the secrets is in the files of an exchange, and what is wrong with its replay."""
+    """Return what of the secrets is in an exchange's files, and what is wrong with its replay."""
     asked, answered = PLACES[name]
     tape = open_tape(path, "all", layout=layout)
     tape.record(tape.issue(asked), answered)
@@ -176,13 +176,13 @@ def leaks(path: Path, name: str, layout: Layout) -> list[str]:
 @pytest.mark.requirement("client 15: secrets are redacted")
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 def test_no_secret_reaches_the_disk(tmp_path: Path, layout: Layout) -> None:
-    """A value that authenticates reaches no file: neither journal nor finished cassette."""
+    """An authentication value is in no file: neither in the journal nor in the finished cassette."""
     found = {name: leaks(tmp_path / f"{i}.yaml", name, layout) for i, name in enumerate(PLACES)}
     assert {name: problems for name, problems in found.items() if problems} == {}
 
 
-def test_failures_tell_no_secret() -> None:
-    """The message of a failed connection is redacted, the URL in it included."""
+def test_failures_show_no_secret() -> None:
+    """The message of a failed connection is redacted, including its URL."""
     lines: list[bytes] = []
     tape = Tape(sink=lines)
     slot = tape.issue(REQUEST)
@@ -208,8 +208,8 @@ def packed_reply(tape: Tape) -> None:
 
 
 @pytest.mark.parametrize("leak", [in_lineage, packed, packed_reply])
-def test_what_cannot_be_redacted_is_refused(leak: Callable[[Tape], None]) -> None:
-    """Nothing is written, the answer stays in memory, the message does not tell, and closing raises again."""
+def test_an_exchange_that_cannot_be_redacted_is_refused(leak: Callable[[Tape], None]) -> None:
+    """Nothing is written, the answer stays in memory, the message is clean, and closing raises again."""
     lines: list[bytes] = []
     tape = Tape(sink=lines)
     with pytest.raises(SecretLeakError) as caught:
@@ -235,8 +235,8 @@ def test_what_cannot_be_redacted_is_refused(leak: Callable[[Tape], None]) -> Non
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
     ],
 )
-def test_tokens_are_known_by_their_shape(token: str) -> None:
-    """A token that nobody declared is redacted in a prompt and in a reply."""
+def test_tokens_are_recognised_by_their_pattern(token: str) -> None:
+    """An undeclared token is redacted in a prompt and in a reply."""
     body = json.dumps({"content": f"line\n{token}\nuse it"}).encode()
     clean = redact_request(HTTPRequest(url="https://x.example", body=body, headers={}))
     assert json.loads(clean.body) == {"content": "line\nREDACTED\nuse it"}
@@ -264,8 +264,8 @@ def exchange_of(reply: HTTPReply) -> Any:
         ('{"token": "a1b2c3d4e5f6a7b8c9d0e1f2"}', '{"token": "REDACTED"}'),
     ],
 )
-def test_fields_are_known_by_their_name(body: str, clean: str) -> None:
-    """A field with a secret's name loses its value; what is left is the same JSON."""
+def test_fields_are_recognised_by_their_name(body: str, clean: str) -> None:
+    """A field with a secret name loses its value; the rest is the same JSON."""
     redacted = redact_request(HTTPRequest(url="https://x.example", body=body.encode(), headers={})).body
     assert redacted.decode() == clean
     json.loads(redacted)
@@ -285,22 +285,22 @@ def test_fields_are_known_by_their_name(body: str, clean: str) -> None:
         '{"id": "chatcmpl-9aBcDeFgHiJkLmNoPqRsTuVwXyZ01", "system_fingerprint": "fp_0123456789abcdef"}',
     ],
 )
-def test_what_is_no_secret_stays(body: str) -> None:
-    """Token counts, logprobs, schemas, empty values and ids stay byte for byte."""
+def test_harmless_values_are_unchanged(body: str) -> None:
+    """Token counts, logprobs, schemas, empty values and ids are unchanged byte for byte."""
     assert redact_request(HTTPRequest(url="https://x.example", body=body.encode(), headers={})).body == body.encode()
 
 
 @pytest.mark.parametrize("secret", ["EMPTY", "test", "x"])
-def test_placeholders_are_no_secrets(secret: str) -> None:
-    """A key that is no key leaves ordinary text alone."""
+def test_placeholders_are_not_secrets(secret: str) -> None:
+    """A placeholder key does not change ordinary text."""
     asked = HTTPRequest(
         url="https://x.example", body=b'{"q": "a test of EMPTY text, x"}', headers={}, secrets=(secret,)
     )
     assert redact_request(asked).body == asked.body
 
 
-def test_the_file_gives_the_same_key(tmp_path: Path) -> None:
-    """A request with a secret is found again with another secret of the same name, and without the value at all."""
+def test_a_redacted_request_has_the_same_key(tmp_path: Path) -> None:
+    """A request with a secret matches with another secret of the same name, and without the value."""
     path = tmp_path / "a.yaml"
     asked = HTTPRequest(url="https://x.example/v1?key=first-secret", body=b'{"api_key": "first", "q": 1}', headers={})
     tape = open_tape(path, "once")
@@ -314,8 +314,8 @@ def test_the_file_gives_the_same_key(tmp_path: Path) -> None:
 
 
 @given(st.text(), st.text(min_size=8, alphabet=st.characters(codec="utf-8")))
-def test_redaction_settles(text: str, secret: str) -> None:
-    """Redacting twice is redacting once, the secret is gone, and the key of the result is stable."""
+def test_redaction_is_idempotent(text: str, secret: str) -> None:
+    """After one or two redactions the text is the same, the secret is gone, and the key is stable."""
     body = json.dumps({"content": f"{text} {secret} {text}"}).encode()
     asked = HTTPRequest(url="https://x.example", body=body, headers={}, secrets=(secret,))
     once = redact_request(asked)
@@ -329,8 +329,8 @@ def test_redaction_settles(text: str, secret: str) -> None:
 @given(
     st.binary(max_size=60), st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), max_size=4), st.integers(0, 60)
 )
-def test_borders_move_with_edits(data: bytes, cuts: list[tuple[int, int]], border: int) -> None:
-    """What is before a border outside of all edits is before it afterwards."""
+def test_chunk_boundaries_move_with_edits(data: bytes, cuts: list[tuple[int, int]], border: int) -> None:
+    """Text before a boundary outside all edits is before it afterwards."""
     edits, end = [], 0
     for start, length in sorted(cuts):
         if start >= end and start + length <= len(data):
@@ -342,8 +342,8 @@ def test_borders_move_with_edits(data: bytes, cuts: list[tuple[int, int]], borde
         assert apply_edits(data, edits)[: moved(border, edits)] == apply_edits(data[:border], before)
 
 
-def test_a_head_with_bytes_that_are_no_utf8_was_not_recorded() -> None:
-    """Servers send Latin-1 in headers and reasons; aiohttp hands it on as surrogates, which no file can hold."""
+def test_a_head_with_bytes_that_are_not_utf8_was_not_recorded() -> None:
+    """Servers send Latin-1 in headers and reasons; aiohttp passes it on as surrogates, which no file can hold."""
     there = replace(REPLY, reason="D\udce9j\xe0", headers={"x-request-id": "caf\udce9"})
     written = decode_line(
         redact_line(Exchange(request=REQUEST, reply=there, facts=Facts(lineage="")), needles_for(REQUEST))

@@ -1,4 +1,4 @@
-"""Lines whose file states the right hash although no recorder wrote them: told as damage, wherever they are read."""
+"""Lines with a valid hash that no recorder wrote: reported as damage, wherever they are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 def forged(path: Path, line: bytes) -> Path:
-    """Write one line as a closed journal whose hash is right."""
+    """Write one line as a closed journal with a valid hash."""
     content = PREAMBLE + b"- %b\n" % line
     path.write_bytes(Comment(layout="journal", exchanges=1, sha256=content_hash(content)).render() + content)
     return path
@@ -57,10 +57,10 @@ def inspect(path: Path) -> object:
     ],
     ids=["status", "a number among values", "no value", "number", "base64", "mapping", "nesting"],
 )
-def test_a_forged_line_raised_what_its_decoder_raised(
+def test_a_forged_line_raised_its_decoders_exception(
     tmp_path: Path, use: Callable[[Path], object], good: bytes, bad: bytes
 ) -> None:
-    """Reading a cassette raises CassetteError alone; the error says what to do."""
+    """Reading a cassette raises CassetteError only; the error has the remedy."""
     line = LINE.replace(good, bad)
     assert line != LINE
     with pytest.raises(CassetteDamagedError, match="Expected an exchange, got .*restore it from version control"):
@@ -68,14 +68,14 @@ def test_a_forged_line_raised_what_its_decoder_raised(
 
 
 def test_a_request_body_that_is_a_number_is_damage() -> None:
-    """It is decoded only where a request is asked for that is there in other bytes."""
+    """It is decoded only if a request with other bytes is looked up."""
     (row,) = index_lines([LINE.replace(b'"body":"{\\"q\\":1}"', b'"body":5')])
     with pytest.raises(CassetteDamagedError, match="request.body"):
         assert row.key
 
 
 def rehashed(line: bytes) -> bytes:
-    """Give an edited line the hash that fits it."""
+    """Give an edited line its hash."""
     body = line[: line.rindex(rb",\"sha256\"")]
     return body + json.dumps(f',"sha256":"{sha256(body).hexdigest()}"}}')[1:].encode() + b"}"
 
@@ -83,8 +83,8 @@ def rehashed(line: bytes) -> bytes:
 @pytest.mark.parametrize(
     "edited", [LINE.replace(b'\\"q\\":1', b'\\"q\\":2'), rehashed(LINE.replace(b'\\"q\\":1', b'\\"q\\":2'))]
 )
-def test_check_tells_a_key_that_is_not_the_requests(tmp_path: Path, edited: bytes) -> None:
-    """A replay takes the stated key on trust, so an edit that keeps it would answer another question."""
+def test_check_finds_a_wrong_key(tmp_path: Path, edited: bytes) -> None:
+    """A replay trusts the stored key, so an edit that keeps it would answer another question."""
     assert edited != LINE
     problems: Any = inspect(forged(tmp_path / "edited.yaml", edited))
     assert [problem.partition(": ")[2] for problem in problems] == [

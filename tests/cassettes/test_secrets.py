@@ -1,4 +1,4 @@
-"""What is taken for a secret and what is not, one case for each symptom."""
+"""What counts as a secret and what does not, one case for each symptom."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def clean(value: Any) -> Any:
 
 
 def written(reply: HTTPReply, request: HTTPRequest = REQUEST) -> HTTPReply:
-    """Return a reply as a cassette holds it."""
+    """Return a reply as a cassette stores it."""
     exchange = Exchange(request=redact_request(request), reply=reply, facts=Facts(lineage="", chunks=reply.chunks))
     return decode_line(redact_line(exchange, needles_for(request))).reply
 
@@ -48,7 +48,7 @@ def written(reply: HTTPReply, request: HTTPRequest = REQUEST) -> HTTPReply:
     "name", ["access_tokens", "refresh_tokens", "session_tokens", "authorizations", "passwds", "passphrases"]
 )
 def test_plural_names_leaked(name: str) -> None:
-    """What one of them holds, all of them hold."""
+    """Each element under a plural name is a secret."""
     for value, expected in ((SECRET, "REDACTED"), ([SECRET], ["REDACTED"])):
         reply = written(HTTPReply(status=200, body=json.dumps({name: value}).encode(), headers={}))
         assert json.loads(reply.body) == {name: expected}
@@ -57,7 +57,7 @@ def test_plural_names_leaked(name: str) -> None:
 @pytest.mark.parametrize("text", ["a]b", "a[b", "a{b", 'a"b', "a\\", "a\\]"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_bracket_in_a_list_of_secrets_hid_them(text: str, depth: int) -> None:
-    """Texts of a list that look like secrets go, whatever is next to them, also in JSON within JSON."""
+    """Strings of a list that look like secrets are redacted, whatever else it holds, also in JSON within JSON."""
     value: Any = {"api_keys": [text, SECRET, 7], "password": 12345678, "n": [text]}
     expected: Any = {"api_keys": [text, "REDACTED", 7], "password": 12345678, "n": [text]}
     for _ in range(depth):
@@ -65,8 +65,8 @@ def test_a_bracket_in_a_list_of_secrets_hid_them(text: str, depth: int) -> None:
     assert clean(value) == expected
 
 
-def test_a_document_written_anew_kept_lists_and_numbers() -> None:
-    r"""Where an edit would break an escape, the document is rewritten; lists and numbers were forgotten there."""
+def test_a_rewritten_document_kept_lists_and_numbers() -> None:
+    r"""If an edit would break an escape, the document is rewritten; lists and numbers were not redacted then."""
     body = rb'{"m": "\u0041BCDEFGHIJKLMNOP", "api_keys": [["a"], "hunter2-hunter2"], "password": 12, "ok": [1, true]}'
     redacted = redact_body(body, needles_of(frozenset({"41BCDEFGHIJKLMNOP"})))[0]
     assert json.loads(redacted) == {
@@ -78,7 +78,7 @@ def test_a_document_written_anew_kept_lists_and_numbers() -> None:
 
 
 def test_names_written_with_escapes_leaked() -> None:
-    r"""`\u0061pi_key` is `api_key` to a reader of the JSON, and so it is in JSON within the JSON."""
+    r"""`\u0061pi_key` is `api_key` to a JSON parser, and so it is in JSON within JSON."""
     assert json.loads(redact_body(rb'{"\u0061pi_key": "x", "n": 1}', ())[0]) == {"api_key": "REDACTED", "n": 1}
     body = json.dumps({"a": r'{"m": "\u006dYKEY-ABCDEF-9999"}'}).encode()
     assert b"ABCDEF" not in redact_body(body, needles_of(frozenset({"mYKEY-ABCDEF-9999"})))[0]
@@ -91,7 +91,7 @@ values = st.text(alphabet='ab\\"]}, :\n', min_size=1, max_size=8)
 
 @given(values, values, st.integers(0, 3))
 def test_a_password_that_ends_in_a_backslash_swallowed_the_next_field(secret: str, other: str, depth: int) -> None:
-    """The value alone goes, at any depth of JSON within JSON; all that is next to it stays as it was."""
+    """Only the value is redacted, at any depth of JSON within JSON; everything next to it is unchanged."""
     value: Any = {"password": secret, "city": other, "secret": "x"}
     expected: Any = {"password": "REDACTED", "city": other, "secret": "REDACTED"}
     for _ in range(depth):
@@ -108,14 +108,14 @@ def test_a_password_that_ends_in_a_backslash_swallowed_the_next_field(secret: st
         (rb'"-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\nAQ"', b'"-----BEGIN PRIVATE KEY-----REDACTED"'),
     ],
 )
-def test_a_value_cut_before_its_quote_leaked(body: bytes, expected: bytes) -> None:
-    """An answer that ends early, as with too few tokens, has no closing quote."""
+def test_a_value_truncated_before_its_quote_leaked(body: bytes, expected: bytes) -> None:
+    """An answer that ends early, for example at the token limit, has no closing quote."""
     assert redact_body(body, ())[0] == expected
 
 
 @pytest.mark.parametrize("unit", [b"\\", b"-----BEGIN PRIVATE KEY-----", b"-eyJ", b"-sk-", rb"\"api_key\": \"x\\"])
-def test_a_model_that_loops_held_up_the_event_loop(unit: bytes) -> None:
-    """The thorough look took quadratic time; a test of 300 kB would not have ended."""
+def test_a_model_that_loops_blocked_the_event_loop(unit: bytes) -> None:
+    """The thorough search took quadratic time; a test of 300 kB would not have ended."""
     body = unit * (300_000 // len(unit))
     assert b"api_key" in unit or secret_edits(body) == []
 
@@ -131,31 +131,31 @@ def test_a_model_that_loops_held_up_the_event_loop(unit: bytes) -> None:
         "xai-explainability-framework",
     ],
 )
-def test_words_in_lower_case_were_taken_for_tokens(text: str) -> None:
-    """Names of CSS classes, packages and functions, and prose after the words basic and token."""
+def test_lower_case_words_were_redacted_as_tokens(text: str) -> None:
+    """Names of CSS classes, packages and functions, and prose after the words basic and token, are not tokens."""
     assert clean({"content": text}) == {"content": text}
 
 
-def test_words_with_digits_are_still_taken_for_tokens() -> None:
-    """A key without a digit or a capital is no key that anybody issues."""
+def test_words_with_digits_are_still_tokens() -> None:
+    """No provider issues a key without a digit or a capital."""
     text = "basic dXNlcjpwYXNzd29yZA==abc1 token abcdefghijklmnopqrst1 sk-abcdefghijklmnopQ hf_abcdefghijklmnopqrst1"
     assert clean({"a": text}) == {"a": "basic REDACTED token REDACTED REDACTED REDACTED"}
 
 
 @pytest.mark.parametrize("value", ["Basic é", "Bearer clé-secret-1234", "é"])
-def test_a_key_beyond_ascii_was_a_bare_error(value: str) -> None:
-    """What is no base64 has no password in it."""
+def test_a_key_beyond_ascii_raised_a_bare_error(value: str) -> None:
+    """Text that is not base64 holds no password."""
     values = authenticating_values(URL, {"Authorization": value}, ())
     assert values == ({"clé-secret-1234"} if "clé" in value else set())
 
 
-def test_an_address_that_is_none_was_a_bare_error() -> None:
-    """Another tool's cassette may hold any text there."""
+def test_an_invalid_address_raised_a_bare_error() -> None:
+    """Another tool's cassette may hold any text as an address."""
     assert authenticating_values("http://[bad/?key=abcdefgh", {}, ()) == {"abcdefgh"}
 
 
 def test_one_cookie_of_several_leaked() -> None:
-    """A session is quoted alone; a theme is not a secret, and appears in prose."""
+    """Only a session cookie is searched for in texts; a theme is not a secret, and appears in prose."""
     request = replace(REQUEST, headers={"Cookie": f"theme=dark-mode-on; sid={SECRET}"})
     reply = HTTPReply(status=200, body=f"session {SECRET}, dark-mode-on".encode(), headers={})
     assert written(reply, request).body == b"session REDACTED, dark-mode-on"
@@ -168,8 +168,8 @@ def test_a_key_in_phps_json_leaked() -> None:
     assert written(reply, request).body == b'{"m": "bad key REDACTED"}'
 
 
-def test_locations_leaked() -> None:
-    """A redirection may hold a password, or a token in its fragment."""
+def test_redirect_locations_leaked() -> None:
+    """A redirect may contain a password, or a token in its fragment."""
     reply = HTTPReply(status=302, body=b"", headers={"location": "https://me:pw@files.example/x#access_token=abc&n=1"})
     assert written(reply).headers == {"location": "https://REDACTED@files.example/x#access_token=REDACTED&n=1"}
 
@@ -184,13 +184,13 @@ def test_locations_leaked() -> None:
     ],
 )
 def test_addresses_leaked(url: str, expected: str) -> None:
-    """In fragments, in user information with an at sign, under encoded names."""
+    """Secrets are found in fragments, in user information with an at sign, and under encoded names."""
     assert redact_url(url) == expected
     assert redact_text(f"cannot reach https://me:pw@{url[8:]}", ()).count("pw") == 0
 
 
 def test_forms_leaked() -> None:
-    """A content type in capitals, and the answer of a server that gives out tokens as a form."""
+    """The content type may be in capitals, and a server that issues tokens may answer with a form."""
     body = b"access_token=abc&scope=read&user%5Bpassword%5D=abc"
     expected = b"access_token=REDACTED&scope=read&user%5Bpassword%5D=REDACTED"
     assert redact_request(replace(REQUEST, body=body, headers=FORM)).body == expected
@@ -211,8 +211,8 @@ def test_compressed_bodies_of_some_levels_leaked(level: int) -> None:
         redact_line(exchange, needles_for(request))
 
 
-def test_bare_deflate_and_later_members_were_not_looked_into() -> None:
-    """A gzip file may have several members; deflate may come without a header."""
+def test_raw_deflate_and_later_members_were_not_searched() -> None:
+    """A gzip file may have several members; deflate may have no header."""
     bare = zlib.compressobj(wbits=-15)
     assert inflated(bare.compress(b"hello " * 9) + bare.flush()) == b"hello " * 9
     assert inflated(gzip.compress(b"one ") + gzip.compress(b"two")) == b"one two"

@@ -1,4 +1,4 @@
-"""Other clients record to our tape and play from it."""
+"""Other clients record to our tape and replay from it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def taped(tape: Tape, clients: Any = "all") -> Iterator[Tape]:
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """A loopback server that numbers its answers, so that each answer tells when it was made."""
+    """A loopback server that numbers its answers, so that each answer shows when it was made."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -140,7 +140,7 @@ CLIENTS = [by_httpx, by_async_httpx, by_aiohttp, by_requests, by_urllib]
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_client_records_and_plays(client: Client, server: Any) -> None:
-    """What a client heard while recording it hears again, byte for byte, and the server is not asked again."""
+    """A client replays its answers byte for byte, and the server is not asked again."""
     lines = Lines()
     with taped(Tape(sink=lines)) as tape:
         heard = [client(server.url, BODY), client(server.url, BODY)]
@@ -153,7 +153,7 @@ def test_a_client_records_and_plays(client: Client, server: Any) -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_every_client_plays_what_another_recorded(client: Client, server: Any) -> None:
-    """A tape does not know which client asks: the request counts."""
+    """A tape does not depend on the client: the request counts."""
     lines = Lines()
     with taped(Tape(sink=lines)):
         heard = by_httpx(server.url, BODY)
@@ -163,7 +163,7 @@ def test_every_client_plays_what_another_recorded(client: Client, server: Any) -
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_miss_reaches_the_caller_and_the_tape(client: Client, server: Any) -> None:
-    """A request that was not recorded is an error of ours, not of the network, and the tape remembers it."""
+    """A request that was not recorded raises our own error, not a network error, and the tape remembers it."""
     with taped(Tape()) as tape:
         with pytest.raises(CassetteMissError):
             client(server.url, BODY)
@@ -172,8 +172,8 @@ def test_a_miss_reaches_the_caller_and_the_tape(client: Client, server: Any) -> 
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_clients_outside_of_the_list_go_through(client: Client, server: Any) -> None:
-    """While a tape records, a client that is not served reaches the network and leaves no trace on it."""
+def test_unlisted_clients_are_not_intercepted(client: Client, server: Any) -> None:
+    """While a tape records, a client that it does not cover reaches the network and is not recorded."""
     served = "aiohttp" if client in (by_httpx, by_async_httpx) else "httpx"
     with taped(Tape(sink=Lines()), [served]) as tape:
         assert json.loads(client(server.url, BODY))["n"] == 1
@@ -181,8 +181,8 @@ def test_clients_outside_of_the_list_go_through(client: Client, server: Any) -> 
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_client_outside_of_the_list_went_live_in_mode_none(client: Client, server: Any) -> None:
-    """While a tape only plays, a client that it does not serve is refused, with the name to add."""
+def test_an_unlisted_client_was_live_in_mode_none(client: Client, server: Any) -> None:
+    """While a tape only plays, a client that it does not cover is refused, with the name to add."""
     served = "aiohttp" if client in (by_httpx, by_async_httpx) else "httpx"
     with taped(Tape(), [served]) as tape:
         with pytest.raises(CassetteMissError, match=r'add "(httpx|aiohttp|urllib3|http\.client)" to clients='):
@@ -192,16 +192,16 @@ def test_a_client_outside_of_the_list_went_live_in_mode_none(client: Client, ser
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_call_that_asked_the_tape_itself_passes(client: Client, server: Any) -> None:
-    """Our own client asks the tape before it sends; the patches do not record what it sends a second time."""
+def test_a_call_of_our_own_client_is_not_recorded_twice(client: Client, server: Any) -> None:
+    """Our own client uses the tape before it sends; the patches ignore what it sends."""
     lines = Lines()
     with taped(Tape(sink=lines)) as tape, passing():
         client(server.url, BODY)
     assert (server.hits, tape.recorded, lines) == (1, 0, [])
 
 
-def test_lineage_tells_identical_requests_apart(server: Any) -> None:
-    """Concurrent identical requests get the answers of their own branch, whatever finishes first."""
+def test_lineage_distinguishes_identical_requests(server: Any) -> None:
+    """Concurrent identical requests get their own branch's answers, in any order of completion."""
 
     async def ask(client: httpx.AsyncClient, branch: int, pause: float) -> int:
         with lineage(f"sample={branch}"):
@@ -222,8 +222,8 @@ def test_lineage_tells_identical_requests_apart(server: Any) -> None:
             assert runner.run(run([6, 2, 5, 1, 0, 7, 3, 4]), context=contextvars.copy_context()) == recorded
 
 
-def test_two_tapes_in_two_tasks_never_mix(server: Any) -> None:
-    """Each task's requests go to its own tape, and the last one to leave takes the patches away."""
+def test_tapes_of_two_tasks_are_separate(server: Any) -> None:
+    """Each task's requests go to its own tape, and the last one to leave removes the patches."""
     before = httpx.AsyncHTTPTransport.handle_async_request
 
     async def work(name: str, first: asyncio.Event, second: asyncio.Event) -> Lines:
@@ -247,8 +247,8 @@ def test_two_tapes_in_two_tasks_never_mix(server: Any) -> None:
     assert httpx.AsyncHTTPTransport.handle_async_request is before
 
 
-def test_tasks_outside_of_a_cassette_are_let_through(server: Any) -> None:
-    """While one task replays, another without a tape reaches the network as ever, its stream unread."""
+def test_tasks_outside_a_cassette_are_not_intercepted(server: Any) -> None:
+    """While one task replays, another without a tape reaches the network, and its stream is not read."""
 
     async def outside(ready: asyncio.Event, done: asyncio.Event) -> str:
         await ready.wait()
@@ -277,7 +277,7 @@ def test_tasks_outside_of_a_cassette_are_let_through(server: Any) -> None:
 
 @pytest.mark.parametrize("client", [by_httpx, by_requests, by_urllib])
 def test_a_plain_thread_belongs_to_the_only_open_tape(client: Client, server: Any) -> None:
-    """A thread that was started without a context still replays, rather than reach the network unseen."""
+    """A thread that was started without a context replays too; it does not reach the network."""
     lines = Lines()
     with taped(Tape(sink=lines)):
         heard = client(server.url, BODY)
@@ -291,7 +291,7 @@ def test_a_plain_thread_belongs_to_the_only_open_tape(client: Client, server: An
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_redirects_play_hop_by_hop(client: Client, server: Any) -> None:
-    """Each hop is an exchange of its own, and a replay follows them as the client did."""
+    """Each hop is one exchange, and a replay follows them as the client did."""
     if client in (by_httpx, by_async_httpx):
         pytest.skip("httpx does not follow redirects unless told to; the hops are then calls of their own")
     if "location" not in KEPT_HEADERS:
@@ -306,16 +306,16 @@ def test_redirects_play_hop_by_hop(client: Client, server: Any) -> None:
     assert (server.hits, len(lines)) == (2, 4)
 
 
-def test_keys_do_not_reach_the_file(server: Any) -> None:
-    """The header that authenticates another client's request is known as a secret and not recorded."""
+def test_keys_are_not_in_the_file(server: Any) -> None:
+    """The authentication header of another client's request is a known secret and not recorded."""
     lines = Lines()
     with taped(Tape(sink=lines)):
         by_httpx(server.url, BODY)
     assert b"canary" not in lines[0]
 
 
-def test_vcr_is_imported_only_when_asked_for(tmp_path: Path) -> None:
-    """Neither vcrpy nor any client is loaded by a cassette that serves all of them."""
+def test_vcr_is_imported_only_on_request(tmp_path: Path) -> None:
+    """A cassette for all clients loads neither vcrpy nor any client."""
     script = """
         import sys, aggregator
         with aggregator.cassette("a.yaml", "all", clients="all"):
@@ -329,7 +329,7 @@ def test_vcr_is_imported_only_when_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> None:
-    """Inside a cassette that serves all clients our own call is one exchange, recorded and played by the tape alone."""
+    """Inside a cassette for all clients our own call is one exchange, recorded and played by the tape alone."""
 
     async def ask() -> str:
         llm = LLM("openai/m", base_url=server.url.removesuffix("/chat"), api_key="canary-number-1", max_attempts=1)
@@ -337,7 +337,7 @@ def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> N
             if stream:
                 return "".join([delta async for delta in llm.stream("hello")])
             return (await llm.complete("hello")).text
-        except ResponseError as error:  # the server speaks no chat completions
+        except ResponseError as error:  # the server has no chat completions
             return type(error).__name__
 
     def run(tape: Tape) -> str:
@@ -354,7 +354,7 @@ def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> N
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_failed_connection_replayed_as_a_miss(client: Client, server: Any) -> None:
-    """A connection that failed is on the tape, and replays as the same exception, before its retry is answered."""
+    """A failed connection is on the tape, and replays as the same exception before its retry is answered."""
     lines, url = Lines(), server.url
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -374,15 +374,15 @@ def test_a_failed_connection_replayed_as_a_miss(client: Client, server: Any) -> 
 
 
 def errno_of(error: BaseException | None) -> int | None:
-    """Return the operating system's number, from wherever a client has put it."""
+    """Return the operating system's error number, wherever a client has put it."""
     found = getattr(error, "errno", None) or getattr(getattr(error, "os_error", None), "errno", None)
     if isinstance(found, int):
         return found
     return None if error is None or "111" not in str(error) else 111
 
 
-def test_a_call_that_was_withdrawn_leaves_its_ticket_to_the_next(server: Any) -> None:
-    """Nothing of it is recorded, so the next one like it is the first of its kind."""
+def test_a_withdrawn_call_frees_its_ticket(server: Any) -> None:
+    """It is not recorded, so the next identical call is the first."""
     with taped(Tape(sink=Lines())) as tape:
         slots = [tape.issue(to_request("POST", server.url, b"{}", {})) for _ in range(2)]
         tape.withdraw(slots[0])
@@ -406,8 +406,8 @@ def sleeps() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("client", [by_httpx, by_requests, by_urllib])
-def test_a_recorded_time_was_waited_by_the_wrong_client(client: Client, server: Any, sleeps: list[str]) -> None:
-    """`latency` holds for each client, and a live call after a replayed one does not wait for it."""
+def test_recorded_latency_delayed_the_wrong_client(client: Client, server: Any, sleeps: list[str]) -> None:
+    """`latency` applies to each client, and a live call after a replayed one does not wait for it."""
     lines = Lines()
     with taped(Tape(sink=lines)):
         client(server.url, BODY)
@@ -421,8 +421,8 @@ def test_a_recorded_time_was_waited_by_the_wrong_client(client: Client, server: 
         assert len(sleeps) == 1
 
 
-def test_a_miss_that_was_caught_let_the_next_question_go_live(server: Any) -> None:
-    """http.client asks again about the same request; a tape that only plays refuses it again."""
+def test_a_caught_miss_made_the_next_request_live(server: Any) -> None:
+    """http.client asks again after a miss; a tape that only plays refuses it again."""
     with taped(Tape(), ["http.client"]) as tape:
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
         connection.request("POST", "/v1/chat", b"{}")
@@ -433,8 +433,8 @@ def test_a_miss_that_was_caught_let_the_next_question_go_live(server: Any) -> No
     assert (server.hits, len(tape.misses)) == (0, 2)
 
 
-def test_a_request_of_a_task_that_outlived_its_cassette_went_live(server: Any) -> None:
-    """While the patches are installed, for another cassette, what began inside of one that was left is refused."""
+def test_a_request_of_a_task_that_outlived_its_cassette_was_live(server: Any) -> None:
+    """While another cassette has the patches installed, work that began inside a closed one is refused."""
     tape = Tape(rules=TapeRules(clients="all"))
     with taped(tape):
         there = contextvars.copy_context()

@@ -1,4 +1,4 @@
-"""Secrets that a stream cuts into pieces."""
+"""Secrets that a stream splits into chunks."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ PLAIN = [choice(0, piece) for piece in PIECES]
     ],
     ids=["plain", "line break", "BOM", "CRLF", "CR", "two answers", "counted events", "NDJSON", "NDJSON with escapes"],
 )
-def test_a_key_cut_by_a_stream_leaked(body: bytes) -> None:
-    """However the stream is written: its pieces are joined as a client joins them."""
+def test_a_key_split_by_a_stream_leaked(body: bytes) -> None:
+    """Chunks of any format are joined as a client joins them."""
     clean = redact_body(body, NEEDLES)[0]
     assert b"ABCDEF" not in clean
     assert b"REDACTED" in clean
@@ -52,7 +52,7 @@ def test_a_key_cut_by_a_stream_leaked(body: bytes) -> None:
 
 
 def test_a_password_in_streamed_arguments_that_end_early_leaked() -> None:
-    """The arguments of a tool call are JSON in pieces, here without an end."""
+    """The arguments of a tool call are JSON in chunks, here without an end."""
     events = [
         {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}}]}
         for piece in ('{"pass', 'word": "hun', "ter2-hun")
@@ -63,7 +63,7 @@ def test_a_password_in_streamed_arguments_that_end_early_leaked() -> None:
 
 
 def test_a_stream_without_secrets_keeps_its_bytes() -> None:
-    """Events are rewritten only where they change."""
+    """Events are rewritten only if they change."""
     for body in (sse(PLAIN), sse(PLAIN, "\r"), b'{"a":  1}\n{"b":  2}\n'):
         assert redact_body(body, ())[0] == body
 
@@ -75,6 +75,6 @@ def test_a_stream_without_secrets_keeps_its_bytes() -> None:
         *(("application/json", False), ("", False)),
     ],
 )
-def test_streams_are_known_by_their_type(content_type: str, streamed: bool) -> None:
-    """In capitals too."""
+def test_streams_are_recognised_by_their_type(content_type: str, streamed: bool) -> None:
+    """Its case is ignored."""
     assert is_stream({"content-type": content_type}) is streamed

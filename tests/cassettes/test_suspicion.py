@@ -1,4 +1,4 @@
-"""The quick look: where it sees nothing, the thorough one finds nothing."""
+"""The quick search: if it finds nothing, the thorough one finds nothing."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ bodies = st.lists(st.one_of(fields, keys, tokens, words), max_size=6).map("".joi
 
 
 @given(bodies, st.integers(0, 2))
-def test_the_quick_look_misses_nothing(body: str, depth: int) -> None:
-    """Fields of every name and quotation, keys, tokens and long runs, as they are and in JSON text within JSON text."""
+def test_the_quick_search_misses_nothing(body: str, depth: int) -> None:
+    """Fields with any name and quotes, keys, tokens and long runs, bare and in JSON strings within JSON strings."""
     for _ in range(depth):
         body = json.dumps({"content": body}, ensure_ascii=False)
     data = body.encode()
@@ -53,15 +53,15 @@ def test_the_quick_look_misses_nothing(body: str, depth: int) -> None:
 
 
 @given(st.text(alphabet="abcdefghijk sk-AIza_\"':{}[]\\,.~0123456789", max_size=200))
-def test_the_quick_look_misses_nothing_in_noise(text: str) -> None:
-    """The same for signs in any order."""
+def test_the_quick_search_misses_nothing_in_noise(text: str) -> None:
+    """Characters in random order."""
     data = text.encode()
     if not suspicious(data):
         assert secret_edits(data) == []
 
 
-def test_the_quick_look_sees_every_name() -> None:
-    """A field with a secret's name is seen, with white space before its colon and in a JSON text within another too."""
+def test_the_quick_search_finds_every_name() -> None:
+    """A field with a secret name is found, with white space before its colon and in JSON within JSON too."""
     names = [*NAMES, *(name for name in secrets.NAMES if "-" not in name)]
     bodies = [
         f"{{{quote}a{quote}: 1, {quote}{name}{quote}{space}:{quote}abc1-def2-ghi3{quote}}}".encode()
@@ -74,16 +74,16 @@ def test_the_quick_look_sees_every_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "prompt_tokens", "completion_tokens", "instructions", "phrases"])
-def test_names_that_end_alike_are_not_suspicious(name: str) -> None:
-    """Every answer tells its tokens; looking thoroughly for their sake would cost each of them."""
+def test_names_with_a_similar_ending_are_not_suspicious(name: str) -> None:
+    """Every answer has token counts; a thorough search for each of them would be too slow."""
     assert not suspicious(f'{{"{name}": 5, "inner": "{{\\"{name}\\": 5}}"}}'.encode())
 
 
 @pytest.mark.parametrize("headers", ["", "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,01\n\n"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_private_key_in_json_was_not_seen(headers: str, line_end: str, depth: int) -> None:
-    r"""Its line breaks are `\n` there, so that no run of letters is right after the beginning."""
+def test_a_private_key_in_json_was_not_found(headers: str, line_end: str, depth: int) -> None:
+    r"""Its line breaks are `\n` there, so no run of letters follows its beginning."""
     body = PEM.format(headers + "MIIE" * 16).replace("\n", line_end)
     for _ in range(depth):
         body = json.dumps({"content": body})
@@ -93,11 +93,11 @@ def test_a_private_key_in_json_was_not_seen(headers: str, line_end: str, depth: 
     assert b"-----BEGIN RSA PRIVATE KEY-----REDACTED-----END" in clean
 
 
-def test_a_token_at_the_end_of_a_long_run_was_not_seen() -> None:
-    """A long form, or a long path, is one run; the look into it ended after 400 bytes."""
+def test_a_token_at_the_end_of_a_long_run_was_not_found() -> None:
+    """A long form, or a long path, is one run; the search ended after 400 bytes."""
     assert suspicious(b"prompt=" + b"word+" * 100 + b"sk-proj-abcdef0123456789abcdef")
 
 
-def test_a_bearer_with_a_tilde_was_not_seen() -> None:
-    """RFC 6750 allows it in a token."""
+def test_a_bearer_token_with_a_tilde_was_not_found() -> None:
+    """RFC 6750 allows it."""
     assert suspicious(b'{"m": "Authorization was Bearer abcdefghij~klmnopqrst~uv"}')

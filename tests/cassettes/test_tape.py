@@ -46,8 +46,8 @@ def again(sink: Memory, **options: object) -> Tape:
     return Tape(tuple(index_lines(sink.lines)), **options)  # type: ignore[arg-type]
 
 
-def test_calls_of_a_lineage_lost_it_after_the_same_one_outside_of_any() -> None:
-    """What this run itself asked without a lineage leaves later calls theirs, so that their order does not matter."""
+def test_calls_of_a_lineage_lost_it_after_an_identical_call_without_one() -> None:
+    """Live calls without a lineage do not affect later calls with one, in any order."""
     sink = Memory()
     tape = Tape(sink=sink)
     for place in ("", "sample=1", "sample=2"):
@@ -60,7 +60,7 @@ def test_calls_of_a_lineage_lost_it_after_the_same_one_outside_of_any() -> None:
 
 
 def test_tickets_follow_issue_not_arrival() -> None:
-    """Identical requests get their own answers back, though the answers came in another order."""
+    """Identical requests replay their own answers, although the answers came in another order."""
     sink = Memory()
     tape = Tape(sink=sink)
     slots = [tape.issue(ask()) for _ in range(3)]
@@ -73,14 +73,14 @@ def test_tickets_follow_issue_not_arrival() -> None:
 
 
 def test_what_was_just_recorded_is_not_played() -> None:
-    """A second identical request goes live, so n samples are n samples."""
+    """A second identical request is sent live, so n samples are n samples."""
     tape = Tape(sink=Memory())
     tape.record(tape.issue(ask()), answer("first"))
     assert tape.play(tape.issue(ask())) is None
 
 
-def test_attempts_play_in_turn() -> None:
-    """A 429, a failed connection, a timeout and then an answer are met again, in this order."""
+def test_attempts_play_in_order() -> None:
+    """A 429, a failed connection, a timeout and then an answer are replayed in this order."""
     sink = Memory()
     tape = Tape(sink=sink)
     slot = tape.issue(ask())
@@ -103,7 +103,7 @@ def test_attempts_play_in_turn() -> None:
     assert last.body == b"fine"
 
 
-def test_lineage_tells_identical_requests_apart() -> None:
+def test_lineage_distinguishes_identical_requests() -> None:
     """The same request in two lineages plays what each of them recorded, in any order."""
     sink = Memory()
     tape = Tape(sink=sink)
@@ -127,7 +127,7 @@ def test_strict_lineage_never_guesses() -> None:
         replay.play(replay.issue(ask()))
 
 
-def test_preferred_lineage_falls_back_and_tells() -> None:
+def test_preferred_lineage_falls_back_with_a_report() -> None:
     """lineage="prefer" plays another lineage's answers in canonical order, each once, and reports it."""
     sink = Memory()
     tape = Tape(sink=sink)
@@ -144,7 +144,7 @@ def test_preferred_lineage_falls_back_and_tells() -> None:
     assert len(replay.report) == 1
 
 
-def test_a_renamed_lineage_took_the_answer_of_one_that_still_asked() -> None:
+def test_a_renamed_lineage_used_another_ones_answer() -> None:
     """With lineage="prefer" both get an answer, in any order."""
     sink = Memory()
     tape = Tape(sink=sink)
@@ -160,8 +160,8 @@ def test_a_renamed_lineage_took_the_answer_of_one_that_still_asked() -> None:
         assert found == ["a", "c"]
 
 
-def test_what_a_renamed_lineage_recorded_is_played_after_what_it_took() -> None:
-    """A second call that is recorded after the first one has played another lineage's answer is the second again."""
+def test_a_call_recorded_after_a_fallback_keeps_its_ticket() -> None:
+    """A call recorded after one that played another lineage's answer is the second one in a replay, too."""
     sink = Memory()
     tape = Tape(sink=sink)
     with lineage("before"):
@@ -177,8 +177,8 @@ def test_what_a_renamed_lineage_recorded_is_played_after_what_it_took() -> None:
         assert [played(replay, ask()), played(replay, ask())] == ["one", "two"]
 
 
-def test_calls_told_apart_by_what_is_ignored_now_became_attempts_of_one() -> None:
-    """A cassette recorded without `ignore` plays with it: the calls are recounted, in the order of issue."""
+def test_calls_that_differ_in_an_ignored_field_became_attempts_of_one() -> None:
+    """A cassette recorded without `ignore` plays with it: tickets are counted again, in the order of issue."""
     sink = Memory()
     tape = Tape(sink=sink)
     requests = [HTTPRequest(url=URL, body=b'{"q":1,"user":%d}' % index, headers={}) for index in range(3)]
@@ -192,7 +192,7 @@ def test_calls_told_apart_by_what_is_ignored_now_became_attempts_of_one() -> Non
 
 
 def test_recordings_without_lineage_play_in_issue_order() -> None:
-    """What was recorded outside of any lineage serves every lineage, in the order of issue."""
+    """Exchanges recorded without a lineage play for every lineage, in the order of issue."""
     sink = Memory()
     tape = Tape(sink=sink)
     for text in ("a", "b"):
@@ -215,8 +215,8 @@ def test_a_caught_miss_is_raised_again_at_close() -> None:
     tape.close()
 
 
-def test_unplayed_exchanges_are_told() -> None:
-    """Closing tells how many recorded exchanges nothing asked for."""
+def test_unplayed_exchanges_are_counted() -> None:
+    """Closing reports how many recorded exchanges were not requested."""
     sink = Memory()
     tape = Tape(sink=sink)
     for text in ("a", "b"):
@@ -229,13 +229,13 @@ def test_unplayed_exchanges_are_told() -> None:
 
 
 def test_a_playing_tape_does_not_record() -> None:
-    """Recording on a tape that only plays is an error, not a loss."""
+    """Recording on a tape that only plays is an error, so that no answer is lost."""
     tape = Tape()
     with pytest.raises(CassetteError, match="only plays"):
         tape.record(tape.issue(ask()), answer("a"))
 
 
-def test_key_order_and_white_space_do_not_count(tmp_path: Path) -> None:
+def test_key_order_and_white_space_are_ignored(tmp_path: Path) -> None:
     """A body with other key order and spacing finds the recorded answer."""
     sink = Memory()
     tape = Tape(sink=sink)
@@ -250,7 +250,7 @@ SPELLINGS = (b'{"a":1,"b":2}', b'{"b":2,"a":1}', b'{"a": 1, "b": 2}')
 
 @pytest.mark.parametrize("asked", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (2, 0), (1, 2)])
 def test_two_spellings_of_one_request_share_their_tickets(asked: tuple[int, int]) -> None:
-    """Answers come in the order of issue, however the same request was written when recorded and when asked."""
+    """Answers come in the order of issue, however the request was written when recorded and when asked."""
     sink = Memory()
     tape = Tape(sink=sink)
     for index in (0, 1):
@@ -262,8 +262,8 @@ def test_two_spellings_of_one_request_share_their_tickets(asked: tuple[int, int]
     replay.close()
 
 
-def test_a_repeated_request_keeps_its_tickets_when_another_spelling_is_asked_between() -> None:
-    """What the recorded bytes have already played counts for a request that differs in white space only."""
+def test_another_spelling_in_between_does_not_change_tickets() -> None:
+    """Answers already played for the recorded bytes count for a request that differs in white space only."""
     sink = Memory()
     tape = Tape(sink=sink)
     for index in range(3):
@@ -274,8 +274,8 @@ def test_a_repeated_request_keeps_its_tickets_when_another_spelling_is_asked_bet
     replay.close()
 
 
-def test_lines_hold_what_was_recorded() -> None:
-    """A line decodes to the very exchange that was encoded, whatever bytes the bodies hold."""
+def test_lines_are_decoded_exactly() -> None:
+    """A line decodes to the exchange that was encoded, for any bytes in the bodies."""
     for body in (b"", b"\xff\x00", "é\x7f\x85\u2028\ufeff \U0001f600".encode(), b'"!!binary "'):
         sink = Memory()
         tape = Tape(sink=sink)
@@ -289,7 +289,7 @@ def test_lines_hold_what_was_recorded() -> None:
 
 
 def test_a_miss_is_vcrpys_exception_too() -> None:
-    """Where vcrpy is in use, code that catches its exception goes on; it is a miss of ours all the same."""
+    """If vcrpy is imported, code that catches its exception continues; it is our miss all the same."""
     errors = pytest.importorskip("vcr.errors")
     tape = Tape()
     with pytest.raises(errors.CannotOverwriteExistingCassetteException) as caught:
@@ -301,8 +301,8 @@ def test_a_miss_is_vcrpys_exception_too() -> None:
     assert f"{again.value}" == f"{caught.value}"
 
 
-def test_misses_are_reported_where_they_are_not_raised_again() -> None:
-    """As under vcrpy, where a test that caught a miss goes on."""
+def test_misses_are_reported_if_they_are_not_raised_again() -> None:
+    """As under vcrpy, a test that caught a miss continues."""
     tape = Tape(name="demo", rules=TapeRules(raises_again=False))
     with pytest.raises(CassetteMissError):
         tape.play(tape.issue(ask()))

@@ -1,4 +1,4 @@
-"""Other clients in many threads: nothing goes live while a cassette plays, nothing is lost while one records."""
+"""Other clients in many threads: no call is live while a cassette plays, none is lost while one records."""
 
 from __future__ import annotations
 
@@ -175,28 +175,28 @@ def from_threads(ask: Ask) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every client reach the loopback by itself."""
+    """Let every client reach the loopback address without a proxy."""
     monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_calls_of_threads_went_live_in_mode_none(way: Callable[[str], Ask], server: Server, tmp_path: Path) -> None:
-    """From any number of threads, over connections old and new, each call is played and none reaches the server."""
+def test_calls_of_threads_were_live_in_mode_none(way: Callable[[str], Ask], server: Server, tmp_path: Path) -> None:
+    """From any number of threads, over old and new connections, each call is played and none reaches the server."""
     path, ask = tmp_path / "a.yaml", way(server.url)
     with aggregator.cassette(path, "all", clients="all"):
         heard = [ask(i) for i in range(CALLS)]
     assert server.hits == CALLS
-    for client in (ask, way(server.url)):  # one whose connections are open, and a fresh one
+    for client in (ask, way(server.url)):  # one with open connections, and a new one
         with aggregator.cassette(path, "none", clients="all") as tape:
             assert from_threads(client) == heard
         assert (server.hits, tape.report) == (CALLS, [])
-    assert ask(0) == CALLS + 1  # afterwards it reaches the server as ever
+    assert ask(0) == CALLS + 1  # afterwards it reaches the server again
     assert from_threads(ask) != heard
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_recording_from_threads_lost_answers(way: Callable[[str], Ask], server: Server, tmp_path: Path) -> None:
-    """What threads heard while recording is on the tape, whole, and replays."""
+    """Answers that threads got while recording are complete on the tape, and replay."""
     path, ask = tmp_path / "a.yaml", way(server.url)
     with aggregator.cassette(path, "all", clients="all") as tape:
         heard = from_threads(ask)
@@ -210,8 +210,8 @@ def test_recording_from_threads_lost_answers(way: Callable[[str], Ask], server: 
     assert server.hits == CALLS
 
 
-def test_a_thread_that_was_started_before_is_served(server: Server, tmp_path: Path) -> None:
-    """Threads that had no context of the cassette, as of a pool made before, belong to the only one that is open."""
+def test_a_thread_started_before_is_recorded(server: Server, tmp_path: Path) -> None:
+    """Threads without the cassette's context, such as an older pool's, belong to the only open cassette."""
     path, ask = tmp_path / "a.yaml", by_one_session(server.url)
     begin, found = threading.Event(), []
 
@@ -229,8 +229,8 @@ def test_a_thread_that_was_started_before_is_served(server: Server, tmp_path: Pa
     assert (found, server.hits) == ([heard], 1)
 
 
-def test_threads_without_a_cassette_are_let_through_meanwhile(server: Server, tmp_path: Path) -> None:
-    """While one thread plays, another one with a cassette of its own records, and neither sees the other's calls."""
+def test_threads_of_two_cassettes_are_separate(server: Server, tmp_path: Path) -> None:
+    """While one thread plays, another with its own cassette records, and neither sees the other's calls."""
     path, ask = tmp_path / "a.yaml", by_one_session(server.url)
     with aggregator.cassette(path, "all", clients="requests"):
         heard = [ask(i) for i in range(8)]

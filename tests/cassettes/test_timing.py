@@ -1,4 +1,4 @@
-"""Replay with time and faults, as pure functions of the tape and a seed."""
+"""Replay with latency and faults, as pure functions of the tape and a seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(count: int = 1) -> tuple[Row, ...]:
 
 @pytest.mark.parametrize(("latency", "seconds"), [("off", 0.0), ("recorded", 1.5), (0.01, 0.015), (2, 3.0)])
 def test_latency(latency: Latency, seconds: float) -> None:
-    """A replayed answer takes no time, its recorded time, or that scaled; the caller's clock does the waiting."""
+    """A replayed answer takes no time, its recorded time, or that scaled; the caller's clock waits."""
     tape = Tape(rows(), rules=TapeRules(latency=latency))
     reply = tape.play(tape.issue(request()))
     assert reply is not None
@@ -42,14 +42,14 @@ def test_latency(latency: Latency, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("latency", ["slow", -1, float("nan"), float("inf")])
-def test_a_wrong_latency(latency: Latency) -> None:
-    """A word or number that is none is told."""
+def test_an_invalid_latency(latency: Latency) -> None:
+    """It must be a number or a known word."""
     with pytest.raises(ConfigError, match='Expected latency "off", "recorded" or a number >= 0'):
         Tape(rules=TapeRules(latency=latency))
 
 
-def test_chunk_borders_are_kept(tmp_path: Path) -> None:
-    """A streamed reply comes back with the borders and times of its chunks."""
+def test_chunk_boundaries_are_kept(tmp_path: Path) -> None:
+    """A streamed reply has the recorded boundaries and times of its chunks."""
     for mode in ("all", "none"):
         with aggregator.cassette(tmp_path / "a.yaml", mode):
             tape = current_tape()
@@ -68,7 +68,7 @@ def certain(kind: FaultKind) -> Faults:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_fault_comes_before_the_recorded_answer(kind: FaultKind) -> None:
-    """A fault meets the first attempt and uses up nothing: the next one gets the recorded answer."""
+    """A fault hits the first attempt and uses up nothing: the next attempt gets the recorded answer."""
     tape = Tape(rows(), rules=TapeRules(faults=certain(kind)))
     slot = tape.issue(request())
     if kind in ("timeout", "cut"):
@@ -92,19 +92,19 @@ def kinds(seed: int, order: range) -> dict[int, FaultKind | None]:
 
 
 def test_faults_are_seeded() -> None:
-    """The same seed meets the same calls, in whatever order they come; another seed meets others."""
+    """The same seed hits the same calls, in any order; another seed hits others."""
     assert kinds(1, range(200)) == kinds(1, range(199, -1, -1))
     assert kinds(1, range(200)) != kinds(2, range(200))
 
 
-def test_fault_rates_are_kept() -> None:
-    """Over many calls each fault comes about as often as asked for."""
+def test_fault_rates_are_respected() -> None:
+    """Over many calls each fault occurs about as often as requested."""
     drawn = list(kinds(3, range(5000)).values())
     assert all(400 < drawn.count(kind) < 600 for kind in KINDS)
 
 
 @pytest.mark.parametrize("rates", [{"cut": 1.5}, {"cut": -0.1}, {"cut": 0.6, "timeout": 0.6}])
-def test_wrong_fault_rates(rates: dict[str, float]) -> None:
-    """Rates that are no probabilities are told."""
+def test_invalid_fault_rates(rates: dict[str, float]) -> None:
+    """A rate must be a probability."""
     with pytest.raises(ConfigError, match="Expected fault rates in"):
         Faults(**rates)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Answers on their way to the disk: together, in order, each with its own fate; and what comes too late."""
+"""Writing answers to the disk: together, in order, each with its own result; and late arrivals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = "sk-0123456789abcdef0123456789abcdef"
 
 
 class Memory:
-    """A sink that keeps what it is given, in the pieces in which it came."""
+    """A sink that keeps each write separately."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[bytes, ...]] = []
@@ -51,13 +51,13 @@ def answer(text: str) -> HTTPReply:
 
 
 def hand_in(tape: Tape, *texts: str) -> list[Entry]:
-    """Issue calls in this order, hand their answers in the other way around."""
+    """Issue calls in this order, and submit their answers in reverse."""
     slots = [(tape.issue(ask(text)), answer(f"to {text}")) for text in texts]
     return [tape.hand_in(slot, reply)[0] for slot, reply in reversed(slots)][::-1]
 
 
-def test_what_is_handed_in_is_written_in_one_piece() -> None:
-    """Nothing is written before the flush, then everything at once; only the first asks for one."""
+def test_pending_answers_are_written_together() -> None:
+    """Nothing is written before the flush, then everything at once; only the first answer requests a flush."""
     sink = Memory()
     tape = Tape(sink=sink)
     slots = [tape.issue(ask(text)) for text in "abc"]
@@ -69,8 +69,8 @@ def test_what_is_handed_in_is_written_in_one_piece() -> None:
     assert all(entry.is_done and entry.error is None for entry, _ in handed)
 
 
-def test_finishing_one_needs_no_flush_by_anybody_else() -> None:
-    """A caller that waits for an unwritten answer writes it, and what came with it."""
+def test_finishing_one_answer_writes_it() -> None:
+    """A caller that waits for a pending answer writes it, and the others pending."""
     sink = Memory()
     tape = Tape(sink=sink)
     first, second = hand_in(tape, "a", "b")
@@ -79,8 +79,8 @@ def test_finishing_one_needs_no_flush_by_anybody_else() -> None:
     assert [len(piece) for piece in sink.pieces] == [2]
 
 
-def test_tickets_are_counted_by_issue_although_they_are_counted_late() -> None:
-    """Identical calls get their tickets in the order in which they were issued, those without an answer included."""
+def test_tickets_follow_the_order_of_issue_although_they_are_numbered_late() -> None:
+    """Identical calls are numbered in the order of issue, including those without an answer."""
     sink = Memory()
     tape = Tape(sink=sink)
     with lineage("sample=1"):
@@ -94,7 +94,7 @@ def test_tickets_are_counted_by_issue_although_they_are_counted_late() -> None:
 
 
 def test_requests_that_differ_in_a_secret_only_share_their_tickets() -> None:
-    """A ticket counts requests as they are written; of those that are equal then, each finds its own answer first."""
+    """A ticket counts requests as written; among those that are equal then, each finds its own answer first."""
     sink = Memory()
     tape = Tape(sink=sink)
     bodies = [b'{"q":1,"api_key":"%b"}' % key for key in (b"first-key-of-mine", b"second-key-of-mine")]
@@ -113,8 +113,8 @@ def test_requests_that_differ_in_a_secret_only_share_their_tickets() -> None:
     assert [reply and reply.body for reply in played] == [b"answer 0", b"answer 1"]
 
 
-def test_a_secret_in_one_answer_refuses_that_one_only() -> None:
-    """What cannot be redacted is not written and stays in memory; what came with it is written."""
+def test_a_secret_in_one_answer_refuses_only_that_one() -> None:
+    """An answer that cannot be redacted is kept in memory; the others are written."""
     sink = Memory()
     tape = Tape(sink=sink)
     with lineage(f"sample-{KEY}"):
@@ -130,8 +130,8 @@ def test_a_secret_in_one_answer_refuses_that_one_only() -> None:
 
 
 @pytest.mark.parametrize("hidden", ["reply", "request"])
-def test_a_secret_is_found_beside_clean_ones(hidden: str) -> None:
-    """One quick look at all that is written together finds what the look at each would have found."""
+def test_a_secret_is_found_among_clean_answers(hidden: str) -> None:
+    """One quick search over all pending answers finds what a search of each would find."""
     sink = Memory()
     tape = Tape(sink=sink)
     for index in range(8):
@@ -144,7 +144,7 @@ def test_a_secret_is_found_beside_clean_ones(hidden: str) -> None:
 
 
 class SmallDisk:
-    """A disk on which writes of more than so many bytes fail."""
+    """A disk on which a write above a number of bytes fails."""
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
@@ -156,8 +156,8 @@ class SmallDisk:
         return os.write(file, data)
 
 
-def test_a_full_disk_takes_as_many_as_fit(tmp_path: Path) -> None:
-    """What there is room for is written, in order; the others are told, kept, and written once there is room."""
+def test_a_full_disk_gets_as_many_as_fit(tmp_path: Path) -> None:
+    """Answers that fit are written in order; the others are reported, kept, and written once there is space."""
     path, disk = tmp_path / "a.yaml", SmallDisk(10**6)
     journal = Journal(path, write=disk)
     tape = Tape(sink=journal)
@@ -180,7 +180,7 @@ def test_a_full_disk_takes_as_many_as_fit(tmp_path: Path) -> None:
         tape.close()
 
 
-def test_threads_hand_in_and_finish_at_once() -> None:
+def test_threads_submit_and_finish_concurrently() -> None:
     """Several event loops may share a tape: every answer is written once, none is lost, tickets have no gaps."""
     sink = Memory()
     tape = Tape(sink=sink)
@@ -198,8 +198,8 @@ def test_threads_hand_in_and_finish_at_once() -> None:
     assert tape.recorded == 400
 
 
-def test_an_answer_that_came_late_damaged_the_finished_file(tmp_path: Path) -> None:
-    """What is answered after the cassette was left is refused and kept; the file stays as it was finished."""
+def test_an_answer_that_arrived_late_damaged_the_finished_file(tmp_path: Path) -> None:
+    """An answer after the cassette was closed is refused and kept; the finished file does not change."""
     path = tmp_path / "a.yaml"
     tape = open_tape(path, "all", layout="journal")
     tape.record(tape.issue(ask("in time")), answer("x"))
@@ -211,16 +211,16 @@ def test_an_answer_that_came_late_damaged_the_finished_file(tmp_path: Path) -> N
     assert (path.read_bytes(), [exchange.reply.body for exchange in tape.unsaved]) == (finished, [b"y"])
 
 
-def test_a_call_that_begins_late_is_refused_before_it_is_paid(tmp_path: Path) -> None:
-    """A tape that was left does not let a call go live that it could not record."""
+def test_a_late_call_is_refused_before_it_is_paid_for(tmp_path: Path) -> None:
+    """A closed tape does not allow a live call that it could not record."""
     tape = open_tape(tmp_path / "a.yaml", "all")
     tape.close()
     with pytest.raises(CassetteError, match="got a call after it was left"):
         tape.play(tape.issue(ask("late")))
 
 
-def test_a_finished_journal_takes_no_line(tmp_path: Path) -> None:
-    """Appending to a journal that is closed is an error, and leaves the file alone."""
+def test_a_finished_journal_accepts_no_line(tmp_path: Path) -> None:
+    """Appending to a closed journal is an error, and does not change the file."""
     journal = Journal(tmp_path / "a.yaml")
     journal.extend([b"{}"])
     journal.close()
@@ -232,7 +232,7 @@ def test_a_finished_journal_takes_no_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["failure", "reason", "request"])
 def test_one_exchange_that_cannot_be_written_blocked_the_tape(place: str) -> None:
-    """A transport of somebody's own may answer anything: that call is told, and the others are written."""
+    """A custom transport may answer anything: that call gets the error, and the others are written."""
     sink = Memory()
     tape = Tape(sink=sink)
     asked = ask("odd") if place != "request" else HTTPRequest(url=URL, body=b"{}", headers={"accept": 1})  # type: ignore[dict-item]
@@ -253,8 +253,8 @@ def test_one_exchange_that_cannot_be_written_blocked_the_tape(place: str) -> Non
     assert tape.recorded == 3
 
 
-def test_closing_waits_for_what_another_thread_writes(tmp_path: Path) -> None:
-    """A tape that is discarded or closed while others record ends each of their calls in an error that says why."""
+def test_closing_waits_for_writes_of_other_threads(tmp_path: Path) -> None:
+    """If a tape is closed or discarded while others record, each of their calls gets an error with the reason."""
     for discards in (False, True):
         tape = open_tape(tmp_path / "a.yaml", "all")
         errors: list[BaseException] = []
@@ -287,8 +287,8 @@ def test_closing_waits_for_what_another_thread_writes(tmp_path: Path) -> None:
 LARGE_BODY = json.dumps({"text": "some words of an answer " * 400_000, "api_key": "x9Kp21-7fQz"}).encode()
 
 
-async def test_a_large_answer_held_up_the_event_loop() -> None:
-    """It is redacted in a thread, while other tasks go on; what is written is the same."""
+async def test_a_large_answer_blocked_the_event_loop() -> None:
+    """It is redacted in a thread, while other tasks run; the result is the same."""
     sink = Memory()
     tape = Tape(sink=sink)
     turns = 0
@@ -313,7 +313,7 @@ async def test_a_large_answer_held_up_the_event_loop() -> None:
 
 
 async def test_a_large_answer_of_a_cancelled_call_is_written() -> None:
-    """It was paid for: giving up the wait for the thread does not lose it."""
+    """It was paid for, so cancelling the wait for the thread does not lose it."""
     sink = Memory()
     tape = Tape(sink=sink)
     task = asyncio.create_task(  # noqa: TID251 - it is awaited below
@@ -330,7 +330,7 @@ async def test_a_large_answer_of_a_cancelled_call_is_written() -> None:
 
 
 async def test_a_large_answer_that_cannot_be_redacted_is_refused() -> None:
-    """A value that authenticates in a compressed body: the caller gets the error, as for a small one."""
+    """An authentication value in a compressed body: the caller gets the error, as for a small answer."""
     tape = Tape(sink=Memory())
     body = gzip.compress(random.Random(1).randbytes(150_000).hex().encode() + KEY.encode())
     with pytest.raises(SecretLeakError):
