@@ -5,8 +5,15 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "aggregator.training.checks": ("keeps_placeholders", "leak_guard", "max_edit"),
-    "aggregator.training.gates": ("always", "both", "improves_on_batch", "improves_on_validation"),
+    "aggregator.training.gates": (
+        "always",
+        "both",
+        "improves_on_batch",
+        "improves_on_validation",
+        "keeps_placeholders",
+        "leak_guard",
+        "max_edit",
+    ),
     "aggregator.training.step": ("Check", "Gate"),
 }
 

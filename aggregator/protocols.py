@@ -10,14 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 
-from aggregator.records import (
-    Completion,
-    HTTPReply,
-    HTTPRequest,
-    Rollout,
-    RolloutTask,
-    Scores,
-)
+from aggregator.records import Completion, HTTPReply, HTTPRequest, Rollout, RolloutTask, Scores
 
 
 class StreamedReply(Protocol):

@@ -238,14 +238,7 @@ def make_trainer(method: str, agent: Any, world: World) -> tuple[Any, int]:
     """A trainer for one method, and its batch size."""
     from msgspec.structs import replace
 
-    from aggregator import (
-        AggregatedUpdate,
-        LLMMerge,
-        Minibatch,
-        MinibatchAlgorithm,
-        PrioritySearch,
-        SequentialSearch,
-    )
+    from aggregator import AggregatedUpdate, LLMMerge, Minibatch, MinibatchAlgorithm, PrioritySearch, SequentialSearch
     from aggregator.gates import improves_on_batch, max_edit
     from aggregator.rules import best_tried, majority
 

@@ -148,7 +148,7 @@ def test_what_is_imported_by_text_can_be_read() -> None:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ('import_module("aggregator.observing.console")', "aggregator.observing.console"),
+        ('import_module("aggregator.observing.observer")', "aggregator.observing.observer"),
         ('importlib.import_module("aggregator.cli")', "aggregator.cli"),
         ('__import__("aggregator.training.loop")', "aggregator.training.loop"),
         ('import_module(f"aggregator.cli.{name}")', "aggregator.cli.*"),
@@ -332,7 +332,7 @@ def test_what_production_needs_is_light() -> None:
     assert {name for name in loaded if name.startswith("aggregator")} == {
         "aggregator",
         *(f"aggregator.{name}" for name in ("agents", "errors", "files", "text")),
-        *(f"aggregator.agents.{name}" for name in ("modules", "parameters", "values")),
+        *(f"aggregator.agents.{name}" for name in ("modules", "parameters")),
     }
     third_party = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"aggregator"}
     assert third_party <= {"msgspec", "typing_extensions"}

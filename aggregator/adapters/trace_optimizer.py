@@ -8,8 +8,16 @@ from typing import Any, Protocol
 
 from msgspec.structs import replace
 
-from aggregator.adapters.trace import TraceAgent, is_node, nodes_in, plain_data
-from aggregator.adapters.trace_state import TraceLock, graph_of, join, require_trace
+from aggregator.adapters.trace import (
+    TraceAgent,
+    TraceLock,
+    graph_of,
+    is_node,
+    join,
+    nodes_in,
+    plain_data,
+    require_trace,
+)
 from aggregator.cassettes.lineage import current_lineage, lineage, natural
 from aggregator.errors import ConfigError, LLMError, ParameterError, ends_run
 from aggregator.protocols import Agent

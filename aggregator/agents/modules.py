@@ -15,8 +15,17 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from aggregator.agents.parameters import CODE, ParameterNode, index, operation_of, read, values_of, write
-from aggregator.agents.values import carried_by_json, describe_type
+from aggregator.agents.parameters import (
+    CODE,
+    ParameterNode,
+    carried_by_json,
+    describe_type,
+    index,
+    operation_of,
+    read,
+    values_of,
+    write,
+)
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.files import write_atomically
 

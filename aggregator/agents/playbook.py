@@ -14,9 +14,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aggregator.agents import values as typed_values
-from aggregator.agents.parameters import ParameterNode
-from aggregator.agents.values import Unfit
+from aggregator.agents import parameters as typed_values
+from aggregator.agents.parameters import ParameterNode, Unfit
 from aggregator.checks import check_positive
 from aggregator.errors import ParameterError
 from aggregator.text import list_names

@@ -1,19 +1,27 @@
-"""What a recorded exchange holds: model and tokens, secrets, its text for a terminal; and how two cassettes differ.
+"""What recorded cassettes hold: for one exchange, for the difference of two cassettes, and for all files in a folder.
 
-Model and tokens are read from our own facts or from the provider's fields (`llm/reading.py`). Secrets are what the
-redaction would remove; placeholders of other tools' scrubbers are not secrets.
+`aggregator cassette` prints what these functions return. Model and tokens are read from our own facts or from the
+provider's fields (`llm/reading.py`). Secrets are what the redaction would remove; placeholders of other tools'
+scrubbers are not secrets. The account of the last pytest run is in the cache that the plugin writes.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
 
 import msgspec
-from msgspec import Struct
+from msgspec import DecodeError, Struct, ValidationError
+from msgspec.json import decode
 
+from aggregator.agents.code import plain_source
 from aggregator.cassettes.credentials import (
     SHORTEST,
     Needles,
@@ -23,10 +31,14 @@ from aggregator.cassettes.credentials import (
     is_worth_finding,
     needles_of,
 )
-from aggregator.cassettes.exchanges import Exchange, Row, exchange_id
-from aggregator.cassettes.matching import decode_json
+from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
+from aggregator.cassettes.journal import is_open_journal
+from aggregator.cassettes.locking import FileLock
+from aggregator.cassettes.matching import decode_json, raw_key
 from aggregator.cassettes.redaction import SECRET_HEADERS, hides_parameter_always, is_kept, redact_cookies, removed_from
 from aggregator.cassettes.secrets import query_edits, secret_edits
+from aggregator.cassettes.storage import GZIP, followed, read
+from aggregator.errors import CassetteError, ConfigError
 from aggregator.llm.reading import is_figure, read_model, read_usage
 from aggregator.text import clip, json_changes
 
@@ -72,9 +84,9 @@ def _header_lines(headers: Mapping[str, str]) -> list[str]:
 
 def value_of(body: bytes) -> Any:
     """Return a body as JSON, else as text, else as the bytes that it is."""
-    for decode in (decode_json, bytes.decode):
+    for reading in (decode_json, bytes.decode):
         try:
-            return decode(body)
+            return reading(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return body
@@ -214,3 +226,248 @@ def _is_secret(name: str, value: str, needles: Needles) -> bool:
         return False
     is_named = lower in SECRET_HEADERS or (is_secret_parameter(lower) and not is_kept(lower))
     return is_named or _are_secret(_removed_from_text(value, needles))
+
+
+# ---- what recorded cassettes hold
+
+SUFFIXES = frozenset({".yaml", ".yml", ".json", ".har", ".gz"})
+_SHARD = re.compile(r"(.*)\.[0-9a-f]{12}\.\d{4}")
+_CASSETTE = re.compile(
+    rb"""(?:^|[{,])\s*["']?(?:http_)?interactions["']?\s*:|^# aggregator-cassette|^- \{?"?request"?:"""
+    rb"""|^\s*\{\s*"log"\s*:\s*\{|"scope"\s*:\s*"https?:|"RequestUri"\s*:""",
+    re.MULTILINE,
+)
+_HEAD = 4_096
+
+
+def find_cassettes(paths: Iterable[Path]) -> list[Path]:
+    """Return the cassettes that files and folders name; a cassette's further shards belong to its first.
+
+    Other files in a folder are skipped. Raises ConfigError for a path that is not there.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files = (file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file())
+            found += (file for file in files if _is_first(file) and _looks_like_cassette(file))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ConfigError(f"Expected a cassette or a folder of them, got {str(path)!r}, which is not there")
+    return list(dict.fromkeys(found))
+
+
+def _is_first(path: Path) -> bool:
+    """Return True if a file is a cassette's first shard, or one whose first shard is missing, which is reported."""
+    shard = _SHARD.fullmatch(path.stem)
+    return shard is None or not path.with_name(f"{shard[1]}{path.suffix}").exists()
+
+
+def _looks_like_cassette(path: Path) -> bool:
+    """Return True if a file begins as a cassette does, or begins with nothing."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:  # reported where it is read
+        return True
+    if head.startswith(GZIP):
+        head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
+    return not head.strip() or bool(_CASSETTE.search(head.removeprefix(b"\xef\xbb\xbf")))
+
+
+class Totals(Struct, frozen=True, kw_only=True):
+    """Sums over exchanges. Tokens and cost are sums of what is known; `unknown` counts answers without figures."""
+
+    exchanges: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    unknown: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+
+def totals_of(exchange: Exchange) -> Totals:
+    """Return one exchange as totals; an error status or no answer at all counts as failed."""
+    usage = usage_of(exchange)
+    return Totals(
+        exchanges=1,
+        failed=int(exchange.facts.error is not None or not 200 <= exchange.reply.status < 400),
+        input_tokens=int(usage.get("input_tokens", 0)),
+        output_tokens=int(usage.get("output_tokens", 0)),
+        cost=usage.get("cost", 0.0),
+        seconds=exchange.facts.ms / 1e3,
+        unknown=int(not usage),
+    )
+
+
+def tally(exchanges: Iterable[Exchange]) -> dict[tuple[str, str], Totals]:
+    """Return the totals of each (role, model), in their order."""
+    sums: dict[tuple[str, str], Totals] = {}
+    for exchange in exchanges:
+        group = (exchange.facts.role, model_of(exchange))
+        sums[group] = sums.get(group, Totals()) + totals_of(exchange)
+    return dict(sorted(sums.items()))
+
+
+def too_old(exchange: Exchange, now: datetime, limit: timedelta) -> str | None:
+    """Say since when an exchange is too old; None for a fresh one. One of unknown age is not fresh."""
+    try:
+        recorded = datetime.fromisoformat(exchange.facts.at)
+    except ValueError:
+        return "recorded at an unknown time"
+    recorded = recorded if recorded.tzinfo else recorded.replace(tzinfo=UTC)
+    return f"recorded {(now - recorded).days} days ago" if now - recorded > limit else None
+
+
+def check(recording: Recording, *, needles: Needles, now: datetime, max_age: timedelta | None) -> list[str]:
+    """Return what is wrong with a cassette that could be read; the problems of an exchange name it."""
+    problems = [*recording.findings]
+    if recording.state == "open" and not problems:
+        problems.append("not closed: its recording was killed or still runs; record again to take it up")
+    for row in recording.rows:
+        exchange = row.exchange()
+        key = raw_key(exchange.request.method, exchange.request.url, exchange.request.body)
+        if row.facts.key != key or not line_is_whole(row.line):
+            problems.append(f"{exchange_id(row)}: its key or its hash is not its own; it was edited: record again")
+        if places := secrets_in(exchange, needles):
+            problems.append(f"{exchange_id(row)}: a secret in {', '.join(places)}; revoke it, then record again")
+        if max_age is not None and (age := too_old(exchange, now, max_age)):
+            problems.append(f"{exchange_id(row)}: {age}; record again")
+    return problems
+
+
+def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:
+    """Return what no test plays: `unplayed` of a cassette that tests opened, all of one that none did (None)."""
+    if unplayed is None:
+        return ["no test plays it; delete it, or run its tests"]
+    return [f"{name}: no test plays it" for row in recording.rows if (name := exchange_id(row)) in unplayed]
+
+
+def suggested_code(recording: Recording) -> dict[str, str]:
+    """Return the code that recorded suggestions hold: sha256 of the source -> parameter and exchange that has it first.
+
+    A replay lets it run in this process only with `cassette(..., code=...)`.
+    """
+    from aggregator.agents.code import source_digest
+    from aggregator.errors import SuggestionError
+    from aggregator.training.replies import parse_reply
+
+    found: dict[str, str] = {}
+    for row in recording.rows:
+        exchange = row.exchange()
+        for text in _texts(exchange.reply.body):
+            if "def " not in text or "suggestion" not in text.lower():
+                continue
+            try:
+                suggestion = parse_reply(text).suggestion or {}
+            except SuggestionError:
+                continue
+            for name, value in suggestion.items():
+                if isinstance(value, str) and _is_function(value):
+                    found.setdefault(source_digest(value), f"{name} in {exchange_id(row)}")
+    return found
+
+
+def _texts(body: bytes) -> Iterator[str]:
+    """Yield the texts in an answer; those of a stream joined."""
+    if body.lstrip().startswith((b"data:", b"event:", b":")):
+        lines = (line[5:].strip() for line in body.splitlines() if line.startswith(b"data:"))
+        yield "".join(text for line in lines for text in _strings(value_of(line)))
+    else:
+        yield from _strings(value_of(body))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+def _is_function(text: str) -> bool:
+    try:
+        body = ast.parse(plain_source(text)).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return len(body) == 1 and isinstance(body[0], ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def read_cassette(path: Path, *, redact: bool = True) -> Recording:
+    """Return what a cassette holds; raises ConfigError without one, CassetteError where it cannot be read."""
+    file = followed(path) if path.is_file() else path  # a pipe's link leads nowhere
+    recording = None if path.is_dir() else read(file, redact=redact)
+    if recording is None:
+        there = "which is a folder" if path.is_dir() else "which is not there"
+        raise ConfigError(f"Expected a cassette, got {str(path)!r}, {there}")
+    return recording
+
+
+def readable(paths: Iterable[Path], problems: list[str], *, redact: bool = True) -> Iterator[tuple[Path, Recording]]:
+    """Yield the cassettes that can be read, and add to the problems why another cannot."""
+    for path in paths:
+        try:
+            recording = read_cassette(path, redact=redact)
+        except CassetteError as error:
+            problems.append(str(error))
+            continue
+        yield path, recording
+
+
+@contextmanager
+def rewriting(path: Path) -> Iterator[None]:
+    """Keep recordings away from a file while it is rewritten.
+
+    Raises CassetteLockedError where one is going on, CassetteError where one was killed and would be taken up.
+    """
+    path = followed(path)
+    lock = FileLock(path)
+    try:
+        if path.is_file() and path.stat().st_size and is_open_journal(path.read_bytes()):
+            raise CassetteError(
+                f"Expected a finished cassette to rewrite, got a recording that was not finished ({path}); "
+                'finish it: run it again with mode="once"; or convert it to another file'
+            )
+        yield
+    finally:
+        lock.release()
+
+
+class Played(Struct, frozen=True):
+    """What every test that opened a cassette left; `complete` says that all of these tests ran in whole and passed."""
+
+    unplayed: frozenset[str]
+    complete: bool = True
+
+
+class _Test(Struct, frozen=True):
+    path: str
+    unplayed: frozenset[str]
+    complete: bool = True
+
+
+def played(cache: Path) -> dict[Path, Played]:
+    """Return the account of each cassette that a test opened; raises ConfigError if none can be read."""
+    file = cache / "v" / "aggregator" / "cassettes"
+    remedy = "run pytest with the plugin first, or name its cache: --pytest-cache DIR"
+    try:
+        run = decode(file.read_bytes(), type=dict[str, _Test])
+    except FileNotFoundError as error:
+        raise ConfigError(f"Expected the account of a pytest run in {file}, got none; {remedy}") from error
+    except (DecodeError, ValidationError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"Expected the account of a pytest run in {file}, got {error}; {remedy}") from error
+    found: dict[Path, Played] = {}
+    for test in run.values():
+        path = Path(test.path).resolve()
+        before = found.get(path, Played(test.unplayed))
+        found[path] = Played(before.unplayed & test.unplayed, before.complete and test.complete)
+    return found
+
+
+def passed_over(path: Path) -> str:
+    """Explain why a cassette is skipped: its tests did not all run and pass."""
+    return f"{path}: passed over: a test that plays it did not pass or did not run in whole; run its tests again"

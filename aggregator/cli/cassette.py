@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aggregator.cassettes.exchanges import Row
-    from aggregator.cli._inspection import Totals
+    from aggregator.cli._exchanges import Totals
 
 CACHE = Path(".pytest_cache")
 FAILED = 1
@@ -89,8 +89,7 @@ def _show_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def list_cassettes(options: argparse.Namespace) -> int:
     """Print one line a cassette."""
-    from aggregator.cli._exchanges import model_of
-    from aggregator.cli._inspection import find_cassettes, readable
+    from aggregator.cli._exchanges import find_cassettes, model_of, readable
     from aggregator.text import columns, show_count, show_size
 
     problems: list[str] = []
@@ -118,8 +117,7 @@ def list_cassettes(options: argparse.Namespace) -> int:
 
 def show_cassette(options: argparse.Namespace) -> int:
     """Print one line an exchange, or one exchange in full."""
-    from aggregator.cli._exchanges import model_of, render, usage_of
-    from aggregator.cli._inspection import read_cassette
+    from aggregator.cli._exchanges import model_of, read_cassette, render, usage_of
     from aggregator.errors import ConfigError
     from aggregator.text import columns, printable
 
@@ -146,7 +144,7 @@ def show_cassette(options: argparse.Namespace) -> int:
 
 def print_stats(options: argparse.Namespace) -> int:
     """Print totals by role and model, of all cassettes or of each."""
-    from aggregator.cli._inspection import find_cassettes, readable, tally
+    from aggregator.cli._exchanges import find_cassettes, readable, tally
 
     problems: list[str] = []
     recordings = readable(find_cassettes(options.paths), problems)
@@ -161,7 +159,7 @@ def print_stats(options: argparse.Namespace) -> int:
 
 
 def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
-    from aggregator.cli._inspection import Totals
+    from aggregator.cli._exchanges import Totals
     from aggregator.text import columns, show_count
 
     def line(role: str, model: str, totals: Totals) -> list[str]:
@@ -179,8 +177,7 @@ def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
 
 def print_difference(options: argparse.Namespace) -> int:
     """Print how two cassettes differ, like diff: 0 for the same, 1 otherwise."""
-    from aggregator.cli._exchanges import difference
-    from aggregator.cli._inspection import read_cassette
+    from aggregator.cli._exchanges import difference, read_cassette
     from aggregator.text import printable
 
     found = difference(read_cassette(options.before).rows, read_cassette(options.after).rows)
@@ -202,8 +199,16 @@ def check_cassettes(options: argparse.Namespace) -> int:
     import os
     from datetime import UTC, datetime, timedelta
 
-    from aggregator.cli._exchanges import needles_from
-    from aggregator.cli._inspection import check, find_cassettes, orphans, passed_over, played, readable, suggested_code
+    from aggregator.cli._exchanges import (
+        check,
+        find_cassettes,
+        needles_from,
+        orphans,
+        passed_over,
+        played,
+        readable,
+        suggested_code,
+    )
     from aggregator.text import printable, show_count
 
     limit = None if options.max_age is None else timedelta(days=options.max_age)
@@ -242,7 +247,7 @@ def prune_cassettes(options: argparse.Namespace) -> int:
     from datetime import UTC, datetime, timedelta
 
     from aggregator.cassettes.exchanges import exchange_id
-    from aggregator.cli._inspection import Played, find_cassettes, passed_over, played, too_old
+    from aggregator.cli._exchanges import Played, find_cassettes, passed_over, played, too_old
     from aggregator.errors import CassetteError, ConfigError
 
     if not (options.unplayed or options.lineage or options.older_than is not None):
@@ -275,7 +280,7 @@ def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> Non
     from contextlib import nullcontext
 
     from aggregator.cassettes.storage import save
-    from aggregator.cli._inspection import read_cassette, rewriting
+    from aggregator.cli._exchanges import read_cassette, rewriting
     from aggregator.text import show_count
 
     with nullcontext() if dry_run else rewriting(path):
@@ -293,7 +298,7 @@ def accept_cassettes(options: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
     from aggregator.cassettes.storage import followed, read_edited, save
-    from aggregator.cli._inspection import find_cassettes, rewriting
+    from aggregator.cli._exchanges import find_cassettes, rewriting
     from aggregator.errors import CassetteError
     from aggregator.text import show_count
 
@@ -316,7 +321,7 @@ def accept_cassettes(options: argparse.Namespace) -> int:
 def convert_cassette(options: argparse.Namespace) -> int:
     """Read a cassette of any layout or of vcrpy's, and write it in ours."""
     from aggregator.cassettes.storage import save
-    from aggregator.cli._inspection import read_cassette, rewriting
+    from aggregator.cli._exchanges import read_cassette, rewriting
     from aggregator.errors import ConfigError
     from aggregator.text import show_count
 

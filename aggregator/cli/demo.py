@@ -27,9 +27,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print its summary; returns the exit code."""
-    from aggregator.demo.run import Settings, train_demo
-    from aggregator.demo.summary import summary
-    from aggregator.observing.console import ProgressBar
+    from aggregator.demo.run import Settings, summary, train_demo
+    from aggregator.observing.observer import ProgressBar
 
     settings = Settings(
         seed=options.seed,

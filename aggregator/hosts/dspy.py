@@ -1,28 +1,223 @@
-"""Our algorithm as an optimizer of DSPy's: `AggregatedUpdate(metric, model=llm).compile(program, trainset=rows)`.
+"""Our algorithm as an optimizer of DSPy's, and our models for its programs.
 
-It is `optimize` on a copy of the program: the same arguments and the same seed give the same proposals, and the same
-program. `lm` is a model of ours for DSPy's programs (`aggregator.hosts.dspy_engine`).
+    AggregatedUpdate(metric, model=llm).compile(program, trainset=rows)
+    dspy.configure(lm=lm("openai/gpt-4o-mini"))
+
+The optimizer is `optimize` on a copy of the program: the same arguments and the same seed give the same proposals, and
+the same program. What a program asks through `lm` has our budget, cassettes, limits and lineage, in threads and in
+async code, streamed or not. DSPy's cache and its retries are off: the client retries by itself, and a cassette must see
+every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from pathlib import Path
-from typing import Any, Literal
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, Literal, Self
 
 import dspy
 from dspy.teleprompt import Teleprompter
 
+from aggregator import errors, portal
 from aggregator.adapters.dspy import DspyAgent
+from aggregator.adapters.frameworks import require_version
+from aggregator.cassettes.lineage import adopted
 from aggregator.errors import ConfigError
-from aggregator.hosts.dspy_engine import AsyncEngine, Engine, lm
 from aggregator.llm.budget import Budget
-from aggregator.records import TrainingResult
+from aggregator.llm.client import LLM
+from aggregator.llm.models import as_model
+from aggregator.records import Completion, TrainingResult
 from aggregator.training.optimize import optimize
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
 
+# ---- our models as DSPy's
+
+require_version("dspy", "3.4", "3.6")
+lm15: Any = dspy.lm15
+_OPTIONS = ("temperature", "top_p", "seed", "stop", "response_format", "tools", "tool_choice")  # others are `extra`
+
+_ERRORS: dict[type[Exception], Any] = {  # the more special class first
+    errors.ContextLengthError: lm15.ContextLengthError,
+    errors.BadRequestError: lm15.InvalidRequestError,
+    errors.AuthenticationError: lm15.AuthError,
+    errors.PermissionDeniedError: lm15.AuthError,
+    errors.NotFoundError: lm15.UnsupportedModelError,
+    errors.QuotaError: lm15.BillingError,
+    errors.RateLimitError: lm15.RateLimitError,
+    errors.ServerError: lm15.ServerError,
+    errors.APITimeoutError: lm15.TimeoutError,
+    errors.APIConnectionError: lm15.TransportError,
+}
+
+
+def lm(model: Any = None, **options: Any) -> Any:
+    """Return a `dspy.LM` whose calls `model` answers.
+
+    `model` is what `as_model` takes, None the default model. `options` are those of `dspy.LM` for its requests
+    (temperature, max_tokens, ...).
+    """
+    asked = as_model(model)
+    engines = {"engine": Engine(asked), "async_engine": AsyncEngine(asked)}
+    name = str(getattr(asked, "model", None) or type(asked).__name__)
+    return dspy.LM(name, **{"cache": False, "num_retries": 0, **options, **engines})
+
+
+class _Engine:
+    """What the engines share: how a request is asked, and how they are saved."""
+
+    def __init__(self, model: Any = None) -> None:
+        self.model = as_model(model)
+
+    def dump_state(self) -> dict[str, Any]:
+        """Return the client's settings for a saved program; raises ConfigError if an argument holds a secret.
+
+        A budget and other arguments that cannot be written are to be given again.
+        """
+        if not isinstance(self.model, LLM):
+            raise ConfigError(
+                f"Expected an LLM behind a program that is saved, got {self.model!r}; set the program's lm to None "
+                "before it is saved, and again after it was loaded"
+            )
+        _, (_, settings), *_ = self.model.__reduce__()
+        try:
+            return dict(json.loads(json.dumps({name: one for name, one in settings.items() if one is not None})))
+        except TypeError as error:
+            raise ConfigError(f"Expected settings of {self.model!r} that JSON can carry, got {error}") from None
+
+    @classmethod
+    def load_state(cls, state: Mapping[str, Any]) -> Self:
+        """Make an engine of what `dump_state` returned."""
+        return cls(LLM(**state))
+
+    async def _ask(self, request: Any) -> Any:
+        messages, options = _question(request)
+        try:
+            completion = await self.model.complete(messages, **options)
+        except errors.LLMError as error:
+            raise _projected(error) from error
+        return _response(completion, request)
+
+    async def _events(self, request: Any) -> AsyncIterator[Any]:
+        """Yield lm15's events: the text as it comes, then whatever else the answer holds."""
+        stream = getattr(self.model, "stream", None)
+        if stream is None or request.config.response_format:
+            for event in lm15.response_to_events(await self._ask(request)):
+                yield event
+            return
+        messages, options = _question(request)
+        yield lm15.StreamStartEvent(id=None, model=request.model)
+        try:
+            answer = stream(messages, **options)
+            async for text in answer:
+                yield lm15.StreamDeltaEvent(lm15.TextDelta(text=text))
+        except errors.LLMError as error:
+            raise _projected(error) from error
+        for event in lm15.response_to_events(_response(answer.completion, request)):
+            if (event.delta.type if event.type == "delta" else event.type) not in {"start", "text", "thinking"}:
+                yield event
+
+
+class Engine(_Engine):
+    """A model for DSPy's synchronous programs."""
+
+    def complete(self, request: Any) -> Any:
+        """Answer a request of lm15's."""
+        with adopted():
+            return portal.call(self._ask, request)
+
+    def stream(self, request: Any) -> Iterator[Any]:
+        """Yield the events of an answer as they come; one that is left early ends its request."""
+        events, left = SimpleQueue[Any](), Event()
+
+        async def read() -> None:
+            async for event in self._events(request):
+                events.put(event)
+                if left.is_set():
+                    return
+
+        def work() -> None:
+            try:
+                with adopted():
+                    portal.call(read)
+            except BaseException as error:  # noqa: BLE001 - raised where the events are read
+                events.put(error)
+            events.put(None)
+
+        Thread(target=copy_context().run, args=(work,), name="aggregator-stream", daemon=True).start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            left.set()
+
+    def close(self) -> None:
+        """Do nothing: connections end with their loop."""
+
+
+class AsyncEngine(_Engine):
+    """A model for DSPy's async programs."""
+
+    async def complete(self, request: Any) -> Any:
+        """Answer a request of lm15's."""
+        return await self._ask(request)
+
+    def stream(self, request: Any) -> AsyncIterator[Any]:
+        """Yield the events of an answer as they come."""
+        return self._events(request)
+
+    async def aclose(self) -> None:
+        """Do nothing: connections end with their loop."""
+
+
+def _question(request: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the messages and options of a request, laid out for Chat Completions by lm15 itself."""
+    body = json.loads(lm15.OpenAIChatLM(api_key="unused").build_request(request, stream=False).body)
+    body.pop("model")
+    messages = body.pop("messages")
+    limit = body.pop("max_completion_tokens", None) or body.pop("max_tokens", None)
+    options = {name: body.pop(name) for name in _OPTIONS if name in body} | ({"max_tokens": limit} if limit else {})
+    return messages, options | ({"extra": body} if body else {})
+
+
+def _response(completion: Completion, request: Any) -> Any:
+    """Return an answer as lm15's, read by lm15 from the shape of Chat Completions."""
+    choice, usage = completion.choices[0], completion.usage
+    said: dict[str, Any] = {"role": "assistant", "content": choice.message.content}
+    said |= {"reasoning_content": choice.message.reasoning} if choice.message.reasoning else {}
+    if choice.message.tool_calls:
+        said["tool_calls"] = [
+            {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
+            for one in choice.message.tool_calls
+        ]
+    counts = {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens}
+    body = {
+        "id": completion.id or "aggregator",
+        "model": completion.model or request.model,
+        "choices": [{"index": 0, "message": said, "finish_reason": choice.finish_reason}],
+        "usage": {name: count for name, count in counts.items() if count is not None},
+    }
+    return lm15.response_from_openai_chat(body, response_format=request.config.response_format)
+
+
+def _projected(error: errors.LLMError) -> Exception:
+    """Return an error as lm15's; DSPy knows what to do with it, and the adapter finds ours behind it."""
+    for ours, theirs in _ERRORS.items():
+        if isinstance(error, ours):
+            return theirs(error.message, status=error.status, request_id=error.request_id)  # type: ignore[no-any-return]
+    return error
+
+
 __all__ = ["AggregatedUpdate", "AsyncEngine", "Engine", "lm"]
+
+
+# ---- our algorithm as an optimizer
 
 
 class AggregatedUpdate(Teleprompter):

@@ -21,7 +21,7 @@ from pydantic_ai.settings import ModelSettings
 from pydantic_ai.usage import RequestUsage
 
 from aggregator.adapters.frameworks import require_version
-from aggregator.adapters.pydantic_ai_chat import chat_of
+from aggregator.adapters.pydantic_ai import chat_of
 from aggregator.errors import ConfigError
 from aggregator.llm.client import LLM
 from aggregator.llm.models import as_model

@@ -9,19 +9,15 @@ from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.observing.configuring": ("configure_logging",),
-    "aggregator.observing.console": (
-        "ConsoleLogger",
-        "ProgressBar",
-    ),
     "aggregator.observing.observer": (
+        "ConsoleLogger",
         "LoggingObserver",
         "Observer",
-        "as_observer",
-        "from_logger",
-    ),
-    "aggregator.observing.trackers": (
+        "ProgressBar",
         "TensorBoardLogger",
         "WandbLogger",
+        "as_observer",
+        "from_logger",
     ),
 }
 

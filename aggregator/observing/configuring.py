@@ -19,8 +19,7 @@ from msgspec import to_builtins
 from aggregator.errors import ConfigError
 from aggregator.files import make_folder, open_file
 from aggregator.llm.ledger import total
-from aggregator.observing.console import shows_colors
-from aggregator.observing.observer import Observer
+from aggregator.observing.observer import Observer, shows_colors
 from aggregator.records import Evaluation, RunInfo, StepReport, TrainingResult, Usage
 
 Format = Literal["console", "json"]

@@ -1,4 +1,4 @@
-"""The Observer: one method per event of a run, and the doors that make one of less.
+"""The Observer: one method per event of a run, the doors that make one of less, and observers to use as they are.
 
     started       once, before the first call: what the run is about to do
     rollout       after each rollout of the run, those of evaluations included, in the order in which they end
@@ -10,20 +10,31 @@
 Everything but `rollout` arrives in the order of the run. Methods may be sync or async; they run on the event loop of
 the run, one observer after the other, so a slow one delays the run. An observer that raises ends the run: `train`
 raises its error with a note that names the observer, and every finished step is kept.
+
+`ConsoleLogger` and `ProgressBar` are for terminals and notebooks, `TensorBoardLogger` and `WandbLogger` for experiment
+trackers: numbers become curves, everything else text; unknown values are left out. A tracker's package is imported when
+the observer is made. Each has Trace's `log` too, so it can be given as `logger=` or in `observers=[...]`.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from inspect import isawaitable
-from typing import Any, Literal
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
+
+import msgspec
+from tqdm import tqdm
 
 from aggregator.checks import accepts, check_count
 from aggregator.errors import ConfigError
 from aggregator.llm.ledger import total, total_by_role
 from aggregator.protocols import Logger
-from aggregator.records import Evaluation, Failure, FullStepReport, Rollout, RunInfo, TrainingResult, Usage
-from aggregator.text import shorten
+from aggregator.records import Evaluation, Failure, FullStepReport, Rollout, RunInfo, StepReport, TrainingResult, Usage
+from aggregator.text import readable, shorten
 
 Event = Literal["started", "rollout", "evaluation", "validation", "step", "finished", "failed"]
 EVENTS: tuple[Event, ...] = ("started", "rollout", "evaluation", "validation", "step", "finished", "failed")
@@ -244,3 +255,226 @@ async def notify_failed(observers: Sequence[Observer], error: BaseException) -> 
             await notify([observer], "failed", error)
         except Exception as another:  # noqa: BLE001 - the error that ends the run is the one to raise
             error.add_note("\n".join((f"{type(another).__name__}: {another}", *another.__notes__)))
+
+
+# ---- experiment trackers
+
+
+class TensorBoardLogger(LoggingObserver):
+    """Writes what is logged as TensorBoard events into `log_dir`, through tensorboardX, which needs no torch.
+
+    `writer` is an existing SummaryWriter instead, such as torch's. Close the logger, or use it in a `with` block, so
+    that everything is on disk; an existing writer stays open.
+    """
+
+    def __init__(self, log_dir: str | Path | None = None, *, writer: Any = None) -> None:
+        if (log_dir is None) == (writer is None):
+            raise ConfigError(f"Expected a log_dir or a writer, got log_dir={log_dir!r} and writer={writer!r}")
+        self._own = writer is None
+        self.writer = _summary_writer(log_dir) if writer is None else writer
+
+    def started(self, info: RunInfo, /) -> None:
+        """Write what the run is about to do as the text "Run"."""
+        super().started(info)
+        self.log("Run", msgspec.to_builtins(info, enc_hook=repr), info.finished_steps)
+
+    def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
+        """Write one named value of one step."""
+        key, value = entry(name, data, kwargs.get("sample"))
+        if isinstance(value, float):
+            self.writer.add_scalar(key, value, step)
+        elif value is not None:
+            self.writer.add_text(key, _as_markdown(value), step)
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        if self._own:
+            self.writer.close()
+        else:
+            self.writer.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class WandbLogger(LoggingObserver):
+    """Logs to a run of Weights & Biases: one that `wandb.init(...)` returned, by default the current or a new one.
+
+    It does not finish that run: use `with wandb.init(project="router") as run:`.
+    """
+
+    def __init__(self, run: Any = None) -> None:
+        self.run = _present_run() if run is None else run
+        if not callable(getattr(self.run, "log", None)):
+            raise ConfigError(f"Expected a run, as wandb.init(project=...) returns it, got {run!r}")
+
+    def started(self, info: RunInfo, /) -> None:
+        """Add what the run is about to do to the configuration of the W&B run."""
+        super().started(info)
+        config = getattr(self.run, "config", None)
+        if config is not None:
+            config.update(msgspec.to_builtins(info, enc_hook=repr), allow_val_change=True)
+
+    def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
+        """Log one named value of one step."""
+        key, value = entry(name, data, kwargs.get("sample"))
+        if value is not None:
+            self.run.log({key: value}, step=step)
+
+
+def entry(name: str, data: Any, sample: int | None = None) -> tuple[str, float | str | None]:
+    """Return a tracker's key for a name, and the value as a number or text; None for an unknown value.
+
+    >>> entry("Average test score", 1), entry("Parameter: rule", ["a"]), entry("Output", None, sample=3)
+    (('Average_test_score', 1.0), ('Parameter/rule', '["a"]'), ('Output/sample_3', None))
+    """
+    key = name.replace(": ", "/").replace(" ", "_") + ("" if sample is None else f"/sample_{sample}")
+    if data is None or isinstance(data, str):
+        return key, data
+    if isinstance(data, bool | int | float):
+        try:
+            return key, float(data)
+        except OverflowError:
+            return key, str(data)
+    return key, msgspec.json.encode(data, enc_hook=repr, order="deterministic").decode()
+
+
+def _as_markdown(text: str) -> str:
+    """Indent text as a code block: TensorBoard renders Markdown, and a prompt's lines should stay lines."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _summary_writer(log_dir: Any) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"Expected tensorboardX for TensorBoardLogger, got {error}; pip install 'aggregated-update[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(log_dir))
+
+
+def _present_run() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"Expected wandb for WandbLogger, got {error}; pip install 'aggregated-update[wandb]'"
+        ) from error
+    return wandb.run or wandb.init()
+
+
+# ---- terminals and notebooks
+
+_COLORS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "white": 37}
+
+
+class ConsoleLogger(LoggingObserver):
+    """Writes `[step 3] name: value` to a stream, standard output by default.
+
+    It is an observer and has Trace's `log`, so `observers=[ConsoleLogger()]` and `logger=ConsoleLogger()` both work.
+    `color` paints a line if the stream shows colors.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
+        """Write one named value of one step; `color` is red, green, yellow, blue, magenta, cyan or white."""
+        stream = self._stream or sys.stdout
+        line = f"[step {step}] {name}: {readable(data)}"
+        stream.write(painted(line, kwargs.get("color"), stream) + "\n")
+
+
+def painted(text: str, color: str | None, stream: TextIO) -> str:
+    """Return the text in a color if the stream shows colors, else as it is."""
+    code = _COLORS.get(color or "")
+    return f"\x1b[{code}m{text}\x1b[0m" if code and shows_colors(stream) else text
+
+
+def shows_colors(stream: TextIO) -> bool:
+    """Return True for a terminal that is not dumb. FORCE_COLOR and NO_COLOR (no-color.org) decide first."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+_FORMAT = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
+"""The time comes last: what does not fit into a narrow terminal is cut off there."""
+
+
+class ProgressBar(Observer):
+    """Shows epoch, step, score and calls, one tick per step. The calls include those of evaluations.
+
+    In a terminal or a notebook it is one line that redraws itself, elsewhere one plain line per step. `stream` is
+    standard error by default, `name` the word in front.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None, name: str = "train") -> None:
+        self._stream = stream or sys.stderr
+        self._name = name
+        self._steps = 0
+        self._done = 0
+        self._calls = 0
+        self._bar: tqdm[Any] | None = None
+
+    def started(self, info: RunInfo, /) -> None:
+        """Draw the empty bar. That of a resumed run begins at the steps that were done before."""
+        self.close()
+        self._steps, self._done = info.steps, info.finished_steps
+        self._calls = total(info.usage.values()).calls
+        if redraws(self._stream):
+            self._bar = tqdm(
+                total=self._steps,
+                initial=self._done,
+                desc=self._name,
+                file=self._stream,
+                bar_format=_FORMAT,
+                dynamic_ncols=True,
+            )
+
+    def evaluation(self, evaluation: Evaluation, /) -> None:
+        """Count its calls."""
+        self._calls += total(evaluation.usage.values()).calls
+
+    validation = evaluation
+
+    def step(self, report: StepReport, /) -> None:
+        """Tick."""
+        self._done += 1
+        self._calls += total(report.usage.values()).calls
+        test = "" if report.test_score is None else f"  test {readable(report.test_score)}"
+        facts = f"epoch {report.epoch + 1}  score {readable(report.score)}{test}  calls {self._calls}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(facts, refresh=False)
+            self._bar.update()
+            return
+        steps = f"/{self._steps}" if self._steps else ""
+        self._stream.write(f"{self._name} step {self._done}{steps}  {facts}\n")
+        self._stream.flush()
+
+    def finished(self, result: TrainingResult, /) -> None:
+        """End the bar's line."""
+        self.close()
+
+    def failed(self, error: BaseException, /) -> None:
+        """End the bar's line, so that the next output begins on a new line."""
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, if there is one."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
+
+
+def redraws(stream: TextIO | None) -> bool:
+    """Return True if a line on this stream can be redrawn: in a terminal, or as the output of a notebook's cell."""
+    return stream is not None and (stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel")

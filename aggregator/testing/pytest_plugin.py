@@ -6,6 +6,13 @@
 
 Inactive unless a test has the mark: until then nothing but pytest is imported. Its options and fixtures have names of
 their own, so that it can be used together with pytest-recording.
+
+The accounts of what each test played are in pytest's cache:
+
+    {"tests/test_router.py::test_plain": {"path": "...yaml", "unplayed": ["- #0.0 9f86d081884c"], "complete": true}}
+
+An account is complete if its test passed: only then are unplayed exchanges ones that the test no longer needs. A run
+of some tests keeps the accounts of the others. `aggregator cassette` reads them.
 """
 
 from __future__ import annotations
@@ -17,22 +24,229 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aggregator.testing.marks import (
-    MODES,
-    UNPLAYED,
-    Accounts,
-    Ledger,
-    cassette_path,
-    mark_arguments,
-    resolve_settings,
-    summary,
-    unfinished,
-)
-
 if TYPE_CHECKING:
     from aggregator.cassettes.tape import Tape
     from aggregator.errors import CassetteError
     from aggregator.testing.taping import Taping
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+# ---- marks, settings, and the accounts of what each test played
+
+# Marks and settings
+
+MODES = ("none", "once", "new_episodes", "all")
+OPTIONS = (
+    *("clients", "lineage", "latency", "ignore", "match_on", "allow_playback_repeats", "ignore_hosts"),
+    *("ignore_localhost", "before_record_request", "before_record_response", "redact", "keep", "keep_headers", "code"),
+)
+"""Arguments of the mark that are those of `cassette(...)`."""
+ARGUMENTS = ("mode", *OPTIONS, "unplayed", "allowed_hosts")
+UNPLAYED = ("ignore", "report", "error")
+MAX_NAME = 120
+MAX_BYTES = 200  # file systems take 255, and `.new`, `.lock` or a shard's number is appended
+
+
+def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
+    """Return the arguments of a test's marks, those of the closest mark first; None without a mark."""
+    found: dict[str, Any] = {"name": None}
+    marks = _closest_first(item)
+    for mark in reversed(marks):
+        unknown = set(mark.kwargs) - {*ARGUMENTS, "name"}
+        if unknown or len(mark.args) > 1:
+            raise pytest.UsageError(
+                f"Expected @pytest.mark.cassette(name, {', '.join(ARGUMENTS)}), got {mark.args} {mark.kwargs} "
+                f"- at {item.nodeid}"
+            )
+        found.update(mark.kwargs, **({"name": mark.args[0]} if mark.args else {}))
+    _check_kinds(found, item)
+    return found if marks else None
+
+
+def _closest_first(item: pytest.Item) -> list[pytest.Mark]:
+    """Return the marks in pytest's order, but those of a `pytest.param` before its function's."""
+    marks = list(item.iter_markers("cassette"))
+    call = getattr(item, "callspec", None)
+    given = [mark for mark in getattr(call, "marks", ()) if mark.name == "cassette"]
+    return [*given, *(mark for mark in marks if not any(mark is one for one in given))]
+
+
+def _check_kinds(arguments: dict[str, Any], item: pytest.Item) -> None:
+    name = arguments["name"]
+    if name is not None and not (isinstance(name, str) and name):
+        raise pytest.UsageError(f"Expected a cassette's name as text, got {name!r} - at {item.nodeid}")
+    for argument in ("clients", "allowed_hosts", "ignore_hosts"):
+        is_none = argument == "ignore_hosts" and arguments.get(argument, ()) is None
+        if not is_none and not isinstance(arguments.get(argument, ()), Iterable):
+            raise pytest.UsageError(
+                f"Expected {argument} as text or a list of texts, got {arguments[argument]!r} - at {item.nodeid}"
+            )
+
+
+def resolve_settings(config: pytest.Config, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a test: command line, then mark, then ini file. In CI only the command line can record."""
+    in_ci = "none" if os.environ.get("CI") else None
+    mode = config.getoption("--cassette-mode") or in_ci or arguments.get("mode") or config.getini("cassette_mode")
+    unplayed = arguments.get("unplayed") or config.getini("cassette_unplayed")
+    if unplayed not in UNPLAYED:
+        raise pytest.UsageError(f"Expected unplayed to be one of {', '.join(UNPLAYED)}, got {unplayed!r}")
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    clients = options.get("clients", config.getini("cassette_clients"))
+    options["clients"] = "all" if list(clients) == ["all"] else clients if isinstance(clients, str) else tuple(clients)
+    hosts = options.get("ignore_hosts", ())
+    if hosts is not None:  # else nothing is ignored, not even by the ini file
+        options["ignore_hosts"] = [*config.getini("cassette_ignore_hosts"), *_as_list(hosts)]
+        options.setdefault("ignore_localhost", config.getini("cassette_ignore_localhost"))
+    return {
+        "mode": mode or "once",
+        "options": {**options, "private": not config.getini("cassette_shared")},
+        "unplayed": unplayed,
+        "allowed_hosts": [*config.getini("cassette_allowed_hosts"), *_as_list(arguments.get("allowed_hosts", ()))],
+    }
+
+
+def _as_list(hosts: str | Iterable[str]) -> list[str]:
+    return [hosts] if isinstance(hosts, str) else list(hosts)
+
+
+def cassette_path(item: pytest.Item, name: str | None) -> Path:
+    """Return a test's file. A name with a slash is shared by all modules, one without belongs to the test's module."""
+    root, folder = item.config.rootpath, str(item.config.getini("cassette_dir"))
+    module = item.path.with_suffix("")
+    if folder:
+        base = root / folder
+        inside = module.relative_to(root) if module.is_relative_to(root) else Path(module.name)
+    else:
+        base, inside = item.path.parent / "cassettes", Path(module.name)
+    if name is None:
+        owner = getattr(item, "cls", None)
+        name = _file_name(f"{owner.__name__}.{item.name}" if owner else item.name)
+    elif "/" in name:
+        inside = Path()
+    return base / inside / (name if name.endswith((".yaml", ".yml", ".json", ".gz")) else f"{name}.yaml")
+
+
+def _file_name(test: str) -> str:
+    """Return a test's name as a file name, as pytest-recording does, so that either can use the other's cassettes.
+
+    >>> _file_name("test_route[a/b]")
+    'test_route[a-b]'
+    """
+    safe = re.sub(r"""[<>?%*:|"'/\\]""", "-", test)
+    if len(safe) <= MAX_NAME and len(safe.encode()) <= MAX_BYTES:
+        return safe
+    return f"{safe.encode()[:MAX_NAME].decode(errors='ignore')}-{hashlib.sha256(test.encode()).hexdigest()[:12]}"
+
+
+# Accounts
+
+Account = dict[str, Any]
+Accounts = dict[str, Account]
+SHOWN = 3
+
+
+def unfinished(path: object) -> Account:
+    """Return the account of a test that did not finish, or that is unknown."""
+    return {"path": str(path), "unplayed": [], "complete": False}
+
+
+@dataclass
+class Ledger:
+    """What was collected in this session, and what its tests played."""
+
+    files: set[str] = field(default_factory=set)  # those that tests were collected from
+    marked: dict[str, str] = field(default_factory=dict)  # test -> its cassette; those left out by `-k` too
+    shared: dict[str, str] = field(default_factory=dict)  # test -> another one of the same default cassette
+    played: Accounts = field(default_factory=dict)
+    recorders: dict[Path, set[str]] = field(default_factory=dict)  # cassette -> tests that opened it to record
+
+    def collect(self, items: Iterable[pytest.Item]) -> None:
+        """Record the collected tests. An invalid mark raises when its test runs."""
+        unnamed: dict[str, str] = {}
+        for item in items:
+            self.files.add(_file_of(item.nodeid))
+            try:
+                arguments = mark_arguments(item)
+            except pytest.UsageError:
+                continue
+            if arguments is None:
+                if item.get_closest_marker("vcr") is not None:
+                    self.marked[item.nodeid] = str(cassette_path(item, None))
+                continue
+            path = self.marked[item.nodeid] = str(cassette_path(item, arguments["name"]))
+            if arguments["name"] is None and (other := unnamed.setdefault(path, item.nodeid)) != item.nodeid:
+                self.shared.setdefault(other, item.nodeid)
+                self.shared[item.nodeid] = other
+
+    def mode(self, test: str, path: Path, mode: str) -> str:
+        """Return the mode of a test's cassette: it adds to what another test of this session has recorded."""
+        others = self.recorders.get(path, set()) - {test}
+        return "new_episodes" if others and mode in ("once", "all") else mode
+
+    def merge_with(self, kept: Accounts, root: Path, *, partial: bool) -> Accounts:
+        """Return the accounts of all existing tests; `kept` are those of earlier runs.
+
+        After a `partial` collection, such as one test by its id, tests that were not collected count as existing.
+        """
+
+        def exists(test: str) -> bool:
+            file = _file_of(test)
+            return test in self.marked or ((partial or file not in self.files) and (root / file).exists())
+
+        still = {test: account for test, account in kept.items() if exists(test)}
+        unknown = {test: unfinished(path) for test, path in self.marked.items() if test not in still}
+        return still | unknown | self.played
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the ledger as plain data, for an xdist worker to send."""
+        return {"files": sorted(self.files), "marked": self.marked, "played": self.played}
+
+    def add(self, plain: Mapping[str, Any]) -> None:
+        """Add the ledger that an xdist worker sent."""
+        self.files |= set(plain["files"])
+        self.marked |= plain["marked"]
+        self.played |= plain["played"]
+
+
+def _file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def summary(accounts: Accounts, played: Accounts) -> Iterator[str]:
+    """Yield what tests of this run left unplayed, each cassette once, and the tests that asked nothing."""
+    sharing: dict[str, Accounts] = {account["path"]: {} for _, account in sorted(played.items())}
+    for test, account in accounts.items():
+        sharing.get(account["path"], {})[test] = account
+    reported = set()
+    for path, tests in sharing.items():
+        if left := _left_over(tests):
+            reported |= set(tests)
+            who = next(iter(tests)) if len(tests) == 1 else f"{len(tests)} tests of {path}"
+            yield f"{who} left {_count(left, 'recorded exchange')} unplayed: {', '.join(left[:SHOWN])}"
+    idle = sorted(test for test, account in played.items() if account.get("idle") and test not in reported)
+    if idle:
+        more = f" and {len(idle) - SHOWN} more" if len(idle) > SHOWN else ""
+        yield (
+            f"{_count(idle, 'passed test')} with a cassette asked nothing that it records or plays: "
+            f"{', '.join(idle[:SHOWN])}{more}; name their client (clients=...), or remove the mark"
+        )
+
+
+def _left_over(tests: Accounts) -> list[str]:
+    """Return what none of a cassette's tests played; nothing if one of them has not passed."""
+    if not all(account.get("complete") and account.get("rule") == "report" for account in tests.values()):
+        return []
+    first, *others = (account["unplayed"] for account in tests.values())
+    every = set(first).intersection(*others)
+    return [exchange for exchange in first if exchange in every]
+
+
+def _count(things: list[str], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
 
 PLAYED = "aggregator/cassettes"  # where the cache keeps the accounts; `aggregator cassette check` reads it
 
@@ -46,6 +260,9 @@ PASSED: pytest.StashKey[bool | None] = pytest.StashKey()
 EARLY: pytest.StashKey[ExitStack] = pytest.StashKey()
 REFUSALS: pytest.StashKey[list[CassetteError]] = pytest.StashKey()
 TAPING: pytest.StashKey[Taping] = pytest.StashKey()
+
+
+# ---- hooks and fixtures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -33,15 +33,24 @@ from aggregator.llm.ledger import collecting
 from aggregator.llm.observed import apart
 from aggregator.records import Candidate, Failure, Proposal, Rollout, Sample, Usage, Values
 from aggregator.text import as_text, shorten
-from aggregator.training.checks import all_checks
+from aggregator.training.gates import all_checks
 from aggregator.training.merge import LLMMerge
 from aggregator.training.parts import ask_optimizer, check_budget, check_optimizer, check_rule
 from aggregator.training.plan import choose_parameters
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.schedules import check_stepsize
 from aggregator.training.searches import plain
-from aggregator.training.seed import Instance, is_satisfied, make_instance, propose_nothing
-from aggregator.training.step import Check, Optimizer, Step, UpdateRule, use_values
+from aggregator.training.step import (
+    Check,
+    Instance,
+    Optimizer,
+    Step,
+    UpdateRule,
+    is_satisfied,
+    make_instance,
+    propose_nothing,
+    use_values,
+)
 from aggregator.training.updates import Explored, Parts, changes_between, make_candidates
 
 Records = str | Path | Iterable[Rollout | Mapping[str, Any]]

@@ -18,8 +18,7 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 
 from aggregator.agents.modules import Module, write_artefact
-from aggregator.agents.parameters import ParameterNode, overriding, read, values_of, write
-from aggregator.agents.values import describe_type
+from aggregator.agents.parameters import ParameterNode, describe_type, overriding, read, values_of, write
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.errors import LLMError, ParameterError, TrainingError
 from aggregator.executors.local import LocalExecutor, finish
@@ -28,8 +27,17 @@ from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import collecting, total_by_role
 from aggregator.llm.observed import apart
 from aggregator.observing.configuring import Events
-from aggregator.observing.console import ConsoleLogger, ProgressBar, redraws
-from aggregator.observing.observer import Observer, Watching, as_observers, from_logger, notify, notify_failed
+from aggregator.observing.observer import (
+    ConsoleLogger,
+    Observer,
+    ProgressBar,
+    Watching,
+    as_observers,
+    from_logger,
+    notify,
+    notify_failed,
+    redraws,
+)
 from aggregator.portal import Branch
 from aggregator.protocols import Agent, Executor, Logger
 from aggregator.records import (
@@ -58,28 +66,25 @@ from aggregator.training.evaluation import Evaluations, failures_of, is_lost, lo
 from aggregator.training.gates import apply_values, validate
 from aggregator.training.parts import as_json, check_candidates, check_code, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
-from aggregator.training.rollouts import (
-    Arrive,
-    Repeats,
-    Rollouts,
-    follow,
-    is_bug,
-    spare_bugs,
-    warn_at_end,
-)
+from aggregator.training.rollouts import Arrive, Repeats, Rollouts, follow, is_bug, spare_bugs, warn_at_end
 from aggregator.training.rules import key_of
 from aggregator.training.searches import plain
-from aggregator.training.seed import (
+from aggregator.training.step import (
+    Check,
+    Gate,
     Hooks,
     Instance,
     Place,
+    Step,
+    UpdateRule,
     at_place,
     call_hook,
     lose_instance,
     make_instance,
+    read_only,
     read_output,
+    use_values,
 )
-from aggregator.training.step import Check, Gate, Step, UpdateRule, read_only, use_values
 from aggregator.training.stops import Clock, Reached, decide, needs_clock
 from aggregator.training.updates import (
     Explored,

@@ -20,7 +20,7 @@ from aggregator.protocols import ChatModel
 from aggregator.records import Proposal, Rollout, StepReport
 from aggregator.text import cut, show_call
 from aggregator.training.asking import Answer, ask
-from aggregator.training.checks import keeps_placeholders, template_placeholders
+from aggregator.training.gates import keeps_placeholders, template_placeholders
 from aggregator.training.parts import check_rule, fit_to_types, merge_with, refuse_values
 from aggregator.training.prompts import (
     CRITIC_SYSTEM_PROMPT,

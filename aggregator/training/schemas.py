@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from aggregator.agents import values as values_of_types
+from aggregator.agents import parameters as values_of_types
 
 Schema = dict[str, Any]
 

@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from aggregator.agents import values as values_of_types
-from aggregator.errors import (
-    ParameterError,
-    SuggestionError,
-)
+from aggregator.agents import parameters as values_of_types
+from aggregator.errors import ParameterError, SuggestionError
 from aggregator.records import Values
 from aggregator.text import list_names, quote_ends
 from aggregator.training.replies import parse_reply, same

@@ -26,15 +26,22 @@ from aggregator.guides.calling import declared_limit
 from aggregator.llm.budget import Budget
 from aggregator.llm.ledger import Prices, collecting
 from aggregator.llm.observed import Clients, apart, observed
-from aggregator.observing.console import ConsoleLogger
-from aggregator.observing.observer import Watching
+from aggregator.observing.observer import ConsoleLogger, Watching
 from aggregator.portal import sync
 from aggregator.protocols import Agent, AnyGuide, Executor, Logger
 from aggregator.records import Candidate, Failure, Kept, Proposal, Rollout, RolloutTask, Sample, TrainingResult, Values
 from aggregator.text import shorten, show_call
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.checks import all_checks
-from aggregator.training.gates import Keep, always, apply_values, both, check_keep, improves_on_batch, values_named
+from aggregator.training.gates import (
+    Keep,
+    all_checks,
+    always,
+    apply_values,
+    both,
+    check_keep,
+    improves_on_batch,
+    values_named,
+)
 from aggregator.training.loop import run
 from aggregator.training.merge import LLMMerge
 from aggregator.training.parts import (
@@ -63,8 +70,19 @@ from aggregator.training.prompts import join_rollouts
 from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
 from aggregator.training.searches import greedy
-from aggregator.training.seed import Hooks, current_place, read_output
-from aggregator.training.step import AnyOptimizer, Check, Gate, Optimizer, Search, Step, UpdateRule, use_values
+from aggregator.training.step import (
+    AnyOptimizer,
+    Check,
+    Gate,
+    Hooks,
+    Optimizer,
+    Search,
+    Step,
+    UpdateRule,
+    current_place,
+    read_output,
+    use_values,
+)
 from aggregator.training.stops import AnyStop, check_stops, interrupt_of
 from aggregator.training.updates import Explored, Parts, ProposePer, is_single, make_update, skip_satisfied, unread
 

@@ -45,13 +45,18 @@ from aggregator.training.parts import (
 from aggregator.training.plan import Turn
 from aggregator.training.rules import key_of
 from aggregator.training.searches import contributors, greedy, plain, sources, with_named, with_scores
-from aggregator.training.seed import (
+from aggregator.training.step import (
+    Gate,
     Instance,
+    Search,
+    Step,
+    UpdateRule,
     is_satisfied,
     propose_nothing,
+    read_only,
     read_output,
+    use_values,
 )
-from aggregator.training.step import Gate, Search, Step, UpdateRule, read_only, use_values
 from aggregator.training.suggestions import convert_suggestion
 
 Propose = Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]

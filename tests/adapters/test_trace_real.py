@@ -23,8 +23,8 @@ from aggregator import (
 )
 from aggregator.adapters.agents import as_agent
 from aggregator.adapters.frameworks import require_version
+from aggregator.adapters.trace import NEWEST, OLDEST
 from aggregator.adapters.trace_optimizer import as_optimizer
-from aggregator.adapters.trace_state import NEWEST, OLDEST
 from aggregator.agents.parameters import overriding
 from aggregator.executors.work import AgentWork
 from aggregator.records import RolloutTask, Sample

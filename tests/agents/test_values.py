@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta, Struct
 
-from aggregator.agents.values import Unfit, convert, describe_type, infer_type, schema, snapshot
+from aggregator.agents.parameters import Unfit, convert, describe_type, infer_type, schema, snapshot
 from aggregator.text import shorten
 
 

@@ -9,14 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.cassettes.clients import (
-    FAMILIES,
-    families,
-    from_reply,
-    to_bytes,
-    to_reply,
-    to_request,
-)
+from aggregator.cassettes.clients import FAMILIES, families, from_reply, to_bytes, to_reply, to_request
 from aggregator.cassettes.lineage import is_passing, passing
 from aggregator.cassettes.secrets import authenticating_values
 from aggregator.errors import CassetteError, ConfigError

@@ -13,8 +13,18 @@ from msgspec.structs import replace
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, index_lines
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.tape import Tape
-from aggregator.cli._exchanges import model_of, needles_from, render, secrets_in, usage_of
-from aggregator.cli._inspection import Totals, find_cassettes, tally, too_old, totals_of
+from aggregator.cli._exchanges import (
+    Totals,
+    find_cassettes,
+    model_of,
+    needles_from,
+    render,
+    secrets_in,
+    tally,
+    too_old,
+    totals_of,
+    usage_of,
+)
 from aggregator.errors import ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 

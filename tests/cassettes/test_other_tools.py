@@ -16,7 +16,7 @@ from aggregator.cassettes.exchanges import Exchange
 from aggregator.cassettes.matching import canonical_url
 from aggregator.cassettes.recorder import Mode, open_tape
 from aggregator.cassettes.storage import read
-from aggregator.cli._inspection import find_cassettes
+from aggregator.cli._exchanges import find_cassettes
 from aggregator.errors import CassetteDamagedError, CassetteRefusedError, ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 

@@ -15,7 +15,7 @@ from aggregator.cassettes.exchanges import Exchange, Facts, encode_line, index_l
 from aggregator.cassettes.journal import PREAMBLE, Comment, content_hash
 from aggregator.cassettes.recorder import open_tape
 from aggregator.cassettes.storage import read
-from aggregator.cli._inspection import check
+from aggregator.cli._exchanges import check
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.demo.run import Outcome
-from aggregator.demo.summary import summary
+from aggregator.demo.run import Outcome, summary
 from aggregator.records import Decision, Evaluation, StepReport, TrainingResult, Usage
 
 

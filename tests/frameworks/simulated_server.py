@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from aggregator.simulation.model import complete, stream_events
-from aggregator.simulation.prompts import role_of
+from aggregator.simulation.model import complete, role_of, stream_events
 
 Messages = list[dict[str, Any]]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.observing.console import ConsoleLogger, ProgressBar, redraws, shows_colors
+from aggregator.observing.observer import ConsoleLogger, ProgressBar, redraws, shows_colors
 from aggregator.records import Decision, Evaluation, FullStepReport, RunInfo, TrainingResult, Usage
 
 

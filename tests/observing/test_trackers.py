@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aggregator.errors import ConfigError
-from aggregator.observing.trackers import TensorBoardLogger, WandbLogger, entry
+from aggregator.observing.observer import TensorBoardLogger, WandbLogger, entry
 
 needs_board = pytest.mark.skipif(find_spec("tensorboardX") is None, reason="the extra `tensorboard` is not installed")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.simulation.aggregator import Ballot, Block, aggregate, is_code, majority, merge, weighted_median
+from aggregator.simulation.optimizer import Ballot, Block, aggregate, is_code, majority, merge, weighted_median
 
 CODE = "def f(x):\n    return x"
 LOWER = "def f(x):\n    return x.lower()"

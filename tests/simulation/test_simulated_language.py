@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aggregator.simulation.language import (
-    Rule,
-    bare_text,
-    mentions,
-    read_default,
-    read_line,
-    read_rules,
-    telling_words,
-)
+from aggregator.simulation.language import Rule, bare_text, mentions, read_default, read_line, read_rules, telling_words
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from aggregator.errors import ConfigError
 from aggregator.llm.schemas import mismatch
 from aggregator.llm.transport import AiohttpTransport
 from aggregator.records import HTTPReply, HTTPRequest, Proposal
-from aggregator.simulation.model import SimulatedModel, complete, count_tokens, stream_events
-from aggregator.simulation.prompts import role_of
+from aggregator.simulation.model import SimulatedModel, complete, count_tokens, role_of, stream_events
 from aggregator.training.prompts import aggregation_messages, proposal_messages, repair_messages
 from aggregator.training.schemas import response_schema
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from aggregator.simulation.aggregator import is_code
 from aggregator.simulation.language import answer_as_student
-from aggregator.simulation.optimizer import Case, Parameter, propose
+from aggregator.simulation.optimizer import Case, Parameter, is_code, propose
 
 CODE = "def clean(self, ticket: str) -> str:\n    return ticket"
 TEXT = "Route the ticket.\nrefund -> billing\nparcel -> shipping"

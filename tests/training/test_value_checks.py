@@ -15,8 +15,8 @@ from aggregator import AggregatedUpdate, ConfigError, LLMOptimizer, Module, Para
 from aggregator.agents.code import CodeParameter
 from aggregator.records import Sample
 from aggregator.text import placeholders
-from aggregator.training import checks
-from aggregator.training.checks import edited_tokens, keeps_placeholders, leak_guard, max_edit
+from aggregator.training import gates
+from aggregator.training.gates import edited_tokens, keeps_placeholders, leak_guard, max_edit
 from aggregator.training.step import Check, Step
 
 TEXT = ParameterNode("a text", name="prompt")
@@ -46,7 +46,7 @@ def train(agent: Module, replies: Sequence[str], **options: Any) -> tuple[Any, S
 
 def test_examples_in_docstrings() -> None:
     """Every example of the module runs."""
-    result = doctest.testmod(checks)
+    result = doctest.testmod(gates)
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
@@ -186,7 +186,7 @@ def test_a_check_must_return_a_reason_or_none() -> None:
 )
 def test_the_size_of_an_edit(before: str, after: str, changed: int) -> None:
     """Words and punctuation marks count one each, added, removed or replaced."""
-    tokens = [checks._TOKEN.findall(text) for text in (before, after)]
+    tokens = [gates._TOKEN.findall(text) for text in (before, after)]
     assert edited_tokens(*tokens) == changed
 
 

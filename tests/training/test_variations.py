@@ -19,15 +19,7 @@ from aggregator.training.prompts import ALTERNATIVE_PROMPT, PROPOSER_SYSTEM_PROM
 from aggregator.training.proposers import LLMOptimizer
 from aggregator.training.rules import majority
 from aggregator.training.step import Step
-from aggregator.training.variations import (
-    Question,
-    Variation,
-    alternatives,
-    experts,
-    refine,
-    seeds,
-    temperatures,
-)
+from aggregator.training.variations import Question, Variation, alternatives, experts, refine, seeds, temperatures
 
 PARAMETERS = [ParameterNode(1, name="k")]
 STEP = Step(parameters=PARAMETERS, values={"k": 1})
