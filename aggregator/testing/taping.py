@@ -41,9 +41,9 @@ def refuse_connections(
     """Refuse connections, datagrams and name look-ups within a block, to the loopback too unless it is allowed.
 
     A host that is allowed by name is allowed at every address that it resolves to; `*.example.com` matches the hosts
-    below it. Refusals are added to `met`, since code may hide the error, but not those of `unreported` hosts. Unix
-    sockets and connections that were made before still work. uvloop connects below Python's sockets, so only its name
-    look-ups are refused.
+    below it. Refusals are added to `met`, since code may hide the error, but not those of `unreported` hosts, which
+    look like a network that is down. Unix sockets and connections that were made before still work. uvloop connects
+    below Python's sockets, so only its name look-ups are refused.
     """
     guard = _Guard(allowed_hosts, f"{why}; {remedy}", [] if met is None else met, unreported)
     kind: Any = socket.socket
@@ -72,15 +72,19 @@ class _Guard:
         self.why, self.met = why, met
 
     def check(self, host: object) -> None:
-        """Raise CassetteError unless this host is allowed. None is a server's address, not a host."""
+        """Raise CassetteError unless this host is allowed; None is a server's address, not a host.
+
+        For an unreported host the error is that of a network that is down, which its code handles.
+        """
         name = host.decode("latin-1") if isinstance(host, bytes) else host
         if name is None or str(name).lower() in self.allowed or getattr(_pairing, "active", False):
             return
         if is_ignored(f"//{name}/", self.patterns):
             return
         refusal = CassetteError(f"Expected no connection, got one to {name!r}: {self.why}")
-        if str(name).lower() not in self.unreported:
-            self.met.append(refusal)
+        if str(name).lower() in self.unreported:
+            raise socket.gaierror(socket.EAI_NONAME, f"{refusal}")
+        self.met.append(refusal)
         raise refusal
 
     def leading(self, at: int) -> Callable[[Call], Call]:

@@ -279,6 +279,18 @@ def test_telemetry_failed_a_test_that_replays(project: pytest.Pytester) -> None:
         project.runpytest().assert_outcomes(**outcome)
 
 
+def test_a_host_that_is_left_out_was_refused_with_an_error_that_no_client_handles(project: pytest.Pytester) -> None:
+    """litellm fetches its table of prices when it is imported, and goes on if the network is down."""
+    only(
+        project,
+        "import urllib.error, urllib.request\n"
+        "URL = 'https://raw.githubusercontent.com/BerriAI/litellm/main/prices.json'\n"
+        "@pytest.mark.cassette(clients='all', mode='none', unplayed='ignore')\n"
+        "def test_it():\n    with pytest.raises(urllib.error.URLError):\n        urllib.request.urlopen(URL)\n",
+    )
+    project.runpytest().assert_outcomes(passed=1)
+
+
 def test_the_mark_takes_the_options_of_a_cassette(project: pytest.Pytester, model: Model) -> None:
     """Matching, hooks and redaction are those of `cassette(...)`."""
     options = "clients='all', match_on=['method', 'path'], allow_playback_repeats=True, before_record_response=scrub"
