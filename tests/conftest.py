@@ -1,4 +1,4 @@
-"""What every test may rely on, however the suite was started."""
+"""Settings that every test relies on, however the suite was started."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import signal
 
 from hypothesis import settings
 
-settings.register_profile("same", derandomize=True)  # the same examples in every run: what passed here passes in CI
+settings.register_profile("same", derandomize=True)  # the same examples in every run, here and in CI
 settings.register_profile("explore")  # HYPOTHESIS_PROFILE=explore looks for new ones
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
-os.environ.pop("CI", None)  # it decides the default record mode; a test that means it sets it
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, their children too
+os.environ.pop("CI", None)  # it decides the default record mode; a test that needs it sets it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so do their children

@@ -96,7 +96,7 @@ ENVIRONMENTS = {
 
 
 def constraints(environment: Environment) -> str:
-    """Return the versions that the environment is held to, one a line."""
+    """Return the environment's version constraints, one a line."""
     if not environment.constrained:
         return ""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -105,7 +105,7 @@ def constraints(environment: Environment) -> str:
 
 
 def requirements(environment: Environment) -> list[str]:
-    """Return the project's own requirements and those of the environment."""
+    """Return the requirements of the project and of the environment."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {part.partition("=")[0].partition("[")[0] for part in environment.requirements}
     own = [part for part in project["dependencies"] if part.partition(">")[0] not in named]
@@ -121,7 +121,7 @@ def folder(name: str) -> Path:
 
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Keep other processes from making the same environment."""
+    """Prevent other processes from making the same environment."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.with_name(f"{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -129,7 +129,7 @@ def locked(place: Path) -> Iterator[None]:
 
 
 def make(name: str) -> Path:
-    """Make an environment if it is missing and return its Python; raises CalledProcessError with what pip wrote."""
+    """Make an environment if it is missing and return its Python; raises CalledProcessError with pip's output."""
     place = folder(name)
     python, ready = place / "bin" / "python", place / ".ready"
     with locked(place):
@@ -146,7 +146,7 @@ def make(name: str) -> Path:
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a command quietly; what it wrote is shown if it fails."""
+    """Run a command quietly; its output is shown if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(
@@ -155,7 +155,7 @@ def run(command: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Make the named environments, and run Python in one of them if asked to."""
+    """Make the named environments, and optionally run Python in one of them."""
     if arguments[:1] == ["--run"] and arguments[2:3] == ["--"]:
         python = make(arguments[1])
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,4 +1,4 @@
-"""Modules that programs import from under a name of their own, or that they change for an experiment."""
+"""Modules that programs import under an older name, or change for an experiment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUESTION = [{"role": "user", "content": "Which number?"}]
 
 
 async def test_the_executor_under_its_first_name_runs_any_work() -> None:
-    """It is the local executor, which awaits whatever it is given and returns the results in order."""
+    """It is the local executor, which awaits any work and returns the results in order."""
     assert AsyncExecutor is LocalExecutor
 
     async def double(number: Any) -> Any:
@@ -32,15 +32,15 @@ async def test_the_executor_under_its_first_name_runs_any_work() -> None:
 
 
 def test_a_system_without_advisory_locks_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As on Windows; the module of the lock is where a program turns it off."""
+    """As on Windows; a program turns the lock off in its module."""
     monkeypatch.setattr(locking, "fcntl", None)
     with aggregator.cassette(tmp_path / "a.yaml", "all"):
         assert (tmp_path / "a.yaml.lock").exists()
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_form_of_reply_can_be_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A schema put in the place of ours is what the model is sent."""
+async def test_a_reply_schema_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model gets the schema that replaces ours."""
     monkeypatch.setattr(asking, "response_schema", schemas.lean_schema)
     model = ScriptedModel('{"suggestion": {}}')
     await asking.ask(model, QUESTION, [aggregator.ParameterNode(1, name="k")], max_tokens=10)

@@ -1,4 +1,4 @@
-"""Checks of arguments: a bool is no number, and each error names the argument."""
+"""Checks of arguments: a bool is not a number, and each error names the argument."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_what_counts_as_a_number(value: Any, whole: bool, finite: bool) -> None:
     assert (is_int(value), is_finite(value)) == (whole, finite)
 
 
-def test_what_is_asynchronous() -> None:
-    """Functions, methods, partial functions and objects that are called."""
+def test_what_counts_as_asynchronous() -> None:
+    """Functions, methods, partial functions and callable objects."""
 
     async def ask() -> None: ...
 
@@ -64,14 +64,14 @@ def test_what_is_asynchronous() -> None:
     ],
 )
 def test_the_error_names_the_argument(check: Any, message: str) -> None:
-    """What was expected, what came, and of which argument."""
+    """It has what was expected, what it got, and the argument."""
     with pytest.raises(ConfigError) as raised:
         check()
     assert str(raised.value) == message
 
 
-def test_good_values_pass() -> None:
-    """The least value itself is allowed."""
+def test_valid_values_pass() -> None:
+    """The minimum itself is allowed."""
     check_positive("size", 1)
     check_count("n", 0)
     check_finite("c", 0, least=0)

@@ -1,4 +1,4 @@
-"""What the documents show is executed: Python fences run, commands exist, the demo's output is the real one."""
+"""The documents are executed: Python fences run, commands exist, the demo's output is the real one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 
 
 def fences(document: str, kind: str) -> list[str]:
-    """The fences of one kind in a document, in their order."""
+    """Return a document's fences of one kind, in order."""
     text = (ROOT / document).read_text(encoding="utf-8")
     return [match["text"] for match in FENCE.finditer(text) if match["kind"].strip() == kind]
 
@@ -29,7 +29,7 @@ def documents_with(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("document", documents_with("python"))
 def test_python_fences_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of a document runs from top to bottom in one namespace, in an empty folder, without a key."""
+    """A document's Python runs from top to bottom in one namespace, in an empty folder, without a key."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.endswith("_API_KEY"):
@@ -41,7 +41,7 @@ def test_python_fences_run(document: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("document", documents_with("sh"))
 def test_commands_exist(document: str) -> None:
-    """Every command of a document is a make target, a subcommand of ours, or pip's; make resolves it in a dry run."""
+    """Every command is a make target, a subcommand of ours, or pip's; make resolves it in a dry run."""
     for line in "".join(fences(document, "sh")).splitlines():
         words = line.partition("#")[0].split()
         if not words:
@@ -62,12 +62,12 @@ def test_commands_exist(document: str) -> None:
 
 
 def settled(text: str) -> list[str]:
-    """Lines of the demo's output, without what a clock decides."""
+    """Return lines of the demo's output without times."""
     return [re.sub(r"in [\d.]+ seconds", "in ... seconds", line.rstrip()) for line in text.strip().splitlines()]
 
 
 def test_the_readme_shows_the_demos_real_output(tmp_path: Path) -> None:
-    """The output in the README is what `make demo` prints, but for the seconds."""
+    """The README shows the output of `make demo`, except for the seconds."""
     (shown,) = fences("README.md", "text")
     done = subprocess.run(
         [BIN / "aggregator", "demo"], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=100

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and only their owner can read them."""
+"""Files are written completely or not at all, and only their owner can read them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _umask() -> None:
 
 
 def test_a_new_file_and_its_new_folders_are_private(tmp_path: Path) -> None:
-    """The file gets 0600 and every folder made for it 0700."""
+    """The file gets 0600 and every folder created for it 0700."""
     path = tmp_path / "run" / "inner" / "state.json"
     write_atomically(path, b"{}")
     assert [permissions(p) for p in (path, path.parent, path.parent.parent)] == ["600", "700", "700"]
@@ -37,8 +37,8 @@ def test_a_shared_file_follows_the_umask(tmp_path: Path) -> None:
     assert [permissions(path), permissions(path.parent)] == ["644", "755"]
 
 
-def test_a_file_that_exists_keeps_its_permissions(tmp_path: Path) -> None:
-    """What the owner decided about a file is not changed by writing it again."""
+def test_an_existing_file_keeps_its_permissions(tmp_path: Path) -> None:
+    """Writing a file again does not change the owner's permissions."""
     path = tmp_path / "state.json"
     path.write_bytes(b"old")
     path.chmod(0o640)
@@ -47,7 +47,7 @@ def test_a_file_that_exists_keeps_its_permissions(tmp_path: Path) -> None:
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
-    """Writing through a link replaces the file that it names, and the link stays."""
+    """Writing through a link replaces its target, and the link is kept."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "state.json")
     write_atomically(tmp_path / "link", b"new")
@@ -55,8 +55,8 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "state.json").read_bytes() == b"new"
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    """An error on the way removes the temporary file."""
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
+    """An error during the write removes the temporary file."""
     path = tmp_path / "state.json"
     path.write_bytes(b"old")
     with pytest.raises(TypeError):
@@ -64,16 +64,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"state.json": b"old"}
 
 
-def test_a_sole_writer_replaces_what_a_killed_process_left(tmp_path: Path) -> None:
-    """A torn temporary file is no obstacle, and nothing of it remains."""
+def test_a_sole_writer_replaces_a_killed_process_file(tmp_path: Path) -> None:
+    """A torn temporary file is replaced, and nothing of it remains."""
     path = tmp_path / "state.json"
     (tmp_path / "state.json.tmp").write_bytes(b"torn")
     write_atomically(path, b"new", sole_writer=True)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"state.json": b"new"}
 
 
-def test_threads_that_write_the_same_file_leave_one_whole_content(tmp_path: Path) -> None:
-    """Each writer has a temporary file of its own."""
+def test_concurrent_writers_leave_one_complete_file(tmp_path: Path) -> None:
+    """Each writer has its own temporary file."""
     path, contents = tmp_path / "state.json", [bytes([65 + i]) * 50_000 for i in range(8)]
     threads = [threading.Thread(target=write_atomically, args=(path, content)) for content in contents]
     for thread in threads:
@@ -84,8 +84,8 @@ def test_threads_that_write_the_same_file_leave_one_whole_content(tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_relative_path_and_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare file name lies in the working folder; a folder that exists keeps its permissions."""
+def test_a_relative_path_and_an_existing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare file name is in the working folder; an existing folder keeps its permissions."""
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)
     write_atomically("state.json", b"1")

@@ -1,4 +1,4 @@
-"""Files of earlier revisions: each is read as it was meant, or refused by its version with the remedy."""
+"""Files of earlier revisions: each is read with its old meaning, or refused by its version with the remedy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def right_team(x: str, output: str, info: str) -> tuple[float, str]:
 
 
 class Simulated(Transport):
-    """The simulated model without a server; counts the requests that reach it."""
+    """The simulated model without a server; counts its requests."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -60,7 +60,7 @@ class Simulated(Transport):
 
 
 def resume(name: str, tmp_path: Path, changes: dict[str, Any] | None = None) -> tuple[TrainingResult, int]:
-    """Copy a run folder and resume it; returns the result and how many requests were sent."""
+    """Copy a run folder and resume it; return the result and the number of requests."""
     run_dir = tmp_path / name
     shutil.copytree(FIXTURES / name, run_dir)
     if changes:
@@ -82,7 +82,7 @@ def resume(name: str, tmp_path: Path, changes: dict[str, Any] | None = None) -> 
 
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 async def test_a_cassette_of_an_earlier_revision_is_replayed(layout: str) -> None:
-    """Whole answers, retried ones, a stream and repeated questions come back in both layouts."""
+    """Whole answers, retried ones, a stream and repeated questions are replayed in both layouts."""
     llm = LLM("openai-compatible/simulated-1", base_url=URL)
     async with cassette(FIXTURES / f"{layout}.yaml", mode="none") as tape:
         with lineage("whole"):
@@ -108,8 +108,8 @@ def test_the_result_of_an_earlier_run_is_read() -> None:
     assert [report.step for report in broken.history] == [0]
 
 
-def test_a_result_names_the_version_of_its_format(tmp_path: Path) -> None:
-    """One without a version is read, one of a later release is refused with the remedy."""
+def test_a_result_has_the_version_of_its_format(tmp_path: Path) -> None:
+    """A result without a version is read, one of a later release is refused with the remedy."""
     earlier = (FIXTURES / "finished" / "result.json").read_bytes()
     assert "version" not in msgspec.json.decode(earlier)
     path = tmp_path / "result.json"
@@ -122,7 +122,7 @@ def test_a_result_names_the_version_of_its_format(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_of_an_earlier_revision_resumes_to_its_result(tmp_path: Path) -> None:
-    """Nothing is left to do and no request is sent; parameters and scores are those that were written."""
+    """Nothing is left to do and no request is sent; parameters and scores are the recorded ones."""
     written = load_result(FIXTURES / "finished" / "result.json")
     result, sent = resume("finished", tmp_path)
     assert sent == 0
@@ -132,8 +132,8 @@ def test_a_finished_run_of_an_earlier_revision_resumes_to_its_result(tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["interrupted", "broken"])
-def test_a_run_that_an_earlier_revision_began_is_finished(name: str, tmp_path: Path) -> None:
-    """The finished step is kept, the second one is taken, and the run ends where an unbroken one did."""
+def test_a_run_started_by_an_earlier_revision_is_finished(name: str, tmp_path: Path) -> None:
+    """The finished step is kept, the second one is run, and the result equals an unbroken run's."""
     whole = load_result(FIXTURES / "finished" / "result.json")
     result, sent = resume(name, tmp_path)
     assert sent < whole.usage["agent"].calls + whole.usage["optimizer"].calls
@@ -141,8 +141,8 @@ def test_a_run_that_an_earlier_revision_began_is_finished(name: str, tmp_path: P
     assert result.test_scores == whole.test_scores
 
 
-def test_a_search_that_an_earlier_revision_began_keeps_its_candidates(tmp_path: Path) -> None:
-    """The second step explores the candidates in the checkpoint: the new ones are their children."""
+def test_a_search_started_by_an_earlier_revision_keeps_its_candidates(tmp_path: Path) -> None:
+    """The second step explores the checkpoint's candidates: the new ones are their children."""
     state = json.loads((FIXTURES / "search-interrupted" / "checkpoint.json").read_bytes())["state"]
     kept = {candidate["id"] for candidate in state["notes"]["candidates"]}
     result, _ = resume("search-interrupted", tmp_path)
@@ -152,13 +152,13 @@ def test_a_search_that_an_earlier_revision_began_keeps_its_candidates(tmp_path: 
 
 @pytest.mark.parametrize("changes", [{"version": 99}, {"version": 99, "state": {"pool": []}}, {"version": 0}])
 def test_a_checkpoint_of_another_version_was_reported_as_unreadable(changes: dict[str, Any], tmp_path: Path) -> None:
-    """The version is read first: fields that are missing or new in another version do not hide the remedy."""
+    """The version is read first: missing or new fields of another version do not hide the remedy."""
     with pytest.raises(TrainingError, match=rf"got version {changes['version']}; resume with the release"):
         resume("interrupted", tmp_path, changes)
 
 
 def test_an_artefact_of_an_earlier_revision_is_loaded(tmp_path: Path) -> None:
-    """`Module.load` takes its values; an artefact of a later version is refused with the remedy."""
+    """`Module.load` reads its values; an artefact of a later version is refused with the remedy."""
     agent = Sorter(LLM("openai-compatible/simulated-1", base_url=URL))
     agent.load(FIXTURES / "agent.json")
     assert agent.instruction.data == load_result(FIXTURES / "finished" / "result.json").parameters["instruction"]
@@ -171,7 +171,7 @@ def test_an_artefact_of_an_earlier_revision_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["journal", "readable"])
 def test_a_cassette_of_a_later_format_is_refused(layout: str, tmp_path: Path) -> None:
-    """Its lines may mean something else: the error names the format."""
+    """Its lines may have another meaning: the error names the format."""
     text = (FIXTURES / f"{layout}.yaml").read_bytes().replace(b"format=1", b"format=99", 1)
     (tmp_path / "later.yaml").write_bytes(text)
     with pytest.raises(CassetteRefusedError, match=r"format.*99"), cassette(tmp_path / "later.yaml", mode="none"):

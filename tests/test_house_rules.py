@@ -1,4 +1,4 @@
-"""The house's rules, held by a test: layering, cycles, size, public names, light import."""
+"""The project's rules as tests: layering, cycles, size, public names, light import."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aggregator import errors
 
 PACKAGE = Path(aggregator.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-STUBS = sorted(PACKAGE.rglob("*.pyi"))  # beside the modules that only re-export
+STUBS = sorted(PACKAGE.rglob("*.pyi"))  # in addition to the modules that only re-export
 
 LAYERS = [  # from the top; a room may import the rows below its own, and its own row without cycles
     {"cli"},
@@ -56,7 +56,10 @@ NOT_IN_PRODUCTION = {
     *("ssl", "socket", "http", "http.client", "urllib.request", "email", "hashlib", "secrets"),
     *("importlib.metadata", "importlib.resources", "logging", "pathlib", "tempfile", "shutil", "json", "html"),
 }
-"""What an agent that only loads its parameters must not import. (`inspect` comes with msgspec's typing_extensions.)"""
+"""Modules that an agent which only loads its parameters must not import.
+
+(`inspect` comes with msgspec's typing_extensions.)
+"""
 MAX_LINES = 600
 MAX_FUNCTION_LINES = 60
 MIN_LINES = 80
@@ -79,7 +82,7 @@ def room(module: str) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file names in an import, at any depth, also by text."""
+    """Yield every module that a file imports, at any depth, also by string."""
     return imports_in(path.read_text(encoding="utf-8"))
 
 
@@ -102,7 +105,7 @@ def name_called(node: ast.Call) -> str:
 
 
 def text_of(node: ast.expr) -> str:
-    """Return the text that an expression certainly begins with; "?" for one that only a run can tell."""
+    """Return the text that an expression certainly begins with, or "?" if it is unknown before a run."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
@@ -139,8 +142,8 @@ def test_imports_point_down() -> None:
     assert upward == []
 
 
-def test_what_is_imported_by_text_can_be_read() -> None:
-    """A module that is imported by a name which only a run can tell would escape the rule above."""
+def test_imports_by_string_can_be_read() -> None:
+    """A module imported under a name that is only known in a run would escape the rule above."""
     computed = {str(path.relative_to(PACKAGE)) for path in FILES if "?" in imports_of(path)}
     assert computed - {"__init__.py", *COMPUTED} == set()
 
@@ -156,8 +159,8 @@ def test_what_is_imported_by_text_can_be_read() -> None:
         ("def late():\n    from aggregator.training import loop", "aggregator.training.loop"),
     ],
 )
-def test_an_import_by_text_is_found(source: str, found: str) -> None:
-    """The rule sees what an import statement and what a call names."""
+def test_an_import_by_string_is_found(source: str, found: str) -> None:
+    """The rule finds the names in import statements and in calls."""
     assert found in imports_in(source)
 
 
@@ -188,8 +191,8 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
-def test_files_and_functions_fit() -> None:
-    """A file fits in one sitting, a function on one screen."""
+def test_files_and_functions_are_short() -> None:
+    """A file can be read in one sitting, a function fits on one screen."""
     long = []
     for path in FILES:
         text, name = path.read_text(encoding="utf-8"), path.relative_to(PACKAGE)
@@ -214,7 +217,7 @@ def is_face(path: Path) -> bool:
     )
 
 
-def test_a_file_is_a_thought_not_a_fragment() -> None:
+def test_no_file_is_a_fragment() -> None:
     """A file below 80 lines is a face, Protocols, or on the list with a reason."""
     small = {
         str(path.relative_to(PACKAGE))
@@ -224,8 +227,8 @@ def test_a_file_is_a_thought_not_a_fragment() -> None:
     assert small == set(SMALL)
 
 
-def test_short_helpers_with_one_caller_become_fewer() -> None:
-    """A private function of a few lines that is used once is better read where it is used."""
+def test_short_functions_with_one_caller_become_fewer() -> None:
+    """A private function of a few lines that is used once should be inlined."""
     functions, helpers = 0, []
     for path in FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -248,7 +251,7 @@ def test_short_helpers_with_one_caller_become_fewer() -> None:
 
 @pytest.mark.parametrize("package", sorted(ONLY_IN))
 def test_guarded_packages_stay_in_their_room(package: str) -> None:
-    """aiohttp, vcr and opto are imported in their one place only."""
+    """aiohttp, vcr and opto are imported in one room each."""
     users = {
         str(path.relative_to(PACKAGE))
         for path in FILES
@@ -262,7 +265,7 @@ def test_guarded_packages_stay_in_their_room(package: str) -> None:
 
 @pytest.mark.parametrize("name", [module_name(path) for path in STUBS])
 def test_public_names(name: str) -> None:
-    """`__all__` is the table of the face, every name loads from its home, and no other one does."""
+    """`__all__` equals the face's table, every name loads from its home, and no other one does."""
     face = importlib.import_module(name)
     homes = {name: home for home, names in vars(face)["_HOMES"].items() for name in names}
     assert set(vars(face)["__all__"]) - {"__version__"} == set(homes)
@@ -281,7 +284,7 @@ def test_type_checkers_see_the_public_names(path: Path) -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-        if alias.asname == alias.name  # a stub exports only what is imported under a name of its own
+        if alias.asname == alias.name  # a stub exports only names imported with `as`
     }
     homes = vars(importlib.import_module(module_name(path)))["_HOMES"]
     assert shown == {(home, name) for home, names in homes.items() for name in names}
@@ -298,7 +301,7 @@ def test_every_error_is_public() -> None:
 
 
 def test_names_of_faces_are_found_from_the_root() -> None:
-    """They are not listed there, as a flat table of 120 names helps nobody, but they load."""
+    """They load from the root, but are not listed there, to keep the table short."""
     listed = set(vars(aggregator)["__all__"])
     assert len(listed) <= 65
     for name, face in {
@@ -314,13 +317,13 @@ def test_names_of_faces_are_found_from_the_root() -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Every module that a statement loads in a fresh interpreter."""
+    """Return every module that a statement loads in a fresh interpreter."""
     script = f"import sys; before = set(sys.modules)\n{statement}\nprint(*sorted(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(out.stdout.split())
 
 
-def test_what_production_needs_is_light() -> None:
+def test_production_imports_are_light() -> None:
     """An agent with parameters loads no event loop, no network and no room that it does not use."""
     loaded = loaded_by(
         "from aggregator import Module, ParameterNode\n"
@@ -341,14 +344,14 @@ def test_what_production_needs_is_light() -> None:
 
 @pytest.mark.requirement("Trace's defect 34: importing it took seconds and needed test tools")
 def test_import_is_light() -> None:
-    """`import aggregator` loads no third-party module and none of our rooms, a face no more than itself."""
+    """`import aggregator` loads no third-party module and none of our rooms; a face loads only itself."""
     for modules in [{"aggregator"}, *({"aggregator", f"aggregator.{face}"} for face in FACES)]:
         loaded = loaded_by(f"import {max(modules)}")
         assert {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names} == modules
 
 
 def test_no_test_measures_time() -> None:
-    """A test asserts events: seconds depend on the load of the machine. Benchmarks measure."""
+    """A test asserts events, because seconds depend on the machine's load. Benchmarks measure."""
     clocks = {"perf_counter", "process_time", "thread_time", "perf_counter_ns", "process_time_ns"}
     tests = Path(__file__).parent
     found = [

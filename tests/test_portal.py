@@ -1,4 +1,4 @@
-"""Where synchronous callers meet the event loop."""
+"""The border between synchronous callers and the event loop."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ async def double(number: int) -> int:
 
 
 def test_a_script_calls() -> None:
-    """No loop is needed."""
+    """No event loop is needed."""
     assert portal.call(double, 21) == 42
 
 
 @pytest.mark.requirement("Trace's defect 5: asyncio.run failed under a running loop")
 async def test_a_notebook_calls() -> None:
-    """A running loop in the same thread is no obstacle."""
+    """A running event loop in the same thread does not prevent a call."""
     assert portal.call(double, 21) == 42
 
 
 def test_threads_call() -> None:
-    """Any number of threads wait on the one loop."""
+    """Any number of threads share the one event loop."""
     results: list[int] = []
     threads = [threading.Thread(target=lambda i=i: results.append(portal.call(double, i))) for i in range(20)]
     for thread in threads:
@@ -47,8 +47,8 @@ def test_threads_call() -> None:
     assert sorted(results) == [2 * i for i in range(20)]
 
 
-def test_errors_and_cancellation_come_back() -> None:
-    """What the work raises, the caller meets."""
+def test_errors_and_cancellation_are_raised_to_the_caller() -> None:
+    """Whatever the work raises, the caller gets."""
 
     async def fail() -> None:
         raise ValueError("inside")
@@ -58,14 +58,14 @@ def test_errors_and_cancellation_come_back() -> None:
 
 
 def test_an_unknown_argument_does_not_hang() -> None:
-    """What cannot even be called is an error for the caller, who would else wait without end."""
+    """A call with wrong arguments is an error for the caller, who would otherwise wait for ever."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'base'"):
         portal.call(double, 21, base=10)
     assert portal.call(double, 21) == 42
 
 
-def test_context_travels_along() -> None:
-    """Cassette, lineage and role are those of the caller; what the work sets stays with it."""
+def test_the_context_is_passed_on() -> None:
+    """The work has the caller's cassette, lineage and role; what it sets does not reach the caller."""
 
     async def look() -> str:
         found = where.get()
@@ -77,7 +77,7 @@ def test_context_travels_along() -> None:
     assert where.get() == "the caller's"
 
 
-def test_on_its_own_loop_it_refuses() -> None:
+def test_a_call_on_its_own_loop_is_refused() -> None:
     """It would wait for itself for ever; the error names the awaitable form."""
 
     async def inside() -> Any:
@@ -105,7 +105,7 @@ def run_script(script: str, *, interrupt: bool = False) -> subprocess.CompletedP
 
 
 def test_ctrl_c_cancels_and_waits() -> None:
-    """The work is cancelled, its clean-up has run before the caller goes on."""
+    """The work is cancelled, and its clean-up ends before the caller continues."""
     done = run_script(
         """
         import asyncio
@@ -129,8 +129,8 @@ def test_ctrl_c_cancels_and_waits() -> None:
     assert (done.stdout.split("\n")[:3], done.stderr) == (["working", "cleaned up", "interrupted"], "")
 
 
-def test_ctrl_c_before_the_wait_has_begun_cancels_and_waits() -> None:
-    """Work may start, and be interrupted, before its caller waits for it: that call is cancelled like any other."""
+def test_ctrl_c_before_the_wait_cancels_and_waits() -> None:
+    """Work may start, and be interrupted, before its caller waits for it: that call is cancelled too."""
     done = run_script(
         """
         import asyncio, os, signal
@@ -158,8 +158,8 @@ def test_ctrl_c_before_the_wait_has_begun_cancels_and_waits() -> None:
     assert (done.stdout, done.stderr) == ("30\n", "")
 
 
-def test_what_still_runs_at_the_end_is_cancelled_and_closed() -> None:
-    """A script that ends with work under way ends cleanly: cancelled first, then what was registered is closed."""
+def test_work_in_flight_at_exit_is_cancelled_and_closed() -> None:
+    """At exit work in flight is cancelled first, then what was registered is closed."""
     done = run_script(
         """
         import asyncio
@@ -189,7 +189,7 @@ def test_what_still_runs_at_the_end_is_cancelled_and_closed() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_after_a_fork_there_is_a_new_loop() -> None:
-    """A child process has no thread of its parent's; it makes its own."""
+    """A child process does not have its parent's threads, so it starts its own."""
     done = run_script(
         """
         import os
@@ -210,8 +210,8 @@ def test_after_a_fork_there_is_a_new_loop() -> None:
 
 
 @pytest.mark.requirement("built 8: uvloop")
-def test_uvloop_when_asked_for() -> None:
-    """Before the first call the library's loop can be uvloop's; afterwards it is too late, and said so."""
+def test_uvloop_on_request() -> None:
+    """Before the first call the library's loop can be set to uvloop's; afterwards that is an error."""
     pytest.importorskip("uvloop")
     done = run_script(
         """

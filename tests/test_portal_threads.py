@@ -1,4 +1,4 @@
-"""Threads, pools and processes that are started while a run or a cassette is open: whose context they have."""
+"""Threads, pools and processes started during a run or in a cassette: which context they have."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ value: ContextVar[str] = ContextVar("value", default="stored")
 
 @contextmanager
 def run(name: str) -> Iterator[None]:
-    """A run with values of its own on trial."""
+    """A run with a candidate's values."""
     token = value.set(name)
     with portal.carrying():
         yield
@@ -82,7 +82,7 @@ def by_submit() -> list[tuple[str, str]]:
 
 
 def by_submit_of_a_copied_context() -> list[tuple[str, str]]:
-    """As LangChain's `.batch` and litellm do."""
+    """Submit as LangChain's `.batch` and litellm do."""
     with ThreadPoolExecutor(2) as pool:
         return [future.result() for future in [pool.submit(copy_context().run, see) for _ in range(3)]]
 
@@ -147,15 +147,15 @@ WAYS: list[Callable[[], list[tuple[str, str]]]] = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_threads_read_the_stored_value_instead_of_the_candidate(way: Callable[[], list[tuple[str, str]]]) -> None:
-    """Whatever starts the thread or hands it work, the run's values are seen there."""
+def test_threads_read_the_stored_value_instead_of_the_candidates(way: Callable[[], list[tuple[str, str]]]) -> None:
+    """However the thread is started or gets work, it sees the run's values."""
     with run("candidate"):
         assert [seen for seen, _ in way()] == ["candidate"] * 3
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_what_is_started_is_numbered_in_the_order_of_its_start(way: Callable[[], list[tuple[str, str]]]) -> None:
-    """Two runs of one program give the same work the same place, and different work different places."""
+def test_started_work_is_numbered_in_order(way: Callable[[], list[tuple[str, str]]]) -> None:
+    """Two runs of one program give the same work the same lineage, and different work different lineages."""
     places = []
     for _ in range(2):
         with run("candidate"):
@@ -165,8 +165,8 @@ def test_what_is_started_is_numbered_in_the_order_of_its_start(way: Callable[[],
     assert sorted(places[0], key=lambda place: [int(n) for n in place.split(".")]) == places[0]
 
 
-def test_items_of_a_pool_within_a_pool_had_one_place() -> None:
-    """A framework hands a copy of the context to its pool, from an item that was itself handed in so."""
+def test_items_of_a_pool_within_a_pool_had_one_lineage() -> None:
+    """A framework passes a copy of the context to its pool, from an item that was submitted in the same way."""
 
     def inner() -> list[tuple[str, str]]:
         with ThreadPoolExecutor(3) as pool:
@@ -179,7 +179,7 @@ def test_items_of_a_pool_within_a_pool_had_one_place() -> None:
 
 
 def test_a_reused_thread_of_a_pool_kept_the_context_of_its_first_item() -> None:
-    """A pool that outlives the run that made its threads works for each caller in that caller's context."""
+    """A pool that outlives the run that started its threads uses each caller's context."""
     pool = ThreadPoolExecutor(1)
     threads = multiprocessing.pool.ThreadPool(1)
     try:
@@ -194,15 +194,15 @@ def test_a_reused_thread_of_a_pool_kept_the_context_of_its_first_item() -> None:
 
 
 def test_a_pool_made_inside_a_run_starts_threads_without_its_context() -> None:
-    """What a pool's own thread begins with is never what a run had open."""
+    """A pool's own threads never start with a run's context."""
     begun: list[str] = []
     with run("first"), ThreadPoolExecutor(1, initializer=lambda: begun.append(value.get())) as pool:
         assert pool.submit(see).result()[0] == "first"
     assert begun == ["stored"]
 
 
-def test_outside_of_a_run_nothing_is_carried() -> None:
-    """Code without an open run starts threads as before, also while somebody else has one."""
+def test_outside_a_run_no_context_is_passed_on() -> None:
+    """Code outside a run starts threads as before, also during another run."""
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -222,8 +222,8 @@ def test_outside_of_a_run_nothing_is_carried() -> None:
         somebody.join()
 
 
-def test_functions_are_put_back_exactly() -> None:
-    """After the last holder nothing of ours is left, and an inherited function is inherited again."""
+def test_functions_are_restored_exactly() -> None:
+    """After the last holder no patch is left, and an inherited function is inherited again."""
     owners: list[Any] = [
         threading.Thread,
         ThreadPoolExecutor,
@@ -242,8 +242,8 @@ def test_functions_are_put_back_exactly() -> None:
     assert sys.meta_path == finders
 
 
-def test_what_somebody_else_patched_on_top_stays() -> None:
-    """Leaving does not take away another library's patch, and ours beneath it passes calls on."""
+def test_another_librarys_patch_on_top_is_kept() -> None:
+    """Removing our patch keeps another library's, and ours beneath it passes calls on."""
     original = threading.Thread.start
 
     with run("a"):
@@ -260,8 +260,8 @@ def test_what_somebody_else_patched_on_top_stays() -> None:
         threading.Thread.start = original  # type: ignore[method-assign]
 
 
-def test_a_module_that_is_imported_inside_is_patched_too(tmp_path: Any) -> None:
-    """`from concurrent.futures import ProcessPoolExecutor` inside of the agent comes after the run has begun."""
+def test_a_module_imported_inside_is_patched_too(tmp_path: Any) -> None:
+    """`from concurrent.futures import ProcessPoolExecutor` inside the agent runs after the run has started."""
     script = """
         import sys
         from aggregator import portal
@@ -289,7 +289,7 @@ CONTEXTS = [name for name in ("fork", "spawn") if name in multiprocessing.get_al
 
 @pytest.mark.parametrize("method", CONTEXTS)
 def test_a_process_pool_called_a_model_without_budget_and_journal(method: str) -> None:
-    """What a pool runs in another process is refused with the remedy, whatever starts its processes."""
+    """Work that a pool would run in another process is refused with the remedy, for every start method."""
     context = multiprocessing.get_context(method)
     with run("candidate"), ProcessPoolExecutor(1, mp_context=context) as pool:
         told = pool.submit(stray).result()
@@ -305,8 +305,8 @@ def _stray_of(_: int) -> str:
 
 
 @pytest.mark.parametrize("method", CONTEXTS)
-def test_a_process_that_is_started_in_a_run_is_refused(method: str) -> None:
-    """A process of one's own neither."""
+def test_a_process_started_in_a_run_is_refused(method: str) -> None:
+    """This includes `multiprocessing.Process`."""
     context = multiprocessing.get_context(method)
     told = context.SimpleQueue()
     with run("candidate"):
@@ -320,8 +320,8 @@ def _tell(told: Any) -> None:
     told.put(stray())
 
 
-def test_a_process_with_a_run_of_its_own_is_served() -> None:
-    """A child that opens its own cassette calls as ever, and so does one that was started outside of any run."""
+def test_a_process_with_its_own_run_is_allowed() -> None:
+    """A child that opens its own cassette can make calls, and so can one started outside a run."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(CONTEXTS[0])) as pool:
         assert pool.submit(stray).result() == "not refused"
         with run("candidate"):
@@ -334,7 +334,7 @@ def _own_run() -> str:
         return stray()
 
 
-def test_a_thread_of_c_code_is_refused_while_a_run_is_open() -> None:
+def test_a_thread_of_c_code_is_refused_during_a_run() -> None:
     """It has no context, so its calls would reach no budget and no journal."""
     import _thread
 
@@ -356,7 +356,7 @@ def test_a_thread_of_c_code_is_refused_while_a_run_is_open() -> None:
 
 
 def test_a_synchronous_call_in_a_thread_of_c_code_is_refused() -> None:
-    """The call goes to the library's loop, whose own thread has nothing to do with it."""
+    """The call is passed to the library's loop, whose thread has another context."""
     import _thread
 
     async def call() -> str:
@@ -392,8 +392,8 @@ def test_a_callback_of_a_future_had_no_context() -> None:
     assert [name for name, _ in seen] == ["candidate"]
 
 
-def test_tasks_that_start_one_another_for_ever_have_short_places() -> None:
-    """A chain of ten thousand tasks keeps its places short."""
+def test_long_chains_of_tasks_have_short_lineages() -> None:
+    """A chain of ten thousand tasks keeps its lineage short."""
 
     async def chain(left: int) -> str:
         if not left:
@@ -407,8 +407,8 @@ def test_tasks_that_start_one_another_for_ever_have_short_places() -> None:
         assert len(asyncio.run(long())) < 220  # noqa: TID251 - what agents do
 
 
-def test_a_thread_that_fails_to_start_may_start_later() -> None:
-    """Starting twice is an error as ever, and leaves nothing of ours on the thread."""
+def test_a_thread_that_failed_to_start_can_start_later() -> None:
+    """Starting twice is an error as before, and leaves nothing on the thread."""
     with run("candidate"):
         thread = threading.Thread(target=see)
         thread.start()
@@ -419,7 +419,7 @@ def test_a_thread_that_fails_to_start_may_start_later() -> None:
 
 
 async def test_tasks_of_a_given_context_run_in_it() -> None:
-    """`create_task(context=...)` runs in that very context, as ever."""
+    """`create_task(context=...)` runs in that context, as before."""
     with run("candidate"):
         context = copy_context()
         context.run(value.set, "given")
@@ -433,7 +433,7 @@ async def _see() -> tuple[str, str]:
 
 
 def test_futures_keep_their_errors() -> None:
-    """A carried function raises what it raises."""
+    """A wrapped function raises its own exception."""
     with run("candidate"), ThreadPoolExecutor(1) as pool:
         future = pool.submit(int, "no number")
         assert concurrent.futures.wait([future]).done == {future}

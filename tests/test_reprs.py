@@ -1,4 +1,4 @@
-"""What public objects show of themselves in a prompt or a log: what they are, never where in memory they lie."""
+"""The repr of public objects in a prompt or a log: what they are, never an address."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def llm() -> LLM:
         ),
     ],
 )
-def test_an_object_says_what_it_is(made: Any, shown: str) -> None:
-    """The repr names the class and what it was made with, and holds neither an address nor a key."""
+def test_an_objects_repr_describes_it(made: Any, shown: str) -> None:
+    """The repr has the class and its arguments, and neither an address nor a key."""
     assert repr(made) == shown
     assert KEY not in shown
 
@@ -130,7 +130,7 @@ def test_an_object_says_what_it_is(made: Any, shown: str) -> None:
         ),
     ],
 )
-def test_a_function_is_named_by_the_call_that_made_it(made: Any, name: str) -> None:
+def test_a_functions_repr_is_the_call_that_made_it(made: Any, name: str) -> None:
     """It was "chain.<locals>.chained"; errors, `RunInfo` and the repr name it."""
     assert made.__qualname__ == name
     assert name in repr(made)
@@ -144,8 +144,8 @@ def test_no_prompt_is_a_default_argument() -> None:
     assert [default for default in defaults if isinstance(default, str) and len(default) > 60] == []
 
 
-def test_what_is_open_says_what_is_in_it(tmp_path: Path) -> None:
-    """A tape its exchanges, a transcript its operations, a server its address."""
+def test_an_open_objects_repr_counts_its_content(tmp_path: Path) -> None:
+    """A tape shows its exchanges, a transcript its operations, a server its address."""
     with cassette(tmp_path / "a.yaml", mode="all") as tape, transcript() as seen, SimulatedModel() as server:
         assert repr(tape) == f"<Tape {str(tmp_path / 'a.yaml')!r}: 0 recorded, 0 of them played>"
         Router().answer("x")
@@ -154,7 +154,7 @@ def test_what_is_open_says_what_is_in_it(tmp_path: Path) -> None:
 
 
 def test_a_repr_does_not_name_parameters() -> None:
-    """Looking at an agent changes nothing of it."""
+    """Reading an agent's repr does not change the agent."""
     agent = Router()
     repr(agent)
     assert (agent.rule.named, agent.rule.name) == (False, "parameter")

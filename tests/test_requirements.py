@@ -326,14 +326,14 @@ def marks_in(path: Path) -> Iterator[str]:
 
 
 def test_every_requirement_has_a_marked_test() -> None:
-    """No entry of the lists is without a test, and no mark names what is not in them."""
+    """Each entry of the lists has a test, and each mark names an entry."""
     marked = {text for path in TESTS.rglob("test_*.py") for text in marks_in(path)}
     assert [entry for entry in REQUIREMENTS if entry not in marked] == [], "requirements without a test"
     assert sorted(marked - set(REQUIREMENTS)) == [], "marks of unknown requirements"
 
 
-def test_the_lists_are_whole() -> None:
-    """Fifteen requirements of the client, ten points of its brief, thirty-five defects; nothing twice."""
+def test_the_lists_are_complete() -> None:
+    """Fifteen requirements of the client, ten points of its brief, thirty-five defects, without duplicates."""
     assert len(REQUIREMENTS) == len(set(REQUIREMENTS))
     assert {entry.split(":")[0] for entry in CLIENT} == {f"client {number}" for number in range(1, 16)}
     assert {entry.split(":")[0] for entry in BUILT} == {f"built {number}" for number in range(1, 11)}

@@ -1,4 +1,4 @@
-"""Prompt templates: which placeholders a text has, and the text with them filled in."""
+"""Prompt templates: the placeholders of a text, and filling them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from aggregator.text import fill
     ],
 )
 def test_a_template_is_filled_from_a_row(template: str, row: Any, text: str) -> None:
-    """Named columns fill the placeholders of all three languages; other braces, and what is filled in, stay text."""
+    """Named columns fill the placeholders of all three languages; other braces, and filled-in text, are literal."""
     assert fill(template, row) == text
 
 
@@ -39,7 +39,7 @@ def test_a_template_is_filled_from_a_row(template: str, row: Any, text: str) -> 
         ("{question} in {language}", "who?", "columns 'language', 'question', got str"),
     ],
 )
-def test_a_row_that_lacks_a_column(template: str, row: Any, message: str) -> None:
-    """The error names the column, and says what to do."""
+def test_a_row_without_a_column(template: str, row: Any, message: str) -> None:
+    """The error names the column and the remedy."""
     with pytest.raises(ConfigError, match=message):
         fill(template, row)

@@ -64,11 +64,11 @@ def test_values_are_shown_without_addresses(value: Any, text: str) -> None:
 
 
 def test_a_huge_int_is_shown_by_its_size() -> None:
-    """Python does not turn more than 4300 digits into text."""
+    """Python does not convert more than 4300 digits to text."""
     assert show(10**5000) == "<int of 16610 bits>"
 
 
-def test_sets_do_not_follow_the_hash_seed() -> None:
+def test_sets_do_not_depend_on_the_hash_seed() -> None:
     """Two processes with different hash seeds show one text."""
     script = "from aggregator.text import show; print(show({'x' * i for i in range(9)}))"
     texts = {
@@ -80,15 +80,15 @@ def test_sets_do_not_follow_the_hash_seed() -> None:
     assert len(texts) == 1
 
 
-def test_what_is_left_out_is_said() -> None:
-    """Long texts, many items and deep nests are cut with a marker that says how much."""
+def test_omissions_are_stated() -> None:
+    """Long texts, many items and deep nesting are cut with a marker that says how much."""
     assert show("x" * 30, 10) == f'"{"x" * 10} [... 20 more characters]"'
     assert show(list(range(100)), 10) == "[0, 1, 2, 3, [... 96 more items]]"
     assert show([[[[[[[1]]]]]]]) == "[[[[[[[... nested deeper]]]]]]]"
     assert cut("ab", 2) == "ab"
 
 
-def test_a_list_that_holds_itself_ends() -> None:
+def test_a_cyclic_list_ends() -> None:
     """A cycle ends at the depth limit."""
     loop: list[Any] = []
     loop.append(loop)
@@ -102,13 +102,13 @@ def test_a_list_that_holds_itself_ends() -> None:
         lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=9), inner),
     )
 )
-def test_the_bound_holds(value: Any) -> None:
-    """No value takes more than a small multiple of the limit."""
+def test_the_limit_is_respected(value: Any) -> None:
+    """No value is longer than a small multiple of the limit."""
     assert len(show(value, 50)) < 500
 
 
 def test_errors_are_shown_by_class_and_message() -> None:
-    """An error's text has no address and survives an exception class whose str fails."""
+    """An error's text has no address, and an exception class whose str fails is shown too."""
 
     class OddError(Exception):
         def __str__(self) -> str:
@@ -132,12 +132,12 @@ def test_errors_are_shown_by_class_and_message() -> None:
     ],
 )
 def test_the_fence_around_a_whole_text_is_removed(text: str, inside: str) -> None:
-    """Only a fence around all of it; text in front of it or an unclosed fence stays."""
+    """Only a fence around the whole text is removed; text before it, and an unclosed fence, are kept."""
     assert strip_fence(text) == inside
 
 
-def test_canonical_json_keeps_values_apart_that_python_calls_equal() -> None:
-    """Key order does not count; 1, 1.0 and True are three values; a hook encodes other objects."""
+def test_canonical_json_distinguishes_values_that_python_calls_equal() -> None:
+    """Key order is ignored; 1, 1.0 and True are three values; a hook encodes other objects."""
     assert canonical_json({"b": 1, "a": 2}) == canonical_json({"a": 2, "b": 1})
     assert len({canonical_json(value) for value in (1, 1.0, True)}) == 3
     assert canonical_json({"x": Plain}, hook=lambda _: "P") == b'{"x":"P"}'

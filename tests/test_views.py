@@ -1,4 +1,4 @@
-"""How records look in a notebook: all that matters, escaped, without scripts, and not without end."""
+"""Records in a notebook: complete, escaped, without scripts, and bounded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def result(steps: int = 2, **facts: Any) -> TrainingResult:
 
 
 class Reader(HTMLParser):
-    """Collects the tags, attributes and text of a document, and checks that what is opened is closed."""
+    """Collects a document's tags, attributes and text, and checks that tags are closed."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Reader(HTMLParser):
 
 
 def shown(record: Any) -> Reader:
-    """What a notebook calls, read back."""
+    """Return the HTML that a notebook shows, parsed."""
     return Reader(record._repr_html_())
 
 
@@ -91,15 +91,15 @@ HOSTILE_RECORDS = [
 @pytest.mark.requirement("Trace: HTML of the step in notebooks")
 @pytest.mark.parametrize("record", HOSTILE_RECORDS, ids=lambda record: type(record).__name__)
 def test_everything_is_escaped(record: Any) -> None:
-    """What a model, an agent or a guide wrote is text: it opens no tag, closes none, and runs nothing."""
+    """Text of a model, an agent or a guide opens no tag, closes none, and runs nothing."""
     read = shown(record)
     assert {"script", "img"} & set(read.tags) == set()
     assert {name for name in read.names if name.startswith("on")} == set()
     assert HOSTILE in read.text
 
 
-def test_a_proposal_shows_what_is_asked_for_and_why() -> None:
-    """Values, score, whose it is, feedback, reasoning, error."""
+def test_a_proposal_shows_its_values_and_reasons() -> None:
+    """Values, score, sample, feedback, reasoning, error."""
     text = shown(
         Proposal(
             values={"k": 7, "words": ["a"]},
@@ -119,7 +119,7 @@ def test_a_proposal_shows_what_is_asked_for_and_why() -> None:
 @pytest.mark.requirement("Trace: HTML of the step in notebooks")
 @pytest.mark.parametrize(("accepted", "word"), [(True, "accepted"), (False, "refused")])
 def test_a_step_shows_the_verdict_and_its_reason(accepted: bool, word: str) -> None:
-    """Beside scores per instance, the update, failures and what it cost."""
+    """It also shows scores per instance, the update, failures and cost."""
     decision = Decision(accepted=accepted, reason="mean score 0.5 -> 0.25")
     text = shown(
         report(3, decision=decision, update={"k": 9}, test_score=0.75, failures=(FAILURE,), usage=USAGE, proposals=1)
@@ -130,8 +130,8 @@ def test_a_step_shows_the_verdict_and_its_reason(accepted: bool, word: str) -> N
     assert "1 failure" in text
 
 
-def test_a_result_shows_the_course_of_scores_and_parameters() -> None:
-    """First and last scores, a chart of both, each parameter as it was and is, the steps."""
+def test_a_result_shows_scores_and_parameters_over_the_run() -> None:
+    """First and last scores, a chart of both, each parameter before and after, the steps."""
     document = result()._repr_html_()
     read = Reader(document)
     assert read.text.startswith("TrainingResult · 2 steps · test 0.25 → 0.75 · train 0.25 → 0.25")
@@ -142,14 +142,14 @@ def test_a_result_shows_the_course_of_scores_and_parameters() -> None:
 
 
 @pytest.mark.parametrize("history", [0, 1])
-def test_a_run_that_hardly_began_is_shown_too(history: int) -> None:
-    """No chart without two points, no table without a row, and no error."""
+def test_a_run_with_few_steps_is_shown_too(history: int) -> None:
+    """There is no chart with fewer than two points, no table without a row, and no error."""
     read = shown(result(history, evaluations=()))
     assert "svg" not in read.tags
     assert ("1 step" if history else "0 steps") in read.text
 
 
-def test_long_runs_and_texts_are_shortened_and_say_so() -> None:
+def test_long_runs_and_texts_are_shortened_with_a_note() -> None:
     """The latest steps, the first failures, the beginning of a text; the chart has a bounded number of points."""
     many = result(5_000, failures=[FAILURE] * 300, parameters={"rule": "x" * 100_000, "k": "y " * 50_000})
     document = many._repr_html_()
@@ -160,14 +160,14 @@ def test_long_runs_and_texts_are_shortened_and_say_so() -> None:
     assert len(document) < 300_000
 
 
-def test_values_that_json_cannot_carry_are_shown_by_their_repr() -> None:
-    """A parameter out of training may hold anything."""
+def test_values_that_json_cannot_hold_are_shown_by_their_repr() -> None:
+    """A parameter that is not trained may hold anything."""
     assert "slice(1, 2, None)" in shown(Proposal(values={"part": slice(1, 2)})).text
 
 
 @given(st.text(), st.text())
 def test_a_comparison_holds_both_texts(before: str, after: str) -> None:
-    """Without what was put in it reads as before, without what was struck out as after."""
+    """Without the insertions it is the old text, without the deletions the new one."""
     document = compared(before, after)
     assert plain(re.sub(r"<ins.*?</ins>", "", document, flags=re.DOTALL)) == plain(tag("i", before))
     assert plain(re.sub(r"<del.*?</del>", "", document, flags=re.DOTALL)) == plain(tag("i", after))
@@ -177,19 +177,19 @@ def plain(document: str) -> str:
     return re.sub(r"<[^>]*>", "", document)
 
 
-def test_a_comparison_of_long_texts_takes_no_time() -> None:
-    """Both are shown, one after the other, where words are too many to be paired."""
+def test_a_comparison_of_long_texts_is_fast() -> None:
+    """Both are shown, one after the other, if there are too many words to pair."""
     before, after = "a b " * 5_000, "b c " * 5_000
     assert plain(compared(before, after)) == f"{before}\n\n{after}"
 
 
 def test_only_markup_is_not_escaped() -> None:
-    """A str is text whatever it holds, and attributes are escaped as well."""
+    """A str is escaped whatever it holds, and so are attributes."""
     assert tag("i", "<b>", Html("<b></b>"), title='"<') == '<i title="&quot;&lt;">&lt;b&gt;<b></b></i>'
 
 
 def test_printing_a_result_gave_one_line_of_20000_characters() -> None:
-    """It is a summary: steps, scores, what changed, what was refused, what it cost, what failed."""
+    """It is a summary: steps, scores, changes, refusals, cost, failures."""
     refused = report(2, decision=Decision(accepted=False, reason="mean score 0.5 -> 0.25"), update={"k": 9})
     reached = result(history=[report(0, update={"rule": "x"}), report(1, score=0.75), refused])
     shown = result(
@@ -215,7 +215,7 @@ def test_printing_a_result_gave_one_line_of_20000_characters() -> None:
 
 
 def test_printing_a_result_needs_ascii_only() -> None:
-    """A terminal with LC_ALL=C shows it too."""
+    """It works in a terminal with LC_ALL=C, too."""
     assert str(result()).isascii()
     assert str(TrainingResult(parameters={}, best_parameters={}, initial_parameters={})).splitlines() == [
         "TrainingResult: 0 steps, 0 updates applied",

@@ -1,4 +1,4 @@
-"""Google ADK agents: which texts are trained, that concurrent candidates keep apart, and what a transcript shows."""
+"""Google ADK agents: which texts are trained, how concurrent candidates are kept apart, and what a transcript shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Scripted(BaseLlm):
-    """Answers with its system instruction and the input, or as `reply` says."""
+    """Answers with its system instruction and the input, or with `reply`."""
 
     model: str = "scripted"
     reply: Any = None
@@ -43,7 +43,7 @@ def call(name: str, **args: Any) -> list[types.Part]:
 
 
 def returned(request: Any) -> Any:
-    """Return what the latest function returned, None if none did."""
+    """Return the result of the latest function call, or None."""
     for content in reversed(request.contents):
         for part in content.parts or ():
             if part.function_response:
@@ -66,7 +66,7 @@ def greeter(**options: Any) -> LlmAgent:
 
 
 def test_texts_of_all_agents_of_the_tree_are_parameters() -> None:
-    """Of sub-agents and of agents that are tools; a description is trained where another agent reads it."""
+    """These are texts of sub-agents and of agents used as tools; a description is trained if another agent reads it."""
     inner = LlmAgent(name="inner", model=Scripted(), instruction="Look.", description="Looks things up.")
     below = LlmAgent(name="below", model=Scripted(), instruction=lambda context: "made", description="Helps.")
     root = LlmAgent(
@@ -81,7 +81,7 @@ def test_texts_of_all_agents_of_the_tree_are_parameters() -> None:
 
 
 async def test_every_candidate_runs_with_its_own_texts() -> None:
-    """Concurrent candidates each have a clone; ADK still fills in the session's state; the host's agent stays."""
+    """Concurrent candidates each have a clone; ADK still fills in the session's state; the host's is unchanged."""
     host = greeter()
     agent = trainable(host, state={"who": "Ada"})
     async with asyncio.TaskGroup() as group:
@@ -150,7 +150,7 @@ async def test_an_error_of_the_model_is_the_agents_failure() -> None:
     assert found.failure.message == "SAFETY: blocked"
 
 
-def test_agents_that_cannot_be_trained_are_refused() -> None:
+def test_agents_without_a_trainable_text_are_refused() -> None:
     with pytest.raises(ConfigError, match="with a text that can be trained, got none"):
         trainable(LlmAgent(name="root", model=Scripted(), instruction=lambda context: "made"))
     one = LlmAgent(name="same", model=Scripted(), instruction="A.")

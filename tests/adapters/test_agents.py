@@ -1,4 +1,4 @@
-"""The one door for agents: what it takes, and what it says of anything else."""
+"""`as_agent`, the one door for agents: what it accepts, and its error for anything else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_a_plain_function_was_refused() -> None:
         write(agent.parameters(), {"times": 9})  # type: ignore[arg-type]
 
 
-async def test_an_accepted_value_is_the_functions_own() -> None:
+async def test_an_accepted_value_changes_the_function() -> None:
     """Later callers of the function get the trained values."""
 
     def shout(x: str, *, mark: str = "!") -> str:
@@ -62,7 +62,7 @@ async def test_an_accepted_value_is_the_functions_own() -> None:
 
 
 async def test_async_functions_methods_and_partials() -> None:
-    """They are called as they are."""
+    """They are called unchanged."""
 
     class Greeter:
         def greet(self, x: str, *, word: str = "hi") -> str:
@@ -78,7 +78,7 @@ async def test_async_functions_methods_and_partials() -> None:
 
 
 async def test_a_parameter_as_the_default_of_an_argument() -> None:
-    """The function reads `.data` itself, so the argument is left alone."""
+    """The function reads `.data` itself, so the argument is not a parameter."""
     node = ParameterNode("hi")
 
     def greet(x: str, *, word: ParameterNode[str] = node) -> str:
@@ -91,17 +91,17 @@ async def test_a_parameter_as_the_default_of_an_argument() -> None:
 
 @pytest.mark.parametrize("function", [lambda: 1, lambda x, *, k: k, lambda x, y: x])
 def test_a_function_that_cannot_be_an_agent(function: Any) -> None:
-    """It is refused at the door, with how to write it."""
+    """It is refused with the signature that it needs."""
     with pytest.raises(ConfigError, match="Expected a function of one input whose keyword-only arguments have"):
         as_agent(function)
 
 
 class Predict:
-    """A part of a framework's program, which is no parameter of ours."""
+    """A part of a framework's program, which is not one of our parameters."""
 
 
 class Program:
-    """As DSPy's: it is called, and its parameters() are something else."""
+    """A program like DSPy's: it is called, and its parameters() are something else."""
 
     def parameters(self) -> list[Predict]:
         return [Predict()]
@@ -120,8 +120,8 @@ class Program:
         (object(), "got <object>"),
     ],
 )
-def test_what_passed_the_door_and_died_in_training(thing: Any, message: str) -> None:
-    """A program of DSPy has `parameters()` too: the error lists what is accepted, and what this one lacks."""
+def test_a_program_passed_as_an_agent_failed_in_training(thing: Any, message: str) -> None:
+    """DSPy's programs have `parameters()` too: the error lists what is accepted, and what this one lacks."""
     with pytest.raises(
         ConfigError, match=rf"Expected an agent, {message}.* An agent is a Module; a template with a placeholder"
     ):
@@ -129,7 +129,7 @@ def test_what_passed_the_door_and_died_in_training(thing: Any, message: str) -> 
 
 
 class Setting:
-    """A parameter as a framework has it: the Protocol, and no ParameterNode."""
+    """A framework's parameter: it has the Protocol's methods and is not a ParameterNode."""
 
     name = "temperature"
     type = float
@@ -153,7 +153,7 @@ class Setting:
 
 
 class Foreign:
-    """An agent with parameters of its own kind."""
+    """An agent with its own class of parameters."""
 
     def __init__(self) -> None:
         self.program = {"temperature": 0.5}
@@ -166,8 +166,8 @@ class Foreign:
         return x
 
 
-def test_parameters_of_someone_else_are_typed_checked_and_written_back() -> None:
-    """Both sides check a value, and an accepted one reaches the program that it belongs to."""
+def test_foreign_parameters_are_typed_checked_and_written_back() -> None:
+    """Both sides check a value, and an accepted one is written to its program."""
     foreign = Foreign()
     agent = as_agent(foreign)
     (node,) = agent.parameters()
@@ -180,8 +180,8 @@ def test_parameters_of_someone_else_are_typed_checked_and_written_back() -> None
 
 
 @pytest.mark.parametrize(("isolation", "limit"), [("none", None), (None, None), ("copy", 0), ("copy", True)])
-def test_an_agent_for_batches_says_how_candidates_are_kept_apart(isolation: Any, limit: Any) -> None:
-    """Without that, values on trial would mix; it is refused at the door."""
+def test_a_batch_agent_must_declare_its_isolation(isolation: Any, limit: Any) -> None:
+    """Without it candidates' values would mix, so the agent is refused."""
 
     class Batches(Foreign):
         def rollouts(self, tasks: Any, guide: Any) -> Any: ...
@@ -192,8 +192,8 @@ def test_an_agent_for_batches_says_how_candidates_are_kept_apart(isolation: Any,
         as_agent(agent)
 
 
-def test_a_module_is_taken_as_it_is() -> None:
-    """Its parameters are its own, and passing the door twice changes nothing."""
+def test_a_module_is_returned_unchanged() -> None:
+    """It has its own parameters, and a second `as_agent` changes nothing."""
 
     class Empty(Module):
         def forward(self, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Agents that are a command: how values get in, what their end means, and folders of texts as parameters."""
+"""Agents that are commands: how they get values, what their exit means, and folders of texts as parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("code", "options"), WAYS.values(), ids=WAYS)
 async def test_values_reach_the_command(code: str, options: Any) -> None:
-    """In the request, the environment or a file; each run has those of its candidate."""
+    """They are in the request, the environment or a file; each run has its candidate's values."""
     agent = python(code, **options)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(rollout(agent, prompt=f"p{i} ")) for i in range(4)]
@@ -52,7 +52,7 @@ async def test_values_reach_the_command(code: str, options: Any) -> None:
 
 
 async def test_arguments_are_filled_without_a_shell() -> None:
-    """An input is one argument whatever it holds, and what a value holds is not read again."""
+    """Any input is one argument, and a value is not expanded again."""
     code = "import sys; print(sys.argv[1:], sys.stdin.read())"
     agent = python(code, "--prompt={prompt}", "{input}", reply="text")
     found = await rollout(agent, x="$(rm -rf x); {prompt} 'a b'", prompt="{input}")
@@ -74,8 +74,8 @@ async def test_a_signal_is_named() -> None:
     assert "got signal SIGSEGV: (it wrote nothing)" in found.failure.message
 
 
-async def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    """Its children too, which hold its output open."""
+async def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
+    """Its children hold its output open."""
     code = (
         "import subprocess, sys, time; "
         f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
@@ -87,7 +87,7 @@ async def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: 
     assert await is_gone(int((tmp_path / "pid").read_text()))
 
 
-async def test_a_child_that_is_left_behind_does_not_hold_the_reply_up(tmp_path: Path) -> None:
+async def test_a_child_left_behind_does_not_delay_the_reply(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys; "
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
@@ -124,8 +124,8 @@ async def test_cancellation_ends_the_command() -> None:
     assert task.cancelled()
 
 
-async def test_a_reply_without_end_is_cut_off() -> None:
-    """The command is ended when it wrote more than a reply may have."""
+async def test_an_endless_reply_is_cut_off() -> None:
+    """The command is killed once it has written more than a reply may have."""
     found = await rollout(python("while True: print('a' * 100000)", timeout=60))
     assert found.failure is not None
     assert "Expected at most 16" in found.failure.message
@@ -136,7 +136,7 @@ async def test_a_command_need_not_read_its_input() -> None:
     assert found.output == 1
 
 
-async def test_a_value_that_is_too_long_for_a_variable_names_the_way_out() -> None:
+async def test_a_value_too_long_for_a_variable_names_the_remedy() -> None:
     found = await rollout(python("print(1)", values_in="environment"), prompt="a" * 200_000)
     assert found.failure is not None
     assert "use values_in='file' or 'request'" in found.failure.message
@@ -171,7 +171,7 @@ def skills(tmp_path: Path) -> Path:
 
 
 async def test_files_are_parameters_and_each_run_has_a_copy_of_the_folder(skills: Path) -> None:
-    """Runs change their own copy only; an accepted value is written into the folder."""
+    """Runs change their own copy only; an accepted value is written to the folder."""
     agent = CommandAgent([sys.executable, "run.py"], files=folder_parameters(skills, "skills/*.md"))
     assert [parameter.name for parameter in agent.parameters()] == ["skills/search.md", "skills/write.md"]
     async with asyncio.TaskGroup() as group:
@@ -182,7 +182,7 @@ async def test_files_are_parameters_and_each_run_has_a_copy_of_the_folder(skills
     assert (skills / "skills" / "search.md").read_text() == "Search better."
 
 
-def test_links_and_what_is_outside_are_no_parameters(skills: Path, tmp_path: Path) -> None:
+def test_links_and_files_outside_are_not_parameters(skills: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.md").write_text("key")
     (skills / "skills" / "link.md").symlink_to(tmp_path / "secret.md")
     assert folder_parameters(skills, "skills/*.md").files == ("skills/search.md", "skills/write.md")
@@ -197,7 +197,7 @@ async def test_ignored_names_are_not_copied(skills: Path) -> None:
     assert (await rollout(agent)).output == ["run.py", "skills"]
 
 
-def test_bad_folders_are_refused(skills: Path) -> None:
+def test_invalid_folders_are_refused(skills: Path) -> None:
     (skills / "skills" / "image.png").write_bytes(b"\x89PNG\xff")
     for path, pattern, message in [
         (skills / "missing", "*.md", "Expected a folder, got"),
@@ -208,7 +208,7 @@ def test_bad_folders_are_refused(skills: Path) -> None:
             folder_parameters(path, pattern)
 
 
-def test_bad_commands_are_refused_when_the_agent_is_made(skills: Path) -> None:
+def test_invalid_commands_are_refused_at_construction(skills: Path) -> None:
     files = folder_parameters(skills, "skills/*.md")
     for arguments, message in [
         ({"command": "python x.py"}, "Expected a command as a list"),
@@ -225,7 +225,7 @@ def test_bad_commands_are_refused_when_the_agent_is_made(skills: Path) -> None:
 
 
 async def test_a_recorded_run_replays_without_the_command(tmp_path: Path) -> None:
-    """Its reply and its failure; nothing is started, and another value is a miss."""
+    """Its reply and its failure are replayed without a process; another value is a miss."""
     code = (
         f"import json, sys; open({str(tmp_path / 'runs')!r}, 'a').write('x'); given = json.load(sys.stdin); "
         "given['input'] == 'bad' and sys.exit('refused'); print(json.dumps({'output': given['values']['prompt']}))"

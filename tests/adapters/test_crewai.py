@@ -1,4 +1,4 @@
-"""CrewAI's crews: which texts are trained, that concurrent candidates keep apart, what an input fills."""
+"""CrewAI's crews: which texts are trained, how concurrent candidates are kept apart, and how an input is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Echo(BaseLLM):
-    """Answers with the texts that it was given."""
+    """Answers with its texts."""
 
     def call(self, messages: Any, *_: Any, **__: Any) -> str:
         given = messages if isinstance(messages, str) else " | ".join(str(one["content"]) for one in messages)
@@ -79,12 +79,12 @@ async def test_concurrent_candidates_run_on_copies_of_the_crew() -> None:
     assert (host.agents[0].goal, host.tasks[0].description) == ("Route well.", "Route: {ticket}")
 
 
-async def test_an_input_that_is_no_mapping_fills_the_placeholders() -> None:
+async def test_an_input_that_is_not_a_mapping_fills_the_placeholders() -> None:
     assert "Route: my lamp" in (await rollout(trainable(crew()), "my lamp")).output
 
 
-async def test_accepted_values_are_in_the_crew_after_a_run_of_its_own() -> None:
-    """CrewAI keeps the text with its placeholders aside once a crew ran; it is that text that is trained."""
+async def test_accepted_values_are_in_a_crew_that_has_run() -> None:
+    """CrewAI keeps the text with its placeholders separately once a crew has run; that text is trained."""
     host = crew()
     await host.akickoff(inputs={"ticket": "first", "company": "Lamps"})
     agent = trainable(host)
@@ -102,7 +102,7 @@ async def test_a_transcript_shows_tasks_and_calls_of_the_model() -> None:
     assert "LLM call" in found.transcript
 
 
-def test_two_agents_of_one_role_are_refused() -> None:
+def test_two_agents_with_one_role_are_refused() -> None:
     one, other = (Agent(role=role, goal="G", backstory="B", llm=Echo(model="echo")) for role in ("A b", "a B"))
     task = Task(description="D", expected_output="E", agent=one)
     with pytest.raises(ConfigError, match="got 'a B' twice"):

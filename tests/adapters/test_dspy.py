@@ -24,7 +24,7 @@ dspy: Any = pytest.importorskip("dspy", reason="needs DSPy: python tests/environ
 
 
 class Engine:
-    """A model of lm15: answers every output field of the prompt with the instructions' last word."""
+    """A model of lm15 that fills every output field of the prompt with the instructions' last word."""
 
     def __init__(self, fails: Exception | None = None, says: str | None = None) -> None:
         self.fails, self.says, self.asked = fails, says, 0
@@ -102,7 +102,7 @@ def test_accepted_values_are_written_into_the_program_which_saves_them(tmp_path:
     assert [dict(one) for one in loaded.predict.demos] == [demo]
 
 
-def test_a_field_without_a_description_keeps_that_of_dspy() -> None:
+def test_a_field_without_a_description_keeps_dspys() -> None:
     trained = program()
     agent = trainable(trained, train=["fields"])
     agent.apply({"team.desc": "a team"})
@@ -124,7 +124,7 @@ async def test_concurrent_candidates_run_on_copies() -> None:
 
 
 class Helper:
-    """What a program uses: it cannot be copied, and knows how often it was asked."""
+    """An object that a program uses: it cannot be copied, and counts its calls."""
 
     def __init__(self) -> None:
         self.lock, self.asked = threading.Lock(), 0
@@ -137,7 +137,7 @@ class Helper:
 
 
 @pytest.mark.usefixtures("engine")
-async def test_what_a_program_uses_is_shared_and_its_own_methods_are_those_of_the_copy() -> None:
+async def test_a_copys_methods_are_its_own_and_its_objects_are_shared() -> None:
     class Uses(dspy.Module):  # type: ignore[misc] # not typed
         def __init__(self, helper: Helper) -> None:
             super().__init__()
@@ -180,7 +180,7 @@ async def test_a_program_that_cannot_be_copied_runs_one_rollout_at_a_time() -> N
     assert whole.route.signature.instructions == "Answer sales"
 
 
-def test_modules_that_were_frozen_are_not_trained() -> None:
+def test_frozen_modules_are_not_trained() -> None:
     class Two(dspy.Module):  # type: ignore[misc] # not typed
         def __init__(self) -> None:
             super().__init__()
@@ -228,7 +228,7 @@ async def test_a_reply_that_cannot_be_parsed_is_feedback() -> None:
 
 
 @pytest.mark.parametrize("name", ["RateLimitError", "TransportError", "ServerError", "TimeoutError"])
-async def test_a_lost_call_is_no_feedback(name: str) -> None:
+async def test_a_lost_call_is_not_feedback(name: str) -> None:
     error = getattr(dspy.lm15, name)("too many")
     with dspy.context(lm=dspy.LM("scripted/x", engine=Engine(fails=error), num_retries=0)):
         run = await roll_out(trainable(program()), {"ticket": "x"})
@@ -285,7 +285,7 @@ def test_examples_are_data() -> None:
         samples([dspy.Example(ticket="t", team="x")])
 
 
-async def test_exact_match_compares_one_field_and_says_so_for_whole_predictions() -> None:
+async def test_exact_match_compares_one_field_and_refuses_whole_predictions() -> None:
     prediction, (example,) = dspy.Prediction(team="billing"), examples("billing")
     assert ExactMatch(key="team")("x", prediction, example)[0] == 1.0
     assert ExactMatch(key="team")("x", "sales", example)[0] == 0.0
@@ -319,7 +319,7 @@ async def test_a_metric_of_dspy_is_a_guide(function: Any, engine: Engine) -> Non
 
 
 class Judge(dspy.Module):  # type: ignore[misc] # not typed
-    """A metric that is a module, as dspy.evaluate.SemanticF1 is."""
+    """A metric that is a module, like dspy.evaluate.SemanticF1."""
 
     def forward(self, example: Any, pred: Any, trace: Any = None) -> Any:
         """Return a score."""
@@ -327,7 +327,7 @@ class Judge(dspy.Module):  # type: ignore[misc] # not typed
 
 
 class Stricter(Judge):
-    """It inherits how it judges."""
+    """It inherits its judgement."""
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_an_unknown_part_is_refused(train: Any) -> None:
         trainable(program(), train=train)
 
 
-def test_an_output_that_is_no_field_is_refused() -> None:
+def test_an_unknown_output_field_is_refused() -> None:
     with pytest.raises(ConfigError, match="Expected output to be one of the fields 'team', got 'tema'"):
         trainable(program(), output="tema")
 
@@ -388,7 +388,7 @@ def test_a_program_is_trained_and_the_values_fit_another_one(engine: Engine, tmp
 
 
 class _NoModel:
-    """A model that is never asked: all proposals agree."""
+    """A model that is never called: all proposals agree."""
 
     async def complete(self, *messages: Any, **options: Any) -> Any:
         raise AssertionError("nothing to merge")

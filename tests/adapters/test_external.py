@@ -1,4 +1,4 @@
-"""Agents outside this process: what a reply may hold, and agents behind an address."""
+"""Agents outside this process: what a reply may hold, and agents at an address."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def rollout(agent: Any, x: Any = "you", guide: Any = None, **values: Any) 
     return await AgentWork(as_agent(agent), guide)(task)
 
 
-async def test_the_values_of_the_candidate_go_with_the_request() -> None:
+async def test_the_candidates_values_are_in_the_request() -> None:
     """Concurrent candidates share one agent; a value has the type of its seed."""
     agent = HTTPAgent(
         "http://127.0.0.1:1/run", {"prompt": "hi", "k": ParameterNode(3, name="k")}, transport=FakeTransport(echo)
@@ -93,14 +93,14 @@ async def test_steps_are_the_transcript_and_usage_is_counted() -> None:
         assert (await rollout(agent_of(reply(output="a", transcript="plain")))).transcript.count("plain") == 1
 
 
-async def test_a_budget_that_is_used_up_stops_runs_before_they_start() -> None:
+async def test_an_exhausted_budget_stops_runs_before_they_start() -> None:
     agent = agent_of(echo)
     with spending(Budget(calls=0)), pytest.raises(BudgetExceededError):
         await rollout(agent)
     assert agent.transport.requests == []  # type: ignore[attr-defined]
 
 
-async def test_what_an_agent_states_as_its_error_is_its_failure() -> None:
+async def test_an_agents_stated_error_is_its_failure() -> None:
     found = await rollout(agent_of(reply(error="no such customer", transcript="asked")))
     assert found.failure is not None
     assert (found.failure.error, found.failure.message) == ("ExternalError", "no such customer")
@@ -120,8 +120,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
-async def test_a_reply_that_cannot_be_read_is_the_agents_failure(body: bytes) -> None:
-    """It is never taken for an output, and quoted in the error."""
+async def test_an_unreadable_reply_is_the_agents_failure(body: bytes) -> None:
+    """It is never used as an output, and the error quotes it."""
     found = await rollout(agent_of(HTTPReply(status=200, body=body, headers={})))
     assert found.failure is not None
     assert found.failure.error == "ExternalError"
@@ -129,7 +129,7 @@ async def test_a_reply_that_cannot_be_read_is_the_agents_failure(body: bytes) ->
     assert not found.failure.infrastructure
 
 
-def test_text_is_an_output_if_that_is_chosen() -> None:
+def test_text_is_an_output_on_request() -> None:
     assert read_reply(b"yes\n", "text").output == "yes"
 
 
@@ -137,7 +137,7 @@ def test_a_null_output_is_an_output() -> None:
     assert read_reply(b'{"output": null}', "json").output is None
 
 
-async def test_a_lost_connection_is_tried_again_and_is_no_failure_of_the_agent() -> None:
+async def test_a_lost_connection_is_retried_and_is_not_the_agents_failure() -> None:
     lost = APIConnectionError("gone")
     assert (await rollout(agent_of(lost, reply(503), echo))).output == "hi you"
     for step in (lost, reply(503), reply(429)):
@@ -172,13 +172,13 @@ async def test_a_refused_key_ends_the_run() -> None:
         await rollout(agent_of(reply(401)))
 
 
-async def test_an_input_that_json_cannot_carry_is_named() -> None:
+async def test_an_input_that_json_cannot_hold_is_named() -> None:
     found = await rollout(agent_of(echo), x=object())
     assert found.failure is not None
     assert "Expected an input that JSON can carry" in found.failure.message
 
 
-def test_bad_options_are_refused_when_the_agent_is_made() -> None:
+def test_invalid_options_are_refused_at_construction() -> None:
     for arguments, message in [
         ({"url": "127.0.0.1:8000"}, "Expected an address"),
         ({"url": "ftp://host/x"}, "Expected an address"),
@@ -199,7 +199,7 @@ async def test_values_can_be_put_into_an_agent_at_another_address() -> None:
     assert agent.transport.requests[-1].url == other  # type: ignore[attr-defined]
 
 
-def test_a_failure_of_an_agent_outside_is_no_bug_of_this_process() -> None:
+def test_a_failure_of_an_external_agent_is_not_a_bug_of_this_process() -> None:
     assert not issubclass(ExternalError, (TypeError, ValueError))
 
 
@@ -213,7 +213,7 @@ RUNS: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("steps", RUNS.values(), ids=RUNS)
 async def test_a_recorded_run_replays_without_the_server(tmp_path: Path, steps: list[Any]) -> None:
-    """Attempts that failed, a refusal and a run without a reply in time replay as they were."""
+    """Failed attempts, a refusal and a run without a reply in time replay as they were."""
     with cassette(tmp_path / "tape.yaml", "all"):
         recorded = await rollout(agent_of(*steps))
     silent = agent_of(AssertionError("sent"))
@@ -224,7 +224,7 @@ async def test_a_recorded_run_replays_without_the_server(tmp_path: Path, steps: 
 
 
 def test_runs_through_optimize_are_counted_once(tmp_path: Path) -> None:
-    """As the agent states them; that its request was seen too adds nothing."""
+    """They are counted as the agent states them; observing its requests adds nothing."""
     agent = agent_of(lambda request: reply(output="a", usage={"input_tokens": 3, "output_tokens": 1}))
     model = as_model(lambda messages: '{"suggestion": {"prompt": "hello"}}')
     rows = [(f"q{i}", "b") for i in range(4)]

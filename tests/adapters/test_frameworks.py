@@ -1,4 +1,4 @@
-"""What all adapters of frameworks share: parameters in a host's object, values put in place, versions, options."""
+"""What the framework adapters share: parameters in a host's object, their values, versions, options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aggregator.records import RolloutTask
 
 
 class Host:
-    """An object of a framework: it answers with its text."""
+    """A framework's object that answers with its text."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -52,7 +52,7 @@ def test_an_accepted_value_is_written_into_the_object_of_the_host() -> None:
     assert host.text == "good day"
 
 
-def test_values_of_a_file_hold_inside_applied_only(tmp_path: Path) -> None:
+def test_values_of_a_file_apply_inside_applied_only(tmp_path: Path) -> None:
     host = Host("hello")
     agent = HostAgent(host)
     agent.apply({"text": "good day"})
@@ -70,7 +70,7 @@ def test_apply_writes_the_trained_values_into_another_program() -> None:
 
 
 @pytest.mark.parametrize(("values", "told"), [({"texts": "x"}, "text, got 'texts'"), ({"text": 7}, "Expected `str`")])
-def test_applied_refuses_values_that_do_not_fit(values: dict[str, Any], told: str) -> None:
+def test_applied_refuses_values_of_the_wrong_type(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ParameterError, match=told), HostAgent(Host("hello")).applied(values):
         pass
 
@@ -80,7 +80,7 @@ def test_a_program_without_a_text_is_refused() -> None:
         FrameworkAgent(Host(""), [])
 
 
-def test_two_parameters_of_one_name_are_refused() -> None:
+def test_two_parameters_with_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="a"):
         FrameworkAgent(Host(""), [ParameterNode("1", name="a"), ParameterNode("2", name="a")])
 
@@ -142,7 +142,7 @@ def test_a_decorated_function_keeps_its_defaults_as_seeds() -> None:
 
 
 class Greeting:
-    """An object whose method is an agent."""
+    """An object with a method as an agent."""
 
     def __init__(self) -> None:
         self.text = ParameterNode("hello", name="text")
@@ -156,7 +156,7 @@ def test_a_methods_object_holds_its_parameters() -> None:
     assert [parameter.name for parameter in agent.parameters()] == ["text"]
 
 
-def test_what_a_partial_holds_is_a_parameter() -> None:
+def test_a_partials_parameters_are_found() -> None:
     def answer(text: ParameterNode[str], x: str, *, tone: ParameterNode[str]) -> str:
         return f"{text.data} {x} {tone.data}"
 

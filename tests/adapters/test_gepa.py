@@ -1,4 +1,4 @@
-"""Adapters of GEPA's as agents, with the real package: rollouts by the batch, records, scores, errors."""
+"""GEPA's adapters as agents, with the real package: batches of rollouts, records, scores, errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(*teams: str) -> list[dict[str, Any]]:
 
 
 class Scored:
-    """An adapter of no class of GEPA's: two components, several scores, and what a test wants of it."""
+    """An adapter without a base class of GEPA's: two components, several scores, and settings for a test."""
 
     def __init__(self, score: float = 0.5, *, missing: int = 0, reflects: bool = True) -> None:
         self.score, self.missing, self.reflects = score, missing, reflects
@@ -107,13 +107,13 @@ async def test_an_adapter_without_a_record_still_scores() -> None:
     assert (run.score, run.feedback, run.transcript) == (0.5, "", "")
 
 
-async def test_a_guide_judges_in_the_adapters_place() -> None:
+async def test_a_guide_replaces_the_adapters_score() -> None:
     agent = trainable(Scored(), candidate={"a": "1", "b": "2"})
     (run,) = await evaluate(agent, [("x", "info")], lambda x, output, info: (0.25, f"{output} {info}"))
     assert (run.score, run.feedback) == (0.25, "1 2 x info")
 
 
-async def test_a_score_that_is_no_number_loses_its_instance() -> None:
+async def test_an_invalid_score_loses_its_instance() -> None:
     (run,) = await own(trainable(Scored(float("nan")), candidate={"a": "1", "b": "2"}), ["x"])
     assert run.failure is not None
     assert (run.score, run.failure.stage) == (None, "guide")
@@ -125,7 +125,7 @@ async def test_too_few_scores_end_the_run() -> None:
 
 
 @pytest.mark.parametrize("candidate", [None, {}, {"a": 1}, "text", {1: "a"}])
-def test_a_seed_candidate_is_needed(candidate: Any) -> None:
+def test_a_seed_candidate_is_required(candidate: Any) -> None:
     with pytest.raises(ConfigError, match=r"Expected candidate=\{'name': 'text'\} with a GEPA adapter"):
         trainable(Scored(), candidate=candidate)
     with pytest.raises(ConfigError, match="Expected candidate="):
@@ -153,6 +153,6 @@ def test_an_adapter_is_trained_in_one_call() -> None:
     assert [one.score for one in result.validations] == [0.0, 1.0]
 
 
-def test_no_guide_without_an_own_score_is_refused() -> None:
+def test_no_guide_and_no_own_score_is_refused() -> None:
     with pytest.raises(ConfigError, match="Expected a guide"):
         optimize("Answer {x}", [{"x": "1"}] * 3, guide=None, model=lambda messages: "", run_dir=False, show=False)

@@ -35,7 +35,7 @@ from aggregator.simulation import SimulatedModel
 
 
 class Scripted(BaseChatModel):
-    """Answers with what a function of (messages, tools) returns."""
+    """Answers with the result of a function of (messages, tools)."""
 
     answer: Any
     tools: Any = ()
@@ -52,13 +52,13 @@ class Scripted(BaseChatModel):
 
 
 def echo(messages: Any, tools: Any) -> AIMessage:
-    """Answer with everything that the model was given, but for the user's words."""
+    """Answer with everything that the model got, except the user's message."""
     told = [one.text for one in messages if isinstance(one, SystemMessage)]
     return AIMessage(" | ".join([*told, *(f"{one.name}: {one.description}" for one in tools)]))
 
 
 def uses_tool(messages: Any, tools: Any) -> AIMessage:
-    """Call the first tool, then answer with what it returned."""
+    """Call the first tool, then answer with its result."""
     if isinstance(messages[-1], ToolMessage):
         return AIMessage(f"{messages[0].text}: {messages[-1].text}")
     return AIMessage("", tool_calls=[{"name": tools[0].name, "args": {"customer": "Ada"}, "id": "call-1"}])
@@ -169,7 +169,7 @@ def test_texts_that_functions_of_a_graph_read_are_parameters() -> None:
     assert set(names(agent)) == {"rules", "prompt.system", "inner.system_prompt"}
 
 
-async def test_a_graphs_texts_hold_in_sync_and_async_nodes_of_concurrent_candidates() -> None:
+async def test_a_graphs_texts_apply_in_sync_and_async_nodes_of_concurrent_candidates() -> None:
     agent = trainable(graph(), input="ticket", output="team")
     async with asyncio.TaskGroup() as group:
         tasks = [
@@ -199,7 +199,7 @@ async def test_texts_that_methods_and_containers_hold_are_parameters() -> None:
     assert (await rollout(agent, prompts__route__system="Go.", tone="rude")).output == "Go. rude!"
 
 
-async def test_parameters_that_no_function_names_are_given() -> None:
+async def test_parameters_that_no_function_names_can_be_given() -> None:
     class Store:
         node = ParameterNode("Hidden.", name="hidden")
 
@@ -215,7 +215,7 @@ async def test_nodes_of_a_graph_are_in_the_transcript_in_their_order() -> None:
     assert lines == ["node route", "LLM call", "node ask", "node model", "LLM call"]
 
 
-async def test_a_graph_with_memory_runs_each_rollout_as_a_conversation_by_itself() -> None:
+async def test_a_graph_with_memory_runs_each_rollout_as_its_own_conversation() -> None:
     agent = trainable(support(checkpointer=InMemorySaver()))
     first, second = [await rollout(agent, "hello") for _ in range(2)]
     assert first.output == second.output == "Be brief. | history: Return what a customer bought."
@@ -283,7 +283,7 @@ def test_a_graph_that_is_not_compiled_and_one_without_a_text_are_refused() -> No
         trainable(made.compile())
 
 
-async def test_keys_that_a_state_does_not_have_are_refused() -> None:
+async def test_unknown_keys_of_a_state_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"output= a key of the graph's state \(ticket, team, log\), got 'teem'"):
         trainable(graph(), input="ticket", output="teem")
     chain = PromptTemplate.from_template("Answer briefly: {x}") | RunnableLambda(lambda value: {"text": value.text})
@@ -304,12 +304,12 @@ async def test_tools_and_calls_of_models_are_in_the_transcript() -> None:
     assert 'reply: tool call: history({"customer":"Ada"})' in lines
 
 
-async def test_two_runs_of_one_input_have_one_transcript() -> None:
-    """A transcript goes into a prompt: an id that differs in each run would be a miss in the replay."""
+async def test_two_runs_with_one_input_have_one_transcript() -> None:
+    """A transcript is part of a prompt: an id that differs in each run would make the replay miss."""
     assert (await rollout(support(uses_tool))).transcript == (await rollout(support(uses_tool))).transcript
 
 
-async def test_a_call_that_clients_sees_is_in_the_transcript_once() -> None:
+async def test_an_observed_call_is_in_the_transcript_once() -> None:
     async with SimulatedModel() as server:
         model: Any = ChatOpenAI(model="gpt-4o-mini", base_url=server.base_url, api_key="none")
         host = create_agent(model, tools=[], system_prompt="If no rule applies, answer sales.")
@@ -320,7 +320,7 @@ async def test_a_call_that_clients_sees_is_in_the_transcript_once() -> None:
     assert found.transcript.count("LLM call") == 1
 
 
-async def test_saved_values_hold_inside_applied_only(tmp_path: Path) -> None:
+async def test_saved_values_apply_inside_applied_only(tmp_path: Path) -> None:
     host = support()
     agent = trainable(host)
     agent.apply({"system_prompt": "Trained."})

@@ -1,4 +1,4 @@
-"""LlamaIndex: prompts at any depth are parameters, candidates run on copies of the modules that hold them."""
+"""LlamaIndex: prompts at any depth are parameters, and candidates run on copies of their modules."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Echo(CustomLLM):
 
 
 class Chat(Echo):
-    """A model of chats that answers with the messages."""
+    """A chat model that answers with the messages."""
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -94,7 +94,7 @@ QA_NAME = "response_synthesizer.text_qa_template"
 
 
 async def test_a_prompt_of_a_query_engine_is_trained_on_copies() -> None:
-    """Concurrent candidates each have their own text; the host's engine stays until a value is accepted."""
+    """Concurrent candidates each have their own text; the host's engine changes once a value is accepted."""
     host = engine()
     agent = trainable(host, train=[QA_NAME])
     assert names(agent) == [QA_NAME]
@@ -116,8 +116,8 @@ async def test_prompts_two_levels_deep_are_trained() -> None:
     assert (await rollout(agent)).output == "New Context: a lamp Question: why"
 
 
-async def test_of_a_prompt_that_depends_on_the_model_the_one_in_use_is_trained() -> None:
-    """The default QA prompt has one text for completions and a chat for models of chats."""
+async def test_the_models_variant_of_a_prompt_is_trained() -> None:
+    """The default QA prompt has one text for completions and a chat for chat models."""
     synthesizer = get_response_synthesizer(llm=Chat())
     host = RetrieverQueryEngine(Fixed(), response_synthesizer=synthesizer)
     agent = trainable(host)
@@ -139,7 +139,7 @@ def test_messages_of_a_chat_prompt_are_parameters_by_role() -> None:
 
 
 class Tools(FunctionCallingLLM):
-    """Calls the first tool once, then answers with its system prompt and what the tool returned."""
+    """Calls the first tool once, then answers with its system prompt and the tool's result."""
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -215,12 +215,12 @@ def test_the_prompt_of_a_react_agent_is_a_parameter_and_copies_do_not_share_it()
     assert host.formatter.system_header == before
 
 
-async def test_calls_of_models_are_shown_where_no_client_is_watched() -> None:
+async def test_model_calls_are_shown_if_no_client_is_observed() -> None:
     found = await rollout(trainable(engine()))
     assert found.transcript.count("Context: a lamp Question: why") == 2  # the prompt, and the answer that repeats it
 
 
-async def test_another_way_to_run_can_be_given() -> None:
+async def test_a_custom_run_function() -> None:
     synthesizer = get_response_synthesizer(llm=Echo(), text_qa_template=PromptTemplate(QA))
     with pytest.raises(ConfigError, match="Expected a query engine or an agent, got CompactAndRefine"):
         trainable(synthesizer)
@@ -233,7 +233,7 @@ async def test_another_way_to_run_can_be_given() -> None:
     assert found.output == "T Context: a lamp Question: why"
 
 
-def test_what_cannot_be_trained_is_refused() -> None:
+def test_agents_without_a_trainable_text_are_refused() -> None:
     with pytest.raises(ConfigError, match="Expected train= to name parameters of response_synthesizer"):
         trainable(engine(), train=["text_qa"])
     with pytest.raises(ConfigError, match="with a text that can be trained, got none"):

@@ -1,4 +1,4 @@
-"""Functions that use prompts of MLflow's registry: the prompts are parameters, candidates run at the same time."""
+"""Functions that use prompts of MLflow's registry: the prompts are parameters, candidates run concurrently."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def rollout(agent: Any, x: Any, **values: Any) -> Rollout:
 
 @pytest.mark.parametrize("function", [predict, predict_async])
 async def test_concurrent_candidates_read_their_own_templates(function: Any) -> None:
-    """In threads and in tasks; prompts that are not trained, and readers outside, get what the registry holds."""
+    """This holds in threads and in tasks; untrained prompts, and readers outside, get the registry's text."""
     agent = RegisteredPrompts(function, ["prompts:/greet/1"])
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(rollout(agent, {"who": f"w{i}"}, greet=f"T{i} {{{{who}}}}")) for i in range(8)]
@@ -57,7 +57,7 @@ async def test_concurrent_candidates_read_their_own_templates(function: Any) -> 
     assert predict("Ann") == "Say hi to Ann Other"
 
 
-async def test_trained_prompts_are_registered_as_new_versions_when_asked(tmp_path: Path) -> None:
+async def test_trained_prompts_are_registered_as_new_versions_on_request(tmp_path: Path) -> None:
     agent = RegisteredPrompts(predict, ["prompts:/greet/1", "prompts:/other/1"])
     agent.apply({"greet": "Hello {{who}}!"})
     assert await agent({"who": "Ann"}) == "Hello Ann! Other"
@@ -81,7 +81,7 @@ def test_optimize_trains_the_prompt() -> None:
     assert max(one.score or 0 for one in result.validations) == 1.0
 
 
-def test_what_cannot_be_trained_is_refused() -> None:
+def test_functions_without_a_trainable_prompt_are_refused() -> None:
     for predict_given, prompts in (("predict", ["prompts:/greet/1"]), (predict, []), (predict, "prompts:/greet/1")):
         with pytest.raises(ConfigError, match="Expected a function and URIs of its prompts"):
             RegisteredPrompts(predict_given, prompts)  # type: ignore[arg-type]

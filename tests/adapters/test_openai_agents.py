@@ -48,7 +48,7 @@ def called(name: str, arguments: str = "{}", call: str = "call-1") -> ResponseFu
 
 
 class Scripted(Model):
-    """Answers with what a function of (instructions, input, tools, handoffs) returns."""
+    """Answers with the result of a function of (instructions, input, tools, handoffs)."""
 
     def __init__(self, answer: Callable[..., Any]) -> None:
         self.answer = answer
@@ -65,13 +65,13 @@ class Scripted(Model):
 
 
 def echo(instructions: str, items: Any, tools: Any, handoffs: Any) -> Any:
-    """Answer with everything that the model was given."""
+    """Answer with everything that the model got."""
     described = [f"{one.name}: {one.description}" for one in tools]
     return text(" | ".join([instructions, *described, *(one.tool_description for one in handoffs)]))
 
 
 def uses_tool(instructions: str, items: Any, tools: Any, handoffs: Any) -> Any:
-    """Call the first tool, then answer with what it returned."""
+    """Call the first tool, then answer with its result."""
     outputs = [one["output"] for one in items if one.get("call_id") == "use" and "output" in one]
     return text(f"{instructions}: {outputs[-1]}") if outputs else called(tools[0].name, '{"input": "7"}', call="use")
 
@@ -111,7 +111,7 @@ def names(agent: Any) -> list[str]:
     return [parameter.name for parameter in agent.parameters()]
 
 
-def test_all_agents_that_handoffs_lead_to_are_trained_with_tools_and_handoffs() -> None:
+def test_all_agents_reached_by_handoffs_are_trained_with_tools_and_handoffs() -> None:
     assert names(trainable(triage())) == [
         "triage.instructions",
         "refunds.instructions",
@@ -148,7 +148,7 @@ async def test_the_hosts_objects_hold_the_accepted_texts() -> None:
     assert (await Runner.run(host, "hello")).final_output.startswith("Trained. | ")
 
 
-def test_a_clone_of_a_trained_agent_is_an_agent_by_itself() -> None:
+def test_a_clone_of_a_trained_agent_is_independent() -> None:
     host = triage()
     trainable(host)
     clone = host.clone(instructions="Other.")
@@ -203,13 +203,13 @@ def test_a_handoff_object_has_a_description_to_train() -> None:
     ]
 
 
-def test_two_agents_of_one_name_are_refused() -> None:
+def test_two_agents_with_one_name_are_refused() -> None:
     host = Agent(name="twin", instructions="a", handoffs=[Agent(name="twin", instructions="b")])
     with pytest.raises(ConfigError, match=r"twin\.instructions"):
         trainable(host)
 
 
-def test_tools_of_one_name_are_told_apart_by_their_agents() -> None:
+def test_tools_with_one_name_are_distinguished_by_their_agents() -> None:
     host = Agent(name="a", instructions="a", tools=[fresh_tool()])
     host.handoffs.append(Agent(name="b", instructions="b", tools=[fresh_tool()]))
     assert names(trainable(host))[2:] == ["a.lookup.description", "b.lookup.description"]
@@ -235,7 +235,7 @@ async def test_tools_handoffs_and_calls_of_models_are_in_the_transcript_in_their
     assert any(line.startswith('  returned: "found ') for line in lines)
 
 
-async def test_a_call_that_clients_sees_is_in_the_transcript_once() -> None:
+async def test_an_observed_call_is_in_the_transcript_once() -> None:
     async with SimulatedModel() as server, AsyncOpenAI(base_url=server.base_url, api_key="none") as openai:
         asking = OpenAIChatCompletionsModel("gpt-4o-mini", openai)
         host = Agent(name="route", model=asking, instructions="If no rule applies, answer sales.")
@@ -246,7 +246,7 @@ async def test_a_call_that_clients_sees_is_in_the_transcript_once() -> None:
     assert "  reply: sales" in found.transcript
 
 
-async def test_saved_values_hold_inside_applied_only(tmp_path: Path) -> None:
+async def test_saved_values_apply_inside_applied_only(tmp_path: Path) -> None:
     host = triage()
     agent = trainable(host)
     agent.apply({"triage.instructions": "Trained."})

@@ -1,4 +1,4 @@
-"""pydantic-ai agents: which texts are trained, that concurrent candidates keep apart, and what a transcript shows."""
+"""pydantic-ai agents: which texts are trained, how candidates are kept apart, and what a transcript shows."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from aggregator.simulation import SimulatedModel
 
 
 def echo(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
-    """Answer with everything that the model was given: system prompts, instructions, descriptions of tools."""
+    """Answer with everything that the model got: system prompts, instructions, descriptions of tools."""
     prompts = [part.content for m in messages for part in m.parts if part.part_kind == "system-prompt"]
     tools = [f"{tool.name}: {tool.description}" for tool in info.function_tools]
     return ModelResponse([TextPart(" | ".join([*prompts, info.instructions or "", *tools]))])
 
 
 def calls_tool(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
-    """Call the first tool, then answer with what it returned."""
+    """Call the first tool, then answer with its result."""
     returned = [part.content for part in messages[-1].parts if isinstance(part, ToolReturnPart)]
     if returned:
         return ModelResponse([TextPart(f"{info.instructions}: {returned[0]}")])
@@ -128,7 +128,7 @@ async def test_an_agent_that_a_tool_calls_is_trained_under_its_name() -> None:
     assert (await rollout(adapted, refunds__instructions="Pay.")).output == "Route.: Pay."
 
 
-def test_two_agents_of_one_name_are_refused() -> None:
+def test_two_agents_with_one_name_are_refused() -> None:
     others = [Agent(FunctionModel(echo), name="twin", instructions=text) for text in ("a", "b")]
     with pytest.raises(ConfigError, match=r"twin\.instructions"):
         trainable(support(), agents=others)
@@ -150,14 +150,14 @@ async def test_dependencies_are_given_or_made_from_the_input() -> None:
     assert (await rollout(trainable(agent, deps=str.upper), "bob")).output == "Answer.\n\nThe customer is BOB."
 
 
-async def test_without_a_watched_client_the_history_is_the_transcript_with_tools() -> None:
+async def test_without_an_observed_client_the_history_is_the_transcript_with_tools() -> None:
     found = await rollout(support(calls_tool))
     assert 'tool call: history({"question":"why"})' in found.transcript
     assert "a lamp, why" in found.transcript
     assert found.transcript.count("LLM call") == 2
 
 
-async def test_a_call_that_clients_sees_is_in_the_transcript_once() -> None:
+async def test_an_observed_call_is_in_the_transcript_once() -> None:
     async with SimulatedModel() as server, AsyncOpenAI(base_url=server.base_url, api_key="none") as openai:
         asking = OpenAIChatModel("gpt-4o-mini", provider=OpenAIProvider(openai_client=openai))
         with Observed("all").watching():
@@ -179,7 +179,7 @@ async def test_a_run_that_fails_keeps_its_transcript() -> None:
     assert "tool call: history" in found.transcript
 
 
-async def test_structured_outputs_reach_the_guide_as_they_are() -> None:
+async def test_structured_outputs_reach_the_guide_unchanged() -> None:
     @dataclass
     class Team:
         name: str
@@ -191,7 +191,7 @@ async def test_structured_outputs_reach_the_guide_as_they_are() -> None:
     assert (await rollout(agent, guide=lambda _x, output, _info: float(output.name == "billing"))).score == 1.0
 
 
-async def test_saved_values_hold_inside_applied_only(tmp_path: Path) -> None:
+async def test_saved_values_apply_inside_applied_only(tmp_path: Path) -> None:
     agent = support()
     adapted = trainable(agent)
     adapted.apply({"system_prompt": "Trained."})

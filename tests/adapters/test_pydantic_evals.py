@@ -20,7 +20,7 @@ from aggregator.training.optimize import aoptimize
 
 @dataclass
 class Short(Evaluator[Any, Any, Any]):
-    """A score with a reason, and a label."""
+    """An evaluator with a score, a reason, and a label."""
 
     limit: int
 
@@ -48,7 +48,7 @@ def test_cases_are_pairs_of_inputs_and_positions() -> None:
     assert data == [("a", 0), ({"b": 1}, 1)]
 
 
-async def test_the_score_is_the_mean_and_the_feedback_holds_reasons_and_what_was_expected() -> None:
+async def test_the_score_is_the_mean_and_the_feedback_holds_reasons_and_expected_outputs() -> None:
     case = Case(inputs="the invoice", expected_output="billing", evaluators=(Contains("bill"),))
     _, guide = cases(Dataset(name="t", cases=[case], evaluators=[EqualsExpected(), Short(limit=5)]))
     found = await guide("the invoice", "bill them !", 0)
@@ -64,14 +64,14 @@ async def test_async_evaluators_see_the_metadata_of_their_case() -> None:
     assert (await guide("x", "y", 0)).primary == 1.0
 
 
-def test_a_data_set_that_cannot_judge_is_refused() -> None:
+def test_a_data_set_without_evaluators_is_refused() -> None:
     with pytest.raises(ConfigError, match="got one without"):
         cases(Dataset(name="t", cases=[], evaluators=[EqualsExpected()]))
     with pytest.raises(ConfigError, match="got none for case first"):
         cases(Dataset(name="t", cases=[Case(name="first", inputs="a")]))
 
 
-async def test_labels_alone_are_no_score() -> None:
+async def test_labels_alone_are_not_a_score() -> None:
     _, guide = cases(Dataset(name="t", cases=[Case(inputs="x")], evaluators=[Label()]))
     with pytest.raises(GuideError, match="Expected a number or a bool from an evaluator, got Label: good"):
         await guide("x", "y", 0)

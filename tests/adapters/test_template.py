@@ -1,4 +1,4 @@
-"""Agents of a few words: a prompt template, and named values with an evaluator."""
+"""Minimal agents: a prompt template, and named values with an evaluator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def right_team(x: Any, output: str, info: Any) -> tuple[float, str]:
 
 
 def route(messages: list[dict[str, Any]]) -> str:
-    """A student that answers right once the prompt names the teams."""
+    """A student that answers correctly once the prompt names the teams."""
     text = messages[-1]["content"]
     if "shipping or billing" not in text:
         return "unknown"
@@ -31,7 +31,7 @@ def route(messages: list[dict[str, Any]]) -> str:
 
 
 def test_a_template_is_trained_on_rows_with_named_columns() -> None:
-    """The one parameter is the template; each row fills it, and the guide sees the row."""
+    """The only parameter is the template; each row fills it, and the guide gets the row."""
     model = ScriptedModel(route)
     agent = as_agent("Classify: {ticket}", model=model)
     optimizer = LLMOptimizer(llm=ScriptedModel(suggestion(prompt="Is it shipping or billing? {ticket}")))
@@ -44,13 +44,13 @@ def test_a_template_is_trained_on_rows_with_named_columns() -> None:
 
 @pytest.mark.parametrize("template", ["Classify the ticket.", "", '{"team": 1}'])
 def test_a_template_without_a_placeholder(template: str) -> None:
-    """It could not depend on its input, so it is refused before anything is paid for."""
+    """Its output would not depend on the input, so it is refused before anything is paid for."""
     with pytest.raises(ConfigError, match=r"Expected .* a template with a placeholder, as in 'Classify: \{ticket\}'"):
         as_agent(template)
 
 
 def test_a_row_without_the_templates_column_ends_the_run() -> None:
-    """A wrong column name is the user's mistake, and no feedback for the optimizer."""
+    """A wrong column name is the user's mistake, and not feedback for the optimizer."""
     agent = TemplateAgent("Classify: {text}", ScriptedModel("x"))
     optimizer = LLMOptimizer(llm=ScriptedModel("TERMINATE"))
     with pytest.raises(ConfigError, match="column 'text'"):
@@ -83,14 +83,14 @@ def test_named_values_are_trained_with_an_evaluator(evaluator: Any) -> None:
         ({"k": 1}, lambda values: 1.0, r"Expected an evaluator \(values, row\)"),
     ],
 )
-def test_named_values_that_nothing_can_score(values: Any, evaluator: Any, message: str) -> None:
+def test_named_values_without_an_evaluator(values: Any, evaluator: Any, message: str) -> None:
     """A mapping needs names and an evaluator of two arguments."""
     with pytest.raises(ConfigError, match=message):
         as_agent(values, evaluator=evaluator)
 
 
 def test_an_evaluator_that_raises_is_feedback() -> None:
-    """Its error is that of the agent: a record with the message."""
+    """Its error is the agent's failure, with the message."""
 
     def fails(values: dict[str, Any], row: Any) -> float:
         raise ValueError("no such row")

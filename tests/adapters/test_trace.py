@@ -1,4 +1,4 @@
-"""Trace's agents and optimizers through the yielding lock: nothing mixes, and the models are asked at once."""
+"""Trace's agents and optimizers through the yielding lock: instances never mix, and models are called concurrently."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEPTH = 20
 
 
 class Node:
-    """Trace's node, as far as the adapter and an optimizer look at it: shared data, parents and feedback."""
+    """The parts of Trace's node that the adapter and an optimizer use: shared data, parents and feedback."""
 
     def __init__(self, data: Any, name: str, parents: tuple[Node, ...] = ()) -> None:
         self._data = data
@@ -55,7 +55,7 @@ class Node:
 
 
 class Agent:
-    """An agent of DEPTH traced operations over one shared parameter."""
+    """An agent of DEPTH traced operations with one shared parameter."""
 
     def __init__(self, prompt: Any = "start") -> None:
         self.prompt = Node(prompt, "prompt:0")
@@ -75,7 +75,7 @@ class Agent:
 
 
 class Optimizer:
-    """Trace's protocol: feedback goes onto shared nodes, and comes back into the prompt from there."""
+    """Trace's protocol: feedback is stored on shared nodes, and the prompt is built from them."""
 
     def __init__(self, parameters: list[Node], llm: Any) -> None:
         self.parameters = parameters
@@ -90,7 +90,7 @@ class Optimizer:
         path = []
         while node.parents:
             path.append(node.data)
-            time.sleep(0)  # let others in, if nothing keeps them out
+            time.sleep(0)  # let the others run, unless something prevents it
             (node,) = node.parents
         node.feedback.append(f"{feedback} after {len(set(path))} of {path[0] if path else ''}")
 
@@ -110,7 +110,7 @@ class Optimizer:
 
 
 def echo(messages: list[dict[str, str]]) -> dict[str, str]:
-    """A model that proposes what it was shown."""
+    """A model that proposes what its prompt shows."""
     return {"prompt0": messages[0]["content"]}
 
 
@@ -119,13 +119,13 @@ def right(i: int) -> str:
 
 
 def adapt(plain: Any, optimizer: Any) -> tuple[Any, Any]:
-    """Agent and optimizer as a trainer adapts them."""
+    """Agent and optimizer, adapted as by a trainer."""
     agent = as_agent(plain)
     return agent, as_optimizer(optimizer, agent)
 
 
 async def run(agent: Any, x: Any) -> Any:
-    """The agent's output by itself."""
+    """Return the agent's output alone."""
     return await agent.run(RolloutTask(sample=Sample(0, x)), None)
 
 
@@ -143,7 +143,7 @@ async def all_of(agent: Any, optimizer: Any, count: int, number: int = 0) -> lis
 
 @pytest.mark.requirement("Trace's defect 2: prompts held another instance's graph")
 async def test_no_prompt_holds_another_instances_work() -> None:
-    """Forced interleaving: 5 rounds of 32 instances, each prompt holds its own feedback and graph; 0 of 160 wrong."""
+    """Forced interleaving: in 5 rounds of 32 instances each prompt holds its own feedback and graph; 0 of 160 wrong."""
     shuffle = random.Random(3)
 
     def slow_echo(messages: list[dict[str, str]]) -> dict[str, str]:
@@ -160,7 +160,7 @@ async def test_no_prompt_holds_another_instances_work() -> None:
     assert plain.prompt.data == "start"
 
 
-def test_without_the_lock_the_same_calls_do_mix() -> None:
+def test_without_the_lock_the_same_calls_mix() -> None:
     """The fake is sensitive: the same interleaving on the bare optimizer mixes instances."""
     plain = Agent()
     together = threading.Barrier(8, timeout=30)
@@ -188,12 +188,12 @@ def test_without_the_lock_the_same_calls_do_mix() -> None:
     assert all(prompts[i] != right(i) for i in range(8))
 
 
-async def test_models_are_asked_at_once() -> None:
-    """8 samples wait for their model together: with 0.3 s each a step takes 0.3 s and the rest, not 2.4 s."""
+async def test_models_are_called_concurrently() -> None:
+    """8 samples wait for their model together: with 0.3 s each a step takes a little more than 0.3 s, not 2.4 s."""
     together = threading.Barrier(8, timeout=30)
 
     def waiting(messages: list[dict[str, str]]) -> dict[str, str]:
-        together.wait()  # passes only when all eight are here
+        together.wait()  # passes only once all eight have arrived
         return echo(messages)
 
     plain = Agent()
@@ -202,8 +202,8 @@ async def test_models_are_asked_at_once() -> None:
     assert [proposal.values["prompt"] for proposal in proposals] == [right(i) for i in range(8)]
 
 
-async def test_a_candidate_is_tried_beside_the_current_values() -> None:
-    """Evaluations under different overrides at the same time each run on their own values; then all is as it was."""
+async def test_a_candidate_is_tried_concurrently_with_the_current_values() -> None:
+    """Concurrent evaluations with different overrides each use their own values; nothing is left afterwards."""
     plain = Agent()
     agent, _ = adapt(plain, Optimizer(plain.parameters(), echo))
 
@@ -218,7 +218,7 @@ async def test_a_candidate_is_tried_beside_the_current_values() -> None:
 
 
 class Buffer:
-    """Trace's FIFO buffer: kept in order, the oldest dropped."""
+    """Trace's FIFO buffer: it keeps the order and drops the oldest item."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -235,7 +235,7 @@ class Buffer:
 @pytest.mark.requirement("Trace's defect 7: proposals of one batch saw each other through the memory")
 @pytest.mark.parametrize(("name", "memory"), [("memory", Buffer(3)), ("buffer", [])])
 async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: Any) -> None:
-    """An optimizer's memory is the same for all instances of a step; what they add counts from the next step on.
+    """All instances of a step see the same memory; what they add is visible from the next step on.
 
     OptoPrime keeps a buffer of fixed size in `memory`, OPRO a list in `buffer`.
     """
@@ -261,7 +261,7 @@ async def test_proposals_of_one_batch_do_not_see_each_other(name: str, memory: A
 
 
 async def test_an_optimizer_sees_the_candidate_that_ran() -> None:
-    """Under an override the optimizer finds the candidate's value on the node, and the current value stays."""
+    """With an override the optimizer finds the candidate's value on the node, and the current value does not change."""
 
     class Reading(Optimizer):
         def step(self, bypassing: bool = False) -> dict[Node, Any]:
@@ -280,11 +280,11 @@ async def test_an_optimizer_sees_the_candidate_that_ran() -> None:
         tasks = [group.create_task(under(f"v{i}")) for i in range(8)]
     assert [task.result().values["prompt"] for task in tasks] == [f"v{i} and v{i}" for i in range(8)]
     assert plain.prompt.data == "start"
-    assert len(optimizer._copies) == 8  # one memory each, though all are of one sample
+    assert len(optimizer._copies) == 8  # one memory each, though all have one sample
 
 
 async def test_values_are_converted_by_our_types() -> None:
-    """Trace's `type(old)(new)` made True of "False"; a suggestion is taken as meant or refused with the reason."""
+    """Trace's `type(old)(new)` turned "False" into True; a suggestion is converted or refused with the reason."""
     plain = Agent(prompt=True)
     agent, optimizer = adapt(plain, Optimizer(plain.parameters(), lambda messages: {"prompt0": "False"}))
     assert (await propose(agent, optimizer, 1)).values == {"prompt": False}
@@ -313,10 +313,10 @@ def coded() -> Agent:
     return plain
 
 
-def test_code_that_trace_runs_was_trained_in_this_process_without_a_word(tmp_path: Path) -> None:
-    """It is named in a warning before training; `sandboxed(None)` accepts it, and a sandbox that cannot be is an error.
+def test_code_that_trace_runs_was_silently_trained_in_this_process(tmp_path: Path) -> None:
+    """A warning before training names it; `sandboxed(None)` accepts it, and any other sandbox is an error.
 
-    A file brings it in only by the user's word, as any other source without a sandbox.
+    A file with such code loads only with the user's permission, like other code without a sandbox.
     """
     parameters = TraceAgent(coded()).parameters()
     with pytest.warns(SandboxWarning, match="The code of __code will be trained and runs in this process"):
@@ -335,8 +335,8 @@ def test_code_that_trace_runs_was_trained_in_this_process_without_a_word(tmp_pat
     assert "2 * x" in loaded.parameters()[0].data
 
 
-async def test_an_agents_failure_is_where_feedback_starts() -> None:
-    """An error that carries Trace's exception node is proposed for from there."""
+async def test_feedback_starts_at_an_agents_failure() -> None:
+    """The proposal for an error with Trace's exception node starts at that node."""
     plain = Agent()
     agent, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
     ran = await run(agent, "fail")
@@ -346,8 +346,8 @@ async def test_an_agents_failure_is_where_feedback_starts() -> None:
     assert proposal.values == {"prompt": "it failed after 1 of no answer"}
 
 
-async def test_what_goes_wrong_in_an_optimizer_is_one_instances_record() -> None:
-    """Any error of the optimizer's own is that proposal's; a lost call is raised as from every optimizer."""
+async def test_an_error_in_an_optimizer_is_one_instances_record() -> None:
+    """An error of the optimizer fails its proposal only; a lost call is raised, as by every optimizer."""
     plain = Agent()
     agent, optimizer = adapt(plain, Optimizer(plain.parameters(), lambda messages: {}))
     proposal = await propose(agent, optimizer, 1)
@@ -369,8 +369,8 @@ async def test_what_goes_wrong_in_an_optimizer_is_one_instances_record() -> None
     assert (await propose(agent, optimizer, 1)).values == {"prompt": right(1)}
 
 
-async def test_an_output_that_is_no_node_is_said() -> None:
-    """Without a node there is no way back to the parameters."""
+async def test_an_output_that_is_not_a_node_is_reported() -> None:
+    """Without a node there is no path back to the parameters."""
     plain = Agent()
     _, optimizer = adapt(plain, Optimizer(plain.parameters(), echo))
     text = Rollout(sample_id=0, output="text", handle="text")
@@ -378,8 +378,8 @@ async def test_an_output_that_is_no_node_is_said() -> None:
     assert proposal.error == "the output holds no node of Trace, so no feedback can reach the parameters"
 
 
-def test_native_agents_and_optimizers_stay_as_they_are() -> None:
-    """What is not Trace's stays as it is, and a Trace optimizer is refused for another agent."""
+def test_native_agents_and_optimizers_are_unchanged() -> None:
+    """Only Trace's are adapted, and a Trace optimizer is refused for another agent."""
     native = Module()
     agent = as_agent(native)
     assert isinstance(agent, CalledAgent)
@@ -392,8 +392,8 @@ def test_native_agents_and_optimizers_stay_as_they_are() -> None:
 
 
 @pytest.mark.requirement("Trace: Trace's own optimizers and agents")
-def test_parameters_are_ours(tmp_path: Path) -> None:
-    """Names do not count what else was made; values are read, written, saved and loaded as any agent's."""
+def test_parameters_have_our_interface(tmp_path: Path) -> None:
+    """Their names do not depend on other nodes; values are read, written, saved and loaded as for any agent."""
     plain = Agent()
     plain.prompt.name = "prompt:17"
     agent = TraceAgent(plain)
@@ -414,7 +414,7 @@ def test_parameters_are_ours(tmp_path: Path) -> None:
 
 
 def opto(module: str) -> Any:
-    """Return a module of Trace, or skip; importing it warns of much that is not ours."""
+    """Return a module of Trace, or skip; its import gives many warnings that are not ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(module, reason="the extra `trace` (trace-opt) is not installed")
@@ -425,7 +425,7 @@ def number_in(text: str) -> str:
 
 
 def real_model(messages: Any, **_: Any) -> Any:
-    """A model in OpenAI's shape that proposes the number of the instance it was shown, and keeps the prompt."""
+    """A model in OpenAI's shape that proposes its instance's number, and records the prompt."""
     time.sleep(0.001)
     suggestion = {"reasoning": "", "suggestion": {"prompt0": f"p{number_in(messages[-1]['content'])}"}}
     text = json.dumps({**suggestion, "prompt": messages[-1]["content"]})
@@ -435,9 +435,9 @@ def real_model(messages: Any, **_: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 async def test_the_real_optoprime_does_not_mix_instances() -> None:
-    """Trace's own agent and OptoPrime from PyPI: 5 times 32 instances at once, each prompt is its instance's alone.
+    """Trace's own agent and OptoPrime from PyPI: in 5 times 32 concurrent instances no prompt shows another instance.
 
-    The prompts of all rounds are the same bytes: no counter of Trace's registry, which does not grow, is in them.
+    The prompts of all rounds have the same bytes: they hold no counter of Trace's registry, which does not grow.
     """
     trace, optimizers = opto("opto.trace"), opto("opto.optimizers")
     trace.GRAPH.clear()
@@ -484,7 +484,7 @@ async def test_the_real_optoprime_does_not_mix_instances() -> None:
 
 @pytest.mark.requirement("Trace: Trace's own optimizers and agents")
 def test_the_training_loop_runs_on_a_trace_agent() -> None:
-    """The trainer takes the adapted pair as any other: rollouts, proposals, rule and gate, to a changed parameter."""
+    """The trainer uses the adapted pair like any other: rollouts, proposals, rule and gate, to a changed parameter."""
     plain = Agent("bad")
     optimizer = Optimizer(plain.parameters(), lambda messages: {"prompt0": "good"})
 

@@ -1,4 +1,4 @@
-"""Trace itself: agents and optimizers of the real package, run with `make test-trace`."""
+"""Agents and optimizers of the real Trace package, run with `make test-trace`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def opto() -> Any:
-    """Trace's package with no node made, or a skip; importing it warns of much that is not ours."""
+    """Return Trace's package without nodes, or skip; its import gives many warnings that are not ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("opto.optimizers", reason="the extra `trace` (trace-opt) is not installed")
@@ -55,13 +55,13 @@ def make(opto: Any, forward: Any, prompt: str = "hi") -> Any:
 
         @opto.trace.bundle()  # type: ignore[untyped-decorator]
         def say(self, prompt: Any, x: Any) -> Any:
-            """Say the prompt and the input."""
+            """Return the prompt and the input."""
             time.sleep(0.002)
             return f"{prompt} {x}"
 
         @opto.trace.bundle()  # type: ignore[untyped-decorator]
         async def tell(self, prompt: Any, x: Any) -> Any:
-            """Say the prompt and the input, later."""
+            """Return the prompt and the input, later."""
             await asyncio.sleep(0.001)
             return f"{prompt} {x}"
 
@@ -94,7 +94,7 @@ async def tell_in_a_task(self: Any, x: Any) -> Any:
 
 @dataclasses.dataclass
 class Reply:
-    """An output of the user's own."""
+    """A user's own class of output."""
 
     text: Any
     sources: list[Any]
@@ -121,7 +121,7 @@ async def run(agent: Any, x: Any) -> Any:
 
 
 def suggest(value: str) -> Any:
-    """A model that suggests this value for the one variable, and remembers what it was asked."""
+    """A model that suggests this value for the one variable, and records its prompts."""
 
     def answer(messages: Any) -> str:
         answer.asked.append(messages[-1]["content"])  # type: ignore[attr-defined]
@@ -137,7 +137,7 @@ def right(x: Any, output: str, info: Any) -> tuple[float, str]:
 
 @pytest.mark.requirement("Trace: reading an output made other instances fail")
 def test_reading_an_output_does_not_make_other_instances_fail(opto: Any) -> None:
-    """What an operation read is noted globally, so an output is read while no other instance is inside Trace."""
+    """Trace records globally what an operation reads, so an output is read while no other instance is inside Trace."""
     llm = as_model(lambda messages: '{"suggestion": {}}')
     for _ in range(3):
         trainer = AggregatedUpdate(make(opto, say), LLMOptimizer(llm=llm), llm=llm)
@@ -146,8 +146,8 @@ def test_reading_an_output_does_not_make_other_instances_fail(opto: Any) -> None
 
 
 @pytest.mark.parametrize("forward", [say, await_say, await_tell, return_tell, tell_in_a_task])
-async def test_a_forward_may_be_async_and_candidates_stay_apart(opto: Any, forward: Any) -> None:
-    """Coroutines are awaited, with the values of their own candidate on the nodes the whole time."""
+async def test_a_forward_may_be_async_and_candidates_are_separate(opto: Any, forward: Any) -> None:
+    """Coroutines are awaited, with their candidate's values on the nodes all the time."""
     plain = make(opto, forward)
     agent: Any = as_agent(plain)
 
@@ -162,8 +162,8 @@ async def test_a_forward_may_be_async_and_candidates_stay_apart(opto: Any, forwa
     assert plain.prompt.data == "hi"
 
 
-async def test_a_cancelled_instance_leaves_the_lock_free(opto: Any) -> None:
-    """Cancellation while it waits for Trace, and while it is inside, lets the next instance in."""
+async def test_a_cancelled_instance_releases_the_lock(opto: Any) -> None:
+    """The next instance runs, whether the first was cancelled while waiting for Trace or inside it."""
 
     async def forward(self: Any, x: Any) -> Any:
         await asyncio.sleep(30 if x == "hang" else 0)
@@ -181,10 +181,10 @@ async def test_a_cancelled_instance_leaves_the_lock_free(opto: Any) -> None:
 
 
 @pytest.mark.parametrize(("forward", "expected"), OUTPUTS.values(), ids=OUTPUTS)
-async def test_outputs_of_several_nodes_are_plain_data_and_take_feedback(
+async def test_outputs_of_several_nodes_are_plain_data_and_accept_feedback(
     opto: Any, forward: Any, expected: Any
 ) -> None:
-    """The guide sees what the nodes hold; feedback on the whole output reaches the parameters through each of them."""
+    """The guide sees the nodes' values; feedback on the whole output reaches the parameters through each of them."""
     plain, llm = make(opto, forward), suggest("hello")
     agent: Any = as_agent(plain)
     optimizer = as_optimizer(opto.optimizers.OptoPrime(plain.parameters(), llm=as_model(llm)), agent)
@@ -200,7 +200,7 @@ async def test_outputs_of_several_nodes_are_plain_data_and_take_feedback(
 @pytest.mark.parametrize("trainer", [MinibatchAlgorithm, BasicSearchAlgorithm, PrioritySearch])
 @pytest.mark.parametrize("forward", [say, OUTPUTS["tuple"][0]], ids=["node", "tuple"])
 def test_trainers_that_propose_for_a_minibatch_learn(opto: Any, trainer: Any, forward: Any) -> None:
-    """An optimizer of Trace is shown all outputs and all feedback of the minibatch, each under its own name."""
+    """A Trace optimizer gets all outputs and all feedback of the minibatch, each under its own name."""
     agent, llm = make(opto, forward), suggest("hello")
     data = [(x, "hello you") for x in ("you", "you")] * 2
 
@@ -217,8 +217,8 @@ def test_trainers_that_propose_for_a_minibatch_learn(opto: Any, trainer: Any, fo
     assert second in llm.asked[0]
 
 
-async def test_several_proposals_may_be_made_from_one_rollout(opto: Any) -> None:
-    """Trace lets feedback pass a graph once; here the graph stays, with the names that it had."""
+async def test_several_proposals_can_be_made_from_one_rollout(opto: Any) -> None:
+    """Trace propagates feedback through a graph once; here the graph is kept, with its names."""
     plain, llm = make(opto, say), suggest("hello")
     agent: Any = as_agent(plain)
     optimizer = as_optimizer(opto.optimizers.OptoPrime(plain.parameters(), llm=as_model(llm)), agent)
@@ -234,7 +234,7 @@ async def test_several_proposals_may_be_made_from_one_rollout(opto: Any) -> None
 
 
 async def test_prompts_hold_no_addresses(opto: Any) -> None:
-    """The agent itself is a node of each traced method; its address would make every run's prompts differ."""
+    """Each traced method has the agent itself as a node; its address would change every run's prompts."""
     plain, llm = make(opto, say), suggest("hello")
     agent: Any = as_agent(plain)
     optimizer = as_optimizer(opto.optimizers.OptoPrime(plain.parameters(), llm=as_model(llm)), agent)
@@ -245,8 +245,8 @@ async def test_prompts_hold_no_addresses(opto: Any) -> None:
     assert (await run(agent, 2)).output == "hi 2"
 
 
-async def test_feedback_is_an_instances_own_also_after_its_model_was_asked(opto: Any) -> None:
-    """Trace's TextGrad reads feedback between its calls, when other instances have left theirs."""
+async def test_feedback_belongs_to_its_instance_after_the_model_was_called(opto: Any) -> None:
+    """Trace's TextGrad reads feedback between its calls, after other instances have stored theirs."""
 
     class Late(opto.optimizers.optimizer.Optimizer):  # type: ignore[misc]
         llm = staticmethod(lambda: time.sleep(0.005))
@@ -272,8 +272,8 @@ async def test_feedback_is_an_instances_own_also_after_its_model_was_asked(opto:
     assert dict(plain.prompt.feedback) == {}
 
 
-def test_graphs_are_not_kept_for_good(opto: Any) -> None:
-    """Trace's parameters remember every operation that read them; here they do so for one instance."""
+def test_graphs_are_freed(opto: Any) -> None:
+    """Trace's parameters keep every operation that read them; here they do so for one instance."""
     agent = make(opto, say)
     llm = as_model(suggest("hello"))
     optimizer = opto.optimizers.OptoPrime(agent.parameters(), llm=llm)
@@ -281,8 +281,8 @@ def test_graphs_are_not_kept_for_good(opto: Any) -> None:
     assert list(agent.prompt.children) == []
 
 
-def test_an_unsupported_version_is_refused_with_the_supported_ones() -> None:
-    """Versions before 0.1.3 need another library for their models; what comes after 0.2 is not known."""
+def test_an_unsupported_version_lists_the_supported_ones() -> None:
+    """Versions before 0.1.3 need another library for their models; versions after 0.2 are unknown."""
     for version in ("0.1.2.2", "0.3.0"):
         with pytest.raises(ConfigError, match=r"from 0\.1\.3 and below 0\.3, got " + version):
             require_version("trace-opt", OLDEST, NEWEST, version=version)
@@ -305,7 +305,7 @@ def test_an_overridden_forward_of_a_trainer_does_not_race(opto: Any) -> None:
 
 
 async def test_operations_are_the_transcript(opto: Any) -> None:
-    """An optimizer of ours sees what each operation was given and returned, with the values on trial."""
+    """Our optimizer sees each operation's inputs and output, with the candidate's values."""
     model = suggest("hello")
     llm = as_model(model)
 

@@ -63,7 +63,7 @@ class Desk(Module):
 
 
 async def test_values_pass_through() -> None:
-    """A traced operation returns what the function returns, the very object, and is called as it is."""
+    """A traced operation is called like the function and returns the same object."""
     token = object()
 
     @bundle()
@@ -76,8 +76,8 @@ async def test_values_pass_through() -> None:
         assert await greet("Ada") == "Hello Ada"
 
 
-def test_a_traced_function_still_looks_like_itself() -> None:
-    """Name, docstring, signature and asynchrony stay visible to inspection."""
+def test_a_traced_function_keeps_its_metadata() -> None:
+    """Name, docstring, signature and asynchrony are visible to inspection."""
     assert (add.__name__, inspect.getdoc(add)) == ("add", "Add numbers.\n\nAnd nothing else.")
     assert str(inspect.signature(add)) == "(a: 'int', b: 'int' = 2, *rest: 'int', c: 'int' = 0) -> 'int'"
     assert inspect.iscoroutinefunction(greet)
@@ -86,7 +86,7 @@ def test_a_traced_function_still_looks_like_itself() -> None:
 
 @pytest.mark.requirement("Trace: bundle(description)")
 def test_operations_are_recorded() -> None:
-    """Name, description, inputs by name and output are in the transcript; `self` is not."""
+    """The transcript has name, description, named inputs and output, without `self`."""
     with transcript() as seen:
         add(1, 2, 3, c=4)
         Desk().answer("x")
@@ -98,8 +98,8 @@ def test_operations_are_recorded() -> None:
 
 @pytest.mark.requirement("Trace: bundle(catch_execution_error)")
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1), asyncio.CancelledError()])
-def test_errors_are_recorded_and_go_on(error: BaseException) -> None:
-    """Nothing is caught: not an error, not Ctrl-C, not a cancellation; the transcript shows what was raised."""
+def test_errors_are_recorded_and_raised(error: BaseException) -> None:
+    """Nothing is caught: neither an error nor Ctrl-C nor a cancellation; the transcript shows what was raised."""
 
     @bundle()
     def fail() -> None:
@@ -111,14 +111,14 @@ def test_errors_are_recorded_and_go_on(error: BaseException) -> None:
     assert f"raised: {type(error).__name__}" in seen.render()
 
 
-def test_wrong_arguments_are_the_functions_own_error() -> None:
+def test_wrong_arguments_raise_the_functions_own_error() -> None:
     """A call with wrong arguments fails as it would without @bundle."""
     with transcript(), pytest.raises(TypeError, match="missing 1 required positional argument: 'a'"):
         add()  # type: ignore[call-arg]
 
 
 def test_decorators_that_hide_the_function_are_refused() -> None:
-    """@bundle over something that is no function says where it belongs."""
+    """The error for @bundle over something that is not a function says where it belongs."""
     with pytest.raises(ConfigError, match="got staticmethod; put @bundle closest to the function"):
         bundle()(staticmethod(add))
     with pytest.raises(ConfigError, match="got a function without source"):
@@ -127,7 +127,7 @@ def test_decorators_that_hide_the_function_are_refused() -> None:
 
 @pytest.mark.requirement("Trace: bundle(trainable): a function body as parameter")
 def test_the_source_is_the_parameter() -> None:
-    """The source is there without decorators, with its comments, from the left edge."""
+    """The source has no decorators, keeps its comments, and is dedented."""
     code = {p.name: p for p in Desk().parameters()}
     assert list(code) == ["answer__code", "later__code", "word", "tool__code"]
     assert code["tool__code"].data == "def scale(x: int) -> int:\n    # a comment that stays\n    return x * SCALE\n"
@@ -137,8 +137,8 @@ def test_the_source_is_the_parameter() -> None:
     assert code["tool__code"].describe()["type"] == "source code of a Python function, name and arguments fixed"
 
 
-def test_a_free_operation_can_be_an_agent() -> None:
-    """A trainable function offers its parameter as a module does."""
+def test_a_plain_operation_can_be_an_agent() -> None:
+    """A trainable function has its parameter, as a module does."""
     (code,) = scale.parameters()  # type: ignore[attr-defined]
     assert code.name == "scale__code"
 
@@ -156,7 +156,7 @@ async def test_the_current_source_runs() -> None:
 
 
 def test_new_source_keeps_the_closure() -> None:
-    """Names from around the function stay live, and nothing is added to the module."""
+    """Closure variables stay live, and nothing is added to the module."""
     factor = 2
 
     @bundle(trainable=True)
@@ -175,7 +175,7 @@ def test_new_source_keeps_the_closure() -> None:
 
 @pytest.mark.requirement("Trace: bundle(overwrite_python_recursion)")
 def test_new_source_calls_itself() -> None:
-    """A function's own name is the operation, in new source as in the written one; a method's is no name there."""
+    """Inside a function its own name is the operation, in new source as in the original; a method has no such name."""
     code = operation_of(factorial).code  # type: ignore[union-attr]
     assert code is not None
     with overriding([code], {code.name: "def factorial(n):\n    return 2 if n < 2 else n * factorial(n - 1)\n"}):
@@ -189,7 +189,7 @@ def test_new_source_calls_itself() -> None:
 
 @pytest.mark.requirement("Trace: ExceptionNode.create_feedback('full')")
 def test_an_error_in_trained_code_is_the_agents_own() -> None:
-    """It propagates unchanged; the transcript quotes the line of the source as the optimizer sees it."""
+    """It is raised unchanged; the transcript quotes the line of the source as the optimizer sees it."""
     desk = Desk()
     desk.parameters_dict()["answer__code"].data = "def answer(self, x):\n    y = 0\n    return 1 / y"
     with transcript() as seen, pytest.raises(ZeroDivisionError):
@@ -197,8 +197,8 @@ def test_an_error_in_trained_code_is_the_agents_own() -> None:
     assert "raised: ZeroDivisionError: division by zero (line 3: return 1 / y)" in seen.render()
 
 
-def test_an_error_in_the_written_code_is_placed_too() -> None:
-    """Lines count from `def`, whatever decorators are above."""
+def test_an_error_in_the_original_code_has_its_line_too() -> None:
+    """Lines count from `def`, whatever decorators precede it."""
 
     @bundle(
         "Fails.",
@@ -215,7 +215,7 @@ def test_an_error_in_the_written_code_is_placed_too() -> None:
 
 @pytest.mark.requirement("Trace's defect 6: operations shared state between threads, and forward ignored its agent")
 async def test_concurrent_calls_share_nothing() -> None:
-    """Trace kept a call's state on the operation: 32 tasks of one operation, each with its own code and inputs."""
+    """Trace kept a call's state on the operation: 32 concurrent tasks each have their own code and inputs."""
     desk = Desk()
     parameters = desk.parameters()
 
@@ -237,7 +237,7 @@ async def test_concurrent_calls_share_nothing() -> None:
 
 @pytest.mark.requirement("Trace's defect 6: operations shared state between threads, and forward ignored its agent")
 def test_threads_share_nothing() -> None:
-    """The same in threads, with distinct feedback at 60 operations deep: no prompt holds another instance's work."""
+    """In threads, with distinct feedback and 60 nested operations, no prompt holds another instance's work."""
 
     @bundle()
     def step(state: str, depth: int) -> str:
@@ -254,8 +254,8 @@ def test_threads_share_nothing() -> None:
         assert (text.count("step"), text.count(f'"<{i}>"'), text.count("<")) == (61, 122, 122)
 
 
-def test_an_operation_under_other_decorators_is_still_the_instances() -> None:
-    """A retry decorator above @bundle does not turn the method's code into a shared one."""
+def test_an_operation_under_other_decorators_belongs_to_the_instance() -> None:
+    """A retry decorator above @bundle does not make the method's code shared."""
 
     def twice(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -277,7 +277,7 @@ def test_an_operation_under_other_decorators_is_still_the_instances() -> None:
 
 
 def test_static_and_class_methods_have_one_source() -> None:
-    """Without an instance the source belongs to the operation; it is found, and what is found runs."""
+    """Without an instance the source belongs to the operation; it is found, and it runs."""
 
     class Tools(Module):
         @staticmethod
@@ -300,7 +300,7 @@ def test_static_and_class_methods_have_one_source() -> None:
 
 
 def test_an_instance_without_a_dict_uses_the_operations_source() -> None:
-    """A slotted object has no place for a source of its own."""
+    """A slotted object cannot store its own source."""
 
     class Slotted:
         __slots__ = ("k",)

@@ -1,4 +1,4 @@
-"""Source as a parameter: what is accepted, what is refused and how that is said, what compiled code sees."""
+"""Source code as a parameter: what is accepted, what is refused with which error, and what compiled code can use."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def written(x: int, /, y: int = 1, *more: int, z: int = 2, **rest: int) -> int:
     ],
 )
 def test_code_that_could_not_run_is_refused(source: str, message: str) -> None:
-    """Aggregated code that did not compile was installed; here the error says what, in which line, and the remedy."""
+    """Aggregated code that did not compile was installed; now the error gives the reason, the line and the remedy."""
     with pytest.raises(ParameterError) as refused:
         check_source(source, like=LIKE, where=PATH)
     assert message in str(refused.value)
@@ -77,13 +77,13 @@ def test_code_that_could_not_run_is_refused(source: str, message: str) -> None:
         "def route(self, x, k=3): return {i: (lambda: x)() for i in range(k)}",
     ],
 )
-def test_code_of_the_same_name_and_signature_is_accepted(source: str) -> None:
+def test_code_with_the_same_name_and_signature_is_accepted(source: str) -> None:
     """Bodies, defaults, annotations and comments may change; imports and helpers are inside."""
     check_source(source, like=LIKE)
 
 
-def test_checking_runs_nothing() -> None:
-    """Defaults and annotations are not evaluated by a check."""
+def test_a_check_runs_nothing() -> None:
+    """A check evaluates neither defaults nor annotations."""
     check_source("def route(self, x, k=exit(1)) -> exit(2): ...", like=LIKE)
 
 
@@ -96,8 +96,8 @@ def test_checking_runs_nothing() -> None:
         "async def f(a, /)",
     ],
 )
-def test_signatures_hold_names_kinds_and_what_may_be_left_out(line: str) -> None:
-    """A signature is its own `def` line."""
+def test_signatures_hold_names_kinds_and_optional_arguments(line: str) -> None:
+    """A signature is the function's own `def` line."""
     import ast
 
     definition = ast.parse(line + ": ...").body[0]
@@ -108,15 +108,15 @@ def test_signatures_hold_names_kinds_and_what_may_be_left_out(line: str) -> None
     "Trace: projections: normalised suggestions",
     "Trace's defect 3: a formatter was imported in threads",
 )
-def test_layout_is_not_held_against_code() -> None:
-    """A Markdown fence around all of it and a common indent are taken off; nothing else is."""
+def test_fences_and_indentation_are_removed() -> None:
+    """Only a Markdown fence around the whole text and a common indent are removed."""
     assert plain_source("```python\n    def f():\n        pass\n```") == "def f():\n    pass\n"
     assert plain_source("\n  def f():\n    pass\n\n") == "def f():\n  pass\n"
     assert plain_source("text ```python\ndef f(): ...\n```").startswith("text ```")
 
 
-def test_source_with_text_at_the_left_edge() -> None:
-    """A method whose text literal reaches left of the code is laid out again."""
+def test_source_with_text_at_the_left_margin() -> None:
+    """A method whose string literal starts left of the code is dedented correctly."""
 
     def odd() -> str:
         return """
@@ -127,7 +127,7 @@ at the edge"""
     assert line == -1
 
 
-def test_compiled_code_stands_where_the_original_does() -> None:
+def test_compiled_code_has_the_originals_environment() -> None:
     """Globals, module, name and every kind of argument work as before."""
     source = "def written(x, /, y=10, *more, z=20, **rest):\n    return (x, y, more, z, rest, LIKE)"
     function = compile_function(source, written)
@@ -137,14 +137,14 @@ def test_compiled_code_stands_where_the_original_does() -> None:
 
 
 def test_a_source_is_compiled_once() -> None:
-    """The same source gives the same function until the bounded cache lets it go."""
+    """The same source gives the same function while it is in the bounded cache."""
     source = "def written(x, /, y=1, *more, z=2, **rest):\n    return 0"
     assert compile_function(source, written) is compile_function(source, written)
     assert compile_function.cache_info().maxsize == 512
 
 
 def test_unchanged_source_runs_the_original() -> None:
-    """As long as the source is as written, the very function runs; going back to it does too."""
+    """As long as the source is unchanged, the original function runs; this includes going back to it."""
     code = CodeParameter(written, name="written__code")  # type: ignore[arg-type]
     original: Any = written
     assert code.function() is original
@@ -156,7 +156,7 @@ def test_unchanged_source_runs_the_original() -> None:
 
 
 def test_zero_argument_super_and_class_names_work() -> None:
-    """New source of a method may call super() where the old one did."""
+    """New source of a method may call super() if the old one did."""
 
     class Base:
         def name(self) -> str:

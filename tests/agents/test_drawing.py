@@ -1,4 +1,4 @@
-"""A transcript as Mermaid text: what Trace draws with graphviz, without a program."""
+"""A transcript as Mermaid text: the picture that Trace draws with graphviz, without a program."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def broken(x: int) -> int:
 
 
 @pytest.mark.requirement("Trace: backward(visualize, print_limit)")
-def test_operations_stand_under_their_caller_and_after_one_another() -> None:
-    """A line leads to what an operation called, a dotted one to what came next."""
+def test_operations_are_below_their_caller_and_in_order() -> None:
+    """A solid line leads to a called operation, a dotted one to the next one."""
     with transcript() as seen:
         double(pair(1)[0])
     assert seen.to_mermaid().splitlines() == [
@@ -47,8 +47,8 @@ def test_operations_stand_under_their_caller_and_after_one_another() -> None:
     ]
 
 
-def test_llm_calls_and_failures_are_seen_as_such() -> None:
-    """A call has round ends, its last message and its reply; what failed has the class of failures."""
+def test_llm_calls_and_failures_have_their_own_style() -> None:
+    """A call has round ends, its last message and its reply; a failure has its own class."""
     with transcript() as seen:
         reply = Completion(choices=(Choice(message=Message(content="sales")),))
         seen.add_llm_call([{"role": "system", "content": "Route."}, {"role": "user", "content": "a parcel"}], reply)
@@ -61,8 +61,8 @@ def test_llm_calls_and_failures_are_seen_as_such() -> None:
     assert lines[4].endswith("])" + ":::failed")
 
 
-async def test_concurrent_tasks_are_drawn_in_rows_of_their_own() -> None:
-    """Each starts at the operation that began them; the picture is the same whatever finishes first."""
+async def test_concurrent_tasks_are_drawn_in_separate_rows() -> None:
+    """Each row starts at its parent operation; the picture is the same in any order of completion."""
 
     async def branch(i: int, turns: int) -> None:
         with recording(f"first {i}") as span:
@@ -86,16 +86,16 @@ async def test_concurrent_tasks_are_drawn_in_rows_of_their_own() -> None:
 
 
 @given(st.text())
-def test_no_text_ends_a_label_or_means_anything(text: str) -> None:
-    """Quotes, brackets, tags, directives and lines of an agent's own stay text, and can be read back."""
+def test_no_text_breaks_the_syntax(text: str) -> None:
+    """Quotes, brackets, tags, directives and lines of an agent's text stay text, and can be read back."""
     label = escaped(text)
     assert re.search(r'["<>\[\]{}`%:;#\\|&\n]', re.sub(r"#\d+;", "", label)) is None
     assert re.sub(r"#(\d+);", lambda found: chr(int(found[1])), label) == text
 
 
 @pytest.mark.requirement("Trace: backward(visualize, print_limit)")
-def test_long_values_and_long_runs_are_cut() -> None:
-    """A box holds the beginning of a value; a picture its first operations, and how many are left out."""
+def test_long_values_and_long_runs_are_shortened() -> None:
+    """A box shows the beginning of a value; a picture shows the first operations, and how many are left out."""
     with transcript() as seen:
         double("long " * 100)  # type: ignore[arg-type]
         for i in range(9):
@@ -107,8 +107,8 @@ def test_long_values_and_long_runs_are_cut() -> None:
 
 
 @pytest.mark.requirement("Trace: backward(reverse_plot)")
-def test_nothing_that_was_done_is_an_empty_picture() -> None:
-    """Still one that can be drawn."""
+def test_an_empty_transcript_is_an_empty_picture() -> None:
+    """It can still be drawn."""
     with transcript() as seen:
         pass
     assert seen.to_mermaid().startswith("flowchart TD\n")

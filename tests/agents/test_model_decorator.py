@@ -1,4 +1,4 @@
-"""@model: a class that derives from anything becomes an agent, as with Trace's `@trace.model`."""
+"""@model: a class with any base class becomes an agent, as with Trace's `@trace.model`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Base:
-    """Somebody else's class, with a constructor of its own."""
+    """A foreign class with its own constructor."""
 
     def __init__(self, name: str, *, calls: int = 0) -> None:
         self.name = name
@@ -52,8 +52,8 @@ def names(agent: Any) -> list[str]:
 
 
 @pytest.mark.requirement("Trace: trace.model")
-def test_a_class_becomes_a_module_with_a_constructor_of_its_own() -> None:
-    """`super().__init__` works, calling it calls `forward`, and its operations are parameters."""
+def test_a_class_becomes_a_module_with_its_own_constructor() -> None:
+    """`super().__init__` works, calling the object calls `forward`, and its operations are parameters."""
     agent: Any = Adder(2)
     assert issubclass(Adder, Module)
     assert (agent(3), agent.name, agent.calls) == (5, "adder", 2)
@@ -61,7 +61,7 @@ def test_a_class_becomes_a_module_with_a_constructor_of_its_own() -> None:
 
 
 def test_the_class_keeps_its_name_and_place() -> None:
-    """In errors, in documentation, for `inspect` and for type hints; Trace calls every such class ModelWrapper."""
+    """It appears in errors, documentation, `inspect` and type hints; Trace names every such class ModelWrapper."""
     assert (Adder.__name__, Adder.__qualname__, Adder.__module__) == ("Adder", "Adder", __name__)
     assert Adder.__doc__ == "Adds its amount."
     assert list(inspect.signature(Adder).parameters) == ["amount"]
@@ -69,8 +69,8 @@ def test_the_class_keeps_its_name_and_place() -> None:
     assert "class Adder(Base)" in inspect.getsource(Adder)
 
 
-def test_instances_are_pickled_and_copied() -> None:
-    """Trace's decorated classes cannot be pickled; a copy's values are its own."""
+def test_instances_can_be_pickled_and_copied() -> None:
+    """Trace's decorated classes cannot be pickled; a copy has its own values."""
     agent: Any = Plain(2)
     operated: Any = Adder(2)
     for twin in (pickle.loads(pickle.dumps(agent)), copy.deepcopy(agent), copy.deepcopy(operated)):
@@ -112,14 +112,14 @@ class Concrete(Abstract, Generic[T]):
 
 
 @pytest.mark.parametrize("kind", [Data, Concrete])
-def test_it_goes_with_dataclasses_abstract_and_generic_classes(kind: Any) -> None:
-    """Also with slots, a metaclass, and `__call__` in place of `forward`."""
+def test_dataclasses_abstract_and_generic_classes_can_be_decorated(kind: Any) -> None:
+    """Slots, a metaclass, and `__call__` instead of `forward` work too."""
     agent = kind()
     assert (agent(1), names(agent)) == (5, ["amount"])
 
 
-def test_a_module_stays_as_it_is_and_may_be_derived_from() -> None:
-    """Twice is once; a subclass of a decorated class is an agent too."""
+def test_a_module_is_unchanged_and_can_be_subclassed() -> None:
+    """Decorating twice has no further effect; a subclass of a decorated class is an agent too."""
 
     class Twice(Plain):
         def forward(self, x: int) -> int:
@@ -131,14 +131,14 @@ def test_a_module_stays_as_it_is_and_may_be_derived_from() -> None:
 
 
 @pytest.mark.parametrize("other", [3, lambda x: x, Plain(1)])
-def test_only_classes_are_decorated(other: Any) -> None:
-    """Anything else is refused where it is written."""
+def test_only_classes_can_be_decorated(other: Any) -> None:
+    """Anything else is refused when the decorator runs."""
     with pytest.raises(ConfigError, match="Expected a class under @model"):
         model(other)
 
 
-def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
-    """As any Module."""
+def test_it_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    """Like any Module."""
     agent, production = Plain(7), Plain(1)
     agent.save(tmp_path / "agent.json")  # type: ignore[attr-defined]
     production.load(tmp_path / "agent.json")  # type: ignore[attr-defined]
@@ -154,8 +154,8 @@ class Answers:
 
 
 @pytest.mark.requirement("Trace: trace.model")
-def test_it_is_trained() -> None:
-    """The trainer takes it as it takes a Module."""
+def test_it_can_be_trained() -> None:
+    """The trainer accepts it as it does a Module."""
     agent = Plain(1)
     AggregatedUpdate(agent, LLMOptimizer(llm=Answers()), llm=Answers()).train(
         lambda x, output, info: (float(output == info), f"expected {info}"), [(0, 5)]

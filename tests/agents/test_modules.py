@@ -1,4 +1,4 @@
-"""Module: which parameters it finds, what it calls them, and that they survive a file."""
+"""Module: which parameters it finds, how it names them, and how it is saved."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ NAMES = [
 
 @pytest.mark.requirement("Trace: Module.parameters, parameters_dict", "Trace: containers Seq and Map")
 def test_names_are_attribute_paths() -> None:
-    """Names come from paths through attributes, lists and dicts, in order; plain data is no container."""
+    """Names are paths through attributes, lists and dicts, in order; plain data is not a container."""
     agent = Agent()
     assert [p.name for p in agent.parameters()] == NAMES
     assert agent.retriever.k.py_name == "retriever_k"
@@ -74,21 +74,21 @@ def test_names_are_attribute_paths() -> None:
 
 
 def test_names_are_the_same_in_every_instance_and_process() -> None:
-    """No counter and no address goes into a name or its order, also after operations ran."""
+    """Names and their order contain no counter and no address, also after operations ran."""
     first, second = Agent(), Agent()
     second.retriever.rank(["b", "a"])
     assert [p.name for p in second.parameters()] == [p.name for p in first.parameters()] == NAMES
 
 
-def test_names_are_seen_from_the_module_asked() -> None:
-    """A part asked by itself names its parameters by its own paths; the whole names them again."""
+def test_names_are_relative_to_the_module() -> None:
+    """A part names its parameters by its own paths; the whole module adds its own."""
     agent = Agent()
     assert [p.name for p in agent.retriever.parameters()] == ["rank__code", "k"]
     assert [p.name for p in agent.parameters()] == NAMES
 
 
 def test_a_parameter_reached_twice_appears_once() -> None:
-    """Shared parameters and modules, and a part that knows its parent, are walked once."""
+    """Shared parameters and modules, and a part that refers to its parent, are visited once."""
 
     class Whole(Module):
         def __init__(self) -> None:
@@ -100,8 +100,8 @@ def test_a_parameter_reached_twice_appears_once() -> None:
     assert [p.name for p in Whole().parameters()] == ["part.rank__code", "part.k"]
 
 
-def test_two_parameters_of_one_name_are_refused() -> None:
-    """The error names both paths and says what to do."""
+def test_two_parameters_with_one_name_are_refused() -> None:
+    """The error names both paths and the remedy."""
 
     class Twice(Module):
         def __init__(self) -> None:
@@ -124,7 +124,7 @@ def test_two_parameters_of_one_name_are_refused() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.text("ab.0_ ", min_size=1, max_size=4), st.integers(), max_size=5))
 def test_names_are_unique_or_refused(entries: dict[str, int]) -> None:
-    """Whatever the keys, no value can take another's place: names and py_names are unique, or the agent is refused."""
+    """For any keys, names and py_names are unique, or the agent is refused."""
 
     class Holder(Module):
         def __init__(self) -> None:
@@ -139,8 +139,8 @@ def test_names_are_unique_or_refused(entries: dict[str, int]) -> None:
     assert list(read(parameters).values()) == list(entries.values())
 
 
-def test_calling_is_forward() -> None:
-    """A module is called as its forward is, sync or async, with or without `super().__init__()`."""
+def test_a_call_is_forward() -> None:
+    """A module is called like its forward, sync or async, with or without `super().__init__()`."""
 
     class Asynchronous(Module):
         async def forward(self, x: int, *, plus: int = 1) -> int:
@@ -156,7 +156,7 @@ def test_calling_is_forward() -> None:
 
 @pytest.mark.requirement("Trace: clone")
 def test_each_instance_has_its_own_code() -> None:
-    """Training one agent's operation does not change another's; a copy takes the source along and is its own."""
+    """Training one agent's operation does not change another's; a copy has its own source."""
     first, second = Agent(), Agent()
     code = first.parameters_dict()["retriever.rank__code"]
     code.data = "def rank(self, passages):\n    return passages[::-1]\n"
@@ -167,8 +167,8 @@ def test_each_instance_has_its_own_code() -> None:
     assert third.retriever.rank(["a", "b"]) == []
 
 
-def test_an_overridden_operation_is_the_subclasss() -> None:
-    """A subclass that overrides an operation replaces it among the parameters; `super()` runs what was written."""
+def test_an_overridden_operation_belongs_to_the_subclass() -> None:
+    """A subclass's operation replaces the parameter; `super()` runs the original."""
 
     class Reverse(Retriever):
         @bundle(trainable=True, sandbox=None)
@@ -188,7 +188,7 @@ def test_an_overridden_operation_is_the_subclasss() -> None:
 
 
 def test_attributes_in_slots_are_found() -> None:
-    """A dataclass with slots is an agent like any other."""
+    """A dataclass with slots can be an agent."""
 
     @dataclass(slots=True)
     class Slotted(Module):
@@ -199,8 +199,8 @@ def test_attributes_in_slots_are_found() -> None:
 
 
 @pytest.mark.requirement("Trace: Module.save, load")
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    """Values, code included, and provenance come back; traced operations do not hinder saving (in Trace they did)."""
+def test_a_saved_agent_can_be_loaded(tmp_path: Path) -> None:
+    """Values, including code, and provenance are restored; traced operations do not prevent saving."""
     agent, other = Agent(), Agent()
     agent.prompt.data = "Réponds."
     agent.parameters_dict()["retriever.rank__code"].data = "def rank(self, passages):\n    return passages\n"
@@ -211,8 +211,8 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "agent.json"]
 
 
-def test_keys_that_are_numbers_come_back_as_numbers(tmp_path: Path) -> None:
-    """JSON has text for keys; a file gives them back as what they were."""
+def test_number_keys_are_restored_as_numbers(tmp_path: Path) -> None:
+    """JSON has string keys; loading restores their type."""
 
     class Shelves(Module):
         def __init__(self) -> None:
@@ -225,8 +225,8 @@ def test_keys_that_are_numbers_come_back_as_numbers(tmp_path: Path) -> None:
     assert agent.shelves.convert({"3": "prints"}) == {3: "prints"}
 
 
-def test_what_json_cannot_carry_does_not_hinder_saving(tmp_path: Path) -> None:
-    """A client held by a parameter that is not trained stays out of the file, and stays in the agent."""
+def test_values_that_json_cannot_hold_do_not_prevent_saving(tmp_path: Path) -> None:
+    """An untrained parameter with a client is left out of the file, and stays in the agent."""
 
     class Desk(Module):
         def __init__(self) -> None:
@@ -242,14 +242,14 @@ def test_what_json_cannot_carry_does_not_hinder_saving(tmp_path: Path) -> None:
     assert (other.floor.data, other.client.data) == (0.7, client)
 
 
-def test_an_agent_is_saved_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    """The folder is made, as `checkpoints/` for the default `save_path` of `train`."""
+def test_saving_creates_the_folder(tmp_path: Path) -> None:
+    """For example `checkpoints/` for the default `save_path` of `train`."""
     Agent().save(tmp_path / "checkpoints" / "today" / "agent.json")
     Agent().load(tmp_path / "checkpoints" / "today" / "agent.json")
 
 
-def test_a_place_that_cannot_be_written_showed_the_name_of_a_temporary_file(tmp_path: Path) -> None:
-    """The error names the file that was asked for, and leaves nothing behind."""
+def test_an_unwritable_path_showed_the_name_of_a_temporary_file(tmp_path: Path) -> None:
+    """The error names the given file, and leaves no other file."""
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder").mkdir()
     for target in (tmp_path / "file" / "agent.json", tmp_path / "folder"):
@@ -258,8 +258,8 @@ def test_a_place_that_cannot_be_written_showed_the_name_of_a_temporary_file(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_threads_may_save_one_agent_at_once(tmp_path: Path) -> None:
-    """Each writes a file of its own before it takes the old one's place; what a killed process left is no hindrance."""
+def test_threads_can_save_one_agent_concurrently(tmp_path: Path) -> None:
+    """Each writes its own temporary file before it replaces the old one; a killed process's file is ignored."""
     agent, path = Agent(), tmp_path / "agent.json"
     Path(f"{path}.{os.getpid()}.tmp").write_text("{")
     with ThreadPoolExecutor(8) as pool:
@@ -268,8 +268,8 @@ def test_threads_may_save_one_agent_at_once(tmp_path: Path) -> None:
     agent.load(path)
 
 
-def test_saving_saves_what_is_seen(tmp_path: Path) -> None:
-    """A candidate under trial can be saved as it reads there."""
+def test_saving_uses_the_values_in_its_context(tmp_path: Path) -> None:
+    """Under an override the candidate's values are saved."""
     agent = Agent()
     with overriding(agent.parameters(), {"prompt": "Try."}):
         agent.save(tmp_path / "agent.json")
@@ -302,8 +302,8 @@ def change(path: Path, **parameters: Any) -> None:
         ),
     ],
 )
-def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, spoil: Any, message: str) -> None:
-    """A missing, cut, foreign, newer or edited file is refused as a whole and says what to do."""
+def test_an_invalid_file_changes_nothing(tmp_path: Path, spoil: Any, message: str) -> None:
+    """A missing, truncated, foreign, newer or edited file is refused as a whole, with the remedy."""
     agent, path = Agent(), tmp_path / "agent.json"
     before = read(agent.parameters())
     agent.save(path)
@@ -314,14 +314,14 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, spoil: Any, me
 
 
 def test_missing_parameters_are_named(tmp_path: Path) -> None:
-    """An artefact of another agent is refused by the names that differ."""
+    """An artefact of another agent is refused with the names that differ."""
     Retriever().save(tmp_path / "retriever.json")
     with pytest.raises(ParameterError, match=r"parameters of Agent in .*, got a file without floor, .* and with .*k"):
         Agent().load(tmp_path / "retriever.json")
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
-    """What cannot be written leaves the file as it was, and nothing beside it."""
+    """A failed write leaves the old file unchanged, and no temporary file."""
     agent = Agent()
     agent.save(tmp_path / "agent.json")
     before = (tmp_path / "agent.json").read_bytes()

@@ -1,4 +1,4 @@
-"""ParameterNode: what it accepts, how it is named, and that overrides stay in their context."""
+"""ParameterNode: which values it accepts, its name, and overrides that stay in their context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aggregator.errors import ParameterError
 
 
 @pytest.mark.requirement("Trace: ParameterNode")
-def test_a_parameter_says_what_it_is() -> None:
+def test_a_parameter_describes_itself() -> None:
     """Value, type, description and constraint are in the prompt."""
     k = ParameterNode(
         3, name="k", type=Annotated[int, Meta(ge=1, le=10)], description="passages", constraint="small is cheap"
@@ -33,8 +33,8 @@ def test_a_parameter_says_what_it_is() -> None:
     assert (str(k), repr(k)) == ("3", "ParameterNode(3, name='k')")
 
 
-def test_a_refusal_points_at_the_suggestion() -> None:
-    """The error names expected, got and the component, as the model wrote it."""
+def test_a_refusal_refers_to_the_suggestion() -> None:
+    """The error has what was expected, what it got and the component, as the model wrote it."""
     k = ParameterNode(["a"], name="retriever.k")
     with pytest.raises(ParameterError) as refused:
         k.convert(["b", 7])
@@ -42,7 +42,7 @@ def test_a_refusal_points_at_the_suggestion() -> None:
 
 
 def test_assignment_converts_and_checks() -> None:
-    """Assigning is as strict as suggesting, and a refusal leaves the value."""
+    """Assigning is as strict as suggesting, and a refusal keeps the value."""
     flag = ParameterNode(data=True, name="flag")
     flag.data = "False"  # type: ignore[assignment]
     assert flag.data is False
@@ -55,8 +55,8 @@ def test_assignment_converts_and_checks() -> None:
     ("start", "suggestion"),
     [(None, "x"), (0, None), (["a", "b"], "c, d"), ("s", None), ("s", ["l1", "l2"]), (1, 2.9)],
 )
-def test_no_type_error_and_no_corruption_by_type_of_old(start: Any, suggestion: Any) -> None:
-    """`type(old)(new)` raised TypeError or corrupted; a suggestion is taken as meant or refused with ParameterError."""
+def test_values_are_converted_or_refused(start: Any, suggestion: Any) -> None:
+    """`type(old)(new)` raised TypeError or corrupted values; now it is converted or a ParameterError."""
     parameter = ParameterNode(start)
     try:
         value = parameter.convert(suggestion)
@@ -68,7 +68,7 @@ def test_no_type_error_and_no_corruption_by_type_of_old(start: Any, suggestion: 
 @pytest.mark.requirement("Trace's defect 16: prompts with the word def were dropped")
 @pytest.mark.parametrize("text", ["**Def**ine the terms, answer by **def**ault", "def", "TERMINATE", "return 1"])
 def test_prompts_that_mention_code_words_are_kept(text: str) -> None:
-    """An English prompt with "def" in it was dropped as broken code; text is text."""
+    """An English prompt with "def" in it was dropped as broken code."""
     assert ParameterNode("x").convert(text) == text
 
 
@@ -90,7 +90,7 @@ def test_predicates_constrain() -> None:
 
 
 def test_a_broken_predicate_is_not_a_refusal() -> None:
-    """An error in the predicate's own code is the user's to see."""
+    """An error in the predicate's own code is raised to the user."""
     with pytest.raises(ZeroDivisionError):
         ParameterNode("abc", constraint=lambda value: 1 / 0 > 0)
 
@@ -99,15 +99,15 @@ def test_a_broken_predicate_is_not_a_refusal() -> None:
     "value",
     [[1j], [len], {"f": len, "k": 1}, {(1, 2): 3}, {None: 1}, {True: 1}, {1: "a", "b": "c"}, {"x": {1: 2, "b": 3}}],
 )
-def test_what_would_be_lost_in_a_file_is_refused_before_training(value: Any) -> None:
-    """What JSON cannot carry, or would give back with other keys, is not trainable, at any depth."""
+def test_values_that_a_file_cannot_hold_are_refused_before_training(value: Any) -> None:
+    """A value that JSON cannot hold, or would change, is not trainable, at any depth."""
     with pytest.raises(ConfigError, match="a value that JSON can carry, got .*its keys all text or all numbers"):
         ParameterNode(value)
     assert ParameterNode(value, trainable=False).data == value
 
 
 def test_the_first_value_is_checked_too() -> None:
-    """A parameter never holds what it would refuse."""
+    """A parameter never holds an invalid value."""
     with pytest.raises(ParameterError, match="Expected `float` <= 1.0, got 7.0 - at share"):
         ParameterNode(7.0, name="share", type=Annotated[float, Meta(le=1)])
     with pytest.raises(ConfigError, match="a value that JSON can carry"):
@@ -119,7 +119,7 @@ def test_the_first_value_is_checked_too() -> None:
 
 @pytest.mark.requirement("Trace: trace.node(data, name, trainable, description, constraint)")
 def test_node_is_traces_constructor() -> None:
-    """`node` keeps Trace's defaults: not trainable unless asked for, a node stays the node it is."""
+    """`node` keeps Trace's defaults: not trainable by default, and a node is returned unchanged."""
     plain, trained = node("a"), node("b", name="greeting", trainable=True, description="said first")
     assert (plain.trainable, trained.trainable, trained.name, trained.py_name) == (False, True, "greeting", "greeting")
     assert node(trained) is trained
@@ -127,7 +127,7 @@ def test_node_is_traces_constructor() -> None:
 
 @pytest.mark.requirement("Trace's defect 24: names collided")
 def test_colliding_names_are_refused() -> None:
-    """`a:10` and `a1:0` both became `a10` and one value overwrote the other; real collisions name both."""
+    """`a:10` and `a1:0` both became `a10` and one value overwrote the other; the error names both."""
     assert list(by_name([ParameterNode(1, name="a:10"), ParameterNode(2, name="a1:0")])) == ["a:10", "a1:0"]
     with pytest.raises(ConfigError, match=r"'a\.b' and 'a_b', which are both 'a_b' in prompts"):
         by_name([ParameterNode(1, name="a.b"), ParameterNode(2, name="a_b")])
@@ -138,13 +138,13 @@ def test_colliding_names_are_refused() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.text(min_size=1))
 def test_py_names_are_identifiers(name: str) -> None:
-    """Whatever a path holds, its py_name is an identifier and stable."""
+    """For any path the py_name is a stable identifier."""
     assert py_name(name).isidentifier() or py_name(name).isascii() is False
     assert py_name(py_name(name)) == py_name(name)
 
 
 def test_write_is_all_or_nothing() -> None:
-    """One refused value leaves every parameter as it was; an unknown name too."""
+    """One refused value, or an unknown name, leaves every parameter unchanged."""
     a, b = ParameterNode(1, name="a"), ParameterNode("x", name="b")
     with pytest.raises(ParameterError, match="Expected `str`, got 3 - at b"):
         write([a, b], {"a": 2, "b": 3})
@@ -156,8 +156,8 @@ def test_write_is_all_or_nothing() -> None:
 
 
 @pytest.mark.requirement("Trace: clone")
-def test_what_was_read_is_out_of_the_agents_reach() -> None:
-    """Neither changing a list in place nor the caller's own copy reaches what was read or written."""
+def test_reads_and_writes_are_copies() -> None:
+    """Changing a list in place, or the caller's own copy, does not change what was read or written."""
     items = ParameterNode(["a"], name="items")
     before = read([items])
     items.data.append("b")
@@ -169,7 +169,7 @@ def test_what_was_read_is_out_of_the_agents_reach() -> None:
 
 
 def test_overrides_nest_and_end() -> None:
-    """The inner override wins, the outer one is back after it, the stored value after all."""
+    """The inner override wins, the outer one applies again after it, and finally the stored value."""
     a, b = ParameterNode(1, name="a"), ParameterNode(1, name="b")
     with overriding([a, b], {"a": 2}):
         with overriding([a, b], {"a": 3, "b": 3}):
@@ -178,15 +178,15 @@ def test_overrides_nest_and_end() -> None:
     assert (a.data, b.data) == (1, 1)
 
 
-def test_an_override_is_checked_as_a_write_is() -> None:
-    """A candidate that could not be written cannot be tried."""
+def test_an_override_is_checked_like_a_write() -> None:
+    """An invalid candidate cannot be tried."""
     a = ParameterNode(1, name="a")
     with pytest.raises(ParameterError), overriding([a], {"a": "many"}):
         pytest.fail("entered")
 
 
 def test_assignment_under_an_override_stays_in_it() -> None:
-    """An agent that assigns to its own parameter while a candidate is tried changes only that trial."""
+    """An agent that assigns to its own parameter during a trial changes only that trial."""
     a = ParameterNode(1, name="a")
     with overriding([a], {"a": 2}):
         a.data = 5
@@ -194,7 +194,7 @@ def test_assignment_under_an_override_stays_in_it() -> None:
     assert a.data == 1
 
 
-async def test_candidates_run_side_by_side() -> None:
+async def test_candidates_run_concurrently() -> None:
     """32 tasks with 32 values of one parameter each read their own, across awaits; nothing needs restoring."""
     k = ParameterNode(-1, name="k")
 
@@ -212,8 +212,8 @@ async def test_candidates_run_side_by_side() -> None:
     assert k.data == -1
 
 
-def test_overrides_travel_with_the_context_and_no_further() -> None:
-    """A thread started with the context sees the override, any other the stored value."""
+def test_overrides_belong_to_a_context() -> None:
+    """A thread started with the context sees the override, any other one the stored value."""
     k = ParameterNode(1, name="k")
     seen: dict[str, int] = {}
 
@@ -234,7 +234,7 @@ def test_overrides_travel_with_the_context_and_no_further() -> None:
 
 
 async def test_a_cancelled_trial_leaves_nothing() -> None:
-    """Cancelling inside an override needs no clean-up: the stored value was never touched."""
+    """Cancelling inside an override needs no clean-up, because the stored value was not changed."""
     k = ParameterNode(1, name="k")
     entered = asyncio.Event()
 

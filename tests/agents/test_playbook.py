@@ -18,7 +18,7 @@ from aggregator.testing import ScriptedModel, suggestion
 
 
 class Coach(Module):
-    """Answers with its tips, so that a guide can look at them."""
+    """Answers with its tips, for the guide to check."""
 
     def __init__(self, tips: Sequence[str] = ("Be brief.", "Be kind."), limit: int | None = None) -> None:
         self.tips = Playbook(tips, limit=limit)
@@ -40,12 +40,12 @@ def texts(items: Items) -> list[str]:
 
 
 def combined(*edits: list[dict[str, str]], tips: Sequence[str] = ("Be brief.", "Be kind.")) -> Items:
-    """The items after proposals of these edits, proposal i from sample i."""
+    """Return the items after proposals of these edits, proposal i from sample i."""
     playbook = Playbook(tips)
     return playbook.combine(playbook.data, [(playbook.convert(own), 1.0, (i,)) for i, own in enumerate(edits)])
 
 
-def test_ids_come_from_the_first_text_and_stay() -> None:
+def test_ids_are_derived_from_the_first_text() -> None:
     """Equal texts have equal ids everywhere; an update keeps the id."""
     one, other = Playbook(["Be brief."]), Playbook(["Be brief."])
     (found,) = one.convert([{"op": "UPDATE", "id": ids(one)[0], "text": "Be very brief."}])
@@ -54,7 +54,7 @@ def test_ids_come_from_the_first_text_and_stay() -> None:
 
 
 def test_edits_of_a_suggestion() -> None:
-    """Each operation changes one item; the others stay as they are."""
+    """Each operation changes one item; the others are unchanged."""
     playbook = Playbook(["Be brief.", "Be kind.", "Be sure."])
     brief, kind, sure = ids(playbook)
     items = playbook.convert(
@@ -87,8 +87,8 @@ def test_edits_of_a_suggestion() -> None:
         ([{"op": "ADD", "text": "x", "why": "y"}], "why"),
     ],
 )
-def test_an_edit_that_cannot_be_meant(edits: Any, message: str) -> None:
-    """A whole new list, an unknown operation or id, and a missing text are refused with their place."""
+def test_an_invalid_edit(edits: Any, message: str) -> None:
+    """A whole new list, an unknown operation or id, and a missing text are refused with their path."""
     with pytest.raises(ParameterError, match=message):
         Playbook(["Be brief.", "Be kind."]).convert(edits)
 
@@ -105,8 +105,8 @@ def test_proposals_are_combined_item_by_item() -> None:
     ]
 
 
-def test_the_text_that_most_proposals_want_wins() -> None:
-    """Of several new texts of an item the one with the most weight is taken, of equal ones the earlier."""
+def test_the_text_with_the_most_support_wins() -> None:
+    """Of several new texts of an item the one with the most weight is used, or the earlier of equal ones."""
     brief = Playbook(["Be brief."]).data[0].id
 
     def update(text: str) -> list[dict[str, str]]:
@@ -118,8 +118,8 @@ def test_the_text_that_most_proposals_want_wins() -> None:
     assert combined(update("a"), update("b"), update("b"), tips=tips)[0].samples == (1, 2)
 
 
-def test_a_deletion_needs_more_weight_than_its_defenders() -> None:
-    """One proposal deletes what no other defends; a change or a HELPFUL of equal weight keeps the item."""
+def test_a_deletion_needs_more_weight_than_the_other_proposals() -> None:
+    """One proposal deletes an item that no other one keeps; a change or a HELPFUL of equal weight keeps it."""
     brief = Playbook(["Be brief."]).data[0].id
     delete, helpful = [{"op": "DELETE", "id": brief}], [{"op": "HELPFUL", "id": brief}]
     other = [{"op": "ADD", "text": "Be calm."}]
@@ -135,8 +135,8 @@ def test_counts_add_up() -> None:
     assert (items[0].helpful, items[0].harmful) == (3, 1)
 
 
-def test_the_least_useful_items_go_first() -> None:
-    """Beyond the limit the fewest helpful - harmful go, of equal ones the older."""
+def test_the_least_useful_items_are_removed_first() -> None:
+    """Beyond the limit the items with the lowest helpful - harmful are removed, the older of equal ones first."""
     playbook = Playbook(["a", "b", "c"], limit=3)
     a, b, _ = ids(playbook)
     items = playbook.convert([{"op": "HELPFUL", "id": a}, {"op": "HARMFUL", "id": b}, {"op": "ADD", "text": "d"}])
@@ -144,7 +144,7 @@ def test_the_least_useful_items_go_first() -> None:
     assert texts(Playbook(["a", "b", "c"], limit=2).data) == ["b", "c"]
 
 
-def test_a_limit_that_keeps_nothing() -> None:
+def test_an_invalid_limit() -> None:
     """The limit is an int of at least 1."""
     with pytest.raises(ConfigError, match="limit"):
         Playbook(["a"], limit=0)
@@ -154,8 +154,8 @@ def test_a_limit_that_keeps_nothing() -> None:
     st.lists(st.lists(st.sampled_from("abcdef"), max_size=4), max_size=4),
     st.lists(st.lists(st.integers(0, 2), max_size=3), max_size=4),
 )
-def test_what_no_proposal_touches_is_kept(added: list[list[str]], deleted: list[list[int]]) -> None:
-    """Items that no proposal edits stay word for word and in place, and every added text is there once."""
+def test_items_without_an_edit_are_unchanged(added: list[list[str]], deleted: list[list[int]]) -> None:
+    """They keep text and place, and every added text is there once."""
     tips = ["one", "two", "three"]
     known = [item.id for item in Playbook(tips).data]
     edits = [[{"op": "ADD", "text": text} for text in dict.fromkeys(own)] for own in added]
@@ -165,8 +165,8 @@ def test_what_no_proposal_touches_is_kept(added: list[list[str]], deleted: list[
     assert texts(combined(*edits, tips=tips)) == [*(tip for tip in tips if tip not in gone), *wanted]
 
 
-def test_training_edits_a_playbook_without_a_call_to_merge() -> None:
-    """The proposals of a minibatch are combined, no model is asked to merge, and the record names the samples."""
+def test_training_edits_a_playbook_without_a_merge_call() -> None:
+    """A minibatch's proposals are combined without a model, and the record names the samples."""
     agent = Coach()
     brief, kind = ids(agent.tips)
     optimizer = ScriptedModel(
@@ -184,8 +184,8 @@ def test_training_edits_a_playbook_without_a_call_to_merge() -> None:
     assert '{\\"op\\": \\"ADD\\"' in prompt
 
 
-def test_other_parameters_are_merged_by_the_rule_beside_it() -> None:
-    """The rule sees the other parameters alone."""
+def test_other_parameters_are_merged_by_the_trainers_rule() -> None:
+    """The rule gets the other parameters only."""
 
     class Both(Coach):
         def __init__(self) -> None:
@@ -203,7 +203,7 @@ def test_other_parameters_are_merged_by_the_rule_beside_it() -> None:
     assert "Be calm." not in merge.asked[0][-1]["content"].partition("#SuggestedValue_1")[2]
 
 
-def test_a_playbook_is_saved_and_loaded(tmp_path: Any) -> None:
+def test_a_playbook_can_be_saved_and_loaded(tmp_path: Any) -> None:
     """The artefact holds the items with ids, counts and samples."""
     agent = Coach()
     agent.tips.data = agent.tips.convert([{"op": "HELPFUL", "id": ids(agent.tips)[0]}])
@@ -214,8 +214,8 @@ def test_a_playbook_is_saved_and_loaded(tmp_path: Any) -> None:
     assert json.loads((tmp_path / "agent.json").read_text())["parameters"]["tips"][0]["helpful"] == 1
 
 
-def test_a_candidate_is_tried_without_touching_the_playbook() -> None:
-    """Overlays hold items like any other value."""
+def test_a_candidate_is_tried_without_changing_the_playbook() -> None:
+    """Overrides hold items like any other value."""
     agent = Coach()
     with overriding(agent.parameters(), {"tips": (Item(id="x", text="Be calm."),)}):
         assert str(agent.tips) == "- Be calm."

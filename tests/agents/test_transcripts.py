@@ -1,4 +1,4 @@
-"""Transcripts: the same tree whatever finishes first, bounded, and readable."""
+"""Transcripts: the same tree in any order of completion, bounded, and readable."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def operation(name: str, latency: int) -> str:
 
 
 async def forward(latencies: list[int]) -> str:
-    """Fan out three ways at once; what each task does after its wait happens in any order."""
+    """Start three concurrent tasks, whose operations after the wait happen in any order."""
 
     async def branch(i: int) -> None:
         await operation(f"first {i}", latencies[2 * i])
@@ -52,8 +52,8 @@ async def forward(latencies: list[int]) -> str:
     return seen.render()
 
 
-async def test_the_tree_does_not_depend_on_what_finishes_first() -> None:
-    """Shuffled latencies of concurrent operations and LLM calls give the same bytes."""
+async def test_the_tree_does_not_depend_on_the_order_of_completion() -> None:
+    """Concurrent operations and LLM calls with shuffled latencies give the same bytes."""
     expected = await forward([0] * 10)
     assert [line for line in expected.split("\n") if line.startswith("  name")] == [
         *[f'  name: "{word} {i}"' for i in range(5) for word in ("first", "second")],
@@ -67,8 +67,8 @@ async def test_the_tree_does_not_depend_on_what_finishes_first() -> None:
         ]
 
 
-async def test_concurrent_llm_calls_stand_in_order_of_issue() -> None:
-    """A slot is taken when a call is issued, not when it is answered."""
+async def test_concurrent_llm_calls_are_in_order_of_issue() -> None:
+    """A place is taken when a call is issued, not when it is answered."""
 
     async def call(i: int) -> None:
         seen = current_transcript()
@@ -86,7 +86,7 @@ async def test_concurrent_llm_calls_stand_in_order_of_issue() -> None:
 
 
 def test_an_llm_call_shows_messages_and_reply() -> None:
-    """System, user, content parts, tool calls and refusals to answer are readable."""
+    """System, user, content parts, tool calls and refusals are readable."""
     with transcript() as seen, recording("answer", "Answer a question.", [("x", "line 1\nline 2")]) as span:
         seen.add_llm_call(
             [
@@ -111,14 +111,14 @@ def test_an_llm_call_shows_messages_and_reply() -> None:
     )
 
 
-def test_an_unfinished_operation_says_so() -> None:
-    """What still ran when the transcript was read is not taken for a result."""
+def test_an_unfinished_operation_is_marked() -> None:
+    """An operation still running when the transcript is read is not shown as a result."""
     with transcript() as seen, recording("slow"):
         assert seen.render() == "slow\n  returned: [... not finished]"
 
 
-def test_values_are_those_of_the_moment() -> None:
-    """A list changed in place afterwards is shown as it was when it went in and out."""
+def test_values_are_snapshots() -> None:
+    """A list changed in place later is shown as it was at the call."""
 
     @bundle()
     def grow(items: list[int]) -> list[int]:
@@ -131,7 +131,7 @@ def test_values_are_those_of_the_moment() -> None:
 
 
 def test_the_text_is_bounded() -> None:
-    """A long transcript loses its middle, a long message its end, and both say how much."""
+    """A long transcript is cut in the middle, a long message at its end, and both state how much."""
     with transcript() as seen:
         seen.add_llm_call([{"role": "user", "content": "x" * 10_000}], completion("y"))
         for i in range(100):
@@ -145,8 +145,8 @@ def test_the_text_is_bounded() -> None:
     assert f"\n[... {left_out} characters left out]\n" in text
 
 
-def test_there_is_none_by_default() -> None:
-    """Outside a transcript operations run and nothing is kept; an inner transcript hides the outer one."""
+def test_there_is_no_transcript_by_default() -> None:
+    """Outside a transcript operations run and nothing is recorded; an inner transcript hides the outer one."""
     assert current_transcript() is None
     with transcript() as outer:
         with transcript() as inner, recording("inside"):
@@ -160,7 +160,7 @@ def test_there_is_none_by_default() -> None:
 
 @pytest.mark.requirement("Trace: backward(retain_graph), zero_feedback, detach")
 async def test_a_transcript_belongs_to_its_context() -> None:
-    """Two forward passes at once each see their own operations."""
+    """Two concurrent forward passes each see their own operations."""
 
     async def one(name: str) -> str:
         with transcript() as seen:
@@ -175,14 +175,14 @@ async def test_a_transcript_belongs_to_its_context() -> None:
 
 @pytest.mark.parametrize("limit", [10, 100])
 def test_bounds_hold_for_any_limit(limit: int) -> None:
-    """The limit is kept up to the line that tells of the cut."""
+    """The limit holds for the text before the line that reports the cut."""
     with transcript() as seen, recording("x" * 1000) as span:
         span.finish(None)
     assert len(seen.render(limit)) <= limit + len("\n[... 1234 characters left out]\n")
 
 
-def test_items_of_a_pool_are_shown_in_the_order_in_which_they_were_handed_in() -> None:
-    """Whichever thread records first, and though one thread works on several items; so a replay has the same prompt."""
+def test_items_of_a_pool_are_shown_in_the_order_of_submission() -> None:
+    """It does not matter which thread records first or runs several items, so a replay has the same prompt."""
     gates = [threading.Event() for _ in range(12)]
 
     def work(i: int) -> None:

@@ -1,4 +1,4 @@
-"""Types of values: what is inferred, converted, refused and described."""
+"""Types of values: inference, conversion, refusals and descriptions."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Tree(Struct):
         ([Step("x")], list[Step]),
     ],
 )
-def test_the_type_is_the_values_own(value: Any, expected: Any) -> None:
-    """A parameter without a type takes its value's, items included; what differs inside becomes Any."""
+def test_the_type_is_inferred_from_the_value(value: Any, expected: Any) -> None:
+    """A parameter without a type has its value's type, including items; mixed types become Any."""
     assert infer_type(value) == expected
 
 
@@ -74,7 +74,7 @@ def test_the_type_is_the_values_own(value: Any, expected: Any) -> None:
     ],
 )
 def test_json_sensible_values_are_converted(raw: Any, kind: Any, expected: Any) -> None:
-    """What a model plainly meant becomes the parameter's type."""
+    """A value with one plain meaning becomes the parameter's type."""
     value = convert(raw, kind)
     assert (value, type(value)) == (expected, type(expected))
 
@@ -101,8 +101,8 @@ def test_json_sensible_values_are_converted(raw: Any, kind: Any, expected: Any) 
         ("c", Literal["a", "b"], "Expected Literal['a', 'b'], got 'c'"),
     ],
 )
-def test_guesses_are_refused(raw: Any, kind: Any, reason: str) -> None:
-    """`type(old)(new)` turned "c, d" into letters, 2.9 into 2 and None into 'None'; here each is refused by name."""
+def test_ambiguous_values_are_refused(raw: Any, kind: Any, reason: str) -> None:
+    """`type(old)(new)` turned "c, d" into letters, 2.9 into 2 and None into 'None'; each is refused."""
     with pytest.raises(Unfit) as refused:
         convert(raw, kind)
     assert refused.value.reason.startswith(reason)
@@ -119,21 +119,21 @@ def test_guesses_are_refused(raw: Any, kind: Any, reason: str) -> None:
         ({1: 2}, dict[str, int], ""),
     ],
 )
-def test_the_place_inside_is_named(raw: Any, kind: Any, path: str) -> None:
-    """A value refused for something inside it says where, at any depth."""
+def test_the_path_inside_a_value_is_named(raw: Any, kind: Any, path: str) -> None:
+    """The error for a nested value has its path, at any depth."""
     with pytest.raises(Unfit) as refused:
         convert(raw, kind)
     assert refused.value.path == path
 
 
-def test_a_value_nested_too_deep_is_refused() -> None:
-    """Depth beyond the interpreter's is a refusal, not a RecursionError."""
+def test_a_value_nested_too_deeply_is_refused() -> None:
+    """Depth beyond the interpreter's limit is refused without a RecursionError."""
     deep: Any = 0
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(Unfit, match="at most 64 levels"):
         convert(deep, Any)
-    while isinstance(deep, list):  # taken apart by hand: a deep list must not end in a deep deallocation
+    while isinstance(deep, list):  # take it apart by hand: deallocating a deep list must not recurse
         deep = deep.pop()
 
 
@@ -148,14 +148,14 @@ kinds = st.sampled_from(
 
 
 def carries(value: Any) -> bool:
-    """Whether JSON gives the value back as it is."""
+    """Return True if JSON returns the value unchanged."""
     return bool(msgspec.json.decode(msgspec.json.encode(value)) == msgspec.to_builtins(value))
 
 
 @settings(deadline=None, max_examples=60)
 @given(json_values, kinds)
 def test_conversion_is_safe_and_stable(raw: Any, kind: Any) -> None:
-    """Any JSON value is refused, or becomes one that converts to itself and that JSON carries unchanged."""
+    """Any JSON value is refused, or becomes one that converts to itself and that JSON keeps unchanged."""
     try:
         value = convert(raw, kind)
     except Unfit:
@@ -166,7 +166,7 @@ def test_conversion_is_safe_and_stable(raw: Any, kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", [bool, int, float, str, list[str], dict[str, int]])
 def test_a_lone_surrogate_is_refused_for_every_type(kind: Any) -> None:
-    """Text that UTF-8 cannot carry is unfit, never an error from inside the library."""
+    """Text that UTF-8 cannot encode is refused, never an error from inside the library."""
     with pytest.raises(Unfit):
         convert("\ud800", kind)
 
@@ -187,8 +187,8 @@ def test_no_number_becomes_text(raw: Any, kind: Any) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(json_values)
-def test_a_value_is_of_its_own_type(value: Any) -> None:
-    """The inferred type accepts the value it was inferred from, and keeps it as it is."""
+def test_a_value_has_its_inferred_type(value: Any) -> None:
+    """The inferred type accepts its value unchanged."""
     try:
         converted = convert(value, infer_type(value))
     except Unfit as refused:
@@ -197,8 +197,8 @@ def test_a_value_is_of_its_own_type(value: Any) -> None:
         assert converted == value
 
 
-def test_schema_stands_alone() -> None:
-    """Schemas are inlined; a type inside itself ends as anything, a type that JSON cannot state is {}."""
+def test_a_schema_is_self_contained() -> None:
+    """References are inlined; a recursive type ends as any value, and a type that JSON does not support is {}."""
     assert schema(Annotated[float, Meta(ge=0, le=1)]) == {"type": "number", "minimum": 0, "maximum": 1}
     assert schema(list[Step])["items"]["properties"] == {
         "text": {"type": "string"},
@@ -221,20 +221,20 @@ def test_schema_stands_alone() -> None:
         (Step, "Step"),
     ],
 )
-def test_types_read_as_people_write_them(kind: Any, words: str) -> None:
+def test_types_are_readable(kind: Any, words: str) -> None:
     """Prompts name types without module paths."""
     assert describe_type(kind) == words
 
 
-def test_snapshot_is_out_of_reach() -> None:
-    """A later change in place does not reach a snapshot."""
+def test_a_snapshot_is_a_copy() -> None:
+    """A later change in place does not affect a snapshot."""
     value = {"a": [1]}
     kept = snapshot(value)
     value["a"].append(2)
     assert kept == {"a": [1]}
 
 
-def test_errors_show_little_of_a_long_value() -> None:
+def test_errors_shorten_a_long_value() -> None:
     """A refused text of a megabyte does not fill the error."""
     assert len(shorten("x" * 1_000_000)) < 100
     assert len(shorten(["x" * 1_000_000])) < 100

@@ -1,4 +1,4 @@
-"""`aggregator cassette`: readable tables, and exit codes that CI can go by."""
+"""`aggregator cassette`: readable tables, and exit codes for CI."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
-def test_ls_shows_what_there_is(command: Command) -> None:
-    """One aligned line a cassette, of the default folder."""
+def test_ls_lists_cassettes(command: Command) -> None:
+    """It prints one aligned line for each cassette of the default folder."""
     record(Path("cassettes/a.yaml"), {"x": "1", "y": "2"})
     record(Path("cassettes/sub/b.yaml"), {"x": "1"}, layout="journal")
     code, out = command("ls")
@@ -72,7 +72,7 @@ def test_ls_shows_what_there_is(command: Command) -> None:
 
 
 def test_show_lists_exchanges_and_one_in_full(command: Command) -> None:
-    """The list has the place in the run, the single view both bodies."""
+    """The list shows the lineage, a single exchange both bodies."""
     path = record(Path("a.yaml"), {"train/sample=0": "first", "train/sample=0/propose": "second"})
     code, out = command("show", path)
     assert code == 0
@@ -84,7 +84,7 @@ def test_show_lists_exchanges_and_one_in_full(command: Command) -> None:
 
 
 def test_stats_sums_by_role_and_model(command: Command) -> None:
-    """Exchanges, tokens, cost and time; the last line is the sum."""
+    """It prints exchanges, tokens, cost and time; the last line is the sum."""
     record(Path("cassettes/a.yaml"), {"x": "1", "y": "2", "x/propose": "3"})
     code, out = command("stats")
     assert code == 0
@@ -96,8 +96,8 @@ def test_stats_sums_by_role_and_model(command: Command) -> None:
     assert command("stats", "--each")[1].startswith("cassettes/a.yaml\n")
 
 
-def test_diff_tells_what_changed(command: Command) -> None:
-    """0 and nothing for the same, 1 and each difference otherwise."""
+def test_diff_lists_changes(command: Command) -> None:
+    """The exit code is 0 without output for equal files, and 1 with each difference otherwise."""
     a = record(Path("a.yaml"), {"x": "1", "y": "2"})
     b = record(Path("b.yaml"), {"x": "1", "y": "3"})
     assert command("diff", a, a) == (0, "")
@@ -107,14 +107,14 @@ def test_diff_tells_what_changed(command: Command) -> None:
 
 
 def test_check_passes_a_good_file(command: Command) -> None:
-    """0 for a lone good file, in both layouts."""
+    """The exit code is 0 for a good file, in both layouts."""
     for layout in ("journal", "readable"):
         path = record(Path(f"{layout}.yaml"), {"x": "1"}, layout=layout)
         assert command("check", path) == (0, "1 cassette, 1 exchange: good\n")
 
 
-def test_check_tells_damage(command: Command) -> None:
-    """A cut or an edit is a problem with file and line, and the other files are still checked."""
+def test_check_reports_damage(command: Command) -> None:
+    """A cut or an edit is reported with file and line, and the other files are still checked."""
     path = record(Path("cassettes/a.yaml"), {"x": "answer one", "y": "answer two"}, layout="journal")
     record(Path("cassettes/b.yaml"), {"x": "1"})
     path.write_bytes(path.read_bytes().replace(b"answer two", b"answer 222"))
@@ -124,8 +124,8 @@ def test_check_tells_damage(command: Command) -> None:
     assert out.endswith("2 cassettes, 1 exchange: 1 problem\n")
 
 
-def test_check_tells_secrets(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key of the environment that is in an answer is a problem that names the exchange, not the key."""
+def test_check_reports_secrets(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key of the environment in an answer is reported with the exchange, but without the key."""
     path = record(Path("a.yaml"), {"x": "the key is canary-4711-canary"})
     monkeypatch.setenv("SOME_API_KEY", "canary-4711-canary")
     code, out = command("check", path)
@@ -135,8 +135,8 @@ def test_check_tells_secrets(command: Command, monkeypatch: pytest.MonkeyPatch) 
     assert "canary" not in out
 
 
-def test_check_sees_what_stands_in_a_foreign_file(command: Command) -> None:
-    """Another tool's cassette is read without its secrets, but checked as it is on disk; converting it cleans it."""
+def test_check_reads_a_foreign_file_as_it_is_on_disk(command: Command) -> None:
+    """Another tool's cassette is redacted when it is played, but not when it is checked; converting it cleans it."""
     item = {
         "request": {"method": "POST", "uri": URL, "body": "{}", "headers": {"Authorization": ["Bearer canary-4711"]}},
         "response": {"status": {"code": 200, "message": "OK"}, "headers": {}, "body": {"string": "{}"}},
@@ -149,8 +149,8 @@ def test_check_sees_what_stands_in_a_foreign_file(command: Command) -> None:
     assert b"canary" not in Path("old.yaml").read_bytes()
 
 
-def test_check_tells_age(command: Command) -> None:
-    """Only where a limit is given."""
+def test_check_reports_age(command: Command) -> None:
+    """Age is checked only if a limit is given."""
     path = record(Path("a.yaml"), {"x": "1"})
     assert command("check", path)[0] == 0
     code, out = command("check", path, "--max-age", 30)
@@ -158,14 +158,14 @@ def test_check_tells_age(command: Command) -> None:
 
 
 def account(tests: dict[str, tuple[Path, list[str]]]) -> None:
-    """Write what a pytest run leaves in its cache."""
+    """Write the account that a pytest run leaves in its cache."""
     file = Path(".pytest_cache/v/aggregator/cassettes")
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({test: {"path": str(p.resolve()), "unplayed": u} for test, (p, u) in tests.items()}))
 
 
-def test_check_tells_orphans(command: Command) -> None:
-    """Files that no test opened, and exchanges that every test of a file left unplayed."""
+def test_check_reports_orphans(command: Command) -> None:
+    """These are files that no test opened, and exchanges that every test of a file left unplayed."""
     shared = record(Path("cassettes/shared.yaml"), {"x": "1", "y": "2", "z": "3"})
     record(Path("cassettes/forgotten.yaml"), {"x": "1"})
     recording = read(shared)
@@ -184,7 +184,7 @@ def test_check_tells_orphans(command: Command) -> None:
 
 
 def test_prune_drops_what_no_test_plays(command: Command) -> None:
-    """What remains is whole and checked; a dry run changes nothing."""
+    """The rest is complete and checked; a dry run changes nothing."""
     path = record(Path("a.yaml"), {"x": "1", "y": "2"})
     recording = read(path)
     assert recording is not None
@@ -200,7 +200,7 @@ def test_prune_drops_what_no_test_plays(command: Command) -> None:
     ("options", "kept"), [(["--lineage", "train/*"], 1), (["--older-than", "1"], 0), (["--lineage", "none"], 2)]
 )
 def test_prune_by_lineage_and_age(command: Command, options: list[str], kept: int) -> None:
-    """A part of a run, or what is old, can be re-recorded."""
+    """They select what is re-recorded: a part of a run, or old exchanges."""
     path = record(Path("a.yaml"), {"train/epoch=0": "1", "test": "2"})
     assert command("prune", path, *options) == (
         0,
@@ -208,15 +208,15 @@ def test_prune_by_lineage_and_age(command: Command, options: list[str], kept: in
     )
 
 
-def test_prune_asks_what_to_drop(command: Command) -> None:
-    """Without a criterion nothing is dropped."""
+def test_prune_requires_a_criterion(command: Command) -> None:
+    """Without one nothing is dropped."""
     path = record(Path("a.yaml"), {"x": "1"})
     code, out = command("prune", path)
     assert (code, "pass --unplayed, --lineage or --older-than" in out) == (1, True)
 
 
 def test_convert_changes_the_layout(command: Command) -> None:
-    """Journal to readable and back, with the same exchanges."""
+    """Converting a journal to readable and back keeps the exchanges."""
     path = record(Path("a.yaml"), {"x": "1", "y": "2"}, layout="journal")
     before = path.read_bytes()
     assert command("convert", path, "b.yaml", "--layout", "readable") == (0, "b.yaml: 2 exchanges, readable\n")
@@ -225,8 +225,8 @@ def test_convert_changes_the_layout(command: Command) -> None:
     assert Path("b.yaml").read_bytes() == before
 
 
-def test_convert_takes_vcrpys_cassettes(command: Command) -> None:
-    """What stock vcrpy wrote becomes ours, and plays."""
+def test_convert_reads_vcrpys_cassettes(command: Command) -> None:
+    """A stock vcrpy cassette is converted to ours, and plays."""
     item = {
         "request": {"method": "POST", "uri": URL, "body": ask(0).body.decode(), "headers": {}},
         "response": {"status": {"code": 200, "message": "OK"}, "headers": {}, "body": {"string": "old"}},
@@ -241,7 +241,7 @@ def test_convert_takes_vcrpys_cassettes(command: Command) -> None:
 
 @pytest.mark.parametrize("action", ["ls", "stats", "check", "show", "convert"])
 def test_a_missing_path_is_one_line(command: Command, action: str) -> None:
-    """A wrong path is an error that names it, without a traceback."""
+    """The error names the path, without a traceback."""
     code, out = command(action, "nowhere.yaml")
     assert code == 1
     assert "'nowhere.yaml', which is not there" in out
@@ -249,8 +249,8 @@ def test_a_missing_path_is_one_line(command: Command, action: str) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_check_reports_suggestions_that_hold_code(command: Command, streamed: bool) -> None:
-    """Each source once, with the sha256 that permits it; a suggestion of text is none, and it is no problem."""
+def test_check_reports_suggestions_with_code(command: Command, streamed: bool) -> None:
+    """Each source is listed once, with the sha256 that permits it; it is not a problem."""
     source = "def clean(self, x):\n    return x.upper()\n"
     suggestion = json.dumps({"suggestion": {"clean__code": source, "prompt": "def means define"}, "reasoning_x": ""})
     record(Path("a.yaml"), {"x/propose": suggestion, "y/propose": suggestion, "z": "def f(): pass"})

@@ -1,4 +1,4 @@
-"""`aggregator cassette` on files that are damaged, being recorded, of others, or hostile."""
+"""`aggregator cassette` on files that are damaged, in use, foreign, or hostile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPLY = HTTPReply(status=200, reason="OK", body=b'{"text": "hi"}', headers={})
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Return the exit code, and what was printed to both streams."""
+    """Return the exit code and the text on both streams."""
     try:
         code = main(["cassette", *map(str, words)])
     except SystemExit as end:  # argparse
@@ -46,7 +46,7 @@ def recorded(path: Path, *names: str) -> Path:
 
 
 def killed(path: Path, *names: str) -> bytes:
-    """Leave the journal of a recording that was killed, and return its bytes."""
+    """Leave the journal of a killed recording, and return its bytes."""
     tape = open_tape(path, "all")
     add(tape, *names)
     data = path.read_bytes()
@@ -68,7 +68,7 @@ COMMANDS = [("prune", "--lineage", "*"), ("convert",)]
 def test_a_running_recording_lost_its_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    """A file that somebody records is not rewritten; the error tells who holds it."""
+    """A file that is being recorded is not rewritten; the error names the recording process."""
     path = tmp_path / "a.yaml"
     tape = open_tape(path, "once")
     add(tape, "a", "b", "c")
@@ -83,7 +83,7 @@ def test_a_running_recording_lost_its_data(
 def test_a_killed_recording_was_marked_as_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    """It is refused, so that the next run takes it up; converting it to another file leaves it as it is."""
+    """It is refused, so that the next run continues it; converting it to another file leaves it unchanged."""
     path = tmp_path / "a.yaml"
     before = killed(path, "a", "b")
     code, _, err = run(capsys, words[0], path, *words[1:])
@@ -95,7 +95,7 @@ def test_a_killed_recording_was_marked_as_finished(
 
 
 def test_the_rest_of_a_folder_is_still_shown_and_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A damaged file is told, with exit code 1, and the others are done."""
+    """A damaged file is reported, with exit code 1, and the others are processed."""
     (tmp_path / "a.yaml").write_text("interactions: [")
     killed(tmp_path / "b.yaml", "x")
     path = recorded(tmp_path / "c.yaml", "x", "y")
@@ -112,7 +112,7 @@ def test_the_rest_of_a_folder_is_still_shown_and_pruned(tmp_path: Path, capsys: 
 def test_pruning_everything_left_an_unreadable_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: Any
 ) -> None:
-    """An empty cassette is a good one."""
+    """An empty cassette is valid."""
     path = recorded(tmp_path / "a.yaml", "x")
     recording = read(path)
     assert recording is not None
@@ -123,8 +123,8 @@ def test_pruning_everything_left_an_unreadable_file(
     assert run(capsys, "check", tmp_path / "b.yaml")[0] == 0
 
 
-def test_data_of_others_was_taken_for_damaged_cassettes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`aggregator cassette check tests` passes over it, but not where it is named."""
+def test_foreign_data_was_reported_as_damaged_cassettes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`aggregator cassette check tests` skips it, unless the file itself is given."""
     recorded(tmp_path / "cassettes" / "a.yaml", "x")
     (tmp_path / "tickets.json").write_text('[{"text": "late"}]')
     (tmp_path / "template.yaml").write_text("{% if %}: [")
@@ -134,15 +134,15 @@ def test_data_of_others_was_taken_for_damaged_cassettes(tmp_path: Path, capsys: 
 
 
 def account(folder: Path, tests: Any) -> Path:
-    """Write what a pytest run leaves in its cache, and return the cache."""
+    """Write the account that a pytest run leaves in its cache, and return the cache."""
     file = folder / "v" / "aggregator" / "cassettes"
     file.parent.mkdir(parents=True)
     file.write_text(tests if isinstance(tests, str) else json.dumps(tests))
     return folder
 
 
-def test_a_failing_run_let_prune_drop_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cassette one of whose tests did not pass or did not run is passed over, and that is told."""
+def test_a_failing_run_let_prune_drop_needed_exchanges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cassette with a test that did not pass or run is skipped, with a message."""
     paths = [recorded(tmp_path / name, "x") for name in ("whole.yaml", "part.yaml")]
     recording = read(paths[0])
     assert recording is not None
@@ -164,8 +164,8 @@ def test_a_failing_run_let_prune_drop_what_is_needed(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     "text", ["not json", "[]", '{"t": 5}', '{"t": {"path": "a"}}', '{"t": {"path": 1, "unplayed": []}}']
 )
-def test_a_malformed_account_was_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
-    """It is an error that names the file."""
+def test_a_malformed_account_raised_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    """The error names the file."""
     path, cache = recorded(tmp_path / "a.yaml", "x"), account(tmp_path / "cache", text)
     for words in (("check", "--orphans"), ("prune", "--unplayed")):
         code, _, err = run(capsys, words[0], path, *words[1:], "--pytest-cache", cache)
@@ -173,8 +173,8 @@ def test_a_malformed_account_was_a_traceback(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("days", ["nan", "inf", "1e9", "-1", "soon"])
-def test_days_that_are_none_were_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str], days: str) -> None:
-    """They are wrong usage."""
+def test_invalid_days_raised_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str], days: str) -> None:
+    """They are a usage error."""
     path = recorded(tmp_path / "a.yaml", "x")
     for words in (("check", f"--max-age={days}"), ("prune", f"--older-than={days}")):
         code, _, err = run(capsys, words[0], path, words[1])
@@ -182,7 +182,7 @@ def test_days_that_are_none_were_a_traceback(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_sharded_cassette_behind_a_link_could_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its further shards are next to the file, not next to the link. Without its first shard it is damaged."""
+    """Its other shards are next to the file, not next to the link. Without its first shard it is damaged."""
     lines = [
         encode_line(
             Exchange(
@@ -203,8 +203,8 @@ def test_a_sharded_cassette_behind_a_link_could_not_be_read(tmp_path: Path, caps
     assert (code, "Expected the first shard of a cassette" in out) == (1, True)
 
 
-def test_vcrpys_json_became_yaml_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stock vcrpy would read it as JSON, so another name is asked for."""
+def test_vcrpys_json_became_yaml_under_the_same_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stock vcrpy would read it as JSON, so another name is required."""
     path = tmp_path / "v.json"
     request: dict[str, Any] = {"method": "GET", "uri": "http://x.example/", "body": None, "headers": {}}
     response = {"status": {"code": 200, "message": "OK"}, "headers": {}, "body": {"string": "hi"}}
@@ -216,15 +216,15 @@ def test_vcrpys_json_became_yaml_under_its_name(tmp_path: Path, capsys: pytest.C
     assert yaml.safe_load((tmp_path / "v.yaml").read_text())["version"] == 1
 
 
-def test_a_folder_is_no_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The advice was to free some space."""
+def test_a_folder_is_not_an_output_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error advised the user to free some space."""
     path = recorded(tmp_path / "a.yaml", "x")
     code, _, err = run(capsys, "convert", path, tmp_path)
     assert (code, "Expected a file to write, got the folder" in err, "space" in err) == (1, True, False)
 
 
-def test_a_recorded_answer_steered_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its control characters are shown as escapes."""
+def test_a_recorded_answer_controlled_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its control characters are printed as escapes."""
     path = tmp_path / "a.yaml"
     exchange = Exchange(
         request=HTTPRequest(url="http://x.example/", body=b'{"model": "m\\u001b[31m"}', headers={}),
@@ -240,7 +240,7 @@ def test_a_recorded_answer_steered_the_terminal(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_module_did_nothing() -> None:
-    """`python -m aggregator.cli.main` is the command too."""
+    """`python -m aggregator.cli.main` runs the command too."""
     out = subprocess.run(
         [sys.executable, "-m", "aggregator.cli.main", "--version"], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""`aggregator demo` as a user meets it: in a process of its own."""
+"""`aggregator demo` as a user runs it: in its own process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def demo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, cwd=cwd)
 
 
-def test_runs_in_an_empty_folder(tmp_path: Path) -> None:
+def test_it_runs_in_an_empty_folder(tmp_path: Path) -> None:
     """Without options it replays offline, shows progress and a summary, and writes result and events."""
     done = demo(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -32,8 +32,8 @@ def test_runs_in_an_empty_folder(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "demo" / "events.jsonl").exists()
 
 
-def test_a_stale_cassette_says_how_to_record(tmp_path: Path) -> None:
-    """A request that was not recorded ends with one message: which one, and the remedy; no traceback."""
+def test_a_stale_cassette_names_the_remedy(tmp_path: Path) -> None:
+    """For a request that was not recorded one message names it and the remedy, without a traceback."""
     done = demo("--seed", "7", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -50,7 +50,7 @@ def test_a_stale_cassette_says_how_to_record(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_message(tmp_path: Path, arguments: list[str], message: str) -> None:
-    """Whatever cannot be done is said in one message, with exit code 1."""
+    """Each error is one message, with exit code 1."""
     done = demo(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("aggregator demo: ")
@@ -74,8 +74,8 @@ def test_an_unset_key_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_what_a_provider_answered_is_kept(tmp_path: Path) -> None:
-    """Against a real provider each exchange is on disk, without the key."""
+def test_a_real_providers_answers_are_kept(tmp_path: Path) -> None:
+    """With a real provider each exchange is on disk, without the key."""
     key = "k-simulated-0123456789"
     with SimulatedModel() as server:
         done = subprocess.run(
@@ -95,7 +95,7 @@ def test_what_a_provider_answered_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_keeps_what_was_reached(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_finished_steps(tmp_path: Path) -> None:
     """Ctrl-C after a step exits with 130, prints where the finished steps are stored, and shows no traceback."""
     with subprocess.Popen(
         [*COMMAND, "--serve", "--concurrency", "1"],

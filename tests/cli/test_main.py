@@ -25,15 +25,15 @@ def chosen(error: BaseException, *, debug: bool = False) -> Namespace:
     return Namespace(command="demo", debug=debug, run=run)
 
 
-def test_commands_are_the_files() -> None:
-    """Each file beside main.py is a command."""
+def test_each_file_is_a_command() -> None:
+    """Each file next to main.py is a command."""
     assert "demo" in commands()
     assert "main" not in commands()
     assert cli.__doc__
 
 
 def test_help_is_quick() -> None:
-    """`--help` names the commands and imports no third-party module."""
+    """`--help` lists the commands and imports no third-party module."""
     script = (
         "import sys; from aggregator.cli.main import main\n"
         "try: main(['--help'])\n"
@@ -47,7 +47,7 @@ def test_help_is_quick() -> None:
 
 
 def test_an_error_of_ours_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    """It goes to standard error without a traceback, and the exit code is 1."""
+    """It is printed to standard error without a traceback, and the exit code is 1."""
     assert guarded(chosen(ConfigError("Expected x, got y"))) == 1
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "aggregator demo: Expected x, got y\n")
@@ -67,7 +67,7 @@ def test_a_warning_is_one_message(capsys: pytest.CaptureFixture[str], recwarn: p
 
 
 def test_an_error_of_the_system_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    """A full disk is told as errors of ours are."""
+    """A full disk is reported like our own errors."""
     assert guarded(chosen(OSError(28, "No space left on device"))) == 1
     assert capsys.readouterr().err == "aggregator demo: [Errno 28] No space left on device\n"
 
@@ -82,10 +82,10 @@ def test_an_error_of_the_system_is_one_message(capsys: pytest.CaptureFixture[str
         pytest.param(">/dev/full", {}, 1, marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")),
     ],
 )
-def test_output_that_cannot_be_written_is_no_traceback(
+def test_unwritable_output_gives_no_traceback(
     tmp_path: Path, redirection: str, environment: dict[str, str], code: int
 ) -> None:
-    """A closed or full output, a reader that has gone and a terminal without UTF-8 end in order."""
+    """A closed or full output, a reader that has ended and a terminal without UTF-8 are handled."""
     command = f"'{sys.executable}' -m aggregator.cli demo {redirection}"
     done = subprocess.run(
         ["/bin/sh", "-c", command],
@@ -100,21 +100,21 @@ def test_output_that_cannot_be_written_is_no_traceback(
     assert "Exception ignored" not in done.stderr
 
 
-def test_debug_shows_where() -> None:
-    """With --debug the error itself comes out."""
+def test_debug_shows_the_traceback() -> None:
+    """With --debug the exception is raised."""
     with pytest.raises(ConfigError):
         guarded(chosen(ConfigError("x"), debug=True))
 
 
 def test_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C ends with 130 and says nothing more."""
+    """Ctrl-C exits with 130 without further output."""
     assert guarded(chosen(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["demo", "--concurrency", "0"], ["demo", "--seed", "x"]])
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong usage exits with 2 and shows how it is meant."""
+    """It exits with 2 and prints the usage."""
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2

@@ -1,4 +1,4 @@
-"""Model and tokens in the words of every provider, in one answer and in a stream."""
+"""Model and tokens in every provider's format, in one answer and in a stream."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ ANSWERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_tokens_are_read_in_every_providers_words(kind: str) -> None:
-    """The last that a stream says counts; what a cache held is part of the input, thinking of the output."""
+def test_tokens_are_read_in_every_providers_format(kind: str) -> None:
+    """A stream's last count is used; cached tokens are part of the input, thinking of the output."""
     assert usage_of(exchange(ANSWERS[kind], content_type="application/json")) == IN_OUT
 
 
@@ -100,12 +100,12 @@ def test_tokens_are_read_in_every_providers_words(kind: str) -> None:
     ],
 )
 def test_tokens_of_an_event_stream_of_aws(body: bytes) -> None:
-    """Converse states them in its metadata, `invoke` in events that wrap the model's own; what is cut is left out."""
+    """Converse states them in its metadata, `invoke` in events that wrap the model's own; cut events are skipped."""
     assert usage_of(exchange(body, content_type="application/vnd.amazon.eventstream")) == IN_OUT
 
 
 def test_tokens_in_headers_and_of_embeddings() -> None:
-    """Bedrock counts in headers what its models do not state; an embedding has an input only."""
+    """Bedrock counts in headers for models that state nothing; an embedding has an input only."""
     headers = {"x_amzn_bedrock_input_token_count": "7", "x_amzn_bedrock_output_token_count": "2"}
     assert usage_of(exchange({"embedding": [0.1]}, **headers)) == IN_OUT
     assert usage_of(exchange({"data": [], "usage": {"prompt_tokens": 7, "total_tokens": 7}})) == {"input_tokens": 7}
@@ -118,7 +118,7 @@ def test_tokens_in_headers_and_of_embeddings() -> None:
     "answer", [b"", b"oops", [], {}, {"usage": "none"}, {"usage": {"input_tokens": -1}}, b"[" * 9_999]
 )
 def test_unknown_tokens_are_not_zero(answer: Any) -> None:
-    """Nor is anything else raised."""
+    """No other exception is raised either."""
     assert usage_of(exchange(answer)) == {}
 
 
@@ -147,15 +147,15 @@ def test_unknown_tokens_are_not_zero(answer: Any) -> None:
         (exchange({}), ""),
     ],
 )
-def test_the_model_is_read_wherever_it_is(given: Exchange, model: str) -> None:
-    """In the body, in the address, or in the answer."""
+def test_the_model_is_read_from_any_place(given: Exchange, model: str) -> None:
+    """It may be in the body, in the address, or in the answer."""
     assert model_of(given) == model
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the recordings in ../shared/data/real_exchanges")
 @pytest.mark.parametrize("name", ["anthropic", "gemini", "openai_compatible", "openai_responses"])
-def test_real_answers_tell_model_and_tokens(name: str) -> None:
-    """Nearly every real answer does; those that state no usage themselves are the rest."""
+def test_real_answers_have_model_and_tokens(name: str) -> None:
+    """Nearly every real answer does; the others state no usage."""
     with gzip.open(DATA / f"{name}.jsonl.gz") as file:
         lines = [json.loads(line) for line in file]
     answered = [line for line in lines if line["status"] < 300 and b"oken" in (line["response_body"] or "").encode()]

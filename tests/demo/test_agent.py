@@ -15,7 +15,7 @@ from aggregator.records import Choice, Completion, Message
 
 
 class Echo:
-    """Answers with what it was shown, and keeps the instructions."""
+    """Answers with its prompt, and records the instructions."""
 
     def __init__(self) -> None:
         self.system = ""
@@ -34,8 +34,8 @@ def test_three_parameters_of_three_kinds() -> None:
         parameters["excerpt_words"].convert(81)
 
 
-async def test_every_parameter_changes_what_the_model_sees() -> None:
-    """The instruction goes into the system message, the code prepares the ticket, the number cuts it."""
+async def test_every_parameter_changes_the_prompt() -> None:
+    """The instruction is the system message, the code prepares the ticket, the number limits its length."""
     echo = Echo()
     agent = TicketRouter(echo)
     ticket = "ONE two three four five six seven eight nine"
@@ -50,12 +50,12 @@ async def test_every_parameter_changes_what_the_model_sees() -> None:
     assert echo.system.startswith("Be kind.\n\nThe teams are account, billing")
 
 
-async def test_a_short_ticket_is_not_marked_as_cut() -> None:
-    """The mark of a cut is only where something was left out."""
+async def test_a_short_ticket_is_not_marked_as_shortened() -> None:
+    """The mark appears only if something was left out."""
     assert await TicketRouter(Echo())("one two") == "one two"
 
 
-def test_guide_says_what_was_expected_and_what_came() -> None:
+def test_the_guide_names_expected_and_given_answer() -> None:
     """A wrong answer scores 0 and names both teams."""
     assert right_team("x", "billing", "billing") == (1.0, "Correct.")
     assert right_team("x", "I do not know.", "billing") == (0.0, 'Expected "billing", got "I do not know.".')
@@ -70,8 +70,8 @@ def test_data_set() -> None:
     assert len(set(texts)) == len(texts) == 100
 
 
-def test_the_task_is_no_giveaway() -> None:
-    """Training and test tickets share words, but not all; some shout, and some are longer than the first excerpt."""
+def test_the_task_is_not_trivial() -> None:
+    """Training and test tickets share some words; some are in capitals, and some are longer than the first excerpt."""
     data = tickets()
     known = {word.strip(".,!?:;").lower() for ticket in data.train for word in ticket.text.split()}
     unknown = [{w.strip(".,!?:;").lower() for w in ticket.text.split()} - known for ticket in data.test]

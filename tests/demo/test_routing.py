@@ -1,4 +1,4 @@
-"""Requests leave for the simulated model's port, under an address that does not name it."""
+"""Requests are sent to the simulated model's port under a fixed address."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Seen(Transport):
     ],
 )
 async def test_only_the_fixed_address_is_rerouted(url: str, sent: str) -> None:
-    """The path stays, the authority changes, and other addresses are left alone."""
+    """The path is kept, the authority changes, and other addresses are not changed."""
     seen = Seen()
     route = Rerouted(seen, source=SIMULATED_URL, target="http://127.0.0.1:9/v1")
     request = HTTPRequest(url=url, body=b"{}", headers={})

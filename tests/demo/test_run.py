@@ -20,7 +20,7 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_improves_the_test_score(tmp_path: Path) -> None:
-    """What is shown as the improvement is what the evaluations reached; every parameter has changed."""
+    """The printed improvement is that of the evaluations; every parameter has changed."""
     seen: list[StepReport] = []
     outcome = train_demo(Settings(out=tmp_path), observers=[seen.append])
     result = outcome.result
@@ -38,19 +38,19 @@ def test_training_improves_the_test_score(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 3, 64])
 def test_same_bytes_at_any_concurrency(replayed: Path, tmp_path: Path, concurrency: int) -> None:
-    """result.json holds nothing that depends on time or order."""
+    """result.json does not depend on time or order."""
     train_demo(Settings(out=tmp_path, concurrency=concurrency))
     assert (tmp_path / "result.json").read_bytes() == (replayed / "result.json").read_bytes()
 
 
-def test_serving_gives_what_was_recorded(replayed: Path, tmp_path: Path) -> None:
-    """The simulated model over real HTTP answers what the cassette holds, so the cassette is not stale."""
+def test_the_cassette_is_not_stale(replayed: Path, tmp_path: Path) -> None:
+    """The simulated model over real HTTP gives the recorded answers."""
     train_demo(Settings(out=tmp_path, serve=True))
     assert (tmp_path / "result.json").read_bytes() == (replayed / "result.json").read_bytes()
 
 
-def test_another_seed_takes_another_way(replayed: Path, tmp_path: Path) -> None:
-    """The seed decides the order of the tickets and what the simulated model gets wrong."""
+def test_another_seed_gives_another_run(replayed: Path, tmp_path: Path) -> None:
+    """The seed decides the order of the tickets and the simulated model's errors."""
     train_demo(Settings(out=tmp_path, serve=True, seed=1))
     assert (tmp_path / "result.json").read_bytes() != (replayed / "result.json").read_bytes()
 
@@ -65,7 +65,7 @@ def test_events_are_json_lines(replayed: Path) -> None:
 
 
 def test_recording_then_replaying(tmp_path: Path, replayed: Path) -> None:
-    """`--record` writes a cassette from which the same result is replayed; the bundled one is below 2.5 MB."""
+    """`--record` writes a cassette that replays to the same result; the bundled one is below 2.5 MB."""
     path = tmp_path / "demo.yaml"
     train_demo(Settings(out=tmp_path / "recorded", record=True, cassette=path))
     train_demo(Settings(out=tmp_path / "again", cassette=path))
@@ -75,8 +75,8 @@ def test_recording_then_replaying(tmp_path: Path, replayed: Path) -> None:
     assert cassette_path().stat().st_size < 2_500_000
 
 
-def test_a_recording_cut_short_leaves_the_cassette_as_it_was(tmp_path: Path) -> None:
-    """Only a whole recording takes the cassette's place."""
+def test_an_incomplete_recording_leaves_the_cassette_unchanged(tmp_path: Path) -> None:
+    """Only a complete recording replaces the cassette."""
     path = tmp_path / "demo.yaml"
     path.write_text("as it was")
 
@@ -88,8 +88,8 @@ def test_a_recording_cut_short_leaves_the_cassette_as_it_was(tmp_path: Path) -> 
     assert path.read_text() == "as it was"
 
 
-def test_a_stale_cassette_says_what_is_missing_and_how_to_record(tmp_path: Path) -> None:
-    """Without the one recorded answer the error names the request and `make record`."""
+def test_a_stale_cassette_names_the_missing_request_and_the_remedy(tmp_path: Path) -> None:
+    """If one recorded answer is missing, the error names the request and `make record`."""
     lines = cassette_path().read_text().splitlines(keepends=True)
     missing = "Please send me a quote for ten licences."
     kept = [line for line in lines[1:] if not ("evaluate/step=0/" in line and missing in line)]
@@ -108,7 +108,7 @@ def test_a_stale_cassette_says_what_is_missing_and_how_to_record(tmp_path: Path)
         (Settings(concurrency=0), "at least 1, got 0"),
     ],
 )
-def test_settings_that_cannot_be_meant(settings: Settings, message: str) -> None:
-    """Wrong settings are refused before anything is opened."""
+def test_invalid_settings(settings: Settings, message: str) -> None:
+    """They are refused before any file is opened."""
     with pytest.raises(ConfigError, match=message):
         train_demo(settings)

@@ -1,4 +1,4 @@
-"""What a person reads after the demo is what the result holds."""
+"""The demo's summary shows what the result holds."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def outcome(**parameters: object) -> Outcome:
     return Outcome(result=result, source="a recording", seconds=1.25)
 
 
-def test_tells_what_the_result_holds() -> None:
-    """Scores, the diff of what changed, what did not change, calls, tokens and seconds are those of the result."""
+def test_the_summary_shows_the_result() -> None:
+    """Scores, the diff, unchanged parameters, calls, tokens and seconds are those of the result."""
     text = summary(outcome(), Path("out"), io.StringIO())
     assert "Answers came from a recording." in text
     assert "    1     1  0.50 █" in text
@@ -59,13 +59,13 @@ def test_tells_what_the_result_holds() -> None:
     assert "\x1b" not in text
 
 
-def test_a_changed_number_is_one_line_each() -> None:
+def test_a_changed_number_is_two_lines() -> None:
     """A short value is shown before and after."""
     assert "k:\n  - 3\n  + 5" in summary(outcome(k=5), Path("out"), io.StringIO())
 
 
 def test_long_lines_are_wrapped_and_indented(tmp_path: Path) -> None:
-    """A rule longer than a screen goes on in the next line, indented below its beginning; code keeps its indent."""
+    """A rule longer than a screen continues on the next line, indented below its beginning; code keeps its indent."""
     text = summary(outcome(rules=f"a\n    return {'word ' * 40}".rstrip()), tmp_path, io.StringIO())
     wrapped = [line for line in text.splitlines() if "word" in line]
     assert wrapped[0].startswith("  +     return word")
@@ -75,7 +75,7 @@ def test_long_lines_are_wrapped_and_indented(tmp_path: Path) -> None:
 
 
 def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a narrow terminal a long rule is wrapped by us, not cut anywhere by the terminal."""
+    """In a narrow terminal we wrap a long rule, so that the terminal does not cut it."""
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("NO_COLOR", "1")
     text = summary(outcome(rules="word " * 40), Path("out"), Terminal())
@@ -83,14 +83,14 @@ def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bars_need_no_unicode() -> None:
-    """Where the output has no blocks, bars are made of signs."""
+    """Without block characters in the output's encoding, bars are ASCII."""
     text = summary(outcome(), Path("out"), io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert "0.50 ############ " in text
     assert text.isascii()
 
 
 @pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
-def test_diff_is_colored_in_terminals(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
+def test_the_diff_has_colors_in_terminals(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
     """Added lines are green and removed ones red, in a terminal, without NO_COLOR."""
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setenv("TERM", "xterm")

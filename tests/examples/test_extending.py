@@ -1,4 +1,4 @@
-"""The files of `examples/extending` are what a user would copy: short, on public names only, and they run."""
+"""The files of `examples/extending` are short, use public names only, and run: users copy them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_LINES = 79
 
 
 def loaded(name: str) -> ModuleType:
-    """An example as a module, without running what it shows."""
+    """Import an example as a module, without running its main part."""
     spec = importlib.util.spec_from_file_location(f"extending_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -37,7 +37,7 @@ def loaded(name: str) -> ModuleType:
 
 
 def private_names(path: Path) -> list[str]:
-    """What a file uses of the library beyond its root files: deeper modules, and names with an underscore."""
+    """Return what a file uses below the library's root files: deeper modules, and names with an underscore."""
     root = Path(aggregator.__file__).parent
     faces = {"aggregator", *(f"aggregator.{file.stem}" for file in root.glob("*.py")), "aggregator.testing"}
     found = []
@@ -55,7 +55,7 @@ def private_names(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_an_example_is_short_and_uses_public_names_only(path: Path) -> None:
-    """Fewer than 80 lines; nothing below the root files of the package, nothing with an underscore."""
+    """It has fewer than 80 lines, no module below the package's root files, and no name with an underscore."""
     assert path.read_text(encoding="utf-8").count("\n") <= MAX_LINES
     assert private_names(path) == []
 
@@ -72,7 +72,7 @@ SHOWN = {
 }
 
 
-def test_there_is_an_example_of_each_kind() -> None:
+def test_there_is_an_example_of_each_part() -> None:
     """Seven files, each of them in the table of docs/extending.md."""
     assert [path.stem for path in FILES] == KINDS
     page = (FOLDER.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def test_there_is_an_example_of_each_kind() -> None:
 
 @pytest.mark.parametrize("name", sorted(SHOWN))
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
-    """Offline, in a process of its own, as a user would start it; what it shows is what its part did."""
+    """It runs offline, in its own process, as a user would start it; its output shows the effect of its part."""
     command = [sys.executable, "-W", "error", str(FOLDER / f"{name}.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr == ""
@@ -89,8 +89,8 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_rule_pays_for_no_call_that_is_not_needed() -> None:
-    """One proposal, or a stepsize of 0, is no reason to ask a model."""
+def test_the_rule_makes_no_unnecessary_call() -> None:
+    """For one proposal, or a stepsize of 0, no model is called."""
     model = ScriptedModel(suggestion(instruction="merged"))
     rule, agent = loaded("rule"), ParameterNode("now", name="instruction")
     editor, (one, other) = rule.Editor(model), [Proposal(values={"instruction": text}) for text in ("a", "b")]
@@ -103,7 +103,7 @@ def test_the_rule_pays_for_no_call_that_is_not_needed() -> None:
 
 
 def test_the_search_is_the_same_in_every_run() -> None:
-    """Its randomness comes from the seed of the run and the number of the step."""
+    """Its randomness depends on the run's seed and the step's number only."""
     annealing = loaded("search").Annealing(temperature=1.0)
     current, worse = (
         Candidate(id=name, values={}, scores={"0": (score, 1)}) for name, score in [("a", 1.0), ("b", 0.5)]
@@ -116,7 +116,7 @@ def test_the_search_is_the_same_in_every_run() -> None:
 
 
 def test_the_executor_raises_the_earliest_error_after_work_in_flight() -> None:
-    """As the Protocol asks: results in order, and what ends a run only once the others have ended."""
+    """The Protocol requires it: results in order, and an error only once the other tasks have ended."""
     ended: list[int] = []
 
     class Work:
@@ -141,7 +141,7 @@ def test_the_executor_raises_the_earliest_error_after_work_in_flight() -> None:
 
 
 def test_a_private_name_is_found(tmp_path: Path) -> None:
-    """The rule above sees deep imports, private imports and private attributes."""
+    """The check above finds deep imports, private imports and private attributes."""
     path = tmp_path / "example.py"
     path.write_text("from aggregator.llm.client import LLM\nfrom aggregator import _face\nLLM._line\n")
     assert private_names(path) == ["aggregator.llm.client", "aggregator._face", "_line"]
@@ -165,7 +165,7 @@ data: {"type": "message-end", "delta": {"finish_reason": "COMPLETE", "usage": {"
 
 
 def test_the_provider_encodes_and_decodes() -> None:
-    """Options are sent under the API's names; finish words, tokens, errors and streams are read."""
+    """Options are sent under the API's names; finish reasons, tokens, errors and streams are read."""
     codec = loaded("provider").provider.codec(
         Target(provider="cohere", model="command-a", base_url="https://api.cohere.com", api_key="k")
     )
@@ -190,7 +190,7 @@ def test_the_provider_encodes_and_decodes() -> None:
 
 
 def test_the_provider_is_found_through_its_entry_point(tmp_path: Path) -> None:
-    """In an installed package `cohere/...` is a name like any other, with retries, budget and price."""
+    """In an installed package `cohere/...` is a valid name, with retries, budget and price."""
     info = tmp_path / "cohere-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cohere\nVersion: 1\n")

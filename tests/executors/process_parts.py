@@ -1,4 +1,4 @@
-"""Agents, guides and works that a worker process can import."""
+"""Agents, guides and work that a worker process can import."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASE_URL = "http://127.0.0.1:9/v1"
 
 
 def answer(text: str) -> HTTPReply:
-    """A chat completion."""
+    """Build a chat completion."""
     body = {
         "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5},
@@ -33,7 +33,7 @@ def answer(text: str) -> HTTPReply:
 
 
 class Scripted(Transport):
-    """A transport that gives these answers in turn, then the length of the request; keeps the requests."""
+    """A transport that returns these answers in order, then the length of the request; records the requests."""
 
     def __init__(self, *texts: str) -> None:
         self.texts = list(texts)
@@ -50,7 +50,7 @@ def even(x: Any, output: Any, info: Any) -> tuple[float, str]:
 
 
 def tasks(*inputs: Any, **options: Any) -> list[RolloutTask]:
-    """One task for each input, in lineages of their own."""
+    """Return one task for each input, each with its own lineage."""
     return [RolloutTask(sample=Sample(i, x), lineage=("train", f"sample={i}"), **options) for i, x in enumerate(inputs)]
 
 
@@ -74,7 +74,7 @@ class Adder(Module):
 
 
 class Located(Adder):
-    """Returns the number of its process."""
+    """Returns the id of its process."""
 
     async def forward(self, x: int) -> int:  # type: ignore[override]
         await asyncio.sleep(0.05)
@@ -82,7 +82,7 @@ class Located(Adder):
 
 
 class Noting(Adder):
-    """Notes each time that it is unpickled."""
+    """Records each time that it is unpickled."""
 
     def __init__(self, notes: Path) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Noting(Adder):
 
 
 class Asking(Module):
-    """Asks its model in the way that its input names."""
+    """Calls its model in the way that its input names."""
 
     def __init__(self, llm: Any, other: Any = None) -> None:
         self.llm = llm
@@ -151,7 +151,7 @@ class Asking(Module):
 
 
 class Judging:
-    """A guide that asks a model."""
+    """A guide that calls a model."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -162,7 +162,7 @@ class Judging:
 
 
 class Odd(Module):
-    """Does what an agent should not do: dies, hangs, returns what does not pickle."""
+    """Misbehaves: exits, hangs, or returns what cannot be pickled."""
 
     def __init__(self, notes: Path | None = None) -> None:
         self.notes = notes
@@ -218,19 +218,19 @@ def block(notes: Path) -> None:
 
 
 def _sockets() -> list[int]:
-    """The descriptors of this process's sockets."""
+    """Return the descriptors of this process's sockets."""
     return [int(path.name) for path in Path("/proc/self/fd").iterdir() if "socket" in os.path.realpath(path)]
 
 
 class TwoArgumentsError(Exception):
-    """Pickles, but does not unpickle."""
+    """Can be pickled, but not unpickled."""
 
     def __init__(self, first: str, second: int) -> None:
         super().__init__(f"{first} and {second}")
 
 
 class StrangeError(ConfigError):
-    """An error of the library that does not pickle."""
+    """An error of the library that cannot be pickled."""
 
     def __init__(self, lock: Any) -> None:
         super().__init__("strange")
@@ -239,7 +239,7 @@ class StrangeError(ConfigError):
 
 
 class Raising:
-    """A work that raises what its input names, after a while."""
+    """Work that raises what its input names, after a while."""
 
     def __init__(self, agent: Any, guide: Any) -> None:
         self.agent, self.guide = agent, guide

@@ -12,8 +12,8 @@ from aggregator.executors.local import LocalExecutor, fan_out, finish
 
 
 @pytest.mark.requirement("Trace: asynchronous trainer")
-async def test_results_stand_in_sample_order_whatever_finishes_first() -> None:
-    """The last item finishes first, the results keep the order of the batch."""
+async def test_results_are_in_sample_order() -> None:
+    """The last item finishes first, and the results keep the batch's order."""
     finished: list[int] = []
 
     async def work(i: int) -> int:
@@ -28,7 +28,7 @@ async def test_results_stand_in_sample_order_whatever_finishes_first() -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 64])
 async def test_at_most_max_concurrency_run_at_once(limit: int) -> None:
-    """max_concurrency bounds how many items are under way; 1 is one after the other."""
+    """max_concurrency bounds the items in flight; 1 is sequential."""
     running, most = 0, 0
 
     async def work(i: int) -> None:
@@ -42,8 +42,8 @@ async def test_at_most_max_concurrency_run_at_once(limit: int) -> None:
     assert most == min(limit, 10)
 
 
-async def test_what_is_under_way_is_finished_before_an_error_is_raised() -> None:
-    """No further item is begun, none is cut off, and the error is that of the earliest item, not of the first one."""
+async def test_items_in_flight_are_finished_before_an_error_is_raised() -> None:
+    """No further item starts, none is cancelled, and the error is the earliest item's, not the first one's."""
     begun: list[int] = []
     finished: list[int] = []
 
@@ -57,13 +57,13 @@ async def test_what_is_under_way_is_finished_before_an_error_is_raised() -> None
 
     with pytest.raises(ValueError, match="item 1"):
         await finish(work, list(range(8)), 5)
-    assert sorted(begun) == [0, 1, 2, 3, 4, 5]  # 5 took the turn of 4, which was done before 3 raised
+    assert sorted(begun) == [0, 1, 2, 3, 4, 5]  # 5 started after 4, which was done before 3 raised
     assert sorted(finished) == [0, 2, 4, 5]
     assert await finish(asyncio.sleep, [0, 0], 5) == [None, None]
 
 
-async def test_sync_functions_run_together_with_the_callers_context() -> None:
-    """Sixteen synchronous calls wait for one another: they need sixteen threads, and see the caller's variables."""
+async def test_sync_functions_run_concurrently_with_the_callers_context() -> None:
+    """Sixteen synchronous calls wait for each other: they need sixteen threads, and see the caller's variables."""
     variable = contextvars.ContextVar[int]("variable", default=-1)
     barrier = threading.Barrier(16, timeout=20)
 
@@ -80,8 +80,8 @@ async def test_sync_functions_run_together_with_the_callers_context() -> None:
         assert await fan_out(one, list(range(16)), 16) == list(range(16))
 
 
-async def test_an_error_leaves_alone_not_in_a_group() -> None:
-    """The first error is raised as itself; the others are cancelled."""
+async def test_an_error_is_raised_outside_a_group() -> None:
+    """The first error is raised itself; the others are cancelled."""
     cancelled: list[int] = []
 
     async def work(i: int) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts in worker processes: the same results, one owner of everything that costs, and no process left behind."""
+"""Rollouts in worker processes: the same results, one owner of models and budget, and no process left behind."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def content(path: Path) -> str:
 
 
 async def written(path: Path) -> str:
-    """Return what a file holds, once it is there."""
+    """Return a file's content, once it exists."""
     while not content(path):  # noqa: ASYNC110 - another process writes it
         await asyncio.sleep(0.01)
     return content(path)
 
 
-async def test_results_come_in_the_order_of_the_tasks(executor: ProcessExecutor) -> None:
-    """Rollouts are those of the local executor, whichever worker ends first, and two processes work."""
+async def test_results_are_in_the_order_of_the_tasks(executor: ProcessExecutor) -> None:
+    """Rollouts equal the local executor's, whichever worker ends first, and two processes work."""
     agent = Adder()
     local = await LocalExecutor().map(work(agent), tasks(*range(9)))
     remote = await executor.map(work(agent), tasks(*range(9)))
@@ -93,7 +93,7 @@ async def test_results_come_in_the_order_of_the_tasks(executor: ProcessExecutor)
 
 
 async def test_the_agent_is_sent_once_to_each_worker(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """Over several calls of `map`, and under two guides, each worker unpickles the agent once."""
+    """In several calls of `map`, and with two guides, each worker unpickles the agent once."""
     agent = as_agent(Noting(tmp_path / "notes"))
     for guide in (even, None, even):
         await executor.map(AgentWork(agent, guide), tasks(*range(4)))
@@ -101,8 +101,8 @@ async def test_the_agent_is_sent_once_to_each_worker(executor: ProcessExecutor, 
     assert len(notes) == len(set(notes)) == 2
 
 
-async def test_values_are_laid_over_the_parameters_of_a_worker(executor: ProcessExecutor) -> None:
-    """Code too; a task without values gets those that the agent has now, though it was sent before."""
+async def test_values_override_a_workers_parameters(executor: ProcessExecutor) -> None:
+    """This includes code; a task without values gets the agent's current ones, even if it was sent before."""
     agent = Adder()
     job = work(agent)
     code = "def twist(self, x: int) -> int:\n    return x * 100\n"
@@ -113,7 +113,7 @@ async def test_values_are_laid_over_the_parameters_of_a_worker(executor: Process
 
 
 async def test_trained_code_stays_in_its_sandbox(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """`sandboxed` around a run holds in its workers: code of a model writes no file, unless it may."""
+    """`sandboxed` around a run applies in its workers: a model's code writes no file, unless it is allowed to."""
     path = tmp_path / "written"
     write = f"with open({str(path)!r}, 'w') as file:\n        file.write('escaped')"
     code = f"def twist(self, x: int) -> int:\n    {write}\n    return x\n"
@@ -136,8 +136,8 @@ async def test_a_guide_that_is_a_method_of_the_agent_reads_its_values(executor: 
     assert rollout.score == 5.0
 
 
-async def test_calls_of_models_are_those_of_this_process(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """Key, budget, ledger and cassette are here; the transcript of the rollout shows the call."""
+async def test_models_are_called_by_this_process(executor: ProcessExecutor, tmp_path: Path) -> None:
+    """Key, budget, ledger and cassette are here; the rollout's transcript shows the call."""
     budget = Budget(calls=10)
     llm, transport = client(budget=budget)
     with cassette(tmp_path / "calls.yaml", mode="all"), collecting() as ledger:
@@ -157,8 +157,8 @@ class Gone(Transport):
         return HTTPReply(status=404, body=b"{}", headers={})
 
 
-async def test_several_models_fall_over_at_the_owner(executor: ProcessExecutor) -> None:
-    """A worker passes the call on as one; which model answers is decided here, for streams too."""
+async def test_fallback_models_are_chosen_by_the_owner(executor: ProcessExecutor) -> None:
+    """A worker passes the call on as one; this process decides which model answers, also for streams."""
     gone = LLM("openai-compatible/gone", base_url=BASE_URL, api_key=KEY, transport=Gone())
     second, transport = client()
     one, stream, secret = outputs(
@@ -170,7 +170,7 @@ async def test_several_models_fall_over_at_the_owner(executor: ProcessExecutor) 
 
 
 async def test_no_key_reaches_a_worker(executor: ProcessExecutor) -> None:
-    """Neither the replacement of the model nor the worker's environment holds what the client was given."""
+    """Neither the model's stand-in nor the worker's environment has the client's key."""
     llm, _ = client(budget=Budget(usd=1))
     ((seen, budget),) = outputs(await executor.map(work(Asking(llm)), tasks("secret")))
     assert KEY not in seen
@@ -178,10 +178,10 @@ async def test_no_key_reaches_a_worker(executor: ProcessExecutor) -> None:
 
 
 @pytest.mark.parametrize("recorded", ["process", "local"])
-async def test_what_one_executor_records_the_other_replays(
+async def test_one_executors_recording_is_replayed_by_the_other(
     recorded: str, executor: ProcessExecutor, tmp_path: Path
 ) -> None:
-    """The cassettes are the same but for times, and the outputs too."""
+    """The cassettes are equal except for times, and so are the outputs."""
     inputs = tasks("one", "twice", "stream", "thread", "one")
     executors: dict[str, Any] = {"process": executor, "local": LocalExecutor()}
     llm, _ = client()
@@ -210,22 +210,22 @@ async def test_a_miss_that_an_agent_hides_is_remembered(executor: ProcessExecuto
 
 
 async def test_a_budget_ends_the_run_from_a_worker(executor: ProcessExecutor) -> None:
-    """The error of the budget here is raised by `map`; nothing more is sent."""
+    """`map` raises this process's budget error; nothing more is sent."""
     llm, transport = client(budget=Budget(calls=3))
     with pytest.raises(BudgetExceededError, match="the budget of 3 calls is used up"):
         await executor.map(work(Asking(llm)), tasks(*["twice"] * 5))
     assert len(transport.requests) == 3
 
 
-async def test_an_answer_is_checked_in_the_worker(executor: ProcessExecutor) -> None:
-    """`validate` is a method of the agent there; an answer that it refuses is asked for again."""
+async def test_an_answer_is_validated_in_the_worker(executor: ProcessExecutor) -> None:
+    """`validate` is a method of the agent there; an answer that it refuses is requested again."""
     llm, transport = client("bad", '{"good": 1}')
     (rollout,) = await executor.map(work(Asking(llm)), tasks("validate"))
     assert (rollout.output, len(transport.requests)) == ('{"good": 1}', 2)
 
 
-async def test_a_client_made_in_a_worker_asks_the_owner_too(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """Its settings travel, so its calls are recorded; a key in it is a ConfigError that names the argument."""
+async def test_a_client_made_in_a_worker_uses_the_owner_too(executor: ProcessExecutor, tmp_path: Path) -> None:
+    """Its settings are sent, so its calls are recorded; a key in it is a ConfigError that names the argument."""
     llm, _ = client()
     with cassette(tmp_path / "calls.yaml", mode="all"):
         (rollout,) = await executor.map(work(Asking(llm)), tasks("made"))
@@ -236,8 +236,8 @@ async def test_a_client_made_in_a_worker_asks_the_owner_too(executor: ProcessExe
         await executor.map(work(Asking(llm)), tasks("keyed"))
 
 
-async def test_a_callable_in_the_place_of_a_model_is_called_here(executor: ProcessExecutor) -> None:
-    """A closure does not have to pickle, and its calls are counted here."""
+async def test_a_callable_model_is_called_here(executor: ProcessExecutor) -> None:
+    """A closure need not be pickled, and its calls are counted here."""
     called: list[Any] = []
 
     def model(messages: Any, max_tokens: int) -> str:
@@ -253,7 +253,7 @@ async def test_a_callable_in_the_place_of_a_model_is_called_here(executor: Proce
 
 
 async def test_the_earliest_error_is_raised_after_work_in_flight(executor: ProcessExecutor) -> None:
-    """The second task fails first, the first one later: its error is raised, and no third task is begun."""
+    """The second task fails first, the first one later: its error is raised, and no third task starts."""
     job = Raising(None, None)
     with pytest.raises(AggregatorError, match="number 0") as caught:
         await executor.map(job, tasks(("own", 0.4), ("own", 0.0), ("own", 0.0)))
@@ -264,31 +264,31 @@ async def test_the_earliest_error_is_raised_after_work_in_flight(executor: Proce
     ("kind", "expected", "message"),
     [("strange", ConfigError, "StrangeError: strange"), ("two", Exception, "TwoArgumentsError: one and 2")],
 )
-async def test_an_error_that_does_not_pickle_becomes_one_of_its_base_class(
+async def test_an_error_that_cannot_be_pickled_becomes_its_base_class(
     kind: str, expected: type[Exception], message: str, executor: ProcessExecutor
 ) -> None:
-    """The nearest base class that pickles, with the name and the text of the error."""
+    """It is the nearest base class that can be pickled, with the error's name and text."""
     with pytest.raises(expected) as caught:
         await executor.map(Raising(None, None), tasks((kind, 0.0)))
     assert (type(caught.value), str(caught.value)) == (expected, message)
 
 
 async def test_an_error_of_the_agent_is_a_record(executor: ProcessExecutor) -> None:
-    """The rollout has the class and the message of the error, whether or not it would pickle."""
+    """The rollout has the error's class and message, whether or not it can be pickled."""
     (rollout,) = await executor.map(work(Odd()), tasks("raise", min_score=0.25))
     assert rollout.failure is not None
     assert (rollout.failure.error, rollout.failure.message, rollout.score) == ("TwoArgumentsError", "one and 2", 0.25)
 
 
 def test_an_interrupt_in_a_worker_is_raised_here(executor: ProcessExecutor) -> None:
-    """As it is from the local executor; the worker goes on."""
+    """It is raised as by the local executor; the worker continues."""
     with pytest.raises(KeyboardInterrupt):
         portal.call(executor.map, work(Odd()), tasks("interrupt"))
     assert outputs(portal.call(executor.map, work(Odd()), tasks("a", "b"))) == ["a", "b"]
 
 
 async def test_a_rollout_in_a_worker_had_neither_cost_nor_milliseconds(executor: ProcessExecutor) -> None:
-    """Its calls are made by this process, which measures them; those of a guide are not the agent's."""
+    """This process makes and measures its calls; those of a guide are not the agent's."""
     prices = {"tiny": Price(input=1.0, output=2.0)}
     found = []
     for where in (LocalExecutor(), executor):
@@ -300,29 +300,29 @@ async def test_a_rollout_in_a_worker_had_neither_cost_nor_milliseconds(executor:
 
 
 class Timed(Scripted):
-    """Its answers took a while."""
+    """Its answers take a while."""
 
     async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
         return replace(await super().send(request, timeout=timeout), milliseconds=12.5)
 
 
-async def test_usage_that_a_worker_counts_is_counted_here(executor: ProcessExecutor) -> None:
-    """Models of the user's own run in the worker; what they count is in this process's ledger, also after an error."""
+async def test_usage_counted_in_a_worker_is_counted_here(executor: ProcessExecutor) -> None:
+    """A user's own models run in the worker; their usage is in this process's ledger, also after an error."""
     with collecting() as ledger, pytest.raises(AggregatorError, match="counted"):
         await executor.map(Raising(None, None), tasks(("counts", 0.0)))
     assert ledger.entries() == [("guide", Usage(input_tokens=3, cost=0.1))]
 
 
 class Local(Adder):
-    """An agent with an attribute that does not pickle."""
+    """An agent with an attribute that cannot be pickled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.Lock()
 
 
-async def test_what_does_not_pickle_is_named(executor: ProcessExecutor) -> None:
-    """The error names agent, guide, sample or output, and what to do."""
+async def test_an_object_that_cannot_be_pickled_is_named(executor: ProcessExecutor) -> None:
+    """The error names agent, guide, sample or output, and the remedy."""
     remedy = "or use the local executor"
     with pytest.raises(ConfigError, match=rf"Expected an agent that pickles, got Local: .*{remedy} - at Local\.lock$"):
         await executor.map(work(Local()), tasks(1))
@@ -338,7 +338,7 @@ async def test_what_does_not_pickle_is_named(executor: ProcessExecutor) -> None:
     ("how", "ending"),
     [("die", "was ended by SIGKILL"), ("exit", "ended with exit code 3"), ("fork and die", "SIGKILL")],
 )
-async def test_an_instance_whose_worker_ends_is_lost_and_has_no_score(
+async def test_an_instance_whose_worker_dies_is_lost_and_has_no_score(
     how: str, ending: str, executor: ProcessExecutor
 ) -> None:
     """It is an infrastructure failure; the other instances have their scores, and the worker is replaced."""
@@ -352,8 +352,8 @@ async def test_an_instance_whose_worker_ends_is_lost_and_has_no_score(
     assert len(set(outputs(await executor.map(work(Located()), tasks(*range(6)))))) == 2
 
 
-async def test_a_worker_that_ends_between_two_tasks_loses_none() -> None:
-    """Nothing was begun in it: the task goes to a new worker."""
+async def test_a_worker_that_dies_between_two_tasks_loses_none() -> None:
+    """No task had started in it: the next one goes to a new worker."""
     with ProcessExecutor(1) as executor:
         (pid,) = outputs(await executor.map(work(Located()), tasks(1)))
         os.kill(pid, signal.SIGKILL)
@@ -375,8 +375,8 @@ async def test_a_cancelled_task_may_clean_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["block", "child"])
-async def test_a_task_that_does_not_end_when_cancelled_is_killed(how: str, tmp_path: Path) -> None:
-    """With all that it started; the executor goes on."""
+async def test_a_task_that_ignores_its_cancellation_is_killed(how: str, tmp_path: Path) -> None:
+    """All its child processes are killed too; the executor continues."""
     with ProcessExecutor(1) as executor:
         async with asyncio.TaskGroup() as group:
             running = group.create_task(executor.map(work(Odd(tmp_path / "notes")), tasks(how)))
@@ -388,7 +388,7 @@ async def test_a_task_that_does_not_end_when_cancelled_is_killed(how: str, tmp_p
 
 @pytest.mark.parametrize("how", ["sleep", "block"])
 async def test_a_task_that_takes_too_long_fails_and_its_worker_is_replaced(how: str, tmp_path: Path) -> None:
-    """One that awaits, and one that blocks its event loop; nothing of them runs on."""
+    """One task awaits, one blocks its event loop; neither continues."""
     with ProcessExecutor(1) as executor:
         late = tasks(how, timeout=0.3)
         (rollout,) = await executor.map(work(Odd(tmp_path / "notes")), late)
@@ -411,7 +411,7 @@ async def test_close_ends_every_worker() -> None:
 
 
 async def test_calls_of_map_share_the_workers(executor: ProcessExecutor) -> None:
-    """From two loops at once there are no more processes than `max_workers`, and each gets its own results."""
+    """Two event loops together use at most `max_workers` processes, and each gets its own results."""
     found: list[list[Any]] = []
 
     async def several() -> None:
@@ -428,7 +428,7 @@ async def test_calls_of_map_share_the_workers(executor: ProcessExecutor) -> None
 
 
 def test_a_cassette_of_other_clients_is_refused(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """Their requests in a worker would go to the network unseen."""
+    """Their requests in a worker would not be intercepted."""
     with (
         cassette(tmp_path / "calls.yaml", mode="all", clients=["httpx"]),
         pytest.raises(ConfigError, match="Expected a cassette of the library's own client .*clients="),
@@ -437,7 +437,7 @@ def test_a_cassette_of_other_clients_is_refused(executor: ProcessExecutor, tmp_p
 
 
 def test_arguments_are_checked() -> None:
-    """A count of workers is an int of at least 1."""
+    """The number of workers is an int of at least 1."""
     with pytest.raises(ConfigError, match="max_workers"):
         ProcessExecutor(0)
 
@@ -474,7 +474,7 @@ def run_script(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_classes_of_the_main_script_are_found(tmp_path: Path) -> None:
-    """As `multiprocessing` does it: with the usual guard, a script may define its agent itself."""
+    """As with `multiprocessing`, a script with the usual guard may define its agent itself."""
     body = """
 if __name__ == "__main__":
     executor = ProcessExecutor(1)
@@ -485,8 +485,8 @@ if __name__ == "__main__":
     assert (done.returncode, done.stdout, done.stderr) == (0, "Here True 5\n", "")
 
 
-def test_the_start_method_of_multiprocessing_stays_open(tmp_path: Path) -> None:
-    """Starting a worker asks `multiprocessing` how to; the application may still choose its start method."""
+def test_the_start_method_of_multiprocessing_can_still_be_set(tmp_path: Path) -> None:
+    """Starting a worker does not fix the application's start method."""
     body = """
 if __name__ == "__main__":
     import multiprocessing
@@ -498,15 +498,15 @@ if __name__ == "__main__":
     assert (done.returncode, done.stdout, done.stderr) == (0, "spawn\n", "")
 
 
-def test_a_script_without_the_guard_gets_the_remedy(tmp_path: Path) -> None:
-    """The worker imports the script and may not begin the training again."""
+def test_a_script_without_the_guard_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+    """The worker imports the script, and must not start the training again."""
     done = run_script(tmp_path, "run(ProcessExecutor(1), Here(), 5)")
     assert done.returncode == 1
     assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
 
 
-def test_an_executor_that_nobody_closes_ends_with_the_process(tmp_path: Path) -> None:
-    """Also if an agent has left a thread that runs for an hour."""
+def test_an_executor_that_is_not_closed_ends_with_the_process(tmp_path: Path) -> None:
+    """This holds even if an agent has left a thread that runs for an hour."""
     body = """
 if __name__ == "__main__":
     executor = ProcessExecutor(2)
@@ -518,8 +518,8 @@ if __name__ == "__main__":
     assert [is_running(int(pid)) for pid in set(done.stdout.split())] == [False, False]
 
 
-def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    """SIGKILL leaves nothing behind, whatever the workers do."""
+def test_workers_end_with_a_killed_process(tmp_path: Path) -> None:
+    """SIGKILL leaves no process, whatever the workers do."""
     body = """
 if __name__ == "__main__":
     run(ProcessExecutor(1), Odd(Path(sys.argv[1])), "block")
@@ -534,7 +534,7 @@ if __name__ == "__main__":
 
 
 def test_an_interrupt_ends_the_run_and_its_workers(tmp_path: Path) -> None:
-    """Ctrl-C: KeyboardInterrupt here within seconds, and silence from the workers."""
+    """Ctrl-C raises KeyboardInterrupt here within seconds, and the workers print nothing."""
     body = """
 if __name__ == "__main__":
     try:
@@ -552,8 +552,8 @@ if __name__ == "__main__":
     assert portal.call(gone, pid)
 
 
-def test_a_forked_process_has_workers_of_its_own(tmp_path: Path) -> None:
-    """The child starts new ones, and ending it leaves the parent's alone."""
+def test_a_forked_process_has_its_own_workers(tmp_path: Path) -> None:
+    """The child starts new ones, and ending it does not affect the parent's."""
     body = """
 if __name__ == "__main__":
     executor = ProcessExecutor(1)

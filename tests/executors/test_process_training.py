@@ -38,7 +38,7 @@ class Simulated(Transport):
 
 
 class Absent(Transport):
-    """A network that is not there."""
+    """A missing network."""
 
     async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
         raise AssertionError(f"a replay went to {request.url}")
@@ -51,7 +51,7 @@ def executor() -> Iterator[ProcessExecutor]:
 
 
 def train(executor: Any, transport: Transport, **options: Any) -> TrainingResult:
-    """Train the demo's router, code and all, for two epochs of two steps."""
+    """Train the demo's router, including code, for two epochs of two steps."""
     llm = LLM("openai-compatible/simulated-1", base_url=URL, transport=transport)
     trainer = AggregatedUpdate(
         TicketRouter(llm), LLMOptimizer(llm=llm), llm=llm, gate=improves_on_batch(), executor=executor, observers=[]
@@ -64,8 +64,10 @@ def train(executor: Any, transport: Transport, **options: Any) -> TrainingResult
 
 
 @pytest.mark.parametrize("recorded", ["process", "local"])
-def test_a_run_in_processes_is_that_in_this_process(recorded: str, executor: ProcessExecutor, tmp_path: Path) -> None:
-    """What one executor records the other replays to the same bytes of result.json, without a request."""
+def test_a_run_in_processes_equals_one_in_this_process(
+    recorded: str, executor: ProcessExecutor, tmp_path: Path
+) -> None:
+    """One executor's recording replays with the other to the same bytes of result.json, without a request."""
     executors: dict[str, Any] = {"process": executor, "local": LocalExecutor(4)}
     with cassette(tmp_path / "run.yaml", mode="all"):
         save_result(train(executors.pop(recorded), Simulated()), tmp_path / "recorded.json")
@@ -78,8 +80,8 @@ def test_a_run_in_processes_is_that_in_this_process(recorded: str, executor: Pro
     assert any(report.decision.accepted for report in result.history)
 
 
-def test_a_run_in_processes_is_resumed(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """A run that its budget ended goes on in this process, and ends as an unbroken one; nothing is paid twice."""
+def test_a_run_in_processes_can_be_resumed(executor: ProcessExecutor, tmp_path: Path) -> None:
+    """A run that its budget ended continues in this process like an unbroken one; nothing is paid for twice."""
     whole, first, second = Simulated(), Simulated(), Simulated()
     train(LocalExecutor(4), whole, run_dir=tmp_path / "whole")
     with pytest.raises(BudgetExceededError):
@@ -89,8 +91,8 @@ def test_a_run_in_processes_is_resumed(executor: ProcessExecutor, tmp_path: Path
     assert first.count + second.count == whole.count
 
 
-def test_an_instance_whose_worker_dies_is_not_averaged_in(executor: ProcessExecutor) -> None:
-    """It has no score, its failure is infrastructure, and the step goes on with the others."""
+def test_an_instance_whose_worker_dies_is_not_averaged(executor: ProcessExecutor) -> None:
+    """It has no score, its failure is infrastructure, and the step continues with the others."""
     model = ScriptedModel(suggestion(amount=2))
     trainer = AggregatedUpdate(Odd(), LLMOptimizer(llm=model), llm=model, executor=executor, observers=[])
     result = trainer.train(always_one, [("a", None), ("die", None), ("b", None)], batch_size=3, min_score=0.0)
@@ -105,7 +107,7 @@ def always_one(x: Any, output: Any, info: Any) -> float:
 
 
 def test_a_run_in_which_every_worker_dies_stops(executor: ProcessExecutor) -> None:
-    """As a run stops whose calls are all lost."""
+    """It stops like a run whose calls are all lost."""
     model = ScriptedModel(suggestion(amount=2))
     trainer = AggregatedUpdate(Odd(), LLMOptimizer(llm=model), llm=model, executor=executor, observers=[])
     with pytest.raises(TrainingError, match="WorkerLostError"):
@@ -113,14 +115,14 @@ def test_a_run_in_which_every_worker_dies_stops(executor: ProcessExecutor) -> No
 
 
 class Forwarding(AggregatedUpdate):
-    """A trainer with a `forward` of its own."""
+    """A trainer with an overridden `forward`."""
 
     def forward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
         raise NotImplementedError
 
 
 def test_what_cannot_run_in_processes_is_refused_before_a_call(executor: ProcessExecutor) -> None:
-    """An overridden `forward` at construction, a guide that does not pickle when the run begins."""
+    """An overridden `forward` is refused at construction, a guide that cannot be pickled when the run begins."""
     model = ScriptedModel(suggestion(amount=2))
     with pytest.raises(ConfigError, match="Expected an executor of this process beside an overridden forward"):
         Forwarding(Odd(), LLMOptimizer(llm=model), llm=model, executor=executor)

@@ -1,4 +1,4 @@
-"""One rollout, run alone: what an executor runs needs nothing from its surroundings."""
+"""One rollout, run alone: it needs nothing from its surroundings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aggregator.records import Rollout, RolloutTask, Sample
 
 
 class Adder(Module):
-    """Adds its parameter; says where it is for the input -1, and fails as it is told to."""
+    """Adds its parameter; returns its lineage for the input -1, and fails on request."""
 
     def __init__(self) -> None:
         self.amount = ParameterNode(1)
@@ -43,8 +43,8 @@ def task(x: Any = 3, info: Any = None, **facts: Any) -> RolloutTask:
     return RolloutTask(sample=Sample(7, x, info), **facts)
 
 
-async def test_a_rollout_runs_under_the_values_of_its_task() -> None:
-    """They are laid over the agent's own, and what it assigns on its way ends with the rollout."""
+async def test_a_rollout_uses_its_tasks_values() -> None:
+    """They override the agent's own, and assignments during the rollout end with it."""
     agent = Adder()
     found = await AgentWork(as_agent(agent), guide)(task(values={"amount": 10}, repeat=2, lineage=("a", "b")))
     assert (found.sample_id, found.x, found.output, found.score, found.feedback) == (7, 3, 14, 0.5, "saw 14")
@@ -52,8 +52,8 @@ async def test_a_rollout_runs_under_the_values_of_its_task() -> None:
     assert agent.amount.data == 1
 
 
-async def test_the_lineage_of_a_task_is_counted_from_the_root() -> None:
-    """So it is the same in a worker, whatever surrounds the call here."""
+async def test_a_tasks_lineage_is_absolute() -> None:
+    """It is the same in a worker, whatever lineage surrounds the call here."""
     work = AgentWork(as_agent(Adder()), guide)
     with lineage("somewhere", "else"):
         found = await work(task(-1, lineage=("train", "sample=7"), role="guide"))
@@ -62,14 +62,14 @@ async def test_the_lineage_of_a_task_is_counted_from_the_root() -> None:
 
 
 async def test_without_capture_there_is_no_transcript() -> None:
-    """A trial of values needs none, and taking one costs time."""
+    """A trial needs none, and capturing one costs time."""
     work = AgentWork(as_agent(Adder()), None)
     assert (await work(task(capture=False))).score is None
 
 
 @pytest.mark.parametrize("min_score", [None, -1.0])
 async def test_an_agents_error_is_its_feedback(min_score: float | None) -> None:
-    """It scores `min_score`; a lost call has no score, and what ends a run is raised."""
+    """It scores `min_score`; a lost call has no score, and an error that ends the run is raised."""
     work = AgentWork(as_agent(Adder()), guide)
     failed = await work(task(ValueError("no"), min_score=min_score))
     assert (failed.score, failed.failure is not None) == (min_score, True)
@@ -89,7 +89,7 @@ async def test_a_guides_error_leaves_no_score() -> None:
 
 
 class Batches:
-    """An agent of a framework that takes batches, and yields at the end."""
+    """A framework's agent that takes batches, and yields at the end."""
 
     isolation = "overlay"
     max_concurrency = None
@@ -118,8 +118,8 @@ async def batched(agent: Any, count: int = 3) -> list[Rollout]:
     return [found[i] for i in range(count)]
 
 
-async def test_an_agent_that_takes_batches_is_run_as_one() -> None:
-    """Its rollouts come back under their index, and under the values on trial."""
+async def test_a_batch_agent_is_run_once_for_all_tasks() -> None:
+    """Its rollouts have their tasks' indexes, and the candidate's values."""
     agent = Batches()
     assert [(run.sample_id, run.output) for run in await batched(agent)] == [(0, "b"), (1, "b"), (2, "b")]
     one = await AgentWork(as_agent(agent), guide)(RolloutTask(sample=Sample(5, 5), values={"prompt": "c"}))
@@ -127,8 +127,8 @@ async def test_an_agent_that_takes_batches_is_run_as_one() -> None:
     assert agent.prompt.data == "a"
 
 
-async def test_a_batch_that_breaks_off_keeps_what_it_had() -> None:
-    """The tasks that are left have failed with the error; an error that ends the run is raised."""
+async def test_a_batch_that_raises_keeps_its_rollouts() -> None:
+    """The remaining tasks have failed with the error; an error that ends the run is raised."""
     runs = await batched(Batches(1, ValueError("half-way")))
     assert [run.failure and run.failure.message for run in runs] == ["half-way", None, "half-way"]
     with pytest.raises(AuthenticationError):
@@ -136,22 +136,22 @@ async def test_a_batch_that_breaks_off_keeps_what_it_had() -> None:
 
 
 @pytest.mark.parametrize("found", [(3, Rollout(sample_id=3)), (0, "text"), "text", (0, None)])
-async def test_a_batch_that_yields_no_rollout_of_its_tasks(found: Any) -> None:
-    """It is refused where it returns, and says what was expected."""
+async def test_a_batch_with_an_invalid_rollout(found: Any) -> None:
+    """It is refused when it is yielded, with what was expected."""
     with pytest.raises(ConfigError, match=r"Expected \(index, rollout\) for each task once from BatchAgent"):
         await batched(Batches(found))
 
 
-async def test_a_batch_that_leaves_a_task_out_or_yields_it_twice() -> None:
-    """Neither is guessed at."""
+async def test_a_batch_with_a_missing_or_repeated_task() -> None:
+    """Both are errors."""
     with pytest.raises(ConfigError, match="Expected a rollout of every task"):
         await batched(Batches(0, 1))
     with pytest.raises(ConfigError, match="for each task once"):
         await batched(Batches(0, 0))
 
 
-async def test_an_agent_that_runs_instances_yields_them_as_they_end() -> None:
-    """The Protocol's `rollouts` of a Module works alone; an error that ends a run is raised by itself."""
+async def test_an_agent_of_single_instances_yields_rollouts_as_they_end() -> None:
+    """A Module's `rollouts` works without a trainer; an error that ends a run is raised itself."""
     agent = as_agent(Adder())
     tasks = [RolloutTask(sample=Sample(i, i)) for i in range(5)]
     found = {i: rollout async for i, rollout in agent.rollouts(tasks, guide)}
@@ -161,8 +161,8 @@ async def test_an_agent_that_runs_instances_yields_them_as_they_end() -> None:
             pass
 
 
-async def test_local_executor_bounds_all_its_rollouts_together() -> None:
-    """Two series at once share its slots; results come in the order of the tasks."""
+async def test_the_local_executor_bounds_all_its_rollouts_together() -> None:
+    """Two concurrent calls share its slots; results are in the order of the tasks."""
     running, most = 0, 0
 
     class Counting(Adder):
@@ -185,11 +185,11 @@ async def test_local_executor_bounds_all_its_rollouts_together() -> None:
 
 
 def echo(x: Any, *, word: str = "hi") -> str:
-    """A function that pickle can find."""
+    """A function that can be pickled by name."""
     return f"{word} {x}"
 
 
-async def test_work_is_sent_with_agent_and_guide_alone() -> None:
-    """A worker makes its own threads."""
+async def test_work_is_pickled_with_agent_and_guide_only() -> None:
+    """A worker creates its own threads."""
     work = pickle.loads(pickle.dumps(AgentWork(as_agent(echo), guide)))
     assert (await work(task("Ada", values={"word": "bye"}))).output == "bye Ada"

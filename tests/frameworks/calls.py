@@ -18,7 +18,7 @@ PROMPT = [{"role": "user", "content": "hello"}]
 
 
 class Call(NamedTuple):
-    """`open(url)` returns a client that several calls share, `ask(client, prompt)` asks it once."""
+    """`open(url)` returns a client that several calls share, `ask(client, prompt)` makes one call."""
 
     name: str
     package: str
@@ -436,7 +436,7 @@ CALLS = [
 
 
 def version_of(call: Call) -> str | None:
-    """Return the version of an SDK, None where it is not installed."""
+    """Return the version of an SDK, or None if it is not installed."""
     if not call.package:
         return "Python's own"
     try:

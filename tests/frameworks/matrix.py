@@ -28,7 +28,7 @@ COLUMNS = ("SDK", "version", "call", "recorded", "replayed", "8 identical at onc
 
 
 def run(group: str, table: Path, chosen: Sequence[str]) -> str:
-    """Run the matrix in one environment; returns what went wrong, "" for nothing."""
+    """Run the matrix in one environment; return the errors, or ""."""
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-W", "ignore", "-rf"]
     command = [sys.executable, str(ROOT / "tests" / "environments.py"), "--run", group, "--", *tests]
     try:
@@ -49,7 +49,7 @@ def run(group: str, table: Path, chosen: Sequence[str]) -> str:
 
 
 def rows(table: Path) -> list[dict[str, str]]:
-    """Return one row for each call of each SDK; what its two tests noted is one row."""
+    """Return one row for each call of each SDK; the records of its two tests are one row."""
     found: dict[tuple[str, str, str], dict[str, str]] = {}
     for line in table.read_text(encoding="utf-8").splitlines():
         note = json.loads(line)
@@ -76,7 +76,7 @@ def render(table: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the groups, print the table, and tell what failed."""
+    """Run the groups, print the table, and list failures."""
     smoke = "--smoke" in arguments
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.jsonl"

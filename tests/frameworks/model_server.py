@@ -13,11 +13,11 @@ from random import Random
 from typing import Any, Self
 
 SLOWEST = 0.03
-"""Seconds that an answer takes at most: a random part of it, so that concurrent answers come in any order."""
+"""The maximum seconds of an answer: each takes a random part of it, so that concurrent answers arrive in any order."""
 
 
 class ModelServer(ThreadingHTTPServer):
-    """`hits` counts the requests. With a `status` other than 200 each is refused with it."""
+    """`hits` counts the requests. With a `status` other than 200 each one is refused with it."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -31,7 +31,7 @@ class ModelServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The server's address."""
         return f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> Self:
@@ -82,7 +82,7 @@ _USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
 def answer(path: str, asked: dict[str, Any], text: str) -> tuple[str, bytes]:
-    """Return content type and body of the answer to a request of any of the APIs."""
+    """Return content type and body of the answer to a request of any API."""
     path = path.partition("?")[0]
     if asked.get("stream") or path.endswith((":streamGenerateContent", "/converse-stream")):
         return next(make(text) for end, make in _STREAMED.items() if path.endswith(end))

@@ -139,7 +139,7 @@ def lines_of(node: ast.AST) -> range:
 
 @contextmanager
 def surroundings(url: str) -> Iterator[None]:
-    """Run in an empty folder, with the keys and addresses that lead every client to the simulated model."""
+    """Run in an empty folder, with keys and addresses that lead every client to the simulated model."""
     before, home = dict(os.environ), Path.cwd()
     given = {
         "OPENAI_BASE_URL": url,
@@ -165,7 +165,7 @@ def surroundings(url: str) -> Iterator[None]:
 
 
 def measure(case: Case) -> list[str]:
-    """Return the cells of a case's row. Raises what the example raises."""
+    """Return the cells of a case's row. Raises the example's exception."""
     from simulated_server import SimulatedServer
 
     import aggregator
@@ -205,7 +205,7 @@ def measure(case: Case) -> list[str]:
 
 
 async def isolate(agent: Any, data: Sequence[Any], probe: str) -> str:
-    """Run several candidates at once, each with a text that names its own answer, and count the right answers."""
+    """Run several candidates at once, each with a text that names its own answer, and count the correct answers."""
     from aggregator.text import as_text
     from aggregator.training.step import Step
 
@@ -226,14 +226,14 @@ async def isolate(agent: Any, data: Sequence[Any], probe: str) -> str:
 
 
 def told(result: Any) -> bytes:
-    """Return all that a result holds, as bytes."""
+    """Return everything that a result holds, as bytes."""
     import msgspec
 
     return msgspec.json.encode(result, enc_hook=repr, order="deterministic")
 
 
 def run(case: Case) -> tuple[str, str]:
-    """Return the row of a case, measured in its environment, and what went wrong there, "" for nothing."""
+    """Return the row of a case, measured in its environment, and its errors, or ""."""
     if case.environment:
         maker = [sys.executable, str(ROOT / "tests" / "environments.py"), case.environment]
         made = subprocess.run(maker, capture_output=True, text=True, check=False)
@@ -266,7 +266,7 @@ def run_in(case: Case, arguments: Sequence[str]) -> subprocess.CompletedProcess[
 
 
 def run_tests(case: Case) -> str:
-    """Run the tests of a framework's adapter and hosts in its environment; returns what failed, "" for nothing."""
+    """Run the tests of a framework's adapter and hosts in its environment; return the failures, or ""."""
     patterns = (f"adapters/test_{case.file}.py", f"hosts/test_{case.file}*_host.py")
     tests = [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
     found = [str(path) for path in tests] if case.environment else []
@@ -293,7 +293,7 @@ def rows_of(document: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure the chosen cases, print their rows, and write the table if asked to."""
+    """Measure the chosen cases, print their rows, and write the table on request."""
     reader = argparse.ArgumentParser()
     reader.add_argument("names", nargs="*")
     for flag in ("--smoke", "--write", "--here"):
@@ -322,7 +322,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write(found: Mapping[str, str]) -> None:
-    """Put rows into the document's table; rows of frameworks that were not measured now stay."""
+    """Write rows to the document's table; rows of frameworks that were not measured are kept."""
     document = DOCUMENT.read_text(encoding="utf-8")
     rows = {**rows_of(document), **found}
     table = [f"{ROW}{' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]

@@ -24,14 +24,14 @@ from aggregator.observing.observer import Observer
 from aggregator.records import Rollout
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # of the SDKs, which are not ours to mend
+    pytest.mark.filterwarnings("ignore"),  # of the SDKs, whose warnings we cannot fix
     pytest.mark.usefixtures("surroundings"),
 ]
 
 
 @pytest.fixture
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every SDK reach the loopback by itself and ask nothing else of the network; let none wait long."""
+    """Let every SDK reach the loopback address without a proxy and nothing else; let none wait long."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -41,14 +41,14 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[ModelServer]:
-    """A model that numbers its answers and gives them in any order."""
+    """A model that numbers its answers and returns them in any order."""
     with ModelServer() as running:
         yield running
 
 
 @pytest.fixture(params=CALLS, ids=lambda call: f"{call.package or 'urllib'}-{call.name}".replace(" ", "_"))
 def call(request: pytest.FixtureRequest) -> Call:
-    """One call of one SDK that is installed."""
+    """One call of one installed SDK."""
     chosen: Call = request.param
     if version_of(chosen) is None:
         pytest.skip(f"{chosen.package} is not installed")
@@ -56,7 +56,7 @@ def call(request: pytest.FixtureRequest) -> Call:
 
 
 class Asking(Module):
-    """Asks by an SDK, once for each input."""
+    """Calls an SDK once for each input."""
 
     def __init__(self, call: Call, url: str) -> None:
         self.rule = ParameterNode("Answer.", name="rule")
@@ -81,7 +81,7 @@ class Keeping(Observer):
 
 
 def run(call: Call, url: str, **options: Any) -> tuple[Any, list[Rollout]]:
-    """Run four inputs at once; dspy.Parallel, whose progress bar is not thread-safe, one after the other."""
+    """Run four inputs at once; dspy.Parallel, whose progress bar is not thread-safe, in sequence."""
     options |= {"max_concurrency": 1} if "Parallel" in call.name else {}
     fake, keeping = as_model(lambda messages: "TERMINATE", name="fake"), Keeping()
     trainer = AggregatedUpdate(
@@ -93,12 +93,12 @@ def run(call: Call, url: str, **options: Any) -> tuple[Any, list[Rollout]]:
 
 
 def shown(run: Rollout) -> str:
-    """What the transcript has of one rollout, in one line."""
+    """Return one rollout's part of the transcript, in one line."""
     return " ".join(run.transcript.split())
 
 
-def test_an_sdk_counts(call: Call, server: ModelServer, tmp_path: Path) -> None:
-    """Transcript, usage and budget; a recorded and a replayed run have the same ones as each other."""
+def test_an_sdks_calls_are_counted(call: Call, server: ModelServer, tmp_path: Path) -> None:
+    """Transcript, usage and budget count them; a recorded and a replayed run are equal."""
     _, plain = run(call, server.url)
     assert server.hits >= 4
     for one in plain:
@@ -117,8 +117,8 @@ def test_an_sdk_counts(call: Call, server: ModelServer, tmp_path: Path) -> None:
         assert all(str(one.output) in shown(one) for one in rollouts)
 
 
-def test_an_sdks_429_is_no_failure_of_the_agent(call: Call, server: ModelServer) -> None:
-    """Whatever the SDK raises, at once or after its own retries: infrastructure, without score and feedback."""
+def test_an_sdks_429_is_not_the_agents_failure(call: Call, server: ModelServer) -> None:
+    """Whatever the SDK raises, with or without retries, is an infrastructure failure without score and feedback."""
     if "stream" in call.name and call.package == "google-genai":
         pytest.skip("its retries are those of the call without a stream")
     if "Parallel" in call.name:
@@ -128,8 +128,8 @@ def test_an_sdks_429_is_no_failure_of_the_agent(call: Call, server: ModelServer)
         run(call, server.url)
 
 
-def test_a_refusal_of_the_budget_reaches_the_user(call: Call, server: ModelServer) -> None:
-    """Though SDKs wrap it or take it for a lost connection; they are not kept trying."""
+def test_a_budget_error_reaches_the_user(call: Call, server: ModelServer) -> None:
+    """SDKs may wrap it or take it for a lost connection, but they do not retry it."""
     with pytest.raises(BudgetExceededError):
         run(call, server.url, budget=Budget(calls=2))
     assert server.hits <= 2
@@ -137,10 +137,10 @@ def test_a_refusal_of_the_budget_reaches_the_user(call: Call, server: ModelServe
 
 @pytest.mark.parametrize("package", ["openai", "anthropic"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_an_sdk_takes_our_transport(package: str, backend: str, server: ModelServer, tmp_path: Path) -> None:
-    """Without patches: recorded, replayed, counted and refused, under trio too."""
+def test_an_sdk_works_with_our_transport(package: str, backend: str, server: ModelServer, tmp_path: Path) -> None:
+    """Without patches its calls are recorded, replayed, counted and refused, under trio too."""
     sdk = pytest.importorskip(package)
-    httpx = sys.modules[sdk.DefaultAsyncHttpxClient.__mro__[1].__module__]  # or httpx2, which newer SDKs take
+    httpx = sys.modules[sdk.DefaultAsyncHttpxClient.__mro__[1].__module__]  # or httpx2, which newer SDKs use
     anyio = pytest.importorskip("anyio")
     pytest.importorskip(backend)
     url = f"{server.url}/v1" if package == "openai" else server.url
@@ -170,8 +170,8 @@ def test_an_sdk_takes_our_transport(package: str, backend: str, server: ModelSer
     assert (server.hits, ledger.totals()["agent"].calls, budget.spent.calls) == (2, 1, 1)
 
 
-def test_a_lost_connection_of_an_sdk_is_no_failure_of_the_agent(call: Call) -> None:
-    """Refused at once, as by a server that is down."""
+def test_a_lost_connection_of_an_sdk_is_not_the_agents_failure(call: Call) -> None:
+    """The connection is refused, as by a server that is down."""
     if "Parallel" in call.name:
         pytest.skip("it hides errors, and the agent goes on without an answer")
     with pytest.raises(aggregator.TrainingError, match="Connection|lost"):

@@ -27,7 +27,7 @@ print(trained)
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def test_lines_that_name_the_library_or_what_it_made_are_glue() -> None:
+def test_lines_that_use_the_library_are_glue() -> None:
     """The import, the decorator, `trainable`, three lines of `optimize` and the `print` of its result."""
     assert glue_of(EXAMPLE) == (7, 2)
 

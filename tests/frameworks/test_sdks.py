@@ -28,14 +28,14 @@ from aggregator.errors import CassetteMissError
 AT_ONCE = 8
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # of the SDKs, which are not ours to mend
+    pytest.mark.filterwarnings("ignore"),  # of the SDKs, whose warnings we cannot fix
     pytest.mark.usefixtures("surroundings"),
 ]
 
 
 @pytest.fixture
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every SDK reach the loopback by itself and ask nothing else of the network."""
+    """Let every SDK reach the loopback address without a proxy and nothing else."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -44,7 +44,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[ModelServer]:
-    """A model that numbers its answers and gives them in any order."""
+    """A model that numbers its answers and returns them in any order."""
     with ModelServer() as running:
         yield running
 
@@ -71,7 +71,7 @@ def ask_at_once(call: Call, url: str, *batches: list[str]) -> list[list[Any]]:
 
 @pytest.fixture(params=CALLS, ids=lambda call: f"{call.package or 'urllib'}-{call.name}".replace(" ", "_"))
 def call(request: pytest.FixtureRequest) -> Call:
-    """One call of one SDK that is installed."""
+    """One call of one installed SDK."""
     chosen: Call = request.param
     if version_of(chosen) is None:
         pytest.skip(f"{chosen.package} is not installed")
@@ -80,7 +80,7 @@ def call(request: pytest.FixtureRequest) -> Call:
 
 @pytest.fixture
 def note(call: Call) -> Iterator[dict[str, Any]]:
-    """What becomes a line of the table."""
+    """Record a line of the table."""
     row: dict[str, Any] = {"sdk": call.package or "urllib", "call": call.name, "version": version_of(call)}
     yield row
     if table := os.environ.get("AGGREGATOR_SDK_TABLE"):
@@ -89,7 +89,7 @@ def note(call: Call) -> Iterator[dict[str, Any]]:
 
 
 def test_an_sdk_records_and_replays(call: Call, note: dict[str, Any], server: ModelServer, tmp_path: Path) -> None:
-    """Distinct and identical calls at once: recorded whole, replayed without the server, each in its slot."""
+    """Distinct and identical concurrent calls are recorded and replayed without the server, each in its slot."""
     path, batches = tmp_path / "a.yaml", [[f"question {i}" for i in range(AT_ONCE)], ["the same"] * AT_ONCE]
     with aggregator.cassette(path, "all", clients=[call.clients], warn=False) as tape:
         distinct, identical = ask_at_once(call, server.url, *batches)
@@ -107,14 +107,14 @@ def test_an_sdk_records_and_replays(call: Call, note: dict[str, Any], server: Mo
 
 
 def tells_a_miss(error: BaseException | None) -> bool:
-    """Return whether an error is a miss, comes from one, or is a group that holds one."""
+    """Return True if an error is a miss, is caused by one, or is a group that holds one."""
     if error is None or isinstance(error, CassetteMissError):
         return error is not None
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     return any(tells_a_miss(one) for one in (*inner, error.__cause__ or error.__context__))
 
 
-def test_a_miss_of_an_sdk_is_not_tried_again_for_seconds(
+def test_an_sdk_does_not_retry_a_miss_for_seconds(
     call: Call, note: dict[str, Any], server: ModelServer, tmp_path: Path
 ) -> None:
     """The SDK gives up soon, nothing reaches the server, and the block raises the miss."""

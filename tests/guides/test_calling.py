@@ -43,7 +43,7 @@ class NumpyScalar:
         (Verdict(0.5, "Half."), (0.5, "Half.")),
     ],
 )
-async def test_answers_of_guides(answer: Any, expected: tuple[float | None, str]) -> None:
+async def test_accepted_results_of_guides(answer: Any, expected: tuple[float | None, str]) -> None:
     """A score, a pair, or an object with both as attributes; bool, int and numpy scalars become float."""
     score, feedback = await judge(lambda x, output, info: answer, 1, 2, 3)
     assert (score, feedback) == expected
@@ -64,8 +64,8 @@ async def test_answers_of_guides(answer: Any, expected: tuple[float | None, str]
         (10**400, "a score that is no number"),
     ],
 )
-async def test_no_verdict_is_not_a_score_of_zero(answer: Any, got: str) -> None:
-    """NaN, text and nothing are a guide's failure, said with the guide's name; a broken guide is not a bad agent."""
+async def test_an_invalid_verdict_is_not_a_score_of_zero(answer: Any, got: str) -> None:
+    """NaN, text and None are a failure that names the guide; a broken guide does not make a bad agent."""
 
     def my_guide(x: Any, output: Any, info: Any) -> Any:
         return answer
@@ -75,8 +75,8 @@ async def test_no_verdict_is_not_a_score_of_zero(answer: Any, got: str) -> None:
     assert got in str(caught.value)
 
 
-async def test_what_a_guide_raises_is_passed_on() -> None:
-    """The error of a guide reaches the trainer as it is, which records it as such."""
+async def test_a_guides_exception_is_raised() -> None:
+    """It reaches the trainer unchanged, which records it."""
 
     def broken(x: Any, output: Any, info: Any) -> float:
         raise ZeroDivisionError("no division")
@@ -86,7 +86,7 @@ async def test_what_a_guide_raises_is_passed_on() -> None:
 
 
 @pytest.mark.requirement("Trace: any callable (x, output, info) -> (score, feedback)")
-async def test_kinds_of_callables() -> None:
+async def test_accepted_callables() -> None:
     """Functions, coroutine functions, objects of either kind, and functions that return an awaitable."""
 
     async def later(x: Any, output: Any, info: Any) -> Any:
@@ -110,8 +110,8 @@ async def test_kinds_of_callables() -> None:
 
 
 @pytest.mark.requirement("Trace: AutoGuide")
-async def test_guides_of_trace_are_taken() -> None:
-    """An AutoGuide is asked through `get_feedback(query, response, reference)`, whatever else it can do."""
+async def test_guides_of_trace_are_accepted() -> None:
+    """An AutoGuide is called by `get_feedback(query, response, reference)`, whatever other methods it has."""
 
     class AutoGuide:
         def get_feedback(self, query: str, response: str, reference: str | None = None, **kwargs: Any) -> Any:
@@ -123,8 +123,8 @@ async def test_guides_of_trace_are_taken() -> None:
     assert await judge(AutoGuide(), "2+2", "4", "4") == (1.0, "2+2 -> 4")
 
 
-async def test_synchronous_guide_runs_where_it_is_told() -> None:
-    """A synchronous guide runs in the executor's threads with the caller's context; an async one on the loop."""
+async def test_a_synchronous_guide_runs_in_the_executor() -> None:
+    """A synchronous guide runs in the executor's threads with the caller's context; an async one in the event loop."""
     place: ContextVar[str] = ContextVar("place", default="lost")
     seen: list[tuple[str, str]] = []
 
@@ -146,7 +146,7 @@ async def test_synchronous_guide_runs_where_it_is_told() -> None:
 
 
 async def test_an_instant_guide_needs_no_thread() -> None:
-    """A guide that promises to compute only runs where it is called."""
+    """A guide that is marked as pure computation runs in the event loop."""
 
     async def refuse(function: Any, *args: Any) -> Any:
         raise AssertionError("a thread was asked for")
@@ -155,7 +155,7 @@ async def test_an_instant_guide_needs_no_thread() -> None:
 
 
 class TraceGuide:
-    """Trace's base class: a call leads to `forward`, and that to `get_feedback`."""
+    """Trace's base class: a call runs `forward`, which runs `get_feedback`."""
 
     def __call__(self, task: str, response: str, info: Any, **kwargs: Any) -> Any:
         return self.forward(task, response, info, **kwargs)
@@ -191,7 +191,7 @@ class CalledGuide(ForwardGuide):
     ],
     ids=["forward", "get_feedback", "call"],
 )
-async def test_a_guide_of_trace_that_overrides_forward_is_asked_through_it(guide: Any, expected: Any) -> None:
-    """Whichever of its methods a subclass overrides is the one that judges."""
+async def test_an_overridden_forward_of_a_trace_guide_is_called(guide: Any, expected: Any) -> None:
+    """Whichever method a subclass overrides is called."""
     check_guide(guide)
     assert await judge(guide, "2 + 2?", "4", "4") == expected

@@ -30,20 +30,20 @@ def test_scores(output: Any, info: Any, score: float) -> None:
 
 
 @pytest.mark.requirement("Trace: SimpleReferenceSuggest")
-def test_feedback_names_what_was_expected() -> None:
-    """The optimizer reads what came and what was right, cut where it is long."""
+def test_feedback_names_the_expected_answer() -> None:
+    """The optimizer reads the given and the expected answer, shortened if they are long."""
     assert exact_match("x", "5", "4") == (0.0, "Incorrect. Expected '4', got '5'.")
     assert len(exact_match("x", "y" * 100_000, "4")[1]) < 600
 
 
 def test_normalise_and_key() -> None:
-    """Both sides are normalised; the expected value may be one part of `info`."""
+    """Both sides are normalised; the expected value may be a field of `info`."""
     guide = ExactMatch(str.casefold, key="answer")
     assert guide("x", "FOUR", {"answer": "four", "source": "book"}) == (1.0, "Correct.")
 
 
-def test_a_row_as_info_without_a_key_names_the_columns() -> None:
-    """Rows with named columns made exact_match score 0 everywhere, without a word."""
+def test_a_row_as_info_without_a_key_lists_the_columns() -> None:
+    """With rows as info exact_match silently scored 0 everywhere."""
     row = {"ticket": "My parcel is late", "team": "shipping"}
     with pytest.raises(GuideError, match=r"got a row with the columns 'ticket', 'team'; name the column, as in ExactM"):
         exact_match(row, "shipping", row)

@@ -42,7 +42,7 @@ The output answers the input correctly. Where there is a reference, the output a
 
 
 class Model:
-    """Answers from a list; remembers what it was asked, with which options, and from where."""
+    """Answers from a list; records prompts, options and lineages."""
 
     def __init__(self, *replies: str | Exception) -> None:
         self.replies = list(replies)
@@ -72,14 +72,14 @@ def test_prompt() -> None:
     assert "#Reference" not in judge_messages("x", "y")[1]["content"]
 
 
-def test_prompt_holds_no_address() -> None:
-    """An output that JSON cannot carry is named by its type, so that the prompt is the same in every run."""
+def test_the_prompt_holds_no_address() -> None:
+    """An output that JSON does not support is shown by its type, so that the prompt is the same in every run."""
     assert judge_messages("x", object())[1]["content"].endswith("#Output\n<object>")
 
 
 @pytest.mark.requirement("Trace: VerbalJudgeGuide(model, prompt_template, system_prompt)")
-async def test_verdict_is_typed() -> None:
-    """A verdict is a score in [0, 1] and feedback; criteria, format and token limit go to the model."""
+async def test_the_verdict_is_typed() -> None:
+    """A verdict is a score in [0, 1] and feedback; the model gets criteria, format and token limit."""
     model = Model('{"feedback": "Half of it.", "score": 0.5}')
     guide = LLMJudge(model, criteria="Be polite.", max_tokens=99)
     assert await judge(guide, "x", "y", None) == (0.5, "Half of it.")
@@ -88,8 +88,8 @@ async def test_verdict_is_typed() -> None:
     assert model.options[0]["response_format"]["json_schema"]["strict"] is True
 
 
-async def test_call_is_the_guides() -> None:
-    """The judge's calls have their own place and role, so cassettes and costs tell them apart."""
+async def test_the_call_has_the_guides_role() -> None:
+    """The judge's calls have their own lineage and role, so cassettes and costs separate them."""
     model = Model('{"score": 1}')
     with lineage("sample=3"):
         await LLMJudge(model)("x", "y")
@@ -105,12 +105,12 @@ async def test_call_is_the_guides() -> None:
     ],
 )
 def test_wrapped_verdicts(reply: str) -> None:
-    """One fence and thinking around the verdict do not hide it."""
+    """A verdict in one fence, or after thinking, is found."""
     assert read_verdict(reply) == Verdict(1.0, "Fine.")
 
 
 def test_raw_newline_in_the_feedback() -> None:
-    """Feedback over several lines is read as it was meant."""
+    """Feedback of several lines is parsed."""
     assert read_verdict('{"feedback": "One.\nTwo.", "score": 0.5}') == Verdict(0.5, "One.\nTwo.")
 
 
@@ -140,14 +140,14 @@ UNREADABLE = [
     "Trace's defect 18: the judge looked for its template's words",
 )
 @pytest.mark.parametrize("reply", UNREADABLE, ids=lambda reply: reply[:30])
-def test_template_words_do_not_make_a_score(reply: str) -> None:
-    """Only a typed verdict scores: no word such as "Correct" in the text, no number in prose, nothing out of range."""
+def test_words_of_a_template_do_not_make_a_score(reply: str) -> None:
+    """Only a typed verdict counts: no word such as "Correct", no number in prose, nothing out of range."""
     with pytest.raises(GuideError, match="Expected a verdict"):
         read_verdict(reply)
 
 
-async def test_unreadable_verdict_is_asked_for_once_more() -> None:
-    """The second question quotes the first reply and its error; then the verdict counts."""
+async def test_an_unreadable_verdict_is_requested_once_more() -> None:
+    """The second prompt quotes the first reply and its error; then the verdict counts."""
     model = Model("I think it is right.", '{"feedback": "Right.", "score": 1}')
     assert await LLMJudge(model)("x", "y") == Verdict(1.0, "Right.")
     reply, repair = model.asked[1][2:]
@@ -156,23 +156,23 @@ async def test_unreadable_verdict_is_asked_for_once_more() -> None:
     assert "'I think it is right.'" in repair["content"]
 
 
-async def test_second_unreadable_verdict_is_a_failure() -> None:
-    """After the one repair call there is no verdict, which is not a score of 0."""
+async def test_a_second_unreadable_verdict_is_a_failure() -> None:
+    """After the repair call there is no verdict, which differs from a score of 0."""
     model = Model("Well.", "Well, well.")
     with pytest.raises(GuideError, match="Well, well"):
         await LLMJudge(model)("x", "y")
     assert len(model.asked) == 2
-    assert model.options[0]["validate"]("Well.") == "Well."  # a client's own check does not ask a third time
+    assert model.options[0]["validate"]("Well.") == "Well."  # a client's own check makes no third call
 
 
-async def test_lost_call_is_passed_on() -> None:
-    """A call that failed is an LLMError, for the trainer to count as lost."""
+async def test_a_lost_call_is_raised() -> None:
+    """A failed call is an LLMError, which the trainer counts as lost."""
     with pytest.raises(RateLimitError):
         await LLMJudge(Model(RateLimitError("slow down")))("x", "y")
 
 
 async def test_instances_share_a_judge() -> None:
-    """One judge serves concurrent instances: each gets the verdict on its own output."""
+    """Concurrent instances of one judge each get the verdict on their own output."""
 
     class Echo:
         async def complete(self, messages: Any, **options: Any) -> Completion:

@@ -30,8 +30,8 @@ from aggregator.guides import NumericMatch
         (float("inf"), 42, 0.0),
     ],
 )
-def test_whole_output_is_a_number(output: Any, info: Any, score: float) -> None:
-    """An output counts only where all of it is one finite number."""
+def test_the_whole_output_must_be_a_number(output: Any, info: Any, score: float) -> None:
+    """An output counts only if all of it is one finite number."""
     assert NumericMatch()("x", output, info)[0] == score
 
 
@@ -39,7 +39,7 @@ def test_whole_output_is_a_number(output: Any, info: Any, score: float) -> None:
     ("output", "score"),
     [("6 times 7 is 42.", 1.0), ("42 is the answer, not 6", 0.0), ("none", 0.0), ("= 41+1 = 42", 1.0)],
 )
-def test_last_number_of_a_solution(output: str, score: float) -> None:
+def test_the_last_number_of_a_solution(output: str, score: float) -> None:
     """With last=True the last number of the text is the answer."""
     assert NumericMatch(last=True)("x", output, 42)[0] == score
 
@@ -55,13 +55,13 @@ def test_tolerances() -> None:
 
 
 @pytest.mark.parametrize("info", [None, "many", float("nan"), [1]])
-def test_reference_that_is_no_number(info: Any) -> None:
-    """A data set without a number to compare with is the guide's failure, not the agent's."""
+def test_a_reference_that_is_not_a_number(info: Any) -> None:
+    """A data set without a number to compare is the guide's failure, not the agent's."""
     with pytest.raises(GuideError, match="Expected a finite number to compare with"):
         NumericMatch()("x", 42, info)
 
 
-def test_long_output_is_read_in_one_pass() -> None:
+def test_a_long_output_is_read_in_one_pass() -> None:
     """A long text of digits and commas is read, and quoted only in part."""
     score, feedback = NumericMatch(last=True)("x", "1,111" * 50_000 + " x 42", 42)
     assert (score, feedback) == (1.0, "Correct.")

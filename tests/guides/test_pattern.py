@@ -26,12 +26,12 @@ HINTS = {"OutOfMemory": "Use a smaller batch.", "Deadlock": "Take the locks in o
     ],
 )
 def test_pattern(guide: RegexMatch, output: Any, info: Any, score: float) -> None:
-    """A pattern of the guide's own or of each sample, anywhere in the output or on all of it."""
+    """The pattern is the guide's own or each sample's, and matches anywhere or the whole output."""
     assert guide("x", output, info)[0] == score
 
 
-def test_bad_pattern_is_not_a_bad_answer() -> None:
-    """A wrong pattern is a wrong argument; a wrong pattern in the data is the guide's failure, not a score of 0."""
+def test_an_invalid_pattern_is_not_a_bad_answer() -> None:
+    """An invalid pattern is an invalid argument; in the data it is the guide's failure, not a score of 0."""
     with pytest.raises(ConfigError, match="Expected a regular expression"):
         RegexMatch("(")
     with pytest.raises(GuideError, match="Expected a regular expression, got None"):
@@ -39,7 +39,7 @@ def test_bad_pattern_is_not_a_bad_answer() -> None:
 
 
 def test_hints_of_found_keywords() -> None:
-    """Each keyword found gives its hint, in the order of the table; the score is the share without one."""
+    """Each keyword found gives its hint, in the table's order; the score is the share of those without one."""
     guide = KeywordHints(HINTS)
     assert guide("x", "error: Deadlock, OutOfMemory", None) == (0.0, "\n".join(HINTS.values()))
     assert guide("x", "error: Deadlock", None) == (0.5, "Take the locks in one order.")
@@ -48,7 +48,7 @@ def test_hints_of_found_keywords() -> None:
 
 
 def test_required_keywords() -> None:
-    """With required=True the hint is for what is missing."""
+    """With required=True each missing keyword gives its hint."""
     guide = KeywordHints({"because": "Give the reason."}, required=True)
     assert guide("x", "Yes.", None) == (0.0, "Give the reason.")
     assert guide("x", "Yes, because.", None) == (1.0, "Correct.")
@@ -56,7 +56,7 @@ def test_required_keywords() -> None:
 
 @pytest.mark.requirement("Trace: KeywordSuggest: JSON of keyword to hint, custom analyzers")
 def test_analyzers_add_hints() -> None:
-    """A function says what no keyword can; None and "" are nothing to say."""
+    """A function may add hints; None and "" mean none."""
 
     def too_long(x: Any, output: Any, info: Any) -> str | None:
         return f"At most {info} characters." if len(output) > info else None
@@ -68,7 +68,7 @@ def test_analyzers_add_hints() -> None:
 
 @pytest.mark.requirement("Trace: KeywordSuggest: JSON of keyword to hint, custom analyzers")
 def test_hints_from_a_file(tmp_path: Path) -> None:
-    """A JSON file of keyword -> hint is read once, when the guide is made."""
+    """A JSON file of keyword -> hint is read once, when the guide is created."""
     path = tmp_path / "hints.json"
     path.write_text(json.dumps(HINTS), encoding="utf-8")
     assert KeywordHints(path)("x", "Deadlock", None)[0] == 0.5
@@ -76,15 +76,15 @@ def test_hints_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hints", [{}, {"": "x"}, {"a": 5}, "missing.json"])
-def test_wrong_hints_are_refused(hints: Any) -> None:
-    """No keyword, an empty one, a hint that is no text or a file that is not there: ConfigError at once."""
+def test_invalid_hints_are_refused(hints: Any) -> None:
+    """No keyword, an empty one, a hint that is not text, or a missing file is a ConfigError."""
     with pytest.raises(ConfigError, match="Expected"):
         KeywordHints(hints)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1}'])
-def test_wrong_hint_file_is_refused(tmp_path: Path, text: str) -> None:
-    """A file that is no table of texts is refused with its name or content."""
+def test_an_invalid_hint_file_is_refused(tmp_path: Path, text: str) -> None:
+    """The error for a file that is not a table of texts has its name or content."""
     path = tmp_path / "hints.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="keyword -> hint"):

@@ -1,4 +1,4 @@
-"""Scripted answers of a chat completions server: what the tests of our client inside frameworks share."""
+"""Scripted answers of a chat completions server, shared by the tests of our client inside frameworks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tool_reply(name: str, arguments: Any, call: str = "call-1") -> HTTPReply:
 
 
 def tool_stream(name: str, arguments: str) -> HTTPReply:
-    """Return a streamed call of a tool, its arguments in two pieces."""
+    """Return a streamed tool call with its arguments in two chunks."""
     half = len(arguments) // 2
     first = {"index": 0, "id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments[:half]}}
     second = {"index": 0, "function": {"arguments": arguments[half:]}}

@@ -1,4 +1,4 @@
-"""AggregatedUpdate as an agent optimizer of ADK's, with a sampler that runs the agents."""
+"""AggregatedUpdate as an ADK agent optimizer, with a sampler that runs the agents."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def suggest(asked: list[str]) -> Any:
 
 
 async def test_sub_agents_are_trained_by_adks_own_interface() -> None:
-    """The sampler gets clones with its examples by set; the given agent stays as it is."""
+    """The sampler gets clones with its examples by set; the given agent is unchanged."""
     agent, service, asked = team(), Service(), list[str]()
     optimizer = AggregatedUpdate(model=suggest(asked), run_dir=False)
     result = await optimizer.optimize(agent, service)

@@ -30,11 +30,11 @@ in_gepa: Any = pytest.importorskip("aggregator.hosts.gepa")
 ROWS = 48
 NOISE = 0.3
 Asked = dict[str, dict[str, Any]]
-"""What was proposed: by instance and the values at that time."""
+"""The proposals, by instance and current values."""
 
 
 class Optimizer(NoisyOptimizer):
-    """The benchmark's, drawing by what it is asked; keeps its proposals."""
+    """The benchmark's optimizer, with draws that depend on its prompt; records its proposals."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -50,7 +50,7 @@ class Optimizer(NoisyOptimizer):
 
 
 class Merge(SimulatedMerge):
-    """The benchmark's, drawing by what it is asked."""
+    """The benchmark's merge, with draws that depend on its prompt."""
 
     async def complete(self, messages: Any, **options: Any) -> Completion:
         """Merge what the prompt shows."""
@@ -69,7 +69,7 @@ def metric(gold: Any, prediction: Any, trace: Any = None) -> Any:
 
 
 class Program(dspy.Module):  # type: ignore[misc] # not typed
-    """The benchmark's agent as a program of DSPy's."""
+    """The benchmark's agent as a DSPy program."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Program(dspy.Module):  # type: ignore[misc] # not typed
 
 
 class Seen:
-    """A callback of GEPA's: parent, minibatch and proposal of each iteration."""
+    """A GEPA callback: parent, minibatch and proposal of each iteration."""
 
     def __init__(self) -> None:
         self.parents: list[dict[str, str]] = []
@@ -89,15 +89,15 @@ class Seen:
         self.proposed: list[dict[str, str]] = []
 
     def on_candidate_selected(self, event: Mapping[str, Any]) -> None:
-        """Keep the parent."""
+        """Record the parent."""
         self.parents.append(dict(event["candidate"]))
 
     def on_minibatch_sampled(self, event: Mapping[str, Any]) -> None:
-        """Keep the minibatch."""
+        """Record the minibatch."""
         self.batches.append(list(event["minibatch_ids"]))
 
     def on_proposal_end(self, event: Mapping[str, Any]) -> None:
-        """Keep the proposal."""
+        """Record the proposal."""
         self.proposed.append(dict(event["new_instructions"]))
 
 
@@ -133,7 +133,7 @@ def test_dspy_and_optimize_propose_the_same(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gepa_and_a_trainer_propose_the_same_for_the_same_minibatch_and_values(seed: int) -> None:
-    """GEPA draws minibatches and parents by its own rules; what is proposed for them is the same."""
+    """GEPA draws minibatches and parents by its own rules; the proposals for them are the same."""
     here, seen = world(seed), Seen()
     optimizer = Optimizer(here)
     adapter = in_gepa.AgentAdapter(make_agent(here), guide)
@@ -184,7 +184,7 @@ def tickets() -> list[Any]:
     return [dspy.Example(ticket=ticket, team=team).with_inputs("ticket") for ticket, team in TICKETS]
 
 
-def test_dspys_gepa_takes_the_reflection_as_its_instruction_proposer(llm: LLM) -> None:
+def test_dspys_gepa_accepts_the_reflection_as_its_instruction_proposer(llm: LLM) -> None:
     strategy = in_gepa.AggregatedReflection(llm)
     teleprompter = dspy.GEPA(
         metric=same_team,

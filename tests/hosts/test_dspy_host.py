@@ -103,7 +103,7 @@ def test_a_teacher_and_anything_but_a_program_are_refused(llm: LLM) -> None:
         teleprompter.compile("program", trainset=examples())
 
 
-async def test_calls_of_programs_are_counted_sync_and_async() -> None:
+async def test_programs_calls_are_counted_sync_and_async() -> None:
     with collecting() as ledger:
         assert program()(ticket="x").team == "sales"
         made = (await program().acall(ticket="x")).team
@@ -129,7 +129,7 @@ def test_calls_of_programs_are_recorded_and_replayed(tmp_path: Path, llm: LLM) -
         hosts.Engine(closed).complete(request())
 
 
-async def test_a_spent_budget_ends_the_run_through_dspys_wrapping(llm: LLM) -> None:
+async def test_an_exhausted_budget_ends_the_run_through_dspys_wrapping(llm: LLM) -> None:
     poor = LLM("openai/simulated-1", base_url=llm.endpoint.base_url, api_key="simulated", budget=Budget(calls=0))
     task = RolloutTask(sample=Sample(0, {"ticket": "x"}))
     with dspy.context(lm=hosts.lm(poor)), pytest.raises(BudgetExceededError):
@@ -195,8 +195,8 @@ def test_options_of_a_request_reach_the_model(tmp_path: Path, llm: LLM) -> None:
         assert option in text, option
 
 
-async def test_a_model_of_dspys_proposes_and_merges_as_any_callable(llm: LLM) -> None:
-    """Its answer is a list of texts."""
+async def test_a_dspy_model_proposes_and_merges_like_any_callable(llm: LLM) -> None:
+    """Its answer is a list of strings."""
     model = as_model(hosts.lm(llm))
     messages = [{"role": "system", "content": "If no rule applies, answer sales."}, {"role": "user", "content": "x"}]
     with warnings.catch_warnings():

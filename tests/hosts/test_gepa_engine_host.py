@@ -39,7 +39,7 @@ def llm() -> Iterator[LLM]:
 
 
 class Evaluator:
-    """Scores a prompt by the simulated student, and counts."""
+    """Scores a prompt by the simulated student, and counts its calls."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm, self.calls = llm, 0
@@ -73,7 +73,7 @@ def test_optimize_anything_improves_a_text_by_our_engine(llm: LLM, tmp_path: Pat
     assert result.total_evals == evaluator.calls
 
 
-def test_a_candidate_of_components_stays_one(llm: LLM, tmp_path: Path) -> None:
+def test_a_candidate_of_components_keeps_them(llm: LLM, tmp_path: Path) -> None:
     result, _ = run(llm, tmp_path, {"rules": SEED})
     assert "->" in result.best_candidate["rules"]
 
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_candidate(llm: LLM, tmp_path: Path) -> Non
     assert runs[0] == runs[1]
 
 
-def test_the_servers_budget_of_evaluations_holds(llm: LLM, tmp_path: Path) -> None:
+def test_the_servers_budget_of_evaluations_is_respected(llm: LLM, tmp_path: Path) -> None:
     result, evaluator = run(llm, tmp_path, max_evals=6)
     assert evaluator.calls == 6
     assert result.best_candidate

@@ -31,7 +31,7 @@ ROWS = [
 
 
 class Router(Module):
-    """Routes by a prompt of two parameters, one of them no text."""
+    """Routes by a prompt of two parameters, one of which is not text."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
@@ -57,7 +57,7 @@ class Quiet:
 
 
 class Seen:
-    """A callback of GEPA's that keeps its first minibatch and all proposals."""
+    """A GEPA callback that records its first minibatch and all proposals."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -99,7 +99,7 @@ def test_gepa_improves_an_agent_of_ours_by_our_reflection(llm: LLM) -> None:
 
 
 def test_gepas_first_proposal_is_the_first_update_of_a_trainer(llm: LLM) -> None:
-    """The same minibatch in the same order, the same values: the same requests, and so the same bytes."""
+    """The same minibatch in the same order and the same values give the same requests, and so the same bytes."""
     router, seen = Router(llm), Seen()
     strategy = hosts.AggregatedReflection(llm, agent=router)
     run_gepa(hosts.AgentAdapter(router, exact_match), seen, reflection_strategy=strategy)
@@ -141,7 +141,7 @@ def test_the_strategy_proposes_for_gepas_own_adapters(llm: LLM) -> None:
 
 
 class Echo:
-    """Proposes what the feedback ends with, and counts the records that it was shown."""
+    """Proposes the end of the feedback, and counts its records."""
 
     def __init__(self) -> None:
         self.seen: list[Rollout] = []
@@ -183,14 +183,14 @@ def test_a_satisfied_record_proposes_nothing_and_a_component_without_records_sta
     assert strategy.reflect({"a": "zero"}, {}, ["a"])[0].new_texts == {}
 
 
-def test_a_placeholder_that_is_lost_is_no_proposal() -> None:
+def test_a_value_that_lost_its_placeholder_is_not_proposed() -> None:
     strategy = hosts.AggregatedReflection(optimizer=Echo(), rule=majority)
     (proposal, _) = strategy.reflect({"a": "Answer {question}"}, {"a": [record("one")]}, ["a"])
     assert proposal.new_texts == {}
     assert "{question}" in proposal.metadata["aggregated:failures"][0]
 
 
-def test_a_spent_budget_stops_gepa(llm: LLM) -> None:
+def test_an_exhausted_budget_stops_gepa(llm: LLM) -> None:
     budget = Budget(calls=0)
     poor = LLM("openai/simulated-1", base_url=llm.endpoint.base_url, api_key="simulated", budget=budget)
     router, seen = Router(llm), Seen()
@@ -202,7 +202,7 @@ def test_a_spent_budget_stops_gepa(llm: LLM) -> None:
     assert (len(result.candidates), len(seen.batches)) == (1, 1)
 
 
-def test_a_proposer_of_gepas_kind_and_bad_arguments(llm: LLM) -> None:
+def test_a_custom_proposer_and_invalid_arguments(llm: LLM) -> None:
     router, seen = Router(llm), Seen()
     strategy = hosts.AggregatedReflection(llm, agent=router)
     result = run_gepa(hosts.AgentAdapter(router, exact_match), seen, custom_candidate_proposer=strategy)
@@ -213,7 +213,7 @@ def test_a_proposer_of_gepas_kind_and_bad_arguments(llm: LLM) -> None:
         hosts.AggregatedReflection(llm, stepsize=2)
 
 
-def test_optimize_anything_takes_the_strategy(llm: LLM, tmp_path: Path) -> None:
+def test_optimize_anything_accepts_the_strategy(llm: LLM, tmp_path: Path) -> None:
     from gepa.optimize_anything import EngineConfig, GEPAConfig, ReflectionConfig, optimize_anything
 
     def evaluate(candidate: Any, example: tuple[str, str]) -> tuple[float, dict[str, Any]]:

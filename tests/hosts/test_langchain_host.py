@@ -1,4 +1,4 @@
-"""Our client as a chat model of LangChain: tools, structured answers, streams, cassettes, budgets, equal bytes."""
+"""Our client as a LangChain chat model: tools, structured answers, streams, cassettes, budgets, equal bytes."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ async def test_an_agents_tools_are_offered_called_and_their_results_sent_back() 
     assert second["messages"][-1] == {"role": "tool", "tool_call_id": "call-1", "content": "Ada bought a lamp"}
 
 
-def test_synchronous_code_asks_too() -> None:
+def test_synchronous_calls() -> None:
     llm, _ = client("fine")
     assert model(llm).invoke("Hi").text == "fine"
 
 
-async def test_a_type_is_answered_by_a_tool_that_must_be_called() -> None:
+async def test_a_type_is_requested_as_a_required_tool_call() -> None:
     llm, transport = client(tool_reply("Team", {"name": "billing"}))
     assert await model(llm).with_structured_output(Team).ainvoke("the invoice") == Team(name="billing")
     assert transport.bodies()[0]["tool_choice"] in ("required", {"type": "function", "function": {"name": "Team"}})
@@ -74,7 +74,7 @@ async def test_arguments_that_are_not_json_are_an_invalid_call() -> None:
     assert answer.invalid_tool_calls[0]["args"] == '{"customer": '
 
 
-async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
+async def test_a_stream_yields_the_text_as_it_arrives() -> None:
     llm, _ = client(stream_reply("a ", "red ", "lamp"))
     pieces = [piece async for piece in model(llm).astream("What?")]
     assert [piece.text for piece in pieces if piece.text] == ["a ", "red ", "lamp"]
@@ -84,7 +84,7 @@ async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
     assert whole.usage_metadata["output_tokens"] == 5
 
 
-async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
+async def test_a_streamed_tool_call_is_executed() -> None:
     llm, transport = client(tool_stream("history", '{"customer": "Ada"}'), stream_reply("a ", "lamp"))
     agent = create_agent(model(llm), tools=[history])
     pieces = [piece async for piece, _ in agent.astream({"messages": ["What did Ada buy?"]}, stream_mode="messages")]
@@ -92,7 +92,7 @@ async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
     assert transport.bodies()[1]["messages"][-1]["content"] == "Ada bought a lamp"
 
 
-async def test_options_are_those_of_the_call_and_others_are_refused() -> None:
+async def test_options_of_the_call_are_sent_and_others_are_refused() -> None:
     llm, transport = client("fine")
     await model(llm, seed=7).bind(temperature=0.5, extra={"user": "u"}).ainvoke([HumanMessage("Hi")], stop=["."])
     sent = transport.bodies()[0]
@@ -116,7 +116,7 @@ async def test_a_budget_ends_the_run() -> None:
         await model(llm).ainvoke("Hi")
 
 
-async def test_runs_with_tools_replay_exactly_while_answers_come_in_any_order(tmp_path: Path) -> None:
+async def test_runs_with_tools_replay_exactly_in_any_order_of_answers(tmp_path: Path) -> None:
     count = iter(range(1000))
 
     async def answer(request: HTTPRequest) -> Any:

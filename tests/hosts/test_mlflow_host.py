@@ -1,4 +1,4 @@
-"""AggregatedUpdate inside `mlflow.genai.optimize_prompts`, with a registry of MLflow's in a file."""
+"""AggregatedUpdate inside `mlflow.genai.optimize_prompts`, with an MLflow registry in a file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def predict(who: str) -> str:
 
 
 def suggest(*templates: Any) -> Any:
-    """A model that suggests these templates, one after the other, and remembers what it was asked."""
+    """A model that suggests these templates in order, and records its prompts."""
     left = list(templates)
 
     def answer(messages: Any) -> str:
@@ -65,8 +65,8 @@ def optimize(model: Any, template: Any = "Say hi to {{who}}", **options: Any) ->
     return optimizer, mlflow.genai.optimize_prompts(optimizer=optimizer, **arguments)
 
 
-def test_a_prompt_of_the_registry_is_trained_and_registered_as_a_new_version() -> None:
-    """Rationales are the feedback, MLflow's trace is the transcript, scores go to the run that MLflow has open."""
+def test_a_registered_prompt_is_trained_and_registered_as_a_new_version() -> None:
+    """Rationales are the feedback, MLflow's trace is the transcript, scores are logged to MLflow's open run."""
     model = suggest("Hello {{who}}!")
     optimizer, result = optimize(model)
     assert [(one.version, one.template) for one in result.optimized_prompts] == [(2, "Hello {{who}}!")]
@@ -80,7 +80,7 @@ def test_a_prompt_of_the_registry_is_trained_and_registered_as_a_new_version() -
 
 
 def test_a_template_that_loses_its_variable_is_refused() -> None:
-    """MLflow would score it without a word; the model is told why, and the old template stays."""
+    """MLflow would score it silently; the model gets the reason, and the old template is kept."""
     model = suggest("Hello you!")
     _, result = optimize(model)
     assert [one.template for one in result.optimized_prompts] == ["Say hi to {{who}}"]
@@ -116,7 +116,7 @@ def test_a_chat_prompt_is_trained() -> None:
     assert result.optimized_prompts[0].template == better
 
 
-def test_an_error_of_predict_fn_is_a_failure_and_no_output() -> None:
+def test_an_error_of_predict_fn_is_a_failure_without_output() -> None:
     def broken(who: str) -> str:
         template = mlflow.genai.load_prompt("prompts:/greet/1").template
         if who == "w3":
@@ -133,7 +133,7 @@ def test_an_error_of_predict_fn_is_a_failure_and_no_output() -> None:
 
 
 async def test_eval_fn_gets_all_instances_of_a_candidate_in_one_call() -> None:
-    """MLflow's `eval_fn` is not thread-safe, and has a pool of its own for the instances."""
+    """MLflow's `eval_fn` is not thread-safe, and runs the instances in its own pool."""
     seen: list[tuple[dict[str, str], int]] = []
     busy = threading.Lock()
 
@@ -153,7 +153,7 @@ async def test_eval_fn_gets_all_instances_of_a_candidate_in_one_call() -> None:
     assert [(one.score, one.scores) for one in found] == [(1.0, {"right": 1.0})] * 5
 
 
-def test_nothing_to_learn_from_is_an_error() -> None:
+def test_no_training_signal_is_an_error() -> None:
     prompt = mlflow.genai.register_prompt(name="greet", template="Say hi to {{who}}")
     optimizer = AggregatedUpdate(model=as_model(suggest("x")), run_dir=False)
     with pytest.raises(ConfigError, match="Expected train_data= and scorers="):

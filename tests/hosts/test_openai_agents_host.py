@@ -59,14 +59,14 @@ async def test_a_handoff_is_a_tool_that_leads_to_the_other_agent() -> None:
     assert transport.bodies()[1]["messages"][0] == {"role": "system", "content": "Pay."}
 
 
-async def test_a_type_is_asked_for_as_a_response_format() -> None:
+async def test_a_type_is_requested_as_a_response_format() -> None:
     llm, transport = client('{"name": "billing"}')
     agent = Agent(name="route", model=model(llm), output_type=Team)
     assert (await Runner.run(agent, "the invoice")).final_output == Team(name="billing")
     assert transport.bodies()[0]["response_format"]["json_schema"]["schema"]["required"] == ["name"]
 
 
-async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
+async def test_a_stream_yields_the_text_as_it_arrives() -> None:
     llm, _ = client(stream_reply("a ", "red ", "lamp"))
     result = Runner.run_streamed(Agent(name="s", model=model(llm)), "What?")
     pieces = [
@@ -79,7 +79,7 @@ async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
     assert result.context_wrapper.usage.output_tokens == 5
 
 
-async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
+async def test_a_streamed_tool_call_is_executed() -> None:
     llm, transport = client(tool_stream("history", '{"customer": "Ada"}'), stream_reply("a ", "lamp"))
     result = Runner.run_streamed(with_tool(llm), "What did Ada buy?")
     _ = [event async for event in result.stream_events()]
@@ -88,7 +88,7 @@ async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
     assert result.context_wrapper.usage.input_tokens == 19
 
 
-async def test_settings_are_options_of_the_call_and_others_are_refused() -> None:
+async def test_settings_are_sent_as_options_and_others_are_refused() -> None:
     llm, transport = client("fine")
     settings = ModelSettings(temperature=0.5, extra_args={"seed": 7}, extra_body={"user": "u"}, presence_penalty=0.1)
     await Runner.run(Agent(name="s", model=model(llm), model_settings=settings), "Hi")
@@ -120,7 +120,7 @@ async def test_a_budget_ends_the_run() -> None:
         await Runner.run(agent, "Hi")
 
 
-async def test_runs_with_tools_replay_exactly_while_answers_come_in_any_order(tmp_path: Path) -> None:
+async def test_runs_with_tools_replay_exactly_in_any_order_of_answers(tmp_path: Path) -> None:
     count = iter(range(1000))
 
     async def answer(request: HTTPRequest) -> Any:

@@ -1,4 +1,4 @@
-"""AggregatedUpdate as an optimizer of Opik's: its own `optimize_prompt`, with items and agent of this process."""
+"""AggregatedUpdate as an Opik optimizer: its own `optimize_prompt`, with items and agent of this process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Items(opik.Dataset):
-    """A data set of this process."""
+    """A data set in this process."""
 
     def __init__(self, count: int = 8) -> None:
         self._items = [{"id": f"item-{i}", "who": f"w{i}", "expected": f"Hello w{i}!"} for i in range(count)]
@@ -74,7 +74,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_system_message_is_trained_by_opiks_own_entry_point() -> None:
-    """Reasons of the metric are the feedback; the given prompt and the user message stay as they are."""
+    """The metric's reasons are the feedback; the given prompt and the user message are unchanged."""
     asked: list[str] = []
     optimizer, result, prompt, texts = optimize(asked)
     assert texts == ["Hello {who}!", "go"]

@@ -1,4 +1,4 @@
-"""Our client as a model of pydantic-ai: tools, structured answers, streams, cassettes, budgets, equal bytes."""
+"""Our client as a pydantic-ai model: tools, structured answers, streams, cassettes, budgets, equal bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_tools_are_offered_called_and_their_results_sent_back() -> None:
     assert result.usage.input_tokens == 20
 
 
-async def test_a_type_is_answered_by_an_output_tool_that_must_be_called() -> None:
+async def test_a_type_is_requested_as_a_required_output_tool() -> None:
     llm, transport = client(tool_reply("final_result", {"name": "billing"}))
     result = await Agent(model(llm), output_type=Team).run("the invoice")
     assert result.output == Team(name="billing")
@@ -68,7 +68,7 @@ async def test_native_output_is_a_response_format() -> None:
     assert transport.bodies()[0]["response_format"]["json_schema"]["schema"]["required"] == ["name"]
 
 
-async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
+async def test_a_stream_yields_the_text_as_it_arrives() -> None:
     llm, _ = client(stream_reply("a ", "red ", "lamp"))
     async with Agent(model(llm)).run_stream("What?") as streamed:
         pieces = [piece async for piece in streamed.stream_text(delta=True, debounce_by=None)]
@@ -76,7 +76,7 @@ async def test_a_stream_passes_the_text_on_as_it_comes() -> None:
     assert streamed.usage.output_tokens == 5
 
 
-async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
+async def test_a_streamed_tool_call_is_executed() -> None:
     llm, transport = client(tool_stream("history", '{"customer": "Ada"}'), stream_reply("a ", "lamp"))
     async with with_tool(llm).run_stream("What did Ada buy?") as streamed:
         assert await streamed.get_output() == "a lamp"
@@ -84,7 +84,7 @@ async def test_a_streamed_call_of_a_tool_is_carried_out() -> None:
     assert streamed.usage.input_tokens == 19
 
 
-async def test_settings_are_options_of_the_call_and_others_are_refused() -> None:
+async def test_settings_are_sent_as_options_and_others_are_refused() -> None:
     llm, transport = client("fine")
     await Agent(model(llm)).run("Hi", model_settings={"seed": 7, "temperature": 0.5, "max_tokens": 9})
     sent = transport.bodies()[0]
@@ -110,7 +110,7 @@ async def test_a_budget_ends_the_run() -> None:
         await agent.run("Hi")
 
 
-async def test_runs_with_tools_replay_exactly_while_answers_come_in_any_order(tmp_path: Path) -> None:
+async def test_runs_with_tools_replay_exactly_in_any_order_of_answers(tmp_path: Path) -> None:
     count = iter(range(1000))
 
     async def answer(request: HTTPRequest) -> Any:

@@ -60,7 +60,7 @@ def test_silent_until_configured() -> None:
 
 
 def test_json_lines() -> None:
-    """A step is one JSON object with its facts, its level and an ISO time."""
+    """A step is one JSON object with its data, its level and an ISO time."""
     stream = io.StringIO()
     configure_logging("json", stream=stream)
     Events().step(REPORT)
@@ -86,7 +86,7 @@ def test_json_lines() -> None:
     }
 
 
-def test_a_run_begins_and_ends_with_an_event() -> None:
+def test_a_run_has_events_for_its_start_and_end() -> None:
     """The baseline, the end and the error that ends a run are events, as the steps are."""
     stream = io.StringIO()
     configure_logging("json", stream=stream)
@@ -120,8 +120,8 @@ def test_a_run_begins_and_ends_with_an_event() -> None:
     assert (failed["event"], failed["error"], failed["message"]) == ("train.failed", "ConfigError", "Expected a guide")
 
 
-def test_the_clients_events_take_the_same_way() -> None:
-    """What the client logs arrives under its name, context variables of the application beside it."""
+def test_the_clients_events_are_logged_too() -> None:
+    """The client's events have its logger's name, and the application's context variables."""
     from aggregator.llm import tracing
 
     stream = io.StringIO()
@@ -133,8 +133,8 @@ def test_the_clients_events_take_the_same_way() -> None:
     assert (event["event"], event["model"], event["run"]) == ("llm.call", "m", "r1")
 
 
-def test_console_lines_have_no_escape_codes_where_piped() -> None:
-    """For a stream that is no terminal a console line is plain text."""
+def test_console_lines_have_no_escape_codes_in_a_pipe() -> None:
+    """For a stream that is not a terminal a console line is plain text."""
     stream = io.StringIO()
     configure_logging(stream=stream)
     emit("train.step", epoch=2)
@@ -144,7 +144,7 @@ def test_console_lines_have_no_escape_codes_where_piped() -> None:
 
 
 def test_configuring_again_replaces() -> None:
-    """The second call moves the events, it does not double them."""
+    """The second call replaces the destination; events are not written twice."""
     first, second = io.StringIO(), io.StringIO()
     configure_logging("json", stream=first)
     configure_logging("json", stream=second)
@@ -160,8 +160,8 @@ def test_level_filters() -> None:
     assert stream.getvalue() == ""
 
 
-def test_path_appends(tmp_path: Path) -> None:
-    """A path is made with its folders and appended to."""
+def test_a_path_is_appended_to(tmp_path: Path) -> None:
+    """Its folders are created."""
     for _ in range(2):
         configure_logging("json", path=tmp_path / "deep" / "log.jsonl")
         emit("train.step")
@@ -169,7 +169,7 @@ def test_path_appends(tmp_path: Path) -> None:
 
 
 def test_events_file_holds_the_block(tmp_path: Path) -> None:
-    """Only events of the block are in the file, and nothing stays configured after it."""
+    """Only events inside the block are in the file, and nothing stays configured after it."""
     with events_file(tmp_path / "events.jsonl"):
         emit("inside")
     emit("outside")
@@ -186,19 +186,19 @@ def test_events_file_holds_the_block(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
-    """A wrong argument says what was expected, and configures nothing."""
+    """The error says what was expected, and nothing is configured."""
     with pytest.raises(ConfigError, match=message):
         configure_logging(**arguments)
     assert not structlog.is_configured()
 
 
 def test_unwritable_path(tmp_path: Path) -> None:
-    """A path that cannot be written is an error of ours."""
+    """A path that cannot be written raises an AggregatorError."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can be written"):
         configure_logging(path=tmp_path / "file" / "log")
 
 
-def test_public() -> None:
-    """The name is in the package."""
+def test_configure_logging_is_public() -> None:
+    """The name is exported by the package."""
     assert aggregator.configure_logging is configure_logging

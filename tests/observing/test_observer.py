@@ -1,4 +1,4 @@
-"""The Observer and its doors: what is taken, what it sees, and what happens if it raises."""
+"""Observers: what is accepted, what they see, and what happens if one raises."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def report(step: int = 0, *, accepted: bool = True, **facts: Any) -> FullStepRep
 
 
 class Values:
-    """A logger in Trace's shape that remembers."""
+    """A logger in Trace's shape that records its calls."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[str, Any, int]] = []
@@ -61,20 +61,20 @@ class Values:
 
 
 def test_every_method_of_an_observer_does_nothing() -> None:
-    """The base class has one method per event, each of which may be left as it is."""
+    """The base class has one method per event, all of them optional."""
     assert [event for event in EVENTS if getattr(Observer(), event)(None) is not None] == []
 
 
 def test_a_callable_sees_the_steps() -> None:
-    """It is the shortest observer: a function of a StepReport."""
+    """The shortest observer is a function of a StepReport."""
     seen: list[Any] = []
     observer = as_observer(seen.append)
     assert [getattr(observer, event)(event) for event in EVENTS] == [None] * len(EVENTS)
     assert seen == ["step"]
 
 
-def test_an_object_with_some_methods_sees_these_events() -> None:
-    """It need not derive from Observer, and a call of the object is not a step if it has methods."""
+def test_an_object_with_some_methods_gets_these_events() -> None:
+    """It need not derive from Observer, and is not called for a step if it has methods."""
 
     class Watch:
         def __init__(self) -> None:
@@ -114,8 +114,8 @@ class Nothing: ...
         (lambda: None, "it must take one argument, the record"),
     ],
 )
-def test_what_is_not_an_observer(thing: Any, got: str) -> None:
-    """The error lists what is accepted and says what came."""
+def test_an_invalid_observer(thing: Any, got: str) -> None:
+    """The error lists what is accepted, and what it got."""
     with pytest.raises(ConfigError, match=r"^Expected a callable that takes a StepReport, an Observer, or") as error:
         as_observer(thing)
     assert got in str(error.value)
@@ -123,14 +123,14 @@ def test_what_is_not_an_observer(thing: Any, got: str) -> None:
         as_observers([thing])
 
 
-def test_one_observer_in_place_of_a_list() -> None:
-    """`observers=print` is an error, as a list is expected."""
+def test_one_observer_instead_of_a_list() -> None:
+    """`observers=print` is an error, because a list is expected."""
     with pytest.raises(ConfigError, match=re.escape("Expected observers=[...]")):
         as_observers(print)
 
 
 def test_a_logger_gets_the_baseline_refusals_failures_usage_and_cost() -> None:
-    """It got three kinds of value only: the two scores and the parameters."""
+    """It got only three kinds of value: the two scores and the parameters."""
     logger = Values()
     observer = from_logger(logger)
     observer.started(INFO)
@@ -163,7 +163,7 @@ def test_a_logger_gets_the_baseline_refusals_failures_usage_and_cost() -> None:
 
 @pytest.mark.parametrize(("frequency", "steps"), [(0, []), (1, [0, 1, 2, 3]), (3, [2])])
 def test_frequency_counts_steps(frequency: int, steps: list[int]) -> None:
-    """0 logs nothing, the baseline included; the sums count the steps that are not logged too."""
+    """0 logs nothing, including the baseline; the sums count steps that are not logged, too."""
     logger = Values()
     observer = from_logger(logger, frequency)
     observer.evaluation(Evaluation(step=0, score=0.25, scores=(0.25,)))
@@ -175,7 +175,7 @@ def test_frequency_counts_steps(frequency: int, steps: list[int]) -> None:
 
 
 async def test_an_observer_that_raises_is_named() -> None:
-    """The error is raised as it is, with a note that says which observer it came from."""
+    """Its error is raised with a note that names the observer."""
 
     class Breaks(Observer):
         async def step(self, report: FullStepReport, /) -> None:
@@ -189,7 +189,7 @@ async def test_an_observer_that_raises_is_named() -> None:
 
 
 async def test_an_observer_that_raises_in_failed_does_not_hide_the_error() -> None:
-    """The error that ends the run stays the one that is raised, and the other observers still see it."""
+    """The error that ends the run is raised, and the other observers still see it."""
 
     class Breaks(Observer):
         def failed(self, error: BaseException, /) -> None:
@@ -208,7 +208,7 @@ async def test_an_observer_that_raises_in_failed_does_not_hide_the_error() -> No
 
 
 def test_a_slim_report_holds_no_outputs() -> None:
-    """What is kept does not grow with what agents and models wrote, and reads back as it was."""
+    """Its size does not depend on what agents and models wrote, and it can be loaded again."""
     big = "x" * 100_000
     full = report(
         rollouts=(Rollout(sample_id=0, output=big, transcript=big),),

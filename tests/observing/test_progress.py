@@ -53,7 +53,7 @@ RESULT = TrainingResult(parameters={}, best_parameters={}, initial_parameters={}
 
 
 def test_piped_progress_is_one_plain_line_per_step() -> None:
-    """Where nobody can see a bar redraw itself there is one line a step: epoch, step, score and calls so far."""
+    """Without a terminal each step is one line: epoch, step, score and calls so far."""
     stream = io.StringIO()
     bar = ProgressBar(stream=stream)
     bar.started(info(3))
@@ -67,8 +67,8 @@ def test_piped_progress_is_one_plain_line_per_step() -> None:
     ]
 
 
-def test_calls_of_evaluations_and_of_the_run_before_are_counted() -> None:
-    """A resumed run goes on with its number of steps and calls; the baseline counts too."""
+def test_calls_of_evaluations_and_of_finished_steps_are_counted() -> None:
+    """A resumed run continues its numbers of steps and calls; the baseline counts too."""
     stream = io.StringIO()
     bar = ProgressBar(stream=stream)
     bar.started(info(3, finished_steps=1, usage={"agent": Usage(calls=10)}))
@@ -88,7 +88,7 @@ def broken(bar: ProgressBar) -> None:
 @pytest.mark.requirement("Trace: tqdm bars with description")
 @pytest.mark.parametrize("end", [ended, broken])
 def test_terminal_progress_is_one_bar(end: Callable[[ProgressBar], None]) -> None:
-    """In a terminal the bar redraws itself, and its line ends with the run, also with one that breaks."""
+    """In a terminal the bar redraws itself, and its line ends with the run, even if the run fails."""
     stream = Terminal()
     bar = ProgressBar(stream=stream, name="demo")
     bar.started(info(2))
@@ -115,7 +115,7 @@ def test_the_bar_of_80_columns_was_cut() -> None:
             bar.step(report(step, test_score=0.875))
         bar.close()
     shown = b""
-    with os.fdopen(ours, "rb", buffering=0) as screen, suppress(OSError):  # which is how the end of a terminal reads
+    with os.fdopen(ours, "rb", buffering=0) as screen, suppress(OSError):  # which is how a closed terminal is read
         while piece := screen.read(4096):
             shown += piece
     last = shown.decode().rstrip().split("\r")[-1]
@@ -123,8 +123,8 @@ def test_the_bar_of_80_columns_was_cut() -> None:
     assert len(last) < 80
 
 
-def test_a_notebooks_cell_shows_the_bar() -> None:
-    """Its output is no terminal, and it showed nothing until the end of the run."""
+def test_a_notebook_cell_shows_the_bar() -> None:
+    """Its output is not a terminal, and showed nothing until the end of the run."""
     cell = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
     assert redraws(cell)
     assert redraws(Terminal())
@@ -132,8 +132,8 @@ def test_a_notebooks_cell_shows_the_bar() -> None:
 
 
 @pytest.mark.requirement("Trace: DefaultLogger.log(name, data, step, color)", "Trace: Console logger")
-def test_console_logger_has_traces_shape() -> None:
-    """`log(name, data, step, color=...)` writes a line; floats are brief and None is a dash."""
+def test_the_console_logger_has_traces_interface() -> None:
+    """`log(name, data, step, color=...)` writes a line; floats are short and None is a dash."""
     stream = io.StringIO()
     logger = ConsoleLogger(stream)
     logger.log("Average train score", 1 / 3, 4, color="green")
@@ -143,8 +143,8 @@ def test_console_logger_has_traces_shape() -> None:
 
 @pytest.mark.requirement("Trace: DefaultLogger.log(name, data, step, color)")
 @pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
-def test_colors_only_where_they_show(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
-    """A terminal gets colors, unless NO_COLOR is set; an unknown color paints nothing."""
+def test_colors_are_used_in_terminals_only(monkeypatch: pytest.MonkeyPatch, no_color: str, painted: bool) -> None:
+    """A terminal gets colors, unless NO_COLOR is set; an unknown color has no effect."""
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
@@ -168,7 +168,7 @@ def test_colors_only_where_they_show(monkeypatch: pytest.MonkeyPatch, no_color: 
 def test_a_dumb_terminal_got_colors(
     variables: dict[str, str], stream: io.StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FORCE_COLOR paints where nothing is known to show colors, NO_COLOR nowhere."""
+    """FORCE_COLOR enables colors without a terminal, NO_COLOR disables them everywhere."""
     for name in ("TERM", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

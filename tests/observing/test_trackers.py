@@ -1,4 +1,4 @@
-"""Loggers for experiment trackers, read back from what they wrote."""
+"""Loggers for experiment trackers, checked by reading back what they wrote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ needs_board = pytest.mark.skipif(find_spec("tensorboardX") is None, reason="the 
 
 
 def events(folder: Path) -> list[tuple[str, int, Any]]:
-    """(tag, step, value) of every summary in the event files of a folder, in order."""
+    """Return (tag, step, value) of every summary in a folder's event files, in order."""
     from tensorboardX.proto.event_pb2 import Event
 
     found: list[tuple[str, int, Any]] = []
@@ -36,7 +36,7 @@ def events(folder: Path) -> list[tuple[str, int, Any]]:
 
 @pytest.mark.requirement("Trace: Tensorboard logger")
 @needs_board
-def test_tensorboard_reads_numbers_as_scalars_and_the_rest_as_text(tmp_path: Path) -> None:
+def test_tensorboard_gets_numbers_as_scalars_and_the_rest_as_text(tmp_path: Path) -> None:
     """Scores are curves, parameters texts, lists JSON; an unknown score is no point."""
     with TensorBoardLogger(tmp_path / "board") as logger:
         logger.log("Average test score", 0.5, 0, color="green")
@@ -57,7 +57,7 @@ def test_tensorboard_reads_numbers_as_scalars_and_the_rest_as_text(tmp_path: Pat
 @pytest.mark.requirement("Trace: Tensorboard logger")
 @needs_board
 def test_a_run_logs_to_tensorboard(tmp_path: Path) -> None:
-    """The trainer takes it as its logger: the run, the baseline, train score, test score and what each step changed."""
+    """As the trainer's logger it records the run, the baseline, train score, test score and each step's changes."""
     script = f"""
 import json
 from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode
@@ -95,7 +95,7 @@ with TensorBoardLogger({str(tmp_path)!r}) as logger:
 
 
 class Writer:
-    """A SummaryWriter that remembers."""
+    """A SummaryWriter that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -107,15 +107,15 @@ class Writer:
         self.calls.append(("flushed",))
 
 
-def test_a_writer_of_ones_own_is_flushed_and_stays_open() -> None:
-    """torch's SummaryWriter, say, which others write to as well."""
+def test_a_given_writer_is_flushed_and_stays_open() -> None:
+    """For example torch's SummaryWriter, which others write to as well."""
     with TensorBoardLogger(writer=(writer := Writer())) as logger:
         logger.log("loss", 2, 4)
     assert writer.calls == [("loss", 2.0, 4), ("flushed",)]
 
 
 class Run:
-    """A run of W&B that remembers."""
+    """A W&B run that records its calls."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[dict[str, Any], int]] = []
@@ -125,8 +125,8 @@ class Run:
 
 
 @pytest.mark.requirement("Trace: Wandb logger")
-def test_wandb_gets_numbers_and_texts_under_their_step() -> None:
-    """A dict is text too: W&B would make a key of each of its own keys."""
+def test_wandb_gets_numbers_and_texts_with_their_step() -> None:
+    """A dict is sent as text: W&B would make a key of each of its keys."""
     logger = WandbLogger(run := Run())
     for data in (0.5, None, True, "Answer.", {"k": 1}):
         logger.log("Parameter: x", data, 3, color="red")
@@ -134,7 +134,7 @@ def test_wandb_gets_numbers_and_texts_under_their_step() -> None:
 
 
 @pytest.mark.requirement("Trace: Wandb logger")
-def test_the_real_wandb_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_wandb_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline, without an account; the summary holds the latest values."""
     wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -145,33 +145,33 @@ def test_the_real_wandb_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         logger.log("Average test score", 0.5, 0)
         logger.log("Average test score", 0.75, 1)
         logger.log("Parameter: rule", "Answer.", 1)
-        logger.log("Average test score", 1.0, 2)  # W&B takes a step when the next one begins
+        logger.log("Average test score", 1.0, 2)  # W&B sends a step when the next one begins
         summary = dict(run.summary)
     assert (summary["Average_test_score"], summary["Parameter/rule"]) == (0.75, "Answer.")
 
 
 @pytest.mark.parametrize("number", [10**400, float("inf")])
 def test_numbers_beyond_a_float_do_not_end_a_run(number: float) -> None:
-    """They are text, or what a float makes of them."""
+    """They are logged as text, or rounded to a float."""
     assert entry("x", number)[1] in (str(10**400), float("inf"))
 
 
 @pytest.mark.parametrize(("log_dir", "writer"), [(None, None), ("runs/x", Writer())])
-def test_a_board_has_one_place(log_dir: Any, writer: Any) -> None:
-    """Neither folder nor writer, or both, is invalid."""
+def test_tensorboard_needs_either_a_folder_or_a_writer(log_dir: Any, writer: Any) -> None:
+    """Neither, or both, is invalid."""
     with pytest.raises(ConfigError, match="Expected a log_dir or a writer"):
         TensorBoardLogger(log_dir, writer=writer)
 
 
-def test_what_is_no_run_is_refused() -> None:
-    """The project's name in place of a run, say."""
+def test_an_invalid_run_is_refused() -> None:
+    """For example the project's name instead of a run."""
     with pytest.raises(ConfigError, match=r"as wandb.init\(project=...\) returns it, got 'router'"):
         WandbLogger("router")
 
 
 @pytest.mark.parametrize(("module", "use"), [("tensorboardX", "TensorBoardLogger('x')"), ("wandb", "WandbLogger()")])
-def test_a_missing_tracker_is_named_with_its_extra(module: str, use: str) -> None:
-    """Only who uses a tracker installs it, and is told how."""
+def test_a_missing_tracker_names_its_extra(module: str, use: str) -> None:
+    """Trackers are optional, and the error gives the command to install one."""
     script = f"import sys; sys.modules[{module!r}] = None; import aggregator; aggregator.{use}"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert f"pip install 'aggregated-update[{module.lower().rstrip('x')}]'" in ended.stderr

@@ -28,7 +28,7 @@ SECONDS = 600
 
 
 def checkout(python: Path, name: str) -> Path:
-    """Return the folder of a suite's source distribution, which is fetched once."""
+    """Return the folder of a suite's source distribution, which is downloaded once."""
     folder = CACHE / f"{name}-{SUITES[name]}"
     if not folder.exists():
         wanted = f"{name.replace('_', '-')}=={SUITES[name]}"
@@ -40,7 +40,7 @@ def checkout(python: Path, name: str) -> Path:
 
 
 def outcomes(python: Path, folder: Path, arguments: list[str], **environment: str) -> dict[str, str]:
-    """Run a suite and return what became of each test."""
+    """Run a suite and return the result of each test."""
     command = [str(python), "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
     paths = os.pathsep.join([str(ROOT), str(HERE)])
     done = subprocess.run(
@@ -59,7 +59,7 @@ def outcomes(python: Path, folder: Path, arguments: list[str], **environment: st
 
 
 def main() -> int:
-    """Compare both suites; 1 where too few tests pass."""
+    """Compare both suites; exit with 1 if too few tests pass."""
     python = make("peer-suites")
     served = {
         "vcrpy": outcomes(python, checkout(python, "vcrpy"), ["-p", "serve_vcrpy", *VCRPY]),

@@ -9,5 +9,5 @@ from typing import Any
 
 
 def pytest_configure(config: Any) -> None:
-    """Set the setting as the ini file would."""
+    """Set the option as the ini file would."""
     config._inicache["cassette_serve_vcr"] = True

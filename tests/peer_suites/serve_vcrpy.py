@@ -29,12 +29,12 @@ def _use_cassette(self: Any, with_current_defaults: bool = False, **options: Any
 
 
 def _note(path: Path, tape: Tape) -> None:
-    """Nothing is told of a suite's cassettes."""
+    """Do not report a suite's cassettes."""
 
 
 VCR._use_cassette = _use_cassette
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tell how many cassettes were ours."""
+    """Print how many cassettes were ours."""
     terminalreporter.line(f"cassettes of ours: {COUNTS['ours']}, of stock vcrpy: {COUNTS['stock']}")

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 AIMOCK_VERSION = "1.43.0"
-LLAMA_VERSION = "0.3.36"  # of llama-cpp-python: its sdist carries the whole source of llama.cpp
+LLAMA_VERSION = "0.3.36"  # of llama-cpp-python: its sdist has the whole source of llama.cpp
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aggregated-update"
 
 TOOLS = CACHE / f"peer-tools-{sys.version_info.major}.{sys.version_info.minor}"
@@ -26,7 +26,7 @@ TINY_MODEL = CACHE / "tiny-1.gguf"
 
 CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
-    "GGML_NATIVE": "OFF",  # the binary is kept, and may be run on another machine
+    "GGML_NATIVE": "OFF",  # the binary is cached, and may be run on another machine
     "LLAMA_BUILD_SERVER": "ON",
     "LLAMA_BUILD_TOOLS": "ON",
     "LLAMA_BUILD_TESTS": "OFF",
@@ -46,7 +46,7 @@ def run(*command: str | Path) -> None:
 
 
 def tools() -> Path:
-    """A Python of our own with gguf, numpy and, where the machine has none, cmake."""
+    """Return a Python of our own with gguf, numpy and, if the machine has none, cmake."""
     python = TOOLS / "bin" / "python"
     stamp = TOOLS / ".installed"
     if not stamp.exists():
@@ -68,7 +68,7 @@ def install_aimock() -> None:
 
 
 def install_llama_server() -> None:
-    """Build llama-server; the finished binary is moved into place, so that a killed build leaves nothing behind."""
+    """Build llama-server; the finished binary is moved into place, so that a killed build leaves nothing."""
     if LLAMA_SERVER.exists():
         return
     python = tools()

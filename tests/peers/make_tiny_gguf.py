@@ -18,7 +18,7 @@ CONTROL, NORMAL, UNKNOWN, BYTE = 3, 1, 2, 6
 
 
 def vocabulary() -> tuple[list[str], list[float], list[int]]:
-    """Byte tokens (any text can be written) and the printable characters, so that text is mostly readable."""
+    """Byte tokens (any text can be encoded) and the printable characters, so that text is mostly readable."""
     tokens = ["<unk>", "<s>", "</s>"]
     kinds = [UNKNOWN, CONTROL, CONTROL]
     tokens += [f"<0x{i:02X}>" for i in range(256)]

@@ -51,7 +51,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(command: Sequence[str | Path], url: str, log: Path) -> Iterator[str]:
-    """Run a server until it answers at `url`/health; end it afterwards."""
+    """Run a server until it answers at `url`/health, and end it afterwards."""
     with log.open("wb") as out:
         process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -150,8 +150,8 @@ def client(model: str, url: str, **given: Any) -> LLM:
 
 
 @pytest.mark.parametrize("model", DIALECTS)
-async def test_every_dialect_is_understood_by_the_server(aimock: str, model: str) -> None:
-    """Our requests are accepted, and the answer's text comes back, in each family's own format."""
+async def test_the_server_understands_every_dialect(aimock: str, model: str) -> None:
+    """The server accepts our requests and returns text, in each API's own format."""
     async with client(model, aimock) as llm:
         found = await llm.complete("Please greet me", max_tokens=20, temperature=0.5, stop=["END"])
     assert (found.text, found.finish_reason) == ("Hello from afar", "stop")
@@ -169,7 +169,7 @@ async def test_every_dialect_streams(aimock: str, model: str) -> None:
 
 @pytest.mark.parametrize("model", DIALECTS)
 async def test_every_dialect_calls_tools(aimock: str, model: str) -> None:
-    """A tool goes out in the family's own form, and its call comes back in ours."""
+    """A tool is sent in the API's own form, and its call is returned in ours."""
     tool = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}
     async with client(model, aimock) as llm:
         (call,) = (await llm.complete("Please call a tool", tools=[tool])).tool_calls
@@ -177,8 +177,8 @@ async def test_every_dialect_calls_tools(aimock: str, model: str) -> None:
     assert call.id
 
 
-async def test_the_responses_api_is_understood_by_the_server(aimock: str) -> None:
-    """Text, streams and tools in both directions, a failure as its class."""
+async def test_the_server_understands_the_responses_api(aimock: str) -> None:
+    """Text, streams, tools in both directions, and a failure with its class."""
     tool = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}
     async with client("openai/gpt-4o", aimock, api="responses") as llm:
         found = await llm.complete([{"role": "system", "content": "Be kind."}, "Please greet me"], max_tokens=20)
@@ -197,7 +197,7 @@ async def test_the_responses_api_is_understood_by_the_server(aimock: str) -> Non
 
 @pytest.mark.parametrize("model", ["openai/gpt-4o", "azure/gpt-4o"])
 async def test_usage_and_truncation_are_visible(aimock: str, model: str) -> None:
-    """Tokens are counted, and an answer that was cut says so."""
+    """Tokens are counted, and a truncated answer has that finish reason."""
     async with client(model, aimock) as llm:
         whole = await llm.complete("Please greet me")
         cut = await llm.complete("Please be cut")
@@ -206,8 +206,8 @@ async def test_usage_and_truncation_are_visible(aimock: str, model: str) -> None
 
 
 @pytest.mark.parametrize("words", ["busy once", "fail once"])
-async def test_a_passing_fault_is_tried_again(aimock: str, words: str) -> None:
-    """One 429 or 500 costs one more request, no more."""
+async def test_a_transient_fault_is_retried(aimock: str, words: str) -> None:
+    """One 429 or 500 costs one more request."""
     async with client("openai/gpt-4o", aimock) as llm:
         found = await llm.complete(f"Please {words}")
     assert (found.text, found.attempts) == ("Hello from afar", 2)
@@ -227,10 +227,10 @@ async def test_a_passing_fault_is_tried_again(aimock: str, words: str) -> None:
         ("gemini/gemini-2.5-flash", "wrong for good", LLMError, 1),
     ],
 )
-async def test_a_lasting_fault_is_a_typed_error(
+async def test_a_permanent_fault_is_a_typed_error(
     aimock: str, model: str, words: str, kind: type[LLMError], attempts: int
 ) -> None:
-    """The attempts set are used up for what may pass, one is enough for what will not; the error counts them."""
+    """Transient faults use all attempts, permanent ones one; the error counts them."""
     async with client(model, aimock, max_attempts=2) as llm:
         with pytest.raises(kind) as caught:
             await llm.complete(f"Please {words}")
@@ -238,8 +238,8 @@ async def test_a_lasting_fault_is_a_typed_error(
     assert caught.value.message
 
 
-async def test_a_stream_that_breaks_off_is_no_answer(aimock: str) -> None:
-    """Deltas came, then the connection went: an error, not a short answer."""
+async def test_a_stream_that_breaks_off_is_an_error(aimock: str) -> None:
+    """Deltas arrived before the connection was lost: that is an error, not a short answer."""
     async with client("openai/gpt-4o", aimock, max_attempts=1) as llm:
         with pytest.raises(LLMError):
             async for _ in llm.stream("Please break off"):
@@ -251,7 +251,10 @@ def tiny(url: str, **given: Any) -> LLM:
 
 
 async def test_inference_with_options(llama: str) -> None:
-    """A real server takes our options: the cap holds, the seed makes the answer repeatable, usage is counted."""
+    """A real server accepts our options:
+
+    the limit is respected, the seed makes answers repeatable, usage is counted.
+    """
     async with tiny(llama) as llm:
         first = await llm.complete("Hi", max_tokens=8, temperature=1.0, seed=7)
         again = await llm.complete("Hi", max_tokens=8, temperature=1.0, seed=7)
@@ -263,7 +266,7 @@ async def test_inference_with_options(llama: str) -> None:
 
 @pytest.mark.requirement("built 7: structured output")
 async def test_a_schema_is_enforced(llama: str) -> None:
-    """json_schema constrains even a model that talks nonsense."""
+    """json_schema constrains even a model that writes nonsense."""
     async with tiny(llama) as llm:
         found = await llm.complete("Decide", max_tokens=400, response_format=SCHEMA, temperature=0)
     answer = json.loads(found.text)
@@ -271,25 +274,25 @@ async def test_a_schema_is_enforced(llama: str) -> None:
     assert isinstance(answer["sure"], bool)
 
 
-async def test_a_schema_that_the_server_cannot_take_is_stepped_down(llama: str) -> None:
-    """A refused schema is asked for in a weaker form, within the attempts; the server's refusal is no crash."""
+async def test_a_refused_schema_falls_back_to_a_lower_form(llama: str) -> None:
+    """It is requested in a lower form, within the attempts; the server's refusal raises nothing."""
     impossible = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}, "required": ["a"]}
     async with tiny(llama, max_attempts=3) as llm:
-        with pytest.raises(LLMError) as caught:  # the weaker forms reach a model that talks nonsense
+        with pytest.raises(LLMError) as caught:  # the lower forms reach a model that writes nonsense
             await llm.complete("Decide", max_tokens=30, response_format=impossible)
     assert caught.value.attempts > 1
 
 
 async def test_a_wrong_key(llama: str) -> None:
-    """401 is told apart, and tried once."""
+    """A 401 has its own class, and is not retried."""
     async with LLM("llamacpp/tiny", base_url=f"{llama}/v1", api_key="wrong", env={}) as llm:
         with pytest.raises(AuthenticationError) as caught:
             await llm.complete("Hi", max_tokens=4)
     assert (caught.value.status, caught.value.attempts) == (401, 1)
 
 
-async def test_a_prompt_too_long(llama: str) -> None:
-    """The server's own way to say that the context is full is a ContextLengthError, tried once."""
+async def test_a_prompt_that_is_too_long(llama: str) -> None:
+    """The server's own message for a full context is a ContextLengthError, without retries."""
     async with tiny(llama) as llm:
         with pytest.raises(ContextLengthError) as caught:
             await llm.complete("long " * 3000, max_tokens=4)
@@ -297,7 +300,7 @@ async def test_a_prompt_too_long(llama: str) -> None:
 
 
 async def test_a_real_stream(llama: str) -> None:
-    """Tokens come one by one; usage is on the whole answer."""
+    """Tokens arrive one by one; usage is on the whole answer."""
     async with tiny(llama) as llm:
         stream = llm.stream("Hi", max_tokens=16, temperature=1.0, seed=3)
         deltas = [delta async for delta in stream]
@@ -307,7 +310,7 @@ async def test_a_real_stream(llama: str) -> None:
 
 
 async def test_the_responses_api_of_another_server(llama: str) -> None:
-    """llama-server speaks it too: text, its limit, and a stream with the same usage."""
+    """llama-server supports it too: text, its limit, and a stream with the same usage."""
     async with tiny(llama, api="responses") as llm:
         found = await llm.complete("Say something.", max_tokens=8)
         stream = llm.stream("Say something.", max_tokens=8)
@@ -318,7 +321,7 @@ async def test_the_responses_api_of_another_server(llama: str) -> None:
 
 
 async def test_the_messages_api_of_another_server(llama: str) -> None:
-    """llama-server speaks Anthropic's format too; the whole prompt is counted, what its cache held included."""
+    """llama-server supports Anthropic's format too; the whole prompt is counted, including cached tokens."""
     async with LLM("anthropic/tiny", base_url=llama, api_key=KEY, env={}) as llm:
         first = await llm.complete("Hi", max_tokens=4)
         second = await llm.complete("Hi", max_tokens=4)
@@ -332,7 +335,7 @@ async def test_the_messages_api_of_another_server(llama: str) -> None:
 @pytest.mark.requirement("client 2: llama-server after 5 s idle", "figure: 450 POSTs after 5 s idle: 0 failures")
 @pytest.mark.long
 async def test_no_call_is_lost_on_a_connection_that_the_server_just_closed(llama: str) -> None:
-    """llama-server closes idle connections after 5 s: 450 calls sent right about then all succeed, each sent once."""
+    """llama-server closes idle connections after 5 s: 450 calls sent at that time all succeed, each sent once."""
     idle = [4.98 + 0.05 * round_ / 8 for round_ in range(9)]
     sent = 0
     async with tiny(llama, max_attempts=1, max_concurrency=50) as llm:

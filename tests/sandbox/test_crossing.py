@@ -1,4 +1,4 @@
-"""What a worker sends is not believed: exceptions, frames, sizes and kinds of values are checked by the parent."""
+"""A worker's messages are not trusted: the parent checks exceptions, frames, sizes and types of values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def call(**facts: Any) -> Call:
 
 
 def read(content: Any, **facts: Any) -> Any:
-    """Return what the parent makes of an answer; bytes are sent as they are."""
+    """Return what the parent reads from an answer; bytes are sent unchanged."""
     raw = content if isinstance(content, bytes) else msgspec.msgpack.encode(content)
     return result_of(Frame("", raw), call(**facts))
 
@@ -42,14 +42,14 @@ plain = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(plain)
 def test_plain_values_pass(value: Any) -> None:
-    """What a call may return arrives as it was."""
+    """Values that a call may return arrive unchanged."""
     assert read({"value": value}, most_values=10**6) == value
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
-def test_no_bytes_can_do_more_than_raise_a_sandbox_error(content: bytes) -> None:
-    """Whatever arrives is an answer, a SandboxError, or an exception of the table."""
+def test_any_bytes_raise_at_most_a_sandbox_error(content: bytes) -> None:
+    """Any bytes give an answer, a SandboxError, or an exception of the table."""
     try:
         read(content)
     except Exception as error:  # noqa: BLE001 - its type is what is checked
@@ -60,7 +60,7 @@ def test_no_bytes_can_do_more_than_raise_a_sandbox_error(content: bytes) -> None
     "kind", sorted({*vars(builtins), "os.system", "SystemExit", "KeyboardInterrupt", "__import__"})
 )
 def test_a_worker_cannot_choose_what_the_parent_calls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is no exception of the table becomes text in a SandboxError; nothing of that name is called."""
+    """A name that is not in the table of exceptions becomes text in a SandboxError; nothing of that name is called."""
     monkeypatch.delenv("REACHED", raising=False)
     arguments = ["import os; os.environ['REACHED'] = '1'"]
     error = rebuild(Fault(kind=kind, text="x", args=arguments), "op")
@@ -74,16 +74,16 @@ def test_a_worker_cannot_choose_what_the_parent_calls(kind: str, monkeypatch: py
     ("start", "end"), [(-(10**9), -(10**9) + 1), (10**9, 10**9 + 1), (0, 5), (1, 1), (True, 2), (2**63, 2**63 + 1)]
 )
 @pytest.mark.parametrize("kind", ["UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError"])
-def test_a_unicode_error_points_into_its_own_object(kind: str, start: int, end: int) -> None:
-    """CPython reads memory at `start` when it prints such an error, so a place outside is not taken over."""
+def test_a_unicode_error_must_refer_to_its_own_object(kind: str, start: int, end: int) -> None:
+    """CPython reads memory at `start` when it prints such an error, so an invalid position is not used."""
     thing = b"abc" if kind == "UnicodeDecodeError" else "abc"
     arguments = ["ascii", thing, start, end, "r"][kind == "UnicodeTranslateError" :]
     error = rebuild(Fault(kind=kind, text="said", args=arguments), "op")
     assert "said" in str(error)
 
 
-def test_a_sound_unicode_error_arrives_as_itself() -> None:
-    """Its place, object and reason are those of the worker."""
+def test_a_valid_unicode_error_is_restored() -> None:
+    """Position, object and reason are those of the worker."""
     error = rebuild(
         Fault(kind="UnicodeDecodeError", text="", args=["utf-8", b"\xff", 0, 1, "invalid start byte"]), "op"
     )
@@ -94,12 +94,12 @@ def test_a_sound_unicode_error_arrives_as_itself() -> None:
     "arguments", [[["nested"]], [{}], ["x"] * 6, ["x" * 20_000], [{"a": 1}, 2]], ids=lambda value: str(value)[:20]
 )
 def test_arguments_of_an_exception_are_few_and_plain(arguments: list[Any]) -> None:
-    """Anything else is replaced by the text."""
+    """Any other argument is replaced by the text."""
     assert rebuild(Fault(kind="ValueError", text="said", args=arguments), "op").args == ("said",)
 
 
 @pytest.mark.parametrize("line", [-1, 10**9])
-def test_a_line_that_no_source_has_is_dropped(line: int) -> None:
+def test_a_line_outside_the_source_is_dropped(line: int) -> None:
     """The line is used to quote the source."""
     assert vars(rebuild(Fault(kind="ValueError", text="", line=line), "op"))["source_line"] == 0
 
@@ -114,13 +114,13 @@ def test_a_line_that_no_source_has_is_dropped(line: int) -> None:
     ],
 )
 def test_a_small_reply_of_many_values_is_refused_before_it_is_decoded(value: Any, reason: str) -> None:
-    """A limit of bytes does not bound memory: an empty list is one byte here and a hundred there."""
+    """A byte limit does not bound memory: an empty list is one byte here and a hundred there."""
     with pytest.raises(SandboxError, match=f"Expected op to stay within its sandbox, but {reason}"):
         read({"value": value})
 
 
 def test_depth_is_limited() -> None:
-    """64 levels pass, 100,000 are refused without recursion."""
+    """64 levels are accepted, 100,000 are refused without recursion."""
     nested: Any = 1
     for _ in range(64):
         nested = [nested]
@@ -130,7 +130,7 @@ def test_depth_is_limited() -> None:
         read(deep, most_values=10**6)
 
 
-def test_keys_that_are_tuples_are_few() -> None:
+def test_tuple_keys_are_limited() -> None:
     """Their hashes can be chosen to collide, and a dict of many such keys takes minutes to build."""
     assert read({"value": {(1, 2): 3}}) == {(1, 2): 3}
     with pytest.raises(SandboxError, match="more than 1000 keys that are tuples"):
@@ -152,13 +152,13 @@ def test_keys_that_are_tuples_are_few() -> None:
     ],
 )
 def test_malformed_answers_are_a_sandbox_error(content: bytes) -> None:
-    """Cut, of another shape, with unknown extension types, or longer than they say."""
+    """Truncated, of another shape, with unknown extension types, or longer than stated."""
     with pytest.raises(SandboxError, match="Expected an answer from the sandbox of op"):
         read(content)
 
 
 @pytest.mark.parametrize("value", [(1, ("a", 2.5)), {"k": (1,)}, [(), b"x"], {"a", "b"}, frozenset({1}), {(1, 2): [3]}])
-def test_values_of_a_module_cross_as_what_they_are(value: Any) -> None:
+def test_values_of_a_module_keep_their_types(value: Any) -> None:
     """Tuples and sets, which msgpack does not have, arrive as tuples and sets."""
     there = msgspec.msgpack.decode(msgspec.msgpack.encode(pack(value, wide=True)), ext_hook=unpack)
     assert there == value
@@ -166,7 +166,7 @@ def test_values_of_a_module_cross_as_what_they_are(value: Any) -> None:
 
 
 def test_check_content_counts_exactly() -> None:
-    """The limit is the number of values, keys and containers included."""
+    """The limit is the number of values, including keys and containers."""
     content = msgspec.msgpack.encode({"value": [1, "two", {"three": 3}]})
     check_content(content, 8)
     with pytest.raises(Exception, match="more than 7 values"):

@@ -64,7 +64,7 @@ def _no_worker_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    path = tmp_path / "key.py"  # the hook lets imports read such a name
+    path = tmp_path / "key.py"  # the hook allows imports to read such a name
     path.write_text("canary")
     return path
 
@@ -96,8 +96,8 @@ def test_the_hook_is_off_in_these_tests() -> None:
         "open('/dev/tty')",
     ],
 )
-def test_files_are_out_of_reach(read: str, secret: Path) -> None:
-    """Reading is limited to the interpreter's own folders; /proc is not among them."""
+def test_files_cannot_be_read(read: str, secret: Path) -> None:
+    """Reading is limited to the interpreter's own folders, without /proc."""
     with pytest.raises(OSError, match="denied|not permitted|No such"):
         run(f"return str({read.format(path=str(secret))})")
 
@@ -123,8 +123,8 @@ def test_files_are_out_of_reach(read: str, secret: Path) -> None:
         "os.open('/tmp', os.O_TMPFILE | os.O_RDWR)",
     ],
 )
-def test_nothing_is_written(write: str, secret: Path) -> None:
-    """No file changes, appears or goes."""
+def test_nothing_can_be_written(write: str, secret: Path) -> None:
+    """No file changes, is created or is removed."""
     before = sorted(secret.parent.iterdir())
     with pytest.raises(OSError, match="not permitted|denied"):
         run(f"return str({write})", str(secret))
@@ -190,8 +190,8 @@ CALLS = {  # a system call of x86-64 and its arguments
 
 @needs_filter
 @pytest.mark.parametrize("name", CALLS)
-def test_the_kernel_refuses_what_is_not_on_the_list(name: str) -> None:
-    """Other processes, sockets, keys, kernels' newer doors: none of these calls goes through."""
+def test_the_kernel_refuses_calls_outside_the_allow_list(name: str) -> None:
+    """Other processes, sockets, keys and newer kernel interfaces cannot be reached."""
     assert run(f"return syscall({CALLS[name]})") == "Operation not permitted"
 
 
@@ -206,7 +206,7 @@ def test_the_kernel_refuses_what_is_not_on_the_list(name: str) -> None:
     ],
 )
 def test_calls_of_another_architecture_end_the_process(what: str, code: str) -> None:
-    """A filter for one numbering says nothing about the others, so they are not let through."""
+    """A filter for one architecture's numbers does not cover the others, so they are refused."""
     body = f"""
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -229,8 +229,8 @@ ALONE = {
 
 @needs_filter
 @pytest.mark.parametrize("name", ALONE)
-def test_the_filter_closes_these_without_landlock_too(name: str) -> None:
-    """On kernels before 6.12 it alone keeps signals and limits away from other processes."""
+def test_the_filter_is_enough_without_landlock(name: str) -> None:
+    """On kernels before 6.12 the filter alone protects other processes from signals and limits."""
     script = f"""
 import ctypes, os, sys
 from aggregator.sandbox.kernel import Kernel
@@ -246,14 +246,14 @@ os.write(1, os.strerror(ctypes.get_errno()).encode() if result < 0 else b"did it
 
 
 def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the parent's environment is there, not even what the worker was started with."""
+    """It has none of the parent's variables, not even those the worker was started with."""
     monkeypatch.setenv("MY_KEY", "canary")
     pool().close()
     assert run("return dict(os.environ), libc.getenv(b'MY_KEY'), libc.getenv(b'PYTHONPATH')") == [{}, 0, 0]
 
 
-def test_no_descriptor_but_its_own_is_open() -> None:
-    """The worker's pipes, and what the author's modules opened, are closed."""
+def test_only_its_own_descriptors_are_open() -> None:
+    """Only the worker's pipes are open; files of the author's modules are closed."""
     body = """
 import stat
 found = []
@@ -265,11 +265,11 @@ for number in range(64):
 return [number for number, kind in found if not (kind == stat.S_IFCHR and number < 3)], len(found)
 """
     own, count = run(body)
-    assert (len(own), count) == (1, 4)  # the pipe of its answer, beside /dev/null three times
+    assert (len(own), count) == (1, 4)  # the pipe for its answer, and /dev/null three times
 
 
 def test_a_forged_frame_is_only_an_answer() -> None:
-    """Code that writes to its pipe itself can say what it could have returned, and nothing more."""
+    """Code that writes to its pipe itself can only send what it could have returned."""
     body = """
 for number in range(3, 64):
     try:
@@ -315,7 +315,7 @@ def fake_worker(then: str, ways: Sequence[str] = ()) -> Worker:
     ],
 )
 def test_a_frame_that_is_not_this_calls_answer_is_refused(then: str, reason: str) -> None:
-    """Another call's number, a length beyond the limit of the result, another shape, no frame at all."""
+    """Another call's number, a length beyond the result's limit, another shape, no frame at all."""
     call, worker = prepared(), fake_worker(then)
     try:
         with pytest.raises(SandboxError, match=f"Expected an answer from the sandbox of op, .*{reason}"):
@@ -325,7 +325,7 @@ def test_a_frame_that_is_not_this_calls_answer_is_refused(then: str, reason: str
 
 
 def test_a_frame_beyond_the_limit_of_the_result_is_not_read() -> None:
-    """A worker that does not keep the limit itself is not believed either."""
+    """A worker that ignores the limit is not trusted either."""
     call = prepared(Limits(output=1_000))
     worker = fake_worker("send(number, '', msgspec.msgpack.encode({'value': 'x' * 100_000}))")
     try:
@@ -335,8 +335,8 @@ def test_a_frame_beyond_the_limit_of_the_result_is_not_read() -> None:
         worker.close()
 
 
-def test_a_worker_that_died_while_it_waited_is_replaced_in_silence() -> None:
-    """The code of the next call is not to blame."""
+def test_a_worker_that_died_while_idle_is_replaced_silently() -> None:
+    """The next call's code is not the cause."""
     assert Agent().op(1) == 1
     for worker in pool()._idle:
         os.killpg(worker.process.pid, signal.SIGKILL)
@@ -344,8 +344,8 @@ def test_a_worker_that_died_while_it_waited_is_replaced_in_silence() -> None:
     assert [Agent().op(i) for i in range(3)] == [0, 1, 2]
 
 
-def test_a_worker_that_sends_more_than_it_was_asked_is_not_used_again() -> None:
-    """A second frame would be taken for the answer of the next call."""
+def test_a_worker_that_sends_a_second_frame_is_not_used_again() -> None:
+    """The second frame would be read as the next call's answer."""
     call, worker = prepared(), fake_worker("send(number, '', answer, more=frame(bytes(7) + b'2', '', answer))")
     try:
         assert result_of(worker.ask(call, call.encode()), call) == 10
@@ -354,8 +354,8 @@ def test_a_worker_that_sends_more_than_it_was_asked_is_not_used_again() -> None:
         worker.close()
 
 
-def test_what_the_kernel_leaves_open_is_a_warning() -> None:
-    """The first worker reports it, and the warning names a way out."""
+def test_missing_kernel_features_give_a_warning() -> None:
+    """The first worker reports them, and the warning names a remedy."""
     call, worker = prepared(), fake_worker("send(number, '', answer)", ["the network"])
     try:
         with pytest.warns(SandboxWarning, match="could reach: the network. Use sandbox='monty', a container, or Linux"):
@@ -373,7 +373,7 @@ def prepared(limits: Limits = Limits()) -> Call:  # noqa: B008 - frozen
 
 @needs_landlock
 def test_imports_of_packages_and_their_libraries_work() -> None:
-    """What is closed leaves the interpreter usable: modules with system libraries, data files, time zones."""
+    """The sandbox keeps the interpreter usable: modules with system libraries, data files, time zones."""
     body = """
 import bz2, decimal, hashlib, json, lzma, sqlite3, statistics, zlib, zoneinfo, email, xml.dom.minidom, html, difflib
 import msgspec, unicodedata, datetime, random, fractions, string, textwrap, csv, io
@@ -385,8 +385,8 @@ return [zlib.crc32(b'x'), hashlib.sha256(b'x').hexdigest()[:6], str(zone), rando
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what Linux of today closes")
-def test_no_warning_where_everything_is_closed() -> None:
-    """A kernel with all of it says nothing."""
+def test_no_warning_with_all_kernel_features() -> None:
+    """A kernel with all of them gives no warning."""
     pool().close()
     with warnings.catch_warnings():
         if not KERNEL.open_ways():
@@ -395,7 +395,7 @@ def test_no_warning_where_everything_is_closed() -> None:
 
 
 class Older(Kernel):
-    """A kernel without some of it."""
+    """A kernel without some features."""
 
     def __init__(self, landlock: int, *, filters: bool) -> None:
         self.landlock, self.filters = landlock, filters
@@ -413,19 +413,19 @@ class Older(Kernel):
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the keyring is Linux's")
-def test_what_a_kernel_lacks_is_named(landlock: int, filters: bool, ways: list[str]) -> None:
-    """On ARM there is no filter, on old kernels no Landlock: what is open then is listed."""
+def test_missing_kernel_features_are_named(landlock: int, filters: bool, ways: list[str]) -> None:
+    """On ARM there is no filter, on old kernels no Landlock: the warning lists what is not protected."""
     assert Older(landlock, filters=filters).open_ways() == ways
 
 
-def test_without_any_of_it_everything_is_named() -> None:
-    """As on macOS."""
+def test_a_system_without_any_feature() -> None:
+    """As on macOS: everything is listed."""
     ways = Older(0, filters=False).open_ways()
     assert {"the network", "new processes", "the memory of your processes"} <= set(ways)
 
 
-def test_the_filter_fits_what_the_kernel_takes() -> None:
-    """A seccomp program has at most 4,096 instructions, and its jumps reach at most 255 further."""
+def test_the_filter_respects_the_kernels_limits() -> None:
+    """A seccomp program has at most 4,096 instructions, and its jumps at most 255."""
     program = system_call_filter(os.getpid())
     assert len(program) % 8 == 0
     assert len(program) // 8 < 4_096

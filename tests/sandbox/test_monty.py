@@ -1,4 +1,4 @@
-"""sandbox="monty": trained code in an interpreter of its own, with the answers of the process sandbox."""
+"""sandbox="monty": trained code in its own interpreter, with the results of the process sandbox."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def trained(body: str) -> Agent:
 
 @needs_monty
 def test_changed_source_sees_what_the_author_s_own_sees() -> None:
-    """Parameters, attributes, methods, functions, sets, tuples, patterns and modules are there."""
+    """Parameters, attributes, methods, functions, sets, tuples, patterns and modules are available."""
     agent = Agent()
     own = agent.work(1)
     agent.parameters_dict()["work__code"].data += "\n# changed"
@@ -68,7 +68,7 @@ def test_changed_source_sees_what_the_author_s_own_sees() -> None:
 
 @needs_monty
 async def test_async_code_runs_in_monty() -> None:
-    """The result is that of the coroutine."""
+    """The result is the coroutine's."""
     agent = Agent()
     agent.parameters_dict()["later__code"].data = "async def later(self, x):\n    return self.times(x) + 1\n"
     assert await agent.later(2) == 9
@@ -85,7 +85,7 @@ async def test_async_code_runs_in_monty() -> None:
         ("return 10**30", "its result cannot leave it"),
     ],
 )
-def test_its_limits_read_as_those_of_the_process(body: str, reason: str) -> None:
+def test_its_limits_have_the_errors_of_the_process_sandbox(body: str, reason: str) -> None:
     """Time, memory, values and bytes of the result."""
     agent = trained(body)
     code = agent.parameters_dict()["work__code"]
@@ -107,7 +107,7 @@ def test_its_limits_read_as_those_of_the_process(body: str, reason: str) -> None
         ("return self.client", AttributeError),
     ],
 )
-def test_it_has_no_way_out_and_its_errors_arrive_as_themselves(body: str, error: type[Exception]) -> None:
+def test_it_has_no_access_and_its_errors_keep_their_types(body: str, error: type[Exception]) -> None:
     """No files, no environment, no network, no native code."""
     with pytest.raises(error) as raised:
         trained(body).work()
@@ -115,8 +115,8 @@ def test_it_has_no_way_out_and_its_errors_arrive_as_themselves(body: str, error:
 
 
 @needs_monty
-def test_the_switch_takes_the_word_too() -> None:
-    """`sandboxed("monty")` moves an operation that says nothing of it."""
+def test_the_context_manager_accepts_monty_too() -> None:
+    """`sandboxed("monty")` applies to an operation without a sandbox argument."""
 
     class Plain(Module):
         @bundle(trainable=True)
@@ -130,13 +130,13 @@ def test_the_switch_takes_the_word_too() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pydantic_monty") is not None, reason="the extra monty is installed")
-def test_without_the_extra_the_error_says_what_to_install() -> None:
-    """Nothing falls back to another engine."""
+def test_without_the_extra_the_error_names_it() -> None:
+    """There is no fallback to another engine."""
     with pytest.raises(ConfigError, match=r"pip install 'aggregated-update\[monty\]'"):
         trained("return 1").work()
 
 
-def test_monty_is_used_by_name_only() -> None:
+def test_monty_is_used_on_request_only() -> None:
     """The default is the worker process, whether or not Monty is installed."""
     assert place_of("changed").engine == "process"
     assert place_of("monty").engine == "monty"

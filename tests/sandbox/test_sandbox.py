@@ -1,4 +1,4 @@
-"""The process sandbox: trained code runs as it would here, every way out of bounds is an error, and the run goes on."""
+"""The process sandbox: trained code runs as it would here, every violation is an error, and the run continues."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _no_worker_is_left() -> Iterator[None]:
 
 
 def processes_of(session: int) -> list[str]:
-    """Return the processes of a session that are alive, zombies included."""
+    """Return the live processes of a session, including zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -76,13 +76,13 @@ def processes_of(session: int) -> list[str]:
     return found
 
 
-def test_the_code_as_written_runs_in_the_sandbox() -> None:
-    """Arguments, parameters, plain attributes, modules and constants of the module are there."""
+def test_the_original_code_runs_in_the_sandbox() -> None:
+    """Arguments, parameters, plain attributes, modules and constants of the module are available."""
     assert Agent().work({"a": (1, 2.5)}, scale=2) == [{"a": [1, 2.5]}, 3, "desk", 2, WORDS, 2]
 
 
 def test_trained_code_runs_in_the_sandbox() -> None:
-    """New source sees the same, and a process of its own."""
+    """New source sees the same, in its own process."""
     agent = trained("import os, re\nreturn [x * self.k.data, scale, WORDS[0], math.pi, os.getpid(), re.escape('.')]")
     *values, pid, escaped = agent.work(2)
     assert (values, escaped) == ([6, 1, "alpha", math.pi], r"\.")
@@ -90,7 +90,7 @@ def test_trained_code_runs_in_the_sandbox() -> None:
 
 
 async def test_asynchronous_code_runs_in_the_sandbox() -> None:
-    """Async operations await there; the loop here goes on meanwhile."""
+    """Async operations are awaited there; the event loop here continues."""
     assert await Agent().later([1]) == [1]
     agent = trained_async("import asyncio\nawait asyncio.sleep(0.05)\nreturn x + 1")
     ticks = 0
@@ -136,8 +136,8 @@ async def test_asynchronous_code_runs_in_the_sandbox() -> None:
         ("return 10**30", "its result cannot leave it"),
     ],
 )
-def test_what_goes_beyond_the_limits_is_an_error_and_the_run_goes_on(body: str, reason: str, tmp_path: Path) -> None:
-    """Each ends as a SandboxError that reads as feedback; nothing happened outside, and the next call works."""
+def test_a_violation_is_an_error_and_the_run_continues(body: str, reason: str, tmp_path: Path) -> None:
+    """Each one is a SandboxError that is usable as feedback; nothing happened outside, and the next call works."""
     path = str(tmp_path / "made")
     agent = trained(body.replace("{path}", path))
     limits = SMALL if "longer than" in reason else PATIENT
@@ -150,16 +150,16 @@ def test_what_goes_beyond_the_limits_is_an_error_and_the_run_goes_on(body: str, 
     assert Agent().work()[1] == 3
 
 
-def test_a_refusal_that_the_code_hides_is_still_told() -> None:
-    """Code that catches the refusal and returns as if nothing had been does not get away with it."""
+def test_a_hidden_refusal_is_reported() -> None:
+    """Code that catches the refusal and returns a value still fails."""
     with pytest.raises(SandboxError, match="it tried to use the network"):
         trained("import socket\ntry:\n    socket.socket()\nexcept Exception:\n    return 'fine'").work()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the filter is for x86-64 Linux")
 @pytest.mark.parametrize("body", ["import _thread\n_thread.start_new_thread(print, ())"])
-def test_the_kernel_refuses_beneath_the_hook(body: str) -> None:
-    """What raises no audit event is refused by the system call filter."""
+def test_the_kernel_refuses_what_the_hook_does_not_see(body: str) -> None:
+    """Calls without an audit event are refused by the system call filter."""
     with pytest.raises((RuntimeError, SandboxError), match="thread"):
         trained(body).work()
 
@@ -178,13 +178,13 @@ def test_the_kernel_refuses_beneath_the_hook(body: str) -> None:
     ],
 )
 def test_errors_of_the_code_are_the_agents_own(body: str, error: type[Exception], message: str) -> None:
-    """A builtin exception arrives as itself, any other as a SandboxError that names it."""
+    """A builtin exception keeps its class, any other becomes a SandboxError that names it."""
     with pytest.raises(error, match=message):
         trained(body).work()
 
 
 def test_the_transcript_shows_the_line() -> None:
-    """An error that crossed the border is placed in the source as one from here is."""
+    """A sandboxed error has its line in the source, like one from this process."""
     with transcript() as seen, pytest.raises(ZeroDivisionError):
         trained("y = 0\nreturn 1 / y").work(1)
     assert seen.render() == (
@@ -192,8 +192,8 @@ def test_the_transcript_shows_the_line() -> None:
     )
 
 
-def test_every_call_starts_clean() -> None:
-    """What one call leaves behind in modules or globals does not reach another, whichever worker serves it."""
+def test_every_call_starts_with_a_clean_state() -> None:
+    """Changes of modules or globals in one call do not reach another, in any worker."""
     agent = trained(
         "import json\njson.seen = getattr(json, 'seen', 0) + 1\nWORDS.append('x')\nreturn json.seen, len(WORDS)"
     )
@@ -201,8 +201,8 @@ def test_every_call_starts_clean() -> None:
     assert WORDS == ["alpha", "beta"]
 
 
-def test_sets_have_one_order_in_all_workers() -> None:
-    """The order of a set does not depend on the worker, so results do not."""
+def test_the_order_of_sets_is_the_same_in_all_workers() -> None:
+    """Results therefore do not depend on the worker."""
     agent = trained("return list({str(i) for i in range(50)})")
     orders = []
     for _ in range(2):
@@ -211,8 +211,8 @@ def test_sets_have_one_order_in_all_workers() -> None:
     assert orders[0] == orders[1]
 
 
-def test_secrets_do_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of the worker holds none of the parent's keys."""
+def test_secrets_are_not_in_the_workers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's environment has none of the parent's keys."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     pool().close()
     assert "sk-secret" not in str(trained("import os\nreturn dict(os.environ)").work())
@@ -262,7 +262,7 @@ SEARCHES = [
 
 @pytest.mark.parametrize("body", SEARCHES)
 def test_changed_source_read_secrets_that_the_author_s_own_does_not_use(body: str) -> None:
-    """Keys in variables, containers, attributes and helpers stay behind, however the code looks for them."""
+    """Keys in variables, containers, attributes and helpers are not sent, however the code looks for them."""
     agent = Client()
     agent.parameters_dict()["work__code"].data = f"def work(self):\n    {body}\n"
     try:
@@ -272,8 +272,8 @@ def test_changed_source_read_secrets_that_the_author_s_own_does_not_use(body: st
     assert "canary-" not in found
 
 
-def test_secrets_that_the_author_s_own_source_uses_cross() -> None:
-    """The operation works as written, and so does changed source that uses the same."""
+def test_secrets_that_the_author_s_own_source_uses_are_sent() -> None:
+    """The original operation works, and so does changed source that uses the same names."""
     expected = ["canary-of-the-module: x", "canary-of-the-instance y", ["sk-canary-in-a-list"]]
     agent = Client()
     assert agent.ask() == expected
@@ -281,17 +281,17 @@ def test_secrets_that_the_author_s_own_source_uses_cross() -> None:
     assert agent.ask() == expected
 
 
-def test_plain_attributes_cross_whatever_their_name() -> None:
-    """A list of keywords is not a secret, though its name begins with `key`."""
+def test_plain_attributes_are_sent_whatever_their_name() -> None:
+    """A list of keywords is not a secret, although its name begins with `key`."""
     agent = Client()
     agent.parameters_dict()["work__code"].data = "def work(self):\n    return sorted(self.keywords)\n"
     assert agent.work() == ["late delivery", "refund"]
 
 
-def test_a_module_of_the_user_s_that_only_changed_source_names_stays_behind(
+def test_a_user_s_module_that_only_changed_source_names_is_not_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Importing it would run it outside of the sandbox, and show what it holds."""
+    """Importing it would run it outside the sandbox, and expose its content."""
     (tmp_path / "canary_settings.py").write_text("PASSWORD = 'canary'\n")
     (tmp_path / "canary_agent.py").write_text(
         "import canary_settings, math\nfrom aggregator import Module, bundle\n\n\n"
@@ -308,14 +308,14 @@ def test_a_module_of_the_user_s_that_only_changed_source_names_stays_behind(
 
 
 @pytest.mark.parametrize("argument", [object(), {1, 2}, [object()], Agent()])
-def test_arguments_that_cannot_cross_are_the_authors_error(argument: Any) -> None:
-    """An argument that is no plain data is refused before anything runs, with what can cross."""
+def test_arguments_that_cannot_be_sent_are_the_authors_error(argument: Any) -> None:
+    """An argument that is not plain data is refused before anything runs, with what can be sent."""
     with pytest.raises(ConfigError, match="Expected argument 0 of work to be None, bool"):
         Agent().work(argument)
 
 
-def test_words_for_sandbox_are_checked() -> None:
-    """A wrong word, a limit of nothing, and a sandbox for code that is not trained are refused."""
+def test_sandbox_arguments_are_validated() -> None:
+    """An unknown word, a limit of 0, and a sandbox for code that is not trained are refused."""
     with pytest.raises(ConfigError, match="Expected sandbox=None, 'process' or Limits"):
         bundle(trainable=True, sandbox="thread")  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="Expected trainable=True beside sandbox"):
@@ -324,8 +324,8 @@ def test_words_for_sandbox_are_checked() -> None:
         Limits(seconds=0)
 
 
-def test_the_switch_sandboxes_every_trainable_operation() -> None:
-    """`sandboxed()` moves operations that say nothing of it, and only in its context."""
+def test_the_context_manager_sandboxes_every_trainable_operation() -> None:
+    """`sandboxed()` applies to operations without a sandbox argument, and only in its context."""
 
     class Plain(Module):
         @bundle(trainable=True)
@@ -341,18 +341,18 @@ def test_the_switch_sandboxes_every_trainable_operation() -> None:
     assert agent.where() == os.getpid()
 
 
-async def test_cancelling_ends_the_worker() -> None:
-    """A cancelled call ends at once, its process too, and the next call works."""
+async def test_cancelling_kills_the_worker() -> None:
+    """A cancelled call ends at once, with its process, and the next call works."""
     agent = trained_async("import time\nwhile True: time.sleep(1)")
-    with sandboxed(Limits(seconds=3600)), pytest.raises(TimeoutError):  # uncancelled, it would not end
+    with sandboxed(Limits(seconds=3600)), pytest.raises(TimeoutError):  # without cancellation it would not end
         async with asyncio.timeout(0.2):
             await agent.later(1)
     pool().close()
     assert await Agent().later(2) == 2
 
 
-async def test_more_calls_than_workers_at_once() -> None:
-    """64 calls at once, good and bad mixed: each gets its own answer, in order."""
+async def test_more_concurrent_calls_than_workers() -> None:
+    """Of 64 concurrent calls, good and bad mixed, each gets its own answer, in order."""
     good, bad = trained_async("return x + 1"), trained_async("raise ValueError(x)")
 
     async def one(i: int) -> Any:
@@ -367,7 +367,7 @@ async def test_more_calls_than_workers_at_once() -> None:
 
 
 def test_calls_from_threads() -> None:
-    """Threads call at once and each gets its own answer."""
+    """Concurrent calls of threads each get their own answer."""
     results: dict[int, Any] = {}
     agent = trained("return x * 2")
 
@@ -383,7 +383,7 @@ def test_calls_from_threads() -> None:
 
 
 def test_a_worker_that_dies_is_replaced() -> None:
-    """A worker killed from outside while idle is an error for one call and no more, and leaves no zombie."""
+    """A worker killed while idle is an error for at most one call, and leaves no zombie."""
     Agent().work()
     (session, *_) = [worker.process.pid for worker in pool()._idle]
     os.killpg(session, signal.SIGKILL)
@@ -400,7 +400,7 @@ def test_a_worker_that_dies_is_replaced() -> None:
 
 
 def test_no_process_outlives_the_program() -> None:
-    """Workers end with the process that started them, also when that is killed in the middle of a call."""
+    """Workers end with the process that started them, even if that is killed during a call."""
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])

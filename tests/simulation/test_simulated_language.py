@@ -1,4 +1,4 @@
-"""What the simulated model understands of English."""
+"""The English that the simulated model understands."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from aggregator.simulation.language import Rule, bare_text, mentions, read_defau
     ["refund, invoice -> billing", "- refund, invoice => billing.", "  'refund', \"invoice\" → billing"],
 )
 def test_rule_lines(line: str) -> None:
-    """A rule may use any arrow, a bullet, quotes and a full stop."""
+    """A rule may have any arrow, a bullet, quotes and a full stop."""
     assert read_line(line) == Rule(("refund", "invoice"), "billing")
 
 
 @pytest.mark.parametrize("line", ["", "Be kind.", "-> billing", "refund, invoice"])
-def test_prose_is_no_rule(line: str) -> None:
-    """A line without words in front of an arrow states no rule."""
+def test_prose_is_not_a_rule(line: str) -> None:
+    """A line without words before an arrow is not a rule."""
     assert read_line(line) is None
 
 
-def test_sentence_rules() -> None:
-    """A sentence about what a text mentions is a rule, several words joined by commas, or, and."""
+def test_sentences_are_rules() -> None:
+    """A sentence about the words of a text is a rule; several words are joined by commas, or, and."""
     text = (
         "Tickets that mention 'refund', 'fee' or 'bill' go to billing. A text containing \"box\" belongs to shipping."
     )
@@ -40,7 +40,7 @@ def test_sentence_rules() -> None:
     ],
 )
 def test_default(text: str, default: str | None) -> None:
-    """The default is the answer that the text names for what no rule covers."""
+    """The default is the answer for texts that match no rule."""
     assert read_default(text) == default
 
 
@@ -54,16 +54,16 @@ def test_default(text: str, default: str | None) -> None:
         ("in two  words", "two words", True),
     ],
 )
-def test_mentions_whole_words_as_written(text: str, phrase: str, found: bool) -> None:
-    """A word matches as a whole, with the case and punctuation it is written with."""
+def test_whole_words_match_literally(text: str, phrase: str, found: bool) -> None:
+    """A word matches as a whole, with its case and punctuation."""
     assert mentions(text, phrase) is found
 
 
-def test_telling_words_leave_out_what_is_common_known_or_a_number() -> None:
-    """Courtesy, common words, numbers and words of present rules tell nothing new."""
+def test_telling_words_exclude_common_known_words_and_numbers() -> None:
+    """Courtesy, common words, numbers and words of current rules are not informative."""
     assert telling_words("Hello, please send my INVOICE of 2024 again, and a refund!", known=["refund"]) == ["invoice"]
 
 
 def test_bare_text_keeps_inner_hyphens() -> None:
-    """Only the ends of words lose punctuation."""
+    """Punctuation is removed only at the ends of words."""
     assert bare_text("(Sign-in) FAILED!") == "sign-in failed"

@@ -1,4 +1,4 @@
-"""The simulated model as a server: OpenAI's shapes, three roles, and the same answer to the same request."""
+"""The simulated model as a server: OpenAI's format, three roles, and the same answer to the same request."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ async def post(server: SimulatedModel, body: bytes, path: str = "/chat/completio
 @pytest.mark.parametrize(
     ("messages", "role"), [(STUDENT, "agent"), (PROPOSAL, "optimizer"), (AGGREGATION, "aggregator")]
 )
-def test_roles_are_told_by_headings(messages: list[dict[str, str]], role: str) -> None:
-    """The library's own prompts put the model in the role they are meant for."""
+def test_roles_are_recognised_by_headings(messages: list[dict[str, str]], role: str) -> None:
+    """The library's own prompts select the intended role."""
     assert role_of(messages) == role
 
 
 def test_each_role_answers_the_librarys_own_prompts() -> None:
-    """The prompts as they are rendered are understood in all three roles."""
+    """It understands the rendered prompts in all three roles."""
     assert text(STUDENT) == "billing"
     assert json.loads(text(PROPOSAL, wrong_rate=0.0)) == {
         "reasoning_instruction": "A text with charged, card is one for billing.",
@@ -81,7 +81,7 @@ def test_each_role_answers_the_librarys_own_prompts() -> None:
 
 @pytest.mark.parametrize(("words", "chosen"), [(("fee", "bill", "fee"), 1), (("odd", "fee", "fee"), 2), ((), 0)])
 def test_a_choice_was_answered_with_new_values(words: tuple[str, ...], chosen: int) -> None:
-    """Where the schema asks for a number it gives that of the suggestion that most agree with, 0 for none."""
+    """If the schema asks for a number, it returns that of the suggestion with the most agreement, or 0."""
     proposals = [Proposal(values={"k": {"fee": 5, "bill": 6, "odd": 7}[word]}) for word in words]
     messages = aggregation_messages({"k": 3}, proposals, [0.5] * len(words), stepsize=0.5)
     schema = response_schema([ParameterNode(0, name="choice", type=Annotated[int, Meta(ge=0, le=3)])])
@@ -90,13 +90,13 @@ def test_a_choice_was_answered_with_new_values(words: tuple[str, ...], chosen: i
 
 
 def test_no_change_is_terminate() -> None:
-    """Feedback that says right is answered with TERMINATE alone."""
+    """It answers TERMINATE alone if the feedback says that the answer is right."""
     right = proposal_messages({"k": {"value": 1, "type": "int"}}, transcript="", output="x", score=1.0, feedback="ok")
     assert text(right) == "TERMINATE"
 
 
-def test_a_schema_is_kept_to() -> None:
-    """With a response_format the reply is JSON, every required key is there, and numbers stay within limits."""
+def test_a_schema_is_respected() -> None:
+    """With a response_format the reply is JSON with every required key, and numbers are within their limits."""
     parameters: list[ParameterNode[Any]] = [
         ParameterNode("a -> b", name="rules"),
         ParameterNode(60, name="length", type=Annotated[int, Meta(le=80)]),
@@ -111,14 +111,14 @@ def test_a_schema_is_kept_to() -> None:
             assert mismatch(reply, schema["json_schema"]["schema"]) is None
 
 
-def test_asked_again_it_does_not_err() -> None:
-    """A reply that was refused with its error quoted is answered soundly, at any rate of errors."""
+def test_a_repaired_reply_has_no_error() -> None:
+    """After a refused reply, quoted with its error, the answer is correct, at any error rate."""
     again = repair_messages(PROPOSAL, "{", "a JSON object that was cut off")
     assert text(again, wrong_rate=1.0) == text(PROPOSAL, wrong_rate=0.0)
 
 
-def test_answers_depend_on_seed_and_request_alone() -> None:
-    """The same request gets the same answer under one seed, and the seeds differ in what they get wrong."""
+def test_answers_depend_only_on_seed_and_request() -> None:
+    """The same request gets the same answer with one seed, and seeds differ in their errors."""
     requests = [
         proposal_messages(
             {"rules": {"value": "a -> b", "type": "str"}},
@@ -138,7 +138,7 @@ def test_answers_depend_on_seed_and_request_alone() -> None:
 
 
 def test_order_and_concurrency_do_not_matter_over_http() -> None:
-    """Requests sent at once, in a shuffled order, get the bytes that they get one by one."""
+    """Concurrent requests in shuffled order get the same bytes as in sequence."""
     bodies = [
         msgspec.json.encode({"model": "m", "messages": [*PROPOSAL, {"role": "system", "content": str(i)}]})
         for i in range(20)
@@ -159,8 +159,8 @@ def test_order_and_concurrency_do_not_matter_over_http() -> None:
     assert [together[i] for i in range(len(bodies))] == alone
 
 
-async def test_speaks_openais_shape() -> None:
-    """The answer has OpenAI's fields; tokens are counted as four for three words."""
+async def test_it_has_openais_format() -> None:
+    """The answer has OpenAI's fields; four tokens are counted for three words."""
     async with SimulatedModel() as server:
         reply = await post(server, msgspec.json.encode({"model": "simulated-1", "messages": STUDENT, "n": 2}))
     answer = msgspec.json.decode(reply.body)
@@ -173,8 +173,8 @@ async def test_speaks_openais_shape() -> None:
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": []}', b'{"messages": ["hi"]}'])
-async def test_refuses_bodies_as_the_api_does(body: bytes) -> None:
-    """A body that is no request gets status 400 and an error object."""
+async def test_invalid_bodies_are_refused_as_by_the_api(body: bytes) -> None:
+    """An invalid request gets status 400 and an error object."""
     async with SimulatedModel() as server:
         reply = await post(server, body)
     assert reply.status == 400
@@ -182,22 +182,22 @@ async def test_refuses_bodies_as_the_api_does(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("section", ["#CurrentValue\nnothing\n", "#Parameters\n[]\n#Feedback\nExpected x"])
-async def test_refuses_sections_it_cannot_read(section: str) -> None:
+async def test_unreadable_sections_are_refused(section: str) -> None:
     """A prompt whose sections hold no JSON object gets status 400, not a broken connection."""
     async with SimulatedModel() as server:
         reply = await post(server, msgspec.json.encode({"messages": [{"role": "user", "content": section}]}))
     assert reply.status == 400
 
 
-def test_cuts_at_the_token_limit() -> None:
-    """An answer beyond max_tokens is cut, and says so."""
+def test_an_answer_is_cut_at_the_token_limit() -> None:
+    """An answer beyond max_tokens is truncated, and its finish reason is the limit."""
     choice = complete({"messages": PROPOSAL, "max_tokens": 8}, wrong_rate=0.0)["choices"][0]
     assert choice["finish_reason"] == "length"
     assert count_tokens(choice["message"]["content"]) <= 8
 
 
-async def test_streams_the_same_answer() -> None:
-    """Streamed pieces make up the very text, with usage at the end and [DONE] last."""
+async def test_a_stream_has_the_same_answer() -> None:
+    """The streamed chunks join to the same text, with usage at the end and [DONE] last."""
     body = {"messages": PROPOSAL, "stream": True}
     async with SimulatedModel() as server:
         reply = await post(server, msgspec.json.encode(body))
@@ -209,8 +209,8 @@ async def test_streams_the_same_answer() -> None:
     assert chunks[-1]["usage"] == complete(body)["usage"]
 
 
-async def test_latency_is_waited_for_each_answer() -> None:
-    """Each answer takes the seconds it was told to take; a refusal takes none."""
+async def test_latency_applies_to_each_answer() -> None:
+    """Each answer takes the given seconds; a refusal takes none."""
     waited: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -222,8 +222,8 @@ async def test_latency_is_waited_for_each_answer() -> None:
     assert waited == [0.25, 0.25]
 
 
-def test_serves_synchronous_code_too() -> None:
-    """A plain `with` starts and stops the server, and the address is only there in between."""
+def test_it_works_from_synchronous_code_too() -> None:
+    """A plain `with` starts and stops the server, and the address exists only inside it."""
     model = SimulatedModel()
     with model as server:
         assert server.base_url.startswith("http://127.0.0.1:")
@@ -231,14 +231,14 @@ def test_serves_synchronous_code_too() -> None:
         _ = model.base_url
 
 
-def test_refuses_a_rate_that_is_none() -> None:
-    """wrong_rate is a share."""
+def test_an_invalid_error_rate_is_refused() -> None:
+    """wrong_rate is in [0, 1]."""
     with pytest.raises(ConfigError, match="wrong_rate"):
         SimulatedModel(wrong_rate=15)
 
 
 def test_the_readmes_cassette_failed_on_its_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each simulated model has a port of its own, so that what a reader runs twice must not replay the first one's."""
+    """Each simulated model has its own port, so a second run must not replay the first one's requests."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (example,) = (part for part in readme.split("```") if part.startswith("python\nfrom aggregator import cassette\n"))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The simulated model as an optimizer: it proposes from feedback what would have made the example right."""
+"""The simulated model as an optimizer: it proposes changes that would have made the answer right."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def sound(given: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("given", [case("x", "Correct."), case("x", score=1.0)])
 def test_right_answers_need_no_change(given: Case) -> None:
-    """Feedback that says right, or a full score, gets no proposal, at any rate of errors."""
+    """Feedback that says right, or a full score, gets no proposal, at any error rate."""
     assert propose(given, random.Random(0), wrong_rate=1.0) == {}
 
 
 def test_new_words_become_a_rule() -> None:
-    """Words that no rule covers are added to the rule of the expected answer, which then gives it."""
+    """Words that no rule covers are added to the expected answer's rule, which then matches."""
     proposed = sound(case("my card was charged"))
     assert proposed == {"instruction": "Route the ticket.\nrefund, charged, card -> billing\nparcel -> shipping"}
     assert answer_as_student(proposed["instruction"], "my card was charged") == "billing"
 
 
-def test_misleading_words_leave_their_rule() -> None:
-    """A word that led to another answer is taken out of that rule."""
+def test_misleading_words_are_removed_from_their_rule() -> None:
+    """A word that led to another answer is removed from that rule."""
     proposed = sound(case("a parcel was charged"))
     assert proposed == {"instruction": "Route the ticket.\nrefund, charged -> billing"}
 
 
-def test_cut_text_asks_for_a_longer_one() -> None:
-    """Where the text was cut, only the length changes, and within its limits."""
+def test_a_truncated_text_gets_a_longer_limit() -> None:
+    """If the text was truncated, only the length changes, within its limits."""
     assert sound(case("Hello, hope you are well and", cut=True)) == {"excerpt_words": 14}
     long = case("Hello", cut=True)
     long.parameters["excerpt_words"] = replace(long.parameters["excerpt_words"], value=60)
@@ -58,8 +58,8 @@ def test_cut_text_asks_for_a_longer_one() -> None:
 
 
 @pytest.mark.parametrize("seen", ["REFUND NOW", "a refund!", "Refund, now"])
-def test_case_and_punctuation_ask_for_cleaning_code(seen: str) -> None:
-    """Where only case or punctuation hides a rule's word, the proposed code makes the rule match."""
+def test_case_and_punctuation_get_cleaning_code(seen: str) -> None:
+    """If only case or punctuation prevents a match, the proposed code makes the rule match."""
     proposed = sound(case(seen))
     assert list(proposed) == ["clean__code"]
     space: dict[str, Any] = {}
@@ -67,15 +67,15 @@ def test_case_and_punctuation_ask_for_cleaning_code(seen: str) -> None:
     assert answer_as_student(TEXT, space["clean"](None, seen)) == "billing"
 
 
-def test_missing_answer_joins_a_list_of_answers() -> None:
-    """A list that holds the answer given, and lacks the one expected, gets it."""
+def test_a_missing_answer_is_added_to_a_list_of_answers() -> None:
+    """A list with the given answer, but without the expected one, gets it."""
     given = Case({"teams": Parameter("teams", ["sales"])}, output="sales", score=0.0, feedback="Expected billing.")
     assert sound(given) == {"teams": ["sales", "billing"]}
 
 
 @pytest.mark.parametrize(("feedback", "value"), [("The limit is too low.", 6), ("Use fewer.", 2)])
 def test_more_or_less_scales_a_number(feedback: str, value: int) -> None:
-    """Feedback that only asks for more or less moves the number it names, else the first."""
+    """Feedback that asks for more or less changes the number that it names, or the first one."""
     limits = {name: Parameter(name, 4) for name in ("search_limit", "depth")}
     given = Case(limits, output="x", score=0.0, feedback=feedback)
     assert sound(given) == {"search_limit": value}
@@ -83,8 +83,8 @@ def test_more_or_less_scales_a_number(feedback: str, value: int) -> None:
     assert sound(deeper) == {"depth": 6}
 
 
-def test_errs_at_the_rate_it_is_given() -> None:
-    """About the given share of proposals differs from the sound one."""
+def test_it_errs_at_the_given_rate() -> None:
+    """About the given share of proposals differs from the correct one."""
     given = case("my card was charged")
     right = sound(given)
     draws = [propose(given, random.Random(seed), wrong_rate=0.3) for seed in range(400)]
@@ -92,8 +92,8 @@ def test_errs_at_the_rate_it_is_given() -> None:
     assert 80 < wrong < 160
 
 
-def test_errors_are_the_ones_models_make() -> None:
-    """Errors are another answer, a word that says nothing, too large a number, and code that does not parse."""
+def test_its_errors_are_typical_of_models() -> None:
+    """Another answer, an uninformative word, a number that is too large, and code that does not parse."""
     proposals = [
         propose(given, random.Random(seed), wrong_rate=1.0)
         for given in (case("my card was charged"), case("Hello,", cut=True), case("REFUND NOW"))

@@ -1,4 +1,4 @@
-"""The simulated model as a student: it follows what it is told, and nothing else."""
+"""The simulated model as a student: it follows its instructions, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RULES = "refund, invoice -> billing\nparcel, late parcel -> shipping\nIf no rule
         ("hello", "sales"),
     ],
 )
-def test_follows_the_rules_literally(text: str, answer: str) -> None:
-    """The answer with the most matching words wins, of equals the first stated; without a match the default."""
+def test_it_follows_the_rules_literally(text: str, answer: str) -> None:
+    """The answer with the most matching words wins, or the first of equal ones; without a match the default."""
     assert answer_as_student(RULES, text) == answer
 
 
-def test_does_not_know_what_it_was_not_told() -> None:
-    """Without a rule and a default it says that it does not know, however plain the text is."""
+def test_without_a_rule_it_does_not_know() -> None:
+    """Without a rule and a default it answers that it does not know, however plain the text is."""
     assert answer_as_student("Route the ticket to the right team.", "Refund my invoice!") == UNKNOWN
 
 
@@ -34,6 +34,6 @@ def test_does_not_know_what_it_was_not_told() -> None:
     ("form", "answer"),
     [("Answer in capitals.", "BILLING"), ('Answer as JSON: {"team": ...}.', '{"team": "billing"}'), ("", "billing")],
 )
-def test_answers_in_the_form_asked_for(form: str, answer: str) -> None:
+def test_it_answers_in_the_requested_form(form: str, answer: str) -> None:
     """The form is that of the instructions."""
     assert answer_as_student(f"{RULES}\n{form}", "an invoice") == answer

@@ -1,4 +1,4 @@
-"""The simulated model trains agents that have nothing to do with the demo."""
+"""The simulated model trains agents other than the demo's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aggregator.simulation import SimulatedModel
 
 
 class Shop(Module):
-    """Says which fruit it can offer, up to a number of pieces."""
+    """Names the fruit it can offer, up to a number of pieces."""
 
     def __init__(self) -> None:
         self.stock = ParameterNode(["none"], description="What may be offered.")
@@ -35,7 +35,7 @@ def served(wanted: tuple[str, int], output: str, info: Any) -> tuple[float, str]
 
 
 def test_lists_and_numbers_of_another_agent_are_learned() -> None:
-    """A list gets the answers it lacks and a number grows as the feedback asks, through the whole loop."""
+    """A list gets its missing answers and a number grows as the feedback asks, through the whole loop."""
     wishes = [(("apple", 1), None), (("pear", 2), None), (("apple", 5), None), (("pear", 7), None)] * 2
     agent = Shop()
     with SimulatedModel(wrong_rate=0.0) as server:

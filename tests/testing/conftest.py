@@ -1,4 +1,4 @@
-"""The project tree is run in a copy, by the plugin's tests; pytest does not collect it here."""
+"""The plugin's tests run the project tree in a copy; pytest does not collect it here."""
 
 from __future__ import annotations
 

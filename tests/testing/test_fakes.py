@@ -1,4 +1,4 @@
-"""The fakes that ship: a transport under the client, and a model in place of one."""
+"""The public fakes: a transport for the client, and a model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def client(transport: FakeTransport, **options: Any) -> LLM:
     return LLM("openai/gpt-4o-mini", api_key="none", transport=transport, **options)
 
 
-async def test_a_script_is_played_in_order_and_its_last_step_again() -> None:
-    """Replies, texts, errors and functions of the request; what was sent is kept."""
+async def test_a_script_is_played_in_order_and_its_last_step_repeats() -> None:
+    """Steps are replies, texts, errors and functions of the request; requests are recorded."""
 
     async def echo(request: HTTPRequest) -> str:
         return request.url
@@ -39,8 +39,8 @@ async def test_a_script_is_played_in_order_and_its_last_step_again() -> None:
     assert repr(transport) == "FakeTransport(4 steps, 5 requests)"
 
 
-async def test_errors_of_a_provider_and_of_the_wire() -> None:
-    """A status is classified as a provider's is; an exception is raised as the wire raises it."""
+async def test_errors_of_a_provider_and_of_the_network() -> None:
+    """A status is classified like a provider's; an exception is raised like a network error."""
     with pytest.raises(RateLimitError, match="slow down"):
         await client(FakeTransport(error_reply(429, "slow down")), max_attempts=1).complete("Hi")
     with pytest.raises(APIConnectionError, match="reset"):
@@ -48,26 +48,26 @@ async def test_errors_of_a_provider_and_of_the_wire() -> None:
 
 
 async def test_a_streamed_reply_arrives_in_its_pieces() -> None:
-    """One delta for each piece, and the usage at the end."""
+    """There is one delta for each piece, and the usage at the end."""
     stream = client(FakeTransport(stream_reply("hel", "lo"))).stream("Hi")
     assert [delta async for delta in stream] == ["hel", "lo"]
 
 
 @pytest.mark.parametrize("make", [FakeTransport, ScriptedModel])
 def test_an_empty_script_is_refused(make: Any) -> None:
-    """It would answer nothing."""
+    """It would have no answer."""
     with pytest.raises(ConfigError, match="^Expected at least one"):
         make()
 
 
-async def test_a_step_that_answers_nothing_is_named() -> None:
-    """A function without `return`, say."""
+async def test_a_step_without_an_answer_is_named() -> None:
+    """For example a function without `return`."""
     with pytest.raises(ConfigError, match="Expected an HTTPReply, a text or an exception from the script, got None"):
         await FakeTransport(lambda request: None).send(HTTPRequest(url="http://localhost", body=b"", headers={}))
 
 
-async def test_a_model_remembers_what_it_was_asked() -> None:
-    """Messages, options, and where in the run each call is."""
+async def test_a_model_records_its_calls() -> None:
+    """Messages, options, and the lineage of each call."""
     model = ScriptedModel({"answer": 3}, lambda messages: messages[-1]["content"].upper())
     with lineage("train", role="optimizer"):
         first = await model.complete([{"role": "user", "content": "hi"}], temperature=0)
@@ -81,7 +81,7 @@ async def test_a_model_remembers_what_it_was_asked() -> None:
 
 @pytest.mark.parametrize("limits", [{"calls": 2}, {"tokens": 10_000}, {"usd": 1.0}])
 async def test_a_model_counts_in_budgets(limits: dict[str, Any]) -> None:
-    """Calls, tokens and cost, as those of a client do."""
+    """Calls, tokens and cost are counted, as for a client."""
     model, budget = ScriptedModel("hello"), Budget(**limits)
     with spending(budget):
         for _ in range(2):
@@ -92,8 +92,8 @@ async def test_a_model_counts_in_budgets(limits: dict[str, Any]) -> None:
                 await model.complete("Hi")
 
 
-async def test_what_a_reply_may_be() -> None:
-    """A Completion passes as it is, an exception is raised, also one that a function returns."""
+async def test_accepted_replies() -> None:
+    """A Completion is returned unchanged; an exception is raised, also one that a function returns."""
     whole = (await ScriptedModel("hello").complete("Hi")).choices
     model = ScriptedModel(Completion(choices=whole, id="x"), KeyError("x"), lambda messages: ValueError("y"))
     assert (await model.complete("Hi")).id == "x"
@@ -103,8 +103,8 @@ async def test_what_a_reply_may_be() -> None:
         await model.complete("Hi")
 
 
-def test_a_suggestion_is_what_an_optimizer_replies() -> None:
-    """JSON with a reasoning and the new values."""
+def test_a_suggestion_is_an_optimizers_reply() -> None:
+    """It is JSON with a reasoning and the new values."""
     assert suggestion(k=3) == '{"reasoning_all": "because", "suggestion": {"k": 3}}'
 
 

@@ -1,4 +1,4 @@
-"""What a replaying test may reach, and what it may not."""
+"""Which hosts a replaying test may reach."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def connect(port: int) -> None:
 
 @pytest.mark.parametrize("reach", [ask, connect])
 @pytest.mark.parametrize("allowed", ["localhost", "LocalHost", "127.0.0.1"])
-def test_a_host_allowed_by_name_was_refused_at_its_address(
+def test_a_host_allowed_by_name_was_refused_by_address(
     model: Model, allowed: str, reach: Callable[[int], None]
 ) -> None:
-    """What an allowed name resolves to is allowed; and `localhost` leads to its addresses that are."""
+    """The addresses of an allowed name are allowed; `localhost` gives only those."""
     with refuse_connections("replaying", [allowed]):
         reach(model.server_port)
 
 
-async def test_an_allowed_name_is_so_on_an_event_loop(model: Model) -> None:
-    """aiohttp, and httpx by way of anyio, look up and connect elsewhere."""
+async def test_an_allowed_name_works_in_an_event_loop(model: Model) -> None:
+    """aiohttp, and httpx through anyio, resolve and connect by other functions."""
     url = f"http://localhost:{model.server_port}/"
     with refuse_connections("replaying", ["localhost"]):
         async with aiohttp.ClientSession() as client, client.post(url, data=b"x") as reply:
@@ -65,8 +65,8 @@ def send(*arguments: Any) -> None:
         (lambda: socket.gethostbyaddr("192.0.2.1"), "192.0.2.1"),
     ],
 )
-def test_look_ups_and_datagrams_passed_the_guard(reach: Callable[[], None], host: str) -> None:
-    """Whatever leads out is refused and noted, as code may hide the error."""
+def test_lookups_and_datagrams_passed_the_guard(reach: Callable[[], None], host: str) -> None:
+    """Every outgoing call is refused and recorded, because code may hide the error."""
     met: list[CassetteError] = []
     with (
         refuse_connections("replaying", ["other.invalid"], met=met),
@@ -77,7 +77,7 @@ def test_look_ups_and_datagrams_passed_the_guard(reach: Callable[[], None], host
 
 
 def test_the_guard_leaves_nothing_behind() -> None:
-    """Functions are themselves again, after a block that fails too."""
+    """Functions are restored, also after a block that raises."""
     before = [socket.getaddrinfo, socket.gethostbyname, socket.socketpair, socket.socket.connect, socket.socket.sendto]
     with pytest.raises(CassetteError), refuse_connections("replaying"):
         ask(9)
@@ -85,8 +85,8 @@ def test_the_guard_leaves_nothing_behind() -> None:
     assert before == after
 
 
-def test_a_server_may_listen() -> None:
-    """`http.server` looks up its own name as it begins."""
+def test_a_server_can_listen() -> None:
+    """`http.server` resolves its own name when it starts."""
     with refuse_connections("replaying"), HTTPServer(("127.0.0.1", 0), Handler) as server:
         assert server.server_port
 
@@ -94,7 +94,7 @@ def test_a_server_may_listen() -> None:
 def test_a_swallowed_refusal_passed_without_any_cassette(
     project: pytest.Pytester, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fails the test, as a swallowed miss does; a host allowed as one text is one host."""
+    """It fails the test, as a swallowed miss does; a string of allowed hosts is one host."""
     only(
         project,
         """
@@ -116,7 +116,7 @@ def test_allowed(): assert agent() == "answer 1"
 def test_fixtures_of_a_wider_scope_reached_the_network_in_ci(
     project: pytest.Pytester, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They come before the cassette is open: refused with the remedy, while other tests' fixtures are free."""
+    """They run before the cassette is open: refused with the remedy, but allowed for other tests."""
     only(
         project,
         """

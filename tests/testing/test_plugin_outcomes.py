@@ -1,4 +1,4 @@
-"""How a test ends decides what becomes of its recording, and of what it says about a cassette."""
+"""The outcome of a test decides whether its recording is kept, and what its account says."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_strict_xpass(request):
 
 
 def accounts(pytester: pytest.Pytester) -> dict[str, Any]:
-    """What the run left for `aggregator cassette`, by the test's own name."""
+    """Return the accounts that the run left for `aggregator cassette`, by test name."""
     kept = json.loads((pytester.path / ".pytest_cache/v/aggregator/cassettes").read_text())
     return {test.rpartition("::")[2]: account for test, account in kept.items()}
 
@@ -62,7 +62,7 @@ def accounts(pytester: pytest.Pytester) -> dict[str, Any]:
 def test_a_failing_test_replaced_a_good_cassette(
     project: pytest.Pytester, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However a test fails or is skipped, unittest's and subtests too, it records nothing and destroys nothing."""
+    """A test that fails or is skipped, including unittest's and subtests, records nothing and destroys nothing."""
     only(project, BREAKING)
     monkeypatch.setenv("BREAK", "yes")
     assert project.runpytest().ret == pytest.ExitCode.TESTS_FAILED
@@ -78,8 +78,8 @@ def test_a_failing_test_replaced_a_good_cassette(
     assert not any(account["complete"] for account in accounts(project).values())
 
 
-def test_ctrl_c_in_a_fixture_kept_half_a_recording(project: pytest.Pytester, model: Model) -> None:
-    """An interrupted test is not one that passed, whatever its fixtures did before."""
+def test_ctrl_c_in_a_fixture_kept_an_incomplete_recording(project: pytest.Pytester, model: Model) -> None:
+    """An interrupted test has not passed, whatever its fixtures did before."""
     only(
         project,
         "@pytest.fixture\ndef asks():\n    route('x')\n    raise KeyboardInterrupt\n"
@@ -89,8 +89,8 @@ def test_ctrl_c_in_a_fixture_kept_half_a_recording(project: pytest.Pytester, mod
     assert (model.hits, cassettes(project)) == (1, [])
 
 
-def test_a_miss_in_setup_was_told_twice(project: pytest.Pytester, model: Model) -> None:
-    """One error, at setup; teardown has nothing to add."""
+def test_a_miss_in_setup_was_reported_twice(project: pytest.Pytester, model: Model) -> None:
+    """There is one error, at setup."""
     only(
         project,
         "@pytest.fixture\ndef asks():\n    route('x')\n"
@@ -99,8 +99,8 @@ def test_a_miss_in_setup_was_told_twice(project: pytest.Pytester, model: Model) 
     project.runpytest().assert_outcomes(errors=1)
 
 
-def test_a_fixture_could_not_ask_at_its_end(project: pytest.Pytester, model: Model) -> None:
-    """The cassette is open until the last fixture is done; a miss that is swallowed there is told."""
+def test_a_fixture_could_not_make_calls_at_its_end(project: pytest.Pytester, model: Model) -> None:
+    """The cassette is open until the last fixture is done; a miss that is swallowed there is reported."""
     only(
         project,
         "@pytest.fixture\ndef closing():\n    yield\n    try: route(os.environ.get('BYE', 'bye'))\n"
@@ -118,8 +118,8 @@ def test_a_fixture_could_not_ask_at_its_end(project: pytest.Pytester, model: Mod
     assert model.hits == 2
 
 
-def test_what_a_failing_test_hid_is_told_beside_its_assertion(project: pytest.Pytester, model: Model) -> None:
-    """An agent that says sorry for every error made its test fail for a reason that nobody could see."""
+def test_an_error_hidden_by_a_failing_test_is_reported(project: pytest.Pytester, model: Model) -> None:
+    """An agent that answers "sorry" for every error made its test fail without a visible reason."""
     only(
         project,
         "def agent(url):\n    try: return httpx.post(url, trust_env=False).text\n    except Exception: return 'sorry'\n"
@@ -140,10 +140,10 @@ def test_what_a_failing_test_hid_is_told_beside_its_assertion(project: pytest.Py
     )
 
 
-def test_a_red_run_called_good_exchanges_unplayed(
+def test_a_failing_run_called_needed_exchanges_unplayed(
     project: pytest.Pytester, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The account of a test that stops halfway is not complete, and names nothing that could be dropped."""
+    """The account of a test that stops halfway is incomplete, and names nothing to drop."""
     only(
         project,
         "@pytest.mark.cassette(clients='all')\ndef test_it():\n"
@@ -162,8 +162,8 @@ def test_a_red_run_called_good_exchanges_unplayed(
     assert [accounts(project)["test_it"][name] for name in ("complete", "unplayed")] == [False, []]
 
 
-def test_a_run_of_some_tests_forgot_the_others(project: pytest.Pytester, model: Model) -> None:
-    """Accounts of tests left out are kept, those of tests that are gone are not, nor after a run without any."""
+def test_a_run_of_some_tests_removed_the_others_accounts(project: pytest.Pytester, model: Model) -> None:
+    """Accounts of tests that were not selected are kept, those of deleted tests are not."""
     tests = {
         name: f"@pytest.mark.cassette('both', clients='all')\ndef test_{name}():\n    route('{name}')\n"
         for name in ("a", "b")
@@ -195,7 +195,7 @@ def test_a_run_of_some_tests_forgot_the_others(project: pytest.Pytester, model: 
 def test_tests_that_share_a_cassette_overwrote_each_other(
     project: pytest.Pytester, model: Model, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first test of a session re-records a shared cassette, the others add; and all replay from it."""
+    """The first test of a session re-records a shared cassette, the others add to it; all replay from it."""
     only(
         project,
         "@pytest.mark.cassette('shared', clients='all')\n@pytest.mark.parametrize('x', ['a', 'b', 'c'])\n"
@@ -215,8 +215,8 @@ def test_tests_that_share_a_cassette_overwrote_each_other(
     assert model.hits == asked
 
 
-def test_tests_that_asked_past_their_cassette_stayed_green_in_silence(project: pytest.Pytester, model: Model) -> None:
-    """Threads, and loops whose context was copied before, use the cassette; a mark that served nothing is named."""
+def test_tests_that_bypassed_their_cassette_passed_silently(project: pytest.Pytester, model: Model) -> None:
+    """Threads, and loops with an older context, use the cassette; a mark without any call is named."""
     only(
         project,
         """
@@ -254,8 +254,8 @@ def test_known(): route("past")
     assert model.hits == asked == 6
 
 
-def test_a_marks_place_and_kinds(project: pytest.Pytester, model: Model) -> None:
-    """The mark of a `pytest.param` is the closest; names and hosts of a wrong kind are told; long names fit."""
+def test_precedence_and_validation_of_marks(project: pytest.Pytester, model: Model) -> None:
+    """The mark of a `pytest.param` wins; names and hosts of a wrong type are errors; long names fit."""
     only(
         project,
         """

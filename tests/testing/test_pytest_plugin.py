@@ -1,4 +1,4 @@
-"""The pytest plugin, shown in a user's project tree."""
+"""The pytest plugin in a user's project tree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVERY_TEST = 7
 
 
 def test_a_project_records_once_and_replays_offline(project: pytest.Pytester, model: Model) -> None:
-    """The first run asks the model, every later one the cassettes, and each test has its file."""
+    """The first run calls the model, later ones play the cassettes, and each test has its file."""
     project.runpytest().assert_outcomes(passed=EVERY_TEST)
     asked = model.hits
     beside = "tests/unit/cassettes"
@@ -32,10 +32,10 @@ def test_a_project_records_once_and_replays_offline(project: pytest.Pytester, mo
     assert model.hits == asked == 9
 
 
-def test_nothing_records_in_ci_unless_told_to(
+def test_nothing_records_in_ci_by_default(
     project: pytest.Pytester, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where CI is set a missing cassette is an error, whatever mark or ini say; the option still wins."""
+    """If CI is set, a missing cassette is an error, whatever mark or ini say; the command-line option still wins."""
     monkeypatch.setenv("CI", "true")
     only(project, "@pytest.mark.cassette(mode='all', clients='all')\ndef test_it():\n    route('x')\n")
     outcome = project.runpytest("-o", "cassette_mode=once")
@@ -46,7 +46,7 @@ def test_nothing_records_in_ci_unless_told_to(
     assert cassettes(project) == ["tests/cassettes/test_one/test_it.yaml"]
 
 
-def test_settings_come_from_the_ini_file(project: pytest.Pytester, model: Model) -> None:
+def test_settings_are_read_from_the_ini_file(project: pytest.Pytester, model: Model) -> None:
     """One folder for all cassettes, clients and mode can be set in the ini file."""
     only(project, "@pytest.mark.cassette\ndef test_it():\n    route('x')\n")
     settings = ["-o", "cassette_dir=cassettes", "-o", "cassette_clients=httpx", "-o", "cassette_mode=new_episodes"]
@@ -55,7 +55,7 @@ def test_settings_come_from_the_ini_file(project: pytest.Pytester, model: Model)
 
 
 def test_the_network_is_refused_while_a_test_replays(project: pytest.Pytester, model: Model) -> None:
-    """A connection that no cassette serves is an error that says where it led; other tests may connect."""
+    """A connection outside the cassette is an error that names its target; other tests may connect."""
     connect = (
         "socket.create_connection(('127.0.0.1', int(os.environ['MODEL_URL'].split(':')[2].split('/')[0]))).close()"
     )
@@ -75,7 +75,7 @@ def test_the_network_is_refused_while_a_test_replays(project: pytest.Pytester, m
 
 
 def test_a_failed_tests_recording_is_not_kept(project: pytest.Pytester, model: Model) -> None:
-    """What a failing test recorded is dropped, and a cassette that was there stays as it was."""
+    """A failing test's recording is dropped, and an existing cassette is unchanged."""
     only(
         project,
         "@pytest.mark.cassette(clients='all')\ndef test_it():\n    route('x')\n    assert os.environ.get('GOOD')\n",
@@ -95,10 +95,10 @@ def test_a_failed_tests_recording_is_not_kept(project: pytest.Pytester, model: M
     ("unplayed", "outcome", "told"),
     [("error", {"failed": 1}, True), ("report", {"passed": 1}, True), ("ignore", {"passed": 1}, False)],
 )
-def test_unplayed_exchanges_are_told_or_fail_the_test(
+def test_unplayed_exchanges_are_reported_or_fail_the_test(
     project: pytest.Pytester, model: Model, unplayed: str, outcome: dict[str, int], told: bool
 ) -> None:
-    """What a test no longer asks fails it when asked to, and is named at the end otherwise."""
+    """Exchanges that a test no longer requests are listed at the end, or fail the test on request."""
     test = "@pytest.mark.cassette(clients='all')\ndef test_it():\n    route('x')\n    {}\n"
     only(project, test.format("route('y')"))
     project.runpytest().assert_outcomes(passed=1)
@@ -106,11 +106,11 @@ def test_unplayed_exchanges_are_told_or_fail_the_test(
     result = project.runpytest("-o", f"cassette_unplayed={unplayed}")
     result.assert_outcomes(**outcome)
     assert ("#0.0" in result.stdout.str()) is told
-    result.stdout.no_fnmatch_line("*asked nothing*")  # which the leftovers have said
+    result.stdout.no_fnmatch_line("*asked nothing*")  # which the other messages have reported
 
 
 def test_a_swallowed_miss_fails_the_test(project: pytest.Pytester, model: Model) -> None:
-    """`except Exception` in the code under test cannot hide that nothing answered."""
+    """`except Exception` in the code under test cannot hide a miss."""
     only(
         project,
         "@pytest.mark.cassette(mode='none', clients='all')\ndef test_it():\n"
@@ -122,7 +122,7 @@ def test_a_swallowed_miss_fails_the_test(project: pytest.Pytester, model: Model)
 
 
 @pytest.mark.parametrize("argument", ["unknown=1", "'a', 'b'"])
-def test_a_wrong_mark_names_what_is_expected(project: pytest.Pytester, argument: str) -> None:
+def test_an_invalid_mark_lists_the_arguments(project: pytest.Pytester, argument: str) -> None:
     """An unknown argument is an error with the known ones, not silently ignored."""
     only(project, f"@pytest.mark.cassette({argument})\ndef test_it():\n    pass\n")
     outcome = project.runpytest()
@@ -131,19 +131,19 @@ def test_a_wrong_mark_names_what_is_expected(project: pytest.Pytester, argument:
 
 
 def test_two_tests_never_share_a_default_cassette(project: pytest.Pytester, model: Model) -> None:
-    """Names that make the same file are an error with the remedy; a cassette named by both is shared."""
+    """Two names that give the same file are an error with the remedy; a cassette that both name is shared."""
     only(
         project,
         "@pytest.mark.parametrize('x', ['a/b', 'a?b'])\n@pytest.mark.cassette(clients='all')\n"
         "def test_it(x):\n    route('x')\n",
     )
     outcome = project.runpytest()
-    outcome.assert_outcomes(errors=2)  # both, so that neither depends on which comes first, or on another worker
+    outcome.assert_outcomes(errors=2)  # both, so that neither depends on the order, or on another worker
     outcome.stdout.fnmatch_lines(["*Expected another cassette for *name one: *"])
 
 
-def test_the_tape_is_at_hand(project: pytest.Pytester, model: Model) -> None:
-    """The fixture `cassette_tape` is the open tape of the test."""
+def test_the_tape_is_a_fixture(project: pytest.Pytester, model: Model) -> None:
+    """The fixture `cassette_tape` is the test's open tape."""
     only(
         project,
         "@pytest.mark.cassette(clients='all')\ndef test_it(cassette_tape):\n"
@@ -153,14 +153,14 @@ def test_the_tape_is_at_hand(project: pytest.Pytester, model: Model) -> None:
 
 
 def test_a_run_without_pytests_cache_ended_in_an_internal_error(project: pytest.Pytester, model: Model) -> None:
-    """`-p no:cacheprovider` leaves nothing for `check --orphans`, and the run as it is."""
+    """`-p no:cacheprovider` leaves nothing for `check --orphans`, and does not affect the run."""
     only(project, "@pytest.mark.cassette\ndef test_it():\n    route('x')\n")
     outcome = project.runpytest("-p", "no:cacheprovider")
     outcome.assert_outcomes(passed=1)
     assert outcome.ret is pytest.ExitCode.OK
 
 
-def test_vcr_tests_are_served_by_the_tape(project: pytest.Pytester, model: Model) -> None:
+def test_vcr_tests_can_use_the_tape(project: pytest.Pytester, model: Model) -> None:
     """pytest-recording keeps its marks and files; with `cassette_serve_vcr` its tests play from our index."""
     pytest.importorskip("pytest_recording")
     only(
@@ -187,7 +187,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
-def test_what_a_hook_scrubs_was_recorded_by_served_tests(project: pytest.Pytester, model: Model, hook: str) -> None:
+def test_secrets_scrubbed_by_a_hook_were_recorded(project: pytest.Pytester, model: Model, hook: str) -> None:
     """`pytest_recording_configure` sets hooks and filters in the VCR itself: those tests stay with stock vcrpy."""
     pytest.importorskip("pytest_recording")
     (project.path / "tests/conftest.py").write_text(f"def pytest_recording_configure(config, vcr):\n    {hook}\n")
@@ -202,8 +202,8 @@ def test_what_a_hook_scrubs_was_recorded_by_served_tests(project: pytest.Pyteste
     outcome.stdout.fnmatch_lines(["class Cassette"])
 
 
-def test_served_cassettes_were_always_orphans(project: pytest.Pytester, model: Model) -> None:
-    """Their tests give an account too; of those left with stock vcrpy it is known that nobody knows."""
+def test_cassettes_of_vcr_tests_were_always_orphans(project: pytest.Pytester, model: Model) -> None:
+    """Their tests have accounts too; for those left with stock vcrpy the use is unknown."""
     pytest.importorskip("pytest_recording")
     only(
         project,
@@ -219,8 +219,8 @@ def test_served_cassettes_were_always_orphans(project: pytest.Pytester, model: M
     }
 
 
-def test_what_we_record_pytest_recording_replays(project: pytest.Pytester, model: Model) -> None:
-    """A cassette of a marked test can change hands: the same default path and format."""
+def test_pytest_recording_replays_our_recordings(project: pytest.Pytester, model: Model) -> None:
+    """The default path and the format of a marked test's cassette are the same."""
     pytest.importorskip("pytest_recording")
     only(project, "@pytest.mark.cassette(clients='all')\ndef test_it():\n    assert route('x') == 'answer 1'\n")
     project.runpytest().assert_outcomes(passed=1)
@@ -231,7 +231,7 @@ def test_what_we_record_pytest_recording_replays(project: pytest.Pytester, model
 
 
 def test_the_plugin_is_light() -> None:
-    """Loading it imports nothing beyond pytest."""
+    """Loading it imports nothing but pytest."""
     script = (
         "import sys, pytest; before = set(sys.modules); import aggregator.testing.pytest_plugin; "
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
@@ -241,7 +241,7 @@ def test_the_plugin_is_light() -> None:
 
 
 def test_hosts_are_ignored_by_the_mark_and_the_ini_file(project: pytest.Pytester, model: Model) -> None:
-    """What is left out is asked in every run, also while a test replays, and is in no cassette."""
+    """Their requests are made in every run, also while a test replays, and are in no cassette."""
     body = "def test_it():\n    assert route('x').startswith('answer')\n"
     for mark, settings in (
         ("@pytest.mark.cassette(clients='all', ignore_hosts='127.0.0.1')\n", []),
@@ -260,9 +260,9 @@ def test_hosts_are_ignored_by_the_mark_and_the_ini_file(project: pytest.Pytester
 
 
 def test_telemetry_failed_a_test_that_replays(project: pytest.Pytester) -> None:
-    """A background thread posts to a host that is left out by default: it is refused, and the test passes all the same.
+    """A background thread posts to a host that is ignored by default: it is refused, and the test passes.
 
-    A host that is not left out makes the test fail, although the code hides the error.
+    Any other host makes the test fail, although the code hides the error.
     """
     for url, outcome in (
         ("https://api.openai.com/v1/traces/ingest", {"passed": 1}),
@@ -279,8 +279,8 @@ def test_telemetry_failed_a_test_that_replays(project: pytest.Pytester) -> None:
         project.runpytest().assert_outcomes(**outcome)
 
 
-def test_a_host_that_is_left_out_was_refused_with_an_error_that_no_client_handles(project: pytest.Pytester) -> None:
-    """litellm fetches its table of prices when it is imported, and goes on if the network is down."""
+def test_an_ignored_host_was_refused_with_an_error_that_no_client_handles(project: pytest.Pytester) -> None:
+    """litellm downloads its price table at import, and continues if the network is down."""
     only(
         project,
         "import urllib.error, urllib.request\n"
@@ -291,7 +291,7 @@ def test_a_host_that_is_left_out_was_refused_with_an_error_that_no_client_handle
     project.runpytest().assert_outcomes(passed=1)
 
 
-def test_the_mark_takes_the_options_of_a_cassette(project: pytest.Pytester, model: Model) -> None:
+def test_the_mark_accepts_a_cassettes_options(project: pytest.Pytester, model: Model) -> None:
     """Matching, hooks and redaction are those of `cassette(...)`."""
     options = "clients='all', match_on=['method', 'path'], allow_playback_repeats=True, before_record_response=scrub"
     only(
@@ -313,8 +313,8 @@ def test_the_mark_takes_the_options_of_a_cassette(project: pytest.Pytester, mode
     assert model.hits == 1
 
 
-def test_served_cassettes_know_what_is_being_recorded(project: pytest.Pytester, model: Model) -> None:
-    """`requests`, `responses`, `play_count`, `all_played` and the length are vcrpy's, while recording and playing."""
+def test_a_vcr_object_has_its_attributes_while_recording(project: pytest.Pytester, model: Model) -> None:
+    """`requests`, `responses`, `play_count`, `all_played` and the length work while recording and playing."""
     pytest.importorskip("pytest_recording")
     only(
         project,
@@ -342,7 +342,7 @@ def test_served_cassettes_know_what_is_being_recorded(project: pytest.Pytester, 
     outcome.stdout.no_fnmatch_line("*answer 2*")
 
 
-def test_a_miss_of_a_served_test_is_vcrpys_own(project: pytest.Pytester, model: Model) -> None:
+def test_a_miss_of_a_vcr_test_is_vcrpys_own(project: pytest.Pytester, model: Model) -> None:
     """A test that expects vcrpy's exception passes, and the miss is not raised again at its end."""
     pytest.importorskip("pytest_recording")
     only(
@@ -356,8 +356,8 @@ def test_a_miss_of_a_served_test_is_vcrpys_own(project: pytest.Pytester, model: 
     assert model.hits == 0
 
 
-def test_a_served_test_matches_by_its_own_match_on(project: pytest.Pytester, model: Model) -> None:
-    """It is as loose and as strict as with stock vcrpy; matchers of its own, and headers, are left to that."""
+def test_a_vcr_test_matches_by_its_own_match_on(project: pytest.Pytester, model: Model) -> None:
+    """It matches as with stock vcrpy; a test with custom matchers or headers uses that."""
     pytest.importorskip("pytest_recording")
     for options, ticket, outcome in (
         ("match_on=['method', 'path']", "y", {"passed": 1}),

@@ -1,4 +1,4 @@
-"""vcrpy's `use_cassette`, served by our tape: what its users see of it."""
+"""vcrpy's `use_cassette` on our tape, as its users see it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def use(tmp_path: Path) -> Any:
-    """`vcr.use_cassette` on a file of the test's own."""
+    """`vcr.use_cassette` on a file of the test."""
     return lambda **options: served_context(VCR(), lambda *_: None, {"path": str(tmp_path / "a.yaml"), **options})
 
 
@@ -76,7 +76,7 @@ def test_a_miss_was_not_vcrpys_exception(url: str, use: Any) -> None:
     assert (cassette.play_count, cassette.all_played) == (0, False)
 
 
-def test_what_was_just_recorded_was_not_shown(url: str, use: Any) -> None:
+def test_new_recordings_were_not_visible(url: str, use: Any) -> None:
     """`requests`, `responses`, `len` and counts are right while recording, and after the file was read."""
     with use() as cassette:
         requests.get(f"{url}/a", timeout=9)
@@ -92,8 +92,8 @@ def test_what_was_just_recorded_was_not_shown(url: str, use: Any) -> None:
         assert (len(cassette), cassette.play_count, cassette.all_played) == (2, 1, False)
 
 
-def test_a_served_cassette_was_stricter_than_the_tests_own_match_on(url: str, use: Any) -> None:
-    """`match_on` is applied literally: bodies only where it names them, the address exactly where it names that."""
+def test_matching_was_stricter_than_the_tests_own_match_on(url: str, use: Any) -> None:
+    """`match_on` is applied literally: bodies only if it names them, the exact address if it names that."""
     with use():
         first = requests.post(f"{url}/a?x=1&y=2", json={"q": 1}, timeout=9).json()
     for options in ({}, {"match_on": ["method", "path"]}):
@@ -106,8 +106,8 @@ def test_a_served_cassette_was_stricter_than_the_tests_own_match_on(url: str, us
             requests.post(f"{url}/a?y=2&x=1", json={"q": 2}, timeout=9)
 
 
-def test_cookies_and_compressed_bodies_replay_as_they_came(url: str, use: Any) -> None:
-    """Each header of one name is a header of its own; a body stays compressed unless it is to be decoded."""
+def test_cookies_and_compressed_bodies_replay_unchanged(url: str, use: Any) -> None:
+    """Repeated headers stay separate; a body stays compressed unless it is to be decoded."""
     for _ in range(2):
         with use(), httpx.Client() as client:
             reply = client.get(f"{url}/gzip")
@@ -116,7 +116,7 @@ def test_cookies_and_compressed_bodies_replay_as_they_came(url: str, use: Any) -
     assert Handler.hits == 1
 
 
-def test_decorated_functions_are_served(url: str, use: Any) -> None:
+def test_decorated_functions_use_the_tape(url: str, use: Any) -> None:
     """Functions and coroutine functions, each call with the cassette open."""
 
     @use()  # type: ignore[untyped-decorator]
@@ -127,8 +127,8 @@ def test_decorated_functions_are_served(url: str, use: Any) -> None:
     assert Handler.hits == 1
 
 
-def test_what_vcrpy_does_with_in_process_transports_is_done_for_its_tests(use: Any) -> None:
-    """They are recorded and played there, and nowhere else."""
+def test_in_process_transports_are_recorded_for_vcr_tests(use: Any) -> None:
+    """They are recorded and played as by vcrpy, and nowhere else."""
     ran: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -141,8 +141,8 @@ def test_what_vcrpy_does_with_in_process_transports_is_done_for_its_tests(use: A
     assert ran == ["/a"]
 
 
-def test_a_name_as_long_as_the_file_system_takes_records(url: str, tmp_path: Path) -> None:
-    """What is next to such a file (lock, journal) has a shorter name."""
+def test_a_name_as_long_as_the_file_system_allows(url: str, tmp_path: Path) -> None:
+    """The lock and the journal next to such a file have shorter names."""
     path = tmp_path / ("a" * 250 + ".yaml")
     for _ in range(2):
         with served_context(VCR(), lambda *_: None, {"path": str(path), "record_mode": "new_episodes"}):

@@ -1,4 +1,4 @@
-"""A user's project tree, and the model that it asks: what the plugin's tests run in."""
+"""A user's project tree, and its model: what the plugin's tests run in."""
 
 from __future__ import annotations
 

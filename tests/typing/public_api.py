@@ -1,4 +1,4 @@
-"""Type-checked, never run: what a user's type checker sees of the public API."""
+"""Type-checked, never run: the public API as a user's type checker sees it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def records() -> None:
 
 
 def a_misspelt_name_is_told() -> None:
-    """Names come on first use, but a type checker knows which there are."""
+    """Names load on first use, but a type checker knows all of them."""
     aggregator.AggregatedUpdates  # type: ignore[attr-defined] # noqa: B018
 
 

@@ -41,7 +41,7 @@ TRAINER = "from aggregator import AggregatedUpdate, LLMOptimizer\nt = Aggregated
     ],
 )
 def test_completion_found_errors_only(source: str, names: set[str]) -> None:
-    """`from aggregator import Agg` gave AggregatorError and AggregatorWarning, `llm.` nothing."""
+    """`from aggregator import Agg` completed to AggregatorError and AggregatorWarning only, `llm.` to nothing."""
     lines = source.split("\n")
     project = jedi.Project(str(ROOT), added_sys_path=[str(ROOT)])
     completed = jedi.Script(source, project=project).complete(len(lines), len(lines[-1]))
@@ -49,7 +49,7 @@ def test_completion_found_errors_only(source: str, names: set[str]) -> None:
 
 
 def checked_by_pyright(tmp_path: Path, file: Path) -> dict[int, str]:
-    """Return line -> the message of the first error there, of a program by itself."""
+    """Return line -> the first error there, for a program alone."""
     (tmp_path / "pyrightconfig.json").write_text(
         json.dumps({"include": [file.name], "extraPaths": [str(ROOT)], "enableTypeIgnoreComments": False})
     )
@@ -66,8 +66,8 @@ def checked_by_pyright(tmp_path: Path, file: Path) -> dict[int, str]:
 
 
 @needs_pyright
-def test_pyright_finds_what_is_wrong_in_a_users_program(tmp_path: Path) -> None:
-    """It finds the lines that mypy finds, which carry a `type: ignore`, and no other."""
+def test_pyright_finds_the_mistakes_of_a_users_program(tmp_path: Path) -> None:
+    """It reports the lines that mypy reports, which have a `type: ignore`, and no other."""
     program = HERE / "user_program.py"
     lines = program.read_text(encoding="utf-8").splitlines()
     wrong = [number for number, line in enumerate(lines, 1) if "# type: ignore[" in line]

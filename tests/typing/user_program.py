@@ -31,7 +31,7 @@ def guide(ticket: str, answer: str, team: str) -> tuple[float, str]:
 
 
 def guide_of_two(ticket: str, answer: str) -> str:
-    """A guide that forgot what is expected, and gives no score."""
+    """A guide without the expected answer, and without a score."""
     return f"{ticket}: {answer}"
 
 

@@ -1,4 +1,4 @@
-"""The project's own code: asks a model over httpx, as an SDK does."""
+"""The project's own code: calls a model over httpx, as an SDK does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import httpx
 
 
 def request(ticket: str) -> dict[str, object]:
-    """Return what is asked about a ticket."""
+    """Return the request for a ticket."""
     return {"model": "small", "messages": [{"role": "user", "content": f"Which team? {ticket}"}]}
 
 
@@ -19,6 +19,6 @@ def route(ticket: str) -> str:
 
 
 async def aroute(ticket: str) -> str:
-    """Ask on an event loop."""
+    """Ask in an event loop."""
     async with httpx.AsyncClient(trust_env=False) as client:
         return (await client.post(os.environ["MODEL_URL"], json=request(ticket))).text

@@ -11,12 +11,12 @@ pytestmark = pytest.mark.cassette(clients="all")
 
 
 def test_plain() -> None:
-    """The default path: cassettes/test_router/test_plain.yaml beside this module."""
+    """The default path: cassettes/test_router/test_plain.yaml next to this module."""
     assert route("My card was charged twice.") == "answer 1"
 
 
 async def test_async() -> None:
-    """Async tests record and replay as any other, and their tasks belong to the test's tape."""
+    """Async tests record and replay like any other, and their tasks use the test's tape."""
     async with asyncio.TaskGroup() as group:
         asked = [group.create_task(aroute(f"Ticket {i}")) for i in range(3)]
     assert sorted(task.result()[:6] for task in asked) == ["answer"] * 3
@@ -24,7 +24,7 @@ async def test_async() -> None:
 
 @pytest.mark.parametrize("ticket", ["refund/late", "login?"])
 def test_parametrised(ticket: str) -> None:
-    """Each set of parameters has a cassette of its own."""
+    """Each set of parameters has its own cassette."""
     assert route(ticket).startswith("answer")
 
 
@@ -49,5 +49,5 @@ def greeting() -> str:
 
 
 def test_with_fixture(greeting: str) -> None:
-    """What a fixture asked is replayed too."""
+    """A fixture's calls are replayed too."""
     assert greeting.startswith("answer")
