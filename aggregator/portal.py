@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
+from copy import copy
 from functools import partial, wraps
 from hashlib import sha256
 from itertools import count
@@ -241,7 +242,8 @@ class Branch:
     """Where concurrent work began: the numbers of the tasks, threads and pool items that lead to it, as `0.3.1`.
 
     Numbers count what one context starts, in the order in which it starts it. So two runs of one program give the same
-    path to the same work, whatever finishes first. `inner` is the path since the innermost lineage block.
+    path to the same work, whatever finishes first. `inner` is the path since the innermost lineage block, and `outer`
+    where that block was entered.
     """
 
     process: ClassVar[int] = os.getpid()  # this one, also after a fork; asking the system for each branch is slow
@@ -252,24 +254,25 @@ class Branch:
     _alive = 0  # threads and pool items
     _latest: ref[asyncio.Task[Any]] | None = None
     _crowded = False
+    quiet = False
 
-    def __init__(self, path: str = "", inner: str = "", *, parent: Branch | None = None, quiet: bool = False) -> None:
-        self.path, self.inner, self.pid = path, inner, self.process
-        self._quiet = quiet
-        self._numbers = count()
-        if parent is not None:
-            self._parent, self.depth = parent, parent.depth + 1
+    def __init__(
+        self, path: str = "", inner: str = "", outer: Branch | None = None, parent: Branch | None = None
+    ) -> None:
+        self.path, self.inner, self.outer, self.pid, self._numbers = path, inner, outer, self.process, count()
+        if (above := parent or outer) is not None:
+            self._parent, self.depth = parent, above.depth + 1
 
     def child(self) -> Branch:
         """Return the branch of the next work that is started here."""
-        if self._quiet:
+        if self.quiet:
             return self
         number = next(self._numbers)
         if not self._crowded:
             latest = None if self._latest is None else self._latest()
             self._crowded = self._alive > 0 or (latest is not None and not latest.done())
-        parent = self if self.depth < _DEEPEST else None
-        return Branch(_joined(self.path, number), _joined(self.inner, number), parent=parent)
+        above = (self.outer, self) if self.depth < _DEEPEST else ()
+        return Branch(_joined(self.path, number), _joined(self.inner, number), *above)
 
     def watch(self, task: asyncio.Task[Any]) -> None:
         """Note a task that was started here: what is started before it is done is concurrent with it."""
@@ -280,18 +283,20 @@ class Branch:
         """Count a thread or pool item that was started here as under way (1) or as ended (-1)."""
         self._alive += change
 
-    def is_concurrent(self) -> bool:
-        """Return whether this is one of several that are or were under way at once, since the last lineage block."""
-        branch = self
-        while (parent := branch._parent) is not None:
-            if parent._crowded:  # noqa: SLF001 - of its own class
+    def is_concurrent(self, *, whole: bool = False) -> bool:
+        """Return whether this is one of several that are or were under way at once, since the last block or the run."""
+        branch: Branch | None = self
+        while branch is not None:
+            if (parent := branch._parent) is not None and parent._crowded:  # noqa: SLF001 - of its own class
                 return True
-            branch = parent
+            branch = parent or (branch.outer if whole else None)
         return False
 
     def uncounted(self) -> Branch:
         """Return the same place; work started there gets no number."""
-        return Branch(self.path, self.inner, parent=self._parent, quiet=True)
+        same = copy(self)
+        same.quiet = True
+        return same
 
 
 def _joined(path: str, number: int) -> str:
@@ -332,7 +337,7 @@ def begin_block() -> Branch | None:
     """Let `inner` start from here, and return the branch to set again at the end of the block; None outside of any."""
     branch = _branch.get()
     if branch is not None and (branch := _work.own if branch is _work.handed_in else branch) is not None:
-        _branch.set(Branch(branch.path))
+        _branch.set(Branch(branch.path, outer=branch if branch.depth < _DEEPEST else None))
     return branch
 
 

@@ -20,6 +20,9 @@ _At = tuple[bytes, str]
 UNORDERED = "?"
 """The label of a call that overlapped with an identical one, if their order is unknown."""
 
+APART = "!"
+"""How the label of a call begins whose lineage block was entered elsewhere than that of the first call like it."""
+
 
 class Slot:
     """One logical call: its request, its lineage, and its ticket, which counts such calls in the order of issue.
@@ -98,11 +101,12 @@ class Pool:
 
     `row` is one of its rows, -1 for a pool without recorded answers. `labels` has the tickets of calls that overlapped
     by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls of which
-    the last one may not be answered. `unordered` counts calls that cannot be distinguished. `is_mixed` if rows were
-    claimed out of order because of what was redacted.
+    the last one may not be answered. `block` is where the lineage block was entered of the calls whose label does not
+    begin with `APART`. `unordered` counts calls that cannot be distinguished. `is_mixed` if rows were claimed out of
+    order because of what was redacted.
     """
 
-    __slots__ = ("flying", "is_mixed", "issued", "labels", "last", "row", "rows", "unordered")
+    __slots__ = ("block", "flying", "is_mixed", "issued", "labels", "last", "row", "rows", "unordered")
 
     def __init__(self, row: int = -1) -> None:
         self.row = row
@@ -112,6 +116,7 @@ class Pool:
         self.last: Sequence[int] = ()  # the answer that was claimed last
         self.labels: dict[str, deque[int]] | None = None
         self.flying: list[Slot] = []
+        self.block: str | None = None
         self.unordered = 0
 
     def take(self, branch: portal.Branch | None) -> int:
@@ -122,6 +127,8 @@ class Pool:
         """
         if not self.labels:
             return self.issued
+        if branch is not None and (own := self.labels.get(APART + branch.path)) and (ticket := self._first(own)) >= 0:
+            return ticket
         names = ["", *({branch.inner or ".", branch.path or "."} if branch is not None else ())]
         found = [ticket for name in names if name in self.labels and (ticket := self._first(self.labels[name])) >= 0]
         return min(found) if found else next(iter(self.rows), self.issued)
@@ -131,14 +138,27 @@ class Pool:
             tickets.popleft()
         return tickets[0] if tickets else -1
 
-    def label(self, slot: Slot) -> None:
+    def label(self, slot: Slot, recorded: str | None = None) -> None:
         """Tell a live call from the identical ones that it overlaps with, by the shortest part of its place that does.
 
-        That is its branch since the innermost lineage block, or else its whole branch.
+        That is its branch since the innermost lineage block, or else its whole branch. A block that several threads
+        or tasks enter distinguishes none of them, so that the calls of all but the first keep their whole branch, also
+        of those that overlap with none. `recorded` is the label of the answer that a call plays.
         """
-        if slot.branch is None:
+        if (branch := slot.branch) is None:
+            return
+        block = branch.outer.path if branch.outer is not None else ""
+        is_apart = APART + branch.path in (self.labels or ()) or (recorded or "").startswith(APART)
+        if self.block is None and not is_apart:
+            self.block = block
+        if recorded is not None:
             return
         slot.place()
+        if is_apart or (block != self.block and branch.outer is not None and branch.outer.is_concurrent(whole=True)):
+            slot.label = APART + branch.path
+        self._compare(slot)
+
+    def _compare(self, slot: Slot) -> None:
         self.flying = [other for other in self.flying if other.answered < 0 or other.answered > slot.issued]
         for other in self.flying:
             for one, two in ((slot, other), (other, slot)):
@@ -148,6 +168,8 @@ class Pool:
                 if here.path == there.path:
                     one.label = UNORDERED
                     self.unordered += 1
+                elif one.label.startswith(APART):
+                    continue
                 elif here.inner == there.inner:
                     one.label = here.path or "."
                 else:
@@ -253,8 +275,8 @@ class Pools:
             slot.ticket = self._first_match(slot, pool)
         slot.rows = pool.rows.pop(slot.ticket, ())
         pool.issued += 1
-        if labels and not slot.rows:
-            pool.label(slot)
+        if labels:
+            pool.label(slot, self._rows[slot.rows[0]].facts.branch if slot.rows else None)
         if slot.rows:
             pool.last = slot.rows[-1:]
         elif self._repeats and pool.last:

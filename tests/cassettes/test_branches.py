@@ -135,6 +135,74 @@ def test_identical_concurrent_prompts_were_played_in_the_wrong_order(
         assert tape.report == []
 
 
+def ask_in_turn(turns: list[int], ask: Callable[[int], Any]) -> dict[int, list[Any]]:
+    """Start a thread for each number and let them ask one after the other, in these turns, in one lineage."""
+    found: dict[int, list[Any]] = {i: [] for i in set(turns)}
+    turn = {i: threading.Semaphore(0) for i in found}
+    done = threading.Semaphore(0)
+
+    def one(i: int) -> None:
+        for _ in range(turns.count(i)):
+            turn[i].acquire()
+            with lineage("branch"):
+                found[i].append(ask(i))
+            done.release()
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in sorted(found)]
+    for thread in threads:
+        thread.start()
+    for i in turns:
+        turn[i].release()
+        done.acquire()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def ask_once(i: int) -> Any:
+    return call(f"{i} {random.random()}")
+
+
+def ask_within_a_block(i: int) -> Any:
+    with lineage("inner"):
+        return ask_once(i)
+
+
+def ask_by_two_tasks(i: int) -> Any:
+    async def both() -> list[str]:
+        return list(await asyncio.gather(*[acall(f"{i} {random.random()}") for _ in range(2)]))  # noqa: TID251
+
+    return asyncio.run(both())  # noqa: TID251
+
+
+@pytest.mark.parametrize("ask", [ask_once, ask_within_a_block, ask_by_two_tasks], ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("turns", [[0, 1, 2], [2, 0, 1], [1, 1, 0, 2], [0, 1, 0, 2, 1], [2, 0, 0, 1, 2]], ids=str)
+def test_threads_that_did_not_overlap_while_recording_were_played_in_another_order(
+    turns: list[int], ask: Callable[[int], Any], tmp_path: Path
+) -> None:
+    """Threads that one context starts side by side may ask in any order, also one after the other."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "all") as tape:
+        heard = ask_in_turn(turns, ask)
+    assert tape.report == []
+    for others in (turns, turns[::-1], sorted(turns), sorted(turns, reverse=True)):
+        with aggregator.cassette(path, "none") as tape:
+            assert ask_in_turn(others, ask) == heard
+        assert tape.report == []
+
+
+def test_what_is_added_to_a_cassette_is_told_from_what_was_there(tmp_path: Path) -> None:
+    """Calls that are recorded later, by threads of the same block, play on the thread that made them."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "all"):
+        first = ask_in_turn([0, 1], ask_once)
+    with aggregator.cassette(path, "new_episodes"):
+        heard = ask_in_turn([1, 0, 0, 1], ask_once)
+    assert {i: answers[:1] for i, answers in heard.items()} == first
+    with aggregator.cassette(path, "none"):
+        assert ask_in_turn([0, 0, 1, 1], ask_once) == heard
+
+
 def test_a_lineage_block_may_move_within_a_run(tmp_path: Path) -> None:
     """Within a lineage block branches are numbered from the block, so it may be entered anywhere in the run."""
     path = tmp_path / "a.yaml"
