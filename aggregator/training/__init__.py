@@ -1,4 +1,4 @@
-"""The training loop and what decides in it: step, trainer, optimizers, rules, gates, checks, searches, run folder.
+"""The training loop and its parts: step, trainer, optimizers, rules, gates, checks, searches, run folder.
 
 May import: adapters, executors, guides, observing, llm, cassettes, agents, sandbox and below.
 """

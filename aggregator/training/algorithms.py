@@ -1,4 +1,4 @@
-"""The names of the seed and of Trace: short faces of `Trainer`, each with the signature that it has there."""
+"""The names of the seed and of Trace: short faces of `Trainer`, each with its original signature."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ class AggregatedUpdate(Minibatch):
 
     `llm` is the aggregating model, its name, or None for the default model. Set `aggregator_system_prompt` on a
     subclass or an instance to change its instructions. A subclass may override `to_param_dict`, which names the values
-    in the prompt, and `extract_llm_suggestion` and `construct_update_dict`, which read the reply; with an
-    overridden `extract_llm_suggestion` no `response_format` is sent and no reply is asked for again. All of these, and
-    `llm` and `max_tokens`, are read at each step. `rule` replaces the aggregation by another rule, which has no use for
-    them: together they are a ConfigError.
+    in the prompt, and `extract_llm_suggestion` and `construct_update_dict`, which read the reply; with an overridden
+    `extract_llm_suggestion` no `response_format` is sent and no reply is asked for again. All of these, and `llm` and
+    `max_tokens`, are read at each step. `rule` replaces the aggregation by another rule, which does not use them: the
+    combination is a ConfigError.
     """
 
     aggregator_system_prompt = AGGREGATOR_SYSTEM_PROMPT
@@ -138,7 +138,7 @@ class AggregatedUpdate(Minibatch):
         )
 
     def merging_rule(self) -> UpdateRule:
-        """Return `rule`, or the aggregation by `llm` with the hooks that are overridden."""
+        """Return `rule`, or the aggregation by `llm` with the overridden hooks."""
         own, kind = vars(self), type(self)
         hooks = [name for name in _HOOKS if name in own or getattr(kind, name) is not getattr(AggregatedUpdate, name)]
         if self.rule is None:
@@ -171,7 +171,7 @@ _HOOKS = ("to_param_dict", "construct_update_dict", "extract_llm_suggestion", "a
 
 
 class _HookedMerge(LLMMerge):
-    """The aggregation with the seed's hooks, as far as a subclass or an instance overrides them."""
+    """The aggregation with those of the seed's hooks that a subclass or an instance overrides."""
 
     def __init__(self, trainer: AggregatedUpdate, hooks: Sequence[str]) -> None:
         super().__init__(trainer.llm, max_tokens=trainer.max_tokens, system_prompt=trainer.aggregator_system_prompt)
@@ -193,7 +193,7 @@ class _HookedMerge(LLMMerge):
         return dict(named)
 
     async def ask(self, messages: list[dict[str, str]], step: Step, about: Step) -> Answer | Exception:
-        """Return the answer, as the hooks read it."""
+        """Return the answer, read by the hooks."""
         structured = "extract_llm_suggestion" not in self.hooks
         read = partial(self.read, step=step, ignored=names_beyond(step, about))
         return await ask_or_fail(
@@ -201,7 +201,7 @@ class _HookedMerge(LLMMerge):
         )
 
     def read(self, text: str, parameters: Parameters, *, step: Step, ignored: Collection[str]) -> Answer:
-        """Read a reply by the hooks that are overridden, and by our own rules for the rest."""
+        """Read a reply by the overridden hooks, and by our own functions for the rest."""
         if not {"extract_llm_suggestion", "construct_update_dict"} & set(self.hooks):
             return read_reply(text, parameters, ignored=ignored)
         reasoning = ""
@@ -279,7 +279,7 @@ class MinibatchAlgorithm(Minibatch):
 
 
 class BasicSearchAlgorithm(MinibatchAlgorithm):
-    """Asks for several proposals from the whole minibatch and keeps the best, the current values included.
+    """Asks for several proposals from the whole minibatch and keeps the best, or the current values.
 
     `validate_dataset` and `validate_guide` judge the candidates; by default the minibatch and the guide of `train`.
     """
@@ -406,7 +406,7 @@ class ParetoSearch(PrioritySearch):
 
 
 class BeamSearch(PrioritySearch):
-    """`Trainer(search=beam(...))`: explores all that it remembers."""
+    """`Trainer(search=beam(...))`: explores every candidate that it remembers."""
 
     def __init__(
         self,
@@ -463,7 +463,7 @@ class BeamSearch(PrioritySearch):
 
 
 class SequentialSearch(PrioritySearch):
-    """`Trainer(search=sequential(...))`: one candidate, which gives way to its best successor if that is better."""
+    """`Trainer(search=sequential(...))`: one candidate, which is replaced by its best successor if that is better."""
 
     sequential_kind: type[Sequential] = Sequential
 
@@ -518,6 +518,6 @@ class SequentialSearch(PrioritySearch):
 
 
 class SequentialUpdate(SequentialSearch):
-    """One candidate, which always gives way to its successor, the best of them if there are several."""
+    """One candidate, which is always replaced by its successor, or by the best one of several."""
 
     sequential_kind = Succeeding

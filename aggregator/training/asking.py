@@ -30,7 +30,7 @@ Parameters = Sequence[ParameterNode[Any]]
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """Values of the parameters' own types; `error` says what could not be used, even after the repair call."""
+    """Values of the parameters' own types; `error` names what could not be used, even after the repair call."""
 
     values: Values = {}
     reasoning: str = ""
@@ -45,7 +45,7 @@ Read = Callable[[str, Parameters], Answer]
 
 
 def read_reply(text: str, parameters: Parameters, *, ignored: Collection[str] = ()) -> Answer:
-    """Read one reply into values of the parameters' own types; what it has under `ignored` names is left out."""
+    """Read one reply into values of the parameters' own types; names in `ignored` are left out."""
     try:
         reply = parse_reply(text)
     except SuggestionError as error:
@@ -58,7 +58,7 @@ def read_reply(text: str, parameters: Parameters, *, ignored: Collection[str] = 
 
 
 def leave_out(answer: Answer, refused: Mapping[str, str]) -> Answer:
-    """Return the answer without the values that are refused, their reasons added to its error."""
+    """Return the answer without refused values; their reasons are added to its error."""
     if not refused:
         return answer
     values = {name: value for name, value in answer.values.items() if name not in refused}
@@ -82,14 +82,14 @@ async def ask(
     """Return the model's suggestion for the parameters; raises LLMError if the call itself failed.
 
     A reply that cannot be read without guessing, and a value that cannot become its parameter's type or that `refuse`
-    refuses, is asked for once more with the reason quoted. What is still wrong then is left out and named in `error`.
-    A reply that was cut is not quoted: the second one is asked to be shorter, and has twice the room. Where the second
-    call itself is refused (too long, a filter) the first reply is what counts. `schema` makes the `response_format`.
-    With `structured=False` the reply has whatever form `read` knows: no schema is sent, and nothing is asked again.
+    refuses, is requested once more with the reason quoted. What is still invalid is left out and named in `error`. A
+    truncated reply is not quoted: the second one must be shorter, and has twice the room. If the second call itself is
+    refused (too long, a filter), the first reply is used. `schema` makes the `response_format`. With `structured=False`
+    the reply has the form that `read` expects: no schema is sent, and there is no second call.
     """
     given: dict[str, Any] = {"temperature": temperature, "seed": seed}
     options = {name: value for name, value in given.items() if value is not None}
-    if structured:  # validate=str: any text will do for the client, `read` is the judge
+    if structured:  # validate=str: the client accepts any text, `read` judges it
         options |= {"response_format": (schema or response_schema)(parameters), "validate": str}
 
     async def once(messages: list[dict[str, str]], limit: int) -> tuple[str, Answer, bool]:
@@ -119,7 +119,7 @@ async def ask(
 
 
 async def ask_or_fail(*arguments: Any, **options: Any) -> Answer | LLMError:
-    """Do as `ask`, and return the error of a call that another one may escape; raises what ends a run."""
+    """Call `ask`, but return an error that another call may not meet; raises what ends a run."""
     try:
         return await ask(*arguments, **options)
     except LLMError as error:

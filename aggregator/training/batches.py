@@ -22,9 +22,9 @@ def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tu
     """Read a data set; a sample's id is its position.
 
     A data set is `dict(inputs=..., infos=...)`, pairs (x, info), or rows with named columns: dicts, a pandas DataFrame,
-    a Hugging Face Dataset. A row is both x and info. Of an Example of DSPy's the input fields are x, and it is info.
-    Generators are read once, to their end. A DataLoader, ours or Trace's, gives its data; its batches are not used, and
-    a TrainingWarning says so.
+    a Hugging Face Dataset. A row is both x and info. For a DSPy Example the input fields are x, and the Example is
+    info. Generators are read once, to their end. A DataLoader, ours or Trace's, gives its data; its batches are not
+    used, and a TrainingWarning says so.
 
     Raises ConfigError if it is empty, of unequal lengths or of another form.
 
@@ -39,7 +39,7 @@ def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tu
 
 
 def _data_of_loader(dataset: Any, name: str) -> Any:
-    """Return the data behind a loader of minibatches, whose batches would be taken for pairs; else what was given."""
+    """Return the data of a loader of minibatches, whose batches would look like pairs; other data unchanged."""
     data = dataset.samples if isinstance(dataset, DataLoader) else getattr(dataset, "dataset", None)
     if data is None or not hasattr(dataset, "batch_size") or _is_frame(dataset):  # a frame may have such columns
         return dataset
@@ -72,7 +72,7 @@ def _from_columns(dataset: Mapping[str, Sequence[Any]], name: str) -> list[tuple
 
 
 def _plain(column: Any) -> list[Any]:
-    """Return a column as a list, of Python's own values where numpy or pandas holds it."""
+    """Return a column as a list, with Python's own values if numpy or pandas holds it."""
     return list(column.tolist() if getattr(column, "ndim", None) == 1 else column)
 
 
@@ -126,7 +126,7 @@ def minibatches(
 class DataLoader:
     """Iterates over a data set in minibatches of (inputs, infos), one epoch per iteration.
 
-    Each pass draws the next epoch's order from (seed, epoch); `shuffle=False` keeps the order of the data.
+    Each pass uses the next epoch's order, computed from (seed, epoch); `shuffle=False` keeps the order of the data.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A run on disk: its checkpoint and result, its lock and journal, and what must be the same for it to be resumed.
+"""A run on disk: checkpoint, result, lock and journal, and the identity that a resume compares.
 
 Files are written atomically and carry a version. A run is resumed only with the same guide, gate, rule, optimizer,
 models and search, and with the same data to the byte; `identity_of` and `content_of` describe these as JSON.
@@ -38,26 +38,26 @@ from aggregator.text import canonical_json, show
 
 VERSION = 1
 RESULT_VERSION = 1
-"""The version of result.json; a file without one was written before there were versions, and is read as this one."""
+"""The version of result.json; a file without one predates versions and is read as this one."""
 JOURNAL = "journal.yaml"
 CHECKPOINT = "checkpoint.json"
 RESULT = "result.json"
 PARAMETERS = "parameters.json"
 CANDIDATES = "candidates"
-"""The name under which the memory of a run holds the pool of its search."""
+"""The name under which a run's memory holds its search's pool."""
 
 NO_TRANSCRIPT = (
     "no transcript: nothing that the agent did in the first step was seen, so that the optimizer knows its inputs, "
     "outputs and feedback only; call models through LLM or observe your client's, or put @bundle on its operations"
 )
-"""The warning of a run whose agent does nothing that is observed."""
+"""The warning of a run in which no call of the agent is observed."""
 
 
 # ---- the state of a run
 
 
 class Score(Struct, frozen=True, array_like=True):
-    """What is remembered of a rollout."""
+    """What a run remembers of a rollout."""
 
     score: float | None
     scores: dict[str, float] = {}
@@ -65,18 +65,18 @@ class Score(Struct, frozen=True, array_like=True):
 
 
 class Known(Struct, frozen=True):
-    """The scores of one set of values, by instance; `step` is the last step that asked for one."""
+    """The scores of one set of values, by instance; `step` is the last step that requested one."""
 
     step: int
     scores: dict[str, Score]
 
 
 Memory = dict[str, Known]
-"""The scores that a run remembers, by the digest of the values."""
+"""The scores that a run remembers, by the values' digest."""
 
 
 class Streak(Struct, frozen=True, kw_only=True):
-    """What the rollouts of a run under its current values have come to, in the order of the samples.
+    """The recent results of a run's rollouts with its current values, in the order of the samples.
 
     `succeeded` says that one instance has been run and judged; `length` counts the latest rollouts that failed in the
     same way, `key`, under the same values.
@@ -88,13 +88,13 @@ class Streak(Struct, frozen=True, kw_only=True):
 
 
 class RunState(Struct, frozen=True, kw_only=True, rename={"memory": "notes"}):
-    """All that a run must remember between two steps. `steps` counts the finished ones.
+    """What a run must remember between two steps. `steps` counts the finished ones.
 
     `memory` is what gates remember, and the pool of a search under CANDIDATES; `scores` is what evaluations found out.
     `skipped` are the ids of the training samples that are left out. `broken_off` says that calls failed until the run
-    ended: a resumed run makes them again; `unseen`, that the transcripts of the first step were empty. `stopped` is why
-    a stop ended the run, `stops` the hash of what was given as `stop=` then, and `seconds` what the run took where a
-    stop needs to know.
+    ended: a resumed run makes them again; `unseen`, that the transcripts of the first step were empty. `stopped` is the
+    reason of the stop that ended the run, `stops` the hash of its `stop=`, and `seconds` the run's duration if a stop
+    needs it.
     """
 
     initial: Values
@@ -123,7 +123,7 @@ class _Versioned(Struct, frozen=True):
 
 
 class Checkpoint(Struct, frozen=True, kw_only=True):
-    """The file: the state, and the fingerprint of the run that it belongs to."""
+    """The file: the state, and the fingerprint of its run."""
 
     version: int
     fingerprint: dict[str, str]
@@ -136,15 +136,15 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
 def digest(value: Any) -> str:
     """Return a short hash of a value's canonical JSON.
 
-    Of what JSON cannot carry it hashes arrays, frames and images byte for byte, other objects by their attributes, and
-    the rest as it is shown, without addresses.
+    Of values without a JSON form it hashes arrays, frames and images byte for byte, other objects by their attributes,
+    and the rest by their text without addresses.
 
     >>> digest({"a": object(), "b": 1}) == digest({"b": 1, "a": object()})
     True
     """
     try:
         text = canonical_json(value, _show_whole)
-    except (TypeError, ValueError, RecursionError):  # keys of other kinds, lone surrogates, a list that holds itself
+    except (TypeError, ValueError, RecursionError):  # keys of other types, lone surrogates, a list that contains itself
         text = show(value, _WHOLE).encode(errors="backslashreplace")
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -160,7 +160,10 @@ def _show_whole(value: Any) -> Any:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: a crash leaves the old one or the new one; raises TrainingError where it cannot."""
+    """Replace a file as a whole.
+
+    A crash leaves the old one or the new one; raises TrainingError if it cannot be written.
+    """
     try:
         write_atomically(path, data, sole_writer=True)
     except OSError as error:
@@ -179,7 +182,7 @@ def save(run_dir: Path, state: RunState, fingerprint: Mapping[str, str]) -> None
 def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
     """Read the checkpoint of an interrupted run; None without one.
 
-    Raises TrainingError where it cannot be read, or names what differs from this run.
+    Raises TrainingError if it cannot be read, or belongs to a different run; the error names the difference.
     """
     path = run_dir / CHECKPOINT
     if not path.exists():
@@ -199,7 +202,7 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
             "resume with the release of aggregated-update that wrote it, or start in a new run_dir"
         )
     before = checkpoint.fingerprint
-    is_earlier = "guide" not in before  # an earlier revision wrote less, and by other names
+    is_earlier = "guide" not in before  # an earlier revision wrote fewer fields, under other names
     known = [name for name in fingerprint if name in before] if is_earlier else list({**fingerprint, **before})
     changed = [name for name in known if not _continues(name, before.get(name), fingerprint.get(name))]
     if changed:
@@ -211,7 +214,7 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
 
 
 def _continues(name: str, before: str | None, now: str | None) -> bool:
-    """Return True if a run can go on with this: the same, or more epochs."""
+    """Return True if a run can continue with these settings: the same, or more epochs."""
     if name == "num_epochs" and before is not None and now is not None and before.isdecimal() and now.isdecimal():
         return int(now) >= int(before)
     return now == before
@@ -253,7 +256,7 @@ def candidates_in(memory: Mapping[str, Any]) -> list[Candidate]:
 
 
 def _warnings(usage: Mapping[str, Usage]) -> Iterator[str]:
-    """Yield what is worth a look in a result."""
+    """Yield warnings about a result."""
     unknown = {role: spent.calls for role, spent in usage.items() if spent.calls and spent.cost is None}
     if unknown:
         calls = ", ".join(f"{role} {count}" for role, count in unknown.items())
@@ -293,7 +296,7 @@ def load_result(path: str | Path) -> TrainingResult:
 def claim_run_dir(run_dir: Path | None) -> Iterator[None]:
     """Keep other processes out of the run_dir.
 
-    Raises CassetteLockedError if one is in it, TrainingError if nothing can be written there.
+    Raises CassetteLockedError if one uses it, TrainingError if it cannot be written to.
     """
     if run_dir is None:
         yield
@@ -315,27 +318,32 @@ def claim_run_dir(run_dir: Path | None) -> Iterator[None]:
 
 @contextmanager
 def open_journal(run_dir: Path | None, state: RunState) -> Iterator[None]:
-    """The run's own journal, unless the caller has a cassette open: what was paid for is on disk before it is used."""
+    """Open the run's own journal, unless the caller has a cassette open.
+
+    Paid answers are on disk before they are used.
+    """
     if run_dir is None or current_tape() is not None:
         yield
         return
     path = run_dir / JOURNAL
     rules = TapeRules(
-        adopts="nothing",  # other threads of the process have nothing to do with the run
-        expects_all=False,  # steps behind the last checkpoint are not played again
-        code=True,  # the run's own: it wrote what it plays
-        plays_failures=not state.broken_off,  # what ended the run may have been mended
+        adopts="nothing",  # other threads of the process do not belong to the run
+        expects_all=False,  # steps before the last checkpoint are not played again
+        code=True,  # it plays only what this run wrote
+        plays_failures=not state.broken_off,  # the cause of a failed run may have been fixed
     )
-    with cassette(path, mode="new_episodes", layout="journal", warn=False, rules=rules):  # a cut-off tape is expected
+    with cassette(
+        path, mode="new_episodes", layout="journal", warn=False, rules=rules
+    ):  # an incomplete tape is expected
         yield
 
 
 @contextmanager
 def count_in(budget: Budget | None, run_dir: Path | None, state: RunState, *, resumed: bool) -> Iterator[None]:
-    """Count every call of the run, whichever client and thread makes it, and what it had spent at its checkpoint.
+    """Count every call of the run, from any client and thread, and what it had spent at its checkpoint.
 
-    Exchanges of an interrupted step, which are replayed, count as they are, unless this budget has counted them before.
-    Without a budget an outer one goes on counting.
+    Exchanges of an interrupted step, which are replayed, count in full, unless this budget has counted them before.
+    Without a budget an outer one continues to count.
     """
     run = None if run_dir is None else str(run_dir.resolve())
     if budget is not None and run is not None:
@@ -360,9 +368,9 @@ def _spending(usages: Iterable[Usage]) -> Spending:
 
 @contextmanager
 def raise_misses() -> Iterator[None]:
-    """Raise the cassette's miss that code inside has hidden: nothing after it is what was recorded.
+    """Raise the cassette's miss that user code has hidden: what follows it was not recorded.
 
-    Likewise what an SDK was refused, such as a call beyond the budget.
+    The same holds for calls that were refused to an SDK, such as one beyond the budget.
     """
     tape = current_tape()
     known = len(tape.misses) if tape is not None else 0
@@ -376,17 +384,17 @@ def raise_misses() -> Iterator[None]:
 _DEEPEST = 8
 _WHOLE = 2**62
 _METHODS = ("__call__", "get_feedback", "propose", "judge", "explore", "trials", "choose", "keep")
-"""What decides in a part of the user's own, and is compared as code."""
+"""Methods by which a custom part decides; they are compared as code."""
 
 
-# ---- what a run was made of
+# ---- the identity of a run's parts
 
 
 def identity_of(part: Any, depth: int = 0) -> Any:
-    """Return JSON that says what a part is: models by name, functions by their code and what they hold.
+    """Return JSON that identifies a part: models by name, functions by their code and closure.
 
-    Of an object it has the class and the settings: what its constructor takes, and its texts and fractions.
-    Counters and lists that it fills are not among them, so that a part that was used is still the same.
+    An object is its class and its settings: constructor arguments, strings and floats. Counters and lists are left out,
+    so that a used part is still the same.
 
     >>> identity_of(lambda x: 1) == identity_of(lambda x: 1), identity_of(lambda x: 1) == identity_of(lambda x: 2)
     (True, False)
@@ -422,16 +430,16 @@ def _other(part: Any, depth: int) -> Any:
         return [type(part).__qualname__, [[name, identity_of(getattr(part, name), depth + 1)] for name in fields]]
     if hasattr(part, "complete") and hasattr(part, "model"):
         return _model(part)
-    if hasattr(part, "train") and hasattr(part, "agent"):  # a hooked rule knows its trainer
+    if hasattr(part, "train") and hasattr(part, "agent"):  # a hooked rule refers to its trainer
         return type(part).__qualname__
     content = content_of(part)
     return content if content is not None else _object(part, depth)
 
 
 def _model(model: Any) -> Any:
-    """Return what changes the answers of a model: its name, its server, its API, what is merged into each request.
+    """Return the settings that change a model's answers: name, server, API, and fields merged into each request.
 
-    Keys, limits and timeouts do not; nor does the port of a server on this machine.
+    Keys, limits, timeouts and the port of a local server do not change them.
     """
     if several := getattr(model, "models", ()):
         return ["models", [_model(one) for one in several]]
@@ -444,9 +452,9 @@ def _model(model: Any) -> Any:
 
 
 def models_in(agent: Any) -> dict[str, Any]:
-    """Return the models that an agent holds, by where: in its attributes, those of its parts, lists and dicts.
+    """Return the models that an agent holds, by path: in its attributes, those of its parts, lists and dicts.
 
-    Of a function the variables that it uses are looked at.
+    For a function its variables are searched.
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
@@ -464,7 +472,7 @@ def models_in(agent: Any) -> dict[str, Any]:
 
 
 def _parts_of(thing: Any, *, is_agent: bool) -> list[tuple[Any, Any]]:
-    """Return what may hold a model in an agent or one of its parts."""
+    """Return the attributes of an agent or one of its parts that may hold a model."""
     if isinstance(thing, list | tuple):
         return list(enumerate(thing))
     if isinstance(thing, dict):
@@ -484,7 +492,7 @@ def _function(function: Any, depth: int) -> Any:
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         try:
             held[name] = identity_of(cell.cell_contents, depth + 1)
-        except ValueError:  # a variable that has no value yet
+        except ValueError:  # a variable without a value yet
             held[name] = None
     defaults = [identity_of(one, depth + 1) for one in function.__defaults__ or ()]
     named = identity_of(function.__kwdefaults__ or {}, depth + 1)
@@ -492,7 +500,7 @@ def _function(function: Any, depth: int) -> Any:
 
 
 def _code(code: CodeType) -> Any:
-    """Return what code does; sets among its constants in order, which differs from process to process."""
+    """Return a function's code as JSON; sets among its constants are sorted, as processes order them differently."""
     constants = [
         _code(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)
         for one in code.co_consts
@@ -516,9 +524,9 @@ def _object(part: Any, depth: int) -> Any:
 
 
 def content_of(value: Any) -> Any:
-    """Return what an array, a data frame, an image or a plain object holds, byte for byte; None for anything else.
+    """Return the content of an array, a data frame, an image or a plain object, byte for byte; None for anything else.
 
-    Their repr leaves out the middle, or says nothing but the class.
+    Their repr leaves out the middle, or shows the class only.
     """
     if isinstance(value, msgspec.Struct | bytes | bytearray | memoryview):
         return None

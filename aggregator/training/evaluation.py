@@ -1,6 +1,6 @@
 """Scores of given values: `step.evaluate` in a run and alone, `evaluate` outside a run, and `headroom` before one.
 
-`headroom` measures with a few repeated rollouts whether there is anything to gain, before a run is paid for.
+`headroom` measures with a few repeated rollouts whether a run could gain anything, before it is paid for.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RunTasks = Callable[[Sequence[RolloutTask], Any], Awaitable[Sequence[Rollout]]]
 """Runs (tasks, guide) and returns the rollouts in the order of the tasks."""
 
 KEPT_STEPS = 16
-"""How many steps a score is remembered that no step asks for."""
+"""For how many steps a score is remembered that no step requests."""
 
 
 # ---- scores paid once
@@ -72,7 +72,7 @@ class Evaluations:
         self._guides: dict[int, tuple[Any, str]] = {}  # kept alive, as its id is the key
 
     def at(self, step: int, place: Sequence[str] = ()) -> Evaluate:
-        """Return the `evaluate` of one step, whose calls are recorded below `place`."""
+        """Return the `evaluate` of one step, whose calls are recorded under `place`."""
         return partial(self._evaluate, step, tuple(place))
 
     async def _evaluate(
@@ -90,7 +90,7 @@ class Evaluations:
         check_positive("repeats", count)
         guide = self._guide if guide is None else guide
         judge = self._name(guide)
-        with overriding(self._parameters, values):  # each in its own type, and under one digest
+        with overriding(self._parameters, values):  # each in its own type, and with one digest
             typed = values_of(self._parameters)
         name = digest(typed)
         place = (*place, f"values={name}", *((f"guide={judge}",) if judge else ()))
@@ -112,7 +112,7 @@ class Evaluations:
         return [join_repeats(runs[i : i + count]) for i in range(0, len(runs), count)]
 
     def _name(self, guide: Any) -> str:
-        """Return "" for the run's own guide, and a digest for another one, the same as long as the run lasts."""
+        """Return "" for the run's own guide, and a digest for another one, constant during the run."""
         if guide is self._guide:
             return ""
         if id(guide) not in self._guides:
@@ -121,7 +121,7 @@ class Evaluations:
         return self._guides[id(guide)][1]
 
     def _remember(self, step: int, name: str, rollouts: dict[str, Rollout]) -> None:
-        """Add scores, except of instances that were lost: they say nothing of the values."""
+        """Add scores, except those of lost instances, which do not depend on the values."""
         kept = {
             key: Score(run.score, dict(run.scores), run.failure)
             for key, run in rollouts.items()
@@ -131,7 +131,7 @@ class Evaluations:
         self.known[name] = Known(step, {**before, **kept})
 
     def forget(self, step: int, in_use: Sequence[Values] = ()) -> Memory:
-        """Drop the scores that no step asked for lately, except of values in use, and return the others."""
+        """Drop scores that no step has requested lately, except those of values in use, and return the others."""
         if not self.known:
             return {}
         used = set(map(digest, in_use))
@@ -162,37 +162,29 @@ def _recall(score: Score, sample: Sample, repeat: int) -> Rollout:
 
 
 def guide_digest(guide: Any) -> str:
-    """Return a short hash of what a guide is: its name, its code and its settings.
-
-    >>> guide_digest(lambda x: 1) == guide_digest(lambda x: 1), guide_digest(lambda x: 1) == guide_digest(lambda x: 2)
-    (True, False)
-    """
+    """Return a short hash of a guide: its name, its code and its settings."""
     return digest(identity_of(guide))
 
 
 def is_lost(record: Failure) -> bool:
-    """Return True if an instance was lost: a call, the guide or the optimizer failed, and the agent did not."""
+    """Return True if an instance was lost: a call, the guide or the optimizer failed, but not the agent."""
     return record.infrastructure or (record.stage != "agent" and record.error != "SuggestionError")
 
 
 def is_crash(run: Rollout) -> bool:
-    """Return True if the agent itself failed, which is the worst that it can do."""
+    """Return True if the agent itself failed, which counts as the worst result."""
     return run.failure is not None and not is_lost(run.failure)
 
 
 def lowest_of(*series: Sequence[float | None], min_score: float | None = None) -> float:
-    """Return what an instance counts on which the agent failed: `min_score`, else the lowest score, at most 0.
-
-    >>> lowest_of([0.5, None], [0.9]), lowest_of([-2.0]), lowest_of([0.5], min_score=0.1)
-    (0.0, -2.0, 0.1)
-    """
+    """Return the score of an instance on which the agent failed: `min_score`, else the lowest score, at most 0."""
     if min_score is not None:
         return min_score
     return min(0.0, *(score for scores in series for score in scores if score is not None), 0.0)
 
 
 def scores_of(rollouts: Sequence[Rollout], lowest: float | None = None) -> list[float | None]:
-    """Return the score of each rollout: `lowest` where the agent failed, None for an instance that was not judged."""
+    """Return the score of each rollout: `lowest` if the agent failed, None if the instance was not judged."""
     return [lowest if run.score is None and is_crash(run) else run.score for run in rollouts]
 
 
@@ -219,7 +211,7 @@ def join_repeats(runs: Sequence[Rollout]) -> Rollout:
 
 
 async def run_again(run: RunTasks, tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:
-    """Run tasks, and those once more whose calls were lost, under `retry=1` of their lineage."""
+    """Run tasks, and once more those with lost calls, under `retry=1` of their lineage."""
     found = list(await run(tasks, guide))
     due = [i for i, rollout in enumerate(found) if rollout.failure is not None and rollout.failure.infrastructure]
     if due:
@@ -230,7 +222,7 @@ async def run_again(run: RunTasks, tasks: Sequence[RolloutTask], guide: Any) -> 
 
 
 def alone(agent: Agent) -> RunTasks:
-    """Return how tasks are run outside of a run: with threads of their own, ended with the last task."""
+    """Yield a function that runs tasks outside a run, in its own threads, which end with the last task."""
 
     async def run(tasks: Sequence[RolloutTask], guide: Any) -> Sequence[Rollout]:
         async with LocalExecutor() as executor:
@@ -240,17 +232,13 @@ def alone(agent: Agent) -> RunTasks:
 
 
 def mean(scores: Sequence[float | None]) -> float | None:
-    """Return the mean of the scores that are known, None if none is.
-
-    >>> mean([1.0, None, 0.0])
-    0.5
-    """
+    """Return the mean of the known scores, or None without one."""
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known else None
 
 
 def failures_of(runs: Sequence[Rollout]) -> tuple[Failure, ...]:
-    """Return what went wrong in a series of rollouts, in their order."""
+    """Return the failures of a series of rollouts, in order."""
     return tuple(run.failure for run in runs if run.failure is not None)
 
 
@@ -269,11 +257,11 @@ async def aevaluate(
 ) -> list[float | None]:
     """Return one score per instance; None if a call was lost or the guide failed, which is not 0.
 
-    `agent` is what `as_agent` takes, or anything that is called with an input. `inputs` and `infos` are two sequences
-    as in Trace, or `inputs` is a whole data set. An instance on which the agent itself fails scores `min_score`, by
-    default the minimum that the guide declares. With `clients="all"` a call that the agent's own client loses is lost,
-    and no failure of the agent (see `Trainer`). If instances have no score a TrainingWarning gives their number, and
-    why the first has none.
+    `agent` is anything that `as_agent` accepts, or a callable of an input. `inputs` and `infos` are two sequences as in
+    Trace, or `inputs` is a whole data set. An instance on which the agent itself fails scores `min_score`, by default
+    the minimum that the guide declares. With `clients="all"` a call that the agent's own client loses is lost, and no
+    failure of the agent (see `Trainer`). If instances have no score a TrainingWarning gives their number, and why the
+    first has none.
     """
     check_guide(guide)
     check_positive("max_concurrency", max_concurrency)
@@ -333,7 +321,7 @@ class Headroom(Struct, frozen=True, kw_only=True):
 
     @property
     def verdict(self) -> str:
-        """What the figures mean for a run, in a sentence."""
+        """The meaning of the figures for a run, in a sentence."""
         if self.score is None:
             return "No instance was judged; look at the failures first."
         if self.judged < self.instances and (self.perfect == 1 or self.undecided == 0):
@@ -370,10 +358,10 @@ async def aheadroom(
 ) -> Headroom:
     """Run the agent `repeats` times on `sample` instances, drawn by `seed` (None: on all), and return what they show.
 
-    `max_score` is the best score; by default what the guide declares as `guide.max_score`, never what was seen. An
-    instance on which the agent fails scores `min_score`, or the guide's declared `min_score`. Without either a failure
-    counts as the lowest score, at most 0, if other repeats were judged, and an instance that always fails is not
-    judged. Raises ConfigError for invalid arguments, and what ends a run.
+    `max_score` is the best score; by default `guide.max_score`, never the highest score observed. An instance on which
+    the agent fails scores `min_score`, or the guide's declared `min_score`. Without either a failure counts as the
+    lowest score, at most 0, if other repeats were judged, and an instance that always fails is not judged. Raises
+    ConfigError for invalid arguments, and what ends a run.
     """
     check_guide(guide)
     check_positive("repeats", repeats)
@@ -401,14 +389,7 @@ async def aheadroom(
 
 
 def summarise(runs: Sequence[Rollout], repeats: int, max_score: float | None = None) -> Headroom:
-    """Return the figures of rollouts that come instance by instance, `repeats` of each.
-
-    >>> from aggregator.records import Rollout
-    >>> runs = [Rollout(sample_id=i // 2, score=score) for i, score in enumerate([1.0, 0.0, 1.0, 1.0])]
-    >>> found = summarise(runs, 2, 1.0)
-    >>> found.score, found.undecided, found.perfect
-    (0.75, 0.5, 0.5)
-    """
+    """Compute the figures from rollouts that are ordered by instance, with `repeats` of each."""
     groups = [runs[i : i + repeats] for i in range(0, len(runs), repeats)]
     lowest = lowest_of([run.score for run in runs])
     tried = [group if any(run.score is not None for run in group) else () for group in groups]
@@ -444,13 +425,7 @@ def headroom(
     seed: int = 0,
     clients: Clients = None,
 ) -> Headroom:
-    """Tell before a run whether there is something to gain: the synchronous face of `aheadroom`.
-
-    >>> def guess(x, *, offset=0):
-    ...     return x + offset
-    >>> print(headroom(guess, lambda x, output, info: float(output == info), [(1, 1), (2, 3)], max_score=1).verdict)
-    The repeats are identical, because of a seed, a temperature of 0 or a cache: they show no spread.
-    """
+    """Measure before a run whether there is something to gain: the synchronous version of `aheadroom`."""
     return call(
         aheadroom,
         agent,

@@ -1,4 +1,4 @@
-"""The local executor under the name that programs know it by; it lives in `aggregator.executors.local`."""
+"""The local executor under its old import path; it is defined in `aggregator.executors.local`."""
 
 from __future__ import annotations
 

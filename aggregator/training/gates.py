@@ -1,16 +1,16 @@
 """Accept or refuse an update or a single value, and choose the values that a run ends with.
 
-A refused update was never written: candidates are evaluated under an overlay. The validation set chooses the best
+A refused update is never written: candidates are evaluated under an overlay. The validation set chooses the best
 values, the test set never does. A run and its resume continue from the last values; the best are written at the end.
 
-A check refuses one new value by what it is, before anything is run:
+A check refuses one new value before anything is run:
 
     keeps_placeholders   a template keeps its placeholders and gains none; a prompt is never emptied (on by default)
     max_edit(0.2)        one update changes at most a fifth of a text
     leak_guard()         no runs of words from the training data in a text
 
-A refused value is asked for once more with the reason; if the second one is refused too, the update goes on without it.
-A check of your own is a function `(before, after, parameter, step) -> reason or None`.
+A refused value is requested once more with the reason; if the second one is refused too, the update continues without
+it. A custom check is a function `(before, after, parameter, step) -> reason or None`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def always(before: Values, after: Values, step: Step) -> Decision:
 
 
 def both(first: Gate, second: Gate) -> Gate:
-    """Accept what both accept; the second is asked only about what the first accepts, and has the last word."""
+    """Accept what both gates accept; the second is asked only about what the first accepts, and decides last."""
 
     async def gate(before: Values, after: Values, step: Step) -> Decision:
         decision = await ask_gate(first, before, after, step)
@@ -69,23 +69,23 @@ class Cost(Struct, frozen=True):
 
 
 def costing(gate: Gate, cost: Cost) -> Gate:
-    """State what a gate costs, for `trainer.plan`."""
+    """Declare what a gate costs, for `trainer.plan`."""
     facts: Any = gate
     facts.cost = cost
     return gate
 
 
 def cost_of(gate: Gate) -> Cost:
-    """Return what a gate states that it costs; nothing for one that states nothing."""
+    """Return the declared cost of a gate, or a cost of 0."""
     cost = getattr(gate, "cost", None)
     return cost if isinstance(cost, Cost) else Cost()
 
 
 def improves_on_batch(threshold: float = 0.0, *, score: str | None = None) -> Gate:
-    """Accept what raises the mean score on the same minibatch by at least `threshold`, and by more than nothing.
+    """Accept an update that raises the mean score on the same minibatch by at least `threshold`, and by more than 0.
 
-    Costs one more run of the agent per instance; called without a run, another one for the values before. Compared per
-    instance, as by `compare_runs`. `score` names the score to compare, as for `improves_on_validation`.
+    Costs one more run of the agent per instance, and outside a run another one for the current values. Scores are
+    compared per instance by `compare_runs`. `score` names the score to compare, as for `improves_on_validation`.
     """
     check_threshold(threshold)
     check_score_name(score)
@@ -93,7 +93,7 @@ def improves_on_batch(threshold: float = 0.0, *, score: str | None = None) -> Ga
     async def gate(before: Values, after: Values, step: Step) -> Decision:
         known = list(step.rollouts or await step.evaluate(before, step.samples))
         due = [i for i, run in enumerate(known) if run.failure is not None and run.failure.infrastructure]
-        if due and step.rollouts:  # lost calls are tried once more, as those of an evaluation are
+        if due and step.rollouts:  # lost calls are retried once, as in an evaluation
             for i, run in zip(due, await step.evaluate(before, [step.samples[i] for i in due]), strict=True):
                 known[i] = run
         tried = await step.evaluate(after, step.samples)
@@ -106,13 +106,13 @@ def improves_on_batch(threshold: float = 0.0, *, score: str | None = None) -> Ga
 def improves_on_validation(
     dataset: Dataset, threshold: float = 0.0, *, significance: float | None = None, score: str | None = None
 ) -> Gate:
-    """Accept what raises the mean score on a validation set, paired per instance.
+    """Accept an update that raises the mean score on a validation set, paired per instance.
 
     `threshold` is the least gain of the mean. With `significance` (say 0.05) the gain must also pass a one-sided exact
     sign test over the instances whose score changed: the chance of so many gains among them, were gains and losses
     equally likely, is at most this. Costs one run per instance for each new candidate; the scores of the current values
-    are remembered, by a resumed run too. `score` names the score to compare, one of the guide's `Scores.named` or
-    "cost", "length" or "milliseconds", of which less is better; None is the primary score.
+    are remembered, also by a resumed run. `score` names the score to compare, one of the guide's `Scores.named` or
+    "cost", "length" or "milliseconds", where lower is better; None is the primary score.
     """
     check_threshold(threshold)
     check_score_name(score)
@@ -131,7 +131,7 @@ def improves_on_validation(
 
 
 MEASURES = ("cost", "length", "milliseconds")
-"""The scores that every rollout has without the guide; less is better."""
+"""The scores of every rollout that do not come from the guide; lower is better."""
 
 
 # ---- comparing scores
@@ -144,9 +144,10 @@ def check_score_name(score: Any) -> None:
 
 
 def by_name(rollouts: Sequence[Rollout], score: str) -> list[Rollout]:
-    """Return the rollouts with one of their named scores as the score, negated where less is better.
+    """Return the rollouts with one of their named scores as the score, negated if lower is better.
 
-    An instance on which the agent failed has none, however little it cost. Raises ConfigError if all others lack it.
+    An instance on which the agent failed has no score, even if it cost little. Raises ConfigError if all others lack
+    the name.
 
     >>> [run.score for run in by_name([Rollout(sample_id=0, score=1.0, scores={"cost": 0.25})], "cost")]
     [-0.25]
@@ -166,7 +167,7 @@ def by_name(rollouts: Sequence[Rollout], score: str) -> list[Rollout]:
 
 
 def check_threshold(threshold: Any) -> None:
-    """Raise ConfigError for what no gain can be held against."""
+    """Raise ConfigError for an invalid threshold."""
     if not is_finite(threshold):
         raise ConfigError(f"Expected threshold to be a finite number, the least gain of the mean, got {threshold!r}")
 
@@ -181,8 +182,8 @@ def compare(
 ) -> Decision:
     """Decide between two series of scores of the same instances; None is an instance that was not judged.
 
-    One that was not judged before counts on neither side. One that was judged before and not after is lost: the gain
-    must be there without it, and also with its score after taken as the lowest that there is (`lowest_of`).
+    One that was not judged before is left out. One that was judged before and not after is lost: there must be a gain
+    without it, and also if its new score is taken as the lowest possible (`lowest_of`).
 
     >>> compare([0.0, 1.0], [1.0, 1.0]).accepted
     True
@@ -229,7 +230,7 @@ def compare_runs(
 ) -> Decision:
     """Decide between the rollouts of the same instances under two sets of values, as `compare` does.
 
-    Where the agent failed the score is `min_score`, else the lowest on either side, at most 0. The reason gives the
+    If the agent failed, the score is `min_score`, else the lowest on either side, at most 0. The reason gives the
     number of instances that the guide has judged on both sides if that is not all of them. `score` names one of the
     named scores to compare; `min_score` is one of the primary score alone.
     """
@@ -320,7 +321,7 @@ def values_named(result: TrainingResult, which: Kept) -> Values:
 
 
 def apply_values(agent: Any, parameters: Sequence[ParameterNode[Any]], values: Mapping[str, Any], which: Kept) -> None:
-    """Write the values of a run to its agent, all or none; a Module remembers which they are, and `save` says so."""
+    """Write a run's values to its agent, all or none; a Module records their origin, which `save` writes."""
     if isinstance(agent, Module) and set(values) <= set(agent.parameters_dict()):
         agent.apply(dict(values), which=which)
     else:
@@ -328,23 +329,23 @@ def apply_values(agent: Any, parameters: Sequence[ParameterNode[Any]], values: M
 
 
 Keep = Literal["best", "last"] | None
-"""What `train(keep=...)` takes; None is the best with a validation set, else the last."""
+"""The values of `train(keep=...)`; None means the best with a validation set, otherwise the last."""
 
 
-# ---- checks, which refuse single values
+# ---- checks of single values
 
 EDITS_ALLOWED = 20
-"""max_edit always allows this many changed tokens: a short prompt could not be improved otherwise."""
+"""max_edit always allows this number of changed tokens, because a short prompt could not be improved otherwise."""
 
 LEAK_WORDS = 5
-"""How many words in a row count as copied (the n-gram length of gepa issue 261)."""
+"""The number of consecutive words that count as copied (the n-gram length of gepa issue 261)."""
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _WORD = re.compile(r"\w+")
 
 
 def template_placeholders(value: Any, parameter: ParameterNode[Any]) -> list[str]:
-    """Return the placeholders of a parameter's value; source code and values that are no text have none."""
+    """Return the placeholders of a parameter's value; source code and values other than text have none."""
     return placeholders(value) if isinstance(value, str) and not isinstance(parameter, CodeParameter) else []
 
 
@@ -370,7 +371,7 @@ def keeps_placeholders(before: Any, after: Any, parameter: ParameterNode[Any], s
 
 
 def max_edit(share: float = 0.2) -> Check:
-    r"""Return a check that bounds how much of a text one update changes.
+    r"""Return a check that limits how much of a text one update changes.
 
     `share` in (0, 1] is the part of the current text's tokens (`\w+|[^\w\s]`) that may be replaced, removed or added;
     20 tokens are always allowed. The difference is that of difflib: a passage that moves counts as changed. Raises
@@ -400,11 +401,7 @@ def max_edit(share: float = 0.2) -> Check:
 
 
 def edited_tokens(old: Sequence[str], new: Sequence[str]) -> int:
-    """Return how many tokens differ: of a passage that is replaced the longer side counts.
-
-    >>> edited_tokens(["a", "b", "c"], ["a", "x", "y", "c"])
-    2
-    """
+    """Return the number of tokens that differ; for a replaced passage the longer side counts."""
     pieces = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     return sum(max(end - start, stop - begin) for kind, start, end, begin, stop in pieces if kind != "equal")
 
@@ -412,10 +409,10 @@ def edited_tokens(old: Sequence[str], new: Sequence[str]) -> int:
 def leak_guard(data: Dataset | None = None, *, words: int = LEAK_WORDS) -> Check:
     """Return a check that refuses texts with runs of words copied from training inputs or answers.
 
-    `data` is what must not be copied, by default the training set of the run, or the samples of a step made alone.
-    Runs of `words` words that the initial or the current value has are allowed, and parameters marked as
-    demonstrations (`ParameterNode(..., demonstrations=True)`) are not looked at. All texts inside a value count, for
-    lists and mappings too. Raises ConfigError unless `words` is an int of at least 2.
+    `data` must not be copied; by default it is the run's training set, or the samples of a step made alone. Runs of
+    `words` words that the initial or the current value has are allowed, and parameters marked as demonstrations
+    (`ParameterNode(..., demonstrations=True)`) are exempt. All texts inside a value count, for lists and mappings too.
+    Raises ConfigError unless `words` is an int of at least 2.
 
     >>> check = leak_guard([("Which river runs through the old town of Bern?", "Aare")])
     >>> check("Answer.", "The river runs through the old town.", ParameterNode("Answer."), Step())
@@ -424,7 +421,7 @@ def leak_guard(data: Dataset | None = None, *, words: int = LEAK_WORDS) -> Check
     if type(words) is not int or words < 2:
         raise ConfigError(f"Expected leak_guard(words=...) to be an int of at least 2, got {words!r}")
     given = None if data is None else samples(data)
-    known: list[Any] = [None, {}]  # the samples that were looked at last, and the runs in them
+    known: list[Any] = [None, {}]  # the samples of the last call, and their runs of words
 
     def leak_guard(before: Any, after: Any, parameter: ParameterNode[Any], step: Step) -> str | None:
         if getattr(parameter, "demonstrations", False):
@@ -458,7 +455,7 @@ def all_checks(given: Sequence[Check] | None) -> tuple[Check, ...]:
 
 
 def _runs(values: Iterable[Any], words: int) -> dict[tuple[str, ...], str]:
-    """Return every run of so many words in the texts of some values: the words in lower case -> the text."""
+    """Return every run of `words` words in the texts of some values: the words in lower case -> the text."""
     found: dict[tuple[str, ...], str] = {}
     for text in (text for value in values for text in _texts(value)):
         spans = list(_WORD.finditer(text))

@@ -1,10 +1,10 @@
-"""Learn from rollouts that were logged, in production for one, and from people's corrections: the agent is not run.
+"""Learn from logged rollouts, for example of production, and from people's corrections: the agent is not run.
 
     update = propose_from("logs.jsonl", agent, llm=llm)     # or a list of dicts, or Rollouts
     print(update)                                           # what changes, and which records asked for it
     update.apply()
 
-records -> rollouts with a signal -> a proposal for each -> merge -> checks -> the update, for a person to look at
+records -> rollouts with a signal -> a proposal for each -> merge -> checks -> the update, for a person to review
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "transcript": ("transcript", "messages", "trace"),
     "values": ("values",),
 }
-"""The facts of a record, and the names under which each is looked for; the first one present counts."""
+"""The facts of a record, and their accepted names; the first one present is used."""
 
 UNLABELLED = "it has no score, no feedback and no correction"
 STALE = "it ran with other values than the current ones"
 
 
 class Logged(Struct, frozen=True, kw_only=True):
-    """One record as it is learned from: its id, the rollout that it describes, and the values that it ran with."""
+    """One logged record: its id, the rollout that it describes, and the values that it ran with."""
 
     id: str | int
     rollout: Rollout
@@ -81,12 +81,12 @@ class Logged(Struct, frozen=True, kw_only=True):
 
 
 class LearnedUpdate(Struct, frozen=True, kw_only=True):
-    """What logged rollouts ask for: new values of parameters, and where each comes from.
+    """The update that logged rollouts ask for: new values of parameters, with their provenance.
 
     `values` holds what changes, `before` the values of all parameters. `provenance` names the records behind each
-    change, `proposals` are those of the single records, `records` their ids in the same order. `skipped` says of each
-    record that was left out why. `failures` are calls that were lost, replies that could not be read, and values that a
-    check refused. Nothing is changed until `apply()`.
+    change, `proposals` are those of the single records, `records` their ids in the same order. `skipped` gives the
+    reason for each record that was left out. `failures` are calls that were lost, replies that could not be read, and
+    values that a check refused. Nothing is changed until `apply()`.
     """
 
     values: Values
@@ -101,7 +101,7 @@ class LearnedUpdate(Struct, frozen=True, kw_only=True):
     parameters: tuple[ParameterNode[Any], ...] = ()
 
     def apply(self, agent: Any = None) -> Values:
-        """Store the new values, in the agent that was given or in another one, and return them; all of them or none.
+        """Store the new values, all or none, in the given agent or in another one, and return them.
 
         Raises ConfigError for a parameter that the agent does not have, ParameterError for a value that it refuses.
         """
@@ -123,7 +123,7 @@ class LearnedUpdate(Struct, frozen=True, kw_only=True):
 
 
 def parameters_of(agent: Any) -> list[ParameterNode[Any]]:
-    """Return the trainable parameters of an agent, or those that were given as such."""
+    """Return the trainable parameters of an agent, or of a list of them."""
     if isinstance(agent, ParameterNode):
         agent = [agent]
     is_list = isinstance(agent, Sequence) and agent and all(isinstance(one, ParameterNode) for one in agent)
@@ -219,12 +219,12 @@ def _find(record: Mapping[str, Any], path: str | None, names: Sequence[str]) -> 
 
 
 def _is_missing(value: Any) -> bool:
-    """Return True for None, and for NaN, which a table holds in its place."""
+    """Return True for None, and for NaN, which tables use for missing values."""
     return value is None or (isinstance(value, float) and value != value)
 
 
 def _transcript(given: Any) -> str:
-    """Return a transcript as text; a list of messages as the call that it was."""
+    """Return a transcript as text; a list of messages becomes one call."""
     if isinstance(given, list) and given and all(isinstance(one, Mapping) and "role" in one for one in given):
         seen = Transcript()
         call = seen.llm_call(given[:-1] if given[-1]["role"] == "assistant" else given)
@@ -234,7 +234,7 @@ def _transcript(given: Any) -> str:
 
 
 def _failure(given: Any, place: int) -> Failure | None:
-    """Return the failure that one of our own records holds."""
+    """Return the failure in one of our own records."""
     try:
         return None if given is None else replace(msgspec.convert(given, Failure), sample_id=place)
     except msgspec.ValidationError as error:
@@ -262,15 +262,14 @@ async def apropose_from(
 ) -> LearnedUpdate:
     """Return the update that logged rollouts ask for, without running the agent; `apply` stores it at once.
 
-    `rollouts` are records of what the agent did: Rollouts, or dicts with the input, the output, and what is known of
-    its quality: `score`, `feedback`, or `correction`, the output that a person would have wanted; or a file of them
-    (`read_records`, with `fields`). A record without any of these is skipped, as is one whose `values` are not the
-    current ones, and one whose call was lost. One that reached `max_score` proposes nothing, and counts as support for
-    the current values.
+    `rollouts` are records of the agent's runs: Rollouts, or dicts with the input, the output, and its quality: `score`,
+    `feedback`, or `correction`, the output that a person would have wanted; or a file of them (`read_records`, with
+    `fields`). Skipped are records without any of these, with other `values` than the current ones, or with a lost call.
+    One that reached `max_score` proposes nothing, and counts as support for the current values.
 
-    `agent` is what `as_agent` takes, or a list of its ParameterNodes. `optimizer` proposes for each record by itself
-    (default: `LLMOptimizer(llm=llm)`), `rule` merges the proposals at `stepsize` (default: the same model), `checks`
-    refuse values, as in `Trainer`. Raises ConfigError if no record can be learned from, CassetteMissError and
+    `agent` is anything that `as_agent` accepts, or a list of its ParameterNodes. `optimizer` proposes for each record
+    by itself (default: `LLMOptimizer(llm=llm)`), `rule` merges the proposals at `stepsize` (default: the same model),
+    `checks` refuse values, as in `Trainer`. Raises ConfigError if no record can be learned from, CassetteMissError and
     BudgetExceededError.
     """
     check_budget(budget)
@@ -314,7 +313,7 @@ def _step_of(usable: Sequence[Logged], parameters: Sequence[ParameterNode[Any]],
 async def _merge(
     parts: Parts, step: Step, instances: Sequence[Instance], ids: Mapping[int, str | int]
 ) -> LearnedUpdate:
-    """Merge what the records propose; `ids` are their own by the number of their rollouts."""
+    """Merge the records' proposals; `ids` maps the number of a rollout to its record's id."""
     current = Candidate(id="0.0", values=step.values)
     made = await make_candidates(parts, [Explored(candidate=current, step=step, instances=instances)], step, [current])
     best = made.candidates[0] if made.candidates else current
@@ -332,7 +331,10 @@ async def _merge(
 
 
 def _sort(records: Records, fields: Mapping[str, str], values: Values) -> tuple[list[Logged], dict[str | int, str]]:
-    """Return the records that can be learned from, and why the others cannot. Raises ConfigError if none is left."""
+    """Return the records that can be learned from, and the reasons for the others.
+
+    Raises ConfigError if none is left.
+    """
     known = plain(values)
     usable: list[Logged] = []
     skipped: dict[str | int, str] = {}
@@ -353,7 +355,7 @@ def _sort(records: Records, fields: Mapping[str, str], values: Values) -> tuple[
 
 
 async def _propose(optimizer: Optimizer, step: Step, i: int) -> Instance:
-    """Ask for the proposal of one record; a lost call or an unreadable reply is part of it."""
+    """Request the proposal for one record; a lost call or an unreadable reply is part of the result."""
     rollout, sample = step.rollouts[i], step.samples[i]
     if is_satisfied(rollout, step):
         return make_instance(sample, rollout, propose_nothing(rollout))

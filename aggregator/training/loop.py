@@ -1,4 +1,4 @@
-"""One run from its first evaluation to its last step: order, lineage, checkpoints, and what ends it.
+"""One run from its first evaluation to its last step: order, lineage, checkpoints, and its ends.
 
 evaluate the test set -> for each turn: rollouts and proposals -> update -> evaluate -> checkpoint -> observers
 """
@@ -101,11 +101,11 @@ from aggregator.training.updates import (
 )
 
 FEWEST_JUDGED = 4
-"""max_failure_ratio is held against this many instances at least: one lost call does not end a run of batches of 1."""
+"""max_failure_ratio applies to at least this number of instances: one lost call does not end a run of batches of 1."""
 
 
 class Trainer(Protocol):
-    """What the loop asks of a trainer."""
+    """What the loop needs from a trainer."""
 
     agent: Any
     optimizer: Any
@@ -123,7 +123,7 @@ class Trainer(Protocol):
         ...
 
     def parts(self, gate: Gate, limit: int) -> Parts:
-        """Return what decides in the next step."""
+        """Return the parts for the next step."""
         ...
 
     def merging_rule(self) -> UpdateRule:
@@ -131,7 +131,7 @@ class Trainer(Protocol):
         ...
 
     def hooks(self) -> Hooks:
-        """Return the hooks of the seed that are overridden."""
+        """Return the overridden hooks of the seed."""
         ...
 
     def log_output(self, rollout: Rollout, step: Step) -> None:
@@ -140,7 +140,7 @@ class Trainer(Protocol):
 
 
 async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = None) -> TrainingResult:
-    """Train by the plan; every way out leaves the partial result on disk or on the error."""
+    """Train by the plan; on any exit the partial result is on disk or on the error."""
     check_saving(plan, trainer.agent)
     parameters = trainer.parameters()
     sandboxes = check_code(trainer.agent, parameters)
@@ -150,7 +150,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
         if plan.run_dir is not None:
             marks = fingerprint(plan, trainer, initial, gate)
             if interpreted := [f"{name} in {place}" for name, place in sandboxes.items() if place.startswith("monty")]:
-                marks["sandbox"] = ", ".join(interpreted)  # another interpreter decides what the code comes to
+                marks["sandbox"] = ", ".join(interpreted)  # another interpreter may give the code another result
         known = checkpoints.load(plan.run_dir, marks) if plan.run_dir and plan.resume else None
         state = known or checkpoints.RunState(initial=initial, values=initial)
         state = replace(state, skipped=tuple(sorted({*state.skipped, *plan.skip})))
@@ -180,7 +180,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
 
 
 class _Course:
-    """A run under way; `state` is its state between two steps, `pending` a step whose test set is still due."""
+    """A run in progress; `state` is its state between two steps, `pending` a step whose test set is not scored yet."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class _Course:
         self.gate = gate
         self.local = local
         self.agent = trainer.agent_to_run()
-        # What a user's own forward does with an agent of Trace is seen by all instances.
+        # What a user's own forward does to a Trace agent is visible to all instances.
         shared = getattr(self.agent, "shares_state", False)
         self.forwards: AbstractAsyncContextManager[Any] = asyncio.Lock() if shared else nullcontext()
         self.parameters = parameters
@@ -220,7 +220,7 @@ class _Course:
         )
 
     async def follow(self) -> None:
-        """Take every turn that is still due."""
+        """Run every remaining turn."""
         if self.state.steps == 0:
             await self._measure()
         for turn in self.turns[self.state.steps :]:
@@ -243,10 +243,10 @@ class _Course:
             if validated is not None:
                 await notify(self.observers, "validation", validated)
             await notify(self.observers, "step", full)
-        await self._is_stopped()  # the reason is stated too where the last step was the one that brought it
+        await self._is_stopped()  # the reason is recorded even if the last step brought it
 
     async def _measure(self) -> None:
-        """Score test and validation set between two steps, where they are due and have not been scored."""
+        """Score the test and validation sets between two steps, if they are due and not scored yet."""
         steps = self.state.steps
         with raise_misses():
             if not any(one.step == steps for one in self.state.evaluations):
@@ -261,7 +261,7 @@ class _Course:
                     await notify(self.observers, "validation", self.state.validations[-1])
 
     async def _is_stopped(self) -> bool:
-        """Return True if a stop ends the run here; a resumed run that was stopped stays so under the same stops."""
+        """Return True if a stop ends the run here; a run resumed with the same stops remains stopped."""
         if not (stops := self.plan.stops):
             self.state = replace(self.state, stopped="")
             return False
@@ -282,7 +282,7 @@ class _Course:
         return bool(reason)
 
     async def _step(self, turn: Turn) -> tuple[FullStepReport, dict[str, Any]]:
-        """Take one turn; returns its report, and what the run remembers after it."""
+        """Run one turn; return its report, and the run's next state."""
         parts = self.trainer.parts(self.gate, self.plan.max_concurrency)
         if self.plan.skip_from is not None:
             parts = replace(parts, propose=skip_satisfied(parts.propose))
@@ -296,7 +296,7 @@ class _Course:
                 parts = replace(parts, propose=spare_bugs(parts.propose))
             self._check_failures(turn, [instance for one in explored for instance in one.instances])
             step = replace(step, rollouts=explored[0].step.rollouts)
-            if turn.step == 0:  # the result warns if nothing was seen of what the agent did
+            if turn.step == 0:  # the result warns if the agent was not observed
                 ran = [rollout for rollout in step.rollouts if rollout.failure is None and rollout.output is not None]
                 if ran and not any(rollout.transcript for rollout in ran):
                     self.state = replace(self.state, unseen=True)
@@ -340,9 +340,9 @@ class _Course:
         )
 
     async def _explore(self, parts: Parts, step: Step, pool: Sequence[Candidate], hooks: Hooks) -> list[Explored]:
-        """Run the minibatch under each explored candidate, and ask for each instance's proposal as it arrives.
+        """Run the minibatch with each explored candidate, and request each instance's proposal as its rollout arrives.
 
-        Errors that end the run are raised, the earliest instance's first, once what is under way has ended.
+        An error that ends the run is raised once the work in flight has ended; the earliest instance's comes first.
         """
         base = tuple(current_lineage().split("/"))
         seen = read_only(step)
@@ -359,7 +359,7 @@ class _Course:
             for sample in step.samples
         ]
 
-        waiting: dict[int, Rollout] = {}  # user code failed, and nothing has succeeded by now
+        waiting: dict[int, Rollout] = {}  # user code failed, and no instance has succeeded yet
 
         async def instance(number: int, arrive: Arrive) -> Instance:
             task, of_candidate = tasks[number], steps[number // size]
@@ -379,7 +379,7 @@ class _Course:
                     own = replace(of_candidate, samples=(task.sample,), rollouts=(rollout,))
                     with use_values(own):
                         return make_instance(task.sample, rollout, await parts.propose((rollout,), own))
-            except BaseException as error:  # the boundary: an override may raise anything
+            except BaseException as error:  # the boundary: an override may raise any exception
                 if error is self.rollouts.refused:
                     raise
                 record = record_failure("proposal", error, task.sample.id)
@@ -400,7 +400,7 @@ class _Course:
     async def _call_forward(
         self, forward: Callable[..., Any], step: Step, task: RolloutTask, *, strict: bool
     ) -> Instance:
-        """Return what an overridden `forward` makes of one instance, called with the agent that the user gave."""
+        """Return the instance that an overridden `forward` gives, called with the user's own agent."""
         place, sample = Place(step=step, call=self.local.call, seen=[]), task.sample
         with use_values(step), at_place(place), apart():
             arguments = (self.trainer.agent, sample.x, self.plan.guide, sample.info, self.plan.verbose)
@@ -416,7 +416,7 @@ class _Course:
             return values_of(self.parameters)
 
     def _check_failures(self, turn: Turn, instances: Sequence[Instance]) -> None:
-        """Stop if too many instances were lost: of this batch, and if it is small of the latest ones."""
+        """Stop if too many instances were lost: of this batch, and of the latest ones if it is small."""
         found = [[record for record in instance.proposal.failures if is_lost(record)] for instance in instances]
         latest = [record for records in found for record in records]
         seen, gone = len(instances), sum(map(bool, found))
@@ -462,7 +462,7 @@ class _Course:
         )
 
     def _commit(self, report: StepReport, evaluation: Evaluation | None, memory: dict[str, Any]) -> None:
-        """Make a step part of the state, in memory and on disk."""
+        """Add a step to the state, in memory and on disk."""
         values = values_of(self.parameters)
         in_use = [
             values,
@@ -488,7 +488,7 @@ class _Course:
             self.trainer.agent.save(self.plan.save_path)
 
     def _with(self, evaluation: Evaluation | None) -> checkpoints.RunState:
-        """Return the state with one more evaluation; the test set is measured and chooses nothing."""
+        """Return the state with one more evaluation; the test set is measured and never used to choose."""
         if evaluation is None:
             return self.state
         return replace(self.state, evaluations=(*self.state.evaluations, evaluation))
@@ -497,13 +497,13 @@ class _Course:
         """Return the state after the validation set has been scored, if it is due."""
         if not self.plan.validates_at(steps, len(self.turns)):
             return state
-        if state.best is not None:  # in the parameters' types, also where a checkpoint was read
+        if state.best is not None:  # in the parameters' types, also after a checkpoint was read
             state = replace(state, best=self._convert_values(state.best))
         plan, values = self.plan, values_of(self.parameters)
         return await validate(state, values, plan.validation, self.evaluations, steps, plan.min_score)
 
     def info(self, sandboxes: Mapping[str, str]) -> RunInfo:
-        """Return what the run is about to do."""
+        """Return the description of the run that observers get at its start."""
         plan, state, trainer = self.plan, self.state, self.trainer
         spent = [
             *(report.usage for report in state.history),
@@ -530,12 +530,12 @@ class _Course:
         )
 
     def result(self) -> TrainingResult:
-        """Return what the run has reached by now."""
+        """Return the result so far."""
         state = replace(self.state, history=(*self.state.history, *self.pending))
         return checkpoints.result_of(state, values_of(self.parameters), self.plan.keep)
 
     def finish(self) -> TrainingResult:
-        """Return the whole result, put the values that are kept into the agent, and write both."""
+        """Return the complete result, store the kept values in the agent, and write both."""
         result = self.result()
         apply_values(self.trainer.agent, self.parameters, result.parameters, result.kept)
         if self.plan.run_dir is not None:
@@ -544,7 +544,7 @@ class _Course:
         return result
 
     def _save_parameters(self, path: Path, result: TrainingResult) -> None:
-        """Write the parameters: a Module writes its own, those of any other agent are written as a Module would."""
+        """Write the parameters: a Module writes its own, those of any other agent are written in the same format."""
         if isinstance(self.trainer.agent, Module):
             self.trainer.agent.save(path, provenance=result.provenance)
             return
@@ -553,12 +553,12 @@ class _Course:
         write_artefact(path, read(parameters), types=types, provenance=result.provenance, which=result.kept)
 
     def break_off(self, error: BaseException) -> BaseException:
-        """Save the partial result and attach it to the error that is raised, which is returned."""
+        """Save the partial result, attach it to the raised error, and return the error."""
         if isinstance(error, LLMError):
             steps = self.state.steps + len(self.pending)
             error = TrainingError(f"the run ended after {steps} steps: {type(error).__name__}: {error}")
         if getattr(error, "result", None) is None:
-            with suppress(AttributeError):  # an exception of the user's may have a `result` that cannot be set
+            with suppress(AttributeError):  # a user's exception may have a read-only `result`
                 error.result = self.result()  # type: ignore[attr-defined] # on an interrupt and a cancellation too
         try:
             self.finish()
@@ -583,7 +583,7 @@ def _pool_of(memory: dict[str, Any], step: Step) -> list[Candidate]:
 
 
 def _watchers(trainer: Trainer, plan: Plan) -> list[Observer]:
-    """Return who watches the run: the events, the logger, and the user's observers or else a progress bar."""
+    """Return the run's observers: the events, the logger, and the user's observers or otherwise a progress bar."""
     watchers: list[Observer] = [Events()]
     logger = trainer.logger or (ConsoleLogger() if plan.verbose else None)
     if logger is not None:

@@ -1,4 +1,4 @@
-"""Merging by a model: the aggregation of the seed, and a tree of it for many proposals."""
+"""Merging by a model: the seed's aggregation, and a tree of it for many proposals."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class LLMMerge:
 
     No call is made if there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
     touch different parameters. If instances of the group are satisfied (`step.satisfied`), a single proposal is weighed
-    against them, too. A parameter that no proposal names is neither shown nor changed. A failed call applies
-    nothing and is listed in the proposal's failures; an error that no further call can escape (authentication, the
-    budget) is raised. `temperature` and `seed` go to the model; None leaves them to the server. With `evidence` the
-    model also sees each proposal's reasoning and the beginning of the transcripts behind it.
+    against them, too. A parameter that no proposal names is neither shown nor changed. A failed call applies nothing
+    and is listed in the proposal's failures; an error of every call (authentication, the budget) is raised.
+    `temperature` and `seed` are sent to the model; None means the server's default. With `evidence` the model also sees
+    each proposal's reasoning and the beginning of the transcripts behind it.
     """
 
     calls_per_merge = 1
@@ -79,7 +79,7 @@ class LLMMerge:
         return show_call("LLMMerge", self.llm, **({"evidence": True} if self.evidence else {}))
 
     async def __call__(self, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
-        """Return no proposal, or one."""
+        """Return one proposal, or none."""
         if step.stepsize == 0:
             return []
         proposals, edits = combine_edits(proposals, step)
@@ -88,7 +88,7 @@ class LLMMerge:
         distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
         names = [name for proposal in distinct for name in proposal.values]
         if not distinct or (len(names) == len(set(names)) and not step.satisfied):
-            return [unite(distinct)] if distinct else []  # no two of them want the same component
+            return [unite(distinct)] if distinct else []  # no two of them change the same component
         about = narrow(step, names)
         with lineage("aggregate", role="aggregator"):
             answer = await self.ask(self.messages(distinct, about), step, about)
@@ -107,7 +107,7 @@ class LLMMerge:
         )
 
     async def ask(self, messages: list[dict[str, str]], step: Step, about: Step) -> Answer | Exception:
-        """Return the model's answer for the parameters of `about`, or the error of a call that was lost."""
+        """Return the model's answer for the parameters of `about`, or the error of a lost call."""
         read, refuse = partial(read_reply, ignored=names_beyond(step, about)), partial(refuse_values, step=about)
         return await ask_or_fail(
             self.llm,
@@ -122,14 +122,14 @@ class LLMMerge:
 
 
 def narrow(step: Step, names: Collection[str]) -> Step:
-    """Return the step with the named parameters alone."""
+    """Return the step with only the named parameters."""
     about = [parameter for parameter in step.parameters if parameter.name in names]
     values = {name: value for name, value in step.values.items() if name in names}
     return replace(step, parameters=about, values=values)
 
 
 def names_beyond(step: Step, about: Step) -> frozenset[str]:
-    """Return the names of the parameters that a reply about some of them may not change."""
+    """Return the parameters that a reply about some others may not change."""
     known, own = ({name for one in s.parameters for name in (one.name, one.py_name)} for s in (step, about))
     return frozenset(known - own)
 
@@ -141,8 +141,7 @@ def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Conf
     """Return one confidence per proposal.
 
     "constant" is the seed's: the stepsize for each. "evidence" scales it by support * (1 + score) / 2, relative to the
-    best of the batch, for scores in [0, 1]: what more instances ask for, and what came from a run that got further,
-    counts more.
+    best of the batch, for scores in [0, 1]: proposals of more instances and of better rollouts count more.
     """
     if callable(confidence):
         return confidence(proposals, stepsize)
@@ -153,7 +152,7 @@ def confidences(proposals: Sequence[Proposal], stepsize: float, confidence: Conf
 
 
 def unite(proposals: Sequence[Proposal]) -> Proposal:
-    """Join proposals that touch different components."""
+    """Join proposals that change different components."""
     if len(proposals) == 1:
         return proposals[0]
     return Proposal(
@@ -164,7 +163,7 @@ def unite(proposals: Sequence[Proposal]) -> Proposal:
 
 
 def answer_of(answer: Answer | Exception, proposals: Sequence[Proposal]) -> Proposal:
-    """Make a proposal of a model's answer, or of the error instead of one, with what stood behind the question."""
+    """Make a proposal of a model's answer, or of its error, with the sources of the question."""
     facts = _facts_of(proposals)
     if isinstance(answer, Exception):
         record = failure("aggregation", answer)
@@ -182,7 +181,7 @@ def _facts_of(proposals: Sequence[Proposal]) -> dict[str, Any]:
 
 
 CHARACTERS_PER_TOKEN = 4
-"""The usual rule of thumb for English text, used to bound a prompt before it is sent."""
+"""The usual estimate for English text, used to bound a prompt before it is sent."""
 
 
 # ---- rules around a merge
@@ -193,7 +192,7 @@ def tree_merge(
 ) -> UpdateRule:
     """Merge many proposals in rounds: at most `fan_in` and about `max_prompt_tokens` at once, nothing dropped.
 
-    The instances that failed worst come first. `rule` is what merges one group, usually LLMMerge.
+    The instances with the lowest scores come first. `rule` merges one group; usually it is LLMMerge.
     """
     check_rule(rule)
     check_positive("max_concurrency", max_concurrency)
@@ -226,12 +225,12 @@ def tree_merge(
 
 
 def worst_first(proposals: Sequence[Proposal]) -> list[Proposal]:
-    """Order proposals by score, unknown first; equal ones keep their order."""
+    """Sort proposals by score, unknown ones first; the order of equal ones is kept."""
     return sorted(proposals, key=lambda proposal: float("-inf") if proposal.score is None else proposal.score)
 
 
 def group_proposals(proposals: Sequence[Proposal], fan_in: int, max_tokens: int) -> list[list[Proposal]]:
-    """Cut a sequence into groups of at least two if possible, within the fan-in and the token limit."""
+    """Split a sequence into groups within the fan-in and the token limit, of at least two if possible."""
     groups: list[list[Proposal]] = [[]]
     room = max_tokens
     for proposal in proposals:
@@ -246,12 +245,7 @@ def group_proposals(proposals: Sequence[Proposal], fan_in: int, max_tokens: int)
 
 
 async def last_of(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
-    """Keep the last proposal that asks for anything: the end of a refinement.
-
-    >>> from aggregator.portal import call
-    >>> call(last_of, [Proposal(values={"k": k}) for k in (1, 2)], Step())[0].values
-    {'k': 2}
-    """
+    """Keep the last proposal with a change: the end of a refinement."""
     return [proposal for proposal in proposals if proposal.values][-1:]
 
 
@@ -259,11 +253,11 @@ async def last_of(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposa
 
 
 class LLMChoice:
-    """Asks a model which proposal is best, and keeps that one as it is, or none if the current value is better.
+    """Asks a model which proposal is best, and keeps that one unchanged, or none if the current value is better.
 
     No call is made for stepsize 0, for no proposal, or for one distinct proposal if no instance is satisfied
-    (`step.satisfied`). A failed call keeps nothing and is listed in the proposal's failures; an error that no further
-    call can escape is raised.
+    (`step.satisfied`). A failed call keeps nothing and is listed in the proposal's failures; an error of every call is
+    raised.
     """
 
     calls_per_merge = 1
@@ -277,7 +271,7 @@ class LLMChoice:
         return show_call("LLMChoice", self.llm)
 
     async def __call__(self, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
-        """Return no proposal, or one."""
+        """Return one proposal, or none."""
         if step.stepsize == 0:
             return []
         distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
@@ -303,10 +297,10 @@ class LLMChoice:
 
 
 async def best_tried(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
-    """Run the agent under each proposal and keep the best, none if the current values do as well (best of n).
+    """Run the agent with each proposal and keep the best, or none if the current values are as good (best of n).
 
-    It runs on `step.samples`: as `select` of an optimizer on the instance at hand, as the rule of a trainer on the
-    minibatch. A run for each distinct proposal, and one for the current values.
+    It runs on `step.samples`: as an optimizer's `select` on its instance, as a trainer's rule on the minibatch. It
+    costs a run for each distinct proposal, and one for the current values.
     """
     candidates = await dedupe([proposal for proposal in proposals if proposal.values], step)
     if not candidates:

@@ -1,4 +1,4 @@
-"""`optimize`: from a prompt, a few values, a function or an agent, and some data, to trained values in one call."""
+"""`optimize`: from a prompt, values, a function or an agent, and some data, to trained values in one call."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ async def aoptimize(
     sample: int = 0,
     show: bool = True,
 ) -> TrainingResult:
-    """Train `thing` on `data` and return what was reached; afterwards it has the best values.
+    """Train `thing` on `data` and return the result; afterwards `thing` has the best values.
 
-    `thing` is a template ("Classify: {ticket}"), a mapping of named seed values, or what `as_agent` takes. `guide` is
-    `(x, output, info) -> score` or `(score, feedback)`; for a mapping `(values, row)`. `model` answers a template,
-    proposes and merges. `validate` is a share of the data, split off by `seed`, or a data set, to choose values by;
-    0 keeps the last. Instances with the best score (`max_score`, or the guide's) ask for nothing. `show` writes the
-    plan, with the cost of `sample` rollouts. `run_dir` is a new folder, False none. See `Trainer` and `train` for more.
+    `thing` is a template ("Classify: {ticket}"), a mapping of named seed values, or an agent (see `as_agent`). `guide`
+    is `(x, output, info) -> score` or `(score, feedback)`; for a mapping `(values, row)`. `model` answers a template,
+    proposes and merges. `validate` is a share of the data, split off by `seed`, or a data set, to choose values by; 0
+    keeps the last. Instances with the best score (`max_score`, or the guide's) get no proposal. `show` writes the plan,
+    with the cost of `sample` rollouts. `run_dir` is a new folder, False none. See `Trainer` and `train` for more.
     """
     known = getattr(guide, "max_score", None) if max_score is None else max_score
     trainer = Trainer(
@@ -105,7 +105,7 @@ optimize = sync_function(aoptimize)
 
 
 def split(data: Sequence[Sample], validate: float | Dataset, seed: int) -> tuple[Pairs, Pairs]:
-    """Return the pairs to train on and those to choose by: a share drawn by `seed`, or a separate data set.
+    """Return the training pairs and the validation pairs: a share drawn by `seed`, or a separate data set.
 
     At least one of each, in the order of the data. Raises ConfigError for a share outside [0, 1), and for a share of a
     single row.
@@ -131,7 +131,7 @@ def split(data: Sequence[Sample], validate: float | Dataset, seed: int) -> tuple
 async def _show_plan(
     trainer: Trainer, guide: Any, train: Pairs, validation: Pairs, *, show: bool, **options: Any
 ) -> None:
-    """Write the plan to standard error if asked to; what it warns of is part of its text."""
+    """Write the plan to standard error on request; its warnings are part of its text."""
     if not show:
         return
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
-"""Parts that a user gives to a trainer: checked at construction, before the first call is paid; their results also.
+"""A trainer's parts, checked at construction before the first call is paid for; their results are checked too.
 
-Code that training writes is checked here too: whether it can run in its sandbox, and whether a recording may run it.
+This includes code that training writes: it must be able to run in its sandbox, and a recording needs permission.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from aggregator.training.suggestions import convert_suggestion
 
 _METHODS_OF_SEARCH = ("explore", "trials", "choose", "keep")
 _OF_OLD = ("batch", "samples", "minibatch")
-"""Names of the third argument of a gate that expects the minibatch there, as before the step was an argument."""
+"""Names of a gate's third argument that mean the minibatch, as before the step was an argument."""
 
 
 # ---- checking parts
 
 
 def check_rule(rule: Any) -> None:
-    """Raise ConfigError for what cannot be called as a rule is, as `top_k` without its number."""
+    """Raise ConfigError for anything that cannot be called as a rule, such as `top_k` without its number."""
     if not accepts(rule, (), None) or (not is_async(rule) and _takes_any_number(rule)):
         raise ConfigError(
             f"Expected a rule, async (proposals, step) -> proposals, such as top_k(8), got {shorten(rule)}; "
@@ -50,7 +50,7 @@ def check_rule(rule: Any) -> None:
 
 
 def check_gate(gate: Any) -> None:
-    """Raise ConfigError for what cannot be called as a gate is, as `improves_on_batch` without its brackets."""
+    """Raise ConfigError for anything that cannot be called as a gate, such as `improves_on_batch` without its ()."""
     if not accepts(gate, {}, {}, None) or _argument(gate, 2) in _OF_OLD:
         raise ConfigError(
             f"Expected a gate, async (before, after, step) -> Decision, such as improves_on_batch(), got "
@@ -59,7 +59,7 @@ def check_gate(gate: Any) -> None:
 
 
 def _takes_any_number(function: Any) -> bool:
-    """Return True for a function of `*arguments`, as `chain` is without its rules."""
+    """Return True for a function of `*arguments`, such as `chain` without its rules."""
     try:
         arguments = signature(function).parameters.values()
     except ValueError:  # written in C without a signature
@@ -76,7 +76,7 @@ def _argument(function: Any, position: int) -> str:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raise ConfigError for what cannot propose: the agent would run on every instance for nothing."""
+    """Raise ConfigError for anything that cannot propose; the agent would run on every instance for nothing."""
     propose = getattr(optimizer, "propose", None)
     if isinstance(optimizer, type) or not accepts(propose, (), None) or _argument(propose, 1) == "parameters":
         raise ConfigError(
@@ -86,7 +86,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_search(search: Any) -> None:
-    """Raise ConfigError for what lacks a method of a search, or a number of proposals."""
+    """Raise ConfigError for a search without one of its methods, or without a number of proposals."""
     count = getattr(search, "proposals", None)
     missing = [name for name in _METHODS_OF_SEARCH if not callable(getattr(search, name, None))]
     if isinstance(search, type) or missing or type(count) is not int or count < 1:
@@ -97,7 +97,7 @@ def check_search(search: Any) -> None:
 
 
 def check_checks(checks: Any) -> None:
-    """Raise ConfigError for what is not a list of checks."""
+    """Raise ConfigError for anything but a list of checks."""
     if isinstance(checks, str) or not isinstance(checks, Sequence):
         raise ConfigError(f"Expected checks=[...], got {shorten(checks)}")
     for check in checks:
@@ -108,7 +108,7 @@ def check_checks(checks: Any) -> None:
 
 
 def check_clients(clients: Any, executor: Any) -> None:
-    """Raise ConfigError for clients that are not known, and for those of an agent that runs in other processes."""
+    """Raise ConfigError for unknown clients, and for clients of an agent that runs in other processes."""
     if not clients:
         return
     families(clients)
@@ -120,7 +120,7 @@ def check_clients(clients: Any, executor: Any) -> None:
 
 
 def check_executor(executor: Any) -> None:
-    """Raise ConfigError for what cannot run rollouts."""
+    """Raise ConfigError for anything that cannot run rollouts."""
     if isinstance(executor, type) or not accepts(getattr(executor, "map", None), None, ()):
         raise ConfigError(
             "Expected an executor such as LocalExecutor(8), or one with async map(work, tasks), "
@@ -129,7 +129,7 @@ def check_executor(executor: Any) -> None:
 
 
 def check_watchers(logger: Any, observers: Any) -> None:
-    """Raise ConfigError for what cannot watch a run: it would show after the first step was paid."""
+    """Raise ConfigError for an invalid observer, which would otherwise fail after the first paid step."""
     if logger is not None:
         from_logger(logger)
     if observers is not None:
@@ -146,7 +146,7 @@ def check_budget(budget: Any) -> None:
 
 
 async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step: Step) -> Proposal:
-    """Return what an optimizer proposes, each value in its parameter's own type; `error` says what does not fit.
+    """Return an optimizer's proposal, each value in its parameter's own type; `error` names invalid values.
 
     Score and feedback are those of the rollouts if the optimizer gives none.
     """
@@ -169,7 +169,7 @@ async def ask_optimizer(optimizer: Optimizer, rollouts: Sequence[Rollout], step:
 
 
 def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
-    """Return the proposal with each value in its parameter's own type; `error` says what does not fit."""
+    """Return the proposal with each value in its parameter's own type; `error` names invalid values."""
     if not proposal.values:
         return proposal
     values, refused = convert_suggestion(proposal.values, step.parameters)
@@ -181,7 +181,7 @@ def fit_to_types(proposal: Proposal, step: Step) -> Proposal:
 
 
 def combine_edits(proposals: Sequence[Proposal], step: Step) -> tuple[Sequence[Proposal], Proposal | None]:
-    """Return proposals without the parameters that are edited item by item, and one proposal with these combined.
+    """Return the proposals without parameters that are edited item by item, and one proposal with these combined.
 
     Such a parameter, a Playbook for one, has `combine(before, [(value, weight, sample ids)])`: no rule rewrites it. The
     weight of a proposal is its support.
@@ -204,7 +204,7 @@ def combine_edits(proposals: Sequence[Proposal], step: Step) -> tuple[Sequence[P
 
 
 async def merge_with(rule: UpdateRule, proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
-    """Return what a rule makes of proposals; raises ConfigError for anything but proposals."""
+    """Return the result of a rule; raises ConfigError for anything but proposals."""
     answer: Any = await _check_async(rule(proposals, step), "the rule", rule)
     if not isinstance(answer, Sequence) or not all(isinstance(proposal, Proposal) for proposal in answer):
         raise ConfigError(
@@ -224,7 +224,7 @@ async def ask_gate(gate: Gate, before: Values, after: Values, step: Step) -> Dec
 
 
 def as_json(memory: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
-    """Return what a gate remembers as JSON carries it; raises ConfigError if it cannot."""
+    """Return a gate's memory as JSON keeps it; raises ConfigError if that is impossible."""
     if not memory:
         return {}
     try:
@@ -237,7 +237,7 @@ def as_json(memory: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
 
 
 def refuse_values(values: Values, step: Step) -> dict[str, str]:
-    """Return the reason for each new value that a check of the step refuses, by parameter name."""
+    """Return the reason for each new value that one of the step's checks refuses, by parameter name."""
     refused: dict[str, str] = {}
     changed = {name: value for name, value in values.items() if value != step.values.get(name)} if step.checks else {}
     parameters = {parameter.name: parameter for parameter in step.parameters} if changed else {}
@@ -256,7 +256,7 @@ def refuse_values(values: Values, step: Step) -> dict[str, str]:
 
 
 def check_candidates(search: Search, method: str, answer: Any) -> Sequence[Candidate]:
-    """Return the candidates that a search gives; raises ConfigError for anything else, and for two of one id."""
+    """Return a search's candidates; raises ConfigError for anything else, and for two with one id."""
     ids = [one.id for one in answer if isinstance(one, Candidate)] if isinstance(answer, Sequence) else []
     if not isinstance(answer, Sequence) or len(set(ids)) < len(answer):
         raise ConfigError(
@@ -266,7 +266,7 @@ def check_candidates(search: Search, method: str, answer: Any) -> Sequence[Candi
 
 
 def check_trials(search: Search, answer: Any, known: Container[str]) -> Sequence[tuple[Candidate, Sequence[Sample]]]:
-    """Return what a search wants to try; raises ConfigError for anything but explored or new candidates and samples."""
+    """Return a search's trials; raises ConfigError for anything but explored or new candidates and samples."""
     try:
         trials = [(candidate, list(samples)) for candidate, samples in answer]
     except (TypeError, ValueError):
@@ -285,7 +285,7 @@ def check_trials(search: Search, answer: Any, known: Container[str]) -> Sequence
 
 
 def check_choice(search: Search, answer: Any, known: Container[str]) -> tuple[Candidate | None, Decision]:
-    """Return what a search chose; raises ConfigError for anything but an explored or new candidate, and a Decision."""
+    """Return a search's choice; raises ConfigError for anything but an explored or new candidate, and a Decision."""
     match answer:
         case (None, Decision(accepted=False) as decision):
             return None, decision
@@ -307,7 +307,7 @@ def _check_async(answer: Any, what: str, part: Any) -> Awaitable[Any]:
 
 
 def name_of(part: Any) -> str:
-    """Return what a part is called: a function by its name, an object by its class; "" for None."""
+    """Return the name of a part: of a function its name, of an object its class; "" for None."""
     return str(getattr(part, "__qualname__", type(part).__qualname__))
 
 
@@ -318,8 +318,8 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
     """Check that every operation whose code will be trained can run in its sandbox.
 
     Returns parameter name -> where its code runs: "process", "monty" with its version, or "none" for this process,
-    where nothing is checked. Raises ConfigError, which names what awaits, calls a model, changes `self`, or uses values
-    that cannot cross to a sandbox.
+    where nothing is checked. Raises ConfigError, which names code that awaits, calls a model, changes `self`, or uses
+    values that cannot be sent to a sandbox.
 
     Code that another framework runs (Trace's own `@bundle`) cannot run in a sandbox. A warning names it unless the user
     opted out by `sandboxed(None)`.
@@ -366,7 +366,7 @@ def _origin_of(parameter: Any) -> Any:
 
 
 def _check_foreign_code(names: str) -> None:
-    """Warn about code that another framework runs in this process; raise ConfigError where a sandbox was asked for."""
+    """Warn about code that another framework runs in this process; raise ConfigError if a sandbox was requested."""
     place = place_here()
     if place is not None and place.engine != "here":
         raise ConfigError(
@@ -386,7 +386,7 @@ def _check_foreign_code(names: str) -> None:
 def permit_replayed_code(values: Values, parameters: Sequence[Any]) -> None:
     """Raise ConfigError if a cassette that holds a recording is open and does not permit code that would run here.
 
-    A run's own journal permits it: what it plays was written by the same run.
+    A run's own journal permits it, because the same run wrote it.
     """
     tape = current_tape()
     if tape is None or not tape.holds_recording:

@@ -1,4 +1,4 @@
-"""The arguments of `train`, checked before the first call is paid, and an estimate of what such a run would spend.
+"""The arguments of `train`, checked before the first call is paid for, and an estimate of what the run would spend.
 
 `Plan` holds the arguments; `RunPlan` counts rollouts, calls by role and the share of evaluation.
 """
@@ -29,7 +29,7 @@ from aggregator.training.step import Gate, Search
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """The arguments of one `train`, checked."""
+    """The checked arguments of one `train`."""
 
     guide: Any
     train: tuple[Sample, ...]
@@ -75,11 +75,14 @@ class Plan(Struct, frozen=True, kw_only=True):
         ]
 
     def evaluates_at(self, steps: int, total: int) -> bool:
-        """Return True if the test set is due after this many steps: before the first, every so many, and at the end."""
+        """Return True if the test set is due after this number of steps.
+
+        Before the first, at the frequency, and at the end.
+        """
         return bool(self.test) and self.eval_frequency > 0 and (steps % self.eval_frequency == 0 or steps == total)
 
     def validates_at(self, steps: int, total: int) -> bool:
-        """Return True if the validation set is due: as the test set, and at both ends if that is never evaluated."""
+        """Return True if the validation set is due: like the test set, and at both ends if that is never evaluated."""
         every = self.eval_frequency or max(total, 1)
         return bool(self.validation) and (steps % every == 0 or steps == total)
 
@@ -117,7 +120,7 @@ def check(plan: Plan) -> Plan:
 
 
 def check_skipped(skipped: Any, size: int) -> tuple[int, ...]:
-    """Return the ids of the samples to leave out, in order; raises ConfigError for what is none of `size` samples."""
+    """Return the ids of the samples to leave out, in order; raises ConfigError for ids outside `size` samples."""
     ids: list[Any] = list(skipped) if isinstance(skipped, list | tuple | set | frozenset | range) else [skipped]
     wrong = [one for one in ids if type(one) is not int or not 0 <= one < size]
     if wrong or len(set(ids)) == size:
@@ -129,10 +132,10 @@ def check_skipped(skipped: Any, size: int) -> tuple[int, ...]:
 
 
 def check_perfect(skip_perfect: Any, max_score: Any, guide: Any) -> float | None:
-    """Return the score from which an instance is not proposed for, None if each is.
+    """Return the score from which an instance gets no proposal, or None if each gets one.
 
-    It is `max_score`, or what the guide declares under that name; what was seen never counts. Raises ConfigError for
-    invalid arguments, and for `skip_perfect` without a maximum.
+    It is `max_score`, or the guide's `max_score`, and never the highest score observed. Raises ConfigError for invalid
+    arguments, and for `skip_perfect` without a maximum.
     """
     if type(skip_perfect) is not bool:
         raise ConfigError(f"Expected skip_perfect=True or False, got {skip_perfect!r}")
@@ -150,7 +153,7 @@ def check_perfect(skip_perfect: Any, max_score: Any, guide: Any) -> float | None
 
 
 def check_saving(plan: Plan, agent: Any) -> None:
-    """Raise ConfigError where the agent is to be saved and cannot be: it would show after the first steps."""
+    """Raise ConfigError if the agent should be saved and cannot be; otherwise this would fail after the first steps."""
     if plan.save_frequency and not callable(getattr(agent, "save", None)):
         raise ConfigError(
             f"Expected an agent with save(path) beside save_frequency={plan.save_frequency}, got {agent!r}; "
@@ -159,7 +162,7 @@ def check_saving(plan: Plan, agent: Any) -> None:
 
 
 def as_run_dir(given: Any) -> Path | None:
-    """Return the run's folder; raises ConfigError for what names none, "" included."""
+    """Return the run's folder; raises ConfigError for an invalid path, including ""."""
     if given is None:
         return None
     if not isinstance(given, str | PathLike) or not str(given):
@@ -180,7 +183,7 @@ def _check_run_dir(plan: Plan) -> None:
 
 
 def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[str, str]:
-    """Return what must be the same for a run to be resumed, each as a short hash; only num_epochs may grow."""
+    """Return what must be equal for a run to be resumed, each as a short hash; only num_epochs may grow."""
     parts = {
         "guide": plan.guide,
         "gate": gate,
@@ -214,9 +217,9 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[st
 def choose_parameters(
     own: Sequence[ParameterNode[Any]], named: Sequence[Any] | None = None
 ) -> list[ParameterNode[Any]]:
-    """Return the parameters that may change, of the agent's own those that the optimizer names.
+    """Return the agent's parameters that may change: those that the optimizer names, or all.
 
-    Raises ConfigError if there is none, or two of one name, or one that is not the agent's.
+    Raises ConfigError if there is none, if two have one name, or if one is not the agent's.
     """
     chosen = list(own)
     if named is not None:
@@ -244,20 +247,20 @@ def choose_parameters(
 
 
 MOSTLY = 0.5
-"""A share of evaluation above this is noted: more is spent on measuring than on learning."""
+"""A plan warns if evaluation has a larger share: more is spent on measuring than on learning."""
 
 
 # ---- counting calls
 
 
 class RunPlan(Struct, frozen=True, kw_only=True):
-    """What a run would do. Counts are upper bounds: repairs and retries excepted, which no plan can know.
+    """What a run would do. Counts are upper bounds, except for repairs and retries, which no plan can know.
 
     `rollouts` counts runs of the agent by purpose: "training", "evaluation" (test and validation set, baselines
-    included) and "gate" (what gate and search try out). `calls` counts calls to models by role; "agent" and "guide"
-    assume one call a rollout unless `sampled` rollouts were run to measure it. `evaluation_share` is the share of
-    rollouts that is not training. `usage` extrapolates what the sampled rollouts used, by role; it holds neither
-    optimizer nor aggregator.
+    included) and "gate" (trials of gate and search). `calls` counts calls to models by role; "agent" and "guide" assume
+    one call a rollout unless `sampled` rollouts were run to measure it. `evaluation_share` is the share of rollouts
+    that is not training. `usage` extrapolates the sampled rollouts' usage by role; it includes neither optimizer nor
+    aggregator.
     """
 
     steps: int
@@ -269,7 +272,7 @@ class RunPlan(Struct, frozen=True, kw_only=True):
 
     @property
     def evaluation_share(self) -> float:
-        """The share of rollouts that measures and does not train."""
+        """The share of rollouts that measure and do not train."""
         every = sum(self.rollouts.values())
         return (every - self.rollouts["training"]) / every if every else 0.0
 
@@ -294,11 +297,10 @@ class RunPlan(Struct, frozen=True, kw_only=True):
 def count_run(
     plan: Plan, *, rule: Any, search: Search, gate: Gate, optimizer: Any, propose_per: str = "instance"
 ) -> RunPlan:
-    """Return what a run by this plan would do at most.
+    """Return the maximum that a run by this plan would do.
 
-    Parts state what they cost: a gate by `cost` (see `gates.costing`), an optimizer by `calls_per_proposal`, a rule by
-    `calls_per_merge`, a guide by `calls_per_rollout`. A part of your own that does not is counted as none, one, none
-    and none.
+    Parts declare what they cost: a gate by `cost` (see `gates.costing`), an optimizer by `calls_per_proposal`, a rule
+    by `calls_per_merge`, a guide by `calls_per_rollout`. Without a declaration the counts are none, one, none and none.
     """
     turns = plan.schedule()
     explored = getattr(search, "num_candidates", 1)
@@ -347,7 +349,7 @@ def _notes(plan: Plan, rule: Any, rollouts: Mapping[str, int], merges: int) -> t
 
 
 def with_sample(plan: RunPlan, rollouts: Sequence[Rollout], usage: Mapping[str, Usage]) -> RunPlan:
-    """Return the plan with what some rollouts used, extrapolated to all of its rollouts."""
+    """Return the plan with the usage of some rollouts, extrapolated to all of its rollouts."""
     every = sum(plan.rollouts.values())
     scale = every / len(rollouts)
     scaled = {role: _scale(used, scale) for role, used in total_by_role([usage]).items()}

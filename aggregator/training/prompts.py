@@ -1,9 +1,9 @@
-"""The words of the prompts, and how values are laid out in them.
+"""The texts of the prompts, and the layout of values in them.
 
 A user message is a sequence of sections: a heading line that starts with `#`, then text. A test that plays a model
-reads these sections: `#Parameters`, `#Input`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#History` for a proposal;
-`#CurrentValue` and `#SuggestedValue_1`, `#SuggestedValue_2`, ... for an aggregation. Both replies have one form: JSON with
-`reasoning_<component>` and `suggestion`, or TERMINATE as the whole reply.
+reads these sections: `#Parameters`, `#Input`, `#Transcript`, `#Output`, `#Score`, `#Feedback`, `#History` for a
+proposal; `#CurrentValue` and `#SuggestedValue_1`, `#SuggestedValue_2`, ... for an aggregation. Both replies have one
+form: JSON with `reasoning_<component>` and `suggestion`, or TERMINATE as the whole reply.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ Answer the same question again, much shorter: one sentence of reasoning, then th
 the form asked for and no other text."""
 
 _CUT_SHOWN = 200
-"""How many characters of a reply that was cut are quoted."""
+"""The number of characters of a truncated reply that are quoted."""
 
 REFINE_PROMPT = """\
 Look at your answer once more. Say to yourself what is weak, wrong or missing in it, then answer the same question again, \
@@ -147,31 +147,31 @@ A good reply was
 }"""
 
 SECTIONS = ("Objective", "Example", "Parameters", "Input", "Transcript", "Output", "Score", "Feedback", "History")
-"""The sections of a proposal's prompt, in their order; Example, Input and History only where there is one."""
+"""The sections of a proposal's prompt, in order; Example, Input and History only if there is one."""
 
 _SHORT_INPUT = 40
-"""An input of so many characters may be in a transcript by chance, and is always shown."""
+"""A shorter input may be in a transcript by chance, and is always shown."""
 
 FEEDBACK_DIGEST = 200
-"""How many characters of a proposal's feedback the aggregation prompt shows."""
+"""The number of characters of a proposal's feedback in the aggregation prompt."""
 
 REASONING_SHOWN = 2000
-"""How many characters of a proposal's reasoning a merge that sees evidence is shown."""
+"""The number of characters of a proposal's reasoning that a merge with evidence shows."""
 
 TRANSCRIPT_DIGEST = 500
-"""How many characters of each transcript behind a proposal it is shown, and of how many examples."""
+"""The number of characters of each transcript that a merge with evidence shows, and of examples."""
 
 EXAMPLES_SHOWN = 3
 
 UPDATE_DIGEST = 300
-"""How many characters of an earlier update the proposal prompt shows."""
+"""The number of characters of an earlier update in the proposal prompt."""
 
 
 # ---- sections
 
 
 class Layout(Struct, frozen=True, kw_only=True):
-    """What a proposal's prompt shows in addition to the facts, under which headings, and what it leaves out.
+    """The layout of a proposal's prompt: a worked example, other headings, and sections to leave out.
 
     `include_example` puts a worked example in front: ours, or a text of your own. `prompt_symbols` renames headings, as
     in {"Feedback": "Verdict"}. `mask` names sections to leave out. The names are Trace's; a `#` before a heading may
@@ -202,11 +202,11 @@ class Layout(Struct, frozen=True, kw_only=True):
         return WORKED_EXAMPLE if self.include_example is True else self.include_example or ""
 
     def heading(self, name: str) -> str:
-        """Return what a section is called."""
+        """Return the name of a section."""
         return {_bare(old): _bare(new) for old, new in self.prompt_symbols.items()}.get(name, name)
 
     def apply(self, sections: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return the sections that are shown, under the names that they are to have."""
+        """Return the visible sections under their names."""
         if not self.prompt_symbols and not self.mask:
             return list(sections)
         masked = set(map(_bare, self.mask))
@@ -236,9 +236,9 @@ def proposal_messages(
 ) -> list[dict[str, str]]:
     """Return the messages that ask for one instance's proposal.
 
-    `given` is the agent's input. `components` maps each parameter's name to its value (as `sort_sets` returns it), type,
-    description and constraint; `history` holds a line for each update that was tried before. `is_shared` says that other calls begin as this one does, up to and with the
-    parameters: a provider's cache may keep that.
+    `given` is the agent's input. `components` maps each parameter's name to its value (as `sort_sets` returns it),
+    type, description and constraint; `history` holds a line for each earlier update. With `is_shared` other calls have
+    the same beginning, up to and including the parameters, which a provider may cache.
     """
     facts = [
         ("Parameters", _indent(components)),
@@ -267,7 +267,7 @@ def aggregation_messages(
     """Return the messages that ask for the merged values.
 
     The current value has confidence 1 - stepsize and the support of the `satisfied` instances, proposal i has
-    `confidences[i]`, and `evidence[i]` below its values, if there is any.
+    `confidences[i]`, and `evidence[i]` below its values, if given.
     """
     support = f"support: {satisfied}\n" if satisfied else ""
     sections = [("CurrentValue", f"confidence: {number(1 - stepsize)}\n{support}{pretty(current)}")]
@@ -278,27 +278,18 @@ def aggregation_messages(
 
 
 def render(value: Any) -> str:
-    """Write an agent's output as text: a string as it is, JSON where it can be."""
+    """Write an agent's output as text: a string unchanged, JSON if possible."""
     return value if isinstance(value, str) else as_text(sort_sets(value))
 
 
 def input_of(rollout: Rollout) -> str:
-    """Return the agent's input as text, "" if the transcript shows it in full.
-
-    >>> input_of(Rollout(sample_id=0, x="Who wrote Hamlet?")), input_of(Rollout(sample_id=0))
-    ('Who wrote Hamlet?', '')
-    """
+    """Return the agent's input as text, or "" if the transcript shows it in full."""
     text = "" if rollout.x is None else render(rollout.x)
     return "" if len(text) > _SHORT_INPUT and text in rollout.transcript else text
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
-    r"""Return several rollouts as one, each output, feedback and transcript under its number; one as it is.
-
-    >>> both = join_rollouts([Rollout(sample_id=3, output="a", feedback="right"), Rollout(sample_id=5, output="b")])
-    >>> both.output, both.feedback
-    ('ID [3]: a\nID [5]: b', 'ID [3]: right')
-    """
+    r"""Return several rollouts as one, with each output, feedback and transcript under its number; a single one unchanged."""
     if len(rollouts) == 1:
         return rollouts[0]
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
@@ -321,7 +312,7 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
 
 
 def repair_messages(messages: Sequence[dict[str, str]], reply: str, error: str) -> list[dict[str, str]]:
-    """Return the conversation that asks once more and quotes what was wrong."""
+    """Return the conversation that requests the reply once more and quotes the error."""
     return [
         *messages,
         {"role": "assistant", "content": reply},
@@ -330,7 +321,7 @@ def repair_messages(messages: Sequence[dict[str, str]], reply: str, error: str) 
 
 
 def shorter_messages(messages: Sequence[dict[str, str]], reply: str, limit: int) -> list[dict[str, str]]:
-    """Return the conversation that asks for a shorter reply than one that was cut, of which it quotes the beginning."""
+    """Return the conversation that requests a shorter reply; it quotes the beginning of the truncated one."""
     return [
         *messages,
         {"role": "assistant", "content": f"{reply[:_CUT_SHOWN]}[...]"},
@@ -339,7 +330,7 @@ def shorter_messages(messages: Sequence[dict[str, str]], reply: str, limit: int)
 
 
 def reply_of(answer: Proposal) -> str:
-    """Write a proposal as the reply that it came from: one JSON object, or TERMINATE."""
+    """Write a proposal as its reply: one JSON object, or TERMINATE."""
     if not answer.values:
         return "TERMINATE"
     reasons = {"reasoning": answer.reasoning} if answer.reasoning else {}
@@ -350,13 +341,7 @@ def reply_of(answer: Proposal) -> str:
 
 
 def pretty(value: Any) -> str:
-    """Lay out a value as indented JSON, in the order it came.
-
-    >>> print(pretty({"k": 3}))
-    {
-      "k": 3
-    }
-    """
+    """Format a value as indented JSON, with keys in order of insertion."""
     return _indent(sort_sets(value))
 
 
@@ -368,11 +353,7 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def sort_sets(value: Any) -> Any:
-    """Return a value in the order it came, with sets, whose order is another in every process, as sorted lists.
-
-    >>> sort_sets({"b": {3, 1}, "a": 0})
-    {'b': [1, 3], 'a': 0}
-    """
+    """Return a value with its sets as sorted lists, because their order differs between processes."""
     if type(value) in _SCALARS:  # nearly always
         return value
     if isinstance(value, dict | Mapping):
@@ -385,11 +366,7 @@ def sort_sets(value: Any) -> Any:
 
 
 def number(value: float) -> str:
-    """Write a number as people do: 1 - 0.9 is 0.1.
-
-    >>> number(1 - 0.9)
-    '0.1'
-    """
+    """Write a number in its shortest form: 1 - 0.9 is 0.1."""
     return f"{round(value, 6):g}"
 
 
@@ -405,13 +382,7 @@ def _suggestion(proposal: Proposal, confidence: float) -> str:
 
 
 def evidence_of(proposal: Proposal, rollouts: Sequence[Rollout]) -> str:
-    """Return what is behind a proposal, each on its own line: its reasoning, and what the agent did there.
-
-    >>> run = Rollout(sample_id=4, transcript="asked the model")
-    >>> print(evidence_of(Proposal(reasoning="Too long.", sample_ids=(4,)), [run]))
-    reasoning: Too long.
-    transcript of example 4: asked the model
-    """
+    """Return the evidence of a proposal, each part on its own line: its reasoning, and the agent's transcripts."""
     behind = [run for run in rollouts if run.sample_id in proposal.sample_ids and run.transcript]
     lines = [f"reasoning: {one_line(proposal.reasoning, REASONING_SHOWN)}"] if proposal.reasoning else []
     digests = [(run.sample_id, one_line(run.transcript, TRANSCRIPT_DIGEST)) for run in behind[:EXAMPLES_SHOWN]]
@@ -424,7 +395,7 @@ def digest_of(update: Values) -> str:
 
 
 def verdict(report: StepReport) -> str:
-    """Say in a line what became of an earlier update."""
+    """Describe the result of an earlier update in a line."""
     said = "accepted" if report.decision.accepted else f"refused ({report.decision.reason})"
     return f"step {report.step}, {said}: {digest_of(report.update)}"
 
@@ -444,9 +415,9 @@ def _messages(system_prompt: str, sections: Sequence[tuple[str, str]], *, shared
 
 
 def _indent_headings(text: str) -> str:
-    """Indent lines that begin as a heading does: what an agent or a guide says cannot open a section.
+    """Indent lines that begin like a heading, so that an agent's or a guide's text cannot open a section.
 
-    A lone surrogate, which no request can carry, is written as its escape.
+    A lone surrogate, which no request can contain, is written as its escape.
     """
     if not text.isascii():
         text = text.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""The native optimizers: a call to a model proposes new values for one instance, independent of all others."""
+"""The native optimizers: one model call proposes new values for one instance, independent of all others."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from aggregator.training.variations import Question, Variation, check_variation,
 Item = TypeVar("Item")
 
 OUTPUT_LIMIT = 40_000
-"""How many characters of an agent's output an optimizer is shown; as many as of its transcript."""
+"""The default number of characters of an output, and of a transcript, that an optimizer is shown."""
 
 Style = Literal["full", "lean"]
-"""How a proposal is asked for: with reasons for each parameter first, or for small models the values first."""
+"""The style of a proposal: reasons for each parameter first or, for small models, values first."""
 
 
 # ---- LLMOptimizer
@@ -57,14 +57,14 @@ Style = Literal["full", "lean"]
 class LLMOptimizer:
     """Proposes new parameter values from one instance's transcript, output and feedback.
 
-    `parameters` are what it may change (default: every trainable parameter of the agent that the trainer was given).
-    `llm` is a model, its name, or None for the default model. `memory_size` is how many earlier updates, accepted and
-    refused, the prompt recalls. With `num_candidates` above 1 the model is asked that often; `variation` says how the
-    questions differ, and `select`, a rule, makes one proposal of the answers (default: the variation's own).
-    `layout` adds a worked example to the prompt, renames its headings or leaves sections out. `style="lean"` is for
-    small models: a short system prompt, and a reply with the values first, no nulls and one short reason. At most
-    `transcript_limit` and `output_limit` characters of a transcript and an output are shown. It keeps no state: the
-    same rollout and history give the same prompt.
+    `parameters` are those that it may change (default: every trainable parameter of the trainer's agent). `llm` is a
+    model, its name, or None for the default model. `memory_size` is the number of earlier updates, accepted and
+    refused, in the prompt. With `num_candidates` above 1 the model is called that often; `variation` makes the calls
+    differ, and the rule `select` makes one proposal of the answers (default: the variation's own). `layout` adds a
+    worked example to the prompt, renames its headings or leaves sections out. `style="lean"` is for small models: a
+    short system prompt, and a reply with the values first, no nulls and one short reason. At most `transcript_limit`
+    and `output_limit` characters of a transcript and an output are shown. It keeps no state: the same rollout and
+    history give the same prompt.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class LLMOptimizer:
 
     @property
     def calls_per_proposal(self) -> int:
-        """How many calls one proposal takes, repairs excepted."""
+        """The number of calls for one proposal, without repairs."""
         return self.num_candidates
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
-        """Return what one instance asks for, or a whole minibatch; raises LLMError if a call failed."""
+        """Return the proposal for one instance, or for a whole minibatch; raises LLMError if a call failed."""
         step, seen = self._limit(step), join_rollouts(rollouts)
         messages = self.messages(seen, step)
         facts: dict[str, Any] = {"score": seen.score, "feedback": seen.feedback}
@@ -134,14 +134,14 @@ class LLMOptimizer:
         return replace(fit_to_types(chosen[0], step), support=1, **facts)
 
     def _limit(self, step: Step) -> Step:
-        """Return the step with the parameters that this optimizer may change."""
+        """Return the step with only the parameters that this optimizer may change."""
         if self.parameters is None:
             return step
         names = {parameter.name for parameter in self.parameters}
         return replace(step, parameters=[parameter for parameter in step.parameters if parameter.name in names])
 
     def messages(self, rollout: Rollout, step: Step) -> list[dict[str, str]]:
-        """Return the prompt; a subclass may write another one."""
+        """Return the prompt; a subclass may override it."""
         return self.describe(
             rollout, step, history=self.recall(step.history), system_prompt=self.system_prompt, layout=self.layout
         )
@@ -149,7 +149,7 @@ class LLMOptimizer:
     def describe(
         self, rollout: Rollout, step: Step, *, history: Sequence[str] = (), system_prompt: str, layout: Layout
     ) -> list[dict[str, str]]:
-        """Return a question about the step's parameters and what the agent did with them."""
+        """Return the request about the step's parameters and the agent's results with them."""
         return proposal_messages(
             {parameter.name: describe_parameter(parameter, step) for parameter in step.parameters},
             given=cut(input_of(rollout), self.transcript_limit),
@@ -165,7 +165,7 @@ class LLMOptimizer:
         )
 
     def recall(self, history: Sequence[StepReport]) -> list[str]:
-        """Return the latest updates that were tried, with their verdicts, as lines."""
+        """Return the latest updates with their verdicts, as lines."""
         tried = [report for report in history if report.update] if history else history
         return [verdict(report) for report in latest(tried, self.memory_size)]
 
@@ -198,7 +198,7 @@ class LLMOptimizer:
 
 
 def describe_parameter(parameter: ParameterNode[Any], step: Step) -> dict[str, Any]:
-    """Return what a prompt shows of a parameter: value, type, description, constraint and placeholders."""
+    """Return a parameter's description in a prompt: value, type, description, constraint and placeholders."""
     facts = parameter.describe()
     facts["value"] = sort_sets(step.values.get(parameter.name, facts["value"]))
     if keeps_placeholders in step.checks and (kept := template_placeholders(facts["value"], parameter)):
@@ -210,10 +210,10 @@ def describe_parameter(parameter: ParameterNode[Any], step: Step) -> dict[str, A
 
 
 class OPROOptimizer(LLMOptimizer):
-    """Recalls the best earlier values with the scores they reached, worst first, and asks for better ones.
+    """Shows the best earlier values with their scores, worst first, and asks for better ones.
 
     The method is OPRO's (Yang et al., 2023, "Large Language Models as Optimizers"): the model sees a trajectory of
-    solutions in ascending order of score. The score of an update is the gate's where it measured one, else that of the
+    solutions in ascending order of score. The score of an update is the gate's if it measured one, else that of the
     test set after it, else that of the next minibatch.
     """
 
@@ -236,11 +236,7 @@ def scores_reached(history: Sequence[StepReport]) -> Iterator[tuple[StepReport, 
 
 
 def latest(items: Sequence[Item], count: int) -> Sequence[Item]:
-    """Return the last `count` items, none for 0.
-
-    >>> latest([1, 2, 3], 2)
-    [2, 3]
-    """
+    """Return the last `count` items, or none for 0."""
     return items[max(len(items) - count, 0) :]
 
 
@@ -251,9 +247,9 @@ class TextGradOptimizer(LLMOptimizer):
     """Asks for a criticism of each parameter first, the textual gradient, then for values that answer it.
 
     The method is TextGrad's (Yuksekgonul et al., 2024, "TextGrad: Automatic Differentiation via Text"). The critic sees
-    transcript, output and feedback, and writes no values; the second prompt shows its criticism in place of the
-    feedback, and only the parameters that were criticised. Without criticism there is no second call. Under
-    MinibatchAlgorithm the critic sees the whole minibatch, so that the gradient is that of all its instances.
+    transcript, output and feedback, and writes no values; the second prompt shows its criticism instead of the
+    feedback, and only the criticised parameters. Without criticism there is no second call. Under MinibatchAlgorithm
+    the critic sees the whole minibatch, so that the gradient is that of all its instances.
 
     `critic` is a model for the criticism (default: `llm`); the other arguments are LLMOptimizer's.
     """
@@ -293,11 +289,11 @@ class TextGradOptimizer(LLMOptimizer):
 
     @property
     def calls_per_proposal(self) -> int:
-        """How many calls one proposal takes, repairs excepted: the criticism comes first."""
+        """The number of calls for one proposal, without repairs; the criticism is the first one."""
         return 1 + self.num_candidates
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
-        """Return what the criticism of this instance asks for; raises LLMError if a call failed."""
+        """Return the proposal that answers the criticism of this instance; raises LLMError if a call failed."""
         step, seen = self._limit(step), join_rollouts(rollouts)
         ids = tuple(rollout.sample_id for rollout in rollouts)
         criticism = await self.criticise(seen, step)
@@ -317,7 +313,7 @@ class TextGradOptimizer(LLMOptimizer):
         )
 
     async def criticise(self, rollout: Rollout, step: Step) -> Answer:
-        """Return a criticism for each parameter that had its part in the result, as text under its name."""
+        """Return a criticism for each parameter that contributed to the result, by name."""
         criticisms = [ParameterNode("", name=parameter.name, type=str) for parameter in step.parameters]
         with lineage("criticise", role="optimizer"):
             return await ask(
@@ -326,7 +322,7 @@ class TextGradOptimizer(LLMOptimizer):
                     rollout,
                     step,
                     system_prompt=self.critic_system_prompt,
-                    layout=replace(self.layout, include_example=False),  # it shows new values, no criticism
+                    layout=replace(self.layout, include_example=False),  # the example shows new values, not a criticism
                 ),
                 criticisms,
                 max_tokens=self.max_tokens,

@@ -25,7 +25,7 @@ from aggregator.errors import SuggestionError
 from aggregator.text import canonical_json, list_names, quote_ends
 
 MAX_DEPTH = 100
-"""Objects and lists nested deeper than this are refused; Python's own limit depends on who calls."""
+"""Objects and lists nested more deeply are refused; Python's own limit depends on the caller."""
 
 _SPACE = r"[\s\ufeff\u200b]++"
 _COMMENT = r"//[^\n]*+|\#[^\n]*+|/\*(?:[^*]++|\*(?!/))*+\*/"
@@ -33,7 +33,7 @@ _STRING = r""" "{3}(?:[^"\\]++|\\.|"(?!""))*+"{3} | '{3}(?:[^'\\]++|\\.|'(?!''))
              | "(?!"")(?:[^"\\]++|\\.)*+" | (?<!\w)'(?!'')(?:[^'\\]++|\\.)*+' """
 _WORD = r"[\w$+\-.]++"
 
-# Possessive quantifiers throughout: no token is ever scanned twice. An opener whose end is missing is `open`.
+# Possessive quantifiers throughout: no token is scanned twice. An opener without an end is `open`.
 _TOKEN = re.compile(
     rf"(?P<space>{_SPACE})|(?P<comment>{_COMMENT})|(?P<string>{_STRING})|(?P<open>\"|(?<!\w)'|/\*)"
     rf"|(?P<mark>[{{}}\[\]:,])|(?P<word>{_WORD})|(?P<other>.)",
@@ -41,7 +41,9 @@ _TOKEN = re.compile(
 )
 _OBJECT_START = re.compile(rf"\{{(?:{_SPACE}|{_COMMENT})*+(?:{_STRING}|{_WORD})(?:{_SPACE})?+:", re.DOTALL | re.VERBOSE)
 _NEAR = 20
-_KEY_WITHIN = 400  # characters after a brace in prose that are looked at; bounded, so that many braces stay cheap
+_KEY_WITHIN = (
+    400  # the number of characters after a brace in prose that are examined; bounded, so that many braces stay cheap
+)
 _ESCAPE = re.compile(
     r'\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|["\\/bfnrt\']|\r?\n|(?P<unknown>.|\Z))|(?P<quote>")', re.DOTALL
 )
@@ -53,7 +55,10 @@ _CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false"
 
 
 class Region(Struct, frozen=True):
-    """One object found in a text: its position, its outermost keys, its tokens as JSON, or why they are none."""
+    """One object found in a text.
+
+    Its position, its outermost keys, its tokens as JSON, or the reason why they are not.
+    """
 
     start: int
     end: int
@@ -65,7 +70,7 @@ class Region(Struct, frozen=True):
 
 
 def regions(text: str) -> Iterator[Region]:
-    """Find the objects of a text from left to right, in one pass; quotes outside of them mean nothing."""
+    """Find the objects of a text from left to right, in one pass; quotes outside an object are ignored."""
     position, first = 0, len(text) - len(text.lstrip())
     while (start := text.find("{", position)) >= 0:
         if start != first and not _OBJECT_START.match(text, start, start + _KEY_WITHIN):
@@ -109,7 +114,7 @@ def _scan(text: str, start: int) -> Region:
 
 
 def _mark(lexeme: str, tokens: list[str]) -> None:
-    """Append a mark; drop a trailing comma before a closing one, quote a bare key before a colon."""
+    """Append a mark; drop a trailing comma before a closing one, and quote a bare key before a colon."""
     if lexeme in "}]" and len(tokens) > 1 and tokens[-1] == "," and tokens[-2] not in ("{", "[", ",", ":"):
         tokens.pop()
     elif lexeme == ":" and tokens and tokens[-1].isidentifier() and tokens[-1] not in _CONSTANTS:
@@ -118,7 +123,7 @@ def _mark(lexeme: str, tokens: list[str]) -> None:
 
 
 def _rewrite(kind: str, lexeme: str) -> tuple[str, str]:
-    """Write one string or word as JSON; the second value says why that is impossible."""
+    """Write one string or word as JSON; the second value is the reason if that is impossible."""
     if kind == "string":
         return _string(lexeme)
     if kind == "other":
@@ -127,7 +132,7 @@ def _rewrite(kind: str, lexeme: str) -> tuple[str, str]:
         return _CONSTANTS[lexeme], ""
     if _NUMBER.fullmatch(lexeme) and any(map(str.isdecimal, lexeme)):
         return _number(lexeme), ""
-    return lexeme, ""  # a bare key, or nothing that the grammar takes
+    return lexeme, ""  # a bare key, or a token outside the grammar
 
 
 def _number(lexeme: str) -> str:
@@ -165,7 +170,7 @@ def _string(token: str) -> tuple[str, str]:
 
 
 def read(text: str, region: Region) -> tuple[dict[str, Any], str]:
-    """Read a region by the first rung that can, and name that rung; SuggestionError where none can."""
+    """Read a region by the first rung that accepts it, and name that rung; raises SuggestionError if none does."""
     whole = text[region.start : region.end]
     if region.depth <= MAX_DEPTH:
         for rung, read_rung in _RUNGS:
@@ -194,7 +199,7 @@ _RUNGS: tuple[tuple[str, Callable[[str, Region], dict[str, Any] | None]], ...] =
 
 
 def _where(whole: str, start: int) -> str:
-    """Say where the original text, not its rewritten tokens, leaves JSON's grammar."""
+    """Return the position at which the original text, not its rewritten tokens, violates JSON's grammar."""
     try:
         _LOOSE.decode(whole)
     except json.JSONDecodeError as error:
@@ -204,21 +209,21 @@ def _where(whole: str, start: int) -> str:
 
 
 def read_whole(text: str) -> dict[str, Any] | None:
-    """Read a text that is strict JSON from its first to its last character; None where it is not."""
+    """Read a text that is strict JSON from its first to its last character; None for any other text."""
     if text[:1] != "{" or text.count("{") + text.count("[") > MAX_DEPTH:
         return None
     return _decode(_STRICT, text)
 
 
 def _decode(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:
-    """Decode an object; None where the text is not JSON, SuggestionError where it is, but of no use."""
+    """Decode an object; None if the text is not JSON, SuggestionError if it is unusable JSON."""
     try:
         found: dict[str, Any] = decoder.decode(text)
     except json.JSONDecodeError:
         return None
     except SuggestionError:
         raise
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise SuggestionError(str(error)) from None
     return found
 
@@ -233,7 +238,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def canonical(value: Any) -> bytes:
-    """Encode with sorted keys; SuggestionError for text that is not Unicode (a lone surrogate)."""
+    """Encode with sorted keys; SuggestionError for text that is not valid Unicode (a lone surrogate)."""
     try:
         return canonical_json(value)
     except UnicodeEncodeError as error:
@@ -243,7 +248,7 @@ def canonical(value: Any) -> bytes:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of an object's members; a key may come twice only with the same value."""
+    """Make a dict of an object's members; a repeated key must have the same value."""
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: dict[str, Any] = {}
@@ -269,7 +274,7 @@ _LOOSE = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, p
 
 
 MAX_REPLY = 2_000_000
-"""Characters; a longer reply is refused unread."""
+"""In characters; a longer reply is refused without parsing."""
 
 
 _EXPECTED = 'Expected one JSON object {"reasoning": "...", "suggestion": {<parameter>: <value>}} or only TERMINATE'
@@ -288,7 +293,10 @@ _TAG = re.compile(r"<(?P<end>/)?(?:think|thinking|thought|reasoning)>", re.IGNOR
 
 
 class Reply(Struct, frozen=True, kw_only=True):
-    """What a reply says. `suggestion` is None for TERMINATE; `rung` names what reading it took, as `fence+lenient`."""
+    """The content of a reply.
+
+    `suggestion` is None for TERMINATE; `rung` names the steps that read it, such as `fence+lenient`.
+    """
 
     suggestion: dict[str, Any] | None = None
     reasoning: str = ""
@@ -297,7 +305,7 @@ class Reply(Struct, frozen=True, kw_only=True):
 
 
 def parse_reply(text: str) -> Reply:
-    """Read a reply in the aggregator's form; SuggestionError where that would take guessing.
+    """Read a reply in the aggregator's form; SuggestionError if that would require guessing.
 
     TERMINATE counts only as the whole reply. The outermost key is `suggestion` in any case; its value is an object, or
     null for no change. An object without that key is not an answer, even if its keys are parameters: prompts quote
@@ -334,9 +342,9 @@ def _parse(text: str) -> Reply:
 
 
 def _after_thinking(body: str) -> tuple[str, list[str]]:
-    """Cut off the thinking before the answer; nothing is read inside of it, nor is a tag inside of an object one.
+    """Remove the thinking before the answer; nothing inside it is read, and a tag inside an object is text.
 
-    Thinking may begin unmarked (the prompt's template opened it) and may come after some words.
+    Thinking may begin without a tag (the prompt's template opened it) and may follow some words.
     """
     steps: list[str] = []
     while (tag := _TAG.match(body)) and not tag["end"]:
@@ -362,7 +370,7 @@ def _tags_outside_objects(body: str) -> list[re.Match[str]]:
 
 
 def _unquoted(body: str) -> str | None:
-    """Undo one JSON encoding: the whole reply is a JSON string that holds the reply."""
+    """Decode one level of JSON: the whole reply is a JSON string that holds the reply."""
     if not (body.startswith('"') and body.endswith('"')):
         return None
     try:
@@ -372,7 +380,7 @@ def _unquoted(body: str) -> str | None:
 
 
 def _only_answer(body: str) -> tuple[dict[str, Any], list[str]]:
-    """Find the one object of a reply that holds a suggestion, and name the way to it."""
+    """Find the only object of a reply that holds a suggestion, and name the rungs that found it."""
     answers: list[tuple[dict[str, Any], list[str]]] = []
     others: list[str] = []
     for region in regions(body):
@@ -419,7 +427,7 @@ def _reply(found: dict[str, Any], way: list[str]) -> Reply:
         suggestion = {}
     if not isinstance(suggestion, dict):
         raise SuggestionError(f'"suggestion" as {quote_ends(suggestion, 60)}, which is no object')
-    canonical(found)  # refuses text that could not be written again
+    canonical(found)  # refuses text that could not be encoded again
     reasons = [value for key, value in found.items() if key.strip().casefold().startswith("reason")]
     reasoning = "\n".join(value if isinstance(value, str) else json.dumps(value) for value in reasons)
     return Reply(suggestion=suggestion, reasoning=reasoning, rung="+".join(way))

@@ -31,7 +31,7 @@ from aggregator.training.stops import Mark, TimedOut
 from aggregator.training.updates import Propose, without_handle
 
 Arrive = Callable[[], Awaitable[Rollout]]
-"""Waits for the rollout of a task."""
+"""Waits for a task's rollout."""
 
 Result = TypeVar("Result")
 
@@ -40,10 +40,10 @@ Result = TypeVar("Result")
 
 
 class Repeats:
-    """How often each instance of a run is rolled out, and whether the rollouts of one instance ever differ.
+    """The number of rollouts per instance of a run, and whether the rollouts of one instance ever differ.
 
-    The calls of the first rollout are recorded at the place that they have without repeats, those of the others at
-    `repeat=1`, `repeat=2`, ... below it.
+    The first rollout's calls are recorded in the lineage that they have without repeats, the others' below it, at
+    `repeat=1`, `repeat=2`, ...
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -54,7 +54,7 @@ class Repeats:
         self._warned = False
 
     def expand(self, tasks: Sequence[RolloutTask]) -> list[RolloutTask]:
-        """Return the tasks with the repeats of each behind it."""
+        """Return the tasks, each followed by its repeats."""
         return [
             replace(task, repeat=i, lineage=(*task.lineage, f"repeat={i}")) if i else task
             for task in tasks
@@ -62,7 +62,7 @@ class Repeats:
         ]
 
     def join(self, runs: Sequence[Rollout]) -> list[Rollout]:
-        """Return one rollout for the repeats of each instance, which are adjacent."""
+        """Return one rollout for each instance's repeats, which are adjacent."""
         groups = [runs[i : i + self.count] for i in range(0, len(runs), self.count)]
         for group in groups if self.count > 1 else ():
             judged = [(repr(run.output), run.score) for run in group if run.score is not None]
@@ -72,7 +72,7 @@ class Repeats:
         return [join_repeats(group) for group in groups]
 
     def warn(self, fewest: int = 1) -> None:
-        """Warn once if the repeats of so many instances, and of no others, were identical."""
+        """Warn once if the repeats of this number of instances, and of no others, were identical."""
         if self._identical >= fewest and not self._differing and not self._warned:
             self._warned = True
             warnings.warn(
@@ -83,7 +83,7 @@ class Repeats:
             )
 
     def finish(self) -> None:
-        """Warn of what is left at the end of a run."""
+        """Give the remaining warnings at the end of a run."""
         self.warn()
         if self._lost:
             warnings.warn(
@@ -94,7 +94,7 @@ class Repeats:
 
 
 def warn_at_end(result: TrainingResult, repeats: Repeats, outside: int) -> None:
-    """Warn of bugs that are left, of repeats, and of an agent whose calls all came from outside of the run."""
+    """Warn of remaining bugs, of identical repeats, and of an agent whose calls all came from outside the run."""
     for left in failures_left(result.failures):
         warnings.warn(left, TrainingWarning, stacklevel=3)
     repeats.finish()
@@ -114,8 +114,8 @@ def warn_at_end(result: TrainingResult, repeats: Repeats, outside: int) -> None:
 class Rollouts:
     """Runs tasks of one agent: those of an agent that runs instances one by one on the executor, others in batches.
 
-    An agent whose candidates must not run at the same time ("serial") gets them one after the other, and no more than
-    its own `max_concurrency` of its rollouts run at once.
+    A "serial" agent, whose candidates must not run concurrently, gets them one after the other. At most the agent's own
+    `max_concurrency` of its rollouts run at once.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Rollouts:
         self.refused: Exception | None = None
 
     async def map(self, tasks: Sequence[RolloutTask], guide: Any) -> list[Rollout]:
-        """Return the rollouts in the order of the tasks; an error that ends the run lets the others end first."""
+        """Return the rollouts in the order of the tasks; an error that ends the run is raised after the others."""
         is_plain = not (self._slots or self._turns or self._watching or self._timeout)
         if isinstance(self._agent, InstanceAgent) and is_plain:
             return await self._executor.map(self._work(guide), tasks)
@@ -155,8 +155,8 @@ class Rollouts:
 
         With `repeats` this is the one rollout made of the task's repeats.
 
-        An agent that takes batches gets all tasks with the same values at once, another one each task when it is
-        waited for. Errors are raised as by `finish`.
+        A batch agent gets all tasks with the same values at once, any other agent each task when it is awaited. Errors
+        are raised as by `finish`.
         """
         repeats = repeats or Repeats()
         if isinstance(self._agent, InstanceAgent):
@@ -177,7 +177,7 @@ class Rollouts:
                 for i in group:
                     if not arrivals[i].done():
                         arrivals[i].set_exception(error)
-                        arrivals[i].exception()  # no warning if nobody waits
+                        arrivals[i].exception()  # no warning if no caller waits
 
         async def arrive(i: int) -> Rollout:
             mine = arrivals[i * repeats.count : (i + 1) * repeats.count]
@@ -208,7 +208,7 @@ class Rollouts:
         return await self.see(rollout) if self._watching else rollout
 
     async def _run(self, task: RolloutTask, guide: Any) -> Rollout:
-        """Run a task; with a timeout for each instance within it, or as a recording of it went, and record that."""
+        """Run a task, within its timeout or as recorded, and record the result."""
         work = self._works.get(id(guide)) or self._work(guide)
         if self._timeout is None:
             return (await self._executor.map(work, [task]))[0]
@@ -230,7 +230,7 @@ class Rollouts:
             return replace(rollout, transcript=known.transcript, scores={**rollout.scores, **known.scores})
 
     async def see(self, rollout: Rollout) -> Rollout:
-        """Show a rollout to the observers; the error of one that raises is `refused`, and ends the run."""
+        """Show a rollout to the observers; an exception of one is `refused`, and ends the run."""
         if self._watching:
             try:
                 await notify(self._watching, "rollout", without_handle(rollout))
@@ -253,7 +253,7 @@ class Rollouts:
 
 
 class _Turns:
-    """Lets in whatever has one key at a time: the next key waits until the last of the present one has left."""
+    """Admits tasks with one key at a time: the next key waits until the last task of the current one has ended."""
 
     def __init__(self) -> None:
         self._key = ""
@@ -281,7 +281,7 @@ def _sees_rollouts(observer: Observer) -> bool:
 
 
 LONGEST = 4
-"""So many rollouts in a row that fail at one line of the user's code end a run."""
+"""This number of consecutive rollouts that fail at one line of the user's code ends a run."""
 
 
 _CAUSES = (
@@ -302,10 +302,10 @@ _CAUSES = (
 
 
 def follow(streak: Streak, rollouts: Sequence[Rollout], values: Values) -> Streak:
-    """Return the streak after more rollouts under these values.
+    """Return the streak after more rollouts with these values.
 
-    Lost calls say nothing. Raises TrainingError, with the traceback and the likely cause, where `LONGEST` rollouts in a
-    row failed with the same exception type at the same line of the user's code.
+    Lost calls are left out. Raises TrainingError, with the traceback and the likely cause, if `LONGEST` consecutive
+    rollouts failed with the same exception type at the same line of the user's code.
     """
     for rollout in rollouts:
         record = rollout.failure
@@ -327,12 +327,12 @@ def follow(streak: Streak, rollouts: Sequence[Rollout], values: Values) -> Strea
 
 
 def is_bug(rollout: Rollout) -> bool:
-    """Return True if code of the user's failed on an instance, which may be no doing of the values."""
+    """Return True if the user's code failed on an instance, which the values may not have caused."""
     return rollout.failure is not None and bool(rollout.failure.where)
 
 
 def spare_bugs(propose: Propose) -> Propose:
-    """Return how is proposed for as long as no instance has succeeded: not for those on which user code failed."""
+    """Return how to propose until an instance has succeeded: not for those on which user code failed."""
 
     async def spare(rollouts: Sequence[Rollout], step: Step) -> Proposal:
         usable = [rollout for rollout in rollouts if not is_bug(rollout)]

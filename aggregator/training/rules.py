@@ -1,7 +1,7 @@
 """Rules that merge proposals without a model: pure, deterministic, closed under `chain`.
 
-Where two proposals weigh the same, the one of the earlier sample wins, so that the order of completion never matters.
-`identity` is the neutral rule. A proposal that leaves a parameter out casts no vote on it, neither for nor against.
+If two proposals have equal weight, the one of the earlier sample wins, so that the order of completion never matters.
+`identity` is the neutral rule. A proposal without a parameter does not vote on it.
 """
 
 from __future__ import annotations
@@ -55,27 +55,22 @@ def chain(*rules: UpdateRule) -> UpdateRule:
 
 @_rule
 def identity(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
-    """Return the proposals as they came: the neutral rule."""
+    """Return the proposals unchanged: the neutral rule."""
     return proposals
 
 
 @_rule
 def without_failed(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
-    """Drop the proposals that carry an error.
-
-    >>> from aggregator.portal import call
-    >>> call(without_failed, [Proposal(error="cut off"), Proposal(values={"k": 1})], Step())[0].values
-    {'k': 1}
-    """
+    """Drop the proposals with an error."""
     return [proposal for proposal in proposals if proposal.error is None]
 
 
 @_rule
 def dedupe(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
-    """Make proposals of the same values one, with their support added up, at the place of the first.
+    """Merge proposals with equal values into one, with their support added up, at the position of the first.
 
-    Its score is the mean by support; sample ids, different feedbacks and reasonings follow one another in order.
-    Proposals without values stay as they are: nothing says that they mean the same.
+    Its score is the mean by support; sample ids, different feedbacks and reasonings are concatenated in order.
+    Proposals without values are unchanged, because their meanings may differ.
 
     >>> from aggregator.portal import call
     >>> found = call(dedupe, [Proposal(values={"k": 1}, sample_ids=(i,)) for i in (4, 7)], Step())
@@ -90,13 +85,7 @@ def dedupe(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
 
 
 def top_k(k: int) -> UpdateRule:
-    """Keep the k proposals of the highest score, in the order they came; an unknown score is the lowest.
-
-    >>> from aggregator.portal import call
-    >>> scored = [Proposal(values={"k": i}, score=score) for i, score in enumerate([0.2, None, 0.9, 0.2])]
-    >>> [proposal.values["k"] for proposal in call(top_k(2), scored, Step())]
-    [0, 2]
-    """
+    """Keep the k proposals with the highest scores, in order; an unknown score is the lowest."""
     if type(k) is not int or k < 1:
         raise ConfigError(f"Expected top_k of an int of at least 1, got {k!r}")
 
@@ -109,16 +98,16 @@ def top_k(k: int) -> UpdateRule:
 
 
 best_of = top_k(1)
-"""Keep the one proposal of the highest score; of equal ones that of the earliest sample."""
+"""Keep the proposal with the highest score; of equal ones that of the earliest sample."""
 
 
 @_rule
 def majority(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
     """Give each parameter the value that most instances propose.
 
-    A value weighs stepsize times the instances behind it, the current value 1 - stepsize on top; instances that are
-    satisfied (`step.satisfied`) are behind the current value. At equal weight the current value gives way. Values are
-    compared as JSON: 1, 1.0 and True are three values.
+    A value has the weight stepsize times its number of instances, the current value 1 - stepsize in addition; satisfied
+    instances (`step.satisfied`) support the current value. At equal weight the current value loses. Values are compared
+    as JSON: 1, 1.0 and True are three values.
 
     >>> from aggregator.portal import call
     >>> votes = [Proposal(values={"k": k}, sample_ids=(i,)) for i, k in enumerate([3, 5, 5, 5])]
@@ -135,11 +124,11 @@ def majority(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
 
 @_rule
 def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
-    """Move each numeric parameter by stepsize towards the mean of what is proposed, weighed by support.
+    """Move each numeric parameter by stepsize towards the mean of the proposals, weighted by support.
 
-    Instances that are satisfied (`step.satisfied`) count as proposals of the current value. An int is rounded, halves
-    to even. Other parameters stay in the proposals, for a rule that comes after, as in `chain(mean, majority)`. Sums
-    are exact, so the order of the proposals does not matter.
+    Satisfied instances (`step.satisfied`) count as proposals of the current value. An int is rounded, halves to even.
+    Other parameters stay in the proposals for the next rule, as in `chain(mean, majority)`. Sums are exact, so the
+    order of the proposals does not matter.
 
     >>> from aggregator.portal import call
     >>> votes = [Proposal(values={"t": t}) for t in (0.2, 0.4)]
@@ -158,7 +147,10 @@ def mean(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
 
 
 def key_of(value: Any) -> bytes:
-    """Encode a value so that equal ones give equal bytes: 1, 1.0 and True are three values; keys have no order."""
+    """Encode a value so that equal ones give equal bytes.
+
+    1, 1.0 and True are three values; the order of keys is ignored.
+    """
     return canonical_json(value, repr)
 
 
@@ -213,7 +205,7 @@ def _left(proposal: Proposal, taken: Sequence[str]) -> Proposal:
 
 
 def _join(values: Values, proposals: Sequence[Proposal]) -> Proposal:
-    """Return one proposal of these values, supported by all of the others."""
+    """Return one proposal of these values, supported by all the others."""
     ordered = _in_sample_order(proposals)
     return Proposal(
         values=values,

@@ -1,4 +1,4 @@
-"""Stepsizes over a run: how much confidence the proposals get at each step, the current value getting the rest."""
+"""Stepsizes over a run: the weight of the proposals at each step; the current value has the rest."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ def constant(value: float) -> Schedule:
 
 
 def linear(start: float, end: float = 0.0) -> Schedule:
-    """Go from `start` at the first step to `end` at the last in equal parts.
-
-    >>> [linear(1.0, 0.0)(step, 5) for step in range(5)]
-    [1.0, 0.75, 0.5, 0.25, 0.0]
-    """
+    """Go from `start` at the first step to `end` at the last in equal steps."""
     first, last = check_stepsize(start), check_stepsize(end)
     return lambda step, total: _between(first, last, _progress(step, total))
 
@@ -36,7 +32,7 @@ def linear(start: float, end: float = 0.0) -> Schedule:
 def cosine(start: float, end: float = 0.0) -> Schedule:
     """Go from `start` to `end` along half a cosine, slowly at both ends.
 
-    That is the schedule of SGDR (Loshchilov and Hutter, 2016) without its restarts.
+    This is the schedule of SGDR (Loshchilov and Hutter, 2016) without its restarts.
 
     >>> [round(cosine(1.0)(step, 5), 3) for step in range(5)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
@@ -46,9 +42,9 @@ def cosine(start: float, end: float = 0.0) -> Schedule:
 
 
 def as_schedule(stepsize: float | Callable[..., float]) -> Schedule:
-    """Read what `train(stepsize=...)` was given: a number, or a function of (step, total) or of (step).
+    """Return the schedule for `train(stepsize=...)`: a number, or a function of (step, total) or of (step).
 
-    Raises ConfigError for a number outside of [0, 1], at once; for what a function returns, at the step it is due.
+    Raises ConfigError for a number outside [0, 1] at once, and for a function's value at its step.
 
     >>> as_schedule(0.3)(0, 1), as_schedule(lambda step: 1 / (step + 1))(1, 10)
     (0.3, 0.5)
@@ -70,7 +66,7 @@ def check_stepsize(value: Any, where: str = "") -> float:
 
 
 def _between(start: float, end: float, progress: float) -> float:
-    """Interpolate; both ends are met exactly."""
+    """Interpolate; both ends are exact."""
     return end if progress == 1 else start + (end - start) * progress
 
 

@@ -1,4 +1,4 @@
-"""The schema of a reply that suggests values for parameters, as `response_format` carries it. Pure functions."""
+"""The schema of a reply that suggests values for parameters, for `response_format`. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ Schema = dict[str, Any]
 
 _KEPT = ("type", "enum", "const", "description", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _KEPT_OF_LISTS = ("minItems", "maxItems")
-"""What strict mode takes in addition to the structure. Patterns and lengths are left out, as servers differ over them;
-every limit is checked again when the value is converted."""
+"""Keywords that strict mode supports in addition to the structure.
+
+Patterns and lengths are left out, because servers differ; every limit is checked again when the value is converted.
+"""
 
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
 
@@ -23,7 +25,7 @@ _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
 def lean_schema(parameters: Sequence[Any]) -> dict[str, Any]:
     """Return a schema for small models: the values first, then one short text of reasons, and no nulls.
 
-    Every value is written; one that should stay is repeated. A type that strict mode cannot state turns it off.
+    Every value is required; an unchanged one is repeated. A type that strict mode does not support turns it off.
     """
     plain = {parameter.name: _plain(parameter) for parameter in parameters}
     strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
@@ -34,18 +36,18 @@ def lean_schema(parameters: Sequence[Any]) -> dict[str, Any]:
 
 
 def response_schema(parameters: Sequence[Any]) -> dict[str, Any]:
-    """Return what `response_format` carries: the schema of a reply that suggests values for these parameters.
+    """Return the `response_format` of a reply that suggests values for these parameters.
 
-    Strict mode wants every key written, so each value may be null, which `convert_suggestion` reads as unchanged. A
-    type that strict mode cannot state (a dict of any keys, Any) turns it off: then keys may be left out, and the schema
-    only guides.
+    Strict mode requires every key, so each value may be null, which `convert_suggestion` reads as unchanged. A type
+    that strict mode does not support (a dict with arbitrary keys, Any) turns it off: then keys may be left out, and the
+    schema only guides.
     """
     return _response_schema(msgspec.json.encode({parameter.name: _plain(parameter) for parameter in parameters}))
 
 
 @lru_cache(maxsize=256)
 def _response_schema(encoded: bytes) -> dict[str, Any]:
-    """Return the schema of a reply for the schemas of its values; every instance of a step asks for the same one."""
+    """Return the schema of a reply from the schemas of its values; every instance of a step has the same one."""
     plain: dict[str, Schema] = msgspec.json.decode(encoded)
     strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
     if len(strict) == len(plain):
@@ -59,7 +61,7 @@ def _response_schema(encoded: bytes) -> dict[str, Any]:
 
 
 def _plain(parameter: Any) -> Schema:
-    """The schema of one value; Trace's parameters have none of their own, so it comes from their value."""
+    """Return the schema of one value; for Trace's parameters it is derived from the value."""
     if hasattr(parameter, "json_schema"):
         own: Schema = parameter.json_schema()
         return own
@@ -86,7 +88,7 @@ def _nullable(schema: Schema) -> Schema:
 
 
 def _strict(schema: Schema) -> Schema | None:
-    """Return a schema in strict mode's subset; None where the subset cannot state it."""
+    """Return a schema in strict mode's subset, or None if that is impossible."""
     kept = {key: schema[key] for key in _KEPT if key in schema}
     if "anyOf" in schema:
         options = [_strict(option) for option in schema["anyOf"]]

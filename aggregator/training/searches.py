@@ -1,7 +1,7 @@
 """Searches: which candidates are explored, tried, made current and remembered. Pure decisions over candidates.
 
 `greedy` is the neutral search: one set of values, changed by each accepted update. The others keep a pool of
-candidates, whose methods a search of your own overrides one by one, or implements all of (`step.Search`).
+candidates; a custom search overrides single methods, or implements all of them (`step.Search`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aggregator.training.step import Step
 
 
 def plain(values: Values) -> Values:
-    """Return values as JSON has them, so that a candidate is the same before and after a resumption."""
+    """Return values as JSON stores them, so that a candidate is the same before and after a resume."""
     found: Values = msgspec.to_builtins(sort_sets(values), enc_hook=repr)
     return found
 
@@ -38,9 +38,9 @@ def plain(values: Values) -> Values:
 def with_scores(
     candidate: Candidate, scores: Iterable[tuple[int, float | None]], lost: Iterable[int] = ()
 ) -> Candidate:
-    """Return the candidate with more scores, each under its sample's id; a score of None says nothing.
+    """Return the candidate with more scores, each under its sample's id; a score of None is left out.
 
-    `lost` are the samples on which it was tried and not judged.
+    `lost` are the samples on which it was tried, but not judged.
 
     >>> candidate = with_scores(Candidate(id="0.0", values={}), [(3, 1.0), (3, 0.0), (5, None)], lost=[5])
     >>> candidate.scores, candidate.lost
@@ -56,7 +56,7 @@ def with_scores(
 
 
 def with_named(candidate: Candidate, names: Iterable[str], rollouts: Sequence[Rollout]) -> Candidate:
-    """Return the candidate with named scores of these rollouts; measures, of which less is better, are negated."""
+    """Return the candidate with these rollouts' named scores; measures for which lower is better are negated."""
     known = dict(candidate.named)
     for name in names if rollouts else ():
         for run in by_name(rollouts, name):
@@ -67,7 +67,7 @@ def with_named(candidate: Candidate, names: Iterable[str], rollouts: Sequence[Ro
 
 
 def mean_score(candidate: Candidate) -> float:
-    """Return the mean score, that of a candidate without scores below any other; lost instances count as the lowest."""
+    """Return the mean score, the lowest possible for a candidate without scores; lost instances count as the lowest."""
     scores = [_mean_of(entry) for entry in candidate.scores.values()]
     if not scores:
         return -inf
@@ -78,7 +78,7 @@ def mean_score(candidate: Candidate) -> float:
 def upper_bound(candidate: Candidate, trials: int, constant: float) -> float:
     """Return mean + constant * sqrt(ln(trials) / own trials): UCB1 (Auer et al., 2002), for scores in [0, 1].
 
-    The less a candidate was tried of all `trials`, the more its score may still rise; one never tried comes first.
+    A candidate with few of all `trials` has a higher bound; one without any comes first.
 
     >>> upper_bound(Candidate(id="0.0", values={}, scores={"3": (0.5, 1)}), 1, constant=1.0)
     0.5
@@ -92,23 +92,23 @@ def upper_bound(candidate: Candidate, trials: int, constant: float) -> float:
 
 
 def compare_on_shared(before: Candidate, after: Candidate, min_score: float | None = None) -> Decision:
-    """Decide between two candidates on the instances that both have been tried on; those lost are as in `compare`."""
+    """Compare two candidates on the instances that both were tried on; lost ones are treated as in `compare`."""
     shared = [key for key in before.scores if key in after.scores or key in after.lost]
     tried = [_mean_of(after.scores[key]) if key in after.scores else None for key in shared]
     return compare([_mean_of(before.scores[key]) for key in shared], tried, min_score=min_score)
 
 
 def gain(before: Candidate, after: Candidate, min_score: float | None = None) -> float:
-    """Return by how much the mean score differs on the instances that both have been tried on."""
+    """Return the difference of the mean scores on the instances that both were tried on."""
     decision = compare_on_shared(before, after, min_score)
     return -inf if decision.before is None or decision.after is None else decision.after - decision.before
 
 
 def wins_of(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
-    """Return the instances on which each candidate scores best, none for one that another betters.
+    """Return the instances on which each candidate scores best, or none for a dominated candidate.
 
-    An instance counts once two candidates were tried on it, once more for each named score. Another candidate betters
-    this one where it is best on the same instances and on more.
+    An instance counts once two candidates were tried on it, and again for each named score. A candidate is dominated by
+    one that is best on the same instances and on more.
 
     >>> a = Candidate(id="a", values={}, scores={"0": (1.0, 1), "1": (0.0, 1)})
     >>> b = Candidate(id="b", values={}, scores={"0": (0.0, 1), "1": (1.0, 1)})
@@ -130,7 +130,7 @@ def wins_of(candidates: Sequence[Candidate]) -> dict[str, frozenset[str]]:
 
 
 def draw(candidates: Sequence[Candidate], weights: Sequence[int], count: int, random: Random) -> list[Candidate]:
-    """Draw up to `count` different candidates, each the likelier the more it weighs; weight 0 is never drawn."""
+    """Draw up to `count` different candidates, with their weights as probabilities; weight 0 is never drawn."""
     left = [pair for pair in zip(candidates, weights, strict=True) if pair[1] > 0]
     found: list[Candidate] = []
     while left and len(found) < count:
@@ -140,7 +140,7 @@ def draw(candidates: Sequence[Candidate], weights: Sequence[int], count: int, ra
 
 
 def contributors(candidate: Candidate, base: Candidate, pool: Iterable[Candidate]) -> tuple[int, ...]:
-    """Return the samples whose proposals lead from one candidate to another, as far as the pool reaches back."""
+    """Return the samples whose proposals lead from one candidate to another, as far as the pool goes back."""
     known = {other.id: other for other in pool}
     ids: set[int] = set()
     step: Candidate | None = candidate
@@ -167,7 +167,7 @@ def _mean_of(scores: tuple[float, int]) -> float:
 
 
 ScoreFunction = Literal["mean", "ucb"]
-"""How candidates are ranked: by mean score, or by what the mean may still rise to."""
+"""How candidates are ranked: by mean score, or by its upper bound."""
 
 Trials = Sequence[tuple[Candidate, Sequence[Sample]]]
 Choice = tuple[Candidate | None, Decision]
@@ -178,7 +178,7 @@ Choice = tuple[Candidate | None, Decision]
 
 
 class Greedy:
-    """Has the current values alone, which every update changes that the gate accepts.
+    """Has only the current values, changed by every update that the gate accepts.
 
     `is_single` means that there is one candidate: no pool is kept, and lineages do not name it.
     """
@@ -214,7 +214,7 @@ greedy: Greedy = Greedy()
 
 
 class BestOf(Greedy):
-    """Makes several proposals of the current values and takes the best, or none if the current values do as well.
+    """Makes several proposals from the current values and uses the best, or none if the current values are as good.
 
     They are tried on the minibatch, or on `validate_dataset`; `validate_guide` judges the trials instead of the run's
     guide.
@@ -244,14 +244,14 @@ class Priority:
     """Keeps the best candidates, explores the most promising ones on each minibatch, and makes the best one current.
 
     A step explores the current candidate and the best others of the pool, `num_candidates` in all (up to 4), makes
-    `num_proposals` new ones of each, tries these, and remembers the best `memory_size`. A candidate becomes current
-    if it scores higher than the current one on the instances that both were tried on, unless the gate refuses it.
+    `num_proposals` new ones of each, tries these, and remembers the best `memory_size`. A candidate becomes current if
+    it scores higher than the current one on the instances that both were tried on, unless the gate refuses it.
 
     New candidates are tried on the minibatch; with `validate_dataset` every candidate is tried once on that, and only
     those scores count. `validate_guide` judges these trials instead of the run's guide.
 
-    `score_function="ucb"` ranks by mean + ucb_exploration_constant * sqrt(ln(trials of all) / own trials), so that the
-    little tried are explored too. Scores are expected in [0, 1]; for others scale the constant.
+    `score_function="ucb"` ranks by mean + ucb_exploration_constant * sqrt(ln(trials of all) / own trials), so that
+    candidates with few trials are explored too. Scores should be in [0, 1]; for others scale the constant.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class Priority:
         return [current, *self.rank(others)[: self.num_candidates - 1]]
 
     def trials(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Trials:
-        """Return the new candidates, and what the minibatch has shown of the explored ones.
+        """Return the new candidates, and the explored ones with their minibatch scores.
 
         If a validation set or the search's own guide judges, each candidate is tried on the instances that it lacks.
         """
@@ -313,10 +313,10 @@ class Priority:
         return [*explored, *made]
 
     def choose(self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step) -> Choice:
-        """Return the best candidate by what this step found out.
+        """Return the best candidate by this step's scores.
 
-        If none is better than the current one the best new one is returned with its refusal, which the optimizer of
-        the next step can read of.
+        If none is better than the current one the best new one is returned with its refusal, which the next step's
+        optimizer sees.
         """
         current = explored[0]
         better = [one for one in (*explored, *made) if compare_on_shared(current, one, step.min_score).accepted]
@@ -344,7 +344,7 @@ class Priority:
 
 
 class Sequential(Priority):
-    """Has one candidate, which gives way to the best of its `num_proposals` successors if that one is better."""
+    """Has one candidate, which is replaced by the best of its `num_proposals` successors if that one is better."""
 
     def __init__(
         self, num_proposals: int = 1, *, validate_dataset: Dataset | None = None, validate_guide: AnyGuide | None = None
@@ -359,7 +359,7 @@ class Sequential(Priority):
 
 
 class Succeeding(Sequential):
-    """Has one candidate, which always gives way to its successor, the best of them if there are several."""
+    """Has one candidate, which is always replaced by its successor, or by the best one of several."""
 
     def due(self, explored: Sequence[Candidate], made: Sequence[Candidate]) -> list[Candidate]:
         """Return the new candidates, if there is a choice between several."""
@@ -373,7 +373,7 @@ class Succeeding(Sequential):
 
 
 class Beam(Priority):
-    """Explores all that it remembers: the `num_candidates` best, the beam, of the last beam and what was made of it."""
+    """Explores every candidate that it remembers: the `num_candidates` best of the last beam and its new candidates."""
 
     def __init__(
         self,
@@ -395,13 +395,13 @@ class Beam(Priority):
 class Pareto(Priority):
     """Keeps the candidates that are best on at least one instance, and explores those that are best on many.
 
-    So a specialist survives that a mean would drop, and what it found can be built upon. Candidates are drawn, next to
-    the current one, with the number of instances that they are best on as their weight. The idea is GEPA's (Agrawal
-    et al., 2025, "GEPA: Reflective Prompt Evolution Can Outperform Reinforcement Learning"). It needs scores of many
-    candidates on the same instances: give a `validate_dataset`.
+    A specialist that the mean would drop is kept, and can be improved further. Candidates are drawn, next to the
+    current one, with the number of instances that they are best on as their weight. The idea is GEPA's (Agrawal et al.,
+    2025, "GEPA: Reflective Prompt Evolution Can Outperform Reinforcement Learning"). It needs scores of many candidates
+    on the same instances: give a `validate_dataset`.
 
-    `scores` are names of further scores: those of a guide's `Scores`, or `cost`, `length` and `milliseconds`, of which
-    less is better. A candidate that is best on an instance by one of them is kept too.
+    `scores` are names of further scores: those of a guide's `Scores`, or `cost`, `length` and `milliseconds`, for which
+    lower is better. A candidate that is best on an instance by one of them is kept too.
     """
 
     def __init__(
@@ -432,7 +432,7 @@ class Pareto(Priority):
         self.scores = tuple(scores)
 
     def explore(self, pool: Sequence[Candidate], step: Step) -> Sequence[Candidate]:
-        """Return the current candidate, and others drawn by how often they are best."""
+        """Return the current candidate, and others drawn by the number of instances on which they are best."""
         current, *others = pool
         wins = wins_of(pool)
         random = Random(f"{step.seed}/{step.number}/explore")  # noqa: S311 - a choice, not a secret

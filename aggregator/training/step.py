@@ -1,12 +1,12 @@
-"""Step: all that a part may know of the step it serves, as an argument.
+"""Step: the step as an argument, with everything that a part may know of it.
 
 A rule, gate, check, optimizer or search that is called with `Step.of(agent)`, in a test or a notebook, does exactly
 what it does inside a run. The Protocols here are the decisions of training; each takes the step as its last argument.
 Extension points that do not depend on training are in `aggregator.protocols`.
 
-The seed's hooks, `forward(agent, x, guide, info)` and `update(outputs)`, have no argument for a step. For them alone it
-travels in a context variable: it is set around a hook that a user has overridden, for `super().forward(...)` and
-`super().update(...)` inside it.
+The seed's hooks, `forward(agent, x, guide, info)` and `update(outputs)`, have no argument for a step. For them only
+there is a context variable: it is set around an overridden hook, for `super().forward(...)` and `super().update(...)`
+inside it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,19 @@ from aggregator.training.schedules import check_stepsize
 class Step(Struct, frozen=True, kw_only=True):
     """One step as its parts see it.
 
-    `number` counts the steps of the run from 0, `epoch` its epochs. `stepsize` in [0, 1] is how much proposals weigh
-    against the current value. `values` are the current values by parameter name; where a search explores several
+    `number` counts the steps of the run from 0, `epoch` its epochs. `stepsize` in [0, 1] is the weight of the proposals
+    against the current value. `values` are the current values by parameter name; if a search explores several
     candidates, an optimizer and a rule see those of their candidate. `parameters` are the ParameterNodes that may
-    change. `training` is the training set of the run, `samples` the minibatch, `rollouts` what the agent did with it
-    under `values`, in the same order; an optimizer sees the instances that it proposes for, and `batch_size` is how
-    many the minibatch has. `history` holds the reports of earlier steps, `initial` the values that the run began with.
-    `min_score` is the score of an instance on which the agent itself fails. `checks` refuse single values
-    (`aggregator.training.gates`).
+    change. `training` is the training set of the run, `samples` the minibatch, `rollouts` its rollouts with `values`,
+    in the same order; an optimizer sees the instances that it proposes for, and `batch_size` is the size of the
+    minibatch. `history` holds the reports of earlier steps, `initial` the run's initial values. `min_score` is the
+    score of an instance on which the agent itself fails. `checks` refuse single values (`aggregator.training.gates`).
 
-    An instance whose score is at least `skip_from` is satisfied: nothing is proposed for it. A rule sees in `satisfied`
-    how many of these are in the group that it merges: they are support for the current value.
+    An instance whose score is at least `skip_from` is satisfied: nothing is proposed for it. `satisfied` tells a rule
+    the number of these in the group that it merges: they support the current value.
 
-
-    `memory` is JSON that a gate may write, under its own names; it is saved with the step, and dropped with a step
-    that fails. For all other parts it is read-only.
+    `memory` is JSON that a gate may write, under its own names; it is saved with the step, and dropped with a step that
+    fails. For all other parts it is read-only.
     """
 
     number: int = 0
@@ -87,10 +85,10 @@ class Step(Struct, frozen=True, kw_only=True):
         stepsize: float = 0.5,
         checks: Sequence[Any] = (),
     ) -> Step:
-        """Return a step of an agent by itself, for a test or a notebook.
+        """Return a step of an agent outside a run, for a test or a notebook.
 
-        `samples` is a data set as for `train`. With a guide, `evaluate` runs the agent. Raises ConfigError for what is
-        no agent, data set or stepsize.
+        `samples` is a data set as for `train`. With a guide, `evaluate` runs the agent. Raises ConfigError for an
+        invalid agent, data set or stepsize.
 
         >>> from aggregator.portal import call
         >>> from aggregator.training.rules import majority
@@ -127,12 +125,12 @@ class Step(Struct, frozen=True, kw_only=True):
         repeats: int | None = None,
         fresh: bool = False,
     ) -> Sequence[Rollout]:
-        """Return one rollout per sample under given values; with `repeats` so many of each, sample by sample.
+        """Return one rollout per sample with the given values; with `repeats` that many of each, sample by sample.
 
-        Without `repeats`, in a run that repeats its rollouts, the score of a sample is the mean of as many.
-        `values` may leave parameters out, which keep those of the step. `guide` judges instead of the run's. A score is
-        paid once: what was evaluated before comes back with its scores and failure only, unless `fresh`. Nothing is
-        changed in the agent. Raises ConfigError for a step without a guide, and what ends a run.
+        Without `repeats`, in a run that repeats its rollouts, the score of a sample is the mean of as many. `values`
+        may leave parameters out, which keep the step's. `guide` judges instead of the run's. A score is paid for once:
+        an earlier evaluation is returned with its scores and failure only, unless `fresh`. The agent is not changed.
+        Raises ConfigError for a step without a guide, and what ends a run.
         """
         if self.evaluator is None:
             raise ConfigError(
@@ -143,12 +141,12 @@ class Step(Struct, frozen=True, kw_only=True):
 
 
 def read_only(step: Step) -> Step:
-    """Return the step for a part that may not write its memory."""
+    """Return the step for a part that may not write to its memory."""
     return replace(step, memory=MappingProxyType(step.memory))
 
 
 def use_values(step: Step) -> AbstractContextManager[None]:
-    """Let the parameters read as the step's values inside; what is assigned to them there ends with the block."""
+    """Set the parameters to the step's values inside the block; assignments inside it end with the block."""
     return lay_over({parameter: step.values[parameter.name] for parameter in step.parameters})
 
 
@@ -156,18 +154,18 @@ class Optimizer(Protocol):
     """Proposes new values."""
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step, /) -> Proposal:
-        """Return what the rollouts call for: one instance's, or those of a whole minibatch.
+        """Return the proposal for the rollouts of one instance, or of a whole minibatch.
 
-        `step.parameters` may change, `step.values` are the values that the rollouts ran with.
+        `step.parameters` may change, `step.values` are the values of the rollouts.
         """
         ...
 
 
 class TraceOptimizer(Protocol):
-    """An optimizer of Trace's, taken as it is."""
+    """A Trace optimizer, used unchanged."""
 
     def zero_feedback(self) -> Any:
-        """Forget the feedback of the step before."""
+        """Discard the previous step's feedback."""
         ...
 
     def step(self) -> Any:
@@ -176,14 +174,14 @@ class TraceOptimizer(Protocol):
 
 
 AnyOptimizer = Optimizer | TraceOptimizer
-"""What a trainer takes as an optimizer."""
+"""What a trainer accepts as an optimizer."""
 
 
 class UpdateRule(Protocol):
-    """Merges proposals. Closed: what one rule returns, another can take."""
+    """Merges proposals. Closed: one rule accepts another's result."""
 
     async def __call__(self, proposals: Sequence[Proposal], step: Step, /) -> Sequence[Proposal]:
-        """Return fewer proposals than came, or better ones, for `step.values` at `step.stepsize`."""
+        """Return fewer or better proposals, for `step.values` at `step.stepsize`."""
         ...
 
 
@@ -191,12 +189,12 @@ class Gate(Protocol):
     """Accepts or refuses an update."""
 
     async def __call__(self, before: Values, after: Values, step: Step, /) -> Decision:
-        """Compare the values before and after, on `step.samples` or whatever the gate looks at."""
+        """Compare the values before and after, on `step.samples` or the gate's own data."""
         ...
 
 
 class Check(Protocol):
-    """Refuses a single value by what it is, before anything is run."""
+    """Refuses a single value before anything is run."""
 
     def __call__(self, before: Any, after: Any, parameter: ParameterNode[Any], step: Step, /) -> str | None:
         """Return the reason to refuse a new value of a parameter, or None."""
@@ -206,22 +204,22 @@ class Check(Protocol):
 class Search(Protocol):
     """Decides which candidates are explored, tried, made current and remembered.
 
-    A step runs the minibatch under each explored candidate and makes `proposals` new ones of each. `explored` and
-    `pool` begin with the current candidate. `guide`, if it has one, judges the trials instead of the run's guide.
+    A step runs the minibatch with each explored candidate and makes `proposals` new ones of each. `explored` and `pool`
+    begin with the current candidate. `guide`, if it has one, judges the trials instead of the run's guide.
     """
 
     proposals: int
 
     def explore(self, pool: Sequence[Candidate], step: Step, /) -> Sequence[Candidate]:
-        """Return the candidates to explore, of the pool or made of it; the current one is always explored."""
+        """Return the candidates to explore, from the pool or new ones; the current one is always explored."""
         ...
 
     def trials(
         self, explored: Sequence[Candidate], made: Sequence[Candidate], step: Step, /
     ) -> Sequence[tuple[Candidate, Sequence[Sample]]]:
-        """Return what to try on which samples; a score on them is added to the candidate.
+        """Return the candidates to try, and the samples for each; their scores are added to the candidate.
 
-        What the minibatch has shown of an explored candidate costs nothing: ask for `step.samples`.
+        An explored candidate's scores on the minibatch cost nothing: return `step.samples`.
         """
         ...
 
@@ -232,15 +230,15 @@ class Search(Protocol):
         ...
 
     def keep(self, pool: Sequence[Candidate], step: Step, /) -> Sequence[Candidate]:
-        """Return what is remembered of all candidates; the current one is always kept."""
+        """Return the candidates to remember; the current one is always kept."""
         ...
 
 
-# ---- the seed's hooks, whose signatures carry no step
+# ---- the seed's hooks, whose signatures have no step
 
 
 class Place(Struct, frozen=True, kw_only=True):
-    """Where a hook runs: the step, how synchronous code is called, and how outputs are applied.
+    """A hook's surroundings: the step, how synchronous code is called, and how outputs are applied.
 
     `seen` gathers the rollouts that `super().forward` made for this instance.
     """
@@ -254,7 +252,7 @@ class Place(Struct, frozen=True, kw_only=True):
 _place: ContextVar[Place | None] = ContextVar("aggregator_seed_place", default=None)
 
 current_place = _place.get
-"""Return where the present hook runs; None outside of a run."""
+"""Returns the current hook's place; None outside a run."""
 
 
 @contextmanager
@@ -268,7 +266,7 @@ def at_place(place: Place) -> Iterator[None]:
 
 
 async def call_hook(hook: Callable[..., Any], call: Call, *arguments: Any) -> Any:
-    """Return what an overridden hook returns: awaited if it is async, run in a thread if it is not."""
+    """Return the result of an overridden hook: awaited if it is async, run in a thread if it is not."""
     if is_async(hook):
         return await hook(*arguments)
     answer = await call(hook, *arguments)
@@ -283,10 +281,10 @@ class Hooks(Struct, frozen=True, kw_only=True):
 
 
 class Instance(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it refers to it
-    """What a step knows of one sample under one candidate.
+    """A sample's result with one candidate in a step.
 
     `output` is what `forward` returned, for an overridden `update`; `rollout` has at least its score. `is_observed` is
-    False if the rollout says nothing of the agent: `forward` proposed by itself, or was lost.
+    False if there is no rollout of the agent: `forward` proposed by itself, or was lost.
     """
 
     sample: Sample
@@ -297,31 +295,26 @@ class Instance(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it re
 
 
 def make_instance(sample: Sample, rollout: Rollout, proposal: Proposal | None = None) -> Instance:
-    """Return the instance of a rollout, and of the proposal made for it if there is one."""
+    """Return the instance of a rollout, and of its proposal if there is one."""
     output = rollout if proposal is None else proposal
     return Instance(sample=sample, rollout=rollout, proposal=proposal or propose_nothing(rollout), output=output)
 
 
 def propose_nothing(rollout: Rollout) -> Proposal:
-    """Return the proposal of an instance that asks for no change: its score, feedback and failure."""
+    """Return the empty proposal of an instance: its score, feedback and failure."""
     return Proposal(
         score=rollout.score, feedback=rollout.feedback, failures=rollout.failures, sample_ids=(rollout.sample_id,)
     )
 
 
 def is_satisfied(rollout: Rollout, step: Step) -> bool:
-    """Return True if an instance reached the score from which nothing is proposed for it.
-
-    >>> perfect = Rollout(sample_id=0, score=1.0)
-    >>> is_satisfied(perfect, Step(skip_from=1.0)), is_satisfied(perfect, Step())
-    (True, False)
-    """
+    """Return True if an instance reached the score from which it gets no proposal."""
     reached = step.skip_from is not None and rollout.score is not None and rollout.score >= step.skip_from
     return reached and rollout.failure is None
 
 
 def lose_instance(sample: Sample, record: Failure, lineage: str = "") -> Instance:
-    """Return the instance of a sample that an error lost."""
+    """Return the lost instance of a sample, with its error."""
     proposal = Proposal(error=f"{record.error}: {record.message}", failures=(record,), sample_ids=(sample.id,))
     rollout = Rollout(sample_id=sample.id, x=sample.x, failure=record, lineage=lineage)
     return Instance(sample=sample, rollout=rollout, proposal=proposal, output=proposal, is_observed=False)
@@ -336,10 +329,10 @@ def read_output(
     strict: bool = True,
     parameters: Sequence[Any] = (),
 ) -> Instance:
-    """Read what `forward` returned: a Rollout, a Proposal, {parameter or name: value}, or (that, score).
+    """Read the result of `forward`: a Rollout, a Proposal, {parameter or name: value}, or (that, score).
 
-    `seen` are the rollouts that `super().forward` made on the way. Raises ConfigError for anything else, unless an
-    `update` of the user's own reads it (`strict=False`).
+    `seen` are the rollouts of `super().forward`. Raises ConfigError for anything else, unless an overridden `update`
+    reads it (`strict=False`).
     """
     try:
         proposal = _as_proposal(output, {id(one.origin): one.name for one in parameters if hasattr(one, "origin")})
@@ -348,7 +341,7 @@ def read_output(
             raise
         score = output[1] if isinstance(output, tuple) and len(output) == 2 else getattr(output, "score", None)
         proposal = Proposal(score=score if is_finite(score) else None)
-    if sample is None:  # an output that `update` is given by itself
+    if sample is None:  # an output that the user passes to `update`
         sample = Sample(proposal.sample_ids[0] if proposal.sample_ids else 0, None)
     elif not isinstance(output, Rollout):
         proposal = replace(proposal, sample_ids=(sample.id,))
@@ -365,7 +358,7 @@ def read_output(
 
 
 def _as_proposal(output: Any, names: Mapping[int, str]) -> Proposal:
-    """Read a proposal; `names` are those of parameters whose originals, such as nodes of Trace, have other ones."""
+    """Read a proposal; `names` are those of parameters whose originals, such as Trace nodes, have other names."""
     score = None
     if isinstance(output, tuple) and len(output) == 2:
         output, score = output

@@ -1,7 +1,7 @@
-"""What ends a run before its last step (`stop=`) or an instance before its answer (`instance_timeout=`).
+"""Ending a run before its last step (`stop=`), and an instance before its answer (`instance_timeout=`).
 
-Both may depend on the clock. What the clock decided is a mark on the open tape, so that a replay or a resumed run
-decides the same on a slower or a faster machine.
+Both may depend on the clock. A decision of the clock is a mark on the open tape, so that a replay or a resumed run
+decides the same on a slower or faster machine.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from aggregator.training.evaluation import is_lost, lowest_of
 
 _TOLERANCE = 1e-9
 _CLOCK = "https://clock.invalid"
-"""The address of marks on a tape: `.invalid` is reserved, so nothing is ever sent there."""
+"""The address of marks on a tape: `.invalid` is reserved, so no request is ever sent there."""
 
 
 class Reached(Struct, frozen=True, kw_only=True):
-    """What a stop decides by: the reports of the finished steps, the validations, and the seconds of the run so far.
+    """The facts for a stop: the reports of the finished steps, the validations, and the seconds of the run so far.
 
     `validations` begins with the one before training. `seconds` includes those before the run was interrupted.
     """
@@ -41,10 +41,9 @@ class Reached(Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
     def measured(self) -> list[float | None]:
-        """Return the scores to decide by: of the validation set, else of the minibatches; never of the test set.
+        """Return the scores for a stop: of the validation set, else of the minibatches; never of the test set.
 
-        An instance that was lost counts as the lowest score, at most 0: a mean of the few that were judged reaches
-        nothing.
+        A lost instance counts as the lowest score, at most 0, so that a few judged instances do not reach a target.
         """
         series: Sequence[Evaluation | StepReport] = self.validations or self.history
         return [_cautious(one) for one in series]
@@ -69,7 +68,7 @@ class Stop(Protocol):
     """Decides whether a run ends: asked before the first step and after each one."""
 
     def reason(self, reached: Reached, /) -> str:
-        """Return why the run ends, "" if it goes on."""
+        """Return the reason why the run ends, "" if it continues."""
         ...
 
 
@@ -82,7 +81,7 @@ class Target(Struct, frozen=True):
         return show_call("target", self.score)
 
     def reason(self, reached: Reached) -> str:
-        """Return why the run ends."""
+        """Return the reason why the run ends."""
         scores = reached.measured()
         if not scores or scores[-1] is None or scores[-1] < self.score - _TOLERANCE:
             return ""
@@ -99,7 +98,7 @@ class Patience(Struct, frozen=True):
         return show_call("patience", self.measurements, **({"min_delta": self.min_delta} if self.min_delta else {}))
 
     def reason(self, reached: Reached) -> str:
-        """Return why the run ends."""
+        """Return the reason why the run ends."""
         best, since = None, 0
         for score in reached.measured():
             if score is not None and (best is None or score > best + self.min_delta):
@@ -120,7 +119,7 @@ class Seconds(Struct, frozen=True):
         return show_call("seconds", self.most)
 
     def reason(self, reached: Reached) -> str:
-        """Return why the run ends; the time itself is left out, since results hold none."""
+        """Return the reason why the run ends, without the measured time, which would differ in each run."""
         return f"{self!r} had passed" if reached.seconds >= self.most else ""
 
 
@@ -135,10 +134,10 @@ def target(score: float) -> Target:
 
 
 def patience(measurements: int, *, min_delta: float = 0.0) -> Patience:
-    """Stop after so many measurements in a row that are no better than the best before them.
+    """Stop after this number of consecutive measurements without a better score.
 
-    Measurements are those of the validation set, the one before training included, else the scores of the minibatches.
-    A score is better if it exceeds the best by more than `min_delta`.
+    Measurements are those of the validation set, including the one before training, else the minibatch scores. A score
+    is better if it exceeds the best by more than `min_delta`.
 
     >>> scores = [Evaluation(step=i, score=score, scores=()) for i, score in enumerate([0.5, 0.6, 0.6, 0.4])]
     >>> patience(2).reason(Reached(validations=scores)), patience(3).reason(Reached(validations=scores))
@@ -150,17 +149,13 @@ def patience(measurements: int, *, min_delta: float = 0.0) -> Patience:
 
 
 def seconds(most: float) -> Seconds:
-    """Stop once the run has taken so many seconds; the step under way is finished. A resumed run goes on counting.
-
-    >>> seconds(600).reason(Reached(seconds=600.5))
-    'seconds(600) had passed'
-    """
+    """Stop once the run has taken this number of seconds, after the current step. A resumed run continues to count."""
     check_finite("seconds", most, least=0.0)
     return Seconds(most)
 
 
 AnyStop = Stop | Callable[[Sequence[StepReport]], Any]
-"""One entry of `stop=`: that of a function above, an object with `reason(reached)`, or a callable of the history."""
+"""One entry of `stop=`: one of the stops above, an object with `reason(reached)`, or a callable of the history."""
 
 
 def check_stops(given: Any) -> tuple[Any, ...]:
@@ -181,15 +176,15 @@ def check_stops(given: Any) -> tuple[Any, ...]:
 
 
 def needs_clock(stops: Iterable[Any]) -> bool:
-    """Return True if the same history need not give the same decision: a stop by time, or one of the user's own."""
+    """Return True if the same history may give another decision: a stop by time, or a user's own."""
     return not all(isinstance(stop, Target | Patience) for stop in stops)
 
 
 async def first_reason(stops: Iterable[Any], reached: Reached, ask: Callable[..., Any]) -> str:
-    """Return the reason of the first stop that ends the run, "" if none does.
+    """Return the reason of the first stop that ends the run, or "".
 
-    `await ask(function, history)` calls a function of the user's; it is asked once there is a history. Raises what it
-    raises, with a note that names it.
+    `await ask(function, history)` calls a user's function, once there is a history. Raises the function's exception,
+    with a note that names it.
     """
     for stop in stops:
         if isinstance(stop, Stop):
@@ -210,13 +205,13 @@ async def first_reason(stops: Iterable[Any], reached: Reached, ask: Callable[...
 
 
 class Clock:
-    """The seconds of a run, those before an interruption included."""
+    """The seconds of a run, including those before an interruption."""
 
     def __init__(self, before: float = 0.0) -> None:
         self.set(before)
 
     def set(self, elapsed: float) -> None:
-        """Go on from so many seconds, as where a recorded time is replayed."""
+        """Continue from this number of seconds, as in a replay."""
         self._began = time.monotonic() - elapsed
 
     def seconds(self) -> float:
@@ -225,10 +220,10 @@ class Clock:
 
 
 class Mark:
-    """What the clock decided at one place of a run, kept on the open tape.
+    """A decision of the clock at one place of a run, kept on the open tape.
 
-    The place is the current lineage. `recorded` is what a recording holds of it, None without one. `is_live` is False
-    while a tape only plays: the clock decides nothing then.
+    The place is the current lineage. `recorded` is the recorded decision, or None. `is_live` is False while a tape only
+    plays: the clock is not used then.
     """
 
     def __init__(self, kind: str) -> None:
@@ -247,7 +242,7 @@ class Mark:
             tape.withdraw(self._slot)
 
     async def keep(self, decided: Struct) -> None:
-        """Record what was decided, unless it was recalled or no tape records."""
+        """Record the decision, unless it was replayed or no tape records."""
         if self._tape is not None and self._tape.records and self.recorded is None:
             headers = {"content-type": "application/json"}
             reply = HTTPReply(status=200, reason="OK", body=msgspec.json.encode(decided), headers=headers)
@@ -255,14 +250,14 @@ class Mark:
 
 
 class Decided(Struct, frozen=True, kw_only=True):
-    """The mark of one decision of the stops: what the clock said, and why the run ended, "" if it went on."""
+    """The mark of one decision of the stops: the clock's time, and why the run ended, "" if it continued."""
 
     seconds: float
     reason: str = ""
 
 
 async def decide(stops: Sequence[Any], name: str, reached: Reached, clock: Clock, ask: Callable[..., Any]) -> str:
-    """Return why a run ends here, "" if it goes on: as was recorded for stops of this name, else as the stops say."""
+    """Return the reason why a run ends here, or "": as recorded for stops of this name, else as the stops decide."""
     if not needs_clock(stops):
         return await first_reason(stops, reached, ask)
     mark = Mark(f"stop/{name}")
@@ -277,10 +272,10 @@ async def decide(stops: Sequence[Any], name: str, reached: Reached, clock: Clock
 
 
 class TimedOut(Struct, frozen=True, kw_only=True):
-    """The mark of one instance under `instance_timeout=`, and of its rollout if that was cut off.
+    """The mark of one instance with `instance_timeout=`, and of its rollout if that was cut off.
 
-    `stage` is what took too long, "agent" or "guide", "" if the instance ended in time. The calls that it had made
-    count as `usage`, by role.
+    `stage` is the one that took too long, "agent" or "guide", or "" if the instance ended in time. Its calls count as
+    `usage`, by role.
     """
 
     stage: str = ""
@@ -291,7 +286,7 @@ class TimedOut(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, rollout: Rollout, stage: str, limit: float | None, usage: Iterable[tuple[str, Usage]]) -> TimedOut:
-        """Return the mark of a rollout; the calls of an agent that ended in time are made again, and not in it."""
+        """Return the mark of a rollout; calls of an agent that ended in time are made again, and not in it."""
         if not stage or limit is None:
             return cls()
         made = [(role, used) for role, used in usage if stage == "agent" or role == "guide"]
@@ -304,7 +299,7 @@ class TimedOut(Struct, frozen=True, kw_only=True):
         )
 
     def count(self) -> None:
-        """Count the calls of the instance, which is not run again, in ledger and budgets."""
+        """Count the instance's calls in ledger and budgets, because it is not run again."""
         tape = current_tape()
         if tape is not None:
             tape.pass_over(current_lineage() + ("/guide" if self.stage == "guide" else ""))
@@ -315,10 +310,10 @@ class TimedOut(Struct, frozen=True, kw_only=True):
 
 
 def interrupt_of(error: BaseException) -> KeyboardInterrupt | None:
-    """Return the interrupt that ended this task, with what the error carries; None for any other error.
+    """Return the interrupt that ended this task, with the error's result; None for any other error.
 
-    On Ctrl-C `asyncio.run` cancels its main task and then raises a KeyboardInterrupt made by itself, which would lose
-    what the work has left on its error. Raised by the task, this one takes its place.
+    On Ctrl-C `asyncio.run` cancels its main task and then raises its own KeyboardInterrupt, which would lose the
+    partial result. The task raises this one instead.
     """
     handler: Any = signal.getsignal(signal.SIGINT)
     runner = getattr(getattr(handler, "func", None), "__self__", None)

@@ -1,7 +1,7 @@
-"""Convert what a reply suggests to values that the parameters accept, without guessing.
+"""Convert a reply's suggestion to values that the parameters accept, without guessing.
 
-A reply that is cut off, ambiguous or unreadable is a SuggestionError whose text can be quoted to the model; a value
-that does not fit is refused with its reason.
+A truncated, ambiguous or unreadable reply raises a SuggestionError whose text can be quoted to the model; an invalid
+value is refused with a reason.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def construct_update_dict(
 ) -> dict[Any, Any]:
     """Convert the suggestion into each parameter's own type and return {parameter: value}.
 
-    A value that does not fit and an unknown name are left out, or ParameterError with `ignore_extraction_error=False`.
+    An invalid value and an unknown name are left out, or ParameterError with `ignore_extraction_error=False`.
     """
     values, refused = convert_suggestion(suggestion, parameters, null_is_unchanged=False)
     if refused and not ignore_extraction_error:
@@ -56,8 +56,8 @@ def convert_suggestion(
 ) -> tuple[Values, dict[str, str]]:
     """Convert a suggestion; returns the accepted values by parameter name, and the reason for each refused key.
 
-    Keys are names or py_names, exactly. null leaves a parameter unchanged unless its type takes null: a strict schema
-    makes the model write every key. The text TERMINATE is refused as a value; it is the word for no change.
+    Keys are names or py_names, exactly. null leaves a parameter unchanged unless its type allows null: a strict schema
+    requires every key. The text TERMINATE is refused as a value, because it means no change.
     """
     known: dict[str, Any] = {parameter.name: parameter for parameter in parameters}
     if not suggestion.keys() <= known.keys():
@@ -79,7 +79,7 @@ def convert_suggestion(
 
 
 def _convert(parameter: Any, key: str, suggestion: Mapping[str, Any]) -> Any:
-    """Convert by the parameter's own rule; one that has none (Trace's) by the type of its value.
+    """Convert by the parameter's own rule, or for Trace's parameters by the type of the value.
 
     A value may be given under both names of a parameter if the two agree.
     """

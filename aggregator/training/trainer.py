@@ -1,4 +1,4 @@
-"""Trainer: an agent, an optimizer, and what decides in between.
+"""Trainer: an agent, an optimizer, and the decisions between them.
 
 `Trainer(agent, optimizer, rule=LLMMerge(llm), search=beam(4), gate=improves_on_batch())`; the names of the seed and of
 Trace, `AggregatedUpdate` for one, are faces of it (`algorithms.py`). The run itself is in `loop.py`.
@@ -90,40 +90,39 @@ from aggregator.training.updates import Explored, Parts, ProposePer, is_single, 
 class Trainer:
     """Trains an agent minibatch by minibatch.
 
-    `agent` is what `as_agent` takes; `optimizer` proposes new values, for each instance by itself or, with
+    `agent` is anything that `as_agent` accepts; `optimizer` proposes new values, for each instance by itself or, with
     `propose_per="batch"`, for the whole minibatch. `rule` merges the proposals of a minibatch: by default the
     optimizer's model does (`LLMMerge(llm)`), or for whole minibatches nothing. `search` decides which candidates are
     explored and become current (default: `greedy`), `gate` accepts or refuses an update (default: `always`), `checks`
     refuse single values, `keeps_placeholders` among them unless the list is empty.
 
-    `executor` runs the rollouts (default: this process). `max_concurrency` bounds how many instances are under way at
-    once, `use_asyncio=False` runs one after the other. `observers` see the run; None shows a progress bar if standard
-    error is a terminal. `skip_samples` are ids of training samples to leave out, of a resumed run too. `skip_perfect`
-    asks for no proposal for an instance that reached `max_score`, by default what the guide declares as `max_score`; it
-    counts as support for the current value. `budget` counts every call of a run, and may be shared with other runs and
-    with models.
+    `executor` runs the rollouts (default: this process). `max_concurrency` bounds the instances in flight,
+    `use_asyncio=False` runs one after the other. `observers` see the run; None shows a progress bar if standard error
+    is a terminal. `skip_samples` are ids of training samples to leave out, also in a resumed run. `skip_perfect` makes
+    no proposal for an instance that reached `max_score` (by default the guide's); it counts as support for the current
+    value. `budget` counts every call of a run, and may be shared with other runs and with models.
 
-    `clients="all"`, or a list of names as of `cassette(clients=)`, counts what the agent's own clients ask, those of
-    SDKs and frameworks: in transcripts, usage and budget; a call that they lose is not a failure of the agent. None
-    does so for the clients of an open cassette, () for none. `prices` are those of their models that are not known.
+    `clients="all"`, or a list of names as of `cassette(clients=)`, counts the calls of the agent's own clients (of SDKs
+    and frameworks) in transcripts, usage and budget; a call that they lose is not a failure of the agent. None does so
+    for the clients of an open cassette, () for none. `prices` are those of models without a known price.
 
     Overridable: the seed's `forward(agent, x, guide, info, verbose)` and `update(outputs, verbose)`, sync or async, and
-    `propose(rollouts, step)`. An overridden `forward` runs in this process, with the agent that the trainer was given.
+    `propose(rollouts, step)`. An overridden `forward` runs in this process, with the trainer's agent.
 
     The arguments of `train`: `guide(x, output, info)` returns a score or (score, feedback); None is for an agent that
     scores itself, such as an adapter of GEPA's. Data sets are dict(inputs=..., infos=...) or sequences of (x, info).
-    `stepsize` in [0, 1] is how much proposals weigh against the current value, constant or a schedule. The test set is
-    evaluated before training, every `eval_frequency` steps and at the end; 0 is never. `log_frequency` None logs
+    `stepsize` in [0, 1] is the weight of the proposals against the current value, constant or a schedule. The test set
+    is evaluated before training, every `eval_frequency` steps and at the end; 0 means never. `log_frequency` None logs
     whenever the test set is evaluated, every step if that is never. `min_score` is the score of an instance on which
-    the agent itself fails: by default the one that the guide declares, else the lowest score of the comparison at hand,
-    at most 0. `verbose` logs scores, "output" also the agent's outputs. `ensure_improvement` refuses updates that do
-    not raise the batch's own score by `improvement_threshold`. `save_frequency` saves the agent every so many steps to
-    `save_path`. `num_threads` is Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a
-    batch is lost stops. `run_dir` keeps journal, checkpoints and result.json there; `resume=True` goes on where such a
-    run was cut off. `repeats` rolls each instance out so many times; its score is the mean. `stop` ends the run between
-    two steps: `target(0.95)`, `patience(3)` or `seconds(600)` (of `aggregator.stops`), a callable of the history that
-    returns True, or a list of these; `result.stopped` is the reason. `instance_timeout` is how many seconds the agent,
-    and then the guide, may take for one instance.
+    the agent itself fails: by default the guide's, else the lowest score of the comparison, at most 0. `verbose` logs
+    scores, "output" also the agent's outputs. `ensure_improvement` refuses updates that do not raise the batch's own
+    score by `improvement_threshold`. `save_frequency` saves the agent to `save_path` every that many steps.
+    `num_threads` is Trace's name for `max_concurrency`. A run in which more than `max_failure_ratio` of a batch is lost
+    stops. `run_dir` keeps journal, checkpoints and result.json there; `resume=True` continues such a run. `repeats` is
+    the number of rollouts of each instance, whose score is their mean. `stop` ends the run between two steps:
+    `target(0.95)`, `patience(3)` or `seconds(600)` (of `aggregator.stops`), a callable of the history that returns
+    True, or a list of these; `result.stopped` is the reason. `instance_timeout` is the number of seconds that the
+    agent, and then the guide, may take for one instance.
     """
 
     def __init__(
@@ -221,7 +220,7 @@ class Trainer:
         return agent
 
     def _optimizer(self) -> Optimizer:
-        """Return the optimizer as it is asked; one of Trace is adapted."""
+        """Return the optimizer to call; a Trace optimizer is adapted."""
         agent = self.agent_to_run()
         if self._proposing[0] is not self.optimizer or self._proposing[1] is not agent:
             self._proposing = (self.optimizer, agent, as_optimizer(self.optimizer, agent))
@@ -230,12 +229,12 @@ class Trainer:
 
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters that training may change: the optimizer's if it names some, else the agent's."""
-        own: Sequence[Any] = self.agent_to_run().parameters()  # also gives every parameter its name
+        own: Sequence[Any] = self.agent_to_run().parameters()  # this also gives every parameter its name
         chosen = getattr(self._optimizer(), "parameters", None)
         return choose_parameters(own, None if chosen is None else list(chosen() if callable(chosen) else chosen))
 
     def parts(self, gate: Gate, limit: int) -> Parts:
-        """Return what decides in the next step; what is set on the trainer meanwhile is honoured."""
+        """Return the parts for the next step; attributes set on the trainer meanwhile are used."""
         return Parts(
             propose_per=self.propose_per,
             propose=self.propose,
@@ -294,7 +293,7 @@ class Trainer:
         stop: AnyStop | Sequence[AnyStop] | None = None,
         instance_timeout: float | None = None,
     ) -> TrainingResult:
-        """Train on a data set and return what was reached; the class explains the arguments.
+        """Train on a data set and return the result; the class explains the arguments.
 
         Raises ConfigError, BudgetExceededError, TrainingError, CassetteMissError. An early end has a partial `.result`.
         """
@@ -343,11 +342,11 @@ class Trainer:
         sample: int = 0,
         seed: int | None = None,
     ) -> RunPlan:
-        """Count what `train` with these arguments would do, without running anything.
+        """Count what `train` with these arguments would do, without running it.
 
-        With `sample` that many rollouts of the first minibatches are run to measure tokens and cost; the plan says so.
-        Warns (TrainingWarning) of an aggregator that has nothing to merge, and of a run that mostly evaluates. Raises
-        ConfigError for invalid arguments.
+        With `sample` that many rollouts of the first minibatches are run to measure tokens and cost, as the plan
+        states. Warns (TrainingWarning) of an aggregator that has nothing to merge, and of a run that mostly evaluates.
+        Raises ConfigError for invalid arguments.
         """
         plan = check(
             Plan(
@@ -388,7 +387,7 @@ class Trainer:
     plan = sync(aplan)
 
     async def _run(self, plan: Plan, first: Gate) -> TrainingResult:
-        """Run the plan with `first` before the trainer's gate; `restore` sees its result, also a partial one."""
+        """Run the plan with the gate `first` before the trainer's gate; `restore` uses even a partial result."""
         self._check_parts()
         if plan.repeats > 1 and self.hooks().forward is not None:
             raise ConfigError(
@@ -417,7 +416,7 @@ class Trainer:
         return self._result
 
     def restore(self, which: Kept = "best") -> Values:
-        """Put the best or the last values of the latest run into the agent, and return them.
+        """Store the best or the last values of the latest run in the agent, and return them.
 
         Raises ConfigError before the first run.
         """
@@ -428,7 +427,7 @@ class Trainer:
         return values
 
     def _guide(self, guide: Any) -> Any:
-        """Return the guide; None is the verdict of an agent that takes batches, as `protocols.Agent` has it."""
+        """Return the guide; None means the verdict of an agent that takes batches, as in `protocols.Agent`."""
         return own_verdict if guide is None and not isinstance(self.agent_to_run(), InstanceAgent) else guide
 
     def _concurrency(self, *wanted: int | None) -> int:
@@ -437,7 +436,7 @@ class Trainer:
         return next((value for value in wanted if value is not None), self.max_concurrency)
 
     async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
-        """Run the agent on one instance, judge the output, and return the new values that it asks for.
+        """Run the agent on one instance, judge the output, and return the proposed values.
 
         With `propose_per="batch"` return the rollout: the proposal comes from `update`, for all together.
         """
@@ -446,7 +445,9 @@ class Trainer:
         names = {parameter.name for parameter in self.parameters()}
         own: Sequence[Any] = [parameter for parameter in mine.parameters() if parameter.name in names]
         step = Step(samples=(Sample(0, x, info),)) if place is None else place.step
-        step = replace(step, parameters=own, values=read(own))  # what a hook has assigned, or a copy of the agent has
+        step = replace(
+            step, parameters=own, values=read(own)
+        )  # assignments of a hook, or the values of a copy of the agent
         task = RolloutTask(
             sample=Sample(step.samples[0].id, x, info),
             values=step.values,
@@ -469,13 +470,13 @@ class Trainer:
     forward = sync(aforward)
 
     def log_output(self, rollout: Rollout, step: Step) -> None:
-        """Log the output of one instance, which `verbose="output"` asks for."""
+        """Log the output of one instance, for `verbose="output"`."""
         (self.logger or ConsoleLogger()).log("Output", rollout.output, step.number, sample=rollout.sample_id)
 
     async def propose(self, rollouts: Sequence[Rollout], step: Step) -> Proposal:
-        """Ask the optimizer what rollouts call for: one instance's, or those of a whole minibatch.
+        """Ask the optimizer for a proposal from the rollouts of one instance, or of a whole minibatch.
 
-        A lost call or an unreadable reply is part of the proposal; what ends a run is raised.
+        A lost call or an unreadable reply is part of the proposal; an error that ends a run is raised.
         """
         seen = join_rollouts(rollouts)
         sample_id = seen.sample_id if len(rollouts) == 1 else None
@@ -490,7 +491,7 @@ class Trainer:
                 own = proposal.failures or unread("proposal", sample_id, proposal.error)
                 if not own and not seen.failures:
                     return proposal
-                usable = bool(proposal.values)  # what could be read is a proposal
+                usable = bool(proposal.values)  # the readable part is a proposal
                 return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)
         return Proposal(
             score=seen.score,
@@ -501,7 +502,7 @@ class Trainer:
         )
 
     async def aupdate(self, outputs: Sequence[Any], verbose: bool | str = False) -> Any:
-        """Merge what the instances proposed, check it against each parameter's type, ask the gate, and apply it.
+        """Merge the instances' proposals, check them against each parameter's type, ask the gate, and apply the update.
 
         Returns the Update; an override may return a score, or nothing.
         """

@@ -1,8 +1,8 @@
-"""One update: from what the instances of a step propose to the one lasting mutation.
+"""One update: from the proposals of a step's instances to the one lasting mutation.
 
     proposals -> merge -> new candidates -> trials -> choice -> gate -> write
 
-`greedy` has one candidate and no trials, so that an update is merge, gate, write. All of it is I/O of this process.
+`greedy` has one candidate and no trials, so that an update is merge, gate, write. All of it happens in this process.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from aggregator.training.step import (
 from aggregator.training.suggestions import convert_suggestion
 
 Propose = Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]
-"""Asks the optimizer what rollouts call for."""
+"""Asks the optimizer for a proposal from rollouts."""
 
 ProposePer = Literal["instance", "batch"]
 
@@ -69,7 +69,7 @@ ProposePer = Literal["instance", "batch"]
 
 
 class Parts(Struct, frozen=True, kw_only=True):
-    """What a trainer decides with, read again for each step."""
+    """The decisions of a trainer, read again for each step."""
 
     propose_per: ProposePer
     propose: Propose
@@ -80,7 +80,7 @@ class Parts(Struct, frozen=True, kw_only=True):
 
 
 def skip_satisfied(propose: Propose) -> Propose:
-    """Return how is proposed for a single instance unless it is satisfied."""
+    """Return how to propose for a single instance unless it is satisfied."""
 
     async def skip(rollouts: Sequence[Rollout], step: Step) -> Proposal:
         if len(rollouts) == 1 and is_satisfied(rollouts[0], step):
@@ -91,7 +91,7 @@ def skip_satisfied(propose: Propose) -> Propose:
 
 
 class Explored(Struct, frozen=True, kw_only=True):
-    """A candidate that this step explores: its values in the parameters' types, and what the minibatch showed.
+    """A candidate that this step explores: its values in the parameters' types, and its minibatch results.
 
     `step` is the step as the parts that propose for this candidate see it.
     """
@@ -102,7 +102,7 @@ class Explored(Struct, frozen=True, kw_only=True):
 
 
 class Update(Struct, frozen=True, kw_only=True):
-    """What one update came to: the values that were proposed, the gate's decision, the minibatch's mean score."""
+    """The result of one update: the proposed values, the gate's decision, the minibatch's mean score."""
 
     values: Values = {}
     decision: Decision
@@ -116,7 +116,7 @@ class Update(Struct, frozen=True, kw_only=True):
 
 
 class Made(Struct, frozen=True, kw_only=True):
-    """What the proposals of a step came to: the new candidates, and what could not be used."""
+    """The new candidates made from a step's proposals, and the failures."""
 
     candidates: Sequence[Candidate]
     failures: Sequence[Failure]
@@ -131,7 +131,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
     """
     search, seen = parts.search, read_only(step)
     made = await make_candidates(parts, explored, seen, pool)
-    # the values of each, in the parameters' types
+    # each candidate's values, in the parameters' types
     own = {one.candidate.id: one.step.values for one in explored} | {one.id: one.values for one in made.candidates}
     tried, failures = await try_candidates(search, explored, made.candidates, own, seen)
     current, old, new = tried[0], tried[: len(explored)], tried[len(explored) :]
@@ -145,7 +145,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
         for parameter in step.parameters:
             if parameter.name in values:
                 parameter.store(values[parameter.name])
-    # what is remembered
+    # the pool to remember
     judged = [replace(instance.rollout, score=instance.proposal.score) for instance in explored[0].instances]
     known = {candidate.id: candidate for candidate in (*pool, *tried)}
     now = best if best is not None and decision.accepted else current
@@ -167,7 +167,7 @@ async def make_update(parts: Parts, explored: Sequence[Explored], step: Step, po
 
 
 async def merge_group(rule: UpdateRule, group: Sequence[Proposal], step: Step) -> Proposal:
-    """Return the one proposal that a rule makes of several; what is edited item by item is combined without it."""
+    """Return one proposal made by a rule from several; item-by-item edits are combined without the rule."""
     if not group:
         return Proposal()
     rest, edits = combine_edits(group, step)
@@ -181,7 +181,7 @@ async def merge_group(rule: UpdateRule, group: Sequence[Proposal], step: Step) -
 
 
 async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step, pool: Sequence[Candidate]) -> Made:
-    """Merge what the instances of each explored candidate propose into new candidates, in the order of proposals."""
+    """Merge the proposals of each explored candidate's instances into new candidates, in order."""
     count, single = parts.search.proposals, is_single(parts.search)
     per_instance = parts.propose_per == "instance"
     jobs = [(one, i) for one in explored for i in range(min(count, len(one.instances)) if per_instance else count)]
@@ -249,12 +249,12 @@ def _proposers_of(name: str, group: Sequence[Proposal], merged: Proposal) -> tup
 async def try_candidates(
     search: Search, explored: Sequence[Explored], made: Sequence[Candidate], values: Mapping[str, Values], step: Step
 ) -> tuple[list[Candidate], list[Failure]]:
-    """Return all candidates with the scores that this step adds, and what failed on the way.
+    """Return all candidates with the scores that this step adds, and the failures.
 
     `values` are those of each candidate, by its id.
 
-    What the minibatch has shown of an explored candidate is not run again, unless the search has its own guide or
-    the call was lost. Where the agent failed the score is the lowest that this comparison knows (`lowest_of`).
+    An explored candidate is not run on the minibatch again, unless the search has its own guide or the call was lost.
+    If the agent failed, the score is the lowest of this comparison (`lowest_of`).
     """
     candidates = [*[one.candidate for one in explored], *made]
     trials = check_trials(search, search.trials(candidates[: len(explored)], made, step), values)
@@ -294,9 +294,9 @@ async def try_candidates(
 
 
 def informative(instances: Sequence[Instance]) -> list[Rollout]:
-    """Return the rollouts that say something of the agent, for an optimizer that sees the whole minibatch.
+    """Return the observed rollouts, for an optimizer that sees the whole minibatch.
 
-    Raises ConfigError for proposals, as an overridden `forward` may return them: no rule would merge these.
+    Raises ConfigError for proposals of an overridden `forward`, because no rule would merge them.
     """
     asking = [instance for instance in instances if not instance.is_observed and instance.proposal.values]
     if asking:
@@ -312,7 +312,7 @@ def informative(instances: Sequence[Instance]) -> list[Rollout]:
 
 
 def settle(merged: Sequence[Proposal]) -> Proposal:
-    """Return the one proposal that a rule left; raises ConfigError if several contradict each other."""
+    """Return the one proposal that a rule leaves; raises ConfigError if several contradict each other."""
     if not merged:
         return Proposal()
     names = [name for proposal in merged for name in proposal.values]
@@ -328,7 +328,7 @@ def settle(merged: Sequence[Proposal]) -> Proposal:
 
 
 def unread(stage: Stage, sample_id: int | None, *messages: str | None) -> list[Failure]:
-    """Return what could not be read or converted, as far as there are messages, as failures of this stage."""
+    """Return unreadable replies and invalid values as failures of this stage."""
     return [
         Failure(stage=stage, error="SuggestionError", message=message, sample_id=sample_id)
         for message in messages
@@ -347,19 +347,19 @@ def place_of(search: Search, candidate: Candidate) -> tuple[str, ...]:
 
 
 def changes_between(before: Values, after: Values) -> Values:
-    """Return what differs, under its new value."""
+    """Return the values that differ, after the change."""
     return {name: value for name, value in after.items() if name not in before or value != before[name]}
 
 
 def without(candidate: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
-    """Return the others."""
+    """Return the values without the given names."""
     return [other for other in others if other.id != candidate.id]
 
 
 def with_outputs(explored: Sequence[Explored], given: Sequence[Any]) -> list[Explored]:
-    """Return what was explored with the outputs that `update` is given, candidate by candidate.
+    """Return the explored candidates with the outputs given to `update`, candidate by candidate.
 
-    An overridden `update` may pass on other outputs than those of the step, or fewer.
+    An overridden `update` may pass on other outputs than the step's, or fewer.
     """
     known = {id(instance.output): instance for one in explored for instance in one.instances}
     instances = [known.get(id(output)) or read_output(output) for output in given]
@@ -368,7 +368,7 @@ def with_outputs(explored: Sequence[Explored], given: Sequence[Any]) -> list[Exp
 
 
 def as_update(answer: Any, explored: Sequence[Explored], written: Values, pool: Sequence[Candidate]) -> Update:
-    """Return what an overridden `update` did that returned a score or nothing of use; the `pool` stays as it was."""
+    """Return the Update of an overridden `update` that returned a score or nothing usable; `pool` is unchanged."""
     runs = [instance.rollout for instance in explored[0].instances]
     lowest = lowest_of([run.score for run in runs], min_score=explored[0].step.min_score)
     return Update(
@@ -381,10 +381,10 @@ def as_update(answer: Any, explored: Sequence[Explored], written: Values, pool: 
 
 
 def report_step(turn: Turn, explored: Sequence[Explored], update: Update, usage: dict[str, Usage]) -> FullStepReport:
-    """Return the report of a step: all its rollouts and proposals, what was decided, and what it used."""
+    """Return the report of a step: all its rollouts and proposals, the decision, and the usage."""
     instances = [instance for one in explored for instance in one.instances]
     failures = [record for instance in instances for record in instance.proposal.failures]
-    failures += [record for record in update.failures if record not in failures]  # a proposal carries them on
+    failures += [record for record in update.failures if record not in failures]  # a proposal includes them
     return FullStepReport(
         epoch=turn.epoch,
         step=turn.step,
@@ -406,5 +406,5 @@ def report_step(turn: Turn, explored: Sequence[Explored], update: Update, usage:
 
 
 def without_handle(rollout: Rollout) -> Rollout:
-    """Return the rollout for those who watch: the handle belongs to the agent's adapter."""
+    """Return the rollout for observers, without the handle, which belongs to the agent's adapter."""
     return rollout if rollout.handle is None else replace(rollout, handle=None)

@@ -1,7 +1,7 @@
-"""How several candidates for one proposal are made to differ: what each is asked, and which rule then chooses.
+"""How several candidates for one proposal differ: the prompt of each, and the rule that chooses.
 
-A variation is data around one pure function, so one of your own is as small as those here. The ways are those of
-Trace's OptoPrimeMulti.
+A variation is data around one pure function, so a custom one is as small as those here. They are those of Trace's
+OptoPrimeMulti.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Messages = list[dict[str, str]]
 
 
 class Question(Struct, frozen=True, kw_only=True):
-    """What one candidate is asked; None leaves an option as the optimizer has it."""
+    """The prompt and options of one candidate; None keeps the optimizer's option."""
 
     messages: Messages
     temperature: float | None = None
@@ -37,15 +37,15 @@ def _by_majority(_: ChatModel) -> UpdateRule:
 
 
 Asked = Callable[[Messages, int, int, Sequence[Proposal]], Question]
-"""(the optimizer's prompt, i, number of candidates, the candidates before) -> what candidate i is asked."""
+"""(the optimizer's prompt, i, number of candidates, the previous candidates) -> the question for candidate i."""
 
 
 class Variation(Struct, frozen=True, kw_only=True):
-    """How candidates come to differ.
+    """How candidates differ.
 
-    `in_turn` asks one after the other, so that `ask` sees all candidates before; otherwise all are asked at once and it
-    sees none. `least` is how many it takes to make sense. `select` makes the rule that chooses of the optimizer's
-    model, unless the optimizer is given another rule.
+    `in_turn` makes the calls sequential, so that `ask` sees all previous candidates; otherwise all calls are concurrent
+    and it sees none. `least` is the minimum number of candidates. `select` makes the rule that chooses from the
+    optimizer's model, unless the optimizer has another rule.
     """
 
     name: str
@@ -60,13 +60,13 @@ def _seeded(messages: Messages, i: int, count: int, _before: Sequence[Proposal])
 
 
 seeds = Variation(name="seeds", ask=_seeded)
-"""The same question each time, with a different seed; the majority of the answers is taken."""
+"""The same prompt each time, with a different seed; the majority of the answers wins."""
 
 
 def temperatures(highest: float = 1.3, lowest: float = 0.0) -> Variation:
-    """Ask at temperatures spread evenly from `highest` to `lowest`; the majority of the answers is taken.
+    """Ask at temperatures spread evenly from `highest` to `lowest`; the majority of the answers wins.
 
-    The defaults are OptoPrimeMulti's; some models take no temperature above 1.
+    The defaults are OptoPrimeMulti's; some models refuse a temperature above 1.
 
     >>> spread = temperatures(1.0, 0.0)
     >>> [spread.ask([], i, 3, ()).temperature for i in range(3)]
@@ -90,7 +90,7 @@ def _refined(messages: Messages, _i: int, _count: int, before: Sequence[Proposal
 
 
 refine = Variation(name="refine", ask=_refined, in_turn=True, least=2, select=lambda _: last_of)
-"""Each candidate sees the one before and improves it; the last is taken (self-refinement)."""
+"""Each candidate sees the previous one and improves it; the last is used (self-refinement)."""
 
 
 def _another(messages: Messages, _i: int, _count: int, before: Sequence[Proposal]) -> Question:
@@ -98,16 +98,11 @@ def _another(messages: Messages, _i: int, _count: int, before: Sequence[Proposal
 
 
 alternatives = Variation(name="alternatives", ask=_another, in_turn=True, least=2, select=LLMChoice)
-"""Each candidate sees all before and must differ from them; the optimizer's model chooses one."""
+"""Each candidate sees all previous ones and must differ from them; the optimizer's model chooses one."""
 
 
 def experts(*personas: str) -> Variation:
-    r"""Ask with a persona in front of the system prompt, in turn; the optimizer's model merges the answers.
-
-    >>> panel = experts("You know the law.", "You write plainly.")
-    >>> panel.ask([{"role": "system", "content": "Improve it."}], 1, 2, ()).messages[0]["content"]
-    'You write plainly.\n\nImprove it.'
-    """
+    r"""Ask with a persona before the system prompt, in rotation; the optimizer's model merges the answers."""
     if {type(persona) for persona in personas} != {str} or not all(personas):
         raise ConfigError(f"Expected personas as text, as in experts('You know the law.', ...), got {personas!r}")
 
@@ -120,11 +115,7 @@ def experts(*personas: str) -> Variation:
 
 
 def continue_with(messages: Messages, answers: Sequence[Proposal], request: str) -> Messages:
-    """Return the conversation as it went on: each answer, and what was asked then.
-
-    >>> [message["role"] for message in continue_with([{"role": "user", "content": "Q"}], [Proposal()], "Again.")]
-    ['user', 'assistant', 'user']
-    """
+    """Return the continued conversation: each answer, followed by the next request."""
     turns = [
         turn
         for answer in answers
@@ -134,7 +125,7 @@ def continue_with(messages: Messages, answers: Sequence[Proposal], request: str)
 
 
 def check_variation(variation: object, count: int | None) -> int:
-    """Return how many candidates are asked for; raises ConfigError for an invalid variation or too few candidates."""
+    """Return the number of candidates to request; raises ConfigError for an invalid variation or too few candidates."""
     if not isinstance(variation, Variation):
         raise ConfigError(
             "Expected a variation of aggregator.training.variations: seeds, temperatures(), refine, alternatives, "
