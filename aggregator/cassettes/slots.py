@@ -21,7 +21,7 @@ UNORDERED = "?"
 """The label of a call that overlapped with an identical one, if their order is unknown."""
 
 APART = "!"
-"""How the label of a call begins whose lineage block was entered elsewhere than that of the first call like it."""
+"""How the label of a call begins if its branch made no call without a label, so that none of those is its own."""
 
 
 class Slot:
@@ -101,12 +101,12 @@ class Pool:
 
     `row` is one of its rows, -1 for a pool without recorded answers. `labels` has the tickets of calls that overlapped
     by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls of which
-    the last one may not be answered. `block` is where the lineage block was entered of the calls whose label does not
-    begin with `APART`. `unordered` counts calls that cannot be distinguished. `is_mixed` if rows were claimed out of
-    order because of what was redacted.
+    the last one may not be answered. `plain` are the branches of calls whose label does not begin with `APART`, and
+    `block` is where the first one's lineage block was entered. `unordered` counts calls that cannot be distinguished.
+    `is_mixed` if rows were claimed out of order because of what was redacted.
     """
 
-    __slots__ = ("block", "flying", "is_mixed", "issued", "labels", "last", "row", "rows", "unordered")
+    __slots__ = ("block", "flying", "is_mixed", "issued", "labels", "last", "plain", "row", "rows", "unordered")
 
     def __init__(self, row: int = -1) -> None:
         self.row = row
@@ -117,6 +117,7 @@ class Pool:
         self.labels: dict[str, deque[int]] | None = None
         self.flying: list[Slot] = []
         self.block: str | None = None
+        self.plain: set[str] = set()
         self.unordered = 0
 
     def take(self, branch: portal.Branch | None) -> int:
@@ -127,8 +128,9 @@ class Pool:
         """
         if not self.labels:
             return self.issued
-        if branch is not None and (own := self.labels.get(APART + branch.path)) and (ticket := self._first(own)) >= 0:
-            return ticket
+        for own in (branch.path, branch.inner) if branch is not None else ():
+            if (left := self.labels.get(APART + own)) and (ticket := self._first(left)) >= 0:
+                return ticket
         names = ["", *({branch.inner or ".", branch.path or "."} if branch is not None else ())]
         found = [ticket for name in names if name in self.labels and (ticket := self._first(self.labels[name])) >= 0]
         return min(found) if found else next(iter(self.rows), self.issued)
@@ -147,16 +149,19 @@ class Pool:
         """
         if (branch := slot.branch) is None:
             return
-        block = branch.outer.path if branch.outer is not None else ""
-        is_apart = APART + branch.path in (self.labels or ()) or (recorded or "").startswith(APART)
-        if self.block is None and not is_apart:
+        block, label = branch.outer.path if branch.outer is not None else "", recorded or ""
+        if self.block is None and not label.startswith(APART):
             self.block = block
-        if recorded is not None:
-            return
-        slot.place()
-        if is_apart or (block != self.block and branch.outer is not None and branch.outer.is_concurrent(whole=True)):
-            slot.label = APART + branch.path
-        self._compare(slot)
+        if recorded is None:
+            slot.place()
+            if block != self.block and branch.outer is not None and branch.outer.is_concurrent(whole=True):
+                slot.label = branch.path
+            if slot.label and branch.path not in self.plain:
+                slot.label = APART + slot.label
+            self._compare(slot)
+            label = slot.label
+        if not label.startswith(APART):
+            self.plain.add(branch.path)
 
     def _compare(self, slot: Slot) -> None:
         self.flying = [other for other in self.flying if other.answered < 0 or other.answered > slot.issued]
@@ -168,10 +173,8 @@ class Pool:
                 if here.path == there.path:
                     one.label = UNORDERED
                     self.unordered += 1
-                elif one.label.startswith(APART):
-                    continue
                 elif here.inner == there.inner:
-                    one.label = here.path or "."
+                    one.label = (APART if one.label.startswith(APART) else "") + (here.path or ".")
                 else:
                     one.label = one.label or here.inner or "."
         self.flying.append(slot)

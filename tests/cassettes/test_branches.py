@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,13 @@ def test_identical_concurrent_prompts_were_played_in_the_wrong_order(
         assert tape.report == []
 
 
-def ask_in_turn(turns: list[int], ask: Callable[[int], Any]) -> dict[int, list[Any]]:
-    """Start a thread for each number and let them ask one after the other, in these turns, in one lineage."""
+def ask_in_turn(
+    turns: list[int], ask: Callable[[int], Any], *, block: str = "branch", late: int = 0
+) -> dict[int, list[Any]]:
+    """Start a thread for each number and let them ask one after the other, in these turns, in one lineage.
+
+    All but the first thread are started after `late` turns.
+    """
     found: dict[int, list[Any]] = {i: [] for i in set(turns)}
     turn = {i: threading.Semaphore(0) for i in found}
     done = threading.Semaphore(0)
@@ -144,16 +150,18 @@ def ask_in_turn(turns: list[int], ask: Callable[[int], Any]) -> dict[int, list[A
     def one(i: int) -> None:
         for _ in range(turns.count(i)):
             turn[i].acquire()
-            with lineage("branch"):
+            with lineage(block) if block else nullcontext():
                 found[i].append(ask(i))
             done.release()
 
     threads = [threading.Thread(target=one, args=(i,)) for i in sorted(found)]
-    for thread in threads:
-        thread.start()
-    for i in turns:
-        turn[i].release()
-        done.acquire()
+    threads[0].start()
+    for n, i in enumerate([*turns, -1]):
+        for thread in threads[1:] if n == late else ():
+            thread.start()
+        if i >= 0:
+            turn[i].release()
+            done.acquire()
     for thread in threads:
         thread.join()
     return found
@@ -188,6 +196,23 @@ def test_threads_that_did_not_overlap_while_recording_were_played_in_another_ord
     for others in (turns, turns[::-1], sorted(turns), sorted(turns, reverse=True)):
         with aggregator.cassette(path, "none") as tape:
             assert ask_in_turn(others, ask) == heard
+        assert tape.report == []
+
+
+@pytest.mark.parametrize("ask", [ask_once, ask_within_a_block, ask_by_two_tasks], ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("block", ["branch", ""])
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_call_of_the_first_thread_went_to_one_that_was_started_after_it(
+    late: int, block: str, ask: Callable[[int], Any], tmp_path: Path
+) -> None:
+    """While recording the first thread asks before the others are started; in a replay it may ask after them."""
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "all") as tape:
+        heard = ask_in_turn([0, 0, 1, 2, 0], ask, block=block, late=late)
+    assert tape.report == []
+    for others in ([0, 0, 1, 2, 0], [2, 1, 0, 0, 0], [0, 1, 0, 2, 0]):
+        with aggregator.cassette(path, "none") as tape:
+            assert ask_in_turn(others, ask, block=block) == heard
         assert tape.report == []
 
 
