@@ -16,8 +16,8 @@ from types import CodeType
 from typing import Any, get_type_hints
 
 from aggregator.adapters.frameworks import FrameworkAgent
-from aggregator.agents.modules import walk
-from aggregator.agents.parameters import ParameterNode, carried_by_json, index, infer_type, operation_of
+from aggregator.agents.modules import operation_of, walk
+from aggregator.agents.parameters import ParameterNode, carried_by_json, index, infer_type
 from aggregator.checks import accepts, is_async
 from aggregator.errors import ConfigError
 from aggregator.executors.work import Ran

@@ -12,7 +12,8 @@ from types import FunctionType
 from typing import Any, TypeVar, overload
 
 from aggregator.agents.code import CodeParameter
-from aggregator.agents.parameters import CODE, operation_of
+from aggregator.agents.modules import operation_of
+from aggregator.agents.parameters import CODE
 from aggregator.agents.sandbox import hide_secrets, hide_secrets_in, sandboxed_function
 from aggregator.agents.transcripts import current_transcript, recording
 from aggregator.errors import ConfigError

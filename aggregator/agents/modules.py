@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from types import FunctionType, new_class
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -21,13 +21,16 @@ from aggregator.agents.parameters import (
     carried_by_json,
     describe_type,
     index,
-    operation_of,
     read,
     values_of,
     write,
 )
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.files import write_atomically
+
+if TYPE_CHECKING:
+    from aggregator.agents.bundles import Operation
+
 
 FORMAT = "aggregator-parameters"
 VERSION = 1
@@ -314,14 +317,14 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
         shared, slots = _of_class(kind)
         items = []
         for name, attribute in shared.items():
-            if name in own:
+            if name in own or name.startswith("__"):
                 continue
             if operation_of(attribute):
                 items.append((name, getattr(value, name)))
             elif not isinstance(attribute, FunctionType):
                 items.append((name, attribute))
         items += own.items()
-        items += [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+        items += [(name, getattr(value, name)) for name in slots if name[:2] != "__" and hasattr(value, name)]
     else:
         items = list(enumerate(value))
     return [item for item in items if not isinstance(item[1], _LEAVES)]
@@ -335,11 +338,18 @@ def _of_class(kind: type) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {}
     slots: list[str] = []
     for base in reversed(kind.__mro__):
+        if base is object or base is Module:
+            continue
         own = base.__dict__.get("__slots__", ())
         slots += (own,) if isinstance(own, str) else own
-        if base is not object and base is not Module:
-            found |= base.__dict__
-    return (
-        {name: value for name, value in found.items() if not name.startswith("__")},
-        [name for name in slots if not name.startswith("__")],
-    )
+        found |= base.__dict__
+    return found, slots
+
+
+def operation_of(function: Any) -> Operation | None:
+    """Return the operation behind a bundled function, also under further decorators; None for anything else.
+
+    It is here, and read by its mark, so that an agent without bundled functions does not load what they need.
+    """
+    function = getattr(function, "__func__", function)
+    return vars(function).get("__operation__") if isinstance(function, FunctionType) else None

@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, get_origin, overload
+
+import msgspec
+from msgspec import Meta
 
 from aggregator.errors import ConfigError, ParameterError
 from aggregator.text import shorten
 
 if TYPE_CHECKING:
-    from aggregator.agents.bundles import Operation
     from aggregator.records import Values
-from collections.abc import Set as AbstractSet
-from typing import get_args, get_origin
-
-import msgspec
-from msgspec import Meta
 
 # ---- types of values: inferred, converted, described
 
@@ -364,7 +361,7 @@ class ParameterNode(Generic[T]):
         facts = {"value": self.data, "type": describe_type(self.type)}
         if self.description:
             facts["description"] = self.description
-        if words := constraint_words(self.constraint):
+        if self.constraint is not None and (words := constraint_words(self.constraint)):
             facts["constraint"] = words
         return facts
 
@@ -409,15 +406,6 @@ def node(
     if isinstance(data, ParameterNode):
         return data
     return ParameterNode(data, name=name, description=description, constraint=constraint, trainable=trainable)
-
-
-def operation_of(function: Any) -> Operation | None:
-    """Return the operation behind a bundled function, also under further decorators; None for anything else.
-
-    It is here, and read by its mark, so that an agent without bundled functions does not load what they need.
-    """
-    function = getattr(function, "__func__", function)
-    return vars(function).get("__operation__") if isinstance(function, FunctionType) else None
 
 
 def read(parameters: Iterable[ParameterNode[Any]]) -> Values:

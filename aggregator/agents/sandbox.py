@@ -19,7 +19,8 @@ from typing import Any, get_type_hints
 from msgspec import Struct
 
 from aggregator.agents.code import CodeParameter, source_of
-from aggregator.agents.parameters import ParameterNode, operation_of
+from aggregator.agents.modules import operation_of
+from aggregator.agents.parameters import ParameterNode
 from aggregator.checks import looks_secret
 from aggregator.errors import ConfigError
 from aggregator.sandbox.crossing import Call, Function, pack, result_of

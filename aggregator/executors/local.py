@@ -33,20 +33,16 @@ async def fan_out(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Ite
 
     The first error cancels the others and is raised by itself, not in a group.
     """
-    return await _run_all(work, batch, limit, lets_finish=False)
+    return await finish(work, batch, limit, cancels=True)
 
 
-async def finish(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int) -> list[Result]:
+async def finish(
+    work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int, *, cancels: bool = False
+) -> list[Result]:
     """Do as `fan_out`, but an error lets work in flight end, since it is paid for. Then the earliest item's is raised.
 
-    An error stops further items from being started. Interrupts are not waited for.
+    An error stops further items from being started. Interrupts are not waited for. With `cancels` this is `fan_out`.
     """
-    return await _run_all(work, batch, limit, lets_finish=True)
-
-
-async def _run_all(
-    work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int, *, lets_finish: bool
-) -> list[Result]:
     results: list[Any] = [None] * len(batch)
     turns = iter(enumerate(batch))
     raised: dict[int, Exception] = {}
@@ -60,7 +56,7 @@ async def _run_all(
             except BaseException as error:
                 if isinstance(error, asyncio.CancelledError) and is_own(error):  # a TaskGroup would hide it
                     raise RuntimeError("code of a run cancelled itself") from error
-                if not lets_finish or not isinstance(error, Exception):
+                if cancels or not isinstance(error, Exception):
                     raise
                 raised[i] = error
 

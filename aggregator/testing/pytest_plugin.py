@@ -17,8 +17,12 @@ of some tests keeps the accounts of the others. `aggregator cassette` reads them
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import hashlib
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +32,8 @@ if TYPE_CHECKING:
     from aggregator.cassettes.tape import Tape
     from aggregator.errors import CassetteError
     from aggregator.testing.taping import Taping
-import hashlib
-import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 # ---- marks, settings, and the accounts of what each test played
-
-# Marks and settings
 
 MODES = ("none", "once", "new_episodes", "all")
 OPTIONS = (

@@ -52,15 +52,15 @@ def read_reply(text: str, parameters: Parameters, *, ignored: Collection[str] = 
         return Answer(error=str(error))
     if reply.terminate or reply.suggestion is None:
         return Answer(reasoning=reply.reasoning)
-    suggestion = {key: value for key, value in reply.suggestion.items() if key not in ignored}
+    suggestion = reply.suggestion
+    if ignored:
+        suggestion = {key: value for key, value in suggestion.items() if key not in ignored}
     values, refused = convert_suggestion(suggestion, parameters)
     return Answer(values=values, reasoning=reply.reasoning, error="; ".join(refused.values()) or None)
 
 
 def leave_out(answer: Answer, refused: Mapping[str, str]) -> Answer:
     """Return the answer without refused values; their reasons are added to its error."""
-    if not refused:
-        return answer
     values = {name: value for name, value in answer.values.items() if name not in refused}
     reasons = [reason for reason in (answer.error, *refused.values()) if reason]
     return replace(answer, values=values, error="; ".join(reasons))
@@ -101,7 +101,8 @@ async def ask(
             return completion.text, Answer(error=f"the reply was cut at the limit of {limit} tokens"), True
         text = completion.text
         answer = read(text, parameters)
-        return text, answer if refuse is None else leave_out(answer, refuse(answer.values)), False
+        refused = None if refuse is None else refuse(answer.values)
+        return text, leave_out(answer, refused) if refused else answer, False
 
     text, answer, is_cut = await once(messages, max_tokens)
     if answer.error is None or not structured:

@@ -221,7 +221,7 @@ class _Course:
 
     async def follow(self) -> None:
         """Run every remaining turn."""
-        if self.state.steps == 0:
+        if self.state.steps == 0 and (self.plan.test or self.plan.validation):
             await self._measure()
         for turn in self.turns[self.state.steps :]:
             if await self._is_stopped():
@@ -417,7 +417,11 @@ class _Course:
 
     def _check_failures(self, turn: Turn, instances: Sequence[Instance]) -> None:
         """Stop if too many instances were lost: of this batch, and of the latest ones if it is small."""
-        found = [[record for record in instance.proposal.failures if is_lost(record)] for instance in instances]
+        found = [
+            [record for record in one.proposal.failures if is_lost(record)]
+            for one in instances
+            if one.proposal.failures
+        ]
         latest = [record for records in found for record in records]
         seen, gone = len(instances), sum(map(bool, found))
         for report in reversed(self.state.history):
@@ -505,6 +509,7 @@ class _Course:
     def info(self, sandboxes: Mapping[str, str]) -> RunInfo:
         """Return the description of the run that observers get at its start."""
         plan, state, trainer = self.plan, self.state, self.trainer
+        rule = trainer.merging_rule()
         spent = [
             *(report.usage for report in state.history),
             *(run.usage for run in (*state.evaluations, *state.validations)),
@@ -514,7 +519,7 @@ class _Course:
             agent=name_of(trainer.agent),
             optimizer=name_of(trainer.optimizer),
             guide=name_of(plan.guide),
-            rule=name_of(trainer.merging_rule()),
+            rule=name_of(rule),
             gate=name_of(self.gate),
             parameters=state.values,
             seed=plan.seed,

@@ -326,8 +326,8 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
     """
     origins = [_origin_of(parameter) for parameter in parameters]
     trained = {id(origin) for origin in origins if isinstance(origin, CodeParameter)}
-    nodes = [one for one in origins if isinstance(one, ParameterNode) and not isinstance(one, CodeParameter)]
-    foreign = [one.name for one in nodes if one.code_engine() == "here"]
+    others = [one for one in origins if isinstance(one, ParameterNode) and not isinstance(one, CodeParameter)]
+    foreign = [one.name for one in others if one.code_engine() == "here"]
     if not trained and not foreign:
         return {}
     if foreign:
@@ -361,8 +361,9 @@ def check_code(agent: Any, parameters: Sequence[Any]) -> dict[str, str]:
 
 def _origin_of(parameter: Any) -> Any:
     """Return the parameter that another one wraps, or itself."""
-    is_code = isinstance(parameter, ParameterNode) and parameter.code_engine()
-    return parameter if is_code else getattr(parameter, "origin", parameter)
+    if not hasattr(parameter, "origin") or (isinstance(parameter, ParameterNode) and parameter.code_engine()):
+        return parameter
+    return parameter.origin
 
 
 def _check_foreign_code(names: str) -> None:

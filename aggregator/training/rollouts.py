@@ -130,7 +130,8 @@ class Rollouts:
         self._executor = executor
         self._local = local
         self._timeout = timeout
-        self._watching = [observer for observer in observers if _sees_rollouts(observer)]
+        seen: Any = Observer.rollout
+        self._watching = [one for one in observers if getattr(one.rollout, "__func__", one.rollout) is not seen]
         self._slots = None if agent.max_concurrency is None else asyncio.Semaphore(agent.max_concurrency)
         self._turns = _Turns() if agent.isolation == "serial" else None
         self._works: dict[int, AgentWork] = {}  # by the guide's id, which the work keeps alive
@@ -273,11 +274,6 @@ class _Turns:
             self._inside -= 1
             if not self._inside:
                 self._left.set()
-
-
-def _sees_rollouts(observer: Observer) -> bool:
-    method: Any = observer.rollout
-    return getattr(method, "__func__", method) is not Observer.rollout
 
 
 LONGEST = 4

@@ -254,15 +254,14 @@ class Trainer:
 
     def hooks(self) -> Hooks:
         """Return the hooks of the seed that a subclass or an instance overrides."""
-        return Hooks(forward=self._override("forward"), update=self._override("update"))
-
-    def _override(self, name: str) -> Callable[..., Any] | None:
-        method, awaitable = getattr(self, name), f"a{name}"
-        if not hasattr(method, "__face_of__"):
-            return method  # type: ignore[no-any-return] # whatever is there is the user's
-        if awaitable in vars(self) or getattr(type(self), awaitable) is not getattr(Trainer, awaitable):
-            return getattr(self, awaitable)  # type: ignore[no-any-return] # as above
-        return None
+        found: dict[str, Callable[..., Any]] = {}
+        for name, awaitable in (("forward", "aforward"), ("update", "aupdate")):
+            method = getattr(self, name)
+            if not hasattr(method, "__face_of__"):
+                found[name] = method  # whatever is there is the user's
+            elif awaitable in vars(self) or getattr(type(self), awaitable) is not getattr(Trainer, awaitable):
+                found[name] = getattr(self, awaitable)
+        return Hooks(**found)
 
     async def atrain(
         self,
@@ -430,10 +429,11 @@ class Trainer:
         """Return the guide; None means the verdict of an agent that takes batches, as in `protocols.Agent`."""
         return own_verdict if guide is None and not isinstance(self.agent_to_run(), InstanceAgent) else guide
 
-    def _concurrency(self, *wanted: int | None) -> int:
+    def _concurrency(self, wanted: int | None, threads: int | None) -> int:
         if not self.use_asyncio:
             return 1
-        return next((value for value in wanted if value is not None), self.max_concurrency)
+        wanted = threads if wanted is None else wanted
+        return self.max_concurrency if wanted is None else wanted
 
     async def aforward(self, agent: Any, x: Any, guide: Any, info: Any, verbose: bool | str = False) -> Any:
         """Run the agent on one instance, judge the output, and return the proposed values.
@@ -489,7 +489,7 @@ class Trainer:
                 record = record_failure("proposal", error, sample_id)
             else:
                 own = proposal.failures or unread("proposal", sample_id, proposal.error)
-                if not own and not seen.failures:
+                if not own and seen.failure is None:
                     return proposal
                 usable = bool(proposal.values)  # the readable part is a proposal
                 return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from aggregator import ConfigError, Module, ParameterNode, bundle, transcript
-from aggregator.agents.parameters import operation_of, overriding
+from aggregator.agents.modules import operation_of
+from aggregator.agents.parameters import overriding
 from aggregator.agents.transcripts import Span
 from aggregator.sandbox.limits import sandboxed
 
