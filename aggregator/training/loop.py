@@ -283,10 +283,10 @@ class _Course:
 
     async def _step(self, turn: Turn) -> tuple[FullStepReport, dict[str, Any]]:
         """Run one turn; return its report, and the run's next state."""
+        hooks = self.trainer.hooks()
         parts = self.trainer.parts(self.gate, self.plan.max_concurrency)
         if self.plan.skip_from is not None:
             parts = replace(parts, propose=skip_satisfied(parts.propose))
-        hooks = self.trainer.hooks()
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger:
             step = self._open(turn)
             pool = _pool_of(self.state.memory, step)
