@@ -1,7 +1,7 @@
-"""Agents of Google's ADK: instructions of the agent, its sub-agents and agents that are tools are parameters.
+"""Google ADK agents: the instructions of an agent, its sub-agents and agents used as tools are parameters.
 
-Each rollout runs on a clone of the tree of agents, with the texts of its context, in a session of its own. Models,
-functions and toolsets are shared with the host's agents, which have the accepted texts afterwards.
+Each rollout runs on a clone of the tree of agents, with the texts of its context, in its own session. Models, functions
+and toolsets are shared with the host's agents, which have the accepted texts afterwards.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ _USER = "user"
 
 
 def adapt(thing: Any, *, state: Any = None) -> AdkAgent | None:
-    """Return an agent of ADK's as one of ours; None for another object of the package.
+    """Return an ADK agent as one of ours; None for another object of the package.
 
-    `state` is the state that each session begins with, or a function of the input that returns it.
+    `state` is the initial state of each session, or a function of the input that returns it.
     """
     return AdkAgent(thing, state=state) if isinstance(thing, BaseAgent) else None
 
 
 class AdkAgent(FrameworkAgent):
-    """An agent of ADK's with all agents below it. The name of a parameter begins with its agent's.
+    """An ADK agent with all agents below it. A parameter's name begins with its agent's.
 
-    Raises ConfigError for an unsupported version, agents without a fixed text, and two agents of one name.
+    Raises ConfigError for an unsupported version, agents without a fixed text, and two agents with one name.
     """
 
     isolation = "copy"
@@ -63,12 +63,12 @@ class AdkAgent(FrameworkAgent):
         super().__init__(program, parameters_of(program))
 
     def like(self, program: Any) -> AdkAgent:
-        """Return an agent with this one's options around another program."""
+        """Return an agent with the same options around another program."""
         return AdkAgent(program, state=self.state)
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out a clone of the tree of agents with the texts of this context."""
+        """Yield a clone of the tree of agents with the texts of this context."""
         yield copy_with(self.program, {name: one.data for name, one in self._parameters.items()})
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
@@ -103,9 +103,9 @@ def _agent_tools(agent: Any) -> list[Any]:
 
 
 def parameters_of(root: Any) -> list[ParameterNode[Any]]:
-    """Return the fixed texts of a tree of agents as parameters; functions that make texts stay as they are.
+    """Return the fixed texts of a tree of agents as parameters; functions that produce texts are unchanged.
 
-    Raises ConfigError for two agents of one name.
+    Raises ConfigError for two agents with one name.
     """
     agents = list(agents_of(root))
     names = [agent.name for agent in agents]
@@ -124,7 +124,7 @@ def parameters_of(root: Any) -> list[ParameterNode[Any]]:
 
 
 def copy_with(agent: Any, values: Mapping[str, Any], made: dict[int, Any] | None = None) -> Any:
-    """Return a clone of a tree of agents with these texts by name; the agents themselves stay as they are."""
+    """Return a clone of a tree of agents with these texts by name; the agents themselves do not change."""
     made = {} if made is None else made
     if id(agent) in made:
         return made[id(agent)]
@@ -173,7 +173,7 @@ def _output_of(agent: Any, events: list[Any]) -> Any:
 class _Account:
     """Shows a run in the transcript, event by event: tools, handoffs (a tool, `transfer_to_agent`), calls of models.
 
-    Of a call the events have the author's instruction, what came before and the answer.
+    For a call the events have the author's instruction, the previous messages and the answer.
     """
 
     def __init__(self, root: Any, x: Any) -> None:

@@ -1,9 +1,8 @@
-"""The one door for agents: `as_agent` returns an agent as the library runs it, or says what it takes.
+"""The one door for agents: `as_agent` returns an agent as the library runs it; its error lists what it accepts.
 
-from aggregator import as_agent
-as_agent(my_module)        # an instance of Module, or any callable that offers parameters()
-as_agent("Classify: {ticket}", model="openai/gpt-4o-mini")
-as_agent(my_function)      # keyword-only arguments, or the ParameterNodes that it reads, are its parameters
+from aggregator import as_agent as_agent(my_module)        # an instance of Module, or any callable that offers
+parameters() as_agent("Classify: {ticket}", model="openai/gpt-4o-mini") as_agent(my_function)      # keyword-only
+arguments, or the ParameterNodes that it reads, are its parameters
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None, **options:
     object of the Protocol `aggregator.protocols.Agent`. Its parameters are ParameterNodes, or objects of the Protocol
     `aggregator.protocols.Parameter`.
 
-    Raises ConfigError for anything else, and says what is missing.
+    Raises ConfigError for anything else; the error says what is missing.
     """
     agent = _of_framework(thing, options)
     if agent is not None:
@@ -85,7 +84,7 @@ def trainable(thing: Any, nodes: Sequence[Any] | None = None, /, **options: Any)
 def trainable(thing: Any = None, nodes: Sequence[Any] | None = None, /, **options: Any) -> Any:
     """Return an agent that can be trained, saved, loaded and used: `as_agent`, and a decorator for functions.
 
-    Above a function it is a decorator, whose options are the values to begin with of keyword-only arguments:
+    Above a function it is a decorator, whose options are the initial values of keyword-only arguments:
 
     >>> @trainable(instruction="Name the team.", shots=3)
     ... def route(ticket, *, instruction, shots):
@@ -94,9 +93,8 @@ def trainable(thing: Any = None, nodes: Sequence[Any] | None = None, /, **option
     ('Name the team. a parcel', ['instruction', 'shots'])
 
     For an agent or program of another framework the options are those of its adapter (docs/frameworks.md); `nodes` are
-    ParameterNodes that the code of a graph reads where they cannot be found. What it
-    returns has `save(path)`, `load(path)`, `applied(path)` for production and `apply(program)`. Raises ConfigError as
-    `as_agent` does.
+    ParameterNodes that the code of a graph reads where they cannot be found. What it returns has `save(path)`,
+    `load(path)`, `applied(path)` for production and `apply(program)`. Raises ConfigError as `as_agent` does.
     """
     if thing is None:
         return partial(trainable, **options)
@@ -108,9 +106,9 @@ def trainable(thing: Any = None, nodes: Sequence[Any] | None = None, /, **option
 
 
 def _of_framework(thing: Any, options: Mapping[str, Any]) -> Agent | None:
-    """Return an object of another framework as an agent; None for anything else."""
+    """Return an object of another framework as an agent, or None for anything else."""
     package = None
-    if not isinstance(thing, Module | type):  # an adapter of GEPA's may be a class of another framework
+    if not isinstance(thing, Module | type):  # a GEPA adapter may be a class of another framework
         package = "gepa" if is_gepa_adapter(thing) else package_of(thing)
     if package is None and options:
         raise ConfigError(
@@ -130,9 +128,9 @@ def _of_framework(thing: Any, options: Mapping[str, Any]) -> Agent | None:
 
 
 class CalledAgent(InstanceAgent):
-    """An object that is called with each input: a Module, or of a class of the user's own.
+    """An object that is called with each input: a Module, or an object of the user's own class.
 
-    It may offer `parameters()`; without them it can be evaluated, and has nothing to train.
+    It may have `parameters()`; without them it can be evaluated, but not trained.
     """
 
     def __init__(self, program: Callable[..., Any]) -> None:
@@ -146,7 +144,7 @@ class CalledAgent(InstanceAgent):
         return type(self), (self.program,)
 
     def parameters(self) -> list[ParameterNode[Any]]:
-        """Return the parameters that the program offers."""
+        """Return the program's parameters."""
         return as_parameters(self.program, self._adapted) if hasattr(self.program, "parameters") else []
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
@@ -182,7 +180,7 @@ class BatchAgent:
         return type(self), (self.agent,)
 
     def parameters(self) -> list[ParameterNode[Any]]:
-        """Return the parameters that the agent offers."""
+        """Return the agent's parameters."""
         return as_parameters(self.agent, self._adapted)
 
     def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
@@ -191,7 +189,7 @@ class BatchAgent:
 
 
 class AdaptedParameter(ParameterNode[Any]):
-    """A parameter of someone else: the value lives there, and both sides check a new one."""
+    """A foreign parameter: its value is stored in its own program, and both sides check a new one."""
 
     def __init__(self, parameter: Parameter) -> None:
         self.origin = parameter
@@ -216,14 +214,14 @@ class AdaptedParameter(ParameterNode[Any]):
             self.origin.store(value)
 
     def check(self, raw: Any, where: str) -> Any:
-        """Convert by the type that the parameter states, then by its own `convert`."""
+        """Convert to the parameter's declared type, then by its own `convert`."""
         return self.origin.convert(super().check(raw, where))
 
 
 def as_parameters(owner: Any, adapted: dict[int, ParameterNode[Any]]) -> list[ParameterNode[Any]]:
-    """Return what `owner.parameters()` offers as ParameterNodes; `adapted` keeps those made of other parameters.
+    """Return `owner.parameters()` as ParameterNodes; `adapted` caches those made from other parameters.
 
-    Raises ConfigError for what is neither a ParameterNode nor of the Protocol Parameter.
+    Raises ConfigError for anything but a ParameterNode or an object of the Protocol Parameter.
     """
     found: list[ParameterNode[Any]] = []
     for parameter in owner.parameters():
@@ -242,7 +240,7 @@ def as_parameters(owner: Any, adapted: dict[int, ParameterNode[Any]]) -> list[Pa
 
 
 def _refuse(thing: Any, why: str) -> ConfigError:
-    """Return the error for what is not an agent: what came and why not, then all that is accepted."""
+    """Return the error for an invalid agent: what it got and the reason, then everything that is accepted."""
     shown = thing.__name__ if isinstance(thing, type) else shorten(thing)
     kind = "the class " if isinstance(thing, type) else ""
     return ConfigError(f"Expected an agent, got {kind}{shown}{why}. An agent is {ACCEPTED}")

@@ -1,8 +1,8 @@
-"""Agents that are a command: a program in any language, or a coding agent with its folder of skills.
+"""Agents that are commands: a program in any language, or a coding agent with its folder of skills.
 
 The command is started for each run, without a shell. It reads the request of `external.py` on standard input and writes
-the reply to standard output. Texts of files are parameters too: each run then has a copy of the folder with the values
-on trial in it, and the command runs there, so that it may change what it likes.
+the reply to standard output. Texts of files are parameters too: each run then has a copy of the folder with the
+candidate's values, and the command runs there and may change any file.
 
     skills = folder_parameters("my-agent", "skills/**/*.md")
     agent = CommandAgent(["node", "agent.js"], files=skills)
@@ -41,12 +41,12 @@ from aggregator.records import HTTPReply, HTTPRequest
 from aggregator.text import as_text, show_size
 
 ValuesIn = Literal["request", "environment", "file"]
-"""How values reach a command: in the request, as environment variables of their names, or in a file of JSON."""
+"""How a command gets its values: in the request, as environment variables of their names, or in a JSON file."""
 
 VALUES_FILE = "AGGREGATOR_VALUES"
 """The environment variable that names the file of values."""
 ADDRESS = "http://command.invalid/"
-"""Where a recording places the runs of a command; its name follows."""
+"""The prefix of the lineage of a command's runs; its name follows."""
 _FAILED = 500
 _MAX_VARIABLE = 128 << 10  # of one argument or variable, on Linux
 _PLACE = re.compile(r"\{(\w[\w.]*)\}")
@@ -54,15 +54,15 @@ _PATIENCE = 5.0
 
 
 class CommandAgent(ExternalAgent):
-    """A command as an agent: started for each run, without a shell, and ended after `timeout` seconds.
+    """A command as an agent: started for each run, without a shell, and killed after `timeout` seconds.
 
     `{input}` and `{name of a value}` in an argument are replaced; a command with `{input}` gets no standard input.
-    `values_in` is how values reach it. `environment` is added to this process's. `folder` is where it runs, by default
-    here, or in the run's copy of `files`. An exit code that is not 0 is the agent's failure, with the end of standard
-    error; so are a reply that cannot be read, one of more than 16 MiB, and no reply in time. What the command started
-    itself ends with it.
+    `values_in` is how it gets values. `environment` is added to this process's. `folder` is its working folder, by
+    default the current one, or the run's copy of `files`. A non-zero exit code is the agent's failure, with the end of
+    standard error; so are an unreadable reply, one of more than 16 MiB, and a timeout. Processes that the command
+    started end with it.
 
-    Raises ConfigError for a command that is not found or not a list, and without a value to train.
+    Raises ConfigError for a command that is not found or not a list, and without a trainable value.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class CommandAgent(ExternalAgent):
             )
 
     async def ask(self, request: Mapping[str, Any], call: Call) -> bytes:
-        """Run the command once, in a folder of its own if files are trained."""
+        """Run the command once, in its own folder if files are trained."""
         values = {one.name: one.data for one in self._values}
         texts = {one.name: one.data for one in self._texts}
         told = {"command": self.program, "input": request["input"], "values": values, "files": texts}
@@ -141,7 +141,7 @@ class CommandAgent(ExternalAgent):
                 stderr=asyncio.subprocess.PIPE,
                 cwd=here,
                 env={**os.environ, **self.environment, **self._environment(values, temporary)},
-                start_new_session=True,  # so that all it starts can be ended together
+                start_new_session=True,  # so that all its processes can be killed together
             )
         except (OSError, ValueError) as error:  # a null byte, arguments that are too long, no permission
             raise ExternalError(f"Expected to start {self.program[0]!r}, got {error}") from None
@@ -155,14 +155,14 @@ class CommandAgent(ExternalAgent):
         return {} if self.values_in == "request" else {name: _variable(name, value) for name, value in values.items()}
 
     async def _finish(self, process: asyncio.subprocess.Process, body: bytes) -> bytes:
-        """Return what the process writes until it ends."""
+        """Return the output of the process."""
         try:
             async with asyncio.timeout(self.timeout), asyncio.TaskGroup() as group:
                 group.create_task(_feed(process, body))
                 output = group.create_task(_read(process, process.stdout, MAX_REPLY))
                 errors = group.create_task(_read(process, process.stderr, MAX_REPLY))
                 code = await process.wait()
-                _kill(process)  # what it left behind may hold its output open
+                _kill(process)  # processes left behind may hold its output open
         except TimeoutError:
             raise ExternalError(f"Expected a reply within {self.timeout:g} s, got none; raise timeout=") from None
         finally:
@@ -185,7 +185,7 @@ async def _feed(process: asyncio.subprocess.Process, body: bytes) -> None:
 
 
 async def _read(process: asyncio.subprocess.Process, stream: asyncio.StreamReader | None, limit: int) -> bytes:
-    """Read to the end; a process that writes more than the limit is ended, and what it wrote until then returned."""
+    """Read to the end; a process that writes more than the limit is killed, and its output so far returned."""
     found = bytearray()
     while stream is not None and (piece := await stream.read(1 << 16)):
         found += piece
@@ -201,7 +201,7 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a process with all that it started, and wait until it is gone."""
+    """Kill a process and all its children, and wait until it is gone."""
     _kill(process)
     with suppress(TimeoutError):
         async with asyncio.timeout(_PATIENCE):
@@ -212,7 +212,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def _fill(part: str, given: Mapping[str, Any]) -> str:
-    """Return an argument with its places filled, each once: what a value holds is not read again."""
+    """Return an argument with its placeholders filled once: a filled-in value is not expanded again."""
     return _PLACE.sub(lambda found: as_text(given[found[1]]), part)
 
 

@@ -29,14 +29,14 @@ OF_TASKS = ("description", "expected_output")
 
 
 def adapt(thing: Any) -> CrewAgent | None:
-    """Return a crew as one of our agents; None for another object of the package."""
+    """Return a crew as one of our agents, or None for another object of the package."""
     return CrewAgent(thing) if isinstance(thing, Crew) else None
 
 
 class CrewAgent(FrameworkAgent):
     """A crew. Parameters are named after the agent's role and the task's name: `ticket_router.goal`.
 
-    Raises ConfigError for an unsupported version, and two agents or two tasks of one name.
+    Raises ConfigError for an unsupported version, and two agents or two tasks with one name.
     """
 
     isolation = "copy"
@@ -49,14 +49,14 @@ class CrewAgent(FrameworkAgent):
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out a copy of the crew with the texts of this context."""
+        """Yield a copy of the crew with the texts of this context."""
         crew = self.program.copy()
         for (owner, field), parameter in zip(_places_in(crew), self._parameters.values(), strict=True):
             _write(owner, field, parameter.data)
         yield crew
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return the crew's answer: its object if the last task makes one, else the text.
+        """Return the crew's answer: the last task's object if it has one, otherwise the text.
 
         An input that is a mapping fills the texts' placeholders by name, any other value fills each of them.
         """
@@ -73,7 +73,7 @@ class CrewAgent(FrameworkAgent):
 
 
 def _calls_of(output: Any) -> Iterator[tuple[list[dict[str, Any]], Any]]:
-    """Yield each call of the model in a task's messages: what came before an answer, and the answer."""
+    """Yield each model call in a task's messages: the messages before an answer, and the answer."""
     messages = [{"role": one["role"], "content": as_text(one.get("content") or "")} for one in output.messages]
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -83,7 +83,7 @@ def _calls_of(output: Any) -> Iterator[tuple[list[dict[str, Any]], Any]]:
 
 
 def _places_in(crew: Any) -> Iterator[tuple[Any, str]]:
-    """Yield (agent or task, name of a text) in one order for a crew and its copies."""
+    """Yield (agent or task, name of a text) in the same order for a crew and its copies."""
     agents = [*crew.agents, *([crew.manager_agent] if crew.manager_agent else [])]
     yield from ((agent, field) for agent in agents for field in OF_AGENTS)
     yield from ((task, field) for task in crew.tasks for field in OF_TASKS)
@@ -109,7 +109,7 @@ def _texts_of(crew: Any) -> list[tuple[str, ParameterNode[Any]]]:
 
 
 def _read(owner: Any, field: str) -> str:
-    """Return a text as it was before CrewAI filled in the inputs of a run."""
+    """Return a text before CrewAI filled in the inputs of a run."""
     return str(getattr(owner, f"_original_{field}") or getattr(owner, field))
 
 

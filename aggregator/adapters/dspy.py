@@ -1,13 +1,13 @@
 """DSPy programs as agents: instructions, field descriptions and demonstrations of their predictors are parameters.
 
-Numbers, lists and texts that a module keeps in ParameterNodes are trained with them. Modules that another optimizer
-has frozen (`_compiled`) are left as they are. Each rollout runs on a copy of the program, without DSPy's caches, so
-that every call is made, counted and recorded. Accepted values are written into the program: `program.save` saves them.
+Numbers, lists and texts that a module keeps in ParameterNodes are trained with them. Modules that another optimizer has
+frozen (`_compiled`) are not changed. Each rollout runs on a copy of the program, without DSPy's caches, so that every
+call is made, counted and recorded. Accepted values are written into the program: `program.save` saves them.
 
     agent = trainable(dspy.ChainOfThought("ticket -> team"), train=["instructions", "demos"])
     AggregatedUpdate(agent, LLMOptimizer(llm=llm)).train(metric, trainset)
 
-A transcript has a span for each predictor and tool: `Steps` is a callback of DSPy's that opens them.
+A transcript has a span for each predictor and tool: the DSPy callback `Steps` opens them.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from aggregator.guides.calling import Call
 from aggregator.records import Choice, Completion, Message, RolloutTask
 from aggregator.text import as_text, list_names, shorten
 
-# ---- what can be trained of a program
+# ---- what can be trained in a program
 
 PARTS = ("instructions", "fields", "demos")
-"""What can be trained of a predictor."""
+"""The trainable parts of a predictor."""
 
 
 class Part:
-    """One thing that can be trained of one predictor: its instructions, a field's description, its demonstrations."""
+    """One trainable part of a predictor: its instructions, a field's description, or its demonstrations."""
 
     def __init__(self, path: str, predictor: Any, kind: str, field: str = "") -> None:
         self.path, self.predictor, self.kind, self.field = path, predictor, kind, field
@@ -50,7 +50,7 @@ class Part:
         self.name = f"{prefix}{field}.desc" if field else f"{prefix}{kind}"
 
     def parameter(self) -> HostParameter:
-        """Return the parameter, which reads and writes the predictor of the user's program."""
+        """Return the parameter that reads and writes the predictor of the user's program."""
         fields = self.predictor.signature.fields
         return HostParameter(
             lambda: self.read(self.predictor),
@@ -68,7 +68,7 @@ class Part:
         return f"what {self.field} holds" if self.field else "the task, as the model reads it above the fields"
 
     def read(self, predictor: Any) -> Any:
-        """Return the value that a predictor has."""
+        """Return the predictor's value."""
         if self.kind == "instructions":
             return predictor.signature.instructions
         if self.kind == "fields":
@@ -77,7 +77,7 @@ class Part:
         return serialize_object([_plain(demo) for demo in predictor.demos])
 
     def write(self, predictor: Any, value: Any) -> None:
-        """Give a predictor a value."""
+        """Set the predictor's value."""
         if self.kind == "instructions":
             predictor.signature = predictor.signature.with_instructions(value)
         elif self.kind == "fields":
@@ -89,21 +89,21 @@ class Part:
 
 
 def parts_of(path: str, predictor: Any) -> Iterator[Part]:
-    """Yield what can be trained of a predictor."""
+    """Yield the trainable parts of a predictor."""
     yield Part(path, predictor, "instructions")
     yield from (Part(path, predictor, "fields", field) for field in predictor.signature.fields)
     yield Part(path, predictor, "demos")
 
 
 def write_parts(predictors: Mapping[str, Any], values: Mapping[Part, Any]) -> None:
-    """Give the predictors of a program, by their paths, the values that they do not have yet."""
+    """Set the values of a program's predictors, by path, if they differ."""
     for part, value in values.items():
         if part.read(predictors[part.path]) != value:
             part.write(predictors[part.path], value)
 
 
 def _unwritten(field: str) -> str:
-    """Return what DSPy has for a field that nobody described."""
+    """Return DSPy's default for a field without a description."""
     return f"${{{field}}}"
 
 
@@ -123,12 +123,12 @@ def _plain(demo: Any) -> dict[str, Any]:
 
 
 def all_predictors(program: Any) -> list[Any]:
-    """Return every predictor, those of frozen modules too."""
+    """Return every predictor, including those of frozen modules."""
     return [module for _, module in program.named_sub_modules(type_=dspy.Predict)]
 
 
 def nodes_of(program: Any) -> Iterator[ParameterNode[Any]]:
-    """Yield the ParameterNodes that the modules of a program hold, named by their attributes."""
+    """Yield the ParameterNodes in a program's modules, named by their attributes."""
     seen: set[int] = set()
     for path, module in program.named_sub_modules(type_=dspy.Module, skip_compiled=True):
         for attribute, value in vars(module).items():
@@ -140,7 +140,10 @@ def nodes_of(program: Any) -> Iterator[ParameterNode[Any]]:
 
 
 def copy_program(program: Any, kept: Sequence[Any]) -> Any:
-    """Copy a program, but not what it only uses: models, indices, connections, objects of the user's; nor `kept`."""
+    """Copy a program, except the objects that it only uses.
+
+    Models, indices, connections, the user's objects, and `kept`.
+    """
     used = [one for _, module in program.named_sub_modules() for value in vars(module).values() for one in _used(value)]
     try:
         return copy.deepcopy(program, {id(one): one for one in [*used, *kept]})
@@ -149,7 +152,7 @@ def copy_program(program: Any, kept: Sequence[Any]) -> Any:
 
 
 def _used(value: Any) -> Iterator[Any]:
-    """Yield the objects in an attribute that are no part of the program, and may hold locks or gigabytes."""
+    """Yield the objects in an attribute that are not part of the program, and may hold locks or gigabytes."""
     value = value.func if isinstance(value, dspy.Tool) else value
     if ismethod(value):
         value = value.__self__
@@ -161,7 +164,10 @@ def _used(value: Any) -> Iterator[Any]:
 
 
 def _is_part(value: Any) -> bool:
-    """Return True for what belongs to a program and is copied: DSPy's own, plain values, and what holds modules."""
+    """Return True for a part of a program that is copied.
+
+    DSPy's own objects, plain values, and containers of modules are parts.
+    """
     if type(value).__module__.partition(".")[0] in {"dspy", "builtins", "functools", "types"}:
         return True
     held = getattr(value, "__dict__", {}).values()
@@ -169,7 +175,7 @@ def _is_part(value: Any) -> bool:
 
 
 def inputs_of(program: Any, x: Any) -> dict[str, Any]:
-    """Return the keyword arguments of one call: those of a row's columns that the program takes."""
+    """Return the keyword arguments of one call: the row's columns that the program accepts."""
     taken = _arguments(program)
     if hasattr(x, "toDict"):
         x = x.toDict()
@@ -184,7 +190,7 @@ def inputs_of(program: Any, x: Any) -> dict[str, Any]:
 
 
 def _arguments(program: Any) -> list[str] | None:
-    """Return the names of a program's inputs; None if it takes any."""
+    """Return the names of a program's inputs, or None if it accepts any."""
     own = type(program)
     function = own.aforward if is_async_only(program) else own.forward
     found = list(signature(function).parameters.values())[1:]
@@ -196,21 +202,21 @@ def _arguments(program: Any) -> list[str] | None:
 
 
 def is_async_only(program: Any) -> bool:
-    """Return True if the class that says how the program runs defines `aforward` and no `forward`."""
+    """Return True if the class that defines the call has `aforward` and no `forward`."""
     for kind in type(program).__mro__:
         if "forward" in vars(kind) or "aforward" in vars(kind):
             return "forward" not in vars(kind)
     return False
 
 
-# ---- what a program does, as a transcript
+# ---- a run as a transcript
 
 
 class Steps(BaseCallback):
-    """Writes predictors and tools into the transcript: what each was given and what came of it.
+    """Records predictors and tools in the transcript, with inputs and outputs.
 
-    A call to a model is written by the client that makes it, or by the library's watch over other clients
-    (`clients=`); here only if neither did, as with a model that makes no requests.
+    A model call is recorded by its client, or by the observer of other clients (`clients=`); here only if neither did,
+    for example for a model that makes no requests.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -251,12 +257,12 @@ class Steps(BaseCallback):
         self._end(call_id, outputs, exception)
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        """Remember what the predictor's span holds before a call."""
+        """Remember the content of the predictor's span before a call."""
         _, span = self._open.get(ACTIVE_CALL_ID.get() or "", (None, None))
         self._asked[call_id] = (span, _count(span), inputs.get("messages") or [inputs.get("prompt")])
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
-        """Write the call into the transcript, unless it is there."""
+        """Record the call in the transcript, unless it is there already."""
         span, before, messages = self._asked.pop(call_id, (None, 0, None))
         if span is None or _count(span) != before:
             return
@@ -272,7 +278,7 @@ class Steps(BaseCallback):
 
 
 def _count(group: Group | None) -> int:
-    """Count the calls and operations that a part of a transcript holds."""
+    """Count the calls and operations in a part of a transcript."""
     held = () if group is None else group.items
     return sum(_count(one) if type(one) is Group else 1 for one in held)
 
@@ -287,16 +293,16 @@ _LOST = {
     "ContextWindowExceededError": errors.ContextLengthError,
     "LMUnsupportedModelError": errors.NotFoundError,
 }
-"""DSPy's errors of calls that were lost -> ours, which are not feedback on the program."""
+"""DSPy's errors of lost calls -> ours, which are not feedback on the program."""
 
 
 # ---- the agent
 
 
 class DspyAgent(FrameworkAgent):
-    """A DSPy program; `train` names what is trained of each predictor, `output` the field that is the output.
+    """A DSPy program; `train` names the trained parts of each predictor, `output` the output field.
 
-    Without `output` it is the whole prediction, which metrics of DSPy need. Raises ConfigError for an unknown part, and
+    Without `output` it is the whole prediction, which DSPy's metrics need. Raises ConfigError for an unknown part, and
     for a program whose predictors are all frozen.
     """
 
@@ -330,12 +336,12 @@ class DspyAgent(FrameworkAgent):
             )
 
     def like(self, program: Any) -> DspyAgent:
-        """Return an agent with this one's options around another program."""
+        """Return an agent with the same options around another program."""
         return DspyAgent(program, self.train, self.output)
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out a copy of the program with the values of this context; if it cannot be copied, the program."""
+        """Yield a copy of the program with the values of this context, or the program itself if it cannot be copied."""
         values = {part: self._parameters[part.name].data for part in self._parts}
         if self.isolation == "serial":
             before = {part: part.read(part.predictor) for part in self._parts}
@@ -351,7 +357,7 @@ class DspyAgent(FrameworkAgent):
             yield program
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return the prediction; a reply that DSPy cannot parse is the agent's failure, and so feedback."""
+        """Return the prediction; a reply that DSPy cannot parse is the agent's failure, and therefore feedback."""
         with self.placed() as program, _observed(program):
             inputs = inputs_of(program, task.sample.x)
             try:
@@ -365,14 +371,14 @@ class DspyAgent(FrameworkAgent):
 
 
 def adapt(thing: Any, train: Sequence[str] = ("instructions",), output: str | None = None) -> FrameworkAgent | None:
-    """Return a DSPy program as an agent, None for another object of DSPy's."""
+    """Return a DSPy program as an agent, or None for another DSPy object."""
     require_version("dspy", "3.3", "3.6")
     return DspyAgent(thing, train, output) if isinstance(thing, dspy.Module) else None
 
 
 @contextmanager
 def _observed(program: Any) -> Iterator[None]:
-    """Run a program in the block: no answers from DSPy's caches, predictors and tools in the transcript."""
+    """Run a program in the block, without DSPy's caches, and with predictors and tools in the transcript."""
     for predictor in all_predictors(program):
         predictor.lm = _uncached(predictor.lm)
     lm = dspy.settings.lm
@@ -386,12 +392,12 @@ def _observed(program: Any) -> Iterator[None]:
 
 
 def _uncached(lm: Any) -> Any:
-    """Return a model that asks whenever it is called; it shares the connections of the given one."""
+    """Return a model without a cache; it shares the connections of the given one."""
     return lm.copy(cache=False) if isinstance(lm, dspy.BaseLM) and lm.cache else lm
 
 
 def _own_error(error: BaseException) -> BaseException:
-    """Return the library's error behind one of DSPy's, or our error for a lost call, or the error as it is."""
+    """Return the library's error behind a DSPy error, our error for a lost call, or the error itself."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, errors.LLMError | errors.BudgetExceededError | errors.CassetteError | ConfigError):

@@ -1,12 +1,12 @@
-"""Agents in other processes and other languages: the values go in with the request, the rollout comes out as JSON.
+"""Agents in other processes and other languages: the request holds the values, the reply is the rollout as JSON.
 
 A request is `{"input": x, "values": {name: value}}`. A reply is `{"output": ...}`, and may also have
 
-- `score`, `feedback`: the agent's own verdict, which the guide `own_verdict` takes; the output is then a `Reported`;
+- `score`, `feedback`: the agent's own verdict, which the guide `own_verdict` uses; the output is then a `Reported`;
 - `transcript`: a text, or a list of steps, each a text, an object with `name`, `input` and `output`, or a call of a
   model with `messages` and `output`;
-- `usage`: `input_tokens`, `output_tokens`, `cost` in USD, `calls`, which enter usage and budget;
-- `error`: what went wrong in the agent; the rollout has then failed with it.
+- `usage`: `input_tokens`, `output_tokens`, `cost` in USD, `calls`, which count in usage and budget;
+- `error`: the agent's error, with which the rollout fails.
 
 `HTTPAgent` (`http.py`) posts the request to an address, `CommandAgent` (`command.py`) gives it to a command.
 """
@@ -37,21 +37,21 @@ from aggregator.records import NO_USAGE, HTTPReply, HTTPRequest, RolloutTask, Us
 from aggregator.text import as_text, clip, shorten, show_size
 
 ReplyForm = Literal["json", "text"]
-"""What a reply is: the object described above, or text that is the output."""
+"""The form of a reply: the object described above, or text that is the output."""
 
 MAX_REPLY = 16 << 20
-"""The most bytes of a reply."""
+"""The maximum size of a reply in bytes."""
 QUOTED = 2_000
-"""How many characters of what an agent wrote an error quotes."""
+"""The number of characters of an agent's reply that an error quotes."""
 _ONE_RUN = Amount(0, 0, 1)
 
 
 class ExternalError(AggregatorError):
-    """An agent outside failed: it said so, ended with an error, gave no answer in time or one that cannot be read."""
+    """An external agent failed: it reported an error, exited with one, timed out, or gave an unreadable reply."""
 
 
 class Reported(Struct, frozen=True):
-    """An output with the agent's own verdict, which the guide `own_verdict` takes as it is."""
+    """An output with the agent's own verdict, which the guide `own_verdict` returns."""
 
     output: Any
     score: float | None = None
@@ -75,7 +75,7 @@ class _Reply(Struct, frozen=True, kw_only=True):
 
 
 class ExternalAgent(FrameworkAgent):
-    """What agents outside share: named values, the budget, and reading a reply. A subclass has `ask`.
+    """The base class of external agents: named values, the budget, and reading a reply. A subclass has `ask`.
 
     `values` are seed values by name, or ParameterNodes. Await the agent with an input to run it once.
     """
@@ -95,7 +95,7 @@ class ExternalAgent(FrameworkAgent):
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out this agent, to be awaited with inputs."""
+        """Yield this agent, to be awaited with inputs."""
         yield self
 
     async def ask(self, request: Mapping[str, Any], call: Call) -> bytes:
@@ -106,7 +106,7 @@ class ExternalAgent(FrameworkAgent):
         raise NotImplementedError
 
     async def forward(self, x: Any) -> Any:
-        """Run the agent once and return its output, in production too; raises ExternalError."""
+        """Run the agent once and return its output, also in production; raises ExternalError."""
         return await self._ask(x, LocalExecutor().call)
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
@@ -134,7 +134,7 @@ class ExternalAgent(FrameworkAgent):
 
 
 class Turn:
-    """One run of an agent outside as the current tape has it: recorded, or answered from the recording."""
+    """One run of an external agent with the current tape: recorded, or answered from the recording."""
 
     def __init__(self, request: HTTPRequest) -> None:
         tape = tape_here()
@@ -146,10 +146,10 @@ class Turn:
     async def reply_to(self, send: Callable[[], Awaitable[HTTPReply]]) -> HTTPReply:
         """Return the next recorded reply, or what `send` returns; call it again for another attempt.
 
-        Raises what `send` raises, and CassetteMissError.
+        Raises the exceptions of `send`, and CassetteMissError.
         """
         if self._tape is None or self._slot is None:
-            with passing():  # counted by what the agent states
+            with passing():  # counted by the agent's own figures
                 return await send()
         self.is_replayed = True
         if (reply := self._tape.play(self._slot)) is not None:
@@ -175,7 +175,7 @@ def as_parameters(values: Mapping[str, Any]) -> list[ParameterNode[Any]]:
 
 
 def encode_request(request: Mapping[str, Any]) -> bytes:
-    """Return a request as JSON; raises ExternalError for an input that JSON cannot carry."""
+    """Return a request as JSON; raises ExternalError for an input that JSON does not support."""
     try:
         return msgspec.json.encode(request)
     except (TypeError, ValueError) as error:
@@ -185,11 +185,7 @@ def encode_request(request: Mapping[str, Any]) -> bytes:
 
 
 def read_reply(body: bytes, form: ReplyForm) -> _Reply:
-    """Return what an agent answered. Raises ExternalError for a reply that cannot be read.
-
-    >>> read_reply(b'{"output": 4, "score": 1}', "json").score
-    1.0
-    """
+    """Return an agent's reply. Raises ExternalError for one that cannot be read."""
     check_size(body)
     try:
         if form == "text":
@@ -212,13 +208,13 @@ def check_size(written: bytes) -> None:
 
 
 def end_of(written: bytes) -> str:
-    """Return the end of what an agent wrote, where errors are."""
+    """Return the end of an agent's text, where errors are."""
     text = written[-4 * QUOTED :].decode(errors="replace").strip()
     return text if len(text) <= QUOTED else f"...{text[-QUOTED:]}"
 
 
 def record_steps(steps: str | Sequence[Any]) -> None:
-    """Show an agent's own account of a run in the current transcript."""
+    """Record an agent's own account of a run in the current transcript."""
     for step in [steps] if isinstance(steps, str) and steps else steps:
         if isinstance(step, Mapping) and isinstance(step.get("messages"), list):
             seen = current_transcript()

@@ -18,11 +18,11 @@ from aggregator.files import write_atomically
 from aggregator.text import show_size
 
 MAX_FOLDER = 256 << 20
-"""The most bytes of a folder that is copied for each run."""
+"""The maximum size in bytes of a folder that is copied for each run."""
 
 
 class Folder(Struct, frozen=True):
-    """A folder of which some files are parameters: `files` are paths in it."""
+    """A folder with files that are parameters: `files` are paths in it."""
 
     path: Path
     files: tuple[str, ...]
@@ -30,11 +30,11 @@ class Folder(Struct, frozen=True):
 
 
 def folder_parameters(path: str | os.PathLike[str], *patterns: str, ignore: Sequence[str] = ()) -> Folder:
-    """Return a folder whose files that match a pattern are parameters, named by their path: `skills/search.md`.
+    """Return a folder in which the files that match a pattern are parameters, named by their path: `skills/search.md`.
 
-    Patterns are those of `Path.glob`; links are left out. Names that match one of `ignore`, as in `node_modules` or
-    `*.log`, are not copied for a run. Accepted values are written into the files of the folder itself. Raises
-    ConfigError for a folder that is missing, without such a file, or too large to be copied for each run.
+    Patterns are those of `Path.glob`; links are left out. Names that match one of `ignore`, such as `node_modules` or
+    `*.log`, are not copied for a run. Accepted values are written to the folder's own files. Raises ConfigError for a
+    folder that is missing, without a matching file, or too large to be copied for each run.
     """
     root = Path(path).resolve()
     if not root.is_dir():

@@ -1,8 +1,8 @@
-"""What the adapters of other frameworks share: parameters that live in a host's object, trained values put in place.
+"""The common base of framework adapters: parameters stored in a host's object, and setting trained values.
 
 An adapter is a file here with a function `adapt(thing, **options)`, which returns a `FrameworkAgent`, or None for an
-object that is not the framework's after all. `ADAPTERS` names its package; `as_agent` imports the file for an object
-whose class comes from that package.
+object that is not the framework's. `ADAPTERS` names its package; `as_agent` imports the file for an object whose class
+comes from that package.
 
     class Greeter(FrameworkAgent):
         def __init__(self, program):
@@ -43,14 +43,14 @@ ADAPTERS = {
     "agents": "openai_agents",
     "pydantic_ai": "pydantic_ai",
 }
-"""Package of a framework -> the file of this room that adapts its objects."""
+"""Package of a framework -> the file in this room that adapts its objects."""
 
 MARKS = {"agents": "Runner"}
-"""Package whose name others may have too -> a name that the framework's own package holds."""
+"""Package with an ambiguous name -> a name that the framework's own package defines."""
 
 
 class HostParameter(ParameterNode[Any]):
-    """A parameter whose stored value lives in an object of another framework.
+    """A parameter whose value is stored in an object of another framework.
 
     `read()` returns the value, `write(value)` changes the host's object; the options are those of ParameterNode.
     """
@@ -71,12 +71,11 @@ class HostParameter(ParameterNode[Any]):
 
 
 class FrameworkAgent(Module, InstanceAgent):
-    """An object of another framework as an agent: the base of adapters, which add `run` and, if needed, `placed`.
+    """An object of another framework as an agent: the base class of adapters, which add `run` and, if needed, `placed`.
 
-    `program` is the host's object. Accepted values are written into it, so that it is the trained program afterwards.
-    `isolation` is "overlay" if the host reads its texts when it runs, "copy" if each candidate runs on a copy that
-    `placed` makes, and "serial" if neither is possible. Raises ConfigError for two parameters of one name, and for a
-    program without any.
+    `program` is the host's object. Accepted values are written to it, so it becomes the trained program. `isolation` is
+    "overlay" if the host reads its texts when it runs, "copy" if each candidate runs on a copy that `placed` makes, and
+    "serial" if neither is possible. Raises ConfigError for two parameters with one name, and for a program without any.
     """
 
     def __init__(self, program: Any, parameters: Iterable[ParameterNode[Any]]) -> None:
@@ -98,18 +97,18 @@ class FrameworkAgent(Module, InstanceAgent):
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out the program as the values of this context make it: the host's own object, or a copy.
+        """Yield the program with the values of this context: the host's own object, or a copy.
 
-        An adapter whose host does not read the parameters by itself puts them in place here.
+        An adapter whose host does not read the parameters itself sets them here.
         """
         yield self.program
 
     @contextmanager
     def applied(self, values: str | PathLike[str] | Mapping[str, Any]) -> Iterator[Any]:
-        """Hand out the program with trained values: those of a file that `save` wrote, or values by name.
+        """Yield the program with trained values: those of a file written by `save`, or values by name.
 
-        The values hold in this context only, so that requests with different values can be served at once. Raises
-        ParameterError for a file or a value that does not fit.
+        The values apply in this context only, so that requests with different values can be served concurrently. Raises
+        ParameterError for an invalid file or value.
 
         with agent.applied("support.json") as program:
             print((await program.run("Where is my parcel?")).output)
@@ -125,10 +124,10 @@ class FrameworkAgent(Module, InstanceAgent):
             yield program
 
     def apply(self, values: Any, *, which: str = "") -> None:
-        """Put values into the parameters of these names, or put this agent's values into another program.
+        """Store values in the parameters of these names, or store this agent's values in another program.
 
-        `agent.apply(result.best_parameters)` changes this agent. `agent.apply(program)` writes the current values into
-        another object of the host's that has the same parameters.
+        `agent.apply(result.best_parameters)` changes this agent. `agent.apply(program)` writes the current values to
+        another object of the framework with the same parameters.
         """
         if isinstance(values, Mapping):
             super().apply(values, which=which)
@@ -136,14 +135,14 @@ class FrameworkAgent(Module, InstanceAgent):
         self.like(values).apply({name: parameter.data for name, parameter in self._parameters.items()}, which=which)
 
     def like(self, program: Any) -> FrameworkAgent:
-        """Return an agent with this one's options around another program."""
+        """Return an agent with the same options around another program."""
         kind: Any = type(self)
-        agent: FrameworkAgent = kind(program)  # an adapter with options has a `like` of its own
+        agent: FrameworkAgent = kind(program)  # an adapter with options overrides `like`
         return agent
 
 
 class Calls:
-    """Calls of models that a framework reports while a rollout runs, shown in its transcript.
+    """Model calls that a framework reports during a rollout, shown in its transcript.
 
     A call is shown once: nothing is added if `clients=`, or our own model, shows the calls as they are made.
     """
@@ -153,13 +152,13 @@ class Calls:
         self._own: list[LLMCall] = []
 
     def start(self, messages: Any) -> LLMCall:
-        """Take the slot of a call that is about to be made, with its messages in OpenAI's shape."""
+        """Take the slot of a call before it is sent, with its messages in OpenAI's shape."""
         call = LLMCall(messages) if self._seen is None else self._seen.llm_call(messages)
         self._own.append(call)
         return call
 
     def end(self, call: LLMCall, completion: Completion) -> None:
-        """Show the answer, or give the slot back if the call is shown already."""
+        """Record the answer, or free the slot if the call is shown already."""
         call.finish(completion)
         if self._seen is not None and any(one not in self._own for one, _ in _calls_in(self._seen.root)):
             for one, group in list(_calls_in(self._seen.root)):
@@ -167,7 +166,7 @@ class Calls:
                     group.items.remove(call)
 
     def write(self, calls: Iterable[tuple[Any, Completion]]) -> None:
-        """Show calls that have ended, such as those of a message history."""
+        """Record calls that have ended, such as those of a message history."""
         for messages, completion in calls:
             self.end(self.start(messages), completion)
 
@@ -181,9 +180,9 @@ def _calls_in(group: Group) -> Iterator[tuple[LLMCall, Group]]:
 
 
 def require_version(distribution: str, at_least: str, below: str, *, version: str | None = None) -> None:
-    """Raise ConfigError unless a package has a supported version; one without metadata is taken.
+    """Raise ConfigError unless a package has a supported version; one without metadata is accepted.
 
-    `version` is what the imported package says of itself, if that is known; by default what is installed.
+    `version` is the imported package's own version, if known; by default the installed one.
 
     >>> require_version("msgspec", "0.1", "99")
     """
@@ -203,17 +202,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def is_gepa_adapter(thing: Any) -> bool:
-    """Return True for an object with the two methods of GEPA's protocol for adapters, of whatever class."""
+    """Return True for an object of any class with the two methods of GEPA's adapter protocol."""
     methods = (getattr(thing, "evaluate", None), getattr(thing, "make_reflective_dataset", None))
     return not isinstance(thing, type) and all(map(callable, methods))
 
 
 def package_of(thing: Any, packages: Collection[str] = ADAPTERS) -> str | None:
-    """Return which of these packages an object's class comes from, itself or by a base class; None for none.
-
-    >>> package_of(ConfigError("x"), {"aggregator.errors", "dspy"})
-    'aggregator.errors'
-    """
+    """Return the package among these that defines an object's class or one of its base classes, or None."""
     for kind in (thing if isinstance(thing, type) else type(thing)).__mro__:
         parts = kind.__module__.split(".")
         for end in range(len(parts), 0, -1):

@@ -1,8 +1,8 @@
 """Plain functions as agents: `def answer(x, *, instruction="Answer briefly.")`.
 
 The first argument is the input, keyword-only arguments are parameters, named and typed as in the signature. So are the
-ParameterNodes that a function reads: variables around it, in it, and in the functions of its module that it calls.
-An accepted value becomes the argument's default, so that the function itself uses it from then on.
+ParameterNodes that a function reads: global, closure and default variables, also of functions of its module that it
+calls. An accepted value becomes the argument's default, so that the function itself uses it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from aggregator.guides.calling import Call
 from aggregator.records import RolloutTask
 
 _FEW = 100
-"""Containers of more items are data, and not looked through for parameters."""
+"""Larger containers are data, and not searched for parameters."""
 
 
 def is_plain_function(thing: Any) -> bool:
-    """Return True for a function, a method or a partial of them that does not offer `parameters` itself."""
+    """Return True for a function, a method or a partial of them without its own `parameters`."""
     inner = thing
     while isinstance(inner, partial):
         inner = inner.func
@@ -37,7 +37,7 @@ def is_plain_function(thing: Any) -> bool:
 
 
 class KeywordParameter(ParameterNode[Any]):
-    """A keyword-only argument: the value is the function's default for it."""
+    """A keyword-only argument: its value is the function's default."""
 
     def __init__(self, defaults: dict[str, Any], name: str, kind: Any) -> None:
         self._defaults = defaults
@@ -54,9 +54,9 @@ class KeywordParameter(ParameterNode[Any]):
 
 
 class FunctionAgent(FrameworkAgent):
-    """A plain function, sync or async, of one input; called, it does what the function does with its trained values.
+    """A plain function, sync or async, of one input; calling it calls the function with its trained values.
 
-    Raises ConfigError for a function that takes no input, and for a keyword-only argument without a default.
+    Raises ConfigError for a function without an input, and for a keyword-only argument without a default.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -79,16 +79,16 @@ class FunctionAgent(FrameworkAgent):
         return type(self), (self.function,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the function returns under the values that this context reads."""
+        """Return the function's result with the values of this context."""
         return self.function(*args, **{name: parameter.data for name, parameter in self._keywords.items()} | kwargs)
 
     @contextmanager
     def placed(self) -> Iterator[Callable[..., Any]]:
-        """Hand out the function with the values that this context reads."""
+        """Yield the function with the values of this context."""
         yield self.forward
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return what the function returns under the values that this context reads."""
+        """Return the function's result with the values of this context."""
         if is_async(self.function):
             return Ran(output=await self.forward(task.sample.x))
         output = await call(self.forward, task.sample.x)
@@ -96,7 +96,7 @@ class FunctionAgent(FrameworkAgent):
 
 
 def _keywords_of(function: Callable[..., Any]) -> Iterator[KeywordParameter]:
-    """Yield the keyword-only arguments whose default is a value that JSON can carry."""
+    """Yield the keyword-only arguments whose default is a value that JSON supports."""
     try:
         hints = get_type_hints(inner_function(function), include_extras=True)
     except Exception:  # noqa: BLE001 - annotations may name what exists for type checkers only
@@ -139,9 +139,9 @@ def _read_by(function: Any, seen: set[int] | None = None) -> Iterator[tuple[str,
 def objects_read_by(
     function: Any, kind: type | tuple[type, ...], seen: set[int] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (variable, object) for each object of some kinds that a function can name, also in small containers.
+    """Yield (variable, object) for each object of given types that a function can name, also in small containers.
 
-    Also for the functions of its module that it calls.
+    This includes the functions of its module that it calls.
     """
     seen = set() if seen is None else seen
     inner = inner_function(function)
@@ -164,9 +164,9 @@ def _items_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def variables_of(function: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of what a function's code can name.
+    """Yield (name, value) of the variables that a function's code can name.
 
-    That are its defaults, closures and globals, the attributes of a method's object, and what a partial holds.
+    These are its defaults, closures and globals, the attributes of a method's object, and a partial's arguments.
     """
     while isinstance(function, partial):
         yield from ((f"argument_{i}", value) for i, value in enumerate(function.args))
@@ -197,7 +197,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def inner_function(function: Any) -> Any:
-    """Return the function behind partials, methods, decorators, and objects that are called."""
+    """Return the function behind partials, methods, decorators, and callable objects."""
     while isinstance(function, partial):
         function = function.func
     function = unwrap(function)

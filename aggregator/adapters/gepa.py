@@ -1,11 +1,11 @@
-"""GEPA's adapters as agents: whatever `gepa.optimize` evaluates can be trained, scores and feedback included.
+"""GEPA adapters as agents: whatever `gepa.optimize` evaluates can be trained, with its scores and feedback.
 
     agent = trainable(adapter, candidate={"system_prompt": "Answer briefly."})
     result = optimize(agent, rows, guide=None, model="openai/gpt-4o")
 
-An adapter scores itself: `guide=None`. Each call of `evaluate` takes all instances that run under the same values. Its
-reflective records are the transcript, their "Feedback" is the feedback, `objective_scores` are further scores by name.
-GEPA itself is not imported: an adapter is known by `evaluate` and `make_reflective_dataset`.
+An adapter scores itself: `guide=None`. Each call of `evaluate` gets all instances with the same values. Its reflective
+records are the transcript, their "Feedback" is the feedback, `objective_scores` are further scores by name. GEPA itself
+is not imported: an adapter is recognised by `evaluate` and `make_reflective_dataset`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from aggregator.records import Rollout, RolloutTask, Scores
 from aggregator.text import as_text, shorten
 
 FEEDBACK = "Feedback"
-"""The key of a reflective record that GEPA recommends for what was right or wrong."""
+"""The key of a reflective record that GEPA recommends for feedback."""
 
 
 class GepaAgent(Module):
-    """An adapter of GEPA's; the parameters are the named texts of `candidate`, GEPA's seed candidate.
+    """A GEPA adapter; the parameters are the named texts of `candidate`, GEPA's seed candidate.
 
-    Calls of `evaluate` run one at a time, in a thread, as GEPA's engine makes them: an adapter promises nothing about
-    concurrent ones. Raises ConfigError for a candidate that does not map names to texts.
+    Calls of `evaluate` run one at a time, in a thread, as in GEPA's engine: an adapter need not be thread-safe. Raises
+    ConfigError for a candidate that does not map names to texts.
     """
 
     isolation: Literal["overlay", "copy", "serial"] = "copy"
@@ -65,13 +65,13 @@ class GepaAgent(Module):
 
     @property
     def candidate(self) -> dict[str, str]:
-        """The current values, as GEPA takes them."""
+        """The current values, in GEPA's form."""
         return {name: parameter.data for name, parameter in self._parameters.items()}
 
     async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
-        """Evaluate the tasks in one call, and yield (index, rollout) for each; a guide judges in the adapter's place.
+        """Evaluate the tasks in one call, and yield (index, rollout) for each; a guide replaces the adapter's score.
 
-        Calls of the adapter to models belong to the first task: GEPA's interface does not tell them apart.
+        The adapter's model calls belong to the first task: GEPA's interface does not distinguish them.
         """
         candidate = {**self.candidate, **tasks[0].values}
         wanted = [parameter.name for parameter in self._parameters.values() if parameter.trainable]
@@ -118,7 +118,7 @@ class GepaAgent(Module):
         return "\n".join(filter(None, feedback)), "\n".join(_lines(name, record) for name, record in records)
 
     def _records(self, found: Any, candidate: dict[str, str], name: str) -> list[Mapping[str, Any]]:
-        """Return the records of one instance about one component; none if the adapter has none to make."""
+        """Return the records of one instance about one component, if the adapter has any."""
         try:
             return list(self.adapter.make_reflective_dataset(candidate, found, [name]).get(name, ()))
         except Exception:  # noqa: BLE001 - adapters raise if a component took no part in an instance
@@ -129,18 +129,18 @@ _COLUMNS = ("outputs", "scores", "trajectories", "objective_scores")
 
 
 def adapt(thing: Any, candidate: Any = None) -> GepaAgent | None:
-    """Return an adapter of GEPA's as an agent, None for anything else."""
+    """Return a GEPA adapter as an agent, or None for anything else."""
     return GepaAgent(thing, candidate) if is_gepa_adapter(thing) else None
 
 
 def _instance(task: RolloutTask) -> Any:
-    """Return a row as the adapter's own data have it: an Example of DSPy's as a whole."""
+    """Return a row in the adapter's own form: a DSPy Example as a whole."""
     info = task.sample.info
     return info if hasattr(info, "with_inputs") and hasattr(info, "toDict") else task.sample.x
 
 
 def _lines(component: str, record: Mapping[str, Any]) -> str:
-    """Lay out a record as a part of a transcript."""
+    """Format a record as a part of a transcript."""
     shown = [f"{component}:"]
     for key, value in record.items():
         if key != FEEDBACK:

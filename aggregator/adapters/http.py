@@ -1,4 +1,4 @@
-"""Agents behind an address, in any language: each run is one POST of the request that `external.py` describes."""
+"""Agents at an address, in any language: each run is one POST of the request that `external.py` describes."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _LOST = {429: RateLimitError, 502: ServerError, 503: ServerError, 504: ServerErr
 
 
 class HTTPAgent(ExternalAgent):
-    """An agent behind an address: each run is one POST of JSON.
+    """An agent at an address: each run is one POST of JSON.
 
-    `headers` go with each request. A lost connection, and 429, 502, 503 or 504, is tried again as `retry` says, and is
-    then a lost call, no failure of the agent; 401, 403, 404 and 405 end the run. Any other status is the agent's
+    `headers` are sent with each request. A lost connection, and 429, 502, 503 or 504, is retried by `retry`, and is
+    then a lost call, not the agent's failure; 401, 403, 404 and 405 end the run. Any other status is the agent's
     failure, with the end of the body. `timeout` is in seconds, for one run. Raises ConfigError for an address that is
     not http or https.
 

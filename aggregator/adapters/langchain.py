@@ -1,12 +1,12 @@
 """LangChain and LangGraph: agents of `create_agent`, compiled graphs, and chains with prompt templates.
 
 Trained are system prompts and descriptions of tools of agents, the texts of prompt templates, and the ParameterNodes
-that functions of a graph read; in subgraphs and in agents that tools call too. All of them are read when a graph or
+that functions of a graph read; also in subgraphs and in agents that tools call. All of them are read when a graph or
 chain runs, so that concurrent candidates share it.
 
 A prompt template formats the text of the current context. An agent of `create_agent` gets one more layer around its
-calls of the model, as its middleware are: it puts system prompt and descriptions of tools in place. A transcript shows
-nodes, tools, and calls of models that are not seen otherwise.
+model calls, like a middleware, which sets the system prompt and the descriptions of tools. A transcript shows nodes,
+tools, and model calls that no client observer has seen.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from aggregator.text import as_text
 # ---- texts as parameters
 
 _MODEL = "model"
-"""The node of an agent of `create_agent` that asks its model."""
+"""The node of an agent of `create_agent` that calls its model."""
 
 
 class Answered(Struct):
-    """What a layer around a call of the model returns to LangChain."""
+    """What a layer around a model call returns to LangChain."""
 
     model_response: Any
     commands: list[Any] = []
@@ -91,9 +91,9 @@ class AgentTexts:
 
 
 def agent_texts(graph: Any, prefix: str) -> list[ParameterNode[Any]]:
-    """Return the parameters of an agent of `create_agent`; none for another graph.
+    """Return the parameters of an agent of `create_agent`, or none for another graph.
 
-    Raises ConfigError for a version of LangChain whose agents are made in another way.
+    Raises ConfigError for a LangChain version with another structure of agents.
     """
     nodes = getattr(graph, "nodes", None)
     node = getattr(nodes.get(_MODEL), "bound", None) if isinstance(nodes, Mapping) else None
@@ -119,7 +119,7 @@ def agent_texts(graph: Any, prefix: str) -> list[ParameterNode[Any]]:
 
 
 def _layer(texts: AgentTexts, inner: Any, *, is_async: bool) -> Any:
-    """Return a layer that puts texts in place, then does what the agent's middleware do."""
+    """Return a layer that sets the texts, then runs the agent's middleware."""
 
     def call(request: Any, execute: Any) -> Any:
         placed = texts.place(request)
@@ -135,9 +135,9 @@ def _layer(texts: AgentTexts, inner: Any, *, is_async: bool) -> Any:
 
 
 def template_texts(prompt: Any, prefix: str) -> Iterator[ParameterNode[Any]]:
-    """Yield the parameters of a prompt: its texts, but for those that only pass a variable on.
+    """Yield the parameters of a prompt: its texts, except those that only pass a variable on.
 
-    A template without variables is shown without its escapes, so that new text may hold any braces.
+    A template without variables is shown unescaped, so that new text may hold any braces.
     """
     for message in getattr(prompt, "messages", [prompt]):
         for part in _templates_of(message):
@@ -153,7 +153,7 @@ def _templates_of(message: Any) -> list[PromptTemplate]:
 
 
 def _template(part: PromptTemplate, name: str) -> ParameterNode[Any] | None:
-    """Return the parameter of a template; from now on the template formats the text of the current context.
+    """Return the parameter of a template, which now formats the text of the current context.
 
     A copy of the template formats its own text.
     """
@@ -218,7 +218,7 @@ def _restore(kind: Any, state: Any) -> Any:
 
 
 class Steps(BaseCallbackHandler):
-    """The callbacks of one run, which write into the transcript that is current when they are made."""
+    """The callbacks of one run, which write to the transcript that is current at construction."""
 
     run_inline = True
     raise_error = True
@@ -244,17 +244,17 @@ class Steps(BaseCallbackHandler):
             span.fail(error)
 
     def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, **named: Any) -> None:
-        """Open the span of a node of a graph; other chains are not shown."""
+        """Open the span of a graph's node; other chains are not shown."""
         node = (named.get("metadata") or {}).get("langgraph_node")
         if node is not None and named.get("name") == node:
             self._open(run_id, f"node {node}", _readable(inputs))
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **_: Any) -> None:
-        """Show what the node returned."""
+        """Record the node's result."""
         self._end(run_id, _readable(outputs))
 
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
-        """Show what the node raised."""
+        """Record the node's exception."""
         self._fail(run_id, error)
 
     def on_tool_start(self, serialized: Any, input_str: str, *, run_id: UUID, **named: Any) -> None:
@@ -263,11 +263,11 @@ class Steps(BaseCallbackHandler):
         self._open(run_id, f"tool {name}", named.get("inputs") or input_str)
 
     def on_tool_end(self, output: Any, *, run_id: UUID, **_: Any) -> None:
-        """Show what the tool returned."""
+        """Record the tool's result."""
         self._end(run_id, _readable(output))
 
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
-        """Show what the tool raised."""
+        """Record the tool's exception."""
         self._fail(run_id, error)
 
     def on_chat_model_start(
@@ -277,15 +277,15 @@ class Steps(BaseCallbackHandler):
         self._asked[run_id] = self._calls.start(convert_to_openai_messages(list(messages[0])))
 
     def on_llm_start(self, serialized: Any, prompts: Sequence[str], *, run_id: UUID, **_: Any) -> None:
-        """Take the slot of a call of a model that completes texts."""
+        """Take the slot of a call to a completion model."""
         self._asked[run_id] = self._calls.start([{"role": "user", "content": prompts[0]}])
 
     def on_llm_end(self, response: Any, *, run_id: UUID, **_: Any) -> None:
-        """Show the answer."""
+        """Record the answer."""
         self._calls.end(self._asked.pop(run_id), completion_of(response.generations[0][0]))
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
-        """Show that there was no answer."""
+        """Record that the call failed."""
         self._asked.pop(run_id).fail(error)
 
 
@@ -305,7 +305,7 @@ def completion_of(generation: Any) -> Completion:
 
 
 def _readable(value: Any) -> Any:
-    """Return messages as their texts, wherever a state or a command holds them; their ids differ in each run."""
+    """Return messages as their texts, in any part of a state or a command, because their ids differ in each run."""
     if isinstance(value, BaseMessage):
         return f"{value.type}: {value.text}"
     if hasattr(value, "goto") and hasattr(value, "update"):  # LangGraph's Command
@@ -331,12 +331,12 @@ def adapt(
     output: str | None = None,
     config: Any = None,
 ) -> LangChainAgent | None:
-    """Return an agent, a compiled graph or a chain of LangChain's as one of ours; None for another object.
+    """Return a LangChain agent, compiled graph or chain as one of ours; None for another object.
 
-    `nodes` are ParameterNodes, or objects that hold some, which no function of the graph names. An input is placed
-    under the key `input` of the state; without one, a text is a user's message for an agent, and the input of a chain.
-    `output` is the key of the result; without one, it is the structured response or the text of the last message.
-    `config` is that of each run, or a function of the input that returns it.
+    `nodes` are ParameterNodes, or objects with some, that no function of the graph names. An input is stored under the
+    key `input` of the state; without one, a text is a user's message for an agent, and the input of a chain. `output`
+    is the key of the result; without one, it is the structured response or the text of the last message. `config` is
+    that of each run, or a function of the input that returns it.
 
     Raises ConfigError for a graph that is not compiled, and for one without a text.
     """
@@ -348,7 +348,7 @@ def adapt(
 
 
 class LangChainAgent(FrameworkAgent):
-    """A graph or chain of LangChain's. Parameters of subgraphs and of what functions read begin with their names."""
+    """A LangChain graph or chain. Parameters of subgraphs and of functions' objects begin with their names."""
 
     def __init__(
         self,
@@ -373,15 +373,15 @@ class LangChainAgent(FrameworkAgent):
         super().__init__(program, found.values())
 
     def like(self, program: Any) -> LangChainAgent:
-        """Return an agent with this one's options around another program."""
+        """Return an agent with the same options around another program."""
         return LangChainAgent(program, **self.options)
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return the output of one run; nodes, tools and calls of models are shown in the transcript."""
+        """Return the output of one run; nodes, tools and model calls are shown in the transcript."""
         x, config = task.sample.x, self.options["config"]
         config = config(x) if callable(config) else config
         given: dict[str, Any] = {**((await config if isawaitable(config) else config) or {})}
-        if getattr(self.program, "checkpointer", None):  # each rollout is a conversation by itself
+        if getattr(self.program, "checkpointer", None):  # each rollout is its own conversation
             given["configurable"] = {"thread_id": uuid4().hex, **given.get("configurable", {})}
         callbacks = given.get("callbacks") or []
         given["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), Steps()]
@@ -410,7 +410,7 @@ def _output_of(result: Any, key: str | None) -> Any:
 
 
 def _collect(thing: Any, prefix: str, found: Named, seen: set[int]) -> None:
-    """Add the parameters of a graph, a chain, a prompt, or of what their functions can name."""
+    """Add the parameters of a graph, a chain, a prompt, or of objects that their functions can name."""
     if id(thing) in seen:
         return
     seen.add(id(thing))
@@ -436,14 +436,14 @@ def _parts_of(thing: Any) -> list[tuple[str, Any]]:
 
 
 def _functions_of(thing: Any) -> Iterator[Any]:
-    """Yield the functions of a node, of a lambda, and of the tools of a node of tools."""
+    """Yield the functions of a node, of a lambda, and of the tools of a tool node."""
     yield from (one for one in (getattr(thing, "func", None), getattr(thing, "afunc", None)) if callable(one))
     for tool in (getattr(thing, "tools_by_name", None) or {}).values():
         yield from (one for one in (getattr(tool, "func", None), getattr(tool, "coroutine", None)) if callable(one))
 
 
 def _add(found: Named, name: str, parameter: ParameterNode[Any]) -> None:
-    """Add a parameter under its name, or with a number if another has it."""
+    """Add a parameter under its name, with a number if the name is taken."""
     if any(parameter is known for known in found.values()):
         return
     name = parameter.name if parameter.named else name

@@ -3,8 +3,8 @@
 Each rollout runs on copies of the modules that hold prompts, with the texts of its context; retrievers, indices and
 models are shared. The host's own modules have the accepted texts afterwards.
 
-LlamaIndex's own `update_prompts` changes the modules, and takes no key of more than one level. So each prompt is read
-and written on the module that holds it.
+LlamaIndex's own `update_prompts` changes the modules, and fails for keys of more than one level. Therefore each prompt
+is read and written on its own module.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from aggregator.text import as_text, list_names
 
 # ---- prompts in a tree of modules
 
-_FIELDS = ("system_prompt", "description")  # texts of an agent that are no prompts
+_FIELDS = ("system_prompt", "description")  # texts of an agent that are not prompts
 
 
 def parameters_of(program: Any) -> list[ParameterNode[Any]]:
-    """Return the texts of a module and those below it, named by their place: `response_synthesizer.text_qa_template`.
+    """Return the texts of a module and those below it, named by their path: `response_synthesizer.text_qa_template`.
 
-    A chat prompt has a text for each message: `text_qa_template.system`. Of a prompt that depends on the model
-    (SelectorPromptTemplate), it is the one for the module's model.
+    A chat prompt has a text for each message: `text_qa_template.system`. For a prompt that depends on the model
+    (SelectorPromptTemplate) it is the module's model's.
     """
     found: list[ParameterNode[Any]] = []
     for path, module in modules_of(program):
@@ -73,7 +73,7 @@ def modules_of(program: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def copy_modules(program: Any, values: Mapping[str, Any], path: str = "") -> Any:
-    """Return a copy of the modules that hold prompts, with these texts by name; all else is shared."""
+    """Return a copy of the modules with prompts, with these texts by name; everything else is shared."""
     children = _children_of(program)
     copied = {id(child): copy_modules(child, values, f"{path}{name}.") for name, child in children.items()}
     clone = copy.copy(program)
@@ -115,7 +115,7 @@ def _fields_of(module: Any, *, is_alone: bool) -> list[str]:
 
 
 def _prompt(module: Any, key: str) -> Any:
-    """Return the prompt that is used: of one that depends on the model, the one for this module's."""
+    """Return the prompt in use: of one that depends on the model, the variant for this module's."""
     prompt = module._get_prompts()[key]
     if isinstance(prompt, SelectorPromptTemplate):
         llm = getattr(module, "_llm", None) or getattr(module, "llm", None) or Settings._llm
@@ -124,7 +124,7 @@ def _prompt(module: Any, key: str) -> Any:
 
 
 def _slots(prompt: Any) -> list[str]:
-    """Return the names of a prompt's texts: "" if it is one text, the roles of a chat's messages of text."""
+    """Return the names of a prompt's texts: "" for a single text, the roles for a chat."""
     if isinstance(prompt, ChatPromptTemplate):
         roles = [message.role.value for message in prompt.message_templates]
         names = [f"{role}_{roles[:i].count(role) + 1}" if role in roles[:i] else role for i, role in enumerate(roles)]
@@ -177,19 +177,19 @@ _NO_LIMIT = 10**9
 def adapt(
     thing: Any, *, train: Collection[str] | None = None, run: Callable[[Any, Any], Any] | None = None
 ) -> LlamaAgent | None:
-    """Return a query engine or an agent of LlamaIndex's as one of ours; None for another object.
+    """Return a LlamaIndex query engine or agent as one of ours; None for another object.
 
-    `train` names the parameters to be trained, by default all. `run(program, x)`, sync or async, runs an object that
-    is none of these, or runs it in another way.
+    `train` names the parameters to train, by default all. `run(program, x)`, sync or async, runs any other object, or
+    replaces the default call.
     """
     return LlamaAgent(thing, train=train, run=run) if isinstance(thing, PromptMixin) else None
 
 
 class LlamaAgent(FrameworkAgent):
-    """A module of LlamaIndex's with all modules below it.
+    """A LlamaIndex module with all modules below it.
 
     Raises ConfigError for an unsupported version, a module without a text, an unknown name in `train`, and a module
-    that cannot be run without `run=`.
+    that needs `run=`.
     """
 
     isolation = "copy"
@@ -214,16 +214,16 @@ class LlamaAgent(FrameworkAgent):
         super().__init__(program, parameters)
 
     def like(self, program: Any) -> LlamaAgent:
-        """Return an agent with this one's options around another program."""
+        """Return an agent with the same options around another program."""
         return LlamaAgent(program, train=self.train, run=self._given_run)
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out a copy of the modules with the texts of this context."""
+        """Yield a copy of the modules with the texts of this context."""
         yield copy_modules(self.program, {name: one.data for name, one in self._parameters.items()})
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return the answer; tools and, if no client is watched, calls of models are shown in the transcript."""
+        """Return the answer; tools and, if no client is observed, model calls are shown in the transcript."""
         _watch_models()
         with self.placed() as program:
             found = self._run(program, task.sample.x)
@@ -266,7 +266,7 @@ def _plain(found: Any) -> Any:
 
 
 class _Shows(BaseEventHandler):
-    """Shows the calls of each run whose transcript it knows."""
+    """Shows the calls of each run with a known transcript."""
 
     _runs: WeakKeyDictionary[Transcript, Calls] = PrivateAttr(default_factory=WeakKeyDictionary)
     _latest: WeakKeyDictionary[Transcript, Any] = PrivateAttr(default_factory=WeakKeyDictionary)
@@ -288,13 +288,13 @@ class _Shows(BaseEventHandler):
             told = ([{"role": "user", "content": event.prompt}], event.response.text)
         else:
             return
-        if told != self._latest.get(seen):  # a model whose async form calls the other one sends two events
+        if told != self._latest.get(seen):  # a model whose async form calls the sync one sends two events
             self._latest[seen] = told
             calls.write([(told[0], as_completion(told[1]))])
 
 
 def _watch_models() -> None:
-    """Show the calls of models that this context makes in its transcript, if it has one."""
+    """Show this context's model calls in its transcript, if it has one."""
     seen = current_transcript()
     if seen is None:
         return

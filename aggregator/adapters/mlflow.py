@@ -4,8 +4,8 @@
     result = optimize(agent, rows, guide=guide, model="openai/gpt-4o")
     agent.register()
 
-`PromptVersion.template` gives the value of the context in which it is read, so that candidates run at the same time;
-everywhere else it gives what the registry holds.
+`PromptVersion.template` returns the value of the current context, so that candidates run concurrently; everywhere else
+it returns the registry's text.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from aggregator.text import placeholders, shorten
 class RegisteredPrompts(FrameworkAgent):
     """`predict`, sync or async, with the prompts of these URIs as parameters.
 
-    An input that is a mapping is given as keyword arguments, as MLflow does; any other as the one argument. Accepted
+    A mapping as input is passed as keyword arguments, as in MLflow; any other input as the only argument. Accepted
     values stay in this agent until `register()`. Raises ConfigError for a function that cannot be called, no prompts,
-    and two of one name.
+    and two with one name.
     """
 
     def __init__(self, predict: Callable[..., Any], prompts: Sequence[str]) -> None:
         require_version("mlflow", "3.12", "4")
-        given: Any = predict  # annotations are not checked where this is called
+        given: Any = predict  # annotations are not checked if this is called
         if not callable(given) or isinstance(prompts, str) or not prompts:
             raise ConfigError(
                 f"Expected a function and URIs of its prompts, as in RegisteredPrompts(predict, ['prompts:/greet/1']), "
@@ -70,7 +70,7 @@ class RegisteredPrompts(FrameworkAgent):
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out the function; inside, the prompts have the values of this context."""
+        """Yield the function; inside, the prompts have the values of this context."""
         values = {name: one.data for name, one in self._parameters.items()}
         self._patches.hold()
         try:
@@ -84,7 +84,7 @@ class RegisteredPrompts(FrameworkAgent):
         return await self._call(x, LocalExecutor().call)
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return what the function returns."""
+        """Return the function's result."""
         return Ran(output=await self._call(task.sample.x, call))
 
     async def _call(self, x: Any, call: Call) -> Any:
@@ -109,7 +109,7 @@ class RegisteredPrompts(FrameworkAgent):
 
 
 def prompt_parameter(name: str, template: str) -> ParameterNode[Any]:
-    """Return a prompt as a parameter, which keeps its variables: a text, or the messages of a chat with their roles."""
+    """Return a prompt as a parameter that keeps its variables: a text, or the messages of a chat with their roles."""
     variables = placeholders(template)
     try:
         messages = json.loads(template)
@@ -130,5 +130,5 @@ def prompt_parameter(name: str, template: str) -> ParameterNode[Any]:
 
 
 def as_template(value: Any) -> str:
-    """Return a prompt as MLflow's optimizers have it: a text, of a chat the JSON of its messages."""
+    """Return a prompt as MLflow's optimizers store it: a text, for a chat the JSON of its messages."""
     return value if isinstance(value, str) else json.dumps(value)

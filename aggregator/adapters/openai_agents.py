@@ -1,11 +1,10 @@
 """Agents of the OpenAI Agents SDK: instructions, handoff descriptions and descriptions of tools are parameters.
 
-All agents are trained that handoffs and tools lead to. The SDK reads the texts at every turn; an adapted object answers
-with the text of the current context, so that concurrent candidates share the agents. Outside of a run it is the stored
-text, as ever.
+All agents reachable by handoffs and tools are trained. The SDK reads the texts at every turn; an adapted object returns
+the text of the current context, so that concurrent candidates share the agents. Outside a run it is the stored text.
 
-An adapted object becomes one of a subclass, in which a trained text is a property. Assigning to it works as before. A
-copy, however made, is a plain object of the SDK's class again.
+An adapted object gets a subclass in which a trained text is a property. Assigning to it works as before. Any copy is a
+plain object of the SDK's class again.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from aggregator.guides.calling import Call
 from aggregator.records import Choice, Completion, Message, RolloutTask, ToolCall, Usage
 from aggregator.text import as_text
 
-# ---- texts that the SDK reads where they are
+# ---- texts that the SDK reads in place
 
 _TEXTS = "_aggregator_texts"
 
 
 def reach(agent: Agent[Any], reached: list[Agent[Any]]) -> None:
-    """Add an agent, and those that its handoffs and tools lead to, each once."""
+    """Add an agent, and those reachable by its handoffs and tools, each once."""
     if any(agent is known for known in reached):
         return
     reached.append(agent)
@@ -46,7 +45,7 @@ def reach(agent: Agent[Any], reached: list[Agent[Any]]) -> None:
 
 
 def _agents_run_by(tool: Any) -> list[Agent[Any]]:
-    """Return the agents that the user's function behind a tool can name, which it may run by itself."""
+    """Return the agents that the user's function behind a tool can name, and may run itself."""
     invoked = getattr(getattr(tool, "on_invoke_tool", None), "_invoke_tool_impl", None)
     cells = getattr(invoked, "__closure__", None) or ()
     functions = [cell.cell_contents for cell in cells if isfunction(cell.cell_contents)]
@@ -55,7 +54,7 @@ def _agents_run_by(tool: Any) -> list[Agent[Any]]:
 
 
 def texts_of(agents: Sequence[Agent[Any]]) -> Iterator[HostParameter]:
-    """Yield a parameter for each fixed text, the instructions first; a tool that agents share has one."""
+    """Yield a parameter for each fixed text, the instructions first; a shared tool has one parameter."""
     for agent in agents:
         yield from _text(agent, "instructions", f"{agent.name}.instructions", f"instructions of the agent {agent.name}")
     for agent in agents:
@@ -78,7 +77,7 @@ def _name_of(tool: FunctionTool | Handoff[Any, Any]) -> str:
 
 
 def _text(owner: Any, attribute: str, name: str, about: str) -> Iterator[HostParameter]:
-    """Yield the parameter of an object's text, if it has one; from now on the object reads it there."""
+    """Yield the parameter of an object's text, if it has one; the object now reads it."""
     held = vars(owner)
     if not isinstance(held[attribute], str) or not held[attribute]:
         return
@@ -92,7 +91,7 @@ def _text(owner: Any, attribute: str, name: str, about: str) -> Iterator[HostPar
 
 
 class _Text:
-    """An attribute that is the text of the current context; on an object without a parameter, what was assigned."""
+    """An attribute with the text of the current context; on an object without a parameter, the assigned value."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -109,7 +108,7 @@ class _Text:
 
 @cache
 def _reading(kind: Any) -> Any:
-    """Return a subclass whose texts are those of the current context."""
+    """Return a subclass that reads the texts of the current context."""
     if any(isinstance(one, _Text) for one in vars(kind).values()):
         return kind
     names = ("instructions", "handoff_description", "description", "tool_description")
@@ -137,8 +136,8 @@ def adapt(
 ) -> OpenAIAgent | None:
     """Return an agent of the OpenAI Agents SDK as one of ours; None for another object of the package.
 
-    `context` is that of each run, or a function of the input that returns it. `agents` are others to be trained with
-    it, which no handoff and no `as_tool` leads to. `run_config` and `max_turns` are those of `Runner.run`.
+    `context` is each run's, or a function of the input that returns it. `agents` are further agents to train, which no
+    handoff and no `as_tool` reaches. `run_config` and `max_turns` are those of `Runner.run`.
     """
     if not isinstance(thing, Agent):
         return None
@@ -146,9 +145,9 @@ def adapt(
 
 
 class OpenAIAgent(FrameworkAgent):
-    """An agent of the OpenAI Agents SDK and those that it leads to.
+    """An agent of the OpenAI Agents SDK and those that it reaches.
 
-    Raises ConfigError for an unsupported version, agents without a fixed text, and two agents of one name.
+    Raises ConfigError for an unsupported version, agents without a fixed text, and two agents with one name.
     """
 
     def __init__(
@@ -168,11 +167,11 @@ class OpenAIAgent(FrameworkAgent):
         super().__init__(program, list(texts_of(reached)))
 
     def like(self, program: Any) -> OpenAIAgent:
-        """Return an agent with this one's options around another program."""
+        """Return an agent with the same options around another program."""
         return OpenAIAgent(program, **self.options)
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return the final output of the run; tools, handoffs and calls of models are shown in the transcript."""
+        """Return the final output of the run; tools, handoffs and model calls are shown in the transcript."""
         x, context = task.sample.x, self.options["context"]
         context = context(x) if callable(context) else context
         result = await Runner.run(
@@ -187,7 +186,7 @@ class OpenAIAgent(FrameworkAgent):
 
 
 class Steps(RunHooks[Any]):
-    """The hooks of one run, which write into the transcript that is current when they are made."""
+    """The hooks of one run, which write to the transcript that is current at construction."""
 
     def __init__(self) -> None:
         self._transcript = current_transcript()
@@ -200,11 +199,11 @@ class Steps(RunHooks[Any]):
         self._asked[id(agent)] = self._calls.start(chat_of(system_prompt, input_items))
 
     async def on_llm_end(self, context: Any, agent: Any, response: Any) -> None:
-        """Show the answer."""
+        """Record the answer."""
         self._calls.end(self._asked.pop(id(agent)), completion_of(response))
 
     async def on_tool_start(self, context: Any, agent: Any, tool: Any) -> None:
-        """Open the span of a tool, at the place where it began."""
+        """Open the span of a tool, at its start."""
         if self._transcript is not None:
             arguments = getattr(context, "tool_arguments", "")
             span = Span(f"tool {tool.name}", inputs=[("arguments", arguments)])
@@ -212,12 +211,12 @@ class Steps(RunHooks[Any]):
             self._transcript.root.add(span)
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
-        """Show what the tool returned."""
+        """Record the tool's result."""
         if span := self._spans.pop(getattr(context, "tool_call_id", tool.name), None):
             span.finish(result)
 
     async def on_handoff(self, context: Any, from_agent: Any, to_agent: Any) -> None:
-        """Show a handoff."""
+        """Record a handoff."""
         if self._transcript is not None:
             span = Span(f"handoff from {from_agent.name}")
             span.finish(to_agent.name)
@@ -225,13 +224,13 @@ class Steps(RunHooks[Any]):
 
 
 def chat_of(system_prompt: str | None, items: Any) -> list[Any]:
-    """Return what a model was given as messages in OpenAI's shape."""
+    """Return a model's input as messages in OpenAI's shape."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, *Converter.items_to_messages(items)]
 
 
 def completion_of(response: ModelResponse) -> Completion:
-    """Return what a model answered as our record: its text, and the tools that it called."""
+    """Return a model's answer as our record: its text and its tool calls."""
     texts, calls = [], []
     for item in response.output:
         if item.type == "message":

@@ -1,7 +1,7 @@
-"""pydantic-ai agents: instructions, system prompts and descriptions of tools are parameters, of agents in tools too.
+"""pydantic-ai agents: instructions, system prompts and descriptions of tools are parameters, also of agents in tools.
 
-Instructions are laid over by `agent.override`; system prompts and descriptions are read from the parameters when an
-agent runs. All of it holds for one context, so that concurrent candidates share the agents.
+Instructions are overridden by `agent.override`; system prompts and descriptions are read from the parameters when an
+agent runs. All of this is local to a context, so that concurrent candidates share the agents.
 
 Histories are shown as chats in OpenAI's shape, in transcripts and to our model inside their agents.
 """
@@ -33,12 +33,12 @@ from aggregator.text import as_text
 
 
 def prompt_of(x: Any) -> Any:
-    """Return an input as a user's prompt: a text or a list of user content as it is, anything else as JSON."""
+    """Return an input as a user's prompt: a text or a list of user content unchanged, anything else as JSON."""
     return x if isinstance(x, str | list | tuple) else as_text(x)
 
 
 def calls_of(messages: Sequence[ModelMessage]) -> Iterator[tuple[list[dict[str, Any]], Completion]]:
-    """Yield what each request of a history sent and what was answered."""
+    """Yield the messages and the answer of each request in a history."""
     for i, response in enumerate(messages):
         if isinstance(response, ModelResponse):
             request = next((one for one in reversed(messages[:i]) if isinstance(one, ModelRequest)), None)
@@ -112,8 +112,8 @@ Named = list[tuple[str, "Agent[Any, Any]"]]
 def adapt(thing: Any, *, deps: Any = None, agents: Sequence[Any] = ()) -> PydanticAgent | None:
     """Return a pydantic-ai agent as one of ours; None for another object of the package.
 
-    `deps` are the dependencies of each run, or a function of the input that returns them. Agents that tools call are
-    found by the variables that the tools' functions read; `agents` are others to be trained with it.
+    `deps` are each run's dependencies, or a function of the input that returns them. Agents that tools call are found
+    by the variables that the tools' functions read; `agents` are further agents to train.
     """
     return PydanticAgent(thing, deps=deps, agents=agents) if isinstance(thing, AbstractAgent) else None
 
@@ -121,7 +121,7 @@ def adapt(thing: Any, *, deps: Any = None, agents: Sequence[Any] = ()) -> Pydant
 class PydanticAgent(FrameworkAgent):
     """A pydantic-ai agent. Parameters of other agents that it reaches begin with their names.
 
-    Raises ConfigError for an unsupported version, an agent without a text, and two agents of one name.
+    Raises ConfigError for an unsupported version, an agent without a text, and two agents with one name.
     """
 
     def __init__(self, program: Any, *, deps: Any = None, agents: Sequence[Any] = ()) -> None:
@@ -140,12 +140,12 @@ class PydanticAgent(FrameworkAgent):
         super().__init__(program, parameters)
 
     def like(self, program: Any) -> PydanticAgent:
-        """Return an agent with this one's options around another program."""
+        """Return an agent with the same options around another program."""
         return PydanticAgent(program, deps=self.deps, agents=self.agents)
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
-        """Hand out the host's agent under the instructions of this context."""
+        """Yield the host's agent with the instructions of this context."""
         with ExitStack() as stack:
             for agent, texts in self._instructions:
                 if texts:
@@ -157,7 +157,7 @@ class PydanticAgent(FrameworkAgent):
             yield self.program
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return the output of the agent's run; without a client that is watched, its history is the transcript."""
+        """Return the output of the agent's run; without an observed client, its history is the transcript."""
         deps = self.deps(task.sample.x) if callable(self.deps) else self.deps
         deps = await deps if isawaitable(deps) else deps
         with self.placed() as agent, capture_run_messages() as messages:
@@ -176,11 +176,7 @@ def bare(agent: Any) -> Agent[Any, Any]:
 
 
 def prefix_of(name: str) -> str:
-    """Return what the names of an agent's parameters begin with.
-
-    >>> prefix_of("refunds"), prefix_of("")
-    ('refunds.', '')
-    """
+    """Return the prefix of the names of an agent's parameters."""
     return f"{name}." if name else ""
 
 
@@ -206,7 +202,7 @@ def _tools_of(agent: Agent[Any, Any]) -> list[Tool[Any]]:
 
 
 def _instructions_of(agent: Agent[Any, Any], prefix: str) -> dict[int, HostParameter]:
-    """Return position -> parameter of the instructions that are fixed texts; functions and templates stay."""
+    """Return position -> parameter of the fixed instructions; functions and templates are unchanged."""
     found: dict[int, HostParameter] = {}
     for i, sourced in enumerate(agent._instructions):
         instruction = sourced.instruction
@@ -264,7 +260,7 @@ def _system_prompts_of(agent: Agent[Any, Any], prefix: str) -> list[ParameterNod
 
 
 class _Described:
-    """A tool's `prepare` that puts the description in place which the current context reads."""
+    """A tool's `prepare` that sets the description of the current context."""
 
     def __init__(self, tool: Tool[Any], name: str) -> None:
         self.given = tool.prepare

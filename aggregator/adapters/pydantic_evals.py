@@ -21,13 +21,13 @@ from aggregator.records import Scores
 from aggregator.text import shorten
 
 SHOWN = 500
-"""How many characters of an expected output and of an output the feedback quotes."""
+"""The number of characters of an expected output and of an output that the feedback quotes."""
 
 
 def cases(dataset: Dataset[Any, Any, Any]) -> tuple[list[tuple[Any, int]], Evaluators]:
     """Return the cases of a data set as pairs (inputs, position), and the guide that evaluates outputs.
 
-    Raises ConfigError for a data set without cases, and for a case that no evaluator judges.
+    Raises ConfigError for a data set without cases, and for a case without an evaluator.
     """
     require_version("pydantic-evals", "2.40", "3")
     if not dataset.cases:
@@ -44,9 +44,9 @@ def cases(dataset: Dataset[Any, Any, Any]) -> tuple[list[tuple[Any, int]], Evalu
 class Evaluators:
     """The evaluators of a data set as a guide: the score is the mean of what they return as numbers or as bool.
 
-    Each named result is a score by its name. The feedback holds the results with their reasons, texts among them, and
-    what was expected, unless all is as it should be. An evaluator that fails is a failure of the guide; the spans of a
-    run are not recorded for evaluators.
+    Each named result is a named score. The feedback holds the results with their reasons, including texts, and the
+    expected output, unless everything is right. An evaluator that fails is a failure of the guide; a run's spans are
+    not recorded for evaluators.
     """
 
     def __init__(self, dataset: Dataset[Any, Any, Any]) -> None:
@@ -87,11 +87,7 @@ class Evaluators:
 
 
 def _free(key: str, taken: dict[str, float]) -> str:
-    """Return a name that no result has, with a number if two evaluators share one.
-
-    >>> _free("right", {"right": 1.0})
-    'right_2'
-    """
+    """Return an unused name for a result, with a number if two evaluators share one."""
     number = 2
     name = key
     while name in taken:

@@ -1,4 +1,4 @@
-"""Agents of a few words: a prompt template that a model answers, and named values that an evaluator scores."""
+"""Minimal agents: a prompt template that a model answers, and named values that an evaluator scores."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from aggregator.text import fill, placeholders, shorten
 
 
 class TemplateAgent(InstanceAgent):
-    """A prompt template, which is the one parameter, `prompt`: a model answers it for each row.
+    """A prompt template, which is the only parameter, `prompt`: a model answers it for each row.
 
-    The placeholders (`{ticket}`, `{{ticket}}` or `$ticket`) are filled from the row's columns; a row that is no mapping
-    fills the one placeholder. `model` is what `as_model` takes; None is the default model. Raises ConfigError for a
-    text without a placeholder, which could not depend on its input.
+    The placeholders (`{ticket}`, `{{ticket}}` or `$ticket`) are filled from the row's columns; a row that is not a
+    mapping fills the only placeholder. `model` is anything that `as_model` accepts; None is the default model. Raises
+    ConfigError for a text without a placeholder, which could not depend on its input.
     """
 
     def __init__(self, template: str, model: Any = None, *, max_tokens: int | None = None) -> None:
@@ -46,7 +46,7 @@ class TemplateAgent(InstanceAgent):
 
 
 class EvaluatedValues(InstanceAgent):
-    """Named values that a function scores row by row: for whatever has no agent of its own.
+    """Named values that a function scores row by row, for programs without an agent.
 
     `evaluator(values, row)`, sync or async, returns a score, or (score, feedback). It gets plain values by name. It is
     the agent and its guide in one: train it with the guide `own_verdict`. Raises ConfigError for a mapping without
@@ -74,7 +74,7 @@ class EvaluatedValues(InstanceAgent):
         return list(self._parameters)
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Return what the evaluator says."""
+        """Return the evaluator's result."""
         values = {parameter.name: parameter.data for parameter in self._parameters}
         if is_async(self.evaluator):
             return Ran(output=await self.evaluator(values, task.sample.x))
@@ -83,5 +83,5 @@ class EvaluatedValues(InstanceAgent):
 
 
 def own_verdict(x: Any, output: Any, info: Any) -> Any:
-    """Return what an evaluator said: the guide of `EvaluatedValues`."""
+    """Return an evaluator's verdict: the guide of `EvaluatedValues`."""
     return output

@@ -1,15 +1,15 @@
 """Agents written for Trace, unchanged, in our training loop: PyPI's trace-opt, OpenTrace's main and experimental.
 
-An instance runs while it holds a `TraceLock`, so forward passes follow one another: a traced operation
-reads and writes Trace's registries all along. An async `forward` holds it across its awaits, as what it starts reads
-the nodes too. Guides see plain data: what the nodes of an output hold, also in tuples, lists, dicts and data classes.
+An instance runs while it holds a `TraceLock`, so forward passes follow one another: a traced operation reads and writes
+Trace's registries all along. An async `forward` holds it across its awaits, because its tasks read the nodes too.
+Guides get plain data: the data of an output's nodes, also in tuples, lists, dicts and data classes.
 
-Trace keeps feedback on nodes that all instances share, and its registries are global. The lock is held around a
-forward pass and around zero_feedback -> backward -> step, and released while the optimizer's model is awaited: the slow
-part of all instances runs at once, the rest never mixes. A `Visit` is the state that one of them finds while it holds
-the lock: its own values on the nodes, its own registries.
+Trace keeps feedback on nodes that all instances share, and its registries are global. The lock is held around a forward
+pass and around zero_feedback -> backward -> step, and released while the optimizer's model is awaited: the slow parts
+run concurrently, the rest never mixes. A `Visit` is the state of one instance while it holds the lock: its own values
+on the nodes, its own registries.
 
-Nothing is imported from Trace: its modules are found in sys.modules once somebody else has imported them.
+Nothing is imported from Trace: its modules are found in sys.modules once the user has imported them.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from aggregator.records import RolloutTask
 # ---- what Trace shares between instances
 
 OLDEST, NEWEST = "0.1.3", "0.3"
-"""The versions of Trace that are supported: from the first one, and below the second."""
+"""The supported versions of Trace: from the first one to below the second."""
 
 _NODES = "opto.trace.nodes"
 
 
 def require_trace() -> None:
-    """Raise ConfigError if the imported Trace is of a version that is not supported; pass if none is imported."""
+    """Raise ConfigError if the imported Trace has an unsupported version; pass if none is imported."""
     version = getattr(sys.modules.get("opto.version"), "__version__", None)
     if version is not None:
         require_version("trace-opt", OLDEST, NEWEST, version=version)
 
 
 class TraceLock:
-    """Held around what reads or writes Trace's shared state; `released()` inside lets the others go on meanwhile."""
+    """Held by code that reads or writes Trace's shared state; `released()` lets the others run meanwhile."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class TraceLock:
 
     @contextmanager
     def hold(self, visit: Visit) -> Iterator[None]:
-        """Hold the lock, in this thread, with the state of the visit in place."""
+        """Hold the lock in this thread, with the visit's state installed."""
         with self._lock:
             visit.enter()
             self._mine.visit = visit
@@ -74,15 +74,15 @@ class TraceLock:
 
     @asynccontextmanager
     async def hold_async(self, visit: Visit, threads: Executor) -> AsyncIterator[None]:
-        """Hold the lock in a task; a thread waits for it, so that the event loop goes on.
+        """Hold the lock in a task; a thread waits for it, so that the event loop is not blocked.
 
-        It is kept across every `await` inside: what a task starts there reads the nodes too.
+        It is held across every `await` inside, because a task's children read the nodes too.
         """
         taken = asyncio.get_running_loop().run_in_executor(threads, self._lock.acquire)
         try:
             await asyncio.shield(taken)
         except asyncio.CancelledError:
-            taken.add_done_callback(lambda _: self._lock.release())  # the thread cannot be stopped: undo what it does
+            taken.add_done_callback(lambda _: self._lock.release())  # the thread cannot be stopped: undo its work
             raise
         visit.enter()
         try:
@@ -93,7 +93,7 @@ class TraceLock:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Release the lock around the block; does nothing in a thread that does not hold it."""
+        """Release the lock around the block; do nothing in a thread that does not hold it."""
         visit = getattr(self._mine, "visit", None)
         if visit is None:
             yield
@@ -108,10 +108,10 @@ class TraceLock:
 
 
 class Visit:
-    """What one instance finds on Trace's shared state: entered and left any number of times.
+    """One instance's view of Trace's shared state: entered and left any number of times.
 
     `values` is the data of each parameter's node. Feedback and children of these nodes are the visit's own, and so are
-    the global registries: names in its graph do not count what other instances made, and no graph is kept for good.
+    the global registries: names in its graph do not depend on other instances, and no graph is kept.
     """
 
     def __init__(self, values: Mapping[Any, Any]) -> None:
@@ -125,21 +125,21 @@ class Visit:
         self._registries: _Registries | None = None
 
     def enter(self) -> None:
-        """Put the visit's state in place, and keep what was there."""
+        """Install the visit's state, and save the previous one."""
         self._outer_registries = _Registries.current()
         (self._registries or self._outer_registries.fresh()).install()
         self._outer = [(node, name, getattr(node, name)) for node, name, _ in self._own]
         _assign(self._own)
 
     def leave(self) -> None:
-        """Keep the visit's state, and put back what was there before."""
+        """Save the visit's state, and restore the previous one."""
         self._own = [(node, name, getattr(node, name)) for node, name, _ in self._own]
         _assign(self._outer)
         self._registries = _Registries.current()
         self._outer_registries.install()
 
     def rename(self, nodes: Iterable[Any]) -> None:
-        """Give the nodes names that differ, for as long as the visit lasts; the first of a name keeps it."""
+        """Give the nodes different names during the visit; the first one of a name keeps it."""
         taken: set[str] = set()
         for node in nodes:
             base, _, number = node.name.partition(":")
@@ -152,7 +152,7 @@ class Visit:
                 self._set(node, "_name", name)
 
     def show_without_addresses(self, nodes: Iterable[Any]) -> None:
-        """Let objects on the nodes, as the `self` of a traced method, look the same in the prompts of every run."""
+        """Give objects on the nodes, such as a traced method's `self`, the same text in the prompts of every run."""
         for node in nodes:
             kind: Any = type(node._data)  # noqa: SLF001 - Trace's `data` notes who read it
             if kind.__repr__ is object.__repr__:
@@ -174,8 +174,8 @@ def _assign(state: Iterable[tuple[Any, str, Any]]) -> None:
 class _Registries:
     """Trace's registries: the nodes by name, the stack of read nodes, the stack of name scopes.
 
-    The nodes that were read are in a list up to version 0.1.3.8, and later in a context variable, which keeps tasks and
-    threads apart by itself. Up to 0.1.3.9 the nodes by name are in lists, and later they are counted.
+    The nodes that were read are in a list up to version 0.1.3.8, and later in a context variable, which separates tasks
+    and threads itself. Up to 0.1.3.9 the nodes by name are in lists, and later they are counted.
     """
 
     def __init__(self, names: Any, used: list[Any] | None, scopes: list[Any]) -> None:
@@ -185,7 +185,7 @@ class _Registries:
 
     @classmethod
     def current(cls) -> _Registries:
-        """Return what is installed now; empty if Trace was never imported."""
+        """Return the installed registries, empty if Trace was never imported."""
         trace = sys.modules.get(_NODES)
         if trace is None:
             return cls(None, None, [])
@@ -193,7 +193,7 @@ class _Registries:
         return cls(trace.GRAPH._nodes, used, list(trace.NAME_SCOPES))  # noqa: SLF001 - its registry
 
     def fresh(self) -> _Registries:
-        """Return a copy of the names, and no nodes that were read."""
+        """Return a copy of the names, without nodes that were read."""
         if self.names is None:
             return self
         names = copy.copy(self.names)
@@ -201,7 +201,7 @@ class _Registries:
         return _Registries(names, None if self.used is None else [], [])
 
     def install(self) -> None:
-        """Make these the current ones, in place: other modules of Trace hold the same lists."""
+        """Install these registries in place, because other modules of Trace refer to the same lists."""
         trace = sys.modules.get(_NODES)
         if trace is None or self.names is None:
             return
@@ -212,7 +212,7 @@ class _Registries:
 
 
 def graph_of(nodes: Iterable[Any]) -> list[Any]:
-    """Return all nodes that these were made of, each once: parents before children, in the order given."""
+    """Return all ancestors of these nodes and the nodes, each once: parents before children, in the order given."""
     found: dict[int, Any] = {}
     waiting = [(node, False) for node in reversed(list(nodes))]
     while waiting:
@@ -228,7 +228,7 @@ def graph_of(nodes: Iterable[Any]) -> list[Any]:
 
 
 def join(nodes: Mapping[str, Any], value: Any, *, name: str, description: str) -> Any:
-    """Return one node of Trace made of several, so that feedback on it reaches them all."""
+    """Return one Trace node made of several, so that feedback on it reaches all of them."""
     return sys.modules[_NODES].MessageNode(value, inputs=dict(nodes), name=name, description=description)
 
 
@@ -241,12 +241,12 @@ _CODE = "__code"
 
 
 def is_trace_agent(agent: Any) -> bool:
-    """Return True if an agent offers parameters of Trace."""
+    """Return True if an agent has Trace's parameters."""
     return bool(_nodes_of(agent))
 
 
 class TraceParameter(ParameterNode[Any]):
-    """A parameter of Trace: the value lives on Trace's node, type and checks are ours."""
+    """A Trace parameter: the value is stored on Trace's node, type and checks are ours."""
 
     def __init__(self, node: Any, name: str) -> None:
         self.node = self.origin = node
@@ -270,7 +270,7 @@ class TraceParameter(ParameterNode[Any]):
         self.node._data = value  # noqa: SLF001 - as above
 
     def code_engine(self) -> str | None:
-        """Return "here" for source code, which Trace itself compiles and runs; no sandbox of ours reaches it."""
+        """Return "here" for source code, which Trace itself compiles and runs, outside our sandbox."""
         return "here" if self.is_code else None
 
     def check(self, raw: Any, where: str) -> Any:
@@ -283,10 +283,10 @@ class TraceParameter(ParameterNode[Any]):
 
 
 class TraceAgent(Module, InstanceAgent):
-    """A Trace agent as the library runs it: one instance at a time inside Trace, and the guide sees plain data.
+    """A Trace agent as the library runs it: one instance at a time inside Trace, and the guide gets plain data.
 
     `shares_state`: a trainer's overridden `forward`, which calls the user's own agent, runs for one instance at a time.
-    Raises ConfigError if the imported Trace is of a version that is not supported.
+    Raises ConfigError if the imported Trace has an unsupported version.
     """
 
     shares_state = True
@@ -303,7 +303,7 @@ class TraceAgent(Module, InstanceAgent):
         return dict(self._parameters)
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Run the agent under the values that this context reads; its nodes are kept for the optimizer.
+        """Run the agent with the values of this context; its nodes are kept for the optimizer.
 
         A synchronous agent runs in a thread, an async one in this task.
         """
@@ -313,7 +313,7 @@ class TraceAgent(Module, InstanceAgent):
                 output, plain = await self._finish(visit, self.agent, task.sample.x)
             else:
                 output, plain = await self.in_thread(self._run, visit, task.sample.x)
-                if isawaitable(output):  # what a synchronous forward returns of an async operation
+                if isawaitable(output):  # a synchronous forward may return the result of an async operation
                     output, plain = await self._finish(visit, lambda _: output, None)
         except Exception as error:  # noqa: BLE001 - an agent may raise anything, and Trace says where feedback starts
             return Ran(error=error, handle=getattr(error, "exception_node", None))
@@ -331,20 +331,20 @@ class TraceAgent(Module, InstanceAgent):
                 return output, plain_data(output)
 
     def visit(self) -> Visit:
-        """Return the state of Trace for one instance: the values that this context reads are on the nodes."""
+        """Return Trace's state for one instance: the nodes have the values of this context."""
         return Visit({parameter.node: parameter.data for parameter in self._parameters.values()})  # type: ignore[attr-defined]
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function in a thread of our own, with this context's variables."""
+        """Run a function in one of our threads, with this context's variables."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: context.run(function, *args))
 
 
 @contextmanager
 def _showing() -> Iterator[Callable[[Any], Any]]:
-    """Hand out a function that shows the operations which led to an output; those that led to an error are shown too.
+    """Yield a function that shows the operations behind an output; those behind an error are shown too.
 
-    Parameters have the values on trial only while the lock is held.
+    Parameters have the candidate's values only while the lock is held.
     """
 
     def show(output: Any) -> Any:
@@ -365,12 +365,12 @@ def _showing() -> Iterator[Callable[[Any], Any]]:
 
 
 def is_node(value: Any) -> bool:
-    """Return True for a node of Trace."""
+    """Return True for a Trace node."""
     return hasattr(value, "_data") and hasattr(value, "parents")
 
 
 def plain_data(output: Any) -> Any:
-    """Return what an agent's output holds, without nodes; what has none is returned as it is."""
+    """Return the plain data of an agent's output; an output without nodes is returned unchanged."""
     if is_node(output):
         return plain_data(output._data)  # noqa: SLF001 - Trace's `data` notes who read it
     if not any(True for _ in nodes_in(output)):
@@ -387,7 +387,7 @@ def plain_data(output: Any) -> Any:
 
 
 def nodes_in(output: Any, where: str = "output") -> Iterator[tuple[str, Any]]:
-    """Yield the nodes in an output with the place of each, as `output_answer` and `output_0`."""
+    """Yield the nodes in an output with their names, such as `output_answer` and `output_0`."""
     if is_node(output):
         yield where, output
         return
@@ -403,7 +403,7 @@ def nodes_in(output: Any, where: str = "output") -> Iterator[tuple[str, Any]]:
 
 
 def _nodes_of(agent: Any) -> list[Any]:
-    """Return an agent's parameters where they are Trace's, each once, else none."""
+    """Return an agent's parameters if they are Trace's, each once, else none."""
     offered = getattr(agent, "parameters", None)
     found = list(offered()) if callable(offered) else []
     traced = [node for node in found if hasattr(node, "_data") and hasattr(node, "py_name")]
@@ -420,11 +420,11 @@ def _parameters_of(nodes: Sequence[Any]) -> Iterator[TraceParameter]:
 
 
 def _operation(node: Any) -> str:
-    """Return the name of the operation that made a node, as `Router.route`."""
+    """Return the name of the operation that made a node, such as `Router.route`."""
     return str(node.name.partition(":")[0].rpartition("<locals>.")[2])
 
 
 def _describe(node: Any) -> str:
-    """Return a node's description without the tag that Trace puts in front."""
+    """Return a node's description without Trace's tag."""
     text = getattr(node, "description", None) or ""
     return text.partition("] ")[2] if text.startswith("[") and "] " in text else text

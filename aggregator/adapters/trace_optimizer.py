@@ -1,4 +1,4 @@
-"""Optimizers written for Trace, unchanged, as the trainer asks them: a proposal for given rollouts, applied by us."""
+"""Optimizers written for Trace, unchanged, in our trainer: they propose for given rollouts, and we apply."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _SHARED = ("parameters", "log", "summary_log")
 
 
 def as_optimizer(optimizer: Any, agent: Agent) -> Any:
-    """Return an optimizer as the trainer asks it: one of Trace is wrapped, any other stays as it is.
+    """Return an optimizer for the trainer: one of Trace is wrapped, any other is returned unchanged.
 
-    Raises ConfigError for an optimizer of Trace with an agent that is none of Trace's.
+    Raises ConfigError for a Trace optimizer with an agent that is not Trace's.
     """
     if not is_trace_optimizer(optimizer):
         return optimizer
@@ -44,12 +44,12 @@ def as_optimizer(optimizer: Any, agent: Agent) -> Any:
 
 
 def is_trace_optimizer(optimizer: Any) -> bool:
-    """Return True if an optimizer takes feedback as Trace's do."""
+    """Return True if an optimizer accepts feedback as Trace's do."""
     return all(callable(getattr(optimizer, name, None)) for name in ("zero_feedback", "backward", "step"))
 
 
 class _Step(Protocol):
-    """What a proposal needs to know of `aggregator.training.step.Step`."""
+    """The fields of `aggregator.training.step.Step` that a proposal needs."""
 
     @property
     def number(self) -> int: ...
@@ -58,12 +58,12 @@ class _Step(Protocol):
 
 
 class TraceOptimizer:
-    """A Trace optimizer as the trainer asks it: for a proposal, applying nothing.
+    """A Trace optimizer in our trainer: it proposes, and applies nothing.
 
-    It is shown one instance, or a whole minibatch as Trace's own trainers show it: one node that all outputs lead to,
-    and all feedback, by number. Each proposal works on a copy that shares nothing but the parameters and the log, so
-    that proposals of one batch do not see each other (in Trace, `memory_size` lets them). What they add to the memory
-    is taken over when the next step begins, in the order of the samples.
+    It gets one instance, or a whole minibatch as in Trace's own trainers: one node with all outputs as parents, and all
+    feedback, by number. Each proposal uses a copy that shares only the parameters and the log, so that proposals of one
+    batch do not see each other (in Trace, `memory_size` lets them). Their additions to the memory are merged when the
+    next step begins, in the order of the samples.
     """
 
     def __init__(self, optimizer: Any, agent: TraceAgent) -> None:
@@ -79,10 +79,10 @@ class TraceOptimizer:
             )
         self.parameters: list[Any] = [known[id(node)] for node in optimizer.parameters]
         self._step_of_memories: int | None = None
-        self._copies: dict[Any, Any] = {}  # place in the run, sample id -> copy
+        self._copies: dict[Any, Any] = {}  # lineage, sample id -> copy
 
     async def propose(self, rollouts: Sequence[Rollout], step: _Step) -> Proposal:
-        """Return what these instances ask for; raises LLMError if the call failed."""
+        """Return these instances' proposal; raises LLMError if the call failed."""
         seen = [rollout for rollout in rollouts if next(nodes_in(rollout.handle), None)]
         scores = [rollout.score for rollout in rollouts if rollout.score is not None]
         silent = Proposal(
@@ -99,7 +99,7 @@ class TraceOptimizer:
         try:
             with lineage("propose", role="optimizer"):
                 update = await self.agent.in_thread(self._step, optimizer, seen)
-        except Exception as error:  # an optimizer of others may raise anything; for this instance that is a record
+        except Exception as error:  # a foreign optimizer may raise anything; for this instance that is a record
             if isinstance(error, LLMError) or ends_run(error):
                 raise
             return replace(silent, error=f"{type(error).__name__}: {error}")
@@ -107,7 +107,7 @@ class TraceOptimizer:
         return replace(silent, values=values, error="; ".join(refused) or None)
 
     def _step(self, optimizer: Any, rollouts: Sequence[Rollout]) -> dict[Any, Any]:
-        """Run zero_feedback, backward and step, alone but for the time the model takes."""
+        """Run zero_feedback, backward and step under the lock, which is released during model calls."""
         feedback = _number_lines([(rollout.sample_id, rollout.feedback) for rollout in rollouts])
         visit = self.agent.visit()
         with self.agent.lock.hold(visit):
@@ -119,14 +119,14 @@ class TraceOptimizer:
             optimizer.zero_feedback()
             # The graph is kept: several proposals may be made from one rollout.
             optimizer.backward(target, feedback, **({"retain_graph": True} if hasattr(target, "_backwarded") else {}))
-            propose = getattr(optimizer, "propose", None)  # `step` of some versions applies what it proposes
+            propose = getattr(optimizer, "propose", None)  # `step` of some versions applies its proposal
             update: dict[Any, Any] = propose() if callable(propose) else optimizer.step(bypassing=True)
             if callable(project := getattr(optimizer, "project", None)):  # 0.2: a parameter's own projections
                 project(update)
         return update
 
     def _copy(self) -> Any:
-        """Return the optimizer with a memory of its own, a model that gives up the lock, no conversion of values."""
+        """Return the optimizer with its own memory, a model that releases the lock, and no conversion of values."""
         optimizer = object.__new__(type(self.optimizer))
         vars(optimizer).update(vars(self.optimizer))  # copy.copy of some versions leaves the parameters out
         for name, value in vars(self.optimizer).items():
@@ -134,7 +134,7 @@ class TraceOptimizer:
                 setattr(optimizer, name, _copy_of(value))
         if hasattr(optimizer, "llm"):
             optimizer.llm = _Yielding(optimizer.llm, self.agent.lock)
-        if hasattr(optimizer, "construct_update_dict"):  # Trace's guesses at types: ours are asked instead
+        if hasattr(optimizer, "construct_update_dict"):  # replaces Trace's guesses at types by ours
             optimizer.construct_update_dict = lambda suggestion: {
                 node: suggestion[node.py_name]
                 for node in optimizer.parameters
@@ -143,7 +143,7 @@ class TraceOptimizer:
         return optimizer
 
     def _take_over_memories(self, step: _Step) -> None:
-        """Once per step, add what each proposal of the step before remembered, in the order of the samples."""
+        """Once per step, merge the memories of the previous step's proposals, in the order of the samples."""
         if self._step_of_memories == step.number:
             return
         for name in (name for name in _MEMORIES if hasattr(self.optimizer, name)):
@@ -157,7 +157,7 @@ class TraceOptimizer:
         self._step_of_memories = step.number
 
     def _convert(self, update: dict[Any, Any], parameters: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
-        """Return the values that fit their parameters, and why the others do not."""
+        """Return the valid values, and the reasons against the others."""
         values: dict[str, Any] = {}
         refused = []
         for parameter in parameters:
@@ -173,7 +173,7 @@ class TraceOptimizer:
 
 
 class _Yielding:
-    """A model that lets other instances into Trace while it is asked."""
+    """A model that lets other instances into Trace during its calls."""
 
     def __init__(self, llm: Any, lock: TraceLock) -> None:
         self._llm = llm
@@ -184,7 +184,7 @@ class _Yielding:
             return self._llm(*args, **kwargs)
 
     def create(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask, under the other name that Trace has for it."""
+        """Call, under Trace's other name for it."""
         with self._lock.released():
             return getattr(self._llm, "create", self._llm)(*args, **kwargs)
 
@@ -193,7 +193,7 @@ class _Yielding:
 
 
 def _copy_of(value: Any) -> Any:
-    """Return a copy that can be added to without the original; what is in it stays the same."""
+    """Return a copy that can be extended without changing the original."""
     copied = copy.copy(value)
     if isinstance(value, list):
         return copied
@@ -209,14 +209,14 @@ def _remember(memory: Any, entry: Any) -> None:
 
 
 def _number_lines(found: Sequence[tuple[int, Any]]) -> str:
-    """Return one text as it is, and several each below the number of its sample, as Trace's trainers do."""
+    """Return one text unchanged, and several under the numbers of their samples, as Trace's trainers do."""
     if len(found) == 1:
         return str(found[0][1])
     return "\n".join(f"ID [{sample_id}]: {text}" for sample_id, text in found)
 
 
 def _one_node(rollouts: Sequence[Rollout]) -> Any:
-    """Return one node that the nodes in all outputs lead to; call it with the lock."""
+    """Return one node with the nodes of all outputs as parents; call it with the lock held."""
     several = len(rollouts) > 1
     nodes: dict[str, Any] = {}
     for i, rollout in enumerate(rollouts):

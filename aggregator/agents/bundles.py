@@ -25,7 +25,7 @@ _IS_COROUTINE, _HAS_VARARGS = 0x80, 0x04  # inspect.CO_COROUTINE, inspect.CO_VAR
 
 
 class Operation:
-    """What @bundle knows of a function: its name, its description, and the parameter that holds its source."""
+    """A bundled function: its name, its description, and the parameter that holds its source."""
 
     def __init__(
         self, function: FunctionType, description: str | None, *, trainable: bool, place: Place = HERE
@@ -41,12 +41,12 @@ class Operation:
             self.code = CodeParameter(function, name=self.name + CODE, description=self.description, place=place)
 
     def code_of(self, owner: Any) -> CodeParameter | None:
-        """Return the parameter that holds the source: the instance's own for a method, else the operation's."""
+        """Return the parameter that holds the source: the instance's own for a method, otherwise the operation's."""
         if self.code is None or not isinstance(getattr(owner, "__dict__", None), dict):
             return self.code  # a class, or an instance without its own entry
         key = self.name + CODE
         own = vars(owner).get(key)
-        if own is None:  # setdefault: two threads that come first at the same time agree on one
+        if own is None:  # setdefault: two concurrent first threads get the same one
             own = vars(owner).setdefault(key, self.code.fresh())
         return own if isinstance(own, CodeParameter) else self.code
 
@@ -58,18 +58,18 @@ class Operation:
         return [self.code]
 
     def owner_among(self, args: tuple[Any, ...]) -> Any:
-        """Return the instance whose method this is in a call with these arguments, None for a plain function.
+        """Return the instance whose method is called with these arguments, or None for a plain function.
 
-        A method that a subclass overrides is no longer its class's operation: `super()` runs it as it was written.
+        A method that a subclass overrides is no longer its class's operation: `super()` runs the original.
         """
         if args and operation_of(getattr(type(args[0]), self.name, None)) is self:
             return args[0]
         return None
 
     def current(self, args: tuple[Any, ...]) -> tuple[Callable[..., Any], bool]:
-        """Return the function to call: as written, compiled from the parameter's source, or run in a sandbox.
+        """Return the function to call: the original, one compiled from the parameter's source, or one run in a sandbox.
 
-        The second value says that its source is not the author's own.
+        The second value is True if its source is not the author's own.
         """
         if self.code is None:
             return self.function, False
@@ -80,7 +80,7 @@ class Operation:
         return function, changed
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-        """Return the arguments of a call under their names, without `self`."""
+        """Return the arguments of a call by name, without `self`."""
         facts = self.function.__code__
         names = facts.co_varnames[: facts.co_argcount]
         named = [(name, value) for name, value in zip(names, args, strict=False) if name not in ("self", "cls")]
@@ -90,7 +90,7 @@ class Operation:
         return [*named, *kwargs.items()]
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the operation, recorded where a transcript is open."""
+        """Run the operation, and record it if a transcript is open."""
         function, changed = self.current(args)
         if current_transcript() is None and not changed:
             return function(*args, **kwargs)
@@ -105,7 +105,7 @@ class Operation:
             return output
 
     async def acall(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the asynchronous operation, recorded where a transcript is open."""
+        """Run the asynchronous operation, and record it if a transcript is open."""
         function, changed = self.current(args)
         if current_transcript() is None and not changed:
             return await function(*args, **kwargs)
@@ -120,7 +120,7 @@ class Operation:
             return output
 
     def _place(self, error: BaseException, function: Callable[..., Any], args: tuple[Any, ...]) -> str:
-        """Return where in a trainable operation's source it failed, "" for any other."""
+        """Return the line of a trainable operation's source that failed, or "" for any other operation."""
         code = self.code and self.code_of(self.owner_among(args))
         return code.place_of(error, function) if code else ""
 
@@ -136,8 +136,8 @@ def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox
 
     `description` defaults to the docstring's first paragraph. `trainable=True` makes the source a parameter named
     `<operation>__code`: of the instance for a method of a Module, else of the operation itself. Source that training
-    changed runs in a worker process with limits; `sandbox=` says otherwise (`aggregator.sandbox.limits` lists the
-    words, and what the code can see there), and `sandbox=None` runs it in this process.
+    changed runs in a worker process with limits; `sandbox=` changes that (`aggregator.sandbox.limits` lists its values,
+    and what the code can access there), and `sandbox=None` runs it in this process.
 
     >>> @bundle()
     ... def add(a: int, b: int) -> int:
@@ -173,6 +173,6 @@ def _wrap(function: Any, description: str | None, *, trainable: bool, place: Pla
             return operation.call(args, kwargs)
 
     traced.__operation__ = operation  # type: ignore[attr-defined]
-    if trainable and "." not in operation.title:  # a function by itself can be an agent, as a Module can
+    if trainable and "." not in operation.title:  # a function can be an agent by itself, like a Module
         traced.parameters = operation.parameters  # type: ignore[attr-defined]
     return traced

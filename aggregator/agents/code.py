@@ -1,7 +1,7 @@
 """Source code as a parameter: checked before it is applied, compiled once, run in place of the original.
 
-`check_source` runs nothing of what it checks. `compile_function` gives new source the globals and the closure of the
-function as it was written; what decorators did stays in place, the source is shown and taken without them.
+`check_source` runs none of the code that it checks. `compile_function` gives new source the globals and the closure of
+the original function; decorators stay in place, and the source excludes them.
 
 Source from a file needs the user's consent if its operation has `sandbox=None`, because it then runs with all rights of
 the program (`require_consent`); sandboxed code runs freely:
@@ -31,10 +31,13 @@ from aggregator.sandbox.limits import Place, current_place
 from aggregator.text import strip_fence
 
 SOURCE_LIMIT = 40_000
-"""How many characters a source may have. Parsing an f-string of n fields takes O(n^2): 2 s at 90,000 characters."""
+"""The maximum number of characters of a source.
+
+Parsing an f-string of n fields takes O(n^2): 2 s at 90,000 characters.
+"""
 
 CACHED_FUNCTIONS = 512
-"""How many compiled functions are kept: enough for the candidates of a large batch."""
+"""The number of compiled functions in the cache: enough for the candidates of a large batch."""
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _ENCLOSING, _ENCLOSED = "__enclosing__", "__enclosed__"
@@ -51,18 +54,18 @@ class CodeParameter(ParameterNode[str]):
         self.name = name
 
     def fresh(self) -> CodeParameter:
-        """Return a separate parameter for the same function, holding the source as written."""
+        """Return a separate parameter for the same function, with the original source."""
         return CodeParameter(self.original, name=self.name, description=self.description, place=self.place)
 
     def check(self, raw: Any, where: str) -> str:
-        """Return new source laid out from the left edge; raises ParameterError."""
+        """Return new source, dedented; raises ParameterError."""
         source = plain_source(super().check(raw, where))
         if source != self.written:
             check_source(source, like=self.written, where=where)
         return source
 
     def describe(self) -> dict[str, Any]:
-        """Return what a prompt says of this parameter."""
+        """Return this parameter's description for a prompt."""
         return {**super().describe(), "type": "source code of a Python function, name and arguments fixed"}
 
     def code_engine(self) -> str:
@@ -70,16 +73,16 @@ class CodeParameter(ParameterNode[str]):
         return current_place(self.place).engine
 
     def is_changed(self) -> bool:
-        """Return True if the source is not the one that was written."""
+        """Return True if the source is not the original one."""
         return self.data != self.written
 
     def function(self) -> Callable[..., Any]:
-        """Return the function to run: as written, or compiled from the current source."""
+        """Return the function to run: the original, or one compiled from the current source."""
         source = self.data
         return self.original if source == self.written else compile_function(source, self.original)
 
     def place_of(self, error: BaseException, function: Callable[..., Any]) -> str:
-        """Return in which line of the source an error left `function`, counted from the `def` line, else ""."""
+        """Return the line of the source that raised an error in `function`, counted from the `def` line, or ""."""
         lines = self.data.splitlines()
         number = getattr(error, "source_line", 0) or self._line(error, function)
         return f" (line {number}: {lines[number - 1].strip()})" if 0 < number <= len(lines) else ""
@@ -98,7 +101,7 @@ class CodeParameter(ParameterNode[str]):
 
 
 def source_of(function: FunctionType) -> tuple[str, int]:
-    """Return a function's source from the left edge, without decorators, and the line of its `def` in the file.
+    """Return a function's dedented source, without decorators, and the line of its `def` in the file.
 
     Raises ConfigError if the source cannot be found.
     """
@@ -110,7 +113,7 @@ def source_of(function: FunctionType) -> tuple[str, int]:
             "source; @bundle(trainable=True) shows its source to the optimizer"
         ) from None
     text = dedent("".join(lines))
-    if text[:1].isspace():  # a text literal reaches left of the code: print it from its tree, lines unknown
+    if text[:1].isspace():  # a string literal starts left of the code: print it from its tree, lines unknown
         definition = ast.parse("if True:\n" + text).body[0].body[0]  # type: ignore[attr-defined]
         definition.decorator_list = []
         return plain_source(ast.unparse(definition)), -1
@@ -122,19 +125,12 @@ def source_of(function: FunctionType) -> tuple[str, int]:
 
 
 def plain_source(source: str) -> str:
-    r"""Return source from the left edge, out of the Markdown fence that wraps all of it, with one newline at the end.
-
-    >>> plain_source("```python\n  def f():\n    return 1\n```")
-    'def f():\n  return 1\n'
-    """
+    r"""Return dedented source without a Markdown fence around all of it, with one newline at the end."""
     return dedent(strip_fence(source)).strip("\r\n").rstrip() + "\n"
 
 
 def check_source(source: str, *, like: str, where: str = "") -> None:
-    r"""Raise ParameterError unless `source` compiles and is one function of the name and signature of `like`.
-
-    >>> check_source("def f(x):\n    return x + 1\n", like="def f(x): ...")
-    """
+    r"""Raise ParameterError unless `source` compiles and is one function with the name and signature of `like`."""
     at = f" - at {where}" if where else ""
     wanted = _definition(like, "")
     found = _definition(source, at, wanted.name)
@@ -146,7 +142,7 @@ def check_source(source: str, *, like: str, where: str = "") -> None:
 
 
 def signature(definition: _Function) -> str:
-    """Return name, arguments and which of them may be left out, as a `def` line."""
+    """Return name, arguments and which of them are optional, as a `def` line."""
     given = definition.args
     plain = [*given.posonlyargs, *given.args]
     optional = len(plain) - len(given.defaults)
@@ -167,7 +163,7 @@ def signature(definition: _Function) -> str:
 def compile_function(source: str, like: FunctionType) -> FunctionType:
     """Return the function that `source` defines, with the globals, closure and module of `like`.
 
-    Nothing is added to those globals. Default values are evaluated: compile only what may run here.
+    Nothing is added to those globals. Default values are evaluated: compile only trusted code.
     """
     cells = dict(zip(like.__code__.co_freevars, like.__closure__ or (), strict=True))
     made: dict[str, Any] = {}
@@ -184,7 +180,7 @@ def compile_function(source: str, like: FunctionType) -> FunctionType:
 
 
 def _definition(source: str, at: str, name: str = "") -> _Function:
-    """Return the one function that a source consists of; raises ParameterError."""
+    """Return the only function in a source; raises ParameterError."""
     if len(source) > SOURCE_LIMIT:
         raise ParameterError(f"Expected at most {SOURCE_LIMIT} characters of source, got {len(source)}{at}")
     try:
@@ -208,14 +204,14 @@ def _definition(source: str, at: str, name: str = "") -> _Function:
     if len(body) > 1:
         raise ParameterError(f"Expected {wanted}, got a second one in line {body[1].lineno}; helpers go inside{at}")
     definition = body[0]
-    assert isinstance(definition, _Function)  # the loop above says so
+    assert isinstance(definition, _Function)  # the loop above guarantees it
     if definition.decorator_list:
         raise ParameterError(f"Expected {wanted}, got a decorator in line {definition.decorator_list[0].lineno}{at}")
     return definition
 
 
 def _compiled(definition: _Function, at: str) -> CodeType:
-    """Return the function's own code, without running what surrounds it; raises ParameterError."""
+    """Return the function's own code, without running the surrounding code; raises ParameterError."""
     try:
         code = _compile(ast.Module([definition], []), "<source>")
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
@@ -228,9 +224,9 @@ def _compiled(definition: _Function, at: str) -> CodeType:
 
 
 def _enclosed(definition: _Function, cells: Mapping[str, CellType], file: str) -> CodeType:
-    """Compile a function inside one whose arguments are the names that the original takes from around it.
+    """Compile a function inside one whose arguments are the original's closure variables.
 
-    There it goes by another name: its own is for its code what it is for the original, so that it can call itself.
+    There it has another name, so that its own name refers to the operation, and it can call itself.
     """
     definition.name = _ENCLOSED
     arguments = ast.arguments([], [ast.arg(name) for name in cells], None, [], [], None, [])
@@ -240,7 +236,7 @@ def _enclosed(definition: _Function, cells: Mapping[str, CellType], file: str) -
 
 
 def _compile(module: ast.Module, file: str) -> CodeType:
-    """Compile with annotations left as text: they name what the model imagined, and nothing here reads them."""
+    """Compile with annotations left as text: they may name anything, and nothing here reads them."""
     flags = __future__.annotations.compiler_flag
     code: CodeType = compile(module, file, "exec", flags=flags, dont_inherit=True)
     return code
@@ -249,12 +245,12 @@ def _compile(module: ast.Module, file: str) -> CodeType:
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet, such as a function that names itself
+    except ValueError:  # not assigned yet, such as a function that names itself
         return None
 
 
 def _kind(code: CodeType) -> str:
-    """Return what calling gives, in words."""
+    """Return the result of a call, in words."""
     flags = code.co_flags
     if flags & inspect.CO_ASYNC_GENERATOR:
         return "an async generator"
@@ -273,7 +269,7 @@ ASK = "ask"
 
 
 def check_consent(code: Code) -> Code:
-    """Return `code=` as it was given; raises ConfigError for anything that is not one of the words above."""
+    """Return `code=` unchanged; raises ConfigError for anything but the values above."""
     if isinstance(code, bool) or code == ASK:
         return code
     words: Any = [code] if isinstance(code, str) else code
@@ -285,16 +281,12 @@ def check_consent(code: Code) -> Code:
 
 
 def source_digest(source: str) -> str:
-    r"""Return the sha256 of a source, by which it can be named in `code=`.
-
-    >>> source_digest("def f(x):\n    return x\n")[:12]
-    '72d3d5b08c2c'
-    """
+    r"""Return the sha256 of a source, for `code=`."""
     return sha256(plain_source(source).encode(errors="surrogatepass")).hexdigest()
 
 
 def unsandboxed_code(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, source) of those values that are code to be run in this process and not the author's own."""
+    """Return (name, source) of the values that are code to be run in this process and not the author's own."""
     return [
         (parameter.name, str(values[parameter.name]))
         for parameter in parameters
@@ -306,9 +298,9 @@ def unsandboxed_code(parameters: Iterable[Any], values: Mapping[str, Any]) -> li
 
 
 def require_consent(found: Iterable[tuple[str, str]], code: Code, *, origin: str, permitted: set[str]) -> None:
-    """Raise ConfigError unless `code` permits each (name, source); `origin` says where they come from.
+    """Raise ConfigError unless `code` permits each (name, source) from `origin`.
 
-    `permitted` holds digests that were permitted before, and takes those that the user permits now.
+    `permitted` holds digests permitted before; those that the user permits now are added.
     """
     if code is True:
         return

@@ -1,4 +1,4 @@
-"""Module: an agent, or a part of one, that knows its parameters and saves and loads them.
+"""Module: an agent, or a part of one, with its parameters, which can be saved and loaded.
 
 Parameters are found by walking attributes, lists, tuples and dicts; their names are the paths of that walk.
 """
@@ -40,9 +40,9 @@ VERSION = 1
 
 
 class Artefact(Struct, frozen=True, kw_only=True):
-    """Parameter values by name; `types` is for readers, `provenance` says where the values come from.
+    """Parameter values by name; `types` is for readers, `provenance` is the origin of the values.
 
-    `values` says which values of a training run they are: "best" or "last".
+    `values` is "best" or "last", for values of a training run.
     """
 
     format: str
@@ -61,9 +61,9 @@ def write_artefact(
     provenance: Mapping[str, Any] | None = None,
     which: str | None = None,
 ) -> None:
-    """Write values to a JSON file, in folders made for it: a reader finds the old file or the new one, never a part.
+    """Write values to a JSON file and create its folder. A reader sees the old file or the new one, never a part.
 
-    Raises ParameterError where nothing can be written there.
+    Raises ParameterError if it cannot be written.
     """
     artefact = Artefact(
         format=FORMAT,
@@ -87,7 +87,7 @@ def write_artefact(
 
 
 def read_artefact(path: str | os.PathLike[str]) -> Artefact:
-    """Return the content of a file that `write_artefact` wrote; raises ParameterError and says what to do."""
+    """Return the content of a file written by `write_artefact`; raises ParameterError with the remedy."""
     remedy = "save the agent again with Module.save"
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - pathlib would be one more import in production
@@ -117,14 +117,14 @@ _Found = tuple[str, ParameterNode[Any]]
 
 
 class _Applied(Struct, frozen=True, kw_only=True):
-    """The values that `Module.apply` has put in, and what they are called; a Struct, so that `walk` ends at it."""
+    """The values stored by `Module.apply`, and their name; a Struct, so that `walk` does not enter it."""
 
     which: str
     values: Mapping[str, Any]
 
 
 class Module:
-    """The base of agents and their parts: attributes that are parameters, modules, or lists and dicts of them.
+    """The base class of agents and their parts: attributes are parameters, modules, or lists and dicts of them.
 
     A subclass defines `forward`, sync or async; calling the module calls it. `super().__init__()` is not needed.
 
@@ -139,11 +139,11 @@ class Module:
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the agent does; subclasses define it, sync or async."""
+        """Run the agent; subclasses define it, sync or async."""
         raise ConfigError(f"Expected {type(self).__name__} to define forward(self, x), got none; write one")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what `forward` returns: a coroutine where that is async."""
+        """Return the result of `forward`: a coroutine if that is async."""
         return self.forward(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -151,9 +151,9 @@ class Module:
         return f"<{type(self).__name__} with parameters {', '.join(names)}>" if names else f"<{type(self).__name__}>"
 
     def parameters(self) -> list[ParameterNode[Any]]:
-        """Return every parameter once, in the order of the attributes, named as seen from this module.
+        """Return every parameter once, in the order of the attributes, with names relative to this module.
 
-        A trainable operation (`@bundle(trainable=True)`) is in it as its source. Raises ConfigError where two
+        A trainable operation (`@bundle(trainable=True)`) is represented by its source. Raises ConfigError if two
         parameters share a name.
         """
         return list(self.parameters_dict().values())
@@ -166,9 +166,9 @@ class Module:
         return parameters
 
     def save(self, path: Path, *, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write the values of all parameters that JSON can carry to a file, whole or not at all; make its folder.
+        """Write the values of all parameters that JSON supports to a file, atomically; create its folder.
 
-        `provenance` is kept with them: JSON data that says where the values come from.
+        `provenance` is stored with them: JSON data about the origin of the values.
         """
         parameters = _carried(self.parameters_dict())
         types = {name: describe_type(parameter.type) for name, parameter in parameters.items()}
@@ -179,10 +179,10 @@ class Module:
         write_artefact(path, values, types=types, provenance=provenance, which=which)
 
     def apply(self, values: Mapping[str, Any], *, which: str = "") -> None:
-        """Put values into the parameters of these names, all of them or none, as `agent.apply(result.best_parameters)`.
+        """Store values in the parameters of these names, all or none, as in `agent.apply(result.best_parameters)`.
 
-        `which` names them ("best", "last"); `save` writes it down as long as the parameters have these values. Raises
-        ParameterError for an unknown name, and for a value that does not fit.
+        `which` names them ("best", "last"); `save` records it while the parameters have these values. Raises
+        ParameterError for an unknown name and an invalid value.
         """
         parameters = self.parameters_dict()
         if unknown := [name for name in values if name not in parameters]:
@@ -195,13 +195,13 @@ class Module:
         object.__setattr__(self, "_applied", _Applied(which=which, values=values_of(chosen)) if which else None)
 
     def load(self, path: Path, *, code: bool | str | Collection[str] = False) -> dict[str, Any]:
-        """Take over the values of a file that `save` wrote, all of them or none; returns its provenance.
+        """Store the values of a file written by `save`, all or none, and return its provenance.
 
         Source of an operation with `sandbox=None` runs in this process, so a file that holds changed source is refused
         unless `code` permits it: True, the sha256 of the source (or several), or "ask" on a terminal.
 
-        Raises ParameterError where the file cannot be read, names other parameters than this module has, or holds a
-        value that does not fit; ConfigError for source that `code` does not permit.
+        Raises ParameterError if the file cannot be read, has other parameters than this module, or has an invalid
+        value; ConfigError for source that `code` does not permit.
         """
         parameters, artefact = _carried(self.parameters_dict()), read_artefact(path)
         missing = [name for name in parameters if name not in artefact.parameters]
@@ -214,7 +214,7 @@ class Module:
                 )
                 + "; load it into the agent that was saved, or edit the file's `parameters`"
             )
-        if "aggregator.agents.code" in sys.modules:  # else nothing of this module is code
+        if "aggregator.agents.code" in sys.modules:  # otherwise nothing of this module is code
             from aggregator.agents.code import check_consent, require_consent, unsandboxed_code
 
             found = unsandboxed_code(parameters.values(), artefact.parameters)
@@ -227,10 +227,10 @@ class Module:
 
 
 def model(cls: type[T]) -> type[T]:
-    """Make a Module of a class that derives from something else, or from nothing: Trace's `@trace.model`.
+    """Make a Module of a class with any base class, or without one: Trace's `@trace.model`.
 
-    It keeps its name, place and constructor, so instances can be copied and pickled as before. Put it outermost, above
-    `@dataclass`. Type checkers do not see what it adds; where they should, derive from Module instead.
+    It keeps its name, module and constructor, so instances can be copied and pickled as before. Put it outermost, above
+    `@dataclass`. Type checkers do not see what it adds; if they should, derive from Module instead.
 
     >>> @model
     ... class Greeter:
@@ -256,7 +256,7 @@ def model(cls: type[T]) -> type[T]:
 
 
 def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
-    """Return those that a file can hold: all that are trained, and of the others whatever JSON can carry."""
+    """Return the parameters that a file can hold: all trained ones, and others if JSON supports their values."""
     return {
         name: parameter
         for name, parameter in parameters.items()
@@ -265,7 +265,7 @@ def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, Paramete
 
 
 def walk(value: Any, path: str = "", seen: set[int] | None = None) -> list[_Found]:
-    """Return (path, parameter) for all that can be reached, each once, depth first; what is `seen` is left out."""
+    """Return (path, parameter) for everything reachable, each once, depth first; what is `seen` is left out."""
     found: list[_Found] = []
     seen = set() if seen is None else seen
     waiting = [(path, value)]
@@ -288,7 +288,7 @@ def walk(value: Any, path: str = "", seen: set[int] | None = None) -> list[_Foun
 
 
 def operations_of(agent: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (operation, its instance or None) for every bundled function that can be reached from an agent."""
+    """Yield (operation, its instance or None) for every bundled function reachable from an agent."""
     seen: set[int] = set()
 
     def find(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -304,11 +304,11 @@ def operations_of(agent: Any) -> Iterator[tuple[Any, Any]]:
 
 
 _CONTAINERS = (Module, dict, list, tuple)
-_LEAVES = (str, int, float, bytes, type(None))  # what nearly all other items are: nothing is found in them
+_LEAVES = (str, int, float, bytes, type(None))  # nearly all other items are of these types, and hold no parameters
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
-    """Return what a container holds, by key, position or attribute: the class's attributes before the instance's."""
+    """Return a container's items, by key, position or attribute: the class's attributes before the instance's."""
     items: list[tuple[Any, Any]]
     if isinstance(value, dict):
         items = list(value.items())

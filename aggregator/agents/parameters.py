@@ -1,9 +1,9 @@
 """ParameterNode: a named, typed, described value that training may change.
 
-Reading a value asks the overrides of the current context first, so candidates are tried concurrently and side by side
-(`overriding`) while the stored values stay as they are; `write` is the one lasting mutation, and it is all or nothing.
+Reading a value checks the overrides of the current context first, so candidates are tried concurrently (`overriding`)
+while the stored values do not change; `write` is the only lasting mutation, and it is all or nothing.
 
-Values have types, inferred or given. Conversion is msgspec's lax one and never guesses: `"7"` becomes an int and
+Values have types, inferred or given. Conversion is msgspec's lax mode and never guesses: `"7"` becomes an int and
 `"False"` a bool, but a number never becomes text, text never a list, and NaN or infinity never a value.
 """
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 # ---- types of values: inferred, converted, described
 
 DEPTH_LIMIT = 64
-"""How many containers deep a value may be."""
+"""The maximum nesting of containers in a value."""
 
 NO_SURROGATE = "Expected text that UTF-8 can carry, got a lone surrogate"
 SCALARS = frozenset({str, bool, int, float, type(None)})
-"""The usual types of values; a copy of one is itself."""
+"""The common types of values; they need no copy."""
 
 
 class Unfit(ValueError):  # noqa: N818 - an answer between two functions of this room, not an error that users meet
-    """A value that is not of the type: `reason` says expected and got, `path` where inside the value."""
+    """A value of the wrong type: `reason` has expected and got, `path` is the position inside the value."""
 
     def __init__(self, reason: str, path: str = "") -> None:
         super().__init__(reason)
@@ -46,13 +46,7 @@ class Unfit(ValueError):  # noqa: N818 - an answer between two functions of this
 
 
 def infer_type(value: Any) -> Any:
-    """Return the type of a value, items included.
-
-    >>> infer_type(["a", "b"])
-    list[str]
-    >>> infer_type({"k": 1, "name": "x"})
-    dict[str, typing.Any]
-    """
+    """Return the type of a value, including its items."""
     if value is None:
         return Any
     kind = type(value)
@@ -80,10 +74,10 @@ def convert(raw: Any, kind: Any) -> Any:
 
 
 def refuse_oddities(value: Any, path: str = "", levels: int = DEPTH_LIMIT) -> None:
-    """Raise Unfit where a value holds NaN, infinity or text that UTF-8 cannot carry, or is nested too deep."""
+    """Raise Unfit if a value holds NaN, infinity or text that UTF-8 cannot encode, or is nested too deeply."""
     if levels == 0:
         raise Unfit(f"Expected a value of at most {DEPTH_LIMIT} levels, got one that is nested deeper")
-    if value is None or isinstance(value, int):  # bool included
+    if value is None or isinstance(value, int):  # including bool
         return
     if isinstance(value, float):
         if value - value != 0.0:
@@ -99,20 +93,16 @@ def refuse_oddities(value: Any, path: str = "", levels: int = DEPTH_LIMIT) -> No
 
 
 def snapshot(value: Any) -> Any:
-    """Return a copy that later changes in place do not reach."""
+    """Return a copy that later changes in place do not affect."""
     if value is None or isinstance(value, str | int | float):
         return value
-    from copy import deepcopy  # not needed where all values are texts and numbers
+    from copy import deepcopy  # not needed if all values are texts and numbers
 
     return deepcopy(value)
 
 
 def schema(kind: Any) -> dict[str, Any]:
-    """Return the JSON schema of a type, without references; {} for a type that JSON cannot state.
-
-    >>> schema(list[str])
-    {'type': 'array', 'items': {'type': 'string'}}
-    """
+    """Return the JSON schema of a type, without references; {} for a type that JSON does not support."""
     try:
         return dict(_schema(kind))
     except TypeError:  # a type without a schema, or one that cannot be hashed
@@ -124,7 +114,7 @@ def schema(kind: Any) -> dict[str, Any]:
 
 
 def _stated(kind: Any) -> dict[str, Any]:
-    """Return the schema of a type; raises TypeError where it has none."""
+    """Return the schema of a type; raises TypeError if it has none."""
     try:
         hash(kind)
     except TypeError:
@@ -134,19 +124,14 @@ def _stated(kind: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _schema(kind: Any) -> dict[str, Any]:
-    """Return the schema of a type; asked again for every proposal, so it is kept."""
+    """Return the schema of a type; cached, because every proposal needs it."""
     (found,), components = msgspec.json.schema_components([kind])
     inlined: dict[str, Any] = _inline(found, components, ())
     return inlined
 
 
 def describe_type(kind: Any) -> str:
-    """Return a type as people write it.
-
-    >>> from typing import Annotated
-    >>> describe_type(dict[str, list[int]]), describe_type(Annotated[float, Meta(ge=0, le=1)])
-    ('dict[str, list[int]]', 'float, >= 0, <= 1')
-    """
+    """Return a type in readable form."""
     if type(kind) is type:
         return str(kind.__name__)
     if hasattr(kind, "__metadata__"):
@@ -158,23 +143,19 @@ def describe_type(kind: Any) -> str:
 
 
 def carried_by_json(kind: Any, value: Any) -> bool:
-    """Return True if JSON can carry values of this type, and this one.
-
-    >>> carried_by_json(dict[int, str], {1: "a"}), carried_by_json(list[complex], [1j])
-    (True, False)
-    """
+    """Return True if JSON supports values of this type, and this one."""
     try:
         _stated(kind)
         msgspec.json.encode(value)
     except TypeError:
         return False
-    except (ValueError, RecursionError):  # of a type that JSON has; `convert` says what is wrong with the value
+    except (ValueError, RecursionError):  # a type that JSON supports; `convert` reports what is wrong with the value
         pass
     return not _loses_keys(kind)
 
 
 def _unfit(raw: Any, kind: Any, error: Exception) -> Unfit:
-    """Put msgspec's message into the house's form: expected, got, and the path apart."""
+    """Convert msgspec's message to our form: expected, got, and the path separately."""
     if isinstance(error, RecursionError):
         return Unfit(f"Expected a value of at most {DEPTH_LIMIT} levels, got one that is nested deeper")
     if isinstance(error, UnicodeEncodeError):
@@ -183,7 +164,7 @@ def _unfit(raw: Any, kind: Any, error: Exception) -> Unfit:
     path = path.strip("`")
     if path.startswith("$"):
         return Unfit(reason, path[1:])
-    if path:  # msgspec's way to point at a key: "`key` in `$.x`"
+    if path:  # msgspec's notation for a key: "`key` in `$.x`"
         return Unfit(f"{reason} for a key", path.rpartition("$")[2])
     if reason.startswith("Invalid enum value"):
         return Unfit(f"Expected {describe_type(kind)}, got {shorten(raw)}")
@@ -191,7 +172,7 @@ def _unfit(raw: Any, kind: Any, error: Exception) -> Unfit:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a value holds, each with its step in a path."""
+    """Yield the items of a value, each with its step in a path."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield "", key
@@ -205,7 +186,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _loses_keys(kind: Any) -> bool:
-    """Return True if a type has keys of any type somewhere: JSON makes text of them, and their types are lost."""
+    """Return True if a type has keys of any type somewhere: JSON converts them to text, and their types are lost."""
     arguments = get_args(kind)
     return (get_origin(kind) is dict and arguments[0] is Any) or any(map(_loses_keys, arguments))
 
@@ -231,7 +212,7 @@ def _facts(meta: Meta) -> list[str]:
 
 
 def _inline(part: Any, components: Mapping[str, Any], inside: tuple[str, ...]) -> Any:
-    """Replace references by what they name; a type inside itself becomes {} (anything)."""
+    """Replace references by their targets; a recursive type becomes {} (anything)."""
     if isinstance(part, list):
         return [_inline(item, components, inside) for item in part]
     if not isinstance(part, dict):
@@ -245,12 +226,12 @@ def _inline(part: Any, components: Mapping[str, Any], inside: tuple[str, ...]) -
 
 T = TypeVar("T")
 Constraint = str | Callable[[Any], bool] | None
-"""What a value must satisfy beyond its type: words for the optimizer, or a predicate."""
+"""A requirement on a value beyond its type: text for the optimizer, or a predicate."""
 
 UNNAMED = "parameter"
 
 CODE = "__code"
-"""What follows an operation's name in the name of the parameter that holds its source."""
+"""The suffix of an operation's name in the name of the parameter that holds its source."""
 
 _overrides: ContextVar[Mapping[ParameterNode[Any], Any]] = ContextVar("aggregator_overrides")
 _NOTHING: Mapping[Any, Any] = {}
@@ -260,12 +241,12 @@ class ParameterNode(Generic[T]):
     """A value that training may change, with the type, description and constraint that a new value must meet.
 
     `type` defaults to the value's own (`["a"]` is a list[str]); `Annotated[float, Meta(ge=0, le=1)]` adds bounds.
-    `name` defaults to the attribute path from the module that was asked for its parameters, such as "retriever.k".
+    `name` defaults to the attribute path from the module whose parameters are listed, such as "retriever.k".
     `constraint` is text for the optimizer, or a predicate: a new value for which it returns False or raises ValueError
-    is refused. `trainable=False` keeps the value out of training; it is still saved and loaded if JSON can carry it.
+    is refused. `trainable=False` keeps the value out of training; it is still saved and loaded if JSON supports it.
     `demonstrations=True` marks worked examples, which may quote the training data (`leak_guard`).
 
-    Raises ParameterError for a value that does not meet them, ConfigError for a type that JSON cannot carry.
+    Raises ParameterError for an invalid value, ConfigError for a type that JSON does not support.
     """
 
     def __init__(
@@ -298,10 +279,10 @@ class ParameterNode(Generic[T]):
 
     @property
     def data(self) -> T:
-        """The value: the current context's override if there is one, else as stored.
+        """The value: the current context's override if there is one, otherwise the stored one.
 
-        Assigning converts and checks, and raises ParameterError. Inside `overriding` an assignment lasts as long
-        as the override does.
+        Assigning converts and checks, and raises ParameterError. Inside `overriding` an assignment lasts as long as the
+        override does.
         """
         value: T = _overrides.get(_NOTHING).get(self, self._stored)
         return value
@@ -317,28 +298,28 @@ class ParameterNode(Generic[T]):
 
     @property
     def value(self) -> T:
-        """The value, under the name that `aggregator.protocols.Parameter` has for it."""
+        """The value, under its name in `aggregator.protocols.Parameter`."""
         return self.data
 
     def store(self, value: T) -> None:
-        """Store a value of this parameter's type for good, as `write` does; it is not converted or checked again."""
+        """Store a value of this parameter's type permanently, as `write` does, without converting or checking it."""
         self._stored = value
 
     def __shows_as__(self) -> T:
-        """Return the value, as `text.show` prints a parameter as what it holds."""
+        """Return the value: `text.show` prints a parameter as its value."""
         return self.data
 
     @property
     def py_name(self) -> str:
-        """The name as an identifier, as in prompts and suggestions: "retriever_k"."""
+        """The name as an identifier, used in prompts and suggestions: "retriever_k"."""
         return py_name(self.name)
 
     def convert(self, raw: Any) -> T:
-        """Return a suggested value as one of this parameter's type; raises ParameterError, and never guesses."""
+        """Return a suggested value converted to this parameter's type; raises ParameterError, and never guesses."""
         return self.check(raw, f"$.suggestion.{py_name(self.name)}")
 
     def check(self, raw: Any, where: str) -> T:
-        """Convert and check a value; `where` is what the error points at."""
+        """Convert and check a value; `where` is the position named by the error."""
         try:
             value: T = convert(raw, self.type)
             if callable(self.constraint):
@@ -357,7 +338,7 @@ class ParameterNode(Generic[T]):
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Return what a prompt says of this parameter: value, type, and description and constraint where given."""
+        """Return the description for a prompt: value, type, and description and constraint if given."""
         facts = {"value": self.data, "type": describe_type(self.type)}
         if self.description:
             facts["description"] = self.description
@@ -398,46 +379,42 @@ def node(
     description: str | None = None,
     constraint: Constraint = None,
 ) -> ParameterNode[Any]:
-    """Return a parameter, under Trace's name and with Trace's defaults: not trainable unless asked for.
-
-    >>> node("Answer briefly.", trainable=True).data
-    'Answer briefly.'
-    """
+    """Return a parameter, under Trace's name and with Trace's defaults: not trainable by default."""
     if isinstance(data, ParameterNode):
         return data
     return ParameterNode(data, name=name, description=description, constraint=constraint, trainable=trainable)
 
 
 def read(parameters: Iterable[ParameterNode[Any]]) -> Values:
-    """Return name -> value, copied, so that nothing done to the agent later changes what was read."""
+    """Return name -> value, copied, so that later changes to the agent do not affect the result."""
     return values_of(by_name(parameters).values())
 
 
 def values_of(parameters: Iterable[ParameterNode[Any]]) -> Values:
-    """Do as `read` with parameters that are known to have different names."""
+    """Do as `read` with parameters whose names are known to differ."""
     return {one.name: data if type(data := one.data) in SCALARS else snapshot(data) for one in parameters}
 
 
 def write(parameters: Iterable[ParameterNode[Any]], values: Values) -> None:
-    """Store new values, all of them or, where one is refused, none; names left out keep their value.
+    """Store new values, or none if one is refused; names left out keep their value.
 
-    Raises ParameterError for a value that is refused and for a name that is unknown.
+    Raises ParameterError for a refused value and an unknown name.
     """
     for parameter, value in _checked(parameters, values).items():
         parameter.store(value)
 
 
 def is_overridden(parameter: ParameterNode[Any]) -> bool:
-    """Return True if this context has a value of its own for a parameter."""
+    """Return True if this context overrides a parameter."""
     return parameter in _overrides.get(_NOTHING)
 
 
 @contextmanager
 def overriding(parameters: Iterable[ParameterNode[Any]], values: Values) -> Iterator[None]:
-    """Let these parameters read as `values` in the current context (task, thread) and what is started from it.
+    """Override these parameters by `values` in the current context (task, thread) and in what is started from it.
 
-    Nothing shared is touched, so contexts with different values run at the same time, and there is nothing to restore.
-    Raises ParameterError as `write` does.
+    Nothing shared is changed, so contexts with different values run concurrently, and nothing needs restoring. Raises
+    ParameterError as `write` does.
     """
     token = _overrides.set({**_overrides.get(_NOTHING), **_checked(parameters, values)})
     try:
@@ -448,16 +425,16 @@ def overriding(parameters: Iterable[ParameterNode[Any]], values: Values) -> Iter
 
 @contextmanager
 def keeping(parameters: Iterable[ParameterNode[Any]]) -> Iterator[None]:
-    """Let whatever is assigned to these parameters, or done to their values in place, last until the end of this.
+    """Limit assignments to these parameters, and changes of their values in place, to the block.
 
-    It is `overriding` by the values that they have.
+    It is `overriding` with their current values.
     """
     with lay_over({parameter: parameter.data for parameter in parameters}):
         yield
 
 
 class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager as `overriding`, entered per instance
-    """Do as `overriding` with values that are known to have the types of their parameters."""
+    """Do as `overriding` with values that are known to have the right types."""
 
     def __init__(self, values: Mapping[ParameterNode[Any], Any]) -> None:
         self._values = values
@@ -471,14 +448,14 @@ class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager 
 
 
 def by_name(parameters: Iterable[ParameterNode[Any]]) -> dict[str, ParameterNode[Any]]:
-    """Return name -> parameter in the order they came; raises ConfigError where two share a name or py_name."""
+    """Return name -> parameter in order; raises ConfigError if two share a name or py_name."""
     return index([(parameter.name, parameter) for parameter in parameters])
 
 
 def index(found: Iterable[tuple[str, ParameterNode[Any]]]) -> dict[str, ParameterNode[Any]]:
-    """Return name -> parameter for (path, parameter): its own name if it was given one, else the path.
+    """Return name -> parameter for (path, parameter): its own name if given, otherwise the path.
 
-    Raises ConfigError where two share a name or py_name.
+    Raises ConfigError if two share a name or py_name.
     """
     named: dict[str, ParameterNode[Any]] = {}
     owners: dict[str, tuple[str, ParameterNode[Any]]] = {}
@@ -494,7 +471,7 @@ def index(found: Iterable[tuple[str, ParameterNode[Any]]]) -> dict[str, Paramete
     return named
 
 
-@lru_cache(maxsize=4096)  # asked for several times an instance
+@lru_cache(maxsize=4096)  # called several times per instance
 def py_name(name: str) -> str:
     """Return a name as an identifier.
 
@@ -506,7 +483,7 @@ def py_name(name: str) -> str:
 
 
 def constraint_words(constraint: Constraint) -> str:
-    """Return a constraint in words: the text itself, or a predicate's docstring or name."""
+    """Return a constraint as text: the text itself, or a predicate's docstring or name."""
     if constraint is None or isinstance(constraint, str):
         return constraint or ""
     words = (getattr(constraint, "__doc__", None) or "").strip().split("\n")[0]

@@ -1,4 +1,4 @@
-"""Playbook: a list of short texts that training edits item by item, so that no update rewrites the whole of it.
+"""Playbook: a list of short texts that training edits item by item, so that no update rewrites all of it.
 
 An optimizer suggests edits: ADD, UPDATE and DELETE an item, or name one as HELPFUL or HARMFUL. The edits of all
 proposals of a step are combined without a model: `combine` depends on the proposals and their order only.
@@ -21,7 +21,7 @@ from aggregator.errors import ParameterError
 from aggregator.text import list_names
 
 ID_LENGTH = 6
-"""Hexadecimal digits of an item's id; more where two texts share them."""
+"""The number of hexadecimal digits of an item's id; more if two texts share them."""
 
 EDITS = (
     'a list of edits: {"op": "ADD", "text": ...}, {"op": "UPDATE", "id": ..., "text": ...}, '
@@ -31,10 +31,9 @@ EDITS = (
 
 
 class Item(Struct, frozen=True, kw_only=True):
-    """One entry. `id` is a digest of its first text, and stays when the text changes.
+    """One entry. `id` is a digest of its first text, and does not change with the text.
 
-    `helpful` and `harmful` count the proposals that named it so, `samples` are those whose proposals added or changed
-    it.
+    `helpful` and `harmful` count the proposals that named it so, `samples` are those that added or changed it.
     """
 
     id: str
@@ -58,9 +57,9 @@ Items = tuple[Item, ...]
 class Playbook(ParameterNode[Items]):
     """A parameter that is a list of items, as in `self.tips = Playbook(["Be brief."], limit=30)`.
 
-    `str(playbook)` is the text for a prompt, an item a line. `limit` is how many items are kept: the ones with the
-    fewest `helpful - harmful` go first, of equal ones the older. Assigning takes texts or items. Raises ParameterError
-    for what is neither, ConfigError for a limit below 1.
+    `str(playbook)` is the text for a prompt, an item a line. `limit` is the maximum number of items: those with the
+    lowest `helpful - harmful` are removed first, the older of equal ones. Texts or items can be assigned. Raises
+    ParameterError for anything else, ConfigError for a limit below 1.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Playbook(ParameterNode[Items]):
         return "\n".join(f"- {item.text}" for item in self.data)
 
     def check(self, raw: Any, where: str) -> Items:
-        """Return texts or items as items; `where` is what the error points at."""
+        """Return texts or items as items; `where` is the position named by the error."""
         if isinstance(raw, Sequence) and not isinstance(raw, str) and any(isinstance(item, str) for item in raw):
             raw = _as_items(raw)
         return self._prune(super().check(raw, where))
@@ -149,7 +148,7 @@ class Playbook(ParameterNode[Items]):
         return schema | {"description": self.description} if self.description else schema
 
     def describe(self) -> dict[str, Any]:
-        """Return what a prompt says of this parameter."""
+        """Return this parameter's description for a prompt."""
         return super().describe() | {"value": msgspec.to_builtins(self.data), "type": EDITS}
 
     def _prune(self, items: Items) -> Items:
@@ -168,7 +167,7 @@ def _as_items(given: Iterable[Any]) -> Items:
 
 
 def _item(text: str, taken: Iterable[str]) -> Item:
-    """Return a new item; its id has more digits where another text has the same."""
+    """Return a new item; its id has more digits if another text has the same ones."""
     digest, length = sha256(text.encode(errors="backslashreplace")).hexdigest(), ID_LENGTH
     while digest[:length] in taken:
         length += 1
@@ -176,7 +175,7 @@ def _item(text: str, taken: Iterable[str]) -> Item:
 
 
 def _apply(items: Items, edits: Sequence[Edit]) -> Items:
-    """Return the items after edits in their order; raises Unfit for one that lacks something or names no item."""
+    """Return the items after edits in order; raises Unfit for an incomplete edit and an unknown item."""
     found = {item.id: item for item in items}
     for i, edit in enumerate(edits):
         if edit.op == "ADD":

@@ -1,7 +1,7 @@
-"""Run trained code outside this process: find what a function uses, pack it, and find beforehand what would fail there.
+"""Run trained code outside this process: find what a function uses, pack it, and check in advance what would fail.
 
-`Surroundings` reads from its source what a function uses of its module and its instance. The words that users write
-(`sandboxed`, `Limits`, `Sandbox`) are defined in `aggregator.sandbox.limits` and importable from here.
+`Surroundings` reads a function's source for what it uses of its module and its instance. The public names (`sandboxed`,
+`Limits`, `Sandbox`) are defined in `aggregator.sandbox.limits` and importable from here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MUTATORS = frozenset(
     for name in vars(kind)
     if name[0] != "_" and not hasattr({list: tuple, dict: MappingProxyType, set: frozenset}[kind], name)
 )
-"""The methods by which lists, dicts and sets change: those that their read-only relatives do not have."""
+"""The methods that change lists, dicts and sets: those that their read-only relatives lack."""
 _CLIENTS = {"aggregator", "aiohttp", "anthropic", "google", "httpx", "litellm", "openai", "requests", "socket"}
 
 
@@ -43,9 +43,9 @@ _CLIENTS = {"aggregator", "aiohttp", "anthropic", "google", "httpx", "litellm", 
 
 
 class Uses(Struct, frozen=True, kw_only=True):
-    """What a source refers to, each with the line (from 1, the `def` line) where it does so first.
+    """The names in a source, each with the line of its first use (1 is the `def` line).
 
-    `names` are those of its module, `attributes` those of `self`. `problems` are what no sandbox can do, in words.
+    `names` are those of its module, `attributes` those of `self`. `problems` describe what no sandbox supports.
     """
 
     names: Mapping[str, int]
@@ -71,7 +71,7 @@ def uses_of(source: str, *, is_method: bool) -> Uses:
 
 
 def _globals_of(source: str) -> frozenset[str]:
-    """Return the names that a source takes from its module or from Python itself; not those in annotations."""
+    """Return the names that a source takes from its module or from Python itself, except those in annotations."""
     from symtable import SymbolTable, symtable
 
     def inside(table: SymbolTable) -> Iterator[str]:
@@ -85,7 +85,7 @@ def _globals_of(source: str) -> frozenset[str]:
 
 
 class _Reader:
-    """Collects what a source uses and changes. It walks without recursion, as a source may be nested deeply."""
+    """Collects what a source uses and changes. It does not recurse, because a source may be nested deeply."""
 
     def __init__(self, self_name: str, outside: frozenset[str]) -> None:
         self.self_name, self.outside = self_name, outside
@@ -95,7 +95,7 @@ class _Reader:
         self._aliases: dict[str, ast.Name | ast.Attribute] = {}  # local names that were set to these
 
     def read(self, tree: ast.AST) -> None:
-        """Look at every node but those of annotations, in the order of the source."""
+        """Visit every node except annotations, in the order of the source."""
         waiting = [tree]
         while waiting:
             node = waiting.pop()
@@ -165,7 +165,7 @@ class _Reader:
         self.problems.setdefault(what, node.lineno)
 
     def _note_change(self, target: ast.expr, node: ast.expr) -> None:
-        """Note that what an expression leads to is changed, if it leads out of the function."""
+        """Note a change of an expression's target outside the function."""
         passed: set[str] = set()
         while isinstance(target, ast.Attribute | ast.Subscript | ast.Name):
             if isinstance(target, ast.Attribute) and self._is_self(target.value):
@@ -191,7 +191,10 @@ _HIDDEN = "a text that looks like a secret"
 
 
 class _Found(Struct):
-    """What a function uses of its module, by name: packed values, modules, keys of functions, and what cannot cross."""
+    """What a function uses of its module, by name.
+
+    It holds packed values, modules, keys of functions, and what cannot be sent.
+    """
 
     values: dict[str, Any] = {}
     modules: dict[str, str] = {}
@@ -200,9 +203,9 @@ class _Found(Struct):
 
 
 class Surroundings:
-    """All that an operation's code needs in a worker: its functions by key, and the attributes and methods of `self`.
+    """What an operation's code needs in a worker: its functions by key, and the attributes and methods of `self`.
 
-    `missing` holds what was asked for and cannot cross, in words, by the name that the code uses (`self.x`, `x`).
+    `missing` describes what cannot be sent, by the name in the code (`self.x`, `x`).
     """
 
     def __init__(self, owner: Any) -> None:
@@ -211,19 +214,19 @@ class Surroundings:
         self.methods: dict[str, str] = {}
         self.missing: dict[str, str] = {}
         self.class_values: dict[str, Any] = {}
-        self._own_attributes: set[str] = set()  # those that the source as written uses
+        self._own_attributes: set[str] = set()  # those that the original source uses
         self._keys: dict[int, str] = {}
 
     def add(self, source: str, like: FunctionType, *, is_method: bool, key: str = "", is_own: bool = True) -> None:
-        """Add a function as `source`, which replaces `like`, and all that it uses.
+        """Add a function as `source`, which replaces `like`, and everything that it uses.
 
-        What only changed source uses comes without secrets: texts that look like one, and modules of the user's own.
-        `is_own` is False for a function that nothing but changed source uses.
+        What only changed source uses is sent without secrets (texts that look like one) and without the user's own
+        modules. `is_own` is False for a function that only changed source uses.
         """
         wanted, written = uses_of(source, is_method=is_method), _written(like)
         own = uses_of(written, is_method=is_method) if written else _NO_USES
         around, found = _names_around(like), _Found()
-        for trusted in (True, False):  # first all that the source as written leads to
+        for trusted in (True, False):  # first everything that the original source uses
             for name in sorted({*wanted.names, *own.names}):
                 value = around.get(name)
                 operation = operation_of(value)
@@ -246,7 +249,7 @@ class Surroundings:
         self.missing |= {name: what for name, what in found.missing.items() if name in wanted.names}
 
     def _take_name(self, found: _Found, name: str, value: Any, *, is_own: bool) -> None:
-        """Take in what a function's module has under a name."""
+        """Add the object that a function's module has under a name."""
         try:
             packed = pack(value, wide=True)
         except TypeError:
@@ -266,7 +269,7 @@ class Surroundings:
                 found.missing[name] = _HIDDEN
 
     def _take_attribute(self, name: str, *, is_own: bool) -> None:
-        """Take in what the class, not the instance, has under a name: a method or a plain value."""
+        """Add the class's attribute of a name: a method or a plain value."""
         if is_own:
             self._own_attributes.add(name)
         if name in self.methods or name in self.class_values or f"self.{name}" in self.missing:
@@ -294,7 +297,7 @@ class Surroundings:
                 self.missing[f"self.{name}"] = _named(held)
 
     def _function_key(self, value: Any, *, is_method: bool = False, is_own: bool) -> str:
-        """Return the key of a plain function whose source is known, taken in if it is new; "" for anything else."""
+        """Return the key of a plain function with a known source, adding it if it is new; "" for anything else."""
         if not isinstance(value, FunctionType):
             return ""
         if id(value) in self._keys:
@@ -329,7 +332,7 @@ def _holds_secret(name: str, value: Any, levels: int = 64) -> bool:
     """Return True if a plain value is, or holds, a text that looks like a secret by its name, key or form."""
     if isinstance(value, str):
         return looks_secret(name, value)
-    if not levels:  # a list that holds itself
+    if not levels:  # a list that contains itself
         return False
     if isinstance(value, dict):
         return any(_holds_secret(str(key), item, levels - 1) for key, item in value.items())
@@ -339,19 +342,19 @@ def _holds_secret(name: str, value: Any, levels: int = 64) -> bool:
 
 
 def _names_around(function: FunctionType) -> dict[str, Any]:
-    """Return what a function can see: the names of its module, and those of the functions around it."""
+    """Return the names that a function can access: those of its module, and of the enclosing functions."""
     around = dict(function.__globals__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             around[name] = cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # not assigned yet
             continue
     return around
 
 
 @lru_cache(maxsize=512)
 def _written(function: FunctionType) -> str:
-    """Return a function's source as written, "" for one that has none or whose decorators are part of it."""
+    """Return a function's original source, or "" if it has none or if its decorators are part of it."""
     try:
         source, _ = source_of(function)
     except (ConfigError, SyntaxError):
@@ -360,7 +363,10 @@ def _written(function: FunctionType) -> str:
 
 
 def _import_of(value: Any) -> str:
-    """Return `module` or `module:name` for what a worker can import: any module, and names of installed packages."""
+    """Return `module` or `module:name` for an object that a worker can import, or "".
+
+    These are modules, and names of installed packages.
+    """
     if isinstance(value, ModuleType):
         return value.__name__ if sys.modules.get(value.__name__) is value else ""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -373,7 +379,7 @@ def _import_of(value: Any) -> str:
 
 
 def _is_installed(module: ModuleType) -> bool:
-    """Return True for a module of Python or of an installed package, as against the user's own."""
+    """Return True for a module of Python or of an installed package, and False for the user's own."""
     if module.__name__.partition(".")[0] in sys.stdlib_module_names:
         return module.__name__ != "__main__"
     folders = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
@@ -381,7 +387,7 @@ def _is_installed(module: ModuleType) -> bool:
 
 
 def _named(value: Any) -> str:
-    """Return what a value is, in words for an error."""
+    """Return a description of a value for an error."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, FunctionType):
@@ -401,9 +407,9 @@ _PLAIN = frozenset({None, type(None), bool, int, float, str, bytes, list, tuple,
 def prepare(
     source: str, like: FunctionType, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], limits: Limits
 ) -> Call:
-    """Return the call of `source`, which replaces the function `like`, with all that it needs.
+    """Return the call of `source`, which replaces the function `like`, with everything that it needs.
 
-    Raises ConfigError for an argument that cannot cross.
+    Raises ConfigError for an argument that cannot be sent.
     """
     given = args if owner is None else args[1:]
     around = Surroundings(owner)
@@ -433,7 +439,7 @@ def _packed(value: Any, what: str) -> Any:
 
 
 def sandboxed_function(code: CodeParameter, owner: Any, place: Place) -> Callable[..., Any]:
-    """Return what runs a code parameter's current source in a sandbox: a function, async if the original is."""
+    """Return a function, async if the original is, that runs a code parameter's current source in a sandbox."""
     source, like = code.data, code.original
     if place.engine == "monty":
         from aggregator.sandbox.monty import arun, run
@@ -458,23 +464,23 @@ def sandboxed_function(code: CodeParameter, owner: Any, place: Place) -> Callabl
 
 
 def hide_secrets(value: Any) -> Any:
-    """Return what trained code returned, with values of the environment that look like secrets replaced.
+    """Return the result of trained code, with environment values that look like secrets replaced.
 
-    Such a value would go on into prompts, recordings and reports. Containers without one are returned as they are.
+    Such a value would reach prompts, recordings and reports. Containers without one are returned unchanged.
     """
     secrets = environment_secrets()
     return _without(value, secrets) if secrets else value
 
 
 def hide_secrets_in(error: BaseException) -> BaseException:
-    """Replace secrets in what an exception of trained code says; return the same exception."""
+    """Replace secrets in the message of an exception of trained code; return the same exception."""
     error.args = hide_secrets(error.args)
     return error
 
 
 def _without(value: Any, secrets: Sequence[str], levels: int = 64) -> Any:
     kind = type(value)
-    if not levels:  # a list that holds itself
+    if not levels:  # a list that contains itself
         return value
     if kind is str:
         for secret in secrets:
@@ -503,10 +509,10 @@ def environment_secrets() -> list[str]:
 
 
 def check_sandboxed(operations: Iterable[tuple[str, CodeParameter, Any]]) -> None:
-    """Check that trainable operations can run in their sandbox; raises ConfigError that names what cannot, for all.
+    """Check that trainable operations can run in their sandbox; raises one ConfigError for all that cannot.
 
     `operations` are (name, code parameter, its instance or None) of those that will run in one. The check reads source
-    and values and runs nothing. It does not see what hides behind another name or in the values of arguments.
+    and values and runs nothing. It does not find what is hidden behind another name or in the values of arguments.
     """
     found = [f"{name} {problems}" for name, code, owner in operations if (problems := _problems(code, owner))]
     if found:
@@ -518,7 +524,7 @@ def check_sandboxed(operations: Iterable[tuple[str, CodeParameter, Any]]) -> Non
 
 
 def _problems(code: CodeParameter, owner: Any) -> str:
-    """Return in words what an operation does or uses that no sandbox can give it, "" for nothing."""
+    """Describe what an operation does or uses that no sandbox supports, or return ""."""
     source, like = code.data, code.original
     uses = uses_of(source, is_method=owner is not None)
     around = Surroundings(owner)
@@ -533,7 +539,7 @@ def _problems(code: CodeParameter, owner: Any) -> str:
 
 
 def _odd_arguments(like: FunctionType) -> list[tuple[str, str]]:
-    """Return the arguments that are annotated with a class whose values cannot cross."""
+    """Return the arguments annotated with a class whose values cannot be sent."""
     try:
         hints = get_type_hints(like)
     except Exception:  # noqa: BLE001 - annotations are the user's own, and need not mean anything

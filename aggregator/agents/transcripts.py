@@ -1,11 +1,11 @@
-"""What one forward pass did: operations, their inputs and outputs, and LLM calls, as a tree.
+"""The record of one forward pass: operations, their inputs and outputs, and LLM calls, as a tree.
 
-A transcript belongs to the context that opened it (`with transcript() as t`) and what is started from there; there is
-no global graph. Values are turned into text when they are recorded: a later change in place does not rewrite history.
+A transcript belongs to the context that opened it (`with transcript() as t`) and to what is started in it; there is no
+global graph. Values are turned into text when they are recorded: a later change in place has no effect.
 
-The tree is the same whatever finishes first: an operation takes its slot when it starts, and what a concurrent task,
-thread or pool item records stays together, at the place of the first thing it recorded. Those side by side are in the
-order in which a run started them (`portal.Branch`), whichever recorded first.
+The tree is the same in any order of completion: an operation takes its slot when it starts, and the records of a
+concurrent task, thread or pool item stay together, at the position of its first one. Concurrent items are in the order
+in which a run started them (`portal.Branch`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aggregator.records import Completion
 from aggregator.text import cut, one_line, show, show_error
 
 WORDS_SHOWN = 60
-"""How many characters of one value a box holds."""
+"""The maximum number of characters of one value in a box."""
 
 _UNSAFE = re.compile(r"[^\w .,=()/+-]")
 
@@ -33,7 +33,7 @@ _UNSAFE = re.compile(r"[^\w .,=()/+-]")
 
 
 class Picture:
-    """The lines of a flowchart under way; `left` says for how many boxes there is room."""
+    """The lines of a flowchart under construction; `left` is the number of boxes that still fit."""
 
     def __init__(self, limit: int) -> None:
         self.lines: list[str] = ["flowchart TD"]
@@ -42,9 +42,9 @@ class Picture:
         self.left_out = 0
 
     def draw(self, group: Group, parent: str | None = None) -> None:
-        """Draw what a group holds: a line from its parent to the first, dotted ones to what came next.
+        """Draw a group: a solid line from its parent to the first item, dotted lines to the next ones.
 
-        What concurrent tasks did starts at the parent again, each in its own row.
+        Each concurrent task starts at the parent again, in its own row.
         """
         before = None
         for item in group.ordered():
@@ -75,17 +75,13 @@ class Picture:
         return name
 
     def finished(self) -> str:
-        """Return the text, with a box for what had no room."""
+        """Return the text, with a box for the items that did not fit."""
         last = [f'  more["... {self.left_out} more"]'] if self.left_out else []
         return "\n".join([*self.lines, *last, "  classDef failed stroke:#e0524a,stroke-width:2px"])
 
 
 def escaped(text: str) -> str:
-    """Return text as a label may hold it: what could end it, or mean something to Mermaid, as a number.
-
-    >>> escaped('say "no"')
-    'say #34;no#34;'
-    """
+    """Return text for a label: characters with a meaning in Mermaid become numeric references."""
     return _UNSAFE.sub(lambda found: f"#{ord(found[0])};", text)
 
 
@@ -102,20 +98,20 @@ def _label(item: Span | LLMCall) -> Iterator[str]:
 
 
 MESSAGE_LIMIT = 4_000
-"""How many characters of one message to a model are shown."""
+"""The number of characters of one message to a model that are shown."""
 
 _INDENT = "  "
 
 
 class Group:
-    """What was recorded one after the other by one task, thread or pool item; `place` is its branch in the run."""
+    """The sequential records of one task, thread or pool item; `place` is its branch in the run."""
 
     def __init__(self, place: str = "") -> None:
         self.items: list[Group | Span | LLMCall] = []
         self.place = place
 
     def ordered(self) -> list[Group | Span | LLMCall]:
-        """Return what it holds, concurrent groups side by side in the order of their places."""
+        """Return the items, concurrent groups in the order of their places."""
         found: list[Group | Span | LLMCall] = []
         for is_group, run in groupby(self.items, lambda item: type(item) is Group):
             items: list[Any] = list(run)
@@ -125,13 +121,13 @@ class Group:
         return found
 
     def lines(self) -> Iterator[str]:
-        """Yield what it holds as lines."""
+        """Yield the items as lines."""
         for item in self.ordered():
             yield from item.lines()
 
 
 def _order(place: str) -> list[tuple[int, str]]:
-    """Return a key by which `0.10` comes after `0.9`; a place that is too deep is a digest."""
+    """Return a sort key by which `0.10` follows `0.9`; a place that is too deep is a digest."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in place.split(".")]
 
 
@@ -139,7 +135,7 @@ def _order(place: str) -> list[tuple[int, str]]:
 
 
 class Span(Group):
-    """One operation: name, description, inputs, what happened inside, and its output or error, all as text."""
+    """One operation: name, description, inputs, nested records, and its output or error, all as text."""
 
     def __init__(self, name: str, description: str = "", inputs: Sequence[tuple[str, Any]] = ()) -> None:
         super().__init__()
@@ -152,7 +148,7 @@ class Span(Group):
         self._groups: WeakKeyDictionary[Any, Group] | None = None  # of the other tasks and threads, if there are any
 
     def add(self, item: Span | LLMCall) -> None:
-        """Take a slot for `item`, next to what the same task, thread or pool item recorded before."""
+        """Take a slot for `item`, after the previous record of the same task, thread or pool item."""
         place, runner = _place(), _runner()
         if runner is self._owner() and place in ("", self._owner_place):
             self.items.append(item)
@@ -172,11 +168,11 @@ class Span(Group):
         group.items.append(item)
 
     def finish(self, output: Any) -> None:
-        """Record what the operation returned."""
+        """Record the operation's result."""
         self.outcome = ("returned", show(output))
 
     def fail(self, error: BaseException, place: str = "") -> None:
-        """Record what the operation raised, and where in its source if that is known."""
+        """Record the operation's exception, and its position in the source if known."""
         self.outcome = ("raised", show_error(error) + place)
 
     def lines(self) -> Iterator[str]:
@@ -191,7 +187,7 @@ class Span(Group):
 
 
 class LLMCall:
-    """One call of the agent to a model: the messages and, once it came, the reply.
+    """One call of the agent to a model: the messages and, once it arrives, the reply.
 
     `title` names the call; a request of another client to an unknown server has its address there.
     """
@@ -208,7 +204,7 @@ class LLMCall:
         self.reply = ("reply", cut("\n".join([*texts, *called]), MESSAGE_LIMIT))
 
     def fail(self, error: BaseException) -> None:
-        """Record that there was no answer."""
+        """Record that the call failed."""
         self.reply = ("failed", show_error(error))
 
     def lines(self) -> Iterator[str]:
@@ -220,7 +216,7 @@ class LLMCall:
 
 
 def _runner() -> Any:
-    """Return the running task, or the thread outside of one."""
+    """Return the running task, or the thread outside a task."""
     tasks = sys.modules.get("asyncio.tasks")  # without it there are no tasks, and no reason to import it
     try:
         task = tasks.current_task() if tasks else None
@@ -230,21 +226,21 @@ def _runner() -> Any:
 
 
 def _place() -> str:
-    """Return the branch of concurrent work that is recorded; "" outside of a run or cassette."""
+    """Return the branch of concurrent work, or "" outside a run or cassette."""
     portal = sys.modules.get("aggregator.portal")  # as above
     branch = portal.current_branch() if portal else None
     return branch.path if branch is not None else ""
 
 
 def _field(key: str, text: str) -> list[str]:
-    """Lay out a named value: on one line, or as an indented block where it has several."""
+    """Format a named value: on one line, or as an indented block if it has several."""
     if "\n" not in text:
         return [f"{key}: {text}"]
     return [f"{key}: |", *(_INDENT + line for line in text.splitlines())]
 
 
 def _message(message: Any) -> tuple[str, str]:
-    """Return role and text of a message in OpenAI's shape, or of whatever was passed instead of one.
+    """Return role and text of a message in OpenAI's shape, or of any other object.
 
     Content parts other than texts (images, audio) are named, not shown.
     """
@@ -261,7 +257,7 @@ def _message(message: Any) -> tuple[str, str]:
 
 
 TRANSCRIPT_LIMIT = 40_000
-"""How many characters `render` returns at most; the middle is left out, and that is said."""
+"""The maximum number of characters that `render` returns; the middle is replaced by a note."""
 
 _span: ContextVar[Span | None] = ContextVar("aggregator_span", default=None)
 
@@ -270,7 +266,7 @@ _span: ContextVar[Span | None] = ContextVar("aggregator_span", default=None)
 
 
 class Transcript:
-    """What one forward pass did; `render()` is its text for a prompt."""
+    """The record of one forward pass; `render()` is its text for a prompt."""
 
     def __init__(self) -> None:
         self.root = Span("")
@@ -279,9 +275,9 @@ class Transcript:
         return f"<Transcript of {len(self.root.items)} operations and calls>"
 
     def llm_call(self, messages: Any, title: str = "LLM call") -> LLMCall:
-        """Take the slot of an LLM call that is about to be made; `finish` or `fail` it later.
+        """Take the slot of an LLM call before it is sent; call `finish` or `fail` later.
 
-        The slot keeps concurrent calls in the order they were issued, whichever is answered first.
+        The slot keeps concurrent calls in the order of issue.
         """
         call = LLMCall(messages, title)
         span = _span.get()
@@ -295,8 +291,8 @@ class Transcript:
     def render(self, limit: int = TRANSCRIPT_LIMIT) -> str:
         """Return the transcript as indented text of at most about `limit` characters.
 
-        Where it is longer, its middle is replaced by one line `[... 1234 characters left out]`; single values and
-        messages that were cut say so in place.
+        If it is longer, its middle is replaced by one line `[... 1234 characters left out]`; shortened values and
+        messages have a note too.
         """
         text = "\n".join(Group.lines(self.root))
         if len(text) <= limit:
@@ -307,8 +303,8 @@ class Transcript:
     def to_mermaid(self, limit: int = 200) -> str:
         """Return the transcript as a Mermaid flowchart of at most `limit` operations and LLM calls.
 
-        Values are cut to their beginnings and escaped; what failed has a red border. Put it into a Markdown fence named
-        `mermaid`: no program is needed.
+        Values are shortened and escaped; failures have a red border. Put it in a Markdown fence named `mermaid`: no
+        program is needed.
         """
         picture = Picture(limit)
         picture.draw(self.root)
@@ -319,21 +315,12 @@ _transcript: ContextVar[Transcript | None] = ContextVar("aggregator_transcript",
 
 
 def current_transcript() -> Transcript | None:
-    """Return the transcript that the current context records, or None."""
+    """Return the current context's transcript, or None."""
     return _transcript.get()
 
 
 class transcript(AbstractContextManager[Transcript]):  # noqa: N801 - reads as a word at its use, once per instance
-    """Record what is done in the block, and in tasks and threads started from it.
-
-    >>> with transcript() as t:
-    ...     with recording("add", inputs=[("a", 1)]) as span:
-    ...         span.finish(2)
-    >>> print(t.render())
-    add
-      a: 1
-      returned: 2
-    """
+    """Record the operations and calls of the block, and of tasks and threads started in it."""
 
     def __enter__(self) -> Transcript:
         opened = Transcript()
@@ -348,9 +335,9 @@ class transcript(AbstractContextManager[Transcript]):  # noqa: N801 - reads as a
 
 @contextmanager
 def recording(name: str, description: str = "", inputs: Sequence[tuple[str, Any]] = ()) -> Iterator[Span]:
-    """Record one operation around the block, inside the current one; errors are recorded and go on.
+    """Record the block as one operation inside the current one; errors are recorded and raised.
 
-    The block calls `span.finish(output)`. Outside a transcript nothing is kept.
+    The block calls `span.finish(output)`. Outside a transcript nothing is recorded.
     """
     parent = _span.get()
     span = Span(name, description, inputs if parent else ())

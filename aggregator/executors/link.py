@@ -1,11 +1,11 @@
-"""What passes between a process and its workers: messages in frames on a socket, and objects as pickles.
+"""The protocol between a process and its workers: messages in frames on a socket, and objects as pickles.
 
 A conversation serves one task: the worker gets a `Run`, may ask its owner (`Ask`, answered by `Answer`s), and ends with
 `Done` or `Failed`. The very first frame is not a message: it holds what `multiprocessing` passes to a spawned process.
 
-The user's objects are pickled inside the messages. Models stay where their keys are: a pickle holds their number, and a
-worker gets an object that asks the owner. The agent and its parameters are sent once; other pickles refer to them.
-Functions that a decorator replaced in their module are found through `__wrapped__`.
+The user's objects are pickled inside the messages. Models stay in the owner's process, with their keys: a pickle holds
+their number, and a worker gets an object that asks the owner. The agent and its parameters are sent once; other pickles
+refer to them. Functions that a decorator replaced in their module are found through `__wrapped__`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Load(Struct, frozen=True, tag=True):
 
 
 class Run(Struct, frozen=True, tag=True):
-    """Run one task: `work` and `task` are pickled, the rest is the caller's context.
+    """Run one task: `work` and `task` are pickled, the other fields are the caller's context.
 
     `sandbox` is the place of trained code, if `sandboxed` is open around the run.
     """
@@ -52,7 +52,7 @@ class Run(Struct, frozen=True, tag=True):
 
 
 class Cancel(Struct, frozen=True, tag=True):
-    """Cancel the task that runs."""
+    """Cancel the running task."""
 
 
 class Answer(Struct, frozen=True, tag=True):
@@ -64,14 +64,14 @@ class Answer(Struct, frozen=True, tag=True):
 
 
 class Check(Struct, frozen=True, tag=True):
-    """Check the text of an answer with the `validate` that the asking code gave."""
+    """Check the text of an answer with the caller's `validate`."""
 
     number: int
     text: str
 
 
 class Started(Struct, frozen=True, tag=True):
-    """The worker has loaded the work and begins the task."""
+    """The worker has loaded the work and starts the task."""
 
 
 class Ask(Struct, frozen=True, tag=True):
@@ -85,7 +85,7 @@ class Ask(Struct, frozen=True, tag=True):
 
 
 class Stop(Struct, frozen=True, tag=True):
-    """The answer to this `Ask` is not needed any more."""
+    """The answer to this `Ask` is no longer needed."""
 
     number: int
 
@@ -98,14 +98,14 @@ class Checked(Struct, frozen=True, tag=True):
 
 
 class Done(Struct, frozen=True, tag=True):
-    """The rollout, pickled, and the usage of calls that the owner did not answer, with the role of each."""
+    """The pickled rollout, and the usage of calls that the owner did not answer, with the role of each."""
 
     rollout: bytes
     usage: list[tuple[str, Usage]]
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """The task ended with an error that ends the run, pickled, and with such usage."""
+    """The task ended with an error that ends the run, pickled, with the same kind of usage."""
 
     error: bytes
     usage: list[tuple[str, Usage]]
@@ -115,7 +115,7 @@ ToWorker = Load | Run | Cancel | Answer | Check
 FromWorker = Started | Ask | Stop | Checked | Done | Failed
 
 HEAD = 8
-"""How many bytes hold the length of a frame."""
+"""The number of bytes for the length of a frame."""
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -138,11 +138,11 @@ class Link:
         self._unsent.put_nowait(len(body).to_bytes(HEAD, "big") + body)
 
     def finish(self) -> None:
-        """Let `write` return once it has written what was queued."""
+        """Let `write` return once it has written the queue."""
         self._unsent.put_nowait(None)
 
     async def write(self) -> None:
-        """Write what is queued, until `finish`."""
+        """Write the queue until `finish`."""
         loop = asyncio.get_running_loop()
         while (frame := await self._unsent.get()) is not None:
             with suppress(OSError):  # the other end is closed, which `receive` reports
@@ -150,11 +150,11 @@ class Link:
             self._unsent.task_done()
 
     async def flush(self) -> None:
-        """Return once what was sent so far is written."""
+        """Return once everything sent so far is written."""
         await self._unsent.join()
 
     async def receive(self) -> Any:
-        """Return the next message, None once the other end is closed."""
+        """Return the next message, or None once the other end is closed."""
         head = await self._exactly(HEAD)
         body = None if head is None else await self._exactly(int.from_bytes(head, "big"))
         return None if body is None else self._decoder.decode(body)
@@ -186,11 +186,11 @@ class Pickler(pickle.Pickler):
         self._refer = refer
 
     def persistent_id(self, obj: Any) -> Reference | None:
-        """Replace what the other side knows by a reference."""
+        """Replace an object that the other side has by a reference."""
         return self._refer(obj)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Pickle a function below decorators by its place, and the bounds of a type; everything else as usual."""
+        """Pickle a decorated function by its position, and the bounds of a type; everything else as usual."""
         if type(obj) is Meta:
             return _meta, ({name: getattr(obj, name) for name in _BOUNDS if getattr(obj, name) is not None},)
         if type(obj) is FunctionType and (depth := _depth_of(obj)):
@@ -208,7 +208,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def dumps(value: Any, refer: Callable[[Any], Reference | None], what: str, remedy: str) -> bytes:
-    """Return a value as bytes; raises ConfigError, which names it as `what`, for one that does not pickle."""
+    """Return a value as bytes; raises ConfigError for one that cannot be pickled, and names it as `what`."""
     file = io.BytesIO()
     try:
         Pickler(file, refer).dump(value)
@@ -222,7 +222,7 @@ def dumps(value: Any, refer: Callable[[Any], Reference | None], what: str, remed
 
 
 def _culprit(value: Any, refer: Callable[[Any], Reference | None], depth: int = 6) -> str:
-    """Return the path of the innermost part of a value that does not pickle, "" if the value itself does not."""
+    """Return the path of the innermost part of a value that cannot be pickled, "" for the value itself."""
     parts: list[tuple[str, Any]]
     if isinstance(value, dict):
         parts = [(f"[{key!r}]", part) for key, part in value.items()]
@@ -239,14 +239,14 @@ def _culprit(value: Any, refer: Callable[[Any], Reference | None], depth: int = 
 
 
 def loads(data: bytes, resolve: Callable[[Reference], Any]) -> Any:
-    """Return the value in a pickle; raises what unpickling raises."""
+    """Return the value in a pickle; raises any exception of unpickling."""
     return _Unpickler(io.BytesIO(data), resolve).load()
 
 
 def dump_error(error: BaseException, *, note: str = "") -> bytes:
-    """Return an error as bytes. One that does not survive pickling is replaced by one of its nearest base class.
+    """Return an error as bytes. One that cannot be pickled is replaced by one of its nearest base class.
 
-    With `note` the traceback is added to it as a note that begins so.
+    With `note` the traceback is added to it as a note that begins with this text.
     """
     if note:
         trace = "".join(traceback.format_exception(error)).rstrip()
@@ -294,12 +294,12 @@ _BOUNDS = [name for name in dir(Meta) if not name.startswith("_")]
 
 
 def _meta(bounds: dict[str, Any]) -> Meta:
-    """Make the bounds of a type again; msgspec's own do not pickle."""
+    """Rebuild the bounds of a type, because msgspec's cannot be pickled."""
     return Meta(**bounds)
 
 
 def _named(function: FunctionType) -> Any:
-    """Return what a function's module has under its name."""
+    """Return the object that a function's module has under its name."""
     found: Any = sys.modules.get(function.__module__ or "")
     for name in function.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -307,7 +307,7 @@ def _named(function: FunctionType) -> Any:
 
 
 def _depth_of(function: FunctionType) -> int:
-    """Return how many decorators lie above a function in its module; 0 if it is not found there."""
+    """Return the number of decorators above a function in its module; 0 if it is not found there."""
     found, depth = _named(function), 0
     while found is not None and found is not function:
         found, depth = getattr(found, "__wrapped__", None), depth + 1
@@ -315,13 +315,13 @@ def _depth_of(function: FunctionType) -> int:
 
 
 def _undecorated(found: Any, depth: int) -> Any:
-    """Return the function below so many decorators."""
+    """Return the function below this number of decorators."""
     for _ in range(depth):
         found = found.__wrapped__
     return found
 
 
 def parameters_of(agent: Any) -> dict[str, Any]:
-    """Return name -> parameter of an agent; nothing for one that offers none."""
+    """Return name -> parameter of an agent, empty for an agent without parameters."""
     offer = getattr(agent, "parameters", None)
     return {parameter.name: parameter for parameter in offer()} if callable(offer) else {}

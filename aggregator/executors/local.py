@@ -25,13 +25,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CONCURRENCY = 64
-"""How many items run at once by default."""
+"""The default number of concurrent items."""
 
 
 async def fan_out(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int) -> list[Result]:
     """Return `[await work(item) for item in batch]`, at most `limit` at once.
 
-    The first error cancels the others and is raised by itself, not in a group.
+    The first error cancels the others and is raised without a group.
     """
     return await finish(work, batch, limit, cancels=True)
 
@@ -39,7 +39,7 @@ async def fan_out(work: Callable[[Item], Awaitable[Result]], batch: Sequence[Ite
 async def finish(
     work: Callable[[Item], Awaitable[Result]], batch: Sequence[Item], limit: int, *, cancels: bool = False
 ) -> list[Result]:
-    """Do as `fan_out`, but an error lets work in flight end, since it is paid for. Then the earliest item's is raised.
+    """Do as `fan_out`, but after an error wait for work in flight, then raise the earliest item's error.
 
     An error stops further items from being started. Interrupts are not waited for. With `cancels` this is `fan_out`.
     """
@@ -74,7 +74,7 @@ async def finish(
 class LocalExecutor:
     """Runs at most `max_concurrency` rollouts at once, over all calls of `map`; synchronous code runs in threads.
 
-    `max_concurrency=1` is one rollout after the other. Use it as an async context manager, which ends its threads.
+    `max_concurrency=1` is sequential. As an async context manager it ends its threads on exit.
     """
 
     is_remote = False
@@ -82,7 +82,7 @@ class LocalExecutor:
     def __init__(self, max_concurrency: int = MAX_CONCURRENCY) -> None:
         check_positive("max_concurrency", max_concurrency)
         self.max_concurrency = max_concurrency
-        self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}  # a semaphore belongs to its loop
+        self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}  # a semaphore belongs to its event loop
         self._threads: dict[int, _Threads] = {}
         self._lock = threading.Lock()
 
@@ -109,8 +109,8 @@ class LocalExecutor:
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run a synchronous function in a thread, with the caller's context variables.
 
-        If the caller is cancelled the thread runs on, since nothing can stop it; its calls to models are refused and
-        another thread takes its place.
+        If the caller is cancelled the thread continues, because it cannot be stopped; its calls to models are refused
+        and another thread replaces it.
         """
         context, scope = copy_context(), Scope()
         depth = context.run(_deeper)
@@ -124,7 +124,7 @@ class LocalExecutor:
             raise
 
     def _threads_at(self, depth: int) -> _Threads:
-        """Return the threads of one depth: a function that waits for another one never holds that one's thread."""
+        """Return the threads of one depth: a function that waits for another one never occupies its thread."""
         with self._lock:
             if depth not in self._threads:
                 self._threads[depth] = _Threads(self.max_concurrency)
@@ -152,7 +152,7 @@ def _deeper() -> int:
 
 
 class _Threads:
-    """A pool of daemon threads: an agent that hangs in one does not keep the interpreter from ending."""
+    """A pool of daemon threads: a hanging agent does not prevent the interpreter from exiting."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -163,7 +163,7 @@ class _Threads:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run `work` in a thread, a new one if none is idle and the limit allows."""
+        """Run `work` in a thread; start a new one if none is idle and the limit allows."""
         future: Future[Result] = Future()
         self._work.put((future, work))
         with self._lock:
@@ -177,7 +177,7 @@ class _Threads:
         thread.start()
 
     def give_up(self, future: Future[Any]) -> None:
-        """Replace the thread that is at this work: it no longer counts, and ends with the work."""
+        """Replace the thread that runs this work: it no longer counts, and ends with the work."""
         with self._lock:
             thread = self._busy.pop(future, None)
             if thread is not None:
@@ -193,20 +193,20 @@ class _Threads:
             _fulfil(future, work)
             with self._lock:
                 if self._busy.pop(future, None) is None:
-                    return  # given up
-            del item, future, work  # or the last result would live as long as the thread
+                    return  # abandoned
+            del item, future, work  # otherwise the last result would live as long as the thread
             self._idle.release()
         self._work.put(None)  # for the next thread
 
     def end(self, *, wait: bool) -> None:
-        """End the threads once they are idle, and wait for that if asked to."""
+        """End the threads once they are idle, and optionally wait for that."""
         self._work.put(None)
         for thread in self._threads if wait else ():
             thread.join()
 
 
 def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
-    """Do one piece of work that was not cancelled while it waited."""
+    """Run one item that was not cancelled while it waited."""
     if not future.set_running_or_notify_cancel():
         return
     try:
@@ -218,6 +218,6 @@ def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return one error of a group, an interrupt before others."""
+    """Return one error of a group, preferring an interrupt."""
     flat = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in errors.exceptions]
     return next((error for error in flat if not isinstance(error, Exception)), flat[0])

@@ -1,7 +1,7 @@
-"""ProcessExecutor: rollouts in worker processes, for agents whose own code keeps a processor busy.
+"""ProcessExecutor: rollouts in worker processes, for agents whose code is CPU-bound.
 
-Agent and guide are pickled and sent once to each worker, values and samples with each task. Calls of models come back:
-cassette, budget, limits, keys and ledger are those of this process. See `link.py` for the conversation.
+Agent and guide are pickled and sent once to each worker, values and samples with each task. Models are called by this
+process, with its cassette, budget, limits, keys and ledger. See `link.py` for the protocol.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from aggregator.records import Failure, Rollout, RolloutTask
 from aggregator.sandbox.limits import place_here
 
 GRACE = 2.0
-"""Seconds that a cancelled task may take to end before its worker is killed, and a worker to exit."""
+"""Seconds that a cancelled task may take before its worker is killed, and a worker to exit."""
 
 WATCH = 0.2
-"""Seconds between two looks at whether a worker still lives."""
+"""Seconds between two checks whether a worker is alive."""
 
 STARTS = 2
-"""How often a task is given to a new worker that ends before it has begun the task."""
+"""How many new workers a task is given to if they die before they start it."""
 
-_WRAPPED = ("program", "function", "agent")  # where `as_agent` keeps what it was given
+_WRAPPED = ("program", "function", "agent")  # where `as_agent` keeps the original object
 _LOCAL = "or use the local executor"
 _SCRIPT = "import sys; sys.path[:] = {path!r}; from aggregator.executors.worker import main; main({descriptor})"
 
@@ -59,14 +59,13 @@ _SCRIPT = "import sys; sys.path[:] = {path!r}; from aggregator.executors.worker 
 class ProcessExecutor:
     """Runs rollouts in worker processes, one at a time in each; at most `max_workers` (default: the processors).
 
-    For agents that compute; an agent that mainly waits for models is faster in threads and tasks of one process. Agent,
-    guide, samples and outputs must pickle, and their classes be defined in a module that can be imported. Workers are
-    started when needed, are kept, and end with `with`, `close()` or the interpreter. Scripts need the usual
-    `if __name__ == "__main__":`. What changes in the agent after its first task is not seen by workers, except the
-    values of its parameters.
+    Use it for agents that compute; an agent that mainly waits for models is faster in threads and tasks of one process.
+    Agent, guide, samples and outputs must be picklable, with classes in an importable module. Workers are started on
+    demand, reused, and end with `with`, `close()` or the interpreter. Scripts need the usual `if __name__ ==
+    "__main__":`. Workers do not see later changes of the agent, except the values of its parameters.
 
-    A task whose worker ends by itself is a lost instance, an infrastructure failure and not a score; the worker is
-    replaced. A cancelled task has two seconds to end, then its worker is killed. Needs a POSIX system.
+    A task whose worker dies is a lost instance: an infrastructure failure without a score; the worker is replaced. A
+    cancelled task has two seconds to end, then its worker is killed. Needs a POSIX system.
     """
 
     is_remote = True
@@ -88,8 +87,8 @@ class ProcessExecutor:
     async def map(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[Rollout]:
         """Return the rollouts in the order of the tasks.
 
-        Raises only what ends a run, after the work in flight has ended: the error of the earliest task that has one.
-        ConfigError for what does not pickle, before any task is started.
+        Raises only errors that end a run, the earliest task's first, after the work in flight has ended; ConfigError
+        for anything that cannot be pickled, before any task starts.
         """
         if not tasks:
             return []
@@ -102,14 +101,14 @@ class ProcessExecutor:
         return await finish(self._run, messages, self.max_workers)
 
     async def _run(self, job: tuple[RolloutTask, link.Run]) -> Rollout:
-        """Run one task in a worker that is free."""
+        """Run one task in a free worker."""
         task, message = job
         for _ in range(STARTS):
             worker = await self._pool.take()
             conversation = _Conversation(worker, self._cargo, task.timeout)
             outcome = rollout = None
             try:
-                with collecting() as ledger:  # of calls that this process makes for the worker
+                with collecting() as ledger:  # calls that this process makes for the worker
                     async with conversation.deadline:
                         outcome = await conversation.hold(message)
                     for role, usage in outcome.usage if outcome is not None else ():
@@ -122,7 +121,7 @@ class ProcessExecutor:
                     raise
                 rollout = await time_out(task)  # the worker did not notice: its event loop is blocked
             finally:
-                if outcome is None or timed_out(rollout):  # it ended, or still runs what was given up
+                if outcome is None or timed_out(rollout):  # it has ended, or still runs abandoned work
                     worker.kill()
                 self._pool.put_back(worker)
             if rollout is not None:
@@ -138,7 +137,7 @@ class ProcessExecutor:
         )
 
     def close(self) -> None:
-        """End the workers; what they run is cut off. The executor cannot be used any more. Safe to call twice."""
+        """End the workers and whatever they run. The executor can no longer be used. Safe to call twice."""
         self._pool.end()
 
     def __enter__(self) -> Self:
@@ -166,7 +165,7 @@ def _lost(task: RolloutTask, ending: str) -> Rollout:
 
 
 class _Cargo:
-    """What workers know by number: models, agents and guides."""
+    """The objects that workers know by number: models, agents and guides."""
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
@@ -177,9 +176,9 @@ class _Cargo:
         self._made: dict[bytes, LLM] = {}
 
     def pack(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[tuple[RolloutTask, link.Run]]:
-        """Return a message for each task; raises ConfigError for what does not pickle."""
+        """Return a message for each task; raises ConfigError for anything that cannot be pickled."""
         remedy = f"give it plain attributes and importable functions, {_LOCAL}"
-        with self._lock:  # several loops may share an executor
+        with self._lock:  # several event loops may share an executor
             self._add(work.agent, "an agent", remedy)
             self._add(work.guide, "a guide", remedy)
         packed = dumps(work, self._refer, "the work of an executor", remedy)
@@ -206,7 +205,7 @@ class _Cargo:
             self._parameters[id(parameter)] = ("parameter", number, name)
 
     def _refer(self, value: Any) -> Reference | None:
-        """Return the reference of what workers know or may not have; None for what is pickled."""
+        """Return the reference of an object that workers know or must not have; None for an object to pickle."""
         if isinstance(value, LLM):
             return ("llm", self.owner.number_of(value), *stand_in_for(value))
         if isinstance(value, CallableModel):
@@ -230,17 +229,17 @@ class _Cargo:
         return rollout
 
     def call(self, ask: link.Ask) -> Any:
-        """Return the call that a worker asks for, its model's number filled in."""
+        """Return the call that a worker requests, with its model filled in."""
         call = loads(ask.call, self._resolve)
         if ask.made is None:
             return call
-        if ask.made not in self._made:  # a client that the agent made in the worker, from settings alone
+        if ask.made not in self._made:  # a client that the agent created in the worker, from settings alone
             self._made[ask.made] = pickle.loads(ask.made)  # noqa: S301 - a worker runs trusted code
         return replace(call, model=self.owner.number_of(self._made[ask.made]))
 
 
 class _Conversation:
-    """One task in one worker: sends it and answers what the worker asks for, in the context of `map`'s caller."""
+    """One task in one worker: sends it and answers the worker's requests, in the context of `map`'s caller."""
 
     def __init__(self, worker: _Worker, cargo: _Cargo, timeout: float | None = None) -> None:
         self.has_started = False
@@ -251,7 +250,7 @@ class _Conversation:
         self._checks: dict[int, asyncio.Future[bytes | None]] = {}
 
     async def hold(self, message: link.Run) -> link.Done | link.Failed | None:
-        """Return how the task ended, None if its worker ended instead. Cancelling leaves a worker to be killed."""
+        """Return the task's final message, None if its worker died. If it is cancelled, the worker must be killed."""
         if self._worker.setting is not None:
             self._link.send(self._worker.setting)
             self._worker.setting = None
@@ -281,7 +280,7 @@ class _Conversation:
             match message:
                 case link.Started():
                     self.has_started = True
-                    if self._timeout is not None:  # the agent's and the guide's, which the worker keeps itself
+                    if self._timeout is not None:  # the agent's and the guide's, which the worker has itself
                         late = 2 * (self._timeout + GRACE)
                         self.deadline.reschedule(asyncio.get_running_loop().time() + late)
                 case link.Ask():
@@ -295,7 +294,7 @@ class _Conversation:
         return None
 
     async def _answer(self, ask: link.Ask) -> None:
-        """Have the owner answer a call, and send what it answers or raises."""
+        """Have the owner answer a call, and send the answer or the error."""
         owner, number = self._cargo.owner, ask.number
         try:
             call = self._cargo.call(ask)
@@ -315,7 +314,7 @@ class _Conversation:
             self._asks.pop(number, None)
 
     async def _validate(self, number: int, text: str) -> None:
-        """Have the worker check the text of an answer; raises what its `validate` raises."""
+        """Have the worker check the text of an answer; raises the exception of its `validate`."""
         checked: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         self._checks[number] = checked
         self._link.send(link.Check(number, text))
@@ -330,7 +329,7 @@ class _Conversation:
             ask.cancel()
 
     async def _watch(self) -> None:
-        """Close the socket of a worker that has ended, if a process that it started still holds the other end."""
+        """Close the socket of a dead worker, if a process that it started still holds the other end."""
         while self._worker.is_alive():  # noqa: ASYNC110 - asyncio has no event for the end of such a process
             await asyncio.sleep(WATCH)
         await asyncio.sleep(WATCH)  # what it wrote before is read first
@@ -353,23 +352,23 @@ class _Worker:
                     [sys.executable, *flags, "-c", _SCRIPT.format(path=path, descriptor=theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C is this process's to handle; and what a worker starts ends with it
+                    start_new_session=True,  # this process handles Ctrl-C; and a worker's children end with it
                 )
             except OSError as error:
                 self.end.close()
                 raise ConfigError(f"Expected a worker process to start, got {error}") from error
 
     def is_alive(self) -> bool:
-        """Return False once the process has ended; it is not waited for, so that its number stays its own."""
+        """Return False once the process has ended; it is not waited for, so that its id is not reused."""
         if self.process.returncode is not None or not hasattr(os, "waitid"):
             return self.process.poll() is None
         try:
             return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        except ChildProcessError:  # the application ignores SIGCHLD: the system has collected it
+        except ChildProcessError:  # the application ignores SIGCHLD: the system has reaped it
             return False
 
     def kill(self) -> None:
-        """End the process and all that it started, now."""
+        """Kill the process and all its children."""
         self.hang_up()
         if self.process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
@@ -377,13 +376,13 @@ class _Worker:
             self.process.wait()
 
     def hang_up(self) -> None:
-        """Close the socket, for a forked process that holds a copy of it too: the worker ends."""
+        """Close the socket, also for a forked process that holds a copy of it: the worker ends."""
         with suppress(OSError):
             self.end.shutdown(socket.SHUT_RDWR)
         self.end.close()
 
     def ending(self) -> str:
-        """Say how the process ended."""
+        """Return how the process ended."""
         code = self.process.returncode
         if code is None or code >= 0:
             return f"ended with exit code {code}"
@@ -401,14 +400,14 @@ def _setting() -> bytes:
             "main module, which worker processes import"
         ) from error
     data.pop("authkey", None)
-    if method is None:  # asking for it has chosen one: the application may still choose another
+    if method is None:  # reading it fixes one: the application may still choose another
         multiprocessing.set_start_method(None, force=True)
         data.pop("start_method", None)
     return pickle.dumps(data)
 
 
 class _Pool:
-    """At most `size` workers, handed to who waits first. Used from any loop and thread."""
+    """At most `size` workers, given out first come, first served. Used from any event loop and thread."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -420,7 +419,7 @@ class _Pool:
         self._is_closed = False
 
     async def take(self) -> _Worker:
-        """Return a worker that is free, a new one if there may be one more, else wait; raises ConfigError."""
+        """Return a free worker, start one if allowed, or wait; raises ConfigError."""
         while True:
             with self._lock:
                 if self._is_closed:
@@ -446,7 +445,7 @@ class _Pool:
                 raise
 
     def put_back(self, worker: _Worker) -> None:
-        """Make a worker free again, or forget one that has ended."""
+        """Return a worker to the pool, or drop one that has ended."""
         with self._lock:
             if worker.is_alive() and not self._is_closed:
                 self._idle.append(worker)
@@ -465,7 +464,7 @@ class _Pool:
                     return
 
     def end(self) -> None:
-        """End every worker: an idle one may run its exit hooks, one at work is killed."""
+        """End every worker: an idle one may run its exit hooks, a busy one is killed."""
         with self._lock:
             workers, idle = ([], []) if self._pid != os.getpid() else (self._workers, self._idle)
             self._workers, self._idle, self._is_closed = [], [], True

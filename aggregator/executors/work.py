@@ -1,10 +1,10 @@
-"""One rollout: an agent on one input under given values, judged by a guide, and what user code raises as a record.
+"""One rollout: an agent on one input with given values, judged by a guide; exceptions of user code become records.
 
-`AgentWork` is what an executor runs. It needs nothing from its surroundings, so it does the same in this process, in
-a worker and alone in a test.
+`AgentWork` is what an executor runs. It needs nothing from its surroundings, so it works the same in this process, in a
+worker and in a test.
 
-A failure of user code is recorded with the line, a traceback without paths and, where it is known, the likely cause.
-An error in trained code is not the user's bug: it describes the values on trial and is left to the optimizer.
+A failure of user code is recorded with the line, a traceback without paths and, where it is known, the likely cause. An
+error in trained code is not the user's bug: it describes the candidate's values and is passed to the optimizer.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from aggregator.records import Completion, Failure, Rollout, RolloutTask, Stage
 from aggregator.text import as_text, shorten, show_error
 
 MESSAGE_LIMIT = 4_000
-"""How many characters of an error's message a record keeps."""
+"""The number of characters of an error's message in a record."""
 
 
 # ---- one rollout
 
 
 class Ran(Struct, frozen=True, kw_only=True):
-    """What one run of an agent came to: an output, or the error that its code raised.
+    """The result of one run of an agent: an output, or the exception of its code.
 
-    `handle` is whatever the agent's own optimizer needs to go on from there, as the node of a graph.
+    `handle` is for the agent's own optimizer, for example a node of a graph.
     """
 
     output: Any = None
@@ -63,7 +63,7 @@ class Ran(Struct, frozen=True, kw_only=True):
 
 
 class InstanceAgent:
-    """The base of agents that run one instance at a time: a subclass has `parameters` and `run`."""
+    """The base class of agents that run one instance at a time: a subclass has `parameters` and `run`."""
 
     isolation: Literal["overlay", "copy", "serial"] = "overlay"
     max_concurrency: int | None = None
@@ -73,7 +73,10 @@ class InstanceAgent:
         raise NotImplementedError
 
     async def run(self, task: RolloutTask, call: Call) -> Ran:
-        """Run the agent on the task's input; `call` runs a synchronous function in a thread. May raise anything."""
+        """Run the agent on the task's input; `call` runs a synchronous function in a thread.
+
+        May raise any exception.
+        """
         raise NotImplementedError
 
     async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
@@ -105,10 +108,10 @@ class InstanceAgent:
 class AgentWork:
     """Runs a rollout task on an agent and judges the output: what an executor maps over tasks.
 
-    What the agent assigns to its trainable parameters lasts until the end of its rollout.
+    The agent's assignments to its trainable parameters end with its rollout.
 
     `agent` is what `as_agent` returns. `call` runs synchronous code; None uses its own threads. Pickling keeps agent
-    and guide only. Raises what ends a run; every other error is the rollout's `failure`.
+    and guide only. Raises errors that end a run; any other error is the rollout's `failure`.
     """
 
     def __init__(self, agent: Agent, guide: Any, *, call: Call | None = None) -> None:
@@ -147,7 +150,7 @@ class AgentWork:
                         else:
                             ran = await agent.run(task, self.call)
                     check_output(ran.output)
-                except BaseException as error:  # the boundary: whatever an agent raises becomes a record
+                except BaseException as error:  # the boundary: any exception of an agent becomes a record
                     if not is_own(error):
                         raise
                     ran = Ran(error=error)
@@ -166,16 +169,16 @@ class AgentWork:
 
 
 GRACE = 1.0
-"""Seconds that a coroutine has to end after it was cancelled for its timeout; then it is left to itself."""
+"""Seconds that a coroutine has to end after its timeout; then it is abandoned."""
 
 Result = TypeVar("Result")
-_left: set[asyncio.Task[Any]] = set()  # given up and not ended yet: the event loop holds its tasks weakly
+_left: set[asyncio.Task[Any]] = set()  # abandoned and not ended yet: the event loop references its tasks weakly
 
 
 async def within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Await `run()` for at most the task's timeout; then cancel it and refuse all calls that it still makes.
+    """Await `run()` for at most the task's timeout; then cancel it and refuse its further calls.
 
-    Raises InstanceTimeoutError then, and without running anything for a stage that is recorded as timed out.
+    Raises InstanceTimeoutError then, and at once for a stage that is recorded as timed out.
     """
     if task.timed_out != stage:
         if task.timeout is None or task.timed_out:
@@ -187,7 +190,7 @@ async def within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[An
             return await run()
 
         with portal.on_branch(here.uncounted() if (here := portal.current_branch()) is not None else None):
-            running = asyncio.get_running_loop().create_task(held())  # in no TaskGroup, which would wait for it
+            running = asyncio.get_running_loop().create_task(held())  # not in a TaskGroup, which would wait for it
         _left.add(running)
         running.add_done_callback(_forget)
         try:
@@ -205,7 +208,7 @@ async def within(task: RolloutTask, stage: Stage, run: Callable[[], Coroutine[An
 
 
 async def time_out(task: RolloutTask) -> Rollout:
-    """Return the rollout of a task whose agent took longer than its timeout and cannot be asked for more."""
+    """Return the rollout of a task whose agent exceeded its timeout."""
     error = InstanceTimeoutError(_late("agent", task))
     return await judge_run(task, Ran(error=error), None, transcript="")
 
@@ -215,13 +218,13 @@ def _late(stage: Stage, task: RolloutTask) -> str:
 
 
 def timed_out(rollout: Rollout | None) -> str:
-    """Return the stage of a rollout that took longer than its timeout, "" for any other rollout."""
+    """Return the stage of a rollout that exceeded its timeout, or ""."""
     record = None if rollout is None else rollout.failure
     return record.stage if record is not None and record.error == InstanceTimeoutError.__name__ else ""
 
 
 def _forget(task: asyncio.Task[Any]) -> None:
-    """Drop a task that has ended; an error that it raised after it was given up is of no interest."""
+    """Drop a task that has ended; its error after the timeout is ignored."""
     _left.discard(task)
     if not task.cancelled():
         task.exception()
@@ -238,11 +241,11 @@ async def judge_run(
     measures: Mapping[str, float] = MappingProxyType({}),
     instant: bool = False,
 ) -> Rollout:
-    """Return the rollout that a run of an agent makes, with the guide's score; with guide None it has no score.
+    """Return the rollout of an agent's run, with the guide's score, or without one if the guide is None.
 
-    `guide` is what `as_guide` returns; its calls are placed below the current lineage. `started` is when the run began,
-    by `perf_counter`, `measures` what its calls took. An `instant` guide asks no model, so it has no lineage.
-    Raises what ends a run.
+    `guide` is what `as_guide` returns; its calls are recorded below the current lineage. `started` is the run's start,
+    by `perf_counter`, `measures` the measures of its calls. An `instant` guide calls no model, so it has no lineage.
+    Raises errors that end a run.
     """
     sample, score, feedback = task.sample, None, ""
     record: Failure | None = None
@@ -284,10 +287,10 @@ async def judge_run(
 async def run_batch(
     agent: Agent, tasks: Sequence[RolloutTask], guide: Any, arrived: Callable[[int, Rollout], object]
 ) -> None:
-    """Call `arrived(index, rollout)` as an agent that takes batches runs the tasks, which all have the same values.
+    """Run tasks with the same values on an agent that takes batches, and call `arrived(index, rollout)` for each.
 
-    If the agent raises, the tasks that are left have failed with that error; what ends the run is raised. ConfigError
-    for anything that is not a rollout of one of the tasks, and for a task that is left out.
+    If the agent raises, the remaining tasks have failed with that error; an error that ends the run is raised.
+    ConfigError for anything but a rollout of one of the tasks, and for a missing task.
     """
     left = set(range(len(tasks)))
     overlaid: dict[ParameterNode[Any], Any] = {}
@@ -304,7 +307,7 @@ async def run_batch(
                 i, rollout = _check_arrival(agent, found, left)
                 left.discard(i)
                 arrived(i, _name_task(rollout, tasks[i]))
-    except BaseException as raised:  # the boundary: whatever an agent raises becomes a record
+    except BaseException as raised:  # the boundary: any exception of an agent becomes a record
         if not is_own(raised):
             raise
         error = raised
@@ -326,7 +329,7 @@ def _length_of(output: Any) -> dict[str, float]:
 
 
 def _name_task(rollout: Rollout, task: RolloutTask) -> Rollout:
-    """Fill in what a rollout says of its task."""
+    """Fill in a rollout's fields about its task."""
     sample, scores = task.sample, {**_length_of(rollout.output), **rollout.scores}
     return replace(
         rollout, scores=scores, sample_id=sample.id, x=sample.x, lineage="/".join(task.lineage), repeat=task.repeat
@@ -337,7 +340,7 @@ def _name_task(rollout: Rollout, task: RolloutTask) -> Rollout:
 
 
 def record_failure(stage: Stage, error: BaseException, sample_id: int | None = None) -> Failure:
-    """Return the record of an error that user code raised; raises it if it ends the run or ends this task."""
+    """Return the record of an exception of user code; raises it if it ends the run or this task."""
     if not is_own(error):
         raise error
     if ends_run(cause := root_of(error)):
@@ -346,7 +349,7 @@ def record_failure(stage: Stage, error: BaseException, sample_id: int | None = N
 
 
 def root_of(error: BaseException) -> BaseException:
-    """Return what a group of errors comes down to: what ends the run, else a lost call, else the first by name.
+    """Return the decisive error of a group: one that ends the run, else a lost call, else the first by name.
 
     An agent that fans out in a TaskGroup raises groups, whose order is that of completion.
     """
@@ -357,14 +360,16 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def failure(stage: Stage, error: BaseException, *, sample_id: int | None = None) -> Failure:
-    """Record an error: class and message, and where the user's code raised it; no addresses and no paths."""
+    """Record an error: class and message, and the line of the user's code that raised it; no addresses and no paths."""
     cause = root_of(error)
     name = type(cause).__name__
     message = show_error(cause, MESSAGE_LIMIT).removeprefix(name).removeprefix(": ") or name
     return Failure(
         stage=stage,
         error=name,
-        message=message.encode(errors="backslashreplace").decode(),  # a lone surrogate fits neither file nor prompt
+        message=message.encode(
+            errors="backslashreplace"
+        ).decode(),  # neither files nor prompts can hold a lone surrogate
         sample_id=sample_id,
         infrastructure=is_infrastructure(cause),
         where=where_of(cause, stage) if is_bug(cause) else "",
@@ -377,13 +382,13 @@ _STANDARD = tuple(filter(None, {sysconfig.get_path(name) for name in ("stdlib", 
 _INSTALLED = tuple(filter(None, {sysconfig.get_path(name) for name in ("purelib", "platlib")}))
 _FRAMES_SHOWN = 12
 _TRAINED = ", trained>"
-"""How the file of trained code ends that runs in this process."""
+"""The suffix of the file name of trained code that runs in this process."""
 
 
 def where_of(error: BaseException, stage: Stage) -> str:
     """Return the innermost line of the user's own code, as "agent.py:12 in forward".
 
-    Without one, as when the call does not fit the function, it is the call of the agent or of the guide, else "".
+    Without one, for example if the call has wrong arguments, it is the call of the agent or of the guide, else "".
     """
     if own := _own_frames(error):
         return f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}"
@@ -391,7 +396,7 @@ def where_of(error: BaseException, stage: Stage) -> str:
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback through the user's code, with file names and no paths; "" for code that is not theirs."""
+    """Return the traceback through the user's code, with file names and no paths; "" for other code."""
     lines = [
         f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
         for frame in _own_frames(error)[-_FRAMES_SHOWN:]
@@ -400,10 +405,10 @@ def traceback_of(error: BaseException) -> str:
 
 
 def is_bug(error: BaseException) -> bool:
-    """Return True if an error is that of code which the user wrote: not of trained code, not one of the library's.
+    """Return True if an error comes from the user's own code: neither from trained code nor from the library.
 
-    The library's own errors are those of calls, values and replies, which another value may mend; a guide that gives no
-    verdict is the user's.
+    The library's errors are about calls, values and replies, which another value may mend; a guide without a verdict is
+    the user's bug.
     """
     if isinstance(error, GuideError):
         return True
@@ -413,9 +418,9 @@ def is_bug(error: BaseException) -> bool:
 
 
 def check_output(output: Any) -> None:
-    """Raise TypeError for what no agent means to return: something that must be awaited, read or called first.
+    """Raise TypeError for an output that must be awaited, read or called first.
 
-    Lists, tuples and dicts are looked into, two levels deep; what is in them may be a Completion.
+    Lists, tuples and dicts are searched, two levels deep; their items may be Completions.
     """
     what = _unfinished(output) or ("" if not isinstance(output, Completion) else _COMPLETION)
     if what:
@@ -428,11 +433,11 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def _unfinished(output: Any, depth: int = 0) -> str:
-    """Return what a value is that is not an answer yet, and the remedy; "" for an answer."""
+    """Describe a value that is not an answer yet, with the remedy; "" for an answer."""
     if type(output) in _SCALARS:  # nearly always
         return ""
     if inspect.iscoroutine(output):
-        output.close()  # no warning that it was never awaited: the error says so
+        output.close()  # avoid the warning that it was never awaited: the error says so
         return "a coroutine; write `await` before the call"
     if inspect.isasyncgen(output):
         return "an async generator; collect it with `async for`"
@@ -458,7 +463,7 @@ def show_failure(record: Failure) -> str:
 
 
 def failures_left(failures: Sequence[Failure]) -> list[str]:
-    """Return one line for each kind of error of the user's code: how often, where, and the first one's traceback."""
+    """Return one line for each kind of error in the user's code: how often, where, and the first one's traceback."""
     kinds: dict[tuple[str, str, str], list[Failure]] = {}
     for record in failures:
         if record.where and record.stage in ("agent", "guide"):
@@ -471,7 +476,7 @@ def failures_left(failures: Sequence[Failure]) -> list[str]:
 
 
 def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """Return the frames of the user's code, the innermost last: of installed packages if there are no others."""
+    """Return the frames of the user's code, the innermost last, or those of packages if there are no others."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

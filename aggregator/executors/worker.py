@@ -1,4 +1,4 @@
-"""A worker process: loads agent and guide once, runs one task at a time, and passes calls of models to its owner."""
+"""A worker process: loads agent and guide once, runs one task at a time, and passes model calls to its owner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from aggregator.records import Completion, Usage
 from aggregator.sandbox.limits import sandboxed
 
 LAST_SECONDS = 5.0
-"""How long the exit hooks of a worker may take once the other end has closed the socket."""
+"""Seconds for a worker's exit hooks after the other end has closed the socket."""
 
 _GUARD = (
     "Expected no call of a model before the worker process is set up; put what starts the training under "
@@ -54,7 +54,7 @@ def main(descriptor: int) -> None:
 def _prepare(data: dict[str, Any]) -> None:
     """Import the main module as `multiprocessing` does for a spawned process: pickles may refer to it."""
     here = process.current_process()
-    vars(here)["_inheriting"] = True  # a worker that itself starts workers has no guard in its main module
+    vars(here)["_inheriting"] = True  # a worker that starts workers itself has no guard in its main module
     try:
         spawn.prepare(data)
     finally:
@@ -62,9 +62,9 @@ def _prepare(data: dict[str, Any]) -> None:
 
 
 def _end_with_parent(end: socket.socket, parent: int) -> None:
-    """End this process and all that it started soon after the other end was closed, whatever the agent does.
+    """End this process and its children soon after the other end was closed, whatever the agent does.
 
-    A process that the parent forked may still hold the other end, so the parent itself is looked at too.
+    A process that the parent forked may still hold the other end, so the parent itself is checked too.
     """
     closed = select.poll()
     closed.register(end, 0)
@@ -73,11 +73,11 @@ def _end_with_parent(end: socket.socket, parent: int) -> None:
     with suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
     threading.Event().wait(LAST_SECONDS)
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # the worker leads its group
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the worker leads its process group
 
 
 class Worker:
-    """The worker's side of the conversation. It runs on the library's loop; other loops and threads call into it."""
+    """The worker's side of the protocol. It runs on the library's event loop; other loops and threads call it."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,7 +111,7 @@ class Worker:
                 self._task.cancel()
 
     async def _run(self, message: link.Run) -> None:
-        """Run one task and send what became of it."""
+        """Run one task and send its result."""
         try:
             work, task = loads(message.work, self._resolve), loads(message.task, self._resolve)
         except Exception as error:  # noqa: BLE001 - it is raised where the run is
@@ -129,7 +129,7 @@ class Worker:
         with portal.carrying(), lineage_at(message.lineage, message.role), collecting() as ledger:
             try:
                 with nullcontext() if message.sandbox is None else sandboxed(message.sandbox):
-                    rollout = replace(await work(task), handle=None)  # the adapter's own, of use in this process only
+                    rollout = replace(await work(task), handle=None)  # the adapter's own, usable in this process only
                 what = f"a rollout of instance {rollout.sample_id}"
                 data = dumps(rollout, self._refer, what, "return plain data from the agent, or use the local executor")
             except BaseException as error:  # noqa: BLE001 - it is raised where the run is
@@ -152,7 +152,7 @@ class Worker:
     # Objects that both sides know by number
 
     def _resolve(self, reference: Reference) -> Any:
-        """Return what a reference refers to."""
+        """Return the object of a reference."""
         match reference:
             case ("llm", number, kind, state):
                 if number not in self._models:
@@ -171,7 +171,7 @@ class Worker:
         raise ConfigError(f"Expected a reference to a model, an object or a parameter, got {reference!r}")
 
     def _refer(self, value: Any) -> Reference | None:
-        """Return the reference of what the owner has; None for what is pickled."""
+        """Return the reference of an object that the owner has; None for an object to pickle."""
         if isinstance(value, LLM | OwnedModel):
             return None if value.owner_number is None else ("model", value.owner_number)
         return next((("object", number) for number, known in self._objects.items() if known is value), None)
@@ -179,7 +179,7 @@ class Worker:
     # Calls of models
 
     async def answer(self, llm: LLM, call: ChatCall, validate: Validate | None) -> Completion:
-        """Have the owner answer a call; raises what it raised there."""
+        """Have the owner answer a call; raises its exception."""
         return await self._first(self._ask(llm.owner_number, llm, validate, chat=call))
 
     async def deltas(self, llm: LLM, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
@@ -192,7 +192,7 @@ class Worker:
             await self._here(pieces.aclose())
 
     async def complete(self, number: int, messages: Any, options: Mapping[str, Any]) -> Completion:
-        """Have the owner ask a model that is not an `LLM`."""
+        """Have the owner call a model that is not an `LLM`."""
         given = {name: value for name, value in options.items() if name != "validate"}
         return await self._first(self._ask(number, None, None, messages=messages, options=given))
 
@@ -206,7 +206,7 @@ class Worker:
     def _ask(
         self, number: int | None, llm: LLM | None, validate: Validate | None, *, stream: bool = False, **question: Any
     ) -> AsyncGenerator[Any, None]:
-        """Return the pieces of an answer. The place of the call is taken now, in the context of the caller."""
+        """Return the parts of an answer. The call's ticket is taken now, in the caller's context."""
         if self._task is None or self._task.done():
             raise ConfigError(_GUARD if self._loop is None else _LATE)
         known = -1 if number is None else number
@@ -238,7 +238,7 @@ class Worker:
                 self._link.send(link.Stop(number))
 
     async def _here(self, awaitable: Any) -> Any:
-        """Await something on the worker's loop, whichever loop this is."""
+        """Await something on the worker's event loop, from any loop."""
         assert self._loop is not None
         if asyncio.get_running_loop() is self._loop:
             return await awaitable
@@ -250,7 +250,7 @@ class Worker:
 
 
 class OwnedModel:
-    """Replaces a model that is not an `LLM`: the owner asks it."""
+    """Replaces a model that is not an `LLM`: the owner calls it."""
 
     def __init__(self, worker: Worker, number: int, name: str) -> None:
         self._worker, self.owner_number, self.model = worker, number, name
@@ -262,11 +262,11 @@ class OwnedModel:
         return self
 
     def __call__(self, messages: Any = None, **options: Any) -> Completion:
-        """Ask from synchronous code."""
+        """Call from synchronous code."""
         return portal.call(self.complete, messages, **options)
 
     async def complete(self, messages: Any, **options: Any) -> Completion:
-        """Ask once; raises what the model raises."""
+        """Make one call; raises the model's exception."""
         normal = normalise(messages)
         transcript = current_transcript()
         shown = transcript.llm_call(normal) if transcript is not None and current_role() == "agent" else None
