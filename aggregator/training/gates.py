@@ -285,8 +285,8 @@ async def validate(
     evaluations: Evaluations,
     steps: int,
     min_score: float | None = None,
-) -> RunState:
-    """Return the state with the validation scores of these values, and with them as the best if they are better.
+) -> tuple[RunState, Sequence[Rollout]]:
+    """Return the state with the validation scores of these values, as the best if they are better, and the rollouts.
 
     The scores of values that were validated before cost nothing. Ties keep the earlier values. Instances that were lost
     are compared as by `compare_runs`.
@@ -310,7 +310,7 @@ async def validate(
         failures=failures_of(runs),
         usage=ledger.totals(),
     )
-    return replace(state, best=best, best_step=best_step, validations=(*state.validations, evaluation))
+    return replace(state, best=best, best_step=best_step, validations=(*state.validations, evaluation)), runs
 
 
 def values_named(result: TrainingResult, which: Kept) -> Values:

@@ -386,7 +386,7 @@ class _Course:
                 return lose_instance(task.sample, record, lineage="/".join(task.lineage))
 
         found = await self.rollouts.each(tasks, self.plan.guide, instance, parts.limit, self.repeats)
-        self.streak = follow(self.streak, [one.rollout for one in found[:size]], step.values)
+        self.streak = follow(self.streak, [one.rollout for one in found[:size]], step.values, step.min_score)
         if self.streak.succeeded and waiting:
             late = await finish(lambda i: instance(i, partial(_known, waiting[i])), sorted(waiting), parts.limit)
             for i, one in zip(sorted(waiting), late, strict=True):
@@ -453,8 +453,8 @@ class _Course:
                 for sample in self.plan.test
             ]
             every = await run_again(self.rollouts.map, self.repeats.expand(tasks), self.plan.guide)
-        self.streak = follow(self.streak, every, values)
         runs = self.repeats.join(every)
+        self.streak = follow(self.streak, runs, values, self.plan.min_score)
         scores = tuple(run.score for run in runs)
         lowest = lowest_of(scores, *(run.scores for run in self.state.evaluations), min_score=self.plan.min_score)
         return Evaluation(
@@ -504,7 +504,12 @@ class _Course:
         if state.best is not None:  # in the parameters' types, also after a checkpoint was read
             state = replace(state, best=self._convert_values(state.best))
         plan, values = self.plan, values_of(self.parameters)
-        return await validate(state, values, plan.validation, self.evaluations, steps, plan.min_score)
+        state, runs = await validate(state, values, plan.validation, self.evaluations, steps, plan.min_score)
+        alone = follow(
+            checkpoints.Streak(), runs, values, plan.min_score
+        )  # scores are remembered: these may be counted before
+        self.streak = replace(self.streak, succeeded=self.streak.succeeded or alone.succeeded)
+        return state
 
     def info(self, sandboxes: Mapping[str, str]) -> RunInfo:
         """Return the description of the run that observers get at its start."""

@@ -277,7 +277,7 @@ class _Turns:
 
 
 LONGEST = 4
-"""This number of consecutive rollouts that fail at one line of the user's code ends a run."""
+"""This number of consecutive instances that fail at one line of the user's code ends a run."""
 
 
 _CAUSES = (
@@ -297,17 +297,18 @@ _CAUSES = (
 # ---- streaks of errors
 
 
-def follow(streak: Streak, rollouts: Sequence[Rollout], values: Values) -> Streak:
-    """Return the streak after more rollouts with these values.
+def follow(streak: Streak, rollouts: Sequence[Rollout], values: Values, min_score: float | None = None) -> Streak:
+    """Return the streak after more instances with these values.
 
-    Lost calls are left out. Raises TrainingError, with the traceback and the likely cause, if `LONGEST` consecutive
-    rollouts failed with the same exception type at the same line of the user's code.
+    Lost calls are left out. An instance made of repeats has failed if all of them have, so that its score is that of a
+    failure, `min_score` or None. Raises TrainingError, with the traceback and the likely cause, if `LONGEST`
+    consecutive instances failed with the same exception type at the same line of the user's code.
     """
     for rollout in rollouts:
         record = rollout.failure
         if record is not None and record.infrastructure:
             continue
-        if record is None:
+        if record is None or rollout.score not in {None, min_score}:
             streak = Streak(succeeded=streak.succeeded or rollout.score is not None)
             continue
         key = (record.stage, record.error, record.where, digest(values))

@@ -215,6 +215,58 @@ def test_four_failures_in_a_row_stop_a_run_later_too() -> None:
     assert len(caught.value.result.history) in (4, 5)
 
 
+class FailsOn(Base):
+    """Fails on one input, on some of its repeats or on all."""
+
+    def __init__(self, *bad: str, every: int = 1) -> None:
+        super().__init__()
+        self.bad, self.every, self.calls = bad, every, 0
+
+    def forward(self, x: str) -> str:
+        self.calls += x in self.bad
+        if x in self.bad and self.calls % self.every == 0:
+            raise IndexError(x)
+        return f"yes {self.calls}"
+
+
+@pytest.mark.filterwarnings("ignore::aggregator.errors.TrainingWarning")
+@pytest.mark.parametrize("min_score", [None, 0.0, -1.0])
+@pytest.mark.parametrize("sets", ["test", "validate", "both"])
+def test_the_repeats_of_one_instance_were_taken_for_a_bug(sets: str, min_score: float | None) -> None:
+    """An input that fails on each of four repeats is one instance that failed."""
+    rows = [("a", "no"), ("bad", "no"), ("b", "no")]
+    options = {f"{name}_dataset": rows for name in ("test", "validate") if sets in (name, "both")}
+    _, result = train(FailsOn("bad"), repeats=4, min_score=min_score, batch_size=4, **options)
+    assert isinstance(result, TrainingResult)
+
+
+@pytest.mark.filterwarnings("ignore::aggregator.errors.TrainingWarning")
+@pytest.mark.parametrize("options", [{}, {"test_dataset": DATA}, {"validate_dataset": DATA}], ids=str)
+def test_instances_that_failed_on_one_repeat_were_taken_for_a_bug(options: dict[str, Any]) -> None:
+    """An instance that the agent worked on at least once is a success."""
+    agent = FailsOn(*(x for x, _ in DATA), every=4)
+    _, result = train(agent, lambda x, output, info: (0.5, ""), repeats=4, max_concurrency=1, batch_size=8, **options)
+    assert isinstance(result, TrainingResult)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_bug_on_the_validation_set_stops_the_run(repeats: int) -> None:
+    """Its first four instances fail before anything is proposed."""
+    llm, error = train(FailsOn("bad"), repeats=repeats, validate_dataset=[("bad", "no")] * 4)
+    assert isinstance(error, TrainingError)
+    assert "4 rollouts in a row" in str(error)
+    assert "IndexError: bad" in str(error)
+    assert llm.asked == []
+
+
+def test_validating_the_same_values_again_does_not_add_to_a_streak() -> None:
+    """The last two instances and, at the next step, the first two of the same scores are not four in a row."""
+    rows = [("bad", "no"), ("bad", "no"), ("a", "no"), ("bad", "no"), ("bad", "no")]
+    with pytest.warns(TrainingWarning):
+        _, result = train(FailsOn("bad"), validate_dataset=rows, batch_size=2)
+    assert len(result.history) == 4
+
+
 def test_the_message_names_the_cause() -> None:
     """A type of the library in a message shows what was forgotten."""
     assert "`.text`" in cause_of("TypeError", "can only concatenate str (not 'Completion') to str", "agent")
