@@ -1,14 +1,15 @@
 """Train LLM agents with aggregated updates.
 
-For each minibatch an optimizer proposes new parameter values for every instance independently and
-concurrently; an LLM aggregates the proposals, weighing them by confidence; the typed result is
-checked and applied to the agent. Every LLM exchange can be recorded in a cassette and replayed offline.
+For each minibatch an optimizer proposes new parameter values for every instance independently and concurrently; an LLM
+aggregates the proposals, weighing them by confidence; the typed result is checked and applied to the agent. Every LLM
+exchange can be recorded in a cassette and replayed offline.
 
-What most programs use is here. The rest is in faces: `aggregator.errors`, `executors`, `gates`, `guides`, `llm`,
-`observing`, `optimizers`, `providers`, `rules`, `schedules`, `searches`, `simulation`, `stops` and `testing`.
+The names that most programs need are here. The others are in faces: `aggregator.errors`, `executors`, `gates`,
+`guides`, `llm`, `observing`, `optimizers`, `providers`, `rules`, `schedules`, `searches`, `simulation`, `stops` and
+`testing`.
 
-Importing this package imports no third-party module: each public name is loaded on its first use (PEP 562). Editors
-and type checkers read `__init__.pyi`.
+Importing this package imports no third-party module: each public name is loaded on its first use (PEP 562). Editors and
+type checkers read `__init__.pyi`.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
 
 
 def _face(module: str, homes: dict[str, tuple[str, ...]]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a module that loads each name from its home, on its first use."""
+    """Return `__getattr__` and `__dir__` of a module that loads each name from its home on first use."""
     origin = {name: home for home, names in homes.items() for name in names}
 
     def load(name: str) -> object:
@@ -145,7 +146,7 @@ _load, __dir__ = _face(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> object:
-    """Load a public name or a face on its first use. The names of the faces are found here too, but not listed."""
+    """Load a public name or a face on first use. Names of the faces are found here too, but not listed."""
     from importlib import import_module
 
     if name in _ROOMS:

@@ -1,4 +1,4 @@
-"""Checks of arguments: what a number, a count or a function is, and the errors for anything else."""
+"""Checks of arguments: numbers, counts and functions, and the errors for anything else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_int(value: Any) -> TypeGuard[int]:
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Return True for an int or float, NaN and infinity included; a bool is not one."""
+    """Return True for an int or float, including NaN and infinity; a bool is not one."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -72,12 +72,7 @@ def is_async(function: Any) -> bool:
 
 
 def check_count(name: str, value: Any, *, least: int = 0, meaning: str = "") -> None:
-    """Raise ConfigError unless `value` is an int of at least `least`; `meaning` explains the least value.
-
-    >>> check_count("memory_size", -1, meaning="0 is off")
-    Traceback (most recent call last):
-    aggregator.errors.ConfigError: Expected memory_size to be an int of at least 0 (0 is off), got -1
-    """
+    """Raise ConfigError unless `value` is an int of at least `least`; `meaning` explains the minimum."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         meaning = f" ({meaning})" if meaning else ""
         raise ConfigError(f"Expected {name} to be an int of at least {least}{meaning}, got {value!r}")
@@ -106,11 +101,7 @@ def check_callable(name: str, value: Any, remedy: str) -> None:
 
 
 def accepts(function: Any, *arguments: Any, **options: Any) -> bool:
-    """Return True if `function` can be called with such arguments. A class does not count, a C function always does.
-
-    >>> accepts(len, []), accepts(lambda x: x), accepts(dict)
-    (True, False, False)
-    """
+    """Return True if `function` accepts such arguments. A class does not count, a C function always does."""
     from inspect import signature  # slow to load, and not needed to load parameters
 
     if isinstance(function, type) or not callable(function):

@@ -142,7 +142,7 @@ class CassetteMissError(CassetteError):
 
 
 class CassetteDamagedError(CassetteError):
-    """The file was cut or edited, or does not hold what it states."""
+    """The file was cut or edited, or its content differs from what it states."""
 
 
 class CassetteRefusedError(CassetteError):
@@ -161,7 +161,7 @@ class SecretLeakError(CassetteError):
 
 
 class _EndedRunError(AggregatorError):
-    """An error that ends a run and keeps what the run had reached (`.result`, None before the first step)."""
+    """An error that ends a run and keeps the partial result (`.result`, None before the first step)."""
 
     def __init__(self, message: str, result: TrainingResult | None = None) -> None:
         super().__init__(message)
@@ -182,8 +182,8 @@ class TrainingError(_EndedRunError):
 class LLMError(AggregatorError):
     """A call to a model failed.
 
-    `status` is the HTTP status (None without an answer), `code` the provider's own word, `request_id` what
-    the provider's support asks for, `retry_after` seconds, `attempts` how many requests were sent for this call.
+    `status` is the HTTP status (None without an answer), `code` the provider's own, `request_id` for the provider's
+    support, `retry_after` in seconds, `attempts` the number of requests sent for this call.
     """
 
     def __init__(
@@ -209,18 +209,18 @@ class LLMError(AggregatorError):
 
 
 def _rebuild(kind: type[LLMError], state: dict[str, Any]) -> LLMError:
-    """Make an error again after it crossed a process border."""
+    """Rebuild an error after it crossed a process border."""
     error = kind(state["message"])
     error.__dict__.update(state)
     return error
 
 
 class APIConnectionError(LLMError):
-    """No answer: refused, reset, or cut before the reply was whole."""
+    """The connection was refused, reset, or cut before the reply was complete."""
 
 
 class APITimeoutError(APIConnectionError):
-    """No whole answer within the deadline."""
+    """No complete answer arrived before the deadline."""
 
 
 class APIStatusError(LLMError):
@@ -228,7 +228,7 @@ class APIStatusError(LLMError):
 
 
 class BadRequestError(APIStatusError):
-    """The request is wrong and will stay wrong (400, 413, 422)."""
+    """The request is invalid, and retrying does not help (400, 413, 422)."""
 
 
 class ContextLengthError(BadRequestError):
@@ -240,11 +240,11 @@ class AuthenticationError(APIStatusError):
 
 
 class PermissionDeniedError(APIStatusError):
-    """The key may not do this (403)."""
+    """The key lacks the permission (403)."""
 
 
 class NotFoundError(APIStatusError):
-    """No such model or path (404)."""
+    """There is no such model or path (404)."""
 
 
 class RateLimitError(APIStatusError):
@@ -260,15 +260,15 @@ class ServerError(APIStatusError):
 
 
 class ResponseError(LLMError):
-    """The status was fine, the answer was not."""
+    """The status was fine, but the answer was not."""
 
 
 class DecodeError(ResponseError):
-    """The body is not the JSON of this API."""
+    """The body is not this API's JSON."""
 
 
 class TooLargeError(DecodeError):
-    """The body is longer, as sent or decompressed, than any answer of a model."""
+    """The body is longer, compressed or decompressed, than any answer of a model."""
 
 
 class EmptyResponseError(ResponseError):
@@ -276,7 +276,7 @@ class EmptyResponseError(ResponseError):
 
 
 class BrokenResponseError(ResponseError):
-    """The provider ended the answer for a reason that is not known to be good; `text` is what came."""
+    """The provider ended the answer for a reason that is not known to be good; `text` is the partial text."""
 
     def __init__(self, message: str, *, text: str = "", **facts: Any) -> None:
         super().__init__(message, **facts)
@@ -284,11 +284,11 @@ class BrokenResponseError(ResponseError):
 
 
 class ContentFilterError(ResponseError):
-    """The provider withheld the answer, or the model refused to give one."""
+    """The provider withheld the answer, or the model refused."""
 
 
 class TruncatedError(ResponseError):
-    """The answer was cut at the token limit; `text` is what came, `thought` is True if the model had been thinking."""
+    """The answer was cut at the token limit; `text` is the partial one, `thought` is True if the model was thinking."""
 
     def __init__(self, message: str, *, text: str = "", thought: bool = False, **facts: Any) -> None:
         super().__init__(message, **facts)
@@ -304,7 +304,7 @@ class AggregatorWarning(UserWarning):
 
 
 class SandboxWarning(AggregatorWarning):
-    """Code that training changes is not contained: the kernel leaves ways open, or another framework runs the code."""
+    """Code that training changes is not contained: the kernel lacks a feature, or another framework runs the code."""
 
 
 class CassetteWarning(AggregatorWarning):
@@ -312,7 +312,7 @@ class CassetteWarning(AggregatorWarning):
 
 
 class ModelWarning(AggregatorWarning):
-    """A model or its server did not do what was asked, without reporting an error."""
+    """A model or its server did not follow the request, without reporting an error."""
 
 
 class TrainingWarning(AggregatorWarning):
@@ -328,16 +328,16 @@ _OF_EVERY_REQUEST = (
     r"api[_ -]?key|credit balance|billing|quota|model_not_found|unknown_model|model identifier is invalid"
     r"|model \S+ (?:(?:was |is )?not found|does not exist|is not supported)|(?:not a valid|invalid|unknown) model"
 )
-"""What a 400 says that comes to every request: some providers answer so to a wrong key, no credit, an unknown model."""
+"""Texts of a 400 that every request gets: some providers send one for a wrong key, no credit, or an unknown model."""
 
 _OF_ONE_REQUEST = r"moderat|flagged|content[ _-]?(?:filter|policy|management)|responsible ?ai|safety|usage polic|violat"
-"""What a 400 or 403 says that comes to this request alone, though its text may quote any word of the prompt."""
+"""Texts of a 400 or 403 that only this request gets, although the text may quote any word of the prompt."""
 
 _MISSING_PART = (
     r"(?:file|image|audio|video|document|response|message|item|thread|conversation|cache|container|store)\b.{0,80}"
     r"not (?:be )?(?:found|exist)|support (?:image|audio|video|file|tool|document)"
 )
-"""What a 404 says of a part that one request names, or of an input that the model cannot take."""
+"""Texts of a 404 for a part that one request names, or for an input that the model does not support."""
 
 
 # ---- what an error means for a run
@@ -346,9 +346,9 @@ _MISSING_PART = (
 def ends_run(error: BaseException) -> bool:
     """Return True if no further call can succeed: a cassette's miss, the budget, authentication, an unknown model.
 
-    A refusal of one request (content filter, flagged prompt, bad image, too long) does not end the run.
+    A refusal of one request (content filter, flagged prompt, invalid image, too long) does not end the run.
     """
-    import re  # here, as production code that only loads parameters needs none
+    import re  # imported here, because production code that only loads parameters needs none of it
 
     if isinstance(error, _OWN):
         return False
@@ -365,16 +365,16 @@ def ends_run(error: BaseException) -> bool:
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """Return True if a call was lost through no fault of the agent."""
+    """Return True if a call was lost without the agent's fault."""
     return isinstance(error, LLMError) and not isinstance(error, _OWN)
 
 
 def is_own(error: BaseException) -> bool:
-    """Return True if an error comes from the code just run; False for a request to this task to end.
+    """Return True if an error comes from the code just run; False for a request that this task end.
 
     Code that calls `sys.exit()`, or awaits a task that it cancelled itself, has failed like any other.
     """
-    import asyncio  # here, as production code that only loads parameters needs no event loop
+    import asyncio  # imported here, because production code that only loads parameters needs no event loop
 
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()

@@ -1,6 +1,6 @@
-"""Files and folders: written whole or not at all, and readable by their owner only.
+"""Files and folders: written atomically, and readable by their owner only.
 
-Functions take text or `os.PathLike` and raise OSError; callers turn it into an error with a remedy.
+Functions accept a string or `os.PathLike` and raise OSError; callers convert it to an error with a remedy.
 `private=False` leaves the permissions of new files and folders to the umask, for files that are meant to be shared.
 """
 
@@ -20,33 +20,28 @@ Path = str | os.PathLike[str]
 
 
 def make_folder(path: Path, *, private: bool = True) -> None:
-    """Create a folder and the missing ones above it; folders that exist keep their permissions."""
+    """Create a folder and its missing parents; existing folders keep their permissions."""
     folder = os.fspath(path) or "."
     if os.path.isdir(folder):  # noqa: PTH112 - pathlib would be one more import in production
         return
     parent = os.path.dirname(folder)  # noqa: PTH120 - as above
     if parent and parent != folder:
         make_folder(parent, private=private)
-    with suppress(FileExistsError):  # another process was faster; a file of that name shows when it is used
+    with suppress(FileExistsError):  # another process was faster; a file of that name raises when it is used
         os.mkdir(folder, PRIVATE_FOLDER if private else 0o777)  # noqa: PTH102 - as above
 
 
 def open_file(path: Path, flags: int, *, private: bool = True) -> int:
-    """Open a file by the flags of `os.open`, and as bytes; one that is created gets the permissions 0600."""
+    """Open a file with the flags of `os.open`, in binary mode; a new one gets the permissions 0600."""
     return os.open(path, flags | getattr(os, "O_BINARY", 0), PRIVATE_FILE if private else 0o666)
 
 
 LONGEST_NAME = 255
-"""Bytes that file systems take for a name."""
+"""The maximum length in bytes of a name in file systems."""
 
 
 def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
-    """Return the path of a file in the same folder, with this name and an ending; a long name is shortened.
-
-    >>> from pathlib import Path
-    >>> beside(Path("a/b.yaml"), ".lock").as_posix(), len(beside(Path("b" * 255), ".lock").name)
-    ('a/b.yaml.lock', 222)
-    """
+    """Return the path of a file in the same folder, with this name and a suffix; a long name is shortened."""
     return path.with_name(_with_ending(path.name, ending))
 
 
@@ -54,19 +49,19 @@ def _with_ending(name: str, ending: str) -> str:
     data = os.fsencode(name)
     if len(data) + len(ending) <= LONGEST_NAME:
         return name + ending
-    from hashlib import sha256  # needed for names that few files have
+    from hashlib import sha256  # needed for long names only
 
     return f"{data[:200].decode(errors='ignore')}-{sha256(data).hexdigest()[:16]}{ending}"
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = True, sole_writer: bool = False) -> None:
-    """Replace the content of a file, creating missing folders: a crash leaves the old file or the new one.
+    """Replace the content of a file and create missing folders; a crash leaves the old file or the new one.
 
-    A file that exists keeps its permissions, and a link is followed: the file that it names is replaced.
-    With `sole_writer` (the caller holds a lock) the temporary file has one name, so that the next write replaces what a
-    killed process left; otherwise each process and thread has its own temporary file.
+    An existing file keeps its permissions, and a link is followed: its target is replaced. With `sole_writer` (the
+    caller holds a lock) the temporary file has one name, so that the next write replaces one left by a killed process;
+    otherwise each process and thread has its own temporary file.
     """
-    from threading import get_ident  # needed to write only, not to load what was written
+    from threading import get_ident  # needed only to write, not to load
 
     target = os.path.realpath(path)
     make_folder(os.path.dirname(target), private=private)  # noqa: PTH120 - as above

@@ -1,4 +1,4 @@
-"""Optimizers, which propose new values, and what varies their candidates.
+"""Optimizers, which propose new values, and variations of their candidates.
 
 `examples/extending/optimizer.py` shows a custom one.
 """

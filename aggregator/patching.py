@@ -1,7 +1,7 @@
-"""Replace functions of other modules while somebody needs it, and put them back exactly.
+"""Replace functions of other modules while a holder needs it, and restore them exactly.
 
-Each replacement decides per call whether it does anything, so holding a patch changes nothing for those who have no
-run and no cassette open. What is replaced is the process's state, and so is the count of its holders.
+Each replacement decides per call whether it does anything, so a held patch changes nothing for code without an open run
+or cassette. The replaced functions and the count of holders are state of the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MISSING = object()
 
 
 class Patch(NamedTuple):
-    """One function to replace: `wrap(original)` replaces `module`'s attribute `path`, as in `"Thread.start"`."""
+    """One function to replace: `wrap(original)` replaces `module`'s attribute `path`, such as `"Thread.start"`."""
 
     module: str
     path: str
@@ -28,14 +28,14 @@ class Patch(NamedTuple):
 class _Installed(NamedTuple):
     owner: Any
     name: str
-    before: Any  # what the owner itself had: `_MISSING` where it inherited the function
+    before: Any  # the owner's own attribute: `_MISSING` if it inherited the function
     replacement: Any
 
 
 class Patches:
-    """Patches that are installed together: by their first holder, until the last one has released them.
+    """Patches that are installed together by their first holder, until the last one has released them.
 
-    A module that is imported later is patched then. A module or attribute that does not exist is left out.
+    A module imported later is patched then. A module or attribute that does not exist is skipped.
     """
 
     def __init__(self, patches: Sequence[Patch]) -> None:
@@ -45,7 +45,7 @@ class Patches:
         self._lock = threading.RLock()
 
     def hold(self) -> None:
-        """Install the patches, unless they are."""
+        """Install the patches, unless they are installed."""
         with self._lock:
             self.holders += 1
             if self.holders > 1:
@@ -60,9 +60,9 @@ class Patches:
             _imports.watch(due, self._imported)
 
     def release(self) -> None:
-        """Put back what was there, once nobody holds the patches any more.
+        """Restore the originals, once there are no more holders.
 
-        What somebody else has patched on top since stays as it is: their function calls ours, which passes calls on.
+        Another library's later patch on top is kept: its function calls ours, which passes calls on.
         """
         with self._lock:
             self.holders -= 1
@@ -105,7 +105,7 @@ class _Imports(MetaPathFinder):
         self._lock = threading.RLock()
 
     def watch(self, names: Sequence[str], callback: Callable[[ModuleType], None]) -> None:
-        """Call back once a module of one of these names has been imported."""
+        """Register a callback for the import of a module with one of these names."""
         with self._lock:
             for name in names:
                 if callback not in (callbacks := self._waiting.setdefault(name, [])):
@@ -114,7 +114,7 @@ class _Imports(MetaPathFinder):
                 sys.meta_path.insert(0, self)
 
     def unwatch(self, callback: Callable[[ModuleType], None]) -> None:
-        """Forget a callback."""
+        """Remove a callback."""
         with self._lock:
             for name, callbacks in list(self._waiting.items()):
                 if callback in callbacks:
@@ -125,7 +125,7 @@ class _Imports(MetaPathFinder):
                 sys.meta_path.remove(self)
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec that the other finders have, with a loader that calls back."""
+        """Return the spec of the other finders, with a loader that calls back."""
         if name not in self._waiting:
             return None
         for finder in sys.meta_path:
@@ -144,7 +144,7 @@ class _Imports(MetaPathFinder):
 
 
 class _Calling(Loader):
-    """Another loader, whose module is announced once it was executed."""
+    """Another loader, whose module is announced after its execution."""
 
     def __init__(self, loader: Any, imports: _Imports) -> None:
         self._loader, self._imports = loader, imports
@@ -158,7 +158,7 @@ class _Calling(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Let the other loader execute the module, be its loader again, and announce it."""
+        """Let the other loader execute the module, restore it as the module's loader, and announce the module."""
         spec = module.__spec__
         if spec is not None:
             spec.loader = self._loader

@@ -1,9 +1,9 @@
 """The one place where synchronous callers meet the event loop.
 
 `call` runs a coroutine function on one background loop and waits for it: it works in scripts, under a running loop
-(notebooks, servers) and from worker threads. Context variables travel along; Ctrl-C cancels the work and waits for it.
+(notebooks, servers) and from worker threads. It copies the context variables; Ctrl-C cancels the work and waits.
 
-While a run or a cassette is open (`carrying`), threads and pools get the context too; else `refuse_strays` raises.
+While a run or a cassette is open (`carrying`), threads and pools get the context too; otherwise `refuse_strays` raises.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Owner = TypeVar("Owner")
 Args = ParamSpec("Args")
 
 PATIENCE = 10.0
-"""Seconds that an interrupted caller waits for what it interrupted: code may swallow its cancellation."""
+"""Seconds that an interrupted caller waits for its work, which may swallow its cancellation."""
 _DEEPEST = 40  # tasks may start one another without end, and each branch refers to its parent
 _LONGEST_PATH = 200  # characters of a branch; a longer one becomes a digest
 
 
 class _Portal:
-    """One daemon thread with one event loop, made on first use and again after a fork."""
+    """One daemon thread with one event loop, created on first use and again after a fork."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -53,7 +53,7 @@ class _Portal:
             try:
                 self.loop.run_forever()
             except (KeyboardInterrupt, SystemExit):
-                continue  # asyncio raises these here too, besides passing them to the caller that awaits the task
+                continue  # asyncio raises these here too, besides passing them to the task's awaiter
         self.loop.run_until_complete(_finish(self.closers))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
@@ -66,7 +66,7 @@ class _Portal:
 
 
 async def _finish(closers: list[Callable[[], Awaitable[None]]]) -> None:
-    """Cancel what still runs and close what was registered."""
+    """Cancel the remaining work and close the registered objects."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -91,14 +91,14 @@ def _current() -> _Portal:
 
 
 class Scope:
-    """The calls that a thread makes for one piece of work: once it is cancelled, so are they, and later ones refused.
+    """The calls that a thread makes for one piece of work: cancelling it cancels them and refuses later ones.
 
     A thread cannot be stopped, but its further calls to models can be refused.
     """
 
     def __init__(self) -> None:
         self.is_cancelled = False
-        self.tasks: set[asyncio.Task[Any]] = set()  # touched on the library's loop only
+        self.tasks: set[asyncio.Task[Any]] = set()  # used on the library's loop only
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call a function whose calls belong to this scope."""
@@ -109,13 +109,13 @@ class Scope:
             _scope.reset(token)
 
     def cancel(self) -> None:
-        """Cancel what is under way, from any thread."""
+        """Cancel calls in flight, from any thread."""
         self.is_cancelled = True
         if _portal is not None:
             _portal.loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
 
     def hold(self) -> None:
-        """Let all calls of this context, and of what it starts, belong to this scope."""
+        """Assign all calls of this context, and of what it starts, to this scope."""
         _scope.set(self)
 
 
@@ -158,7 +158,7 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
         portal.loop.call_soon_threadsafe(start)
         return outcome.result()
     except (KeyboardInterrupt, SystemExit) as interrupt:
-        if not outcome.done():  # else it came from the work itself
+        if not outcome.done():  # otherwise it came from the work itself
             scope.cancel()
             wait([outcome], timeout=PATIENCE)
             vars(interrupt).update(vars(outcome.exception()) if outcome.done() and outcome.exception() else {})
@@ -166,13 +166,13 @@ def call(function: Callable[..., Coroutine[Any, Any, Result]], /, *args: Any, **
 
 
 def _transfer(task: asyncio.Task[Result], outcome: Future[Result]) -> None:
-    """Hand a finished task's result to the waiting thread."""
+    """Pass a finished task's result to the waiting thread."""
     if task.cancelled():
         ended = CancelledError()
         try:
             task.result()
         except asyncio.CancelledError as cancelled:
-            vars(ended).update(vars(cancelled))  # as the partial result of a run
+            vars(ended).update(vars(cancelled))  # such as the partial result of a run
         outcome.set_exception(ended)
     elif (error := task.exception()) is not None:
         outcome.set_exception(error)
@@ -183,10 +183,10 @@ def _transfer(task: asyncio.Task[Result], outcome: Future[Result]) -> None:
 def sync(
     method: Callable[Concatenate[Owner, Args], Coroutine[Any, Any, Result]],
 ) -> Callable[Concatenate[Owner, Args], Result]:
-    """Return the synchronous face of an async method, with the same signature; `train` is that of `atrain`.
+    """Return the synchronous version of an async method, with the same signature: `train` for `atrain`.
 
-    A call of the face calls the async method of that name, so an override of it is found. `__face_of__` holds the name:
-    a method without this mark is an override of the face.
+    It looks the async method up by name, so an override is found. `__face_of__` holds the name: a method without this
+    marker is an override.
     """
     name = method.__name__
 
@@ -200,7 +200,7 @@ def sync(
 
 
 def sync_function(function: Callable[Args, Coroutine[Any, Any, Result]]) -> Callable[Args, Result]:
-    """Return the synchronous face of an async function, with the same signature."""
+    """Return the synchronous version of an async function, with the same signature."""
 
     @wraps(function)
     def face(*args: Args.args, **kwargs: Args.kwargs) -> Result:
@@ -211,24 +211,24 @@ def sync_function(function: Callable[Args, Coroutine[Any, Any, Result]]) -> Call
 
 
 def _name_face(face: Any, awaitable: str) -> None:
-    """Name a face after the awaitable form, whose name has an `a` in front."""
+    """Name a synchronous version after its async one, without the leading `a`."""
     face.__face_of__ = awaitable
     face.__name__ = awaitable.removeprefix("a")
     face.__qualname__ = face.__qualname__.removesuffix(awaitable) + face.__name__
 
 
 def is_here() -> bool:
-    """Return True on the background loop's own thread."""
+    """Return True in the background loop's own thread."""
     return _portal is not None and threading.current_thread() is _portal.thread
 
 
 def on_close(closer: Callable[[], Awaitable[None]]) -> None:
-    """Register what the library's loop awaits before the interpreter ends."""
+    """Register a coroutine function that the library's loop awaits before the interpreter exits."""
     _current().closers.append(closer)
 
 
 def use_uvloop() -> None:
-    """Run the library's loop on uvloop (the extra `uvloop`); raises ConfigError once the loop has been made."""
+    """Run the library's loop on uvloop (the extra `uvloop`); raises ConfigError if the loop exists already."""
     global _loop_factory  # noqa: PLW0603 - of the one background loop
     from uvloop import new_event_loop
 
@@ -239,16 +239,16 @@ def use_uvloop() -> None:
 
 
 class Branch:
-    """Where concurrent work began: the numbers of the tasks, threads and pool items that lead to it, as `0.3.1`.
+    """The origin of concurrent work: the numbers of the tasks, threads and pool items that lead to it, such as `0.3.1`.
 
-    Numbers count what one context starts, in the order in which it starts it. So two runs of one program give the same
-    path to the same work, whatever finishes first. `inner` is the path since the innermost lineage block, and `outer`
-    where that block was entered.
+    Numbers count what one context starts, in order. Two runs of one program therefore give the same path to the same
+    work, in any order of completion. `inner` is the path since the innermost lineage block, and `outer` the path at
+    which that block was entered.
     """
 
     process: ClassVar[int] = os.getpid()  # this one, also after a fork; asking the system for each branch is slow
     outside: ClassVar[int] = 0
-    """Calls of models from threads without a context, while a run or cassette was open: its own, or not."""
+    """Model calls from threads without a context while a run or cassette was open, whether they belong to it or not."""
     depth = 0
     _parent: Branch | None = None
     _alive = 0  # threads and pool items
@@ -275,16 +275,16 @@ class Branch:
         return Branch(_joined(self.path, number), _joined(self.inner, number), *above)
 
     def watch(self, task: asyncio.Task[Any]) -> None:
-        """Note a task that was started here: what is started before it is done is concurrent with it."""
+        """Note a task that was started here: work started before it is done is concurrent with it."""
         if not self._crowded:
             self._latest = ref(task)
 
     def add(self, change: int) -> None:
-        """Count a thread or pool item that was started here as under way (1) or as ended (-1)."""
+        """Count a thread or pool item started here as running (1) or as ended (-1)."""
         self._alive += change
 
     def is_concurrent(self, *, whole: bool = False) -> bool:
-        """Return whether this is one of several that are or were under way at once, since the last block or the run."""
+        """Return True if this is one of several that are or were running at once, since the last block or the run."""
         branch: Branch | None = self
         while branch is not None:
             if (parent := branch._parent) is not None and parent._crowded:  # noqa: SLF001 - of its own class
@@ -310,11 +310,11 @@ if hasattr(os, "register_at_fork"):
 _branch: ContextVar[Branch | None] = ContextVar("aggregator_branch", default=None)
 
 set_branch = _branch.set
-"""Make a branch the current one of this context."""
+"""Make a branch this context's current one."""
 
 
 class _Work(threading.local):
-    """The pool item that this thread works on: the branch that handed it in, and its own."""
+    """The pool item that this thread runs: the branch that submitted it, and its own."""
 
     handed_in: Branch | None = None
     own: Branch | None = None
@@ -324,17 +324,17 @@ _work = _Work()
 
 
 def current_branch() -> Branch | None:
-    """Return where in the concurrent work of a run or cassette this is; None outside of any.
+    """Return the branch within the concurrent work of a run or cassette; None outside.
 
-    Frameworks run a pool's items in copies of the context that handed them in, which are identical; the item
-    that the thread works on distinguishes them.
+    Frameworks run a pool's items in copies of their submitter's context, which are identical; the thread's item
+    distinguishes them.
     """
     branch = _branch.get()
     return _work.own if branch is not None and branch is _work.handed_in else branch
 
 
 def begin_block() -> Branch | None:
-    """Let `inner` start from here, and return the branch to set again at the end of the block; None outside of any."""
+    """Let `inner` start here, and return the branch to restore at the block's end; None outside a run or cassette."""
     branch = _branch.get()
     if branch is not None and (branch := _work.own if branch is _work.handed_in else branch) is not None:
         _branch.set(Branch(branch.path, outer=branch if branch.depth < _DEEPEST else None))
@@ -343,10 +343,10 @@ def begin_block() -> Branch | None:
 
 @contextmanager
 def carrying() -> Iterator[None]:
-    """Let threads, pools and tasks that are started inside keep this context, as tasks of asyncio do.
+    """Give threads, pools and tasks that are started inside this context, as asyncio does for tasks.
 
-    Held by each run and each open cassette. A thread that is started, and work that is handed to a pool, gets a copy of
-    the context; a pool's own threads keep none. `refuse_strays` raises in work for another process.
+    Each run and each open cassette holds it. A started thread, and work submitted to a pool, gets a copy of the
+    context; a pool's own threads keep none. `refuse_strays` raises in work for another process.
     """
     here = current_branch()
     branch = Branch() if here is None or here.pid != Branch.process else here
@@ -358,7 +358,7 @@ def carrying() -> Iterator[None]:
         _hooks.release()
         try:
             _branch.reset(token)
-        except ValueError:  # left in another context than entered, as by a pytest fixture of asyncio
+        except ValueError:  # exited in another context than entered, as by a pytest fixture of asyncio
             if _branch.get() is branch:
                 _branch.set(None)
 
@@ -376,8 +376,8 @@ def on_branch(branch: Branch | None) -> Iterator[None]:
 def refuse_strays(what: str) -> None:
     """Raise ConfigError for a call that belongs to a run or cassette and cannot reach it.
 
-    In another process the budget, the journal and the values on trial are copies; a thread that C code has started has
-    none of them. Raises CancelledError for work that was given up. Another thread without a context is counted only.
+    In another process the budget, the journal and the candidate's values are copies; a thread started by C code has
+    none of them. Raises CancelledError for abandoned work. Any other thread without a context is only counted.
     """
     scope = _scope.get()
     if scope is not None and scope.is_cancelled:
@@ -395,17 +395,17 @@ def refuse_strays(what: str) -> None:
     raise ConfigError(f"Expected {what} in the process and context of its run, got one in {where}; {remedy}")
 
 
-_STRAY = Branch()  # of a synchronous call from a thread that C code has started
+_STRAY = Branch()  # of a synchronous call from a thread started by C code
 _STRAY.pid = -1
 
 
 def _is_foreign() -> bool:
-    """Return True in a thread that C code has started, while a run or cassette is open."""
+    """Return True in a thread started by C code, while a run or cassette is open."""
     return bool(_hooks.holders) and isinstance(threading.current_thread(), _FOREIGN)
 
 
 class _Elsewhere:
-    """A function for another process: calls that it makes there are refused, as they belong to this one."""
+    """A function for another process: its calls there are refused, because they belong to this process."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.pid = function, os.getpid()
@@ -441,7 +441,7 @@ _POOLS = frozenset({"concurrent.futures.thread", "concurrent.futures.process", "
 
 
 def _is_of_a_pool(worker: Any) -> bool:
-    """Return whether a thread or process is a pool's own, which runs the work of many contexts."""
+    """Return True if a thread or process is a pool's own, which runs the work of many contexts."""
     target = getattr(worker, "_target", None)
     return getattr(target, "__module__", None) in _POOLS or type(worker).__module__ in _POOLS
 
@@ -457,7 +457,7 @@ def _start_thread(original: Callable[..., Any]) -> Callable[..., Any]:
         run, carry = self.run, _carried(branch)
 
         def run_carried() -> None:
-            vars(self).pop("run", None)  # or the thread would hold itself
+            vars(self).pop("run", None)  # otherwise the thread would reference itself
             carry(run)
 
         self.run = run_carried  # type: ignore[method-assign]
@@ -571,7 +571,7 @@ def _create_task(original: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 context.run(_branch.set, branch.child())
                 kwargs["context"] = context
-            except RuntimeError:  # somebody's own context that is in use: its tasks get no numbers
+            except RuntimeError:  # a context of the caller's own that is in use: its tasks get no numbers
                 pass
             task = original(self, coro, **kwargs)
             branch.watch(task)

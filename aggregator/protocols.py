@@ -14,14 +14,14 @@ from aggregator.records import Completion, HTTPReply, HTTPRequest, Rollout, Roll
 
 
 class StreamedReply(Protocol):
-    """An answer whose head has arrived and whose body is still coming. Header names are lower case."""
+    """An answer whose head has arrived while its body is still arriving. Header names are lower case."""
 
     status: int
     headers: Mapping[str, str]
     reason: str
 
     def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes; raises APIConnectionError or APITimeoutError."""
+        """Yield the body as it arrives; raises APIConnectionError or APITimeoutError."""
         ...
 
 
@@ -34,9 +34,9 @@ class Transport(Protocol):
         ...
 
     def open(self, request: HTTPRequest, *, timeout: float | None = None) -> AbstractAsyncContextManager[StreamedReply]:
-        """Send one request and hand out the answer as soon as its head is there; leaving the block ends the request.
+        """Send one request and yield the answer once its head has arrived; leaving the block ends the request.
 
-        A subclass that has only `send` gives the answer in one piece.
+        A subclass with only `send` yields the answer in one piece.
         """
         return _in_one_piece(self, request, timeout)
 
@@ -63,7 +63,9 @@ async def _in_one_piece(
 class ChatModel(Protocol):
     """A model: `await model.complete(messages, ...)`."""
 
-    async def complete(self, *messages: Any, **options: Any) -> Completion:  # so typed, any choice of options fits
+    async def complete(
+        self, *messages: Any, **options: Any
+    ) -> Completion:  # typed in this way, any choice of options fits
         """Ask once, with the messages and the options of `LLM.complete`, and return the answer; raises LLMError."""
         ...
 
@@ -73,7 +75,7 @@ class Judged(Protocol):
 
     @property
     def score(self) -> SupportsFloat | None:
-        """The score; None if nothing can be said."""
+        """The score; None if the output cannot be judged."""
         ...
 
     @property
@@ -83,19 +85,19 @@ class Judged(Protocol):
 
 
 Judgement = SupportsFloat | tuple[SupportsFloat | None, str] | Judged | Scores
-"""What a guide may return: a score, (score, feedback), Scores, or an object with score and feedback."""
+"""The accepted results of a guide: a score, (score, feedback), Scores, or an object with score and feedback."""
 
 
 class Guide(Protocol):
     """Judges an agent's output."""
 
     def __call__(self, x: Any, output: Any, info: Any, /) -> Judgement | Awaitable[Judgement]:
-        """Return a score, (score, feedback) or Scores, now or awaitable."""
+        """Return a score, (score, feedback) or Scores, or an awaitable of one."""
         ...
 
 
 class TraceGuide(Protocol):
-    """A guide of Trace's, taken as it is."""
+    """A Trace guide, used unchanged."""
 
     def get_feedback(self, query: Any, response: Any, reference: Any, /) -> Any:
         """Return (score, feedback)."""
@@ -103,7 +105,7 @@ class TraceGuide(Protocol):
 
 
 AnyGuide = Guide | TraceGuide
-"""What a trainer takes as a guide."""
+"""What a trainer accepts as a guide."""
 
 
 class Parameter(Protocol):
@@ -126,7 +128,7 @@ class Parameter(Protocol):
 
     @property
     def description(self) -> str:
-        """What the value is for, shown to the optimizer; "" if nothing is known."""
+        """The purpose of the value, shown to the optimizer; "" if unknown."""
         ...
 
     @property
@@ -135,27 +137,27 @@ class Parameter(Protocol):
         ...
 
     def convert(self, raw: Any) -> Any:
-        """Return a suggested value as one of this parameter's type; raises ParameterError."""
+        """Return a suggested value converted to this parameter's type; raises ParameterError."""
         ...
 
     def store(self, value: Any) -> None:
-        """Write a value back to the program that the parameter belongs to."""
+        """Write a value to the parameter's program."""
         ...
 
 
 class Agent(Protocol):
-    """What is trained: it offers parameters and runs instances.
+    """What is trained: an object with parameters that runs instances.
 
-    `isolation` says how concurrent candidates are kept apart: "overlay" (values are laid over the parameters per
-    context), "copy" (each candidate runs on its own copy) or "serial" (one candidate at a time). `max_concurrency` is
-    the agent's own limit; None leaves it to the executor.
+    `isolation` is the separation of concurrent candidates: "overlay" (values override the parameters per context),
+    "copy" (each candidate runs on its own copy) or "serial" (one candidate at a time). `max_concurrency` is the agent's
+    own limit; None leaves it to the executor.
     """
 
     isolation: Literal["overlay", "copy", "serial"]
     max_concurrency: int | None
 
     def parameters(self) -> Sequence[Parameter]:
-        """Return the parameters, those that may change."""
+        """Return the trainable parameters."""
         ...
 
     def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
@@ -169,7 +171,7 @@ class Agent(Protocol):
 
 
 class RolloutWork(Protocol):
-    """What an executor runs: `await work(task)`. A remote one sends `agent` and `guide` once per worker."""
+    """Work for an executor: `await work(task)`. A remote executor sends `agent` and `guide` once per worker."""
 
     agent: Any
     guide: Any
@@ -185,7 +187,7 @@ class Executor(Protocol):
     async def map(self, work: RolloutWork, tasks: Sequence[RolloutTask]) -> list[Rollout]:
         """Return the rollouts in the order of the tasks.
 
-        Raises only what ends a run, after the work in flight has ended: the error of the earliest task that has one.
+        Raises only errors that end a run, the earliest task's first, after the work in flight has ended.
         """
         ...
 
@@ -194,5 +196,5 @@ class Logger(Protocol):
     """Trace's logger shape."""
 
     def log(self, name: str, data: Any, step: int, **kwargs: Any) -> None:
-        """Take one named value of one step."""
+        """Log one named value of one step."""
         ...

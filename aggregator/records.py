@@ -1,6 +1,6 @@
-"""The data that flows through the library: frozen structs, no behaviour beyond reading them.
+"""The library's data: frozen structs without behaviour beyond reading them.
 
-Imported by every room; imports nothing of the library but the notebook views, when one is shown.
+Imported by every room; imports only the library's notebook views, when one is shown.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ Values = dict[str, Any]
 """Parameter name -> value."""
 
 Role = Literal["agent", "optimizer", "aggregator", "guide"]
-"""Who asks the model."""
+"""The role that calls the model."""
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"]
-"""OpenAI's words, and "error"; every provider's own word is normalised to one of them.
+"""OpenAI's finish reasons, and "error"; every provider's own is normalised to one of them.
 
-"error" is any word that is not known to be good: the provider calls the answer broken. The client raises for it.
+"error" is any reason that is not known to be good. The client raises for it.
 """
 
 
@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"
 
 
 class HTTPRequest(Struct, frozen=True, kw_only=True, gc=False):
-    """One request as it goes over the wire. `url` is absolute; `secrets` are the very values that authenticate it.
+    """One HTTP request. `url` is absolute; `secrets` are the values that authenticate it.
 
     `kept` are the provider's own headers that a recording may hold, of request and reply; a final `*` matches any
     ending. `fresh` asks for a new connection.
@@ -65,11 +65,12 @@ class HTTPReply(Struct, frozen=True, kw_only=True, gc=False):
 
 # gc=False down to Completion: they hold text, numbers and each other, never a cycle, and every answer makes several.
 class Usage(Struct, frozen=True, kw_only=True, gc=False):
-    """Tokens and cost of one or more calls; None means the provider did not say, which is not 0.
+    """Tokens and cost of one or more calls; None means unknown, which is not 0.
 
     `input_tokens` includes cached ones and those written to a cache, `output_tokens` includes reasoning.
     `cache_write_1h_tokens` are the part of `cache_write_tokens` that is kept for an hour. `cost` is in USD.
-    `estimated_calls` is how many of the calls have tokens by the length of their texts, as their streams stated none.
+    `estimated_calls` counts the calls whose tokens were estimated from the length of their texts, because their streams
+    stated none.
     """
 
     input_tokens: int | None = None
@@ -97,7 +98,7 @@ class Usage(Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def total_tokens(self) -> int:
-        """Input and output tokens that are known."""
+        """The known input and output tokens."""
         return (self.input_tokens or 0) + (self.output_tokens or 0)
 
     @property
@@ -121,9 +122,9 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 class ToolCall(Struct, frozen=True, kw_only=True, gc=False):
-    """A tool the model wants called; `arguments` is the model's own text, JSON if the model kept to it.
+    """A tool call of the model; `arguments` is the model's own text, usually JSON.
 
-    `signature` is what Gemini wants back with the call in the next turn.
+    `signature` must be sent back to Gemini with the call in the next turn.
     """
 
     id: str
@@ -133,11 +134,11 @@ class ToolCall(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Message(Struct, frozen=True, kw_only=True, gc=False):
-    """What one choice of the model says. `reasoning` (thinking) is never part of `content`.
+    """The message of one choice. `reasoning` (thinking) is never part of `content`.
 
-    `source` is the body that it came in, where an API wants parts of it back with the next turn: signed or encrypted
-    thinking, searches, whatever is neither text nor a call of a tool. `other` are the kinds of content that only `raw`
-    holds: audio, images, searches. `origin` is the address of the server that gave it, if no other can read `source`.
+    `source` is its original body, if an API requires parts of it in the next turn: signed or encrypted thinking,
+    searches, anything but text and tool calls. `other` are the kinds of content that only `raw` holds: audio, images,
+    searches. `origin` is the address of its server, if no other can read `source`.
     """
 
     content: str | None = None
@@ -151,7 +152,7 @@ class Message(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Choice(Struct, frozen=True, kw_only=True, gc=False):
-    """One of the model's answers; `raw_finish_reason` is the provider's own word."""
+    """One of the model's answers; `raw_finish_reason` is the provider's own."""
 
     message: Message
     finish_reason: FinishReason = "stop"
@@ -162,7 +163,7 @@ class Choice(Struct, frozen=True, kw_only=True, gc=False):
 class Completion(Struct, frozen=True, kw_only=True, gc=False):
     """A model's answer. Reads as OpenAI's shape too: `completion.choices[0].message.content`.
 
-    `service_tier` is the tier that the provider served it in, by its own word.
+    `service_tier` is the provider's name of the tier that served it.
     """
 
     choices: tuple[Choice, ...]
@@ -178,12 +179,12 @@ class Completion(Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def text(self) -> str:
-        """The first choice's text, "" where it has none (a pure tool call)."""
+        """The first choice's text, "" if it has none (a pure tool call)."""
         return self.choices[0].message.content or ""
 
     @property
     def reasoning(self) -> str | None:
-        """The first choice's thinking, apart from its text."""
+        """The first choice's thinking, separate from its text."""
         return self.choices[0].message.reasoning
 
     @property
@@ -193,7 +194,7 @@ class Completion(Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def raw_finish_reason(self) -> str | None:
-        """The same in the provider's own word."""
+        """The same under the provider's own name."""
         return self.choices[0].raw_finish_reason
 
     @property
@@ -206,7 +207,7 @@ class Completion(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Sample(Struct, frozen=True):
-    """One instance of a data set: `id` is its position there, `x` the agent's input, `info` what the guide needs."""
+    """One instance of a data set: `id` is its position, `x` the agent's input, `info` the data for the guide."""
 
     id: int
     x: Any
@@ -214,16 +215,16 @@ class Sample(Struct, frozen=True):
 
 
 Kept = Literal["best", "last"]
-"""Which values of a run are meant: the best on its validation set, or the last."""
+"""The values of a run: the best on its validation set, or the last."""
 
 Stage = Literal["agent", "guide", "proposal", "aggregation", "evaluation"]
 
 
 class Failure(Struct, frozen=True, kw_only=True):
-    """What went wrong and where. `infrastructure` is True for a lost call, False for an error of the agent itself.
+    """An error and its stage. `infrastructure` is True for a lost call, False for an error of the agent itself.
 
-    For an error of code that the user wrote `where` is its innermost line ("agent.py:12 in forward") and `traceback`
-    the way there; both are "" for one of trained code or of the library. They hold file names, never paths.
+    For an error in the user's code `where` is its innermost line ("agent.py:12 in forward") and `traceback` the
+    traceback; both are "" for an error in trained code or in the library. They hold file names, never paths.
     """
 
     stage: Stage
@@ -238,14 +239,14 @@ class Failure(Struct, frozen=True, kw_only=True):
 
 
 class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it refers to it
-    """One rollout to run, as plain data: what an executor moves to where the agent is.
+    """One rollout to run, as plain data that an executor sends to the agent.
 
-    `values` are laid over the parameters for this rollout only; they have the types of the parameters. `lineage` (from
-    the root) and `role` name its calls on the tape. `capture` asks for the transcript. `repeat` counts rollouts of one
-    sample; 0 adds no part to the lineage. `min_score` is the score of an instance on which the agent itself fails.
+    `values` override the parameters for this rollout only, and have their types. `lineage` (from the root) and `role`
+    name its calls on the tape. `capture` requests the transcript. `repeat` counts rollouts of one sample; 0 adds no
+    part to the lineage. `min_score` is the score of an instance on which the agent itself fails.
 
-    `timeout` is how many seconds the agent, and then the guide, may take. `timed_out` is the one that took longer in a
-    recording: it is not run, and fails as it did.
+    `timeout` is the number of seconds for the agent, and then for the guide. `timed_out` is the stage that timed out in
+    a recording: it is not run, and fails in the same way.
     """
 
     sample: Sample
@@ -260,14 +261,14 @@ class RolloutTask(Struct, frozen=True, kw_only=True, gc=False):  # nothing in it
 
     @property
     def is_timed(self) -> bool:
-        """Whether a timeout, now or in the recording, decides how the rollout ends."""
+        """True if a timeout, now or in the recording, decides the rollout's result."""
         return self.timeout is not None or bool(self.timed_out)
 
 
 class Scores(Struct, frozen=True):
-    """What a guide may return where one number is not enough: the primary score, further ones by name, and feedback.
+    """A guide's result with several scores: the primary score, further ones by name, and feedback.
 
-    Gates and searches go by the primary score unless they are given a name. A `primary` of None means that the output
+    Gates and searches use the primary score unless they are given a name. A `primary` of None means that the output
     cannot be judged.
     """
 
@@ -279,11 +280,11 @@ class Scores(Struct, frozen=True):
 class Rollout(Struct, frozen=True, kw_only=True):
     """One instance run through the agent and judged by the guide. `score` is None if the instance was not judged.
 
-    `x` is the agent's input. `scores` are the guide's further scores by name, and what the run itself took: `length`
-    (the characters of the output), `cost` (USD) and `milliseconds` of the agent's calls, as recorded where they are
-    replayed; the latter two only if there were calls. `ms` is how long the rollout took. `lineage` is the prefix of its
-    calls in the recording, `repeat` its number among the rollouts of one sample. `handle` is private to the agent's
-    adapter, stays in this process and is never written.
+    `x` is the agent's input. `scores` are the guide's further scores by name, and measures of the run: `length` (the
+    characters of the output), `cost` (USD) and `milliseconds` of the agent's calls, in a replay the recorded ones; the
+    latter two only if there were calls. `ms` is the duration of the rollout. `lineage` is the prefix of its calls in
+    the recording, `repeat` its number among the rollouts of one sample. `handle` is private to the agent's adapter,
+    stays in this process and is never written.
     """
 
     sample_id: int
@@ -301,12 +302,12 @@ class Rollout(Struct, frozen=True, kw_only=True):
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """`failure` as the tuple that a Proposal has."""
+        """`failure` as a tuple, as in a Proposal."""
         return () if self.failure is None else (self.failure,)
 
 
 class Proposal(Struct, frozen=True, kw_only=True):
-    """New parameter values that one instance asks for, or several merged into one.
+    """New parameter values for one instance, or several merged into one.
 
     `values` holds only what should change. `support` counts the instances behind it, `sample_ids` names them.
     """
@@ -335,7 +336,7 @@ class Proposal(Struct, frozen=True, kw_only=True):
 
 
 class Decision(Struct, frozen=True, kw_only=True):
-    """A gate's verdict on an update and why."""
+    """A gate's verdict on an update, with the reason."""
 
     accepted: bool
     reason: str = ""
@@ -344,10 +345,10 @@ class Decision(Struct, frozen=True, kw_only=True):
 
 
 class StepReport(Struct, frozen=True, kw_only=True):
-    """What one step did, in the form that history, checkpoint and result keep: its size does not grow with outputs.
+    """The record of one step for history, checkpoint and result: its size does not grow with outputs.
 
-    `proposals` counts the instances that proposed something, `contributors` are the samples whose proposals went into
-    the update, `sources` those that proposed each parameter of it.
+    `proposals` counts the instances with a proposal, `contributors` are the samples whose proposals are in the update,
+    `sources` those for each of its parameters.
     """
 
     epoch: int
@@ -378,7 +379,7 @@ class StepReport(Struct, frozen=True, kw_only=True):
 
 
 class FullStepReport(StepReport, frozen=True, kw_only=True):
-    """A step's report with all that the step saw and made. Observers get it once; nothing keeps it.
+    """A step's complete report. Observers get it once; it is not kept.
 
     `rollouts`, `all_proposals` and `lineages` each have one entry per instance, in the order of the samples; a search
     runs the samples once per candidate, candidate by candidate. An instance that proposes nothing has a Proposal
@@ -391,7 +392,7 @@ class FullStepReport(StepReport, frozen=True, kw_only=True):
     lineages: tuple[str, ...] = ()
 
     def slim(self) -> StepReport:
-        """Return the report in the form that is kept: without rollouts, proposals and lineages."""
+        """Return the report without rollouts, proposals and lineages."""
         return StepReport(**{name: getattr(self, name) for name in StepReport.__struct_fields__})
 
 
@@ -399,12 +400,11 @@ class FullStepReport(StepReport, frozen=True, kw_only=True):
 
 
 class RunInfo(Struct, frozen=True, kw_only=True):
-    """What a run is about to do. Holds no paths, times or user names: the same call gives the same record.
+    """The description of a run at its start, without paths, times or user names: the same call gives the same record.
 
-    The names are those of classes and functions. `parameters` are the values that the run starts from, `steps` counts
-    the steps of the whole run. `finished_steps` and `usage` are what a resumed run has done and spent before.
-    `sandboxes` says where the trained code of each operation runs: "process", "monty 1.4.0", or "none" (this process).
-    `skipped_samples` are left out.
+    The names are those of classes and functions. `parameters` are the initial values, `steps` counts the steps of the
+    whole run. `finished_steps` and `usage` are those of a resumed run. `sandboxes` is the place of each operation's
+    trained code: "process", "monty 1.4.0", or "none" (this process). `skipped_samples` are left out.
     """
 
     trainer: str
@@ -427,7 +427,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
-    """Scores of a data set under the parameters of one moment; `step` counts the updates tried before it."""
+    """Scores of a data set with the parameters at one time; `step` counts the updates tried before it."""
 
     step: int
     score: float | None
@@ -437,12 +437,12 @@ class Evaluation(Struct, frozen=True, kw_only=True):
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
-    """Parameter values that a search remembers, and how each instance scored under them.
+    """Parameter values that a search remembers, with each instance's scores.
 
     `id` is the step that made it and its number there, `parent` the candidate that it was proposed for, `sample_ids`
     are the samples whose proposals made it, `sources` those for each parameter that it changes. `scores` maps an
-    instance's id to the sum of its scores and their count; `lost` are the ids of those on which it was tried and not
-    judged, whose calls failed. `named` holds further scores that a search compares, by "name/instance".
+    instance's id to the sum of its scores and their count; `lost` are the ids of those on which it was tried but not
+    judged, because calls failed. `named` holds further scores that a search compares, by "name/instance".
     """
 
     id: str
@@ -465,20 +465,20 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
     @property
     def trials(self) -> int:
-        """How many scores there are."""
+        """The number of scores."""
         return sum(count for _, count in self.scores.values())
 
 
 class TrainingResult(Struct, frozen=True, kw_only=True):
-    """What a run reached. Holds no times and no paths: the same seed and cassette give the same bytes.
+    """The result of a run. It holds no times and no paths: the same seed and cassette give the same bytes.
 
-    `candidates` are what a search remembers in the end, the current one first. `skipped_samples` were left out.
+    `candidates` are those that a search remembers at the end, the current one first. `skipped_samples` were left out.
 
-    `parameters` are those that the agent has in the end: the best or the last ones, as `kept` says. `best_parameters`
-    are the best on the validation set, after `best_step` steps; without such a set they are the last ones. The score
-    that chose them (`validations`) was used for selection, so that only a test set says how good they are.
+    `parameters` are the agent's at the end: the best or the last ones (`kept`). `best_parameters` are the best on the
+    validation set, after `best_step` steps; without such a set they are the last ones. The score that chose them
+    (`validations`) was used for selection, so that only a test set measures their quality.
 
-    `stopped` is the reason where a `stop=` ended the run, else "".
+    `stopped` is the reason if a `stop=` ended the run, otherwise "".
     """
 
     parameters: Values
@@ -499,9 +499,9 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
 
     @property
     def provenance(self) -> dict[str, list[dict[str, Any]]]:
-        """Which accepted updates made each of `parameters` what it is: the step, and the samples that proposed it.
+        """The accepted updates behind each of `parameters`: the step, and the samples that proposed it.
 
-        Updates after the best values, which a run kept, are left out.
+        Updates after the kept best values are left out.
         """
         made: dict[str, list[dict[str, Any]]] = {name: [] for name in self.parameters}
         last = len(self.history) if self.kept == "last" or self.best_step is None else self.best_step

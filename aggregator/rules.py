@@ -1,4 +1,4 @@
-"""Rules: how the proposals of a minibatch become one. `examples/extending/rule.py` shows a custom one."""
+"""Rules, which merge the proposals of a minibatch. `examples/extending/rule.py` shows a custom one."""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@ For prompts: `show`, `cut`, `one_line`, `as_text`. For errors: `shorten`, `quote
 `canonical_json`, `json_changes`. For replies: `fenced_blocks`, `strip_fence`. For terminals: `printable`, `columns`,
 `show_size`, `show_count`.
 
-No address and no order that depends on hashing is shown: an object without its own repr is `<ClassName>`, the
-items of a set are sorted. Omissions are marked: `[... 120 more characters]`, `[... 3 more items]`,
-`[... nested deeper]`.
+Addresses and hash order are never shown: an object without its own repr is `<ClassName>`, the items of a set are
+sorted. Omissions are marked: `[... 120 more characters]`, `[... 3 more items]`, `[... nested deeper]`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ import msgspec
 from aggregator.errors import ConfigError
 
 VALUE_LIMIT = 2_000
-"""How many characters of one value are shown."""
+"""The number of characters of one value that are shown."""
 
 DEPTH_LIMIT = 6
-"""How many containers deep a value is shown."""
+"""The nesting of containers that is shown."""
 
 
 def show(value: Any, limit: int = VALUE_LIMIT) -> str:
@@ -41,50 +40,30 @@ def show(value: Any, limit: int = VALUE_LIMIT) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """Return text cut at `limit` characters, saying how many are missing.
-
-    >>> cut("abcdef", 4)
-    'abcd [... 2 more characters]'
-    """
+    """Return text cut at `limit` characters, with the number of missing ones."""
     return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit} more characters]"
 
 
 def clip(text: str, limit: int) -> str:
-    """Return text cut at `limit` characters, three dots in place of the rest.
-
-    >>> clip("abcdef", 4)
-    'abcd...'
-    """
+    """Return text cut at `limit` characters, ending in three dots."""
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def one_line(text: str, limit: int) -> str:
-    r"""Return text on one line of at most `limit` characters, the dots included.
-
-    >>> one_line("a  b\nc", 80), one_line("abcdefgh", 6)
-    ('a b c', 'abc...')
-    """
+    r"""Return text on one line of at most `limit` characters, including the dots."""
     line = " ".join(text.split())
     return line if len(line) <= limit else clip(line, limit - 3)
 
 
 def readable(value: Any) -> str:
-    """Return a float with four digits, "-" for None, and everything else as it is.
-
-    >>> readable(0.333333333), readable(None), readable("x")
-    ('0.3333', '-', 'x')
-    """
+    """Return a float with four digits, "-" for None, and anything else unchanged."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def as_text(value: Any) -> str:
-    """Return a string as it is, and anything else as JSON or, where JSON cannot carry it, as its repr.
-
-    >>> as_text("a"), as_text({"a": 1})
-    ('a', '{"a":1}')
-    """
+    """Return a string unchanged, and anything else as JSON or, if JSON does not support it, as its repr."""
     if isinstance(value, str):
         return value
     try:
@@ -95,7 +74,7 @@ def as_text(value: Any) -> str:
 
 
 def _record(value: Any) -> Any:
-    """Return a record of DSPy's (an Example, a Prediction) as a dict: its repr has sets in any order."""
+    """Return a DSPy record (an Example, a Prediction) as a dict, because its repr has sets in arbitrary order."""
     if not hasattr(type(value), "toDict"):
         raise TypeError(f"{type(value).__name__} is no JSON")
     return value.toDict()
@@ -119,7 +98,7 @@ def _show(value: Any, limit: int, depth: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quote as JSON does, and leave other letters than ASCII as they are."""
+    """Quote as JSON does, and keep letters beyond ASCII."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     escaped = escaped.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
     return f'"{escaped}"'
@@ -128,7 +107,7 @@ def _quoted(text: str) -> str:
 def _number(value: float) -> str:
     try:
         return repr(value)
-    except ValueError:  # an int of more digits than Python turns into text
+    except ValueError:  # an int with more digits than Python converts to text
         return f"<int of {value.bit_length()} bits>"  # type: ignore[attr-defined]
 
 
@@ -157,7 +136,7 @@ def _items(items: Iterable[tuple[str, Any]], count: int, limit: int, depth: int)
 
 
 def _object(value: Any, limit: int) -> str:
-    """Show an object by its own repr where its class has one that works, else by its class."""
+    """Show an object by its own repr if its class has one that works, otherwise by its class."""
     name = f"<{type(value).__name__}>"
     if getattr(type(value), "__repr__", None) is object.__repr__:
         return name
@@ -169,13 +148,7 @@ def _object(value: Any, limit: int) -> str:
 
 
 def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
-    """Return an exception as `ValueError: message`; a group as the errors in it, in an order that runs share.
-
-    >>> show_error(ValueError("no k"))
-    'ValueError: no k'
-    >>> show_error(ExceptionGroup("tasks", [ValueError("b"), ValueError("a")]))
-    'ExceptionGroup of ValueError: a; ValueError: b'
-    """
+    """Return an exception as `ValueError: message`; a group as its errors, in a reproducible order."""
     if isinstance(error, BaseExceptionGroup):
         inside = sorted({show_error(part, limit) for part in error.exceptions})
         return cut(f"{type(error).__name__} of {'; '.join(inside)}", limit)
@@ -188,20 +161,16 @@ def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
 
 
 SHOWN = 80
-"""How many characters of a refused value an error shows."""
+"""The number of characters of a refused value that an error shows."""
 
 
 def _without_address(text: str) -> str:
-    """Remove where an object lies in memory, which its repr shows and which differs in every run."""
-    return re.sub(r" (?:object )?at 0x[0-9a-fA-F]+", "", text)  # compiled when needed: loading parameters needs none
+    """Remove an object's memory address from its repr, because it differs in every run."""
+    return re.sub(r" (?:object )?at 0x[0-9a-fA-F]+", "", text)  # compiled on demand: loading parameters needs none
 
 
 def shorten(value: Any, limit: int = SHOWN) -> str:
-    """Return a value as an error shows it: its repr without addresses, cut.
-
-    >>> shorten("x" * 200, 10)
-    "'xxxxxxxxx..."
-    """
+    """Return a value for an error: its repr without addresses, shortened."""
     try:
         text = repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value)
     except RecursionError:
@@ -228,17 +197,13 @@ def _argument(value: Any) -> str:
 
 
 QUOTE_LIMIT = 240
-"""How many characters of a reply an error quotes."""
+"""The number of characters of a reply that an error quotes."""
 
 _NAMES_SHOWN = 12
 
 
 def quote_ends(value: Any, limit: int = QUOTE_LIMIT) -> str:
-    """Quote a value for an error; a long text without its middle, as its beginning and end say most.
-
-    >>> quote_ends("abcdefgh", 4)
-    "'ab' ... 'gh' (8 characters)"
-    """
+    """Quote a value for an error; of a long text the beginning and the end."""
     if isinstance(value, str) and len(value) > limit:
         return f"{value[: limit // 2]!r} ... {value[-limit // 2 :]!r} ({len(value)} characters)"
     return shorten(value, limit)
@@ -255,9 +220,9 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def canonical_json(value: Any, hook: Callable[[Any], Any] | None = None) -> bytes:
-    """Encode a value with sorted keys and no white space; `hook` encodes what JSON cannot carry.
+    """Encode a value with sorted keys and no white space; `hook` encodes objects that JSON does not support.
 
-    Equal values give equal bytes, and 1, 1.0 and True stay three values. Raises TypeError for what cannot be encoded,
+    Equal values give equal bytes, and 1, 1.0 and True stay three values. Raises TypeError for an unsupported value,
     UnicodeEncodeError for a lone surrogate.
 
     >>> canonical_json({"b": 1, "a": [1.0, True]})
@@ -269,7 +234,7 @@ def canonical_json(value: Any, hook: Callable[[Any], Any] | None = None) -> byte
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
-"""Marks a value that one side of `json_changes` lacks."""
+"""Marks a value that is missing on one side of `json_changes`."""
 
 
 def json_changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -300,11 +265,7 @@ def fenced_blocks(text: str) -> list[str]:
 
 
 def strip_fence(text: str) -> str:
-    r"""Return the content of the Markdown fence around a whole text, or a text without one as it is.
-
-    >>> strip_fence("```python\n  def f():\n    return 1\n```"), strip_fence('```json {"a": 1}```')
-    ('  def f():\n    return 1', ' {"a": 1}')
-    """
+    r"""Return the content of the Markdown fence around a whole text; a text without one unchanged."""
     body = text.strip()
     if len(body) < 6 or not (body.startswith("```") and body.endswith("```")):
         return text
@@ -337,11 +298,11 @@ def placeholders(text: str) -> list[str]:
 
 
 def fill(template: str, row: Any) -> str:
-    """Return a template with the columns of a row in place of its placeholders.
+    """Return a template with its placeholders replaced by the columns of a row.
 
-    A row is a mapping of columns by name, or any other value, which fills the one placeholder of the template. Values
-    are written as str does, with the format of `{score:.2f}`; `{user.name}` and `{items[0]}` look inside. Only the
-    placeholders are touched: other braces stay as they are. Raises ConfigError for a column that the row lacks.
+    A row is a mapping of columns by name, or any other value, which fills the template's only placeholder. Values are
+    written as str does, with the format of `{score:.2f}`; `{user.name}` and `{items[0]}` look inside. Other braces are
+    unchanged. Raises ConfigError for a column that the row lacks.
 
     >>> fill("Classify {ticket} for ${user}: {'k': 1}", {"ticket": "late", "user": "Ann"})
     "Classify late for Ann: {'k': 1}"
@@ -382,20 +343,12 @@ _CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]
 
 
 def printable(text: str) -> str:
-    r"""Return a text without what would steer a terminal: a recorded answer may hold anything.
-
-    >>> print(printable("\x1b[2Jhello"))
-    \x1b[2Jhello
-    """
+    r"""Return a text without terminal control characters, because a recorded answer may hold anything."""
     return re.sub(_CONTROLS, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[str] = frozenset()) -> list[str]:
-    """Return the lines of a table; the columns named in `right` are figures.
-
-    >>> columns(["name", "n"], [["a", "1"], ["bb", "10"]], frozenset({"n"}))
-    ['name   n', 'a      1', 'bb    10']
-    """
+    """Return the lines of a table; the columns named in `right` are right-aligned."""
     cells = [list(head), *([printable(" ".join(cell.split("\n"))) for cell in row] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(head))]
     aligned = [
@@ -409,11 +362,7 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset
 
 
 def show_size(amount: int) -> str:
-    """Return bytes as people read them.
-
-    >>> show_size(512), show_size(4_700), show_size(46_600_000)
-    ('512 B', '4.7 kB', '46.6 MB')
-    """
+    """Return a number of bytes in readable form."""
     if amount < 1_000:
         return f"{amount} B"
     return f"{amount / 1e3:.1f} kB" if amount < 1_000_000 else f"{amount / 1e6:.1f} MB"

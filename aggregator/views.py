@@ -1,6 +1,6 @@
-"""Records as HTML for notebooks and as text: what `_repr_html_`, `print(result)` and `repr(report)` show.
+"""Records as HTML for notebooks and as text, for `_repr_html_`, `print(result)` and `repr(report)`.
 
-Records are read by their structure, so this file lies below `records`. Long runs and long texts are shortened, and
+Records are read by their structure, so this file is below `records`. Long runs and long texts are shortened, and
 everything is escaped.
 """
 
@@ -26,14 +26,14 @@ _LINE = "1px solid rgba(138,143,152,.35)"
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;text-align:left"
 _CELL = f"padding:3px 10px 3px 0;text-align:left;vertical-align:top;border-bottom:{_LINE}"
 _MOST_WORDS = 1_500
-"""Beyond it a comparison word by word takes longer than a look at both texts."""
+"""Above it a comparison word by word would take too long."""
 
 
 # ---- markup
 
 
 class Html(str):
-    """Markup, as against text that is yet to be escaped."""
+    """Markup, which is not escaped again."""
 
     __slots__ = ()
 
@@ -50,7 +50,7 @@ def tag(name: str, *content: str, style: str = "", **attributes: str) -> Html:
 
 
 def joined(parts: Iterable[str]) -> Html:
-    """Return parts one after the other, those that are not Html escaped."""
+    """Return concatenated parts; those that are not Html are escaped."""
     return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
 
 
@@ -60,7 +60,7 @@ def page(*parts: str) -> Html:
 
 
 def heading(*facts: str) -> Html:
-    """Return a line of facts, the first of them in bold."""
+    """Return a line of facts, the first one in bold."""
     first, *rest = [fact for fact in facts if fact]
     return tag("div", tag("b", first), *(joined((" · ", fact)) for fact in rest))
 
@@ -84,17 +84,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
 
 
 def folded(title: str, *content: str, opened: bool = False) -> Html:
-    """Return content that a click opens."""
+    """Return content that is shown on a click."""
     summary = tag("summary", title, style=f"cursor:pointer;color:{QUIET}")
     return tag("details", summary, *content, **({"open": ""} if opened else {}))
 
 
 def compared(before: str, after: str) -> Html:
-    """Return a text as it became, with what was struck out and what was put in.
-
-    >>> [compared("a b", after).count("<del") for after in ("a b", "a c", "a b c")]
-    [0, 1, 0]
-    """
+    """Return the new text, with deletions and insertions marked."""
     old, new = split(r"(\s+)", before), split(r"(\s+)", after)
     if len(old) + len(new) > _MOST_WORDS:
         return joined((_struck(before), "\n\n", _put_in(after)))
@@ -116,13 +112,13 @@ def _put_in(words: str) -> Html:
 
 
 STEPS_SHOWN = 100
-"""The latest steps that a result's table holds."""
+"""The number of latest steps in a result's table."""
 
 FAILURES_SHOWN = 100
-"""How many failures are listed."""
+"""The number of failures that are listed."""
 
 LETTERS_SHOWN = 20_000
-"""How much of one value is shown."""
+"""The number of characters of one value that are shown."""
 
 _POINTS = 300
 _WIDTH, _HEIGHT = 480, 90
@@ -132,7 +128,7 @@ _WIDTH, _HEIGHT = 480, 90
 
 
 def proposal_html(proposal: Proposal) -> Html:
-    """Show what an instance asks for, and why."""
+    """Show a proposal's values and reasons."""
     return page(
         heading(
             "Proposal",
@@ -149,7 +145,7 @@ def proposal_html(proposal: Proposal) -> Html:
 
 
 def step_html(report: StepReport) -> Html:
-    """Show what one step did: scores, the update, the verdict on it."""
+    """Show a step: scores, the update, the verdict."""
     scores = [(str(i), readable(score)) for i, score in zip(report.sample_ids, report.scores, strict=False)]
     return page(
         heading(
@@ -170,7 +166,7 @@ def step_html(report: StepReport) -> Html:
 
 
 def result_html(result: TrainingResult) -> Html:
-    """Show what a run reached: scores over the steps, the parameters as they changed, what failed and what it cost."""
+    """Show a result: scores over the steps, the parameters before and after, failures and cost."""
     test, train = result.test_scores, result.train_scores
     return page(
         heading(
@@ -194,7 +190,7 @@ def result_html(result: TrainingResult) -> Html:
 
 
 def result_line(result: TrainingResult) -> str:
-    """Return what a run reached in one line."""
+    """Return a result in one line."""
     applied = sum(report.decision.accepted for report in result.history)
     course = (_course("test score", result.test_scores) or _course("train score", result.train_scores)).replace(
         "→", "->"
@@ -204,7 +200,7 @@ def result_line(result: TrainingResult) -> str:
 
 
 def result_text(result: TrainingResult) -> str:
-    """Return what a run reached in a few lines: scores, changed parameters, usage, and what went wrong."""
+    """Return a result in a few lines: scores, changed parameters, usage, and failures."""
     changed = [name for name, value in result.parameters.items() if value != result.initial_parameters.get(name)]
     kept = [name for name in result.parameters if name not in changed]
     refused = [report for report in result.history if report.update and not report.decision.accepted]
@@ -235,7 +231,7 @@ def result_text(result: TrainingResult) -> str:
 
 
 def step_line(report: StepReport) -> str:
-    """Return what a step did in one line."""
+    """Return a step in one line."""
     verdict = "updated" if report.decision.accepted else f"not updated: {report.decision.reason}"
     facts = (
         f"step {report.step}",
@@ -271,7 +267,7 @@ def _steps(history: Sequence[StepReport]) -> Html:
 
 
 def _changes(before: Values, after: Values) -> Html:
-    """Show every parameter, as it was and as it is."""
+    """Show every parameter before and after."""
     rows = [(tag("code", name), compared(_written(before.get(name)), _written(value))) for name, value in after.items()]
     return table(("parameter", "value"), rows) if rows else Html()
 
@@ -287,7 +283,7 @@ def _verdict(decision: Decision) -> Html:
 
 
 def _facts(*facts: tuple[str, str]) -> Html:
-    """Show texts under their names, folded where they are long."""
+    """Show texts under their names, folded if they are long."""
     return joined(
         folded(name, text(cut(value, LETTERS_SHOWN)), opened=len(value) <= 300) for name, value in facts if value
     )
@@ -342,7 +338,7 @@ def _line(
 
 
 def _written(value: Any) -> str:
-    """Write a value as text: a string as it is, anything else as indented JSON."""
+    """Return a value as text: a string unchanged, anything else as indented JSON."""
     if not isinstance(value, str):
         value = msgspec.json.format(canonical_json(value, repr), indent=2).decode()
     return cut(value, LETTERS_SHOWN)

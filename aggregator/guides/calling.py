@@ -1,4 +1,4 @@
-"""The one way in which a guide is called: any guide in, a checked score and feedback out."""
+"""How guides are called: any guide in, a checked score and feedback out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = Callable[..., Awaitable[Any]]
 
 
 async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> tuple[float | None, str]:
-    """Return a guide's score and feedback, as `ask_guide` finds them."""
+    """Return a guide's score and feedback from `ask_guide`."""
     found = await ask_guide(guide, x, output, info, call=call)
     return found.primary, found.feedback
 
@@ -28,21 +28,21 @@ async def judge(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None
 async def ask_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> Scores:
     """Return a guide's score, its further scores by name, and its feedback.
 
-    A guide is any sync or async callable `guide(x, output, info)`, an object with Trace's
-    `get_feedback(query, response, reference)`, or a metric of DSPy's. A guide of Trace's own is called, as its call
-    leads to `forward` and that to `get_feedback`: a subclass may override either. A guide returns a score, (score,
-    feedback), Scores, or an object that has score and feedback as attributes; None as the score means that nothing can
-    be said. A synchronous guide runs through `call`, unless it has `instant = True`: it only computes, and a thread
-    would cost more than the guide.
+    A guide is any sync or async callable `guide(x, output, info)`, an object with Trace's `get_feedback(query,
+    response, reference)`, or a DSPy metric. A Trace guide is called, because its call runs `forward` and that runs
+    `get_feedback`: a subclass may override either. A guide returns a score, (score, feedback), Scores, or an object
+    that has score and feedback as attributes; None as the score means that the output cannot be judged. A synchronous
+    guide runs through `call`, unless it has `instant = True`: it only computes, and a thread would be slower than the
+    guide.
 
-    Raises GuideError for any other answer and for NaN: that is a guide's failure, not a score of 0. What the guide
-    itself raises is passed on.
+    Raises GuideError for any other result and for NaN: that is a guide's failure, not a score of 0. The guide's own
+    exceptions are raised unchanged.
     """
     return await call_guide(as_guide(guide), x, output, info, call=call)
 
 
 async def call_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call | None = None) -> Scores:
-    """Do as `ask_guide` with what `as_guide` returned, which is asked once and not for each instance."""
+    """Do as `ask_guide` with the result of `as_guide`, which is called once and not for each instance."""
     function = _function_of(guide)
     if call is None or getattr(guide, "instant", False) or is_async(function):
         answer = function(x, output, info)
@@ -54,7 +54,7 @@ async def call_guide(guide: Any, x: Any, output: Any, info: Any, *, call: Call |
 
 
 def is_instant(guide: Any) -> bool:
-    """Return True for a synchronous guide that only computes (`instant = True`): it asks no model."""
+    """Return True for a synchronous guide that only computes (`instant = True`) and calls no model."""
     return bool(getattr(guide, "instant", False)) and not is_async(_function_of(guide))
 
 
@@ -64,7 +64,7 @@ def judge_instantly(guide: Any, x: Any, output: Any, info: Any) -> Scores:
 
 
 def check_guide(guide: Any) -> None:
-    """Raise ConfigError for what cannot judge: the agent would run on every instance for nothing."""
+    """Raise ConfigError for anything that cannot judge; the agent would run on every instance for nothing."""
     if not isinstance(as_guide(guide), Metric) and not accepts(_function_of(guide), None, None, None):
         raise ConfigError(
             f"Expected a guide: a callable (x, output, info) -> score or (score, feedback), got {shorten(guide)}; "
@@ -75,7 +75,7 @@ def check_guide(guide: Any) -> None:
 
 
 class Metric:
-    """A metric of DSPy's as a guide: `metric(gold, prediction, trace=None, ...)`, gold being the data set's Example.
+    """A DSPy metric as a guide: `metric(gold, prediction, trace=None, ...)`, where gold is the data set's Example.
 
     It returns a score, or an object with `score` and `feedback`, and `objective_scores` as further scores by name.
     """
@@ -91,7 +91,7 @@ class Metric:
         return f"metric({_name(self.function)})"
 
     def __call__(self, x: Any, output: Any, info: Any) -> Any:
-        """Return what the metric says of an output; `info` is the row that the input comes from."""
+        """Return the metric's verdict on an output; `info` is the input's row."""
         gold = info
         if isinstance(info, Mapping) and "dspy" in sys.modules:  # a row with named columns
             gold = sys.modules["dspy"].Example(dict(info))
@@ -101,7 +101,7 @@ class Metric:
 def metric(function: Callable[..., Any]) -> Metric:
     """Return a metric `(gold, prediction)` as a guide.
 
-    A metric whose third argument is called `trace`, as in DSPy, is recognised without this.
+    A metric whose third argument is named `trace`, as in DSPy, does not need this.
 
     >>> metric(lambda gold, prediction: gold == prediction)("x", 1, 1)
     True
@@ -110,25 +110,25 @@ def metric(function: Callable[..., Any]) -> Metric:
 
 
 def as_guide(guide: Any) -> Any:
-    """Return a guide as it is called: a metric of DSPy's, which is known by its third argument `trace`, as a Metric."""
-    code, own = _code_of(guide)  # and not its signature, which would cost more than the guide
+    """Return a guide in its callable form: a DSPy metric, recognised by its third argument `trace`, as a Metric."""
+    code, own = _code_of(guide)  # and not its signature, which would be slower than the guide
     is_metric = code is not None and code.co_varnames[own + 2 : code.co_argcount][:1] == ("trace",)
     return Metric(guide) if is_metric else guide
 
 
 def _code_of(guide: Any) -> tuple[CodeType | None, int]:
-    """Return the code that a guide is called with, and how many of its arguments are `self`."""
+    """Return the code of a guide's call, and how many of its arguments are `self`."""
     while isinstance(guide, partial) and not guide.args:
         guide = guide.func
     if isinstance(guide, FunctionType | MethodType):
         function, own = inspect.unwrap(guide), int(isinstance(guide, MethodType))
-    else:  # a module of DSPy's is called with the arguments of `forward`
+    else:  # a DSPy module is called with the arguments of `forward`
         function, own = getattr(type(guide), "forward", None) or getattr(type(guide), "__call__", None), 1  # noqa: B004
     return getattr(function, "__code__", None), own
 
 
 def _verdict(answer: Any) -> Any:
-    """Return a metric's answer as a guide's; awaitable if it is."""
+    """Return a metric's result as a guide's, awaitable if it is."""
     if inspect.isawaitable(answer):
         return _awaited(answer)
     named = getattr(answer, "objective_scores", None)
@@ -142,7 +142,7 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
 
 
 def declared_limit(guide: Any, name: Literal["min_score", "max_score"]) -> float | None:
-    """Return the lowest or highest score that a guide can give, if it declares one under this name; else None."""
+    """Return the guide's lowest or highest score, if it declares one under this name; else None."""
     limit = getattr(guide, name, None)
     if limit is not None and not is_finite(limit):
         raise ConfigError(f"Expected {name} of the guide {_name(guide)} to be a finite number, got {limit!r}")
@@ -150,16 +150,12 @@ def declared_limit(guide: Any, name: Literal["min_score", "max_score"]) -> float
 
 
 def _function_of(guide: Any) -> Any:
-    """Return what judges: the guide itself, or its `get_feedback` if nothing else leads there."""
+    """Return the judging function: the guide itself, or its `get_feedback` if it cannot be called."""
     return guide if callable(guide) and hasattr(guide, "forward") else getattr(guide, "get_feedback", guide)
 
 
 def verdict_of(answer: Any, guide: Any) -> Scores:
-    """Check what a guide returned.
-
-    >>> verdict_of((True, "All of it."), "my guide")
-    Scores(primary=1.0, named={}, feedback='All of it.')
-    """
+    """Check a guide's result."""
     named: Any = {}
     if isinstance(answer, Scores):
         score, named, feedback = answer.primary, answer.named, answer.feedback
@@ -189,7 +185,7 @@ def _number(score: Any, guide: Any) -> float:
         raise _unusable(guide, f"a score of type {type(score).__name__}")
     try:
         number = float(score)
-    except (TypeError, ValueError, OverflowError) as error:  # an array of several numbers, say
+    except (TypeError, ValueError, OverflowError) as error:  # for example an array of several numbers
         raise _unusable(guide, f"a score that is no number ({error})") from None
     if not math.isfinite(number):
         raise _unusable(guide, f"the score {number}")

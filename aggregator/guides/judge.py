@@ -56,7 +56,7 @@ VERDICT_FORMAT: dict[str, Any] = {
 
 
 class Verdict(Struct, frozen=True):
-    """What a judge says: a score in [0, 1] and the reasons for it."""
+    """A judge's verdict: a score in [0, 1] and the reasons for it."""
 
     score: Annotated[float, Meta(ge=0, le=1)]
     feedback: str = ""
@@ -65,10 +65,9 @@ class Verdict(Struct, frozen=True):
 class LLMJudge:
     """Asks a model for a verdict on each output.
 
-    `criteria` say what counts; `llm` is a model, its name, or None for the default model. None takes
-    `DEFAULT_CRITERIA` and `JUDGE_SYSTEM_PROMPT`. A verdict that cannot be read
-    is asked for once more with the error quoted; then it is a GuideError, never a score. Raises LLMError where the
-    call itself failed.
+    `criteria` are the standards; `llm` is a model, its name, or None for the default model. None means
+    `DEFAULT_CRITERIA` and `JUDGE_SYSTEM_PROMPT`. An unreadable verdict is requested once more with the error quoted;
+    then it is a GuideError, never a score. Raises LLMError if the call itself failed.
     """
 
     calls_per_rollout = 1
@@ -117,7 +116,7 @@ class LLMJudge:
             messages,
             max_tokens=self.max_tokens,
             response_format=VERDICT_FORMAT,
-            validate=str,  # the client lets every text through: what it says is read, and repaired, here
+            validate=str,  # the client accepts every text: it is parsed, and repaired, here
             **self._options,
         )
         return completion.text
@@ -131,7 +130,7 @@ def judge_messages(
     criteria: str = DEFAULT_CRITERIA,
     system_prompt: str = JUDGE_SYSTEM_PROMPT,
 ) -> list[dict[str, str]]:
-    """Return the messages that ask for a verdict; the same facts give the same bytes."""
+    """Return the messages that request a verdict; the same facts give the same bytes."""
     sections = [("Criteria", criteria), ("Input", as_text(x)), ("Output", as_text(output))]
     if info is not None:
         sections.append(("Reference", as_text(info)))
@@ -140,7 +139,7 @@ def judge_messages(
 
 
 def repair_messages(messages: list[dict[str, str]], reply: str, error: str) -> list[dict[str, str]]:
-    """Return the conversation that asks once more and quotes what was wrong."""
+    """Return the conversation that requests the verdict once more and quotes the error."""
     return [
         *messages,
         {"role": "assistant", "content": reply},
@@ -149,11 +148,7 @@ def repair_messages(messages: list[dict[str, str]], reply: str, error: str) -> l
 
 
 def read_verdict(text: str) -> Verdict:
-    """Read a verdict: JSON, alone or in one fence, after the model's thinking or without; GuideError for all else.
-
-    >>> read_verdict('{"feedback": "Half of it.", "score": 0.5}')
-    Verdict(score=0.5, feedback='Half of it.')
-    """
+    """Read a verdict: JSON, alone or in one fence, with or without preceding thinking; GuideError for anything else."""
     try:
         return msgspec.convert(_DECODER.decode(_inside(text)), Verdict)
     except (ValueError, msgspec.ValidationError, RecursionError) as error:
@@ -162,7 +157,7 @@ def read_verdict(text: str) -> Verdict:
 
 
 def _inside(text: str) -> str:
-    """Cut off the model's thinking and one fence around the rest."""
+    """Remove the model's thinking and one fence around the rest."""
     body = text.strip()
     if body.startswith("<think>"):
         body = body.partition("</think>")[2].strip()

@@ -13,20 +13,20 @@ from aggregator.errors import ConfigError, GuideError
 from aggregator.text import list_names, shorten, show_call
 
 SHOWN = 500
-"""How many characters of an output the feedback quotes."""
+"""The number of characters of an output that the feedback quotes."""
 
 
 def _is_record(value: Any) -> bool:
-    """Return True for an Example or a Prediction of DSPy's."""
+    """Return True for a DSPy Example or Prediction."""
     return hasattr(type(value), "toDict") and hasattr(type(value), "keys")
 
 
 class ExactMatch:
-    """Scores 1 where the output equals `info`, else 0; the feedback names what was expected.
+    """Scores 1 if the output equals `info`, else 0; the feedback names the expected value.
 
-    `normalise` is applied to both sides first, as in `ExactMatch(str.casefold)`. `key` picks the expected value out of
-    an `info` that holds more, as in `key="answer"`, and the output out of a prediction of DSPy's. Text is compared
-    without the whitespace around it.
+    `normalise` is applied to both sides first, as in `ExactMatch(str.casefold)`. `key` selects the expected value from
+    an `info` with several, as in `key="answer"`, and the output from a DSPy prediction. Text is compared without
+    surrounding whitespace.
 
     >>> ExactMatch(str.casefold)("2 + 2?", "Four", "four")
     (1.0, 'Correct.')
@@ -68,18 +68,18 @@ class ExactMatch:
 
 
 exact_match = ExactMatch()
-"""The guide that compares output and `info` as they are."""
+"""The guide that compares output and `info` unchanged."""
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?")
 
 
 class NumericMatch:
-    """Scores 1 where the output is a number within the tolerance of `info`, else 0.
+    """Scores 1 if the output is a number within the tolerance of `info`, else 0.
 
-    Tolerances are those of `math.isclose`. An output of text must be one number, thousands separated by commas or not;
-    `last=True` takes the last number in it, as is usual for worked solutions. `key` picks the expected number out of an
-    `info` that holds more.
+    Tolerances are those of `math.isclose`. An output of text must be one number, with or without commas between
+    thousands; `last=True` uses the last number in it, as is usual for worked solutions. `key` selects the expected
+    number from an `info` with several.
 
     >>> NumericMatch(abs_tol=0.01)("pi?", "3.14", 3.14159)
     (1.0, 'Correct.')
@@ -105,7 +105,7 @@ class NumericMatch:
         return show_call("NumericMatch", rel_tol=self.rel_tol, abs_tol=self.abs_tol, last=self.last, key=self.key)
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
-        """Compare one output; raises GuideError if `info` is not a number, as that is not the agent's fault."""
+        """Compare one output; raises GuideError if `info` is not a number, which is not the agent's fault."""
         wanted = info if self.key is None else info[self.key]
         expected = _number(wanted, last=False)
         if expected is None:
@@ -138,9 +138,9 @@ Analyzer = Callable[[Any, Any, Any], str | None]
 
 
 class RegexMatch:
-    r"""Scores 1 where the pattern is found in the output, else 0.
+    r"""Scores 1 if the pattern is found in the output, else 0.
 
-    Without a pattern it takes each sample's `info`. `whole=True` wants the whole output to match.
+    Without a pattern it uses each sample's `info`. With `whole=True` the whole output must match.
 
     >>> RegexMatch(r"\b(billing|other)\b")("x", "It is billing.", None)
     (1.0, 'Correct.')
@@ -174,11 +174,11 @@ def _compiled(pattern: Any, error: type[ConfigError | GuideError]) -> re.Pattern
 
 
 class KeywordHints:
-    """Gives the hint of each keyword that the output contains, as for a compiler's messages.
+    """Gives the hint of each keyword in the output, for example in a compiler's messages.
 
-    `hints` maps keyword to hint, or names a JSON file that does. The score is the share of keywords and analyzers that
-    had nothing to say. `required=True` turns it around: the hint is given where the keyword is missing. `analyzers` are
-    functions (x, output, info) -> hint or None, for what a keyword cannot say.
+    `hints` maps keyword to hint, or names a JSON file with such a mapping. The score is the share of keywords and
+    analyzers without a hint. With `required=True` the hint is given if the keyword is missing. `analyzers` are
+    functions (x, output, info) -> hint or None.
 
     >>> KeywordHints({"OutOfMemory": "Use a smaller batch."})("x", "error: OutOfMemory", None)
     (0.0, 'Use a smaller batch.')
@@ -206,7 +206,7 @@ class KeywordHints:
         return show_call("KeywordHints", self.hints, required=self.required, ignore_case=self.ignore_case)
 
     def __call__(self, x: Any, output: Any, info: Any) -> tuple[float, str]:
-        """Look through one output."""
+        """Search one output."""
         text = self._plain(str(output))
         found = [hint for word, hint in self.hints.items() if (self._plain(word) in text) != self.required]
         found += [hint for analyzer in self.analyzers if (hint := analyzer(x, output, info))]

@@ -1,7 +1,7 @@
-"""Our algorithm as an agent optimizer of ADK's: `await AggregatedUpdate(model=...).optimize(agent, sampler)`.
+"""Our algorithm as an ADK agent optimizer: `await AggregatedUpdate(model=...).optimize(agent, sampler)`.
 
-ADK's sampler runs and scores candidates; each is a clone of the tree of agents. Sub-agents are trained too, which
-ADK's own optimizers leave alone.
+ADK's sampler runs and scores candidates; each is a clone of the tree of agents. Sub-agents are trained too, unlike with
+ADK's own optimizers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from aggregator.training.schedules import Schedule
 from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
 
 OUTPUTS = ("output", "outputs", "response", "final_response", "actual_response", "generated_output")
-"""Keys of a sampler's data in which an output is looked for, in this order; else the whole data are the output."""
+"""The keys of a sampler's data that may hold an output, in order; otherwise the whole data are the output."""
 FEEDBACKS = ("feedback", "rationale", "error", "expected", "expected_response", "reference")
-"""Keys of a sampler's data that are shown as feedback."""
+"""The keys of a sampler's data that are shown as feedback."""
 
 
 class AggregatedUpdate(AgentOptimizer[UnstructuredSamplingResult, AgentWithScores]):
     """Trains the instructions of an agent and its sub-agents minibatch by minibatch.
 
-    The arguments are those of `aggregator.optimize`, without a guide: the sampler scores. `result` is the latest
-    run's. The agent that is given stays as it is.
+    The arguments are those of `aggregator.optimize`, without a guide: the sampler scores. `result` is the latest run's.
+    The given agent is not changed.
     """
 
     def __init__(

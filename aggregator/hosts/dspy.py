@@ -1,12 +1,12 @@
-"""Our algorithm as an optimizer of DSPy's, and our models for its programs.
+"""Our algorithm as a DSPy optimizer, and our models for its programs.
 
     AggregatedUpdate(metric, model=llm).compile(program, trainset=rows)
     dspy.configure(lm=lm("openai/gpt-4o-mini"))
 
 The optimizer is `optimize` on a copy of the program: the same arguments and the same seed give the same proposals, and
-the same program. What a program asks through `lm` has our budget, cassettes, limits and lineage, in threads and in
-async code, streamed or not. DSPy's cache and its retries are off: the client retries by itself, and a cassette must see
-every call.
+the same program. Calls of a program through `lm` have our budget, cassettes, limits and lineage, in threads and in
+async code, streamed or not. DSPy's cache and retries are off: the client retries itself, and a cassette must see every
+call.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _ERRORS: dict[type[Exception], Any] = {  # the more special class first
 def lm(model: Any = None, **options: Any) -> Any:
     """Return a `dspy.LM` whose calls `model` answers.
 
-    `model` is what `as_model` takes, None the default model. `options` are those of `dspy.LM` for its requests
-    (temperature, max_tokens, ...).
+    `model` is anything that `as_model` accepts, None the default model. `options` are those of `dspy.LM` for its
+    requests (temperature, max_tokens, ...).
     """
     asked = as_model(model)
     engines = {"engine": Engine(asked), "async_engine": AsyncEngine(asked)}
@@ -68,7 +68,7 @@ def lm(model: Any = None, **options: Any) -> Any:
 
 
 class _Engine:
-    """What the engines share: how a request is asked, and how they are saved."""
+    """The base class of the engines: their calls, and saving them."""
 
     def __init__(self, model: Any = None) -> None:
         self.model = as_model(model)
@@ -76,7 +76,7 @@ class _Engine:
     def dump_state(self) -> dict[str, Any]:
         """Return the client's settings for a saved program; raises ConfigError if an argument holds a secret.
 
-        A budget and other arguments that cannot be written are to be given again.
+        A budget and other arguments that cannot be saved must be given again.
         """
         if not isinstance(self.model, LLM):
             raise ConfigError(
@@ -91,7 +91,7 @@ class _Engine:
 
     @classmethod
     def load_state(cls, state: Mapping[str, Any]) -> Self:
-        """Make an engine of what `dump_state` returned."""
+        """Build an engine from the result of `dump_state`."""
         return cls(LLM(**state))
 
     async def _ask(self, request: Any) -> Any:
@@ -103,7 +103,7 @@ class _Engine:
         return _response(completion, request)
 
     async def _events(self, request: Any) -> AsyncIterator[Any]:
-        """Yield lm15's events: the text as it comes, then whatever else the answer holds."""
+        """Yield lm15's events: the text as it arrives, then the rest of the answer."""
         stream = getattr(self.model, "stream", None)
         if stream is None or request.config.response_format:
             for event in lm15.response_to_events(await self._ask(request)):
@@ -126,12 +126,12 @@ class Engine(_Engine):
     """A model for DSPy's synchronous programs."""
 
     def complete(self, request: Any) -> Any:
-        """Answer a request of lm15's."""
+        """Answer an lm15 request."""
         with adopted():
             return portal.call(self._ask, request)
 
     def stream(self, request: Any) -> Iterator[Any]:
-        """Yield the events of an answer as they come; one that is left early ends its request."""
+        """Yield the events of an answer as they arrive; leaving early ends the request."""
         events, left = SimpleQueue[Any](), Event()
 
         async def read() -> None:
@@ -158,26 +158,26 @@ class Engine(_Engine):
             left.set()
 
     def close(self) -> None:
-        """Do nothing: connections end with their loop."""
+        """Do nothing: connections end with their event loop."""
 
 
 class AsyncEngine(_Engine):
     """A model for DSPy's async programs."""
 
     async def complete(self, request: Any) -> Any:
-        """Answer a request of lm15's."""
+        """Answer an lm15 request."""
         return await self._ask(request)
 
     def stream(self, request: Any) -> AsyncIterator[Any]:
-        """Yield the events of an answer as they come."""
+        """Yield the events of an answer as they arrive."""
         return self._events(request)
 
     async def aclose(self) -> None:
-        """Do nothing: connections end with their loop."""
+        """Do nothing: connections end with their event loop."""
 
 
 def _question(request: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the messages and options of a request, laid out for Chat Completions by lm15 itself."""
+    """Return the messages and options of a request, converted to Chat Completions by lm15 itself."""
     body = json.loads(lm15.OpenAIChatLM(api_key="unused").build_request(request, stream=False).body)
     body.pop("model")
     messages = body.pop("messages")
@@ -187,7 +187,7 @@ def _question(request: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _response(completion: Completion, request: Any) -> Any:
-    """Return an answer as lm15's, read by lm15 from the shape of Chat Completions."""
+    """Return an answer as lm15's, parsed by lm15 from the Chat Completions format."""
     choice, usage = completion.choices[0], completion.usage
     said: dict[str, Any] = {"role": "assistant", "content": choice.message.content}
     said |= {"reasoning_content": choice.message.reasoning} if choice.message.reasoning else {}
@@ -207,7 +207,7 @@ def _response(completion: Completion, request: Any) -> Any:
 
 
 def _projected(error: errors.LLMError) -> Exception:
-    """Return an error as lm15's; DSPy knows what to do with it, and the adapter finds ours behind it."""
+    """Return an error as lm15's, which DSPy handles; the adapter finds our error behind it."""
     for ours, theirs in _ERRORS.items():
         if isinstance(error, ours):
             return theirs(error.message, status=error.status, request_id=error.request_id)  # type: ignore[no-any-return]
@@ -224,8 +224,8 @@ class AggregatedUpdate(Teleprompter):
     """Trains a program minibatch by minibatch: a proposal for each instance, merged by a model.
 
     `metric` is DSPy's `(gold, prediction, trace=None)`, which returns a score or a Prediction with score and feedback.
-    `train` names what is trained of each predictor: instructions, fields, demos. The other arguments are those of
-    `aggregator.optimize`; `valset` of `compile` takes the place of `validate`. `result` is the latest run's.
+    `train` names the trained parts of each predictor: instructions, fields, demos. The other arguments are those of
+    `aggregator.optimize`; `valset` of `compile` replaces `validate`. `result` is the latest run's.
     """
 
     def __init__(
@@ -278,9 +278,9 @@ class AggregatedUpdate(Teleprompter):
         teacher: Any = None,
         valset: Sequence[Any] | None = None,
     ) -> Any:
-        """Return a trained copy of the program; the student is untouched.
+        """Return a trained copy of the program; the student is not changed.
 
-        Raises ConfigError for a teacher, which this algorithm has no use for, and what `optimize` raises.
+        Raises ConfigError for a teacher, which this algorithm does not use, and the errors of `optimize`.
         """
         if teacher is not None:
             raise ConfigError("Expected no teacher, got one; AggregatedUpdate learns from the student's own rollouts")

@@ -1,7 +1,6 @@
-"""What hosts share that score candidates themselves: (values, instances) in, one judged result for each instance out.
+"""The base of hosts that score candidates themselves: (values, instances) in, one judged result per instance out.
 
-MLflow, ADK and Opik each have such a function. `HostAgent` makes an agent of it, which runs and judges what the host
-runs and judges, so that our algorithm can train it.
+MLflow, ADK and Opik each have such a function. `HostAgent` makes an agent of it, which our algorithm can train.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from aggregator.records import Rollout, RolloutTask, Sample, Scores
 
 
 class Judged(Struct, frozen=True, kw_only=True):
-    """What a host says of one instance: its output, score and feedback, or the error with which the agent failed."""
+    """A host's result for one instance: its output, score and feedback, or the error with which the agent failed."""
 
     output: Any = None
     score: float | None = None
@@ -33,14 +32,14 @@ class Judged(Struct, frozen=True, kw_only=True):
 
 
 Evaluate = Callable[[dict[str, Any], Sequence[Sample]], Awaitable[Sequence[Judged]]]
-"""Runs a candidate's values on instances: one result for each, in their order."""
+"""Runs a candidate's values on instances and returns one result for each, in order."""
 
 
 class HostAgent(Module):
-    """What a host trains, as an agent that scores itself: train it with `guide=None`.
+    """A host's program as an agent that scores itself: train it with `guide=None`.
 
     All instances of one candidate go to `evaluate` in one call. `isolation` is "copy" if the host makes a program of
-    each candidate, so that calls may overlap, and "serial" if it puts values in place for the whole process.
+    each candidate, so that calls may overlap, and "serial" if it sets values for the whole process.
     """
 
     max_concurrency: int | None = None
@@ -65,7 +64,7 @@ class HostAgent(Module):
     async def rollouts(self, tasks: Sequence[RolloutTask], guide: Any) -> AsyncIterator[tuple[int, Rollout]]:
         """Evaluate the tasks in one call and yield (index, rollout) for each.
 
-        Calls to models belong to the first task: a host does not tell them apart.
+        Model calls belong to the first task: a host does not distinguish them.
         """
         values = {name: one.data for name, one in self._parameters.items()} | dict(tasks[0].values)
         with lineage_at("/".join(tasks[0].lineage), tasks[0].role), collecting() as ledger:

@@ -1,11 +1,12 @@
-"""Our algorithm inside GEPA's engine, and our agents as GEPA's adapters.
+"""Our algorithm inside GEPA's engine, and our agents as GEPA adapters.
 
     adapter = AgentAdapter(agent, guide)
     gepa.optimize(adapter.seed_candidate, trainset=rows, adapter=adapter, reflection_minibatch_size=20,
                   reflection_strategy=AggregatedReflection("openai/gpt-4o", agent=agent))
 
-`AggregatedReflection` makes one proposal for each reflective record, all at once, and merges them into one new text of
-each component (`LLMMerge`); GEPA samples minibatches, accepts and selects. It is a `custom_candidate_proposer` too.
+`AggregatedReflection` makes one proposal for each reflective record, concurrently, and merges them into one new text of
+each component (`LLMMerge`); GEPA samples minibatches, accepts and selects. It can also be a
+`custom_candidate_proposer`.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ from aggregator.training.schedules import check_stepsize
 from aggregator.training.step import AnyOptimizer, Check, Step, UpdateRule, is_satisfied, make_instance, propose_nothing
 from aggregator.training.updates import Explored, Parts, make_candidates
 
-# ---- our agents as GEPA's adapters
+# ---- our agents as GEPA adapters
 
 INPUTS, OUTPUTS, FEEDBACK, SCORE, TRANSCRIPT = "Inputs", "Generated Outputs", "Feedback", "Score", "Transcript"
 """The keys of a reflective record: those that GEPA recommends, and two that an AgentAdapter adds."""
 
 
 class AgentAdapter:
-    """An agent of ours, with its guide, as an adapter of GEPA's; a row is what `train` takes.
+    """One of our agents, with its guide, as a GEPA adapter; rows are those of `train`.
 
-    A candidate holds each parameter as a text, other values as JSON. An instance without a score has
-    `failure_score`. Raises what ends a run.
+    A candidate holds each parameter as a text, other values as JSON. An instance without a score has `failure_score`.
+    Raises errors that end a run.
     """
 
     propose_new_texts = None
@@ -65,11 +66,11 @@ class AgentAdapter:
 
     @property
     def seed_candidate(self) -> dict[str, str]:
-        """The agent's current values, as GEPA takes them."""
+        """The agent's current values, in GEPA's form."""
         return {name: encoded(one.data) for name, one in self.parameters.items()}
 
     def values(self, candidate: Mapping[str, str]) -> dict[str, Any]:
-        """Return a candidate as values for `agent.apply`; raises ParameterError for a text that does not fit."""
+        """Return a candidate as values for `agent.apply`; raises ParameterError for an invalid text."""
         return {name: decoded(text, self.parameters[name]) for name, text in candidate.items()}
 
     def evaluate(self, batch: list[Any], candidate: dict[str, str], capture_traces: bool = False) -> Any:
@@ -98,7 +99,7 @@ class AgentAdapter:
     def make_reflective_dataset(
         self, candidate: dict[str, str], eval_batch: Any, components_to_update: list[str]
     ) -> dict[str, list[dict[str, Any]]]:
-        """Return a record of each rollout, the same for each component."""
+        """Return a record of each rollout, the same one for each component."""
         records = [
             {INPUTS: run.x, OUTPUTS: run.output, FEEDBACK: run.feedback, SCORE: run.score, TRANSCRIPT: run.transcript}
             for run in eval_batch.trajectories
@@ -117,7 +118,7 @@ def decoded(text: str, parameter: ParameterNode[Any]) -> Any:
 
 
 def rollouts_of(data: Mapping[str, Sequence[Mapping[str, Any]]], components: Sequence[str]) -> list[Rollout]:
-    """Return records as rollouts: those of several components as one, if there are as many of each."""
+    """Return records as rollouts; those of several components are joined, if there are as many of each."""
     found = [(name, list(data.get(name, ()))) for name in components if data.get(name)]
     if len({len(records) for _, records in found}) == 1:
         joined = [[(name, records[i]) for name, records in found] for i in range(len(found[0][1]))]
@@ -148,7 +149,7 @@ def _shown(component: str, record: Mapping[str, Any]) -> str:
 __all__ = ["AgentAdapter", "AggregatedReflection"]
 
 Job = tuple[Mapping[str, str], Mapping[str, Sequence[Mapping[str, Any]]], Sequence[str]]
-"""(candidate, reflective data set by component, components to update), as GEPA asks."""
+"""GEPA's arguments: (candidate, reflective data set by component, components to update)."""
 
 
 # ---- our algorithm in GEPA's engine
@@ -159,7 +160,7 @@ class AggregatedReflection:
 
     `model` proposes and merges unless `optimizer` and `rule` do. With `agent` the components have the types,
     descriptions and constraints of its parameters. Records with a "Score" of at least `max_score` propose nothing, and
-    count for the current text. GEPA logs what a strategy raises and goes on: give it `stop_callbacks=[strategy.stop]`,
+    support the current text. GEPA logs a strategy's exceptions and continues: give it `stop_callbacks=[strategy.stop]`,
     which ends its run once no call can succeed (`error`).
     """
 
@@ -193,7 +194,7 @@ class AggregatedReflection:
         reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
         components_to_update: Sequence[str],
         *,
-        metadata: Any = None,  # of later versions of GEPA
+        metadata: Any = None,  # in later versions of GEPA
     ) -> dict[str, str]:
         """Return new texts by component: GEPA's `custom_candidate_proposer`."""
         return dict(self.reflect(candidate, reflective_dataset, components_to_update)[0].new_texts)
@@ -208,7 +209,7 @@ class AggregatedReflection:
         return self.reflect_many([(candidate, reflective_dataset, components_to_update)])[0]
 
     def reflect_many(self, jobs: Sequence[Job]) -> list[tuple[Any, AggregatedReflection]]:
-        """Reflect on several candidates at once; raises what ends a run."""
+        """Reflect on several candidates at once; raises errors that end a run."""
         with collecting() as ledger:
             try:
                 return [(proposal, self) for proposal in portal.call(self._reflect_all, jobs)]
@@ -263,7 +264,7 @@ class AggregatedReflection:
         )
 
     async def _propose(self, run: Rollout, step: Step) -> Proposal:
-        """Return the proposal for one record; a lost call loses its record, what ends a run is raised."""
+        """Return the proposal for one record; a lost call loses its record, an error that ends a run is raised."""
         if is_satisfied(run, step):
             return propose_nothing(run)
         own = replace(step, samples=[Sample(run.sample_id, run.x)], rollouts=[run])
@@ -275,7 +276,7 @@ class AggregatedReflection:
         return replace(propose_nothing(run), failures=(record,), error=f"{record.error}: {record.message}")
 
     def stop(self, state: Any = None) -> bool:
-        """Return True once an error ended all further reflection: one of GEPA's `stop_callbacks`."""
+        """Return True once an error has ended all further reflection: one of GEPA's `stop_callbacks`."""
         return self.error is not None
 
     @property
@@ -284,7 +285,7 @@ class AggregatedReflection:
         return self.usage.cost or 0.0
 
     def supports_cost_tracking(self) -> bool:
-        """Return False if a call was made whose price is unknown."""
+        """Return False if a call with an unknown price was made."""
         return self.usage.calls == 0 or self.usage.cost is not None
 
     @property

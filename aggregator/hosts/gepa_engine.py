@@ -5,9 +5,9 @@
                                     engine_config={"model": "openai/gpt-4o", "batch_size": 8})
     optimize_anything("Answer briefly.", evaluator=evaluate, dataset=rows, config=config)
 
-It is `optimize` on the seed's texts, evaluated by GEPA's server, whose budget of evaluations holds. `max_token_cost` is
-a budget in USD for what proposes and merges. Engines are in versions of GEPA after 0.1.4 (`gepa.oa`); before, give
-`ReflectionConfig(reflection_strategy=AggregatedReflection(...))`.
+It runs `optimize` on the seed's texts, evaluated by GEPA's server with its budget of evaluations. `max_token_cost` is a
+budget in USD for proposing and merging. Engines are in versions of GEPA after 0.1.4 (`gepa.oa`); with earlier ones,
+give `ReflectionConfig(reflection_strategy=AggregatedReflection(...))`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aggregator.training.stops import target
 
 NAME = "aggregated_update"
 COMPONENT = "candidate"
-"""The name of a seed candidate that is one text."""
+"""The name of a seed candidate that is a single text."""
 
 OPTIONS = {
     "model": None,
@@ -42,14 +42,14 @@ OPTIONS = {
     "stepsize": 0.5,
     "seed": 0,
 }
-"""What `engine_config` may hold, with the defaults."""
+"""The options of `engine_config`, with defaults."""
 
 
 class AggregatedEngine:
-    """An engine of GEPA's; `engine_config` holds `OPTIONS`, which are arguments of `aggregator.optimize`.
+    """A GEPA engine; `engine_config` holds `OPTIONS`, which are arguments of `aggregator.optimize`.
 
     Values are chosen by the validation set, without one by the training set, each candidate once. Raises ConfigError
-    for an unknown option, and for a seed that is missing: there must be a text to begin with.
+    for an unknown option, and for a missing seed.
     """
 
     name = NAME
@@ -63,7 +63,7 @@ class AggregatedEngine:
         self.run_dir: Any = config.run_dir or False
 
     def run(self, task: Any, server: Any) -> Any:
-        """Return the best candidate; a spent budget ends the run with the best so far."""
+        """Return the best candidate; an exhausted budget ends the run with the best so far."""
         seed = task.seed_candidate
         if not seed:
             raise ConfigError("Expected a seed_candidate to begin with, got none; write a first text")
@@ -84,7 +84,7 @@ class AggregatedEngine:
                 budget=self.budget,
                 stop=self.stop,
                 run_dir=self.run_dir,
-                clients=(),  # what the evaluator asks is not the engine's to pay
+                clients=(),  # the evaluator's calls are not charged to the engine
                 show=False,
                 **options,
             )
@@ -101,18 +101,18 @@ class AggregatedEngine:
         )
 
     def process_result(self, result: Any, output_dir: Any) -> None:
-        """Do nothing: `run_dir` has all that is kept."""
+        """Do nothing: `run_dir` has everything that is kept."""
 
 
 def register() -> None:
-    """Let `OptimizeAnythingConfig(engine="aggregated_update")` find this engine."""
+    """Register this engine for `OptimizeAnythingConfig(engine="aggregated_update")`."""
     register_engine(NAME, AggregatedEngine)
 
 
 class _Evaluator:
-    """Scores named values by GEPA's server, and sends it no more evaluations than its budget has left.
+    """Scores named values on GEPA's server, and sends it no more evaluations than its budget allows.
 
-    The server itself counts when an evaluation has ended, and lets concurrent ones pass.
+    The server itself counts an evaluation at its end, and does not limit concurrent ones.
     """
 
     def __init__(self, server: Any, *, is_text: bool) -> None:

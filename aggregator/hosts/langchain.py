@@ -1,8 +1,6 @@
-"""Our client as a chat model of LangChain: its calls get our cassettes, budgets, limits, retries and lineage.
+"""Our client as a LangChain chat model: its calls get our cassettes, budgets, limits, retries and lineage.
 
-from langchain.agents import create_agent
-from aggregator import LLM
-from aggregator.hosts.langchain import model
+from langchain.agents import create_agent from aggregator import LLM from aggregator.hosts.langchain import model
 support = create_agent(model(LLM("openai/gpt-4o-mini"), temperature=0), tools=[history], system_prompt="Route.")
 """
 
@@ -29,11 +27,11 @@ from aggregator.records import Completion, Message, Usage
 _OPTIONS = {"max_tokens", "temperature", "top_p", "seed", "stop", "tools", "tool_choice", "response_format", "extra"}
 _IGNORED = {"ls_structured_output_format", "stream", "stream_usage", "strict"}
 _TURN = "aggregator.turn"
-"""Where a message keeps our record of the turn, with signed thinking that a provider wants back."""
+"""The key under which a message keeps our record of the turn, with signed thinking that a provider requires back."""
 
 
 def model(llm: Any, **options: Any) -> ClientModel:
-    """Return a client as a chat model of LangChain; `llm` is an `LLM`, its name, or what `as_model` takes.
+    """Return a client as a LangChain chat model; `llm` is an `LLM`, its name, or anything that `as_model` accepts.
 
     `options` are those of `LLM.complete` for each call, such as temperature and seed. Raises ConfigError for others.
     """
@@ -43,7 +41,7 @@ def model(llm: Any, **options: Any) -> ClientModel:
 
 
 class ClientModel(BaseChatModel):
-    """A chat model of LangChain that asks through one of our clients."""
+    """A LangChain chat model that calls one of our clients."""
 
     llm: Any
     options: dict[str, Any] = Field(default_factory=dict)
@@ -63,7 +61,7 @@ class ClientModel(BaseChatModel):
     def bind_tools(
         self, tools: Sequence[Any], *, tool_choice: Any = None, strict: bool | None = None, **named: Any
     ) -> Any:
-        """Return the model with tools to offer; `tool_choice` is auto, any, none, a tool's name or OpenAI's dict."""
+        """Return the model with tools; `tool_choice` is auto, any, none, a tool's name or OpenAI's dict."""
         declared = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
         chosen = "required" if tool_choice in ("any", True) else tool_choice
         if isinstance(chosen, str) and chosen not in {"auto", "none", "required"}:
@@ -83,7 +81,7 @@ class ClientModel(BaseChatModel):
     async def _astream(
         self, messages: list[BaseMessage], stop: Any = None, run_manager: Any = None, **named: Any
     ) -> AsyncIterator[ChatGenerationChunk]:
-        """Yield the text as it comes, then the calls of tools and the usage."""
+        """Yield the text as it arrives, then the tool calls and the usage."""
         if not hasattr(self.llm, "stream"):
             raise ConfigError(f"Expected an LLM for an answer as it comes, got {self.llm!r}, which has no stream()")
         asked = self._asked(stop, named)
@@ -110,7 +108,7 @@ class ClientModel(BaseChatModel):
         )
 
     def _asked(self, stop: Any, named: dict[str, Any]) -> dict[str, Any]:
-        """Return the options of a call: the model's own, then those that were bound to it or passed."""
+        """Return the options of a call: the model's own, then those that were bound or passed."""
         given = {**self.options, **({"stop": stop} if stop else {}), **named}
         _check(given)
         return {name: value for name, value in given.items() if name in _OPTIONS and value is not None}
@@ -125,7 +123,7 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _chat_of(messages: Sequence[BaseMessage]) -> list[Any]:
-    """Return messages in OpenAI's shape; answers of ours that keep a record of the turn as that record."""
+    """Return messages in OpenAI's shape; our answers with a record of the turn as that record."""
     chat: list[Any] = []
     for message in messages:
         if record := message.additional_kwargs.get(_TURN):
@@ -133,7 +131,7 @@ def _chat_of(messages: Sequence[BaseMessage]) -> list[Any]:
             continue
         shaped = convert_to_openai_messages(message)
         if shaped["role"] == "tool":
-            shaped.pop("name", None)  # no field of a tool's message
+            shaped.pop("name", None)  # not a field of a tool's message
         chat.append(shaped)
     return chat
 
@@ -143,7 +141,7 @@ def _result_of(completion: Completion) -> ChatResult:
 
 
 def _message_of(completion: Completion) -> AIMessage:
-    """Return an answer of ours as LangChain's message; calls whose arguments are not JSON are its invalid calls."""
+    """Return our answer as LangChain's message; calls with invalid JSON arguments become its invalid calls."""
     message = completion.choices[0].message
     calls, invalid = [], []
     for call in message.tool_calls:

@@ -1,12 +1,12 @@
-"""Our algorithm as a prompt optimizer of MLflow's, for prompts of its registry.
+"""Our algorithm as an MLflow prompt optimizer, for prompts of its registry.
 
     mlflow.genai.optimize_prompts(
         predict_fn=predict, train_data=rows, prompt_uris=[prompt.uri], scorers=[correct],
         optimizer=AggregatedUpdate(model="openai/gpt-4o"),
     )
 
-MLflow runs and scores candidates and registers what comes out as new versions. It puts a candidate's templates in place
-for the whole process, so that candidates follow one another; the instances of each run in MLflow's own pool.
+MLflow runs and scores candidates and registers the results as new versions. It sets a candidate's templates for the
+whole process, so candidates run one after the other; the instances of each run in MLflow's own pool.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from aggregator.training.schedules import Schedule
 from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
 
 FAILED = "Failed to invoke the predict_fn"
-"""How the output begins that MLflow makes of an error of `predict_fn`."""
+"""The prefix of the output that MLflow makes of an error in `predict_fn`."""
 
 EvalFn = Callable[[dict[str, str], list[dict[str, Any]]], list[EvaluationResultRecord]]
 
@@ -93,7 +93,7 @@ class AggregatedUpdate(BasePromptOptimizer):
     ) -> PromptOptimizerOutput:
         """Return the trained templates with their scores on the validation part, before and after.
 
-        Raises ConfigError without training data or scorers: there is nothing to learn from.
+        Raises ConfigError without training data or scorers.
         """
         if eval_fn is None or not train_data:
             raise ConfigError("Expected train_data= and scorers= beside AggregatedUpdate, got none to learn from")
@@ -147,7 +147,7 @@ def _judged(record: EvaluationResultRecord) -> Judged:
 
 
 class PredictError(Exception):
-    """`predict_fn` raised an error, which MLflow hands on as an output."""
+    """`predict_fn` raised an error, which MLflow passes on as an output."""
 
 
 def _lines(trace: Any) -> str:
@@ -159,7 +159,7 @@ def _lines(trace: Any) -> str:
 
 
 class _Metrics(Observer):
-    """Logs the scores of the training minibatches to the run that MLflow has open."""
+    """Logs the scores of the training minibatches to MLflow's open run."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id

@@ -32,35 +32,35 @@ _REFUSED = ("top_logprobs", "extra_query", "extra_headers", "truncation", "respo
 
 
 def model(llm: Any) -> ClientModel:
-    """Return a client as a model of the SDK; `llm` is an `LLM`, its name, or what `as_model` takes."""
+    """Return a client as a model of the SDK; `llm` is an `LLM`, its name, or anything that `as_model` accepts."""
     require_version("openai-agents", "0.20", "1")
     return ClientModel(LLM(llm) if isinstance(llm, str) else as_model(llm))
 
 
 def provider(make: Callable[[str | None], Any] = LLM) -> ClientProvider:
-    """Return a provider of models by name: `make(name)` returns the client, once for each name."""
+    """Return a provider of models by name: `make(name)` returns the client, and is called once per name."""
     require_version("openai-agents", "0.20", "1")
     return ClientProvider(make)
 
 
 class ClientProvider(ModelProvider):
-    """Provides a client of ours for each name of a model."""
+    """Provides one of our clients for each name of a model."""
 
     def __init__(self, make: Callable[[str | None], Any]) -> None:
         self._make = make
         self._made: dict[str | None, ClientModel] = {}
 
     def get_model(self, model_name: str | None) -> ClientModel:
-        """Return the model of a name; None is the default model. Raises what `make` raises."""
+        """Return the model of a name; None means the default model. Raises the errors of `make`."""
         if model_name not in self._made:
             self._made[model_name] = ClientModel(as_model(self._make(model_name)))
         return self._made[model_name]
 
 
 class ClientModel(Model):
-    """A model of the SDK that asks through one of our clients.
+    """A model of the SDK that calls one of our clients.
 
-    Raises ConfigError for settings that a chat cannot have, such as a stored conversation.
+    Raises ConfigError for settings that chat completions lack, such as a stored conversation.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -68,14 +68,14 @@ class ClientModel(Model):
         self.model = str(getattr(llm, "model", type(llm).__name__))
 
     async def get_response(self, *given: Any, **named: Any) -> ModelResponse:
-        """Ask once. Raises the errors of `LLM.complete`."""
+        """Make one call. Raises the errors of `LLM.complete`."""
         asked = _asked(*given, **named)
         completion: Completion = await self.llm.complete(asked.pop("messages"), **asked)
         items = Converter.message_to_output_items(_message_of(completion))
         return ModelResponse(output=items, usage=_usage_of(completion), response_id=None)
 
     async def stream_response(self, *given: Any, **named: Any) -> AsyncIterator[Any]:
-        """Ask and yield the SDK's events as the text comes; calls of tools follow at the end."""
+        """Make one call and yield the SDK's events as the text arrives; tool calls follow at the end."""
         if not hasattr(self.llm, "stream"):
             raise ConfigError(f"Expected an LLM for an answer as it comes, got {self.llm!r}, which has no stream()")
         asked = _asked(*given, **named)
@@ -96,7 +96,7 @@ class ClientModel(Model):
                 yield event
 
     async def _chunks(self, stream: Any) -> AsyncIterator[ChatCompletionChunk]:
-        """Yield an answer of ours as chunks of a chat completion."""
+        """Yield our answer as chunks of a chat completion."""
         async for text in stream:
             yield self._chunk({"delta": {"role": "assistant", "content": text}, "finish_reason": None})
         completion: Completion = stream.completion
@@ -139,7 +139,7 @@ def _asked(
     conversation_id: str | None = None,
     prompt: Any = None,
 ) -> dict[str, Any]:
-    """Return a request of the SDK as the messages and options of `LLM.complete`."""
+    """Return an SDK request as the messages and options of `LLM.complete`."""
     state = {"previous_response_id": previous_response_id, "conversation_id": conversation_id, "prompt": prompt}
     refused = [*(name for name, value in state.items() if value), *(n for n in _REFUSED if _set(model_settings, n))]
     if refused:
@@ -164,13 +164,13 @@ def _set(settings: ModelSettings, name: str) -> Any:
 
 
 def _chosen(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield an option unless it is the SDK's mark for one that is left out."""
+    """Yield an option unless it is the SDK's marker for an omitted one."""
     if isinstance(value, str | dict):
         yield name, value
 
 
 def _message_of(completion: Completion) -> ChatCompletionMessage:
-    """Return an answer of ours as OpenAI's message."""
+    """Return our answer as OpenAI's message."""
     message = completion.choices[0].message
     calls = [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

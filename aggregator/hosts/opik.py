@@ -1,6 +1,6 @@
-"""Our algorithm as an optimizer of Opik's: `AggregatedUpdate(model=...).optimize_prompt(prompt, dataset, metric)`.
+"""Our algorithm as an Opik optimizer: `AggregatedUpdate(model=...).optimize_prompt(prompt, dataset, metric)`.
 
-Opik runs and scores candidates on the items of its data set; scores and reasons of its metric are what is learnt from.
+Opik runs and scores candidates on the items of its data set; its metric's scores and reasons are the training signal.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class AggregatedUpdate(BaseOptimizer):
     """Trains the messages of prompts minibatch by minibatch: a proposal for each item, merged by a model.
 
     The arguments are those of `aggregator.optimize`. Which roles change is `optimize_prompts=` of Opik's call, by
-    default the system message; a message keeps its placeholders. A validation data set takes the place of `validate`.
-    `max_trials` bounds the candidates' evaluations. `result` is the latest run's.
+    default the system message; a message keeps its placeholders. A validation data set replaces `validate`.
+    `max_trials` limits the candidates' evaluations. `result` is the latest run's.
     """
 
     supports_prompt_optimization = True
@@ -104,16 +104,16 @@ class AggregatedUpdate(BaseOptimizer):
         )
 
     def get_config(self, context: OptimizationContext) -> dict[str, Any]:
-        """Return what Opik keeps of the settings."""
+        """Return the settings that Opik stores."""
         return {"optimizer": type(self).__name__, "model": self.model, "seed": self.seed}
 
     def get_optimizer_metadata(self) -> dict[str, Any]:
-        """Return what Opik shows of the optimizer."""
+        """Return the facts that Opik shows about the optimizer."""
         return {name: self.options[name] for name in ("batch_size", "num_epochs", "seed")}
 
 
 class _Item(NamedTuple):
-    """One item and the data set that it is of."""
+    """One item and its data set."""
 
     item: Mapping[str, Any]
     dataset: Any
@@ -129,7 +129,7 @@ def _stop(context: OptimizationContext, _: Reached) -> bool:
 
 
 class _Evaluations:
-    """Opik's evaluation of a candidate on items by their ids, one candidate at a time, in a thread."""
+    """Opik's evaluation of a candidate on items by id, one candidate at a time, in a thread."""
 
     def __init__(self, optimizer: AggregatedUpdate, context: OptimizationContext) -> None:
         self._optimizer = optimizer
@@ -182,7 +182,7 @@ class _Evaluations:
 
 
 def _content_of(item: Mapping[str, Any]) -> bytes:
-    """Return an item's content: an evaluation without an experiment gives items ids of its own."""
+    """Return an item's content: an evaluation without an experiment gives items their own ids."""
     return canonical_json({key: value for key, value in item.items() if key != "id"}, hook=repr)
 
 
@@ -191,7 +191,7 @@ class EvaluationError(Exception):
 
 
 def _places_in(prompt: Any) -> list[tuple[str, int]]:
-    """Return the name and the place of each message of text: `system`, `user`, `user_2`."""
+    """Return the name and the position of each text message: `system`, `user`, `user_2`."""
     messages = prompt.get_messages()
     roles = [message["role"] for message in messages]
     names = [f"{role}_{roles[:i].count(role) + 1}" if role in roles[:i] else role for i, role in enumerate(roles)]

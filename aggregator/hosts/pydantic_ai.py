@@ -1,9 +1,7 @@
-"""Our client as a model of pydantic-ai: its calls get our cassettes, budgets, limits, retries and lineage.
+"""Our client as a pydantic-ai model: its calls get our cassettes, budgets, limits, retries and lineage.
 
-from pydantic_ai import Agent
-from aggregator import LLM
-from aggregator.hosts.pydantic_ai import model
-support = Agent(model(LLM("openai/gpt-4o-mini")), instructions="Route the ticket.")
+from pydantic_ai import Agent from aggregator import LLM from aggregator.hosts.pydantic_ai import model support =
+Agent(model(LLM("openai/gpt-4o-mini")), instructions="Route the ticket.")
 """
 
 from __future__ import annotations
@@ -35,21 +33,21 @@ _OPTIONS = {
     "stop_sequences": "stop",
     "extra_body": "extra",
 }
-"""Settings of pydantic-ai -> options of a call of ours."""
+"""Settings of pydantic-ai -> options of our calls."""
 _IGNORED = {"timeout", "parallel_tool_calls", "tool_choice", "extra_headers"}
 _ENDINGS = {"stop": "stop", "length": "length", "content_filter": "content_filter", "tool_calls": "tool_call"}
 _TURN = "aggregator.turn"
-"""Where a response keeps our record of the turn, with signed thinking that a provider wants back."""
+"""The key under which a response keeps our record of the turn, with signed thinking that a provider requires back."""
 
 
 def model(llm: Any) -> ClientModel:
-    """Return a client as a model of pydantic-ai; `llm` is an `LLM`, its name, or what `as_model` takes."""
+    """Return a client as a pydantic-ai model; `llm` is an `LLM`, its name, or anything that `as_model` accepts."""
     require_version("pydantic-ai-slim", "2.40", "3")
     return ClientModel(LLM(llm) if isinstance(llm, str) else as_model(llm))
 
 
 class ClientModel(Model[Any]):
-    """A model of pydantic-ai that asks through one of our clients.
+    """A pydantic-ai model that calls one of our clients.
 
     Raises ConfigError for settings that it cannot pass on.
     """
@@ -74,7 +72,7 @@ class ClientModel(Model[Any]):
         model_settings: ModelSettings | None,
         model_request_parameters: ModelRequestParameters,
     ) -> ModelResponse:
-        """Ask once. Raises the errors of `LLM.complete`."""
+        """Make one call. Raises the errors of `LLM.complete`."""
         chat, options = self._call(messages, model_settings, model_request_parameters)
         completion: Completion = await self.llm.complete(chat, **options)
         message = completion.choices[0].message
@@ -99,7 +97,7 @@ class ClientModel(Model[Any]):
         model_request_parameters: ModelRequestParameters,
         run_context: Any = None,
     ) -> AsyncIterator[StreamedResponse]:
-        """Ask and pass the text on as it comes; calls of tools follow at the end."""
+        """Make one call and yield the text as it arrives; tool calls follow at the end."""
         if not hasattr(self.llm, "stream"):
             raise ConfigError(f"Expected an LLM for an answer as it comes, got {self.llm!r}, which has no stream()")
         chat, options = self._call(messages, model_settings, model_request_parameters)
@@ -141,7 +139,7 @@ class ClientModel(Model[Any]):
 
 @dataclass
 class ClientStream(StreamedResponse):
-    """The answer as it comes."""
+    """The answer as it arrives."""
 
     stream: Any
     name: str
@@ -180,12 +178,12 @@ class ClientStream(StreamedResponse):
 
     @property
     def provider_url(self) -> None:
-        """Nothing: the client knows its address."""
+        """None: the client knows its address."""
         return
 
     @property
     def timestamp(self) -> datetime:
-        """When the request began."""
+        """The time of the request."""
         return self.started
 
 
@@ -206,14 +204,14 @@ def _usage_of(usage: Usage) -> RequestUsage:
 
 
 def _details_of(message: Message) -> dict[str, Any] | None:
-    """Return our record of a turn, if it holds what the shape of a chat has no place for."""
+    """Return our record of a turn, if it holds something that the shape of a chat cannot."""
     if message.source is None and all(call.signature is None for call in message.tool_calls):
         return None
     return {_TURN: msgspec.to_builtins(message)}
 
 
 def _with_turns(chat: list[dict[str, Any]], messages: Sequence[ModelMessage]) -> list[Any]:
-    """Return a chat whose answers are our own records of them where a response keeps one."""
+    """Return a chat in which answers are our own records, if a response keeps one."""
     kept = iter([(one.provider_details or {}).get(_TURN) for one in messages if isinstance(one, ModelResponse)])
     turns: list[Any] = []
     for message in chat:

@@ -1,7 +1,7 @@
-"""Where the library's events go: to a console for people, or to JSON lines for machines.
+"""The destination of the library's events: a console for people, or JSON lines for machines.
 
-structlog hands the events to the standard loggers "aggregator.llm" and "aggregator.training"; what is configured here
-are handlers of their parent, "aggregator".
+structlog passes the events to the standard loggers "aggregator.llm" and "aggregator.training"; this file configures
+handlers of their parent, "aggregator".
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def configure_logging(
 ) -> None:
     """Show the library's events: as lines for people, or as one JSON object per line.
 
-    They go to `stream` (default: standard error), or are appended to the file at `path`. A second call replaces
-    what the first configured. An application that configures structlog itself gets the events without this call.
-    Raises ConfigError for a wrong argument.
+    They are written to `stream` (default: standard error), or appended to the file at `path`. A second call replaces
+    the first configuration. An application that configures structlog itself gets the events without this call. Raises
+    ConfigError for an invalid argument.
     """
     if stream is not None and path is not None:
         raise ConfigError(f"Expected a stream or a path, got both (path={str(path)!r}); give one of them")
@@ -59,7 +59,7 @@ def configure_logging(
 
 @contextmanager
 def events_file(path: str | Path) -> Iterator[None]:
-    """Write every event of the block to a new file of JSON lines, in addition to what is configured."""
+    """Write every event of the block to a new file of JSON lines, in addition to the configured destination."""
     import structlog
 
     handler = _file(path, mode="w")
@@ -82,7 +82,7 @@ def events_file(path: str | Path) -> Iterator[None]:
 
 
 def _route() -> None:
-    """Let structlog hand its events to the standard loggers, whose handlers turn them into lines."""
+    """Let structlog pass its events to the standard loggers, whose handlers format them."""
     import structlog
 
     structlog.configure(
@@ -112,7 +112,7 @@ def _formatter(format: Format, *, colors: bool = False) -> logging.Formatter:  #
 
 
 def _leading(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    """Put first what a reader looks for first."""
+    """Put the most important fields first."""
     first = {key: event[key] for key in ("timestamp", "level", "event") if key in event}
     return {**first, **event}
 
@@ -144,34 +144,34 @@ def is_configured() -> bool:
 
 
 def emit(event: str, **facts: Any) -> None:
-    """Send one event with its facts, if the application has configured structlog."""
+    """Log one event with its fields, if the application has configured structlog."""
     if is_configured():
         sys.modules["structlog"].get_logger(LOGGER).info(event, **facts)
 
 
 class Events(Observer):
-    """Sends an event for each thing an observer sees, but for single rollouts: `train.step` and so on, flat records."""
+    """Logs an event for everything an observer sees except single rollouts: `train.step` and so on, flat records."""
 
     def started(self, info: RunInfo, /) -> None:
-        """Send `train.started`."""
+        """Log `train.started`."""
         if is_configured():
             emit("train.started", **to_builtins(info, enc_hook=repr))
 
     def evaluation(self, evaluation: Evaluation, /) -> None:
-        """Send `train.evaluation`: the score of the test set after so many steps."""
+        """Log `train.evaluation`: the score of the test set after a number of steps."""
         _emit_scores("train.evaluation", evaluation)
 
     def validation(self, evaluation: Evaluation, /) -> None:
-        """Send `train.validation`: the score of the validation set after so many steps."""
+        """Log `train.validation`: the score of the validation set after a number of steps."""
         _emit_scores("train.validation", evaluation)
 
     def step(self, report: StepReport, /) -> None:
-        """Send `train.step`: what a step did, without its texts."""
+        """Log `train.step`: the step's facts without its texts."""
         if is_configured():
             emit("train.step", **step_facts(report))
 
     def finished(self, result: TrainingResult, /) -> None:
-        """Send `train.finished`."""
+        """Log `train.finished`."""
         if not is_configured():
             return
         scores = result.test_scores
@@ -179,7 +179,7 @@ class Events(Observer):
         emit("train.finished", **facts, failures=len(result.failures), **_spent(result.usage))
 
     def failed(self, error: BaseException, /) -> None:
-        """Send `train.failed` with the error that ends the run."""
+        """Log `train.failed` with the error that ends the run."""
         emit("train.failed", error=type(error).__name__, message=str(error))
 
 

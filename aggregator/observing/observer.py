@@ -1,10 +1,10 @@
-"""The Observer: one method per event of a run, the doors that make one of less, and observers to use as they are.
+"""The Observer: one method per event of a run, conversions to one, and ready-made observers.
 
-    started       once, before the first call: what the run is about to do
-    rollout       after each rollout of the run, those of evaluations included, in the order in which they end
+    started       once, before the first call: the description of the run
+    rollout       after each rollout of the run, including evaluations, in order of completion
     evaluation    after each evaluation of the test set; the first is the baseline before training
     step          after each step, once it is saved: the full report
-    finished      once, with the result of a run that came to its end, or
+    finished      once, with the result of a completed run, or
     failed        once, with the error that ends the run
 
 Everything but `rollout` arrives in the order of the run. Methods may be sync or async; they run on the event loop of
@@ -13,7 +13,7 @@ raises its error with a note that names the observer, and every finished step is
 
 `ConsoleLogger` and `ProgressBar` are for terminals and notebooks, `TensorBoardLogger` and `WandbLogger` for experiment
 trackers: numbers become curves, everything else text; unknown values are left out. A tracker's package is imported when
-the observer is made. Each has Trace's `log` too, so it can be given as `logger=` or in `observers=[...]`.
+the observer is created. Each has Trace's `log` too, so it can be `logger=` or in `observers=[...]`.
 """
 
 from __future__ import annotations
@@ -45,43 +45,43 @@ _ACCEPTED = (
 
 
 class Observer:
-    """Sees what a run does. Every method does nothing: override those that you need, sync or async."""
+    """Watches a run. Every method does nothing: override those that you need, sync or async."""
 
     def started(self, info: RunInfo, /) -> Awaitable[None] | None:
-        """See what the run is about to do, before its first call."""
+        """Called with the description of the run, before its first call."""
 
     def rollout(self, rollout: Rollout, /) -> Awaitable[None] | None:
-        """See one rollout as soon as it ends."""
+        """Called with each rollout as soon as it ends."""
 
     def evaluation(self, evaluation: Evaluation, /) -> Awaitable[None] | None:
-        """See the scores of the test set; `evaluation.step` is 0 for the baseline before training."""
+        """Called with the scores of the test set; `evaluation.step` is 0 for the baseline before training."""
 
     def validation(self, evaluation: Evaluation, /) -> Awaitable[None] | None:
-        """See the scores of the validation set, which choose the best values; 0 is the step of the baseline."""
+        """Called with the scores of the validation set, which choose the best values; 0 is the step of the baseline."""
 
     def step(self, report: FullStepReport, /) -> Awaitable[None] | None:
-        """See what a step did, with its rollouts and proposals."""
+        """Called with a step's report, including its rollouts and proposals."""
 
     def finished(self, result: TrainingResult, /) -> Awaitable[None] | None:
-        """See what the run reached."""
+        """Called with the result of the run."""
 
     def failed(self, error: BaseException, /) -> Awaitable[None] | None:
-        """See the error that ends the run; a TrainingError or BudgetExceededError has the partial `result`."""
+        """Called with the error that ends the run; a TrainingError or BudgetExceededError has the partial `result`."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
 Watching = Observer | Callable[[FullStepReport], Any] | Logger
-"""What a trainer takes as an observer; `as_observer` also takes an object with some of an observer's methods."""
+"""What a trainer accepts as an observer; `as_observer` also accepts an object with some of an observer's methods."""
 
 
 def as_observer(thing: Any) -> Observer:
-    """Return an observer for what may be less than one.
+    """Return an observer for a callable, a logger, or an object with some of its methods.
 
-    A callable gets the report of each step. An object with some of the methods of Observer gets these events. An
-    object with Trace's `log(name, data, step, **kwargs)` gets named values, as `from_logger` says. Sync or async.
-    Raises ConfigError for anything else, also for a class in place of an instance.
+    A callable gets the report of each step. An object with some of the methods of Observer gets these events. An object
+    with Trace's `log(name, data, step, **kwargs)` gets named values (see `from_logger`). Methods may be sync or async.
+    Raises ConfigError for anything else, including a class instead of an instance.
 
     >>> as_observer(print)
     as_observer(print)
@@ -108,7 +108,7 @@ def as_observer(thing: Any) -> Observer:
 
 
 def as_observers(things: Any) -> list[Observer]:
-    """Return an observer for each thing; raises ConfigError for what `as_observer` refuses, or if it is not a list."""
+    """Return an observer for each item; raises ConfigError for items that `as_observer` refuses, and without a list."""
     if not isinstance(things, Sequence) or isinstance(things, str):
         raise ConfigError(f"Expected observers=[...], each {_ACCEPTED}, got {shorten(things)}")
     try:
@@ -118,7 +118,7 @@ def as_observers(things: Any) -> list[Observer]:
 
 
 class _Partial(Observer):
-    """An observer with the methods of something else; it keeps the no-ops for the rest."""
+    """An observer with the methods of another object; the others do nothing."""
 
     def __init__(self, name: str, methods: Mapping[str, Callable[[Any], Any]]) -> None:
         self._name = name
@@ -129,13 +129,13 @@ class _Partial(Observer):
 
 
 class LoggingObserver(Observer):
-    """Logs what it sees as named values of a step, in Trace's shape: the base of the loggers in this package.
+    """Logs named values of each step, in Trace's shape: the base class of this package's loggers.
 
     Step 0 is the first. The names: "Average test score before training" and "Average validation score before training",
-    "Average train score", "Average test score", "Average validation score",
-    "Parameter: <name>" for each accepted change, "Update refused" or "No update" with the reason, "Failures" with
-    their count and "First failure", and "Calls so far", "Tokens so far" and "USD so far". An unknown train score
-    is logged as None, other unknown values are left out. Only every `frequency`-th step is logged; 0 logs nothing.
+    "Average train score", "Average test score", "Average validation score", "Parameter: <name>" for each accepted
+    change, "Update refused" or "No update" with the reason, "Failures" with their count and "First failure", and "Calls
+    so far", "Tokens so far" and "USD so far". An unknown train score is logged as None, other unknown values are left
+    out. Only every `frequency`-th step is logged; 0 logs nothing.
     """
 
     frequency: int = 1
@@ -146,16 +146,16 @@ class LoggingObserver(Observer):
         raise NotImplementedError
 
     def started(self, info: RunInfo, /) -> Awaitable[None] | None:
-        """Begin the sums with what a resumed run has spent before."""
+        """Start the sums with a resumed run's previous usage."""
         self._spent = info.usage
         return None
 
     def evaluation(self, evaluation: Evaluation, /) -> None:
-        """Log the baseline; later scores of the test set come with their step."""
+        """Log the baseline; later scores of the test set are logged with their step."""
         self._log_baseline("test", evaluation)
 
     def validation(self, evaluation: Evaluation, /) -> None:
-        """Log the baseline likewise."""
+        """Log the baseline in the same way."""
         self._log_baseline("validation", evaluation)
 
     def _log_baseline(self, name: str, evaluation: Evaluation) -> None:
@@ -166,7 +166,7 @@ class LoggingObserver(Observer):
             self._log_failures(evaluation.failures, 0)
 
     def step(self, report: FullStepReport, /) -> None:
-        """Log the values of a step, if it is its turn."""
+        """Log the values of a step, if it is due."""
         self._spent = total_by_role((self._spent, report.usage))
         if not self.frequency or (report.step + 1) % self.frequency:
             return
@@ -201,7 +201,7 @@ class LoggingObserver(Observer):
 
 
 class _FromLogger(LoggingObserver):
-    """Hands the values to a logger. One that is an observer too sees the beginning and the end of the run itself."""
+    """Passes the values to a logger. One that is an observer too gets the beginning and the end of the run itself."""
 
     def __init__(self, logger: Logger, frequency: int) -> None:
         self._logger = logger
@@ -225,10 +225,10 @@ class _FromLogger(LoggingObserver):
 
 
 def from_logger(logger: Logger, frequency: int = 1) -> Observer:
-    """Return an observer that hands named values to a logger with Trace's `log(name, data, step, **kwargs)`.
+    """Return an observer that passes named values to a logger with Trace's `log(name, data, step, **kwargs)`.
 
-    `frequency` logs every so many steps, 0 logs nothing. The names of the values are in `LoggingObserver`. Raises
-    ConfigError if the logger has no such method.
+    `frequency` is the number of steps between logs; 0 logs nothing. The names of the values are in `LoggingObserver`.
+    Raises ConfigError if the logger has no such method.
     """
     if isinstance(logger, type) or not accepts(getattr(logger, "log", None), "score", 0.5, 0, color="green"):
         raise ConfigError(f"Expected a logger that has log(name, data, step, **kwargs), got {logger!r}")
@@ -237,7 +237,7 @@ def from_logger(logger: Logger, frequency: int = 1) -> Observer:
 
 
 async def notify(observers: Sequence[Observer], event: Event, record: Any) -> None:
-    """Tell each observer of one event, in order. An error gets a note that names the observer, and is raised."""
+    """Call one method of each observer, in order. An error gets a note that names the observer, and is raised."""
     for observer in observers:
         try:
             answer = getattr(observer, event)(record)
@@ -249,7 +249,10 @@ async def notify(observers: Sequence[Observer], event: Event, record: Any) -> No
 
 
 async def notify_failed(observers: Sequence[Observer], error: BaseException) -> None:
-    """Tell each observer of the error that ends the run. What an observer raises is added to it as a note."""
+    """Call `failed` of each observer with the error that ends the run.
+
+    An observer's own exception is added as a note.
+    """
     for observer in observers:
         try:
             await notify([observer], "failed", error)
@@ -261,7 +264,7 @@ async def notify_failed(observers: Sequence[Observer], error: BaseException) -> 
 
 
 class TensorBoardLogger(LoggingObserver):
-    """Writes what is logged as TensorBoard events into `log_dir`, through tensorboardX, which needs no torch.
+    """Writes the logged values as TensorBoard events to `log_dir`, by tensorboardX, which needs no torch.
 
     `writer` is an existing SummaryWriter instead, such as torch's. Close the logger, or use it in a `with` block, so
     that everything is on disk; an existing writer stays open.
@@ -274,7 +277,7 @@ class TensorBoardLogger(LoggingObserver):
         self.writer = _summary_writer(log_dir) if writer is None else writer
 
     def started(self, info: RunInfo, /) -> None:
-        """Write what the run is about to do as the text "Run"."""
+        """Write the description of the run as the text "Run"."""
         super().started(info)
         self.log("Run", msgspec.to_builtins(info, enc_hook=repr), info.finished_steps)
 
@@ -287,7 +290,7 @@ class TensorBoardLogger(LoggingObserver):
             self.writer.add_text(key, _as_markdown(value), step)
 
     def close(self) -> None:
-        """Write what is left and close the file."""
+        """Write the buffer and close the file."""
         if self._own:
             self.writer.close()
         else:
@@ -305,7 +308,7 @@ class TensorBoardLogger(LoggingObserver):
 class WandbLogger(LoggingObserver):
     """Logs to a run of Weights & Biases: one that `wandb.init(...)` returned, by default the current or a new one.
 
-    It does not finish that run: use `with wandb.init(project="router") as run:`.
+    It does not finish the W&B run: use `with wandb.init(project="router") as run:`.
     """
 
     def __init__(self, run: Any = None) -> None:
@@ -314,7 +317,7 @@ class WandbLogger(LoggingObserver):
             raise ConfigError(f"Expected a run, as wandb.init(project=...) returns it, got {run!r}")
 
     def started(self, info: RunInfo, /) -> None:
-        """Add what the run is about to do to the configuration of the W&B run."""
+        """Add the description of the run to the W&B run's configuration."""
         super().started(info)
         config = getattr(self.run, "config", None)
         if config is not None:
@@ -345,7 +348,7 @@ def entry(name: str, data: Any, sample: int | None = None) -> tuple[str, float |
 
 
 def _as_markdown(text: str) -> str:
-    """Indent text as a code block: TensorBoard renders Markdown, and a prompt's lines should stay lines."""
+    """Indent text as a code block, because TensorBoard renders Markdown, and a prompt's lines should stay lines."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
@@ -378,7 +381,7 @@ class ConsoleLogger(LoggingObserver):
     """Writes `[step 3] name: value` to a stream, standard output by default.
 
     It is an observer and has Trace's `log`, so `observers=[ConsoleLogger()]` and `logger=ConsoleLogger()` both work.
-    `color` paints a line if the stream shows colors.
+    `color` colors a line if the stream supports it.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -392,7 +395,7 @@ class ConsoleLogger(LoggingObserver):
 
 
 def painted(text: str, color: str | None, stream: TextIO) -> str:
-    """Return the text in a color if the stream shows colors, else as it is."""
+    """Return the text in a color if the stream supports colors, otherwise unchanged."""
     code = _COLORS.get(color or "")
     return f"\x1b[{code}m{text}\x1b[0m" if code and shows_colors(stream) else text
 
@@ -407,14 +410,14 @@ def shows_colors(stream: TextIO) -> bool:
 
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
-"""The time comes last: what does not fit into a narrow terminal is cut off there."""
+"""The time comes last: a narrow terminal cuts it off there."""
 
 
 class ProgressBar(Observer):
     """Shows epoch, step, score and calls, one tick per step. The calls include those of evaluations.
 
     In a terminal or a notebook it is one line that redraws itself, elsewhere one plain line per step. `stream` is
-    standard error by default, `name` the word in front.
+    standard error by default, `name` its first word.
     """
 
     def __init__(self, *, stream: TextIO | None = None, name: str = "train") -> None:
@@ -426,7 +429,7 @@ class ProgressBar(Observer):
         self._bar: tqdm[Any] | None = None
 
     def started(self, info: RunInfo, /) -> None:
-        """Draw the empty bar. That of a resumed run begins at the steps that were done before."""
+        """Draw the empty bar. A resumed run's bar starts at its finished steps."""
         self.close()
         self._steps, self._done = info.steps, info.finished_steps
         self._calls = total(info.usage.values()).calls
@@ -441,13 +444,13 @@ class ProgressBar(Observer):
             )
 
     def evaluation(self, evaluation: Evaluation, /) -> None:
-        """Count its calls."""
+        """Count the evaluation's calls."""
         self._calls += total(evaluation.usage.values()).calls
 
     validation = evaluation
 
     def step(self, report: StepReport, /) -> None:
-        """Tick."""
+        """Advance by one step."""
         self._done += 1
         self._calls += total(report.usage.values()).calls
         test = "" if report.test_score is None else f"  test {readable(report.test_score)}"

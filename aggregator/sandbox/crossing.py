@@ -1,7 +1,7 @@
-"""What crosses to a worker process and what comes back, as msgpack carries them.
+"""The data sent to a worker process and back, in msgpack.
 
-A worker runs code that a model wrote, so nothing that it sends is believed: a frame has a length limit and the number
-of its call, a result has a limit of values and depth, and an exception is made from a fixed table of classes.
+A worker runs code that a model wrote, so nothing that it sends is trusted: a frame has a length limit and the number of
+its call, a result has a limit of values and depth, and an exception is built from a fixed table of classes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from msgspec import Struct
 from aggregator.errors import ConfigError, SandboxError
 
 DEPTH = 64
-"""How many containers deep a value may be."""
+"""The maximum nesting of containers in a value."""
 
 FRAME_OVERHEAD = 1 << 16
-"""Bytes that a worker's frame may have beyond the result: call number, limit, an error's text."""
+"""The number of bytes of a worker's frame beyond the result: call number, limit, an error's text."""
 
 TUPLE, SET, FROZENSET, PATTERN = 1, 2, 3, 4
-"""The extension types of what msgpack has no type for. They go to a worker; none comes back."""
+"""The extension types for values that msgpack lacks. They are sent to a worker; none is accepted back."""
 
 _SETS: dict[type, int] = {set: SET, frozenset: FROZENSET}
 _MADE: dict[int, type] = {TUPLE: tuple, SET: set, FROZENSET: frozenset}
-_TUPLE_KEYS = 1_000  # keys that are tuples: their hashes can be chosen to collide, so that a dict becomes slow
+_TUPLE_KEYS = 1_000  # keys that are tuples: their hashes can be chosen to collide, which makes a dict slow
 _TEXT = 10_000
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
@@ -40,13 +40,13 @@ _ERRORS: dict[str, type[Exception]] = {
         *(UnicodeTranslateError, ValueError, ZeroDivisionError),
     )
 }
-"""The exceptions that trained code may raise as themselves; any other becomes a SandboxError that names it."""
+"""The exceptions of trained code that keep their class; any other becomes a SandboxError that names it."""
 
 
 class Function(Struct, frozen=True, kw_only=True):
     """One function as source, and what it uses: plain values, modules by name, other functions by key.
 
-    The name of a method is not a name of its module. `missing` maps a name that cannot cross to what it is.
+    The name of a method is not a name of its module. `missing` maps a name that cannot be sent to its description.
     """
 
     source: str
@@ -59,7 +59,7 @@ class Function(Struct, frozen=True, kw_only=True):
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """One call to be made in a worker: of `functions[""]`, with what it needs.
+    """One call to make in a worker: of `functions[""]`, with everything that it needs.
 
     `owner` holds the plain attributes of `self`, each with True if it is a parameter; None for a function without one.
     `methods` maps the methods of `self` to their keys in `functions`.
@@ -82,7 +82,7 @@ class Call(Struct, frozen=True, kw_only=True):
         return self.functions[""].name
 
     def encode(self) -> bytes:
-        """Return the request as bytes; raises ConfigError for a value that msgpack does not carry."""
+        """Return the request as bytes; raises ConfigError for a value that msgpack does not support."""
         try:
             return msgspec.msgpack.encode(self)
         except (OverflowError, RecursionError, ValueError) as error:
@@ -90,7 +90,7 @@ class Call(Struct, frozen=True, kw_only=True):
 
 
 def pack(value: Any, *, wide: bool = False, levels: int = DEPTH) -> Any:
-    """Return a plain value as msgpack carries it, with tuples marked as such.
+    """Return a plain value for msgpack, with tuples marked as such.
 
     Plain are None, bool, int, float, str, bytes, and lists, tuples and dicts of them; with `wide` also sets and regular
     expressions. Raises TypeError with the name of the type for anything else.
@@ -117,7 +117,7 @@ def pack(value: Any, *, wide: bool = False, levels: int = DEPTH) -> Any:
 
 
 def unpack(kind: int, data: memoryview) -> Any:
-    """Return what `pack` marked as a type that msgpack does not have."""
+    """Return a value marked by `pack` as a type that msgpack lacks."""
     items = msgspec.msgpack.decode(data, ext_hook=unpack)
     return re.compile(*items) if kind == PATTERN else _MADE[kind](items)
 
@@ -129,7 +129,7 @@ def plain(call: Call) -> dict[str, Any]:
 
 
 class Frame(Struct, frozen=True, array_like=True):
-    """What a worker sends: the limit that ended the call ("" for none), and the bytes of the code's own answer."""
+    """A worker's message: the limit that ended the call ("" for none), and the bytes of the code's own answer."""
 
     limit: str
     content: bytes
@@ -145,7 +145,7 @@ class Fault(Struct, frozen=True, kw_only=True):
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """What trained code sends back: a value, the error that it raised, or the limit that it exceeded."""
+    """The answer of trained code: a value, the error that it raised, or the limit that it exceeded."""
 
     value: Any = None
     error: Fault | None = None
@@ -153,9 +153,9 @@ class Answer(Struct, frozen=True, kw_only=True):
 
 
 def result_of(frame: Frame, call: Call) -> Any:
-    """Return the value that a call came to, or raise the error it ended with.
+    """Return a call's value, or raise its error.
 
-    Raises SandboxError for a limit, for an exception that is not Python's own, and for an answer that is malformed.
+    Raises SandboxError for a limit, for an exception that is not a builtin one, and for a malformed answer.
     """
     if frame.limit:
         raise _beyond(call, frame.limit)
@@ -180,23 +180,23 @@ def _beyond(call: Call, limit: str) -> SandboxError:
 
 
 def rebuild(fault: Fault, name: str) -> Exception:
-    """Return the exception that trained code raised, of the same class if the table has it."""
+    """Return the exception of trained code, with its own class if the table has it."""
     kind, text = _ERRORS.get(fault.kind), fault.text[:_TEXT]
     error: Exception = SandboxError(f"{name} failed with {fault.kind[:200]}: {text}")
     if kind is not None:
         args = fault.args if _are_sound(kind, fault.args) else [text]
         try:
             error = kind(*args)
-        except (TypeError, ValueError, OverflowError):  # a class that takes other arguments than these
+        except (TypeError, ValueError, OverflowError):  # a class with other arguments
             error = SandboxError(f"{name} failed with {kind.__name__}: {text}")
     error.__dict__["source_line"] = fault.line if 0 <= fault.line <= 1_000_000 else 0
     return error
 
 
 def _are_sound(kind: type[Exception], args: list[Any]) -> bool:
-    """Return True for a few plain values, which for a Unicode error name a place inside its object.
+    """Return True for a few plain values, which for a Unicode error have a position inside its object.
 
-    CPython reads at that place without a check when it prints the error.
+    CPython reads at that position without a check when it prints the error.
     """
     if len(args) > 5 or not all(
         arg is None or type(arg) in (bool, int, float) or (type(arg) in (str, bytes) and len(arg) <= _TEXT)
@@ -218,7 +218,7 @@ _SCALAR, _ARRAY, _MAP, _EXTENSION = range(4)
 
 
 def _shape(head: int) -> tuple[int, int, int]:
-    """Return what a first byte of msgpack means: the kind, how many bytes of length follow, and the length if known."""
+    """Return the meaning of a first byte of msgpack: the kind, the number of length bytes, and the length if known."""
     if 0x80 <= head < 0xC0:
         kind = _MAP if head < 0x90 else _ARRAY if head < 0xA0 else _SCALAR
         return kind, 0, head & (0x1F if kind == _SCALAR else 0x0F)
@@ -237,7 +237,7 @@ _SHAPES = tuple(map(_shape, range(256)))
 
 
 def _token(data: bytes, at: int) -> tuple[int, int, int]:
-    """Return the kind of the value at a place, where the next one starts, and how many values it holds."""
+    """Return the kind of the value at a position, the position of the next one, and the number of its values."""
     if at >= len(data):
         raise ValueError("it is cut short")
     kind, width, number = _SHAPES[data[at]]
@@ -254,13 +254,13 @@ def _token(data: bytes, at: int) -> tuple[int, int, int]:
 
 
 def check_content(data: bytes, most_values: int) -> None:
-    """Check msgpack before it is decoded: its number of values, its depth, and the kinds of its keys.
+    """Check msgpack before it is decoded: the number of values, the depth, and the types of keys.
 
-    A byte can become a hundred in memory (an empty list), so a limit of bytes alone does not bound what decoding costs.
-    Raises ValueError for malformed data.
+    A byte can become a hundred in memory (an empty list), so a limit of bytes alone does not bound the memory of
+    decoding. Raises ValueError for malformed data.
     """
     at, count, tuple_keys = 0, 0, 0
-    left, in_map = 1, False  # how many values the innermost open container still wants
+    left, in_map = 1, False  # the number of values that the innermost open container still expects
     outer: list[tuple[int, bool]] = []
     while left or outer:
         if not left:

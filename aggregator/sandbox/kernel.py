@@ -1,11 +1,12 @@
-"""What the kernel closes for trained code: system calls by a seccomp filter, files by Landlock, amounts by limits.
+"""Restrictions of trained code by the kernel: system calls by a seccomp filter, files by Landlock, amounts by limits.
 
-Runs in the worker. `Kernel()` prepares everything that needs the worker's rights, once; `confine` gives them up for
-good, in the child that is about to run trained code. Both are lists of what is allowed: whatever is not on them, or is
-added to a later kernel, is refused.
+Runs in the worker. `Kernel()` prepares everything that needs the worker's rights, once; `confine` gives them up
+irreversibly, in the child that will run trained code. Both are allow lists: anything else, including additions of a
+later kernel, is refused.
 
 The filter exists for x86-64 on Linux; any other architecture's calls (`int 0x80`, x32) end the process. Landlock needs
-Linux 5.13, and closes network and signals from 6.7 and 6.12 on. `Kernel.open_ways` names what a system leaves open.
+Linux 5.13, and covers network and signals from 6.7 and 6.12 on. `Kernel.open_ways` lists what a system does not
+protect.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ _SCOPES = 0b11  # abstract sockets and signals stay inside, from version 6 on
 
 
 class Kernel:
-    """What this system can close, prepared; made once, before any trained code runs in this process or a child."""
+    """The restrictions that this system supports, prepared once before any trained code runs."""
 
     def __init__(self) -> None:
-        self.landlock = 0  # the version that the kernel has
+        self.landlock = 0  # the kernel's version
         self.filters = sys.platform == "linux" and os.uname().machine == "x86_64"
         self.ruleset = -1
         if sys.platform != "linux":
@@ -93,12 +94,12 @@ class Kernel:
         return ways
 
     def confine(self, memory: int, seconds: float) -> None:
-        """Give up everything that trained code may not use. Raises OSError if the kernel refuses."""
+        """Give up all rights that trained code may not use. Raises OSError if the kernel refuses."""
         limit_amounts(memory, seconds)
         if sys.platform != "linux":
             return
         self._demand(self._libc.prctl(1, signal.SIGKILL, 0, 0, 0))  # PR_SET_PDEATHSIG: ends with its worker
-        self._demand(self._libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS, which the other two ask for
+        self._demand(self._libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS, which the other two require
         if self.landlock:
             self._demand(self._libc.syscall(_RESTRICT_SELF, self.ruleset, 0))
             os.close(self.ruleset)
@@ -145,7 +146,7 @@ def limit_amounts(memory: int, seconds: float) -> None:
         most = value if hard == resource.RLIM_INFINITY else min(value, hard)
         try:
             resource.setrlimit(limit, (most, most))
-        except ValueError as error:  # macOS does not take every limit
+        except ValueError as error:  # macOS does not support every limit
             if sys.platform == "linux":
                 raise OSError(f"it refused a limit: {error}") from error
 
@@ -153,7 +154,7 @@ def limit_amounts(memory: int, seconds: float) -> None:
 def readable_places() -> list[str]:
     """Return the folders and files that imports need: the interpreter's library, its packages, the system's libraries.
 
-    The user's own folders are not among them: modules that an operation uses are imported before it is confined.
+    They exclude the user's own folders: modules that an operation uses are imported before it is confined.
     """
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders |= {path for path in sys.path if path.endswith(("site-packages", "dist-packages", ".zip"))}
@@ -162,7 +163,7 @@ def readable_places() -> list[str]:
 
 
 def _loaded_libraries() -> Iterable[str]:
-    """Return the shared libraries of this process: extension modules need others in the same folders."""
+    """Return the shared libraries of this process, because extension modules need others in the same folders."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - no more imports
             paths = (line.split(maxsplit=5)[5].strip() for line in file if ".so" in line)
@@ -174,7 +175,7 @@ def _loaded_libraries() -> Iterable[str]:
 def system_call_filter(own: int) -> bytes:
     """Return the seccomp program for the process `own`: instructions of BPF, eight bytes each.
 
-    It allows the listed calls, and of a few only some uses: opening to read, asking for a limit, a signal to itself.
+    It allows the listed calls, and a few only partly: opening to read, reading a limit, a signal to itself.
     """
     steps = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, _X86_64), (_RETURN, 0, 0, _KILL)]
     steps += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _KILL)]
@@ -192,7 +193,7 @@ def system_call_filter(own: int) -> bytes:
 
 
 def _ranges(numbers: set[int]) -> Iterable[tuple[int, int]]:
-    """Yield (first, last) of each unbroken series: fewer steps, which the kernel runs for each call."""
+    """Yield (first, last) of each contiguous range: fewer steps, which the kernel runs for each call."""
     for number in sorted(numbers):
         if number - 1 not in numbers:
             last = number
@@ -205,7 +206,7 @@ _Step = tuple[int, int, int, int]
 
 
 def _when(number: int, conditions: list[_Step]) -> list[_Step]:
-    """Allow a call that passes the conditions, which refuse by themselves; any other call goes on to what follows."""
+    """Allow a call that passes the conditions, which refuse themselves; any other call continues with the next rule."""
     body = [*conditions, (_RETURN, 0, 0, _ALLOW)]
     return [(_EQUAL, 0, len(body), number), *body]
 

@@ -1,18 +1,19 @@
-"""Where trained code runs: the words for it, its limits, and the switch for a whole context.
+"""The place of trained code: the values of `sandbox=`, limits, and `sandboxed` for a whole context.
 
     "changed"    source that training changed runs in a worker process, the author's own in this one (the default)
     "process"    every call runs in a worker process
-    Limits(...)  the same, with limits of your own
+    Limits(...)  the same, with custom limits
     "monty"      source that training changed runs in Monty, a separate interpreter (the extra `monty`)
-    None         everything runs in this process: training may then do whatever your program may do
+    None         everything runs in this process: trained code may then do whatever your program may do
 
 docs/security.md describes what the worker process protects from, and on which systems.
 
-What crosses to a worker: None, bool, int (64 bits), float, str, bytes, and lists, tuples and dicts of them; a tuple
-comes back as a list. The code sees its arguments; of its module the imports, plain values, sets, patterns and functions
-that it uses; and of `self` the parameters, plain values and methods. Everything else it imports or defines itself.
+Values that can be sent to a worker: None, bool, int (64 bits), float, str, bytes, and lists, tuples and dicts of them;
+a tuple comes back as a list. The code sees its arguments; of its module the imports, plain values, sets, patterns and
+functions that it uses; and of `self` the parameters, plain values and methods. Everything else it imports or defines
+itself.
 
-An async operation waits for its worker without holding up the event loop; a sync one blocks its caller.
+An async operation waits for its worker without blocking the event loop; a sync one blocks its caller.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from aggregator.errors import ConfigError
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What one call may use: wall-clock seconds, bytes of memory, and bytes and single values of its result."""
+    """The limits of one call: wall-clock seconds, bytes of memory, and bytes and single values of its result."""
 
     seconds: float = 5.0
     memory: int = 512 << 20
@@ -45,7 +46,7 @@ Sandbox = Literal["changed", "process", "monty"] | Limits | None
 
 
 class Place(Struct, frozen=True, kw_only=True):
-    """Where an operation's code runs. With `always` the author's own source does not run in this process either."""
+    """The place of an operation's code. With `always` the author's own source does not run in this process either."""
 
     engine: Literal["here", "process", "monty"] = "process"
     always: bool = False
@@ -77,12 +78,12 @@ def place_of(sandbox: Sandbox | Place) -> Place:
 
 
 place_here = _everywhere.get
-"""Return the place that the context's `sandboxed` names, None outside of any: what a process executor passes on."""
+"""Return the place of the context's `sandboxed`, or None; a process executor passes it on."""
 
 
 @contextmanager
 def sandboxed(sandbox: Sandbox | Place = "process") -> Iterator[None]:
-    """Run every trainable operation of the current context there, whatever `sandbox=` its @bundle has."""
+    """Run every trainable operation of the current context there, whatever the `sandbox=` of its @bundle."""
     token = _everywhere.set(place_of(sandbox))
     try:
         yield
@@ -91,5 +92,5 @@ def sandboxed(sandbox: Sandbox | Place = "process") -> Iterator[None]:
 
 
 def current_place(own: Place) -> Place:
-    """Return where an operation's code runs whose own place is `own`: that of the context goes first."""
+    """Return the place of an operation's code; the context's overrides its own one, `own`."""
     return _everywhere.get() or own

@@ -1,7 +1,7 @@
-"""Trained code in Monty, a separate interpreter written in Rust (the extra `monty`), used by name only.
+"""Trained code in Monty, a separate interpreter written in Rust (the extra `monty`), used on request only.
 
-It has no files, no environment, no network and no modules but a few of Python's own, so there is nothing to close. What
-it runs is a subset of Python: no generators, no class inheritance, no packages. A call costs about half a millisecond.
+It has no files, no environment, no network and only a few of Python's modules, so nothing has to be restricted. It runs
+a subset of Python: no generators, no class inheritance, no packages. A call costs about half a millisecond.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aggregator.errors import ConfigError
 from aggregator.sandbox.crossing import Call, Fault, Frame, plain
 
 MEMORY = 64 << 20
-"""The most bytes a call may use, whatever its limits: a result of many values is larger here than there."""
+"""The maximum number of bytes of a call, whatever its limits: a result of many values is larger here than there."""
 
 _PREFIX = "_aggregator_"
 _OWNER = f"""
@@ -87,9 +87,9 @@ class Engine:
 
 
 def _feeds(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what a session is fed, each with the values that it names.
+    """Yield the inputs of a session, each with its values.
 
-    The operation is fed first, so that its lines are counted from 1; then all that it uses, and the call.
+    The operation comes first, so that its lines are counted from 1; then everything that it uses, and the call.
     """
     functions = call["functions"]
     made = {key: f"{_PREFIX}{i}" for i, key in enumerate(["", *filter(None, functions)])}
@@ -119,7 +119,7 @@ def _feeds(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _owner(call: dict[str, Any], made: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """Return what makes the object that replaces `self`."""
+    """Return the source of the object that replaces `self`."""
     lines, values = [_OWNER], {}
     for i, (name, (is_parameter, value)) in enumerate(call["owner"].items()):
         values[f"{_PREFIX}value_{i}"] = value
@@ -156,6 +156,6 @@ def run(call: Call) -> Frame:
 
 
 async def arun(call: Call) -> Frame:
-    """Make a call without holding up the event loop."""
+    """Make a call without blocking the event loop."""
     running = engine()
     return await asyncio.wrap_future(running.threads.submit(running.run, call))

@@ -1,4 +1,4 @@
-"""The worker processes of the sandbox: started when needed, replaced after a kill, ended with this process."""
+"""The worker processes of the sandbox: started on demand, replaced after a kill, ended with this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STARTING = 30.0
 """Seconds that a worker may take to start."""
 
 GRACE = 5.0
-"""Seconds beyond a call's own limit after which the worker itself is taken for dead."""
+"""Seconds beyond a call's own limit after which the worker is considered dead."""
 
 ENDING = 2.0
 """Seconds that an idle worker has to exit, before it is killed."""
@@ -32,7 +32,7 @@ ENDING = 2.0
 MOST_WORKERS = 8
 
 COMMAND = ("-B", "-P", "-X", "utf8", "-m", "aggregator.sandbox.worker")
-"""How this interpreter becomes a worker: no bytecode written, no current folder on the path, text as UTF-8."""
+"""How this interpreter becomes a worker: no bytecode, no current folder on the path, text as UTF-8."""
 
 _OPEN_WAYS_SHOWN = 20
 
@@ -45,7 +45,7 @@ class Worker:
             "PYTHONHASHSEED": "0",  # a set has the same order in every worker
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),  # noqa: PTH100 - as text
         }
-        if "LD_LIBRARY_PATH" in os.environ:  # what the interpreter itself may need; the worker clears it
+        if "LD_LIBRARY_PATH" in os.environ:  # variables that the interpreter itself may need; the worker clears them
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         try:
             self.process = subprocess.Popen(  # noqa: S603 - this very interpreter
@@ -65,13 +65,13 @@ class Worker:
         self._number = 0
 
     def is_waiting(self) -> bool:
-        """Return True if the worker can take a call: it has not ended, and has sent nothing beyond its last answer."""
+        """Return True if the worker can accept a call: it has not ended, and has sent nothing after its last answer."""
         poll = select.poll()
         poll.register(self.stdout, select.POLLIN)
         return self.process.poll() is None and not poll.poll(0)  # a dying child may hold the pipes a little longer
 
     def ask(self, call: Call, request: bytes) -> Frame:
-        """Make one call; raises SandboxError if the worker ends, is late, or sends what is not this call's answer."""
+        """Make one call; raises SandboxError if the worker ends, is late, or sends another answer than this call's."""
         if not self._number:
             self._greet()
         self._number += 1
@@ -94,7 +94,7 @@ class Worker:
         raise SandboxError(f"Expected an answer from the sandbox of {call.name}, got {error}")
 
     def _greet(self) -> None:
-        """Wait until the worker has started; warn about what its kernel leaves open."""
+        """Wait until the worker has started; warn about missing kernel features."""
         frame = self._read(time.monotonic() + STARTING, FRAME_OVERHEAD)
         if frame is None:
             raise ConfigError(
@@ -111,7 +111,7 @@ class Worker:
             )
 
     def kill(self) -> None:
-        """End the process and all that it started, without waiting."""
+        """Kill the process and all its children, without waiting."""
         if self.process.returncode is None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -119,24 +119,24 @@ class Worker:
                 return
 
     def close(self) -> None:
-        """End the process and what it started, collect it and close the pipes."""
-        self.stdin.close()  # a worker that waits ends by that, its child first
+        """Kill the process and its children, reap it and close the pipes."""
+        self.stdin.close()  # an idle worker ends by that, its child first
         try:
             self.process.wait(ENDING)
         except subprocess.TimeoutExpired:
             self.kill()
             self.process.wait()
         self.stdout.close()
-        deadline = time.monotonic() + ENDING  # a child of a worker that was killed is collected by the system
+        deadline = time.monotonic() + ENDING  # the system reaps the child of a killed worker
         while time.monotonic() < deadline:
             try:
                 os.killpg(self.process.pid, 0)
-            except (ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
+            except (ProcessLookupError, PermissionError):  # macOS reports the latter for a zombie
                 return
             time.sleep(0.005)
 
     def _read(self, deadline: float, most: int) -> bytes | None:
-        """Return the next frame; None if the stream ends, the deadline passes, or the frame claims more than `most`."""
+        """Return the next frame; None if the stream ends, the deadline passes, or the frame is longer than `most`."""
         head = self._exactly(4, deadline)
         if head is None or (length := int.from_bytes(head, "big")) > most:
             return None
@@ -182,7 +182,7 @@ class Ticket:
 
 
 class Pool:
-    """As many workers as are needed at once, up to the number of processors."""
+    """Workers on demand, up to the number of processors."""
 
     def __init__(self) -> None:
         self.size = min(os.cpu_count() or 2, MOST_WORKERS)
@@ -192,7 +192,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def run(self, call: Call, ticket: Ticket | None = None) -> Frame:
-        """Make a call and wait for it; a worker whose call went wrong is not used again."""
+        """Make a call and wait for it; a worker whose call failed is not used again."""
         request = call.encode()
         with self._free:
             worker = self._take()
@@ -219,7 +219,7 @@ class Pool:
             worker.close()
 
     async def arun(self, call: Call) -> Frame:
-        """Make a call in a thread of the pool's own; cancelling ends its worker."""
+        """Make a call in one of the pool's threads; cancelling kills its worker."""
         with self._lock:
             self._threads = self._threads or ThreadPoolExecutor(self.size, "aggregator-sandbox")
         ticket = Ticket()
@@ -230,7 +230,7 @@ class Pool:
             raise
 
     def close(self) -> None:
-        """End every worker that is not at work."""
+        """End every idle worker."""
         with self._lock:
             workers, self._idle = self._idle, []
             threads, self._threads = self._threads, None
@@ -252,7 +252,7 @@ _lock = threading.Lock()
 
 
 def pool() -> Pool:
-    """Return this process's workers; raises ConfigError where there can be none."""
+    """Return this process's workers; raises ConfigError if the system does not support them."""
     if not hasattr(os, "fork"):
         raise ConfigError("Expected a system with fork for sandbox='process', got none; leave sandbox out")
     with _lock:
@@ -269,7 +269,7 @@ def run(call: Call) -> Frame:
 
 
 async def arun(call: Call) -> Frame:
-    """Make a call in a worker without holding up the event loop; cancelling ends the worker."""
+    """Make a call in a worker without blocking the event loop; cancelling kills the worker."""
     return await pool().arun(call)
 
 

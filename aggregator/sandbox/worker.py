@@ -1,11 +1,11 @@
-"""The worker process of the sandbox: runs trained code in a fork that the kernel has closed.
+"""The worker process of the sandbox: runs trained code in a fork restricted by the kernel.
 
-The process that reads requests never runs trained code. It forks a child for each call, ahead of it, which gives up
-what it may not use (`kernel.py`, an audit hook), and then gets the code. So every call starts from the same clean
-state, and a call that is killed takes nothing with it. What a child sends is passed on unread.
+The process that reads requests never runs trained code. It forks a child for each call in advance, which gives up its
+rights (`kernel.py`, an audit hook), and then gets the code. Every call therefore starts from the same clean state, and
+killing a call affects nothing else. A child's messages are passed on unread.
 
-A frame is four bytes of length, eight of the call's number, and msgpack. The audit hook is no barrier, as the code can
-reach it; it is there to describe what was refused.
+A frame is four bytes of length, eight of the call's number, and msgpack. The audit hook is not a barrier, because the
+code can reach it; it describes what was refused.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
-    os.environ.clear()  # what the interpreter needed of it is read by now
+    os.environ.clear()  # the interpreter has read everything that it needs from it
     kernel = Kernel()
     readable_roots()  # once, not in every child
     send(outgoing, b"\0" * 8, ["", msgspec.msgpack.encode(kernel.open_ways())])
@@ -92,13 +92,13 @@ def send(descriptor: int, number: bytes, content: list[Any]) -> None:
 
 
 def read_frame(descriptor: int) -> bytes | None:
-    """Return the next frame without its length, None at the end."""
+    """Return the next frame without its length, or None at the end."""
     head = read_exactly(descriptor, 4)
     return None if head is None else read_exactly(descriptor, int.from_bytes(head, "big"))
 
 
 def read_exactly(descriptor: int, count: int) -> bytes | None:
-    """Return `count` bytes, None if the stream ends before."""
+    """Return `count` bytes, or None if the stream ends before."""
     pieces = []
     while count:
         piece = os.read(descriptor, min(count, 1 << 20))
@@ -110,14 +110,14 @@ def read_exactly(descriptor: int, count: int) -> bytes | None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write all of it, however many times the pipe has to be filled."""
+    """Write all of it, however often the pipe fills up."""
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 class Kind:
-    """What a child must know before its call comes, as it is forked and confined in advance."""
+    """What a child must know before its call arrives, because it is forked and confined in advance."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.seconds: float = request["seconds"]
@@ -133,7 +133,7 @@ class Kind:
 
 
 class Child:
-    """A process for one call: it has given up everything that trained code may not use, and waits for the code."""
+    """A process for one call: it has given up its rights, and waits for the code."""
 
     def __init__(self, kind: Kind, kernel: Kernel) -> None:
         for module in kind.modules:  # the author's own imports, here so that they are paid for once
@@ -141,7 +141,7 @@ class Child:
         if kind.asynchronous:
             importlib.import_module("asyncio")
         for module in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
-            del sys.modules[module]  # so that the hook sees who imports it
+            del sys.modules[module]  # so that the hook knows who imports it
         self.kind = kind
         requests, self._request = os.pipe()
         self._answer, answers = os.pipe()
@@ -153,7 +153,7 @@ class Child:
         self._status: int | None = None
 
     def serve(self, frame: bytes, request: dict[str, Any]) -> list[Any]:
-        """Run one call; return the limit that ended it, or "", and what the child sent."""
+        """Run one call; return the limit that ended it, or "", and the child's message."""
         deadline = time.monotonic() + request["seconds"]
         with suppress(BrokenPipeError):  # it has ended: see `ending`
             write_all(self._request, len(frame).to_bytes(4, "big") + frame)
@@ -165,7 +165,7 @@ class Child:
         return ["", content] if content else [ending(self._wait()), b""]
 
     def end(self) -> None:
-        """Kill the process, collect it, and close the pipes."""
+        """Kill the process, reap it, and close the pipes."""
         if self._status is None:
             os.kill(self._process, signal.SIGKILL)
             self._wait()
@@ -178,7 +178,7 @@ class Child:
 
 
 def drain(descriptor: int, deadline: float, cap: int) -> tuple[bytes, str]:
-    """Return what comes until the end of the stream, and which limit was met ("" for none)."""
+    """Return everything up to the end of the stream, and the exceeded limit ("" for none)."""
     pieces: list[bytes] = []
     size = 0
     poll = select.poll()
@@ -197,7 +197,7 @@ def drain(descriptor: int, deadline: float, cap: int) -> tuple[bytes, str]:
 
 
 def ending(status: int) -> str:
-    """Describe how a child ended that gave no answer."""
+    """Describe how a child without an answer ended."""
     code = os.waitstatus_to_exitcode(status)
     if code in (-signal.SIGXCPU, -signal.SIGALRM):
         return "it used up its processor time"
@@ -217,17 +217,17 @@ def reply(**content: Any) -> bytes:
 
 
 def child_main(kind: Kind, kernel: Kernel, requests: int, answers: int) -> None:
-    """Give up what trained code may not use, wait for the code, run it, answer, and end the process in any case."""
+    """Give up all unneeded rights, wait for the code, run it, answer, and end the process in any case."""
     try:
         close_all_but(requests, answers, kernel.ruleset)
         write_all(answers, run(kind, kernel, requests))
-        os.close(answers)  # what follows, giving back all memory, need not be waited for
+        os.close(answers)  # the rest, freeing all memory, need not be waited for
     finally:
-        os._exit(1)  # never back into the loop of the parent
+        os._exit(1)  # never back into the parent's loop
 
 
 def close_all_but(*kept: int) -> None:
-    """Close every other descriptor but the standard ones: the worker's pipes, and what the author's modules opened."""
+    """Close every descriptor except the standard ones: the worker's pipes, and files opened by the author's modules."""
     first, most = 3, os.sysconf("SC_OPEN_MAX")
     for descriptor in (*sorted(kept), most if 0 < most < 1 << 20 else 1 << 20):
         if descriptor >= first:
@@ -263,7 +263,7 @@ def run(kind: Kind, kernel: Kernel, requests: int) -> bytes:
 
 
 def call(request: dict[str, Any], runner: Any) -> Any:
-    """Define the functions and call the one that was asked for."""
+    """Define the functions and make the call."""
     made = {key: define(function) for key, function in request["functions"].items()}
     for key, function in request["functions"].items():
         names = made[key].__globals__
@@ -282,7 +282,7 @@ def define(function: dict[str, Any]) -> Any:
     """Return a function in a new namespace, with the modules and values that it uses."""
     known = {name: imported_as(module) for name, module in function["modules"].items()} | function["values"]
     names: dict[str, Any] = {"__name__": "trained_code", **known}
-    flags = __future__.annotations.compiler_flag  # annotations name what the model imagined
+    flags = __future__.annotations.compiler_flag  # annotations may name anything
     exec(compile(function["source"], FILE, "exec", flags=flags, dont_inherit=True), names)  # noqa: S102 - the purpose
     made = names.pop(function["name"]) if function["is_method"] else names[function["name"]]
     names |= known  # a method may use a function of the same name
@@ -309,11 +309,11 @@ class Owner:
         )
 
 
-# ---- what crosses back
+# ---- data sent back
 
 
 def returned(value: Any) -> bytes:
-    """Return a result as data, or the limit that it cannot leave the sandbox."""
+    """Return a result as data, or the limit that prevents it from leaving the sandbox."""
     try:
         return reply(value=value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -321,7 +321,7 @@ def returned(value: Any) -> bytes:
 
 
 def failure(error: BaseException, request: dict[str, Any]) -> bytes:
-    """Return an exception as data: class, arguments, text and the line of the source it left."""
+    """Return an exception as data: class, arguments, text and line of the source."""
     if isinstance(error, NameError) and error.name:
         for function in request["functions"].values():
             if what := function["missing"].get(error.name):
@@ -346,7 +346,7 @@ def failure(error: BaseException, request: dict[str, Any]) -> bytes:
 
 
 def text_of(error: BaseException) -> str:
-    """Return an exception's text, "" where its class cannot give one."""
+    """Return an exception's text, or "" if its class cannot give one."""
     try:
         return str(error)[:10_000].encode("utf-8", "replace").decode()
     except Exception:  # noqa: BLE001 - an exception class of the trained code's own
@@ -354,7 +354,7 @@ def text_of(error: BaseException) -> str:
 
 
 def new_runner() -> Any:
-    """Return an event loop, made while sockets may still be made (it wakes itself through a pair of them)."""
+    """Return an event loop, created while sockets may still be created (it uses a pair of them)."""
     from asyncio import Runner
 
     runner = Runner()
@@ -364,12 +364,12 @@ def new_runner() -> Any:
 
 @lru_cache(maxsize=1)
 def readable_roots() -> tuple[str, ...]:
-    """Return the folders whose files imports need: the interpreter's and its packages'."""
+    """Return the folders with files that imports need: the interpreter's and its packages'."""
     return tuple({os.path.realpath(root) + os.sep for root in (sys.prefix, sys.base_prefix, sys.exec_prefix)})
 
 
 def guard(refused: list[str], roots: tuple[str, ...]) -> Callable[[str, tuple[Any, ...]], None]:
-    """Return the audit hook: it raises PermissionError for what trained code may not do, and notes it in `refused`."""
+    """Return the audit hook: it raises PermissionError for forbidden actions, and notes them in `refused`."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         what = ""
@@ -389,14 +389,14 @@ def guard(refused: list[str], roots: tuple[str, ...]) -> Callable[[str, tuple[An
 
 
 def imported(module: str) -> str:
-    """Return what an import would give that is refused."""
+    """Return the refused part of an import."""
     if module == "_posixsubprocess":
         return "other processes"
     return "native code" if module.partition(".")[0] in _NATIVE else ""
 
 
 def opened(args: tuple[Any, ...], roots: tuple[str, ...]) -> str:
-    """Return what an `open` would use that is refused: any writing, and reading what imports do not need."""
+    """Return the refused part of an `open`: any writing, and reading files that imports do not need."""
     path, mode, flags = (*args, None, None, None)[:3]
     if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & WRITES):
         return f"the file system: writing {path!r}"
