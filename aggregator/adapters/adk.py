@@ -80,7 +80,10 @@ class AdkAgent(FrameworkAgent):
             runner = InMemoryRunner(agent=agent, app_name=_APP)
             session = await runner.session_service.create_session(app_name=_APP, user_id=_USER, state=dict(state or {}))
             account = _Account(agent, x)
-            async for event in runner.run_async(user_id=_USER, session_id=session.id, new_message=_content(x)):
+            said = x
+            if not isinstance(x, types.Content):
+                said = types.Content(role="user", parts=[types.Part(text=as_text(x))])
+            async for event in runner.run_async(user_id=_USER, session_id=session.id, new_message=said):
                 account.show(event)
         return Ran(output=_output_of(agent, account.events))
 
@@ -145,10 +148,6 @@ def _tool_with(tool: Any, agent: Any) -> Any:
     clone = copy.copy(tool)
     clone.agent, clone.description = agent, agent.description
     return clone
-
-
-def _content(x: Any) -> types.Content:
-    return x if isinstance(x, types.Content) else types.Content(role="user", parts=[types.Part(text=as_text(x))])
 
 
 def _text_of(event: Any) -> str:

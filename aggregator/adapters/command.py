@@ -133,9 +133,10 @@ class CommandAgent(ExternalAgent):
             await call(copy_with, self.files, texts, here)
         body = encode_request({"input": x} | ({"values": values} if self.values_in == "request" else {}))
         is_fed = not any("{input}" in part for part in self.program)
+        given = {**values, "input": x}  # each place is filled once: what a value holds is not read again
         try:
             process = await asyncio.create_subprocess_exec(
-                *[_fill(part, {**values, "input": x}) for part in self.program],
+                *[_PLACE.sub(lambda found: as_text(given[found[1]]), part) for part in self.program],
                 stdin=asyncio.subprocess.PIPE if is_fed else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -209,11 +210,6 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     pipes: Any = process
     pipes._transport.close()  # noqa: SLF001 - else those that were not read to their end stay open
     await asyncio.sleep(0)
-
-
-def _fill(part: str, given: Mapping[str, Any]) -> str:
-    """Return an argument with its placeholders filled once: a filled-in value is not expanded again."""
-    return _PLACE.sub(lambda found: as_text(given[found[1]]), part)
 
 
 def _variable(name: str, value: Any) -> str:

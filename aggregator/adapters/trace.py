@@ -353,7 +353,8 @@ def _showing() -> Iterator[Callable[[Any], Any]]:
                 inputs = getattr(node, "_inputs", None)
                 if inputs:
                     shown = [(name, plain_data(one)) for name, one in inputs.items() if name != "self"]
-                    with recording(_operation(node), _describe(node).rstrip("."), shown) as span:
+                    operation = node.name.partition(":")[0].rpartition("<locals>.")[2]  # as in `Router.route`
+                    with recording(str(operation), _describe(node).rstrip("."), shown) as span:
                         span.finish(plain_data(node))
         return output
 
@@ -417,11 +418,6 @@ def _parameters_of(nodes: Sequence[Any]) -> Iterator[TraceParameter]:
         base = node.name.partition(":")[0].replace("/", ".")
         taken[base] = taken.get(base, -1) + 1
         yield TraceParameter(node, base if taken[base] == 0 else f"{base}.{taken[base]}")
-
-
-def _operation(node: Any) -> str:
-    """Return the name of the operation that made a node, such as `Router.route`."""
-    return str(node.name.partition(":")[0].rpartition("<locals>.")[2])
 
 
 def _describe(node: Any) -> str:

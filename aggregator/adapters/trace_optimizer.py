@@ -148,11 +148,12 @@ class TraceOptimizer:
             return
         for name in (name for name in _MEMORIES if hasattr(self.optimizer, name)):
             memory = getattr(self.optimizer, name)
+            add = getattr(memory, "add", None) or memory.append  # one of Trace's buffers, or a list
             before = list(memory)
             for place in sorted(self._copies):
                 after = list(getattr(self._copies[place], name))
                 if after and list(map(id, after)) != list(map(id, before)):  # a step that failed early added nothing
-                    _remember(memory, after[-1])
+                    add(after[-1])
         self._copies = {}
         self._step_of_memories = step.number
 
@@ -201,11 +202,6 @@ def _copy_of(value: Any) -> Any:
         if isinstance(content, list):
             setattr(copied, name, list(content))
     return copied
-
-
-def _remember(memory: Any, entry: Any) -> None:
-    """Add to a list, or to one of Trace's buffers."""
-    (memory.add if hasattr(memory, "add") else memory.append)(entry)
 
 
 def _number_lines(found: Sequence[tuple[int, Any]]) -> str:

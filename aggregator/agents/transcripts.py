@@ -116,7 +116,8 @@ class Group:
         for is_group, run in groupby(self.items, lambda item: type(item) is Group):
             items: list[Any] = list(run)
             if is_group and len(items) > 1 and all(item.place for item in items):
-                items.sort(key=lambda item: _order(item.place))
+                # `0.10` after `0.9`; a place that is too deep is a digest
+                items.sort(key=lambda item: [(int(n), "") if n.isdigit() else (-1, n) for n in item.place.split(".")])
             found += items
         return found
 
@@ -124,11 +125,6 @@ class Group:
         """Yield the items as lines."""
         for item in self.ordered():
             yield from item.lines()
-
-
-def _order(place: str) -> list[tuple[int, str]]:
-    """Return a sort key by which `0.10` follows `0.9`; a place that is too deep is a digest."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in place.split(".")]
 
 
 # ---- what is recorded

@@ -21,7 +21,7 @@ from aggregator.demo.agent import TicketRouter, right_team
 from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.observing.observer import Watching, painted
 from aggregator.protocols import ChatModel, Transport
-from aggregator.records import HTTPReply, HTTPRequest, StepReport, TrainingResult
+from aggregator.records import HTTPReply, HTTPRequest, TrainingResult
 from aggregator.text import readable
 
 HERE = Path(__file__).parent
@@ -252,52 +252,33 @@ def _block(stream: TextIO) -> str:
     return "█"
 
 
-def _width(stream: TextIO) -> int:
-    """Return how long a line may be: as wide as the terminal, where it is one."""
-    return min(_WIDTH, max(get_terminal_size().columns, _NARROWEST)) if stream.isatty() else _WIDTH
-
-
 def _scores(result: TrainingResult, block: str) -> str:
     """Lay out the score of each minibatch and, where it was evaluated, of the test set."""
     tests = {evaluation.step: evaluation.score for evaluation in result.evaluations}
     lines = [f"step  epoch  {'minibatch score':<{_BAR + 7}}test score", _row("start", "", "", tests.get(0))]
-    lines += [
-        _row(f"{report.step + 1:>5}", f"{report.epoch + 1:>5}", _bar(report.score, block), tests.get(report.step + 1))
-        + _remarks(report)
-        for report in result.history
-    ]
+    for report in result.history:
+        bar = "" if report.score is None else f"{report.score:.2f} " + block * round(report.score * (_BAR - 5))
+        row = _row(f"{report.step + 1:>5}", f"{report.epoch + 1:>5}", bar, tests.get(report.step + 1))
+        is_refused = report.update and not report.decision.accepted
+        lines.append(row + (f"  (not applied: {report.decision.reason})" if is_refused else ""))
     return "\n".join(lines)
-
-
-def _bar(score: float | None, block: str) -> str:
-    return "" if score is None else f"{score:.2f} " + block * round(score * (_BAR - 5))
 
 
 def _row(step: str, epoch: str, bar: str, test: float | None) -> str:
     return f"{step:<5} {epoch:<5}  {bar:<{_BAR + 7}}{'' if test is None else f'{test:.3f}'}".rstrip()
 
 
-def _remarks(report: StepReport) -> str:
-    """Describe what went wrong in a step."""
-    if not report.update or report.decision.accepted:
-        return ""
-    return f"  (not applied: {report.decision.reason})"
-
-
 def _change(name: str, result: TrainingResult, stream: TextIO) -> str:
     before, after = result.initial_parameters[name], result.parameters[name]
     if before == after:
         return f"{name}: unchanged, {before!r}"
-    diff = _diff(str(before), str(after), _width(stream))
-    lines = [painted(line, _COLORS.get(line[2:3]), stream) for line in diff]
-    return "\n".join([f"{name}:", *lines])
-
-
-def _diff(before: str, after: str, width: int) -> Iterator[str]:
-    lines = unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=99)
-    for line in lines:
+    width = min(_WIDTH, max(get_terminal_size().columns, _NARROWEST)) if stream.isatty() else _WIDTH
+    lines = []
+    for line in unified_diff(str(before).splitlines(), str(after).splitlines(), lineterm="", n=99):
         if not line.startswith(("---", "+++", "@@")):
-            yield fill(line[1:], width, initial_indent=f"  {line[0]} ", subsequent_indent="      ", **_AS_IT_IS)
+            shown = fill(line[1:], width, initial_indent=f"  {line[0]} ", subsequent_indent="      ", **_AS_IT_IS)
+            lines.append(painted(shown, _COLORS.get(line[0]), stream))
+    return "\n".join([f"{name}:", *lines])
 
 
 def _usage(outcome: Outcome) -> str:

@@ -114,7 +114,10 @@ class LocalExecutor:
         """
         context, scope = copy_context(), Scope()
         depth = context.run(_deeper)
-        threads = self._threads_at(depth)
+        with self._lock:  # threads of its own for each depth: who waits for another one never holds that one's thread
+            if depth not in self._threads:
+                self._threads[depth] = _Threads(self.max_concurrency)
+            threads = self._threads[depth]
         future = threads.submit(partial(context.run, scope.run, function, *args))
         try:
             return await asyncio.wrap_future(future)
@@ -122,13 +125,6 @@ class LocalExecutor:
             scope.cancel()
             threads.give_up(future)
             raise
-
-    def _threads_at(self, depth: int) -> _Threads:
-        """Return the threads of one depth: a function that waits for another one never occupies its thread."""
-        with self._lock:
-            if depth not in self._threads:
-                self._threads[depth] = _Threads(self.max_concurrency)
-            return self._threads[depth]
 
     async def __aenter__(self) -> Self:
         return self

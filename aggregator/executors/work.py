@@ -306,8 +306,10 @@ async def run_batch(
             async for found in agent.rollouts(tasks, guide):
                 i, rollout = _check_arrival(agent, found, left)
                 left.discard(i)
-                arrived(i, _name_task(rollout, tasks[i]))
-    except BaseException as raised:  # the boundary: any exception of an agent becomes a record
+                task, scores = tasks[i], {**_length_of(rollout.output), **rollout.scores}
+                named = {"sample_id": task.sample.id, "x": task.sample.x, "lineage": "/".join(task.lineage)}
+                arrived(i, replace(rollout, scores=scores, repeat=task.repeat, **named))
+    except BaseException as raised:  # the boundary: whatever an agent raises becomes a record
         if not is_own(raised):
             raise
         error = raised
@@ -326,14 +328,6 @@ def _check_arrival(agent: Agent, found: Any, left: set[int]) -> tuple[int, Rollo
 
 def _length_of(output: Any) -> dict[str, float]:
     return {} if output is None else {"length": float(len(as_text(output)))}
-
-
-def _name_task(rollout: Rollout, task: RolloutTask) -> Rollout:
-    """Fill in a rollout's fields about its task."""
-    sample, scores = task.sample, {**_length_of(rollout.output), **rollout.scores}
-    return replace(
-        rollout, scores=scores, sample_id=sample.id, x=sample.x, lineage="/".join(task.lineage), repeat=task.repeat
-    )
 
 
 # ---- errors of user code as records

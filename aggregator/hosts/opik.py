@@ -24,7 +24,6 @@ from aggregator.text import as_text, canonical_json
 from aggregator.training.optimize import optimize
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
-from aggregator.training.stops import Reached
 
 Prompts = Mapping[str, Any]
 
@@ -92,7 +91,7 @@ class AggregatedUpdate(BaseOptimizer):
             _rows(context.dataset),
             guide=None,
             validate=self.validate if held_out is None else _rows(held_out),
-            stop=lambda reached: _stop(context, reached),
+            stop=lambda _: bool(context.should_stop) or context.trials_completed >= context.max_trials,
             **self.options,
         )
         best = _prompts_with(context.prompts, self.result.parameters)
@@ -122,10 +121,6 @@ class _Item(NamedTuple):
 def _rows(dataset: Any) -> list[tuple[Any, _Item]]:
     items = dataset.get_items()
     return [({key: value for key, value in item.items() if key != "id"}, _Item(item, dataset)) for item in items]
-
-
-def _stop(context: OptimizationContext, _: Reached) -> bool:
-    return bool(context.should_stop) or context.trials_completed >= context.max_trials
 
 
 class _Evaluations:

@@ -287,7 +287,8 @@ class TensorBoardLogger(LoggingObserver):
         if isinstance(value, float):
             self.writer.add_scalar(key, value, step)
         elif value is not None:
-            self.writer.add_text(key, _as_markdown(value), step)
+            block = "".join(f"    {line}\n" for line in value.splitlines())  # it renders Markdown; lines stay lines
+            self.writer.add_text(key, block, step)
 
     def close(self) -> None:
         """Write the buffer and close the file."""
@@ -345,11 +346,6 @@ def entry(name: str, data: Any, sample: int | None = None) -> tuple[str, float |
         except OverflowError:
             return key, str(data)
     return key, msgspec.json.encode(data, enc_hook=repr, order="deterministic").decode()
-
-
-def _as_markdown(text: str) -> str:
-    """Indent text as a code block, because TensorBoard renders Markdown, and a prompt's lines should stay lines."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _summary_writer(log_dir: Any) -> Any:

@@ -163,7 +163,11 @@ def answer_as_student(system: str, user: str) -> str:
     >>> answer_as_student("refund, invoice -> billing", "where is my refund")
     'billing'
     """
-    return _shape(system, follow(system, user))
+    answer = follow(system, user)
+    if _CAPITALS.search(system):
+        answer = answer.upper()
+    found = _JSON_KEY.search(system)
+    return json.dumps({found["key"]: answer}) if found else answer
 
 
 def follow(system: str, user: str) -> str:
@@ -175,11 +179,3 @@ def follow(system: str, user: str) -> str:
     if counts.get(best):
         return best
     return read_default(system) or UNKNOWN
-
-
-def _shape(system: str, answer: str) -> str:
-    """Give an answer the form that the instructions ask for: as it is, in capitals, or as a JSON object."""
-    if _CAPITALS.search(system):
-        answer = answer.upper()
-    found = _JSON_KEY.search(system)
-    return json.dumps({found["key"]: answer}) if found else answer

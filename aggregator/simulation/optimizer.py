@@ -368,15 +368,11 @@ def _listed(case: Case, expected: str) -> Proposed:
     return {answers_list.name: ([*answers_list.value, expected], f"{expected!r} is an answer too.")}
 
 
-def _rules_for(case: Case, expected: str) -> list[str]:
-    text = _text(case)
-    rules = read_rules(text.value) if text else []
-    return [word for rule in rules if rule.answer == expected for word in rule.words]
-
-
 def _cleaned(case: Case, expected: str) -> Proposed:
     """Add code that removes case and punctuation, if only they keep a rule from matching."""
-    words = [word for word in _rules_for(case, expected) if not mentions(case.seen, word)]
+    text = _text(case)
+    own = [rule for rule in read_rules(text.value) if rule.answer == expected] if text else []
+    words = [word for rule in own for word in rule.words if not mentions(case.seen, word)]
     hidden = [word for word in words if mentions(bare_text(case.seen), word)]
     code = _code(case)
     if not hidden or code is None:

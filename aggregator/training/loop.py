@@ -67,8 +67,7 @@ from aggregator.training.gates import apply_values, validate
 from aggregator.training.parts import as_json, check_candidates, check_code, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.rollouts import Arrive, Repeats, Rollouts, follow, is_bug, spare_bugs, warn_at_end
-from aggregator.training.rules import key_of
-from aggregator.training.searches import plain
+from aggregator.training.searches import plain, pool_of
 from aggregator.training.step import (
     Check,
     Gate,
@@ -289,7 +288,7 @@ class _Course:
             parts = replace(parts, propose=skip_satisfied(parts.propose))
         with lineage(f"epoch={turn.epoch}", f"batch={turn.batch}"), collecting() as ledger:
             step = self._open(turn)
-            pool = _pool_of(self.state.memory, step)
+            pool = pool_of(candidates_in(self.state.memory), step)
             with raise_misses():
                 explored = await self._explore(parts, step, pool, hooks)
             if not self.streak.succeeded:
@@ -581,15 +580,6 @@ class _Course:
 
 async def _known(rollout: Rollout) -> Rollout:
     return rollout
-
-
-def _pool_of(memory: dict[str, Any], step: Step) -> list[Candidate]:
-    """Return the pool, the current candidate first: that of the current values, or a new one."""
-    found = candidates_in(memory)
-    key = key_of(plain(step.values)) if found else b""
-    at = next((i for i, candidate in enumerate(found) if key_of(candidate.values) == key), None)
-    new = Candidate(id=f"{step.number}.0", values=step.values, step=step.number)
-    return [new if at is None else found.pop(at), *found]
 
 
 def _watchers(trainer: Trainer, plan: Plan) -> list[Observer]:

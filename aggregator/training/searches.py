@@ -24,6 +24,7 @@ from aggregator.training.batches import Dataset, samples
 from aggregator.training.evaluation import lowest_of
 from aggregator.training.gates import by_name, check_score_name, compare
 from aggregator.training.prompts import sort_sets
+from aggregator.training.rules import key_of
 from aggregator.training.step import Step
 
 # ---- candidates
@@ -33,6 +34,15 @@ def plain(values: Values) -> Values:
     """Return values as JSON stores them, so that a candidate is the same before and after a resume."""
     found: Values = msgspec.to_builtins(sort_sets(values), enc_hook=repr)
     return found
+
+
+def pool_of(found: Sequence[Candidate], step: Step) -> list[Candidate]:
+    """Return the pool of a step, the current candidate first: that of the current values, or a new one."""
+    key = key_of(plain(step.values)) if found else b""
+    at = next((i for i, candidate in enumerate(found) if key_of(candidate.values) == key), None)
+    if at is None:
+        return [Candidate(id=f"{step.number}.0", values=step.values, step=step.number), *found]
+    return [found[at], *found[:at], *found[at + 1 :]]
 
 
 def with_scores(
