@@ -316,7 +316,7 @@ async def test_operations_are_the_transcript(opto: Any) -> None:
     agent = as_agent(make(opto, forward))
     task = RolloutTask(sample=Sample(0, "you"), values={"prompt": "hey"}, capture=True, lineage=("test",), role="agent")
     found = await AgentWork(agent, None)(task)
-    assert found.transcript.count("Speaker.say: Say the prompt and the input\n") == 2
+    assert found.transcript.count("Speaker.say: Return the prompt and the input\n") == 2
     for part in ('prompt: "hey"', 'returned: "hey you again"'):
         assert part in found.transcript
     trainer = AggregatedUpdate(make(opto, say), LLMOptimizer(llm=llm), llm=llm)
