@@ -522,6 +522,11 @@ class TrainingResult(Struct, frozen=True, kw_only=True):
         """The mean score of each evaluation on the test set, in order, the one before training first."""
         return [evaluation.score for evaluation in self.evaluations]
 
+    @property
+    def validation_scores(self) -> list[float]:
+        """The mean scores on the validation set that are known, in order, the one before training first."""
+        return [one.score for one in self.validations if one.score is not None]
+
     def __repr__(self) -> str:
         from aggregator.views import result_line
 

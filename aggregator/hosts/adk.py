@@ -95,10 +95,10 @@ class AggregatedUpdate(AgentOptimizer[UnstructuredSamplingResult, AgentWithScore
             validate=[(example, "validation") for example in validation] if validation else 0,
             **self.options,
         )
-        scores = [one.score for one in self.result.validations if one.score is not None]
+        best = max(self.result.validation_scores, default=None)
         trained = copy_with(initial_agent, self.result.parameters)
         return OptimizerResult[AgentWithScores](
-            optimized_agents=[AgentWithScores(optimized_agent=trained, overall_score=max(scores, default=None))]
+            optimized_agents=[AgentWithScores(optimized_agent=trained, overall_score=best)]
         )
 
 

@@ -90,7 +90,7 @@ class AggregatedEngine:
             )
         except BudgetExceededError as error:
             result = error.result
-        reached = [one.score for one in result.validations if one.score is not None] if result else []
+        reached = result.validation_scores if result else []
         usage = result.usage if result else {}
         spent = [usage[role].cost or 0.0 for role in ("optimizer", "aggregator") if role in usage]
         return Result(

@@ -105,7 +105,7 @@ class AggregatedUpdate(BasePromptOptimizer):
         data = [(record["inputs"], record) for record in train_data]
         result = optimize(agent, data, guide=None, observers=watching, **self.options)
         self.result = result
-        chosen = [one.score for one in result.validations if one.score is not None]
+        chosen = result.validation_scores
         return PromptOptimizerOutput(
             optimized_prompts={name: as_template(value) for name, value in result.parameters.items()},
             initial_eval_score=chosen[0] if chosen else None,

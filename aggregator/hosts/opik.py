@@ -95,7 +95,7 @@ class AggregatedUpdate(BaseOptimizer):
             **self.options,
         )
         best = _prompts_with(context.prompts, self.result.parameters)
-        scores = [one.score for one in self.result.validations if one.score is not None]
+        scores = self.result.validation_scores
         return AlgorithmResult(
             best_prompts=best,
             best_score=max(scores) if scores else self.evaluate(context, best),

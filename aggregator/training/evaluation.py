@@ -25,7 +25,7 @@ from aggregator.executors.local import MAX_CONCURRENCY, LocalExecutor
 from aggregator.executors.work import AgentWork, root_of
 from aggregator.guides.calling import check_guide, declared_limit
 from aggregator.llm.observed import Clients, observed
-from aggregator.portal import call, sync_function
+from aggregator.portal import sync_function
 from aggregator.protocols import Agent, AnyGuide
 from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
 from aggregator.training.batches import Dataset, samples
@@ -413,28 +413,5 @@ def summarise(runs: Sequence[Rollout], repeats: int, max_score: float | None = N
     )
 
 
-def headroom(
-    agent: Any,
-    guide: Any,
-    data: Dataset,
-    *,
-    repeats: int = 4,
-    sample: int | None = 16,
-    max_score: float | None = None,
-    min_score: float | None = None,
-    seed: int = 0,
-    clients: Clients = None,
-) -> Headroom:
-    """Measure before a run whether there is something to gain: the synchronous version of `aheadroom`."""
-    return call(
-        aheadroom,
-        agent,
-        guide,
-        data,
-        repeats=repeats,
-        sample=sample,
-        max_score=max_score,
-        min_score=min_score,
-        seed=seed,
-        clients=clients,
-    )
+headroom = sync_function(aheadroom)
+"""Measure before a run whether there is something to gain: the synchronous version of `aheadroom`."""
