@@ -41,6 +41,7 @@ from aggregator.simulation.language import (
     bare_text,
     layout,
     mentions,
+    read_default,
     read_rules,
     telling_words,
 )
@@ -329,7 +330,10 @@ def _text(case: Case) -> Parameter | None:
     def plain(value: Any) -> bool:
         return isinstance(value, str) and not is_code(value)
 
-    return _of(case, plain, RULES) or _of(case, plain)
+    def states_rules(value: Any) -> bool:
+        return plain(value) and bool(read_rules(value) or read_default(value))
+
+    return _of(case, plain, RULES) or _of(case, states_rules) or _of(case, plain)
 
 
 def _longer(case: Case) -> Proposed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,8 +14,10 @@ if find_spec("crewai") is None:
     pytest.skip("runs in the environment crewai of tests/environments.py", allow_module_level=True)
 os.environ |= {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false", "OTEL_SDK_DISABLED": "true"}
 
-from crewai import Agent, Crew, Task
-from crewai.llms.base_llm import BaseLLM
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ImportWarning)  # of a submodule of CrewAI's that replaces itself
+    from crewai import Agent, Crew, Task
+    from crewai.llms.base_llm import BaseLLM
 
 from aggregator import as_agent, trainable
 from aggregator.errors import ConfigError

@@ -65,6 +65,7 @@ class Case(NamedTuple):
 CASES = (
     Case("plain function", "plain_function", "instruction", is_smoke=True),
     Case("command", "command", "instruction"),
+    Case("HTTP", "http", "instruction"),
     Case("pydantic-ai", "pydantic_ai", "instructions", "pydantic-ai-slim", "pydantic-ai", is_smoke=True),
     Case("pydantic-evals", "pydantic_evals", "instructions", "pydantic-evals", "pydantic-evals"),
     Case("OpenAI Agents SDK", "openai_agents", "triage.instructions", "openai-agents", "openai-agents", is_smoke=True),
@@ -76,12 +77,10 @@ CASES = (
     Case("Trace", "trace", "instruction", "trace-opt", "trace"),
     Case("LlamaIndex", "llama_index", "system_prompt", "llama-index-core", "llama-index"),
     Case("CrewAI", "crewai", "router.goal", "crewai", "crewai"),
+    Case("MLflow", "mlflow", "route", "mlflow", "mlflow"),
 )
 
-HOSTS = (
-    Case("MLflow", "mlflow", "", "mlflow", "mlflow"),
-    Case("Opik", "opik", "", "opik-optimizer", "opik"),
-)
+HOSTS = (Case("Opik", "opik", "", "opik-optimizer", "opik"),)
 """Libraries that our algorithm runs inside only: they have tests, and no row."""
 
 

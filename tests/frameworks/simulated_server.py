@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a request of one of the two APIs."""
         body = json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)))
         is_responses = self.path.endswith("/responses")
-        messages = messages_of(body) if is_responses else body["messages"]
+        messages = [without_template(one) for one in (messages_of(body) if is_responses else body["messages"])]
         with self.server.lock:
             self.server.calls[role_of(messages)] += 1
         completion = complete({**body, "messages": messages}, seed=1, wrong_rate=0.0)
@@ -67,6 +68,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Write nothing."""
+
+
+_CREWAI = re.compile(
+    r"Current Task: (.*?)\n\s*\n *This is the expected criteria for .*?Provide your complete response:", re.DOTALL
+)
+
+
+def without_template(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with the question alone where CrewAI puts its own sentences around it, in transcripts too.
+
+    The simulated model takes the words of a question for what it is about; a language model knows such a template.
+    """
+    content = message.get("content")
+    return {**message, "content": _CREWAI.sub(r"\1", content)} if isinstance(content, str) else message
 
 
 def messages_of(body: Mapping[str, Any]) -> Messages:
