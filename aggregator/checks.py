@@ -94,12 +94,6 @@ def check_finite(name: str, value: Any, *, least: float | None = None, meaning: 
         raise ConfigError(f"Expected {name} to be a finite number{bound}{meaning}, got {value!r}")
 
 
-def check_callable(name: str, value: Any, remedy: str) -> None:
-    """Raise ConfigError unless `value` can be called; `remedy` ends the message."""
-    if not callable(value):
-        raise ConfigError(f"Expected {name} to be callable, got {value!r}; {remedy}")
-
-
 def accepts(function: Any, *arguments: Any, **options: Any) -> bool:
     """Return True if `function` accepts such arguments. A class does not count, a C function always does."""
     from inspect import signature  # slow to load, and not needed to load parameters

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aggregator import ConfigError
-from aggregator.checks import check_callable, check_count, check_finite, check_positive, is_async, is_finite, is_int
+from aggregator.checks import check_count, check_finite, check_positive, is_async, is_finite, is_int
 
 
 class Asks:
@@ -60,7 +60,6 @@ def test_what_counts_as_asynchronous() -> None:
         ),
         (lambda: check_finite("score", float("nan")), "Expected score to be a finite number, got nan"),
         (lambda: check_finite("c", -1, least=0), "Expected c to be a finite number of at least 0, got -1"),
-        (lambda: check_callable("rule", 3, "give a function"), "Expected rule to be callable, got 3; give a function"),
     ],
 )
 def test_the_error_names_the_argument(check: Any, message: str) -> None:
@@ -75,4 +74,3 @@ def test_valid_values_pass() -> None:
     check_positive("size", 1)
     check_count("n", 0)
     check_finite("c", 0, least=0)
-    check_callable("rule", print, "")

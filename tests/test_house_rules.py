@@ -69,6 +69,8 @@ SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, e
 }
 SHORT_HELPERS = 0.05
 """The share of functions that are private, below 5 lines and used once: a ceiling that only goes down."""
+MOST_CALLS, MOST_MOVES = 660, 305
+"""Calls of the package's functions, and changes of file between them, in a training of one step: ceilings as above."""
 
 
 def module_name(path: Path) -> str:
@@ -348,6 +350,49 @@ def test_import_is_light() -> None:
     for modules in [{"aggregator"}, *({"aggregator", f"aggregator.{face}"} for face in FACES)]:
         loaded = loaded_by(f"import {max(modules)}")
         assert {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names} == modules
+
+
+STEP = """
+import asyncio, os, sys
+import aggregator
+from aggregator import AggregatedUpdate, LLMOptimizer, Module, ParameterNode, exact_match
+from aggregator.records import Choice, Completion, Message
+
+class Model:
+    def __init__(self, text):
+        self.answer = Completion(choices=(Choice(message=Message(content=text)),))
+    async def complete(self, messages, **options):
+        return self.answer
+
+class Agent(Module):
+    def __init__(self):
+        self.instruction = ParameterNode("Name the team", description="the task")
+        self.examples = ParameterNode(3)
+    async def forward(self, x):
+        return (await model.complete([])).text
+
+async def main():
+    await trainer.atrain(exact_match, [(0, "x")])
+    files = []
+    def count(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            files.append(frame.f_code.co_filename)
+    sys.setprofile(count)
+    await trainer.atrain(exact_match, [(0, "x")])
+    sys.setprofile(None)
+    print(len(files), sum(a != b for a, b in zip(files, files[1:])))
+
+package, model = os.path.dirname(aggregator.__file__), Model('{"suggestion": {"examples": 4}}')
+trainer = AggregatedUpdate(Agent(), LLMOptimizer(llm=model), llm=model, observers=[])
+asyncio.run(main())
+"""
+
+
+def test_a_training_step_is_a_short_journey() -> None:
+    """Who follows one step through the code passes no more functions and files than this."""
+    out = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
+    calls, moves = map(int, out.stdout.split())
+    assert (calls <= MOST_CALLS, moves <= MOST_MOVES) == (True, True), (calls, moves)
 
 
 def test_no_test_measures_time() -> None:

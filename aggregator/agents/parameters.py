@@ -423,16 +423,6 @@ def overriding(parameters: Iterable[ParameterNode[Any]], values: Values) -> Iter
         _overrides.reset(token)
 
 
-@contextmanager
-def keeping(parameters: Iterable[ParameterNode[Any]]) -> Iterator[None]:
-    """Limit assignments to these parameters, and changes of their values in place, to the block.
-
-    It is `overriding` with their current values.
-    """
-    with lay_over({parameter: parameter.data for parameter in parameters}):
-        yield
-
-
 class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager as `overriding`, entered per instance
     """Do as `overriding` with values that are known to have the right types."""
 
