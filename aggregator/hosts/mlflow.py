@@ -11,8 +11,9 @@ whole process, so candidates run one after the other; the instances of each run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import mlflow
@@ -21,13 +22,14 @@ from mlflow.genai.optimize.types import EvaluationResultRecord, PromptOptimizerO
 
 from aggregator.adapters.frameworks import require_version
 from aggregator.adapters.mlflow import as_template, prompt_parameter
+from aggregator.cassettes.lineage import current_lineage
 from aggregator.errors import ConfigError
 from aggregator.executors.local import LocalExecutor
 from aggregator.hosts.evaluations import HostAgent, Judged
 from aggregator.llm.budget import Budget
 from aggregator.observing.observer import Observer
 from aggregator.records import FullStepReport, Sample, TrainingResult
-from aggregator.text import as_text
+from aggregator.text import as_text, canonical_json
 from aggregator.training.optimize import optimize
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import AnyOptimizer, Check, Gate, Search, UpdateRule
@@ -98,6 +100,7 @@ class AggregatedUpdate(BasePromptOptimizer):
         if eval_fn is None or not train_data:
             raise ConfigError("Expected train_data= and scorers= beside AggregatedUpdate, got none to learn from")
         parameters = [prompt_parameter(name, template) for name, template in target_prompts.items()]
+        initial = {one.name: as_template(one.data) for one in parameters}
         evaluate = _Evaluations(eval_fn, {one.name for one in parameters if one.type is not str})
         agent = HostAgent(parameters, evaluate, isolation="serial")
         run = mlflow.active_run() if enable_tracking else None
@@ -106,25 +109,39 @@ class AggregatedUpdate(BasePromptOptimizer):
         result = optimize(agent, data, guide=None, observers=watching, **self.options)
         self.result = result
         chosen = result.validation_scores
+        trained = {name: as_template(value) for name, value in result.parameters.items()}
         return PromptOptimizerOutput(
-            optimized_prompts={name: as_template(value) for name, value in result.parameters.items()},
+            optimized_prompts=trained,
             initial_eval_score=chosen[0] if chosen else None,
             final_eval_score=max(chosen, default=None),
+            initial_eval_score_per_scorer=evaluate.means_of(initial),
+            final_eval_score_per_scorer=evaluate.means_of(trained),
         )
 
 
 class _Evaluations:
-    """MLflow's `eval_fn`, called for one candidate at a time, in a thread."""
+    """MLflow's `eval_fn`, called for one candidate at a time, in a thread; it keeps the single scores of validation."""
 
     def __init__(self, eval_fn: EvalFn, chats: set[str]) -> None:
         self._eval_fn = eval_fn
         self._chats = chats
+        self._validated: dict[bytes, dict[int, Mapping[str, float]]] = {}  # templates -> sample -> scorer -> score
 
     async def __call__(self, values: dict[str, Any], samples: Sequence[Sample]) -> list[Judged]:
         templates = {name: as_template(value) for name, value in values.items()}
         async with LocalExecutor(1) as thread:
             records = await thread.call(self._eval_fn, templates, [sample.info for sample in samples])
-        return [_judged(record) for record in records]
+        judged = [_judged(record) for record in records]
+        if "validate" in current_lineage().split("/"):
+            known = self._validated.setdefault(canonical_json(templates), {})
+            known.update((sample.id, one.scores) for sample, one in zip(samples, judged, strict=True))
+        return judged
+
+    def means_of(self, templates: Mapping[str, str]) -> dict[str, float]:
+        """Return each scorer's mean on the validation part with these templates; {} if they were not validated."""
+        runs = self._validated.get(canonical_json(templates), {}).values()
+        names = dict.fromkeys(name for scores in runs for name in scores)
+        return {name: fmean(scores[name] for scores in runs if name in scores) for name in names}
 
 
 def _judged(record: EvaluationResultRecord) -> Judged:

@@ -1,17 +1,22 @@
 """Our client as a pydantic-ai model: its calls get our cassettes, budgets, limits, retries and lineage.
 
-from pydantic_ai import Agent from aggregator import LLM from aggregator.hosts.pydantic_ai import model support =
-Agent(model(LLM("openai/gpt-4o-mini")), instructions="Route the ticket.")
+from pydantic_ai import Agent
+from aggregator import LLM
+from aggregator.hosts.pydantic_ai import model
+
+support = Agent(model(LLM("openai/gpt-4o-mini")), instructions="Route the ticket.")
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import warnings
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import anyio
 import msgspec
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ThinkingPart, ToolCallPart
 from pydantic_ai.models import Model, ModelRequestParameters, StreamedResponse
@@ -20,7 +25,8 @@ from pydantic_ai.usage import RequestUsage
 
 from aggregator.adapters.frameworks import require_version
 from aggregator.adapters.pydantic_ai import chat_of
-from aggregator.errors import ConfigError
+from aggregator.checks import is_finite
+from aggregator.errors import APITimeoutError, ConfigError, ModelWarning
 from aggregator.llm.client import LLM
 from aggregator.llm.models import as_model
 from aggregator.records import Completion, Message, Usage
@@ -34,7 +40,12 @@ _OPTIONS = {
     "extra_body": "extra",
 }
 """Settings of pydantic-ai -> options of our calls."""
-_IGNORED = {"timeout", "parallel_tool_calls", "tool_choice", "extra_headers"}
+_OWN = {"timeout", "tool_choice"}
+_LEFT_OUT = {
+    "parallel_tool_calls": "put it into extra_body in the words of the provider",
+    "extra_headers": "give them to the client, as in LLM(..., headers={...})",
+}
+"""Settings that are not passed on, with what to do instead: a warning, since defaults of an application set them."""
 _ENDINGS = {"stop": "stop", "length": "length", "content_filter": "content_filter", "tool_calls": "tool_call"}
 _TURN = "aggregator.turn"
 """The key under which a response keeps our record of the turn, with signed thinking that a provider requires back."""
@@ -74,7 +85,8 @@ class ClientModel(Model[Any]):
     ) -> ModelResponse:
         """Make one call. Raises the errors of `LLM.complete`."""
         chat, options = self._call(messages, model_settings, model_request_parameters)
-        completion: Completion = await self.llm.complete(chat, **options)
+        with _limit(model_settings):
+            completion: Completion = await self.llm.complete(chat, **options)
         message = completion.choices[0].message
         parts: list[Any] = [ThinkingPart(message.reasoning)] if message.reasoning else []
         parts += [TextPart(message.content)] if message.content else []
@@ -104,7 +116,9 @@ class ClientModel(Model[Any]):
         form = options.pop("response_format", None)
         if form is not None:
             options["extra"] = {"response_format": form, **(options.get("extra") or {})}
-        async with self.llm.stream(chat, **options) as stream:
+        async with AsyncExitStack() as stack:
+            with _limit(model_settings):
+                stream = await stack.enter_async_context(self.llm.stream(chat, **options))
             yield ClientStream(model_request_parameters, stream, self.model_name, self.system)
 
     def _call(
@@ -113,18 +127,22 @@ class ClientModel(Model[Any]):
         """Return messages in OpenAI's shape and the options of a call."""
         settings, parameters = self.prepare_request(settings, parameters)
         given: dict[str, Any] = {**(settings or {})}
-        if unknown := sorted(set(given) - set(_OPTIONS) - _IGNORED):
+        if unknown := sorted(set(given) - set(_OPTIONS) - set(_LEFT_OUT) - _OWN):
             raise ConfigError(
                 f"Expected the settings {', '.join(sorted(_OPTIONS))}, got {', '.join(unknown)}; put what a provider "
                 "takes in addition into extra_body"
             )
         options = {ours: given[theirs] for theirs, ours in _OPTIONS.items() if theirs in given}
-        tools = [*parameters.declared_function_tools, *parameters.output_tools]
-        if tools:
-            options["tools"] = [_tool_of(tool) for tool in tools]
-            options["tool_choice"] = given.get("tool_choice") or (
-                "auto" if parameters.allow_text_output else "required"
+        for name in sorted(given.keys() & _LEFT_OUT.keys()):
+            warnings.warn(
+                f"Expected settings that {type(self).__name__} passes on, got {name}, which is left out; "
+                f"{_LEFT_OUT[name]}",
+                ModelWarning,
+                stacklevel=2,
             )
+        tools, choice = _chosen(given.get("tool_choice"), parameters)
+        if tools:
+            options |= {"tools": [_tool_of(tool) for tool in tools], "tool_choice": choice}
         if parameters.output_mode == "native" and parameters.output_object is not None:
             wanted = parameters.output_object
             schema = {
@@ -185,6 +203,39 @@ class ClientStream(StreamedResponse):
     def timestamp(self) -> datetime:
         """The time of the request."""
         return self.started
+
+
+@contextmanager
+def _limit(settings: ModelSettings | None) -> Iterator[None]:
+    """Let a call, or the beginning of a stream, take the setting `timeout` at most; raises APITimeoutError."""
+    seconds: Any = (settings or {}).get("timeout")
+    if seconds is not None and not (is_finite(seconds) and seconds > 0):
+        raise ConfigError(f"Expected the setting timeout in seconds above 0, got {seconds!r}")
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise APITimeoutError(f"no answer within the setting timeout={seconds:g} s")
+
+
+def _chosen(choice: Any, parameters: ModelRequestParameters) -> tuple[list[Any], str]:
+    """Return the tools that a call may use by the setting `tool_choice`, and its choice in OpenAI's words.
+
+    As in pydantic-ai, "required" is about function tools, "none" leaves those of the output, a list names all that may
+    be used, and ToolOrOutput the function tools beside the output.
+    """
+    functions, outputs = parameters.declared_function_tools, parameters.output_tools
+    usual = "auto" if parameters.allow_text_output else "required"
+    if choice in (None, "auto"):
+        return [*functions, *outputs], usual
+    if choice == "required":
+        return list(functions), "required"
+    if choice in ("none", []):
+        return (list(outputs), usual) if outputs else (list(functions), "none")
+    named = choice if isinstance(choice, list) else [*choice.function_tools, *(tool.name for tool in outputs)]
+    kept = [tool for tool in (*functions, *outputs) if tool.name in named]
+    if not kept:
+        raise ConfigError(f"Expected tool_choice to name tools of the agent, got {choice!r}")
+    return kept, "required" if isinstance(choice, list) else usual
 
 
 def _tool_of(tool: Any) -> dict[str, Any]:

@@ -79,6 +79,25 @@ def test_a_registered_prompt_is_trained_and_registered_as_a_new_version() -> Non
     assert optimizer.result.history
 
 
+@scorer
+def brief(outputs: Any) -> float:
+    return 1.0 if len(outputs) < 10 else 0.5
+
+
+def test_the_scores_of_each_scorer_were_empty() -> None:
+    """They are means over the validation part, like the score itself, before training and with the best templates."""
+    prompt = mlflow.genai.register_prompt(name="greet", template="Say hi to {{who}}")
+    optimizer = AggregatedUpdate(model=as_model(suggest("Hello {{who}}!")), run_dir=False)
+    result = mlflow.genai.optimize_prompts(
+        predict_fn=predict, train_data=ROWS, scorers=[right, brief], prompt_uris=[prompt.uri], optimizer=optimizer
+    )
+    assert (result.initial_eval_score, result.final_eval_score) == (0.25, 1.0)
+    assert result.initial_eval_score_per_scorer == {"right": 0.0, "brief": 0.5}
+    assert result.final_eval_score_per_scorer == {"right": 1.0, "brief": 1.0}
+    run = mlflow.search_runs(output_format="list")[0]
+    assert run.data.metrics["final_eval_score.right"] == 1.0
+
+
 def test_a_template_that_loses_its_variable_is_refused() -> None:
     """MLflow would score it silently; the model gets the reason, and the old template is kept."""
     model = suggest("Hello you!")

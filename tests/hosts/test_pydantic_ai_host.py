@@ -15,9 +15,14 @@ pytest.importorskip("pydantic_ai", reason="runs in the environment pydantic-ai o
 from chat_replies import client, tool_reply, tool_stream
 from pydantic import BaseModel
 from pydantic_ai import Agent, NativeOutput
+from pydantic_ai.direct import model_request
+from pydantic_ai.messages import ModelRequest
+from pydantic_ai.models import ModelRequestParameters
+from pydantic_ai.settings import ToolOrOutput
+from pydantic_ai.tools import ToolDefinition
 
 from aggregator import LLM, Budget, cassette, exact_match, lineage, trainable
-from aggregator.errors import BudgetExceededError, ConfigError
+from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError, ModelWarning
 from aggregator.hosts.pydantic_ai import model
 from aggregator.records import HTTPRequest
 from aggregator.simulation import SimulatedModel
@@ -91,6 +96,74 @@ async def test_settings_are_sent_as_options_and_others_are_refused() -> None:
     assert (sent["seed"], sent["temperature"]) == (7, 0.5)
     with pytest.raises(ConfigError, match="got top_k"):
         await Agent(model(llm)).run("Hi", model_settings={"top_k": 3})
+
+
+@pytest.mark.parametrize(
+    ("choice", "offered", "sent"),
+    [
+        ("auto", ["history", "stock"], "auto"),
+        ("required", ["history", "stock"], "required"),
+        ("none", ["history", "stock"], "none"),
+        ([], ["history", "stock"], "none"),
+        (["stock"], ["stock"], "required"),
+        (ToolOrOutput(function_tools=["history"]), ["history"], "auto"),
+    ],
+    ids=str,
+)
+async def test_a_choice_of_tools_was_passed_on_as_it_was(choice: Any, offered: list[str], sent: str) -> None:
+    """Names become the tools that are offered, as in pydantic-ai's own models."""
+    llm, transport = client("a lamp")
+    tools = [ToolDefinition(name=name) for name in ("history", "stock")]
+    await model_request(
+        model(llm),
+        [ModelRequest.user_text_prompt("What did Ada buy?")],
+        model_settings={"tool_choice": choice},
+        model_request_parameters=ModelRequestParameters(function_tools=tools),
+    )
+    body = transport.bodies()[0]
+    assert [tool["function"]["name"] for tool in body["tools"]] == offered
+    assert body["tool_choice"] == sent
+
+
+async def test_a_choice_of_no_tools_keeps_those_of_the_output() -> None:
+    llm, transport = client(tool_reply("final_result", {"name": "billing"}))
+    agent = Agent(model(llm), output_type=Team)
+
+    @agent.tool_plain
+    def history(customer: str) -> str:
+        return customer
+
+    await agent.run("the invoice", model_settings={"tool_choice": "none"})
+    body = transport.bodies()[0]
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["final_result"]
+    assert body["tool_choice"] == "required"
+
+
+async def test_the_setting_timeout_was_ignored() -> None:
+    """A call that takes longer is cancelled, and so is the beginning of a stream."""
+    ended: list[str] = []
+
+    async def never(messages: Any) -> str:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("cancelled")
+        return "late"
+
+    agent = Agent(model(ScriptedModel(never)))
+    with pytest.raises(APITimeoutError, match="timeout=0.05 s"):
+        await agent.run("Hi", model_settings={"timeout": 0.05})
+    assert ended == ["cancelled"]
+    assert (await Agent(model(ScriptedModel("fine"))).run("Hi", model_settings={"timeout": 60})).output == "fine"
+    with pytest.raises(ConfigError, match="timeout in seconds"):
+        await agent.run("Hi", model_settings={"timeout": -1})
+
+
+@pytest.mark.parametrize("setting", [{"parallel_tool_calls": False}, {"extra_headers": {"x-team": "a"}}], ids=str)
+async def test_settings_that_are_left_out_are_warned_of(setting: Any) -> None:
+    llm, _ = client("fine")
+    with pytest.warns(ModelWarning, match=f"got {next(iter(setting))}, which is left out"):
+        await Agent(model(llm)).run("Hi", model_settings=setting)
 
 
 async def test_a_scripted_model_answers_and_cannot_stream() -> None:
