@@ -1,4 +1,4 @@
-"""`python -m aggregator.cli` is the command `aggregator`."""
+"""`python -m aggregator.cli` runs the command `aggregator`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""What recorded cassettes hold: for one exchange, for the difference of two cassettes, and for all files in a folder.
+"""The content of cassettes: one exchange, the difference of two cassettes, and all files in a folder.
 
 `aggregator cassette` prints what these functions return. Model and tokens are read from our own facts or from the
-provider's fields (`llm/reading.py`). Secrets are what the redaction would remove; placeholders of other tools'
+provider's fields (`llm/reading.py`). Secrets are values that the redaction would remove; placeholders of other tools'
 scrubbers are not secrets. The account of the last pytest run is in the cache that the plugin writes.
 """
 
@@ -46,12 +46,12 @@ from aggregator.text import clip, json_changes
 
 
 def model_of(exchange: Exchange) -> str:
-    """Return the model that was asked: what we noted, else what request, address or answer say, else ""."""
+    """Return the requested model: our own fact, else from the request, the address or the answer, else ""."""
     return exchange.facts.model or read_model(exchange.request, exchange.reply)
 
 
 def usage_of(exchange: Exchange) -> dict[str, int | float]:
-    """Return the tokens and cost of an exchange: what we noted, else what the answer says of itself."""
+    """Return the tokens and cost of an exchange: our own facts, else the answer's."""
     noted = exchange.facts.usage
     return {name: amount for name, amount in noted.items() if is_figure(amount)} or read_usage(exchange.reply)
 
@@ -83,7 +83,7 @@ def _header_lines(headers: Mapping[str, str]) -> list[str]:
 
 
 def value_of(body: bytes) -> Any:
-    """Return a body as JSON, else as text, else as the bytes that it is."""
+    """Return a body as JSON, else as text, else as bytes."""
     for reading in (decode_json, bytes.decode):
         try:
             return reading(body)
@@ -100,14 +100,14 @@ def _pretty(body: bytes) -> str:
 
 
 _TELLING_HEADERS = frozenset({"content-type", "location", "retry-after", "retry-after-ms", "x-should-retry"})
-"""What a client goes by; dates, ids and rate limits differ in every recording."""
+"""Headers that a client obeys; dates, ids and rate limits differ in every recording."""
 
 
 # ---- differences of two exchanges
 
 
 class Difference(Struct, frozen=True, kw_only=True):
-    """How two cassettes differ: exchanges of one only, and answers that are not the same any more."""
+    """How two cassettes differ: exchanges of only one, and changed answers."""
 
     removed: tuple[str, ...]
     added: tuple[str, ...]
@@ -118,7 +118,7 @@ class Difference(Struct, frozen=True, kw_only=True):
 
 
 def difference(before: Sequence[Row], after: Sequence[Row]) -> Difference:
-    """Compare two cassettes exchange by exchange: the same request at the same place of the run."""
+    """Compare two cassettes exchange by exchange, by request and lineage."""
     old = {_identity(row): row for row in before}
     new = {_identity(row): row for row in after}
     changed = {
@@ -145,7 +145,7 @@ def _answer_changes(old: Exchange, new: Exchange) -> Iterator[str]:
 
 
 def _head(exchange: Exchange) -> dict[str, Any]:
-    """Return status, headers that matter and error of an answer."""
+    """Return an answer's status, relevant headers and error."""
     reply, error = exchange.reply, exchange.facts.error
     headers = {name: value for name, value in reply.headers.items() if name in _TELLING_HEADERS}
     return {"status": reply.status, **headers, **({"error": ": ".join(error)} if error else {})}
@@ -171,13 +171,13 @@ _USER = re.compile(r"//([^/@]*)@")
 
 
 def needles_from(environment: Mapping[str, str]) -> Needles:
-    """Return the values of variables with a secret's name, which no cassette may hold; plain words do not count."""
+    """Return the values of variables with a secret name, which no cassette may hold; plain words do not count."""
     values = [value for name, value in environment.items() if is_secret_field(name) and len(value) >= SHORTEST]
     return needles_of(frozenset(filter(is_worth_finding, values)))
 
 
 def secrets_in(exchange: Exchange, needles: Needles = ()) -> list[str]:
-    """Return the places that hold a secret: what the redaction would take away, were the exchange written now."""
+    """Return the places of secrets: what the redaction would remove if the exchange were written now."""
     request, reply = exchange.request, exchange.reply
     found = []
     if _are_secret(_removed_from_address(request.url, needles)):
@@ -200,7 +200,7 @@ def _are_secret(removed: Iterable[str]) -> bool:
 
 
 def _removed_from_address(url: str, needles: Needles) -> Iterator[str]:
-    """Yield what is redacted in an address: parameters, user and password, what authenticates, tokens."""
+    """Yield the redacted parts of an address: parameters, user and password, authentication, tokens."""
     address, _, rest = url.partition("?")
     for pair in re.split("[&#]", rest) if rest else url.partition("#")[2].split("&"):
         name, _, value = pair.partition("=")
@@ -241,9 +241,9 @@ _HEAD = 4_096
 
 
 def find_cassettes(paths: Iterable[Path]) -> list[Path]:
-    """Return the cassettes that files and folders name; a cassette's further shards belong to its first.
+    """Return the cassettes in files and folders; a cassette's further shards belong to its first.
 
-    Other files in a folder are skipped. Raises ConfigError for a path that is not there.
+    Other files in a folder are skipped. Raises ConfigError for a path that does not exist.
     """
     found: list[Path] = []
     for path in paths:
@@ -264,11 +264,11 @@ def _is_first(path: Path) -> bool:
 
 
 def _looks_like_cassette(path: Path) -> bool:
-    """Return True if a file begins as a cassette does, or begins with nothing."""
+    """Return True if a file begins like a cassette, or is empty."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
-    except OSError:  # reported where it is read
+    except OSError:  # reported when it is read
         return True
     if head.startswith(GZIP):
         head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
@@ -276,7 +276,7 @@ def _looks_like_cassette(path: Path) -> bool:
 
 
 class Totals(Struct, frozen=True, kw_only=True):
-    """Sums over exchanges. Tokens and cost are sums of what is known; `unknown` counts answers without figures."""
+    """Sums over exchanges. Tokens and cost are sums of known values; `unknown` counts answers without them."""
 
     exchanges: int = 0
     failed: int = 0
@@ -305,7 +305,7 @@ def totals_of(exchange: Exchange) -> Totals:
 
 
 def tally(exchanges: Iterable[Exchange]) -> dict[tuple[str, str], Totals]:
-    """Return the totals of each (role, model), in their order."""
+    """Return the totals of each (role, model), in order."""
     sums: dict[tuple[str, str], Totals] = {}
     for exchange in exchanges:
         group = (exchange.facts.role, model_of(exchange))
@@ -314,7 +314,7 @@ def tally(exchanges: Iterable[Exchange]) -> dict[tuple[str, str], Totals]:
 
 
 def too_old(exchange: Exchange, now: datetime, limit: timedelta) -> str | None:
-    """Say since when an exchange is too old; None for a fresh one. One of unknown age is not fresh."""
+    """Describe the age of an expired exchange, or return None. Unknown age counts as expired."""
     try:
         recorded = datetime.fromisoformat(exchange.facts.at)
     except ValueError:
@@ -324,7 +324,7 @@ def too_old(exchange: Exchange, now: datetime, limit: timedelta) -> str | None:
 
 
 def check(recording: Recording, *, needles: Needles, now: datetime, max_age: timedelta | None) -> list[str]:
-    """Return what is wrong with a cassette that could be read; the problems of an exchange name it."""
+    """Return the problems of a readable cassette; those of an exchange name it."""
     problems = [*recording.findings]
     if recording.state == "open" and not problems:
         problems.append("not closed: its recording was killed or still runs; record again to take it up")
@@ -341,16 +341,16 @@ def check(recording: Recording, *, needles: Needles, now: datetime, max_age: tim
 
 
 def orphans(recording: Recording, unplayed: frozenset[str] | None) -> list[str]:
-    """Return what no test plays: `unplayed` of a cassette that tests opened, all of one that none did (None)."""
+    """Return the exchanges that no test plays: the `unplayed` ones, or all if no test opened the cassette (None)."""
     if unplayed is None:
         return ["no test plays it; delete it, or run its tests"]
     return [f"{name}: no test plays it" for row in recording.rows if (name := exchange_id(row)) in unplayed]
 
 
 def suggested_code(recording: Recording) -> dict[str, str]:
-    """Return the code that recorded suggestions hold: sha256 of the source -> parameter and exchange that has it first.
+    """Return the code in recorded suggestions: sha256 of the source -> parameter and first exchange with it.
 
-    A replay lets it run in this process only with `cassette(..., code=...)`.
+    A replay runs it in this process only with `cassette(..., code=...)`.
     """
     from aggregator.agents.code import source_digest
     from aggregator.errors import SuggestionError
@@ -373,7 +373,7 @@ def suggested_code(recording: Recording) -> dict[str, str]:
 
 
 def _texts(body: bytes) -> Iterator[str]:
-    """Yield the texts in an answer; those of a stream joined."""
+    """Yield the texts in an answer; a stream's are joined."""
     if body.lstrip().startswith((b"data:", b"event:", b":")):
         lines = (line[5:].strip() for line in body.splitlines() if line.startswith(b"data:"))
         yield "".join(text for line in lines for text in _strings(value_of(line)))
@@ -398,8 +398,8 @@ def _is_function(text: str) -> bool:
 
 
 def read_cassette(path: Path, *, redact: bool = True) -> Recording:
-    """Return what a cassette holds; raises ConfigError without one, CassetteError where it cannot be read."""
-    file = followed(path) if path.is_file() else path  # a pipe's link leads nowhere
+    """Return a cassette's content; raises ConfigError if it does not exist, CassetteError if it cannot be read."""
+    file = followed(path) if path.is_file() else path  # a pipe's link has no target
     recording = None if path.is_dir() else read(file, redact=redact)
     if recording is None:
         there = "which is a folder" if path.is_dir() else "which is not there"
@@ -408,7 +408,7 @@ def read_cassette(path: Path, *, redact: bool = True) -> Recording:
 
 
 def readable(paths: Iterable[Path], problems: list[str], *, redact: bool = True) -> Iterator[tuple[Path, Recording]]:
-    """Yield the cassettes that can be read, and add to the problems why another cannot."""
+    """Yield the readable cassettes, and add an entry to the problems for each other one."""
     for path in paths:
         try:
             recording = read_cassette(path, redact=redact)
@@ -420,9 +420,9 @@ def readable(paths: Iterable[Path], problems: list[str], *, redact: bool = True)
 
 @contextmanager
 def rewriting(path: Path) -> Iterator[None]:
-    """Keep recordings away from a file while it is rewritten.
+    """Lock a file against recordings while it is rewritten.
 
-    Raises CassetteLockedError where one is going on, CassetteError where one was killed and would be taken up.
+    Raises CassetteLockedError if one is in progress, CassetteError if one was killed and would be continued.
     """
     path = followed(path)
     lock = FileLock(path)
@@ -438,7 +438,7 @@ def rewriting(path: Path) -> Iterator[None]:
 
 
 class Played(Struct, frozen=True):
-    """What every test that opened a cassette left; `complete` says that all of these tests ran in whole and passed."""
+    """The accounts of every test that opened a cassette; `complete` if all of these tests ran fully and passed."""
 
     unplayed: frozenset[str]
     complete: bool = True
@@ -451,7 +451,7 @@ class _Test(Struct, frozen=True):
 
 
 def played(cache: Path) -> dict[Path, Played]:
-    """Return the account of each cassette that a test opened; raises ConfigError if none can be read."""
+    """Return the account of each cassette that a test opened; raises ConfigError if the accounts cannot be read."""
     file = cache / "v" / "aggregator" / "cassettes"
     remedy = "run pytest with the plugin first, or name its cache: --pytest-cache DIR"
     try:

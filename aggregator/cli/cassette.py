@@ -1,4 +1,4 @@
-"""`aggregator cassette ls | show | stats | diff | check | prune | accept | convert`: what there is, and its upkeep."""
+"""`aggregator cassette ls | show | stats | diff | check | prune | accept | convert`: inspect and maintain cassettes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_DAYS = 1_000_000
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and what it can do."""
+    """Add the command and its subcommands."""
     parser = subparsers.add_parser("cassette", help="look at cassettes and keep them in order")
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     _action(actions, "ls", list_cassettes, "what there is")
@@ -88,7 +88,7 @@ def _show_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def list_cassettes(options: argparse.Namespace) -> int:
-    """Print one line a cassette."""
+    """Print one line per cassette."""
     from aggregator.cli._exchanges import find_cassettes, model_of, readable
     from aggregator.text import columns, show_count, show_size
 
@@ -116,7 +116,7 @@ def list_cassettes(options: argparse.Namespace) -> int:
 
 
 def show_cassette(options: argparse.Namespace) -> int:
-    """Print one line an exchange, or one exchange in full."""
+    """Print one line per exchange, or one exchange in full."""
     from aggregator.cli._exchanges import model_of, read_cassette, render, usage_of
     from aggregator.errors import ConfigError
     from aggregator.text import columns, printable
@@ -176,7 +176,7 @@ def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
 
 
 def print_difference(options: argparse.Namespace) -> int:
-    """Print how two cassettes differ, like diff: 0 for the same, 1 otherwise."""
+    """Print the differences of two cassettes; the exit code is 0 for equal ones and 1 otherwise, like diff's."""
     from aggregator.cli._exchanges import difference, read_cassette
     from aggregator.text import printable
 
@@ -195,7 +195,7 @@ def print_difference(options: argparse.Namespace) -> int:
 
 
 def check_cassettes(options: argparse.Namespace) -> int:
-    """Print every problem and where it is; return 1 if there is any."""
+    """Print every problem with its place; return 1 if there is any."""
     import os
     from datetime import UTC, datetime, timedelta
 
@@ -217,7 +217,7 @@ def check_cassettes(options: argparse.Namespace) -> int:
     problems: list[str] = []
     notes: list[str] = []
     paths, exchanges = find_cassettes(options.paths), 0
-    for path, recording in readable(paths, problems, redact=False):  # what is really in the file
+    for path, recording in readable(paths, problems, redact=False):  # the real content of the file
         exchanges += len(recording.rows)
         found = check(recording, needles=needles, now=datetime.now(UTC), max_age=limit)
         account = accounts.get(path.resolve())
@@ -243,7 +243,7 @@ def check_cassettes(options: argparse.Namespace) -> int:
 
 
 def prune_cassettes(options: argparse.Namespace) -> int:
-    """Rewrite cassettes without what the options name."""
+    """Rewrite cassettes without the exchanges that the options select."""
     from datetime import UTC, datetime, timedelta
 
     from aggregator.cassettes.exchanges import exchange_id
@@ -276,7 +276,7 @@ def prune_cassettes(options: argparse.Namespace) -> int:
 
 
 def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> None:
-    """Drop what is unwanted from one cassette, and say how much that was."""
+    """Drop the selected exchanges from one cassette, and print how many."""
     from contextlib import nullcontext
 
     from aggregator.cassettes.storage import save
@@ -294,7 +294,7 @@ def _prune(path: Path, unwanted: Callable[[Row], bool], *, dry_run: bool) -> Non
 
 
 def accept_cassettes(options: argparse.Namespace) -> int:
-    """Give cassettes that were edited by hand the hashes of what they hold now."""
+    """Update the hashes of cassettes that were edited by hand."""
     from contextlib import nullcontext
 
     from aggregator.cassettes.storage import followed, read_edited, save
@@ -328,7 +328,7 @@ def convert_cassette(options: argparse.Namespace) -> int:
     target = options.target or options.source
     if target.is_dir():
         raise ConfigError(f"Expected a file to write, got the folder {str(target)!r}; name a file in it")
-    given = None if options.source.is_file() else read_cassette(options.source)  # a pipe, or nothing
+    given = None if options.source.is_file() else read_cassette(options.source)  # a pipe, or a missing file
     with rewriting(target):
         recording = given or read_cassette(options.source)
         _refuse_json(target, recording.layout)
@@ -339,7 +339,7 @@ def convert_cassette(options: argparse.Namespace) -> int:
 
 
 def _refuse_json(target: Path, layout: str) -> None:
-    """Raise where JSON, or a compressed file, would become YAML under the same name."""
+    """Raise if JSON, or a compressed file, would become YAML under the same name."""
     from aggregator.cassettes.recorder import UNWRITTEN
     from aggregator.errors import CassetteError
 
@@ -352,7 +352,7 @@ def _refuse_json(target: Path, layout: str) -> None:
 
 
 def _told(problems: list[str]) -> int:
-    """Print what could not be done, and return the exit code."""
+    """Print the problems, and return the exit code."""
     import sys
 
     from aggregator.text import printable

@@ -1,4 +1,4 @@
-"""`aggregator demo`: train the ticket router and show what came of it."""
+"""`aggregator demo`: train the ticket router and show the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command to the parser of all commands."""
+    """Add the command to the main parser."""
     parser = subparsers.add_parser(
         "demo",
         help="train an agent that routes support tickets, offline",

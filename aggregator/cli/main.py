@@ -1,8 +1,8 @@
 """`aggregator <command>`: each command is a file in this folder.
 
-Such a file offers `add_parser(subparsers)`, which adds its parser and names what to call with
-`parser.set_defaults(run=...)`: a function from the parsed arguments to the exit code. It imports what it needs inside
-that function, so that `aggregator --help` stays quick.
+Such a file has `add_parser(subparsers)`, which adds its parser and sets the function to call with
+`parser.set_defaults(run=...)`: from the parsed arguments to the exit code. It imports its dependencies inside that
+function, so that `aggregator --help` stays quick.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(options: argparse.Namespace) -> int:
-    """Run the command that was chosen (`options.run`) and turn what it raises into an exit code."""
+    """Run the chosen command (`options.run`) and turn its exceptions into an exit code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show
@@ -49,10 +49,10 @@ def guarded(options: argparse.Namespace) -> int:
         if options.debug:
             raise
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+    except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         _drop_output()
         return FAILED
-    except OSError as error:  # a full disk, a folder that is not ours
+    except OSError as error:  # a full disk, a folder of another user
         if options.debug:
             raise
         sys.stderr.write(f"aggregator {options.command}: {error}\n")
@@ -62,7 +62,7 @@ def guarded(options: argparse.Namespace) -> int:
 
 
 def _open_streams() -> None:
-    """Let what is printed go nowhere where output is closed, and never fail where it has no UTF-8."""
+    """Redirect closed streams to os.devnull and escape what the encoding cannot print."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -72,15 +72,15 @@ def _open_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Let what is still in the buffer go nowhere, or the interpreter would try to write it once more and complain."""
+    """Discard the buffer, because the interpreter would otherwise try to write it again and complain."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:  # standard output is not a file, as in a test
+    except OSError:  # standard output is not a file, for example in a test
         return
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:
-    """Write a warning as one message, as errors are."""
+    """Print a warning as one message, like an error."""
     sys.stderr.write(f"aggregator: warning: {message}\n")
 
 

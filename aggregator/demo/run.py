@@ -1,4 +1,4 @@
-"""Train the ticket router from its cassette, from the simulated model or from a real provider, and show the outcome."""
+"""Train the ticket router from its cassette, from the simulated model or from a real provider, and show the result."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from aggregator.text import readable
 HERE = Path(__file__).parent
 MODEL = "openai-compatible/simulated-1"
 SIMULATED_URL = "http://simulated-model.invalid/v1"
-"""The simulated model's address in the cassette, whatever port it has. No such host can exist (RFC 2606)."""
+"""The simulated model's address in the cassette, whatever its port. No such host can exist (RFC 2606)."""
 EPOCHS = 2
 BATCH_SIZE = 10
 JOURNAL = "journal.yaml"
-"""What a real provider was paid for, in the folder of the run."""
+"""A real provider's paid answers, in the folder of the run."""
 RECORDING = "recording.yaml"
-"""A cassette until it is whole, in the folder of the run."""
+"""A cassette until it is complete, in the folder of the run."""
 
 
 class Ticket(Struct, frozen=True):
@@ -51,7 +51,7 @@ class Tickets(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What `aggregator demo` was asked to do. `model` None is the simulated model, replayed unless `serve`.
+    """The options of `aggregator demo`. `model` None is the simulated model, replayed unless `serve`.
 
     `cassette` None is the bundled one.
     """
@@ -66,7 +66,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """What the demo reached, and how long it took."""
+    """The demo's result and duration."""
 
     result: TrainingResult
     source: str
@@ -79,13 +79,13 @@ def tickets() -> Tickets:
 
 
 def cassette_path() -> Path:
-    """Return the demo's cassette: the checkout's, else the one that travels with the wheel."""
+    """Return the demo's cassette: the checkout's, else the wheel's."""
     checkout = HERE.parent.parent / "cassettes" / "demo.yaml"
     return checkout if (HERE.parent.parent / "pyproject.toml").exists() else HERE / "demo.yaml"
 
 
 def steps() -> int:
-    """Return how many steps the demo takes."""
+    """Return the number of the demo's steps."""
     return EPOCHS * -(-len(tickets().train) // BATCH_SIZE)
 
 
@@ -103,8 +103,8 @@ def check(settings: Settings) -> Settings:
 def train_demo(settings: Settings, *, observers: Sequence[Watching] = ()) -> Outcome:
     """Train for two epochs and write `events.jsonl` and `result.json` to the folder `settings.out`.
 
-    The same seed gives the same bytes in `result.json`, at any concurrency. Raises CassetteMissError where the
-    cassette was recorded with another code, seed or data set.
+    The same seed gives the same bytes in `result.json`, at any concurrency. Raises CassetteMissError if the cassette
+    was recorded with other code, seed or data set.
     """
     from aggregator.observing.configuring import events_file
     from aggregator.training.checkpoints import save_result
@@ -116,7 +116,7 @@ def train_demo(settings: Settings, *, observers: Sequence[Watching] = ()) -> Out
             result = _train(settings, llm, observers)
     except CassetteMissError as error:
         raise CassetteMissError(f"{error}\n\n{_remedy(settings)}") from error
-    if settings.record:  # only now: a recording that was cut short must not replace a whole one
+    if settings.record:  # only now: an incomplete recording must not replace a complete one
         shutil.move(settings.out / RECORDING, settings.cassette or cassette_path())
     save_result(result, settings.out / "result.json")
     return Outcome(result=result, source=source, seconds=perf_counter() - started)
@@ -207,13 +207,13 @@ class Rerouted(Transport):
         self._target = target
 
     async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
-        """Send one request to where its address leads."""
+        """Send one request to the target of its address."""
         if request.url.startswith(self._source):
             request = replace(request, url=self._target + request.url.removeprefix(self._source))
         return await self._inner.send(request, timeout=timeout)
 
 
-# ---- what a person reads at the end
+# ---- the summary for a person
 
 _BAR = 30
 _WIDTH, _NARROWEST = 110, 30
@@ -222,7 +222,7 @@ _COLORS = {"+": "green", "-": "red"}
 
 
 def summary(outcome: Outcome, out: Path, stream: TextIO) -> str:
-    """Return the readable summary of a run, in color where the stream shows colors."""
+    """Return the readable summary of a run, in color if the stream supports colors."""
     result = outcome.result
     parts = [
         f"Answers came from {outcome.source}.",
@@ -244,7 +244,7 @@ def _improvement(result: TrainingResult) -> str:
 
 
 def _block(stream: TextIO) -> str:
-    """Return what bars are made of: a block, or a sign where the stream cannot show one."""
+    """Return the character for bars: a block, or an ASCII one if the stream cannot show it."""
     try:
         "█".encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -253,7 +253,7 @@ def _block(stream: TextIO) -> str:
 
 
 def _scores(result: TrainingResult, block: str) -> str:
-    """Lay out the score of each minibatch and, where it was evaluated, of the test set."""
+    """Show the score of each minibatch and, if it was evaluated, of the test set."""
     tests = {evaluation.step: evaluation.score for evaluation in result.evaluations}
     lines = [f"step  epoch  {'minibatch score':<{_BAR + 7}}test score", _row("start", "", "", tests.get(0))]
     for report in result.history:

@@ -1,4 +1,4 @@
-"""The simulated model: an OpenAI-compatible server on 127.0.0.1 that works from the prompts alone.
+"""The simulated model: an OpenAI-compatible server on 127.0.0.1 that reads only the prompts.
 
 May import: training and the rooms below it.
 """

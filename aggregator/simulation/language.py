@@ -1,12 +1,12 @@
-"""What the simulated model understands of English: words, rules and defaults written in plain text.
+"""The English that the simulated model understands: words, rules and defaults in plain text.
 
-Three forms of rule are read, nothing else:
+It reads three forms of rules:
 
     refund, invoice -> billing
     Tickets that mention 'refund' or 'invoice' go to billing.
     If no rule applies, answer sales.
 
-All functions are pure; none knows an agent, a data set or an expected answer.
+All functions are pure; none uses an agent, a data set or an expected answer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from msgspec import Struct
 
 EDGES = ".,;:!?()[]{}<>'\"`*_/\\…-"
-"""Punctuation that may cling to either end of a word."""
+"""Punctuation that is removed from either end of a word."""
 
 COURTESY = ("please", "kindly", "hello", "dear", "thanks", "thank", "regards", "hi")
-"""Words that say nothing about a subject; a wrong proposal makes rules of them."""
+"""Words unrelated to any subject; a wrong proposal makes rules of them."""
 
 COMMON = frozenset(Path(__file__).with_name("common_words.txt").read_text(encoding="utf-8").split()) | set(COURTESY)
 """Words too common to distinguish one subject from another."""
@@ -43,7 +43,7 @@ _DEFAULT = re.compile(
 
 
 class Rule(Struct, frozen=True):
-    """Any of `words` in the text asks for `answer`."""
+    """If any of `words` is in the text, the answer is `answer`."""
 
     words: tuple[str, ...]
     answer: str
@@ -66,16 +66,12 @@ def read_line(line: str) -> Rule | None:
 
 
 def layout(text: str) -> list[str | Rule]:
-    """Split a text into its lines, those of the arrow form as rules."""
+    """Split a text into its lines; those of the arrow form become rules."""
     return [read_line(line) or line for line in text.split("\n")]
 
 
 def read_rules(text: str) -> list[Rule]:
-    """Return the rules a text states, in either form, in the order they are stated.
-
-    >>> read_rules("Tickets that mention 'x' or 'y' go to z.")
-    [Rule(words=('x', 'y'), answer='z')]
-    """
+    """Return the rules in a text, in either form, in order."""
     rules: list[Rule] = []
     for line in layout(text):
         if isinstance(line, Rule):
@@ -89,21 +85,13 @@ def read_rules(text: str) -> list[Rule]:
 
 
 def read_default(text: str) -> str | None:
-    """Return the answer a text names for whatever no rule covers.
-
-    >>> read_default("If no rule applies, answer sales.")
-    'sales'
-    """
+    """Return the answer that a text names for texts that match no rule."""
     found = _DEFAULT.search(text)
     return found["answer"] if found else None
 
 
 def mentions(text: str, phrase: str) -> bool:
-    """Return True if the text contains a word or phrase exactly: whole words, case and punctuation included.
-
-    >>> mentions("a refund now", "refund"), mentions("a Refund, now", "refund")
-    (True, False)
-    """
+    """Return True if the text contains a word or phrase exactly: whole words, including case and punctuation."""
     return f" {phrase} " in f" {' '.join(text.split())} "
 
 
@@ -122,11 +110,7 @@ def bare_text(text: str) -> str:
 
 
 def telling_words(text: str, known: Iterable[str] = ()) -> list[str]:
-    """Return the bare words that may show what a text is about, the most specific first: long ones, then late ones.
-
-    >>> telling_words("Hello, please refund my invoice 20!")
-    ['invoice', 'refund']
-    """
+    """Return the bare words that may show a text's subject, the most specific first: long ones, then late ones."""
     skip = COMMON | set(known)
     words = [word for word in bare_text(text).split() if len(word) > 2 and not any(c.isdigit() for c in word)]
     positions = {word: i for i, word in enumerate(words) if word not in skip}
@@ -134,7 +118,7 @@ def telling_words(text: str, known: Iterable[str] = ()) -> list[str]:
 
 
 def answers(rules: Sequence[Rule]) -> list[str]:
-    """Return the answers that rules lead to, each once, in order."""
+    """Return the answers of rules, each once, in order."""
     return list(dict.fromkeys(rule.answer for rule in rules))
 
 
@@ -145,11 +129,7 @@ _CAPITALS = re.compile(r"\bin (?:capitals|capital letters|upper case)\b", re.IGN
 
 
 def split_prompt(text: str) -> tuple[str, str]:
-    r"""Split a prompt that is one message: into instruction and rules, and the last other paragraph, the question.
-
-    >>> split_prompt("Name the team.\n\nWhere is my parcel?\nparcel -> shipping")
-    ('Name the team.\nparcel -> shipping', 'Where is my parcel?')
-    """
+    r"""Split a single-message prompt into instruction and rules, and the question, its last other paragraph."""
     lines = layout(text)
     rules = [str(line) for line in lines if isinstance(line, Rule)]
     plain = "\n".join(line for line in lines if isinstance(line, str)).rstrip()
@@ -171,7 +151,7 @@ def answer_as_student(system: str, user: str) -> str:
 
 
 def follow(system: str, user: str) -> str:
-    """Return the answer that the rules lead to, before any form is given to it."""
+    """Return the answer that the rules give, before it is formatted."""
     rules = read_rules(system)
     words = {answer: {w for rule in rules if rule.answer == answer for w in rule.words} for answer in answers(rules)}
     counts = {answer: sum(mentions(user, word) for word in words[answer]) for answer in words}

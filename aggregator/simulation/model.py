@@ -1,8 +1,8 @@
 """A simulated model: an OpenAI-compatible server on 127.0.0.1 that plays the model behind all three roles.
 
-It is a small rule-based program, not a language model. It works from the prompts alone, without the agent, the data set
-or the expected answers, and every answer is a pure function of its seed and the request body, so that order and
-concurrency do not matter. Some of its proposals are wrong on purpose, at `wrong_rate`.
+It is a small rule-based program, not a language model. It reads only the prompts, not the agent, the data set or the
+expected answers, and every answer is a pure function of its seed and the request body, so that order and concurrency do
+not matter. Some of its proposals are wrong on purpose, at `wrong_rate`.
 
 The role is recognised by the headings of the user message (aggregator/training/prompts.py documents them):
 `#CurrentValue` makes it an aggregator, `#Parameters` with `#Feedback` an optimizer, anything else a student.
@@ -34,7 +34,7 @@ from aggregator.simulation.language import answer_as_student, split_prompt
 from aggregator.simulation.optimizer import Block, Case, Parameter, Proposed, aggregate, bounds, choose, propose
 from aggregator.text import show_call
 
-# ---- reading prompts, and laying out replies
+# ---- reading prompts, and formatting replies
 
 Role = Literal["agent", "optimizer", "aggregator"]
 
@@ -59,7 +59,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def role_of(messages: Sequence[Mapping[str, Any]]) -> Role:
-    """Return the role, by the headings of the first user message."""
+    """Return the role that the headings of the first user message indicate."""
     headings = set(sections_of(_question(messages)))
     if "CurrentValue" in headings:
         return "aggregator"
@@ -77,7 +77,7 @@ def sections_of(text: str) -> dict[str, str]:
 
 
 def case_of(messages: Sequence[Mapping[str, Any]]) -> Case:
-    """Read the example that an optimizer is asked about."""
+    """Read an optimizer's example."""
     sections = sections_of(_question(messages))
     seen = shown_text(sections.get("Transcript", ""))
     return Case(
@@ -91,21 +91,17 @@ def case_of(messages: Sequence[Mapping[str, Any]]) -> Case:
 
 
 def blocks_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Block, list[Block]]:
-    """Read the current value and the suggestions that an aggregator is asked about."""
+    """Read an aggregator's current value and suggestions."""
     sections = sections_of(_question(messages))
     suggested = [_block(body) for heading, body in sections.items() if heading.startswith("SuggestedValue")]
     return _block(sections["CurrentValue"]), suggested
 
 
-_QUESTIONS = ("user: ", "Inputs: ")  # of a call to a model; of a record of GEPA's
+_QUESTIONS = ("user: ", "Inputs: ")  # of a call to a model; of a GEPA record
 
 
 def shown_text(transcript: str) -> str:
-    r"""Return the question of a transcript: its last user message, of a prompt in one message the last paragraph.
-
-    >>> shown_text("LLM call\n  system: Be kind.\n  user: My parcel is lost.\n  reply: sales")
-    'My parcel is lost.'
-    """
+    r"""Return the question of a transcript: its last user message, or the last paragraph of a single-message prompt."""
     lines = transcript.split("\n")
     at = max((i for i, line in enumerate(lines) if line.lstrip().startswith(_QUESTIONS)), default=None)
     if at is None:
@@ -124,9 +120,9 @@ def shown_text(transcript: str) -> str:
 
 
 def reply_text(proposed: Proposed, response_format: Any = None) -> str:
-    """Lay out new values with their reasons as both roles reply, TERMINATE where nothing should change.
+    """Format new values with their reasons as a reply of both roles, or TERMINATE if nothing should change.
 
-    A `response_format` makes it JSON in every case. A schema is kept to as constrained decoding does: every required
+    A `response_format` makes it JSON in every case. A schema is respected as by constrained decoding: every required
     key is there, null for no change, and numbers stay within the schema's limits.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
@@ -140,7 +136,7 @@ def reply_text(proposed: Proposed, response_format: Any = None) -> str:
 
 
 def is_choice(response_format: Any) -> bool:
-    """Return True if a schema asks for the number of a suggestion instead of new values."""
+    """Return True if a schema requires the number of a suggestion instead of new values."""
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind != "json_schema":
         return False
@@ -160,7 +156,7 @@ def _fit_to_schema(reply: dict[str, Any], schema: Mapping[str, Any]) -> dict[str
 
 
 def _limited(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Keep a number within the limits that a schema states."""
+    """Keep a number within the schema's limits."""
     if not is_number(value):
         return value
     for option in schema.get("anyOf", [schema]):
@@ -169,7 +165,7 @@ def _limited(value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 def _question(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the first user message: what follows it repeats the question."""
+    """Return the first user message; later ones repeat the question."""
     return next((text_of(message) for message in messages if message["role"] == "user"), "")
 
 
@@ -218,8 +214,8 @@ WRONG_RATE = 0.15
 class SimulatedModel:
     """The server; a context manager, sync and async.
 
-    `wrong_rate` is the share of proposals that err, `latency` the seconds each answer takes. `calls` counts the
-    answered requests by role; `base_url` is known once the server has started.
+    `wrong_rate` is the share of wrong proposals, `latency` the seconds each answer takes. `calls` counts the answered
+    requests by role; `base_url` is known once the server has started.
     """
 
     def __init__(
@@ -301,7 +297,7 @@ class SimulatedModel:
 
 
 def complete(body: Any, *, seed: int = 0, wrong_rate: float = WRONG_RATE) -> dict[str, Any]:
-    """Answer one chat completion request; pure. Raises MalformedError for a body that this API would refuse."""
+    """Answer one chat completion request; pure. Raises MalformedError for a body that the API would refuse."""
     messages = _checked(body)
     key = msgspec.json.encode({**body, "stream": False}, order="deterministic")
     digest = hashlib.sha256(b"%d:" % seed + key).hexdigest()
@@ -325,7 +321,7 @@ def complete(body: Any, *, seed: int = 0, wrong_rate: float = WRONG_RATE) -> dic
 def answer(
     messages: list[dict[str, Any]], draw: random.Random, *, wrong_rate: float, response_format: Any = None
 ) -> str:
-    """Return what the simulated model says, in the role that the messages put it in."""
+    """Return the simulated model's answer, in the role given by the messages."""
     role = role_of(messages)
     if role == "agent":
         system = "\n".join(text_of(message) for message in messages if message["role"] in {"system", "developer"})

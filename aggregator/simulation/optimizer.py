@@ -1,24 +1,24 @@
 """The simulated model as an optimizer and as an aggregator.
 
-The optimizer reads one example's feedback and proposes what would have made it right.
+The optimizer reads one example's feedback and proposes a change that would have made it right.
 
 In this order, as far as the parameters allow:
 
-- the text that the agent's model saw was cut short: a larger number for the parameter that speaks of length;
-- a rule would have matched but for case or punctuation: code that takes them off;
-- no rule covers the text: its most telling words become words of a rule for the expected answer, and words that misled
-  are taken out of other rules;
+- the text that the agent's model saw was cut short: a larger number for the parameter about length;
+- a rule would have matched without case or punctuation: code that removes them;
+- no rule covers the text: its most telling words become words of a rule for the expected answer, and misleading words
+  are removed from other rules;
 - the expected answer is missing from a list of answers: it is added;
 - feedback that asks for more or less of something: a larger or smaller number.
 
-At a given rate it errs, as models do: a word that says nothing, another answer, far too large a number, code that does
-not parse.
+At a given rate it errs, as models do: an uninformative word, another answer, far too large a number, code that does not
+parse.
 
-The aggregator weighs confidence, support and agreement. A block weighs its confidence times the number of examples
-behind it. Of two sides that exclude one another the heavier wins, and of equals the current value. What merely adds (a
-word to a rule, a line, an item of a list) needs half the current value's confidence. Texts are merged line by line,
-lines of rules word by word, lists item by item, numbers by weighted median, and everything else (code, flags, objects)
-by majority.
+The aggregator weighs confidence, support and agreement. A block's weight is its confidence times its number of
+examples. Of two conflicting sides the heavier wins, or the current value if they are equal. A mere addition (a word to
+a rule, a line, an item of a list) needs half the current value's confidence. Texts are merged line by line, lines of
+rules word by word, lists item by item, numbers by weighted median, and everything else (code, flags, objects) by
+majority.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _SLACK = 1e-9  # sums of weights that are equal on paper may differ in their las
 
 
 class Block(Struct, frozen=True):
-    """One side's values and what they weigh."""
+    """One side's values and their weight."""
 
     weight: float
     values: dict[str, Any]
@@ -82,7 +82,7 @@ def aggregate(current: Block, suggested: Sequence[Block]) -> dict[str, Any]:
 
 
 def choose(current: Block, suggested: Sequence[Block]) -> int:
-    """Return the number of the block that comes nearest to what they would be merged to, 0 for the current values."""
+    """Return the number of the block closest to the merged values, 0 for the current values."""
     merged = aggregate(current, suggested)
     if not merged:
         return 0
@@ -91,7 +91,7 @@ def choose(current: Block, suggested: Sequence[Block]) -> int:
 
 
 def merge(ballot: Ballot) -> Any:
-    """Merge one component by what kind of value it holds."""
+    """Merge one component by the type of its value."""
     current = ballot.current
     if isinstance(current, bool):
         return majority(ballot)
@@ -105,17 +105,13 @@ def merge(ballot: Ballot) -> Any:
 
 
 def is_code(text: str) -> bool:
-    r"""Whether a text is the source of a function.
-
-    >>> is_code("def f(x):\n    return x"), is_code("define the terms")
-    (True, False)
-    """
+    r"""Return True if a text is the source of a function."""
     lines = [line for line in text.strip().splitlines() if not line.startswith("@")]
     return bool(lines) and lines[0].startswith(("def ", "async def ")) and "(" in lines[0]
 
 
 def majority(ballot: Ballot) -> Any:
-    """Return the value with the most weight behind it; of equals the current one."""
+    """Return the value with the most weight, or the current one if they are equal."""
     weights: dict[str, float] = {}
     values: dict[str, Any] = {}
     for value, weight in [(ballot.current, ballot.weight), *ballot.votes]:
@@ -126,11 +122,7 @@ def majority(ballot: Ballot) -> Any:
 
 
 def weighted_median(ballot: Ballot) -> int | float:
-    """Return the value with half of the weight on either side; between two of them the one nearer to the current.
-
-    >>> weighted_median(Ballot(8, 0.5, [(13, 0.5), (13, 0.5), (400, 0.5)]))
-    13
-    """
+    """Return the value with half of the weight on either side; of two such values the one closer to the current."""
     sides = sorted([(ballot.current, ballot.weight), *ballot.votes])
     half = math.fsum(weight for _, weight in sides) / 2
     candidates: list[int | float] = []
@@ -165,7 +157,7 @@ def merged_text(ballot: Ballot) -> str:
 
 
 def _elected(ballot: Ballot, parts: Callable[[Any], list[str]]) -> list[str]:
-    """Elect the parts of which several values consist: kept, added, or dropped."""
+    """Elect the parts of several values: kept, added, or dropped."""
     held = parts(ballot.current)
     added: dict[str, float] = {}
     dropped: dict[str, float] = {}
@@ -181,7 +173,7 @@ def _elected(ballot: Ballot, parts: Callable[[Any], list[str]]) -> list[str]:
 
 
 def _elected_rules(ballot: Ballot) -> dict[str, list[str]]:
-    """Return answer -> its words: each word goes where the most weight wants it, or nowhere."""
+    """Return answer -> its words: each word goes to the answer with the most weight, or is dropped."""
     held = _word_answers(ballot.current)
     wishes: dict[str, dict[str, float]] = {word: {answer: ballot.weight} for word, answer in held.items()}
     for value, weight in ballot.votes:
@@ -200,7 +192,7 @@ def _elected_rules(ballot: Ballot) -> dict[str, list[str]]:
 
 
 def _winner(sides: dict[str, float], held: str | None, current: float) -> str:
-    """Return the answer that a word goes to, "" for none: equals keep what is held and cancel what is new."""
+    """Return the answer that a word belongs to, or "": equal weights keep a current word and drop a new one."""
     first, *others = sorted(sides, key=lambda answer: -sides[answer])
     tied = bool(others) and sides[others[0]] >= sides[first] - _SLACK
     if held is not None:
@@ -214,20 +206,20 @@ def _word_answers(text: str) -> dict[str, str]:
 
 
 def _only(ballot: Ballot, kinds: Any) -> Ballot:
-    """Leave out votes of a type that the component cannot take."""
+    """Leave out votes of a type that the component does not accept."""
     votes = [(value, weight) for value, weight in ballot.votes if isinstance(value, kinds)]
     return Ballot(ballot.current, ballot.weight, [vote for vote in votes if not isinstance(vote[0], bool)])
 
 
 NEW_WORDS = 3
-"""How many words of one text a proposal makes rules of."""
+"""The maximum number of words of one text that a proposal makes rules of."""
 
 GROWTH = 1.7
-"""By what factor a length grows that cut the text."""
+"""The factor by which a limit grows that cut the text."""
 
 LOWER = "{0} = {0}.lower()"
 TRIM = '{0} = " ".join(word.strip(".,;:!?()\'") for word in {0}.split())'
-"""Statements that take off case, and punctuation at the ends of words."""
+"""Statements that remove case, and punctuation at the ends of words."""
 
 LONGER = re.compile(r"words|length|long|excerpt|limit|character|token|window|context|size", re.IGNORECASE)
 RULES = re.compile(r"instruct|rule|guid|prompt|polic", re.IGNORECASE)
@@ -242,7 +234,7 @@ _LESS = re.compile(r"\b(?:too (?:high|large|many|big|long)|fewer|lower|decrease|
 _BOUNDS = re.compile(r"(?P<end>\"minimum\":|\"maximum\":|>=|<=)\s*(?P<value>-?[\d.]+)")
 
 
-# ---- the optimizer: what one example's feedback asks for
+# ---- the optimizer: changes for one example's feedback
 
 
 class Parameter(Struct, frozen=True):
@@ -256,7 +248,7 @@ class Parameter(Struct, frozen=True):
 
 
 class Case(Struct, frozen=True):
-    """What the prompt says about one example; `seen` is the text that the agent's model was shown."""
+    """The prompt's facts about one example; `seen` is the text that the agent's model saw."""
 
     parameters: dict[str, Parameter]
     seen: str = ""
@@ -267,11 +259,11 @@ class Case(Struct, frozen=True):
 
 
 Proposed = dict[str, tuple[Any, str]]
-"""Component -> (new value, why)."""
+"""Component -> (new value, reason)."""
 
 
 def propose(case: Case, draw: random.Random, *, wrong_rate: float) -> Proposed:
-    """Return what should change; nothing where the feedback says that the output is right."""
+    """Return the changes, none if the feedback says that the output is right."""
     if (case.score is not None and case.score >= 1) or _RIGHT.match(case.feedback):
         return {}
     wrong = draw.random() < wrong_rate
@@ -280,22 +272,12 @@ def propose(case: Case, draw: random.Random, *, wrong_rate: float) -> Proposed:
 
 
 def expected_answer(feedback: str) -> str | None:
-    """Return the answer that feedback says it wanted.
-
-    >>> expected_answer('Expected "billing", got "sales".')
-    'billing'
-    """
+    """Return the expected answer in a feedback."""
     return next((found[1].strip() for pattern in _EXPECTED if (found := pattern.search(feedback))), None)
 
 
 def bounds(kind: str) -> tuple[float, float]:
-    """Read the smallest and largest value from a parameter's type as the prompt words it.
-
-    >>> bounds('{"type":"integer","minimum":5,"maximum":80}')
-    (5.0, 80.0)
-    >>> bounds("int, >= 5, <= 80")
-    (5.0, 80.0)
-    """
+    """Read the minimum and maximum from a parameter's type as worded in the prompt."""
     found = {match["end"].strip('":'): float(match["value"]) for match in _BOUNDS.finditer(kind)}
     smallest = found.get("minimum", found.get(">=", float("-inf")))
     return smallest, found.get("maximum", found.get("<=", float("inf")))
@@ -314,7 +296,7 @@ def _sound(case: Case) -> Proposed:
 
 
 def _of(case: Case, kind: Callable[[Any], bool], about: re.Pattern[str] | None = None) -> Parameter | None:
-    """Return the first parameter of a kind, one whose name or description fits before the others."""
+    """Return the first parameter of a kind, preferring one with a matching name or description."""
     fitting = [parameter for parameter in case.parameters.values() if kind(parameter.value)]
     if about is None:
         return fitting[0] if fitting else None
@@ -347,7 +329,7 @@ def _longer(case: Case) -> Proposed:
 
 
 def _scaled(case: Case) -> Proposed:
-    """Follow feedback that only says more or less: of the number it speaks of, else of the first."""
+    """Follow feedback that only asks for more or less: of the number that it names, or of the first one."""
     spoken = set(bare_text(case.feedback).split())
     numbers = [parameter for parameter in case.parameters.values() if is_number(parameter.value)]
     named = [number for number in numbers if spoken & set(re.split(r"[\W_]+", number.name.lower()))]
@@ -387,13 +369,7 @@ def _cleaned(case: Case, expected: str) -> Proposed:
 
 
 def _inserted(source: str, statement: str) -> str:
-    r"""Put a statement about the function's last argument in front of its last return.
-
-    >>> print(_inserted("def f(x):\n    return x", "{0} = {0}.lower()"))
-    def f(x):
-        x = x.lower()
-        return x
-    """
+    r"""Insert a statement about the function's last argument before its last return."""
     signature = re.search(r"def \w+\((?P<arguments>[^)]*)\)", source)
     names = re.findall(r"(\w+)\s*(?::[^,]+)?(?:,|$)", signature["arguments"]) if signature else []
     lines = source.rstrip().split("\n")
@@ -422,11 +398,7 @@ def _ruled(case: Case, expected: str) -> Proposed:
 
 
 def without(text: str, words: list[str]) -> str:
-    """Remove words from the rules of a text, and the rules that then have none.
-
-    >>> without("refund, please -> billing", ["please"])
-    'refund -> billing'
-    """
+    """Remove words from the rules of a text, and rules without words."""
     lines = [
         Rule(tuple(word for word in line.words if word not in words), line.answer) if isinstance(line, Rule) else line
         for line in layout(text)
@@ -450,7 +422,7 @@ def with_rule(text: str, words: list[str], answer: str) -> str:
 
 
 def _erring(case: Case, proposed: Proposed, draw: random.Random) -> Proposed:
-    """Spoil a proposal in one of the ways that fit it."""
+    """Make a proposal wrong in one of the possible ways."""
     expected = expected_answer(case.feedback) or case.output
     text = _text(case)
     wrong: list[Proposed] = []

@@ -1,6 +1,6 @@
 """For tests: the pytest plugin, and fakes of a transport and of a model.
 
-May import every room below the command line. Nothing is loaded before its first use, as pytest loads the plugin in
+May import every room below the command line. Nothing is loaded before its first use, because pytest loads the plugin in
 every project.
 """
 

@@ -1,7 +1,7 @@
-"""Fakes for your own tests: a transport under `LLM`, and a model in place of one.
+"""Fakes for your own tests: a transport for `LLM`, and a model.
 
-`FakeTransport` answers the HTTP requests of the client, so everything above it runs as it does with a provider:
-encoding, retries, limits, budgets, cassettes. `ScriptedModel` answers in place of the whole client.
+`FakeTransport` answers the client's HTTP requests, so everything above it runs as with a provider: encoding, retries,
+limits, budgets, cassettes. `ScriptedModel` replaces the whole client.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def text_reply(
     usage: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] = {},
 ) -> HTTPReply:
-    """Return a chat completion as OpenAI sends it; its usage is 10 tokens in and 5 out by default."""
+    """Return a chat completion in OpenAI's format; its usage is 10 tokens in and 5 out by default."""
     counts = {"prompt_tokens": 10, "completion_tokens": 5} if usage is None else usage
     body = {
         "id": "chatcmpl-1",
@@ -44,13 +44,13 @@ def text_reply(
 def error_reply(
     status: int, message: str = "no", *, code: str | None = None, headers: Mapping[str, str] = {}
 ) -> HTTPReply:
-    """Return an error as OpenAI sends it, such as `error_reply(429, headers={"retry-after": "2"})`."""
+    """Return an error in OpenAI's format, such as `error_reply(429, headers={"retry-after": "2"})`."""
     body = {"error": {"message": message, "code": code}}
     return HTTPReply(status=status, body=msgspec.json.encode(body), headers=dict(headers))
 
 
 def stream_reply(*pieces: str, usage: Mapping[str, Any] | None = None) -> HTTPReply:
-    """Return a streamed chat completion as OpenAI sends it, one event for each piece of the text."""
+    """Return a streamed chat completion in OpenAI's format, one event for each piece of the text."""
     counts = {"prompt_tokens": 10, "completion_tokens": 5} if usage is None else usage
     deltas: list[dict[str, Any]] = [{"index": 0, "delta": {"role": "assistant", "content": text}} for text in pieces]
     deltas.append({"index": 0, "delta": {}, "finish_reason": "stop"})
@@ -65,11 +65,11 @@ Step = HTTPReply | str | Exception | Callable[[HTTPRequest], Any]
 
 
 class FakeTransport(Transport):
-    """Answers requests from a script, one step after the other; the last step answers all that follow.
+    """Answers requests from a script, one step after the other; the last step is repeated.
 
-    A step is an HTTPReply, a text (sent as `text_reply` makes it), an exception (raised), or a function of the request
-    that returns one of these, sync or async. `requests` and `timeouts` keep what was sent. `latency` is awaited before
-    each answer.
+    A step is an HTTPReply, a text (sent as by `text_reply`), an exception (raised), or a function of the request that
+    returns one of these, sync or async. `requests` and `timeouts` record the requests. `latency` is awaited before each
+    answer.
 
     >>> from aggregator import LLM
     >>> transport = FakeTransport(error_reply(429, headers={"retry-after": "0"}), "hello")
@@ -112,16 +112,16 @@ Reply = str | Mapping[str, Any] | Completion | Exception | Callable[[list[dict[s
 
 
 ONE_CALL = Usage(input_tokens=10, output_tokens=5, cost=0.1)
-"""What a call of a ScriptedModel counts as by default: enough to test costs and budgets with."""
+"""The default usage of a ScriptedModel's call: enough to test costs and budgets."""
 
 
 class ScriptedModel(CallableModel):
-    """A model that answers from a script, one reply after the other; the last reply answers all that follow.
+    """A model that answers from a script, one reply after the other; the last reply is repeated.
 
-    A reply is a text, a mapping (sent as JSON), a Completion, an exception (raised), or a function of the messages
-    that returns one of these, sync or async. Each call counts `usage` in ledgers and budgets. `asked`, `options` and
-    `places` keep the messages, the options, and the (lineage, role) of each call. `jitter` returns for how many turns
-    of the event loop a call waits, to shuffle the order in which calls end.
+    A reply is a text, a mapping (sent as JSON), a Completion, an exception (raised), or a function of the messages that
+    returns one of these, sync or async. Each call counts `usage` in ledgers and budgets. `asked`, `options` and
+    `places` record the messages, the options, and the (lineage, role) of each call. `jitter` returns the number of
+    event loop iterations that a call waits, to shuffle the order of completion.
 
     >>> model = ScriptedModel("first", "again")
     >>> [model(messages="Hi").text for _ in range(3)], len(model.asked)
@@ -166,16 +166,12 @@ class ScriptedModel(CallableModel):
 
 
 def suggestion(reasoning: str = "because", /, **values: Any) -> str:
-    """Return the reply of an optimizer or aggregator that suggests these values, for `ScriptedModel`.
-
-    >>> suggestion(k=3)
-    '{"reasoning_all": "because", "suggestion": {"k": 3}}'
-    """
+    """Return a reply of an optimizer or aggregator that suggests these values, for `ScriptedModel`."""
     return json.dumps({"reasoning_all": reasoning, "suggestion": values})
 
 
 async def _answer(step: Any, asked: Any) -> Any:
-    """Return what a step of a script answers; raises it if it is an exception."""
+    """Return the answer of a script's step; raises it if it is an exception."""
     answer = step(asked) if callable(step) else step
     if isawaitable(answer):
         answer = await answer

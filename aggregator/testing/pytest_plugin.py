@@ -1,18 +1,18 @@
 """The pytest plugin: `@pytest.mark.cassette` records the LLM calls of a test once, and replays them in later runs.
 
     @pytest.mark.cassette                                   # cassettes/<module>/<test>.yaml next to the module
-    @pytest.mark.cassette("name", clients="all")            # cassettes/<module>/name.yaml; other clients served too
+    @pytest.mark.cassette("name", clients="all")            # cassettes/<module>/name.yaml; records other clients too
     @pytest.mark.cassette("shared/name", unplayed="error")  # cassettes/shared/name.yaml; the test fails on leftovers
 
-Inactive unless a test has the mark: until then nothing but pytest is imported. Its options and fixtures have names of
-their own, so that it can be used together with pytest-recording.
+Inactive unless a test has the mark: until then only pytest is imported. Its options and fixtures have other names than
+pytest-recording's, so that both can be used together.
 
 The accounts of what each test played are in pytest's cache:
 
     {"tests/test_router.py::test_plain": {"path": "...yaml", "unplayed": ["- #0.0 9f86d081884c"], "complete": true}}
 
-An account is complete if its test passed: only then are unplayed exchanges ones that the test no longer needs. A run
-of some tests keeps the accounts of the others. `aggregator cassette` reads them.
+An account is complete if its test passed: only then are unplayed exchanges ones that the test no longer needs. A run of
+some tests keeps the accounts of the others. `aggregator cassette` reads them.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ OPTIONS = (
     *("clients", "lineage", "latency", "ignore", "match_on", "allow_playback_repeats", "ignore_hosts"),
     *("ignore_localhost", "before_record_request", "before_record_response", "redact", "keep", "keep_headers", "code"),
 )
-"""Arguments of the mark that are those of `cassette(...)`."""
+"""The mark's arguments that are those of `cassette(...)`."""
 ARGUMENTS = ("mode", *OPTIONS, "unplayed", "allowed_hosts")
 UNPLAYED = ("ignore", "report", "error")
 MAX_NAME = 120
-MAX_BYTES = 200  # file systems take 255, and `.new`, `.lock` or a shard's number is appended
+MAX_BYTES = 200  # file systems allow 255, and `.new`, `.lock` or a shard's number is appended
 
 
 def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
-    """Return the arguments of a test's marks, those of the closest mark first; None without a mark."""
+    """Return the arguments of a test's marks, the closest mark's first; None without a mark."""
     found: dict[str, Any] = {"name": None}
     marks = _closest_first(item)
     for mark in reversed(marks):
@@ -94,7 +94,7 @@ def resolve_settings(config: pytest.Config, arguments: dict[str, Any]) -> dict[s
     clients = options.get("clients", config.getini("cassette_clients"))
     options["clients"] = "all" if list(clients) == ["all"] else clients if isinstance(clients, str) else tuple(clients)
     hosts = options.get("ignore_hosts", ())
-    if hosts is not None:  # else nothing is ignored, not even by the ini file
+    if hosts is not None:  # otherwise nothing is ignored, not even by the ini file
         options["ignore_hosts"] = [*config.getini("cassette_ignore_hosts"), *_as_list(hosts)]
         options.setdefault("ignore_localhost", config.getini("cassette_ignore_localhost"))
     return {
@@ -152,11 +152,11 @@ def unfinished(path: object) -> Account:
 
 @dataclass
 class Ledger:
-    """What was collected in this session, and what its tests played."""
+    """The collected tests of this session, and what they played."""
 
     files: set[str] = field(default_factory=set)  # those that tests were collected from
-    marked: dict[str, str] = field(default_factory=dict)  # test -> its cassette; those left out by `-k` too
-    shared: dict[str, str] = field(default_factory=dict)  # test -> another one of the same default cassette
+    marked: dict[str, str] = field(default_factory=dict)  # test -> its cassette, including tests deselected by `-k`
+    shared: dict[str, str] = field(default_factory=dict)  # test -> another one with the same default cassette
     played: Accounts = field(default_factory=dict)
     recorders: dict[Path, set[str]] = field(default_factory=dict)  # cassette -> tests that opened it to record
 
@@ -186,7 +186,7 @@ class Ledger:
     def merge_with(self, kept: Accounts, root: Path, *, partial: bool) -> Accounts:
         """Return the accounts of all existing tests; `kept` are those of earlier runs.
 
-        After a `partial` collection, such as one test by its id, tests that were not collected count as existing.
+        After a `partial` collection, such as one test by its id, uncollected tests count as existing.
         """
 
         def exists(test: str) -> bool:
@@ -202,7 +202,7 @@ class Ledger:
         return {"files": sorted(self.files), "marked": self.marked, "played": self.played}
 
     def add(self, plain: Mapping[str, Any]) -> None:
-        """Add the ledger that an xdist worker sent."""
+        """Add the ledger sent by an xdist worker."""
         self.files |= set(plain["files"])
         self.marked |= plain["marked"]
         self.played |= plain["played"]
@@ -213,7 +213,7 @@ def _file_of(test: str) -> str:
 
 
 def summary(accounts: Accounts, played: Accounts) -> Iterator[str]:
-    """Yield what tests of this run left unplayed, each cassette once, and the tests that asked nothing."""
+    """Yield the exchanges that this run's tests left unplayed, each cassette once, and the tests without a call."""
     sharing: dict[str, Accounts] = {account["path"]: {} for _, account in sorted(played.items())}
     for test, account in accounts.items():
         sharing.get(account["path"], {})[test] = account
@@ -233,7 +233,7 @@ def summary(accounts: Accounts, played: Accounts) -> Iterator[str]:
 
 
 def _left_over(tests: Accounts) -> list[str]:
-    """Return what none of a cassette's tests played; nothing if one of them has not passed."""
+    """Return the exchanges that none of a cassette's tests played; none if one of them has not passed."""
     if not all(account.get("complete") and account.get("rule") == "report" for account in tests.values()):
         return []
     first, *others = (account["unplayed"] for account in tests.values())
@@ -245,7 +245,7 @@ def _count(things: list[str], noun: str) -> str:
     return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
-PLAYED = "aggregator/cassettes"  # where the cache keeps the accounts; `aggregator cassette check` reads it
+PLAYED = "aggregator/cassettes"  # the cache key of the accounts; `aggregator cassette check` reads it
 
 LEDGER: pytest.StashKey[Ledger] = pytest.StashKey()
 ACCOUNTS: pytest.StashKey[Accounts] = pytest.StashKey()
@@ -297,7 +297,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Add the collected tests to the ledger, now that they have all their marks."""
+    """Add the collected tests to the ledger, once they have all their marks."""
     collected = session.config.stash[COLLECTED]
     session.config.stash[LEDGER].collect(collected)
     collected.clear()
@@ -305,7 +305,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True, trylast=True)  # within pytest's own, which must start even if this raises
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
-    """Before a test that must not record, refuse the network to fixtures of wider scope too: they are set up first."""
+    """Before a test that must not record, refuse the network to fixtures of wider scope too, which are set up first."""
     item.config.stash[CURRENT] = item
     item.stash[PASSED] = None
     item.stash[REFUSALS] = []
@@ -322,7 +322,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.fixture(autouse=True)
 def _aggregator_cassette(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Open the cassette of a marked test around its fixtures and itself."""
+    """Open the cassette of a marked test around its fixtures and its call."""
     item = request.node
     arguments = mark_arguments(item)
     if arguments is None:
@@ -362,7 +362,7 @@ def cassette_tape(request: pytest.FixtureRequest) -> Tape:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Check the tape within the test, so that a swallowed miss or unplayed exchanges make it fail."""
+    """Check the tape within the test, so that a swallowed miss or unplayed exchanges fail it."""
     try:
         outcome = yield
         if (taping := item.stash.get(TAPING, None)) is not None:
@@ -377,7 +377,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Record how a test ends (unittest, subtests and xfail decide it here); report what a failed test's code hid."""
+    """Record a test's outcome (unittest, subtests and xfail decide it here); report errors that its code hid."""
     report = yield
     if call.when != "teardown" and item.stash.get(PASSED, None) is not False:
         called = report.passed and call.when == "call"
@@ -389,7 +389,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Save what was played for `aggregator cassette check --orphans`; an xdist worker sends it to the main process."""
+    """Save the accounts for `aggregator cassette check --orphans`; an xdist worker sends them to the main process."""
     config = session.config
     ledger, cache = config.stash[LEDGER], getattr(config, "cache", None)  # None with `-p no:cacheprovider`
     if hasattr(config, "workeroutput"):
@@ -404,7 +404,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add what an xdist worker played."""
+    """Add the accounts of an xdist worker."""
     if (handed := getattr(node, "workeroutput", {}).get(PLAYED)) is not None:
         node.config.stash[LEDGER].add(handed)
 
@@ -420,7 +420,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_recording_configure(config: pytest.Config, vcr: Any) -> None:
-    """Serve pytest-recording's `vcr` tests from an indexed tape, if `cassette_serve_vcr` is set."""
+    """Use an indexed tape for pytest-recording's `vcr` tests, if `cassette_serve_vcr` is set."""
     if not config.getini("cassette_serve_vcr"):
         return
     from aggregator.testing.serving_vcr import serve_vcr

@@ -1,7 +1,7 @@
-"""pytest-recording's `vcr` tests, served by our indexed tape: same marks, same files, no scan of the whole cassette.
+"""pytest-recording's `vcr` tests on our indexed tape: same marks, same files, no scan of the whole cassette.
 
-A test's own `match_on` decides what is matched, and a miss is vcrpy's own exception. Hooks, filters, matchers of
-one's own and options that change how files are stored leave a test with stock vcrpy.
+A test's own `match_on` decides what is compared, and a miss is vcrpy's own exception. A test with hooks, filters,
+custom matchers or options that change how files are stored uses stock vcrpy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SERVED_OPTIONS = frozenset(
         "allowed_hosts",  # of pytest-recording itself
         "cassette_library_dir",
         "decode_compressed_response",
-        "filter_headers",  # what authenticates is redacted
+        "filter_headers",  # authentication is redacted
         "func_path_generator",
         "inject_cassette",
         "match_on",
@@ -51,13 +51,13 @@ SERVED_OPTIONS = frozenset(
         "use_cassette",
     }
 )
-"""What may be set: the tape does it, or it is looked at by itself."""
-_EXACT = frozenset({"uri", "url"})  # compared as they are, where we take addresses that mean the same for the same
+"""Supported options: the tape implements them, or they are checked separately."""
+_EXACT = frozenset({"uri", "url"})  # compared literally, unlike our tape, which matches equivalent addresses
 Note = Callable[[Path, Tape], None]
 
 
 class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
-    """What the fixture `vcr` is then: what the file holds and what is being recorded, and what the tape plays."""
+    """The value of the fixture `vcr`: the file's exchanges, those being recorded, and what the tape plays."""
 
     def __init__(self, tape: Tape, merged: dict[str, Any]) -> None:
         super().__init__(
@@ -74,26 +74,26 @@ class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
 
     @property
     def data(self) -> list[tuple[Request, dict[str, Any]]]:
-        """Requests and answers, those of the file first."""
-        if "tape" not in vars(self):  # while vcrpy's own class is being made
+        """Requests and answers, the file's first."""
+        if "tape" not in vars(self):  # while vcrpy's own class is being constructed
             return []
         recorded = [(_request_of(one.request), from_reply(one.reply)) for one in self.tape.exchanges]
         for _, response in recorded if self._is_saved else ():
-            with suppress(UnicodeDecodeError):  # vcrpy has the bodies as text by then, where they are
+            with suppress(UnicodeDecodeError):  # by then vcrpy has converted the bodies to text, if possible
                 response["body"]["string"] = response["body"]["string"].decode()
         return [*self._loaded, *recorded]
 
     @data.setter
     def data(self, value: object) -> None:
-        """Take vcrpy's empty list."""
+        """Accept vcrpy's empty list."""
 
     @property
     def all_played(self) -> bool:
-        """Whether every exchange was played, those that are being recorded included, which were not."""
+        """True if every exchange was played; exchanges being recorded count as not played."""
         return self.play_count == len(self)
 
     def _save(self, force: bool = False) -> None:
-        """Note that the block has ended: the tape has written each exchange already."""
+        """Note that the block has ended; the tape has written each exchange already."""
         self._is_saved = True
 
     @property
@@ -106,21 +106,21 @@ class ServedCassette(Cassette):  # type: ignore[misc] # vcrpy is untyped
 
     @play_counts.setter
     def play_counts(self, value: object) -> None:
-        """Take vcrpy's empty counter."""
+        """Accept vcrpy's empty counter."""
 
     @property
     def play_count(self) -> int:
-        """How many answers were played."""
+        """The number of answers played."""
         return self.tape.plays
 
     @property
     def dirty(self) -> bool:
-        """Whether something was recorded."""
+        """True if something was recorded."""
         return "tape" in vars(self) and self.tape.recorded > 0
 
     @dirty.setter
     def dirty(self, value: object) -> None:
-        """Take vcrpy's False."""
+        """Accept vcrpy's False."""
 
     def rewind(self) -> None:
         """Play from the beginning again."""
@@ -135,15 +135,15 @@ def _request_of(request: HTTPRequest) -> Request:
 
 
 def _same_address(one: Any, other: Any) -> bool:
-    """Return whether two requests have one address as vcrpy compares them: as they are, but for an empty path."""
+    """Return True if two requests have one address as vcrpy compares them: literally, except for an empty path."""
     here, there = (urlsplit(request.uri)._replace(path=request.path or "/") for request in (one, other))
     return bool(here == there)
 
 
 def serve_vcr(vcr: Any, note: Note) -> None:
-    """Make this VCR's `use_cassette` open our tape, for every test whose options we support.
+    """Make this VCR's `use_cassette` open our tape, for every test with supported options.
 
-    `note` is called with each tape when it has been opened and again when it has been closed.
+    `note` is called with each tape after opening and again after closing.
     """
     stock: Callable[..., AbstractContextManager[Any]] = vcr.use_cassette
 
@@ -157,15 +157,15 @@ def serve_vcr(vcr: Any, note: Note) -> None:
 
 
 def served_context(vcr: Any, note: Note, options: dict[str, Any]) -> ServedContext:
-    """Return what `use_cassette(**options)` of this VCR would, on our tape: a context manager and a decorator."""
+    """Return an equivalent of this VCR's `use_cassette(**options)` on our tape: a context manager and a decorator."""
     return ServedContext(_Opener(vcr, note, options), lambda: vcr.get_merged_config(**options))
 
 
 def can_serve(vcr: Any, options: dict[str, Any], *, persisters: tuple[Any, ...] = ()) -> bool:
-    """Return True if the tape supports these options and those that a hook has set in the VCR.
+    """Return True if the tape supports these options and those set in the VCR by a hook.
 
     Any option that differs from vcrpy's default and is not known to be supported gives False. pytest-recording's own
-    persister, of one cassette, is known, and so are `persisters`.
+    persister is supported, and so are `persisters`.
     """
     plain = vars(VCR())
     asked = {**vars(vcr), **options}
@@ -179,9 +179,9 @@ def can_serve(vcr: Any, options: dict[str, Any], *, persisters: tuple[Any, ...] 
 
 
 def matched_by(vcr: Any, options: dict[str, Any]) -> tuple[str | None, ...]:
-    """Return what a test matches on: names of vcrpy's own matchers, and None for one that no tape has.
+    """Return a test's matchers: names of vcrpy's own, and None for one that the tape does not support.
 
-    Those are matchers that the test registered, and headers, of which a recording holds only some.
+    Unsupported are matchers that the test registered, and headers, which are only partly recorded.
     """
     plain = VCR().matchers
     names = (*options.get("match_on", vcr.match_on), *options.get("additional_matchers", ()))
@@ -189,17 +189,17 @@ def matched_by(vcr: Any, options: dict[str, Any]) -> tuple[str | None, ...]:
 
 
 class _Opener:
-    """Opens a cassette where vcrpy would load one."""
+    """Opens a cassette when vcrpy would load one."""
 
     def __init__(self, vcr: Any, note: Note, options: dict[str, Any]) -> None:
         self.vcr, self.note, self.options = vcr, note, options
 
     def load(self, **merged: Any) -> _Opened:
-        """Return what the block enters."""
+        """Return the object for the block."""
         return _Opened(self, merged)
 
     def rules(self, merged: dict[str, Any]) -> TapeRules:
-        """Return the rules of a tape that does what the test's options ask for."""
+        """Return the rules of a tape for the test's options."""
         asked = {**vars(self.vcr), **self.options}
         names = [name for name in matched_by(self.vcr, self.options) if name is not None]
         return TapeRules(
@@ -209,8 +209,8 @@ class _Opener:
             ignore_hosts=(),  # the test's own options decide what is ignored
             allow_playback_repeats=merged["allow_playback_repeats"],
             before_request=merged["before_record_request"] if any(asked.get(name) for name in _IGNORING) else None,
-            redaction=Redaction(headers=("*",)),  # vcrpy keeps every header; what authenticates is redacted in them too
-            raises_again=False,  # nor does vcrpy
+            redaction=Redaction(headers=("*",)),  # vcrpy keeps every header; authentication in them is redacted too
+            raises_again=False,  # vcrpy does not either
             keeps_exchanges=True,
             like_vcrpy=True,
             coded=not asked["decode_compressed_response"],
@@ -226,7 +226,7 @@ class _Opened:
         self.served: ServedCassette | None = None
 
     def _save(self) -> None:
-        """Finish what is shown of the block."""
+        """Finish the block's public state."""
         if self.served is not None:
             self.served._save()  # noqa: SLF001 - which vcrpy calls
 
@@ -245,7 +245,7 @@ class _Opened:
 
 
 class ServedContext(CassetteContextDecorator):  # type: ignore[misc] # vcrpy is untyped
-    """vcrpy's own context manager and decorator, around a cassette of ours."""
+    """vcrpy's own context manager and decorator, with our cassette."""
 
     def _patch_generator(self, opened: _Opened) -> Iterator[ServedCassette]:
         self._opened = opened

@@ -1,4 +1,4 @@
-"""The simulated model under the name that programs know it by; it lives in `aggregator.simulation.model`."""
+"""The simulated model under its old import path; it is defined in `aggregator.simulation.model`."""
 
 from __future__ import annotations
 

@@ -38,12 +38,12 @@ def refuse_connections(
     met: list[CassetteError] | None = None,
     unreported: Container[str] = (),
 ) -> Iterator[None]:
-    """Refuse connections, datagrams and name look-ups within a block, to the loopback too unless it is allowed.
+    """Refuse connections, datagrams and name look-ups in a block, also to the loopback unless it is allowed.
 
     A host that is allowed by name is allowed at every address that it resolves to; `*.example.com` matches the hosts
-    below it. Refusals are added to `met`, since code may hide the error, but not those of `unreported` hosts, which
-    look like a network that is down. Unix sockets and connections that were made before still work. uvloop connects
-    below Python's sockets, so only its name look-ups are refused.
+    below it. Refusals are added to `met`, because code may hide the error, except those of `unreported` hosts, which
+    look like a network that is down. Unix sockets and existing connections still work. uvloop connects below Python's
+    sockets, so only its name look-ups are refused.
     """
     guard = _Guard(allowed_hosts, f"{why}; {remedy}", [] if met is None else met, unreported)
     kind: Any = socket.socket
@@ -58,7 +58,7 @@ def refuse_connections(
 
 
 class _Guard:
-    """Which hosts may be reached, and the replacements of the functions that reach them."""
+    """The allowed hosts, and the replacements of the functions that reach hosts."""
 
     def __init__(
         self, allowed_hosts: Iterable[str], why: str, met: list[CassetteError], unreported: Container[str]
@@ -74,7 +74,7 @@ class _Guard:
     def check(self, host: object) -> None:
         """Raise CassetteError unless this host is allowed; None is a server's address, not a host.
 
-        For an unreported host the error is that of a network that is down, which its code handles.
+        For an unreported host the error is that of a network that is down, which code can handle.
         """
         name = host.decode("latin-1") if isinstance(host, bytes) else host
         if name is None or str(name).lower() in self.allowed or getattr(_pairing, "active", False):
@@ -88,7 +88,7 @@ class _Guard:
         raise refusal
 
     def leading(self, at: int) -> Callable[[Call], Call]:
-        """Return the wrapper of a socket's method whose argument at this position is an address."""
+        """Return the wrapper of a socket's method with an address at this position."""
 
         def wrap(original: Call) -> Call:
             def guarded(self_: socket.socket, *args: Any) -> Any:
@@ -127,7 +127,7 @@ class _Guard:
         return look_up
 
     def naming(self, addresses: Callable[[Any], list[str]] = lambda _: []) -> Callable[[Call], Call]:
-        """Return the wrapper of an older look-up; the machine's own name is allowed, as `http.server` looks it up."""
+        """Return the wrapper of an older look-up; the machine's own name is allowed for `http.server`."""
 
         def wrap(original: Call) -> Call:
             def look_up(host: Any) -> Any:
@@ -185,7 +185,7 @@ class Taping:
         self.path = path
         self.passed = False
         self._refusals = refusals
-        # threads and loops that were started before have no context of this test
+        # threads and loops that were started before do not have this test's context
         self._cassette = cassette(path, mode, adopts="everything", **options)
         self._unplayed = unplayed
         ignored = ignored_by(options.get("ignore_hosts") or (), localhost=bool(options.get("ignore_localhost")))
@@ -210,7 +210,7 @@ class Taping:
         return self
 
     def settle(self) -> None:
-        """Raise what the test's code hid, and with unplayed='error' what it did not play, while the test can fail."""
+        """Raise the errors that the test's code hid, and for unplayed exchanges with unplayed='error'."""
         self._raise_hidden()
         left = self.tape.unplayed()
         if left and self._unplayed == "error":
@@ -239,7 +239,7 @@ class Taping:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file of a test that passed, including its fixtures' calls at teardown; discard any other's."""
+        """Finish the file of a test that passed, including its fixtures' calls at teardown; otherwise discard it."""
         try:
             if self.passed and error is None:
                 self._raise_hidden()
@@ -248,7 +248,7 @@ class Taping:
             raise
         finally:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # the summary names them
+                warnings.filterwarnings("ignore", ".* were not played", CassetteWarning)  # the summary lists them
                 self._close(whole=self.passed and error is None)
 
     def _close(self, *, whole: bool) -> None:
@@ -256,7 +256,7 @@ class Taping:
             self._stack.close()
             return
         self.tape.discard()
-        with suppress(CassetteError):  # the failed test has reported what happened
+        with suppress(CassetteError):  # the failed test has reported the errors
             self._stack.close()
 
     def account(self) -> dict[str, Any]:
@@ -268,5 +268,5 @@ class Taping:
 
 
 def account_of(path: Path, tape: Tape) -> dict[str, Any]:
-    """Return what a test that passed left unplayed of its cassette."""
+    """Return the exchanges of its cassette that a passed test left unplayed."""
     return {"path": str(path), "unplayed": [exchange_id(row) for row in tape.unplayed()], "complete": True}
