@@ -225,9 +225,13 @@ def _body(response: aiohttp.ClientResponse, url: str) -> Awaitable[bytes]:
 
 async def _counted(response: aiohttp.ClientResponse, url: str) -> bytes:
     pieces, size = [], 0
-    while piece := await response.content.readany():
-        pieces.append(piece)
-        size = _added(size, piece, response, url)
+    try:
+        while piece := await response.content.readany():
+            pieces.append(piece)
+            size = _added(size, piece, response, url)
+    except BaseException:  # as aiohttp's own read() does
+        response.close()
+        raise
     return b"".join(pieces)
 
 

@@ -42,6 +42,35 @@ async def test_compressed_bodies_are_decompressed() -> None:
         assert (await transport.send(request(url))).body == b'{"a": 1}'
 
 
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (gzip.compress(b"{}") + b"more", {"content-encoding": "gzip"}),
+        (b"not compressed", {"content-encoding": "gzip"}),
+        (b"2\r\n{}\r\n", {"transfer-encoding": "chunked"}),
+        (b"zz\r\n{}", {"transfer-encoding": "chunked"}),
+    ],
+    ids=["data after gzip", "no gzip", "stalled", "bad chunk"],
+)
+async def test_an_answer_that_could_not_be_read_left_its_connection_open(body: bytes, headers: dict[str, str]) -> None:
+    """It was closed with a ResourceWarning, once the error was forgotten."""
+    closed = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        lines = {"content-length": f"{len(body)}"} if "transfer-encoding" not in headers else {}
+        head = "".join(f"{name}: {value}\r\n" for name, value in (lines | headers).items())
+        writer.write(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + body)
+        await reader.read()
+        closed.set()
+
+    async with serving(handle) as url, AiohttpTransport() as transport:
+        with pytest.raises(APIConnectionError) as caught:
+            await transport.send(request(url), timeout=0.3)
+        await asyncio.wait_for(closed.wait(), 5)
+    assert caught.value is not None
+
+
 @pytest.mark.requirement("client 1: no redirects")
 async def test_redirects_are_not_followed() -> None:
     """A redirected POST would become a GET."""
