@@ -1,9 +1,9 @@
-"""Our cassettes, budgets, limits and retries under another client: a transport for httpx, and so for the SDKs on it.
+"""Our cassettes, budgets, limits and retries for other clients: a transport for httpx, and so for SDKs that use it.
 
     AsyncOpenAI(http_client=httpx.AsyncClient(transport=aggregator.transport()), max_retries=0)
 
-No function is patched, and trio works as asyncio does. What happens to a request is one generator, `_course`, which
-asks for waits and for sending; `handle_request` and `handle_async_request` do these for threads and for event loops.
+No function is patched, and trio works like asyncio. A request is handled by one generator, `_course`, which requests
+waits and sending; `handle_request` and `handle_async_request` perform these for threads and for event loops.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from aggregator.records import HTTPReply
 
 
 class Wait(Struct, frozen=True):
-    """Asks the driver to wait so many seconds."""
+    """Requests a wait of this number of seconds."""
 
     seconds: float
 
 
 class Send(Struct, frozen=True):
-    """Asks the driver to send the request, and to read its answer unless `tee(response)` shows it while it is read."""
+    """Requests sending, and reading the answer unless `tee(response)` shows it while it is read."""
 
     turn: Turn
 
 
 class Sent(Struct, frozen=True):
-    """What the driver answers to `Send`: a response, with its body if that was read; or the error that came instead."""
+    """The driver's answer to `Send`: a response, with its body if that was read, or an error."""
 
     response: Any = None
     body: bytes | None = None
@@ -64,7 +64,7 @@ class Done(Struct, frozen=True):
 
 
 class Came(Struct, frozen=True, kw_only=True):
-    """What one attempt came to: an error, a response with the reply that was read of it, or a streamed response.
+    """The result of one attempt: an error, a response with its decoded reply, or a streamed response.
 
     `is_held` is True if the throttle makes the next attempt wait.
     """
@@ -77,7 +77,7 @@ class Came(Struct, frozen=True, kw_only=True):
 
 
 class Throttle:
-    """Spaces requests of all threads and loops: at most `rpm` a minute, and the pace that 429s teach."""
+    """Spaces the requests of all threads and event loops: at most `rpm` a minute, and the pace learned from 429s."""
 
     def __init__(self, rpm: float | None, *, adaptive: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.adaptive = adaptive
@@ -87,7 +87,7 @@ class Throttle:
         self._lock = threading.Lock()
 
     def admit(self) -> Admission | float:
-        """Return the permission to send now, or the seconds after which to ask again."""
+        """Return the permission to send now, or the seconds until the next check."""
         with self._lock:
             now = self.clock()
             ready = max(self._requests.ready_at(), self._learned.ready_at)
@@ -97,18 +97,18 @@ class Throttle:
             return self._learned.take(now)
 
     def accepted(self, admission: Admission) -> None:
-        """Take any answer but a 429."""
+        """Record any answer but a 429."""
         with self._lock:
             self._learned.accepted(admission, self.clock)
 
     def rejected(self, admission: Admission, wait: float) -> bool:
-        """Take a 429 that asks for so many seconds; return True if the throttle holds all requests back for it."""
+        """Record a 429 with a wait in seconds; return True if the throttle delays all requests for it."""
         with self._lock:
             return self.adaptive and self._learned.rejected(admission, wait, self.clock())
 
 
 class Bridge:
-    """What a transport does with a request, for sync and async callers."""
+    """A transport's handling of a request, for sync and async callers."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Bridge:
         self._random = Random()  # noqa: S311 - jitter, no secret
 
     def course(self, module: Any, request: Any, body: bytes) -> Generator[Wait | Send | Done, Any, None]:
-        """Yield what is to be done for a request, its response last; raises what its client is to raise."""
+        """Yield the actions for a request, its response last; raises the exception for its client."""
         url, number = str(request.url), 0
         part = Part(Observed((), self.prices, self.budget), shared=part_here())
         while True:
@@ -150,7 +150,7 @@ class Bridge:
                 yield Wait(wait)
 
     def _live(self, module: Any, turn: Turn) -> Generator[Wait | Send, Any, Came]:
-        """Send a request once the throttle lets it go, and show its answer."""
+        """Send a request once the throttle allows it, and show its answer."""
         while not isinstance(admission := self.throttle.admit(), Admission):
             yield Wait(admission)
         sent: Sent = yield Send(turn)
@@ -190,7 +190,7 @@ class Bridge:
 
 
 class Driver:
-    """Does what a course asks for, in threads and in event loops, for requests of httpx and of httpx2."""
+    """Performs the actions of a course, in threads and in event loops, for requests of httpx and of httpx2."""
 
     def __init__(self, bridge: Bridge, inner: Any) -> None:
         self._bridge = bridge
@@ -201,7 +201,7 @@ class Driver:
         return "aggregator.transport()"
 
     def _inner(self, module: Any, kind: str) -> Any:
-        """Return what sends the requests, made when first needed."""
+        """Return the transport that sends the requests, created on first use."""
         if self._given is not None:
             return self._given
         key = module.__name__, kind
@@ -279,12 +279,12 @@ class Driver:
         return loops.get(loop) or loops.setdefault(loop, Semaphore(self._bridge.max_concurrency))
 
     def close(self) -> None:
-        """Close what sends the requests of synchronous code."""
+        """Close the transport for synchronous code."""
         for inner in self._all("HTTPTransport", "close"):
             inner.close()
 
     async def aclose(self) -> None:
-        """Close what sends the requests of event loops."""
+        """Close the transports for event loops."""
         for inner in self._all("AsyncHTTPTransport", "aclose"):
             await inner.aclose()
 
@@ -306,12 +306,12 @@ def transport(
 ) -> Any:
     """Return a transport for `httpx.AsyncClient(transport=...)` and `httpx.Client(transport=...)`.
 
-    What goes through it is recorded and replayed by any open cassette, counts in the budget of a run and in `budget`,
-    shows in transcripts, is tried again after lost connections, 429s and 5xx (`max_attempts` requests at most; set the
-    SDK's own `max_retries=0`), and keeps the limits: `max_concurrency` requests at once in each event loop and over all
-    threads, `rpm` a minute, and the pace that 429s teach (`adaptive`). `inner` sends the requests, by default
-    `httpx.HTTPTransport()` and `httpx.AsyncHTTPTransport()`: give one for a proxy or own certificates. `prices` are
-    those of models that are not known, under a budget in USD.
+    Its requests are recorded and replayed by any open cassette, count in the budget of a run and in `budget`, are shown
+    in transcripts, are retried after lost connections, 429s and 5xx (`max_attempts` requests at most; set the SDK's own
+    `max_retries=0`), and respect the limits: `max_concurrency` requests at once in each event loop and over all
+    threads, `rpm` a minute, and the pace learned from 429s (`adaptive`). `inner` sends the requests, by default
+    `httpx.HTTPTransport()` and `httpx.AsyncHTTPTransport()`: give one for a proxy or custom certificates. `prices` are
+    those of models without a known price, for a budget in USD.
     """
     check_positive("max_attempts", max_attempts)
     check_limits(max_concurrency=max_concurrency, rpm=rpm, tpm=None)
@@ -321,7 +321,7 @@ def transport(
 
 
 def _class() -> type:
-    """Return the driver as a transport of httpx and of httpx2, whichever is there; imported here if neither is yet."""
+    """Return the driver as a transport of httpx and of httpx2, whichever is imported; imported here if neither is."""
     loaded = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
     if not loaded:
         try:

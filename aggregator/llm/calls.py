@@ -1,4 +1,4 @@
-"""What one call to a model is, and what a provider has to bring: the types between the client and the codecs."""
+"""One call to a model, and the parts of a provider: the types between the client and the codecs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class ChatCall(Struct, frozen=True, kw_only=True, gc=False):
     """One question to a model, in OpenAI's format whatever the provider; None means "not set".
 
-    `messages` are OpenAI-shaped dicts (see `messages.normalise`). `extra` is merged into the body last, so it can
-    add or replace whatever the provider's own API knows. `corrections` are what a server asked for in a refusal (see
+    `messages` are OpenAI-shaped dicts (see `messages.normalise`). `extra` is merged into the body last, so it can add
+    or replace any field of the provider's API. `corrections` are those that a server requested in a refusal (see
     `Codec.corrected`).
     """
 
@@ -40,14 +40,14 @@ class ChatCall(Struct, frozen=True, kw_only=True, gc=False):
 
 
 ApiKey = str | Callable[[], str]
-"""A key, or a function that returns the token of the moment (Azure and Vertex tokens expire)."""
+"""A key, or a function that returns the current token (Azure and Vertex tokens expire)."""
 
 
 class Target(Struct, frozen=True, kw_only=True):
     """Where a codec sends its calls and how they authenticate.
 
-    `auth` is the header that carries the key; under `authorization` it goes as a bearer token.
-    `options` are the small differences within one wire format (see `providers.py`).
+    `auth` is the header of the key; in `authorization` it is a bearer token. `options` are the small differences within
+    one wire format (see `providers.py`).
     """
 
     provider: str
@@ -63,17 +63,17 @@ class Target(Struct, frozen=True, kw_only=True):
 
 
 class StreamReader(Protocol):
-    """Reads one streamed answer, bytes in as they come; keeps state, does no I/O."""
+    """Reads one streamed answer from bytes as they arrive; keeps state, does no I/O."""
 
     def feed(self, data: bytes) -> list[str]:
-        """Take the next bytes, cut anywhere; return the text deltas they complete.
+        """Feed the next bytes, cut anywhere; return the text deltas they complete.
 
         Raises LLMError for an error inside the stream.
         """
         ...
 
     def finish(self, reply: HTTPReply) -> Completion:
-        """Return the whole answer once the body ended; raises LLMError where it was cut short.
+        """Return the whole answer once the body has ended; raises LLMError if it was cut short.
 
         A server that ignores `stream` answers in one piece: then no delta came, and only the completion has the text.
         """
@@ -83,7 +83,7 @@ class StreamReader(Protocol):
 class RateHeaders(Struct, frozen=True):
     """The headers in which a server describes one rate limit: what is left, the limit, when it is full again.
 
-    `reset` is "" where the server names no time; its limit then counts per minute.
+    `reset` is "" if the server states no time; its limit then counts per minute.
     """
 
     remaining: str
@@ -92,7 +92,7 @@ class RateHeaders(Struct, frozen=True):
 
 
 class Limits(Struct, frozen=True, gc=False):
-    """What a request asks for: tokens per answer (None: no limit) and the number of answers."""
+    """The limits in a request: tokens per answer (None: no limit) and the number of answers."""
 
     tokens: int | None = None
     answers: int = 1
@@ -101,8 +101,8 @@ class Limits(Struct, frozen=True, gc=False):
 class Codec(Protocol):
     """One provider's wire format, bound to one target: pure functions between our records and bytes.
 
-    `codecs.base.JSONCodec` implements all of it but `encode`, on top of a `completion` of yours. Of several rate limit
-    headers the first that an answer has counts.
+    `codecs.base.JSONCodec` implements all of it except `encode`, and needs a `completion`. Of several rate limit
+    headers the first one in an answer is used.
     """
 
     @property
@@ -126,27 +126,27 @@ class Codec(Protocol):
 
     @property
     def corrections(self) -> tuple[str, ...]:
-        """What `corrected` can add to a call."""
+        """The corrections that `corrected` can add to a call."""
         ...
 
     def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
-        """Return the call as a refusal asks for it, under its own name of a field; None if it names nothing known."""
+        """Return the call as corrected by a refusal, under its own name of a field; None if it names nothing known."""
         ...
 
     def limits(self, call: ChatCall) -> Limits:
-        """Return the limits that the request for this call states, those in `extra` included."""
+        """Return the limits in the request for this call, including those in `extra`."""
         ...
 
     def mark(self, call: ChatCall) -> Mark | None:
-        """Return where the opening of this call's prompt ends that its request marks for the provider's cache."""
+        """Return the end of the shared prompt prefix that the request of this call marks for the provider's cache."""
         ...
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read a reply of status < 400; raises LLMError.
 
-        ResponseError or a subclass for an unusable answer; an error inside a 200 gets the class that its own
-        code names (RateLimitError for `{"error": {"code": 429, ...}}`), ResponseError where it names none. A choice
-        that the provider ended for a reason that is not known to be good has the finish reason "error".
+        ResponseError or a subclass for an unusable answer; an error inside a 200 gets the class that its own code names
+        (RateLimitError for `{"error": {"code": 429, ...}}`), or ResponseError without one. A choice that the provider
+        ended for a reason that is not known to be good has the finish reason "error".
         """
         ...
 
@@ -160,14 +160,14 @@ class Codec(Protocol):
 
 
 class Provider(Struct, frozen=True, kw_only=True):
-    """One provider as a value. An entry point of the group `aggregator.providers` names one of these.
+    """One provider as a value. An entry point of the group `aggregator.providers` refers to one.
 
     `codec` makes the codec for a target. `apis` are its wire formats by name (`api=` of `LLM`) if it has several, and
     `only` maps such a name to a pattern of the models that no other of them serves. `keys` maps each environment
-    variable that may hold a key, first set wins, to the header that carries it. `base_urls` are the variables that may
-    hold another address. `settle` finishes the target from the environment. `bare_names` is a pattern of model names
-    that need no prefix. `priced_as` is the name under which genai-prices lists the provider's prices, where that is not
-    `name`; models whose name has the `free_ending` cost nothing.
+    variable for a key, the first one set wins, to its header. `base_urls` are the variables that may hold another
+    address. `settle` completes the target from the environment. `bare_names` is a pattern of model names that need no
+    prefix. `priced_as` is the name under which genai-prices lists the provider's prices, if that is not `name`; models
+    whose name has the `free_ending` cost nothing.
     """
 
     name: str
@@ -199,7 +199,7 @@ def as_tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
 
 
 def check_choice_and_extra(tool_choice: Any, extra: Any) -> None:
-    """Raise ConfigError for a choice of tools, or fields for the body, that no codec can read."""
+    """Raise ConfigError for a tool choice, or fields for the body, that no codec can read."""
     if tool_choice is not None and not isinstance(tool_choice, str | Mapping):
         raise ConfigError(f"Expected tool_choice as a text or a dict, got {one_line(repr(tool_choice), 200)}")
     if extra is not None and not isinstance(extra, Mapping):

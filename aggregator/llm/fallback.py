@@ -1,7 +1,7 @@
 """Fallback models: `LLM(["openai/gpt-5", "anthropic/claude-sonnet-4-5"])` asks the next one if a model does not answer.
 
 Each model has its own attempts, deadline, limits and response formats. A cassette records the requests of all of them,
-so a replay fails over as its record did.
+so a replay falls back as its recording did.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _OF_ONE_SERVER = ("base_url", "api_key", "api", "headers")  # any of them may ho
 
 
 def fails_over(error: LLMError) -> bool:
-    """Return True if another model may answer where this one did not.
+    """Return True if another model may answer after this failure.
 
-    That is so if the model, its server or its quota is at fault: no connection, too slow, rate limits and server errors
-    after all attempts, a used-up quota, an unknown model, a prompt beyond its context, an unusable answer. It is
-    not so for a key that is refused, a wrong request, a withheld or a cut answer: another model would hide a mistake or
-    answer what was refused.
+    This is so if the model, its server or its quota is at fault: no connection, too slow, rate limits and server errors
+    after all attempts, a used-up quota, an unknown model, a prompt beyond its context, an unusable answer. It is not so
+    for a refused key, an invalid request, a withheld or a truncated answer: another model would hide a mistake or
+    answer a refused request.
 
     >>> fails_over(ServerError("")), fails_over(ContentFilterError(""))
     (True, False)
@@ -61,10 +61,10 @@ def fails_over(error: LLMError) -> bool:
 
 
 class FallbackLLM(LLM):
-    """Several models in the order in which they are asked; what `LLM([...])` makes.
+    """Several models in the order in which they are called; the class of `LLM([...])`.
 
-    The options are those of each model that is given by name, its own attempts and timeout among them; an `LLM` in the
-    list keeps its own. `model`, `endpoint`, `prices` and `timeout` are the first model's.
+    The options apply to each model given by name, including its attempts and timeout; an `LLM` in the list keeps its
+    own. `model`, `endpoint`, `prices` and `timeout` are the first model's.
     """
 
     def __init__(self, models: Sequence[str | LLM], **options: Any) -> None:
@@ -96,7 +96,7 @@ class FallbackLLM(LLM):
         return type(self), (self._models,)
 
     async def answer(self, call: ChatCall, validate: Validate | None = None) -> Completion:
-        """Answer one call by the first model that does; raises the error of the last one that was asked."""
+        """Answer one call by the first model that succeeds; raises the error of the last one called."""
         if (owner := current_owner()) is not None:
             return await owner.answer(self, call, validate)
         failed = _Failed()
@@ -110,7 +110,7 @@ class FallbackLLM(LLM):
         raise AssertionError("the last model answers or raises")
 
     async def deltas(self, call: ChatCall) -> AsyncGenerator[str | Completion, None]:
-        """Yield the deltas of the first model that answers; after the first delta no other one is asked."""
+        """Yield the deltas of the first model that answers; after the first delta no other one is called."""
         if (owner := current_owner()) is not None:
             async with aclosing(owner.deltas(self, call)) as pieces:
                 async for piece in pieces:
@@ -143,11 +143,11 @@ class _Failed:
         self._errors: list[str] = []
 
     def counted(self, completion: Completion) -> Completion:
-        """Return the answer with the attempts of all models that were asked."""
+        """Return the answer with the attempts of all called models."""
         return replace(completion, attempts=self.attempts + completion.attempts) if self.attempts else completion
 
     def take(self, model: LLM, error: LLMError, *, is_last: bool) -> None:
-        """Count a model's failure and report it; raises it if no other model is to be asked."""
+        """Count a model's failure and report it; raises it if no other model is to be called."""
         self.attempts += error.attempts
         if is_last or not fails_over(error):
             error.attempts = self.attempts

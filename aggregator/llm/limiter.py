@@ -1,11 +1,11 @@
-"""How fast calls may go to one model: concurrency, requests and tokens per minute, and what 429s teach.
+"""The rate of calls to one model: concurrency, requests and tokens per minute, and a pace learned from 429s.
 
 Clients of one event loop share the limiter of a (base_url, key, model). A 429 pauses all of them, unless 429s do not
 depend on the pace; afterwards requests are paced, and the pace is learned: see `pacing.py`.
 
 `Openings` also orders calls: a provider that caches prompts by marks (Anthropic, Bedrock, OpenRouter for some models)
-charges more for what it writes and a tenth for what it reads. Calls sent at once would all write, so the first one
-goes ahead and the others wait until it is answered.
+charges more for a write and a tenth for a read. Concurrent calls would all write, so one is sent first and the others
+wait for its answer.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ MAX_HEADER_PAUSE = 60.0
 
 
 class Limiter:
-    """Bounds the calls under way and spaces their attempts. Used from one event loop.
+    """Bounds the calls in flight and spaces their attempts. Used from one event loop.
 
-    `rpm` and `tpm` hold in any window of 60 seconds, as requests are spread evenly with bursts of one second's worth.
-    Without `adaptive` a 429 delays only the call that received it.
-    `clock` (monotonic seconds) and `sleep` are injected for tests.
+    `rpm` and `tpm` hold in any window of 60 seconds, because requests are spread evenly with bursts of one second's
+    worth. Without `adaptive` a 429 delays only the call that received it. `clock` (monotonic seconds) and `sleep` are
+    injected for tests.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Limiter:
         self._clock, self._sleep = clock, sleep
 
     def tighten(self, *, max_concurrency: int, rpm: float | None, tpm: float | None, adaptive: bool = True) -> None:
-        """Take over another client's limits where they are stricter: they share one account."""
+        """Adopt another client's limits if they are stricter, because both share one account."""
         self.adaptive = self.adaptive or adaptive
         if max_concurrency < self.max_concurrency:
             self._free -= self.max_concurrency - max_concurrency
@@ -73,12 +73,12 @@ class Limiter:
 
     @property
     def in_flight(self) -> int:
-        """Calls under way, those that wait for another attempt included."""
+        """Calls in flight, including those that wait for another attempt."""
         return self.max_concurrency - self._free
 
     @property
     def rate(self) -> float:
-        """Requests a second that were learned from 429s; infinity for no limit."""
+        """Requests per second, learned from 429s; infinity for no limit."""
         return self._learned.rate
 
     def try_enter(self) -> bool:
@@ -106,7 +106,7 @@ class Limiter:
             raise
 
     def leave(self) -> None:
-        """Give a place back."""
+        """Return a place."""
         self._free += 1
         while self._free > 0 and self._waiting:
             place = next(iter(self._waiting))
@@ -123,7 +123,7 @@ class Limiter:
         return self._take(tokens, now)
 
     async def admit(self, tokens: float = 0.0, timeout: float | None = None) -> Admission:
-        """Wait until the next request may be sent, in order of asking."""
+        """Wait until the next request may be sent, first come, first served."""
         if (admission := self.try_admit(tokens)) is not None:
             return admission
         try:
@@ -152,11 +152,11 @@ class Limiter:
         return self._learned.take(now, tokens)
 
     def accepted(self, admission: Admission) -> None:
-        """Learn from any answer but a 429: the server took the request."""
+        """Record any answer but a 429: the server accepted the request."""
         self._learned.accepted(admission, self._clock)
 
     def apply_headers(self, admission: Admission, headers: Mapping[str, str], codec: Codec) -> None:
-        """Hold requests back if those under way will use up what the server has left by its headers."""
+        """Delay requests if those in flight will use up the server's remaining limit by its headers."""
         for names, each in ((codec.requests, 1.0), (codec.tokens, admission.tokens)):
             for name in names:
                 if name.remaining in headers:
@@ -167,20 +167,20 @@ class Limiter:
                     break
 
     def used(self, admission: Admission, tokens: float) -> None:
-        """Replace the tokens that a request was expected to use by those it did."""
+        """Replace the expected tokens of a request by the real ones."""
         if self.tpm is not None:
             self._tokens.take(tokens - admission.tokens, self._clock())
 
     def rejected(self, admission: Admission, wait: float) -> float:
-        """Take a 429 that asks for `wait` seconds; return how many of them its own call has to wait.
+        """Record a 429 with a wait of `wait` seconds; return how long its own call has to wait.
 
-        That is 0 if everybody pauses and goes slower afterwards, the call included when it is admitted again.
+        That is 0 if all calls pause and are slower afterwards, including this one.
         """
         return 0.0 if self.adaptive and self._learned.rejected(admission, wait, self._clock()) else wait
 
 
 def check_limits(*, max_concurrency: int, rpm: float | None, tpm: float | None) -> None:
-    """Raise ConfigError for limits under which nothing could ever be sent."""
+    """Raise ConfigError for limits that let nothing through."""
     for name, value in (("max_concurrency", max_concurrency), ("rpm", rpm), ("tpm", tpm)):
         if value is not None and not (is_number(value) and value > 0):
             raise ConfigError(f"Expected {name} > 0 (None: no limit), got {value!r}")
@@ -193,7 +193,8 @@ def _no_turn(timeout: float | None, why: str) -> APITimeoutError:
 _Key = tuple[str, str, str]
 _Time = tuple[Callable[[], float], Callable[[float], Awaitable[None]]]
 _limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[_Key, Limiter]] = WeakKeyDictionary()
-# Global because the limit is the account's, not a client's; weak, so that it ends with the clients and the loop.
+# Global because the limit is the account's, not a client's; weak, so that it ends with the clients and the event
+# loop.
 
 
 def shared_limiter(
@@ -212,7 +213,7 @@ def shared_limiter(
 class LoopLimiters:
     """Returns the limiter of the running loop for one endpoint, shared with the other clients of the same account.
 
-    `time` is a clock and a sleep for tests; such a client shares nothing.
+    `time` is a clock and a sleep for tests; such a client shares no limiter.
     """
 
     def __init__(self, target: Target, limits: Mapping[str, Any], *, time: _Time | None = None) -> None:
@@ -236,21 +237,21 @@ class LoopLimiters:
         return limiter
 
 
-_KEPT = 240.0  # seconds; providers keep an opening for five minutes after its last use
-_PATIENCE = 60.0  # seconds that a call waits for the first one at most
+_KEPT = 240.0  # seconds; providers keep a prefix for five minutes after its last use
+_PATIENCE = 60.0  # the maximum seconds that a call waits for the first one
 _MOST = 256
 
 
 class Openings:
-    """Lets one call of several with the same opening go first. One object serves every event loop."""
+    """Lets one of several calls with the same prefix go first. One object serves every event loop."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._warm: dict[bytes, float] = {}  # when an opening was used last
+        self._warm: dict[bytes, float] = {}  # when a prefix was last used
         self._leading: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bytes, asyncio.Event]] = WeakKeyDictionary()
 
     async def enter(self, opening: bytes, timeout: float | None) -> bool:
-        """Wait for the call that goes first, if one does; return True if it is this one, which then has to `leave`."""
+        """Wait for the call that goes first, if there is one; return True if it is this one, which calls `leave`."""
         now = self._clock()
         if now - self._warm.get(opening, -_KEPT) < _KEPT:
             self._warm[opening] = now
@@ -268,7 +269,7 @@ class Openings:
         return False
 
     def leave(self, opening: bytes) -> None:
-        """Let the others go: the first call has been answered, or has failed and would fail for them as well."""
+        """Release the others: the first call has been answered, or has failed and would fail for them as well."""
         first = self._leading.get(asyncio.get_running_loop(), {}).pop(opening, None)
         if first is not None:
             first.set()

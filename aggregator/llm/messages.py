@@ -1,6 +1,6 @@
 """Messages as callers write them, converted to OpenAI's shape: text, images, tool results, earlier answers.
 
-An `Opening` is a message with a long beginning that several calls share, as the proposals of one step do. Providers
+An `Opening` is a message with a long beginning that several calls share, such as the proposals of one step. Providers
 that cache by marks get one at its end; for all others the request has the same bytes as without.
 """
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 SHORTEST = 4096
-"""Characters: no provider caches less than 1,024 tokens, which are about four characters each."""
+"""In characters: no provider caches fewer than 1,024 tokens, which are about four characters each."""
 
 
 class Opening(dict[str, Any]):
-    """A message whose first `length` characters begin the prompts of other calls, too.
+    """A message whose first `length` characters are a prefix shared with other calls.
 
     The length is an attribute, not a key, so that a server without marks gets the same bytes as for a plain message.
     """
@@ -34,20 +34,14 @@ class Opening(dict[str, Any]):
 
 
 class Mark(NamedTuple):
-    """Where a prompt's opening ends: in which message, after how many characters."""
+    """The end of a prompt's shared prefix: in which message, after how many characters."""
 
     message: int
     length: int
 
 
 def find_mark(messages: Sequence[Mapping[str, Any]]) -> Mark | None:
-    """Return where the opening of a prompt ends; None without one, or for one too short to be cached.
-
-    >>> message = Opening(role="user", content="x" * 5000 + "y")
-    >>> message.length = 5000
-    >>> find_mark([message])
-    Mark(message=0, length=5000)
-    """
+    """Return the end of the shared prefix of a prompt; None without one, or if it is too short to be cached."""
     before = 0
     for index, message in enumerate(messages):
         content = message.get("content")
@@ -58,7 +52,7 @@ def find_mark(messages: Sequence[Mapping[str, Any]]) -> Mark | None:
 
 
 def digest(messages: Sequence[Mapping[str, Any]], mark: Mark) -> bytes:
-    """Return the digest of an opening, the messages before it included."""
+    """Return the digest of a shared prefix, including the messages before it."""
     found = sha256()
     for message in messages[: mark.message]:
         found.update(f"{message.get('role')}\n{message.get('content')}\n".encode(errors="replace"))
@@ -96,9 +90,9 @@ class Image(Struct, frozen=True):
 
 
 class Turn(dict[str, Any]):
-    """An answer as a message of OpenAI's shape; `source` is what no API may see but the one that gave it, at `origin`.
+    """An answer as a message of OpenAI's shape; `source` is for its own API only, at `origin`.
 
-    Attributes and no keys, since every other server is sent the keys, and strict ones refuse those they do not know.
+    They are attributes and not keys, because keys are sent to every server, and strict ones refuse unknown ones.
     """
 
     source: bytes | None = None
@@ -106,10 +100,10 @@ class Turn(dict[str, Any]):
 
 
 def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
-    """Bring messages to OpenAI's shape; raises ConfigError with the path of what cannot be one.
+    """Convert messages to OpenAI's shape; raises ConfigError with the path of an invalid part.
 
-    A text is a user message. A message is a dict, one of our `Message` or `Completion` records, or any object
-    with `model_dump` (an SDK's). Content is a text, None, or parts: texts, `Image`s, bytes of an image, or dicts.
+    A text is a user message. A message is a dict, one of our `Message` or `Completion` records, or any object with
+    `model_dump` (an SDK's). Content is a text, None, or parts: texts, `Image`s, bytes of an image, or dicts.
 
     >>> normalise("Hi")
     ({'role': 'user', 'content': 'Hi'},)
@@ -121,7 +115,7 @@ def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
             if type(message) is not dict or type(message.get("content")) is not str or message.get("role") not in ROLES:
                 break
         else:
-            return tuple(messages)  # not copied, since encoding reads them at once
+            return tuple(messages)  # not copied, because encoding reads them at once
     if type(messages) is not list and isinstance(messages, Mapping | Message | Completion):
         messages = [messages]
     if type(messages) is not list and (not isinstance(messages, Iterable) or isinstance(messages, bytes)):
@@ -161,7 +155,7 @@ def _message(message: Any, position: int) -> dict[str, Any]:
 
 
 def assistant(message: Message) -> dict[str, Any]:
-    """Turn an answer into the message that continues the conversation; thinking goes back where it is signed only."""
+    """Convert an answer to the message that continues the conversation; thinking is sent back only if it is signed."""
     turn = Turn(role="assistant", content=message.content)
     turn.source, turn.origin = message.source, message.origin
     if message.tool_calls:

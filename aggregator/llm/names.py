@@ -33,15 +33,15 @@ _PREFIX = re.compile(r"([^/:]+)[/:](.+)", re.DOTALL)
 
 
 class Endpoint(Target, frozen=True, kw_only=True):
-    """A target with its codec bound. `key_hint` explains how to provide a missing key."""
+    """A target with its codec. `key_hint` explains how to provide a missing key."""
 
     codec: Codec
     key_hint: str | None = None
 
     def require_key(self) -> None:
-        """Raise ConfigError where a key is needed and none was found.
+        """Raise ConfigError if a key is needed and was not found.
 
-        Called before a request leaves, not before: a cassette replays without any key.
+        It is called just before a request is sent: a cassette replays without a key.
         """
         if self.key_hint is not None:
             raise ConfigError(self.key_hint)
@@ -49,8 +49,8 @@ class Endpoint(Target, frozen=True, kw_only=True):
     def authenticated(self, request: HTTPRequest) -> HTTPRequest:
         """Return the request with its authentication; raises ConfigError or APIConnectionError without a key.
 
-        A function that gave no token when the call was encoded is asked once more, and its error raised: a replay, for
-        which nothing is sent, needs none.
+        A function that gave no token when the call was encoded is called once more, and its error raised: a replay,
+        which sends nothing, needs no token.
         """
         self.require_key()
         if request.secrets or not callable(self.api_key):
@@ -85,14 +85,13 @@ def resolve(
     headers: Mapping[str, str] | None = None,
     env: Mapping[str, str],
 ) -> Endpoint:
-    """Find provider, address, key and codec; raises ConfigError for a name that names nothing.
+    """Find provider, address, key and codec; raises ConfigError for an unknown name.
 
     Names are `provider/model` or `provider:model` (`openai/gpt-4o-mini`, `ollama/qwen3:8b`,
-    `openrouter/meta-llama/llama-3.3-70b:free`). With a `base_url` any other name is a model of that server.
-    Without a name Trace's variables are read. A default key goes to the provider's own address, or to the one that
-    its own variable gives, never to a `base_url` from elsewhere. `api` is one of the provider's wire formats;
-    None takes its usual one, or the only one that serves the model. `headers` go with every request; one that
-    authenticates takes the place of the key.
+    `openrouter/meta-llama/llama-3.3-70b:free`). With a `base_url` any other name is a model of that server. Without a
+    name Trace's variables are read. A default key goes to the provider's own address, or to the one in its own
+    variable, never to another `base_url`. `api` is one of the provider's wire formats; None means the default one, or
+    the only one for the model. `headers` are sent with every request; one that authenticates replaces the key.
     """
     if model is not None and not isinstance(model, str):
         raise ConfigError(f"Expected a model as 'provider/model', got {model!r}")
@@ -151,17 +150,13 @@ _CALLED = re.compile(r"/(?:chat/completions|completions|responses|messages)/?$")
 
 
 def _cleaned(url: str) -> str:
-    r"""Return an address without blanks around it, a fragment, or the path of the call, which the codec adds.
-
-    >>> _cleaned(" https://api.example.com/v1/chat/completions\n")
-    'https://api.example.com/v1'
-    """
+    r"""Return an address without surrounding blanks, a fragment, or the path of the call, which the codec adds."""
     address, mark, query = url.strip().partition("#")[0].partition("?")
     return f"{_CALLED.sub('', address)}{mark}{query}"
 
 
 def _checked_headers(headers: Mapping[Any, Any]) -> dict[str, str]:
-    """Return headers with names in lower case; raises ConfigError for what HTTP cannot carry, without its value."""
+    """Return headers with names in lower case; raises ConfigError for invalid ones, without their values."""
     for name, value in headers.items():
         if not isinstance(name, str) or not _HEADER.fullmatch(name):
             raise ConfigError(f"Expected the name of a header, got {name!r} - at LLM.headers")
@@ -176,12 +171,12 @@ def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a bracket that is not closed, a port that is no number
+    except ValueError:  # an unclosed bracket, a port that is not a number
         return False
 
 
 def split_name(model: str, base_url: str | None = None) -> tuple[Provider, str]:
-    """Split a name into provider and model; raises ConfigError for one that names nothing."""
+    """Split a name into provider and model; raises ConfigError for an unknown one."""
     known = providers()
     found = _PREFIX.fullmatch(model.strip())
     if found and (provider := known.get(found.group(1).lower().replace("_", "-"))):
@@ -197,7 +192,7 @@ def split_name(model: str, base_url: str | None = None) -> tuple[Provider, str]:
 
 
 def _suggestion(model: str, found: re.Match[str] | None) -> str:
-    """Name the nearest known providers, or the servers that have names like this one."""
+    """Suggest the nearest known providers, or the servers with names like this one."""
     prefix = (found.group(1) if found else model).lower().replace("_", "-")
     from difflib import get_close_matches  # slow to load, and only for this error
 
@@ -216,7 +211,7 @@ def _names() -> set[str]:
 
 
 def _address(provider: Provider, base_url: str | None, env: Mapping[str, str]) -> tuple[str, bool]:
-    """Return the address and whether the provider's default key may go there."""
+    """Return the address and whether the provider's default key may be sent there."""
     named = next((env[name] for name in provider.base_urls if env.get(name)), None)
     url = base_url or (named and _cleaned(named)) or provider.base_url
     if url is None:
@@ -229,7 +224,7 @@ def _address(provider: Provider, base_url: str | None, env: Mapping[str, str]) -
 def _key(
     provider: Provider, given: ApiKey | None, own: bool, env: Mapping[str, str]
 ) -> tuple[ApiKey | None, str, str | None]:
-    """Return the key, the header that carries it, and what to do where it is missing."""
+    """Return the key, its header, and the remedy if it is missing."""
     headers = provider.keys
     if is_async(given):
         raise ConfigError(
@@ -252,7 +247,7 @@ def _key(
 
 
 def _from_trace(base_url: str | None, api_key: ApiKey | None, env: Mapping[str, str]) -> _Wanted:
-    """Read the model from the variables that Trace's users have set; its own silent default is not taken over."""
+    """Read the model from the environment variables of Trace's users, without Trace's silent default."""
     backend = env.get("TRACE_DEFAULT_LLM_BACKEND", "").lower()
     if backend == "customllm" and env.get("TRACE_CUSTOMLLM_MODEL") and env.get("TRACE_CUSTOMLLM_URL"):
         return _Wanted(
@@ -278,7 +273,7 @@ class _AutogenEntry(msgspec.Struct):
 
 
 def _from_autogen(text: str, base_url: str | None, api_key: ApiKey | None) -> _Wanted:
-    """The first entry of AutoGen's OAI_CONFIG_LIST, given as JSON."""
+    """Return the first entry of AutoGen's OAI_CONFIG_LIST, given as JSON."""
     try:
         entries = msgspec.json.decode(text.encode(), type=list[_AutogenEntry])
     except msgspec.DecodeError as error:
@@ -300,16 +295,16 @@ _AZURE_OPENAI = "https://cognitiveservices.azure.com/.default"
 
 
 class CloudToken:
-    """A function that returns the token of the moment; a subclass fetches it.
+    """A function that returns the current token; a subclass fetches it.
 
-    It pickles as its settings. Credentials that were handed in do not, since they may hold secrets: that is a
+    It is pickled as its settings. Given credentials cannot be pickled, because they may hold secrets: that is a
     ConfigError.
     """
 
     extra: str
     """The extra of this package that installs the library."""
     remedy: str
-    """How to give credentials."""
+    """How to provide credentials."""
 
     def __init__(self, credentials: Any, scope: str, clock: Callable[[], float]) -> None:
         self._given = credentials
@@ -320,10 +315,10 @@ class CloudToken:
         self._lock = threading.Lock()
 
     def __call__(self) -> str:
-        """Return a token that holds for some minutes at least; raises ConfigError, APIConnectionError."""
+        """Return a token that is valid for some minutes at least; raises ConfigError, APIConnectionError."""
         with self._lock:
             if self._token is None or self._clock() > self._token[1] - _EARLY:
-                with passing():  # a cassette of other clients' calls has no business with it
+                with passing():  # a cassette of other clients' calls must not record it
                     self._token = self._fetch()
             return self._token[0]
 
@@ -363,7 +358,7 @@ class CloudToken:
         raise NotImplementedError
 
     def is_passing(self, error: Exception) -> bool:
-        """Return True for a failure that may be gone a moment later."""
+        """Return True for a failure that may be temporary."""
         raise NotImplementedError
 
 
@@ -386,7 +381,7 @@ class GoogleToken(CloudToken):
         return google.auth.default(scopes=[self._scope])[0]
 
     def fetch(self, credentials: Any) -> tuple[str, float]:
-        """Refresh the credentials unless they are valid; a token without an end is checked again after five minutes."""
+        """Refresh the credentials unless they are valid; a token without expiry is checked after five minutes."""
         if not credentials.valid:
             from google.auth.transport.requests import Request
 

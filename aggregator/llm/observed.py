@@ -1,11 +1,11 @@
-"""What an agent's own clients ask, counted as our client's calls are: transcript, usage, budget, lost calls.
+"""Calls of an agent's own clients, counted like our client's: transcript, usage, budget, lost calls.
 
 The patches of `cassettes/patches` show each request and its answer to a `Part`, with or without a cassette. A run
-watches through one `Observed`; each rollout, each guide and each proposal through a part, which knows the calls that
-were lost in it. What our own client asks passes unseen, since it counts itself.
+watches through one `Observed`; each rollout, each guide and each proposal through a part, which records its own lost
+calls. Calls of our own client are ignored, because it counts itself.
 
-A budget's refusal is raised inside an SDK, which may retry it or wrap it. So the run remembers it, and it is raised
-again where the rollout ends.
+A budget's refusal is raised inside an SDK, which may retry it or wrap it. So the run remembers it, and raises it again
+when the rollout ends.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _NOT_SENT = re.compile(
     r"Connect(?:Error|Timeout|TimeoutError)$|PoolTimeout$|New\w*ConnectionError$|NameResolution|ClientConnector"
     r"|gaierror|ConnectionRefused|EndpointConnection|ProxyError"
 )
-"""Kinds of failures before which no request was sent."""
+"""Types of failures before which no request was sent."""
 
 
 class Observed:
     """The calls of other clients in one run. `prices` are USD of models that genai-prices does not list.
 
-    `budget` counts them in addition to the budget of their context. `refusal` is the error of the first request that
-    was refused; none is sent after it.
+    `budget` counts them in addition to the budget of their context. `refusal` is the error of the first refused
+    request; none is sent after it.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Observed:
 
     @contextmanager
     def watching(self) -> Iterator[Part]:
-        """Watch the calls made inside, in tasks and threads too.
+        """Observe the calls made inside, also in tasks and threads.
 
-        Raises what the run was refused, also if code inside has hidden it; for an error that comes down to a lost call,
-        that call's error.
+        Raises the run's refusal, even if code inside has hidden it; for an error caused by a lost call, that call's
+        error.
         """
         part = Part(self)
         with patched() if self.clients else nullcontext(), observing(part, self.clients):
@@ -86,29 +86,29 @@ class Observed:
             part.check()
 
     def price(self, asked: Question) -> Price | None:
-        """Return the price of a question's model; None if it is not known."""
+        """Return the price of a question's model, or None if it is unknown."""
         return find_price(asked.provider, asked.model, self.prices) or kept_price(asked.provider, asked.model)
 
 
 Clients = str | Sequence[str] | None
-"""Names as `cassette(clients=)` takes them, "all", () for none; None for those of the cassette that is open."""
+"""Names as in `cassette(clients=)`, "all", or () for none; None for those of the open cassette."""
 
 
 def observed(clients: Clients, prices: Prices | None = None) -> AbstractContextManager[Part | None]:
-    """Watch what these clients ask inside, as one run; None leaves it as it is."""
+    """Observe these clients' calls inside, as one run; None changes nothing."""
     return nullcontext() if clients is None else Observed(clients, prices).watching()
 
 
 def part_here() -> Part | None:
-    """Return what watches this context's calls; None if nothing does."""
+    """Return the observer of this context's calls, or None."""
     watcher = watcher_here()
     return watcher if isinstance(watcher, Part) else None
 
 
 def apart() -> AbstractContextManager[Part | None]:
-    """Watch what is asked inside as a part: its lost calls are no other's. None if nothing watches this context.
+    """Observe the calls inside as a part with its own lost calls. None if this context is not observed.
 
-    An open cassette that serves other clients is enough: what it serves is counted. So is a `transport()`.
+    An open cassette that records other clients is enough: their calls are counted. So is a `transport()`.
     """
     if WATCH.get() is not None and (here := part_here()) is not None:
         return here.run.watching()
@@ -133,12 +133,12 @@ class _Call(Struct, kw_only=True):
 
     @property
     def key(self) -> tuple[str, str, bytes]:
-        """What a retry has in common with the request that failed."""
+        """The fields that a retry shares with the failed request."""
         return self.request.method, self.request.url, self.request.body
 
 
 class Losses(Struct, kw_only=True):
-    """The lost calls of one part: requests whose retries have not succeeded, and how the latest one was lost, if so."""
+    """The lost calls of one part: requests without a successful retry, and the latest loss, if any."""
 
     lost: dict[tuple[str, str, bytes], LLMError] = {}
     retried: dict[tuple[str, str, bytes], LLMCall] = {}
@@ -146,9 +146,9 @@ class Losses(Struct, kw_only=True):
 
 
 class Part:
-    """Sees the calls of other clients in one part of a run: implements `cassettes.traffic.Exchanges`.
+    """Observes other clients' calls in one part of a run: implements `cassettes.traffic.Exchanges`.
 
-    With `shared`, what is lost or refused is so in that part too.
+    With `shared`, losses and refusals count in that part too.
     """
 
     def __init__(self, run: Observed, *, shared: Part | None = None) -> None:
@@ -157,10 +157,10 @@ class Part:
         self.losses: Losses = Losses() if shared is None else shared.losses
         self._runs = (run,) if shared is None else (run, shared.run)
 
-    # What the patches call
+    # Called by the patches
 
     def before(self, request: HTTPRequest, /) -> None:
-        """Reserve what a request may cost; raises BudgetExceededError, or ConfigError for an unknown price."""
+        """Reserve the maximum cost of a request; raises BudgetExceededError, or ConfigError for an unknown price."""
         asked = read_question(request)
         if asked.is_free or self._is_ignored(request.url):
             return
@@ -216,7 +216,7 @@ class Part:
         return Noted(model=call.asked.model or answer.model, usage=usage) if call.asked.api else None
 
     def dropped(self, request: HTTPRequest, /, *, was_sent: bool) -> None:
-        """Take note of a request that gets no answer: a miss, or one that was cancelled."""
+        """Record a request without an answer: a miss, or a cancelled one."""
         call = self._open.pop(id(request), None)
         if call is None:
             return
@@ -227,18 +227,18 @@ class Part:
             if call.shown is not None:
                 call.shown.fail(error)
 
-    # What the run asks
+    # Called by the run
 
     def check(self) -> None:
-        """Raise what the run was refused, if it was."""
+        """Raise the run's refusal, if there was one."""
         if self.run.refusal is not None:
             raise self.run.refusal
 
     def explain(self, error: Exception) -> Exception:
-        """Return what an error that was raised in this part comes down to.
+        """Return the cause of an error that was raised in this part.
 
-        That is the run's refusal; else the lost call, if nothing was answered since, or if the error or one behind it
-        is what an SDK raises for a lost call; else the error.
+        That is the run's refusal; else the lost call, if nothing was answered since, or if the error or one of its
+        causes is an SDK's for a lost call; else the error.
         """
         if isinstance(error, AggregatorError) and not isinstance(error, LLMError):
             return error
@@ -256,7 +256,7 @@ class Part:
         return error
 
     def close(self) -> None:
-        """Settle what nobody has read to its end: it was sent, so it counts as it was reserved."""
+        """Settle requests that were not read to their end: they were sent, so they are charged as reserved."""
         for call in list(self._open.values()):
             self._open.pop(id(call.request), None)
             _settle(call, call.held)
@@ -286,7 +286,7 @@ class Part:
         return amount
 
     def _most(self, asked: Question, request: HTTPRequest, budgets: tuple[Budget, ...]) -> Amount:
-        """Return the most that a request can cost: by its own limit on tokens, else by the usual one."""
+        """Return the maximum cost of a request: by its own token limit, else by the default one."""
         if not asked.api or not any(budget.needs_tokens for budget in budgets):
             return Amount(calls=1)
         limits = asked.limits
@@ -311,7 +311,7 @@ class Part:
         _settle(call, Amount(calls=1))
         if call.asked.api or isinstance(error, RateLimitError | ServerError):
             self._note_lost(call, error)
-        elif call.shown is not None:  # no known API, and its server's answer: nothing is lost
+        elif call.shown is not None:  # an unknown API, and its server's answer: nothing is lost
             call.shown.fail(error)
 
     def _note_lost(self, call: _Call, error: LLMError) -> None:
@@ -327,11 +327,7 @@ def _settle(call: _Call, spent: Amount) -> None:
 
 
 def estimate_usage(asked: Question, answer: str) -> Usage:
-    """Return the tokens of a question and its answer by their length, marked as an estimate.
-
-    >>> estimate_usage(Question(messages=({"role": "user", "content": "12345678"},)), "1234").total_tokens
-    3
-    """
+    """Return the tokens of a question and its answer by their length, marked as an estimate."""
     given = sum(len(str(message.get("content") or "").encode()) for message in asked.messages)
     answered = len(answer.encode())
     return Usage(
@@ -340,12 +336,12 @@ def estimate_usage(asked: Question, answer: str) -> Usage:
 
 
 def _title(asked: Question, request: HTTPRequest) -> str:
-    """Return how a transcript names a call; the query of an address may hold a key."""
+    """Return a call's name in a transcript, without the query of its address, which may hold a key."""
     return "LLM call" if asked.api else f"{request.method} {request.url.partition('?')[0]}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, those of a group, and all that it was raised from or while handling."""
+    """Yield an error, those of a group, and all their causes and contexts."""
     seen: set[int] = set()
     waiting: list[Any] = [error]
     while waiting:

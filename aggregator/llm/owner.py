@@ -29,9 +29,9 @@ Validate = Callable[[str], Any]
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """One call of a worker. `chat` is that of an `LLM`, `messages` and `options` are those of any other model.
+    """One call of a worker. `chat` is for an `LLM`, `messages` and `options` for any other model.
 
-    `model` is the number under which the owner knows the model.
+    `model` is the owner's number of the model.
     """
 
     model: int
@@ -43,7 +43,7 @@ class Call(Struct, frozen=True, kw_only=True):
 
 
 class Owner:
-    """The models of this process, asked on behalf of workers: keys, cassette, budget, limits and ledger stay here.
+    """The models of this process, called for workers: keys, cassette, budget, limits and ledger stay here.
 
     `answer` and `deltas` run in the context of their caller: its tape, its budget and its ledger are used. The lineage
     and the role are those of the call.
@@ -54,7 +54,7 @@ class Owner:
         self._lock = threading.Lock()
 
     def number_of(self, model: Any) -> int:
-        """Return the number of a model, a new one for a model that is not known yet."""
+        """Return the number of a model, a new one for an unknown model."""
         with self._lock:
             for number, known in enumerate(self._models):
                 if known is model:
@@ -67,7 +67,7 @@ class Owner:
         return self._models[number]
 
     async def answer(self, call: Call, validate: Validate | None = None) -> Completion:
-        """Answer a call; raises what the model raises. `validate` may be async."""
+        """Answer a call; raises the model's exception. `validate` may be async."""
         model = self._models[call.model]
         with lineage_at(call.lineage, call.role):
             if call.chat is not None:
@@ -87,7 +87,7 @@ class Owner:
 
 
 class RemoteOwner(Protocol):
-    """What a worker process sees of its owner."""
+    """A worker process's interface to its owner."""
 
     async def answer(self, llm: LLM, call: ChatCall, validate: Validate | None) -> Completion:
         """Have a call answered by the owner."""
@@ -107,12 +107,12 @@ def current_owner() -> RemoteOwner | None:
 
 
 def pass_calls_to(owner: RemoteOwner) -> None:
-    """Pass every call that an `LLM` of this process makes to `owner`. A worker process does so once, when it starts."""
+    """Pass every call of an `LLM` in this process to `owner`. A worker process does so once, at its start."""
     global _owner  # noqa: PLW0603 - a fact about the process, like its number
     _owner = owner
 
 
-# How a client travels to a worker: as its settings.
+# How a client is sent to a worker: as its settings.
 
 _DEFAULTS = {"clock": time.monotonic}
 ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget", "extra"} | {
@@ -123,7 +123,7 @@ ATTRIBUTES = {"model", "endpoint", "timeout", "prices", "budget", "extra"} | {
 def reduce_client(
     llm: LLM, given: Mapping[str, Any], injected: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Return what `__reduce__` does: the settings, and the attributes that a subclass or a user added.
+    """Return the result of `__reduce__`: the settings, and the attributes that a subclass or a user added.
 
     `given` identifies the model, `injected` are the budget and the arguments for tests, `options` all others. Raises
     ConfigError if an argument holds a secret or cannot leave this process.
@@ -137,7 +137,7 @@ def _added(llm: LLM) -> dict[str, Any]:
 
 
 def from_settings(kind: type[LLM], settings: Mapping[str, Any]) -> LLM:
-    """Make a client again from its settings."""
+    """Rebuild a client from its settings."""
     from aggregator.llm.client import LLM
 
     llm = kind.__new__(kind)
@@ -154,7 +154,7 @@ def stand_in_for(llm: LLM) -> tuple[type[LLM], dict[str, Any]]:
 
 
 def make_stand_in(kind: type[LLM], state: Mapping[str, Any], number: int) -> LLM:
-    """Make what `stand_in_for` describes: a client that passes its calls to the owner, which knows it by `number`."""
+    """Build the replacement described by `stand_in_for`: a client that passes its calls to the owner, by `number`."""
     from aggregator.llm import asking
 
     llm = kind.__new__(kind)
@@ -163,7 +163,7 @@ def make_stand_in(kind: type[LLM], state: Mapping[str, Any], number: int) -> LLM
 
 
 def _check_settings(name: str, injected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ConfigError that names an argument which a pickle cannot keep."""
+    """Raise ConfigError with the name of an argument that cannot be pickled."""
     from aggregator.cassettes.redaction import redact_url
     from aggregator.llm.codecs.base import is_secret_header
     from aggregator.llm.names import CloudToken

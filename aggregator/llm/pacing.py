@@ -1,9 +1,9 @@
-"""How fast requests may go, as pure functions of the time: fixed limits, and what a server's 429s teach.
+"""The rate of requests as pure functions of the time: fixed limits, and a pace learned from a server's 429s.
 
-A 429 has two kinds of cause. A token bucket refuses what comes too fast: it has to be met with a pace, which is learned
-from the number of requests that it accepts between two 429s. A server that refuses at random (overload, a pool shared
-with others, a cheap service tier) does so at any pace: slowing down only wastes time, and each refused request has to
-wait by itself. `Pacing` distinguishes them by what the server does, and keeps testing its hypothesis.
+A 429 has two kinds of cause. A token bucket refuses requests that come too fast: it needs a pace, which is learned from
+the number of requests that it accepts between two 429s. A server that refuses at random (overload, a pool shared with
+others, a cheap service tier) does so at any pace: slowing down only wastes time, and each refused request waits
+separately. `Pacing` distinguishes them by the server's behaviour, and keeps testing its hypothesis.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from math import inf
 
 from msgspec import Struct
 
-_MARGIN = 0.97  # of the rate found; the rest is for requests that overtake one another
-_REFILLED = 0.8  # of what the wait is thought to have refilled
+_MARGIN = 0.97  # of the rate found; the rest is for requests that overtake each other
+_REFILLED = 0.8  # of the tokens that the wait should have refilled
 _DOUBT = 5.0  # how far above the sustained rate the true one may lie
-_FOUND_PERIOD = 60.0  # seconds in which a rate that was found doubles
+_FOUND_PERIOD = 60.0  # seconds in which a found rate doubles
 _SLACK = 0.02  # seconds that a late timer may make up for
-_WINDOW = 60  # outcomes that are remembered
+_WINDOW = 60  # number of remembered outcomes
 _AFTER, _MOSTLY = 8, 0.8  # accepted after a 429, and their part of all after it, that no empty bucket accepts
 _PAUSES, _MANY = 4, 0.12  # pauses in the window of a paced server, refusals of an unpaced one, that start a trial
-_FREE = 4.0  # times the throughput: a pace that holds nothing back
+_FREE = 4.0  # times the throughput: a pace that delays nothing
 _FLOOD, _MORE = 0.6, 0.3  # refused in the window by an unpaced server, beyond which it is paced again
 _TRIAL, _CONTRADICTIONS = 60, 2  # accepted requests that confirm a bucket at most, refused ones that contradict it
-_SHORTEST = 0.05  # seconds by which two stretches must differ for their slope to mean anything
+_SHORTEST = 0.05  # seconds by which two stretches must differ for their slope to be significant
 
 
 # ---- the pace
@@ -41,31 +41,25 @@ class Pace:
 
     @classmethod
     def per_minute(cls, limit: float | None) -> Pace:
-        """Keep a limit in every window of 60 s: bursts are a second's worth, the rate makes up for them.
-
-        >>> pace = Pace.per_minute(60)
-        >>> pace.take(1, now=0.0)
-        >>> pace.ready_at()
-        1.0
-        """
+        """Keep a limit in every window of 60 s: bursts are a second's worth, and the rate is reduced by them."""
         if limit is None:
             return cls()
         burst = max(1.0, limit / 60)
         return cls((limit - burst + 1) / 60, burst)
 
     def ready_at(self, cost: float = 1.0) -> float:
-        """When `cost` may be spent."""
+        """Return the time at which `cost` may be spent."""
         return self._full_at - (self._burst - min(cost, self._burst)) * self._seconds_each
 
     def take(self, cost: float, now: float) -> None:
-        """Spend `cost` now; a negative one is given back."""
+        """Spend `cost` now; a negative one is returned."""
         self._full_at = max(self._full_at, now) + cost * self._seconds_each
 
 
 class Stretch(Struct, gc=False):
-    """The requests between two pauses: when the first was sent, when the last refused one, how many were accepted.
+    """The requests between two pauses: the times of the first and of the last refused one, the number of accepted ones.
 
-    `refused_at` is the place of the first refused one, counted in the order of sending.
+    `refused_at` is the position of the first refused one, in the order of sending.
     """
 
     start: float = inf
@@ -106,11 +100,11 @@ class LearnedPace:
         self._shortest: tuple[float, int] | None = None
 
     def take(self, now: float, tokens: float = 0.0, *, free_above: float = inf) -> Admission:
-        """Send one request now; it goes freely if no pace is known, or one above so many requests a second."""
+        """Send one request now, without delay if no pace is known, or one above this number of requests per second."""
         stretch = self._stretch
         if stretch.start == inf:
             stretch.start = now
-            if self._ended is not None:  # only now have its last answers come in
+            if self._ended is not None:  # the last answers have arrived only now
                 self._learn(self._ended)
                 self.rate = max(self.rate, self._floor)
                 self._ended, self._since = None, now
@@ -119,7 +113,7 @@ class LearnedPace:
         return Admission(stretch, now, tokens, stretch.sent, is_free)
 
     def _space(self, now: float) -> float:
-        """Hold the next request back; return the pace that this one went at."""
+        """Delay the next request; return the pace of this one."""
         if self._burst > 0:
             self._burst -= 1
             self.ready_at = now
@@ -130,7 +124,7 @@ class LearnedPace:
         return pace
 
     def rejected(self, admission: Admission, wait: float, floor: float = 0.0) -> bool:
-        """Take a 429 that asked for a wait of so many seconds; return True if it ended the stretch, as the first does.
+        """Record a 429 with a wait in seconds; return True if it ended the stretch, as the first does.
 
         The pace never falls below `floor` requests a second.
         """
@@ -145,10 +139,10 @@ class LearnedPace:
         return True
 
     def _learn(self, ended: Stretch) -> None:
-        """Set the pace of the stretch that begins now from the one that ended."""
+        """Set the pace of the next stretch from the one that ended."""
         length, count, wait = ended.end - ended.start, ended.accepted, max(ended.wait, 0.001)
         sustained = max(count, 1) / (length + wait)
-        if self.rate != inf and length < _SHORTEST:  # refused within its first burst, which thus was too large
+        if self.rate != inf and length < _SHORTEST:  # refused within its first burst, which was therefore too large
             self._first_burst = self._burst = min(self._first_burst // 2, int(_REFILLED * count))
             self.rate = min(self.rate, sustained) if self._power == 1 else self.rate / (1 if count else 2)
             return
@@ -169,7 +163,7 @@ class LearnedPace:
 
 
 class Trial(Struct):
-    """A hypothesis under test: of the requests sent at half the pace, so many were accepted and refused.
+    """A hypothesis under test: the numbers of requests accepted and refused at half the pace.
 
     `enough` accepted ones confirm a token bucket.
     """
@@ -181,7 +175,7 @@ class Trial(Struct):
 
 
 class Recent:
-    """The last outcomes: how many were refused, and how many a second were accepted."""
+    """The last outcomes: the number of refused requests, and the rate of accepted ones."""
 
     def __init__(self) -> None:
         self._outcomes: deque[tuple[float, bool]] = deque(maxlen=_WINDOW)
@@ -190,15 +184,15 @@ class Recent:
         return len(self._outcomes)
 
     def add(self, now: float, *, accepted: bool) -> None:
-        """Keep one more outcome."""
+        """Add one outcome."""
         self._outcomes.append((now, accepted))
 
     def refused(self) -> float:
-        """Return the refused part of them."""
+        """Return the refused fraction."""
         return sum(not accepted for _, accepted in self._outcomes) / max(len(self._outcomes), 1)
 
     def throughput(self, until: float) -> float:
-        """Return the accepted requests a second until then, pauses included; 0 while too few are known."""
+        """Return the accepted requests per second until then, including pauses; 0 while too few are known."""
         length = until - self._outcomes[0][0] if len(self._outcomes) >= _WINDOW / 4 else 0.0
         return sum(accepted for _, accepted in self._outcomes) / length if length > 0 else 0.0
 
@@ -209,8 +203,8 @@ class Recent:
 class Pacing:
     """Paces requests while 429s look like a token bucket's, and does not while they do not depend on the rate.
 
-    * Requests that nothing held back and that were mostly accepted *after* a 429 did not meet an empty bucket.
-    * If pauses do not end the 429s, requests go at half the pace for a while: a bucket refuses none of them then.
+    * Undelayed requests that were mostly accepted *after* a 429 did not meet an empty bucket.
+    * If pauses do not end the 429s, half the pace is tried for a while: a bucket then refuses none.
     * If an unpaced server refuses most requests, it is treated as a bucket again.
     """
 
@@ -219,7 +213,7 @@ class Pacing:
         self._learned = LearnedPace()
         self._paused_until = -inf
         self._throughput = 0.0  # at the last 429, its wait included
-        self._after = [0, 0]  # requests sent freely after a stretch's first 429: refused, accepted
+        self._after = [0, 0]  # undelayed requests after a stretch's first 429: refused, accepted
         self._recent = Recent()
         self._pauses: deque[int] = deque(maxlen=_PAUSES)  # the numbers of the outcomes that ended a paced stretch
         self._outcomes, self._gap = 0, 2 * _WINDOW
@@ -230,14 +224,14 @@ class Pacing:
 
     @property
     def rate(self) -> float:
-        """Requests a second that are allowed now, without growth; infinity for no limit."""
+        """The allowed requests per second now, without growth; infinity for no limit."""
         if self._trial is not None:
             return self._trial.rate
         return self._learned.rate if self.is_bucket else inf
 
     @property
     def ready_at(self) -> float:
-        """When the next request may be sent."""
+        """Return the time at which the next request may be sent."""
         if self._trial is not None:
             return self._trial_ready
         return max(self._learned.ready_at, self._paused_until) if self.is_bucket else -inf
@@ -252,9 +246,9 @@ class Pacing:
         return self._learned.take(now, tokens, free_above=_FREE * self._throughput)
 
     def accepted(self, admission: Admission, clock: Callable[[], float]) -> None:
-        """Take any answer but a 429."""
+        """Record any answer but a 429."""
         admission.stretch.accepted += 1
-        if self._outcomes:  # nothing is kept before the first 429
+        if self._outcomes:  # nothing is recorded before the first 429
             self._keep(admission, clock(), accepted=True)
 
     def rejected(self, admission: Admission, wait: float, now: float) -> bool:
@@ -298,7 +292,7 @@ class Pacing:
         trial.accepted, trial.refused = trial.accepted + accepted, trial.refused + (not accepted)
         if trial.refused >= _CONTRADICTIONS:
             self._flood = max(_FLOOD, trial.refused / (trial.accepted + trial.refused) + _MORE)
-            self._next_trial = inf  # the question is decided, until a flood asks it again
+            self._next_trial = inf  # the question is decided, until a flood reopens it
             self._leave_alone()
         elif trial.accepted >= trial.enough:
             self._next_trial, self._gap = self._outcomes + self._gap, 2 * self._gap

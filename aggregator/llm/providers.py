@@ -1,12 +1,12 @@
-"""The providers we know, as a table: address, environment variables, wire format, the few ways they differ.
+"""The known providers as a table: address, environment variables, wire format, and their few differences.
 
 The variables are those that the providers' own SDKs read. Another package adds a provider with an entry point of the
-group `aggregator.providers` that names a `Provider`.
+group `aggregator.providers` for a `Provider`.
 
-Options of the OpenAI wire format: `by_name` True where reasoning models are known by their name, and get
-`max_completion_tokens`; `max_tokens` is the cap sent when none is given (servers that would else generate to
-the end of their context); `marks` a pattern of the models whose prompts are cached by marks; `seed` the name under
-which the seed goes; `stream_options` False where usage comes unasked and the field is refused.
+Options of the OpenAI wire format: `by_name` is True if reasoning models are recognised by name, and get
+`max_completion_tokens`; `max_tokens` is the default limit (for servers that would otherwise generate to the end of
+their context); `marks` is a pattern of the models whose prompts are cached by marks; `seed` the name of the seed's
+field; `stream_options` False if usage is always sent and the field refused.
 """
 
 from __future__ import annotations
@@ -34,11 +34,7 @@ _VERTEX = "https://aiplatform.googleapis.com/v1"
 
 
 def custom_headers(text: str) -> dict[str, str]:
-    r"""Headers from OPENAI_CUSTOM_HEADERS or ANTHROPIC_CUSTOM_HEADERS: one `Name: value` a line.
-
-    >>> custom_headers("X-Team: blue\nX-Run: 7")
-    {'x-team': 'blue', 'x-run': '7'}
-    """
+    r"""Return headers from OPENAI_CUSTOM_HEADERS or ANTHROPIC_CUSTOM_HEADERS: one `Name: value` a line."""
     pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
     return {name.strip().lower(): value.strip() for name, value in pairs}
 
@@ -56,9 +52,9 @@ def _settle_anthropic(target: Target, env: Mapping[str, str]) -> Target:
 
 
 def _settle_ollama(target: Target, env: Mapping[str, str]) -> Target:
-    """OLLAMA_BASE_URL is seen with and without /v1, OLLAMA_HOST as a server's address: `0.0.0.0`, `host`, `:11434`.
+    """Read OLLAMA_BASE_URL, with or without /v1, or OLLAMA_HOST, a server's address: `0.0.0.0`, `host`, `:11434`.
 
-    Without a scheme Ollama's port is the default, as in its own clients.
+    Without a scheme the default port is Ollama's, as in its own clients.
     """
     url = target.base_url.rstrip("/")
     if "://" not in url:
@@ -69,15 +65,15 @@ def _settle_ollama(target: Target, env: Mapping[str, str]) -> Target:
 
 
 def _settle_azure(target: Target, env: Mapping[str, str]) -> Target:
-    """Take the api-version from the environment; one in the address itself wins. A token of Entra is no API key."""
-    if isinstance(target.api_key, str) and target.api_key.startswith("eyJ"):  # as every JSON web token begins
+    """Read the api-version from the environment; one in the address overrides it. An Entra token is not an API key."""
+    if isinstance(target.api_key, str) and target.api_key.startswith("eyJ"):  # every JSON web token begins so
         target = replace(target, auth="authorization")
     version = env.get("OPENAI_API_VERSION") or env.get("AZURE_API_VERSION")
     return replace(target, options={**target.options, "api_version": version}) if version else target
 
 
 def _settle_vertex(target: Target, env: Mapping[str, str]) -> Target:
-    """Give Vertex its address: project and location under an access token, none of them under an API key."""
+    """Build Vertex's address: with project and location for an access token, with neither for an API key."""
     if "claude" in target.model:
         raise ConfigError(
             f"Expected a model of Gemini's protocol for vertex, got {target.model!r}, which has another one; take it "
@@ -98,7 +94,7 @@ def _settle_vertex(target: Target, env: Mapping[str, str]) -> Target:
 
 
 def _settle_bedrock(target: Target, env: Mapping[str, str]) -> Target:
-    """Put the region into the address. Without a region no default is used, as prompts would go to a foreign one."""
+    """Insert the region into the address. There is no default region, because prompts would leave the user's own."""
     if target.base_url != _BEDROCK:
         return target
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
@@ -110,7 +106,7 @@ def _settle_bedrock(target: Target, env: Mapping[str, str]) -> Target:
 # ---- the providers
 
 
-# The codecs are imported when a model of theirs is first made.
+# The codecs are imported when a model of theirs is first created.
 def _openai(target: Target) -> Codec:
     from aggregator.llm.codecs.openai import OpenAIChat
 
@@ -124,7 +120,7 @@ def _ollama(target: Target) -> Codec:
 
 
 def _compatible(target: Target) -> Codec:
-    """Return the codec for a server of no name: at Ollama's port it is Ollama."""
+    """Return the codec for an unnamed server: at Ollama's port it is Ollama."""
     return _ollama(target) if urlsplit(target.base_url).port == _OLLAMA_PORT else _openai(target)
 
 
@@ -179,7 +175,7 @@ def _hosted(
     free_ending: str | None = None,
     **options: object,
 ) -> Provider:
-    """A provider that speaks OpenAI's format under a bearer key."""
+    """Return a provider with OpenAI's format and a bearer key."""
     return Provider(
         name=name,
         codec=_openai,
@@ -196,7 +192,7 @@ def _hosted(
 def _local(
     name: str, base_url: str, *variables: str, keys: tuple[str, ...] = (), aliases: tuple[str, ...] = ()
 ) -> Provider:
-    """A server of the user's own, which needs no key."""
+    """Return a server of the user's own, which needs no key."""
     return Provider(
         name=name,
         codec=_openai,
@@ -321,7 +317,7 @@ _BUILT_IN = (
         aliases=("lm-studio",),
     ),
     Provider(
-        name="vllm",  # no default cap: it refuses one beyond the model's context, and stops at its end anyway
+        name="vllm",  # no default limit: it refuses one beyond the model's context, and stops at its end anyway
         codec=_openai,
         apis=_APIS,
         base_url="http://localhost:8000/v1",
@@ -357,8 +353,8 @@ _BUILT_IN = (
 
 @cache
 def installed() -> dict[str, Provider]:
-    """The providers that other packages bring, by name; read once."""
-    from importlib.metadata import entry_points  # here: a program that makes no client needs none of it
+    """Return the providers of other packages by name; read once."""
+    from importlib.metadata import entry_points  # imported here: a program without a client needs none of it
 
     found: dict[str, Provider] = {}
     for point in entry_points(group=ENTRY_POINTS):
@@ -374,7 +370,7 @@ def installed() -> dict[str, Provider]:
 
 @cache
 def providers() -> Mapping[str, Provider]:
-    """Every provider by each of its names; what another package brings comes before ours."""
+    """Return every provider by each of its names; those of other packages take precedence."""
     table: dict[str, Provider] = {}
     for provider in (*_BUILT_IN, *installed().values()):
         table |= dict.fromkeys((provider.name, *provider.aliases), provider)

@@ -1,9 +1,8 @@
-"""What any client asks a model, and what comes back: requests and answers of every known API as our records.
+"""Requests and answers of any client and every known API as our records.
 
-OpenAI (chat, Responses, completions, embeddings) and what speaks as it does, Mistral for one, Anthropic, Gemini,
-Bedrock, Ollama, Cohere. Answers are read by our codecs where one knows the API, else by the places where providers put
-text and tokens. Nothing here raises: an unreadable request is a question of no API, an unreadable reply an answer
-without text.
+OpenAI (chat, Responses, completions, embeddings) and compatible APIs such as Mistral's, Anthropic, Gemini, Bedrock,
+Ollama, Cohere. Answers are read by our codecs if one knows the API, else by the usual fields of text and tokens.
+Nothing here raises: an unreadable request is a question without an API, an unreadable reply an answer without text.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Messa
 class Question(Struct, frozen=True, kw_only=True):
     """A request to a model; `api` is "" if its format is unknown, and `messages` then holds the body as a text.
 
-    `limits` are what the request states. `is_free` is True for what asks no model: GET, a count of tokens.
+    `limits` are the request's. `is_free` is True for requests without a model: GET, a count of tokens.
     """
 
     api: str = ""
@@ -45,9 +44,9 @@ class Question(Struct, frozen=True, kw_only=True):
     base_url: str = ""
 
 
-# What is asked
+# Questions
 
-_PATHS = (  # the end of the path, and the API; the first that fits
+_PATHS = (  # the end of the path, and the API; the first match wins
     (r"/chat/completions$", "chat"),
     (r"/responses$", "responses"),
     (r"/v1/messages$|/messages$|:(?:stream)?rawpredict$", "anthropic"),
@@ -81,17 +80,11 @@ _HOSTS = (
     (r"^api\.cohere\.", "cohere"),
 )
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
-_UNKNOWN_LIMIT = 20_000  # characters that are shown of a body of no known API
+_UNKNOWN_LIMIT = 20_000  # number of characters that are shown of a body of an unknown API
 
 
 def read_question(request: HTTPRequest) -> Question:
-    """Return what a request asks; a format that is not known is a question without an API.
-
-    >>> body = b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}'
-    >>> asked = read_question(HTTPRequest(url="http://x/v1/chat/completions", body=body, headers={}))
-    >>> asked.api, asked.model, asked.messages[0]["content"], asked.limits.tokens
-    ('chat', 'm', 'Hi', 5)
-    """
+    """Return the question in a request; in an unknown format it has no API."""
     path = urlsplit(request.url).path
     if request.method in ("GET", "HEAD", "OPTIONS", "DELETE") or _FREE.search(path):
         return Question(is_free=True)
@@ -115,7 +108,7 @@ def read_question(request: HTTPRequest) -> Question:
 
 
 def _api_of(path: str, body: Mapping[str, Any]) -> str:
-    """Return the API by the end of the path, where the body is what it takes; else by the body alone."""
+    """Return the API by the end of the path, if the body fits it; else by the body alone."""
     fields = {
         "chat": ("messages",),
         "responses": ("input", "prompt"),
@@ -142,7 +135,7 @@ def _by_host() -> dict[str, str]:
 
 
 def _provider_of(url: str, api: str) -> str:
-    """Return the provider by the request's host; else the one that defines the API, as for a proxy."""
+    """Return the provider by the request's host; else the API's own one, as for a proxy."""
     host = host_of(url)
     named = next((name for pattern, name in _HOSTS if re.search(pattern, host)), None)
     return named or _by_host().get(host) or _USUAL.get(api, "openai")
@@ -203,7 +196,7 @@ _RESULTS = ("toolResult", "functionResponse")
 
 
 def _text_of(value: Any) -> str:
-    """Return the texts of a message's content, whatever its parts are called; pictures and the like by their type."""
+    """Return the texts of a message's content, whatever its parts are named; pictures and the like by their type."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -236,11 +229,11 @@ def _is_text(data: bytes) -> bool:
     return b"\0" not in data[:2000] and data[:2000].decode(errors="ignore").encode() == data[:2000]
 
 
-# What comes back
+# Answers
 
 
 def read_answer(asked: Question, reply: HTTPReply) -> Completion:
-    """Return the answer of status < 300 to a question, as far as it can be read; its tokens are None if not stated."""
+    """Return the answer of status < 300 to a question, as far as it can be read; missing tokens are None."""
     codec = _codec(asked)
     found: Completion | None = None
     if codec is not None:
@@ -276,7 +269,7 @@ def read_failure(asked: Question, reply: HTTPReply) -> LLMError:
 
 
 def _codec(asked: Question) -> Codec | None:
-    """Return the codec of an API; None if none of ours reads it."""
+    """Return the codec of an API, or None."""
     formats = {"chat": "openai", "anthropic": "anthropic", "gemini": "gemini", "bedrock": "bedrock"}
     if asked.api == "completions":
         formats = {"completions": "openai"}
@@ -295,12 +288,12 @@ def _is_streamed(reply: HTTPReply) -> bool:
 
 
 def is_stream(reply: HTTPReply) -> bool:
-    """Return True for an answer that came as a stream of events, lines or frames."""
+    """Return True for an answer that is a stream of events, lines or frames."""
     return _is_streamed(reply)
 
 
 def _answer_text(asked: Question, reply: HTTPReply) -> str:
-    """Return the text of an answer of any API, the pieces of a stream joined."""
+    """Return the text of an answer of any API, with the pieces of a stream joined."""
     if asked.api == "embeddings":
         return "[embeddings]"
     if not asked.api:
@@ -310,14 +303,14 @@ def _answer_text(asked: Question, reply: HTTPReply) -> str:
 
 
 def _piece_in(value: Any) -> str:
-    """Return the text that an answer, or an event of a stream, holds."""
+    """Return the text in an answer, or in an event of a stream."""
     if isinstance(value, list):
         return "".join(_piece_in(part) for part in value)
     if not isinstance(value, dict):
         return ""
     kind = value.get("type")
     if isinstance(kind, str) and kind.endswith((".done", "_done", "completed", "-end")):
-        return ""  # what came in pieces before
+        return ""  # the text already came in pieces
     if isinstance(value.get("delta"), str):
         return value["delta"] if "text" in str(kind) or kind is None else ""
     inner = ("choices", "delta", "message", "candidates", "content", "parts", "contentBlockDelta", "output", "outputs")
@@ -330,7 +323,7 @@ def _piece_in(value: Any) -> str:
     return ""
 
 
-# Model and tokens, in whatever words
+# Model and tokens in any format
 
 LARGEST_FIGURE = 1e15
 _MODEL_FIELDS = ("model", "modelId", "model_id", "engine", "modelVersion", "model_name")
@@ -343,7 +336,7 @@ _OUTPUT = (
     *("output_tokens", "completion_tokens", "candidatesTokenCount", "outputTokens", "outputTokenCount"),
     *("eval_count", "generation_token_count", "tokenCount"),
 )
-_MORE_INPUT = (  # which these providers leave out of the input
+_MORE_INPUT = (  # these providers leave them out of the input
     *("cache_read_input_tokens", "cache_creation_input_tokens", "cacheReadInputTokens", "cacheWriteInputTokens"),
 )
 _MORE_OUTPUT = ("thoughtsTokenCount",)
@@ -351,12 +344,12 @@ _HOLDERS = (
     *("usage", "usageMetadata", "tokens", "billed_units", "meta", "response", "message", "delta", "x_groq", "metadata"),
     *("amazon-bedrock-invocationMetrics", "results"),
 )
-"""Where an answer, or an event of a stream, holds its figures, at any depth of these."""
+"""The keys under which an answer, or an event of a stream, has its figures, at any depth."""
 _HINT = re.compile(rb"oken|eval_count|usage|modelId|\"bytes\"", re.IGNORECASE)
 
 
 def read_model(request: HTTPRequest, reply: HTTPReply | None = None) -> str:
-    """Return the model that was asked: what request, address or answer say, else ""."""
+    """Return the requested model from request, address or answer, or ""."""
     if asked := _model_in(_json_of(request.body)):
         return asked
     named = _MODEL_IN_PATH.search(request.url)  # of Gemini, Bedrock and Azure
@@ -367,10 +360,10 @@ def read_model(request: HTTPRequest, reply: HTTPReply | None = None) -> str:
 
 
 def read_usage(reply: HTTPReply) -> dict[str, int | float]:
-    """Return the tokens that an answer states: `input_tokens` and `output_tokens`, each only if it is stated."""
+    """Return the tokens in an answer: `input_tokens` and `output_tokens`, each only if stated."""
     found: dict[str, int | float] = {}
     for answer in _answers(reply):
-        found |= _usage_in(answer)  # the last event of a stream says the sum
+        found |= _usage_in(answer)  # the last event of a stream has the sum
     for side in ("input", "output"):
         count = reply.headers.get(f"x-amzn-bedrock-{side}-token-count", "")
         if count.isdigit() and f"{side}_tokens" not in found:
@@ -399,7 +392,7 @@ def _model_in(value: Any) -> str:
 
 
 def _answers(reply: HTTPReply, *, whole: bool = False) -> Iterator[Any]:
-    """Yield the JSON of an answer: one document, or the events of a stream, unless `whole` those with figures."""
+    """Yield the JSON of an answer: one document, or the events of a stream, unless `whole` only those with figures."""
     if reply.headers.get("content-type", "").startswith(_FRAMES):
         yield from _frames(reply.body)
         return
@@ -431,7 +424,7 @@ def _frames(body: bytes) -> Iterator[Any]:
 
 
 def _usage_in(value: Any) -> dict[str, int | float]:
-    """Return the tokens that an answer or an event states, wherever its provider puts them."""
+    """Return the tokens that an answer or an event states, in any provider's fields."""
     if isinstance(value, list):
         value = value[0] if len(value) == 1 else None
     if not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Pure decisions over a server's reply: is it an answer, and is a failed attempt tried again, and when.
+"""Pure decisions about a server's reply: whether it is an answer, and whether and when a failed attempt is retried.
 
-Sources of the numbers: the SDKs of OpenAI and Anthropic (0.5 s doubling to 8 s, the retried statuses); the cap on
-Retry-After is OpenAI's, since waiting for what a server names without limit was seen to take minutes.
+Sources of the numbers: the SDKs of OpenAI and Anthropic (0.5 s doubling to 8 s, the retried statuses); the maximum
+Retry-After is OpenAI's, because some servers ask for minutes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from aggregator.llm.codecs.failures import should_retry
 from aggregator.records import Completion
 
 NOT_SENT = "Nothing was sent: "
-"""How the message of a failure begins before which no byte of the request had left."""
+"""The prefix of a failure's message if no byte of the request was sent."""
 
 _TRANSIENT = (APIConnectionError, RateLimitError, ServerError, ResponseError)
 _LASTING = (QuotaError, ContentFilterError, TruncatedError, TooLargeError)
 
 
 class RetryPolicy(Struct, frozen=True, kw_only=True):
-    """How often, how long. Seconds everywhere; `max_attempts` counts the first try."""
+    """Number of attempts and waiting times. Seconds everywhere; `max_attempts` counts the first one."""
 
     max_attempts: int = 3
     first_delay: float = 0.5
@@ -47,7 +47,7 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
     ) -> float | None:
         """Return the seconds to wait before the next attempt, None to give up.
 
-        `attempt` counts from 1, `remaining` is what is left until the call's deadline, `random` lies in [0, 1).
+        `attempt` counts from 1, `remaining` is the time until the call's deadline, `random` is in [0, 1).
 
         >>> RetryPolicy().delay(ServerError("", status=500), 2, remaining=600, random=0)
         1.0
@@ -62,11 +62,7 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
 
 
 def is_transient(error: LLMError, headers: Mapping[str, str] = {}) -> bool:
-    """Return True if the same request may succeed later; `x-should-retry` has the last word.
-
-    >>> is_transient(RateLimitError("")), is_transient(QuotaError(""))
-    (True, False)
-    """
+    """Return True if the same request may succeed later; `x-should-retry` decides if present."""
     wanted = should_retry(headers) if error.status is not None else None
     if wanted is not None and not isinstance(error, QuotaError):
         return wanted
@@ -76,9 +72,9 @@ def is_transient(error: LLMError, headers: Mapping[str, str] = {}) -> bool:
 def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = False) -> None:
     """Raise unless every choice is an answer: a status of 200 and JSON of the right shape are not enough.
 
-    ContentFilterError for a refusal and for content that was withheld, BrokenResponseError for a finish reason that is
-    not known to be good, EmptyResponseError for a stop without any content. `may_be_empty` allows the last, as a call
-    with stop sequences can end at its first token.
+    ContentFilterError for a refusal and for withheld content, BrokenResponseError for a finish reason that is not known
+    to be good, EmptyResponseError for a stop without any content. `may_be_empty` allows the last, as a call with stop
+    sequences can end at its first token.
     """
     for choice in completion.choices:
         message, word, reason = choice.message, choice.raw_finish_reason, choice.finish_reason
@@ -109,8 +105,8 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
 
 
 def was_sent(error: LLMError) -> bool:
-    """Return True if the server may have worked on, and charged for, an attempt that brought no answer.
+    """Return True if the server may have worked on, and billed, an attempt without an answer.
 
-    By the message, since a failure that a cassette replays has nothing else.
+    The message decides, because a replayed failure has nothing else.
     """
     return not error.message.startswith(NOT_SENT)

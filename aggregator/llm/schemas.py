@@ -1,6 +1,6 @@
-"""JSON schemas: that of a type, what providers ask of one, and the check of a value.
+"""JSON schemas: the schema of a type, requirements of providers, and the check of a value.
 
-A schema is checked when it is given, so that one which cannot be used costs no request.
+A schema is checked at once, so that an invalid one costs no request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aggregator.errors import ConfigError
 from aggregator.text import fenced_blocks, one_line
 
 Validate = Callable[[str], Any]
-"""Takes the text of a reply and raises ValueError if it is not acceptable."""
+"""A check that takes the text of a reply and raises ValueError if it is not acceptable."""
 
 _DEEPEST = 64  # levels of a schema
 _NOT_STRICT = {"default", "allOf", "oneOf", "not", "if", "then", "else", "patternProperties", "dependentRequired"}
@@ -57,7 +57,7 @@ def as_response_format(wanted: Any) -> Mapping[str, Any] | None:
 
 
 def _schema_of(kind: Any) -> Mapping[str, Any]:
-    """Return the schema of a type; its objects are closed, as the type takes no other keys from a model."""
+    """Return the schema of a type, with its objects closed, because the type accepts no other keys."""
     make = getattr(kind, "model_json_schema", None)  # pydantic's
     try:
         schema = make() if callable(make) else msgspec.json.schema(kind)
@@ -83,13 +83,16 @@ def _nodes(schema: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
 
 
 def check_schema(schema: Any) -> None:
-    """Raise ConfigError for a schema that cannot be used: too deep, or a reference that leads back to itself."""
+    """Raise ConfigError for an invalid schema: too deep, or with a reference that leads back to itself."""
     for node in _nodes(schema):
         _follow(node, schema)
 
 
 def is_strict(schema: Any) -> bool:
-    """Return True for a schema that strict mode takes: an object, all closed, every key required, no other keywords."""
+    """Return True for a schema that strict mode supports.
+
+    It is an object, with all objects closed, every key required, and no other keywords.
+    """
     if not isinstance(schema, Mapping) or schema.get("type") != "object":
         return False
     for node in _nodes(schema):
@@ -104,7 +107,7 @@ def is_strict(schema: Any) -> bool:
 
 
 def _is_named(node: Mapping[str, Any]) -> bool:
-    """Return True for a mapping of names to schemas, whose keys are no keywords."""
+    """Return True for a mapping of names to schemas, whose keys are not keywords."""
     return all(isinstance(value, Mapping) for value in node.values())
 
 
@@ -116,9 +119,9 @@ UNENFORCED = frozenset(
 
 
 def closed(schema: Any, dropped: frozenset[str] = frozenset()) -> Any:
-    """Return the schema with its objects closed and without the keywords of `dropped`: what a provider may ask for.
+    """Return the schema with its objects closed and without the keywords in `dropped`, as providers require.
 
-    What is dropped is still checked in the answer.
+    Dropped keywords are still checked in the answer.
 
     >>> closed({"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}}, frozenset({"minimum"}))
     {'type': 'object', 'properties': {'a': {'type': 'integer'}}, 'additionalProperties': False}
@@ -153,11 +156,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def mismatch(value: Any, schema: Any, *, at: str = "$", root: Any = None) -> str | None:
-    """Return what does not fit, with its path; None where everything fits.
-
-    >>> mismatch({"k": "many"}, {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]})
-    "integer expected, got 'many' - at $.k"
-    """
+    """Return the first mismatch with its path, or None."""
     root = schema if root is None else root
     schema = _follow(schema, root)
     if not isinstance(schema, Mapping):
@@ -239,9 +238,9 @@ def _inner_mismatch(value: Any, schema: Mapping[str, Any], at: str, root: Any) -
 
 
 def _follow(schema: Any, root: Any) -> Any:
-    """Follow `#/$defs/Name`, from one to the next; one that leads nowhere holds nothing back.
+    """Follow `#/$defs/Name`, from one to the next; a missing target allows any value.
 
-    Raises ConfigError for references that lead in a circle.
+    Raises ConfigError for circular references.
     """
     seen = set()
     while isinstance(schema, Mapping) and isinstance(reference := schema.get("$ref"), str):

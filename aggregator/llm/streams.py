@@ -1,4 +1,4 @@
-"""Streamed answers: the same tape, budget, limiter, errors and retries as whole ones, until the first delta is out."""
+"""Streamed answers: the same tape, budget, limiter, errors and retries as whole ones, until the first delta."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ T = TypeVar("T")
 
 
 class Stream:
-    """One streamed answer: iterate it for the text deltas; `completion` is the whole answer once they ended.
+    """One streamed answer: iterate over it for the text deltas; `completion` is the whole answer afterwards.
 
-    Leaving it early (`break`) ends the request, at once with `async with`, else when the object is garbage-collected.
+    Leaving it early (`break`) ends the request, at once with `async with`, otherwise when the object is
+    garbage-collected.
     """
 
     def __init__(self, call: ChatCall, deltas: Callable[[ChatCall], AsyncGenerator[str | Completion, None]]) -> None:
@@ -56,7 +57,7 @@ class Stream:
 async def _show(
     call: ChatCall, deltas: Callable[[ChatCall], AsyncGenerator[str | Completion, None]], whole: list[Completion]
 ) -> AsyncGenerator[str, None]:
-    """Yield the text and show the call; the answer goes into `whole`, not to the stream, which would make a cycle."""
+    """Yield the text and show the call; the answer is stored in `whole`: in the stream it would make a cycle."""
     transcript = current_transcript()
     shown = transcript.llm_call(call.messages) if transcript is not None and current_role() == "agent" else None
     try:
@@ -75,10 +76,10 @@ async def _show(
 
 
 class StreamedAttempts(Attempts):
-    """The attempts of a call whose answer is read as it comes."""
+    """The attempts of a call whose answer is read as it arrives."""
 
     async def deltas(self) -> AsyncGenerator[str | Completion, None]:
-        """Yield the text as it comes, the whole answer last; try again as long as nothing was yielded."""
+        """Yield the text as it arrives, the whole answer last; retry as long as nothing was yielded."""
         while True:
             attempt, begun = StreamedAttempt(self), False
             try:
@@ -112,7 +113,7 @@ class StreamedAttempt(Attempt):
         self._sent_at = 0.0
 
     async def deltas(self) -> AsyncGenerator[str, None]:
-        """Yield the text as it comes; raises LLMError for an answer that is cut, broken or an error."""
+        """Yield the text as it arrives; raises LLMError for an answer that is truncated, broken or an error."""
         codec = self.line.endpoint.codec
         reader = codec.stream(self.attempts.call)
         cut: APIConnectionError | None = None
@@ -135,7 +136,7 @@ class StreamedAttempt(Attempt):
             completion = reader.finish(reply)
         except LLMError as error:
             raise cut or error from None
-        self.complete(completion)  # all of the answer was there, also where the connection broke after its end
+        self.complete(completion)  # the answer was complete, even if the connection broke after its end
 
     def _pieces(self) -> AsyncGenerator[bytes, None]:
         tape, slot = self.tape, self.attempts.slot
@@ -147,7 +148,7 @@ class StreamedAttempt(Attempt):
         return self._live()
 
     async def _live(self) -> AsyncGenerator[bytes, None]:
-        """The pieces as they come over the network."""
+        """Yield the pieces as they arrive over the network."""
         if not self.try_admit():
             await self.admit()
         self._sent_at = perf_counter()
@@ -166,7 +167,7 @@ class StreamedAttempt(Attempt):
         self.accept(opened.status, opened.headers)
 
     async def _in_time(self, waiting: Awaitable[T], what: str) -> T:
-        """Return what is waited for; raises APITimeoutError if nothing comes for as long as an attempt may take."""
+        """Return the awaited value; raises APITimeoutError if nothing arrives within an attempt's timeout."""
         limit = self.timeout()
         try:
             async with asyncio.timeout(limit):
@@ -184,7 +185,10 @@ class StreamedAttempt(Attempt):
         )
 
     def recorded(self, error: BaseException | None) -> tuple[HTTPReply | None, APIConnectionError | None]:
-        """Keep what came. A cancelled answer leaves nothing; one that was left early ends there in a replay too."""
+        """Return what a recording keeps.
+
+        A cancelled answer is not kept; an abandoned one ends at the same place in a replay.
+        """
         from aggregator.cassettes.tape import StreamLeftError  # loaded with the tape
 
         if isinstance(error, GeneratorExit) and self._body:
@@ -200,7 +204,7 @@ class StreamedAttempt(Attempt):
 async def _paced(
     reply: HTTPReply, delay: float, sleep: Callable[[float], Awaitable[None]], failure: APIConnectionError | None
 ) -> AsyncGenerator[bytes, None]:
-    """The recorded pieces at the recorded pace, stretched to `delay` seconds; at least one turn of the loop each.
+    """Yield the recorded pieces at the recorded pace, stretched to `delay` seconds, at least one loop iteration each.
 
     `failure` is what ended them.
     """

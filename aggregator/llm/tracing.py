@@ -1,7 +1,7 @@
 """One event per attempt and per call: structlog events, and OpenTelemetry spans with the GenAI conventions.
 
-Both are silent until the application configures them, and cost next to nothing until then: neither package is
-imported here, since a listener must have imported it. Keys, messages and answers are never part of an event.
+Both are silent until the application configures them, and cost almost nothing until then: neither package is imported
+here, because a listener must have imported it. Keys, messages and answers are never part of an event.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def listening() -> bool:
 
 
 def event(name: str, **facts: Any) -> None:
-    """Log one event; facts that are None are left out."""
+    """Log one event; fields that are None are left out."""
     structlog = sys.modules["structlog"]
     known = {key: value for key, value in facts.items() if value is not None}
     log = structlog.get_logger(LOGGER)
@@ -34,7 +34,7 @@ def event(name: str, **facts: Any) -> None:
 
 
 def usage_facts(usage: Usage | None) -> dict[str, Any]:
-    """Tokens and cost as facts of an event."""
+    """Return tokens and cost as fields of an event."""
     if usage is None:
         return {}
     return {
@@ -46,13 +46,13 @@ def usage_facts(usage: Usage | None) -> dict[str, Any]:
 
 
 class Span:
-    """An OpenTelemetry span of one call, in the words of the GenAI semantic conventions."""
+    """An OpenTelemetry span of one call, with the GenAI semantic conventions."""
 
     def __init__(self, span: Any) -> None:
         self._span = span
 
     def answered(self, completion: Completion, attempts: int) -> None:
-        """Take the answer."""
+        """Record the response on the span."""
         usage = completion.usage
         facts = {
             "gen_ai.response.model": completion.model or None,
@@ -67,7 +67,7 @@ class Span:
         self._span.set_attributes({name: value for name, value in facts.items() if value is not None})
 
     def failed(self, error: BaseException) -> None:
-        """Take the failure."""
+        """Record the error on the span."""
         self._span.set_attribute("error.type", type(error).__name__)
         if isinstance(error, LLMError):
             self._span.set_attribute("aggregator.attempts", error.attempts)
@@ -83,7 +83,7 @@ def has_spans() -> bool:
 
 @contextmanager
 def span(target: Target, call: ChatCall) -> Iterator[Span]:
-    """The span of one call; only where `has_spans`."""
+    """Return the span of one call; only if `has_spans`."""
     trace = sys.modules["opentelemetry.trace"]
     attributes = {
         "gen_ai.operation.name": "chat",

@@ -40,9 +40,9 @@ def system_of(messages: Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any
 
 
 def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None) -> list[dict[str, Any]]:
-    """The conversation; results of one turn's tools go into one user message, as the API demands.
+    """Return the conversation; tool results of one turn are in one user message, as the API requires.
 
-    The opening that ends at `mark` is marked to be cached.
+    The prefix that ends at `mark` is marked for the cache.
 
     >>> messages_of([{"role": "tool", "tool_call_id": "a", "content": "1"}, {"role": "tool", "tool_call_id": "b",
     ...     "content": "2"}])[0]["content"][1]
@@ -89,7 +89,7 @@ def _assistant(message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
 
 
 def _as_it_came(source: bytes, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The blocks that an answer of this API came in, each in its place: signed thinking may not be moved or left out.
+    """Return the original blocks of an answer of this API, in order: signed thinking may not be moved or left out.
 
     `blocks` if the message was changed, since its signatures no longer apply.
     """
@@ -112,7 +112,7 @@ def _tool_result(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _blocks(content: Any) -> list[dict[str, Any]]:
-    """Content as blocks; an empty text is left out, since the API refuses one."""
+    """Return content as blocks; an empty text is left out, because the API refuses one."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     return [_block(part) for part in content or ()]
@@ -156,7 +156,7 @@ def tool_choice_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class Block(Struct, gc=False):
-    """One block of content; kinds that are not known (search results, compaction, ...) are read over."""
+    """One block of content; unknown kinds (search results, compaction, ...) are skipped."""
 
     type: Any = None  # Any: an unknown block may hold anything, and must not invalidate the others
     text: Any = None
@@ -175,7 +175,7 @@ class _Written(Struct, gc=False):
 
 
 class WireUsage(Struct, gc=False):
-    """`input_tokens` counts what no cache held: the two others come on top."""
+    """`input_tokens` excludes cached tokens; the two others are added to it."""
 
     input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
@@ -187,7 +187,7 @@ class WireUsage(Struct, gc=False):
 
 
 class Answer(Struct, gc=False):
-    """A message, or the part of one that has been streamed so far."""
+    """A message, or its part that has been streamed so far."""
 
     model: str | None = None
     id: str | None = None
@@ -201,12 +201,12 @@ class Answer(Struct, gc=False):
 
 
 class _Built(Answer, gc=False):
-    """An answer that a stream added up to, with the JSON that its content was read from."""
+    """A streamed answer, with the JSON from which its content was read."""
 
     body: bytes = b""
 
 
-# Fields have the order in which the API sends them: msgspec tries the next one first.
+# Fields are in the order in which the API sends them: msgspec tries the next one first.
 DECODER = msgspec.json.Decoder(Answer)
 SAID_NOTHING = WireUsage()
 
@@ -246,7 +246,7 @@ class MessageStream(EventReader):
         self._ended = False
 
     def event(self, event: Event) -> str:
-        """Take one event and return the text it brings."""
+        """Process one event and return its text."""
         found = _Event(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, _EVENT_DECODER)
         if found.error:
             raise self.codec.fault(found.error, HTTPReply(status=200, body=event.data, headers={}))
@@ -266,7 +266,7 @@ class MessageStream(EventReader):
         return self._ended or self._answer.stop_reason is not None
 
     def build(self, reply: HTTPReply) -> Completion:
-        """Put the blocks together, as they would have come in one piece."""
+        """Join the blocks, as in an answer in one piece."""
         for index, text in self._inputs.items():  # the block began with {}; its pieces came after
             self._blocks[index]["input"] = as_raw(text)
         body = msgspec.json.encode({"content": [block for _, block in sorted(self._blocks.items())]})
@@ -291,7 +291,7 @@ class MessageStream(EventReader):
         return delta.text or ""
 
     def _add_usage(self, newer: WireUsage) -> None:
-        """Take the newer counts: usage comes at the start and at the end, each a running total."""
+        """Merge the newer counts: usage comes at the start and at the end, each a running total."""
         usage = self._answer.usage = self._answer.usage or WireUsage()
         for name in WireUsage.__struct_fields__:
             value = getattr(newer, name)
@@ -305,7 +305,7 @@ def _text(block: dict[str, Any], name: str) -> str:
 
 
 VERSION = "2023-06-01"  # every recorded request names it
-MAX_TOKENS = 4096  # the API demands a number
+MAX_TOKENS = 4096  # the API requires a number
 
 
 _LEFT = "anthropic-ratelimit-{}-remaining", "anthropic-ratelimit-{}-limit", "anthropic-ratelimit-{}-reset"
@@ -337,7 +337,7 @@ class AnthropicMessages(JSONCodec[Answer]):
         self._url = f"{target.base_url.rstrip('/').removesuffix('/v1')}/v1/messages"
 
     def encode(self, call: ChatCall) -> HTTPRequest:
-        """Return the request; raises ConfigError for several answers or a seed, which this API has not."""
+        """Return the request; raises ConfigError for several answers or a seed, which this API lacks."""
         for name, value in (("n", call.n if call.n != 1 else None), ("seed", call.seed)):
             if value is not None:
                 raise ConfigError(f"Expected no {name} for anthropic, whose API has none, got {name}={value!r}")
@@ -394,7 +394,7 @@ class AnthropicMessages(JSONCodec[Answer]):
         """Return the blocks; raises for an error, or without content. An empty list is an empty answer."""
         if answer.error:
             raise self.fault(answer.error, reply)
-        if isinstance(answer.content, str):  # of a gateway
+        if isinstance(answer.content, str):  # from a gateway
             return [Block(type="text", text=answer.content)]
         if answer.content is None:
             raise self.empty("content", reply)
@@ -415,14 +415,14 @@ def _usage(usage: WireUsage) -> Usage:
 
 
 def _thinking_budget(call: ChatCall) -> int:
-    """The tokens of thinking that `extra` asks for, which count against the limit of the answer."""
+    """Return the thinking tokens in `extra`, which count in the limit of the answer."""
     thinking = call.extra.get("thinking")
     budget = thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None
     return budget if isinstance(budget, int) else 0
 
 
 def _output_config(call: ChatCall) -> dict[str, Any] | None:
-    """Return the schema that the answer must fit; this API has no plain JSON mode."""
+    """Return the schema of the answer; this API has no plain JSON mode."""
     wanted = call.response_format or {}
     if wanted.get("type") != "json_schema":
         return None

@@ -1,6 +1,6 @@
 """The base class of codecs for JSON APIs, and server-sent events without I/O.
 
-A codec declares its typed answer, its finish words and its headers, and implements `encode` and `completion`. Reading
+A codec declares its typed answer, its finish reasons and its headers, and implements `encode` and `completion`. Reading
 bodies of any shape, errors, streams in one piece and the request's envelope are implemented here.
 """
 
@@ -29,37 +29,33 @@ DONE = b"[DONE]"
 
 
 class Event(NamedTuple):
-    """One event: its name ("" where none was given) and its data."""
+    """One event: its name ("" by default) and its data."""
 
     name: str
     data: bytes
 
 
 class EventParser:
-    r"""Cuts bytes into events: CRLF, LF or CR, comments, several data lines, bytes cut anywhere.
-
-    >>> EventParser().feed(b': keep-alive\n\nevent: ping\ndata: {}\n\ndata: half')
-    [Event(name='ping', data=b'{}')]
-    """
+    r"""Splits bytes into events: CRLF, LF or CR, comments, several data lines, bytes cut anywhere."""
 
     def __init__(self) -> None:
-        self._rest: list[bytes] = []  # of a line that is not complete
+        self._rest: list[bytes] = []  # of an incomplete line
         self._name = ""
         self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> list[Event]:
-        """Take the next bytes and return the events they complete."""
+        """Feed the next bytes and return the events they complete."""
         if b"\n" not in data and b"\r" not in data and self._rest[-1:] != [b"\r"]:
             self._rest.append(data)
             return []
         text = b"".join([*self._rest, data])
-        held = b"\r" if text.endswith(b"\r") else b""  # the first half of CRLF, perhaps
+        held = b"\r" if text.endswith(b"\r") else b""  # possibly the first half of CRLF
         *lines, rest = text.removesuffix(held).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._rest = [rest, held] if held else [rest]
         return [event for line in lines if (event := self._line(line))]
 
     def flush(self) -> list[Event]:
-        """Return the last event where the stream ended without its empty line."""
+        """Return the last event if the stream ended without its empty line."""
         return self.feed(b"\n\n")
 
     def _line(self, line: bytes) -> Event | None:
@@ -79,22 +75,22 @@ class EventParser:
 
 
 class CompletingCodec(Codec, Protocol):
-    """A codec that turns its own typed answer into a Completion, which is what a stream adds up to."""
+    """A codec that converts its own typed answer, which a stream adds up to, to a Completion."""
 
     def completion(self, answer: Any, reply: HTTPReply) -> Completion:
-        """Turn the typed answer into a Completion; raises LLMError."""
+        """Convert the typed answer to a Completion; raises LLMError."""
         ...
 
     def fault(self, data: Any, reply: HTTPReply) -> LLMError:
-        """Return the error that an answer of status 200 holds."""
+        """Return the error in an answer of status 200."""
         ...
 
 
 class EventReader:
     """The part of a StreamReader that no provider changes; a subclass reads its own events.
 
-    `event` takes one event and returns the text it brings, `whole` returns True if the answer ended properly, `build`
-    puts the answer together.
+    `event` processes one event and returns its text, `whole` returns True if the answer is complete, `build` builds the
+    answer.
     """
 
     def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
@@ -105,7 +101,7 @@ class EventReader:
         self.done = False  # the server sent [DONE], as gateways do for every API
 
     def event(self, event: Event) -> str:
-        """Take one event and return the text it brings."""
+        """Process one event and return its text."""
         raise NotImplementedError
 
     def whole(self) -> bool:
@@ -113,16 +109,16 @@ class EventReader:
         raise NotImplementedError
 
     def build(self, reply: HTTPReply) -> Completion:
-        """Put the answer together."""
+        """Build the answer."""
         raise NotImplementedError
 
     def feed(self, data: bytes) -> list[str]:
-        """Take the next bytes, cut anywhere, and return the text deltas they complete."""
+        """Feed the next bytes, cut anywhere, and return the text deltas they complete."""
         return self._read(self._parser.feed(data))
 
     def finish(self, reply: HTTPReply) -> Completion:
-        """Return the whole answer; raises APIConnectionError where the stream was cut."""
-        with suppress(DecodeError):  # half an event: the stream was cut, which is found out below
+        """Return the whole answer; raises APIConnectionError if the stream was cut."""
+        with suppress(DecodeError):  # half an event: the stream was cut, which is detected below
             self._read(self._parser.flush())
         if not self._events and not is_event_stream(reply.body):  # the server ignored `stream`
             return self.codec.decode(reply, self.call)
@@ -151,7 +147,10 @@ def is_event_stream(body: bytes) -> bool:
 
 
 def read_other(error: DecodeError, reply: HTTPReply, reader: StreamReader | None) -> Completion:
-    """Read a body that is no JSON object: a stream in one piece (from a cassette, or unasked); else raise the error."""
+    """Read a body that is not a JSON object.
+
+    It may be a stream in one piece (from a cassette, or unrequested); otherwise its error is raised.
+    """
     if reader is None or not is_event_stream(reply.body):
         error.status, error.request_id = reply.status, request_id(reply.headers)
         raise error
@@ -161,7 +160,8 @@ def read_other(error: DecodeError, reply: HTTPReply, reader: StreamReader | None
 
 A = TypeVar("A")
 
-# Only what can be decoded everywhere: eight recorded exchanges came as brotli to clients that could not read it.
+# Only encodings that every client can decode: eight recorded exchanges were brotli for clients that could not read
+# it.
 ACCEPT_ENCODING = "gzip, deflate"
 _DEEPEST = 200
 _USER_AGENT = f"aggregator/{__version__}"
@@ -169,7 +169,7 @@ _PLAIN = (str, int, float)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a subclass of JSON's types as the type itself, as numpy's float64 and str_."""
+    """Return a value of a subclass of JSON's types as the type itself, such as numpy's float64 and str_."""
     kind = next((kind for kind in _PLAIN if isinstance(value, kind)), None)
     if kind is not None:
         return kind(value)
@@ -185,7 +185,7 @@ _encode = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
 def to_json(body: Any) -> bytes:
-    """Return a request's body as JSON; raises ConfigError that names what JSON cannot hold, and where."""
+    """Return a request's body as JSON; raises ConfigError with the unsupported value and its path."""
     try:
         return _encode(body)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -196,7 +196,7 @@ def to_json(body: Any) -> bytes:
 
 
 def _not_json(value: Any, at: str, depth: int = 0) -> tuple[str, str] | None:
-    """Return the path of the first value that JSON cannot hold, and what it is."""
+    """Return the path of the first value that JSON does not support, and its type."""
     if depth > _DEEPEST:
         return at, f"more than {_DEEPEST} levels"
     if isinstance(value, str):
@@ -222,11 +222,7 @@ def _not_json(value: Any, at: str, depth: int = 0) -> tuple[str, str] | None:
 
 
 def words(**meanings: str) -> Mapping[str, FinishReason]:
-    """Return a table of finish words: our word = the provider's words, separated by blanks.
-
-    >>> words(stop="COMPLETE STOP_SEQUENCE", length="MAX_TOKENS")["max_tokens"]
-    'length'
-    """
+    """Return a table of finish reasons: ours = the provider's, separated by blanks."""
     return {word.lower(): reason for reason, said in meanings.items() for word in said.split()}  # type: ignore[misc]
 
 
@@ -234,11 +230,10 @@ def words(**meanings: str) -> Mapping[str, FinishReason]:
 
 
 class JSONCodec(Generic[A]):
-    """A codec whose answers are JSON objects; a subclass fills in what is particular to its API.
+    """A codec for answers that are JSON objects; a subclass adds the specifics of its API.
 
     * `decoder` reads a body into the typed answer, leniently: every field optional.
-    * `finish_words` maps the provider's finish words (lower case) to ours; any other word reads as "error". No word at
-      all reads as "stop".
+    * `finish_words` maps the provider's finish reasons (lower case) to ours; any other is "error", none "stop".
     * `limit_fields` and `count_fields` are the fields of the body that limit an answer's tokens and count the answers,
       with dots for nesting: what `extra` sets there counts for the budget.
     * `kept_headers` are headers that a recording may hold; a final `*` matches any ending.
@@ -262,7 +257,7 @@ class JSONCodec(Generic[A]):
         self.target = target
         self._envelope = Envelope(target, self.kept_headers)
 
-    # What a subclass brings.
+    # For a subclass to implement.
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request, usually by `self.post(url, body, call)`."""
@@ -272,10 +267,10 @@ class JSONCodec(Generic[A]):
         """Turn the typed answer into a Completion, usually by `self.completed(...)`; raises LLMError."""
         raise NotImplementedError
 
-    # What it gets.
+    # Inherited.
 
     def refuse_lacking(self, call: ChatCall) -> None:
-        """Raise ConfigError for an option that this API does not have. One answer is no option."""
+        """Raise ConfigError for an option that this API lacks. A single answer is not an option."""
         for name in sorted(self.lacks):
             value = getattr(call, name)
             if value is not None and (name, value) != ("n", 1):
@@ -293,7 +288,7 @@ class JSONCodec(Generic[A]):
         return None
 
     def limits(self, call: ChatCall) -> Limits:
-        """Return the limits that the request for this call states. A negative number of tokens is no limit."""
+        """Return the limits in the request for this call. A negative number of tokens is no limit."""
         tokens, answers = call.max_tokens, call.n
         if call.extra:  # merged into the body last
             tokens = _largest(call.extra, self.limit_fields, tokens)
@@ -301,7 +296,7 @@ class JSONCodec(Generic[A]):
         return Limits(None if tokens is None or tokens < 0 else tokens, 1 if answers is None else answers)
 
     def mark(self, call: ChatCall) -> Mark | None:
-        """Return where the prompt's opening ends, if this API has marks for it and the prompt has one."""
+        """Return the end of the shared prompt prefix, if this API has cache marks and the prompt has such a prefix."""
         return find_mark(call.messages) if self.marks is not None and re.search(self.marks, call.model) else None
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
@@ -314,7 +309,7 @@ class JSONCodec(Generic[A]):
         return self.completion(answer, reply)
 
     def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error of an error status; of a 429 without Retry-After, with the time until its limit is reset."""
+        """Return the error of an error status; a 429 without Retry-After gets the time until its limit is reset."""
         error = status_error(reply, self.target.provider, self._envelope.secrets())
         if reply.status == 429 and error.retry_after is None:
             error.retry_after = reset_wait(reply.headers, (*self.requests, *self.tokens))
@@ -329,7 +324,7 @@ class JSONCodec(Generic[A]):
         return self.reader(self, call)
 
     def fault(self, data: Any, reply: HTTPReply) -> LLMError:
-        """Return the error that an answer of status 200 holds."""
+        """Return the error in an answer of status 200."""
         return fault_inside(data, reply, self.target.provider, self._envelope.secrets())
 
     def empty(self, wanted: str, reply: HTTPReply) -> EmptyResponseError:
@@ -342,7 +337,7 @@ class JSONCodec(Generic[A]):
         return scrub(error, self._envelope.secrets())
 
     def finish_reason(self, word: str | None) -> FinishReason:
-        """Return our word for the provider's; "error" for one that is not known to be good."""
+        """Return our finish reason for the provider's; "error" for one that is not known to be good."""
         if not word:
             return "stop"
         return self.finish_words.get(word) or self.finish_words.get(word.lower(), "error")
@@ -372,7 +367,7 @@ class JSONCodec(Generic[A]):
 
 
 def _largest(extra: Mapping[str, Any], fields: tuple[str, ...], ours: int | None) -> int | None:
-    """Return the largest whole number that `extra` states under one of the fields, else ours."""
+    """Return the largest int under one of the fields in `extra`, otherwise ours."""
     found: list[int] = []
     for path in fields:
         node: Any = extra
@@ -387,16 +382,12 @@ _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNOREC
 
 
 def is_secret_header(name: str) -> bool:
-    """Return True for a header whose value authenticates, by its name.
-
-    >>> is_secret_header("Helicone-Auth"), is_secret_header("x-portkey-api-key"), is_secret_header("x-title")
-    (True, True, False)
-    """
+    """Return True if a header authenticates, by its name."""
     return _SECRET_HEADER.search(name) is not None
 
 
 class Envelope:
-    """Makes the requests of one target; headers are built once, unless the key is a function."""
+    """Builds the requests of one target; headers are built once, unless the key is a function."""
 
     def __init__(self, target: Target, kept: tuple[str, ...] = ()) -> None:
         self._target = target
@@ -416,7 +407,7 @@ class Envelope:
         )
 
     def _token(self) -> str | None:
-        """Return the token of the moment; None if the function fails, whose error is raised when a request is sent."""
+        """Return the current token; None if the function fails, whose error is raised when a request is sent."""
         key = self._target.api_key
         try:
             return key() if callable(key) else key
@@ -428,7 +419,7 @@ class Envelope:
         return self._sent
 
     def _dress(self, key: str | None) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-        """The headers of a plain and of a streamed request, and the secrets in them."""
+        """Return the headers of a plain and of a streamed request, and the secrets in them."""
         headers = {
             "content-type": "application/json",
             "accept": "application/json",

@@ -54,9 +54,9 @@ def system_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | N
 
 
 def messages_of(messages: Sequence[Mapping[str, Any]], mark: Mark | None = None) -> list[dict[str, Any]]:
-    """Return the conversation. Turns of one role in a row become one, since this API wants roles to alternate.
+    """Return the conversation. Consecutive turns of one role are merged, because this API requires alternating roles.
 
-    The opening that ends at `mark` is followed by a cache point.
+    The prefix that ends at `mark` is followed by a cache point.
 
     >>> messages_of([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
     [{'role': 'user', 'content': [{'text': 'a'}, {'text': 'b'}]}]
@@ -93,7 +93,7 @@ def _assistant(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if source is None:
         return blocks
     own = read(source, _OWN).output.message.content
-    return own if _said(own) == _said(blocks) else blocks  # signed thinking is not that of a changed message
+    return own if _said(own) == _said(blocks) else blocks  # signed thinking does not match a changed message
 
 
 def _said(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:
@@ -110,7 +110,7 @@ def _tool_result(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _blocks(content: Any, where: str) -> list[dict[str, Any]]:
-    """Return content as blocks. A blank text is left out, since the API refuses one; cache marks become blocks."""
+    """Return content as blocks. A blank text is left out, because the API refuses one; cache marks become blocks."""
     blocks: list[dict[str, Any]] = []
     parts: Sequence[Mapping[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for part in parts or ():
@@ -168,7 +168,7 @@ def tool_choice_of(choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def output_config_of(wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the schema that the answer must fit, as a text, which this API wants; None for any other format."""
+    """Return the schema of the answer as a text, which this API requires; None for any other format."""
     if wanted is None or wanted.get("type") != "json_schema":
         return None
     stated = wanted.get("json_schema") or {}
@@ -180,7 +180,7 @@ def output_config_of(wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
 _PRELUDE = 12
 _CHECKSUM = 4
 _LARGEST = 1 << 24  # AWS's own limit
-_TEXT, _BYTES = 7, 6  # the types of header values that state their own length
+_TEXT, _BYTES = 7, 6  # the types of header values that have their own length
 _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # those of all others
 
 
@@ -188,7 +188,7 @@ _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # those of all other
 
 
 class Fault(Struct, rename={"kind": "__type"}):
-    """An error of AWS: in the body of an error status, or in a frame."""
+    """An AWS error: in the body of an error status, or in a frame."""
 
     message: str | None = None
     Message: str | None = None
@@ -204,11 +204,7 @@ _FAULT = msgspec.json.Decoder(Fault)
 
 
 def read_fault(body: bytes) -> Fault:
-    """Read an error of AWS; its fields are empty for anything else.
-
-    >>> read_fault(b'{"Message": "no"}').words
-    'no'
-    """
+    """Read an AWS error; its fields are empty for anything else."""
     try:
         return read(body, _FAULT)
     except DecodeError:
@@ -221,7 +217,7 @@ def is_framed(body: bytes | bytearray) -> bool:
 
 
 class FrameParser:
-    """Cuts bytes into frames, each an event by its `:event-type`; an exception is an event named `error`.
+    """Splits bytes into frames, each an event by its `:event-type`; an exception is an event named `error`.
 
     Bytes that do not begin with a frame are an answer of another kind and give no events.
     """
@@ -231,7 +227,7 @@ class FrameParser:
         self._is_begun = self._is_other = False
 
     def feed(self, data: bytes) -> list[Event]:
-        """Take the next bytes, cut anywhere, and return the events they complete; raises DecodeError for damage."""
+        """Feed the next bytes, cut anywhere, and return the events they complete; raises DecodeError for damage."""
         self._rest += data
         found: list[Event] = []
         while not self._is_other and len(self._rest) >= _PRELUDE:
@@ -253,7 +249,7 @@ class FrameParser:
         return found
 
     def flush(self) -> list[Event]:
-        """Return no event: half a frame is none."""
+        """Return no event, because half a frame is not one."""
         return []
 
     def _refuse(self) -> None:
@@ -263,7 +259,7 @@ class FrameParser:
 
 
 def _event(headers: dict[str, str], payload: bytes) -> Event:
-    """Return the event of a frame; the kind of an exception becomes its code."""
+    """Return the event of a frame; the type of an exception becomes its code."""
     kind = headers.get(":exception-type") or headers.get(":error-code")
     if kind is None:
         return Event(headers.get(":event-type", ""), payload)
@@ -272,7 +268,7 @@ def _event(headers: dict[str, str], payload: bytes) -> Event:
 
 
 def _headers(data: bytes) -> dict[str, str]:
-    """Return the headers whose values are texts."""
+    """Return the headers with text values."""
     found: dict[str, str] = {}
     position = 0
     try:
@@ -303,7 +299,7 @@ class _ToolUse(Struct, gc=False, rename="camel"):
 
 
 class Block(Struct, gc=False, rename="camel"):
-    """One block of content; kinds that are not known are skipped."""
+    """One block of content; unknown kinds are skipped."""
 
     text: Any = None
     tool_use: _ToolUse | None = None
@@ -323,7 +319,7 @@ class _Output(Struct, gc=False):
 
 
 class WireUsage(Struct, gc=False, rename="camel"):
-    """`inputTokens` counts what no cache held: the two others come on top."""
+    """`inputTokens` excludes cached tokens; the two others are added to it."""
 
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -379,7 +375,7 @@ class ConverseStream(EventReader):
         self._blocks: dict[int, dict[str, Any]] = {}
 
     def event(self, event: Event) -> str:
-        """Take one event and return the text it brings."""
+        """Process one event and return its text."""
         found = read(event.data, _EVENT_DECODER)
         if found.error:
             raise self.codec.fault(found.error, HTTPReply(status=200, body=event.data, headers={}))
@@ -401,7 +397,7 @@ class ConverseStream(EventReader):
         return self._answer.stop_reason is not None
 
     def build(self, reply: HTTPReply) -> Completion:
-        """Put the blocks together, as they would have come in one piece."""
+        """Join the blocks, as in an answer in one piece."""
         for block in self._blocks.values():
             if (use := block.get("toolUse")) is not None:
                 use["input"] = as_raw(use["input"] or "{}")
@@ -496,7 +492,7 @@ class BedrockConverse(JSONCodec[Answer]):
         return reader.finish(reply)
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
-        """Turn a parsed answer into a Completion; raises where it is an error or holds no content."""
+        """Convert a parsed answer to a Completion; raises if it is an error or has no content."""
         message = answer.output.message if answer.output is not None else None
         if message is None or message.content is None:
             raise self.empty("content", reply)
@@ -524,7 +520,7 @@ class BedrockConverse(JSONCodec[Answer]):
         return self.completed(reply, [choice], usage=_usage(answer.usage or WireUsage()))
 
     def error(self, reply: HTTPReply) -> APIStatusError:
-        """Return the error of an error status, of the kind that AWS names in a header or in the body."""
+        """Return the error of an error status, by the type that AWS names in a header or in the body."""
         found = read_fault(reply.body)
         if not found.words:
             return super().error(reply)
@@ -533,7 +529,7 @@ class BedrockConverse(JSONCodec[Answer]):
         return super().error(replace(reply, body=body))
 
     def fault(self, data: Any, reply: HTTPReply) -> LLMError:
-        """Return the error of an exception inside a stream, of the status that AWS gives it elsewhere."""
+        """Return the error of an exception inside a stream, with the status that AWS uses elsewhere."""
         status = _STATUSES.get(str(data.get("code")).lower()) if isinstance(data, dict) else None
         return super().fault(data if status is None else {**data, "status": status}, reply)
 

@@ -1,9 +1,9 @@
-"""Error answers of every provider, and rate-limit headers: which class, which words, how long to wait.
+"""Error answers of every provider, and rate-limit headers: class, message, waiting time.
 
-Twenty-two error shapes were seen in recordings. They are read by searching for the few names that hold a message, at
-any depth, rather than by one case per provider. Rate-limit headers describe a bucket that refills continuously, so what
-is missing now comes back at (limit - remaining) / reset per second; a server that sends no reset (Azure, Mistral)
-states its limits per minute.
+Twenty-two error shapes were seen in recordings. They are read by searching for the few names of a message, at any
+depth, not by one case per provider. Rate-limit headers describe a bucket that refills continuously, so the missing part
+returns at (limit - remaining) / reset per second; a server that sends no reset (Azure, Mistral) states its limits per
+minute.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
     404: NotFoundError,
     408: ServerError,
     409: ServerError,
-    424: ServerError,  # what the server depends on failed: Bedrock's models
+    424: ServerError,  # a dependency of the server failed: Bedrock's models
     425: ServerError,
     429: RateLimitError,
 }
@@ -129,7 +129,10 @@ def fault_inside(data: Any, reply: HTTPReply, provider: str, secrets: tuple[str,
 
 
 def fault_in_event(data: bytes) -> Any:
-    """What an event named `error` holds, for `fault_inside`: with or without the `error` key, JSON or text."""
+    """Return the content of an event named `error`, for `fault_inside`.
+
+    It may have the `error` key or not, and be JSON or text.
+    """
     try:
         body = parse(data)
     except DecodeError:
@@ -152,7 +155,7 @@ def _build(
 
 
 def scrub(error: E, secrets: Iterable[str]) -> E:
-    """Return the same error, its message and code without the values that authenticate."""
+    """Return the same error with authentication values removed from its message and code."""
     error.message = _without(error.message, secrets)
     error.code = error.code and _without(error.code, secrets)
     error.args = (error.message,)
@@ -174,11 +177,7 @@ def _without(text: str, secrets: Iterable[str]) -> str:
 
 
 def classify(status: int, fault: Fault) -> type[APIStatusError]:
-    """Return the class of an error, by its status first and by the provider's words if they are more specific.
-
-    >>> classify(429, Fault(words=("insufficient_quota",))).__name__
-    'QuotaError'
-    """
+    """Return the class of an error, by its status, or by the provider's message if that is more specific."""
     if status in (400, 413, 422) and _is_context_overflow(fault):
         return ContextLengthError
     if status == 429 and _QUOTA_WORDS.intersection(map(str.lower, fault.words)):
@@ -239,7 +238,7 @@ def fault_of(data: Any) -> Fault:
 
 
 def _message(node: Any, depth: int = 0) -> str:
-    """Return the message, under whichever name it was sent; a list (FastAPI's 422) gives each of its entries."""
+    """Return the message, under any of its names; a list (FastAPI's 422) gives each of its entries."""
     if isinstance(node, str):
         return node.strip()
     if depth > _DEEPEST:
@@ -271,7 +270,7 @@ def _words(nodes: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _is_word(value: Any) -> bool:
-    """Return True for a name, or a number of the provider; one of HTTP only repeats the status."""
+    """Return True for a name, or a number of the provider; an HTTP status would only repeat the status."""
     if isinstance(value, str):
         return value not in ("", "error")
     return type(value) is int and value > 0 and not 100 <= value < 600
@@ -287,7 +286,7 @@ def _text(value: Any) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """A page's title, or the text without its tags."""
+    """Return a page's title, or the text without its tags."""
     title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
     text = title.group(1) if title else re.sub(r"<[^>]*>", " ", text)
     return " ".join(text.split())[:500]
@@ -301,7 +300,7 @@ def _phrase(status: int) -> str:
 
 
 def request_id(headers: Mapping[str, str]) -> str | None:
-    """What the provider's support asks for."""
+    """Return the request id for the provider's support."""
     if "x-request-id" in headers:  # nearly always; this runs for every answer
         return headers["x-request-id"]
     for name in _OTHER_REQUEST_IDS:
@@ -314,11 +313,7 @@ def request_id(headers: Mapping[str, str]) -> str | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero counts as missing.
-
-    >>> retry_after({"retry-after-ms": "0", "retry-after": "1"})
-    1.0
-    """
+    """Return the seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero is missing."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         try:
@@ -331,7 +326,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _until(date: str, now: str) -> float:
-    """Seconds until an HTTP date, by the server's own clock where it gives one."""
+    """Return the seconds until an HTTP date, by the server's own clock if it has one."""
     try:
         then = parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError, TypeError):
@@ -361,18 +356,18 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-# ---- what rate-limit headers leave
+# ---- rate-limit headers
 
 
 class Headroom(Struct, frozen=True):
-    """How many more are allowed now, and how many seconds bring one more."""
+    """The remaining number, and the seconds until there is one more."""
 
     remaining: float
     seconds_each: float
 
 
 def headroom(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: float | None = None) -> Headroom | None:
-    """Return the limits in the headers under the first of these names, None if there are none that can be read.
+    """Return the limits in the headers under the first of these names, or None if none can be read.
 
     `now` is Unix time, for resets given as a date.
 
@@ -394,12 +389,7 @@ def headroom(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: f
 
 
 def reset_wait(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: float | None = None) -> float | None:
-    """Return the seconds until a limit with nothing left is full again; None if the headers name none.
-
-    >>> names = [RateHeaders("x-ratelimit-remaining", "x-ratelimit-limit", "x-ratelimit-reset")]
-    >>> reset_wait({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1700000030000"}, names, now=1700000000)
-    30.0
-    """
+    """Return the seconds until an exhausted limit is full again; None if the headers name none."""
     for name in names:
         if name.reset and _number(headers.get(name.remaining, "")) == 0:
             wait = seconds(headers.get(name.reset, ""), now=now)

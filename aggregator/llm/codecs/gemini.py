@@ -20,8 +20,8 @@ from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Messa
 
 _MODES = {"auto": "AUTO", "required": "ANY", "any": "ANY", "none": "NONE"}
 _SIGNING = re.compile(r"gemini-(?:[3-9]|\d\d)")
-# Models from Gemini 3 on refuse a function call without its signature; this is the documented placeholder where the
-# call was made by another model or the caller's history lost it.
+# Models from Gemini 3 on refuse a function call without its signature; this is the documented placeholder for calls
+# made by another model or without their signature.
 _NO_SIGNATURE = "skip_thought_signature_validator"
 
 
@@ -36,13 +36,9 @@ def system_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def contents_of(messages: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any]]:
-    """The conversation; the results of one turn's tools go into one content.
-
-    >>> contents_of([{"role": "user", "content": "Hi"}], "gemini-2.5-flash")
-    [{'role': 'user', 'parts': [{'text': 'Hi'}]}]
-    """
+    """Return the conversation; tool results of one turn share one content."""
     contents: list[dict[str, Any]] = []
-    names: dict[str, str] = {}  # a result names its function here, not the call
+    names: dict[str, str] = {}  # here a result names its function, not the call
     for message in messages:
         role = message["role"]
         if role in ("system", "developer"):
@@ -67,7 +63,7 @@ def _call(call: Mapping[str, Any], model: str) -> dict[str, Any]:
     function = call.get("function") or {}
     made: dict[str, Any] = {"name": function.get("name"), "args": json_object(function.get("arguments"))}
     part: dict[str, Any] = {"functionCall": made}
-    google = (call.get("extra_content") or {}).get("google") or {}  # as Google's own OpenAI-compatible API has it
+    google = (call.get("extra_content") or {}).get("google") or {}  # as in Google's own OpenAI-compatible API
     if google.get("thought_signature"):
         part["thoughtSignature"] = google["thought_signature"]
     elif _SIGNING.search(model):
@@ -76,7 +72,7 @@ def _call(call: Mapping[str, Any], model: str) -> dict[str, Any]:
 
 
 def _result(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a tool's result; the API requires an object, so any other text is put under `result`."""
+    """Return a tool's result; the API requires an object, so any other text is stored under `result`."""
     text = text_of(message.get("content"))
     try:
         value = msgspec.json.decode(text)
@@ -107,7 +103,7 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tools_of(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
-    """Functions as declarations; tools of the provider's own stay as they are."""
+    """Return functions as declarations; the provider's own tools are unchanged."""
     if not tools:
         return None
     declared = [_declaration(tool["function"]) for tool in tools if isinstance(tool.get("function"), Mapping)]
@@ -226,7 +222,7 @@ class _Growing(Struct, gc=False):
 
 
 class GenerateStream(EventReader):
-    """Reads a stream of partial answers; the deltas are the first candidate's text, thought parts left out."""
+    """Reads a stream of partial answers; the deltas are the first candidate's text, without thoughts."""
 
     def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
         super().__init__(codec, call)
@@ -234,11 +230,11 @@ class GenerateStream(EventReader):
         self._candidates: dict[int, _Growing] = {}
 
     def event(self, event: Event) -> str:
-        """Take one event and return the text it brings."""
+        """Process one event and return its text."""
         return self.chunk(read(event.data, _DECODER))
 
     def chunk(self, chunk: Answer) -> str:
-        """Take one partial answer and return the text it brings."""
+        """Process one partial answer and return its text."""
         if chunk.error:
             raise self.codec.fault(chunk.error, HTTPReply(status=200, body=b"", headers={}))
         self._answer.responseId = chunk.responseId or self._answer.responseId
@@ -262,7 +258,7 @@ class GenerateStream(EventReader):
         return all(candidate.finish is not None for candidate in self._candidates.values())
 
     def build(self, reply: HTTPReply) -> Completion:
-        """Put the candidates together."""
+        """Build the answer from the candidates."""
         self._answer.candidates = [
             _Candidate(content=_Content(parts=growing.parts), finishReason=growing.finish, index=index)
             for index, growing in sorted(self._candidates.items())
@@ -274,7 +270,7 @@ class GenerateStream(EventReader):
 
 
 class GeminiGenerate(JSONCodec[Answer]):
-    """The codec of generateContent, bound to one server; the key goes in a header, never in the address."""
+    """The codec of generateContent, bound to one server; the key is sent in a header, never in the address."""
 
     decoder = _DECODER
     reader = GenerateStream
@@ -284,13 +280,13 @@ class GeminiGenerate(JSONCodec[Answer]):
         content_filter="""
             safety recitation language blocklist prohibited_content spii model_armor
             image_safety image_prohibited_content image_recitation""",
-        tool_calls="function_call",  # of compatible servers; Gemini itself sends stop
+        tool_calls="function_call",  # from compatible servers; Gemini itself sends stop
     )
     limit_fields = ("generationConfig.maxOutputTokens",)
     count_fields = ("generationConfig.candidateCount",)
 
     def url(self, call: ChatCall) -> str:
-        """Where this call is posted."""
+        """The address for this call."""
         model = call.model if "/" in call.model else f"models/{call.model}"
         method = "streamGenerateContent?alt=sse" if call.stream else "generateContent"
         return f"{self.target.base_url.rstrip('/')}/{model}:{method}"
@@ -306,13 +302,15 @@ class GeminiGenerate(JSONCodec[Answer]):
         }
         body = {name: value for name, value in fields.items() if value is not None}
         extra = dict(call.extra)
-        if isinstance(more := extra.get("generationConfig"), Mapping):  # adds to our options, replaces none unsaid
+        if isinstance(
+            more := extra.get("generationConfig"), Mapping
+        ):  # adds to our options, and replaces only named ones
             extra["generationConfig"] = {**body.get("generationConfig", {}), **more}
         return self.post(self.url(call), {**body, **extra}, call)
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
-        """Read an answer; raises LLMError where the prompt was blocked or no candidate came."""
-        if reply.body.lstrip().startswith(b"["):  # a stream asked for without alt=sse
+        """Read an answer; raises LLMError if the prompt was blocked or no candidate came."""
+        if reply.body.lstrip().startswith(b"["):  # a stream requested without alt=sse
             return self._from_array(reply, call)
         return super().decode(reply, call)
 
@@ -399,7 +397,7 @@ def _tool_calls(parts: Sequence[_Part]) -> tuple[ToolCall, ...]:
 
 
 def _usage(usage: _Usage) -> Usage:
-    """Return the usage; the API counts thinking apart from candidates, and results of its tools from the prompt."""
+    """Return the usage; the API counts thinking separately from candidates, and its tools' results from the prompt."""
     given, answered, thought = usage.promptTokenCount, usage.candidatesTokenCount, usage.thoughtsTokenCount
     if given is not None:
         given += max(usage.toolUsePromptTokenCount or 0, 0)

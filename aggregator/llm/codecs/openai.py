@@ -1,7 +1,7 @@
 """OpenAI's chat completions, as OpenAI and the many compatible servers send them; Azure's and Ollama's variants.
 
-Ollama drops the oldest messages, and then the middle of the prompt, beyond `num_ctx` tokens (2,048 or 4,096 unless
-set) without an error. Its count of prompt tokens shows it, since it is far below what the prompt must have.
+Ollama drops the oldest messages, and then the middle of the prompt, beyond `num_ctx` tokens (2,048 or 4,096 unless set)
+without an error. Its count of prompt tokens reveals it, because it is far below the prompt's minimum.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class _Body(Struct, omit_defaults=True, gc=False):
 class OpenAIChat(JSONCodec[Answer]):
     """The codec of chat completions, bound to one server.
 
-    Options of the target: `max_tokens` is the cap sent when none is given, `seed` the field of the seed; with
-    `by_name` the model's name decides the field of the limit, with `stream_options` usage is requested in streams.
+    Options of the target: `max_tokens` is the default limit, `seed` the field of the seed; with `by_name` the model's
+    name decides the field of the limit, with `stream_options` usage is requested in streams.
     """
 
     decoder = DECODER
@@ -103,7 +103,7 @@ class OpenAIChat(JSONCodec[Answer]):
         self._usage_is_asked: bool = target.options.get("stream_options", True)
 
     def url(self, call: ChatCall) -> str:
-        """Where calls of this model are posted."""
+        """The address for calls of this model."""
         address, question, query = self.target.base_url.partition("?")
         return f"{address.rstrip('/')}/chat/completions{question}{query}"
 
@@ -135,13 +135,13 @@ class OpenAIChat(JSONCodec[Answer]):
         return self.post(url, body, call)
 
     def _takes_newer(self, call: ChatCall) -> bool:
-        """Return True if the limit goes as max_completion_tokens: by the server's hint, else by the model's name."""
+        """Return True if the limit is sent as max_completion_tokens: by the server's hint, else by the model's name."""
         if call.corrections and not call.corrections.isdisjoint((_NEWER, _OLDER)):
             return _NEWER in call.corrections
         return self._by_name and _is_reasoning(call.model)
 
     def _messages(self, call: ChatCall) -> Sequence[Mapping[str, Any]]:
-        """The messages; an answer that called tools goes with its thinking, to the server that gave it."""
+        """Return the messages; an answer with tool calls has its thinking, for the server that gave it."""
         for message in call.messages:
             if type(message) is Turn:
                 break
@@ -151,7 +151,7 @@ class OpenAIChat(JSONCodec[Answer]):
         return [as_it_came(message, self.target.base_url, keeps=keeps) for message in call.messages]
 
     def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
-        """Return the call as a refusal asks for it: the other name of the limit, or no thinking sent back."""
+        """Return the call as corrected by a refusal: the other name of the limit, or no thinking sent back."""
         text = error.message
         if _NEWER in text and not self._takes_newer(call):
             wanted = _NEWER
@@ -166,13 +166,13 @@ class OpenAIChat(JSONCodec[Answer]):
         return replace(call, corrections=call.corrections | {wanted})
 
     def _renamed(self, body: _Body) -> dict[str, Any]:
-        """The body's fields under this server's names."""
+        """Return the body's fields under this server's names."""
         fields = ((name, getattr(body, name)) for name in body.__struct_fields__)
         given = {name: value for name, value in fields if value is not None and value is not False}
         return {self._seed if name == "seed" else name: value for name, value in given.items()}
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
-        """Turn a parsed answer into a Completion; raises where it is an error or holds no message."""
+        """Convert a parsed answer to a Completion; raises if it is an error or has no message."""
         if answer.error:
             raise self.fault(answer.error, reply)
         if not answer.choices:
@@ -196,7 +196,7 @@ class OpenAIChat(JSONCodec[Answer]):
         return error
 
     def _choice(self, choice: WireChoice, position: int, reply: HTTPReply) -> Choice:
-        if choice.error:  # OpenRouter, where its upstream failed half way
+        if choice.error:  # OpenRouter, if its upstream failed half way
             raise self.fault(choice.error, reply)
         message = choice.message or choice.delta
         if message is None:
@@ -228,7 +228,7 @@ def _is_reasoning(model: str) -> bool:
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], mark: Mark) -> list[Mapping[str, Any]]:
-    """Return the messages with the mark that gateways hand on to Anthropic and Gemini."""
+    """Return the messages with the mark that gateways pass on to Anthropic and Gemini."""
     text = messages[mark.message]["content"]
     opening = {"type": "text", "text": text[: mark.length], "cache_control": {"type": "ephemeral"}}
     parts = [opening, {"type": "text", "text": text[mark.length :]}]
@@ -245,12 +245,12 @@ class AzureChat(OpenAIChat):
     Azure AI. Without any api-version the resource's `/openai/v1` API is called, which needs none.
     """
 
-    # Its limits are per minute; what it names as a reset is neither in one unit nor always there.
+    # Its limits are per minute; its resets have no fixed unit and may be missing.
     requests = (RateHeaders("x-ratelimit-remaining-requests", "x-ratelimit-limit-requests"),)
     tokens = (RateHeaders("x-ratelimit-remaining-tokens", "x-ratelimit-limit-tokens"),)
 
     def url(self, call: ChatCall) -> str:
-        """Where this call is posted."""
+        """The address for this call."""
         address, _, query = self.target.base_url.partition("?")
         address = address.rstrip("/")
         version = self.target.options.get("api_version")
@@ -266,20 +266,16 @@ class AzureChat(OpenAIChat):
         return f"{address}/chat/completions{'?' if query else ''}{query}"
 
 
-_SHORTEST = 8_000  # characters: less fits into any context
+_SHORTEST = 8_000  # characters: fewer fit into any context
 _USUAL = 4.0  # characters of a token of English text, by OpenAI's rule of thumb
-_MOST = 6.5  # above this no tokenizer gets in running text; lower for code and for other languages
+_MOST = 6.5  # no tokenizer exceeds this in running text; lower for code and for other languages
 _RUN = re.compile(r"(\s)\s+|(\S)\2{3,}")  # blanks and rules are one token each, however long
-_CONTEXT = 2048  # the smallest context, of which all usual ones are multiples
+_CONTEXT = 2048  # the smallest context; all common ones are multiples
 _NEAR = 2
 
 
 def characters(call: ChatCall) -> int:
-    """Return how many characters of text a prompt has at least, runs of one character counted once.
-
-    >>> characters(ChatCall(model="m", messages=({"role": "user", "content": "a      b ======="},)))
-    5
-    """
+    """Return the minimum number of characters of a prompt, with runs of one character counted once."""
     texts: list[str] = [text_of(message.get("content")) for message in call.messages]
     if call.tools:
         texts.append(msgspec.json.encode(call.tools).decode())
@@ -287,10 +283,10 @@ def characters(call: ChatCall) -> int:
 
 
 def is_cut(given: int, length: int) -> bool:
-    """Return True if a prompt of `length` characters cannot have had `given` tokens only.
+    """Return True if a prompt of `length` characters must have more than `given` tokens.
 
-    It cannot if that were more characters a token than tokenizers reach, nor, for a prompt that is longer by the usual
-    measure, if the count is that of a context, give or take two.
+    This is so if there would be more characters per token than tokenizers reach, and also, for a prompt that is longer
+    by the usual ratio, if the count is a context size, give or take two.
 
     >>> is_cut(4096, 60_000), is_cut(4095, 18_000), is_cut(4100, 18_000)
     (True, True, False)
@@ -305,7 +301,7 @@ class OllamaStream(ChatStream):
     """A streamed answer of Ollama."""
 
     def finish(self, reply: HTTPReply) -> Completion:
-        """Return the whole answer; warns if the prompt was cut."""
+        """Return the whole answer; warns if the prompt was truncated."""
         return check_context(self.codec, super().finish(reply), self.call)
 
 
@@ -319,12 +315,12 @@ class OllamaChat(OpenAIChat):
         self.has_warned = False
 
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
-        """Read an answer; warns if the prompt was cut."""
+        """Read an answer; warns if the prompt was truncated."""
         return check_context(self, super().decode(reply, call), call)
 
 
 def check_context(codec: Any, completion: Completion, call: ChatCall) -> Completion:
-    """Return the answer unchanged; warns, once for each client, if its prompt was cut."""
+    """Return the answer unchanged; warns, once per client, if its prompt was truncated."""
     given = completion.usage.input_tokens
     if given is None or codec.has_warned or not is_cut(given, length := characters(call)):
         return completion

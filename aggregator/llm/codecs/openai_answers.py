@@ -24,7 +24,7 @@ from aggregator.records import Completion, HTTPReply, Message, ToolCall, Usage
 
 
 class WireFunction(Struct, gc=False):
-    """A function the model wants called; `arguments` is text, or an object where a gateway parsed it."""
+    """A function call of the model; `arguments` is text, or an object if a gateway parsed it."""
 
     name: str | None = None
     arguments: Any = None
@@ -44,7 +44,7 @@ class WireToolCall(Struct, gc=False):
     function: WireFunction | None = None
     custom: WireCustom | None = None
     index: int | None = None
-    extra_content: Any = None  # of Gemini's: the signature of its thinking
+    extra_content: Any = None  # Gemini's: the signature of its thinking
 
 
 class WireMessage(Struct, gc=False):
@@ -73,14 +73,14 @@ class WireChoice(Struct, gc=False):
 
 
 class WirePromptDetails(Struct, gc=False):
-    """What part of the input was cached, or written to a cache (OpenRouter)."""
+    """The cached part of the input, and the part written to a cache (OpenRouter)."""
 
     cached_tokens: int | None = None
     cache_write_tokens: int | None = None
 
 
 class WireCompletionDetails(Struct, gc=False):
-    """What part of the output was thinking."""
+    """The thinking part of the output."""
 
     reasoning_tokens: int | None = None
 
@@ -112,7 +112,7 @@ class Answer(Struct, gc=False):
     service_tier: str | None = None
 
 
-# gc=False throughout: what is decoded holds no cycles, and is gone before a collection would find it.
+# gc=False throughout: decoded objects hold no cycles, and are gone before a collection would find them.
 DECODER = msgspec.json.Decoder(Answer)
 
 
@@ -120,7 +120,10 @@ DECODER = msgspec.json.Decoder(Answer)
 
 
 def message_of(message: WireMessage, address: str = "") -> Message:
-    """Turn a message of the server at `address` into ours: text apart from thinking, tool calls with their own text."""
+    """Convert a message of the server at `address` to ours.
+
+    Text is separate from thinking, and tool calls keep their own text.
+    """
     content = message.content
     if type(content) is str and not may_think(content) and _is_plain(message):  # nearly every answer
         return Message(content=content)
@@ -162,15 +165,15 @@ def _is_plain(message: WireMessage) -> bool:
 
 
 def _thoughts(message: WireMessage) -> dict[str, Any]:
-    """Return the thinking that goes back with a call of a tool, under its own name: DeepSeek, Kimi, OpenRouter, GLM."""
+    """Return the thinking that is sent back with a tool call, under its own name: DeepSeek, Kimi, OpenRouter, GLM."""
     fields = {"reasoning_content": message.reasoning_content, "reasoning_details": message.reasoning_details}
     return {name: value for name, value in fields.items() if value}
 
 
 def as_it_came(message: Mapping[str, Any], address: str, *, keeps: bool) -> Mapping[str, Any]:
-    """Return a message as the server at `address` is to get it: its own answers that called tools with their thinking.
+    """Return a message for the server at `address`: its own answers with tool calls keep their thinking.
 
-    The signatures of Gemini's calls go to Google's servers and to the one that gave them; others refuse them.
+    The signatures of Gemini's calls are sent to Google's servers and to their own; others refuse them.
     """
     if not isinstance(message, Turn) or not message.get("tool_calls"):
         return message
@@ -196,11 +199,7 @@ def other_kinds(message: WireMessage) -> tuple[str, ...]:
 
 
 def text_and_thoughts(content: Any) -> tuple[str, list[str]]:
-    """Read content that is no text: parts (Mistral's thinking) or an object (Cloudflare's json_schema).
-
-    >>> text_and_thoughts([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, "4"])
-    ('4', ['hm'])
-    """
+    """Read content that is not text: parts (Mistral's thinking) or an object (Cloudflare's json_schema)."""
     if not isinstance(content, list):
         return msgspec.json.encode(content).decode(), []
     texts: list[str] = []
@@ -219,7 +218,7 @@ def text_and_thoughts(content: Any) -> tuple[str, list[str]]:
 
 
 def reasoning_text(message: WireMessage) -> str:
-    """Return the thinking, under whichever of its three names it was sent."""
+    """Return the thinking, under any of its three names."""
     stated = message.reasoning_content or message.reasoning
     if stated and isinstance(stated, str):
         return stated
@@ -236,7 +235,7 @@ def _calls(message: WireMessage) -> tuple[ToolCall, ...]:
 
 
 def tool_call(call: WireToolCall) -> ToolCall:
-    """Turn a function's or a custom tool's call into ours."""
+    """Convert a function's or a custom tool's call to ours."""
     function = call.function
     if function is not None:
         name, arguments = function.name, function.arguments
@@ -253,7 +252,7 @@ def _signature(extra: Any) -> str | None:
 
 
 def arguments_text(value: Any) -> str:
-    """The arguments as text, whether they came as text, as an object or not at all."""
+    """Return the arguments as text, whether they came as text, as an object or not at all."""
     if isinstance(value, str):
         return value
     return "" if value is None else msgspec.json.encode(value).decode()
@@ -263,7 +262,7 @@ def arguments_text(value: Any) -> str:
 
 
 def usage_of(answer: Answer) -> Usage:
-    """Return tokens and cost; None for what the provider did not send."""
+    """Return tokens and cost; None for missing values."""
     usage = answer.usage
     if usage is None:
         return Usage(cost=usd(answer.cost))
@@ -282,14 +281,14 @@ def usage_of(answer: Answer) -> Usage:
 
 
 def other_cached_tokens(usage: WireUsage) -> int | None:
-    """The cached tokens where DeepSeek, Moonshot and GPUStack count them."""
+    """Return the cached tokens in the fields of DeepSeek, Moonshot and GPUStack."""
     if usage.prompt_cache_hit_tokens is not None:
         return usage.prompt_cache_hit_tokens
     return usage.num_cached_tokens if usage.cached_tokens is None else usage.cached_tokens
 
 
 def usd(cost: Any) -> float | None:
-    """USD: a number (OpenRouter) or an object with a total (Perplexity, Venice)."""
+    """Return USD: a number (OpenRouter) or an object with a total (Perplexity, Venice)."""
     if isinstance(cost, dict):
         cost = cost.get("total_cost", cost.get("usd"))
     return float(cost) if type(cost) in (int, float) else None
@@ -299,7 +298,7 @@ def usd(cost: Any) -> float | None:
 
 
 class _Growing(Struct):
-    """A choice as far as it has come."""
+    """A choice as received so far."""
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -314,7 +313,7 @@ class _Growing(Struct):
 
 
 class ChatStream(EventReader):
-    """Reads a stream of chat completion chunks; the deltas are those of the first choice, thinking left out."""
+    """Reads a stream of chat completion chunks; the deltas are those of the first choice, without thinking."""
 
     def __init__(self, codec: CompletingCodec, call: ChatCall) -> None:
         super().__init__(codec, call)
@@ -323,7 +322,7 @@ class ChatStream(EventReader):
         self._answer = Answer()
 
     def event(self, event: Event) -> str:
-        """Take one chunk and return the text it brings."""
+        """Process one chunk and return its text."""
         chunk = Answer(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, DECODER)
         failed = chunk.error or next((choice.error for choice in chunk.choices or () if choice.error), None)
         if failed:
@@ -336,12 +335,12 @@ class ChatStream(EventReader):
         return "".join([self._grow(choice) for choice in chunk.choices or ()])
 
     def whole(self) -> bool:
-        """Return True once every choice has a finish reason, or [DONE] came; not all servers send it."""
+        """Return True once every choice has a finish reason, or [DONE] came, which not all servers send."""
         ended = [choice.finish_reason is not None for choice in self._choices.values()]
         return self.done or (bool(ended) and all(ended))
 
     def build(self, reply: HTTPReply) -> Completion:
-        """Put the choices together."""
+        """Build the answer from the choices."""
         self._answer.choices = [_whole(index, choice) for index, choice in sorted(self._choices.items())]
         return self.codec.completion(self._answer, reply)
 
@@ -387,7 +386,7 @@ def _latest(usage: WireUsage | None, newer: WireUsage | None) -> WireUsage | Non
 
 
 def _grow_call(calls: list[WireToolCall], piece: WireToolCall) -> None:
-    """Add a piece to the call it belongs to: by index; a name with another id begins a new one.
+    """Add a piece to its call, by index; a name with another id starts a new call.
 
     A piece without a name continues the last call, whatever its index; a new id without a name does not start a call.
     """

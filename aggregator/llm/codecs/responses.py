@@ -1,8 +1,8 @@
 """OpenAI's Responses API, whole answers and streams: our calls to its items, its items to our answers.
 
 Built against recorded exchanges of OpenAI, Azure, xAI, DeepSeek, Bedrock, ChatGPT's Codex backend and mistral.rs. The
-server keeps nothing for us: `store` is false where the model is OpenAI's or xAI's, and reasoning comes encrypted and
-goes back with the next turn.
+server stores nothing: `store` is false for models of OpenAI and xAI, and reasoning is encrypted and sent back with the
+next turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aggregator.llm.codecs.wire import read, with_rest
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, ToolCall, Usage
 
 CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
-"""The kinds of calls, with the field that holds what the model wrote."""
+"""The kinds of calls, with the field of the model's text."""
 
 _CHOICES = ("auto", "required", "none")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -42,9 +42,9 @@ _OWN = msgspec.json.Decoder(_Own)
 
 
 def items_of(messages: Sequence[Mapping[str, Any]], address: str = "") -> list[dict[str, Any]]:
-    """Return the conversation as input items. Answers from `address` go back as the items that they came in.
+    """Return the conversation as input items. Answers from `address` are sent back as their original items.
 
-    Those of another server are converted, as only that server can decrypt their reasoning.
+    Those of another server are converted, because only that server can decrypt their reasoning.
 
     >>> items_of([{"role": "user", "content": "Hi"}, {"role": "tool", "tool_call_id": "c", "content": "1"}])[1]
     {'type': 'function_call_output', 'call_id': 'c', 'output': '1'}
@@ -89,9 +89,9 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_it_came(source: bytes, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the items of an answer unchanged and in their order: encrypted reasoning belongs to what follows it.
+    """Return the items of an answer unchanged and in order: encrypted reasoning belongs to the next item.
 
-    `items` if they differ in text or calls, since the reasoning is not that of a changed message.
+    `items` if they differ in text or calls, because the reasoning does not match a changed message.
     """
     own = read(source, _OWN).output
     return own if _said(own) == _said(items) else items
@@ -111,11 +111,7 @@ def _said(items: Iterable[Mapping[str, Any]]) -> tuple[str, list[Any]]:
 
 
 def output_text(content: Any) -> str:
-    """Return the text of a message item: a text, or parts of which those of another kind are skipped.
-
-    >>> output_text([{"type": "output_text", "text": "4"}, {"type": "refusal", "refusal": "No."}])
-    '4'
-    """
+    """Return the text of a message item: a text, or parts, of which other kinds are skipped."""
     if isinstance(content, str):
         return content
     return "".join(
@@ -213,7 +209,7 @@ _USD_A_TICK = 1e-10  # xAI counts cost in ticks
 class Item(Struct, gc=False):
     """One item of the output: a message, reasoning, a call, or a kind that is not read."""
 
-    type: Any = None  # Any: an item of a kind that is not ours may hold anything, and must not cost us the others
+    type: Any = None  # Any: an item of an unknown kind may hold anything, and must not affect the others
     content: Any = None
     summary: Any = None
     call_id: Any = None
@@ -281,7 +277,7 @@ class ResponseStream(EventReader):
         self._end: bytes | None = None
 
     def event(self, event: Event) -> str:
-        """Take one event and return the text it brings."""
+        """Process one event and return its text."""
         found = read(event.data, _EVENT_DECODER)
         kind = found.type if isinstance(found.type, str) else event.name
         if kind == "error" or found.error:
@@ -301,11 +297,11 @@ class ResponseStream(EventReader):
         return ""
 
     def whole(self) -> bool:
-        """Return True once the event came that holds the whole response."""
+        """Return True once the event with the whole response has arrived."""
         return self._end is not None
 
     def build(self, reply: HTTPReply) -> Completion:
-        """Read the response of the last event, with the items that came before if it has none."""
+        """Read the response of the last event, with the earlier items if it has none."""
         body = self._end or b"{}"
         answer = read(body, DECODER)
         if not answer.output and (self._items or self._texts):
@@ -358,12 +354,12 @@ class OpenAIResponses(JSONCodec[Answer]):
         self._url = self.address()
 
     def address(self) -> str:
-        """Return where calls are posted."""
+        """Return the address of calls."""
         address, question, query = self.target.base_url.partition("?")
         return f"{address.rstrip('/')}/responses{question}{query}"
 
     def encode(self, call: ChatCall) -> HTTPRequest:
-        """Return the request; raises ConfigError for several answers, a seed or stop texts, which this API has not."""
+        """Return the request; raises ConfigError for several answers, a seed or stop texts, which this API lacks."""
         self.refuse_lacking(call)
         wanted = call.response_format
         fields: dict[str, Any] = {
@@ -389,13 +385,13 @@ class OpenAIResponses(JSONCodec[Answer]):
         return self.post(self._url, body, call)
 
     def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
-        """Heed a refusal to encrypt reasoning, by a model that does not reason although its name looks like it."""
+        """Obey a refusal to encrypt reasoning, by a model that does not reason although its name looks like it."""
         if "encrypted content is not supported" not in error.message.lower():
             return None
         return replace(call, corrections=call.corrections | {_PLAIN})
 
     def completion(self, answer: Answer, reply: HTTPReply) -> Completion:
-        """Turn a parsed response into a Completion; raises LLMError if it failed or is not finished."""
+        """Convert a parsed response to a Completion; raises LLMError if it failed or is not finished."""
         status, output = answer.status, answer.output
         if answer.error or output is None or status not in (None, "completed", "incomplete"):
             raise self._failure(answer, reply)
@@ -427,7 +423,7 @@ class AzureResponses(OpenAIResponses):
     """The codec of the Responses API on Azure; the model's name is the deployment's, and is sent only in the body."""
 
     def address(self) -> str:
-        """Return where calls are posted: the `/openai/v1` API, or the older one under an api-version."""
+        """Return the address of calls: the `/openai/v1` API, or the older one under an api-version."""
         address, _, query = self.target.base_url.partition("?")
         resource = re.sub(r"/(?:openai(?:/.*)?|models)$", "", address.rstrip("/"))
         version = self.target.options.get("api_version")
@@ -439,10 +435,10 @@ class AzureResponses(OpenAIResponses):
 
 
 def _memory(call: ChatCall) -> dict[str, Any]:
-    """Return the fields by which reasoning comes to us instead of staying with the server.
+    """Return the fields that request reasoning instead of storing it on the server.
 
-    A model of a name that is not known keeps the server's defaults: an encrypted form is refused where a model does not
-    reason, and without one a server that stores nothing would not find the reasoning again.
+    A model of an unknown name keeps the server's defaults: a model that does not reason refuses the encrypted form, and
+    without it a server that stores nothing could not find the reasoning again.
     """
     if _REASONS.match(call.model) and _PLAIN not in call.corrections:
         return {"store": False, "include": _ENCRYPTED}
@@ -450,11 +446,7 @@ def _memory(call: ChatCall) -> dict[str, Any]:
 
 
 def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the user's own fields into the body, those of chat completions under their names here.
-
-    >>> _with_extra({"text": {"format": {}}}, {"verbosity": "low", "reasoning_effort": "high"})
-    {'text': {'format': {}, 'verbosity': 'low'}, 'reasoning': {'effort': 'high'}}
-    """
+    """Merge the user's own fields into the body; those of chat completions are renamed."""
     given = dict(extra)
     for old, (field, name) in {"reasoning_effort": ("reasoning", "effort"), "verbosity": ("text", "verbosity")}.items():
         if old in given:

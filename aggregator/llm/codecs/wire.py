@@ -1,4 +1,7 @@
-"""Typed decoding that bends: what fits is read, what does not fit is dropped, only what is no JSON object fails."""
+"""Lenient typed decoding.
+
+Valid fields are read, invalid ones dropped, and only a body that is not a JSON object fails.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from aggregator.errors import DecodeError
 T = TypeVar("T")
 
 REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for a body that is not of the wanted shape, or no JSON."""
+"""The exceptions of msgspec for a body of the wrong shape, and for invalid JSON."""
 
 _MAX_REPAIRS = 32
 _PATH = re.compile(r"at `\$(.*)`$")
@@ -25,7 +28,7 @@ def read(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode a JSON object into the decoder's struct; raises DecodeError for anything else.
 
     The fast path is msgspec's. Only a body that it refuses (a field of another type, NaN, a lone surrogate, a byte
-    order mark) takes the slow one.
+    order mark) needs the slow one.
     """
     try:
         return decoder.decode(body)
@@ -34,11 +37,7 @@ def read(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def parse(body: bytes) -> Any:
-    r"""Parse JSON as forgivingly as the standard library can; raises DecodeError.
-
-    >>> parse(b'\xef\xbb\xbf {"a": NaN}')
-    {'a': nan}
-    """
+    r"""Parse JSON as leniently as the standard library can; raises DecodeError."""
     text = body.decode("utf-8-sig", errors="replace")
     try:
         return _paired(json.loads(text, strict=False))
@@ -47,7 +46,7 @@ def parse(body: bytes) -> Any:
 
 
 def _paired(value: Any) -> Any:
-    """Replace lone surrogates, which some servers cut a character into, and which no UTF-8 text can hold."""
+    """Replace lone surrogates, which some servers split a character into, and which no UTF-8 text can hold."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
@@ -58,14 +57,7 @@ def _paired(value: Any) -> Any:
 
 
 def fit(data: Any, kind: type[T]) -> T:
-    """Convert parsed JSON to a struct, dropping the fields that do not fit; raises DecodeError.
-
-    >>> class Answer(msgspec.Struct):
-    ...     id: str | None = None
-    ...     total: int | None = None
-    >>> fit({"id": 7, "total": "12"}, Answer)
-    Answer(id=None, total=12)
-    """
+    """Convert parsed JSON to a struct, dropping invalid fields; raises DecodeError."""
     for _ in range(_MAX_REPAIRS):
         try:
             return msgspec.json.decode(msgspec.json.encode(data), type=kind, strict=False)
@@ -79,7 +71,7 @@ def fit(data: Any, kind: type[T]) -> T:
 
 
 def _drop(node: Any, steps: list[str]) -> None:
-    """Remove the value at a path; `[...]` is every element, since msgspec does not name which."""
+    """Remove the value at a path; `[...]` is every element, because msgspec does not name which."""
     head, *rest = steps
     if head.startswith("["):
         if not isinstance(node, list):
@@ -96,9 +88,9 @@ def _drop(node: Any, steps: list[str]) -> None:
 
 
 def json_object(text: Any) -> dict[str, Any]:
-    """The arguments of a tool call that goes back to a model, as an object.
+    """Return the arguments of a tool call to be sent back to a model, as an object.
 
-    Some models write arguments that are no JSON, or are cut; an API that wants an object gets the text within one.
+    Some models write invalid or truncated JSON; an API that requires an object gets the text within one.
 
     >>> json_object('{"city": "Bern"}'), json_object('{"city": "Be')
     ({'city': 'Bern'}, {'invalid_json': '{"city": "Be'})
@@ -113,11 +105,7 @@ def json_object(text: Any) -> dict[str, Any]:
 
 
 def raw_text(value: bytes | msgspec.Raw) -> str:
-    r"""Return a value of the wire as its own JSON text, or a string (of a gateway, or cut in a stream) as its contents.
-
-    >>> raw_text(b'{"x": 1}'), raw_text(b'"{\\"x\\""'), raw_text(b"null")
-    ('{"x": 1}', '{"x"', '{}')
-    """
+    r"""Return a wire value as its own JSON text, or a string (from a gateway, or cut in a stream) as its content."""
     text = bytes(value).decode("utf-8", errors="replace")
     if not text.startswith('"'):
         return "{}" if text in ("", "null") else text
@@ -128,7 +116,7 @@ def raw_text(value: bytes | msgspec.Raw) -> str:
 
 
 def as_raw(text: str) -> msgspec.Raw | str:
-    """Return a text that is JSON as raw JSON; a text that is not, as it was cut, stays a text."""
+    """Return a text that is JSON as raw JSON; any other text, for example a truncated one, unchanged."""
     try:
         msgspec.json.decode(text)
     except REFUSED:
@@ -137,11 +125,7 @@ def as_raw(text: str) -> msgspec.Raw | str:
 
 
 def with_rest(answered: int | None, given: int | None, total: int | None) -> int | None:
-    """Return the output tokens with what a total has beyond input and output: thinking, as xAI counts it.
-
-    >>> with_rest(9, 32, 135), with_rest(9, 32, 41), with_rest(9, None, 135)
-    (103, 9, 9)
-    """
+    """Return the output tokens plus the part of a total beyond input and output: thinking, as xAI counts it."""
     if given is None or answered is None or total is None:
         return answered
     return max(answered, total - given)
@@ -170,14 +154,14 @@ _FRAME = re.compile(r"<\|(?:end|start|return)\|>(?:assistant)?")
 
 
 def may_think(content: str) -> bool:
-    """Return True for content that may hold thinking: a quick look that nearly every answer does not pass."""
+    """Return True for content that may hold thinking: a quick check that nearly every answer fails."""
     return "<" in content or content.lstrip().startswith("[")
 
 
 def split_thinking(content: str) -> tuple[str, str]:
     r"""Split an answer into (text, reasoning); an answer cut while thinking has no text.
 
-    The opening tag may be part of the prompt, so that only the closing one comes (R1, Qwen3).
+    The opening tag may be part of the prompt, so that only the closing one is in the answer (R1, Qwen3).
 
     >>> split_thinking("<think>two and two</think>\n\n4"), split_thinking("two and two</think>\n\n4")
     (('4', 'two and two'), ('4', 'two and two'))
@@ -192,9 +176,9 @@ def split_thinking(content: str) -> tuple[str, str]:
 
 
 class ThinkingFilter:
-    """The same over a stream: `feed` returns the text alone, and holds back what may still turn out to be a tag.
+    """The same for a stream: `feed` returns the text alone, and holds back a possible tag.
 
-    Thinking without an opening tag is recognised only at its end; the whole answer has it apart.
+    Thinking without an opening tag is recognised only at its end; in the whole answer it is separate.
     """
 
     def __init__(self) -> None:
@@ -203,7 +187,7 @@ class ThinkingFilter:
         self._closing = ""
 
     def feed(self, delta: str) -> str:
-        """Take the next piece of content and return what of it is certainly text."""
+        """Feed the next delta and return the part that is known to be text."""
         if self._state == "text":
             return delta
         self._held += delta
@@ -224,7 +208,7 @@ class ThinkingFilter:
         return self.flush() if self._held else ""
 
     def flush(self) -> str:
-        """Return what was held back once it is known to be text, at the latest when the stream ends."""
+        """Return the held-back text once it is known to be text, at the latest when the stream ends."""
         if self._state == "thinking":
             return ""
         held, self._held, self._state = self._held, "", "text"
