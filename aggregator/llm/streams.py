@@ -113,8 +113,11 @@ class StreamedAttempt(Attempt):
         self._sent_at = 0.0
 
     async def deltas(self) -> AsyncGenerator[str, None]:
-        """Yield the text as it arrives; raises LLMError for an answer that is truncated, broken or an error."""
-        codec = self.line.endpoint.codec
+        """Yield the text as it arrives; raises LLMError for an answer that is truncated, broken or an error.
+
+        The text of a server that does not stream is one delta.
+        """
+        codec, begun = self.line.endpoint.codec, False
         reader = codec.stream(self.attempts.call)
         cut: APIConnectionError | None = None
         try:
@@ -123,6 +126,7 @@ class StreamedAttempt(Attempt):
                     if self.reply is not None and self.reply.status < 300:
                         for delta in reader.feed(piece):
                             if delta:
+                                begun = True
                                 yield delta
         except APIConnectionError as error:
             if not self._body:
@@ -137,6 +141,8 @@ class StreamedAttempt(Attempt):
         except LLMError as error:
             raise cut or error from None
         self.complete(completion)  # the answer was complete, even if the connection broke after its end
+        if completion.text and not begun:
+            yield completion.text
 
     def _pieces(self) -> AsyncGenerator[bytes, None]:
         tape, slot = self.tape, self.attempts.slot

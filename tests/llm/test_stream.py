@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, failure, read_request, serving
+from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, failure, read_request, serving
 
 from aggregator import LLM, Budget, cassette
 from aggregator.agents.transcripts import transcript
@@ -99,6 +99,16 @@ async def test_deltas_then_the_whole_answer() -> None:
     assert [delta async for delta in stream] == ["Hel", "lo"]
     completion = stream.completion
     assert (completion.text, completion.finish_reason, completion.usage.output_tokens) == ("Hello", "stop", 2)
+
+
+async def test_the_text_of_a_server_that_does_not_stream_was_no_delta(tmp_path: Path) -> None:
+    """It is one delta, live and on replay, so that a program that shows deltas shows it."""
+    path = tmp_path / "a.yaml"
+    with cassette(path, "all"):
+        live = await read(client(Streaming(answer("all at once"))))
+    with cassette(path, "none"):
+        replayed = await read(client(Streaming()))
+    assert (live, replayed) == (["all at once"], ["all at once"])
 
 
 async def test_a_failure_before_the_first_delta_is_retried() -> None:
