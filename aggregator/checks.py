@@ -72,7 +72,12 @@ def is_async(function: Any) -> bool:
 
 
 def check_count(name: str, value: Any, *, least: int = 0, meaning: str = "") -> None:
-    """Raise ConfigError unless `value` is an int of at least `least`; `meaning` explains the minimum."""
+    """Raise ConfigError unless `value` is an int of at least `least`; `meaning` explains the minimum.
+
+    >>> check_count("memory_size", -1, meaning="0 is off")
+    Traceback (most recent call last):
+    aggregator.errors.ConfigError: Expected memory_size to be an int of at least 0 (0 is off), got -1
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         meaning = f" ({meaning})" if meaning else ""
         raise ConfigError(f"Expected {name} to be an int of at least {least}{meaning}, got {value!r}")
@@ -95,7 +100,11 @@ def check_finite(name: str, value: Any, *, least: float | None = None, meaning: 
 
 
 def accepts(function: Any, *arguments: Any, **options: Any) -> bool:
-    """Return True if `function` accepts such arguments. A class does not count, a C function always does."""
+    """Return True if `function` accepts such arguments. A class does not count, a C function always does.
+
+    >>> accepts(len, []), accepts(lambda x: x), accepts(dict)
+    (True, False, False)
+    """
     from inspect import signature  # slow to load, and not needed to load parameters
 
     if isinstance(function, type) or not callable(function):

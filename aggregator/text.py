@@ -40,30 +40,50 @@ def show(value: Any, limit: int = VALUE_LIMIT) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """Return text cut at `limit` characters, with the number of missing ones."""
+    """Return text cut at `limit` characters, with the number of missing ones.
+
+    >>> cut("abcdef", 4)
+    'abcd [... 2 more characters]'
+    """
     return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit} more characters]"
 
 
 def clip(text: str, limit: int) -> str:
-    """Return text cut at `limit` characters, ending in three dots."""
+    """Return text cut at `limit` characters, ending in three dots.
+
+    >>> clip("abcdef", 4)
+    'abcd...'
+    """
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def one_line(text: str, limit: int) -> str:
-    r"""Return text on one line of at most `limit` characters, including the dots."""
+    r"""Return text on one line of at most `limit` characters, including the dots.
+
+    >>> one_line("a  b\nc", 80), one_line("abcdefgh", 6)
+    ('a b c', 'abc...')
+    """
     line = " ".join(text.split())
     return line if len(line) <= limit else clip(line, limit - 3)
 
 
 def readable(value: Any) -> str:
-    """Return a float with four digits, "-" for None, and anything else unchanged."""
+    """Return a float with four digits, "-" for None, and anything else unchanged.
+
+    >>> readable(0.333333333), readable(None), readable("x")
+    ('0.3333', '-', 'x')
+    """
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def as_text(value: Any) -> str:
-    """Return a string unchanged, and anything else as JSON or, if JSON does not support it, as its repr."""
+    """Return a string unchanged, and anything else as JSON or, if JSON does not support it, as its repr.
+
+    >>> as_text("a"), as_text({"a": 1})
+    ('a', '{"a":1}')
+    """
     if isinstance(value, str):
         return value
     try:
@@ -148,7 +168,13 @@ def _object(value: Any, limit: int) -> str:
 
 
 def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
-    """Return an exception as `ValueError: message`; a group as its errors, in a reproducible order."""
+    """Return an exception as `ValueError: message`; a group as its errors, in a reproducible order.
+
+    >>> show_error(ValueError("no k"))
+    'ValueError: no k'
+    >>> show_error(ExceptionGroup("tasks", [ValueError("b"), ValueError("a")]))
+    'ExceptionGroup of ValueError: a; ValueError: b'
+    """
     if isinstance(error, BaseExceptionGroup):
         inside = sorted({show_error(part, limit) for part in error.exceptions})
         return cut(f"{type(error).__name__} of {'; '.join(inside)}", limit)
@@ -170,7 +196,11 @@ def _without_address(text: str) -> str:
 
 
 def shorten(value: Any, limit: int = SHOWN) -> str:
-    """Return a value for an error: its repr without addresses, shortened."""
+    """Return a value for an error: its repr without addresses, shortened.
+
+    >>> shorten("x" * 200, 10)
+    "'xxxxxxxxx..."
+    """
     try:
         text = repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value)
     except RecursionError:
@@ -203,7 +233,11 @@ _NAMES_SHOWN = 12
 
 
 def quote_ends(value: Any, limit: int = QUOTE_LIMIT) -> str:
-    """Quote a value for an error; of a long text the beginning and the end."""
+    """Quote a value for an error; of a long text the beginning and the end.
+
+    >>> quote_ends("abcdefgh", 4)
+    "'ab' ... 'gh' (8 characters)"
+    """
     if isinstance(value, str) and len(value) > limit:
         return f"{value[: limit // 2]!r} ... {value[-limit // 2 :]!r} ({len(value)} characters)"
     return shorten(value, limit)
@@ -265,7 +299,11 @@ def fenced_blocks(text: str) -> list[str]:
 
 
 def strip_fence(text: str) -> str:
-    r"""Return the content of the Markdown fence around a whole text; a text without one unchanged."""
+    r"""Return the content of the Markdown fence around a whole text; a text without one unchanged.
+
+    >>> strip_fence("```python\n  def f():\n    return 1\n```"), strip_fence('```json {"a": 1}```')
+    ('  def f():\n    return 1', ' {"a": 1}')
+    """
     body = text.strip()
     if len(body) < 6 or not (body.startswith("```") and body.endswith("```")):
         return text
@@ -343,12 +381,20 @@ _CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]
 
 
 def printable(text: str) -> str:
-    r"""Return a text without terminal control characters, because a recorded answer may hold anything."""
+    r"""Return a text without terminal control characters, because a recorded answer may hold anything.
+
+    >>> print(printable("\x1b[2Jhello"))
+    \x1b[2Jhello
+    """
     return re.sub(_CONTROLS, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[str] = frozenset()) -> list[str]:
-    """Return the lines of a table; the columns named in `right` are right-aligned."""
+    """Return the lines of a table; the columns named in `right` are right-aligned.
+
+    >>> columns(["name", "n"], [["a", "1"], ["bb", "10"]], frozenset({"n"}))
+    ['name   n', 'a      1', 'bb    10']
+    """
     cells = [list(head), *([printable(" ".join(cell.split("\n"))) for cell in row] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(head))]
     aligned = [
@@ -362,7 +408,11 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset
 
 
 def show_size(amount: int) -> str:
-    """Return a number of bytes in readable form."""
+    """Return a number of bytes in readable form.
+
+    >>> show_size(512), show_size(4_700), show_size(46_600_000)
+    ('512 B', '4.7 kB', '46.6 MB')
+    """
     if amount < 1_000:
         return f"{amount} B"
     return f"{amount / 1e3:.1f} kB" if amount < 1_000_000 else f"{amount / 1e6:.1f} MB"

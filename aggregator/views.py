@@ -90,7 +90,11 @@ def folded(title: str, *content: str, opened: bool = False) -> Html:
 
 
 def compared(before: str, after: str) -> Html:
-    """Return the new text, with deletions and insertions marked."""
+    """Return the new text, with deletions and insertions marked.
+
+    >>> [compared("a b", after).count("<del") for after in ("a b", "a c", "a b c")]
+    [0, 1, 0]
+    """
     old, new = split(r"(\s+)", before), split(r"(\s+)", after)
     if len(old) + len(new) > _MOST_WORDS:
         return joined((_struck(before), "\n\n", _put_in(after)))

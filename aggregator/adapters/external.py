@@ -185,7 +185,11 @@ def encode_request(request: Mapping[str, Any]) -> bytes:
 
 
 def read_reply(body: bytes, form: ReplyForm) -> _Reply:
-    """Return an agent's reply. Raises ExternalError for one that cannot be read."""
+    """Return an agent's reply. Raises ExternalError for one that cannot be read.
+
+    >>> read_reply(b'{"output": 4, "score": 1}', "json").score
+    1.0
+    """
     check_size(body)
     try:
         if form == "text":

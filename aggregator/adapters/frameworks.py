@@ -208,7 +208,11 @@ def is_gepa_adapter(thing: Any) -> bool:
 
 
 def package_of(thing: Any, packages: Collection[str] = ADAPTERS) -> str | None:
-    """Return the package among these that defines an object's class or one of its base classes, or None."""
+    """Return the package among these that defines an object's class or one of its base classes, or None.
+
+    >>> package_of(ConfigError("x"), {"aggregator.errors", "dspy"})
+    'aggregator.errors'
+    """
     for kind in (thing if isinstance(thing, type) else type(thing)).__mro__:
         parts = kind.__module__.split(".")
         for end in range(len(parts), 0, -1):

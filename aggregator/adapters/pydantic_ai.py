@@ -176,7 +176,11 @@ def bare(agent: Any) -> Agent[Any, Any]:
 
 
 def prefix_of(name: str) -> str:
-    """Return the prefix of the names of an agent's parameters."""
+    """Return the prefix of the names of an agent's parameters.
+
+    >>> prefix_of("refunds"), prefix_of("")
+    ('refunds.', '')
+    """
     return f"{name}." if name else ""
 
 

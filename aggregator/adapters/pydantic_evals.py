@@ -87,7 +87,11 @@ class Evaluators:
 
 
 def _free(key: str, taken: dict[str, float]) -> str:
-    """Return an unused name for a result, with a number if two evaluators share one."""
+    """Return an unused name for a result, with a number if two evaluators share one.
+
+    >>> _free("right", {"right": 1.0})
+    'right_2'
+    """
     number = 2
     name = key
     while name in taken:

@@ -125,12 +125,19 @@ def source_of(function: FunctionType) -> tuple[str, int]:
 
 
 def plain_source(source: str) -> str:
-    r"""Return dedented source without a Markdown fence around all of it, with one newline at the end."""
+    r"""Return dedented source without a Markdown fence around all of it, with one newline at the end.
+
+    >>> plain_source("```python\n  def f():\n    return 1\n```")
+    'def f():\n  return 1\n'
+    """
     return dedent(strip_fence(source)).strip("\r\n").rstrip() + "\n"
 
 
 def check_source(source: str, *, like: str, where: str = "") -> None:
-    r"""Raise ParameterError unless `source` compiles and is one function with the name and signature of `like`."""
+    r"""Raise ParameterError unless `source` compiles and is one function with the name and signature of `like`.
+
+    >>> check_source("def f(x):\n    return x + 1\n", like="def f(x): ...")
+    """
     at = f" - at {where}" if where else ""
     wanted = _definition(like, "")
     found = _definition(source, at, wanted.name)
@@ -281,7 +288,11 @@ def check_consent(code: Code) -> Code:
 
 
 def source_digest(source: str) -> str:
-    r"""Return the sha256 of a source, for `code=`."""
+    r"""Return the sha256 of a source, for `code=`.
+
+    >>> source_digest("def f(x):\n    return x\n")[:12]
+    '72d3d5b08c2c'
+    """
     return sha256(plain_source(source).encode(errors="surrogatepass")).hexdigest()
 
 

@@ -46,7 +46,13 @@ class Unfit(ValueError):  # noqa: N818 - an answer between two functions of this
 
 
 def infer_type(value: Any) -> Any:
-    """Return the type of a value, including its items."""
+    """Return the type of a value, including its items.
+
+    >>> infer_type(["a", "b"])
+    list[str]
+    >>> infer_type({"k": 1, "name": "x"})
+    dict[str, typing.Any]
+    """
     if value is None:
         return Any
     kind = type(value)
@@ -102,7 +108,11 @@ def snapshot(value: Any) -> Any:
 
 
 def schema(kind: Any) -> dict[str, Any]:
-    """Return the JSON schema of a type, without references; {} for a type that JSON does not support."""
+    """Return the JSON schema of a type, without references; {} for a type that JSON does not support.
+
+    >>> schema(list[str])
+    {'type': 'array', 'items': {'type': 'string'}}
+    """
     try:
         return dict(_schema(kind))
     except TypeError:  # a type without a schema, or one that cannot be hashed
@@ -131,7 +141,12 @@ def _schema(kind: Any) -> dict[str, Any]:
 
 
 def describe_type(kind: Any) -> str:
-    """Return a type in readable form."""
+    """Return a type in readable form.
+
+    >>> from typing import Annotated
+    >>> describe_type(dict[str, list[int]]), describe_type(Annotated[float, Meta(ge=0, le=1)])
+    ('dict[str, list[int]]', 'float, >= 0, <= 1')
+    """
     if type(kind) is type:
         return str(kind.__name__)
     if hasattr(kind, "__metadata__"):
@@ -143,7 +158,11 @@ def describe_type(kind: Any) -> str:
 
 
 def carried_by_json(kind: Any, value: Any) -> bool:
-    """Return True if JSON supports values of this type, and this one."""
+    """Return True if JSON supports values of this type, and this one.
+
+    >>> carried_by_json(dict[int, str], {1: "a"}), carried_by_json(list[complex], [1j])
+    (True, False)
+    """
     try:
         _stated(kind)
         msgspec.json.encode(value)
@@ -379,7 +398,11 @@ def node(
     description: str | None = None,
     constraint: Constraint = None,
 ) -> ParameterNode[Any]:
-    """Return a parameter, under Trace's name and with Trace's defaults: not trainable by default."""
+    """Return a parameter, under Trace's name and with Trace's defaults: not trainable by default.
+
+    >>> node("Answer briefly.", trainable=True).data
+    'Answer briefly.'
+    """
     if isinstance(data, ParameterNode):
         return data
     return ParameterNode(data, name=name, description=description, constraint=constraint, trainable=trainable)

@@ -81,7 +81,11 @@ class Picture:
 
 
 def escaped(text: str) -> str:
-    """Return text for a label: characters with a meaning in Mermaid become numeric references."""
+    """Return text for a label: characters with a meaning in Mermaid become numeric references.
+
+    >>> escaped('say "no"')
+    'say #34;no#34;'
+    """
     return _UNSAFE.sub(lambda found: f"#{ord(found[0])};", text)
 
 
@@ -316,7 +320,16 @@ def current_transcript() -> Transcript | None:
 
 
 class transcript(AbstractContextManager[Transcript]):  # noqa: N801 - reads as a word at its use, once per instance
-    """Record the operations and calls of the block, and of tasks and threads started in it."""
+    """Record the operations and calls of the block, and of tasks and threads started in it.
+
+    >>> with transcript() as t:
+    ...     with recording("add", inputs=[("a", 1)]) as span:
+    ...         span.finish(2)
+    >>> print(t.render())
+    add
+      a: 1
+      returned: 2
+    """
 
     def __enter__(self) -> Transcript:
         opened = Transcript()

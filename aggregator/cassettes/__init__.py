@@ -1,4 +1,4 @@
-"""Record and replay: the place of a call (lineage), what it asks (key), what was answered (tape), on disk (journal).
+"""Record and replay: the place of a call (lineage), its request (key), its answers (tape), the file (journal).
 
-May import: protocols, records, errors, portal. Opens no socket; vcrpy is imported in `vcr.py` only, when asked for.
+May import: protocols, records, errors, portal. Opens no socket; vcrpy is imported in `vcr.py` only, on request.
 """

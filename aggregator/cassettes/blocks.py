@@ -1,4 +1,4 @@
-"""Reading everything but journals: our readable layout, and whatever vcrpy wrote."""
+"""Reading every format except journals: our readable layout, and vcrpy's files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from aggregator.errors import CassetteDamagedError, CassetteRefusedError, Secret
 from aggregator.records import HTTPReply, HTTPRequest
 
 LARGEST_BODY = 32 << 20
-_TOGETHER, _LARGEST_TOGETHER = 64, 1 << 20  # exchanges, bytes, that are looked through at once
+_TOGETHER, _LARGEST_TOGETHER = 64, 1 << 20  # exchanges, bytes, that are searched at once
 _LEAST = 300  # bytes of an exchange's line without its bodies
 
 
@@ -38,7 +38,7 @@ _LEAST = 300  # bytes of an exchange's line without its bodies
 
 
 def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our own facts of an interaction, {} where another tool recorded it."""
+    """Return our own facts of an interaction, {} if another tool recorded it."""
     x = item.get("x")
     try:
         facts = msgspec.json.decode(x) if isinstance(x, str) else x
@@ -48,7 +48,7 @@ def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -> Exchange:
-    """Return one interaction as it was on the wire; `place` is its file and line, for errors."""
+    """Return one interaction as sent and received; `place` is its file and line, for errors."""
     try:
         return Exchange(
             request=_request(item["request"]),
@@ -89,7 +89,7 @@ def _reply(response: Mapping[str, Any], place: str, *, decode: bool) -> HTTPRepl
 
 
 def _headers(headers: Any, joined: str = ", ") -> dict[str, str]:
-    """Return headers by lower-case name; several values of one name are joined, as HTTP joins them or as given."""
+    """Return headers by lower-case name; several values of one name are joined as in HTTP, or as given."""
     pairs = headers.items() if isinstance(headers, dict) else headers or ()
     found: dict[str, list[str]] = {}
     for name, value in pairs:
@@ -135,7 +135,7 @@ def _dumped(value: Any) -> bytes:
 
 
 def _inflated(body: bytes, encoding: str, place: str) -> bytes:
-    """Return a body without its content encoding, where it still has one."""
+    """Return a body without its content encoding, if it still has one."""
     try:
         plain, left = decompressed(body, encoding, LARGEST_BODY)
     except TooLargeError:
@@ -176,7 +176,7 @@ def read_blocks(
         place = f"{where}:{starts.get(id(item), 0) + skipped}" if starts else f"{where}, interaction {index + 1}"
         exchange = to_exchange(item, facts[index] if ours[index] else {}, place)
         size += len(exchange.request.body) + len(exchange.reply.body) + _LEAST
-        if size > budget.total:  # one body under many aliases, or many that unpack to much
+        if size > budget.total:  # one body under many aliases, or many that decompress to much
             raise CassetteRefusedError(
                 f"Expected a cassette of at most {budget.total:,} bytes, got one that unpacks to more - at {place}; "
                 "do not trust this file, or split it if it is yours"
@@ -211,9 +211,9 @@ def _check_line(facts: dict[str, Any], exchange: Exchange, place: str) -> bytes:
 
 
 class _Adoption:
-    """Makes lines of another tool's exchanges: no lineage, played in the order of the file, secrets redacted.
+    """Converts another tool's exchanges to lines: no lineage, played in the order of the file, secrets redacted.
 
-    Several at once, which costs half; `policy` is None for what is really in the file. `changed` are the places of
+    It converts several at once, which halves the cost; `policy` is None for no redaction. `changed` are the places of
     answers that the redaction changed.
     """
 
@@ -226,13 +226,13 @@ class _Adoption:
         self._size = 0
 
     def take(self, exchange: Exchange, index: int, place: str) -> list[bytes]:
-        """Take an exchange in; return lines once there are enough of them."""
+        """Add an exchange; return lines once there are enough of them."""
         self._waiting.append((exchange, index, place))
         self._size += len(exchange.request.body) + len(exchange.reply.body)
         return self.finish() if len(self._waiting) >= _TOGETHER or self._size >= _LARGEST_TOGETHER else []
 
     def finish(self) -> list[bytes]:
-        """Return the lines of what was taken in."""
+        """Return the lines of the added exchanges."""
         waiting, self._waiting, self._size = self._waiting, [], 0
         requests = [exchange.request for exchange, _, _ in waiting]
         if self._policy is None or self._scrubbed is None or not waiting:
@@ -259,7 +259,7 @@ class _Adoption:
         return replace(exchange, request=request, facts=Facts(lineage="", ticket=ticket, order=index, redacted=digest))
 
 
-# characters a literal cannot hold, or would not give back exactly
+# characters that a literal cannot hold, or would not return exactly
 _NOT_LITERAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _PLAIN_URL = re.compile(r"https?://[A-Za-z0-9][A-Za-z0-9._~/?&=%+-]*(?::\d+)?[A-Za-z0-9._~/?&=%+-]*")
 _PLAIN_NAME = re.compile(r"[a-z][a-z0-9]*-[a-z0-9-]*[a-z0-9]|accept|date")
@@ -269,7 +269,7 @@ _PLAIN_NAME = re.compile(r"[a-z][a-z0-9]*-[a-z0-9-]*[a-z0-9]|accept|date")
 
 
 def render_exchange(exchange: Exchange, line: bytes | memoryview) -> str:
-    """Return the exchange as a block item; `line` is the same in a journal, whose hash it keeps."""
+    """Return the exchange as a block item; `line` is its journal line, whose hash it keeps."""
     request, reply = exchange.request, exchange.reply
     facts = escaped(msgspec.json.encode(exchange.facts).decode()[:-1]).replace("'", "''")
     return "".join(
@@ -298,7 +298,7 @@ def _header_block(headers: Mapping[str, str]) -> str:
 
 
 def quoted(text: str) -> str:
-    r"""Return a text in double quotes, as JSON and YAML both read it.
+    r"""Return a text in double quotes, readable as JSON and YAML.
 
     >>> print(quoted('a "b"'))
     "a \"b\""
@@ -307,12 +307,12 @@ def quoted(text: str) -> str:
 
 
 def escaped(json: str) -> str:
-    """Return JSON with escapes for what PyYAML does not take as it is."""
+    """Return JSON with escapes for characters that PyYAML does not accept."""
     return NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", json)
 
 
 def scalar(body: bytes, indent: int) -> str:
-    """Return a body as the value of a key, line break included.
+    """Return a body as the value of a key, including the line break.
 
     >>> print(scalar(b'{"a": 1}', 2), end="")
     |-
@@ -327,7 +327,7 @@ def scalar(body: bytes, indent: int) -> str:
     content = text.rstrip("\n")
     breaks = len(text) - len(content)
     if content != content.rstrip(" \t\n") and content.rpartition("\n")[2].strip() == "":
-        return f"{quoted(text)}\n"  # ends in a line of blanks, which a literal's end would take for its own
+        return f"{quoted(text)}\n"  # ends in a line of blanks, which a literal would lose
     keep = "-" if breaks == 0 else "" if breaks == 1 else "+"
     # a literal that starts with a blank must state its indentation
     depth = "2" if text[0] in " \n\t" else ""

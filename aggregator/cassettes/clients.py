@@ -1,4 +1,4 @@
-"""Other HTTP clients: which there are, and their requests, answers and failures as our records. Imports no client."""
+"""Other HTTP clients: their names, and their requests, answers and failures as our records. Imports no client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES: Mapping[str, str] = {
     "tornado": "tornado's AsyncHTTPClient",
     "urllib3": "urllib3 and requests",
 }
-"""Client -> what its patches serve."""
+"""Client -> what its patches cover."""
 
 _ANY_TRANSPORT = ("aiohttp", "httpx", "urllib3")
 RIDES_ON: Mapping[str, tuple[str, ...]] = {
@@ -47,13 +47,13 @@ RIDES_ON: Mapping[str, tuple[str, ...]] = {
     "requests": ("urllib3",),
     "urllib": ("http.client",),
 }
-"""Library -> the clients that may carry its requests: SDKs take another transport where one is given or installed."""
+"""Library -> the clients that may carry its requests: SDKs use another transport if one is given or installed."""
 
 _REFRAMED = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
 
 def families(clients: str | Iterable[str]) -> frozenset[str]:
-    """Return the clients that "all" or a list of names means.
+    """Return the clients for "all" or a list of names.
 
     >>> sorted(families(["openai", "http.client"]))
     ['aiohttp', 'http.client', 'httpx', 'urllib3']
@@ -67,7 +67,7 @@ def families(clients: str | Iterable[str]) -> frozenset[str]:
 
 
 class _Headers(Mapping[str, str]):
-    """Another client's headers, converted when somebody looks: a replay seldom does."""
+    """Another client's headers, converted on access: a replay seldom needs them."""
 
     __slots__ = ("_given", "_made")
 
@@ -93,7 +93,7 @@ class _Headers(Mapping[str, str]):
 def to_request(method: str, url: str, body: Any, headers: Mapping[Any, Any]) -> HTTPRequest:
     """Return another client's request as ours, its method in upper case as HTTP defines the known ones.
 
-    What authenticates it, the redaction finds in its headers and URL.
+    The redaction finds authentication in its headers and URL.
     """
     return HTTPRequest(
         method=method.upper(),
@@ -110,7 +110,7 @@ def _header(value: Any) -> str:
 
 
 def to_bytes(body: Any, url: str) -> bytes:
-    """Return a body as clients take it, as bytes; a file or an iterator is read to its end.
+    """Return any type of body that clients accept as bytes; a file or an iterator is read to its end.
 
     >>> to_bytes({"a": [1]}, "http://x/"), to_bytes(None, "http://x/"), to_bytes(iter([b"a", b"b"]), "http://x/")
     (b'{"a": [1]}', b'', b'ab')
@@ -145,7 +145,7 @@ def to_reply(
 ) -> HTTPReply:
     """Return another client's answer as ours: header names in lower case, the body decompressed unless `decode=False`.
 
-    The values of several headers of one name are lines of one text.
+    Several headers of one name become lines of one text.
     """
     found: dict[str, str] = {}
     for given_name, given_value in headers:
@@ -154,7 +154,7 @@ def to_reply(
     coding = found.get("content-encoding", "")
     plain, coding = decompressed(body, coding) if decode else (body, coding)
     kept = {name: value for name, value in found.items() if name not in _REFRAMED}
-    if "content-length" in found:  # only that of an answer to HEAD is not the length of the body
+    if "content-length" in found:  # for an answer to HEAD it is not the length of the body
         kept["content-length"] = str(len(plain)) if body else found["content-length"]
     return HTTPReply(
         status=status,
@@ -165,10 +165,10 @@ def to_reply(
 
 
 def headers_of(reply: HTTPReply, method: str = "", *, titled: bool = False) -> list[tuple[str, str]]:
-    """Return the headers of an answer as it is handed to another client: with the length of what it gets.
+    """Return the headers of an answer for another client, with the length of the body that it gets.
 
-    An answer to HEAD, or one without a body, keeps the length that it stated. `titled` names are written as most
-    servers of HTTP 1 do.
+    An answer to HEAD, or one without a body, keeps its stated length. `titled` names are capitalised, as most HTTP 1
+    servers do.
     """
     headers = dict(reply.headers)
     if reply.body or "content-length" not in headers or not (method == "HEAD" or reply.status == 304):
@@ -179,7 +179,7 @@ def headers_of(reply: HTTPReply, method: str = "", *, titled: bool = False) -> l
 
 
 def raw_reply(reply: HTTPReply, method: str = "") -> bytes:
-    """Return an answer as its bytes on the wire."""
+    """Return an answer as its bytes in HTTP."""
     lines = [f"HTTP/1.1 {reply.status} {_one_line(reply.reason)}"]
     lines += [f"{name}: {_one_line(value)}" for name, value in headers_of(reply, method, titled=True)]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (b"" if method == "HEAD" else reply.body)
@@ -206,7 +206,7 @@ _ERRNO = re.compile(r"\[Errno (-?\d+)\] (.*)", re.DOTALL)
 
 
 def kind_of(error: BaseException, module: str = "") -> str:
-    """Return the name by which a failure is recorded: that of the nearest class that its `module` shows.
+    """Return the recorded name of a failure: the nearest class that is public in its `module`.
 
     >>> kind_of(ConnectionRefusedError(111, "refused")), kind_of(socket.gaierror(-2, "unknown"))
     ('builtins.ConnectionRefusedError', 'socket.gaierror')
@@ -221,7 +221,7 @@ def kind_of(error: BaseException, module: str = "") -> str:
 
 
 def standard_error(kind: str, message: str) -> Exception:
-    """Return a recorded failure as the standard library's exception; of another client's kind, the nearest one.
+    """Return a recorded failure as the standard library's exception; for another client's, the nearest one.
 
     >>> standard_error("builtins.ConnectionRefusedError", "[Errno 111] Connection refused").errno
     111

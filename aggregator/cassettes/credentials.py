@@ -16,19 +16,19 @@ from aggregator.errors import ConfigError
 PLACEHOLDER = "REDACTED"
 
 Needles = tuple[bytes, ...]
-"""Values that authenticate, in every form in which they are looked for."""
+"""Authentication values, in every form that is searched for."""
 
 
 # ---- options
 
 
 class Redaction(Struct, frozen=True, kw_only=True):
-    """What a user adds to the rules and takes from them; names are in lower case.
+    """The user's additions to the rules and exceptions from them; names are in lower case.
 
     `fields` are always redacted, `kept_fields` only if their value authenticates or has the shape of a token.
-    `patterns` are redacted wherever they match, and nothing that `kept_patterns` match is, unless it authenticates.
-    `scrubbed` redacts placeholders under a secret's name too, so that what other tools scrubbed matches.
-    `headers` are written in addition to `redaction.KEPT_HEADERS`; a final `*` matches any ending.
+    `patterns` are redacted wherever they match, and matches of `kept_patterns` are not, unless they authenticate.
+    `scrubbed` also redacts placeholders under a secret name, so that other tools' scrubbed values match. `headers` are
+    written in addition to `redaction.KEPT_HEADERS`; a final `*` matches any ending.
     """
 
     fields: frozenset[str] = frozenset()
@@ -47,7 +47,7 @@ def redaction_by(
     keep: Sequence[str | re.Pattern[str]] = (),
     keep_headers: Sequence[str] = (),
 ) -> Redaction:
-    """Return the policy of a cassette's options; raises ConfigError for what is neither a name nor a pattern.
+    """Return the policy of a cassette's options; raises ConfigError for anything but a name or a pattern.
 
     >>> redaction_by(["ssn"], keep=["credential"], keep_headers=["X-Trace-*"]).headers
     ('x-trace-*',)
@@ -81,7 +81,7 @@ _NAME = rf"(?:(?:{'|'.join(_KEYS)})[_-]?key|(?:{'|'.join(_TOKEN_KINDS)})[_-]?tok
 _COMPOUNDS = (*((kind, "key") for kind in _KEYS), *((kind, "token") for kind in _TOKEN_KINDS))
 _SINGULARS = (*(between.join(words) for words in _COMPOUNDS for between in ("", "_", "-")), *_WORDS)
 NAMES = (*_SINGULARS, *(f"{name}s" for name in _SINGULARS))
-"""The end of every name that a secret's field may have, in lower case."""
+"""The possible endings of a secret field's name, in lower case."""
 FIELD = re.compile(rf"[\w.-]*?{_NAME}", re.IGNORECASE)
 _WEAK_FIELD = re.compile(r"[\w.-]*(?:s|authorization|credential)", re.IGNORECASE)
 PARAMETER = re.compile(rf"[\w.-]*?(?:{_NAME}|key|token|sig|signature|auth|pwd)", re.IGNORECASE)
@@ -108,7 +108,7 @@ def is_secret_field(name: str) -> bool:
 
 
 def is_secret_parameter(name: str) -> bool:
-    """Return True if a query parameter or form field of this name holds a secret; tokens of pages are not secrets.
+    """Return True if a query parameter or form field of this name holds a secret; page tokens are not secrets.
 
     >>> is_secret_parameter("key"), is_secret_parameter("alt"), is_secret_parameter("pageToken")
     (True, False, False)
@@ -130,10 +130,10 @@ def _kind_of_field(name: str, policy: Redaction) -> int:
 
 
 def hides_value(name: str, value: str, policy: Redaction = USUAL, *, in_tool: bool = False) -> bool:
-    """Return True if the text of a field is a secret, by its name and what it holds.
+    """Return True if the text of a field is a secret, by its name and content.
 
-    In arguments and results of tools, and under names such as `authorization`, only a value that looks like a secret
-    is one; under `api_key` and the like any text but a sentence.
+    In arguments and results of tools, and under names such as `authorization`, only a value that looks like a secret is
+    one; under `api_key` and the like any text but a sentence.
 
     >>> hides_value("api_key", "abc"), hides_value("api_key", "mellon", in_tool=True)
     (True, False)
@@ -153,7 +153,7 @@ def hides_value(name: str, value: str, policy: Redaction = USUAL, *, in_tool: bo
 
 
 def hides_parameter(name: str, value: str, policy: Redaction = USUAL) -> bool:
-    """Return True if a parameter within a text is a secret; names as common as `key` need a value that looks so.
+    """Return True if a parameter within a text is a secret; under names such as `key` it must look like one.
 
     >>> hides_parameter("api_key", "abc"), hides_parameter("key", "cats"), hides_parameter("sig", "a1b2c3d4e5f6")
     (True, False, True)
@@ -169,7 +169,7 @@ def hides_parameter(name: str, value: str, policy: Redaction = USUAL) -> bool:
 
 
 SHORTEST = 8
-"""A shorter value is not looked for elsewhere: ordinary text contains it."""
+"""A shorter value is not searched for elsewhere, because ordinary text contains it."""
 _LONGEST_WORD = 15
 _SHORTEST_SESSION = 12
 _ALONE_BELOW = 16  # a shorter value is replaced as a whole word only
@@ -228,7 +228,7 @@ def looks_secret(value: str) -> bool:
 
 
 def is_worth_finding(value: str) -> bool:
-    """Return True if a value that authenticates is looked for elsewhere: it looks secret, or is long and has a digit.
+    """Return True if an authentication value is searched for elsewhere: it looks secret, or is long and has a digit.
 
     >>> [is_worth_finding(text) for text in ("not-needed", "test-key-123", "sk-1234", "1234567890")]
     [False, True, False, False]
@@ -254,12 +254,12 @@ def _is_random(letters: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def may_authenticate(header: str) -> bool:
-    """Return True if a header of this name may carry what authenticates a request."""
+    """Return True if a header of this name may authenticate a request."""
     return bool(PARAMETER.fullmatch(header)) or header.lower() == "cookie"
 
 
 def authenticating_values(url: str, headers: Mapping[str, str], secrets: Iterable[str]) -> frozenset[str]:
-    """Return what authenticates a request: the declared secrets, and what its headers and URL carry."""
+    """Return the authentication values of a request: the declared secrets, and those in its headers and URL."""
     found = set(secrets)
     for name, value in headers.items():
         if may_authenticate(name):
@@ -278,7 +278,7 @@ _PASSWORD = re.compile(r"//[^/:]*:([^/]*)@")
 
 
 def _cookies(header: str) -> Iterator[str]:
-    """Yield the cookies of a header that look like a session's; not a theme or a language."""
+    """Yield the cookies of a header that look like sessions, not like a theme or a language."""
     for cookie in header.split(";"):
         value = cookie.partition("=")[2].strip()
         if len(value) >= _SHORTEST_SESSION and any(map(str.isdigit, value)):
@@ -289,17 +289,17 @@ def _basic(value: str) -> tuple[str, ...]:
     """Return the password of a Basic authorization."""
     try:
         return (base64.b64decode(value, validate=True).decode().partition(":")[2],)
-    except ValueError:  # no base64, no UTF-8, or not even ASCII
+    except ValueError:  # not base64, not UTF-8, or not even ASCII
         return ()
 
 
 class Alone(bytes):
-    """A needle that matches whole words only."""
+    """A secret that matches whole words only."""
 
 
 @lru_cache(maxsize=256)
 def needles_of(values: frozenset[str]) -> Needles:
-    """Return every form in which these values are looked for, the longest first.
+    """Return every form of these values to search for, the longest first.
 
     >>> [needle for needle in needles_of(frozenset({"pass word"})) if b"%" in needle or b"+" in needle]
     [b'pass%20word', b'pass+word']
@@ -318,7 +318,7 @@ def needles_of(values: frozenset[str]) -> Needles:
 
 
 def _base64_forms(raw: bytes) -> Iterator[bytes]:
-    """Yield the part of the base64 text that depends on the value alone, for each position it may start at."""
+    """Yield the part of the base64 text that depends on the value alone, for each possible alignment."""
     for offset, skipped in ((0, 0), (1, 2), (2, 3)):
         text = base64.b64encode(bytes(offset) + raw)[skipped : (offset + len(raw)) * 8 // 6]
         if len(text) >= SHORTEST:

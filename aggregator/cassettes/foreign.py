@@ -1,6 +1,6 @@
-"""Files of other recorders: parsed within stated budgets and without code, and converted to vcrpy's interactions.
+"""Files of other recorders: parsed within limits and without running code, and converted to vcrpy's interactions.
 
-YAML is read as events, counted as they come: no tag is resolved except the few that recorders write, only texts, bytes,
+YAML is read as events, which are counted: only the few tags that recorders write are resolved, only texts, bytes,
 numbers, lists and mappings are built, and an alias counts as everything that it refers to. So a code tag, an alias bomb
 or a deep nest is refused after milliseconds.
 
@@ -32,7 +32,7 @@ Interaction = dict[str, Any]
 def interactions_of(document: Any, where: str) -> list[Interaction]:
     """Return the interactions of a cassette, in vcrpy's shape.
 
-    Raises CassetteDamagedError for any other document, CassetteRefusedError for a tool or a version that is not read.
+    Raises CassetteDamagedError for any other document, CassetteRefusedError for an unsupported tool or version.
     """
     for is_of_tool, convert in _TOOLS:
         if is_of_tool(document):
@@ -135,7 +135,7 @@ def _an_HTTP_archive(document: Any) -> Iterator[Interaction]:  # noqa: N802 - it
 # go-vcr, from its first version
 
 
-_GO_VCR = 2  # what its third and fourth version write
+_GO_VCR = 2  # the keys of its third and fourth version
 
 
 def _is_go_vcr(document: Any) -> bool:
@@ -220,7 +220,7 @@ def _a_cassette_of_PHP(document: Any) -> Iterator[Interaction]:  # noqa: N802 - 
         yield _made(asked["method"], asked["url"], asked.get("body"), asked.get("headers") or {}, answer)
 
 
-# vcrpy's own files of before version 1
+# vcrpy's own files before version 1
 
 
 def _is_format_0(document: Any) -> bool:
@@ -254,7 +254,7 @@ def _a_recording_of_the_test_proxy(document: Any) -> Iterator[Interaction]:
         yield _made(item["RequestMethod"], item["RequestUri"], asked, item.get("RequestHeaders") or {}, answer)
 
 
-# Tools that are known and not read
+# Known but unsupported tools
 
 
 def _is_wiremock(document: Any) -> bool:
@@ -300,16 +300,16 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
 )
 
 
-# YAML and JSON within budgets
+# YAML and JSON within limits
 
 
 # ---- parsing YAML within limits
 
 
 class Budget(Struct, frozen=True):
-    """How much a document may hold: bytes in all, nesting, nodes, and nodes that aliases repeat.
+    """The limits of a document: total bytes, nesting, nodes, and nodes repeated by aliases.
 
-    `total` is how many bytes its exchanges may be, with every alias written out and every body unpacked.
+    `total` is the maximum size of its exchanges in bytes, with every alias expanded and every body decompressed.
     """
 
     size: int = 64 << 20
@@ -348,9 +348,10 @@ class _Open:
 
 
 def parse_document(data: bytes, where: str, budget: Budget = BUDGET) -> tuple[Any, dict[int, int]]:
-    """Return the document's value, and for each mapping in it (by id) the line it starts at.
+    """Return the document's value, and the first line of each mapping in it (by id).
 
-    Raises CassetteRefusedError over budget or for a tag that is not data, CassetteDamagedError for bad syntax.
+    Raises CassetteRefusedError beyond the limits or for a tag that is not data, CassetteDamagedError for invalid
+    syntax.
     """
     refuse_large(data, where, budget)
     if data[:64].lstrip()[:1] in (b"{", b"["):
@@ -364,9 +365,9 @@ def parse_document(data: bytes, where: str, budget: Budget = BUDGET) -> tuple[An
 
 
 def refuse_large(data: bytes, where: str, budget: Budget = BUDGET) -> None:
-    """Raise CassetteRefusedError for more bytes than the budget, or for a long text where no text belongs.
+    """Raise CassetteRefusedError for more bytes than the limit, or for a long text in the wrong place.
 
-    A body may be as long as it is, in one line or many; a text in the place of a request would only cost memory.
+    A body may be long, in one line or many; a text in place of a request would only cost memory.
     """
     if len(data) > budget.size:
         raise _refused(where, 1, f"at most {budget.size >> 20} MB", f"{len(data) >> 20} MB")
@@ -502,7 +503,10 @@ class _Builder:
         raise self._refuse(event, "data", f"the tag {tag!r}")
 
     def _plain(self, text: str) -> Any:
-        """Return the value of an unquoted scalar; a date stays a text. Most are names and headers, and repeat."""
+        """Return the value of an unquoted scalar; a date stays a text.
+
+        Cached, because most are names and headers, which repeat.
+        """
         import yaml
 
         if len(text) > _LONGEST_NUMBER or not text.isascii():

@@ -1,13 +1,13 @@
-"""The append-only file: a vcrpy cassette that grows by one line an exchange and survives a kill at any moment.
+"""The append-only file: a vcrpy cassette that grows by one line per exchange and survives a kill at any time.
 
     # aggregator-cassette format=1 layout=journal state=open
     version: 1
     interactions:
     - {"request":{...},"response":{...},"x":"{...}"}
 
-An exchange is with the kernel before its answer is used, and is flushed to the device (fdatasync) with the first
+An exchange is written to the kernel before its answer is used, and flushed to the device (fdatasync) with the first
 exchange after `SYNC_SECONDS`, every `SYNC_LINES` exchanges at the latest, and at close. A process that dies loses
-nothing; a machine that loses power loses at most what came since the last flush.
+nothing; a power failure loses at most the exchanges since the last flush.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = 1
 Layout = Literal["journal", "readable"]
 PREAMBLE = b"version: 1\ninteractions:\n"
 EMPTY = b"version: 1\ninteractions: []\n"
-"""What a finished cassette without exchanges holds, in either layout; an empty `interactions:` is not a list."""
+"""The content of a finished cassette without exchanges, in either layout; an empty `interactions:` is not a list."""
 OPEN_COMMENT = b"# aggregator-cassette format=1 layout=journal state=open\n"
 _MARK = b"# aggregator-cassette "
 _CLOSED = re.compile(
@@ -40,7 +40,7 @@ _CLOSED = re.compile(
 
 
 class Comment(Struct, frozen=True, kw_only=True):
-    """What a closed cassette states. `shard` counts from 1; `set` names the recording that its shards belong to."""
+    """The comment of a closed cassette. `shard` counts from 1; `set` names the recording that its shards belong to."""
 
     layout: Layout
     exchanges: int
@@ -50,7 +50,7 @@ class Comment(Struct, frozen=True, kw_only=True):
     set: str = ""
 
     def render(self) -> bytes:
-        """Return the comment as it is written in the file, line break included."""
+        """Return the comment for the file, including the line break."""
         part = f"shard={self.shard}/{self.shards} set={self.set} " if self.shards > 1 else ""
         return (
             f"# aggregator-cassette format={FORMAT} layout={self.layout} state=closed {part}"
@@ -59,9 +59,9 @@ class Comment(Struct, frozen=True, kw_only=True):
 
 
 def parse_comment(first_line: bytes, where: str) -> Comment | None:
-    """Return what the first line states; None for an open journal; raises for anything else with our mark.
+    """Return the comment in the first line; None for an open journal; raises for anything else with our mark.
 
-    `has_comment` decides first whether the line is ours.
+    Call `has_comment` first, which checks that the line is ours.
     """
     if first_line == OPEN_COMMENT.rstrip():
         return None
@@ -87,22 +87,22 @@ def parse_comment(first_line: bytes, where: str) -> Comment | None:
 
 
 def has_comment(data: bytes) -> bool:
-    """Return True if the file has our mark."""
+    """Return True if the file begins with our mark."""
     return data.startswith(_MARK)
 
 
 def content_hash(content: bytes | memoryview) -> str:
-    """Return the hash that a leading comment states for what follows it."""
+    """Return the hash in a leading comment, for the rest of the file."""
     return sha256(content).hexdigest()
 
 
-SYNC_LINES = 1_024  # about 5 MB; an fdatasync holds the event loop for milliseconds
+SYNC_LINES = 1_024  # about 5 MB; an fdatasync blocks the event loop for milliseconds
 SYNC_SECONDS = 1.0
 FLUSH: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS has only the stronger one
 
 
 class Journal:
-    """Appends lines to one file; raises CassetteError when the disk refuses, with nothing half-written left behind."""
+    """Appends lines to one file; raises CassetteError if the disk refuses, and leaves nothing half-written."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Journal:
         write: Callable[[int, bytes], int] = os.write,
         flush: Callable[[int], None] = FLUSH,
     ) -> None:
-        """Append after the first `keep` bytes of what is there; 0 starts a new file, for its owner only if private."""
+        """Append after the first `keep` bytes of the existing file; 0 starts a new file, for its owner if private."""
         self.path = path
         self._private = private
         self._clock, self._write, self._flush = clock, write, flush
@@ -124,7 +124,7 @@ class Journal:
         self._unsynced, self._synced_at = 0, clock()
 
     def _open(self) -> None:
-        """Open the file at the first line, so that a cassette that records nothing leaves nothing."""
+        """Open the file at the first line, so that a cassette without exchanges leaves no file."""
         try:
             self._file = open_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, private=self._private)
             os.ftruncate(self._file, self._size)
@@ -135,7 +135,7 @@ class Journal:
             ) from error
 
     def extend(self, lines: Sequence[bytes]) -> None:
-        """Write exchanges, all of them or none."""
+        """Write exchanges, all or none."""
         if self._is_closed:
             raise CassetteError(f"Expected to append to an open journal, got one that is finished ({self.path})")
         if self._file < 0:
@@ -160,7 +160,7 @@ class Journal:
         self._size += len(data)
 
     def sync(self) -> None:
-        """Flush to the device; failures are reported at close, as the lines are with the kernel all the same."""
+        """Flush to the device; failures are reported at close, because the kernel has the lines."""
         try:
             self._flush(self._file)
         except OSError as error:
@@ -168,7 +168,7 @@ class Journal:
         self._unsynced, self._synced_at = 0, self._clock()
 
     def undo(self) -> None:
-        """Take back what was appended, once closed: the file is as it was found, or gone if there was none."""
+        """Undo the appended lines, once closed: the file is restored, or removed if it is new."""
         if not self.path.exists():
             return
         if self._found:
@@ -177,16 +177,16 @@ class Journal:
             self.path.unlink()
 
     def close(self) -> None:
-        """Flush and close, and let nothing be appended any more; a second call does nothing.
+        """Flush and close; nothing can be appended afterwards, and a second call does nothing.
 
-        Raises CassetteError where the device did not take what was written.
+        Raises CassetteError if the device did not accept the data.
         """
         self._is_closed = True
         if self._file >= 0:
             self.sync()
             os.close(self._file)
             self._file = -1
-            if not self._size:  # the disk took not even the first line
+            if not self._size:  # the disk refused even the first line
                 self.path.unlink(missing_ok=True)
         if self._refused is not None:
             refused, self._refused = self._refused, None
@@ -233,7 +233,7 @@ def read_open_journal(data: bytes, where: str) -> Recording:
 
 
 def read_closed_journal(content: bytes, where: str, *, intact: bool, skipped: int) -> Recording:
-    """Read a finished journal after its comment of `skipped` lines; `intact` if its hash was right."""
+    """Read a finished journal after its comment of `skipped` lines; `intact` if its hash is right."""
     if content == EMPTY:
         return Recording(rows=(), state="closed", layout="journal")
     if not content.startswith(PREAMBLE):
@@ -249,7 +249,7 @@ def read_closed_journal(content: bytes, where: str, *, intact: bool, skipped: in
 
 
 def _spans(data: bytes, start: int) -> Iterator[_Span]:
-    """Yield where each item's JSON starts and ends; the mark before it is not part of it."""
+    """Yield the start and end of each item's JSON, without the mark before it."""
     find, size = data.find, len(data)
     while start < size:
         end = find(b"\n", start)
@@ -259,9 +259,9 @@ def _spans(data: bytes, start: int) -> Iterator[_Span]:
 
 
 def _torn(data: bytes, spans: list[_Span], where: str, first: int) -> bool:
-    """Return True if the last item is torn; raise for the first one that is damaged otherwise, with its line.
+    """Return True if the last item is torn; raise for the first item that is damaged in another way, with its line.
 
-    An item that is complete except for its line break counts as torn: what follows would be joined to it.
+    An item without its line break counts as torn, because the next one would be joined to it.
     """
     view = memoryview(data)
     for index, (start, end) in enumerate(spans):

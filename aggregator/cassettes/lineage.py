@@ -1,9 +1,9 @@
-"""The place of a call: its lineage and role, the tape that it belongs to, and who watches: all in context variables.
+"""The place of a call: its lineage and role, its tape, and its observers, all in context variables.
 
-Identical requests are distinguished by their lineage, so a replay is exact whatever finishes first. Every concurrent
+Identical requests are distinguished by their lineage, so a replay is exact in any order of completion. Every concurrent
 branch sets its own part; asyncio copies the path into each task.
 
-A call belongs to the tape of its context. A plain thread begins with an empty context, and so do contexts that unittest
+A call belongs to the tape of its context. A plain thread starts with an empty context, and so do contexts that unittest
 and anyio create before a test's cassette is opened: their calls belong to the only open tape, if its rules adopt them.
 """
 
@@ -23,7 +23,7 @@ from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.records import Role
 from aggregator.text import show_call
 
-if TYPE_CHECKING:  # a program that opens no cassette loads nothing of one
+if TYPE_CHECKING:  # a program without a cassette loads none of its code
     from aggregator.cassettes.tape import Tape
     from aggregator.cassettes.traffic import Exchanges
 
@@ -32,22 +32,23 @@ if TYPE_CHECKING:  # a program that opens no cassette loads nothing of one
 
 _PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
 _ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
-# what was before each block of this context, the innermost first: one object may be entered by several tasks at once
+# the previous path of each block of this context, the innermost first: one object may be entered by several tasks at
+# once
 _OUTER: ContextVar[tuple[str, Role | None, portal.Branch | None, Any] | None] = ContextVar(
     "aggregator_outer", default=None
 )
 
 current_lineage = _PATH.get
-"""Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside of any."""
+"""Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside a lineage."""
 
 current_role = _ROLE.get
-"""Return who asks the model in this context; "agent" outside of any."""
+"""Return the role that calls the model in this context; "agent" by default."""
 
 
 class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at its use: `with lineage("retrieve"):`
     """Extend the path of every call made inside, and set its role if `role` is given.
 
-    With `root=True` the parts are the whole path, and what surrounds the block adds nothing.
+    With `root=True` the parts are the whole path, whatever surrounds the block.
 
     >>> with lineage("train", "epoch=0"), lineage("propose", role="optimizer"):
     ...     print(current_lineage(), current_role())
@@ -81,9 +82,9 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore the path from before."""
+        """Restore the previous path."""
         outer = _OUTER.get()
-        if outer is not None:  # else left in another context than entered, which has its own
+        if outer is not None:  # otherwise exited in another context than entered, which has its own
             path, role, branch, further = outer
             _PATH.set(path)
             if branch is not None:
@@ -94,7 +95,7 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
 
 
 def lineage_at(path: str, role: Role) -> lineage:
-    """Replace the path and the role for calls made inside: those of a call that another process makes.
+    """Replace the path and the role for calls made inside, for calls of another process.
 
     >>> with lineage("train"), lineage_at("train/sample=3", "guide"):
     ...     print(current_lineage(), current_role())
@@ -129,11 +130,11 @@ _TAPE: ContextVar[Tape | None] = ContextVar("aggregator_tape", default=None)
 _open: list[Tape] = []
 
 current_tape = _TAPE.get
-"""Return the tape of this context, None where no cassette is open."""
+"""Return the tape of this context, or None."""
 
 
 def enter(tape: Tape) -> Token[Tape | None]:
-    """Make a tape the current one of this context."""
+    """Make a tape this context's current one."""
     _open.append(tape)
     return _TAPE.set(tape)
 
@@ -144,13 +145,13 @@ def leave(tape: Tape, token: Token[Tape | None]) -> None:
         _open.remove(tape)
     try:
         _TAPE.reset(token)
-    except ValueError:  # left in another context than entered, as by a pytest fixture of asyncio
+    except ValueError:  # exited in another context than entered, as by a pytest fixture of asyncio
         if _TAPE.get() is tape:
             _TAPE.set(None)
 
 
 def tape_here(*, for_client: bool = False) -> Tape | None:
-    """Return the tape that calls made here and now belong to; `for_client` if another HTTP client makes the call.
+    """Return the tape of a call made now; `for_client` if another HTTP client makes the call.
 
     Raises CassetteMissError for a call without a context that may belong to several tapes, if one of them only plays.
     """
@@ -180,7 +181,7 @@ def _refuse_to_guess(found: list[Tape], playing: list[Tape]) -> CassetteMissErro
 
 @contextmanager
 def adopted() -> Iterator[None]:
-    """Let calls made inside, on another thread's loop, belong to the tape of this thread."""
+    """Assign calls made inside, on another thread's event loop, to this thread's tape."""
     tape = tape_here() if _TAPE.get() is None else None
     if tape is None:
         yield
@@ -192,11 +193,11 @@ def adopted() -> Iterator[None]:
         _TAPE.reset(token)
 
 
-# Who watches the traffic of other clients
+# Observers of other clients
 
 
 class Watch(Struct, frozen=True):
-    """What this context wants of its requests beyond the tape."""
+    """This context's observers and settings of requests, in addition to the tape."""
 
     clients: frozenset[str] = frozenset()
     exchanges: Exchanges | None = None
@@ -207,20 +208,20 @@ WATCH: ContextVar[Watch | None] = ContextVar("aggregator_watch", default=None)
 
 
 def watcher_here() -> Exchanges | None:
-    """Return who watches the clients of this context."""
+    """Return the observer of this context's clients."""
     watch = WATCH.get()
     return None if watch is None else watch.exchanges
 
 
 def is_passing() -> bool:
-    """Return whether this context's requests go through the patches untouched."""
+    """Return True if the patches ignore this context's requests."""
     watch = WATCH.get()
     return watch is not None and watch.passing
 
 
 @contextmanager
 def passing() -> Iterator[None]:
-    """Let requests made inside go through untouched, because the tape was already asked; tasks of it get no number."""
+    """Let the patches ignore requests made inside, because the tape was already asked; its tasks get no number."""
     token = WATCH.set(_PASSING)
     branch = portal.current_branch()
     if branch is not None:
@@ -238,7 +239,7 @@ _PASSING = Watch(passing=True)
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Show nobody what is asked inside, because it is counted already; a tape serves it as before."""
+    """Hide requests made inside from observers, because they are counted already; a tape records them as before."""
     token = WATCH.set(None)
     try:
         yield

@@ -59,17 +59,17 @@ class FileLock:
             os.close(file)
 
     def _is_current(self, file: int) -> bool:
-        """Return True if the locked file still has the name: its last holder may have removed it meanwhile."""
+        """Return True if the locked file still has its name, which the previous holder may have removed meanwhile."""
         try:
             return os.path.samestat(os.fstat(file), self._path.stat())
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
-        """Remove the lock; a second call does nothing, and one in a forked process neither.
+        """Remove the lock; a second call, or one in a forked process, does nothing.
 
-        It is closed before it is unlinked: Windows unlinks no open file. So that nobody takes it in between and loses
-        it, it gives up its name first.
+        It is closed before it is unlinked, because Windows cannot unlink an open file. It is renamed first, so that no
+        other process takes it in between and loses it.
         """
         if self._file < 0 or os.getpid() != self._process:
             return

@@ -1,7 +1,7 @@
-"""A miss explained: the nearest recorded request first, what differs by JSON path, and how to record again.
+"""The report of a miss: the nearest recorded request, the differences by JSON path, and how to record again.
 
-Nearness is the share of words two requests have in common; the best few are then compared word by word, in
-order. Pure functions over rows.
+Similarity is the share of common words; the best few are then compared word by word, in order. Pure functions over
+rows.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from aggregator.text import MISSING, clip, json_changes
 MAX_LINES = 40
 _CANDIDATES = 200  # compared by their words
 _FINALISTS = 5  # compared word by word
-_SAMPLES, _SAMPLE = 4, 24  # how many pieces of the request are looked for, and how long they are
+_SAMPLES, _SAMPLE = 4, 24  # the number and length of the samples of the request that are searched for
 _WINDOW = 60
-_WORD = re.compile(rb"[0-9A-Za-z_]+|[\x80-\xff]{1,3}")  # JSON without white space has its words, and Chinese its signs
+_WORD = re.compile(rb"[0-9A-Za-z_]+|[\x80-\xff]{1,3}")  # JSON without white space has words, and Chinese its characters
 
 
 class Asked(Struct, frozen=True, kw_only=True):
-    """A request without an answer, its secrets redacted, and its place in the run."""
+    """A request without an answer, with its secrets redacted, and its place in the run."""
 
     request: HTTPRequest
     key: bytes
@@ -45,7 +45,7 @@ def explain_miss(
     key_of_row: Callable[[int], bytes] | None = None,
     search: bool = True,
 ) -> str:
-    """Return the whole message of a miss, at most `MAX_LINES` lines; without `search` the nearest is left out.
+    """Return the message of a miss, at most `MAX_LINES` lines; without `search` the nearest request is left out.
 
     `key_of_row` gives the keys of the rows, if the tape matches by others than `Row.key`.
     """
@@ -78,7 +78,7 @@ def explain_miss(
 
 
 def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes | bytearray) -> Iterator[str]:
-    """Yield where this very request was recorded, when only its place in the run differs."""
+    """Yield the places at which this very request was recorded, if only its lineage differs."""
     here = [index for index in same if rows[index].facts.lineage == asked.lineage]
     if here and not all(played[index] for index in here):
         yield f"  this very request was recorded in this lineage, but not with ticket {asked.ticket}:"
@@ -92,10 +92,10 @@ def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes
 
 
 def nearest(asked: Asked, rows: Sequence[Row]) -> tuple[int, float]:
-    """Return the index of the most similar recorded request, and its likeness in [0, 1].
+    """Return the index of the most similar recorded request, and its similarity in [0, 1].
 
-    Three rounds, each dearer and with fewer candidates: what they share at both ends and in a few samples,
-    the share of words in common, the words in order.
+    Three passes, each more expensive and over fewer candidates: common beginnings, ends and samples; the share of
+    common words; the words in order.
     """
     text = _as_text(asked.request)
     parts = [_asked_part(row) for row in rows]
@@ -109,7 +109,7 @@ def nearest(asked: Asked, rows: Sequence[Row]) -> tuple[int, float]:
 
 
 def _rough(text: bytes, parts: list[bytes]) -> list[int]:
-    """Return the candidates that share most with the text: its beginning, its end, samples from between."""
+    """Return the candidates that share most with the text: beginning, end, and samples in between."""
     step = max(_SAMPLE, len(text) // (_SAMPLES + 1))
     reverse = text[::-1]
     scores = [_common(text, part) + _common(reverse, part[::-1]) for part in parts]
@@ -120,7 +120,7 @@ def _rough(text: bytes, parts: list[bytes]) -> list[int]:
 
 
 def _common(a: bytes, b: bytes) -> int:
-    """Return about how long the common beginning is, found by halving."""
+    """Return the approximate length of the common beginning, by bisection."""
     low, high = 0, min(len(a), len(b))
     while high - low > _SAMPLE // 2:
         middle = (low + high) // 2
@@ -132,7 +132,7 @@ def _common(a: bytes, b: bytes) -> int:
 
 
 def _overlap(known: frozenset[bytes], count: int, part: bytes) -> float:
-    """Return the share of words in common, each distinct one counted once, over the words of both."""
+    """Return the number of common words, each distinct one counted once, divided by the words of both."""
     words = _WORD.findall(part)
     return len(known.intersection(words)) / (len(words) + count)
 
@@ -142,14 +142,14 @@ def _asked_part(row: Row) -> bytes:
 
 
 def _as_text(request: HTTPRequest) -> bytes:
-    """Return the request as it is written in a line, as the candidates are."""
+    """Encode the request as it appears in a line, for comparison with the candidates."""
     blank = Exchange(request=request, reply=HTTPReply(status=0, body=b"", headers={}), facts=Facts(lineage=""))
     line = encode_line(blank)
     return line[: find_parts(line, 0, len(line))[0]]
 
 
 def differences(recorded: HTTPRequest, asked: HTTPRequest) -> Iterator[str]:
-    """Yield lines of differences by JSON path, recorded against asked."""
+    """Yield lines of differences by JSON path, recorded against requested."""
     for name, before, after in (("method", recorded.method, asked.method), ("url", recorded.url, asked.url)):
         if before != after:
             yield from _show(name, before, after)

@@ -1,4 +1,4 @@
-"""Bodies decoded: the JSON of a document or of each event, the fields of tools in it, and content codings undone.
+"""Decoding bodies: the JSON of a document or of each event, its tool fields, and content codings.
 
 Content codings are gzip, deflate, br (package brotli) and zstd (package zstandard), each decompressed up to a limit.
 """
@@ -18,9 +18,7 @@ import msgspec
 # JSON, in one document or in events
 
 _DATA = re.compile(rb"(?:(?<![^\r\n])|(?<=^\xef\xbb\xbf))data: ?([^\r\n]*)")
-_PLAIN_DATA = re.compile(
-    rb"^data: ?([^\n]*)", re.MULTILINE
-)  # the same where lines end in a line feed alone, and faster
+_PLAIN_DATA = re.compile(rb"^data: ?([^\n]*)", re.MULTILINE)  # the same if lines end in a line feed alone, and faster
 _LINE = re.compile(rb"[^\r\n]+")
 _EVENTS = (b"data:", b"event:", b":", b"id:", b"retry:")
 _STREAMED = re.compile(r"event-?stream|stream\+json|ndjson|jsonl|json-?lines|json-seq", re.IGNORECASE)
@@ -88,18 +86,18 @@ _ARGUMENTS = frozenset(
         "tool_results",
     }
 )
-"""Fields that hold a tool's arguments or its result, in the words of OpenAI, Anthropic, Gemini, Bedrock and Cohere."""
+"""Fields that hold a tool's arguments or its result, at OpenAI, Anthropic, Gemini, Bedrock and Cohere."""
 _TOOL_KEYS = frozenset({"tool_call_id", "tool_use_id", "toolUseId", "call_id"})
 _TOOL_ROLES = frozenset({"tool", "function", "ipython"})
 
 
 def is_tool_path(path: tuple[str | int, ...]) -> bool:
-    """Return True if a text at this place of an event is a piece of a tool's arguments; the path may name its type."""
+    """Return True if a text at this path of an event is a piece of a tool's arguments; the path may have its type."""
     return any(part in _ARGUMENTS or (type(part) is str and ("arguments" in part or "tool" in part)) for part in path)
 
 
 def tool_fields(data: bytes) -> frozenset[tuple[str, str]]:
-    """Return the fields (name, text) that are in arguments and results of tools, and nowhere else in a body.
+    """Return the fields (name, text) that are only in arguments and results of tools.
 
     >>> sorted(tool_fields(b'{"password": "a", "messages": [{"role": "tool", "password": "mellon"}]}'))
     [('password', 'mellon'), ('role', 'tool')]
@@ -117,7 +115,7 @@ def tool_fields(data: bytes) -> frozenset[tuple[str, str]]:
 
 
 def _fields(value: Any, *, in_tool: bool) -> Iterator[tuple[str, str, bool]]:
-    """Yield every text of a JSON value with its field's name; also of JSON that a text holds."""
+    """Yield every text of a JSON value with its field's name, also inside JSON that is a text."""
     if isinstance(value, dict):
         in_tool = in_tool or _is_tool(value)
         for name, item in value.items():
@@ -149,21 +147,21 @@ def _is_tool(value: Mapping[str, Any]) -> bool:
 # Content codings
 
 NEEDED = {"br": "brotli>=1.2", "zstd": "zstandard"}
-"""The package that each coding beyond the standard library's needs."""
+"""The package that each coding outside the standard library needs."""
 
 
-_LARGEST_INFLATED = 1 << 24  # how far a body is looked into for secrets
+_LARGEST_INFLATED = 1 << 24  # how much of a body is searched for secrets
 
 
 class TooLargeError(Exception):
-    """A body unpacks to more than the limit."""
+    """A body decompresses to more than the limit."""
 
 
 def decompressed(body: bytes, encoding: str, limit: int = sys.maxsize) -> tuple[bytes, str]:
-    """Return the body without its content codings, and the coding that could not be undone ("" for none).
+    """Return the body without its content codings, and the coding that could not be decoded ("" for none).
 
-    Some clients hand over what came from the wire, others what they decoded: text has been decoded already. Raises
-    TooLargeError above `limit` bytes.
+    Some clients pass the raw body, others the decoded one: text has been decoded already. Raises TooLargeError above
+    `limit` bytes.
 
     >>> import gzip
     >>> decompressed(gzip.compress(b"hello"), "gzip"), decompressed(b"hello", "gzip")
@@ -178,14 +176,14 @@ def decompressed(body: bytes, encoding: str, limit: int = sys.maxsize) -> tuple[
 
 
 def _undo(coding: str, body: bytes, limit: int) -> bytes | None:
-    """One coding undone; None where the body is not of it, or cut, or the coding's package is absent."""
+    """Return the body with one coding decoded; None if it is another coding, truncated, or needs a missing package."""
     try:
         match coding:
             case "gzip" | "x-gzip":
                 return _inflated(body, 31, limit)
             case "deflate":
                 plain = _inflated(body, 15, limit)
-                return _inflated(body, -15, limit) if plain is None else plain  # some servers send it bare
+                return _inflated(body, -15, limit) if plain is None else plain  # some servers send it without a header
             case "br":
                 return _unbrotlied(body, limit)
             case "zstd":
@@ -240,14 +238,14 @@ def _is_text(body: bytes) -> bool:
 
 
 def inflated(body: bytes) -> bytes:
-    """Return what a body in gzip, zlib or bare deflate holds, as far as it is sane to look; b"" for any other body."""
+    """Return the content of a body in gzip, zlib or raw deflate, up to a limit; b"" for any other body."""
     if body.isascii():
         return b""
     return next((plain for wbits in (47, -15) if (plain := _unpacked(body, wbits))), b"")
 
 
 def _unpacked(body: bytes, wbits: int) -> bytes:
-    """Return what can be unpacked, of all members of a gzip file."""
+    """Return what can be decompressed, of all members of a gzip file."""
     plain = b""
     try:
         while body and len(plain) < _LARGEST_INFLATED:
@@ -255,5 +253,5 @@ def _unpacked(body: bytes, wbits: int) -> bytes:
             plain += member.decompress(body, _LARGEST_INFLATED - len(plain))
             body = member.unused_data
     except zlib.error:
-        pass  # what follows is something else
+        pass  # the rest is something else
     return plain

@@ -1,7 +1,7 @@
 """`with cassette(path):` records every LLM exchange inside to the file, or plays it from there.
 
 The files of one cassette `name.yaml`, while it is being recorded: `name.yaml.lock`, and `name.yaml.part` (new episodes)
-or `name.yaml.new` (mode "all") if a finished cassette exists, which is replaced only when its successor is complete.
+or `name.yaml.new` (mode "all") if a finished cassette exists, which is replaced only once its replacement is complete.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from aggregator.files import beside, make_folder
 # Which file is read and which is written
 
 UNWRITTEN = frozenset({".gz", ".har"})
-"""Endings of files that are read and never written."""
+"""Suffixes of files that are read and never written."""
 
 Mode = Literal["none", "once", "new_episodes", "all"]
 
 
 def default_mode(environment: Mapping[str, str] = os.environ) -> Mode:
-    """Return "none" where CI is set and not empty, else "once".
+    """Return "none" if CI is set and not empty, else "once".
 
     >>> default_mode({"CI": "true"}), default_mode({})
     ('none', 'once')
@@ -50,14 +50,14 @@ def default_mode(environment: Mapping[str, str] = os.environ) -> Mode:
 
 
 class _Plan(Struct, frozen=True, kw_only=True):
-    """What an open cassette plays, which finished exchanges stay in the file, and where new ones are written."""
+    """The exchanges that an open cassette plays, those that stay in the file, and where new ones are written."""
 
     played: tuple[Row, ...]
     findings: tuple[str, ...]
     stays: tuple[Row, ...] = ()
     journal: Path | None = None
     kept: int = 0
-    is_anew: bool = False  # nothing of before stays
+    is_anew: bool = False  # no previous exchange is kept
 
 
 def open_tape(
@@ -70,7 +70,7 @@ def open_tape(
     now: Callable[[], float] = time.time,
     warn: bool = True,
 ) -> Tape:
-    """Open a cassette without making it the current one; `close` the tape to finish the file.
+    """Open a cassette without making it the current one; close the tape to finish the file.
 
     Without `warn` findings are in the tape's report only.
     """
@@ -83,7 +83,7 @@ def open_tape(
         raise ConfigError(f"Expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
     plan = _replay(path, mode, rules.redaction)
     if plan is None and not private:
-        with suppress(OSError):  # the lock raises what is wrong with the folder, and would make a private one
+        with suppress(OSError):  # the lock raises the folder's error, and would create a private one
             make_folder(path.parent, private=False)
     lock = FileLock(path) if plan is None else None
     try:
@@ -138,7 +138,7 @@ def _playing(path: Path, there: Recording) -> _Plan:
 
 
 def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
-    """Return the plan of a cassette that records, its lock held; without a journal if there is nothing to record."""
+    """Return the plan of a cassette that records, with its lock held; without a journal if nothing is recorded."""
     if path.suffix in UNWRITTEN:
         raise ConfigError(
             f"Expected a cassette to record into whose name ends in .yaml, got {str(path)!r}; convert it first: "
@@ -147,7 +147,7 @@ def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
     if mode == "all":
         return _Plan(played=(), findings=(), journal=successor_of(path) if path.exists() else path, is_anew=True)
     there = read(path, policy=redaction) or NOTHING
-    if there.state == "open":  # new, or its recording was killed: go on where it ended
+    if there.state == "open":  # new, or its recording was killed: continue it
         return _Plan(played=there.rows, findings=there.findings, journal=path, kept=there.kept)
     if mode == "once":
         return _playing(path, there)
@@ -162,7 +162,7 @@ def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
 
 
 def part_of(path: Path) -> Path:
-    """Return where new episodes of a finished cassette are written until they join it."""
+    """Return where new episodes of a finished cassette are written until they are merged."""
     return beside(path, ".part")
 
 
@@ -181,7 +181,7 @@ def _finish(
     layout: LayoutChoice,
     private: bool,
 ) -> None:
-    """Bring the recorded journal into its final form, in place of what stood there."""
+    """Bring the recorded journal into its final form, and replace the cassette."""
     try:
         if journal is None:
             return
@@ -202,24 +202,23 @@ def _finish(
 class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):  # noqa: N801 - a word at its use
     """Record every LLM exchange inside to `path`, or play it from there; for `with` and `async with` alike.
 
-    `mode` is vcrpy's: "none" plays only, "once" records a cassette that is not there and plays one that is
-    (a recording that was killed goes on), "new_episodes" plays what is there and records the rest, "all"
-    re-records everything. It defaults to "none" where the environment has CI, else to "once".
-    `lineage="strict"` wants the lineage that was recorded, "prefer" falls back to the request alone.
-    `clients` names other HTTP clients to serve ("all", or a list, see `aggregator.cassettes.clients`); `latency` is
-    "off", "recorded" or a factor; `faults` go wrong on purpose; `ignore` are JSON paths of the body that do not count.
-    `match_on` is a key function (request -> bytes), or vcrpy's names of parts and matchers; `allow_playback_repeats`
-    plays the last answer again. `ignore_hosts` are left to the network, as are the default ones (`rules.IGNORED_HOSTS`;
-    None leaves none), and `ignore_localhost` leaves this machine. `before_record_request` and `before_record_response`
-    are vcrpy's hooks. `adopts` defines which calls without a cassette belong to this one, see `TapeRules`.
-    `redact` are names of fields, and patterns, that are secret beyond the rules; `keep` those that are not;
-    `keep_headers` are written in addition to the usual headers. `code` permits recorded suggestions to run code in this
-    process (True, "ask", or the sha256 of each source), which only operations with `sandbox=None` need. `layout` is how
-    the file is written at close. New files are for their owner only; `private=False` leaves them to the umask, for a
-    cassette to be shared. Without `warn` findings are in `tape.report` alone. `rules` are these options, and those for
-    code that opens tapes for others, in one value that replaces the options here.
+    `mode` is vcrpy's: "none" plays only, "once" records a missing cassette and plays an existing one (a killed
+    recording is continued), "new_episodes" plays what is recorded and records the rest, "all" re-records everything. It
+    defaults to "none" if the environment has CI, else to "once". `lineage="strict"` requires the recorded lineage,
+    "prefer" falls back to the request alone. `clients` names other HTTP clients to record ("all", or a list, see
+    `aggregator.cassettes.clients`); `latency` is "off", "recorded" or a factor; `faults` injects failures; `ignore` are
+    JSON paths of the body that are not compared. `match_on` is a key function (request -> bytes), or vcrpy's names of
+    parts and matchers; `allow_playback_repeats` plays the last answer again. `ignore_hosts` are not intercepted, like
+    the default ones (`rules.IGNORED_HOSTS`; None for none), and with `ignore_localhost` this machine.
+    `before_record_request` and `before_record_response` are vcrpy's hooks. `adopts` defines which calls without a
+    cassette belong to this one, see `TapeRules`. `redact` are names of fields, and patterns, that are secret in
+    addition to the rules; `keep` those that are not; `keep_headers` are written in addition to the usual headers.
+    `code` permits recorded suggestions to run code in this process (True, "ask", or the sha256 of each source), which
+    only operations with `sandbox=None` need. `layout` is the layout of the finished file. New files are for their owner
+    only; with `private=False` the umask decides, for a cassette to be shared. Without `warn` findings are in
+    `tape.report` only. `rules` are these options, and further ones, in one value that replaces the options here.
 
-    Raises when left: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
+    Raises on exit: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
     """
 
     def __init__(
@@ -296,13 +295,13 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file; raise what was hidden, unless it is already on its way out."""
+        """Finish the file; raise a hidden error, unless it is already being raised."""
         tape, token, self._tape, self._token = self._tape, self._token, None, None
         if tape is None or token is None:
             return
         leave(tape, token)
         self._stack.close()
-        if error is not None and not isinstance(error, Exception):  # Ctrl-C, cancelled: the next run goes on
+        if error is not None and not isinstance(error, Exception):  # Ctrl-C, cancelled: the next run continues
             tape.interrupt()
         try:
             tape.close(warn=self._warn and error is None)
@@ -322,7 +321,7 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
 
 
 def _tells(error: BaseException | None, kind: type[CassetteError]) -> bool:
-    """Return True if an error, one it came from, or one of its group is of this kind."""
+    """Return True if an error, one of its causes, or one of its group is of this type."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

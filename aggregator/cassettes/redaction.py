@@ -1,7 +1,7 @@
-"""Secrets never reach the disk: what is written is the exchange without them.
+"""Secrets never reach the disk: exchanges are written without them.
 
 Headers are kept by an allow-list. In addresses, bodies and error texts secrets are replaced by `REDACTED`, found by
-name, by shape and by the very values that authenticated. What still holds one of those values afterwards is refused.
+name, by form and by the authentication values themselves. An exchange that still holds such a value is refused.
 Everything else keeps its bytes.
 """
 
@@ -100,7 +100,7 @@ def redact_url(url: str, policy: Redaction = USUAL) -> str:
 
 
 def form_edits(body: bytes, headers: Mapping[str, str], policy: Redaction = USUAL) -> list[Edit]:
-    """Return what to replace in a form, url-encoded or in parts, but for its files; also in JSON in a field.
+    """Return the edits of a form, url-encoded or in parts, except its files; also in JSON in a field.
 
     >>> form_edits(b"a=1&api_key=abc", {"content-type": "application/x-www-form-urlencoded"})
     [(12, 15, b'REDACTED')]
@@ -127,7 +127,7 @@ def form_edits(body: bytes, headers: Mapping[str, str], policy: Redaction = USUA
 
 
 def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, int, int]]:
-    """Yield the fields of a multipart body: name, where the value starts and ends. Files are left out."""
+    """Yield the fields of a multipart body: name, start and end of the value. Files are left out."""
     mark = b"--" + boundary
     start = body.find(mark)
     while start >= 0:
@@ -141,7 +141,7 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, int, int]]:
         start = following + 1 if following >= 0 else -1
 
 
-__all__ = ["inflated", "redact_form", "redact_url"]  # with what is defined here
+__all__ = ["inflated", "redact_form", "redact_url"]  # with the definitions of this file
 
 KEPT_HEADERS = frozenset(
     {"accept", "content-type", "date", "retry-after", "retry-after-ms", "request-id", "x-request-id", "x-should-retry"}
@@ -151,16 +151,16 @@ KEPT_HEADERS = frozenset(
     | {"operation-location", "x-ms-request-id", "apim-request-id"}
     | {"x-amzn-requestid", "x-amzn-errortype", "x-error-message"}
 )
-"""Headers that are written: what a client acts on."""
+"""Headers that are recorded: those that a client obeys."""
 SECRET_HEADERS = frozenset({"cookie", "set-cookie", "authorization", "proxy-authorization"})
-_KEPT_PARTS = re.compile(  # of any provider, whichever client called
+_KEPT_PARTS = re.compile(  # of any provider and any client
     r"(^|-)ratelimit-|-(version|beta|processing-ms)$|^x-(amzn-bedrock|goog-upload)-"
 )
 
 
 @lru_cache(maxsize=1024)
 def is_kept(name: str, kept: tuple[str, ...] = ()) -> bool:
-    """Return True if a header of this lower-case name is written; `kept` are the provider's own and the user's.
+    """Return True if a header of this lower-case name is recorded; `kept` are the provider's own and the user's.
 
     >>> is_kept("x-acme-region", ("x-acme-*",)), is_kept("authorization")
     (True, False)
@@ -172,7 +172,7 @@ def is_kept(name: str, kept: tuple[str, ...] = ()) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_kept_without_value(name: str, kept: tuple[str, ...]) -> bool:
-    """Return True if only a pattern keeps this header, and its name may be that of a secret.
+    """Return True if only a pattern keeps this header, and its name may be a secret's.
 
     >>> is_kept_without_value("x-auth-token", ("*",)), is_kept_without_value("x-auth-token", ("x-auth-token",))
     (True, False)
@@ -191,7 +191,7 @@ _Pairs = tuple[tuple[str, str], ...]
 
 
 class Frame(Struct, frozen=True):
-    """What of a request repeats from call to call: its needles, and its URL and headers as they are written."""
+    """The repeating part of a request: its secrets, and its URL and headers as they are written."""
 
     needles: Needles
     url: str
@@ -223,22 +223,22 @@ def _clean_url(url: str, needles: Needles, policy: Redaction) -> str:
 
 @lru_cache(maxsize=256)
 def _authenticating(headers: _Pairs) -> _Pairs:
-    """Return the headers that may authenticate; the others, such as ids of requests, differ from call to call."""
+    """Return the headers that may authenticate; the others, such as request ids, differ in every call."""
     return tuple(header for header in headers if may_authenticate(header[0]))
 
 
 def frame_of(request: HTTPRequest, policy: Redaction = USUAL) -> Frame:
-    """Return the request's frame; equal ones are one object, and nobody writes to it."""
+    """Return the request's frame; equal ones are one object, which is never changed."""
     return _frame(request.url, tuple(request.headers.items()), request.secrets, request.kept, policy)
 
 
 def needles_for(request: HTTPRequest) -> Needles:
-    """Return what must not be found in anything that is written about this request."""
+    """Return the values that must not occur in anything written about this request."""
     return _needles(request.url, _authenticating(tuple(request.headers.items())), request.secrets)
 
 
 def looks_clean(texts: Iterable[bytes], needles: Iterable[Needles], policy: Redaction = USUAL) -> bool:
-    """Return True if one quick look at all these texts finds nothing, so that none of them needs the thorough one."""
+    """Return True if a quick search of all these texts finds nothing, so that none of them needs the thorough one."""
     data = b"\n".join(texts)
     known = set(needles)
     united = known.pop() if len(known) == 1 else tuple(sorted({needle for some in known for needle in some}))
@@ -258,7 +258,7 @@ def redact_requests(requests: Sequence[HTTPRequest], policy: Redaction = USUAL) 
 
 
 def redact_request(request: HTTPRequest, needles: Needles | None = None, policy: Redaction = USUAL) -> HTTPRequest:
-    """Return one request as it may be written, by what authenticates it or by the needles given."""
+    """Return one request as it may be written, by its authentication or by the given secrets."""
     if needles is None:
         return redact_requests([request], policy)[0]
     return _redacted(
@@ -288,9 +288,9 @@ def removed_from(
 
 
 def digest_of_redacted(request: HTTPRequest, policy: Redaction = USUAL) -> str:
-    """Return four hex digits that distinguish requests which differ only in what was redacted in their bodies.
+    """Return four hex digits that distinguish requests which differ only in the redacted parts of their bodies.
 
-    What authenticates the request does not count: another key finds the same answer. "" if nothing else was redacted.
+    Authentication is left out: another key finds the same answer. "" if nothing else was redacted.
     """
     frame = frame_of(request, policy)
     removed = set(removed_from(request.body, frame.headers, (), policy))
@@ -305,7 +305,7 @@ def digest_of_redacted(request: HTTPRequest, policy: Redaction = USUAL) -> str:
 
 
 class Line(Struct, frozen=True):
-    """An exchange as it is written, and whether its answer is another than the one that came."""
+    """An exchange as it is written, and whether its answer was changed."""
 
     data: bytes
     is_changed: bool = False
@@ -322,14 +322,14 @@ def redact_line(exchange: Exchange, needles: Needles = (), policy: Redaction = U
 def redact_lines(
     exchanges: Sequence[Exchange], needles: Sequence[Needles], policy: Redaction = USUAL
 ) -> list[Line | SecretLeakError]:
-    """Return the lines of exchanges whose requests are redacted, or why one cannot be written; each has its needles."""
+    """Return the lines of exchanges with redacted requests, or why one cannot be written; each has its secrets."""
     kept = [_without_headers(exchange, policy) for exchange in exchanges]
     clean = looks_clean([text for exchange in kept for text in _texts(exchange)], needles, policy)
     return [_line(exchange, known, policy, clean=clean) for exchange, known in zip(kept, needles, strict=True)]
 
 
 def _without_headers(exchange: Exchange, policy: Redaction) -> Exchange:
-    """Return the exchange with those of its answer's headers that are written, its head as text."""
+    """Return the exchange with only the recorded headers of its answer, its head as text."""
     reply = exchange.reply
     headers = _kept(reply.headers.items(), (*exchange.request.kept, *policy.headers))
     if exchange.request.method == "HEAD" and "content-length" in reply.headers:
@@ -366,13 +366,13 @@ def _line(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: boo
 
 
 def encode_redacted(exchange: Exchange, needles: Needles, *, is_changed: bool) -> Line | SecretLeakError:
-    """Return the line of an exchange that is redacted, or why it cannot be written all the same."""
+    """Return the line of a redacted exchange, or the reason why it cannot be written."""
     line = encode_line(exchange)
     return _leak(exchange, line, needles) or Line(line, is_changed)
 
 
 def redact_exchange(exchange: Exchange, needles: Needles, policy: Redaction = USUAL) -> tuple[Exchange, bool]:
-    """Return an exchange whose request is redacted with its answer redacted too, and whether that changed it."""
+    """Return an exchange with a redacted request with its answer redacted too, and whether that changed it."""
     kept = _without_headers(exchange, policy)
     headers = _clean_headers(kept.reply.headers, needles, policy)
     redacted = _redact_answer(replace(kept, reply=replace(kept.reply, headers=headers)), needles, policy)
@@ -380,7 +380,7 @@ def redact_exchange(exchange: Exchange, needles: Needles, policy: Redaction = US
 
 
 def _is_due(exchange: Exchange, needles: Needles, policy: Redaction, *, clean: bool) -> bool:
-    """Return True if the exchange needs the thorough look."""
+    """Return True if the exchange needs the thorough search."""
     reply = exchange.reply
     return (
         bool(reply.chunks)
@@ -414,7 +414,7 @@ def _redact_answer(exchange: Exchange, needles: Needles, policy: Redaction) -> E
 
 
 def _kept(headers: Iterable[tuple[str, str]], more: tuple[str, ...]) -> dict[str, str]:
-    """Return the headers that are written, as text, their names in lower case."""
+    """Return the recorded headers as text, with names in lower case."""
     written = {
         lower: value if value.isascii() else _as_text(value)
         for name, value in headers
@@ -432,7 +432,7 @@ def _kept(headers: Iterable[tuple[str, str]], more: tuple[str, ...]) -> dict[str
 
 
 def redact_cookies(lines: str) -> str:
-    r"""Return cookies that a server sets, a line each, without the values that look like secrets.
+    r"""Return cookies set by a server, one a line, without the values that look like secrets.
 
     >>> redact_cookies("theme=dark; Path=/\nsid=a1b2c3d4e5f6a7b8; HttpOnly")
     'theme=dark; Path=/\nsid=REDACTED; HttpOnly'
@@ -451,18 +451,18 @@ def _clean_headers(headers: Mapping[str, str], needles: Needles, policy: Redacti
 
 @lru_cache(maxsize=1024)
 def _clean_value(value: str, needles: Needles, policy: Redaction) -> str:
-    """Return a header's value, which may be an address, without secrets; most values repeat."""
+    """Return a header's value, which may be an address, without secrets; cached, because most values repeat."""
     due = "=" in value or "@" in value or suspicious(value.encode(), needles, policy)
     return redact_text(value, needles, policy) if due else value
 
 
 def _as_text(head: str) -> str:
-    """Return a part of an answer's head as text that can be written; aiohttp escapes bytes that are not UTF-8."""
+    """Return a part of an answer's head as writable text; aiohttp escapes bytes that are not UTF-8."""
     return head if head.isascii() else head.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _is_text(body: bytes) -> bool:
-    """Return True if the body is in the line as text, which the quick look has seen as it is written."""
+    """Return True if the body is in the line as text, which the quick search has covered."""
     try:
         return body.isascii() or bool(body.decode())
     except UnicodeDecodeError:
@@ -494,7 +494,7 @@ def redact_body(body: bytes, needles: Needles, policy: Redaction = USUAL) -> tup
 
 
 def _moved_chunks(chunks: tuple[tuple[int, float], ...], steps: list[list[Edit]]) -> tuple[tuple[int, float], ...]:
-    """Return the chunks of a redacted body: their borders move with what was replaced before them."""
+    """Return the chunks of a redacted body, with boundaries moved by the replacements before them."""
     borders, end = [], 0
     for length, _ in chunks:
         end += length
@@ -505,7 +505,7 @@ def _moved_chunks(chunks: tuple[tuple[int, float], ...], steps: list[list[Edit]]
 
 
 def _leak(exchange: Exchange, line: bytes, needles: Needles) -> SecretLeakError | None:
-    """Return an error where a value that authenticates is still there; it names the place, never the value."""
+    """Return an error if an authentication value is still there; it names the place, never the value."""
     request, reply, facts = exchange.request, exchange.reply, exchange.facts
     places = {
         "request body": request.body,

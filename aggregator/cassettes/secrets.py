@@ -1,7 +1,7 @@
-"""Where secrets are in bytes, and what to write instead: by name, by shape, by value. Pure functions.
+"""Finding secrets in bytes, and their replacements: by name, by form, by value. Pure functions.
 
-In this order: edits, what the thorough look replaces (`secret_edits`), and the quick look that every recorded text gets
-first (`suspicious`). Every look is linear in the data.
+In this order: edits, the thorough search (`secret_edits`), and the quick search of every recorded text (`suspicious`).
+Each search is linear in the data.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _LONGEST_NAME = 64
 
 
 def apply_edits(data: bytes, edits: Iterable[Edit]) -> bytes:
-    """Replace what the edits name.
+    """Apply the edits.
 
     >>> apply_edits(b"abcdef", [(1, 3, b"-"), (5, 6, b"!!")])
     b'a-de!!'
@@ -81,7 +81,7 @@ def apply_edits(data: bytes, edits: Iterable[Edit]) -> bytes:
 
 
 def moved(border: int, edits: Iterable[Edit]) -> int:
-    """Return the position after the edits; one inside of an edit moves to its end.
+    """Return the position after the edits; one inside an edit moves to its end.
 
     >>> [moved(border, [(2, 6, b"xx")]) for border in (1, 4, 6, 8)]
     [1, 4, 4, 6]
@@ -95,7 +95,7 @@ def moved(border: int, edits: Iterable[Edit]) -> int:
 
 
 def _merged(edits: Iterable[Edit]) -> list[Edit]:
-    """Join edits that overlap; the replacement of the wider one is kept."""
+    """Join overlapping edits; the wider one's replacement is kept."""
     merged: list[Edit] = []
     for start, end, text in sorted(edits, key=lambda edit: (edit[0], -edit[1])):
         if merged and start < merged[-1][1]:
@@ -112,7 +112,7 @@ def _merged(edits: Iterable[Edit]) -> list[Edit]:
 def secret_edits(
     data: bytes, needles: Needles = (), policy: Redaction = USUAL, *, in_tool: bool | None = None
 ) -> list[Edit]:
-    """Return what to replace, in order and without overlap. The names and quotes of fields stay.
+    """Return the edits, in order and without overlap. The names and quotes of fields are kept.
 
     `in_tool` is True for a tool's arguments or result, False for other data; None decides by the JSON of the data.
 
@@ -141,7 +141,7 @@ def secret_edits(
 
 
 def has_needle(data: bytes, needles: Needles) -> bool:
-    """Return True if one of the needles is found."""
+    """Return True if one of the secrets is found."""
     return any(next(_occurrences(data, needle), None) for needle in needles if needle in data)
 
 
@@ -155,7 +155,7 @@ def _occurrences(data: bytes, needle: bytes) -> Iterator[Edit]:
 
 
 def _begins_word(data: bytes, start: int) -> bool:
-    r"""Return True if no word goes on here; `\n`, `%20` and `\u003d` end before it."""
+    r"""Return True if no word continues here; `\n`, `%20` and `\u003d` end before it."""
     before = data[max(0, start - 6) : start]
     return not before[-1:].isalnum() or bool(_ESCAPED_BEFORE.search(before))
 
@@ -177,7 +177,7 @@ _SHORT_VALUE = re.compile(rb'"\s*:\s*"[^"\\]{0,19}"')
 
 
 def _field_edits(data: bytes, policy: Redaction, in_tool: bool | None) -> Iterator[Edit]:
-    """Yield what to replace of fields; what is left is still JSON, and a value that was cut ends with the data."""
+    """Yield the edits of fields; the rest is still JSON, and a truncated value ends with the data."""
     tools: frozenset[tuple[str, str]] | None = None
     for name, match in _fields(data, policy):
         if match[3] is not None:
@@ -208,7 +208,7 @@ def _item_edits(data: bytes, field: re.Match[bytes], *, asked_for: bool) -> Iter
 
 
 def _fields(data: bytes, policy: Redaction) -> Iterator[tuple[str, re.Match[bytes]]]:
-    """Yield every field whose name ends as a secret's does, with the match of its value."""
+    """Yield every field with a secret name's ending, with the match of its value."""
     low = data.lower()
     for word in (*_ENDS, *(name.encode() for name in policy.fields)):
         start = low.find(word)
@@ -228,26 +228,28 @@ def _fields(data: bytes, policy: Redaction) -> Iterator[tuple[str, re.Match[byte
 
 
 def _unescaped(raw: bytes, backslashes: int) -> str:
-    """Return what a text of JSON holds whose quotes have so many backslashes before them."""
+    """Return the content of a JSON text whose quotes have this number of backslashes before them."""
     text = raw.decode(errors="replace")
     for _ in range(backslashes.bit_length() + 1):
         try:
             text = json.loads(f'"{text}"', strict=False)
-        except ValueError:  # cut
+        except ValueError:  # truncated
             break
     return text
 
 
 def _is_xml(data: bytes) -> bool:
-    """Return True for a document of XML, alone or joined to other texts; not for markup in a field of JSON."""
-    return b"<" in data and (data[:64].lstrip().startswith(b"<") or b"\n<" in data)  # one sign is found much faster
+    """Return True for an XML document, alone or joined to other texts; not for markup in a JSON field."""
+    return b"<" in data and (
+        data[:64].lstrip().startswith(b"<") or b"\n<" in data
+    )  # one character is found much faster
 
 
 _ELEMENT = re.compile(rb"<(?:[\w-]{1,64}:)?([\w.-]{1,64})>([^<>\s]{8,8192})</")
 
 
 def _element_edits(data: bytes, policy: Redaction) -> Iterator[Edit]:
-    """Yield the texts of XML elements with a secret's name that look like secrets, such as AWS's `SecretAccessKey`."""
+    """Yield the texts of XML elements with a secret name that look like secrets, such as AWS's `SecretAccessKey`."""
     for match in _ELEMENT.finditer(data):
         name, value = (text.decode(errors="replace") for text in match.groups())
         if name.lower() in policy.fields or (hides_value(name, value, policy) and looks_secret(value)):
@@ -262,7 +264,7 @@ _USER = re.compile(rb"/\\?/([^/\s?#\"'\\<>@]+(?:@[^/\s?#\"'\\<>@]+)*)@")
 
 
 def _parameter_edits(data: bytes, policy: Redaction) -> Iterator[Edit]:
-    """Yield the values of query parameters within the data, as in an address that a field holds."""
+    """Yield the values of query parameters within the data, such as in an address in a field."""
     low = data.lower()
     for word in _PARAMETER_ENDS:
         start = low.find(word + b"=")
@@ -288,14 +290,14 @@ _USER_INFO = re.compile(rb"://([^/\s?#\"'\\<>]+)@")
 
 
 def query_edits(data: bytes) -> list[Edit]:
-    """Return what to replace where a short text quotes an address, as error messages and headers do."""
+    """Return the edits of a short text that quotes an address, such as an error message or a header."""
     return _merged((*match.span(1), MARK) for pattern in (_QUERY, _USER_INFO) for match in pattern.finditer(data))
 
 
 # By shape
 
-_MIXED = "(?=[A-Za-z0-9_-]{0,80}?[A-Z0-9])"  # words in lower case are the names of CSS classes and packages
-_SHAPED = (  # how a token starts, and how it goes on
+_MIXED = "(?=[A-Za-z0-9_-]{0,80}?[A-Z0-9])"  # words in lower case are names of CSS classes and packages
+_SHAPED = (  # how a token starts, and how it continues
     ("[spr]k-", _MIXED + "[A-Za-z0-9_-]{17,}+"),  # OpenAI, Anthropic, OpenRouter, DeepSeek, LiteLLM
     ("AIza", "[A-Za-z0-9_-]{30,}+"),  # Google
     (r"ya29\.", "[A-Za-z0-9_-]{20,}+"),
@@ -321,7 +323,7 @@ _AFTER = rb"(?![A-Za-z0-9_/+-]|[.@][A-Za-z0-9])"
 SHAPES = re.compile(_BEFORE + f"(?:{'|'.join(start + rest for start, rest in _SHAPED)})".encode() + _AFTER)
 _FIRST = frozenset(b"sprAyghtxneflc")
 
-_RUN_LENGTH = 20  # no shape is shorter
+_RUN_LENGTH = 20  # no form is shorter
 _TOKEN_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+/=%.~")
 _RUNS = bytes(ord("a") if byte in _TOKEN_BYTES else ord(" ") for byte in range(256))
 _RUN = b"a" * _RUN_LENGTH
@@ -331,7 +333,7 @@ _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
 def _runs(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where long runs of a token's characters start and end; prose has few."""
+    """Yield the start and end of long runs of a token's characters; prose has few."""
     runs = data.translate(_RUNS)
     start = runs.find(_RUN)
     while start >= 0:
@@ -345,7 +347,7 @@ def _runs(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _token_edits(data: bytes) -> Iterator[Edit]:
-    """Yield tokens by their shape, and what follows `Bearer`."""
+    """Yield tokens by their form, and credentials after `Bearer`."""
     for start, end in _runs(data):
         is_short = end - start <= _LONGEST_NAME and data[start - 1] != _BACKSLASH
         places = _known_places(data[start:end]) if is_short else _places(data[start:end], data[start - 1])
@@ -392,7 +394,7 @@ _CUT_PEM = re.compile(  # an answer that ended too early
 )
 
 
-# The quick look
+# The quick search
 
 _NAMES = (*NAMES, "token")
 # one backslash in a JSON text inside of another, three and more deeper in
@@ -406,16 +408,16 @@ _ESCAPE = re.compile(rb"\\u00[2-7][0-9A-Fa-f]")
 _ESCAPED = re.compile(rb"[2-7][0-9A-Fa-f]")
 
 
-# ---- quick looks
+# ---- quick searches
 
 
 def has_hidden_text(data: bytes) -> bool:
-    r"""Return True if letters are written as JSON escapes (`\u0073` for an s), which hide what they spell."""
+    r"""Return True if letters are written as JSON escapes (`\u0073` for an s), which hide the text."""
     return b"\\" in data and rb"\u00" in data and bool(_ESCAPE.search(data))
 
 
 def unescape(data: bytes) -> bytes:
-    r"""Return the data with ASCII escapes written out, also in JSON within JSON; a quote stays an escaped one.
+    r"""Return the data with ASCII escapes decoded, also in JSON within JSON; a quote remains escaped.
 
     >>> unescape(rb'{"\u0061pi_key": "\u003cb\u003e"}')
     b'{"api_key": "<b>"}'
@@ -429,10 +431,10 @@ def unescape(data: bytes) -> bytes:
 
 
 def suspicious(data: bytes, needles: Needles = (), policy: Redaction = USUAL) -> bool:
-    """Return True if a thorough look is due; False is certain but for values written with JSON escapes.
+    """Return True if a thorough search is needed; False is certain except for values written with JSON escapes.
 
-    Nearly every text holds no long run of token characters and no field or parameter with a secret's name, so that a
-    body of prose costs a few microseconds.
+    Nearly every text has no long run of token characters and no field or parameter with a secret name, so a body of
+    prose costs a few microseconds.
     """
     return (
         _has_secret_name(data)
@@ -441,7 +443,7 @@ def suspicious(data: bytes, needles: Needles = (), policy: Redaction = USUAL) ->
         or _has_secret_parameter(data)
         or (b"@" in data and any(True for _ in _user_edits(data)))
         or (_is_xml(data) and any(True for _ in _element_edits(data, policy)))
-        or (b"V" in data and b"PRIVATE KEY" in data)  # one letter is looked for much faster
+        or (b"V" in data and b"PRIVATE KEY" in data)  # one letter is found much faster
         or any(name.encode() in data.lower() for name in policy.fields)
         or any(pattern.search(data) for pattern in policy.patterns)
     )
@@ -461,7 +463,7 @@ def _has_secret_name(data: bytes) -> bool:
 
 @lru_cache(maxsize=4096)
 def _may_be_name(tail: bytes) -> bool:
-    """Return True if these bytes may end a secret's name, as `access_tokens` does, and `prompt_tokens` does not."""
+    """Return True if these bytes may end a secret's name, as in `access_tokens`, but not in `prompt_tokens`."""
     shown = tail.rstrip()
     if shown != tail:
         return shown[-1:] in (b'"', b"")

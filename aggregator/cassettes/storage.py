@@ -1,7 +1,7 @@
 """Cassettes on disk: read and verified, written by one atomic replacement, or accepted after an edit by hand.
 
-A file that states its hash is verified; if the hash differs, the hash of each exchange finds the changed line. A file
-is written in canonical order, and in shards if it would be too large.
+A file with a hash is verified; if the hash differs, the hash of each exchange locates the changed line. A file is
+written in canonical order, and split into shards if it would be too large.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ _PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"P
 
 
 def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recording | None:
-    """Return what a cassette holds, its shards included; None without one.
+    """Return the content of a cassette, including its shards; None without one.
 
-    Another tool's cassette comes without its secrets; `redact=False` returns what is really in the file.
+    Another tool's cassette is returned without its secrets; `redact=False` returns the real content of the file.
 
     Raises CassetteDamagedError (cut, edited, empty) and CassetteRefusedError (hostile, unknown format).
     """
@@ -91,7 +91,7 @@ def read(path: Path, *, redact: bool = True, policy: Redaction = USUAL) -> Recor
 
 
 def shard_path(path: Path, group: str, number: int) -> Path:
-    """Return the path of a shard; its name contains the recording, so that two are never mixed.
+    """Return the path of a shard. Its name contains the recording's id, so that shards of two recordings never mix.
 
     >>> print(shard_path(Path("demo.yaml"), "4be0c1d2a7f3", 2))
     demo.4be0c1d2a7f3.0002.yaml
@@ -112,10 +112,10 @@ def _read_shard(path: Path, first: Comment, number: int) -> Recording:
 
 
 def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
-    """Return a file's leading comment (b"" without one) and what follows it; cut later, 47 MB would be copied."""
+    """Return a file's leading comment (b"" without one) and the rest; splitting later would copy 47 MB."""
     try:
         with path.open("rb", buffering=0) as file:  # a buffer would hold the whole a second time
-            seekable = file.seekable()  # a pipe gives its bytes once
+            seekable = file.seekable()  # a pipe can be read only once
             start = file.read(_LONGEST_COMMENT if seekable else -1)
             first = start[: start.find(b"\n") + 1 or None] if has_comment(start) else b""
             if seekable:
@@ -139,9 +139,9 @@ def _bytes_of(path: Path) -> tuple[bytes, bytes] | None:
 
 
 def unpack_file(data: bytes, where: str) -> bytes:
-    """Return what a compressed file holds; raises CassetteDamagedError, and CassetteRefusedError over the budget."""
+    """Return the content of a compressed file; raises CassetteDamagedError or CassetteRefusedError."""
     plain, is_whole = bytearray(), True
-    while is_whole and data.startswith(GZIP):  # of several members, as `cat` and pigz write them
+    while is_whole and data.startswith(GZIP):  # several members, as written by `cat` and pigz
         stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
         with suppress(zlib.error):
             plain += stream.decompress(data, BUDGET.size - len(plain) + 1)
@@ -185,9 +185,9 @@ def _read_one(
 # Writing
 
 SHARD_BYTES = 10_000_000
-"""Above this a cassette goes into shards; hosts of git warn of files of 50 MB."""
+"""A larger cassette is split into shards; git hosts warn of files of 50 MB."""
 READABLE_BYTES = 1_000_000
-"""Up to this a cassette closes as readable; larger ones are not reviewed, and load faster as a journal."""
+"""A cassette up to this size is closed as readable; larger ones are not reviewed, and load faster as a journal."""
 
 LONGEST_READABLE = 4 << 20
 """A longer exchange makes the cassette a journal, which loads faster than YAML."""
@@ -199,16 +199,16 @@ LayoutChoice = Literal["auto", "journal", "readable"]
 
 
 def canonical_order(rows: Sequence[Row]) -> list[Row]:
-    """Sort by lineage (numbers as numbers), then order of issue within it, then attempt: never by arrival."""
+    """Sort by lineage (numbers as numbers), then order of issue, then attempt; never by arrival."""
     return sorted(
         rows, key=lambda row: (natural(row.facts.lineage), row.facts.order, row.facts.ticket, row.facts.attempt)
     )
 
 
 def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, private: bool = True) -> None:
-    """Write a finished cassette; what stood there is replaced at once, when its successor is whole, or not at all.
+    """Write a finished cassette; the existing one is replaced atomically once the new one is complete.
 
-    One exchange too long for a line of YAML that we would read makes it a journal, whatever was asked for.
+    An exchange that is too long for our limit of a YAML line makes it a journal, whatever the layout.
     """
     path = followed(path)
     ordered = canonical_order(rows)
@@ -244,7 +244,7 @@ def followed(path: Path) -> Path:
 
 
 def shards_beside(path: Path) -> list[Path]:
-    """Return every further shard of this name, of whichever recording."""
+    """Return every further shard of this name, of any recording."""
     name = re.compile(rf"{re.escape(path.stem)}\.[0-9a-f]{{12}}\.\d{{4}}{re.escape(path.suffix)}")
     return sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))
 
@@ -275,26 +275,26 @@ def _render(row: Row, layout: Layout) -> bytes:
 
 
 class Accepted(Struct, frozen=True, kw_only=True):
-    """What an edited cassette holds, and how it differs from its hashes."""
+    """The content of an edited cassette, and its differences from its hashes."""
 
     rows: tuple[Row, ...]
     layout: Layout
     changed: int = 0
     added: int = 0
     removed: int = 0
-    is_intact: bool = True  # the file can be read as it is
+    is_intact: bool = True  # the file can be read without `accept`
 
     @property
     def is_edited(self) -> bool:
-        """Whether exchanges differ."""
+        """True if exchanges differ."""
         return bool(self.changed or self.added or self.removed)
 
 
 def read_edited(path: Path) -> Accepted:
-    """Read a cassette of ours, its shards included, whatever its hashes state.
+    """Read one of our cassettes, including its shards, without checking its hashes.
 
-    Secrets that an edit has brought in are redacted, and calls whose requests were edited are counted again. Raises
-    CassetteError for a file that is not ours, CassetteDamagedError for one that cannot be decoded.
+    Secrets added by an edit are redacted, and calls with edited requests get new tickets. Raises CassetteError for a
+    file that is not ours, CassetteDamagedError for one that cannot be decoded.
     """
     try:
         recording = read(path)
@@ -327,7 +327,7 @@ def read_edited(path: Path) -> Accepted:
 
 
 def _read_edited(path: Path) -> tuple[Comment | None, list[tuple[Exchange, str]]]:
-    """Return the comment of one file, and its exchanges with the hash that each states, "" where it states none."""
+    """Return the comment of one file, and its exchanges with their stated hashes, or ""."""
     try:
         data = path.read_bytes().replace(b"\r\n", b"\n")
     except OSError as error:
@@ -358,7 +358,7 @@ def _exchanges(content: bytes, path: Path, *, skipped: int) -> Iterator[tuple[Ex
 
 
 def _whole(exchange: Exchange) -> Exchange:
-    """Return an exchange whose streamed answer comes in one piece if the pieces are no longer those of its body."""
+    """Return an exchange with its streamed answer in one chunk if the chunks do not match its body any more."""
     chunks, size = exchange.facts.chunks, len(exchange.reply.body)
     if not chunks or sum(length for length, _ in chunks) == size:
         return exchange
@@ -366,7 +366,7 @@ def _whole(exchange: Exchange) -> Exchange:
 
 
 def _recount(exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """Give calls whose tickets no longer count from 0 within their request and lineage new ones, in order of issue."""
+    """Give calls whose tickets no longer count from 0 per request and lineage new ones, in order of issue."""
     groups: dict[tuple[bytes, str], list[int]] = {}
     for index, exchange in enumerate(exchanges):
         groups.setdefault((key_of_request(exchange.request), exchange.facts.lineage), []).append(index)

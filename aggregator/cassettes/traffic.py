@@ -1,7 +1,7 @@
-"""What happens to one request of another HTTP client: seen by who watches, answered by the tape, or sent and recorded.
+"""One request of another HTTP client: shown to observers, answered by the tape, or sent and recorded.
 
-The patches of each client (`patches/`) know how that client asks and answers; what they have in common is here. A patch
-asks `is_wanted` and `leaves_out` first, which costs little; only then it reads the request's body and begins a turn.
+The patches of each client (`patches/`) convert its requests and answers; their common part is here. A patch calls
+`is_wanted` and `leaves_out` first, which are cheap; only then it reads the request's body and begins a turn.
 
     turn = begin("httpx", request)      # raises a miss; the turn holds the reply to play or the failure to raise
     ...                                 # else: send the request, within `passing()`
@@ -34,10 +34,10 @@ from aggregator.records import HTTPReply, HTTPRequest, Usage
 
 
 class Answered(Struct, frozen=True, kw_only=True):
-    """One request of another client and what became of it; exactly one of `reply` and `failure` is set.
+    """One request of another client with its result; exactly one of `reply` and `failure` is set.
 
     `client` is its name in `clients.FAMILIES`. `failure` is (kind, message), such as ("httpx.ConnectError", "refused").
-    `milliseconds` is what it took, or what it had taken where it `was_played`.
+    `milliseconds` is its duration, or the recorded one if it `was_played`.
     """
 
     client: str
@@ -49,17 +49,17 @@ class Answered(Struct, frozen=True, kw_only=True):
 
 
 class Noted(Struct, frozen=True, kw_only=True):
-    """What a watcher could read from an answer, to be recorded with it."""
+    """Facts that an observer read from an answer, to be recorded with it."""
 
     model: str = ""
     usage: Usage | None = None
 
 
 class Exchanges(Protocol):
-    """Sees the requests of other clients, with or without a cassette; called in the context of each call.
+    """Observes the requests of other clients, with or without a cassette; called in the context of each call.
 
-    What `before` raises reaches the code that made the request; an SDK that retries every error gets an answer that it
-    does not retry. After `before` comes one call of `after` or `dropped`.
+    An exception of `before` reaches the code that made the request; an SDK that retries every error gets an answer that
+    it does not retry. Each `before` is followed by one `after` or `dropped`.
     """
 
     def before(self, request: HTTPRequest, /) -> None:
@@ -71,13 +71,13 @@ class Exchanges(Protocol):
         ...
 
     def dropped(self, request: HTTPRequest, /, *, was_sent: bool) -> None:
-        """Called for a request that gets no answer: a miss, or one that was cancelled."""
+        """Called for a request without an answer: a miss, or a cancelled one."""
         ...
 
 
 @contextmanager
 def observing(exchanges: Exchanges, clients: str | Iterable[str]) -> Iterator[None]:
-    """Show what these clients ask inside, once their patches are held (`cassettes.patches.patched`)."""
+    """Show these clients' requests inside, while their patches are held (`cassettes.patches.patched`)."""
     token = WATCH.set(Watch(families(clients), exchanges))
     try:
         yield
@@ -91,15 +91,15 @@ def _families(clients: str | tuple[str, ...]) -> frozenset[str]:
 
 
 def served_by(tape: Tape) -> frozenset[str]:
-    """Return the clients that a tape serves."""
+    """Return the clients that a tape records."""
     clients = tape.rules.clients
     return _families(clients if isinstance(clients, str) else tuple(clients))
 
 
 def is_wanted(client: str, *, in_process: bool = False) -> bool:
-    """Return whether a request of this client, made here and now, needs a turn; False: let it through untouched.
+    """Return True if a request of this client, made now, needs a turn; otherwise it is not intercepted.
 
-    One through an in-process transport needs none unless the tape takes these. Raises CassetteError where it outlived
+    One through an in-process transport needs none unless the tape records these. Raises CassetteError if it outlived
     its cassette.
     """
     if in_process and ((tape := tape_here(for_client=True)) is None or not tape.rules.like_vcrpy):
@@ -115,9 +115,9 @@ def is_wanted(client: str, *, in_process: bool = False) -> bool:
 
 
 def leaves_out(client: str, url: object) -> bool:
-    """Return whether a request that is wanted goes to the network all the same: its host is left out.
+    """Return True if a wanted request is sent to the network, because its host is ignored.
 
-    Within `passing()` then. One that somebody watches gets a turn without a tape.
+    It must be sent within `passing()`. An observed one gets a turn without a tape.
     """
     watch = WATCH.get()
     if watch is not None and client in watch.clients:
@@ -127,9 +127,9 @@ def leaves_out(client: str, url: object) -> bool:
 
 
 def refuse(client: str, method: str, url: str) -> CassetteMissError | None:
-    """Return the error for a client that no tape can serve, and remember it; None where it may go through.
+    """Return the error for a client that no tape can record, and remember it; None if it is allowed.
 
-    It may where a tape records, or serves no other clients.
+    It is allowed if a tape records, or covers no other clients.
     """
     tape = None if is_passing() else tape_here(for_client=True)
     if tape is None or not tape.rules.clients:
@@ -175,7 +175,7 @@ class Turn:
         self._began = time.perf_counter()
 
     def ask(self) -> None:
-        """Take a ticket and look for a recorded answer; raises CassetteMissError."""
+        """Take a ticket and look up a recorded answer; raises CassetteMissError."""
         tape = self.tape
         if tape is None:
             return
@@ -212,24 +212,24 @@ class Turn:
 
     @property
     def delay(self) -> float:
-        """Seconds that a replay waits for the answer that it plays."""
+        """Return the seconds that a replay waits for its answer."""
         return 0.0 if self.tape is None or self.reply is None else self.tape.delay(self.reply)
 
     def answer(self, status: int, reason: str | None, headers: Iterable[tuple[Any, Any]], body: bytes) -> HTTPReply:
-        """Return a client's answer as ours, as the tape wants it."""
+        """Return a client's answer in our form, for the tape."""
         return to_reply(status, reason, headers, body, decode=self.tape is None or not self.tape.rules.coded)
 
     def wait(self) -> None:
-        """Wait as long as the recorded answer took, where the cassette was opened so."""
+        """Wait as long as the recorded answer took, if the cassette has that option."""
         if delay := self.delay:
             time.sleep(delay)
 
     async def await_turn(self) -> None:
-        """Wait likewise; give up the turn in any case, as a live answer would."""
+        """Wait in the same way; yield to the event loop in any case, as a live answer would."""
         await sleep(self.delay)
 
     def _measure(self, reply: HTTPReply | None, failure: tuple[str, str] | None = None) -> tuple[HTTPReply, Noted]:
-        """Return an answer with the time that it took, and what a watcher read from it."""
+        """Return an answer with its duration, and the facts that an observer read from it."""
         waited = round((time.perf_counter() - self._began) * 1e3, 3)
         if self.tape is not None and self.tape.rules.like_vcrpy:
             waited = 0.0  # its files hold no times
@@ -239,13 +239,13 @@ class Turn:
         return reply or msgspec.structs.replace(NO_ANSWER, milliseconds=waited), noted
 
     def finish(self, reply: HTTPReply) -> None:
-        """Record a live answer, before it is used; what other threads handed in meanwhile is written with it."""
+        """Record a live answer, before it is used; pending answers of other threads are written with it."""
         reply, noted = self._measure(reply)
         if self.tape is not None and self.slot is not None:
             self.tape.record(self.slot, reply, usage=noted.usage, model=noted.model)
 
     async def afinish(self, reply: HTTPReply) -> None:
-        """Record a live answer; what came in the same turn of the event loop is written in one piece."""
+        """Record a live answer; answers of the same event loop iteration are written together."""
         reply, noted = self._measure(reply)
         if self.tape is None or self.slot is None:
             return
@@ -255,16 +255,16 @@ class Turn:
             await self.tape.arecord(self.slot, reply, usage=noted.usage, model=noted.model)
 
     def fail(self, kind: str, message: str) -> None:
-        """Record that the request got no answer, and why: it replays as this failure."""
+        """Record that the request got no answer, with the reason: it replays as this failure."""
         reply, noted = self._measure(None, (kind, message))
         if self.tape is not None and self.slot is not None:
             failure = RecordedError(message, kind=kind)
             self.tape.record(self.slot, reply, usage=noted.usage, model=noted.model, failure=failure)
 
     def tee(self, status: int, reason: str | None, headers: Iterable[tuple[Any, Any]]) -> Tee | None:
-        """Return what collects a streamed answer while its client reads it; None if it must be read first.
+        """Return the collector of a streamed answer while its client reads it; None if it must be read first.
 
-        A recording has to hold an answer before it is used; other answers are read whole anyway.
+        A recording must hold an answer before it is used; other answers are read completely anyway.
         """
         given = list(headers)
         kind = next((value for name, value in given if _text(name).lower() == "content-type"), "")
@@ -272,7 +272,7 @@ class Turn:
         return Tee(self, status, reason, given) if is_streamed else None
 
     def withdraw(self) -> None:
-        """Take back a request of which nothing is recorded, as where it was cancelled."""
+        """Withdraw a request that is not recorded, for example a cancelled one."""
         self._drop(was_sent=True)
         if self.tape is not None and self.slot is not None:
             self.tape.withdraw(self.slot)
@@ -287,13 +287,13 @@ class Tee:
         self._pieces: list[bytes] = []
 
     def take(self, piece: bytes) -> bytes:
-        """Keep a piece, and return it."""
+        """Add a piece, and return it."""
         if self._turn is not None:
             self._pieces.append(piece)
         return piece
 
     def end(self, *, is_plain: bool = False) -> None:
-        """Show what has come; `is_plain` if the client has decompressed it already."""
+        """Show the collected answer; `is_plain` if the client has decompressed it already."""
         turn, self._turn = self._turn, None
         if turn is not None:
             status, reason, headers = self._head
@@ -302,7 +302,7 @@ class Tee:
             turn.finish(turn.answer(status, reason, headers, b"".join(self._pieces)))
 
     def fail(self, kind: str, message: str) -> None:
-        """Show that the answer was cut."""
+        """Show that the answer was truncated."""
         turn, self._turn = self._turn, None
         if turn is not None:
             turn.fail(kind, message)
@@ -313,10 +313,10 @@ def _text(value: Any) -> str:
 
 
 def begin(client: str, request: HTTPRequest, *, shown: Exchanges | None = None) -> Turn:
-    """Begin the turn of a request that is wanted: show it, take its ticket, look for its answer.
+    """Begin the turn of a wanted request: show it, take its ticket, look up its answer.
 
-    A client of ours names who watches in `shown`, and is served by any tape. Raises CassetteMissError where nothing may
-    answer it, and whatever who watches raises.
+    Our own client gives its observer as `shown`, and is recorded by any tape. Raises CassetteMissError if there is no
+    answer, and the observer's exceptions.
     """
     portal.refuse_strays(f"a call of {client}")
     watch, tape, is_ours = WATCH.get(), tape_here(for_client=True), shown is not None
@@ -356,12 +356,12 @@ async def sleep(seconds: float) -> None:
 
 
 def _retries_all_errors(request: HTTPRequest) -> bool:
-    """Return whether an SDK made this request that takes every exception for a lost connection, and tries again."""
+    """Return True if the request was made by an SDK that takes every exception for a lost connection, and retries."""
     return any(name.lower().startswith("x-stainless-") for name in request.headers)
 
 
 MISS_STATUS = 424
-"""Failed Dependency: a status that no SDK tries again or takes for an answer of its provider."""
+"""Failed Dependency: a status that no SDK retries or takes for its provider's answer."""
 
 
 def _as_answer(refusal: AggregatorError) -> HTTPReply:

@@ -1,7 +1,7 @@
-"""Answers on their way to the disk: handed in one by one; redacted, encoded and written together.
+"""Writing answers to the disk: submitted one by one; redacted, encoded and written together.
 
-What comes in one turn of the event loop is written in one piece, before any of it is used: done for several exchanges
-in a row this costs half of what it does between two other calls (`benchmarks/README.md`).
+Answers of one event loop iteration are written together, before any of them is used: for several exchanges at once this
+costs half as much as one by one (`benchmarks/README.md`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from aggregator.records import HTTPReply, Usage
 
 
 class Sink(Protocol):
-    """Where recorded lines go: a journal."""
+    """The destination of recorded lines: a journal."""
 
     def extend(self, lines: Sequence[bytes], /) -> None:
-        """Write these lines, all of them or none; raises CassetteError."""
+        """Write these lines, all or none; raises CassetteError."""
         ...
 
 
 class Entry:
-    """An answer that is to be written; once it `is_done`, `error` is the reason if it was not written."""
+    """An answer to be written; once it `is_done`, `error` is the reason if it was not written."""
 
     __slots__ = (
         *("attempt", "error", "exchange", "failure", "is_changed", "is_done", "is_redacted", "line", "model", "reply"),
@@ -51,7 +51,7 @@ class Entry:
         self.is_redacted = self.is_changed = False
 
     def redact(self, policy: Redaction) -> None:
-        """Redact the answer ahead of the others, in any thread: a large one would hold the event loop when written."""
+        """Redact the answer ahead of the others, in any thread, because a large one would block the event loop."""
         slot = self.slot
         facts = Facts(lineage=slot.lineage, model=self.model, chunks=self.reply.chunks, error=self.failure)
         exchange = Exchange(request=slot.clean(), reply=self.reply, facts=facts)
@@ -60,7 +60,7 @@ class Entry:
         self.is_changed, self.is_redacted = is_changed, True
 
     def complete(self, at: str) -> Exchange:
-        """Make the exchange that is to be written, its answer as it came."""
+        """Build the exchange to be written, with its original answer."""
         slot, reply = self.slot, self.reply
         request = slot.clean()
         facts = Facts(
@@ -83,11 +83,11 @@ class Entry:
 
 
 class Writer:
-    """Writes entries in the order in which they were handed in; the caller holds the tape's lock."""
+    """Writes entries in the order of submission; the caller holds the tape's lock."""
 
     def __init__(self, sink: Sink, now: Callable[[], float], rules: TapeRules = DEFAULT_RULES) -> None:
         self.written = 0
-        self.changed: list[str] = []  # which answers are written otherwise than they came
+        self.changed: list[str] = []  # answers that are written changed
         self._policy = rules.redaction
         self.unsaved: list[Exchange] = []
         self.errors: list[CassetteError] = []
@@ -96,15 +96,15 @@ class Writer:
         self._waiting: deque[Entry] = deque()  # lines to be written, those first that the disk refused before
 
     def add(self, entry: Entry) -> bool:
-        """Take an entry in; return True for the first since the last `flush`."""
+        """Add an entry; return True for the first one since the last `flush`."""
         self._handed.append(entry)
         return len(self._handed) == 1
 
     def flush(self) -> None:
-        """Write all that was handed in, and what the disk refused before; each entry then has its result.
+        """Write all pending entries, and those that the disk refused before; each entry then has its result.
 
-        A SecretLeakError where a secret could not be redacted: nothing of that exchange was written. A CassetteError
-        where the disk refuses: the line is tried again with the next ones. Both exchanges are in `unsaved`.
+        SecretLeakError means that a secret could not be redacted: nothing of that exchange was written. CassetteError
+        means that the disk refused: the line is retried with the next ones. Both exchanges are in `unsaved`.
         """
         at = _utc(int(self._now()))
         for line in self._lines(list(self._handed), at):
@@ -120,7 +120,7 @@ class Writer:
             self._write_all()
 
     def refuse(self, error: CassetteError) -> None:
-        """Write nothing of what was handed in."""
+        """Write none of the pending entries."""
         at = _utc(int(self._now()))
         while self._handed:
             with suppress(Exception):  # the disk may refuse this too: the first error is enough
@@ -128,9 +128,9 @@ class Writer:
             self._refuse(self._handed.popleft(), error)
 
     def _lines(self, entries: Sequence[Entry], at: str) -> Sequence[Line | CassetteError]:
-        """Return the line of each entry, or why it has none; one that cannot be written does not keep the others."""
+        """Return the line of each entry, or the reason against it; an invalid one does not block the others."""
         try:
-            done = [entry.is_redacted for entry in entries]  # a thread may be at it: before its answer is read
+            done = [entry.is_redacted for entry in entries]  # a thread may be redacting it: before its answer is read
             exchanges = [entry.complete(at) for entry in entries]
             needles = [needles_for(entry.slot.request) for entry in entries]
             if not any(done):
@@ -160,7 +160,7 @@ class Writer:
             except CassetteError:
                 if len(self._waiting) == 1:
                     raise
-                while self._waiting:  # as many of them as there is room for
+                while self._waiting:  # as many of them as fit
                     self._write(1)
         except CassetteError as error:
             for entry in self._waiting:

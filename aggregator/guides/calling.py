@@ -155,7 +155,11 @@ def _function_of(guide: Any) -> Any:
 
 
 def verdict_of(answer: Any, guide: Any) -> Scores:
-    """Check a guide's result."""
+    """Check a guide's result.
+
+    >>> verdict_of((True, "All of it."), "my guide")
+    Scores(primary=1.0, named={}, feedback='All of it.')
+    """
     named: Any = {}
     if isinstance(answer, Scores):
         score, named, feedback = answer.primary, answer.named, answer.feedback

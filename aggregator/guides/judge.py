@@ -148,7 +148,11 @@ def repair_messages(messages: list[dict[str, str]], reply: str, error: str) -> l
 
 
 def read_verdict(text: str) -> Verdict:
-    """Read a verdict: JSON, alone or in one fence, with or without preceding thinking; GuideError for anything else."""
+    """Read a verdict: JSON, alone or in one fence, with or without preceding thinking; GuideError for anything else.
+
+    >>> read_verdict('{"feedback": "Half of it.", "score": 0.5}')
+    Verdict(score=0.5, feedback='Half of it.')
+    """
     try:
         return msgspec.convert(_DECODER.decode(_inside(text)), Verdict)
     except (ValueError, msgspec.ValidationError, RecursionError) as error:

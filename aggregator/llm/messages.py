@@ -41,7 +41,13 @@ class Mark(NamedTuple):
 
 
 def find_mark(messages: Sequence[Mapping[str, Any]]) -> Mark | None:
-    """Return the end of the shared prefix of a prompt; None without one, or if it is too short to be cached."""
+    """Return the end of the shared prefix of a prompt; None without one, or if it is too short to be cached.
+
+    >>> message = Opening(role="user", content="x" * 5000 + "y")
+    >>> message.length = 5000
+    >>> find_mark([message])
+    Mark(message=0, length=5000)
+    """
     before = 0
     for index, message in enumerate(messages):
         content = message.get("content")

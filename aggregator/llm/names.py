@@ -150,7 +150,11 @@ _CALLED = re.compile(r"/(?:chat/completions|completions|responses|messages)/?$")
 
 
 def _cleaned(url: str) -> str:
-    r"""Return an address without surrounding blanks, a fragment, or the path of the call, which the codec adds."""
+    r"""Return an address without surrounding blanks, a fragment, or the path of the call, which the codec adds.
+
+    >>> _cleaned(" https://api.example.com/v1/chat/completions\n")
+    'https://api.example.com/v1'
+    """
     address, mark, query = url.strip().partition("#")[0].partition("?")
     return f"{_CALLED.sub('', address)}{mark}{query}"
 

@@ -327,7 +327,11 @@ def _settle(call: _Call, spent: Amount) -> None:
 
 
 def estimate_usage(asked: Question, answer: str) -> Usage:
-    """Return the tokens of a question and its answer by their length, marked as an estimate."""
+    """Return the tokens of a question and its answer by their length, marked as an estimate.
+
+    >>> estimate_usage(Question(messages=({"role": "user", "content": "12345678"},)), "1234").total_tokens
+    3
+    """
     given = sum(len(str(message.get("content") or "").encode()) for message in asked.messages)
     answered = len(answer.encode())
     return Usage(

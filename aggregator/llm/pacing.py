@@ -41,7 +41,13 @@ class Pace:
 
     @classmethod
     def per_minute(cls, limit: float | None) -> Pace:
-        """Keep a limit in every window of 60 s: bursts are a second's worth, and the rate is reduced by them."""
+        """Keep a limit in every window of 60 s: bursts are a second's worth, and the rate is reduced by them.
+
+        >>> pace = Pace.per_minute(60)
+        >>> pace.take(1, now=0.0)
+        >>> pace.ready_at()
+        1.0
+        """
         if limit is None:
             return cls()
         burst = max(1.0, limit / 60)

@@ -34,7 +34,11 @@ _VERTEX = "https://aiplatform.googleapis.com/v1"
 
 
 def custom_headers(text: str) -> dict[str, str]:
-    r"""Return headers from OPENAI_CUSTOM_HEADERS or ANTHROPIC_CUSTOM_HEADERS: one `Name: value` a line."""
+    r"""Return headers from OPENAI_CUSTOM_HEADERS or ANTHROPIC_CUSTOM_HEADERS: one `Name: value` a line.
+
+    >>> custom_headers("X-Team: blue\nX-Run: 7")
+    {'x-team': 'blue', 'x-run': '7'}
+    """
     pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
     return {name.strip().lower(): value.strip() for name, value in pairs}
 

@@ -84,7 +84,13 @@ _UNKNOWN_LIMIT = 20_000  # number of characters that are shown of a body of an u
 
 
 def read_question(request: HTTPRequest) -> Question:
-    """Return the question in a request; in an unknown format it has no API."""
+    """Return the question in a request; in an unknown format it has no API.
+
+    >>> body = b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}'
+    >>> asked = read_question(HTTPRequest(url="http://x/v1/chat/completions", body=body, headers={}))
+    >>> asked.api, asked.model, asked.messages[0]["content"], asked.limits.tokens
+    ('chat', 'm', 'Hi', 5)
+    """
     path = urlsplit(request.url).path
     if request.method in ("GET", "HEAD", "OPTIONS", "DELETE") or _FREE.search(path):
         return Question(is_free=True)

@@ -62,7 +62,11 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
 
 
 def is_transient(error: LLMError, headers: Mapping[str, str] = {}) -> bool:
-    """Return True if the same request may succeed later; `x-should-retry` decides if present."""
+    """Return True if the same request may succeed later; `x-should-retry` decides if present.
+
+    >>> is_transient(RateLimitError("")), is_transient(QuotaError(""))
+    (True, False)
+    """
     wanted = should_retry(headers) if error.status is not None else None
     if wanted is not None and not isinstance(error, QuotaError):
         return wanted

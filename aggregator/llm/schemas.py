@@ -156,7 +156,11 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def mismatch(value: Any, schema: Any, *, at: str = "$", root: Any = None) -> str | None:
-    """Return the first mismatch with its path, or None."""
+    """Return the first mismatch with its path, or None.
+
+    >>> mismatch({"k": "many"}, {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]})
+    "integer expected, got 'many' - at $.k"
+    """
     root = schema if root is None else root
     schema = _follow(schema, root)
     if not isinstance(schema, Mapping):

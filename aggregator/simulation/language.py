@@ -71,7 +71,11 @@ def layout(text: str) -> list[str | Rule]:
 
 
 def read_rules(text: str) -> list[Rule]:
-    """Return the rules in a text, in either form, in order."""
+    """Return the rules in a text, in either form, in order.
+
+    >>> read_rules("Tickets that mention 'x' or 'y' go to z.")
+    [Rule(words=('x', 'y'), answer='z')]
+    """
     rules: list[Rule] = []
     for line in layout(text):
         if isinstance(line, Rule):
@@ -85,13 +89,21 @@ def read_rules(text: str) -> list[Rule]:
 
 
 def read_default(text: str) -> str | None:
-    """Return the answer that a text names for texts that match no rule."""
+    """Return the answer that a text names for texts that match no rule.
+
+    >>> read_default("If no rule applies, answer sales.")
+    'sales'
+    """
     found = _DEFAULT.search(text)
     return found["answer"] if found else None
 
 
 def mentions(text: str, phrase: str) -> bool:
-    """Return True if the text contains a word or phrase exactly: whole words, including case and punctuation."""
+    """Return True if the text contains a word or phrase exactly: whole words, including case and punctuation.
+
+    >>> mentions("a refund now", "refund"), mentions("a Refund, now", "refund")
+    (True, False)
+    """
     return f" {phrase} " in f" {' '.join(text.split())} "
 
 
@@ -110,7 +122,11 @@ def bare_text(text: str) -> str:
 
 
 def telling_words(text: str, known: Iterable[str] = ()) -> list[str]:
-    """Return the bare words that may show a text's subject, the most specific first: long ones, then late ones."""
+    """Return the bare words that may show a text's subject, the most specific first: long ones, then late ones.
+
+    >>> telling_words("Hello, please refund my invoice 20!")
+    ['invoice', 'refund']
+    """
     skip = COMMON | set(known)
     words = [word for word in bare_text(text).split() if len(word) > 2 and not any(c.isdigit() for c in word)]
     positions = {word: i for i, word in enumerate(words) if word not in skip}
@@ -129,7 +145,11 @@ _CAPITALS = re.compile(r"\bin (?:capitals|capital letters|upper case)\b", re.IGN
 
 
 def split_prompt(text: str) -> tuple[str, str]:
-    r"""Split a single-message prompt into instruction and rules, and the question, its last other paragraph."""
+    r"""Split a single-message prompt into instruction and rules, and the question, its last other paragraph.
+
+    >>> split_prompt("Name the team.\n\nWhere is my parcel?\nparcel -> shipping")
+    ('Name the team.\nparcel -> shipping', 'Where is my parcel?')
+    """
     lines = layout(text)
     rules = [str(line) for line in lines if isinstance(line, Rule)]
     plain = "\n".join(line for line in lines if isinstance(line, str)).rstrip()

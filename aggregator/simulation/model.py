@@ -101,7 +101,11 @@ _QUESTIONS = ("user: ", "Inputs: ")  # of a call to a model; of a GEPA record
 
 
 def shown_text(transcript: str) -> str:
-    r"""Return the question of a transcript: its last user message, or the last paragraph of a single-message prompt."""
+    r"""Return the question of a transcript: its last user message, or the last paragraph of a single-message prompt.
+
+    >>> shown_text("LLM call\n  system: Be kind.\n  user: My parcel is lost.\n  reply: sales")
+    'My parcel is lost.'
+    """
     lines = transcript.split("\n")
     at = max((i for i, line in enumerate(lines) if line.lstrip().startswith(_QUESTIONS)), default=None)
     if at is None:

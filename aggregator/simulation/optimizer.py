@@ -105,7 +105,11 @@ def merge(ballot: Ballot) -> Any:
 
 
 def is_code(text: str) -> bool:
-    r"""Return True if a text is the source of a function."""
+    r"""Return True if a text is the source of a function.
+
+    >>> is_code("def f(x):\n    return x"), is_code("define the terms")
+    (True, False)
+    """
     lines = [line for line in text.strip().splitlines() if not line.startswith("@")]
     return bool(lines) and lines[0].startswith(("def ", "async def ")) and "(" in lines[0]
 
@@ -122,7 +126,11 @@ def majority(ballot: Ballot) -> Any:
 
 
 def weighted_median(ballot: Ballot) -> int | float:
-    """Return the value with half of the weight on either side; of two such values the one closer to the current."""
+    """Return the value with half of the weight on either side; of two such values the one closer to the current.
+
+    >>> weighted_median(Ballot(8, 0.5, [(13, 0.5), (13, 0.5), (400, 0.5)]))
+    13
+    """
     sides = sorted([(ballot.current, ballot.weight), *ballot.votes])
     half = math.fsum(weight for _, weight in sides) / 2
     candidates: list[int | float] = []
@@ -272,12 +280,22 @@ def propose(case: Case, draw: random.Random, *, wrong_rate: float) -> Proposed:
 
 
 def expected_answer(feedback: str) -> str | None:
-    """Return the expected answer in a feedback."""
+    """Return the expected answer in a feedback.
+
+    >>> expected_answer('Expected "billing", got "sales".')
+    'billing'
+    """
     return next((found[1].strip() for pattern in _EXPECTED if (found := pattern.search(feedback))), None)
 
 
 def bounds(kind: str) -> tuple[float, float]:
-    """Read the minimum and maximum from a parameter's type as worded in the prompt."""
+    """Read the minimum and maximum from a parameter's type as worded in the prompt.
+
+    >>> bounds('{"type":"integer","minimum":5,"maximum":80}')
+    (5.0, 80.0)
+    >>> bounds("int, >= 5, <= 80")
+    (5.0, 80.0)
+    """
     found = {match["end"].strip('":'): float(match["value"]) for match in _BOUNDS.finditer(kind)}
     smallest = found.get("minimum", found.get(">=", float("-inf")))
     return smallest, found.get("maximum", found.get("<=", float("inf")))
@@ -369,7 +387,13 @@ def _cleaned(case: Case, expected: str) -> Proposed:
 
 
 def _inserted(source: str, statement: str) -> str:
-    r"""Insert a statement about the function's last argument before its last return."""
+    r"""Insert a statement about the function's last argument before its last return.
+
+    >>> print(_inserted("def f(x):\n    return x", "{0} = {0}.lower()"))
+    def f(x):
+        x = x.lower()
+        return x
+    """
     signature = re.search(r"def \w+\((?P<arguments>[^)]*)\)", source)
     names = re.findall(r"(\w+)\s*(?::[^,]+)?(?:,|$)", signature["arguments"]) if signature else []
     lines = source.rstrip().split("\n")
@@ -398,7 +422,11 @@ def _ruled(case: Case, expected: str) -> Proposed:
 
 
 def without(text: str, words: list[str]) -> str:
-    """Remove words from the rules of a text, and rules without words."""
+    """Remove words from the rules of a text, and rules without words.
+
+    >>> without("refund, please -> billing", ["please"])
+    'refund -> billing'
+    """
     lines = [
         Rule(tuple(word for word in line.words if word not in words), line.answer) if isinstance(line, Rule) else line
         for line in layout(text)

@@ -166,7 +166,11 @@ class ScriptedModel(CallableModel):
 
 
 def suggestion(reasoning: str = "because", /, **values: Any) -> str:
-    """Return a reply of an optimizer or aggregator that suggests these values, for `ScriptedModel`."""
+    """Return a reply of an optimizer or aggregator that suggests these values, for `ScriptedModel`.
+
+    >>> suggestion(k=3)
+    '{"reasoning_all": "because", "suggestion": {"k": 3}}'
+    """
     return json.dumps({"reasoning_all": reasoning, "suggestion": values})
 
 

@@ -162,7 +162,11 @@ def _recall(score: Score, sample: Sample, repeat: int) -> Rollout:
 
 
 def guide_digest(guide: Any) -> str:
-    """Return a short hash of a guide: its name, its code and its settings."""
+    """Return a short hash of a guide: its name, its code and its settings.
+
+    >>> guide_digest(lambda x: 1) == guide_digest(lambda x: 1), guide_digest(lambda x: 1) == guide_digest(lambda x: 2)
+    (True, False)
+    """
     return digest(identity_of(guide))
 
 
@@ -177,7 +181,11 @@ def is_crash(run: Rollout) -> bool:
 
 
 def lowest_of(*series: Sequence[float | None], min_score: float | None = None) -> float:
-    """Return the score of an instance on which the agent failed: `min_score`, else the lowest score, at most 0."""
+    """Return the score of an instance on which the agent failed: `min_score`, else the lowest score, at most 0.
+
+    >>> lowest_of([0.5, None], [0.9]), lowest_of([-2.0]), lowest_of([0.5], min_score=0.1)
+    (0.0, -2.0, 0.1)
+    """
     if min_score is not None:
         return min_score
     return min(0.0, *(score for scores in series for score in scores if score is not None), 0.0)
@@ -232,7 +240,11 @@ def alone(agent: Agent) -> RunTasks:
 
 
 def mean(scores: Sequence[float | None]) -> float | None:
-    """Return the mean of the known scores, or None without one."""
+    """Return the mean of the known scores, or None without one.
+
+    >>> mean([1.0, None, 0.0])
+    0.5
+    """
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known else None
 
@@ -389,7 +401,14 @@ async def aheadroom(
 
 
 def summarise(runs: Sequence[Rollout], repeats: int, max_score: float | None = None) -> Headroom:
-    """Compute the figures from rollouts that are ordered by instance, with `repeats` of each."""
+    """Compute the figures from rollouts that are ordered by instance, with `repeats` of each.
+
+    >>> from aggregator.records import Rollout
+    >>> runs = [Rollout(sample_id=i // 2, score=score) for i, score in enumerate([1.0, 0.0, 1.0, 1.0])]
+    >>> found = summarise(runs, 2, 1.0)
+    >>> found.score, found.undecided, found.perfect
+    (0.75, 0.5, 0.5)
+    """
     groups = [runs[i : i + repeats] for i in range(0, len(runs), repeats)]
     lowest = lowest_of([run.score for run in runs])
     tried = [group if any(run.score is not None for run in group) else () for group in groups]

@@ -401,7 +401,11 @@ def max_edit(share: float = 0.2) -> Check:
 
 
 def edited_tokens(old: Sequence[str], new: Sequence[str]) -> int:
-    """Return the number of tokens that differ; for a replaced passage the longer side counts."""
+    """Return the number of tokens that differ; for a replaced passage the longer side counts.
+
+    >>> edited_tokens(["a", "b", "c"], ["a", "x", "y", "c"])
+    2
+    """
     pieces = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     return sum(max(end - start, stop - begin) for kind, start, end, begin, stop in pieces if kind != "equal")
 

@@ -245,7 +245,12 @@ def group_proposals(proposals: Sequence[Proposal], fan_in: int, max_tokens: int)
 
 
 async def last_of(proposals: Sequence[Proposal], step: Step) -> Sequence[Proposal]:
-    """Keep the last proposal with a change: the end of a refinement."""
+    """Keep the last proposal with a change: the end of a refinement.
+
+    >>> from aggregator.portal import call
+    >>> call(last_of, [Proposal(values={"k": k}) for k in (1, 2)], Step())[0].values
+    {'k': 2}
+    """
     return [proposal for proposal in proposals if proposal.values][-1:]
 
 

@@ -283,13 +283,22 @@ def render(value: Any) -> str:
 
 
 def input_of(rollout: Rollout) -> str:
-    """Return the agent's input as text, or "" if the transcript shows it in full."""
+    """Return the agent's input as text, or "" if the transcript shows it in full.
+
+    >>> input_of(Rollout(sample_id=0, x="Who wrote Hamlet?")), input_of(Rollout(sample_id=0))
+    ('Who wrote Hamlet?', '')
+    """
     text = "" if rollout.x is None else render(rollout.x)
     return "" if len(text) > _SHORT_INPUT and text in rollout.transcript else text
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
-    r"""Return several rollouts as one, with each output, feedback and transcript under its number; a single one unchanged."""
+    r"""Return several rollouts as one, with each output, feedback and transcript under its number; a single one unchanged.
+
+    >>> both = join_rollouts([Rollout(sample_id=3, output="a", feedback="right"), Rollout(sample_id=5, output="b")])
+    >>> both.output, both.feedback
+    ('ID [3]: a\nID [5]: b', 'ID [3]: right')
+    """
     if len(rollouts) == 1:
         return rollouts[0]
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
@@ -341,7 +350,13 @@ def reply_of(answer: Proposal) -> str:
 
 
 def pretty(value: Any) -> str:
-    """Format a value as indented JSON, with keys in order of insertion."""
+    """Format a value as indented JSON, with keys in order of insertion.
+
+    >>> print(pretty({"k": 3}))
+    {
+      "k": 3
+    }
+    """
     return _indent(sort_sets(value))
 
 
@@ -353,7 +368,11 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def sort_sets(value: Any) -> Any:
-    """Return a value with its sets as sorted lists, because their order differs between processes."""
+    """Return a value with its sets as sorted lists, because their order differs between processes.
+
+    >>> sort_sets({"b": {3, 1}, "a": 0})
+    {'b': [1, 3], 'a': 0}
+    """
     if type(value) in _SCALARS:  # nearly always
         return value
     if isinstance(value, dict | Mapping):
@@ -366,7 +385,11 @@ def sort_sets(value: Any) -> Any:
 
 
 def number(value: float) -> str:
-    """Write a number in its shortest form: 1 - 0.9 is 0.1."""
+    """Write a number in its shortest form: 1 - 0.9 is 0.1.
+
+    >>> number(1 - 0.9)
+    '0.1'
+    """
     return f"{round(value, 6):g}"
 
 
@@ -382,7 +405,13 @@ def _suggestion(proposal: Proposal, confidence: float) -> str:
 
 
 def evidence_of(proposal: Proposal, rollouts: Sequence[Rollout]) -> str:
-    """Return the evidence of a proposal, each part on its own line: its reasoning, and the agent's transcripts."""
+    """Return the evidence of a proposal, each part on its own line: its reasoning, and the agent's transcripts.
+
+    >>> run = Rollout(sample_id=4, transcript="asked the model")
+    >>> print(evidence_of(Proposal(reasoning="Too long.", sample_ids=(4,)), [run]))
+    reasoning: Too long.
+    transcript of example 4: asked the model
+    """
     behind = [run for run in rollouts if run.sample_id in proposal.sample_ids and run.transcript]
     lines = [f"reasoning: {one_line(proposal.reasoning, REASONING_SHOWN)}"] if proposal.reasoning else []
     digests = [(run.sample_id, one_line(run.transcript, TRANSCRIPT_DIGEST)) for run in behind[:EXAMPLES_SHOWN]]

@@ -236,7 +236,11 @@ def scores_reached(history: Sequence[StepReport]) -> Iterator[tuple[StepReport, 
 
 
 def latest(items: Sequence[Item], count: int) -> Sequence[Item]:
-    """Return the last `count` items, or none for 0."""
+    """Return the last `count` items, or none for 0.
+
+    >>> latest([1, 2, 3], 2)
+    [2, 3]
+    """
     return items[max(len(items) - count, 0) :]
 
 

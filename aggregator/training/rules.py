@@ -61,7 +61,12 @@ def identity(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
 
 @_rule
 def without_failed(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
-    """Drop the proposals with an error."""
+    """Drop the proposals with an error.
+
+    >>> from aggregator.portal import call
+    >>> call(without_failed, [Proposal(error="cut off"), Proposal(values={"k": 1})], Step())[0].values
+    {'k': 1}
+    """
     return [proposal for proposal in proposals if proposal.error is None]
 
 
@@ -85,7 +90,13 @@ def dedupe(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
 
 
 def top_k(k: int) -> UpdateRule:
-    """Keep the k proposals with the highest scores, in order; an unknown score is the lowest."""
+    """Keep the k proposals with the highest scores, in order; an unknown score is the lowest.
+
+    >>> from aggregator.portal import call
+    >>> scored = [Proposal(values={"k": i}, score=score) for i, score in enumerate([0.2, None, 0.9, 0.2])]
+    >>> [proposal.values["k"] for proposal in call(top_k(2), scored, Step())]
+    [0, 2]
+    """
     if type(k) is not int or k < 1:
         raise ConfigError(f"Expected top_k of an int of at least 1, got {k!r}")
 

@@ -24,7 +24,11 @@ def constant(value: float) -> Schedule:
 
 
 def linear(start: float, end: float = 0.0) -> Schedule:
-    """Go from `start` at the first step to `end` at the last in equal steps."""
+    """Go from `start` at the first step to `end` at the last in equal steps.
+
+    >>> [linear(1.0, 0.0)(step, 5) for step in range(5)]
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
     first, last = check_stepsize(start), check_stepsize(end)
     return lambda step, total: _between(first, last, _progress(step, total))
 

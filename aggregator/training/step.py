@@ -308,7 +308,12 @@ def propose_nothing(rollout: Rollout) -> Proposal:
 
 
 def is_satisfied(rollout: Rollout, step: Step) -> bool:
-    """Return True if an instance reached the score from which it gets no proposal."""
+    """Return True if an instance reached the score from which it gets no proposal.
+
+    >>> perfect = Rollout(sample_id=0, score=1.0)
+    >>> is_satisfied(perfect, Step(skip_from=1.0)), is_satisfied(perfect, Step())
+    (True, False)
+    """
     reached = step.skip_from is not None and rollout.score is not None and rollout.score >= step.skip_from
     return reached and rollout.failure is None
 

@@ -149,7 +149,11 @@ def patience(measurements: int, *, min_delta: float = 0.0) -> Patience:
 
 
 def seconds(most: float) -> Seconds:
-    """Stop once the run has taken this number of seconds, after the current step. A resumed run continues to count."""
+    """Stop once the run has taken this number of seconds, after the current step. A resumed run continues to count.
+
+    >>> seconds(600).reason(Reached(seconds=600.5))
+    'seconds(600) had passed'
+    """
     check_finite("seconds", most, least=0.0)
     return Seconds(most)
 

@@ -102,7 +102,12 @@ alternatives = Variation(name="alternatives", ask=_another, in_turn=True, least=
 
 
 def experts(*personas: str) -> Variation:
-    r"""Ask with a persona before the system prompt, in rotation; the optimizer's model merges the answers."""
+    r"""Ask with a persona before the system prompt, in rotation; the optimizer's model merges the answers.
+
+    >>> panel = experts("You know the law.", "You write plainly.")
+    >>> panel.ask([{"role": "system", "content": "Improve it."}], 1, 2, ()).messages[0]["content"]
+    'You write plainly.\n\nImprove it.'
+    """
     if {type(persona) for persona in personas} != {str} or not all(personas):
         raise ConfigError(f"Expected personas as text, as in experts('You know the law.', ...), got {personas!r}")
 
@@ -115,7 +120,11 @@ def experts(*personas: str) -> Variation:
 
 
 def continue_with(messages: Messages, answers: Sequence[Proposal], request: str) -> Messages:
-    """Return the continued conversation: each answer, followed by the next request."""
+    """Return the continued conversation: each answer, followed by the next request.
+
+    >>> [message["role"] for message in continue_with([{"role": "user", "content": "Q"}], [Proposal()], "Again.")]
+    ['user', 'assistant', 'user']
+    """
     turns = [
         turn
         for answer in answers

@@ -1,10 +1,10 @@
-"""Other HTTP clients on our tape: one file per client, whose patches are installed once however many tapes are open.
+"""Other HTTP clients on our tape: one file per client, whose patches are installed once for any number of open tapes.
 
 vcrpy replaces classes for the whole process and gives each patch one cassette, so two cassettes in two tasks mix, and a
-connection that is being made takes the patches away from every thread. Here functions are replaced, and each call
-decides by its context: whether a tape serves it, and which. Connections that were made before are served as well.
+connection under construction removes the patches from every thread. Here functions are replaced, and each call decides
+by its context whether a tape records it, and which. Existing connections are recorded as well.
 
-May import what `cassettes` may. A client is imported only by functions that run once it is imported already.
+May import what `cassettes` may. A client is imported only by functions that run after the user has imported it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aggregator.patching import Patch, Patches
 
 
 def _refusing(original: Callable[..., Any], *, client: str) -> Callable[..., Any]:
-    """Raise where the function would reach the network while a tape plays."""
+    """Raise if the function would reach the network while a tape plays."""
     if inspect.iscoroutinefunction(original):
 
         @wraps(original)
@@ -98,9 +98,9 @@ _patches = Patches((*AIOHTTP, *HTTPX, *LM15, *STDLIB, *TORNADO, *URLLIB3, *UNSER
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Hold the patches of every client for the time of a block; a client that is imported later is patched then.
+    """Hold the patches of every client during a block; a client that is imported later is patched then.
 
-    Nothing changes for calls outside of a tape with `clients=` and of `observing`.
+    Calls outside a tape with `clients=` and outside `observing` are not affected.
     """
     _patches.hold()
     try:

@@ -1,7 +1,7 @@
-"""httpx and httpx2, and the SDKs that ride on them: one request of a transport that reaches the network.
+"""httpx and httpx2, and the SDKs that use them: one request of a transport that reaches the network.
 
-In-process transports (`ASGITransport`, `WSGITransport`, `MockTransport`, one's own) run the code under test, and are
-neither recorded nor served, unless a test of vcrpy's is.
+In-process transports (`ASGITransport`, `WSGITransport`, `MockTransport`, custom ones) run the code under test, and are
+not intercepted, except for vcrpy's tests.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CLIENT = "httpx"
 
 
 def _begin(module: Any, request: Any, body: bytes) -> Turn | None:
-    """Begin the request's turn; None for a handshake of a websocket, which no cassette can hold."""
+    """Begin the request's turn; None for a websocket handshake, which a cassette cannot hold."""
     url = str(request.url)
     if request.headers.get("upgrade", "").lower() == "websocket":
         if (refusal := refuse("websockets", request.method, url)) is not None:
             raise refusal
         return None
-    request.stream = module.ByteStream(body)  # what was read, to be read again
+    request.stream = module.ByteStream(body)  # read already, to be read again
     return begin(CLIENT, to_request(request.method, url, body, request.headers))
 
 
@@ -84,7 +84,7 @@ async def aread(stream: Any) -> bytes:
 
 
 def tee_of(turn: Turn, response: Any) -> Tee | None:
-    """Return what shows a streamed answer while it is read; None if it is to be read first."""
+    """Return the collector of a streamed answer that is shown while it is read; None if it must be read first."""
     return turn.tee(response.status_code, response.reason_phrase, response.headers.multi_items())
 
 
@@ -126,7 +126,7 @@ def teed(module: Any) -> Any:
 
 
 def module_of(request: Any) -> Any:
-    """Return httpx or httpx2, whose request it is."""
+    """Return httpx or httpx2, depending on the request."""
     return sys.modules[type(request).__module__.partition(".")[0]]
 
 

@@ -1,6 +1,6 @@
-"""lm15, the client that DSPy brings with it from version 3.4 on: one request of its transports for threads and asyncio.
+"""lm15, the client bundled with DSPy from version 3.4 on: one request of its transports for threads and asyncio.
 
-Both have one method that opens a streamed answer. What is played, and what was read to be recorded, is handed out as a
+Both have one method that opens a streamed answer. A played answer, and one that was read to be recorded, becomes a
 response of the same class, from memory.
 """
 
@@ -94,7 +94,7 @@ def _made(module: Any, status: int, reason: str, headers: list[tuple[str, str]],
 
 
 def _teed(chunks: Iterator[bytes], tee: Tee, module: Any) -> Iterator[bytes]:
-    """Yield the pieces of a streamed answer, and show it at its end or where it is left."""
+    """Yield the pieces of a streamed answer, and show it at its end or when it is left."""
     try:
         for piece in chunks:
             yield tee.take(piece)
@@ -154,7 +154,7 @@ def _amade(module: Any, status: int, reason: str, headers: list[tuple[str, str]]
 
 
 async def _ateed(chunks: AsyncIterator[bytes], tee: Tee, module: Any) -> AsyncIterator[bytes]:
-    """Yield the pieces of a streamed answer, and show it at its end or where it is left."""
+    """Yield the pieces of a streamed answer, and show it at its end or when it is left."""
     try:
         async for piece in chunks:
             yield tee.take(piece)

@@ -1,7 +1,7 @@
-"""http.client, and what rides on it: urllib.request, xmlrpc, httplib2.
+"""http.client, and the libraries that use it: urllib.request, xmlrpc, httplib2.
 
-A connection collects what it would send. When the request is complete it is played from the tape, or sent as it was
-collected. So a connection that was made before the cassette is served like any other.
+A connection collects its request. Once the request is complete, it is played from the tape, or sent. A connection older
+than the cassette therefore works like any other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _POOLED = {"urllib3": "urllib3", "botocore": "boto3"}  # these ask their pools, 
 
 
 def client_of(connection: Any) -> str:
-    """Return which library's connection it is."""
+    """Return the library of a connection."""
     for kind in type(connection).__mro__:
         root = kind.__module__.partition(".")[0]
         if root in _POOLED:
@@ -56,7 +56,7 @@ def http_response(reply: HTTPReply, method: str) -> http.client.HTTPResponse:
 
 
 def parse_request(sent: bytes, base: str) -> HTTPRequest:
-    r"""Return the request that was about to be sent to `base`, a chunked body joined.
+    r"""Return the request that was about to be sent to `base`, with a chunked body joined.
 
     >>> asked = parse_request(b"POST /v1 HTTP/1.1\r\nHost: x\r\nA: b\r\n\r\nbody", "http://x")
     >>> asked.method, asked.url, asked.body, dict(asked.headers)
@@ -139,7 +139,7 @@ def _send(original: Callable[..., Any]) -> Callable[..., Any]:
 def _connect(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def connect(self: Any) -> Any:
-        """Connect, unless a tape may answer what will be asked: then the request connects where it must be sent."""
+        """Connect, unless a tape may answer the request: then connect when it must be sent."""
         return None if _is_served(self) and _LEFT_OUT not in vars(self) else original(self)
 
     return connect
@@ -148,7 +148,7 @@ def _connect(original: Callable[..., Any]) -> Callable[..., Any]:
 def _request(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def request(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Ask the tape as soon as the request is complete: urllib and httplib2 handle failed connections here.
+        """Ask the tape once the request is complete, because urllib and httplib2 handle failed connections here.
 
         A miss is raised when the answer is read.
         """
@@ -163,7 +163,7 @@ def _request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_complete(data: bytes) -> bool:
-    """Return True if no more of the body can follow."""
+    """Return True if the body is complete."""
     head, _, body = data.partition(b"\r\n\r\n")
     if b"\r\ntransfer-encoding:" in head.lower():
         return body.endswith(b"0\r\n\r\n")
@@ -176,14 +176,14 @@ _ANSWERING = ("builtins.TimeoutError", "builtins.Connection", "builtins.BrokenPi
 
 
 def _ask(connection: Any) -> Turn:
-    """Begin the turn of what was about to be sent, and send it if no answer is recorded.
+    """Begin the turn of the collected request, and send it if no answer is recorded.
 
-    Raises the failure of a connection that could not be made, live or recorded, as the connection itself would; that of
-    an answer is raised when the answer is read.
+    Raises a connection failure, live or recorded, as the connection itself would; a failure of the answer is raised
+    when the answer is read.
     """
     data = b"".join(vars(connection)[_SENT])
     request = parse_request(data, _base(connection))
-    turn = begin(client_of(connection), request)  # after a miss the same question is refused again
+    turn = begin(client_of(connection), request)  # after a miss the same request is refused again
     del vars(connection)[_SENT]
     if turn.failure is not None:
         kind = turn.failure.kind
@@ -255,7 +255,7 @@ def _in_one_piece(data: bytes, body: bytes) -> bytes:
 
 
 def response_again(response: http.client.HTTPResponse, content: bytes, method: str) -> http.client.HTTPResponse:
-    """Return an answer whose body was read, to be read once more."""
+    """Return an answer whose body was read, so that it can be read once more."""
     if response.chunked:
         content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content) if content else b"0\r\n\r\n"
     fields = [f"{name}: {value}" for name, value in response.getheaders()]
@@ -268,7 +268,7 @@ def response_again(response: http.client.HTTPResponse, content: bytes, method: s
 def _putheader(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def putheader(self: Any, header: Any, *values: Any) -> Any:
-        """Take lists of values too, as vcrpy does."""
+        """Accept lists of values too, as vcrpy does."""
         if _SENT in vars(self):
             values = tuple(one for value in values for one in (value if isinstance(value, list | tuple) else (value,)))
         return original(self, header, *values)

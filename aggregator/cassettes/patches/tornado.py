@@ -15,7 +15,7 @@ from aggregator.errors import CassetteError
 from aggregator.patching import Patch
 
 CLIENT = "tornado"
-_EFFECTIVE = "X-Effective-Url"  # where redirects have led, kept with the answer
+_EFFECTIVE = "X-Effective-Url"  # the final address after redirects, kept with the answer
 _FAILED = 599  # tornado's status of an attempt without an answer
 
 
@@ -38,14 +38,14 @@ def _raised(failure: RecordedError) -> BaseException:
 
 
 def _answer(client: Any, turn: Turn, request: Any, callback: Callable[[Any], None]) -> None:
-    """Hand over what the tape holds, in a later turn of the loop and after the recorded time."""
+    """Deliver the tape's answer, in a later iteration of the event loop and after the recorded time."""
     from tornado.httputil import HTTPHeaders
 
     if turn.failure is not None:
         response = _response(client, request, _FAILED, error=_raised(turn.failure))
     else:
         reply = turn.reply
-        assert reply is not None  # else it is live
+        assert reply is not None  # otherwise it is live
         headers = HTTPHeaders()
         for name, value in headers_of(reply, turn.request.method, titled=True):
             headers.add(name, value)
@@ -94,7 +94,7 @@ def _fetch_impl(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _send(client: Any, original: Callable[..., Any], turn: Turn, request: Any, callback: Callable[[Any], None]) -> Any:
-    """Send a request, and record its answer before it is handed over."""
+    """Send a request, and record its answer before it is delivered."""
     streamed = request.streaming_callback
     pieces: list[bytes] = []
     if streamed is not None:

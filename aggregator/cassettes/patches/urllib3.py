@@ -1,4 +1,4 @@
-"""urllib3, requests and boto3: one attempt of a connection pool, whichever connection it would have taken."""
+"""urllib3, requests and boto3: one attempt of a connection pool, on any of its connections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def client_of(pool: Any) -> str:
-    """Return whose pool it is: botocore has its own classes."""
+    """Return the library of a pool: botocore has its own classes."""
     return "boto3" if any(kind.__module__ == "botocore.awsrequest" for kind in type(pool).__mro__) else "urllib3"
 
 
@@ -38,7 +38,7 @@ def _url(pool: Any, url: str) -> str:
 
 
 class _Message:
-    """What `requests` looks at for cookies, and urllib3 for the end of the body, where it gives the connection back."""
+    """The message that `requests` reads for cookies, and urllib3 for the body's end, to return the connection."""
 
     def __init__(self, headers: Any, body: BytesIO) -> None:
         self._headers, self._body, self._size = headers, body, len(body.getbuffer())
@@ -60,7 +60,7 @@ class _Message:
 def _response(
     pool: Any, headers: Any, status: int, reason: str, body: bytes, request: tuple[str, str], options: Mapping[str, Any]
 ) -> Any:
-    """Return urllib3's response (version 2) with this body; its connection goes back to the pool once it is read."""
+    """Return urllib3's response (version 2) with this body; its connection is returned to the pool once it is read."""
     from urllib3 import HTTPHeaderDict
 
     method, url = request
@@ -89,7 +89,7 @@ def _response_class() -> Any:
     from urllib3 import HTTPResponse
 
     class Response(HTTPResponse):
-        """One whose body can be read again once it was read whole, as that of vcrpy's responses."""
+        """A response whose body can be read again after it was read completely, like vcrpy's."""
 
         def read(self, amt: int | None = None, *args: Any, **kwargs: Any) -> bytes:
             data = super().read(amt, *args, **kwargs)
@@ -99,7 +99,7 @@ def _response_class() -> Any:
 
 
 def _raised(pool: Any, conn: Any, url: str, failure: RecordedError) -> Exception:
-    """Return a recorded failure as the exception that a pool knows to try again, or to explain."""
+    """Return a recorded failure as an exception that a pool can retry, or explain."""
     from urllib3 import exceptions
 
     home, _, name = failure.kind.rpartition(".")
@@ -132,13 +132,13 @@ def _fail(turn: Turn, error: BaseException) -> None:
 
 
 def _tunnel(pool: Any, conn: Any) -> None:
-    """Make the tunnel through a proxy that was put off."""
+    """Open the deferred tunnel through a proxy."""
     if vars(conn).pop(_TUNNEL, False) and conn.sock is None:
         pool._prepare_proxy(conn)  # noqa: SLF001 - as `urlopen` does, of the same pool
 
 
 def _pass(pool: Any, conn: Any, send: Callable[[], Any]) -> Any:
-    """Send a request that no tape sees."""
+    """Send a request without the tape."""
     with passing():
         _tunnel(pool, conn)
         return send()
@@ -255,7 +255,7 @@ def _recorded(
     *,
     returns_own: bool,
 ) -> Any:
-    """Record a live answer and return it once more, as it was read to its end."""
+    """Record a live answer and return it once more, because it was read to its end."""
     if not returns_own:
         turn.finish(turn.answer(response.status, response.reason, response.getheaders(), content))
         return response_again(response, content, request[0])
@@ -265,7 +265,7 @@ def _recorded(
 
 
 def _prepare_proxy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Put off the tunnel through a proxy until the request must be sent."""
+    """Defer the tunnel through a proxy until the request must be sent."""
 
     @wraps(original)
     def prepare_proxy(self: Any, conn: Any) -> Any:

@@ -36,7 +36,11 @@ class Event(NamedTuple):
 
 
 class EventParser:
-    r"""Splits bytes into events: CRLF, LF or CR, comments, several data lines, bytes cut anywhere."""
+    r"""Splits bytes into events: CRLF, LF or CR, comments, several data lines, bytes cut anywhere.
+
+    >>> EventParser().feed(b': keep-alive\n\nevent: ping\ndata: {}\n\ndata: half')
+    [Event(name='ping', data=b'{}')]
+    """
 
     def __init__(self) -> None:
         self._rest: list[bytes] = []  # of an incomplete line
@@ -222,7 +226,11 @@ def _not_json(value: Any, at: str, depth: int = 0) -> tuple[str, str] | None:
 
 
 def words(**meanings: str) -> Mapping[str, FinishReason]:
-    """Return a table of finish reasons: ours = the provider's, separated by blanks."""
+    """Return a table of finish reasons: ours = the provider's, separated by blanks.
+
+    >>> words(stop="COMPLETE STOP_SEQUENCE", length="MAX_TOKENS")["max_tokens"]
+    'length'
+    """
     return {word.lower(): reason for reason, said in meanings.items() for word in said.split()}  # type: ignore[misc]
 
 
@@ -382,7 +390,11 @@ _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNOREC
 
 
 def is_secret_header(name: str) -> bool:
-    """Return True if a header authenticates, by its name."""
+    """Return True if a header authenticates, by its name.
+
+    >>> is_secret_header("Helicone-Auth"), is_secret_header("x-portkey-api-key"), is_secret_header("x-title")
+    (True, True, False)
+    """
     return _SECRET_HEADER.search(name) is not None
 
 

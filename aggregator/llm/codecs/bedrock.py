@@ -204,7 +204,11 @@ _FAULT = msgspec.json.Decoder(Fault)
 
 
 def read_fault(body: bytes) -> Fault:
-    """Read an AWS error; its fields are empty for anything else."""
+    """Read an AWS error; its fields are empty for anything else.
+
+    >>> read_fault(b'{"Message": "no"}').words
+    'no'
+    """
     try:
         return read(body, _FAULT)
     except DecodeError:

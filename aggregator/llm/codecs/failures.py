@@ -177,7 +177,11 @@ def _without(text: str, secrets: Iterable[str]) -> str:
 
 
 def classify(status: int, fault: Fault) -> type[APIStatusError]:
-    """Return the class of an error, by its status, or by the provider's message if that is more specific."""
+    """Return the class of an error, by its status, or by the provider's message if that is more specific.
+
+    >>> classify(429, Fault(words=("insufficient_quota",))).__name__
+    'QuotaError'
+    """
     if status in (400, 413, 422) and _is_context_overflow(fault):
         return ContextLengthError
     if status == 429 and _QUOTA_WORDS.intersection(map(str.lower, fault.words)):
@@ -313,7 +317,11 @@ def request_id(headers: Mapping[str, str]) -> str | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero is missing."""
+    """Return the seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date); zero is missing.
+
+    >>> retry_after({"retry-after-ms": "0", "retry-after": "1"})
+    1.0
+    """
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         try:
@@ -389,7 +397,12 @@ def headroom(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: f
 
 
 def reset_wait(headers: Mapping[str, str], names: Iterable[RateHeaders], *, now: float | None = None) -> float | None:
-    """Return the seconds until an exhausted limit is full again; None if the headers name none."""
+    """Return the seconds until an exhausted limit is full again; None if the headers name none.
+
+    >>> names = [RateHeaders("x-ratelimit-remaining", "x-ratelimit-limit", "x-ratelimit-reset")]
+    >>> reset_wait({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1700000030000"}, names, now=1700000000)
+    30.0
+    """
     for name in names:
         if name.reset and _number(headers.get(name.remaining, "")) == 0:
             wait = seconds(headers.get(name.reset, ""), now=now)

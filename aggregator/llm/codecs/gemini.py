@@ -36,7 +36,11 @@ def system_of(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def contents_of(messages: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any]]:
-    """Return the conversation; tool results of one turn share one content."""
+    """Return the conversation; tool results of one turn share one content.
+
+    >>> contents_of([{"role": "user", "content": "Hi"}], "gemini-2.5-flash")
+    [{'role': 'user', 'parts': [{'text': 'Hi'}]}]
+    """
     contents: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # here a result names its function, not the call
     for message in messages:

@@ -275,7 +275,11 @@ _NEAR = 2
 
 
 def characters(call: ChatCall) -> int:
-    """Return the minimum number of characters of a prompt, with runs of one character counted once."""
+    """Return the minimum number of characters of a prompt, with runs of one character counted once.
+
+    >>> characters(ChatCall(model="m", messages=({"role": "user", "content": "a      b ======="},)))
+    5
+    """
     texts: list[str] = [text_of(message.get("content")) for message in call.messages]
     if call.tools:
         texts.append(msgspec.json.encode(call.tools).decode())

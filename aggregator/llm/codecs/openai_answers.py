@@ -199,7 +199,11 @@ def other_kinds(message: WireMessage) -> tuple[str, ...]:
 
 
 def text_and_thoughts(content: Any) -> tuple[str, list[str]]:
-    """Read content that is not text: parts (Mistral's thinking) or an object (Cloudflare's json_schema)."""
+    """Read content that is not text: parts (Mistral's thinking) or an object (Cloudflare's json_schema).
+
+    >>> text_and_thoughts([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, "4"])
+    ('4', ['hm'])
+    """
     if not isinstance(content, list):
         return msgspec.json.encode(content).decode(), []
     texts: list[str] = []

@@ -111,7 +111,11 @@ def _said(items: Iterable[Mapping[str, Any]]) -> tuple[str, list[Any]]:
 
 
 def output_text(content: Any) -> str:
-    """Return the text of a message item: a text, or parts, of which other kinds are skipped."""
+    """Return the text of a message item: a text, or parts, of which other kinds are skipped.
+
+    >>> output_text([{"type": "output_text", "text": "4"}, {"type": "refusal", "refusal": "No."}])
+    '4'
+    """
     if isinstance(content, str):
         return content
     return "".join(
@@ -446,7 +450,11 @@ def _memory(call: ChatCall) -> dict[str, Any]:
 
 
 def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the user's own fields into the body; those of chat completions are renamed."""
+    """Merge the user's own fields into the body; those of chat completions are renamed.
+
+    >>> _with_extra({"text": {"format": {}}}, {"verbosity": "low", "reasoning_effort": "high"})
+    {'text': {'format': {}, 'verbosity': 'low'}, 'reasoning': {'effort': 'high'}}
+    """
     given = dict(extra)
     for old, (field, name) in {"reasoning_effort": ("reasoning", "effort"), "verbosity": ("text", "verbosity")}.items():
         if old in given:

@@ -37,7 +37,11 @@ def read(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def parse(body: bytes) -> Any:
-    r"""Parse JSON as leniently as the standard library can; raises DecodeError."""
+    r"""Parse JSON as leniently as the standard library can; raises DecodeError.
+
+    >>> parse(b'\xef\xbb\xbf {"a": NaN}')
+    {'a': nan}
+    """
     text = body.decode("utf-8-sig", errors="replace")
     try:
         return _paired(json.loads(text, strict=False))
@@ -57,7 +61,14 @@ def _paired(value: Any) -> Any:
 
 
 def fit(data: Any, kind: type[T]) -> T:
-    """Convert parsed JSON to a struct, dropping invalid fields; raises DecodeError."""
+    """Convert parsed JSON to a struct, dropping invalid fields; raises DecodeError.
+
+    >>> class Answer(msgspec.Struct):
+    ...     id: str | None = None
+    ...     total: int | None = None
+    >>> fit({"id": 7, "total": "12"}, Answer)
+    Answer(id=None, total=12)
+    """
     for _ in range(_MAX_REPAIRS):
         try:
             return msgspec.json.decode(msgspec.json.encode(data), type=kind, strict=False)
@@ -105,7 +116,11 @@ def json_object(text: Any) -> dict[str, Any]:
 
 
 def raw_text(value: bytes | msgspec.Raw) -> str:
-    r"""Return a wire value as its own JSON text, or a string (from a gateway, or cut in a stream) as its content."""
+    r"""Return a wire value as its own JSON text, or a string (from a gateway, or cut in a stream) as its content.
+
+    >>> raw_text(b'{"x": 1}'), raw_text(b'"{\\"x\\""'), raw_text(b"null")
+    ('{"x": 1}', '{"x"', '{}')
+    """
     text = bytes(value).decode("utf-8", errors="replace")
     if not text.startswith('"'):
         return "{}" if text in ("", "null") else text
@@ -125,7 +140,11 @@ def as_raw(text: str) -> msgspec.Raw | str:
 
 
 def with_rest(answered: int | None, given: int | None, total: int | None) -> int | None:
-    """Return the output tokens plus the part of a total beyond input and output: thinking, as xAI counts it."""
+    """Return the output tokens plus the part of a total beyond input and output: thinking, as xAI counts it.
+
+    >>> with_rest(9, 32, 135), with_rest(9, 32, 41), with_rest(9, None, 135)
+    (103, 9, 9)
+    """
     if given is None or answered is None or total is None:
         return answered
     return max(answered, total - given)
