@@ -296,7 +296,13 @@ class TraceAgent(Module, InstanceAgent):
         self.agent = agent
         self.lock = TraceLock()
         self.threads = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="aggregator-trace")
-        self._parameters = by_name(_parameters_of(_nodes_of(agent)))
+        taken: dict[str, int] = {}
+        found = []  # named after Trace's names without the global counter
+        for node in _nodes_of(agent):
+            base = node.name.partition(":")[0].replace("/", ".")
+            taken[base] = taken.get(base, -1) + 1
+            found.append(TraceParameter(node, base if taken[base] == 0 else f"{base}.{taken[base]}"))
+        self._parameters = by_name(found)
 
     def parameters_dict(self) -> dict[str, ParameterNode[Any]]:
         """Return name -> parameter; names are Trace's, without its counters."""
@@ -409,15 +415,6 @@ def _nodes_of(agent: Any) -> list[Any]:
     found = list(offered()) if callable(offered) else []
     traced = [node for node in found if hasattr(node, "_data") and hasattr(node, "py_name")]
     return list({id(node): node for node in traced}.values())
-
-
-def _parameters_of(nodes: Sequence[Any]) -> Iterator[TraceParameter]:
-    """Yield the nodes as parameters, named after Trace's names without the global counter."""
-    taken: dict[str, int] = {}
-    for node in nodes:
-        base = node.name.partition(":")[0].replace("/", ".")
-        taken[base] = taken.get(base, -1) + 1
-        yield TraceParameter(node, base if taken[base] == 0 else f"{base}.{taken[base]}")
 
 
 def _describe(node: Any) -> str:

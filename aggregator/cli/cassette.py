@@ -40,7 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     prune.add_argument("--older-than", type=_days, metavar="DAYS", help="drop what was recorded before")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be dropped")
-    _show_parser(actions)
+    show = actions.add_parser("show", help="the exchanges of a cassette, or one of them in full")
+    show.add_argument("path", type=Path)
+    show.add_argument("number", nargs="?", type=int, help="the exchange to show in full, counted from 0")
+    show.add_argument("--lineage", metavar="PATTERN", help="only these, as 'train/epoch=0/*'")
+    show.set_defaults(run=show_cassette)
     diff = actions.add_parser("diff", help="how two cassettes differ; exit 1 where they do")
     diff.add_argument("before", type=Path)
     diff.add_argument("after", type=Path)
@@ -74,14 +78,6 @@ def _days(text: str) -> float:
     if not 0 <= days <= MOST_DAYS:
         raise argparse.ArgumentTypeError(f"Expected a number of days from 0 to {MOST_DAYS:,}, got {text!r}")
     return days
-
-
-def _show_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    show = actions.add_parser("show", help="the exchanges of a cassette, or one of them in full")
-    show.add_argument("path", type=Path)
-    show.add_argument("number", nargs="?", type=int, help="the exchange to show in full, counted from 0")
-    show.add_argument("--lineage", metavar="PATTERN", help="only these, as 'train/epoch=0/*'")
-    show.set_defaults(run=show_cassette)
 
 
 # ---- commands

@@ -148,24 +148,15 @@ def repair_messages(messages: list[dict[str, str]], reply: str, error: str) -> l
 
 
 def read_verdict(text: str) -> Verdict:
-    """Read a verdict: JSON, alone or in one fence, with or without preceding thinking; GuideError for anything else.
-
-    >>> read_verdict('{"feedback": "Half of it.", "score": 0.5}')
-    Verdict(score=0.5, feedback='Half of it.')
-    """
-    try:
-        return msgspec.convert(_DECODER.decode(_inside(text)), Verdict)
-    except (ValueError, msgspec.ValidationError, RecursionError) as error:
-        shown = shorten(text, 200)
-        raise GuideError(f'Expected a verdict {{"feedback": "...", "score": 0.5}}, got {shown}: {error}') from None
-
-
-def _inside(text: str) -> str:
-    """Remove the model's thinking and one fence around the rest."""
+    """Read a verdict: JSON, alone or in one fence, with or without preceding thinking; GuideError for anything else."""
     body = text.strip()
     if body.startswith("<think>"):
         body = body.partition("</think>")[2].strip()
-    return strip_fence(body).strip()
+    try:
+        return msgspec.convert(_DECODER.decode(strip_fence(body).strip()), Verdict)
+    except (ValueError, msgspec.ValidationError, RecursionError) as error:
+        shown = shorten(text, 200)
+        raise GuideError(f'Expected a verdict {{"feedback": "...", "score": 0.5}}, got {shown}: {error}') from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -195,7 +195,16 @@ class KeywordHints:
         ignore_case: bool = False,
         analyzers: Sequence[Analyzer] = (),
     ) -> None:
-        self.hints = _checked_hints(hints)
+        if isinstance(hints, str | Path):
+            try:
+                found = json.loads(Path(hints).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"Expected a JSON file of keyword -> hint, got {str(hints)!r}: {error}") from None
+        else:
+            found = dict(hints)
+        if not isinstance(found, dict) or not all(isinstance(hint, str) and word for word, hint in found.items()):
+            raise ConfigError(f"Expected an object of keyword -> hint, both text, got {found!r}")
+        self.hints: dict[str, str] = found
         self.required = required
         self.ignore_case = ignore_case
         self.analyzers = tuple(analyzers)
@@ -215,16 +224,3 @@ class KeywordHints:
 
     def _plain(self, text: str) -> str:
         return text.casefold() if self.ignore_case else text
-
-
-def _checked_hints(hints: Mapping[str, str] | str | Path) -> dict[str, str]:
-    if isinstance(hints, str | Path):
-        try:
-            found = json.loads(Path(hints).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"Expected a JSON file of keyword -> hint, got {str(hints)!r}: {error}") from None
-    else:
-        found = dict(hints)
-    if not isinstance(found, dict) or not all(isinstance(hint, str) and word for word, hint in found.items()):
-        raise ConfigError(f"Expected an object of keyword -> hint, both text, got {found!r}")
-    return found

@@ -182,7 +182,12 @@ class LoggingObserver(Observer):
             verdict = "Update refused" if report.update else "No update"
             self.log(verdict, report.decision.reason, report.step, color="yellow")
         self._log_failures(report.failures, report.step)
-        self._log_usage(report.step)
+        spent = total(self._spent.values())
+        self.log("Calls so far", spent.calls, report.step)
+        if spent.total_tokens:
+            self.log("Tokens so far", spent.total_tokens, report.step)
+        if spent.cost is not None:
+            self.log("USD so far", spent.cost, report.step)
 
     def _log_failures(self, failures: Sequence[Failure], step: int) -> None:
         if failures:
@@ -190,14 +195,6 @@ class LoggingObserver(Observer):
             place = first.stage if first.sample_id is None else f"{first.stage}, sample {first.sample_id}"
             self.log("Failures", len(failures), step, color="red")
             self.log("First failure", f"{place}: {first.error}: {first.message}", step, color="red")
-
-    def _log_usage(self, step: int) -> None:
-        spent = total(self._spent.values())
-        self.log("Calls so far", spent.calls, step)
-        if spent.total_tokens:
-            self.log("Tokens so far", spent.total_tokens, step)
-        if spent.cost is not None:
-            self.log("USD so far", spent.cost, step)
 
 
 class _FromLogger(LoggingObserver):

@@ -205,7 +205,11 @@ class Pool:
             finally:
                 if ticket:
                     ticket.hold(None)
-                self._put_back(worker, reusable=reusable)
+                if reusable:
+                    with self._lock:
+                        self._idle.append(worker)
+                else:
+                    worker.close()
         return frame
 
     def _take(self) -> Worker:
@@ -237,13 +241,6 @@ class Pool:
         if threads:
             threads.shutdown()
         for worker in workers:
-            worker.close()
-
-    def _put_back(self, worker: Worker, *, reusable: bool) -> None:
-        if reusable:
-            with self._lock:
-                self._idle.append(worker)
-        else:
             worker.close()
 
 

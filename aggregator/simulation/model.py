@@ -302,7 +302,11 @@ class SimulatedModel:
 
 def complete(body: Any, *, seed: int = 0, wrong_rate: float = WRONG_RATE) -> dict[str, Any]:
     """Answer one chat completion request; pure. Raises MalformedError for a body that the API would refuse."""
-    messages = _checked(body)
+    messages = body.get("messages") if isinstance(body, Mapping) else None
+    if not isinstance(messages, list) or not messages:
+        raise MalformedError("'messages' is a required property and must not be empty")
+    if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
+        raise MalformedError("each of 'messages' must be an object with a 'role'")
     key = msgspec.json.encode({**body, "stream": False}, order="deterministic")
     digest = hashlib.sha256(b"%d:" % seed + key).hexdigest()
     draw = random.Random(digest)  # noqa: S311 - errs at a rate, guards no secret
@@ -351,15 +355,6 @@ def count_tokens(text: str) -> int:
     6
     """
     return -(-len(text.split()) * 4 // 3)
-
-
-def _checked(body: Any) -> list[dict[str, Any]]:
-    messages = body.get("messages") if isinstance(body, Mapping) else None
-    if not isinstance(messages, list) or not messages:
-        raise MalformedError("'messages' is a required property and must not be empty")
-    if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
-        raise MalformedError("each of 'messages' must be an object with a 'role'")
-    return messages
 
 
 def _within(text: str, limit: int | None) -> tuple[str, str]:

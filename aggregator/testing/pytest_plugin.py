@@ -50,7 +50,9 @@ MAX_BYTES = 200  # file systems allow 255, and `.new`, `.lock` or a shard's numb
 def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
     """Return the arguments of a test's marks, the closest mark's first; None without a mark."""
     found: dict[str, Any] = {"name": None}
-    marks = _closest_first(item)
+    held = list(item.iter_markers("cassette"))  # in pytest's order; those of a `pytest.param` come first
+    marks = [mark for mark in getattr(getattr(item, "callspec", None), "marks", ()) if mark.name == "cassette"]
+    marks += [mark for mark in held if not any(mark is one for one in marks)]
     for mark in reversed(marks):
         unknown = set(mark.kwargs) - {*ARGUMENTS, "name"}
         if unknown or len(mark.args) > 1:
@@ -61,14 +63,6 @@ def mark_arguments(item: pytest.Item) -> dict[str, Any] | None:
         found.update(mark.kwargs, **({"name": mark.args[0]} if mark.args else {}))
     _check_kinds(found, item)
     return found if marks else None
-
-
-def _closest_first(item: pytest.Item) -> list[pytest.Mark]:
-    """Return the marks in pytest's order, but those of a `pytest.param` before its function's."""
-    marks = list(item.iter_markers("cassette"))
-    call = getattr(item, "callspec", None)
-    given = [mark for mark in getattr(call, "marks", ()) if mark.name == "cassette"]
-    return [*given, *(mark for mark in marks if not any(mark is one for one in given))]
 
 
 def _check_kinds(arguments: dict[str, Any], item: pytest.Item) -> None:

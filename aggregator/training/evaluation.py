@@ -289,19 +289,16 @@ async def aevaluate(
     async with LocalExecutor(max_concurrency) as executor:
         with observed(clients):
             runs = await executor.map(AgentWork(work_of, guide, call=executor.call), tasks)
-    _warn_of([run.failure for run in runs if run.score is None and run.failure is not None], len(runs))
-    return [run.score for run in runs]
-
-
-def _warn_of(failures: Sequence[Failure], instances: int) -> None:
+    failures = [run.failure for run in runs if run.score is None and run.failure is not None]
     if failures:
         first = failures[0]
         warnings.warn(
-            f"{len(failures)} of {instances} instances have no score; the first, instance {first.sample_id}, failed in "
+            f"{len(failures)} of {len(runs)} instances have no score; the first, instance {first.sample_id}, failed in "
             f"the {first.stage}: {first.error}: {first.message}",
             TrainingWarning,
             stacklevel=2,
         )
+    return [run.score for run in runs]
 
 
 evaluate = sync_function(aevaluate)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from msgspec import to_builtins
@@ -549,17 +548,14 @@ class _Course:
         apply_values(self.trainer.agent, self.parameters, result.parameters, result.kept)
         if self.plan.run_dir is not None:
             checkpoints.save_result(result, self.plan.run_dir / checkpoints.RESULT)
-            self._save_parameters(self.plan.run_dir / checkpoints.PARAMETERS, result)
+            path = self.plan.run_dir / checkpoints.PARAMETERS
+            if isinstance(self.trainer.agent, Module):
+                self.trainer.agent.save(path, provenance=result.provenance)
+            else:  # those of any other agent are written in the same format
+                parameters: Sequence[Any] = self.agent.parameters()
+                types = {parameter.name: describe_type(parameter.type) for parameter in parameters}
+                write_artefact(path, read(parameters), types=types, provenance=result.provenance, which=result.kept)
         return result
-
-    def _save_parameters(self, path: Path, result: TrainingResult) -> None:
-        """Write the parameters: a Module writes its own, those of any other agent are written in the same format."""
-        if isinstance(self.trainer.agent, Module):
-            self.trainer.agent.save(path, provenance=result.provenance)
-            return
-        parameters: Sequence[Any] = self.agent.parameters()
-        types = {parameter.name: describe_type(parameter.type) for parameter in parameters}
-        write_artefact(path, read(parameters), types=types, provenance=result.provenance, which=result.kept)
 
     def break_off(self, error: BaseException) -> BaseException:
         """Save the partial result, attach it to the raised error, and return the error."""

@@ -115,7 +115,11 @@ def check(plan: Plan) -> Plan:
             f"Expected instance_timeout in seconds above 0, or None for no limit, got {plan.instance_timeout!r}"
         )
     check_guide(plan.guide)
-    _check_run_dir(plan)
+    if plan.run_dir is None and plan.resume:
+        raise ConfigError("Expected run_dir beside resume=True, got None; name the folder of the run to go on with")
+    files = () if plan.run_dir is None or plan.resume else (plan.run_dir / CHECKPOINT, plan.run_dir / JOURNAL)
+    if any(file.exists() for file in files):
+        raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
     return plan
 
 
@@ -171,15 +175,6 @@ def as_run_dir(given: Any) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"Expected run_dir to be a folder, got the file {folder}")
     return folder
-
-
-def _check_run_dir(plan: Plan) -> None:
-    if plan.run_dir is None:
-        if plan.resume:
-            raise ConfigError("Expected run_dir beside resume=True, got None; name the folder of the run to go on with")
-        return
-    if not plan.resume and any((plan.run_dir / name).exists() for name in (CHECKPOINT, JOURNAL)):
-        raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
 
 
 def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[str, str]:
