@@ -148,7 +148,11 @@ def repair_messages(messages: list[dict[str, str]], reply: str, error: str) -> l
 
 
 def read_verdict(text: str) -> Verdict:
-    """Read a verdict: JSON, alone or in one fence, with or without preceding thinking; GuideError for anything else."""
+    """Read a verdict: JSON, alone or in one fence, with or without preceding thinking; GuideError for anything else.
+
+    >>> read_verdict('{"feedback": "Half of it.", "score": 0.5}')
+    Verdict(score=0.5, feedback='Half of it.')
+    """
     body = text.strip()
     if body.startswith("<think>"):
         body = body.partition("</think>")[2].strip()
