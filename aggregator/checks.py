@@ -118,3 +118,16 @@ def accepts(function: Any, *arguments: Any, **options: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def contain_stop(error: StopIteration) -> RuntimeError:
+    """Return the error of a function in a thread as a coroutine raises it.
+
+    An asyncio future does not hold a StopIteration, so that whoever waits for it would wait for ever.
+
+    >>> contain_stop(StopIteration())
+    RuntimeError('the function raised StopIteration')
+    """
+    contained = RuntimeError("the function raised StopIteration")
+    contained.__cause__ = error
+    return contained.with_traceback(error.__traceback__)

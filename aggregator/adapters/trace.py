@@ -33,7 +33,7 @@ from aggregator.agents.code import check_source, plain_source
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode, by_name
 from aggregator.agents.transcripts import current_transcript, recording
-from aggregator.checks import is_async
+from aggregator.checks import contain_stop, is_async
 from aggregator.executors.work import InstanceAgent, Ran
 from aggregator.guides.calling import Call
 from aggregator.records import RolloutTask
@@ -343,7 +343,14 @@ class TraceAgent(Module, InstanceAgent):
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in one of our threads, with this context's variables."""
         context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: context.run(function, *args))
+
+        def run() -> Any:
+            try:
+                return context.run(function, *args)
+            except StopIteration as error:
+                raise contain_stop(error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self.threads, run)
 
 
 @contextmanager

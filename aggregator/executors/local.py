@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from aggregator.checks import check_positive
+from aggregator.checks import check_positive, contain_stop
 from aggregator.errors import is_own
 from aggregator.portal import Scope
 from aggregator.protocols import RolloutWork
@@ -207,6 +207,8 @@ def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
         return
     try:
         result = work()
+    except StopIteration as error:
+        future.set_exception(contain_stop(error))
     except BaseException as error:  # noqa: BLE001 - the caller gets it
         future.set_exception(error)
     else:

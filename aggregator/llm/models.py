@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role, unwatched
-from aggregator.checks import is_async
+from aggregator.checks import contain_stop, is_async
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError, ModelWarning, TruncatedError
 from aggregator.llm.budget import THINKING_ROOM, Amount, Budget, current_budget, pico, spent_by, thinks, upper_tokens
 from aggregator.llm.calls import ChatCall, Limits, Target
@@ -143,7 +143,15 @@ class CallableModel:
     async def _in_thread(self, ask: Callable[[], Any]) -> Any:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="aggregator-model")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, ask)
+        context = copy_context()
+
+        def run() -> Any:
+            try:
+                return context.run(ask)
+            except StopIteration as error:
+                raise contain_stop(error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, run)
 
     def _most(self, messages: tuple[dict[str, Any], ...], options: Mapping[str, Any], budget: Budget) -> Amount:
         limits = Limits(options.get("max_tokens"), options.get("n") or 1)

@@ -96,3 +96,11 @@ async def test_an_error_is_raised_outside_a_group() -> None:
     with pytest.raises(ValueError, match="one"):
         await fan_out(work, [0, 1, 2], 64)
     assert sorted(cancelled) == [0, 2]
+
+
+async def test_a_stop_iteration_of_a_synchronous_function_was_waited_for_for_ever() -> None:
+    """No asyncio future holds one; it is a RuntimeError, as in a coroutine."""
+    async with LocalExecutor(1) as executor:
+        with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
+            await asyncio.wait_for(executor.call(next, iter(())), 5)
+    assert isinstance(caught.value.__cause__, StopIteration)

@@ -81,6 +81,13 @@ async def test_sync_callables_do_not_block_the_loop() -> None:
     assert {call.result().text for call in calls} == {"done"}
 
 
+async def test_a_stop_iteration_of_a_sync_callable_was_waited_for_for_ever() -> None:
+    """No asyncio future holds one; it is a RuntimeError, as in a coroutine."""
+    model = as_model(lambda messages: next(iter(())))
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        await asyncio.wait_for(model.complete([{"role": "user", "content": "hi"}]), 5)
+
+
 async def test_only_options_that_a_callable_knows_are_passed() -> None:
     """A plain `llm(messages)` receives no options it does not accept; one with `**kwargs` receives all of them."""
     seen = {}

@@ -165,6 +165,24 @@ def test_a_failure_after_a_success_gets_a_proposal_and_a_warning() -> None:
     assert result.failures[0].where.startswith("test_user_bugs.py:")
 
 
+@pytest.mark.parametrize("place", ["agent", "guide"])
+def test_next_of_an_empty_iterator_hung_the_run(place: str) -> None:
+    """It is a failure with the line of the user's code."""
+
+    class Nothing(Base):
+        def forward(self, x: str) -> str:
+            return next(iter(())) if place == "agent" and x == "q3" else "yes"
+
+    def guide(x: str, output: str, info: str) -> float:
+        return next(iter(())) if place == "guide" and x == "q3" else 0.5
+
+    with pytest.warns(TrainingWarning, match="StopIteration"):
+        _, result = train(Nothing(), guide, batch_size=8)
+    (failure,) = result.failures
+    assert (failure.stage, failure.sample_id, failure.error) == (place, 3, "RuntimeError")
+    assert failure.where.startswith("test_user_bugs.py:")
+
+
 def test_failures_get_no_proposals_until_an_instance_has_succeeded() -> None:
     """Two of two rollouts failed: the optimizer is not called."""
 
