@@ -123,7 +123,7 @@ def accepts(function: Any, *arguments: Any, **options: Any) -> bool:
 def contain_stop(error: StopIteration) -> RuntimeError:
     """Return the error of a function in a thread as a coroutine raises it.
 
-    An asyncio future does not hold a StopIteration, so that whoever waits for it would wait for ever.
+    An asyncio future does not hold a StopIteration, so that a task that awaits it would never go on.
 
     >>> contain_stop(StopIteration())
     RuntimeError('the function raised StopIteration')
