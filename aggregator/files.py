@@ -40,11 +40,11 @@ LONGEST_NAME = 255
 """The maximum length in bytes of a name in file systems."""
 
 
-def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
+def sibling_path(path: pathlib.Path, ending: str) -> pathlib.Path:
     """Return the path of a file in the same folder, with this name and a suffix; a long name is shortened.
 
     >>> from pathlib import Path
-    >>> beside(Path("a/b.yaml"), ".lock").as_posix(), len(beside(Path("b" * 255), ".lock").name)
+    >>> sibling_path(Path("a/b.yaml"), ".lock").as_posix(), len(sibling_path(Path("b" * 255), ".lock").name)
     ('a/b.yaml.lock', 222)
     """
     return path.with_name(_with_ending(path.name, ending))

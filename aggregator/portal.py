@@ -463,7 +463,7 @@ def _start_thread(original: Callable[..., Any]) -> Callable[..., Any]:
         self.run = run_carried  # type: ignore[method-assign]
         try:
             original(self)
-        except BaseException:  # not started: it may be tried again
+        except BaseException:  # not started: the caller may retry
             vars(self).pop("run", None)
             raise
 

@@ -1,4 +1,4 @@
-"""What the library costs, measured beside its peers: `python -m benchmarks [NAME ...] [--json]`.
+"""What the library costs, measured with its peers: `python -m benchmarks [NAME ...] [--json]`.
 
 Each module of this folder with a function `run(options: Options) -> Report` is a benchmark of its own name:
 

@@ -34,7 +34,7 @@ def parser(names: dict[str, ModuleType]) -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<12} {title(module)}" for name, module in names.items())
     made = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure the library beside its peers.",
+        description="Measure the library with its peers.",
         epilog=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

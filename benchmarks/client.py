@@ -1,4 +1,4 @@
-"""What a call costs: CPU and memory beside bare aiohttp + msgspec and the other clients; behaviour under limits."""
+"""What a call costs: CPU and memory against bare aiohttp + msgspec and the other clients; behaviour under limits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bare(url: str, session: Any) -> Ask:
 
 
 def ours(url: str, everything: bool) -> Ask:
-    """Our client; with `everything`: limits per minute, every kind of budget, lineage; nobody listens to events."""
+    """Our client; with `everything`: limits per minute, every kind of budget, lineage; no listener for events."""
     from aggregator import LLM, Budget, Price
 
     if not everything:

@@ -1,4 +1,4 @@
-"""What reading an answer costs: recorded bodies of each family, beside json, msgspec untyped and OpenAI's types."""
+"""What reading an answer costs: recorded bodies of each family, against json, msgspec untyped and OpenAI's types."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def speed(family: str, way: str, passes: int) -> dict[str, float]:
 
 
 def right(family: str) -> dict[str, float]:
-    """How many of the OK bodies give the text, finish reason and usage that stand in them."""
+    """How many of the OK bodies give their text, finish reason and usage."""
     decode = decoder(family, "ours")
     found = [(body, json.loads(body)) for body in bodies(family)]
     answers = [(body, plain) for body, plain in found if expected(family, plain) is not None]
@@ -131,7 +131,7 @@ def expected(family: str, plain: dict[str, Any]) -> tuple[Any, ...] | None:
 
 
 def streamed() -> dict[str, float]:
-    """How many recorded streams of the Responses API give the text, the deltas and the usage that stand in them."""
+    """How many recorded streams of the Responses API give their text, deltas and usage."""
     from aggregator.llm.calls import ChatCall
     from aggregator.llm.names import resolve
 
@@ -175,7 +175,7 @@ def errors() -> dict[str, float]:
 def run(options: Options) -> Report:
     if not DATA.exists():
         return Report(
-            notes=[f"not measured: the recordings stand in ../shared/data, which is absent ({Path(*DATA.parts[-2:])})"]
+            notes=[f"not measured: the recordings are in ../shared/data, which is absent ({Path(*DATA.parts[-2:])})"]
         )
     passes = 3 if options.quick else 50
     ways: list[tuple[str, tuple[str, ...]]] = [("ours", ()), ("msgspec untyped", ()), ("json", ())]

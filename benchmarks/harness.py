@@ -176,7 +176,7 @@ def background(command: Sequence[str], python: str = sys.executable) -> Iterator
 
 
 class Clock:
-    """CPU and wall time of a block, an exchange; what stands before it starts is not the replay's to collect."""
+    """CPU and wall time of a block, an exchange; existing objects are not collected by the replay."""
 
     def __enter__(self) -> Self:
         gc.collect()

@@ -1,4 +1,4 @@
-"""What imports cost: milliseconds from a fresh interpreter to each point, beside the peers' imports."""
+"""What imports cost: milliseconds from a fresh interpreter to each point, and the peers' imports."""
 
 from __future__ import annotations
 

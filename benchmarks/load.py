@@ -1,4 +1,4 @@
-"""Load: seconds and memory to open a cassette, in both layouts, beside vcrpy's YAML and JSON; vcrpy reading ours.
+"""Load: seconds and memory to open a cassette, in both layouts, against vcrpy's YAML and JSON; vcrpy reading ours.
 
 And what other tools' files cost us, a MB: read, and looked through for secrets.
 """

@@ -1,4 +1,4 @@
-"""Record: what recording adds to live calls, 16 in flight, by own client and patched aiohttp, beside the peers."""
+"""Record: what recording adds to live calls, 16 in flight, by own client and patched aiohttp, against the peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay: what an exchange costs from a cassette, by own client and patched aiohttp, beside vcrpy and cassetter."""
+"""Replay: what an exchange costs from a cassette, by own client and patched aiohttp, against vcrpy and cassetter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step costs beside its calls: wall time against the critical path, CPU per instance, memory.
+"""What a training step costs in addition to its calls: wall time against the critical path, CPU per instance, memory.
 
 The models answer from memory after a fixed latency, so all that is left is the trainer: executor, prompts, parsing.
 """

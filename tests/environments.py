@@ -42,7 +42,7 @@ VCRPY_TESTS = (
 
 
 class Environment(NamedTuple):
-    """What an environment holds beside the requirements of the project.
+    """The packages of an environment in addition to the requirements of the project.
 
     `unpinned` names packages whose version constraints.txt does not decide. `constrained=False` leaves all versions to
     pip: for frameworks that need other versions than ours.

@@ -1,4 +1,4 @@
-"""Every requirement has a test: the lists, and the check that each entry is marked beside at least one test.
+"""Every requirement has a test: the lists, and the check that each entry is marked on at least one test.
 
 A test says what it holds with `@pytest.mark.requirement("client 3: x-should-retry", ...)`, so that a rename keeps it.
 A comment above an entry says in what this library differs from Trace.
@@ -29,7 +29,7 @@ CLIENT = (
     "client 2: nor one whose answer has begun",
     "client 2: counted as an attempt",
     "client 2: llama-server after 5 s idle",
-    "client 3: 408, 409, 429, 5xx, lost connections are tried again",
+    "client 3: 408, 409, 429, 5xx, lost connections are retried",
     "client 3: 0.5 s doubling to 8, with jitter",
     "client 3: Retry-After in ms, seconds, fractions, as a date; 0 is absent",
     "client 3: Retry-After is waited for",
@@ -60,7 +60,7 @@ CLIENT = (
     "client 7: no content",
     "client 7: no candidates, a blocked prompt",
     "client 7: an error within a stream",
-    "client 7: what is malformed is tried again",
+    "client 7: a malformed answer is retried",
     "client 8: a class for each kind",
     "client 8: message and code of every shape, numbers too",
     "client 8: words even without a body",
@@ -257,7 +257,7 @@ EXPERIMENTAL = (
     "Trace: ParetobasedPS",
     # new candidates are tried on the next minibatch where a subclass's `due` returns none
     "Trace: StreamingPrioritySearch",
-    # no embedding model is at hand to depend on: a subclass's `keep` or `ranked` decides what is remembered
+    # there is no embedding model to depend on: a subclass's `keep` or `ranked` decides what is remembered
     "Trace: POLCA: an epsilon-net over embeddings, a summarizer",
     "Trace: Console logger",
     "Trace: Tensorboard logger",

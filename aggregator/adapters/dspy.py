@@ -112,7 +112,7 @@ def _demo_type(fields: Mapping[str, Any]) -> Any:
     kinds = {
         name: field.annotation if carried_by_json(field.annotation, None) else Any for name, field in fields.items()
     }
-    made: Any = TypedDict("Demo", kinds, total=False)  # type: ignore[misc] # of the signature at hand
+    made: Any = TypedDict("Demo", kinds, total=False)  # type: ignore[misc] # of the current signature
     made.__module__ = "builtins"  # prompts show `list[Demo]`
     return made
 

@@ -150,7 +150,7 @@ def bundle(description: Any = None, *, trainable: bool = False, sandbox: Sandbox
         return _wrap(description, None, trainable=False, place=HERE)
     place = place_of(sandbox)
     if sandbox not in ("changed", None) and not trainable:
-        raise ConfigError("Expected trainable=True beside sandbox=..., got False; only trained code is sandboxed")
+        raise ConfigError("Expected trainable=True with sandbox=..., got False; only trained code is sandboxed")
     return lambda function: _wrap(function, description, trainable=trainable, place=place)
 
 

@@ -533,7 +533,7 @@ def _problems(code: CodeParameter, owner: Any) -> str:
     facts = [(lines.get(name, 0), f"uses {name}, {what}") for name, what in around.missing.items()]
     facts += [(line, what) for what, line in uses.problems.items()]
     if like.__code__.co_flags & _IS_GENERATOR:
-        facts.append((0, "is a generator, whose values cannot cross"))
+        facts.append((0, "is a generator, whose values cannot be sent"))
     facts += [(1, f"takes {name}: {kind}") for name, kind in _odd_arguments(like)]
     return ", ".join(f"{what} (line {line})" if line else what for line, what in sorted(facts))
 

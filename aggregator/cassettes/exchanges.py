@@ -3,7 +3,7 @@ r"""One recorded exchange, and its one line in a journal.
     {"request":{...},"response":{...},"x":"{\"lineage\":...,\"key\":\"...\",\"sha256\":\"...\"}"}
 
 A line is JSON and a YAML flow item at once, so that msgspec and stock vcrpy both read it. Our own facts are under
-`x`, beside `request` and `response`, where vcrpy does not look: as JSON in one text, since a mapping would cost vcrpy a
+`x`, next to `request` and `response`, and ignored by vcrpy: as JSON in one text, since a mapping would cost vcrpy a
 third of its loading time. They end in the digest of the request's bytes, by which a replay finds the line without
 reading the rest, and in the sha256 of the line before it. A body that is not UTF-8 is `!!binary "…"`: YAML, not JSON,
 and the only exception.

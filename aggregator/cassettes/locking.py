@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from aggregator.errors import CassetteError, CassetteLockedError
-from aggregator.files import beside, make_folder, open_file
+from aggregator.files import make_folder, open_file, sibling_path
 
 try:
     import fcntl
@@ -29,7 +29,7 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         """Take the lock; raises CassetteLockedError naming the process that holds it."""
-        self._path = beside(path, ".lock")
+        self._path = sibling_path(path, ".lock")
         self._process = os.getpid()
         try:
             make_folder(path.parent)
@@ -75,7 +75,7 @@ class FileLock:
             return
         gone = self._path
         if fcntl is not None:
-            gone = beside(self._path, f".{os.getpid()}")
+            gone = sibling_path(self._path, f".{os.getpid()}")
             with suppress(FileNotFoundError):
                 self._path.replace(gone)
         os.close(self._file)

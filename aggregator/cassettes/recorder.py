@@ -30,7 +30,7 @@ from aggregator.cassettes.rules import DEFAULT_RULES, Adopts, Faults, Latency, L
 from aggregator.cassettes.storage import LayoutChoice, followed, read, save
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteError, ConfigError
-from aggregator.files import beside, make_folder
+from aggregator.files import make_folder, sibling_path
 
 # Which file is read and which is written
 
@@ -127,12 +127,12 @@ def _replay(path: Path, mode: Mode, redaction: Redaction) -> _Plan | None:
 def _playing(path: Path, there: Recording) -> _Plan:
     """Return the plan of a finished cassette that only plays; unfinished ones next to it are reported."""
     left = tuple(
-        f"{beside}: an unfinished recording; {remedy}, or delete it"
-        for beside, remedy in (
+        f"{part}: an unfinished recording; {remedy}, or delete it"
+        for part, remedy in (
             (part_of(path), 'record with mode="new_episodes" to take it up'),
             (successor_of(path), 'record with mode="all" to start over'),
         )
-        if beside.exists()
+        if part.exists()
     )
     return _Plan(played=there.rows, findings=there.findings + left)
 
@@ -163,12 +163,12 @@ def _recording(path: Path, mode: Mode, redaction: Redaction) -> _Plan:
 
 def part_of(path: Path) -> Path:
     """Return where new episodes of a finished cassette are written until they are merged."""
-    return beside(path, ".part")
+    return sibling_path(path, ".part")
 
 
 def successor_of(path: Path) -> Path:
     """Return where mode "all" writes until it replaces the cassette."""
-    return beside(path, ".new")
+    return sibling_path(path, ".new")
 
 
 def _finish(

@@ -73,7 +73,7 @@ class Slot:
         self.digest = ""  # of what was redacted in the body, once the request is clean
 
     def place(self) -> None:
-        """Label a call of one of several that are or were under way at once: identical ones may come of the others."""
+        """Label a call of concurrent work, in which identical calls may overlap."""
         if not self.label and self.branch is not None and self.branch.is_concurrent():
             self.label = self.branch.inner
 

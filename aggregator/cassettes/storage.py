@@ -233,7 +233,7 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, priv
             f"Expected to write the cassette {path}, got {error}; free some space or make the folder writable. "
             "What was recorded is still in its journal, and is taken up by the next recording"
         ) from error
-    for old in shards_beside(path):
+    for old in further_shards(path):
         if old not in others:
             old.unlink()
 
@@ -243,7 +243,7 @@ def followed(path: Path) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
-def shards_beside(path: Path) -> list[Path]:
+def further_shards(path: Path) -> list[Path]:
     """Return every further shard of this name, of any recording."""
     name = re.compile(rf"{re.escape(path.stem)}\.[0-9a-f]{{12}}\.\d{{4}}{re.escape(path.suffix)}")
     return sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))

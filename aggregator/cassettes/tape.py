@@ -301,7 +301,7 @@ class Tape:
     ) -> tuple[Entry, bool]:
         """Take an answer that the next `flush` writes; return True for the first since the last one.
 
-        `record` in two steps: what is handed in within one turn of the event loop is written at once, and `finish`ed
+        `record` in two steps: answers submitted in one turn of the event loop are written at once, and `finish`ed
         before it is used.
         """
         entry = self._enter(slot, reply, usage=usage, model=model, failure=failure)
@@ -373,7 +373,7 @@ class Tape:
         return entry
 
     def flush(self) -> None:
-        """Write what was handed in; what comes after the tape was closed is refused, as the file is finished."""
+        """Write pending entries. Entries that arrive after `close` are rejected, because the file is finished."""
         if self._writer is None or os.getpid() != self._process:
             return
         with self._lock:
@@ -477,7 +477,7 @@ class Tape:
 @cache
 def _vcr_miss_class(vcr_error: type[Exception]) -> type[CassetteMissError]:
     class RecordedMissError(CassetteMissError, vcr_error):  # type: ignore[misc, valid-type] # as vcrpy makes it
-        """A miss, which is vcrpy's own exception as well: code that catches that goes on as it did."""
+        """A miss, which is vcrpy's own exception as well: code that catches that still works."""
 
         cassette = failed_request = None
         similar_requests: Sequence[object] = ()

@@ -168,7 +168,7 @@ def _print_tally(sums: dict[tuple[str, str], Totals]) -> None:
     head = ["role", "model", "exchanges", "failed", "input", "output", "cost USD", "seconds"]
     print("\n".join(columns(head, [*lines, line("all", "", everything)], frozenset(head[2:]))))
     if everything.unknown:
-        print(f"{show_count(everything.unknown, 'exchange')} told no tokens; they are in no sum")
+        print(f"{show_count(everything.unknown, 'exchange')} without token counts; they are not in the sums")
 
 
 def print_difference(options: argparse.Namespace) -> int:

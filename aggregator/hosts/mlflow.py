@@ -98,7 +98,7 @@ class AggregatedUpdate(BasePromptOptimizer):
         Raises ConfigError without training data or scorers.
         """
         if eval_fn is None or not train_data:
-            raise ConfigError("Expected train_data= and scorers= beside AggregatedUpdate, got none to learn from")
+            raise ConfigError("Expected train_data= and scorers= with AggregatedUpdate, got none to learn from")
         parameters = [prompt_parameter(name, template) for name, template in target_prompts.items()]
         initial = {one.name: as_template(one.data) for one in parameters}
         evaluate = _Evaluations(eval_fn, {one.name for one in parameters if one.type is not str})
@@ -146,7 +146,7 @@ class _Evaluations:
 
 def _judged(record: EvaluationResultRecord) -> Judged:
     if record.score is None:
-        raise ConfigError("Expected scorers= beside AggregatedUpdate, got none; a prompt is trained by its scores")
+        raise ConfigError("Expected scorers= with AggregatedUpdate, got none; a prompt is trained by its scores")
     output = record.outputs
     failed = isinstance(output, str) and output.startswith(FAILED)
     lines = [f"{name}: {text}" for name, text in (record.rationales or {}).items() if text]

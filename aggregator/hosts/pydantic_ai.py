@@ -221,7 +221,7 @@ def _chosen(choice: Any, parameters: ModelRequestParameters) -> tuple[list[Any],
     """Return the tools that a call may use by the setting `tool_choice`, and its choice in OpenAI's words.
 
     As in pydantic-ai, "required" is about function tools, "none" leaves those of the output, a list names all that may
-    be used, and ToolOrOutput the function tools beside the output.
+    be used, and ToolOrOutput the function tools with the output.
     """
     functions, outputs = parameters.declared_function_tools, parameters.output_tools
     usual = "auto" if parameters.allow_text_output else "required"

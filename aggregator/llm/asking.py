@@ -2,7 +2,7 @@
 
 Structured output falls back from json_schema to json_object to the prompt alone. Servers refuse a `response_format`
 with 400, 422 or a 500 that names it, or ignore it silently, so the text is always checked. A refused schema is
-remembered for that schema, per (base_url, model), and tried again later. An invalid answer says nothing about the next.
+remembered for that schema, per (base_url, model), and retried later. An invalid answer says nothing about the next.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NAMES_FORMAT = re.compile(
     r"response.?format|json.?schema|json.?object|guided|grammar|structured.?output|\bschema\b", re.IGNORECASE
 )
 
-_ASKED_AGAIN = 600.0  # seconds after which a refused form is tried again: servers are updated
+_ASKED_AGAIN = 600.0  # seconds after which a refused form is retried: servers are updated
 
 _Key = tuple[str, str, bytes]
 _remembered: WeakKeyDictionary[object, dict[_Key, tuple[int, float]]] = WeakKeyDictionary()

@@ -321,7 +321,7 @@ def transport(
 
 
 def _class() -> type:
-    """Return the driver as a transport of httpx and of httpx2, whichever is imported; imported here if neither is."""
+    """Return the driver as a transport of httpx or httpx2, if imported; imported here if neither is."""
     loaded = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
     if not loaded:
         try:

@@ -108,7 +108,7 @@ class Budget:
 
     @property
     def reserved(self) -> Spending:
-        """What requests under way may still cost at most."""
+        """The maximum cost of requests in flight."""
         with self._lock:
             held = _add(self._taken, self._spent, -1)
         return Spending(usd=held.pico / _PICO, tokens=held.tokens, calls=held.calls)
@@ -151,7 +151,7 @@ class Budget:
     async def reserve(self, amount: Amount, timeout: float | None = None) -> None:
         """Set an upper estimate aside; pair it with `settle`.
 
-        Raises BudgetExceededError where it would not fit even if nothing else were under way, APITimeoutError where
+        Raises BudgetExceededError where it would not fit even if nothing else were in flight, APITimeoutError where
         those in flight did not make room in time.
         """
         if self.take(amount):
@@ -289,7 +289,7 @@ current_budget = _current.get
 
 @contextmanager
 def spending(budget: Budget | None) -> Iterator[Budget | None]:
-    """Count every call made inside in `budget`, whichever client makes it."""
+    """Count every call made inside in `budget`, from any client."""
     token = _current.set(budget)
     try:
         yield budget

@@ -191,7 +191,7 @@ class LLM:
     ) -> Stream:
         """Ask and read the answer as it comes: `async for delta in llm.stream(...)`; `.completion` once it ended.
 
-        Errors are those of `complete`. After the first delta nothing is tried again, since it has been used already.
+        Errors are those of `complete`. After the first delta there is no retry, because the delta has been used.
         """
         check_choice_and_extra(tool_choice, extra)
         call = ChatCall(

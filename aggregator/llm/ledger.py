@@ -340,7 +340,7 @@ def _factors(ask: Callable[..., Any], usual: float) -> dict[str, float]:
     return factors
 
 
-def need_price(provider: str, model: str, table: Prices | None, where: str = "beside the model") -> Price:
+def need_price(provider: str, model: str, table: Prices | None, where: str = "with the model") -> Price:
     """Return a price or raise ConfigError: a budget in USD needs one before anything is spent.
 
     `where` is where `prices` are passed, for the error message.

@@ -102,7 +102,7 @@ class Limiter:
             if place.done() and not place.cancelled():  # it was given a place while being cancelled
                 self.leave()
             if isinstance(error, TimeoutError):
-                raise _no_turn(timeout, f"{self.max_concurrency} calls are under way") from None
+                raise _no_turn(timeout, f"{self.max_concurrency} calls are in flight") from None
             raise
 
     def leave(self) -> None:

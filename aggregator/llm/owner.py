@@ -154,7 +154,7 @@ def stand_in_for(llm: LLM) -> tuple[type[LLM], dict[str, Any]]:
 
 
 def make_stand_in(kind: type[LLM], state: Mapping[str, Any], number: int) -> LLM:
-    """Build the replacement described by `stand_in_for`: a client that passes its calls to the owner, by `number`."""
+    """Build a client's replacement: a client that passes its calls to the owner, by `number`."""
     from aggregator.llm import asking
 
     llm = kind.__new__(kind)

@@ -128,7 +128,7 @@ class AiohttpTransport(Transport):
 
     @asynccontextmanager
     async def open(self, request: HTTPRequest, *, timeout: float | None = None) -> AsyncIterator[StreamedReply]:
-        """Send one request and hand out the answer as soon as its head is there; leaving the block ends the request."""
+        """Send one request and yield the answer once its head has arrived; leaving the block ends the request."""
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):

@@ -325,7 +325,7 @@ def failure(error: BaseException, request: dict[str, Any]) -> bytes:
     if isinstance(error, NameError) and error.name:
         for function in request["functions"].values():
             if what := function["missing"].get(error.name):
-                return reply(limit=f"it needs {error.name}, {what}, which cannot cross to it")
+                return reply(limit=f"it needs {error.name}, {what}, which cannot be sent to it")
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == FILE:

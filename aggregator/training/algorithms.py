@@ -147,7 +147,7 @@ class AggregatedUpdate(Minibatch):
             return LLMMerge(self.llm, max_tokens=self.max_tokens, system_prompt=self.aggregator_system_prompt)
         if hooks:
             raise ConfigError(
-                f"Expected no {', '.join(hooks)} beside rule=, got both; they belong to the default merge. "
+                f"Expected no {', '.join(hooks)} with rule=, got both; they belong to the default merge. "
                 "Leave rule= out, or change the rule"
             )
         return self.rule

@@ -169,7 +169,7 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         raise TrainingError(
             f"Expected to write {path}, got {error}; free some space or make the folder writable. "
-            "A run goes on from its last checkpoint with resume=True"
+            "A run continues from its last checkpoint with resume=True"
         ) from error
 
 

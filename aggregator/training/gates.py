@@ -273,7 +273,7 @@ def check_keep(keep: Any, *, validates: bool) -> Kept:
     if keep not in get_args(Kept):
         raise ConfigError(f"Expected keep 'best' or 'last', got {keep!r}")
     if keep == "best" and not validates:
-        raise ConfigError("Expected validate_dataset beside keep='best', got none; the test set never chooses")
+        raise ConfigError("Expected validate_dataset with keep='best', got none; the test set never chooses")
     kept: Kept = keep
     return kept
 

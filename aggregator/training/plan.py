@@ -116,7 +116,7 @@ def check(plan: Plan) -> Plan:
         )
     check_guide(plan.guide)
     if plan.run_dir is None and plan.resume:
-        raise ConfigError("Expected run_dir beside resume=True, got None; name the folder of the run to go on with")
+        raise ConfigError("Expected run_dir with resume=True, got None; name the folder of the run to go on with")
     files = () if plan.run_dir is None or plan.resume else (plan.run_dir / CHECKPOINT, plan.run_dir / JOURNAL)
     if any(file.exists() for file in files):
         raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
@@ -150,7 +150,7 @@ def check_perfect(skip_perfect: Any, max_score: Any, guide: Any) -> float | None
     best = declared_limit(guide, "max_score") if max_score is None else float(max_score)
     if best is None:
         raise ConfigError(
-            "Expected a declared maximum beside skip_perfect=True, got none; give max_score=1.0 to the trainer, or set "
+            "Expected a declared maximum with skip_perfect=True, got none; give max_score=1.0 to the trainer, or set "
             "max_score on the guide"
         )
     return best
@@ -160,7 +160,7 @@ def check_saving(plan: Plan, agent: Any) -> None:
     """Raise ConfigError if the agent should be saved and cannot be; otherwise this would fail after the first steps."""
     if plan.save_frequency and not callable(getattr(agent, "save", None)):
         raise ConfigError(
-            f"Expected an agent with save(path) beside save_frequency={plan.save_frequency}, got {agent!r}; "
+            f"Expected an agent with save(path) with save_frequency={plan.save_frequency}, got {agent!r}; "
             "derive it from Module, or give run_dir instead"
         )
 

@@ -45,7 +45,7 @@ class Step(Struct, frozen=True, kw_only=True):
     minibatch. `history` holds the reports of earlier steps, `initial` the run's initial values. `min_score` is the
     score of an instance on which the agent itself fails. `checks` refuse single values (`aggregator.training.gates`).
 
-    An instance whose score is at least `skip_from` is satisfied: nothing is proposed for it. `satisfied` tells a rule
+    An instance whose score is at least `skip_from` is satisfied: nothing is proposed for it. For a rule, `satisfied` is
     the number of these in the group that it merges: they support the current value.
 
     `memory` is JSON that a gate may write, under its own names; it is saved with the step, and dropped with a step that

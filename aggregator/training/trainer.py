@@ -203,12 +203,12 @@ class Trainer:
             return
         if not isinstance(agent, InstanceAgent):
             raise ConfigError(
-                f"Expected an agent that can be called with one input beside an overridden forward, got "
+                f"Expected an agent that can be called with one input with an overridden forward, got "
                 f"{type(self.agent).__name__}, which takes batches; leave forward as it is"
             )
         if self.executor is not None and getattr(self.executor, "is_remote", True):
             raise ConfigError(
-                f"Expected an executor of this process beside an overridden forward, got "
+                f"Expected an executor of this process with an overridden forward, got "
                 f"{type(self.executor).__name__}; leave forward as it is, or use LocalExecutor"
             )
 

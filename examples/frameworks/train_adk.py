@@ -1,4 +1,4 @@
-"""Train the instructions of a Google ADK agent and the agent to which it hands over."""
+"""Train the instructions of a Google ADK agent and its sub-agent."""
 
 from google.adk.agents import LlmAgent
 from google.adk.models.lite_llm import LiteLlm

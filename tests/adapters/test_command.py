@@ -148,7 +148,7 @@ async def test_a_null_byte_is_the_agents_failure() -> None:
     assert "Expected to start" in found.failure.message
 
 
-async def test_log_lines_beside_the_reply_are_malformed() -> None:
+async def test_log_lines_around_the_reply_are_malformed() -> None:
     found = await rollout(python('print("starting"); print(\'{"output": 1}\')'))
     assert found.failure is not None
     assert "Expected a reply as JSON" in found.failure.message

@@ -32,7 +32,7 @@ def reply(body: bytes, **headers: str) -> HTTPReply:
         ((), set()),
     ],
 )
-def test_names_of_libraries_stand_for_the_clients_below_them(clients: Any, expected: set[str]) -> None:
+def test_a_librarys_name_covers_its_clients(clients: Any, expected: set[str]) -> None:
     """`clients` takes "all", a name or a list; a library's name covers every client that may carry its requests."""
     assert families(clients) == expected
 

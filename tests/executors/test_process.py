@@ -79,7 +79,7 @@ async def written(path: Path) -> str:
 
 
 async def test_results_are_in_the_order_of_the_tasks(executor: ProcessExecutor) -> None:
-    """Rollouts equal the local executor's, whichever worker ends first, and two processes work."""
+    """Rollouts equal the local executor's in any order of completion, and two processes work."""
     agent = Adder()
     local = await LocalExecutor().map(work(agent), tasks(*range(9)))
     remote = await executor.map(work(agent), tasks(*range(9)))

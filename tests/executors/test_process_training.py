@@ -124,7 +124,7 @@ class Forwarding(AggregatedUpdate):
 def test_what_cannot_run_in_processes_is_refused_before_a_call(executor: ProcessExecutor) -> None:
     """An overridden `forward` is refused at construction, a guide that cannot be pickled when the run begins."""
     model = ScriptedModel(suggestion(amount=2))
-    with pytest.raises(ConfigError, match="Expected an executor of this process beside an overridden forward"):
+    with pytest.raises(ConfigError, match="Expected an executor of this process with an overridden forward"):
         Forwarding(Odd(), LLMOptimizer(llm=model), llm=model, executor=executor)
     trainer = AggregatedUpdate(Odd(), LLMOptimizer(llm=model), llm=model, executor=executor, observers=[])
     with pytest.raises(ConfigError, match="Expected a guide that pickles"):

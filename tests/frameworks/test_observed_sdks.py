@@ -122,7 +122,7 @@ def test_an_sdks_429_is_not_the_agents_failure(call: Call, server: ModelServer) 
     if "stream" in call.name and call.package == "google-genai":
         pytest.skip("its retries are those of the call without a stream")
     if "Parallel" in call.name:
-        pytest.skip("it hides errors, and the agent goes on without an answer")
+        pytest.skip("it hides errors, and the agent continues without an answer")
     server.status = 429
     with pytest.raises(aggregator.TrainingError, match=r"RateLimitError|429|slow down|lost"):
         run(call, server.url)
@@ -173,6 +173,6 @@ def test_an_sdk_works_with_our_transport(package: str, backend: str, server: Mod
 def test_a_lost_connection_of_an_sdk_is_not_the_agents_failure(call: Call) -> None:
     """The connection is refused, as by a server that is down."""
     if "Parallel" in call.name:
-        pytest.skip("it hides errors, and the agent goes on without an answer")
+        pytest.skip("it hides errors, and the agent continues without an answer")
     with pytest.raises(aggregator.TrainingError, match="Connection|lost"):
         run(call, "http://127.0.0.1:9")

@@ -192,6 +192,6 @@ class CalledGuide(ForwardGuide):
     ids=["forward", "get_feedback", "call"],
 )
 async def test_an_overridden_forward_of_a_trace_guide_is_called(guide: Any, expected: Any) -> None:
-    """Whichever method a subclass overrides is called."""
+    """The method that a subclass overrides is called."""
     check_guide(guide)
     assert await judge(guide, "2 + 2?", "4", "4") == expected

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Obedient(BaseLlm):
-    """Answers with its instruction; hands over to `refunds` if it may."""
+    """Answers with its instruction, or transfers to `refunds` if possible."""
 
     model: str = "obedient"
 

@@ -119,8 +119,8 @@ TRANSIENT: list[tuple[Any, type[LLMError]]] = [
 
 
 @pytest.mark.requirement(
-    "client 3: 408, 409, 429, 5xx, lost connections are tried again",
-    "client 7: what is malformed is tried again",
+    "client 3: 408, 409, 429, 5xx, lost connections are retried",
+    "client 7: a malformed answer is retried",
     "client 8: attempts",
     "built 4: transient ones within the attempts set",
     "figure: requests for one doomed call: permanent 1, transient the attempts set",

@@ -271,7 +271,7 @@ async def test_a_call_cancelled_while_its_answer_is_written_is_on_the_tape(tmp_p
 
 
 async def test_a_call_that_outlives_its_cassette(tmp_path: Path) -> None:
-    """A task that goes on after the cassette's block gets an error, and the finished file is unchanged."""
+    """A task that continues after the cassette's block gets an error, and the finished file is unchanged."""
     path, go = tmp_path / "outlived.yaml", asyncio.Event()
 
     async def wait() -> None:

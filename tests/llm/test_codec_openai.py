@@ -386,7 +386,7 @@ def test_azure_addresses(base_url: str, version: str | None, url: str) -> None:
     assert "authorization" not in request.headers
 
 
-def test_thinking_beside_the_output_was_free() -> None:
+def test_thinking_outside_the_output_was_free() -> None:
     """If the total is more than input and output, the rest is output: xAI counts thinking that way."""
     usage = {
         "prompt_tokens": 32,

@@ -57,7 +57,7 @@ USUAL = {
     "thinking aloud": answer({"content": "<think>two and two</think>\n\n4"}),
     "thinking twice": answer({"content": "<think>and two</think>4", "reasoning": "two "}),
     "cost as an object": answer({"content": "4"}, usage={**COUNTS, "cost": {"total_cost": 0.5}}),
-    "cost beside usage": answer({"content": "4"}, cost={"usd": 0.5}),
+    "cost next to usage": answer({"content": "4"}, cost={"usd": 0.5}),
     "cut": answer({"content": "Hi, I"}, "length"),
 }
 PUT: tuple[Any, ...] = (None, "", "x", 0, 1.5, True, [], {}, [{}], ...)
@@ -116,7 +116,7 @@ READ = {
     "thinking aloud": ("4", "two and two", "stop", 0),
     "thinking twice": ("4", "two and two", "stop", 0),
     "cost as an object": ("4", None, "stop", 0),
-    "cost beside usage": ("4", None, "stop", 0),
+    "cost next to usage": ("4", None, "stop", 0),
     "cut": ("Hi, I", None, "length", 0),
     "parts": ("4", None, "stop", 0),
     "two choices": ("Hi, I", None, "length", 0),

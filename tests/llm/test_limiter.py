@@ -254,7 +254,7 @@ async def test_waiting_ends_at_the_deadline() -> None:
     """The error of a call that times out in the queue states what it waited for."""
     limiter = Limiter(max_concurrency=1)
     await limiter.enter()
-    with pytest.raises(APITimeoutError, match="1 calls are under way"):
+    with pytest.raises(APITimeoutError, match="1 calls are in flight"):
         await limiter.enter(0.01)
     limiter.rejected(await limiter.admit(), 60.0)
     with pytest.raises(APITimeoutError, match="rate limits leave no room"):

@@ -26,7 +26,7 @@ from aggregator.llm.retry import NOT_SENT, RetryPolicy, is_transient, was_sent
 POLICY = RetryPolicy(max_attempts=10)
 
 
-@pytest.mark.requirement("client 3: 408, 409, 429, 5xx, lost connections are tried again", "Trace: auto_retry")
+@pytest.mark.requirement("client 3: 408, 409, 429, 5xx, lost connections are retried", "Trace: auto_retry")
 @pytest.mark.parametrize(
     "kind",
     [APIConnectionError, APITimeoutError, RateLimitError, ServerError, DecodeError, EmptyResponseError],

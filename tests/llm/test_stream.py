@@ -234,7 +234,7 @@ async def test_replay_of_a_stream_that_was_left_early(tmp_path: Path) -> None:
 
 
 async def test_reading_on_after_an_abandoned_stream_raises(tmp_path: Path) -> None:
-    """A replay does not present a part as the whole; a recording that goes on asks again."""
+    """A replay does not present a part as the whole; a continued recording asks again."""
 
     async def first(llm: LLM) -> str:
         async with llm.stream(QUESTION) as stream:
@@ -252,7 +252,7 @@ async def test_reading_on_after_an_abandoned_stream_raises(tmp_path: Path) -> No
 
 
 async def test_a_cancelled_stream_was_recorded_as_a_whole_answer(tmp_path: Path) -> None:
-    """It has no answer, like any cancelled call: a recording that goes on asks again, a replay misses."""
+    """It has no answer, like any cancelled call: a continued recording asks again, a replay misses."""
     path, stuck = tmp_path / "cancelled.yaml", asyncio.Event()
 
     class Stuck(Streaming):

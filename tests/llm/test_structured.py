@@ -329,8 +329,8 @@ async def test_a_refused_schema_demoted_all_others() -> None:
     assert forms(transport) == ["json_schema", "json_object", "json_schema", "json_object", "json_schema"]
 
 
-async def test_a_refused_schema_is_tried_again_later() -> None:
-    """Servers are updated: after ten minutes the best form is tried again."""
+async def test_a_refused_schema_is_retried_later() -> None:
+    """Servers are updated: after ten minutes the best form is retried."""
     server, time = Server("json_object"), VirtualTime()
     llm = LLM("m", base_url=BASE_URL, transport=server, clock=time.clock, sleep=time.sleep)
     await llm.complete(QUESTION, response_format=SCHEMA)

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
-from environments import CACHE, make  # noqa: E402 - beside this folder
+from environments import CACHE, make  # noqa: E402 - next to this folder
 
 SUITES = {"vcrpy": "9.4.2", "pytest_recording": "0.14.1"}
 VCRPY = ["tests/integration", "-m", "not online", "-k", "not https"]

@@ -318,7 +318,7 @@ def test_sandbox_arguments_are_validated() -> None:
     """An unknown word, a limit of 0, and a sandbox for code that is not trained are refused."""
     with pytest.raises(ConfigError, match="Expected sandbox=None, 'process' or Limits"):
         bundle(trainable=True, sandbox="thread")  # type: ignore[call-overload]
-    with pytest.raises(ConfigError, match="Expected trainable=True beside sandbox"):
+    with pytest.raises(ConfigError, match="Expected trainable=True with sandbox"):
         bundle(sandbox="process")
     with pytest.raises(ConfigError, match=r"Expected Limits\(seconds=...\) of at least 0.001, got 0"):
         Limits(seconds=0)

@@ -17,15 +17,15 @@ def test_a_project_records_once_and_replays_offline(project: pytest.Pytester, mo
     """The first run calls the model, later ones play the cassettes, and each test has its file."""
     project.runpytest().assert_outcomes(passed=EVERY_TEST)
     asked = model.hits
-    beside = "tests/unit/cassettes"
+    folder = "tests/unit/cassettes"
     assert cassettes(project) == [
-        f"{beside}/shared/greeting.yaml",
-        f"{beside}/test_router/TestGrouped.test_method.yaml",
-        f"{beside}/test_router/test_async.yaml",
-        f"{beside}/test_router/test_parametrised[login-].yaml",
-        f"{beside}/test_router/test_parametrised[refund-late].yaml",
-        f"{beside}/test_router/test_plain.yaml",
-        f"{beside}/test_router/test_with_fixture.yaml",
+        f"{folder}/shared/greeting.yaml",
+        f"{folder}/test_router/TestGrouped.test_method.yaml",
+        f"{folder}/test_router/test_async.yaml",
+        f"{folder}/test_router/test_parametrised[login-].yaml",
+        f"{folder}/test_router/test_parametrised[refund-late].yaml",
+        f"{folder}/test_router/test_plain.yaml",
+        f"{folder}/test_router/test_with_fixture.yaml",
     ]
     model.shutdown()
     project.runpytest("--cassette-mode=none", "-p", "no:randomly").assert_outcomes(passed=EVERY_TEST)
@@ -212,10 +212,10 @@ def test_cassettes_of_vcr_tests_were_always_orphans(project: pytest.Pytester, mo
     )
     project.runpytest("-o", "cassette_serve_vcr=true", "--record-mode=once").assert_outcomes(passed=2)
     kept = json.loads((project.path / ".pytest_cache/v/aggregator/cassettes").read_text())
-    beside = project.path / "tests/cassettes/test_one"
+    folder = project.path / "tests/cassettes/test_one"
     assert kept == {
-        "tests/test_one.py::test_it": {"path": f"{beside / 'test_it.yaml'}", "unplayed": [], "complete": True},
-        "tests/test_one.py::test_stock": {"path": f"{beside / 'test_stock.yaml'}", "unplayed": [], "complete": False},
+        "tests/test_one.py::test_it": {"path": f"{folder / 'test_it.yaml'}", "unplayed": [], "complete": True},
+        "tests/test_one.py::test_stock": {"path": f"{folder / 'test_stock.yaml'}", "unplayed": [], "complete": False},
     }
 
 

@@ -135,7 +135,7 @@ class Extracting(AggregatedUpdate):
 def test_a_hook_of_the_default_merge_had_no_effect_with_a_rule(kind: Any, name: str) -> None:
     """A rule does not use it, so the combination is refused, at construction or when a run begins."""
     optimizer = LLMOptimizer(llm=ScriptedModel(from_feedback))
-    with pytest.raises(ConfigError, match=f"Expected no {name} beside rule="):
+    with pytest.raises(ConfigError, match=f"Expected no {name} with rule="):
         kind(Adder(), optimizer, rule=majority)
 
 
@@ -144,7 +144,7 @@ def test_a_hook_set_later_is_refused_with_a_rule_too() -> None:
     model = ScriptedModel(from_feedback)
     trainer = AggregatedUpdate(Adder(), LLMOptimizer(llm=model), rule=majority)
     trainer.aggregator_system_prompt = "Mine."
-    with pytest.raises(ConfigError, match="Expected no aggregator_system_prompt beside rule="):
+    with pytest.raises(ConfigError, match="Expected no aggregator_system_prompt with rule="):
         train(trainer)
     assert model.asked == []
 

@@ -47,7 +47,7 @@ class Asking(Module):
         if x == self.waits_at:
             sys.stdout.write("waiting\n")
             sys.stdout.flush()
-            time.sleep(3600)  # noqa: ASYNC251 - nothing goes on in this process: it is killed now
+            time.sleep(3600)  # noqa: ASYNC251 - the process is killed now
         await self.llm.complete(f"first about {x}")
         await asyncio.sleep(3600 if x == SLOW and self.hangs else self.pauses)
         await self.llm.complete(f"second about {x}")
@@ -119,7 +119,7 @@ def test_calls_of_an_abandoned_thread_are_refused() -> None:
     assert len(fake.requests) == sent
 
 
-def test_calls_of_a_coroutine_that_goes_on_are_refused() -> None:
+def test_calls_of_a_coroutine_that_ignores_its_cancellation_are_refused() -> None:
     """An agent that swallows its cancellation neither delays the run nor pays for calls."""
     fake, late = transport(), []
 

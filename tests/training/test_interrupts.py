@@ -383,7 +383,7 @@ def test_synchronous_hooks_and_agents_use_separate_threads(use_asyncio: bool) ->
 
 
 async def test_a_cancelled_synchronous_update_writes_nothing() -> None:
-    """`super().update` in a thread is cancelled with its run, although the thread goes on."""
+    """`super().update` in a thread is cancelled with its run, although the thread continues."""
     gated, loop = asyncio.Event(), asyncio.get_running_loop()
     left = threading.Event()
 

@@ -91,7 +91,7 @@ def test_the_last_values_can_be_asked_for() -> None:
         trainer.restore("first")
     with pytest.raises(ConfigError, match="Expected keep 'best' or 'last', got 'first'"):
         train(Says(), validate_dataset=DATA, keep="first")
-    with pytest.raises(ConfigError, match="Expected validate_dataset beside keep='best'"):
+    with pytest.raises(ConfigError, match="Expected validate_dataset with keep='best'"):
         train(Says(), test_dataset=TEST, keep="best")
     with pytest.raises(ConfigError, match="call train first"):
         AggregatedUpdate(agent, LLMOptimizer(llm=ScriptedModel("")), llm=ScriptedModel("")).restore()
@@ -137,7 +137,7 @@ def test_unchanged_values_are_validated_once() -> None:
     assert [x for x, _ in agent.runs if x == "v"] == ["v"]
 
 
-def test_a_resumed_run_goes_on_from_the_last_values(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_from_the_last_values(tmp_path: Path) -> None:
     """It ends with the same bytes as an unbroken run, although the agent held the best values in between."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options: dict[str, Any] = {"validate_dataset": DATA, "num_epochs": 2}

@@ -302,7 +302,7 @@ def test_saving_an_agent_without_save() -> None:
         async def __call__(self, x: int) -> int:
             return await self.agent.forward(x)
 
-    with pytest.raises(ConfigError, match=r"Expected an agent with save\(path\) beside save_frequency=1"):
+    with pytest.raises(ConfigError, match=r"Expected an agent with save\(path\) with save_frequency=1"):
         AggregatedUpdate(Bare(), THREE, rule=majority).train(exact, DATA, save_frequency=1)
 
 

@@ -118,10 +118,10 @@ class Own(AggregatedUpdate):
 
 def test_an_overridden_forward_is_refused_with_a_remote_executor() -> None:
     """Another process has no trainer to call it on: the error is raised at construction."""
-    with pytest.raises(ConfigError, match="Expected an executor of this process beside an overridden forward"):
+    with pytest.raises(ConfigError, match="Expected an executor of this process with an overridden forward"):
         Own(Adder(), None, rule=majority, executor=Elsewhere())
     Own(Adder(), None, rule=majority, executor=LocalExecutor(2)).train(exact, DATA)
-    with pytest.raises(ConfigError, match="Expected an agent that can be called with one input beside an overridden"):
+    with pytest.raises(ConfigError, match="Expected an agent that can be called with one input with an overridden"):
         Own(Batches(), None, rule=majority)
 
 

@@ -162,7 +162,7 @@ def test_a_side_effect_of_an_operation_is_named(body: str, what: str, tmp_path: 
     assert f"Agent.op {what}" in problems(space["Agent"]())
 
 
-def test_arguments_and_values_that_cannot_cross_are_named() -> None:
+def test_arguments_and_values_that_cannot_be_sent_are_named() -> None:
     """The value's class is the user's own, as an annotation or used inside."""
 
     class Agent(Base):

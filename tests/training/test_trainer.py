@@ -412,7 +412,7 @@ class Nothing(Module):
         (Adder(), {"eval_frequency": -1}, "Expected eval_frequency"),
         (Adder(), {"max_failure_ratio": 2}, "Expected max_failure_ratio in"),
         (Adder(), {"guide": 7}, "Expected a guide"),
-        (Adder(), {"resume": True}, "Expected run_dir beside resume=True"),
+        (Adder(), {"resume": True}, "Expected run_dir with resume=True"),
         (Nothing(), {}, "Expected an agent with a trainable parameter"),
     ],
 )
