@@ -382,6 +382,8 @@ def raise_misses() -> Iterator[None]:
 
 
 _DEEPEST = 8
+_DOCUMENTED = 0x4000000 if sys.version_info >= (3, 14) else inspect.CO_OPTIMIZED
+"""The flag of code whose first constant is its docstring: before Python 3.14 that of every function; None is none."""
 _WHOLE = 2**62
 _METHODS = ("__call__", "get_feedback", "propose", "judge", "explore", "trials", "choose", "keep")
 """Methods by which a custom part decides; they are compared as code."""
@@ -500,10 +502,16 @@ def _function(function: Any, depth: int) -> Any:
 
 
 def _code(code: CodeType) -> Any:
-    """Return a function's code as JSON; sets among its constants are sorted, as processes order them differently."""
+    """Return a function's code as JSON, without its docstring.
+
+    Sets among its constants are sorted, as processes order them differently.
+    """
+    held = list(code.co_consts)
+    if code.co_flags & _DOCUMENTED and not code.co_name.startswith("<"):  # else a lambda or a comprehension
+        held[0] = None
     constants = [
         _code(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)
-        for one in code.co_consts
+        for one in held
     ]
     return [hashlib.sha256(code.co_code).hexdigest()[:16], list(code.co_names), constants]
 

@@ -105,6 +105,27 @@ def test_parts_are_compared_by_their_settings(before: Any, after: Any) -> None:
     assert identity_of(before) != identity_of(after)
 
 
+def documented(text: str, answer: str = "right") -> Any:
+    """Return a guide with a docstring, and with a function inside that has one."""
+    code = f"""
+def guide(x, output, info):
+    {text!r}
+    def judge():
+        {text!r}
+        return "{answer}"
+    return judge() == output
+"""
+    made: dict[str, Any] = {}
+    exec(code, made)
+    return made["guide"]
+
+
+def test_a_reworded_docstring_leaves_a_part_as_it_was() -> None:
+    """A run can be resumed after its documentation was mended; another constant in the code is another part."""
+    assert identity_of(documented("Compare.")) == identity_of(documented("Compare the two."))
+    assert identity_of(documented("Compare.")) != identity_of(documented("Compare.", "wrong"))
+
+
 def client(name: str = "openai/gpt-4o-mini", **options: Any) -> LLM:
     return LLM(name, **{"api_key": "none", "transport": FakeTransport("5"), **options})
 
