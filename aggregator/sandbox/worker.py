@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
-from types import MethodType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -281,7 +281,10 @@ def call(request: dict[str, Any], runner: Any) -> Any:
 def define(function: dict[str, Any]) -> Any:
     """Return a function in a new namespace, with the modules and values that it uses."""
     known = {name: imported_as(module) for name, module in function["modules"].items()} | function["values"]
-    names: dict[str, Any] = {"__name__": "trained_code", **known}
+    module = ModuleType(known.get("__name__", "trained_code"))
+    names = vars(module)
+    names |= known
+    sys.modules.setdefault(module.__name__, module)  # a data class looks for the module of its annotations
     flags = __future__.annotations.compiler_flag  # annotations may name anything
     exec(compile(function["source"], FILE, "exec", flags=flags, dont_inherit=True), names)  # noqa: S102 - the purpose
     made = names.pop(function["name"]) if function["is_method"] else names[function["name"]]

@@ -192,6 +192,20 @@ def test_the_transcript_shows_the_line() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "from dataclasses import dataclass\n@dataclass\nclass P:\n    n: int = 1",
+        "from typing import NamedTuple\nclass P(NamedTuple):\n    n: int",
+        "from msgspec import Struct\nclass P(Struct):\n    n: int",
+    ],
+    ids=["data class", "named tuple", "struct"],
+)
+def test_code_that_defines_a_data_class_failed(definition: str) -> None:
+    """Its annotations are texts, which are looked up in its module."""
+    assert trained(f"{definition}\nreturn P(x).n").work(5) == 5
+
+
 def test_every_call_starts_with_a_clean_state() -> None:
     """Changes of modules or globals in one call do not reach another, in any worker."""
     agent = trained(
