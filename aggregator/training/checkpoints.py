@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -384,6 +385,7 @@ def raise_misses() -> Iterator[None]:
 _DEEPEST = 8
 _DOCUMENTED = 0x4000000 if sys.version_info >= (3, 14) else inspect.CO_OPTIMIZED
 """The flag of code whose first constant is its docstring: before Python 3.14 that of every function; None is none."""
+_OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - a prefix of file names
 _WHOLE = 2**62
 _METHODS = ("__call__", "get_feedback", "propose", "judge", "explore", "trials", "choose", "keep")
 """Methods by which a custom part decides; they are compared as code."""
@@ -393,7 +395,7 @@ _METHODS = ("__call__", "get_feedback", "propose", "judge", "explore", "trials",
 
 
 def identity_of(part: Any, depth: int = 0) -> Any:
-    """Return JSON that identifies a part: models by name, functions by their code and closure.
+    """Return JSON that identifies a part: models by name, functions by code and closure, the library's by closure only.
 
     An object is its class and its settings: constructor arguments, strings and floats. Counters and lists are left out,
     so that a used part is still the same.
@@ -498,7 +500,8 @@ def _function(function: Any, depth: int) -> Any:
             held[name] = None
     defaults = [identity_of(one, depth + 1) for one in function.__defaults__ or ()]
     named = identity_of(function.__kwdefaults__ or {}, depth + 1)
-    return [function.__qualname__, _code(code), sorted(held.items()), defaults, named]
+    own = None if code.co_filename.startswith(_OURS) else _code(code)
+    return [function.__qualname__, own, sorted(held.items()), defaults, named]
 
 
 def _code(code: CodeType) -> Any:

@@ -14,6 +14,7 @@ from training_fakes import Adder, ScriptedModel, additions, suggest
 from aggregator import LLM, Budget, Module
 from aggregator.errors import TrainingError
 from aggregator.testing import FakeTransport
+from aggregator.training import rules
 from aggregator.training.checkpoints import digest, identity_of
 from aggregator.training.gates import improves_on_batch, improves_on_validation
 from aggregator.training.merge import LLMMerge
@@ -124,6 +125,19 @@ def test_a_reworded_docstring_leaves_a_part_as_it_was() -> None:
     """A run can be resumed after its documentation was mended; another constant in the code is another part."""
     assert identity_of(documented("Compare.")) == identity_of(documented("Compare the two."))
     assert identity_of(documented("Compare.")) != identity_of(documented("Compare.", "wrong"))
+
+
+@pytest.mark.parametrize(("file", "is_compared"), [(rules.__file__, False), ("my_rules.py", True)])
+def test_code_counts_unless_it_is_the_library_s_own(file: str, is_compared: bool) -> None:
+    """A newer version of the library resumes a run with a rule of its own that it has rewritten."""
+    written = []
+    for body in ("return proposals[:k]", "kept = proposals[:k]; return kept"):
+        made: dict[str, Any] = {}
+        exec(compile(f"def top(k):\n    def rule(proposals):\n        {body}\n    return rule", file, "exec"), made)
+        written.append(made["top"])
+    first, second = (identity_of(top(3)) for top in written)
+    assert (first != second) is is_compared
+    assert first != identity_of(written[0](4))
 
 
 def client(name: str = "openai/gpt-4o-mini", **options: Any) -> LLM:
