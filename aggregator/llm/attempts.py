@@ -10,10 +10,9 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import nullcontext
 from math import inf
 from random import Random
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from msgspec.structs import replace
@@ -34,7 +33,7 @@ from aggregator.llm import tracing
 from aggregator.llm.budget import NOTHING, Amount, Budget, assumed_output, budgets_of, pico, spent_by, upper_tokens
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.failures import scrub
-from aggregator.llm.ledger import Price, Prices, believed, count, find_price, need_price
+from aggregator.llm.ledger import Price, Prices, believed, current_ledger, find_price, need_price
 from aggregator.llm.limiter import Limiter, LoopLimiters, Openings, check_limits
 from aggregator.llm.messages import digest
 from aggregator.llm.names import Endpoint
@@ -254,8 +253,9 @@ class Attempts:
         while True:
             attempt = Attempt(self)
             try:
-                async with attempt:
-                    return attempt.read(await attempt.reply_to())
+                if self.budgets:
+                    await attempt.reserve()
+                return await attempt.answer()
             except LLMError as error:
                 if self.correct(error):
                     continue
@@ -292,7 +292,7 @@ class Attempts:
 
 
 class Attempt:
-    """One request and its answer, as a context: enter to reserve, leave to settle and record, whatever happened."""
+    """One request and its answer: reserve, answer, and in the end settle and record, whatever happened."""
 
     __slots__ = (
         "_held",
@@ -320,15 +320,12 @@ class Attempt:
         self.was_sent = self.is_live = self._leads = False
         self._held: Amount | None = None
 
-    async def __aenter__(self) -> Self:
-        """Reserve the most that this attempt can cost in every budget that counts it."""
-        budgets = self.attempts.budgets
-        if not budgets:
-            return self
-        amount = self._held = self.attempts.most()
+    async def reserve(self) -> None:
+        """Reserve the most that this attempt can cost in every budget that counts it; `end` settles it."""
+        amount = self.attempts.most()
         taken: list[Budget] = []
         try:
-            for budget in budgets:
+            for budget in self.attempts.budgets:
                 if not budget.take(amount):
                     self.attempts.leave()  # others that hold the budget may be waiting for this place
                     await budget.reserve(amount, self.attempts.timeout())
@@ -337,16 +334,41 @@ class Attempt:
             for budget in taken:
                 budget.settle(amount, NOTHING)
             raise
-        return self
+        self._held = amount
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Count the cost, and record the answer before it is used."""
+    async def answer(self) -> Completion:
+        """Return the recorded answer, or send the request and read what came; raises LLMError."""
+        try:
+            reply = self.play()
+            if reply is not None and self.tape is not None:
+                delay = self.tape.delay(reply)  # as long as a live answer takes, at least one turn of the loop
+                await (self.line.sleep(delay) if delay else asyncio.sleep(0))
+            else:
+                if not self.try_admit():
+                    await self.admit()
+                sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
+                if self.is_watched():
+                    with passing():
+                        reply = await sending
+                else:
+                    reply = await sending
+                self.reply = reply
+                self.accept(reply.status, reply.headers)
+            completion = self.read(reply)
+        except BaseException as error:
+            await self.end(error)
+            raise
+        await self.end(None)
+        return completion
+
+    async def end(self, error: BaseException | None) -> None:
+        """Count the cost, and record the answer before it is used; whatever happened."""
+        attempts, tape, slot = self.attempts, self.tape, self.attempts.slot
         if isinstance(error, LLMError):
-            scrub(error, self.attempts.request.secrets)  # whatever a page or an event quotes
-        if self._leads and self.attempts.opening is not None:
-            self.line.openings.leave(self.attempts.opening)
+            scrub(error, attempts.request.secrets)  # whatever a page or an event quotes
+        if self._leads and attempts.opening is not None:
+            self.line.openings.leave(attempts.opening)
         self._settle(error)
-        tape, slot = self.tape, self.attempts.slot
         if not self.is_live or tape is None or slot is None:
             return
         reply, failure = self.recorded(error)
@@ -359,24 +381,9 @@ class Attempt:
             slot,
             reply or NO_ANSWER,
             usage=None if answer is None else answer.usage,
-            model=(answer and answer.model) or self.attempts.call.model,
+            model=(answer and answer.model) or attempts.call.model,
             failure=failure,
         )
-
-    async def reply_to(self) -> HTTPReply:
-        """Return the recorded reply, or send the request and return what came."""
-        if (reply := self.play()) is not None:
-            assert self.tape is not None
-            delay = self.tape.delay(reply)  # as long as a live answer takes, at least one turn of the loop
-            await (self.line.sleep(delay) if delay else asyncio.sleep(0))
-            return reply
-        if not self.try_admit():
-            await self.admit()
-        sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
-        with self.past_tape():
-            reply = self.reply = await sending
-        self.accept(reply.status, reply.headers)
-        return reply
 
     def timeout(self) -> float | None:
         """Return the seconds that this attempt may take; the last one may take all that is left by default."""
@@ -395,11 +402,9 @@ class Attempt:
         self.was_sent = self.reply is not None
         return self.reply
 
-    def past_tape(self) -> Any:
-        """Return a context in which the patches of `clients=` neither ask the tape again nor count this request."""
-        if watcher_here() is None and (self.tape is None or not self.tape.rules.clients):
-            return nullcontext()
-        return passing()
+    def is_watched(self) -> bool:
+        """Return True if the patches of `clients=` would ask the tape again, or count this request twice."""
+        return watcher_here() is not None or (self.tape is not None and bool(self.tape.rules.clients))
 
     def try_admit(self) -> bool:
         """Go live if that needs no waiting: a place and the pace are free, and no opening is being written."""
@@ -465,7 +470,8 @@ class Attempt:
         """Count what this attempt cost, and report it."""
         usage = None if self.completion is None else self.completion.usage
         if usage is not None:
-            count(current_role(), usage, 0.0 if self.reply is None else self.reply.milliseconds)
+            if (ledger := current_ledger()) is not None:
+                ledger.add(current_role(), usage, 0.0 if self.reply is None else self.reply.milliseconds)
             limiter = self.attempts.limiter
             if limiter is not None and limiter.tpm is not None and self.admission is not None:
                 limiter.used(self.admission, usage.total_tokens)

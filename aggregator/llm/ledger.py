@@ -14,6 +14,7 @@ from math import fsum
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.errors import ConfigError
 from aggregator.llm.providers import providers
@@ -225,6 +226,15 @@ def believed(completion: Completion) -> Usage:
     was counted on top of it.
     """
     usage = completion.usage
+    if (
+        0 < (usage.input_tokens or 0) <= _MOST_TOKENS
+        and 0 <= (usage.reasoning_tokens or 0) <= (usage.output_tokens or 0) <= _MOST_TOKENS
+        and 0 <= (usage.cached_tokens or 0) <= usage.input_tokens  # type: ignore[operator]
+        and 0 <= (usage.cache_write_tokens or 0) <= usage.input_tokens  # type: ignore[operator]
+        and 0 <= (usage.cache_write_1h_tokens or 0) <= usage.input_tokens  # type: ignore[operator]
+        and 0 <= (usage.cost or 0) <= _MOST_USD
+    ):
+        return usage  # nearly always
     given, answered = _within(usage.input_tokens, _MOST_TOKENS), _within(usage.output_tokens, _MOST_TOKENS)
     thought = _within(usage.reasoning_tokens, _MOST_TOKENS)
     if thought is not None and answered is not None and thought > answered:
@@ -232,13 +242,13 @@ def believed(completion: Completion) -> Usage:
     if not given and not answered and (completion.text or completion.tool_calls):
         given = answered = None
     most = _MOST_TOKENS if given is None else given
-    checked = Usage(
+    checked = replace(
+        usage,
         input_tokens=given,
         output_tokens=answered,
         cached_tokens=_within(usage.cached_tokens, most),
         reasoning_tokens=thought,
         cost=None if usage.cost is None or not 0 <= usage.cost <= _MOST_USD else usage.cost,
-        calls=usage.calls,
         cache_write_tokens=_within(usage.cache_write_tokens, most),
         cache_write_1h_tokens=_within(usage.cache_write_1h_tokens, most),
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, nullcontext
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from aggregator.agents.transcripts import current_transcript
-from aggregator.cassettes.lineage import current_role
+from aggregator.cassettes.lineage import current_role, passing
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
 from aggregator.llm.attempts import Attempt, Attempts
 from aggregator.llm.calls import ChatCall
@@ -112,6 +112,16 @@ class StreamedAttempt(Attempt):
         self._head: dict[str, Any] | None = None
         self._sent_at = 0.0
 
+    async def __aenter__(self) -> Self:
+        """Reserve the most that this attempt can cost."""
+        if self.attempts.budgets:
+            await self.reserve()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Count the cost and record the answer."""
+        await self.end(error)
+
     async def deltas(self) -> AsyncGenerator[str, None]:
         """Yield the text as it arrives; raises LLMError for an answer that is truncated, broken or an error.
 
@@ -159,7 +169,7 @@ class StreamedAttempt(Attempt):
             await self.admit()
         self._sent_at = perf_counter()
         async with AsyncExitStack() as stack:
-            with self.past_tape():
+            with passing() if self.is_watched() else nullcontext():
                 opening = self.line.transport.open(self.attempts.request, timeout=self.attempts.timeout())
                 opened = await self._in_time(stack.enter_async_context(opening), "the head of its answer")
             self._head = {"status": opened.status, "headers": opened.headers, "reason": opened.reason}

@@ -263,7 +263,8 @@ class JSONCodec(Generic[A]):
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._envelope = Envelope(target, self.kept_headers)
+        self._fixed = None if callable(target.api_key) else self._dress(target.api_key)
+        self._secrets: tuple[str, ...] = () if self._fixed is None else self._fixed[2]
 
     # For a subclass to implement.
 
@@ -288,8 +289,41 @@ class JSONCodec(Generic[A]):
                 )
 
     def post(self, url: str, body: Mapping[str, Any] | Struct, call: ChatCall) -> HTTPRequest:
-        """Build a request. The body keeps the order of its keys: the same call gives the same bytes."""
-        return self._envelope.post(url, body, stream=call.stream)
+        """Build a request. The body keeps the order of its keys: the same call gives the same bytes.
+
+        Headers are built once, unless the key is a function.
+        """
+        if self._fixed is not None:
+            plain, streamed, secrets = self._fixed
+        else:
+            plain, streamed, secrets = self._dress(self._token())
+            self._secrets = secrets
+        headers = streamed if call.stream else plain
+        return HTTPRequest(url=url, body=to_json(body), headers=headers, secrets=secrets, kept=self.kept_headers)
+
+    def _token(self) -> str | None:
+        """Return the token of the moment; None if the function fails, whose error is raised when a request is sent."""
+        key = self.target.api_key
+        try:
+            return key() if callable(key) else key
+        except Exception:  # noqa: BLE001 - of the user's function, whatever it raises
+            return None
+
+    def _dress(self, key: str | None) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+        """The headers of a plain and of a streamed request, and the secrets in them."""
+        own = self.target.headers
+        headers = {
+            "content-type": "application/json",
+            "accept": "application/json",
+            "accept-encoding": ACCEPT_ENCODING,
+            "user-agent": _USER_AGENT,
+            **own,
+        }
+        if key:
+            headers[self.target.auth] = f"Bearer {key}" if self.target.auth == "authorization" else key
+        hidden = [value.split()[-1] for name, value in own.items() if is_secret_header(name) and value]
+        secrets = tuple(dict.fromkeys([*([key] if key else []), *hidden]))
+        return headers, {**headers, "accept": "text/event-stream"}, secrets
 
     def corrected(self, call: ChatCall, error: APIStatusError) -> ChatCall | None:
         """Return None: by default no refusal is understood."""
@@ -312,13 +346,13 @@ class JSONCodec(Generic[A]):
         try:
             answer = read(reply.body, self.decoder)
         except DecodeError as error:
-            scrub(error, self._envelope.secrets())
+            scrub(error, self._secrets)
             return read_other(error, reply, None if self.reader is None else self.stream(call))
         return self.completion(answer, reply)
 
     def error(self, reply: HTTPReply) -> APIStatusError:
         """Return the error of an error status; a 429 without Retry-After gets the time until its limit is reset."""
-        error = status_error(reply, self.target.provider, self._envelope.secrets())
+        error = status_error(reply, self.target.provider, self._secrets)
         if reply.status == 429 and error.retry_after is None:
             error.retry_after = reset_wait(reply.headers, (*self.requests, *self.tokens))
         return error
@@ -333,7 +367,7 @@ class JSONCodec(Generic[A]):
 
     def fault(self, data: Any, reply: HTTPReply) -> LLMError:
         """Return the error in an answer of status 200."""
-        return fault_inside(data, reply, self.target.provider, self._envelope.secrets())
+        return fault_inside(data, reply, self.target.provider, self._secrets)
 
     def empty(self, wanted: str, reply: HTTPReply) -> EmptyResponseError:
         """Return the error of an answer without its essential part."""
@@ -342,7 +376,7 @@ class JSONCodec(Generic[A]):
             status=reply.status,
             request_id=request_id(reply.headers),
         )
-        return scrub(error, self._envelope.secrets())
+        return scrub(error, self._secrets)
 
     def finish_reason(self, word: str | None) -> FinishReason:
         """Return our finish reason for the provider's; "error" for one that is not known to be good."""
@@ -396,51 +430,3 @@ def is_secret_header(name: str) -> bool:
     (True, True, False)
     """
     return _SECRET_HEADER.search(name) is not None
-
-
-class Envelope:
-    """Builds the requests of one target; headers are built once, unless the key is a function."""
-
-    def __init__(self, target: Target, kept: tuple[str, ...] = ()) -> None:
-        self._target = target
-        self._kept = kept
-        self._fixed = None if callable(target.api_key) else self._dress(target.api_key)
-        self._sent: tuple[str, ...] = () if self._fixed is None else self._fixed[2]
-
-    def post(self, url: str, body: Mapping[str, Any] | Struct, *, stream: bool = False) -> HTTPRequest:
-        """Build a request."""
-        if self._fixed is not None:
-            plain, streamed, secrets = self._fixed
-        else:
-            plain, streamed, secrets = self._dress(self._token())
-            self._sent = secrets
-        return HTTPRequest(
-            url=url, body=to_json(body), headers=streamed if stream else plain, secrets=secrets, kept=self._kept
-        )
-
-    def _token(self) -> str | None:
-        """Return the current token; None if the function fails, whose error is raised when a request is sent."""
-        key = self._target.api_key
-        try:
-            return key() if callable(key) else key
-        except Exception:  # noqa: BLE001 - of the user's function, whatever it raises
-            return None
-
-    def secrets(self) -> tuple[str, ...]:
-        """The values that authenticated the latest request, which no message may hold."""
-        return self._sent
-
-    def _dress(self, key: str | None) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-        """Return the headers of a plain and of a streamed request, and the secrets in them."""
-        headers = {
-            "content-type": "application/json",
-            "accept": "application/json",
-            "accept-encoding": ACCEPT_ENCODING,
-            "user-agent": _USER_AGENT,
-            **self._target.headers,
-        }
-        if key:
-            headers[self._target.auth] = f"Bearer {key}" if self._target.auth == "authorization" else key
-        hidden = [value.split()[-1] for name, value in self._target.headers.items() if is_secret_header(name) and value]
-        secrets = tuple(dict.fromkeys([*([key] if key else []), *hidden]))
-        return headers, {**headers, "accept": "text/event-stream"}, secrets

@@ -101,15 +101,17 @@ class OpenAIChat(JSONCodec[Answer]):
         self._seed: str = target.options.get("seed", "seed")
         self.marks = target.options.get("marks")
         self._usage_is_asked: bool = target.options.get("stream_options", True)
+        address, question, query = target.base_url.partition("?")
+        self._url = f"{address.rstrip('/')}/chat/completions{question}{query}"
 
     def url(self, call: ChatCall) -> str:
         """The address for calls of this model."""
-        address, question, query = self.target.base_url.partition("?")
-        return f"{address.rstrip('/')}/chat/completions{question}{query}"
+        return self._url
 
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; options that were not set are not sent."""
-        cap, newer = call.max_tokens, self._takes_newer(call)
+        cap = call.max_tokens
+        newer = (self._by_name or bool(call.corrections)) and self._takes_newer(call)
         if cap is None and not newer and "max_completion_tokens" not in call.extra:
             cap = self._cap
         mark = None if self.marks is None else self.mark(call)

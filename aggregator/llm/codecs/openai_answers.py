@@ -125,12 +125,13 @@ def message_of(message: WireMessage, address: str = "") -> Message:
     Text is separate from thinking, and tool calls keep their own text.
     """
     content = message.content
-    if type(content) is str and not may_think(content) and _is_plain(message):  # nearly every answer
-        return Message(content=content)
-    calls = _calls(message) if message.tool_calls or message.function_call else ()
-    is_plain = content is None or type(content) is str
+    called = message.tool_calls or message.function_call
     thinks = message.reasoning_content or message.reasoning or message.reasoning_details
-    other = () if is_plain and not message.audio and not message.images else other_kinds(message)
+    media = message.audio or message.images
+    if type(content) is str and not (called or thinks or media or message.refusal or may_think(content)):
+        return Message(content=content)  # nearly every answer
+    calls = _calls(message) if called else ()
+    other = () if not media and (content is None or type(content) is str) else other_kinds(message)
     stated = _thoughts(message) if calls and thinks else {}
     origin = address.rstrip("/") if calls and (stated or any(call.signature for call in calls)) else None
     thoughts = [reasoning_text(message)] if thinks else []
@@ -148,19 +149,6 @@ def message_of(message: WireMessage, address: str = "") -> Message:
         other=other,
         source=msgspec.json.encode(stated) if stated else None,
         origin=origin,
-    )
-
-
-def _is_plain(message: WireMessage) -> bool:
-    return not (
-        message.tool_calls
-        or message.reasoning_content
-        or message.reasoning
-        or message.reasoning_details
-        or message.refusal
-        or message.function_call
-        or message.audio
-        or message.images
     )
 
 
