@@ -30,19 +30,30 @@ if TYPE_CHECKING:  # a program without a cassette loads none of its code
 
 # The lineage
 
-_PATH: ContextVar[str] = ContextVar("aggregator_lineage", default="")
-_ROLE: ContextVar[Role] = ContextVar("aggregator_role", default="agent")
-# the previous path of each block of this context, the innermost first: one object may be entered by several tasks at
-# once
-_OUTER: ContextVar[tuple[str, Role | None, portal.Branch | None, Any] | None] = ContextVar(
-    "aggregator_outer", default=None
-)
 
-current_lineage = _PATH.get
-"""Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside a lineage."""
+class _Place(Struct, frozen=True):
+    """Where calls of this context belong: their path and role, and what was before this block.
 
-current_role = _ROLE.get
-"""Return the role that calls the model in this context; "agent" by default."""
+    A chain, since one `lineage` object may be entered by several tasks at once.
+    """
+
+    path: str
+    role: Role
+    outer: _Place | None = None
+    branch: portal.Branch | None = None
+
+
+_PLACE: ContextVar[_Place] = ContextVar("aggregator_lineage", default=_Place("", "agent"))  # noqa: B039 - frozen
+
+
+def current_lineage() -> str:
+    """Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside of any."""
+    return _PLACE.get().path
+
+
+def current_role() -> Role:
+    """Return who asks the model in this context; "agent" outside of any."""
+    return _PLACE.get().role
 
 
 class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at its use: `with lineage("retrieve"):`
@@ -70,28 +81,21 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
 
     def __enter__(self) -> str:
         """Return the extended path."""
-        path, parts = _PATH.get(), self._parts
-        here = parts if self._root else f"{path}/{parts}" if path and parts else path or parts
-        role = self._role
-        _OUTER.set((path, _ROLE.get() if role else None, portal.begin_block(), _OUTER.get()))
-        _PATH.set(here)
-        if role:
-            _ROLE.set(role)
-        return here
+        place, path = _PLACE.get(), self._parts
+        if place.path and not self._root:
+            path = f"{place.path}/{path}" if path else place.path
+        _PLACE.set(_Place(path, self._role or place.role, place, portal.begin_block()))
+        return path
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restore the previous path."""
-        outer = _OUTER.get()
-        if outer is not None:  # otherwise exited in another context than entered, which has its own
-            path, role, branch, further = outer
-            _PATH.set(path)
-            if branch is not None:
-                portal.set_branch(branch)
-            if role is not None:
-                _ROLE.set(role)
-            _OUTER.set(further)
+        place = _PLACE.get()
+        if place.outer is not None:  # else left in another context than entered, which has its own
+            _PLACE.set(place.outer)
+            if place.branch is not None:
+                portal.set_branch(place.branch)
 
 
 def lineage_at(path: str, role: Role) -> lineage:

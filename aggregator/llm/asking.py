@@ -212,7 +212,8 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
     """Answer one call; raises LLMError, BudgetExceededError, CassetteError or ConfigError."""
     if (owner := current_owner()) is not None:
         return await owner.answer(llm, call, validate)
-    call = line.with_defaults(call)
+    if line.extra:
+        call = line.with_defaults(call)
     attempts = Attempts(line, llm.timeout)
     try:
         if tracing.has_spans():
@@ -222,11 +223,13 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
         else:
             completion = await _ask(attempts, call, validate)
     except BaseException as error:
-        _trace(attempts, None, error)
+        if tracing.listening():
+            _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    _trace(attempts, completion, None)
+    if tracing.listening():
+        _trace(attempts, completion, None)
     return completion
 
 
@@ -253,16 +256,16 @@ async def _deltas(line: Line, timeout: float | None, call: ChatCall) -> AsyncGen
                 whole = piece if isinstance(piece, Completion) else None
                 yield piece
     except BaseException as error:
-        _trace(attempts, None, error)
+        if tracing.listening():
+            _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    _trace(attempts, whole, None)
+    if tracing.listening():
+        _trace(attempts, whole, None)
 
 
 def _trace(attempts: Attempts, completion: Completion | None, error: BaseException | None) -> None:
-    if not tracing.listening():
-        return
     endpoint = attempts.line.endpoint
     tracing.event(
         "llm.call",

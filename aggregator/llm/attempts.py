@@ -110,7 +110,7 @@ class Line:
     def with_cost(self, completion: Completion, attempts: int) -> Completion:
         """Add the number of attempts, and the cost if the provider did not state it and the price is known."""
         usage = believed(completion)
-        if usage.cost is None and self.known_price is not None:
+        if self.known_price is not None and usage.cost is None:
             usage = replace(usage, cost=self.known_price.cost(usage, completion.service_tier))
         elif attempts == 1 and usage is completion.usage:
             return completion
@@ -173,7 +173,9 @@ class Attempts:
 
     def timeout(self) -> float | None:
         """Return the same for a wait; None without a deadline."""
-        return None if self._deadline == inf else max(0.0, self._deadline - self.line.clock())
+        if self._deadline == inf:
+            return None
+        return max(0.0, self._deadline - self.line.clock())
 
     def milliseconds(self) -> float:
         """Return how long the call has taken so far."""
@@ -253,9 +255,16 @@ class Attempts:
         while True:
             attempt = Attempt(self)
             try:
-                if self.budgets:
+                if self.budgets and not attempt.take():
                     await attempt.reserve()
-                return await attempt.answer()
+                try:
+                    completion = attempt.read(await attempt.get_reply())
+                except BaseException as error:
+                    await attempt.end(error)
+                    raise
+                attempt.settle(None)
+                if self.tape is not None and attempt.is_live:
+                    await attempt.record(None)
             except LLMError as error:
                 if self.correct(error):
                     continue
@@ -263,27 +272,26 @@ class Attempts:
                 if wait is None:
                     error.attempts = self.count
                     raise
+            else:
+                return completion
             if wait:
                 await self.line.sleep(wait)
 
     def most(self) -> Amount:
         """Return the most that one request of this call can cost; raises ConfigError if an unknown price is needed."""
         if self._most is None:
-            self._most = self._estimate() if self._counts_tokens else _ONE_CALL
+            given, answered = self.upper_tokens() if self._counts_tokens else (0, 0)
+            usd = self._most_usd(given, answered) if self._counts_usd else 0.0
+            self._most = Amount(pico(usd), given + answered, 1)
         return self._most
 
-    def _estimate(self) -> Amount:
-        given, answered = self.upper_tokens()
-        if not self._counts_usd:
-            return Amount(0, given + answered, 1)
-        tier = self.call.extra.get("service_tier") if self.call.extra else None
-        writes = 1.0
-        body = self.request.body
+    def _most_usd(self, given: int, answered: int) -> float:
+        body, writes = self.request.body, 1.0
         if b'"cache' in body and _CACHE_MARK.search(body):
             writes = 1.25 if _HOUR_MARK.search(body) is None else 2.0
+        tier = self.call.extra.get("service_tier") if self.call.extra else None
         tier = tier if isinstance(tier, str) else None
-        usd = self.line.price().most(given, answered, writes=writes, service_tier=tier)
-        return Amount(pico(usd), given + answered, 1)
+        return self.line.price().most(given, answered, writes=writes, service_tier=tier)
 
     def upper_tokens(self) -> tuple[int, int]:
         """Return how many tokens one request may take at most: (input, output)."""
@@ -320,56 +328,56 @@ class Attempt:
         self.was_sent = self.is_live = self._leads = False
         self._held: Amount | None = None
 
+    def take(self) -> bool:
+        """Reserve the most that this attempt can cost if one budget counts it and has room; `settle` settles it."""
+        budgets, most = self.attempts.budgets, self.attempts.most()
+        if len(budgets) > 1 or not budgets[0].take(most):
+            return False
+        self._held = most
+        return True
+
     async def reserve(self) -> None:
-        """Reserve the most that this attempt can cost in every budget that counts it; `end` settles it."""
-        amount = self.attempts.most()
+        """Wait until every budget that counts this attempt has room for the most that it can cost."""
+        most = self.attempts.most()
         taken: list[Budget] = []
         try:
             for budget in self.attempts.budgets:
-                if not budget.take(amount):
+                if not budget.take(most):
                     self.attempts.leave()  # others that hold the budget may be waiting for this place
-                    await budget.reserve(amount, self.attempts.timeout())
+                    await budget.reserve(most, self.attempts.timeout())
                 taken.append(budget)
         except BaseException:
             for budget in taken:
-                budget.settle(amount, NOTHING)
+                budget.settle(most, NOTHING)
             raise
-        self._held = amount
+        self._held = most
 
-    async def answer(self) -> Completion:
-        """Return the recorded answer, or send the request and read what came; raises LLMError."""
-        try:
-            reply = self.play()
-            if reply is not None and self.tape is not None:
-                delay = self.tape.delay(reply)  # as long as a live answer takes, at least one turn of the loop
-                await (self.line.sleep(delay) if delay else asyncio.sleep(0))
-            else:
-                if not self.try_admit():
-                    await self.admit()
-                sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
-                if self.is_watched():
-                    with passing():
-                        reply = await sending
-                else:
-                    reply = await sending
-                self.reply = reply
-                self.accept(reply.status, reply.headers)
-            completion = self.read(reply)
-        except BaseException as error:
-            await self.end(error)
-            raise
-        await self.end(None)
-        return completion
+    def get_reply(self) -> Awaitable[HTTPReply]:
+        """Return what brings the recorded reply, or that of the server; it goes live at once if nothing delays it."""
+        if self.tape is not None and (reply := self.play()) is not None:
+            return _replay(reply, self.tape.delay(reply), self.line.sleep)
+        return self._send() if self.try_admit() else self._admit_and_send()
+
+    def _send(self) -> Awaitable[HTTPReply]:
+        sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
+        return _pass(sending) if self.is_watched() else sending
+
+    async def _admit_and_send(self) -> HTTPReply:
+        await self.admit()
+        return await self._send()
 
     async def end(self, error: BaseException | None) -> None:
-        """Count the cost, and record the answer before it is used; whatever happened."""
-        attempts, tape, slot = self.attempts, self.tape, self.attempts.slot
+        """Settle and record this attempt, whatever happened."""
         if isinstance(error, LLMError):
-            scrub(error, attempts.request.secrets)  # whatever a page or an event quotes
-        if self._leads and attempts.opening is not None:
-            self.line.openings.leave(attempts.opening)
-        self._settle(error)
-        if not self.is_live or tape is None or slot is None:
+            scrub(error, self.attempts.request.secrets)  # whatever a page or an event quotes
+        self.settle(error)
+        if self.is_live and self.tape is not None:
+            await self.record(error)
+
+    async def record(self, error: BaseException | None) -> None:
+        """Write the answer to the tape, before it is used."""
+        attempts, tape, slot = self.attempts, self.tape, self.attempts.slot
+        if tape is None or slot is None:
             return
         reply, failure = self.recorded(error)
         if reply is None and failure is None:
@@ -387,11 +395,12 @@ class Attempt:
 
     def timeout(self) -> float | None:
         """Return the seconds that this attempt may take; the last one may take all that is left by default."""
-        left, limit = self.attempts.timeout(), self.line.attempt_timeout
+        attempts, limit = self.attempts, self.line.attempt_timeout
+        left = attempts.timeout()
         if left is None:
             return limit
         if limit is None and self.number < self.line.policy.max_attempts:
-            limit = self.attempts.share
+            limit = attempts.share
         return left if limit is None or left < limit else limit
 
     def play(self) -> HTTPReply | None:
@@ -450,6 +459,9 @@ class Attempt:
 
     def read(self, reply: HTTPReply) -> Completion:
         """Read an answer; an error status becomes its error."""
+        if self.is_live:
+            self.reply = reply
+            self.accept(reply.status, reply.headers)
         codec = self.line.endpoint.codec
         if reply.status >= 300:
             raise codec.error(reply)
@@ -466,8 +478,10 @@ class Attempt:
         """Return what a recording keeps of this attempt: its reply and what ended it. Cancelled calls leave nothing."""
         return self.reply, error if isinstance(error, APIConnectionError) else None
 
-    def _settle(self, error: BaseException | None) -> None:
+    def settle(self, error: BaseException | None) -> None:
         """Count what this attempt cost, and report it."""
+        if self._leads and self.attempts.opening is not None:
+            self.line.openings.leave(self.attempts.opening)
         usage = None if self.completion is None else self.completion.usage
         if usage is not None:
             if (ledger := current_ledger()) is not None:
@@ -539,3 +553,15 @@ class Attempt:
             code=getattr(error, "code", None),
             **tracing.usage_facts(usage),
         )
+
+
+async def _replay(reply: HTTPReply, delay: float, sleep: Callable[[float], Awaitable[None]]) -> HTTPReply:
+    """Return a recorded reply after as long as a live answer takes: at least one turn of the loop."""
+    await (sleep(delay) if delay else asyncio.sleep(0))
+    return reply
+
+
+async def _pass(sending: Awaitable[HTTPReply]) -> HTTPReply:
+    """Send a request that the patches of `clients=` leave alone."""
+    with passing():
+        return await sending

@@ -363,9 +363,9 @@ def pico(usd: float) -> int:
 
 def spent_by(usage: Usage, held: Amount) -> Amount:
     """Return what one request cost; what its usage does not state counts as reserved."""
-    known = usage.input_tokens is not None and usage.output_tokens is not None
+    given, answered = usage.input_tokens, usage.output_tokens
     spent = held.pico if usage.cost is None else pico(usage.cost)
-    return Amount(spent, usage.total_tokens if known else held.tokens, 1)
+    return Amount(spent, held.tokens if given is None or answered is None else given + answered, 1)
 
 
 _BYTES_A_TOKEN = 4  # of English text, by OpenAI's rule of thumb

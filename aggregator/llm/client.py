@@ -145,7 +145,8 @@ class LLM:
         the answer is then checked against it, or by `validate` (raises ValueError for a text that will not do).
         `extra` is merged into the request's body. The call is shown in the current transcript if the agent makes it.
         """
-        check_choice_and_extra(tool_choice, extra)
+        if tool_choice is not None or extra is not None:
+            check_choice_and_extra(tool_choice, extra)
         call = ChatCall(
             model=self.endpoint.model,
             messages=normalise(messages),
@@ -156,7 +157,7 @@ class LLM:
             stop=tuple(stop) if isinstance(stop, list) else stop,
             n=n,
             response_format=response_format,
-            tools=as_tools(tools),
+            tools=None if tools is None else as_tools(tools),
             tool_choice=tool_choice,
             extra=extra or {},
         )

@@ -198,7 +198,8 @@ class Price(Struct, frozen=True, kw_only=True):
         has a factor may serve it; a cheaper one may be refused for the usual one.
         """
         if not self.tiers and not self.service and writes == 1.0:  # nearly always
-            return (input_tokens * max(self.input, self.cached or 0.0) + output_tokens * self.output) / 1e6
+            dearest = self.input if self.cached is None else max(self.input, self.cached)
+            return (input_tokens * dearest + output_tokens * self.output) / 1e6
         usd = 0.0
         in_reach: list[Price | Tier] = [self, *[tier for tier in self.tiers if input_tokens > tier.above]]
         for rates in in_reach:

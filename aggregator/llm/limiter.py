@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from aggregator.checks import is_number
 from aggregator.errors import APITimeoutError, ConfigError
@@ -135,13 +135,13 @@ class Limiter:
             raise _no_turn(timeout, "rate limits leave no room") from None
 
     def _ready_at(self, tokens: float) -> float:
-        ready = self._learned.ready_at
-        if self._paused_until > ready:
-            ready = self._paused_until
-        if self.rpm is not None:
-            ready = max(ready, self._requests.ready_at())
-        if self.tpm is not None:
-            ready = max(ready, self._tokens.ready_at(tokens))
+        ready = self._paused_until
+        if self._learned.knows_limits and (learned := self._learned.ready_at) > ready:
+            ready = learned
+        if self.rpm is not None and (spaced := self._requests.ready_at()) > ready:
+            ready = spaced
+        if self.tpm is not None and (spaced := self._tokens.ready_at(tokens)) > ready:
+            ready = spaced
         return ready
 
     def _take(self, tokens: float, now: float) -> Admission:
@@ -223,10 +223,13 @@ class LoopLimiters:
         self._limits = limits
         self._time = time
         self.by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Limiter] = WeakKeyDictionary()
+        self._latest: tuple[ref[asyncio.AbstractEventLoop], Limiter] | None = None
 
     def __call__(self) -> Limiter:
         """Return the running loop's limiter."""
-        loop = asyncio.get_running_loop()
+        loop, latest = asyncio.get_running_loop(), self._latest
+        if latest is not None and latest[0]() is loop:
+            return latest[1]
         limiter = self.by_loop.get(loop)
         if limiter is None:
             if self._time is None:
@@ -234,6 +237,7 @@ class LoopLimiters:
             else:
                 limiter = Limiter(clock=self._time[0], sleep=self._time[1], **self._limits)
             self.by_loop[loop] = limiter
+        self._latest = ref(loop), limiter
         return limiter
 
 

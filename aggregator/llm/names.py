@@ -52,7 +52,8 @@ class Endpoint(Target, frozen=True, kw_only=True):
         A function that gave no token when the call was encoded is called once more, and its error raised: a replay,
         which sends nothing, needs no token.
         """
-        self.require_key()
+        if self.key_hint is not None:
+            raise ConfigError(self.key_hint)
         if request.secrets or not callable(self.api_key):
             return request
         try:

@@ -55,7 +55,8 @@ class Pace:
 
     def ready_at(self, cost: float = 1.0) -> float:
         """Return the time at which `cost` may be spent."""
-        return self._full_at - (self._burst - min(cost, self._burst)) * self._seconds_each
+        spare = self._burst - cost
+        return self._full_at - spare * self._seconds_each if spare > 0 else self._full_at
 
     def take(self, cost: float, now: float) -> None:
         """Spend `cost` now; a negative one is returned."""
@@ -215,6 +216,7 @@ class Pacing:
     """
 
     def __init__(self) -> None:
+        self.knows_limits = False  # until the first 429; nothing is delayed before
         self.is_bucket = True
         self._learned = LearnedPace()
         self._paused_until = -inf
@@ -254,11 +256,12 @@ class Pacing:
     def accepted(self, admission: Admission, clock: Callable[[], float]) -> None:
         """Record any answer but a 429."""
         admission.stretch.accepted += 1
-        if self._outcomes:  # nothing is recorded before the first 429
+        if self.knows_limits:
             self._keep(admission, clock(), accepted=True)
 
     def rejected(self, admission: Admission, wait: float, now: float) -> bool:
         """Record a 429 that asks for `wait` seconds; return True if all calls must wait, not only the refused one."""
+        self.knows_limits = True
         was_paced = self._learned.rate != inf
         self._keep(admission, now, accepted=False)
         if self._trial is not None or not self.is_bucket:

@@ -114,7 +114,7 @@ class StreamedAttempt(Attempt):
 
     async def __aenter__(self) -> Self:
         """Reserve the most that this attempt can cost."""
-        if self.attempts.budgets:
+        if self.attempts.budgets and not self.take():
             await self.reserve()
         return self
 
