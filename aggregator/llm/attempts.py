@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from msgspec.structs import replace
 
 from aggregator import portal
-from aggregator.cassettes.lineage import current_lineage, current_role, passing, tape_here, watcher_here
+from aggregator.cassettes.lineage import WATCH, current_lineage, current_role, passing, tape_here
 from aggregator.checks import check_positive, is_number
 from aggregator.errors import (
     APIConnectionError,
@@ -106,15 +106,6 @@ class Line:
         if self.known_price is None:
             self.known_price = need_price(self.endpoint.provider, self.endpoint.model, self.prices)
         return self.known_price
-
-    def with_cost(self, completion: Completion, attempts: int) -> Completion:
-        """Add the number of attempts, and the cost if the provider did not state it and the price is known."""
-        usage = believed(completion)
-        if self.known_price is not None and usage.cost is None:
-            usage = replace(usage, cost=self.known_price.cost(usage, completion.service_tier))
-        elif attempts == 1 and usage is completion.usage:
-            return completion
-        return replace(completion, usage=usage, attempts=attempts)
 
 
 def _shared_transport() -> Transport:
@@ -281,17 +272,17 @@ class Attempts:
         """Return the most that one request of this call can cost; raises ConfigError if an unknown price is needed."""
         if self._most is None:
             given, answered = self.upper_tokens() if self._counts_tokens else (0, 0)
-            usd = self._most_usd(given, answered) if self._counts_usd else 0.0
-            self._most = Amount(pico(usd), given + answered, 1)
+            self._most = Amount(self._most_pico(given, answered) if self._counts_usd else 0, given + answered, 1)
         return self._most
 
-    def _most_usd(self, given: int, answered: int) -> float:
+    def _most_pico(self, given: int, answered: int) -> int:
         body, writes = self.request.body, 1.0
         if b'"cache' in body and _CACHE_MARK.search(body):
             writes = 1.25 if _HOUR_MARK.search(body) is None else 2.0
         tier = self.call.extra.get("service_tier") if self.call.extra else None
-        tier = tier if isinstance(tier, str) else None
-        return self.line.price().most(given, answered, writes=writes, service_tier=tier)
+        price = self.line.known_price or self.line.price()
+        usd = price.most(given, answered, writes=writes, service_tier=tier if isinstance(tier, str) else None)
+        return pico(usd)
 
     def upper_tokens(self) -> tuple[int, int]:
         """Return how many tokens one request may take at most: (input, output)."""
@@ -395,12 +386,11 @@ class Attempt:
 
     def timeout(self) -> float | None:
         """Return the seconds that this attempt may take; the last one may take all that is left by default."""
-        attempts, limit = self.attempts, self.line.attempt_timeout
-        left = attempts.timeout()
-        if left is None:
+        limit = self.line.attempt_timeout
+        if (left := self.attempts.timeout()) is None:
             return limit
         if limit is None and self.number < self.line.policy.max_attempts:
-            limit = attempts.share
+            limit = self.attempts.share
         return left if limit is None or left < limit else limit
 
     def play(self) -> HTTPReply | None:
@@ -413,7 +403,10 @@ class Attempt:
 
     def is_watched(self) -> bool:
         """Return True if the patches of `clients=` would ask the tape again, or count this request twice."""
-        return watcher_here() is not None or (self.tape is not None and bool(self.tape.rules.clients))
+        if self.tape is not None and self.tape.rules.clients:
+            return True
+        watch = WATCH.get()
+        return watch is not None and watch.exchanges is not None
 
     def try_admit(self) -> bool:
         """Go live if that needs no waiting: a place and the pace are free, and no opening is being written."""
@@ -468,11 +461,19 @@ class Attempt:
         return self.complete(codec.decode(reply, self.attempts.call))
 
     def complete(self, completion: Completion) -> Completion:
-        """Keep the answer of this attempt, with its cost, which counts even if the answer is broken."""
-        self.completion = self.line.with_cost(completion, self.number)
+        """Keep the answer of this attempt; it counts even if it is broken. Raises LLMError if it is.
+
+        The cost is added if the provider did not state it and the price is known.
+        """
+        usage, price = believed(completion), self.line.known_price
+        if price is not None and usage.cost is None:
+            usage = replace(usage, cost=price.cost(usage, completion.service_tier))
+        if self.number > 1 or usage is not completion.usage:
+            completion = replace(completion, usage=usage, attempts=self.number)
+        self.completion = completion
         may_be_empty = self.attempts.call.stop is not None
-        check_answer(self.completion, self.line.endpoint.provider, may_be_empty=may_be_empty)
-        return self.completion
+        check_answer(completion, self.line.endpoint.provider, may_be_empty=may_be_empty)
+        return completion
 
     def recorded(self, error: BaseException | None) -> tuple[HTTPReply | None, APIConnectionError | None]:
         """Return what a recording keeps of this attempt: its reply and what ended it. Cancelled calls leave nothing."""
@@ -490,16 +491,14 @@ class Attempt:
             if limiter is not None and limiter.tpm is not None and self.admission is not None:
                 limiter.used(self.admission, usage.total_tokens)
         if self._held is not None:
-            spent = self._spent(self._held, usage, error)
+            spent = self._spent(self._held, error) if usage is None else spent_by(usage, self._held)
             for budget in self.attempts.budgets:
                 budget.settle(self._held, spent, replayed=not self.is_live)
         if tracing.listening():
             self._trace(usage, error)
 
-    def _spent(self, held: Amount, usage: Usage | None, error: BaseException | None) -> Amount:
-        """Return what this attempt cost. An unknown part counts as reserved, since the provider may charge it."""
-        if usage is not None:
-            return spent_by(usage, held)
+    def _spent(self, held: Amount, error: BaseException | None) -> Amount:
+        """Return what an attempt without an answer cost: what was reserved, if the provider may charge it."""
         if isinstance(error, APIStatusError):
             return _ONE_CALL
         if was_sent(error) if isinstance(error, LLMError) else self.was_sent:
