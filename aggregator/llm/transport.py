@@ -152,7 +152,7 @@ class AiohttpTransport(Transport):
             return await session.request(
                 request.method,
                 url,
-                data=aiohttp.BytesPayload(request.body),  # saves aiohttp's search for what can send bytes
+                data=request.body,
                 headers=request.headers,
                 allow_redirects=False,
                 proxy=_proxy(sessions.proxies, url) if sessions.proxies else None,
