@@ -30,6 +30,7 @@ from aggregator.cassettes.writing import Entry, Sink, Writer
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
+_ADDRESSES = 1024  # that are remembered
 _EXPLAINED = 5  # misses that get a search for the nearest request, which takes a moment in a large cassette
 
 NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
@@ -64,10 +65,13 @@ class Tape:
         self._rows, self._played = rows, bytearray(len(rows))
         self._pools = self._new_pools()
         self.left_out: set[str] = set()
+        self._addresses: dict[str, str | None] = {}  # as they are written, by URL; None: left to the network
+        self.learned: dict[tuple[Any, ...], Any] = {}  # what our client learned of servers; a replay starts over
         self.exchanges: list[Exchange] = []
         self.plays = 0
         self._left = frozenset(i for i, row in enumerate(rows) if row.facts.error and row.facts.error[0] == _LEFT)
         self._writer = None if sink is None else Writer(sink, now, rules)
+        self.records = sink is not None  # what has no recorded answer, which goes to the network
         self._on_close = on_close
         self._scale, self._faults = latency_scale(rules.latency), rules.faults
         # A recording from nothing counts tickets when answers are written: requests are redacted together, which costs
@@ -101,11 +105,6 @@ class Tape:
             self._played[:] = bytes(len(self._played))
 
     @property
-    def records(self) -> bool:
-        """Whether a request without a recorded answer goes to the network and is recorded."""
-        return self._writer is not None
-
-    @property
     def recorded(self) -> int:
         """How many exchanges were written."""
         return 0 if self._writer is None else self._writer.written
@@ -117,14 +116,24 @@ class Tape:
 
     def leaves_out(self, url: str) -> bool:
         """Return True if a request to this address is left to the network: it is neither recorded nor played."""
-        if not is_ignored(url, self.rules.ignore_hosts):
-            return False
-        self.left_out.add(host_of(url))
-        return True
+        return self._address(url) is None
+
+    def _address(self, url: str) -> str | None:
+        """Return an address as it is written; None for one that is left to the network."""
+        try:
+            return self._addresses[url]
+        except KeyError:
+            if len(self._addresses) >= _ADDRESSES:
+                self._addresses.clear()
+        address = None if is_ignored(url, self.rules.ignore_hosts) else redact_url(url, self.rules.redaction)
+        if address is None:
+            self.left_out.add(host_of(url))
+        self._addresses[url] = address
+        return address
 
     def admit(self, request: HTTPRequest) -> HTTPRequest | None:
         """Return a request as it is recorded and looked up, None if it is left to the network; then `issue` it."""
-        if self.leaves_out(request.url):
+        if self._address(request.url) is None:
             return None
         if self.rules.before_request is None:
             return request
@@ -142,7 +151,8 @@ class Tape:
                 self._count_order(slot)
                 self._uncounted.append(slot)
             return slot
-        key = raw_key(request.method, redact_url(request.url, self.rules.redaction), request.body)
+        address = self._address(request.url) or redact_url(request.url, self.rules.redaction)  # as a hook changed it
+        key = raw_key(request.method, address, request.body)
         pool = self._pools.exact.get((key, slot.lineage))
         if pool is None:
             self._pools.key_of_slot(slot)  # outside of the lock

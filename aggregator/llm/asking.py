@@ -53,7 +53,7 @@ _ASKED_AGAIN = 600.0  # seconds after which a refused form is retried: servers a
 
 _Key = tuple[str, str, bytes]
 _remembered: WeakKeyDictionary[object, dict[_Key, tuple[int, float]]] = WeakKeyDictionary()
-# By transport, since it is the servers' trait; by tape while one is open, so that a replay begins as its record did.
+# By transport, since it is the servers' trait; while a tape is open it keeps them: a replay begins as its record did.
 
 
 async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Completion:
@@ -64,7 +64,8 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
     wanted = call.response_format or _JSON_OBJECT
     check = validate or checker(wanted)
     forms = list(_forms(call))
-    known = _remembered.setdefault(attempts.tape or attempts.line.transport, {})
+    tape = attempts.tape
+    known = _remembered.setdefault(attempts.line.transport, {}) if tape is None else tape.learned
     key = (attempts.line.endpoint.base_url, call.model, sha256(to_json(wanted)).digest())
     level, until = known.get(key, (0, 0.0))
     now = attempts.line.clock()

@@ -137,7 +137,7 @@ def merge(base: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[
 
 
 _corrections: WeakKeyDictionary[object, dict[tuple[str, str], frozenset[str]]] = WeakKeyDictionary()
-# By transport, since it is the servers' trait; by tape while one is open, so that a replay starts over.
+# By transport, since it is the servers' trait; while a tape is open it keeps them, so that a replay starts over.
 
 
 class Attempts:
@@ -187,7 +187,7 @@ class Attempts:
         codec = self.line.endpoint.codec
         if self._counts_tokens and (call.max_tokens or -1) < 0 and codec.limits(call).tokens is None:
             call = replace(call, max_tokens=assumed_output(call.model))  # so that no answer costs more than is reserved
-        learned = self.line.corrections if self.tape is None else _corrections.get(self.tape)
+        learned = self.line.corrections if self.tape is None else self.tape.learned
         known = learned.get(self._server(call)) if learned else None
         if self.tape is None or self.tape.records:
             self._encode(call if known is None else replace(call, corrections=known))
@@ -223,7 +223,7 @@ class Attempts:
         if not self.is_answerable():  # the recorded call ended here
             self._encode(refused)
             return False
-        learned = self.line.corrections if self.tape is None else _corrections.setdefault(self.tape, {})
+        learned = self.line.corrections if self.tape is None else self.tape.learned
         learned[self._server(refused)] = corrected.corrections
         return True
 
@@ -249,7 +249,12 @@ class Attempts:
                 if self.budgets and not attempt.take():
                     await attempt.reserve()
                 try:
-                    completion = attempt.read(await attempt.get_reply())
+                    if self.tape is None or (reply := attempt.play()) is None:
+                        reply = await (attempt.send() if attempt.try_admit() else attempt.admit_and_send())
+                    else:
+                        delay = self.tape.delay(reply)  # as long as a live answer takes, at least one turn of the loop
+                        await (self.line.sleep(delay) if delay else asyncio.sleep(0))
+                    completion = attempt.read(reply)
                 except BaseException as error:
                     await attempt.end(error)
                     raise
@@ -257,16 +262,23 @@ class Attempts:
                 if self.tape is not None and attempt.is_live:
                     await attempt.record(None)
             except LLMError as error:
-                if self.correct(error):
-                    continue
-                wait = None if unless is not None and unless(error) else attempt.wait_after(error)
-                if wait is None:
-                    error.attempts = self.count
+                if (wait := self.wait_after(attempt, error, unless)) is None:
                     raise
             else:
                 return completion
             if wait:
                 await self.line.sleep(wait)
+
+    def wait_after(
+        self, attempt: Attempt, error: LLMError, unless: Callable[[LLMError], object] | None = None
+    ) -> float | None:
+        """Return the seconds until the next attempt, which may be issued anew; None to give up."""
+        if self.correct(error):
+            return 0.0
+        wait = None if unless is not None and unless(error) else attempt.wait_after(error)
+        if wait is None:
+            error.attempts = self.count
+        return wait
 
     def most(self) -> Amount:
         """Return the most that one request of this call can cost; raises ConfigError if an unknown price is needed."""
@@ -343,19 +355,15 @@ class Attempt:
             raise
         self._held = most
 
-    def get_reply(self) -> Awaitable[HTTPReply]:
-        """Return what brings the recorded reply, or that of the server; it goes live at once if nothing delays it."""
-        if self.tape is not None and (reply := self.play()) is not None:
-            return _replay(reply, self.tape.delay(reply), self.line.sleep)
-        return self._send() if self.try_admit() else self._admit_and_send()
-
-    def _send(self) -> Awaitable[HTTPReply]:
+    def send(self) -> Awaitable[HTTPReply]:
+        """Send the request, which was admitted."""
         sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
         return _pass(sending) if self.is_watched() else sending
 
-    async def _admit_and_send(self) -> HTTPReply:
+    async def admit_and_send(self) -> HTTPReply:
+        """Send the request as soon as it may be sent."""
         await self.admit()
-        return await self._send()
+        return await self.send()
 
     async def end(self, error: BaseException | None) -> None:
         """Settle and record this attempt, whatever happened."""
@@ -552,12 +560,6 @@ class Attempt:
             code=getattr(error, "code", None),
             **tracing.usage_facts(usage),
         )
-
-
-async def _replay(reply: HTTPReply, delay: float, sleep: Callable[[float], Awaitable[None]]) -> HTTPReply:
-    """Return a recorded reply after as long as a live answer takes: at least one turn of the loop."""
-    await (sleep(delay) if delay else asyncio.sleep(0))
-    return reply
 
 
 async def _pass(sending: Awaitable[HTTPReply]) -> HTTPReply:

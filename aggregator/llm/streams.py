@@ -88,11 +88,8 @@ class StreamedAttempts(Attempts):
                         begun = True
                         yield delta
             except LLMError as error:
-                if not begun and self.correct(error):
-                    continue
-                wait = None if begun else attempt.wait_after(error)
-                if wait is None:
-                    error.attempts = self.count
+                error.attempts = self.count
+                if begun or (wait := self.wait_after(attempt, error)) is None:
                     raise
             else:
                 assert attempt.completion is not None
