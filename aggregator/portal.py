@@ -383,13 +383,11 @@ def refuse_strays(what: str) -> None:
     if scope is not None and scope.is_cancelled:
         raise asyncio.CancelledError("given up")
     branch = _branch.get()
-    if branch is None:
-        if not _hooks.holders:  # no run and no cassette is open
-            return
-        if not _is_foreign():
+    if branch is None and not (_hooks.holders and _is_foreign()):
+        if _hooks.holders:
             Branch.outside += 1
-            return
-    elif branch.pid == Branch.process:
+        return
+    if branch is not None and branch.pid == Branch.process:
         return
     if branch is None or branch is _STRAY:
         where = "a thread that was not started by threading, and has no context while a run or cassette is open"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # a program without a cassette loads none of its code
 
 
 class _Place(Struct, frozen=True):
-    """Where calls of this context belong: their path and role, and what was before this block.
+    """The path and role of the calls of this context, and those before this block.
 
     A chain, since one `lineage` object may be entered by several tasks at once.
     """
@@ -47,12 +47,12 @@ _PLACE: ContextVar[_Place] = ContextVar("aggregator_lineage", default=_Place("",
 
 
 def current_lineage() -> str:
-    """Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside of any."""
+    """Return the path of this context, such as `train/epoch=0/batch=3/sample=17/propose`; "" outside a lineage."""
     return _PLACE.get().path
 
 
 def current_role() -> Role:
-    """Return who asks the model in this context; "agent" outside of any."""
+    """Return the role that calls the model in this context; "agent" by default."""
     return _PLACE.get().role
 
 

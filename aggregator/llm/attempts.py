@@ -272,7 +272,7 @@ class Attempts:
     def wait_after(
         self, attempt: Attempt, error: LLMError, unless: Callable[[LLMError], object] | None = None
     ) -> float | None:
-        """Return the seconds until the next attempt, which may be issued anew; None to give up."""
+        """Return the seconds until the next attempt, for which the call may be issued again; None to give up."""
         if self.correct(error):
             return 0.0
         wait = None if unless is not None and unless(error) else attempt.wait_after(error)

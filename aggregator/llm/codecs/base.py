@@ -302,7 +302,7 @@ class JSONCodec(Generic[A]):
         return HTTPRequest(url=url, body=to_json(body), headers=headers, secrets=secrets, kept=self.kept_headers)
 
     def _token(self) -> str | None:
-        """Return the token of the moment; None if the function fails, whose error is raised when a request is sent."""
+        """Return the current token; None if the function fails, whose error is raised when a request is sent."""
         key = self.target.api_key
         try:
             return key() if callable(key) else key
@@ -310,7 +310,7 @@ class JSONCodec(Generic[A]):
             return None
 
     def _dress(self, key: str | None) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-        """The headers of a plain and of a streamed request, and the secrets in them."""
+        """Return the headers of a plain and of a streamed request, and the secrets in them."""
         own = self.target.headers
         headers = {
             "content-type": "application/json",
