@@ -120,6 +120,8 @@ def normalise(messages: Any) -> tuple[dict[str, Any], ...]:
         for message in messages:
             if type(message) is not dict or type(message.get("content")) is not str or message.get("role") not in ROLES:
                 break
+            if "tool_calls" in message:
+                break
         else:
             return tuple(messages)  # not copied, because encoding reads them at once
     if type(messages) is not list and isinstance(messages, Mapping | Message | Completion):
@@ -153,6 +155,8 @@ def _message(message: Any, position: int) -> dict[str, Any]:
     made = dict(message)
     if content is not None:
         made["content"] = _content(content, f"$.messages[{position}].content")
+    if message.get("tool_calls") is not None:
+        made["tool_calls"] = _tool_calls(message["tool_calls"], f"$.messages[{position}].tool_calls")
     if isinstance(message, Turn | Opening):  # what they hold as attributes, too
         kept = type(message)(made)
         vars(kept).update(vars(message))
@@ -174,6 +178,23 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     if call.signature is None:
         return made
     return {**made, "extra_content": {"google": {"thought_signature": call.signature}}}
+
+
+def _tool_calls(calls: Any, where: str) -> list[Any]:
+    """Return calls in OpenAI's shape; also our own records, and an SDK's."""
+    if isinstance(calls, str | bytes | Mapping) or not isinstance(calls, Iterable):
+        raise ConfigError(f"Expected a list of tool calls, got {calls!r} - at {where}")
+    made = []
+    for i, call in enumerate(calls):
+        given = call.model_dump(exclude_none=True) if hasattr(call, "model_dump") else call
+        shown = _tool_call(given) if isinstance(given, ToolCall) else given
+        if not isinstance(shown, Mapping) or not isinstance(shown.get("function", {}), Mapping):
+            raise ConfigError(
+                "Expected a tool call as {'id': …, 'type': 'function', 'function': {'name': …, 'arguments': …}}, "
+                f"got {call!r} - at {where}[{i}]"
+            )
+        made.append(shown)
+    return made
 
 
 def _content(content: Any, where: str) -> str | list[Any]:
@@ -198,6 +219,10 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"Expected a part as a text, an Image or a dict with a type, got {part!r} - at {where}")
     if part["type"] == "image_url" and isinstance(part.get("image_url"), str):
         return {**part, "image_url": {"url": part["image_url"]}}
+    if part["type"] == "image_url":
+        shown = part.get("image_url")
+        if not isinstance(shown, Mapping) or not isinstance(shown.get("url"), str):
+            raise ConfigError(f"Expected an image as {{'url': …}}, got {shown!r} - at {where}.image_url")
     return dict(part)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,12 @@ def test_the_callers_messages_are_not_changed() -> None:
         ([{"role": "user", "content": 5}], r"\$\.messages\[0\]\.content"),
         ([{"role": "user", "content": ["a", 5]}], r"\$\.messages\[0\]\.content\[1\]"),
         ([{"role": "user", "content": [{"text": "a"}]}], r"\$\.messages\[0\]\.content\[0\]"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"\$\.messages\[0\]\.content\[0\]\.image_url"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}], r"\.image_url"),
+        ([USER, {"role": "assistant", "tool_calls": "f"}], r"\$\.messages\[1\]\.tool_calls"),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": {"a": 1}}], r"\$\.messages\[1\]\.tool_calls"),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": ["f"]}], r"\.tool_calls\[0\]"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": "f"}]}], r"\.tool_calls\[0\]"),
     ],
 )
 def test_an_invalid_message_is_refused_with_its_path(given: Any, where: str) -> None:
@@ -109,3 +116,12 @@ def test_text_of_content() -> None:
     """The text alone is returned, without other parts."""
     assert text_of(["a", {"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": "b"}]) == "ab"
     assert text_of(None) == ""
+
+
+def test_tool_calls_may_be_our_records_and_an_sdks() -> None:
+    """All are sent in OpenAI's shape."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    sdk = SimpleNamespace(model_dump=lambda **_: call)
+    for given in (call, sdk, ToolCall(id="1", name="f", arguments="{}")):
+        (turn,) = normalise([{"role": "assistant", "content": "", "tool_calls": [given]}])
+        assert turn["tool_calls"] == [call]
