@@ -40,9 +40,8 @@ class _Portal:
     """One daemon thread with one event loop, created on first use and again after a fork."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self.pid, self.stopping = os.getpid(), False
         self.closers: list[Callable[[], Awaitable[None]]] = []
-        self.stopping = False
         self.loop = _loop_factory()
         self.thread = threading.Thread(target=self._serve, name="aggregator-portal", daemon=True)
         self.thread.start()
@@ -229,9 +228,9 @@ def on_close(closer: Callable[[], Awaitable[None]]) -> None:
 
 def use_uvloop() -> None:
     """Run the library's loop on uvloop (the extra `uvloop`); raises ConfigError if the loop exists already."""
-    global _loop_factory  # noqa: PLW0603 - of the one background loop
     from uvloop import new_event_loop
 
+    global _loop_factory  # noqa: PLW0603 - of the one background loop
     with _lock:
         if _portal is not None and _portal.pid == os.getpid():
             raise ConfigError("Expected use_uvloop() before the first synchronous call, got it after one")
@@ -247,14 +246,12 @@ class Branch:
     """
 
     process: ClassVar[int] = os.getpid()  # this one, also after a fork; asking the system for each branch is slow
-    outside: ClassVar[int] = 0
-    """Model calls from threads without a context while a run or cassette was open, whether they belong to it or not."""
+    outside: ClassVar[int] = 0  # calls of models from threads without a context, while a run or cassette was open
     depth = 0
     _parent: Branch | None = None
     _alive = 0  # threads and pool items
     _latest: ref[asyncio.Task[Any]] | None = None
-    _crowded = False
-    quiet = False
+    _crowded = quiet = False
 
     def __init__(
         self, path: str = "", inner: str = "", outer: Branch | None = None, parent: Branch | None = None
@@ -383,11 +380,11 @@ def refuse_strays(what: str) -> None:
     if scope is not None and scope.is_cancelled:
         raise asyncio.CancelledError("given up")
     branch = _branch.get()
-    if branch is None and not (_hooks.holders and _is_foreign()):
+    if branch is not None and branch.pid == Branch.process:
+        return
+    if branch is None and not _is_foreign():
         if _hooks.holders:
             Branch.outside += 1
-        return
-    if branch is not None and branch.pid == Branch.process:
         return
     if branch is None or branch is _STRAY:
         where = "a thread that was not started by threading, and has no context while a run or cassette is open"
