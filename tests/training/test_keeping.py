@@ -52,7 +52,7 @@ def test_the_best_values_are_in_the_agent_and_in_its_files(tmp_path: Path) -> No
     """Before, it held the last values, and no public method stored the best ones."""
     agent = Says()
     trainer, result = train(agent, validate_dataset=DATA, test_dataset=TEST, run_dir=tmp_path / "run")
-    assert [one.score for one in result.validations] == [0.0, 1.0, 0.0, 0.0]
+    assert result.validation_scores == [one.score for one in result.validations] == [0.0, 1.0, 0.0, 0.0]
     assert result.parameters == result.best_parameters == {"prompt": "Say no."}
     assert (result.last_parameters, result.kept, result.best_step) == ({"prompt": "Say worse."}, "best", 1)
     assert agent.prompt.data == "Say no."
