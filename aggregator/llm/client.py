@@ -147,6 +147,11 @@ class LLM:
         """
         if tool_choice is not None or extra is not None:
             check_choice_and_extra(tool_choice, extra)
+        if validate is not None and (response_format is None or not callable(validate)):
+            raise ConfigError(
+                f"Expected validate as the check of an answer in a response_format, got {validate!r} with "
+                f"response_format={response_format!r}; give both, or check the text yourself"
+            )
         call = ChatCall(
             model=self.endpoint.model,
             messages=normalise(messages),

@@ -141,6 +141,15 @@ async def test_a_custom_check() -> None:
     assert (completion.text, len(transport.requests)) == ("TERMINATE", 1)
 
 
+@pytest.mark.parametrize("options", [{"validate": int}, {"response_format": SCHEMA, "validate": "int"}], ids=str)
+async def test_a_check_without_a_format_was_ignored(options: Any) -> None:
+    """No answer would ever be checked by it."""
+    transport = ScriptedTransport(answer("no number"))
+    with pytest.raises(ConfigError, match="Expected validate as the check of an answer"):
+        await client(transport).complete(QUESTION, **options)
+    assert transport.requests == []
+
+
 @pytest.mark.requirement("figure: requests for one doomed call: permanent 1, transient the attempts set")
 @pytest.mark.parametrize(
     ("reply", "kind"),
