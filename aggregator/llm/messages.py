@@ -217,6 +217,8 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return {"type": "image_url", "image_url": image}
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise ConfigError(f"Expected a part as a text, an Image or a dict with a type, got {part!r} - at {where}")
+    if part["type"] == "text" and not isinstance(part.get("text"), str | None):
+        raise ConfigError(f"Expected a part with a text, got {part['text']!r} - at {where}.text")
     if part["type"] == "image_url" and isinstance(part.get("image_url"), str):
         return {**part, "image_url": {"url": part["image_url"]}}
     if part["type"] == "image_url":

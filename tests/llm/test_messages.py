@@ -92,6 +92,7 @@ def test_the_callers_messages_are_not_changed() -> None:
         ([{"role": "user", "content": 5}], r"\$\.messages\[0\]\.content"),
         ([{"role": "user", "content": ["a", 5]}], r"\$\.messages\[0\]\.content\[1\]"),
         ([{"role": "user", "content": [{"text": "a"}]}], r"\$\.messages\[0\]\.content\[0\]"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], r"\$\.messages\[0\]\.content\[0\]\.text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"\$\.messages\[0\]\.content\[0\]\.image_url"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}], r"\.image_url"),
         ([USER, {"role": "assistant", "tool_calls": "f"}], r"\$\.messages\[1\]\.tool_calls"),
