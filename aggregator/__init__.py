@@ -85,18 +85,9 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "evaluate",
         "headroom",
     ),
-    "aggregator.training.gates": (
-        "improves_on_batch",
-        "improves_on_validation",
-    ),
-    "aggregator.training.learning": ("propose_from",),
     "aggregator.training.merge": ("LLMMerge",),
     "aggregator.training.optimize": ("aoptimize", "optimize"),
-    "aggregator.training.proposers": (
-        "LLMOptimizer",
-        "OPROOptimizer",
-        "TextGradOptimizer",
-    ),
+    "aggregator.training.proposers": ("LLMOptimizer",),
     "aggregator.training.step": ("Step",),
     "aggregator.training.suggestions": (
         "construct_update_dict",

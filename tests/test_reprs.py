@@ -19,6 +19,7 @@ from aggregator import (
     Module,
     Observer,
     ParameterNode,
+    Playbook,
     Step,
     as_agent,
     as_model,
@@ -29,13 +30,15 @@ from aggregator import (
     transcript,
 )
 from aggregator.executors import LocalExecutor, ProcessExecutor
-from aggregator.gates import always, both, improves_on_batch, improves_on_validation
+from aggregator.gates import always, both, improves_on_batch, improves_on_validation, leak_guard, max_edit
 from aggregator.guides import ExactMatch, KeywordHints, NumericMatch, RegexMatch
 from aggregator.observing import ConsoleLogger, ProgressBar, from_logger
 from aggregator.optimizers import OPROOptimizer, TextGradOptimizer
 from aggregator.rules import LLMChoice, chain, dedupe, majority, top_k, tree_merge
 from aggregator.searches import beam, greedy, priority
 from aggregator.simulation import SimulatedModel
+from aggregator.testing import FakeTransport
+from aggregator.training.schedules import cosine, linear
 
 KEY = "sk-abcdefghijklmnopqrstuvwx"
 
@@ -104,6 +107,10 @@ def llm() -> LLM:
         (ProcessExecutor(2), "ProcessExecutor(2)"),
         (as_agent(Router()), "as_agent(<Router with parameters answer__code, rule, parts.0, k>)"),
         (as_agent(answer), "as_agent(answer)"),
+        (Playbook(["Be brief."], name="rules"), "Playbook(['Be brief.'], name='rules')"),
+        (transcript(), "transcript()"),
+        (cassette("a.yaml", "none"), "cassette('a.yaml', mode='none')"),
+        (FakeTransport("hello"), "<FakeTransport: 1 step, 0 requests>"),
         (Step.of(Router()), "<Step 0 of epoch 0: 0 samples, parameters answer__code, rule, parts.0, k>"),
         (
             AggregatedUpdate(Router(), LLMOptimizer(llm=llm()), llm=llm()),
@@ -128,6 +135,10 @@ def test_an_objects_repr_describes_it(made: Any, shown: str) -> None:
             improves_on_validation([(1, 2)], 0.1, significance=0.05),
             "improves_on_validation(threshold=0.1, significance=0.05)",
         ),
+        (linear(1.0), "linear(1.0, 0.0)"),
+        (cosine(1.0, 0.5), "cosine(1.0, 0.5)"),
+        (max_edit(0.5), "max_edit(0.5)"),
+        (leak_guard(words=8), "leak_guard(words=8)"),
     ],
 )
 def test_a_functions_repr_is_the_call_that_made_it(made: Any, name: str) -> None:

@@ -207,4 +207,5 @@ def inner_function(function: Any) -> Any:
 
 
 def _name(function: Any) -> str:
+    function = inner_function(function)
     return str(getattr(function, "__name__", type(function).__name__))

@@ -18,7 +18,7 @@ from aggregator.agents import parameters as typed_values
 from aggregator.agents.parameters import ParameterNode, Unfit
 from aggregator.checks import check_positive
 from aggregator.errors import ParameterError
-from aggregator.text import list_names
+from aggregator.text import list_names, shorten
 
 ID_LENGTH = 6
 """The number of hexadecimal digits of an item's id; more if two texts share them."""
@@ -75,6 +75,9 @@ class Playbook(ParameterNode[Items]):
             check_positive("limit", limit)
         self.limit = limit
         super().__init__(_as_items(items), name=name, type=Items, description=description, trainable=trainable)
+
+    def __repr__(self) -> str:
+        return f"Playbook({shorten([item.text for item in self.data])}, name={self.name!r})"
 
     def __str__(self) -> str:
         return "\n".join(f"- {item.text}" for item in self.data)

@@ -331,6 +331,9 @@ class transcript(AbstractContextManager[Transcript]):  # noqa: N801 - reads as a
       returned: 2
     """
 
+    def __repr__(self) -> str:
+        return "transcript()"
+
     def __enter__(self) -> Transcript:
         opened = Transcript()
         self._tokens = _transcript.set(opened), _span.set(opened.root)

@@ -31,6 +31,7 @@ from aggregator.cassettes.storage import LayoutChoice, followed, read, save
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteError, ConfigError
 from aggregator.files import make_folder, sibling_path
+from aggregator.text import show_call
 
 # Which file is read and which is written
 
@@ -273,6 +274,10 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
         self._stack = ExitStack()
         self._tape: Tape | None = None
         self._token: Token[Tape | None] | None = None
+        self._shown = show_call("cassette", os.fspath(path), mode=mode)
+
+    def __repr__(self) -> str:
+        return self._shown
 
     def __enter__(self) -> Tape:
         """Open the tape and make it the current one of this context."""

@@ -31,6 +31,9 @@ class Stream:
         self._whole: list[Completion] = []
         self._deltas = _show(call, deltas, self._whole)
 
+    def __repr__(self) -> str:
+        return f"<Stream {'read to its end' if self._whole else 'not read to its end'}>"
+
     @property
     def completion(self) -> Completion:
         """The whole answer with usage and finish reason; raises ConfigError before the last delta was read."""

@@ -20,7 +20,7 @@ from aggregator.llm.ledger import Price
 from aggregator.llm.models import CallableModel
 from aggregator.protocols import Transport
 from aggregator.records import Choice, Completion, HTTPReply, HTTPRequest, Message, Usage
-from aggregator.text import shorten
+from aggregator.text import shorten, show_count
 
 
 def text_reply(
@@ -105,7 +105,7 @@ class FakeTransport(Transport):
         return [msgspec.json.decode(request.body) for request in self.requests]
 
     def __repr__(self) -> str:
-        return f"FakeTransport({len(self.steps)} steps, {len(self.requests)} requests)"
+        return f"<FakeTransport: {show_count(len(self.steps), 'step')}, {show_count(len(self.requests), 'request')}>"
 
 
 Reply = str | Mapping[str, Any] | Completion | Exception | Callable[[list[dict[str, Any]]], Any]
@@ -162,7 +162,7 @@ class ScriptedModel(CallableModel):
         return Completion(choices=(Choice(message=Message(content=text)),), usage=self.usage)
 
     def __repr__(self) -> str:
-        return f"ScriptedModel({len(self.asked)} calls)"
+        return f"<ScriptedModel: {show_count(len(self.asked), 'call')}>"
 
 
 def suggestion(reasoning: str = "because", /, **values: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from aggregator.checks import check_positive
 from aggregator.errors import ConfigError, TrainingWarning
 from aggregator.records import Sample
+from aggregator.text import show_count
 
 Dataset = Mapping[str, Any] | Iterable[tuple[Any, Any]] | Iterable[Mapping[str, Any]] | Iterable[Any]
 """`{"inputs": [...], "infos": [...]}`, pairs (x, info), rows with named columns, or DSPy's Examples."""
@@ -146,7 +147,7 @@ class DataLoader:
         self.epoch = 0
 
     def __repr__(self) -> str:
-        return f"<DataLoader of {len(self.samples)} samples, batch_size={self.batch_size}>"
+        return f"<DataLoader of {show_count(len(self.samples), 'sample')}, batch_size={self.batch_size}>"
 
     def __len__(self) -> int:
         return (len(self.samples) + self.batch_size - 1) // self.batch_size

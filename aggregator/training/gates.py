@@ -397,6 +397,7 @@ def max_edit(share: float = 0.2) -> Check:
             f"Expected a text that changes at most {allowed} of the {len(old)} tokens, got one that changes {changed}"
         )
 
+    max_edit.__qualname__ = show_call("max_edit", share)
     return max_edit
 
 
@@ -443,6 +444,7 @@ def leak_guard(data: Dataset | None = None, *, words: int = LEAK_WORDS) -> Check
             f"{f' and {len(copied) - 1} more' if len(copied) > 1 else ''}"
         )
 
+    leak_guard.__qualname__ = show_call("leak_guard", words=words)
     return leak_guard
 
 

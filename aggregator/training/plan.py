@@ -18,7 +18,7 @@ from aggregator.errors import ConfigError
 from aggregator.guides.calling import check_guide, declared_limit
 from aggregator.llm.ledger import total_by_role
 from aggregator.records import Kept, Rollout, Sample, Usage, Values
-from aggregator.text import shorten
+from aggregator.text import shorten, show_count
 from aggregator.training.batches import minibatches
 from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest, identity_of, models_in
 from aggregator.training.gates import cost_of
@@ -281,7 +281,8 @@ class RunPlan(Struct, frozen=True, kw_only=True):
         rollouts = ", ".join(f"{count} {name}" for name, count in self.rollouts.items())
         calls = ", ".join(f"{count} {role}" for role, count in self.calls.items() if count)
         share = f"{self.evaluation_share:.0%} of them evaluation"
-        lines = [f"{self.steps} steps, {sum(self.rollouts.values())} rollouts ({rollouts}), {share}"]
+        total = show_count(sum(self.rollouts.values()), "rollout")
+        lines = [f"{show_count(self.steps, 'step')}, {total} ({rollouts}), {share}"]
         lines.append(f"calls, at most: {calls}")
         for role, usage in self.usage.items():
             cost = "" if usage.cost is None else f", {usage.cost:.4g} USD"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aggregator.errors import ConfigError
+from aggregator.text import show_call
 
 Schedule = Callable[[int, int], float]
 """(step from 0, number of steps) -> stepsize in [0, 1]."""
@@ -30,7 +31,12 @@ def linear(start: float, end: float = 0.0) -> Schedule:
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     first, last = check_stepsize(start), check_stepsize(end)
-    return lambda step, total: _between(first, last, _progress(step, total))
+
+    def schedule(step: int, total: int) -> float:
+        return _between(first, last, _progress(step, total))
+
+    schedule.__qualname__ = show_call("linear", start, end)
+    return schedule
 
 
 def cosine(start: float, end: float = 0.0) -> Schedule:
@@ -42,7 +48,12 @@ def cosine(start: float, end: float = 0.0) -> Schedule:
     [1.0, 0.854, 0.5, 0.146, 0.0]
     """
     first, last = check_stepsize(start), check_stepsize(end)
-    return lambda step, total: _between(first, last, (1 - math.cos(math.pi * _progress(step, total))) / 2)
+
+    def schedule(step: int, total: int) -> float:
+        return _between(first, last, (1 - math.cos(math.pi * _progress(step, total))) / 2)
+
+    schedule.__qualname__ = show_call("cosine", start, end)
+    return schedule
 
 
 def as_schedule(stepsize: float | Callable[..., float]) -> Schedule:

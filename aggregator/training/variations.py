@@ -54,6 +54,9 @@ class Variation(Struct, frozen=True, kw_only=True):
     least: int = 1
     select: Callable[[ChatModel], UpdateRule] = _by_majority
 
+    def __repr__(self) -> str:
+        return f"<Variation {self.name}>"
+
 
 def _seeded(messages: Messages, i: int, count: int, _before: Sequence[Proposal]) -> Question:
     return Question(messages=messages, seed=i if count > 1 else None)

@@ -36,7 +36,7 @@ async def test_a_script_is_played_in_order_and_its_last_step_repeats() -> None:
             await llm.complete("Hi")
     assert [body["messages"] for body in transport.bodies()] == [[{"role": "user", "content": "Hi"}]] * 5
     assert all(timeout is not None and 0 < timeout <= 5.0 for timeout in transport.timeouts)
-    assert repr(transport) == "FakeTransport(4 steps, 5 requests)"
+    assert repr(transport) == "<FakeTransport: 4 steps, 5 requests>"
 
 
 async def test_errors_of_a_provider_and_of_the_network() -> None:
@@ -76,7 +76,7 @@ async def test_a_model_records_its_calls() -> None:
     assert model.asked == [[{"role": "user", "content": "hi"}]] * 3
     assert model.options == [{"temperature": 0}, {}, {}]
     assert model.places == [("train", "optimizer"), ("", "agent"), ("", "agent")]
-    assert repr(model) == "ScriptedModel(3 calls)"
+    assert repr(model) == "<ScriptedModel: 3 calls>"
 
 
 @pytest.mark.parametrize("limits", [{"calls": 2}, {"tokens": 10_000}, {"usd": 1.0}])

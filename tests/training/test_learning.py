@@ -22,12 +22,11 @@ from aggregator import (
     ParameterNode,
     Proposal,
     Rollout,
-    propose_from,
     transcript,
 )
 from aggregator.errors import ServerError
 from aggregator.llm.models import as_model
-from aggregator.optimizers import apropose_from
+from aggregator.optimizers import apropose_from, propose_from
 from aggregator.testing import FakeTransport
 from aggregator.training.learning import STALE, UNLABELLED, read_records
 from aggregator.training.rules import majority
