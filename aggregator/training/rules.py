@@ -101,7 +101,8 @@ def top_k(k: int) -> UpdateRule:
         raise ConfigError(f"Expected top_k of an int of at least 1, got {k!r}")
 
     def best(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
-        ranked = sorted(range(len(proposals)), key=lambda i: (-_score(proposals[i]), _first_sample(proposals[i]), i))
+        scores = [-math.inf if one.score is None else one.score for one in proposals]
+        ranked = sorted(range(len(proposals)), key=lambda i: (-scores[i], _first_sample(proposals[i]), i))
         return [proposals[i] for i in sorted(ranked[:k])]
 
     best.__qualname__ = show_call("top_k", k)
@@ -163,10 +164,6 @@ def key_of(value: Any) -> bytes:
     1, 1.0 and True are three values; the order of keys is ignored.
     """
     return canonical_json(value, repr)
-
-
-def _score(proposal: Proposal) -> float:
-    return -math.inf if proposal.score is None else proposal.score
 
 
 def _first_sample(proposal: Proposal) -> float:
