@@ -107,11 +107,9 @@ async def ask(
     text, answer, is_cut = await once(messages, max_tokens)
     if answer.error is None or not structured:
         return answer
+    again = shorter_messages(messages, text, max_tokens) if is_cut else repair_messages(messages, text, answer.error)
     try:
-        if is_cut:
-            _, repaired, _ = await once(shorter_messages(messages, text, max_tokens), 2 * max_tokens)
-        else:
-            _, repaired, _ = await once(repair_messages(messages, text, answer.error), max_tokens)
+        _, repaired, _ = await once(again, 2 * max_tokens if is_cut else max_tokens)
     except (BadRequestError, ContentFilterError, PermissionDeniedError) as error:
         if ends_run(error):
             raise
