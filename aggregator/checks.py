@@ -120,6 +120,19 @@ def accepts(function: Any, *arguments: Any, **options: Any) -> bool:
     return True
 
 
+def is_amount(value: Any) -> bool:
+    """Return True for any kind of number from 0 up that is finite.
+
+    >>> from decimal import Decimal
+    >>> is_amount(0), is_amount(Decimal("0.5")), is_amount(-1), is_amount(float("nan")), is_amount("5")
+    (True, True, False, False, False)
+    """
+    try:
+        return bool(0 <= value < float("inf"))
+    except (TypeError, ValueError):
+        return False
+
+
 def contain_stop(error: StopIteration) -> RuntimeError:
     """Return the error of a function in a thread as a coroutine raises it.
 

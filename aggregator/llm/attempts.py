@@ -82,6 +82,8 @@ class Line:
         ):
             if value is not None and not isinstance(value, kind):
                 raise ConfigError(f"Expected {name} as a {kind.__name__} or None, got {value!r}")
+        if transport is not None and not callable(getattr(transport, "send", None)):
+            raise ConfigError(f"Expected transport as an object with async send(request), or None, got {transport!r}")
         self.endpoint, self.attempt_timeout = endpoint, attempt_timeout
         self.policy = replace(retry or RetryPolicy(), max_attempts=max_attempts)
         self.budget, self.prices, self.extra = budget, prices, merge({}, extra or {}, "LLM.extra")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec import Struct
 from msgspec.structs import astuple, replace
 
+from aggregator.checks import is_amount
 from aggregator.errors import APITimeoutError, BudgetExceededError, ConfigError
 from aggregator.llm.calls import ChatCall, Limits
 from aggregator.llm.ledger import find_price, kept_price
@@ -82,7 +83,7 @@ class Budget:
 
     def __init__(self, usd: float | None = None, tokens: int | None = None, calls: int | None = None) -> None:
         for name, value in zip(_NAMES, (usd, tokens, calls), strict=True):
-            if value is not None and not 0 <= value < inf:
+            if value is not None and not is_amount(value):
                 raise ConfigError(f"Expected a limit >= 0 or None, got {value!r} - at Budget.{name}")
         self.usd, self.tokens, self.calls = usd, tokens, calls
         self.serial = next(_serials)  # the order in which a request that counts in several reserves them

@@ -16,6 +16,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator.checks import is_amount
 from aggregator.errors import ConfigError
 from aggregator.llm.providers import providers
 from aggregator.records import Completion, Usage
@@ -161,7 +162,7 @@ class Price(Struct, frozen=True, kw_only=True):
         figures = {name: getattr(self, name) for name in rates}
         figures |= {f"tiers[{i}].{name}": getattr(tier, name) for i, tier in enumerate(self.tiers) for name in rates}
         for name, value in (figures | {f"service[{tier!r}]": factor for tier, factor in self.service.items()}).items():
-            if value is not None and not 0 <= value < float("inf"):
+            if value is not None and not is_amount(value):
                 raise ConfigError(f"Expected a price in USD per million tokens >= 0, got {value!r} - at Price.{name}")
 
     def cost(self, usage: Usage, service_tier: str | None = None) -> float | None:
@@ -268,14 +269,17 @@ Prices = Mapping[str, Price]
 
 
 def find_price(provider: str, model: str, table: Prices | None) -> Price | None:
-    """Return the user's price of a model, under any of the spellings of its name.
+    """Return the user's price of a model, under any of the spellings of its name; raises ConfigError for no Price.
 
     >>> find_price("openai", "gpt-4o-mini", {"openai:gpt-4o-mini": Price(input=0.15, output=0.6)}).input
     0.15
     """
     for name in (f"{provider}/{model}", f"{provider}:{model}", model):
         if table and name in table:
-            return table[name]
+            given: Any = table[name]
+            if not isinstance(given, Price):
+                raise ConfigError(f"Expected Price(input=…, output=…) for {name!r}, got {given!r} - at prices")
+            return given
     return None
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, failure, raw, read_request, serving
 
-from aggregator import LLM, Budget
+from aggregator import LLM, Budget, Price
 from aggregator.errors import (
     AggregatorError,
     APIConnectionError,
@@ -276,7 +277,7 @@ ODD: list[Any] = [float("nan"), "5", b"x", [[]], {"a": {1}}, object(), print, Ot
 def test_an_option_of_another_type_raised_a_type_error() -> None:
     """Invalid settings are a ConfigError: `timeout="5"` from an environment variable, headers as a list."""
     names = ["max_attempts", "timeout", "attempt_timeout", "max_concurrency", "rpm", "tpm", "extra"]
-    names += ["prices", "budget", "headers", "base_url", "api", "retry", "api_key"]
+    names += ["prices", "budget", "headers", "base_url", "api", "retry", "api_key", "transport"]
     raised = []
     for name in names:
         for value in ODD:
@@ -287,6 +288,22 @@ def test_an_option_of_another_type_raised_a_type_error() -> None:
             except Exception as error:  # noqa: BLE001 - collected, so that one assertion lists them all
                 raised.append((name, value, repr(error)))
     assert raised == []
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_a_limit_or_a_price_of_another_type_raised_a_type_error(value: Any) -> None:
+    """A price for the model is checked when the client is made, not when its first answer is paid."""
+    made: list[Callable[[], Any]] = [
+        lambda: Budget(usd=value),
+        lambda: Budget(tokens=value),
+        lambda: Budget(calls=value),
+        lambda: Price(input=value, output=1),
+        lambda: Price(input=1, output=1, cached=value),
+        lambda: LLM("openai-compatible/m", base_url="http://127.0.0.1:9/v1", prices={"m": value}),
+    ]
+    for make in made:
+        with pytest.raises(ConfigError):
+            make()
 
 
 @pytest.mark.parametrize("name", ["openai/m", "anthropic/m", "gemini/m"])
