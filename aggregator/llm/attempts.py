@@ -421,7 +421,8 @@ class Attempt:
     def try_admit(self) -> bool:
         """Go live if that needs no waiting: a place and the pace are free, and no opening is being written."""
         attempts = self.attempts
-        attempts.request = self.line.endpoint.authenticated(attempts.request)
+        if not attempts.request.secrets:
+            attempts.request = self.line.endpoint.authenticated(attempts.request)
         self.is_live = True
         limiter = attempts.limiter
         if attempts.opening is not None:

@@ -74,7 +74,7 @@ async def test_a_stream_is_read_through_the_owner() -> None:
     owner = Owner()
     llm, _ = client()
     pieces = [piece async for piece in owner.deltas(ask(owner.number_of(llm), stream=True))]
-    assert [getattr(piece, "text", piece) for piece in pieces] == ["hello"]
+    assert [getattr(piece, "text", piece) for piece in pieces] == ["hello", "hello"]
 
 
 async def test_a_callable_model_is_called_with_its_options() -> None:
