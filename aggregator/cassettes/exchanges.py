@@ -2,11 +2,11 @@ r"""One recorded exchange, and its one line in a journal.
 
     {"request":{...},"response":{...},"x":"{\"lineage\":...,\"key\":\"...\",\"sha256\":\"...\"}"}
 
-A line is JSON and a YAML flow item at once, so that msgspec and stock vcrpy both read it. Our own facts are under
-`x`, next to `request` and `response`, and ignored by vcrpy: as JSON in one text, since a mapping would cost vcrpy a
-third of its loading time. They end in the digest of the request's bytes, by which a replay finds the line without
-reading the rest, and in the sha256 of the line before it. A body that is not UTF-8 is `!!binary "…"`: YAML, not JSON,
-and the only exception.
+A line is JSON and a YAML flow item at once, so that msgspec and stock vcrpy both read it. Our own facts are under `x`,
+next to `request` and `response`, and ignored by vcrpy: as JSON in one text, since a mapping would cost vcrpy a third of
+its loading time. They end with the digest of the request's bytes, by which a replay finds the line without reading the
+rest, and the sha256 of the line up to there. A body that is not UTF-8 is `!!binary "…"`: YAML, not JSON, and the only
+exception.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from aggregator.cassettes.matching import key_of_request, raw_key
 from aggregator.errors import CassetteDamagedError
 from aggregator.records import HTTPReply, HTTPRequest
 
-_RESPONSE = b'},"response":{"status":'  # neither this nor the next can be in a text, whose quotes are escaped
+_RESPONSE = b'},"response":{"status":'  # neither this nor the next occurs in a text, whose quotes are escaped
 _FACTS = b',"x":"'
 _HASH = rb",\"sha256\":\""
 _END = rb'\"}"}'
 _TAIL = len(_HASH) + 64 + len(_END)
-# what PyYAML refuses or folds although JSON allows it raw: DEL, C1 controls, U+2028, U+2029, U+FEFF, U+FFFE, U+FFFF
+# characters that PyYAML refuses or folds although JSON allows them raw: DEL, C1 controls, U+2028, U+2029, U+FEFF,
+# U+FFFE, U+FFFF
 NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
-_ODD_STARTS = (b"\x7f", b"\xc2", b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xef")  # of those in UTF-8
+_ODD_STARTS = (b"\x7f", b"\xc2", b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xef")  # of those characters in UTF-8
 _BINARY = re.compile(rb'("(?:[^"\\]|\\.)*")|!!binary ("[A-Za-z0-9+/=]*")')
 
 
@@ -42,13 +43,13 @@ _BINARY = re.compile(rb'("(?:[^"\\]|\\.)*")|!!binary ("[A-Za-z0-9+/=]*")')
 
 
 class Facts(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """What we know of an exchange besides request and response; the key `x` of an interaction.
+    """The facts of an exchange in addition to request and response; the key `x` of an interaction.
 
-    `ticket` counts the identical requests of one lineage in the order they were issued, `attempt` the answers
-    to one of them, `order` all requests issued in this lineage. `chunks` are (bytes, milliseconds) of a stream.
-    `error` is (class, message) of an attempt without an answer. `usage` holds tokens and cost as far as known.
-    `redacted` is a short digest of what was redacted in the request's body: it orders exchanges whose requests are
-    equal without it. `key` is the digest of the request's bytes as a journal states it, b"" outside of a line.
+    `ticket` counts the identical requests of one lineage in the order they were issued, `attempt` the answers to one of
+    them, `order` all requests of this lineage. `chunks` are (bytes, milliseconds) of a stream. `error` is (class,
+    message) of an attempt without an answer. `usage` has tokens and cost as far as known. `redacted` is a short digest
+    of the redacted parts of the request's body, which orders exchanges whose requests are otherwise equal. `key` is the
+    digest of the request's bytes as a journal states it, b"" outside of a line.
     """
 
     lineage: str
@@ -137,13 +138,13 @@ def encode_line(exchange: Exchange) -> bytes:
 
 @lru_cache(maxsize=256)
 def _opening(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> bytes:
-    """Return the line up to the request's body; most repeat."""
+    """Return the line up to the request's body; most are repeated."""
     request = {"method": method, "uri": url, "headers": {name: [value] for name, value in headers}}
     return b'{"request":%b,"body":' % _encode(request)[:-1]
 
 
 def _as_yaml(line: bytes) -> bytes:
-    """Escape what only JSON allows; most text beyond ASCII holds none of it."""
+    """Escape characters that only JSON allows; most text beyond ASCII has none."""
     if any(start in line for start in _ODD_STARTS):
         return NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", line.decode()).encode()
     return line
@@ -160,17 +161,17 @@ def _text(body: bytes) -> Any:  # str, or YAML's own as msgspec.Raw
 
 
 def line_is_whole(line: Buffer) -> bool:
-    """Return True if the line is what was written: its hash is there and fits."""
+    """Return True if the line is unchanged: it has its hash, and the hash fits."""
     return bytes(line[-_TAIL:]) == b"".join((_HASH, sha256(line[:-_TAIL]).hexdigest().encode(), _END))
 
 
 def line_hash(line: Buffer) -> str:
-    """Return the hash that the line states."""
+    """Return the hash in the line."""
     return bytes(line[-_TAIL:][len(_HASH) : -len(_END)]).decode()
 
 
 def find_parts(data: bytes, start: int, end: int) -> tuple[int, int]:
-    """Return where the answer and our facts of the line from `start` to `end` begin; raises ValueError."""
+    """Return the positions of the answer and our facts in the line from `start` to `end`; raises ValueError."""
     answer = data.find(_RESPONSE, start, end) + len(b'},"response":')
     facts = data.rfind(_FACTS, answer, end)
     if facts < 0 or answer < start + len(b'},"response":'):
@@ -184,7 +185,7 @@ def decode_facts(data: bytes, facts: int, end: int) -> Facts:
 
 
 def body_bytes(body: str | Mapping[str, str] | None) -> bytes:
-    """Return a body as it was on the wire."""
+    """Return a body as it was sent."""
     if isinstance(body, str):
         return body.encode()
     return base64.b64decode(body["!!binary"]) if body else b""
@@ -246,7 +247,7 @@ REMEDY = (
     "(aggregator cassette accept), or delete it and record again"
 )
 UNREADABLE = (DecodeError, ValueError, KeyError, RecursionError)
-"""What decoding raises for a line that we did not write, although its hash is right."""
+"""Errors of decoding a line that we did not write, although its hash is right."""
 
 
 # ---- rows of a recording
@@ -268,12 +269,12 @@ class Row(Struct, frozen=True, gc=False):
 
     @property
     def line(self) -> bytes:
-        """The line, as a journal holds it."""
+        """The line, as in a journal."""
         return self.data[self.start : self.end]
 
     @property
     def key(self) -> bytes:
-        """The canonical key of its request; computed when first needed, as most replays ask for the recorded bytes."""
+        """The canonical key of its request; computed when first needed, as most replays send the recorded bytes."""
         if not self.known_key:
             force_setattr(self, "known_key", key_of_request(self.exchange().request))
         return self.known_key
@@ -300,7 +301,7 @@ class Row(Struct, frozen=True, gc=False):
 
 
 class Recording(Struct, frozen=True, kw_only=True):
-    """What a cassette holds. `kept` is how many bytes of an open journal are good, `findings` what was repaired."""
+    """The content of a cassette. `kept` is the number of valid bytes of an open journal, `findings` are the repairs."""
 
     rows: tuple[Row, ...]
     state: State
@@ -315,7 +316,7 @@ NOTHING = Recording(rows=(), state="open", layout="journal")
 
 
 def index_spans(data: bytes, spans: Iterable[tuple[int, int]]) -> Iterator[Row]:
-    """Index the lines that start and end there; they are whole, so the key that each states is its request's."""
+    """Index the lines that start and end there; they are whole, so the key in each is its request's."""
     for start, end in spans:
         answer, facts = find_parts(data, start, end)
         yield Row(data, start, answer, facts, end, decode_facts(data, facts, end))

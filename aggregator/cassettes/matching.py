@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 decode_json = msgspec.json.Decoder().decode
 
 Ignore = tuple[tuple[str, ...], ...]
-"""JSON paths that do not count, each as its parts; `*` matches every item of a list."""
+"""Ignored JSON paths, each as its parts; `*` matches every item of a list."""
 
 
 # ---- canonical bodies and addresses
@@ -62,11 +62,11 @@ _FORM = "application/x-www-form-urlencoded"
 
 
 def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes:
-    """Return the body in a form that is the same for every body that asks the same.
+    """Return the body in a form that all equal bodies share.
 
     JSON has its keys in order and no white space. A multipart body is a JSON list of its parts: name, filename, content
-    type and digest of the content, in their order. A form, which only its `content_type` distinguishes from
-    text, has its fields in order of their names. Any other body stays as it is.
+    type and digest of the content, in their order. A form, which only its `content_type` distinguishes from text, has
+    its fields in order of their names. Any other body stays as it is.
 
     >>> canonical(b'{"b": 1, "a": [1.0]}')
     b'{"a":[1.0],"b":1}'
@@ -126,7 +126,7 @@ def _parts(body: bytes, boundary: bytes) -> list[bytes] | None:
 
 
 def _part(part: bytes, ignore: Ignore) -> list[str]:
-    """Return what a part of a multipart body asks: name, filename, content type and the digest of its content."""
+    """Return the compared facts of a part of a multipart body: name, filename, content type, digest of its content."""
     if part.startswith((b"\r\n", b"\n")):  # no headers
         head, content = "", part.removeprefix(b"\r").removeprefix(b"\n")
     else:
@@ -172,7 +172,7 @@ _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012
 
 @lru_cache(maxsize=1024)
 def canonical_url(url: str) -> str:
-    """Return an address in a form that is the same for every address that means the same.
+    """Return an address in a form that all equivalent addresses share.
 
     Scheme and host are in lower case, the host in Punycode, the scheme's own port and the fragment are left out, an
     empty path is `/`, the segments `.` and `..` of a path are resolved, the parameters are in order of their names
@@ -215,7 +215,7 @@ def _resolve(segments: Sequence[str]) -> list[str]:
 
 
 def _encode(text: str) -> str:
-    """Return a segment of a path, a name or a value of a query, with all encoded that can be and nothing else."""
+    """Return a segment of a path, or a name or value of a query, with exactly those characters encoded that may be."""
     return text if _UNRESERVED.issuperset(text) else quote(unquote_to_bytes(text), safe="")
 
 
@@ -252,7 +252,7 @@ def ignoring(paths: Ignore) -> KeyOf | None:
 BeforeRequest = Callable[[Any], Any]
 """Takes a request in vcrpy's shape and returns it, changed or not; None leaves the request to the network."""
 BeforeResponse = Callable[[dict[str, Any]], Any]
-"""Takes an answer in vcrpy's shape, a dict, and returns it, changed or not; None leaves it unrecorded."""
+"""Takes an answer in vcrpy's shape, a dict, and returns it, changed or not; None means that it is not recorded."""
 
 
 # ---- requests and replies as vcrpy hooks see them
@@ -281,7 +281,7 @@ class Headers(MutableMapping[str, Any]):
 
 
 class VCRRequest:
-    """A request as vcrpy's hooks and matchers know it; what they set counts."""
+    """A request as vcrpy's hooks and matchers know it; changes that they make are used."""
 
     def __init__(self, method: str, uri: str, body: bytes | str | None, headers: Mapping[str, Any]) -> None:
         self.method, self.uri, self.body = method, uri, body
@@ -289,7 +289,7 @@ class VCRRequest:
 
     @classmethod
     def of(cls, request: HTTPRequest) -> VCRRequest:
-        """Return a request in this shape."""
+        """Make one of a request."""
         return cls(request.method, request.url, request.body, request.headers)
 
     @property
@@ -311,7 +311,7 @@ class VCRRequest:
 
     @property
     def port(self) -> int | None:
-        """The port of the address, also where it is the scheme's own."""
+        """The port of the address, also if it is the scheme's default."""
         parts = urlsplit(self.uri)
         return parts.port or {"https": 443, "http": 80}.get(parts.scheme)
 
@@ -330,7 +330,7 @@ class VCRRequest:
 
 
 def hook_request(hook: BeforeRequest, request: HTTPRequest) -> HTTPRequest | None:
-    """Return what a hook makes of a request; None to leave it out. The hook gets vcrpy's shape, and may return ours."""
+    """Return a hook's request; None to leave it out. The hook gets vcrpy's shape, and may return ours."""
     given = hook(VCRRequest.of(request))
     if given is None:
         return None
@@ -355,7 +355,7 @@ def _header(value: Any) -> str:
 
 
 def hook_reply(hook: BeforeResponse, reply: HTTPReply) -> HTTPReply | None:
-    """Return what a hook makes of an answer; None to leave it unrecorded. The hook gets vcrpy's shape, a dict."""
+    """Return a hook's answer; None to leave it unrecorded. The hook gets vcrpy's shape, a dict."""
     given = hook(
         {
             "status": {"code": reply.status, "message": reply.reason},
@@ -387,7 +387,7 @@ def hook_reply(hook: BeforeResponse, reply: HTTPReply) -> HTTPReply | None:
 # Options of a cassette
 
 Matcher = Callable[[Any, Any], object]
-"""Compares two requests in vcrpy's shape, the one that is asked and a recorded one. False, or an AssertionError, means
+"""Compares two requests in vcrpy's shape, the new one and a recorded one. False, or an AssertionError, means
 that they differ."""
 
 MatchOn = KeyOf | Sequence[str | Matcher] | None
@@ -415,7 +415,7 @@ _PARTS: Mapping[str, Callable[[HTTPRequest], str]] = {
 }
 BODIES = ("body", "raw_body")
 NAMES = (*_PARTS, *BODIES)
-"""What `match_on` may name. Headers are not among them: a recording holds only some."""
+"""The names for `match_on`. Headers are not among them, since a recording has only some."""
 
 
 # ---- matching by other fields
@@ -426,7 +426,7 @@ class Matching(Struct, frozen=True):
 
     key_of: KeyOf | None = None
     matchers: tuple[Matcher, ...] = ()
-    is_looser: bool = False  # requests may match that differ in more than what is ignored
+    is_looser: bool = False  # requests may match that differ in more than the ignored parts
 
     def same(self, asked: HTTPRequest, recorded: HTTPRequest) -> bool:
         """Return True if no matcher finds a difference between two requests of one key."""
@@ -449,13 +449,13 @@ def hooked(matching: Matching, hook: BeforeRequest) -> Matching:
 
     def key_of_hooked(request: HTTPRequest) -> bytes:
         given = hook_request(hook, request)
-        return b"" if given is None else key_of(given)  # no request that is asked has this key
+        return b"" if given is None else key_of(given)  # no request of a call has this key
 
     return Matching(key_of=key_of_hooked, matchers=matching.matchers, is_looser=matching.is_looser)
 
 
 def matching_by(match_on: MatchOn, ignore: Ignore = ()) -> Matching:
-    """Return how a tape matches; raises ConfigError for a part that no recording holds.
+    """Return a tape's matching; raises ConfigError for a part that recordings do not have.
 
     >>> matching_by(["method", "path"]).key_of(HTTPRequest(url="http://a/b?c", body=b"1", headers={})) == matching_by(
     ...     ["method", "path"]).key_of(HTTPRequest(url="https://x/b", body=b"2", headers={}))

@@ -1,7 +1,6 @@
 """The rules of one tape, fixed when it is opened: which hosts it ignores, how it replays time, which faults it injects.
 
-Delays and faults are pure functions of the tape: the same seed and cassette give the same ones, whatever the order in
-which calls finish.
+Delays and faults are pure functions of the tape: the same seed and cassette give the same ones, in any order of calls.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _JSON = {"content-type": "application/json"}
 
 
 def latency_scale(latency: Latency | str) -> float:
-    """Return by what a recorded time is multiplied.
+    """Return the factor of recorded times.
 
     >>> latency_scale("off"), latency_scale("recorded"), latency_scale(0.01)
     (0.0, 1.0, 0.01)
@@ -45,10 +44,10 @@ def latency_scale(latency: Latency | str) -> float:
 
 
 class Faults(Struct, frozen=True, kw_only=True):
-    """How often a call meets which fault before its recorded answer, as probabilities of each attempt.
+    """The probabilities of each fault before the recorded answer, for each attempt.
 
-    A fault uses up no recorded answer: a client that tries again gets it. A `malformed` reply takes the
-    place of the answer, status 200. At most `most` faults meet one call, so that a patient client gets through.
+    A fault uses up no recorded answer: a client that retries gets it. A `malformed` reply takes the place of the
+    answer, status 200. A call has at most `most` faults, so that a patient client succeeds.
     """
 
     rate_limit: float = 0.0
@@ -61,7 +60,7 @@ class Faults(Struct, frozen=True, kw_only=True):
     retry_after: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check that the probabilities are ones."""
+        """Check the probabilities."""
         rates = [getattr(self, kind) for kind in KINDS]
         if any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-9:
             raise ConfigError(f"Expected fault rates in [0, 1] that sum to at most 1, got {rates!r}")
@@ -79,7 +78,7 @@ class Faults(Struct, frozen=True, kw_only=True):
         return None
 
     def answer(self, kind: FaultKind) -> HTTPReply:
-        """Return the reply of a fault, or raise what the transport would."""
+        """Return the reply of a fault, or raise its error as the transport would."""
         if kind == "timeout":
             raise APITimeoutError("injected fault: no answer within the deadline")
         if kind == "cut":
@@ -138,7 +137,7 @@ IGNORED_HOSTS = (
     "169.254.170.2",  # and of a container
     "metadata.google.internal",
 )
-"""What is left out by default: what a test or an agent does not ask itself, and what differs in every run."""
+"""Hosts left out by default: requests that a test or an agent does not make itself, or that differ in every run."""
 
 LOCALHOST = ("localhost", "*.localhost", "127.0.0.1", "127.*", "[::1]", "0.0.0.0")  # noqa: S104 - compared with addresses, never bound
 
@@ -206,26 +205,24 @@ def host_of(url: str) -> str:
 LineageRule = Literal["strict", "prefer"]
 
 Adopts = Literal["nothing", "threads", "everything"]
-"""Which calls without a tape in their context belong to this one, if no other tape is open."""
+"""The calls without a tape in their context that belong to this one, if no other tape is open."""
 
 
 class TapeRules(Struct, frozen=True, kw_only=True):
-    """How a tape matches, plays and reports.
+    """Rules by which a tape matches, plays and reports.
 
     `adopts`: "threads" takes the calls of plain threads, which start without a context; "everything" also those of
-    every context without a tape, as in a pytest process; "nothing" leaves both to the network.
-    `plays_failures=False` repeats recorded calls that failed instead of playing them.
-    `raises_again=False` reports misses at the end instead of raising them again, as vcrpy does.
-    `keeps_exchanges` holds what is recorded in memory too, as `Tape.exchanges`.
-    `expects_all=False` reports no exchanges that were left unplayed.
-    `code` permits source in recorded suggestions to run in this process, see `aggregator.agents.code`; source of
-    sandboxed operations needs no permission.
-    `ignore_hosts` are left to the network, see `aggregator.cassettes.rules`; `match_on` defines which requests are the
-    same, see `aggregator.cassettes.matching`; with `allow_playback_repeats` a request that is asked more often than it
-    was recorded gets its last answer again; `before_request` and `before_response` are vcrpy's hooks.
-    `like_vcrpy=True` does what vcrpy does and we do not: it takes what clients ask through in-process transports, and
-    sends streamed bodies in one piece. `coded=True` leaves the bodies of other clients' answers compressed.
-    `clients` are the other HTTP clients that ask this tape, see `aggregator.cassettes.clients`.
+    every context without a tape, as in a pytest process; "nothing" leaves both to the network. `plays_failures=False`
+    repeats recorded calls that failed instead of playing them. `raises_again=False` reports misses at the end instead
+    of raising them again, as vcrpy does. `keeps_exchanges` keeps new exchanges in memory too, as `Tape.exchanges`.
+    `expects_all=False` does not report unplayed exchanges. `code` permits source in recorded suggestions to run in this
+    process, see `aggregator.agents.code`; source of sandboxed operations needs no permission. `ignore_hosts` are left
+    to the network, see `aggregator.cassettes.rules`; `match_on` defines which requests are the same, see
+    `aggregator.cassettes.matching`; with `allow_playback_repeats` a request that is made more often than it was
+    recorded gets its last answer again; `before_request` and `before_response` are vcrpy's hooks. `like_vcrpy=True`
+    copies two habits of vcrpy: requests of in-process transports are taken too, and streamed bodies are sent in one
+    piece. `coded=True` leaves the bodies of other clients' answers compressed. `clients` are the other HTTP clients
+    that use this tape, see `aggregator.cassettes.clients`.
     """
 
     lineage: LineageRule = "strict"

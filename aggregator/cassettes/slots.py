@@ -1,4 +1,4 @@
-"""Which recorded answers belong to a call: by its request, its lineage and the order of issue."""
+"""Assigns recorded answers to calls: by request, lineage and the order of issue."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ UNORDERED = "?"
 """The label of a call that overlapped with an identical one, if their order is unknown."""
 
 APART = "!"
-"""How the label of a call begins if its branch made no call without a label, so that none of those is its own."""
+"""The beginning of the label of a call whose branch made no call without a label."""
 
 
 class Slot:
     """One logical call: its request, its lineage, and its ticket, which counts such calls in the order of issue.
 
     `rows` are its recorded answers. `label` distinguishes it from identical calls that overlapped with it, by their
-    place in the concurrent work; "" for a call that overlapped with none. `issued` and `answered` count what happens
-    to the calls of a tape.
+    place in the concurrent work; "" for a call that overlapped with none. `issued` and `answered` count these events
+    over all calls of a tape.
     """
 
     __slots__ = (
@@ -61,16 +61,16 @@ class Slot:
         self.label = ""
         self.issued, self.answered = 0, -1
         self.ticket = -1
-        self.pool: Pool | None = None  # where the ticket was counted
+        self.pool: Pool | None = None  # the pool that counted the ticket
         self.rows: Sequence[int] = ()
         self.order = 0
-        self.attempt = 0  # answers met so far, played or live
+        self.attempt = 0  # answers so far, played or live
         self.played = 0  # recorded answers used
-        self.faults = 0  # injected ones met
-        self.failure: APIConnectionError | None = None  # what ended the streamed answer just played
-        self.key = b""  # of the matching, once it was needed
+        self.faults = 0  # injected faults so far
+        self.failure: APIConnectionError | None = None  # the error that ended the streamed answer just played
+        self.key = b""  # of the matching, once needed
         self.redacted: HTTPRequest | None = None
-        self.digest = ""  # of what was redacted in the body, once the request is clean
+        self.digest = ""  # digest of what was redacted in the body, once the request is clean
 
     def place(self) -> None:
         """Label a call of concurrent work, in which identical calls may overlap."""
@@ -84,13 +84,13 @@ class Slot:
         return cast("HTTPRequest", self.redacted)
 
     def set_clean(self, redacted: HTTPRequest) -> None:
-        """Take the request as it may be written."""
+        """Set the request as it may be written."""
         self.redacted = redacted
         if redacted.body != self.request.body:
             self.digest = digest_of_redacted(self.request, self.policy)
 
     def key_by(self, key_of: KeyOf) -> bytes:
-        """Return the key of the request; one whose very bytes were recorded is found without."""
+        """Return the key of the request; one whose exact bytes were recorded is found without it."""
         if not self.key:
             self.key = key_of(self.clean())
         return self.key
@@ -100,9 +100,9 @@ class Pool:
     """Recorded answers to equal requests of one lineage: unclaimed rows by ticket, in order, and the next ticket.
 
     `row` is one of its rows, -1 for a pool without recorded answers. `labels` has the tickets of calls that overlapped
-    by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls of which
-    the last one may not be answered. `plain` are the branches of calls whose label does not begin with `APART`, and
-    `block` is where the first one's lineage block was entered. `unordered` counts calls that cannot be distinguished.
+    by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls, of which
+    the last may be unanswered. `plain` are the branches of calls whose label does not begin with `APART`; `block` is
+    the place where the first one's lineage block was entered. `unordered` counts calls that cannot be distinguished.
     `is_mixed` if rows were claimed out of order because of what was redacted.
     """
 
@@ -113,7 +113,7 @@ class Pool:
         self.rows: dict[int, tuple[int, ...]] = {}
         self.issued = 0
         self.is_mixed = False
-        self.last: Sequence[int] = ()  # the answer that was claimed last
+        self.last: Sequence[int] = ()  # the last claimed answer
         self.labels: dict[str, deque[int]] | None = None
         self.flying: list[Slot] = []
         self.block: str | None = None
@@ -123,8 +123,8 @@ class Pool:
     def take(self, branch: portal.Branch | None) -> int:
         """Return the ticket of the next call that is made on this branch of the concurrent work.
 
-        A call without a label plays in its turn. Of the others each plays the one of its own branch; on a branch that
-        was not recorded, the first that is left.
+        Calls without a label play in their order. Each other call plays the answer of its own branch; on a branch that
+        was not recorded, the first one left.
         """
         if not self.labels:
             return self.issued
@@ -141,11 +141,11 @@ class Pool:
         return tickets[0] if tickets else -1
 
     def label(self, slot: Slot, recorded: str | None = None) -> None:
-        """Tell a live call from the identical ones that it overlaps with, by the shortest part of its place that does.
+        """Distinguish a live call from identical overlapping ones, by the shortest sufficient part of its place.
 
-        That is its branch since the innermost lineage block, or else its whole branch. A block that several threads
-        or tasks enter distinguishes none of them, so that the calls of all but the first keep their whole branch, also
-        of those that overlap with none. `recorded` is the label of the answer that a call plays.
+        That is its branch since the innermost lineage block, or else its whole branch. A block that several threads or
+        tasks enter does not distinguish them, so the calls of all but the first keep their whole branch, even without
+        an overlap. `recorded` is the label of the answer that a call plays.
         """
         if (branch := slot.branch) is None:
             return
@@ -188,13 +188,13 @@ class Pools:
     ) -> None:
         """Group rows by exact request bytes; fall back to keys where the two groupings differ.
 
-        Tickets count from 0 among requests of one canonical key. So where each pool counts from 0, no two share a key.
+        Tickets count from 0 among requests of one canonical key. So if each pool counts from 0, no two share a key.
         """
         self.fallbacks: list[str] = []
-        self.looser: list[str] = []  # calls that played what was recorded for another request
+        self.looser: list[str] = []  # calls that played an answer recorded for another request
         self.exact: dict[_At, Pool] = {}
         self._rows, self._matching, self._prefer, self._repeats = rows, matching, prefer, repeats
-        self._counts: dict[_At, int] = {}  # tickets of new calls where the matching is not the usual one
+        self._counts: dict[_At, int] = {}  # tickets of new calls if the matching is not the usual one
         self._by_key: dict[bytes, dict[str, Pool]] | None = None  # built when first needed
         exact, labelled = self.exact, False
         for index, row in enumerate(rows):
@@ -231,11 +231,11 @@ class Pools:
         return row.key if self._matching.key_of is None else self._matching.key_of(row.exchange().request)
 
     def key_of_slot(self, slot: Slot) -> bytes:
-        """Return the key of what a call asks."""
+        """Return the key of a call's request."""
         return slot.key_by(self._matching.key_of or key_of_request)
 
     def _pools_by_key(self) -> dict[bytes, dict[str, Pool]]:
-        """Return the pools by key and lineage; requests of one key, however they are written, share one."""
+        """Return the pools by key and lineage; requests with the same key share one, in any notation."""
         if self._by_key is None:
             self._by_key = {}
             spellings: dict[_At, list[_At]] = {}
@@ -248,7 +248,7 @@ class Pools:
         return self._by_key
 
     def _join(self, pools: list[Pool]) -> Pool:
-        """Return one pool for several; tickets that were counted apart are counted again, in the order of issue."""
+        """Merge several pools into one; their tickets are counted again, in the order of issue."""
         if len(pools) == 1:
             return pools[0]
         whole = Pool(pools[0].row)
@@ -290,7 +290,7 @@ class Pools:
             self._note_looser(slot)
 
     def _first_match(self, slot: Slot, pool: Pool) -> int:
-        """Return the ticket of the first unclaimed call that the matchers find the same, one by one."""
+        """Return the ticket of the first unclaimed call that the matchers find equal."""
         asked = slot.clean()
         for ticket, rows in pool.rows.items():
             if self._matching.same(asked, self._rows[rows[0]].exchange().request):
@@ -298,7 +298,7 @@ class Pools:
         return -1
 
     def _note_looser(self, slot: Slot) -> None:
-        """Report a call that plays what was recorded for another request; count the ticket of a new one as usual."""
+        """Report a call that plays an answer recorded for another request; count the ticket of a new one as usual."""
         asked = slot.clean()
         key = key_of_request(asked)
         if slot.rows:
@@ -314,18 +314,18 @@ class Pools:
         self._counts[key, slot.lineage] = slot.ticket + 1
 
     def _prefer_same_redacted(self, slot: Slot, pool: Pool) -> None:
-        """Give the slot the ticket of a call in whose body the same was redacted, if there is one."""
+        """Give the slot the ticket of a call with the same redacted parts in its body, if there is one."""
         same = [ticket for ticket, rows in pool.rows.items() if self._rows[rows[0]].facts.redacted == slot.digest]
         if same and slot.ticket not in same:
             pool.is_mixed, slot.ticket = True, same[0]
 
     def land(self, slot: Slot) -> None:
-        """Forget a live call whose answer is written, or that is withdrawn: none can overlap with it any more."""
+        """Forget a live call that is answered or withdrawn: no later call overlaps with it."""
         if slot.pool is not None and slot in slot.pool.flying:
             slot.pool.flying.remove(slot)
 
     def withdraw(self, slot: Slot) -> None:
-        """Take back the ticket of a call, unless one like it was issued since."""
+        """Release the ticket of a call, unless an equal one was issued since."""
         self.land(slot)
         pool = slot.pool
         if pool is not None and pool.issued == slot.ticket + 1 and not self._matching.is_looser:

@@ -1,4 +1,4 @@
-"""Secrets that a stream cuts into pieces, and those that JSON escapes hide: texts joined as a client joins them."""
+"""Finds secrets that a stream cuts into pieces, or that JSON escapes hide: texts are joined as a client joins them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PLAIN = frozenset({int, float, bool, type(None)})
 
 
 class _Piece(Struct, frozen=True, gc=False):
-    """A text of an event: its place, what it is a piece of, and of what if answers are distinguished by index."""
+    """A text of an event: its place, the text to which it belongs, and the same if indices distinguish answers."""
 
     event: int
     path: _Path
@@ -41,10 +41,10 @@ class _Piece(Struct, frozen=True, gc=False):
 
 
 def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> list[Edit]:
-    """Return what to replace where a secret is cut in pieces by a stream, or written with JSON escapes.
+    """Return the edits for secrets that a stream cuts into pieces, or that are written with JSON escapes.
 
-    The texts at the same place of each event are joined, as a client joins them. An event that
-    changes is rewritten; the others keep their bytes.
+    The texts at the same place of each event are joined, as a client joins them. An event that changes is rewritten;
+    the others keep their bytes.
     """
     is_hidden = has_hidden_text(body) and suspicious(unescape(body), needles, policy)
     spans = event_spans(body) or ([(0, len(body))] if is_hidden else [])
@@ -67,9 +67,9 @@ def hidden_edits(body: bytes, needles: Needles, policy: Redaction = USUAL) -> li
 
 
 def is_clean_stream(body: bytes, needles: Needles, policy: Redaction = USUAL) -> bool:
-    """Return True for a stream in which nothing is secret, neither in one event nor joined; False if that is not sure.
+    """Return True for a stream that certainly has no secret, neither in one event nor joined.
 
-    Looks at the texts at each place of the events, joined, at the names of their fields, and at what is no event.
+    Checks the texts at each place of the events, joined, the names of their fields, and everything outside of events.
     """
     spans = event_spans(body)
     if not spans:
@@ -118,7 +118,7 @@ def _columns_of_maps(maps: list[dict[str, Any]]) -> Iterator[bytes]:
         if type(column[0]) is str or not _PLAIN.issuperset(map(type, column)):
             yield from _columns(column)
         elif name.endswith("index") and 1 < len(set(column)) < len(column):
-            for index in set(column):  # answers side by side
+            for index in set(column):  # answers in parallel
                 same = [{key: value[key] for key in value if key != name} for value in maps if value.get(name) == index]
                 yield from _columns(same)
 
@@ -170,8 +170,8 @@ def redact_value(value: Any, needles: Needles, policy: Redaction, *, in_tool: bo
 def _redact_joined(events: list[Any], needles: Needles, policy: Redaction) -> set[int]:
     """Redact the texts at the same place of each event as one, in place; return which events changed.
 
-    Answers side by side are joined each by itself too, distinguished by the index next to them. Both, as some servers
-    count their events by an `index`.
+    Parallel answers are also joined separately, distinguished by the index next to them. Both are done because some
+    servers count their events by an `index`.
     """
     pieces = list(_pieces(events))
     changed = _redact_groups(events, pieces, [piece.name for piece in pieces], needles, policy)
@@ -233,7 +233,7 @@ def _with(value: Any, path: _Path, text: str) -> Any:
 
 
 def _rewrite(pieces: list[_Piece], edits: list[Edit]) -> Iterator[tuple[_Piece, bytes]]:
-    """Yield the pieces that change: the first one an edit touches takes the replacement, others lose their part."""
+    """Yield the changed pieces: the first one that an edit touches gets the replacement, others lose their part."""
     offset = 0
     for piece in pieces:
         end = offset + len(piece.text)

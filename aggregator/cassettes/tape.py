@@ -1,8 +1,8 @@
 """The tape: (key, lineage, ticket) -> recorded answers, in one dictionary lookup.
 
-A *slot* is one logical call: its ticket is its place in the order of issue, in record and replay alike, so that the
-order in which answers arrive never matters. A slot's *attempts* are the answers it got in turn (a 429, then
-a 200), error statuses and failed connections included. No function here awaits.
+A *slot* is one logical call: its ticket is its place in the order of issue, while recording and replaying, so the order
+of answers never matters. A slot's *attempts* are its answers in order (a 429, then a 200), including error statuses and
+failed connections. No function here awaits.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from aggregator.cassettes.writing import Entry, Sink, Writer
 from aggregator.errors import APIConnectionError, APITimeoutError, CassetteError, CassetteMissError, CassetteWarning
 from aggregator.records import HTTPReply, HTTPRequest, Usage
 
-_ADDRESSES = 1024  # that are remembered
-_EXPLAINED = 5  # misses that get a search for the nearest request, which takes a moment in a large cassette
+_ADDRESSES = 1024  # that are kept in memory
+_EXPLAINED = 5  # misses for which the nearest request is searched, which takes a moment in a large cassette
 
 NO_ANSWER = HTTPReply(status=0, body=b"", headers={}, reason="no answer")
-"""The answer of an attempt that got none."""
+"""The reply of an attempt without an answer."""
 
 LARGE = 100_000
 """Bytes of an answer above which it is redacted in a thread: 1 ms of the event loop per 100 KB otherwise."""
 
 Ending = Literal["finish", "interrupt", "discard"]
-"""What `close` does with a recording: finish its file, leave its journal open for the next run, or drop it."""
+"""What `close` makes of a recording: finish its file, leave its journal open for the next run, or drop it."""
 
 
 class Tape:
-    """What a cassette holds while it is open; plays recorded answers and, with a sink, records new ones."""
+    """An open cassette: plays recorded answers and, with a sink, records new ones."""
 
     def __init__(
         self,
@@ -66,16 +66,16 @@ class Tape:
         self._pools = self._new_pools()
         self.left_out: set[str] = set()
         self._addresses: dict[str, str | None] = {}  # as they are written, by URL; None: left to the network
-        self.learned: dict[tuple[Any, ...], Any] = {}  # what our client learned of servers; a replay starts over
+        self.learned: dict[tuple[Any, ...], Any] = {}  # what our client learned about servers; a replay starts without
         self.exchanges: list[Exchange] = []
         self.plays = 0
         self._left = frozenset(i for i, row in enumerate(rows) if row.facts.error and row.facts.error[0] == _LEFT)
         self._writer = None if sink is None else Writer(sink, now, rules)
-        self.records = sink is not None  # what has no recorded answer, which goes to the network
+        self.records = sink is not None  # requests without a recorded answer, which go to the network
         self._on_close = on_close
         self._scale, self._faults = latency_scale(rules.latency), rules.faults
-        # A recording from nothing counts tickets when answers are written: requests are redacted together, which costs
-        # half, and a call that failed before leaves no gap.
+        # A recording from nothing counts tickets when answers are written: requests are redacted together, which
+        # halves the cost, and a failed call leaves no gap.
         self._counts_later = sink is not None and not rows and rules.faults is None
         self._uncounted: list[Slot] = []
         self._orders: dict[str, int] = {}
@@ -106,12 +106,12 @@ class Tape:
 
     @property
     def recorded(self) -> int:
-        """How many exchanges were written."""
+        """The number of written exchanges."""
         return 0 if self._writer is None else self._writer.written
 
     @property
     def unsaved(self) -> list[Exchange]:
-        """What was answered and could not be written: it held a secret, or the disk refused it."""
+        """Answered exchanges that could not be written, because of a secret or a disk error."""
         return [] if self._writer is None else self._writer.unsaved
 
     def leaves_out(self, url: str) -> bool:
@@ -166,7 +166,7 @@ class Tape:
         return slot
 
     def withdraw(self, slot: Slot) -> None:
-        """Take back a call of which nothing is recorded, unless one like it was issued since."""
+        """Remove a call without a recorded answer, unless an equal one was issued since."""
         with self._lock:
             if slot in self._uncounted:
                 self._uncounted.remove(slot)
@@ -178,14 +178,14 @@ class Tape:
         self._orders[slot.lineage] = slot.order + 1
 
     def _write(self, writer: Writer) -> None:
-        """Count the tickets of the calls issued so far, in their order, and write what was answered."""
+        """Count the tickets of the calls issued so far, in their order, and write the answered ones."""
         slots, self._uncounted = self._uncounted, []
         with suppress(Exception):  # a request that cannot be redacted raises below, by itself
             clean = redact_requests([slot.request for slot in slots], self.rules.redaction)
             for slot, request in zip(slots, clean, strict=True):
                 slot.set_clean(request)
         for slot in slots:
-            with suppress(Exception):  # and again when its answer is written: that call fails
+            with suppress(Exception):  # and again when its answer is written, where the call fails
                 self._pools.claim(slot, labels=True)
         writer.flush()
         answered, self._answered = self._answered, []
@@ -193,7 +193,7 @@ class Tape:
             self._pools.land(slot)
 
     def _playable(self, rows: Sequence[int]) -> list[int]:
-        """Leave out what is made again: a stream that was left early, unless it is all there is to play."""
+        """Leave out answers to be repeated: a stream that was left early, unless there is no other."""
         found = []
         for row in rows:
             is_last = row == rows[-1] and self._writer is None
@@ -210,9 +210,9 @@ class Tape:
     def play(self, slot: Slot) -> HTTPReply | None:
         """Return the slot's next recorded answer; None to go live.
 
-        Raises CassetteMissError where nothing answers and nothing is recorded, CassetteError where the tape is closed
-        and could not record the answer, and again what a recorded attempt without an answer had raised; what ended a
-        stream after its first bytes is in `slot.failure`.
+        Raises CassetteMissError without a recorded answer on a tape that only plays, CassetteError if the tape is
+        closed and could not record the answer, and for a recorded attempt without an answer its error; the error that
+        ended a stream after its first bytes is in `slot.failure`.
         """
         if self._faults is not None and (fault := self._next_fault(slot)) is not None:
             return fault
@@ -235,26 +235,26 @@ class Tape:
         return None
 
     def recall(self, slot: Slot) -> HTTPReply | None:
-        """Return the recorded answer of a mark that a run itself keeps, None without one; it is never a miss."""
+        """Return the recorded answer of a run's own mark, None without one; this is never a miss."""
         if not slot.rows:
             return None
         self._played[slot.rows[0]] = 1
         return self._rows[slot.rows[0]].reply()
 
     def pass_over(self, path: str) -> None:
-        """Count the exchanges in and below a lineage as played, because what asked for them is not run again."""
+        """Count the exchanges in and below a lineage as played, since their callers are not run again."""
         for i, row in enumerate(self._rows):
             if row.facts.lineage == path or row.facts.lineage.startswith(f"{path}/"):
                 self._played[i] = 1
 
     def refuse_if_closed(self) -> None:
-        """Raise CassetteError where a call would go live and could not be recorded: later, or in a forked process."""
+        """Raise CassetteError if a call would go live and could not be recorded: later, or in a forked process."""
         if self._closed:
             raise CassetteError(self._too_late("a call"))
         self._refuse_elsewhere()
 
     def _refuse_elsewhere(self) -> None:
-        """Raise CassetteError in a forked process: the file and its lock belong to the one that opened them."""
+        """Raise CassetteError in a forked process: the file and its lock belong to the process that opened them."""
         if os.getpid() != self._process:
             raise CassetteError(
                 f"Expected calls of the process that opened {self.name} ({self._process}), got one of process "
@@ -291,11 +291,11 @@ class Tape:
         model: str = "",
         failure: APIConnectionError | None = None,
     ) -> None:
-        """Write a live answer to the journal, before it is used; every attempt that got one, error statuses too.
+        """Write a live answer to the journal, before it is used; for every attempt with an answer, error statuses too.
 
-        `failure` is what ended a streamed answer after its first bytes, or an attempt that got `NO_ANSWER`.
-        Raises SecretLeakError where a secret could not be redacted (nothing was written) and CassetteError
-        where the disk refuses; the exchange is then in `unsaved`, and closing the tape raises again.
+        `failure` is the error that ended a streamed answer after its first bytes, or an attempt with `NO_ANSWER`.
+        Raises SecretLeakError if a secret could not be redacted (nothing was written) and CassetteError for a disk
+        error; the exchange is then in `unsaved`, and closing the tape raises again.
         """
         entry, _ = self.hand_in(slot, reply, usage=usage, model=model, failure=failure)
         self.finish(entry)
@@ -309,10 +309,10 @@ class Tape:
         model: str = "",
         failure: APIConnectionError | None = None,
     ) -> tuple[Entry, bool]:
-        """Take an answer that the next `flush` writes; return True for the first since the last one.
+        """Add an answer that the next `flush` writes; return True for the first since the last one.
 
-        `record` in two steps: answers submitted in one turn of the event loop are written at once, and `finish`ed
-        before it is used.
+        `record` in two steps: answers added in one turn of the event loop are written at once; `finish` each before it
+        is used.
         """
         entry = self._enter(slot, reply, usage=usage, model=model, failure=failure)
         return entry, not entry.is_done and self._add(entry)
@@ -326,7 +326,7 @@ class Tape:
         model: str = "",
         failure: APIConnectionError | None = None,
     ) -> Entry:
-        """Return the entry of an answer; one that a hook leaves unrecorded is done already."""
+        """Return the entry of an answer; one that a hook leaves unrecorded is finished already."""
         if self._writer is None:
             raise CassetteError(f"Expected a tape that records, got one that only plays ({self.name})")
         self._refuse_elsewhere()
@@ -337,14 +337,14 @@ class Tape:
             if hooked_reply is None:
                 return self._leave_unrecorded(slot, reply)
             reply = hooked_reply
-        if self.rules.keeps_exchanges and reply.status:  # what failed is on the tape, and nothing that vcrpy shows
+        if self.rules.keeps_exchanges and reply.status:  # a failed attempt is on the tape, but not in what vcrpy shows
             self.exchanges.append(Exchange(request=slot.request, reply=reply, facts=Facts(lineage=slot.lineage)))
         entry = Entry(slot, reply, usage, model, None if failure is None else _describe(failure))
         slot.attempt += 1
         return entry
 
     def _add(self, entry: Entry) -> bool:
-        """Add an entry to what the next `flush` writes; return True if it is the first since the last one."""
+        """Add an entry that the next `flush` writes; return True if it is the first since the last one."""
         with self._lock:
             self._answered.append(entry.slot)
             return self._writer is not None and self._writer.add(entry)
@@ -358,9 +358,9 @@ class Tape:
         model: str = "",
         failure: APIConnectionError | None = None,
     ) -> None:
-        """Write a live answer before it is used, together with what comes in the same turn of the event loop.
+        """Write a live answer before it is used, together with others of the same turn of the event loop.
 
-        A large answer is redacted in a thread. Raises what `record` does.
+        A large answer is redacted in a thread. Raises as `record` does.
         """
         entry = self._enter(slot, reply, usage=usage, model=model, failure=failure)
         if entry.is_done:
@@ -402,7 +402,7 @@ class Tape:
         return f"<Tape {self.name!r}: {len(self._rows)} recorded, {sum(self._played)} of them played>"
 
     def finish(self, entry: Entry) -> None:
-        """Return once the entry is written; raises what `record` does."""
+        """Wait until the entry is written; raises as `record` does."""
         if not entry.is_done:
             self.flush()
         if entry.error is not None:
@@ -413,11 +413,11 @@ class Tape:
         return reply.milliseconds * self._scale / 1000 if self._scale else 0.0
 
     def unplayed(self) -> list[Row]:
-        """Return the recorded exchanges that nothing has asked for yet."""
+        """Return the recorded exchanges that no call has used yet."""
         return [row for row, played in zip(self._rows, self._played, strict=True) if not played]
 
     def note(self, finding: str, *, warn: bool = True) -> None:
-        """Put a finding into the report and warn of it."""
+        """Add a finding to the report and warn of it."""
         self.report.append(finding)
         if warn:
             warnings.warn(finding, CassetteWarning, stacklevel=3)
@@ -427,14 +427,14 @@ class Tape:
         self.ending = "interrupt"
 
     def discard(self) -> None:
-        """Make `close` drop what was recorded and leave the cassette as it was found."""
+        """Make `close` drop the recording and leave the cassette unchanged."""
         self.ending = "discard"
 
     def close(self, *, warn: bool = True) -> None:
-        """Finish the file and raise what agent code may have hidden: a leak, a full disk, a miss. Once only.
+        """Finish the file and raise errors that agent code may have hidden: a leak, a full disk, a miss. Only once.
 
-        Without `warn`, as after an error, unplayed exchanges are in the report only. In a forked process nothing
-        is done.
+        Without `warn`, as after an error, unplayed exchanges are in the report only. In a forked process this does
+        nothing.
         """
         if os.getpid() != self._process:
             return
@@ -452,7 +452,7 @@ class Tape:
         self._tell_the_rest(warn=warn)
 
     def raise_remembered(self) -> None:
-        """Raise what agent code may have hidden so far: a leak, a full disk, a miss."""
+        """Raise errors that agent code may have hidden so far: a leak, a full disk, a miss."""
         refused = [] if self._writer is None else self._writer.errors
         for error in (*refused, *(self.misses if self.rules.raises_again else ())):
             raise type(error)(f"{error}") from error
@@ -487,7 +487,7 @@ class Tape:
 @cache
 def _vcr_miss_class(vcr_error: type[Exception]) -> type[CassetteMissError]:
     class RecordedMissError(CassetteMissError, vcr_error):  # type: ignore[misc, valid-type] # as vcrpy makes it
-        """A miss, which is vcrpy's own exception as well: code that catches that still works."""
+        """A miss that is also vcrpy's own exception, so that code that catches that works."""
 
         cassette = failed_request = None
         similar_requests: Sequence[object] = ()
@@ -500,17 +500,17 @@ def _vcr_miss_class(vcr_error: type[Exception]) -> type[CassetteMissError]:
 
 
 def miss_class() -> type[CassetteMissError]:
-    """Return the class of a miss: also vcrpy's `CannotOverwriteExistingCassetteException` where vcrpy is in use."""
+    """Return the class of a miss: also vcrpy's `CannotOverwriteExistingCassetteException` if vcrpy is in use."""
     errors = sys.modules.get("vcr.errors")
     return CassetteMissError if errors is None else _vcr_miss_class(errors.CannotOverwriteExistingCassetteException)
 
 
 class StreamLeftError(APIConnectionError):
-    """A recorded stream that was left before its end, read beyond where it was left."""
+    """A recorded stream that was left before its end is read beyond that point."""
 
 
 class RecordedError(APIConnectionError):
-    """What another client raised instead of an answer; `kind` is its own exception, such as "httpx.ConnectError"."""
+    """The error that another client raised instead of an answer; `kind` is its class, such as "httpx.ConnectError"."""
 
     def __init__(self, message: str, *, kind: str, **known: Any) -> None:
         super().__init__(message, **known)
@@ -518,7 +518,7 @@ class RecordedError(APIConnectionError):
 
 
 class RecordedTimeoutError(RecordedError, APITimeoutError):
-    """One that was a timeout."""
+    """A recorded error that was a timeout."""
 
 
 _LEFT = StreamLeftError.__name__
@@ -539,7 +539,7 @@ def _failure(name: str, message: str) -> APIConnectionError:
 
 
 def recorded_failure(failure: APIConnectionError) -> RecordedError:
-    """Return a recorded failure as one of another client; one of our own client is of no client in particular."""
+    """Return a recorded failure as another client's; one of our own client has no client's class."""
     if isinstance(failure, RecordedError):
         return failure
     kind = "builtins.TimeoutError" if isinstance(failure, APITimeoutError) else "builtins.ConnectionError"

@@ -1,8 +1,9 @@
-"""One call from its options to its answer: response format, transcript, span and event around its attempts.
+"""One call from its options to its answer: its response format, and its attempts in a transcript, span and event.
 
 Structured output falls back from json_schema to json_object to the prompt alone. Servers refuse a `response_format`
 with 400, 422 or a 500 that names it, or ignore it silently, so the text is always checked. A refused schema is
-remembered for that schema, per (base_url, model), and retried later. An invalid answer says nothing about the next.
+remembered for that schema, per (base_url, model), and retried later. An invalid answer does not change the form of the
+next call.
 """
 
 from __future__ import annotations
@@ -49,17 +50,18 @@ _NAMES_FORMAT = re.compile(
     r"response.?format|json.?schema|json.?object|guided|grammar|structured.?output|\bschema\b", re.IGNORECASE
 )
 
-_ASKED_AGAIN = 600.0  # seconds after which a refused form is retried: servers are updated
+_ASKED_AGAIN = 600.0  # seconds after which a refused form is retried, since servers are updated
 
 _Key = tuple[str, str, bytes]
 _remembered: WeakKeyDictionary[object, dict[_Key, tuple[int, float]]] = WeakKeyDictionary()
-# By transport, since it is the servers' trait; while a tape is open it keeps them: a replay begins as its record did.
+# Kept by transport, since it is a trait of servers; an open tape keeps it instead, so that a replay begins like its
+# recording.
 
 
 async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate | None) -> Completion:
-    """Ask in the best form that the server takes; raises DecodeError where the text is not what was asked for.
+    """Ask in the best form that the server accepts; raises DecodeError if the answer does not fit the format.
 
-    A lower form is tried where this one is refused or ignored, within the call's attempts and deadline.
+    A lower form is tried if this one is refused or ignored, within the call's attempts and deadline.
     """
     wanted = call.response_format or _JSON_OBJECT
     check = validate or checker(wanted)
@@ -96,13 +98,13 @@ async def ask_structured(attempts: Attempts, call: ChatCall, validate: Validate 
 
 
 def _forms(call: ChatCall) -> Iterator[ChatCall]:
-    """The same question in each form, the best first."""
+    """Return the same question in each form, the best first."""
     wanted: Mapping[str, Any] = call.response_format or _JSON_OBJECT
     yield call
     if wanted["type"] == "json_schema":
         schema = wanted["json_schema"].get("schema", {})
         stated = _stated(call, schema)
-        if schema.get("type", "object") == "object":  # json_object takes nothing else
+        if schema.get("type", "object") == "object":  # json_object accepts nothing else
             yield replace(stated, response_format=_JSON_OBJECT)
         yield replace(stated, response_format=None)
     else:
@@ -110,7 +112,7 @@ def _forms(call: ChatCall) -> Iterator[ChatCall]:
 
 
 def _stated(call: ChatCall, schema: Any) -> ChatCall:
-    """State the format in the system message, where the server does not enforce it."""
+    """State the format in the system message if the server does not enforce it."""
     is_object = schema is None or schema.get("type", "object") == "object"
     words = f"Answer with one JSON {'object' if is_object else 'value'} and nothing else."
     if schema is not None:
@@ -122,9 +124,9 @@ def _stated(call: ChatCall, schema: Any) -> ChatCall:
 
 
 def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> int:
-    """Issue the question in the form to begin with; a tape that only plays decides by what it holds.
+    """Issue the question in the first form; a tape that only plays chooses the form that it holds.
 
-    When it was recorded, another call may have learned the form already that this one asks for now, or not yet.
+    At the time of the recording, another call may or may not have learned the form that this one starts with now.
     """
     if attempts.tape is not None and not attempts.tape.records:
         level = 0
@@ -135,16 +137,16 @@ def _first_recorded(attempts: Attempts, forms: list[ChatCall], level: int) -> in
             attempts.issue(forms[lower])
         if attempts.is_answerable():
             return lower
-    attempts.call, attempts.request, attempts.slot = first  # nothing recorded: the miss is about what was asked for
+    attempts.call, attempts.request, attempts.slot = first  # nothing recorded: the miss names the original request
     return level
 
 
 def _next_level(error: LLMError, *, call: ChatCall, level: int, levels: int) -> int | None:
-    """Return the form to try after this error (never the first, 0), None if another form would not help."""
+    """Return the form to try after this error (never the first, 0); None if another form would not help."""
     if level + 1 >= levels:
         return None
     if isinstance(error, IgnoredFormatError):
-        return levels - 1  # silently ignored: a weaker format would be, too
+        return levels - 1  # silently ignored: a weaker format would be ignored too
     if isinstance(error, BadRequestError) and not isinstance(error, ContextLengthError):
         return level + 1 if error.status in (400, 422) and not _names_other(error, call) else None
     named = isinstance(error, ServerError) and error.status == 500 and _NAMES_FORMAT.search(error.message)
@@ -152,7 +154,7 @@ def _next_level(error: LLMError, *, call: ChatCall, level: int, levels: int) -> 
 
 
 def _names_other(error: LLMError, call: ChatCall) -> bool:
-    """Return True if a refusal names another option of the call and nothing of the format."""
+    """Return True if a refusal names another option of the call and no part of the format."""
     text = f"{error.message} {error.code}"
     given = [name for name in _OPTIONS if getattr(call, name) is not None] + list(call.extra)
     if "max_tokens" in given:
@@ -161,7 +163,7 @@ def _names_other(error: LLMError, call: ChatCall) -> bool:
 
 
 class IgnoredFormatError(DecodeError):
-    """The text is not what `response_format` asked for; `text` is what came."""
+    """The answer does not fit the `response_format`; `text` is the answer."""
 
     def __init__(self, message: str, *, text: str = "", **facts: Any) -> None:
         super().__init__(message, **facts)
@@ -189,7 +191,7 @@ async def _check(completion: Completion, check: Validate) -> None:
 
 
 def complete(llm: LLM, call: ChatCall, validate: Validate | None) -> Awaitable[Completion]:
-    """Have one call answered and show it in the current transcript if the agent makes it."""
+    """Answer one call, and show it in the current transcript if the agent makes it."""
     if call.response_format is not None:
         call = replace(call, response_format=as_response_format(call.response_format))
     transcript = current_transcript()

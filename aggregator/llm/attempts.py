@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Line:
-    """How one client reaches one model. A client with an injected clock or sleep shares its limiter with no other."""
+    """The way from one client to one model. A client with an injected clock or sleep has a limiter of its own."""
 
     def __init__(
         self,
@@ -97,10 +97,10 @@ class Line:
         self.limit_headers = frozenset([names.remaining for names in (*codec.requests, *codec.tokens)])
         self.openings = Openings(clock)
         self.limiter = LoopLimiters(endpoint, limits, time=None if is_real else (clock, self.sleep))
-        self.known_price = find_price(endpoint.provider, endpoint.model, prices)  # else when a budget first needs it
+        self.known_price = find_price(endpoint.provider, endpoint.model, prices)  # else when first needed
 
     def with_defaults(self, call: ChatCall) -> ChatCall:
-        """Return the call with the client's `extra`, which its own comes after."""
+        """Return the call with the client's `extra`, followed by its own."""
         return replace(call, extra=merge(self.extra, call.extra, "extra")) if self.extra else call
 
     def price(self) -> Price:
@@ -139,11 +139,12 @@ def merge(base: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[
 
 
 _corrections: WeakKeyDictionary[object, dict[tuple[str, str], frozenset[str]]] = WeakKeyDictionary()
-# By transport, since it is the servers' trait; while a tape is open it keeps them, so that a replay starts over.
+# Kept by transport, since it is a trait of servers; an open tape keeps them instead, so that a replay starts from
+# nothing.
 
 
 class Attempts:
-    """The attempts of one logical call. `issue` it, then `ask`; `leave` whatever happened."""
+    """The attempts of one logical call. `issue` it, then `ask`; always `leave` in the end."""
 
     def __init__(self, line: Line, timeout: float | None) -> None:
         portal.refuse_strays("a call of a model")
@@ -171,7 +172,7 @@ class Attempts:
         return max(0.0, self._deadline - self.line.clock())
 
     def milliseconds(self) -> float:
-        """Return how long the call has taken so far."""
+        """Return the milliseconds since the call began."""
         return (self.line.clock() - self._started) * 1e3
 
     def leave(self) -> None:
@@ -183,8 +184,8 @@ class Attempts:
     def issue(self, call: ChatCall) -> None:
         """Encode a call and take its ticket; once for each logical call.
 
-        Corrections that the server asked for in a refusal are applied. A tape that only plays decides by its recording,
-        since the refusal may have come before or after this call when it was recorded.
+        Corrections that the server requested in a refusal are applied. A tape that only plays decides by its recording,
+        in which the refusal may have come before or after this call.
         """
         codec = self.line.endpoint.codec
         if self._counts_tokens and (call.max_tokens or -1) < 0 and codec.limits(call).tokens is None:
@@ -200,7 +201,7 @@ class Attempts:
             if self.is_answerable():
                 return
         if call.corrections != self.call.corrections:
-            self._encode(call)  # nothing recorded: the miss is about the usual form
+            self._encode(call)  # nothing recorded: the miss names the usual form
 
     def _encode(self, call: ChatCall) -> None:
         codec = self.line.endpoint.codec
@@ -214,7 +215,7 @@ class Attempts:
             self.slot = self.tape.issue(admitted)
 
     def correct(self, error: LLMError) -> bool:
-        """Issue the call as a refusal asks for it; return False if that names nothing known or nothing is left."""
+        """Issue the call again as a refusal requests; return False without a known correction or an attempt left."""
         if not isinstance(error, BadRequestError) or not self.may_go_on():
             return False
         corrected = self.line.endpoint.codec.corrected(self.call, error)
@@ -237,13 +238,13 @@ class Attempts:
         return self.slot is None or self.tape is None or self.tape.records or bool(self.slot.rows)
 
     def may_go_on(self) -> bool:
-        """Return True if there is an attempt and time left."""
+        """Return True if an attempt and time are left."""
         return self.count < self.line.policy.max_attempts and self.remaining() > 0
 
     async def ask(self, unless: Callable[[LLMError], object] | None = None) -> Completion:
         """Send the issued call until it is answered; raises LLMError with `attempts` set.
 
-        `unless` names errors after which the same request is not worth another attempt.
+        `unless` are errors after which the same request is not sent again.
         """
         while True:
             attempt = Attempt(self)
@@ -274,7 +275,7 @@ class Attempts:
     def wait_after(
         self, attempt: Attempt, error: LLMError, unless: Callable[[LLMError], object] | None = None
     ) -> float | None:
-        """Return the seconds until the next attempt, for which the call may be issued again; None to give up."""
+        """Return the seconds until the next attempt, possibly after issuing the call again; None to give up."""
         if self.correct(error):
             return 0.0
         wait = None if unless is not None and unless(error) else attempt.wait_after(error)
@@ -299,13 +300,13 @@ class Attempts:
         return pico(usd)
 
     def upper_tokens(self) -> tuple[int, int]:
-        """Return how many tokens one request may take at most: (input, output)."""
+        """Return the most tokens that one request may take: (input, output)."""
         limits = self.line.endpoint.codec.limits(self.call)
         return upper_tokens(self.request.body, self.call.messages, limits)
 
 
 class Attempt:
-    """One request and its answer: reserve, answer, and in the end settle and record, whatever happened."""
+    """One request and its answer: reserve, answer, and in any case settle and record at the end."""
 
     __slots__ = (
         "_held",
@@ -334,7 +335,7 @@ class Attempt:
         self._held: Amount | None = None
 
     def take(self) -> bool:
-        """Reserve the most that this attempt can cost if one budget counts it and has room; `settle` settles it."""
+        """Reserve the most that this attempt can cost if one budget counts it and has room; `settle` releases it."""
         budgets, most = self.attempts.budgets, self.attempts.most()
         if len(budgets) > 1 or not budgets[0].take(most):
             return False
@@ -358,7 +359,7 @@ class Attempt:
         self._held = most
 
     def send(self) -> Awaitable[HTTPReply]:
-        """Send the request, which was admitted."""
+        """Send the admitted request."""
         sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
         return _pass(sending) if self.is_watched() else sending
 
@@ -368,9 +369,9 @@ class Attempt:
         return await self.send()
 
     async def end(self, error: BaseException | None) -> None:
-        """Settle and record this attempt, whatever happened."""
+        """Settle and record this attempt, failed or not."""
         if isinstance(error, LLMError):
-            scrub(error, self.attempts.request.secrets)  # whatever a page or an event quotes
+            scrub(error, self.attempts.request.secrets)  # for a page or an event that quotes it
         self.settle(error)
         if self.is_live and self.tape is not None:
             await self.record(error)
@@ -412,14 +413,14 @@ class Attempt:
         return self.reply
 
     def is_watched(self) -> bool:
-        """Return True if the patches of `clients=` would ask the tape again, or count this request twice."""
+        """Return True if the patches of `clients=` would look this request up again, or count it twice."""
         if self.tape is not None and self.tape.rules.clients:
             return True
         watch = WATCH.get()
         return watch is not None and watch.exchanges is not None
 
     def try_admit(self) -> bool:
-        """Go live if that needs no waiting: a place and the pace are free, and no opening is being written."""
+        """Go live if that needs no wait: a place is free, the pace permits it, no call is writing the shared prefix."""
         attempts = self.attempts
         if not attempts.request.secrets:
             attempts.request = self.line.endpoint.authenticated(attempts.request)
@@ -462,7 +463,7 @@ class Attempt:
                 limiter.apply_headers(admission, headers, self.line.endpoint.codec)
 
     def read(self, reply: HTTPReply) -> Completion:
-        """Read an answer; an error status becomes its error."""
+        """Read an answer; raises the error of an error status."""
         if self.is_live:
             self.reply = reply
             self.accept(reply.status, reply.headers)
@@ -487,11 +488,11 @@ class Attempt:
         return completion
 
     def recorded(self, error: BaseException | None) -> tuple[HTTPReply | None, APIConnectionError | None]:
-        """Return what a recording keeps of this attempt: its reply and what ended it. Cancelled calls leave nothing."""
+        """Return the recorded part of this attempt: its reply and the error that ended it; none if cancelled."""
         return self.reply, error if isinstance(error, APIConnectionError) else None
 
     def settle(self, error: BaseException | None) -> None:
-        """Count what this attempt cost, and report it."""
+        """Count and report the cost of this attempt."""
         if self._leads and self.attempts.opening is not None:
             self.line.openings.leave(self.attempts.opening)
         usage = None if self.completion is None else self.completion.usage
@@ -509,7 +510,7 @@ class Attempt:
             self._trace(usage, error)
 
     def _spent(self, held: Amount, error: BaseException | None) -> Amount:
-        """Return what an attempt without an answer cost: what was reserved, if the provider may charge it."""
+        """Return the cost of an attempt without an answer: the reservation, if the provider may charge it."""
         if isinstance(error, APIStatusError):
             return _ONE_CALL
         if was_sent(error) if isinstance(error, LLMError) else self.was_sent:
@@ -517,10 +518,10 @@ class Attempt:
         return NOTHING
 
     def wait_after(self, error: LLMError) -> float | None:
-        """Return the seconds to wait before the next attempt, None if there is none; teach the limiter."""
+        """Return the seconds until the next attempt, None if there is none; the limiter learns from the error."""
         if self._ended_in_record():
             return None
-        if isinstance(error, APIConnectionError):  # the pool's other connections may have died of the same cause
+        if isinstance(error, APIConnectionError):  # the pool's other connections may have died for the same reason
             self.attempts.request = replace(self.attempts.request, fresh=True)
         line, limiter = self.line, self.attempts.limiter
         wait = line.policy.delay(
@@ -531,16 +532,16 @@ class Attempt:
             headers=_NO_HEADERS if self.reply is None else self.reply.headers,
         )
         if not self.is_live:
-            return None if wait is None else 0.0  # a replay meets the failure again, not the wait
+            return None if wait is None else 0.0  # a replay repeats the failure without the wait
         if isinstance(error, RateLimitError) and not isinstance(error, QuotaError) and self.admission is not None:
             pause = wait or error.retry_after or line.policy.first_delay
             if pause <= line.policy.max_retry_after and limiter is not None:
                 own = limiter.rejected(self.admission, pause)
-                return None if wait is None else own  # 0 if the limiter holds everybody back, this call included
+                return None if wait is None else own  # 0 if the limiter delays every call, this one included
         return wait
 
     def _ended_in_record(self) -> bool:
-        """Return True if the recorded call gave up here (its deadline, fewer attempts): a replay does the same."""
+        """Return True if the recorded call gave up here (its deadline, fewer attempts), as its replay then does."""
         tape, slot = self.tape, self.attempts.slot
         if self.is_live or tape is None or slot is None or tape.records:
             return False

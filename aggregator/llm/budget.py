@@ -1,11 +1,11 @@
-"""A budget that holds: reserved from an upper estimate before each request, settled when its cost is known.
+"""A budget that is never exceeded: each request reserves an upper estimate and settles it when its cost is known.
 
-Spent and reserved together never exceed the limit. A request that does not fit with those in
-flight waits for them, since they will cost less than they reserved; one that would not fit even alone is refused.
-Waiting is first come first served, so which requests are refused does not depend on which answers come first.
+Spent and reserved together never exceed the limit. A request that does not fit with those in flight waits for them,
+since they will cost less than they reserved; one that would not fit even alone is refused. Requests are served in their
+order, so the refused ones do not depend on the order of answers.
 
-Money is counted in whole picodollars: sums do not depend on their order, and a replay comes to the same total.
-`estimate` returns what calls are likely to cost, and at most, before any is made.
+Money is counted in whole picodollars: sums do not depend on their order, and a replay has the same total. `estimate`
+returns what calls are likely to cost, and at most, before any is made.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _PICO = 1_000_000_000_000
 THINKING_ROOM = 16_384
-"""Tokens that a model may think, on top of its answer: thinking counts against the limit of the answer."""
+"""Tokens for thinking, in addition to the answer's, whose limit counts both."""
 _THINKS = re.compile(
     r"(?:ft:)?(?:o\d|gpt-[5-9](?!\d)|gpt-oss|codex)|gemini-(?:2\.5|[3-9])|grok-(?:3-mini|[4-9])|glm-(?:4\.[5-9]|[5-9])"
     r"|.*(?:think|reason|-r1\b|\br1\b|qwq|magistral)",
@@ -46,7 +46,7 @@ _THINKS = re.compile(
 )
 """Names of models that think by default."""
 ASSUMED_OUTPUT = 4096
-"""What answers may take under a budget of tokens or USD where the call sets no limit; it is sent with the request."""
+"""The limit of answers under a budget of tokens or USD if the call sets none; it is sent with the request."""
 IMAGE_TOKENS = 50_000
 """More than any known model counts for one image."""
 
@@ -55,7 +55,7 @@ IMAGE_TOKENS = 50_000
 
 
 class Spending(Struct, frozen=True, kw_only=True):
-    """What was spent: USD, tokens (input and output), requests."""
+    """Spent USD, tokens (input and output), requests."""
 
     usd: float = 0.0
     tokens: int = 0
@@ -63,7 +63,7 @@ class Spending(Struct, frozen=True, kw_only=True):
 
 
 class Amount(Struct, frozen=True, gc=False):
-    """The same as whole numbers."""
+    """A spending in whole numbers."""
 
     pico: int = 0
     tokens: int = 0
@@ -76,7 +76,7 @@ _serials = count()
 
 
 class Budget:
-    """Limits shared by as many clients, loops and threads as wanted; None is no limit.
+    """Limits shared by any number of clients, loops and threads; None is no limit.
 
     `usd` counts dollars, `tokens` input and output together, `calls` the requests sent, retries included.
     """
@@ -86,8 +86,8 @@ class Budget:
             if value is not None and not is_amount(value):
                 raise ConfigError(f"Expected a limit >= 0 or None, got {value!r} - at Budget.{name}")
         self.usd, self.tokens, self.calls = usd, tokens, calls
-        self.serial = next(_serials)  # the order in which a request that counts in several reserves them
-        self.needs_tokens = usd is not None or tokens is not None  # else requests are counted, not estimated
+        self.serial = next(_serials)  # the order in which a request reserves from several budgets
+        self.needs_tokens = usd is not None or tokens is not None  # otherwise requests are counted, not estimated
         self._most_pico = inf if usd is None else round(usd * _PICO)
         self._most_tokens = inf if tokens is None else tokens
         self._most_calls = inf if calls is None else calls
@@ -95,15 +95,15 @@ class Budget:
         self._taken = NOTHING  # spent and reserved
         self._waiting: deque[_Waiter] = deque()
         self._lock = threading.Lock()
-        self._runs: dict[str, Amount] = {}  # what is counted of runs that can be resumed
-        self._credit = NOTHING  # what was counted already of exchanges that a resumed run replays
+        self._runs: dict[str, Amount] = {}  # the counted part of runs that can be resumed
+        self._credit = NOTHING  # exchanges already counted, which a resumed run replays
 
     def __repr__(self) -> str:
         return show_call("Budget", usd=self.usd, tokens=self.tokens, calls=self.calls)
 
     @property
     def spent(self) -> Spending:
-        """What was spent so far."""
+        """The amount spent so far."""
         spent = self._spent
         return Spending(usd=spent.pico / _PICO, tokens=spent.tokens, calls=spent.calls)
 
@@ -115,9 +115,9 @@ class Budget:
         return Spending(usd=held.pico / _PICO, tokens=held.tokens, calls=held.calls)
 
     def carry(self, run: str, spent: Spending, *, resumed: bool = True) -> None:
-        """Count what a run had spent when it was saved, as it is resumed.
+        """Count the saved spending of a run that is resumed.
 
-        A budget that saw the run itself has counted that and more: what it replays of the rest counts nothing.
+        A budget that the run itself used has counted that and more, so the replayed rest is not counted again.
         """
         with self._lock:
             seen = self._runs.get(run) if resumed else None
@@ -127,21 +127,20 @@ class Budget:
             self.settle(NOTHING, now)
 
     def remember(self, run: str, spent: Spending) -> None:
-        """Note what a run has spent, in case that it is resumed with this budget."""
+        """Note a run's spending, in case it is resumed with this budget."""
         with self._lock:
             more = Amount(round(spent.usd * _PICO), spent.tokens, spent.calls)
             self._runs[run] = _add(self._runs.get(run, NOTHING), more, 1)
 
     def take(self, amount: Amount) -> bool:
-        """Set an upper estimate aside if that needs no waiting; pair it with `settle`."""
+        """Reserve an upper estimate if that needs no wait; pair it with `settle`."""
         with self._lock:
             return not self._waiting and self._hold(amount)
 
     def take_now(self, amount: Amount) -> None:
-        """Set an upper estimate aside, ahead of requests that wait; pair it with `settle`.
+        """Reserve an upper estimate, ahead of requests that wait; pair it with `settle`.
 
-        Raises BudgetExceededError if it does not fit with what is spent and what requests in flight have reserved:
-        for a caller that cannot wait.
+        Raises BudgetExceededError if it does not fit with spent and reserved amounts; for callers that cannot wait.
         """
         with self._lock:
             if self._hold(amount):
@@ -150,10 +149,10 @@ class Budget:
         raise refusal
 
     async def reserve(self, amount: Amount, timeout: float | None = None) -> None:
-        """Set an upper estimate aside; pair it with `settle`.
+        """Reserve an upper estimate; pair it with `settle`.
 
-        Raises BudgetExceededError where it would not fit even if nothing else were in flight, APITimeoutError where
-        those in flight did not make room in time.
+        Raises BudgetExceededError if it would not fit even alone, APITimeoutError if the requests in flight did not
+        make room in time.
         """
         if self.take(amount):
             return
@@ -176,7 +175,7 @@ class Budget:
             raise
 
     def settle(self, reserved: Amount, spent: Amount, *, replayed: bool = False) -> None:
-        """Replace a reservation by what was really spent, and let those go on that fit now."""
+        """Replace a reservation by the actual cost, and continue waiting requests that fit now."""
         with self._lock:
             if replayed and self._credit is not NOTHING:
                 left = _add(self._credit, spent, -1)
@@ -193,7 +192,7 @@ class Budget:
             self._wake(waiter, refusal)
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Take back a request that waits no longer: cancelled, timed out or refused."""
+        """Remove a request that no longer waits: cancelled, timed out or refused."""
         with self._lock:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
@@ -204,7 +203,7 @@ class Budget:
             self._wake(other, refusal)
 
     def _serve(self) -> list[tuple[_Waiter, BudgetExceededError | None]]:
-        """Take from the queue, in order, who fits now and who never will."""
+        """Take from the queue, in order, the requests that fit now and those that never will."""
         served: list[tuple[_Waiter, BudgetExceededError | None]] = []
         while self._waiting:
             waiter, refusal = self._waiting[0], None
@@ -215,7 +214,7 @@ class Budget:
         return served
 
     def _wake(self, waiter: _Waiter, refusal: BudgetExceededError | None) -> None:
-        """Resolve a waiting request on its own loop; give its amount back if it was cancelled."""
+        """Resolve a waiting request on its own loop; release its amount if it was cancelled."""
 
         def finish() -> None:
             if not waiter.turn.done():
@@ -233,7 +232,7 @@ class Budget:
                 self.settle(waiter.amount, NOTHING)
 
     def _hold(self, amount: Amount) -> bool:
-        """Reserve if it fits."""
+        """Reserve an amount if it fits."""
         taken = self._taken
         pico, tokens, calls = taken.pico + amount.pico, taken.tokens + amount.tokens, taken.calls + amount.calls
         if pico > self._most_pico or tokens > self._most_tokens or calls > self._most_calls:
@@ -242,7 +241,7 @@ class Budget:
         return True
 
     def _refusal(self, amount: Amount) -> BudgetExceededError | None:
-        """The error for what cannot fit any more, whatever those in flight will have cost."""
+        """Return the error for a request that cannot fit any more, even if those in flight cost nothing."""
         limits = (self._most_pico, self._most_tokens, self._most_calls)
         for name, limit, spent, wanted in zip(_NAMES, limits, astuple(self._spent), astuple(amount), strict=True):
             if spent + wanted > limit:
@@ -254,7 +253,7 @@ class Budget:
         return None
 
     def _crowded(self, amount: Amount) -> BudgetExceededError:
-        """Return the error for what does not fit while others are in flight."""
+        """Return the error for a request that does not fit while others are in flight."""
         limits = (self._most_pico, self._most_tokens, self._most_calls)
         rows = zip(_NAMES, limits, astuple(self._taken), astuple(self._spent), astuple(amount), strict=True)
         name, limit, taken, spent, wanted = next(row for row in rows if row[2] + row[4] > row[1])
@@ -290,7 +289,7 @@ current_budget = _current.get
 
 @contextmanager
 def spending(budget: Budget | None) -> Iterator[Budget | None]:
-    """Count every call made inside in `budget`, from any client."""
+    """Count every call made inside, by any client, in `budget`."""
     token = _current.set(budget)
     try:
         yield budget
@@ -302,7 +301,7 @@ def spending(budget: Budget | None) -> Iterator[Budget | None]:
 
 
 def budgets_of(own: Budget | None) -> tuple[Budget, ...]:
-    """Return every budget that counts a call of this context, in the one order in which all calls reserve them."""
+    """Return every budget that counts a call of this context, in the order in which all calls reserve."""
     outer = _current.get()
     if outer is None or outer is own:
         return () if own is None else (own,)
@@ -326,10 +325,10 @@ def assumed_output(model: str) -> int:
 
 
 def upper_tokens(body: bytes, messages: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[int, int]:
-    """Return how many tokens a request may take at most: (input, output).
+    """Return the most tokens that a request may take: (input, output).
 
     A token of text covers at least one byte, and the JSON around each message more bytes than a chat template adds
-    tokens; images count apart, since their tokens do not depend on their bytes.
+    tokens; images are counted separately, since their tokens do not depend on their bytes.
     """
     given = len(body)
     for message in messages:
@@ -340,14 +339,14 @@ def upper_tokens(body: bytes, messages: Iterable[Mapping[str, Any]], limits: Lim
 
 
 def _image_tokens(part: Any) -> int:
-    """What a part that is no text adds to the count of bytes."""
+    """Return the tokens of a part that is not text, in addition to the count of bytes."""
     if not isinstance(part, Mapping) or part.get("type") == "text":
         return 0
     return IMAGE_TOKENS - _data_bytes(part)
 
 
 def _data_bytes(part: Mapping[str, Any]) -> int:
-    """The length of an image given as a data URL."""
+    """Return the length of an image given as a data URL."""
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, Mapping) else image
     return len(url) if isinstance(url, str) and url.startswith("data:") else 0
@@ -363,7 +362,7 @@ def pico(usd: float) -> int:
 
 
 def spent_by(usage: Usage, held: Amount) -> Amount:
-    """Return what one request cost; what its usage does not state counts as reserved."""
+    """Return the cost of one request; the parts that its usage does not state count as reserved."""
     given, answered = usage.input_tokens, usage.output_tokens
     spent = held.pico if usage.cost is None else pico(usage.cost)
     return Amount(spent, held.tokens if given is None or answered is None else given + answered, 1)
@@ -378,7 +377,7 @@ _LIKELY_ANSWER = 400
 
 
 class Estimate(Struct, frozen=True, kw_only=True):
-    """Calls, tokens and USD: what is likely, and the most that can come of it. USD are None where a price is unknown.
+    """Calls, tokens and USD: likely, and at most. USD are None if a price is unknown.
 
     Estimates of the parts of a run add up.
     """
@@ -413,8 +412,8 @@ def estimate(
     """Estimate `calls` calls like this one; nothing is sent.
 
     `answer_tokens` is the usual length of an answer (default: 400, or `max_tokens` if that is less). The most counts
-    `max_tokens` (4,096 if not given) for every answer and `max_attempts` requests a call. Of several models the first
-    is the likely one, and all may be asked.
+    `max_tokens` (4,096 if not given) for every answer and `max_attempts` requests a call. With several models the
+    likely cost is the first one's, and the most counts all.
     """
     if calls < 0 or max_attempts < 1:
         raise ConfigError(f"Expected calls >= 0 and max_attempts >= 1, got {calls!r} and {max_attempts!r}")

@@ -1,6 +1,6 @@
 """The client: `await llm.complete(messages)`, `llm(messages=...)`, `async for delta in llm.stream(messages)`.
 
-This is the face; what a call does is in `asking.py` and below, which load with the first client that is made.
+This is the interface; a call runs in `asking.py` and the modules below it, which load with the first client.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class LLM:
 
     `model` is `provider/model`, or a list of models to fall back on, one after the other; None reads Trace's variables
     (TRACE_LITELLM_MODEL and others). A custom `base_url` gets `api_key`, never a default key. `api="responses"` calls
-    OpenAI's Responses API; models that have no other get it by default. `max_attempts` counts all requests of one call,
-    `timeout` all its seconds, waiting and other response formats included. `attempt_timeout` are the seconds of one
-    attempt, of a stream those until its next piece; by default half of `timeout`, for the last attempt all that is
-    left. `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for all clients of the same (base_url,
-    key, model) in an event loop, the strictest of them; without `adaptive` a 429 slows down no other call. `extra` is
-    merged into the body of every call (effort, service tier, routing, cache), `headers` go with every request. `budget`
-    may be shared. `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and `random` are
-    for tests.
+    OpenAI's Responses API; models that have no other get it by default. `max_attempts` limits all requests of one call,
+    `timeout` all its seconds, including waits and other response formats. `attempt_timeout` are the seconds of one
+    attempt, of a stream those until its next piece; by default half of `timeout`, for the last attempt the rest.
+    `max_concurrency`, `rpm` and `tpm` (requests, tokens a minute) hold for all clients of the same (base_url, key,
+    model) in an event loop, the strictest of them; with `adaptive=False` a 429 does not slow down other calls. `extra`
+    is merged into the body of every call (effort, service tier, routing, cache), `headers` go with every request.
+    `budget` may be shared. `prices` maps model names to `Price`s. `transport`, `retry`, `env`, `clock`, `sleep` and
+    `random` are for tests.
 
     Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
     """
 
     owner_number: int | None = None
-    """The number under which a worker's owner knows this model; None outside of worker processes."""
+    """The number of this model in the process that started the worker; None outside of workers."""
 
     def __new__(cls, model: Any = None, **_: Any) -> Self:
         """Return an instance of the class for several models if a list is given."""
@@ -142,8 +142,8 @@ class LLM:
         """Ask the model once and return its answer.
 
         `messages` is a text or messages in OpenAI's shape. `response_format` is OpenAI's dict, a JSON schema or a type;
-        the answer is then checked against it, or by `validate` (raises ValueError for a text that will not do).
-        `extra` is merged into the request's body. The call is shown in the current transcript if the agent makes it.
+        the answer is then checked against it, or by `validate` (which raises ValueError for an invalid text). `extra`
+        is merged into the request's body. The call is shown in the current transcript if the agent makes it.
         """
         if tool_choice is not None or extra is not None:
             check_choice_and_extra(tool_choice, extra)
@@ -222,7 +222,7 @@ class LLM:
         return self._asking.deltas(self, self._line, call)
 
     async def aclose(self) -> None:
-        """Close this loop's connections now; not needed, the loop's end closes them too."""
+        """Close this loop's connections now; optional, since the end of the loop closes them too."""
         from aggregator.llm.owner import current_owner
 
         if current_owner() is not None:
@@ -238,5 +238,5 @@ class LLM:
         await self.aclose()
 
 
-# What `inspect.signature(LLM)` shows is the constructor's own.
+# `inspect.signature(LLM)` shows the constructor's signature.
 LLM.__new__.__wrapped__ = LLM.__init__  # type: ignore[attr-defined]

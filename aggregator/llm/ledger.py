@@ -1,7 +1,7 @@
-"""What the calls of one context cost, by role.
+"""The cost of the calls of one context, by role.
 
-A ledger counts every call made inside `collecting()`, whatever task or thread makes it; inner ledgers also count in
-the outer ones. Totals do not depend on the order in which calls finish.
+A ledger counts every call made inside `collecting()`, from every task and thread; inner ledgers also count in the outer
+ones. Totals do not depend on the order in which calls finish.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Ledger:
         self._outer = outer
 
     def add(self, role: str, usage: Usage, milliseconds: float = 0.0) -> None:
-        """Count one call, and what it took, to the microsecond that a recording keeps."""
+        """Count one call and its time, in whole microseconds as a recording has it."""
         self._entries.setdefault(role, []).append(usage)
         self._milliseconds.append((role, round(milliseconds, 3)))
         if self._outer is not None:
             self._outer.add(role, usage, milliseconds)
 
     def detach(self) -> None:
-        """Count no more in the outer ledgers: what comes from now on is of work that was given up."""
+        """Stop counting in the outer ledgers; later calls belong to abandoned work."""
         self._outer = None
 
     def measures(self, *, without: str = "") -> dict[str, float]:
@@ -63,7 +63,7 @@ class Ledger:
         return {**cost, "milliseconds": fsum(taken for role, taken in self._milliseconds if role != without)}
 
     def entries(self) -> list[tuple[str, Usage]]:
-        """Return every usage that was counted, with its role."""
+        """Return every counted usage with its role."""
         return [(role, usage) for role, usages in self._entries.items() for usage in usages]
 
     def totals(self) -> dict[str, Usage]:
@@ -75,7 +75,7 @@ _TOKENS = tuple(name for name in Usage.__struct_fields__ if name.endswith("_toke
 
 
 def total(usages: Iterable[Usage]) -> Usage:
-    """Add usages up so that their order does not matter: costs with `math.fsum`, unknown ones apart from 0.
+    """Add usages up so that their order does not matter: costs with `math.fsum`, with unknown ones distinct from 0.
 
     >>> both = total([Usage(input_tokens=2), Usage(input_tokens=3, cost=0.1)])
     >>> both.input_tokens, both.output_tokens, both.cost, both.calls
@@ -127,7 +127,7 @@ def count(role: str, usage: Usage, milliseconds: float = 0.0) -> None:
 
 
 class Tier(Struct, frozen=True, kw_only=True):
-    """Prices of requests whose input is longer than `above` tokens; they hold for all tokens of such a request."""
+    """Prices of requests whose input is longer than `above` tokens; they apply to all tokens of such a request."""
 
     above: int
     input: float
@@ -141,7 +141,7 @@ class Price(Struct, frozen=True, kw_only=True):
     """USD per million tokens.
 
     `cached` is that of input read from a cache, None: like any other input. `cache_write` and `cache_write_1h` are
-    those of input written to one for five minutes and for an hour, None: 1.25 and 2 times `input`, as Anthropic asks.
+    those of input written to one for five minutes and for an hour, None: 1.25 and 2 times `input`, as at Anthropic.
     `tiers` are prices of longer prompts. `service` maps a service tier, by the provider's own word, to the factor of
     its price: {"flex": 0.5, "priority": 2}.
 
@@ -193,10 +193,10 @@ class Price(Struct, frozen=True, kw_only=True):
     def most(
         self, input_tokens: int, output_tokens: int, *, writes: float = 1.0, service_tier: str | None = None
     ) -> float:
-        """Return the USD that so many tokens cost at most, in any tier that the request can come to.
+        """Return the most USD that these tokens can cost, in any tier that the request may get.
 
         `writes` is 1.25 or 2 for a request that writes to a cache. Without a `service_tier` in the request, any that
-        has a factor may serve it; a cheaper one may be refused for the usual one.
+        has a factor may serve it; a request for a cheaper one may be served in the usual one.
         """
         if not self.tiers and not self.service and writes == 1.0:  # nearly always
             dearest = self.input if self.cached is None else max(self.input, self.cached)
@@ -222,10 +222,10 @@ _MOST_USD = 10_000.0
 
 
 def believed(completion: Completion) -> Usage:
-    """Return the usage without figures that cannot be: negative, absurd, or no tokens at all for an answer.
+    """Return the usage without impossible figures: negative, absurd, or no tokens at all for an answer.
 
-    A figure that is left out is unknown, and counts in a budget as it was reserved. Thinking that exceeds the output
-    was counted on top of it.
+    A figure that is left out is unknown, and counts in a budget as reserved. If thinking exceeds the output, the server
+    counted it in addition.
     """
     usage = completion.usage
     if (
@@ -269,7 +269,7 @@ Prices = Mapping[str, Price]
 
 
 def find_price(provider: str, model: str, table: Prices | None) -> Price | None:
-    """Return the user's price of a model, under any of the spellings of its name; raises ConfigError for no Price.
+    """Return the user's price of a model, under any spelling of its name; raises ConfigError for another type.
 
     >>> find_price("openai", "gpt-4o-mini", {"openai:gpt-4o-mini": Price(input=0.15, output=0.6)}).input
     0.15
@@ -285,11 +285,11 @@ def find_price(provider: str, model: str, table: Prices | None) -> Price | None:
 
 @lru_cache(maxsize=256)
 def kept_price(provider: str, model: str) -> Price | None:
-    """Return the price that the package genai-prices keeps; None without the package or where it knows none.
+    """Return the price in the package genai-prices; None without the package or a price.
 
     OpenRouter's `:free` models cost nothing, with or without it.
 
-    Tiers of long prompts, cache writes and service tiers are those that it knows.
+    Tiers of long prompts, cache writes and service tiers come from it too.
     """
     known = providers().get(provider)
     if known is not None and known.free_ending is not None and model.endswith(known.free_ending):
@@ -305,7 +305,7 @@ def kept_price(provider: str, model: str) -> Price | None:
         found = ask(provider_id=provider_id)
     except LookupError:
         return None
-    if found.provider.id != provider_id:  # it guesses from parts of a name; another provider's price would be wrong
+    if found.provider.id != provider_id:  # it guesses by parts of a name, but another provider's price would be wrong
         return None
     rates = _rates(found.model_price)
     if rates["input"] is None or rates["output"] is None:

@@ -1,4 +1,4 @@
-"""`as_model`: our client, a model's name, a callable, litellm or OpenAI's clients as one kind of model."""
+"""`as_model` makes one kind of model of our client, a model's name, a callable, litellm or OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from aggregator.protocols import ChatModel
 from aggregator.records import Choice, Completion, HTTPReply, Message
 
 _THREADS = 64
-_OURS = frozenset({"validate", "extra"})  # options of our client that no other one knows
+_OURS = frozenset({"validate", "extra"})  # options of our client that other models do not know
 _CODEC = OpenAIChat(Target(provider="callable", model="", base_url="http://localhost"))
 
 
@@ -172,8 +172,8 @@ async def complete_own(model: ChatModel, messages: Any, *, max_tokens: int, **op
     """Ask for a feature of the library itself (optimizer, merge, judge), without options that the provider lacks.
 
     Options that its API does not have are left out with a warning. `max_tokens` is the room for the answer: a model
-    that thinks gets more, as thinking counts there too. Such models are known by their name, or by what the client's
-    `extra` asks for; another one that is cut before its answer, or while it thinks, is asked once more with that room.
+    that thinks gets more, as thinking counts there too. Such models are known by their name, or by the client's
+    `extra`; another model whose answer is cut before its text or while it thinks is asked once more with that room.
     """
     options = _known_options(model, options)
     room = max_tokens + THINKING_ROOM
@@ -192,7 +192,7 @@ async def complete_own(model: ChatModel, messages: Any, *, max_tokens: int, **op
 
 
 def _known_options(model: ChatModel, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that every API behind the model has; the others are warned of."""
+    """Return the options that every API of the model has; the others cause a warning."""
     models: Sequence[Any] = getattr(model, "models", (model,))
     lacking = {}
     for found in models:
@@ -226,7 +226,7 @@ def _is_thinker(model: ChatModel) -> bool:
 
 
 def _provider_and_model(name: str) -> tuple[str, str]:
-    """Under what a model's price is known; a function's own name is that of no provider."""
+    """Return the name by which a model's price is found; a function's own name belongs to no provider."""
     try:
         provider, model = split_name(name)
     except ConfigError:
@@ -235,7 +235,7 @@ def _provider_and_model(name: str) -> tuple[str, str]:
 
 
 def _accepted(function: Callable[..., Any]) -> frozenset[str] | None:
-    """The options that a callable takes; None: any."""
+    """Return the options that a callable takes; None for any."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -261,7 +261,7 @@ def as_completion(answer: Any) -> Completion:
 
 
 def _plain(value: Any) -> Any:
-    """An SDK's object as dicts and lists."""
+    """Return an SDK's object as dicts and lists."""
     if hasattr(value, "model_dump"):
         return value.model_dump()
     if isinstance(value, Mapping):
@@ -274,7 +274,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_error(error: Exception) -> LLMError | None:
-    """Return our error for an SDK's: by its status, or as a lost connection; None where it is neither."""
+    """Return our error for an SDK's: by its status, or as a lost connection; None if it is neither."""
     if isinstance(error, LLMError):
         return None
     status = getattr(error, "status_code", None)

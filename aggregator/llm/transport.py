@@ -1,8 +1,8 @@
 """HTTP over aiohttp: one session per event loop, made on first use and closed with its loop.
 
-The only import of aiohttp in the package. The defaults differ from aiohttp's where measuring showed a reason
-(`docs/models.md`): connections kept 4 s, since servers close them after 5 and a POST on a dying one is lost; no limit
-of 100 connections; no redirects, which turn a POST into a GET; no cookies; 5 s to connect.
+The only import of aiohttp in the package. The defaults differ from aiohttp's for measured reasons (`docs/models.md`):
+connections are kept for 4 s, since servers close them after 5 and a POST on a closing one is lost; no limit of 100
+connections; no redirects, which turn a POST into a GET; no cookies; 5 s to connect.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _KEEPALIVE = [
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Has the system probe connections that are silent, so that one that a NAT or firewall dropped is noticed."""
+    """Makes the system probe silent connections, so that one dropped by a NAT or firewall is noticed."""
 
     async def _create_connection(
         self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
@@ -70,7 +70,7 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class _Sessions(Struct):
-    """What one event loop uses: `pooled` for every request, `single` (made when needed) for connections used once."""
+    """The sessions of one event loop: `pooled` for every request, `single` (if needed) for connections used once."""
 
     pooled: aiohttp.ClientSession
     single: aiohttp.ClientSession | None
@@ -78,7 +78,7 @@ class _Sessions(Struct):
     proxies: Mapping[str, str]
 
     async def close(self) -> None:
-        """Close every connection; one more turn of the loop lets the sockets go."""
+        """Close every connection; the sockets are released in the next turn of the loop."""
         for session in (self.pooled, self.single):
             if session is not None:
                 await session.close()
@@ -94,8 +94,8 @@ _MAX_HEADERS: Any = {"max_headers": 4096} if "max_headers" in signature(aiohttp.
 class AiohttpTransport(Transport):
     """The transport of production; one object serves any number of clients, threads and event loops.
 
-    Nothing has to be closed by hand: the sessions of a loop close when the loop shuts its async generators down,
-    which `asyncio.run`, pytest-asyncio and the library's own loop do.
+    It closes itself: the sessions of a loop close when the loop shuts its async generators down, as `asyncio.run`,
+    pytest-asyncio and the library's own loop do.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class AiohttpTransport(Transport):
     async def send(self, request: HTTPRequest, *, timeout: float | None = None) -> HTTPReply:
         """Send one request and return the whole answer.
 
-        It is sent once: a connection that dies before any answer may have delivered it.
+        It is sent once only, since a connection that breaks before any answer may have delivered it.
         """
         started = perf_counter()
         try:
@@ -163,7 +163,7 @@ class AiohttpTransport(Transport):
             raise
 
     async def _start(self) -> _Sessions:
-        """Make this loop's sessions, and tie their life to the loop's."""
+        """Make this loop's sessions, which close with the loop."""
         loop = asyncio.get_running_loop()
         lifetime = self._lifetime(loop)
         sessions = _Sessions(self._session(), None, lifetime, getproxies())
@@ -171,7 +171,7 @@ class AiohttpTransport(Transport):
             for ended in [other for other in self._loops if other.is_closed()]:
                 _discard(self._loops.pop(ended))
             self._loops[loop] = sessions
-        await anext(lifetime)  # from now on the loop closes it when it shuts down; does not give up the turn
+        await anext(lifetime)  # the loop now closes it when it shuts down; does not yield to other tasks
         return sessions
 
     async def _lifetime(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
@@ -201,7 +201,7 @@ class AiohttpTransport(Transport):
             await sessions.lifetime.aclose()
 
     def discard(self) -> None:
-        """Drop what belongs to loops that were closed without shutting down."""
+        """Drop the sessions of loops that were closed without shutting down."""
         with self._lock:
             for loop in [loop for loop in self._loops if loop.is_closed()]:
                 _discard(self._loops.pop(loop))
@@ -275,7 +275,7 @@ class _Streamed:
 
 
 def _refusal(request: HTTPRequest) -> ConfigError | None:
-    """What is wrong with a request that HTTP cannot carry; never with the value, which may be the key."""
+    """Describe why HTTP cannot carry a request, without the value, which may be the key."""
     try:
         _parsed(request.url)
     except ValueError as error:
@@ -340,7 +340,7 @@ def _parsed(url: str) -> URL:
 
 
 def _proxy(proxies: Mapping[str, str], url: URL) -> str | None:
-    """Return the proxy of HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY; aiohttp's own way takes a thread a call."""
+    """Return the proxy of HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY; aiohttp's lookup takes a thread per call."""
     scheme = url.scheme if proxies.get(url.scheme) else "all"
     return _proxy_of_host(scheme, proxies.get(scheme), url.host or "")
 

@@ -1,7 +1,7 @@
 """aiohttp: one hop of a session's request, at the connector: redirects, cookies and middlewares are aiohttp's own.
 
-Where the tape answers, the connector gives out a connection that leads nowhere and holds the answer. Where it does not,
-the answer is read to its end and recorded before the session sees it.
+If the tape answers, the connector returns an unconnected connection that has the answer. Otherwise the answer is read
+to its end and recorded before the session gets it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TURN = "_aggregator_turn"
 
 
 class _Nowhere(asyncio.Transport):
-    """Takes what a request writes."""
+    """A sink for what a request writes."""
 
     def write(self, data: Any) -> None:
         pass
@@ -48,7 +48,7 @@ def _connection_class() -> Any:
     from aiohttp.connector import Connection
 
     class Played(Connection):
-        """A connection that holds its answer, and goes back to no pool."""
+        """A connection that has its answer, and does not return to a pool."""
 
         def __init__(self, connector: Any, key: Any, raw: bytes) -> None:
             loop = asyncio.get_running_loop()
@@ -67,7 +67,7 @@ def _connection_class() -> Any:
 
 
 class _Buffer:
-    """Takes a payload's bytes, as the writer of a connection does."""
+    """Collects a payload's bytes, like the writer of a connection."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -88,7 +88,7 @@ class _Buffer:
 
 
 async def _body_of(request: Any) -> bytes:
-    """Return the bytes that the request will send; what can be read only once is replaced by them."""
+    """Return the bytes that the request will send; a body that can be read only once is replaced by them."""
     from aiohttp.payload import BytesPayload, Payload
 
     body = request.body
@@ -249,7 +249,7 @@ def _show_while_read(content: Any, tee: Tee) -> None:
 
 
 def _again(content: bytes) -> Any:
-    """Return a stream of what was read."""
+    """Return a new stream with the bytes that were read."""
     from aiohttp.base_protocol import BaseProtocol
     from aiohttp.streams import StreamReader
 
