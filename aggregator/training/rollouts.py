@@ -95,7 +95,7 @@ class Repeats:
 
 def warn_at_end(result: TrainingResult, repeats: Repeats, outside: int) -> None:
     """Warn of remaining bugs, of identical repeats, and of an agent whose calls all came from outside the run."""
-    for left in failures_left(result.failures):
+    for left in failures_left(result.failures) if result.failures else ():
         warnings.warn(left, TrainingWarning, stacklevel=3)
     repeats.finish()
     if outside and "agent" not in result.usage:

@@ -488,9 +488,9 @@ class Trainer:
             except BaseException as error:  # noqa: BLE001 - the boundary: an optimizer may raise anything, one is lost
                 record = record_failure("proposal", error, sample_id)
             else:
-                own = proposal.failures or unread("proposal", sample_id, proposal.error)
-                if not own and seen.failure is None:
+                if not proposal.failures and not proposal.error and seen.failure is None:
                     return proposal
+                own = proposal.failures or unread("proposal", sample_id, proposal.error)
                 usable = bool(proposal.values)  # the readable part is a proposal
                 return replace(proposal, failures=(*seen.failures, *own), error=None if usable else proposal.error)
         return Proposal(

@@ -213,9 +213,10 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         accepted = {name: value for name, value in accepted.items() if name not in reasons}
         told = [] if per_instance else [record for own in group for record in own.failures]
         wrong = reasons.values() if proposal.failures else (proposal.error, *refused.values(), *reasons.values())
-        more = unread("aggregation" if per_instance else "proposal", proposal.sample_id, *wrong)
-        # a rule may pass them on, or drop them
-        failures += [*told, *[record for record in (*proposal.failures, *more) if record not in told]]
+        more = list(proposal.failures)
+        if any(wrong):
+            more += unread("aggregation" if per_instance else "proposal", proposal.sample_id, *wrong)
+        failures += [*told, *[record for record in more if record not in told]]  # a rule may pass them on, or drop them
         values = {**one.step.values, **accepted}
         changes = changes_between(one.step.values, values)
         if changes and (key := key_of(plain(values))) not in known:
