@@ -492,7 +492,9 @@ def py_name(name: str) -> str:
     ('steps_0_prompt', 'a_10', 'a1_0')
     """
     safe = re.sub(r"\W", "_", name)
-    return f"_{safe}" if safe[:1].isdigit() else safe
+    if not f"_{safe}".isidentifier():  # a superscript digit, for example
+        safe = "".join(letter if f"_{letter}".isidentifier() else "_" for letter in safe)
+    return safe if safe.isidentifier() else f"_{safe}"
 
 
 def constraint_words(constraint: Constraint) -> str:

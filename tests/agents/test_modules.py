@@ -244,8 +244,11 @@ def test_values_that_json_cannot_hold_do_not_prevent_saving(tmp_path: Path) -> N
 
 def test_saving_creates_the_folder(tmp_path: Path) -> None:
     """For example `checkpoints/` for the default `save_path` of `train`."""
-    Agent().save(tmp_path / "checkpoints" / "today" / "agent.json")
-    Agent().load(tmp_path / "checkpoints" / "today" / "agent.json")
+    saved, loaded = Agent(), Agent()
+    saved.prompt.data = "Saved."
+    saved.save(tmp_path / "checkpoints" / "today" / "agent.json")
+    loaded.load(tmp_path / "checkpoints" / "today" / "agent.json")
+    assert loaded.prompt.data == "Saved."
 
 
 def test_an_unwritable_path_showed_the_name_of_a_temporary_file(tmp_path: Path) -> None:
@@ -266,6 +269,7 @@ def test_threads_can_save_one_agent_concurrently(tmp_path: Path) -> None:
         for saved in [pool.submit(agent.save, path) for _ in range(40)]:
             saved.result()
     agent.load(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["agent.json", f"agent.json.{os.getpid()}.tmp"]
 
 
 def test_saving_uses_the_values_in_its_context(tmp_path: Path) -> None:

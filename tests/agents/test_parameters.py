@@ -139,7 +139,7 @@ def test_colliding_names_are_refused() -> None:
 @given(st.text(min_size=1))
 def test_py_names_are_identifiers(name: str) -> None:
     """For any path the py_name is a stable identifier."""
-    assert py_name(name).isidentifier() or py_name(name).isascii() is False
+    assert py_name(name).isidentifier()
     assert py_name(py_name(name)) == py_name(name)
 
 

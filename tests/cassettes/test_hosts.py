@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +14,7 @@ import httpx
 import pytest
 import requests
 import urllib3
+from loopback import LoopbackHandler, LoopbackServer, serve
 
 import aggregator
 from aggregator.cassettes.rules import IGNORED_HOSTS, ignored_by, is_ignored
@@ -23,36 +22,22 @@ from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.llm.client import LLM
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(LoopbackHandler):
+    def answer(self) -> None:
+        self.read_body()
+        self.server.hits += 1
+        message = {"role": "assistant", "content": f"answer {self.server.hits}"}
+        choices = [{"index": 0, "message": message}]
+        self.reply(json.dumps({"n": self.server.hits, "model": "m", "choices": choices}).encode())
 
-    def log_message(self, *_: object) -> None: ...
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("content-length") or 0))
-        self.server.hits += 1  # type: ignore[attr-defined]
-        hits = self.server.hits  # type: ignore[attr-defined]
-        message = {"role": "assistant", "content": f"answer {hits}"}
-        data = json.dumps({"n": hits, "model": "m", "choices": [{"index": 0, "message": message}]}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    do_POST = answer  # noqa: N815 - the base class's name
 
 
 @pytest.fixture
-def server() -> Iterator[Any]:
+def server() -> Iterator[LoopbackServer]:
     """A loopback server that numbers its answers."""
-    httpd: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.daemon_threads, httpd.hits = True, 0
-    httpd.url = f"http://127.0.0.1:{httpd.server_port}"
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+    with serve(Handler) as running:
+        yield running
 
 
 def by_httpx(url: str) -> int:

@@ -8,10 +8,8 @@ import http.client
 import io
 import json
 import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -26,6 +24,7 @@ import urllib3
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loopback import LoopbackHandler, LoopbackServer, serve
 from msgspec.structs import replace
 from requests.adapters import HTTPAdapter
 
@@ -46,71 +45,29 @@ tornado: Any = pytest.importorskip("tornado.httpclient")
 trio: Any = pytest.importorskip("trio")
 websockets: Any = pytest.importorskip("websockets")
 
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    hits = 0
-    drops = 0
-
-    def handle_error(self, *_: Any) -> None:
-        """Do not report a connection that was dropped on purpose."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+pytestmark = pytest.mark.usefixtures("no_proxy")
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
+class Handler(LoopbackHandler):
     def answer(self) -> None:
-        server = self.server
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        if "chunked" in self.headers.get("transfer-encoding", ""):
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
+        server, body = self.server, self.read_body()
         server.hits += 1
         if server.drops:
             server.drops -= 1
             self.close_connection = True
-            return
-        if self.path.startswith("/moved"):
-            self.send_response(307)
-            self.send_header("location", "/there")
-            data = b""
+        elif self.path.startswith("/moved"):
+            self.reply(b"", 307, {"location": "/there"})
         else:
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            data = json.dumps({"n": server.hits, "method": self.command, "size": len(body)}).encode()
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+            self.reply(json.dumps({"n": server.hits, "method": self.command, "size": len(body)}).encode())
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer  # noqa: N815 - the base's names
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server() -> Iterator[LoopbackServer]:
     """A loopback server that numbers its answers, and drops a given number of connections."""
-    with Server(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve(Handler) as running:
         yield running
-        running.shutdown()
-        thread.join()
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every client reach the loopback address without a proxy."""
-    monkeypatch.setenv("no_proxy", "*")
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
@@ -121,7 +78,7 @@ def run(work: Callable[[], Awaitable[Any]]) -> Any:
         return runner.run(whole(), context=contextvars.copy_context())
 
 
-def both(path: Path, ask: Callable[[], Any], server: Server, clients: Any = "all") -> tuple[Any, Any]:
+def both(path: Path, ask: Callable[[], Any], server: LoopbackServer, clients: Any = "all") -> tuple[Any, Any]:
     """Record and replay; the server must not be asked again."""
     with aggregator.cassette(path, "all", clients=clients):
         heard = ask()
@@ -141,7 +98,7 @@ async def aiohttp_request(method: str, url: str, **known: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", ["post", "Get", "PUT", "patch", "Delete", "pOsT", "options", "PROPFIND"])
-def test_a_method_in_lower_case_made_the_file_unreadable(method: str, server: Server, tmp_path: Path) -> None:
+def test_a_method_in_lower_case_made_the_file_unreadable(method: str, server: LoopbackServer, tmp_path: Path) -> None:
     """The hash covers what is read back, however the client writes it."""
 
     def ask() -> Any:
@@ -281,7 +238,7 @@ def stream_by_http_client(url: str) -> Any:
     ],
     ids=lambda ask: ask.__name__,
 )
-def test_an_upload_never_replayed(ask: Callable[[str], Any], server: Server, tmp_path: Path) -> None:
+def test_an_upload_never_replayed(ask: Callable[[str], Any], server: LoopbackServer, tmp_path: Path) -> None:
     """Forms and streamed bodies are sent completely while they are recorded, and find their answers in a replay."""
     heard, played = both(tmp_path / "a.yaml", lambda: ask(f"{server.url}/v1"), server)
     assert heard
@@ -291,7 +248,7 @@ def test_an_upload_never_replayed(ask: Callable[[str], Any], server: Server, tmp
 # transports, back ends, sessions
 
 
-def test_an_sdks_name_covered_one_of_its_transports_only(server: Server, tmp_path: Path) -> None:
+def test_an_sdks_name_covered_one_of_its_transports_only(server: LoopbackServer, tmp_path: Path) -> None:
     """`clients=["openai"]` covers httpx, aiohttp below httpx, aiohttp itself and requests."""
 
     async def over_aiohttp() -> Any:
@@ -312,7 +269,7 @@ def test_an_sdks_name_covered_one_of_its_transports_only(server: Server, tmp_pat
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_httpx_under_trio_could_not_replay(backend: str, server: Server, tmp_path: Path) -> None:
+def test_httpx_under_trio_could_not_replay(backend: str, server: LoopbackServer, tmp_path: Path) -> None:
     """An async client replays under the event loop that recorded it, including recorded latency."""
 
     async def ask() -> Any:
@@ -325,7 +282,7 @@ def test_httpx_under_trio_could_not_replay(backend: str, server: Server, tmp_pat
         assert anyio.run(ask, backend=backend) == heard
 
 
-def test_a_session_with_a_base_url_records_whole_addresses(server: Server, tmp_path: Path) -> None:
+def test_a_session_with_a_base_url_records_whole_addresses(server: LoopbackServer, tmp_path: Path) -> None:
     """Another client's request to the whole address matches."""
 
     async def ask() -> Any:
@@ -339,7 +296,7 @@ def test_a_session_with_a_base_url_records_whole_addresses(server: Server, tmp_p
         assert httpx.post(f"{server.url}/v1", json={"a": 1}).json()["n"] == heard
 
 
-def test_redirects_cookies_and_middlewares_of_aiohttp_work(server: Server, tmp_path: Path) -> None:
+def test_redirects_cookies_and_middlewares_of_aiohttp_work(server: LoopbackServer, tmp_path: Path) -> None:
     """A replay runs the same session code: history, traces, `raise_for_status`."""
     seen: list[str] = []
 
@@ -365,7 +322,7 @@ def test_redirects_cookies_and_middlewares_of_aiohttp_work(server: Server, tmp_p
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_tornado_hung_while_it_was_recorded(streamed: bool, server: Server, tmp_path: Path) -> None:
+def test_tornado_hung_while_it_was_recorded(streamed: bool, server: LoopbackServer, tmp_path: Path) -> None:
     """Its callback gets the answer, recorded or played, in one piece or through `streaming_callback`."""
 
     async def ask() -> Any:
@@ -381,7 +338,7 @@ def test_tornado_hung_while_it_was_recorded(streamed: bool, server: Server, tmp_
     assert json.loads(heard[0])["n"] == 1
 
 
-def test_a_miss_of_tornado_is_raised_by_fetch(server: Server, tmp_path: Path) -> None:
+def test_a_miss_of_tornado_is_raised_by_fetch(server: LoopbackServer, tmp_path: Path) -> None:
     """No caller waits for ever."""
 
     async def ask() -> Any:
@@ -536,7 +493,7 @@ def failure_of(probe: Callable[[str], None], url: str) -> tuple[type[BaseExcepti
     ["refused", "dropped", pytest.param("unknown host", marks=pytest.mark.long)],  # a resolver may be slow
 )
 def test_a_probe_that_failed_made_the_tape_unplayable(
-    probe: Callable[[str], None], kind: str, server: Server, tmp_path: Path
+    probe: Callable[[str], None], kind: str, server: LoopbackServer, tmp_path: Path
 ) -> None:
     """Code that handles a failed connection gets the same exception in a replay, and continues."""
     url = {"refused": nobody(), "unknown host": "http://no-such-host.invalid", "dropped": server.url}[kind]
@@ -567,7 +524,7 @@ def open_by_urllib(url: str) -> None:
     ["refused", "dropped", "no TLS", pytest.param("unknown host", marks=pytest.mark.long)],
 )
 def test_urllib_raised_another_error_inside_a_cassette(
-    probe: Callable[[str], None], kind: str, server: Server, tmp_path: Path
+    probe: Callable[[str], None], kind: str, server: LoopbackServer, tmp_path: Path
 ) -> None:
     """A client's exception is the same without a cassette, while recording and in a replay."""
     urls = {"refused": nobody(), "unknown host": "http://no-such-host.invalid", "dropped": server.url}
@@ -587,7 +544,7 @@ def test_urllib_raised_another_error_inside_a_cassette(
             assert failure() is expected
 
 
-def test_a_dropped_connection_with_retries_was_a_miss(server: Server, tmp_path: Path) -> None:
+def test_a_dropped_connection_with_retries_was_a_miss(server: LoopbackServer, tmp_path: Path) -> None:
     """urllib3's Retry asks again in the replay, and gets the recorded answer."""
 
     def ask() -> Any:
@@ -624,7 +581,7 @@ def test_a_timeout_replays_at_once_as_a_timeout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_miss_was_retried_for_seconds(is_async: bool, server: Server, tmp_path: Path) -> None:
+def test_a_miss_was_retried_for_seconds(is_async: bool, server: LoopbackServer, tmp_path: Path) -> None:
     """An SDK that takes every exception for a lost connection gets a status; the block raises the miss."""
     headers = {"X-Stainless-Lang": "python"}
 
@@ -644,7 +601,7 @@ def test_a_miss_was_retried_for_seconds(is_async: bool, server: Server, tmp_path
     assert server.hits == 0
 
 
-def test_a_raw_client_gets_the_miss_itself(server: Server, tmp_path: Path) -> None:
+def test_a_raw_client_gets_the_miss_itself(server: LoopbackServer, tmp_path: Path) -> None:
     """Without an SDK's headers the exception is the miss, and urllib3's Retry does not retry it."""
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
         for probe in PROBES[:-1]:
@@ -697,7 +654,7 @@ def ws_by_httpx(url: str) -> None:
     ids=lambda connect: connect.__name__,
 )
 def test_a_websocket_was_not_refused_in_mode_none(
-    connect: Callable[[str], None], server: Server, tmp_path: Path
+    connect: Callable[[str], None], server: LoopbackServer, tmp_path: Path
 ) -> None:
     """It is refused before anything is sent; while a tape records it is allowed, and not recorded."""
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
@@ -712,7 +669,7 @@ def test_a_websocket_was_not_refused_in_mode_none(
     assert server.hits == 1
 
 
-def test_httpcore_without_httpx_was_live_in_mode_none(server: Server, tmp_path: Path) -> None:
+def test_httpcore_without_httpx_was_live_in_mode_none(server: LoopbackServer, tmp_path: Path) -> None:
     """The pool below httpx is refused too if it is used directly."""
     httpcore = pytest.importorskip("httpcore")
     with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
@@ -747,7 +704,7 @@ class Watcher:
         self.gone.append((request, was_sent))
 
 
-def test_a_watcher_sees_what_passes_with_and_without_a_cassette(server: Server, tmp_path: Path) -> None:
+def test_a_watcher_sees_what_passes_with_and_without_a_cassette(server: LoopbackServer, tmp_path: Path) -> None:
     """Each live, recorded or played request calls `before` and `after` once; the watcher sees what is recorded."""
     watcher, path = Watcher(), tmp_path / "a.yaml"
 
@@ -771,7 +728,7 @@ def test_a_watcher_sees_what_passes_with_and_without_a_cassette(server: Server, 
     assert (facts.model, facts.usage) == ("m-1", {"input_tokens": 3})
 
 
-def test_a_watcher_can_refuse_a_request(server: Server) -> None:
+def test_a_watcher_can_refuse_a_request(server: LoopbackServer) -> None:
     """A budget does so: its exception reaches the caller, and nothing is sent."""
 
     class Refusing(Watcher):
@@ -783,7 +740,7 @@ def test_a_watcher_can_refuse_a_request(server: Server) -> None:
     assert server.hits == 0
 
 
-def test_a_watcher_sees_misses(server: Server, tmp_path: Path) -> None:
+def test_a_watcher_sees_misses(server: LoopbackServer, tmp_path: Path) -> None:
     """A miss is reported as dropped and not sent, so that a budget can release its reservation."""
     watcher = Watcher()
     tape = aggregator.cassette(tmp_path / "a.yaml", "none", clients="httpx")
@@ -793,7 +750,7 @@ def test_a_watcher_sees_misses(server: Server, tmp_path: Path) -> None:
     assert (len(watcher.asked), watcher.seen) == (1, [])
 
 
-def test_a_watcher_sees_failures(server: Server) -> None:
+def test_a_watcher_sees_failures(server: LoopbackServer) -> None:
     """A lost connection is reported with its type."""
     watcher = Watcher()
     with observing(watcher, "all"), patched(), suppress(httpx.ConnectError):

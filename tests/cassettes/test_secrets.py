@@ -117,7 +117,7 @@ def test_a_value_truncated_before_its_quote_leaked(body: bytes, expected: bytes)
 def test_a_model_that_loops_blocked_the_event_loop(unit: bytes) -> None:
     """The thorough search took quadratic time; a test of 300 kB would not have ended."""
     body = unit * (300_000 // len(unit))
-    assert b"api_key" in unit or secret_edits(body) == []
+    assert (secret_edits(body) == []) is (b"api_key" not in unit)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +23,7 @@ import aiohttp
 import httpx
 import msgspec
 import pytest
+from loopback import LoopbackHandler, LoopbackServer, serve
 
 from aggregator import portal
 from aggregator.cassettes.clients import to_request
@@ -41,6 +41,7 @@ requests: Any = pytest.importorskip("requests")
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 Client = Callable[[str, Any], bytes]
+CHAT = "/v1/chat"
 
 
 class Lines(list[bytes]):
@@ -61,43 +62,23 @@ def taped(tape: Tape, clients: Any = "all") -> Iterator[Tape]:
         leave(tape, token)
 
 
+class Handler(LoopbackHandler):
+    def answer(self) -> None:
+        asked = self.read_body()
+        if self.path == "/moved":
+            self.reply(b"elsewhere", 302, {"location": "/there"})
+        else:
+            self.server.hits += 1
+            self.reply(json.dumps({"n": self.server.hits, "asked": asked.decode()}).encode())
+
+    do_GET = do_POST = answer  # noqa: N815 - the base class's names
+
+
 @pytest.fixture
-def server() -> Iterator[Any]:
+def server() -> Iterator[LoopbackServer]:
     """A loopback server that numbers its answers, so that each answer shows when it was made."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self) -> None:
-            asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.path == "/moved":
-                self.send_response(302)
-                self.send_header("Location", "/there")
-                body = b"elsewhere"
-            else:
-                self.server.hits += 1  # type: ignore[attr-defined]
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                body = json.dumps({"n": self.server.hits, "asked": asked.decode()}).encode()  # type: ignore[attr-defined]
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = answer  # noqa: N815 - the base class's names
-        do_GET = answer  # noqa: N815
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        running.hits = 0  # type: ignore[attr-defined]
-        running.url = f"http://127.0.0.1:{running.server_port}/v1/chat"  # type: ignore[attr-defined]
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve(Handler) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def by_httpx(url: str, body: Any) -> bytes:
@@ -143,10 +124,10 @@ def test_a_client_records_and_plays(client: Client, server: Any) -> None:
     """A client replays its answers byte for byte, and the server is not asked again."""
     lines = Lines()
     with taped(Tape(sink=lines)) as tape:
-        heard = [client(server.url, BODY), client(server.url, BODY)]
+        heard = [client(server.url + CHAT, BODY), client(server.url + CHAT, BODY)]
     assert (server.hits, tape.recorded, len(lines)) == (2, 2, 2)
     with taped(Tape(lines.rows())) as tape:
-        assert [client(server.url, BODY), client(server.url, BODY)] == heard
+        assert [client(server.url + CHAT, BODY), client(server.url + CHAT, BODY)] == heard
         assert tape.unplayed() == []
     assert server.hits == 2
 
@@ -156,9 +137,9 @@ def test_every_client_plays_what_another_recorded(client: Client, server: Any) -
     """A tape does not depend on the client: the request counts."""
     lines = Lines()
     with taped(Tape(sink=lines)):
-        heard = by_httpx(server.url, BODY)
+        heard = by_httpx(server.url + CHAT, BODY)
     with taped(Tape(lines.rows())):
-        assert json.loads(client(server.url, BODY)) == json.loads(heard)
+        assert json.loads(client(server.url + CHAT, BODY)) == json.loads(heard)
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -166,7 +147,7 @@ def test_a_miss_reaches_the_caller_and_the_tape(client: Client, server: Any) -> 
     """A request that was not recorded raises our own error, not a network error, and the tape remembers it."""
     with taped(Tape()) as tape:
         with pytest.raises(CassetteMissError):
-            client(server.url, BODY)
+            client(server.url + CHAT, BODY)
         assert len(tape.misses) == 1
     assert server.hits == 0
 
@@ -176,7 +157,7 @@ def test_unlisted_clients_are_not_intercepted(client: Client, server: Any) -> No
     """While a tape records, a client that it does not cover reaches the network and is not recorded."""
     served = "aiohttp" if client in (by_httpx, by_async_httpx) else "httpx"
     with taped(Tape(sink=Lines()), [served]) as tape:
-        assert json.loads(client(server.url, BODY))["n"] == 1
+        assert json.loads(client(server.url + CHAT, BODY))["n"] == 1
         assert (tape.misses, tape.recorded) == ([], 0)
 
 
@@ -186,7 +167,7 @@ def test_an_unlisted_client_was_live_in_mode_none(client: Client, server: Any) -
     served = "aiohttp" if client in (by_httpx, by_async_httpx) else "httpx"
     with taped(Tape(), [served]) as tape:
         with pytest.raises(CassetteMissError, match=r'add "(httpx|aiohttp|urllib3|http\.client)" to clients='):
-            client(server.url, BODY)
+            client(server.url + CHAT, BODY)
         assert len(tape.misses) == 1
     assert server.hits == 0
 
@@ -196,7 +177,7 @@ def test_a_call_of_our_own_client_is_not_recorded_twice(client: Client, server: 
     """Our own client uses the tape before it sends; the patches ignore what it sends."""
     lines = Lines()
     with taped(Tape(sink=lines)) as tape, passing():
-        client(server.url, BODY)
+        client(server.url + CHAT, BODY)
     assert (server.hits, tape.recorded, lines) == (1, 0, [])
 
 
@@ -206,7 +187,7 @@ def test_lineage_distinguishes_identical_requests(server: Any) -> None:
     async def ask(client: httpx.AsyncClient, branch: int, pause: float) -> int:
         with lineage(f"sample={branch}"):
             await asyncio.sleep(pause)
-            n: int = (await client.post(server.url, json=BODY)).json()["n"]
+            n: int = (await client.post(server.url + CHAT, json=BODY)).json()["n"]
             return n
 
     async def run(order: list[int]) -> list[int]:
@@ -232,7 +213,7 @@ def test_tapes_of_two_tasks_are_separate(server: Any) -> None:
             async with httpx.AsyncClient(trust_env=False) as client:
                 first.set()
                 await second.wait()
-                await client.post(server.url, json={"from": name})
+                await client.post(server.url + CHAT, json={"from": name})
         return lines
 
     async def both() -> list[Lines]:
@@ -252,7 +233,10 @@ def test_tasks_outside_a_cassette_are_not_intercepted(server: Any) -> None:
 
     async def outside(ready: asyncio.Event, done: asyncio.Event) -> str:
         await ready.wait()
-        async with httpx.AsyncClient(trust_env=False) as client, client.stream("POST", server.url, json=BODY) as reply:
+        async with (
+            httpx.AsyncClient(trust_env=False) as client,
+            client.stream("POST", server.url + CHAT, json=BODY) as reply,
+        ):
             kind = type(reply.stream).__name__
             await reply.aread()
         done.set()
@@ -280,10 +264,10 @@ def test_a_plain_thread_belongs_to_the_only_open_tape(client: Client, server: An
     """A thread that was started without a context replays too; it does not reach the network."""
     lines = Lines()
     with taped(Tape(sink=lines)):
-        heard = client(server.url, BODY)
+        heard = client(server.url + CHAT, BODY)
     found: list[bytes] = []
     with taped(Tape(lines.rows())):
-        thread = threading.Thread(target=lambda: found.append(client(server.url, BODY)))
+        thread = threading.Thread(target=lambda: found.append(client(server.url + CHAT, BODY)))
         thread.start()
         thread.join()
     assert (found, server.hits) == ([heard], 1)
@@ -296,7 +280,7 @@ def test_redirects_play_hop_by_hop(client: Client, server: Any) -> None:
         pytest.skip("httpx does not follow redirects unless told to; the hops are then calls of their own")
     if "location" not in KEPT_HEADERS:
         pytest.skip("the redaction drops where a redirect leads")
-    url = server.url.replace("/v1/chat", "/moved")
+    url = server.url + "/moved"
     lines = Lines()
     with taped(Tape(sink=lines)):
         heard = [client(url, BODY), client(url, BODY)]
@@ -310,7 +294,7 @@ def test_keys_are_not_in_the_file(server: Any) -> None:
     """The authentication header of another client's request is a known secret and not recorded."""
     lines = Lines()
     with taped(Tape(sink=lines)):
-        by_httpx(server.url, BODY)
+        by_httpx(server.url + CHAT, BODY)
     assert b"canary" not in lines[0]
 
 
@@ -332,7 +316,7 @@ def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> N
     """Inside a cassette for all clients our own call is one exchange, recorded and played by the tape alone."""
 
     async def ask() -> str:
-        llm = LLM("openai/m", base_url=server.url.removesuffix("/chat"), api_key="canary-number-1", max_attempts=1)
+        llm = LLM("openai/m", base_url=server.url + "/v1", api_key="canary-number-1", max_attempts=1)
         try:
             if stream:
                 return "".join([delta async for delta in llm.stream("hello")])
@@ -355,7 +339,7 @@ def test_our_own_client_is_not_intercepted_twice(server: Any, stream: bool) -> N
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_failed_connection_replayed_as_a_miss(client: Client, server: Any) -> None:
     """A failed connection is on the tape, and replays as the same exception before its retry is answered."""
-    lines, url = Lines(), server.url
+    lines, url = Lines(), server.url + CHAT
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}/v1/chat"
@@ -384,7 +368,7 @@ def errno_of(error: BaseException | None) -> int | None:
 def test_a_withdrawn_call_frees_its_ticket(server: Any) -> None:
     """It is not recorded, so the next identical call is the first."""
     with taped(Tape(sink=Lines())) as tape:
-        slots = [tape.issue(to_request("POST", server.url, b"{}", {})) for _ in range(2)]
+        slots = [tape.issue(to_request("POST", server.url + CHAT, b"{}", {})) for _ in range(2)]
         tape.withdraw(slots[0])
         tape.record(slots[1], HTTPReply(status=200, body=b"{}", headers={}))
         assert slots[1].ticket == 0
@@ -410,14 +394,14 @@ def test_recorded_latency_delayed_the_wrong_client(client: Client, server: Any, 
     """`latency` applies to each client, and a live call after a replayed one does not wait for it."""
     lines = Lines()
     with taped(Tape(sink=lines)):
-        client(server.url, BODY)
+        client(server.url + CHAT, BODY)
     slow = [msgspec.structs.replace(row.exchange().facts, ms=20.0) for row in lines.rows()]
     (row,) = lines.rows()
     line = encode_line(msgspec.structs.replace(row.exchange(), facts=slow[0]))
     with taped(Tape(tuple(index_lines([line])), sink=Lines(), rules=TapeRules(latency="recorded"))):
-        client(server.url, BODY)
+        client(server.url + CHAT, BODY)
         assert len(sleeps) == 1
-        by_httpx(server.url, {"q": "another"})
+        by_httpx(server.url + CHAT, {"q": "another"})
         assert len(sleeps) == 1
 
 
@@ -440,5 +424,5 @@ def test_a_request_of_a_task_that_outlived_its_cassette_was_live(server: Any) ->
         there = contextvars.copy_context()
     tape.close()
     with taped(Tape(sink=Lines())), pytest.raises(CassetteError, match="got a call after it was left"):
-        there.run(by_httpx, server.url, BODY)
+        there.run(by_httpx, server.url + CHAT, BODY)
     assert server.hits == 0

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
@@ -17,6 +16,7 @@ import httpx
 import pytest
 import requests
 import urllib3
+from loopback import LoopbackHandler, LoopbackServer, serve
 
 import aggregator
 from aggregator.cassettes.storage import read
@@ -25,52 +25,32 @@ THREADS, CALLS = 16, 64
 Ask = Callable[[int], int]
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-    hits = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers.get("content-length", 0)))
+class Handler(LoopbackHandler):
+    def answer(self) -> None:
+        asked = self.read_body()
         with LOCK:
             self.server.hits += 1
             body = json.dumps({"n": self.server.hits, "asked": asked.decode()}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.reply(body)
 
-    def log_message(self, *_: object) -> None:
-        pass
+    do_POST = answer  # noqa: N815 - the base class's name
 
 
 boto3: Any = pytest.importorskip("boto3")
 httplib2: Any = pytest.importorskip("httplib2")
+
+pytestmark = pytest.mark.usefixtures("no_proxy")
 LOCK = threading.Lock()
 OPEN = ExitStack()
 """Closes what a test's clients have open."""
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server() -> Iterator[LoopbackServer]:
     """A loopback server that numbers its answers."""
-    with Server(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve(Handler) as running:
         yield running
         OPEN.close()
-        running.shutdown()
-        thread.join()
 
 
 def number(body: bytes | str) -> int:
@@ -173,14 +153,10 @@ def from_threads(ask: Ask) -> list[int]:
         return list(pool.map(ask, range(CALLS)))
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every client reach the loopback address without a proxy."""
-    monkeypatch.setenv("no_proxy", "*")
-
-
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_calls_of_threads_were_live_in_mode_none(way: Callable[[str], Ask], server: Server, tmp_path: Path) -> None:
+def test_calls_of_threads_were_live_in_mode_none(
+    way: Callable[[str], Ask], server: LoopbackServer, tmp_path: Path
+) -> None:
     """From any number of threads, over old and new connections, each call is played and none reaches the server."""
     path, ask = tmp_path / "a.yaml", way(server.url)
     with aggregator.cassette(path, "all", clients="all"):
@@ -195,7 +171,7 @@ def test_calls_of_threads_were_live_in_mode_none(way: Callable[[str], Ask], serv
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_recording_from_threads_lost_answers(way: Callable[[str], Ask], server: Server, tmp_path: Path) -> None:
+def test_recording_from_threads_lost_answers(way: Callable[[str], Ask], server: LoopbackServer, tmp_path: Path) -> None:
     """Answers that threads got while recording are complete on the tape, and replay."""
     path, ask = tmp_path / "a.yaml", way(server.url)
     with aggregator.cassette(path, "all", clients="all") as tape:
@@ -210,7 +186,7 @@ def test_recording_from_threads_lost_answers(way: Callable[[str], Ask], server: 
     assert server.hits == CALLS
 
 
-def test_a_thread_started_before_is_recorded(server: Server, tmp_path: Path) -> None:
+def test_a_thread_started_before_is_recorded(server: LoopbackServer, tmp_path: Path) -> None:
     """Threads without the cassette's context, such as an older pool's, belong to the only open cassette."""
     path, ask = tmp_path / "a.yaml", by_one_session(server.url)
     begin, found = threading.Event(), []
@@ -229,7 +205,7 @@ def test_a_thread_started_before_is_recorded(server: Server, tmp_path: Path) -> 
     assert (found, server.hits) == ([heard], 1)
 
 
-def test_threads_of_two_cassettes_are_separate(server: Server, tmp_path: Path) -> None:
+def test_threads_of_two_cassettes_are_separate(server: LoopbackServer, tmp_path: Path) -> None:
     """While one thread plays, another with its own cassette records, and neither sees the other's calls."""
     path, ask = tmp_path / "a.yaml", by_one_session(server.url)
     with aggregator.cassette(path, "all", clients="requests"):

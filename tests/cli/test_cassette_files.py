@@ -102,7 +102,7 @@ def test_the_rest_of_a_folder_is_still_shown_and_pruned(tmp_path: Path, capsys: 
     for words in (("ls",), ("stats",), ("stats", "--each")):
         code, out, err = run(capsys, words[0], tmp_path, *words[1:])
         assert (code, err.count("\n"), "a.yaml" in err) == (1, 1, True)
-        assert "c.yaml" in out or "all" in out
+        assert ("all" if words == ("stats",) else "c.yaml") in out
     code, out, err = run(capsys, "prune", tmp_path, "--lineage", "*")
     assert (code, held(path), out) == (1, 0, f"{path}: 2 exchanges dropped, 0 kept\n")
     assert ("a.yaml" in err, "b.yaml" in err) == (True, True)

@@ -290,7 +290,7 @@ def test_an_option_of_another_type_raised_a_type_error() -> None:
     assert raised == []
 
 
-@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
 def test_a_limit_or_a_price_of_another_type_raised_a_type_error(value: Any) -> None:
     """A price for the model is checked when the client is made, not when its first answer is paid."""
     made: list[Callable[[], Any]] = [
