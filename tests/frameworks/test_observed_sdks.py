@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from calls import CALLS, Call, version_of
+from calls import Call
 from model_server import ModelServer
 
 import aggregator
@@ -29,30 +28,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every SDK reach the loopback address without a proxy and nothing else; let none wait long."""
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+@pytest.fixture(autouse=True)
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no SDK of AWS wait long."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-@pytest.fixture
-def server() -> Iterator[ModelServer]:
-    """A model that numbers its answers and returns them in any order."""
-    with ModelServer() as running:
-        yield running
-
-
-@pytest.fixture(params=CALLS, ids=lambda call: f"{call.package or 'urllib'}-{call.name}".replace(" ", "_"))
-def call(request: pytest.FixtureRequest) -> Call:
-    """One call of one installed SDK."""
-    chosen: Call = request.param
-    if version_of(chosen) is None:
-        pytest.skip(f"{chosen.package} is not installed")
-    return chosen
 
 
 class Asking(Module):
