@@ -38,7 +38,7 @@ class Agent(Module):
         """Work."""
         return [x, self.k.data, self.title, scale, WORDS, math.floor(2.5)]
 
-    @bundle(trainable=True, sandbox=SMALL)
+    @bundle(trainable=True, sandbox=PATIENT)
     async def later(self, x: Any) -> Any:
         return x
 
