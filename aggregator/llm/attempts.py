@@ -155,8 +155,10 @@ class Attempts:
         self.budgets = budgets_of(line.budget)
         self._counts_tokens = self._counts_usd = False
         for budget in self.budgets:
-            self._counts_tokens = self._counts_tokens or budget.needs_tokens
-            self._counts_usd = self._counts_usd or budget.usd is not None
+            if budget.needs_tokens:
+                self._counts_tokens = True
+            if budget.usd is not None:
+                self._counts_usd = True
         self._started = line.clock()
         self._deadline = inf if timeout is None else self._started + timeout
         self.share = timeout and timeout / 2  # of one attempt, by default
@@ -292,7 +294,7 @@ class Attempts:
 
     def _most_pico(self, given: int, answered: int) -> int:
         body, writes = self.request.body, 1.0
-        if b'"cache' in body and _CACHE_MARK.search(body):
+        if body.find(b'"cache') >= 0 and _CACHE_MARK.search(body):
             writes = 1.25 if _HOUR_MARK.search(body) is None else 2.0
         tier = self.call.extra.get("service_tier") if self.call.extra else None
         price = self.line.known_price or self.line.price()
@@ -316,7 +318,6 @@ class Attempt:
         "completion",
         "is_live",
         "line",
-        "number",
         "reply",
         "tape",
         "was_sent",
@@ -327,7 +328,6 @@ class Attempt:
         self.attempts = attempts
         self.line = attempts.line
         self.tape = attempts.tape
-        self.number = attempts.count
         self.admission: Admission | None = None
         self.reply: HTTPReply | None = None
         self.completion: Completion | None = None
@@ -400,7 +400,7 @@ class Attempt:
         limit = self.line.attempt_timeout
         if (left := self.attempts.timeout()) is None:
             return limit
-        if limit is None and self.number < self.line.policy.max_attempts:
+        if limit is None and self.attempts.count < self.line.policy.max_attempts:
             limit = self.attempts.share
         return left if limit is None or left < limit else limit
 
@@ -480,8 +480,8 @@ class Attempt:
         usage, price = believed(completion), self.line.known_price
         if price is not None and usage.cost is None:
             usage = replace(usage, cost=price.cost(usage, completion.service_tier))
-        if self.number > 1 or usage is not completion.usage:
-            completion = replace(completion, usage=usage, attempts=self.number)
+        if self.attempts.count > 1 or usage is not completion.usage:
+            completion = replace(completion, usage=usage, attempts=self.attempts.count)
         self.completion = completion
         may_be_empty = self.attempts.call.stop is not None
         check_answer(completion, self.line.endpoint.provider, may_be_empty=may_be_empty)
@@ -526,7 +526,7 @@ class Attempt:
         line, limiter = self.line, self.attempts.limiter
         wait = line.policy.delay(
             error,
-            self.number,
+            self.attempts.count,
             remaining=self.attempts.remaining(),
             random=line.random.random(),
             headers=_NO_HEADERS if self.reply is None else self.reply.headers,
@@ -555,7 +555,7 @@ class Attempt:
             role=current_role(),
             provider=self.line.endpoint.provider,
             model=self.attempts.call.model,
-            attempt=self.number,
+            attempt=self.attempts.count,
             status=reply.status if reply is not None else None,
             ms=round(reply.milliseconds, 3) if reply is not None else None,
             ttft=round(reply.chunks[0][1], 3) if reply is not None and reply.chunks else None,

@@ -228,16 +228,12 @@ def believed(completion: Completion) -> Usage:
     counted it in addition.
     """
     usage = completion.usage
-    if (
-        0 < (usage.input_tokens or 0) <= _MOST_TOKENS
-        and 0 <= (usage.reasoning_tokens or 0) <= (usage.output_tokens or 0) <= _MOST_TOKENS
-        and 0 <= (usage.cached_tokens or 0) <= usage.input_tokens  # type: ignore[operator]
-        and 0 <= (usage.cache_write_tokens or 0) <= usage.input_tokens  # type: ignore[operator]
-        and 0 <= (usage.cache_write_1h_tokens or 0) <= usage.input_tokens  # type: ignore[operator]
-        and 0 <= (usage.cost or 0) <= _MOST_USD
-    ):
-        return usage  # nearly always
-    given, answered = _within(usage.input_tokens, _MOST_TOKENS), _within(usage.output_tokens, _MOST_TOKENS)
+    given, answered = usage.input_tokens, usage.output_tokens
+    cached = usage.cached_tokens or usage.cache_write_tokens or usage.cache_write_1h_tokens
+    has_details = cached or usage.reasoning_tokens or usage.cost
+    if given and answered and 0 < given <= _MOST_TOKENS and 0 < answered <= _MOST_TOKENS and not has_details:
+        return usage  # the usual case
+    given, answered = _within(given, _MOST_TOKENS), _within(answered, _MOST_TOKENS)
     thought = _within(usage.reasoning_tokens, _MOST_TOKENS)
     if thought is not None and answered is not None and thought > answered:
         answered = _within(answered + thought, _MOST_TOKENS)

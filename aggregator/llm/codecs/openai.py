@@ -179,7 +179,9 @@ class OpenAIChat(JSONCodec[Answer]):
             raise self.fault(answer.error, reply)
         if not answer.choices:
             raise self.empty("choices", reply)
-        choices = [self._choice(choice, i, reply) for i, choice in enumerate(answer.choices)]
+        choices: list[Choice] = []
+        for choice in answer.choices:
+            choices.append(self._choice(choice, len(choices), reply))
         return self.completed(
             reply,
             choices,
