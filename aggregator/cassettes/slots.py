@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import cast
 
+from msgspec import Struct
+
 from aggregator import portal
-from aggregator.cassettes.credentials import USUAL, Redaction
+from aggregator.cassettes.credentials import Redaction
 from aggregator.cassettes.exchanges import Row
-from aggregator.cassettes.lineage import current_role
 from aggregator.cassettes.matching import USUAL_MATCHING, KeyOf, Matching, key_of_request
 from aggregator.cassettes.redaction import digest_of_redacted, redact_request
 from aggregator.errors import APIConnectionError
@@ -24,7 +25,7 @@ APART = "!"
 """The beginning of the label of a call whose branch made no call without a label."""
 
 
-class Slot:
+class Slot(Struct, eq=False):
     """One logical call: its request, its lineage, and its ticket, which counts such calls in the order of issue.
 
     `rows` are its recorded answers. `label` distinguishes it from identical calls that overlapped with it, by their
@@ -32,45 +33,25 @@ class Slot:
     over all calls of a tape.
     """
 
-    __slots__ = (
-        "answered",
-        "attempt",
-        "branch",
-        "digest",
-        "failure",
-        "faults",
-        "issued",
-        "key",
-        "label",
-        "lineage",
-        "order",
-        "played",
-        "policy",
-        "pool",
-        "redacted",
-        "request",
-        "role",
-        "rows",
-        "ticket",
-    )
-
-    def __init__(self, request: HTTPRequest, lineage: str, policy: Redaction = USUAL) -> None:
-        self.request, self.lineage, self.policy = request, lineage, policy
-        self.role: Role = current_role()
-        self.branch = portal.current_branch()
-        self.label = ""
-        self.issued, self.answered = 0, -1
-        self.ticket = -1
-        self.pool: Pool | None = None  # the pool that counted the ticket
-        self.rows: Sequence[int] = ()
-        self.order = 0
-        self.attempt = 0  # answers so far, played or live
-        self.played = 0  # recorded answers used
-        self.faults = 0  # injected faults so far
-        self.failure: APIConnectionError | None = None  # the error that ended the streamed answer just played
-        self.key = b""  # of the matching, once needed
-        self.redacted: HTTPRequest | None = None
-        self.digest = ""  # digest of what was redacted in the body, once the request is clean
+    request: HTTPRequest
+    lineage: str
+    policy: Redaction
+    role: Role
+    branch: portal.Branch | None
+    issued: int
+    answered: int = -1
+    label: str = ""
+    ticket: int = -1
+    pool: Pool | None = None  # the pool that counted the ticket
+    rows: Sequence[int] = ()
+    order: int = 0
+    attempt: int = 0  # answers so far, played or live
+    played: int = 0  # recorded answers used
+    faults: int = 0  # injected faults so far
+    failure: APIConnectionError | None = None  # the error that ended the streamed answer just played
+    key: bytes = b""  # of the matching, once needed
+    redacted: HTTPRequest | None = None
+    digest: str = ""  # digest of what was redacted in the body, once the request is clean
 
     def place(self) -> None:
         """Label a call of concurrent work, in which identical calls may overlap."""

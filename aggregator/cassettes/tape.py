@@ -19,8 +19,9 @@ from functools import cache
 from itertools import count
 from typing import Any, Literal
 
+from aggregator import portal
 from aggregator.cassettes.exchanges import Exchange, Facts, Row
-from aggregator.cassettes.lineage import current_lineage
+from aggregator.cassettes.lineage import current_lineage, current_role
 from aggregator.cassettes.matching import hook_reply, hook_request, hooked, matching_by, raw_key
 from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import redact_requests, redact_url
@@ -144,8 +145,8 @@ class Tape:
 
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
-        slot = Slot(request, current_lineage(), self.rules.redaction)
-        slot.issued = next(self._events)
+        branch, number = portal.current_branch(), next(self._events)
+        slot = Slot(request, current_lineage(), self.rules.redaction, current_role(), branch, number)
         if self._counts_later:
             with self._lock:
                 self._count_order(slot)

@@ -15,6 +15,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import portal
@@ -249,7 +250,8 @@ class Attempts:
         `unless` are errors after which the same request is not sent again.
         """
         while True:
-            attempt = Attempt(self)
+            self.count += 1
+            attempt = Attempt(self, self.line, self.tape)
             try:
                 if self.budgets and not attempt.take():
                     await attempt.reserve()
@@ -307,39 +309,26 @@ class Attempts:
         return upper_tokens(self.request.body, self.call.messages, limits)
 
 
-class Attempt:
+class Attempt(Struct, eq=False):
     """One request and its answer: reserve, answer, and in any case settle and record at the end."""
 
-    __slots__ = (
-        "_held",
-        "_leads",
-        "admission",
-        "attempts",
-        "completion",
-        "is_live",
-        "line",
-        "reply",
-        "tape",
-        "was_sent",
-    )
-
-    def __init__(self, attempts: Attempts) -> None:
-        attempts.count += 1
-        self.attempts = attempts
-        self.line = attempts.line
-        self.tape = attempts.tape
-        self.admission: Admission | None = None
-        self.reply: HTTPReply | None = None
-        self.completion: Completion | None = None
-        self.was_sent = self.is_live = self._leads = False
-        self._held: Amount | None = None
+    attempts: Attempts
+    line: Line
+    tape: Tape | None
+    admission: Admission | None = None
+    reply: HTTPReply | None = None
+    completion: Completion | None = None
+    was_sent: bool = False
+    is_live: bool = False
+    leads: bool = False  # the calls with its opening
+    held: Amount | None = None  # in the budgets
 
     def take(self) -> bool:
         """Reserve the most that this attempt can cost if one budget counts it and has room; `settle` releases it."""
         budgets, most = self.attempts.budgets, self.attempts.most()
         if len(budgets) > 1 or not budgets[0].take(most):
             return False
-        self._held = most
+        self.held = most
         return True
 
     async def reserve(self) -> None:
@@ -356,7 +345,7 @@ class Attempt:
             for budget in taken:
                 budget.settle(most, NOTHING)
             raise
-        self._held = most
+        self.held = most
 
     def send(self) -> Awaitable[HTTPReply]:
         """Send the admitted request."""
@@ -440,7 +429,7 @@ class Attempt:
     async def admit(self) -> None:
         """Wait until this attempt may be sent; the call keeps its place in the limiter until it is answered."""
         if self.attempts.opening is not None:
-            self._leads = await self.line.openings.enter(self.attempts.opening, self.attempts.timeout())
+            self.leads = await self.line.openings.enter(self.attempts.opening, self.attempts.timeout())
         limiter = self.attempts.limiter
         if limiter is None:
             limiter = self.line.limiter()
@@ -493,7 +482,7 @@ class Attempt:
 
     def settle(self, error: BaseException | None) -> None:
         """Count and report the cost of this attempt."""
-        if self._leads and self.attempts.opening is not None:
+        if self.leads and self.attempts.opening is not None:
             self.line.openings.leave(self.attempts.opening)
         usage = None if self.completion is None else self.completion.usage
         if usage is not None:
@@ -502,10 +491,10 @@ class Attempt:
             limiter = self.attempts.limiter
             if limiter is not None and limiter.tpm is not None and self.admission is not None:
                 limiter.used(self.admission, usage.total_tokens)
-        if self._held is not None:
-            spent = self._spent(self._held, error) if usage is None else spent_by(usage, self._held)
+        if self.held is not None:
+            spent = self._spent(self.held, error) if usage is None else spent_by(usage, self.held)
             for budget in self.attempts.budgets:
-                budget.settle(self._held, spent, replayed=not self.is_live)
+                budget.settle(self.held, spent, replayed=not self.is_live)
         if tracing.listening():
             self._trace(usage, error)
 

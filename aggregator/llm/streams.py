@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
+from msgspec import field
+
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role, passing
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
@@ -84,7 +86,8 @@ class StreamedAttempts(Attempts):
     async def deltas(self) -> AsyncGenerator[str | Completion, None]:
         """Yield the text as it arrives, the whole answer last; retry as long as nothing was yielded."""
         while True:
-            attempt, begun = StreamedAttempt(self), False
+            self.count += 1
+            attempt, begun = StreamedAttempt(self, self.line, self.tape), False
             try:
                 async with attempt, aclosing(attempt.deltas()) as deltas:
                     async for delta in deltas:
@@ -102,15 +105,13 @@ class StreamedAttempts(Attempts):
                 await self.line.sleep(wait)
 
 
-class StreamedAttempt(Attempt):
+class StreamedAttempt(Attempt, eq=False):
     """One request whose answer is read piece by piece."""
 
-    def __init__(self, attempts: Attempts) -> None:
-        super().__init__(attempts)
-        self._body: list[bytes] = []
-        self._chunks: list[tuple[int, float]] = []
-        self._head: dict[str, Any] | None = None
-        self._sent_at = 0.0
+    body: list[bytes] = field(default_factory=list)
+    chunks: list[tuple[int, float]] = field(default_factory=list)
+    head: dict[str, Any] | None = None
+    sent_at: float = 0.0
 
     async def __aenter__(self) -> Self:
         """Reserve the most that this attempt can cost."""
@@ -139,7 +140,7 @@ class StreamedAttempt(Attempt):
                                 begun = True
                                 yield delta
         except APIConnectionError as error:
-            if not self._body:
+            if not self.body:
                 raise
             cut = error
         reply = self.reply if cut is None else self._so_far()
@@ -167,17 +168,17 @@ class StreamedAttempt(Attempt):
         """Yield the pieces as they arrive over the network."""
         if not self.try_admit():
             await self.admit()
-        self._sent_at = perf_counter()
+        self.sent_at = perf_counter()
         async with AsyncExitStack() as stack:
             with passing() if self.is_watched() else nullcontext():
                 opening = self.line.transport.open(self.attempts.request, timeout=self.attempts.timeout())
                 opened = await self._in_time(stack.enter_async_context(opening), "the head of its answer")
-            self._head = {"status": opened.status, "headers": opened.headers, "reason": opened.reason}
+            self.head = {"status": opened.status, "headers": opened.headers, "reason": opened.reason}
             self.reply = self._so_far()
             pieces = aiter(opened.pieces())
             while (piece := await self._in_time(anext(pieces, None), "the next piece of its answer")) is not None:
-                self._body.append(piece)
-                self._chunks.append((len(piece), round((perf_counter() - self._sent_at) * 1e3, 3)))
+                self.body.append(piece)
+                self.chunks.append((len(piece), round((perf_counter() - self.sent_at) * 1e3, 3)))
                 yield piece
         self.reply = self._so_far()
         self.accept(opened.status, opened.headers)
@@ -194,10 +195,10 @@ class StreamedAttempt(Attempt):
 
     def _so_far(self) -> HTTPReply:
         return HTTPReply(
-            body=b"".join(self._body),
-            chunks=tuple(self._chunks),
-            milliseconds=(perf_counter() - self._sent_at) * 1e3,
-            **(self._head or {}),
+            body=b"".join(self.body),
+            chunks=tuple(self.chunks),
+            milliseconds=(perf_counter() - self.sent_at) * 1e3,
+            **(self.head or {}),
         )
 
     def recorded(self, error: BaseException | None) -> tuple[HTTPReply | None, APIConnectionError | None]:
@@ -207,12 +208,12 @@ class StreamedAttempt(Attempt):
         """
         from aggregator.cassettes.tape import StreamLeftError  # loaded with the tape
 
-        if isinstance(error, GeneratorExit) and self._body:
+        if isinstance(error, GeneratorExit) and self.body:
             error = StreamLeftError("this answer was read so far and no further when it was recorded")
         elif not isinstance(error, LLMError | None):
             return None, None
-        if self._head is not None:
-            lost = isinstance(error, APIConnectionError) and not self._body
+        if self.head is not None:
+            lost = isinstance(error, APIConnectionError) and not self.body
             self.reply = None if lost else self._so_far()
         return super().recorded(error)
 
