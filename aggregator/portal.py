@@ -382,7 +382,7 @@ def refuse_strays(what: str) -> None:
     branch = _branch.get()
     if branch is not None and branch.pid == Branch.process:
         return
-    if branch is None and not _is_foreign():
+    if branch is None and not (_hooks.holders and _is_foreign()):
         if _hooks.holders:
             Branch.outside += 1
         return

@@ -290,23 +290,21 @@ class Attempts:
     def most(self) -> Amount:
         """Return the most that one request of this call can cost; raises ConfigError if an unknown price is needed."""
         if self._most is None:
-            given, answered = self.upper_tokens() if self._counts_tokens else (0, 0)
-            self._most = Amount(self._most_pico(given, answered) if self._counts_usd else 0, given + answered, 1)
+            self._most = self._estimate() if self._counts_tokens else _ONE_CALL
         return self._most
 
-    def _most_pico(self, given: int, answered: int) -> int:
-        body, writes = self.request.body, 1.0
+    def _estimate(self) -> Amount:
+        call, body, line = self.call, self.request.body, self.line
+        given, answered = upper_tokens(body, call.messages, line.endpoint.codec.limits(call))
+        if not self._counts_usd:
+            return Amount(0, given + answered, 1)
+        writes = 1.0
         if body.find(b'"cache') >= 0 and _CACHE_MARK.search(body):
             writes = 1.25 if _HOUR_MARK.search(body) is None else 2.0
-        tier = self.call.extra.get("service_tier") if self.call.extra else None
-        price = self.line.known_price or self.line.price()
+        tier = call.extra.get("service_tier") if call.extra else None
+        price = line.known_price or line.price()
         usd = price.most(given, answered, writes=writes, service_tier=tier if isinstance(tier, str) else None)
-        return pico(usd)
-
-    def upper_tokens(self) -> tuple[int, int]:
-        """Return the most tokens that one request may take: (input, output)."""
-        limits = self.line.endpoint.codec.limits(self.call)
-        return upper_tokens(self.request.body, self.call.messages, limits)
+        return Amount(pico(usd), given + answered, 1)
 
 
 class Attempt(Struct, eq=False):
@@ -438,7 +436,9 @@ class Attempt(Struct, eq=False):
             self.attempts.limiter = limiter
         tokens = 0.0
         if limiter.tpm is not None:  # about four bytes a token, and the answer's limit
-            given, answered = self.attempts.upper_tokens()
+            attempts = self.attempts
+            limits = self.line.endpoint.codec.limits(attempts.call)
+            given, answered = upper_tokens(attempts.request.body, attempts.call.messages, limits)
             tokens = given / 4 + answered
         self.admission = limiter.try_admit(tokens) or await limiter.admit(tokens, self.attempts.timeout())
         self.was_sent = True

@@ -25,6 +25,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
+from aiohttp.hdrs import CONTENT_ENCODING
 from aiohttp.tracing import Trace
 from msgspec import Struct
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -218,7 +219,7 @@ class AiohttpTransport(Transport):
 def _body(response: aiohttp.ClientResponse, url: str) -> Awaitable[bytes]:
     """Return the whole body; raises TooLargeError for one that is too large."""
     length = response.content_length
-    if length is not None and length <= MAX_BODY and "content-encoding" not in response.headers:
+    if length is not None and length <= MAX_BODY and CONTENT_ENCODING not in response.headers:
         return response.read()
     return _counted(response, url)
 
