@@ -360,9 +360,9 @@ def run(options: Options) -> Report:
             ]
             stalled = {"client": client, "calls": calls // 6, "in_flight": 256, "patience": 5}
             cases.append(Case(f"{client}, 1 % stalls", call("client", "faulty", url=stalling, **stalled), needs))
-            lasting = {"client": client, "in_flight": 256, "seconds": 6 if options.quick else 30}
+            lasting = {"client": client, "in_flight": 256, "seconds": 6 if options.quick else 15}
             cases.append(Case(f"{client}, steady 429s", call("client", "steady", url=refusing, **lasting), needs))
-        measured = measure(cases, options, repetitions=5)
+        measured = measure(cases, options, repetitions=3)  # of about three minutes each, with the peers
     return Report(
         rows=measured.rows(),
         targets=targets(measured),
