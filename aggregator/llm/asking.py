@@ -226,12 +226,12 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
         else:
             completion = await _ask(attempts, call, validate)
     except BaseException as error:
-        if tracing.listening():
+        if attempts.is_traced:
             _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    if tracing.listening():
+    if attempts.is_traced:
         _trace(attempts, completion, None)
     return completion
 
@@ -259,12 +259,12 @@ async def _deltas(line: Line, timeout: float | None, call: ChatCall) -> AsyncGen
                 whole = piece if isinstance(piece, Completion) else None
                 yield piece
     except BaseException as error:
-        if tracing.listening():
+        if attempts.is_traced:
             _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    if tracing.listening():
+    if attempts.is_traced:
         _trace(attempts, whole, None)
 
 

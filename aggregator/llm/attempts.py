@@ -152,6 +152,7 @@ class Attempts:
         self.line = line
         self.tape: Tape | None = tape_here()
         self.count = 0
+        self.is_traced = tracing.listening()
         self.limiter: Limiter | None = None  # set while this call holds one of its places
         self.budgets = budgets_of(line.budget)
         self._counts_tokens = self._counts_usd = False
@@ -384,12 +385,11 @@ class Attempt(Struct, eq=False):
 
     def timeout(self) -> float | None:
         """Return the seconds that this attempt may take; the last one may take all that is left by default."""
-        limit = self.line.attempt_timeout
-        if (left := self.attempts.timeout()) is None:
-            return limit
-        if limit is None and self.attempts.count < self.line.policy.max_attempts:
-            limit = self.attempts.share
-        return left if limit is None or left < limit else limit
+        attempts, limit = self.attempts, self.line.attempt_timeout
+        left = attempts.timeout()
+        if limit is None and attempts.count < self.line.policy.max_attempts:
+            limit = attempts.share
+        return left if limit is None or (left is not None and left < limit) else limit
 
     def play(self) -> HTTPReply | None:
         """Return the next recorded answer of this call; None to go live."""
@@ -495,7 +495,7 @@ class Attempt(Struct, eq=False):
             spent = self._spent(self.held, error) if usage is None else spent_by(usage, self.held)
             for budget in self.attempts.budgets:
                 budget.settle(self.held, spent, replayed=not self.is_live)
-        if tracing.listening():
+        if self.attempts.is_traced:
             self._trace(usage, error)
 
     def _spent(self, held: Amount, error: BaseException | None) -> Amount:

@@ -111,7 +111,7 @@ class OpenAIChat(JSONCodec[Answer]):
     def encode(self, call: ChatCall) -> HTTPRequest:
         """Return the request; options that were not set are not sent."""
         cap = call.max_tokens
-        newer = (self._by_name or bool(call.corrections)) and self._takes_newer(call)
+        newer = self._takes_newer(call) if call.corrections else self._by_name and _is_reasoning(call.model)
         if cap is None and not newer and "max_completion_tokens" not in call.extra:
             cap = self._cap
         mark = None if self.marks is None else self.mark(call)
