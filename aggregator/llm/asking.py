@@ -215,8 +215,7 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
     """Answer one call; raises LLMError, BudgetExceededError, CassetteError or ConfigError."""
     if (owner := current_owner()) is not None:
         return await owner.answer(llm, call, validate)
-    if line.extra:
-        call = line.with_defaults(call)
+    call = line.with_defaults(call)
     attempts = Attempts(line, llm.timeout)
     try:
         if tracing.has_spans():
@@ -226,13 +225,11 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
         else:
             completion = await _ask(attempts, call, validate)
     except BaseException as error:
-        if attempts.is_traced:
-            _trace(attempts, None, error)
+        _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    if attempts.is_traced:
-        _trace(attempts, completion, None)
+    _trace(attempts, completion, None)
     return completion
 
 
@@ -259,16 +256,16 @@ async def _deltas(line: Line, timeout: float | None, call: ChatCall) -> AsyncGen
                 whole = piece if isinstance(piece, Completion) else None
                 yield piece
     except BaseException as error:
-        if attempts.is_traced:
-            _trace(attempts, None, error)
+        _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    if attempts.is_traced:
-        _trace(attempts, whole, None)
+    _trace(attempts, whole, None)
 
 
 def _trace(attempts: Attempts, completion: Completion | None, error: BaseException | None) -> None:
+    if not attempts.is_traced:
+        return
     endpoint = attempts.line.endpoint
     tracing.event(
         "llm.call",

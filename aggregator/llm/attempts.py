@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import portal
-from aggregator.cassettes.lineage import WATCH, current_lineage, current_role, passing, tape_here
+from aggregator.cassettes.lineage import current_lineage, current_role, passing, tape_here, watcher_here
 from aggregator.checks import check_positive, is_number
 from aggregator.errors import (
     APIConnectionError,
@@ -361,13 +361,12 @@ class Attempt(Struct, eq=False):
         if isinstance(error, LLMError):
             scrub(error, self.attempts.request.secrets)  # for a page or an event that quotes it
         self.settle(error)
-        if self.is_live and self.tape is not None:
-            await self.record(error)
+        await self.record(error)
 
     async def record(self, error: BaseException | None) -> None:
         """Write the answer to the tape, before it is used."""
         attempts, tape, slot = self.attempts, self.tape, self.attempts.slot
-        if tape is None or slot is None:
+        if not self.is_live or tape is None or slot is None:
             return
         reply, failure = self.recorded(error)
         if reply is None and failure is None:
@@ -403,8 +402,7 @@ class Attempt(Struct, eq=False):
         """Return True if the patches of `clients=` would look this request up again, or count it twice."""
         if self.tape is not None and self.tape.rules.clients:
             return True
-        watch = WATCH.get()
-        return watch is not None and watch.exchanges is not None
+        return watcher_here() is not None
 
     def try_admit(self) -> bool:
         """Go live if that needs no wait: a place is free, the pace permits it, no call is writing the shared prefix."""

@@ -136,7 +136,7 @@ class Limiter:
 
     def _ready_at(self, tokens: float) -> float:
         ready = self._paused_until
-        if self._learned.knows_limits and (learned := self._learned.ready_at) > ready:
+        if self._learned.outcomes and (learned := self._learned.ready_at) > ready:
             ready = learned
         if self.rpm is not None and (spaced := self._requests.ready_at()) > ready:
             ready = spaced

@@ -52,8 +52,7 @@ class Endpoint(Target, frozen=True, kw_only=True):
         A function that gave no token when the call was encoded is called once more, and its error raised: a replay,
         which sends nothing, needs no token.
         """
-        if self.key_hint is not None:
-            raise ConfigError(self.key_hint)
+        self.require_key()
         if request.secrets or not callable(self.api_key):
             return request
         try:

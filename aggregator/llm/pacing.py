@@ -216,7 +216,6 @@ class Pacing:
     """
 
     def __init__(self) -> None:
-        self.knows_limits = False  # until the first 429; nothing is delayed before
         self.is_bucket = True
         self._learned = LearnedPace()
         self._paused_until = -inf
@@ -224,7 +223,7 @@ class Pacing:
         self._after = [0, 0]  # undelayed requests after a stretch's first 429: refused, accepted
         self._recent = Recent()
         self._pauses: deque[int] = deque(maxlen=_PAUSES)  # the numbers of the outcomes that ended a paced stretch
-        self._outcomes, self._gap = 0, 2 * _WINDOW
+        self.outcomes, self._gap = 0, 2 * _WINDOW  # outcomes since the first 429
         self._next_trial: float = 0
         self._flood = _FLOOD
         self._trial: Trial | None = None
@@ -256,12 +255,11 @@ class Pacing:
     def accepted(self, admission: Admission, clock: Callable[[], float]) -> None:
         """Record any answer but a 429."""
         admission.stretch.accepted += 1
-        if self.knows_limits:
+        if self.outcomes:  # nothing is kept before the first 429
             self._keep(admission, clock(), accepted=True)
 
     def rejected(self, admission: Admission, wait: float, now: float) -> bool:
         """Record a 429 that asks for `wait` seconds; return True if all calls must wait, not only the refused one."""
-        self.knows_limits = True
         was_paced = self._learned.rate != inf
         self._keep(admission, now, accepted=False)
         if self._trial is not None or not self.is_bucket:
@@ -269,13 +267,13 @@ class Pacing:
         self._throughput = self._recent.throughput(now + wait)
         self._paused_until = max(self._paused_until, now + wait)
         if self._learned.rejected(admission, wait, self._throughput) and was_paced:
-            self._pauses.append(self._outcomes)
+            self._pauses.append(self.outcomes)
         return True
 
     def _keep(self, admission: Admission, now: float, *, accepted: bool) -> None:
         """Count an outcome and draw the conclusion."""
         self._recent.add(now, accepted=accepted)
-        self._outcomes += 1
+        self.outcomes += 1
         trial = self._trial
         if trial is not None:
             if admission.trial is trial:
@@ -291,7 +289,7 @@ class Pacing:
             and self._recent.refused() > self._flood
         ):
             self._pace(self._recent.throughput(now) or inf, now)
-            self._next_trial = self._outcomes
+            self._next_trial = self.outcomes
         elif not accepted and self._is_suspicious() and (throughput := self._recent.throughput(now)):
             enough = min(max(int(6 / self._recent.refused()), 12), _TRIAL)
             self._trial, self._trial_ready = Trial(throughput / 2, enough), now
@@ -304,16 +302,16 @@ class Pacing:
             self._next_trial = inf  # the question is decided, until a flood reopens it
             self._leave_alone()
         elif trial.accepted >= trial.enough:
-            self._next_trial, self._gap = self._outcomes + self._gap, 2 * self._gap
+            self._next_trial, self._gap = self.outcomes + self._gap, 2 * self._gap
             self._pace(2 * trial.rate, now)
 
     def _is_suspicious(self) -> bool:
         """Return True if the hypothesis is worth a trial: the pauses of a bucket do not help, or a pace might."""
-        if len(self._recent) < _WINDOW or self._outcomes < self._next_trial:
+        if len(self._recent) < _WINDOW or self.outcomes < self._next_trial:
             return False
         if not self.is_bucket:
             return self._recent.refused() > _MANY
-        return len(self._pauses) == _PAUSES and self._outcomes - self._pauses[0] <= _WINDOW
+        return len(self._pauses) == _PAUSES and self.outcomes - self._pauses[0] <= _WINDOW
 
     def _leave_alone(self) -> None:
         self.is_bucket, self._trial, self._paused_until = False, None, -inf

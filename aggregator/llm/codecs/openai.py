@@ -209,7 +209,7 @@ class OpenAIChat(JSONCodec[Answer]):
             message = WireMessage(content=choice.text)
         return Choice(
             message=message_of(message, self.target.base_url),
-            finish_reason=self.finish_words.get(choice.finish_reason or "") or self.finish_reason(choice.finish_reason),
+            finish_reason=self.finish_reason(choice.finish_reason),
             raw_finish_reason=choice.finish_reason,
             index=position if choice.index is None else choice.index,
         )
