@@ -14,9 +14,13 @@ type checkers read `__init__.pyi`.
 
 from __future__ import annotations
 
+import sys as _sys
+
 TYPE_CHECKING = False  # `typing` would be one more import
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -104,17 +108,14 @@ def _face(module: str, homes: dict[str, tuple[str, ...]]) -> tuple[Callable[[str
     def load(name: str) -> object:
         if name not in origin:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        import sys
         from importlib import import_module
 
         value = getattr(import_module(origin[name]), name)
-        setattr(sys.modules[module], name, value)
+        setattr(_sys.modules[module], name, value)
         return value
 
     def names() -> list[str]:
-        import sys
-
-        return sorted({*vars(sys.modules[module]), *origin})
+        return sorted({*vars(_sys.modules[module]), *origin})
 
     return load, names
 
@@ -150,5 +151,33 @@ def __getattr__(name: str) -> object:
                 return getattr(module, name)
         raise
 
+
+_MOVED = {
+    "aggregator.cassettes.locking": "aggregator.files",
+    "aggregator.testing.simulated_model": "aggregator.simulation.model",
+    "aggregator.training.executors": "aggregator.executors.local",
+}
+"""Modules that programs import under an older path: the path is another name of the module that has their content."""
+
+
+class _Moved:
+    """The finder of the modules in `_MOVED`; it is asked only for modules that have no file."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> ModuleSpec | None:
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(name, _Moved()) if name in _MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let the import system make an empty module, which `exec_module` replaces."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        from importlib import import_module
+
+        _sys.modules[module.__name__] = import_module(_MOVED[module.__name__])
+
+
+_sys.meta_path.append(_Moved)
 
 __all__ = ["__version__", *sorted(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - the table's

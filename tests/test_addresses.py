@@ -2,30 +2,76 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import aggregator
-from aggregator.cassettes import locking
 from aggregator.executors.local import LocalExecutor
 from aggregator.testing import ScriptedModel
 from aggregator.training import asking, schemas
-from aggregator.training.executors import AsyncExecutor
 
 QUESTION = [{"role": "user", "content": "Which number?"}]
+MOVED = vars(aggregator)["_MOVED"]
+NAMES = [
+    ("aggregator.cassettes.locking", "FileLock"),
+    ("aggregator.cassettes.locking", "fcntl"),
+    ("aggregator.testing.simulated_model", "SimulatedModel"),
+    ("aggregator.testing.simulated_model", "complete"),
+    ("aggregator.training.executors", "AsyncExecutor"),
+]
+"""Names that programs imported under each older path."""
+
+
+@pytest.mark.parametrize("path", MOVED)
+def test_an_older_path_is_another_name_of_the_module(path: str) -> None:
+    """So that a program which changes a module for an experiment changes the module that the library uses."""
+    room, _, name = path.rpartition(".")
+    program = f"import {path}, sys\nfrom {room} import {name}\nprint({name} is sys.modules[{MOVED[path]!r}])"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout == "True\n"
+
+
+@pytest.mark.parametrize("path", MOVED)
+def test_an_older_path_has_no_file(path: str) -> None:
+    """The import system would prefer the file."""
+    assert find_spec(MOVED[path]) is not None
+    parts = path.split(".")
+    assert not Path(aggregator.__file__).parent.joinpath(*parts[1:]).with_suffix(".py").exists()
+
+
+@pytest.mark.parametrize(("path", "name"), NAMES)
+def test_a_name_is_found_under_its_older_path(path: str, name: str) -> None:
+    """Each older path has the names that programs imported from it."""
+    assert hasattr(import_module(path), name)
+
+
+def test_every_older_path_is_tested() -> None:
+    """With at least one of its names."""
+    assert {path for path, _ in NAMES} == set(MOVED)
+
+
+def test_an_unknown_module_is_still_unknown() -> None:
+    """The finder of older paths answers for its table only."""
+    with pytest.raises(ModuleNotFoundError, match="No module named 'aggregator.training.nothing'"):
+        import_module("aggregator.training.nothing")
 
 
 async def test_the_executor_under_its_first_name_runs_any_work() -> None:
     """It is the local executor, which awaits any work and returns the results in order."""
-    assert AsyncExecutor is LocalExecutor
+    executors = import_module("aggregator.training.executors")
+    assert executors.AsyncExecutor is LocalExecutor
 
     async def double(number: Any) -> Any:
         return 2 * number
 
     numbers: Any = [1, 2, 3]
-    async with AsyncExecutor(4) as executor:
+    async with LocalExecutor(4) as executor:
         work: Any = double
         assert await executor.map(work, numbers) == [2 * number for number in numbers]
         assert await executor.call(pow, 2, 3) == 8
@@ -33,7 +79,7 @@ async def test_the_executor_under_its_first_name_runs_any_work() -> None:
 
 def test_a_system_without_advisory_locks_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on Windows; a program turns the lock off in its module."""
-    monkeypatch.setattr(locking, "fcntl", None)
+    monkeypatch.setattr("aggregator.cassettes.locking.fcntl", None)
     with aggregator.cassette(tmp_path / "a.yaml", "all"):
         assert (tmp_path / "a.yaml.lock").exists()
     assert list(tmp_path.iterdir()) == []

@@ -24,13 +24,12 @@ from aggregator.cassettes.credentials import Redaction, redaction_by
 from aggregator.cassettes.exchanges import NOTHING, Recording, Row
 from aggregator.cassettes.journal import Journal
 from aggregator.cassettes.lineage import enter, leave
-from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.matching import BeforeRequest, BeforeResponse, MatchOn, parse_ignore
 from aggregator.cassettes.rules import DEFAULT_RULES, Adopts, Faults, Latency, LineageRule, TapeRules, ignored_by
 from aggregator.cassettes.storage import LayoutChoice, followed, read, save
 from aggregator.cassettes.tape import Tape
 from aggregator.errors import CassetteError, ConfigError
-from aggregator.files import make_folder, sibling_path
+from aggregator.files import FileLock, make_folder, sibling_path
 from aggregator.text import show_call
 
 # Which file is read and which is written

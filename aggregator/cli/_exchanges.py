@@ -33,12 +33,12 @@ from aggregator.cassettes.credentials import (
 )
 from aggregator.cassettes.exchanges import Exchange, Recording, Row, exchange_id, line_is_whole
 from aggregator.cassettes.journal import is_open_journal
-from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.matching import decode_json, raw_key
 from aggregator.cassettes.redaction import SECRET_HEADERS, hides_parameter_always, is_kept, redact_cookies, removed_from
 from aggregator.cassettes.secrets import query_edits, secret_edits
 from aggregator.cassettes.storage import GZIP, followed, read
 from aggregator.errors import CassetteError, ConfigError
+from aggregator.files import FileLock
 from aggregator.llm.reading import is_figure, read_model, read_usage
 from aggregator.text import clip, json_changes
 

@@ -140,6 +140,10 @@ class LocalExecutor:
 _depth: ContextVar[int] = ContextVar("aggregator_thread_depth", default=0)
 
 
+AsyncExecutor = LocalExecutor
+"""Its older name."""
+
+
 def _deeper() -> int:
     """Count one more thread that waits for another."""
     depth = _depth.get()

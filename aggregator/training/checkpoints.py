@@ -25,12 +25,11 @@ from msgspec.structs import asdict
 
 from aggregator import portal
 from aggregator.cassettes.lineage import WATCH, current_tape
-from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
 from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
 from aggregator.executors.work import failures_left
-from aggregator.files import write_atomically
+from aggregator.files import FileLock, write_atomically
 from aggregator.llm.budget import Budget, Spending, spending
 from aggregator.llm.ledger import collecting
 from aggregator.llm.observed import part_here

@@ -113,12 +113,12 @@ WINDOWS = """
 
     os.O_BINARY = 1 << 30
     os.open, os.close, pathlib.Path.unlink = open_file, close_file, unlink
-    import aggregator.cassettes.locking
-    aggregator.cassettes.locking.fcntl = FCNTL
+    import aggregator.files
+    aggregator.files.fcntl = FCNTL
 """
 
 
-@pytest.mark.parametrize("locks", ["None", "aggregator.cassettes.locking.fcntl"])
+@pytest.mark.parametrize("locks", ["None", "aggregator.files.fcntl"])
 def test_on_windows_every_recording_raised_an_error(locks: str, tmp_path: Path) -> None:
     """No file is unlinked while it is open, and each is opened in binary mode, so that line ends are kept."""
     whole = WINDOWS.replace("FCNTL", locks) + SCRIPT.replace("in_child(child)", "pass")

@@ -16,10 +16,10 @@ import pytest
 import aggregator
 from aggregator.cassettes import recorder
 from aggregator.cassettes.lineage import adopted, current_tape, tape_here
-from aggregator.cassettes.locking import FileLock
 from aggregator.cassettes.recorder import Mode, default_mode
 from aggregator.cassettes.rules import Faults, TapeRules
 from aggregator.errors import CassetteLockedError, CassetteMissError, CassetteWarning, ConfigError
+from aggregator.files import FileLock
 from aggregator.records import HTTPReply, HTTPRequest
 
 

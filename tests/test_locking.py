@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.cassettes.locking import FileLock
 from aggregator.errors import CassetteLockedError
+from aggregator.files import FileLock
 
 HOLD = """
 import sys
 from pathlib import Path
-from aggregator.cassettes.locking import FileLock
+from aggregator.files import FileLock
 lock = FileLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
