@@ -45,11 +45,13 @@ _CLIENTS = {"aggregator", "aiohttp", "anthropic", "google", "httpx", "litellm", 
 class Uses(Struct, frozen=True, kw_only=True):
     """The names in a source, each with the line of its first use (1 is the `def` line).
 
-    `names` are those of its module, `attributes` those of `self`. `problems` describe what no sandbox supports.
+    `names` are those of its module, `attributes` those of `self`, `imports` the modules that it imports. `problems`
+    describe what no sandbox supports.
     """
 
     names: Mapping[str, int]
     attributes: Mapping[str, int]
+    imports: Mapping[str, int]
     problems: Mapping[str, int]
 
 
@@ -67,7 +69,7 @@ def uses_of(source: str, *, is_method: bool) -> Uses:
     arguments = [*definition.args.posonlyargs, *definition.args.args]
     reader = _Reader(arguments[0].arg if is_method and arguments else "", _globals_of(source))
     reader.read(tree)
-    return Uses(names=reader.names, attributes=reader.attributes, problems=reader.problems)
+    return Uses(names=reader.names, attributes=reader.attributes, imports=reader.imports, problems=reader.problems)
 
 
 def _globals_of(source: str) -> frozenset[str]:
@@ -91,6 +93,7 @@ class _Reader:
         self.self_name, self.outside = self_name, outside
         self.names: dict[str, int] = {}
         self.attributes: dict[str, int] = {}
+        self.imports: dict[str, int] = {}
         self.problems: dict[str, int] = {}
         self._aliases: dict[str, ast.Name | ast.Attribute] = {}  # local names that were set to these
 
@@ -151,13 +154,14 @@ class _Reader:
     _see_asyncfor = _see_asyncwith = _see_await
 
     def _see_import(self, node: ast.Import) -> None:
-        self._note_clients([alias.name for alias in node.names], node)
+        self._note_imports([alias.name for alias in node.names], node)
 
     def _see_importfrom(self, node: ast.ImportFrom) -> None:
-        self._note_clients([node.module or ""], node)
+        self._note_imports([node.module or ""], node)
 
-    def _note_clients(self, imported: list[str], node: ast.stmt) -> None:
+    def _note_imports(self, imported: list[str], node: ast.stmt) -> None:
         for name in imported:
+            self.imports.setdefault(name, node.lineno)
             if name.partition(".")[0] in _CLIENTS:
                 self._note(f"imports {name}", node)
 
@@ -186,7 +190,7 @@ class _Reader:
         return any(isinstance(node, ast.Name) and node.id == self.self_name for node in names)
 
 
-_NO_USES = Uses(names={}, attributes={}, problems={})
+_NO_USES = Uses(names={}, attributes={}, imports={}, problems={})
 _HIDDEN = "a text that looks like a secret"
 
 
@@ -208,8 +212,9 @@ class Surroundings:
     `missing` describes what cannot be sent, by the name in the code (`self.x`, `x`).
     """
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, packages: Sequence[str] = ()) -> None:
         self.owner = owner
+        self.packages = packages  # those that the code may import although its module does not
         self.functions: dict[str, Function] = {}
         self.methods: dict[str, str] = {}
         self.missing: dict[str, str] = {}
@@ -243,10 +248,23 @@ class Surroundings:
             is_method=is_method,
             values=found.values,
             modules=found.modules,
+            imports=self._imports(wanted, own, around) if wanted.imports else [],
             uses=found.uses,
             missing=found.missing,
         )
         self.missing |= {name: what for name, what in found.missing.items() if name in wanted.names}
+
+    def _imports(self, wanted: Uses, own: Uses, around: Mapping[str, Any]) -> list[str]:
+        """Return the imports of packages that the worker loads before it is closed, because many need more rights.
+
+        They are installed packages that the module of the operation, or its original source, imports too, and those
+        that its limits permit.
+        """
+        known = {_import_of(value) for value in around.values()} | own.imports.keys()
+        packages = {name.partition(":")[0].partition(".")[0] for name in known} - sys.stdlib_module_names
+        allowed = {name for name in packages if name in sys.modules and _is_installed(sys.modules[name])}
+        allowed.update(self.packages)
+        return sorted(name for name in wanted.imports if name.partition(".")[0] in allowed)
 
     def _take_name(self, found: _Found, name: str, value: Any, *, is_own: bool) -> None:
         """Add the object that a function's module has under a name."""
@@ -412,7 +430,7 @@ def prepare(
     Raises ConfigError for an argument that cannot be sent.
     """
     given = args if owner is None else args[1:]
-    around = Surroundings(owner)
+    around = Surroundings(owner, limits.packages)
     around.add(source, like, is_method=owner is not None)
     return Call(
         functions=around.functions,

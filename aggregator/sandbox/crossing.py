@@ -7,6 +7,7 @@ its call, a result has a limit of values and depth, and an exception is built fr
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import msgspec
@@ -46,7 +47,8 @@ _ERRORS: dict[str, type[Exception]] = {
 class Function(Struct, frozen=True, kw_only=True):
     """One function as source, and what it uses: plain values, modules by name, other functions by key.
 
-    The name of a method is not a name of its module. `missing` maps a name that cannot be sent to its description.
+    The name of a method is not a name of its module. `imports` are modules that the source imports itself, of packages
+    that it may use. `missing` maps a name that cannot be sent to its description.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Function(Struct, frozen=True, kw_only=True):
     is_method: bool = False
     values: dict[str, Any] = {}
     modules: dict[str, str] = {}
+    imports: list[str] = []
     uses: dict[str, str] = {}
     missing: dict[str, str] = {}
 
@@ -80,6 +83,14 @@ class Call(Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """The name of the operation."""
         return self.functions[""].name
+
+    @property
+    def packages(self) -> frozenset[str]:
+        """The names of packages, Python's own excepted, that its worker has imported."""
+        found = {
+            name for function in self.functions.values() for name in (*function.modules.values(), *function.imports)
+        }
+        return frozenset({name.partition(":")[0].partition(".")[0] for name in found} - sys.stdlib_module_names)
 
     def encode(self) -> bytes:
         """Return the request as bytes; raises ConfigError for a value that msgpack does not support."""

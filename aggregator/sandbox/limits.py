@@ -18,28 +18,38 @@ An async operation waits for its worker without blocking the event loop; a sync 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from aggregator.errors import ConfigError
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """The limits of one call: wall-clock seconds, bytes of memory, and bytes and single values of its result."""
+    """The limits of one call: wall-clock seconds, bytes of memory, and bytes and single values of its result.
+
+    `packages` are those that trained code may import although the module of the operation does not. They are imported
+    in the worker process before it is closed, so they run with your rights, except for the environment.
+    """
 
     seconds: float = 5.0
     memory: int = 512 << 20
     output: int = 16 << 20
     values: int = 250_000
+    packages: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("seconds", 0.001), ("memory", 64 << 20), ("output", 1), ("values", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"Expected Limits({name}=...) of at least {least}, got {getattr(self, name)!r}")
+        names = self.packages
+        if isinstance(names, str) or not all(str(name).isidentifier() for name in names):
+            raise ConfigError(f"Expected Limits(packages=...) as a list of names such as ['numpy'], got {names!r}")
+        force_setattr(self, "packages", tuple(names))
 
 
 Sandbox = Literal["changed", "process", "monty"] | Limits | None

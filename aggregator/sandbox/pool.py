@@ -38,9 +38,14 @@ _OPEN_WAYS_SHOWN = 20
 
 
 class Worker:
-    """One worker process and the pipes to it; serves one call at a time."""
+    """One worker process and the pipes to it; serves one call at a time.
 
-    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+    `packages` are those that its calls have imported. Calls with others get another worker, because the code could use
+    what an earlier call has imported.
+    """
+
+    def __init__(self, command: Sequence[str] = COMMAND, packages: frozenset[str] = frozenset()) -> None:
+        self.packages = packages
         environment = {
             "PYTHONHASHSEED": "0",  # a set has the same order in every worker
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),  # noqa: PTH100 - as text
@@ -195,7 +200,7 @@ class Pool:
         """Make a call and wait for it; a worker whose call failed is not used again."""
         request = call.encode()
         with self._free:
-            worker = self._take()
+            worker = self._take(call.packages)
             reusable = False
             try:
                 if ticket:
@@ -205,19 +210,23 @@ class Pool:
             finally:
                 if ticket:
                     ticket.hold(None)
-                if reusable:
-                    with self._lock:
-                        self._idle.append(worker)
-                else:
-                    worker.close()
+                self._give_back(worker) if reusable else worker.close()
         return frame
 
-    def _take(self) -> Worker:
+    def _give_back(self, worker: Worker) -> None:
+        with self._lock:
+            self._idle.append(worker)
+            surplus = self._idle.pop(0) if len(self._idle) > 2 * self.size else None
+        if surplus is not None:
+            surplus.close()
+
+    def _take(self, packages: frozenset[str]) -> Worker:
         while True:
             with self._lock:
-                worker = self._idle.pop(0) if self._idle else None
+                at = next((i for i, idle in enumerate(self._idle) if idle.packages == packages), None)
+                worker = None if at is None else self._idle.pop(at)
             if worker is None:
-                return Worker()
+                return Worker(packages=packages)
             if worker.is_waiting():
                 return worker
             worker.close()

@@ -13,12 +13,13 @@ import __future__
 
 import builtins
 import importlib
+import inspect
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, KeysView, Sequence, ValuesView
 from contextlib import suppress
 from functools import lru_cache
 from types import MethodType, ModuleType, SimpleNamespace
@@ -55,6 +56,9 @@ _REFUSED = (
 )
 _PROCESSES = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "os.kill")
 _NATIVE = {"ctypes", "_ctypes", "cffi", "_cffi_backend", "_testcapi", "_xxsubinterpreters"}
+
+_ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Threads of numeric libraries end in a fork, and cannot be started in a child."""
 
 
 # ---- the parent of the forks
@@ -123,8 +127,10 @@ class Kind:
         self.seconds: float = request["seconds"]
         self.memory: int = request["memory"]
         self.asynchronous: bool = request["asynchronous"]
-        modules = [module for function in request["functions"].values() for module in function["modules"].values()]
+        functions = request["functions"].values()
+        modules = [module for function in functions for module in function["modules"].values()]
         self.modules = sorted({module.partition(":")[0] for module in modules})
+        self.imports = sorted({module for function in functions for module in function["imports"]})
 
     def __eq__(self, other: object) -> bool:
         return vars(self) == vars(other)
@@ -136,8 +142,13 @@ class Child:
     """A process for one call: it has given up its rights, and waits for the code."""
 
     def __init__(self, kind: Kind, kernel: Kernel) -> None:
+        os.environ.update(_ONE_THREAD)  # for the imports only: the child has no environment
         for module in kind.modules:  # the author's own imports, here so that they are paid for once
             importlib.import_module(module)
+        for module in kind.imports:
+            with suppress(Exception):  # the code fails at its own import, as it would without a sandbox
+                importlib.import_module(module)
+        os.environ.clear()
         if kind.asynchronous:
             importlib.import_module("asyncio")
         for module in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
@@ -318,9 +329,21 @@ class Owner:
 def returned(value: Any) -> bytes:
     """Return a result as data, or the limit that prevents it from leaving the sandbox."""
     try:
-        return reply(value=value)
+        return msgspec.msgpack.encode({"value": value}, enc_hook=as_plain)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         return reply(limit=f"its result cannot leave it ({error}); plain data can: str, numbers, lists, dicts")
+
+
+def as_plain(value: Any) -> Any:
+    """Return a number, text or sequence of another class as Python's own: of numpy, `deque`, `range`, subclasses."""
+    kind = next((kind for kind in (str, bytes, float, int) if isinstance(value, kind)), None)
+    if kind is not None:
+        return kind(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Sequence | KeysView | ValuesView | ItemsView):
+        return list(value)
+    raise TypeError(f"Encoding objects of type {type(value).__qualname__} is unsupported")
 
 
 def failure(error: BaseException, request: dict[str, Any]) -> bytes:
@@ -385,7 +408,7 @@ def guard(refused: list[str], roots: tuple[str, ...]) -> Callable[[str, tuple[An
         else:
             what = next((what for prefix, what in _REFUSED if event.startswith(prefix)), "")
         if what:
-            refused.append(f"{what} ({event})")
+            refused.append(f"{what} ({event}){remedy()}")
             raise PermissionError(f"the sandbox does not allow {what} ({event})")
 
     return hook
@@ -393,9 +416,20 @@ def guard(refused: list[str], roots: tuple[str, ...]) -> Callable[[str, tuple[An
 
 def imported(module: str) -> str:
     """Return the refused part of an import."""
-    if module == "_posixsubprocess":
-        return "other processes"
     return "native code" if module.partition(".")[0] in _NATIVE else ""
+
+
+def remedy() -> str:
+    """Return how to permit the package that is being imported, or "" if none is."""
+    package, frame = "", inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_find_and_load":
+            package = str(frame.f_locals.get("name")).partition(".")[0]  # the outermost is the code's own import
+        frame = frame.f_back
+    if not package or package in sys.stdlib_module_names:
+        return ""
+    permit = f"sandbox=Limits(packages=[{package!r}])"
+    return f" while it imported {package}; import {package} in the module of the operation, or permit it with {permit}"
 
 
 def opened(args: tuple[Any, ...], roots: tuple[str, ...]) -> str:
