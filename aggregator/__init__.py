@@ -93,7 +93,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.training.optimize": ("aoptimize", "optimize"),
     "aggregator.training.proposers": ("LLMOptimizer",),
     "aggregator.training.step": ("Step",),
-    "aggregator.training.suggestions": (
+    "aggregator.training.asking": (
         "construct_update_dict",
         "extract_llm_suggestion",
     ),
@@ -153,9 +153,15 @@ def __getattr__(name: str) -> object:
 
 
 _MOVED = {
+    "aggregator.adapters.folders": "aggregator.adapters.command",
     "aggregator.cassettes.locking": "aggregator.files",
+    "aggregator.hosts.evaluations": "aggregator.adapters.template",
     "aggregator.testing.simulated_model": "aggregator.simulation.model",
     "aggregator.training.executors": "aggregator.executors.local",
+    "aggregator.training.rules": "aggregator.training.merge",
+    "aggregator.training.schemas": "aggregator.training.asking",
+    "aggregator.training.suggestions": "aggregator.training.asking",
+    "aggregator.training.variations": "aggregator.training.proposers",
 }
 """Modules that programs import under an older path: the path is another name of the module that has their content."""
 

@@ -45,6 +45,8 @@ from aggregator.training.algorithms import ParetoSearch as ParetoSearch
 from aggregator.training.algorithms import PrioritySearch as PrioritySearch
 from aggregator.training.algorithms import SequentialSearch as SequentialSearch
 from aggregator.training.algorithms import SequentialUpdate as SequentialUpdate
+from aggregator.training.asking import construct_update_dict as construct_update_dict
+from aggregator.training.asking import extract_llm_suggestion as extract_llm_suggestion
 from aggregator.training.batches import DataLoader as DataLoader
 from aggregator.training.checkpoints import load_result as load_result
 from aggregator.training.checkpoints import save_result as save_result
@@ -56,8 +58,6 @@ from aggregator.training.optimize import aoptimize as aoptimize
 from aggregator.training.optimize import optimize as optimize
 from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
 from aggregator.training.step import Step as Step
-from aggregator.training.suggestions import construct_update_dict as construct_update_dict
-from aggregator.training.suggestions import extract_llm_suggestion as extract_llm_suggestion
 from aggregator.training.trainer import Trainer as Trainer
 
 __version__: str

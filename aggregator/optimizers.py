@@ -10,10 +10,19 @@ from aggregator import _face
 _HOMES: dict[str, tuple[str, ...]] = {
     "aggregator.training.learning": ("LearnedUpdate", "apropose_from", "propose_from", "read_records"),
     "aggregator.training.prompts": ("Layout",),
-    "aggregator.training.proposers": ("LLMOptimizer", "OPROOptimizer", "TextGradOptimizer"),
+    "aggregator.training.proposers": (
+        "LLMOptimizer",
+        "OPROOptimizer",
+        "TextGradOptimizer",
+        "Variation",
+        "alternatives",
+        "experts",
+        "refine",
+        "seeds",
+        "temperatures",
+    ),
     "aggregator.training.step": ("Optimizer",),
     "aggregator.training.asking": ("Answer", "ask"),
-    "aggregator.training.variations": ("Variation", "alternatives", "experts", "refine", "seeds", "temperatures"),
 }
 
 __getattr__, __dir__ = _face(__name__, _HOMES)

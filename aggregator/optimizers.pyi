@@ -10,10 +10,10 @@ from aggregator.training.prompts import Layout as Layout
 from aggregator.training.proposers import LLMOptimizer as LLMOptimizer
 from aggregator.training.proposers import OPROOptimizer as OPROOptimizer
 from aggregator.training.proposers import TextGradOptimizer as TextGradOptimizer
+from aggregator.training.proposers import Variation as Variation
+from aggregator.training.proposers import alternatives as alternatives
+from aggregator.training.proposers import experts as experts
+from aggregator.training.proposers import refine as refine
+from aggregator.training.proposers import seeds as seeds
+from aggregator.training.proposers import temperatures as temperatures
 from aggregator.training.step import Optimizer as Optimizer
-from aggregator.training.variations import Variation as Variation
-from aggregator.training.variations import alternatives as alternatives
-from aggregator.training.variations import experts as experts
-from aggregator.training.variations import refine as refine
-from aggregator.training.variations import seeds as seeds
-from aggregator.training.variations import temperatures as temperatures

@@ -5,15 +5,19 @@ from __future__ import annotations
 from aggregator import _face
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "aggregator.training.merge": ("LLMChoice", "LLMMerge", "best_tried", "last_of", "tree_merge"),
-    "aggregator.training.rules": (
+    "aggregator.training.merge": (
+        "LLMChoice",
+        "LLMMerge",
         "best_of",
+        "best_tried",
         "chain",
         "dedupe",
         "identity",
+        "last_of",
         "majority",
         "mean",
         "top_k",
+        "tree_merge",
         "without_failed",
     ),
     "aggregator.training.step": ("UpdateRule",),

@@ -14,16 +14,50 @@ import pytest
 import aggregator
 from aggregator.executors.local import LocalExecutor
 from aggregator.testing import ScriptedModel
-from aggregator.training import asking, schemas
+from aggregator.training import asking
 
 QUESTION = [{"role": "user", "content": "Which number?"}]
 MOVED = vars(aggregator)["_MOVED"]
 NAMES = [
+    ("aggregator.adapters.folders", "Folder"),
+    ("aggregator.adapters.folders", "MAX_FOLDER"),
+    ("aggregator.adapters.folders", "copy_with"),
+    ("aggregator.adapters.folders", "folder_parameters"),
+    ("aggregator.adapters.folders", "text_of"),
     ("aggregator.cassettes.locking", "FileLock"),
     ("aggregator.cassettes.locking", "fcntl"),
+    ("aggregator.hosts.evaluations", "Evaluate"),
+    ("aggregator.hosts.evaluations", "HostAgent"),
+    ("aggregator.hosts.evaluations", "Judged"),
     ("aggregator.testing.simulated_model", "SimulatedModel"),
     ("aggregator.testing.simulated_model", "complete"),
     ("aggregator.training.executors", "AsyncExecutor"),
+    ("aggregator.training.rules", "best_of"),
+    ("aggregator.training.rules", "chain"),
+    ("aggregator.training.rules", "dedupe"),
+    ("aggregator.training.rules", "identity"),
+    ("aggregator.training.rules", "key_of"),
+    ("aggregator.training.rules", "majority"),
+    ("aggregator.training.rules", "mean"),
+    ("aggregator.training.rules", "top_k"),
+    ("aggregator.training.rules", "without_failed"),
+    ("aggregator.training.schemas", "Schema"),
+    ("aggregator.training.schemas", "lean_schema"),
+    ("aggregator.training.schemas", "response_schema"),
+    ("aggregator.training.suggestions", "construct_update_dict"),
+    ("aggregator.training.suggestions", "convert_suggestion"),
+    ("aggregator.training.suggestions", "extract_llm_suggestion"),
+    ("aggregator.training.variations", "Asked"),
+    ("aggregator.training.variations", "Messages"),
+    ("aggregator.training.variations", "Question"),
+    ("aggregator.training.variations", "Variation"),
+    ("aggregator.training.variations", "alternatives"),
+    ("aggregator.training.variations", "check_variation"),
+    ("aggregator.training.variations", "continue_with"),
+    ("aggregator.training.variations", "experts"),
+    ("aggregator.training.variations", "refine"),
+    ("aggregator.training.variations", "seeds"),
+    ("aggregator.training.variations", "temperatures"),
 ]
 """Names that programs imported under each older path."""
 
@@ -87,7 +121,7 @@ def test_a_system_without_advisory_locks_records(monkeypatch: pytest.MonkeyPatch
 
 async def test_a_reply_schema_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model gets the schema that replaces ours."""
-    monkeypatch.setattr(asking, "response_schema", schemas.lean_schema)
+    monkeypatch.setattr(asking, "response_schema", asking.lean_schema)
     model = ScriptedModel('{"suggestion": {}}')
     await asking.ask(model, QUESTION, [aggregator.ParameterNode(1, name="k")], max_tokens=10)
     (options,) = model.options

@@ -314,7 +314,7 @@ def test_names_of_faces_are_found_from_the_root() -> None:
     }.items():
         assert name not in listed
         assert getattr(aggregator, name) is getattr(importlib.import_module(f"aggregator.{face}"), name)
-    assert loaded_by("import aggregator; aggregator.rules.chain") >= {"aggregator.rules", "aggregator.training.rules"}
+    assert loaded_by("import aggregator; aggregator.rules.chain") >= {"aggregator.rules", "aggregator.training.merge"}
     assert "aggregator.simulation" in loaded_by("import aggregator; aggregator.simulation.SimulatedModel")
 
 

@@ -17,8 +17,8 @@ from google.adk.optimization.sampler import Sampler
 
 from aggregator.adapters.adk import copy_with, parameters_of
 from aggregator.adapters.frameworks import require_version
+from aggregator.adapters.template import HostAgent, Judged
 from aggregator.errors import ConfigError
-from aggregator.hosts.evaluations import HostAgent, Judged
 from aggregator.llm.budget import Budget
 from aggregator.records import Sample, TrainingResult
 from aggregator.text import as_text

@@ -22,10 +22,10 @@ from mlflow.genai.optimize.types import EvaluationResultRecord, PromptOptimizerO
 
 from aggregator.adapters.frameworks import require_version
 from aggregator.adapters.mlflow import as_template, prompt_parameter
+from aggregator.adapters.template import HostAgent, Judged
 from aggregator.cassettes.lineage import current_lineage
 from aggregator.errors import ConfigError
 from aggregator.executors.local import LocalExecutor
-from aggregator.hosts.evaluations import HostAgent, Judged
 from aggregator.llm.budget import Budget
 from aggregator.observing.observer import Observer
 from aggregator.records import FullStepReport, Sample, TrainingResult

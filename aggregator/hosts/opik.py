@@ -15,9 +15,9 @@ from opik_optimizer.base_optimizer import BaseOptimizer
 from opik_optimizer.core.state import AlgorithmResult, OptimizationContext
 
 from aggregator.adapters.frameworks import require_version
+from aggregator.adapters.template import HostAgent, Judged
 from aggregator.agents.parameters import ParameterNode
 from aggregator.executors.local import LocalExecutor
-from aggregator.hosts.evaluations import HostAgent, Judged
 from aggregator.llm.budget import Budget
 from aggregator.records import Sample, TrainingResult
 from aggregator.text import as_text, canonical_json

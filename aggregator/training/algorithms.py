@@ -18,15 +18,21 @@ from aggregator.observing.observer import Watching
 from aggregator.protocols import AnyGuide, ChatModel, Executor, Logger
 from aggregator.records import Proposal, Values
 from aggregator.text import shorten
-from aggregator.training.asking import Answer, Parameters, ask_or_fail, read_reply
+from aggregator.training.asking import (
+    Answer,
+    Parameters,
+    ask_or_fail,
+    construct_update_dict,
+    convert_suggestion,
+    extract_llm_suggestion,
+    read_reply,
+)
 from aggregator.training.batches import Dataset
-from aggregator.training.merge import LLMMerge, names_beyond
+from aggregator.training.merge import LLMMerge, identity, names_beyond
 from aggregator.training.prompts import AGGREGATOR_SYSTEM_PROMPT
 from aggregator.training.replies import parse_reply
-from aggregator.training.rules import identity
 from aggregator.training.searches import Beam, BestOf, Pareto, Priority, ScoreFunction, Sequential, Succeeding
 from aggregator.training.step import AnyOptimizer, Check, Gate, Step, UpdateRule
-from aggregator.training.suggestions import construct_update_dict, convert_suggestion, extract_llm_suggestion
 from aggregator.training.trainer import Trainer
 
 # ---- the seed's trainers

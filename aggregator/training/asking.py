@@ -1,18 +1,27 @@
-"""Ask a model for values of parameters and read its reply, with one repair call that quotes the error."""
+"""Ask a model for values of parameters: the schema of the reply, its conversion to values, and one repair call.
+
+A truncated, ambiguous or unreadable reply raises a SuggestionError whose text the repair call quotes; an invalid value
+is refused with a reason. Nothing is guessed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator.agents import parameters as values_of_types
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import (
     BadRequestError,
     ContentFilterError,
     LLMError,
+    ParameterError,
     PermissionDeniedError,
     SuggestionError,
     TruncatedError,
@@ -21,10 +30,196 @@ from aggregator.errors import (
 from aggregator.llm.models import complete_own
 from aggregator.protocols import ChatModel
 from aggregator.records import Values
+from aggregator.text import list_names, quote_ends
 from aggregator.training.prompts import repair_messages, shorter_messages
-from aggregator.training.replies import parse_reply
-from aggregator.training.schemas import response_schema
-from aggregator.training.suggestions import convert_suggestion
+from aggregator.training.replies import parse_reply, same
+
+# ---- the schema of a reply, for `response_format`
+
+Schema = dict[str, Any]
+
+_KEPT = ("type", "enum", "const", "description", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_KEPT_OF_LISTS = ("minItems", "maxItems")
+"""Keywords that strict mode supports in addition to the structure.
+
+Patterns and lengths are left out, because servers differ; every limit is checked again when the value is converted.
+"""
+
+_JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
+
+
+def lean_schema(parameters: Sequence[Any]) -> dict[str, Any]:
+    """Return a schema for small models: the values first, then one short text of reasons, and no nulls.
+
+    Every value is required; an unchanged one is repeated. A type that strict mode does not support turns it off.
+    """
+    plain = {parameter.name: _plain(parameter) for parameter in parameters}
+    strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
+    every_key = len(strict) == len(plain)
+    inner = _object(strict if every_key else plain, list(strict) if every_key else [])
+    schema = _object({"suggestion": inner, "reasoning": {"type": "string"}}, ["suggestion", "reasoning"])
+    return {"type": "json_schema", "json_schema": {"name": "suggestion", "strict": every_key, "schema": schema}}
+
+
+def response_schema(parameters: Sequence[Any]) -> dict[str, Any]:
+    """Return the `response_format` of a reply that suggests values for these parameters.
+
+    Strict mode requires every key, so each value may be null, which `convert_suggestion` reads as unchanged. A type
+    that strict mode does not support (a dict with arbitrary keys, Any) turns it off: then keys may be left out, and the
+    schema only guides.
+    """
+    return _response_schema(msgspec.json.encode({parameter.name: _plain(parameter) for parameter in parameters}))
+
+
+@lru_cache(maxsize=256)
+def _response_schema(encoded: bytes) -> dict[str, Any]:
+    """Return the schema of a reply from the schemas of its values; every instance of a step has the same one."""
+    plain: dict[str, Schema] = msgspec.json.decode(encoded)
+    strict = {name: part for name, schema in plain.items() if (part := _strict(schema)) is not None}
+    if len(strict) == len(plain):
+        schema = _reply({name: _nullable(part) for name, part in strict.items()}, every_key=True)
+    else:
+        schema = _reply(plain, every_key=False)
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "suggestion", "strict": len(strict) == len(plain), "schema": schema},
+    }
+
+
+def _plain(parameter: Any) -> Schema:
+    """Return the schema of one value; for Trace's parameters it is derived from the value."""
+    if hasattr(parameter, "json_schema"):
+        own: Schema = parameter.json_schema()
+        return own
+    return values_of_types.schema(values_of_types.infer_type(parameter.data))
+
+
+def _reply(suggestion: Mapping[str, Schema], *, every_key: bool) -> Schema:
+    reasons = {f"reasoning_{name}": {"type": "string"} for name in suggestion}
+    inner = _object(suggestion, list(suggestion) if every_key else [])
+    return _object({**reasons, "suggestion": inner}, [*reasons, "suggestion"] if every_key else ["suggestion"])
+
+
+def _object(properties: Mapping[str, Schema], required: list[str]) -> Schema:
+    return {"type": "object", "properties": dict(properties), "required": required, "additionalProperties": False}
+
+
+def _nullable(schema: Schema) -> Schema:
+    """Let a value be null and keep its description: a strict schema has no optional keys."""
+    if schema.get("type") == "null" or {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    words = {"description": schema["description"]} if "description" in schema else {}
+    inner = {key: value for key, value in schema.items() if key != "description"}
+    return {"anyOf": [*(inner["anyOf"] if set(inner) == {"anyOf"} else [inner]), {"type": "null"}], **words}
+
+
+def _strict(schema: Schema) -> Schema | None:
+    """Return a schema in strict mode's subset, or None if that is impossible."""
+    kept = {key: schema[key] for key in _KEPT if key in schema}
+    if "anyOf" in schema:
+        options = [_strict(option) for option in schema["anyOf"]]
+        return None if None in options else {**kept, "anyOf": options}
+    kind = schema.get("type")
+    if kind == "array":
+        items = _strict(schema["items"]) if schema.get("items") and "prefixItems" not in schema else None
+        limits = {key: schema[key] for key in _KEPT_OF_LISTS if key in schema}
+        return None if items is None else {**kept, **limits, "items": items}
+    if kind == "object":
+        members = {name: _strict(part) for name, part in schema.get("properties", {}).items()}
+        if not members or None in members.values():
+            return None
+        return {**kept, **_object({name: part for name, part in members.items() if part is not None}, list(members))}
+    if kind is None and "enum" in schema:
+        kinds = {_JSON_TYPES.get(type(value)) for value in schema["enum"]}
+        return None if len(kinds) > 1 or None in kinds else {"type": kinds.pop(), **kept}
+    return kept if isinstance(kind, str) else None
+
+
+# ---- from a suggestion to values
+
+_NEAR_WITHIN = 200
+
+
+def extract_llm_suggestion(response: str, ignore_extraction_error: bool = True) -> dict[str, Any]:
+    r"""Extract the suggestion from the response; {} for TERMINATE.
+
+    A response that cannot be read without guessing gives {}, or SuggestionError with `ignore_extraction_error=False`.
+
+    >>> extract_llm_suggestion('```json\n{"suggestion": {"k": 3}}\n```')
+    {'k': 3}
+    """
+    try:
+        return parse_reply(response).suggestion or {}
+    except SuggestionError:
+        if not ignore_extraction_error:
+            raise
+        return {}
+
+
+def construct_update_dict(
+    parameters: Sequence[Any], suggestion: Mapping[str, Any], ignore_extraction_error: bool = True
+) -> dict[Any, Any]:
+    """Convert the suggestion into each parameter's own type and return {parameter: value}.
+
+    An invalid value and an unknown name are left out, or ParameterError with `ignore_extraction_error=False`.
+    """
+    values, refused = convert_suggestion(suggestion, parameters, null_is_unchanged=False)
+    if refused and not ignore_extraction_error:
+        raise ParameterError("; ".join(refused.values()))
+    return {parameter: values[parameter.name] for parameter in parameters if parameter.name in values}
+
+
+def convert_suggestion(
+    suggestion: Mapping[str, Any], parameters: Sequence[Any], *, null_is_unchanged: bool = True
+) -> tuple[Values, dict[str, str]]:
+    """Convert a suggestion; returns the accepted values by parameter name, and the reason for each refused key.
+
+    Keys are names or py_names, exactly. null leaves a parameter unchanged unless its type allows null: a strict schema
+    requires every key. The text TERMINATE is refused as a value, because it means no change.
+    """
+    known: dict[str, Any] = {parameter.name: parameter for parameter in parameters}
+    if not suggestion.keys() <= known.keys():
+        known = {key: parameter for parameter in parameters for key in (parameter.py_name, parameter.name)}
+    values: Values = {}
+    refused: dict[str, str] = {}
+    for key, raw in suggestion.items():
+        if (parameter := known.get(key)) is None:
+            near = get_close_matches(key[:_NEAR_WITHIN], list(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {list_names(list(known))}"
+            refused[key] = f"Expected the name of a parameter, got {quote_ends(key, 60)}; {hint}"
+            continue
+        try:
+            values[parameter.name] = _convert(parameter, key, suggestion)
+        except ParameterError as error:
+            if raw is not None or not null_is_unchanged:
+                refused[key] = str(error)
+    return values, refused
+
+
+def _convert(parameter: Any, key: str, suggestion: Mapping[str, Any]) -> Any:
+    """Convert by the parameter's own rule, or for Trace's parameters by the type of the value.
+
+    A value may be given under both names of a parameter if the two agree.
+    """
+    raw = suggestion[key]
+    if not getattr(parameter, "trainable", True):
+        raise ParameterError(f"Expected a trainable parameter, got {key!r}, which is fixed - at $.suggestion.{key}")
+    if len(suggestion) > 1 and (name := parameter.py_name) != parameter.name:
+        other = parameter.name if key == name else name
+        if other in suggestion and not same(raw, suggestion[other]):
+            raise ParameterError(f"Expected one value, got two different ones - at $.suggestion.{name}")
+    if isinstance(raw, str) and raw.strip() == "TERMINATE":
+        trouble = "Expected a value, got 'TERMINATE', which means no change, and only as the whole reply"
+        raise ParameterError(f"{trouble} - at $.suggestion.{parameter.py_name}")
+    if hasattr(parameter, "convert"):
+        return parameter.convert(raw)
+    try:
+        return values_of_types.convert(raw, values_of_types.infer_type(parameter.data))
+    except values_of_types.Unfit as unfit:
+        raise ParameterError(f"{unfit.reason} - at $.suggestion.{parameter.py_name}{unfit.path}") from None
+
+
+# ---- the call
 
 Parameters = Sequence[ParameterNode[Any]]
 

@@ -28,9 +28,9 @@ from aggregator.observing.observer import as_observers, from_logger
 from aggregator.records import Candidate, Decision, Proposal, Rollout, Sample, Values
 from aggregator.sandbox.limits import current_place, place_here
 from aggregator.text import shorten
+from aggregator.training.asking import convert_suggestion
 from aggregator.training.prompts import join_rollouts
 from aggregator.training.step import Gate, Optimizer, Search, Step, UpdateRule
-from aggregator.training.suggestions import convert_suggestion
 
 _METHODS_OF_SEARCH = ("explore", "trials", "choose", "keep")
 _OF_OLD = ("batch", "samples", "minibatch")

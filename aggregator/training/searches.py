@@ -23,8 +23,8 @@ from aggregator.text import show_call
 from aggregator.training.batches import Dataset, samples
 from aggregator.training.evaluation import lowest_of
 from aggregator.training.gates import by_name, check_score_name, compare
+from aggregator.training.merge import key_of
 from aggregator.training.prompts import sort_sets
-from aggregator.training.rules import key_of
 from aggregator.training.step import Step
 
 # ---- candidates

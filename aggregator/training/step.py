@@ -91,7 +91,7 @@ class Step(Struct, frozen=True, kw_only=True):
         invalid agent, data set or stepsize.
 
         >>> from aggregator.portal import call
-        >>> from aggregator.training.rules import majority
+        >>> from aggregator.training.merge import majority
         >>> def add(x, *, amount=1):
         ...     return x + amount
         >>> from aggregator.records import Proposal

@@ -43,7 +43,7 @@ from aggregator.training.gates import (
     values_named,
 )
 from aggregator.training.loop import run
-from aggregator.training.merge import LLMMerge
+from aggregator.training.merge import LLMMerge, identity
 from aggregator.training.parts import (
     ask_optimizer,
     check_budget,
@@ -67,7 +67,6 @@ from aggregator.training.plan import (
     with_sample,
 )
 from aggregator.training.prompts import join_rollouts
-from aggregator.training.rules import identity
 from aggregator.training.schedules import Schedule, as_schedule
 from aggregator.training.searches import greedy
 from aggregator.training.step import (

@@ -30,8 +30,10 @@ from aggregator.records import (
     Values,
 )
 from aggregator.text import shorten
+from aggregator.training.asking import convert_suggestion
 from aggregator.training.evaluation import failures_of, lowest_of, mean, scores_of
 from aggregator.training.gates import always
+from aggregator.training.merge import key_of
 from aggregator.training.parts import (
     ask_gate,
     check_candidates,
@@ -43,7 +45,6 @@ from aggregator.training.parts import (
     refuse_values,
 )
 from aggregator.training.plan import Turn
-from aggregator.training.rules import key_of
 from aggregator.training.searches import contributors, greedy, plain, sources, with_named, with_scores
 from aggregator.training.step import (
     Gate,
@@ -57,7 +58,6 @@ from aggregator.training.step import (
     read_output,
     use_values,
 )
-from aggregator.training.suggestions import convert_suggestion
 
 Propose = Callable[[Sequence[Rollout], Step], Awaitable[Proposal]]
 """Asks the optimizer for a proposal from rollouts."""

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from aggregator import as_agent, cassette
-from aggregator.adapters.command import CommandAgent
-from aggregator.adapters.folders import folder_parameters
+from aggregator.adapters.command import CommandAgent, folder_parameters
 from aggregator.errors import CassetteMissError, ConfigError
 from aggregator.executors.work import AgentWork
 from aggregator.records import Rollout, RolloutTask, Sample

@@ -26,8 +26,8 @@ from aggregator.records import RolloutTask, Sample
 from aggregator.sandbox.limits import sandboxed
 from aggregator.training.algorithms import Minibatch
 from aggregator.training.gates import improves_on_batch
+from aggregator.training.merge import majority
 from aggregator.training.parts import check_code
-from aggregator.training.rules import majority
 from aggregator.training.step import Step
 
 DEPTH = 20

@@ -18,8 +18,8 @@ from aggregator.llm.schemas import mismatch
 from aggregator.llm.transport import AiohttpTransport
 from aggregator.records import HTTPReply, HTTPRequest, Proposal
 from aggregator.simulation.model import SimulatedModel, complete, count_tokens, role_of, stream_events
+from aggregator.training.asking import response_schema
 from aggregator.training.prompts import aggregation_messages, proposal_messages, repair_messages
-from aggregator.training.schemas import response_schema
 
 STUDENT = [
     {"role": "system", "content": "refund -> billing\nIf no rule applies, answer sales."},

@@ -29,7 +29,7 @@ from aggregator.llm.models import as_model
 from aggregator.optimizers import apropose_from, propose_from
 from aggregator.testing import FakeTransport
 from aggregator.training.learning import STALE, UNLABELLED, read_records
-from aggregator.training.rules import majority
+from aggregator.training.merge import majority
 
 
 class Router(Module):

@@ -20,7 +20,7 @@ from aggregator.training.prompts import (
     repair_messages,
     verdict,
 )
-from aggregator.training.variations import continue_with
+from aggregator.training.proposers import continue_with
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

@@ -14,12 +14,11 @@ from training_fakes import Adder, ScriptedModel, additions, suggest
 from aggregator import LLM, Budget, Module
 from aggregator.errors import TrainingError
 from aggregator.testing import FakeTransport
-from aggregator.training import rules
+from aggregator.training import merge
 from aggregator.training.checkpoints import digest, identity_of
 from aggregator.training.gates import improves_on_batch, improves_on_validation
-from aggregator.training.merge import LLMMerge
+from aggregator.training.merge import LLMMerge, majority
 from aggregator.training.proposers import LLMOptimizer, OPROOptimizer
-from aggregator.training.rules import majority
 from aggregator.training.searches import beam
 from aggregator.training.trainer import Trainer
 
@@ -127,7 +126,7 @@ def test_a_reworded_docstring_leaves_a_part_as_it_was() -> None:
     assert identity_of(documented("Compare.")) != identity_of(documented("Compare.", "wrong"))
 
 
-@pytest.mark.parametrize(("file", "is_compared"), [(rules.__file__, False), ("my_rules.py", True)])
+@pytest.mark.parametrize(("file", "is_compared"), [(merge.__file__, False), ("my_rules.py", True)])
 def test_code_counts_unless_it_is_the_library_s_own(file: str, is_compared: bool) -> None:
     """A newer version of the library resumes a run with a rule of its own that it has rewritten."""
     written = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aggregator import portal
 from aggregator.errors import ConfigError
 from aggregator.records import Failure, Proposal, Values
-from aggregator.training.rules import best_of, chain, dedupe, identity, key_of, majority, mean, top_k, without_failed
+from aggregator.training.merge import best_of, chain, dedupe, identity, key_of, majority, mean, top_k, without_failed
 from aggregator.training.step import Step, UpdateRule
 
 CURRENT: Values = {"p": "old", "k": 2, "t": 0.5, "on": True}

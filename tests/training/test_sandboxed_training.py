@@ -11,7 +11,7 @@ from aggregator import Module, Proposal, Rollout, bundle
 from aggregator.sandbox.limits import Limits, sandboxed
 from aggregator.sandbox.pool import pool
 from aggregator.training.algorithms import Minibatch
-from aggregator.training.rules import majority
+from aggregator.training.merge import majority
 
 HEAD = "def double(self, x):\n"
 

@@ -13,8 +13,7 @@ from aggregator.errors import ConfigError
 from aggregator.optimizers import LLMOptimizer
 from aggregator.portal import call
 from aggregator.records import Proposal
-from aggregator.training.merge import LLMChoice, tree_merge
-from aggregator.training.rules import majority, mean
+from aggregator.training.merge import LLMChoice, majority, mean, tree_merge
 from aggregator.training.step import Step
 
 

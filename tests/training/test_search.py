@@ -37,9 +37,8 @@ from aggregator.training.algorithms import (
 )
 from aggregator.training.checkpoints import load_result, save_result
 from aggregator.training.gates import improves_on_validation
-from aggregator.training.merge import LLMMerge
+from aggregator.training.merge import LLMMerge, majority
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.rules import majority
 from aggregator.training.searches import Priority, beam, greedy, pareto, priority, sequential
 from aggregator.training.step import Step
 from aggregator.training.trainer import Trainer

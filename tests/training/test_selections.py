@@ -11,10 +11,9 @@ from training_fakes import Adder, ScriptedModel, additions, exact, section, sugg
 from aggregator.errors import APIConnectionError, AuthenticationError
 from aggregator.records import Proposal
 from aggregator.training.algorithms import AggregatedUpdate, MinibatchAlgorithm
-from aggregator.training.merge import LLMChoice, best_tried, last_of
+from aggregator.training.merge import LLMChoice, best_tried, chain, last_of
 from aggregator.training.prompts import CHOOSER_SYSTEM_PROMPT
 from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.rules import chain
 from aggregator.training.step import Step
 
 CURRENT = {"k": 1}

@@ -11,8 +11,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, suggest
 from aggregator import LLM, AggregatedUpdate
 from aggregator.protocols import Transport
 from aggregator.records import HTTPReply, HTTPRequest
-from aggregator.training.proposers import LLMOptimizer, TextGradOptimizer
-from aggregator.training.variations import refine
+from aggregator.training.proposers import LLMOptimizer, TextGradOptimizer, refine
 
 LONG = "Add this. " * 600
 

@@ -15,9 +15,13 @@ from msgspec import Meta, Struct
 
 from aggregator.agents.parameters import ParameterNode, node
 from aggregator.errors import ParameterError, SuggestionError
+from aggregator.training.asking import (
+    construct_update_dict,
+    convert_suggestion,
+    extract_llm_suggestion,
+    response_schema,
+)
 from aggregator.training.replies import MAX_DEPTH, MAX_REPLY, Reply, parse_reply
-from aggregator.training.schemas import response_schema
-from aggregator.training.suggestions import construct_update_dict, convert_suggestion, extract_llm_suggestion
 
 CORPUS = json.loads(Path(__file__).with_name("malformed_replies.json").read_text(encoding="utf-8"))["replies"]
 GOOD = '{"reasoning": "Shorter.", "suggestion": {"prompt": "Be brief.", "k": 3}}'

@@ -13,9 +13,8 @@ from aggregator.errors import APIConnectionError
 from aggregator.records import Decision, Rollout, StepReport
 from aggregator.training.algorithms import AggregatedUpdate, MinibatchAlgorithm
 from aggregator.training.prompts import CRITIC_SYSTEM_PROMPT, GRADIENT_SYSTEM_PROMPT
-from aggregator.training.proposers import TextGradOptimizer
+from aggregator.training.proposers import TextGradOptimizer, refine
 from aggregator.training.step import Step
-from aggregator.training.variations import refine
 
 PARAMETERS: list[ParameterNode[Any]] = [ParameterNode(3, name="search.k"), ParameterNode("Answer.", name="instruction")]
 STEP = Step(parameters=PARAMETERS, values=read(PARAMETERS))

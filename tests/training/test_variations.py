@@ -14,12 +14,19 @@ from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError
 from aggregator.records import Proposal, Rollout
 from aggregator.training.algorithms import AggregatedUpdate
-from aggregator.training.merge import last_of
+from aggregator.training.merge import last_of, majority
 from aggregator.training.prompts import ALTERNATIVE_PROMPT, PROPOSER_SYSTEM_PROMPT, REFINE_PROMPT
-from aggregator.training.proposers import LLMOptimizer
-from aggregator.training.rules import majority
+from aggregator.training.proposers import (
+    LLMOptimizer,
+    Question,
+    Variation,
+    alternatives,
+    experts,
+    refine,
+    seeds,
+    temperatures,
+)
 from aggregator.training.step import Step
-from aggregator.training.variations import Question, Variation, alternatives, experts, refine, seeds, temperatures
 
 PARAMETERS = [ParameterNode(1, name="k")]
 STEP = Step(parameters=PARAMETERS, values={"k": 1})
