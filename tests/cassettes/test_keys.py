@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import doctest
 import json
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aggregator import cassettes
 from aggregator.cassettes.lineage import current_lineage, current_role, lineage
 from aggregator.cassettes.matching import canonical, parse_ignore, request_key
 from aggregator.errors import ConfigError
@@ -22,15 +18,6 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
 )
-WITHOUT_EXAMPLES = {"exchanges", "foreign", "journal", "mismatch", "slots", "streams", "tape", "traffic", "writing"}
-MODULES = sorted({module.name for module in iter_modules(cassettes.__path__) if not module.ispkg} - WITHOUT_EXAMPLES)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name: str) -> None:
-    """Every example of the room's docstrings runs."""
-    result = doctest.testmod(import_module(f"aggregator.cassettes.{name}"))
-    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 def shuffled(value: Any) -> Any:

@@ -265,12 +265,15 @@ def run_in(case: Case, arguments: Sequence[str]) -> subprocess.CompletedProcess[
 
 
 def run_tests(case: Case) -> str:
-    """Run the tests of a framework's adapter and hosts in its environment; return the failures, or ""."""
+    """Run the tests of a framework's adapter and hosts, and the examples in docstrings, in its environment.
+
+    Return the failures, or "".
+    """
     patterns = (f"adapters/test_{case.file}.py", f"hosts/test_{case.file}*_host.py")
     tests = [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
-    found = [str(path) for path in tests] if case.environment else []
-    if not found:
+    if not (tests and case.environment):
         return ""
+    found = [str(path) for path in (*tests, ROOT / "tests" / "test_docstrings.py")]
     try:
         done = run_in(case, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", *found])
     except subprocess.TimeoutExpired:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from training_fakes import Adder, ScriptedModel, exact, from_feedback, suggest
 
 from aggregator import ConfigError, LLMOptimizer, aoptimize, optimize
 from aggregator.rules import majority
-from aggregator.training import optimize as module
 
 ROWS = [{"ticket": f"the parcel {i} is late", "team": "shipping"} for i in range(10)]
 
@@ -38,12 +36,6 @@ def model_for(template: str) -> ScriptedModel:
         return "shipping" if "Answer shipping" in messages[-1]["content"] else "unknown"
 
     return ScriptedModel(reply)
-
-
-def test_examples_in_docstrings() -> None:
-    """Every example of the module runs."""
-    result = doctest.testmod(module)
-    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 def test_a_prompt_template_is_trained_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,12 +41,6 @@ def train(agent: Module, replies: Sequence[str], **options: Any) -> tuple[Any, S
     llm = ScriptedModel(*replies)
     result = AggregatedUpdate(agent, LLMOptimizer(llm=llm), llm=llm, **options).train(wrong, [("who?", "me")])
     return result, llm
-
-
-def test_examples_in_docstrings() -> None:
-    """Every example of the module runs."""
-    result = doctest.testmod(gates)
-    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 @pytest.mark.parametrize(
