@@ -470,7 +470,14 @@ def script(tmp_path: Path, body: str) -> list[str]:
 
 
 def run_script(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(script(tmp_path, body), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, timeout=60, check=False)
+    done.stderr = without_slow_callbacks(done.stderr)
+    return done
+
+
+def without_slow_callbacks(errors: str) -> str:
+    """Drop what asyncio's debug mode reports of a callback above 0.1 s, as there are on a busy machine."""
+    return "".join(line for line in errors.splitlines(keepends=True) if not line.startswith("Executing <"))
 
 
 def test_classes_of_the_main_script_are_found(tmp_path: Path) -> None:
@@ -548,7 +555,7 @@ if __name__ == "__main__":
     pid = int(portal.call(written, tmp_path / "notes"))
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=30)
-    assert (out, errors) == ("interrupted\n", "")
+    assert (out, without_slow_callbacks(errors)) == ("interrupted\n", "")
     assert portal.call(gone, pid)
 
 
