@@ -253,7 +253,7 @@ def find_cassettes(paths: Iterable[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise ConfigError(f"Expected a cassette or a folder of them, got {str(path)!r}, which is not there")
+            raise ConfigError(f"Expected a cassette or a folder of them, got {str(path)!r}, which does not exist")
     return list(dict.fromkeys(found))
 
 
@@ -402,7 +402,7 @@ def read_cassette(path: Path, *, redact: bool = True) -> Recording:
     file = followed(path) if path.is_file() else path  # a pipe's link has no target
     recording = None if path.is_dir() else read(file, redact=redact)
     if recording is None:
-        there = "which is a folder" if path.is_dir() else "which is not there"
+        there = "which is a folder" if path.is_dir() else "which does not exist"
         raise ConfigError(f"Expected a cassette, got {str(path)!r}, {there}")
     return recording
 

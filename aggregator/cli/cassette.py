@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CACHE = Path(".pytest_cache")
 FAILED = 1
 SHOWN = 20
+DESCRIPTION = "Inspect and maintain cassettes, the files of recorded exchanges (docs/cassettes.md)."
 MOST_DAYS = 1_000_000
 
 
@@ -23,38 +24,59 @@ MOST_DAYS = 1_000_000
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its subcommands."""
-    parser = subparsers.add_parser("cassette", help="look at cassettes and keep them in order")
+    parser = subparsers.add_parser("cassette", help="inspect and maintain cassettes", description=DESCRIPTION)
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
-    _action(actions, "ls", list_cassettes, "what there is")
-    stats = _action(actions, "stats", print_stats, "exchanges, tokens, cost and time, by role and model")
-    check = _action(actions, "check", check_cassettes, "secrets, damage, hash, age; for CI: exit 1 with what and where")
-    prune = _action(actions, "prune", prune_cassettes, "drop exchanges that are no longer wanted")
-    for one in (check, prune):
-        one.add_argument("--pytest-cache", type=Path, default=CACHE, metavar="DIR", help=f"default: {CACHE}")
-    stats.add_argument("--each", action="store_true", help="a table for each cassette")
-    check.add_argument("--max-age", type=_days, metavar="DAYS", help="exchanges older than this are a problem")
-    check.add_argument("--orphans", action="store_true", help="so is what the last pytest run played nothing of")
-    prune.add_argument("--unplayed", action="store_true", help="drop what no test of the last pytest run played")
-    prune.add_argument(
-        "--lineage", metavar="PATTERN", help="drop what was asked in these lineages, as 'train/epoch=1/*'"
+    _action(actions, "ls", list_cassettes, "list cassettes: exchanges, size, layout, date, models")
+    stats = _action(actions, "stats", print_stats, "sum up exchanges, tokens, cost and time by role and model")
+    check = _action(actions, "check", check_cassettes, "look for secrets and damage; exit 1 if there are any, for CI")
+    prune = _action(
+        actions, "prune", prune_cassettes, "delete exchanges by lineage, by age, or because no test played them"
     )
-    prune.add_argument("--older-than", type=_days, metavar="DAYS", help="drop what was recorded before")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be dropped")
-    show = actions.add_parser("show", help="the exchanges of a cassette, or one of them in full")
-    show.add_argument("path", type=Path)
-    show.add_argument("number", nargs="?", type=int, help="the exchange to show in full, counted from 0")
-    show.add_argument("--lineage", metavar="PATTERN", help="only these, as 'train/epoch=0/*'")
+    for one in (check, prune):
+        one.add_argument(
+            "--pytest-cache",
+            type=Path,
+            default=CACHE,
+            metavar="DIR",
+            help=f"pytest's cache, which has what the last run played (default: {CACHE})",
+        )
+    stats.add_argument("--each", action="store_true", help="print a table for each cassette")
+    check.add_argument(
+        "--max-age", type=_days, metavar="DAYS", help="also fail for exchanges older than this, or of unknown age"
+    )
+    check.add_argument(
+        "--orphans", action="store_true", help="also fail for cassettes that the last pytest run did not play"
+    )
+    prune.add_argument("--unplayed", action="store_true", help="delete exchanges that the last pytest run did not play")
+    prune.add_argument(
+        "--lineage", metavar="PATTERN", help="delete the exchanges of these lineages, such as 'train/epoch=1/*'"
+    )
+    prune.add_argument(
+        "--older-than", type=_days, metavar="DAYS", help="delete exchanges recorded longer ago than this"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="show what would be deleted, and change nothing")
+    show = actions.add_parser("show", help="list the exchanges of a cassette, or print one in full")
+    show.add_argument("path", type=Path, help="the cassette")
+    show.add_argument("number", nargs="?", type=int, help="the exchange to print in full, counted from 0")
+    show.add_argument(
+        "--lineage", metavar="PATTERN", help="list only exchanges of these lineages, such as 'train/epoch=0/*'"
+    )
     show.set_defaults(run=show_cassette)
-    diff = actions.add_parser("diff", help="how two cassettes differ; exit 1 where they do")
-    diff.add_argument("before", type=Path)
-    diff.add_argument("after", type=Path)
+    diff = actions.add_parser("diff", help="compare two cassettes; exit 1 if they differ")
+    diff.add_argument("before", type=Path, help="the older cassette")
+    diff.add_argument("after", type=Path, help="the newer cassette")
     diff.set_defaults(run=print_difference)
-    accept = _action(actions, "accept", accept_cassettes, "take cassettes as they were edited by hand")
-    accept.add_argument("--dry-run", action="store_true", help="only say what was edited")
-    convert = actions.add_parser("convert", help="write a cassette, also vcrpy's, in our format")
-    convert.add_argument("source", type=Path)
-    convert.add_argument("target", type=Path, nargs="?", help="default: in place")
-    convert.add_argument("--layout", choices=("auto", "journal", "readable"), default="auto")
+    accept = _action(actions, "accept", accept_cassettes, "update the hashes of cassettes that were edited by hand")
+    accept.add_argument("--dry-run", action="store_true", help="show what was edited, and change nothing")
+    convert = actions.add_parser("convert", help="convert a cassette of vcrpy or another tool to our format")
+    convert.add_argument("source", type=Path, help="the cassette to read")
+    convert.add_argument("target", type=Path, nargs="?", help="the file to write (default: in place)")
+    convert.add_argument(
+        "--layout",
+        choices=("auto", "journal", "readable"),
+        default="auto",
+        help="readable: to commit; journal: one line an exchange; auto (default): readable up to 1 MB",
+    )
     convert.set_defaults(run=convert_cassette)
 
 
@@ -64,8 +86,10 @@ def _action(
     run: Callable[[argparse.Namespace], int],
     help: str,  # noqa: A002 - argparse's own word
 ) -> argparse.ArgumentParser:
-    parser = actions.add_parser(name, help=help)
-    parser.add_argument("paths", nargs="*", type=Path, default=[Path("cassettes")], help="files, folders")
+    parser = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    parser.add_argument(
+        "paths", nargs="*", type=Path, default=[Path("cassettes")], help="files or folders (default: cassettes)"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -247,7 +271,7 @@ def prune_cassettes(options: argparse.Namespace) -> int:
     from aggregator.errors import CassetteError, ConfigError
 
     if not (options.unplayed or options.lineage or options.older_than is not None):
-        raise ConfigError("Expected what to drop, got nothing; pass --unplayed, --lineage or --older-than")
+        raise ConfigError("Expected exchanges to delete, got none; pass --unplayed, --lineage or --older-than")
     accounts = played(options.pytest_cache) if options.unplayed else {}
     limit = None if options.older_than is None else timedelta(days=options.older_than)
 

@@ -230,7 +230,7 @@ def test_folders_include_their_cassettes(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert find_cassettes([tmp_path, tmp_path / "b.yaml"]) == [tmp_path / "a/c.json", tmp_path / "b.yaml"]
-    with pytest.raises(ConfigError, match="which is not there"):
+    with pytest.raises(ConfigError, match="which does not exist"):
         find_cassettes([tmp_path / "none"])
 
 

@@ -244,7 +244,7 @@ def test_a_missing_path_is_one_line(command: Command, action: str) -> None:
     """The error names the path, without a traceback."""
     code, out = command(action, "nowhere.yaml")
     assert code == 1
-    assert "'nowhere.yaml', which is not there" in out
+    assert "'nowhere.yaml', which does not exist" in out
     assert out.count("\n") == 1
 
 
