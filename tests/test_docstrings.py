@@ -31,7 +31,8 @@ def modules() -> Iterator[tuple[Path, ModuleType]]:
 
 def test_examples_in_docstrings_run() -> None:
     """Every example in a docstring prints what it states."""
-    failed, reports = [], []
+    failed: list[str] = []
+    reports: list[str] = []
     for _, module in modules():
         for case in doctest.DocTestFinder().find(module):
             outcome = doctest.DocTestRunner(verbose=False).run(case, out=reports.append)
