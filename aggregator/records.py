@@ -64,7 +64,7 @@ class HTTPReply(Struct, frozen=True, kw_only=True, gc=False):
 
 
 # gc=False down to Completion: they hold text, numbers and each other, never a cycle, and every answer makes several.
-class Usage(Struct, frozen=True, kw_only=True, gc=False):
+class Usage(Struct, frozen=True, kw_only=True, gc=False, repr_omit_defaults=True):
     """Tokens and cost of one or more calls; None means unknown, which is not 0.
 
     `input_tokens` includes cached ones and those written to a cache, `output_tokens` includes reasoning.
@@ -121,7 +121,7 @@ def _sum(a: Any, b: Any) -> Any:
     return a if b is None else a + b
 
 
-class ToolCall(Struct, frozen=True, kw_only=True, gc=False):
+class ToolCall(Struct, frozen=True, kw_only=True, gc=False, repr_omit_defaults=True):
     """A tool call of the model; `arguments` is the model's own text, usually JSON.
 
     `signature` must be sent back to Gemini with the call in the next turn.
@@ -133,7 +133,7 @@ class ToolCall(Struct, frozen=True, kw_only=True, gc=False):
     signature: str | None = None
 
 
-class Message(Struct, frozen=True, kw_only=True, gc=False):
+class Message(Struct, frozen=True, kw_only=True, gc=False, repr_omit_defaults=True):
     """The message of one choice. `reasoning` (thinking) is never part of `content`.
 
     `source` is its original body, if an API requires parts of it in the next turn: signed or encrypted thinking,
@@ -151,7 +151,7 @@ class Message(Struct, frozen=True, kw_only=True, gc=False):
     origin: str | None = None
 
 
-class Choice(Struct, frozen=True, kw_only=True, gc=False):
+class Choice(Struct, frozen=True, kw_only=True, gc=False, repr_omit_defaults=True):
     """One of the model's answers; `raw_finish_reason` is the provider's own."""
 
     message: Message
@@ -202,6 +202,17 @@ class Completion(Struct, frozen=True, kw_only=True, gc=False):
         """The first choice's tool calls."""
         return self.choices[0].message.tool_calls
 
+    def __repr__(self) -> str:
+        """Return what a reader of a log looks for: the first choice, the usage and the model, without `raw`."""
+        facts = {
+            "tool_calls": self.tool_calls,
+            "finish_reason": self.finish_reason,
+            "usage": self.usage,
+            "model": self.model,
+            "replayed": self.replayed,
+        }
+        return f"Completion({self.text!r}, {', '.join(f'{name}={fact!r}' for name, fact in facts.items() if fact)})"
+
 
 # ---- rollouts and proposals
 
@@ -220,7 +231,7 @@ Kept = Literal["best", "last"]
 Stage = Literal["agent", "guide", "proposal", "aggregation", "evaluation"]
 
 
-class Failure(Struct, frozen=True, kw_only=True):
+class Failure(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """An error and its stage. `infrastructure` is True for a lost call, False for an error of the agent itself.
 
     For an error in the user's code `where` is its innermost line ("agent.py:12 in forward") and `traceback` the
@@ -277,7 +288,7 @@ class Scores(Struct, frozen=True):
     feedback: str = ""
 
 
-class Rollout(Struct, frozen=True, kw_only=True):
+class Rollout(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """One instance run through the agent and judged by the guide. `score` is None if the instance was not judged.
 
     `x` is the agent's input. `scores` are the guide's further scores by name, and measures of the run: `length` (the
@@ -306,7 +317,7 @@ class Rollout(Struct, frozen=True, kw_only=True):
         return () if self.failure is None else (self.failure,)
 
 
-class Proposal(Struct, frozen=True, kw_only=True):
+class Proposal(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """New parameter values for one instance, or several merged into one.
 
     `values` holds only what should change. `support` counts the instances behind it, `sample_ids` names them.

@@ -154,7 +154,7 @@ def step_html(report: StepReport) -> Html:
     return page(
         heading(
             f"Step {report.step}",
-            f"epoch {report.epoch + 1}",
+            f"epoch {report.epoch}",
             _said("score", report.score),
             _said("test", report.test_score),
             _counted(report.proposals, "proposal"),
@@ -178,12 +178,15 @@ def result_html(result: TrainingResult) -> Html:
             _counted(len(result.history), "step"),
             _course("test", test),
             _course("train", train),
+            _course("validation", [evaluation.score for evaluation in result.validations]),
+            f"kept {_kept(result)}" if result.validations else "",
+            f"stopped: {result.stopped}" if result.stopped else "",
             _counted(len(result.failures), "failure") if result.failures else "",
             _spent(result.usage),
         ),
         _chart(result),
         _changes(result.initial_parameters, result.parameters),
-        *(tag("div", warning, style=f"color:{BAD}") for warning in result.warnings),
+        *(tag("div", warning, style=f"color:{BAD};{_TEXT}") for warning in result.warnings),
         folded(_counted(len(result.history), "step"), _steps(result.history)) if result.history else "",
         _failures(result.failures),
         _usage(result.usage),
@@ -217,9 +220,7 @@ def result_text(result: TrainingResult) -> str:
         f"stopped: {result.stopped}" if result.stopped else "",
         *(_course(name, values, "->") for name, values in scores.items()),
         _course("validation score (used for selection)", validated, "->"),
-        f"kept: the {result.kept} values" + (f", of step {result.best_step}" if result.kept == "best" else "")
-        if result.validations
-        else "",
+        f"kept: {_kept(result)}" if result.validations else "",
         f"changed: {', '.join(changed)}" if changed else "no parameter changed",
         f"unchanged: {', '.join(kept)}" if kept else "",
         f"refused: {_counted(len(refused), 'update')}, the last: {refused[-1].decision.reason}" if refused else "",
@@ -256,7 +257,7 @@ def _steps(history: Sequence[StepReport]) -> Html:
     rows = [
         (
             str(report.step),
-            str(report.epoch + 1),
+            str(report.epoch),
             readable(report.score),
             readable(report.test_score),
             _verdict(report.decision),
@@ -272,13 +273,22 @@ def _steps(history: Sequence[StepReport]) -> Html:
 
 def _changes(before: Values, after: Values) -> Html:
     """Show every parameter before and after."""
-    rows = [(tag("code", name), compared(_written(before.get(name)), _written(value))) for name, value in after.items()]
+    rows = [
+        (tag("code", name), _in_font(name, value, compared(_written(before.get(name)), _written(value))))
+        for name, value in after.items()
+    ]
     return table(("parameter", "value"), rows) if rows else Html()
 
 
 def _values(values: Values) -> Html:
-    rows = [(tag("code", name), text(_written(value))) for name, value in values.items()]
+    rows = [(tag("code", name), _in_font(name, value, text(_written(value)))) for name, value in values.items()]
     return table(("parameter", "new value"), rows) if rows else Html()
+
+
+def _in_font(name: str, value: Any, shown: Html) -> Html:
+    """Return prose unchanged; source code and JSON in a font that keeps their columns."""
+    prose = isinstance(value, str) and not name.endswith("__code")
+    return shown if prose else tag("div", shown, style="font-family:monospace")
 
 
 def _verdict(decision: Decision) -> Html:
@@ -314,16 +324,18 @@ def _usage(usage: Mapping[str, Usage]) -> Html:
 
 
 def _chart(result: TrainingResult) -> Html:
-    """Draw test scores as a line and train scores as a thin one, over the steps."""
+    """Draw scores over the steps: those of the test set, else of the validation set, and thin those of training."""
     last = max((report.step + 1 for report in result.history), default=0)
-    tested = [(evaluation.step, evaluation.score) for evaluation in result.evaluations]
+    measured = "test" if result.evaluations else "validation"
+    tested = [(evaluation.step, evaluation.score) for evaluation in result.evaluations or result.validations]
     trained = [(report.step, report.score) for report in result.history]
     known = [score for _, score in (*tested, *trained) if score is not None]
     if len(known) < 2 or not last:
         return Html()
     low, high = min(0.0, *known), max(1.0, *known)
     lines = [_line(trained, last, low, high, QUIET, "1"), _line(tested, last, low, high, GOOD, "2")]
-    legend = tag("div", coloured("test", GOOD), " and ", coloured("train", QUIET), f" score, {low:g} to {high:g}")
+    names = [coloured(measured, GOOD), " and "] if tested else []
+    legend = tag("div", *names, coloured("train", QUIET), f" score after each step, {low:g} to {high:g}")
     axes = tag("path", d=f"M0.5 0V{_HEIGHT - 0.5}H{_WIDTH}", fill="none", stroke=QUIET, stroke_width="1")
     box = f"-3 -3 {_WIDTH + 6} {_HEIGHT + 6}"
     drawing = tag("svg", axes, *lines, width=str(_WIDTH + 6), height=str(_HEIGHT + 6), viewBox=box)
@@ -346,6 +358,13 @@ def _written(value: Any) -> str:
     if not isinstance(value, str):
         value = msgspec.json.format(canonical_json(value, repr), indent=2).decode()
     return cut(value, LETTERS_SHOWN)
+
+
+def _kept(result: TrainingResult) -> str:
+    """Return which values a run ended with, by the number of steps that made them."""
+    if result.kept != "best":
+        return f"the {result.kept} values"
+    return f"the best values, after {_counted(result.best_step, 'step')}" if result.best_step else "the initial values"
 
 
 def _course(name: str, scores: Sequence[float | None], arrow: str = "→") -> str:

@@ -85,3 +85,13 @@ def test_examples_run(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out.strip()
+
+
+def test_the_design_page_lists_the_rooms_there_are() -> None:
+    """It listed a room that was not built, and left one out."""
+    (table,) = [block for block in fences("docs/design.md", "") if block.startswith("cli ")]
+    listed = {name for line in table.splitlines() for name in re.split(r",? +", line.partition("  ")[0]) if name}
+    package = ROOT / "aggregator"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    files = {path.stem for path in package.glob("*.py")}
+    assert (sorted(rooms - listed), sorted(listed - rooms - files)) == ([], [])

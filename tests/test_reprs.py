@@ -20,6 +20,7 @@ from aggregator import (
     Observer,
     ParameterNode,
     Playbook,
+    Proposal,
     Step,
     as_agent,
     as_model,
@@ -145,6 +146,20 @@ def test_a_functions_repr_is_the_call_that_made_it(made: Any, name: str) -> None
     """It was "chain.<locals>.chained"; errors, `RunInfo` and the repr name it."""
     assert made.__qualname__ == name
     assert name in repr(made)
+
+
+def test_a_printed_answer_shows_its_text_and_no_unknown_counts() -> None:
+    """`print(llm("Say hello."))` filled ten lines with the raw body and fields that are None."""
+    answer = llm_with(FakeTransport("Hello."))("Say hello.")
+    usage = f"Usage(input_tokens={answer.usage.input_tokens}, output_tokens={answer.usage.output_tokens})"
+    assert repr(answer.usage) == usage
+    assert str(answer) == f"Completion('Hello.', finish_reason='stop', usage={usage}, model='gpt-4o-mini')"
+    assert repr(answer.choices[0].message) == "Message(content='Hello.')"
+    assert repr(Proposal(values={"k": 3})) == "Proposal(values={'k': 3})"
+
+
+def llm_with(transport: FakeTransport) -> LLM:
+    return LLM("openai/gpt-4o-mini", api_key=KEY, transport=transport)
 
 
 def test_no_prompt_is_a_default_argument() -> None:

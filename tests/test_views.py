@@ -124,7 +124,7 @@ def test_a_step_shows_the_verdict_and_its_reason(accepted: bool, word: str) -> N
     text = shown(
         report(3, decision=decision, update={"k": 9}, test_score=0.75, failures=(FAILURE,), usage=USAGE, proposals=1)
     ).text
-    assert text.startswith("Step 3 · epoch 1 · score 0.25 · test 0.75 · 1 proposal · 9 calls, 1,234 tokens, $0.5")
+    assert text.startswith("Step 3 · epoch 0 · score 0.25 · test 0.75 · 1 proposal · 9 calls, 1,234 tokens, $0.5")
     assert f"{word}: mean score 0.5 -> 0.25" in text
     assert "samplescore40.259-" in text
     assert "1 failure" in text
@@ -221,3 +221,18 @@ def test_printing_a_result_needs_ascii_only() -> None:
         "TrainingResult: 0 steps, 0 updates applied",
         "no parameter changed",
     ]
+
+
+def test_a_warning_keeps_its_lines_and_the_kept_values_are_named() -> None:
+    """The traceback in a warning was one long line, and a page did not state which values a run ended with."""
+    run = result(
+        evaluations=(),
+        validations=(Evaluation(step=0, score=0.0, scores=()), Evaluation(step=1, score=1.0, scores=())),
+        kept="best",
+        best_step=1,
+        warnings=("the agent failed\nTraceback:\n  agent.py:3",),
+    )
+    assert "white-space:pre-wrap" in run._repr_html_().partition("the agent failed")[0].rpartition("<div")[2]
+    text = shown(run).text
+    assert "validation 0 → 1 · kept the best values, after 1 step" in text
+    assert "validation and train score after each step, 0 to 1" in text

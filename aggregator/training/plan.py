@@ -329,10 +329,10 @@ def count_run(
 def _notes(plan: Plan, rule: Any, rollouts: Mapping[str, int], merges: int) -> tuple[str, ...]:
     notes = []
     if getattr(rule, "calls_per_merge", 0) and not merges:
-        notes.append(
-            f"the aggregator is idle: batch_size={plan.batch_size} gives one proposal a step, so nothing is merged; "
-            "give a larger batch_size"
-        )
+        few = plan.batch_size > 1 and len(plan.train) < 2  # then a larger batch_size changes nothing
+        cause = f"{len(plan.train)} training instance" if few else f"batch_size={plan.batch_size}"
+        remedy = "give more data" if few else "give a larger batch_size"
+        notes.append(f"the aggregator is idle: {cause} gives one proposal a step, so nothing is merged; {remedy}")
     every = sum(rollouts.values())
     names = [name for name, data in (("test", plan.test), ("validation", plan.validation)) if data]
     sets = f"{' and '.join(names)} {'sets' if len(names) > 1 else 'set'}"

@@ -60,7 +60,7 @@ def test_the_best_values_are_in_the_agent_and_in_its_files(tmp_path: Path) -> No
     assert (written["parameters"], written["values"]) == ({"prompt": "Say no."}, "best")
     assert [update["step"] for update in result.provenance["prompt"]] == [0]  # not the later, worse update
     assert "validation score (used for selection) 0 -> 0" in str(result)
-    assert "kept: the best values, of step 1" in str(result)
+    assert "kept: the best values, after 1 step" in str(result)
     assert trainer.restore("last") == {"prompt": "Say worse."}
     agent.save(tmp_path / "last.json")
     assert json.loads((tmp_path / "last.json").read_bytes())["values"] == "last"

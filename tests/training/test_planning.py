@@ -121,6 +121,15 @@ def test_an_aggregator_that_is_never_called() -> None:
     assert (plan.calls["aggregator"], "aggregator is idle" in str(plan)) == (0, True)
 
 
+def test_a_larger_batch_is_no_remedy_where_there_is_one_training_instance() -> None:
+    """The warning asked for a batch_size larger than 4 with one instance to train on."""
+    with pytest.warns(TrainingWarning, match="aggregator is idle"):
+        plan = trainer().plan(exact, [(0, 3)], batch_size=4)
+    assert "the aggregator is idle: 1 training instance gives one proposal a step" in str(plan)
+    assert "give more data" in str(plan)
+    assert "larger batch_size" not in str(plan)
+
+
 def test_a_run_that_mostly_evaluates() -> None:
     """With the seed's eval_frequency=1 the test set is run after every step."""
     with pytest.warns(TrainingWarning, match="30 of 34 rollouts evaluate the test set"):
