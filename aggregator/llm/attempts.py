@@ -382,12 +382,17 @@ class Attempt(Struct, eq=False):
             failure=failure,
         )
 
-    def timeout(self) -> float | None:
-        """Return the seconds that this attempt may take; the last one may take all that is left by default."""
+    def timeout(self, passed: float = 0.0) -> float | None:
+        """Return the seconds that this attempt may take, of which some passed.
+
+        The last attempt may take all that is left by default.
+        """
         attempts, limit = self.attempts, self.line.attempt_timeout
         left = attempts.timeout()
         if limit is None and attempts.count < self.line.policy.max_attempts:
             limit = attempts.share
+        if passed and limit is not None:
+            limit = max(0.0, limit - passed)
         return left if limit is None or (left is not None and left < limit) else limit
 
     def play(self) -> HTTPReply | None:

@@ -83,7 +83,9 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
     for choice in completion.choices:
         message, word, reason = choice.message, choice.raw_finish_reason, choice.finish_reason
         is_empty = not (message.content or message.tool_calls or message.other)
-        if not is_empty and reason != "error" and not message.refusal:
+        calls = message.tool_calls
+        is_named = not calls or all(call.name for call in calls)
+        if not is_empty and reason != "error" and not message.refusal and is_named:
             continue  # nearly always
         facts: dict[str, Any] = {"status": 200, "code": word, "request_id": completion.request_id}
         if message.refusal:
@@ -94,6 +96,10 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
                 f"{len(message.content or '')} characters",
                 text=message.content or "",
                 **facts,
+            )
+        if calls and reason != "length":
+            raise BrokenResponseError(
+                f"Expected tool calls with a name from {provider}, got one without", text=message.content or "", **facts
             )
         if reason == "content_filter" and is_empty:
             raise ContentFilterError(

@@ -16,7 +16,7 @@ from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role, passing
 from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError
 from aggregator.llm.attempts import Attempt, Attempts
-from aggregator.llm.calls import ChatCall
+from aggregator.llm.calls import ChatCall, StreamReader
 from aggregator.records import Completion, HTTPReply
 
 T = TypeVar("T")
@@ -112,6 +112,7 @@ class StreamedAttempt(Attempt, eq=False):
     chunks: list[tuple[int, float]] = field(default_factory=list)
     head: dict[str, Any] | None = None
     sent_at: float = 0.0
+    waited: float = 0.0  # seconds since the last event that is part of the answer, without those of the reader
 
     async def __aenter__(self) -> Self:
         """Reserve the most that this attempt can cost."""
@@ -135,10 +136,9 @@ class StreamedAttempt(Attempt, eq=False):
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
                     if self.reply is not None and self.reply.status < 300:
-                        for delta in reader.feed(piece):
-                            if delta:
-                                begun = True
-                                yield delta
+                        for delta in filter(None, self._fed(reader, piece)):
+                            begun = True
+                            yield delta
         except APIConnectionError as error:
             if not self.body:
                 raise
@@ -154,6 +154,14 @@ class StreamedAttempt(Attempt, eq=False):
         self.complete(completion)  # the answer was complete, even if the connection broke after its end
         if completion.text and not begun:
             yield completion.text
+
+    def _fed(self, reader: StreamReader, piece: bytes) -> list[str]:
+        """Return the deltas that a piece completes; a comment or ping does not restart the limit of waiting."""
+        before = getattr(reader, "heard", None)
+        deltas = reader.feed(piece)
+        if before is None or getattr(reader, "heard", None) != before:
+            self.waited = 0.0
+        return deltas
 
     def _pieces(self) -> AsyncGenerator[bytes, None]:
         tape, slot = self.tape, self.attempts.slot
@@ -184,14 +192,16 @@ class StreamedAttempt(Attempt, eq=False):
         self.accept(opened.status, opened.headers)
 
     async def _in_time(self, waiting: Awaitable[T], what: str) -> T:
-        """Return the awaited value; raises APITimeoutError if nothing arrives within an attempt's timeout."""
-        limit = self.timeout()
+        """Return the awaited value; raises APITimeoutError if an attempt's timeout passes without an event."""
+        limit, begun = self.timeout(), perf_counter()
         try:
-            async with asyncio.timeout(limit):
-                return await waiting
+            async with asyncio.timeout(self.timeout(self.waited)):
+                value = await waiting
         except TimeoutError:
             host = urlsplit(self.attempts.request.url).hostname
             raise APITimeoutError(f"{host} did not send {what} within {limit or 0:.3g} s") from None
+        self.waited += perf_counter() - begun
+        return value
 
     def _so_far(self) -> HTTPReply:
         return HTTPReply(

@@ -13,6 +13,7 @@ import contextlib
 import re
 import socket
 import threading
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from functools import lru_cache
@@ -224,10 +225,31 @@ def _body(response: aiohttp.ClientResponse, url: str) -> Awaitable[bytes]:
     return _counted(response, url)
 
 
+def _codings(response: aiohttp.ClientResponse) -> list[Any]:
+    """Return decompressors for codings that aiohttp passes on: `x-gzip`, several in one."""
+    names = [name.strip().lower() for name in response.headers.get(CONTENT_ENCODING, "").split(",")]
+    if len(names) == 1 and not names[0].startswith("x-"):
+        return []
+    known = [name for name in reversed(names) if name.removeprefix("x-") in ("gzip", "deflate")]
+    return [zlib.decompressobj(47) for _ in known]
+
+
+def _decoded(piece: bytes, codings: list[Any]) -> bytes:
+    """Return the content of the next bytes; raises ClientPayloadError for bytes of another coding."""
+    try:
+        for coding in codings:
+            piece = coding.decompress(piece, MAX_BODY + 1)
+    except zlib.error as error:
+        raise aiohttp.ClientPayloadError(f"its body is not in the coding that it states: {error}") from None
+    return piece
+
+
 async def _counted(response: aiohttp.ClientResponse, url: str) -> bytes:
-    pieces, size = [], 0
+    pieces, size, codings = [], 0, _codings(response)
     try:
         while piece := await response.content.readany():
+            if codings:
+                piece = _decoded(piece, codings)
             pieces.append(piece)
             size = _added(size, piece, response, url)
     except BaseException:  # as aiohttp's own read() does
@@ -259,17 +281,19 @@ class _Streamed:
         self._response, self._url, self._timeout, self._deadline = response, url, timeout, deadline
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        size = 0
+        size, codings = 0, _codings(self._response)
         while True:
             try:
                 async with asyncio.timeout_at(self._deadline):
                     piece = await self._response.content.readany()
+                if not piece:
+                    return
+                piece = _decoded(piece, codings)
             except (aiohttp.ClientError, OSError) as error:
                 raise _failure(error, self._url, self._timeout) from _stripped(error)
-            if not piece:
-                return
             size = _added(size, piece, self._response, self._url)
-            yield piece
+            if piece:
+                yield piece
 
 
 # ---- errors

@@ -41,6 +41,8 @@ def claude(stop: str | None, *blocks: Any) -> dict[str, Any]:
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NAMELESS = {"id": "1", "type": "function", "function": {"name": "", "arguments": '{"x": 1}'}}
+EMPTY_CALL = {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
 GOOD = {"openrouter/m": chat("stop", "good"), "gemini/m": gemini("STOP", {"text": "good"}),
         "anthropic/m": claude("end_turn", {"type": "text", "text": "good"})}  # fmt: skip
 BROKEN = [
@@ -64,6 +66,11 @@ BROKEN = [
     ("gemini/m", gemini("STOP", {"text": "hm", "thought": True}), EmptyResponseError),
     ("anthropic/m", claude("end_turn"), EmptyResponseError),
     ("anthropic/m", claude("end_turn", {"type": "thinking", "thinking": "hm"}), EmptyResponseError),
+    ("openrouter/m", chat("tool_calls", None, tool_calls=[NAMELESS]), BrokenResponseError),
+    ("openrouter/m", chat("tool_calls", "I call.", tool_calls=[CALL, NAMELESS]), BrokenResponseError),
+    ("openrouter/m", chat("tool_calls", None, tool_calls=[EMPTY_CALL]), EmptyResponseError),
+    ("gemini/m", gemini("STOP", {"functionCall": {"args": {"x": 1}}}), BrokenResponseError),
+    ("anthropic/m", claude("tool_use", {"type": "tool_use", "id": "1", "input": {"x": 1}}), BrokenResponseError),
     ("anthropic/m", claude("new_reason", {"type": "text", "text": "half"}), BrokenResponseError),
 ]
 WITHHELD = [
@@ -80,6 +87,8 @@ FINE = [
     ("openrouter/m", chat("content_filter", "half a sen"), "content_filter"),
     ("openrouter/m", chat("tool_calls", None, tool_calls=[CALL]), "tool_calls"),
     ("openrouter/m", chat("stop", None, tool_calls=[CALL]), "stop"),
+    ("openrouter/m", chat("stop", "text and a gateway's empty call", tool_calls=[EMPTY_CALL]), "stop"),
+    ("openrouter/m", chat("length", None, tool_calls=[NAMELESS]), "length"),
     ("openrouter/m", chat("stop", None, audio={"data": "AAAA"}), "stop"),
     ("openrouter/m", chat("stop", "", images=[{"type": "image_url"}]), "stop"),
     ("openrouter/m", chat("", "of Snowflake"), "stop"),

@@ -90,6 +90,14 @@ class CompletingCodec(Codec, Protocol):
         ...
 
 
+_SILENT = ("ping", "keepalive")
+_FIRST_HALF = re.compile(
+    rb'((?<!\\)\\u[dD][89abAB][0-9a-fA-F]{2}|[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})(?=")'
+)
+_SECOND_HALF = re.compile(rb'(?<=")(?=\\u[dD][c-fC-F]|[\x80-\xbf])')
+"""The two parts of a character that was split over the ends of two texts: of a surrogate pair, of its UTF-8 bytes."""
+
+
 class EventReader:
     """The part of a StreamReader that no provider changes; a subclass reads its own events.
 
@@ -102,6 +110,8 @@ class EventReader:
         self.call = call
         self._parser = EventParser()
         self._events = 0
+        self.heard = 0  # events that are part of the answer: comments and pings only keep the connection open
+        self._half = b""  # the first part of a character, whose second part is in a later event
         self.done = False  # the server sent [DONE], as gateways do for every API
 
     def event(self, event: Event) -> str:
@@ -140,9 +150,23 @@ class EventReader:
         for event in events:
             if event.data.strip() == DONE:
                 self.done = True
-            elif event.data.strip() and (text := self.event(event)):
-                texts.append(text)
+            elif event.data.strip():
+                self.heard += event.name not in _SILENT
+                if self._half or b"\\u" in event.data or not event.data.isascii():
+                    event = Event(event.name, self._joined(event.data))  # noqa: PLW2901 - the same one, repaired
+                if text := self.event(event):
+                    texts.append(text)
         return texts
+
+    def _joined(self, data: bytes) -> bytes:
+        """Return an event's data with the first part of a split character moved to the event with the second."""
+        if self._half and _SECOND_HALF.search(data) is not None:
+            half, self._half = self._half, b""
+            data = _SECOND_HALF.sub(lambda _: half, data, count=1)
+        if (found := _FIRST_HALF.search(data)) is not None:
+            self._half = found.group()
+            data = _FIRST_HALF.sub(b"", data, count=1)
+        return data
 
 
 def is_event_stream(body: bytes) -> bool:

@@ -220,6 +220,7 @@ def reasoning_text(message: WireMessage) -> str:
 
 def _calls(message: WireMessage) -> tuple[ToolCall, ...]:
     found = [tool_call(call) for call in message.tool_calls or () if call.function or call.custom]
+    found = [call for call in found if call.name or call.arguments]  # an empty one is no call: gateways send it
     legacy = message.function_call
     if not found and legacy is not None and legacy.name:  # Snowflake always sends an empty one
         found.append(ToolCall(id="", name=legacy.name, arguments=arguments_text(legacy.arguments)))
