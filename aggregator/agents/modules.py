@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from types import FunctionType, new_class
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -192,7 +192,11 @@ class Module:
             )
         chosen = [parameters[name] for name in values]
         write(chosen, dict(values))
-        object.__setattr__(self, "_applied", _Applied(which=which, values=values_of(chosen)) if which else None)
+        self.note_origin(chosen, which)
+
+    def note_origin(self, parameters: Sequence[ParameterNode[Any]], which: str) -> None:
+        """Remember that these parameters have the values that `which` names, for `save`; "" forgets it."""
+        object.__setattr__(self, "_applied", _Applied(which=which, values=values_of(parameters)) if which else None)
 
     def load(self, path: Path, *, code: bool | str | Collection[str] = False) -> dict[str, Any]:
         """Store the values of a file written by `save`, all or none, and return its provenance.

@@ -453,8 +453,10 @@ class lay_over(AbstractContextManager[None]):  # noqa: N801 - a context manager 
         self._values = values
 
     def __enter__(self) -> None:
-        copies = {one: value if type(value) in SCALARS else snapshot(value) for one, value in self._values.items()}
-        self._token = _overrides.set({**_overrides.get(_NOTHING), **copies})
+        laid = dict(_overrides.get(_NOTHING))
+        for one, value in self._values.items():
+            laid[one] = value if type(value) in SCALARS else snapshot(value)
+        self._token = _overrides.set(laid)
 
     def __exit__(self, *error: object) -> None:
         _overrides.reset(self._token)

@@ -120,8 +120,8 @@ class AgentWork:
         self._judge = None if guide is None else as_guide(guide)
         self._is_instant = is_instant(self._judge)
         self.call: Call = call or LocalExecutor().call
-        parameters: dict[str, ParameterNode[Any]] = by_name(agent.parameters())  # type: ignore[arg-type]
-        self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.trainable}
+        parameters: Sequence[Any] = agent.parameters()
+        self._parameters: dict[str, ParameterNode[Any]] = {one.name: one for one in parameters if one.trainable}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.agent, self.guide)

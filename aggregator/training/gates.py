@@ -322,10 +322,9 @@ def values_named(result: TrainingResult, which: Kept) -> Values:
 
 def apply_values(agent: Any, parameters: Sequence[ParameterNode[Any]], values: Mapping[str, Any], which: Kept) -> None:
     """Write a run's values to its agent, all or none; a Module records their origin, which `save` writes."""
-    if isinstance(agent, Module) and set(values) <= set(agent.parameters_dict()):
-        agent.apply(dict(values), which=which)
-    else:
-        write(parameters, dict(values))
+    write(parameters, dict(values))
+    if isinstance(agent, Module):
+        agent.note_origin([parameter for parameter in parameters if parameter.name in values], which)
 
 
 Keep = Literal["best", "last"] | None

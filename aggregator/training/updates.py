@@ -316,16 +316,19 @@ def settle(merged: Sequence[Proposal]) -> Proposal:
     """Return the one proposal that a rule leaves; raises ConfigError if several contradict each other."""
     if not merged:
         return Proposal()
-    names = [name for proposal in merged for name in proposal.values]
-    if len(names) != len(set(names)):
-        raise ConfigError(
-            f"Expected a rule that leaves one proposal for each parameter, got {len(merged)} for the same parameter; "
-            "end it with one that merges, as in chain(top_k(8), LLMMerge(llm))"
-        )
-    values = {name: value for proposal in merged for name, value in proposal.values.items()}
-    failures = tuple(record for proposal in merged for record in proposal.failures)
-    samples = tuple(sorted({i for proposal in merged for i in proposal.sample_ids if proposal.values}))
-    return replace(merged[0], values=values, failures=failures, sample_ids=samples)
+    values: Values = {}
+    failures: list[Failure] = []
+    samples: set[int] = set()
+    for proposal in merged:
+        if values.keys() & proposal.values.keys():
+            raise ConfigError(
+                f"Expected a rule that leaves one proposal for each parameter, got {len(merged)} for the same "
+                "parameter; end it with one that merges, as in chain(top_k(8), LLMMerge(llm))"
+            )
+        values |= proposal.values
+        failures += proposal.failures
+        samples.update(proposal.sample_ids if proposal.values else ())
+    return replace(merged[0], values=values, failures=tuple(failures), sample_ids=tuple(sorted(samples)))
 
 
 def unread(stage: Stage, sample_id: int | None, *messages: str | None) -> list[Failure]:
