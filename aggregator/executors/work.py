@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import sysconfig
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
-from types import MappingProxyType
+from types import GeneratorType, MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from msgspec import Struct
@@ -424,6 +426,17 @@ def check_output(output: Any) -> None:
 _COMPLETION = "a Completion; return its text, as in self.llm(...).text"
 _MOST_ITEMS = 1_000
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_ITERATORS: tuple[Any, ...] = (
+    GeneratorType,
+    map,
+    filter,
+    zip,
+    enumerate,
+    reversed,
+    type(iter([])),
+    itertools.chain,
+    itertools.islice,
+)
 
 
 def _unfinished(output: Any, depth: int = 0) -> str:
@@ -435,14 +448,15 @@ def _unfinished(output: Any, depth: int = 0) -> str:
         return "a coroutine; write `await` before the call"
     if inspect.isasyncgen(output):
         return "an async generator; collect it with `async for`"
-    if inspect.isgenerator(output):
-        return "a generator; return what it yields, as in list(...)"
+    if isinstance(output, _ITERATORS):
+        return f"a {type(output).__name__}; return what it yields, as in list(...)"
     if isinstance(output, ParameterNode):
         return "a ParameterNode; return its value, as in self.prompt.data"
     if inspect.ismethod(output) or (inspect.isbuiltin(output) and not inspect.ismodule(output.__self__)):
         return f"the method {output.__name__}; call it, as in {output.__name__}()"
-    if inspect.isawaitable(output):
-        return f"an awaitable {type(output).__name__}; write `await` before the call"
+    if inspect.isawaitable(output) or isinstance(output, Future):
+        remedy = "return its .result()" if isinstance(output, Future) else "write `await` before the call"
+        return f"an awaitable {type(output).__name__}; {remedy}"
     if type(output) in (list, tuple, dict) and depth < 2 and len(output) <= _MOST_ITEMS:
         inner = [_unfinished(one, depth + 1) for one in (output.values() if type(output) is dict else output)]
         return next((f"a {type(output).__name__} with {what}" for what in inner if what), "")

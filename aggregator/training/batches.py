@@ -16,6 +16,13 @@ from aggregator.text import show_count
 Dataset = Mapping[str, Any] | Iterable[tuple[Any, Any]] | Iterable[Mapping[str, Any]] | Iterable[Any]
 """`{"inputs": [...], "infos": [...]}`, pairs (x, info), rows with named columns, or DSPy's Examples."""
 
+_NUMBERED = {
+    "iterrows": "the rows of a data frame with their index; give the data frame",
+    "enumerate": "numbered items; give them without enumerate(...)",
+    "DataFrameGroupBy": "groups of rows; give the data frame",
+}
+"""Iterators of pairs that are not (x, info), and the remedy for each."""
+
 _FORMS = "Expected dict(inputs=[...], infos=[...]), a sequence of (x, info), or rows as dicts of named columns"
 
 
@@ -24,8 +31,8 @@ def samples(dataset: Dataset | DataLoader, *, name: str = "train_dataset") -> tu
 
     A data set is `dict(inputs=..., infos=...)`, pairs (x, info), or rows with named columns: dicts, a pandas DataFrame,
     a Hugging Face Dataset. A row is both x and info. For a DSPy Example the input fields are x, and the Example is
-    info. Generators are read once, to their end. A DataLoader, ours or Trace's, gives its data; its batches are not
-    used, and a TrainingWarning says so.
+    info. Generators are read once, to their end, and data sets with `__len__` and `__getitem__` (torch's) by position.
+    A DataLoader, ours or Trace's, gives its data; its batches are not used, and a TrainingWarning says so.
 
     Raises ConfigError if it is empty, of unequal lengths or of another form.
 
@@ -82,6 +89,11 @@ def _from_items(dataset: Any, name: str) -> list[tuple[Any, Any]]:
         raise ConfigError(f"{_FORMS}, got a {type(dataset).__name__} for {name}, whose order differs from run to run")
     if _is_frame(dataset):  # its iteration gives column names
         dataset = dataset.to_dict("records")
+    kind = getattr(dataset, "__name__", type(dataset).__name__)  # a generator has its function's name
+    if kind in _NUMBERED and not isinstance(dataset, Sequence):
+        raise ConfigError(f"{_FORMS}, got {_NUMBERED[kind]} - at {name}")
+    if not hasattr(dataset, "__iter__") and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        dataset = [dataset[i] for i in range(len(dataset))]  # a map-style data set, as torch's
     if isinstance(dataset, str | bytes) or not hasattr(dataset, "__iter__"):
         raise ConfigError(f"{_FORMS}, got {type(dataset).__name__} for {name}")
     return [_pair(item, f"{name}[{i}]") for i, item in enumerate(dataset)]
@@ -99,6 +111,8 @@ def _pair(item: Any, place: str) -> tuple[Any, Any]:
                 f"Expected an Example that says which fields are inputs, got {item!r} at {place}; call "
                 "example.with_inputs('question')"
             ) from None
+    if isinstance(item, tuple) and getattr(item, "_fields", ("",))[0] == "Index":
+        raise ConfigError(f"{_FORMS}, got a row of itertuples() at {place}; give the data frame")
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ConfigError(f"{_FORMS}, got {type(item).__name__} at {place}")
     return item[0], item[1]

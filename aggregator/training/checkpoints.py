@@ -1,22 +1,11 @@
-"""A run on disk: checkpoint, result, lock and journal, and the identity that a resume compares.
-
-Files are written atomically and carry a version. A run is resumed only with the same guide, gate, rule, optimizer,
-models and search, and with the same data to the byte; `identity_of` and `content_of` describe these as JSON.
-"""
+"""A run on disk: checkpoint, result, lock and journal. Files are written atomically and carry a version."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import inspect
-import os
-import re
-import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import msgspec
@@ -27,14 +16,14 @@ from aggregator import portal
 from aggregator.cassettes.lineage import WATCH, current_tape
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
-from aggregator.errors import CassetteError, CassetteLockedError, TrainingError
+from aggregator.errors import CassetteError, CassetteLockedError, TrainingError, TrainingWarning
 from aggregator.executors.work import failures_left
 from aggregator.files import FileLock, write_atomically
 from aggregator.llm.budget import Budget, Spending, spending
 from aggregator.llm.ledger import collecting
 from aggregator.llm.observed import part_here
 from aggregator.records import NO_USAGE, Candidate, Evaluation, Failure, Kept, StepReport, TrainingResult, Usage, Values
-from aggregator.text import canonical_json, show
+from aggregator.text import canonical_json
 
 VERSION = 1
 RESULT_VERSION = 1
@@ -45,6 +34,13 @@ RESULT = "result.json"
 PARAMETERS = "parameters.json"
 CANDIDATES = "candidates"
 """The name under which a run's memory holds its search's pool."""
+
+COMPARED = "compared by revision"
+AGENT_CODE = "agent code"
+OTHER_REVISION = (
+    "another revision of aggregated-update wrote this checkpoint, and it compared the code of parts in another way: "
+    "resume with that revision, or start in a new run_dir"
+)
 
 NO_TRANSCRIPT = (
     "no transcript: nothing that the agent did in the first step was seen, so that the optimizer knows its inputs, "
@@ -133,32 +129,6 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
 # ---- writing and reading
 
 
-def digest(value: Any) -> str:
-    """Return a short hash of a value's canonical JSON.
-
-    Of values without a JSON form it hashes arrays, frames and images byte for byte, other objects by their attributes,
-    and the rest by their text without addresses.
-
-    >>> digest({"a": object(), "b": 1}) == digest({"b": 1, "a": object()})
-    True
-    """
-    try:
-        text = canonical_json(value, _show_whole)
-    except (TypeError, ValueError, RecursionError):  # keys of other types, lone surrogates, a list that contains itself
-        text = show(value, _WHOLE).encode(errors="backslashreplace")
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
-def _show_whole(value: Any) -> Any:
-    content = content_of(value)
-    if content is not None:
-        return content
-    held = getattr(value, "__dict__", None)
-    if isinstance(held, dict) and held and not callable(value):
-        return [type(value).__qualname__, held]
-    return show(value, _WHOLE)
-
-
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file as a whole.
 
@@ -206,15 +176,26 @@ def load(run_dir: Path, fingerprint: Mapping[str, str]) -> RunState | None:
     known = [name for name in fingerprint if name in before] if is_earlier else list({**fingerprint, **before})
     changed = [name for name in known if not _continues(name, before.get(name), fingerprint.get(name))]
     if changed:
+        is_comparable = is_earlier or before.get(COMPARED) == fingerprint.get(COMPARED)
+        remedy = "give the same as then, or start in a new run_dir" if is_comparable else OTHER_REVISION
         raise TrainingError(
-            f"Expected what the run in {run_dir} was started with, got other values of {', '.join(changed)}; "
-            "give the same as then, or start in a new run_dir"
+            f"Expected what the run in {run_dir} was started with, got other values of {', '.join(changed)}; {remedy}"
+        )
+    if before.get(AGENT_CODE, fingerprint.get(AGENT_CODE)) != fingerprint.get(AGENT_CODE):
+        warnings.warn(
+            f"the agent's code is not that with which the run in {run_dir} was started: its first "
+            f"{checkpoint.state.steps} steps and their scores are those of the earlier code; if it changes the agent's "
+            "answers, start in a new run_dir",
+            TrainingWarning,
+            stacklevel=2,
         )
     return checkpoint.state
 
 
 def _continues(name: str, before: str | None, now: str | None) -> bool:
-    """Return True if a run can continue with these settings: the same, or more epochs."""
+    """Return True if a run can continue with these settings: the same, more epochs, or mended code of the agent."""
+    if name in (COMPARED, AGENT_CODE):
+        return True
     if name == "num_epochs" and before is not None and now is not None and before.isdecimal() and now.isdecimal():
         return int(now) >= int(before)
     return now == before
@@ -379,182 +360,3 @@ def raise_misses() -> Iterator[None]:
         part.check()
     if tape is not None and len(tape.misses) > known:
         raise tape.misses[known]
-
-
-_DEEPEST = 8
-_DOCUMENTED = 0x4000000 if sys.version_info >= (3, 14) else inspect.CO_OPTIMIZED
-"""The flag of code whose first constant is its docstring: before Python 3.14 that of every function; None is none."""
-_OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - a prefix of file names
-_WHOLE = 2**62
-_METHODS = ("__call__", "get_feedback", "propose", "judge", "explore", "trials", "choose", "keep")
-"""Methods by which a custom part decides; they are compared as code."""
-
-
-# ---- the identity of a run's parts
-
-
-def identity_of(part: Any, depth: int = 0) -> Any:
-    """Return JSON that identifies a part: models by name, functions by code and closure, the library's by closure only.
-
-    An object is its class and its settings: constructor arguments, strings and floats. Counters and lists are left out,
-    so that a used part is still the same.
-
-    >>> identity_of(lambda x: 1) == identity_of(lambda x: 1), identity_of(lambda x: 1) == identity_of(lambda x: 2)
-    (True, False)
-    """
-    if part is None or isinstance(part, str | int | float | bool):
-        return part
-    if depth > _DEEPEST:
-        return type(part).__qualname__
-    deeper = functools.partial(identity_of, depth=depth + 1)
-    match part:
-        case type():
-            return part.__qualname__
-        case functools.partial():
-            return ["partial", deeper(part.func), [deeper(one) for one in part.args], deeper(part.keywords)]
-        case Mapping():
-            return sorted([show(key, _WHOLE), deeper(value)] for key, value in part.items())
-        case AbstractSet():
-            return sorted(map(repr, part))
-        case Sequence() if not isinstance(part, bytes | bytearray | memoryview):
-            return [deeper(one) for one in part]
-        case MethodType():
-            return [deeper(part.__func__), deeper(part.__self__)]
-        case FunctionType():
-            return _function(part, depth)
-    return _other(part, depth)
-
-
-def _other(part: Any, depth: int) -> Any:
-    if isinstance(part, bytes | bytearray | memoryview):
-        return hashlib.sha256(part).hexdigest()
-    if isinstance(part, msgspec.Struct):
-        fields = part.__struct_fields__
-        return [type(part).__qualname__, [[name, identity_of(getattr(part, name), depth + 1)] for name in fields]]
-    if hasattr(part, "complete") and hasattr(part, "model"):
-        return _model(part)
-    if hasattr(part, "train") and hasattr(part, "agent"):  # a hooked rule refers to its trainer
-        return type(part).__qualname__
-    content = content_of(part)
-    return content if content is not None else _object(part, depth)
-
-
-def _model(model: Any) -> Any:
-    """Return the settings that change a model's answers: name, server, API, and fields merged into each request.
-
-    Keys, limits, timeouts and the port of a local server do not change them.
-    """
-    if several := getattr(model, "models", ()):
-        return ["models", [_model(one) for one in several]]
-    endpoint = getattr(model, "endpoint", None)
-    if endpoint is None:
-        return ["model", str(model.model)]
-    address = re.sub(r"^(\w+://(?:localhost|127\.[\d.]+|\[::1\])):\d+", r"\1", str(endpoint.base_url))
-    codec = type(endpoint.codec)
-    return ["model", str(model.model), address, codec.__qualname__, identity_of(dict(model.extra or {}))]
-
-
-def models_in(agent: Any) -> dict[str, Any]:
-    """Return the models that an agent holds, by path: in its attributes, those of its parts, lists and dicts.
-
-    For a function its variables are searched.
-    """
-    found: dict[str, Any] = {}
-    seen: set[int] = set()
-    waiting: list[tuple[str, Any, int]] = [("", agent, 0)]
-    while waiting:
-        name, thing, depth = waiting.pop()
-        if id(thing) in seen or depth > _DEEPEST:
-            continue
-        seen.add(id(thing))
-        if hasattr(thing, "complete") and hasattr(thing, "model"):
-            found[name] = thing
-        else:
-            waiting += [(f"{name}.{key}", one, depth + 1) for key, one in _parts_of(thing, is_agent=depth == 0)]
-    return found
-
-
-def _parts_of(thing: Any, *, is_agent: bool) -> list[tuple[Any, Any]]:
-    """Return the attributes of an agent or one of its parts that may hold a model."""
-    if isinstance(thing, list | tuple):
-        return list(enumerate(thing))
-    if isinstance(thing, dict):
-        return list(thing.items())
-    if isinstance(thing, FunctionType):
-        used = {name: thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__}
-        used |= inspect.getclosurevars(thing).nonlocals
-        return [(name, one) for name, one in used.items() if not inspect.ismodule(one)]
-    if not isinstance(thing, type) and (is_agent or callable(getattr(thing, "parameters", None))):
-        return list(getattr(thing, "__dict__", {}).items())
-    return []
-
-
-def _function(function: Any, depth: int) -> Any:
-    code = function.__code__
-    held: dict[str, Any] = {}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
-        try:
-            held[name] = identity_of(cell.cell_contents, depth + 1)
-        except ValueError:  # a variable without a value yet
-            held[name] = None
-    defaults = [identity_of(one, depth + 1) for one in function.__defaults__ or ()]
-    named = identity_of(function.__kwdefaults__ or {}, depth + 1)
-    own = None if code.co_filename.startswith(_OURS) else _code(code)
-    return [function.__qualname__, own, sorted(held.items()), defaults, named]
-
-
-def _code(code: CodeType) -> Any:
-    """Return a function's code as JSON, without its docstring.
-
-    Sets among its constants are sorted, as processes order them differently.
-    """
-    held = list(code.co_consts)
-    if code.co_flags & _DOCUMENTED and not code.co_name.startswith("<"):  # else a lambda or a comprehension
-        held[0] = None
-    constants = [
-        _code(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)
-        for one in held
-    ]
-    return [hashlib.sha256(code.co_code).hexdigest()[:16], list(code.co_names), constants]
-
-
-def _object(part: Any, depth: int) -> Any:
-    kind = type(part)
-    try:
-        taken = set(inspect.signature(kind).parameters)
-    except (TypeError, ValueError):  # written in C
-        taken = set()
-    settings: dict[str, Any] = {}
-    for name, value in getattr(part, "__dict__", {}).items():
-        if name.lstrip("_") in taken or isinstance(value, str | float):
-            settings[name] = identity_of(value, depth + 1)
-    own = [] if kind.__module__.partition(".")[0] == "aggregator" else [getattr(kind, name, None) for name in _METHODS]
-    code = [_code(method.__code__) for method in own if inspect.isfunction(method)]
-    return [kind.__qualname__, sorted(settings.items()), code]
-
-
-def content_of(value: Any) -> Any:
-    """Return the content of an array, a data frame, an image or a plain object, byte for byte; None for anything else.
-
-    Their repr leaves out the middle, or shows the class only.
-    """
-    if isinstance(value, msgspec.Struct | bytes | bytearray | memoryview):
-        return None
-    module = type(value).__module__.partition(".")[0]
-    if module in ("pandas", "polars") and hasattr(value, "to_numpy"):
-        index = [content_of(value.index.to_numpy())] if hasattr(value, "index") and module == "pandas" else []
-        columns = [value[name] for name in value.columns] if hasattr(value, "columns") else []
-        if columns:
-            names = [show(name, _WHOLE) for name in value.columns]
-            return ["frame", names, index, [content_of(one.to_numpy()) for one in columns]]
-        return ["series", index, content_of(value.to_numpy())]
-    if "torch" in sys.modules and hasattr(value, "detach") and hasattr(value, "cpu"):
-        value = value.detach().cpu().numpy()
-    if hasattr(value, "tobytes") and hasattr(value, "shape") and hasattr(value, "dtype"):
-        if getattr(value.dtype, "hasobject", False):
-            return ["array", str(value.dtype), list(value.shape), [show(one, _WHOLE) for one in value.ravel().tolist()]]
-        return ["array", str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
-    if hasattr(value, "tobytes") and hasattr(value, "size"):  # an image of Pillow's
-        shape = [getattr(value, "mode", ""), show(value.size, _WHOLE)]
-        return ["image", shape, hashlib.sha256(value.tobytes()).hexdigest()]
-    return None

@@ -29,7 +29,8 @@ from aggregator.portal import sync_function
 from aggregator.protocols import Agent, AnyGuide
 from aggregator.records import Failure, Rollout, RolloutTask, Sample, Values
 from aggregator.training.batches import Dataset, samples
-from aggregator.training.checkpoints import Known, Memory, Score, digest, identity_of
+from aggregator.training.checkpoints import Known, Memory, Score
+from aggregator.training.identity import digest, identity_of
 
 Evaluate = Callable[..., Awaitable[list[Rollout]]]
 """`Step.evaluate` of one step: (values, samples, *, guide, repeats, fresh) -> rollouts."""

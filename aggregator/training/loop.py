@@ -56,13 +56,12 @@ from aggregator.training.checkpoints import (
     candidates_in,
     claim_run_dir,
     count_in,
-    digest,
-    identity_of,
     open_journal,
     raise_misses,
 )
 from aggregator.training.evaluation import Evaluations, failures_of, is_lost, lowest_of, mean, run_again, scores_of
 from aggregator.training.gates import apply_values, validate
+from aggregator.training.identity import digest, identity_of
 from aggregator.training.parts import as_json, check_candidates, check_code, name_of
 from aggregator.training.plan import Plan, Turn, check_saving, fingerprint
 from aggregator.training.rollouts import Arrive, Repeats, Rollouts, follow, is_bug, spare_bugs, warn_at_end

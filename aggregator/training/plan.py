@@ -20,8 +20,9 @@ from aggregator.llm.ledger import total_by_role
 from aggregator.records import Kept, Rollout, Sample, Usage, Values
 from aggregator.text import shorten, show_count
 from aggregator.training.batches import minibatches
-from aggregator.training.checkpoints import CHECKPOINT, JOURNAL, digest, identity_of, models_in
+from aggregator.training.checkpoints import AGENT_CODE, CHECKPOINT, COMPARED, JOURNAL
 from aggregator.training.gates import cost_of
+from aggregator.training.identity import REVISION, code_of, digest, identity_of, models_in
 from aggregator.training.schedules import Schedule
 from aggregator.training.step import Gate, Search
 
@@ -178,7 +179,10 @@ def as_run_dir(given: Any) -> Path | None:
 
 
 def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[str, str]:
-    """Return what must be equal for a run to be resumed, each as a short hash; only num_epochs may grow."""
+    """Return what must be equal for a run to be resumed, each as a short hash.
+
+    Only num_epochs may grow, and the code of the agent may be mended.
+    """
     parts = {
         "guide": plan.guide,
         "gate": gate,
@@ -191,6 +195,8 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[st
     }
     return {
         **{name: digest(identity_of(part)) for name, part in parts.items()},
+        COMPARED: REVISION,
+        AGENT_CODE: digest(code_of(trainer.agent)),
         "trainer": type(trainer).__qualname__,
         "train_dataset": digest(plan.train),
         "test_dataset": digest(plan.test),

@@ -24,8 +24,9 @@ from aggregator.llm.ledger import collecting
 from aggregator.observing.observer import Observer, notify
 from aggregator.protocols import Agent, Executor
 from aggregator.records import Proposal, Rollout, RolloutTask, TrainingResult, Values
-from aggregator.training.checkpoints import Streak, digest
+from aggregator.training.checkpoints import Streak
 from aggregator.training.evaluation import join_repeats
+from aggregator.training.identity import digest
 from aggregator.training.step import Step
 from aggregator.training.stops import Mark, TimedOut
 from aggregator.training.updates import Propose, without_handle
@@ -285,6 +286,8 @@ _CAUSES = (
     (("coroutine",), "a coroutine is used instead of its result: write `await`"),
     (("async_generator", "async generator"), "an async generator is used as a value: collect it with `async for`"),
     (("generator",), "a generator is used as a value: return what it yields, as in list(...)"),
+    (("return what it yields",), "an iterator is returned: return what it yields, as in list(...)"),
+    (("an awaitable",), "work in progress is returned instead of its result: wait for it"),
     (("the method",), "a method is returned instead of its result: call it"),
     (("Completion",), "a Completion is used instead of its text: write `.text`, as in self.llm(...).text"),
     (

@@ -416,12 +416,14 @@ class Trainer:
     def restore(self, which: Kept = "best") -> Values:
         """Store the best or the last values of the latest run in the agent, and return them.
 
-        Raises ConfigError before the first run.
+        Without a validation set nothing was chosen, and both are the last values. Raises ConfigError before the first
+        run.
         """
         if self._result is None:
             raise ConfigError("Expected a run whose values can be restored, got none; call train first")
         values = values_named(self._result, which)
-        apply_values(self.agent, self.parameters(), values, which)
+        chosen = which if self._result.best_step is not None else "last"  # without a validation set nothing was chosen
+        apply_values(self.agent, self.parameters(), values, chosen)
         return values
 
     def _guide(self, guide: Any) -> Any:

@@ -187,3 +187,37 @@ def test_a_data_loader_of_trace_was_taken_for_pairs() -> None:
     with pytest.warns(TrainingWarning, match="DataLoader"):
         found = samples(loader)
     assert [(sample.x, sample.info) for sample in found] == [(1, "a"), (2, "b")]
+
+
+class Numbers:
+    """A map-style data set, as torch's: no iterator, and no IndexError at its end."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> dict[str, int]:
+        return {"number": i}
+
+
+def test_a_map_style_data_set_was_refused() -> None:
+    """It may also be the data set of a loader."""
+    rows = [{"number": 0}, {"number": 1}]
+    made: Any = Numbers()
+    assert [sample.x for sample in samples(made)] == rows
+    with pytest.warns(TrainingWarning, match="DataLoader"):
+        assert [sample.x for sample in samples(SimpleNamespace(dataset=made, batch_size=2))] == rows
+
+
+def test_numbered_rows_were_taken_for_pairs() -> None:
+    """The agent got the number of a row as its input."""
+    with pytest.raises(ConfigError, match=r"numbered items; give them without enumerate.* - at train_dataset"):
+        samples(enumerate(ROWS))
+
+
+def test_iterators_of_a_data_frame_were_taken_for_pairs() -> None:
+    """The agent got the index of a row as its input; a frame of one column gave tuples of two."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame(ROWS)
+    for rows in (frame.iterrows(), frame.groupby("question"), frame.itertuples(), frame[["answer"]].itertuples()):
+        with pytest.raises(ConfigError, match="give the data frame"):
+            samples(rows)

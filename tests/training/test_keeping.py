@@ -81,6 +81,15 @@ def test_without_a_validation_set_the_last_values_are_kept() -> None:
     assert (agent.prompt.data, result.kept) == ("Say worse.", "last")
 
 
+def test_the_last_values_were_saved_as_the_best(tmp_path: Path) -> None:
+    """Without a validation set none were chosen, so that `restore("best")` restores the last values, and says so."""
+    agent = Says()
+    trainer, _ = train(agent, test_dataset=TEST)
+    assert trainer.restore("best") == {"prompt": "Say worse."}
+    agent.save(tmp_path / "restored.json")
+    assert json.loads((tmp_path / "restored.json").read_bytes())["values"] == "last"
+
+
 def test_the_last_values_can_be_asked_for() -> None:
     """`keep="last"` works with a validation set; any other value is refused."""
     agent = Says()

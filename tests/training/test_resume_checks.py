@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,11 @@ import pytest
 from training_fakes import Adder, ScriptedModel, additions, suggest
 
 from aggregator import LLM, Budget, Module
-from aggregator.errors import TrainingError
+from aggregator.errors import TrainingError, TrainingWarning
 from aggregator.testing import FakeTransport
 from aggregator.training import merge
-from aggregator.training.checkpoints import digest, identity_of
 from aggregator.training.gates import improves_on_batch, improves_on_validation
+from aggregator.training.identity import digest, identity_of
 from aggregator.training.merge import LLMMerge, majority
 from aggregator.training.proposers import LLMOptimizer, OPROOptimizer
 from aggregator.training.searches import beam
@@ -224,7 +228,7 @@ def test_more_epochs_are_allowed_and_fewer_are_not(tmp_path: Path) -> None:
 def test_identities_are_the_same_in_another_process() -> None:
     """The order of a set among a function's constants differs between processes."""
     code = (
-        "from aggregator.training.checkpoints import identity_of\n"
+        "from aggregator.training.identity import identity_of\n"
         "print(identity_of(lambda x: x in {'a', 'b', 'c', 'd', 'e'}))"
     )
     runs = {
@@ -287,3 +291,111 @@ def test_the_values_of_frames_are_compared() -> None:
         digest(one) for one in (frame, changed, frame.rename(columns={"a": "c"}), frame.set_index("a"), frame["b"])
     }
     assert len(found) == 5
+
+
+class Slotted:
+    """A guide without a `__dict__`."""
+
+    __slots__ = ("level",)
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+
+    def __call__(self, x: int, output: int, info: int) -> float:
+        return self.level
+
+
+@dataclass(slots=True)
+class Scene:
+    pixels: Any
+
+
+def test_settings_in_slots_were_not_compared() -> None:
+    """A guide with another level continued a run, and a changed array in a data class with slots was not noticed."""
+    numpy = pytest.importorskip("numpy")
+    assert identity_of(Slotted(0.1)) != identity_of(Slotted(0.2))
+    assert digest(Scene(numpy.arange(5000))) != digest(Scene(numpy.arange(5000)[::-1]))
+
+
+def guide_of(code: str) -> Any:
+    """Return what a user's module makes of its name `guide`."""
+    made: dict[str, Any] = {"re": re, "cache": functools.cache, "AsIs": AsIs}
+    exec(compile(code, "users_module.py", "exec"), made)
+    return made["guide"]
+
+
+class AsIs:
+    """A callable object with one setting."""
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+
+    def __call__(self, output: int) -> float:
+        return self.level
+
+
+@pytest.mark.parametrize(
+    ("code", "word", "other"),
+    [
+        ("LEVEL = 0.1\ndef guide(x, output, info): return LEVEL", "0.1", "0.2"),
+        ("WORDS = ('a', 'b')\ndef guide(x, output, info): return float(output in WORDS)", "'b'", "'c'"),
+        ("FORM = re.compile('a')\ndef guide(x, output, info): return float(bool(FORM.search(output)))", "'a'", "'b'"),
+        ("def judge(x): return 0.1\ndef guide(x, output, info): return judge(x)", "0.1", "0.2"),
+        ("def judge(x): return 0.1\ndef all(x): return judge(x)\ndef guide(x, o, i): return all(x)", "0.1", "0.2"),
+        ("class Judge:\n def of(self, x): return 0.1\ndef guide(x, o, i): return Judge().of(x)", "0.1", "0.2"),
+        ("judge = AsIs(0.1)\ndef guide(x, output, info): return judge(output)", "0.1", "0.2"),
+        ("@cache\ndef guide(x, output, info): return 0.1", "0.1", "0.2"),
+        (
+            "class G:\n def __call__(self, x, o, i): return self.of(x)\n def of(self, x): return 1\nguide = G()",
+            "1",
+            "2",
+        ),
+        (
+            "class B:\n def of(self): return 1\nclass G(B):\n def __call__(self, *a): return self.of()\nguide = G()",
+            "1",
+            "2",
+        ),
+        ("class G:\n def __init__(self, form): self.f = re.compile(form)\nguide = G('a')", "'a'", "'b'"),
+    ],
+)
+def test_what_a_guide_uses_was_not_compared(code: str, word: str, other: str) -> None:
+    """Only its own code was: a changed constant, function or method behind it continued a run."""
+    assert identity_of(guide_of(code)) == identity_of(guide_of(code))
+    assert identity_of(guide_of(code)) != identity_of(guide_of(code.replace(word, other)))
+
+
+def test_counters_that_a_guide_changes_are_not_its_settings() -> None:
+    """A guide that counts its calls, or collects them in a list, is the same guide afterwards."""
+    code = "calls = 0\nseen = []\ndef guide(x, o, i):\n global calls\n calls += 1\n seen.append(x)\n return 1.0"
+    used = guide_of(code)
+    used(1, 2, 3)
+    assert identity_of(used) == identity_of(guide_of(code))
+
+
+def test_functions_that_call_each_other_are_compared() -> None:
+    """The search for what a guide uses ends."""
+    code = "def odd(n): return n and even(n - 1)\ndef even(n): return odd(n - 1)\nguide = odd"
+    assert identity_of(guide_of(code)) != identity_of(guide_of(code.replace("n and", "not n or")))
+
+
+def test_a_mended_agent_continues_with_a_warning(tmp_path: Path) -> None:
+    """A bug stops a run, which continues with the mended agent; whose scores the first ones are was not said."""
+
+    class Mended(Adder):
+        async def forward(self, x: int) -> int:
+            return int(x + self.amount.data + 0)
+
+    Mended.__qualname__ = Adder.__qualname__
+    train(tmp_path, resume=False)
+    with pytest.warns(TrainingWarning, match=r"agent's code .* its first 2 steps and their scores"):
+        assert len(train(tmp_path, agent=Mended(), num_epochs=2).history) == 4
+
+
+def test_a_checkpoint_that_compared_code_in_another_way_names_the_remedy(tmp_path: Path) -> None:
+    """It said only that the guide had changed, which it had not."""
+    train(tmp_path, resume=False)
+    written = json.loads((tmp_path / "checkpoint.json").read_bytes())
+    written["fingerprint"] |= {"guide": "0" * 16, "compared by revision": "1"}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(written))
+    with pytest.raises(TrainingError, match=r"values of guide; another revision .* resume with that revision"):
+        train(tmp_path)

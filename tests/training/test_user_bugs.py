@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ class ReturnsMethod(Base):
         return x.upper
 
 
+class ReturnsIterator(Base):
+    """`map` makes an iterator, not a list."""
+
+    def forward(self, x: str) -> Any:
+        return {"answers": map(str.upper, x)}
+
+
+class ReturnsFuture(Base):
+    """Of a pool, without `.result()`."""
+
+    def forward(self, x: str) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(x.upper)
+
+
 class ReturnsParameter(Base):
     def forward(self, x: str) -> Any:
         return self.prompt
@@ -107,6 +123,8 @@ BUGS = [
     (ReturnsAsyncGenerator, "got an async generator", "async for"),
     (ReturnsList, "got a dict with a list with a coroutine", "write `await`"),
     (ReturnsMethod, "got the method upper", "call it"),
+    (ReturnsIterator, "got a dict with a map;", r"list\(\.\.\.\)"),
+    (ReturnsFuture, "got an awaitable Future", "wait for it"),
     (ReturnsParameter, "got a ParameterNode", r"write `\.data`"),
 ]
 
