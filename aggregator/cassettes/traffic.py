@@ -4,8 +4,9 @@ The patches of each client (`patches/`) convert its requests and answers; their 
 `is_wanted` and `leaves_out` first, which are cheap; only then it reads the request's body and begins a turn.
 
     turn = begin("httpx", request)      # raises a miss; the turn holds the reply to play or the failure to raise
-    ...                                 # else: send the request, within `passing()`
-    turn.finish(reply)                  # or turn.fail(kind, message), or turn.withdraw()
+    with turn.sending(ClientError):     # else: send the request; an error is recorded here
+        ...
+    turn.finish(reply)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
@@ -22,8 +23,8 @@ import msgspec
 from msgspec import Struct
 
 from aggregator import portal
-from aggregator.cassettes.clients import families, to_reply
-from aggregator.cassettes.lineage import WATCH, Watch, is_passing, tape_here
+from aggregator.cassettes.clients import families, kind_of, to_reply
+from aggregator.cassettes.lineage import WATCH, Watch, is_passing, passing, tape_here
 from aggregator.cassettes.payloads import is_stream
 from aggregator.cassettes.slots import Slot
 from aggregator.cassettes.tape import NO_ANSWER, RecordedError, Tape, miss_class, recorded_failure
@@ -253,6 +254,25 @@ class Turn:
             self.tape.record(self.slot, reply, usage=noted.usage, model=noted.model)
         else:
             await self.tape.arecord(self.slot, reply, usage=noted.usage, model=noted.model)
+
+    @contextmanager
+    def sending(
+        self, *failures: type[BaseException], module: str = "", text: Callable[[Any], str] = str
+    ) -> Iterator[None]:
+        """Send the request, and read its answer, inside this block; its patches leave that to this turn.
+
+        An error of `failures` is recorded: under its name in `module`, or in the standard library, with the message
+        that `text` reads. Any other exception withdraws the request.
+        """
+        with passing():
+            try:
+                yield
+            except failures as error:
+                self.fail(kind_of(error, module), text(error))
+                raise
+            except BaseException:
+                self.withdraw()
+                raise
 
     def fail(self, kind: str, message: str) -> None:
         """Record that the request got no answer, with the reason: it replays as this failure."""

@@ -14,7 +14,7 @@ from typing import Any
 from aggregator.cassettes.clients import kind_of, raw_reply, standard_error, to_request
 from aggregator.cassettes.lineage import passing
 from aggregator.cassettes.tape import RecordedError
-from aggregator.cassettes.traffic import Tee, Turn, begin, is_wanted, leaves_out, refuse
+from aggregator.cassettes.traffic import Tee, begin, is_wanted, leaves_out, refuse
 from aggregator.patching import Patch
 
 CLIENT = "aiohttp"
@@ -130,9 +130,8 @@ def _raised(failure: RecordedError, request: Any) -> BaseException:
     )
 
 
-def _fail(turn: Turn, error: BaseException) -> None:
-    cause = getattr(error, "os_error", None) or error
-    turn.fail(kind_of(error, CLIENT), getattr(error, "message", None) or str(cause))
+def _message(error: BaseException) -> str:
+    return getattr(error, "message", None) or str(getattr(error, "os_error", None) or error)
 
 
 def _failures() -> tuple[type[BaseException], ...]:
@@ -157,15 +156,8 @@ def _connect(original: Callable[..., Any]) -> Callable[..., Any]:
         if turn.reply is not None:
             await turn.await_turn()
             return _connection_class()(self, req.connection_key, raw_reply(turn.reply, turn.request.method))
-        with passing():
-            try:
-                connection = await original(self, req, *args, **kwargs)
-            except _failures() as error:
-                _fail(turn, error)
-                raise
-            except BaseException:
-                turn.withdraw()
-                raise
+        with turn.sending(*_failures(), module=CLIENT, text=_message):
+            connection = await original(self, req, *args, **kwargs)
         vars(connection)[_TURN] = turn
         return connection
 
@@ -181,7 +173,7 @@ def _send(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return await original(self, conn)
         except _failures() as error:
-            _fail(vars(conn).pop(_TURN), error)
+            vars(conn).pop(_TURN).fail(kind_of(error, CLIENT), _message(error))
             raise
         except BaseException:
             vars(conn).pop(_TURN).withdraw()
@@ -200,20 +192,13 @@ def _start(original: Callable[..., Any]) -> Callable[..., Any]:
         turn = vars(connection).pop(_TURN, None)
         if turn is None:
             return await original(self, connection)
-        with passing():
-            try:
-                response = await original(self, connection)
-                tee = turn.tee(self.status, self.reason, self.headers.items())
-                if tee is not None:
-                    _show_while_read(self.content, tee)
-                    return response
-                content = await self.content.read()
-            except _failures() as error:
-                _fail(turn, error)
-                raise
-            except BaseException:
-                turn.withdraw()
-                raise
+        with turn.sending(*_failures(), module=CLIENT, text=_message):
+            response = await original(self, connection)
+            tee = turn.tee(self.status, self.reason, self.headers.items())
+            if tee is not None:
+                _show_while_read(self.content, tee)
+                return response
+            content = await self.content.read()
         await turn.afinish(turn.answer(self.status, self.reason, self.headers.items(), content))
         if content:
             self.content = _again(content)

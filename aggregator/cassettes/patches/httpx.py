@@ -148,19 +148,12 @@ def _handle_request(original: Callable[..., Any], *, in_process: bool = False) -
         if turn.reply is not None:
             turn.wait()
             return played(module, turn.reply, request.method)
-        with passing():
-            try:
-                response = original(self, request)
-                if (tee := tee_of(turn, response)) is not None:
-                    response.stream = teed(module)(response.stream, tee)
-                    return response
-                content = read(response.stream)
-            except module.TransportError as error:
-                turn.fail(kind_of(error, module.__name__), str(error))
-                raise
-            except BaseException:
-                turn.withdraw()
-                raise
+        with turn.sending(module.TransportError, module=module.__name__):
+            response = original(self, request)
+            if (tee := tee_of(turn, response)) is not None:
+                response.stream = teed(module)(response.stream, tee)
+                return response
+            content = read(response.stream)
         turn.finish(_received(turn, response, content))
         response.stream = module.ByteStream(content)
         return response
@@ -187,19 +180,12 @@ def _handle_async_request(original: Callable[..., Any], *, in_process: bool = Fa
         if turn.reply is not None:
             await turn.await_turn()
             return played(module, turn.reply, request.method)
-        with passing():
-            try:
-                response = await original(self, request)
-                if (tee := tee_of(turn, response)) is not None:
-                    response.stream = teed(module)(response.stream, tee)
-                    return response
-                content = await aread(response.stream)
-            except module.TransportError as error:
-                turn.fail(kind_of(error, module.__name__), str(error))
-                raise
-            except BaseException:
-                turn.withdraw()
-                raise
+        with turn.sending(module.TransportError, module=module.__name__):
+            response = await original(self, request)
+            if (tee := tee_of(turn, response)) is not None:
+                response.stream = teed(module)(response.stream, tee)
+                return response
+            content = await aread(response.stream)
         await turn.afinish(_received(turn, response, content))
         response.stream = module.ByteStream(content)
         return response

@@ -39,8 +39,9 @@ def _raised(module: Any, failure: RecordedError) -> Exception:
     return error
 
 
-def _fail(turn: Turn | Tee, module: Any, error: BaseException) -> None:
-    turn.fail(kind_of(error, module.__name__.rpartition(".")[0]), str(error))
+def _home(module: Any) -> str:
+    """Return the package in which the errors of lm15's module are public."""
+    return str(module.__name__).rpartition(".")[0]
 
 
 def _head(response: Any) -> tuple[int, str, list[tuple[str, str]]]:
@@ -62,20 +63,13 @@ def _stream(original: Callable[..., Any]) -> Callable[..., Any]:
             turn.wait()
             reply = turn.reply
             return _made(module, reply.status, reply.reason, headers_of(reply, request.method), reply.body)
-        with passing():
-            try:
-                response = original(self, request)
-                if (tee := turn.tee(*_head(response))) is not None:
-                    response._chunks = _teed(response._chunks, tee, module)  # noqa: SLF001 - it has no other face
-                    return response
-                with response:
-                    content = response.read()
-            except module.TransportError as error:
-                _fail(turn, module, error)
-                raise
-            except BaseException:
-                turn.withdraw()
-                raise
+        with turn.sending(module.TransportError, module=_home(module)):
+            response = original(self, request)
+            if (tee := turn.tee(*_head(response))) is not None:
+                response._chunks = _teed(response._chunks, tee, module)  # noqa: SLF001 - it has no other face
+                return response
+            with response:
+                content = response.read()
         turn.finish(turn.answer(*_head(response), content))
         return _made(module, *_head(response), content)
 
@@ -99,7 +93,7 @@ def _teed(chunks: Iterator[bytes], tee: Tee, module: Any) -> Iterator[bytes]:
         for piece in chunks:
             yield tee.take(piece)
     except module.TransportError as error:
-        _fail(tee, module, error)
+        tee.fail(kind_of(error, _home(module)), str(error))
         raise
     finally:
         tee.end()
@@ -121,20 +115,13 @@ def _do_stream(original: Callable[..., Any]) -> Callable[..., Any]:
             await turn.await_turn()
             reply = turn.reply
             return _amade(module, reply.status, reply.reason, headers_of(reply, request.method), reply.body)
-        with passing():
-            try:
-                response = await original(self, request)
-                if (tee := turn.tee(*_head(response))) is not None:
-                    response._chunks = _ateed(response._chunks, tee, module)  # noqa: SLF001 - as above
-                    return response
-                async with response:
-                    content = await response.read()
-            except module.TransportError as error:
-                _fail(turn, module, error)
-                raise
-            except BaseException:
-                turn.withdraw()
-                raise
+        with turn.sending(module.TransportError, module=_home(module)):
+            response = await original(self, request)
+            if (tee := turn.tee(*_head(response))) is not None:
+                response._chunks = _ateed(response._chunks, tee, module)  # noqa: SLF001 - as above
+                return response
+            async with response:
+                content = await response.read()
         await turn.afinish(turn.answer(*_head(response), content))
         return _amade(module, *_head(response), content)
 
@@ -159,7 +146,7 @@ async def _ateed(chunks: AsyncIterator[bytes], tee: Tee, module: Any) -> AsyncIt
         async for piece in chunks:
             yield tee.take(piece)
     except module.TransportError as error:
-        _fail(tee, module, error)
+        tee.fail(kind_of(error, _home(module)), str(error))
         raise
     finally:
         tee.end()

@@ -231,16 +231,9 @@ def _getresponse(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _receive(turn: Turn, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Read a live answer, and record it."""
-    with passing():
-        try:
-            response = original(*args, **kwargs)
-            content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            turn.fail(kind_of(error), str(error))
-            raise
-        except BaseException:
-            turn.withdraw()
-            raise
+    with turn.sending(OSError, http.client.HTTPException):
+        response = original(*args, **kwargs)
+        content = response.read()
     turn.finish(turn.answer(response.status, response.reason, response.getheaders(), content))
     return response_again(response, content, turn.request.method)
 

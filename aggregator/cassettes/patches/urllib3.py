@@ -127,8 +127,8 @@ def _raised(pool: Any, conn: Any, url: str, failure: RecordedError) -> Exception
     return exceptions.NewConnectionError(conn, message)
 
 
-def _fail(turn: Turn, error: BaseException) -> None:
-    turn.fail(kind_of(error, "urllib3"), getattr(error, "_message", None) or str(error))
+def _message(error: BaseException) -> str:
+    return getattr(error, "_message", None) or str(error)
 
 
 def _tunnel(pool: Any, conn: Any) -> None:
@@ -168,21 +168,14 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
         if turn.reply is not None:
             turn.wait()
             return _played(self, turn.reply, (method, url), options, returns_own=returns_own)
-        with passing():
-            try:
-                _tunnel(self, conn)
-                raw = {"preload_content": False, "decode_content": False, "response_conn": None}
-                asked = options | (raw if returns_own else {})
-                response = original(self, conn, method, url, **asked)
-                if returns_own and (tee := _tee(turn, response, options)) is not None:
-                    return _teed(self, response, tee, options)
-                content = response.read()
-            except (HTTPError, OSError, HTTPException) as error:
-                _fail(turn, error)
-                raise
-            except BaseException:
-                turn.withdraw()
-                raise
+        with turn.sending(HTTPError, OSError, HTTPException, module="urllib3", text=_message):
+            _tunnel(self, conn)
+            raw = {"preload_content": False, "decode_content": False, "response_conn": None}
+            asked = options | (raw if returns_own else {})
+            response = original(self, conn, method, url, **asked)
+            if returns_own and (tee := _tee(turn, response, options)) is not None:
+                return _teed(self, response, tee, options)
+            content = response.read()
         return _recorded(self, turn, response, content, (method, url), options, returns_own=returns_own)
 
     return make_request
