@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -10,6 +11,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from aggregator import errors
+from aggregator.errors import AggregatorError
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +46,9 @@ RECORDED = {
     "aggregator/training/replies.py",
 }
 """Files whose texts reach models: a change would make recorded cassettes miss."""
+
+OURS = {name for name, thing in vars(errors).items() if isinstance(thing, type) and issubclass(thing, AggregatorError)}
+OURS -= {"SuggestionError"}
 
 TEXTS = sorted(
     path
@@ -80,6 +87,28 @@ def matches(words: str) -> Iterator[str]:
 def test_texts_use_plain_words(words: str) -> None:
     """Docs, docstrings, comments, errors and test names use the words that an engineer would search for."""
     assert list(matches(words)) == [], BANNED[words]
+
+
+def test_errors_begin_with_what_was_expected() -> None:
+    """Expected, got, where, remedy: every error with a text of its own states first what was expected.
+
+    ValueError, TypeError and the like end up after "got" in such an error; SuggestionErrors too.
+    """
+    package = ROOT / "aggregator"
+    wrong = [
+        f"{path.relative_to(package)}:{call.lineno}: {message}"
+        for path in sorted(package.rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in OURS and call.args
+        if (message := beginning(call.args[0])) and not message.startswith("Expected")
+    ]
+    assert wrong == []
+
+
+def beginning(node: ast.expr) -> str:
+    """Return the constant beginning of a text, "" if it begins with a value."""
+    first = node.values[0] if isinstance(node, ast.JoinedStr) else node
+    return str(first.value) if isinstance(first, ast.Constant) else ""
 
 
 def test_names_of_tests_and_strings_are_read(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_cyclic_list_ends() -> None:
     assert "[... nested deeper]" in show(loop)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.recursive(
         st.text() | st.integers(),

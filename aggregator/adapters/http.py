@@ -100,10 +100,10 @@ class HTTPAgent(ExternalAgent):
             raise ExternalError(f"Expected a reply within {self.timeout:g} s, got none; raise timeout=") from None
         if 200 <= reply.status < 300:
             return reply.body
-        end = end_of(reply.body)
+        got, end = f"Expected status 200 of the agent's server, got {reply.status}", end_of(reply.body)
         kind = _FINAL.get(reply.status) or _LOST.get(reply.status)
         if kind is not None:
             retry_after = reply.headers.get("retry-after", "")
             after = float(retry_after) if retry_after.isdigit() else None
-            raise kind(f"the agent's server answered {reply.status}: {end}", status=reply.status, retry_after=after)
-        raise ExternalError(f"Expected status 200 of the agent's server, got {reply.status}: {end}")
+            raise kind(f"{got}: {end}", status=reply.status, retry_after=after)
+        raise ExternalError(f"{got}: {end}")

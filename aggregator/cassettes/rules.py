@@ -80,9 +80,9 @@ class Faults(Struct, frozen=True, kw_only=True):
     def answer(self, kind: FaultKind) -> HTTPReply:
         """Return the reply of a fault, or raise its error as the transport would."""
         if kind == "timeout":
-            raise APITimeoutError("injected fault: no answer within the deadline")
+            raise APITimeoutError("Expected an answer within the deadline, got an injected fault")
         if kind == "cut":
-            raise APIConnectionError("injected fault: the connection was cut before the answer was whole")
+            raise APIConnectionError("Expected a whole answer, got an injected fault: the connection was cut")
         if kind == "rate_limit":
             body = b'{"error":{"message":"injected fault: rate limit","code":"rate_limit_exceeded"}}'
             headers = {**_JSON, "retry-after": f"{self.retry_after:g}"}

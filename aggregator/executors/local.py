@@ -55,7 +55,9 @@ async def finish(
                 results[i] = await work(item)
             except BaseException as error:
                 if isinstance(error, asyncio.CancelledError) and is_own(error):  # a TaskGroup would hide it
-                    raise RuntimeError("code of a run cancelled itself") from error
+                    raise RuntimeError(
+                        "Expected work to return or raise, got one that cancelled itself; raise an exception instead"
+                    ) from error
                 if cancels or not isinstance(error, Exception):
                     raise
                 raised[i] = error

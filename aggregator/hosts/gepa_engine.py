@@ -129,7 +129,9 @@ class _Evaluator:
         with self._lock:
             if self._left is not None:
                 if self._left == 0:
-                    raise BudgetExceededError(f"All {self._server.budget.max_evals} evaluations of GEPA's are spent")
+                    raise BudgetExceededError(
+                        f"Expected at most {self._server.budget.max_evals} evaluations, GEPA's budget, got one more"
+                    )
                 self._left -= 1
         try:
             score, info = self._server.evaluate(self.candidate(values), row)

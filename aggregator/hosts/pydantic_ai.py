@@ -214,7 +214,7 @@ def _limit(settings: ModelSettings | None) -> Iterator[None]:
     with anyio.move_on_after(seconds) as scope:
         yield
     if scope.cancelled_caught:
-        raise APITimeoutError(f"no answer within the setting timeout={seconds:g} s")
+        raise APITimeoutError(f"Expected an answer within the setting timeout={seconds:g} s, got none")
 
 
 def _chosen(choice: Any, parameters: ModelRequestParameters) -> tuple[list[Any], str]:

@@ -247,8 +247,8 @@ class Budget:
             if spent + wanted > limit:
                 unit = _PICO if name == "usd" else 1
                 return BudgetExceededError(
-                    f"the budget of {limit / unit:g} {name} is used up: {spent / unit:g} spent, the next request may "
-                    f"take {wanted / unit:g}; raise Budget({name}=…) or lower max_tokens"
+                    f"Expected a request within the budget of {limit / unit:g} {name}, got one that may take "
+                    f"{wanted / unit:g}, with {spent / unit:g} spent; raise Budget({name}=…) or lower max_tokens"
                 )
         return None
 
@@ -259,9 +259,9 @@ class Budget:
         name, limit, taken, spent, wanted = next(row for row in rows if row[2] + row[4] > row[1])
         unit = _PICO if name == "usd" else 1
         return BudgetExceededError(
-            f"the budget of {limit / unit:g} {name} is used up: {spent / unit:g} spent, {(taken - spent) / unit:g} "
-            f"reserved by requests in flight, and the next one, which cannot wait, may take {wanted / unit:g}; raise "
-            f"Budget({name}=…), lower max_concurrency, or state max_tokens in the call"
+            f"Expected a request within the budget of {limit / unit:g} {name}, got one that cannot wait and may take "
+            f"{wanted / unit:g}, with {spent / unit:g} spent and {(taken - spent) / unit:g} reserved by requests in "
+            f"flight; raise Budget({name}=…), lower max_concurrency, or state max_tokens in the call"
         )
 
 

@@ -222,7 +222,7 @@ class Part:
             return
         _settle(call, call.held if was_sent else NOTHING)
         if was_sent:
-            error = APITimeoutError("the call was cancelled before its answer was whole")
+            error = APITimeoutError("Expected a whole answer, got a cancelled call")
             self.losses.lost[call.key] = error  # if the agent's own deadline ended it, a TimeoutError follows
             if call.shown is not None:
                 call.shown.fail(error)

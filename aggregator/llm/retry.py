@@ -89,7 +89,9 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
             continue  # nearly always
         facts: dict[str, Any] = {"status": 200, "code": word, "request_id": completion.request_id}
         if message.refusal:
-            raise ContentFilterError(f"{provider} refused: {message.refusal}; change the prompt", **facts)
+            raise ContentFilterError(
+                f"Expected an answer from {provider}, got a refusal: {message.refusal}; change the prompt", **facts
+            )
         if reason == "error":
             raise BrokenResponseError(
                 f"Expected a whole answer from {provider}, got one that ended with {word!r} after "
@@ -103,7 +105,8 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
             )
         if reason == "content_filter" and is_empty:
             raise ContentFilterError(
-                f"{provider} withheld the answer ({word}); change the prompt or the filter", **facts
+                f"Expected an answer from {provider}, got one withheld ({word}); change the prompt or the filter",
+                **facts,
             )
         if reason != "length" and is_empty and not may_be_empty:
             thought = f", only {len(message.reasoning)} characters of thinking" if message.reasoning else ""

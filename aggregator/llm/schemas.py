@@ -284,4 +284,4 @@ def parse_json(text: str) -> Any:
             return msgspec.json.decode(candidate.strip())
         except (msgspec.DecodeError, RecursionError):
             continue
-    raise ValueError(f"JSON expected, got {text[:200]!r}")
+    raise ValueError(f"Expected JSON, got {text[:200]!r}")

@@ -199,7 +199,7 @@ class StreamedAttempt(Attempt, eq=False):
                 value = await waiting
         except TimeoutError:
             host = urlsplit(self.attempts.request.url).hostname
-            raise APITimeoutError(f"{host} did not send {what} within {limit or 0:.3g} s") from None
+            raise APITimeoutError(f"Expected {what} from {host} within {limit or 0:.3g} s, got nothing") from None
         self.waited += perf_counter() - begun
         return value
 

@@ -330,14 +330,14 @@ def _failure(error: Exception, url: str, timeout: float | None) -> Exception:
         case aiohttp.ClientHttpProxyError():
             return APIConnectionError(f"{NOT_SENT}the proxy refused {host}: {error.status} {_words(error.message)}")
         case aiohttp.ClientResponseError():
-            return APIConnectionError(f"{host} gave an answer that cannot be read: {_words(error.message)}")
+            return APIConnectionError(f"Expected an HTTP response from {host}, got {_words(error.message)}")
         case aiohttp.ClientError():
-            return APIConnectionError(f"{host} closed the connection before its answer was whole ({_words(error)})")
+            return APIConnectionError(f"Expected a whole answer from {host}, got a closed connection: {_words(error)}")
         case TimeoutError():
             limit = "in time" if timeout is None else f"within {timeout:.3g} s"
-            return APITimeoutError(f"{host} gave no whole answer {limit}")
+            return APITimeoutError(f"Expected a whole answer from {host} {limit}, got none")
         case _:
-            return APIConnectionError(f"the connection to {host} broke: {error!r}")
+            return APIConnectionError(f"Expected a whole answer from {host}, got a broken connection: {error!r}")
 
 
 def _stripped(error: Exception) -> Exception:

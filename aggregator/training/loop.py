@@ -428,9 +428,8 @@ class _Course:
             gone += len({record.sample_id for record in report.failures if is_lost(record)})
         if latest and gone / max(seen, FEWEST_JUDGED) > self.plan.max_failure_ratio:
             raise TrainingError(
-                f"{gone} of {seen} instances up to step {turn.step} were lost, more than "
-                f"max_failure_ratio={self.plan.max_failure_ratio:g} allows; "
-                f"the latest: {latest[0].error}: {latest[0].message}"
+                f"Expected at most max_failure_ratio={self.plan.max_failure_ratio:g} of the instances to be lost, got "
+                f"{gone} of {seen} lost up to step {turn.step}, the latest by {latest[0].error}: {latest[0].message}"
             )
 
     async def _evaluate(self, steps: int) -> Evaluation | None:
@@ -560,7 +559,9 @@ class _Course:
         """Save the partial result, attach it to the raised error, and return the error."""
         if isinstance(error, LLMError):
             steps = self.state.steps + len(self.pending)
-            error = TrainingError(f"the run ended after {steps} steps: {type(error).__name__}: {error}")
+            error = TrainingError(
+                f"Expected the run to reach its end, got an error after {steps} steps: {type(error).__name__}: {error}"
+            )
         if getattr(error, "result", None) is None:
             with suppress(AttributeError):  # a user's exception may have a read-only `result`
                 error.result = self.result()  # type: ignore[attr-defined] # on an interrupt and a cancellation too

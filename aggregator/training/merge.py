@@ -438,7 +438,10 @@ def tree_merge(
             failed += [proposal for proposal in merged if proposal.failures]
             remaining = [proposal for proposal in merged if proposal.values]
             if len(remaining) >= len(level) > 1:
-                raise ConfigError(f"{rule!r} did not merge: expected fewer proposals than {len(level)}")
+                raise ConfigError(
+                    f"Expected {rule!r} to merge {len(level)} proposals into fewer, got {len(remaining)}; "
+                    "give tree_merge a rule that merges, such as LLMMerge(llm)"
+                )
             level, depth = remaining, depth + 1
         return level or failed[:1]
 

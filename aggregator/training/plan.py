@@ -117,10 +117,13 @@ def check(plan: Plan) -> Plan:
         )
     check_guide(plan.guide)
     if plan.run_dir is None and plan.resume:
-        raise ConfigError("Expected run_dir with resume=True, got None; name the folder of the run to go on with")
+        raise ConfigError("Expected run_dir with resume=True, got None; name the folder of the run to continue")
     files = () if plan.run_dir is None or plan.resume else (plan.run_dir / CHECKPOINT, plan.run_dir / JOURNAL)
     if any(file.exists() for file in files):
-        raise ConfigError(f"{plan.run_dir} holds a run already; give resume=True to go on with it, or another run_dir")
+        raise ConfigError(
+            f"Expected a run_dir without a run, got {plan.run_dir}, which holds a run already; "
+            "give resume=True to continue it, or another run_dir"
+        )
     return plan
 
 

@@ -168,7 +168,7 @@ async def test_no_reply_in_time_is_the_agents_failure() -> None:
 
 
 async def test_a_refused_key_ends_the_run() -> None:
-    with pytest.raises(AuthenticationError, match="answered 401"):
+    with pytest.raises(AuthenticationError, match="Expected status 200 .* got 401"):
         await rollout(agent_of(reply(401)))
 
 

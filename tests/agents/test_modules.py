@@ -121,7 +121,7 @@ def test_two_parameters_with_one_name_are_refused() -> None:
 
 
 @pytest.mark.requirement("Trace's defect 24: names collided")
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text("ab.0_ ", min_size=1, max_size=4), st.integers(), max_size=5))
 def test_names_are_unique_or_refused(entries: dict[str, int]) -> None:
     """For any keys, names and py_names are unique, or the agent is refused."""

@@ -135,7 +135,7 @@ def test_colliding_names_are_refused() -> None:
         read([ParameterNode(1, name="k"), ParameterNode(2, name="k")])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(min_size=1))
 def test_py_names_are_identifiers(name: str) -> None:
     """For any path the py_name is a stable identifier."""

@@ -152,7 +152,7 @@ def carries(value: Any) -> bool:
     return bool(msgspec.json.decode(msgspec.json.encode(value)) == msgspec.to_builtins(value))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(json_values, kinds)
 def test_conversion_is_safe_and_stable(raw: Any, kind: Any) -> None:
     """Any JSON value is refused, or becomes one that converts to itself and that JSON keeps unchanged."""
@@ -171,7 +171,7 @@ def test_a_lone_surrogate_is_refused_for_every_type(kind: Any) -> None:
         convert("\ud800", kind)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(json_values, kinds)
 def test_no_number_becomes_text(raw: Any, kind: Any) -> None:
     """Text in a converted value was text before."""
@@ -185,7 +185,7 @@ def test_no_number_becomes_text(raw: Any, kind: Any) -> None:
         assert raw == value
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(json_values)
 def test_a_value_has_its_inferred_type(value: Any) -> None:
     """The inferred type accepts its value unchanged."""

@@ -121,7 +121,7 @@ NAMES = st.from_regex(r"[A-Za-z][A-Za-z0-9-]{0,9}", fullmatch=True)
 BODIES = st.binary(max_size=50) | TEXT.map(str.encode)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     method=st.sampled_from(["post", "GET", "Patch", "M-SEARCH", "\u00fc"]) | NAMES,
     url=TEXT.map("http://x/{}".format),

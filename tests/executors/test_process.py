@@ -212,7 +212,7 @@ async def test_a_miss_that_an_agent_hides_is_remembered(executor: ProcessExecuto
 async def test_a_budget_ends_the_run_from_a_worker(executor: ProcessExecutor) -> None:
     """`map` raises this process's budget error; nothing more is sent."""
     llm, transport = client(budget=Budget(calls=3))
-    with pytest.raises(BudgetExceededError, match="the budget of 3 calls is used up"):
+    with pytest.raises(BudgetExceededError, match="within the budget of 3 calls, got one"):
         await executor.map(work(Asking(llm)), tasks(*["twice"] * 5))
     assert len(transport.requests) == 3
 

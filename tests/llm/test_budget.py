@@ -204,7 +204,7 @@ async def test_a_negative_limit_was_reserved_as_if_it_gave_tokens_back(limit: in
 async def test_an_exhausted_budget_names_the_remedy() -> None:
     """The error states the limit, what was spent, what the request may cost, and the remedy; nothing was sent."""
     transport = ScriptedTransport(answer())
-    with pytest.raises(BudgetExceededError, match=r"budget of 100 tokens is used up: 0 spent.*lower max_tokens"):
+    with pytest.raises(BudgetExceededError, match=r"budget of 100 tokens, got one .* with 0 spent.*lower max_tokens"):
         await client(transport, Budget(tokens=100)).complete(QUESTION, max_tokens=5000)
     assert transport.requests == []
 

@@ -104,7 +104,7 @@ async def test_a_stream_that_stalled_waited_for_the_deadline() -> None:
             async for delta in llm.stream(QUESTION):
                 read.append(delta)  # noqa: PERF401 - what came before the error counts
 
-        with pytest.raises(APITimeoutError, match="did not send the next piece of its answer within 0.2 s"):
+        with pytest.raises(APITimeoutError, match="Expected the next piece of its answer from .* within 0.2 s"):
             await read_on()
     assert (read, len(server.requests)) == (["hel"], 1)
 

@@ -543,7 +543,7 @@ def test_an_sdk_that_retries_every_error_does_not_retry_a_refusal(server: Server
         seen.append((reply.status_code, reply.headers.get("x-should-retry")))
         return chat("none")
 
-    with pytest.raises(BudgetExceededError, match="1 calls is used up"):
+    with pytest.raises(BudgetExceededError, match="within the budget of 1 calls, got one"):
         train(Asking(server.url, ask), budget=Budget(calls=1), max_concurrency=1, stepsize=0.0)
     assert seen == [(200, None), (424, "false")]
 

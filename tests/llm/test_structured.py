@@ -108,7 +108,7 @@ async def test_an_ignored_form_falls_back_to_the_prompt() -> None:
 @pytest.mark.requirement("client 10: the text is always checked")
 async def test_prose_is_an_error_with_the_text() -> None:
     """The text is always checked; the error holds it."""
-    with pytest.raises(DecodeError, match="JSON expected, got 'Sure") as caught:
+    with pytest.raises(DecodeError, match="Expected JSON, got 'Sure") as caught:
         await client(Server(prose=True)).complete(QUESTION, response_format=SCHEMA)
     assert caught.value.text == "Sure! Here you are."  # type: ignore[attr-defined]
 
@@ -264,7 +264,7 @@ def test_json_bare_or_in_one_fence(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "no", '{"k": 3', "```\n1\n```\n```\n2\n```", "[" * 100_000])
 def test_no_guessing(text: str) -> None:
     """Two fences, half an object or a bomb are not JSON."""
-    with pytest.raises(ValueError, match="JSON expected"):
+    with pytest.raises(ValueError, match="Expected JSON"):
         parse_json(text)
 
 

@@ -114,7 +114,7 @@ async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 async def test_the_deadline_ends_a_request() -> None:
     """A server that never answers raises APITimeoutError; it may have worked on the request."""
     async with serving(hang) as url, AiohttpTransport() as transport:
-        with pytest.raises(APITimeoutError, match="no whole answer within 0.05 s") as caught:
+        with pytest.raises(APITimeoutError, match="Expected a whole answer from .* within 0.05 s, got none") as caught:
             await transport.send(request(url), timeout=0.05)
     assert was_sent(caught.value)
 
@@ -127,7 +127,7 @@ async def test_a_truncated_answer() -> None:
         writer.write(raw(answer())[:-20])
 
     async with serving(handle) as url, AiohttpTransport() as transport:
-        with pytest.raises(APIConnectionError, match="before its answer was whole"):
+        with pytest.raises(APIConnectionError, match="Expected a whole answer .* got a closed connection"):
             await transport.send(request(url))
 
 
@@ -145,7 +145,7 @@ async def test_the_key_was_in_the_error_of_an_answer_that_is_not_http(answered: 
 
     async with serving(handle) as url, AiohttpTransport() as transport:
         asked = HTTPRequest(url=f"{url}/x", body=b"{}", headers={"authorization": "Bearer sk-the-key-itself"})
-        with pytest.raises(APIConnectionError, match="gave an answer that cannot be read: ") as caught:
+        with pytest.raises(APIConnectionError, match="Expected an HTTP response from ") as caught:
             await transport.send(asked)
     assert "sk-the-key-itself" not in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -39,14 +39,14 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plain)
 def test_plain_values_pass(value: Any) -> None:
     """Values that a call may return arrive unchanged."""
     assert read({"value": value}, most_values=10**6) == value
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=60))
 def test_any_bytes_raise_at_most_a_sandbox_error(content: bytes) -> None:
     """Any bytes give an answer, a SandboxError, or an exception of the table."""

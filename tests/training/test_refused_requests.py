@@ -91,7 +91,7 @@ def test_a_refused_instance_is_lost_and_named(error: LLMError) -> None:
 @pytest.mark.parametrize("error", SHARED, ids=str)
 def test_an_error_of_every_request_ends_the_run(error: LLMError) -> None:
     """The next request would get the same answer."""
-    with pytest.raises(TrainingError, match=r"the run ended after \d steps"):
+    with pytest.raises(TrainingError, match=r"got an error after \d steps"):
         train(Asking(error))
     assert ends_run(error)
 

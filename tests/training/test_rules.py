@@ -73,7 +73,7 @@ def written(proposals: Sequence[Proposal]) -> list[bytes]:
 
 
 @given(batch=batches(), name=NAMES, stepsize=STEPSIZES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_identity_is_neutral(batch: list[Proposal], name: str, stepsize: float) -> None:
     """identity before or after a rule changes nothing; neither does chain() or a chain of one."""
     rule = RULES[name]
@@ -83,7 +83,7 @@ def test_identity_is_neutral(batch: list[Proposal], name: str, stepsize: float) 
 
 
 @given(batch=batches(), names=st.tuples(NAMES, NAMES, NAMES), stepsize=STEPSIZES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_chain_is_associative(batch: list[Proposal], names: tuple[str, str, str], stepsize: float) -> None:
     """Any grouping of a chain gives the same result."""
     a, b, c = (RULES[name] for name in names)
@@ -93,7 +93,7 @@ def test_chain_is_associative(batch: list[Proposal], names: tuple[str, str, str]
 
 
 @given(batch=batches(), name=st.sampled_from(["identity", "without_failed", "dedupe", "top_k", "best_of"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_selection_is_idempotent(batch: list[Proposal], name: str) -> None:
     """Selecting or deduplicating a second time changes nothing."""
     once = run(RULES[name], batch)
@@ -101,7 +101,7 @@ def test_selection_is_idempotent(batch: list[Proposal], name: str) -> None:
 
 
 @given(batch=batches(), name=NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rules_are_pure(batch: list[Proposal], name: str) -> None:
     """A rule changes neither the proposals nor the current values, and returns the same each time."""
     current = dict(CURRENT)
@@ -112,7 +112,7 @@ def test_rules_are_pure(batch: list[Proposal], name: str) -> None:
 
 
 @given(batch=batches(), order=st.randoms(use_true_random=False), name=st.sampled_from(["majority", "best_of"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_merging_does_not_depend_on_order(batch: list[Proposal], order: Any, name: str) -> None:
     """Shuffled proposals merge into the same one: ties are decided by sample."""
     shuffled = list(batch)
@@ -125,7 +125,7 @@ def test_merging_does_not_depend_on_order(batch: list[Proposal], order: Any, nam
     order=st.randoms(use_true_random=False),
     stepsize=STEPSIZES,
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_mean_does_not_depend_on_order(numbers: list[float], order: Any, stepsize: float) -> None:
     """Shuffled proposals have the same mean to the last bit: sums are exact."""
     batch = [proposal(i, t=number) for i, number in enumerate(numbers)]
@@ -139,7 +139,7 @@ def test_mean_does_not_depend_on_order(numbers: list[float], order: Any, stepsiz
     order=st.randoms(use_true_random=False),
     name=st.sampled_from(["without_failed", "dedupe", "top_k"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_selection_does_not_depend_on_order(batch: list[Proposal], order: Any, name: str) -> None:
     """Shuffled proposals give the same selection, in the shuffled order."""
     shuffled = list(batch)
@@ -148,7 +148,7 @@ def test_selection_does_not_depend_on_order(batch: list[Proposal], order: Any, n
 
 
 @given(batch=batches(), name=st.sampled_from(["identity", "dedupe"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_nothing_is_dropped_silently(batch: list[Proposal], name: str) -> None:
     """Support and sample ids of all proposals are kept."""
     found = run(RULES[name], batch)

@@ -38,7 +38,7 @@ def test_no_call_is_made_beyond_the_budget(
 ) -> None:
     """Agent, optimizer, aggregator and gate count together; the error carries the partial result, also on disk."""
     budget = Budget(calls=calls)
-    with pytest.raises(BudgetExceededError, match=f"the budget of {calls} calls is used up") as caught:
+    with pytest.raises(BudgetExceededError, match=f"within the budget of {calls} calls, got one") as caught:
         train(server.base_url, budget=budget, run_dir=tmp_path / "run", max_concurrency=concurrency)
     assert paid(server) == budget.spent.calls == calls
     assert caught.value.result is not None

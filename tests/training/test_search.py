@@ -548,7 +548,7 @@ def test_a_search_stops_if_too_many_instances_are_lost() -> None:
     class Failing(Unreliable):
         lost_at = 0
 
-    with pytest.raises(TrainingError, match="4 of 4 instances up to step 0 were lost") as error:
+    with pytest.raises(TrainingError, match="got 4 of 4 lost up to step 0") as error:
         PrioritySearch(Failing(), optimizer(neighbours)).train(Height(TRAP), FOUR, batch_size=4)
     assert error.value.result is not None
     assert error.value.result.history == ()

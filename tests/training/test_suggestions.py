@@ -419,14 +419,14 @@ WRAPPINGS: dict[str, Callable[[Any], str]] = {
 @pytest.mark.requirement("Trace: OptoPrimeV2, OPROv2: symbol sets for replies")
 @pytest.mark.parametrize("name", [name for name in WRAPPINGS if name != "python"])
 @given(suggestion=SUGGESTIONS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_wrapping_returns_the_suggestion(name: str, suggestion: dict[str, Any]) -> None:
     """Any suggestion in JSON is read unchanged from every wrapping."""
     assert exactly(parse_reply(WRAPPINGS[name](suggestion)).suggestion) == exactly(suggestion)
 
 
 @given(suggestion=SUGGESTIONS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_python_repr_returns_the_suggestion_or_nothing(suggestion: dict[str, Any]) -> None:
     """A dict printed by Python is parsed as Python; escapes that JSON5 reads differently are refused."""
     written = WRAPPINGS["python"](suggestion)
@@ -439,7 +439,7 @@ def test_a_python_repr_returns_the_suggestion_or_nothing(suggestion: dict[str, A
 
 @pytest.mark.parametrize("name", ["plain", "fence", "think", "python", "trailing comma", "comments", "indented"])
 @given(suggestion=SUGGESTIONS.filter(bool), share=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_truncated_reply_never_gives_a_value(name: str, suggestion: dict[str, Any], share: float) -> None:
     """Cut anywhere, a reply gives an error or the whole suggestion, never a part of it."""
     written = WRAPPINGS[name](suggestion)
@@ -448,7 +448,7 @@ def test_a_truncated_reply_never_gives_a_value(name: str, suggestion: dict[str, 
 
 
 @given(text=st.text(alphabet="{}[]:,'\"\\/*# \nsugetion1.-+eTrNa<think>`", max_size=60) | st.text())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_any_text_is_parsed_or_refused(text: str) -> None:
     """Any text gives a Reply or a SuggestionError."""
     for reply in (text, f'{{"suggestion": {{{text}}}}}', f'<think>{text}</think>{{"suggestion": {text}}}'):

@@ -188,7 +188,7 @@ def test_too_many_lost_instances_stop_the_run(adder: Adder) -> None:
     """Above max_failure_ratio of a batch the run stops with TrainingError and keeps its result."""
     optimizer = ScriptedModel(APIConnectionError("connection reset"))
     run = AggregatedUpdate(adder, LLMOptimizer(llm=optimizer), llm=ScriptedModel("x"))
-    with pytest.raises(TrainingError, match="4 of 4 instances up to step 0 were lost.*connection reset") as caught:
+    with pytest.raises(TrainingError, match="got 4 of 4 lost up to step 0.*connection reset") as caught:
         run.train(exact, additions(5), batch_size=4)
     assert caught.value.result is not None
     assert caught.value.result.parameters == {"amount": 1, "label": "sum"}
@@ -206,7 +206,7 @@ def test_batches_of_one_are_judged_together(lost: set[int], ends: bool) -> None:
 
     run = trainer(Flaky())
     if ends:
-        with pytest.raises(TrainingError, match="3 of .* instances up to step"):
+        with pytest.raises(TrainingError, match="got 3 of .* lost up to step"):
             run.train(exact, additions(5, 4), num_epochs=2)
     else:
         assert len(run.train(exact, additions(5, 4)).history) == 4
