@@ -252,6 +252,7 @@ class Branch:
     _alive = 0  # threads and pool items
     _latest: ref[asyncio.Task[Any]] | None = None
     _crowded = quiet = False
+    has_items = False  # work that was submitted here runs in a thread that knows its own branch
 
     def __init__(
         self, path: str = "", inner: str = "", outer: Branch | None = None, parent: Branch | None = None
@@ -327,13 +328,13 @@ def current_branch() -> Branch | None:
     distinguishes them.
     """
     branch = _branch.get()
-    return _work.own if branch is not None and branch is _work.handed_in else branch
+    return _work.own if branch is not None and branch.has_items and branch is _work.handed_in else branch
 
 
 def begin_block() -> Branch | None:
     """Let `inner` start here, and return the branch to restore at the block's end; None outside a run or cassette."""
-    branch = _branch.get()
-    if branch is not None and (branch := _work.own if branch is _work.handed_in else branch) is not None:
+    branch = current_branch()
+    if branch is not None:
         _branch.set(Branch(branch.path, outer=branch if branch.depth < _DEEPEST else None))
     return branch
 
@@ -423,6 +424,8 @@ def _carried(branch: Branch, copied: Context | None = None) -> Callable[..., Any
     handed_in, child = context.get(_branch), branch.child()  # in a pool item, copies of the context hold another branch
     branch.add(1)
     context.run(_branch.set, child)
+    if handed_in is not None:
+        handed_in.has_items = True
 
     def run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         before = _work.handed_in, _work.own
@@ -499,12 +502,8 @@ def _submit_to_threads(original: Callable[..., Any]) -> Callable[..., Any]:
 def _add_done_callback(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def add_done_callback(self: Any, fn: Callable[..., Any]) -> Any:
-        branch = current_branch()
-        if branch is None or (getattr(fn, "__module__", "") or "").partition(".")[0] in (
-            "asyncio",
-            "concurrent",
-            "uvloop",
-        ):
+        branch, package = current_branch(), (getattr(fn, "__module__", "") or "").partition(".")[0]
+        if branch is None or package in ("asyncio", "concurrent", "uvloop"):
             return original(self, fn)
         context = copy_context()
         context.run(_branch.set, branch.uncounted())

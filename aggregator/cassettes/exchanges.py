@@ -191,15 +191,6 @@ def body_bytes(body: str | Mapping[str, str] | None) -> bytes:
     return base64.b64decode(body["!!binary"]) if body else b""
 
 
-def decode_answer(answer: bytes, facts: Facts) -> HTTPReply:
-    """Return a recorded answer, marked as replayed."""
-    try:
-        response = _decode_response(answer)
-    except msgspec.DecodeError:
-        response = _decode_response(_as_json(answer))
-    return _reply(response, facts)
-
-
 def decode_line(line: bytes) -> Exchange:
     """Return the whole exchange."""
     try:
@@ -224,11 +215,14 @@ def _lines(values: list[str]) -> str:
 
 
 def _reply(response: _Response, facts: Facts) -> HTTPReply:
-    status = response.status
+    """Return a recorded answer, marked as replayed."""
+    status, body, headers = response.status, response.body.string, {}
+    for name, values in response.headers.items():
+        headers[name] = values[0] if len(values) == 1 else _lines(values)
     return HTTPReply(
         status=status.code,
-        body=body_bytes(response.body.string),
-        headers={name: values[0] if len(values) == 1 else _lines(values) for name, values in response.headers.items()},
+        body=body.encode() if isinstance(body, str) else body_bytes(body),
+        headers=headers,
         reason=status.message,
         milliseconds=facts.ms,
         chunks=facts.chunks,
@@ -281,8 +275,13 @@ class Row(Struct, frozen=True, gc=False):
 
     def reply(self) -> HTTPReply:
         """Decode the answer alone; raises CassetteDamagedError."""
+        answer = self.data[self.answer_at : self.facts_at]
         try:
-            return decode_answer(self.data[self.answer_at : self.facts_at], self.facts)
+            try:
+                response = _decode_response(answer)
+            except msgspec.DecodeError:
+                response = _decode_response(_as_json(answer))
+            return _reply(response, self.facts)
         except UNREADABLE as error:
             raise self._damaged(error) from error
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # a program without a cassette loads none of its code
 # The lineage
 
 
-class _Place(Struct, frozen=True):
+class Place(Struct, frozen=True):
     """The path and role of the calls of this context, and those before this block.
 
     A chain, since one `lineage` object may be entered by several tasks at once.
@@ -39,11 +39,15 @@ class _Place(Struct, frozen=True):
 
     path: str
     role: Role
-    outer: _Place | None = None
+    outer: Place | None = None
     branch: portal.Branch | None = None
 
 
-_PLACE: ContextVar[_Place] = ContextVar("aggregator_lineage", default=_Place("", "agent"))  # noqa: B039 - frozen
+_PLACE: ContextVar[Place] = ContextVar("aggregator_lineage", default=Place("", "agent"))  # noqa: B039 - frozen
+
+
+current_place = _PLACE.get
+"""Return path and role of this context at once."""
 
 
 def current_lineage() -> str:
@@ -84,7 +88,7 @@ class lineage(AbstractContextManager[str]):  # noqa: N801 - reads as a word at i
         place, path = _PLACE.get(), self._parts
         if place.path and not self._root:
             path = f"{place.path}/{path}" if path else place.path
-        _PLACE.set(_Place(path, self._role or place.role, place, portal.begin_block()))
+        _PLACE.set(Place(path, self._role or place.role, place, portal.begin_block()))
         return path
 
     def __exit__(

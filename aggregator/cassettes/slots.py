@@ -102,18 +102,17 @@ class Pool:
         self.unordered = 0
 
     def take(self, branch: portal.Branch | None) -> int:
-        """Return the ticket of the next call that is made on this branch of the concurrent work.
+        """Return the ticket of the next call that is made on this branch of the concurrent work, in a pool with labels.
 
         Calls without a label play in their order. Each other call plays the answer of its own branch; on a branch that
         was not recorded, the first one left.
         """
-        if not self.labels:
-            return self.issued
+        labels = self.labels or {}
         for own in (branch.path, branch.inner) if branch is not None else ():
-            if (left := self.labels.get(APART + own)) and (ticket := self._first(left)) >= 0:
+            if (left := labels.get(APART + own)) and (ticket := self._first(left)) >= 0:
                 return ticket
         names = ["", *({branch.inner or ".", branch.path or "."} if branch is not None else ())]
-        found = [ticket for name in names if name in self.labels and (ticket := self._first(self.labels[name])) >= 0]
+        found = [ticket for name in names if name in labels and (ticket := self._first(labels[name])) >= 0]
         return min(found) if found else next(iter(self.rows), self.issued)
 
     def _first(self, tickets: deque[int]) -> int:
@@ -250,23 +249,23 @@ class Pools:
         """
         if pool is None:
             pool = self._pool(slot)
-        slot.pool, slot.ticket = pool, pool.take(slot.branch)
+        slot.pool, slot.ticket = pool, pool.take(slot.branch) if pool.labels else pool.issued
         if slot.digest:
             self._prefer_same_redacted(slot, pool)
         if pool.is_mixed and slot.ticket not in pool.rows:
             slot.ticket = next(iter(pool.rows), slot.ticket)
         if self._matching.matchers:
             slot.ticket = self._first_match(slot, pool)
-        slot.rows = pool.rows.pop(slot.ticket, ())
+        slot.rows = rows = pool.rows.pop(slot.ticket, ())
         pool.issued += 1
         if labels:
-            pool.label(slot, self._rows[slot.rows[0]].facts.branch if slot.rows else None)
-        if slot.rows:
-            pool.last = slot.rows[-1:]
-        elif self._repeats and pool.last:
+            pool.label(slot, self._rows[rows[0]].facts.branch if rows else None)
+        if not rows and self._repeats and pool.last:
             slot.rows = pool.last
-        elif self._prefer:
+        elif not rows and self._prefer:
             slot.rows = self._take_from_another_lineage(slot)
+        elif self._repeats:
+            pool.last = rows[-1:]
         if self._matching.is_looser:
             self._note_looser(slot)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from aggregator import portal
 from aggregator.cassettes.exchanges import Exchange, Facts, Row
-from aggregator.cassettes.lineage import current_lineage, current_role
+from aggregator.cassettes.lineage import current_place
 from aggregator.cassettes.matching import hook_reply, hook_request, hooked, matching_by, raw_key
 from aggregator.cassettes.mismatch import Asked, explain_miss
 from aggregator.cassettes.redaction import redact_requests, redact_url
@@ -145,14 +145,14 @@ class Tape:
 
     def issue(self, request: HTTPRequest) -> Slot:
         """Take the next ticket of this request in this lineage; once for each logical call, when it is issued."""
-        branch, number = portal.current_branch(), next(self._events)
-        slot = Slot(request, current_lineage(), self.rules.redaction, current_role(), branch, number)
+        place, branch = current_place(), portal.current_branch()
+        slot = Slot(request, place.path, self.rules.redaction, place.role, branch, next(self._events))
         if self._counts_later:
             with self._lock:
                 self._count_order(slot)
                 self._uncounted.append(slot)
             return slot
-        address = self._address(request.url) or redact_url(request.url, self.rules.redaction)  # as a hook changed it
+        address = self._addresses.get(request.url) or redact_url(request.url, self.rules.redaction)
         key = raw_key(request.method, address, request.body)
         pool = self._pools.exact.get((key, slot.lineage))
         if pool is None:

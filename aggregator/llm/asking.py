@@ -215,7 +215,8 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
     """Answer one call; raises LLMError, BudgetExceededError, CassetteError or ConfigError."""
     if (owner := current_owner()) is not None:
         return await owner.answer(llm, call, validate)
-    call = line.with_defaults(call)
+    if line.extra:
+        call = line.with_defaults(call)
     attempts = Attempts(line, llm.timeout)
     try:
         if tracing.has_spans():
@@ -225,11 +226,13 @@ async def answer(llm: LLM, line: Line, call: ChatCall, validate: Validate | None
         else:
             completion = await _ask(attempts, call, validate)
     except BaseException as error:
-        _trace(attempts, None, error)
+        if attempts.is_traced:
+            _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    _trace(attempts, completion, None)
+    if attempts.is_traced:
+        _trace(attempts, completion, None)
     return completion
 
 
@@ -256,16 +259,16 @@ async def _deltas(line: Line, timeout: float | None, call: ChatCall) -> AsyncGen
                 whole = piece if isinstance(piece, Completion) else None
                 yield piece
     except BaseException as error:
-        _trace(attempts, None, error)
+        if attempts.is_traced:
+            _trace(attempts, None, error)
         raise
     finally:
         attempts.leave()
-    _trace(attempts, whole, None)
+    if attempts.is_traced:
+        _trace(attempts, whole, None)
 
 
 def _trace(attempts: Attempts, completion: Completion | None, error: BaseException | None) -> None:
-    if not attempts.is_traced:
-        return
     endpoint = attempts.line.endpoint
     tracing.event(
         "llm.call",

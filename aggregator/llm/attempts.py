@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import portal
-from aggregator.cassettes.lineage import current_lineage, current_role, passing, tape_here, watcher_here
+from aggregator.cassettes.lineage import WATCH, current_lineage, current_role, passing, tape_here, watcher_here
 from aggregator.checks import check_positive, is_number
 from aggregator.errors import (
     APIConnectionError,
@@ -191,16 +191,18 @@ class Attempts:
         Corrections that the server requested in a refusal are applied. A tape that only plays decides by its recording,
         in which the refusal may have come before or after this call.
         """
-        codec = self.line.endpoint.codec
+        codec, tape = self.line.endpoint.codec, self.tape
         if self._counts_tokens and (call.max_tokens or -1) < 0 and codec.limits(call).tokens is None:
             call = replace(call, max_tokens=assumed_output(call.model))  # so that no answer costs more than is reserved
-        learned = self.line.corrections if self.tape is None else self.tape.learned
-        known = learned.get(self._server(call)) if learned else None
-        if self.tape is None or self.tape.records:
+        if tape is None or tape.records:
+            learned = self.line.corrections if tape is None else tape.learned
+            known = learned.get(self._server(call)) if learned else None
             self._encode(call if known is None else replace(call, corrections=known))
             return
         self._encode(call)
-        for correction in () if self.is_answerable() else codec.corrections:
+        if self.is_answerable():
+            return
+        for correction in codec.corrections:
             self._encode(replace(call, corrections=frozenset({correction})))
             if self.is_answerable():
                 return
@@ -208,12 +210,9 @@ class Attempts:
             self._encode(call)  # nothing recorded: the miss names the usual form
 
     def _encode(self, call: ChatCall) -> None:
-        codec = self.line.endpoint.codec
         self.call = call
         self._most: Amount | None = None
-        self.request: HTTPRequest = codec.encode(call)
-        mark = codec.mark(call)
-        self.opening = None if mark is None else digest(call.messages, mark)
+        self.request: HTTPRequest = self.line.endpoint.codec.encode(call)
         self.slot: Slot | None = None
         if self.tape is not None and (admitted := self.tape.admit(self.request)) is not None:
             self.slot = self.tape.issue(admitted)
@@ -239,7 +238,7 @@ class Attempts:
 
     def is_answerable(self) -> bool:
         """Return True if the issued call can be answered: by its recording, or by the network."""
-        return self.slot is None or self.tape is None or self.tape.records or bool(self.slot.rows)
+        return self.slot is None or bool(self.slot.rows) or self.tape is None or self.tape.records
 
     def may_go_on(self) -> bool:
         """Return True if an attempt and time are left."""
@@ -290,22 +289,23 @@ class Attempts:
 
     def most(self) -> Amount:
         """Return the most that one request of this call can cost; raises ConfigError if an unknown price is needed."""
-        if self._most is None:
-            self._most = self._estimate() if self._counts_tokens else _ONE_CALL
-        return self._most
-
-    def _estimate(self) -> Amount:
+        if self._most is not None:
+            return self._most
+        if not self._counts_tokens:
+            return _ONE_CALL
         call, body, line = self.call, self.request.body, self.line
         given, answered = upper_tokens(body, call.messages, line.endpoint.codec.limits(call))
+        self._most = Amount(0, given + answered, 1)
         if not self._counts_usd:
-            return Amount(0, given + answered, 1)
+            return self._most
         writes = 1.0
         if body.find(b'"cache') >= 0 and _CACHE_MARK.search(body):
             writes = 1.25 if _HOUR_MARK.search(body) is None else 2.0
         tier = call.extra.get("service_tier") if call.extra else None
         price = line.known_price or line.price()
         usd = price.most(given, answered, writes=writes, service_tier=tier if isinstance(tier, str) else None)
-        return Amount(pico(usd), given + answered, 1)
+        self._most = Amount(pico(usd), given + answered, 1)
+        return self._most
 
 
 class Attempt(Struct, eq=False):
@@ -319,6 +319,7 @@ class Attempt(Struct, eq=False):
     completion: Completion | None = None
     was_sent: bool = False
     is_live: bool = False
+    opening: bytes | None = None  # digest of the prefix that the provider caches by a mark
     leads: bool = False  # the calls with its opening
     held: Amount | None = None  # in the budgets
 
@@ -349,7 +350,8 @@ class Attempt(Struct, eq=False):
     def send(self) -> Awaitable[HTTPReply]:
         """Send the admitted request."""
         sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
-        return _pass(sending) if self.is_watched() else sending
+        is_plain = self.tape is None and WATCH.get() is None
+        return sending if is_plain or not self.is_watched() else _pass(sending)
 
     async def admit_and_send(self) -> HTTPReply:
         """Send the request as soon as it may be sent."""
@@ -415,9 +417,11 @@ class Attempt(Struct, eq=False):
         if not attempts.request.secrets:
             attempts.request = self.line.endpoint.authenticated(attempts.request)
         self.is_live = True
-        limiter = attempts.limiter
-        if attempts.opening is not None:
+        mark = self.line.endpoint.codec.mark(attempts.call)
+        if mark is not None:
+            self.opening = digest(attempts.call.messages, mark)
             return False
+        limiter = attempts.limiter
         if limiter is None:
             limiter = self.line.limiter()
             if not limiter.try_enter():
@@ -429,8 +433,8 @@ class Attempt(Struct, eq=False):
 
     async def admit(self) -> None:
         """Wait until this attempt may be sent; the call keeps its place in the limiter until it is answered."""
-        if self.attempts.opening is not None:
-            self.leads = await self.line.openings.enter(self.attempts.opening, self.attempts.timeout())
+        if self.opening is not None:
+            self.leads = await self.line.openings.enter(self.opening, self.attempts.timeout())
         limiter = self.attempts.limiter
         if limiter is None:
             limiter = self.line.limiter()
@@ -485,8 +489,8 @@ class Attempt(Struct, eq=False):
 
     def settle(self, error: BaseException | None) -> None:
         """Count and report the cost of this attempt."""
-        if self.leads and self.attempts.opening is not None:
-            self.line.openings.leave(self.attempts.opening)
+        if self.leads and self.opening is not None:
+            self.line.openings.leave(self.opening)
         usage = None if self.completion is None else self.completion.usage
         if usage is not None:
             if (ledger := current_ledger()) is not None:
