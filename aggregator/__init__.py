@@ -89,9 +89,16 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "evaluate",
         "headroom",
     ),
+    "aggregator.training.gates": (
+        "improves_on_batch",
+        "improves_on_validation",
+    ),
     "aggregator.training.merge": ("LLMMerge",),
     "aggregator.training.optimize": ("aoptimize", "optimize"),
-    "aggregator.training.proposers": ("LLMOptimizer",),
+    "aggregator.training.proposers": (
+        "LLMOptimizer",
+        "OPROOptimizer",
+    ),
     "aggregator.training.step": ("Step",),
     "aggregator.training.asking": (
         "construct_update_dict",

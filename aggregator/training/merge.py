@@ -266,10 +266,10 @@ class LLMMerge:
 
     No call is made if there is nothing to weigh: stepsize 0, no proposal, one distinct proposal, or proposals that
     touch different parameters. If instances of the group are satisfied (`step.satisfied`), a single proposal is weighed
-    against them, too. A parameter that no proposal names is neither shown nor changed. A failed call applies nothing
-    and is listed in the proposal's failures; an error of every call (authentication, the budget) is raised.
-    `temperature` and `seed` are sent to the model; None means the server's default. With `evidence` the model also sees
-    each proposal's reasoning and the beginning of the transcripts behind it.
+    against them, too. A parameter for which no proposal names another value is neither shown nor changed. A failed call
+    applies nothing and is listed in the proposal's failures; an error of every call (authentication, the budget) is
+    raised. `temperature` and `seed` are sent to the model; None means the server's default. With `evidence` the model
+    also sees each proposal's reasoning and the beginning of the transcripts behind it.
     """
 
     calls_per_merge = 1
@@ -307,6 +307,8 @@ class LLMMerge:
         proposals, edits = combine_edits(proposals, step)
         if edits is not None:
             return [*await self(proposals, step), edits]
+        if len(proposals) > 1 or step.satisfied:  # else no model is asked
+            proposals = leave_unchanged(proposals, step.values)
         distinct = await dedupe([proposal for proposal in proposals if proposal.values], step)
         names = [name for proposal in distinct for name in proposal.values]
         if not distinct or (len(names) == len(set(names)) and not step.satisfied):
@@ -341,6 +343,20 @@ class LLMMerge:
             read=read,
             refuse=refuse,
         )
+
+
+def leave_unchanged(proposals: Sequence[Proposal], values: Values) -> list[Proposal]:
+    """Return the proposals without the parameters whose value all of them repeat.
+
+    A repeated value is a vote only where another proposal names another value.
+
+    >>> asked = [Proposal(values={"k": 1, "t": 2}), Proposal(values={"k": 3})]
+    >>> [one.values for one in leave_unchanged(asked, {"k": 1, "t": 2})]
+    [{'k': 1}, {'k': 3}]
+    """
+    current = {name: key_of(value) for name, value in values.items()}
+    changed = {name for one in proposals for name, value in one.values.items() if current.get(name) != key_of(value)}
+    return [_left(one, [name for name in one.values if name not in changed]) for one in proposals]
 
 
 def narrow(step: Step, names: Collection[str]) -> Step:

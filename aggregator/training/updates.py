@@ -229,7 +229,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
                     step=step.number,
                     reasoning=proposal.reasoning,
                     sample_ids=proposal.sample_ids,
-                    sources={name: _proposers_of(name, group, proposal) for name in changes},
+                    sources={name: _proposers_of(name, group, proposal, one.step.values) for name in changes},
                 )
             )
     asked = [proposal for _, group in merged for proposal in group] if single else [proposal for proposal, _ in merged]
@@ -241,10 +241,11 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
     )
 
 
-def _proposers_of(name: str, group: Sequence[Proposal], merged: Proposal) -> tuple[int, ...]:
-    """Return the samples behind a merged proposal that proposed to change this parameter."""
-    behind = set(merged.sample_ids)
-    return tuple(sorted({i for one in group if name in one.values for i in one.sample_ids if i in behind}))
+def _proposers_of(name: str, group: Sequence[Proposal], merged: Proposal, values: Values) -> tuple[int, ...]:
+    """Return the samples behind a merged proposal that proposed to change this parameter, not to leave it as it is."""
+    behind, current = set(merged.sample_ids), repr(values[name])
+    changed = [one for one in group if name in one.values and repr(one.values[name]) != current]
+    return tuple(sorted({i for one in changed for i in one.sample_ids if i in behind}))
 
 
 async def try_candidates(

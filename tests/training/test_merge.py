@@ -54,6 +54,28 @@ async def test_proposals_for_different_parameters_need_no_call() -> None:
     assert model.asked == []
 
 
+async def test_a_parameter_that_all_proposals_repeat_was_rewritten() -> None:
+    """A model that repeats every value proposes to change only those that differ."""
+    model = ScriptedModel(suggest(k=6, text="french"))
+    (merged,) = await merge(LLMMerge(model), [proposal(0, k=4, text="a"), proposal(1, k=5, text="a")])
+    assert merged.values == {"k": 6}
+    assert "text" not in section(model.asked[0], "SuggestedValue_1")
+
+
+async def test_a_repeated_value_is_a_vote_where_another_value_is_proposed() -> None:
+    """The model sees it, and may keep the value."""
+    model = ScriptedModel(suggest(text="a"))
+    await merge(LLMMerge(model), [proposal(0, text="a"), proposal(1, text="b")])
+    assert '"a"' in section(model.asked[0], "SuggestedValue_1")
+
+
+async def test_proposals_that_repeat_everything_need_no_call() -> None:
+    """There is nothing to change."""
+    model = ScriptedModel("never asked")
+    assert list(await merge(LLMMerge(model), [proposal(0, k=1, text="a"), proposal(1, k=1)])) == []
+    assert model.asked == []
+
+
 async def test_terminate_changes_nothing() -> None:
     """The model may decide that nothing should change."""
     (merged,) = await merge(LLMMerge(ScriptedModel("TERMINATE")), [proposal(0, k=4), proposal(1, k=5)])

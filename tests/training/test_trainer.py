@@ -23,6 +23,7 @@ from aggregator.errors import (
 from aggregator.records import Proposal
 from aggregator.training.algorithms import AggregatedUpdate, Minibatch
 from aggregator.training.checkpoints import load_result, save_result
+from aggregator.training.merge import majority
 from aggregator.training.proposers import LLMOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (agent|guide) failed:aggregator.errors.TrainingWarning")
@@ -464,3 +465,13 @@ def test_provenance_named_a_sample_for_a_parameter_that_it_never_proposed() -> N
         "amount": [{"step": 0, "samples": [first]}],
         "label": [{"step": 0, "samples": [second]}],
     }
+
+
+def test_provenance_named_a_sample_that_repeated_the_current_value() -> None:
+    """It proposed another parameter, and repeated this one as it was."""
+    agent = Adder()
+    optimizer = ScriptedModel(suggest(amount=3, label="sum"), suggest(amount=1, label="total"))
+    trainer = AggregatedUpdate(agent, LLMOptimizer(llm=optimizer), rule=majority)
+    result = trainer.train(exact, additions(3, 2), batch_size=2, max_concurrency=1, stepsize=1.0)
+    (report,) = result.history
+    assert result.provenance == {"amount": [{"step": 0, "samples": [report.sample_ids[0]]}], "label": []}
