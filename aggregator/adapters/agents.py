@@ -47,7 +47,12 @@ def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None, **options:
     object of the Protocol `aggregator.protocols.Agent`. Its parameters are ParameterNodes, or objects of the Protocol
     `aggregator.protocols.Parameter`.
 
-    Raises ConfigError for anything else; the error says what is missing.
+    Raises ConfigError for anything else; the error states what is missing.
+
+    >>> def answer(question, *, instruction="Answer briefly."):
+    ...     return f"{instruction} {question}"
+    >>> as_agent(answer).parameters()[0].name
+    'instruction'
     """
     agent = _of_framework(thing, options)
     if agent is not None:

@@ -266,6 +266,15 @@ class ParameterNode(Generic[T]):
     `demonstrations=True` marks worked examples, which may quote the training data (`leak_guard`).
 
     Raises ParameterError for an invalid value, ConfigError for a type that JSON does not support.
+
+    >>> from typing import Annotated
+    >>> words = ParameterNode(5, type=Annotated[int, Meta(ge=1, le=50)], name="words")
+    >>> words.data, words.convert("7")
+    (5, 7)
+    >>> words.data = 99
+    Traceback (most recent call last):
+        ...
+    aggregator.errors.ParameterError: Expected `int` <= 50, got 99 - at words.data
     """
 
     def __init__(

@@ -219,6 +219,17 @@ class cassette(AbstractContextManager[Tape], AbstractAsyncContextManager[Tape]):
     `tape.report` only. `rules` are these options, and further ones, in one value that replaces the options here.
 
     Raises on exit: CassetteMissError, also one that the code inside has caught, SecretLeakError, CassetteError.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from aggregator import LLM
+    >>> from aggregator.testing import FakeTransport
+    >>> llm = LLM("openai/gpt-4o-mini", api_key="none", transport=FakeTransport("Hello."))
+    >>> with TemporaryDirectory() as folder:
+    ...     with cassette(f"{folder}/a.yaml", "once"):
+    ...         recorded = llm("Say hello.")
+    ...     with cassette(f"{folder}/a.yaml", "none"):
+    ...         llm("Say hello.").replayed
+    True
     """
 
     def __init__(

@@ -78,7 +78,11 @@ _serials = count()
 class Budget:
     """Limits shared by any number of clients, loops and threads; None is no limit.
 
-    `usd` counts dollars, `tokens` input and output together, `calls` the requests sent, retries included.
+    `usd` counts dollars, `tokens` input and output together, `calls` the requests sent, retries included. `spent` is
+    what was spent so far. Raises ConfigError for a limit that is not a number of at least 0.
+
+    >>> Budget(usd=0.5, calls=100).spent
+    Spending(usd=0.0, tokens=0, calls=0)
     """
 
     def __init__(self, usd: float | None = None, tokens: int | None = None, calls: int | None = None) -> None:

@@ -40,6 +40,11 @@ class LLM:
     `random` are for tests.
 
     Calls raise LLMError (see `aggregator.errors`), BudgetExceededError, CassetteError or ConfigError.
+
+    >>> from aggregator.testing import FakeTransport
+    >>> llm = LLM("openai/gpt-4o-mini", api_key="none", transport=FakeTransport("Hello."))
+    >>> llm("Say hello.").text
+    'Hello.'
     """
 
     owner_number: int | None = None

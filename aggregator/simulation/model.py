@@ -216,7 +216,7 @@ WRONG_RATE = 0.15
 
 
 class SimulatedModel:
-    """The server; a context manager, sync and async.
+    """The simulated model as a server on 127.0.0.1; a context manager, sync and async.
 
     `wrong_rate` is the share of wrong proposals, `latency` the seconds each answer takes. `calls` counts the answered
     requests by role; `base_url` is known once the server has started.

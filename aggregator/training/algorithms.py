@@ -93,6 +93,16 @@ class AggregatedUpdate(Minibatch):
     `extract_llm_suggestion` no `response_format` is sent and no reply is asked for again. All of these, and `llm` and
     `max_tokens`, are read at each step. `rule` replaces the aggregation by another rule, which does not use them: the
     combination is a ConfigError.
+
+    >>> from aggregator import LLMOptimizer
+    >>> from aggregator.testing import ScriptedModel, suggestion
+    >>> optimizer = LLMOptimizer(llm=ScriptedModel(suggestion(amount=4), suggestion(amount=6)))
+    >>> aggregator = ScriptedModel(suggestion(amount=5))
+    >>> def add(x, *, amount=1):
+    ...     return x + amount
+    >>> trainer = AggregatedUpdate(add, optimizer, llm=aggregator, observers=[])
+    >>> trainer.train(lambda x, output, info: float(output == info), [(0, 5), (1, 6)], batch_size=2).parameters
+    {'amount': 5}
     """
 
     aggregator_system_prompt = AGGREGATOR_SYSTEM_PROMPT

@@ -274,7 +274,11 @@ async def aevaluate(
     Trace, or `inputs` is a whole data set. An instance on which the agent itself fails scores `min_score`, by default
     the minimum that the guide declares. With `clients="all"` a call that the agent's own client loses is lost, and no
     failure of the agent (see `Trainer`). If instances have no score a TrainingWarning gives their number, and why the
-    first has none.
+    first has none. Raises ConfigError for an invalid argument, and what ends a run: BudgetExceededError, CassetteError.
+
+    >>> from aggregator import exact_match
+    >>> evaluate(str.upper, exact_match, [("a", "A"), ("b", "C")])
+    [1.0, 0.0]
     """
     check_guide(guide)
     check_positive("max_concurrency", max_concurrency)

@@ -120,6 +120,7 @@ def top_k(k: int) -> UpdateRule:
         raise ConfigError(f"Expected top_k of an int of at least 1, got {k!r}")
 
     def best(proposals: Sequence[Proposal], _step: Step) -> Sequence[Proposal]:
+        """Keep the proposals with the highest scores; of equal ones those of the earliest samples."""
         scores = [-math.inf if one.score is None else one.score for one in proposals]
         ranked = sorted(range(len(proposals)), key=lambda i: (-scores[i], _first_sample(proposals[i]), i))
         return [proposals[i] for i in sorted(ranked[:k])]
@@ -129,7 +130,6 @@ def top_k(k: int) -> UpdateRule:
 
 
 best_of = top_k(1)
-"""Keep the proposal with the highest score; of equal ones that of the earliest sample."""
 
 
 @_rule
@@ -270,6 +270,13 @@ class LLMMerge:
     applies nothing and is listed in the proposal's failures; an error of every call (authentication, the budget) is
     raised. `temperature` and `seed` are sent to the model; None means the server's default. With `evidence` the model
     also sees each proposal's reasoning and the beginning of the transcripts behind it.
+
+    >>> from aggregator.testing import ScriptedModel, suggestion
+    >>> from asyncio import run
+    >>> rule = LLMMerge(ScriptedModel(suggestion(amount=5)))
+    >>> proposals = [Proposal(values={"amount": 4}), Proposal(values={"amount": 6})]
+    >>> run(rule(proposals, Step.of(lambda x, *, amount=1: x + amount)))[0].values
+    {'amount': 5}
     """
 
     calls_per_merge = 1

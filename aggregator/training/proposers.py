@@ -200,7 +200,14 @@ class LLMOptimizer:
     worked example to the prompt, renames its headings or leaves sections out. `style="lean"` is for small models: a
     short system prompt, and a reply with the values first, no nulls and one short reason. At most `transcript_limit`
     and `output_limit` characters of a transcript and an output are shown. It keeps no state: the same rollout and
-    history give the same prompt.
+    history give the same prompt. Raises ConfigError for an invalid argument; a failed call is listed in the proposal.
+
+    >>> from aggregator.testing import ScriptedModel, suggestion
+    >>> from asyncio import run
+    >>> optimizer = LLMOptimizer(llm=ScriptedModel(suggestion(amount=4)))
+    >>> rollout = Rollout(sample_id=0, x=1, output=2, score=0.0, feedback="expected 5, got 2")
+    >>> run(optimizer.propose([rollout], Step.of(lambda x, *, amount=1: x + amount))).values
+    {'amount': 4}
     """
 
     def __init__(

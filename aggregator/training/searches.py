@@ -261,7 +261,8 @@ class Priority:
     those scores count. `validate_guide` judges these trials instead of the run's guide.
 
     `score_function="ucb"` ranks by mean + ucb_exploration_constant * sqrt(ln(trials of all) / own trials), so that
-    candidates with few trials are explored too. Scores should be in [0, 1]; for others scale the constant.
+    candidates with few trials are explored too: UCB1 (Auer et al., 2002, "Finite-time Analysis of the Multiarmed Bandit
+    Problem"). Scores should be in [0, 1]; for others scale the constant.
     """
 
     def __init__(
