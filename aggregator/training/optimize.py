@@ -75,18 +75,6 @@ async def aoptimize(
     proposes and merges. `validate` is a share of the data, split off by `seed`, or a data set, to choose values by; 0
     keeps the last. Instances with the best score (`max_score`, or the guide's) get no proposal. `show` writes the plan,
     with the cost of `sample` rollouts. `run_dir` is a new folder, False none. See `Trainer` and `train` for more.
-    Raises ConfigError for an invalid argument, TrainingError with the partial `.result` for a run that cannot go on.
-
-    >>> from aggregator.testing import ScriptedModel, suggestion
-    >>> optimizer = ScriptedModel(suggestion(instruction="Double it."))
-    >>> def agent(x, *, instruction="Return it."):
-    ...     return 2 * x if "Double" in instruction else x
-    >>> def guide(x, output, info):
-    ...     return float(output == info), f"expected {info}, got {output}"
-    >>> data = [(1, 2), (2, 4), (3, 6), (4, 8)]
-    >>> result = optimize(agent, data, guide=guide, model=optimizer, run_dir=False, show=False, observers=[])
-    >>> result.parameters, result.validation_scores
-    ({'instruction': 'Double it.'}, [0.0, 1.0])
     """
     known = getattr(guide, "max_score", None) if max_score is None else max_score
     trainer = Trainer(
@@ -114,6 +102,20 @@ async def aoptimize(
 
 
 optimize = sync_function(aoptimize)
+optimize.__doc__ = f"""{aoptimize.__doc__}
+    Raises ConfigError for an invalid argument, and TrainingError, with the partial `.result`, if a run cannot continue.
+
+    >>> from aggregator.testing import ScriptedModel, suggestion
+    >>> optimizer = ScriptedModel(suggestion(instruction="Double it."))
+    >>> def agent(x, *, instruction="Return it."):
+    ...     return 2 * x if "Double" in instruction else x
+    >>> def guide(x, output, info):
+    ...     return float(output == info), f"expected {{info}}, got {{output}}"
+    >>> data = [(1, 2), (2, 4), (3, 6), (4, 8)]
+    >>> result = optimize(agent, data, guide=guide, model=optimizer, run_dir=False, show=False, observers=[])
+    >>> result.parameters, result.validation_scores
+    ({{'instruction': 'Double it.'}}, [0.0, 1.0])
+    """
 
 
 def split(data: Sequence[Sample], validate: float | Dataset, seed: int) -> tuple[Pairs, Pairs]:
