@@ -140,16 +140,14 @@ def template_texts(prompt: Any, prefix: str) -> Iterator[ParameterNode[Any]]:
     A template without variables is shown unescaped, so that new text may hold any braces.
     """
     for message in getattr(prompt, "messages", [prompt]):
-        for part in _templates_of(message):
+        held = getattr(message, "prompt", message)
+        for part in held if isinstance(held, list) else [held]:
+            if not isinstance(part, PromptTemplate):
+                continue
             kind = type(message).__name__.removesuffix("MessagePromptTemplate").lower()
             name = f"{prefix}{'prompt' if message is prompt else kind}"
             if parameter := _template(part, name):
                 yield parameter
-
-
-def _templates_of(message: Any) -> list[PromptTemplate]:
-    held = getattr(message, "prompt", message)
-    return [part for part in (held if isinstance(held, list) else [held]) if isinstance(part, PromptTemplate)]
 
 
 def _template(part: PromptTemplate, name: str) -> ParameterNode[Any] | None:

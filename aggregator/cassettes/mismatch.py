@@ -98,7 +98,7 @@ def nearest(asked: Asked, rows: Sequence[Row]) -> tuple[int, float]:
     common words; the words in order.
     """
     text = _as_text(asked.request)
-    parts = [_asked_part(row) for row in rows]
+    parts = [row.data[row.start : row.answer_at] for row in rows]
     rough = _rough(text, parts) if len(parts) > _CANDIDATES else range(len(parts))
     words = _WORD.findall(text)
     known = frozenset(words)
@@ -135,10 +135,6 @@ def _overlap(known: frozenset[bytes], count: int, part: bytes) -> float:
     """Return the number of common words, each distinct one counted once, divided by the words of both."""
     words = _WORD.findall(part)
     return len(known.intersection(words)) / (len(words) + count)
-
-
-def _asked_part(row: Row) -> bytes:
-    return row.data[row.start : row.answer_at]
 
 
 def _as_text(request: HTTPRequest) -> bytes:

@@ -47,7 +47,8 @@ def event_spans(body: bytes) -> list[tuple[int, int]]:
     """Return where the data of a stream's events, or lines of JSON, start and end; [] for any other body."""
     beginning = body[:64].lstrip(b"\xef\xbb\xbf\r\n\t ")
     if beginning.startswith(_EVENTS):
-        return _data_spans(body) or [(0, len(body))]
+        data = _DATA if b"\r" in body or body.startswith(b"\xef") else _PLAIN_DATA
+        return [match.span(1) for match in data.finditer(body)] or [(0, len(body))]
     if beginning[:1] not in (b"{", b"["):
         return []
     start = len(body) - len(body.lstrip(b"\r\n"))
@@ -56,12 +57,6 @@ def event_spans(body: bytes) -> list[tuple[int, int]]:
         return []
     lines = [match.span() for match in _LINE.finditer(body)]
     return lines if len(lines) > 1 else []
-
-
-def _data_spans(body: bytes) -> list[tuple[int, int]]:
-    if b"\r" in body or body.startswith(b"\xef"):
-        return [match.span(1) for match in _DATA.finditer(body)]
-    return [match.span(1) for match in _PLAIN_DATA.finditer(body)]
 
 
 def decode_event(data: bytes) -> Any:

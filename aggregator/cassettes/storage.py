@@ -253,19 +253,13 @@ def _shards(rows: Sequence[Row], layout: Layout) -> Iterator[tuple[bytes, int]]:
     """Yield contents of about `SHARD_BYTES`, each with its number of exchanges; at least one."""
     parts, size = [PREAMBLE if rows else EMPTY], 0
     for row in rows:
-        item = _render(row, layout)
+        item = b"- %b\n" % row.line if layout == "journal" else render_exchange(row.exchange(), row.line).encode()
         if size and size + len(item) > SHARD_BYTES:
             yield b"".join(parts), len(parts) - 1
             parts, size = [PREAMBLE], 0
         parts.append(item)
         size += len(item)
     yield b"".join(parts), len(parts) - 1
-
-
-def _render(row: Row, layout: Layout) -> bytes:
-    if layout == "journal":
-        return b"- %b\n" % row.line
-    return render_exchange(row.exchange(), row.line).encode()
 
 
 # Edits by hand

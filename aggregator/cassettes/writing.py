@@ -114,7 +114,11 @@ class Writer:
             else:
                 entry.line = line.data
                 if line.is_changed:
-                    self._note_change(entry)
+                    slot = entry.slot
+                    asked = slot.clean()
+                    self.changed.append(
+                        f"that to {asked.method} {asked.url} in lineage {slot.lineage!r}, ticket {slot.ticket}"
+                    )
                 self._waiting.append(entry)
         if self._waiting:
             self._write_all()
@@ -147,11 +151,6 @@ class Writer:
             refused = CassetteError(f"Expected an exchange that can be written, got {type(error).__name__}: {error}")
             refused.__cause__ = error
             return [refused]
-
-    def _note_change(self, entry: Entry) -> None:
-        slot = entry.slot
-        asked = slot.clean()
-        self.changed.append(f"that to {asked.method} {asked.url} in lineage {slot.lineage!r}, ticket {slot.ticket}")
 
     def _write_all(self) -> None:
         try:

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from email.message import Message
-from functools import cache, cached_property, partial, wraps
+from functools import cache, cached_property, wraps
 from http.client import HTTPException
 from io import BytesIO
 from socket import gaierror
@@ -137,13 +137,6 @@ def _tunnel(pool: Any, conn: Any) -> None:
         pool._prepare_proxy(conn)  # noqa: SLF001 - as `urlopen` does, of the same pool
 
 
-def _pass(pool: Any, conn: Any, send: Callable[[], Any]) -> Any:
-    """Send a request without the tape."""
-    with passing():
-        _tunnel(pool, conn)
-        return send()
-
-
 def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
     names = tuple(inspect.signature(original).parameters)
     returns_own = "preload_content" in names  # version 2; before, the standard library's response
@@ -154,7 +147,9 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_wanted(client):
             return original(self, conn, method, url, *args, **options)
         if leaves_out(client, _url(self, url)):
-            return _pass(self, conn, partial(original, self, conn, method, url, *args, **options))
+            with passing():
+                _tunnel(self, conn)
+                return original(self, conn, method, url, *args, **options)
         from urllib3.exceptions import HTTPError
 
         options.update(zip(names[4:], args, strict=False))
@@ -173,18 +168,14 @@ def _make_request(original: Callable[..., Any]) -> Callable[..., Any]:
             raw = {"preload_content": False, "decode_content": False, "response_conn": None}
             asked = options | (raw if returns_own else {})
             response = original(self, conn, method, url, **asked)
-            if returns_own and (tee := _tee(turn, response, options)) is not None:
-                return _teed(self, response, tee, options)
+            if returns_own and not options.get("preload_content", True):
+                tee = turn.tee(response.status, response.reason, response.headers.items())
+                if tee is not None:
+                    return _teed(self, response, tee, options)
             content = response.read()
         return _recorded(self, turn, response, content, (method, url), options, returns_own=returns_own)
 
     return make_request
-
-
-def _tee(turn: Turn, response: Any, options: Mapping[str, Any]) -> Tee | None:
-    if options.get("preload_content", True):
-        return None
-    return turn.tee(response.status, response.reason, response.headers.items())
 
 
 def _teed(pool: Any, response: Any, tee: Tee, options: Mapping[str, Any]) -> Any:
