@@ -162,6 +162,7 @@ def __getattr__(name: str) -> object:
 _MOVED = {
     "aggregator.adapters.folders": "aggregator.adapters.command",
     "aggregator.cassettes.locking": "aggregator.files",
+    "aggregator.demo.agent": "aggregator.demo.run",
     "aggregator.hosts.evaluations": "aggregator.adapters.template",
     "aggregator.testing.simulated_model": "aggregator.simulation.model",
     "aggregator.training.executors": "aggregator.executors.local",

@@ -65,11 +65,10 @@ MAX_FUNCTION_LINES = 60
 MIN_LINES = 80
 SMALL = {  # files below MIN_LINES that are neither a face nor Protocols only, each with its reason; no new ones
     "cli/demo.py": "one command",
-    "demo/agent.py": "the agent that the README shows",
 }
 SHORT_HELPERS = 0.046
 """The share of functions that are private, below 5 lines and used once: a ceiling that only goes down."""
-MOST_CALLS, MOST_MOVES = 623, 292
+MOST_CALLS, MOST_MOVES = 618, 288
 """Calls of the package's functions, and changes of file between them, in a training of one step: ceilings as above."""
 
 

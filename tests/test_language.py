@@ -40,7 +40,7 @@ BANNED = {
 """A pattern of words -> what to write in their place. Word borders are added."""
 
 RECORDED = {
-    "aggregator/demo/agent.py",
+    "aggregator/demo/run.py",
     "aggregator/simulation/optimizer.py",
     "aggregator/training/prompts.py",
     "aggregator/training/replies.py",

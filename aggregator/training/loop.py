@@ -123,10 +123,6 @@ class Trainer(Protocol):
         """Return the parts for the next step."""
         ...
 
-    def merging_rule(self) -> UpdateRule:
-        """Return the rule that merges the proposals of a minibatch."""
-        ...
-
     def hooks(self) -> Hooks:
         """Return the overridden hooks of the seed."""
         ...
@@ -136,7 +132,9 @@ class Trainer(Protocol):
         ...
 
 
-async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = None) -> TrainingResult:
+async def run(
+    trainer: Trainer, plan: Plan, gate: Gate, rule: UpdateRule, budget: Budget | None = None
+) -> TrainingResult:
     """Train by the plan; on any exit the partial result is on disk or on the error."""
     check_saving(plan, trainer.agent)
     parameters = trainer.parameters()
@@ -145,7 +143,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
     with claim_run_dir(plan.run_dir):
         marks: dict[str, str] = {}
         if plan.run_dir is not None:
-            marks = fingerprint(plan, trainer, initial, gate)
+            marks = fingerprint(plan, trainer, initial, gate, rule)
             if interpreted := [f"{name} in {place}" for name, place in sandboxes.items() if place.startswith("monty")]:
                 marks["sandbox"] = ", ".join(interpreted)  # another interpreter may give the code another result
         known = checkpoints.load(plan.run_dir, marks) if plan.run_dir and plan.resume else None
@@ -162,7 +160,7 @@ async def run(trainer: Trainer, plan: Plan, gate: Gate, budget: Budget | None = 
                     count_in(budget, plan.run_dir, state, resumed=plan.resume),
                     lineage("train"),
                 ):
-                    await notify(course.observers, "started", course.info(sandboxes))
+                    await notify(course.observers, "started", course.info(rule, sandboxes))
                     await course.follow()
             except BaseException as error:
                 ended = course.break_off(error)
@@ -507,10 +505,9 @@ class _Course:
         self.streak = replace(self.streak, succeeded=self.streak.succeeded or alone.succeeded)
         return state
 
-    def info(self, sandboxes: Mapping[str, str]) -> RunInfo:
+    def info(self, rule: UpdateRule, sandboxes: Mapping[str, str]) -> RunInfo:
         """Return the description of the run that observers get at its start."""
         plan, state, trainer = self.plan, self.state, self.trainer
-        rule = trainer.merging_rule()
         spent = [
             *(report.usage for report in state.history),
             *(run.usage for run in (*state.evaluations, *state.validations)),

@@ -181,7 +181,7 @@ def as_run_dir(given: Any) -> Path | None:
     return folder
 
 
-def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[str, str]:
+def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any, rule: Any) -> dict[str, str]:
     """Return what must be equal for a run to be resumed, each as a short hash.
 
     Only num_epochs may grow, and the code of the agent may be mended.
@@ -189,7 +189,7 @@ def fingerprint(plan: Plan, trainer: Any, initial: Values, gate: Any) -> dict[st
     parts = {
         "guide": plan.guide,
         "gate": gate,
-        "rule": trainer.merging_rule(),
+        "rule": rule,
         "search": trainer.search,
         "checks": list(trainer.checks),
         "optimizer": trainer.optimizer,

@@ -184,9 +184,9 @@ class Trainer:
     def __repr__(self) -> str:
         return show_call(type(self).__name__, self.agent, self.optimizer)
 
-    def _check_parts(self) -> None:
-        """Check agent, optimizer and executor against one another."""
-        self.merging_rule()
+    def _check_parts(self) -> UpdateRule:
+        """Check agent, optimizer and executor against one another; return the rule that merges."""
+        rule = self.merging_rule()
         agent, hooks = self.agent_to_run(), self.hooks()
         if hooks.forward is None and type(self).propose is Trainer.propose:
             check_optimizer(self._optimizer())
@@ -199,7 +199,7 @@ class Trainer:
                     f"{type(self.agent).__name__}, whose own framework runs the rollouts; leave executor out"
                 )
         if hooks.forward is None:
-            return
+            return rule
         if not isinstance(agent, InstanceAgent):
             raise ConfigError(
                 f"Expected an agent that can be called with one input with an overridden forward, got "
@@ -210,6 +210,7 @@ class Trainer:
                 f"Expected an executor of this process with an overridden forward, got "
                 f"{type(self.executor).__name__}; leave forward as it is, or use LocalExecutor"
             )
+        return rule
 
     def agent_to_run(self) -> Agent:
         """Return the agent as executors run it."""
@@ -362,11 +363,11 @@ class Trainer:
             )
         )
         check_count("sample", sample, meaning="0 runs nothing")
-        self._check_parts()
+        rule = self._check_parts()
         gate = both(improves_on_batch(), self.gate) if ensure_improvement else self.gate
         counted = count_run(
             plan,
-            rule=self.merging_rule(),
+            rule=rule,
             search=self.search,
             gate=gate,
             optimizer=self._optimizer(),
@@ -386,7 +387,7 @@ class Trainer:
 
     async def _run(self, plan: Plan, first: Gate) -> TrainingResult:
         """Run the plan with the gate `first` before the trainer's gate; `restore` uses even a partial result."""
-        self._check_parts()
+        rule = self._check_parts()
         if plan.repeats > 1 and self.hooks().forward is not None:
             raise ConfigError(
                 f"Expected repeats=1 with an overridden forward, got {plan.repeats}; repeat the run in forward"
@@ -405,7 +406,7 @@ class Trainer:
         gate = first if self.gate is always else self.gate if first is always else both(first, self.gate)
         try:
             with observed(self.clients, self.prices):
-                self._result = await run(self, plan, gate, self.budget)
+                self._result = await run(self, plan, gate, rule, self.budget)
         except BaseException as error:
             self._result = getattr(error, "result", None)
             if (interrupt := interrupt_of(error)) is not None:

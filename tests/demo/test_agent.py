@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from aggregator.agents.parameters import overriding
-from aggregator.demo.agent import TEAMS, TicketRouter, right_team
-from aggregator.demo.run import tickets
+from aggregator.demo.run import TEAMS, TicketRouter, right_team, tickets
 from aggregator.errors import ParameterError
 from aggregator.records import Choice, Completion, Message
 

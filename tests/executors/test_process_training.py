@@ -11,8 +11,7 @@ import pytest
 from process_parts import Odd
 
 from aggregator import LLM, AggregatedUpdate, LLMOptimizer, cassette, save_result
-from aggregator.demo.agent import TicketRouter, right_team
-from aggregator.demo.run import tickets
+from aggregator.demo.run import TicketRouter, right_team, tickets
 from aggregator.errors import BudgetExceededError, ConfigError, TrainingError
 from aggregator.executors import LocalExecutor, ProcessExecutor
 from aggregator.gates import improves_on_batch

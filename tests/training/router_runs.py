@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator import LLM, AggregatedUpdate, LLMOptimizer, TrainingResult
-from aggregator.demo.agent import TicketRouter, right_team
-from aggregator.demo.run import tickets
+from aggregator.demo.run import TicketRouter, right_team, tickets
 from aggregator.gates import improves_on_validation
 from aggregator.llm.transport import shared_transport
 from aggregator.protocols import Transport

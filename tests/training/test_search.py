@@ -18,8 +18,7 @@ from training_fakes import Adder, ScriptedModel, additions, exact, first_suggest
 
 from aggregator import LLM, Budget
 from aggregator.cassettes.lineage import current_lineage
-from aggregator.demo.agent import TicketRouter, right_team
-from aggregator.demo.run import tickets
+from aggregator.demo.run import TicketRouter, right_team, tickets
 from aggregator.errors import AuthenticationError, BudgetExceededError, ConfigError, RateLimitError, TrainingError
 from aggregator.llm.transport import shared_transport
 from aggregator.records import Candidate, Decision, Scores, TrainingResult
