@@ -171,9 +171,10 @@ class Attempts:
 
     def timeout(self) -> float | None:
         """Return the same for a wait; None without a deadline."""
-        if self._deadline == inf:
+        left = self._deadline - self.line.clock()
+        if left == inf:
             return None
-        return max(0.0, self._deadline - self.line.clock())
+        return left if left > 0 else 0.0
 
     def milliseconds(self) -> float:
         """Return the milliseconds since the call began."""

@@ -82,10 +82,10 @@ def check_answer(completion: Completion, provider: str, *, may_be_empty: bool = 
     """
     for choice in completion.choices:
         message, word, reason = choice.message, choice.raw_finish_reason, choice.finish_reason
-        is_empty = not (message.content or message.tool_calls or message.other)
         calls = message.tool_calls
-        is_named = not calls or all(call.name for call in calls)
-        if not is_empty and reason != "error" and not message.refusal and is_named:
+        is_empty = not (message.content or calls or message.other)
+        lacks_name = calls and not all(call.name for call in calls)
+        if not (is_empty or reason == "error" or message.refusal or lacks_name):
             continue  # nearly always
         facts: dict[str, Any] = {"status": 200, "code": word, "request_id": completion.request_id}
         if message.refusal:

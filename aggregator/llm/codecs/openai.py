@@ -144,7 +144,10 @@ class OpenAIChat(JSONCodec[Answer]):
 
     def _messages(self, call: ChatCall) -> Sequence[Mapping[str, Any]]:
         """Return the messages; an answer with tool calls has its thinking, for the server that gave it."""
-        if Turn not in map(type, call.messages):
+        for message in call.messages:
+            if type(message) is Turn:
+                break
+        else:
             return call.messages
         keeps = _NO_THOUGHTS not in call.corrections
         return [as_it_came(message, self.target.base_url, keeps=keeps) for message in call.messages]

@@ -85,6 +85,9 @@ class WireCompletionDetails(Struct, gc=False):
     reasoning_tokens: int | None = None
 
 
+_NO_PROMPT_DETAILS, _NO_COMPLETION_DETAILS = WirePromptDetails(), WireCompletionDetails()
+
+
 class WireUsage(Struct, gc=False):
     """Token counts under the names of OpenAI, DeepSeek, Moonshot, GPUStack and Perplexity."""
 
@@ -259,15 +262,14 @@ def usage_of(answer: Answer) -> Usage:
     usage = answer.usage
     if usage is None:
         return Usage(cost=usd(answer.cost))
-    prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
-    cached = prompt.cached_tokens if prompt is not None else None
-    reasoning = completion.reasoning_tokens if completion is not None else None
+    prompt = usage.prompt_tokens_details or _NO_PROMPT_DETAILS
+    reasoning = (usage.completion_tokens_details or _NO_COMPLETION_DETAILS).reasoning_tokens
     cost = answer.cost if usage.cost is None else usage.cost
     return Usage(
         input_tokens=usage.prompt_tokens,
         output_tokens=with_rest(usage.completion_tokens, usage.prompt_tokens, usage.total_tokens),
-        cache_write_tokens=None if prompt is None else prompt.cache_write_tokens,
-        cached_tokens=other_cached_tokens(usage) if cached is None else cached,
+        cache_write_tokens=prompt.cache_write_tokens,
+        cached_tokens=other_cached_tokens(usage) if prompt.cached_tokens is None else prompt.cached_tokens,
         reasoning_tokens=usage.reasoning_tokens if reasoning is None else reasoning,
         cost=None if cost is None else usd(cost),
     )
