@@ -68,6 +68,7 @@ async def test_an_exit_code_is_the_agents_failure_with_the_end_of_stderr() -> No
 
 
 async def test_a_signal_is_named() -> None:
+    """A command that crashes reports SIGSEGV, not only a negative exit code."""
     found = await rollout(python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))
     assert found.failure is not None
     assert "got signal SIGSEGV: (it wrote nothing)" in found.failure.message
@@ -131,11 +132,13 @@ async def test_an_endless_reply_is_cut_off() -> None:
 
 
 async def test_a_command_need_not_read_its_input() -> None:
+    """A program that exits without reading 1 MB of input causes no broken pipe."""
     found = await rollout(python("print('{\"output\": 1}')"), x="x" * 1_000_000)
     assert found.output == 1
 
 
 async def test_a_value_too_long_for_a_variable_names_the_remedy() -> None:
+    """Linux limits one environment variable to 128 KB; a file or the request has no such limit."""
     found = await rollout(python("print(1)", values_in="environment"), prompt="a" * 200_000)
     assert found.failure is not None
     assert "use values_in='file' or 'request'" in found.failure.message
@@ -148,6 +151,7 @@ async def test_a_null_byte_is_the_agents_failure() -> None:
 
 
 async def test_log_lines_around_the_reply_are_malformed() -> None:
+    """A reply is the whole standard output; the error names `reply='text'` for programs that print other lines."""
     found = await rollout(python('print("starting"); print(\'{"output": 1}\')'))
     assert found.failure is not None
     assert "Expected a reply as JSON" in found.failure.message

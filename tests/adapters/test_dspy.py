@@ -103,6 +103,7 @@ def test_accepted_values_are_written_into_the_program_which_saves_them(tmp_path:
 
 
 def test_a_field_without_a_description_keeps_dspys() -> None:
+    """DSPy's own `${name}` is not replaced by an empty text."""
     trained = program()
     agent = trainable(trained, train=["fields"])
     agent.apply({"team.desc": "a team"})
@@ -211,6 +212,7 @@ async def test_a_number_in_a_module_is_trained_with_the_texts() -> None:
 
 
 async def test_the_cache_of_dspy_hides_no_call(engine: Engine) -> None:
+    """Rollouts with the same request are separate calls."""
     agent = trainable(program())
     for _ in range(2):
         await roll_out(agent, {"ticket": "the same"})
@@ -245,6 +247,7 @@ async def test_errors_of_a_key_and_of_our_own_engine_end_the_run() -> None:
 
 
 async def test_an_engine_that_hides_our_error_of_a_lost_call_loses_it() -> None:
+    """DSPy wraps the RateLimitError of its engine; it is still an infrastructure failure."""
     with dspy.context(lm=dspy.LM("scripted/x", engine=Engine(fails=RateLimitError("429")), num_retries=0)):
         run = await roll_out(trainable(program()), {"ticket": "x"})
     assert run.failure is not None
@@ -279,6 +282,7 @@ async def test_async_programs_are_awaited() -> None:
 
 
 def test_examples_are_data() -> None:
+    """`x` are the inputs, `info` is the Example; one that names no inputs is refused with the remedy."""
     (one,) = samples(examples("billing"))
     assert (one.x, one.info.team) == ({"ticket": "ticket 0"}, "billing")
     with pytest.raises(ConfigError, match=r"train_dataset\[0\]; call example.with_inputs"):
@@ -340,6 +344,7 @@ def test_metrics_of_every_form_are_recognised(given: Any) -> None:
 
 
 def test_guides_are_left_as_they_are() -> None:
+    """Only DSPy's metrics are wrapped."""
     for guide in (exact_match, lambda x, output, info: 1.0, partial(lambda a, x, output, info: 1.0, 1), print):
         assert as_guide(guide) is guide
 

@@ -134,6 +134,7 @@ def test_text_is_an_output_on_request() -> None:
 
 
 def test_a_null_output_is_an_output() -> None:
+    """Only a reply without `output` and without `error` is malformed."""
     assert read_reply(b'{"output": null}', "json").output is None
 
 
@@ -193,6 +194,7 @@ def test_invalid_options_are_refused_at_construction() -> None:
 
 
 async def test_values_can_be_put_into_an_agent_at_another_address() -> None:
+    """Training runs against one server, production against another."""
     agent, other = agent_of(echo), "http://127.0.0.1:2/run"
     again = agent.like(other)
     assert await again("you") == "hi you"

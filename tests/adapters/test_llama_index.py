@@ -221,6 +221,7 @@ async def test_model_calls_are_shown_if_no_client_is_observed() -> None:
 
 
 async def test_a_custom_run_function() -> None:
+    """A component that is neither a query engine nor an agent is trained with `run=`."""
     synthesizer = get_response_synthesizer(llm=Echo(), text_qa_template=PromptTemplate(QA))
     with pytest.raises(ConfigError, match="Expected a query engine or an agent, got CompactAndRefine"):
         trainable(synthesizer)

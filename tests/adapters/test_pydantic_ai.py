@@ -210,4 +210,5 @@ async def test_the_trained_values_are_written_into_another_agent() -> None:
 
 
 def test_the_hosts_parameters_are_parameter_nodes() -> None:
+    """An optimizer can be given some of them: `LLMOptimizer(parameters=[...])`."""
     assert all(isinstance(parameter, ParameterNode) for parameter in trainable(support()).parameters())

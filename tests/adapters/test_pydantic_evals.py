@@ -44,6 +44,7 @@ class Label(Evaluator[Any, Any, Any]):
 
 
 def test_cases_are_pairs_of_inputs_and_positions() -> None:
+    """By its position the guide finds the case of a rollout, in whatever order they run."""
     data, _ = cases(Dataset(name="t", cases=[Case(inputs="a"), Case(inputs={"b": 1})], evaluators=[EqualsExpected()]))
     assert data == [("a", 0), ({"b": 1}, 1)]
 
@@ -72,6 +73,7 @@ def test_a_data_set_without_evaluators_is_refused() -> None:
 
 
 async def test_labels_alone_are_not_a_score() -> None:
+    """An evaluator that returns a text does not judge: it is a GuideError, not a score of 0."""
     _, guide = cases(Dataset(name="t", cases=[Case(inputs="x")], evaluators=[Label()]))
     with pytest.raises(GuideError, match="Expected a number or a bool from an evaluator, got Label: good"):
         await guide("x", "y", 0)

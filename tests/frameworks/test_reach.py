@@ -33,6 +33,7 @@ def test_lines_that_use_the_library_are_glue() -> None:
 
 
 def test_lines_inside_a_function_count_by_themselves() -> None:
+    """The result is (lines that name something of ours, imported names)."""
     assert glue_of("from aggregator import LLM\n\ndef f(x):\n    y = 1\n    return LLM(y)\n") == (2, 1)
 
 
@@ -55,6 +56,7 @@ def test_the_document_shows_the_example_that_is_measured(case: Case) -> None:
 
 @CASE
 def test_the_committed_table_has_a_measured_row(case: Case) -> None:
+    """A row that was skipped, or that lacks a column, is not committed."""
     row = rows_of(DOCUMENT.read_text(encoding="utf-8"))[case.name]
     assert row.count(" | ") == len(COLUMNS) - 1
     assert "skipped" not in row

@@ -83,6 +83,8 @@ def test_compile_and_optimize_propose_the_same(llm: LLM) -> None:
 
 
 def test_the_copy_can_be_an_outer_programs_frozen_part(llm: LLM) -> None:
+    """DSPy marks compiled programs, so that the training of an outer program leaves them unchanged."""
+
     class Outer(dspy.Module):  # type: ignore[misc] # not typed
         def __init__(self, inner: Any) -> None:
             super().__init__()
@@ -150,6 +152,7 @@ def test_a_saved_program_keeps_our_model_without_its_key(tmp_path: Path, monkeyp
 
 
 def test_a_key_in_the_code_is_not_saved(tmp_path: Path, llm: LLM) -> None:
+    """Saving a program whose LLM was given `api_key=`, or is a function, is an error that names the cause."""
     kept = program()
     kept.lm = hosts.lm(llm)
     with pytest.raises(ConfigError, match="api_key"):
@@ -170,6 +173,7 @@ def request(**config: Any) -> Any:
 
 
 async def test_streams_carry_the_same_text_in_pieces(llm: LLM) -> None:
+    """Sync and async streams have the same events, text and usage as the whole answer."""
     whole = hosts.Engine(llm).complete(request())
     events = list(hosts.Engine(llm).stream(request()))
     awaited = [event async for event in hosts.AsyncEngine(llm).stream(request())]

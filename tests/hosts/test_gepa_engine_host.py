@@ -74,6 +74,7 @@ def test_optimize_anything_improves_a_text_by_our_engine(llm: LLM, tmp_path: Pat
 
 
 def test_a_candidate_of_components_keeps_them(llm: LLM, tmp_path: Path) -> None:
+    """A dict of texts stays a dict with the same keys."""
     result, _ = run(llm, tmp_path, {"rules": SEED})
     assert "->" in result.best_candidate["rules"]
 

@@ -156,6 +156,7 @@ def record(answer: str, **more: Any) -> dict[str, Any]:
 
 
 def test_each_record_proposes_and_a_rule_merges() -> None:
+    """A record is an instance: three records make three proposals, and GEPA gets one text."""
     echo = Echo()
     strategy = hosts.AggregatedReflection(optimizer=echo, rule=majority)
     data = {"a": [record("one"), record("two"), record("two")]}
@@ -203,6 +204,7 @@ def test_an_exhausted_budget_stops_gepa(llm: LLM) -> None:
 
 
 def test_a_custom_proposer_and_invalid_arguments(llm: LLM) -> None:
+    """The strategy is also GEPA's `custom_candidate_proposer`."""
     router, seen = Router(llm), Seen()
     strategy = hosts.AggregatedReflection(llm, agent=router)
     result = run_gepa(hosts.AgentAdapter(router, exact_match), seen, custom_candidate_proposer=strategy)

@@ -51,6 +51,7 @@ async def test_an_agents_tools_are_offered_called_and_their_results_sent_back() 
 
 
 def test_synchronous_calls() -> None:
+    """`invoke` works as `ainvoke` does."""
     llm, _ = client("fine")
     assert model(llm).invoke("Hi").text == "fine"
 
