@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from copy import copy
 from functools import partial, wraps
@@ -248,18 +248,22 @@ class Branch:
     process: ClassVar[int] = os.getpid()  # this one, also after a fork; asking the system for each branch is slow
     outside: ClassVar[int] = 0  # calls of models from threads without a context, while a run or cassette was open
     depth = 0
-    _parent: Branch | None = None
+    parent: Branch | None = None
     _alive = 0  # threads and pool items
     _latest: ref[asyncio.Task[Any]] | None = None
-    _crowded = quiet = False
+    _crowded = quiet = has_started = has_ended = False  # has started other work; is a thread or pool item that ended
     has_items = False  # work that was submitted here runs in a thread that knows its own branch
+    calls = calls_before = 0  # recorded calls of this work, and of its starter before it
+    base: Branch | None = None  # for a lineage block, where the task, thread or pool item that entered it began
+    task: ref[asyncio.Task[Any]] | None = None
 
     def __init__(
         self, path: str = "", inner: str = "", outer: Branch | None = None, parent: Branch | None = None
     ) -> None:
         self.path, self.inner, self.outer, self.pid, self._numbers = path, inner, outer, self.process, count()
         if (above := parent or outer) is not None:
-            self._parent, self.depth = parent, above.depth + 1
+            self.parent, self.depth = parent, above.depth + 1
+            self.base = above.base or above if parent is None else None
 
     def child(self) -> Branch:
         """Return the branch of the next work that is started here."""
@@ -270,12 +274,16 @@ class Branch:
             latest = None if self._latest is None else self._latest()
             self._crowded = self._alive > 0 or (latest is not None and not latest.done())
         above = (self.outer, self) if self.depth < _DEEPEST else ()
-        return Branch(_joined(self.path, number), _joined(self.inner, number), *above)
+        longer = [f"{before}.{number}" if before else str(number) for before in (self.path, self.inner)]
+        path, inner = [one if len(one) < _LONGEST_PATH else sha256(one.encode()).hexdigest()[:16] for one in longer]
+        made, here = Branch(path, inner, *above), self.base or self
+        here.has_started, made.calls_before = True, here.calls
+        return made
 
-    def watch(self, task: asyncio.Task[Any]) -> None:
+    def watch(self, task: asyncio.Task[Any], child: Branch) -> None:
         """Note a task that was started here: work started before it is done is concurrent with it."""
-        if not self._crowded:
-            self._latest = ref(task)
+        child.task = ref(task)
+        self._latest = self._latest if self._crowded else child.task
 
     def add(self, change: int) -> None:
         """Count a thread or pool item started here as running (1) or as ended (-1)."""
@@ -285,7 +293,7 @@ class Branch:
         """Return True if this is one of several that are or were running at once, since the last block or the run."""
         branch: Branch | None = self
         while branch is not None:
-            if (parent := branch._parent) is not None and parent._crowded:  # noqa: SLF001 - of its own class
+            if (parent := branch.parent) is not None and parent._crowded:  # noqa: SLF001 - of its own class
                 return True
             branch = parent or (branch.outer if whole else None)
         return False
@@ -293,13 +301,8 @@ class Branch:
     def uncounted(self) -> Branch:
         """Return the same place; work started there gets no number."""
         same = copy(self)
-        same.quiet = True
+        same.quiet, same.base = True, None
         return same
-
-
-def _joined(path: str, number: int) -> str:
-    joined = f"{path}.{number}" if path else str(number)
-    return joined if len(joined) < _LONGEST_PATH else sha256(joined.encode()).hexdigest()[:16]
 
 
 if hasattr(os, "register_at_fork"):
@@ -434,12 +437,15 @@ def _carried(branch: Branch, copied: Context | None = None) -> Callable[..., Any
             return context.run(function, *args, **kwargs)
         finally:
             branch.add(-1)
+            child.has_ended = True
             _work.handed_in, _work.own = before
 
     return run
 
 
 _FOREIGN: Any = threading._DummyThread  # noqa: SLF001 - what current_thread() makes for a thread that C code has started
+_PROCESS_POOLS = ("concurrent.futures.process", "joblib.externals.loky.process_executor", "loky.process_executor")
+_MAPS = ("_map_async", "imap", "imap_unordered")
 _POOLS = frozenset({"concurrent.futures.thread", "concurrent.futures.process", "multiprocessing.pool"})
 
 
@@ -490,8 +496,7 @@ def _start_process(original: Callable[..., Any]) -> Callable[..., Any]:
 def _submit_to_threads(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def submit(self: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        branch = current_branch()
-        if branch is None:
+        if (branch := current_branch()) is None:
             return original(self, function, *args, **kwargs)
         # in an empty context: the thread that this may start must not keep ours
         return Context().run(original, self, _carried(branch), function, *args, **kwargs)
@@ -543,8 +548,7 @@ def _map_in_pool(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def map_items(self: Any, func: Callable[..., Any], iterable: Any, *args: Any, **kwargs: Any) -> Any:
-        branch = current_branch()
-        if branch is None:
+        if (branch := current_branch()) is None:
             return original(self, func, iterable, *args, **kwargs)
         if not _has_threads(self):
             return original(self, _Elsewhere(func), iterable, *args, **kwargs)
@@ -564,18 +568,16 @@ def _map_in_pool(original: Callable[..., Any]) -> Callable[..., Any]:
 def _create_task(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create_task(self: Any, coro: Any, **kwargs: Any) -> Any:
-        branch = current_branch()
-        if branch is not None:
-            context = copy_context() if kwargs.get("context") is None else kwargs["context"]
-            try:
-                context.run(_branch.set, branch.child())
-                kwargs["context"] = context
-            except RuntimeError:  # a context of the caller's own that is in use: its tasks get no numbers
-                pass
-            task = original(self, coro, **kwargs)
-            branch.watch(task)
-            return task
-        return original(self, coro, **kwargs)
+        if (branch := current_branch()) is None:
+            return original(self, coro, **kwargs)
+        given, child = kwargs.get("context"), branch.child()
+        context = copy_context() if given is None else given
+        with suppress(RuntimeError):  # a context of the caller's own that is in use: its tasks get no numbers
+            context.run(_branch.set, child)
+            kwargs["context"] = context
+        task = original(self, coro, **kwargs)
+        branch.watch(task, child)
+        return task
 
     return create_task
 
@@ -585,13 +587,12 @@ _hooks = Patches(
         Patch("threading", "Thread.start", _start_thread),
         Patch("concurrent.futures.thread", "ThreadPoolExecutor.submit", _submit_to_threads),
         Patch("concurrent.futures._base", "Future.add_done_callback", _add_done_callback),
-        Patch("concurrent.futures.process", "ProcessPoolExecutor.submit", _submit_to_processes),
-        Patch("joblib.externals.loky.process_executor", "ProcessPoolExecutor.submit", _submit_to_processes),
-        Patch("loky.process_executor", "ProcessPoolExecutor.submit", _submit_to_processes),
+        *[Patch(home, "ProcessPoolExecutor.submit", _submit_to_processes) for home in _PROCESS_POOLS],
         Patch("multiprocessing.pool", "Pool.apply_async", _apply_in_pool),
-        Patch("multiprocessing.pool", "Pool._map_async", _map_in_pool),
-        Patch("multiprocessing.pool", "Pool.imap", _map_in_pool),
-        Patch("multiprocessing.pool", "Pool.imap_unordered", _map_in_pool),
+        *[
+            Patch("multiprocessing.pool", f"Pool.{name}", _map_in_pool)
+            for name in ("_map_async", "imap", "imap_unordered")
+        ],
         Patch("multiprocessing.process", "BaseProcess.start", _start_process),
         Patch("asyncio.base_events", "BaseEventLoop.create_task", _create_task),
         Patch("uvloop", "Loop.create_task", _create_task),

@@ -18,6 +18,9 @@ from aggregator.records import HTTPRequest, Role
 
 _At = tuple[bytes, str]
 
+ROOT = "/"
+"""The label of a call of the code that no task, thread or pool item runs."""
+
 UNORDERED = "?"
 """The label of a call that overlapped with an identical one, if their order is unknown."""
 
@@ -82,8 +85,10 @@ class Pool:
 
     `row` is one of its rows, -1 for a pool without recorded answers. `labels` has the tickets of calls that overlapped
     by their label, and those of the others under ""; None where no call overlapped. `flying` are live calls, of which
-    the last may be unanswered. `plain` are the branches of calls whose label does not begin with `APART`; `block` is
-    the place where the first one's lineage block was entered. `unordered` counts calls that cannot be distinguished.
+    the last may be unanswered.
+    `plain` has the work that made calls whose label does not begin with `APART`, with the number of its calls before
+    the latest of them; `block` is the place where the first one's lineage block was entered. `unordered` counts calls
+    that cannot be distinguished.
     `is_mixed` if rows were claimed out of order because of what was redacted.
     """
 
@@ -98,7 +103,7 @@ class Pool:
         self.labels: dict[str, deque[int]] | None = None
         self.flying: list[Slot] = []
         self.block: str | None = None
-        self.plain: set[str] = set()
+        self.plain: dict[portal.Branch, int] = {}
         self.unordered = 0
 
     def take(self, branch: portal.Branch | None) -> int:
@@ -108,10 +113,10 @@ class Pool:
         was not recorded, the first one left.
         """
         labels = self.labels or {}
-        for own in (branch.path, branch.inner) if branch is not None else ():
+        for own in (branch.path or ROOT, branch.inner) if branch is not None else ():
             if (left := labels.get(APART + own)) and (ticket := self._first(left)) >= 0:
                 return ticket
-        names = ["", *({branch.inner or ".", branch.path or "."} if branch is not None else ())]
+        names = ["", *({branch.inner or ".", branch.path or ".", branch.path or ROOT} if branch is not None else ())]
         found = [ticket for name in names if name in labels and (ticket := self._first(labels[name])) >= 0]
         return min(found) if found else next(iter(self.rows), self.issued)
 
@@ -129,19 +134,44 @@ class Pool:
         """
         if (branch := slot.branch) is None:
             return
-        block, label = branch.outer.path if branch.outer is not None else "", recorded or ""
+        work, label = branch.base or branch, recorded or ""
+        block = branch.outer.path if branch.outer is not None else ""
         if self.block is None and not label.startswith(APART):
             self.block = block
         if recorded is None:
             slot.place()
             if block != self.block and branch.outer is not None and branch.outer.is_concurrent(whole=True):
                 slot.label = branch.path
-            if slot.label and branch.path not in self.plain:
+            slot.label = slot.label or self._background_label(branch)
+            if slot.label and work not in self.plain:
                 slot.label = APART + slot.label
             self._compare(slot)
             label = slot.label
         if not label.startswith(APART):
-            self.plain.add(branch.path)
+            self.plain[work] = work.calls
+        work.calls += 1
+
+    def _background_label(self, branch: portal.Branch) -> str:
+        """Return a label if the work that started this one, or work that this one started, makes such calls too.
+
+        Either the starter has made such a call since, or the other work has made one and still runs. Without a label
+        their order would decide, which is another one in another run.
+        """
+        work = own = branch.base or branch
+        while self.plain and work.parent is not None:
+            starter = work.parent.base or work.parent
+            if self.plain.get(starter, -1) >= work.calls_before:
+                return branch.inner or branch.path
+            work = starter
+        if not own.has_started or not any(_is_part(other, own) for other in self.plain):
+            return ""
+        self.plain = {other: calls for other, calls in self.plain.items() if other is own or _is_running(other)}
+        if not any(_is_part(other, own) for other in self.plain):
+            return ""
+        if own not in self.plain:
+            return branch.path or ROOT
+        self.unordered += 1
+        return UNORDERED
 
     def _compare(self, slot: Slot) -> None:
         self.flying = [other for other in self.flying if other.answered < 0 or other.answered > slot.issued]
@@ -158,6 +188,20 @@ class Pool:
                 else:
                     one.label = one.label or here.inner or "."
         self.flying.append(slot)
+
+
+def _is_running(work: portal.Branch) -> bool:
+    """Return True unless the thread, pool item or task has ended."""
+    task = None if work.task is None else work.task()
+    return not work.has_ended and (work.task is None or (task is not None and not task.done()))
+
+
+def _is_part(work: portal.Branch, other: portal.Branch) -> bool:
+    """Return True if the other work started this one, or the work that started it."""
+    above = work.parent
+    while above is not None and (above.base or above) is not other:
+        above = above.parent or above.outer
+    return above is not None
 
 
 class Pools:
@@ -203,7 +247,7 @@ class Pools:
         pools = {id(pool): pool for pool in self.exact.values()}
         for by_lineage in (self._by_key or {}).values():
             pools.update((id(pool), pool) for pool in by_lineage.values())
-        return [pool.unordered for pool in pools.values() if pool.unordered]
+        return [max(pool.unordered, 2) for pool in pools.values() if pool.unordered]
 
     def key_of_row(self, index: int) -> bytes:
         """Return the key of a recorded request."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import copy_context
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,147 @@ def test_a_changed_program_plays_in_the_order_of_issue(tmp_path: Path) -> None:
         heard = by_tasks()
     with aggregator.cassette(path, "none"):
         assert sorted([call("-") for _ in range(8)]) == sorted(answer for (answer,) in heard)
+
+
+Turns = list[str]
+ONES = ("t0", "t1")
+
+
+def ask_with_threads(turns: Turns, block: str) -> dict[str, list[str]]:
+    """Let this code ("m") and threads that it has started ("t0", "t1") ask in turn; "first" comes before they start."""
+    found: dict[str, list[str]] = {}
+    turn = {name: threading.Semaphore(0) for name in ONES if name in turns}
+    done = threading.Semaphore(0)
+
+    def ask_as(name: str) -> None:
+        with lineage(block) if block else nullcontext():
+            found.setdefault(name, []).append(call(f"{name} {random.random()}"))
+
+    def one(name: str) -> None:
+        for _ in range(turns.count(name)):
+            turn[name].acquire()
+            ask_as(name)
+            done.release()
+        turn[name].acquire()
+
+    for _ in range(turns.count("first")):
+        ask_as("m")
+    threads = [threading.Thread(target=one, args=(name,)) for name in turn]
+    for thread in threads:
+        thread.start()
+    for name in turns:
+        if name == "m":
+            ask_as(name)
+        elif name != "first":
+            turn[name].release()
+            done.acquire()
+    for thread, semaphore in zip(threads, turn.values(), strict=True):
+        semaphore.release()
+        thread.join()
+    return found
+
+
+def ask_with_tasks(turns: Turns, block: str) -> dict[str, list[str]]:
+    """The same with tasks of one event loop."""
+
+    async def main() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        turn = {name: asyncio.Semaphore(0) for name in ONES if name in turns}
+        done = asyncio.Semaphore(0)
+
+        async def ask_as(name: str) -> None:
+            with lineage(block) if block else nullcontext():
+                found.setdefault(name, []).append(await acall(f"{name} {random.random()}"))
+
+        async def one(name: str) -> None:
+            for _ in range(turns.count(name)):
+                await turn[name].acquire()
+                await ask_as(name)
+                done.release()
+            await turn[name].acquire()
+
+        if turns[0] == "first":
+            await ask_as("m")
+        tasks = [asyncio.create_task(one(name)) for name in turn]  # noqa: TID251 - what agents do
+        for name in turns:
+            if name == "m":
+                await ask_as(name)
+            elif name != "first":
+                turn[name].release()
+                await done.acquire()
+        for semaphore in turn.values():
+            semaphore.release()
+        await asyncio.wait(tasks)
+        return found
+
+    return asyncio.run(main())  # noqa: TID251
+
+
+BACKGROUND = [
+    "t0 m",
+    "m t0",
+    "t0 m m",
+    "m t0 m",
+    "t0 t0 m",
+    "t0 m t0 m",
+    "t0 m t1",
+    "t1 m t0",
+    "first m t0",
+    "first m t0 t0",
+]
+
+
+@pytest.mark.parametrize("block", ["branch", ""])
+@pytest.mark.parametrize("way", [ask_with_threads, ask_with_tasks], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("turns", BACKGROUND)
+def test_a_background_thread_and_its_starter_were_mixed_up(
+    turns: str, way: Callable[[Turns, str], Any], block: str, tmp_path: Path
+) -> None:
+    """A background thread or task and the code that started it, without an overlap: each replays its own answers."""
+    path, recorded = tmp_path / "a.yaml", turns.split()
+    with aggregator.cassette(path, "all") as tape:
+        heard = way(recorded, block)
+    assert tape.report == []
+    first = recorded[:1] if recorded[0] == "first" else []
+    for others in sorted(set(permutations(recorded[len(first) :]))):
+        with aggregator.cassette(path, "none") as tape:
+            assert way([*first, *others], block) == heard
+        assert tape.report == []
+
+
+@pytest.mark.filterwarnings("ignore:.*in an unknown order")
+@pytest.mark.parametrize("way", [ask_with_threads, ask_with_tasks], ids=lambda way: way.__name__)
+def test_a_background_thread_between_two_calls_of_its_starter_was_not_reported(
+    way: Callable[[Turns, str], Any], tmp_path: Path
+) -> None:
+    """The starter's calls before and after it began are one row of calls: which is the thread's is not known."""
+    path, turns = tmp_path / "a.yaml", ["first", "t0", "m"]
+    with aggregator.cassette(path, "all") as tape:
+        heard = way(turns, "")
+    assert any("identical requests overlapped in one lineage" in finding for finding in tape.report)
+    with aggregator.cassette(path, "none") as tape:
+        assert way(turns, "") == heard
+    assert any("identical requests overlapped in one lineage" in finding for finding in tape.report)
+
+
+def test_work_that_was_awaited_is_one_sequence_with_its_starter(tmp_path: Path) -> None:
+    """Threads and tasks whose end is awaited are one sequence with their starter, also if another thread runs on."""
+    path, end = tmp_path / "a.yaml", threading.Event()
+
+    def ask() -> list[str]:
+        idle = threading.Thread(target=end.wait)
+        idle.start()
+        found = []
+        for i in range(3):
+            found.append(call(f"before {i}"))
+            with ThreadPoolExecutor(1) as pool:
+                found.append(pool.submit(call, f"inside {i}").result())
+        end.set()
+        idle.join()
+        return found
+
+    with aggregator.cassette(path, "all") as tape:
+        heard = ask()
+    assert tape.report == []
+    with aggregator.cassette(path, "none"):
+        assert ask() == heard
