@@ -1,4 +1,4 @@
 """The trained agent, and what production needs: parameters, modules, traced operations, transcripts.
 
-May import: protocols, records, errors, portal. Imports no HTTP client, so a trained agent loads lightly.
+May import: sandbox, protocols, records and below, portal. Imports no HTTP client, so a trained agent loads lightly.
 """
