@@ -20,6 +20,7 @@ from google.adk.tools.agent_tool import AgentTool
 from google.genai import types
 
 from aggregator.adapters.frameworks import Calls, FrameworkAgent, HostParameter, require_version
+from aggregator.adapters.function import nodes_read_by
 from aggregator.agents.parameters import ParameterNode
 from aggregator.agents.transcripts import recording
 from aggregator.errors import ConfigError
@@ -60,7 +61,11 @@ class AdkAgent(FrameworkAgent):
     def __init__(self, program: Any, *, state: Mapping[str, Any] | Callable[[Any], Any] | None = None) -> None:
         require_version("google-adk", "2", "3")
         self.state = state
-        super().__init__(program, parameters_of(program))
+        functions: list[Any] = []
+        for agent in agents_of(program):
+            functions += [getattr(agent, name, None) for name in ("instruction", "global_instruction")]
+            functions += [getattr(tool, "func", tool) for tool in getattr(agent, "tools", ())]
+        super().__init__(program, nodes_read_by(functions, parameters_of(program)))
 
     def like(self, program: Any) -> AdkAgent:
         """Return an agent with the same options around another program."""
@@ -106,7 +111,7 @@ def _agent_tools(agent: Any) -> list[Any]:
 
 
 def parameters_of(root: Any) -> list[ParameterNode[Any]]:
-    """Return the fixed texts of a tree of agents as parameters; functions that produce texts are unchanged.
+    """Return the fixed texts of a tree of agents as parameters; functions that return texts are unchanged.
 
     Raises ConfigError for two agents with one name.
     """

@@ -85,7 +85,8 @@ class FrameworkAgent(Module, InstanceAgent):
             kind = type(program).__name__
             article = "an" if kind[0] in "AEIOU" else "a"
             raise ConfigError(
-                f"Expected {article} {kind} with a text that can be trained, got none; give it instructions"
+                f"Expected {article} {kind} with a text that can be trained, got none; give it instructions, or read a "
+                "ParameterNode in the function that returns them"
             )
 
     def __repr__(self) -> str:

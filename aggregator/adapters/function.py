@@ -7,7 +7,7 @@ calls. An accepted value becomes the argument's default, so that the function it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter as Argument
@@ -154,6 +154,20 @@ def objects_read_by(
                 yield name, one
             elif isfunction(one) and one.__module__ == inner.__module__:
                 yield from objects_read_by(one, kind, seen)
+
+
+def nodes_read_by(functions: Iterable[Any], known: Sequence[ParameterNode[Any]]) -> list[ParameterNode[Any]]:
+    """Return the known parameters, and the ParameterNodes that functions of a program name, each once.
+
+    A node without a name of its own gets its variable's.
+    """
+    found = list(known)
+    for function in functions:
+        for name, node in objects_read_by(function, ParameterNode) if callable(function) else ():
+            if all(node is not one for one in found):
+                node.name = node.name if node.named else name
+                found.append(node)
+    return found
 
 
 def _items_of(name: str, value: Any) -> list[tuple[str, Any]]:

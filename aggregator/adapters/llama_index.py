@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from llama_index.core import Settings
 from llama_index.core.agent.workflow import AgentWorkflow, ToolCallResult
 from llama_index.core.agent.workflow.base_agent import DEFAULT_AGENT_DESCRIPTION, BaseWorkflowAgent
-from llama_index.core.base.response.schema import Response, StreamingResponse
+from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
@@ -227,7 +227,10 @@ class LlamaAgent(FrameworkAgent):
         _watch_models()
         with self.placed() as program:
             found = self._run(program, task.sample.x)
-            return Ran(output=_plain(await found if isawaitable(found) else found))
+            found = await found if isawaitable(found) else found
+            if isinstance(found, AsyncStreamingResponse):  # read here: what it still asks belongs to the agent
+                found = await found.get_response()
+            return Ran(output=_plain(found))
 
 
 def _way_of(program: Any) -> Callable[[Any, Any], Any]:

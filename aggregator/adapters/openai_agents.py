@@ -1,6 +1,7 @@
 """Agents of the OpenAI Agents SDK: instructions, handoff descriptions and descriptions of tools are parameters.
 
-All agents reachable by handoffs and tools are trained. The SDK reads the texts at every turn; an adapted object returns
+All agents reachable by handoffs and tools are trained, and the ParameterNodes that functions name which return
+instructions, or are tools. The SDK reads the texts at every turn; an adapted object returns
 the text of the current context, so that concurrent candidates share the agents. Outside a run it is the stored text.
 
 An adapted object gets a subclass in which a trained text is a property. Assigning to it works as before. Any copy is a
@@ -19,7 +20,7 @@ from agents import Agent, FunctionTool, Handoff, ModelResponse, RunHooks, Runner
 from agents.models.chatcmpl_converter import Converter
 
 from aggregator.adapters.frameworks import Calls, FrameworkAgent, HostParameter, require_version
-from aggregator.adapters.function import objects_read_by
+from aggregator.adapters.function import nodes_read_by, objects_read_by
 from aggregator.agents.transcripts import Span, current_transcript
 from aggregator.executors.work import Ran
 from aggregator.guides.calling import Call
@@ -38,19 +39,19 @@ def reach(agent: Agent[Any], reached: list[Agent[Any]]) -> None:
     reached.append(agent)
     targets = [one if isinstance(one, Agent) else one._agent_ref and one._agent_ref() for one in agent.handoffs]
     for tool in agent.tools:
-        targets += [getattr(tool, "_agent_instance", None), *_agents_run_by(tool)]
+        targets.append(getattr(tool, "_agent_instance", None))
+        targets += [one for function in _functions_of(tool) for _, one in objects_read_by(function, Agent)]
     for target in targets:
         if isinstance(target, Agent):
             reach(target, reached)
 
 
-def _agents_run_by(tool: Any) -> list[Agent[Any]]:
-    """Return the agents that the user's function behind a tool can name, and may run itself."""
+def _functions_of(tool: Any) -> list[Any]:
+    """Return the user's functions behind a tool, which may run agents themselves."""
     invoked = getattr(getattr(tool, "on_invoke_tool", None), "_invoke_tool_impl", None)
     cells = getattr(invoked, "__closure__", None) or ()
     functions = [cell.cell_contents for cell in cells if isfunction(cell.cell_contents)]
-    users = [one for one in functions if not one.__module__.startswith("agents.")]
-    return [agent for one in users for _, agent in objects_read_by(one, Agent)]
+    return [one for one in functions if not one.__module__.startswith("agents.")]
 
 
 def texts_of(agents: Sequence[Agent[Any]]) -> Iterator[HostParameter]:
@@ -147,7 +148,7 @@ def adapt(
 class OpenAIAgent(FrameworkAgent):
     """An agent of the OpenAI Agents SDK and those that it reaches.
 
-    Raises ConfigError for an unsupported version, agents without a fixed text, and two agents with one name.
+    Raises ConfigError for an unsupported version, agents without a text to train, and two agents with one name.
     """
 
     def __init__(
@@ -164,7 +165,9 @@ class OpenAIAgent(FrameworkAgent):
         reached: list[Agent[Any]] = []
         for agent in [program, *agents]:
             reach(agent, reached)
-        super().__init__(program, list(texts_of(reached)))
+        functions = [one for agent in reached for tool in agent.tools for one in _functions_of(tool)]
+        instructions = [agent.instructions for agent in reached]
+        super().__init__(program, nodes_read_by([*instructions, *functions], list(texts_of(reached))))
 
     def like(self, program: Any) -> OpenAIAgent:
         """Return an agent with the same options around another program."""

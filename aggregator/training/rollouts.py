@@ -286,6 +286,10 @@ _CAUSES = (
     (("coroutine",), "a coroutine is used instead of its result: write `await`"),
     (("async_generator", "async generator"), "an async generator is used as a value: collect it with `async for`"),
     (("generator",), "a generator is used as a value: return what it yields, as in list(...)"),
+    (
+        ("different event loop", "different loop", "Event loop is closed"),
+        "threads of a synchronous agent share an async client: make the agent `async def`, and await the client",
+    ),
     (("return what it yields",), "an iterator is returned: return what it yields, as in list(...)"),
     (("an awaitable",), "work in progress is returned instead of its result: wait for it"),
     (("the method",), "a method is returned instead of its result: call it"),

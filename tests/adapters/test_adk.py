@@ -16,7 +16,7 @@ from google.adk.models.llm_response import LlmResponse
 from google.adk.tools.agent_tool import AgentTool
 from google.genai import types
 
-from aggregator import as_agent, trainable
+from aggregator import ParameterNode, as_agent, trainable
 from aggregator.errors import ConfigError
 from aggregator.executors.work import AgentWork
 from aggregator.records import Rollout, RolloutTask, Sample
@@ -170,3 +170,13 @@ async def test_an_output_schema_gives_the_object() -> None:
     answer = Scripted(reply=lambda request: [types.Part(text='{"team": "sales"}')])
     agent = LlmAgent(name="root", model=answer, instruction="Route.", output_schema=Team)
     assert (await rollout(trainable(agent))).output == {"team": "sales"}
+
+
+async def test_a_node_that_an_instruction_provider_reads_was_not_found() -> None:
+    """An agent whose instruction is a function was refused; concurrent candidates each have their own text."""
+    rule = ParameterNode("Route.", name="rule")
+    agent = LlmAgent(name="a", model=Scripted(), instruction=lambda context: rule.data)
+    assert names(trainable(agent)) == ["rule"]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(rollout(agent, rule=f"R{i}")) for i in range(8)]
+    assert [task.result().output.splitlines()[0] for task in tasks] == [f"R{i}" for i in range(8)]

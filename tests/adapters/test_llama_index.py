@@ -242,3 +242,21 @@ def test_agents_without_a_trainable_text_are_refused() -> None:
     memory = ChatMemoryBuffer.from_defaults(tokenizer_fn=str.split)
     with pytest.raises(ConfigError, match="an agent of Trace"):
         trainable(SimpleChatEngine.from_defaults(llm=Echo(), memory=memory))  # it has no get_prompts
+
+
+class Streams(Echo):
+    """A model that streams its prompt, and counts the streams that were read to their end."""
+
+    read: int = 0
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **_: Any) -> Any:
+        yield CompletionResponse(text=prompt, delta=prompt)
+        self.read += 1
+
+
+async def test_a_streamed_answer_was_read_by_the_guide() -> None:
+    """The agent's output was a stream, whose request was made when the guide read it."""
+    llm = Streams()
+    synthesizer = get_response_synthesizer(llm=llm, text_qa_template=PromptTemplate(QA), streaming=True)
+    found = await rollout(trainable(RetrieverQueryEngine(Fixed(), response_synthesizer=synthesizer)))
+    assert (found.output, llm.read) == ("Context: a lamp Question: why", 1)

@@ -28,7 +28,7 @@ from agents import (
 from openai import AsyncOpenAI
 from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
 
-from aggregator import as_agent, trainable
+from aggregator import ParameterNode, as_agent, trainable
 from aggregator.errors import ConfigError
 from aggregator.executors.work import AgentWork
 from aggregator.llm.observed import Observed
@@ -263,3 +263,19 @@ def test_an_agent_is_adapted_twice_with_the_same_parameters() -> None:
     first.apply({"triage.instructions": "Once."})
     assert second.parameters()[0].data == "Once."
     assert lookup.description == "Look up an order."
+
+
+async def test_a_node_that_instructions_and_tools_read_was_not_found() -> None:
+    """An agent whose instructions are a function was refused; concurrent candidates each have their own text."""
+    rule, hint = ParameterNode("Route.", name="rule"), ParameterNode("none")
+
+    @function_tool
+    def lookup(input: str) -> str:  # noqa: A002 - as the model calls it
+        """Look up an order."""
+        return hint.data
+
+    agent = Agent(name="a", model=Scripted(uses_tool), instructions=lambda context, agent: rule.data, tools=[lookup])
+    assert names(trainable(agent)) == ["lookup.description", "rule", "hint"]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(rollout(agent, rule=f"R{i}", hint=f"H{i}")) for i in range(8)]
+    assert [task.result().output for task in tasks] == [f"R{i}: H{i}" for i in range(8)]

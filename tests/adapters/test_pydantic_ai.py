@@ -212,3 +212,30 @@ async def test_the_trained_values_are_written_into_another_agent() -> None:
 def test_the_hosts_parameters_are_parameter_nodes() -> None:
     """An optimizer can be given some of them: `LLMOptimizer(parameters=[...])`."""
     assert all(isinstance(parameter, ParameterNode) for parameter in trainable(support()).parameters())
+
+
+async def test_a_node_that_a_function_of_an_agent_reads_was_not_found() -> None:
+    """An agent without a fixed text was refused; nodes are found in instructions, system prompts and tools."""
+    rule, style, hint = (
+        ParameterNode("Route.", name="rule"),
+        ParameterNode("Be kind.", name="style"),
+        ParameterNode("-"),
+    )
+    agent = Agent(FunctionModel(calls_tool))
+
+    @agent.instructions
+    def dynamic() -> str:
+        return rule.data
+
+    @agent.system_prompt
+    async def system() -> str:
+        return style.data
+
+    @agent.tool_plain
+    def lookup(question: str) -> str:
+        return hint.data
+
+    assert names(trainable(agent)) == ["rule", "style", "hint"]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(rollout(agent, rule=f"R{i}", hint=f"H{i}")) for i in range(8)]
+    assert [task.result().output for task in tasks] == [f"R{i}: H{i}" for i in range(8)]

@@ -308,3 +308,9 @@ def test_the_message_names_the_cause() -> None:
     assert "`.text`" in cause_of("TypeError", "can only concatenate str (not 'Completion') to str", "agent")
     assert "async for" in cause_of("TypeError", "'async_generator' object is not iterable", "agent")
     assert cause_of("KeyError", "'q'", "guide") == "the guide itself raises"
+
+
+def test_the_error_of_a_client_shared_by_event_loops_names_its_cause() -> None:
+    """`Runner.run_sync` and the like start a loop in each thread of a synchronous agent."""
+    for message in ("<Event> is bound to a different event loop", "Event loop is closed"):
+        assert "make the agent `async def`" in cause_of("RuntimeError", message, "agent")
