@@ -113,10 +113,10 @@ class AiohttpTransport(Transport):
 
         It is sent once only, since a connection that breaks before any answer may have delivered it.
         """
-        started = perf_counter()
+        started, loop = perf_counter(), asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(timeout):
-                response = await self._open(request)
+            async with asyncio.timeout_at(None if timeout is None else loop.time() + timeout):
+                response = await self._open(request, loop)
                 body = await _body(response, request.url)
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             raise _failure(error, request.url, timeout) from _stripped(error)
@@ -131,10 +131,11 @@ class AiohttpTransport(Transport):
     @asynccontextmanager
     async def open(self, request: HTTPRequest, *, timeout: float | None = None) -> AsyncIterator[StreamedReply]:
         """Send one request and yield the answer once its head has arrived; leaving the block ends the request."""
-        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
-                response = await self._open(request)
+                response = await self._open(request, loop)
         except (aiohttp.ClientError, OSError) as error:
             raise _failure(error, request.url, timeout) from _stripped(error)
         try:
@@ -142,8 +143,8 @@ class AiohttpTransport(Transport):
         finally:
             response.close()
 
-    async def _open(self, request: HTTPRequest) -> aiohttp.ClientResponse:
-        sessions = self._loops.get(asyncio.get_running_loop()) or await self._start()
+    async def _open(self, request: HTTPRequest, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientResponse:
+        sessions = self._loops.get(loop) or await self._start(loop)
         session = sessions.pooled
         if request.fresh:
             if sessions.single is None:
@@ -164,9 +165,8 @@ class AiohttpTransport(Transport):
                 raise refusal from None  # the cause may quote the key
             raise
 
-    async def _start(self) -> _Sessions:
+    async def _start(self, loop: asyncio.AbstractEventLoop) -> _Sessions:
         """Make this loop's sessions, which close with the loop."""
-        loop = asyncio.get_running_loop()
         lifetime = self._lifetime(loop)
         sessions = _Sessions(self._session(), None, lifetime, getproxies())
         with self._lock:
