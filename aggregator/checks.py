@@ -136,7 +136,7 @@ def is_amount(value: Any) -> bool:
 def contain_stop(error: StopIteration) -> RuntimeError:
     """Return the error of a function in a thread as a coroutine raises it.
 
-    An asyncio future does not hold a StopIteration, so that a task that awaits it would never go on.
+    An asyncio future does not hold a StopIteration, so that a task that awaits it would never end.
 
     >>> contain_stop(StopIteration())
     RuntimeError('the function raised StopIteration')

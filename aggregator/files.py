@@ -157,11 +157,11 @@ class FileLock:
         """
         if self._file < 0 or os.getpid() != self._process:
             return
-        gone = self._path
+        moved = self._path
         if fcntl is not None:
-            gone = sibling_path(self._path, f".{os.getpid()}")
+            moved = sibling_path(self._path, f".{os.getpid()}")
             with suppress(FileNotFoundError):
-                self._path.replace(gone)
+                self._path.replace(moved)
         os.close(self._file)
         self._file = -1
-        gone.unlink(missing_ok=True)
+        moved.unlink(missing_ok=True)

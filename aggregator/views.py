@@ -137,7 +137,7 @@ def proposal_html(proposal: Proposal) -> Html:
         heading(
             "Proposal",
             _counted(len(proposal.values), "change"),
-            _said("score", proposal.score),
+            _scored("score", proposal.score),
             f"of sample {', '.join(map(str, proposal.sample_ids))}" if proposal.sample_ids else "",
             f"support {proposal.support}" if proposal.support > 1 else "",
         ),
@@ -155,8 +155,8 @@ def step_html(report: StepReport) -> Html:
         heading(
             f"Step {report.step}",
             f"epoch {report.epoch}",
-            _said("score", report.score),
-            _said("test", report.test_score),
+            _scored("score", report.score),
+            _scored("test", report.test_score),
             _counted(report.proposals, "proposal"),
             _spent(report.usage),
         ),
@@ -240,9 +240,9 @@ def step_line(report: StepReport) -> str:
     verdict = "updated" if report.decision.accepted else f"not updated: {report.decision.reason}"
     facts = (
         f"step {report.step}",
-        _said("score", report.score),
-        _said("test score", report.test_score),
-        _said("validation score", report.validation_score),
+        _scored("score", report.score),
+        _scored("test score", report.test_score),
+        _scored("validation score", report.validation_score),
         f"{verdict} {', '.join(report.update)}".strip() if report.decision.accepted else verdict,
         _counted(len(report.failures), "failure") if report.failures else "",
     )
@@ -292,8 +292,8 @@ def _in_font(name: str, value: Any, shown: Html) -> Html:
 
 
 def _verdict(decision: Decision) -> Html:
-    said = coloured("accepted", GOOD) if decision.accepted else coloured("refused", BAD)
-    return tag("span", said, f": {decision.reason}" if decision.reason else "")
+    word = coloured("accepted", GOOD) if decision.accepted else coloured("refused", BAD)
+    return tag("span", word, f": {decision.reason}" if decision.reason else "")
 
 
 def _facts(*facts: tuple[str, str]) -> Html:
@@ -372,7 +372,7 @@ def _course(name: str, scores: Sequence[float | None], arrow: str = "→") -> st
     return f"{name} {readable(known[0])} {arrow} {readable(known[-1])}" if known else ""
 
 
-def _said(name: str, score: float | None) -> str:
+def _scored(name: str, score: float | None) -> str:
     return "" if score is None else f"{name} {readable(score)}"
 
 

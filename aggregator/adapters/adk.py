@@ -85,10 +85,10 @@ class AdkAgent(FrameworkAgent):
             runner = InMemoryRunner(agent=agent, app_name=_APP)
             session = await runner.session_service.create_session(app_name=_APP, user_id=_USER, state=dict(state or {}))
             account = _Account(agent, x)
-            said = x
+            message = x
             if not isinstance(x, types.Content):
-                said = types.Content(role="user", parts=[types.Part(text=as_text(x))])
-            async for event in runner.run_async(user_id=_USER, session_id=session.id, new_message=said):
+                message = types.Content(role="user", parts=[types.Part(text=as_text(x))])
+            async for event in runner.run_async(user_id=_USER, session_id=session.id, new_message=message):
                 account.show(event)
         return Ran(output=_output_of(agent, account.events))
 

@@ -181,10 +181,10 @@ class CommandAgent(ExternalAgent):
         """Run the command once, in its own folder if files are trained."""
         values = {one.name: one.data for one in self._values}
         texts = {one.name: one.data for one in self._texts}
-        told = {"command": self.program, "input": request["input"], "values": values, "files": texts}
+        asked = {"command": self.program, "input": request["input"], "values": values, "files": texts}
         headers = {"content-type": "application/json"}
         turn = Turn(
-            HTTPRequest(url=f"{ADDRESS}{Path(self.program[0]).name}", body=encode_request(told), headers=headers)
+            HTTPRequest(url=f"{ADDRESS}{Path(self.program[0]).name}", body=encode_request(asked), headers=headers)
         )
 
         async def run() -> HTTPReply:

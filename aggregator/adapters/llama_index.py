@@ -286,14 +286,14 @@ class _Shows(BaseEventHandler):
             messages = [{"role": one.role.value, "content": one.content or ""} for one in event.messages]
             answer = event.response.message
             asked = answer.additional_kwargs.get("tool_calls") or ()
-            told = (messages, answer.content or "\n".join(as_text(one) for one in asked))
+            call = (messages, answer.content or "\n".join(as_text(one) for one in asked))
         elif isinstance(event, LLMCompletionEndEvent):
-            told = ([{"role": "user", "content": event.prompt}], event.response.text)
+            call = ([{"role": "user", "content": event.prompt}], event.response.text)
         else:
             return
-        if told != self._latest.get(seen):  # a model whose async form calls the sync one sends two events
-            self._latest[seen] = told
-            calls.write([(told[0], as_completion(told[1]))])
+        if call != self._latest.get(seen):  # a model whose async form calls the sync one sends two events
+            self._latest[seen] = call
+            calls.write([(call[0], as_completion(call[1]))])
 
 
 def _watch_models() -> None:

@@ -193,7 +193,7 @@ def read_blocks(
             "see the rules for secrets in docs/cassettes.md"
         )
     if any(ours) and not intact and not skipped:
-        findings.append(f"{where}: its leading comment is gone, so an exchange cut off at the end would not be seen")
+        findings.append(f"{where}: it has no leading comment, so a missing last exchange cannot be detected")
     return Recording(
         rows=tuple(index_lines(lines)),
         state="closed" if intact else "foreign",

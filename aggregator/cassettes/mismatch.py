@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, find_parts
 from aggregator.records import HTTPReply, HTTPRequest
-from aggregator.text import MISSING, clip, json_changes
+from aggregator.text import MISSING, clip, json_changes, show_count
 
 MAX_LINES = 40
 _CANDIDATES = 200  # compared by their words
@@ -78,14 +78,14 @@ def explain_miss(
 
 
 def _elsewhere(same: list[int], asked: Asked, rows: Sequence[Row], played: bytes | bytearray) -> Iterator[str]:
-    """Yield the places at which this very request was recorded, if only its lineage differs."""
+    """Yield the places at which this request was recorded, if only its lineage differs."""
     here = [index for index in same if rows[index].facts.lineage == asked.lineage]
     if here and not all(played[index] for index in here):
-        yield f"  this very request was recorded in this lineage, but not with ticket {asked.ticket}:"
+        yield f"  this request was recorded in this lineage, but not with ticket {asked.ticket}:"
     elif here:
-        yield f"  this very request was recorded {len(here)} times in this lineage, and was asked once more"
+        yield f"  this request was recorded {show_count(len(here), 'time')} in this lineage, and is requested again"
     else:
-        yield '  this very request was recorded, but in another lineage; lineage="prefer" would take it from there:'
+        yield '  this request was recorded, but in another lineage; lineage="prefer" would take it from there:'
     for index in (here or same)[: MAX_LINES - 8]:
         place, state = rows[index].facts, "played" if played[index] else "not played yet"
         yield f"    exchange {index}, lineage {place.lineage!r}, ticket {place.ticket}, {state}"

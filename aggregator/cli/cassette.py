@@ -115,14 +115,14 @@ def list_cassettes(options: argparse.Namespace) -> int:
     problems: list[str] = []
     lines, exchanges = [], 0
     for path, recording in readable(find_cassettes(options.paths), problems):
-        heard = [row.exchange() for row in recording.rows]
-        dates = sorted({exchange.facts.at[:10] for exchange in heard if exchange.facts.at})
-        models = sorted({model for exchange in heard if (model := model_of(exchange))})
-        exchanges += len(heard)
+        found = [row.exchange() for row in recording.rows]
+        dates = sorted({exchange.facts.at[:10] for exchange in found if exchange.facts.at})
+        models = sorted({model for exchange in found if (model := model_of(exchange))})
+        exchanges += len(found)
         lines.append(
             [
                 str(path),
-                f"{len(heard):,}",
+                f"{len(found):,}",
                 show_size(recording.size),
                 recording.layout if recording.state == "closed" else f"{recording.layout}, {recording.state}",
                 " - ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "-",
@@ -290,7 +290,7 @@ def prune_cassettes(options: argparse.Namespace) -> int:
         else:
             try:
                 _prune(path, partial(unwanted, unplayed=account.unplayed), dry_run=options.dry_run)
-            except CassetteError as error:  # the others are pruned all the same
+            except CassetteError as error:  # the others are still pruned
                 problems.append(str(error))
     return _told(problems)
 
@@ -329,7 +329,7 @@ def accept_cassettes(options: argparse.Namespace) -> int:
                 found = read_edited(path)
                 if (found.is_edited or not found.is_intact) and not options.dry_run:
                     save(path, found.rows, found.layout)
-        except CassetteError as error:  # the others are accepted all the same
+        except CassetteError as error:  # the others are still accepted
             problems.append(str(error))
             continue
         what = f"{found.changed} changed, {found.added} added, {found.removed} removed"

@@ -189,10 +189,10 @@ def _question(request: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def _response(completion: Completion, request: Any) -> Any:
     """Return an answer as lm15's, parsed by lm15 from the Chat Completions format."""
     choice, usage = completion.choices[0], completion.usage
-    said: dict[str, Any] = {"role": "assistant", "content": choice.message.content}
-    said |= {"reasoning_content": choice.message.reasoning} if choice.message.reasoning else {}
+    message: dict[str, Any] = {"role": "assistant", "content": choice.message.content}
+    message |= {"reasoning_content": choice.message.reasoning} if choice.message.reasoning else {}
     if choice.message.tool_calls:
-        said["tool_calls"] = [
+        message["tool_calls"] = [
             {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
             for one in choice.message.tool_calls
         ]
@@ -200,7 +200,7 @@ def _response(completion: Completion, request: Any) -> Any:
     body = {
         "id": completion.id or "aggregator",
         "model": completion.model or request.model,
-        "choices": [{"index": 0, "message": said, "finish_reason": choice.finish_reason}],
+        "choices": [{"index": 0, "message": message, "finish_reason": choice.finish_reason}],
         "usage": {name: count for name, count in counts.items() if count is not None},
     }
     return lm15.response_from_openai_chat(body, response_format=request.config.response_format)

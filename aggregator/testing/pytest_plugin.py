@@ -259,7 +259,7 @@ TAPING: pytest.StashKey[Taping] = pytest.StashKey()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add our option and settings."""
     group = parser.getgroup("cassettes", "LLM exchanges recorded and replayed")
-    group.addoption("--cassette-mode", choices=MODES, help="record mode of every marked test, whatever its mark says")
+    group.addoption("--cassette-mode", choices=MODES, help="record mode of every marked test, in place of its mark's")
     parser.addini("cassette_dir", "folder of all cassettes, from the root (default: `cassettes` next to each module)")
     parser.addini("cassette_mode", f"record mode of marked tests: {', '.join(MODES)} (default: none in CI, else once)")
     parser.addini("cassette_clients", "other clients to serve: `all`, or names as `httpx requests`", type="args")

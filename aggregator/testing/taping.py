@@ -164,7 +164,7 @@ WIDER_REMEDY = "ask the model in a fixture of function scope, or allow the host 
 
 def refuse_early(path: Path, allowed_hosts: Iterable[str], met: list[CassetteError]) -> AbstractContextManager[None]:
     """Refuse the network to fixtures that are set up before the cassette of the first test that uses them."""
-    return refuse_connections(f"{path} is to be replayed, and {WIDER}", allowed_hosts, remedy=WIDER_REMEDY, met=met)
+    return refuse_connections(f"{path} is replayed, and {WIDER}", allowed_hosts, remedy=WIDER_REMEDY, met=met)
 
 
 class Taping:

@@ -195,12 +195,12 @@ def compare(
     if not judged:
         return Decision(accepted=False, reason="no instance has a score both before and after")
     decision = _weigh(judged, threshold, significance)
-    gone = len(known) - len(judged)
-    if not gone or not decision.accepted:
+    lost_after = len(known) - len(judged)
+    if not lost_after or not decision.accepted:
         return decision
     lowest = lowest_of(before, after, min_score=min_score)
     worst = _weigh([(old, lowest if new is None else new) for old, new in known], threshold, significance)
-    counted = f"with {gone} more that were lost after, each at {lowest:g}: {worst.reason}"
+    counted = f"with {lost_after} more that were lost after, each at {lowest:g}: {worst.reason}"
     return replace(decision if worst.accepted else worst, reason=f"{decision.reason}; {counted}")
 
 

@@ -418,16 +418,16 @@ class _Course:
             if one.proposal.failures
         ]
         latest = [record for records in found for record in records]
-        seen, gone = len(instances), sum(map(bool, found))
+        seen, lost = len(instances), sum(map(bool, found))
         for report in reversed(self.state.history):
             if seen >= FEWEST_JUDGED:
                 break
             seen += len(report.sample_ids)
-            gone += len({record.sample_id for record in report.failures if is_lost(record)})
-        if latest and gone / max(seen, FEWEST_JUDGED) > self.plan.max_failure_ratio:
+            lost += len({record.sample_id for record in report.failures if is_lost(record)})
+        if latest and lost / max(seen, FEWEST_JUDGED) > self.plan.max_failure_ratio:
             raise TrainingError(
                 f"Expected at most max_failure_ratio={self.plan.max_failure_ratio:g} of the instances to be lost, got "
-                f"{gone} of {seen} lost up to step {turn.step}, the latest by {latest[0].error}: {latest[0].message}"
+                f"{lost} of {seen} lost up to step {turn.step}, the latest by {latest[0].error}: {latest[0].message}"
             )
 
     async def _evaluate(self, steps: int) -> Evaluation | None:

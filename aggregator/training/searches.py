@@ -56,13 +56,13 @@ def with_scores(
     >>> candidate.scores, candidate.lost
     ({'3': (1.0, 2)}, ('5',))
     """
-    gone = {*candidate.lost, *map(str, lost)}
+    every = {*candidate.lost, *map(str, lost)}
     known = dict(candidate.scores)
     for sample_id, score in scores:
         if score is not None:
             total, count = known.get(str(sample_id), (0.0, 0))
             known[str(sample_id)] = (total + score, count + 1)
-    return replace(candidate, scores=known, lost=tuple(sorted(gone - set(known))))
+    return replace(candidate, scores=known, lost=tuple(sorted(every - set(known))))
 
 
 def with_named(candidate: Candidate, names: Iterable[str], rollouts: Sequence[Rollout]) -> Candidate:

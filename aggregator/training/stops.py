@@ -54,11 +54,11 @@ def _cautious(measured: Evaluation | StepReport) -> float | None:
         return None
     ids = measured.sample_ids if isinstance(measured, StepReport) else range(len(measured.scores))
     lost = {one.sample_id for one in measured.failures if is_lost(one) and one.stage != "proposal"}
-    gone = sum(score is None and i in lost for i, score in zip(ids, measured.scores, strict=True))
+    missing = sum(score is None and i in lost for i, score in zip(ids, measured.scores, strict=True))
     every = len(measured.scores)
     return (
-        (measured.score * (every - gone) + lowest_of(measured.scores) * gone) / max(every, 1)
-        if gone
+        (measured.score * (every - missing) + lowest_of(measured.scores) * missing) / max(every, 1)
+        if missing
         else measured.score
     )
 

@@ -211,12 +211,15 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         permit_replayed_code(accepted, step.parameters)
         reasons = refuse_values(accepted, one.step)
         accepted = {name: value for name, value in accepted.items() if name not in reasons}
-        told = [] if per_instance else [record for own in group for record in own.failures]
+        recorded = [] if per_instance else [record for own in group for record in own.failures]
         wrong = reasons.values() if proposal.failures else (proposal.error, *refused.values(), *reasons.values())
         more = list(proposal.failures)
         if any(wrong):
             more += unread("aggregation" if per_instance else "proposal", proposal.sample_id, *wrong)
-        failures += [*told, *[record for record in more if record not in told]]  # a rule may pass them on, or drop them
+        failures += [
+            *recorded,
+            *[record for record in more if record not in recorded],
+        ]  # a rule may drop them
         values = {**one.step.values, **accepted}
         changes = changes_between(one.step.values, values)
         if changes and (key := key_of(plain(values))) not in known:
@@ -303,7 +306,7 @@ def informative(instances: Sequence[Instance]) -> list[Rollout]:
     asking = [instance for instance in instances if not instance.is_observed and instance.proposal.values]
     if asking:
         raise ConfigError(
-            "Expected forward to return a Rollout where the whole minibatch is put to the optimizer, "
+            "Expected forward to return a Rollout where the optimizer gets the whole minibatch, "
             f"got {shorten(asking[0].output)}; use AggregatedUpdate, or a search with rule=, to merge proposals"
         )
     seen = [instance.rollout for instance in instances if instance.is_observed]

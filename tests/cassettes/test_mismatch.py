@@ -109,7 +109,7 @@ def test_one_call_more_than_recorded() -> None:
     tape = Tape(rows_of(chat("hi")))
     with lineage("sample=0"):
         assert tape.play(tape.issue(chat("hi"))) is not None
-        with pytest.raises(CassetteMissError, match="recorded 1 times in this lineage, and was asked once more"):
+        with pytest.raises(CassetteMissError, match="recorded 1 time in this lineage, and is requested again"):
             tape.play(tape.issue(chat("hi")))
 
 

@@ -237,7 +237,9 @@ def test_a_gate_did_not_see_the_scores_that_forward_returned() -> None:
 @pytest.mark.parametrize("trainer", [MinibatchAlgorithm, BasicSearchAlgorithm, PrioritySearch])
 def test_proposals_of_an_overridden_forward_were_dropped(trainer: Any) -> None:
     """A trainer that asks for whole minibatches merges nothing, so it refuses a `forward` that proposes."""
-    with pytest.raises(ConfigError, match="Expected forward to return a Rollout where the whole minibatch is put to"):
+    with pytest.raises(
+        ConfigError, match="Expected forward to return a Rollout where the optimizer gets the whole minibatch"
+    ):
         returning({"amount": 3}, trainer)
 
 
