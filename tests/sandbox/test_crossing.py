@@ -56,18 +56,17 @@ def test_any_bytes_raise_at_most_a_sandbox_error(content: bytes) -> None:
         assert isinstance(error, SandboxError) or "source_line" in vars(error)  # noqa: PT017 - as above
 
 
-@pytest.mark.parametrize(
-    "kind", sorted({*vars(builtins), "os.system", "SystemExit", "KeyboardInterrupt", "__import__"})
-)
-def test_a_worker_cannot_choose_what_the_parent_calls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_cannot_choose_what_the_parent_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is not in the table of exceptions becomes text in a SandboxError; nothing of that name is called."""
     monkeypatch.delenv("REACHED", raising=False)
     arguments = ["import os; os.environ['REACHED'] = '1'"]
-    error = rebuild(Fault(kind=kind, text="x", args=arguments), "op")
-    assert isinstance(error, Exception)
-    assert "REACHED" not in os.environ
-    if type(error).__name__ != kind:
-        assert str(error) == f"op failed with {kind}: x"
+    wrong = []
+    for kind in sorted({*vars(builtins), "os.system", "SystemExit", "KeyboardInterrupt", "__import__"}):
+        error = rebuild(Fault(kind=kind, text="x", args=arguments), "op")
+        is_named = type(error).__name__ == kind or str(error) == f"op failed with {kind}: x"
+        if not is_named or "REACHED" in os.environ:
+            wrong.append(kind)
+    assert wrong == []
 
 
 @pytest.mark.parametrize(
