@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from crewai import Crew
+from crewai import Agent, Crew, Task
 
 from aggregator.adapters.frameworks import Calls, FrameworkAgent, HostParameter, require_version
 from aggregator.agents.parameters import ParameterNode
@@ -29,7 +29,13 @@ OF_TASKS = ("description", "expected_output")
 
 
 def adapt(thing: Any) -> CrewAgent | None:
-    """Return a crew as one of our agents, or None for another object of the package."""
+    """Return a crew as one of our agents, or None for another object of the package.
+
+    Raises ConfigError for an agent or a task of a crew.
+    """
+    if isinstance(thing, Agent | Task):
+        kind = type(thing).__name__
+        raise ConfigError(f"Expected a Crew, got a CrewAI {kind}; give Crew(agents=[...], tasks=[...])")
     return CrewAgent(thing) if isinstance(thing, Crew) else None
 
 

@@ -78,7 +78,7 @@ class GepaAgent(Module):
         first = "/".join(tasks[0].lineage)
         async with LocalExecutor(1) as thread:
             with lineage_at(first, tasks[0].role), collecting() as ledger:
-                found = await thread.call(self._evaluate, [_instance(task) for task in tasks], candidate, wanted)
+                found = await thread.call(self._evaluate, [_instance(task, guide) for task in tasks], candidate, wanted)
         measures = {name: value / len(tasks) for name, value in ledger.measures().items()}
         for i, (task, (output, scores, transcript)) in enumerate(zip(tasks, found, strict=True)):
             judge = (lambda _x, _output, _info, given=scores: given) if guide is None else guide
@@ -133,10 +133,12 @@ def adapt(thing: Any, candidate: Any = None) -> GepaAgent | None:
     return GepaAgent(thing, candidate) if is_gepa_adapter(thing) else None
 
 
-def _instance(task: RolloutTask) -> Any:
-    """Return a row in the adapter's own form: a DSPy Example as a whole."""
-    info = task.sample.info
-    return info if hasattr(info, "with_inputs") and hasattr(info, "toDict") else task.sample.x
+def _instance(task: RolloutTask, guide: Any) -> Any:
+    """Return a row in the adapter's own form: a DSPy Example as a whole; a pair too, unless a guide needs its info."""
+    x, info = task.sample.x, task.sample.info
+    if hasattr(info, "with_inputs") and hasattr(info, "toDict"):
+        return info
+    return x if info is x or info is None or guide is not None else (x, info)
 
 
 def _lines(component: str, record: Mapping[str, Any]) -> str:

@@ -105,6 +105,12 @@ async def test_a_transcript_shows_tasks_and_calls_of_the_model() -> None:
     assert "LLM call" in found.transcript
 
 
+def test_an_agent_of_a_crew_is_refused_with_the_remedy() -> None:
+    """The error listed an agent of CrewAI among the accepted ones."""
+    with pytest.raises(ConfigError, match=r"Expected a Crew, got a CrewAI Agent; give Crew"):
+        trainable(crew().agents[0])
+
+
 def test_two_agents_with_one_role_are_refused() -> None:
     one, other = (Agent(role=role, goal="G", backstory="B", llm=Echo(model="echo")) for role in ("A b", "a B"))
     task = Task(description="D", expected_output="E", agent=one)

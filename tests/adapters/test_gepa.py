@@ -107,6 +107,15 @@ async def test_an_adapter_without_a_record_still_scores() -> None:
     assert (run.score, run.feedback, run.transcript) == (0.5, "", "")
 
 
+async def test_the_second_half_of_a_pair_was_lost() -> None:
+    """Without a guide an adapter is the only one that can use it: it gets the whole pair."""
+    adapter = Scored()
+    task = RolloutTask(sample=Sample(0, "question", "answer"), values={}, lineage=("sample=0",))
+    agent = trainable(adapter, candidate={"a": "1", "b": "2"})
+    assert [run.x async for _, run in agent.rollouts([task], None)] == ["question"]
+    assert adapter.batches == [[("question", "answer")]]
+
+
 async def test_a_guide_replaces_the_adapters_score() -> None:
     agent = trainable(Scored(), candidate={"a": "1", "b": "2"})
     (run,) = await evaluate(agent, [("x", "info")], lambda x, output, info: (0.25, f"{output} {info}"))
