@@ -216,10 +216,7 @@ async def make_candidates(parts: Parts, explored: Sequence[Explored], step: Step
         more = list(proposal.failures)
         if any(wrong):
             more += unread("aggregation" if per_instance else "proposal", proposal.sample_id, *wrong)
-        failures += [
-            *recorded,
-            *[record for record in more if record not in recorded],
-        ]  # a rule may drop them
+        failures += [*recorded, *[record for record in more if record not in recorded]]  # a rule may drop them
         values = {**one.step.values, **accepted}
         changes = changes_between(one.step.values, values)
         if changes and (key := key_of(plain(values))) not in known:
