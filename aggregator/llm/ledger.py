@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from aggregator.checks import is_amount
 from aggregator.errors import ConfigError
+from aggregator.llm.codecs.wire import MOST_TOKENS
 from aggregator.llm.providers import providers
 from aggregator.records import Completion, Usage
 
@@ -217,7 +218,6 @@ def _rate(stated: float | None, usual: float) -> float:
     return usual if stated is None else stated
 
 
-_MOST_TOKENS = 10**8  # a hundred times the largest context
 _MOST_USD = 10_000.0
 
 
@@ -231,22 +231,24 @@ def believed(completion: Completion) -> Usage:
     given, answered = usage.input_tokens, usage.output_tokens
     cached = usage.cached_tokens or usage.cache_write_tokens or usage.cache_write_1h_tokens
     has_details = cached or usage.reasoning_tokens or usage.cost
-    if given and answered and 0 < given <= _MOST_TOKENS and 0 < answered <= _MOST_TOKENS and not has_details:
+    if given and answered and 0 < given <= MOST_TOKENS and 0 < answered <= MOST_TOKENS and not has_details:
         return usage  # the usual case
-    given, answered = _within(given, _MOST_TOKENS), _within(answered, _MOST_TOKENS)
-    thought = _within(usage.reasoning_tokens, _MOST_TOKENS)
+    given, answered = _within(given, MOST_TOKENS), _within(answered, MOST_TOKENS)
+    thought = _within(usage.reasoning_tokens, MOST_TOKENS)
     if thought is not None and answered is not None and thought > answered:
-        answered = _within(answered + thought, _MOST_TOKENS)
+        answered = _within(answered + thought, MOST_TOKENS)
+    cost = None if usage.cost is None or not 0 <= usage.cost <= _MOST_USD else usage.cost
     if not given and not answered and (completion.text or completion.tool_calls):
         given = answered = None
-    most = _MOST_TOKENS if given is None else given
+        cost = cost or None  # no price per token times no tokens
+    most = MOST_TOKENS if given is None else given
     checked = replace(
         usage,
         input_tokens=given,
         output_tokens=answered,
         cached_tokens=_within(usage.cached_tokens, most),
         reasoning_tokens=thought,
-        cost=None if usage.cost is None or not 0 <= usage.cost <= _MOST_USD else usage.cost,
+        cost=cost,
         cache_write_tokens=_within(usage.cache_write_tokens, most),
         cache_write_1h_tokens=_within(usage.cache_write_1h_tokens, most),
     )

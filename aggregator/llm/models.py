@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,15 @@ from aggregator import portal
 from aggregator.agents.transcripts import current_transcript
 from aggregator.cassettes.lineage import current_role, unwatched
 from aggregator.checks import contain_stop, is_async
-from aggregator.errors import APIConnectionError, APITimeoutError, ConfigError, LLMError, ModelWarning, TruncatedError
+from aggregator.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    BadRequestError,
+    ConfigError,
+    LLMError,
+    ModelWarning,
+    TruncatedError,
+)
 from aggregator.llm.budget import THINKING_ROOM, Amount, Budget, current_budget, pico, spent_by, thinks, upper_tokens
 from aggregator.llm.calls import ChatCall, Limits, Target
 from aggregator.llm.codecs.failures import Fault, classify, retry_after
@@ -171,24 +180,45 @@ class CallableModel:
 async def complete_own(model: ChatModel, messages: Any, *, max_tokens: int, **options: Any) -> Completion:
     """Ask for a feature of the library itself (optimizer, merge, judge), without options that the provider lacks.
 
-    Options that its API does not have are left out with a warning. `max_tokens` is the room for the answer: a model
+    Options that its API does not have are left out with a warning, and so are a seed and a temperature that the server
+    refuses by their name. `max_tokens` is the room for the answer: a model
     that thinks gets more, as thinking counts there too. Such models are known by their name, or by the client's
     `extra`; another model whose answer is cut before its text or while it thinks is asked once more with that room.
     """
     options = _known_options(model, options)
     room = max_tokens + THINKING_ROOM
-    if _is_thinker(model):
-        return await model.complete(messages, max_tokens=room, **options)
     try:
-        completion = await model.complete(messages, max_tokens=max_tokens, **options)
-    except TruncatedError as error:
-        if error.text and not error.thought:
+        if _is_thinker(model):
+            return await model.complete(messages, max_tokens=room, **options)
+        try:
+            completion = await model.complete(messages, max_tokens=max_tokens, **options)
+        except TruncatedError as error:
+            if error.text and not error.thought:
+                raise
+        else:
+            thought = completion.reasoning or completion.usage.reasoning_tokens
+            if completion.finish_reason != "length" or (completion.text and not thought):
+                return completion
+        return await model.complete(messages, max_tokens=room, **options)
+    except BadRequestError as error:
+        said = f"{error.code} {error.message}"
+        refused = [name for name in _OPTIONAL if options.get(name) is not None and re.search(rf"\b{name}\b", said)]
+        if not refused:
             raise
-    else:
-        thought = completion.reasoning or completion.usage.reasoning_tokens
-        if completion.finish_reason != "length" or (completion.text and not thought):
-            return completion
-    return await model.complete(messages, max_tokens=room, **options)
+        for name in refused:
+            _warn_left_out(name, f"{model!r}")
+    return await complete_own(model, messages, max_tokens=max_tokens, **{**options, **dict.fromkeys(refused)})
+
+
+_OPTIONAL = ("seed", "temperature")
+
+
+def _warn_left_out(name: str, by: str) -> None:
+    warnings.warn(
+        f"Expected {name} to be sent, which {by} does not have; it is left out, and answers differ by chance",
+        ModelWarning,
+        stacklevel=3,
+    )
 
 
 def _known_options(model: ChatModel, options: dict[str, Any]) -> dict[str, Any]:
@@ -203,11 +233,7 @@ def _known_options(model: ChatModel, options: dict[str, Any]) -> dict[str, Any]:
     if not lacking:
         return options
     for name, provider in lacking.items():
-        warnings.warn(
-            f"Expected {name} to be sent, which {provider} does not have; it is left out, and answers differ by chance",
-            ModelWarning,
-            stacklevel=2,
-        )
+        _warn_left_out(name, provider)
     return {name: value for name, value in options.items() if name not in lacking}
 
 

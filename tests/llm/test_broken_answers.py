@@ -17,6 +17,7 @@ from aggregator.errors import (
     LLMError,
     RateLimitError,
     ResponseError,
+    ServerError,
     ends_run,
     is_infrastructure,
 )
@@ -58,6 +59,10 @@ BROKEN = [
     ("openrouter/m", chat("stop", "", reasoning_content="thinking, and no more"), EmptyResponseError),
     ("openrouter/m", {"error": {"message": "upstream went away"}}, ResponseError),
     ("openrouter/m", {"error": {"message": "slow down", "code": 429}}, RateLimitError),
+    ("openrouter/m", {"success": False, "errors": [{"message": "no capacity", "code": 7003}]}, EmptyResponseError),
+    ("openrouter/m", {"code": 429, "msg": "too many", "success": False}, RateLimitError),
+    ("openrouter/m", {"type": "server_error", "detail": "the upstream is gone"}, ServerError),
+    ("anthropic/m", {"type": "overloaded_error", "message": "Overloaded"}, ServerError),
     ("gemini/m", gemini("MALFORMED_FUNCTION_CALL"), BrokenResponseError),
     ("gemini/m", gemini("UNEXPECTED_TOOL_CALL", {"text": "half"}), BrokenResponseError),
     ("gemini/m", gemini("OTHER", {"text": "half"}), BrokenResponseError),
@@ -74,6 +79,7 @@ BROKEN = [
     ("anthropic/m", claude("new_reason", {"type": "text", "text": "half"}), BrokenResponseError),
 ]
 WITHHELD = [
+    ("openrouter/m", chat("stop", [{"type": "refusal", "refusal": "I cannot help with that."}])),
     ("openrouter/m", chat("content_filter")),
     ("openrouter/m", chat("sensitive", "")),
     ("openrouter/m", chat("stop", None, refusal="I cannot help with that.")),
@@ -189,3 +195,21 @@ async def test_a_broken_answer_of_another_client() -> None:
     with pytest.raises(BrokenResponseError):
         await as_model(lambda messages: chat("error", "half")).complete(QUESTION)
     assert (await as_model(lambda messages: "").complete(QUESTION)).text == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "usage", "tokens"),
+    [
+        ("openrouter/m", {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 10**12}, (10, 5)),
+        ("openrouter/m", {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": -1}, (10, 5)),
+        ("gemini/m", {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 10**12}, (10, 5)),
+    ],
+)
+async def test_an_absurd_total_made_the_output_unknown(
+    name: str, usage: dict[str, int], tokens: tuple[int, int]
+) -> None:
+    """A total is used only for what it adds to input and output."""
+    field = "usageMetadata" if name == "gemini/m" else "usage"
+    client, _ = llm(name, {**GOOD[name], field: usage})
+    found = (await client.complete(QUESTION)).usage
+    assert (found.input_tokens, found.output_tokens) == tokens

@@ -10,7 +10,7 @@ import pytest
 from llm_fakes import ScriptedTransport
 
 from aggregator import LLM, AggregatedUpdate, LLMOptimizer, Module, ParameterNode
-from aggregator.errors import ConfigError, ModelWarning
+from aggregator.errors import BadRequestError, ConfigError, ModelWarning
 from aggregator.llm.models import complete_own
 from aggregator.records import HTTPReply, HTTPRequest
 
@@ -83,3 +83,35 @@ async def test_broken_arguments_of_a_model_raised_a_config_error() -> None:
     assert (await second.complete([{"role": "user", "content": "q"}, answer, result])).text == "Bern it is"
     sent = json.loads(asked[0].body)["messages"][1]["content"][0]
     assert sent["input"] == {"invalid_json": '{"city": "Be'}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("seed", "Unsupported parameter: 'seed' is not supported with this model."),
+        ("seed", 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'),
+        ("temperature", "Unsupported value: 'temperature' does not support 0.5 with this model."),
+    ],
+)
+async def test_a_server_that_refuses_a_seed_ended_the_training(option: str, message: str) -> None:
+    """An API may have the option, and this server or model may not: the own feature asks again without it."""
+    bad = HTTPReply(status=400, body=json.dumps({"error": {"message": message}}).encode(), headers={})
+    good = HTTPReply(
+        status=200, body=b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}', headers={}
+    )
+    transport = ScriptedTransport(bad, good)
+    llm = LLM("openai-compatible/m", base_url="http://x/v1", api_key="k" * 9, env={}, transport=transport)
+    with pytest.warns(ModelWarning, match=f"Expected {option} to be sent"):
+        completion = await complete_own(llm, "q", max_tokens=5, **{option: 0.5 if option == "temperature" else 3})
+    assert completion.text == "x"
+    assert [option in body for body in transport.bodies()] == [True, False]
+
+
+async def test_a_refusal_of_something_else_stays() -> None:
+    """Only options of the feature that the refusal names are left out."""
+    bad = HTTPReply(status=400, body=b'{"error": {"message": "messages: at least one is required"}}', headers={})
+    transport = ScriptedTransport(bad)
+    llm = LLM("openai-compatible/m", base_url="http://x/v1", api_key="k" * 9, env={}, transport=transport)
+    with pytest.raises(BadRequestError):
+        await complete_own(llm, "q", max_tokens=5, seed=3)
+    assert len(transport.requests) == 1

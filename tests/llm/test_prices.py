@@ -172,6 +172,7 @@ def test_impossible_figures_were_believed(usage: Usage) -> None:
         (Usage(input_tokens=10, output_tokens=5, cache_write_tokens=11), Usage(input_tokens=10, output_tokens=5)),
         (Usage(input_tokens=10, output_tokens=5, cache_write_1h_tokens=-1), Usage(input_tokens=10, output_tokens=5)),
         (Usage(input_tokens=10, output_tokens=5, reasoning_tokens=-1), Usage(input_tokens=10, output_tokens=5)),
+        (Usage(input_tokens=0, output_tokens=0, cost=0.0), Usage()),
         (
             Usage(input_tokens=10, output_tokens=5, reasoning_tokens=94),
             Usage(input_tokens=10, output_tokens=99, reasoning_tokens=94),

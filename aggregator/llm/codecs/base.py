@@ -15,9 +15,17 @@ import msgspec
 from msgspec import Struct
 
 from aggregator import __version__
-from aggregator.errors import APIConnectionError, APIStatusError, ConfigError, DecodeError, EmptyResponseError, LLMError
+from aggregator.errors import (
+    APIConnectionError,
+    APIStatusError,
+    ConfigError,
+    DecodeError,
+    EmptyResponseError,
+    LLMError,
+    ResponseError,
+)
 from aggregator.llm.calls import ChatCall, Codec, Limits, RateHeaders, StreamReader, Target
-from aggregator.llm.codecs.failures import fault_inside, request_id, reset_wait, scrub, status_error
+from aggregator.llm.codecs.failures import fault_inside, fault_of, request_id, reset_wait, scrub, status_error
 from aggregator.llm.codecs.wire import REFUSED, excerpt, fit, parse
 from aggregator.llm.messages import Mark, find_mark
 from aggregator.records import Choice, Completion, FinishReason, HTTPReply, HTTPRequest, Usage
@@ -396,8 +404,14 @@ class JSONCodec(Generic[A]):
         """Return the error in an answer of status 200."""
         return fault_inside(data, reply, self.target.provider, self._secrets)
 
-    def empty(self, wanted: str, reply: HTTPReply) -> EmptyResponseError:
-        """Return the error of an answer without its essential part."""
+    def empty(self, wanted: str, reply: HTTPReply) -> LLMError:
+        """Return the error of an answer without its essential part: that of a status or word in it, if it has one."""
+        with suppress(DecodeError):  # a stream
+            body = parse(reply.body)
+            if isinstance(body, dict) and fault_of(body).message:
+                found = self.fault(body, reply)
+                if type(found) is not ResponseError:
+                    return found
         error = EmptyResponseError(
             f"Expected {wanted} from {self.target.provider}, got none in {excerpt(reply.body)}",
             status=reply.status,

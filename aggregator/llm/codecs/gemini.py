@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
-from aggregator.errors import ConfigError, ContentFilterError, EmptyResponseError
+from aggregator.errors import ConfigError, ContentFilterError, LLMError
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.base import CompletingCodec, Event, EventReader, JSONCodec, words
 from aggregator.llm.codecs.failures import request_id
@@ -335,7 +335,7 @@ class GeminiGenerate(JSONCodec[Answer]):
             reader.chunk(fit(chunk, Answer))
         return reader.build(reply)
 
-    def _nothing(self, answer: Answer, reply: HTTPReply) -> ContentFilterError | EmptyResponseError:
+    def _nothing(self, answer: Answer, reply: HTTPReply) -> LLMError:
         feedback = answer.promptFeedback
         if feedback is None or feedback.blockReason is None:
             return self.empty("candidates", reply)

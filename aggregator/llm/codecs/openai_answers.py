@@ -148,7 +148,7 @@ def message_of(message: WireMessage, address: str = "") -> Message:
         content=content,
         reasoning="".join(thoughts) or None,
         tool_calls=calls,
-        refusal=message.refusal or None,
+        refusal=message.refusal or ("refusal" in other and _refused(message.content)) or None,
         other=other,
         source=msgspec.json.encode(stated) if stated else None,
         origin=origin,
@@ -187,6 +187,12 @@ def other_kinds(message: WireMessage) -> tuple[str, ...]:
         types = [str(part.get("type")) for part in message.content if isinstance(part, dict)]
         kinds += [kind for kind in types if kind not in ("text", "thinking", "reasoning", "output_text", "None")]
     return tuple(dict.fromkeys(kinds))
+
+
+def _refused(parts: list[Any]) -> str:
+    """Return the refusal in a message of parts."""
+    texts = [part["refusal"] for part in parts if isinstance(part, dict) and isinstance(part.get("refusal"), str)]
+    return "".join(texts) or "a refusal without words"
 
 
 def text_and_thoughts(content: Any) -> tuple[str, list[str]]:

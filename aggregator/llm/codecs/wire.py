@@ -19,6 +19,9 @@ T = TypeVar("T")
 REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """The exceptions of msgspec for a body of the wrong shape, and for invalid JSON."""
 
+MOST_TOKENS = 10**8
+"""A hundred times the largest context: a server's figure beyond it is not believed."""
+
 _MAX_REPAIRS = 32
 _PATH = re.compile(r"at `\$(.*)`$")
 _STEP = re.compile(r"\.([^.\[]+)|(\[[^\]]*\])")
@@ -142,10 +145,12 @@ def as_raw(text: str) -> msgspec.Raw | str:
 def with_rest(answered: int | None, given: int | None, total: int | None) -> int | None:
     """Return the output tokens plus the part of a total beyond input and output: thinking, as xAI counts it.
 
+    An absurd total is ignored.
+
     >>> with_rest(9, 32, 135), with_rest(9, 32, 41), with_rest(9, None, 135)
     (103, 9, 9)
     """
-    if given is None or answered is None or total is None:
+    if given is None or answered is None or total is None or total > MOST_TOKENS:
         return answered
     return max(answered, total - given)
 
