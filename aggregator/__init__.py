@@ -114,7 +114,8 @@ def _face(module: str, homes: dict[str, tuple[str, ...]]) -> tuple[Callable[[str
 
     def load(name: str) -> object:
         if name not in origin:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+            text = f"module {module!r} has no attribute {name!r}"
+            raise AttributeError(text, name=name, obj=_sys.modules[module])  # Python suggests the nearest name
         from importlib import import_module
 
         value = getattr(import_module(origin[name]), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,15 @@ def test_a_repr_does_not_name_parameters() -> None:
     agent = Router()
     repr(agent)
     assert (agent.rule.named, agent.rule.name) == (False, "parameter")
+
+
+def test_a_misspelt_name_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    """`aggregator.AggregateUpdate` is an error that names AggregatedUpdate, in the faces too."""
+    for module, typo, name in (
+        ("aggregator", "AggregateUpdate", "AggregatedUpdate"),
+        ("aggregator.rules", "majorty", "majority"),
+    ):
+        with pytest.raises(AttributeError) as caught:
+            getattr(import_module(module), typo)
+        sys.__excepthook__(AttributeError, caught.value, None)
+        assert f"Did you mean: '{name}'?" in capsys.readouterr().err

@@ -247,5 +247,5 @@ def as_parameters(owner: Any, adapted: dict[int, ParameterNode[Any]]) -> list[Pa
 def _refuse(thing: Any, why: str) -> ConfigError:
     """Return the error for an invalid agent: what it got and the reason, then everything that is accepted."""
     shown = thing.__name__ if isinstance(thing, type) else shorten(thing)
-    kind = "the class " if isinstance(thing, type) else ""
-    return ConfigError(f"Expected an agent, got {kind}{shown}{why}. An agent is {ACCEPTED}")
+    kind, remedy = ("the class ", f"; make an instance, {shown}()") if isinstance(thing, type) else ("", "")
+    return ConfigError(f"Expected an agent, got {kind}{shown}{why}{remedy}. An agent is {ACCEPTED}")

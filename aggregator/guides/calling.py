@@ -66,9 +66,10 @@ def judge_instantly(guide: Any, x: Any, output: Any, info: Any) -> Scores:
 def check_guide(guide: Any) -> None:
     """Raise ConfigError for anything that cannot judge; the agent would run on every instance for nothing."""
     if not isinstance(as_guide(guide), Metric) and not accepts(_function_of(guide), None, None, None):
+        arguments = f" with the arguments {inspect.signature(guide)}" if inspect.isfunction(guide) else ""
         raise ConfigError(
-            f"Expected a guide: a callable (x, output, info) -> score or (score, feedback), got {shorten(guide)}; "
-            "a metric (gold, prediction) becomes one by aggregator.guides.metric"
+            "Expected a guide: a callable (x, output, info) -> score or (score, feedback), got "
+            f"{shorten(guide)}{arguments}; a metric (gold, prediction) becomes one by aggregator.guides.metric"
         )
     declared_limit(guide, "min_score")
     declared_limit(guide, "max_score")

@@ -191,7 +191,8 @@ def split_name(model: str, base_url: str | None = None) -> tuple[Provider, str]:
         if provider.bare_names is not None and re.match(provider.bare_names, model):
             return provider, model
     raise ConfigError(
-        f"Expected a model as 'provider/model' (say 'openai/gpt-4o-mini'), got {model!r}. {_suggestion(model, found)}"
+        f"Expected a model as 'provider/model', such as 'openai/gpt-4o-mini', got {model!r}. "
+        f"{_suggestion(model, found)}"
     )
 
 

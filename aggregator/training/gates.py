@@ -108,7 +108,7 @@ def improves_on_validation(
 ) -> Gate:
     """Accept an update that raises the mean score on a validation set, paired per instance.
 
-    `threshold` is the least gain of the mean. With `significance` (say 0.05) the gain must also pass a one-sided exact
+    `threshold` is the least gain of the mean. With `significance=0.05` the gain must also pass a one-sided exact
     sign test over the instances whose score changed: the chance of so many gains among them, were gains and losses
     equally likely, is at most this. Costs one run per instance for each new candidate; the scores of the current values
     are remembered, also by a resumed run. `score` names the score to compare, one of the guide's `Scores.named` or

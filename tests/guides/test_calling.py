@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.errors import GuideError
+from aggregator.errors import ConfigError, GuideError
 from aggregator.executors.local import LocalExecutor
 from aggregator.guides.calling import check_guide, judge
 from aggregator.guides.judge import Verdict
@@ -195,3 +195,9 @@ async def test_an_overridden_forward_of_a_trace_guide_is_called(guide: Any, expe
     """The method that a subclass overrides is called."""
     check_guide(guide)
     assert await judge(guide, "2 + 2?", "4", "4") == expected
+
+
+def test_a_guide_with_other_arguments_is_shown_with_them() -> None:
+    """The error printed `<function <lambda>>` alone, which does not show what is missing."""
+    with pytest.raises(ConfigError, match=r"got <function .*> with the arguments \(x, output\)"):
+        check_guide(lambda x, output: 1.0)

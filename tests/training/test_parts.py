@@ -67,7 +67,7 @@ def test_an_overridden_forward_needs_no_optimizer(adder: Adder) -> None:
 @pytest.mark.parametrize(
     ("agent", "expected"),
     [
-        (Adder, r"an agent, got the class Adder\. An agent is a Module; a template"),
+        (Adder, r"an agent, got the class Adder; make an instance, Adder\(\)\. An agent is a Module; a template"),
         ("agent", r"an agent, got 'agent', a text without a placeholder\. An agent is a Module; a template"),
         (len, r"an agent, got <built-in function len>\. An agent is a Module; a template"),
         ({"prompt": "x"}, r"an evaluator \(values, row\)"),  # named values without a guide
