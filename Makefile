@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: help demo test test-long test-peers test-vcrpy test-frameworks test-peer-suites test-trace test-data test-editors check format bench record wheel clean
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "aggregator needs Python 3.11 or newer; call make PYTHON=/path/to/python3.11")'
@@ -34,7 +34,7 @@ test-peers: $(VENV)/.dev ## Run the client against real servers on loopback (ins
 	$(BIN)/python tests/peers/install_peers.py
 	$(BIN)/python -m pytest -q -m "peers and not long" tests/peers
 
-test-vcrpy: ## Run what stands beside vcrpy on the oldest supported vcrpy and on the newest
+test-vcrpy: ## Run the tests of vcrpy's formats with the oldest supported vcrpy and with the newest
 	$(PYTHON) tests/environments.py vcrpy-oldest vcrpy-newest
 	for name in vcrpy-oldest vcrpy-newest; do \
 	  $(PYTHON) tests/environments.py --run $$name -- -c 'import importlib.metadata as m; print("vcrpy", m.version("vcrpy"))' && \
@@ -81,5 +81,5 @@ record: $(VENV)/.dev ## Re-record the demo's cassette from the simulated model
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist
 
-clean: ## Remove what the targets made
+clean: ## Remove the files that the targets made
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,19 +44,21 @@ TICKETS = [
 
 
 class Steps(Observer):
-    """Prints the score of the test set, what each ticket proposed, and what became of it."""
+    """Prints what each ticket proposed, the decision, and the score of the test set after it."""
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Print one evaluation; the first is the baseline before training."""
-        print(f"test score after {evaluation.step} steps: {evaluation.score}")
+        """Print the evaluation before training; a step's report has the one after it."""
+        if evaluation.step == 0:
+            print(f"test score before training: {evaluation.score}")
 
     def step(self, report: FullStepReport) -> None:
         """Print one step."""
+        print(f"step {report.step}: score of the minibatch {report.score}")
         for proposal in report.all_proposals:
             if proposal.values:
                 print(f"  ticket {proposal.sample_id} proposes {proposal.values['instruction']!r}")
-        verdict = "updated" if report.decision.accepted else report.decision.reason
-        print(f"step {report.step}: score {report.score}, {verdict}")
+        decision = "updated" if report.decision.accepted else f"not updated: {report.decision.reason}"
+        print(f"  {decision}; test score {report.test_score}")
 
 
 def main() -> None:
