@@ -281,7 +281,7 @@ def _user_edits(data: bytes) -> Iterator[Edit]:
     """Yield the users and passwords of addresses."""
     for match in _USER.finditer(data):
         user = unquote(match[1].decode(errors="replace"))
-        if looks_secret(user.partition(":")[2] or user):
+        if user.isprintable() and "\ufffd" not in user and looks_secret(user.partition(":")[2] or user):  # no noise
             yield (*match.span(1), MARK)
 
 

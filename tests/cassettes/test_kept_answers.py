@@ -63,6 +63,13 @@ def test_a_short_key_is_redacted_as_a_whole_word_only(key: str) -> None:
     assert answered(f"a%20{key}%22".encode(), secrets=(key,)).body == b"a%20REDACTED%22"
 
 
+def test_bytes_of_an_image_were_redacted_as_a_password() -> None:
+    """A slash, a slash and an at sign occur by chance in a few megabytes of compressed data."""
+    noise = bytes.fromhex("c815 3a4a 4ea6 1674 7338 2f2f d34a 8967 ad05 2e06 e773 5948 6ab7 b5f5 409f")
+    assert secret_edits(noise) == []
+    assert secret_edits(b"\x00\xff" + noise + b" https://me:hunter2secret9@x.example/a \xff") != []
+
+
 def test_base64_was_redacted_as_keys() -> None:
     """base64url contains `_sk-`, `-pk-` and the like by chance: signatures, inline data, encrypted reasoning."""
     random = Random(7)

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.errors import APIConnectionError, ContentFilterError, DecodeError, RateLimitError, ServerError
+from aggregator.errors import (
+    APIConnectionError,
+    BadRequestError,
+    ContentFilterError,
+    DecodeError,
+    RateLimitError,
+    ResponseError,
+    ServerError,
+)
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.base import Event, EventParser
 from aggregator.llm.codecs.wire import ThinkingFilter, split_thinking
@@ -382,6 +390,42 @@ def test_pieces_of_calls_under_wrong_indices_and_ids() -> None:
     body = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
     calls = read_whole("openai/m", body).tool_calls
     assert [(call.id, call.name, call.arguments) for call in calls] == [("a", "f", "{}"), ("b", "g", '{"x": 1}')]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [("get_weather", ""), (None, "{"), (None, "}")],
+        [("get_weather", ""), ("", "{"), ("", "}")],
+        [("get_weather", "{"), ("get_weather", "}")],
+        [("get_", ""), ("weather", ""), (None, "{}")],
+        [("get_", ""), ("get_weather", ""), (None, "{}")],
+    ],
+    ids=["once", "empty", "again", "in pieces", "so far"],
+)
+def test_the_name_of_a_call_in_pieces_was_cut(pieces: list[tuple[str | None, str]]) -> None:
+    """Before the arguments begin a name may come in pieces; later it may be repeated."""
+    calls = [{"index": 0, "id": "a", "function": {"name": name, "arguments": text}} for name, text in pieces]
+    body = events(*[delta(tool_calls=[call]) for call in calls], delta(finish="tool_calls"))
+    (call,) = read("openai/m", body)[1].tool_calls
+    assert (call.name, call.arguments) == ("get_weather", "{}")
+
+
+def test_a_whole_message_after_its_deltas_was_added_to_them() -> None:
+    """Some servers send deltas, and the message as a whole at the end; without deltas it is the answer."""
+    whole = {"choices": [{"index": 0, "message": {"content": "Hello"}, "finish_reason": "stop"}]}
+    assert read("openai/m", events(delta("He"), delta("llo"), whole))[0] == ["He", "llo"]
+    assert read("openai/m", events(delta("He"), delta("llo"), whole))[1].text == "Hello"
+    assert read("openai/m", events(whole))[1].text == "Hello"
+
+
+def test_an_error_object_in_a_stream_was_a_lost_connection() -> None:
+    """vLLM sends its error as an event of its own, without the field `error`."""
+    error = {"object": "error", "message": "too many tokens", "type": "BadRequestError", "code": 400}
+    with pytest.raises(BadRequestError, match="too many tokens"):
+        read("openai/m", events(delta("He"), error))
+    with pytest.raises(ResponseError, match="the upstream is gone"):
+        read("openai/m", events({"detail": "the upstream is gone"}, done=False))
 
 
 @pytest.mark.parametrize(

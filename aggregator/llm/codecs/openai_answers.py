@@ -15,8 +15,8 @@ from msgspec import Struct, field
 
 from aggregator.llm.calls import ChatCall
 from aggregator.llm.codecs.base import CompletingCodec, Event, EventReader
-from aggregator.llm.codecs.failures import fault_in_event
-from aggregator.llm.codecs.wire import ThinkingFilter, may_think, read, split_thinking, with_rest
+from aggregator.llm.codecs.failures import fault_in_event, fault_of
+from aggregator.llm.codecs.wire import ThinkingFilter, may_think, parse, read, split_thinking, with_rest
 from aggregator.llm.messages import Turn
 from aggregator.records import Completion, HTTPReply, Message, ToolCall, Usage
 
@@ -135,6 +135,10 @@ def message_of(message: WireMessage, address: str = "") -> Message:
         return Message(content=content)  # nearly every answer
     calls = _calls(message) if called else ()
     other = () if not media and (content is None or type(content) is str) else other_kinds(message)
+    refusal = message.refusal
+    if "refusal" in other and not refusal:
+        found = [part for part in message.content if isinstance(part, dict) and part.get("type") == "refusal"]
+        refusal = "".join([str(part.get("refusal")) for part in found])
     stated = _thoughts(message) if calls and thinks else {}
     origin = address.rstrip("/") if calls and (stated or any(call.signature for call in calls)) else None
     thoughts = [reasoning_text(message)] if thinks else []
@@ -148,7 +152,7 @@ def message_of(message: WireMessage, address: str = "") -> Message:
         content=content,
         reasoning="".join(thoughts) or None,
         tool_calls=calls,
-        refusal=message.refusal or ("refusal" in other and _refused(message.content)) or None,
+        refusal=refusal or None,
         other=other,
         source=msgspec.json.encode(stated) if stated else None,
         origin=origin,
@@ -187,12 +191,6 @@ def other_kinds(message: WireMessage) -> tuple[str, ...]:
         types = [str(part.get("type")) for part in message.content if isinstance(part, dict)]
         kinds += [kind for kind in types if kind not in ("text", "thinking", "reasoning", "output_text", "None")]
     return tuple(dict.fromkeys(kinds))
-
-
-def _refused(parts: list[Any]) -> str:
-    """Return the refusal in a message of parts."""
-    texts = [part["refusal"] for part in parts if isinstance(part, dict) and isinstance(part.get("refusal"), str)]
-    return "".join(texts) or "a refusal without words"
 
 
 def text_and_thoughts(content: Any) -> tuple[str, list[str]]:
@@ -311,6 +309,7 @@ class _Growing(Struct):
     audio: Any = None
     images: Any = None
     finish_reason: str | None = None
+    in_deltas: bool = False
 
 
 class ChatStream(EventReader):
@@ -326,6 +325,8 @@ class ChatStream(EventReader):
         """Process one chunk and return its text."""
         chunk = Answer(error=fault_in_event(event.data)) if event.name == "error" else read(event.data, DECODER)
         failed = chunk.error or next((choice.error for choice in chunk.choices or () if choice.error), None)
+        if not (chunk.choices or chunk.usage or chunk.id) and fault_of(stated := parse(event.data)).message:
+            failed = failed or stated  # vLLM's: no field `error`
         if failed:
             raise self.codec.fault(failed, HTTPReply(status=200, body=event.data, headers={}))
         self._answer.id = self._answer.id or chunk.id
@@ -349,7 +350,8 @@ class ChatStream(EventReader):
         index = choice.index or 0
         growing = self._choices.setdefault(index, _Growing())
         growing.finish_reason = choice.finish_reason or growing.finish_reason
-        delta = choice.delta or choice.message
+        delta = choice.delta or (None if growing.in_deltas else choice.message)  # some send the whole at the end
+        growing.in_deltas = growing.in_deltas or choice.delta is not None
         if delta is None:
             return self._text(index, growing, choice.text or "")
         stated = delta.reasoning_content
@@ -424,8 +426,13 @@ def _grow_details(details: list[Any], piece: Any) -> None:
 
 
 def _grow_function(function: WireFunction | None, piece: WireFunction) -> WireFunction:
+    """Add a piece; a name may come in pieces too, before the arguments, or again in every piece."""
     function = function or WireFunction(arguments="")
-    function.name = function.name or piece.name
+    name, more = function.name or "", piece.name or ""
+    if more.startswith(name):
+        function.name = more or None
+    elif not function.arguments and not name.endswith(more):
+        function.name = name + more
     function.arguments = arguments_text(function.arguments) + arguments_text(piece.arguments)
     return function
 
