@@ -1,25 +1,26 @@
 """The one door for agents: `as_agent` returns an agent as the library runs it; its error lists what it accepts.
 
-from aggregator import as_agent as_agent(my_module)        # an instance of Module, or any callable that offers
-parameters() as_agent("Classify: {ticket}", model="openai/gpt-4o-mini") as_agent(my_function)      # keyword-only
-arguments, or the ParameterNodes that it reads, are its parameters
+as_agent(my_module)        # an instance of Module, or any callable that offers parameters()
+as_agent("Classify: {ticket}", model="openai/gpt-4o-mini")
+as_agent(my_function)      # keyword-only arguments, or the ParameterNodes that it reads, are its parameters
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from inspect import isawaitable, signature
 from types import FunctionType
 from typing import Any, overload
 
-from aggregator.adapters.frameworks import ADAPTERS, is_gepa_adapter, package_of
-from aggregator.adapters.function import FunctionAgent, is_plain_function
+from aggregator.adapters.frameworks import ADAPTERS, FrameworkAgent, is_gepa_adapter, package_of
+from aggregator.adapters.function import FunctionAgent, is_plain_function, variables_of
 from aggregator.adapters.template import EvaluatedValues, TemplateAgent, own_verdict
 from aggregator.adapters.trace import TraceAgent, is_trace_agent
 from aggregator.agents.modules import Module
-from aggregator.agents.parameters import ParameterNode
+from aggregator.agents.parameters import ParameterNode, by_name
 from aggregator.checks import is_async
 from aggregator.errors import ConfigError
 from aggregator.executors.work import InstanceAgent, Ran
@@ -60,7 +61,7 @@ def as_agent(thing: Any, *, model: Any = None, evaluator: Any = None, **options:
     if isinstance(thing, InstanceAgent | BatchAgent):
         return thing
     if is_plain_function(thing):
-        return FunctionAgent(thing)
+        return of_function(thing)
     if isinstance(thing, str) and placeholders(thing):
         return TemplateAgent(thing, model)
     if isinstance(thing, Mapping):
@@ -106,7 +107,7 @@ def trainable(thing: Any = None, nodes: Sequence[Any] | None = None, /, **option
     if nodes is not None:
         return as_agent(thing, nodes=nodes, **options)
     if is_plain_function(thing):
-        return FunctionAgent(partial(thing, **options) if options else thing)
+        return of_function(partial(thing, **options) if options else thing)
     return as_agent(thing, **options)
 
 
@@ -130,6 +131,54 @@ def _of_framework(thing: Any, options: Mapping[str, Any]) -> Agent | None:
         )
     agent: Agent | None = adapt(thing, **options)
     return agent
+
+
+def of_function(function: Callable[..., Any]) -> FunctionAgent:
+    """Return a function as an agent: with its own parameters, or without any with those of the agents that it runs.
+
+    Agents whose candidates run on copies are left out: the function would not run the copies.
+    """
+    made = FunctionAgent(function)
+    if made.parameters():
+        return made
+    hosts: dict[str, FrameworkAgent] = {}
+    for name, value in variables_of(function):
+        is_known = any(value is host.program for host in hosts.values())
+        if not (is_known or isinstance(value, type)) and package_of(value) is not None:
+            with suppress(ConfigError):  # a model or a tool, which is no agent
+                host = as_agent(value)
+                if isinstance(host, FrameworkAgent) and host.isolation == "overlay":
+                    hosts[name] = host
+    return RunsAgents(function, hosts) if hosts else made
+
+
+class RunsAgents(FunctionAgent):
+    """A function that runs agents of other frameworks: their texts are its parameters."""
+
+    def __init__(self, function: Callable[..., Any], hosts: Mapping[str, FrameworkAgent]) -> None:
+        super().__init__(function)
+        self._hosts = list(hosts.values())
+        names = [one.name for host in self._hosts for one in host.parameters()]
+        for variable, host in hosts.items():
+            for one in host.parameters():
+                one.name = one.name if names.count(one.name) == 1 else f"{variable}.{one.name}"
+        self._parameters = by_name(one for host in self._hosts for one in host.parameters())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return of_function, (self.function,)
+
+    @contextmanager
+    def placed(self) -> Iterator[Callable[..., Any]]:
+        """Yield the function, whose agents have the texts of this context."""
+        with ExitStack() as stack:
+            for host in self._hosts:
+                stack.enter_context(host.placed())
+            yield self.forward
+
+    async def run(self, task: RolloutTask, call: Call) -> Ran:
+        """Return the function's result with the texts of this context."""
+        with self.placed():
+            return await super().run(task, call)
 
 
 class CalledAgent(InstanceAgent):

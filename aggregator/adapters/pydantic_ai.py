@@ -137,7 +137,12 @@ class PydanticAgent(FrameworkAgent):
             *(one for name, agent in reached for one in _system_prompts_of(agent, prefix_of(name))),
             *(one for name, agent in reached for one in _descriptions_of(agent, prefix_of(name))),
         ]
-        super().__init__(program, nodes_read_by(_functions_of([agent for _, agent in reached]), parameters))
+        functions: list[Any] = []
+        for _, agent in reached:
+            functions += [sourced.instruction for sourced in agent._instructions]
+            functions += [runner.function for runner in agent._system_prompt_functions]
+            functions += [tool.function for tool in _tools_of(agent)]
+        super().__init__(program, nodes_read_by(functions, parameters))
 
     def like(self, program: Any) -> PydanticAgent:
         """Return an agent with the same options around another program."""
@@ -192,14 +197,6 @@ def _reach(agent: Agent[Any, Any], name: str, reached: Named) -> None:
         for variable, found in objects_read_by(tool.function, AbstractAgent):
             if all(bare(found) is not known for _, known in reached):
                 _reach(bare(found), found.name or variable, reached)
-
-
-def _functions_of(agents: Sequence[Agent[Any, Any]]) -> Iterator[Any]:
-    """Yield the user's functions of agents: those that return instructions or system prompts, and tools."""
-    for agent in agents:
-        yield from (sourced.instruction for sourced in agent._instructions)
-        yield from (runner.function for runner in agent._system_prompt_functions)
-        yield from (tool.function for tool in _tools_of(agent))
 
 
 def _tools_of(agent: Agent[Any, Any]) -> list[Tool[Any]]:

@@ -239,3 +239,38 @@ async def test_a_node_that_a_function_of_an_agent_reads_was_not_found() -> None:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(rollout(agent, rule=f"R{i}", hint=f"H{i}")) for i in range(8)]
     assert [task.result().output for task in tasks] == [f"R{i}: H{i}" for i in range(8)]
+
+
+FRONT = Agent(FunctionModel(echo), instructions="Route.")
+BACK = Agent(FunctionModel(echo), instructions="Check.")
+
+
+async def test_a_function_that_runs_an_agent_had_no_parameters() -> None:
+    """A function that only calls an agent is trained by the agent's texts; candidates are kept apart."""
+
+    async def ask(x: str) -> str:
+        return str((await FRONT.run(x)).output)
+
+    agent = trainable(ask)
+    assert names(agent) == ["instructions"]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(rollout(agent, instructions=f"R{i}")) for i in range(8)]
+    assert [task.result().output for task in tasks] == [f"R{i}" for i in range(8)]
+    with agent.applied({"instructions": "Applied."}) as program:
+        assert await program("hello") == "Applied."
+    assert await ask("hello") == "Route."
+
+
+async def test_a_function_that_runs_two_agents_is_trained_by_the_texts_of_both() -> None:
+    """Names that both have begin with the function's variable; a parameter of the function's own comes first."""
+
+    def ask(x: str) -> str:
+        return f"{FRONT.run_sync(x).output} {BACK.run_sync(x).output}"
+
+    async def own(x: str, *, hint: str = "") -> str:
+        return str((await FRONT.run(hint + x)).output)
+
+    assert names(trainable(ask)) == ["FRONT.instructions", "BACK.instructions"]
+    assert names(trainable(own)) == ["hint"]
+    found = await rollout(trainable(ask), FRONT__instructions="A.", BACK__instructions="B.")
+    assert found.output == "A. B."
