@@ -50,8 +50,14 @@ def facts_of(item: Mapping[str, Any]) -> dict[str, Any]:
 def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -> Exchange:
     """Return one interaction as sent and received; `place` is its file and line, for errors."""
     try:
+        request = item["request"]
         return Exchange(
-            request=_request(item["request"]),
+            request=HTTPRequest(
+                method=str(request["method"]).upper(),
+                url=str(request["uri"]),
+                body=_body(request),
+                headers=_headers(request.get("headers")),
+            ),
             reply=_reply(item["response"], place, decode=not facts),
             facts=msgspec.convert(facts or {"lineage": ""}, Facts),
         )
@@ -63,15 +69,6 @@ def to_exchange(item: Mapping[str, Any], facts: Mapping[str, Any], place: str) -
             f"got one that does not fit ({type(error).__name__}: {error}) - at {place}; "
             "restore the file, or delete it and record again"
         ) from error
-
-
-def _request(request: Mapping[str, Any]) -> HTTPRequest:
-    return HTTPRequest(
-        method=str(request["method"]).upper(),
-        url=str(request["uri"]),
-        body=_body(request),
-        headers=_headers(request.get("headers")),
-    )
 
 
 def _reply(response: Mapping[str, Any], place: str, *, decode: bool) -> HTTPReply:

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 from aggregator.checks import accepts, is_async, is_finite
@@ -112,20 +112,16 @@ def metric(function: Callable[..., Any]) -> Metric:
 
 def as_guide(guide: Any) -> Any:
     """Return a guide in its callable form: a DSPy metric, recognised by its third argument `trace`, as a Metric."""
-    code, own = _code_of(guide)  # and not its signature, which would be slower than the guide
+    inner = guide
+    while isinstance(inner, partial) and not inner.args:
+        inner = inner.func
+    if isinstance(inner, FunctionType | MethodType):
+        function, own = inspect.unwrap(inner), int(isinstance(inner, MethodType))  # `self` is an argument of a method
+    else:  # a DSPy module is called with the arguments of `forward`
+        function, own = getattr(type(inner), "forward", None) or getattr(type(inner), "__call__", None), 1  # noqa: B004
+    code = getattr(function, "__code__", None)  # and not its signature, which would be slower than the guide
     is_metric = code is not None and code.co_varnames[own + 2 : code.co_argcount][:1] == ("trace",)
     return Metric(guide) if is_metric else guide
-
-
-def _code_of(guide: Any) -> tuple[CodeType | None, int]:
-    """Return the code of a guide's call, and how many of its arguments are `self`."""
-    while isinstance(guide, partial) and not guide.args:
-        guide = guide.func
-    if isinstance(guide, FunctionType | MethodType):
-        function, own = inspect.unwrap(guide), int(isinstance(guide, MethodType))
-    else:  # a DSPy module is called with the arguments of `forward`
-        function, own = getattr(type(guide), "forward", None) or getattr(type(guide), "__call__", None), 1  # noqa: B004
-    return getattr(function, "__code__", None), own
 
 
 def _verdict(answer: Any) -> Any:

@@ -220,22 +220,17 @@ def _getresponse(original: Callable[..., Any]) -> Callable[..., Any]:
             self.close()
             raise standard_error(turn.failure.kind, turn.failure.message)
         if turn.reply is None:
-            return _receive(turn, original, self, *args, **kwargs)
+            with turn.sending(OSError, http.client.HTTPException):
+                response = original(self, *args, **kwargs)
+                content = response.read()
+            turn.finish(turn.answer(response.status, response.reason, response.getheaders(), content))
+            return response_again(response, content, turn.request.method)
         turn.wait()
         self._HTTPConnection__state = "Idle"
         self._HTTPConnection__response = None
         return http_response(turn.reply, turn.request.method)
 
     return getresponse
-
-
-def _receive(turn: Turn, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read a live answer, and record it."""
-    with turn.sending(OSError, http.client.HTTPException):
-        response = original(*args, **kwargs)
-        content = response.read()
-    turn.finish(turn.answer(response.status, response.reason, response.getheaders(), content))
-    return response_again(response, content, turn.request.method)
 
 
 def _in_one_piece(data: bytes, body: bytes) -> bytes:
