@@ -269,8 +269,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addini("cassette_ignore_localhost", "leave this machine to the network", type="bool")
     parser.addini("cassette_allowed_hosts", "hosts that a replaying test may reach", type="args")
-    parser.addini("cassette_shared", "leave permissions of new cassettes to the umask, not to their owner", type="bool")
-    parser.addini("cassette_serve_vcr", "serve pytest-recording's `vcr` tests by an indexed tape", type="bool")
+    parser.addini(
+        "cassette_shared", "new cassettes have the permissions of the umask, not for their owner only", type="bool"
+    )
+    parser.addini(
+        "cassette_serve_vcr", "play the `vcr` tests of pytest-recording with this library's tape", type="bool"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
