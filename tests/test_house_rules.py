@@ -406,3 +406,11 @@ def test_no_test_measures_time() -> None:
         if isinstance(node, ast.Call) and name_called(node) in clocks
     ]
     assert found == []
+    asserted = [
+        f"{path.relative_to(tests)}:{node.lineno}"
+        for path in sorted(tests.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert)
+        and any(isinstance(part, ast.Call) and name_called(part) == "monotonic" for part in ast.walk(node))
+    ]
+    assert asserted == []

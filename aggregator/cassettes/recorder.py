@@ -88,7 +88,7 @@ def open_tape(
     lock = FileLock(path) if plan is None else None
     try:
         plan = plan or _recording(path, mode, rules.redaction)
-        if lock is not None and plan.journal is None:  # finished meanwhile, by the lock\'s last holder
+        if lock is not None and plan.journal is None:  # finished meanwhile, by the last holder of the lock
             lock.release()
             lock = None
         journal = Journal(plan.journal, keep=plan.kept, private=private) if plan.journal is not None else None
