@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,36 @@ def test_the_design_page_lists_the_rooms_there_are() -> None:
     rooms = {path.parent.name for path in package.glob("*/__init__.py")}
     files = {path.stem for path in package.glob("*.py")}
     assert (sorted(rooms - listed), sorted(listed - rooms - files)) == ([], [])
+
+
+def test_documented_names_exist() -> None:
+    """Each `aggregator.<name>` and each `<file>.py` in a document is there; a renamed one would mislead."""
+    files = {
+        path.name
+        for folder in ("aggregator", "tests", "examples", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    missing = []
+    for document in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        text = document.read_text(encoding="utf-8")
+        names = re.findall(r"`(aggregator(?:\.\w+)+)[(`]", text)
+        missing += [f"{document.name}: {name}" for name in names if not exists(name)]
+        missing += [
+            f"{document.name}: {path}" for path in re.findall(r"`([\w/]+\.py)`", text) if Path(path).name not in files
+        ]
+    assert missing == []
+
+
+def exists(name: str) -> bool:
+    """Return True if a dotted name can be imported, or belongs to a framework that is not installed."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: object = import_module(".".join(parts[:count]))
+        except ImportError as error:
+            if error.name is None or not error.name.startswith("aggregator"):
+                return True
+            continue
+        missing = object()
+        return all((found := getattr(found, part, missing)) is not missing for part in parts[count:])
+    return False
