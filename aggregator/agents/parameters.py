@@ -173,6 +173,14 @@ def carried_by_json(kind: Any, value: Any) -> bool:
     return not _loses_keys(kind)
 
 
+_REASONS = (
+    ("Invalid enum value ", "Expected one of the values of the schema, got "),
+    ("Object contains unknown field ", "Expected the fields of the schema, got the unknown field "),
+    ("Object missing required field ", "Expected all required fields, got none named "),
+)
+"""msgspec's reasons that do not say what was expected, and ours."""
+
+
 def _unfit(raw: Any, kind: Any, error: Exception) -> Unfit:
     """Convert msgspec's message to our form: expected, got, and the path separately."""
     if isinstance(error, RecursionError):
@@ -181,6 +189,8 @@ def _unfit(raw: Any, kind: Any, error: Exception) -> Unfit:
         return Unfit(NO_SURROGATE)
     reason, _, path = str(error).partition(" - at ")
     path = path.strip("`")
+    for theirs, ours in _REASONS:
+        reason = reason.replace(theirs, ours) if path else reason
     if path.startswith("$"):
         return Unfit(reason, path[1:])
     if path:  # msgspec's notation for a key: "`key` in `$.x`"

@@ -163,6 +163,8 @@ class Playbook(ParameterNode[Items]):
 
 
 def _as_items(given: Iterable[Any]) -> Items:
+    if isinstance(given, str):
+        raise ParameterError(f"Expected a list of texts, got the text {shorten(given)}; write Playbook([...])")
     items: list[Any] = []
     for item in given:
         items.append(_item(item, {one.id for one in items if isinstance(one, Item)}) if isinstance(item, str) else item)

@@ -69,6 +69,7 @@ def chain(*rules: UpdateRule) -> UpdateRule:
     chained.__qualname__ = show_call("chain", *rules)
     facts: Any = chained
     facts.calls_per_merge = sum(getattr(rule, "calls_per_merge", 0) for rule in rules)
+    facts.tries = any(getattr(rule, "tries", False) for rule in rules)
     return chained
 
 
@@ -565,3 +566,7 @@ async def best_tried(proposals: Sequence[Proposal], step: Step) -> Sequence[Prop
         if compare_runs(known, tried, min_score=step.min_score).accepted:
             best, known = [candidate], tried
     return best
+
+
+_best_tried: Any = best_tried
+_best_tried.tries = True  # a plan counts its rollouts

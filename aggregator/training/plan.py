@@ -306,12 +306,17 @@ def count_run(
 
     Parts declare what they cost: a gate by `cost` (see `gates.costing`), an optimizer by `calls_per_proposal`, a rule
     by `calls_per_merge`, a guide by `calls_per_rollout`. Without a declaration the counts are none, one, none and none.
+    A search, a rule and an optimizer's `select` that run what they compare have `tries = True`; other searches than
+    those with `is_single` do so by default.
     """
     turns = plan.schedule()
     explored = getattr(search, "num_candidates", 1)
     tried = len(getattr(search, "validation", ()))
     cost = cost_of(gate)
-    single = bool(getattr(search, "is_single", False))
+    tries = getattr(search, "tries", not getattr(search, "is_single", False))
+    own_guide = getattr(search, "guide", None) is not None
+    asked = getattr(optimizer, "calls_per_proposal", 1)
+    selects = getattr(getattr(optimizer, "select", None), "tries", False) and asked > 1
     training = gates = proposals = merges = 0
     for turn in turns:
         size = len(turn.samples)
@@ -319,16 +324,23 @@ def count_run(
         made = (search.proposals if size and propose_per == "batch" else min(search.proposals, size)) * explored
         proposals += made if propose_per == "batch" else size * explored
         merges += made if propose_per == "instance" and made and size // made * explored > 1 else 0
-        gates += cost.per_instance * size + cost.per_step + (0 if single else made * (tried or size))
+        gates += cost.per_instance * size + cost.per_step
+        if tries:  # the explored ones ran on the minibatch, with the guide of the run
+            gates += made * (tried or size) + (explored * size if own_guide and not tried else 0)
+        if getattr(rule, "tries", False) and propose_per == "instance":
+            gates += made * size + size * explored * size
+        if selects:
+            gates += size * explored * (1 + asked) * (made if propose_per == "batch" else 1)
     ends = range(len(turns) + 1)
     tested = sum(plan.evaluates_at(steps, len(turns)) for steps in ends) * len(plan.test)
     validated = sum(plan.validates_at(steps, len(turns)) for steps in ends) * len(plan.validation)
-    rollouts = {"training": training, "evaluation": tested + validated, "gate": gates + cost.once if turns else 0}
+    gates += cost.once + (explored * tried if tries else 0)
+    rollouts = {"training": training, "evaluation": tested + validated, "gate": gates if turns else 0}
     rollouts = {name: count * plan.repeats for name, count in rollouts.items()}
     every = sum(rollouts.values())
     calls = {
         "agent": every,
-        "optimizer": proposals * getattr(optimizer, "calls_per_proposal", 1),
+        "optimizer": proposals * asked,
         "aggregator": merges * getattr(rule, "calls_per_merge", 0),
         "guide": every * getattr(plan.guide, "calls_per_rollout", 0),
     }

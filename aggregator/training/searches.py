@@ -190,10 +190,12 @@ Choice = tuple[Candidate | None, Decision]
 class Greedy:
     """Has only the current values, changed by every update that the gate accepts.
 
-    `is_single` means that there is one candidate: no pool is kept, and lineages do not name it.
+    `is_single` means that there is one candidate: no pool is kept, and lineages do not name it. `tries` means that
+    new candidates are run before one is chosen, which a plan counts.
     """
 
     is_single = True
+    tries = False
     proposals = 1
     guide: Any = None
 
@@ -229,6 +231,8 @@ class BestOf(Greedy):
     They are tried on the minibatch, or on `validate_dataset`; `validate_guide` judges the trials instead of the run's
     guide.
     """
+
+    tries = True
 
     def __init__(
         self, proposals: int = 4, validate_dataset: Dataset | None = None, validate_guide: AnyGuide | None = None
@@ -371,6 +375,11 @@ class Sequential(Priority):
 
 class Succeeding(Sequential):
     """Has one candidate, which is always replaced by its successor, or by the best one of several."""
+
+    @property
+    def tries(self) -> bool:
+        """Return True if it compares several successors."""
+        return self.proposals > 1
 
     def due(self, explored: Sequence[Candidate], made: Sequence[Candidate]) -> list[Candidate]:
         """Return the new candidates, if there is a choice between several."""

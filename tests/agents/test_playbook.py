@@ -220,3 +220,23 @@ def test_a_candidate_is_tried_without_changing_the_playbook() -> None:
     with overriding(agent.parameters(), {"tips": (Item(id="x", text="Be calm."),)}):
         assert str(agent.tips) == "- Be calm."
     assert str(agent.tips) == "- Be brief.\n- Be kind."
+
+
+def test_a_text_was_taken_for_a_list_of_letters() -> None:
+    """A playbook of one text is a list, too."""
+    with pytest.raises(ParameterError, match=r"Expected a list of texts, got the text 'Be brief.'; write Playbook"):
+        Playbook("Be brief.")
+
+
+def test_an_unknown_edit_says_what_was_expected() -> None:
+    """The model reads the error when it is asked once more."""
+    playbook = Playbook(["Be brief."], name="tips")
+    for edits, reason in (
+        ([{"op": "add", "text": "x"}], r"Expected one of the values of the schema, got 'add' - at \$.*\.op"),
+        (
+            [{"ADD": "x"}],
+            "Expected all required fields, got none named `op`|Expected the fields of the schema, got the",
+        ),
+    ):
+        with pytest.raises(ParameterError, match=reason):
+            playbook.convert(edits)

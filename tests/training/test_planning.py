@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
-from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback
+from training_fakes import Adder, ScriptedModel, additions, exact, from_feedback, suggest
 
 from aggregator import (
     AggregatedUpdate,
+    BasicSearchAlgorithm,
     BeamSearch,
     ConfigError,
     LLMJudge,
@@ -17,10 +19,11 @@ from aggregator import (
     MinibatchAlgorithm,
     Module,
     ParameterNode,
+    SequentialSearch,
 )
 from aggregator.errors import TrainingWarning
 from aggregator.records import Usage
-from aggregator.rules import LLMChoice, chain, dedupe, majority
+from aggregator.rules import LLMChoice, best_tried, chain, dedupe, majority
 from aggregator.training.gates import both, improves_on_batch, improves_on_validation
 
 
@@ -67,6 +70,45 @@ def test_cost_of_a_search() -> None:
     search = BeamSearch(Adder(), LLMOptimizer(llm=model), num_candidates=3, num_proposals=2, rule=majority)
     plan = search.plan(exact, additions(3, 4), batch_size=2)
     assert plan.rollouts == {"training": 12, "evaluation": 0, "gate": 24}
+
+
+class Counted(Adder):
+    """Counts its runs."""
+
+    runs = 0
+
+    async def forward(self, x: int) -> int:
+        self.runs += 1
+        return await super().forward(x)
+
+
+def new_amounts() -> ScriptedModel:
+    numbers = count(10)
+    return ScriptedModel(lambda _messages: suggest(amount=next(numbers)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "choices"),
+    [
+        (BasicSearchAlgorithm, {"num_proposals": 3}, {}),
+        (BasicSearchAlgorithm, {"validate_dataset": additions(3, 3)}, {}),
+        (BasicSearchAlgorithm, {"validate_guide": exact}, {}),
+        (SequentialSearch, {"validate_dataset": additions(3, 3)}, {}),
+        (AggregatedUpdate, {"rule": best_tried}, {}),
+        (AggregatedUpdate, {"rule": chain(dedupe, best_tried)}, {}),
+        (AggregatedUpdate, {}, {"num_candidates": 3, "select": best_tried}),
+        (MinibatchAlgorithm, {}, {"num_candidates": 3, "select": best_tried}),
+    ],
+)
+def test_trials_of_candidates_were_not_counted(kind: Any, options: Any, choices: Any) -> None:
+    """What compares by running was counted as free, so that a run cost more than its plan."""
+    agent, model = Counted(), new_amounts()
+    options = {"llm": model, **options} if kind is AggregatedUpdate and "rule" not in options else options
+    own = kind(agent, LLMOptimizer(llm=model, **choices), **options)
+    plan = own.plan(exact, additions(3, 4), batch_size=2)
+    assert agent.runs == 0
+    own.train(exact, additions(3, 4), batch_size=2)
+    assert plan.calls["agent"] == sum(plan.rollouts.values()) == agent.runs
 
 
 def test_the_validation_set_was_not_counted() -> None:
