@@ -669,6 +669,19 @@ def test_a_websocket_was_not_refused_in_mode_none(
     assert server.hits == 1
 
 
+@pytest.mark.parametrize(
+    "connect",
+    [ws_by_aiohttp, ws_by_websockets, ws_by_websockets_in_threads, ws_by_tornado],
+    ids=lambda one: one.__name__,
+)
+def test_a_websocket_was_refused_after_its_connection(connect: Callable[[str], None], tmp_path: Path) -> None:
+    """Nothing listens at the address: the refusal comes before the connection, in every version of the client."""
+    with aggregator.cassette(tmp_path / "a.yaml", "none", clients="all") as tape:
+        with pytest.raises(CassetteMissError, match="by websockets"):
+            connect("http://127.0.0.1:9")
+        tape.misses.clear()
+
+
 def test_httpcore_without_httpx_was_live_in_mode_none(server: LoopbackServer, tmp_path: Path) -> None:
     """The pool below httpx is refused too if it is used directly."""
     httpcore = pytest.importorskip("httpcore")

@@ -54,7 +54,8 @@ _CALLS = tuple(
 )
 _FUNCTIONS = {
     "websockets": (
-        ("websockets.asyncio.client", "connect.create_connection"),
+        ("websockets.asyncio.client", "connect.create_connection"),  # up to version 16
+        ("websockets.asyncio.client", "connect.open_tcp_connection"),
         ("websockets.asyncio.client", "ClientConnection.handshake"),
         ("websockets.sync.client", "connect"),
         ("websockets.sync.client", "ClientConnection.handshake"),
