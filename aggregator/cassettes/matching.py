@@ -24,6 +24,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator.cassettes.credentials import authenticating_values
+from aggregator.cassettes.payloads import LARGEST_INFLATED, inflated
 from aggregator.errors import ConfigError
 from aggregator.records import HTTPReply, HTTPRequest
 from aggregator.text import canonical_json
@@ -58,6 +59,7 @@ _FIRST_LINE = re.compile(rb"--([^\r\n]{1,200}?)(--)?[ \t]*(?:\r?\n|\Z)")
 _BOUNDARY = re.compile(r'^multipart/[^;]*;(?:.*;)?\s*boundary="?([^";]+)', re.IGNORECASE | re.DOTALL)
 _HEADERS_END = re.compile(rb"\r?\n\r?\n")
 _DISPOSITION = re.compile(r"""\b(name|filename\*?)=(?:"((?:[^"\\]|\\.)*)"|([^;\s]+))""", re.IGNORECASE)
+_GZIP = b"\x1f\x8b"
 _FORM = "application/x-www-form-urlencoded"
 
 
@@ -66,7 +68,7 @@ def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes
 
     JSON has its keys in order and no white space. A multipart body is a JSON list of its parts: name, filename, content
     type and digest of the content, in their order. A form, which only its `content_type` distinguishes from text, has
-    its fields in order of their names. Any other body stays as it is.
+    its fields in order of their names. A gzip body is that of its content. Any other body stays as it is.
 
     >>> canonical(b'{"b": 1, "a": [1.0]}')
     b'{"a":[1.0],"b":1}'
@@ -82,6 +84,8 @@ def canonical(body: bytes, ignore: Ignore = (), content_type: str = "") -> bytes
             _remove(value, path)
         return canonical_json(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if body.startswith(_GZIP) and 0 < len(plain := inflated(body)) < LARGEST_INFLATED:
+            return canonical(plain, ignore, content_type)  # gzip writes the time
         if not content_type.lower().startswith(_FORM):  # which urllib sends with any body
             return body
         fields = parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="latin-1")  # which loses no byte

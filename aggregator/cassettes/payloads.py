@@ -145,7 +145,8 @@ NEEDED = {"br": "brotli>=1.2", "zstd": "zstandard"}
 """The package that each coding outside the standard library needs."""
 
 
-_LARGEST_INFLATED = 1 << 24  # how much of a body is searched for secrets
+LARGEST_INFLATED = 1 << 24
+"""How much of a compressed body is searched for secrets."""
 
 
 class TooLargeError(Exception):
@@ -243,9 +244,9 @@ def _unpacked(body: bytes, wbits: int) -> bytes:
     """Return what can be decompressed, of all members of a gzip file."""
     plain = b""
     try:
-        while body and len(plain) < _LARGEST_INFLATED:
+        while body and len(plain) < LARGEST_INFLATED:
             member = zlib.decompressobj(wbits=wbits)
-            plain += member.decompress(body, _LARGEST_INFLATED - len(plain))
+            plain += member.decompress(body, LARGEST_INFLATED - len(plain))
             body = member.unused_data
     except zlib.error:
         pass  # the rest is something else

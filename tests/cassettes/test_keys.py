@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -155,3 +156,13 @@ def test_invalid_lineage_parts(part: str) -> None:
     """A part that would make the lineage ambiguous is an error."""
     with pytest.raises(ConfigError, match="non-empty printable text"):
         lineage(part)
+
+
+def test_a_compressed_body_differed_by_its_time() -> None:
+    """gzip writes the time of compression; the content counts, in any JSON notation."""
+    plain = b'{"b": 1, "a": "x"}'
+    one, two = gzip.compress(plain, mtime=1), gzip.compress(b'{"a":"x","b":1}', mtime=2)
+    assert canonical(one) == canonical(two) == canonical(plain)
+    assert canonical(one) != canonical(gzip.compress(b'{"a": "y"}'))
+    assert canonical(one[:-9] + b"cut") != canonical(one)
+    assert canonical(b"\x1f\x8b no gzip") == b"\x1f\x8b no gzip"
