@@ -70,6 +70,10 @@ class InstanceAgent:
     isolation: Literal["overlay", "copy", "serial"] = "overlay"
     max_concurrency: int | None = None
 
+    def __repr__(self) -> str:
+        names = ", ".join(parameter.name for parameter in self.parameters())
+        return f"<{type(self).__name__} with parameters {names}>"
+
     def parameters(self) -> list[ParameterNode[Any]]:
         """Return the parameters."""
         raise NotImplementedError

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from aggregator.errors import ConfigError
 from aggregator.records import Completion, Message, ToolCall
+from aggregator.text import show_call
 
 if TYPE_CHECKING:
     pass
@@ -85,6 +86,9 @@ class Image(Struct, frozen=True):
     source: str | bytes
     media_type: str | None = None
     detail: str | None = None
+
+    def __repr__(self) -> str:
+        return show_call("Image", self.source, media_type=self.media_type, detail=self.detail)
 
     @property
     def url(self) -> str:
