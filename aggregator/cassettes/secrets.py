@@ -314,14 +314,18 @@ _SHAPED = (  # how a token starts, and how it continues
     ("(?:xai|pplx|nvapi)-", _MIXED + "[A-Za-z0-9_-]{20,}+"),
     ("A[KS]IA", "[A-Z0-9]{16}"),  # AWS
     ("xox[abeprs]-", "[A-Za-z0-9-]{16,}+"),  # Slack
+    ("ABSKQmVkcm9ja0FQSUtleS|bedrock-api-key-", "[A-Za-z0-9+/]{30,}+={0,2}"),  # Amazon Bedrock
+    ("pcsk_|jina_|dckr_pat_", _MIXED + "[A-Za-z0-9_-]{20,}+"),  # Pinecone, Jina, Docker
+    ("dapi|dop_v1_|shpat_", "[0-9a-f]{32,}+(?:-[0-9]{1,2})?"),  # Databricks, DigitalOcean, Shopify
+    (r"SG\.", r"[A-Za-z0-9_-]{20,24}\.[A-Za-z0-9_-]{40,}+"),  # SendGrid
     ("eyJ", r"[A-Za-z0-9_-]{10,2048}\.[A-Za-z0-9_-]{10,}+\.[A-Za-z0-9_-]*+"),  # a signed JSON web token
 )
 # A whole token: neither within base64, an address or a longer identifier, nor the beginning of one. It may follow an
 # escaped line break, an encoded character, or a sign after a dot.
 _BEFORE = rb"(?:(?<![A-Za-z0-9_/.-])|(?<=\\[nrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2})|(?<=[^A-Za-z0-9]\.))"
 _AFTER = rb"(?![A-Za-z0-9_/+-]|[.@][A-Za-z0-9])"
-SHAPES = re.compile(_BEFORE + f"(?:{'|'.join(start + rest for start, rest in _SHAPED)})".encode() + _AFTER)
-_FIRST = frozenset(b"sprAyghtxneflc")
+SHAPES = re.compile(_BEFORE + f"(?:{'|'.join(f'(?:{start}){rest}' for start, rest in _SHAPED)})".encode() + _AFTER)
+_FIRST = frozenset(b"sprAyghtxneflcbjdS")
 
 _RUN_LENGTH = 20  # no form is shorter
 _TOKEN_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+/=%.~")

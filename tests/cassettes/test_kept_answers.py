@@ -108,6 +108,27 @@ def test_a_whole_token_is_redacted_in_any_context(before: str, after: str) -> No
     assert json.loads(answered(body).body) == {"content": f"{before}REDACTED{after}"}
 
 
+@pytest.mark.parametrize(
+    "token",
+    [
+        "ABSK" + base64.b64encode(b"BedrockAPIKey-abcd-at-123456789012:" + bytes(range(32))).decode(),
+        "bedrock-api-key-" + base64.b64encode(bytes(range(90))).decode(),
+        "pcsk_5gH7kL_9mN2pQ4rS6tU8vW1xY3zA5bC7dE9f",
+        "jina_0123456789abcdef0123456789abcdefABCDEFGH",
+        "dckr_pat_a1B2c3D4e5F6g7H8i9J0k1L2m3N",
+        "dapi0123456789abcdef0123456789abcdef-2",
+        "dop_v1_" + "0123456789abcdef" * 4,
+        "shpat_0123456789abcdef0123456789abcdef",
+        "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",
+    ],
+    ids=lambda token: token[:5],
+)
+def test_keys_of_bedrock_and_others_were_not_redacted(token: str) -> None:
+    """Bearer keys of Amazon Bedrock, which this library uses, and those of databases and services around models."""
+    assert json.loads(answered({"content": f"use {token} now"}).body) == {"content": "use REDACTED now"}
+    assert json.loads(answered({"content": f"see x{token}/y there"}).body) == {"content": f"see x{token}/y there"}
+
+
 @pytest.mark.parametrize("start", ["sk_live_", "rk_test_", "npm_", "fw_", "lsv2_pt_", "tvly-", "csk-"])
 def test_tokens_of_more_providers_were_not_redacted(start: str) -> None:
     """Stripe's, npm's, Fireworks', LangSmith's, Tavily's and Cerebras'."""
