@@ -76,7 +76,10 @@ def test_thirty_kills_change_nothing(server: SimulatedModel, whole: Whole, tmp_p
 
 def test_a_torn_temporary_file_does_not_prevent_a_resume(server: SimulatedModel, whole: Whole, tmp_path: Path) -> None:
     """A kill while a checkpoint is written leaves the previous one and a torn file, which the next one replaces."""
-    Child(server.base_url, tmp_path / "torn").kill_after(0.4)
+    child = Child(server.base_url, tmp_path / "torn")
+    while not (tmp_path / "torn" / CHECKPOINT).exists():
+        assert child.process.poll() is None
+    child.kill_after(0.0)
     (tmp_path / "torn" / f"{CHECKPOINT}.tmp").write_bytes(b'{"version": 1, "finger')
     train(server.base_url, run_dir=tmp_path / "torn", resume=True)
     assert (tmp_path / "torn" / RESULT).read_bytes() == whole.result
