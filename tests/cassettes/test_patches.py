@@ -321,6 +321,32 @@ def test_redirects_cookies_and_middlewares_of_aiohttp_work(server: LoopbackServe
     assert seen == ["POST /moved", "POST /there"] * 2
 
 
+def test_a_request_of_aiohttp_that_fails_while_it_is_sent_is_recorded(server: LoopbackServer, tmp_path: Path) -> None:
+    """The failure replays as the client's own exception, and the answer to the second attempt after it."""
+
+    async def ask(*, fail: bool = False) -> Any:
+        trace = aiohttp.TraceConfig()
+
+        async def fail_headers(session: Any, context: Any, parameters: Any) -> None:
+            raise aiohttp.ServerDisconnectedError
+
+        if fail:
+            trace.on_request_headers_sent.append(fail_headers)
+        session = aiohttp.ClientSession(trace_configs=[trace])
+        async with session, session.post(f"{server.url}/v1", json={"a": 1}) as reply:
+            return (await reply.json())["n"]
+
+    path = tmp_path / "a.yaml"
+    with aggregator.cassette(path, "once", clients="all"):
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            run(lambda: ask(fail=True))
+        heard = run(ask)
+    with aggregator.cassette(path, "none", clients="all"):
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            run(ask)
+        assert run(ask) == heard
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_tornado_hung_while_it_was_recorded(streamed: bool, server: LoopbackServer, tmp_path: Path) -> None:
     """Its callback gets the answer, recorded or played, in one piece or through `streaming_callback`."""
