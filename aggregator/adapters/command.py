@@ -62,15 +62,18 @@ class Folder(Struct, frozen=True):
 def folder_parameters(path: str | os.PathLike[str], *patterns: str, ignore: Sequence[str] = ()) -> Folder:
     """Return a folder in which the files that match a pattern are parameters, named by their path: `skills/search.md`.
 
-    Patterns are those of `Path.glob`; links are left out. Names that match one of `ignore`, such as `node_modules` or
-    `*.log`, are not copied for a run. Accepted values are written to the folder's own files. Raises ConfigError for a
-    folder that is missing, without a matching file, or too large to be copied for each run.
+    Patterns are those of `Path.glob`; links, and files behind links, are left out. Names that match one of `ignore`,
+    such as `node_modules` or `*.log`, are not copied for a run. Accepted values are written to the folder's own files.
+    Raises ConfigError for a folder that is missing, without a matching file, or too large to be copied for each run,
+    and for a pattern that leaves the folder.
     """
     root = Path(path).resolve()
     if not root.is_dir():
         raise ConfigError(f"Expected a folder, got {os.fspath(path)!r}")
+    if outside := [pattern for pattern in patterns if ".." in Path(pattern).parts]:
+        raise ConfigError(f"Expected patterns of files in {root.name!r}, got {outside[0]!r}, which leaves the folder")
     found = {one for pattern in patterns or ("*",) for one in root.glob(pattern)}
-    files = sorted(one.relative_to(root).as_posix() for one in found if one.is_file() and not one.is_symlink())
+    files = sorted(one.relative_to(root).as_posix() for one in found if one.is_file() and one.resolve() == one)
     if not files:
         raise ConfigError(f"Expected files that match {', '.join(map(repr, patterns))} in {root.name!r}, got none")
     for name in files:

@@ -49,6 +49,8 @@ _ONE_RUN = Amount(0, 0, 1)
 class ExternalError(AggregatorError):
     """An external agent failed: it reported an error, exited with one, timed out, or gave an unreadable reply."""
 
+    is_of_user = True
+
 
 class Reported(Struct, frozen=True):
     """An output with the agent's own verdict, which the guide `own_verdict` returns."""

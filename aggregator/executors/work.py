@@ -408,9 +408,9 @@ def is_bug(error: BaseException) -> bool:
     """Return True if an error comes from the user's own code: neither from trained code nor from the library.
 
     The library's errors are about calls, values and replies, which another value may mend; a guide without a verdict is
-    the user's bug.
+    the user's bug, and so is an error with `is_of_user`: the user's program in another process failed.
     """
-    if isinstance(error, GuideError):
+    if isinstance(error, GuideError) or getattr(error, "is_of_user", False):
         return True
     if isinstance(error, AggregatorError) or hasattr(error, "source_line"):
         return False

@@ -190,7 +190,11 @@ async def test_files_are_parameters_and_each_run_has_a_copy_of_the_folder(skills
 def test_links_and_files_outside_are_not_parameters(skills: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.md").write_text("key")
     (skills / "skills" / "link.md").symlink_to(tmp_path / "secret.md")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "other.md").write_text("private")
+    (skills / "skills" / "linked").symlink_to(tmp_path / "elsewhere")
     assert folder_parameters(skills, "skills/*.md").files == ("skills/search.md", "skills/write.md")
+    assert folder_parameters(skills, "skills/*.md", "skills/*/*.md").files == ("skills/search.md", "skills/write.md")
 
 
 async def test_ignored_names_are_not_copied(skills: Path) -> None:
@@ -208,6 +212,7 @@ def test_invalid_folders_are_refused(skills: Path) -> None:
         (skills / "missing", "*.md", "Expected a folder, got"),
         (skills, "*.txt", r"Expected files that match '\*.txt' in 'agent', got none"),
         (skills, "skills/*", r"Expected texts in UTF-8, got 'skills/image.png'"),
+        (skills, "../*.md", r"Expected patterns of files in 'agent', got '../\*.md', which leaves the folder"),
     ]:
         with pytest.raises(ConfigError, match=message):
             folder_parameters(path, pattern)

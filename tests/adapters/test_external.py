@@ -9,17 +9,35 @@ from typing import Any
 
 import pytest
 
-from aggregator import Budget, ParameterNode, as_agent, as_model, cassette, exact_match, optimize
+from aggregator import (
+    AggregatedUpdate,
+    Budget,
+    LLMOptimizer,
+    ParameterNode,
+    TrainingError,
+    as_agent,
+    as_model,
+    cassette,
+    exact_match,
+    optimize,
+)
 from aggregator.adapters.external import ExternalError, Reported, read_reply
 from aggregator.adapters.http import HTTPAgent
 from aggregator.adapters.template import own_verdict
-from aggregator.errors import APIConnectionError, APITimeoutError, AuthenticationError, BudgetExceededError, ConfigError
+from aggregator.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    AuthenticationError,
+    BudgetExceededError,
+    ConfigError,
+    TrainingWarning,
+)
 from aggregator.executors.work import AgentWork
 from aggregator.llm.budget import spending
 from aggregator.llm.ledger import collecting
 from aggregator.llm.retry import RetryPolicy
 from aggregator.records import HTTPReply, HTTPRequest, Rollout, RolloutTask, Sample
-from aggregator.testing import FakeTransport
+from aggregator.testing import FakeTransport, ScriptedModel, suggestion
 
 QUICK = RetryPolicy(first_delay=0.0)
 
@@ -232,3 +250,28 @@ def test_runs_through_optimize_are_counted_once(tmp_path: Path) -> None:
     rows = [(f"q{i}", "b") for i in range(4)]
     result = optimize(agent, rows, guide=exact_match, model=model, run_dir=False, show=False, validate=0)
     assert (result.usage["agent"].calls, result.usage["agent"].total_tokens) == (4, 16)
+
+
+def test_an_external_agent_that_always_fails_stops_the_run() -> None:
+    """Its failures were taken for feedback in every paid step, and the run ended as usual with a score of 0."""
+    model = ScriptedModel(suggestion(prompt="better"))
+    trainer = AggregatedUpdate(agent_of(*[reply(error="no key")] * 20), LLMOptimizer(llm=model), llm=model)
+    with pytest.raises(
+        TrainingError, match=r"4 rollouts in a row failed with the same error(?s:.*)ExternalError: no key"
+    ):
+        trainer.train(lambda x, output, info: 1.0, [(i, None) for i in range(8)], batch_size=2)
+    assert model.asked == []
+
+
+def test_an_external_agent_that_fails_on_some_instances_is_trained() -> None:
+    """Its errors are feedback once an instance has succeeded, and the result warns of those that are left."""
+
+    def answer(request: HTTPRequest) -> HTTPReply:
+        return reply(error="no such customer") if json.loads(request.body)["input"] == 1 else echo(request)
+
+    model = ScriptedModel(suggestion(prompt="better"))
+    trainer = AggregatedUpdate(agent_of(*[answer] * 20), LLMOptimizer(llm=model), llm=model)
+    with pytest.warns(TrainingWarning, match=r"agent failed 1 times with ExternalError at the call of the agent"):
+        result = trainer.train(lambda x, output, info: 1.0, [(i, None) for i in range(4)], batch_size=4)
+    assert result.parameters == {"prompt": "better"}
+    assert len(model.asked) == 4
