@@ -56,7 +56,7 @@ class Endpoint(Target, frozen=True, kw_only=True):
         if request.secrets or not callable(self.api_key):
             return request
         try:
-            key = self.api_key()
+            key: Any = self.api_key()
         except AggregatorError:
             raise
         except Exception as error:  # of the user's function, whatever it raises
@@ -66,6 +66,9 @@ class Endpoint(Target, frozen=True, kw_only=True):
                     f"{NOT_SENT}the function api_key of {self.provider} failed: {shown}"
                 ) from error
             raise ConfigError(f"Expected a token from the function api_key of {self.provider}, got {shown}") from error
+        if not isinstance(key, str) or not key:
+            shown = "an empty text" if key == "" else type(key).__name__  # never the value
+            raise ConfigError(f"Expected a token as text from the function api_key of {self.provider}, got {shown}")
         value = f"Bearer {key}" if self.auth == "authorization" else key
         return replace(request, headers={**request.headers, self.auth: value}, secrets=(key,))
 

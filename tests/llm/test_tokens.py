@@ -262,6 +262,16 @@ async def test_a_token_function_that_fails(error: Exception, kind: type[Exceptio
     assert (len(transport.requests), budget.spent.calls) == (sent, sent)
 
 
+@pytest.mark.parametrize(("token", "shown"), [(None, "NoneType"), (b"a-secret-token", "bytes"), ("", "an empty text")])
+async def test_a_token_that_is_no_text_was_sent(token: Any, shown: str) -> None:
+    """A login that has no token returned None, and the request had the key `None`; the value is never shown."""
+    transport = ScriptedTransport(answer("hello"))
+    llm = LLM("m", base_url=BASE_URL, api_key=lambda: token, transport=transport)
+    with pytest.raises(ConfigError, match=f"Expected a token as text from the function api_key .* got {shown}$"):
+        await llm.complete("Hi")
+    assert transport.requests == []
+
+
 async def test_a_token_that_arrives_on_the_second_attempt() -> None:
     """A service that is briefly unavailable costs an attempt, not the call; the request carries the token."""
     tries: Iterator[Any] = iter([OSError("away"), OSError("away"), "t1"])

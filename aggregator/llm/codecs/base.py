@@ -334,12 +334,13 @@ class JSONCodec(Generic[A]):
         return HTTPRequest(url=url, body=to_json(body), headers=headers, secrets=secrets, kept=self.kept_headers)
 
     def _token(self) -> str | None:
-        """Return the current token; None if the function fails, whose error is raised when a request is sent."""
+        """Return the current token; None if the function has none, whose error is raised when a request is sent."""
         key = self.target.api_key
         try:
-            return key() if callable(key) else key
+            found: Any = key() if callable(key) else key
         except Exception:  # noqa: BLE001 - of the user's function, whatever it raises
             return None
+        return found if isinstance(found, str) else None
 
     def _dress(self, key: str | None) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
         """Return the headers of a plain and of a streamed request, and the secrets in them."""
