@@ -31,9 +31,10 @@ from aggregator.text import placeholders, shorten
 
 ACCEPTED = (
     "a Module; a template with a placeholder, as in 'Classify: {ticket}'; a mapping of named seed values with "
-    "evaluator=; a function whose keyword-only arguments, or the ParameterNodes that it reads, are its parameters; an "
-    "agent of Trace, pydantic-ai, the OpenAI Agents SDK, LangChain, LlamaIndex, ADK or CrewAI; a DSPy program; a GEPA "
-    "adapter; or an object with parameters(), rollouts(tasks, guide), isolation and max_concurrency"
+    "evaluator= (guide= of optimize); a function whose keyword-only arguments, or the ParameterNodes that it reads, "
+    "are its parameters; an agent of Trace, pydantic-ai, the OpenAI Agents SDK, LangChain, LlamaIndex, ADK or CrewAI; "
+    "a DSPy program; a GEPA adapter; or an object with parameters(), rollouts(tasks, guide), isolation and "
+    "max_concurrency"
 )
 _ISOLATIONS = ("overlay", "copy", "serial")
 _PARAMETER = ("name", "value", "type", "description", "constraint", "convert", "store")

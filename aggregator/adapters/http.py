@@ -31,7 +31,7 @@ from aggregator.errors import (
 )
 from aggregator.guides.calling import Call
 from aggregator.llm.retry import RetryPolicy
-from aggregator.llm.transport import AiohttpTransport
+from aggregator.llm.transport import shared_transport
 from aggregator.protocols import Transport
 from aggregator.records import HTTPRequest
 
@@ -67,7 +67,7 @@ class HTTPAgent(ExternalAgent):
             raise ConfigError(f"Expected an address as in http://127.0.0.1:8000/run, got {url!r} - at HTTPAgent.url")
         self.headers = dict(headers)
         self.retry = retry
-        self.transport = transport or AiohttpTransport()
+        self.transport = transport or shared_transport()
         remedy = "give them by name, as in HTTPAgent(url, {'prompt': 'Answer briefly.'})"
         super().__init__(url, as_parameters(values), reply=reply, timeout=timeout, remedy=remedy)
 

@@ -275,3 +275,9 @@ def test_an_external_agent_that_fails_on_some_instances_is_trained() -> None:
         result = trainer.train(lambda x, output, info: 1.0, [(i, None) for i in range(4)], batch_size=4)
     assert result.parameters == {"prompt": "better"}
     assert len(model.asked) == 4
+
+
+def test_an_agent_that_is_dropped_left_an_open_session() -> None:
+    """It had a transport of its own, which was never closed, and printed a warning; now all share the process's own."""
+    one, other = (HTTPAgent(f"http://127.0.0.1:{port}/run", {"prompt": "hi"}) for port in (1, 2))
+    assert one.transport is other.transport
