@@ -170,6 +170,8 @@ def _object(value: Any, limit: int) -> str:
 def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
     """Return an exception as `ValueError: message`; a group as its errors, in a reproducible order.
 
+    Of the files in a traceback that the message quotes, only the names are kept.
+
     >>> show_error(ValueError("no k"))
     'ValueError: no k'
     >>> show_error(ExceptionGroup("tasks", [ValueError("b"), ValueError("a")]))
@@ -183,6 +185,8 @@ def show_error(error: BaseException, limit: int = VALUE_LIMIT) -> str:
     except Exception:  # noqa: BLE001 - as above: an exception class of the agent's own
         message = ""
     text = _without_address(message)
+    if "Traceback" in text:  # of another process, or of Trace: folders differ from machine to machine
+        text = re.sub(r'(?<=  File ")[^"\n]*[/\\](?=[^"/\\\n]+", line \d)', "", text)
     return cut(f"{type(error).__name__}: {text}" if text else type(error).__name__, limit)
 
 

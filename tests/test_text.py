@@ -153,3 +153,11 @@ def test_json_changes_name_every_difference_with_its_path() -> None:
         ("d", 0, MISSING),
         ("e", MISSING, None),
     ]
+
+
+def test_a_traceback_inside_a_message_named_folders_of_the_machine() -> None:
+    """Trace and worker pools put one into messages, which go into prompts: a replay elsewhere did not find them."""
+    message = 'Traceback:\n  File "/home/ada/x y/agent.py", line 3, in f\n    open("/etc/hosts")\n'
+    windows = 'Traceback:\n  File "C:\\Users\\ada\\agent.py", line 9, in f\n'
+    assert show_error(ValueError(message)) == "ValueError: " + message.replace("/home/ada/x y/", "")
+    assert show_error(ValueError(windows)) == 'ValueError: Traceback:\n  File "agent.py", line 9, in f\n'
