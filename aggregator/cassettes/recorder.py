@@ -60,6 +60,14 @@ class _Plan(Struct, frozen=True, kw_only=True):
     is_anew: bool = False  # no previous exchange is kept
 
 
+def _path_of(path: str | os.PathLike[str]) -> Path:
+    """Return the path, or its link's target; raises OSError, RuntimeError or ValueError if it can have no file."""
+    found = followed(Path(path))
+    with suppress(FileNotFoundError, NotADirectoryError):  # not recorded yet
+        found.lstat()
+    return found
+
+
 def open_tape(
     path: str | os.PathLike[str],
     mode: Mode | None = None,
@@ -74,7 +82,11 @@ def open_tape(
 
     Without `warn` findings are in the tape's report only.
     """
-    path, mode = followed(Path(path)), mode or default_mode()
+    try:
+        path = _path_of(path)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
+        raise ConfigError(f"Expected the path of a cassette, got {str(path)[:200]!r}: {error}") from error
+    mode = mode or default_mode()
     _check(mode, get_args(Mode), "mode")
     _check(rules.lineage, get_args(LineageRule), "lineage")
     _check(rules.adopts, get_args(Adopts), "adopts")

@@ -380,3 +380,22 @@ def test_faults_used_up_other_clients_answers(tmp_path: Path) -> None:
     """Faults apply to our own client; with other clients they are refused."""
     with pytest.raises(ConfigError, match=r"Expected faults without clients, got both \(clients=\['httpx'\]\)"):
         aggregator.cassette(tmp_path / "a.yaml", "none", clients=["httpx"], faults=Faults(cut=0.1))
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b.yaml", f"{'s' * 200}/" * 30])
+@pytest.mark.parametrize("mode", ["once", "none"])
+def test_an_impossible_path_raised_a_bare_exception(name: str, mode: Mode, tmp_path: Path) -> None:
+    """Too long, or with a null character: refused by name, before anything is opened."""
+    with (
+        pytest.raises(ConfigError, match="Expected the path of a cassette"),
+        aggregator.cassette(tmp_path / name, mode),
+    ):
+        pass
+
+
+def test_a_loop_of_links_raised_a_bare_exception(tmp_path: Path) -> None:
+    """A link to itself names no file."""
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    with pytest.raises(ConfigError, match="Expected the path of a cassette"), aggregator.cassette(loop, "once"):
+        pass
