@@ -81,6 +81,8 @@ def readable(value: Any) -> str:
 def as_text(value: Any) -> str:
     """Return a string unchanged, and anything else as JSON or, if JSON does not support it, as its repr.
 
+    A value that contains itself, or is nested too deep, is no JSON.
+
     >>> as_text("a"), as_text({"a": 1})
     ('a', '{"a":1}')
     """
@@ -88,8 +90,11 @@ def as_text(value: Any) -> str:
         return value
     try:
         return msgspec.json.encode(value, enc_hook=_record).decode()
-    except (TypeError, ValueError):
-        shown = repr(value)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            shown = repr(value)
+        except RecursionError:
+            return f"<{type(value).__name__}, nested too deep>"
         return shown if shown == _without_address(shown) else f"<{type(value).__name__}>"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from aggregator import Module, ParameterNode
-from aggregator.text import MISSING, canonical_json, cut, json_changes, show, show_error, strip_fence
+from aggregator.text import MISSING, as_text, canonical_json, cut, json_changes, show, show_error, strip_fence
 
 
 class Plain:
@@ -161,3 +161,14 @@ def test_a_traceback_inside_a_message_named_folders_of_the_machine() -> None:
     windows = 'Traceback:\n  File "C:\\Users\\ada\\agent.py", line 9, in f\n'
     assert show_error(ValueError(message)) == "ValueError: " + message.replace("/home/ada/x y/", "")
     assert show_error(ValueError(windows)) == 'ValueError: Traceback:\n  File "agent.py", line 9, in f\n'
+
+
+def test_a_value_that_contains_itself_or_is_nested_deep_is_text() -> None:
+    """An agent that returned such a value ended the run with RecursionError."""
+    cyclic: list[object] = ["x"]
+    cyclic.append(cyclic)
+    deep: object = 1
+    for _ in range(100_000):
+        deep = [deep]
+    assert as_text(cyclic) == "['x', [...]]"
+    assert as_text(deep) == "<list, nested too deep>"

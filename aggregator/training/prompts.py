@@ -279,7 +279,12 @@ def aggregation_messages(
 
 def render(value: Any) -> str:
     """Write an agent's output as text: a string unchanged, JSON if possible."""
-    return value if isinstance(value, str) else as_text(sort_sets(value))
+    if isinstance(value, str):
+        return value
+    try:
+        return as_text(sort_sets(value))
+    except RecursionError:  # it contains itself
+        return as_text(value)
 
 
 def input_of(rollout: Rollout) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import zlib
@@ -84,6 +85,17 @@ def test_names_written_with_escapes_leaked() -> None:
     assert b"ABCDEF" not in redact_body(body, needles_of(frozenset({"mYKEY-ABCDEF-9999"})))[0]
     harmless = json.dumps({"a": r'{ "m": "\u006d" }'}).encode()
     assert redact_body(harmless, ())[0] == harmless
+
+
+@pytest.mark.parametrize("before", ["", "u:", "user:"])
+def test_the_end_of_a_key_was_left_in_its_base64(before: str) -> None:
+    """At each alignment only the characters remain that also hold a part of the text before or after the key."""
+    key = "Q7xKp2RmZt9LsVbN4wYc8HdA"
+    body = json.dumps({"note": base64.b64encode(f"{before}{key}!!".encode()).decode()}).encode()
+    rest = json.loads(redact_body(body, needles_of(frozenset({key})))[0])["note"].split("REDACTED")
+    assert len(rest) == 2
+    assert len(rest[0]) <= len(before) * 8 // 6 + 1
+    assert len(rest[1].rstrip("=")) <= 4
 
 
 values = st.text(alphabet='ab\\"]}, :\n', min_size=1, max_size=8)

@@ -193,3 +193,15 @@ async def test_work_is_pickled_with_agent_and_guide_only() -> None:
     """A worker creates its own threads."""
     work = pickle.loads(pickle.dumps(AgentWork(as_agent(echo), guide)))
     assert (await work(task("Ada", values={"word": "bye"}))).output == "bye Ada"
+
+
+async def test_an_answer_that_contains_itself_is_an_answer() -> None:
+    """It ended the run with RecursionError; an unfinished value is looked for in two levels only."""
+    cyclic: list[Any] = ["x"]
+    cyclic.append(cyclic)
+
+    def agent(x: Any, *, k: int = 1) -> Any:
+        return cyclic
+
+    found = await AgentWork(as_agent(agent), lambda x, output, info: float(output is cyclic))(task(capture=False))
+    assert (found.failure, found.score) == (None, 1.0)
