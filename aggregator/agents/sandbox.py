@@ -248,7 +248,7 @@ class Surroundings:
             is_method=is_method,
             values=found.values,
             modules=found.modules,
-            imports=self._imports(wanted, own, around) if wanted.imports else [],
+            imports=self._imports(wanted, own if is_own else _NO_USES, around) if wanted.imports else [],
             uses=found.uses,
             missing=found.missing,
         )
@@ -257,13 +257,15 @@ class Surroundings:
     def _imports(self, wanted: Uses, own: Uses, around: Mapping[str, Any]) -> list[str]:
         """Return the imports of packages that the worker loads before it is closed, because many need more rights.
 
-        They are installed packages that the module of the operation, or its original source, imports too, and those
-        that its limits permit.
+        They are installed packages that the module of the operation imports, modules that its original source imports
+        or uses, and packages that its limits permit.
         """
-        known = {_import_of(value) for value in around.values()} | own.imports.keys()
-        packages = {name.partition(":")[0].partition(".")[0] for name in known} - sys.stdlib_module_names
+        known = {name: _import_of(value) for name, value in around.items()}
+        packages = {module.partition(":")[0].partition(".")[0] for module in known.values()} - sys.stdlib_module_names
         allowed = {name for name in packages if name in sys.modules and _is_installed(sys.modules[name])}
-        allowed.update(self.packages)
+        used = (*own.imports, *[known[name] for name in own.names if name in known], *self.packages)
+        allowed.update(name.partition(":")[0].partition(".")[0] for name in used)
+        allowed -= sys.stdlib_module_names
         return sorted(name for name in wanted.imports if name.partition(".")[0] in allowed)
 
     def _take_name(self, found: _Found, name: str, value: Any, *, is_own: bool) -> None:

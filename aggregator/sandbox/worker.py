@@ -13,16 +13,16 @@ import __future__
 
 import builtins
 import importlib
-import inspect
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, ItemsView, KeysView, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, KeysView, Sequence, ValuesView
 from contextlib import suppress
 from functools import lru_cache
-from types import MethodType, ModuleType, SimpleNamespace
+from traceback import walk_stack, walk_tb
+from types import FrameType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -353,6 +353,8 @@ def failure(error: BaseException, request: dict[str, Any]) -> bytes:
             if what := function["missing"].get(error.name):
                 return reply(limit=f"it needs {error.name}, {what}, which cannot be sent to it")
     line, trace = 0, error.__traceback__
+    if isinstance(error, PermissionError) and (advice := remedy(walk_tb(trace))):
+        return reply(limit=f"it tried to use the file system{advice}")
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == FILE:
             line = trace.tb_lineno
@@ -408,7 +410,7 @@ def guard(refused: list[str], roots: tuple[str, ...]) -> Callable[[str, tuple[An
         else:
             what = next((what for prefix, what in _REFUSED if event.startswith(prefix)), "")
         if what:
-            refused.append(f"{what} ({event}){remedy()}")
+            refused.append(f"{what} ({event}){remedy(reversed([*walk_stack(None)]))}")
             raise PermissionError(f"the sandbox does not allow {what} ({event})")
 
     return hook
@@ -419,17 +421,14 @@ def imported(module: str) -> str:
     return "native code" if module.partition(".")[0] in _NATIVE else ""
 
 
-def remedy() -> str:
-    """Return how to permit the package that is being imported, or "" if none is."""
-    package, frame = "", inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "_find_and_load":
-            package = str(frame.f_locals.get("name")).partition(".")[0]  # the outermost is the code's own import
-        frame = frame.f_back
+def remedy(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """Return how to permit the package that is imported by the outermost of these frames, or "" if none is."""
+    imports = [frame for frame, _ in frames if frame.f_code.co_name == "_find_and_load"]
+    package = str(imports[0].f_locals.get("name")).partition(".")[0] if imports else ""
     if not package or package in sys.stdlib_module_names:
         return ""
     permit = f"sandbox=Limits(packages=[{package!r}])"
-    return f" while it imported {package}; import {package} in the module of the operation, or permit it with {permit}"
+    return f" while it imported {package}; import it in the operation as you wrote it, or permit it with {permit}"
 
 
 def opened(args: tuple[Any, ...], roots: tuple[str, ...]) -> str:

@@ -29,3 +29,8 @@ def plain_agent(limits: Limits) -> Any:
             return x
 
     return Plain()
+
+
+def shout(x: str) -> str:
+    """Return a text in capitals."""
+    return x.upper()

@@ -26,6 +26,17 @@ class Agent(Module):
         return float((square @ square).sum())
 
 
+class Importing(Module):
+    """Imports a module of the user's own when it is called."""
+
+    @bundle(trainable=True, sandbox=PATIENT)
+    def louder(self, x: str) -> str:
+        """Say it louder."""
+        import sandboxed_agents
+
+        return sandboxed_agents.shout(x)
+
+
 def trained(body: str) -> Agent:
     agent = Agent()
     agent.parameters_dict()["total__code"].data = f"def total(self, n):\n    {body}\n"
@@ -59,6 +70,23 @@ def test_an_import_that_the_original_source_makes_failed() -> None:
     assert agent.mean([1.0, 2.0, 9.0]) == 2.0
 
 
+def test_an_import_of_the_users_own_module_within_the_operation_failed() -> None:
+    """The operation as written imports it when it is called; so may changed source."""
+    agent = Importing()
+    assert agent.louder("ha") == "HA"
+    agent.parameters_dict()[
+        "louder__code"
+    ].data = "def louder(self, x):\n    import sandboxed_agents as own\n    return own.shout(x) * 2\n"
+    assert agent.louder("ha") == "HAHA"
+
+
+def test_a_users_module_that_only_changed_source_imports() -> None:
+    """It cannot be read, and the error says why and names the remedy."""
+    agent = trained("import sandboxed_agents; return sandboxed_agents.shout('a')")
+    with pytest.raises(SandboxError, match=r"while it imported sandboxed_agents; .*Limits\(packages="):
+        agent.total(1)
+
+
 def test_the_refusal_of_an_import_named_no_remedy() -> None:
     """It named a call inside the package (`os.putenv`); now it names the package and both remedies.
 
@@ -67,9 +95,7 @@ def test_the_refusal_of_an_import_named_no_remedy() -> None:
     assert trained("return float(np.float64(n))").total(1) == 1.0
     agent = plain_agent(Limits(seconds=30.0))
     agent.parameters_dict()["work__code"].data = "def work(self, x):\n    import numpy\n    return numpy.sum(x)\n"
-    remedy = (
-        r"while it imported numpy; import numpy in the module of the operation, or .*Limits\(packages=\['numpy'\]\)"
-    )
+    remedy = r"while it imported numpy; import it in the operation as you wrote it, or .*Limits\(packages=\['numpy'\]\)"
     with pytest.raises(SandboxError, match=remedy):
         agent.work([1, 2])
     permitted = plain_agent(Limits(seconds=30.0, packages=["numpy"]))
