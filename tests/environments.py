@@ -95,6 +95,25 @@ ENVIRONMENTS = {
 }
 
 
+OLDEST = {
+    "pydantic-ai": ("pydantic-ai-slim[openai]==2.40.0",),
+    "pydantic-evals": ("pydantic-ai-slim[openai]==2.40.0", "pydantic-evals==2.40.0"),
+    "openai-agents": ("openai-agents==0.20.0",),
+    "dspy": ("dspy==3.4.0",),
+    "langchain": ("langchain==1.3.0", "langchain-core==1.4.0", "langgraph==1.2.0", "langchain-openai"),
+    "mlflow": ("mlflow==3.12.0",),
+    "crewai": ("crewai==1.0.0",),
+    "opik": ("opik-optimizer==3.0.0",),
+    "adk": ("google-adk==2.0.0", "litellm"),
+    "llama-index": ("llama-index-core==0.14.15", "llama-index-llms-openai"),
+}
+"""The oldest versions of frameworks that their adapters accept, by environment."""
+
+ENVIRONMENTS |= {
+    f"{name}-oldest": Environment((*TEST_TOOLS, *pins), constrained=False) for name, pins in OLDEST.items()
+}
+
+
 def constraints(environment: Environment) -> str:
     """Return the environment's version constraints, one a line."""
     if not environment.constrained:

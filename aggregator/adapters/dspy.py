@@ -372,7 +372,7 @@ class DspyAgent(FrameworkAgent):
 
 def adapt(thing: Any, train: Sequence[str] = ("instructions",), output: str | None = None) -> FrameworkAgent | None:
     """Return a DSPy program as an agent, or None for another DSPy object."""
-    require_version("dspy", "3.3", "3.6")
+    require_version("dspy", "3.4", "3.6")
     return DspyAgent(thing, train, output) if isinstance(thing, dspy.Module) else None
 
 

@@ -357,7 +357,7 @@ class LangChainAgent(FrameworkAgent):
         output: str | None = None,
         config: Any = None,
     ) -> None:
-        require_version("langchain-core", "1.0", "2")
+        require_version("langchain-core", "1.4", "2")
         self.options: dict[str, Any] = {"nodes": nodes, "input": input, "output": output, "config": config}
         for name in ("input", "output"):
             channels, key = getattr(program, "channels", None), self.options[name]

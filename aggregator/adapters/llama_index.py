@@ -201,7 +201,7 @@ class LlamaAgent(FrameworkAgent):
         train: Collection[str] | None = None,
         run: Callable[[Any, Any], Any] | None = None,
     ) -> None:
-        require_version("llama-index-core", "0.13", "0.16")
+        require_version("llama-index-core", "0.14.15", "0.16")
         self.train = None if train is None else list(train)
         self._run = _way_of(program) if run is None else run
         self._given_run = run

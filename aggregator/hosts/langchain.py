@@ -35,7 +35,7 @@ def model(llm: Any, **options: Any) -> ClientModel:
 
     `options` are those of `LLM.complete` for each call, such as temperature and seed. Raises ConfigError for others.
     """
-    require_version("langchain-core", "1.0", "2")
+    require_version("langchain-core", "1.4", "2")
     _check(options)
     return ClientModel(llm=LLM(llm) if isinstance(llm, str) else as_model(llm), options=options)
 

@@ -171,10 +171,9 @@ class ClientStream(StreamedResponse):
         completion: Completion = self.stream.completion
         message = completion.choices[0].message
         for call in message.tool_calls:
-            for event in self._parts_manager.handle_tool_call_delta_events(
-                vendor_part_id=call.id, tool_name=call.name, args=call.arguments, tool_call_id=call.id
-            ):
-                yield event
+            yield self._parts_manager.handle_tool_call_part(
+                vendor_part_id=None, tool_name=call.name, args=call.arguments, tool_call_id=call.id or None
+            )
         self._usage = _usage_of(completion.usage)
         self.provider_details = _details_of(message)
         self.provider_response_id = completion.id or None

@@ -3,6 +3,7 @@
     python tests/frameworks/reach.py                    every framework; `--write` puts the table into the document
     python tests/frameworks/reach.py --smoke            those that `.ci/run` tries
     python tests/frameworks/reach.py pydantic-ai        the named ones
+    python tests/frameworks/reach.py --oldest           with the oldest version of each framework that is accepted
 
 Each case is an example of `examples/frameworks/`, run as it is in the environment of its framework, against the
 simulated model on loopback: `OPENAI_BASE_URL` leads there. An example leaves `agent`, `tickets` and `result` behind.
@@ -298,7 +299,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure the chosen cases, print their rows, and write the table on request."""
     reader = argparse.ArgumentParser()
     reader.add_argument("names", nargs="*")
-    for flag in ("--smoke", "--write", "--here"):
+    for flag in ("--smoke", "--write", "--oldest", "--here"):
         reader.add_argument(flag, action="store_true")
     given = reader.parse_args(arguments)
     chosen = [case for case in CASES if case.name in given.names or (not given.names and case.is_smoke >= given.smoke)]
@@ -307,13 +308,18 @@ def main(arguments: Sequence[str]) -> int:
     if given.here:
         print(f"{ROW}{' | '.join(measure(chosen[0]))} |")  # noqa: T201 - a script
         return 0
+    hosts: Sequence[Case] = () if given.names or given.smoke else HOSTS
+    if given.oldest and given.write:
+        sys.exit("Expected --oldest without --write: the table shows the newest versions")
+    if given.oldest:
+        chosen, hosts = with_oldest(chosen), with_oldest(hosts)
     found = {}
     wrong = []
     for case in chosen:
         found[case.name], problem = run(case)
         print(found[case.name], flush=True)  # noqa: T201 - a script
         wrong += [problem for problem in (problem, run_tests(case)) if problem]
-    for case in () if given.names or given.smoke else HOSTS:
+    for case in hosts:
         wrong += filter(None, [run_tests(case)])
     if given.write:
         write(found)
@@ -321,6 +327,12 @@ def main(arguments: Sequence[str]) -> int:
     failed = len({problem.partition(":")[0] for problem in wrong})
     print(f"{len(chosen) - failed} passed, {failed} failed")  # noqa: T201 - a script
     return 1 if wrong else 0
+
+
+def with_oldest(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases in environments with the oldest accepted versions; those without one are left out."""
+    oldest = runpy.run_path(str(ROOT / "tests" / "environments.py"))["OLDEST"]
+    return [case._replace(environment=f"{case.environment}-oldest") for case in cases if case.environment in oldest]
 
 
 def write(found: Mapping[str, str]) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+from itertools import chain
+
 import pytest
-from reach import CASES, COLUMNS, DOCUMENT, MOST_CONCEPTS, MOST_LINES, Case, glue_of, rows_of, skipped
+from reach import CASES, COLUMNS, DOCUMENT, MOST_CONCEPTS, MOST_LINES, ROOT, Case, glue_of, rows_of, skipped
 
 EXAMPLE = """
 import agents
@@ -66,3 +70,27 @@ def test_a_framework_that_is_missing_is_a_row_with_the_reason() -> None:
     row = skipped(Case("x", "x", "x"), "No module named 'x'")
     assert row.startswith("| x | - | skipped: No module named 'x' | ")
     assert row.count("|") == len(COLUMNS) + 1
+
+
+def test_the_oldest_accepted_versions_have_environments() -> None:
+    """Each lower bound in the package is tested by `reach.py --oldest`; GEPA's is the only version so far."""
+    environments = runpy.run_path(str(ROOT / "tests" / "environments.py"))
+    pins = dict(
+        pin.split("==")
+        for pin in chain(*environments["OLDEST"].values(), environments["ENVIRONMENTS"]["gepa"].requirements)
+        if "==" in pin
+    )
+    asked: dict[str, list[tuple[int, ...]]] = {}
+    for file in (ROOT / "aggregator").rglob("*.py"):
+        for package, at_least in re.findall(
+            r'^ *require_version\("([\w-]+)", "([\d.]+)"', file.read_text("utf-8"), re.MULTILINE
+        ):
+            asked.setdefault(package, []).append(tuple(map(int, at_least.split("."))))
+    tested = {package.partition("[")[0]: tuple(map(int, version.split("."))) for package, version in pins.items()}
+    untested = {
+        package: min(versions)
+        for package, versions in asked.items()
+        if tested.get(package, ())[: len(min(versions))] != min(versions)
+    }
+    assert len(asked) > 8
+    assert not untested
