@@ -102,8 +102,8 @@ OLDEST = {
     "dspy": ("dspy==3.4.0",),
     "langchain": ("langchain==1.3.0", "langchain-core==1.4.0", "langgraph==1.2.0", "langchain-openai"),
     "mlflow": ("mlflow==3.12.0",),
-    "crewai": ("crewai==1.0.0",),
-    "opik": ("opik-optimizer==3.0.0",),
+    "crewai": ("crewai==1.10.1",),
+    "opik": ("opik-optimizer==3.1.0",),
     "adk": ("google-adk==2.0.0", "litellm"),
     "llama-index": ("llama-index-core==0.14.15", "llama-index-llms-openai"),
 }

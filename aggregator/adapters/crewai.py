@@ -48,7 +48,7 @@ class CrewAgent(FrameworkAgent):
     isolation = "copy"
 
     def __init__(self, program: Any) -> None:
-        require_version("crewai", "1", "2")
+        require_version("crewai", "1.10", "2")
         super().__init__(program, [parameter for _, parameter in _texts_of(program)])
         names = [placeholder.strip("{}") for one in self._parameters.values() for placeholder in placeholders(one.data)]
         self._inputs = list(dict.fromkeys(names))

@@ -58,7 +58,7 @@ class AggregatedUpdate(BaseOptimizer):
         show: bool = False,
         **options: Any,
     ) -> None:
-        require_version("opik-optimizer", "3", "4")
+        require_version("opik-optimizer", "3.1", "4")
         name = model if isinstance(model, str) else getattr(model, "name", type(model).__name__)
         super().__init__(model=name, seed=seed, **{"verbose": 0, **options})
         self.options: dict[str, Any] = {
