@@ -192,11 +192,7 @@ class Module:
             )
         chosen = [parameters[name] for name in values]
         write(chosen, dict(values))
-        self.note_origin(chosen, which)
-
-    def note_origin(self, parameters: Sequence[ParameterNode[Any]], which: str) -> None:
-        """Remember that these parameters have the values that `which` names, for `save`; "" forgets it."""
-        object.__setattr__(self, "_applied", _Applied(which=which, values=values_of(parameters)) if which else None)
+        note_origin(self, chosen, which)
 
     def load(self, path: Path, *, code: bool | str | Collection[str] = False) -> dict[str, Any]:
         """Store the values of a file written by `save`, all or none, and return its provenance.
@@ -266,6 +262,11 @@ def _carried(parameters: Mapping[str, ParameterNode[Any]]) -> dict[str, Paramete
         for name, parameter in parameters.items()
         if parameter.trainable or carried_by_json(parameter.type, parameter.data)
     }
+
+
+def note_origin(agent: Module, parameters: Sequence[ParameterNode[Any]], which: str) -> None:
+    """Record that these parameters have the values that `which` names, for `save`; "" removes the record."""
+    object.__setattr__(agent, "_applied", _Applied(which=which, values=values_of(parameters)) if which else None)
 
 
 def walk(value: Any, path: str = "", seen: set[int] | None = None) -> list[_Found]:

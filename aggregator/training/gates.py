@@ -26,7 +26,7 @@ from msgspec import Struct
 from msgspec.structs import astuple, replace
 
 from aggregator.agents.code import CodeParameter
-from aggregator.agents.modules import Module
+from aggregator.agents.modules import Module, note_origin
 from aggregator.agents.parameters import ParameterNode, write
 from aggregator.cassettes.lineage import current_lineage, lineage
 from aggregator.checks import is_finite
@@ -324,7 +324,7 @@ def apply_values(agent: Any, parameters: Sequence[ParameterNode[Any]], values: M
     """Write a run's values to its agent, all or none; a Module records their origin, which `save` writes."""
     write(parameters, dict(values))
     if isinstance(agent, Module):
-        agent.note_origin([parameter for parameter in parameters if parameter.name in values], which)
+        note_origin(agent, [parameter for parameter in parameters if parameter.name in values], which)
 
 
 Keep = Literal["best", "last"] | None
