@@ -307,6 +307,7 @@ class ParameterNode(Generic[T]):
         self.constraint = constraint
         self.trainable = trainable
         self.demonstrations = demonstrations
+        self.in_run = 0
         if trainable and not carried_by_json(self.type, data):
             raise ConfigError(
                 f"Expected a value that JSON can carry, got {shorten(data)} of type "

@@ -13,10 +13,11 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from aggregator import portal
+from aggregator.agents.parameters import ParameterNode
 from aggregator.cassettes.lineage import WATCH, current_tape
 from aggregator.cassettes.recorder import cassette
 from aggregator.cassettes.rules import TapeRules
-from aggregator.errors import CassetteError, CassetteLockedError, TrainingError, TrainingWarning
+from aggregator.errors import CassetteError, CassetteLockedError, ConfigError, TrainingError, TrainingWarning
 from aggregator.executors.work import failures_left
 from aggregator.files import FileLock, write_atomically
 from aggregator.llm.budget import Budget, Spending, spending
@@ -274,16 +275,33 @@ def load_result(path: str | Path) -> TrainingResult:
 
 
 @contextmanager
-def claim_run_dir(run_dir: Path | None) -> Iterator[None]:
-    """Keep other processes out of the run_dir.
+def claim(run_dir: Path | None, parameters: Sequence[ParameterNode[Any]]) -> Iterator[None]:
+    """Keep other runs away from the parameters, which would change during both, and other processes from the run_dir.
 
-    Raises CassetteLockedError if one uses it, TrainingError if it cannot be written to.
+    Raises ConfigError if another run trains a parameter, CassetteLockedError if one uses the run_dir, TrainingError if
+    it cannot be written to.
     """
-    if run_dir is None:
-        yield
-        return
+    for one in parameters:
+        if one.in_run == id(one):  # a copy has the number of its original
+            raise ConfigError(
+                f"Expected an agent that no other run is training, got one whose parameter {one.name!r} is in a run; "
+                "give each run an agent of its own, or wait for the first"
+            )
+    lock = None if run_dir is None else _lock(run_dir)
     try:
-        lock = FileLock(run_dir / CHECKPOINT)
+        for one in parameters:
+            one.in_run = id(one)
+        yield
+    finally:
+        for one in parameters:
+            one.in_run = 0
+        if lock is not None:
+            lock.release()
+
+
+def _lock(run_dir: Path) -> FileLock:
+    try:
+        return FileLock(run_dir / CHECKPOINT)
     except CassetteLockedError as error:
         raise CassetteLockedError(f"Expected no other run in {run_dir}, got one: {error}") from None
     except CassetteError as error:
@@ -291,10 +309,6 @@ def claim_run_dir(run_dir: Path | None) -> Iterator[None]:
             f"Expected to keep the run in {run_dir}, got {error.__cause__}; make the folder writable, "
             "or choose another run_dir"
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

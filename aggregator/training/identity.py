@@ -181,6 +181,7 @@ def _function(function: Any, depth: int) -> Any:
 
 def code_of(agent: Any) -> Any:
     """Return JSON that identifies an agent's code: of a function, or of a class with the bases that the user wrote."""
+    agent = getattr(agent, "function", agent)
     while isinstance(agent, functools.partial):
         agent = agent.func
     if isinstance(agent, FunctionType):

@@ -54,7 +54,7 @@ from aggregator.training import checkpoints
 from aggregator.training.checkpoints import (
     CANDIDATES,
     candidates_in,
-    claim_run_dir,
+    claim,
     count_in,
     open_journal,
     raise_misses,
@@ -140,7 +140,7 @@ async def run(
     parameters = trainer.parameters()
     sandboxes = check_code(trainer.agent, parameters)
     initial, outside = read(parameters), Branch.outside
-    with claim_run_dir(plan.run_dir):
+    with claim(plan.run_dir, parameters):
         marks: dict[str, str] = {}
         if plan.run_dir is not None:
             marks = fingerprint(plan, trainer, initial, gate, rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -475,3 +476,27 @@ def test_provenance_named_a_sample_that_repeated_the_current_value() -> None:
     result = trainer.train(exact, additions(3, 2), batch_size=2, max_concurrency=1, stepsize=1.0)
     (report,) = result.history
     assert result.provenance == {"amount": [{"step": 0, "samples": [report.sample_ids[0]]}], "label": []}
+
+
+async def test_two_runs_at_once_changed_the_values_of_each_other() -> None:
+    """A second run on the same agent is refused; copies, and the agent after the run, can be trained."""
+    agent, model = Adder(), ScriptedModel(lambda _messages: suggest(amount=3))
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(x: int, output: int, info: int) -> float:
+        started.set()
+        await go_on.wait()
+        return 0.0
+
+    def run(on: Adder, guide: Any = exact) -> Any:
+        return AggregatedUpdate(on, LLMOptimizer(llm=model), llm=model).atrain(guide, additions(3))
+
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(run(agent, wait))
+        await started.wait()
+        with pytest.raises(ConfigError, match=r"no other run is training, .* 'amount' is in a run"):
+            await run(agent)
+        assert (await run(copy.deepcopy(agent))).parameters["amount"] == 3
+        go_on.set()
+    assert first.result().parameters["amount"] == 3
+    assert (await run(agent)).parameters["amount"] == 3
