@@ -54,7 +54,10 @@ def explain_miss(
         f"Expected a recorded answer to {request.method} {request.url} in {name}, got none",
         f"  lineage {asked.lineage!r}, ticket {asked.ticket}; {len(rows) - sum(played)} of {len(rows)} not played",
     ]
-    remedy = 'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (re-records).'
+    remedy = (
+        'To record it, run again with mode="new_episodes" (adds) or "all" (re-records), '
+        "in pytest --cassette-mode=new_episodes."
+    )
     if not rows:
         return "\n".join((*head, "  the cassette does not exist or is empty", remedy))
     same = [

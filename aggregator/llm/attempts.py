@@ -203,12 +203,13 @@ class Attempts:
         self._encode(call)
         if self.is_answerable():
             return
-        for correction in codec.corrections:
-            self._encode(replace(call, corrections=frozenset({correction})))
+        others = [replace(call, corrections=frozenset({correction})) for correction in codec.corrections]
+        for other in (*others, call):  # the usual form again at the end: a miss names it
+            if self.slot is not None:  # a correction may leave the request as it is, which then keeps its ticket
+                tape.withdraw(self.slot)
+            self._encode(other)
             if self.is_answerable():
                 return
-        if call.corrections != self.call.corrections:
-            self._encode(call)  # nothing recorded: the miss names the usual form
 
     def _encode(self, call: ChatCall) -> None:
         self.call = call

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from aggregator import cassette
+from aggregator import LLM, cassette
 from aggregator.cassettes.exchanges import Exchange, Facts, Row, encode_line, index_lines
 from aggregator.cassettes.lineage import lineage
 from aggregator.cassettes.mismatch import MAX_LINES, Asked, explain_miss, nearest
@@ -19,6 +19,7 @@ from aggregator.cassettes.tape import Tape
 from aggregator.cli.main import main
 from aggregator.errors import CassetteMissError
 from aggregator.records import HTTPReply, HTTPRequest
+from aggregator.testing import FakeTransport
 
 URL = "https://api.example.com/v1/chat/completions"
 WORDS = ["agent", "prompt", "score", "feedback", "update", "value", "batch", "epoch", "sample", "reward", "policy"]
@@ -75,7 +76,8 @@ def test_the_difference_has_a_json_path() -> None:
         "    recorded  'How old is the sun?'\n"
         "    asked     'How old is the moon?'\n"
         "  seed: recorded 2, asked 1\n"
-        'To record it, run again where CI is not set with mode="new_episodes" (adds) or "all" (re-records).'
+        'To record it, run again with mode="new_episodes" (adds) or "all" (re-records), '
+        "in pytest --cassette-mode=new_episodes."
     )
 
 
@@ -221,3 +223,13 @@ def test_the_nearest_of_texts_without_blanks() -> None:
     ]
     asked = HTTPRequest(url=URL, body=json.dumps(json.loads(asked.body), ensure_ascii=False).encode(), headers={})
     assert nearest(Asked(request=asked, key=b"", lineage="", ticket=0), rows_of(*requests))[0] == 1
+
+
+def test_a_miss_of_our_client_counted_the_forms_that_it_tried(tmp_path: Path) -> None:
+    """The first request of a lineage was reported with ticket 4: each correction of it had taken one."""
+    llm = LLM("openai/gpt-4o-mini", api_key="none", transport=FakeTransport("hello"))
+    with cassette(tmp_path / "a.yaml", "all"):
+        llm("How old is the sun?")
+    missed = pytest.raises(CassetteMissError, match="lineage '', ticket 0; 1 of 1 not played")
+    with missed, cassette(tmp_path / "a.yaml", "none"):
+        llm("How old is the moon?")
