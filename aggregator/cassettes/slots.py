@@ -118,7 +118,11 @@ class Pool:
                 return ticket
         names = ["", *({branch.inner or ".", branch.path or ".", branch.path or ROOT} if branch is not None else ())]
         found = [ticket for name in names if name in labels and (ticket := self._first(labels[name])) >= 0]
-        return min(found) if found else next(iter(self.rows), self.issued)
+        if found or not self.rows:
+            return min(found, default=self.issued)
+        if branch is not None and not labels.keys().isdisjoint((*names, APART + (branch.path or ROOT))):
+            self.unordered += 1  # a recorded branch asks more often than it did: workers take items from a queue
+        return next(iter(self.rows))
 
     def _first(self, tickets: deque[int]) -> int:
         while tickets and tickets[0] not in self.rows:
