@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import AsyncIterator, Sequence
+from threading import current_thread
 from typing import Any
 
 import pytest
@@ -205,3 +206,23 @@ async def test_an_answer_that_contains_itself_is_an_answer() -> None:
 
     found = await AgentWork(as_agent(agent), lambda x, output, info: float(output is cyclic))(task(capture=False))
     assert (found.failure, found.score) == (None, 1.0)
+
+
+async def test_a_guide_that_only_computes_runs_on_the_event_loop() -> None:
+    """A thread for each comparison costs more than the comparison; any other synchronous guide may block."""
+    threads = []
+
+    def compare(x: Any, output: Any, info: Any) -> float:
+        threads.append(current_thread())
+        return 1.0
+
+    class Compare:
+        instant = True
+
+        def __call__(self, x: Any, output: Any, info: Any) -> float:
+            return compare(x, output, info)
+
+    async with LocalExecutor(2) as executor:
+        for guide in (Compare(), compare):
+            await AgentWork(as_agent(Adder()), guide, call=executor.call)(task(capture=False))
+    assert [thread is current_thread() for thread in threads] == [True, False]

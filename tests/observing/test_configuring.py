@@ -65,6 +65,7 @@ def test_json_lines() -> None:
     configure_logging("json", stream=stream)
     Events().step(REPORT)
     (event,) = lines(stream.getvalue())
+    assert list(event)[:3] == ["timestamp", "level", "event"]  # what a reader looks for comes first
     assert event.pop("timestamp").endswith("Z")
     assert event == {
         "event": "train.step",
