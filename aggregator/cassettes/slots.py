@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from typing import cast
+from weakref import ref
 
 from msgspec import Struct
 
@@ -103,7 +104,7 @@ class Pool:
         self.labels: dict[str, deque[int]] | None = None
         self.flying: list[Slot] = []
         self.block: str | None = None
-        self.plain: dict[portal.Branch, int] = {}
+        self.plain: dict[ref[portal.Branch], int] = {}  # weak: a branch lives as long as work that it started
         self.unordered = 0
 
     def take(self, branch: portal.Branch | None) -> int:
@@ -147,12 +148,12 @@ class Pool:
             if block != self.block and branch.outer is not None and branch.outer.is_concurrent(whole=True):
                 slot.label = branch.path
             slot.label = slot.label or self._background_label(branch)
-            if slot.label and work not in self.plain:
+            if slot.label and ref(work) not in self.plain:
                 slot.label = APART + slot.label
             self._compare(slot)
             label = slot.label
         if not label.startswith(APART):
-            self.plain[work] = work.calls
+            self.plain[ref(work)] = work.calls
         work.calls += 1
 
     def _background_label(self, branch: portal.Branch) -> str:
@@ -164,15 +165,16 @@ class Pool:
         work = own = branch.base or branch
         while self.plain and work.parent is not None:
             starter = work.parent.base or work.parent
-            if self.plain.get(starter, -1) >= work.calls_before:
+            if self.plain.get(ref(starter), -1) >= work.calls_before:
                 return branch.inner or branch.path
             work = starter
-        if not own.has_started or not any(_is_part(other, own) for other in self.plain):
+        if not own.has_started:
             return ""
-        self.plain = {other: calls for other, calls in self.plain.items() if other is own or _is_running(other)}
-        if not any(_is_part(other, own) for other in self.plain):
+        made = [other for known in self.plain if (other := known()) is not None and _is_part(other, own)]
+        if not any(map(_is_running, made)):
+            self.plain = {known: calls for known, calls in self.plain.items() if known() is not None}
             return ""
-        if own not in self.plain:
+        if ref(own) not in self.plain:
             return branch.path or ROOT
         self.unordered += 1
         return UNORDERED
