@@ -170,8 +170,7 @@ class Pool:
             work = starter
         if not own.has_started:
             return ""
-        made = [other for known in self.plain if (other := known()) is not None and _is_part(other, own)]
-        if not any(map(_is_running, made)):
+        if not any((other := known()) is not None and _runs_within(other, own) for known in self.plain):
             self.plain = {known: calls for known, calls in self.plain.items() if known() is not None}
             return ""
         if ref(own) not in self.plain:
@@ -196,14 +195,11 @@ class Pool:
         self.flying.append(slot)
 
 
-def _is_running(work: portal.Branch) -> bool:
-    """Return True unless the thread, pool item or task has ended."""
+def _runs_within(work: portal.Branch, other: portal.Branch) -> bool:
+    """Return True if a thread, pool item or task still runs, and the other work started it or its starter."""
     task = None if work.task is None else work.task()
-    return not work.has_ended and (work.task is None or (task is not None and not task.done()))
-
-
-def _is_part(work: portal.Branch, other: portal.Branch) -> bool:
-    """Return True if the other work started this one, or the work that started it."""
+    if work.has_ended or (work.task is not None and (task is None or task.done())):
+        return False
     above = work.parent
     while above is not None and (above.base or above) is not other:
         above = above.parent or above.outer
