@@ -116,6 +116,11 @@ def check(plan: Plan) -> Plan:
             f"Expected instance_timeout in seconds above 0, or None for no limit, got {plan.instance_timeout!r}"
         )
     check_guide(plan.guide)
+    best = getattr(plan.guide, "max_score", None) if plan.skip_from is None else plan.skip_from
+    if plan.min_score is not None and isinstance(best, int | float) and plan.min_score > best:
+        raise ConfigError(
+            f"Expected min_score, the score of a failure, of at most the maximum {best:g}, got {plan.min_score:g}"
+        )
     if plan.run_dir is None and plan.resume:
         raise ConfigError("Expected run_dir with resume=True, got None; name the folder of the run to continue")
     files = () if plan.run_dir is None or plan.resume else (plan.run_dir / CHECKPOINT, plan.run_dir / JOURNAL)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from training_fakes import ScriptedModel, suggest
+from training_fakes import Adder, ScriptedModel, additions, suggest
 
 from aggregator.agents.modules import Module
 from aggregator.agents.parameters import ParameterNode
 from aggregator.errors import ConfigError, RateLimitError
 from aggregator.records import Candidate, Failure, Proposal, Rollout, TrainingResult
-from aggregator.training.algorithms import AggregatedUpdate, BasicSearchAlgorithm, PrioritySearch
+from aggregator.training.algorithms import AggregatedUpdate, BasicSearchAlgorithm, Minibatch, PrioritySearch
 from aggregator.training.evaluation import evaluate, lowest_of
 from aggregator.training.gates import compare, compare_runs, improves_on_batch, improves_on_validation
 from aggregator.training.merge import best_tried
@@ -193,3 +193,19 @@ def test_a_crash_counts_if_update_is_overridden() -> None:
     agent.prompt.data = "be terse"
     result = Silent(agent, LLMOptimizer(llm=llm), llm=llm).train(terse_is_better, DATA, batch_size=4)
     assert result.train_scores == [0.25]
+
+
+@pytest.mark.parametrize("given", [None, 3.0])
+def test_a_crash_was_better_than_the_best_score(given: float | None) -> None:
+    """The score of a failure was above the declared maximum, as with swapped limits."""
+
+    class Swapped:
+        min_score = 2.0
+        max_score = 1.0
+
+        def __call__(self, x: int, output: int, info: int) -> float:
+            return 0.5
+
+    trainer = Minibatch(Adder(), LLMOptimizer(llm=ScriptedModel("never asked")))
+    with pytest.raises(ConfigError, match=r"Expected min_score.* of at most the maximum 1, got [23]"):
+        trainer.train(Swapped(), additions(3), min_score=given)
