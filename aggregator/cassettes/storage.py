@@ -6,10 +6,12 @@ written in canonical order, and split into shards if it would be too large.
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from errno import ELOOP
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -239,8 +241,11 @@ def save(path: Path, rows: Sequence[Row], layout: LayoutChoice = "auto", *, priv
 
 
 def followed(path: Path) -> Path:
-    """Return the target of a link, so that the target is written and the link kept."""
-    return path.resolve() if path.is_symlink() else path
+    """Return the target of a link, so that the target is written and the link kept; raises for a loop of links."""
+    target = path.resolve() if path.is_symlink() else path
+    if target.is_symlink():  # Python 3.13 resolves a loop without an error
+        raise OSError(ELOOP, os.strerror(ELOOP), str(path))
+    return target
 
 
 def further_shards(path: Path) -> list[Path]:

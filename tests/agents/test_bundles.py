@@ -329,4 +329,4 @@ def test_nothing_is_kept_after_a_run() -> None:
         with transcript() as seen:
             add(1)
     del seen
-    assert spans() == before
+    assert spans() <= before  # spans of other tests may end meanwhile
