@@ -93,6 +93,8 @@ def open_tape(
     _check(layout, get_args(LayoutChoice), "layout")
     if path.is_dir():
         raise ConfigError(f"Expected the file of a cassette, got the folder {str(path)!r}; name a file in it")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"Expected the file of a cassette, got the device or pipe {str(path)!r}; name a file")
     plan = _replay(path, mode, rules.redaction)
     if plan is None and not private:
         with suppress(OSError):  # the lock raises the folder's error, and would create a private one

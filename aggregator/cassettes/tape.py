@@ -80,7 +80,7 @@ class Tape:
         self._counts_later = sink is not None and not rows and rules.faults is None
         self._uncounted: list[Slot] = []
         self._orders: dict[str, int] = {}
-        self._process = os.getpid()
+        self._process = portal.Branch.process
         self._events = count()
         self._answered: list[Slot] = []
         self._lock = threading.Lock()
@@ -256,7 +256,7 @@ class Tape:
 
     def _refuse_elsewhere(self) -> None:
         """Raise CassetteError in a forked process: the file and its lock belong to the process that opened them."""
-        if os.getpid() != self._process:
+        if portal.Branch.process != self._process:
             raise CassetteError(
                 f"Expected calls of the process that opened {self.name} ({self._process}), got one of process "
                 f"{os.getpid()}, which was forked from it; open another cassette there"
@@ -366,14 +366,14 @@ class Tape:
         entry = self._enter(slot, reply, usage=usage, model=model, failure=failure)
         if entry.is_done:
             return
-        loop = asyncio.get_running_loop()
         try:
             if len(reply.body) > LARGE:
+                loop = asyncio.get_running_loop()
                 with suppress(Exception):  # an answer that cannot be redacted raises when it is written
                     await loop.run_in_executor(None, entry.redact, self.rules.redaction)
         finally:
             if self._add(entry):  # also where the call was cancelled meanwhile
-                loop.call_soon(self.flush)
+                asyncio.get_running_loop().call_soon(self.flush)
         await asyncio.sleep(0)
         self.finish(entry)
 

@@ -399,3 +399,10 @@ def test_a_loop_of_links_raised_a_bare_exception(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(ConfigError, match="Expected the path of a cassette"), aggregator.cassette(loop, "once"):
         pass
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="it has no such device")
+def test_a_device_was_read_without_end() -> None:
+    """Reading /dev/zero or a named pipe as a cassette never ends."""
+    with pytest.raises(ConfigError, match="Expected the file of a cassette, got the device or pipe '/dev/zero'"):
+        aggregator.cassette("/dev/zero", "none").__enter__()
