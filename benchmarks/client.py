@@ -370,7 +370,7 @@ def run(options: Options) -> Report:
         versions=measured.versions,
         notes=[
             "`ours` has limiter (rpm), budget (USD, tokens, calls), retry loop and lineage on; `plain` the defaults",
-            "`in one process` runs bare and ours in turn, where bare can be faster than alone: see benchmarks/README.md",
+            "`in one process` runs bare and ours in turn; bare can be faster there than alone: benchmarks/README.md",
         ],
     )
 
