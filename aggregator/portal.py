@@ -386,7 +386,7 @@ def refuse_strays(what: str) -> None:
     branch = _branch.get()
     if branch is not None and branch.pid == Branch.process:
         return
-    if branch is None and not (_hooks.holders and _is_foreign()):
+    if branch is None and not _is_foreign():
         if _hooks.holders:
             Branch.outside += 1
         return
@@ -589,10 +589,7 @@ _hooks = Patches(
         Patch("concurrent.futures._base", "Future.add_done_callback", _add_done_callback),
         *[Patch(home, "ProcessPoolExecutor.submit", _submit_to_processes) for home in _PROCESS_POOLS],
         Patch("multiprocessing.pool", "Pool.apply_async", _apply_in_pool),
-        *[
-            Patch("multiprocessing.pool", f"Pool.{name}", _map_in_pool)
-            for name in ("_map_async", "imap", "imap_unordered")
-        ],
+        *[Patch("multiprocessing.pool", f"Pool.{name}", _map_in_pool) for name in _MAPS],
         Patch("multiprocessing.process", "BaseProcess.start", _start_process),
         Patch("asyncio.base_events", "BaseEventLoop.create_task", _create_task),
         Patch("uvloop", "Loop.create_task", _create_task),

@@ -216,12 +216,12 @@ def _lines(values: list[str]) -> str:
 
 def _reply(response: _Response, facts: Facts) -> HTTPReply:
     """Return a recorded answer, marked as replayed."""
-    status, body, headers = response.status, response.body.string, {}
+    status, headers = response.status, {}
     for name, values in response.headers.items():
         headers[name] = values[0] if len(values) == 1 else _lines(values)
     return HTTPReply(
         status=status.code,
-        body=body.encode() if isinstance(body, str) else body_bytes(body),
+        body=body_bytes(response.body.string),
         headers=headers,
         reason=status.message,
         milliseconds=facts.ms,

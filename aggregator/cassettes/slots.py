@@ -108,12 +108,13 @@ class Pool:
         self.unordered = 0
 
     def take(self, branch: portal.Branch | None) -> int:
-        """Return the ticket of the next call that is made on this branch of the concurrent work, in a pool with labels.
+        """Return the ticket of the next call that is made on this branch of the concurrent work.
 
         Calls without a label play in their order. Each other call plays the answer of its own branch; on a branch that
         was not recorded, the first one left.
         """
-        labels = self.labels or {}
+        if not (labels := self.labels):
+            return self.issued
         for own in (branch.path or ROOT, branch.inner) if branch is not None else ():
             if (left := labels.get(APART + own)) and (ticket := self._first(left)) >= 0:
                 return ticket
@@ -299,7 +300,7 @@ class Pools:
         """
         if pool is None:
             pool = self._pool(slot)
-        slot.pool, slot.ticket = pool, pool.take(slot.branch) if pool.labels else pool.issued
+        slot.pool, slot.ticket = pool, pool.take(slot.branch)
         if slot.digest:
             self._prefer_same_redacted(slot, pool)
         if pool.is_mixed and slot.ticket not in pool.rows:

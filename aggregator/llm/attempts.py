@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import portal
-from aggregator.cassettes.lineage import WATCH, current_lineage, current_role, passing, tape_here, watcher_here
+from aggregator.cassettes.lineage import current_lineage, current_role, passing, tape_here, watcher_here
 from aggregator.checks import check_positive, is_number
 from aggregator.errors import (
     APIConnectionError,
@@ -301,7 +301,7 @@ class Attempts:
         if not self._counts_usd:
             return self._most
         writes = 1.0
-        if body.find(b'"cache') >= 0 and _CACHE_MARK.search(body):
+        if b'"cache' in body and _CACHE_MARK.search(body):
             writes = 1.25 if _HOUR_MARK.search(body) is None else 2.0
         tier = call.extra.get("service_tier") if call.extra else None
         price = line.known_price or line.price()
@@ -352,8 +352,7 @@ class Attempt(Struct, eq=False):
     def send(self) -> Awaitable[HTTPReply]:
         """Send the admitted request."""
         sending = self.line.transport.send(self.attempts.request, timeout=self.timeout())
-        is_plain = self.tape is None and WATCH.get() is None
-        return sending if is_plain or not self.is_watched() else _pass(sending)
+        return _pass(sending) if self.is_watched() else sending
 
     async def admit_and_send(self) -> HTTPReply:
         """Send the request as soon as it may be sent."""

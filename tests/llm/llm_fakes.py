@@ -109,6 +109,11 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str
     return first, headers, body
 
 
+def chunk(data: bytes) -> bytes:
+    """Return one chunk of a body with `transfer-encoding: chunked`."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
 def raw(reply: HTTPReply) -> bytes:
     """Build the bytes of an HTTP response."""
     headers = {"content-type": "application/json", **reply.headers, "content-length": str(len(reply.body))}

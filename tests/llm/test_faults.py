@@ -10,7 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from llm_fakes import BASE_URL, QUESTION, ScriptedTransport, VirtualTime, answer, failure, raw, read_request, serving
+from llm_fakes import (
+    BASE_URL,
+    QUESTION,
+    ScriptedTransport,
+    VirtualTime,
+    answer,
+    chunk,
+    failure,
+    raw,
+    read_request,
+    serving,
+)
 
 from aggregator import LLM, Budget, Price
 from aggregator.errors import (
@@ -32,10 +43,6 @@ AT_ONCE = RetryPolicy(first_delay=0.001)
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 DELTA = b'data: {"choices": [{"index": 0, "delta": {"content": "hel"}}]}\n\n'
 REST = b'data: {"choices": [{"index": 0, "delta": {"content": "lo"}, "finish_reason": "stop"}]}\n\n'
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 class Server:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from llm_fakes import QUESTION, answer, read_request, serving
+from llm_fakes import QUESTION, answer, chunk, read_request, serving
 
 from aggregator import LLM
 from aggregator.errors import APIConnectionError, APITimeoutError
@@ -21,10 +21,6 @@ AT_ONCE = RetryPolicy(first_delay=0.001)
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 DELTA = b'data: {"choices": [{"index": 0, "delta": {"content": "hello"}}]}\n\n'
 LAST = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def client(url: str, model: str = "m", **options: Any) -> LLM:

@@ -26,7 +26,7 @@ from aggregator.errors import (
 )
 from aggregator.llm.calls import ChatCall, Codec, Limits, RateHeaders, StreamReader, Target
 from aggregator.llm.codecs.failures import fault_inside, fault_of, request_id, reset_wait, scrub, status_error
-from aggregator.llm.codecs.wire import REFUSED, excerpt, fit, parse
+from aggregator.llm.codecs.wire import excerpt, parse, read
 from aggregator.llm.messages import Mark, find_mark
 from aggregator.records import Choice, Completion, FinishReason, HTTPReply, HTTPRequest, Usage
 
@@ -377,13 +377,10 @@ class JSONCodec(Generic[A]):
     def decode(self, reply: HTTPReply, call: ChatCall) -> Completion:
         """Read an answer, also a stream that came in one piece; raises LLMError without one."""
         try:
-            answer = self.decoder.decode(reply.body)
-        except REFUSED:
-            try:
-                answer = fit(parse(reply.body), self.decoder.type)
-            except DecodeError as error:
-                scrub(error, self._secrets)
-                return read_other(error, reply, None if self.reader is None else self.stream(call))
+            answer = read(reply.body, self.decoder)
+        except DecodeError as error:
+            scrub(error, self._secrets)
+            return read_other(error, reply, None if self.reader is None else self.stream(call))
         return self.completion(answer, reply)
 
     def error(self, reply: HTTPReply) -> APIStatusError:
